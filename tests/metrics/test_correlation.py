@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import doctest
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from tracker.metrics import correlation as module
+from tracker.metrics.correlation import (
+    COEFFICIENTS,
+    correlate,
+    rank_disagreement,
+    row_coefficients,
+)
+from tracker.metrics.resampling import resampled_means
+
+Values = NDArray[np.float64]
+SCIPY = {"spearman": stats.spearmanr, "kendall": stats.kendalltau, "pearson": stats.pearsonr}
+
+# Multiples of 0.25: ties are common, and exact.
+few = st.integers(-4, 4).map(lambda k: k / 4)
+columns = st.integers(3, 9).flatmap(
+    lambda n: st.tuples(*[st.lists(few, min_size=n, max_size=n)] * 2)
+)
+
+
+def naive_tau_b(x: list[float], y: list[float]) -> float:
+    """Kendall's tau-b over the pairs, as Kendall defines it."""
+    balance = untied_x = untied_y = 0
+    for i, j in itertools.combinations(range(len(x)), 2):
+        a, b = (x[i] > x[j]) - (x[i] < x[j]), (y[i] > y[j]) - (y[i] < y[j])
+        balance += a * b
+        untied_x += a != 0
+        untied_y += b != 0
+    return balance / math.sqrt(untied_x * untied_y) if untied_x and untied_y else math.nan
+
+
+def test_docstring_examples() -> None:
+    assert doctest.testmod(module).failed == 0
+
+
+def test_spearman_of_the_textbook() -> None:
+    # IQ and hours of television of ten people: rho = -29/165, p = 0.63.
+    iq = np.array([106, 100, 86, 101, 99, 103, 97, 113, 112, 110], dtype=float)
+    hours = np.array([7, 27, 2, 50, 28, 29, 20, 12, 6, 17], dtype=float)
+    correlation = correlate(iq, hours, coefficient="spearman")
+    assert correlation.value == pytest.approx(-29 / 165)
+    assert correlation.p_value == pytest.approx(0.627, abs=0.02)
+    assert (correlation.n, correlation.reason) == (10, None)
+    assert (correlation.low, correlation.high) == (None, None)
+
+
+@given(columns)
+def test_rows_against_scipy_and_the_definition(pair: tuple[list[float], list[float]]) -> None:
+    x, y = (np.array(column) for column in pair)
+    constant = np.ptp(x) == 0 or np.ptp(y) == 0
+    for coefficient in COEFFICIENTS:
+        (row,) = row_coefficients(x[None], y[None], coefficient)
+        if constant:
+            assert math.isnan(row)
+        else:
+            assert row == pytest.approx(SCIPY[coefficient](x, y).statistic, abs=1e-12)
+        if coefficient == "kendall":
+            assert row == pytest.approx(naive_tau_b(*pair), abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_many_rows_in_chunks(coefficient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAIRS", 100)
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 6, (37, 8)) / 6, generator.integers(0, 6, (37, 8)) / 6
+    y[3], x[4], y[5, 2], x[6, 1] = 0.5, 0.25, np.nan, np.inf
+    rows = row_coefficients(x, y, coefficient)
+    assert np.flatnonzero(np.isnan(rows)).tolist() == [3, 4, 5, 6]
+    expected = [SCIPY[coefficient](a, b).statistic for a, b in zip(x[7:], y[7:], strict=True)]
+    assert rows[7:] == pytest.approx(expected, abs=1e-12)
+    single = row_coefficients(x[:1], y, coefficient)
+    assert single == pytest.approx(
+        row_coefficients(np.repeat(x[:1], 37, axis=0), y, coefficient), nan_ok=True
+    )
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+@pytest.mark.parametrize("ties", [False, True])
+def test_exact_p_value_over_all_orders(coefficient: str, ties: bool) -> None:
+    x = np.array([0.1, 0.5, 0.3, 0.9, 0.9 if ties else 1.0])
+    y = np.array([0.2, 0.3, 0.3 if ties else 0.1, 0.8, 0.5])
+    observed = abs(SCIPY[coefficient](x, y).statistic)
+    orders = [SCIPY[coefficient](x, list(order)).statistic for order in itertools.permutations(y)]
+    expected = np.mean([abs(value) >= observed - 1e-9 for value in orders])
+    assert correlate(x, y, coefficient=coefficient).p_value == expected
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_sampled_p_value(coefficient: str) -> None:
+    generator = np.random.default_rng(4)
+    x = generator.normal(size=20)
+    y = 0.4 * x + generator.normal(size=20)
+    correlation = correlate(x, y, coefficient=coefficient, seed=1)
+    assert correlation.p_value == pytest.approx(SCIPY[coefficient](x, y).pvalue, abs=0.015)
+    perfect = correlate(x, x, coefficient=coefficient, permutations=99)
+    assert perfect.value == pytest.approx(1)
+    assert perfect.p_value == 0.01  # (0 + 1) / (99 + 1): never 0
+
+
+def test_p_value_is_uniform_under_chance() -> None:
+    generator = np.random.default_rng(0)
+    p_values = [
+        correlate(
+            generator.normal(size=12),
+            generator.normal(size=12),
+            coefficient="spearman",
+            permutations=199,
+            seed=seed,
+        ).p_value
+        for seed in range(300)
+    ]
+    assert stats.kstest(np.array(p_values, dtype=float), "uniform").pvalue > 0.01
+
+
+@given(columns)
+def test_correlation_is_symmetric_and_odd(pair: tuple[list[float], list[float]]) -> None:
+    x, y = (np.array(column) for column in pair)
+    for coefficient in COEFFICIENTS:
+        there, back, mirrored = (
+            correlate(a, b, coefficient=coefficient, permutations=49)
+            for a, b in ((x, y), (y, x), (x, -y))
+        )
+        if there.value is None:
+            assert back.value is None
+            assert there.reason is not None
+        else:
+            assert there.value == pytest.approx(back.value, abs=1e-12)
+            assert there.value == pytest.approx(-(mirrored.value or 0.0), abs=1e-12)
+
+
+def test_rounding_errors_are_ties() -> None:
+    drop = np.array([0.1 + 0.2, 0.3, 0.1, 0.4])
+    proxy = np.array([1.0, 2.0, 0.5, 3.0])
+    exact = correlate(proxy, np.array([0.3, 0.3, 0.1, 0.4]), coefficient="kendall")
+    assert correlate(proxy, drop, coefficient="kendall") == exact
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+@pytest.mark.parametrize(
+    ("proxy", "drop", "reason"),
+    [
+        ([], [], "0 layers, and a correlation needs at least 3"),
+        ([1.0], [1.0], "1 layer, and a correlation needs at least 3"),
+        ([1.0, 2.0], [1.0, 2.0], "2 layers, and a correlation needs at least 3"),
+        ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], "the proxy is the same in all 3 layers"),
+        ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], "the accuracy drop is the same in all 3 layers"),
+        ([1.0, math.nan, 3.0], [1.0, 2.0, 3.0], "the proxy is undefined in 1 of 3 layers"),
+        ([1.0, 2.0, 3.0], [None, None, 3.0], "the accuracy drop is undefined in 2 of 3 layers"),
+        ([1.0, math.inf, 3.0], [1.0, 2.0, 3.0], "the proxy is undefined in 1 of 3 layers"),
+    ],
+)
+def test_undefined_correlations(
+    coefficient: str, proxy: list[float], drop: list[float], reason: str
+) -> None:
+    correlation = correlate(
+        np.array(proxy), np.array(drop), coefficient=coefficient, resampled_drop=np.ones((9, 3))
+    )
+    assert correlation.value is None
+    assert correlation.p_value is None
+    assert correlation.low is None
+    assert correlation.high is None
+    assert correlation.n == len(proxy)
+    assert correlation.reason == reason
+
+
+def test_requests_that_make_no_sense_are_refused() -> None:
+    values = np.arange(4.0)
+    with pytest.raises(ValueError, match="one of spearman, kendall, pearson"):
+        correlate(values, values, coefficient="spearmen")
+    with pytest.raises(ValueError, match="permutations"):
+        correlate(values, values, coefficient="kendall", permutations=0)
+    with pytest.raises(ValueError, match="shape"):
+        correlate(values, values[:3], coefficient="kendall")
+    for rows in (np.ones((9, 3)), np.ones(4)):
+        with pytest.raises(ValueError, match="do not match"):
+            correlate(values, values, coefficient="kendall", resampled_drop=rows)
+    with pytest.raises(ValueError, match="do not match"):
+        row_coefficients(np.ones((2, 4)), np.ones((3, 4)), "pearson")
+
+
+# -- the interval ----------------------------------------------------------------------------------
+
+
+def layers_and_documents(generator: np.random.Generator) -> tuple[Values, Values]:
+    """A proxy for 20 layers and the outcomes of 400 documents that really lose accuracy."""
+    loss = np.linspace(0.0, 0.3, 20)
+    proxy = loss + 0.03 * np.sin(7 * np.arange(20.0))
+    right = generator.random((400, 1)) < 0.7
+    kept = np.where(right, generator.random((400, 20)) > loss, generator.random((400, 20)) < 0.05)
+    return proxy, right.astype(float) - kept
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_interval_covers_the_coefficient_of_other_documents(coefficient: str) -> None:
+    generator = np.random.default_rng(0)
+    found = []
+    for seed in range(120):
+        proxy, differences = layers_and_documents(generator)
+        found.append(
+            correlate(
+                proxy,
+                differences.mean(axis=0),
+                coefficient=coefficient,
+                resampled_drop=resampled_means(differences, 200, seed),
+                permutations=1,
+            )
+        )
+    expected = np.mean([correlation.value for correlation in found if correlation.value])
+    covered = [
+        correlation.low <= expected <= correlation.high
+        for correlation in found
+        if correlation.low is not None and correlation.high is not None
+    ]
+    assert len(covered) == 120
+    assert np.mean(covered) > 0.85
+
+
+def test_interval_resamples_proxy_and_drop_together() -> None:
+    # One and the same quantity on both sides: the same resampled documents always agree.
+    values = np.random.default_rng(0).normal(size=(50, 6))
+    resampled = resampled_means(values, 100, seed=0)
+    means = values.mean(axis=0)
+    both = correlate(
+        means, means, coefficient="spearman", resampled_proxy=resampled, resampled_drop=resampled
+    )
+    assert (both.low, both.high) == (pytest.approx(1), pytest.approx(1))
+    one = correlate(means, means, coefficient="spearman", resampled_proxy=resampled)
+    assert one.low is not None
+    assert one.low < 0.9
+    assert one.high == 1  # clipped
+
+
+def test_constant_resamples_leave_the_value_without_an_interval() -> None:
+    values = np.arange(4.0)
+    correlation = correlate(values, values, coefficient="kendall", resampled_drop=np.zeros((50, 4)))
+    assert correlation.value == pytest.approx(1)
+    assert (correlation.low, correlation.high, correlation.reason) == (None, None, None)
+
+
+def test_a_whole_cell_is_fast() -> None:
+    generator = np.random.default_rng(0)
+    proxy, drop = generator.random(31), generator.random(31)
+    rows, more = generator.random((1000, 31)), generator.random((1000, 31))
+    start = time.perf_counter()
+    for coefficient in COEFFICIENTS * 6:
+        correlate(proxy, drop, coefficient=coefficient, resampled_proxy=rows, resampled_drop=more)
+    assert time.perf_counter() - start < 6  # 0.5 s on an idle core
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+def test_rank_disagreement() -> None:
+    order = np.arange(30.0)
+    assert rank_disagreement(order, 3 * order) == (0, pytest.approx(29 / 30))
+    assert rank_disagreement(order, np.roll(order, 1))[0] == 1
+    assert rank_disagreement(np.array([1.0]), np.array([7.0])) == (0, 0)
+
+
+def test_rank_disagreement_of_random_orders_is_the_chance_level() -> None:
+    generator = np.random.default_rng(0)
+    shares = [rank_disagreement(generator.random(10), generator.random(10))[0] for _ in range(2000)]
+    assert np.mean(shares) == pytest.approx(0.9, abs=0.01)
+
+
+def test_equal_values_rank_by_layer() -> None:
+    assert rank_disagreement(np.array([1.0, 1.0, 2.0]), np.array([3.0, 4.0, 5.0]))[0] == 0
+
+
+def test_undefined_ranks() -> None:
+    share, chance = rank_disagreement(np.array([1.0, math.nan]), np.array([1.0, 2.0]))
+    assert (math.isnan(share), chance) == (True, 0.5)
+    assert all(math.isnan(number) for number in rank_disagreement(np.array([]), np.array([])))
+    with pytest.raises(ValueError, match="shape"):
+        rank_disagreement(np.ones(2), np.ones(3))

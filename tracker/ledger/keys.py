@@ -1,0 +1,71 @@
+"""What decides a document's outcome, and nothing else, as a key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from tracker.config import CellRequest
+from tracker.provenance import content_hash
+from tracker.records import BenchmarkIdentity, ModelIdentity
+
+
+def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
+    """Identify a cell by content.
+
+    Neither the limit, nor the layers, nor the batch, nor the shown metric is part of it: a cell
+    grows.
+
+    Args:
+        model: Which weights.
+        benchmark: Which documents, and how they are put to the model.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    return content_hash(
+        {
+            "model": model.fingerprint,
+            "dtype": model.dtype,
+            "benchmark": benchmark.name,
+            "tasks": [[task.name, task.version, task.fingerprint] for task in benchmark.tasks],
+            "num_fewshot": benchmark.num_fewshot,
+            "seed": benchmark.seed,
+            "apply_chat_template": benchmark.apply_chat_template,
+        }
+    )
+
+
+def request_key(
+    request: CellRequest, model_stamp: object, data_stamp: object, versions: Mapping[str, str]
+) -> str:
+    """Identify what was asked for without loading anything.
+
+    Equal keys lead to the same cell; different ones may (after an update of lm-eval, say).
+
+    Args:
+        request: What was asked for; its layers, limit and metric do not count.
+        model_stamp: A cheap description of the model's files.
+        data_stamp: A cheap description of the data's files.
+        versions: Installed packages.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    asked = request.model_dump(exclude={"layers", "limit", "metric"})
+    return content_hash([asked, model_stamp, data_stamp, dict(versions)])
+
+
+def folder_name(model: str, benchmark: str, key: str) -> str:
+    """Name a cell's folder so that a person finds it.
+
+    Args:
+        model: The model's short name.
+        benchmark: The benchmark's name.
+        key: The cell's key.
+
+    Returns:
+        A name that every file system takes.
+    """
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}--{benchmark}")[:80]
+    return f"{readable}--{key[:12]}"

@@ -1,0 +1,79 @@
+"""The columns of a shard: what is kept of one document under one ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+
+from tracker.documents import Document, Response
+
+METRIC = "metric/"
+"""Columns that start so hold the task's metrics under lm-eval's names."""
+PROXY_SUMS = ("cosine_similarity_sum", "angular_distance_sum", "relative_update_sum")
+"""Per layer, summed over `proxy_tokens` tokens; only in the baseline's rows."""
+
+
+def outcome_row(
+    document: Document,
+    ablation: str,
+    responses: Sequence[Response],
+    metrics: Mapping[str, float | str | None],
+    proxies: tuple[int, Sequence[Sequence[float]]] | None,
+) -> dict[str, object]:
+    """Lay out one outcome.
+
+    Args:
+        document: The document.
+        ablation: The ablation's name.
+        responses: The model's responses to the document's requests.
+        metrics: What the task makes of them.
+        proxies: For the baseline: tokens, and the sums [3][layers] in the order of `PROXY_SUMS`.
+
+    Returns:
+        Column → value.
+    """
+    row: dict[str, object] = {
+        "task": document.task,
+        "doc": document.index,
+        "ablation": ablation,
+        "choices": document.choices,
+        "gold": document.gold,
+        "loglikelihoods": [response.loglikelihood for response in responses],
+        "greedy": [response.greedy for response in responses],
+        **{f"{METRIC}{name}": value for name, value in metrics.items()},
+    }
+    tokens, sums = proxies if proxies is not None else (None, (None,) * len(PROXY_SUMS))
+    row["proxy_tokens"] = tokens
+    row.update(zip(PROXY_SUMS, sums, strict=True))
+    return row
+
+
+_SCHEMA = {
+    "task": pa.string(),
+    "doc": pa.int32(),
+    "ablation": pa.string(),
+    "choices": pa.int32(),
+    "gold": pa.int32(),
+    "loglikelihoods": pa.list_(pa.float32()),
+    "greedy": pa.list_(pa.bool_()),
+    "proxy_tokens": pa.int32(),
+    **dict.fromkeys(PROXY_SUMS, pa.list_(pa.float64())),
+}
+
+
+def outcome_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
+    """Put outcomes into a table with fixed types.
+
+    Args:
+        rows: Results of `outcome_row`; a metric is a number everywhere or JSON everywhere.
+
+    Returns:
+        The table, as a shard holds it.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    fields = []
+    for name in names:
+        text = any(isinstance(row.get(name), str) for row in rows)
+        fields.append(pa.field(name, _SCHEMA.get(name, pa.string() if text else pa.float64())))
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(fields))

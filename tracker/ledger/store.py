@@ -1,0 +1,348 @@
+"""The results folder: cells, their shards of outcomes, and the locks that processes share.
+
+RESULTS/
+  tracker.json              the folder's format
+  index/REQUEST.json        what was asked for → its cell, found without loading anything
+  experiments/NAME.yaml     the user's exact experiment files
+  cells/MODEL--BENCHMARK--KEY/
+    cell.json               everything that the numbers depend on
+    request.json            what was asked for last: which documents, layers and metric to show
+    shards/*.parquet        per-document outcomes
+    locks/                  one a block of documents
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from pydantic import ValidationError
+
+from tracker.config import CellRequest
+from tracker.errors import ResultsError
+from tracker.ledger.files import write_atomically, write_text
+from tracker.ledger.keys import cell_key, folder_name
+from tracker.ledger.outcomes import outcome_table
+from tracker.provenance import content_hash
+from tracker.records import BenchmarkIdentity, ModelIdentity, Record
+
+FORMAT = 1
+BLOCK = 32
+"""Documents that are computed, locked and written together."""
+log = logging.getLogger(__name__)
+
+
+class CellIdentity(Record):
+    """Everything that a cell's numbers depend on, as it stands in `cell.json`."""
+
+    key: str
+    model: ModelIdentity
+    benchmark: BenchmarkIdentity
+    provenance: dict[str, str]
+
+
+@dataclass(frozen=True, order=True)
+class Block:
+    """Up to `BLOCK` consecutive documents of one task.
+
+    Attributes:
+        task: The lm-eval task.
+        number: Which block, 0-based.
+    """
+
+    task: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The block's name in file names."""
+        return f"{quote(self.task, safe='')}.{self.number:05d}"
+
+    def documents(self, count: int) -> range:
+        """Which documents of the task it holds, when `count` of them are wanted."""
+        return range(self.number * BLOCK, min((self.number + 1) * BLOCK, count))
+
+
+class CellStore:
+    """One cell on disk.
+
+    Attributes:
+        folder: Where it is.
+        identity: What its numbers depend on.
+    """
+
+    def __init__(self, folder: Path, identity: CellIdentity) -> None:
+        self.folder = folder
+        self.identity = identity
+        self._shards = folder / "shards"
+
+    def counts(self, limit: int | None) -> dict[str, int]:
+        """Say how many documents of each task a limit means."""
+        tasks = self.identity.benchmark.tasks
+        return {t.name: min(t.documents, limit or t.documents) for t in tasks}
+
+    def blocks(self, limit: int | None) -> list[Block]:
+        """List the blocks that hold the wanted documents, in order."""
+        return [
+            Block(task, number)
+            for task, count in self.counts(limit).items()
+            for number in range(-(-count // BLOCK))
+        ]
+
+    def lock(self, block: Block) -> FileLock:
+        """Make the lock under which one process computes a block."""
+        folder = self.folder / "locks"
+        folder.mkdir(exist_ok=True)
+        return FileLock(folder / f"{block.name}.lock")
+
+    def missing(
+        self, block: Block, limit: int | None, ablations: Collection[str]
+    ) -> dict[tuple[str, ...], list[int]]:
+        """Say what of a block is not measured yet.
+
+        Args:
+            block: The block.
+            limit: Documents per task that are wanted.
+            ablations: Names of the ablations that are wanted.
+
+        Returns:
+            Missing ablations, in the given order → the documents that lack just these.
+        """
+        frame = self.read([block], columns=["doc", "ablation"])
+        present = set(zip(frame["doc"], frame["ablation"], strict=True)) if len(frame) else set()
+        work: dict[tuple[str, ...], list[int]] = {}
+        for document in block.documents(self.counts(limit)[block.task]):
+            absent = tuple(name for name in ablations if (document, name) not in present)
+            if absent:
+                work.setdefault(absent, []).append(document)
+        return work
+
+    def is_complete(self, limit: int | None, ablations: Collection[str]) -> bool:
+        """Say whether every wanted document is measured under every wanted ablation."""
+        frame = self.read(self.blocks(limit), columns=["task", "doc", "ablation"])
+        if not len(frame):
+            return False
+        counts = frame["task"].map(self.counts(limit))
+        wanted = frame[frame["ablation"].isin(ablations) & (frame["doc"] < counts)]
+        return len(wanted) == sum(self.counts(limit).values()) * len(set(ablations))
+
+    def write(
+        self, block: Block, rows: Sequence[Mapping[str, object]], metadata: Mapping[str, str]
+    ) -> None:
+        """Add a shard of outcomes.
+
+        Args:
+            block: The block that the documents belong to.
+            rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
+            metadata: How they were measured.
+        """
+        table = outcome_table(rows).replace_schema_metadata(
+            {"tracker": json.dumps({"format": FORMAT, **metadata})}
+        )
+        content = content_hash(sorted({(str(row["doc"]), str(row["ablation"])) for row in rows}))
+        path = self._shards / f"{block.name}.{content[:12]}.parquet"
+        write_atomically(path, lambda p: pq.write_table(table, p, compression="zstd"))
+
+    def read(
+        self, blocks: Sequence[Block] | None = None, columns: list[str] | None = None
+    ) -> pd.DataFrame:
+        """Read outcomes.
+
+        A shard that cannot be read is set aside with a warning, so that it is computed again.
+
+        Args:
+            blocks: Only these blocks; None = all.
+            columns: Only these columns; None = all.
+
+        Returns:
+            One row a (task, document, ablation), in no particular order, none twice.
+        """
+        if blocks is None:
+            paths = sorted(self._shards.glob("*.parquet"))
+        elif len(blocks) == 1:
+            paths = sorted(self._shards.glob(f"{_literal(blocks[0].name)}.*.parquet"))
+        else:
+            wanted = {block.name for block in blocks}
+            paths = [
+                path
+                for path in sorted(self._shards.glob("*.parquet"))
+                if path.name.rsplit(".", 2)[0] in wanted
+            ]
+        frames = [frame for path in paths if (frame := self._read_shard(path, columns)) is not None]
+        if not frames:
+            return pd.DataFrame(columns=columns)
+        frame = pd.concat(frames, ignore_index=True)
+        identity = [name for name in ("task", "doc", "ablation") if name in frame]
+        return frame.drop_duplicates(identity, ignore_index=True)
+
+    def _read_shard(self, path: Path, columns: list[str] | None) -> pd.DataFrame | None:
+        try:
+            return pq.read_table(path, columns=columns).to_pandas()
+        except FileNotFoundError:
+            return None
+        except (OSError, pa.ArrowException) as error:
+            aside = path.with_suffix(".unreadable")
+            path.replace(aside)
+            log.warning(
+                "the shard %s cannot be read (%s); it is set aside as %s and computed again",
+                path.name,
+                str(error).splitlines()[0],
+                aside.name,
+            )
+            return None
+
+    def ask(self, request: CellRequest) -> None:
+        """Remember what was asked for last: what reports of this cell show."""
+        write_text(self.folder / "request.json", request.model_dump_json(indent=2))
+
+    def asked(self) -> CellRequest:
+        """Recall what was asked for last."""
+        text = (self.folder / "request.json").read_text(encoding="utf-8")
+        return CellRequest.model_validate_json(text)
+
+    def receipts(self) -> dict[str, str]:
+        """Recall which backend got which content: backend → digest of the record."""
+        path = self.folder / "published.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def add_receipt(self, backend: str, digest: str) -> None:
+        """Remember that a backend has a record."""
+        receipts = {**self.receipts(), backend: digest}
+        write_text(self.folder / "published.json", json.dumps(receipts, indent=2))
+
+
+class Ledger:
+    """A results folder.
+
+    Attributes:
+        root: Where it is.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._check_format()
+
+    @classmethod
+    def existing(cls, root: Path) -> Ledger:
+        """Open a results folder that must be there.
+
+        Args:
+            root: The folder.
+
+        Returns:
+            The ledger.
+
+        Raises:
+            ResultsError: The folder holds no results, or is of a newer version.
+        """
+        if not (root / "tracker.json").is_file():
+            raise ResultsError(
+                f"{root} is not a results folder. `tracker run EXPERIMENT.yaml --results {root}` "
+                "makes one."
+            )
+        return cls(root)
+
+    def create(self) -> None:
+        """Make the folder, or do nothing where it is."""
+        path = self.root / "tracker.json"
+        if not path.is_file():
+            write_text(path, json.dumps({"format": FORMAT}))
+
+    def cells(self) -> list[CellStore]:
+        """List the cells, sorted by model and benchmark."""
+        found = (self._open(path.parent) for path in self.root.glob("cells/*/cell.json"))
+        return sorted(
+            found, key=lambda c: (c.identity.model.name, c.identity.benchmark.name, c.identity.key)
+        )
+
+    def cell(
+        self, model: ModelIdentity, benchmark: BenchmarkIdentity, provenance: dict[str, str]
+    ) -> CellStore:
+        """Open a cell, or make it.
+
+        Args:
+            model: Which weights.
+            benchmark: Which documents.
+            provenance: Versions and machine, kept for a new cell.
+
+        Returns:
+            The cell.
+        """
+        key = cell_key(model, benchmark)
+        folder = self.root / "cells" / folder_name(model.name, benchmark.name, key)
+        path = folder / "cell.json"
+        with self._lock(folder.name):
+            if not path.is_file():
+                identity = CellIdentity(
+                    key=key, model=model, benchmark=benchmark, provenance=provenance
+                )
+                write_text(path, identity.model_dump_json(indent=2))
+        return self._open(folder)
+
+    def find(self, request_key: str) -> CellStore | None:
+        """Find the cell that a request led to before; None when it is new."""
+        path = self.root / "index" / f"{request_key[:32]}.json"
+        if not path.is_file():
+            return None
+        folder = self.root / "cells" / json.loads(path.read_text(encoding="utf-8"))["cell"]
+        return self._open(folder) if (folder / "cell.json").is_file() else None
+
+    def remember(self, request_key: str, cell: CellStore) -> None:
+        """Let `find` find a cell by a request."""
+        path = self.root / "index" / f"{request_key[:32]}.json"
+        write_text(path, json.dumps({"cell": cell.folder.name}))
+
+    def keep_experiment(self, name: str, text: str) -> None:
+        """Keep the exact text of an experiment file."""
+        write_text(self.root / "experiments" / name, text)
+
+    def experiments(self) -> Iterator[tuple[str, str]]:
+        """Read the kept experiment files: name and exact text."""
+        for path in sorted(self.root.glob("experiments/*.yaml")):
+            yield path.name, path.read_text(encoding="utf-8")
+
+    def _lock(self, name: str) -> AbstractContextManager[object]:
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{name}.lock")
+
+    def _open(self, folder: Path) -> CellStore:
+        text = (folder / "cell.json").read_text(encoding="utf-8")
+        try:
+            return CellStore(folder, CellIdentity.model_validate_json(text))
+        except ValidationError:
+            raise ResultsError(
+                f"{folder / 'cell.json'} is damaged; move the folder {folder} away and run again"
+            ) from None
+
+    def _check_format(self) -> None:
+        path = self.root / "tracker.json"
+        if self.root.exists() and not self.root.is_dir():
+            raise ResultsError(f"{self.root} is a file, not a results folder")
+        if not path.is_file():
+            return
+        try:
+            found = int(json.loads(path.read_text(encoding="utf-8"))["format"])
+        except (ValueError, KeyError, TypeError):
+            raise ResultsError(
+                f"{path} is damaged; it should hold {{'format': {FORMAT}}}"
+            ) from None
+        if found > FORMAT:
+            raise ResultsError(
+                f"{self.root} was written by a newer tracker (format {found}; this one knows "
+                f"{FORMAT}). Upgrade with pip install -U tracker, or choose another --results."
+            )
+
+
+def _literal(name: str) -> str:
+    """Escape a file name for `glob`."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,284 @@
+"""Deriving everything that is shown from the outcomes: one cell's drops, proxies, correlations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tracker.ablations import INTACT, Ablation
+from tracker.config import CellRequest
+from tracker.ledger.outcomes import METRIC, PROXY_SUMS
+from tracker.ledger.store import CellIdentity, CellStore
+from tracker.metrics.accuracy import (
+    Estimate,
+    accuracy,
+    accuracy_drop,
+    accuracy_relevance,
+    chance_accuracy,
+    weights_by_task,
+)
+from tracker.metrics.correlation import COEFFICIENTS, correlate
+from tracker.metrics.proxies import PROXIES, cosine_score, proxy_means
+from tracker.metrics.resampling import resampled_means
+from tracker.records import CellRecord, CorrelationRecord, LayerRecord
+
+Aggregate = Callable[[str, Sequence[float | str]], float]
+Array = NDArray[np.float64]
+RESAMPLES = 2000
+SEED = 0
+OUTER = 2
+"""Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""
+
+
+class _Outcomes:
+    """A cell's outcomes for a request, lined up: one row a document, one column an ablation."""
+
+    def __init__(self, store: CellStore, request: CellRequest) -> None:
+        self.identity: CellIdentity = store.identity
+        frame = store.read(store.blocks(request.limit))
+        counts = store.counts(request.limit)
+        self.wanted = sum(counts.values())
+        if len(frame):
+            frame = frame[frame["doc"] < frame["task"].map(counts)]
+        self._by_ablation = (
+            {name: rows.set_index(["task", "doc"]) for name, rows in frame.groupby("ablation")}
+            if len(frame)
+            else {}
+        )
+        base = self._by_ablation.get(INTACT.name)
+        measured = [
+            layer for layer in request.layers if Ablation((layer,)).name in self._by_ablation
+        ]
+        order = {task.name: i for i, task in enumerate(self.identity.benchmark.tasks)}
+        documents = (
+            base.index if base is not None else pd.MultiIndex.from_tuples([], names=["task", "doc"])
+        )
+        if base is not None:
+            for layer in measured:
+                documents = documents.intersection(self._by_ablation[Ablation((layer,)).name].index)
+        self.documents = (
+            pd.MultiIndex.from_tuples(
+                sorted(documents, key=lambda d: (order[d[0]], d[1])), names=["task", "doc"]
+            )
+            if len(documents)
+            else documents
+        )
+        self.layers = measured if len(self.documents) else []
+        self.tasks = [task for task, _ in self.documents]
+
+    def of(self, ablation: Ablation) -> pd.DataFrame:
+        """The rows of one ablation, in the order of `documents`."""
+        return self._by_ablation[ablation.name].loc[self.documents]
+
+    def metric(self, ablation: Ablation, name: str) -> Array:
+        """A metric's value of every document; NaN where it has none."""
+        return self.of(ablation)[METRIC + name].to_numpy(dtype=np.float64)
+
+
+def cell_record(
+    store: CellStore, request: CellRequest, metric: str, aggregate: Aggregate
+) -> CellRecord:
+    """Derive a cell's record from its outcomes.
+
+    Args:
+        store: The cell on disk.
+        request: Which documents and layers to show.
+        metric: The metric behind every `accuracy`; its aggregation is the mean.
+        aggregate: lm-eval's aggregation by name, for metrics that are not means.
+
+    Returns:
+        The record, over the documents that every shown layer is measured on.
+    """
+    outcomes = _Outcomes(store, request)
+    identity = store.identity
+    missing = tuple(layer for layer in request.layers if layer not in outcomes.layers)
+    n = len(outcomes.documents)
+    reasons = {}
+    if n < outcomes.wanted:
+        reasons["n"] = f"{n} of {outcomes.wanted} documents are measured so far"
+    common = {
+        "key": identity.key,
+        "model": identity.model,
+        "benchmark": identity.benchmark,
+        "metric": metric,
+        "n": n,
+        "missing_layers": missing,
+        "provenance": identity.provenance,
+    }
+    if not n:
+        return CellRecord(
+            **common,
+            tokens=0,
+            baseline_accuracy=None,
+            baseline_low=None,
+            baseline_high=None,
+            chance_accuracy=0.0,
+            baseline_metrics={},
+            layers=(),
+            correlations=(),
+            reasons=reasons,
+        )
+    weights = weights_by_task(outcomes.tasks, identity.benchmark.weight_by_size)
+    base = outcomes.of(INTACT)
+    before = outcomes.metric(INTACT, metric)
+    baseline = accuracy(before, weights)
+    if baseline.reason:
+        reasons["baseline_accuracy"] = baseline.reason
+    chance = chance_accuracy(base["choices"].to_numpy(dtype=np.float64), weights)
+    tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
+    sums = {name: np.stack(base[name].to_list()) for name in PROXY_SUMS}
+    means = {name: proxy_means(values, tokens) for name, values in sums.items()}
+    gold = _gold_logprobs(base)
+    all_metrics = _metric_values(outcomes, INTACT, aggregate)
+    layers = []
+    for layer in outcomes.layers:
+        ablation = Ablation((layer,))
+        after = outcomes.metric(ablation, metric)
+        drop = accuracy_drop(before, after, weights)
+        accurate = accuracy(after, weights)
+        relevance = accuracy_relevance(baseline.value, accurate.value, chance)
+        gold_drop = _mean_drop(gold, _gold_logprobs(outcomes.of(ablation)), weights)
+        proxies = {
+            name.removesuffix("_sum"): _finite(values[layer]) for name, values in means.items()
+        }
+        undefined = {
+            "accuracy": accurate.reason,
+            "accuracy_drop": drop.reason,
+            "accuracy_relevance": relevance.reason,
+            "gold_logprob_drop": gold_drop.reason,
+            **{
+                name: "a hidden state of a baseline token is not finite or is zero"
+                for name, value in proxies.items()
+                if value is None
+            },
+        }
+        layers.append(
+            LayerRecord(
+                ablation=ablation.name,
+                layer=layer,
+                n=n,
+                accuracy=accurate.value,
+                accuracy_drop=drop.value,
+                accuracy_drop_low=drop.low,
+                accuracy_drop_high=drop.high,
+                mcnemar_p=drop.p_value,
+                accuracy_relevance=relevance.value,
+                cosine_score=cosine_score(proxies["cosine_similarity"]),
+                gold_logprob_drop=gold_drop.value,
+                metrics=_metric_values(outcomes, ablation, aggregate),
+                reasons={name: reason for name, reason in undefined.items() if reason},
+                **proxies,
+            )
+        )
+    return CellRecord(
+        **common,
+        tokens=int(tokens.sum()),
+        baseline_accuracy=baseline.value,
+        baseline_low=baseline.low,
+        baseline_high=baseline.high,
+        chance_accuracy=chance,
+        baseline_metrics=all_metrics,
+        layers=tuple(layers),
+        correlations=tuple(_correlations(outcomes, metric, weights, sums, tokens)),
+        reasons=reasons,
+    )
+
+
+def _correlations(
+    outcomes: _Outcomes, metric: str, weights: Array, sums: Mapping[str, Array], tokens: Array
+) -> list[CorrelationRecord]:
+    """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
+    layers = outcomes.layers
+    before = outcomes.metric(INTACT, metric)
+    drops = np.stack([before - outcomes.metric(Ablation((x,)), metric) for x in layers], axis=1)
+    strata = None if len(set(outcomes.tasks)) == 1 else np.array(outcomes.tasks)
+    total = outcomes.identity.model.layers
+    inner = [i for i, layer in enumerate(layers) if OUTER <= layer < total - OUTER]
+    drop = weights @ drops
+    drawn_drop = resampled_means(drops, RESAMPLES, SEED, strata, weights)
+    records = []
+    for proxy in PROXIES:
+        name = "cosine_similarity" if proxy == "cosine_score" else proxy
+        per_document = sums[f"{name}_sum"][:, layers]
+        value = proxy_means(per_document, tokens)
+        drawn = resampled_means(per_document / tokens[:, None], RESAMPLES, SEED, strata, tokens)
+        if proxy == "cosine_score":
+            value, drawn = 1 - value, 1 - drawn
+        for coefficient in COEFFICIENTS:
+            for subset, chosen in (("all", list(range(len(layers)))), ("inner", inner)):
+                found = correlate(
+                    value[chosen],
+                    drop[chosen],
+                    coefficient=coefficient,
+                    resampled_proxy=drawn[:, chosen],
+                    resampled_drop=drawn_drop[:, chosen],
+                )
+                records.append(
+                    CorrelationRecord(
+                        proxy=proxy,
+                        coefficient=found.coefficient,
+                        subset=subset,
+                        value=found.value,
+                        low=found.low,
+                        high=found.high,
+                        p_value=found.p_value,
+                        n=found.n,
+                        documents=len(before),
+                        reason=found.reason,
+                    )
+                )
+    return records
+
+
+def _metric_values(
+    outcomes: _Outcomes, ablation: Ablation, aggregate: Aggregate
+) -> dict[str, float | None]:
+    """Every metric of the benchmark, aggregated as lm-eval does."""
+    rows = outcomes.of(ablation)
+    tasks = outcomes.identity.benchmark.tasks
+    by_size = outcomes.identity.benchmark.weight_by_size
+    values: dict[str, float | None] = {}
+    for name in tasks[0].metrics:
+        column = METRIC + name
+        per_task, sizes = [], []
+        for task in tasks:
+            mine = rows[rows.index.get_level_values("task") == task.name]
+            if not len(mine):
+                continue
+            given = mine[column].to_list() if column in mine else [None]
+            if any(value is None or value != value for value in given):
+                per_task = []
+                break
+            per_task.append(aggregate(task.metrics[name], given))
+            sizes.append(len(given))
+        values[name] = (
+            float(np.average(per_task, weights=sizes if by_size else None)) if per_task else None
+        )
+    return values
+
+
+def _gold_logprobs(rows: pd.DataFrame) -> Array:
+    """Log-probability of every document's gold answer; NaN where lm-eval names none."""
+    return np.array(
+        [
+            lls[int(gold)] if gold == gold and gold is not None else math.nan
+            for lls, gold in zip(rows["loglikelihoods"], rows["gold"], strict=True)
+        ],
+        dtype=np.float64,
+    )
+
+
+def _mean_drop(before: Array, after: Array, weights: Array) -> Estimate:
+    drop = before - after
+    bad = int((~np.isfinite(drop)).sum())
+    if bad:
+        return Estimate(None, reason=f"{bad} of {len(drop)} documents have no finite gold score")
+    return Estimate(float(weights @ drop))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""What the outcomes and hidden states say: pure functions, one measure each."""

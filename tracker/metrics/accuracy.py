@@ -1,0 +1,282 @@
+"""Accuracy, what a removal costs of it, and how sure the documents make us of both.
+
+Everything here is a fraction, never percentage points, and rests on per-document outcomes: one
+number in [0, 1] per document, mostly 0 or 1, NaN where the model gave no finite score. A figure
+that is not defined is None with a reason, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+LEVEL = 0.95
+"""The confidence level of every interval in this module."""
+
+_SAME = 1e-9
+"""Accuracies and weights that are nearer to each other than this differ by rounding alone."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, its 95 % interval, and its p-value where a test belongs to it."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    reason: str | None = None
+    """Why `value` is None; None whenever there is a value."""
+
+
+def weights_by_task(tasks: Sequence[str], weight_by_size: bool) -> NDArray[np.float64]:
+    """Weigh each document so that the weighted mean is the benchmark's accuracy.
+
+    lm-eval aggregates a group either over its documents (`weight_by_size: true`) or as the plain
+    mean of its tasks' accuracies. The mean of task means is a weighted mean over documents too.
+
+    Args:
+        tasks: The task of every document.
+        weight_by_size: Whether every document counts alike; otherwise every task does.
+
+    Returns:
+        `[documents]`, summing to 1 (empty without documents): 1 / N, or 1 / (T · n) for a document
+        of a task with n documents, one of T tasks.
+
+    Examples:
+        >>> weights_by_task(["law", "law", "art"], weight_by_size=False).tolist()
+        [0.25, 0.25, 0.5]
+    """
+    if weight_by_size or not len(tasks):
+        return np.full(len(tasks), 1 / max(len(tasks), 1))
+    names, task, sizes = np.unique(np.asarray(tasks), return_inverse=True, return_counts=True)
+    return np.asarray(1 / (len(names) * sizes[task]), dtype=np.float64)
+
+
+def accuracy(outcomes: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> Estimate:
+    """Estimate the accuracy from the outcomes of independent documents.
+
+    The interval is Wilson's for 0/1 outcomes of equal weight. For 0/1 outcomes of unequal weight it
+    is the normal interval after adding two right and two wrong documents of mean weight (Agresti &
+    Coull's "plus four"), because a plain one has no width when all are right. For any other
+    outcomes it is the t interval of the weighted mean. The last two are not clipped and may reach
+    beyond [0, 1]. Unequal weights are taken as given and the tasks behind them as unknown, so for a
+    group whose tasks differ in accuracy the interval is rather too wide than too narrow.
+
+    Args:
+        outcomes: `[documents]`, in [0, 1]; NaN where there is no finite score.
+        weights: `[documents]`, summing to 1; None for equal weights.
+
+    Returns:
+        The weighted mean and its interval (None for a single document that is not 0/1); no p-value.
+
+    References:
+        E. B. Wilson, JASA 22 (1927) 209-212. A. Agresti, B. A. Coull, The American Statistician 52
+        (1998) 119-126.
+
+    Examples:
+        >>> estimate = accuracy(np.array([1.0] * 81 + [0.0] * 182))
+        >>> round(estimate.value, 4), round(estimate.low, 4), round(estimate.high, 4)
+        (0.308, 0.2553, 0.3662)
+    """
+    values, shares, equal = _checked(outcomes, weights)
+    if reason := _undefined(values):
+        return Estimate(None, reason=reason)
+    value = float(values.mean()) if equal else float(values @ shares)
+    if not _binary(values):
+        low, high = _t_interval(values, shares)
+    elif equal:
+        wilson = stats.binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, "wilson")
+        low, high = float(wilson.low), float(wilson.high)
+    else:
+        low, high = _adjusted_wald(values, shares, (1.0, 1.0, 0.0, 0.0))
+    return Estimate(value, low, high)
+
+
+def accuracy_drop(
+    baseline: NDArray[np.float64],
+    ablated: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
+) -> Estimate:
+    """Estimate the accuracy that an ablation costs, from the same documents with and without it.
+
+    Positive = the layer mattered. For 0/1 outcomes the interval is Bonett & Price's adjusted Wald
+    interval for paired proportions: a Wald interval after one document is added to each of the two
+    discordant cells; with unequal weights the two have the mean weight. The value stays the raw
+    difference, which is therefore not the middle of the interval. For other outcomes it is the
+    paired t interval. Neither is clipped; both may reach beyond [-1, 1].
+
+    The p-value is the exact McNemar test of "as many documents are lost as won", two-sided, in
+    which each document counts once whatever its weight; 1 when no document changes. It is None for
+    outcomes other than 0/1.
+
+    Args:
+        baseline: `[documents]`, the intact model's outcomes; NaN where there is no finite score.
+        ablated: `[documents]`, the ablated model's outcomes on the same documents.
+        weights: `[documents]`, summing to 1; None for equal weights.
+
+    Returns:
+        The weighted mean of baseline minus ablated, its interval (None for a single document that
+        is not 0/1) and the p-value.
+
+    Raises:
+        ValueError: The outcomes do not belong to the same documents.
+
+    References:
+        D. G. Bonett, R. M. Price, Journal of Educational and Behavioral Statistics 37 (2012)
+        479-488. Q. McNemar, Psychometrika 12 (1947) 153-157.
+
+    Examples:
+        Of 20 documents the removal loses six and wins one.
+
+        >>> baseline = np.array([1.0] * 12 + [0.0] * 8)
+        >>> ablated = np.array([1.0] * 6 + [0.0] * 6 + [1.0] + [0.0] * 7)
+        >>> drop = accuracy_drop(baseline, ablated)
+        >>> drop.value, drop.p_value
+        (0.25, 0.125)
+        >>> round(drop.low, 3), round(drop.high, 3)
+        (-0.023, 0.477)
+    """
+    before, shares, equal = _checked(baseline, weights)
+    after, _, _ = _checked(ablated, None)
+    if before.shape != after.shape:
+        raise ValueError(f"{len(before)} baseline outcomes but {len(after)} ablated ones")
+    difference = before - after
+    if reason := _undefined(difference):
+        return Estimate(None, reason=reason)
+    value = float(difference.mean()) if equal else float(difference @ shares)
+    if not (_binary(before) and _binary(after)):
+        return Estimate(value, *_t_interval(difference, shares))
+    low, high = _adjusted_wald(difference, shares, (1.0, -1.0))
+    lost, won = int((difference > 0).sum()), int((difference < 0).sum())
+    p_value = float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    return Estimate(value, low, high, p_value)
+
+
+def chance_accuracy(
+    choices: NDArray[np.int64] | NDArray[np.float64], weights: NDArray[np.float64] | None = None
+) -> float:
+    """Return the expected accuracy of a predictor that picks a choice at random.
+
+    Args:
+        choices: `[documents]`, how many choices each has; 0 for generation and greedy match, where
+            a random predictor is never right.
+        weights: `[documents]`, summing to 1; None for equal weights.
+
+    Returns:
+        The weighted mean of 1 / choices; NaN without documents.
+
+    Raises:
+        ValueError: A number of choices is negative or not a whole number.
+
+    Examples:
+        >>> chance_accuracy(np.array([4, 4, 5, 0]))
+        0.175
+    """
+    counts, shares, equal = _checked(choices, weights)
+    if not (np.isfinite(counts) & (counts >= 0) & (counts == np.floor(counts))).all():
+        raise ValueError("choices must be whole numbers, 0 or more")
+    if not len(counts):
+        return math.nan
+    chances = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
+    return float(chances.mean()) if equal else float(chances @ shares)
+
+
+def accuracy_relevance(baseline: float | None, ablated: float | None, chance: float) -> Estimate:
+    """Score a layer by the share of the accuracy above chance that its removal costs.
+
+    1 - max(ablated - chance, 0) / max(baseline - chance, 0): 1 = down to chance, 0 = no change,
+    negative = the removal helps.
+
+    Args:
+        baseline: Accuracy of the intact model.
+        ablated: Accuracy of the ablated model on the same documents.
+        chance: Expected accuracy of a random predictor on these documents.
+
+    Returns:
+        The relevance, without an interval; None with a reason when an input is missing, or when the
+        baseline is not above chance, because then there is nothing to lose.
+
+    References:
+        arXiv 2605.14075.
+
+    Examples:
+        >>> accuracy_relevance(0.75, 0.5, chance=0.25).value
+        0.5
+        >>> accuracy_relevance(0.25, 0.2, chance=0.25).reason
+        'the baseline accuracy 0.2500 is not above chance 0.2500'
+    """
+    for name, number in (("baseline", baseline), ("ablated", ablated), ("chance", chance)):
+        if number is None or not math.isfinite(number):
+            return Estimate(None, reason=f"the {name} accuracy is undefined")
+    assert baseline is not None
+    assert ablated is not None
+    if baseline - chance <= _SAME:
+        return Estimate(
+            None, reason=f"the baseline accuracy {baseline:.4f} is not above chance {chance:.4f}"
+        )
+    return Estimate(1 - max(ablated - chance, 0.0) / (baseline - chance))
+
+
+def _checked(
+    values: ArrayLike, weights: NDArray[np.float64] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
+    """Return the values, their weights, and whether all weights are equal."""
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1:
+        raise ValueError(f"expected one value per document, got the shape {numbers.shape}")
+    n = len(numbers)
+    if weights is None:
+        return numbers, np.full(n, 1 / max(n, 1)), True
+    shares = np.asarray(weights, dtype=np.float64)
+    if shares.shape != numbers.shape:
+        raise ValueError(f"{n} documents but weights of the shape {shares.shape}")
+    if n and not ((shares >= 0).all() and abs(shares.sum() - 1) < _SAME * n):
+        raise ValueError(f"weights must be 0 or more and sum to 1, not {shares.sum()}")
+    return numbers, shares, bool(np.allclose(shares * n, 1, rtol=0, atol=_SAME))
+
+
+def _undefined(values: NDArray[np.float64]) -> str | None:
+    """Say why no mean of these values is defined, or nothing when it is."""
+    if not len(values):
+        return "no documents"
+    if missing := int((~np.isfinite(values)).sum()):
+        verb = "has" if missing == 1 else "have"
+        return f"{missing} of {len(values)} documents {verb} no finite score"
+    return None
+
+
+def _binary(values: NDArray[np.float64]) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
+
+
+def _t_interval(
+    values: NDArray[np.float64], shares: NDArray[np.float64]
+) -> tuple[float | None, float | None]:
+    """Return the t interval of a weighted mean; Kish's effective sample size gives its df."""
+    concentration = float(shares @ shares)
+    if 1 - concentration < _SAME:
+        return None, None
+    mean = float(values @ shares)
+    error = math.sqrt(float(shares**2 @ (values - mean) ** 2) / (1 - concentration))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, 1 / concentration - 1)) * error
+    return mean - half, mean + half
+
+
+def _adjusted_wald(
+    values: NDArray[np.float64], shares: NDArray[np.float64], extra: tuple[float, ...]
+) -> tuple[float, float]:
+    """Return the Wald interval of a weighted mean after adding documents of mean weight."""
+    n = len(values)
+    padded = np.concatenate([values, np.array(extra)])
+    weights = np.concatenate([shares, np.full(len(extra), 1 / n)]) / (1 + len(extra) / n)
+    mean = float(padded @ weights)
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt(
+        float(weights**2 @ (padded - mean) ** 2)
+    )
+    return mean - half, mean + half

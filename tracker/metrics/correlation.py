@@ -1,0 +1,255 @@
+"""How well a proxy orders the layers by the accuracy that they really cost.
+
+The layers are the sample: one proxy value and one accuracy drop each. Values that agree to twelve
+decimals are ties, because means of the same outcomes may differ by rounding and ranks would see it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from tracker.metrics.resampling import bias_corrected_interval
+
+COEFFICIENTS = ("spearman", "kendall", "pearson")
+"""Spearman's rho, Kendall's tau-b, and Pearson's r."""
+
+_STATISTICS = {
+    "spearman": stats.spearmanr,
+    "kendall": stats.kendalltau,
+    "pearson": stats.pearsonr,
+}
+_DECIMALS = 12
+_PAIRS = 2_000_000
+"""Pairs of layers that are compared at once."""
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """One coefficient, how sure the documents make us of it, and how likely chance alone is."""
+
+    coefficient: str
+    value: float | None
+    low: float | None
+    high: float | None
+    """Both ends of the 95 % interval from resampling the documents."""
+    p_value: float | None
+    """Permutation p-value, two-sided."""
+    n: int
+    """Layers."""
+    reason: str | None
+    """Why `value` is None; None whenever there is a value."""
+
+
+def correlate(
+    proxy: NDArray[np.float64],
+    drop: NDArray[np.float64],
+    *,
+    coefficient: str,
+    resampled_proxy: NDArray[np.float64] | None = None,
+    resampled_drop: NDArray[np.float64] | None = None,
+    permutations: int = 9999,
+    seed: int = 0,
+) -> Correlation:
+    """Correlate a proxy with the accuracy drop over layers.
+
+    The interval and the p-value answer different questions. The interval keeps the layers and draws
+    the documents anew: it says how far the measurement noise moves the coefficient (see
+    `bias_corrected_interval` for what it covers). The p-value keeps the measurements and shuffles
+    the layers: it says how often an order that has nothing to do with the drop correlates as
+    strongly, in either direction. It is exact when all n! orders fit into `permutations`, otherwise
+    (k + 1) / (m + 1) for k of m random orders.
+
+    Args:
+        proxy: `[layers]`, larger = the layer changes more; NaN where undefined.
+        drop: `[layers]`, the accuracy drop of the same layers; NaN where undefined.
+        coefficient: One of `COEFFICIENTS`.
+        resampled_proxy: `[resamples, layers]`, the proxy from resampled documents; None to hold it
+            fixed.
+        resampled_drop: `[resamples, layers]`, the drop from the same resampled documents; None to
+            hold it fixed. Without either there is no interval.
+        permutations: How many orders to try at most.
+        seed: Seed of the random orders.
+
+    Returns:
+        The coefficient, clipped interval and p-value; the value is None with a reason for fewer
+        than three layers, a NaN, or an input that is the same in every layer.
+
+    Raises:
+        ValueError: An unknown coefficient, or shapes that do not belong together.
+
+    References:
+        M. G. Kendall, Biometrika 33 (1945) 239-251 (tau-b). B. Phipson, G. K. Smyth, Statistical
+        Applications in Genetics and Molecular Biology 9 (2010) 39 (why k + 1).
+
+    Examples:
+        >>> proxy, drop = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.1, 0.3, 0.2, 0.4])
+        >>> correlation = correlate(proxy, drop, coefficient="kendall")
+        >>> round(correlation.value, 4), round(correlation.p_value, 4), correlation.n
+        (0.6667, 0.3333, 4)
+    """
+    if coefficient not in COEFFICIENTS:
+        raise ValueError(f"unknown coefficient {coefficient!r}; one of {', '.join(COEFFICIENTS)}")
+    if permutations < 1:
+        raise ValueError(f"permutations must be 1 or more, not {permutations}")
+    x, y = _rounded(proxy), _rounded(drop)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"a proxy of the shape {x.shape} but drops of the shape {y.shape}")
+    if reason := _undefined(x, y):
+        return Correlation(coefficient, None, None, None, None, len(x), reason)
+    value = float(_STATISTICS[coefficient](x, y).statistic)
+    low = high = None
+    if resampled_proxy is not None or resampled_drop is not None:
+        rows = row_coefficients(
+            x[None] if resampled_proxy is None else resampled_proxy,
+            y[None] if resampled_drop is None else resampled_drop,
+            coefficient,
+        )
+        if interval := bias_corrected_interval(value, rows):
+            low, high = max(interval[0], -1.0), min(interval[1], 1.0)
+    p_value = _permutation_p(x, y, coefficient, permutations, seed)
+    return Correlation(coefficient, value, low, high, p_value, len(x), None)
+
+
+def row_coefficients(
+    x: NDArray[np.float64], y: NDArray[np.float64], coefficient: str
+) -> NDArray[np.float64]:
+    """Correlate each row of one table with the same row of another.
+
+    Args:
+        x: `[rows, layers]`, or `[1, layers]` to set one row beside all of the other table.
+        y: `[rows, layers]`, or `[1, layers]`.
+        coefficient: One of `COEFFICIENTS`.
+
+    Returns:
+        `[rows]`; NaN where a row is constant or holds a NaN.
+
+    Raises:
+        ValueError: The tables' shapes do not belong together.
+    """
+    x, y = _rounded(x), _rounded(y)
+    if (
+        x.ndim != 2
+        or y.ndim != 2
+        or x.shape[1] != y.shape[1]
+        or (len(x) != len(y) and 1 not in (len(x), len(y)))
+    ):
+        raise ValueError(f"tables of the shapes {x.shape} and {y.shape} do not match")
+    if coefficient == "kendall":
+        values = _kendall_rows(x, y)
+    elif coefficient == "spearman":
+        values = _pearson_rows(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1))
+    else:
+        values = _pearson_rows(x, y)
+    usable = _varies(x) & _varies(y)
+    return np.where(usable, values, np.nan)
+
+
+def rank_disagreement(proxy: NDArray[np.float64], drop: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the share of layers whose two ranks differ, and the share that chance would give.
+
+    Ranks are a pruner's order: from the smallest value, equal values by layer.
+
+    Args:
+        proxy: `[layers]`.
+        drop: `[layers]`, of the same layers.
+
+    Returns:
+        The share whose exact ranks differ (NaN when a value is NaN or there are no layers), and
+        the share expected of two random orders, 1 - 1 / layers.
+
+    Raises:
+        ValueError: The inputs do not belong to the same layers.
+
+    Examples:
+        >>> rank_disagreement(np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.0, 0.2, 0.1, 0.5]))
+        (0.5, 0.75)
+    """
+    x, y = _rounded(proxy), _rounded(drop)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"a proxy of the shape {x.shape} but drops of the shape {y.shape}")
+    if not len(x):
+        return math.nan, math.nan
+    chance = 1 - 1 / len(x)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return math.nan, chance
+    differ = stats.rankdata(x, method="ordinal") != stats.rankdata(y, method="ordinal")
+    return float(differ.mean()), chance
+
+
+def _rounded(values: ArrayLike) -> NDArray[np.float64]:
+    """Return the values with rounding errors gone and everything undefined as NaN."""
+    numbers = np.asarray(values, dtype=np.float64)
+    finite = np.where(np.isfinite(numbers), numbers, np.nan)
+    return np.asarray(np.round(finite, _DECIMALS), dtype=np.float64)
+
+
+def _undefined(proxy: NDArray[np.float64], drop: NDArray[np.float64]) -> str | None:
+    """Say why the two cannot be correlated, or nothing when they can."""
+    n = len(proxy)
+    if n < 3:
+        return f"{n} layer{'' if n == 1 else 's'}, and a correlation needs at least 3"
+    for name, values in (("proxy", proxy), ("accuracy drop", drop)):
+        if missing := int((~np.isfinite(values)).sum()):
+            return f"the {name} is undefined in {missing} of {n} layers"
+        if np.ptp(values) == 0:
+            return f"the {name} is the same in all {n} layers"
+    return None
+
+
+def _varies(rows: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which rows are finite and not constant."""
+    finite = np.isfinite(rows).all(axis=1)
+    return np.asarray(finite & (rows.max(axis=1) > rows.min(axis=1)), dtype=np.bool_)
+
+
+def _pearson_rows(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    x = x - x.mean(axis=1, keepdims=True)
+    y = y - y.mean(axis=1, keepdims=True)
+    spread = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    products = np.broadcast_to((x * y).sum(axis=1), spread.shape)
+    values = np.full(spread.shape, np.nan)
+    np.divide(products, spread, out=values, where=spread > 0)
+    return values
+
+
+def _kendall_rows(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return tau-b: the sum of concordance signs over the pairs, divided by the untied pairs."""
+    first, second = np.triu_indices(x.shape[1], k=1)
+    rows = max(len(x), len(y))
+    values = np.full(rows, np.nan)
+    step = max(1, _PAIRS // max(len(first), 1))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        signs = []
+        for table in (x, y):
+            block = table if len(table) == 1 else table[part]
+            signs.append(np.sign(block[:, first] - block[:, second]).astype(np.float32))
+        balance = np.einsum("ij,ij->i", *np.broadcast_arrays(*signs))
+        pairs = [np.abs(sign).sum(axis=1, dtype=np.float64) for sign in signs]
+        untied = np.sqrt(pairs[0] * pairs[1])
+        np.divide(balance, untied, out=values[part], where=untied > 0)
+    return values
+
+
+def _permutation_p(
+    x: NDArray[np.float64], y: NDArray[np.float64], coefficient: str, permutations: int, seed: int
+) -> float:
+    if coefficient == "spearman":
+        # Ranks move with their layers: ranking once is ranking every order.
+        x, y, coefficient = stats.rankdata(x), stats.rankdata(y), "pearson"
+    exact = math.factorial(len(y)) <= permutations
+    if exact:
+        orders = np.array(list(itertools.permutations(range(len(y)))))
+    else:
+        identity = np.tile(np.arange(len(y)), (permutations, 1))
+        orders = np.random.default_rng(seed).permuted(identity, axis=1)
+    observed = abs(float(row_coefficients(x[None], y[None], coefficient)[0]))
+    shuffled = np.abs(row_coefficients(x[None], y[orders], coefficient))
+    as_strong = int((shuffled >= observed - 1e-9).sum())
+    return as_strong / len(orders) if exact else (as_strong + 1) / (len(orders) + 1)

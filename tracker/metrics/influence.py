@@ -1,0 +1,96 @@
+"""How much a layer changes each token's hidden state: the cheap proxies of its importance.
+
+Every function takes the residual stream before and after a layer and answers per token, in float32
+whatever the model computes in. Which tokens are averaged is the caller's: each document's context
+plus gold continuation, once, never padding. A token whose hidden state is all zeros has no
+direction, so its figures are NaN and so is every mean that includes it; torch's own cosine would
+call it 0, "turned by a right angle".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
+    """Return the cosine of the angle between each token's layer input and output.
+
+    Rounding may carry it past ±1 by about 1e-7.
+
+    Args:
+        before: `[..., tokens, hidden]`, the layer's input.
+        after: `[..., tokens, hidden]`, the layer's output in the residual stream, before any final
+            norm.
+
+    Returns:
+        `[..., tokens]`, float32; NaN where either is all zeros.
+
+    Examples:
+        >>> cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
+        tensor([0.9600])
+    """
+    first, second = _checked(before, after)
+    # Each is normalised before they are multiplied: the product of two squared norms leaves
+    # float32's range long before either norm does.
+    return torch.sum(_directions(first) * _directions(second), dim=-1)
+
+
+def angular_distance(cosine: Tensor) -> Tensor:
+    """Return the angle between layer input and output as a fraction of a half turn.
+
+    arccos is steep at 1: a cosine that rounding leaves 1e-7 short of 1 reads as 1.4e-4.
+
+    Args:
+        cosine: Cosine similarities of any shape; clamped to [-1, 1].
+
+    Returns:
+        arccos(cosine) / π, of the same shape: 0 = same direction, 0.5 = orthogonal, 1 = opposite.
+
+    References:
+        Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887.
+
+    Examples:
+        >>> angular_distance(torch.tensor([1.0, 0.0, -1.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    return torch.arccos(cosine.float().clamp(-1, 1)) / math.pi
+
+
+def relative_update(before: Tensor, after: Tensor) -> Tensor:
+    """Return how large the layer's update is beside its input: ‖after - before‖ / ‖before‖.
+
+    It sees what cosine cannot: a change of magnitude along the input's own direction.
+
+    Args:
+        before: `[..., tokens, hidden]`, the layer's input.
+        after: `[..., tokens, hidden]`, the layer's output in the residual stream.
+
+    Returns:
+        `[..., tokens]`, float32; 0 = unchanged; NaN where the input is all zeros.
+
+    Examples:
+        >>> relative_update(torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]]))
+        tensor([1.])
+    """
+    first, second = _checked(before, after)
+    size = torch.linalg.vector_norm(first, dim=-1)
+    update = torch.linalg.vector_norm(second - first, dim=-1) / size
+    return torch.where(size > 0, update, torch.nan)
+
+
+def _directions(states: Tensor) -> Tensor:
+    """Return the states at length 1, NaN where float32 finds no length."""
+    length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    return states / torch.where(length > 0, length, torch.nan)
+
+
+def _checked(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    if before.shape != after.shape or before.ndim < 2:
+        raise ValueError(
+            "before and after must share one shape [..., tokens, hidden], "
+            f"not {list(before.shape)} and {list(after.shape)}"
+        )
+    return before.float(), after.float()

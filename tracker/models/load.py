@@ -1,0 +1,94 @@
+"""Loading a causal language model and its tokenizer with transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tracker.errors import ModelError
+from tracker.models.layers import find_layers
+from tracker.models.sources import ModelSource, read_config, unreadable
+from tracker.records import ModelIdentity
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        model: The causal language model, in evaluation mode, without gradients.
+        tokenizer: Its tokenizer.
+        layers: Its decoder layers, in order.
+        identity: Which weights these are.
+        device: Where its inputs go.
+    """
+
+    model: Any
+    tokenizer: Any
+    layers: nn.ModuleList
+    identity: ModelIdentity
+    device: torch.device
+
+
+def load_model(
+    source: ModelSource, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        source: Where it is.
+        dtype: `auto` (what the checkpoint says), `float32`, `bfloat16` or `float16`.
+        device: `auto` (the accelerator if there is one), or a torch device.
+        trust_remote_code: Whether code and pickles from the download may run; without it only
+            safetensors and GGUF are read.
+
+    Returns:
+        The model, ready to be measured.
+
+    Raises:
+        ModelError: It cannot be read, is no decoder-only language model, or its layers cannot be
+            identified.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = read_config(source, trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source.source} is an encoder-decoder ({config.model_type}); "
+            "tracker measures decoder-only language models"
+        )
+    arguments = source.load_arguments(trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
+        if not source.gguf_file and not trust_remote_code:
+            arguments["use_safetensors"] = True
+        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **arguments)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise unreadable(source, error) from None
+    place = _device(device)
+    model = model.to(place).eval().requires_grad_(False)
+    identity = ModelIdentity(
+        source=source.source,
+        name=source.name,
+        revision=None if source.is_local else source.fingerprint(),
+        fingerprint=source.fingerprint(),
+        architecture=type(model).__name__,
+        layers=config.num_hidden_layers,
+        parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    return LoadedModel(model, tokenizer, find_layers(model), identity, place)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise ModelError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:1, mps") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

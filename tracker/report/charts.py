@@ -1,0 +1,441 @@
+"""Draws cell records as plotly figures.
+
+Every text that comes from a record is escaped: plotly reads a subset of HTML in titles, labels
+and hover boxes. Backgrounds are transparent and text is grey, so that a figure is legible on
+light and on dark pages.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from tracker.records import CellRecord, LayerRecord
+from tracker.report import tables
+
+MATTERS = "#3d74a8"
+HELPS = "#c4762f"
+PROXY = "#8a8a8a"
+GREY = "#808080"
+FAINT = "rgba(128,128,128,0.22)"
+# Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
+_SCALE = [
+    (0.0, "rgba(196,118,47,1)"),
+    (0.499, "rgba(196,118,47,0.08)"),
+    (0.501, "rgba(61,116,168,0.08)"),
+    (1.0, "rgba(61,116,168,1)"),
+]
+_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+_TITLE_COLUMNS = 95
+# Neighbours along the proxy axis write their labels to different sides.
+_SIDES = ("top left", "bottom right", "bottom left", "top right")
+
+
+def curve_title(cell: CellRecord) -> str:
+    """Say what the layer curve shows.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Plain text with the largest drop, its interval and the number of documents.
+    """
+    drops = [r.accuracy_drop for r in cell.layers if tables.defined(r.accuracy_drop)]
+    if not drops:
+        return f"{cell.title}: no accuracy drop is defined"
+    says = "no removal costs accuracy"
+    for top in tables.most_critical(cell, 1):
+        size = tables.points(max(drops))
+        between = tables.interval(top.accuracy_drop_low, top.accuracy_drop_high, tables.points)
+        says = f"removing layer {top.layer} costs most, {size} pp"
+        says += f" (95 % interval {between})" if between else ""
+    gains = sum(1 for drop in drops if drop < 0)
+    return (
+        f"{cell.title}: {says}; {gains} of {len(drops)} removals raise accuracy "
+        f"({cell.metric}, {cell.n:,} documents)"
+    )
+
+
+def scatter_title(cell: CellRecord) -> str:
+    """Say what the scatter shows.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Plain text with the Spearman correlation, its interval and its samples.
+    """
+    record = tables.correlation(cell, "cosine_score", "spearman", "all")
+    text = tables.correlation_text(record)
+    return f"{cell.title}: Spearman of cosine score and accuracy drop {text}"
+
+
+def heat_title(cells: Sequence[CellRecord]) -> str:
+    """Say what the heat map shows.
+
+    Args:
+        cells: Cells of one model.
+
+    Returns:
+        Plain text with the numbers of benchmarks and of negative and undefined values.
+    """
+    layers = sorted({layer for cell in cells for layer in tables.all_layers(cell)})
+    found: dict[int, list[float]] = {}
+    for cell in cells:
+        for record in cell.layers:
+            value, _ = tables.relevance(cell, record)
+            if value is not None:
+                found.setdefault(record.layer, []).append(value)
+    total, count = len(layers) * len(cells), sum(len(v) for v in found.values())
+    size = f"{len(layers)} layers × {len(cells)} benchmark{'s' if len(cells) != 1 else ''}"
+    text = f"{cells[0].model.name}: accuracy relevance, {size}"
+    if found:
+        means = {layer: sum(values) / len(values) for layer, values in found.items()}
+        top = max(means, key=lambda layer: (means[layer], -layer))
+        negative = sum(1 for values in found.values() for value in values if value < 0)
+        text += (
+            f"; layer {top} matters most (mean {means[top]:.2f}); "
+            f"removal helps in {negative} of {count}"
+        )
+    return text + (f"; {total - count} undefined" if total > count else "")
+
+
+def layer_curve(cell: CellRecord) -> go.Figure:
+    """Draw the accuracy drop of every layer above its cosine score.
+
+    Two panels share the layer axis, because two scales in one panel would suggest a comparison
+    of heights that means nothing.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Accuracy drops in pp with 95 % intervals (trace `accuracy drop`), and cosine scores
+        (trace `cosine score`). Undefined and missing layers are gaps.
+    """
+    layers = tables.all_layers(cell)
+    by_layer = {record.layer: record for record in cell.layers}
+    records = [by_layer.get(layer) for layer in layers]
+    drops = [_points(record.accuracy_drop if record else None) for record in records]
+    hover = [_hover(cell, layer, by_layer.get(layer)) for layer in layers]
+    figure = make_subplots(
+        rows=2, cols=1, shared_xaxes=True, row_heights=[0.68, 0.32], vertical_spacing=0.07
+    )
+    figure.add_trace(
+        go.Scatter(
+            name="accuracy drop",
+            x=layers,
+            y=drops,
+            error_y=_errors(records),
+            mode="lines+markers",
+            line={"color": FAINT, "width": 1},
+            marker={
+                "size": 7,
+                "color": [HELPS if drop is not None and drop < 0 else MATTERS for drop in drops],
+            },
+            hovertext=hover,
+            hoverinfo="text",
+            showlegend=False,
+        ),
+        row=1,
+        col=1,
+    )
+    figure.add_trace(
+        go.Bar(
+            name="cosine score",
+            x=layers,
+            y=[_finite(record.cosine_score if record else None) for record in records],
+            marker={"color": PROXY, "line": {"width": 0}},
+            width=0.6,
+            hovertext=hover,
+            hoverinfo="text",
+            showlegend=False,
+        ),
+        row=2,
+        col=1,
+    )
+    _style(figure, curve_title(cell), 470)
+    figure.update_xaxes(_layer_axis(layers))
+    figure.update_xaxes(title_text="layer (0-based)", row=2, col=1)
+    figure.update_yaxes(title_text="accuracy drop (pp)", zeroline=True, row=1, col=1)
+    figure.update_yaxes(title_text="cosine score<br>(1 − cos)", rangemode="tozero", row=2, col=1)
+    return figure
+
+
+def proxy_scatter(cell: CellRecord) -> go.Figure:
+    """Draw the accuracy drop of every layer against its cosine score.
+
+    The proxy axis is logarithmic when the scores span more than a factor of ten: the outer
+    layers would otherwise press all others together. Ranks are not changed by it.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        One labelled point for each layer where both are defined, in two traces: `inner layers`,
+        and `outer layers` for the first two and the last two.
+    """
+    records = [
+        r for r in cell.layers if tables.defined(r.cosine_score) and tables.defined(r.accuracy_drop)
+    ]
+    records.sort(key=lambda record: record.layer)
+    by_score = sorted(records, key=lambda record: record.cosine_score or 0)
+    side = {record.layer: _SIDES[rank % 4] for rank, record in enumerate(by_score)}
+    outer = {0, 1, cell.model.layers - 2, cell.model.layers - 1}
+    figure = go.Figure()
+    for name, symbol, group in (
+        ("inner layers", "circle", [r for r in records if r.layer not in outer]),
+        (
+            "outer layers (first two, last two)",
+            "diamond-open",
+            [r for r in records if r.layer in outer],
+        ),
+    ):
+        figure.add_trace(
+            go.Scatter(
+                name=name,
+                x=[r.cosine_score for r in group],
+                y=[_points(r.accuracy_drop) for r in group],
+                error_y={**_errors(group), "color": FAINT},
+                mode="markers+text",
+                text=[str(r.layer) for r in group],
+                textposition=[side[r.layer] for r in group],
+                textfont={"size": 10, "color": GREY},
+                marker={
+                    "size": 8,
+                    "symbol": symbol,
+                    "line": {"width": 2 if symbol.endswith("open") else 0},
+                    "color": [HELPS if (r.accuracy_drop or 0) < 0 else MATTERS for r in group],
+                },
+                hovertext=[_hover(cell, r.layer, r) for r in group],
+                hoverinfo="text",
+            )
+        )
+    _style(figure, scatter_title(cell), 460)
+    scores = [r.cosine_score or 0.0 for r in records]
+    wide = bool(scores) and min(scores) > 0 and max(scores) > 10 * min(scores)
+    figure.update_xaxes(
+        type="log" if wide else "linear",
+        tickvals=_decades(min(scores), max(scores)) if wide else None,
+        title_text=f"cosine score (1 − cos{', log scale' if wide else ''})",
+        zeroline=False,
+    )
+    figure.update_yaxes(title_text="accuracy drop (pp)", zeroline=True)
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+    return figure
+
+
+def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
+    """Draw the accuracy relevance of every layer on every benchmark of one model.
+
+    Args:
+        cells: Cells of one model, one row each.
+
+    Returns:
+        A heat map centred at 0 (trace `accuracy relevance`). Undefined and missing values are
+        gaps marked by crosses that say why (trace `undefined`).
+
+    Raises:
+        ValueError: If there is no cell, or the cells belong to several models.
+    """
+    if len({tables.model_key(cell) for cell in cells}) != 1:
+        raise ValueError("heat_map takes the cells of exactly one model")
+    layers = sorted({layer for cell in cells for layer in tables.all_layers(cell)})
+    labels = [_label(label).replace(" · ", "<br>", 1) for label in tables.benchmark_labels(cells)]
+    values: list[list[float | None]] = []
+    hovers: list[list[str]] = []
+    gaps: list[tuple[int, str, str]] = []
+    for cell, label in zip(cells, labels, strict=True):
+        by_layer = {record.layer: record for record in cell.layers}
+        pairs = [tables.relevance(cell, by_layer.get(layer)) for layer in layers]
+        values.append([value for value, _ in pairs])
+        hovers.append([_hover(cell, layer, by_layer.get(layer)) for layer in layers])
+        gaps += [
+            (layer, label, hover)
+            for layer, (value, _), hover in zip(layers, pairs, hovers[-1], strict=True)
+            if value is None
+        ]
+    figure = go.Figure(
+        go.Heatmap(
+            name="accuracy relevance",
+            x=layers,
+            y=labels,
+            z=values,
+            zmin=-1,
+            zmid=0,
+            zmax=1,
+            colorscale=_SCALE,
+            xgap=1,
+            ygap=1,
+            hovertext=hovers,
+            hoverinfo="text",
+            hoverongaps=False,
+            colorbar={
+                "orientation": "h",
+                "thickness": 9,
+                "len": 0.75,
+                "yref": "container",
+                "y": 0.02,
+                "yanchor": "bottom",
+                "tickvals": [-1, 0, 1],
+                "ticktext": ["≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"],
+                "ticklabeloverflow": "allow",
+                "outlinewidth": 0,
+            },
+        )
+    )
+    figure.add_trace(
+        go.Scatter(
+            name="undefined",
+            x=[layer for layer, _, _ in gaps],
+            y=[label for _, label, _ in gaps],
+            mode="markers",
+            marker={"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": GREY}},
+            hovertext=[hover for _, _, hover in gaps],
+            hoverinfo="text",
+            showlegend=False,
+        )
+    )
+    _style(figure, heat_title(cells), 165 + 40 * len(cells))
+    figure.update_layout(margin_b=105)
+    figure.update_xaxes(_layer_axis(layers), title_text="layer (0-based)", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", type="category")
+    return figure
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """List the round numbers 1, 2 and 5 of every decade between two positive numbers."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
+
+
+def _label(text: str) -> str:
+    return html.escape(text)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if tables.defined(value) else None
+
+
+def _points(fraction: float | None) -> float | None:
+    return 100 * fraction if tables.defined(fraction) else None
+
+
+def _errors(records: Sequence[LayerRecord | None]) -> dict[str, Any]:
+    """Reach from each drop to both ends of its interval, in pp; nothing where undefined."""
+    up: list[float | None] = []
+    down: list[float | None] = []
+    for record in records:
+        drop = _points(record.accuracy_drop) if record else None
+        low = _points(record.accuracy_drop_low) if record else None
+        high = _points(record.accuracy_drop_high) if record else None
+        up.append(None if drop is None or high is None else high - drop)
+        down.append(None if drop is None or low is None else drop - low)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up,
+        "arrayminus": down,
+        "width": 0,
+        "thickness": 1.2,
+        "color": GREY,
+    }
+
+
+def _hover(cell: CellRecord, layer: int, record: LayerRecord | None) -> str:
+    """Say everything about one layer in a hover box; escaped."""
+    head = f"<b>layer {layer}</b> · {_label(cell.benchmark.name)}"
+    if record is None:
+        return f"{head}<br>{tables.NOT_MEASURED}"
+    drop, relevance = record.accuracy_drop, tables.relevance(cell, record)
+    lines = [head]
+    if drop is None:
+        lines.append(
+            f"accuracy drop undefined: {_wrap(tables.reason_of(cell, 'accuracy_drop', record))}"
+        )
+    else:
+        between = tables.interval(
+            record.accuracy_drop_low, record.accuracy_drop_high, tables.points
+        )
+        lines.append(
+            f"accuracy drop {tables.points(drop)} pp"
+            + (f" (95 % interval {between})" if between else "")
+        )
+    if record.mcnemar_p is not None:
+        lines.append(f"McNemar p {tables.p_value(record.mcnemar_p)} (unadjusted)")
+    if relevance[0] is None:
+        lines.append(f"accuracy relevance undefined: {_wrap(relevance[1])}")
+    else:
+        lines.append(f"accuracy relevance {tables.fixed(relevance[0], 3)}")
+    if record.cosine_score is None:
+        lines.append(
+            f"cosine score undefined: {_wrap(tables.reason_of(cell, 'cosine_score', record))}"
+        )
+    else:
+        lines.append(f"cosine score {tables.fixed(record.cosine_score, 4)}")
+    lines.append(f"{record.n:,} documents")
+    return "<br>".join(lines)
+
+
+def _wrap(text: str, columns: int = 48) -> str:
+    return "<br>".join(_label(line) for line in textwrap.wrap(text, columns))
+
+
+def _layer_axis(layers: Sequence[int]) -> dict[str, Any]:
+    """Tick whole layers only, few enough to be read on a phone."""
+    first, last = (layers[0], layers[-1]) if layers else (0, 1)
+    count = last - first + 1
+    return {
+        "range": [first - 0.7, last + 0.7],
+        "tick0": 0,
+        "dtick": 1 if count <= 12 else 5 if count <= 50 else 10,
+        "minor": {"tick0": 0, "dtick": 1, "ticks": "outside", "ticklen": 2, "tickcolor": GREY},
+        "tickangle": 0,
+        "zeroline": False,
+        "showgrid": False,
+    }
+
+
+def _style(figure: go.Figure, title: str, height: int) -> None:
+    lines = textwrap.wrap(title, _TITLE_COLUMNS)
+    figure.update_layout(
+        # An empty template: plotly's default one is 6 KB in every figure.
+        template=go.layout.Template(),
+        title={
+            "text": "<br>".join(_label(line) for line in lines),
+            "font": {"size": 14},
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+        },
+        height=height,
+        margin={"l": 60, "r": 16, "t": 40 + 20 * len(lines), "b": 50},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": _FONT, "size": 12, "color": GREY},
+        modebar={"bgcolor": "rgba(0,0,0,0)"},
+        hoverlabel={
+            "bgcolor": "#23272e",
+            "bordercolor": "#23272e",
+            "font": {"color": "#f2f2f2", "size": 12, "family": _FONT},
+            "align": "left",
+        },
+    )
+    axis = {
+        "gridcolor": FAINT,
+        "linecolor": GREY,
+        "zerolinecolor": GREY,
+        "zerolinewidth": 1,
+        "automargin": True,
+        "title_standoff": 8,
+    }
+    figure.update_xaxes(
+        {**axis, "showline": False, "ticks": "outside", "tickcolor": GREY, "ticklen": 4}
+    )
+    figure.update_yaxes({**axis, "showline": False})

@@ -1,0 +1,207 @@
+"""The seam between records and tracking backends.
+
+A backend receives frozen records and files, nothing else. What every backend must agree on stands
+here as pure functions: a run's identity, whether it changed, its flat metrics and its tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tracker.records import CellRecord, LayerRecord, Record
+
+CURVES = (
+    "accuracy",
+    "accuracy_drop",
+    "accuracy_drop_low",
+    "accuracy_drop_high",
+    "accuracy_relevance",
+    "cosine_score",
+    "cosine_similarity",
+    "angular_distance",
+    "relative_update",
+    "gold_logprob_drop",
+)
+"""Fields of a `LayerRecord` that a cell's run shows as curves over the layers."""
+
+_LAYER_VALUES = (*CURVES, "mcnemar_p")
+
+Value = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What one `publish` did, in runs: the cell's own run and one for each layer."""
+
+    created: int
+    updated: int
+    unchanged: int
+    location: str
+    """What a person opens: an address, or the command that shows the runs."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that a backend shows as a table; a value that is not defined is None."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Value, ...], ...]
+
+
+class Backend(Protocol):
+    """Where runs are browsed. It may be unreachable; the ledger never depends on it."""
+
+    name: str
+
+    def publish(self, cell: CellRecord, artifacts: Sequence[Path]) -> Published:
+        """Publish the cell as one run, and one run for each of its layers.
+
+        Publishing the same again creates nothing and logs nothing twice; a changed record updates
+        the runs that it has. After a failure anywhere, publishing again repairs what is missing.
+
+        Args:
+            cell: The record, complete or still growing.
+            artifacts: Files to attach to the cell's run, each under its own file name.
+
+        Returns:
+            How many runs were created, updated and left alone, and where to look at them.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+
+    def close(self) -> None:
+        """Release what the backend holds; it never raises."""
+
+
+def run_key(cell: CellRecord, ablation: str) -> str:
+    """Name a run the same way on every machine and every day.
+
+    Args:
+        cell: The cell that the run belongs to.
+        ablation: An ablation's name, or `cell` for the cell's own run.
+
+    Returns:
+        The cell's key and the ablation.
+    """
+    return f"{cell.key}/{ablation}"
+
+
+def content_digest(record: Record, *also: str) -> str:
+    """Digest what would be published, to tell an unchanged run from a changed one.
+
+    Args:
+        record: The record.
+        *also: Whatever else the published run depends on.
+
+    Returns:
+        SHA-256 of the canonical JSON, in hexadecimal.
+    """
+    content = [record.model_dump(mode="json"), *also]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def defined(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Keep the values that are there: missing is not zero, and infinity is not a measurement.
+
+    Args:
+        values: Values by name.
+
+    Returns:
+        Those that are neither None nor NaN nor infinite.
+    """
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if value is not None and math.isfinite(value)
+    }
+
+
+def flat_metrics(layer: LayerRecord) -> dict[str, float]:
+    """Flatten a layer's figures; the benchmark's own metrics come as `metric/NAME`.
+
+    Args:
+        layer: One layer's record.
+
+    Returns:
+        Every defined figure by name; fractions, and nats for `gold_logprob_drop`.
+    """
+    return {"n": float(layer.n), **defined(_layer_values(layer))}
+
+
+def absent_reasons(layer: LayerRecord) -> dict[str, str]:
+    """Say why figures are absent from `flat_metrics`.
+
+    Args:
+        layer: One layer's record.
+
+    Returns:
+        The record's own reasons, and one for each value that is NaN or infinite.
+    """
+    return {**not_finite(_layer_values(layer)), **layer.reasons}
+
+
+def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
+    """Give a reason for every value that is a number but not a finite one.
+
+    Args:
+        values: Values by name.
+
+    Returns:
+        A reason for each NaN and each infinite value, by name.
+    """
+    return {
+        name: f"not a finite number: {value}"
+        for name, value in values.items()
+        if value is not None and not math.isfinite(value)
+    }
+
+
+def layer_table(cell: CellRecord) -> Table:
+    """Lay the layers out as rows.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        One row per layer; `layer` is 0-based, and `reasons` explains what is not defined.
+    """
+    benchmark_metrics = sorted({f"metric/{name}" for row in cell.layers for name in row.metrics})
+    names = (*_LAYER_VALUES, *benchmark_metrics)
+    rows: list[tuple[Value, ...]] = []
+    for layer in cell.layers:
+        values = flat_metrics(layer)
+        reasons = "; ".join(f"{name}: {why}" for name, why in absent_reasons(layer).items())
+        figures = (values.get(name) for name in names)
+        rows.append((layer.layer, layer.ablation, layer.n, *figures, reasons or None))
+    return Table(("layer", "ablation", "n", *names, "reasons"), tuple(rows))
+
+
+def correlation_table(cell: CellRecord) -> Table:
+    """Lay the correlations out as rows.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        One row per proxy, coefficient and subset of layers.
+    """
+    rows: list[tuple[Value, ...]] = []
+    for c in cell.correlations:
+        found = defined({"value": c.value, "low": c.low, "high": c.high, "p": c.p_value})
+        figures = (found.get(name) for name in ("value", "low", "high", "p"))
+        rows.append((c.proxy, c.coefficient, c.subset, *figures, c.n, c.documents, c.reason))
+    columns = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
+    return Table((*columns, "n", "documents", "reason"), tuple(rows))
+
+
+def _layer_values(layer: LayerRecord) -> dict[str, float | None]:
+    values: dict[str, float | None] = {name: getattr(layer, name) for name in _LAYER_VALUES}
+    return values | {f"metric/{name}": value for name, value in layer.metrics.items()}

@@ -1,0 +1,484 @@
+"""Publishes cells to MLflow: one run per cell, one nested run per layer.
+
+Without `MLFLOW_TRACKING_URI` everything lands in the results folder (`mlflow.db` and
+`mlartifacts/`) and no server is needed.
+
+A run is found again by its tag `tracker.run_key`, and its tag `tracker.digest` is written last: a
+run whose digest is missing or old is completed by the next `publish`. MLflow never lets a param
+change, so params hold identity only; whatever may change is a metric or a tag.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import psutil
+from filelock import FileLock
+
+# MLflow reads these when it is imported or when it connects; a user's own setting wins. Its own
+# limits (7 retries of 120 s) would hold up a measurement for minutes when a server is down.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow import MlflowClient  # noqa: E402  (the environment above must be set first)
+from mlflow.entities import Metric, Param, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+from tracker.errors import TrackingError  # noqa: E402
+from tracker.records import CellRecord, LayerRecord  # noqa: E402
+from tracker.tracking.base import (  # noqa: E402
+    CURVES,
+    Published,
+    Table,
+    absent_reasons,
+    content_digest,
+    correlation_table,
+    defined,
+    flat_metrics,
+    layer_table,
+    not_finite,
+    run_key,
+)
+
+# "Creating initial MLflow database tables...": nothing that a user of tracker must read.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+
+FORMAT = "1"
+"""Part of every digest: raise it when runs are written differently, and all are updated once."""
+
+DIGEST_TAG = "tracker.digest"
+KEY_TAG = "tracker.run_key"
+LAYERS_TABLE = "tables/layers.json"
+CORRELATIONS_TABLE = "tables/correlations.json"
+
+_LOCK_SECONDS = 600.0
+_TAG_CHARACTERS = 5000  # what every MLflow server accepts
+_SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
+_NETWORK_FILE_SYSTEMS = re.compile(
+    r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|afs|orangefs|pvfs|9p|fuse\.sshfs", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One MLflow run as it should be."""
+
+    key: str
+    name: str
+    digest: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    points: dict[tuple[str, int], float]
+    """Metric values by name and step."""
+    step: int
+    """The step of every metric that is not a curve."""
+    curves: tuple[str, ...] = ()
+    tables: dict[str, Table] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+
+class MlflowBackend:
+    """Keeps an MLflow experiment in step with the ledger.
+
+    Args:
+        project: The MLflow experiment's name.
+        results: The results folder.
+        tracking_uri: Where MLflow stores runs; by default `MLFLOW_TRACKING_URI`, else a SQLite
+            file in the results folder.
+    """
+
+    name = "mlflow"
+
+    def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
+        self._project = project
+        self._results = results.absolute()
+        self._uri = (
+            tracking_uri
+            or os.environ.get("MLFLOW_TRACKING_URI")
+            or f"sqlite:///{self._results / 'mlflow.db'}"
+        )
+        sqlite = _SQLITE.fullmatch(self._uri)
+        self._database = Path(sqlite["path"]).absolute() if sqlite else None
+        if self._database:
+            self._uri = f"sqlite:///{self._database}"
+        self._connection: tuple[Any, str] | None = None
+
+    def publish(self, cell: CellRecord, artifacts: Sequence[Path]) -> Published:
+        """Publish the cell as a parent run, and each of its layers as a nested run.
+
+        Args:
+            cell: The record, complete or still growing.
+            artifacts: Files to attach to the cell's run, each under its own file name.
+
+        Returns:
+            How many runs were created, updated and left alone, and where to look at them.
+
+        Raises:
+            TrackingError: MLflow refused or could not be reached.
+        """
+        with self._failures_explained(), self._one_publisher():
+            client, experiment = self._connect()
+            existing = _runs_of_cell(client, experiment, cell.key)
+            parent = _cell_run(cell, artifacts)
+            outcomes = [_write(client, experiment, parent, existing)]
+            parent_id = existing[parent.key].info.run_id
+            # MLflow lists the newest run first, so layer 0 is written last.
+            for layer in reversed(cell.layers):
+                run = _layer_run(cell, layer, parent_id)
+                outcomes.append(_write(client, experiment, run, existing))
+            location = self._location(experiment)
+        return Published(
+            created=outcomes.count("created"),
+            updated=outcomes.count("updated"),
+            unchanged=outcomes.count("unchanged"),
+            location=location,
+        )
+
+    def close(self) -> None:
+        """Leave the SQLite file complete on its own, so that it can be copied."""
+        connected, self._connection = self._connection is not None, None
+        if connected and self._database:
+            with suppress(sqlite3.Error), closing(sqlite3.connect(self._database)) as database:
+                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _connect(self) -> tuple[Any, str]:
+        """Return the client and the experiment's id, creating what is not there yet."""
+        if self._connection is None:
+            if self._database:
+                create_database(self._database)
+            client = MlflowClient(tracking_uri=self._uri)
+            self._connection = client, self._experiment_id(client)
+        return self._connection
+
+    def _experiment_id(self, client: Any) -> str:
+        experiment = client.get_experiment_by_name(self._project)
+        if experiment is None:
+            try:
+                return str(client.create_experiment(self._project, self._artifact_location()))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            experiment = client.get_experiment_by_name(self._project)
+        if experiment.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"The MLflow experiment {self._project!r} was deleted. Choose another project, or "
+                "restore it: mlflow experiments restore --experiment-id "
+                f"{experiment.experiment_id}"
+            )
+        return str(experiment.experiment_id)
+
+    def _artifact_location(self) -> str | None:
+        """Keep files beside the runs; a server decides for itself."""
+        if self._uri.startswith(("http://", "https://", "databricks")):
+            return None
+        return _artifact_folder(self._database or self._results / "mlflow.db").as_uri()
+
+    def _location(self, experiment: str) -> str:
+        if self._uri.startswith(("http://", "https://")):
+            server = _without_credentials(self._uri).replace("***@", "").rstrip("/")
+            return f"{server}/#/experiments/{experiment}"
+        uri = shlex.quote(_without_credentials(self._uri))
+        return f"mlflow ui --backend-store-uri {uri} --port 5000"
+
+    @contextmanager
+    def _one_publisher(self) -> Iterator[None]:
+        """Hold off other processes: MLflow has no "create unless it exists" for runs.
+
+        The same lock guards the first use of a SQLite file, whose migrations break when two
+        processes run them at once.
+        """
+        path = self._database or self._results / "mlflow"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
+            yield
+
+    @contextmanager
+    def _failures_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except TrackingError:
+            raise
+        except Exception as error:  # noqa: BLE001  the SDK raises requests, SQL, cloud errors, ...
+            text = _without_credentials(str(error) or type(error).__name__, self._uri)
+            message = (
+                f"MLflow at {_without_credentials(self._uri)} did not take the runs: {text}\n"
+                "The results are on disk; run `tracker sync "
+                f"{shlex.quote(str(self._results))}` when it is back."
+            )
+            # A traceback prints the cause too, so it is dropped where it could show a password.
+            secret = _without_credentials(self._uri) != self._uri
+            raise TrackingError(message) from (None if secret else error)
+
+
+def _cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> _Run:
+    model, benchmark = cell.model, cell.benchmark
+    params = {
+        "architecture": model.architecture,
+        "layers": model.layers,
+        "parameters": model.parameters,
+        "model_fingerprint": model.fingerprint,
+        "apply_chat_template": benchmark.apply_chat_template,
+        "seed": benchmark.seed,
+        "tasks": len(benchmark.tasks),
+        **_identity(cell),
+    }
+    single = {
+        "baseline_accuracy": cell.baseline_accuracy,
+        "baseline_low": cell.baseline_low,
+        "baseline_high": cell.baseline_high,
+        "chance_accuracy": cell.chance_accuracy,
+        **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
+        **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.value for c in cell.correlations},
+    }
+    points = {
+        (_metric_name(name), 0): value
+        for name, value in {"n": cell.n, "tokens": cell.tokens, **defined(single)}.items()
+    }
+    for layer in cell.layers:
+        figures = flat_metrics(layer)
+        points |= {(name, layer.layer): figures[name] for name in CURVES if name in figures}
+    tables = {LAYERS_TABLE: layer_table(cell), CORRELATIONS_TABLE: correlation_table(cell)}
+    tags = {
+        "tracker.model_source": model.source,
+        "tracker.model_revision": model.revision,
+        "tracker.data": benchmark.data,
+        "tracker.missing_layers": ", ".join(map(str, cell.missing_layers)) or None,
+        **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
+        "mlflow.loggedArtifacts": json.dumps([{"path": p, "type": "table"} for p in tables]),
+        "mlflow.note.content": (
+            f"**{cell.title}**: what the benchmark's accuracy (`{cell.metric}`, {cell.n} "
+            "documents) loses when one layer is removed, beside the cheap proxies. The step of "
+            "every curve is the 0-based layer. Values are fractions; `gold_logprob_drop` is in "
+            "nats."
+        ),
+    }
+    files = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in artifacts]
+    return _Run(
+        key=run_key(cell, "cell"),
+        name=cell.title,
+        digest=content_digest(cell, FORMAT, *sorted(files)),
+        params=_texts(params),
+        tags=_tags(cell, "cell", tags, {**not_finite(single), **cell.reasons}),
+        points=points,
+        step=0,
+        curves=CURVES,
+        tables=tables,
+        files=tuple(artifacts),
+    )
+
+
+def _layer_run(cell: CellRecord, layer: LayerRecord, parent_id: str) -> _Run:
+    number = f"{layer.layer:0{max(2, len(str(cell.model.layers - 1)))}d}"
+    name = f"layer {number} · {cell.benchmark.name} · {cell.model.name}"
+    tags = {"tracker.layer": str(layer.layer), "mlflow.parentRunId": parent_id}
+    figures = flat_metrics(layer)
+    return _Run(
+        key=run_key(cell, layer.ablation),
+        name=name,
+        digest=content_digest(layer, FORMAT, name, cell.metric, parent_id),
+        params=_texts({"layer": layer.layer, "ablation": layer.ablation, **_identity(cell)}),
+        tags=_tags(cell, layer.ablation, tags, absent_reasons(layer)),
+        points={(_metric_name(name), layer.layer): value for name, value in figures.items()},
+        step=layer.layer,
+    )
+
+
+def _identity(cell: CellRecord) -> dict[str, object]:
+    return {
+        "model": cell.model.name,
+        "dtype": cell.model.dtype,
+        "benchmark": cell.benchmark.name,
+        "num_fewshot": cell.benchmark.num_fewshot,
+    }
+
+
+def _tags(
+    cell: CellRecord,
+    ablation: str,
+    own: Mapping[str, str | None],
+    reasons: Mapping[str, str],
+) -> dict[str, str]:
+    tags = {
+        KEY_TAG: run_key(cell, ablation),
+        "tracker.kind": "cell" if ablation == "cell" else "layer",
+        "tracker.cell": cell.key,
+        "tracker.model": cell.model.name,
+        "tracker.benchmark": cell.benchmark.name,
+        "tracker.metric": cell.metric,
+        "mlflow.source.name": "tracker",
+        **own,
+        **{f"tracker.reason.{_metric_name(name)}": reason for name, reason in reasons.items()},
+    }
+    return {name: text[:_TAG_CHARACTERS] for name, text in _texts(tags).items()}
+
+
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _metric_name(name: str) -> str:
+    """Replace what MLflow refuses in names, as the comma of `acc,none`."""
+    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)
+
+
+def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]:
+    """Find the runs that a cell has, by run key; deleted ones do not count."""
+    found: dict[str, Any] = {}
+    token: str | None = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            filter_string=f"tags.`tracker.cell` = '{cell_key}'",
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        for run in page:
+            found.setdefault(run.data.tags.get(KEY_TAG, run.info.run_id), run)
+        token = page.token
+        if not token:
+            return found
+
+
+def _write(client: Any, experiment: str, run: _Run, existing: dict[str, Any]) -> str:
+    """Bring one run to what it should be; `existing` learns of a run that is created."""
+    found = existing.get(run.key)
+    if found is None:
+        found = client.create_run(experiment, tags=run.tags, run_name=run.name)
+        existing[run.key] = found
+        known, tags, outcome = {}, {}, "created"
+    elif found.data.tags.get(DIGEST_TAG) == run.digest:
+        return "unchanged"
+    else:
+        known, tags, outcome = _known_points(client, found, run), run.tags, "updated"
+
+    run_id = found.info.run_id
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run_id,
+        metrics=[
+            Metric(name, value, now, step)
+            for (name, step), value in _changes(known, run.points).items()
+        ],
+        params=[
+            Param(name, value)
+            for name, value in run.params.items()
+            if name not in found.data.params
+        ],
+        tags=[RunTag(name, value) for name, value in tags.items()],
+        synchronous=True,
+    )
+    for tag in found.data.tags:
+        if tag.startswith("tracker.") and tag != DIGEST_TAG and tag not in run.tags:
+            client.delete_tag(run_id, tag)
+    for path, table in run.tables.items():
+        # Not log_table: it appends to a table that is already there.
+        content = {"columns": table.columns, "data": table.rows}
+        client.log_text(run_id, json.dumps(content), path)
+    for file in run.files:
+        client.log_artifact(run_id, str(file))
+    if found.info.run_name != run.name:
+        client.update_run(run_id, name=run.name)
+    if found.info.status != "FINISHED":
+        client.set_terminated(run_id, "FINISHED")
+    client.set_tag(run_id, DIGEST_TAG, run.digest, synchronous=True)
+    return outcome
+
+
+def _known_points(client: Any, found: Any, run: _Run) -> dict[tuple[str, int], float]:
+    """Read back the newest value of every metric at every step."""
+    known: dict[tuple[str, int], float] = {}
+    for name, value in found.data.metrics.items():
+        if name in run.curves:
+            history = client.get_metric_history(found.info.run_id, name)
+            for point in sorted(history, key=lambda point: point.timestamp):
+                known[name, point.step] = point.value
+        else:
+            known[name, run.step] = value
+    return known
+
+
+def _changes(
+    known: Mapping[tuple[str, int], float], wanted: Mapping[tuple[str, int], float]
+) -> dict[tuple[str, int], float]:
+    """Pick the values that must be logged.
+
+    MLflow cannot take a metric back, so a value that is no longer defined becomes NaN.
+    """
+    changed = {at: value for at, value in wanted.items() if known.get(at) != value}
+    gone = (at for at, old in known.items() if at not in wanted and not math.isnan(old))
+    return changed | dict.fromkeys(gone, math.nan)
+
+
+def _artifact_folder(database: Path) -> Path:
+    return database.parent / "mlartifacts"
+
+
+def create_database(path: Path) -> None:
+    """Create the SQLite file, or find out quickly that the one there cannot be used.
+
+    MLflow's migrations take seconds and cannot be repeated when they are interrupted, so they run
+    on a draft that is renamed when it is complete. The caller holds the lock.
+
+    Args:
+        path: The SQLite file.
+    """
+    if path.exists() and path.stat().st_size:
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA schema_version")
+        return
+
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    draft = path.with_name(f"{path.name}.draft")
+    for suffix in ("", "-journal", "-shm", "-wal"):
+        Path(f"{draft}{suffix}").unlink(missing_ok=True)
+    if _on_local_disk(path.parent):
+        # Three times as fast for runs that are logged one by one; it stays on in the file.
+        with closing(sqlite3.connect(draft)) as database:
+            database.execute("PRAGMA journal_mode=WAL")
+    store = SqlAlchemyStore(f"sqlite:///{draft}", _artifact_folder(path).as_uri())
+    store.engine.dispose()
+    draft.replace(path)
+
+
+def _on_local_disk(folder: Path) -> bool:
+    """Say whether SQLite's write-ahead log is safe here: it is not on network file systems."""
+    mounts = [
+        mount
+        for mount in psutil.disk_partitions(all=True)
+        if folder.resolve().is_relative_to(mount.mountpoint)
+    ]
+    nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
+    return nearest is None or not _NETWORK_FILE_SYSTEMS.search(nearest.fstype)
+
+
+def _without_credentials(text: str, uri: str = "") -> str:
+    """Mask passwords: the ones in addresses in the text, and the ones of a known URI."""
+    with suppress(ValueError):
+        password = urlsplit(uri).password
+        for secret in (password, unquote(password or "")):
+            if secret:
+                text = text.replace(secret, "***")
+    text = re.sub(r"://\S*@", "://***@", text)
+    return re.sub(r"(?i)\b(password|token)=[^&\s]+", r"\1=***", text)
