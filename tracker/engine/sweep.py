@@ -78,8 +78,10 @@ class Engine:
 
     def rows(self, documents: Sequence[Document]) -> Iterator[Row]:
         """Pack documents the way this engine scores them."""
-        pack = tree_rows if self.sharing.tokens else flat_rows
-        return pack(documents, self.max_length, self.row_tokens)
+        if self.sharing.tokens:
+            return tree_rows(documents, self.max_length, self.row_tokens)
+        # While streams fork, a mask that a model builds itself must broadcast: one sequence a row.
+        return flat_rows(documents, self.max_length, 1 if self.sharing.depth else self.row_tokens)
 
     def score(
         self,

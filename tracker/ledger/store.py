@@ -50,6 +50,13 @@ class CellIdentity(Record):
     provenance: dict[str, str]
 
 
+class Asked(Record):
+    """What was asked of a cell last, as it stands in `request.json`."""
+
+    project: str
+    request: CellRequest
+
+
 @dataclass(frozen=True, order=True)
 class Block:
     """Up to `BLOCK` consecutive documents of one task.
@@ -200,24 +207,27 @@ class CellStore:
             )
             return None
 
-    def ask(self, request: CellRequest) -> None:
-        """Remember what was asked for last: what reports of this cell show."""
-        write_text(self.folder / "request.json", request.model_dump_json(indent=2))
+    def ask(self, request: CellRequest, project: str) -> None:
+        """Remember what was asked for last, and for which project: what reports and syncs use."""
+        text = Asked(project=project, request=request).model_dump_json(indent=2)
+        write_text(self.folder / "request.json", text)
 
-    def asked(self) -> CellRequest:
-        """Recall what was asked for last."""
-        text = (self.folder / "request.json").read_text(encoding="utf-8")
-        return CellRequest.model_validate_json(text)
+    def asked(self) -> Asked | None:
+        """Recall what was asked for last; None when the cell was never finished."""
+        path = self.folder / "request.json"
+        if not path.is_file():
+            return None
+        return Asked.model_validate_json(path.read_text(encoding="utf-8"))
 
-    def receipts(self) -> dict[str, str]:
-        """Recall which backend got which content: backend → digest of the record."""
-        path = self.folder / "published.json"
+    def receipt(self, destination: str) -> dict[str, str]:
+        """Recall what a backend got last: `digest` of the record and `location` of the runs."""
+        path = self.folder / "receipts" / f"{destination[:32]}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def add_receipt(self, backend: str, digest: str) -> None:
-        """Remember that a backend has a record."""
-        receipts = {**self.receipts(), backend: digest}
-        write_text(self.folder / "published.json", json.dumps(receipts, indent=2))
+    def add_receipt(self, destination: str, digest: str, location: str) -> None:
+        """Remember what a backend has."""
+        receipt = json.dumps({"digest": digest, "location": location}, indent=2)
+        write_text(self.folder / "receipts" / f"{destination[:32]}.json", receipt)
 
 
 class Ledger:

@@ -26,7 +26,7 @@ from tracker.metrics.proxies import PROXIES, cosine_score, proxy_means
 from tracker.metrics.resampling import resampled_means
 from tracker.records import CellRecord, CorrelationRecord, LayerRecord
 
-Aggregate = Callable[[str, Sequence[float | str]], float]
+Aggregate = Callable[[str, Sequence[float | str]], float | None]
 Array = NDArray[np.float64]
 RESAMPLES = 2000
 SEED = 0
@@ -183,7 +183,9 @@ def cell_record(
         chance_accuracy=chance,
         baseline_metrics=all_metrics,
         layers=tuple(layers),
-        correlations=tuple(_correlations(outcomes, metric, weights, sums, tokens)),
+        correlations=tuple(_correlations(outcomes, metric, weights, sums, tokens))
+        if layers
+        else (),
         reasons=reasons,
     )
 
@@ -253,7 +255,11 @@ def _metric_values(
             if any(value is None or value != value for value in given):
                 per_task = []
                 break
-            per_task.append(aggregate(task.metrics[name], given))
+            value = aggregate(task.metrics[name], given)
+            if value is None:
+                per_task = []
+                break
+            per_task.append(value)
             sizes.append(len(given))
         values[name] = (
             float(np.average(per_task, weights=sizes if by_size else None)) if per_task else None

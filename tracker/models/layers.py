@@ -66,7 +66,8 @@ def layers_removed(model: nn.Module, removed: Collection[int]) -> Iterator[None]
         for module in layer.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
     ]
-    types = getattr(config, "layer_types", None)
+    # Some configurations compute the types from what else they hold; then there is none to keep.
+    types = vars(config).get("layer_types")
     try:
         setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
         for new, old in enumerate(kept):

@@ -83,6 +83,36 @@ def load_model(
     return LoadedModel(model, tokenizer, find_layers(model), identity, place)
 
 
+def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Make a model's shape and its tokenizer, to plan with; no weight is read.
+
+    Args:
+        source: Where the model is.
+        dtype: As in `load_model`.
+        trust_remote_code: Whether code from the download may run.
+
+    Returns:
+        The model on the meta device, and its tokenizer.
+
+    Raises:
+        ModelError: The configuration or the tokenizer cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = read_config(source, trust_remote_code)
+    try:
+        arguments = source.load_arguments(trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise unreadable(source, error) from None
+    kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
+        )
+    return model, tokenizer
+
+
 def _device(name: str) -> torch.device:
     if name != "auto":
         try:

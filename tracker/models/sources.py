@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def _in_package(source: str) -> ModelSource:
     return ModelSource(source, str(folder), gguf_file=files[0].name)
 
 
+@cache
 def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
     """Read a model's configuration, not its weights.
 

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tracker.records import CellRecord, LayerRecord
-from tracker.report import tables
+from tracker.report import wording
 
 MATTERS = "#3d74a8"
 HELPS = "#c4762f"
@@ -46,13 +46,13 @@ def curve_title(cell: CellRecord) -> str:
     Returns:
         Plain text with the largest drop, its interval and the number of documents.
     """
-    drops = [r.accuracy_drop for r in cell.layers if tables.defined(r.accuracy_drop)]
+    drops = [r.accuracy_drop for r in cell.layers if wording.defined(r.accuracy_drop)]
     if not drops:
         return f"{cell.title}: no accuracy drop is defined"
     says = "no removal costs accuracy"
-    for top in tables.most_critical(cell, 1):
-        size = tables.points(max(drops))
-        between = tables.interval(top.accuracy_drop_low, top.accuracy_drop_high, tables.points)
+    for top in wording.most_critical(cell, 1):
+        size = wording.points(max(drops))
+        between = wording.interval(top.accuracy_drop_low, top.accuracy_drop_high, wording.points)
         says = f"removing layer {top.layer} costs most, {size} pp"
         says += f" (95 % interval {between})" if between else ""
     gains = sum(1 for drop in drops if drop < 0)
@@ -71,8 +71,7 @@ def scatter_title(cell: CellRecord) -> str:
     Returns:
         Plain text with the Spearman correlation, its interval and its samples.
     """
-    record = tables.correlation(cell, "cosine_score", "spearman", "all")
-    text = tables.correlation_text(record)
+    text = wording.correlation_text(wording.correlation(cell))
     return f"{cell.title}: Spearman of cosine score and accuracy drop {text}"
 
 
@@ -85,11 +84,11 @@ def heat_title(cells: Sequence[CellRecord]) -> str:
     Returns:
         Plain text with the numbers of benchmarks and of negative and undefined values.
     """
-    layers = sorted({layer for cell in cells for layer in tables.all_layers(cell)})
+    layers = wording.all_layers(*cells)
     found: dict[int, list[float]] = {}
     for cell in cells:
         for record in cell.layers:
-            value, _ = tables.relevance(cell, record)
+            value, _ = wording.relevance(cell, record)
             if value is not None:
                 found.setdefault(record.layer, []).append(value)
     total, count = len(layers) * len(cells), sum(len(v) for v in found.values())
@@ -119,7 +118,7 @@ def layer_curve(cell: CellRecord) -> go.Figure:
         Accuracy drops in pp with 95 % intervals (trace `accuracy drop`), and cosine scores
         (trace `cosine score`). Undefined and missing layers are gaps.
     """
-    layers = tables.all_layers(cell)
+    layers = wording.all_layers(cell)
     by_layer = {record.layer: record for record in cell.layers}
     records = [by_layer.get(layer) for layer in layers]
     drops = [_points(record.accuracy_drop if record else None) for record in records]
@@ -182,7 +181,9 @@ def proxy_scatter(cell: CellRecord) -> go.Figure:
         and `outer layers` for the first two and the last two.
     """
     records = [
-        r for r in cell.layers if tables.defined(r.cosine_score) and tables.defined(r.accuracy_drop)
+        r
+        for r in cell.layers
+        if wording.defined(r.cosine_score) and wording.defined(r.accuracy_drop)
     ]
     records.sort(key=lambda record: record.layer)
     by_score = sorted(records, key=lambda record: record.cosine_score or 0)
@@ -244,16 +245,16 @@ def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
     Raises:
         ValueError: If there is no cell, or the cells belong to several models.
     """
-    if len({tables.model_key(cell) for cell in cells}) != 1:
+    if len({wording.model_key(cell) for cell in cells}) != 1:
         raise ValueError("heat_map takes the cells of exactly one model")
-    layers = sorted({layer for cell in cells for layer in tables.all_layers(cell)})
-    labels = [_label(label).replace(" · ", "<br>", 1) for label in tables.benchmark_labels(cells)]
+    layers = wording.all_layers(*cells)
+    labels = [_label(label).replace(" · ", "<br>", 1) for label in wording.benchmark_labels(cells)]
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
     gaps: list[tuple[int, str, str]] = []
     for cell, label in zip(cells, labels, strict=True):
         by_layer = {record.layer: record for record in cell.layers}
-        pairs = [tables.relevance(cell, by_layer.get(layer)) for layer in layers]
+        pairs = [wording.relevance(cell, by_layer.get(layer)) for layer in layers]
         values.append([value for value, _ in pairs])
         hovers.append([_hover(cell, layer, by_layer.get(layer)) for layer in layers])
         gaps += [
@@ -320,11 +321,11 @@ def _label(text: str) -> str:
 
 
 def _finite(value: float | None) -> float | None:
-    return value if tables.defined(value) else None
+    return value if wording.defined(value) else None
 
 
 def _points(fraction: float | None) -> float | None:
-    return 100 * fraction if tables.defined(fraction) else None
+    return 100 * fraction if wording.defined(fraction) else None
 
 
 def _errors(records: Sequence[LayerRecord | None]) -> dict[str, Any]:
@@ -352,33 +353,33 @@ def _hover(cell: CellRecord, layer: int, record: LayerRecord | None) -> str:
     """Say everything about one layer in a hover box; escaped."""
     head = f"<b>layer {layer}</b> · {_label(cell.benchmark.name)}"
     if record is None:
-        return f"{head}<br>{tables.NOT_MEASURED}"
-    drop, relevance = record.accuracy_drop, tables.relevance(cell, record)
+        return f"{head}<br>{wording.NOT_MEASURED}"
+    drop, relevance = record.accuracy_drop, wording.relevance(cell, record)
     lines = [head]
     if drop is None:
         lines.append(
-            f"accuracy drop undefined: {_wrap(tables.reason_of(cell, 'accuracy_drop', record))}"
+            f"accuracy drop undefined: {_wrap(wording.reason_of(cell, 'accuracy_drop', record))}"
         )
     else:
-        between = tables.interval(
-            record.accuracy_drop_low, record.accuracy_drop_high, tables.points
+        between = wording.interval(
+            record.accuracy_drop_low, record.accuracy_drop_high, wording.points
         )
         lines.append(
-            f"accuracy drop {tables.points(drop)} pp"
+            f"accuracy drop {wording.points(drop)} pp"
             + (f" (95 % interval {between})" if between else "")
         )
     if record.mcnemar_p is not None:
-        lines.append(f"McNemar p {tables.p_value(record.mcnemar_p)} (unadjusted)")
+        lines.append(f"McNemar p {wording.p_value(record.mcnemar_p)} (unadjusted)")
     if relevance[0] is None:
         lines.append(f"accuracy relevance undefined: {_wrap(relevance[1])}")
     else:
-        lines.append(f"accuracy relevance {tables.fixed(relevance[0], 3)}")
+        lines.append(f"accuracy relevance {wording.fixed(relevance[0], 3)}")
     if record.cosine_score is None:
         lines.append(
-            f"cosine score undefined: {_wrap(tables.reason_of(cell, 'cosine_score', record))}"
+            f"cosine score undefined: {_wrap(wording.reason_of(cell, 'cosine_score', record))}"
         )
     else:
-        lines.append(f"cosine score {tables.fixed(record.cosine_score, 4)}")
+        lines.append(f"cosine score {wording.fixed(record.cosine_score, 4)}")
     lines.append(f"{record.n:,} documents")
     return "<br>".join(lines)
 

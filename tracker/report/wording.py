@@ -1,0 +1,345 @@
+"""Words for cell records: numbers, intervals, reasons, labels and sentences for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeGuard
+
+from tracker.records import CellRecord, CorrelationRecord, LayerRecord
+
+DASH = "–"
+MINUS = "−"
+NO_REASON = "no reason was recorded"
+NOT_MEASURED = "asked for, but not measured yet"
+
+# Numbers
+
+
+def fixed(value: float, digits: int) -> str:
+    """Round to a fixed number of digits, with a true minus sign and no negative zero.
+
+    Args:
+        value: The number.
+        digits: Digits after the decimal point.
+
+    Returns:
+        For example `−0.25`.
+    """
+    return f"{value:z.{digits}f}".replace("-", MINUS)
+
+
+def two_digits(value: float) -> str:
+    """Round to two digits after the decimal point, as every correlation is written.
+
+    Args:
+        value: The number.
+
+    Returns:
+        For example `0.66`.
+    """
+    return fixed(value, 2)
+
+
+def points(fraction: float) -> str:
+    """Write a fraction as percentage points or per cent, without the unit.
+
+    Args:
+        fraction: For example 0.113.
+
+    Returns:
+        For example `11.3`.
+    """
+    return fixed(100 * fraction, 1)
+
+
+def p_value(p: float) -> str:
+    """Write a p-value for a table: three decimals, or one significant digit below 0.001.
+
+    Args:
+        p: The p-value.
+
+    Returns:
+        For example `0.012` or `3e−5`.
+    """
+    if not 0 < p < 0.001:
+        return f"{p:.3f}"
+    digit, exponent = f"{p:.0e}".split("e")
+    return f"{digit}e{MINUS}{abs(int(exponent))}"
+
+
+def defined(value: float | None) -> TypeGuard[float]:
+    """Say whether a value can be shown: there, and finite.
+
+    Args:
+        value: The value, or None.
+
+    Returns:
+        False for None, NaN and infinities.
+    """
+    return value is not None and math.isfinite(value)
+
+
+def interval(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
+    """Write an interval.
+
+    Args:
+        low: Its lower end, or None.
+        high: Its upper end, or None.
+        write: How one end is written.
+
+    Returns:
+        For example `1.2 to 4.0`, or an empty string when an end is undefined.
+    """
+    return f"{write(low)} to {write(high)}" if defined(low) and defined(high) else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things.
+
+    Args:
+        number: How many.
+        noun: One of them, for example `layer`.
+
+    Returns:
+        For example `1 layer` or `1,200 layers`.
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+# Layers and reasons
+
+
+def layer_list(layers: Sequence[int], total: int) -> str:
+    """Name layers in a sentence.
+
+    Args:
+        layers: The layers, 0-based.
+        total: How many layers there are to name.
+
+    Returns:
+        For example `layer 3`, `layers 3, 5` or `all 30 layers`.
+    """
+    if len(layers) == total and total > 1:
+        return f"all {total} layers"
+    return f"layer{'s' if len(layers) != 1 else ''} {', '.join(map(str, layers))}"
+
+
+def all_layers(*cells: CellRecord) -> list[int]:
+    """List the layers of cells, measured or missing.
+
+    Args:
+        *cells: The cells.
+
+    Returns:
+        Layer numbers in order.
+    """
+    measured = {record.layer for cell in cells for record in cell.layers}
+    return sorted(measured.union(*(cell.missing_layers for cell in cells)))
+
+
+def most_critical(cell: CellRecord, count: int = 3) -> list[LayerRecord]:
+    """Find the layers whose removal costs most accuracy.
+
+    Args:
+        cell: The cell.
+        count: How many at most.
+
+    Returns:
+        Layers with a positive accuracy drop, the largest first; ties in layer order.
+    """
+    drops = [(r.accuracy_drop, r) for r in cell.layers if defined(r.accuracy_drop)]
+    costly = [(drop, r) for drop, r in drops if drop > 0]
+    return [r for _, r in sorted(costly, key=lambda pair: (-pair[0], pair[1].layer))[:count]]
+
+
+def reason_of(cell: CellRecord, field: str, record: LayerRecord | None = None) -> str:
+    """Say why a value is undefined.
+
+    Args:
+        cell: The cell.
+        field: The field's name, or a metric's.
+        record: The layer whose field it is; None for the cell's own fields.
+
+    Returns:
+        The reason recorded for the layer, else for the cell, else a text that says that there is
+        none.
+    """
+    for reasons in (record.reasons if record else {}, cell.reasons):
+        found = reasons.get(field) or reasons.get(f"metrics.{field}")
+        if found:
+            return found
+    return NO_REASON
+
+
+def relevance(cell: CellRecord, record: LayerRecord | None) -> tuple[float | None, str]:
+    """Find the accuracy relevance of one layer.
+
+    Args:
+        cell: The cell.
+        record: The layer's record, or None when the cell does not hold the layer.
+
+    Returns:
+        The value, and the reason when it is None.
+    """
+    if record is None:
+        return None, NOT_MEASURED
+    if defined(record.accuracy_relevance):
+        return record.accuracy_relevance, ""
+    return None, reason_of(cell, "accuracy_relevance", record)
+
+
+# Labels
+
+
+def model_key(cell: CellRecord) -> tuple[str, str, str]:
+    """Say which model a cell belongs to.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Its name, fingerprint and dtype; cells with equal keys share a section of the page.
+    """
+    return (cell.model.name, cell.model.fingerprint, cell.model.dtype)
+
+
+def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
+    """Name the benchmark of each cell of one model, so that no two names are equal.
+
+    Args:
+        cells: Cells of one model.
+
+    Returns:
+        For example `arc_easy · 0-shot`, with the cell's key where that alone is ambiguous.
+    """
+    labels = [
+        f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot"
+        + (" · chat" if cell.benchmark.apply_chat_template else "")
+        for cell in cells
+    ]
+    return [
+        f"{label} · {cell.key[:8]}" if labels.count(label) > 1 else label
+        for label, cell in zip(labels, cells, strict=True)
+    ]
+
+
+# Sentences
+
+
+def correlation(cell: CellRecord, subset: str = "all") -> CorrelationRecord | None:
+    """Find the Spearman correlation of cosine score and accuracy drop.
+
+    Args:
+        cell: The cell.
+        subset: `all` or `inner`.
+
+    Returns:
+        The record, or None when the cell does not hold it.
+    """
+    wanted = ("cosine_score", "spearman", subset)
+    found = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == wanted)
+    return next(found, None)
+
+
+def correlation_text(record: CorrelationRecord | None) -> str:
+    """Write one correlation with its interval, its samples and its p-value.
+
+    Args:
+        record: The correlation, or None when the cell does not hold it.
+
+    Returns:
+        For example `0.66 (95 % interval 0.41 to 0.80; 30 layers, 100 documents; permutation
+        p < 0.001)`, or why it is undefined.
+    """
+    if record is None:
+        return "not computed"
+    samples = f"{counted(record.n, 'layer')}, {counted(record.documents, 'document')}"
+    if not defined(record.value):
+        return f"undefined ({record.reason or NO_REASON}; {samples})"
+    between = interval(record.low, record.high, two_digits)
+    parts = [
+        f"95 % interval {between}" if between else f"no interval: {record.reason or NO_REASON}",
+        samples,
+    ]
+    if defined(record.p_value):
+        p = "< 0.001" if record.p_value < 0.001 else f"= {record.p_value:.3f}"
+        parts.append(f"permutation p {p}")
+    return f"{two_digits(record.value)} ({'; '.join(parts)})"
+
+
+def sentence(cell: CellRecord) -> str:
+    """Say in one line how well the cosine score ranks the layers.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        The Spearman correlation of cosine score and accuracy drop over all layers and over the
+        inner ones, or why it is undefined.
+    """
+    return (
+        "Spearman of cosine score and accuracy drop: "
+        f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
+        f"{correlation_text(correlation(cell, 'inner'))}."
+    )
+
+
+def summary(cells: Sequence[CellRecord]) -> str:
+    """Say in a few sentences what these cells show.
+
+    Args:
+        cells: The cells of one page.
+
+    Returns:
+        A paragraph of plain text.
+    """
+    if not cells:
+        return "No cell is measured yet, so there is nothing to show."
+    models = len({model_key(cell) for cell in cells})
+    text = (
+        f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark). "
+        "Each layer was removed in turn. Below, the accuracy that was really lost stands beside "
+        "the cosine score, the cheap proxy that is commonly used in its place. "
+    )
+    records = [record for cell in cells if (record := correlation(cell))]
+    values = sorted(record.value for record in records if defined(record.value))
+    if not values:
+        return text + "No rank correlation of the two is defined here; each cell says why."
+    above = sum(1 for r in records if defined(r.value) and r.low is not None and r.low > 0)
+    span = (
+        f"is {two_digits(values[0])}"
+        if len(values) == 1
+        else f"runs from {two_digits(values[0])} to {two_digits(values[-1])}"
+    )
+    text += (
+        f"Their Spearman correlation over the layers {span} (1 = the same order); in "
+        f"{above} of {counted(len(cells), 'cell')} its 95 % interval lies above 0"
+    )
+    without = len(cells) - len(values)
+    return f"{text}, in {without} it is undefined." if without else f"{text}."
+
+
+def warnings(cell: CellRecord) -> tuple[str, ...]:
+    """Say what a reader must know before trusting the cell's numbers.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        One sentence for each: missing layers, undefined values of the cell, a weak baseline.
+    """
+    found = []
+    if cell.missing_layers:
+        found.append(f"Incomplete: {layer_list(cell.missing_layers, 0)} {NOT_MEASURED}.")
+    for field, reason in cell.reasons.items():
+        words = (field[:1].upper() + field[1:]).replace("_", " ")
+        found.append(f"{words} is undefined: {reason}.")
+    chance = cell.chance_accuracy
+    if defined(cell.baseline_accuracy) and cell.baseline_accuracy <= chance:
+        found.append("The intact model is at or below chance: its layers have little to lose.")
+    elif defined(cell.baseline_low) and cell.baseline_low <= chance:
+        found.append(
+            "The 95 % interval of the baseline reaches down to chance: the drops say little."
+        )
+    return tuple(found)

@@ -1,0 +1,185 @@
+"""Running cells here, in one process: each model is loaded once, each failure stays in its cell."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tracker.config import CellRequest
+from tracker.errors import RequestError, TrackerError, TrackingError
+from tracker.ledger.store import CellStore, Ledger
+from tracker.provenance import machine, package_versions
+from tracker.records import CellRecord
+from tracker.runner.derive import record_of
+from tracker.runner.prepare import Asked, check_layers, check_range, look_up
+from tracker.runner.progress import Progress
+from tracker.runner.publish import Publisher
+
+if TYPE_CHECKING:
+    from tracker.benchmarks.encoder import RequestEncoder
+    from tracker.benchmarks.tasks import Benchmark
+    from tracker.models.load import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what.
+
+    Attributes:
+        device: `auto`, or a torch device.
+        trust_remote_code: Whether code and pickles from a download may run.
+    """
+
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Report:
+    """What became of the cells.
+
+    Attributes:
+        cells: The finished cells' records, in the order of the request.
+        failed: Cell title → what went wrong.
+        unpublished: Cell title → why a backend does not have it.
+        locations: Where the runs can be seen, by backend.
+        models_loaded: How many times a model was loaded.
+    """
+
+    cells: list[CellRecord] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    unpublished: dict[str, str] = field(default_factory=dict)
+    locations: dict[str, str] = field(default_factory=dict)
+    models_loaded: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0 = all done, 1 = some of the work failed."""
+        return 1 if self.failed or self.unpublished else 0
+
+
+def run_cells(
+    requests: Sequence[CellRequest],
+    ledger: Ledger,
+    publisher: Publisher,
+    options: Options,
+    progress: Progress,
+) -> Report:
+    """Measure and publish cells.
+
+    Args:
+        requests: The cells, equal models next to each other.
+        ledger: The results folder.
+        publisher: Hands finished cells to the tracking backends.
+        options: How to run.
+        progress: Told what happens.
+
+    Returns:
+        What became of them; a failed cell does not stop the others.
+
+    Raises:
+        RequestError: Something that was asked for does not exist or does not fit; nothing was
+            computed or written.
+    """
+    asked = [look_up(request, ledger) for request in requests]
+    todo = [cell for cell in asked if not cell.complete]
+    benchmarks: dict[int, Benchmark] = {}
+    if todo:
+        progress.say("checking models and benchmarks")
+        check_layers(todo, options.trust_remote_code)
+        benchmarks = _benchmarks(todo)
+    ledger.create()
+    report = Report()
+    loaded: tuple[object, LoadedModel, RequestEncoder] | None = None
+    for cell in asked:
+        title = cell.request.title
+        try:
+            store = cell.store
+            if not cell.complete:
+                settings = cell.request.model_settings
+                if loaded is None or loaded[0] != settings:
+                    loaded = None  # frees the previous model before the next one comes
+                    loaded = (settings, *_load(cell, options, progress))
+                    report.models_loaded += 1
+                store = _measure(cell, benchmarks[id(cell)], loaded[1], loaded[2], ledger, progress)
+            assert store is not None
+            store.ask(cell.request, publisher.project)
+            record = record_of(store, cell.request)
+        except Exception as error:
+            if isinstance(error, RequestError) and len(asked) == 1:
+                raise
+            log.debug("%s failed", title, exc_info=True)
+            known = isinstance(error, TrackerError)
+            report.failed[title] = str(error) if known else f"{type(error).__name__}: {error}"
+            progress.finish()
+            progress.say(f"{title} failed: {report.failed[title]}")
+            continue
+        report.cells.append(record)
+        try:
+            report.locations.update(publisher.publish(store, record))
+        except TrackingError as error:
+            report.unpublished[title] = str(error)
+            progress.say(f"{title} is measured but not published: {error}")
+    return report
+
+
+def _benchmarks(todo: Sequence[Asked]) -> dict[int, Benchmark]:
+    """Find every benchmark and its data before a night is spent on half of them."""
+    from tracker.benchmarks.tasks import Benchmark, chosen_metric
+
+    found: dict[int, Benchmark] = {}
+    same: dict[CellRequest, Benchmark] = {}
+    for cell in todo:
+        settings = cell.request.model_copy(
+            update={"model": "any", "revision": None, "dtype": "auto", "layers": (), "limit": None}
+        )
+        benchmark = same.setdefault(settings, Benchmark(cell.request))
+        chosen_metric(benchmark.identity, cell.request.metric)
+        found[id(cell)] = benchmark
+    return found
+
+
+def _load(cell: Asked, options: Options, progress: Progress) -> tuple[LoadedModel, RequestEncoder]:
+    from tracker.benchmarks.encoder import RequestEncoder
+    from tracker.models.load import load_model
+
+    progress.say(f"loading {cell.source.name}")
+    loaded = load_model(cell.source, cell.request.dtype, options.device, options.trust_remote_code)
+    return loaded, RequestEncoder(loaded.model, loaded.tokenizer)
+
+
+def _measure(
+    cell: Asked,
+    benchmark: Benchmark,
+    loaded: LoadedModel,
+    encoder: RequestEncoder,
+    ledger: Ledger,
+    progress: Progress,
+) -> CellStore:
+    """Compute what the cell lacks."""
+    from tracker.engine.check import check
+    from tracker.engine.sweep import Engine
+    from tracker.runner.fill import fill
+
+    request = cell.request
+    check_range(request, loaded.identity.layers)
+    documents = benchmark.documents(encoder, request.limit)
+    facts = {**package_versions(), **machine(), "device": str(loaded.device)}
+    store = ledger.cell(loaded.identity, benchmark.identity, facts)
+    names = [ablation.name for ablation in cell.ablations]
+    if not store.is_complete(request.limit, names):
+        engine = Engine(loaded, encoder.max_length)
+        progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
+        checked = check(engine, documents, request.layers)
+        if checked.lost:
+            progress.say(f"{loaded.identity.name} is measured with less sharing: {checked.lost}")
+        fill(store, benchmark, documents, checked.engine, cell.ablations, request.limit, progress)
+    # A hub model's commit is known only now that it is in the cache.
+    key = cell.key or look_up(request, ledger).key
+    if key:
+        ledger.remember(key, store)
+    return store

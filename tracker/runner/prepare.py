@@ -1,0 +1,149 @@
+"""Checking everything that was asked for, before anything is computed or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tracker.ablations import Ablation, single_layers
+from tracker.benchmarks.sources import find_data
+from tracker.config import CellRequest
+from tracker.errors import ExperimentError, ModelError
+from tracker.ledger.keys import request_key
+from tracker.ledger.store import CellStore, Ledger
+from tracker.models.sources import ModelSource, find_model, read_config
+from tracker.provenance import package_versions
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A cell that was asked for, with what can be known of it without loading anything.
+
+    Attributes:
+        request: What was asked for.
+        source: Where the model is.
+        key: Under which the ledger remembers the request; None when the hub's commit is unknown.
+        store: The cell, where the ledger knows it already.
+        complete: Whether nothing of it is missing.
+    """
+
+    request: CellRequest
+    source: ModelSource
+    key: str | None
+    store: CellStore | None
+    complete: bool
+
+    @property
+    def ablations(self) -> list[Ablation]:
+        """The baseline and the layers."""
+        return single_layers(self.request.layers)
+
+
+def look_up(request: CellRequest, ledger: Ledger) -> Asked:
+    """Look a cell up in the ledger, without loading torch, the model or the benchmark.
+
+    Args:
+        request: What was asked for.
+        ledger: The results folder.
+
+    Returns:
+        What is known.
+    """
+    source = find_model(request.model, request.revision)
+    data = find_data(request.data)
+    stamp = source.stamp()
+    key = None
+    if stamp is not None:
+        key = request_key(request, stamp, data.stamp(), package_versions())
+    store = ledger.find(key) if key else None
+    names = [ablation.name for ablation in single_layers(request.layers)]
+    complete = store is not None and store.is_complete(request.limit, names)
+    return Asked(request, source, key, store, complete)
+
+
+def all_layers(request: CellRequest, ledger: Ledger, trust_remote_code: bool) -> CellRequest:
+    """Widen a request to every layer of its model, which costs little more than one.
+
+    Args:
+        request: A request for some layers.
+        ledger: The results folder; what it knows of the model is not looked up again.
+        trust_remote_code: Whether code from the download may run.
+
+    Returns:
+        The same request for all layers.
+
+    Raises:
+        ExperimentError: A layer is out of range.
+    """
+    asked = look_up(request, ledger)
+    layers: int = (
+        asked.store.identity.model.layers
+        if asked.store
+        else read_config(asked.source, trust_remote_code).num_hidden_layers
+    )
+    check_range(request, layers)
+    return request.model_copy(update={"layers": tuple(range(layers))})
+
+
+def check_layers(asked: Sequence[Asked], trust_remote_code: bool) -> None:
+    """Refuse layers that a model does not have.
+
+    Args:
+        asked: The cells.
+        trust_remote_code: Whether code from the download may run.
+
+    Raises:
+        ExperimentError: A layer is out of range; says how many layers the model has.
+    """
+    for cell in asked:
+        check_range(cell.request, read_config(cell.source, trust_remote_code).num_hidden_layers)
+
+
+def check_range(request: CellRequest, layers: int) -> None:
+    """Refuse layers that a model of so many layers does not have.
+
+    Args:
+        request: What was asked for.
+        layers: How many layers the model has.
+
+    Raises:
+        ExperimentError: A layer is out of range.
+    """
+    beyond = [layer for layer in request.layers if layer >= layers]
+    if beyond:
+        raise ExperimentError(
+            f"layer {beyond[0]} is out of range: {request.model} has {layers} layers, "
+            f"0 to {layers - 1}"
+        )
+
+
+def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> list[str]:
+    """Check that what was asked for exists, without loading weights or data.
+
+    Args:
+        requests: The cells.
+        trust_remote_code: Whether code from the download may run.
+
+    Returns:
+        What could not be checked: a hub model whose configuration cannot be reached from here.
+
+    Raises:
+        RequestError: A model, a benchmark or a source of data is unknown, or a layer is out of
+            range.
+    """
+    from tracker.benchmarks.tasks import check_benchmark
+
+    notes = {}
+    for request in requests:
+        source = find_model(request.model, request.revision)
+        find_data(request.data)
+        check_benchmark(request.benchmark)
+        try:
+            layers = read_config(source, trust_remote_code).num_hidden_layers
+        except ModelError as error:
+            if source.is_local:
+                raise
+            notes[request.model] = str(error)
+        else:
+            check_range(request, layers)
+    return list(notes.values())
