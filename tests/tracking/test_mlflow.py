@@ -538,8 +538,8 @@ def test_open_backend(tmp_path: Path, make_cell: CellMaker, template: Path) -> N
         open_backend("mlfow", PROJECT, tmp_path)
 
 
-def test_the_seam_imports_no_sdk() -> None:
-    code = "import sys, tracker.tracking.base; sys.exit('mlflow' in sys.modules)"
+def test_the_seam_and_the_description_of_runs_import_no_sdk() -> None:
+    code = "import sys, tracker.tracking.mlflow_runs; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 

@@ -102,8 +102,14 @@ def check_benchmark(name: str) -> None:
 class Benchmark:
     """One lm-eval task or group, on the documents of one source, with its settings.
 
+    Args:
+        request: The benchmark's name, its data and its settings.
+
     Attributes:
         identity: Which documents are scored, and how they are put to the model.
+
+    Raises:
+        BenchmarkError: The benchmark or its data cannot be found or read.
     """
 
     def __init__(self, request: CellRequest) -> None:

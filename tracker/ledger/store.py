@@ -82,6 +82,10 @@ class Block:
 class CellStore:
     """One cell on disk.
 
+    Args:
+        folder: Where it is.
+        identity: What its numbers depend on.
+
     Attributes:
         folder: Where it is.
         identity: What its numbers depend on.
@@ -193,7 +197,7 @@ class CellStore:
 
     def _read_shard(self, path: Path, columns: list[str] | None) -> pd.DataFrame | None:
         try:
-            return pq.read_table(path, columns=columns).to_pandas()
+            frame: pd.DataFrame = pq.read_table(path, columns=columns).to_pandas()
         except FileNotFoundError:
             return None
         except (OSError, pa.ArrowException) as error:
@@ -206,6 +210,7 @@ class CellStore:
                 aside.name,
             )
             return None
+        return frame
 
     def ask(self, request: CellRequest, project: str) -> None:
         """Remember what was asked for last, and for which project: what reports and syncs use."""
@@ -233,8 +238,14 @@ class CellStore:
 class Ledger:
     """A results folder.
 
+    Args:
+        root: Where it is; nothing is made there before `create`.
+
     Attributes:
         root: Where it is.
+
+    Raises:
+        ResultsError: It is a file, is damaged, or was written by a newer tracker.
     """
 
     def __init__(self, root: Path) -> None:

@@ -35,44 +35,36 @@ OUTER = 2
 
 
 class _Outcomes:
-    """A cell's outcomes for a request, lined up: one row a document, one column an ablation."""
+    """A cell's outcomes for a request, lined up: every ablation has the same documents in order."""
 
     def __init__(self, store: CellStore, request: CellRequest) -> None:
         self.identity: CellIdentity = store.identity
-        frame = store.read(store.blocks(request.limit))
         counts = store.counts(request.limit)
         self.wanted = sum(counts.values())
+        frame = store.read(store.blocks(request.limit))
+        names = [INTACT.name, *(Ablation((layer,)).name for layer in request.layers)]
         if len(frame):
-            frame = frame[frame["doc"] < frame["task"].map(counts)]
-        self._by_ablation = (
-            {name: rows.set_index(["task", "doc"]) for name, rows in frame.groupby("ablation")}
-            if len(frame)
-            else {}
+            frame = frame[
+                frame["ablation"].isin(names) & (frame["doc"] < frame["task"].map(counts))
+            ]
+        measured = set(frame["ablation"]) if len(frame) else set()
+        if INTACT.name in measured:
+            # A document counts when nothing that is shown lacks it.
+            present = frame.groupby(["task", "doc"])["ablation"].transform("size")
+            frame = frame[present == len(measured)]
+        else:
+            frame = frame.iloc[:0]
+        order = pd.Categorical(frame["task"], categories=list(counts)) if len(frame) else None
+        frame = frame.assign(order=order).sort_values(["order", "doc"]) if len(frame) else frame
+        self._rows = (
+            {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
         )
-        base = self._by_ablation.get(INTACT.name)
-        measured = [
-            layer for layer in request.layers if Ablation((layer,)).name in self._by_ablation
-        ]
-        order = {task.name: i for i, task in enumerate(self.identity.benchmark.tasks)}
-        documents = (
-            base.index if base is not None else pd.MultiIndex.from_tuples([], names=["task", "doc"])
-        )
-        if base is not None:
-            for layer in measured:
-                documents = documents.intersection(self._by_ablation[Ablation((layer,)).name].index)
-        self.documents = (
-            pd.MultiIndex.from_tuples(
-                sorted(documents, key=lambda d: (order[d[0]], d[1])), names=["task", "doc"]
-            )
-            if len(documents)
-            else documents
-        )
-        self.layers = measured if len(self.documents) else []
-        self.tasks = [task for task, _ in self.documents]
+        self.layers = [x for x in request.layers if Ablation((x,)).name in self._rows]
+        self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
 
     def of(self, ablation: Ablation) -> pd.DataFrame:
-        """The rows of one ablation, in the order of `documents`."""
-        return self._by_ablation[ablation.name].loc[self.documents]
+        """The rows of one ablation."""
+        return self._rows[ablation.name]
 
     def metric(self, ablation: Ablation, name: str) -> Array:
         """A metric's value of every document; NaN where it has none."""
@@ -96,7 +88,7 @@ def cell_record(
     outcomes = _Outcomes(store, request)
     identity = store.identity
     missing = tuple(layer for layer in request.layers if layer not in outcomes.layers)
-    n = len(outcomes.documents)
+    n = len(outcomes.tasks)
     reasons = {}
     if n < outcomes.wanted:
         reasons["n"] = f"{n} of {outcomes.wanted} documents are measured so far"
@@ -241,30 +233,30 @@ def _metric_values(
 ) -> dict[str, float | None]:
     """Every metric of the benchmark, aggregated as lm-eval does."""
     rows = outcomes.of(ablation)
-    tasks = outcomes.identity.benchmark.tasks
-    by_size = outcomes.identity.benchmark.weight_by_size
+    benchmark = outcomes.identity.benchmark
+    by_task = [
+        (task, mine) for task in benchmark.tasks if len(mine := rows[rows["task"] == task.name])
+    ]
+    weights = [len(mine) for _, mine in by_task] if benchmark.weight_by_size else None
     values: dict[str, float | None] = {}
-    for name in tasks[0].metrics:
-        column = METRIC + name
-        per_task, sizes = [], []
-        for task in tasks:
-            mine = rows[rows.index.get_level_values("task") == task.name]
-            if not len(mine):
-                continue
-            given = mine[column].to_list() if column in mine else [None]
-            if any(value is None or value != value for value in given):
-                per_task = []
-                break
-            value = aggregate(task.metrics[name], given)
-            if value is None:
-                per_task = []
-                break
-            per_task.append(value)
-            sizes.append(len(given))
-        values[name] = (
-            float(np.average(per_task, weights=sizes if by_size else None)) if per_task else None
-        )
+    for name in benchmark.tasks[0].metrics:
+        per_task = [
+            _aggregated(mine, METRIC + name, task.metrics.get(name), aggregate)
+            for task, mine in by_task
+        ]
+        defined = [value for value in per_task if value is not None]
+        complete = len(defined) == len(per_task)
+        values[name] = float(np.average(defined, weights=weights)) if complete else None
     return values
+
+
+def _aggregated(
+    rows: pd.DataFrame, column: str, how: str | None, aggregate: Aggregate
+) -> float | None:
+    """One metric of one task; None where a document has no value, or lm-eval alone can tell."""
+    if how is None or column not in rows or rows[column].isna().any():
+        return None
+    return aggregate(how, rows[column].to_list())
 
 
 def _gold_logprobs(rows: pd.DataFrame) -> Array:

@@ -73,7 +73,7 @@ def layers_removed(model: nn.Module, removed: Collection[int]) -> Iterator[None]
         for new, old in enumerate(kept):
             for module in layers[old].modules():
                 if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = new
+                    module.layer_idx = new  # type: ignore[assignment]
         config.num_hidden_layers = len(kept)
         if types is not None:
             config.layer_types = [types[index] for index in kept]

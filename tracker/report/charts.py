@@ -248,7 +248,9 @@ def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
     if len({wording.model_key(cell) for cell in cells}) != 1:
         raise ValueError("heat_map takes the cells of exactly one model")
     layers = wording.all_layers(*cells)
-    labels = [_label(label).replace(" · ", "<br>", 1) for label in wording.benchmark_labels(cells)]
+    labels = [
+        html.escape(label).replace(" · ", "<br>", 1) for label in wording.benchmark_labels(cells)
+    ]
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
     gaps: list[tuple[int, str, str]] = []
@@ -316,10 +318,6 @@ def _decades(low: float, high: float) -> list[float]:
     return [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
 
 
-def _label(text: str) -> str:
-    return html.escape(text)
-
-
 def _finite(value: float | None) -> float | None:
     return value if wording.defined(value) else None
 
@@ -351,7 +349,7 @@ def _errors(records: Sequence[LayerRecord | None]) -> dict[str, Any]:
 
 def _hover(cell: CellRecord, layer: int, record: LayerRecord | None) -> str:
     """Say everything about one layer in a hover box; escaped."""
-    head = f"<b>layer {layer}</b> · {_label(cell.benchmark.name)}"
+    head = f"<b>layer {layer}</b> · {html.escape(cell.benchmark.name)}"
     if record is None:
         return f"{head}<br>{wording.NOT_MEASURED}"
     drop, relevance = record.accuracy_drop, wording.relevance(cell, record)
@@ -385,7 +383,7 @@ def _hover(cell: CellRecord, layer: int, record: LayerRecord | None) -> str:
 
 
 def _wrap(text: str, columns: int = 48) -> str:
-    return "<br>".join(_label(line) for line in textwrap.wrap(text, columns))
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(text, columns))
 
 
 def _layer_axis(layers: Sequence[int]) -> dict[str, Any]:
@@ -409,7 +407,7 @@ def _style(figure: go.Figure, title: str, height: int) -> None:
         # An empty template: plotly's default one is 6 KB in every figure.
         template=go.layout.Template(),
         title={
-            "text": "<br>".join(_label(line) for line in lines),
+            "text": "<br>".join(html.escape(line) for line in lines),
             "font": {"size": 14},
             "x": 0,
             "xref": "paper",

@@ -71,6 +71,9 @@ def render_report(cells: Sequence[CellRecord], experiments: Mapping[str, str], p
 
     Returns:
         The path of the page.
+
+    Raises:
+        WorkError: The disk is full or refuses; a page that was there stays.
     """
     write_text(path, render_page(cells, experiments))
     return path

@@ -35,6 +35,8 @@ PROXIES = {
 }
 COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
 SUBSETS = {"all": "all layers", "inner": "without the two outer layers at each end"}
+_three = partial(fixed, digits=3)
+_four = partial(fixed, digits=4)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
+_Show = Callable[[LayerRecord], Value]
+
+
 def overview_table(cells: Sequence[CellRecord]) -> Table:
     """Set one row for each cell.
 
@@ -81,43 +86,37 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         ),
         *_numbers("Spearman of cosine score and drop (95 % interval)"),
     )
-    rows, notes = [], []
-    for cell in cells:
-        row = _overview_row(cell)
-        rows.append(row)
-        if row[-1].reason:
-            notes.append(f"{cell.title}: Spearman is undefined: {row[-1].reason}.")
-        if row[3].reason:
-            notes.append(f"{cell.title}: the baseline accuracy is undefined: {row[3].reason}.")
+    rows, notes = tuple(_overview_row(cell) for cell in cells), []
+    for cell, (*_, baseline, _, _, _, spearman) in zip(cells, rows, strict=True):
+        if spearman.reason:
+            notes.append(f"{cell.title}: Spearman is undefined: {spearman.reason}.")
+        if baseline.reason:
+            notes.append(f"{cell.title}: the baseline accuracy is undefined: {baseline.reason}.")
     caption = (
         "One row per model and benchmark. Most critical: the layers whose removal costs most "
         "accuracy. The cosine score would name the layers of the next column instead."
     )
-    return Table(caption, columns, tuple(rows), tuple(notes))
+    return Table(caption, columns, rows, tuple(notes))
 
 
 def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
     costly = (f"{r.layer}\u00a0({points(r.accuracy_drop or 0)})" for r in most_critical(cell))
     scores = sorted((-r.cosine_score, r.layer) for r in cell.layers if defined(r.cosine_score))
     scored = (f"{layer}\u00a0({two_digits(-score)})" for score, layer in scores[:3])
-    spearman = correlation(cell)
+    baseline = _value(cell.baseline_accuracy, points, reason_of(cell, "baseline_accuracy"))
+    rank = Value(DASH, "not computed")
+    if found := correlation(cell):
+        rank = _value(found.value, two_digits, found.reason or NO_REASON)
+        rank = _with_interval(rank, interval(found.low, found.high, two_digits))
     return (
         Value(cell.model.name),
         Value(f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot · {cell.metric}"),
         Value(f"{cell.n:,}"),
-        _with_interval(
-            (cell.baseline_accuracy, cell.baseline_low, cell.baseline_high),
-            points,
-            reason_of(cell, "baseline_accuracy"),
-        ),
+        _with_interval(baseline, interval(cell.baseline_low, cell.baseline_high, points)),
         Value(points(cell.chance_accuracy)),
         _text(", ".join(costly), "no layer has a positive accuracy drop"),
         _text(", ".join(scored), "no layer has a cosine score"),
-        _with_interval(
-            (spearman.value, spearman.low, spearman.high), two_digits, spearman.reason or NO_REASON
-        )
-        if spearman
-        else Value(DASH, "not computed"),
+        rank,
     )
 
 
@@ -140,12 +139,10 @@ def layer_table(cell: CellRecord) -> Table:
         )
     layers = all_layers(cell)
     by_layer = {record.layer: record for record in cell.layers}
+    not_measured = Value(DASH, NOT_MEASURED)
     labels, columns = ["layer (0-based)"], [[Value(str(layer)) for layer in layers]]
     for label, show in _layer_columns(cell):
-        column = [
-            show(by_layer[layer]) if layer in by_layer else Value(DASH, NOT_MEASURED)
-            for layer in layers
-        ]
+        column = [show(by_layer[n]) if n in by_layer else not_measured for n in layers]
         labels.append(label)
         columns.append(column)
         notes += _undefined_notes(label, layers, column)
@@ -162,20 +159,20 @@ def layer_table(cell: CellRecord) -> Table:
     return Table(caption, _numbers(*labels), tuple(zip(*columns, strict=True)), tuple(notes))
 
 
-def _layer_columns(cell: CellRecord) -> list[tuple[str, Callable[[LayerRecord], Value]]]:
+def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
     """List the columns of the layer table, each with what it shows of a measured layer."""
 
-    def field(name: str, write: Callable[[float], str]) -> Callable[[LayerRecord], Value]:
+    def field(name: str, write: Callable[[float], str]) -> _Show:
         return lambda r: _value(getattr(r, name), write, reason_of(cell, name, r))
 
-    def metric(name: str) -> Callable[[LayerRecord], Value]:
+    def metric(name: str) -> _Show:
         return lambda r: _value(r.metrics.get(name), _four, reason_of(cell, name, r))
 
     def between(r: LayerRecord) -> Value:
         reason = r.reasons.get("accuracy_drop_low") or reason_of(cell, "accuracy_drop", r)
         return _text(interval(r.accuracy_drop_low, r.accuracy_drop_high, points), reason)
 
-    columns: list[tuple[str, Callable[[LayerRecord], Value]]] = [
+    columns: list[tuple[str, _Show]] = [
         ("documents", lambda r: Value(f"{r.n:,}")),
         ("accuracy without layer (%)", field("accuracy", points)),
         ("accuracy drop (pp)", field("accuracy_drop", points)),
@@ -355,16 +352,5 @@ def _text(text: str, reason: str) -> Value:
     return Value(text) if text else Value(DASH, reason)
 
 
-def _with_interval(
-    numbers: tuple[float | None, float | None, float | None],
-    write: Callable[[float], str],
-    reason: str,
-) -> Value:
-    number, low, high = numbers
-    value = _value(number, write, reason)
-    between = interval(low, high, write)
+def _with_interval(value: Value, between: str) -> Value:
     return Value(f"{value.text} ({between})") if between and not value.reason else value
-
-
-_three = partial(fixed, digits=3)
-_four = partial(fixed, digits=4)

@@ -32,9 +32,17 @@ class Synced:
 class Publisher:
     """Publishes cells to some backends, each opened when it is first needed.
 
+    Args:
+        names: The backends.
+        project: The backends' project.
+        results: The results folder.
+
     Attributes:
         names: The backends.
         project: The backends' project.
+
+    Raises:
+        RequestError: There is no such backend.
     """
 
     def __init__(self, names: Sequence[str], project: str, results: Path) -> None:

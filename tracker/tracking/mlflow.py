@@ -10,7 +10,6 @@ change, so params hold identity only; whatever may change is a metric or a tag.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -21,7 +20,6 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -46,56 +44,20 @@ from mlflow.entities import Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 from tracker.errors import TrackingError  # noqa: E402
-from tracker.records import CellRecord, LayerRecord  # noqa: E402
-from tracker.tracking.base import (  # noqa: E402
-    CURVES,
-    Published,
-    Table,
-    absent_reasons,
-    content_digest,
-    correlation_table,
-    defined,
-    flat_metrics,
-    layer_table,
-    not_finite,
-    run_key,
-)
+from tracker.records import CellRecord  # noqa: E402
+from tracker.tracking.base import Published  # noqa: E402
+from tracker.tracking.mlflow_runs import KEY_TAG, Run, cell_run, layer_run  # noqa: E402
 
 # "Creating initial MLflow database tables...": nothing that a user of tracker must read.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
-FORMAT = "1"
-"""Part of every digest: raise it when runs are written differently, and all are updated once."""
-
 DIGEST_TAG = "tracker.digest"
-KEY_TAG = "tracker.run_key"
-LAYERS_TABLE = "tables/layers.json"
-CORRELATIONS_TABLE = "tables/correlations.json"
 
 _LOCK_SECONDS = 600.0
-_TAG_CHARACTERS = 5000  # what every MLflow server accepts
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 _NETWORK_FILE_SYSTEMS = re.compile(
     r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|afs|orangefs|pvfs|9p|fuse\.sshfs", re.IGNORECASE
 )
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One MLflow run as it should be."""
-
-    key: str
-    name: str
-    digest: str
-    params: dict[str, str]
-    tags: dict[str, str]
-    points: dict[tuple[str, int], float]
-    """Metric values by name and step."""
-    step: int
-    """The step of every metric that is not a curve."""
-    curves: tuple[str, ...] = ()
-    tables: dict[str, Table] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
 
 
 class MlflowBackend:
@@ -140,12 +102,12 @@ class MlflowBackend:
         with self._failures_explained(), self._one_publisher():
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
-            parent = _cell_run(cell, artifacts)
+            parent = cell_run(cell, artifacts)
             outcomes = [_write(client, experiment, parent, existing)]
             parent_id = existing[parent.key].info.run_id
             # MLflow lists the newest run first, so layer 0 is written last.
             for layer in reversed(cell.layers):
-                run = _layer_run(cell, layer, parent_id)
+                run = layer_run(cell, layer, parent_id)
                 outcomes.append(_write(client, experiment, run, existing))
             location = self._location(experiment)
         return Published(
@@ -231,117 +193,6 @@ class MlflowBackend:
             raise TrackingError(message) from (None if secret else error)
 
 
-def _cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> _Run:
-    model, benchmark = cell.model, cell.benchmark
-    params = {
-        "architecture": model.architecture,
-        "layers": model.layers,
-        "parameters": model.parameters,
-        "model_fingerprint": model.fingerprint,
-        "apply_chat_template": benchmark.apply_chat_template,
-        "seed": benchmark.seed,
-        "tasks": len(benchmark.tasks),
-        **_identity(cell),
-    }
-    single = {
-        "baseline_accuracy": cell.baseline_accuracy,
-        "baseline_low": cell.baseline_low,
-        "baseline_high": cell.baseline_high,
-        "chance_accuracy": cell.chance_accuracy,
-        **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
-        **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.value for c in cell.correlations},
-    }
-    points = {
-        (_metric_name(name), 0): value
-        for name, value in {"n": cell.n, "tokens": cell.tokens, **defined(single)}.items()
-    }
-    for layer in cell.layers:
-        figures = flat_metrics(layer)
-        points |= {(name, layer.layer): figures[name] for name in CURVES if name in figures}
-    tables = {LAYERS_TABLE: layer_table(cell), CORRELATIONS_TABLE: correlation_table(cell)}
-    tags = {
-        "tracker.model_source": model.source,
-        "tracker.model_revision": model.revision,
-        "tracker.data": benchmark.data,
-        "tracker.missing_layers": ", ".join(map(str, cell.missing_layers)) or None,
-        **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
-        "mlflow.loggedArtifacts": json.dumps([{"path": p, "type": "table"} for p in tables]),
-        "mlflow.note.content": (
-            f"**{cell.title}**: what the benchmark's accuracy (`{cell.metric}`, {cell.n} "
-            "documents) loses when one layer is removed, beside the cheap proxies. The step of "
-            "every curve is the 0-based layer. Values are fractions; `gold_logprob_drop` is in "
-            "nats."
-        ),
-    }
-    files = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in artifacts]
-    return _Run(
-        key=run_key(cell, "cell"),
-        name=cell.title,
-        digest=content_digest(cell, FORMAT, *sorted(files)),
-        params=_texts(params),
-        tags=_tags(cell, "cell", tags, {**not_finite(single), **cell.reasons}),
-        points=points,
-        step=0,
-        curves=CURVES,
-        tables=tables,
-        files=tuple(artifacts),
-    )
-
-
-def _layer_run(cell: CellRecord, layer: LayerRecord, parent_id: str) -> _Run:
-    number = f"{layer.layer:0{max(2, len(str(cell.model.layers - 1)))}d}"
-    name = f"layer {number} · {cell.benchmark.name} · {cell.model.name}"
-    tags = {"tracker.layer": str(layer.layer), "mlflow.parentRunId": parent_id}
-    figures = flat_metrics(layer)
-    return _Run(
-        key=run_key(cell, layer.ablation),
-        name=name,
-        digest=content_digest(layer, FORMAT, name, cell.metric, parent_id),
-        params=_texts({"layer": layer.layer, "ablation": layer.ablation, **_identity(cell)}),
-        tags=_tags(cell, layer.ablation, tags, absent_reasons(layer)),
-        points={(_metric_name(name), layer.layer): value for name, value in figures.items()},
-        step=layer.layer,
-    )
-
-
-def _identity(cell: CellRecord) -> dict[str, object]:
-    return {
-        "model": cell.model.name,
-        "dtype": cell.model.dtype,
-        "benchmark": cell.benchmark.name,
-        "num_fewshot": cell.benchmark.num_fewshot,
-    }
-
-
-def _tags(
-    cell: CellRecord,
-    ablation: str,
-    own: Mapping[str, str | None],
-    reasons: Mapping[str, str],
-) -> dict[str, str]:
-    tags = {
-        KEY_TAG: run_key(cell, ablation),
-        "tracker.kind": "cell" if ablation == "cell" else "layer",
-        "tracker.cell": cell.key,
-        "tracker.model": cell.model.name,
-        "tracker.benchmark": cell.benchmark.name,
-        "tracker.metric": cell.metric,
-        "mlflow.source.name": "tracker",
-        **own,
-        **{f"tracker.reason.{_metric_name(name)}": reason for name, reason in reasons.items()},
-    }
-    return {name: text[:_TAG_CHARACTERS] for name, text in _texts(tags).items()}
-
-
-def _texts(values: Mapping[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items() if value is not None}
-
-
-def _metric_name(name: str) -> str:
-    """Replace what MLflow refuses in names, as the comma of `acc,none`."""
-    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)
-
-
 def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]:
     """Find the runs that a cell has, by run key; deleted ones do not count."""
     found: dict[str, Any] = {}
@@ -360,7 +211,7 @@ def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]
             return found
 
 
-def _write(client: Any, experiment: str, run: _Run, existing: dict[str, Any]) -> str:
+def _write(client: Any, experiment: str, run: Run, existing: dict[str, Any]) -> str:
     """Bring one run to what it should be; `existing` learns of a run that is created."""
     found = existing.get(run.key)
     if found is None:
@@ -405,7 +256,7 @@ def _write(client: Any, experiment: str, run: _Run, existing: dict[str, Any]) ->
     return outcome
 
 
-def _known_points(client: Any, found: Any, run: _Run) -> dict[tuple[str, int], float]:
+def _known_points(client: Any, found: Any, run: Run) -> dict[tuple[str, int], float]:
     """Read back the newest value of every metric at every step."""
     known: dict[tuple[str, int], float] = {}
     for name, value in found.data.metrics.items():

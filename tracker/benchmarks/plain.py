@@ -1,0 +1,35 @@
+"""lm-eval's own scoring, untouched: what tracker is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from tracker.documents import Document, Response
+
+
+def score_with_lm_eval(
+    model: Any, tokenizer: Any, documents: Sequence[Document], batch_size: int
+) -> list[Response]:
+    """Score documents once, as `lm_eval` does, with its grouping of one-token continuations on.
+
+    Args:
+        model: A causal language model of transformers, pruned or not.
+        tokenizer: Its tokenizer.
+        documents: What to score.
+        batch_size: lm-eval's batch size.
+
+    Returns:
+        The responses to all requests of all documents, in order.
+    """
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    requests = [
+        (None, list(request.context), list(request.continuation))
+        for document in documents
+        for request in document.requests
+    ]
+    return [
+        Response(*answer) for answer in plain._loglikelihood_tokens(requests, disable_tqdm=True)
+    ]

@@ -1,0 +1,181 @@
+"""Describes the MLflow runs of a cell as they should be; needs no MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tracker.records import CellRecord, LayerRecord
+from tracker.tracking.base import (
+    CURVES,
+    Table,
+    absent_reasons,
+    content_digest,
+    correlation_table,
+    defined,
+    flat_metrics,
+    layer_table,
+    not_finite,
+    run_key,
+)
+
+FORMAT = "1"
+"""Part of every digest: raise it when runs are written differently, and all are updated once."""
+
+KEY_TAG = "tracker.run_key"
+_TAG_CHARACTERS = 5000  # what every MLflow server accepts
+
+
+@dataclass(frozen=True)
+class Run:
+    """One MLflow run as it should be."""
+
+    key: str
+    name: str
+    digest: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    points: dict[tuple[str, int], float]
+    """Metric values by name and step."""
+    step: int
+    """The step of every metric that is not a curve."""
+    curves: tuple[str, ...] = ()
+    tables: dict[str, Table] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+
+def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
+    """Describe the run of a cell.
+
+    Args:
+        cell: The cell.
+        artifacts: Files to attach, each under its own file name.
+
+    Returns:
+        The run, with the layers' figures as curves over the layers.
+    """
+    model, benchmark = cell.model, cell.benchmark
+    params = {
+        "architecture": model.architecture,
+        "layers": model.layers,
+        "parameters": model.parameters,
+        "model_fingerprint": model.fingerprint,
+        "apply_chat_template": benchmark.apply_chat_template,
+        "seed": benchmark.seed,
+        "tasks": len(benchmark.tasks),
+        **_identity(cell),
+    }
+    single = {
+        "baseline_accuracy": cell.baseline_accuracy,
+        "baseline_low": cell.baseline_low,
+        "baseline_high": cell.baseline_high,
+        "chance_accuracy": cell.chance_accuracy,
+        **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
+        **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.value for c in cell.correlations},
+    }
+    points = {
+        (_metric_name(name), 0): value
+        for name, value in {"n": cell.n, "tokens": cell.tokens, **defined(single)}.items()
+    }
+    for layer in cell.layers:
+        figures = flat_metrics(layer)
+        points |= {(name, layer.layer): figures[name] for name in CURVES if name in figures}
+    tables = {
+        "tables/layers.json": layer_table(cell),
+        "tables/correlations.json": correlation_table(cell),
+    }
+    tags = {
+        "tracker.model_source": model.source,
+        "tracker.model_revision": model.revision,
+        "tracker.data": benchmark.data,
+        "tracker.missing_layers": ", ".join(map(str, cell.missing_layers)) or None,
+        **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
+        "mlflow.loggedArtifacts": json.dumps([{"path": p, "type": "table"} for p in tables]),
+        "mlflow.note.content": (
+            f"**{cell.title}**: what the benchmark's accuracy (`{cell.metric}`, {cell.n} "
+            "documents) loses when one layer is removed, beside the cheap proxies. The step of "
+            "every curve is the 0-based layer. Values are fractions; `gold_logprob_drop` is in "
+            "nats."
+        ),
+    }
+    files = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in artifacts]
+    return Run(
+        key=run_key(cell, "cell"),
+        name=cell.title,
+        digest=content_digest(cell, FORMAT, *sorted(files)),
+        params=_texts(params),
+        tags=_tags(cell, "cell", tags, {**not_finite(single), **cell.reasons}),
+        points=points,
+        step=0,
+        curves=CURVES,
+        tables=tables,
+        files=tuple(artifacts),
+    )
+
+
+def layer_run(cell: CellRecord, layer: LayerRecord, parent_id: str) -> Run:
+    """Describe the run of one layer, nested in the run of its cell.
+
+    Args:
+        cell: The cell.
+        layer: The layer's record.
+        parent_id: MLflow's id for the run of the cell.
+
+    Returns:
+        The run.
+    """
+    number = f"{layer.layer:0{max(2, len(str(cell.model.layers - 1)))}d}"
+    name = f"layer {number} · {cell.benchmark.name} · {cell.model.name}"
+    tags = {"tracker.layer": str(layer.layer), "mlflow.parentRunId": parent_id}
+    figures = flat_metrics(layer)
+    return Run(
+        key=run_key(cell, layer.ablation),
+        name=name,
+        digest=content_digest(layer, FORMAT, name, cell.metric, parent_id),
+        params=_texts({"layer": layer.layer, "ablation": layer.ablation, **_identity(cell)}),
+        tags=_tags(cell, layer.ablation, tags, absent_reasons(layer)),
+        points={(_metric_name(name), layer.layer): value for name, value in figures.items()},
+        step=layer.layer,
+    )
+
+
+def _identity(cell: CellRecord) -> dict[str, object]:
+    return {
+        "model": cell.model.name,
+        "dtype": cell.model.dtype,
+        "benchmark": cell.benchmark.name,
+        "num_fewshot": cell.benchmark.num_fewshot,
+    }
+
+
+def _tags(
+    cell: CellRecord,
+    ablation: str,
+    own: Mapping[str, str | None],
+    reasons: Mapping[str, str],
+) -> dict[str, str]:
+    tags = {
+        KEY_TAG: run_key(cell, ablation),
+        "tracker.kind": "cell" if ablation == "cell" else "layer",
+        "tracker.cell": cell.key,
+        "tracker.model": cell.model.name,
+        "tracker.benchmark": cell.benchmark.name,
+        "tracker.metric": cell.metric,
+        "mlflow.source.name": "tracker",
+        **own,
+        **{f"tracker.reason.{_metric_name(name)}": reason for name, reason in reasons.items()},
+    }
+    return {name: text[:_TAG_CHARACTERS] for name, text in _texts(tags).items()}
+
+
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _metric_name(name: str) -> str:
+    """Replace what MLflow refuses in names, as the comma of `acc,none`."""
+    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)
