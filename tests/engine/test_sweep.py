@@ -1,4 +1,4 @@
-"""The sweep on tiny random models: shared over depth and tokens, against the really pruned model."""
+"""The sweep on tiny random models, shared every way, against the really pruned model."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_self_check_keeps_as_much_sharing_as_is_exact(tiny_model, family, sh
 
 
 def test_wrong_sharing_is_found(tiny_model, monkeypatch):
-    """A mask that lets a choice see its sibling is wrong without an error: the check must notice."""
+    """A mask that lets a choice see its sibling is wrong without an error: it must be noticed."""
     model = tiny_model("llama")
     honest = tree_rows
 

@@ -273,7 +273,7 @@ class Ledger:
         return cls(root)
 
     def create(self) -> None:
-        """Make the folder, or do nothing where it is."""
+        """Mark the folder as a results folder, or do nothing where it is one."""
         path = self.root / "tracker.json"
         if not path.is_file():
             write_text(path, json.dumps({"format": FORMAT}))
@@ -298,6 +298,7 @@ class Ledger:
         Returns:
             The cell.
         """
+        self.create()
         key = cell_key(model, benchmark)
         folder = self.root / "cells" / folder_name(model.name, benchmark.name, key)
         path = folder / "cell.json"

@@ -68,7 +68,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **arguments)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise unreadable(source, error) from None
-    place = _device(device)
+    place = find_device(device)
     model = model.to(place).eval().requires_grad_(False)
     identity = ModelIdentity(
         source=source.source,
@@ -113,7 +113,18 @@ def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False)
     return model, tokenizer
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Find a device by what the user typed.
+
+    Args:
+        name: `auto` (the accelerator if there is one), or a torch device.
+
+    Returns:
+        The device.
+
+    Raises:
+        ModelError: There is no such device.
+    """
     if name != "auto":
         try:
             return torch.device(name)

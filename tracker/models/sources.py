@@ -214,7 +214,7 @@ def _check_gguf(path: Path) -> None:
         reader = gguf.GGUFReader(path)
         end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
     except (ValueError, OSError, IndexError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not a complete GGUF file: {error}") from None
+        raise ModelError(f"{path} is truncated or no GGUF file ({error}). Copy it again.") from None
     if path.stat().st_size < end:
         raise ModelError(
             f"{path} is truncated: {path.stat().st_size} of at least {end} bytes. Copy it again."

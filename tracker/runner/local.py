@@ -91,8 +91,8 @@ def run_cells(
     if todo:
         progress.say("checking models and benchmarks")
         check_layers(todo, options.trust_remote_code)
+        _check_device(options.device)
         benchmarks = _benchmarks(todo)
-    ledger.create()
     report = Report()
     loaded: tuple[object, LoadedModel, RequestEncoder] | None = None
     for cell in asked:
@@ -141,6 +141,12 @@ def _benchmarks(todo: Sequence[Asked]) -> dict[int, Benchmark]:
         chosen_metric(benchmark.identity, cell.request.metric)
         found[id(cell)] = benchmark
     return found
+
+
+def _check_device(name: str) -> None:
+    from tracker.models.load import find_device
+
+    find_device(name)
 
 
 def _load(cell: Asked, options: Options, progress: Progress) -> tuple[LoadedModel, RequestEncoder]:

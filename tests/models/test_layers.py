@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tracker.errors import ModelError
+from tracker.models.layers import find_layers, layer_device, layers_removed
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_head": 4}
+FAMILIES = {
+    "llama": lambda n: transformers.LlamaConfig(
+        **{**SMALL, "num_hidden_layers": n}, intermediate_size=48
+    ),
+    "gpt2": lambda n: transformers.GPT2Config(**GPT2, n_layer=n),
+    "gpt_neox": lambda n: transformers.GPTNeoXConfig(
+        **{**SMALL, "num_hidden_layers": n}, intermediate_size=48
+    ),
+    "gemma3": lambda n: transformers.Gemma3TextConfig(
+        **{**SMALL, "num_hidden_layers": n},
+        intermediate_size=48,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"] * (n // 2)
+        + ["sliding_attention"] * (n % 2),
+    ),
+    "mixtral": lambda n: transformers.MixtralConfig(
+        **{**SMALL, "num_hidden_layers": n},
+        intermediate_size=48,
+        num_key_value_heads=2,
+        num_local_experts=n,
+    ),
+}
+PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def make(family: str, layers: int = 4, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = FAMILIES[family](layers)
+    config.initializer_range = 0.3
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def logits(model: nn.Module, **arguments) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TOKENS, **arguments).logits
+
+
+def indices(model: nn.Module) -> list[list[int]]:
+    """The index that each layer's modules go by in the key-value cache."""
+    return [
+        sorted({m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")})
+        for layer in find_layers(model)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestFamilies:
+    def test_the_layers_are_the_models_own(self, family: str) -> None:
+        model = make(family)
+        path = PATHS.get(family, "model.layers")
+        assert find_layers(model) is model.get_submodule(path)
+        assert len(find_layers(model)) == 4
+
+    @pytest.mark.parametrize("removed", [[0], [3], [1, 2], [0, 3]])
+    def test_the_rest_is_a_model_of_the_remaining_layers(
+        self, family: str, removed: list[int]
+    ) -> None:
+        model = make(family)
+        kept = [layer for layer in range(4) if layer not in removed]
+        if family == "gemma3":
+            types = [model.config.layer_types[layer] for layer in kept]
+        pruned = make(family, len(kept), seed=1)
+        if family == "gemma3":
+            # Built with the same kinds of layers, not with the default pattern.
+            config = FAMILIES[family](len(kept))
+            config.layer_types = types
+            pruned = transformers.AutoModelForCausalLM.from_config(config).eval()
+        if family == "mixtral":
+            config = FAMILIES[family](4)
+            config.num_hidden_layers = len(kept)
+            pruned = transformers.AutoModelForCausalLM.from_config(config).eval()
+        weights = {
+            name: value
+            for name, value in model.state_dict().items()
+            if not name.startswith(f"{PATHS.get(family, 'model.layers')}.")
+        }
+        pruned.load_state_dict(weights, strict=False)
+        for new, old in enumerate(kept):
+            find_layers(pruned)[new].load_state_dict(find_layers(model)[old].state_dict())
+        intact = logits(model)
+        with layers_removed(model, removed):
+            found = logits(model)
+            assert len(find_layers(model)) == len(kept)
+        assert torch.equal(found, logits(pruned))
+        assert not torch.allclose(found, intact)
+
+    def test_the_remaining_layers_are_counted_anew(self, family: str) -> None:
+        model = make(family)
+        before = indices(model)
+        assert before == [[0], [1], [2], [3]]
+        with layers_removed(model, [1]):
+            assert indices(model) == [[0], [1], [2]]
+            assert model.config.num_hidden_layers == 3
+            with_cache = logits(model, use_cache=True)
+            assert torch.equal(with_cache, logits(model, use_cache=False))
+        assert indices(model) == before
+
+    def test_the_rest_can_generate(self, family: str) -> None:
+        """With a hole in the key-value cache a step would differ from the whole text at once."""
+        model = make(family)
+        with layers_removed(model, [0, 2]):
+            made = model.generate(
+                TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
+            )
+            with torch.inference_mode():
+                for place in range(TOKENS.shape[1], made.shape[1]):
+                    best = model(made[:, :place], use_cache=False).logits[0, -1].argmax()
+                    assert best == made[0, place]
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_everything_is_restored_bit_for_bit(self, family: str, fails: bool) -> None:
+        model = make(family)
+        layers = find_layers(model)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        config, output, modules = model.config.to_dict(), logits(model), list(layers)
+
+        def use() -> None:
+            with layers_removed(model, [0, 2]):
+                logits(model)
+                if fails:
+                    raise RuntimeError("in between")
+
+        if fails:
+            with pytest.raises(RuntimeError, match="in between"):
+                use()
+        else:
+            use()
+        assert find_layers(model) is layers
+        assert all(now is was for now, was in zip(layers, modules, strict=True))
+        assert model.config.to_dict() == config
+        assert list(model.state_dict()) == list(before)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert torch.equal(logits(model), output)
+
+
+def test_removing_nothing_changes_nothing() -> None:
+    model = make("llama")
+    before = logits(model)
+    with layers_removed(model, []):
+        assert torch.equal(logits(model), before)
+
+
+def test_removals_can_be_nested() -> None:
+    model = make("llama")
+    before = logits(model)
+    with layers_removed(model, [2, 3]):
+        both = logits(model)
+    with layers_removed(model, [3]), layers_removed(model, [2]):
+        assert torch.equal(logits(model), both)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_model_with_no_fitting_list_is_refused() -> None:
+    model = make("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ModelError) as caught:
+        find_layers(model)
+    message = str(caught.value)
+    assert message.startswith("LlamaForCausalLM: cannot tell which modules are its 7 decoder layer")
+    assert "model.layers (4)" in message
+
+
+def test_a_model_with_two_fitting_lists_is_refused() -> None:
+    model = make("llama")
+    model.draft = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    with pytest.raises(ModelError, match=r"model\.layers \(4\), draft \(4\)"):
+        find_layers(model)
+
+
+def test_a_list_without_weights_is_no_candidate() -> None:
+    model = make("llama")
+    model.dropouts = nn.ModuleList(nn.Dropout() for _ in range(4))
+    assert find_layers(model) is model.model.layers
+
+
+def test_a_model_without_any_list_is_refused() -> None:
+    model = make("llama")
+    model.model.layers = nn.Sequential(*model.model.layers)
+    with pytest.raises(ModelError, match="lists of modules found: none"):
+        find_layers(model)
+
+
+def test_the_device_is_that_of_the_weights() -> None:
+    assert layer_device(find_layers(make("llama"))[0]) == torch.device("cpu")

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.conftest import save_tokenizer
+from tracker.errors import ModelError
+from tracker.models.load import LoadedModel, load_model, weightless
+from tracker.models.sources import find_model
+
+
+def load(folder: Path, *arguments, **settings) -> LoadedModel:
+    return load_model(find_model(str(folder)), *arguments, device="cpu", **settings)
+
+
+def refusal(folder: Path, **settings) -> str:
+    with pytest.raises(ModelError) as caught:
+        load(folder, **settings)
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_is_loaded_as_it_was_saved(tiny_llama) -> None:
+    folder = tiny_llama()
+    loaded = load(folder)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.tensor([loaded.tokenizer("The capital of France is")["input_ids"]])
+    with torch.inference_mode():
+        assert torch.equal(loaded.model(tokens).logits, plain(tokens).logits)
+    assert loaded.layers is loaded.model.model.layers
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.device == torch.device("cpu")
+
+
+def test_its_identity(tiny_llama) -> None:
+    folder = tiny_llama("my-llama", layers=3)
+    identity = load(folder).identity
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert identity.source == str(folder)
+    assert identity.name == "my-llama"
+    assert identity.revision is None
+    assert identity.fingerprint == find_model(str(folder)).fingerprint()
+    assert identity.architecture == "LlamaForCausalLM"
+    assert identity.layers == 3
+    assert identity.parameters == sum(p.numel() for p in plain.parameters())
+    assert identity.dtype == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_that_was_asked_for(tiny_llama, dtype: str) -> None:
+    loaded = load(tiny_llama(), dtype)
+    assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
+    assert loaded.identity.dtype == dtype
+
+
+def test_auto_is_the_dtype_of_the_checkpoint(tiny_llama) -> None:
+    folder = tiny_llama()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    assert load(folder).identity.dtype == "bfloat16"
+    assert load(folder, "float32").identity.dtype == "float32"
+
+
+def test_a_pickle_is_refused_without_trust(tiny_llama) -> None:
+    folder = tiny_llama()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert "safetensors" in refusal(folder)
+    trusted = load(folder, trust_remote_code=True).model.state_dict()
+    assert all(torch.equal(value, trusted[name]) for name, value in model.state_dict().items())
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path) -> None:
+    transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2
+    ).save_pretrained(tmp_path)
+    message = refusal(tmp_path)
+    assert "encoder-decoder (t5)" in message
+    assert "decoder-only" in message
+
+
+# BUG (load.py): a BERT is loaded with is_decoder=False: every token sees its successors, so the
+# "log-likelihood" of a continuation is read off a model that has seen it.
+def test_an_encoder_is_refused(tmp_path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=save_tokenizer(tmp_path, bos=False),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    assert "bert" in refusal(tmp_path)
+
+
+def test_a_model_that_is_no_language_model_is_refused(tmp_path) -> None:
+    save_tokenizer(tmp_path, bos=False)
+    transformers.ViTConfig(hidden_size=16, num_hidden_layers=2).save_pretrained(tmp_path)
+    assert "cannot be read" in refusal(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tiny_llama) -> None:
+    folder = tiny_llama()
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "tokenizer" in refusal(folder)
+
+
+# BUG (load.py): safetensors.SafetensorError is a bare Exception, so the user sees a traceback.
+@pytest.mark.parametrize("kept", [0, 100, -10])
+def test_truncated_weights_are_refused(tiny_llama, kept: int) -> None:
+    folder = tiny_llama()
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert "cannot be read" in refusal(folder)
+
+
+# BUG (load.py): transformers fills missing weights with random numbers and only warns, so the
+# numbers would be those of a layer that nobody trained. Ask for output_loading_info=True and
+# refuse missing_keys.
+def test_missing_weights_are_refused(tiny_llama) -> None:
+    folder = tiny_llama(layers=4)
+    change_config(folder, num_hidden_layers=5)
+    assert "model.layers.4" in refusal(folder)
+
+
+def test_weights_of_another_shape_are_refused(tiny_llama) -> None:
+    folder = tiny_llama()
+    change_config(folder, intermediate_size=50)
+    assert "cannot be read" in refusal(folder)
+
+
+def test_an_unknown_device_is_refused(tiny_llama) -> None:
+    source = find_model(str(tiny_llama()))
+    with pytest.raises(ModelError, match="unknown device 'gpu'; use auto, cpu, cuda"):
+        load_model(source, device="gpu")
+
+
+# BUG (load.py): torch.device("cuda:99") is well-formed; model.to(place) raises AssertionError
+# (no CUDA) or AcceleratorError.
+def test_a_device_that_is_not_there_is_refused(tiny_llama) -> None:
+    source = find_model(str(tiny_llama()))
+    with pytest.raises(ModelError, match="cuda:99"):
+        load_model(source, device="cuda:99")
+
+
+def test_a_model_without_weights_has_the_shape_of_the_real_one(tiny_llama) -> None:
+    folder = tiny_llama()
+    model, tokenizer = weightless(find_model(str(folder)), "bfloat16")
+    loaded = load(folder)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {name: p.shape for name, p in model.named_parameters()} == {
+        name: p.shape for name, p in loaded.model.named_parameters()
+    }
+    assert tokenizer("Paris")["input_ids"] == loaded.tokenizer("Paris")["input_ids"]
+
+
+def test_a_trained_model_from_a_package(smollm2) -> None:
+    assert smollm2.identity.name == "SmolLM2-135M-Instruct"
+    assert (smollm2.identity.layers, smollm2.identity.dtype) == (30, "float32")
+    assert smollm2.identity.parameters == 134_515_008
+    tokens = torch.tensor([smollm2.tokenizer("The capital of France is")["input_ids"]])
+    with torch.inference_mode():
+        best = smollm2.model(tokens.to(smollm2.device)).logits[0, -1].argmax()
+    assert smollm2.tokenizer.decode(best) == " Paris"

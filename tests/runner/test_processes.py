@@ -1,0 +1,110 @@
+"""Real processes: killed in the middle, two at once, a full disk."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from tracker.ledger.store import BLOCK, Ledger
+
+DOCUMENTS = 6 * BLOCK + 5
+LAYERS = 12
+
+
+@pytest.fixture
+def study(tiny_llama, experiment):
+    """A study that takes long enough to be interrupted: 7 blocks of 13 ablations."""
+    model = tiny_llama(layers=LAYERS, hidden_size=128, intermediate_size=256)
+    return experiment(model, layer=list(range(LAYERS)), limit=DOCUMENTS)
+
+
+def outcomes(results: Path) -> pd.DataFrame:
+    (store,) = Ledger(results).cells()
+    return store.read().sort_values(["task", "doc", "ablation"], ignore_index=True)
+
+
+def shards(results: Path) -> list[Path]:
+    return sorted(results.glob("cells/*/shards/*.parquet"))
+
+
+def finish(process) -> str:
+    output, _ = process.communicate(timeout=300)
+    return output
+
+
+def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    process = start("run", study, "--results", undisturbed, "--track", "none")
+    output = finish(process)
+    assert process.returncode == 0, output
+
+    kept: dict[Path, bytes] = {}
+    for wanted in (0, 1, 3):
+        process = start("run", study, "--results", killed, "--track", "none")
+        while process.poll() is None:
+            begun = next(killed.glob("cells/*/cell.json"), None)
+            if begun and len(shards(killed)) >= wanted:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+        assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
+        assert len(shards(killed)) < -(-DOCUMENTS // BLOCK)
+        # What was on disk before is neither lost nor computed again.
+        assert all(path.read_bytes() == content for path, content in kept.items())
+        kept = {path: path.read_bytes() for path in shards(killed)}
+
+    process = start("run", study, "--results", killed, "--track", "none")
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    pd.testing.assert_frame_equal(outcomes(killed), outcomes(undisturbed), check_exact=True)
+    assert not list(killed.glob("cells/*/shards/.*.tmp"))
+
+
+def test_two_runs_at_once_share_the_work(study, start, tmp_path):
+    results = tmp_path / "shared"
+    both = [start("run", study, "--results", results) for _ in range(2)]
+    for process in both:
+        output = finish(process)
+        assert process.returncode == 0, output
+        assert "Spearman" in output
+    tables = [pq.read_table(path).to_pandas() for path in shards(results)]
+    together = pd.concat(tables)
+    # Counted in the files themselves: nothing was computed twice, nothing is missing.
+    assert not together.duplicated(["task", "doc", "ablation"]).any()
+    assert len(together) == DOCUMENTS * (LAYERS + 1)
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
+    (project,) = [e for e in client.search_experiments() if e.name == "tracker"]
+    runs = client.search_runs([project.experiment_id])
+    assert len(runs) == LAYERS + 1
+
+
+def test_a_full_disk_stops_cleanly_and_the_next_run_continues(study, start, tmp_path):
+    results = tmp_path / "full"
+
+    def no_more_than(size: int):
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    arguments = ("run", study, "--results", results, "--track", "none")
+    process = start(*arguments, preexec_fn=no_more_than(8_000))
+    output = finish(process)
+    assert process.returncode == 1, output
+    assert "the disk is full" in output
+    assert "Traceback" not in output
+    assert not shards(results)
+    assert not list(results.glob("cells/*/shards/.*"))
+
+    process = start(*arguments)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert len(outcomes(results)) == DOCUMENTS * (LAYERS + 1)
