@@ -27,15 +27,18 @@ FAMILIES = {
         layer_types=["sliding_attention", "full_attention"] * (n // 2)
         + ["sliding_attention"] * (n % 2),
     ),
-    "mixtral": lambda n: transformers.MixtralConfig(
-        **{**SMALL, "num_hidden_layers": n},
-        intermediate_size=48,
-        num_key_value_heads=2,
-        num_local_experts=n,
-    ),
 }
 PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(family: str, layers: int = 4, seed: int = 0) -> nn.Module:
@@ -79,10 +82,6 @@ class TestFamilies:
             # Built with the same kinds of layers, not with the default pattern.
             config = FAMILIES[family](len(kept))
             config.layer_types = types
-            pruned = transformers.AutoModelForCausalLM.from_config(config).eval()
-        if family == "mixtral":
-            config = FAMILIES[family](4)
-            config.num_hidden_layers = len(kept)
             pruned = transformers.AutoModelForCausalLM.from_config(config).eval()
         weights = {
             name: value
@@ -180,6 +179,14 @@ def test_a_model_with_two_fitting_lists_is_refused() -> None:
     model.draft = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
     with pytest.raises(ModelError, match=r"model\.layers \(4\), draft \(4\)"):
         find_layers(model)
+
+
+def test_lists_inside_the_layers_are_no_candidates() -> None:
+    """As many experts as layers, each in a list of its own."""
+    model = make("llama")
+    for layer in model.model.layers:
+        layer.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    assert find_layers(model) is model.model.layers
 
 
 def test_a_list_without_weights_is_no_candidate() -> None:

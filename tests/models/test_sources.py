@@ -211,7 +211,7 @@ class TestConfiguration:
         with pytest.raises(ModelError, match="add --trust-remote-code"):
             read_config(find_model(str(tmp_path)))
 
-    @pytest.mark.parametrize("kept", [0, 10, 1_000_000, 60_000_000, -1])
+    @pytest.mark.parametrize("kept", [0, 10, 1_000_000, -1])
     def test_a_truncated_gguf_file(self, tmp_path, gguf, kept: int) -> None:
         path = tmp_path / "copy.gguf"
         if kept < 1:
@@ -220,7 +220,7 @@ class TestConfiguration:
         else:
             with gguf.open("rb") as file:
                 path.write_bytes(file.read(kept))
-        with pytest.raises(ModelError, match="truncated|not a complete GGUF") as caught:
+        with pytest.raises(ModelError, match=r"truncated|not a complete GGUF") as caught:
             read_config(find_model(str(path)))
         assert str(path) in str(caught.value)
 

@@ -14,12 +14,12 @@ import pytest
 from tracker.ledger.store import BLOCK, Ledger
 
 DOCUMENTS = 6 * BLOCK + 5
-LAYERS = 12
+LAYERS = 8
 
 
 @pytest.fixture
 def study(tiny_llama, experiment):
-    """A study that takes long enough to be interrupted: 7 blocks of 13 ablations."""
+    """A study that takes long enough to be interrupted: 7 blocks of 9 ablations."""
     model = tiny_llama(layers=LAYERS, hidden_size=128, intermediate_size=256)
     return experiment(model, layer=list(range(LAYERS)), limit=DOCUMENTS)
 

@@ -325,6 +325,7 @@ class Ledger:
 
     def keep_experiment(self, name: str, text: str) -> None:
         """Keep the exact text of an experiment file."""
+        self.create()
         write_text(self.root / "experiments" / name, text)
 
     def experiments(self) -> Iterator[tuple[str, str]]:

@@ -110,6 +110,7 @@ def run_cells(
             store.ask(cell.request, publisher.project)
             record = record_of(store, cell.request)
         except Exception as error:
+            # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
             if isinstance(error, RequestError) and len(asked) == 1:
                 raise
             log.debug("%s failed", title, exc_info=True)
@@ -137,9 +138,10 @@ def _benchmarks(todo: Sequence[Asked]) -> dict[int, Benchmark]:
         settings = cell.request.model_copy(
             update={"model": "any", "revision": None, "dtype": "auto", "layers": (), "limit": None}
         )
-        benchmark = same.setdefault(settings, Benchmark(cell.request))
-        chosen_metric(benchmark.identity, cell.request.metric)
-        found[id(cell)] = benchmark
+        if settings not in same:
+            same[settings] = Benchmark(cell.request)
+        chosen_metric(same[settings].identity, cell.request.metric)
+        found[id(cell)] = same[settings]
     return found
 
 

