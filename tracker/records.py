@@ -134,7 +134,8 @@ class CellRecord(Record):
     baseline_low: float | None
     baseline_high: float | None
     """Both ends of the 95 % interval of the baseline accuracy."""
-    chance_accuracy: float
+    chance_accuracy: float | None
+    """Expected accuracy of a random predictor; None while nothing is measured."""
     baseline_metrics: dict[str, float | None]
     layers: tuple[LayerRecord, ...]
     correlations: tuple[CorrelationRecord, ...]

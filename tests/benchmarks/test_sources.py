@@ -97,7 +97,7 @@ class TestFolders:
         assert "SPLIT.parquet" in message
         assert "load_dataset('org/set').save_to_disk('DATA/org/set')" in message
 
-    # BUG (sources.py, load): datasets.exceptions.DatasetGenerationError is no OSError, ValueError
+    # Was: datasets.exceptions.DatasetGenerationError is no OSError, ValueError
     # or RuntimeError, and an empty file ends in StopIteration: the user sees a traceback.
     @pytest.mark.parametrize(
         ("file", "content"),

@@ -210,7 +210,7 @@ class TestFingerprint:
         one, other = (self.fingerprint("piqa", place, num_fewshot=0) for place in places)
         assert one == other
 
-    # BUG (tasks.py, _task_identity): the names of unused splits are part of the configuration that
+    # Was: the names of unused splits are part of the configuration that
     # is hashed, so the hub (which has a train split) and the package (which has none) give two
     # cells for the same 0-shot documents.
     def test_a_split_that_is_not_used_does_not_count(self, data) -> None:
@@ -218,7 +218,7 @@ class TestFingerprint:
         write(data / "b/baber/piqa", validation=PIQA, train=PIQA)
         assert self.fingerprint("piqa", data / "a") == self.fingerprint("piqa", data / "b")
 
-    # BUG (tasks.py, _task_identity): functions of a task (process_docs of hellaswag, doc_to_text of
+    # Was: functions of a task (process_docs of hellaswag, doc_to_text of
     # copa and winogrande) is hashed by its repr, which holds its address: every process makes a
     # cell of its own, so nothing is continued and nothing is shared.
     def test_another_process_finds_the_same(self) -> None:
@@ -267,7 +267,7 @@ class TestRefusals:
         assert "scored on the split 'test'" in message
         assert "it holds: validation" in message
 
-    # BUG (tasks.py): without its label column piqa is scored, and every document is wrong: lm-eval
+    # Was: without its label column piqa is scored, and every document is wrong: lm-eval
     # takes the name of a missing column for the answer itself ("label" is no choice).
     @pytest.mark.parametrize("column", ["goal", "sol2", "label"])
     def test_a_column_that_is_not_there(self, data, column: str) -> None:
@@ -277,7 +277,7 @@ class TestRefusals:
         assert f"piqa cannot read its documents from {data}" in message
         assert "columns" in message
 
-    # BUG (tasks.py, _fit_splits): the task's own count wins over the one that was asked for, though
+    # Was: the task's own count wins over the one that was asked for, though
     # _configure lets num_fewshot 0 win; the message then advises what was already done.
     def test_zero_shot_needs_no_pool(self, data) -> None:
         options = {"question": "q", "options": ["a", "b"], "answer": "A", "answer_index": 0}
@@ -285,7 +285,7 @@ class TestRefusals:
         assert "few-shot" in refusal("leaderboard_mmlu_pro", data)
         assert make("leaderboard_mmlu_pro", data, num_fewshot=0).identity.num_fewshot == 0
 
-    # BUG (tasks.py, _fit_splits): examples that stand in the task's own YAML
+    # Was: examples that stand in the task's own YAML
     # (fewshot_config.samples) need no split.
     def test_examples_in_the_task_itself_need_no_pool(self, data) -> None:
         documents = [{"input": "not ( True ) is", "target": "False"}] * 2
@@ -522,7 +522,7 @@ def plain_tasks(tmp_path_factory) -> Any:
     return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
 
 
-# BUG (tasks.py, documents): with a chat template lm-eval's own default is
+# Was: with a chat template lm-eval's own default is
 # fewshot_as_multiturn=True; ours puts all examples into one turn. Pass fewshot_as_multiturn=chat.
 @pytest.mark.parametrize(
     ("benchmark", "shots", "chat", "bos"),

@@ -40,7 +40,7 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path) -> None:
     assert path.read_text() == "new"
 
 
-# BUG (files.py): only an OSError cleans up, so a temporary file is left for good.
+# Was: only an OSError cleans up, so a temporary file is left for good.
 # A writer may fail with what is no OSError: pyarrow's ArrowInvalid is a ValueError, Ctrl-C a
 # KeyboardInterrupt.
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("bad"), KeyError])
@@ -58,7 +58,7 @@ def test_a_failing_writer_leaves_nothing(tmp_path, error: Exception) -> None:
     assert names(tmp_path) == {"file.txt"}
 
 
-# BUG (files.py): the same.
+# Was: the same.
 def test_an_interrupt_leaves_nothing(tmp_path) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text("half")
@@ -82,7 +82,7 @@ def test_an_operating_system_error_says_what_to_do(tmp_path) -> None:
     assert caught.value.exit_code == 1
 
 
-# BUG (files.py): unlink(missing_ok=True) raises NotADirectoryError inside the handler.
+# Was: unlink(missing_ok=True) raises NotADirectoryError inside the handler.
 def test_a_file_where_a_folder_should_be(tmp_path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WorkError, match="cannot be written"):

@@ -238,7 +238,7 @@ class TestUnreadableShards:
         fill(cell, block, range(32), NAMES)
         assert cell.is_complete(64, NAMES)
 
-    # BUG (store.py, _read_shard): the loser of the race gets a bare FileNotFoundError.
+    # Was: the loser of the race gets a bare FileNotFoundError.
     def test_another_process_that_sets_it_aside_first_is_no_failure(
         self, cell, fill, monkeypatch
     ) -> None:
@@ -257,7 +257,7 @@ class TestUnreadableShards:
         monkeypatch.setattr(pq, "read_table", read_table)
         assert not len(cell.read())
 
-    # BUG (store.py, _read_shard): any OSError sets the shard aside, so "too many open files" or a
+    # Was: any OSError sets the shard aside, so "too many open files" or a
     # passing network file system error throws good measurements away. Corruption has no errno.
     def test_a_process_without_file_handles_throws_no_results_away(self, cell, fill) -> None:
         fill(cell, Block("arc_easy", 0), range(32), NAMES)
@@ -414,7 +414,7 @@ class TestNotes:
         assert cell.receipt("mlflow") == {"digest": "3", "location": "http://three"}
         assert cell.receipt("wandb") == {"digest": "2", "location": "http://two"}
 
-    # BUG (store.py, find, asked, receipt): bare JSONDecodeError, KeyError or ValidationError.
+    # Was: bare JSONDecodeError, KeyError or ValidationError.
     @pytest.mark.parametrize("text", ["", "{", "{}"])
     def test_a_damaged_note_is_a_clear_error_or_is_ignored(self, ledger, cell, text: str) -> None:
         """What can be made again need not stop anyone, but no traceback may reach the user."""

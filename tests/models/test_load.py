@@ -90,7 +90,7 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path) -> None:
     assert "decoder-only" in message
 
 
-# BUG (load.py): a BERT is loaded with is_decoder=False: every token sees its successors, so the
+# Was: a BERT is loaded with is_decoder=False: every token sees its successors, so the
 # "log-likelihood" of a continuation is read off a model that has seen it.
 def test_an_encoder_is_refused(tmp_path) -> None:
     config = transformers.BertConfig(
@@ -117,7 +117,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tiny_llama) -> None:
     assert "tokenizer" in refusal(folder)
 
 
-# BUG (load.py): safetensors.SafetensorError is a bare Exception, so the user sees a traceback.
+# Was: safetensors.SafetensorError is a bare Exception, so the user sees a traceback.
 @pytest.mark.parametrize("kept", [0, 100, -10])
 def test_truncated_weights_are_refused(tiny_llama, kept: int) -> None:
     folder = tiny_llama()
@@ -126,7 +126,7 @@ def test_truncated_weights_are_refused(tiny_llama, kept: int) -> None:
     assert "cannot be read" in refusal(folder)
 
 
-# BUG (load.py): transformers fills missing weights with random numbers and only warns, so the
+# Was: transformers fills missing weights with random numbers and only warns, so the
 # numbers would be those of a layer that nobody trained. Ask for output_loading_info=True and
 # refuse missing_keys.
 def test_missing_weights_are_refused(tiny_llama) -> None:
@@ -147,7 +147,7 @@ def test_an_unknown_device_is_refused(tiny_llama) -> None:
         load_model(source, device="gpu")
 
 
-# BUG (load.py): torch.device("cuda:99") is well-formed; model.to(place) raises AssertionError
+# Was: torch.device("cuda:99") is well-formed; model.to(place) raises AssertionError
 # (no CUDA) or AcceleratorError.
 def test_a_device_that_is_not_there_is_refused(tiny_llama) -> None:
     source = find_model(str(tiny_llama()))

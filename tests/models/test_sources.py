@@ -91,7 +91,7 @@ class TestFinding:
             ("a/b/c", "there is no folder a/b/c"),
             ("no-such.gguf", "there is no GGUF file no-such.gguf"),
             ("/no/such/file.gguf", "there is no GGUF file"),
-            # BUG (sources.py, _in_package): importlib raises ModuleNotFoundError or ImportError.
+            # Was: importlib raises ModuleNotFoundError or ImportError.
             ("package:no.such.model", "not installed"),
             ("package:../model", "not installed"),
         ],
@@ -114,7 +114,7 @@ class TestFinding:
             with pytest.raises(ModelError, match="has no revision 'main'"):
                 find_model(local, revision="main")
 
-    # BUG (sources.py, ModelSource.name): everything after the first dot is cut, so Llama-3.1-8B
+    # Was: everything after the first dot is cut, so Llama-3.1-8B
     # and Llama-3.2-1B are both called Llama-3 in every table.
     @pytest.mark.parametrize(
         ("file", "name"),

@@ -77,14 +77,17 @@ class DataSource:
                 what to do offline.
         """
         import datasets
+        from datasets.exceptions import DatasetsError
 
+        # An empty JSON file ends the iteration; a malformed one has an error of its own.
+        unreadable = (OSError, ValueError, RuntimeError, KeyError, StopIteration, DatasetsError)
         try:
             if self.root is None:
                 return datasets.load_dataset(path, name)
             folder, prepare = self._place(path, name)
             splits = _read_folder(folder)
             return datasets.DatasetDict({k: prepare(v) for k, v in splits.items()})
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except unreadable as error:
             raise unreachable(path, name, self.name, error) from None
 
     def stamp(self) -> object:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -26,7 +28,11 @@ from tracker.records import BenchmarkIdentity, TaskIdentity
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
 """Benchmarks whose field reports acc_norm."""
 _SCORED = ("multiple_choice", "loglikelihood")
-_NOT_CONTENT = ("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata")
+_NOT_CONTENT = (
+    *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),
+    *("training_split", "validation_split", "test_split", "fewshot_split", "num_fewshot"),
+)
+"""Where documents come from; the documents themselves are hashed, and the rest stands beside."""
 _UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)
 
 MetricValue = float | str
@@ -65,10 +71,10 @@ class _SourcedFactory(TaskFactory):  # type: ignore[misc]
                 )
             config["test_split"] = None
         examples = config.get("fewshot_split") or config.get("training_split")
-        wanted = config.get("num_fewshot")
-        if wanted is None:
-            wanted = self._num_fewshot
-        if wanted and examples not in splits:
+        own = config.get("num_fewshot")
+        wanted = own if self._num_fewshot is None or own == 0 else self._num_fewshot
+        in_the_task = "samples" in (config.get("fewshot_config") or {})
+        if wanted and examples not in splits and not in_the_task:
             raise BenchmarkError(
                 f"{task} draws few-shot examples from the split {examples!r}, which "
                 f"{self._source.name} does not hold; use num_fewshot 0, or another source of data"
@@ -148,6 +154,7 @@ class Benchmark:
                     rank=0,
                     world_size=1,
                     apply_chat_template=chat,
+                    fewshot_as_multiturn=chat,
                     chat_template=encoder.apply_chat_template if chat else None,
                     tokenizer_name=encoder.tokenizer_name if chat else "",
                 )
@@ -229,6 +236,11 @@ class Benchmark:
                 f"{task.task_name} is of the type {task.OUTPUT_TYPE!r}; "
                 f"tracker scores {' and '.join(_SCORED)} tasks so far"
             )
+        for field in ("doc_to_target", "doc_to_choice"):
+            column = task.get_config(field)
+            # lm-eval takes the name of a column that is missing for the text itself.
+            if isinstance(column, str) and column.isidentifier() and column not in task.features:
+                raise self._unreadable(task.task_name, KeyError(column))
         own = task.get_config("num_fewshot")
         asked = self._request.num_fewshot
         if asked is not None and own != 0:
@@ -310,7 +322,11 @@ def _primary_metric(benchmark: str, metrics: Sequence[str]) -> str:
 
 
 def _task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
-    config = {k: v for k, v in task.dump_config().items() if k not in _NOT_CONTENT}
+    config = {
+        name: value
+        for name, value in task.config.to_dict(keep_callable=True).items()
+        if name not in _NOT_CONTENT
+    }
     examples: Iterable[Any] = (task.fewshot_docs() or []) if num_fewshot else []
     names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
     return TaskIdentity(
@@ -318,9 +334,25 @@ def _task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
         version=str(task.VERSION),
         split=task.config.test_split or task.config.validation_split,
         documents=len(task.eval_docs),
-        fingerprint=content_hash([config, list(task.eval_docs), list(examples)]),
+        fingerprint=content_hash([_stable(config), list(task.eval_docs), list(examples)]),
         metrics={m: names.get(f, f.__name__) for m, f in task.aggregation().items()},
     )
+
+
+def _stable(value: Any) -> Any:
+    """Replace functions by what they do: their name and the file that they stand in."""
+    if isinstance(value, dict):
+        return {name: _stable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_stable(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return _stable({f.name: getattr(value, f.name) for f in fields(value)})
+    if callable(value):
+        code = getattr(getattr(value, "func", value), "__code__", None)
+        source = Path(code.co_filename) if code else None
+        text = source.read_text(encoding="utf-8") if source and source.is_file() else ""
+        return [getattr(value, "__qualname__", type(value).__name__), text]
+    return value
 
 
 def _choices(task: Any, doc: Any) -> int:

@@ -16,8 +16,8 @@ from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.models.layers import layers_removed
 from tracker.models.load import LoadedModel
 
-ROW_TOKENS = 512
-"""Nodes of a prefix tree: long enough to keep a matrix product busy, short enough for its mask."""
+ROW_TOKENS = 256
+"""Nodes of a prefix tree: enough to keep a matrix product busy, few enough for a dense mask."""
 
 
 @dataclass(frozen=True)

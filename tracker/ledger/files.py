@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tracker.errors import WorkError
@@ -28,13 +29,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         why = "the disk is full" if full else error.strerror or str(error)
         raise WorkError(
             f"{path} cannot be written: {why}. What was measured before is safe; "
             "mend it and type the same command to continue."
         ) from None
+    finally:
+        # Whatever went wrong, Ctrl-C included, leaves no half-written file behind.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -28,7 +28,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from tracker.config import CellRequest
-from tracker.errors import ResultsError
+from tracker.errors import ResultsError, WorkError
 from tracker.ledger.files import write_atomically, write_text
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.outcomes import outcome_table
@@ -201,8 +201,12 @@ class CellStore:
         except FileNotFoundError:
             return None
         except (OSError, pa.ArrowException) as error:
+            if getattr(error, "errno", None) is not None:
+                # The system, not the shard, is in trouble; Arrow's own complaints have no number.
+                raise WorkError(f"{path} cannot be read now: {error}") from None
             aside = path.with_suffix(".unreadable")
-            path.replace(aside)
+            with suppress(FileNotFoundError):  # another process was first
+                path.replace(aside)
             log.warning(
                 "the shard %s cannot be read (%s); it is set aside as %s and computed again",
                 path.name,
@@ -222,12 +226,18 @@ class CellStore:
         path = self.folder / "request.json"
         if not path.is_file():
             return None
-        return Asked.model_validate_json(path.read_text(encoding="utf-8"))
+        try:
+            return Asked.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError:
+            raise ResultsError(
+                f"{path} is damaged; delete it and run the experiment again (nothing is measured "
+                "twice)"
+            ) from None
 
     def receipt(self, destination: str) -> dict[str, str]:
         """Recall what a backend got last: `digest` of the record and `location` of the runs."""
-        path = self.folder / "receipts" / f"{destination[:32]}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = _read_note(self.folder / "receipts" / f"{destination[:32]}.json")
+        return found if {"digest", "location"} <= set(found) else {}
 
     def add_receipt(self, destination: str, digest: str, location: str) -> None:
         """Remember what a backend has."""
@@ -312,10 +322,10 @@ class Ledger:
 
     def find(self, request_key: str) -> CellStore | None:
         """Find the cell that a request led to before; None when it is new."""
-        path = self.root / "index" / f"{request_key[:32]}.json"
-        if not path.is_file():
+        name = _read_note(self.root / "index" / f"{request_key[:32]}.json").get("cell")
+        if name is None:
             return None
-        folder = self.root / "cells" / json.loads(path.read_text(encoding="utf-8"))["cell"]
+        folder = self.root / "cells" / name
         return self._open(folder) if (folder / "cell.json").is_file() else None
 
     def remember(self, request_key: str, cell: CellStore) -> None:
@@ -364,6 +374,15 @@ class Ledger:
                 f"{self.root} was written by a newer tracker (format {found}; this one knows "
                 f"{FORMAT}). Upgrade with pip install -U tracker, or choose another --results."
             )
+
+
+def _read_note(path: Path) -> dict[str, str]:
+    """Read a small file that can be made again; empty when it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _literal(name: str) -> str:

@@ -33,6 +33,9 @@ SEED = 0
 OUTER = 2
 """Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""
 
+_NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
+_NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this metric"
+
 
 class _Outcomes:
     """A cell's outcomes for a request, lined up: every ablation has the same documents in order."""
@@ -92,6 +95,8 @@ def cell_record(
     reasons = {}
     if n < outcomes.wanted:
         reasons["n"] = f"{n} of {outcomes.wanted} documents are measured so far"
+    if not n:
+        reasons["baseline_accuracy"] = reasons["chance_accuracy"] = "no document is measured yet"
     common = {
         "key": identity.key,
         "model": identity.model,
@@ -108,7 +113,7 @@ def cell_record(
             baseline_accuracy=None,
             baseline_low=None,
             baseline_high=None,
-            chance_accuracy=0.0,
+            chance_accuracy=None,
             baseline_metrics={},
             layers=(),
             correlations=(),
@@ -137,16 +142,18 @@ def cell_record(
         proxies = {
             name.removesuffix("_sum"): _finite(values[layer]) for name, values in means.items()
         }
+        proxies["cosine_score"] = cosine_score(proxies["cosine_similarity"])
+        metrics = _metric_values(outcomes, ablation, aggregate)
         undefined = {
             "accuracy": accurate.reason,
             "accuracy_drop": drop.reason,
             "accuracy_relevance": relevance.reason,
             "gold_logprob_drop": gold_drop.reason,
-            **{
-                name: "a hidden state of a baseline token is not finite or is zero"
-                for name, value in proxies.items()
-                if value is None
-            },
+            "mcnemar_p": None
+            if drop.p_value is not None
+            else drop.reason or "the outcomes are not all right or wrong",
+            **{name: _NOT_FINITE for name, value in proxies.items() if value is None},
+            **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
         }
         layers.append(
             LayerRecord(
@@ -159,9 +166,8 @@ def cell_record(
                 accuracy_drop_high=drop.high,
                 mcnemar_p=drop.p_value,
                 accuracy_relevance=relevance.value,
-                cosine_score=cosine_score(proxies["cosine_similarity"]),
                 gold_logprob_drop=gold_drop.value,
-                metrics=_metric_values(outcomes, ablation, aggregate),
+                metrics=metrics,
                 reasons={name: reason for name, reason in undefined.items() if reason},
                 **proxies,
             )

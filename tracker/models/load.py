@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from tracker.errors import ModelError
@@ -55,9 +56,13 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = read_config(source, trust_remote_code)
-    if getattr(config, "is_encoder_decoder", False):
+    kinds = [
+        *(["an encoder-decoder"] if getattr(config, "is_encoder_decoder", False) else []),
+        *(["an encoder"] if any("MaskedLM" in n for n in config.architectures or []) else []),
+    ]
+    if kinds:
         raise ModelError(
-            f"{source.source} is an encoder-decoder ({config.model_type}); "
+            f"{source.source} is {kinds[0]} ({config.model_type}); "
             "tracker measures decoder-only language models"
         )
     arguments = source.load_arguments(trust_remote_code)
@@ -65,9 +70,16 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
         if not source.gguf_file and not trust_remote_code:
             arguments["use_safetensors"] = True
-        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **arguments)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, output_loading_info=True, **arguments
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise unreadable(source, error) from None
+    if found["missing_keys"]:
+        raise ModelError(
+            f"{source.source} lacks weights that its configuration asks for, "
+            f"{sorted(found['missing_keys'])[0]} among them"
+        )
     place = find_device(device)
     model = model.to(place).eval().requires_grad_(False)
     identity = ModelIdentity(
@@ -127,9 +139,15 @@ def find_device(name: str) -> torch.device:
     """
     if name != "auto":
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError:
             raise ModelError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:1, mps") from None
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            said = str(error).splitlines()[0]
+            raise ModelError(f"this machine has no device {name!r}: {said}") from None
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

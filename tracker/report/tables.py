@@ -113,7 +113,7 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
         Value(f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot · {cell.metric}"),
         Value(f"{cell.n:,}"),
         _with_interval(baseline, interval(cell.baseline_low, cell.baseline_high, points)),
-        Value(points(cell.chance_accuracy)),
+        _value(cell.chance_accuracy, points, reason_of(cell, "chance_accuracy")),
         _text(", ".join(costly), "no layer has a positive accuracy drop"),
         _text(", ".join(scored), "no layer has a cosine score"),
         rank,

@@ -333,9 +333,14 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     if cell.missing_layers:
         found.append(f"Incomplete: {layer_list(cell.missing_layers, 0)} {NOT_MEASURED}.")
     for field, reason in cell.reasons.items():
+        if field == "n":
+            found.append(f"Incomplete: {reason}.")
+            continue
         words = (field[:1].upper() + field[1:]).replace("_", " ")
         found.append(f"{words} is undefined: {reason}.")
     chance = cell.chance_accuracy
+    if chance is None:
+        return tuple(found)
     if defined(cell.baseline_accuracy) and cell.baseline_accuracy <= chance:
         found.append("The intact model is at or below chance: its layers have little to lose.")
     elif defined(cell.baseline_low) and cell.baseline_low <= chance:
