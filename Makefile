@@ -32,7 +32,7 @@ check: .venv/dev
 
 .venv/dev: .venv/demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@command -v chromium >/dev/null || tools/install-chromium
+	@command -v chromium >/dev/null || .ci/install-chromium
 	@touch $@
 
 clean:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,8 +87,9 @@ def _console(error: bool = False) -> Console:
 
 def _quiet(debug: bool) -> None:
     """Let only tracker speak: libraries' bars and notes say nothing that a user needs."""
-    os.environ.setdefault("TQDM_DISABLE", "0" if debug else "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not debug:
+        # Nothing can be downloaded, so no bar of a library shows what a user waits for.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -395,7 +397,7 @@ def sync(project: str | None, track: str, results: Path) -> None:
     done = api.sync(project, results=results, track=_backends(track))
     click.echo(f"{len(done.published)} cells published")
     for location in done.locations.values():
-        click.echo(f"see them: {location}")
+        click.echo(f"see them: {_runnable(location)}")
     for title, why in done.failed.items():
         click.echo(f"not published: {title}: {why}", err=True)
     sys.exit(1 if done.failed else 0)
@@ -475,7 +477,7 @@ def _print_end(console: Console, outcome: Report, page: Path | None, again: str)
     if page is not None:
         console.print(f"report: {page}", markup=False, highlight=False)
     for location in outcome.locations.values():
-        console.print(f"runs:   {location}", markup=False, highlight=False)
+        console.print(f"runs:   {_runnable(location)}", markup=False, highlight=False)
     err = _console(error=True)
     for title, why in outcome.failed.items():
         err.print(f"failed: {title}: {why}", markup=False, highlight=False)
@@ -483,6 +485,15 @@ def _print_end(console: Console, outcome: Report, page: Path | None, again: str)
         err.print(f"what was measured is kept; to run just what failed: {again}", markup=False)
     for title, why in outcome.unpublished.items():
         err.print(f"not published: {title}: {why}", markup=False, highlight=False)
+
+
+def _runnable(location: str) -> str:
+    """Let a printed command work as it stands, also where the environment is not activated."""
+    program, _, rest = location.partition(" ")
+    beside = Path(sys.executable).with_name(program)
+    if rest and not shutil.which(program) and beside.is_file():
+        return f"{os.path.relpath(beside)} {rest}"
+    return location
 
 
 def _print_plan(console: Console, cells: Sequence[Any], gflops: float | None) -> None:

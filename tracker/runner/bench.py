@@ -90,11 +90,13 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     from tracker.benchmarks.plain import score_with_lm_eval
     from tracker.benchmarks.tasks import Benchmark
     from tracker.engine.check import check
+    from tracker.engine.memory import keep_freed_memory
     from tracker.engine.plan import cost, matrix_rate
     from tracker.engine.sweep import Engine
     from tracker.models.layers import layers_removed
     from tracker.models.load import load_model
 
+    keep_freed_memory()
     benchmark = Benchmark(request)
     progress.say(f"loading {request.model}")
     source = find_model(request.model, request.revision)

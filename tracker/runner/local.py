@@ -153,8 +153,10 @@ def _check_device(name: str) -> None:
 
 def _load(cell: Asked, options: Options, progress: Progress) -> tuple[LoadedModel, RequestEncoder]:
     from tracker.benchmarks.encoder import RequestEncoder
+    from tracker.engine.memory import keep_freed_memory
     from tracker.models.load import load_model
 
+    keep_freed_memory()
     progress.say(f"loading {cell.source.name}")
     loaded = load_model(cell.source, cell.request.dtype, options.device, options.trust_remote_code)
     return loaded, RequestEncoder(loaded.model, loaded.tokenizer)
