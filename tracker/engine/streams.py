@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tracker.ablations import Ablation
@@ -92,9 +91,7 @@ def plan_streams(ablations: Sequence[Ablation], layers: int) -> StreamPlan:
 
 @contextmanager
 def forking(
-    layers: nn.ModuleList,
-    plan: StreamPlan,
-    observe: Observer | None = None,
+    layers: nn.ModuleList, plan: StreamPlan, observe: Observer | None = None
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -107,55 +104,51 @@ def forking(
         observe: Sees the baseline's input and output of each layer.
 
     Yields:
-        Nothing; on exit, also by an exception, the hooks are gone.
+        Nothing; on exit, also by an exception, the layers are what they were.
     """
-    hooks = []
-    for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
-        fork = _Fork(index, step, observe)
-        hooks.append(layer.register_forward_pre_hook(fork.before, with_kwargs=True))
-        hooks.append(layer.register_forward_hook(fork.after))
+    own = [vars(layer).get("forward") for layer in layers]
     try:
+        for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
+            layer.forward = _Fork(index, step, layer.forward, observe)
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer, forward in zip(layers, own, strict=True):
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
 
 
+@dataclass(frozen=True)
 class _Fork:
-    """The two hooks of one layer."""
+    """One layer's forward pass over all streams."""
 
-    def __init__(self, index: int, step: LayerStep, observe: Observer | None) -> None:
-        self._index = index
-        self._step = step
-        self._observe = observe
-        self._input = torch.empty(0)
+    index: int
+    step: LayerStep
+    layer: Callable[..., Any]
+    observe: Observer | None
 
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
         named = "hidden_states" in kwargs
-        hidden = kwargs["hidden_states"] if named else args[0]
-        step = self._step
-        self._input = hidden.unflatten(0, (step.streams, -1))
-        if len(step.passing) == step.streams:
-            return None
-        passing = self._input[list(step.passing)].flatten(0, 1)
-        return (
-            (args, {**kwargs, "hidden_states": passing})
-            if named
-            else ((passing, *args[1:]), kwargs)
-        )
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        step = self._step
-        before, self._input = self._input, torch.empty(0)
-        hidden = output[0] if isinstance(output, tuple) else output
-        passed = hidden.unflatten(0, (len(step.passing), -1))
-        if self._observe is not None:
-            self._observe(self._index, before[0], passed[0])
-        if len(step.passing) < step.streams:
-            merged = before.clone()
-            merged[list(step.passing)] = passed
-            passed = merged
-        if step.forked:
-            passed = torch.cat([passed, *(before[s : s + 1] for s in step.forked)])
-        passed = passed.flatten(0, 1)
-        return (passed, *output[1:]) if isinstance(output, tuple) else passed
+        hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
+        rest = () if named else args[1:]
+        step = self.step
+        before = hidden.reshape(step.streams, -1, *hidden.shape[1:])
+        after = hidden.new_empty(step.streams + len(step.forked), *before.shape[1:])
+        passing = list(step.passing)
+        everyone = len(passing) == step.streams
+        going = hidden if everyone else before[passing].flatten(0, 1)
+        output = self.layer(going, *rest, **kwargs)
+        passed = output[0] if isinstance(output, tuple) else output
+        passed = passed.reshape(-1, *before.shape[1:])
+        if everyone:
+            after[: step.streams] = passed
+        else:
+            after[: step.streams] = before
+            after[passing] = passed
+        for new, stream in enumerate(step.forked, start=step.streams):
+            after[new] = before[stream]
+        if self.observe is not None:
+            self.observe(self.index, before[0], after[0])
+        merged = after.flatten(0, 1)
+        return (merged, *output[1:]) if isinstance(output, tuple) else merged
