@@ -162,8 +162,8 @@ def test_plan_counts_what_is_executed(cli, tiny_llama, experiment, tmp_path):
 
     asked, _ = load_experiment(file)
     (planned,) = plan(asked.cells(), Ledger(tmp_path / "results"))
-    assert planned.documents == 40
-    assert planned.layer_passes == planned.tokens * (4 * 5 // 2)
+    assert planned.cost.documents == 40
+    assert planned.cost.layer_passes == planned.cost.tokens * (4 * 5 // 2)
     assert not planned.measured
 
 

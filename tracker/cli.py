@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from tracker.records import CellRecord
     from tracker.runner.local import Report
+    from tracker.runner.planning import PlannedCell
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -496,7 +497,7 @@ def _runnable(location: str) -> str:
     return location
 
 
-def _print_plan(console: Console, cells: Sequence[Any], gflops: float | None) -> None:
+def _print_plan(console: Console, cells: Sequence[PlannedCell], gflops: float | None) -> None:
     from rich.table import Table
 
     from tracker.engine.plan import matrix_rate
@@ -521,23 +522,24 @@ def _print_plan(console: Console, cells: Sequence[Any], gflops: float | None) ->
         table.add_column(name, justify="left" if name in ("model", "benchmark") else "right")
     seconds = 0.0
     for cell in cells:
-        cost = 0.0 if cell.measured else cell.flops / rate
-        seconds += cost
+        cost = cell.cost
+        spent = 0.0 if cell.measured else cost.flops / rate
+        seconds += spent
         table.add_row(
             cell.request.model,
             cell.request.benchmark,
-            str(cell.runs),
-            f"{cell.documents:,}",
-            f"{cell.tokens:,}",
-            f"{cell.layer_passes:,}",
-            f"{cell.flops / 1e12:,.1f}",
-            f"{cell.naive_flops / cell.flops:.1f} × the TFLOP",
-            f"{cell.peak_bytes / 2**30:.1f} GiB",
-            "measured already" if cell.measured else _duration(cost),
+            str(len(cell.request.layers)),
+            f"{cost.documents:,}",
+            f"{cost.tokens:,}",
+            f"{cost.layer_passes:,}",
+            f"{cost.flops / 1e12:,.1f}",
+            f"{cost.naive_flops / cost.flops:.1f} × the TFLOP",
+            f"{cost.peak_bytes / 2**30:.1f} GiB",
+            "measured already" if cell.measured else _duration(spent),
         )
     console.print(table)
     console.print(
-        f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
+        f"{sum(len(cell.request.layers) for cell in cells)} runs, at least {_duration(seconds)} at "
         f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate",
         markup=False,
         highlight=False,

@@ -198,3 +198,14 @@ def test_rows_hold_every_request_once(pack, row_tokens):
             for document in documents
         }
         assert sum(row.tokens for row in rows) == len(together)
+
+
+def test_a_long_common_beginning_is_paid_for_by_many_documents(tiny_model):
+    model = tiny_model("llama")
+    documents = make_documents(9, shared=40)
+    rows = list(tree_rows(documents, MAX_LENGTH, row_tokens=20))
+    assert len(rows) < len(list(tree_rows(make_documents(9, shared=0), MAX_LENGTH, 20)))
+    assert all(row.tokens <= 3 * 40 for row in rows)
+    ablations = single_layers((0, 1, 2, 3))
+    engine = Engine(loaded(model), MAX_LENGTH, row_tokens=20)
+    agree(engine.score(documents, ablations), model, ablations)

@@ -16,6 +16,10 @@ from tracker.documents import Document, Request
 from tracker.errors import CellError
 
 
+LARGE_ROW = 1024
+"""Nodes that a row may hold beyond a long common beginning: what its dense mask still pays for."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Some requests, ready for one forward pass. N = rows × tokens.
@@ -147,13 +151,18 @@ def tree_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -
         documents: What to score.
         max_length: Tokens that the model reads at most; longer requests lose their beginning, as
             in lm-eval.
-        row_tokens: Nodes of a tree; a single larger document still makes one row.
+        row_tokens: Nodes of a tree; a single larger document still makes one row, and where all
+            documents begin alike (few-shot examples) a row is larger, so that the beginning is
+            paid for once by many documents.
 
     Yields:
         Rows that hold every request of every document exactly once.
     """
     tree, packed = _Tree(), list[_Sequence]()
-    for sequences in _sequences(documents, max_length):
+    requests = _sequences(documents, max_length)
+    shared = _common_beginning([sequence.path for each in requests for sequence in each])
+    row_tokens = max(row_tokens, shared + min(2 * shared, LARGE_ROW))
+    for sequences in requests:
         added = tree.added_by([sequence.path for sequence in sequences])
         if packed and len(tree.tokens) + added > row_tokens:
             yield _tree_row(tree, packed)
@@ -163,6 +172,13 @@ def tree_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -
         packed.extend(sequences)
     if packed:
         yield _tree_row(tree, packed)
+
+
+def _common_beginning(paths: list[tuple[int, ...]]) -> int:
+    """Count the tokens with which all sequences begin: the first and last in order tell."""
+    first, last = min(paths), max(paths)
+    differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return next(differing, min(len(first), len(last)))
 
 
 def _tree_row(tree: _Tree, sequences: list[_Sequence]) -> Row:

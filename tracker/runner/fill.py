@@ -54,6 +54,7 @@ def fill(
     }
     progress.start(store.identity.benchmark.name, sum(sizes.values()))
     pending = list(sizes)
+    told = False
     while pending:
         left = []
         for block in pending:
@@ -66,6 +67,9 @@ def fill(
             except Timeout:
                 left.append(block)
         if len(left) == len(pending):
+            if not told:
+                progress.say(f"{len(left)} blocks are being measured by another process")
+                told = True
             time.sleep(WAIT)
         pending = left
     progress.finish()

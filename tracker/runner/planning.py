@@ -4,44 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tracker.config import CellRequest
 from tracker.errors import ModelError
 from tracker.ledger.store import Ledger
 from tracker.runner.prepare import check_layers, look_up
 
+if TYPE_CHECKING:
+    from tracker.engine.plan import Cost
+
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """What one cell will cost; all counts are for the whole cell, measured or not.
+    """What one cell will cost.
 
     Attributes:
-        request: The cell.
-        runs: Tracked runs: one a layer.
+        request: The cell; each of its layers is one tracked run.
         measured: Whether the ledger holds all of it already.
-        documents: Documents.
-        requests: (context, continuation) pairs.
-        tokens: Tokens that the model reads, shared ones once.
-        layer_passes: Tokens times layers passed, all ablations together.
-        naive_layer_passes: The same for lm-eval run once per ablation.
-        flops: Floating-point operations.
-        naive_flops: The same for lm-eval run once per ablation.
-        peak_bytes: Estimated peak memory.
-        dtype: The numbers' type.
+        cost: The work of the whole cell, measured or not.
     """
 
     request: CellRequest
-    runs: int
     measured: bool
-    documents: int
-    requests: int
-    tokens: int
-    layer_passes: int
-    naive_layer_passes: int
-    flops: float
-    naive_flops: float
-    peak_bytes: int
-    dtype: str
+    cost: Cost
 
 
 def plan(
@@ -78,20 +64,5 @@ def plan(
         if not documents:
             raise ModelError(f"{request.title} has no documents")
         found = cost(model, documents, cell.ablations, encoder.max_length)
-        planned.append(
-            PlannedCell(
-                request=request,
-                runs=len(request.layers),
-                measured=cell.complete,
-                documents=found.documents,
-                requests=found.requests,
-                tokens=found.tokens,
-                layer_passes=found.layer_passes,
-                naive_layer_passes=found.naive_layer_passes,
-                flops=found.flops,
-                naive_flops=found.naive_flops,
-                peak_bytes=found.peak_bytes,
-                dtype=str(model.dtype).removeprefix("torch."),
-            )
-        )
+        planned.append(PlannedCell(request, cell.complete, found))
     return planned
