@@ -15,7 +15,6 @@ from torch import Tensor
 from tracker.documents import Document, Request
 from tracker.errors import CellError
 
-
 LARGE_ROW = 1024
 """Nodes that a row may hold beyond a long common beginning: what its dense mask still pays for."""
 
@@ -176,7 +175,7 @@ def tree_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -
 
 def _common_beginning(paths: list[tuple[int, ...]]) -> int:
     """Count the tokens with which all sequences begin: the first and last in order tell."""
-    first, last = min(paths), max(paths)
+    first, last = min(paths, default=()), max(paths, default=())
     differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return next(differing, min(len(first), len(last)))
 
