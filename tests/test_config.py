@@ -308,3 +308,10 @@ def test_did_you_mean() -> None:
     assert did_you_mean("modle", ["layer", "model"]) == " Did you mean 'model'?"
     assert did_you_mean("xyzzy", ["layer", "model"]) == ""
     assert did_you_mean("model", []) == ""
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("method: grid\nparameters:\n  limit: {value: 1}\n  limit: {value: 2}\n")
+    with pytest.raises(ExperimentError, match="line 4: not valid YAML: the key 'limit' is given"):
+        load_experiment(path)
