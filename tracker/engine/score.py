@@ -69,10 +69,10 @@ def score_row(model: Any, layers: nn.ModuleList, plan: StreamPlan, row: Row) -> 
     logprobs, greedy = _head(model, output, plan.streams, row)
     owner = row.owner.to(logprobs.device)
     requests = len(row.requests)
-    totals = logprobs.new_zeros(len(logprobs), requests).index_add_(1, owner, logprobs)
-    misses = logprobs.new_zeros(len(logprobs), requests).index_add_(
-        1, owner, (~greedy).to(logprobs.dtype)
-    )
+    none = torch.zeros(len(logprobs), requests, device=logprobs.device)
+    # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval.
+    totals = none.index_add(1, owner, logprobs.float()).to(logprobs.dtype)
+    misses = none.index_add(1, owner, (~greedy).float())
     per_token = torch.stack(observed, dim=-1)  # [3, N, layers]
     sums = [per_token[:, path].double().sum(1) for _, path in row.gold]
     return RowScores(
