@@ -1,36 +1,94 @@
-"""Ablations: the sets of layers that are skipped, and their names."""
+"""Ablations: the sets of layers and sublayers that are skipped, and their names."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
+from itertools import product
 
+from tracker.config import CellRequest, Component
 from tracker.records import BASELINE
+
+
+class Action(Enum):
+    """What an ablation does at one layer."""
+
+    PASS = "pass"
+    SKIP = "skip"
+    NO_ATTENTION = "no attention"
+    NO_MLP = "no mlp"
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """A set of layers whose output is their input.
+    """A set of layers whose output is their input, and of sublayers that add nothing.
 
     Attributes:
         layers: The removed layers, 0-based, ascending; none for the baseline.
+        attention: Layers whose attention adds nothing to the residual stream.
+        mlp: Layers whose MLP adds nothing to the residual stream.
     """
 
     layers: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        """The name in the ledger: `baseline`, `layer:3` or `layers:3,17`."""
-        if not self.layers:
-            return BASELINE
-        numbers = ",".join(map(str, self.layers))
-        return f"layer:{numbers}" if len(self.layers) == 1 else f"layers:{numbers}"
+        """The name in the ledger: `baseline`, `layer:3`, `layers:3,17`, `layers:3,17+mlp:5`."""
+        parts = [
+            f"{component}:{','.join(map(str, numbers))}"
+            for component, numbers in (
+                ("layer" if len(self.layers) == 1 else "layers", self.layers),
+                ("attention", self.attention),
+                ("mlp", self.mlp),
+            )
+            if numbers
+        ]
+        return "+".join(parts) or BASELINE
+
+    @property
+    def has_sublayers(self) -> bool:
+        """Whether it removes less than whole layers somewhere."""
+        return bool(self.attention or self.mlp)
+
+    def at(self, layer: int) -> Action:
+        """Say what it does at a layer."""
+        attention, mlp = layer in self.attention, layer in self.mlp
+        if layer in self.layers or (attention and mlp):
+            return Action.SKIP
+        if attention:
+            return Action.NO_ATTENTION
+        return Action.NO_MLP if mlp else Action.PASS
 
 
 INTACT = Ablation()
 """The baseline: nothing is removed."""
 
 
-def single_layers(layers: tuple[int, ...]) -> list[Ablation]:
+def ablate(component: Component, layers: Iterable[int], removed: Iterable[int] = ()) -> Ablation:
+    """Make an ablation of one component of some layers, on top of removed layers.
+
+    Args:
+        component: What of the layers is removed.
+        layers: Which layers, 0-based.
+        removed: Layers that are removed as a whole besides.
+
+    Returns:
+        The ablation.
+    """
+    beneath = set(removed)
+    chosen = set(layers) - beneath
+    whole = beneath | chosen if component == "layer" else beneath
+    return Ablation(
+        layers=tuple(sorted(whole)),
+        attention=tuple(sorted(chosen)) if component == "attention" else (),
+        mlp=tuple(sorted(chosen)) if component == "mlp" else (),
+    )
+
+
+def single_layers(layers: Iterable[int]) -> list[Ablation]:
     """List the baseline and the ablation of each layer alone.
 
     Args:
@@ -40,3 +98,58 @@ def single_layers(layers: tuple[int, ...]) -> list[Ablation]:
         The baseline first, then one ablation a layer in the given order.
     """
     return [INTACT, *(Ablation((layer,)) for layer in layers)]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One run of a cell: a component of `span` layers from `layer` on, beneath `removed`.
+
+    Attributes:
+        component: What of the layers is removed.
+        layer: The first layer, 0-based.
+        span: How many layers.
+        removed: Layers that are removed as a whole besides.
+    """
+
+    component: Component
+    layer: int
+    span: int
+    removed: tuple[int, ...]
+
+    @property
+    def ablation(self) -> Ablation:
+        """The set that is skipped."""
+        return ablate(self.component, range(self.layer, self.layer + self.span), self.removed)
+
+
+def removals(request: CellRequest, layers: int) -> Iterator[Removal]:
+    """List the runs of a cell.
+
+    A span that reaches beyond the last layer, and one that holds a layer which is removed already,
+    is no run of its own and is left out.
+
+    Args:
+        request: The cell.
+        layers: How many layers the model has.
+
+    Yields:
+        The runs: components outermost, then spans, then layers.
+    """
+    for component, span, layer in product(request.components, request.spans, request.layers):
+        whole = range(layer, layer + span)
+        if whole.stop <= layers and not set(whole) & set(request.removed):
+            yield Removal(component, layer, span, request.removed)
+
+
+def ablations_of(request: CellRequest, layers: int) -> list[Ablation]:
+    """List what a cell is measured under: the baseline, `removed` alone, and every run.
+
+    Args:
+        request: The cell.
+        layers: How many layers the model has.
+
+    Returns:
+        The ablations, the baseline first, none twice.
+    """
+    runs = (removal.ablation for removal in removals(request, layers))
+    return list(dict.fromkeys([INTACT, ablate("layer", request.removed), *runs]))

@@ -66,6 +66,7 @@ def run(
     track: Sequence[str] = TRACK,
     device: str = "auto",
     trust_remote_code: bool = False,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Results:
     """Run an experiment file here, continuing what the results folder already holds.
@@ -76,6 +77,7 @@ def run(
         track: Tracking backends; empty for none.
         device: `auto` (an accelerator if there is one), or a torch device.
         trust_remote_code: Whether code and pickles from a download may run.
+        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         progress: Listens to the run; None for silence.
 
     Returns:
@@ -93,7 +95,7 @@ def run(
             asked.cells(),
             ledger,
             publisher,
-            Options(device, trust_remote_code),
+            Options(device, trust_remote_code, memory),
             progress or Silent(),
         )
     finally:
@@ -111,6 +113,7 @@ def evaluate(
     track: Sequence[str] = TRACK,
     device: str = "auto",
     trust_remote_code: bool = False,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[CellRecord | None, Report]:
     """Measure one cell over all layers of its model: what a sweep's trial calls.
@@ -122,6 +125,7 @@ def evaluate(
         track: Tracking backends; empty for none.
         device: `auto` (an accelerator if there is one), or a torch device.
         trust_remote_code: Whether code and pickles from a download may run.
+        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         progress: Listens to the run; None for silence.
 
     Returns:
@@ -135,7 +139,11 @@ def evaluate(
     publisher = Publisher(track, project, ledger.root)
     try:
         outcome = run_cells(
-            [request], ledger, publisher, Options(device, trust_remote_code), progress or Silent()
+            [request],
+            ledger,
+            publisher,
+            Options(device, trust_remote_code, memory),
+            progress or Silent(),
         )
     finally:
         publisher.close()

@@ -55,7 +55,7 @@ class _Show:
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("tokens ·"),
+            TextColumn("responses ·"),
             TimeElapsedColumn(),
             TextColumn("· left"),
             TimeRemainingColumn(compact=True),
@@ -65,10 +65,10 @@ class _Show:
         self._task = self._bar.add_task(title, total=total)
         self._bar.start()
 
-    def advance(self, tokens: int) -> None:
+    def advance(self, responses: int) -> None:
         """Move the bar."""
         if self._bar is not None and self._task is not None:
-            self._bar.advance(self._task, tokens)
+            self._bar.advance(self._task, responses)
 
     def finish(self) -> None:
         """Close the bar."""
@@ -98,6 +98,23 @@ def _quiet(debug: bool) -> None:
     logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.WARNING)
     for name in ("lm_eval", "lm-eval", "datasets", "transformers", "alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
+
+
+class _Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A size such as 4GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        from pydantic import ByteSize, TypeAdapter, ValidationError
+
+        try:
+            size = TypeAdapter(ByteSize).validate_python(value)
+        except ValidationError:
+            self.fail(f"{value!r} is no size; write 4GiB or 500MB", param, ctx)
+        if size <= 0:
+            self.fail("it must be more than nothing", param, ctx)
+        return int(size)
 
 
 class _Failures(click.Group):
@@ -155,7 +172,16 @@ def _running(function: F) -> F:
         help="Tracking backends, comma-separated, or 'none'.",
     )
     @click.option(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda, cuda:1, mps, …, or 'spread': over all devices, by accelerate.",
+    )
+    @click.option(
+        "--memory",
+        type=_Bytes(),
+        help="What hidden states, keys and values may take, e.g. 4GiB; default: half of what is "
+        "free where the model is.",
     )
     @_trust
     @functools.wraps(function)
@@ -186,6 +212,7 @@ def run(
     results: Path,
     track: tuple[str, ...],
     device: str,
+    memory: int | None,
     trust_remote_code: bool,
 ) -> None:
     """Run an experiment file here, continuing what the results folder holds.
@@ -204,6 +231,7 @@ def run(
         results=results,
         track=track,
         device=device,
+        memory=memory,
         trust_remote_code=trust_remote_code,
         progress=_Show(console),
     )
@@ -233,6 +261,7 @@ def evaluate(
     results: Path,
     track: tuple[str, ...],
     device: str,
+    memory: int | None,
     trust_remote_code: bool,
     **settings: Any,
 ) -> None:
@@ -258,6 +287,7 @@ def evaluate(
         results=results,
         track=track,
         device=device,
+        memory=memory,
         trust_remote_code=trust_remote_code,
         progress=_Show(console),
     )
@@ -331,8 +361,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
 
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
-    notes = check(cells, trust_remote_code)
-    runs = sum(len(cell.layers) for cell in cells)
+    runs, notes = check(cells, trust_remote_code)
     click.echo(f"{experiment} is valid: {len(cells)} cells, {runs} runs")
     for note in notes:
         click.echo(f"not checked: {note}")
@@ -436,8 +465,9 @@ def list_cells(results: Path) -> None:
 def _print_cell(console: Console, cell: CellRecord, only: int | None = None) -> None:
     from rich.table import Table
 
-    from tracker.report.wording import DASH, fixed, interval, points, sentence
+    from tracker.report.wording import DASH, fixed, interval, measure_of, sentence
 
+    measure = measure_of(cell)
     table = Table(
         title=f"{cell.title} · {cell.metric} · {cell.n} documents",
         title_style="bold",
@@ -448,7 +478,7 @@ def _print_cell(console: Console, cell: CellRecord, only: int | None = None) -> 
     )
     for name in (
         "layer (0-based)",
-        "accuracy drop (pp)",
+        f"{measure.change} ({measure.unit})",
         "95 % interval",
         "accuracy relevance",
         "cosine score (1 − cos)",
@@ -459,8 +489,8 @@ def _print_cell(console: Console, cell: CellRecord, only: int | None = None) -> 
             continue
         table.add_row(
             str(layer.layer),
-            DASH if layer.accuracy_drop is None else points(layer.accuracy_drop),
-            interval(layer.accuracy_drop_low, layer.accuracy_drop_high, points) or DASH,
+            DASH if layer.accuracy_drop is None else measure.write(layer.accuracy_drop),
+            interval(layer.accuracy_drop_low, layer.accuracy_drop_high, measure.write) or DASH,
             DASH if layer.accuracy_relevance is None else fixed(layer.accuracy_relevance, 2),
             DASH if layer.cosine_score is None else fixed(layer.cosine_score, 3),
         )
@@ -528,10 +558,10 @@ def _print_plan(console: Console, cells: Sequence[PlannedCell], gflops: float | 
         table.add_row(
             cell.request.model,
             cell.request.benchmark,
-            str(len(cell.request.layers)),
+            str(cell.runs),
             f"{cost.documents:,}",
             f"{cost.tokens:,}",
-            f"{cost.layer_passes:,}",
+            f"{cost.layer_passes:,.0f}",
             f"{cost.flops / 1e12:,.1f}",
             f"{cost.naive_flops / cost.flops:.1f} × the TFLOP",
             f"{cost.peak_bytes / 2**30:.1f} GiB",
@@ -539,7 +569,7 @@ def _print_plan(console: Console, cells: Sequence[PlannedCell], gflops: float | 
         )
     console.print(table)
     console.print(
-        f"{sum(len(cell.request.layers) for cell in cells)} runs, at least {_duration(seconds)} at "
+        f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
         f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate",
         markup=False,
         highlight=False,

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -31,8 +32,23 @@ from tracker.errors import ExperimentError, did_you_mean
 T = TypeVar("T")
 Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Component = Literal["layer", "attention", "mlp"]
+"""What of a layer is removed: all of it, or one of its two sublayers."""
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _ascending(given: Any) -> Any:
+    """Take a list of layers as YAML and JSON give it."""
+    if not isinstance(given, list | tuple):
+        return given
+    if len(set(map(str, given))) < len(given):
+        raise ValueError("a layer stands twice in it")
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given)
+    return tuple(sorted(given)) if whole else tuple(given)
+
+
+Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
 DEFAULT_SEED = 1234
 """lm-eval's own default for the few-shot seed."""
 
@@ -47,6 +63,12 @@ class CellRequest(_Strict):
     model: Name
     benchmark: Name
     layers: tuple[int, ...]
+    components: tuple[Component, ...] = ("layer",)
+    """What of the layers is removed, one after the other."""
+    spans: tuple[Positive, ...] = (1,)
+    """How many layers are removed together, from each of `layers` on."""
+    removed: Layers = ()
+    """Layers that are removed as a whole besides, in every run; ascending."""
     revision: Name | None = None
     dtype: Dtype = "auto"
     num_fewshot: Count | None = None
@@ -62,7 +84,8 @@ class CellRequest(_Strict):
     @property
     def title(self) -> str:
         """The cell's name in messages."""
-        return f"{self.model} × {self.benchmark}"
+        beneath = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
+        return f"{self.model} × {self.benchmark}{beneath}"
 
     @property
     def model_settings(self) -> tuple[str, str | None, str]:
@@ -148,6 +171,9 @@ class Parameters(_Strict):
     model: _Choice
     benchmark: _Choice
     layer: _Layers
+    component: _Choice | None = None
+    span: _Choice | None = None
+    removed: _Choice | None = None
     revision: _Choice | None = None
     dtype: _Choice | None = None
     num_fewshot: _Choice | None = None
@@ -188,17 +214,22 @@ class Experiment(_Strict):
             ExperimentError: A value of the grid is of the wrong kind.
         """
         grid = self.parameters
+        together = ("layer", "component", "span")
         names = [
             name
             for name in Parameters.model_fields
-            if name != "layer" and getattr(grid, name) is not None
+            if name not in together and getattr(grid, name) is not None
         ]
-        layers = tuple(grid.layer.options)
+        runs: dict[str, Any] = {"layers": tuple(grid.layer.options)}
+        if grid.component is not None:
+            runs["components"] = tuple(grid.component.options)
+        if grid.span is not None:
+            runs["spans"] = tuple(grid.span.options)
         cells = []
         for values in itertools.product(*(getattr(grid, name).options for name in names)):
             settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
             try:
-                cells.append(CellRequest(layers=layers, **settings))
+                cells.append(CellRequest(**runs, **settings))
             except ValidationError as error:
                 raise ExperimentError(_first_problem(error, CellRequest, "parameters.")) from None
         return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,47 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a model is asked to continue.
+
+    Attributes:
+        text: The prompt.
+        settings: lm-eval's generation settings: stop strings, how many tokens at most, and so on.
+    """
+
+    text: str
+    settings: Mapping[str, Any]
+
+    @property
+    def longest(self) -> int:
+        """How many tokens are generated at most; lm-eval's default is 256."""
+        return int(self.settings.get("max_gen_toks", 256))
+
+    def limited_to(self, tokens: int) -> Prompt:
+        """Make the same prompt for shorter texts.
+
+        Args:
+            tokens: How many tokens are generated at most.
+
+        Returns:
+            The prompt.
+        """
+        return Prompt(self.text, {**self.settings, "max_gen_toks": min(tokens, self.longest)})
+
+
+@dataclass(frozen=True)
 class Document:
     """One benchmark item.
 
     Attributes:
-        task: The lm-eval task it belongs to.
+        task: The lm-eval task or the corpus that it belongs to.
         index: Its place in the task's split, 0-based.
         requests: What the model is asked about it, in lm-eval's order.
         gold: Which request holds the right answer; None where lm-eval names none or several.
         choices: Between how many answers a random predictor would choose; 0 for open answers.
+        rolling: Whether the requests are consecutive windows of one text.
+        prompt: What the model continues, where its text is judged; the requests are then the
+            prompt with the task's own answer, for the proxies and its log-probability.
     """
 
     task: str
@@ -36,15 +69,21 @@ class Document:
     requests: tuple[Request, ...]
     gold: int | None
     choices: int
+    rolling: bool = False
+    prompt: Prompt | None = None
 
 
 class Response(NamedTuple):
-    """The model's answer to one request, as lm-eval defines it.
+    """The model's answer to one request; for a choice the first two are what lm-eval asks for.
 
     Attributes:
         loglikelihood: Summed log-probability of the continuation, in nats.
         greedy: Whether every token of the continuation is the most likely one.
+        hits: How many of the continuation's tokens are the most likely one.
+        text: What the model generates, where the document has a prompt.
     """
 
     loglikelihood: float
     greedy: bool
+    hits: int
+    text: str | None = None

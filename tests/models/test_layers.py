@@ -5,8 +5,9 @@ import torch
 import transformers
 from torch import nn
 
+from tests.engine.families import FAMILIES as WITH_KINDS
 from tracker.errors import ModelError
-from tracker.models.layers import find_layers, layer_device, layers_removed
+from tracker.models.layers import find_base, find_layers, layer_device, layers_removed
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_head": 4}
@@ -145,6 +146,58 @@ class TestFamilies:
         assert list(model.state_dict()) == list(before)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert torch.equal(logits(model), output)
+
+
+HYBRIDS = ["jamba", "zamba2", "bamba_eager", "recurrent_gemma", "qwen3_next", "lfm2", "gemma2"]
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("removed", [[0], [1], [1, 2]])
+def test_layers_of_several_kinds_keep_their_kinds(family: str, removed: list[int]) -> None:
+    """Each layer gets the mask and the cache of its own kind, not of the place it moved to."""
+    model = WITH_KINDS[family].model()
+    before = logits(model)
+    config, own = model.config.to_dict(), type(model.config)
+    types = list(model.config.layer_types)
+    with layers_removed(model, removed):
+        assert model.config.layer_types == [t for i, t in enumerate(types) if i not in removed]
+        made = model.generate(
+            TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+        for place in range(TOKENS.shape[1], made.shape[1]):
+            with torch.inference_mode():
+                best = model(made[:, :place], use_cache=False).logits[0, -1].argmax()
+            assert best == made[0, place]
+    assert type(model.config) is own
+    assert model.config.to_dict() == config
+    assert model.config.layer_types == types
+    assert torch.equal(logits(model), before)
+
+
+def test_a_configuration_that_counts_otherwise_is_refused() -> None:
+    """Layers of several kinds, of which the configuration counts some only."""
+    model = WITH_KINDS["jamba"].model()
+    model.config.num_hidden_layers = 2
+    with pytest.raises(ModelError, match=r"its 2 decoder layers; .*model\.layers \(4\)"):
+        find_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("llama", "model"), ("gpt2", "transformer"), ("opt", "model.decoder"), ("llama4", "model"),
+        ("mamba", "backbone"),
+    ],
+)  # fmt: skip
+def test_the_base_is_what_the_head_asks(family: str, path: str) -> None:
+    model = WITH_KINDS[family].model()
+    base = find_base(model)
+    assert base is model.get_submodule(path)
+    seen = []
+    hook = base.register_forward_hook(lambda *_: seen.append(1))
+    logits(model)
+    hook.remove()
+    assert seen == [1]
 
 
 def test_removing_nothing_changes_nothing() -> None:

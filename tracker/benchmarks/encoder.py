@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from tracker.documents import Request
@@ -33,10 +34,25 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
 
+    def windows(self, text: str) -> list[Request]:
+        """Cut a text into lm-eval's rolling windows, so that each token is predicted once.
+
+        Args:
+            text: The whole text.
+
+        Returns:
+            The windows in order; none for a text without tokens.
+        """
+        self._recorded = []
+        instance = Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+        self.loglikelihood_rolling([instance], disable_tqdm=True)
+        return self._recorded
+
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        self._recorded = [
+        # Rolling windows come batch by batch.
+        self._recorded += [
             Request(tuple(context), tuple(continuation)) for _, context, continuation in requests
         ]
-        return [(0.0, False)] * len(self._recorded)
+        return [(0.0, False)] * len(requests)

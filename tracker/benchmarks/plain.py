@@ -7,12 +7,12 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from tracker.documents import Document, Response
+from tracker.documents import Document
 
 
 def score_with_lm_eval(
     model: Any, tokenizer: Any, documents: Sequence[Document], batch_size: int
-) -> list[Response]:
+) -> list[tuple[float, bool]]:
     """Score documents once, as `lm_eval` does, with its grouping of one-token continuations on.
 
     Args:
@@ -22,7 +22,7 @@ def score_with_lm_eval(
         batch_size: lm-eval's batch size.
 
     Returns:
-        The responses to all requests of all documents, in order.
+        Log-likelihood and greedy flag of all requests of all documents, in order.
     """
     plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     requests = [
@@ -30,6 +30,5 @@ def score_with_lm_eval(
         for document in documents
         for request in document.requests
     ]
-    return [
-        Response(*answer) for answer in plain._loglikelihood_tokens(requests, disable_tqdm=True)
-    ]
+    answers: list[tuple[float, bool]] = plain._loglikelihood_tokens(requests, disable_tqdm=True)
+    return answers

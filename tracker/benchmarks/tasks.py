@@ -12,31 +12,32 @@ from typing import Any
 
 from jinja2 import TemplateError
 from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import AGGREGATION_REGISTRY, get_aggregation
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
+from tracker.benchmarks.benchmark import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.sources import DataSource, find_data, unreachable
 from tracker.config import CellRequest
-from tracker.documents import Document, Response
+from tracker.documents import Document, Prompt, Response
 from tracker.errors import BenchmarkError, did_you_mean
 from tracker.provenance import content_hash
 from tracker.records import BenchmarkIdentity, TaskIdentity
 
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
 """Benchmarks whose field reports acc_norm."""
-_SCORED = ("multiple_choice", "loglikelihood")
+_ROLLING = "loglikelihood_rolling"
+_GENERATED = "generate_until"
+_SCORED = ("multiple_choice", "loglikelihood", _ROLLING, _GENERATED)
 _NOT_CONTENT = (
     *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),
     *("training_split", "validation_split", "test_split", "fewshot_split", "num_fewshot"),
 )
 """Where documents come from; the documents themselves are hashed, and the rest stands beside."""
 _UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)
-
-MetricValue = float | str
-"""One document's metric: a number, or JSON where lm-eval aggregates something else."""
 
 
 class _SourcedFactory(TaskFactory):  # type: ignore[misc]
@@ -89,7 +90,7 @@ def _index() -> TaskManager:
     return TaskManager()
 
 
-def check_benchmark(name: str) -> None:
+def check_task(name: str) -> None:
     """Refuse a name that lm-eval does not know.
 
     Args:
@@ -105,7 +106,7 @@ def check_benchmark(name: str) -> None:
         )
 
 
-class Benchmark:
+class LmEvalBenchmark:
     """One lm-eval task or group, on the documents of one source, with its settings.
 
     Args:
@@ -119,7 +120,7 @@ class Benchmark:
     """
 
     def __init__(self, request: CellRequest) -> None:
-        check_benchmark(request.benchmark)
+        check_task(request.benchmark)
         self._source = find_data(request.data)
         self._request = request
         built = self._build()
@@ -167,13 +168,24 @@ class Benchmark:
                 instances.sort(key=lambda instance: instance.idx)
                 doc = instances[0].doc
                 self._documents[name, index] = (doc, instances)
+                rolling = task.OUTPUT_TYPE == _ROLLING
+                prompt = None
+                if task.OUTPUT_TYPE == _GENERATED:
+                    prompt = Prompt(*instances[0].args)
+                    requests = encoder.encode([_answered(task, doc, prompt)])
+                elif rolling:
+                    requests = encoder.windows(*instances[0].args)
+                else:
+                    requests = encoder.encode(instances)
                 documents.append(
                     Document(
                         task=name,
                         index=index,
-                        requests=tuple(encoder.encode(instances)),
+                        requests=tuple(requests),
                         gold=_gold(task, doc, len(instances)),
                         choices=_choices(task, doc),
+                        rolling=rolling,
+                        prompt=prompt,
                     )
                 )
         return documents
@@ -193,8 +205,13 @@ class Benchmark:
         """
         task = self._tasks[document.task]
         doc, instances = self._documents[document.task, document.index]
-        for instance, response in zip(instances, responses, strict=True):
-            instance.resps = [tuple(response)]
+        answers: list[Any] = [(response.loglikelihood, response.greedy) for response in responses]
+        if document.prompt is not None:
+            answers = [response.text for response in responses]
+        elif document.rolling:
+            answers = [sum(response.loglikelihood for response in responses)]
+        for instance, answer in zip(instances, answers, strict=True):
+            instance.resps = [answer]
             instance.filtered_resps = {}
         task._instances = instances
         task.apply_filters()
@@ -234,8 +251,17 @@ class Benchmark:
         if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE not in _SCORED:
             raise BenchmarkError(
                 f"{task.task_name} is of the type {task.OUTPUT_TYPE!r}; "
-                f"tracker scores {' and '.join(_SCORED)} tasks so far"
+                f"tracker scores {', '.join(_SCORED)} tasks so far"
             )
+        if task.OUTPUT_TYPE == _GENERATED:
+            self._refuse_sampling(task)
+        for setting in ("num_fewshot", "apply_chat_template"):
+            # lm-eval ignores both here; a record that states them would lie.
+            if task.OUTPUT_TYPE == _ROLLING and getattr(self._request, setting):
+                raise BenchmarkError(
+                    f"{task.task_name} reads whole texts, with neither few-shot examples nor a "
+                    f"chat template; leave {setting} out"
+                )
         for field in ("doc_to_target", "doc_to_choice"):
             column = task.get_config(field)
             # lm-eval takes the name of a column that is missing for the text itself.
@@ -248,6 +274,18 @@ class Benchmark:
         elif own is None:
             task.set_config(key="num_fewshot", value=0)
 
+    @staticmethod
+    def _refuse_sampling(task: Any) -> None:
+        """Texts can be compared layer by layer only where each has one."""
+        settings = task.get_config("generation_kwargs") or {}
+        temperature = settings.get("temperature") or 0
+        samples = settings.get("do_sample") or (temperature > 0 and "do_sample" not in settings)
+        if samples or settings.get("num_beams", 1) > 1 or (task.get_config("repeats") or 1) > 1:
+            raise BenchmarkError(
+                f"{task.task_name} samples its texts or searches with beams; tracker compares "
+                "greedy texts, one a document"
+            )
+
     def _identify(self, group: Group | None) -> BenchmarkIdentity:
         request = self._request
         shots = {task.get_config("num_fewshot") for task in self._tasks.values()}
@@ -257,7 +295,7 @@ class Benchmark:
                 "set num_fewshot"
             )
         num_fewshot = shots.pop()
-        metrics = next(iter(self._tasks.values())).aggregation()
+        metrics = _names(next(iter(self._tasks.values())))
         primary = _primary_metric(request.benchmark, list(metrics))
         by_size = [m.weight_by_size for m in (group.aggregate_metric_list or [])] if group else []
         return BenchmarkIdentity(
@@ -270,33 +308,6 @@ class Benchmark:
             primary_metric=primary,
             weight_by_size=all(by_size),
         )
-
-
-def chosen_metric(benchmark: BenchmarkIdentity, asked: str | None) -> str:
-    """Choose the metric behind every `accuracy` of a cell.
-
-    Args:
-        benchmark: The benchmark.
-        asked: What the experiment file asks for; None = the benchmark's primary metric.
-
-    Returns:
-        The metric's name.
-
-    Raises:
-        BenchmarkError: A task of the benchmark does not have it, or it has no value per document.
-    """
-    metric = asked or benchmark.primary_metric
-    for task in benchmark.tasks:
-        if metric not in task.metrics:
-            near = did_you_mean(metric, task.metrics)
-            known = ", ".join(task.metrics)
-            raise BenchmarkError(f"{task.name} has no metric {metric!r}.{near} It has: {known}.")
-        if task.metrics[metric] != "mean":
-            raise BenchmarkError(
-                f"{metric!r} of {task.name} is computed over all documents at once "
-                f"({task.metrics[metric]}), so no paired drop can be given; choose a mean metric"
-            )
-    return metric
 
 
 def aggregate(how: str, values: Sequence[MetricValue]) -> float | None:
@@ -317,8 +328,8 @@ def aggregate(how: str, values: Sequence[MetricValue]) -> float | None:
 
 
 def _primary_metric(benchmark: str, metrics: Sequence[str]) -> str:
-    preferred = "acc_norm" if benchmark in NORMALISED else "acc"
-    return preferred if preferred in metrics else metrics[0]
+    preferred = ("acc_norm" if benchmark in NORMALISED else "acc", "bits_per_byte")
+    return next((name for name in preferred if name in metrics), metrics[0])
 
 
 def _task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
@@ -329,14 +340,34 @@ def _task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
     }
     examples: Iterable[Any] = (task.fewshot_docs() or []) if num_fewshot else []
     names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
+    how, better = task.aggregation(), task.higher_is_better()
     return TaskIdentity(
         name=task.task_name,
         version=str(task.VERSION),
         split=task.config.test_split or task.config.validation_split,
         documents=len(task.eval_docs),
         fingerprint=content_hash([_stable(config), list(task.eval_docs), list(examples)]),
-        metrics={m: names.get(f, f.__name__) for m, f in task.aggregation().items()},
+        metrics={n: names.get(how[m], how[m].__name__) for n, m in _names(task).items()},
+        higher_is_better={n: better.get(m) is not False for n, m in _names(task).items()},
     )
+
+
+def _names(task: Any) -> dict[str, str]:
+    """Every metric under the name that its outcomes have → lm-eval's name of the metric."""
+    filters = [each.name for each in task._filters] or ["none"]
+    return {
+        metric if name == "none" else f"{metric},{name}": metric
+        for name in filters
+        for metric in task.aggregation()
+    }
+
+
+def _answered(task: Any, doc: Any, prompt: Prompt) -> Instance:
+    """The prompt with the task's own answer, whose log-probability is a companion of the text."""
+    target = task.doc_to_target(doc)
+    answer = target[0] if isinstance(target, list) else target
+    text = f"{task.config.target_delimiter}{answer}"
+    return Instance("loglikelihood", doc=doc, arguments=(prompt.text, text), idx=0)
 
 
 def _stable(value: Any) -> Any:
@@ -361,6 +392,8 @@ def _choices(task: Any, doc: Any) -> int:
 
 def _gold(task: Any, doc: Any, requests: int) -> int | None:
     """Say which request holds the right answer, by lm-eval's own rule."""
+    if task.OUTPUT_TYPE == _ROLLING:
+        return None
     if task.OUTPUT_TYPE != "multiple_choice":
         return 0
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)

@@ -11,10 +11,11 @@ import torch
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
-from tracker.engine.sweep import DEPTH_ONLY, FULL, PLAIN, DocumentScores, Engine
+from tracker.engine.sweep import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, DocumentScores, Engine
 
 DOCUMENTS = 2
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
+"""What a model may raise that cannot be shared."""
 
 
 @dataclass(frozen=True)
@@ -33,35 +34,56 @@ class Check:
     lost: str | None
 
 
-def check(engine: Engine, documents: Sequence[Document], layers: Sequence[int]) -> Check:
+def check(engine: Engine, documents: Sequence[Document], ablations: Sequence[Ablation]) -> Check:
     """Score a few documents both ways, and keep as much sharing as agrees.
 
     Args:
         engine: The engine, with full sharing.
         documents: The cell's documents; the first few are scored.
-        layers: The layers that will be removed; the first, middle and last are tried.
+        ablations: What will be removed; the first, middle and last are tried, and where they are of
+            several kinds (layers, attention, MLP) one of each other kind.
 
     Returns:
         The engine to use.
     """
     few = documents[:DOCUMENTS]
-    tried = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    ablations = [INTACT, *(Ablation((layer,)) for layer in tried)]
+    tried = [INTACT, *some_of_each_kind(ablations)]
     plain = engine.with_sharing(PLAIN)
-    truth = plain.score(few, ablations)
+    truth = plain.score(few, tried)
     reasons = []
-    for sharing, name in ((FULL, "tokens"), (DEPTH_ONLY, "depth")):
+    for sharing, name in ((FULL, "documents"), (NO_PREFIX, "tokens"), (DEPTH_ONLY, "depth")):
         candidate = engine.with_sharing(sharing)
+        if sharing == FULL and not candidate.shares_a_prefix(few):
+            continue
         try:
-            worst, agree = compare(candidate.score(few, ablations), truth, engine)
-        except _REFUSALS as error:
+            worst, agree = compare(candidate.score(few, tried), truth, engine)
+        except REFUSALS as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             reasons.append(f"sharing over {name} is refused by the model ({said[0][:120]})")
             continue
         if agree:
-            return Check(candidate, worst, "; ".join(reasons) or None)
+            best = engine.with_sharing(FULL) if sharing == NO_PREFIX and not reasons else candidate
+            return Check(best, worst, "; ".join(reasons) or None)
         reasons.append(f"sharing over {name} changes a log-likelihood by {worst:.3g} nats")
     return Check(plain, 0.0, "; ".join(reasons))
+
+
+def some_of_each_kind(ablations: Sequence[Ablation]) -> list[Ablation]:
+    """Choose ablations to try: the first, middle and last, and one of each other kind.
+
+    Args:
+        ablations: All of them.
+
+    Returns:
+        Some of them, without the baseline.
+    """
+    kinds: dict[tuple[bool, bool, bool], list[Ablation]] = {}
+    for a in ablations:
+        if a != INTACT:
+            kinds.setdefault((bool(a.layers), bool(a.attention), bool(a.mlp)), []).append(a)
+    first, *others = kinds.values() or [[]]
+    ends = [first[0], first[len(first) // 2], first[-1]] if first else []
+    return list(dict.fromkeys([*ends, *(kind[len(kind) // 2] for kind in others)]))
 
 
 def compare(

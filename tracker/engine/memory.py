@@ -1,9 +1,13 @@
-"""Keeping freed memory: on a CPU the engine's time goes into large short-lived tensors."""
+"""What the engine may take of the memory, and keeping it once it is taken."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+from typing import Any
+
+import psutil
+import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 """Parameters of glibc's `mallopt(3)`."""
@@ -21,3 +25,48 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_TOP_PAD, 64 * 2**20)
+
+
+def free_memory(device: torch.device) -> int:
+    """Say how many bytes are free where a model is.
+
+    Args:
+        device: The model's device.
+
+    Returns:
+        Bytes.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def stream_bytes(model: Any) -> int:
+    """Estimate what one token of one stream takes at most, inside a layer.
+
+    Args:
+        model: A causal language model of transformers.
+
+    Returns:
+        Bytes.
+    """
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    wide = 6 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    return int(wide * model.dtype.itemsize)
+
+
+def kept_bytes(model: Any) -> int:
+    """Count what the keys and values of one token take in one attention.
+
+    Args:
+        model: A causal language model of transformers.
+
+    Returns:
+        Bytes.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * kept * size * model.dtype.itemsize)

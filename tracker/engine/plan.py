@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
-from tracker.ablations import Ablation
+from tracker.ablations import Ablation, Action
 from tracker.documents import Document
-from tracker.engine.rows import tree_rows
-from tracker.engine.score import HEAD_BYTES
+from tracker.engine.head import LOGITS_BYTES
+from tracker.engine.memory import stream_bytes
+from tracker.engine.prefix import SHORTEST
+from tracker.engine.rows import common_beginning, tree_rows
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import ROW_TOKENS
+from tracker.models.layers import find_layers
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Cost:
     documents: int
     requests: int
     tokens: int
-    layer_passes: int
+    layer_passes: float
     flops: float
     naive_tokens: int
-    naive_layer_passes: int
+    naive_layer_passes: float
     naive_flops: float
     peak_bytes: int
 
@@ -62,41 +65,73 @@ def cost(
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
     head = model.get_output_embeddings().weight.numel()
-    vocabulary = head // hidden
-    in_layers = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n or ".h." in n)
-    per_pass = 2 * (in_layers or model.num_parameters() - head) / layers
+    attention, mlp = _weights(model)
     plan = plan_streams(ablations, layers)
 
-    tokens = passes = widest = 0
+    def operations(attentions: int, mlps: int, tokens: int, keys: int) -> float:
+        """Floating-point operations of so many passes of some tokens that see so many keys."""
+        seen = 4 * keys * hidden
+        return float(tokens * (attentions * (2 * attention + seen) + mlps * 2 * mlp))
+
+    tokens = widest = 0
     flops = 0.0
-    for row in tree_rows(documents, max_length, ROW_TOKENS):
-        tokens += row.tokens
-        passes += row.tokens * plan.layer_passes
-        flops += row.tokens * plan.layer_passes * (per_pass + 4 * row.tokens * hidden)
-        flops += 2 * head * len(row.keep) * plan.streams
-        widest = max(widest, row.tokens)
+    for together in _by_task(documents):
+        shared = len(common_beginning(together, max_length))
+        prefix = shared if shared >= SHORTEST else 0
+        tokens += prefix
+        flops += operations(plan.attention_passes, plan.mlp_passes, prefix, prefix)
+        for row in tree_rows(together, max_length, ROW_TOKENS, prefix):
+            keys = prefix + row.tokens
+            tokens += row.tokens
+            flops += operations(plan.attention_passes, plan.mlp_passes, row.tokens, keys)
+            flops += 2 * head * len(row.keep) * plan.streams
+            widest = max(widest, row.tokens)
 
     naive = _naive_sequences(documents, max_length)
-    naive_tokens = sum(naive)
-    naive_layers = sum(layers - len(ablation.layers) for ablation in ablations)
+    actions = [ablation.at(layer) for ablation in ablations for layer in range(layers)]
+    passed = actions.count(Action.PASS)
+    attentions = passed + actions.count(Action.NO_MLP)
+    mlps = passed + actions.count(Action.NO_ATTENTION)
     naive_flops = sum(
-        length * (naive_layers * (per_pass + 4 * length * hidden) + len(ablations) * 2 * head)
+        operations(attentions, mlps, length, length) + len(ablations) * 2 * head * length
         for length in naive
     )
-    size = torch.finfo(model.dtype).bits // 8
-    wide = 6 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    peak = size * (model.num_parameters() + plan.streams * widest * wide) + 3 * HEAD_BYTES
+    size = int(model.dtype.itemsize)
+    activations = plan.streams * widest * stream_bytes(model)
     return Cost(
         documents=len(documents),
         requests=sum(len(document.requests) for document in documents),
         tokens=tokens,
-        layer_passes=passes,
+        layer_passes=tokens * plan.layer_passes,
         flops=flops,
-        naive_tokens=naive_tokens,
-        naive_layer_passes=naive_tokens * naive_layers,
+        naive_tokens=sum(naive),
+        naive_layer_passes=sum(naive) * (attentions + mlps) / 2,
         naive_flops=naive_flops,
-        peak_bytes=max(peak, size * vocabulary),
+        peak_bytes=size * model.num_parameters() + activations + 2 * LOGITS_BYTES,
     )
+
+
+def _by_task(documents: Sequence[Document]) -> list[list[Document]]:
+    """The documents of each task, which are scored together."""
+    tasks: dict[str, list[Document]] = {}
+    for document in documents:
+        tasks.setdefault(document.task, []).append(document)
+    return list(tasks.values())
+
+
+def _weights(model: Any) -> tuple[float, float]:
+    """Average weights of a layer's attention, and of the rest of its matrices."""
+    layers = find_layers(model)
+    attention = mlp = 0
+    for layer in layers:
+        sizes = [
+            sum(p.numel() for p in part.parameters())
+            for part in layer.children()
+            if any(p.ndim > 1 for p in part.parameters())
+        ]
+        attention += sizes[0]
+        mlp += sum(sizes[1:])
+    return attention / len(layers), mlp / len(layers)
 
 
 def _naive_sequences(documents: Sequence[Document], max_length: int) -> list[int]:

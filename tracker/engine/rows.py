@@ -7,7 +7,7 @@ ancestors), or a batch of sequences of equal length for models that cannot take 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,27 +15,26 @@ from torch import Tensor
 from tracker.documents import Document, Request
 from tracker.errors import CellError
 
-LARGE_ROW = 1024
-"""Nodes that a row may hold beyond a long common beginning: what its dense mask still pays for."""
-
 
 @dataclass(frozen=True)
 class Row:
     """Some requests, ready for one forward pass. N = rows × tokens.
 
     Attributes:
+        prefix: Tokens before the row that every request begins with and that were read apart.
         input_ids: Token ids [rows, tokens].
-        positions: Position of each token [1, tokens].
+        positions: Position of each token, the prefix counted [1, tokens].
         ancestors: Which node sees which [tokens, tokens], bool; None for plain causal sequences.
         keep: Flat indices into N where something is predicted [kept].
         predictor: For every predicted token, the index into `keep` that predicts it [predicted].
         predicted: Those tokens' ids [predicted].
         owner: For every predicted token, the index into `requests` [predicted].
         requests: (document, request) of each request, as indices into the packed documents.
-        gold: Which nodes hold context and gold continuation of which document:
-            (document, flat indices into N), each document once over all rows.
+        gold: On which nodes the proxies of which document are measured, the prefix apart:
+            (document, flat indices into N); all rows together hold each token of a document once.
     """
 
+    prefix: int
     input_ids: Tensor
     positions: Tensor
     ancestors: Tensor | None
@@ -51,13 +50,28 @@ class Row:
         """Tokens that the model reads."""
         return self.input_ids.numel()
 
+    def renumbered(self, documents: Sequence[int]) -> Row:
+        """Give the packed documents other numbers.
+
+        Args:
+            documents: For each packed document, its new number.
+
+        Returns:
+            The same row under these numbers.
+        """
+        return replace(
+            self,
+            requests=[(documents[number], request) for number, request in self.requests],
+            gold=[(documents[number], path) for number, path in self.gold],
+        )
+
 
 @dataclass(frozen=True)
 class _Sequence:
     """One request as the model reads it: `tokens`, of which the last `scored` are predicted.
 
     `read` tokens go into the model: all but the last, which is only predicted, or all where the
-    proxies are measured on the gold continuation.
+    proxies are measured, from the token `measured` on.
     """
 
     document: int
@@ -65,17 +79,21 @@ class _Sequence:
     tokens: tuple[int, ...]
     scored: int
     read: int
-    is_gold: bool
+    measured: int | None
 
     @property
     def path(self) -> tuple[int, ...]:
         return self.tokens[: self.read]
 
+    @property
+    def context(self) -> int:
+        """How many tokens come before the first one that predicts."""
+        return len(self.tokens) - self.scored - 1
 
-def _sequence(
-    document: int, index: int, request: Request, is_gold: bool, max_length: int
-) -> _Sequence:
+
+def _sequence(number: int, index: int, document: Document, max_length: int) -> _Sequence:
     """Cut a request to the model's length exactly as lm-eval does: from the left."""
+    request: Request = document.requests[index]
     scored = len(request.continuation)
     if scored == 0 or scored > max_length:
         raise CellError(
@@ -83,16 +101,18 @@ def _sequence(
             f"1 to {max_length}; lm-eval refuses it too"
         )
     tokens = (request.context + request.continuation)[-(max_length + 1) :]
-    read = min(len(tokens), max_length) if is_gold else len(tokens) - 1
-    return _Sequence(document, index, tokens, scored, read, is_gold)
+    measured = None
+    if document.rolling:
+        measured = len(tokens) - scored
+    elif index == (document.gold or 0):
+        measured = 0
+    read = len(tokens) - 1 if measured is None else min(len(tokens), max_length)
+    return _Sequence(number, index, tokens, scored, read, measured)
 
 
 def _sequences(documents: Sequence[Document], max_length: int) -> list[list[_Sequence]]:
     return [
-        [
-            _sequence(number, index, request, index == (document.gold or 0), max_length)
-            for index, request in enumerate(document.requests)
-        ]
+        [_sequence(number, index, document, max_length) for index in range(len(document.requests))]
         for number, document in enumerate(documents)
     ]
 
@@ -143,52 +163,98 @@ class _Tree:
         return seen
 
 
-def tree_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -> Iterator[Row]:
+def tree_rows(
+    documents: Sequence[Document], max_length: int, row_tokens: int, prefix: int = 0
+) -> Iterator[Row]:
     """Pack whole documents into prefix trees.
 
     Args:
         documents: What to score.
         max_length: Tokens that the model reads at most; longer requests lose their beginning, as
             in lm-eval.
-        row_tokens: Nodes of a tree; a single larger document still makes one row, and where all
-            documents begin alike (few-shot examples) a row is larger, so that the beginning is
-            paid for once by many documents.
+        row_tokens: Nodes of a tree; a single larger document still makes one row.
+        prefix: How many tokens of the common beginning are read apart.
 
     Yields:
         Rows that hold every request of every document exactly once.
     """
     tree, packed = _Tree(), list[_Sequence]()
-    requests = _sequences(documents, max_length)
-    shared = _common_beginning([sequence.path for each in requests for sequence in each])
-    row_tokens = max(row_tokens, shared + min(2 * shared, LARGE_ROW))
-    for sequences in requests:
-        added = tree.added_by([sequence.path for sequence in sequences])
+    for sequences in _sequences(documents, max_length):
+        paths = [sequence.path[prefix:] for sequence in sequences]
+        added = tree.added_by(paths)
         if packed and len(tree.tokens) + added > row_tokens:
-            yield _tree_row(tree, packed)
+            yield _tree_row(tree, packed, prefix)
             tree, packed = _Tree(), []
-        for sequence in sequences:
-            tree.insert(sequence.path)
+        for path in paths:
+            tree.insert(path)
         packed.extend(sequences)
     if packed:
-        yield _tree_row(tree, packed)
+        yield _tree_row(tree, packed, prefix)
 
 
-def _common_beginning(paths: list[tuple[int, ...]]) -> int:
-    """Count the tokens with which all sequences begin: the first and last in order tell."""
-    first, last = min(paths, default=()), max(paths, default=())
+def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[int, ...]:
+    """Find the tokens with which all requests begin, up to what predicts something.
+
+    Args:
+        documents: What will be scored.
+        max_length: As in `tree_rows`.
+
+    Returns:
+        The token ids.
+    """
+    sequences = [s for each in _sequences(documents, max_length) for s in each]
+    if not sequences:
+        return ()
+    # The first and last in order differ earliest.
+    first, last = (end(s.path for s in sequences) for end in (min, max))
     differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return next(differing, min(len(first), len(last)))
+    shared = next(differing, min(len(first), len(last)))
+    return first[: min(shared, min(s.context for s in sequences))]
 
 
-def _tree_row(tree: _Tree, sequences: list[_Sequence]) -> Row:
-    nodes = [tree.insert(sequence.path) for sequence in sequences]
+def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
+    """Make the row that only reads: a common beginning, or a prompt.
+
+    Args:
+        tokens: The token ids.
+        prefix: How many tokens before them were read apart.
+
+    Returns:
+        The row.
+    """
+    tree = _Tree()
+    tree.insert(tokens)
+    nothing = torch.zeros(0, dtype=torch.long)
+    return Row(
+        prefix=prefix,
+        input_ids=torch.tensor([tree.tokens]),
+        positions=torch.tensor([tree.depths]) + prefix,
+        ancestors=tree.ancestors(),
+        keep=nothing,
+        predictor=nothing,
+        predicted=nothing,
+        owner=nothing,
+        requests=[],
+        gold=[],
+    )
+
+
+def _tree_row(tree: _Tree, sequences: list[_Sequence], prefix: int) -> Row:
+    nodes = [tree.insert(sequence.path[prefix:]) for sequence in sequences]
     return _row(
-        torch.tensor([tree.tokens]), torch.tensor([tree.depths]), tree.ancestors(), sequences, nodes
+        prefix,
+        torch.tensor([tree.tokens]),
+        torch.tensor([tree.depths]) + prefix,
+        tree.ancestors(),
+        sequences,
+        nodes,
     )
 
 
 def flat_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -> Iterator[Row]:
     """Pack distinct sequences of equal length into rows that need no mask.
+
+    A sequence with which another begins is read with it, as lm-eval does for one-token answers.
 
     Args:
         documents: What to score.
@@ -198,10 +264,14 @@ def flat_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -
     Yields:
         Rows that hold every request of every document exactly once.
     """
+    sequences = [s for each in _sequences(documents, max_length) for s in each]
     by_path: dict[tuple[int, ...], list[_Sequence]] = {}
-    for sequences in _sequences(documents, max_length):
-        for sequence in sequences:
-            by_path.setdefault(sequence.path, []).append(sequence)
+    longest: tuple[int, ...] = ()
+    # Backwards in order, a sequence that begins another one comes after it, and is read with it.
+    for sequence in sorted(sequences, key=lambda sequence: sequence.path, reverse=True):
+        if longest[: len(sequence.path)] != sequence.path:
+            longest = sequence.path
+        by_path.setdefault(longest, []).append(sequence)
     by_length: dict[int, list[tuple[int, ...]]] = {}
     for path in by_path:
         by_length.setdefault(len(path), []).append(path)
@@ -212,6 +282,7 @@ def flat_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -
             members = [(row, s) for row, path in enumerate(chunk) for s in by_path[path]]
             nodes = [list(range(row * length, (row + 1) * length)) for row, _ in members]
             yield _row(
+                0,
                 torch.tensor(chunk),
                 torch.arange(length)[None],
                 None,
@@ -221,6 +292,7 @@ def flat_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -
 
 
 def _row(
+    prefix: int,
     input_ids: Tensor,
     positions: Tensor,
     ancestors: Tensor | None,
@@ -233,10 +305,11 @@ def _row(
     for number, (sequence, path) in enumerate(zip(sequences, nodes, strict=True)):
         first = len(sequence.tokens) - sequence.scored
         for place in range(first, len(sequence.tokens)):
-            predictor.append(places.setdefault(path[place - 1], len(places)))
+            predictor.append(places.setdefault(path[place - 1 - prefix], len(places)))
             predicted.append(sequence.tokens[place])
             owner.append(number)
     return Row(
+        prefix=prefix,
         input_ids=input_ids,
         positions=positions,
         ancestors=ancestors,
@@ -246,8 +319,9 @@ def _row(
         owner=torch.tensor(owner),
         requests=[(sequence.document, sequence.request) for sequence in sequences],
         gold=[
-            (sequence.document, torch.tensor(path))
+            (sequence.document, torch.tensor(path[measured : sequence.read - prefix]).long())
             for sequence, path in zip(sequences, nodes, strict=True)
-            if sequence.is_gold
+            if sequence.measured is not None
+            for measured in [max(0, sequence.measured - prefix)]
         ],
     )

@@ -1,20 +1,24 @@
 """Sharing over depth: one forward pass in which each ablation forks off where it first differs.
 
 With layer l removed, layers 0 to l−1 see what the baseline sees. So the ablations are the batch: a
-stream is forked from its parent's *input* to the first layer that it skips, and the work for all
-single layers is L(L+1)/2 layer passes instead of L² + L.
+stream is forked from its parent's *input* to the first layer at which it differs, and the work for
+all single layers is L(L+1)/2 layer passes instead of L² + L. Inside a layer the streams share too:
+with its MLP removed, its attention is the baseline's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tracker.ablations import Ablation
+from tracker.ablations import INTACT, Ablation, Action
+from tracker.models.sublayers import Sublayers, nothing, replaced_forward
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer and the baseline's input and output of it, each [rows, tokens, hidden]."""
@@ -26,13 +30,44 @@ class LayerStep:
 
     Attributes:
         streams: Streams before the layer.
-        passing: Streams that pass through the layer.
-        forked: Streams whose input to the layer becomes a new stream behind all others.
+        forked: Whose input to the layer becomes a new stream, behind all others.
+        actions: What happens to each stream, the new ones included.
     """
 
     streams: int
-    passing: tuple[int, ...]
     forked: tuple[int, ...]
+    actions: tuple[Action, ...]
+
+    @cached_property
+    def entering(self) -> tuple[int, ...]:
+        """Streams that enter the layer."""
+        return tuple(i for i, action in enumerate(self.actions) if action is not Action.SKIP)
+
+    def origin(self, stream: int) -> int:
+        """The stream before the layer whose state a stream enters with."""
+        return stream if stream < self.streams else self.forked[stream - self.streams]
+
+    @cached_property
+    def attention(self) -> tuple[int | None, ...]:
+        """For each entering stream, the place among them whose attention it takes; None = none.
+
+        Streams that enter with the same state share one attention.
+        """
+        computed: dict[int, int] = {}
+        return tuple(
+            None
+            if self.actions[stream] is Action.NO_ATTENTION
+            else computed.setdefault(self.origin(stream), place)
+            for place, stream in enumerate(self.entering)
+        )
+
+    @cached_property
+    def mlp(self) -> tuple[int | None, ...]:
+        """The same for the MLP, which no two streams share."""
+        return tuple(
+            None if self.actions[stream] is Action.NO_MLP else place
+            for place, stream in enumerate(self.entering)
+        )
 
 
 @dataclass(frozen=True)
@@ -41,16 +76,48 @@ class StreamPlan:
 
     Attributes:
         steps: One step a layer.
-        stream_of: For each ablation, in order, the stream that holds it after the last layer.
+        paths: For each layer and each ablation, in order, the stream that holds it in the layer.
     """
 
     steps: tuple[LayerStep, ...]
-    stream_of: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
 
     @property
-    def layer_passes(self) -> int:
-        """How many times a token passes a layer, all streams together."""
-        return sum(len(step.passing) for step in self.steps)
+    def stream_of(self) -> tuple[int, ...]:
+        """For each ablation, in order, the stream that holds it after the last layer."""
+        return self.paths[-1]
+
+    @property
+    def attention_of(self) -> Iterator[tuple[int | None, ...]]:
+        """For each layer and ablation, which of the computed attentions it takes; None = none."""
+        for step, path in zip(self.steps, self.paths, strict=True):
+            computed = sorted({source for source in step.attention if source is not None})
+            of = {
+                stream: None if source is None else computed.index(source)
+                for stream, source in zip(step.entering, step.attention, strict=True)
+            }
+            yield tuple(of.get(stream) for stream in path)
+
+    @property
+    def attention_passes(self) -> int:
+        """How many times a token passes an attention, all streams together."""
+        return sum(len({*step.attention} - {None}) for step in self.steps)
+
+    @property
+    def mlp_passes(self) -> int:
+        """How many times a token passes an MLP, all streams together."""
+        return sum(len({*step.mlp} - {None}) for step in self.steps)
+
+    @property
+    def layer_passes(self) -> float:
+        """The same for layers: an attention or an MLP alone is half of one."""
+        return (self.attention_passes + self.mlp_passes) / 2
+
+    @property
+    def has_sublayers(self) -> bool:
+        """Whether some stream skips a sublayer alone."""
+        alone = (Action.NO_ATTENTION, Action.NO_MLP)
+        return any(action in alone for step in self.steps for action in step.actions)
 
     @property
     def streams(self) -> int:
@@ -68,54 +135,64 @@ def plan_streams(ablations: Sequence[Ablation], layers: int) -> StreamPlan:
     Returns:
         The plan.
     """
-    intact = next(i for i, ablation in enumerate(ablations) if not ablation.layers)
-    order = [intact, *(i for i in range(len(ablations)) if i != intact)]
-    groups = [order]
-    steps = []
+    intact = ablations.index(INTACT)
+    groups = [[intact, *(i for i in range(len(ablations)) if i != intact)]]
+    steps, paths = [], []
     for layer in range(layers):
-        passing, forked, new = [], [], []
+        forked, actions, new = [], [], []
         for stream, group in enumerate(groups):
-            keeps = [i for i in group if layer not in ablations[i].layers]
-            skips = [i for i in group if layer in ablations[i].layers]
-            if keeps:
-                passing.append(stream)
-                groups[stream] = keeps
-                if skips:
-                    forked.append(stream)
-                    new.append(skips)
-        steps.append(LayerStep(len(groups), tuple(passing), tuple(forked)))
-        groups = [*groups, *new]
-    stream_of = {i: stream for stream, group in enumerate(groups) for i in group}
-    return StreamPlan(tuple(steps), tuple(stream_of[i] for i in range(len(ablations))))
+            by_action: dict[Action, list[int]] = {}
+            for i in group:
+                by_action.setdefault(ablations[i].at(layer), []).append(i)
+            # A stream that passes stays where it is, so that the baseline remains stream 0.
+            order = sorted(by_action, key=lambda action: action is not Action.PASS)
+            groups[stream] = by_action[order[0]]
+            actions.append(order[0])
+            for action in order[1:]:
+                forked.append(stream)
+                new.append((action, by_action[action]))
+        steps.append(LayerStep(len(groups), tuple(forked), (*actions, *(a for a, _ in new))))
+        groups = [*groups, *(members for _, members in new)]
+        stream_of = {i: stream for stream, group in enumerate(groups) for i in group}
+        paths.append(tuple(stream_of[i] for i in range(len(ablations))))
+    return StreamPlan(tuple(steps), tuple(paths))
 
 
 @contextmanager
 def forking(
-    layers: nn.ModuleList, plan: StreamPlan, observe: Observer | None = None
+    layers: nn.ModuleList,
+    plan: StreamPlan,
+    sublayers: Sequence[Sublayers] | None = None,
+    observe: Observer | None = None,
+    batched: bool = False,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
     Inside, a forward pass over `rows` rows leaves the layers with `streams × rows` rows, stream by
-    stream; everything else that a layer is given must broadcast over the batch.
+    stream. What else a layer is given must broadcast over the batch, or with `batched` may have a
+    row a stream.
 
     Args:
         layers: The model's decoder layers.
         plan: Where to fork.
+        sublayers: Each layer's attention and MLP; needed where the plan removes one alone.
         observe: Sees the baseline's input and output of each layer.
+        batched: Whether what a layer is given besides is cut to the streams that enter it.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
     """
-    own = [vars(layer).get("forward") for layer in layers]
-    try:
+    with ExitStack() as stack:
         for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
-            layer.forward = _Fork(index, step, layer.forward, observe)
+            fork = _Fork(index, step, layer.forward, observe, batched)
+            stack.enter_context(replaced_forward(layer, fork))
+            if any(a in (Action.NO_ATTENTION, Action.NO_MLP) for a in step.actions):
+                assert sublayers is not None
+                parts = sublayers[index]
+                for module, sources in ((parts.attention, step.attention), (parts.mlp, step.mlp)):
+                    part = _Part(module, sources, module.forward, batched)
+                    stack.enter_context(replaced_forward(module, part))
         yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            vars(layer).pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
 
 
 @dataclass(frozen=True)
@@ -126,6 +203,7 @@ class _Fork:
     step: LayerStep
     layer: Callable[..., Any]
     observe: Observer | None
+    batched: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
@@ -133,22 +211,104 @@ class _Fork:
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
         rest = () if named else args[1:]
         step = self.step
-        before = hidden.reshape(step.streams, -1, *hidden.shape[1:])
-        after = hidden.new_empty(step.streams + len(step.forked), *before.shape[1:])
-        passing = list(step.passing)
-        everyone = len(passing) == step.streams
-        going = hidden if everyone else before[passing].flatten(0, 1)
+        before = _by_stream(hidden, step.streams)
+        entering = list(step.entering)
+        origins = [step.origin(stream) for stream in entering]
+        everyone = origins == list(range(step.streams))
+        going = hidden if everyone else before[origins].flatten(0, 1)
+        if self.batched and not everyone:
+            rest, kwargs = _cut((rest, kwargs), step.streams, entering)
+        if len(entering) > 1 and not self.batched:
+            rows = tuple(before.shape[1:])
+            rest = tuple(_per_stream("", value, rows, len(entering)) for value in rest)
+            kwargs = {n: _per_stream(n, v, rows, len(entering)) for n, v in kwargs.items()}
         output = self.layer(going, *rest, **kwargs)
         passed = output[0] if isinstance(output, tuple) else output
-        passed = passed.reshape(-1, *before.shape[1:])
-        if everyone:
-            after[: step.streams] = passed
+        after = passed.new_empty(len(step.actions), *before.shape[1:])
+        passed = _by_stream(passed, len(entering))
+        if entering == list(range(len(entering))):
+            after[: len(entering)] = passed
         else:
-            after[: step.streams] = before
-            after[passing] = passed
-        for new, stream in enumerate(step.forked, start=step.streams):
-            after[new] = before[stream]
+            after[entering] = passed
+        for stream, action in enumerate(step.actions):
+            if action is Action.SKIP:
+                after[stream] = before[step.origin(stream)]
         if self.observe is not None:
             self.observe(self.index, before[0], after[0])
         merged = after.flatten(0, 1)
         return (merged, *output[1:]) if isinstance(output, tuple) else merged
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One sublayer's forward pass over the streams that enter its layer."""
+
+    module: nn.Module
+    sources: tuple[int | None, ...]
+    forward: Callable[..., Any]
+    batched: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take and return what the sublayer does, computing only what the streams need."""
+        entering = len(self.sources)
+        computed = sorted({source for source in self.sources if source is not None})
+        if computed == list(range(entering)):
+            return self.forward(*args, **kwargs)
+        given = (args, kwargs)
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        output: Any = None
+        if computed:
+            if self.batched:
+                args, kwargs = _cut((args, kwargs), entering, computed)
+            else:
+                args = tuple(self._chosen(value, hidden, computed) for value in args)
+                kwargs = {name: self._chosen(v, hidden, computed) for name, v in kwargs.items()}
+                alibi = kwargs.get("alibi")
+                if isinstance(alibi, Tensor) and alibi.ndim == 3:
+                    kwargs["alibi"] = _by_stream(alibi, entering)[computed].flatten(0, 1)
+            output = self.forward(*args, **kwargs)
+        added = output[0] if isinstance(output, tuple) else output
+        like = hidden if added is None else added
+        silent = _by_stream(
+            nothing(self.module, *given, like, len(like) * entering // (len(computed) or entering)),
+            entering,
+        )
+        each = None if added is None else _by_stream(added, len(computed))
+        merged = torch.stack(
+            [
+                silent[place] if source is None or each is None else each[computed.index(source)]
+                for place, source in enumerate(self.sources)
+            ]
+        ).flatten(0, 1)
+        return (merged, *output[1:]) if isinstance(output, tuple) else merged
+
+    def _chosen(self, value: Any, hidden: Tensor, computed: list[int]) -> Any:
+        """Cut what has a row a stream and a column a token, as the hidden states have."""
+        if not isinstance(value, Tensor) or value.shape[:2] != hidden.shape[:2]:
+            return value
+        return _by_stream(value, len(self.sources))[computed].flatten(0, 1)
+
+
+def _cut(value: Any, streams: int, entering: list[int]) -> Any:
+    """Cut whatever has a row a stream to the streams that enter."""
+    if isinstance(value, Tensor):
+        return value[entering] if value.ndim and len(value) == streams else value
+    if isinstance(value, tuple):
+        return tuple(_cut(item, streams, entering) for item in value)
+    if isinstance(value, dict):
+        return {name: _cut(item, streams, entering) for name, item in value.items()}
+    return value
+
+
+def _per_stream(name: str, value: Any, rows: tuple[int, ...], streams: int) -> Any:
+    """Repeat for each stream what does not broadcast: Zamba 2's embeddings, Bloom's ALiBi."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape == rows or (name == "alibi" and value.ndim == 3):
+        return value.repeat(streams, 1, 1)
+    return value
+
+
+def _by_stream(batch: Tensor, streams: int) -> Tensor:
+    """View a batch stream by stream: [streams × n, …] as [streams, n, …]."""
+    return batch.reshape(streams, -1, *batch.shape[1:])

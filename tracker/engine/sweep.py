@@ -1,23 +1,34 @@
-"""The layer sweep: every ablation's responses to every document, by the fastest exact way."""
+"""The sweep: every ablation's responses to every document, by the fastest exact way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Response
-from tracker.engine.rows import Row, flat_rows, tree_rows
-from tracker.engine.score import RowScores, score_row
+from tracker.engine.decode import decoding
+from tracker.engine.head import Head
+from tracker.engine.memory import free_memory, kept_bytes, stream_bytes
+from tracker.engine.prefix import SHORTEST, Prefix, cache_argument
+from tracker.engine.rows import Row, common_beginning, flat_rows, tree_rows
+from tracker.engine.score import Parts, RowScores, read_prefix, score_row
 from tracker.engine.streams import StreamPlan, plan_streams
+from tracker.errors import CellError
 from tracker.models.layers import layers_removed
 from tracker.models.load import LoadedModel
+from tracker.models.sublayers import Sublayers, find_sublayers, silenced
 
-ROW_TOKENS = 256
-"""Nodes of a prefix tree: enough to keep a matrix product busy, few enough for a dense mask."""
+ROW_TOKENS = 192
+"""Nodes of a prefix tree on a CPU: enough to keep a matrix product busy, few enough for a dense
+mask."""
+ROW_TOKENS_ACCELERATOR = 1024
 
 
 @dataclass(frozen=True)
@@ -26,16 +37,19 @@ class Sharing:
 
     Attributes:
         depth: Layers below the removed one are computed once for all ablations.
-        tokens: Tokens that requests have in common are computed once.
+        tokens: Tokens that the requests of a row have in common are computed once.
+        prefix: What all documents begin with is computed once for all rows.
     """
 
     depth: bool = True
     tokens: bool = True
+    prefix: bool = True
 
 
 FULL = Sharing()
-DEPTH_ONLY = Sharing(tokens=False)
-PLAIN = Sharing(depth=False, tokens=False)
+NO_PREFIX = Sharing(prefix=False)
+DEPTH_ONLY = Sharing(tokens=False, prefix=False)
+PLAIN = Sharing(depth=False, tokens=False, prefix=False)
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,8 @@ class DocumentScores:
     Attributes:
         document: The document.
         responses: For every ablation, in order, one response a request.
-        proxy_tokens: Tokens of the document's context and gold continuation.
+        proxy_tokens: Tokens that the proxies were measured on: context and gold continuation, or
+            the whole text.
         proxy_sums: Sums over those tokens [3, layers]: cosine similarity, angular distance and
             relative update of the intact model.
     """
@@ -56,6 +71,9 @@ class DocumentScores:
     proxy_sums: Tensor
 
 
+_Scored = tuple[Row, Sequence[Ablation], RowScores]
+
+
 @dataclass(frozen=True)
 class Engine:
     """Scores documents for many ablations of one model.
@@ -64,37 +82,33 @@ class Engine:
         loaded: The model.
         max_length: Tokens that it reads at most, as lm-eval determines it.
         sharing: What is shared; `check` lowers it where sharing is not exact.
-        row_tokens: Size of a row.
+        row_tokens: Largest size of a row of several documents; None = by the device.
+        memory: Bytes that hidden states and kept prefixes may take; None = half of what is free.
     """
 
     loaded: LoadedModel
     max_length: int
     sharing: Sharing = FULL
-    row_tokens: int = ROW_TOKENS
+    row_tokens: int | None = None
+    memory: int | None = None
+    _kept: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def with_sharing(self, sharing: Sharing) -> Engine:
         """Make the same engine with other sharing."""
         return replace(self, sharing=sharing)
 
-    def rows(self, documents: Sequence[Document]) -> Iterator[Row]:
-        """Pack documents the way this engine scores them."""
-        if self.sharing.tokens:
-            return tree_rows(documents, self.max_length, self.row_tokens)
-        # While streams fork, a mask that a model builds itself must broadcast: one sequence a row.
-        return flat_rows(documents, self.max_length, 1 if self.sharing.depth else self.row_tokens)
-
     def score(
         self,
         documents: Sequence[Document],
         ablations: Sequence[Ablation],
-        progress: Callable[[int], None] = lambda tokens: None,
+        progress: Callable[[int], None] = lambda responses: None,
     ) -> list[DocumentScores]:
         """Score documents.
 
         Args:
             documents: What to score.
-            ablations: What to remove; must include the baseline.
-            progress: Called with the tokens of each finished row.
+            ablations: What to remove; must include the baseline, and nothing twice.
+            progress: Called with the responses of each finished row: requests times ablations.
 
         Returns:
             One result a document, in the same order.
@@ -102,27 +116,31 @@ class Engine:
         layers = len(self.loaded.layers)
         shape = (len(ablations), max(len(document.requests) for document in documents))
         loglikelihoods = torch.zeros(len(documents), *shape)
-        greedy = torch.zeros(len(documents), *shape, dtype=torch.bool)
+        hits = torch.zeros(len(documents), *shape, dtype=torch.int)
         sums = torch.zeros(len(documents), 3, layers, dtype=torch.float64)
         tokens = [0] * len(documents)
-        for row in self.rows(documents):
-            scores = self._score_row(row, ablations)
-            which = torch.tensor(row.requests)
-            loglikelihoods[which[:, 0], :, which[:, 1]] = scores.loglikelihoods.T
-            greedy[which[:, 0], :, which[:, 1]] = scores.greedy.T
-            for (document, path), proxies in zip(row.gold, scores.proxies, strict=True):
-                sums[document] = proxies
-                tokens[document] = len(path)
-            progress(row.tokens)
+        places = {ablation: place for place, ablation in enumerate(ablations)}
+        for row, ablated, scores in self._in_groups(documents, ablations):
+            which = torch.tensor([places[ablation] for ablation in ablated])
+            for number, (document, request) in enumerate(row.requests):
+                loglikelihoods[document, which, request] = scores.loglikelihoods[:, number]
+                hits[document, which, request] = scores.hits[:, number]
+            for (document, path), proxies in zip(row.gold, scores.proxies, strict=False):
+                sums[document] += proxies
+                tokens[document] += row.prefix + len(path)
+            progress(len(row.requests) * len(ablated))
         return [
             DocumentScores(
                 document=document,
                 responses=[
-                    [Response(*pair) for pair in zip(lls, flags, strict=True)]
-                    for lls, flags in zip(
-                        loglikelihoods[number, :, : len(document.requests)].tolist(),
-                        greedy[number, :, : len(document.requests)].tolist(),
-                        strict=True,
+                    [
+                        Response(loglikelihood, right == len(request.continuation), right)
+                        for request, loglikelihood, right in zip(
+                            document.requests, lls, rights, strict=False
+                        )
+                    ]
+                    for lls, rights in zip(
+                        loglikelihoods[number].tolist(), hits[number].tolist(), strict=True
                     )
                 ],
                 proxy_tokens=tokens[number],
@@ -131,31 +149,215 @@ class Engine:
             for number, document in enumerate(documents)
         ]
 
-    def _score_row(self, row: Row, ablations: Sequence[Ablation]) -> RowScores:
+    def shares_a_prefix(self, documents: Sequence[Document]) -> bool:
+        """Say whether what some documents begin with would be read apart.
+
+        Args:
+            documents: What would be scored.
+
+        Returns:
+            Whether the common beginning is long enough, and the model takes one.
+        """
+        long = len(common_beginning(documents, self.max_length)) >= SHORTEST
+        return long and cache_argument(self._head.base) is not None
+
+    def _in_groups(
+        self, documents: Sequence[Document], ablations: Sequence[Ablation]
+    ) -> Iterator[_Scored]:
+        """Score as many ablations at a time as the budget allows for the largest document."""
+        removed = [ablation for ablation in ablations if ablation != INTACT]
+        largest = max(map(_tokens, documents))
+        streams = self._budget // (largest * stream_bytes(self.loaded.model))
+        size = max(1, streams - 1) if self.sharing.depth else max(1, len(removed))
+        for start in range(0, max(1, len(removed)), size):
+            group = [INTACT, *removed[start : start + size]]
+            for row, ablated, scores in self._scored(documents, group):
+                yield row if start == 0 else replace(row, gold=[]), ablated, scores
+
+    def _scored(
+        self, documents: Sequence[Document], ablations: Sequence[Ablation]
+    ) -> Iterator[_Scored]:
+        """Score rows; one that does not fit into memory is halved."""
+        plan = plan_streams(ablations, len(self.loaded.layers))
+        prefix = self._prefix(documents, plan) if self.sharing.prefix else None
+        for row in self._rows(documents, plan, prefix):
+            try:
+                scores = self._score_row(row, ablations, plan, prefix)
+            except torch.OutOfMemoryError as error:
+                failed = str(error)
+            else:
+                yield row, ablations, scores
+                continue
+            # Outside the handler, so that the failed row's tensors are free.
+            torch.cuda.empty_cache()
+            yield from self._halved(row, documents, ablations, failed)
+
+    def _halved(
+        self, row: Row, documents: Sequence[Document], ablations: Sequence[Ablation], failed: str
+    ) -> Iterator[_Scored]:
+        """Score the documents of a row in two halves; a single one with half of the ablations."""
+        numbers = sorted({document for document, _ in row.requests})
+        middle = len(numbers) // 2
+        if middle:
+            for half in (numbers[:middle], numbers[middle:]):
+                for part, ablated, scores in self._scored([documents[i] for i in half], ablations):
+                    yield part.renumbered(half), ablated, scores
+            return
+        removed = [ablation for ablation in ablations if ablation != INTACT]
+        middle = len(removed) // 2
+        if not middle:
+            raise CellError(
+                f"out of memory with a single document and a single ablation: {failed}. "
+                "Use a smaller dtype or a larger device"
+            )
+        for first in (True, False):
+            some = [INTACT, *(removed[:middle] if first else removed[middle:])]
+            for part, ablated, scores in self._scored([documents[numbers[0]]], some):
+                part = part.renumbered(numbers)
+                yield part if first else replace(part, gold=[]), ablated, scores
+
+    def _rows(
+        self, documents: Sequence[Document], plan: StreamPlan, prefix: Prefix | None
+    ) -> Iterator[Row]:
+        """Pack documents the way this engine scores them."""
+        size = self._row_size(plan)
+        if self.sharing.tokens:
+            length = 0 if prefix is None else len(prefix.tokens)
+            return tree_rows(documents, self.max_length, size, length)
+        # While streams fork, a mask that a model builds itself must broadcast: one sequence a row.
+        return flat_rows(documents, self.max_length, 1 if self.sharing.depth else size)
+
+    def _row_size(self, plan: StreamPlan) -> int:
+        """Nodes of a row that the budget allows."""
+        on_cpu = self.loaded.device.type == "cpu"
+        wanted = self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
+        streams = plan.streams if self.sharing.depth else 1
+        return min(wanted, self._budget // (streams * stream_bytes(self.loaded.model)))
+
+    @cached_property
+    def _budget(self) -> int:
+        return self.memory or free_memory(self.loaded.device) // 2
+
+    def _prefix(self, documents: Sequence[Document], plan: StreamPlan) -> Prefix | None:
+        """Read what all documents begin with, or use what was read for earlier ones."""
+        if not self.shares_a_prefix(documents):
+            return None
+        shared = common_beginning(documents, self.max_length)
+        if self._kept and self._kept[0].plan == plan and self._kept[0].cut_to(shared):
+            return self._kept[0]
+        self._kept.clear()
+        if len(shared) * plan.attention_passes * kept_bytes(self.loaded.model) > self._budget // 2:
+            return None
+        try:
+            self._kept.append(read_prefix(self.parts(plan), plan, shared))
+        except torch.OutOfMemoryError:
+            return None
+        return self._kept[0]
+
+    def parts(self, plan: StreamPlan) -> Parts:
+        """Take the model apart for a plan."""
+        loaded = self.loaded
+        sublayers = self._sublayers if plan.has_sublayers else None
+        return Parts(loaded.model, loaded.layers, sublayers, self._head)
+
+    @cached_property
+    def _head(self) -> Head:
+        return Head(self.loaded.model)
+
+    @cached_property
+    def _sublayers(self) -> list[Sublayers]:
+        return find_sublayers(self.loaded.model, self.loaded.layers)
+
+    def _score_row(
+        self, row: Row, ablations: Sequence[Ablation], plan: StreamPlan, prefix: Prefix | None
+    ) -> RowScores:
         """Score one row for every ablation, in the order of the ablations."""
         if self.sharing.depth:
-            plan = plan_streams(ablations, len(self.loaded.layers))
-            scores = score_row(self.loaded.model, self.loaded.layers, plan, row)
+            scores = score_row(self.parts(plan), plan, row, prefix)
             order = torch.tensor(plan.stream_of)
             return replace(
-                scores,
-                loglikelihoods=scores.loglikelihoods[order],
-                greedy=scores.greedy[order],
+                scores, loglikelihoods=scores.loglikelihoods[order], hits=scores.hits[order]
             )
         each = [self._score_pruned(row, ablation) for ablation in ablations]
-        intact = each[list(ablations).index(INTACT)]
         return RowScores(
             loglikelihoods=torch.cat([scores.loglikelihoods for scores in each]),
-            greedy=torch.cat([scores.greedy for scores in each]),
-            proxies=intact.proxies,
+            hits=torch.cat([scores.hits for scores in each]),
+            proxies=each[ablations.index(INTACT)].proxies,
         )
 
     def _score_pruned(self, row: Row, ablation: Ablation) -> RowScores:
         """Score one row with the layers really taken out: nothing is shared."""
         loaded = self.loaded
-        with layers_removed(loaded.model, ablation.layers):
-            remaining = torch.nn.ModuleList(
+        with self.removed(ablation):
+            remaining = nn.ModuleList(
                 layer for i, layer in enumerate(loaded.layers) if i not in ablation.layers
             )
-            plan: StreamPlan = plan_streams([INTACT], len(remaining))
-            return score_row(loaded.model, remaining, plan, row)
+            plan = plan_streams([INTACT], len(remaining))
+            return score_row(Parts(loaded.model, remaining, None, self._head), plan, row)
+
+    @contextmanager
+    def removed(self, ablation: Ablation) -> Iterator[None]:
+        """Take an ablation's layers really out of the model for a while.
+
+        Args:
+            ablation: What to remove; sublayers stay where they are and add nothing.
+
+        Yields:
+            Nothing; on exit, also by an exception, the model is what it was.
+        """
+        parts = self._sublayers if ablation.has_sublayers else []
+        quiet = [
+            *(parts[layer].attention for layer in ablation.attention),
+            *(parts[layer].mlp for layer in ablation.mlp),
+        ]
+        with layers_removed(self.loaded.model, ablation.layers), silenced(quiet):
+            yield
+
+    def decoding_groups(
+        self, ablations: Sequence[Ablation], tokens: int
+    ) -> Iterator[list[Ablation]]:
+        """Split ablations so that the texts of each group fit into half of the budget.
+
+        Args:
+            ablations: The ablations, with the baseline.
+            tokens: Longest text, the prompt included.
+
+        Yields:
+            Groups, each with the baseline.
+        """
+        model = self.loaded.model
+        each = tokens * len(self.loaded.layers) * kept_bytes(model)
+        size = max(1, self._budget // 2 // each - 1)
+        removed = [ablation for ablation in ablations if ablation != INTACT]
+        for start in range(0, max(1, len(removed)), size):
+            yield [INTACT, *removed[start : start + size]]
+
+    @contextmanager
+    def decoding(
+        self, ablations: Sequence[Ablation], prompt: Sequence[int]
+    ) -> Iterator[dict[str, Any]]:
+        """Let the model continue one prompt under every ablation, while the context is open.
+
+        Args:
+            ablations: The rows of the batch.
+            prompt: The prompt's token ids.
+
+        Yields:
+            What transformers' `generate` takes besides: the prompt's keys and values.
+
+        Raises:
+            TypeError: The model takes no keys and values.
+        """
+        plan = plan_streams(ablations, len(self.loaded.layers))
+        name = cache_argument(self.loaded.model)
+        if name is None:
+            raise TypeError("it takes no cache of keys and values")
+        kept = next((k for k in self._kept if k.plan == plan and k.begins(prompt)), None)
+        with decoding(self.parts(plan), ablations, prompt, kept) as cache:
+            yield {name: cache}
+
+
+def _tokens(document: Document) -> int:
+    """At most how many nodes a document's tree has."""
+    contexts = {request.context for request in document.requests}
+    return sum(map(len, contexts)) + sum(len(r.continuation) for r in document.requests)

@@ -39,10 +39,13 @@ def outcome_row(
         "ablation": ablation,
         "choices": document.choices,
         "gold": document.gold,
+        "rolling": document.rolling,
         "loglikelihoods": [response.loglikelihood for response in responses],
         "greedy": [response.greedy for response in responses],
         **{f"{METRIC}{name}": value for name, value in metrics.items()},
     }
+    if document.prompt is not None:
+        row["text"] = responses[0].text
     tokens, sums = proxies if proxies is not None else (None, (None,) * len(PROXY_SUMS))
     row["proxy_tokens"] = tokens
     row.update(zip(PROXY_SUMS, sums, strict=True))
@@ -55,8 +58,10 @@ _SCHEMA = {
     "ablation": pa.string(),
     "choices": pa.int32(),
     "gold": pa.int32(),
+    "rolling": pa.bool_(),
     "loglikelihoods": pa.list_(pa.float32()),
     "greedy": pa.list_(pa.bool_()),
+    "text": pa.string(),
     "proxy_tokens": pa.int32(),
     **dict.fromkeys(PROXY_SUMS, pa.list_(pa.float64())),
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ from tracker.metrics.accuracy import (
 )
 from tracker.metrics.correlation import COEFFICIENTS, correlate
 from tracker.metrics.proxies import PROXIES, cosine_score, proxy_means
+from tracker.metrics.ratios import RATIO, SCALES, document_ratios, ratio_of_sums
 from tracker.metrics.resampling import resampled_means
 from tracker.records import CellRecord, CorrelationRecord, LayerRecord
 
@@ -71,7 +74,25 @@ class _Outcomes:
 
     def metric(self, ablation: Ablation, name: str) -> Array:
         """A metric's value of every document; NaN where it has none."""
-        return self.of(ablation)[METRIC + name].to_numpy(dtype=np.float64)
+        column = self.of(ablation)[METRIC + name]
+        how = self._how(name)
+        if how not in SCALES:
+            return column.to_numpy(dtype=np.float64)
+        pairs = _pairs(column)
+        return document_ratios(how, pairs[:, 0], pairs[:, 1])
+
+    def units(self, name: str) -> Array | None:
+        """How many units of a ratio each document brings; None for a mean over documents."""
+        if self._how(name) not in SCALES:
+            return None
+        return _pairs(self.of(INTACT)[METRIC + name])[:, 1]
+
+    def higher_is_better(self, name: str) -> bool:
+        """Whether a metric is an accuracy or the like, and not a loss."""
+        return self.identity.benchmark.tasks[0].higher_is_better.get(name, True)
+
+    def _how(self, name: str) -> str:
+        return self.identity.benchmark.tasks[0].metrics.get(name, "mean")
 
 
 def cell_record(
@@ -82,8 +103,8 @@ def cell_record(
     Args:
         store: The cell on disk.
         request: Which documents and layers to show.
-        metric: The metric behind every `accuracy`; its aggregation is the mean.
-        aggregate: lm-eval's aggregation by name, for metrics that are not means.
+        metric: The metric behind every `accuracy`: a mean, or a ratio of sums over documents.
+        aggregate: lm-eval's aggregation by name.
 
     Returns:
         The record, over the documents that every shown layer is measured on.
@@ -92,6 +113,7 @@ def cell_record(
     identity = store.identity
     missing = tuple(layer for layer in request.layers if layer not in outcomes.layers)
     n = len(outcomes.tasks)
+    is_accuracy = outcomes.higher_is_better(metric)
     reasons = {}
     if n < outcomes.wanted:
         reasons["n"] = f"{n} of {outcomes.wanted} documents are measured so far"
@@ -102,6 +124,7 @@ def cell_record(
         "model": identity.model,
         "benchmark": identity.benchmark,
         "metric": metric,
+        "higher_is_better": is_accuracy,
         "n": n,
         "missing_layers": missing,
         "provenance": identity.provenance,
@@ -119,13 +142,19 @@ def cell_record(
             correlations=(),
             reasons=reasons,
         )
-    weights = weights_by_task(outcomes.tasks, identity.benchmark.weight_by_size)
+    by_size = identity.benchmark.weight_by_size
+    weights = weights_by_task(outcomes.tasks, by_size, outcomes.units(metric))
+    by_document = weights_by_task(outcomes.tasks, by_size)
     base = outcomes.of(INTACT)
     before = outcomes.metric(INTACT, metric)
     baseline = accuracy(before, weights)
     if baseline.reason:
         reasons["baseline_accuracy"] = baseline.reason
-    chance = chance_accuracy(base["choices"].to_numpy(dtype=np.float64), weights)
+    chance = None
+    if is_accuracy:
+        chance = chance_accuracy(base["choices"].to_numpy(dtype=np.float64), weights)
+    else:
+        reasons["chance_accuracy"] = f"{metric} is no accuracy"
     tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
     sums = {name: np.stack(base[name].to_list()) for name in PROXY_SUMS}
     means = {name: proxy_means(values, tokens) for name, values in sums.items()}
@@ -135,10 +164,15 @@ def cell_record(
     for layer in outcomes.layers:
         ablation = Ablation((layer,))
         after = outcomes.metric(ablation, metric)
-        drop = accuracy_drop(before, after, weights)
+        pair = (before, after) if is_accuracy else (after, before)
+        drop = accuracy_drop(*pair, weights)
         accurate = accuracy(after, weights)
-        relevance = accuracy_relevance(baseline.value, accurate.value, chance)
-        gold_drop = _mean_drop(gold, _gold_logprobs(outcomes.of(ablation)), weights)
+        relevance = (
+            Estimate(None, reason=f"{metric} is no accuracy")
+            if chance is None
+            else accuracy_relevance(baseline.value, accurate.value, chance)
+        )
+        gold_drop = _mean_drop(gold, _gold_logprobs(outcomes.of(ablation)), by_document)
         proxies = {
             name.removesuffix("_sum"): _finite(values[layer]) for name, values in means.items()
         }
@@ -195,6 +229,8 @@ def _correlations(
     layers = outcomes.layers
     before = outcomes.metric(INTACT, metric)
     drops = np.stack([before - outcomes.metric(Ablation((x,)), metric) for x in layers], axis=1)
+    if not outcomes.higher_is_better(metric):
+        drops = -drops
     strata = None if len(set(outcomes.tasks)) == 1 else np.array(outcomes.tasks)
     total = outcomes.identity.model.layers
     inner = [i for i, layer in enumerate(layers) if OUTER <= layer < total - OUTER]
@@ -205,7 +241,9 @@ def _correlations(
         name = "cosine_similarity" if proxy == "cosine_score" else proxy
         per_document = sums[f"{name}_sum"][:, layers]
         value = proxy_means(per_document, tokens)
-        drawn = resampled_means(per_document / tokens[:, None], RESAMPLES, SEED, strata, tokens)
+        # An empty text has no tokens, and therefore no weight.
+        means = per_document / np.maximum(tokens, 1)[:, None]
+        drawn = resampled_means(means, RESAMPLES, SEED, strata, tokens)
         if proxy == "cosine_score":
             value, drawn = 1 - value, 1 - drawn
         for coefficient in COEFFICIENTS:
@@ -262,15 +300,33 @@ def _aggregated(
     """One metric of one task; None where a document has no value, or lm-eval alone can tell."""
     if how is None or column not in rows or rows[column].isna().any():
         return None
+    if how == RATIO:
+        return _finite(ratio_of_sums(RATIO, _pairs(rows[column]).tolist()))
     return aggregate(how, rows[column].to_list())
 
 
+def _pairs(column: pd.Series[Any]) -> Array:
+    """Read a metric that is kept as JSON pairs [documents, 2]; NaN where a document has none."""
+    missing = (math.nan, math.nan)
+    return np.array(
+        [json.loads(value) if isinstance(value, str) else missing for value in column],
+        dtype=np.float64,
+    )
+
+
 def _gold_logprobs(rows: pd.DataFrame) -> Array:
-    """Log-probability of every document's gold answer; NaN where lm-eval names none."""
+    """Log-probability of every document's gold answer; NaN where lm-eval names none.
+
+    A rolling document has no gold answer: all its windows together stand for one.
+    """
+    # Shards from before there were rolling documents lack the column.
+    rolling = rows["rolling"] if "rolling" in rows else [False] * len(rows)
     return np.array(
         [
-            lls[int(gold)] if gold == gold and gold is not None else math.nan
-            for lls, gold in zip(rows["loglikelihoods"], rows["gold"], strict=True)
+            math.fsum(lls)
+            if whole is True
+            else (lls[int(gold)] if gold == gold and gold is not None else math.nan)
+            for lls, gold, whole in zip(rows["loglikelihoods"], rows["gold"], rolling, strict=True)
         ],
         dtype=np.float64,
     )

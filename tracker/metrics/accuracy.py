@@ -1,8 +1,9 @@
 """Accuracy, what a removal costs of it, and how sure the documents make us of both.
 
 Everything here is a fraction, never percentage points, and rests on per-document outcomes: one
-number in [0, 1] per document, mostly 0 or 1, NaN where the model gave no finite score. A figure
-that is not defined is None with a reason, never 0.
+number in [0, 1] per document, mostly 0 or 1, NaN where the model gave no finite score. A loss is
+estimated by the same functions, in its own unit. A figure that is not defined is None with a
+reason, never 0.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Estimate:
     """Why `value` is None; None whenever there is a value."""
 
 
-def weights_by_task(tasks: Sequence[str], weight_by_size: bool) -> NDArray[np.float64]:
+def weights_by_task(
+    tasks: Sequence[str], weight_by_size: bool, units: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """Weigh each document so that the weighted mean is the benchmark's accuracy.
 
     lm-eval aggregates a group either over its documents (`weight_by_size: true`) or as the plain
@@ -43,19 +46,28 @@ def weights_by_task(tasks: Sequence[str], weight_by_size: bool) -> NDArray[np.fl
     Args:
         tasks: The task of every document.
         weight_by_size: Whether every document counts alike; otherwise every task does.
+        units: `[documents]`, the units behind each outcome where the metric is a ratio of sums;
+            None where it is a mean over documents.
 
     Returns:
         `[documents]`, summing to 1 (empty without documents): 1 / N, or 1 / (T · n) for a document
-        of a task with n documents, one of T tasks.
+        of a task with n documents, one of T tasks. With units, what the documents of a task weigh
+        together is shared among them by their units.
 
     Examples:
         >>> weights_by_task(["law", "law", "art"], weight_by_size=False).tolist()
         [0.25, 0.25, 0.5]
     """
-    if weight_by_size or not len(tasks):
-        return np.full(len(tasks), 1 / max(len(tasks), 1))
+    if not len(tasks):
+        return np.empty(0)
     names, task, sizes = np.unique(np.asarray(tasks), return_inverse=True, return_counts=True)
-    return np.asarray(1 / (len(names) * sizes[task]), dtype=np.float64)
+    each = np.full(len(names), 1 / len(tasks)) if weight_by_size else 1 / (len(names) * sizes)
+    if units is None:
+        return np.asarray(each[task], dtype=np.float64)
+    known = np.nan_to_num(units)
+    totals = np.bincount(task, known)
+    shared = np.divide(known, totals[task], out=1 / sizes[task], where=totals[task] > 0)
+    return np.asarray(each[task] * sizes[task] * shared, dtype=np.float64)
 
 
 def accuracy(outcomes: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> Estimate:

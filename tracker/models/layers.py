@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,31 +60,73 @@ def layers_removed(model: nn.Module, removed: Collection[int]) -> Iterator[None]
     parent, name = _owner(model, layers)
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kept = [index for index in range(len(layers)) if index not in removed]
-    indexed = [
-        (module, module.layer_idx)
+    changed = [
+        (module, name, getattr(module, name))
         for layer in layers
         for module in layer.modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
+        for name in ("layer_idx", "layer_dic")
+        if isinstance(getattr(module, name, None), (int, dict))
     ]
-    # Some configurations compute the types from what else they hold; then there is none to keep.
-    types = vars(config).get("layer_types")
-    try:
-        setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
-        for new, old in enumerate(kept):
-            for module in layers[old].modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = new  # type: ignore[assignment]
-        config.num_hidden_layers = len(kept)
-        if types is not None:
-            config.layer_types = [types[index] for index in kept]
+    with _layer_types(config, kept):
+        try:
+            setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
+            for new, old in enumerate(kept):
+                for module in layers[old].modules():
+                    if isinstance(getattr(module, "layer_idx", None), int):
+                        module.layer_idx = new  # type: ignore[assignment]
+                    # Zamba 2 looks its adapters up by the layer's place in the stack.
+                    if isinstance(by_place := getattr(module, "layer_dic", None), dict):
+                        module.layer_dic = {  # type: ignore[assignment]
+                            kept.index(place): what
+                            for place, what in by_place.items()
+                            if place in kept
+                        }
+            config.num_hidden_layers = len(kept)
+            yield
+        finally:
+            setattr(parent, name, layers)
+            for module, attribute, value in changed:
+                setattr(module, attribute, value)
+            config.num_hidden_layers = len(layers)
+
+
+@contextmanager
+def _layer_types(config: Any, kept: Sequence[int]) -> Iterator[None]:
+    """Let a configuration name the types of the kept layers only, if it names types at all."""
+    name = (getattr(config, "attribute_map", None) or {}).get("layer_types", "layer_types")
+    types = getattr(config, name, None)
+    remaining = None if types is None else [types[index] for index in kept]
+    own = type(config)
+    if types is None:
         yield
-    finally:
-        setattr(parent, name, layers)
-        for module, index in indexed:
-            module.layer_idx = index
-        config.num_hidden_layers = len(layers)
-        if types is not None:
-            config.layer_types = types
+    elif name in vars(config):
+        setattr(config, name, remaining)
+        try:
+            yield
+        finally:
+            setattr(config, name, types)
+    else:
+        # Computed by the class from how many layers there are, as if the last ones were removed.
+        config.__class__ = type(own.__name__, (own,), {name: remaining})
+        try:
+            yield
+        finally:
+            config.__class__ = own
+
+
+def find_base(model: nn.Module) -> nn.Module:
+    """Find the part of a causal language model below its head: the one that holds the layers.
+
+    It is the part that the head asks, which is not always `model.base_model`: OPT's head asks the
+    decoder inside it, and Llama 4's text model has none of that name.
+
+    Args:
+        model: A causal language model of transformers.
+
+    Returns:
+        The submodule whose forward runs the layers and returns `last_hidden_state`.
+    """
+    return _owner(model, find_layers(model))[0]
 
 
 def _owner(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:

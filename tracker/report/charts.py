@@ -46,18 +46,20 @@ def curve_title(cell: CellRecord) -> str:
     Returns:
         Plain text with the largest drop, its interval and the number of documents.
     """
+    measure = wording.measure_of(cell)
     drops = [r.accuracy_drop for r in cell.layers if wording.defined(r.accuracy_drop)]
     if not drops:
-        return f"{cell.title}: no accuracy drop is defined"
-    says = "no removal costs accuracy"
+        return f"{cell.title}: no {measure.change} is defined"
+    costs, gain = ("costs", "raise") if cell.higher_is_better else ("adds", "lower")
+    says = f"no removal {costs} {measure.level}"
     for top in wording.most_critical(cell, 1):
-        size = wording.points(max(drops))
-        between = wording.interval(top.accuracy_drop_low, top.accuracy_drop_high, wording.points)
-        says = f"removing layer {top.layer} costs most, {size} pp"
+        size = measure.write(max(drops))
+        between = wording.interval(top.accuracy_drop_low, top.accuracy_drop_high, measure.write)
+        says = f"removing layer {top.layer} {costs} most, {size} {measure.unit}"
         says += f" (95 % interval {between})" if between else ""
     gains = sum(1 for drop in drops if drop < 0)
     return (
-        f"{cell.title}: {says}; {gains} of {len(drops)} removals raise accuracy "
+        f"{cell.title}: {says}; {gains} of {len(drops)} removals {gain} {measure.level} "
         f"({cell.metric}, {cell.n:,} documents)"
     )
 
@@ -72,7 +74,8 @@ def scatter_title(cell: CellRecord) -> str:
         Plain text with the Spearman correlation, its interval and its samples.
     """
     text = wording.correlation_text(wording.correlation(cell))
-    return f"{cell.title}: Spearman of cosine score and accuracy drop {text}"
+    change = wording.measure_of(cell).change
+    return f"{cell.title}: Spearman of cosine score and {change} {text}"
 
 
 def heat_title(cells: Sequence[CellRecord]) -> str:
@@ -106,7 +109,7 @@ def heat_title(cells: Sequence[CellRecord]) -> str:
 
 
 def layer_curve(cell: CellRecord) -> go.Figure:
-    """Draw the accuracy drop of every layer above its cosine score.
+    """Draw the accuracy drop (or loss increase) of every layer above its cosine score.
 
     Two panels share the layer axis, because two scales in one panel would suggest a comparison
     of heights that means nothing.
@@ -115,23 +118,25 @@ def layer_curve(cell: CellRecord) -> go.Figure:
         cell: The cell.
 
     Returns:
-        Accuracy drops in pp with 95 % intervals (trace `accuracy drop`), and cosine scores
-        (trace `cosine score`). Undefined and missing layers are gaps.
+        Drops in pp, or increases in the loss's unit, with 95 % intervals (trace `accuracy drop` or
+        `loss increase`), and cosine scores (trace `cosine score`). Undefined and missing layers
+        are gaps.
     """
     layers = wording.all_layers(cell)
     by_layer = {record.layer: record for record in cell.layers}
     records = [by_layer.get(layer) for layer in layers]
-    drops = [_points(record.accuracy_drop if record else None) for record in records]
+    measure = wording.measure_of(cell)
+    drops = [_scaled(record.accuracy_drop if record else None, measure) for record in records]
     hover = [_hover(cell, layer, by_layer.get(layer)) for layer in layers]
     figure = make_subplots(
         rows=2, cols=1, shared_xaxes=True, row_heights=[0.68, 0.32], vertical_spacing=0.07
     )
     figure.add_trace(
         go.Scatter(
-            name="accuracy drop",
+            name=measure.change,
             x=layers,
             y=drops,
-            error_y=_errors(records),
+            error_y=_errors(records, measure),
             mode="lines+markers",
             line={"color": FAINT, "width": 1},
             marker={
@@ -162,13 +167,15 @@ def layer_curve(cell: CellRecord) -> go.Figure:
     _style(figure, curve_title(cell), 470)
     figure.update_xaxes(_layer_axis(layers))
     figure.update_xaxes(title_text="layer (0-based)", row=2, col=1)
-    figure.update_yaxes(title_text="accuracy drop (pp)", zeroline=True, row=1, col=1)
+    figure.update_yaxes(
+        title_text=f"{measure.change} ({measure.unit})", zeroline=True, row=1, col=1
+    )
     figure.update_yaxes(title_text="cosine score<br>(1 − cos)", rangemode="tozero", row=2, col=1)
     return figure
 
 
 def proxy_scatter(cell: CellRecord) -> go.Figure:
-    """Draw the accuracy drop of every layer against its cosine score.
+    """Draw the accuracy drop (or loss increase) of every layer against its cosine score.
 
     The proxy axis is logarithmic when the scores span more than a factor of ten: the outer
     layers would otherwise press all others together. Ranks are not changed by it.
@@ -180,6 +187,7 @@ def proxy_scatter(cell: CellRecord) -> go.Figure:
         One labelled point for each layer where both are defined, in two traces: `inner layers`,
         and `outer layers` for the first two and the last two.
     """
+    measure = wording.measure_of(cell)
     records = [
         r
         for r in cell.layers
@@ -202,8 +210,8 @@ def proxy_scatter(cell: CellRecord) -> go.Figure:
             go.Scatter(
                 name=name,
                 x=[r.cosine_score for r in group],
-                y=[_points(r.accuracy_drop) for r in group],
-                error_y={**_errors(group), "color": FAINT},
+                y=[_scaled(r.accuracy_drop, measure) for r in group],
+                error_y={**_errors(group, measure), "color": FAINT},
                 mode="markers+text",
                 text=[str(r.layer) for r in group],
                 textposition=[side[r.layer] for r in group],
@@ -227,7 +235,7 @@ def proxy_scatter(cell: CellRecord) -> go.Figure:
         title_text=f"cosine score (1 − cos{', log scale' if wide else ''})",
         zeroline=False,
     )
-    figure.update_yaxes(title_text="accuracy drop (pp)", zeroline=True)
+    figure.update_yaxes(title_text=f"{measure.change} ({measure.unit})", zeroline=True)
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
     return figure
 
@@ -322,18 +330,18 @@ def _finite(value: float | None) -> float | None:
     return value if wording.defined(value) else None
 
 
-def _points(fraction: float | None) -> float | None:
-    return 100 * fraction if wording.defined(fraction) else None
+def _scaled(figure: float | None, measure: wording.Measure) -> float | None:
+    return measure.scale * figure if wording.defined(figure) else None
 
 
-def _errors(records: Sequence[LayerRecord | None]) -> dict[str, Any]:
-    """Reach from each drop to both ends of its interval, in pp; nothing where undefined."""
+def _errors(records: Sequence[LayerRecord | None], measure: wording.Measure) -> dict[str, Any]:
+    """Reach from each drop to both ends of its interval; nothing where undefined."""
     up: list[float | None] = []
     down: list[float | None] = []
     for record in records:
-        drop = _points(record.accuracy_drop) if record else None
-        low = _points(record.accuracy_drop_low) if record else None
-        high = _points(record.accuracy_drop_high) if record else None
+        drop = _scaled(record.accuracy_drop, measure) if record else None
+        low = _scaled(record.accuracy_drop_low, measure) if record else None
+        high = _scaled(record.accuracy_drop_high, measure) if record else None
         up.append(None if drop is None or high is None else high - drop)
         down.append(None if drop is None or low is None else drop - low)
     return {
@@ -352,18 +360,20 @@ def _hover(cell: CellRecord, layer: int, record: LayerRecord | None) -> str:
     head = f"<b>layer {layer}</b> · {html.escape(cell.benchmark.name)}"
     if record is None:
         return f"{head}<br>{wording.NOT_MEASURED}"
+    measure = wording.measure_of(cell)
     drop, relevance = record.accuracy_drop, wording.relevance(cell, record)
     lines = [head]
     if drop is None:
         lines.append(
-            f"accuracy drop undefined: {_wrap(wording.reason_of(cell, 'accuracy_drop', record))}"
+            f"{measure.change} undefined: "
+            + _wrap(wording.reason_of(cell, "accuracy_drop", record))
         )
     else:
         between = wording.interval(
-            record.accuracy_drop_low, record.accuracy_drop_high, wording.points
+            record.accuracy_drop_low, record.accuracy_drop_high, measure.write
         )
         lines.append(
-            f"accuracy drop {wording.points(drop)} pp"
+            f"{measure.change} {measure.write(drop)} {measure.unit}"
             + (f" (95 % interval {between})" if between else "")
         )
     if record.mcnemar_p is not None:

@@ -39,6 +39,7 @@ class _CellSection:
     id: str
     label: str
     cell: CellRecord
+    measure: wording.Measure
     sentence: str
     warnings: tuple[str, ...]
     curve: _Chart
@@ -138,6 +139,7 @@ def _cell_section(cell: CellRecord, label: str, name: str) -> _CellSection:
         id=name,
         label=label,
         cell=cell,
+        measure=wording.measure_of(cell),
         sentence=wording.sentence(cell),
         warnings=wording.warnings(cell),
         curve=_chart(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from tracker.metrics.ratios import RATIO
 from tracker.records import CellRecord, LayerRecord
 from tracker.report.wording import (
     DASH,
@@ -20,6 +21,7 @@ from tracker.report.wording import (
     fixed,
     interval,
     layer_list,
+    measure_of,
     most_critical,
     p_value,
     points,
@@ -77,21 +79,26 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
     Returns:
         Model, benchmark, documents, baseline, chance, extreme layers and Spearman.
     """
+    baseline_label = "baseline accuracy (95 % interval), %"
+    critical_label = "most critical layers, 0-based (drop, pp)"
+    drop = "drop"
+    if not all(cell.higher_is_better for cell in cells):
+        baseline_label = "baseline (95 % interval), accuracy in % or loss"
+        critical_label = "most critical layers, 0-based (accuracy drop in pp, or loss increase)"
+        drop = "drop or increase"
     columns = (
         *_texts("model", "benchmark"),
-        *_numbers("documents", "baseline accuracy (95 % interval), %", "chance (%)"),
-        *_texts(
-            "most critical layers, 0-based (drop, pp)",
-            "highest cosine score, layers 0-based (1 − cos)",
-        ),
-        *_numbers("Spearman of cosine score and drop (95 % interval)"),
+        *_numbers("documents", baseline_label, "chance (%)"),
+        *_texts(critical_label, "highest cosine score, layers 0-based (1 − cos)"),
+        *_numbers(f"Spearman of cosine score and {drop} (95 % interval)"),
     )
     rows, notes = tuple(_overview_row(cell) for cell in cells), []
     for cell, (*_, baseline, _, _, _, spearman) in zip(cells, rows, strict=True):
         if spearman.reason:
             notes.append(f"{cell.title}: Spearman is undefined: {spearman.reason}.")
         if baseline.reason:
-            notes.append(f"{cell.title}: the baseline accuracy is undefined: {baseline.reason}.")
+            level = measure_of(cell).level
+            notes.append(f"{cell.title}: the baseline {level} is undefined: {baseline.reason}.")
     caption = (
         "One row per model and benchmark. Most critical: the layers whose removal costs most "
         "accuracy. The cosine score would name the layers of the next column instead."
@@ -100,21 +107,25 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
 
 
 def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
-    costly = (f"{r.layer}\u00a0({points(r.accuracy_drop or 0)})" for r in most_critical(cell))
+    measure = measure_of(cell)
+    costly = (
+        f"{r.layer}\u00a0({measure.write(r.accuracy_drop or 0)})" for r in most_critical(cell)
+    )
     scores = sorted((-r.cosine_score, r.layer) for r in cell.layers if defined(r.cosine_score))
     scored = (f"{layer}\u00a0({two_digits(-score)})" for score, layer in scores[:3])
-    baseline = _value(cell.baseline_accuracy, points, reason_of(cell, "baseline_accuracy"))
+    baseline = _value(cell.baseline_accuracy, measure.write, reason_of(cell, "baseline_accuracy"))
     rank = Value(DASH, "not computed")
     if found := correlation(cell):
         rank = _value(found.value, two_digits, found.reason or NO_REASON)
         rank = _with_interval(rank, interval(found.low, found.high, two_digits))
+    metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({measure.unit})"
     return (
         Value(cell.model.name),
-        Value(f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot · {cell.metric}"),
+        Value(f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot · {metric}"),
         Value(f"{cell.n:,}"),
-        _with_interval(baseline, interval(cell.baseline_low, cell.baseline_high, points)),
+        _with_interval(baseline, interval(cell.baseline_low, cell.baseline_high, measure.write)),
         _value(cell.chance_accuracy, points, reason_of(cell, "chance_accuracy")),
-        _text(", ".join(costly), "no layer has a positive accuracy drop"),
+        _text(", ".join(costly), f"no layer has a positive {measure.change}"),
         _text(", ".join(scored), "no layer has a cosine score"),
         rank,
     )
@@ -152,15 +163,19 @@ def layer_table(cell: CellRecord) -> Table:
         f"{name} {_value(cell.baseline_metrics.get(name), _four, '').text}"
         for name in _metric_names(cell)
     )
+    ours = _is_corpus(cell)
     caption = (
-        f"{cell.title}: every layer{each}. Accuracy is {cell.metric}; the metrics at the right "
-        f"are as lm-eval reports them. Baseline: {baseline or DASH}."
+        f"{cell.title}: every layer{each}. {measure_of(cell).level.capitalize()} is {cell.metric}; "
+        f"the metrics at the right are {'over all tokens' if ours else 'as lm-eval reports them'}. "
+        f"Baseline: {baseline or DASH}."
     )
     return Table(caption, _numbers(*labels), tuple(zip(*columns, strict=True)), tuple(notes))
 
 
 def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
     """List the columns of the layer table, each with what it shows of a measured layer."""
+
+    measure = measure_of(cell)
 
     def field(name: str, write: Callable[[float], str]) -> _Show:
         return lambda r: _value(getattr(r, name), write, reason_of(cell, name, r))
@@ -170,13 +185,13 @@ def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
 
     def between(r: LayerRecord) -> Value:
         reason = r.reasons.get("accuracy_drop_low") or reason_of(cell, "accuracy_drop", r)
-        return _text(interval(r.accuracy_drop_low, r.accuracy_drop_high, points), reason)
+        return _text(interval(r.accuracy_drop_low, r.accuracy_drop_high, measure.write), reason)
 
     columns: list[tuple[str, _Show]] = [
         ("documents", lambda r: Value(f"{r.n:,}")),
-        ("accuracy without layer (%)", field("accuracy", points)),
-        ("accuracy drop (pp)", field("accuracy_drop", points)),
-        ("95 % interval (pp)", between),
+        (f"{measure.level} without layer ({measure.level_unit})", field("accuracy", measure.write)),
+        (f"{measure.change} ({measure.unit})", field("accuracy_drop", measure.write)),
+        (f"95 % interval ({measure.unit})", between),
         ("McNemar p", field("mcnemar_p", p_value)),
         ("accuracy relevance", field("accuracy_relevance", _three)),
         ("cosine score (1 − cos)", field("cosine_score", _four)),
@@ -237,9 +252,9 @@ def correlation_table(cell: CellRecord) -> Table:
         if not defined(record.value):
             notes.append(f"{coefficient}, {proxy}, {SUBSETS[record.subset]}: undefined: {why}.")
     caption = (
-        f"{cell.title}: how well each proxy ranks the layers by accuracy drop. The sample is the "
-        "layers (inner = without the first two and the last two); the interval resamples the "
-        "documents."
+        f"{cell.title}: how well each proxy ranks the layers by {measure_of(cell).change}. The "
+        "sample is the layers (inner = without the first two and the last two); the interval "
+        "resamples the documents."
     )
     return Table(caption, columns, tuple(rows), tuple(notes))
 
@@ -305,7 +320,7 @@ def provenance_table(cell: CellRecord) -> Table:
 
 
 def task_table(cell: CellRecord) -> Table:
-    """Set the lm-eval tasks of a cell.
+    """Set the lm-eval tasks of a cell, or its corpus.
 
     Args:
         cell: The cell.
@@ -329,7 +344,13 @@ def task_table(cell: CellRecord) -> Table:
         )
         for task in cell.benchmark.tasks
     )
-    return Table(f"{cell.title}: lm-eval tasks.", columns, rows)
+    ours = _is_corpus(cell)
+    return Table(f"{cell.title}: {'corpus' if ours else 'lm-eval tasks'}.", columns, rows)
+
+
+def _is_corpus(cell: CellRecord) -> bool:
+    """Whether the metrics are tracker's own and not lm-eval's."""
+    return RATIO in cell.benchmark.tasks[0].metrics.values()
 
 
 def _texts(*labels: str) -> tuple[Column, ...]:

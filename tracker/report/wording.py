@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeGuard
 
 from tracker.records import CellRecord, CorrelationRecord, LayerRecord
@@ -12,6 +13,8 @@ DASH = "–"
 MINUS = "−"
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "asked for, but not measured yet"
+_LOSS_UNITS = {"bits_per_byte": "bits per byte", "ratio": "nats a token"}
+"""The unit of a loss, by its aggregation."""
 
 # Numbers
 
@@ -107,6 +110,53 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+# What is measured
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a cell's metric is called in front of people, and how it is written.
+
+    Attributes:
+        level: What the metric is.
+        change: What removing a layer does to it, positive where the layer mattered.
+        level_unit: The unit of the level.
+        unit: The unit of the change.
+        scale: By what a record's figure is multiplied.
+        digits: Digits after the decimal point.
+    """
+
+    level: str
+    change: str
+    level_unit: str
+    unit: str
+    scale: float
+    digits: int
+
+    def write(self, figure: float) -> str:
+        """Write a level or a change of the record, without the unit."""
+        return fixed(self.scale * figure, self.digits)
+
+
+_ACCURACY = Measure("accuracy", "accuracy drop", "%", "pp", 100, 1)
+
+
+def measure_of(cell: CellRecord) -> Measure:
+    """Say what a cell measures.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Accuracy in percentage points, or a loss in its own unit.
+    """
+    if cell.higher_is_better:
+        return _ACCURACY
+    how = cell.benchmark.tasks[0].metrics.get(cell.metric, "")
+    unit = _LOSS_UNITS.get(how, cell.metric)
+    return Measure("loss", "loss increase", unit, unit, 1, 3)
+
+
 # Layers and reasons
 
 
@@ -139,7 +189,7 @@ def all_layers(*cells: CellRecord) -> list[int]:
 
 
 def most_critical(cell: CellRecord, count: int = 3) -> list[LayerRecord]:
-    """Find the layers whose removal costs most accuracy.
+    """Find the layers whose removal costs most accuracy, or adds most loss.
 
     Args:
         cell: The cell.
@@ -228,7 +278,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def correlation(cell: CellRecord, subset: str = "all") -> CorrelationRecord | None:
-    """Find the Spearman correlation of cosine score and accuracy drop.
+    """Find the Spearman correlation of cosine score and accuracy drop (or loss increase).
 
     Args:
         cell: The cell.
@@ -275,11 +325,11 @@ def sentence(cell: CellRecord) -> str:
         cell: The cell.
 
     Returns:
-        The Spearman correlation of cosine score and accuracy drop over all layers and over the
-        inner ones, or why it is undefined.
+        The Spearman correlation of cosine score and accuracy drop (or loss increase) over all
+        layers and over the inner ones, or why it is undefined.
     """
     return (
-        "Spearman of cosine score and accuracy drop: "
+        f"Spearman of cosine score and {measure_of(cell).change}: "
         f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
         f"{correlation_text(correlation(cell, 'inner'))}."
     )
@@ -297,9 +347,14 @@ def summary(cells: Sequence[CellRecord]) -> str:
     if not cells:
         return "No cell is measured yet, so there is nothing to show."
     models = len({model_key(cell) for cell in cells})
+    lost = {
+        True: "the accuracy that was really lost",
+        False: "the loss that was really added",
+    }
+    measured = " or ".join(lost[kind] for kind in dict.fromkeys(c.higher_is_better for c in cells))
     text = (
         f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark). "
-        "Each layer was removed in turn. Below, the accuracy that was really lost stands beside "
+        f"Each layer was removed in turn. Below, {measured} stands beside "
         "the cosine score, the cheap proxy that is commonly used in its place. "
     )
     records = [record for cell in cells if (record := correlation(cell))]
@@ -336,6 +391,8 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
         if field == "n":
             found.append(f"Incomplete: {reason}.")
             continue
+        if field == "chance_accuracy" and not cell.higher_is_better:
+            continue  # a loss has none, and nothing is wrong
         words = (field[:1].upper() + field[1:]).replace("_", " ")
         found.append(f"{words} is undefined: {reason}.")
     chance = cell.chance_accuracy

@@ -86,9 +86,9 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     Raises:
         RequestError: Something that was asked for does not exist.
     """
+    from tracker.benchmarks.benchmark import open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.benchmarks.plain import score_with_lm_eval
-    from tracker.benchmarks.tasks import Benchmark
     from tracker.engine.check import check
     from tracker.engine.memory import keep_freed_memory
     from tracker.engine.plan import cost, matrix_rate
@@ -97,7 +97,7 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     from tracker.models.load import load_model
 
     keep_freed_memory()
-    benchmark = Benchmark(request)
+    benchmark = open_benchmark(request)
     progress.say(f"loading {request.model}")
     source = find_model(request.model, request.revision)
     loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
@@ -118,11 +118,12 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     batch_size = min(tried, key=lambda size: tried[size])
 
     start = time.perf_counter()
-    checked = check(Engine(loaded, encoder.max_length), documents, layers)
+    checked = check(Engine(loaded, encoder.max_length), documents, ablations)
     check_seconds = time.perf_counter() - start
     engine = checked.engine
     progress.start(
-        f"{request.benchmark}: engine", sum(row.tokens for row in engine.rows(documents))
+        f"{request.benchmark}: engine",
+        sum(len(document.requests) for document in documents) * len(ablations),
     )
     start = time.perf_counter()
     scores = engine.score(documents, ablations, progress.advance)
@@ -137,9 +138,9 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
         seconds[layer], theirs = plainly(layer, batch_size)
         number = ablations.index(Ablation() if layer is None else Ablation((layer,)))
         ours = [response for score in scores for response in score.responses[number]]
-        for a, b in zip(ours, theirs, strict=True):
-            worst = max(worst, abs(a.loglikelihood - b.loglikelihood))
-            disagreements += a.greedy != b.greedy
+        for response, (loglikelihood, greedy) in zip(ours, theirs, strict=True):
+            worst = max(worst, abs(response.loglikelihood - loglikelihood))
+            disagreements += response.greedy != greedy
             compared += 1
     per_layer = statistics.mean(value for layer, value in seconds.items() if layer is not None)
     loop_seconds = seconds[None] + len(layers) * per_layer

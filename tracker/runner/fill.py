@@ -9,12 +9,13 @@ from datetime import UTC, datetime
 from filelock import Timeout
 
 from tracker.ablations import INTACT, Ablation
-from tracker.benchmarks.tasks import Benchmark
+from tracker.benchmarks.benchmark import Benchmark
 from tracker.documents import Document
-from tracker.engine.sweep import DocumentScores, Engine
+from tracker.engine.sweep import DocumentScores
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.store import Block, CellStore
 from tracker.runner.progress import Progress
+from tracker.runner.scorer import Scorer
 
 WAIT = 0.5
 """Seconds between two looks at blocks that another process is computing."""
@@ -24,7 +25,7 @@ def fill(
     store: CellStore,
     benchmark: Benchmark,
     documents: Sequence[Document],
-    engine: Engine,
+    scorer: Scorer,
     ablations: Sequence[Ablation],
     limit: int | None,
     progress: Progress,
@@ -38,22 +39,23 @@ def fill(
         store: The cell on disk.
         benchmark: Judges the responses.
         documents: All documents up to the limit.
-        engine: Scores them.
+        scorer: Scores them.
         ablations: What to remove.
         limit: Documents per task.
         progress: Told of every scored row.
     """
     by_place = {(document.task, document.index): document for document in documents}
+    names = [ablation.name for ablation in ablations]
     sizes = {
         block: sum(
-            row.tokens
-            for row in engine.rows([by_place[block.task, i] for i in block.documents(count)])
+            scorer.responses(by_place[block.task, i]) * len(lacking)
+            for lacking, indices in store.missing(block, limit, names).items()
+            for i in indices
         )
         for block in store.blocks(limit)
-        if (count := store.counts(limit)[block.task])
     }
     progress.start(store.identity.benchmark.name, sum(sizes.values()))
-    pending = list(sizes)
+    pending = [block for block, size in sizes.items() if size]
     told = False
     while pending:
         left = []
@@ -61,7 +63,7 @@ def fill(
             try:
                 with store.lock(block).acquire(timeout=0):
                     done = _fill_block(
-                        store, block, benchmark, by_place, engine, ablations, limit, progress
+                        store, block, benchmark, by_place, scorer, ablations, limit, progress
                     )
                     progress.advance(sizes[block] - done)
             except Timeout:
@@ -80,25 +82,25 @@ def _fill_block(
     block: Block,
     benchmark: Benchmark,
     by_place: Mapping[tuple[str, int], Document],
-    engine: Engine,
+    scorer: Scorer,
     ablations: Sequence[Ablation],
     limit: int | None,
     progress: Progress,
 ) -> int:
-    """Measure what one block lacks; returns the tokens that were reported as scored."""
+    """Measure what one block lacks; returns the responses that were reported as scored."""
     named = {ablation.name: ablation for ablation in ablations}
     done = 0
 
-    def advance(tokens: int) -> None:
+    def advance(responses: int) -> None:
         nonlocal done
-        done += tokens
-        progress.advance(tokens)
+        done += responses
+        progress.advance(responses)
 
     for names, indices in store.missing(block, limit, list(named)).items():
         # The baseline rides along for free: every other stream forks from it.
         scored = [INTACT, *(named[name] for name in names if name != INTACT.name)]
         start = time.perf_counter()
-        results = engine.score([by_place[block.task, i] for i in indices], scored, advance)
+        results = scorer.score([by_place[block.task, i] for i in indices], scored, advance)
         rows = [
             row
             for result in results
@@ -110,8 +112,8 @@ def _fill_block(
             {
                 "measured": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": f"{time.perf_counter() - start:.3f}",
-                "device": str(engine.loaded.device),
-                "sharing": str(engine.sharing),
+                "device": str(scorer.engine.loaded.device),
+                "sharing": str(scorer.engine.sharing),
             },
         )
     return done

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tracker.ablations import ablations_of
+from tracker.benchmarks.benchmark import Benchmark, chosen_metric, open_benchmark
 from tracker.config import CellRequest
 from tracker.errors import RequestError, TrackerError, TrackingError
 from tracker.ledger.store import CellStore, Ledger
@@ -19,7 +21,6 @@ from tracker.runner.publish import Publisher
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.benchmarks.tasks import Benchmark
     from tracker.models.load import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,12 @@ class Options:
     Attributes:
         device: `auto`, or a torch device.
         trust_remote_code: Whether code and pickles from a download may run.
+        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
     """
 
     device: str = "auto"
     trust_remote_code: bool = False
+    memory: int | None = None
 
 
 @dataclass
@@ -87,6 +90,9 @@ def run_cells(
     """
     asked = [look_up(request, ledger) for request in requests]
     todo = [cell for cell in asked if not cell.complete]
+    for cell in asked:
+        if cell.store is not None:
+            chosen_metric(cell.store.identity.benchmark, cell.request.metric)
     benchmarks: dict[int, Benchmark] = {}
     if todo:
         progress.say("checking models and benchmarks")
@@ -105,7 +111,9 @@ def run_cells(
                     loaded = None  # frees the previous model before the next one comes
                     loaded = (settings, *_load(cell, options, progress))
                     report.models_loaded += 1
-                store = _measure(cell, benchmarks[id(cell)], loaded[1], loaded[2], ledger, progress)
+                store = _measure(
+                    cell, benchmarks[id(cell)], loaded[1], loaded[2], ledger, options, progress
+                )
             assert store is not None
             store.ask(cell.request, publisher.project)
             record = record_of(store, cell.request)
@@ -130,8 +138,6 @@ def run_cells(
 
 def _benchmarks(todo: Sequence[Asked]) -> dict[int, Benchmark]:
     """Find every benchmark and its data before a night is spent on half of them."""
-    from tracker.benchmarks.tasks import Benchmark, chosen_metric
-
     found: dict[int, Benchmark] = {}
     same: dict[CellRequest, Benchmark] = {}
     for cell in todo:
@@ -139,7 +145,7 @@ def _benchmarks(todo: Sequence[Asked]) -> dict[int, Benchmark]:
             update={"model": "any", "revision": None, "dtype": "auto", "layers": (), "limit": None}
         )
         if settings not in same:
-            same[settings] = Benchmark(cell.request)
+            same[settings] = open_benchmark(cell.request)
         chosen_metric(same[settings].identity, cell.request.metric)
         found[id(cell)] = same[settings]
     return found
@@ -168,26 +174,28 @@ def _measure(
     loaded: LoadedModel,
     encoder: RequestEncoder,
     ledger: Ledger,
+    options: Options,
     progress: Progress,
 ) -> CellStore:
     """Compute what the cell lacks."""
-    from tracker.engine.check import check
     from tracker.engine.sweep import Engine
     from tracker.runner.fill import fill
+    from tracker.runner.scorer import checked_scorer
 
     request = cell.request
     check_range(request, loaded.identity.layers)
     documents = benchmark.documents(encoder, request.limit)
     facts = {**package_versions(), **machine(), "device": str(loaded.device)}
     store = ledger.cell(loaded.identity, benchmark.identity, facts)
-    names = [ablation.name for ablation in cell.ablations]
+    ablations = ablations_of(request, loaded.identity.layers)
+    names = [ablation.name for ablation in ablations]
     if not store.is_complete(request.limit, names):
-        engine = Engine(loaded, encoder.max_length)
+        engine = Engine(loaded, encoder.max_length, memory=options.memory)
         progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
-        checked = check(engine, documents, request.layers)
-        if checked.lost:
-            progress.say(f"{loaded.identity.name} is measured with less sharing: {checked.lost}")
-        fill(store, benchmark, documents, checked.engine, cell.ablations, request.limit, progress)
+        scorer, lost = checked_scorer(engine, loaded.tokenizer, documents, ablations)
+        for line in lost:
+            progress.say(f"{loaded.identity.name} is measured with less sharing: {line}")
+        fill(store, benchmark, documents, scorer, ablations, request.limit, progress)
     # A hub model's commit is known only now that it is in the cache.
     key = cell.key or look_up(request, ledger).key
     if key:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tracker.ablations import ablations_of, removals
 from tracker.config import CellRequest
 from tracker.errors import ModelError
 from tracker.ledger.store import Ledger
+from tracker.models.sources import read_config
 from tracker.runner.prepare import check_layers, look_up
 
 if TYPE_CHECKING:
@@ -20,12 +22,14 @@ class PlannedCell:
     """What one cell will cost.
 
     Attributes:
-        request: The cell; each of its layers is one tracked run.
+        request: The cell.
+        runs: How many tracked runs it has.
         measured: Whether the ledger holds all of it already.
         cost: The work of the whole cell, measured or not.
     """
 
     request: CellRequest
+    runs: int
     measured: bool
     cost: Cost
 
@@ -46,8 +50,8 @@ def plan(
     Raises:
         RequestError: Something that was asked for does not exist or does not fit.
     """
+    from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.benchmarks.tasks import Benchmark, chosen_metric
     from tracker.engine.plan import cost
     from tracker.models.load import weightless
 
@@ -56,13 +60,17 @@ def plan(
     planned = []
     for cell in asked:
         request = cell.request
-        benchmark = Benchmark(request)
+        benchmark = open_benchmark(request)
         chosen_metric(benchmark.identity, request.metric)
+        layers = read_config(cell.source, trust_remote_code).num_hidden_layers
+        ablations = ablations_of(request, layers)
         model, tokenizer = weightless(cell.source, request.dtype, trust_remote_code)
         encoder = RequestEncoder(model, tokenizer)
         documents = benchmark.documents(encoder, request.limit)
         if not documents:
             raise ModelError(f"{request.title} has no documents")
-        found = cost(model, documents, cell.ablations, encoder.max_length)
-        planned.append(PlannedCell(request, cell.complete, found))
+        found = cost(model, documents, ablations, encoder.max_length)
+        planned.append(
+            PlannedCell(request, len(list(removals(request, layers))), cell.complete, found)
+        )
     return planned

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracker.ablations import Ablation, single_layers
-from tracker.benchmarks.sources import find_data
+from tracker.ablations import ablations_of, removals
+from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.config import CellRequest
 from tracker.errors import ExperimentError, ModelError
 from tracker.ledger.keys import request_key
@@ -33,11 +33,6 @@ class Asked:
     store: CellStore | None
     complete: bool
 
-    @property
-    def ablations(self) -> list[Ablation]:
-        """The baseline and the layers."""
-        return single_layers(self.request.layers)
-
 
 def look_up(request: CellRequest, ledger: Ledger) -> Asked:
     """Look a cell up in the ledger, without loading torch, the model or the benchmark.
@@ -50,15 +45,19 @@ def look_up(request: CellRequest, ledger: Ledger) -> Asked:
         What is known.
     """
     source = find_model(request.model, request.revision)
-    data = find_data(request.data)
+    data = data_stamp(request)
     stamp = source.stamp()
     key = None
     if stamp is not None:
-        key = request_key(request, stamp, data.stamp(), package_versions())
+        key = request_key(request, stamp, data, package_versions())
     store = ledger.find(key) if key else None
-    names = [ablation.name for ablation in single_layers(request.layers)]
-    complete = store is not None and store.is_complete(request.limit, names)
+    complete = store is not None and _is_complete(store, request)
     return Asked(request, source, key, store, complete)
+
+
+def _is_complete(store: CellStore, request: CellRequest) -> bool:
+    ablations = ablations_of(request, store.identity.model.layers)
+    return store.is_complete(request.limit, [ablation.name for ablation in ablations])
 
 
 def all_layers(request: CellRequest, ledger: Ledger, trust_remote_code: bool) -> CellRequest:
@@ -109,15 +108,21 @@ def check_range(request: CellRequest, layers: int) -> None:
     Raises:
         ExperimentError: A layer is out of range.
     """
-    beyond = [layer for layer in request.layers if layer >= layers]
+    beyond = [layer for layer in (*request.layers, *request.removed) if layer >= layers]
     if beyond:
         raise ExperimentError(
             f"layer {beyond[0]} is out of range: {request.model} has {layers} layers, "
             f"0 to {layers - 1}"
         )
+    if request.layers and not any(removals(request, layers)):
+        raise ExperimentError(
+            f"{request.title}: nothing is left to remove; every span of "
+            f"{' or '.join(map(str, request.spans))} layers reaches beyond layer {layers - 1} or "
+            "holds a layer of 'removed'"
+        )
 
 
-def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> list[str]:
+def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[int, list[str]]:
     """Check that what was asked for exists, without loading weights or data.
 
     Args:
@@ -125,25 +130,25 @@ def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> list[s
         trust_remote_code: Whether code from the download may run.
 
     Returns:
-        What could not be checked: a hub model whose configuration cannot be reached from here.
+        How many runs there are, and what could not be checked: a hub model whose configuration
+        cannot be reached from here, whose runs are counted as if all fitted.
 
     Raises:
         RequestError: A model, a benchmark or a source of data is unknown, or a layer is out of
             range.
     """
-    from tracker.benchmarks.tasks import check_benchmark
-
-    notes = {}
+    runs, notes = 0, {}
     for request in requests:
         source = find_model(request.model, request.revision)
-        find_data(request.data)
-        check_benchmark(request.benchmark)
+        check_benchmark(request)
         try:
             layers = read_config(source, trust_remote_code).num_hidden_layers
         except ModelError as error:
             if source.is_local:
                 raise
             notes[request.model] = str(error)
+            layers = max(request.layers) + max(request.spans)
         else:
             check_range(request, layers)
-    return list(notes.values())
+        runs += len(list(removals(request, layers)))
+    return runs, list(notes.values())

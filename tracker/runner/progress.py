@@ -12,10 +12,10 @@ class Progress(Protocol):
         """Hear one line about something that takes a while or needs attention."""
 
     def start(self, title: str, total: int) -> None:
-        """Hear that a cell begins, of `total` tokens to score."""
+        """Hear that a cell begins, of `total` responses to come."""
 
-    def advance(self, tokens: int) -> None:
-        """Hear that so many tokens are scored."""
+    def advance(self, responses: int) -> None:
+        """Hear that so many responses are there."""
 
     def finish(self) -> None:
         """Hear that the cell is done."""
@@ -30,7 +30,7 @@ class Silent:
     def start(self, title: str, total: int) -> None:
         """Ignore the beginning of a cell."""
 
-    def advance(self, tokens: int) -> None:
+    def advance(self, responses: int) -> None:
         """Ignore progress."""
 
     def finish(self) -> None:

@@ -131,7 +131,8 @@ def flat_metrics(layer: LayerRecord) -> dict[str, float]:
         layer: One layer's record.
 
     Returns:
-        Every defined figure by name; fractions, and nats for `gold_logprob_drop`.
+        Every defined figure by name: fractions, or a loss and its increase in the metric's own
+        unit, and nats for `gold_logprob_drop`.
     """
     return {"n": float(layer.n), **defined(_layer_values(layer))}
 

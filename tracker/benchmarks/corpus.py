@@ -1,0 +1,281 @@
+"""Plain text as a benchmark: how many next tokens a model predicts, and at what loss.
+
+`corpus:PLACE` or `corpus:PLACE#COLUMN`, where PLACE is a .txt file (paragraphs between blank lines
+are documents), a .jsonl file (one document a line) or the hub's name of a data set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracker.benchmarks.sources import find_data
+from tracker.config import CellRequest
+from tracker.documents import Document, Response
+from tracker.errors import BenchmarkError, did_you_mean
+from tracker.metrics.ratios import RATIO
+from tracker.provenance import content_hash, file_stamp
+from tracker.records import BenchmarkIdentity, TaskIdentity
+
+if TYPE_CHECKING:
+    from tracker.benchmarks.encoder import RequestEncoder
+
+PREFIX = "corpus:"
+_SUFFIXES = (".txt", ".jsonl")
+_PLAIN = ("text", "content")
+_INSTRUCTION = ("instruction", "input", "output")
+"""Columns of CodeAlpaca; MathInstruct has no `input`."""
+_CONVERSATIONS = "conversations"
+"""LIMA's column: a list of turns. Copies of it hold `{from, value}` or `{role, content}` a turn."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a corpus is: `name` as it was typed, the file or None for a data set, the column."""
+
+    name: str
+    file: Path | None
+    column: str | None
+
+
+def is_corpus(benchmark: str) -> bool:
+    """Say whether a benchmark's name means a corpus and not a task of lm-eval."""
+    return benchmark.startswith(PREFIX)
+
+
+def locate(request: CellRequest) -> _Place:
+    """Find out where a corpus is, without reading it.
+
+    Args:
+        request: The corpus and its settings.
+
+    Returns:
+        The place.
+
+    Raises:
+        BenchmarkError: There is no such file, or a setting does not fit plain text.
+    """
+    name, _, column = request.benchmark.removeprefix(PREFIX).partition("#")
+    if not name:
+        raise BenchmarkError(
+            f"{request.benchmark!r} names no text; write corpus:FILE.txt, corpus:FILE.jsonl or "
+            "corpus:NAME of a data set"
+        )
+    if request.num_fewshot:
+        raise BenchmarkError(
+            f"{request.benchmark} is plain text, which has no few-shot examples; leave num_fewshot "
+            f"out (got {request.num_fewshot})"
+        )
+    if request.apply_chat_template:
+        raise BenchmarkError(
+            f"{request.benchmark} is plain text, which is read without a chat template; leave "
+            "apply_chat_template out"
+        )
+    path = Path(name).expanduser()
+    if path.suffix in _SUFFIXES:
+        if not path.is_file():
+            beside = [p.name for p in path.parent.glob("*") if p.suffix in _SUFFIXES]
+            raise BenchmarkError(
+                f"there is no corpus file {name}.{did_you_mean(path.name, beside)}"
+            )
+        if path.suffix == ".txt" and column:
+            raise BenchmarkError(f"{name} is plain text and has no columns; leave #{column} out")
+        return _Place(name, path, column or None)
+    if path.is_file():
+        raise BenchmarkError(f"{name} cannot be read as a corpus; a corpus file is .txt or .jsonl")
+    return _Place(name, None, column or None)
+
+
+def corpus_stamp(request: CellRequest) -> object:
+    """Describe a corpus cheaply: equal stamps mean equal texts.
+
+    Args:
+        request: The corpus and its settings.
+
+    Returns:
+        The stamp of its files; None for the hub, whose data is not on this machine.
+
+    Raises:
+        BenchmarkError: There is no such file, or a setting does not fit plain text.
+    """
+    place = locate(request)
+    data = find_data(request.data)
+    return data.stamp() if place.file is None else file_stamp([place.file])
+
+
+class Corpus:
+    """The texts of one corpus, each a document.
+
+    A text is cut into lm-eval's rolling windows, so that every token of it is predicted once, the
+    first one after the tokenizer's prefix token.
+
+    Args:
+        request: The corpus and its settings.
+
+    Attributes:
+        identity: Which documents are scored, and how they are put to the model.
+
+    Raises:
+        BenchmarkError: The corpus cannot be found or read, or holds no text.
+    """
+
+    def __init__(self, request: CellRequest) -> None:
+        place = locate(request)
+        split, texts = _texts(place, request.data)
+        self._texts = [text for text in texts if text.strip()]
+        if not self._texts:
+            raise BenchmarkError(f"{place.name} holds no text")
+        # A file keeps its cell when it moves; which one it was stands in `data`.
+        label = f"{PREFIX}{place.file.name if place.file else place.name}"
+        self._name = f"{label}#{place.column}" if place.column else label
+        task = TaskIdentity(
+            name=self._name,
+            version="1",
+            split=split,
+            documents=len(self._texts),
+            fingerprint=content_hash(self._texts),
+            metrics={"acc": RATIO, "loss": RATIO},
+            higher_is_better={"acc": True, "loss": False},
+        )
+        self.identity = BenchmarkIdentity(
+            name=self._name,
+            tasks=(task,),
+            data=place.name if place.file else request.data,
+            num_fewshot=0,
+            seed=None,
+            apply_chat_template=False,
+            primary_metric="acc",
+        )
+
+    def documents(self, encoder: RequestEncoder, limit: int | None) -> list[Document]:
+        """Cut the texts into windows.
+
+        Args:
+            encoder: lm-eval's tokenisation for the model.
+            limit: How many documents, from the first; None = all.
+
+        Returns:
+            The documents, in the order of the corpus.
+        """
+        return [
+            Document(
+                task=self._name,
+                index=index,
+                requests=tuple(encoder.windows(text)),
+                gold=None,
+                choices=0,
+                rolling=True,
+            )
+            for index, text in enumerate(self._texts[:limit])
+        ]
+
+    def outcomes(
+        self, document: Document, responses: Sequence[Response]
+    ) -> dict[str, float | str | None]:
+        """Count the document's right next tokens, and sum its loss.
+
+        Args:
+            document: One of `documents()`.
+            responses: One response a window, in order.
+
+        Returns:
+            `acc` and `loss` (nats) as JSON pairs [sum, tokens]; None for both when a
+            log-likelihood is not finite.
+        """
+        loss = -math.fsum(response.loglikelihood for response in responses)
+        if not math.isfinite(loss):
+            return {"acc": None, "loss": None}
+        tokens = sum(len(request.continuation) for request in document.requests)
+        hits = sum(response.hits for response in responses)
+        return {"acc": json.dumps([hits, tokens]), "loss": json.dumps([loss, tokens])}
+
+
+def _texts(place: _Place, data: str) -> tuple[str, Iterable[str]]:
+    """Read the texts; returns the name of their split too."""
+    if place.file is None:
+        splits = find_data(data).load(place.name, None)
+        split = next((name for name in ("test", "train") if name in splits), None)
+        if split is None:
+            raise BenchmarkError(
+                f"{place.name} holds neither a split 'test' nor 'train'; it holds: "
+                f"{', '.join(splits)}"
+            )
+        rows = splits[split]
+        return split, _joined(place, rows.column_names, rows)
+    if place.file.suffix == ".txt":
+        # Also text that begins with a byte-order mark.
+        return "all", re.split(r"\n(?:[^\S\n]*\n)+", _read(place.file))
+    rows = list(_json_lines(place.file))
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return "all", _joined(place, list(columns), rows)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{file} cannot be read as UTF-8 text: {error}") from None
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_read(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise BenchmarkError(f"{file}, line {number}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise BenchmarkError(f"{file}, line {number}: not a JSON object with columns")
+        yield row
+
+
+def _joined(
+    place: _Place, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Make one text of the columns that hold it."""
+    chosen = _columns(place, columns) if columns else ()
+    for number, row in enumerate(rows, 1):
+        parts = []
+        for column in chosen:
+            turns = row.get(column) or []
+            said = [turns] if not isinstance(turns, list) else [_said(turn) for turn in turns]
+            if not all(isinstance(part, str) for part in said):
+                raise BenchmarkError(
+                    f"{place.name}, document {number}: the column {column!r} holds no text"
+                )
+            parts += said
+        yield "\n".join(part for part in parts if part)
+
+
+def _said(turn: Any) -> Any:
+    """Find the text of one turn of a conversation."""
+    return turn.get("value", turn.get("content")) if isinstance(turn, dict) else turn
+
+
+def _columns(place: _Place, columns: Sequence[str]) -> tuple[str, ...]:
+    """Choose the columns that hold the text."""
+    if place.column:
+        if place.column not in columns:
+            near = did_you_mean(place.column, columns)
+            raise BenchmarkError(
+                f"{place.name} has no column {place.column!r}.{near} It has: {', '.join(columns)}."
+            )
+        return (place.column,)
+    for name in _PLAIN:
+        if name in columns:
+            return (name,)
+    if {"instruction", "output"} <= set(columns):
+        return tuple(name for name in _INSTRUCTION if name in columns)
+    if _CONVERSATIONS in columns:
+        return (_CONVERSATIONS,)
+    raise BenchmarkError(
+        f"{place.name} has none of the columns text, content, instruction and output, or "
+        f"conversations; it has: {', '.join(columns)}. Name the one to read: "
+        f"corpus:{place.name}#{columns[0]}"
+    )

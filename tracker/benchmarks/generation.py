@@ -1,0 +1,97 @@
+"""lm-eval's own generation, from prompts to cut texts; the model may be several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from tracker.documents import Prompt
+
+Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
+"""Opens the model for several rows of one prompt (its token ids); gives what `generate` takes."""
+
+
+class TextGenerator(HFLM):  # type: ignore[misc]
+    """lm-eval's Hugging Face model, generating.
+
+    Tokenisation, truncation, special tokens, stop strings and the cutting of texts are inherited.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+        self._decoding: Decoding | None = None
+
+    def texts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Continue prompts one by one with the model as it is.
+
+        Args:
+            prompts: What to continue.
+
+        Returns:
+            The texts as a task judges them, in the same order.
+        """
+        instances = [
+            Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)
+            for p in prompts
+        ]
+        found: list[str] = self.generate_until(instances, disable_tqdm=True)
+        return found
+
+    def texts_of_rows(self, prompt: Prompt, rows: int, decoding: Decoding) -> list[str]:
+        """Continue one prompt by a model that is a different one in each row of a batch.
+
+        Args:
+            prompt: What to continue.
+            rows: How many rows.
+            decoding: Opens the model.
+
+        Returns:
+            One text a row.
+        """
+        self._decoding = decoding
+        self.batch_size_per_gpu = rows
+        try:
+            return self.texts([prompt] * rows)
+        finally:
+            self._decoding = None
+            self.batch_size_per_gpu = 1
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> Any:
+        if self._decoding is None:
+            return super()._model_generate(context, max_length, stop, **settings)
+        settings.pop("temperature", None)
+        settings["do_sample"] = False
+        with self._decoding(context[0].tolist()) as cached:
+            return self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                stopping_criteria=StoppingCriteriaList([_EachRow(self.tokenizer, stop, context)]),
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                **settings,
+                **cached,
+            )
+
+
+class _EachRow(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row at its first stop string; lm-eval's own criterion waits for all rows."""
+
+    def __init__(self, tokenizer: Any, stop: list[str], context: Tensor) -> None:
+        rows, tokens = context.shape
+        self._criteria = stop_sequences_criteria(tokenizer, stop, tokens, rows)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        for criterion in self._criteria:
+            criterion(input_ids, scores)
+        done = [any(flags) for flags in zip(*(c.done_tracker for c in self._criteria), strict=True)]
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)

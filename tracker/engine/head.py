@@ -1,0 +1,165 @@
+"""The model's own head, run only where something is predicted, and in blocks that stay in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tracker.models.layers import find_base
+from tracker.models.sublayers import replaced_forward
+
+BLOCK = 2048
+"""Tokens of the vocabulary whose logits exist at a time on a CPU; all of them in memory at once
+would be written out and read back."""
+STATES = 640
+"""Hidden states that pass the head together on a CPU."""
+LOGITS_BYTES = 64 * 2**20
+"""Logits that exist at a time where the vocabulary is not cut into blocks."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the head says about some predicted tokens.
+
+    Attributes:
+        logprobs: Log-probability of each token [streams, predicted], in the model's dtype.
+        greedy: Whether each is the most likely one [streams, predicted].
+    """
+
+    logprobs: Tensor
+    greedy: Tensor
+
+
+class Head:
+    """What a model does behind its base: projection, soft-capping, scaling.
+
+    The vocabulary is cut into blocks where that gives the same logits: in full precision on a CPU,
+    with a plain linear projection and nothing behind it that mixes logits. In half precision
+    lm-eval rounds after the log-softmax, and so does this, over the whole vocabulary.
+
+    Args:
+        model: A causal language model of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.base = find_base(model)
+        self._projection = model.get_output_embeddings()
+        self._vocabulary: int = self._projection.weight.shape[0]
+        self._blocks = [(0, self._vocabulary)]
+        full_precision = model.dtype in (torch.float32, torch.float64)
+        on_cpu = self._projection.weight.device.type == "cpu"
+        if full_precision and on_cpu and type(self._projection) is nn.Linear:
+            blocks = [
+                (start, min(start + BLOCK, self._vocabulary))
+                for start in range(0, self._vocabulary, BLOCK)
+            ]
+            if self._gives_the_same(blocks):
+                self._blocks = blocks
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the vocabulary is cut."""
+        return len(self._blocks) > 1
+
+    def predictions(
+        self, output: Any, hidden: Tensor, predictor: Tensor, predicted: Tensor
+    ) -> Predictions:
+        """Score predicted tokens.
+
+        Args:
+            output: What the base returned.
+            hidden: Hidden states that predict something [streams, kept, hidden].
+            predictor: For every predicted token, the index into `kept` [predicted].
+            predicted: The tokens' ids [predicted].
+
+        Returns:
+            Their log-probabilities and greedy flags.
+        """
+        kept = hidden.shape[1]
+        if self.in_blocks:
+            size = max(1, STATES // kept)
+            score = self._score_in_blocks
+        else:
+            size = max(1, LOGITS_BYTES // (self._vocabulary * hidden.element_size() * kept))
+            score = self._score_at_once
+        parts = [
+            score(replace(output, last_hidden_state=chunk), predictor, predicted)
+            for chunk in torch.split(hidden, size)
+        ]
+        return Predictions(
+            torch.cat([part.logprobs for part in parts]),
+            torch.cat([part.greedy for part in parts]),
+        )
+
+    def _score_at_once(self, output: Any, predictor: Tensor, predicted: Tensor) -> Predictions:
+        """Take the log-softmax in the logits' own dtype, as lm-eval does by default."""
+        logprobs = functional.log_softmax(self._logits(output), dim=-1)
+        best = logprobs.argmax(-1)
+        return Predictions(logprobs[:, predictor, predicted], best[:, predictor] == predicted)
+
+    def _score_in_blocks(self, output: Any, predictor: Tensor, predicted: Tensor) -> Predictions:
+        """Gather maximum, normaliser and wanted logits block by block."""
+        states = output.last_hidden_state
+        highest: list[Tensor] = []
+        normalisers = []
+        best = states.new_zeros(states.shape[:2], dtype=torch.long)
+        wanted = states.new_empty(len(states), len(predicted))
+        for start, stop in self._blocks:
+            with replaced_forward(self._projection, self._block(start, stop)):
+                logits = self._logits(output)
+            top, place = logits.max(-1)
+            if highest:
+                better = top > highest[-1]
+                best = torch.where(better, place + start, best)
+                top = torch.where(better, top, highest[-1])
+            else:
+                best = place
+            highest.append(top)
+            normalisers.append(logits.logsumexp(-1))
+            inside = ((predicted >= start) & (predicted < stop)).nonzero()[:, 0]
+            wanted[:, inside] = logits[:, predictor[inside], predicted[inside] - start]
+        normaliser = torch.stack(normalisers).logsumexp(0)
+        return Predictions(wanted - normaliser[:, predictor], best[:, predictor] == predicted)
+
+    def _block(self, start: int, stop: int) -> Callable[[Tensor], Tensor]:
+        weight, bias = self._projection.weight, self._projection.bias
+        some = None if bias is None else bias[start:stop]
+        return lambda hidden: functional.linear(hidden, weight[start:stop], some)
+
+    def _logits(self, output: Any) -> Tensor:
+        """Let the model's head run alone: its base returns an output that it is given."""
+        asked = []
+
+        def base(*args: Any, **kwargs: Any) -> Any:
+            asked.append(True)
+            return output
+
+        with replaced_forward(self.base, base):
+            logits: Tensor = self._model(input_ids=torch.zeros(1, 1, dtype=torch.long)).logits
+        if not asked or logits.shape[:2] != output.last_hidden_state.shape[:2]:
+            raise RuntimeError("the head does not take what the layers return")
+        return logits
+
+    @torch.inference_mode()
+    def _gives_the_same(self, blocks: list[tuple[int, int]]) -> bool:
+        """Whether whatever follows the projection treats each logit alone."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        weight = self._projection.weight
+        states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]
+        output = BaseModelOutputWithPast(last_hidden_state=states)
+        try:
+            whole = self._logits(output)
+            parts = []
+            for start, stop in blocks:
+                with replaced_forward(self._projection, self._block(start, stop)):
+                    parts.append(self._logits(output))
+        except (RuntimeError, AttributeError, TypeError):
+            return False
+        return torch.allclose(torch.cat(parts, dim=-1), whole, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,151 @@
+"""The common beginning of many documents (few-shot examples), read once by every stream.
+
+Its keys and values are kept, layer by layer, for just the streams that pass the layer's attention;
+each row then attends to them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from tracker.engine.streams import StreamPlan
+
+SHORTEST = 48
+"""Tokens from which a common beginning is read apart: below, repeating it in every row is cheap."""
+MARGIN = 64
+"""Tokens by which a buffer is larger than it must be."""
+WORTH = 0.9
+"""Share of a new beginning from which one that was read already serves it."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [streams, heads, tokens, size] in a buffer with room to grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, and return all."""
+        if not self.tokens:
+            self.keys, self.values = key_states, value_states
+            self.is_initialized = True
+        stop = self.tokens + key_states.shape[-2]
+        if self.keys.shape[-2] < stop:
+            self.keys, self.values = (self._wider(x, stop) for x in (self.keys, self.values))
+        if self.tokens:
+            self.keys[:, :, self.tokens : stop] = key_states
+            self.values[:, :, self.tokens : stop] = value_states
+        self._grown_to(stop)
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_seq_length(self) -> int:
+        """Say how many tokens are held."""
+        return self.tokens
+
+    def _wider(self, held: Tensor, tokens: int) -> Tensor:
+        wide = held.new_empty(*held.shape[:2], tokens + MARGIN, held.shape[-1])
+        wide[:, :, : self.tokens] = held[:, :, : self.tokens]
+        return wide
+
+    def _grown_to(self, tokens: int) -> None:
+        self.tokens = tokens
+
+
+class _KeptLayer(GrowingLayer):
+    """A beginning with room for what one row adds, which is forgotten with the next row."""
+
+    kept = False
+
+    def _grown_to(self, tokens: int) -> None:
+        if not self.kept:
+            self.tokens = tokens
+
+
+@dataclass
+class Prefix:
+    """A common beginning that was read.
+
+    Attributes:
+        plan: For which streams it was read.
+        tokens: Its token ids.
+        cache: Its keys and values, as the model's base takes them.
+        proxies: Of each of its tokens [3, tokens, layers].
+    """
+
+    plan: StreamPlan
+    tokens: tuple[int, ...]
+    cache: Cache
+    proxies: Tensor
+
+    def __post_init__(self) -> None:
+        self._keep(len(self.tokens))
+
+    def cut_to(self, beginning: tuple[int, ...]) -> bool:
+        """Shorten it to what it shares with another beginning.
+
+        Args:
+            beginning: The common beginning of other documents.
+
+        Returns:
+            Whether it is worth it: nearly all of the other beginning is shared. If not, nothing
+            is changed.
+        """
+        pairs = enumerate(zip(self.tokens, beginning, strict=False))
+        differing = (i for i, (a, b) in pairs if a != b)
+        shared = next(differing, min(len(self.tokens), len(beginning)))
+        if shared < max(SHORTEST, WORTH * len(beginning)):
+            return False
+        self._keep(shared)
+        return True
+
+    def begins(self, prompt: Sequence[int]) -> bool:
+        """Say whether a prompt begins with it, and goes on.
+
+        Args:
+            prompt: Token ids.
+
+        Returns:
+            Whether it does.
+        """
+        own = len(self.tokens)
+        return own < len(prompt) and tuple(prompt[:own]) == self.tokens
+
+    def _keep(self, tokens: int) -> None:
+        self.tokens = self.tokens[:tokens]
+        self.proxies = self.proxies[:, :tokens]
+        for layer in self.cache.layers:
+            layer.kept, layer.tokens = True, tokens
+
+
+def new_cache(layer: type[GrowingLayer] = _KeptLayer) -> Cache:
+    """Make an empty cache that holds whole texts, also for layers with a sliding window.
+
+    Args:
+        layer: What holds a layer's keys and values.
+
+    Returns:
+        The cache.
+    """
+    return Cache(layer_class_to_replicate=layer)
+
+
+def cache_argument(base: Any) -> str | None:
+    """Name the argument by which a model's base takes a cache of keys and values.
+
+    Args:
+        base: The model below its head.
+
+    Returns:
+        The name; None where there is no such argument.
+    """
+    names = inspect.signature(base.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)

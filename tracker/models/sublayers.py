@@ -1,0 +1,185 @@
+"""Finding the two sublayers of a decoder layer by structure, and proving that they are the two."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.errors import ModelError
+
+TOKENS = 6
+"""Length of the text that the proof runs on."""
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """The modules whose outputs a layer adds to the residual stream.
+
+    Attributes:
+        attention: Mixes tokens.
+        mlp: Works on each token alone; the last of its modules where it is not one.
+    """
+
+    attention: nn.Module
+    mlp: nn.Module
+
+
+def find_sublayers(model: Any, layers: nn.ModuleList) -> list[Sublayers]:
+    """Find the attention and the MLP of every layer.
+
+    They are the first and the last child that holds a matrix. That is then proven on a short text:
+    without both, every layer returns its input; without attention anywhere, no token sees another;
+    without MLPs they still do.
+
+    Args:
+        model: A causal language model of transformers.
+        layers: Its decoder layers.
+
+    Returns:
+        One pair a layer.
+
+    Raises:
+        ModelError: The layers are not built of two such sublayers; says what was found.
+    """
+    found = []
+    for layer in layers:
+        parts = [
+            child
+            for child in layer.children()
+            if any(parameter.ndim > 1 for parameter in child.parameters())
+        ]
+        if len(parts) < 2:
+            raise _unknown(model, layer, "there are no two parts with matrices")
+        found.append(Sublayers(parts[0], parts[-1]))
+    _prove(model, layers, found)
+    return found
+
+
+@contextmanager
+def silenced(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let sublayers add nothing to the residual stream for a while; they still run.
+
+    Args:
+        modules: Attentions or MLPs.
+
+    Yields:
+        Nothing; on exit, also by an exception, the modules are what they were.
+    """
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        added = output[0] if isinstance(output, tuple) else output
+        silent = nothing(module, args, kwargs, added, len(added))
+        return (silent, *output[1:]) if isinstance(output, tuple) else silent
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def nothing(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], like: Tensor, batch: int
+) -> Tensor:
+    """Give what a sublayer returns when it adds nothing.
+
+    Args:
+        module: The sublayer.
+        args: What it was called with.
+        kwargs: What it was called with by name.
+        like: What it returned for some of the batch, or another tensor of that shape.
+        batch: The whole batch.
+
+    Returns:
+        The residual stream where the sublayer itself adds to it (Bloom's do), zeros elsewhere.
+    """
+    names = _parameters(type(module).forward)
+    if "residual" in names:
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        residual: Tensor = given["residual"]
+        return residual
+    return torch.zeros_like(like[:1]).expand(batch, *like.shape[1:])
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a method's parameters, `self` left out."""
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module's forward pass be another for a while.
+
+    Args:
+        module: The module.
+        forward: Called in place of `module.forward`.
+
+    Yields:
+        Nothing; on exit, also by an exception, the module is what it was.
+    """
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@torch.inference_mode()
+def _prove(model: Any, layers: nn.ModuleList, found: Sequence[Sublayers]) -> None:
+    attention = [parts.attention for parts in found]
+    mlp = [parts.mlp for parts in found]
+    text = torch.arange(1, TOKENS + 1, device=model.get_input_embeddings().weight.device)[None]
+    other = text.clone()
+    other[0, 0] += 1
+    unchanged: list[bool] = []
+
+    def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        after = output[0] if isinstance(output, tuple) else output
+        unchanged.append(torch.equal(before, after.to(before.device)))
+
+    handles = [layer.register_forward_hook(compare, with_kwargs=True) for layer in layers]
+    try:
+        with silenced([*attention, *mlp]):
+            model(text, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not all(unchanged):
+        layer = layers[unchanged.index(False)]
+        raise _unknown(model, layer, "without both its first and last part it changes its input")
+
+    one, two = (model(ids, use_cache=False).logits[0, -1] for ids in (text, other))
+    intact = (one - two).norm()
+
+    def last_token_sees_the_first() -> bool:
+        one, two = (model(ids, use_cache=False).logits[0, -1] for ids in (text, other))
+        # Experts see their tokens in other company, so equal inputs may differ by rounding.
+        return bool((one - two).norm() > 1e-2 * intact)
+
+    with silenced(attention):
+        if last_token_sees_the_first():
+            raise _unknown(model, layers[0], "its first part is not all that mixes tokens")
+    with silenced(mlp):
+        if not last_token_sees_the_first():
+            raise _unknown(model, layers[0], "its first part does not mix tokens")
+
+
+def _unknown(model: Any, layer: nn.Module, why: str) -> ModelError:
+    parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_children())
+    return ModelError(
+        f"{type(model).__name__}: attention and MLP of {type(layer).__name__} cannot be told "
+        f"apart, {why}; its parts: {parts}. Use component: {{value: layer}}"
+    )
