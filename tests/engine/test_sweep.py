@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 
@@ -228,3 +229,16 @@ def test_out_of_memory_with_nothing_left_to_halve_fails_clearly(tiny_model, monk
         Engine(loaded(tiny_model("llama")), MAX_LENGTH).score(
             make_documents(2), single_layers((0, 1))
         )
+
+
+def test_weights_that_accelerate_brings_in_when_they_are_needed(tiny_model, tmp_path):
+    """A model that is spread over devices: here its weights lie on disk until a module runs."""
+    documents = make_documents(3, shared=50)
+    ablations = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
+    truth = Engine(loaded(tiny_model("llama")), MAX_LENGTH).score(documents, ablations)
+    model = tiny_model("llama")
+    accelerate.disk_offload(model, tmp_path / "weights", execution_device=torch.device("cpu"))
+    assert model.model.layers[2].mlp.up_proj.weight.device.type == "meta"
+    same(Engine(loaded(model), MAX_LENGTH).score(documents, ablations), truth)
+    plain = Engine(loaded(model), MAX_LENGTH, PLAIN).score(documents, ablations)
+    same(plain, truth)

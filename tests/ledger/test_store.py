@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from filelock import Timeout
 
 from tracker.config import CellRequest
 from tracker.errors import ResultsError
-from tracker.ledger.store import BLOCK, FORMAT, Block, Ledger
+from tracker.ledger.store import BLOCK, FORMAT, Block, CellStore, Ledger
 
 STRANGE = ["a/b::c", "a%2Fb", "*[x]?", "Größe", "dots.in.00001", ".hidden"]
 NAMES = ("baseline", "layer:0", "layer:1")
@@ -194,6 +195,7 @@ class TestComplete:
 
 EXHAUST = """
 import os, resource, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tracker.errors import TrackerError
 from tracker.ledger.store import Ledger
@@ -268,6 +270,7 @@ class TestUnreadableShards:
 
 HOLD = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tracker.ledger.store import Block, Ledger
 
@@ -397,14 +400,47 @@ class TestLedger:
 
 class TestNotes:
     def test_what_was_asked_is_recalled(self, cell) -> None:
-        assert cell.asked() is None
+        assert cell.asked() == []
         request = CellRequest(
             model="m", benchmark="b", layers=(0, 3), limit=5, metric="acc", num_fewshot=2
         )
         cell.ask(request, "first")
-        cell.ask(request, "project")
-        assert cell.asked().request == request
-        assert cell.asked().project == "project"
+        assert cell.ask(request, "project") == request
+        (asked,) = cell.asked()
+        assert (asked.request, asked.project) == (request, "project")
+
+    def test_runs_of_one_view_add_up_and_the_rest_is_the_newest(self, cell) -> None:
+        """Was: the newest request hid from the page what an earlier one had measured."""
+        common = {"model": "m", "benchmark": "b"}
+        cell.ask(CellRequest(**common, layers=(3, 0), components=("mlp",), limit=5), "first")
+        cell.ask(CellRequest(**common, layers=(1,), spans=(4, 1), metric="acc"), "second")
+        (asked,) = cell.asked()
+        assert asked.project == "second"
+        assert asked.request == CellRequest(
+            **common,
+            layers=(0, 1, 3),
+            components=("layer", "mlp"),
+            spans=(1, 4),
+            metric="acc",
+        )
+
+    def test_views_are_kept_apart_with_the_intact_model_first(self, cell) -> None:
+        beneath = [(3, 17), (), (3,), tuple(range(200))]
+        for removed in beneath:
+            request = CellRequest(model="m", benchmark="b", layers=(1,), removed=removed)
+            cell.ask(request, "project")
+        assert [asked.request.removed for asked in cell.asked()] == sorted(beneath)
+        names = {path.name for path in (cell.folder / "requests").iterdir()}
+        assert {"intact.json", "without-3.json", "without-3-17.json"} < names
+
+    def test_processes_that_ask_at_once_lose_nothing(self, cell) -> None:
+        def ask(layer: int) -> None:
+            request = CellRequest(model="m", benchmark="b", layers=(layer,))
+            CellStore(cell.folder, cell.identity).ask(request, "project")
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(ask, range(40)))
+        assert cell.asked()[0].request.layers == tuple(range(40))
 
     def test_receipts_are_kept_apart(self, cell) -> None:
         assert cell.receipt("mlflow") == {}
@@ -424,9 +460,12 @@ class TestNotes:
         cell.add_receipt("mlflow", "1", "there")
         for path, read in (
             (next((ledger.root / "index").iterdir()), lambda: ledger.find(key)),
-            (cell.folder / "request.json", cell.asked),
+            (cell.folder / "requests" / "intact.json", cell.asked),
             (next((cell.folder / "receipts").iterdir()), lambda: cell.receipt("mlflow")),
         ):
             path.write_text(text)
             with contextlib.suppress(ResultsError):
                 assert not read()
+        request = CellRequest(model="m", benchmark="b", layers=(1,))
+        assert cell.ask(request, "project") == request
+        assert cell.asked()[0].request == request

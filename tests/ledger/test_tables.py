@@ -199,7 +199,7 @@ def test_every_figure_of_a_single_task(store) -> None:
     assert record.key == cell.identity.key
     assert (record.model, record.benchmark) == (cell.identity.model, cell.identity.benchmark)
     assert record.provenance == {"a": "b"}
-    assert record.missing_layers == ()
+    assert record.missing == ()
     assert record.reasons == {}
 
 
@@ -279,7 +279,7 @@ def test_only_the_layers_that_were_asked_for(store) -> None:
     items = make_items(sizes)
     record = cell_record(store(items, sizes), ask([5, 2]), "acc", aggregate)
     check(record, items, True, [5, 2])
-    assert record.missing_layers == ()
+    assert record.missing == ()
     assert {correlation.n for correlation in record.correlations} == {2}
 
 
@@ -288,7 +288,7 @@ def test_a_layer_that_is_not_measured(store) -> None:
     items = make_items(sizes, layers=[0, 1, 2, 4])
     record = cell_record(store(items, sizes), ask(), "acc", aggregate)
     check(record, items, True, [0, 1, 2, 4])
-    assert record.missing_layers == (3, 5, 6, 7)
+    assert [run.layer for run in record.missing] == [3, 5, 6, 7]
 
 
 def test_a_layer_on_fewer_documents_narrows_all(store) -> None:
@@ -314,7 +314,8 @@ def test_documents_that_no_two_layers_share(store) -> None:
     del items[0].metrics["layer:1"]
     del items[1].metrics["layer:0"]
     record = cell_record(store(items, sizes), ask([0, 1]), "acc", aggregate)
-    assert (record.n, record.layers, record.missing_layers) == (0, (), (0, 1))
+    assert (record.n, record.layers) == (0, ())
+    assert [run.layer for run in record.missing] == [0, 1]
     assert record.baseline_accuracy is None
 
 
@@ -328,7 +329,7 @@ def test_no_outcomes_and_no_baseline(store, measured: list[str]) -> None:
     assert (record.n, record.tokens) == (0, 0)
     assert record.baseline_accuracy is record.baseline_low is record.baseline_high is None
     assert record.layers == record.correlations == ()
-    assert record.missing_layers == (0, 1)
+    assert [run.layer for run in record.missing] == [0, 1]
     assert record.baseline_metrics == {}
     assert record.reasons["n"] == "0 of 5 documents are measured so far"
 
@@ -338,7 +339,7 @@ def test_only_the_baseline(store) -> None:
     items = make_items(sizes, layers=[])
     record = cell_record(store(items, sizes), ask([0, 1]), "acc", aggregate)
     check(record, items, True, [])
-    assert record.missing_layers == (0, 1)
+    assert [run.layer for run in record.missing] == [0, 1]
     assert record.correlations == ()
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.engine.families import FAMILIES as WITH_KINDS
 from tracker.errors import ModelError
-from tracker.models.layers import find_base, find_layers, layer_device, layers_removed
+from tracker.models.layers import find_base, find_layers, layers_removed
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_head": 4}
@@ -253,7 +253,3 @@ def test_a_model_without_any_list_is_refused() -> None:
     model.model.layers = nn.Sequential(*model.model.layers)
     with pytest.raises(ModelError, match="lists of modules found: none"):
         find_layers(model)
-
-
-def test_the_device_is_that_of_the_weights() -> None:
-    assert layer_device(find_layers(make("llama"))[0]) == torch.device("cpu")

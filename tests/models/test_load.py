@@ -143,7 +143,7 @@ def test_weights_of_another_shape_are_refused(tiny_llama) -> None:
 
 def test_an_unknown_device_is_refused(tiny_llama) -> None:
     source = find_model(str(tiny_llama()))
-    with pytest.raises(ModelError, match="unknown device 'gpu'; use auto, cpu, cuda"):
+    with pytest.raises(ModelError, match="unknown device 'gpu'; use auto, spread, cpu, cuda"):
         load_model(source, device="gpu")
 
 

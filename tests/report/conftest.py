@@ -15,6 +15,7 @@ from tracker.records import (
     CorrelationRecord,
     LayerRecord,
     ModelIdentity,
+    RunIdentity,
     TaskIdentity,
 )
 
@@ -129,7 +130,7 @@ def build_cell(
         "baseline_metrics": {"acc": baseline, "acc_norm": baseline - 0.02},
         "layers": tuple(record for record in layers if record.layer not in missing),
         "correlations": _correlations(dice, n),
-        "missing_layers": missing,
+        "missing": tuple(RunIdentity(layer=layer) for layer in missing),
         "provenance": {
             "tracker": "0.1.0",
             "torch": "2.13.0",

@@ -89,7 +89,7 @@ def test_titles_say_what_is_seen_with_its_numbers() -> None:
 
 
 def test_titles_without_any_number() -> None:
-    bare = build_cell(layers=(), missing_layers=(0, 1), correlations=())
+    bare = build_cell(layers=(), missing=(0, 1), correlations=())
     assert "no accuracy drop is defined" in charts.curve_title(bare)
     assert "not computed" in charts.scatter_title(bare)
     assert "2 undefined" in charts.heat_title([bare])
@@ -97,7 +97,7 @@ def test_titles_without_any_number() -> None:
         charts.layer_curve(bare),
         charts.proxy_scatter(bare),
         charts.heat_map([bare]),
-        charts.layer_curve(bare.model_copy(update={"missing_layers": ()})),
+        charts.layer_curve(bare.model_copy(update={"missing": ()})),
     ):
         figure.to_json()
 

@@ -150,7 +150,7 @@ def test_undefined_is_a_dash_with_its_reason(page: str) -> None:
 
 
 def test_warnings_and_multiple_tests_are_stated(page: str) -> None:
-    assert "Incomplete: layers 7, 8 asked for, but not measured yet." in page
+    assert "Incomplete: layers 7, 8: not measured yet." in page
     assert "30 tests: unadjusted p-values, about 1.5 expected below 0.05 by chance" in page
     assert "The intact model is at or below chance" in page
 

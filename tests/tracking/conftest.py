@@ -21,6 +21,7 @@ from tracker.records import (
     CorrelationRecord,
     LayerRecord,
     ModelIdentity,
+    RunIdentity,
     TaskIdentity,
 )
 
@@ -124,7 +125,7 @@ def cell_record(
                 reason="the angular distance is the same for every layer",
             ),
         ),
-        missing_layers=tuple(sorted({0, 1, 2, 3} - set(layers))),
+        missing=tuple(RunIdentity(layer=x) for x in sorted({0, 1, 2, 3} - set(layers))),
         provenance={"torch": "2.13.0", "device": "cpu", "host": "node-7"},
     )
 

@@ -111,6 +111,7 @@ def test_everything_is_read_back(
         "tasks": "1",
         "num_fewshot": "0",
         "apply_chat_template": "False",
+        "removed": "none",
     }
     assert parent.data.metrics["baseline_accuracy"] == 0.5
     assert parent.data.metrics["baseline_metric/acc_norm"] == 0.45
@@ -119,7 +120,7 @@ def test_everything_is_read_back(
     assert parent.data.metrics["spearman/cosine_score/all"] == 0.66
     assert "spearman/angular_distance/all" not in parent.data.metrics
     assert parent.data.tags["tracker.provenance.host"] == "node-7"
-    assert "tracker.missing_layers" not in parent.data.tags
+    assert "tracker.missing" not in parent.data.tags
     for name in CURVES:
         expected = [(row.layer, getattr(row, name)) for row in cell.layers]
         assert store.curve(cell, name) == [point for point in expected if point[1] is not None]
@@ -133,6 +134,7 @@ def test_everything_is_read_back(
         assert run.data.tags["tracker.cell"] == cell.key
         assert run.data.tags["tracker.layer"] == str(row.layer)
         assert run.data.params["layer"] == str(row.layer)
+        assert (run.data.params["component"], run.data.params["span"]) == ("layer", "1")
         assert run.data.metrics == flat_metrics(row)
         history = store.client.get_metric_history(run.info.run_id, "accuracy_drop")
         assert [(point.step, point.value) for point in history] == [(row.layer, row.accuracy_drop)]
@@ -225,13 +227,15 @@ def test_a_changed_record_updates_its_runs_in_place(
 
 def test_a_growing_cell_creates_only_its_new_layers(results: Path, make_cell: CellMaker) -> None:
     publish(results, make_cell(layers=(0, 3)))
-    assert Store(local(results)).cell(make_cell()).data.tags["tracker.missing_layers"] == "1, 2"
+    assert (
+        Store(local(results)).cell(make_cell()).data.tags["tracker.missing"] == "layer 1, layer 2"
+    )
     cell = make_cell()
     published = publish(results, cell)
     assert (published.created, published.updated, published.unchanged) == (2, 1, 2)
     store = Store(local(results))
     assert [step for step, _ in store.curve(cell, "accuracy_drop")] == [0, 1, 2, 3]
-    assert "tracker.missing_layers" not in store.cell(cell).data.tags
+    assert "tracker.missing" not in store.cell(cell).data.tags
 
 
 def test_more_documents_update_the_counts(results: Path, make_cell: CellMaker) -> None:
@@ -285,7 +289,7 @@ def test_metric_names_that_mlflow_refuses_are_replaced(results: Path, make_cell:
     row = cell.layers[0].model_copy(update={"metrics": {"exact_match,strict": 0.25, "größe": 0.5}})
     publish(results, cell.model_copy(update={"layers": (row,)}))
     metrics = Store(local(results)).layer(cell, 0).data.metrics
-    assert metrics["metric/exact_match_strict"] == 0.25
+    assert metrics["metric/exact_match/strict"] == 0.25
     assert metrics["metric/gr__e"] == 0.5
 
 

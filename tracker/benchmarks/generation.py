@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tracker.documents import Prompt
+from tracker.errors import CellError
 
 Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
 """Opens the model for several rows of one prompt (its token ids); gives what `generate` takes."""
@@ -37,7 +38,16 @@ class TextGenerator(HFLM):  # type: ignore[misc]
 
         Returns:
             The texts as a task judges them, in the same order.
+
+        Raises:
+            CellError: The model reads no more tokens than a text may have.
         """
+        longest = max(prompt.longest for prompt in prompts)
+        if longest >= self.max_length:
+            raise CellError(
+                f"a text may have {longest} tokens, and the model reads {self.max_length}: nothing "
+                "is left for the prompt; lm-eval refuses it too"
+            )
         instances = [
             Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)
             for p in prompts

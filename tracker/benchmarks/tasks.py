@@ -22,7 +22,7 @@ from tracker.benchmarks.benchmark import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.sources import DataSource, find_data, unreachable
 from tracker.config import CellRequest
-from tracker.documents import Document, Prompt, Response
+from tracker.documents import Document, Prompt, Request, Response
 from tracker.errors import BenchmarkError, did_you_mean
 from tracker.provenance import content_hash
 from tracker.records import BenchmarkIdentity, TaskIdentity
@@ -171,8 +171,12 @@ class LmEvalBenchmark:
                 rolling = task.OUTPUT_TYPE == _ROLLING
                 prompt = None
                 if task.OUTPUT_TYPE == _GENERATED:
-                    prompt = Prompt(*instances[0].args)
-                    requests = encoder.encode([_answered(task, doc, prompt)])
+                    prompt = _prompt(*instances[0].args)
+                    try:
+                        answer = _answer(task, doc)
+                    except _UNREADABLE as error:
+                        raise self._unreadable(name, error) from None
+                    requests = [_answered(encoder, prompt, answer)]
                 elif rolling:
                     requests = encoder.windows(*instances[0].args)
                 else:
@@ -255,6 +259,8 @@ class LmEvalBenchmark:
             )
         if task.OUTPUT_TYPE == _GENERATED:
             self._refuse_sampling(task)
+        if task.get_config("doc_to_image") or task.get_config("doc_to_audio"):
+            raise BenchmarkError(f"{task.task_name} shows images or sounds; tracker scores texts")
         for setting in ("num_fewshot", "apply_chat_template"):
             # lm-eval ignores both here; a record that states them would lie.
             if task.OUTPUT_TYPE == _ROLLING and getattr(self._request, setting):
@@ -278,9 +284,11 @@ class LmEvalBenchmark:
     def _refuse_sampling(task: Any) -> None:
         """Texts can be compared layer by layer only where each has one."""
         settings = task.get_config("generation_kwargs") or {}
-        temperature = settings.get("temperature") or 0
-        samples = settings.get("do_sample") or (temperature > 0 and "do_sample" not in settings)
-        if samples or settings.get("num_beams", 1) > 1 or (task.get_config("repeats") or 1) > 1:
+        samples = settings.get("do_sample")
+        if samples is None:  # lm-eval then goes by the temperature
+            samples = float(settings.get("temperature") or 0) > 0
+        several = (settings.get("num_beams"), task.get_config("repeats"))
+        if samples or any((count or 1) > 1 for count in several):
             raise BenchmarkError(
                 f"{task.task_name} samples its texts or searches with beams; tracker compares "
                 "greedy texts, one a document"
@@ -362,12 +370,34 @@ def _names(task: Any) -> dict[str, str]:
     }
 
 
-def _answered(task: Any, doc: Any, prompt: Prompt) -> Instance:
-    """The prompt with the task's own answer, whose log-probability is a companion of the text."""
+def _prompt(text: str, settings: Mapping[str, Any]) -> Prompt:
+    """Take a prompt, with the name that lm-eval prefers of its names for the longest text."""
+    aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    given = [settings[name] for name in aliases if settings.get(name) is not None]
+    others = {name: value for name, value in settings.items() if name not in aliases}
+    return Prompt(text, {**others, "max_gen_toks": int(given[0])} if given else others)
+
+
+def _answer(task: Any, doc: Any) -> str:
+    """The first of the task's own answers, as it would follow the prompt."""
     target = task.doc_to_target(doc)
-    answer = target[0] if isinstance(target, list) else target
-    text = f"{task.config.target_delimiter}{answer}"
-    return Instance("loglikelihood", doc=doc, arguments=(prompt.text, text), idx=0)
+    if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
+        target = task.doc_to_choice(doc)[target]
+    while isinstance(target, list | tuple):
+        target = target[0] if target else ""
+    return f"{task.config.target_delimiter}{target}"
+
+
+def _answered(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
+    """The prompt with the task's own answer, whose log-probability is a companion of the text.
+
+    lm-eval never scores it, so it must not fail where lm-eval does not: an answer that is longer
+    than the model reads is cut, and no answer is the end of the text.
+    """
+    instance = Instance("loglikelihood", doc={}, arguments=(prompt.text, answer), idx=0)
+    (request,) = encoder.encode([instance])
+    answered = request.continuation[: encoder.max_length] or (int(encoder.eot_token_id),)
+    return Request(request.context, answered)
 
 
 def _stable(value: Any) -> Any:

@@ -12,12 +12,13 @@ from tracker.engine.rows import Row
 from tracker.models.layers import find_base
 
 
-def attention_mask(model: Any, row: Row) -> Any:
+def attention_mask(model: Any, row: Row, device: torch.device) -> Any:
     """Build the additive mask that a model needs for a row.
 
     Args:
         model: A causal language model of transformers.
         row: The row; without `ancestors` it needs none.
+        device: Where the masks go.
 
     Returns:
         None, a mask [1, 1, tokens, prefix + tokens], or for models whose layers differ a dict of
@@ -33,7 +34,7 @@ def attention_mask(model: Any, row: Row) -> Any:
     def additive(seen: Tensor) -> Tensor:
         mask = torch.zeros(seen.shape, dtype=model.dtype)
         mask.masked_fill_(~seen, torch.finfo(model.dtype).min)
-        return mask[None, None].to(model.device)
+        return mask[None, None].to(device)
 
     full = torch.cat([torch.ones(len(row.ancestors), row.prefix).bool(), row.ancestors], dim=1)
     depth = row.positions[0]

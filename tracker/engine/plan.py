@@ -144,20 +144,26 @@ def _naive_sequences(documents: Sequence[Document], max_length: int) -> list[int
     return [len(sequence) for sequence in seen]
 
 
-def matrix_rate(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> float:
+def matrix_rate(
+    dtype: torch.dtype = torch.float32, device: torch.device | None = None, seconds: float = 0.5
+) -> float:
     """Measure how fast this machine multiplies matrices.
 
     Args:
         dtype: The numbers' type.
+        device: Where; None = on the CPU.
         seconds: How long to measure.
 
     Returns:
         Floating-point operations per second.
     """
-    a, b = torch.randn(2048, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
+    on_cpu = device is None or device.type == "cpu"
+    size = 1024 if on_cpu else 8192
+    a, b = (torch.randn(n, size, device=device).to(dtype) for n in (2 * size, size))
     a @ b
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        a @ b
+        # Reading a number waits for the accelerator.
+        float((a @ b)[0, 0])
         count += 1
-    return count * 2 * 2048 * 1024 * 1024 / (time.perf_counter() - start)
+    return count * 2 * (2 * size) * size * size / (time.perf_counter() - start)

@@ -43,12 +43,14 @@ class Parts:
         layers: The decoder layers that are there.
         sublayers: Their attentions and MLPs; None where they are not asked for.
         head: What is behind its base.
+        device: Where its inputs go.
     """
 
     model: Any
     layers: nn.ModuleList
     sublayers: Sequence[Sublayers] | None
     head: Head
+    device: torch.device
 
     @property
     def base(self) -> Any:
@@ -122,20 +124,20 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     observed: list[Tensor] = []
 
     def observe(layer: int, before: Tensor, after: Tensor) -> None:
-        before, after = before.flatten(0, 1).to(after.device), after.flatten(0, 1)
+        before, after = before.flatten(0, 1), after.flatten(0, 1)
         cosine = cosine_similarity(before, after)
         observed.append(
             torch.stack([cosine, angular_distance(cosine), relative_update(before, after)])
         )
 
-    device = parts.model.get_input_embeddings().weight.device
+    device = parts.device
     name = None if cache is None else cache_argument(parts.base)
     cached = {} if name is None else {name: cache}
     with forking(parts.layers, plan, parts.sublayers, observe):
         output = parts.base(
             input_ids=row.input_ids.to(device),
             position_ids=row.positions.to(device),
-            attention_mask=attention_mask(parts.model, row),
+            attention_mask=attention_mask(parts.model, row, device),
             use_cache=bool(cached),
             **cached,
         )

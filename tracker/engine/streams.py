@@ -234,7 +234,7 @@ class _Fork:
             if action is Action.SKIP:
                 after[stream] = before[step.origin(stream)]
         if self.observe is not None:
-            self.observe(self.index, before[0], after[0])
+            self.observe(self.index, before[0].to(after.device), after[0])
         merged = after.flatten(0, 1)
         return (merged, *output[1:]) if isinstance(output, tuple) else merged
 

@@ -21,7 +21,7 @@ from tracker.engine.rows import Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.score import Parts, RowScores, read_prefix, score_row
 from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.errors import CellError
-from tracker.models.layers import layers_removed
+from tracker.models.layers import find_layers, layers_removed
 from tracker.models.load import LoadedModel
 from tracker.models.sublayers import Sublayers, find_sublayers, silenced
 
@@ -97,6 +97,11 @@ class Engine:
         """Make the same engine with other sharing."""
         return replace(self, sharing=sharing)
 
+    def as_it_is(self) -> Engine:
+        """Make an engine for the model as it is now, some of its layers taken out."""
+        layers = find_layers(self.loaded.model)
+        return replace(self, loaded=replace(self.loaded, layers=layers))
+
     def score(
         self,
         documents: Sequence[Document],
@@ -159,7 +164,7 @@ class Engine:
             Whether the common beginning is long enough, and the model takes one.
         """
         long = len(common_beginning(documents, self.max_length)) >= SHORTEST
-        return long and cache_argument(self._head.base) is not None
+        return long and cache_argument(self.head.base) is not None
 
     def _in_groups(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
@@ -258,15 +263,16 @@ class Engine:
         """Take the model apart for a plan."""
         loaded = self.loaded
         sublayers = self._sublayers if plan.has_sublayers else None
-        return Parts(loaded.model, loaded.layers, sublayers, self._head)
+        return Parts(loaded.model, loaded.layers, sublayers, self.head, loaded.device)
 
     @cached_property
-    def _head(self) -> Head:
+    def head(self) -> Head:
+        """What is behind the model's base."""
         return Head(self.loaded.model)
 
     @cached_property
     def _sublayers(self) -> list[Sublayers]:
-        return find_sublayers(self.loaded.model, self.loaded.layers)
+        return find_sublayers(self.loaded.model, self.loaded.layers, self.loaded.device)
 
     def _score_row(
         self, row: Row, ablations: Sequence[Ablation], plan: StreamPlan, prefix: Prefix | None
@@ -293,7 +299,9 @@ class Engine:
                 layer for i, layer in enumerate(loaded.layers) if i not in ablation.layers
             )
             plan = plan_streams([INTACT], len(remaining))
-            return score_row(Parts(loaded.model, remaining, None, self._head), plan, row)
+            return score_row(
+                Parts(loaded.model, remaining, None, self.head, loaded.device), plan, row
+            )
 
     @contextmanager
     def removed(self, ablation: Ablation) -> Iterator[None]:
@@ -324,8 +332,13 @@ class Engine:
 
         Yields:
             Groups, each with the baseline.
+
+        Raises:
+            TypeError: The model takes no keys and values.
         """
         model = self.loaded.model
+        if cache_argument(model) is None:
+            raise TypeError("it takes no cache of keys and values")
         each = tokens * len(self.loaded.layers) * kept_bytes(model)
         size = max(1, self._budget // 2 // each - 1)
         removed = [ablation for ablation in ablations if ablation != INTACT]
@@ -343,18 +356,14 @@ class Engine:
             prompt: The prompt's token ids.
 
         Yields:
-            What transformers' `generate` takes besides: the prompt's keys and values.
-
-        Raises:
-            TypeError: The model takes no keys and values.
+            What transformers' `generate` takes besides: the prompt's keys and values; nothing
+            for a model that takes none.
         """
         plan = plan_streams(ablations, len(self.loaded.layers))
-        name = cache_argument(self.loaded.model)
-        if name is None:
-            raise TypeError("it takes no cache of keys and values")
         kept = next((k for k in self._kept if k.plan == plan and k.begins(prompt)), None)
         with decoding(self.parts(plan), ablations, prompt, kept) as cache:
-            yield {name: cache}
+            name = cache_argument(self.loaded.model)
+            yield {} if name is None else {name: cache}
 
 
 def _tokens(document: Document) -> int:

@@ -44,7 +44,7 @@ def request_key(
     Equal keys lead to the same cell; different ones may (after an update of lm-eval, say).
 
     Args:
-        request: What was asked for; its layers, limit and metric do not count.
+        request: What was asked for; what is removed, limit and metric do not count.
         model_stamp: A cheap description of the model's files.
         data_stamp: A cheap description of the data's files.
         versions: Installed packages.
@@ -52,7 +52,9 @@ def request_key(
     Returns:
         SHA-256 in hexadecimal.
     """
-    asked = request.model_dump(exclude={"layers", "limit", "metric"})
+    asked = request.model_dump(
+        exclude={"layers", "components", "spans", "removed", "limit", "metric"}
+    )
     return content_hash([asked, model_stamp, data_stamp, dict(versions)])
 
 

@@ -6,7 +6,7 @@ RESULTS/
   experiments/NAME.yaml     the user's exact experiment files
   cells/MODEL--BENCHMARK--KEY/
     cell.json               everything that the numbers depend on
-    request.json            what was asked for last: which documents, layers and metric to show
+    requests/VIEW.json      what was asked of the intact model, or without some layers: what to show
     shards/*.parquet        per-document outcomes
     locks/                  one a block of documents
 """
@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 from urllib.parse import quote
 
 import pandas as pd
@@ -27,13 +28,13 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from pydantic import ValidationError
 
-from tracker.config import CellRequest
+from tracker.config import CellRequest, Component
 from tracker.errors import ResultsError, WorkError
 from tracker.ledger.files import write_atomically, write_text
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.outcomes import outcome_table
 from tracker.provenance import content_hash
-from tracker.records import BenchmarkIdentity, ModelIdentity, Record
+from tracker.records import BenchmarkIdentity, ModelIdentity, Record, view_name
 
 FORMAT = 1
 BLOCK = 32
@@ -51,7 +52,7 @@ class CellIdentity(Record):
 
 
 class Asked(Record):
-    """What was asked of a cell last, as it stands in `request.json`."""
+    """What was asked of one view of a cell, as it stands in `requests/`."""
 
     project: str
     request: CellRequest
@@ -216,23 +217,52 @@ class CellStore:
             return None
         return frame
 
-    def ask(self, request: CellRequest, project: str) -> None:
-        """Remember what was asked for last, and for which project: what reports and syncs use."""
-        text = Asked(project=project, request=request).model_dump_json(indent=2)
-        write_text(self.folder / "request.json", text)
+    def ask(self, request: CellRequest, project: str) -> CellRequest:
+        """Remember what was asked for, and for which project: what reports and syncs use.
 
-    def asked(self) -> Asked | None:
-        """Recall what was asked for last; None when the cell was never finished."""
-        path = self.folder / "request.json"
-        if not path.is_file():
-            return None
-        try:
-            return Asked.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValidationError:
-            raise ResultsError(
-                f"{path} is damaged; delete it and run the experiment again (nothing is measured "
-                "twice)"
-            ) from None
+        A cell has one view for the intact model and one for each set of removed layers. What was
+        asked of the same view before stays: layers, components and spans add up; everything else,
+        the limit and the metric say, is the newest.
+
+        Args:
+            request: What was asked for.
+            project: For which project of the tracking backends.
+
+        Returns:
+            What the view shows from now on.
+        """
+        path = self.folder / "requests" / f"{_view_file(request.removed)}.json"
+        locks = self.folder / "locks"
+        locks.mkdir(exist_ok=True)
+        with FileLock(locks / "requests.lock"):
+            try:
+                before = Asked.model_validate_json(path.read_text(encoding="utf-8"))
+            except (FileNotFoundError, ValueError):
+                pass  # new, or damaged: what is asked now replaces it
+            else:
+                request = _merged(before.request, request)
+            write_text(path, Asked(project=project, request=request).model_dump_json(indent=2))
+        return request
+
+    def asked(self) -> list[Asked]:
+        """Recall what was asked for, one entry a view; the intact model first.
+
+        Returns:
+            The views; none when the cell was never finished.
+
+        Raises:
+            ResultsError: A view is damaged.
+        """
+        found = []
+        for path in self.folder.glob("requests/*.json"):
+            try:
+                found.append(Asked.model_validate_json(path.read_text(encoding="utf-8")))
+            except ValueError:
+                raise ResultsError(
+                    f"{path} is damaged; delete it and run the experiment again (nothing is "
+                    "measured twice)"
+                ) from None
+        return sorted(found, key=lambda asked: asked.request.removed)
 
     def receipt(self, destination: str) -> dict[str, str]:
         """Recall what a backend got last: `digest` of the record and `location` of the runs."""
@@ -374,6 +404,24 @@ class Ledger:
                 f"{self.root} was written by a newer tracker (format {found}; this one knows "
                 f"{FORMAT}). Upgrade with pip install -U tracker, or choose another --results."
             )
+
+
+def _merged(before: CellRequest, now: CellRequest) -> CellRequest:
+    """Add the runs that were asked for before to what is asked for now."""
+    components = {*before.components, *now.components}
+    return now.model_copy(
+        update={
+            "layers": tuple(sorted({*before.layers, *now.layers})),
+            "components": tuple(name for name in get_args(Component) if name in components),
+            "spans": tuple(sorted({*before.spans, *now.spans})),
+        }
+    )
+
+
+def _view_file(removed: tuple[int, ...]) -> str:
+    """Name a view's file; file systems take no more than 255 characters."""
+    name = view_name(removed)
+    return name if len(name) <= 100 else f"{name[:80]}--{content_hash(removed)[:12]}"
 
 
 def _read_note(path: Path) -> dict[str, str]:

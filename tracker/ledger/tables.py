@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tracker.ablations import INTACT, Ablation
+from tracker.ablations import INTACT, Ablation, Removal, ablate, ablations_of, removals
 from tracker.config import CellRequest
 from tracker.ledger.outcomes import METRIC, PROXY_SUMS
 from tracker.ledger.store import CellIdentity, CellStore
@@ -27,7 +27,13 @@ from tracker.metrics.correlation import COEFFICIENTS, correlate
 from tracker.metrics.proxies import PROXIES, cosine_score, proxy_means
 from tracker.metrics.ratios import RATIO, SCALES, document_ratios, ratio_of_sums
 from tracker.metrics.resampling import resampled_means
-from tracker.records import CellRecord, CorrelationRecord, LayerRecord
+from tracker.records import (
+    WHOLE_LAYER,
+    CellRecord,
+    CorrelationRecord,
+    LayerRecord,
+    RunIdentity,
+)
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
 Array = NDArray[np.float64]
@@ -37,6 +43,7 @@ OUTER = 2
 """Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""
 
 _NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
+_WHOLE_ONLY = "measured for whole single layers only"
 _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this metric"
 
 
@@ -48,7 +55,8 @@ class _Outcomes:
         counts = store.counts(request.limit)
         self.wanted = sum(counts.values())
         frame = store.read(store.blocks(request.limit))
-        names = [INTACT.name, *(Ablation((layer,)).name for layer in request.layers)]
+        total = self.identity.model.layers
+        names = [ablation.name for ablation in ablations_of(request, total)]
         if len(frame):
             frame = frame[
                 frame["ablation"].isin(names) & (frame["doc"] < frame["task"].map(counts))
@@ -65,8 +73,14 @@ class _Outcomes:
         self._rows = (
             {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
         )
-        self.layers = [x for x in request.layers if Ablation((x,)).name in self._rows]
+        asked = list(removals(request, total))
+        self.runs = [run for run in asked if self.has(run.ablation)]
+        self.missing = [run for run in asked if not self.has(run.ablation)]
         self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
+
+    def has(self, ablation: Ablation) -> bool:
+        """Whether an ablation is measured."""
+        return ablation.name in self._rows
 
     def of(self, ablation: Ablation) -> pd.DataFrame:
         """The rows of one ablation."""
@@ -102,23 +116,24 @@ def cell_record(
 
     Args:
         store: The cell on disk.
-        request: Which documents and layers to show.
+        request: Which documents and runs to show.
         metric: The metric behind every `accuracy`: a mean, or a ratio of sums over documents.
         aggregate: lm-eval's aggregation by name.
 
     Returns:
-        The record, over the documents that every shown layer is measured on.
+        The record, over the documents that every shown run is measured on.
     """
     outcomes = _Outcomes(store, request)
     identity = store.identity
-    missing = tuple(layer for layer in request.layers if layer not in outcomes.layers)
     n = len(outcomes.tasks)
     is_accuracy = outcomes.higher_is_better(metric)
     reasons = {}
     if n < outcomes.wanted:
         reasons["n"] = f"{n} of {outcomes.wanted} documents are measured so far"
     if not n:
-        reasons["baseline_accuracy"] = reasons["chance_accuracy"] = "no document is measured yet"
+        fields = ["baseline_accuracy", "chance_accuracy"]
+        fields += ["removed_accuracy"] if request.removed else []
+        reasons |= dict.fromkeys(fields, "no document is measured yet")
     common = {
         "key": identity.key,
         "model": identity.model,
@@ -126,7 +141,8 @@ def cell_record(
         "metric": metric,
         "higher_is_better": is_accuracy,
         "n": n,
-        "missing_layers": missing,
+        "removed": request.removed,
+        "missing": tuple(_identity(run) for run in outcomes.missing),
         "provenance": identity.provenance,
     }
     if not n:
@@ -155,14 +171,18 @@ def cell_record(
         chance = chance_accuracy(base["choices"].to_numpy(dtype=np.float64), weights)
     else:
         reasons["chance_accuracy"] = f"{metric} is no accuracy"
+    beneath = _beneath(outcomes, request, metric, weights)
+    if beneath.reason:
+        reasons["removed_accuracy"] = beneath.reason
     tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
     sums = {name: np.stack(base[name].to_list()) for name in PROXY_SUMS}
     means = {name: proxy_means(values, tokens) for name, values in sums.items()}
     gold = _gold_logprobs(base)
     all_metrics = _metric_values(outcomes, INTACT, aggregate)
     layers = []
-    for layer in outcomes.layers:
-        ablation = Ablation((layer,))
+    for run in outcomes.runs:
+        ablation, identity_of_run = run.ablation, _identity(run)
+        whole = identity_of_run.kind == WHOLE_LAYER
         after = outcomes.metric(ablation, metric)
         pair = (before, after) if is_accuracy else (after, before)
         drop = accuracy_drop(*pair, weights)
@@ -174,7 +194,8 @@ def cell_record(
         )
         gold_drop = _mean_drop(gold, _gold_logprobs(outcomes.of(ablation)), by_document)
         proxies = {
-            name.removesuffix("_sum"): _finite(values[layer]) for name, values in means.items()
+            name.removesuffix("_sum"): _finite(values[run.layer]) if whole else None
+            for name, values in means.items()
         }
         proxies["cosine_score"] = cosine_score(proxies["cosine_similarity"])
         metrics = _metric_values(outcomes, ablation, aggregate)
@@ -186,13 +207,17 @@ def cell_record(
             "mcnemar_p": None
             if drop.p_value is not None
             else drop.reason or "the outcomes are not all right or wrong",
-            **{name: _NOT_FINITE for name, value in proxies.items() if value is None},
+            **{
+                name: _NOT_FINITE if whole else _WHOLE_ONLY
+                for name, value in proxies.items()
+                if value is None
+            },
             **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
         }
         layers.append(
             LayerRecord(
+                **dict(identity_of_run),
                 ablation=ablation.name,
-                layer=layer,
                 n=n,
                 accuracy=accurate.value,
                 accuracy_drop=drop.value,
@@ -214,21 +239,39 @@ def cell_record(
         baseline_high=baseline.high,
         chance_accuracy=chance,
         baseline_metrics=all_metrics,
+        removed_accuracy=beneath.value,
+        removed_low=beneath.low,
+        removed_high=beneath.high,
         layers=tuple(layers),
-        correlations=tuple(_correlations(outcomes, metric, weights, sums, tokens))
-        if layers
-        else (),
+        correlations=tuple(_correlations(outcomes, metric, weights, sums, tokens)),
         reasons=reasons,
     )
+
+
+def _identity(run: Removal) -> RunIdentity:
+    return RunIdentity(component=run.component, layer=run.layer, span=run.span)
+
+
+def _beneath(outcomes: _Outcomes, request: CellRequest, metric: str, weights: Array) -> Estimate:
+    """The metric with the layers taken out that every run lacks, and nothing else."""
+    if not request.removed:
+        return Estimate(None)
+    ablation = ablate("layer", request.removed)
+    if not outcomes.has(ablation):
+        return Estimate(None, reason="not measured yet")
+    return accuracy(outcomes.metric(ablation, metric), weights)
 
 
 def _correlations(
     outcomes: _Outcomes, metric: str, weights: Array, sums: Mapping[str, Array], tokens: Array
 ) -> list[CorrelationRecord]:
     """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
-    layers = outcomes.layers
+    runs = [run for run in outcomes.runs if _identity(run).kind == WHOLE_LAYER]
+    if not runs:
+        return []
+    layers = [run.layer for run in runs]
     before = outcomes.metric(INTACT, metric)
-    drops = np.stack([before - outcomes.metric(Ablation((x,)), metric) for x in layers], axis=1)
+    drops = np.stack([before - outcomes.metric(run.ablation, metric) for run in runs], axis=1)
     if not outcomes.higher_is_better(metric):
         drops = -drops
     strata = None if len(set(outcomes.tasks)) == 1 else np.array(outcomes.tasks)

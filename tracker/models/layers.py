@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from tracker.errors import ModelError
@@ -133,8 +132,3 @@ def _owner(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
     path = next(name for name, module in model.named_modules() if module is layers)
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
-
-
-def layer_device(layer: nn.Module) -> torch.device:
-    """Say where a layer's weights are."""
-    return next(layer.parameters()).device

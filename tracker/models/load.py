@@ -14,6 +14,8 @@ from tracker.models.layers import find_layers
 from tracker.models.sources import ModelSource, read_config, unreadable
 from tracker.records import ModelIdentity
 
+SPREAD = "spread"
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -42,7 +44,8 @@ def load_model(
     Args:
         source: Where it is.
         dtype: `auto` (what the checkpoint says), `float32`, `bfloat16` or `float16`.
-        device: `auto` (the accelerator if there is one), or a torch device.
+        device: `auto` (the accelerator if there is one), a torch device, or `spread`: over all
+            accelerators, and what does not fit on the CPU and on disk, by accelerate.
         trust_remote_code: Whether code and pickles from the download may run; without it only
             safetensors and GGUF are read.
 
@@ -68,6 +71,8 @@ def load_model(
     arguments = source.load_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
+        if device == SPREAD:
+            arguments["device_map"] = "auto"
         if not source.gguf_file and not trust_remote_code:
             arguments["use_safetensors"] = True
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -80,8 +85,12 @@ def load_model(
             f"{source.source} lacks weights that its configuration asks for, "
             f"{sorted(found['missing_keys'])[0]} among them"
         )
-    place = find_device(device)
-    model = model.to(place).eval().requires_grad_(False)
+    if device == SPREAD:
+        place = torch.device(next(iter(model.hf_device_map.values())))
+    else:
+        place = find_device(device)
+        model = model.to(place)
+    model = model.eval().requires_grad_(False)
     identity = ModelIdentity(
         source=source.source,
         name=source.name,
@@ -129,19 +138,21 @@ def find_device(name: str) -> torch.device:
     """Find a device by what the user typed.
 
     Args:
-        name: `auto` (the accelerator if there is one), or a torch device.
+        name: `auto` or `spread` (the accelerator if there is one), or a torch device.
 
     Returns:
-        The device.
+        The device; the first one of several.
 
     Raises:
         ModelError: There is no such device.
     """
-    if name != "auto":
+    if name not in ("auto", SPREAD):
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise ModelError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:1, mps") from None
+            raise ModelError(
+                f"unknown device {name!r}; use auto, spread, cpu, cuda, cuda:1, mps"
+            ) from None
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:

@@ -31,7 +31,9 @@ class Sublayers:
     mlp: nn.Module
 
 
-def find_sublayers(model: Any, layers: nn.ModuleList) -> list[Sublayers]:
+def find_sublayers(
+    model: Any, layers: nn.ModuleList, device: torch.device | None = None
+) -> list[Sublayers]:
     """Find the attention and the MLP of every layer.
 
     They are the first and the last child that holds a matrix. That is then proven on a short text:
@@ -41,6 +43,7 @@ def find_sublayers(model: Any, layers: nn.ModuleList) -> list[Sublayers]:
     Args:
         model: A causal language model of transformers.
         layers: Its decoder layers.
+        device: Where its inputs go; None = where its weights are.
 
     Returns:
         One pair a layer.
@@ -58,7 +61,7 @@ def find_sublayers(model: Any, layers: nn.ModuleList) -> list[Sublayers]:
         if len(parts) < 2:
             raise _unknown(model, layer, "there are no two parts with matrices")
         found.append(Sublayers(parts[0], parts[-1]))
-    _prove(model, layers, found)
+    _prove(model, layers, found, device or model.device)
     return found
 
 
@@ -137,10 +140,12 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @torch.inference_mode()
-def _prove(model: Any, layers: nn.ModuleList, found: Sequence[Sublayers]) -> None:
+def _prove(
+    model: Any, layers: nn.ModuleList, found: Sequence[Sublayers], device: torch.device
+) -> None:
     attention = [parts.attention for parts in found]
     mlp = [parts.mlp for parts in found]
-    text = torch.arange(1, TOKENS + 1, device=model.get_input_embeddings().weight.device)[None]
+    text = torch.arange(1, TOKENS + 1, device=device)[None]
     other = text.clone()
     other[0, 0] += 1
     unchanged: list[bool] = []

@@ -16,12 +16,19 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tracker.records import CellRecord, LayerRecord
+from tracker.config import Component
+from tracker.records import WHOLE_LAYER, CellRecord, LayerRecord, RunIdentity
 from tracker.report import wording
 
 MATTERS = "#3d74a8"
 HELPS = "#c4762f"
 PROXY = "#8a8a8a"
+COMPONENTS = {
+    "layer": (MATTERS, "circle"),
+    "attention": ("#a8558f", "square"),
+    "mlp": ("#5f8a3a", "diamond"),
+}
+"""Colour and symbol of each component where several share a chart."""
 GREY = "#808080"
 FAINT = "rgba(128,128,128,0.22)"
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
@@ -47,15 +54,16 @@ def curve_title(cell: CellRecord) -> str:
         Plain text with the largest drop, its interval and the number of documents.
     """
     measure = wording.measure_of(cell)
-    drops = [r.accuracy_drop for r in cell.layers if wording.defined(r.accuracy_drop)]
+    records = [r for r in cell.layers if r.span == 1]
+    drops = [r.accuracy_drop for r in records if wording.defined(r.accuracy_drop)]
     if not drops:
         return f"{cell.title}: no {measure.change} is defined"
     costs, gain = ("costs", "raise") if cell.higher_is_better else ("adds", "lower")
     says = f"no removal {costs} {measure.level}"
-    for top in wording.most_critical(cell, 1):
+    for top in wording.most_critical(records, 1):
         size = measure.write(max(drops))
         between = wording.interval(top.accuracy_drop_low, top.accuracy_drop_high, measure.write)
-        says = f"removing layer {top.layer} {costs} most, {size} {measure.unit}"
+        says = f"removing {top.label()} {costs} most, {size} {measure.unit}"
         says += f" (95 % interval {between})" if between else ""
     gains = sum(1 for drop in drops if drop < 0)
     return (
@@ -87,15 +95,16 @@ def heat_title(cells: Sequence[CellRecord]) -> str:
     Returns:
         Plain text with the numbers of benchmarks and of negative and undefined values.
     """
-    layers = wording.all_layers(*cells)
+    layers = wording.layers_of(WHOLE_LAYER, *cells)
     found: dict[int, list[float]] = {}
     for cell in cells:
-        for record in cell.layers:
-            value, _ = wording.relevance(cell, record)
+        for layer in layers:
+            value, _ = wording.relevance(cell, layer)
             if value is not None:
-                found.setdefault(record.layer, []).append(value)
+                found.setdefault(layer, []).append(value)
     total, count = len(layers) * len(cells), sum(len(v) for v in found.values())
-    size = f"{len(layers)} layers × {len(cells)} benchmark{'s' if len(cells) != 1 else ''}"
+    rows = "cell" if any(cell.removed for cell in cells) else "benchmark"
+    size = f"{len(layers)} layers × {wording.counted(len(cells), rows)}"
     text = f"{cells[0].model.name}: accuracy relevance, {size}"
     if found:
         means = {layer: sum(values) / len(values) for layer, values in found.items()}
@@ -119,37 +128,43 @@ def layer_curve(cell: CellRecord) -> go.Figure:
 
     Returns:
         Drops in pp, or increases in the loss's unit, with 95 % intervals (trace `accuracy drop` or
-        `loss increase`), and cosine scores (trace `cosine score`). Undefined and missing layers
-        are gaps.
+        `loss increase`; one trace a component, under its name, where there are several), and
+        cosine scores (trace `cosine score`). Undefined and missing layers are gaps. Spans of
+        several layers are not in it.
     """
-    layers = wording.all_layers(cell)
-    by_layer = {record.layer: record for record in cell.layers}
-    records = [by_layer.get(layer) for layer in layers]
+    components = curve_components(cell)
+    single = len(components) == 1
     measure = wording.measure_of(cell)
-    drops = [_scaled(record.accuracy_drop if record else None, measure) for record in records]
-    hover = [_hover(cell, layer, by_layer.get(layer)) for layer in layers]
     figure = make_subplots(
         rows=2, cols=1, shared_xaxes=True, row_heights=[0.68, 0.32], vertical_spacing=0.07
     )
-    figure.add_trace(
-        go.Scatter(
-            name=measure.change,
-            x=layers,
-            y=drops,
-            error_y=_errors(records, measure),
-            mode="lines+markers",
-            line={"color": FAINT, "width": 1},
-            marker={
-                "size": 7,
-                "color": [HELPS if drop is not None and drop < 0 else MATTERS for drop in drops],
-            },
-            hovertext=hover,
-            hoverinfo="text",
-            showlegend=False,
-        ),
-        row=1,
-        col=1,
-    )
+    axis: set[int] = set()
+    for number, component in enumerate(components):
+        layers, records, hover = _along_layers(cell, (component, 1))
+        # Side by side, so that no interval hides another.
+        aside = 0.2 * (number - (len(components) - 1) / 2)
+        axis.update(layers)
+        drops = [_scaled(record.accuracy_drop if record else None, measure) for record in records]
+        colour, symbol = COMPONENTS[component]
+        signs = [HELPS if drop is not None and drop < 0 else MATTERS for drop in drops]
+        figure.add_trace(
+            go.Scatter(
+                name=measure.change if single else component,
+                x=layers if single else [layer + aside for layer in layers],
+                y=drops,
+                error_y=_errors(records, measure) | ({} if single else {"color": colour}),
+                mode="lines+markers",
+                line={"color": FAINT if single else colour, "width": 1},
+                marker={"size": 7}
+                | ({"color": signs} if single else {"color": colour, "symbol": symbol}),
+                hovertext=hover,
+                hoverinfo="text",
+                showlegend=not single,
+            ),
+            row=1,
+            col=1,
+        )
+    layers, records, hover = _along_layers(cell, WHOLE_LAYER)
     figure.add_trace(
         go.Bar(
             name="cosine score",
@@ -164,14 +179,138 @@ def layer_curve(cell: CellRecord) -> go.Figure:
         row=2,
         col=1,
     )
+    if not layers:
+        figure.add_annotation(
+            text="measured for whole single layers only",
+            showarrow=False,
+            x=0.5,
+            y=0.5,
+            xref="x2 domain",
+            yref="y2 domain",
+        )
+        figure.update_yaxes(showticklabels=False, showgrid=False, row=2, col=1)
     _style(figure, curve_title(cell), 470)
-    figure.update_xaxes(_layer_axis(layers))
+    figure.update_xaxes(_layer_axis(sorted(axis)))
     figure.update_xaxes(title_text="layer (0-based)", row=2, col=1)
     figure.update_yaxes(
         title_text=f"{measure.change} ({measure.unit})", zeroline=True, row=1, col=1
     )
     figure.update_yaxes(title_text="cosine score<br>(1 − cos)", rangemode="tozero", row=2, col=1)
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
     return figure
+
+
+def curve_components(cell: CellRecord) -> list[Component]:
+    """List what the layer curve draws a line of.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        The components that are removed of one layer at a time; whole layers where there is no run.
+    """
+    kinds = wording.kinds(cell)
+    return [component for component, span in kinds if span == 1] if kinds else ["layer"]
+
+
+def _along_layers(
+    cell: CellRecord, kind: wording.Kind
+) -> tuple[list[int], list[LayerRecord | None], list[str]]:
+    """Line up the runs of a kind: layers, records, hover boxes."""
+    layers = wording.layers_of(kind, cell)
+    found = wording.records_of(cell, kind)
+    component, span = kind
+    runs = [RunIdentity(component=component, layer=layer, span=span) for layer in layers]
+    hover = [_hover(cell, run, found.get(run.layer)) for run in runs]
+    return layers, [found.get(layer) for layer in layers], hover
+
+
+def span_components(cell: CellRecord) -> list[Component]:
+    """List what was removed in spans of several lengths, so that a span map shows something.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        The components with runs of two spans or more.
+    """
+    components = [component for component, _ in wording.kinds(cell)]
+    return [name for name in dict.fromkeys(components) if components.count(name) > 1]
+
+
+def span_title(cell: CellRecord, component: Component) -> str:
+    """Say what the span map shows.
+
+    Args:
+        cell: The cell.
+        component: What of the layers is removed.
+
+    Returns:
+        Plain text with the cheapest removal of every span.
+    """
+    measure = wording.measure_of(cell)
+    what = "layers" if component == "layer" else f"layers’ {component}"
+    text = f"{cell.title}: {measure.change} by first layer and number of removed {what}"
+    cheapest = []
+    for span in _spans(cell, component):
+        found = wording.records_of(cell, (component, span)).values()
+        known = [(r.accuracy_drop, r.layer, r) for r in found if wording.defined(r.accuracy_drop)]
+        if known:
+            drop, _, record = min(known, key=lambda item: item[:2])
+            cheapest.append(f"{record.label()} ({measure.write(drop)})")
+    return f"{text}; cheapest ({measure.unit}): {', '.join(cheapest)}" if cheapest else text
+
+
+def span_map(cell: CellRecord, component: Component) -> go.Figure:
+    """Draw the accuracy drop (or loss increase) by first layer and number of removed layers.
+
+    Args:
+        cell: The cell.
+        component: What of the layers is removed.
+
+    Returns:
+        A heat map centred at 0 (trace `accuracy drop` or `loss increase`), one row a span.
+        Undefined and missing values are gaps marked by crosses that say why (trace `undefined`); a
+        span that is no run is blank.
+    """
+    measure = wording.measure_of(cell)
+    spans = _spans(cell, component)
+    layers = sorted({x for span in spans for x in wording.layers_of((component, span), cell)})
+    values: list[list[float | None]] = []
+    hovers: list[list[str]] = []
+    gaps: list[tuple[int, str, str]] = []
+    for span in spans:
+        there, records, hover = _along_layers(cell, (component, span))
+        drops = [_scaled(record.accuracy_drop if record else None, measure) for record in records]
+        by_layer = dict(zip(there, zip(drops, hover, strict=True), strict=True))
+        row = [by_layer.get(layer, (None, "")) for layer in layers]
+        values.append([drop for drop, _ in row])
+        hovers.append([text for _, text in row])
+        gaps += [(x, str(span), text) for x, (drop, text) in by_layer.items() if drop is None]
+    largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
+    labels = [str(span) for span in spans]
+    figure = _centred_map(
+        measure.change,
+        (layers, labels, values, hovers),
+        gaps,
+        largest,
+        (f"−{_short(largest)}<br>removal helps", "0<br>no change", f"{_short(largest)}"),
+    )
+    _style(figure, span_title(cell, component), 165 + 30 * len(spans))
+    figure.update_layout(margin_b=105)
+    figure.update_xaxes(_layer_axis(layers), title_text="first layer (0-based)", showgrid=False)
+    figure.update_yaxes(
+        autorange="reversed", showgrid=False, ticks="", type="category", title_text="layers"
+    )
+    return figure
+
+
+def _spans(cell: CellRecord, component: Component) -> list[int]:
+    return [span for name, span in wording.kinds(cell) if name == component]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def proxy_scatter(cell: CellRecord) -> go.Figure:
@@ -190,7 +329,7 @@ def proxy_scatter(cell: CellRecord) -> go.Figure:
     measure = wording.measure_of(cell)
     records = [
         r
-        for r in cell.layers
+        for r in cell.whole_layers
         if wording.defined(r.cosine_score) and wording.defined(r.accuracy_drop)
     ]
     records.sort(key=lambda record: record.layer)
@@ -222,7 +361,7 @@ def proxy_scatter(cell: CellRecord) -> go.Figure:
                     "line": {"width": 2 if symbol.endswith("open") else 0},
                     "color": [HELPS if (r.accuracy_drop or 0) < 0 else MATTERS for r in group],
                 },
-                hovertext=[_hover(cell, r.layer, r) for r in group],
+                hovertext=[_hover(cell, r, r) for r in group],
                 hoverinfo="text",
             )
         )
@@ -241,7 +380,7 @@ def proxy_scatter(cell: CellRecord) -> go.Figure:
 
 
 def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
-    """Draw the accuracy relevance of every layer on every benchmark of one model.
+    """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
     Args:
         cells: Cells of one model, one row each.
@@ -255,7 +394,7 @@ def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
     """
     if len({wording.model_key(cell) for cell in cells}) != 1:
         raise ValueError("heat_map takes the cells of exactly one model")
-    layers = wording.all_layers(*cells)
+    layers = wording.layers_of(WHOLE_LAYER, *cells)
     labels = [
         html.escape(label).replace(" · ", "<br>", 1) for label in wording.benchmark_labels(cells)
     ]
@@ -263,24 +402,47 @@ def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
     hovers: list[list[str]] = []
     gaps: list[tuple[int, str, str]] = []
     for cell, label in zip(cells, labels, strict=True):
-        by_layer = {record.layer: record for record in cell.layers}
-        pairs = [wording.relevance(cell, by_layer.get(layer)) for layer in layers]
+        by_layer = wording.records_of(cell)
+        pairs = [wording.relevance(cell, layer) for layer in layers]
         values.append([value for value, _ in pairs])
-        hovers.append([_hover(cell, layer, by_layer.get(layer)) for layer in layers])
+        hovers.append([_hover(cell, RunIdentity(layer=x), by_layer.get(x)) for x in layers])
         gaps += [
             (layer, label, hover)
             for layer, (value, _), hover in zip(layers, pairs, hovers[-1], strict=True)
             if value is None
         ]
+    figure = _centred_map(
+        "accuracy relevance",
+        (layers, labels, values, hovers),
+        gaps,
+        1,
+        ("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
+    )
+    _style(figure, heat_title(cells), 165 + 40 * len(cells))
+    figure.update_layout(margin_b=105)
+    figure.update_xaxes(_layer_axis(layers), title_text="layer (0-based)", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", type="category")
+    return figure
+
+
+def _centred_map(
+    name: str,
+    content: tuple[list[int], list[str], list[list[float | None]], list[list[str]]],
+    gaps: Sequence[tuple[int, str, str]],
+    largest: float,
+    ticks: tuple[str, str, str],
+) -> go.Figure:
+    """Draw a heat map whose colours are centred at 0, with crosses that say why there is a gap."""
+    layers, labels, values, hovers = content
     figure = go.Figure(
         go.Heatmap(
-            name="accuracy relevance",
+            name=name,
             x=layers,
             y=labels,
             z=values,
-            zmin=-1,
+            zmin=-largest,
             zmid=0,
-            zmax=1,
+            zmax=largest,
             colorscale=_SCALE,
             xgap=1,
             ygap=1,
@@ -294,8 +456,8 @@ def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
                 "yref": "container",
                 "y": 0.02,
                 "yanchor": "bottom",
-                "tickvals": [-1, 0, 1],
-                "ticktext": ["≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"],
+                "tickvals": [-largest, 0, largest],
+                "ticktext": list(ticks),
                 "ticklabeloverflow": "allow",
                 "outlinewidth": 0,
             },
@@ -313,10 +475,6 @@ def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
             showlegend=False,
         )
     )
-    _style(figure, heat_title(cells), 165 + 40 * len(cells))
-    figure.update_layout(margin_b=105)
-    figure.update_xaxes(_layer_axis(layers), title_text="layer (0-based)", showgrid=False)
-    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", type="category")
     return figure
 
 
@@ -355,13 +513,15 @@ def _errors(records: Sequence[LayerRecord | None], measure: wording.Measure) -> 
     }
 
 
-def _hover(cell: CellRecord, layer: int, record: LayerRecord | None) -> str:
-    """Say everything about one layer in a hover box; escaped."""
-    head = f"<b>layer {layer}</b> · {html.escape(cell.benchmark.name)}"
+def _hover(cell: CellRecord, run: RunIdentity, record: LayerRecord | None) -> str:
+    """Say everything about one run in a hover box; escaped."""
+    head = f"<b>{run.label()}</b> · {html.escape(cell.benchmark.name)}"
+    if cell.removed:
+        head += f"<br>{_wrap(cell.beneath)}"
     if record is None:
-        return f"{head}<br>{wording.NOT_MEASURED}"
+        return f"{head}<br>{wording.absence(cell, run)}"
     measure = wording.measure_of(cell)
-    drop, relevance = record.accuracy_drop, wording.relevance(cell, record)
+    drop, relevance = record.accuracy_drop, wording.relevance_of(cell, record)
     lines = [head]
     if drop is None:
         lines.append(

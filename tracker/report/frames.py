@@ -8,21 +8,23 @@ import pandas as pd
 
 from tracker.records import CellRecord, CorrelationRecord, LayerRecord
 
-_CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric")
-_NOT_FIGURES = {"ablation", "layer", "n", "metrics", "reasons"}
+_CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed")
+_RUN_COLUMNS = ("component", "layer", "span")
+_NOT_FIGURES = {*_RUN_COLUMNS, "ablation", "n", "metrics", "reasons"}
 _FIGURES = tuple(name for name in LayerRecord.model_fields if name not in _NOT_FIGURES)
 
 
 def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
-    """Put every measured layer into a data frame.
+    """Put every measured run into a data frame.
 
     Args:
         cells: The cells.
 
     Returns:
-        One row for each model, benchmark and layer (0-based). Accuracies and drops are
-        fractions; an undefined value is NaN and `reasons` says why. lm-eval's own metrics stand
-        in columns `metric_NAME`.
+        One row for each model, benchmark and run: `span` layers from `layer` (0-based) on, or
+        their `component`, are removed besides `removed` (such as `3,17`; empty for the intact
+        model). Accuracies and drops are fractions; an undefined value is NaN and `reasons` says
+        why. lm-eval's own metrics stand in columns `metric_NAME`.
     """
     reported = [
         m for cell in cells for m in (cell.baseline_metrics, *(r.metrics for r in cell.layers))
@@ -32,7 +34,7 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     rows = [
         {
             **_cell_columns(cell),
-            "layer": record.layer,
+            **{field: getattr(record, field) for field in _RUN_COLUMNS},
             "n": record.n,
             "baseline_accuracy": cell.baseline_accuracy,
             "chance_accuracy": cell.chance_accuracy,
@@ -41,9 +43,9 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
             "reasons": "; ".join(f"{name}: {why}" for name, why in record.reasons.items()),
         }
         for cell in cells
-        for record in sorted(cell.layers, key=lambda record: record.layer)
+        for record in cell.layers
     ]
-    return _frame(rows, [*_CELL_COLUMNS, "layer", "n", *numbers, "reasons"], numbers)
+    return _frame(rows, [*_CELL_COLUMNS, *_RUN_COLUMNS, "n", *numbers, "reasons"], numbers)
 
 
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
@@ -67,8 +69,9 @@ def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
 def _cell_columns(cell: CellRecord) -> dict[str, object]:
     benchmark = cell.benchmark
-    values = (cell.key, cell.model.name, benchmark.name, benchmark.num_fewshot, cell.metric)
-    return dict(zip(_CELL_COLUMNS, values, strict=True))
+    shown = (cell.key, cell.model.name, benchmark.name, benchmark.num_fewshot, cell.metric)
+    removed = ",".join(map(str, cell.removed))
+    return dict(zip(_CELL_COLUMNS, (*shown, removed), strict=True))
 
 
 def _frame(

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tracker.ledger.files import write_text
-from tracker.records import CellRecord
+from tracker.records import WHOLE_LAYER, CellRecord, view_name
 from tracker.report import charts, tables, wording
 
 # Only buttons that work without a network.
@@ -42,9 +42,12 @@ class _CellSection:
     measure: wording.Measure
     sentence: str
     warnings: tuple[str, ...]
-    curve: _Chart
-    scatter: _Chart
+    curve: _Chart | None
+    curve_lines: int
+    scatter: _Chart | None
+    span_maps: tuple[_Chart, ...]
     layers: tables.Table
+    layers_heading: str
     correlations: tables.Table
     provenance: tables.Table
     tasks: tables.Table
@@ -52,12 +55,12 @@ class _CellSection:
 
 @dataclass(frozen=True)
 class _ModelSection:
-    """One model's heat map and cells."""
+    """One model's cells and heat map, which is None where no whole layer is removed."""
 
     id: str
     cells: tuple[_CellSection, ...]
-    heat_map: _Chart
-    relevance: tables.Table
+    heat_map: _Chart | None
+    relevance: tables.Table | None
 
 
 def render_report(cells: Sequence[CellRecord], experiments: Mapping[str, str], path: Path) -> Path:
@@ -102,22 +105,27 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
     for cell in cells:
         groups.setdefault(wording.model_key(cell), []).append(cell)
     models = tuple(_model_section(group, number) for number, group in enumerate(groups.values(), 1))
-    ids = {section.cell.key: section.id for model in models for section in model.cells}
+    ids = {_place(section.cell): section.id for model in models for section in model.cells}
     return environment.get_template("report.html.j2").render(
         style=Markup(loader.get_source(environment, "report.css")[0]),
         plotly_js=Markup(get_plotlyjs()) if cells else Markup(""),
         summary=wording.summary(cells),
         overview=tables.overview_table(cells),
-        overview_links=[ids[cell.key] for cell in cells],
+        overview_links=[ids[_place(cell)] for cell in cells],
         models=models,
         experiments=experiments,
         heading=models[0].cells[0].cell.model.name if len(models) == 1 else "",
     )
 
 
+def _place(cell: CellRecord) -> tuple[str, str]:
+    return (cell.key, view_name(cell.removed))
+
+
 def _model_section(cells: Sequence[CellRecord], number: int) -> _ModelSection:
     name = f"model-{number}"
     labels = wording.benchmark_labels(cells)
+    mapped = [cell for cell in cells if _has_whole_layers(cell)]
     return _ModelSection(
         id=name,
         cells=tuple(
@@ -125,16 +133,26 @@ def _model_section(cells: Sequence[CellRecord], number: int) -> _ModelSection:
             for index, (cell, label) in enumerate(zip(cells, labels, strict=True), 1)
         ),
         heat_map=_chart(
-            charts.heat_map(cells),
+            charts.heat_map(mapped),
             f"{name}-heat-map",
-            charts.heat_title(cells),
+            charts.heat_title(mapped),
             cells[0].model.name,
-        ),
-        relevance=tables.relevance_table(cells),
+        )
+        if mapped
+        else None,
+        relevance=tables.relevance_table(mapped) if mapped else None,
     )
 
 
+def _has_whole_layers(cell: CellRecord) -> bool:
+    """Whether whole single layers are among what is removed; a cell without any run has a place."""
+    found = wording.kinds(cell)
+    return WHOLE_LAYER in found or not found
+
+
 def _cell_section(cell: CellRecord, label: str, name: str) -> _CellSection:
+    only_layers = tables.run_columns(cell).only_layers
+    lines = charts.curve_components(cell)
     return _CellSection(
         id=name,
         label=label,
@@ -144,11 +162,26 @@ def _cell_section(cell: CellRecord, label: str, name: str) -> _CellSection:
         warnings=wording.warnings(cell),
         curve=_chart(
             charts.layer_curve(cell), f"{name}-curve", charts.curve_title(cell), cell.title
-        ),
+        )
+        if lines
+        else None,
+        curve_lines=len(lines),
         scatter=_chart(
             charts.proxy_scatter(cell), f"{name}-scatter", charts.scatter_title(cell), cell.title
+        )
+        if _has_whole_layers(cell)
+        else None,
+        span_maps=tuple(
+            _chart(
+                charts.span_map(cell, component),
+                f"{name}-spans-{component}",
+                charts.span_title(cell, component),
+                cell.title,
+            )
+            for component in charts.span_components(cell)
         ),
         layers=tables.layer_table(cell),
+        layers_heading="Layers" if only_layers else "Runs",
         correlations=tables.correlation_table(cell),
         provenance=tables.provenance_table(cell),
         tasks=tables.task_table(cell),

@@ -8,25 +8,28 @@ from dataclasses import dataclass
 from functools import partial
 
 from tracker.metrics.ratios import RATIO
-from tracker.records import CellRecord, LayerRecord
+from tracker.records import WHOLE_LAYER, CellRecord, LayerRecord, RunIdentity
 from tracker.report.wording import (
     DASH,
     NO_REASON,
     NOT_MEASURED,
-    all_layers,
+    absence,
+    all_runs,
     benchmark_labels,
     correlation,
     counted,
     defined,
     fixed,
     interval,
-    layer_list,
+    kinds,
+    layers_of,
     measure_of,
     most_critical,
     p_value,
     points,
     reason_of,
     relevance,
+    run_list,
     two_digits,
 )
 
@@ -37,6 +40,8 @@ PROXIES = {
 }
 COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
 SUBSETS = {"all": "all layers", "inner": "without the two outer layers at each end"}
+COMPONENT = "component"
+SPAN = "span (layers)"
 _three = partial(fixed, digits=3)
 _four = partial(fixed, digits=4)
 
@@ -100,8 +105,8 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
             level = measure_of(cell).level
             notes.append(f"{cell.title}: the baseline {level} is undefined: {baseline.reason}.")
     caption = (
-        "One row per model and benchmark. Most critical: the layers whose removal costs most "
-        "accuracy. The cosine score would name the layers of the next column instead."
+        "One row per model and benchmark. Most critical: the layers whose removal, each alone, "
+        "costs most accuracy. The cosine score would name the layers of the next column instead."
     )
     return Table(caption, columns, rows, tuple(notes))
 
@@ -109,9 +114,12 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
 def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
     measure = measure_of(cell)
     costly = (
-        f"{r.layer}\u00a0({measure.write(r.accuracy_drop or 0)})" for r in most_critical(cell)
+        f"{r.layer}\u00a0({measure.write(r.accuracy_drop or 0)})"
+        for r in most_critical(cell.whole_layers)
     )
-    scores = sorted((-r.cosine_score, r.layer) for r in cell.layers if defined(r.cosine_score))
+    scores = sorted(
+        (-r.cosine_score, r.layer) for r in cell.whole_layers if defined(r.cosine_score)
+    )
     scored = (f"{layer}\u00a0({two_digits(-score)})" for score, layer in scores[:3])
     baseline = _value(cell.baseline_accuracy, measure.write, reason_of(cell, "baseline_accuracy"))
     rank = Value(DASH, "not computed")
@@ -119,20 +127,24 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
         rank = _value(found.value, two_digits, found.reason or NO_REASON)
         rank = _with_interval(rank, interval(found.low, found.high, two_digits))
     metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({measure.unit})"
+    beneath = f" · {cell.beneath}" if cell.removed else ""
+    no_drop = f"no layer has a positive {measure.change}"
+    if cell.layers and not cell.whole_layers:
+        no_drop = "no whole single layer was removed"
     return (
         Value(cell.model.name),
-        Value(f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot · {metric}"),
+        Value(f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot · {metric}{beneath}"),
         Value(f"{cell.n:,}"),
         _with_interval(baseline, interval(cell.baseline_low, cell.baseline_high, measure.write)),
         _value(cell.chance_accuracy, points, reason_of(cell, "chance_accuracy")),
-        _text(", ".join(costly), f"no layer has a positive {measure.change}"),
+        _text(", ".join(costly), no_drop),
         _text(", ".join(scored), "no layer has a cosine score"),
         rank,
     )
 
 
 def layer_table(cell: CellRecord) -> Table:
-    """Set one row for each layer of a cell; layers that are not measured yet hold dashes.
+    """Set one row for each run of a cell; runs that are not measured yet hold dashes.
 
     Args:
         cell: The cell.
@@ -145,18 +157,22 @@ def layer_table(cell: CellRecord) -> Table:
     if tests:
         notes.append(
             f"{counted(tests, 'test')}: unadjusted p-values, about {0.05 * tests:.1f} expected "
-            "below 0.05 by chance even if no layer mattered. The largest drop is picked from "
+            "below 0.05 by chance even if nothing mattered. The largest drop is picked from "
             f"{counted(tests, 'noisy estimate')}, so it tends to be overstated."
         )
-    layers = all_layers(cell)
-    by_layer = {record.layer: record for record in cell.layers}
-    not_measured = Value(DASH, NOT_MEASURED)
-    labels, columns = ["layer (0-based)"], [[Value(str(layer)) for layer in layers]]
+    runs = all_runs(cell)
+    names = run_columns(cell)
+    named = [names.of(run) for run in runs]
+    columns = [[Value(name[i]) for name in named] for i in range(len(names.labels))]
+    headers = [Column(label, label != COMPONENT) for label in names.labels]
     for label, show in _layer_columns(cell):
-        column = [show(by_layer[n]) if n in by_layer else not_measured for n in layers]
-        labels.append(label)
+        column = [
+            show(run) if isinstance(run, LayerRecord) else Value(DASH, absence(cell, run))
+            for run in runs
+        ]
+        headers.append(Column(label))
         columns.append(column)
-        notes += _undefined_notes(label, layers, column)
+        notes += _undefined_notes(label, cell, runs, column)
     counts = {record.n for record in cell.layers}
     each = f", {counted(counts.pop(), 'document')} each" if len(counts) == 1 else ""
     baseline = ", ".join(
@@ -164,18 +180,57 @@ def layer_table(cell: CellRecord) -> Table:
         for name in _metric_names(cell)
     )
     ours = _is_corpus(cell)
+    each_one = "layer" if names.only_layers else "run"
     caption = (
-        f"{cell.title}: every layer{each}. {measure_of(cell).level.capitalize()} is {cell.metric}; "
-        f"the metrics at the right are {'over all tokens' if ours else 'as lm-eval reports them'}. "
+        f"{cell.title}: every {each_one}{each}. {measure_of(cell).level.capitalize()} is "
+        f"{cell.metric}; the metrics at the right are "
+        f"{'over all tokens' if ours else 'as lm-eval reports them'}. "
         f"Baseline: {baseline or DASH}."
     )
-    return Table(caption, _numbers(*labels), tuple(zip(*columns, strict=True)), tuple(notes))
+    return Table(caption, tuple(headers), tuple(zip(*columns, strict=True)), tuple(notes))
+
+
+@dataclass(frozen=True)
+class RunColumns:
+    """The columns that name the runs of a cell: as few as tell them apart.
+
+    Attributes:
+        labels: Their headers.
+        only_layers: Whether every run removes one whole layer.
+    """
+
+    labels: tuple[str, ...]
+    only_layers: bool
+
+    def of(self, run: RunIdentity) -> tuple[str, ...]:
+        """Name one run, a text for each column."""
+        names = {COMPONENT: run.component, SPAN: str(run.span)}
+        return (str(run.layer), *(names[label] for label in self.labels[1:]))
+
+
+def run_columns(cell: CellRecord) -> RunColumns:
+    """Choose the columns that name the runs of a cell.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        The layer; the component and the span where something else than one whole layer is removed.
+    """
+    found = kinds(cell)
+    components = any(component != "layer" for component, _ in found)
+    spans = any(span != 1 for _, span in found)
+    labels = ["first layer (0-based)" if spans else "layer (0-based)"]
+    labels += [COMPONENT] if components else []
+    labels += [SPAN] if spans else []
+    return RunColumns(tuple(labels), set(found) <= {WHOLE_LAYER})
 
 
 def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
     """List the columns of the layer table, each with what it shows of a measured layer."""
 
     measure = measure_of(cell)
+    it = "layer" if run_columns(cell).only_layers else "it"
 
     def field(name: str, write: Callable[[float], str]) -> _Show:
         return lambda r: _value(getattr(r, name), write, reason_of(cell, name, r))
@@ -189,7 +244,7 @@ def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
 
     columns: list[tuple[str, _Show]] = [
         ("documents", lambda r: Value(f"{r.n:,}")),
-        (f"{measure.level} without layer ({measure.level_unit})", field("accuracy", measure.write)),
+        (f"{measure.level} without {it} ({measure.level_unit})", field("accuracy", measure.write)),
         (f"{measure.change} ({measure.unit})", field("accuracy_drop", measure.write)),
         (f"95 % interval ({measure.unit})", between),
         ("McNemar p", field("mcnemar_p", p_value)),
@@ -208,13 +263,15 @@ def _metric_names(cell: CellRecord) -> list[str]:
     return sorted(set(cell.baseline_metrics).union(*(record.metrics for record in cell.layers)))
 
 
-def _undefined_notes(label: str, layers: Sequence[int], column: Sequence[Value]) -> list[str]:
-    found: dict[str, list[int]] = {}
-    for layer, value in zip(layers, column, strict=True):
+def _undefined_notes(
+    label: str, cell: CellRecord, runs: Sequence[RunIdentity], column: Sequence[Value]
+) -> list[str]:
+    found: dict[str, list[RunIdentity]] = {}
+    for run, value in zip(runs, column, strict=True):
         if value.reason not in ("", NOT_MEASURED):
-            found.setdefault(value.reason, []).append(layer)
+            found.setdefault(value.reason, []).append(run)
     return [
-        f"{label}: undefined for {layer_list(which, len(layers))}: {reason}."
+        f"{label}: undefined for {run_list(which, cell)}: {reason}."
         for reason, which in found.items()
     ]
 
@@ -266,13 +323,12 @@ def relevance_table(cells: Sequence[CellRecord]) -> Table:
         cells: Cells of one model.
 
     Returns:
-        The accuracy relevance of every layer on every benchmark.
+        The accuracy relevance of every whole layer on every benchmark.
     """
-    layers = all_layers(*cells)
+    layers = layers_of(WHOLE_LAYER, *cells)
     columns = [[Value(str(layer)) for layer in layers]]
     for cell in cells:
-        by_layer = {record.layer: record for record in cell.layers}
-        found = (relevance(cell, by_layer.get(layer)) for layer in layers)
+        found = (relevance(cell, layer) for layer in layers)
         columns.append([_value(number, _three, reason) for number, reason in found])
     return Table(
         f"{cells[0].model.name}: accuracy relevance.",
@@ -304,6 +360,7 @@ def provenance_table(cell: CellRecord) -> Table:
         "few-shot examples": str(benchmark.num_fewshot),
         "few-shot seed": "none drawn" if benchmark.seed is None else str(benchmark.seed),
         "chat template": "yes" if benchmark.apply_chat_template else "no",
+        "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
         "documents measured": f"{cell.n:,}",
         "tokens behind the proxies": f"{cell.tokens:,}",
     }

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TypeGuard, get_args
 
-from tracker.records import CellRecord, CorrelationRecord, LayerRecord
+from tracker.config import Component
+from tracker.records import (
+    WHOLE_LAYER,
+    CellRecord,
+    CorrelationRecord,
+    LayerRecord,
+    RunIdentity,
+)
 
 DASH = "–"
 MINUS = "−"
 NO_REASON = "no reason was recorded"
-NOT_MEASURED = "asked for, but not measured yet"
+NOT_MEASURED = "not measured yet"
 _LOSS_UNITS = {"bits_per_byte": "bits per byte", "ratio": "nats a token"}
 """The unit of a loss, by its aggregation."""
 
@@ -119,7 +126,7 @@ class Measure:
 
     Attributes:
         level: What the metric is.
-        change: What removing a layer does to it, positive where the layer mattered.
+        change: What a removal does to it, positive where what was removed mattered.
         level_unit: The unit of the level.
         unit: The unit of the change.
         scale: By what a record's figure is multiplied.
@@ -175,30 +182,122 @@ def layer_list(layers: Sequence[int], total: int) -> str:
     return f"layer{'s' if len(layers) != 1 else ''} {', '.join(map(str, layers))}"
 
 
-def all_layers(*cells: CellRecord) -> list[int]:
-    """List the layers of cells, measured or missing.
+Kind = tuple[Component, int]
+"""What a run removes, but for the layer: the component, and the span."""
+
+
+def all_runs(cell: CellRecord) -> list[RunIdentity]:
+    """List the runs of a cell, measured or missing.
 
     Args:
+        cell: The cell.
+
+    Returns:
+        Components outermost (layer, attention, mlp), then spans, then layers.
+    """
+    components = get_args(Component)
+    runs: list[RunIdentity] = [*cell.layers, *cell.missing]
+    return sorted(runs, key=lambda run: (components.index(run.component), run.span, run.layer))
+
+
+def kinds(cell: CellRecord) -> list[Kind]:
+    """List the kinds of runs that a cell has, measured or missing.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Components outermost, then spans.
+    """
+    return list(dict.fromkeys(run.kind for run in all_runs(cell)))
+
+
+def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:
+    """List the layers that the runs of a kind start from, measured or missing.
+
+    Args:
+        kind: Component and span.
         *cells: The cells.
 
     Returns:
         Layer numbers in order.
     """
-    measured = {record.layer for cell in cells for record in cell.layers}
-    return sorted(measured.union(*(cell.missing_layers for cell in cells)))
+    return sorted({run.layer for cell in cells for run in all_runs(cell) if run.kind == kind})
 
 
-def most_critical(cell: CellRecord, count: int = 3) -> list[LayerRecord]:
-    """Find the layers whose removal costs most accuracy, or adds most loss.
+def records_of(cell: CellRecord, kind: Kind = WHOLE_LAYER) -> dict[int, LayerRecord]:
+    """Find the measured runs of a kind.
 
     Args:
         cell: The cell.
+        kind: Component and span.
+
+    Returns:
+        Layer -> record.
+    """
+    return {record.layer: record for record in cell.layers if record.kind == kind}
+
+
+def absence(cell: CellRecord, run: RunIdentity) -> str:
+    """Say why a cell holds no record of a run.
+
+    Args:
+        cell: The cell.
+        run: A run that is not measured.
+
+    Returns:
+        The reason.
+    """
+    if set(cell.removed) & set(range(run.layer, run.layer + run.span)):
+        return "removed already, beneath every run"
+    missing = any((r.kind, r.layer) == (run.kind, run.layer) for r in cell.missing)
+    return NOT_MEASURED if missing else "not asked for"
+
+
+def kind_words(kind: Kind) -> str:
+    """Name a kind of runs.
+
+    Args:
+        kind: Component and span.
+
+    Returns:
+        For example `layer`, `attention` or `mlp, 4 at a time`.
+    """
+    component, span = kind
+    return component if span == 1 else f"{component}, {span} at a time"
+
+
+def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
+    """Name runs in a sentence.
+
+    Args:
+        runs: The runs.
+        cell: The cell that they belong to.
+
+    Returns:
+        For example `layers 3, 5`, or `layer 3; attention: layers 3, 5` where there are several
+        kinds.
+    """
+    parts = []
+    for kind in dict.fromkeys(run.kind for run in runs):
+        mine = [run.layer for run in runs if run.kind == kind]
+        total = len(layers_of(kind, cell))
+        prefix = "" if kind == WHOLE_LAYER else f"{kind_words(kind)}: "
+        parts.append(prefix + layer_list(mine, total))
+    return "; ".join(parts)
+
+
+def most_critical(records: Iterable[LayerRecord], count: int = 3) -> list[LayerRecord]:
+    """Find the runs whose removal costs most accuracy, or adds most loss.
+
+    Args:
+        records: The runs.
         count: How many at most.
 
     Returns:
-        Layers with a positive accuracy drop, the largest first; ties in layer order.
+        Runs with a positive accuracy drop, the largest first; ties in layer order.
     """
-    drops = [(r.accuracy_drop, r) for r in cell.layers if defined(r.accuracy_drop)]
+    drops = [(r.accuracy_drop, r) for r in records if defined(r.accuracy_drop)]
     costly = [(drop, r) for drop, r in drops if drop > 0]
     return [r for _, r in sorted(costly, key=lambda pair: (-pair[0], pair[1].layer))[:count]]
 
@@ -209,10 +308,10 @@ def reason_of(cell: CellRecord, field: str, record: LayerRecord | None = None) -
     Args:
         cell: The cell.
         field: The field's name, or a metric's.
-        record: The layer whose field it is; None for the cell's own fields.
+        record: The run whose field it is; None for the cell's own fields.
 
     Returns:
-        The reason recorded for the layer, else for the cell, else a text that says that there is
+        The reason recorded for the run, else for the cell, else a text that says that there is
         none.
     """
     for reasons in (record.reasons if record else {}, cell.reasons):
@@ -222,18 +321,30 @@ def reason_of(cell: CellRecord, field: str, record: LayerRecord | None = None) -
     return NO_REASON
 
 
-def relevance(cell: CellRecord, record: LayerRecord | None) -> tuple[float | None, str]:
-    """Find the accuracy relevance of one layer.
+def relevance(cell: CellRecord, layer: int) -> tuple[float | None, str]:
+    """Find the accuracy relevance of one whole layer.
 
     Args:
         cell: The cell.
-        record: The layer's record, or None when the cell does not hold the layer.
+        layer: The layer, measured or not.
 
     Returns:
         The value, and the reason when it is None.
     """
-    if record is None:
-        return None, NOT_MEASURED
+    record = records_of(cell).get(layer)
+    return relevance_of(cell, record) if record else (None, absence(cell, RunIdentity(layer=layer)))
+
+
+def relevance_of(cell: CellRecord, record: LayerRecord) -> tuple[float | None, str]:
+    """Find the accuracy relevance of one run.
+
+    Args:
+        cell: The cell.
+        record: The run.
+
+    Returns:
+        The value, and the reason when it is None.
+    """
     if defined(record.accuracy_relevance):
         return record.accuracy_relevance, ""
     return None, reason_of(cell, "accuracy_relevance", record)
@@ -266,6 +377,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
     labels = [
         f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot"
         + (" · chat" if cell.benchmark.apply_chat_template else "")
+        + (f" · {cell.beneath}" if cell.removed else "")
         for cell in cells
     ]
     return [
@@ -325,13 +437,41 @@ def sentence(cell: CellRecord) -> str:
         cell: The cell.
 
     Returns:
-        The Spearman correlation of cosine score and accuracy drop (or loss increase) over all
-        layers and over the inner ones, or why it is undefined.
+        What the layers that every run lacks cost alone; and the Spearman correlation of cosine
+        score and accuracy drop (or loss increase) over all layers and over the inner ones, or why
+        it is undefined.
     """
+    if cell.layers and not cell.whole_layers:
+        return f"{_beneath(cell)}No whole single layer was removed, so nothing is correlated."
     return (
-        f"Spearman of cosine score and {measure_of(cell).change}: "
+        f"{_beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
         f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
         f"{correlation_text(correlation(cell, 'inner'))}."
+    )
+
+
+def _beneath(cell: CellRecord) -> str:
+    """Say what the layers cost that every run lacks; ends in a space, or is empty."""
+    if not cell.removed:
+        return ""
+    measure = measure_of(cell)
+
+    def level(field: str, low: str, high: str) -> str:
+        value = getattr(cell, field)
+        if not defined(value):
+            return f"undefined ({reason_of(cell, field)})"
+        between = interval(getattr(cell, low), getattr(cell, high), measure.write)
+        unit = measure.level_unit
+        return f"{measure.write(value)} {unit}" + (f" (95 % interval {between})" if between else "")
+
+    alone = level("removed_accuracy", "removed_low", "removed_high")
+    intact = level("baseline_accuracy", "baseline_low", "baseline_high")
+    plural = len(cell.removed) > 1
+    return (
+        f"Every run here lacks {layer_list(cell.removed, 0)} as well. Without "
+        f"{'these' if plural else 'this one'} alone, {measure.level} is {alone}; intact, it is "
+        f"{intact}. Every {measure.change} is relative to the intact model, so it holds what "
+        f"{'these layers cost' if plural else 'this layer costs'} too. "
     )
 
 
@@ -353,8 +493,9 @@ def summary(cells: Sequence[CellRecord]) -> str:
     }
     measured = " or ".join(lost[kind] for kind in dict.fromkeys(c.higher_is_better for c in cells))
     text = (
-        f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark). "
-        f"Each layer was removed in turn. Below, {measured} stands beside "
+        f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark"
+        f"{' and set of layers that are gone already' if any(c.removed for c in cells) else ''}). "
+        f"{_turns(cells)} was removed in turn. Below, {measured} stands beside "
         "the cosine score, the cheap proxy that is commonly used in its place. "
     )
     records = [record for cell in cells if (record := correlation(cell))]
@@ -375,6 +516,21 @@ def summary(cells: Sequence[CellRecord]) -> str:
     return f"{text}, in {without} it is undefined." if without else f"{text}."
 
 
+def _turns(cells: Sequence[CellRecord]) -> str:
+    """Say what was removed in turn."""
+    found = {kind for cell in cells for kind in kinds(cell)} or {WHOLE_LAYER}
+    shown = {
+        "each layer": WHOLE_LAYER in found,
+        "each layer’s attention": ("attention", 1) in found,
+        "each layer’s MLP": ("mlp", 1) in found,
+        "each span of layers": any(c == "layer" and span > 1 for c, span in found),
+        "the attention or MLP of each span": any(c != "layer" and span > 1 for c, span in found),
+    }
+    *others, last = (words for words, there in shown.items() if there)
+    text = f"{', '.join(others)} and {last}" if others else last
+    return text[:1].upper() + text[1:]
+
+
 def warnings(cell: CellRecord) -> tuple[str, ...]:
     """Say what a reader must know before trusting the cell's numbers.
 
@@ -382,11 +538,11 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
         cell: The cell.
 
     Returns:
-        One sentence for each: missing layers, undefined values of the cell, a weak baseline.
+        One sentence for each: missing runs, undefined values of the cell, a weak baseline.
     """
     found = []
-    if cell.missing_layers:
-        found.append(f"Incomplete: {layer_list(cell.missing_layers, 0)} {NOT_MEASURED}.")
+    if cell.missing:
+        found.append(f"Incomplete: {run_list(cell.missing, cell)}: {NOT_MEASURED}.")
     for field, reason in cell.reasons.items():
         if field == "n":
             found.append(f"Incomplete: {reason}.")

@@ -6,19 +6,31 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tracker.ablations import Ablation, single_layers
+from tracker.ablations import Ablation, ablations_of
 from tracker.config import CellRequest
+from tracker.errors import BenchmarkError
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
 from tracker.runner.local import Options
 from tracker.runner.progress import Progress
 
+if TYPE_CHECKING:
+    from tracker.documents import Document
+    from tracker.engine.sweep import Engine
+
+T = TypeVar("T")
 BATCH_SIZES = (1, 4, 8, 16, 32)
-MEASURED_LAYERS = 4
-"""Layers that the lm-eval loop really runs without; the others cost what these cost on average."""
+TRIED_DOCUMENTS = 40
+"""Documents on which the batch sizes are tried."""
+MEASURED = 4
+"""Ablations of each component that the lm-eval loop really runs; the others cost what these cost on
+average."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +40,15 @@ class Bench:
     Attributes:
         benchmark: What was scored.
         documents: How many documents.
-        ablations: The baseline and every layer.
+        ablations: The baseline and what is removed.
         dtype: The numbers' type.
         engine_seconds: The engine, all ablations.
         check_seconds: Its self-check, not part of `engine_seconds`.
+        outside_share: Part of `engine_seconds` that is spent neither in the model's layers nor in
+            its head; None on an accelerator, which works while the clock runs.
         loop_seconds: lm-eval once per ablation, extrapolated from the evaluations that were run.
-        loop_evaluations: Removed layer (None = baseline) → seconds of lm-eval.
-        loop_batch_size: The fastest of `BATCH_SIZES` on the baseline.
+        loop_evaluations: Ablation → seconds of lm-eval.
+        loop_batch_size: The fastest of `BATCH_SIZES` on some documents.
         ratio: `loop_seconds / engine_seconds`.
         largest_difference: Of a log-likelihood between the two, in nats.
         greedy_disagreements: Requests whose greedy flags differ.
@@ -42,7 +56,7 @@ class Bench:
         sharing: What the engine shared.
         engine_gflops: Floating-point operations per second that the engine reached, in 1e9.
         matrix_gflops: The same of a plain matrix product in this process.
-        peak_gib: Peak memory of the whole process, the lm-eval loop included.
+        engine_peak_gib: Peak memory while the engine ran: of the process, or of the accelerator.
         machine: Where.
         versions: With what.
     """
@@ -53,6 +67,7 @@ class Bench:
     dtype: str
     engine_seconds: float
     check_seconds: float
+    outside_share: float | None
     loop_seconds: float
     loop_evaluations: dict[str, float]
     loop_batch_size: int
@@ -63,7 +78,7 @@ class Bench:
     sharing: str
     engine_gflops: float
     matrix_gflops: float
-    peak_gib: float
+    engine_peak_gib: float
     machine: dict[str, str]
     versions: dict[str, str]
 
@@ -71,29 +86,96 @@ class Bench:
         """Give the figures as plain values."""
         return asdict(self)
 
+    def text(self) -> str:
+        """Put the figures into words."""
+        evaluations = ", ".join(f"{k} {v:.1f} s" for k, v in self.loop_evaluations.items())
+        part = 100 * self.engine_gflops / self.matrix_gflops
+        outside = self.outside_share
+        spent = "" if outside is None else f"; {100 * outside:.1f} % outside the model"
+        return (
+            f"{self.benchmark}, {self.documents} documents, {self.ablations} ablations, "
+            f"{self.dtype}, {self.machine['cores']} cores\n"
+            f"engine        {self.engine_seconds:8.1f} s   (self-check {self.check_seconds:.1f} s"
+            f"{spent})\n"
+            f"lm-eval loop  {self.loop_seconds:8.1f} s   (extrapolated, batch "
+            f"{self.loop_batch_size}; measured: {evaluations})\n"
+            f"ratio         {self.ratio:8.1f}\n"
+            f"rate          {self.engine_gflops:8.0f} GFLOP/s, {part:.0f} % of "
+            f"{self.matrix_gflops:.0f} in a matrix product\n"
+            f"peak memory   {self.engine_peak_gib:8.1f} GiB\n"
+            f"agreement     largest log-likelihood difference {self.largest_difference:.1e} nats, "
+            f"{self.greedy_disagreements} of {self.requests_compared} greedy flags differ"
+        )
 
-def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
-    """Run the engine and the lm-eval loop in turn on the same documents.
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, an engine and documents, ready to be timed.
+
+    Attributes:
+        engine: The engine, with full sharing.
+        documents: What to score.
+        title: What that is, in words.
+    """
+
+    engine: Engine
+    documents: Sequence[Document]
+    title: str
+
+    def plainly(
+        self, ablation: Ablation, batch_size: int, documents: Sequence[Document]
+    ) -> tuple[float, list[tuple[float, bool]]]:
+        """Let lm-eval score documents with an ablation's layers really taken out.
+
+        Args:
+            ablation: What to remove.
+            batch_size: lm-eval's batch size.
+            documents: What to score.
+
+        Returns:
+            Seconds, and the answers to all requests in order.
+        """
+        from tracker.benchmarks.plain import score_with_lm_eval
+
+        loaded = self.engine.loaded
+        with self.engine.removed(ablation):
+            return timed(
+                lambda: score_with_lm_eval(loaded.model, loaded.tokenizer, documents, batch_size)
+            )
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """Measure how long some work takes.
 
     Args:
-        request: What to score; its layers do not count: all are removed.
+        work: What to do.
+
+    Returns:
+        Seconds, and what it returns.
+    """
+    start = time.perf_counter()
+    done = work()
+    return time.perf_counter() - start, done
+
+
+def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepared:
+    """Load what is to be timed.
+
+    Args:
+        request: What to score.
         options: How to run.
         progress: Told what happens.
 
     Returns:
-        The comparison.
+        The model and the documents.
 
     Raises:
-        RequestError: Something that was asked for does not exist.
+        RequestError: Something that was asked for does not exist, or generates texts.
     """
     from tracker.benchmarks.benchmark import open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.benchmarks.plain import score_with_lm_eval
-    from tracker.engine.check import check
     from tracker.engine.memory import keep_freed_memory
-    from tracker.engine.plan import cost, matrix_rate
     from tracker.engine.sweep import Engine
-    from tracker.models.layers import layers_removed
     from tracker.models.load import load_model
 
     keep_freed_memory()
@@ -103,57 +185,76 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
     encoder = RequestEncoder(loaded.model, loaded.tokenizer)
     documents = benchmark.documents(encoder, request.limit)
-    layers = tuple(range(loaded.identity.layers))
-    ablations = single_layers(layers)
+    if any(document.prompt is not None for document in documents):
+        raise BenchmarkError(f"{request.benchmark} generates texts; tracker bench times scoring")
+    return Prepared(
+        Engine(loaded, encoder.max_length, memory=options.memory),
+        documents,
+        f"{request.benchmark}, {benchmark.identity.num_fewshot}-shot",
+    )
 
-    def plainly(layer: int | None, batch_size: int) -> tuple[float, list[Any]]:
-        removed = () if layer is None else (layer,)
-        with layers_removed(loaded.model, removed):
-            start = time.perf_counter()
-            answers = score_with_lm_eval(loaded.model, loaded.tokenizer, documents, batch_size)
-            return time.perf_counter() - start, answers
+
+def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
+    """Run the engine and the lm-eval loop in turn on the same documents.
+
+    Args:
+        request: What to score; of its runs only the components count: all layers are removed.
+        options: How to run.
+        progress: Told what happens.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        RequestError: Something that was asked for does not exist.
+    """
+    from tracker.engine.check import check
+    from tracker.engine.plan import cost, matrix_rate
+
+    ready = prepare(request, options, progress)
+    documents, loaded = ready.documents, ready.engine.loaded
+    total = loaded.identity.layers
+    asked = request.model_copy(update={"layers": tuple(range(total)), "spans": (1,)})
+    ablations = ablations_of(asked, total)
 
     progress.say("lm-eval: trying batch sizes on the baseline")
-    tried = {size: plainly(None, size)[0] for size in BATCH_SIZES}
+    few = documents[:TRIED_DOCUMENTS]
+    tried = {size: ready.plainly(ablations[0], size, few)[0] for size in BATCH_SIZES}
     batch_size = min(tried, key=lambda size: tried[size])
 
-    start = time.perf_counter()
-    checked = check(Engine(loaded, encoder.max_length), documents, ablations)
-    check_seconds = time.perf_counter() - start
+    check_seconds, checked = timed(lambda: check(ready.engine, documents, ablations))
     engine = checked.engine
-    progress.start(
-        f"{request.benchmark}: engine",
-        sum(len(document.requests) for document in documents) * len(ablations),
-    )
-    start = time.perf_counter()
-    scores = engine.score(documents, ablations, progress.advance)
-    engine_seconds = time.perf_counter() - start
+    responses = sum(len(document.requests) for document in documents) * len(ablations)
+    progress.start(f"{request.benchmark}: engine", responses)
+    with _peak(loaded.device) as peak, _stopwatch(engine) as inside:
+        engine_seconds, scores = timed(lambda: engine.score(documents, ablations, progress.advance))
     progress.finish()
 
-    chosen = [round(i * (len(layers) - 1) / (MEASURED_LAYERS - 1)) for i in range(MEASURED_LAYERS)]
-    seconds: dict[int | None, float] = {}
+    seconds: dict[str, float] = {}
     worst, disagreements, compared = 0.0, 0, 0
-    for layer in (None, *chosen):
-        progress.say(f"lm-eval: {'baseline' if layer is None else f'without layer {layer}'}")
-        seconds[layer], theirs = plainly(layer, batch_size)
-        number = ablations.index(Ablation() if layer is None else Ablation((layer,)))
+    for ablation in [ablations[0], *_measured(ablations, total)]:
+        progress.say(f"lm-eval: {ablation.name}")
+        seconds[ablation.name], theirs = ready.plainly(ablation, batch_size, documents)
+        number = ablations.index(ablation)
         ours = [response for score in scores for response in score.responses[number]]
         for response, (loglikelihood, greedy) in zip(ours, theirs, strict=True):
             worst = max(worst, abs(response.loglikelihood - loglikelihood))
             disagreements += response.greedy != greedy
             compared += 1
-    per_layer = statistics.mean(value for layer, value in seconds.items() if layer is not None)
-    loop_seconds = seconds[None] + len(layers) * per_layer
-    found = cost(loaded.model, documents, ablations, encoder.max_length)
+    baseline, *removed = seconds.values()
+    loop_seconds = baseline + (len(ablations) - 1) * statistics.mean(removed)
+    found = cost(loaded.model, documents, ablations, engine.max_length)
+    on_cpu = loaded.device.type == "cpu"
     return Bench(
-        benchmark=f"{request.benchmark}, {benchmark.identity.num_fewshot}-shot",
+        benchmark=ready.title,
         documents=len(documents),
         ablations=len(ablations),
         dtype=loaded.identity.dtype,
         engine_seconds=engine_seconds,
         check_seconds=check_seconds,
+        outside_share=1 - sum(inside) / engine_seconds if on_cpu else None,
         loop_seconds=loop_seconds,
-        loop_evaluations={str(layer): value for layer, value in seconds.items()},
+        loop_evaluations=seconds,
         loop_batch_size=batch_size,
         ratio=loop_seconds / engine_seconds,
         largest_difference=worst,
@@ -161,14 +262,63 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
         requests_compared=compared,
         sharing=str(engine.sharing),
         engine_gflops=found.flops / engine_seconds / 1e9,
-        matrix_gflops=matrix_rate(loaded.model.dtype) / 1e9,
-        peak_gib=_peak_bytes() / 2**30,
+        matrix_gflops=matrix_rate(loaded.model.dtype, loaded.device) / 1e9,
+        engine_peak_gib=peak[0] / 2**30,
         machine=machine(),
         versions=package_versions(),
     )
 
 
-def _peak_bytes() -> int:
-    """Peak resident memory of this process; Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _measured(ablations: Sequence[Ablation], layers: int) -> list[Ablation]:
+    """Choose evenly spaced ablations of each component, the first and last among them."""
+    removed = ablations[1:]
+    chosen = [round(i * (layers - 1) / (MEASURED - 1)) for i in range(MEASURED)]
+    starts = range(0, len(removed), layers)
+    return [removed[start + layer] for start in starts for layer in dict.fromkeys(chosen)]
+
+
+@contextmanager
+def _stopwatch(engine: Engine) -> Iterator[list[float]]:
+    """Collect the seconds that pass inside the model's layers and its head."""
+    from tracker.models.sublayers import replaced_forward
+
+    spent: list[float] = []
+
+    def clocked(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seconds, output = timed(lambda: forward(*args, **kwargs))
+            spent.append(seconds)
+            return output
+
+        return call
+
+    with ExitStack() as stack:
+        for layer in engine.loaded.layers:
+            stack.enter_context(replaced_forward(layer, clocked(layer.forward)))
+        head: Any = engine.head
+        head.predictions = clocked(head.predictions)
+        stack.callback(delattr, head, "predictions")
+        yield spent
+
+
+@contextmanager
+def _peak(device: Any) -> Iterator[list[int]]:
+    """Measure the peak memory, in bytes, while the context is open."""
+    import torch
+
+    found: list[int] = []
+    reset = Path("/proc/self/clear_refs")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif reset.exists():
+        reset.write_text("5", encoding="ascii")
+    yield found
+    if device.type == "cuda":
+        found.append(torch.cuda.max_memory_allocated(device))
+    elif reset.exists():
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        found.append(int(line.split()[1]) * 1024)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found.append(peak if sys.platform == "darwin" else peak * 1024)

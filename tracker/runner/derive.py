@@ -16,7 +16,7 @@ def record_of(store: CellStore, request: CellRequest) -> CellRecord:
 
     Args:
         store: The cell.
-        request: Which documents, layers and metric.
+        request: Which documents, runs and metric.
 
     Returns:
         The record.
@@ -35,7 +35,7 @@ def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
 
 
 def all_records(ledger: Ledger) -> list[CellRecord]:
-    """Derive the record of every cell, for what was asked of it last.
+    """Derive the records of every cell, one for each view that was asked of it.
 
     Args:
         ledger: The results folder.
@@ -43,8 +43,7 @@ def all_records(ledger: Ledger) -> list[CellRecord]:
     Returns:
         The records of the cells that were asked for.
     """
-    asked = ((store, store.asked()) for store in ledger.cells())
-    return [record_of(store, last.request) for store, last in asked if last]
+    return [record_of(store, asked.request) for store in ledger.cells() for asked in store.asked()]
 
 
 def write_report(ledger: Ledger) -> tuple[list[CellRecord], Path]:

