@@ -179,7 +179,8 @@ def tree_rows(
         Rows that hold every request of every document exactly once.
     """
     tree, packed = _Tree(), list[_Sequence]()
-    for sequences in _sequences(documents, max_length):
+    # In order of their tokens, documents that begin alike come into the same row.
+    for sequences in sorted(_sequences(documents, max_length), key=lambda each: each[0].tokens):
         paths = [sequence.path[prefix:] for sequence in sequences]
         added = tree.added_by(paths)
         if packed and len(tree.tokens) + added > row_tokens:
