@@ -84,10 +84,12 @@ def test_runs_come_component_by_component_span_by_span() -> None:
 
 def test_what_is_no_run_is_left_out() -> None:
     beyond = [(run.layer, run.span) for run in removals(request(spans=(1, 2, 4, 5)), 4)]
-    assert beyond == [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (0, 4)]
+    assert beyond == [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
     beneath = [(run.layer, run.span) for run in removals(request(spans=(1, 2), removed=(1,)), 4)]
     assert beneath == [(0, 1), (2, 1), (3, 1), (2, 2)]
     assert list(removals(request(removed=(0, 1, 2, 3)), 4)) == []
+    assert list(removals(request(layers=(3,), removed=(0, 1, 2)), 4)) == []
+    assert len(list(removals(request(layers=(0,), spans=(4,), components=("mlp",)), 4))) == 1
     assert list(removals(request(layers=()), 4)) == []
 
 

@@ -42,7 +42,8 @@ def test_help_is_fast_and_imports_nothing_heavy():
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom tracker.cli import main\n"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
-        "heavy = {'torch', 'transformers', 'lm_eval', 'mlflow', 'wandb', 'pandas', 'scipy'}\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'mlflow', 'wandb', 'pandas', 'scipy', 'ray',"
+        " 'submitit'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -89,7 +90,7 @@ def test_run_then_run_again(cli, tiny_llama, experiment, tmp_path):
         "import sys\nfrom tracker import api\nfrom pathlib import Path\n"
         f"done = api.run({str(file)!r}, results={str(results)!r})\n"
         "assert done.outcome.models_loaded == 0 and len(done.cells) == 1\n"
-        "print(sorted({'torch', 'transformers', 'lm_eval', 'mlflow'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'lm_eval', 'mlflow', 'ray'} & set(sys.modules)))"
     )
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert again.stdout.strip() == "[]"
@@ -173,7 +174,10 @@ def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(tiny
     (store,) = Ledger(results).cells()
     measured = {"baseline", "layer:3", "layer:3+mlp:0,1", "layer:3+mlp:1,2"}
     assert set(store.read()["ablation"]) == measured
-    again = evaluate(model, results, "--layer=1", "--component=mlp", "--span=2", "--removed=3")
+    # A null of the grid comes as None.
+    nothing = ("--num_fewshot=None", "--metric=None")
+    kind = ("--component=mlp", "--span=2", "--removed=3")
+    again = evaluate(model, results, "--layer=1", *kind, *nothing)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "loading" not in again.stdout + again.stderr
     assert set(store.read()["ablation"]) == measured

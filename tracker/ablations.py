@@ -125,8 +125,8 @@ class Removal:
 def removals(request: CellRequest, layers: int) -> Iterator[Removal]:
     """List the runs of a cell.
 
-    A span that reaches beyond the last layer, and one that holds a layer which is removed already,
-    is no run of its own and is left out.
+    A span that reaches beyond the last layer, one that holds a layer which is removed already, and
+    one that would leave no layer at all, is no run and is left out.
 
     Args:
         request: The cell.
@@ -137,8 +137,10 @@ def removals(request: CellRequest, layers: int) -> Iterator[Removal]:
     """
     for component, span, layer in product(request.components, request.spans, request.layers):
         whole = range(layer, layer + span)
-        if whole.stop <= layers and not set(whole) & set(request.removed):
-            yield Removal(component, layer, span, request.removed)
+        run = Removal(component, layer, span, request.removed)
+        fits = whole.stop <= layers and not set(whole) & set(request.removed)
+        if fits and len(run.ablation.layers) < layers:
+            yield run
 
 
 def ablations_of(request: CellRequest, layers: int) -> list[Ablation]:

@@ -8,26 +8,29 @@ results.layers.sort_values("accuracy_drop")
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracker.config import CellRequest, load_experiment
+from tracker.errors import TrackingError
 from tracker.ledger.store import Ledger
 from tracker.records import CellRecord
 from tracker.runner import publish
 from tracker.runner.derive import all_records, write_report
-from tracker.runner.local import Options, Report, run_cells
+from tracker.runner.executors import Options
 from tracker.runner.prepare import all_layers
 from tracker.runner.progress import Progress, Silent
-from tracker.runner.publish import Publisher, Synced
+from tracker.runner.publish import Publisher, Synced, Trial
+from tracker.runner.run import Report, run_cells
+from tracker.tracking import default_targets
 
 if TYPE_CHECKING:
     import pandas as pd
 
 RESULTS = Path("results")
-TRACK = ("mlflow",)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Results:
 
     @property
     def layers(self) -> pd.DataFrame:
-        """One row a (model, benchmark, layer); fractions, `layer` 0-based."""
+        """One row a (model, benchmark, run): fractions; `layer` is its first layer, 0-based."""
         from tracker.report.frames import layer_frame
 
         return layer_frame(self.cells)
@@ -63,21 +66,26 @@ def run(
     experiment: str | os.PathLike[str],
     *,
     results: str | os.PathLike[str] = RESULTS,
-    track: Sequence[str] = TRACK,
+    track: Sequence[str] | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     memory: int | None = None,
+    executor: str = "local",
+    slurm: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """Run an experiment file here, continuing what the results folder already holds.
+    """Run an experiment file, continuing what the results folder already holds.
 
     Args:
         experiment: The YAML file.
         results: The results folder.
-        track: Tracking backends; empty for none.
+        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; empty for none; None for
+            W&B in the trial of a W&B sweep, else MLflow.
         device: `auto` (an accelerator if there is one), or a torch device.
         trust_remote_code: Whether code and pickles from a download may run.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        executor: Where cells are measured: `local` (this process), `ray` or `slurm`.
+        slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
         progress: Listens to the run; None for silence.
 
     Returns:
@@ -89,13 +97,15 @@ def run(
     path = Path(experiment)
     asked, text = load_experiment(path)
     ledger = Ledger(Path(results))
-    publisher = Publisher(track, asked.project, ledger.root)
+    publisher = Publisher(
+        default_targets() if track is None else track, asked.destination, ledger.root
+    )
     try:
         outcome = run_cells(
             asked.cells(),
             ledger,
             publisher,
-            Options(device, trust_remote_code, memory),
+            Options(device, trust_remote_code, memory, executor, slurm or {}),
             progress or Silent(),
         )
     finally:
@@ -110,7 +120,7 @@ def evaluate(
     *,
     project: str = "tracker",
     results: str | os.PathLike[str] = RESULTS,
-    track: Sequence[str] = TRACK,
+    track: Sequence[str] | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     memory: int | None = None,
@@ -122,7 +132,8 @@ def evaluate(
         request: The model, the benchmark, and a layer; all layers are measured together.
         project: The tracking backends' project.
         results: The results folder, which trials share.
-        track: Tracking backends; empty for none.
+        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; empty for none; None for
+            W&B in the trial of a W&B sweep, else MLflow.
         device: `auto` (an accelerator if there is one), or a torch device.
         trust_remote_code: Whether code and pickles from a download may run.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
@@ -137,18 +148,35 @@ def evaluate(
     """
     ledger = Ledger(Path(results))
     progress = progress or Silent()
-    request, no_run = all_layers(request, ledger, trust_remote_code)
-    if no_run is not None:
-        progress.say(f"nothing to measure: {no_run}")
-        return None, Report()
-    publisher = Publisher(track, project, ledger.root)
+    track = default_targets() if track is None else track
+    trial = Trial(track, ledger.root)
+    asked = request
     try:
-        outcome = run_cells(
-            [request], ledger, publisher, Options(device, trust_remote_code, memory), progress
-        )
-    finally:
-        publisher.close()
-    return (outcome.cells[0] if outcome.cells else None), outcome
+        request, no_run = all_layers(request, ledger, trust_remote_code)
+        if no_run is not None:
+            progress.say(f"nothing to measure: {no_run}")
+            trial.end(no_run)
+            return None, Report()
+        publisher = Publisher(track, project, ledger.root)
+        try:
+            outcome = run_cells(
+                [request], ledger, publisher, Options(device, trust_remote_code, memory), progress
+            )
+        finally:
+            publisher.close()
+    except BaseException as error:
+        with suppress(TrackingError):
+            trial.end(str(error) or type(error).__name__, failed=True)
+        raise
+    record = outcome.cells[0] if outcome.cells else None
+    try:
+        if record is None:
+            trial.end(outcome.failed[request.title], failed=True)
+        else:
+            trial.log(record, asked)
+    except TrackingError as error:
+        outcome.unpublished[f"the trial of {asked.title}"] = str(error)
+    return record, outcome
 
 
 def report(results: str | os.PathLike[str] = RESULTS) -> Results:
@@ -167,26 +195,22 @@ def report(results: str | os.PathLike[str] = RESULTS) -> Results:
     return Results(tuple(cells), page, Report(cells=cells))
 
 
-def sync(
-    project: str | None = None,
-    *,
-    results: str | os.PathLike[str] = RESULTS,
-    track: Sequence[str] = TRACK,
-) -> Synced:
+def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = RESULTS) -> Synced:
     """Publish from the ledger what the backends do not have yet, asking the backends themselves.
 
     Args:
-        project: The backends' project; None = the one that each cell was run for.
+        to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; None for MLflow. Where no
+            project is named, each cell goes to the one that it was run for.
         results: The results folder.
-        track: Tracking backends.
 
     Returns:
         What was published and what was not.
 
     Raises:
+        RequestError: There is no such backend.
         ResultsError: There are no results.
     """
-    return publish.sync(Ledger.existing(Path(results)), project, track)
+    return publish.sync(Ledger.existing(Path(results)), default_targets() if to is None else to)
 
 
 def ls(results: str | os.PathLike[str] = RESULTS) -> list[CellRecord]:

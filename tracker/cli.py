@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
     from tracker.config import Component
     from tracker.records import CellRecord, RunIdentity
-    from tracker.runner.local import Report
     from tracker.runner.planning import PlannedCell
+    from tracker.runner.run import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 COMPONENTS = ("layer", "attention", "mlp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXECUTORS = ("local", "ray", "slurm")
 
 
 class _Show:
@@ -42,8 +43,8 @@ class _Show:
         """Print a line."""
         self._console.print(message, style="dim", markup=False, highlight=False)
 
-    def start(self, title: str, total: int) -> None:
-        """Open the bar of a cell."""
+    def start(self, title: str, total: int, unit: str = "responses") -> None:
+        """Open the bar of some work."""
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -57,7 +58,7 @@ class _Show:
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("responses ·"),
+            TextColumn(f"{unit} ·"),
             TimeElapsedColumn(),
             TextColumn("· left"),
             TimeRemainingColumn(compact=True),
@@ -66,6 +67,12 @@ class _Show:
         )
         self._task = self._bar.add_task(title, total=total)
         self._bar.start()
+
+    def expect(self, more: int) -> None:
+        """Let the bar be longer, or shorter."""
+        if self._bar is not None and self._task is not None:
+            total = self._bar.tasks[0].total or 0
+            self._bar.update(self._task, total=total + more)
 
     def advance(self, responses: int) -> None:
         """Move the bar."""
@@ -141,6 +148,23 @@ class _Layers(click.ParamType):  # type: ignore[type-arg]
         return tuple(layers)
 
 
+class _Setting(click.ParamType):  # type: ignore[type-arg]
+    """KEY=VALUE; a value that is JSON is what it says: a number, true, a list."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+        import json
+
+        key, sign, text = value.partition("=")
+        if not sign or not key.isidentifier():
+            self.fail(f"{value!r} is no setting; write KEY=VALUE", param, ctx)
+        try:
+            return key, json.loads(text)
+        except ValueError:
+            return key, text
+
+
 class _Failures(click.Group):
     """Turns tracker's errors into one clear message and an exit code."""
 
@@ -155,6 +179,14 @@ class _Failures(click.Group):
         except KeyboardInterrupt:
             click.echo("tracker: stopped; type the same command to continue", err=True)
             ctx.exit(130)
+
+
+class _TrialCommand(click.Command):
+    """Takes `--name=None`, which is what W&B makes of a null in a grid, for nothing said."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        said = [arg for arg in args if not (arg.startswith("--") and arg.endswith("=None"))]
+        return super().parse_args(ctx, said)
 
 
 @click.group(cls=_Failures, context_settings={"help_option_names": ["-h", "--help"]})
@@ -208,14 +240,13 @@ def _running(function: F) -> F:
 
     @click.option(
         "--track",
-        default="mlflow",
-        show_default=True,
-        help="Tracking backends, comma-separated, or 'none'.",
+        help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, or 'none'. "
+        "Default: mlflow; in the trial of a W&B sweep: wandb.",
     )
     @_machine
     @_trust
     @functools.wraps(function)
-    def wrapped(*args: Any, track: str, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, track: str | None, **kwargs: Any) -> Any:
         return function(*args, track=_backends(track), **kwargs)
 
     return _results(wrapped)  # type: ignore[return-value]
@@ -229,29 +260,53 @@ def _trust(function: F) -> F:
     )(function)
 
 
-def _backends(track: str) -> tuple[str, ...]:
+def _backends(track: str | None) -> tuple[str, ...] | None:
+    if track is None:
+        return None
     names = tuple(name.strip() for name in track.split(",") if name.strip())
     return () if names == ("none",) else names
 
 
 @main.command()
 @click.argument("experiment", type=click.Path(path_type=Path))
+@click.option(
+    "--executor",
+    type=click.Choice(EXECUTORS),
+    default="local",
+    show_default=True,
+    help="Where cells are measured. local: in this process. ray: on the Ray cluster that "
+    "RAY_ADDRESS names, or that 'ray start' made on this machine; where there is neither, on one "
+    "that lives as long as the run. slurm: in a job array, one job a cell; Ctrl-C cancels it.",
+)
+@click.option(
+    "--slurm",
+    multiple=True,
+    type=_Setting(),
+    help="What each SLURM job asks for, in the words of submitit and sbatch; may be given several "
+    "times: partition=gpu, timeout_min=240 (default: 60), gpus_per_node=1, cpus_per_task=8, "
+    "mem_gb=64. cluster=local tries the same jobs without SLURM.",
+)
 @_running
 def run(
     experiment: Path,
+    executor: str,
+    slurm: tuple[tuple[str, Any], ...],
     results: Path,
-    track: tuple[str, ...],
+    track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
     trust_remote_code: bool,
 ) -> None:
-    """Run an experiment file here, continuing what the results folder holds.
+    """Run an experiment file, continuing what the results folder holds.
 
     \b
     Examples:
       tracker run experiments/demo.yaml
       tracker run experiments/llama.yaml --results /scratch/llama --device cuda
       tracker run experiments/demo.yaml --track none
+      tracker run experiments/llama.yaml --executor ray
+      tracker run experiments/llama.yaml --executor slurm --slurm partition=gpu \\
+          --slurm gpus_per_node=1 --slurm timeout_min=240
     """
     from tracker import api
 
@@ -263,15 +318,20 @@ def run(
         device=device,
         memory=memory,
         trust_remote_code=trust_remote_code,
+        executor=executor,
+        slurm=dict(slurm),
         progress=_Show(console),
     )
     for cell in done.cells:
         _print_cell(console, cell)
-    _print_end(console, done.outcome, done.report, f"tracker run {experiment}")
+    again = f"tracker run {experiment}"
+    if executor != "local":
+        again += f" --executor {executor}"
+    _print_end(console, done.outcome, done.report, again)
     sys.exit(done.outcome.exit_code)
 
 
-@main.command()
+@main.command(cls=_TrialCommand)
 @click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
 @click.option("--benchmark", required=True, help="A task or a group of lm-eval.")
 @click.option("--layer", required=True, type=click.IntRange(min=0), help="The layer, 0-based.")
@@ -313,7 +373,7 @@ def evaluate(
     removed: tuple[int, ...],
     project: str,
     results: Path,
-    track: tuple[str, ...],
+    track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
     trust_remote_code: bool,
@@ -408,7 +468,7 @@ def bench(
 
     from tracker.config import CellRequest
     from tracker.runner.bench import bench as measure
-    from tracker.runner.local import Options
+    from tracker.runner.executors import Options
 
     asked = {name: value for name, value in settings.items() if value is not None}
     request = CellRequest(layers=(), components=tuple(dict.fromkeys(components)), **asked)
@@ -492,20 +552,24 @@ def report(results: Path) -> None:
 
 
 @main.command()
-@click.option("--project", help="The backends' project; default: that of each cell's experiment.")
-@click.option("--track", default="mlflow", show_default=True, help="Backends, comma-separated.")
+@click.option(
+    "--to",
+    help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT. Without "
+    "a project, each cell goes to that of its experiment.  [default: mlflow]",
+)
 @_results
-def sync(project: str | None, track: str, results: Path) -> None:
+def sync(to: str | None, results: Path) -> None:
     """Publish from the results folder what a tracking backend does not have yet.
 
     \b
     Examples:
       tracker sync
+      tracker sync --to wandb:my-team/layers --results /scratch/llama
       MLFLOW_TRACKING_URI=http://mlflow.lab:5000 tracker sync --results /scratch/llama
     """
     from tracker import api
 
-    done = api.sync(project, results=results, track=_backends(track))
+    done = api.sync(_backends(to), results=results)
     click.echo(f"{len(done.published)} cells published")
     for location in done.locations.values():
         click.echo(f"see them: {_runnable(location)}")
@@ -608,11 +672,11 @@ def _print_end(console: Console, outcome: Report, page: Path | None, again: str)
 
 def _runnable(location: str) -> str:
     """Let a printed command work as it stands, also where the environment is not activated."""
-    program, _, rest = location.partition(" ")
+    program, space, rest = location.partition(" ")
+    if not space or shutil.which(program):
+        return location  # an address, or a command that works
     beside = Path(sys.executable).with_name(program)
-    if rest and not shutil.which(program) and beside.is_file():
-        return f"{os.path.relpath(beside)} {rest}"
-    return location
+    return f"{os.path.relpath(beside)} {rest}" if beside.is_file() else location
 
 
 def _print_plan(console: Console, cells: Sequence[PlannedCell], gflops: float | None) -> None:

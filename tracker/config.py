@@ -204,6 +204,11 @@ class Experiment(_Strict):
     entity: Name | None = None
     metric: Goal | None = None
 
+    @property
+    def destination(self) -> str:
+        """The tracking project, with the W&B entity before it where one is named."""
+        return f"{self.entity}/{self.project}" if self.entity else self.project
+
     def cells(self) -> list[CellRequest]:
         """Expand the grid into cells, each with all its layers.
 

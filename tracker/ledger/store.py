@@ -9,6 +9,7 @@ RESULTS/
     requests/VIEW.json      what was asked of the intact model, or without some layers: what to show
     shards/*.parquet        per-document outcomes
     locks/                  one a block of documents
+  slurm/                    the logs of SLURM jobs
 """
 
 from __future__ import annotations

@@ -117,6 +117,25 @@ def heat_title(cells: Sequence[CellRecord]) -> str:
     return text + (f"; {total - count} undefined" if total > count else "")
 
 
+def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
+    """Draw whatever can be drawn of a cell, for the run that a tracking backend keeps of it.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Charts by name, each with its title.
+    """
+    found = {}
+    if curve_components(cell):
+        found["accuracy_drop"] = layer_curve(cell)
+    if cell.whole_layers:
+        found["proxies"] = proxy_scatter(cell)
+    for component in span_components(cell):
+        found[f"spans_{component}"] = span_map(cell, component)
+    return found
+
+
 def layer_curve(cell: CellRecord) -> go.Figure:
     """Draw the accuracy drop (or loss increase) of every layer above its cosine score.
 

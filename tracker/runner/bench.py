@@ -17,7 +17,7 @@ from tracker.config import CellRequest
 from tracker.errors import BenchmarkError
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
-from tracker.runner.local import Options
+from tracker.runner.executors import Options
 from tracker.runner.progress import Progress
 
 if TYPE_CHECKING:

@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping
 
 from filelock import Timeout
 
-from tracker.ablations import INTACT, Ablation
-from tracker.benchmarks.benchmark import Benchmark
-from tracker.documents import Document
-from tracker.engine.sweep import DocumentScores
-from tracker.ledger.outcomes import outcome_row
-from tracker.ledger.store import Block, CellStore
+from tracker.ablations import ablations_of
+from tracker.ledger.store import Block, CellStore, Ledger
+from tracker.runner.meter import Facts, Meter
+from tracker.runner.prepare import Asked, look_up
 from tracker.runner.progress import Progress
-from tracker.runner.scorer import Scorer
 
 WAIT = 0.5
 """Seconds between two looks at blocks that another process is computing."""
 
 
+def open_cell(asked: Asked, facts: Facts, ledger: Ledger) -> tuple[CellStore, dict[Block, int]]:
+    """Open a cell whose model is known, or make it, and see what it lacks.
+
+    Args:
+        asked: What was asked for.
+        facts: What is known of it.
+        ledger: The results folder; finds the cell by its request from now on.
+
+    Returns:
+        The cell on disk, and the blocks that lack something with how many responses they lack.
+    """
+    store = ledger.cell(facts.model, facts.benchmark, facts.provenance)
+    # A hub model's commit is known only now that it is in the cache.
+    key = asked.key or look_up(asked.request, ledger).key
+    if key:
+        ledger.remember(key, store)
+    limit, names = asked.request.limit, names_of(asked, store)
+    if store.is_complete(limit, names):
+        return store, {}
+    lacking = {
+        block: sum(
+            facts.responses[block.task, i] * len(absent)
+            for absent, indices in store.missing(block, limit, names).items()
+            for i in indices
+        )
+        for block in store.blocks(limit)
+    }
+    return store, {block: responses for block, responses in lacking.items() if responses}
+
+
+def names_of(asked: Asked, store: CellStore) -> list[str]:
+    """Name the ablations that a cell is measured under."""
+    return [a.name for a in ablations_of(asked.request, store.identity.model.layers)]
+
+
 def fill(
     store: CellStore,
-    benchmark: Benchmark,
-    documents: Sequence[Document],
-    scorer: Scorer,
-    ablations: Sequence[Ablation],
+    lacking: Mapping[Block, int],
+    meter: Meter,
     limit: int | None,
     progress: Progress,
 ) -> None:
@@ -37,35 +66,34 @@ def fill(
 
     Args:
         store: The cell on disk.
-        benchmark: Judges the responses.
-        documents: All documents up to the limit.
-        scorer: Scores them.
-        ablations: What to remove.
+        lacking: The blocks that lack something, and how many responses.
+        meter: Measures its documents.
         limit: Documents per task.
         progress: Told of every scored row.
     """
-    by_place = {(document.task, document.index): document for document in documents}
-    names = [ablation.name for ablation in ablations]
-    sizes = {
-        block: sum(
-            scorer.responses(by_place[block.task, i]) * len(lacking)
-            for lacking, indices in store.missing(block, limit, names).items()
-            for i in indices
-        )
-        for block in store.blocks(limit)
-    }
-    progress.start(store.identity.benchmark.name, sum(sizes.values()))
-    pending = [block for block, size in sizes.items() if size]
+    progress.start(store.identity.benchmark.name, sum(lacking.values()))
+    try:
+        _fill(store, lacking, meter, limit, progress)
+    finally:
+        progress.finish()
+
+
+def _fill(
+    store: CellStore,
+    lacking: Mapping[Block, int],
+    meter: Meter,
+    limit: int | None,
+    progress: Progress,
+) -> None:
+    pending = list(lacking)
     told = False
     while pending:
         left = []
         for block in pending:
             try:
                 with store.lock(block).acquire(timeout=0):
-                    done = _fill_block(
-                        store, block, benchmark, by_place, scorer, ablations, limit, progress
-                    )
-                    progress.advance(sizes[block] - done)
+                    done = _fill_block(store, block, meter, limit, progress)
+                    progress.advance(lacking[block] - done)
             except Timeout:
                 left.append(block)
         if len(left) == len(pending):
@@ -74,21 +102,12 @@ def fill(
                 told = True
             time.sleep(WAIT)
         pending = left
-    progress.finish()
 
 
 def _fill_block(
-    store: CellStore,
-    block: Block,
-    benchmark: Benchmark,
-    by_place: Mapping[tuple[str, int], Document],
-    scorer: Scorer,
-    ablations: Sequence[Ablation],
-    limit: int | None,
-    progress: Progress,
+    store: CellStore, block: Block, meter: Meter, limit: int | None, progress: Progress
 ) -> int:
     """Measure what one block lacks; returns the responses that were reported as scored."""
-    named = {ablation.name: ablation for ablation in ablations}
     done = 0
 
     def advance(responses: int) -> None:
@@ -96,37 +115,8 @@ def _fill_block(
         done += responses
         progress.advance(responses)
 
-    for names, indices in store.missing(block, limit, list(named)).items():
-        # The baseline rides along for free: every other stream forks from it.
-        scored = [INTACT, *(named[name] for name in names if name != INTACT.name)]
-        start = time.perf_counter()
-        results = scorer.score([by_place[block.task, i] for i in indices], scored, advance)
-        rows = [
-            row
-            for result in results
-            for row in _rows(result, scored, benchmark, keep_baseline=INTACT.name in names)
-        ]
-        store.write(
-            block,
-            rows,
-            {
-                "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seconds": f"{time.perf_counter() - start:.3f}",
-                "device": str(scorer.engine.loaded.device),
-                "sharing": str(scorer.engine.sharing),
-            },
-        )
+    names = [ablation.name for ablation in meter.ablations]
+    for absent, indices in store.missing(block, limit, names).items():
+        shard = meter.measure(block.task, absent, indices, advance)
+        store.write(block, shard.rows, shard.metadata)
     return done
-
-
-def _rows(
-    result: DocumentScores, scored: Sequence[Ablation], benchmark: Benchmark, keep_baseline: bool
-) -> list[dict[str, object]]:
-    rows = []
-    for ablation, responses in zip(scored, result.responses, strict=True):
-        if ablation == INTACT and not keep_baseline:
-            continue
-        proxies = (result.proxy_tokens, result.proxy_sums.tolist()) if ablation == INTACT else None
-        metrics = benchmark.outcomes(result.document, responses)
-        rows.append(outcome_row(result.document, ablation.name, responses, metrics, proxies))
-    return rows

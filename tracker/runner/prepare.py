@@ -96,6 +96,8 @@ def _no_run(request: CellRequest, layers: int) -> str:
     layer, span = request.layers[0], request.spans[0]
     if layer + span > layers:
         return f"{span} layers from layer {layer} on reach beyond layer {layers - 1}, the last one"
+    if not set(range(layer, layer + span)) & set(request.removed):
+        return "no layer would be left"
     what = f"layer {layer}" if span == 1 else f"one of layers {layer} to {layer + span - 1}"
     return f"{what} is among the removed layers {', '.join(map(str, request.removed))}"
 

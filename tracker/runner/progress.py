@@ -11,14 +11,17 @@ class Progress(Protocol):
     def say(self, message: str) -> None:
         """Hear one line about something that takes a while or needs attention."""
 
-    def start(self, title: str, total: int) -> None:
-        """Hear that a cell begins, of `total` responses to come."""
+    def start(self, title: str, total: int, unit: str = "responses") -> None:
+        """Hear that work begins, of `total` responses, or whatever else is counted, to come."""
+
+    def expect(self, more: int) -> None:
+        """Hear that more of them are to come than was known; fewer if negative."""
 
     def advance(self, responses: int) -> None:
-        """Hear that so many responses are there."""
+        """Hear that so many are there."""
 
     def finish(self) -> None:
-        """Hear that the cell is done."""
+        """Hear that the work has ended."""
 
 
 class Silent:
@@ -27,11 +30,14 @@ class Silent:
     def say(self, message: str) -> None:
         """Ignore a line."""
 
-    def start(self, title: str, total: int) -> None:
-        """Ignore the beginning of a cell."""
+    def start(self, title: str, total: int, unit: str = "responses") -> None:
+        """Ignore the beginning of some work."""
+
+    def expect(self, more: int) -> None:
+        """Ignore that there is more of it."""
 
     def advance(self, responses: int) -> None:
         """Ignore progress."""
 
     def finish(self) -> None:
-        """Ignore the end of a cell."""
+        """Ignore its end."""

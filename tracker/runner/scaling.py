@@ -11,7 +11,7 @@ import numpy as np
 from tracker.ablations import INTACT, Ablation, ablations_of
 from tracker.config import CellRequest
 from tracker.runner.bench import Prepared, prepare, timed
-from tracker.runner.local import Options
+from tracker.runner.executors import Options
 from tracker.runner.progress import Progress
 
 if TYPE_CHECKING:

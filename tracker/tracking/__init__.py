@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tracker.errors import RequestError, did_you_mean
 from tracker.provenance import content_hash
+from tracker.records import CellRecord, LayerRecord
 from tracker.tracking.base import Backend
 
 
@@ -21,8 +23,64 @@ def _mlflow(project: str, results: Path) -> Backend:
     return MlflowBackend(project, results)
 
 
-BACKENDS: dict[str, Callable[[str, Path], Backend]] = {"mlflow": _mlflow}
+def _wandb(project: str, results: Path) -> Backend:
+    from tracker.tracking.wandb import WandbBackend
+
+    return WandbBackend(project, results)
+
+
+BACKENDS: dict[str, Callable[[str, Path], Backend]] = {"mlflow": _mlflow, "wandb": _wandb}
 """What a user may ask for. Each entry imports its SDK only when it is called."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where runs go.
+
+    Attributes:
+        backend: A key of `BACKENDS`.
+        project: The MLflow experiment or W&B project; None = that of the experiment file.
+    """
+
+    backend: str
+    project: str | None = None
+
+
+def target(text: str) -> Target:
+    """Read where runs go.
+
+    Args:
+        text: `BACKEND` or `BACKEND:PROJECT`, e.g. `mlflow` or `wandb:ENTITY/PROJECT`.
+
+    Returns:
+        The target.
+
+    Raises:
+        RequestError: There is no such backend.
+    """
+    backend, colon, project = text.partition(":")
+    if backend not in BACKENDS:
+        raise RequestError(
+            f"There is no tracking backend {backend!r}; use one of: {', '.join(BACKENDS)}."
+            + did_you_mean(backend, BACKENDS)
+        )
+    if colon and not project.strip("/"):
+        raise RequestError(f"{text!r} names no project; write {backend} or {backend}:PROJECT")
+    return Target(backend, project or None)
+
+
+def in_sweep() -> bool:
+    """Say whether a W&B agent started this process."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+def default_targets() -> tuple[str, ...]:
+    """Say where runs go when nothing is said.
+
+    Returns:
+        W&B for the trial of a W&B sweep, MLflow otherwise.
+    """
+    return ("wandb",) if in_sweep() else ("mlflow",)
 
 
 def open_backend(name: str, project: str, results: Path) -> Backend:
@@ -30,33 +88,45 @@ def open_backend(name: str, project: str, results: Path) -> Backend:
 
     Args:
         name: A key of `BACKENDS`.
-        project: The MLflow experiment or W&B project that the runs go to.
+        project: The MLflow experiment, or the W&B project as `PROJECT` or `ENTITY/PROJECT`.
         results: The results folder; a backend that needs no server keeps its files in it.
 
     Returns:
         The backend.
-
-    Raises:
-        RequestError: There is no such backend.
     """
-    known_backend(name)
     return BACKENDS[name](project, results)
 
 
-def known_backend(name: str) -> None:
-    """Refuse a backend that is not there.
+def log_trial(cell: CellRecord, run: LayerRecord, results: Path) -> None:
+    """Log a run of a cell into the run that a W&B agent opened for this process, and end it.
 
     Args:
-        name: What the user typed.
+        cell: The cell.
+        run: What the trial asked for.
+        results: The results folder.
 
     Raises:
-        RequestError: There is no such backend.
+        TrackingError: W&B refused or could not be reached.
     """
-    if name not in BACKENDS:
-        raise RequestError(
-            f"There is no tracking backend {name!r}; use one of: {', '.join(BACKENDS)}."
-            + did_you_mean(name, BACKENDS)
-        )
+    from tracker.tracking import wandb
+
+    wandb.log_trial(cell, run, results)
+
+
+def end_trial(note: str, failed: bool, results: Path) -> None:
+    """End the run that a W&B agent opened for this process, with nothing measured.
+
+    Args:
+        note: Why.
+        failed: Whether the sweep shows the run as failed.
+        results: The results folder.
+
+    Raises:
+        TrackingError: W&B refused or could not be reached.
+    """
+    from tracker.tracking import wandb
+
+    wandb.end_trial(note, failed, results)
 
 
 def destination(name: str, project: str, results: Path) -> str:
@@ -68,10 +138,15 @@ def destination(name: str, project: str, results: Path) -> str:
         results: The results folder.
 
     Returns:
-        A hash that changes with the project, the server, or a new database file; it gives away
+        A hash that changes with the project, the server, or a new local store; it gives away
         neither address nor password.
     """
-    server = os.environ.get("MLFLOW_TRACKING_URI")
-    database = results / "mlflow.db"
-    file = database.stat().st_ino if not server and database.is_file() else None
-    return content_hash([name, project, server, file])
+    if name == "mlflow":
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        local = None if server else results / "mlflow.db"
+    else:
+        names = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE", "WANDB_SWEEP_ID")
+        server = " ".join(os.environ.get(setting, "") for setting in names)
+        local = results / "wandb" if os.environ.get("WANDB_MODE") == "offline" else None
+    made = local.stat().st_ino if local is not None and local.exists() else None
+    return content_hash([name, project, server, made])

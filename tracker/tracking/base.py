@@ -10,12 +10,17 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import quote, unquote
 
 from tracker.records import CellRecord, LayerRecord, Record, RunIdentity, view_name
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 CURVES = (
     "accuracy",
@@ -62,7 +67,9 @@ class Backend(Protocol):
 
     name: str
 
-    def publish(self, cell: CellRecord, artifacts: Sequence[Path]) -> Published:
+    def publish(
+        self, cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]
+    ) -> Published:
         """Publish the cell as one run, and one more for each of its runs.
 
         Publishing the same again creates nothing and logs nothing twice; a changed record updates
@@ -71,6 +78,7 @@ class Backend(Protocol):
         Args:
             cell: The record, complete or still growing.
             artifacts: Files to attach to the cell's run, each under its own file name.
+            charts: Plotly figures of the cell's run, by name.
 
         Returns:
             How many runs were created, updated and left alone, and where to look at them.
@@ -81,6 +89,36 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release what the backend holds; it never raises."""
+
+
+def sync_command(results: Path, backend: str) -> str:
+    """Say what to type when a backend is back.
+
+    Args:
+        results: The results folder.
+        backend: The backend's name.
+
+    Returns:
+        The command.
+    """
+    return f"tracker sync --to {backend} --results {shlex.quote(str(results))}"
+
+
+def masked(text: str, secrets: Sequence[str | None] = ()) -> str:
+    """Hide passwords before a text is shown or kept.
+
+    Args:
+        text: What a library said.
+        secrets: What must not be seen, as it is and as it is quoted in an address.
+
+    Returns:
+        The text without them, and without what looks like a password in an address.
+    """
+    for secret in filter(None, secrets):
+        for form in (secret, unquote(secret), quote(secret, safe="")):
+            text = text.replace(form, "***")
+    text = re.sub(r"://\S*@", "://***@", text)
+    return re.sub(r"(?i)\b(password|token)=[^&\s]+", r"\1=***", text)
 
 
 def run_key(cell: CellRecord, ablation: str) -> str:
@@ -96,6 +134,34 @@ def run_key(cell: CellRecord, ablation: str) -> str:
     """
     key = f"{cell.key}/{view_name(cell.removed)}" if cell.removed else cell.key
     return f"{key}/{ablation}"
+
+
+def run_name(cell: CellRecord, layer: LayerRecord) -> str:
+    """Name a run where people read lists of them.
+
+    Args:
+        cell: The cell that the run belongs to.
+        layer: The run.
+
+    Returns:
+        For example `layer 03 · arc_easy · SmolLM2-135M`; the zeros make names sort as numbers do.
+    """
+    beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
+    label = layer.label(max(2, len(str(cell.model.layers - 1))))
+    return f"{label}{beneath} · {cell.benchmark.name} · {cell.model.name}"
+
+
+def metric_name(name: str) -> str:
+    """Name a metric as every backend takes it.
+
+    Args:
+        name: Our name; lm-eval's metrics hold a comma before the filter.
+
+    Returns:
+        The name with `/` for commas, and `_` for what MLflow refuses.
+    """
+    folders = "/".join(part for part in name.split(",") if part)
+    return re.sub(r"[^\w./ -]", "_", folders, flags=re.ASCII)
 
 
 def curve_name(run: RunIdentity, figure: str) -> str:
@@ -168,6 +234,31 @@ def flat_metrics(layer: LayerRecord) -> dict[str, float]:
         unit, and nats for `gold_logprob_drop`.
     """
     return {"n": float(layer.n), **defined(_layer_values(layer))}
+
+
+def cell_figures(cell: CellRecord) -> dict[str, float | None]:
+    """Flatten the figures of the cell itself.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Every figure by name, None where it is not defined: fractions, or a loss in the metric's
+        own unit; the correlations as `spearman/cosine_score/all`.
+    """
+    return {
+        "n": cell.n,
+        "tokens": cell.tokens,
+        "removed_accuracy": cell.removed_accuracy,
+        "removed_low": cell.removed_low,
+        "removed_high": cell.removed_high,
+        "baseline_accuracy": cell.baseline_accuracy,
+        "baseline_low": cell.baseline_low,
+        "baseline_high": cell.baseline_high,
+        "chance_accuracy": cell.chance_accuracy,
+        **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
+        **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.value for c in cell.correlations},
+    }
 
 
 def absent_reasons(layer: LayerRecord) -> dict[str, str]:

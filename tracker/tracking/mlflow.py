@@ -21,8 +21,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import psutil
 from filelock import FileLock
@@ -45,8 +46,11 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 
 from tracker.errors import TrackingError  # noqa: E402
 from tracker.records import CellRecord  # noqa: E402
-from tracker.tracking.base import Published, is_curve  # noqa: E402
+from tracker.tracking.base import Published, is_curve, masked, sync_command  # noqa: E402
 from tracker.tracking.mlflow_runs import KEY_TAG, Run, cell_run, layer_run  # noqa: E402
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 # "Creating initial MLflow database tables...": nothing that a user of tracker must read.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
@@ -54,6 +58,7 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 DIGEST_TAG = "tracker.digest"
 
 _LOCK_SECONDS = 600.0
+_SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 _NETWORK_FILE_SYSTEMS = re.compile(
     r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|afs|orangefs|pvfs|9p|fuse\.sshfs", re.IGNORECASE
@@ -86,12 +91,18 @@ class MlflowBackend:
             self._uri = f"sqlite:///{self._database}"
         self._connection: tuple[Any, str] | None = None
 
-    def publish(self, cell: CellRecord, artifacts: Sequence[Path]) -> Published:
+    def publish(
+        self,
+        cell: CellRecord,
+        artifacts: Sequence[Path],
+        charts: Mapping[str, Figure] = MappingProxyType({}),
+    ) -> Published:
         """Publish the cell as a parent run, and each of its runs as a nested one.
 
         Args:
             cell: The record, complete or still growing.
             artifacts: Files to attach to the cell's run, each under its own file name.
+            charts: Plotly figures of the cell's run, by name.
 
         Returns:
             How many runs were created, updated and left alone, and where to look at them.
@@ -102,7 +113,7 @@ class MlflowBackend:
         with self._failures_explained(), self._one_publisher():
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
-            parent = cell_run(cell, artifacts)
+            parent = cell_run(cell, artifacts, charts)
             outcomes = [_write(client, experiment, parent, existing)]
             parent_id = existing[parent.key].info.run_id
             # MLflow lists the newest run first, so layer 0 is written last.
@@ -158,9 +169,9 @@ class MlflowBackend:
 
     def _location(self, experiment: str) -> str:
         if self._uri.startswith(("http://", "https://")):
-            server = _without_credentials(self._uri).replace("***@", "").rstrip("/")
+            server = masked(self._uri).replace("***@", "").rstrip("/")
             return f"{server}/#/experiments/{experiment}"
-        uri = shlex.quote(_without_credentials(self._uri))
+        uri = shlex.quote(masked(self._uri))
         return f"mlflow ui --backend-store-uri {uri} --port 5000"
 
     @contextmanager
@@ -182,15 +193,14 @@ class MlflowBackend:
         except TrackingError:
             raise
         except Exception as error:  # noqa: BLE001  the SDK raises requests, SQL, cloud errors, ...
-            text = _without_credentials(str(error) or type(error).__name__, self._uri)
-            message = (
-                f"MLflow at {_without_credentials(self._uri)} did not take the runs: {text}\n"
-                "The results are on disk; run `tracker sync "
-                f"{shlex.quote(str(self._results))}` when it is back."
-            )
+            secrets = _secrets(self._uri)
+            text = masked(str(error) or type(error).__name__, secrets)
+            again = sync_command(self._results, self.name)
             # A traceback prints the cause too, so it is dropped where it could show a password.
-            secret = _without_credentials(self._uri) != self._uri
-            raise TrackingError(message) from (None if secret else error)
+            raise TrackingError(
+                f"MLflow at {masked(self._uri)} did not take the runs: {text}\n"
+                f"The results are on disk; when it is back: {again}"
+            ) from (None if any(secrets) else error)
 
 
 def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]:
@@ -246,6 +256,8 @@ def _write(client: Any, experiment: str, run: Run, existing: dict[str, Any]) -> 
         # Not log_table: it appends to a table that is already there.
         content = {"columns": table.columns, "data": table.rows}
         client.log_text(run_id, json.dumps(content), path)
+    for chart, figure in run.charts.items():
+        client.log_figure(run_id, figure, f"charts/{chart}.html")
     for file in run.files:
         client.log_artifact(run_id, str(file))
     if found.info.run_name != run.name:
@@ -324,12 +336,9 @@ def _on_local_disk(folder: Path) -> bool:
     return nearest is None or not _NETWORK_FILE_SYSTEMS.search(nearest.fstype)
 
 
-def _without_credentials(text: str, uri: str = "") -> str:
-    """Mask passwords: the ones in addresses in the text, and the ones of a known URI."""
+def _secrets(uri: str) -> list[str | None]:
+    """What in the address and the environment nobody may see."""
+    passwords = [os.environ.get(name) for name in _SECRET_SETTINGS]
     with suppress(ValueError):
-        password = urlsplit(uri).password
-        for secret in (password, unquote(password or "")):
-            if secret:
-                text = text.replace(secret, "***")
-    text = re.sub(r"://\S*@", "://***@", text)
-    return re.sub(r"(?i)\b(password|token)=[^&\s]+", r"\1=***", text)
+        passwords.append(urlsplit(uri).password)
+    return passwords

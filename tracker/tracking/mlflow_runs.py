@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tracker.records import WHOLE_LAYER, CellRecord, LayerRecord
 from tracker.tracking.base import (
     CURVES,
     Table,
     absent_reasons,
+    cell_figures,
     content_digest,
     correlation_table,
     curve_name,
     defined,
     flat_metrics,
     layer_table,
+    metric_name,
     not_finite,
     run_key,
+    run_name,
 )
 
-FORMAT = "1"
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+FORMAT = "2"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 KEY_TAG = "tracker.run_key"
@@ -47,15 +53,17 @@ class Run:
     has_curves: bool = False
     """Whether the metrics that `is_curve` names have a step of their own for every layer."""
     tables: dict[str, Table] = field(default_factory=dict)
+    charts: Mapping[str, Figure] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
 
 
-def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
+def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> Run:
     """Describe the run of a cell.
 
     Args:
         cell: The cell.
         artifacts: Files to attach, each under its own file name.
+        charts: Plotly figures, by name.
 
     Returns:
         The run, with the layers' figures as curves over the layers.
@@ -71,21 +79,8 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
         "tasks": len(benchmark.tasks),
         **_identity(cell),
     }
-    single = {
-        "removed_accuracy": cell.removed_accuracy,
-        "removed_low": cell.removed_low,
-        "removed_high": cell.removed_high,
-        "baseline_accuracy": cell.baseline_accuracy,
-        "baseline_low": cell.baseline_low,
-        "baseline_high": cell.baseline_high,
-        "chance_accuracy": cell.chance_accuracy,
-        **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
-        **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.value for c in cell.correlations},
-    }
-    points = {
-        (_metric_name(name), 0): value
-        for name, value in {"n": cell.n, "tokens": cell.tokens, **defined(single)}.items()
-    }
+    single = cell_figures(cell)
+    points = {(metric_name(name), 0): value for name, value in defined(single).items()}
     for layer in cell.layers:
         figures = flat_metrics(layer)
         points |= {
@@ -125,6 +120,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path]) -> Run:
         step=0,
         has_curves=True,
         tables=tables,
+        charts=charts,
         files=tuple(artifacts),
     )
 
@@ -140,9 +136,7 @@ def layer_run(cell: CellRecord, layer: LayerRecord, parent_id: str) -> Run:
     Returns:
         The run.
     """
-    beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
-    label = layer.label(max(2, len(str(cell.model.layers - 1))))
-    name = f"{label}{beneath} · {cell.benchmark.name} · {cell.model.name}"
+    name = run_name(cell, layer)
     tags = {"tracker.layer": str(layer.layer), "mlflow.parentRunId": parent_id}
     figures = flat_metrics(layer)
     return Run(
@@ -159,7 +153,7 @@ def layer_run(cell: CellRecord, layer: LayerRecord, parent_id: str) -> Run:
             }
         ),
         tags=_tags(cell, layer.ablation, tags, absent_reasons(layer)),
-        points={(_metric_name(name), layer.layer): value for name, value in figures.items()},
+        points={(metric_name(name), layer.layer): value for name, value in figures.items()},
         step=layer.layer,
     )
 
@@ -206,16 +200,10 @@ def _tags(
         "tracker.lower_is_better": None if cell.higher_is_better else "true",
         "mlflow.source.name": "tracker",
         **own,
-        **{f"tracker.reason.{_metric_name(name)}": reason for name, reason in reasons.items()},
+        **{f"tracker.reason.{metric_name(name)}": reason for name, reason in reasons.items()},
     }
     return {name: text[:_TAG_CHARACTERS] for name, text in _texts(tags).items()}
 
 
 def _texts(values: Mapping[str, object]) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value is not None}
-
-
-def _metric_name(name: str) -> str:
-    """Replace what MLflow refuses in names: the comma before lm-eval's filter becomes a slash."""
-    folders = "/".join(part for part in name.split(",") if part)
-    return re.sub(r"[^\w./ -]", "_", folders, flags=re.ASCII)

@@ -1,0 +1,97 @@
+"""What the tests of the executors share: one study, what it says, and what it measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+import tracker
+from tracker.api import Results
+from tracker.ledger.store import Ledger
+from tracker.runner.progress import Silent
+
+
+class Heard(Silent):
+    """Remembers what a run says and counts."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.expected = 0
+        self.counted = 0
+        self.finished = False
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+    def start(self, title: str, total: int, unit: str = "responses") -> None:
+        self.expected += total
+
+    def expect(self, more: int) -> None:
+        self.expected += more
+
+    def advance(self, responses: int) -> None:
+        self.counted += responses
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def run(file: Path, results: Path, heard: Heard | None = None, **options: object) -> Results:
+    return tracker.run(file, results=results, track=[], progress=heard or Heard(), **options)
+
+
+def same(one: Path, other: Path) -> None:
+    """Two results folders hold the same cells, byte for byte, and the same outcomes."""
+    for ours, theirs in zip(Ledger(one).cells(), Ledger(other).cells(), strict=True):
+        assert ours.identity.key == theirs.identity.key
+        order = ["task", "doc", "ablation"]
+        frames = [s.read().sort_values(order, ignore_index=True) for s in (ours, theirs)]
+        pd.testing.assert_frame_equal(*frames, check_exact=True, check_like=True)
+    records = [
+        [each.model_dump_json(exclude={"provenance"}) for each in tracker.api.ls(folder)]
+        for folder in (one, other)
+    ]
+    assert records[0] == records[1]
+
+
+def shards(results: Path) -> list[Path]:
+    return sorted(results.glob("cells/*/shards/*.parquet"))
+
+
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def descendants(words: str) -> Iterator[psutil.Process]:
+    """Find the processes that this one started, by a part of their command line."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if words in " ".join(process.cmdline()):
+                yield process
+        except psutil.NoSuchProcess:
+            continue
+
+
+def arc(folder: Path, documents: int = 40) -> Path:
+    """Write ARC's two tasks; in a folder of our own, because one test breaks one of them."""
+    for name in ("ARC-Easy", "ARC-Challenge"):
+        place = folder / "allenai/ai2_arc" / name
+        place.mkdir(parents=True)
+        rows = [
+            {
+                "question": f"Which is right, {n} or {n * n % 17}?",
+                "choices": {"text": ["this one", f"that {n}", "no"], "label": ["A", "B", "C"]},
+                "answerKey": "ABC"[n % 3],
+            }
+            for n in range(documents)
+        ]
+        (place / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder

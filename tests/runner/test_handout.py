@@ -1,0 +1,144 @@
+"""Handing blocks out: what a cluster cannot be made to do on purpose, with a worker in-process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from filelock import Timeout
+
+from tests.runner.elsewhere import Heard, arc
+from tracker.benchmarks.benchmark import open_benchmark
+from tracker.config import load_experiment
+from tracker.ledger.store import BLOCK, Block, CellStore, Ledger
+from tracker.runner.executors import Job, Options
+from tracker.runner.handout import ATTEMPTS, Cell, Handout, Task
+from tracker.runner.prepare import look_up
+from tracker.runner.worker import Worker
+
+DOCUMENTS = BLOCK + 8
+
+
+class Desk:
+    """A handout, a worker in this process, and what was heard of both."""
+
+    def __init__(self, file: Path, results: Path) -> None:
+        ledger = Ledger(results)
+        requests = load_experiment(file)[0].cells()
+        jobs = [Job(look_up(each, ledger), open_benchmark(each)) for each in requests]
+        self.results = results
+        self.heard = Heard()
+        self.ends: dict[str, CellStore | Exception] = {}
+        self.handout = Handout(jobs, ledger, self.heard, self.end)
+        self.worker = Worker(Options(), str(Path.cwd()), {})
+        self.opened: Cell | None = None
+
+    def end(self, asked, outcome) -> None:
+        assert asked.request.benchmark not in self.ends, "told twice"
+        self.ends[asked.request.benchmark] = outcome
+
+    def next(self) -> Task | None:
+        return self.handout.next(self.opened, [])
+
+    def do(self, task: Task) -> None:
+        self.opened = task.cell
+        if task.block is None:
+            self.handout.opened(task, *self.worker.open(task.cell.request))
+        else:
+            self.handout.measured(task, *self.worker.measure(task.block.task, task.missing))
+
+    def finish(self) -> None:
+        while task := self.next():
+            self.do(task)
+
+
+@pytest.fixture
+def desk(tiny_llama, experiment, tmp_path, one_thread):
+    data = arc(tmp_path / "data", DOCUMENTS)
+
+    def make(*benchmarks: str) -> Desk:
+        model = tmp_path / "tiny-llama"
+        file = experiment(model, benchmark=list(benchmarks), data=str(data))
+        return Desk(file, tmp_path / "results")
+
+    tiny_llama()
+    return make
+
+
+def test_what_is_handed_out_comes_back(desk):
+    found = desk("arc_easy", "arc_challenge")
+    found.finish()
+    assert found.handout.ended
+    assert found.handout.models_loaded == 1
+    assert all(isinstance(end, CellStore) for end in found.ends.values())
+    assert found.heard.counted == found.heard.expected == 2 * DOCUMENTS * 3 * 5
+
+
+def test_documents_that_kill_their_workers_fail_their_cell_alone(desk):
+    found = desk("arc_easy", "arc_challenge")
+    deaths = 0
+    while task := found.next():
+        if task.cell.request.benchmark == "arc_easy" and task.block and task.block.number == 1:
+            found.opened = None
+            found.handout.lost(task, "out of memory", workers=1)
+            deaths += 1
+        else:
+            found.do(task)
+    assert deaths == ATTEMPTS
+    assert str(found.ends["arc_easy"]) == (
+        f"{ATTEMPTS} workers died over the same documents of arc_easy; the last: out of memory"
+    )
+    assert isinstance(found.ends["arc_challenge"], CellStore)
+    # The other block was measured, and is kept.
+    _, easy = Ledger(found.results).cells()
+    assert len(easy.read()) == BLOCK * 5
+
+
+def test_a_block_that_another_process_is_at_is_left_to_it(desk):
+    found = desk("arc_easy")
+    found.do(found.next())
+    (store,) = Ledger(found.results).cells()
+    lock = store.lock(Block("arc_easy", 0))
+    lock.acquire()
+    found.do(found.next())
+    assert found.next() is None
+    assert found.next() is None
+    assert not found.handout.ended
+    assert sum("another process is measuring the rest" in line for line in found.heard.lines) == 1
+    lock.release()
+    task = found.next()
+    assert task.block == Block("arc_easy", 0)
+    with pytest.raises(Timeout):
+        store.lock(task.block).acquire(timeout=0)
+    found.handout.close()
+    found.finish()
+    assert found.handout.ended
+
+
+def test_workers_that_see_other_weights_are_refused(desk):
+    found = desk("arc_easy")
+    first, second = found.next(), found.next()
+    assert first.block is second.block is None
+    facts, fresh = found.worker.open(first.cell.request)
+    found.handout.opened(first, facts, fresh)
+    other = facts.model.model_copy(update={"fingerprint": "another"})
+    found.handout.opened(second, replace(facts, model=other), True)
+    assert "do not all see the same model" in str(found.ends["arc_easy"])
+
+
+def test_what_the_self_check_says_is_said_once(desk):
+    found = desk("arc_easy")
+    found.do(found.next())
+    while task := found.next():
+        shards, _ = found.worker.measure(task.block.task, task.missing)
+        found.handout.measured(task, shards, ["less sharing"])
+    assert found.heard.lines.count("less sharing") == 1
+
+
+def test_nobody_is_left(desk):
+    found = desk("arc_easy", "arc_challenge")
+    found.do(found.next())
+    found.handout.give_up("the cluster is gone")
+    assert {str(end) for end in found.ends.values()} == {"the cluster is gone"}
+    assert found.handout.ended

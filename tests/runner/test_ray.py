@@ -1,0 +1,110 @@
+"""A real Ray cluster of two nodes on this machine: what comes out is what one process gives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
+from tracker.cli import main
+from tracker.ledger.store import BLOCK
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Start two nodes of one core each, on loopback, and end them by their ids."""
+    from ray.cluster_utils import Cluster
+
+    settings = pytest.MonkeyPatch()
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+    found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    found.add_node(**node)
+    settings.setenv("RAY_ADDRESS", found.address)
+    yield found
+    found.shutdown()
+    settings.undo()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, one_thread):
+    """Work in a folder that the cluster was not started in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_without_a_cluster_a_local_one_does_and_a_failure_stays_in_its_cell(
+    here, tiny_llama, experiment, monkeypatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    data = arc(here / "data", 12)
+    broken = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
+    broken.write_text(broken.read_text().replace("that 3", "word " * 400))
+    file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
+    arguments = ["run", file, "--results", here / "results", "--track", "none"]
+    found = CliRunner().invoke(main, [*map(str, arguments), "--executor", "ray"])
+    assert found.exit_code == 1, found.output
+    assert "continuation" in found.output
+    assert f"to run just what failed: tracker run {file} --executor ray" in found.output
+    assert "arc_challenge · 0-shot" in found.output
+
+
+def test_two_nodes_give_what_one_process_gives(cluster, here, tiny_llama, experiment):
+    arc(here / "data", BLOCK + 8)
+    name = tiny_llama().name
+    file = experiment(f"./{name}", benchmark=["arc_easy", "arc_challenge"], data="./data")
+    run(file, here / "local")
+    heard = Heard()
+    found = run(file, here / "ray", heard, executor="ray")
+    assert not found.outcome.failed
+    same(here / "local", here / "ray")
+    # Two cells of one model: each worker has loaded it once.
+    assert 1 <= found.outcome.models_loaded <= 2
+    assert heard.counted == heard.expected == 2 * (BLOCK + 8) * 3 * 5
+    assert heard.finished
+
+    again = run(file, here / "ray", executor="ray")
+    assert again.outcome.models_loaded == 0
+    assert again.cells == found.cells
+
+
+def test_what_a_killed_worker_did_is_done_again(cluster, here, tiny_llama, experiment):
+    model = tiny_llama(layers=8, hidden_size=128, intermediate_size=256)
+    file = experiment(model, layer=list(range(8)), limit=6 * BLOCK + 5)
+    run(file, here / "local")
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: shards(here / "ray"))
+        wait_for(lambda: list(descendants("ray::Worker.measure")))
+        victim: psutil.Process = next(descendants("ray::Worker.measure"))
+        victim.send_signal(signal.SIGKILL)
+        killed.append(victim.pid)
+
+    heard = Heard()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = run(file, here / "ray", heard, executor="ray")
+    killer.join()
+    assert killed
+    assert not found.outcome.failed
+    assert any(line.startswith("a worker died; what it did is done again") for line in heard.lines)
+    assert heard.counted == heard.expected
+    same(here / "local", here / "ray")
+
+
+def test_without_the_extra(here, tiny_llama, experiment, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "tracker.runner.ray", raising=False)
+    file = experiment(tiny_llama(), data=str(arc(here / "data")))
+    arguments = ["run", str(file), "--results", str(here / "results"), "--executor", "ray"]
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 2, found.output
+    assert "pip install 'tracker[ray]'" in found.output
+    assert not (here / "results").exists()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -1,0 +1,174 @@
+"""SLURM jobs through submitit's local executor: real processes, one a cell, really interrupted."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
+from tracker.cli import main
+from tracker.config import load_experiment
+from tracker.ledger.store import BLOCK
+from tracker.runner import job
+from tracker.runner.executors import Options
+
+LOCAL = {"executor": "slurm", "slurm": {"cluster": "local"}}
+JOB = "submitit.core._submit"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, one_thread):
+    """Look often at the jobs, and do not wait for the files of a slow network."""
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr("tracker.runner.slurm.POLL", 0.1)
+    monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0)
+
+
+@pytest.fixture
+def cli(tmp_path):
+    def run(file: Path, *arguments: str):
+        results = str(tmp_path / "results")
+        asked = ["run", str(file), "--results", results, "--track", "none", "--executor", "slurm"]
+        return CliRunner().invoke(main, [*asked, *arguments])
+
+    return run
+
+
+@pytest.fixture
+def long(tiny_llama, experiment):
+    """A study that takes long enough to be interrupted."""
+    model = tiny_llama(layers=8, hidden_size=128, intermediate_size=256)
+    return experiment(model, layer=list(range(8)), limit=6 * BLOCK + 5)
+
+
+def test_a_job_array_gives_what_one_process_gives(tiny_llama, experiment, tmp_path):
+    data = arc(tmp_path / "data", BLOCK + 8)
+    file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
+    run(file, tmp_path / "local")
+    heard = Heard()
+    found = run(file, tmp_path / "jobs", heard, **LOCAL)
+    assert not found.outcome.failed
+    same(tmp_path / "local", tmp_path / "jobs")
+    assert found.outcome.models_loaded == 2
+    assert heard.counted == heard.expected == 4
+    assert heard.finished
+    assert found.report.is_file()
+
+    again = run(file, tmp_path / "jobs", **LOCAL)
+    assert again.outcome.models_loaded == 0
+    assert again.cells == found.cells
+
+
+def test_a_job_that_is_timed_out_continues_from_its_shards(long, tmp_path):
+    run(long, tmp_path / "local")
+    jobs = tmp_path / "jobs"
+    kept: dict[Path, bytes] = {}
+
+    def interrupt() -> None:
+        wait_for(lambda: shards(jobs))
+        kept.update({path: path.read_bytes() for path in shards(jobs)})
+        # What SLURM sends before a time limit.
+        next(descendants(JOB)).send_signal(signal.SIGUSR2)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    found = run(long, jobs, **LOCAL)
+    interrupter.join()
+    assert not found.outcome.failed
+    assert kept
+    assert len(kept) < len(shards(jobs))
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    (log,) = jobs.glob("slurm/*/*_log.out")
+    assert "Requeued" in log.read_text()
+    same(tmp_path / "local", jobs)
+
+
+def test_a_job_that_dies_fails_its_cell_and_names_its_log(long, tmp_path):
+    jobs = tmp_path / "jobs"
+
+    def kill() -> None:
+        wait_for(lambda: shards(jobs))
+        next(descendants(JOB)).send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = run(long, jobs, **LOCAL)
+    killer.join()
+    (why,) = found.outcome.failed.values()
+    assert "_log.err" in why
+    assert found.outcome.exit_code == 1
+
+
+def test_a_cell_that_fails_does_not_take_the_others_with_it(cli, tiny_llama, experiment, tmp_path):
+    data = arc(tmp_path / "data", 12)
+    broken = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
+    broken.write_text(broken.read_text().replace("that 3", "word " * 400))
+    file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
+    found = cli(file, "--slurm", "cluster=local")
+    assert found.exit_code == 1, found.output
+    assert "continuation" in found.output
+    assert f"to run just what failed: tracker run {file} --executor slurm" in found.output
+    assert "arc_challenge · 0-shot" in found.output
+
+
+def test_a_job_that_never_measures_anything_is_not_started_for_ever(
+    tiny_llama, experiment, tmp_path, monkeypatch
+):
+    def stopped(*_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(job, "open_model", lambda *_: None)
+    monkeypatch.setattr(job, "measure_cell", stopped)
+    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
+    (request,) = load_experiment(file)[0].cells()
+    asked = job.CellJob(request, tmp_path / "results", Options())
+    for _ in range(job.STARTS):
+        with pytest.raises(SystemExit):
+            asked()
+        asked = pickle.loads(pickle.dumps(asked))
+    assert "--slurm timeout_min=240" in str(asked().error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["partitoin=gpu", "cluster=local"], "Did you mean 'partition'?"),
+        (["time=4:00:00", "cluster=local"], "it is in minutes"),
+        (["mem_gb=lots", "cluster=local"], "mem_gb"),
+        (["cluster=lokal"], "lokal"),
+        (["partition"], "write KEY=VALUE"),
+        ([], "--slurm cluster=local"),
+    ],
+)
+def test_wrong_parameters_are_refused(
+    cli, tiny_llama, experiment, tmp_path, monkeypatch, settings, words
+):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no srun here
+    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
+    found = cli(file, *(word for setting in settings for word in ("--slurm", setting)))
+    assert found.exit_code == 2, found.output
+    assert words in found.output
+    assert not (tmp_path / "results").exists()
+
+
+def test_parameters_need_the_executor(tiny_llama, experiment, tmp_path):
+    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
+    arguments = ["run", str(file), "--results", str(tmp_path / "results"), "--slurm", "time=60"]
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 2, found.output
+    assert "add --executor slurm" in found.output
+
+
+def test_without_the_extra(cli, tiny_llama, experiment, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.delitem(sys.modules, "tracker.runner.slurm", raising=False)
+    found = cli(experiment(tiny_llama(), data=str(arc(tmp_path / "data"))))
+    assert found.exit_code == 2, found.output
+    assert "pip install 'tracker[slurm]'" in found.output
+    assert not (tmp_path / "results").exists()

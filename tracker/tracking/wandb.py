@@ -1,0 +1,384 @@
+"""Publishes cells to Weights & Biases: one run per cell, and one more for each of its runs.
+
+Runs are handles, never the global run. A run is found again by `tracker.run_key` in its config, and
+`tracker.digest` is written last: a run whose digest is missing or old is completed by the next
+`publish`. Offline nothing can be asked, so a file beside the offline runs remembers them.
+
+W&B never takes a point of a curve back: where a figure has changed, its curve gets a second point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import wandb
+from filelock import FileLock
+
+from tracker.errors import TrackingError
+from tracker.ledger.files import write_text
+from tracker.records import CellRecord, LayerRecord
+from tracker.tracking.base import Published, Table, masked, sync_command
+from tracker.tracking.wandb_runs import Run, cell_run, group_of, layer_run
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_LOCK_SECONDS = 600.0
+_FINISH_SECONDS = 120.0
+_SERVICE_SECONDS = 10.0
+_ENVIRONMENT = {
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_SILENT": "true",
+    # Its own limits (20 retries and more, up to a minute apart) would hold up a measurement for an
+    # hour when the server is down. The login and the `Api` take them from here alone.
+    "WANDB__FILE_STREAM_RETRY_MAX": "4",
+    "WANDB__FILE_TRANSFER_RETRY_MAX": "4",
+    "WANDB__GRAPHQL_RETRY_MAX": "3",
+}
+"""What W&B reads when it is set up; a user's own setting wins."""
+_SECRETS = ("WANDB_API_KEY",)
+_SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
+"""What an agent tells its trial. Whoever has it can open the trial's own run and no other."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A run that is there already."""
+
+    id: str
+    digest: str | None
+
+
+class WandbBackend:
+    """Keeps a W&B project in step with the ledger.
+
+    In a sweep each layer's run is its trial's, so there the cell's own run is all that is
+    published here.
+
+    Args:
+        project: `PROJECT` or `ENTITY/PROJECT`.
+        results: The results folder; the files of runs, also of offline ones, lie in its `wandb`.
+    """
+
+    name = "wandb"
+
+    def __init__(self, project: str, results: Path) -> None:
+        entity, _, self._project = project.rpartition("/")
+        self._entity = entity or os.environ.get("WANDB_ENTITY") or None
+        self._results = results.absolute()
+        self._in_sweep = bool(os.environ.get("WANDB_SWEEP_ID"))
+
+    def publish(
+        self,
+        cell: CellRecord,
+        artifacts: Sequence[Path],
+        charts: Mapping[str, Figure] = MappingProxyType({}),
+    ) -> Published:
+        """Publish each run of the cell, and then the cell.
+
+        Args:
+            cell: The record, complete or still growing.
+            artifacts: Files to attach to the cell's run, each under its own file name.
+            charts: Plotly figures of the cell's run, by name.
+
+        Returns:
+            How many runs were created, updated and left alone, and where to look at them.
+
+        Raises:
+            TrackingError: W&B refused or could not be reached.
+        """
+        # W&B lists the newest run first: the cell, then layer 0, then layer 1, ...
+        layers = () if self._in_sweep else reversed(cell.layers)
+        runs = [*(layer_run(cell, layer) for layer in layers), cell_run(cell, artifacts, charts)]
+        with _session(self._results), self._one_publisher(), _outside_sweep():
+            offline = _is_offline()
+            if not offline:
+                _log_in()
+            known = self._read_notes() if offline else self._ask(cell)
+            outcomes = {"created": 0, "updated": 0, "unchanged": 0}
+            for run in runs:
+                found = known.get(run.key)
+                if found and found.digest == run.digest:
+                    outcomes["unchanged"] += 1
+                    continue
+                self._write(run, found, offline)
+                outcomes["updated" if found else "created"] += 1
+                if offline:
+                    known[run.key] = _Known(run.id, run.digest)
+                    self._write_notes(known)
+            changed = outcomes["created"] + outcomes["updated"]
+            if changed and not offline:
+                self._confirm(cell, runs)
+            return Published(**outcomes, location=self._location(offline))
+
+    def close(self) -> None:
+        """Hold nothing: every run is finished when it is written."""
+
+    def _ask(self, cell: CellRecord) -> dict[str, _Known]:
+        """Find the runs that the cell has, by run key."""
+        found: dict[str, _Known] = {}
+        for run in _runs(self._path(), group_of(cell)):
+            mine = run.config.get("tracker")
+            if isinstance(mine, Mapping) and "run_key" in mine:
+                # A run that never ended may lack points that were sent before its digest.
+                digest = mine.get("digest") if run.state == "finished" else None
+                found.setdefault(str(mine["run_key"]), _Known(run.id, digest))
+        return found
+
+    def _confirm(self, cell: CellRecord, runs: Sequence[Run]) -> None:
+        """Read back: the client reports an upload that was given up only where it logs."""
+        there = self._ask(cell)
+        for run in runs:
+            found = there.get(run.key)
+            if found is None or found.digest != run.digest:
+                raise TrackingError(f"the run {run.name!r} did not arrive whole")
+
+    def _write(self, run: Run, found: _Known | None, offline: bool) -> None:
+        """Bring one run to what it should be."""
+        points = self._points(found) if found and run.curves and not offline else []
+        handle = wandb.init(
+            entity=self._entity,
+            project=self._project,
+            id=found.id if found else run.id,
+            config=run.config,
+            resume=None if offline else "allow",
+            reinit="create_new",
+            settings=_settings(self._results),
+            **_labels(run),
+        )
+        with _finished(handle):
+            _fill(handle, run, points)
+
+    def _points(self, found: _Known) -> list[dict[str, Any]]:
+        """Read the curves that a run has."""
+        history = wandb.Api().run(f"{self._path()}/{found.id}").scan_history()
+        return [{k: v for k, v in row.items() if not k.startswith("_")} for row in history]
+
+    def _path(self) -> str:
+        entity = self._entity or wandb.Api().default_entity
+        return f"{entity}/{self._project}" if entity else self._project
+
+    def _location(self, offline: bool) -> str:
+        if offline:
+            return f"wandb sync {shlex.quote(str(self._folder))}/offline-run-*"
+        return f"{wandb.setup().settings.app_url}/{self._path()}"
+
+    @property
+    def _folder(self) -> Path:
+        return self._results / "wandb"
+
+    @property
+    def _notes(self) -> Path:
+        return self._folder / f"published-{self._entity or 'default'}-{self._project}.json"
+
+    def _read_notes(self) -> dict[str, _Known]:
+        if not self._notes.exists():
+            return {}
+        return {key: _Known(**note) for key, note in json.loads(self._notes.read_text()).items()}
+
+    def _write_notes(self, known: Mapping[str, _Known]) -> None:
+        write_text(self._notes, json.dumps({key: vars(note) for key, note in known.items()}))
+
+    @contextmanager
+    def _one_publisher(self) -> Iterator[None]:
+        """Hold off other processes: W&B has no "create unless it exists" by run key."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self._folder}.lock", timeout=_LOCK_SECONDS):
+            yield
+
+
+def log_trial(cell: CellRecord, layer: LayerRecord, results: Path) -> None:
+    """Log a layer into the run that a W&B agent opened for this process, and end it.
+
+    Args:
+        cell: The cell.
+        layer: The run of the cell that the trial asked for.
+        results: The results folder.
+
+    Raises:
+        TrackingError: W&B refused or could not be reached.
+    """
+    run = layer_run(cell, layer)
+    with _trial(results, **_labels(run)) as handle:
+        # The sweep's own values stand: W&B locks them.
+        own = {name: value for name, value in run.config.items() if name not in handle.config}
+        handle.config.update(own)
+        _fill(handle, run, [])
+
+
+def end_trial(note: str, failed: bool, results: Path) -> None:
+    """End the run that a W&B agent opened for this process, with nothing measured.
+
+    Args:
+        note: Why.
+        failed: Whether the sweep shows the run as failed.
+        results: The results folder.
+
+    Raises:
+        TrackingError: W&B refused or could not be reached.
+    """
+    with _trial(results, exit_code=int(failed)) as handle:
+        handle.config.update({"tracker": {"note": masked(note)}})
+
+
+@contextmanager
+def _trial(results: Path, exit_code: int = 0, **names: Any) -> Iterator[Any]:
+    with _session(results.absolute()):
+        wandb.teardown()  # whatever was set up before may not know of the sweep
+        _log_in()
+        settings = _settings(results.absolute())
+        handle = wandb.init(reinit="create_new", settings=settings, **names)
+        with _finished(handle, exit_code):
+            yield handle
+
+
+def _labels(run: Run) -> dict[str, Any]:
+    return {"name": run.name, "group": run.group, "job_type": run.job_type, "tags": run.tags}
+
+
+def _fill(handle: Any, run: Run, known: Sequence[Mapping[str, Any]]) -> None:
+    """Log what a run says, the digest last.
+
+    Args:
+        handle: An open W&B run.
+        run: What it should be.
+        known: Rows of its history that it has already.
+    """
+    if run.curves:
+        handle.define_metric("layer", hidden=True, summary="none")
+        for name in dict.fromkeys(name for row in run.curves for name in row if name != "layer"):
+            handle.define_metric(name, step_metric="layer", summary="none")
+        for row in run.curves:
+            if row not in known:
+                handle.log(row)
+        tables = {name: _table(table) for name, table in run.tables.items()}
+        handle.log({**tables, **{f"charts/{name}": c for name, c in run.charts.items()}})
+    else:
+        handle.log(run.summary)
+    for name, value in dict(handle.summary).items():
+        if name not in run.summary and isinstance(value, int | float) and name[0] != "_":
+            del handle.summary[name]  # it was defined once
+    handle.summary.update(run.summary)
+    if run.outcomes:
+        artifact = wandb.Artifact(
+            run.outcomes.name, type="outcomes", metadata=run.outcomes.metadata
+        )
+        for file in run.outcomes.files:
+            artifact.add_file(str(file), name=file.name)
+        logged = handle.log_artifact(artifact, aliases=["latest", *run.outcomes.aliases])
+        if not handle.offline:
+            logged.wait()
+    mine = {**run.config["tracker"], "digest": run.digest}
+    handle.config.update({"tracker": mine}, allow_val_change=True)
+
+
+def _table(table: Table) -> Any:
+    rows: list[Any] = [list(row) for row in table.rows]
+    return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
+
+
+def _runs(path: str, group: str) -> list[Any]:
+    """Find the runs of a group; none where the project is not there yet."""
+    try:
+        return list(wandb.Api().runs(path, filters={"group": group}, lazy=False, per_page=100))
+    except ValueError as error:
+        if "could not find project" in str(error).lower():
+            return []
+        raise
+
+
+def _is_offline() -> bool:
+    return bool(wandb.setup().settings._offline)
+
+
+def _log_in() -> None:
+    """Refuse to wait at a prompt: a measurement runs at night."""
+    if not wandb.login(prompt=False, verify=True):
+        raise TrackingError(
+            "nobody is logged in to W&B: run `wandb login`, set WANDB_API_KEY, or write offline "
+            "runs with WANDB_MODE=offline"
+        )
+
+
+def _settings(results: Path) -> Any:
+    """Keep runs quiet, bound every wait, and log nothing of the machine that only publishes."""
+    return wandb.Settings(
+        root_dir=str(results),
+        console="off",
+        silent=True,
+        disable_code=True,
+        disable_git=True,
+        x_disable_machine_info=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+        init_timeout=60,
+        finish_timeout=_FINISH_SECONDS,
+        finish_timeout_raises=True,
+    )
+
+
+@contextmanager
+def _finished(handle: Any, exit_code: int = 0) -> Iterator[None]:
+    """End a run, as failed where it was not written whole."""
+    try:
+        yield
+    except BaseException:
+        handle.finish(exit_code=1)
+        raise
+    handle.finish(exit_code=exit_code)
+
+
+@contextmanager
+def _outside_sweep() -> Iterator[None]:
+    """Open runs that are not the trial's own: the client refuses while an agent's words are set."""
+    told = {name: os.environ.pop(name) for name in _SWEEP if name in os.environ}
+    if told:
+        wandb.teardown()
+    try:
+        yield
+    finally:
+        os.environ.update(told)
+
+
+@contextmanager
+def _session(results: Path) -> Iterator[None]:
+    # Beside the runs, so that offline runs have their artifacts with them.
+    environment = {**_ENVIRONMENT, "WANDB_DATA_DIR": str(results / "wandb" / "data")}
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  the SDK raises many kinds
+        _end_service()
+        text = masked(str(error) or type(error).__name__, [os.environ.get(n) for n in _SECRETS])
+        raise TrackingError(
+            f"W&B did not take the runs: {text}\n"
+            f"The results are on disk; when it is back: {sync_command(results, 'wandb')}"
+        ) from None
+
+
+def _end_service() -> None:
+    """End the client's service process: after a failure it can keep ours from ever exiting.
+
+    wandb 0.31 waits for it without limit, and now and then it goes on with requests that failed.
+    """
+    ending = threading.Thread(target=wandb.teardown, daemon=True)
+    ending.start()
+    ending.join(_SERVICE_SECONDS)
+    if ending.is_alive():
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if child.name().startswith("wandb-core"):
+                    child.kill()
+        ending.join(_SERVICE_SECONDS)

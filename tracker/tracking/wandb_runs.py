@@ -1,0 +1,204 @@
+"""Describes the W&B runs of a cell as they should be; needs no wandb."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracker.records import CellRecord, LayerRecord, view_name
+from tracker.tracking.base import (
+    CURVES,
+    Table,
+    absent_reasons,
+    cell_figures,
+    content_digest,
+    correlation_table,
+    curve_name,
+    defined,
+    flat_metrics,
+    layer_table,
+    metric_name,
+    not_finite,
+    run_key,
+    run_name,
+)
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+FORMAT = "1"
+"""Part of every digest: raise it when runs are written differently, and all are updated once."""
+
+_ARTIFACT_NAME = 128  # characters that W&B accepts
+_TAG = 64
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The artifact of a cell: everything its figures were computed from."""
+
+    name: str
+    aliases: tuple[str, ...]
+    metadata: dict[str, Any]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One W&B run as it should be."""
+
+    key: str
+    id: str
+    name: str
+    job_type: str
+    group: str
+    digest: str
+    tags: tuple[str, ...]
+    config: dict[str, Any]
+    summary: dict[str, float]
+    curves: tuple[dict[str, float], ...] = ()
+    """One row of points a layer, each with `layer`."""
+    tables: dict[str, Table] = field(default_factory=dict)
+    charts: Mapping[str, Figure] = field(default_factory=dict)
+    outcomes: Outcomes | None = None
+
+
+def group_of(cell: CellRecord) -> str:
+    """Name the group that holds the runs of a cell, alike on every machine.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        The cell's title and the beginning of its key.
+    """
+    return f"{cell.title} · {cell.key[:8]}"
+
+
+def layer_run(cell: CellRecord, layer: LayerRecord) -> Run:
+    """Describe one run of a cell.
+
+    Args:
+        cell: The cell.
+        layer: The run's record.
+
+    Returns:
+        The run.
+    """
+    figures = {metric_name(name): value for name, value in flat_metrics(layer).items()}
+    return _run(
+        cell,
+        layer.ablation,
+        name=run_name(cell, layer),
+        job_type="layer",
+        digest=content_digest(layer, FORMAT, group_of(cell), cell.metric),
+        own={"layer": layer.layer, "component": layer.component, "span": layer.span},
+        reasons=absent_reasons(layer),
+        summary=figures,
+    )
+
+
+def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> Run:
+    """Describe the run of a cell.
+
+    Args:
+        cell: The cell.
+        artifacts: Files to attach, each under its own file name.
+        charts: Plotly figures, by name.
+
+    Returns:
+        The run, with the figures of its runs as curves over the layers.
+    """
+    figures = cell_figures(cell)
+    rows = []
+    for layer in cell.layers:
+        known = flat_metrics(layer)
+        points = {curve_name(layer, name): known[name] for name in CURVES if name in known}
+        rows.append({"layer": layer.layer, **points})
+    files = sorted(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in artifacts)
+    missing = [run.label() for run in cell.missing]
+    return _run(
+        cell,
+        "cell",
+        name=cell.title,
+        job_type="cell",
+        digest=content_digest(cell, FORMAT, *files),
+        own={},
+        reasons={**not_finite(figures), **cell.reasons},
+        summary={metric_name(name): value for name, value in defined(figures).items()},
+        curves=tuple(rows),
+        tables={
+            "tables/layers": layer_table(cell),
+            "tables/correlations": correlation_table(cell),
+        },
+        charts=charts,
+        outcomes=Outcomes(
+            name=_artifact_name(cell),
+            aliases=("incomplete",) if missing else ("complete", f"documents-{cell.n}"),
+            metadata={"missing": missing, "provenance": _nested(cell.provenance), **_facts(cell)},
+            files=tuple(artifacts),
+        ),
+    )
+
+
+def _run(
+    cell: CellRecord,
+    ablation: str,
+    *,
+    own: Mapping[str, object],
+    reasons: Mapping[str, str],
+    **parts: Any,
+) -> Run:
+    key = run_key(cell, ablation)
+    config = {
+        # The names that a sweep gives its trials, so that both kinds of run filter alike.
+        "model": cell.model.source,
+        "benchmark": cell.benchmark.name,
+        "num_fewshot": cell.benchmark.num_fewshot,
+        "dtype": cell.model.dtype,
+        "removed": list(cell.removed),
+        **own,
+        "tracker": {
+            "run_key": key,
+            "ablation": ablation,
+            **_facts(cell),
+            "provenance": _nested(cell.provenance),
+            "reasons": _nested({metric_name(name): why for name, why in reasons.items()}),
+        },
+    }
+    return Run(
+        key=key,
+        id=hashlib.sha256(key.encode()).hexdigest()[:16],
+        group=group_of(cell),
+        tags=(cell.model.name[:_TAG], cell.benchmark.name[:_TAG]),
+        config=config,
+        **parts,
+    )
+
+
+def _facts(cell: CellRecord) -> dict[str, Any]:
+    """Name what the cell's figures depend on."""
+    return {
+        "cell": cell.key,
+        "metric": cell.metric,
+        "lower_is_better": not cell.higher_is_better,
+        "documents": cell.n,
+        "model": cell.model.model_dump(mode="json"),
+        "benchmark": cell.benchmark.model_dump(mode="json", exclude={"tasks"}),
+    }
+
+
+def _nested(values: Mapping[str, str]) -> dict[str, str]:
+    """Keep W&B from taking a period in a key for nesting."""
+    return {name.replace(".", "_"): value for name, value in values.items()}
+
+
+def _artifact_name(cell: CellRecord) -> str:
+    """Name the artifact alike on every machine, with the key last, which tells cells apart."""
+    key = "-".join([view_name(cell.removed), cell.key[:12]])
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
+    return f"{name[: _ARTIFACT_NAME - len(key) - 1]}-{key}"
