@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.config import CellRequest, load_experiment
-from tracker.errors import TrackingError
+from tracker.errors import RequestError, TrackingError
 from tracker.ledger.store import Ledger
 from tracker.records import CellRecord
-from tracker.runner import publish
+from tracker.runner import publish as publishing
+from tracker.runner.collect import Collected, collect
 from tracker.runner.derive import all_records, write_report
 from tracker.runner.executors import Options
 from tracker.runner.prepare import all_layers
@@ -179,20 +180,111 @@ def evaluate(
     return record, outcome
 
 
-def report(results: str | os.PathLike[str] = RESULTS) -> Results:
-    """Write the report page of a results folder again, from its ledger.
+@dataclass(frozen=True)
+class Reported:
+    """A report over any number of sources.
+
+    Attributes:
+        cells: What it shows.
+        files: What was written.
+        failed: Source, cell or target → what went wrong.
+        locations: Where it was published, and where to look.
+    """
+
+    cells: tuple[CellRecord, ...]
+    files: tuple[Path, ...]
+    failed: dict[str, str]
+    locations: dict[str, str]
+
+
+def report(
+    *sources: str | os.PathLike[str],
+    form: str = "html",
+    output: str | os.PathLike[str] | None = None,
+    publish: Sequence[str] = (),
+    results: str | os.PathLike[str] = RESULTS,
+    progress: Progress | None = None,
+) -> Reported:
+    """Write a report over the cells of results folders and tracking projects.
 
     Args:
+        *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`; none for
+            `results`.
+        form: `html` for the page, or one of `tracker.report.export.FORMATS`.
+        output: A file for `html`, `md` and `tex`, a folder otherwise; by default beside the
+            source, or here where there are several.
+        publish: Tracking projects that get the page as well, as `BACKEND:PROJECT`.
         results: The results folder.
+        progress: Told what is downloaded.
 
     Returns:
-        The records and the page.
+        What was written.
 
     Raises:
-        ResultsError: There are no results.
+        RequestError: A source or a target is none, or no source holds a measured cell.
+        TrackingError: No source could be read.
     """
-    cells, page = write_report(Ledger.existing(Path(results)))
-    return Results(tuple(cells), page, Report(cells=cells))
+    from tracker.runner import reports
+
+    found = _collected(sources, results, progress)
+    path = Path(output) if output is not None else _beside(sources, results, form)
+    files = reports.write(found, form, path)
+    locations, failed = reports.publish(found, publish, Path(results))
+    return Reported(found.cells, tuple(files), found.failed | failed, locations)
+
+
+def leaderboard(
+    *sources: str | os.PathLike[str],
+    publish: Sequence[str] = (),
+    results: str | os.PathLike[str] = RESULTS,
+    progress: Progress | None = None,
+) -> Reported:
+    """Rank layers within models, and models by how much a removal hurts.
+
+    Args:
+        *sources: As for `report`.
+        publish: Tracking projects whose leaderboard the cells join, as `BACKEND:PROJECT`.
+        results: The results folder.
+        progress: Told what is downloaded.
+
+    Returns:
+        The cells that are ranked: those of the sources, and those of the leaderboards that they
+        joined. `tracker.report.leaderboard` ranks them.
+
+    Raises:
+        RequestError: A source or a target is none, or no source holds a measured cell.
+        TrackingError: No source could be read.
+    """
+    from tracker.runner import reports
+
+    found = _collected(sources, results, progress)
+    cells, locations, failed = reports.join_boards(found.cells, publish, Path(results))
+    return Reported(tuple(cells), (), found.failed | failed, locations)
+
+
+def _collected(
+    sources: Sequence[str | os.PathLike[str]],
+    results: str | os.PathLike[str],
+    progress: Progress | None,
+) -> Collected:
+    names = [os.fspath(source) for source in sources] or [os.fspath(results)]
+    found = collect(names, progress or Silent())
+    if not found.cells and found.failed:
+        raise TrackingError("\n".join(f"{what}: {why}" for what, why in found.failed.items()))
+    if not found.cells:
+        raise RequestError(
+            f"there is no measured cell in {', '.join(names)} yet; tracker run EXPERIMENT.yaml"
+        )
+    return found
+
+
+def _beside(
+    sources: Sequence[str | os.PathLike[str]], results: str | os.PathLike[str], form: str
+) -> Path:
+    """Choose where a report goes: into the one results folder that it is about, or here."""
+    names = list(sources) or [results]
+    folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else Path()
+    return folder / ("report" if form in ("csv", "parquet", "png", "pdf") else f"report.{form}")
 
 
 def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = RESULTS) -> Synced:
@@ -210,7 +302,7 @@ def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = R
         RequestError: There is no such backend.
         ResultsError: There are no results.
     """
-    return publish.sync(Ledger.existing(Path(results)), default_targets() if to is None else to)
+    return publishing.sync(Ledger.existing(Path(results)), default_targets() if to is None else to)
 
 
 def ls(results: str | os.PathLike[str] = RESULTS) -> list[CellRecord]:

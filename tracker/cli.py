@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tracker.errors import RequestError, TrackerError
+from tracker.errors import TrackerError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+    from tracker.api import Reported
     from tracker.config import Component
     from tracker.records import CellRecord, RunIdentity
     from tracker.runner.planning import PlannedCell
@@ -29,6 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 COMPONENTS = ("layer", "attention", "mlp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTORS = ("local", "ray", "slurm")
+FORMATS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
 
 
 class _Show:
@@ -201,6 +203,8 @@ def main(debug: bool) -> None:
       tracker plan experiments/demo.yaml         what it will cost
       tracker run experiments/demo.yaml          measure, track, report
       tracker ls                                 what the results folder holds
+      tracker report                             the page, from any number of results
+      tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks
 
     Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong.
@@ -265,6 +269,17 @@ def _backends(track: str | None) -> tuple[str, ...] | None:
         return None
     names = tuple(name.strip() for name in track.split(",") if name.strip())
     return () if names == ("none",) else names
+
+
+def _publish(what: str) -> Callable[[F], F]:
+    """Add the option that names tracking projects to write to."""
+    return click.option(
+        "--publish",
+        multiple=True,
+        metavar="TARGET",
+        help=f"A tracking project that gets {what}: mlflow:PROJECT or wandb:ENTITY/PROJECT; may be "
+        "given several times.",
+    )
 
 
 @main.command()
@@ -534,21 +549,93 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
     _print_plan(_console(), cells, gflops)
 
 
+_sources = click.argument("sources", nargs=-1)
+
+
 @main.command()
+@_sources
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default="html",
+    show_default=True,
+    help="html: the page. md, tex: tables. csv, parquet: everything. png, pdf: figures.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A file for html, md and tex, a folder otherwise; default: in the results folder, or here "
+    "where there are several sources.",
+)
+@_publish("the page, as a run of its own")
 @_results
-def report(results: Path) -> None:
-    """Write the report page of a results folder again.
+def report(
+    sources: tuple[str, ...],
+    form: str,
+    output: Path | None,
+    publish: tuple[str, ...],
+    results: Path,
+) -> None:
+    """Write a report over results folders and tracking projects; without SOURCES, over --results.
+
+    A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT. What a tracking
+    project holds is downloaded once.
 
     \b
-    Example:
-      tracker report --results results
+    Examples:
+      tracker report
+      tracker report results /shared/anna/results --output both.html
+      tracker report mlflow:http://mlflow.lab:5000/llama wandb:my-team/layers
+      tracker report --format pdf --output figures
+      tracker report --publish wandb:my-team/layers
     """
     from tracker import api
 
-    done = api.report(results)
-    if not done.cells:
-        raise RequestError(f"{results} holds no measured cell yet; tracker run EXPERIMENT.yaml")
-    click.echo(f"{len(done.cells)} cells: {done.report}")
+    done = api.report(
+        *sources,
+        form=form,
+        output=output,
+        publish=publish,
+        results=results,
+        progress=_Show(_console(error=True)),
+    )
+    cells = f"{len(done.cells)} cell{'' if len(done.cells) == 1 else 's'}"
+    click.echo(f"{cells}: {', '.join(map(str, done.files))}")
+    _end_report(done)
+
+
+@main.command()
+@_sources
+@_publish("these cells, on the leaderboard that its team shares")
+@_results
+def leaderboard(sources: tuple[str, ...], publish: tuple[str, ...], results: Path) -> None:
+    """Rank layers within models, and models by how much a removal hurts.
+
+    A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT; without SOURCES,
+    --results.
+
+    \b
+    Examples:
+      tracker leaderboard
+      tracker leaderboard wandb:my-team/layers                    what the project's runs say
+      tracker leaderboard --publish wandb:my-team/layers          add yours to the team's
+    """
+    from tracker import api
+
+    done = api.leaderboard(
+        *sources, publish=publish, results=results, progress=_Show(_console(error=True))
+    )
+    _print_boards(_console(), done.cells)
+    _end_report(done)
+
+
+def _end_report(done: Reported) -> None:
+    for place in done.locations.values():
+        click.echo(f"published: {_runnable(place)}")
+    for what, why in done.failed.items():
+        click.echo(f"failed: {what}: {why}", err=True)
+    sys.exit(1 if done.failed else 0)
 
 
 @main.command()
@@ -653,6 +740,25 @@ def _print_cell(console: Console, cell: CellRecord, only: RunIdentity | None = N
         console.print(f"{DASH} {why}", markup=False, highlight=False)
     if only is None:
         console.print(sentence(cell), markup=False, highlight=False)
+
+
+def _print_boards(console: Console, cells: Sequence[CellRecord]) -> None:
+    from rich.table import Table
+
+    from tracker.report.export import boards
+    from tracker.report.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+
+    found, notes = boards(cells)
+    for frame in found:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in frame.columns:
+            table.add_column(str(name), justify="left" if name == "model" else "right")
+        for row in frame.itertuples(index=False, name=None):
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    for note in (LAYER_RULE, *((MODEL_RULE,) if len(found) > 1 else ()), INTERVAL_RULE, *notes):
+        console.print(note, markup=False, highlight=False)
 
 
 def _print_end(console: Console, outcome: Report, page: Path | None, again: str) -> None:

@@ -15,7 +15,7 @@ from tracker.ablations import INTACT, Ablation, single_layers
 from tracker.engine.check import check
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.sweep import FULL, PLAIN, Engine
-from tracker.errors import ModelError
+from tracker.errors import CellError, ModelError
 from tracker.models.layers import find_layers
 from tracker.models.sublayers import find_sublayers, silenced
 
@@ -100,3 +100,28 @@ def test_a_long_common_beginning_is_read_once(tiny_model, family):
     engine = Engine(loaded(model), MAX_LENGTH, row_tokens=40)
     assert engine.shares_a_prefix(documents)
     agree(engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)
+
+
+def test_a_model_that_cannot_lose_a_layer_says_so():
+    """Gemma 3n's later layers take keys and values from an earlier one, by its number."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        vocab_size=300,
+        vocab_size_per_layer_input=300,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=2,
+        head_dim=8,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    engine = Engine(loaded(Gemma3nForCausalLM(config).eval()), MAX_LENGTH)
+    with pytest.raises(CellError, match="Gemma3nForCausalLM does not run with a layer taken out"):
+        check(engine, make_documents(2), ABLATIONS)

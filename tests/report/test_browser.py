@@ -39,6 +39,18 @@ CONTRAST = """(selector) => {
 }"""
 
 
+SCROLL = """async () => {
+  for (const box of document.querySelectorAll('.chart, .table')) {
+    if (box.closest('details:not([open])')) continue;
+    box.scrollIntoView();
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  }
+  scrollTo(0, 0);
+}"""
+DRAWN = """() => [...document.querySelectorAll('.chart')].every(
+  (box) => box.closest('details:not([open])') || box.querySelector('svg.main-svg'))"""
+
+
 @pytest.fixture(scope="module", name="chromium")
 def fixture_chromium() -> Iterator[Browser]:
     path = shutil.which("chromium")
@@ -69,10 +81,17 @@ class Visit:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("dialog", lambda dialog: (self.errors.append("dialog"), dialog.dismiss()))
         self.page.goto(path.as_uri())
-        self.page.wait_for_function(
-            "[...document.querySelectorAll('.js-plotly-plot, .plotly-graph-div')]"
-            ".every((chart) => chart.querySelector('svg.main-svg'))"
+        self.page.wait_for_function("document.documentElement.dataset.charts === 'ready'")
+        self.page.evaluate(SCROLL)
+        self.page.wait_for_function(DRAWN)
+
+    def open_all(self) -> None:
+        """Open every section, as a reader who wants all numbers does."""
+        self.page.evaluate(
+            "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
         )
+        self.page.evaluate(SCROLL)
+        self.page.wait_for_function(DRAWN)
 
     def __enter__(self) -> Visit:
         return self
@@ -84,7 +103,7 @@ class Visit:
 def test_page_draws_everything_offline(chromium: Browser, report: Path) -> None:
     with Visit(chromium, report, viewport={"width": 1280, "height": 900}) as visit:
         page = visit.page
-        assert page.locator(".js-plotly-plot").count() == 1 + 3 * 2
+        assert page.locator(".js-plotly-plot").count() == 4 + 3 * 2
         assert page.locator("#model-1-heat-map .heatmaplayer image").count() == 1
         assert page.locator("#model-1-heat-map .scatterlayer .point").count() == 2 + 1 + LAYERS
         curve = page.locator("#model-1-cell-1-curve")
@@ -101,6 +120,7 @@ def test_page_draws_everything_offline(chromium: Browser, report: Path) -> None:
 def test_tables_and_charts_show_the_records_numbers(chromium: Browser, report: Path) -> None:
     cell = study()[0]
     with Visit(chromium, report) as visit:
+        visit.open_all()
         rows = visit.page.locator("#model-1-cell-1-layers tbody tr").all_inner_texts()
         drawn = visit.page.evaluate("document.getElementById('model-1-cell-1-curve').data[0].y")
         for row, drop, record in zip(rows, drawn, cell.layers, strict=True):
@@ -131,6 +151,7 @@ def test_hover_names_the_layer(chromium: Browser, report: Path) -> None:
 def test_both_colour_schemes_are_legible(chromium: Browser, report: Path, scheme: str) -> None:
     with Visit(chromium, report, color_scheme=scheme) as visit:
         page = visit.page
+        visit.open_all()
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         red = int(re.findall(r"\d+", background)[0])
         assert (red < 60) == (scheme == "dark")
@@ -148,6 +169,7 @@ def test_both_colour_schemes_are_legible(chromium: Browser, report: Path, scheme
 
 def test_phone_scrolls_tables_not_the_page(chromium: Browser, report: Path) -> None:
     with Visit(chromium, report, viewport={"width": 390, "height": 844}) as visit:
+        visit.open_all()
         width, box, table = visit.page.evaluate(
             """() => {
               const table = document.getElementById('model-1-cell-1-layers');

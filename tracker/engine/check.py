@@ -12,6 +12,7 @@ import torch
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
 from tracker.engine.sweep import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, DocumentScores, Engine
+from tracker.errors import CellError
 
 DOCUMENTS = 2
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
@@ -45,11 +46,22 @@ def check(engine: Engine, documents: Sequence[Document], ablations: Sequence[Abl
 
     Returns:
         The engine to use.
+
+    Raises:
+        CellError: The model cannot run without one of its layers.
     """
     few = documents[:DOCUMENTS]
     tried = [INTACT, *some_of_each_kind(ablations)]
     plain = engine.with_sharing(PLAIN)
-    truth = plain.score(few, tried)
+    try:
+        truth = plain.score(few, tried)
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as error:
+        raise CellError(
+            f"{type(engine.loaded.model).__name__} does not run with a layer taken out "
+            f"({type(error).__name__}: {error}): its layers depend on each other by their numbers"
+        ) from error
     reasons = []
     for sharing, name in ((FULL, "documents"), (NO_PREFIX, "tokens"), (DEPTH_ONLY, "depth")):
         candidate = engine.with_sharing(sharing)

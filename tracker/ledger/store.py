@@ -7,6 +7,7 @@ RESULTS/
   cells/MODEL--BENCHMARK--KEY/
     cell.json               everything that the numbers depend on
     requests/VIEW.json      what was asked of the intact model, or without some layers: what to show
+    derived/VIEW.json       the record that follows from all this, kept to save the time
     shards/*.parquet        per-document outcomes
     locks/                  one a block of documents
   slurm/                    the logs of SLURM jobs
@@ -20,7 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 from urllib.parse import quote
 
 import pandas as pd
@@ -35,7 +36,7 @@ from tracker.ledger.files import write_atomically, write_text
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.outcomes import outcome_table
 from tracker.provenance import content_hash
-from tracker.records import BenchmarkIdentity, ModelIdentity, Record, view_name
+from tracker.records import BenchmarkIdentity, CellRecord, ModelIdentity, Record, view_name
 
 FORMAT = 1
 BLOCK = 32
@@ -180,16 +181,12 @@ class CellStore:
             One row a (task, document, ablation), in no particular order, none twice.
         """
         if blocks is None:
-            paths = sorted(self._shards.glob("*.parquet"))
+            paths = self.shards()
         elif len(blocks) == 1:
             paths = sorted(self._shards.glob(f"{_literal(blocks[0].name)}.*.parquet"))
         else:
             wanted = {block.name for block in blocks}
-            paths = [
-                path
-                for path in sorted(self._shards.glob("*.parquet"))
-                if path.name.rsplit(".", 2)[0] in wanted
-            ]
+            paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
         frames = [frame for path in paths if (frame := self._read_shard(path, columns)) is not None]
         if not frames:
             return pd.DataFrame(columns=columns)
@@ -232,7 +229,7 @@ class CellStore:
         Returns:
             What the view shows from now on.
         """
-        path = self.folder / "requests" / f"{_view_file(request.removed)}.json"
+        path = self.view_path(request.removed)
         locks = self.folder / "locks"
         locks.mkdir(exist_ok=True)
         with FileLock(locks / "requests.lock"):
@@ -264,6 +261,41 @@ class CellStore:
                     "measured twice)"
                 ) from None
         return sorted(found, key=lambda asked: asked.request.removed)
+
+    def view_path(self, removed: tuple[int, ...]) -> Path:
+        """Say where it stands what was asked of a view, which `removed` layers tell apart."""
+        return self.folder / "requests" / f"{_view_file(removed)}.json"
+
+    def shards(self) -> list[Path]:
+        """List the files of outcomes."""
+        return sorted(self._shards.glob("*.parquet"))
+
+    def derived(self, state: str, removed: tuple[int, ...]) -> CellRecord | None:
+        """Recall the record of a view.
+
+        Args:
+            state: A hash of all that the record follows from.
+            removed: The view.
+
+        Returns:
+            The record; None when none is kept for this state.
+        """
+        kept = _read_note(self._derived(removed))
+        if kept.get("state") != state:
+            return None
+        try:
+            return CellRecord.model_validate(kept.get("record"))
+        except ValidationError:
+            return None
+
+    def keep(self, state: str, record: CellRecord) -> None:
+        """Keep the record of a view for `derived`, where the folder can be written."""
+        note = json.dumps({"state": state, "record": record.model_dump(mode="json")})
+        with suppress(WorkError):
+            write_text(self._derived(record.removed), note)
+
+    def _derived(self, removed: tuple[int, ...]) -> Path:
+        return self.folder / "derived" / f"{_view_file(removed)}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
         """Recall what a backend got last: `digest` of the record and `location` of the runs."""
@@ -425,7 +457,7 @@ def _view_file(removed: tuple[int, ...]) -> str:
     return name if len(name) <= 100 else f"{name[:80]}--{content_hash(removed)[:12]}"
 
 
-def _read_note(path: Path) -> dict[str, str]:
+def _read_note(path: Path) -> dict[str, Any]:
     """Read a small file that can be made again; empty when it is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from tracker.metrics.accuracy import Estimate
 from tracker.records import CellRecord, CorrelationRecord, LayerRecord
+from tracker.report.leaderboard import LayerBoard, ModelBoard
+from tracker.report.wording import model_labels
 
 _CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed")
 _RUN_COLUMNS = ("component", "layer", "span")
@@ -80,3 +83,75 @@ def _frame(
     frame = pd.DataFrame(list(rows), columns=columns)
     # A column that is undefined everywhere would otherwise hold Python objects.
     return frame.astype(dict.fromkeys(numbers, "float64"))
+
+
+def layer_board_frame(boards: Sequence[LayerBoard]) -> pd.DataFrame:
+    """Put the leaderboards of layers into a data frame.
+
+    Args:
+        boards: One a model.
+
+    Returns:
+        One row for each model and layer (0-based), the most relevant first: means over
+        `benchmarks` benchmarks, fractions; `rank` is missing where a benchmark is lacking.
+    """
+    names = model_labels([board.model for board in boards])
+    rows = [
+        {
+            "model": name,
+            "rank": standing.rank,
+            "layer": standing.layer,
+            **_estimate("accuracy_relevance", standing.relevance),
+            **_estimate("accuracy_drop", standing.drop),
+            "cosine_score": standing.cosine_score,
+            "best_rank": standing.best_rank,
+            "worst_rank": standing.worst_rank,
+            "benchmarks": standing.benchmarks,
+        }
+        for name, board in zip(names, boards, strict=True)
+        for standing in board.layers
+    ]
+    numbers = [*_estimates("accuracy_relevance", "accuracy_drop"), "cosine_score"]
+    columns = ["model", "rank", "layer", *numbers, "best_rank", "worst_rank", "benchmarks"]
+    return _counts(_frame(rows, columns, numbers), "rank", "best_rank", "worst_rank")
+
+
+def model_board_frame(board: ModelBoard) -> pd.DataFrame:
+    """Put the leaderboard of models into a data frame.
+
+    Args:
+        board: The leaderboard.
+
+    Returns:
+        One row a model, the most robust first: means over `layers` layers and the `benchmarks`
+        that all models share, fractions; `rank` is missing where nothing can be compared.
+    """
+    names = model_labels([standing.model for standing in board.models])
+    rows = [
+        {
+            "model": name,
+            "rank": standing.rank,
+            **_estimate("accuracy_relevance", standing.relevance),
+            **_estimate("accuracy_drop", standing.drop),
+            "worst_layer": standing.worst_layer,
+            "costly_layers": standing.costly,
+            "layers": standing.layers,
+            "benchmarks": len(board.benchmarks),
+        }
+        for name, standing in zip(names, board.models, strict=True)
+    ]
+    numbers = _estimates("accuracy_relevance", "accuracy_drop")
+    counts = ["worst_layer", "costly_layers", "layers", "benchmarks"]
+    return _counts(_frame(rows, ["model", "rank", *numbers, *counts], numbers), "rank", *counts)
+
+
+def _estimates(*names: str) -> list[str]:
+    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+
+
+def _estimate(name: str, found: Estimate) -> dict[str, float | None]:
+    return dict(zip(_estimates(name), (found.value, found.low, found.high), strict=True))
+
+
+def _counts(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    return frame.astype(dict.fromkeys(columns, "Int64"))

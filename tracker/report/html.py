@@ -1,66 +1,29 @@
 """Renders a results folder's cells as one self-contained HTML page.
 
 The page needs no network: plotly.js is inlined once, styles and scripts stand in the file, and a
-content security policy forbids everything else. The same input gives the same bytes.
+content security policy forbids everything else. Charts are drawn when they come into view. The
+same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tracker.ledger.files import write_text
-from tracker.records import WHOLE_LAYER, CellRecord, view_name
-from tracker.report import charts, tables, wording
+from tracker.records import CellRecord
+from tracker.report import leaderboard, sections, style, tables, wording
+from tracker.report.downloads import layer_files, packed_json
+from tracker.report.sentences import agreement_sentence
 
-# Only buttons that work without a network.
-_BUTTONS = [["toImage", "zoom2d", "resetScale2d"]]
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """A figure as markup; its title is set by the page, where it can wrap."""
-
-    id: str
-    title: str
-    markup: Markup
-
-
-@dataclass(frozen=True)
-class _CellSection:
-    """Everything that the page shows of one cell."""
-
-    id: str
-    label: str
-    cell: CellRecord
-    measure: wording.Measure
-    sentence: str
-    warnings: tuple[str, ...]
-    curve: _Chart | None
-    curve_lines: int
-    scatter: _Chart | None
-    span_maps: tuple[_Chart, ...]
-    layers: tables.Table
-    layers_heading: str
-    correlations: tables.Table
-    provenance: tables.Table
-    tasks: tables.Table
-
-
-@dataclass(frozen=True)
-class _ModelSection:
-    """One model's cells and heat map, which is None where no whole layer is removed."""
-
-    id: str
-    cells: tuple[_CellSection, ...]
-    heat_map: _Chart | None
-    relevance: tables.Table | None
+_OPEN_CELLS = 12
+"""With more cells than this, their sections are closed at first."""
+_OPEN_BOARDS = 3
+"""With more models than this, only the first one's leaderboard is open at first."""
 
 
 def render_report(cells: Sequence[CellRecord], experiments: Mapping[str, str], path: Path) -> Path:
@@ -101,115 +64,38 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    groups: dict[tuple[str, str, str], list[CellRecord]] = {}
-    for cell in cells:
-        groups.setdefault(wording.model_key(cell), []).append(cell)
-    models = tuple(_model_section(group, number) for number, group in enumerate(groups.values(), 1))
-    ids = {_place(section.cell): section.id for model in models for section in model.cells}
+
+    def inlined(name: str) -> Markup:
+        return Markup(loader.get_source(environment, name)[0])
+
+    models = sections.model_sections(cells)
+    across = sections.across_section(cells, models)
+    ids = {sections.place(s.cell): s.id for model in models for s in model.cells}
+    figures = [figure for model in models for figure in model.figures]
+    figures += across.figures if across else ()
+    csv, parquet = layer_files(cells) if cells else ("", "")
     return environment.get_template("report.html.j2").render(
-        style=Markup(loader.get_source(environment, "report.css")[0]),
-        plotly_js=Markup(get_plotlyjs()) if cells else Markup(""),
+        style=inlined("report.css"),
+        script=inlined("report.js"),
+        plotly_js=Markup(get_plotlyjs()) if cells else "",
+        charts=packed_json(
+            {
+                "template": style.TEMPLATE,
+                "figures": {one.id: [one.chart.data, one.chart.layout] for one in figures},
+            }
+        ),
+        csv=csv,
+        parquet=parquet,
         summary=wording.summary(cells),
+        agreements=[agreement_sentence(one) for one in leaderboard.agreements(cells)],
+        rules=leaderboard,
         overview=tables.overview_table(cells),
-        overview_links=[ids[_place(cell)] for cell in cells],
+        overview_links=[ids[sections.place(cell)] for cell in cells],
         models=models,
+        across=across,
+        cells=cells,
+        open_cells=len(cells) <= _OPEN_CELLS,
+        open_boards=len(models) <= _OPEN_BOARDS,
         experiments=experiments,
-        heading=models[0].cells[0].cell.model.name if len(models) == 1 else "",
+        heading=models[0].label if len(models) == 1 else "",
     )
-
-
-def _place(cell: CellRecord) -> tuple[str, str]:
-    return (cell.key, view_name(cell.removed))
-
-
-def _model_section(cells: Sequence[CellRecord], number: int) -> _ModelSection:
-    name = f"model-{number}"
-    labels = wording.benchmark_labels(cells)
-    mapped = [cell for cell in cells if _has_whole_layers(cell)]
-    return _ModelSection(
-        id=name,
-        cells=tuple(
-            _cell_section(cell, label, f"{name}-cell-{index}")
-            for index, (cell, label) in enumerate(zip(cells, labels, strict=True), 1)
-        ),
-        heat_map=_chart(
-            charts.heat_map(mapped),
-            f"{name}-heat-map",
-            charts.heat_title(mapped),
-            cells[0].model.name,
-        )
-        if mapped
-        else None,
-        relevance=tables.relevance_table(mapped) if mapped else None,
-    )
-
-
-def _has_whole_layers(cell: CellRecord) -> bool:
-    """Whether whole single layers are among what is removed; a cell without any run has a place."""
-    found = wording.kinds(cell)
-    return WHOLE_LAYER in found or not found
-
-
-def _cell_section(cell: CellRecord, label: str, name: str) -> _CellSection:
-    only_layers = tables.run_columns(cell).only_layers
-    lines = charts.curve_components(cell)
-    return _CellSection(
-        id=name,
-        label=label,
-        cell=cell,
-        measure=wording.measure_of(cell),
-        sentence=wording.sentence(cell),
-        warnings=wording.warnings(cell),
-        curve=_chart(
-            charts.layer_curve(cell), f"{name}-curve", charts.curve_title(cell), cell.title
-        )
-        if lines
-        else None,
-        curve_lines=len(lines),
-        scatter=_chart(
-            charts.proxy_scatter(cell), f"{name}-scatter", charts.scatter_title(cell), cell.title
-        )
-        if _has_whole_layers(cell)
-        else None,
-        span_maps=tuple(
-            _chart(
-                charts.span_map(cell, component),
-                f"{name}-spans-{component}",
-                charts.span_title(cell, component),
-                cell.title,
-            )
-            for component in charts.span_components(cell)
-        ),
-        layers=tables.layer_table(cell),
-        layers_heading="Layers" if only_layers else "Runs",
-        correlations=tables.correlation_table(cell),
-        provenance=tables.provenance_table(cell),
-        tasks=tables.task_table(cell),
-    )
-
-
-def _chart(figure: go.Figure, name: str, title: str, subject: str) -> _Chart:
-    # The heading above the chart names its subject already.
-    says = title.removeprefix(f"{subject}: ")
-    # plotly cannot wrap a title to the width of the window; the page's caption can.
-    top = (
-        34
-        if any(trace.showlegend is not False for trace in figure.select_traces("scatter"))
-        else 12
-    )
-    # Without a drag mode, a finger on a chart scrolls the page.
-    figure.update_layout(title=None, margin_t=top, dragmode=False)
-    markup = figure.to_html(
-        config={
-            "responsive": True,
-            "displaylogo": False,
-            "modeBarButtons": _BUTTONS,
-            "toImageButtonOptions": {"format": "svg", "filename": name},
-        },
-        full_html=False,
-        include_plotlyjs=False,
-        include_mathjax=False,
-        default_height=f"{figure.layout.height}px",
-        div_id=name,
-    )
-    return _Chart(name, says[:1].upper() + says[1:], Markup(markup))

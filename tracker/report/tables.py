@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from tracker.metrics.ratios import RATIO
 from tracker.records import WHOLE_LAYER, CellRecord, LayerRecord, RunIdentity
+from tracker.report.grid import (
+    Column,
+    Table,
+    Value,
+    between,
+    numbers,
+    shown,
+    texts,
+    with_interval,
+    worded,
+)
+from tracker.report.sentences import PROXY_NAMES
 from tracker.report.wording import (
     DASH,
     NO_REASON,
@@ -20,7 +31,6 @@ from tracker.report.wording import (
     counted,
     defined,
     fixed,
-    interval,
     kinds,
     layers_of,
     measure_of,
@@ -33,43 +43,13 @@ from tracker.report.wording import (
     two_digits,
 )
 
-PROXIES = {
-    "cosine_score": "cosine score (1 − cos)",
-    "angular_distance": "angular distance",
-    "relative_update": "relative update",
-}
+PROXIES = {**PROXY_NAMES, "cosine_score": "cosine score (1 − cos)"}
 COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
 SUBSETS = {"all": "all layers", "inner": "without the two outer layers at each end"}
 COMPONENT = "component"
 SPAN = "span (layers)"
 _three = partial(fixed, digits=3)
 _four = partial(fixed, digits=4)
-
-
-@dataclass(frozen=True)
-class Value:
-    """One table cell as people read it; a dash carries the reason why it is undefined."""
-
-    text: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One table column: its header with the unit, and whether it holds numbers."""
-
-    label: str
-    numeric: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table ready to be set: caption, columns, rows (the first value heads the row), notes."""
-
-    caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Value, ...], ...]
-    notes: tuple[str, ...] = ()
 
 
 _Show = Callable[[LayerRecord], Value]
@@ -92,10 +72,10 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         critical_label = "most critical layers, 0-based (accuracy drop in pp, or loss increase)"
         drop = "drop or increase"
     columns = (
-        *_texts("model", "benchmark"),
-        *_numbers("documents", baseline_label, "chance (%)"),
-        *_texts(critical_label, "highest cosine score, layers 0-based (1 − cos)"),
-        *_numbers(f"Spearman of cosine score and {drop} (95 % interval)"),
+        *texts("model", "benchmark"),
+        *numbers("documents", baseline_label, "chance (%)"),
+        *texts(critical_label, "highest cosine score, layers 0-based (1 − cos)"),
+        *numbers(f"Spearman of cosine score and {drop} (95 % interval)"),
     )
     rows, notes = tuple(_overview_row(cell) for cell in cells), []
     for cell, (*_, baseline, _, _, _, spearman) in zip(cells, rows, strict=True):
@@ -121,11 +101,16 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
         (-r.cosine_score, r.layer) for r in cell.whole_layers if defined(r.cosine_score)
     )
     scored = (f"{layer}\u00a0({two_digits(-score)})" for score, layer in scores[:3])
-    baseline = _value(cell.baseline_accuracy, measure.write, reason_of(cell, "baseline_accuracy"))
+    baseline = shown(
+        cell.baseline_accuracy,
+        measure.write,
+        reason_of(cell, "baseline_accuracy"),
+        scale=measure.scale,
+    )
     rank = Value(DASH, "not computed")
     if found := correlation(cell):
-        rank = _value(found.value, two_digits, found.reason or NO_REASON)
-        rank = _with_interval(rank, interval(found.low, found.high, two_digits))
+        rank = shown(found.value, two_digits, found.reason or NO_REASON)
+        rank = with_interval(rank, found.low, found.high, two_digits)
     metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({measure.unit})"
     beneath = f" · {cell.beneath}" if cell.removed else ""
     no_drop = f"no layer has a positive {measure.change}"
@@ -135,10 +120,12 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
         Value(cell.model.name),
         Value(f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot · {metric}{beneath}"),
         Value(f"{cell.n:,}"),
-        _with_interval(baseline, interval(cell.baseline_low, cell.baseline_high, measure.write)),
-        _value(cell.chance_accuracy, points, reason_of(cell, "chance_accuracy")),
-        _text(", ".join(costly), no_drop),
-        _text(", ".join(scored), "no layer has a cosine score"),
+        with_interval(
+            baseline, cell.baseline_low, cell.baseline_high, measure.write, scale=measure.scale
+        ),
+        shown(cell.chance_accuracy, points, reason_of(cell, "chance_accuracy"), scale=100),
+        worded(", ".join(costly), no_drop),
+        worded(", ".join(scored), "no layer has a cosine score"),
         rank,
     )
 
@@ -176,7 +163,7 @@ def layer_table(cell: CellRecord) -> Table:
     counts = {record.n for record in cell.layers}
     each = f", {counted(counts.pop(), 'document')} each" if len(counts) == 1 else ""
     baseline = ", ".join(
-        f"{name} {_value(cell.baseline_metrics.get(name), _four, '').text}"
+        f"{name} {shown(cell.baseline_metrics.get(name), _four, '').text}"
         for name in _metric_names(cell)
     )
     ours = _is_corpus(cell)
@@ -232,21 +219,28 @@ def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
     measure = measure_of(cell)
     it = "layer" if run_columns(cell).only_layers else "it"
 
-    def field(name: str, write: Callable[[float], str]) -> _Show:
-        return lambda r: _value(getattr(r, name), write, reason_of(cell, name, r))
+    def field(name: str, write: Callable[[float], str], scale: float = 1) -> _Show:
+        return lambda r: shown(getattr(r, name), write, reason_of(cell, name, r), scale)
 
     def metric(name: str) -> _Show:
-        return lambda r: _value(r.metrics.get(name), _four, reason_of(cell, name, r))
+        return lambda r: shown(r.metrics.get(name), _four, reason_of(cell, name, r))
 
-    def between(r: LayerRecord) -> Value:
+    def ends(r: LayerRecord) -> Value:
         reason = r.reasons.get("accuracy_drop_low") or reason_of(cell, "accuracy_drop", r)
-        return _text(interval(r.accuracy_drop_low, r.accuracy_drop_high, measure.write), reason)
+        low, high = r.accuracy_drop_low, r.accuracy_drop_high
+        return between(low, high, measure.write, reason, measure.scale)
 
     columns: list[tuple[str, _Show]] = [
         ("documents", lambda r: Value(f"{r.n:,}")),
-        (f"{measure.level} without {it} ({measure.level_unit})", field("accuracy", measure.write)),
-        (f"{measure.change} ({measure.unit})", field("accuracy_drop", measure.write)),
-        (f"95 % interval ({measure.unit})", between),
+        (
+            f"{measure.level} without {it} ({measure.level_unit})",
+            field("accuracy", measure.write, measure.scale),
+        ),
+        (
+            f"{measure.change} ({measure.unit})",
+            field("accuracy_drop", measure.write, measure.scale),
+        ),
+        (f"95 % interval ({measure.unit})", ends),
         ("McNemar p", field("mcnemar_p", p_value)),
         ("accuracy relevance", field("accuracy_relevance", _three)),
         ("cosine score (1 − cos)", field("cosine_score", _four)),
@@ -286,8 +280,8 @@ def correlation_table(cell: CellRecord) -> Table:
         The table; the notes say why a coefficient is undefined.
     """
     columns = (
-        *_texts("proxy", "coefficient", "layers used"),
-        *_numbers("value", "95 % interval", "permutation p", "layers", "documents"),
+        *texts("proxy", "coefficient", "layers used"),
+        *numbers("value", "95 % interval", "permutation p", "layers", "documents"),
     )
     rows, notes = [], []
     for record in cell.correlations:
@@ -299,9 +293,9 @@ def correlation_table(cell: CellRecord) -> Table:
                 Value(proxy),
                 Value(coefficient),
                 Value(record.subset),
-                _value(record.value, two_digits, why),
-                _text(interval(record.low, record.high, two_digits), why),
-                _value(record.p_value, p_value, why),
+                shown(record.value, two_digits, why),
+                between(record.low, record.high, two_digits, why),
+                shown(record.p_value, p_value, why),
                 Value(f"{record.n:,}"),
                 Value(f"{record.documents:,}"),
             )
@@ -329,10 +323,10 @@ def relevance_table(cells: Sequence[CellRecord]) -> Table:
     columns = [[Value(str(layer)) for layer in layers]]
     for cell in cells:
         found = (relevance(cell, layer) for layer in layers)
-        columns.append([_value(number, _three, reason) for number, reason in found])
+        columns.append([shown(number, _three, reason) for number, reason in found])
     return Table(
         f"{cells[0].model.name}: accuracy relevance.",
-        _numbers("layer (0-based)", *benchmark_labels(cells)),
+        numbers("layer (0-based)", *benchmark_labels(cells)),
         tuple(zip(*columns, strict=True)),
     )
 
@@ -373,7 +367,7 @@ def provenance_table(cell: CellRecord) -> Table:
     facts["ledger key"] = cell.key
     pairs = [*facts.items(), *cell.provenance.items()]
     rows = [(Value(name), Value(text)) for name, text in pairs]
-    return Table(f"{cell.title}: what the numbers depend on.", _texts("what", "value"), tuple(rows))
+    return Table(f"{cell.title}: what the numbers depend on.", texts("what", "value"), tuple(rows))
 
 
 def task_table(cell: CellRecord) -> Table:
@@ -386,9 +380,9 @@ def task_table(cell: CellRecord) -> Table:
         One row for each task, with its version, split and fingerprint.
     """
     columns = (
-        *_texts("task", "version", "split"),
-        *_numbers("documents in the split"),
-        *_texts("metrics (aggregation)", "fingerprint"),
+        *texts("task", "version", "split"),
+        *numbers("documents in the split"),
+        *texts("metrics (aggregation)", "fingerprint"),
     )
     rows = tuple(
         (
@@ -408,27 +402,3 @@ def task_table(cell: CellRecord) -> Table:
 def _is_corpus(cell: CellRecord) -> bool:
     """Whether the metrics are tracker's own and not lm-eval's."""
     return RATIO in cell.benchmark.tasks[0].metrics.values()
-
-
-def _texts(*labels: str) -> tuple[Column, ...]:
-    return tuple(Column(label, numeric=False) for label in labels)
-
-
-def _numbers(*labels: str) -> tuple[Column, ...]:
-    return tuple(Column(label) for label in labels)
-
-
-def _value(number: float | None, write: Callable[[float], str], reason: str) -> Value:
-    if number is None:
-        return Value(DASH, reason)
-    if not math.isfinite(number):
-        return Value(DASH, f"not a finite number ({number})")
-    return Value(write(number))
-
-
-def _text(text: str, reason: str) -> Value:
-    return Value(text) if text else Value(DASH, reason)
-
-
-def _with_interval(value: Value, between: str) -> Value:
-    return Value(f"{value.text} ({between})") if between and not value.reason else value

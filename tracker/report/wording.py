@@ -13,6 +13,7 @@ from tracker.records import (
     CellRecord,
     CorrelationRecord,
     LayerRecord,
+    ModelIdentity,
     RunIdentity,
 )
 
@@ -365,6 +366,29 @@ def model_key(cell: CellRecord) -> tuple[str, str, str]:
     return (cell.model.name, cell.model.fingerprint, cell.model.dtype)
 
 
+def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
+    """Name models so that no two names are equal.
+
+    Args:
+        models: The models.
+
+    Returns:
+        Their names, with the dtype, revision, weights or source where these tell them apart.
+    """
+    return _told_apart(
+        [model.name for model in models],
+        [
+            (
+                model.dtype,
+                f"revision {model.revision[:8]}" if model.revision else "",
+                f"weights {model.fingerprint[:8]}",
+                model.source,
+            )
+            for model in models
+        ],
+    )
+
+
 def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
     """Name the benchmark of each cell of one model, so that no two names are equal.
 
@@ -372,34 +396,60 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`, with the cell's key where that alone is ambiguous.
+        For example `arc_easy · 0-shot`, with the number of documents, the metric, the data, the
+        seed or the cell's key where these tell them apart.
     """
-    labels = [
-        f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot"
-        + (" · chat" if cell.benchmark.apply_chat_template else "")
-        + (f" · {cell.beneath}" if cell.removed else "")
-        for cell in cells
-    ]
-    return [
-        f"{label} · {cell.key[:8]}" if labels.count(label) > 1 else label
-        for label, cell in zip(labels, cells, strict=True)
-    ]
+    return _told_apart(
+        [
+            f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot"
+            + (" · chat" if cell.benchmark.apply_chat_template else "")
+            + (f" · {cell.beneath}" if cell.removed else "")
+            for cell in cells
+        ],
+        [
+            (
+                counted(cell.n, "document"),
+                cell.metric,
+                cell.benchmark.data,
+                "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
+                cell.key[:8],
+            )
+            for cell in cells
+        ],
+    )
+
+
+def _told_apart(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> list[str]:
+    """Add to equal labels the details in which their bearers differ, until all are told apart."""
+    found = list(labels)
+    for place in range(len(details[0]) if details else 0):
+        groups: dict[str, set[str]] = {}
+        for label, detail in zip(found, details, strict=True):
+            groups.setdefault(label, set()).add(detail[place])
+        found = [
+            f"{label} · {detail[place]}" if len(groups[label]) > 1 and detail[place] else label
+            for label, detail in zip(found, details, strict=True)
+        ]
+    return found
 
 
 # Sentences
 
 
-def correlation(cell: CellRecord, subset: str = "all") -> CorrelationRecord | None:
-    """Find the Spearman correlation of cosine score and accuracy drop (or loss increase).
+def correlation(
+    cell: CellRecord, subset: str = "all", coefficient: str = "spearman"
+) -> CorrelationRecord | None:
+    """Find a correlation of cosine score and accuracy drop (or loss increase).
 
     Args:
         cell: The cell.
         subset: `all` or `inner`.
+        coefficient: `spearman`, `kendall` or `pearson`.
 
     Returns:
         The record, or None when the cell does not hold it.
     """
-    wanted = ("cosine_score", "spearman", subset)
+    wanted = ("cosine_score", coefficient, subset)
     found = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == wanted)
     return next(found, None)
 
@@ -428,6 +478,21 @@ def correlation_text(record: CorrelationRecord | None) -> str:
         p = "< 0.001" if record.p_value < 0.001 else f"= {record.p_value:.3f}"
         parts.append(f"permutation p {p}")
     return f"{two_digits(record.value)} ({'; '.join(parts)})"
+
+
+def short_correlation(record: CorrelationRecord) -> str:
+    """Write one correlation with its interval alone.
+
+    Args:
+        record: The correlation.
+
+    Returns:
+        For example `0.48 (0.30 to 0.60)`, or `undefined`.
+    """
+    if not defined(record.value):
+        return "undefined"
+    between = interval(record.low, record.high, two_digits)
+    return two_digits(record.value) + (f" ({between})" if between else "")
 
 
 def sentence(cell: CellRecord) -> str:

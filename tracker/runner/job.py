@@ -103,4 +103,4 @@ def shards(store: CellStore | None) -> list[Path]:
     Returns:
         Their files.
     """
-    return [] if store is None else list(store.folder.glob("shards/*.parquet"))
+    return [] if store is None else store.shards()

@@ -85,7 +85,7 @@ class Publisher:
                 continue
             try:
                 published = self._backend(to).publish(
-                    record, _artifacts(store), cell_charts(record)
+                    record, _artifacts(store, record), cell_charts(record)
                 )
             except TrackingError as error:
                 errors.append(str(error))
@@ -98,12 +98,12 @@ class Publisher:
     def _backend(self, to: Target) -> Backend:
         if to not in self._open:
             project = to.project or self.project
-            self._open[to] = open_backend(to.backend, project, self._results)
+            self._open[to] = open_backend(to.backend, project, self._results, to.server)
         return self._open[to]
 
     def _receipt(self, to: Target, record: CellRecord) -> str:
         """Name the receipt of one view at one backend."""
-        place = destination(to.backend, to.project or self.project, self._results)
+        place = destination(to.backend, to.project or self.project, self._results, to.server)
         return content_hash([place, record.removed]) if record.removed else place
 
     def close(self) -> None:
@@ -155,9 +155,9 @@ class Trial:
             end_trial(note, failed, self._results)
 
 
-def _artifacts(store: CellStore) -> list[Path]:
-    """The files that a backend keeps with a cell: what it depends on, and the outcomes."""
-    return [store.folder / "cell.json", *sorted((store.folder / "shards").glob("*.parquet"))]
+def _artifacts(store: CellStore, record: CellRecord) -> list[Path]:
+    """The files that a backend keeps with a cell: all that the record follows from."""
+    return [store.folder / "cell.json", store.view_path(record.removed), *store.shards()]
 
 
 def sync(ledger: Ledger, to: Sequence[str]) -> Synced:

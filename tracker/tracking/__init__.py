@@ -17,40 +17,46 @@ from tracker.records import CellRecord, LayerRecord
 from tracker.tracking.base import Backend
 
 
-def _mlflow(project: str, results: Path) -> Backend:
+def _mlflow(project: str, results: Path, server: str | None) -> Backend:
     from tracker.tracking.mlflow import MlflowBackend
 
-    return MlflowBackend(project, results)
+    return MlflowBackend(project, results, server)
 
 
-def _wandb(project: str, results: Path) -> Backend:
+def _wandb(project: str, results: Path, server: str | None) -> Backend:
     from tracker.tracking.wandb import WandbBackend
 
     return WandbBackend(project, results)
 
 
-BACKENDS: dict[str, Callable[[str, Path], Backend]] = {"mlflow": _mlflow, "wandb": _wandb}
+BACKENDS: dict[str, Callable[[str, Path, str | None], Backend]] = {
+    "mlflow": _mlflow,
+    "wandb": _wandb,
+}
 """What a user may ask for. Each entry imports its SDK only when it is called."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where runs go.
+    """Where runs go, or come from.
 
     Attributes:
         backend: A key of `BACKENDS`.
         project: The MLflow experiment or W&B project; None = that of the experiment file.
+        server: MLflow's tracking URI; None = that of the environment, or the results folder's.
     """
 
     backend: str
     project: str | None = None
+    server: str | None = None
 
 
 def target(text: str) -> Target:
     """Read where runs go.
 
     Args:
-        text: `BACKEND` or `BACKEND:PROJECT`, e.g. `mlflow` or `wandb:ENTITY/PROJECT`.
+        text: `BACKEND` or `BACKEND:PROJECT`, e.g. `mlflow`, `wandb:ENTITY/PROJECT` or
+            `mlflow:http://mlflow.lab:5000/EXPERIMENT`.
 
     Returns:
         The target.
@@ -66,7 +72,25 @@ def target(text: str) -> Target:
         )
     if colon and not project.strip("/"):
         raise RequestError(f"{text!r} names no project; write {backend} or {backend}:PROJECT")
-    return Target(backend, project or None)
+    if backend != "mlflow" or "://" not in project:
+        return Target(backend, project or None)
+    server, project = _server_and_project(project)
+    if not project:
+        raise RequestError(f"{text!r} names no experiment; write mlflow:URI/EXPERIMENT")
+    return Target(backend, project, server)
+
+
+def _server_and_project(text: str) -> tuple[str, str]:
+    """Split an address: a `#` says where, else a server ends at its port, a file at its name."""
+    if "#" in text:
+        server, _, project = text.partition("#")
+    elif text.startswith(("http://", "https://")):
+        scheme, _, rest = text.partition("://")
+        host, _, project = rest.partition("/")
+        server = f"{scheme}://{host}"
+    else:
+        server, _, project = text.rpartition("/")
+    return server, project.strip("/")
 
 
 def in_sweep() -> bool:
@@ -83,18 +107,19 @@ def default_targets() -> tuple[str, ...]:
     return ("wandb",) if in_sweep() else ("mlflow",)
 
 
-def open_backend(name: str, project: str, results: Path) -> Backend:
-    """Open a tracking backend; nothing is contacted before its first `publish`.
+def open_backend(name: str, project: str, results: Path, server: str | None = None) -> Backend:
+    """Open a tracking backend; nothing is contacted before it is used.
 
     Args:
         name: A key of `BACKENDS`.
         project: The MLflow experiment, or the W&B project as `PROJECT` or `ENTITY/PROJECT`.
         results: The results folder; a backend that needs no server keeps its files in it.
+        server: MLflow's tracking URI; None for that of the environment.
 
     Returns:
         The backend.
     """
-    return BACKENDS[name](project, results)
+    return BACKENDS[name](project, results, server)
 
 
 def log_trial(cell: CellRecord, run: LayerRecord, results: Path) -> None:
@@ -129,20 +154,21 @@ def end_trial(note: str, failed: bool, results: Path) -> None:
     wandb.end_trial(note, failed, results)
 
 
-def destination(name: str, project: str, results: Path) -> str:
+def destination(name: str, project: str, results: Path, server: str | None = None) -> str:
     """Identify where a backend's runs would go, without contacting it or importing its SDK.
 
     Args:
         name: A key of `BACKENDS`.
         project: The project that the runs go to.
         results: The results folder.
+        server: MLflow's tracking URI; None for that of the environment.
 
     Returns:
         A hash that changes with the project, the server, or a new local store; it gives away
         neither address nor password.
     """
     if name == "mlflow":
-        server = os.environ.get("MLFLOW_TRACKING_URI")
+        server = server or os.environ.get("MLFLOW_TRACKING_URI")
         local = None if server else results / "mlflow.db"
     else:
         names = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE", "WANDB_SWEEP_ID")

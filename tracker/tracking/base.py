@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -62,6 +62,19 @@ class Table:
     rows: tuple[tuple[Value, ...], ...]
 
 
+@dataclass(frozen=True)
+class RemoteCell:
+    """A cell that a backend holds, with the files that it was derived from."""
+
+    key: str
+    """The run key of the cell's own run."""
+    name: str
+    version: str
+    """Changes when the files do; empty where the backend holds no such files."""
+    place: str
+    """What the backend finds the files by."""
+
+
 class Backend(Protocol):
     """Where runs are browsed. It may be unreachable; the ledger never depends on it."""
 
@@ -87,21 +100,102 @@ class Backend(Protocol):
             TrackingError: The backend refused or could not be reached.
         """
 
+    def cells(self) -> list[RemoteCell]:
+        """List the cells of the project.
+
+        Returns:
+            One entry a cell's run that was written whole.
+
+        Raises:
+            TrackingError: There is no such project, or the backend could not be reached.
+        """
+
+    def fetch(self, cell: RemoteCell, folder: Path) -> None:
+        """Download the files that were attached to a cell's run.
+
+        Args:
+            cell: One of `cells`.
+            folder: An empty folder for them.
+
+        Raises:
+            TrackingError: The backend could not be reached, or the files are not what was attached.
+        """
+
+    def boards(self) -> list[str]:
+        """List the versions of the project's leaderboard, the oldest first.
+
+        Returns:
+            What `read_board` takes; empty where there is none yet.
+        """
+
+    def read_board(self, version: str) -> str:
+        """Read one version of the leaderboard, as it was given to `add_board`."""
+
+    def add_board(self, text: str, tables: Mapping[str, Table]) -> str:
+        """Add a version of the leaderboard.
+
+        Args:
+            text: All of it.
+            tables: What people browse.
+
+        Returns:
+            What a person opens.
+        """
+
+    def add_report(
+        self,
+        text: str,
+        files: Sequence[Path],
+        tables: Mapping[str, Table],
+        charts: Mapping[str, Figure],
+    ) -> str:
+        """Add a report.
+
+        Args:
+            text: What it says in a few paragraphs.
+            files: The page, and what goes with it, each under its own file name.
+            tables: What people browse.
+            charts: Plotly figures, by name.
+
+        Returns:
+            What a person opens.
+        """
+
+    def user(self) -> str:
+        """Say as whom the backend knows this user."""
+
     def close(self) -> None:
         """Release what the backend holds; it never raises."""
 
 
-def sync_command(results: Path, backend: str) -> str:
+BOARD = "layer-leaderboard"
+"""The leaderboard's name in every project."""
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """Digest files by name and content.
+
+    Args:
+        files: The files, in any order.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    lines = sorted(f"{f.name} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sync_command(results: Path, to: str) -> str:
     """Say what to type when a backend is back.
 
     Args:
         results: The results folder.
-        backend: The backend's name.
+        to: Where the runs go, as `BACKEND` or `BACKEND:PROJECT`.
 
     Returns:
         The command.
     """
-    return f"tracker sync --to {backend} --results {shlex.quote(str(results))}"
+    return f"tracker sync --to {shlex.quote(to)} --results {shlex.quote(str(results))}"
 
 
 def masked(text: str, secrets: Sequence[str | None] = ()) -> str:

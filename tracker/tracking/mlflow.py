@@ -8,8 +8,10 @@ run whose digest is missing or old is completed by the next `publish`. MLflow ne
 change, so params hold identity only; whatever may change is a metric or a tag.
 """
 
+# ruff: noqa: E402  (MLflow's environment must be set before it is imported)
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import math
@@ -17,10 +19,12 @@ import os
 import re
 import shlex
 import sqlite3
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -40,14 +44,38 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-from mlflow import MlflowClient  # noqa: E402  (the environment above must be set first)
-from mlflow.entities import Metric, Param, RunTag  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
 
-from tracker.errors import TrackingError  # noqa: E402
-from tracker.records import CellRecord  # noqa: E402
-from tracker.tracking.base import Published, is_curve, masked, sync_command  # noqa: E402
-from tracker.tracking.mlflow_runs import KEY_TAG, Run, cell_run, layer_run  # noqa: E402
+from tracker.errors import TrackingError
+from tracker.records import CellRecord
+from tracker.tracking.base import (
+    BOARD,
+    Published,
+    RemoteCell,
+    Table,
+    files_digest,
+    is_curve,
+    masked,
+    sync_command,
+)
+from tracker.tracking.mlflow_runs import (
+    FILES_TAG,
+    KEY_TAG,
+    KIND_TAG,
+    Run,
+    cell_run,
+    layer_run,
+    logged_tables,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -57,7 +85,16 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 DIGEST_TAG = "tracker.digest"
 
+_BOARD_FILE = "leaderboard.json"
+_RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's page opens such an experiment with its runs, not with the traces of an agent."""
 _LOCK_SECONDS = 600.0
+_SAID_CHARACTERS = 500  # a proxy's error page is longer
+_REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
+_WHO = (
+    "Say who you are: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+    "MLFLOW_TRACKING_TOKEN."
+)
 _SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 _NETWORK_FILE_SYSTEMS = re.compile(
@@ -110,7 +147,9 @@ class MlflowBackend:
         Raises:
             TrackingError: MLflow refused or could not be reached.
         """
-        with self._failures_explained(), self._one_publisher():
+        again = sync_command(self._results, f"{self.name}:{self._project}")
+        advice = f"The results are on disk; when it is back: {again}"
+        with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
             parent = cell_run(cell, artifacts, charts)
@@ -128,6 +167,135 @@ class MlflowBackend:
             location=location,
         )
 
+    def cells(self) -> list[RemoteCell]:
+        """List the cells of the experiment.
+
+        Returns:
+            One entry a cell's run that was written whole.
+
+        Raises:
+            TrackingError: There is no such experiment, or MLflow could not be reached.
+        """
+        with self._failures_explained("could not be read"):
+            client, experiment = self._existing()
+            runs = _search(client, experiment, f"tags.`{KIND_TAG}` = 'cell'")
+            return [
+                RemoteCell(
+                    key=run.data.tags[KEY_TAG],
+                    name=run.info.run_name,
+                    version=run.data.tags.get(FILES_TAG, ""),
+                    place=run.info.run_id,
+                )
+                for run in runs
+                if DIGEST_TAG in run.data.tags
+            ]
+
+    def fetch(self, cell: RemoteCell, folder: Path) -> None:
+        """Download the files of a cell, checked against the digest that its run states.
+
+        Args:
+            cell: One of `cells`.
+            folder: An empty folder for them.
+
+        Raises:
+            TrackingError: MLflow could not be reached, or the files are not what was attached.
+        """
+        with self._failures_explained("could not be read"):
+            client, _ = self._existing()
+            for artifact in client.list_artifacts(cell.place):
+                if not artifact.is_dir:
+                    client.download_artifacts(cell.place, artifact.path, str(folder))
+            if files_digest(folder.iterdir()) != cell.version:
+                raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
+
+    def boards(self) -> list[str]:
+        """List the versions of the experiment's leaderboard, the oldest first.
+
+        Returns:
+            Ids of runs; empty where there is none yet.
+        """
+        with self._failures_explained("could not be read"):
+            client, experiment = self._connect()
+            runs = _search(client, experiment, f"tags.`{KIND_TAG}` = '{BOARD}'")
+            return [run.info.run_id for run in runs if run.info.status == "FINISHED"]
+
+    def read_board(self, version: str) -> str:
+        """Read one version of the leaderboard.
+
+        Args:
+            version: One of `boards`.
+
+        Returns:
+            Its text.
+        """
+        with self._failures_explained("could not be read"), TemporaryDirectory() as folder:
+            client, _ = self._existing()
+            path = client.download_artifacts(version, _BOARD_FILE, folder)
+            return Path(path).read_text(encoding="utf-8")
+
+    def add_board(self, text: str, tables: Mapping[str, Table]) -> str:
+        """Add a version of the leaderboard as a run.
+
+        Args:
+            text: All of it.
+            tables: What people browse.
+
+        Returns:
+            Where to look.
+        """
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / _BOARD_FILE
+            file.write_text(text, encoding="utf-8")
+            return self._add("leaderboard", BOARD, [file], tables, {})
+
+    def add_report(
+        self,
+        text: str,
+        files: Sequence[Path],
+        tables: Mapping[str, Table],
+        charts: Mapping[str, Figure],
+    ) -> str:
+        """Add a report as a run.
+
+        Args:
+            text: What it says in a few paragraphs.
+            files: The page, and what goes with it.
+            tables: What people browse.
+            charts: Plotly figures, by name.
+
+        Returns:
+            Where to look.
+        """
+        return self._add("report", "report", files, tables, charts, text)
+
+    def user(self) -> str:
+        """Say as whom MLflow knows this user."""
+        return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+
+    def _add(
+        self,
+        name: str,
+        kind: str,
+        files: Sequence[Path],
+        tables: Mapping[str, Table],
+        charts: Mapping[str, Figure],
+        note: str = "",
+    ) -> str:
+        """Log files, tables and charts in a run of their own."""
+        with self._failures_explained(f"did not take the {name}"), self._one_publisher():
+            client, experiment = self._connect()
+            tags = {
+                KIND_TAG: kind,
+                "mlflow.source.name": "tracker",
+                "mlflow.user": self.user(),
+                "mlflow.loggedArtifacts": logged_tables(tables),
+                "mlflow.note.content": note,
+            }
+            run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+            _attach(client, run_id, files, tables, charts)
+            client.set_terminated(run_id, "FINISHED")
+            return self._location(experiment)
+
     def close(self) -> None:
         """Leave the SQLite file complete on its own, so that it can be copied."""
         connected, self._connection = self._connection is not None, None
@@ -144,11 +312,25 @@ class MlflowBackend:
             self._connection = client, self._experiment_id(client)
         return self._connection
 
+    def _existing(self) -> tuple[Any, str]:
+        """Return the client and the experiment's id, creating nothing."""
+        if self._connection is None:
+            if self._database and not self._database.exists():
+                raise TrackingError("there is no such file")
+            client = MlflowClient(tracking_uri=self._uri)
+            found = client.get_experiment_by_name(self._project)
+            if found is None:
+                names = ", ".join(repr(e.name) for e in client.search_experiments(max_results=20))
+                raise TrackingError(f"it has no experiment {self._project!r}; it has {names}")
+            self._connection = client, str(found.experiment_id)
+        return self._connection
+
     def _experiment_id(self, client: Any) -> str:
         experiment = client.get_experiment_by_name(self._project)
         if experiment is None:
             try:
-                return str(client.create_experiment(self._project, self._artifact_location()))
+                place = self._artifact_location()
+                return str(client.create_experiment(self._project, place, dict(_RUNS_FIRST)))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -170,7 +352,7 @@ class MlflowBackend:
     def _location(self, experiment: str) -> str:
         if self._uri.startswith(("http://", "https://")):
             server = masked(self._uri).replace("***@", "").rstrip("/")
-            return f"{server}/#/experiments/{experiment}"
+            return f"{server}/#/experiments/{experiment}/runs"
         uri = shlex.quote(masked(self._uri))
         return f"mlflow ui --backend-store-uri {uri} --port 5000"
 
@@ -187,38 +369,46 @@ class MlflowBackend:
             yield
 
     @contextmanager
-    def _failures_explained(self) -> Iterator[None]:
+    def _failures_explained(self, problem: str, advice: str = "") -> Iterator[None]:
         try:
             yield
-        except TrackingError:
-            raise
         except Exception as error:  # noqa: BLE001  the SDK raises requests, SQL, cloud errors, ...
             secrets = _secrets(self._uri)
-            text = masked(str(error) or type(error).__name__, secrets)
-            again = sync_command(self._results, self.name)
+            said = str(error) or type(error).__name__
+            text = masked(said, secrets)
+            hidden = any(secrets) or text != said
+            text = textwrap.shorten(text, _SAID_CHARACTERS, placeholder=" …")
+            text = f"MLflow at {masked(self._uri)} {problem}: {text}"
+            if getattr(error, "error_code", None) in _REFUSED:
+                advice = f"{_WHO}\n{advice}"
             # A traceback prints the cause too, so it is dropped where it could show a password.
-            raise TrackingError(
-                f"MLflow at {masked(self._uri)} did not take the runs: {text}\n"
-                f"The results are on disk; when it is back: {again}"
-            ) from (None if any(secrets) else error)
+            raise TrackingError("\n".join(filter(None, (text, advice)))) from (
+                None if hidden else error
+            )
 
 
-def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]:
-    """Find the runs that a cell has, by run key; deleted ones do not count."""
-    found: dict[str, Any] = {}
+def _search(client: Any, experiment: str, wanted: str) -> Iterator[Any]:
+    """Find runs, the oldest first; deleted ones do not count."""
     token: str | None = None
     while True:
         page = client.search_runs(
             [experiment],
-            filter_string=f"tags.`tracker.cell` = '{cell_key}'",
+            filter_string=wanted,
             order_by=["attributes.start_time ASC"],
             page_token=token,
         )
-        for run in page:
-            found.setdefault(run.data.tags.get(KEY_TAG, run.info.run_id), run)
+        yield from page
         token = page.token
         if not token:
-            return found
+            return
+
+
+def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]:
+    """Find the runs that a cell has, by run key."""
+    found: dict[str, Any] = {}
+    for run in _search(client, experiment, f"tags.`tracker.cell` = '{cell_key}'"):
+        found.setdefault(run.data.tags.get(KEY_TAG, run.info.run_id), run)
+    return found
 
 
 def _write(client: Any, experiment: str, run: Run, existing: dict[str, Any]) -> str:
@@ -252,20 +442,34 @@ def _write(client: Any, experiment: str, run: Run, existing: dict[str, Any]) -> 
     for tag in found.data.tags:
         if tag.startswith("tracker.") and tag != DIGEST_TAG and tag not in run.tags:
             client.delete_tag(run_id, tag)
-    for path, table in run.tables.items():
-        # Not log_table: it appends to a table that is already there.
-        content = {"columns": table.columns, "data": table.rows}
-        client.log_text(run_id, json.dumps(content), path)
-    for chart, figure in run.charts.items():
-        client.log_figure(run_id, figure, f"charts/{chart}.html")
-    for file in run.files:
-        client.log_artifact(run_id, str(file))
+    _attach(client, run_id, run.files, run.tables, run.charts)
+    if run.data:
+        # A data set that the run has already is not added again.
+        context = [InputTag("mlflow.data.context", "evaluation")]
+        client.log_inputs(run_id, [DatasetInput(Dataset(**data), context) for data in run.data])
     if found.info.run_name != run.name:
         client.update_run(run_id, name=run.name)
     if found.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
     client.set_tag(run_id, DIGEST_TAG, run.digest, synchronous=True)
     return outcome
+
+
+def _attach(
+    client: Any,
+    run_id: str,
+    files: Sequence[Path],
+    tables: Mapping[str, Table],
+    charts: Mapping[str, Figure],
+) -> None:
+    for name, table in tables.items():
+        # Not log_table: it appends to a table that is already there.
+        content = {"columns": table.columns, "data": table.rows}
+        client.log_text(run_id, json.dumps(content), f"tables/{name}.json")
+    for name, figure in charts.items():
+        client.log_figure(run_id, figure, f"charts/{name}.html")
+    for file in files:
+        client.log_artifact(run_id, str(file))
 
 
 def _known_points(client: Any, found: Any, run: Run) -> dict[tuple[str, int], float]:

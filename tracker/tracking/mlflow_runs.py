@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.records import WHOLE_LAYER, CellRecord, LayerRecord
+from tracker.records import WHOLE_LAYER, CellRecord, LayerRecord, TaskIdentity
 from tracker.tracking.base import (
     CURVES,
     Table,
@@ -19,6 +18,7 @@ from tracker.tracking.base import (
     correlation_table,
     curve_name,
     defined,
+    files_digest,
     flat_metrics,
     layer_table,
     metric_name,
@@ -30,11 +30,14 @@ from tracker.tracking.base import (
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "2"
+FORMAT = "3"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 KEY_TAG = "tracker.run_key"
+KIND_TAG = "tracker.kind"
+FILES_TAG = "tracker.files"
 _TAG_CHARACTERS = 5000  # what every MLflow server accepts
+_DIGEST_CHARACTERS = 36
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Run:
     tables: dict[str, Table] = field(default_factory=dict)
     charts: Mapping[str, Figure] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    data: tuple[dict[str, str], ...] = ()
+    """The data sets that it used, in the fields of MLflow's `Dataset`."""
 
 
 def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> Run:
@@ -73,7 +78,6 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         "architecture": model.architecture,
         "layers": model.layers,
         "parameters": model.parameters,
-        "model_fingerprint": model.fingerprint,
         "apply_chat_template": benchmark.apply_chat_template,
         "seed": benchmark.seed,
         "tasks": len(benchmark.tasks),
@@ -89,31 +93,30 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
             if name in figures
         }
     tables = {
-        "tables/layers.json": layer_table(cell),
-        "tables/correlations.json": correlation_table(cell),
+        "layers": layer_table(cell),
+        "correlations": correlation_table(cell),
     }
     measured, values = "accuracy loses", "Values are fractions"
     if not cell.higher_is_better:
         measured = "loss gains"
         values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
+    files = files_digest(artifacts)
     tags = {
-        "tracker.model_source": model.source,
-        "tracker.model_revision": model.revision,
+        FILES_TAG: files,
         "tracker.data": benchmark.data,
         "tracker.missing": ", ".join(run.label() for run in cell.missing) or None,
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
-        "mlflow.loggedArtifacts": json.dumps([{"path": p, "type": "table"} for p in tables]),
+        "mlflow.loggedArtifacts": logged_tables(tables),
         "mlflow.note.content": (
             f"**{cell.title}**: what the benchmark's {measured} (`{cell.metric}`, {cell.n} "
             f"documents) when {_what_is_removed(cell)}, beside the cheap proxies. The step of "
             f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         ),
     }
-    files = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in artifacts]
     return Run(
         key=run_key(cell, "cell"),
         name=cell.title,
-        digest=content_digest(cell, FORMAT, *sorted(files)),
+        digest=content_digest(cell, FORMAT, files),
         params=_texts(params),
         tags=_tags(cell, "cell", tags, {**not_finite(single), **cell.reasons}),
         points=points,
@@ -122,6 +125,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         tables=tables,
         charts=charts,
         files=tuple(artifacts),
+        data=tuple(_data_set(task, benchmark.data) for task in benchmark.tasks),
     )
 
 
@@ -158,13 +162,37 @@ def layer_run(cell: CellRecord, layer: LayerRecord, parent_id: str) -> Run:
     )
 
 
+def logged_tables(names: Iterable[str]) -> str:
+    """Write the tag by which MLflow's page finds tables.
+
+    Args:
+        names: The tables' names.
+
+    Returns:
+        JSON.
+    """
+    return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
+
+
 def _identity(cell: CellRecord) -> dict[str, object]:
     return {
         "model": cell.model.name,
+        "model_fingerprint": cell.model.fingerprint,
         "dtype": cell.model.dtype,
         "benchmark": cell.benchmark.name,
         "num_fewshot": cell.benchmark.num_fewshot,
         "removed": ", ".join(map(str, cell.removed)) or "none",
+    }
+
+
+def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
+    source = {"data": data, "task": task.name, "version": task.version, "split": task.split}
+    return {
+        "name": task.name,
+        "digest": task.fingerprint[:_DIGEST_CHARACTERS],
+        "source_type": "tracker",
+        "source": json.dumps(source),
+        "profile": json.dumps({"num_rows": task.documents}),
     }
 
 
@@ -192,9 +220,11 @@ def _tags(
 ) -> dict[str, str]:
     tags = {
         KEY_TAG: run_key(cell, ablation),
-        "tracker.kind": "cell" if ablation == "cell" else "layer",
+        KIND_TAG: "cell" if ablation == "cell" else "layer",
         "tracker.cell": cell.key,
         "tracker.model": cell.model.name,
+        "tracker.model_source": cell.model.source,
+        "tracker.model_revision": cell.model.revision,
         "tracker.benchmark": cell.benchmark.name,
         "tracker.metric": cell.metric,
         "tracker.lower_is_better": None if cell.higher_is_better else "true",

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,14 @@ from filelock import FileLock
 from tracker.errors import TrackingError
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord, LayerRecord
-from tracker.tracking.base import Published, Table, masked, sync_command
+from tracker.tracking.base import (
+    BOARD,
+    Published,
+    RemoteCell,
+    Table,
+    masked,
+    sync_command,
+)
 from tracker.tracking.wandb_runs import Run, cell_run, group_of, layer_run
 
 if TYPE_CHECKING:
@@ -46,6 +54,9 @@ _ENVIRONMENT = {
     "WANDB__GRAPHQL_RETRY_MAX": "3",
 }
 """What W&B reads when it is set up; a user's own setting wins."""
+_BOARD_FILE = "leaderboard.json"
+_TOOK_NOTHING = "W&B did not take the runs"
+_ON_DISK = "The results are on disk; when it is back"
 _SECRETS = ("WANDB_API_KEY",)
 _SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 """What an agent tells its trial. Whoever has it can open the trial's own run and no other."""
@@ -76,6 +87,7 @@ class WandbBackend:
         entity, _, self._project = project.rpartition("/")
         self._entity = entity or os.environ.get("WANDB_ENTITY") or None
         self._results = results.absolute()
+        self._to = f"wandb:{project}"
         self._in_sweep = bool(os.environ.get("WANDB_SWEEP_ID"))
 
     def publish(
@@ -100,7 +112,12 @@ class WandbBackend:
         # W&B lists the newest run first: the cell, then layer 0, then layer 1, ...
         layers = () if self._in_sweep else reversed(cell.layers)
         runs = [*(layer_run(cell, layer) for layer in layers), cell_run(cell, artifacts, charts)]
-        with _session(self._results), self._one_publisher(), _outside_sweep():
+        again = sync_command(self._results, self._to)
+        with (
+            _session(self._results, _TOOK_NOTHING, f"{_ON_DISK}: {again}"),
+            self._one_publisher(),
+            _outside_sweep(),
+        ):
             offline = _is_offline()
             if not offline:
                 _log_in()
@@ -121,13 +138,161 @@ class WandbBackend:
                 self._confirm(cell, runs)
             return Published(**outcomes, location=self._location(offline))
 
+    def cells(self) -> list[RemoteCell]:
+        """List the cells of the project.
+
+        Returns:
+            One entry a cell's run that was written whole.
+
+        Raises:
+            TrackingError: There is no such project, or W&B could not be reached.
+        """
+        found = []
+        with self._reading():
+            for run in _runs(self._path(), {"jobType": "cell"}, must_exist=True):
+                mine = run.config.get("tracker")
+                if run.state == "finished" and isinstance(mine, Mapping) and "digest" in mine:
+                    place = str(mine.get("outcomes", ""))
+                    version = str(mine["digest"]) if place else ""
+                    found.append(RemoteCell(str(mine["run_key"]), run.name, version, place))
+        return found
+
+    def fetch(self, cell: RemoteCell, folder: Path) -> None:
+        """Download the files of a cell, checked against the artifact's own digests.
+
+        Args:
+            cell: One of `cells`.
+            folder: An empty folder for them.
+
+        Raises:
+            TrackingError: W&B could not be reached, or the files are not what was attached.
+        """
+        with self._reading():
+            _download(wandb.Api().artifact(f"{self._path()}/{cell.place}:latest"), folder)
+
+    def boards(self) -> list[str]:
+        """List the versions of the project's leaderboard, the oldest first.
+
+        Returns:
+            `v0`, `v1`, …; empty where there is none yet.
+        """
+        with self._reading():
+            collection = f"{self._path()}/{BOARD}"
+            if not wandb.Api().artifact_collection_exists(collection, "leaderboard"):
+                return []
+            versions = [
+                artifact.version for artifact in wandb.Api().artifacts("leaderboard", collection)
+            ]
+        return sorted(versions, key=lambda version: int(version.removeprefix("v")))
+
+    def read_board(self, version: str) -> str:
+        """Read one version of the leaderboard.
+
+        Args:
+            version: One of `boards`.
+
+        Returns:
+            Its text.
+        """
+        with self._reading(), TemporaryDirectory() as folder:
+            _download(wandb.Api().artifact(f"{self._path()}/{BOARD}:{version}"), Path(folder))
+            return (Path(folder) / _BOARD_FILE).read_text(encoding="utf-8")
+
+    def add_board(self, text: str, tables: Mapping[str, Table]) -> str:
+        """Add a version of the leaderboard: an artifact, and a run with its tables.
+
+        Args:
+            text: All of it.
+            tables: What people browse.
+
+        Returns:
+            Where to look.
+        """
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / _BOARD_FILE
+            file.write_text(text, encoding="utf-8")
+            self._add("leaderboard", BOARD, "leaderboard", [file], tables, {})
+        return f"{self._home()}/artifacts/leaderboard/{BOARD}"
+
+    def add_report(
+        self,
+        text: str,
+        files: Sequence[Path],
+        tables: Mapping[str, Table],
+        charts: Mapping[str, Figure],
+    ) -> str:
+        """Add a report: a W&B Report, a saved view, and a run with page, tables and charts.
+
+        Args:
+            text: What it says in a few paragraphs.
+            files: The page, and what goes with it.
+            tables: What people browse.
+            charts: Plotly figures, by name.
+
+        Returns:
+            Where to look.
+        """
+        try:
+            from tracker.tracking import wandb_views as views
+        except ImportError:
+            raise TrackingError(
+                "a W&B Report needs a package more: pip install 'tracker[reports]'"
+            ) from None
+        self._add("report", "layer-report", "report", files, tables, charts)
+        with self._reading("W&B did not take the report"):
+            entity, _, project = self._path().rpartition("/")
+            there = wandb.Api().reports(self._path())
+            known = (one.id for one in there if one.display_name == views.TITLE)
+            views.save_view(entity, project)
+            return views.save_report(entity, project, text, next(known, None))
+
+    def user(self) -> str:
+        """Say as whom W&B knows this user."""
+        with self._reading():
+            return str(wandb.Api().viewer.username)
+
     def close(self) -> None:
         """Hold nothing: every run is finished when it is written."""
+
+    def _add(
+        self,
+        name: str,
+        artifact: str,
+        kind: str,
+        files: Sequence[Path],
+        tables: Mapping[str, Table],
+        charts: Mapping[str, Figure],
+    ) -> None:
+        """Log files, tables and charts in a run of their own."""
+        with self._reading(f"W&B did not take the {name}"), _outside_sweep():
+            _log_in()
+            handle = wandb.init(
+                entity=self._entity,
+                project=self._project,
+                name=name,
+                job_type="report",
+                reinit="create_new",
+                settings=_settings(self._results),
+            )
+            with _finished(handle):
+                handle.log({f"tables/{n}": _table(table) for n, table in tables.items()})
+                handle.log({f"charts/{n}": figure for n, figure in charts.items()})
+                made = wandb.Artifact(artifact, type=kind)
+                for file in files:
+                    made.add_file(str(file), name=file.name)
+                logged = handle.log_artifact(made, aliases=["latest"])
+                if not handle.offline:
+                    logged.wait()
+
+    @contextmanager
+    def _reading(self, problem: str = "W&B could not be read") -> Iterator[None]:
+        with _session(self._results, f"{problem} ({self._to})", ""):
+            yield
 
     def _ask(self, cell: CellRecord) -> dict[str, _Known]:
         """Find the runs that the cell has, by run key."""
         found: dict[str, _Known] = {}
-        for run in _runs(self._path(), group_of(cell)):
+        for run in _runs(self._path(), {"group": group_of(cell)}):
             mine = run.config.get("tracker")
             if isinstance(mine, Mapping) and "run_key" in mine:
                 # A run that never ended may lack points that were sent before its digest.
@@ -171,6 +336,9 @@ class WandbBackend:
     def _location(self, offline: bool) -> str:
         if offline:
             return f"wandb sync {shlex.quote(str(self._folder))}/offline-run-*"
+        return self._home()
+
+    def _home(self) -> str:
         return f"{wandb.setup().settings.app_url}/{self._path()}"
 
     @property
@@ -233,7 +401,8 @@ def end_trial(note: str, failed: bool, results: Path) -> None:
 
 @contextmanager
 def _trial(results: Path, exit_code: int = 0, **names: Any) -> Iterator[Any]:
-    with _session(results.absolute()):
+    again = sync_command(results.absolute(), "wandb")
+    with _session(results.absolute(), _TOOK_NOTHING, f"{_ON_DISK}: {again}"):
         wandb.teardown()  # whatever was set up before may not know of the sweep
         _log_in()
         settings = _settings(results.absolute())
@@ -287,14 +456,20 @@ def _table(table: Table) -> Any:
     return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
 
 
-def _runs(path: str, group: str) -> list[Any]:
-    """Find the runs of a group; none where the project is not there yet."""
+def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[Any]:
+    """Find runs; none where the project is not there yet."""
     try:
-        return list(wandb.Api().runs(path, filters={"group": group}, lazy=False, per_page=100))
+        return list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))
     except ValueError as error:
-        if "could not find project" in str(error).lower():
+        if "could not find project" in str(error).lower() and not must_exist:
             return []
         raise
+
+
+def _download(artifact: Any, folder: Path) -> None:
+    """Download an artifact; it checks each file against the digest in the manifest."""
+    artifact.download(root=str(folder))
+    artifact.verify(root=str(folder))
 
 
 def _is_offline() -> bool:
@@ -352,7 +527,8 @@ def _outside_sweep() -> Iterator[None]:
 
 
 @contextmanager
-def _session(results: Path) -> Iterator[None]:
+def _session(results: Path, problem: str, advice: str) -> Iterator[None]:
+    """Set W&B up for the process, and say what to do about whatever it raises."""
     # Beside the runs, so that offline runs have their artifacts with them.
     environment = {**_ENVIRONMENT, "WANDB_DATA_DIR": str(results / "wandb" / "data")}
     for name, value in environment.items():
@@ -362,10 +538,7 @@ def _session(results: Path) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001  the SDK raises many kinds
         _end_service()
         text = masked(str(error) or type(error).__name__, [os.environ.get(n) for n in _SECRETS])
-        raise TrackingError(
-            f"W&B did not take the runs: {text}\n"
-            f"The results are on disk; when it is back: {sync_command(results, 'wandb')}"
-        ) from None
+        raise TrackingError("\n".join(filter(None, (f"{problem}: {text}", advice)))) from None
 
 
 def _end_service() -> None:

@@ -19,6 +19,7 @@ from tracker.tracking.base import (
     correlation_table,
     curve_name,
     defined,
+    files_digest,
     flat_metrics,
     layer_table,
     metric_name,
@@ -30,7 +31,7 @@ from tracker.tracking.base import (
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "1"
+FORMAT = "2"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 _ARTIFACT_NAME = 128  # characters that W&B accepts
@@ -119,14 +120,14 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         known = flat_metrics(layer)
         points = {curve_name(layer, name): known[name] for name in CURVES if name in known}
         rows.append({"layer": layer.layer, **points})
-    files = sorted(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in artifacts)
+    artifact = _artifact_name(cell)
     missing = [run.label() for run in cell.missing]
     return _run(
         cell,
         "cell",
         name=cell.title,
         job_type="cell",
-        digest=content_digest(cell, FORMAT, *files),
+        digest=content_digest(cell, FORMAT, files_digest(artifacts)),
         own={},
         reasons={**not_finite(figures), **cell.reasons},
         summary={metric_name(name): value for name, value in defined(figures).items()},
@@ -137,7 +138,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         },
         charts=charts,
         outcomes=Outcomes(
-            name=_artifact_name(cell),
+            name=artifact,
             aliases=("incomplete",) if missing else ("complete", f"documents-{cell.n}"),
             metadata={"missing": missing, "provenance": _nested(cell.provenance), **_facts(cell)},
             files=tuple(artifacts),
@@ -154,6 +155,7 @@ def _run(
     **parts: Any,
 ) -> Run:
     key = run_key(cell, ablation)
+    outcomes: Outcomes | None = parts.get("outcomes")
     config = {
         # The names that a sweep gives its trials, so that both kinds of run filter alike.
         "model": cell.model.source,
@@ -165,6 +167,7 @@ def _run(
         "tracker": {
             "run_key": key,
             "ablation": ablation,
+            **({"outcomes": outcomes.name} if outcomes else {}),
             **_facts(cell),
             "provenance": _nested(cell.provenance),
             "reasons": _nested({metric_name(name): why for name, why in reasons.items()}),

@@ -1,0 +1,383 @@
+"""Collecting from folders and tracking projects, and the leaderboard that a team shares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+import tracker
+from tests.tracking.conftest import cell_record
+from tests.tracking.mlflow_server import MlflowServer
+from tests.tracking.wandb_client import Client
+from tests.tracking.wandb_double import WandbDouble
+from tracker import api
+from tracker.errors import RequestError, ResultsError
+from tracker.ledger.store import Ledger
+from tracker.records import CellRecord
+from tracker.report.leaderboard import layer_board
+from tracker.runner.board import Board, Entry, merge, publish_board, read_board
+from tracker.runner.collect import merged
+from tracker.runner.derive import all_records
+from tracker.tracking import open_backend, target
+from tracker.tracking.mlflow import create_database
+
+Ran = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    create_database(path)
+    return path
+
+
+@pytest.fixture
+def ran(tiny_llama: Callable[..., Path], experiment: Callable[..., Path], tmp_path: Path) -> Ran:
+    """Measure two layers of a tiny model that does better than chance; a colleague has another."""
+
+    def run(name: str = "mine", seed: int = 6, **settings: object) -> Path:
+        folder = tmp_path / f"tiny-{seed}"
+        model = folder if folder.exists() else tiny_llama(name=folder.name, seed=seed, layers=3)
+        file = experiment(model, name=f"{name}.yaml", **{"limit": 6, "layer": [0, 1], **settings})
+        results = tmp_path / name
+        done = tracker.run(file, results=results, track=[])
+        assert not done.outcome.failed
+        return results
+
+    return run
+
+
+def content(cells: object) -> set[str]:
+    return {cell.model_dump_json() for cell in cells}  # type: ignore[attr-defined]
+
+
+def test_colleagues_results_stand_beside_ones_own(ran: Ran, tmp_path: Path) -> None:
+    mine, hers = ran("mine"), ran("hers", seed=8, benchmark=["arc_easy", "piqa"])
+    done = api.report(mine, hers, output=tmp_path / "both.html")
+    assert content(done.cells) == content(api.ls(mine)) | content(api.ls(hers))
+    page = (tmp_path / "both.html").read_text()
+    assert "tiny-6" in page
+    assert "tiny-8" in page
+    assert "mine.yaml" in page
+    assert "hers.yaml" in page
+    assert done.failed == {}
+
+
+def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = ran()
+    first = api.ls(results)
+
+    def never(*_: object) -> CellRecord:
+        raise AssertionError("it was derived again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tracker.runner.derive.cell_record", never)
+        assert content(api.ls(results)) == content(first)
+        patched.setattr("tracker.runner.derive._code", lambda: "another formula")
+        with pytest.raises(AssertionError, match="derived again"):
+            api.ls(results)
+    (kept,) = results.glob("cells/*/derived/*.json")
+    kept.write_text("{damaged")
+    assert content(api.ls(results)) == content(first)
+    ran(limit=9)
+    assert [cell.n for cell in api.ls(results)] == [9]
+
+
+def test_an_mlflow_project_is_read_verified_and_cached(
+    ran: Ran, template: Path, tmp_path: Path, cache: Path
+) -> None:
+    results = ran(benchmark=["arc_easy", "piqa"])
+    (tmp_path / "served").mkdir()
+    with MlflowServer(tmp_path / "served", template) as server:
+        source = f"mlflow:{server.address}/team/layers"
+        assert api.sync([source], results=results).failed == {}
+        done = api.report(source, output=tmp_path / "page.html")
+        assert content(done.cells) == content(api.ls(results))
+        assert done.failed == {}
+        # What is there is not downloaded again.
+        before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
+        assert before
+        assert content(api.report(source, output=tmp_path / "page.html").cells) == content(
+            done.cells
+        )
+        assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")} == before
+        # What has grown is.
+        ran(benchmark=["arc_easy", "piqa"], limit=9)
+        api.sync([source], results=results)
+        grown = api.report(source, output=tmp_path / "page.html")
+        assert [cell.n for cell in grown.cells] == [9, 9]
+        # What was changed on the way is refused, and the rest stays.
+        client = MlflowClient(server.address)
+        found = client.get_experiment_by_name("team/layers")
+        runs = client.search_runs([found.experiment_id], "tags.`tracker.kind` = 'cell'")
+        client.log_text(runs[0].info.run_id, "{}", "cell.json")
+        shutil.rmtree(cache)
+        done = api.report(source, output=tmp_path / "page.html")
+        assert len(done.cells) == 1
+        (why,) = done.failed.values()
+        assert "not those that were attached" in why
+        # A deleted run is gone from reports, although the cache holds it.
+        client.delete_run(runs[1].info.run_id)
+        assert api.report(source, results, output=tmp_path / "page.html").cells
+
+
+def test_what_is_no_source_says_what_to_write(tmp_path: Path, ran: Ran) -> None:
+    for source, words in (
+        ("mlflow:layers", "MLFLOW_TRACKING_URI"),
+        ("wandb:layers", "wandb:ENTITY/PROJECT"),
+        ("mlflov:x/y", "Did you mean 'mlflow'"),
+        ("mlflow:http://127.0.0.1:1/", "names no experiment"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            api.report(source)
+    with pytest.raises(ResultsError, match="not a results folder"):
+        api.report(tmp_path / "nothing")
+    missing = f"mlflow:sqlite:///{tmp_path}/no.db/layers"
+    done = api.report(missing, ran(), output=tmp_path / "r.html")
+    assert "there is no such file" in done.failed[missing]
+    assert len(done.cells) == 1
+    assert not (tmp_path / "no.db").exists()
+
+
+def test_targets_name_servers() -> None:
+    for text, server, project in (
+        ("http://127.0.0.1:5000/layers", "http://127.0.0.1:5000", "layers"),
+        ("http://lab/team/layers", "http://lab", "team/layers"),
+        ("https://lab/mlflow#layers", "https://lab/mlflow", "layers"),
+        ("sqlite:////tmp/mlflow.db/layers", "sqlite:////tmp/mlflow.db", "layers"),
+        ("sqlite:///mlflow.db#team/layers", "sqlite:///mlflow.db", "team/layers"),
+        ("team/layers", None, "team/layers"),
+    ):
+        found = target(f"mlflow:{text}")
+        assert (found.server, found.project) == (server, project)
+
+
+def test_what_differs_is_kept_apart_and_what_is_equal_counts_once() -> None:
+    one = cell_record(n=100)
+    more, growing = cell_record(n=160), cell_record(layers=(0, 1), n=60)
+    assert merged([one, more, one]) == [one, more]
+    assert merged([growing, one]) == [one], "a growing cell gives way"
+    assert merged([growing]) == [growing]
+    left, right = cell_record(layers=(0, 1)), cell_record(layers=(2, 3))
+    assert merged([left, right])[0].layers == cell_record().layers
+    assert merged([left, right])[0].missing == ()
+    without = one.model_copy(update={"removed": (3,)})
+    assert merged([one, without]) == [one, without]
+
+
+# The leaderboard
+
+
+def entry(cell: CellRecord, by: str = "ann", at: str = "2026-01-01T00:00:00+00:00") -> Entry:
+    return Entry(cell=cell, by=by, at=at)
+
+
+def test_merging_does_not_depend_on_the_order() -> None:
+    old = entry(cell_record())
+    new = entry(cell_record().model_copy(update={"tokens": 1}), "bob", "2026-02-01T00:00:00+00:00")
+    growing = entry(cell_record(layers=(0,)), "eve", "2026-03-01T00:00:00+00:00")
+    other = entry(cell_record(n=20))
+    boards = [Board(entries=(e,), holds=(e.by,)) for e in (old, new, growing, other)]
+    whole = merge(boards)
+    assert content(whole.entries) == content([new, other]), "newer complete beats older"
+    for turn in range(4):
+        turned = boards[turn:] + boards[:turn]
+        assert merge([merge(turned[:2]), merge(turned[1:])]) == whole
+
+
+class Crowd:
+    """A backend on which somebody else publishes whenever we have read."""
+
+    def __init__(self, *others: Board) -> None:
+        self.versions: list[Board] = []
+        self.others = list(others)
+
+    def user(self) -> str:
+        return "ann"
+
+    def boards(self) -> list[str]:
+        return [str(n) for n in range(len(self.versions))]
+
+    def read_board(self, version: str) -> str:
+        return self.versions[int(version)].model_dump_json()
+
+    def add_board(self, text: str, tables: object) -> str:
+        if self.others:
+            self.versions.append(self.others.pop())
+        self.versions.append(Board.model_validate_json(text))
+        return "there"
+
+
+def test_people_who_publish_at_once_lose_nothing() -> None:
+    theirs = [Board(entries=(entry(cell_record(key=key)),)) for key in ("x", "y")]
+    crowd = Crowd(*theirs)
+    board, location = publish_board(crowd, [cell_record(key="mine")])  # type: ignore[arg-type]
+    assert {e.cell.key for e in board.entries} == {"mine", "x", "y"}
+    assert location == "there"
+    assert read_board(crowd) == (read_board(crowd)[0], 1)  # type: ignore[arg-type]
+    assert crowd.versions[-1].entries == board.entries, "the newest version holds all"
+    count = len(crowd.versions)
+    assert publish_board(crowd, [cell_record(key="mine")])[1] == ""  # type: ignore[arg-type]
+    assert len(crowd.versions) == count, "nothing new is no new version"
+
+
+def test_the_shared_leaderboard_in_mlflow(ran: Ran, template: Path, tmp_path: Path) -> None:
+    shutil.copy(template, tmp_path / "team.db")
+    to = f"mlflow:sqlite:///{tmp_path}/team.db/layers"
+    mine, hers = ran("mine"), ran("hers", seed=8)
+    api.sync([to], results=mine)
+    api.sync([to], results=hers)
+    assert len(api.leaderboard(mine, publish=[to]).cells) == 1
+    done = api.leaderboard(hers, publish=[to])
+    assert done.failed == {}
+    assert done.locations.keys() == {to}
+    assert content(done.cells) == content(api.ls(mine)) | content(api.ls(hers))
+    assert api.leaderboard(hers, publish=[to]).locations == {}
+
+    backend = open_backend("mlflow", "layers", mine, f"sqlite:///{tmp_path}/team.db")
+    assert len(backend.boards()) == 2
+    board, _ = read_board(backend)
+    # It can be rebuilt from the runs.
+    rebuilt = api.leaderboard(to)
+    assert content(rebuilt.cells) == content(board.cells)
+    # MLflow's own table shows the ranks.
+    client = MlflowClient(f"sqlite:///{tmp_path}/team.db")
+    newest = backend.boards()[-1]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/team.db")
+        experiment = client.get_run(newest).info.experiment_id
+        table = client.load_table(experiment, "tables/layer_leaderboard.json", [newest])
+    first = layer_board([c for c in done.cells if c.model.name == table["model"][0]]).layers[0]
+    assert table["layer"][0] == first.layer
+    assert table["accuracy_relevance"][0] == pytest.approx(first.relevance.value)
+
+
+def test_a_damaged_version_is_named(template: Path, tmp_path: Path) -> None:
+    shutil.copy(template, tmp_path / "mlflow.db")
+    backend = open_backend("mlflow", "layers", tmp_path)
+    backend.add_board("{", {})
+    with pytest.raises(ResultsError, match="of the leaderboard is damaged"):
+        publish_board(backend, [cell_record()])
+
+
+def test_a_report_is_published_with_its_tables(ran: Ran, template: Path, tmp_path: Path) -> None:
+    results = ran()
+    shutil.copy(template, results / "mlflow.db")
+    done = api.report(results, publish=["mlflow:layers", "wandb:team/layers"], results=results)
+    assert list(done.failed) == ["wandb:team/layers"], "nobody is logged in"
+    client = MlflowClient(f"sqlite:///{results}/mlflow.db")
+    experiment = client.get_experiment_by_name("layers").experiment_id
+    (run,) = client.search_runs([experiment], "tags.`tracker.kind` = 'report'")
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"report.html", "layers.parquet", "layer_leaderboard.parquet"} <= names
+    page = client.download_artifacts(run.info.run_id, "report.html", str(tmp_path))
+    assert Path(page).read_text() == (results / "report.html").read_text()
+
+
+# W&B
+
+
+@pytest.fixture
+def double() -> Iterator[WandbDouble]:
+    with WandbDouble() as double:
+        yield double
+        assert double.refused == []
+
+
+def test_a_wandb_project_is_read_verified_and_cached(
+    ran: Ran, double: WandbDouble, tmp_path: Path, cache: Path
+) -> None:
+    """The real client in the real program; see the double for what it proves."""
+    results = ran(benchmark=["arc_easy", "piqa"])
+    (tmp_path / "home").mkdir()
+    client = Client(double, tmp_path / "home")
+    environment = {"TRACKER_CACHE": str(cache)}
+    source = "wandb:team/layers"
+
+    def call(*arguments: str) -> str:
+        done = client.call("tracker", *arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    call("sync", "--to", source, "--results", str(results))
+    call("report", source, "--format", "parquet", "--output", str(tmp_path / "pulled"))
+    call(
+        "report",
+        "--results",
+        str(results),
+        "--format",
+        "parquet",
+        "--output",
+        str(tmp_path / "own"),
+    )
+    for name in ("layers", "correlations", "layer_leaderboard", "model_leaderboard"):
+        frames = [pd.read_parquet(tmp_path / p / f"{name}.parquet") for p in ("pulled", "own")]
+        assert len(frames[0])
+        pd.testing.assert_frame_equal(*frames)
+    downloads = [r for r in double.requests if r.method == "GET" and r.path.startswith("/storage/")]
+    assert downloads
+    call("report", source, "--output", str(tmp_path / "page.html"))
+    again = [r for r in double.requests if r.method == "GET" and r.path.startswith("/storage/")]
+    assert len(again) == len(downloads), "what is there is not downloaded again"
+
+    said = call("leaderboard", "--results", str(results), "--publish", source)
+    assert "accuracy relevance" in said
+    assert f"published: {double.url}/team/layers/artifacts/leaderboard/layer-leaderboard" in said
+    assert "published:" not in call("leaderboard", source, "--publish", source)
+    project = double.projects["team", "layers"]
+    (board,) = [c for c in project.artifacts.values() if c.name == "layer-leaderboard"]
+    assert len(board.versions) == 1
+    stored = Board.model_validate_json(next(iter(board.versions[0].files.values())))
+    assert content(stored.cells) == content(all_records(Ledger.existing(results)))
+    assert {e.by for e in stored.entries} == {"tester"}
+
+
+def test_a_report_in_wandb_is_replaced_and_not_repeated(
+    ran: Ran, double: WandbDouble, tmp_path: Path
+) -> None:
+    results = ran()
+    (tmp_path / "home").mkdir()
+    client = Client(double, tmp_path / "home")
+    arguments = ("tracker", "report", "--results", str(results), "--publish", "wandb:team/layers")
+    for _ in range(2):
+        done = client.call(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert f"published: {double.url}/team/layers/reports/Which-layers-matter--" in done.stdout
+    project = double.projects["team", "layers"]
+    report, view = sorted(project.views, key=lambda found: found["type"] != "runs")
+    assert len(project.views) == 2
+    assert (report["displayName"], view["displayName"]) == ("Which layers matter", "Layers by cell")
+    blocks = json.loads(report["spec"])["blocks"]
+    assert "1 model, 1 cell" in json.dumps(blocks)
+    grids = [block for block in blocks if block["type"] == "panel-grid"]
+    assert len(grids) == 2
+    keys = json.dumps(grids)
+    for name in ("accuracy_drop", "accuracy_relevance", "cosine_score", '"layer"'):
+        assert name in keys
+    assert "group" in json.dumps(json.loads(view["spec"])["section"]["runSets"])
+    (page,) = [c for c in project.artifacts.values() if c.name == "layer-report"]
+    assert page.versions[-1].files["report.html"] == (results / "report.html").read_bytes()
+    run = next(run for run in project.runs.values() if run.job_type == "report")
+    assert {"tables/layer_leaderboard", "tables/model_leaderboard"} <= set(run.summary)
+
+
+def test_a_wandb_project_that_is_not_there(double: WandbDouble, tmp_path: Path) -> None:
+    client = Client(double, tmp_path)
+    done = client.call("tracker", "report", "wandb:team/nothing", TRACKER_CACHE=str(tmp_path / "c"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "W&B could not be read (wandb:team/nothing)" in done.stderr

@@ -1,0 +1,178 @@
+"""A real MLflow server on loopback, and a gate before it that can refuse in its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Self
+
+import psutil
+
+USER, PASSWORD = "ann", "planted-mlflow-password"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class MlflowServer:
+    """`mlflow server`, which keeps its address and its store when it is stopped and started.
+
+    Args:
+        folder: Where it keeps everything.
+        template: A migrated SQLite store to begin with.
+        auth: Whether it asks who calls: `USER` with `PASSWORD`.
+    """
+
+    def __init__(self, folder: Path, template: Path, auth: bool = False) -> None:
+        self.folder = folder
+        self.auth = auth
+        self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+        shutil.copy(template, folder / "mlflow.db")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        if self.auth:
+            settings = self.folder / "auth.ini"
+            settings.write_text(
+                "[mlflow]\ndefault_permission = READ\n"
+                f"database_uri = sqlite:///{self.folder / 'auth.db'}\n"
+                f"admin_username = {USER}\nadmin_password = {PASSWORD}\n"
+                "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            )
+            command += ["--app-name", "basic-auth"]
+            environment["MLFLOW_AUTH_CONFIG_PATH"] = str(settings)
+            environment["MLFLOW_FLASK_SERVER_SECRET_KEY"] = "a key of the tests"
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        deadline = time.monotonic() + 60
+        while not self._healthy():
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End it and its workers at once, as a power cut does."""
+        if self.process is not None:
+            for process in self.processes:
+                process.kill()
+            self.process.wait(timeout=20)
+            self.process = None
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        assert self.process is not None
+        first = psutil.Process(self.process.pid)
+        return [*first.children(recursive=True), first]
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.address}/health", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+class Gate:
+    """Passes requests on to a server until it is told to answer them itself.
+
+    Attributes:
+        status: What it answers instead of the server; None = it passes everything on.
+        delay: Seconds before each answer.
+        at: What happens before the request of a number, counted from 1.
+        seen: How many requests there were.
+    """
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+        self.status: int | None = None
+        self.delay = 0.0
+        self.at: dict[int, Callable[[], None]] = {}
+        self.seen = 0
+        gate = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                gate._handle(self)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = Thread(target=self._http.serve_forever, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def _handle(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        self.seen += 1
+        self.at.pop(self.seen, lambda: None)()
+        time.sleep(self.delay)
+        status, kind, content = self.status, "text/html", b"<html>" + b"<p>no</p> " * 5000
+        if status is None:
+            status, kind, content = self._passed_on(request, body)
+        request.send_response(status)
+        request.send_header("Content-Type", kind)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
+
+    def _passed_on(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, str, bytes]:
+        headers = {k: v for k, v in request.headers.items() if k not in ("Host", "Connection")}
+        asked = urllib.request.Request(
+            self.server + request.path, body or None, headers, method=request.command
+        )
+        try:
+            answer = urllib.request.urlopen(asked, timeout=60)
+        except urllib.error.HTTPError as error:
+            answer = error
+        except OSError:
+            return 502, "text/plain", b"Bad gateway"
+        with answer:
+            return answer.status, answer.headers.get("Content-Type", ""), answer.read()

@@ -1,0 +1,230 @@
+"""A real MLflow server that stops, refuses, is slow or full: an upload is lost, never a result."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tracker import api
+from tracker.errors import TrackingError
+from tracker.records import CellRecord
+from tracker.tracking.base import CURVES, flat_metrics
+from tracker.tracking.mlflow import MlflowBackend
+
+from .conftest import CellMaker
+from .mlflow_server import PASSWORD, USER, Gate, MlflowServer
+from .test_mlflow import Store, local, publish
+
+MIDDLE = 14  # a request in the middle of publishing a cell of four layers
+
+
+@pytest.fixture
+def own(template: Path, tmp_path: Path) -> Iterator[MlflowServer]:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with MlflowServer(folder, template) as server:
+        yield server
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "outcomes.parquet"
+    path.write_bytes(bytes(range(256)) * 40)
+    return path
+
+
+def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path) -> None:
+    """Every run is there once, with every figure once."""
+    store = Store(uri, project)
+    assert len(store.runs) == 1 + len(cell.layers)
+    assert all(run.info.status == "FINISHED" for run in store.runs)
+    for name in CURVES:
+        wanted = [(row.layer, getattr(row, name)) for row in cell.layers]
+        assert store.curve(cell, name) == [point for point in wanted if point[1] is not None]
+    for row in cell.layers:
+        assert store.layer(cell, row.layer).data.metrics == flat_metrics(row)
+    assert store.bytes_of(store.cell(cell), file.name, folder) == file.read_bytes()
+    assert len(store.cell(cell).inputs.dataset_inputs) == 1
+
+
+@pytest.mark.parametrize("first", [1, MIDDLE])
+@pytest.mark.parametrize("status", [401, 429, 500, 507])
+def test_a_server_that_refuses(
+    server: str, results: Path, make_cell: CellMaker, file: Path, status: int, first: int
+) -> None:
+    cell, project = make_cell(), f"refuses-{status}-{first}"
+    with Gate(server) as gate:
+        gate.at[first] = lambda: setattr(gate, "status", status)
+        backend = MlflowBackend(project, results, gate.address)
+        began = time.monotonic()
+        with pytest.raises(TrackingError, match=f"error code {status}|{status} error") as caught:
+            backend.publish(cell, [file])
+        assert time.monotonic() - began < 20
+        said = str(caught.value)
+        assert len(said) < 900, "the whole error page is not a message"
+        assert f"tracker sync --to mlflow:{project} --results {results}" in said
+        assert ("MLFLOW_TRACKING_USERNAME" in said) == (status == 401)
+
+        gate.status = None
+        done = backend.publish(cell, [file])
+        assert done.unchanged < 5
+    complete(server, project, cell, file, results)
+    assert MlflowBackend(project, results, server).publish(cell, [file]).unchanged == 5
+
+
+def test_a_server_that_is_slow_is_given_up(
+    server: str,
+    results: Path,
+    make_cell: CellMaker,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with Gate(server) as gate:
+        gate.at[MIDDLE] = lambda: setattr(gate, "delay", 5.0)
+        backend = MlflowBackend("slow", results, gate.address)
+        began = time.monotonic()
+        with pytest.raises(TrackingError, match=r"(?i)timed out"):
+            backend.publish(make_cell(), [file])
+        assert time.monotonic() - began < 30
+        gate.delay = 0.0
+        backend.publish(make_cell(), [file])
+    complete(server, "slow", make_cell(), file, results)
+
+
+def test_a_server_that_is_stopped_in_the_middle(
+    own: MlflowServer, results: Path, make_cell: CellMaker, file: Path
+) -> None:
+    cell = make_cell()
+    with Gate(own.address) as gate:
+        gate.at[MIDDLE] = own.stop
+        backend = MlflowBackend("stopped", results, gate.address)
+        with pytest.raises(TrackingError, match="did not take the runs"):
+            backend.publish(cell, [file])
+        with pytest.raises(TrackingError, match="did not take the runs"):
+            backend.publish(cell, [file])
+        own.start()
+        there = len(Store(own.address, "stopped").runs)
+        assert 0 < there < 5, "it was stopped in the middle"
+        backend.publish(cell, [file])
+    complete(own.address, "stopped", cell, file, results)
+
+
+@contextmanager
+def no_file_grows_beyond(size: int, processes: list[psutil.Process]) -> Iterator[None]:
+    """What a full disk does, by the limit that the kernel has for it."""
+    before = [process.rlimit(psutil.RLIMIT_FSIZE) for process in processes]
+    for process, (_, hard) in zip(processes, before, strict=True):
+        process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        for process, limits in zip(processes, before, strict=True):
+            process.rlimit(psutil.RLIMIT_FSIZE, limits)
+
+
+def test_a_server_whose_disk_is_full(
+    own: MlflowServer, results: Path, make_cell: CellMaker, file: Path
+) -> None:
+    cell = make_cell()
+    backend = MlflowBackend("full", results, own.address)
+    with (
+        no_file_grows_beyond(1024, own.processes),
+        pytest.raises(TrackingError, match="did not take the runs"),
+    ):
+        backend.publish(cell, [file])
+    backend.publish(cell, [file])
+    complete(own.address, "full", cell, file, results)
+
+
+def test_a_results_folder_whose_disk_is_full(
+    results: Path, make_cell: CellMaker, file: Path
+) -> None:
+    size = (results / "mlflow.db").stat().st_size
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    with (
+        no_file_grows_beyond(size // 8, [psutil.Process(os.getpid())]),
+        pytest.raises(TrackingError, match="did not take the runs"),
+    ):
+        publish(results, make_cell(layers=range(30)), file)
+    publish(results, make_cell(layers=range(30)), file)
+    complete(local(results), "layers", make_cell(layers=range(30)), file, results)
+
+
+@pytest.fixture
+def guarded(template: Path, tmp_path: Path) -> Iterator[MlflowServer]:
+    folder = tmp_path / "guarded"
+    folder.mkdir()
+    with MlflowServer(folder, template, auth=True) as server:
+        yield server
+
+
+def test_a_server_that_asks_who_calls(
+    guarded: MlflowServer,
+    results: Path,
+    make_cell: CellMaker,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cell = make_cell()
+    backend = MlflowBackend("guarded", results, guarded.address)
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"):
+        backend.publish(cell, [file])
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a wrong one")
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME") as caught:
+        backend.publish(cell, [file])
+    assert "a wrong one" not in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    assert backend.publish(cell, [file]).created == 5
+    complete(guarded.address, "guarded", cell, file, results)
+
+    address = guarded.address.replace("://", f"://{USER}:{PASSWORD}@")
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    published = MlflowBackend("guarded", results, address).publish(cell, [file])
+    assert published.unchanged == 5
+    assert PASSWORD not in published.location
+
+
+def test_a_run_whose_server_dies_is_completed_by_sync(
+    own: MlflowServer,
+    tiny_llama: Callable[..., Path],
+    experiment: Callable[..., Path],
+    start: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The real program; the server is killed while the first of two cells is published."""
+    study = experiment(
+        tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark=["arc_easy", "arc_challenge"]
+    )
+    results = tmp_path / "results"
+    with Gate(own.address) as gate:
+        gate.at[MIDDLE] = own.stop
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.address)
+        run = start("run", study, "--results", results, "--track", "mlflow:dies")
+        said, _ = run.communicate(timeout=240)
+        assert run.returncode == 1, said
+        assert "Traceback" not in said
+        assert f"tracker sync --to mlflow:dies --results {results}" in said.replace("\n", " ")
+        cells = api.ls(results)
+        assert [cell.n for cell in cells] == [6, 6], "the measurement goes on"
+
+        own.start()
+        sync = start("sync", "--to", "mlflow:dies", "--results", results)
+        said, _ = sync.communicate(timeout=240)
+        assert sync.returncode == 0, said
+    store = Store(own.address, "dies")
+    assert len(store.runs) == 6
+    for cell in cells:
+        for row in cell.layers:
+            assert store.layer(cell, row.layer).data.metrics == flat_metrics(row)

@@ -1,0 +1,327 @@
+"""Heat maps: layers × benchmarks, spans × layers, and rank against rank."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from tracker.config import Component
+from tracker.records import WHOLE_LAYER, CellRecord, RunIdentity
+from tracker.report import wording
+from tracker.report.hover import along_layers, run_hover
+from tracker.report.ranks import rankings
+from tracker.report.sentences import ranks_differ
+from tracker.report.style import GREY, Chart, chart, finite, layer_axis
+
+# Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
+_SCALE = [
+    [0.0, "rgba(196,118,47,1)"],
+    [0.499, "rgba(196,118,47,0.08)"],
+    [0.501, "rgba(61,116,168,0.08)"],
+    [1.0, "rgba(61,116,168,1)"],
+]
+_COUNTS = [[0.0, "rgba(61,116,168,0.25)"], [1.0, "rgba(61,116,168,1)"]]
+_ROWS = {"autorange": "reversed", "showgrid": False, "ticks": "", "type": "category"}
+_NAMED = 6
+"""So many layers are named in one hover box."""
+_COLOUR_BAR = {
+    "orientation": "h",
+    "thickness": 9,
+    "len": 0.75,
+    "yref": "container",
+    "y": 0.02,
+    "yanchor": "bottom",
+    "ticklabeloverflow": "allow",
+    "outlinewidth": 0,
+}
+
+
+def heat_title(cells: Sequence[CellRecord]) -> str:
+    """Say what the heat map shows.
+
+    Args:
+        cells: Cells of one model.
+
+    Returns:
+        Plain text with the numbers of benchmarks and of negative and undefined values.
+    """
+    layers = wording.layers_of(WHOLE_LAYER, *cells)
+    found: dict[int, list[float]] = {}
+    for cell in cells:
+        for layer in layers:
+            value, _ = wording.relevance(cell, layer)
+            if value is not None:
+                found.setdefault(layer, []).append(value)
+    total, count = len(layers) * len(cells), sum(len(v) for v in found.values())
+    rows = "cell" if any(cell.removed for cell in cells) else "benchmark"
+    size = f"{len(layers)} layers × {wording.counted(len(cells), rows)}"
+    text = f"{cells[0].model.name}: accuracy relevance, {size}"
+    if found:
+        means = {layer: sum(values) / len(values) for layer, values in found.items()}
+        top = max(means, key=lambda layer: (means[layer], -layer))
+        negative = sum(1 for values in found.values() for value in values if value < 0)
+        text += (
+            f"; layer {top} matters most (mean {means[top]:.2f}); "
+            f"removal helps in {negative} of {count}"
+        )
+    return text + (f"; {total - count} undefined" if total > count else "")
+
+
+def heat_map(cells: Sequence[CellRecord]) -> Chart:
+    """Draw the accuracy relevance of every whole layer on every benchmark of one model.
+
+    Args:
+        cells: Cells of one model, one row each.
+
+    Returns:
+        A heat map centred at 0 (trace `accuracy relevance`). Undefined and missing values are
+        gaps marked by crosses that say why (trace `undefined`).
+
+    Raises:
+        ValueError: If there is no cell, or the cells belong to several models.
+    """
+    if len({wording.model_key(cell) for cell in cells}) != 1:
+        raise ValueError("heat_map takes the cells of exactly one model")
+    layers = wording.layers_of(WHOLE_LAYER, *cells)
+    labels = [
+        html.escape(label).replace(" · ", "<br>", 1) for label in wording.benchmark_labels(cells)
+    ]
+    values: list[list[float | None]] = []
+    hovers: list[list[str]] = []
+    gaps: list[tuple[int, str, str]] = []
+    for cell, label in zip(cells, labels, strict=True):
+        by_layer = wording.records_of(cell)
+        pairs = [wording.relevance(cell, layer) for layer in layers]
+        values.append([value for value, _ in pairs])
+        hovers.append([run_hover(cell, RunIdentity(layer=x), by_layer.get(x)) for x in layers])
+        gaps += [
+            (layer, label, hover)
+            for layer, (value, _), hover in zip(layers, pairs, hovers[-1], strict=True)
+            if value is None
+        ]
+    return chart(
+        heat_title(cells),
+        _centred_map(
+            "accuracy relevance",
+            (layers, labels, values, hovers),
+            gaps,
+            1,
+            ("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
+        ),
+        165 + 40 * len(cells),
+        margin={"b": 105},
+        xaxis=layer_axis(layers),
+        yaxis=_ROWS,
+    )
+
+
+def span_components(cell: CellRecord) -> list[Component]:
+    """List what was removed in spans of several lengths, so that a span map shows something.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        The components with runs of two spans or more.
+    """
+    components = [component for component, _ in wording.kinds(cell)]
+    return [name for name in dict.fromkeys(components) if components.count(name) > 1]
+
+
+def span_title(cell: CellRecord, component: Component) -> str:
+    """Say what the span map shows.
+
+    Args:
+        cell: The cell.
+        component: What of the layers is removed.
+
+    Returns:
+        Plain text with the cheapest removal of every span.
+    """
+    measure = wording.measure_of(cell)
+    what = "layers" if component == "layer" else f"layers’ {component}"
+    text = f"{cell.title}: {measure.change} by first layer and number of removed {what}"
+    cheapest = []
+    for span in _spans(cell, component):
+        found = wording.records_of(cell, (component, span)).values()
+        known = [(r.accuracy_drop, r.layer, r) for r in found if wording.defined(r.accuracy_drop)]
+        if known:
+            drop, _, record = min(known, key=lambda item: item[:2])
+            cheapest.append(f"{record.label()} ({measure.write(drop)})")
+    return f"{text}; cheapest ({measure.unit}): {', '.join(cheapest)}" if cheapest else text
+
+
+def span_map(cell: CellRecord, component: Component) -> Chart:
+    """Draw the accuracy drop (or loss increase) by first layer and number of removed layers.
+
+    Args:
+        cell: The cell.
+        component: What of the layers is removed.
+
+    Returns:
+        A heat map centred at 0 (trace `accuracy drop` or `loss increase`), one row a span.
+        Undefined and missing values are gaps marked by crosses that say why (trace `undefined`); a
+        span that is no run is blank.
+    """
+    measure = wording.measure_of(cell)
+    spans = _spans(cell, component)
+    layers = sorted({x for span in spans for x in wording.layers_of((component, span), cell)})
+    values: list[list[float | None]] = []
+    hovers: list[list[str]] = []
+    gaps: list[tuple[int, str, str]] = []
+    for span in spans:
+        there, records, hover = along_layers(cell, (component, span))
+        drops = [finite(r.accuracy_drop, measure.scale) if r else None for r in records]
+        by_layer = dict(zip(there, zip(drops, hover, strict=True), strict=True))
+        row = [by_layer.get(layer, (None, "")) for layer in layers]
+        values.append([drop for drop, _ in row])
+        hovers.append([text for _, text in row])
+        gaps += [(x, str(span), text) for x, (drop, text) in by_layer.items() if drop is None]
+    largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
+    labels = [str(span) for span in spans]
+    return chart(
+        span_title(cell, component),
+        _centred_map(
+            measure.change,
+            (layers, labels, values, hovers),
+            gaps,
+            largest,
+            (f"−{_short(largest)}<br>removal helps", "0<br>no change", f"{_short(largest)}"),
+        ),
+        165 + 30 * len(spans),
+        margin={"b": 105},
+        xaxis=layer_axis(layers, "first layer (0-based)"),
+        yaxis=_ROWS | {"title": {"text": "layers"}},
+    )
+
+
+def _spans(cell: CellRecord, component: Component) -> list[int]:
+    return [span for name, span in wording.kinds(cell) if name == component]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def rank_map(cells: Sequence[CellRecord], label: str) -> Chart:
+    """Draw each layer's rank by cosine score against its true rank, over the benchmarks.
+
+    Args:
+        cells: Cells of one model.
+        label: The model's name.
+
+    Returns:
+        How many benchmarks put a layer at each place (trace `layers`), 1 = matters most on both
+        axes; on the diagonal (trace `equal ranks`) the cosine score is right.
+    """
+    found = rankings(cells)
+    count = max((len(ranking.rows) for ranking in found), default=0)
+    there: dict[tuple[int, int], list[str]] = {}
+    for ranking in found:
+        for layer, true, proxy in ranking.rows:
+            there.setdefault((true, proxy), []).append(f"layer {layer} · {ranking.benchmark}")
+    places = range(1, count + 1)
+    data = [
+        {
+            "type": "heatmap",
+            "name": "layers",
+            "x": [*places],
+            "y": [*places],
+            "z": [[len(there.get((y, x), ())) or None for x in places] for y in places],
+            "zmin": 0,
+            "zmax": max(map(len, there.values()), default=1),
+            "colorscale": _COUNTS,
+            "showscale": len(found) > 1,
+            "colorbar": {
+                **_COLOUR_BAR,
+                "title": {"text": "benchmarks", "side": "top"},
+                "nticks": 5,
+            },
+            "hovertext": [
+                [_rank_hover(y, x, there.get((y, x), [])) for x in places] for y in places
+            ],
+            "hoverinfo": "text",
+            "hoverongaps": False,
+        },
+        {
+            "type": "scatter",
+            "name": "equal ranks",
+            "x": [0.5, count + 0.5],
+            "y": [0.5, count + 0.5],
+            "mode": "lines",
+            "line": {"color": GREY, "width": 1, "dash": "dot"},
+            "hoverinfo": "skip",
+            "showlegend": False,
+        },
+    ]
+    axis = {"showgrid": False, "zeroline": False, "constrain": "domain", "tickangle": 0}
+    axis |= {"tick0": 1, "dtick": 1} if count <= 12 else {"tick0": 0, "dtick": 5}
+    return chart(
+        f"{label}: {ranks_differ(cells)}",
+        data,
+        520,
+        margin={"b": 105 if len(found) > 1 else 50},
+        xaxis=axis
+        | {"range": [0.5, count + 0.5], "title": {"text": "rank by cosine score (1 = highest)"}},
+        yaxis=axis
+        | {
+            "range": [count + 0.5, 0.5],
+            "scaleanchor": "x",
+            "title": {"text": "rank by accuracy drop (1 = largest)"},
+        },
+    )
+
+
+def _rank_hover(true: int, proxy: int, who: Sequence[str]) -> str:
+    if not who:
+        return ""
+    lines = [f"<b>rank {true} by accuracy drop, {proxy} by cosine score</b>"]
+    lines += [html.escape(one) for one in who[:_NAMED]]
+    lines += [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
+    return "<br>".join(lines)
+
+
+def _centred_map(
+    name: str,
+    content: tuple[list[int], list[str], list[list[float | None]], list[list[str]]],
+    gaps: Sequence[tuple[int, str, str]],
+    largest: float,
+    ticks: tuple[str, str, str],
+) -> list[dict[str, Any]]:
+    """Draw a heat map whose colours are centred at 0, with crosses that say why there is a gap."""
+    layers, labels, values, hovers = content
+    return [
+        {
+            "type": "heatmap",
+            "name": name,
+            "x": layers,
+            "y": labels,
+            "z": values,
+            "zmin": -largest,
+            "zmid": 0,
+            "zmax": largest,
+            "colorscale": _SCALE,
+            "xgap": 1,
+            "ygap": 1,
+            "hovertext": hovers,
+            "hoverinfo": "text",
+            "hoverongaps": False,
+            "colorbar": {
+                **_COLOUR_BAR,
+                "tickvals": [-largest, 0, largest],
+                "ticktext": list(ticks),
+            },
+        },
+        {
+            "type": "scatter",
+            "name": "undefined",
+            "x": [layer for layer, _, _ in gaps],
+            "y": [label for _, label, _ in gaps],
+            "mode": "markers",
+            "marker": {"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": GREY}},
+            "hovertext": [hover for _, _, hover in gaps],
+            "hoverinfo": "text",
+            "showlegend": False,
+        },
+    ]

@@ -1,0 +1,156 @@
+"""The leaderboard that a team shares: entries are cells, versions only ever add up.
+
+Nobody waits for anybody: each version names the versions that it holds, a reader merges all that no
+other version holds, and merging gives the same whatever its order. So two people who publish at the
+same time lose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+import pandas as pd
+
+from tracker.errors import ResultsError
+from tracker.records import CellRecord, Record
+from tracker.report.export import frames
+from tracker.tracking.base import Backend, Table, content_digest
+
+_ROUNDS = 5
+
+
+class Entry(Record):
+    """A cell on the leaderboard.
+
+    Attributes:
+        cell: The cell with its provenance; ranks follow from these.
+        by: Who published it.
+        at: When, in UTC.
+    """
+
+    cell: CellRecord
+    by: str
+    at: str
+
+    @property
+    def place(self) -> tuple[str, tuple[int, ...], int]:
+        """What there is one entry of: a cell, a view of it, a number of documents."""
+        return (self.cell.key, self.cell.removed, self.cell.n)
+
+    @property
+    def order(self) -> tuple[bool, str, str]:
+        """Of two entries in one place the larger stays: complete before growing, then newer."""
+        return (not self.cell.missing, self.at, content_digest(self))
+
+
+class Board(Record):
+    """One version of the leaderboard.
+
+    Attributes:
+        entries: One a place, sorted by it.
+        holds: The versions whose entries are among these.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    holds: tuple[str, ...] = ()
+
+    @property
+    def cells(self) -> list[CellRecord]:
+        """What is ranked."""
+        return [entry.cell for entry in self.entries]
+
+
+def merge(boards: Iterable[Board]) -> Board:
+    """Merge versions; the result does not depend on their order.
+
+    Args:
+        boards: The versions.
+
+    Returns:
+        All of their places, each with its best entry.
+    """
+    best: dict[tuple[str, tuple[int, ...], int], Entry] = {}
+    holds: set[str] = set()
+    for board in boards:
+        holds |= set(board.holds)
+        for entry in board.entries:
+            known = best.get(entry.place)
+            if known is None or known.order < entry.order:
+                best[entry.place] = entry
+    return Board(entries=tuple(best[p] for p in sorted(best)), holds=tuple(sorted(holds)))
+
+
+def read_board(backend: Backend) -> tuple[Board, int]:
+    """Read the leaderboard of a project.
+
+    Args:
+        backend: The project.
+
+    Returns:
+        The merged versions, and how many of them no other version holds.
+
+    Raises:
+        TrackingError: The backend could not be reached.
+        ResultsError: A version is damaged.
+    """
+    heads: list[Board] = []
+    held: set[str] = set()
+    for version in reversed(backend.boards()):
+        if version in held:
+            continue
+        try:
+            board = Board.model_validate_json(backend.read_board(version))
+        except ValueError:
+            raise ResultsError(f"version {version} of the leaderboard is damaged") from None
+        heads.append(board.model_copy(update={"holds": (*board.holds, version)}))
+        held |= {*board.holds, version}
+    return merge(heads), len(heads)
+
+
+def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board, str]:
+    """Add cells to the leaderboard of a project.
+
+    A cell that is there already, with the same figures, stays its first publisher's.
+
+    Args:
+        backend: The project.
+        cells: The cells.
+
+    Returns:
+        The leaderboard afterwards, and where to look; the latter is empty when nothing was added.
+
+    Raises:
+        TrackingError: The backend could not be reached.
+    """
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    by = backend.user()
+    mine = [Entry(cell=cell, by=by, at=at) for cell in cells]
+    location = ""
+    for _ in range(_ROUNDS):
+        there, heads = read_board(backend)
+        known = {content_digest(entry.cell) for entry in there.entries}
+        new = [entry for entry in mine if content_digest(entry.cell) not in known]
+        whole = merge([there, Board(entries=tuple(new))])
+        if heads < 2 and whole.entries == there.entries:
+            return whole, location
+        location = backend.add_board(whole.model_dump_json(), board_tables(whole.cells))
+    return whole, location
+
+
+def board_tables(cells: Sequence[CellRecord]) -> Mapping[str, Table]:
+    """Lay the leaderboards out as tables for the page of a tracking backend.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        `layer_leaderboard` and `model_leaderboard`.
+    """
+    found = frames(cells)
+    return {name: _table(found[name]) for name in ("layer_leaderboard", "model_leaderboard")}
+
+
+def _table(frame: pd.DataFrame) -> Table:
+    rows = frame.astype(object).where(frame.notna(), None)
+    return Table(tuple(frame.columns), tuple(rows.itertuples(index=False, name=None)))

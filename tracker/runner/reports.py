@@ -1,0 +1,126 @@
+"""Writing and publishing reports and leaderboards over collected cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tracker.errors import RequestError, TrackerError
+from tracker.records import CellRecord
+from tracker.report.export import FORMATS, export, figures
+from tracker.report.html import render_report
+from tracker.report.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.report.wording import summary
+from tracker.runner.board import board_tables, publish_board
+from tracker.runner.collect import Collected, merged
+from tracker.tracking import Target, open_backend, target
+from tracker.tracking.base import Backend
+
+_CHARTS = 60
+"""A page of a tracking backend with more charts than this is not looked at."""
+
+
+def write(found: Collected, form: str, path: Path) -> list[Path]:
+    """Write a report.
+
+    Args:
+        found: The cells.
+        form: `html`, or a key of `FORMATS`.
+        path: A file or a folder, as the form asks.
+
+    Returns:
+        The files.
+
+    Raises:
+        RequestError: There is no such form.
+        WorkError: The disk is full or refuses.
+    """
+    if form == "html":
+        return [render_report(found.cells, found.experiments, path)]
+    if form not in FORMATS:
+        raise RequestError(f"there is no format {form!r}; use one of: html, {', '.join(FORMATS)}")
+    return export(found.cells, form, path)
+
+
+def publish(
+    found: Collected, targets: Sequence[str], results: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Publish the page, with tables and charts, as a run of its own.
+
+    Args:
+        found: The cells.
+        targets: Tracking projects, as `BACKEND:PROJECT`.
+        results: The results folder.
+
+    Returns:
+        Target → where to look; and target → why not.
+
+    Raises:
+        RequestError: A target is none.
+    """
+    locations: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    opened = [(text, _target(text)) for text in targets]
+    for text, to in opened:
+        with TemporaryDirectory() as folder, _failures(failed, text), _open(to, results) as backend:
+            page = render_report(found.cells, found.experiments, Path(folder) / "report.html")
+            files = [page, *export(found.cells, "parquet", Path(folder))]
+            charts = dict(list(figures(found.cells).items())[:_CHARTS])
+            says = "\n\n".join((summary(found.cells), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
+            tables = board_tables(found.cells)
+            locations[text] = backend.add_report(says, files, tables, charts)
+    return locations, failed
+
+
+def join_boards(
+    cells: Sequence[CellRecord], targets: Sequence[str], results: Path
+) -> tuple[list[CellRecord], dict[str, str], dict[str, str]]:
+    """Add cells to the leaderboards of tracking projects.
+
+    Args:
+        cells: The cells.
+        targets: Tracking projects, as `BACKEND:PROJECT`.
+        results: The results folder.
+
+    Returns:
+        These cells and all others on those leaderboards; target → where to look, for those that
+        have changed; and target → why not.
+
+    Raises:
+        RequestError: A target is none.
+    """
+    locations: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    every = list(cells)
+    opened = [(text, _target(text)) for text in targets]
+    for text, to in opened:
+        with _failures(failed, text), _open(to, results) as backend:
+            board, locations[text] = publish_board(backend, cells)
+            every += board.cells
+    return merged(every), {text: place for text, place in locations.items() if place}, failed
+
+
+def _target(text: str) -> Target:
+    to = target(text)
+    if to.project is None:
+        raise RequestError(f"{text!r} names no project; write {text}:PROJECT")
+    return to
+
+
+@contextmanager
+def _open(to: Target, results: Path) -> Iterator[Backend]:
+    backend = open_backend(to.backend, to.project or "", results, to.server)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@contextmanager
+def _failures(failed: dict[str, str], text: str) -> Iterator[None]:
+    try:
+        yield
+    except TrackerError as error:
+        failed[text] = str(error)

@@ -1,0 +1,108 @@
+"""Describes the W&B Report and the saved workspace view of a project: W&B's own panels.
+
+The only module that imports wandb_workspaces (extra `reports`).
+"""
+
+from __future__ import annotations
+
+import wandb_workspaces.reports.v2 as reports
+import wandb_workspaces.workspaces as workspaces
+from wandb_workspaces.workspaces.internal import get_view_dict
+
+TITLE = "Which layers matter"
+VIEW_TITLE = "Layers by cell"
+_VIEW = "trackercells"
+"""The view's name in addresses; W&B takes letters and digits only."""
+
+_LAYER_AXIS = "layer (0-based)"
+_CELLS = "Metric('jobType') == 'cell'"
+_RUNS = "Metric('jobType') == 'layer'"
+
+
+def save_report(entity: str, project: str, text: str, known: str | None) -> str:
+    """Save the project's report, in the place of the one that was there.
+
+    Args:
+        entity: The entity.
+        project: The project.
+        text: What it says above the panels.
+        known: The id of the report that is there; None for a new one.
+
+    Returns:
+        Its address.
+    """
+    report = reports.Report(
+        entity=entity,
+        project=project,
+        title=TITLE,
+        description="Written by tracker; publishing again replaces it.",
+        width="fluid",
+    )
+    cells = reports.Runset(entity=entity, project=project, name="cells", filters=_CELLS)
+    runs = reports.Runset(
+        entity=entity, project=project, name="layers", filters=_RUNS, groupby=["group"]
+    )
+    report.blocks = [
+        reports.TableOfContents(),
+        *(reports.P(text=paragraph) for paragraph in text.split("\n\n")),
+        reports.H2(text="Over depth"),
+        reports.PanelGrid(runsets=[cells], panels=_curves()),
+        reports.H2(text="Proxy against truth"),
+        reports.PanelGrid(runsets=[runs], panels=_scatters()),
+    ]
+    report.id = known or ""
+    report.save()
+    return str(report.url)
+
+
+def save_view(entity: str, project: str) -> None:
+    """Save a workspace that groups the project's runs by cell, in the place of the former one.
+
+    Args:
+        entity: The entity.
+        project: The project.
+    """
+    try:
+        known = get_view_dict(entity, project, _VIEW)["id"]
+    except ValueError:  # there is none yet
+        known = ""
+    view = workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=VIEW_TITLE,
+        sections=[
+            workspaces.Section(name="Over depth", panels=_curves(), is_open=True),
+            workspaces.Section(name="Proxy against truth", panels=_scatters(), is_open=True),
+        ],
+        runset_settings=workspaces.RunsetSettings(groupby=[workspaces.Metric("group")]),
+    )
+    view._internal_name = f"nw-{_VIEW}-v"
+    view._internal_id = known
+    view.save()
+
+
+def _curves() -> list[reports.LinePlot]:
+    return [
+        reports.LinePlot(title=title, x="layer", y=[name], title_x=_LAYER_AXIS, title_y=unit)
+        for title, name, unit in (
+            ("Accuracy that a layer's removal costs", "accuracy_drop", "accuracy drop (fraction)"),
+            ("Share above chance that it costs", "accuracy_relevance", "accuracy relevance"),
+            ("What the cheap proxy says instead", "cosine_score", "cosine score (1 − cos)"),
+        )
+    ]
+
+
+def _scatters() -> list[reports.ScatterPlot]:
+    return [
+        reports.ScatterPlot(
+            title=f"Accuracy drop against {title}",
+            x=reports.SummaryMetric(name),
+            y=reports.SummaryMetric("accuracy_drop"),
+            regression=False,
+        )
+        for title, name in (
+            ("cosine score", "cosine_score"),
+            ("angular distance", "angular_distance"),
+            ("relative update", "relative_update"),
+        )
+    ]
