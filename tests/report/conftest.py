@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser
 
 from tracker.records import (
     BenchmarkIdentity,
@@ -18,6 +20,8 @@ from tracker.records import (
     RunIdentity,
     TaskIdentity,
 )
+
+from .visit import chromium
 
 LAYERS = 30
 AT_CHANCE = "the baseline is at or below chance"
@@ -186,6 +190,14 @@ def study() -> list[CellRecord]:
     return [build_cell("arc_easy"), piqa, rte.model_copy(update={"correlations": undefined})]
 
 
+def two_models() -> list[CellRecord]:
+    """Make the study's cells and those of a second model with as many layers."""
+    return study() + [
+        build_cell(name, model="SmolLM2-360M", seed=3, baseline=0.6)
+        for name in ("arc_easy", "piqa")
+    ]
+
+
 EXPERIMENT = """\
 # tracker run experiments/smollm2.yaml
 method: grid
@@ -195,6 +207,12 @@ parameters:
   layer: {min: 0, max: 29}
 command: [tracker, evaluate, "${args}"]
 """
+
+
+@pytest.fixture(scope="package", name="chromium")
+def fixture_chromium() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(name="cells")

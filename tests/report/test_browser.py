@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser
 
 from tracker.report.html import render_report
 
 from .conftest import EXPERIMENT, LAYERS, build_cell, study, with_layer
+from .visit import Visit
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HOSTILE = "<script>alert(1)</script>"
 CONTRAST = """(selector) => {
   const parse = (text) => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
@@ -39,65 +29,10 @@ CONTRAST = """(selector) => {
 }"""
 
 
-SCROLL = """async () => {
-  for (const box of document.querySelectorAll('.chart, .table')) {
-    if (box.closest('details:not([open])')) continue;
-    box.scrollIntoView();
-    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-  }
-  scrollTo(0, 0);
-}"""
-DRAWN = """() => [...document.querySelectorAll('.chart')].every(
-  (box) => box.closest('details:not([open])') || box.querySelector('svg.main-svg'))"""
-
-
-@pytest.fixture(scope="module", name="chromium")
-def fixture_chromium() -> Iterator[Browser]:
-    path = shutil.which("chromium")
-    assert path, "these tests need chromium on the PATH: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture(scope="module", name="report")
 def fixture_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     return render_report(study(), {"smollm2.yaml": EXPERIMENT}, path)
-
-
-class Visit:
-    """One opened page, with everything that went wrong on it."""
-
-    def __init__(self, chromium: Browser, path: Path, **options: object) -> None:
-        self.context = chromium.new_context(offline=True, **options)
-        self.page: Page = self.context.new_page()
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.errors.append(message.text))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("requestfailed", lambda request: self.errors.append(request.url))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("dialog", lambda dialog: (self.errors.append("dialog"), dialog.dismiss()))
-        self.page.goto(path.as_uri())
-        self.page.wait_for_function("document.documentElement.dataset.charts === 'ready'")
-        self.page.evaluate(SCROLL)
-        self.page.wait_for_function(DRAWN)
-
-    def open_all(self) -> None:
-        """Open every section, as a reader who wants all numbers does."""
-        self.page.evaluate(
-            "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
-        )
-        self.page.evaluate(SCROLL)
-        self.page.wait_for_function(DRAWN)
-
-    def __enter__(self) -> Visit:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.context.close()
 
 
 def test_page_draws_everything_offline(chromium: Browser, report: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
+from plotly.offline import get_plotlyjs
 
 from tracker.tracking.mlflow import MlflowBackend
 
@@ -28,6 +29,11 @@ def browser_page() -> Iterator[Page]:
             executable_path=path, args=["--no-sandbox", "--disable-gpu"]
         )
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        # MLflow's log_figure leaves plotly.js to the network; here the installed one answers.
+        page.route(
+            re.compile(r"https://cdn\.plot\.ly/"),
+            lambda route: route.fulfill(body=get_plotlyjs(), content_type="text/javascript"),
+        )
         page.set_default_timeout(SECONDS)
         expect.set_options(timeout=SECONDS)
         yield page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from tracker.metrics.accuracy import Estimate
@@ -19,6 +19,7 @@ from tracker.report.wording import (
     benchmark_labels,
     counted,
     fixed,
+    layer_list,
     layers_of,
     points,
     records_of,
@@ -70,8 +71,27 @@ def layer_board_table(board: LayerBoard, label: str) -> Table:
             "benchmarks",
         ),
         rows,
+        _notes(board, ranks),
         header=1,
         sorted_by=0,
+    )
+
+
+def _notes(board: LayerBoard, ranks: Mapping[int, int]) -> tuple[str, ...]:
+    """Say why there are dashes."""
+    lacking = [one.layer for one in board.layers if one.rank is None]
+    total = len(board.layers)
+    found = [
+        (lacking, f"no rank: {_NO_RANK}"),
+        (
+            [one.layer for one in board.layers if one.cosine_score is None],
+            "no mean cosine score: undefined on a benchmark",
+        ),
+    ]
+    if not ranks and len(lacking) < total:
+        found.append(([one.layer for one in board.layers], f"no rank by cosine score: {_NO_SCORE}"))
+    return tuple(
+        f"{layer_list(sorted(which), total).capitalize()}: {why}." for which, why in found if which
     )
 
 

@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 
 from tracker.metrics.accuracy import Estimate
+from tracker.report.charts_maps import ROWS, centred_map, short
 from tracker.report.hover import estimate_hover
 from tracker.report.layers import relative_depth
 from tracker.report.leaderboard import LayerBoard
@@ -83,58 +84,109 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
     return f"{text}; the peak is layer {layer} of {label} ({two_digits(value)})"
 
 
-def difference_curves(pair: Pair) -> Chart:
-    """Draw how the drops of two models differ, a line for each benchmark.
+def difference_chart(pair: Pair) -> Chart:
+    """Draw how the drops of two models differ, layer by layer.
 
     Args:
         pair: The models and their common benchmarks.
 
     Returns:
-        One trace for each benchmark under its label, with 95 % intervals.
+        Points with 95 % intervals, one trace for each benchmark under its label, where these are
+        few; otherwise a heat map with a dot where the interval excludes 0.
     """
-    measure = pair.measure
     layers = sorted({layer for one in pair.comparisons for layer in one.differences})
-    count = len(pair.comparisons)
-    width = min(0.6, 0.12 * count)
+    nothing = Estimate(None, reason="not measured in both models")
+    found = [[one.differences.get(x, nothing) for x in layers] for one in pair.comparisons]
+    hovers = [
+        [
+            estimate_hover(
+                f"layer {layer} · {one.benchmark}",
+                f"difference in {pair.measure.unit}",
+                estimate,
+                pair.measure.write,
+                f"{counted(one.n, 'document')} each",
+            )
+            for layer, estimate in zip(layers, row, strict=True)
+        ]
+        for one, row in zip(pair.comparisons, found, strict=True)
+    ]
+    if len(pair.comparisons) <= _FEW:
+        return _points(pair, layers, found, hovers)
+    return _map(pair, layers, found, hovers)
+
+
+def _points(
+    pair: Pair, layers: list[int], found: list[list[Estimate]], hovers: list[list[str]]
+) -> Chart:
+    measure, count = pair.measure, len(pair.comparisons)
     data = []
-    for number, one in enumerate(pair.comparisons):
-        found = [one.differences.get(layer, Estimate(None)) for layer in layers]
-        # Side by side, so that no interval hides another.
-        aside = width * (number / (count - 1) - 0.5) if count > 1 else 0.0
+    for number, (one, row, hover) in enumerate(zip(pair.comparisons, found, hovers, strict=True)):
         colour = line(number)["color"]
+        # Side by side, so that no interval hides another.
+        aside = 0.18 * (number - (count - 1) / 2)
         data.append(
             {
                 "type": "scatter",
                 "name": html.escape(one.benchmark),
                 "x": [layer + aside for layer in layers],
-                "y": [finite(estimate.value, measure.scale) for estimate in found],
-                "error_y": errors(found, measure.scale, thickness=0.8, color=colour),
+                "y": [finite(estimate.value, measure.scale) for estimate in row],
+                "error_y": errors(row, measure.scale, color=colour),
                 "mode": "markers",
                 "marker": {"size": 6, "color": colour},
-                "showlegend": 1 < count <= MANY,
-                "hovertext": [
-                    estimate_hover(
-                        f"layer {layer} · {one.benchmark}",
-                        f"difference in {measure.unit}",
-                        estimate,
-                        measure.write,
-                        f"{counted(one.n, 'document')} each",
-                    )
-                    for layer, estimate in zip(layers, found, strict=True)
-                ],
+                "showlegend": count > 1,
+                "hovertext": hover,
                 "hoverinfo": "text",
             }
         )
+    title = f"difference of {measure.change}s ({measure.unit})"
     return chart(
         difference_title(pair),
         data,
         380,
         xaxis=layer_axis(layers),
-        yaxis={
-            "title": {"text": f"difference of {measure.change}s ({measure.unit})"},
-            "zeroline": True,
-        },
+        yaxis={"title": {"text": title}, "zeroline": True},
     )
+
+
+def _map(
+    pair: Pair, layers: list[int], found: list[list[Estimate]], hovers: list[list[str]]
+) -> Chart:
+    measure = pair.measure
+    labels = [html.escape(one.benchmark).replace(" · ", "<br>", 1) for one in pair.comparisons]
+    values = [[finite(estimate.value, measure.scale) for estimate in row] for row in found]
+    marks: dict[str, list[tuple[int, str, str]]] = {"undefined": [], "interval excludes 0": []}
+    for label, row, hover in zip(labels, found, hovers, strict=True):
+        for layer, estimate, text in zip(layers, row, hover, strict=True):
+            if not defined(estimate.value):
+                marks["undefined"].append((layer, label, text))
+            elif _sure(estimate):
+                marks["interval excludes 0"].append((layer, label, text))
+    largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
+    ticks = (
+        f"−{short(largest)} {measure.unit}<br>more to the second",
+        "0<br>alike",
+        f"{short(largest)} {measure.unit}<br>more to the first",
+    )
+    return chart(
+        difference_title(pair),
+        centred_map(
+            f"difference of {measure.change}s",
+            (layers, labels, values, hovers),
+            marks,
+            largest,
+            ticks,
+        ),
+        165 + 34 * len(labels),
+        margin={"b": 105},
+        xaxis=layer_axis(layers),
+        yaxis=ROWS,
+    )
+
+
+def _sure(difference: Estimate) -> bool:
+    """Whether the interval excludes 0."""
+    low, high = difference.low, difference.high
+    return low is not None and high is not None and (low > 0 or high < 0)
 
 
 def difference_title(pair: Pair) -> str:
@@ -158,11 +210,7 @@ def difference_title(pair: Pair) -> str:
         return f"{text}; no difference is defined"
     top, layer, benchmark = max(found, key=lambda item: abs(item[0].value or 0.0))
     between = interval(top.low, top.high, measure.write)
-    sure = sum(
-        1
-        for one, _, _ in found
-        if one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
-    )
+    sure = sum(_sure(one) for one, _, _ in found)
     return (
         f"{text}; they differ most in layer {layer} on {benchmark}, "
         f"{measure.write(top.value or 0.0)} {measure.unit}"

@@ -1,17 +1,15 @@
-"""Heat maps: layers × benchmarks, spans × layers, and rank against rank."""
+"""Heat maps: layers × benchmarks, and spans × layers."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracker.config import Component
 from tracker.records import WHOLE_LAYER, CellRecord, RunIdentity
 from tracker.report import wording
 from tracker.report.hover import along_layers, run_hover
-from tracker.report.ranks import rankings
-from tracker.report.sentences import ranks_differ
 from tracker.report.style import GREY, Chart, chart, finite, layer_axis
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
@@ -21,11 +19,11 @@ _SCALE = [
     [0.501, "rgba(61,116,168,0.08)"],
     [1.0, "rgba(61,116,168,1)"],
 ]
-_COUNTS = [[0.0, "rgba(61,116,168,0.25)"], [1.0, "rgba(61,116,168,1)"]]
-_ROWS = {"autorange": "reversed", "showgrid": False, "ticks": "", "type": "category"}
-_NAMED = 6
-"""So many layers are named in one hover box."""
-_COLOUR_BAR = {
+_CROSS = {"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": GREY}}
+_DOT = {"size": 6, "color": "#fdfdfc", "line": {"width": 1.2, "color": "#1f2328"}}
+ROWS = {"autorange": "reversed", "showgrid": False, "ticks": "", "type": "category"}
+"""The axis of a map's rows."""
+COLOUR_BAR = {
     "orientation": "h",
     "thickness": 9,
     "len": 0.75,
@@ -102,17 +100,17 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
         ]
     return chart(
         heat_title(cells),
-        _centred_map(
+        centred_map(
             "accuracy relevance",
             (layers, labels, values, hovers),
-            gaps,
+            {"undefined": gaps},
             1,
             ("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
         ),
         165 + 40 * len(cells),
         margin={"b": 105},
         xaxis=layer_axis(layers),
-        yaxis=_ROWS,
+        yaxis=ROWS,
     )
 
 
@@ -182,17 +180,17 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
     labels = [str(span) for span in spans]
     return chart(
         span_title(cell, component),
-        _centred_map(
+        centred_map(
             measure.change,
             (layers, labels, values, hovers),
-            gaps,
+            {"undefined": gaps},
             largest,
-            (f"−{_short(largest)}<br>removal helps", "0<br>no change", f"{_short(largest)}"),
+            (f"−{short(largest)}<br>removal helps", "0<br>no change", f"{short(largest)}"),
         ),
         165 + 30 * len(spans),
         margin={"b": 105},
         xaxis=layer_axis(layers, "first layer (0-based)"),
-        yaxis=_ROWS | {"title": {"text": "layers"}},
+        yaxis=ROWS | {"title": {"text": "layers"}},
     )
 
 
@@ -200,96 +198,31 @@ def _spans(cell: CellRecord, component: Component) -> list[int]:
     return [span for name, span in wording.kinds(cell) if name == component]
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Write a figure below a colour."""
     return f"{value:.3g}"
 
 
-def rank_map(cells: Sequence[CellRecord], label: str) -> Chart:
-    """Draw each layer's rank by cosine score against its true rank, over the benchmarks.
-
-    Args:
-        cells: Cells of one model.
-        label: The model's name.
-
-    Returns:
-        How many benchmarks put a layer at each place (trace `layers`), 1 = matters most on both
-        axes; on the diagonal (trace `equal ranks`) the cosine score is right.
-    """
-    found = rankings(cells)
-    count = max((len(ranking.rows) for ranking in found), default=0)
-    there: dict[tuple[int, int], list[str]] = {}
-    for ranking in found:
-        for layer, true, proxy in ranking.rows:
-            there.setdefault((true, proxy), []).append(f"layer {layer} · {ranking.benchmark}")
-    places = range(1, count + 1)
-    data = [
-        {
-            "type": "heatmap",
-            "name": "layers",
-            "x": [*places],
-            "y": [*places],
-            "z": [[len(there.get((y, x), ())) or None for x in places] for y in places],
-            "zmin": 0,
-            "zmax": max(map(len, there.values()), default=1),
-            "colorscale": _COUNTS,
-            "showscale": len(found) > 1,
-            "colorbar": {
-                **_COLOUR_BAR,
-                "title": {"text": "benchmarks", "side": "top"},
-                "nticks": 5,
-            },
-            "hovertext": [
-                [_rank_hover(y, x, there.get((y, x), [])) for x in places] for y in places
-            ],
-            "hoverinfo": "text",
-            "hoverongaps": False,
-        },
-        {
-            "type": "scatter",
-            "name": "equal ranks",
-            "x": [0.5, count + 0.5],
-            "y": [0.5, count + 0.5],
-            "mode": "lines",
-            "line": {"color": GREY, "width": 1, "dash": "dot"},
-            "hoverinfo": "skip",
-            "showlegend": False,
-        },
-    ]
-    axis = {"showgrid": False, "zeroline": False, "constrain": "domain", "tickangle": 0}
-    axis |= {"tick0": 1, "dtick": 1} if count <= 12 else {"tick0": 0, "dtick": 5}
-    return chart(
-        f"{label}: {ranks_differ(cells)}",
-        data,
-        520,
-        margin={"b": 105 if len(found) > 1 else 50},
-        xaxis=axis
-        | {"range": [0.5, count + 0.5], "title": {"text": "rank by cosine score (1 = highest)"}},
-        yaxis=axis
-        | {
-            "range": [count + 0.5, 0.5],
-            "scaleanchor": "x",
-            "title": {"text": "rank by accuracy drop (1 = largest)"},
-        },
-    )
-
-
-def _rank_hover(true: int, proxy: int, who: Sequence[str]) -> str:
-    if not who:
-        return ""
-    lines = [f"<b>rank {true} by accuracy drop, {proxy} by cosine score</b>"]
-    lines += [html.escape(one) for one in who[:_NAMED]]
-    lines += [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
-    return "<br>".join(lines)
-
-
-def _centred_map(
+def centred_map(
     name: str,
     content: tuple[list[int], list[str], list[list[float | None]], list[list[str]]],
-    gaps: Sequence[tuple[int, str, str]],
+    marks: Mapping[str, Sequence[tuple[int, str, str]]],
     largest: float,
     ticks: tuple[str, str, str],
 ) -> list[dict[str, Any]]:
-    """Draw a heat map whose colours are centred at 0, with crosses that say why there is a gap."""
+    """Draw a heat map whose colours are centred at 0, with marks on it.
+
+    Args:
+        name: What is mapped; the trace's name.
+        content: Layers, row labels (plotly's markup), values and hover boxes.
+        marks: Trace name → layer, row label and hover box of each mark: crosses where the name is
+            `undefined`, dots otherwise.
+        largest: The value of the strongest colour.
+        ticks: What stands below the colours of -largest, 0 and largest.
+
+    Returns:
+        The traces.
+    """
     layers, labels, values, hovers = content
     return [
         {
@@ -308,20 +241,23 @@ def _centred_map(
             "hoverinfo": "text",
             "hoverongaps": False,
             "colorbar": {
-                **_COLOUR_BAR,
+                **COLOUR_BAR,
                 "tickvals": [-largest, 0, largest],
                 "ticktext": list(ticks),
             },
         },
-        {
-            "type": "scatter",
-            "name": "undefined",
-            "x": [layer for layer, _, _ in gaps],
-            "y": [label for _, label, _ in gaps],
-            "mode": "markers",
-            "marker": {"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": GREY}},
-            "hovertext": [hover for _, _, hover in gaps],
-            "hoverinfo": "text",
-            "showlegend": False,
-        },
+        *(
+            {
+                "type": "scatter",
+                "name": mark,
+                "x": [layer for layer, _, _ in places],
+                "y": [label for _, label, _ in places],
+                "mode": "markers",
+                "marker": _CROSS if mark == "undefined" else _DOT,
+                "hovertext": [hover for _, _, hover in places],
+                "hoverinfo": "text",
+                "showlegend": False,
+            }
+            for mark, places in marks.items()
+        ),
     ]

@@ -75,6 +75,8 @@ def relevance_curves(board: LayerBoard, label: str) -> Chart:
             )
             | {"line": line(number), "marker": {"size": 4}, "showlegend": 1 < len(cells) <= MANY}
         )
+        # Many lines step back behind their mean.
+        data[-1]["opacity"] = 1 if len(cells) <= _FEW else 0.55
         if len(cells) <= _FEW:
             data[-1]["error_y"] = errors(found, thickness=0.8, color=line(number)["color"])
     if len(cells) > 1:
@@ -147,6 +149,7 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
     layers = layers_of(WHOLE_LAYER, *cells)
     data: list[dict[str, Any]] = []
     axes: dict[str, dict[str, Any]] = {}
+    heads = []
     for panel, proxy in enumerate(PROXIES, 1):
         drawn: list[float | None] = []
         for number, (cell, name) in enumerate(zip(cells, labels, strict=True)):
@@ -156,7 +159,7 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
                 {
                     "type": "scatter",
                     "name": html.escape(name),
-                    "legendgroup": name,
+                    "legendgroup": str(number),
                     "showlegend": panel == 1 and 1 < len(cells) <= MANY,
                     "x": layers,
                     "y": values,
@@ -168,12 +171,35 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
                     "hoverinfo": "text",
                 }
             )
-        top = 1 - (panel - 1) * 0.35
-        title = PANELS[proxy].replace(" (", "<br>(")
-        axis = value_axis(title, drawn) | {"domain": [top - 0.3, top]}
+        top = 0.96 - (panel - 1) * 0.345
+        axis = value_axis(PANELS[proxy], drawn) | {"domain": [top - 0.27, top]}
+        # Above its panel, where a phone has room for it.
+        heads.append(_head(axis.pop("title")["text"], panel))
         axes[f"yaxis{panel}" if panel > 1 else "yaxis"] = axis
-    last = {"anchor": f"y{len(PROXIES)}"}
-    return chart(proxy_title(cells, label), data, 560, xaxis=layer_axis(layers) | last, **axes)
+    along = layer_axis(layers) | {"anchor": f"y{len(PROXIES)}"}
+    return chart(
+        proxy_title(cells, label),
+        data,
+        600,
+        xaxis=along,
+        **axes,
+        annotations=heads,
+        legend={"tracegroupgap": 0, "y": 1.04},
+    )
+
+
+def _head(text: str, panel: int) -> dict[str, Any]:
+    """Write the title of a panel's axis above it."""
+    return {
+        "text": text,
+        "showarrow": False,
+        "xref": "paper",
+        "x": 0,
+        "xanchor": "left",
+        "yref": f"y{panel if panel > 1 else ''} domain",
+        "y": 1,
+        "yanchor": "bottom",
+    }
 
 
 def proxy_title(cells: Sequence[CellRecord], label: str) -> str:

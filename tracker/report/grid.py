@@ -26,6 +26,15 @@ class Value:
     exact: float | None = None
     ends: tuple[float, float] | None = None
 
+    @property
+    def figures(self) -> str:
+        """What the text rounds: the figure, both ends, or all three, apart by spaces."""
+        if self.exact is None and self.ends is None:
+            return ""
+        exact = () if self.exact is None else (self.exact,)
+        found = " ".join(map(str, (*exact, *(self.ends or ()))))
+        return "" if found == self.text else found
+
 
 @dataclass(frozen=True)
 class Column:
@@ -84,7 +93,7 @@ def shown(
         return Value(DASH, reason)
     if not math.isfinite(number):
         return Value(DASH, f"not a finite number ({number})")
-    return Value(write(number), exact=scale * number)
+    return Value(write(number), exact=_scaled(number, scale))
 
 
 def between(
@@ -108,7 +117,7 @@ def between(
     """
     if not defined(low) or not defined(high):
         return Value(DASH, reason)
-    return Value(interval(low, high, write), ends=(scale * low, scale * high))
+    return Value(interval(low, high, write), ends=(_scaled(low, scale), _scaled(high, scale)))
 
 
 def worded(text: str, reason: str) -> Value:
@@ -154,3 +163,8 @@ def estimated(found: Estimate, write: Callable[[float], str], scale: float = 1) 
     """
     value = shown(found.value, write, found.reason or NO_REASON, scale)
     return with_interval(value, found.low, found.high, write, scale)
+
+
+def _scaled(number: float, scale: float) -> float:
+    # The 16th digit of a product is rounding: 100 × 0.07 is 7.000000000000001.
+    return number if scale == 1 else float(f"{scale * number:.15g}")

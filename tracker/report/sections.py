@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from tracker.records import WHOLE_LAYER, CellRecord, ModelIdentity, view_name
 from tracker.report import boards, charts, charts_maps, tables, wording
-from tracker.report.charts_across import depth_curves, difference_curves
+from tracker.report.charts_across import depth_curves, difference_chart
 from tracker.report.charts_model import proxy_curves, relevance_curves
+from tracker.report.charts_ranks import rank_map
 from tracker.report.grid import Table
 from tracker.report.leaderboard import LayerBoard, ModelBoard, layer_board, model_board, models_of
 from tracker.report.pairs import pairs_of
@@ -150,7 +151,7 @@ def across_section(
             ranked, [names[_model_key(one.model)] for one in ranked.models]
         ),
         pairs=tuple(
-            _figure(difference_curves(pair), f"pair-{number}", boards.difference_table(pair))
+            _figure(difference_chart(pair), f"pair-{number}", boards.difference_table(pair))
             for number, pair in enumerate(pairs, 1)
         ),
         pair_count=count,
@@ -202,7 +203,7 @@ def _model_section(cells: Sequence[CellRecord], label: str, name: str) -> ModelS
         if mapped
         else None,
         ranks=_figure(
-            charts_maps.rank_map(whole, label),
+            rank_map(whole, label),
             f"{name}-ranks",
             boards.rank_table(whole, label),
             label,
@@ -255,4 +256,6 @@ def _cell_section(cell: CellRecord, label: str, name: str) -> CellSection:
 def _figure(chart: Chart, name: str, table: Table | None = None, subject: str = "") -> Figure:
     # The heading above the chart names its subject already.
     says = chart.title.removeprefix(f"{subject}: ")
-    return Figure(name, says[:1].upper() + says[1:], chart, table)
+    # A title that begins with a model's name keeps the name as it is.
+    says = chart.title if says == chart.title else says[:1].upper() + says[1:]
+    return Figure(name, says, chart, table)

@@ -31,12 +31,11 @@ def agreement_sentence(found: Agreement) -> str:
     if not values:
         says = f"The {name}: no rank correlation with the accuracy drop is defined"
     elif len(values) == 1:
-        says = f"The {name}: Spearman {two_digits(values[0])} (one cell; chance is 0)"
+        says = f"The {name}: Spearman {two_digits(values[0])} (one cell)"
     else:
         says = (
             f"The {name}: median Spearman {two_digits(median(values))} over {len(values)} cells, "
-            f"from {two_digits(min(values))} to {two_digits(max(values))} (1 = the same order, "
-            "chance is 0)"
+            f"from {two_digits(min(values))} to {two_digits(max(values))}"
         )
     return f"{says}; {_differ(found)}."
 

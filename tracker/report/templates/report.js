@@ -37,9 +37,15 @@
   // Tables
 
   const PLAIN = /^[−-]?[\d,]*\.?\d+$/;
+  // `data-v` holds what the text rounds: a figure, both ends of an interval, or all three.
+  const exact = (cell) => {
+    const found = cell.dataset.v?.split(" ") ?? [];
+    const [low, high] = found.slice(-2);
+    return { value: found.length % 2 ? found[0] : undefined, ...(found.length > 1 ? { low, high } : {}) };
+  };
   const figure = (cell) => {
-    const exact = cell.dataset.value ?? cell.dataset.low;
-    if (exact !== undefined) return Number(exact);
+    const { value, low } = exact(cell);
+    if (value ?? low) return Number(value ?? low);
     const shown = cell.textContent.trim();
     return PLAIN.test(shown) ? Number(shown.replace("−", "-").replaceAll(",", "")) : NaN;
   };
@@ -87,10 +93,10 @@
     const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden);
     const columns = [...table.tHead.rows[0].cells].flatMap((head, place) => {
       const cells = rows.map((row) => row.cells[place]);
-      const some = (name) => cells.some((cell) => cell.dataset[name] !== undefined);
+      const some = (name) => cells.some((cell) => exact(cell)[name] !== undefined);
       const label = head.textContent.trim();
-      const ends = ["low", "high"].map((name) => [`${label}: ${name}`, (cell) => cell.dataset[name] ?? ""]);
-      const value = [label, (cell) => (undefinedAt(cell) ? "" : cell.dataset.value ?? cell.textContent.trim())];
+      const ends = ["low", "high"].map((name) => [`${label}: ${name}`, (cell) => exact(cell)[name] ?? ""]);
+      const value = [label, (cell) => (undefinedAt(cell) ? "" : exact(cell).value ?? cell.textContent.trim())];
       return (some("low") ? [...(some("value") ? [value] : []), ...ends] : [value])
         .map(([name, read]) => [name, ...cells.map(read)]);
     });

@@ -1,0 +1,81 @@
+"""A page opened in a real Chromium without a network, and everything that went wrong on it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SCROLL = """async () => {
+  for (const box of document.querySelectorAll('.chart, .table')) {
+    if (box.closest('details:not([open])')) continue;
+    box.scrollIntoView();
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  }
+  scrollTo(0, 0);
+}"""
+DRAWN = """() => [...document.querySelectorAll('.chart')].every(
+  (box) => box.closest('details:not([open])') || box.querySelector('svg.main-svg'))"""
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Start the browser and end it."""
+    path = shutil.which("chromium")
+    assert path, "these tests need chromium on the PATH: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """One opened page, with everything that went wrong on it.
+
+    It is scrolled through first, so that every chart in an open section is drawn, unless `scroll`
+    is false.
+    """
+
+    def __init__(
+        self, chromium: Browser, path: Path, scroll: bool = True, **options: object
+    ) -> None:
+        self.context = chromium.new_context(offline=True, **options)
+        self.page: Page = self.context.new_page()
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("requestfailed", lambda request: self.errors.append(request.url))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("dialog", lambda dialog: (self.errors.append("dialog"), dialog.dismiss()))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_function("document.documentElement.dataset.charts === 'ready'")
+        if scroll:
+            self.page.evaluate(SCROLL)
+            self.page.wait_for_function(DRAWN)
+
+    def open_all(self) -> None:
+        """Open every section, as a reader who wants all numbers does."""
+        self.page.evaluate(
+            "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
+        )
+        self.page.evaluate(SCROLL)
+        self.page.wait_for_function(DRAWN)
+
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
