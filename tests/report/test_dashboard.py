@@ -14,7 +14,7 @@ import pytest
 from plotly.graph_objects import Figure
 
 from tracker.records import CellRecord
-from tracker.report import boards, charts_across, charts_ranks, charts_model, frames, style
+from tracker.report import boards, charts_across, charts_model, charts_ranks, frames, style
 from tracker.report.html import render_page, render_report
 from tracker.report.leaderboard import (
     INTERVAL_RULE,
