@@ -104,9 +104,13 @@ def test_models_are_ranked_on_what_all_of_them_share() -> None:
         build_cell("arc_easy", model="weak", seed=1, baseline=0.5),
         build_cell("arc_easy", model="other", seed=1, baseline=0.6),
     ]
+    cells.append(build_cell("rte", model="weak", baseline=0.25))
     board = model_board(cells)
     assert board.benchmarks == ("arc_easy · 0-shot",)
-    assert board.left_out == {"piqa · 0-shot": "not measured, or otherwise, for weak, other"}
+    assert board.left_out == {
+        "piqa · 0-shot": "not measured, or otherwise, for weak, other",
+        "rte · 0-shot of weak": "the baseline is at or below chance",
+    }
     assert [(s.model.name, s.rank) for s in board.models] == [
         ("solid", 1),
         ("other", 2),

@@ -257,6 +257,8 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         else:
             lacking = [name for name, mine in zip(names, settings, strict=True) if key not in mine]
             left_out[label] = f"not measured, or otherwise, for {', '.join(lacking)}"
+    for name, board in zip(names, boards, strict=True):
+        left_out |= {f"{label} of {name}": why for label, why in board.left_out.items()}
     standings = [
         _model_standing(board.model, [mine[key] for key in shared])
         for board, mine in zip(boards, settings, strict=True)
