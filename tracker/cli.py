@@ -750,9 +750,15 @@ def _print_boards(console: Console, cells: Sequence[CellRecord]) -> None:
 
     found, notes = boards(cells)
     for frame in found:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in frame.columns:
-            table.add_column(str(name), justify="left" if name == "model" else "right")
+        table = Table(box=None, pad_edge=False, header_style="bold", title_style="bold")
+        if "layer, 0-based" in frame.columns:
+            table.title, table.title_justify = frame["model"].iloc[0], "left"
+            frame = frame.drop(columns="model")
+        for name, column in frame.items():
+            # Long headers wrap, figures never.
+            width = max(map(len, column))
+            justify = "left" if name == "model" else "right"
+            table.add_column(str(name), justify=justify, min_width=width)
         for row in frame.itertuples(index=False, name=None):
             table.add_row(*row)
         console.print(table)
