@@ -756,9 +756,11 @@ def _print_boards(console: Console, cells: Sequence[CellRecord]) -> None:
             frame = frame.drop(columns="model")
         for name, column in frame.items():
             # Long headers wrap, figures never.
-            width = max(map(len, column))
-            justify = "left" if name == "model" else "right"
-            table.add_column(str(name), justify=justify, min_width=width)
+            table.add_column(
+                str(name),
+                justify="left" if name == "model" else "right",
+                min_width=max(map(len, column)),
+            )
         for row in frame.itertuples(index=False, name=None):
             table.add_row(*row)
         console.print(table)
