@@ -107,6 +107,35 @@ def test_run_then_run_again(cli, tiny_llama, experiment, tmp_path):
     assert "4 of 4" in listed.output
 
 
+def test_reports_and_leaderboards(cli, tiny_llama, experiment, tmp_path, monkeypatch):
+    """Seed 6 does better than chance, so its layers have a relevance."""
+    results = tmp_path / "results"
+    file = experiment(tiny_llama(seed=6, layers=3), limit=6, layer=[0, 1])
+    assert cli("run", file, "--results", results, "--track", "none").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    written = cli("report")
+    assert (written.exit_code, written.output) == (0, "1 cell: results/report.html\n")
+    markdown = cli("report", results, results, "--format", "md")
+    assert markdown.output == "1 cell: report.md\n", "two sources are about no one folder"
+    assert "| tiny-llama | 1" in (tmp_path / "report.md").read_text()
+    assert cli("report", "--format", "csv", "--output", "data").exit_code == 0
+    assert len((tmp_path / "data" / "layers.csv").read_text().splitlines()) == 3
+
+    board = cli("leaderboard")
+    assert board.exit_code == 0
+    assert board.output.startswith("tiny-llama\n")
+    assert "Layers are ranked by their mean accuracy relevance" in board.output
+
+    refused(cli("report", "--format", "docx"), "docx", "html")
+    refused(cli("report", tmp_path / "nothing"), "not a results folder", "tracker run")
+    refused(cli("leaderboard", "mlflov:http://x/y"), "Did you mean 'mlflow'")
+    refused(cli("leaderboard", "--publish", "wandb"), "names no project", "wandb:PROJECT")
+    away = cli("report", f"mlflow:sqlite:///{tmp_path}/no.db/layers")
+    assert away.exit_code == 1
+    assert "there is no such file" in away.output
+    assert "Traceback" not in away.output
+
+
 def test_a_cell_grows(cli, tiny_llama, experiment, tmp_path):
     results = tmp_path / "results"
     model = tiny_llama()
