@@ -8,25 +8,26 @@ import plotly.graph_objects as go
 
 from tracker.config import Component
 from tracker.records import CellRecord
-from tracker.report import charts, charts_maps, style
+from tracker.report.charts import cells as cell_charts
+from tracker.report.charts import maps, style
 
-curve_title, scatter_title = charts.curve_title, charts.scatter_title
-heat_title, span_title = charts_maps.heat_title, charts_maps.span_title
-curve_components, span_components = charts.curve_components, charts_maps.span_components
+curve_title, scatter_title = cell_charts.curve_title, cell_charts.scatter_title
+heat_title, span_title = maps.heat_title, maps.span_title
+curve_components, span_components = cell_charts.curve_components, maps.span_components
 HELPS, MATTERS = style.HELPS, style.MATTERS
 
 
 def layer_curve(cell: CellRecord) -> go.Figure:
-    return charts.layer_curve(cell).figure()
+    return cell_charts.layer_curve(cell).figure()
 
 
 def proxy_scatter(cell: CellRecord) -> go.Figure:
-    return charts.proxy_scatter(cell).figure()
+    return cell_charts.proxy_scatter(cell).figure()
 
 
 def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
-    return charts_maps.heat_map(cells).figure()
+    return maps.heat_map(cells).figure()
 
 
 def span_map(cell: CellRecord, component: Component) -> go.Figure:
-    return charts_maps.span_map(cell, component).figure()
+    return maps.span_map(cell, component).figure()

@@ -14,7 +14,8 @@ import pytest
 from plotly.graph_objects import Figure
 
 from tracker.records import CellRecord
-from tracker.report import boards, charts_across, charts_model, charts_ranks, frames, style
+from tracker.report import boards, frames
+from tracker.report.charts import across, model, ranks, style
 from tracker.report.html import render_page, render_report
 from tracker.report.leaderboard import (
     INTERVAL_RULE,
@@ -122,7 +123,7 @@ class TestRanks:
     def test_the_map_counts_every_layer_once_a_benchmark(self) -> None:
         cells = study()
         found = rankings(cells)
-        grid = charts_ranks.rank_map(cells, "m").figure().data[0]
+        grid = ranks.rank_map(cells, "m").figure().data[0]
         counts = [count for row in grid.z for count in row if count is not None]
         assert sum(counts) == sum(len(ranking.rows) for ranking in found) == 3 * LAYERS - 2
         for ranking, cell in zip(found, cells, strict=True):
@@ -133,7 +134,7 @@ class TestRanks:
         cell = build_cell()
         (ranking,) = rankings([cell])
         off = sum(true != proxy for _, true, proxy in ranking.rows)
-        title = charts_ranks.rank_map([cell], "m").title
+        title = ranks.rank_map([cell], "m").title
         assert f"exact ranks differ for {100 * off / LAYERS:.1f} % of the layers" in title
         assert f"two random orders would differ for {100 * (1 - 1 / LAYERS):.1f} %" in title
 
@@ -164,7 +165,7 @@ class TestRanks:
 class TestDepth:
     def test_relevance_has_a_line_a_benchmark_and_their_mean(self) -> None:
         board = layer_board(study())
-        figure = charts_model.relevance_curves(board, "m").figure()
+        figure = model.relevance_curves(board, "m").figure()
         assert [trace.name for trace in figure.data] == [
             "arc_easy · 0-shot",
             "piqa · 0-shot",
@@ -185,7 +186,7 @@ class TestDepth:
 
     def test_each_proxy_has_a_panel(self) -> None:
         cells = study()
-        figure = charts_model.proxy_curves(cells, "m").figure()
+        figure = model.proxy_curves(cells, "m").figure()
         axes = {"y": "cosine_score", "y2": "angular_distance", "y3": "relative_update"}
         assert len(figure.data) == 9
         for place, trace in enumerate(figure.data):
@@ -196,7 +197,7 @@ class TestDepth:
 
     def test_across_models_depth_is_relative(self) -> None:
         two = [layer_board([build_cell(model=name)]) for name in ("a", "b")]
-        figure = charts_across.depth_curves(two, ["a", "b"]).figure()
+        figure = across.depth_curves(two, ["a", "b"]).figure()
         assert [trace.name for trace in figure.data] == ["a", "b"]
         assert (figure.data[0].x[0], figure.data[0].x[-1]) == (0, 1)
         by_layer = {one.layer: one.relevance.value for one in two[0].layers}
@@ -231,7 +232,7 @@ class TestAcross:
         other = [build_cell(name, model="instruct", seed=2) for name in benchmarks]
         (pair,), count = pairs_of([*one, *other])
         assert (pair.one, pair.other, count) == ("base", "instruct", 1)
-        data = charts_across.difference_chart(pair).figure().data
+        data = across.difference_chart(pair).figure().data
         rows = data[0].z if data[0].type == "heatmap" else [trace.y for trace in data]
         table = boards.difference_table(pair)
         for place, (mine, theirs, row) in enumerate(zip(one, other, rows, strict=True)):
@@ -245,7 +246,7 @@ class TestAcross:
             for mine, theirs in zip(one, other, strict=True)
             for _, estimate in compare(mine, theirs)
         )
-        title = charts_across.difference_title(pair)
+        title = across.difference_title(pair)
         assert f"; {sure} of {LAYERS * len(benchmarks)} intervals exclude 0" in title
 
     def test_only_equal_settings_and_depths_are_paired(self) -> None:

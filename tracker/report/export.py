@@ -13,7 +13,9 @@ import plotly.graph_objects as go
 from tracker.errors import RequestError
 from tracker.ledger.files import write_atomically, write_text
 from tracker.records import CellRecord
-from tracker.report import charts, charts_maps, wording
+from tracker.report import wording
+from tracker.report.charts.cells import cell_charts
+from tracker.report.charts.maps import heat_map
 from tracker.report.frames import (
     correlation_frame,
     layer_board_frame,
@@ -66,9 +68,9 @@ def figures(cells: Sequence[CellRecord]) -> dict[str, go.Figure]:
     for name, group in zip(names, groups, strict=True):
         mapped = [cell for cell in group if cell.whole_layers]
         if mapped:
-            found[_file_name(name, "heat map")] = charts_maps.heat_map(mapped).figure()
+            found[_file_name(name, "heat map")] = heat_map(mapped).figure()
         for cell, label in zip(group, wording.benchmark_labels(group), strict=True):
-            for kind, figure in charts.cell_charts(cell).items():
+            for kind, figure in cell_charts(cell).items():
                 found[_file_name(name, label, kind)] = figure
     return found
 

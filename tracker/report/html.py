@@ -16,7 +16,8 @@ from plotly.offline import get_plotlyjs
 
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord
-from tracker.report import leaderboard, sections, style, tables, wording
+from tracker.report import leaderboard, sections, tables, wording
+from tracker.report.charts.style import TEMPLATE
 from tracker.report.downloads import layer_files, packed_json
 from tracker.report.sentences import agreement_sentence
 
@@ -80,7 +81,7 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
         plotly_js=Markup(get_plotlyjs()) if cells else "",
         charts=packed_json(
             {
-                "template": style.TEMPLATE,
+                "template": TEMPLATE,
                 "figures": {one.id: [one.chart.data, one.chart.layout] for one in figures},
             }
         ),

@@ -9,7 +9,7 @@ from typing import Protocol
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tracker.report.style import HELPS, MATTERS
+from tracker.report.charts.style import HELPS, MATTERS
 
 
 class Timed(Protocol):

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracker.records import WHOLE_LAYER, CellRecord, ModelIdentity, view_name
-from tracker.report import boards, charts, charts_maps, tables, wording
-from tracker.report.charts_across import depth_curves, difference_chart
-from tracker.report.charts_model import proxy_curves, relevance_curves
-from tracker.report.charts_ranks import rank_map
+from tracker.report import boards, tables, wording
+from tracker.report.charts.across import depth_curves, difference_chart
+from tracker.report.charts.cells import curve_components, layer_curve, proxy_scatter
+from tracker.report.charts.maps import heat_map, span_components, span_map
+from tracker.report.charts.model import proxy_curves, relevance_curves
+from tracker.report.charts.ranks import rank_map
+from tracker.report.charts.style import Chart
 from tracker.report.grid import Table
 from tracker.report.leaderboard import LayerBoard, ModelBoard, layer_board, model_board, models_of
 from tracker.report.pairs import pairs_of
 from tracker.report.sentences import critical_sentence
-from tracker.report.style import Chart
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def _model_section(cells: Sequence[CellRecord], label: str, name: str) -> ModelS
         if whole
         else None,
         heat_map=_figure(
-            charts_maps.heat_map(mapped),
+            heat_map(mapped),
             f"{name}-heat-map",
             tables.relevance_table(mapped),
             cells[0].model.name,
@@ -222,7 +224,7 @@ def _has_whole_layers(cell: CellRecord) -> bool:
 
 def _cell_section(cell: CellRecord, label: str, name: str) -> CellSection:
     only_layers = tables.run_columns(cell).only_layers
-    lines = charts.curve_components(cell)
+    lines = curve_components(cell)
     return CellSection(
         id=name,
         label=label,
@@ -230,20 +232,18 @@ def _cell_section(cell: CellRecord, label: str, name: str) -> CellSection:
         measure=wording.measure_of(cell),
         sentence=wording.sentence(cell),
         warnings=wording.warnings(cell),
-        curve=_figure(charts.layer_curve(cell), f"{name}-curve", subject=cell.title)
-        if lines
-        else None,
+        curve=_figure(layer_curve(cell), f"{name}-curve", subject=cell.title) if lines else None,
         curve_lines=len(lines),
-        scatter=_figure(charts.proxy_scatter(cell), f"{name}-scatter", subject=cell.title)
+        scatter=_figure(proxy_scatter(cell), f"{name}-scatter", subject=cell.title)
         if _has_whole_layers(cell)
         else None,
         span_maps=tuple(
             _figure(
-                charts_maps.span_map(cell, component),
+                span_map(cell, component),
                 f"{name}-spans-{component}",
                 subject=cell.title,
             )
-            for component in charts_maps.span_components(cell)
+            for component in span_components(cell)
         ),
         layers=tables.layer_table(cell),
         layers_heading="Layers" if only_layers else "Runs",

@@ -11,7 +11,7 @@ from tracker.errors import TrackingError
 from tracker.ledger.store import CellStore, Ledger
 from tracker.provenance import content_hash
 from tracker.records import CellRecord
-from tracker.report.charts import cell_charts
+from tracker.report.charts.cells import cell_charts
 from tracker.runner.derive import record_of
 from tracker.tracking import (
     Target,

@@ -9,10 +9,9 @@ import plotly.graph_objects as go
 from tracker.config import Component
 from tracker.records import WHOLE_LAYER, CellRecord
 from tracker.report import wording
-from tracker.report.charts_maps import span_components, span_map
-from tracker.report.hover import along_layers, run_hover
-from tracker.report.leaderboard import drop_estimate
-from tracker.report.style import (
+from tracker.report.charts.hover import along_layers, run_hover
+from tracker.report.charts.maps import span_components, span_map
+from tracker.report.charts.style import (
     COMPONENTS,
     FAINT,
     GREY,
@@ -26,6 +25,7 @@ from tracker.report.style import (
     layer_axis,
     value_axis,
 )
+from tracker.report.leaderboard import drop_estimate
 
 # Neighbours along the proxy axis write their labels to different sides.
 _SIDES = ("top left", "bottom right", "bottom left", "top right")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tracker.metrics.accuracy import Estimate
 from tracker.records import CellRecord, LayerRecord, RunIdentity
-from tracker.report.style import wrap
+from tracker.report.charts.style import wrap
 from tracker.report.wording import (
     Kind,
     absence,

@@ -9,8 +9,8 @@ from typing import Any
 from tracker.config import Component
 from tracker.records import WHOLE_LAYER, CellRecord, RunIdentity
 from tracker.report import wording
-from tracker.report.hover import along_layers, run_hover
-from tracker.report.style import GREY, Chart, chart, finite, layer_axis
+from tracker.report.charts.hover import along_layers, run_hover
+from tracker.report.charts.style import GREY, Chart, chart, finite, layer_axis
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
 _SCALE = [

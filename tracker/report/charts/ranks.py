@@ -6,10 +6,10 @@ import html
 from collections.abc import Sequence
 
 from tracker.records import CellRecord
-from tracker.report.charts_maps import COLOUR_BAR
+from tracker.report.charts.maps import COLOUR_BAR
+from tracker.report.charts.style import GREY, Chart, chart
 from tracker.report.ranks import rankings
 from tracker.report.sentences import ranks_differ
-from tracker.report.style import GREY, Chart, chart
 
 _COUNTS = [[0.0, "rgba(61,116,168,0.25)"], [1.0, "rgba(61,116,168,1)"]]
 _NAMED = 6

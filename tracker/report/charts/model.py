@@ -9,10 +9,8 @@ from typing import Any
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.proxies import PROXIES
 from tracker.records import WHOLE_LAYER, CellRecord
-from tracker.report.hover import estimate_hover
-from tracker.report.layers import PANELS, layer_relevance, why_undefined
-from tracker.report.leaderboard import LayerBoard
-from tracker.report.style import (
+from tracker.report.charts.hover import estimate_hover
+from tracker.report.charts.style import (
     MANY,
     MATTERS,
     Chart,
@@ -24,6 +22,8 @@ from tracker.report.style import (
     value_axis,
     wrap,
 )
+from tracker.report.layers import PANELS, layer_relevance, why_undefined
+from tracker.report.leaderboard import LayerBoard
 from tracker.report.wording import (
     benchmark_labels,
     counted,

@@ -6,12 +6,12 @@ import html
 from collections.abc import Sequence
 
 from tracker.metrics.accuracy import Estimate
-from tracker.report.charts_maps import ROWS, centred_map, short
-from tracker.report.hover import estimate_hover
+from tracker.report.charts.hover import estimate_hover
+from tracker.report.charts.maps import ROWS, centred_map, short
+from tracker.report.charts.style import MANY, Chart, chart, errors, finite, layer_axis, line
 from tracker.report.layers import relative_depth
 from tracker.report.leaderboard import LayerBoard
 from tracker.report.pairs import Pair
-from tracker.report.style import MANY, Chart, chart, errors, finite, layer_axis, line
 from tracker.report.wording import counted, defined, interval, two_digits
 
 _FEW = 3

@@ -1,0 +1,1 @@
+"""Draws records as plotly charts: what a cell, a model and several models show."""
