@@ -6,7 +6,7 @@ the record's `reasons` says why under the name of the field.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -87,6 +87,11 @@ class RunIdentity(Record):
     def kind(self) -> tuple[Component, int]:
         """Component and span: runs of one kind form a curve over the layers."""
         return (self.component, self.span)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """What runs are sorted by: components outermost (layer, attention, mlp), then spans."""
+        return (get_args(Component).index(self.component), self.span, self.layer)
 
     def label(self, digits: int = 1) -> str:
         """Name the run where people read it.
@@ -228,6 +233,16 @@ class CellRecord(Record):
             return ""
         plural = "s" if len(self.removed) > 1 else ""
         return f"without layer{plural} {', '.join(map(str, self.removed))}"
+
+    @property
+    def place(self) -> tuple[str, tuple[int, ...], int]:
+        """What several records are told apart by: the cell, the view of it, how many documents."""
+        return (self.key, self.removed, self.n)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every run and every document that was asked for is measured."""
+        return not self.missing and "n" not in self.reasons
 
     @property
     def whole_layers(self) -> tuple[LayerRecord, ...]:

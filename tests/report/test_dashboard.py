@@ -320,3 +320,11 @@ class TestPage:
         assert "No layer has a mean accuracy relevance" in page
         assert 'id="model-1-board"' not in page
         assert "none, because no benchmark is shared by all models" in page
+
+
+def test_cells_that_differ_in_documents_alone_have_links_of_their_own() -> None:
+    """Was: the overview led both to the last one."""
+    page = render_page([build_cell(n=100), build_cell(n=160)], {})
+    overview = page.split('id="overview"')[1].split("</table>")[0]
+    assert 'href="#model-1-cell-1"' in overview
+    assert 'href="#model-1-cell-2"' in overview

@@ -71,7 +71,7 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
 
     models = sections.model_sections(cells)
     across = sections.across_section(cells, models)
-    ids = {sections.place(s.cell): s.id for model in models for s in model.cells}
+    ids = {s.cell.place: s.id for model in models for s in model.cells}
     figures = [figure for model in models for figure in model.figures]
     figures += across.figures if across else ()
     csv, parquet = layer_files(cells) if cells else ("", "")
@@ -91,7 +91,7 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
         agreements=[agreement_sentence(one) for one in leaderboard.agreements(cells)],
         rules=leaderboard,
         overview=tables.overview_table(cells),
-        overview_links=[ids[sections.place(cell)] for cell in cells],
+        overview_links=[ids[cell.place] for cell in cells],
         models=models,
         across=across,
         cells=cells,

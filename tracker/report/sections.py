@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracker.records import WHOLE_LAYER, CellRecord, ModelIdentity, view_name
+from tracker.records import WHOLE_LAYER, CellRecord, ModelIdentity
 from tracker.report import boards, tables, wording
 from tracker.report.charts.across import depth_curves, difference_chart
 from tracker.report.charts.cells import curve_components, layer_curve, proxy_scatter
@@ -101,11 +101,6 @@ class AcrossSection:
     def figures(self) -> tuple[Figure, ...]:
         """Every chart of the section."""
         return (self.depth, *self.pairs)
-
-
-def place(cell: CellRecord) -> tuple[str, str]:
-    """Identify a cell within a page."""
-    return (cell.key, view_name(cell.removed))
 
 
 def model_sections(cells: Sequence[CellRecord]) -> tuple[ModelSection, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard, get_args
+from typing import TypeGuard
 
 from tracker.config import Component
 from tracker.records import (
@@ -196,9 +196,8 @@ def all_runs(cell: CellRecord) -> list[RunIdentity]:
     Returns:
         Components outermost (layer, attention, mlp), then spans, then layers.
     """
-    components = get_args(Component)
     runs: list[RunIdentity] = [*cell.layers, *cell.missing]
-    return sorted(runs, key=lambda run: (components.index(run.component), run.span, run.layer))
+    return sorted(runs, key=lambda run: run.order)
 
 
 def kinds(cell: CellRecord) -> list[Kind]:

@@ -34,14 +34,9 @@ class Entry(Record):
     at: str
 
     @property
-    def place(self) -> tuple[str, tuple[int, ...], int]:
-        """What there is one entry of: a cell, a view of it, a number of documents."""
-        return (self.cell.key, self.cell.removed, self.cell.n)
-
-    @property
     def order(self) -> tuple[bool, str, str]:
         """Of two entries in one place the larger stays: complete before growing, then newer."""
-        return (not self.cell.missing, self.at, content_digest(self))
+        return (self.cell.is_complete, self.at, content_digest(self))
 
 
 class Board(Record):
@@ -75,9 +70,9 @@ def merge(boards: Iterable[Board]) -> Board:
     for board in boards:
         holds |= set(board.holds)
         for entry in board.entries:
-            known = best.get(entry.place)
+            known = best.get(entry.cell.place)
             if known is None or known.order < entry.order:
-                best[entry.place] = entry
+                best[entry.cell.place] = entry
     return Board(entries=tuple(best[p] for p in sorted(best)), holds=tuple(sorted(holds)))
 
 

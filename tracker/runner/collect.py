@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tracker.errors import RequestError, TrackerError
 from tracker.ledger.store import Ledger
-from tracker.records import CellRecord, RunIdentity
+from tracker.records import CellRecord
 from tracker.runner.derive import all_records
 from tracker.runner.progress import Progress
 from tracker.runner.pull import pull
@@ -79,37 +79,24 @@ def merged(cells: Iterable[CellRecord]) -> list[CellRecord]:
     """
     found: dict[tuple[str, tuple[int, ...], int], CellRecord] = {}
     for cell in cells:
-        place = (cell.key, cell.removed, cell.n)
-        known = found.get(place)
-        found[place] = cell if known is None else _joined(known, cell)
-    complete = {(c.key, c.removed) for c in found.values() if _is_complete(c)}
-    return [c for c in found.values() if _is_complete(c) or (c.key, c.removed) not in complete]
+        known = found.get(cell.place)
+        found[cell.place] = cell if known is None else _joined(known, cell)
+    complete = {(c.key, c.removed) for c in found.values() if c.is_complete}
+    return [c for c in found.values() if c.is_complete or (c.key, c.removed) not in complete]
 
 
 def _joined(one: CellRecord, other: CellRecord) -> CellRecord:
     if len(other.layers) > len(one.layers):
         one, other = other, one
-    runs = {(*run.kind, run.layer): run for run in (*one.layers, *other.layers)}
-    runs |= {(*run.kind, run.layer): run for run in one.layers}
-    missing = {(*run.kind, run.layer): run for run in (*one.missing, *other.missing)}
-    components = ("layer", "attention", "mlp")
-
-    def order(run: RunIdentity) -> tuple[int, int, int]:
-        return (components.index(run.component), run.span, run.layer)
-
+    runs = {run.order: run for run in other.layers} | {run.order: run for run in one.layers}
+    missing = {run.order: run for run in (*one.missing, *other.missing) if run.order not in runs}
     return one.model_copy(
         update={
-            "layers": tuple(sorted(runs.values(), key=order)),
-            "missing": tuple(
-                sorted((run for at, run in missing.items() if at not in runs), key=order)
-            ),
+            "layers": tuple(runs[at] for at in sorted(runs)),
+            "missing": tuple(missing[at] for at in sorted(missing)),
             "correlations": one.correlations or other.correlations,
         }
     )
-
-
-def _is_complete(cell: CellRecord) -> bool:
-    return not cell.missing and "n" not in cell.reasons
 
 
 def _opened(source: str) -> Ledger | Target:
