@@ -25,6 +25,7 @@ from tracker.runner.board import Board, Entry, merge, publish_board, read_board
 from tracker.runner.collect import merged
 from tracker.runner.derive import all_records
 from tracker.tracking import open_backend, target
+from tracker.tracking.base import BOARD_FILE
 from tracker.tracking.mlflow import create_database
 
 Ran = Callable[..., Path]
@@ -214,10 +215,10 @@ class Crowd:
     def read_board(self, version: str) -> str:
         return self.versions[int(version)].model_dump_json()
 
-    def add_board(self, text: str, tables: object) -> str:
+    def add_board(self, file: Path, tables: object) -> str:
         if self.others:
             self.versions.append(self.others.pop())
-        self.versions.append(Board.model_validate_json(text))
+        self.versions.append(Board.model_validate_json(file.read_text()))
         return "there"
 
 
@@ -268,7 +269,9 @@ def test_the_shared_leaderboard_in_mlflow(ran: Ran, template: Path, tmp_path: Pa
 def test_a_damaged_version_is_named(template: Path, tmp_path: Path) -> None:
     shutil.copy(template, tmp_path / "mlflow.db")
     backend = open_backend("mlflow", "layers", tmp_path)
-    backend.add_board("{", {})
+    file = tmp_path / BOARD_FILE
+    file.write_text("{")
+    backend.add_board(file, {})
     with pytest.raises(ResultsError, match="of the leaderboard is damaged"):
         publish_board(backend, [cell_record()])
 

@@ -19,6 +19,8 @@ from tracker.records import (
 )
 
 from .mlflow_server import MlflowServer
+from .wandb_client import Client
+from .wandb_double import WandbDouble
 
 CellMaker = Callable[..., CellRecord]
 
@@ -159,3 +161,15 @@ def server(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """A real `mlflow server`; its address."""
     with MlflowServer(tmp_path_factory.mktemp("server"), template) as server:
         yield server.address
+
+
+@pytest.fixture
+def double() -> Iterator[WandbDouble]:
+    with WandbDouble() as double:
+        yield double
+        assert double.refused == []
+
+
+@pytest.fixture
+def client(double: WandbDouble, tmp_path: Path) -> Client:
+    return Client(double, tmp_path)

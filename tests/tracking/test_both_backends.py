@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,18 +20,6 @@ from .wandb_client import BIN, Client
 from .wandb_double import WandbDouble
 
 PASSWORD = "planted-mlflow-password"
-
-
-@pytest.fixture
-def double() -> Iterator[WandbDouble]:
-    with WandbDouble() as double:
-        yield double
-        assert double.refused == []
-
-
-@pytest.fixture
-def client(double: WandbDouble, tmp_path: Path) -> Client:
-    return Client(double, tmp_path)
 
 
 def test_one_is_away_and_no_secret_is_anywhere(

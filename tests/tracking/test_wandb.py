@@ -63,13 +63,6 @@ class Publisher:
 
 
 @pytest.fixture
-def double() -> Iterator[WandbDouble]:
-    with WandbDouble() as double:
-        yield double
-        assert double.refused == []
-
-
-@pytest.fixture
 def publish(double: WandbDouble, tmp_path: Path) -> Publisher:
     return Publisher(Client(double, tmp_path), tmp_path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,18 +18,6 @@ from .wandb_double import Sweep, WandbDouble
 
 COMMAND = 'command: [tracker, evaluate, "${args}"]\n'
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture
-def double() -> Iterator[WandbDouble]:
-    with WandbDouble() as double:
-        yield double
-        assert double.refused == []
-
-
-@pytest.fixture
-def client(double: WandbDouble, tmp_path: Path) -> Client:
-    return Client(double, tmp_path)
 
 
 def start(client: Client, double: WandbDouble, file: Path, project: str = "layers") -> Sweep:

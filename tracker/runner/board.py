@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 
 from tracker.errors import ResultsError
 from tracker.records import CellRecord, Record
 from tracker.report.export import frames
-from tracker.tracking.base import Backend, Table, content_digest
+from tracker.tracking.base import BOARD_FILE, Backend, Table, content_digest
 
 _ROUNDS = 5
 
@@ -129,7 +131,10 @@ def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board,
         whole = merge([there, Board(entries=tuple(new))])
         if heads < 2 and whole.entries == there.entries:
             return whole, location
-        location = backend.add_board(whole.model_dump_json(), board_tables(whole.cells))
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / BOARD_FILE
+            file.write_text(whole.model_dump_json(), encoding="utf-8")
+            location = backend.add_board(file, board_tables(whole.cells))
     return whole, location
 
 

@@ -131,11 +131,11 @@ class Backend(Protocol):
     def read_board(self, version: str) -> str:
         """Read one version of the leaderboard, as it was given to `add_board`."""
 
-    def add_board(self, text: str, tables: Mapping[str, Table]) -> str:
+    def add_board(self, file: Path, tables: Mapping[str, Table]) -> str:
         """Add a version of the leaderboard.
 
         Args:
-            text: All of it.
+            file: All of it, named `BOARD_FILE`.
             tables: What people browse.
 
         Returns:
@@ -170,6 +170,7 @@ class Backend(Protocol):
 
 BOARD = "layer-leaderboard"
 """The leaderboard's name in every project."""
+BOARD_FILE = "leaderboard.json"
 
 
 def files_digest(files: Iterable[Path]) -> str:

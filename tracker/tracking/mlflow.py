@@ -59,6 +59,7 @@ from tracker.errors import TrackingError
 from tracker.records import CellRecord
 from tracker.tracking.base import (
     BOARD,
+    BOARD_FILE,
     Published,
     RemoteCell,
     Table,
@@ -85,7 +86,6 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 DIGEST_TAG = "tracker.digest"
 
-_BOARD_FILE = "leaderboard.json"
 _RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow's page opens such an experiment with its runs, not with the traces of an agent."""
 _LOCK_SECONDS = 600.0
@@ -230,23 +230,20 @@ class MlflowBackend:
         """
         with self._failures_explained("could not be read"), TemporaryDirectory() as folder:
             client, _ = self._existing()
-            path = client.download_artifacts(version, _BOARD_FILE, folder)
+            path = client.download_artifacts(version, BOARD_FILE, folder)
             return Path(path).read_text(encoding="utf-8")
 
-    def add_board(self, text: str, tables: Mapping[str, Table]) -> str:
+    def add_board(self, file: Path, tables: Mapping[str, Table]) -> str:
         """Add a version of the leaderboard as a run.
 
         Args:
-            text: All of it.
+            file: All of it, named `BOARD_FILE`.
             tables: What people browse.
 
         Returns:
             Where to look.
         """
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / _BOARD_FILE
-            file.write_text(text, encoding="utf-8")
-            return self._add("leaderboard", BOARD, [file], tables, {})
+        return self._add("leaderboard", BOARD, [file], tables, {})
 
     def add_report(
         self,

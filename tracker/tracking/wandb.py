@@ -30,6 +30,7 @@ from tracker.ledger.files import write_text
 from tracker.records import CellRecord, LayerRecord
 from tracker.tracking.base import (
     BOARD,
+    BOARD_FILE,
     Published,
     RemoteCell,
     Table,
@@ -54,7 +55,6 @@ _ENVIRONMENT = {
     "WANDB__GRAPHQL_RETRY_MAX": "3",
 }
 """What W&B reads when it is set up; a user's own setting wins."""
-_BOARD_FILE = "leaderboard.json"
 _TOOK_NOTHING = "W&B did not take the runs"
 _ON_DISK = "The results are on disk; when it is back"
 _SECRETS = ("WANDB_API_KEY",)
@@ -196,22 +196,19 @@ class WandbBackend:
         """
         with self._reading(), TemporaryDirectory() as folder:
             _download(wandb.Api().artifact(f"{self._path()}/{BOARD}:{version}"), Path(folder))
-            return (Path(folder) / _BOARD_FILE).read_text(encoding="utf-8")
+            return (Path(folder) / BOARD_FILE).read_text(encoding="utf-8")
 
-    def add_board(self, text: str, tables: Mapping[str, Table]) -> str:
+    def add_board(self, file: Path, tables: Mapping[str, Table]) -> str:
         """Add a version of the leaderboard: an artifact, and a run with its tables.
 
         Args:
-            text: All of it.
+            file: All of it, named `BOARD_FILE`.
             tables: What people browse.
 
         Returns:
             Where to look.
         """
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / _BOARD_FILE
-            file.write_text(text, encoding="utf-8")
-            self._add("leaderboard", BOARD, "leaderboard", [file], tables, {})
+        self._add("leaderboard", BOARD, "leaderboard", [file], tables, {})
         return f"{self._home()}/artifacts/leaderboard/{BOARD}"
 
     def add_report(
