@@ -52,21 +52,6 @@ def stream_bytes(model: Any) -> int:
     """
     config = model.config.get_text_config()
     hidden = config.hidden_size
-    wide = 6 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    between = getattr(config, "intermediate_size", None) or 4 * hidden
+    wide = 6 * hidden + 3 * (between if isinstance(between, int) else max(between))
     return int(wide * model.dtype.itemsize)
-
-
-def kept_bytes(model: Any) -> int:
-    """Count what the keys and values of one token take in one attention.
-
-    Args:
-        model: A causal language model of transformers.
-
-    Returns:
-        Bytes.
-    """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * kept * size * model.dtype.itemsize)

@@ -17,6 +17,39 @@ from tracker.errors import CellError
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Which forward passes a model computes alike, by how many tokens of a text they reach.
+
+    Some rotary embeddings choose their factors by the last position of the whole pass. Requests
+    share a pass, and a beginning that was read before, only where that makes no difference.
+
+    Attributes:
+        thresholds: Lengths at which something changes.
+        each: Whether beyond the first of them every length differs from every other.
+    """
+
+    thresholds: tuple[int, ...] = ()
+    each: bool = False
+
+    def side(self, tokens: int) -> int:
+        """Say on which side of the thresholds a text is; equal numbers are computed alike.
+
+        Args:
+            tokens: How many tokens of the text a pass reaches.
+
+        Returns:
+            A number. A length that is a threshold is a side of its own, since models differ in
+            where it belongs.
+        """
+        if self.each and tokens >= min(self.thresholds, default=0):
+            return tokens
+        return -sum((tokens >= t) + (tokens > t) for t in self.thresholds)
+
+
+ANY_LENGTH = Lengths()
+
+
+@dataclass(frozen=True)
 class Row:
     """Some requests, ready for one forward pass. N = rows × tokens.
 
@@ -71,7 +104,7 @@ class _Sequence:
     """One request as the model reads it: `tokens`, of which the last `scored` are predicted.
 
     `read` tokens go into the model: all but the last, which is only predicted, or all where the
-    proxies are measured, from the token `measured` on.
+    proxies are measured, from the token `measured` on. Equal `side`s may share a pass.
     """
 
     document: int
@@ -80,6 +113,7 @@ class _Sequence:
     scored: int
     read: int
     measured: int | None
+    side: int
 
     @property
     def path(self) -> tuple[int, ...]:
@@ -91,8 +125,14 @@ class _Sequence:
         return len(self.tokens) - self.scored - 1
 
 
-def _sequence(number: int, index: int, document: Document, max_length: int) -> _Sequence:
-    """Cut a request to the model's length exactly as lm-eval does: from the left."""
+def _request(
+    number: int, index: int, document: Document, max_length: int, lengths: Lengths
+) -> list[_Sequence]:
+    """Cut a request to the model's length exactly as lm-eval does: from the left.
+
+    The proxies want the last token read too. Where that one token more changes the others, the
+    proxies are measured in a pass of their own.
+    """
     request: Request = document.requests[index]
     scored = len(request.continuation)
     if scored == 0 or scored > max_length:
@@ -106,15 +146,40 @@ def _sequence(number: int, index: int, document: Document, max_length: int) -> _
         measured = len(tokens) - scored
     elif index == (document.gold or 0):
         measured = 0
-    read = len(tokens) - 1 if measured is None else min(len(tokens), max_length)
-    return _Sequence(number, index, tokens, scored, read, measured)
+    short, whole = len(tokens) - 1, min(len(tokens), max_length)
+    side = lengths.side(short)
+    alone = _Sequence(number, index, tokens, scored, short, None, side)
+    if measured is None:
+        return [alone]
+    if lengths.side(whole) == side:
+        return [replace(alone, read=whole, measured=measured)]
+    both = replace(alone, scored=0, read=whole, measured=measured, side=lengths.side(whole))
+    return [alone, both]
 
 
-def _sequences(documents: Sequence[Document], max_length: int) -> list[list[_Sequence]]:
+def _sequences(
+    documents: Sequence[Document], max_length: int, lengths: Lengths
+) -> list[list[_Sequence]]:
     return [
-        [_sequence(number, index, document, max_length) for index in range(len(document.requests))]
+        [
+            sequence
+            for index in range(len(document.requests))
+            for sequence in _request(number, index, document, max_length, lengths)
+        ]
         for number, document in enumerate(documents)
     ]
+
+
+def _by_side(sequences: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]]:
+    """Keep apart what must not share a pass; within a side, document by document."""
+    sides: dict[int, list[list[_Sequence]]] = {}
+    for each in sequences:
+        of_document: dict[int, list[_Sequence]] = {}
+        for sequence in each:
+            of_document.setdefault(sequence.side, []).append(sequence)
+        for side, some in of_document.items():
+            sides.setdefault(side, []).append(some)
+    return list(sides.values())
 
 
 class _Tree:
@@ -164,7 +229,11 @@ class _Tree:
 
 
 def tree_rows(
-    documents: Sequence[Document], max_length: int, row_tokens: int, prefix: int = 0
+    documents: Sequence[Document],
+    max_length: int,
+    row_tokens: int,
+    prefix: int = 0,
+    lengths: Lengths = ANY_LENGTH,
 ) -> Iterator[Row]:
     """Pack whole documents into prefix trees.
 
@@ -173,24 +242,27 @@ def tree_rows(
         max_length: Tokens that the model reads at most; longer requests lose their beginning, as
             in lm-eval.
         row_tokens: Nodes of a tree; a single larger document still makes one row.
-        prefix: How many tokens of the common beginning are read apart.
+        prefix: How many tokens of the common beginning are read apart; rows to which that makes a
+            difference hold it themselves.
+        lengths: What may share a row.
 
     Yields:
         Rows that hold every request of every document exactly once.
     """
-    tree, packed = _Tree(), list[_Sequence]()
-    # In order of their tokens, documents that begin alike come into the same row.
-    for sequences in sorted(_sequences(documents, max_length), key=lambda each: each[0].tokens):
-        paths = [sequence.path[prefix:] for sequence in sequences]
-        added = tree.added_by(paths)
-        if packed and len(tree.tokens) + added > row_tokens:
-            yield _tree_row(tree, packed, prefix)
-            tree, packed = _Tree(), []
-        for path in paths:
-            tree.insert(path)
-        packed.extend(sequences)
-    if packed:
-        yield _tree_row(tree, packed, prefix)
+    for together in _by_side(_sequences(documents, max_length, lengths)):
+        begun = prefix if lengths.side(prefix) == together[0][0].side else 0
+        tree, packed = _Tree(), list[_Sequence]()
+        # In order of their tokens, documents that begin alike come into the same row.
+        for sequences in sorted(together, key=lambda each: each[0].tokens):
+            paths = [sequence.path[begun:] for sequence in sequences]
+            added = tree.added_by(paths)
+            if packed and len(tree.tokens) + added > row_tokens:
+                yield _tree_row(tree, packed, begun)
+                tree, packed = _Tree(), []
+            for path in paths:
+                tree.insert(path)
+            packed.extend(sequences)
+        yield _tree_row(tree, packed, begun)
 
 
 def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[int, ...]:
@@ -203,7 +275,7 @@ def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[in
     Returns:
         The token ids.
     """
-    sequences = [s for each in _sequences(documents, max_length) for s in each]
+    sequences = [s for each in _sequences(documents, max_length, ANY_LENGTH) for s in each]
     if not sequences:
         return ()
     # The first and last in order differ earliest.
@@ -252,7 +324,12 @@ def _tree_row(tree: _Tree, sequences: list[_Sequence], prefix: int) -> Row:
     )
 
 
-def flat_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -> Iterator[Row]:
+def flat_rows(
+    documents: Sequence[Document],
+    max_length: int,
+    row_tokens: int,
+    lengths: Lengths = ANY_LENGTH,
+) -> Iterator[Row]:
     """Pack distinct sequences of equal length into rows that need no mask.
 
     A sequence with which another begins is read with it, as lm-eval does for one-token answers.
@@ -261,35 +338,40 @@ def flat_rows(documents: Sequence[Document], max_length: int, row_tokens: int) -
         documents: What to score.
         max_length: As in `tree_rows`.
         row_tokens: Tokens of a row; a single longer sequence still makes one row.
+        lengths: What may share a row.
 
     Yields:
         Rows that hold every request of every document exactly once.
     """
-    sequences = [s for each in _sequences(documents, max_length) for s in each]
-    by_path: dict[tuple[int, ...], list[_Sequence]] = {}
-    longest: tuple[int, ...] = ()
-    # Backwards in order, a sequence that begins another one comes after it, and is read with it.
-    for sequence in sorted(sequences, key=lambda sequence: sequence.path, reverse=True):
-        if longest[: len(sequence.path)] != sequence.path:
-            longest = sequence.path
-        by_path.setdefault(longest, []).append(sequence)
-    by_length: dict[int, list[tuple[int, ...]]] = {}
-    for path in by_path:
-        by_length.setdefault(len(path), []).append(path)
-    for length, paths in by_length.items():
-        size = max(1, row_tokens // length)
-        for start in range(0, len(paths), size):
-            chunk = paths[start : start + size]
-            members = [(row, s) for row, path in enumerate(chunk) for s in by_path[path]]
-            nodes = [list(range(row * length, (row + 1) * length)) for row, _ in members]
-            yield _row(
-                0,
-                torch.tensor(chunk),
-                torch.arange(length)[None],
-                None,
-                [sequence for _, sequence in members],
-                nodes,
-            )
+    for together in _by_side(_sequences(documents, max_length, lengths)):
+        by_path: dict[tuple[int, ...], list[_Sequence]] = {}
+        longest: tuple[int, ...] = ()
+        # Backwards in order, a sequence that begins another one comes after it, and is read with it.
+        for sequence in sorted((s for each in together for s in each), key=_path, reverse=True):
+            if longest[: len(sequence.path)] != sequence.path:
+                longest = sequence.path
+            by_path.setdefault(longest, []).append(sequence)
+        by_length: dict[int, list[tuple[int, ...]]] = {}
+        for path in by_path:
+            by_length.setdefault(len(path), []).append(path)
+        for length, paths in by_length.items():
+            size = max(1, row_tokens // length)
+            for start in range(0, len(paths), size):
+                chunk = paths[start : start + size]
+                members = [(row, s) for row, path in enumerate(chunk) for s in by_path[path]]
+                nodes = [list(range(row * length, (row + 1) * length)) for row, _ in members]
+                yield _row(
+                    0,
+                    torch.tensor(chunk),
+                    torch.arange(length)[None],
+                    None,
+                    [sequence for _, sequence in members],
+                    nodes,
+                )
+
+
+def _path(sequence: _Sequence) -> tuple[int, ...]:
+    return sequence.path
 
 
 def _row(
@@ -303,7 +385,8 @@ def _row(
     """Note where each request's continuation is predicted."""
     places: dict[int, int] = {}
     predictor, predicted, owner = [], [], []
-    for number, (sequence, path) in enumerate(zip(sequences, nodes, strict=True)):
+    scored = [(s, path) for s, path in zip(sequences, nodes, strict=True) if s.scored]
+    for number, (sequence, path) in enumerate(scored):
         first = len(sequence.tokens) - sequence.scored
         for place in range(first, len(sequence.tokens)):
             predictor.append(places.setdefault(path[place - 1 - prefix], len(places)))
@@ -314,11 +397,11 @@ def _row(
         input_ids=input_ids,
         positions=positions,
         ancestors=ancestors,
-        keep=torch.tensor(list(places)),
-        predictor=torch.tensor(predictor),
-        predicted=torch.tensor(predicted),
-        owner=torch.tensor(owner),
-        requests=[(sequence.document, sequence.request) for sequence in sequences],
+        keep=torch.tensor(list(places)).long(),
+        predictor=torch.tensor(predictor).long(),
+        predicted=torch.tensor(predicted).long(),
+        owner=torch.tensor(owner).long(),
+        requests=[(sequence.document, sequence.request) for sequence, _ in scored],
         gold=[
             (sequence.document, torch.tensor(path[measured : sequence.read - prefix]).long())
             for sequence, path in zip(sequences, nodes, strict=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tracker.ablations import INTACT
 from tracker.engine.head import Head
-from tracker.engine.masks import attention_mask
+from tracker.engine.masks import Masks, Sight
 from tracker.engine.prefix import Prefix, cache_argument, new_cache
+from tracker.engine.refusal import Refusal
 from tracker.engine.rows import Row, reading_row
-from tracker.engine.streams import StreamPlan, forking
+from tracker.engine.streams import StreamPlan, forking, plan_streams
 from tracker.metrics.influence import angular_distance, cosine_similarity, relative_update
 from tracker.models.sublayers import Sublayers
 
@@ -44,6 +47,7 @@ class Parts:
         sublayers: Their attentions and MLPs; None where they are not asked for.
         head: What is behind its base.
         device: Where its inputs go.
+        sight: How far each layer sees in a text of some length.
     """
 
     model: Any
@@ -51,6 +55,7 @@ class Parts:
     sublayers: Sequence[Sublayers] | None
     head: Head
     device: torch.device
+    sight: Callable[[int], Sight]
 
     @property
     def base(self) -> Any:
@@ -124,7 +129,8 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     observed: list[Tensor] = []
 
     def observe(layer: int, before: Tensor, after: Tensor) -> None:
-        before, after = before.flatten(0, 1), after.flatten(0, 1)
+        # Some models carry several residual streams side by side: together they are the state.
+        before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
         cosine = cosine_similarity(before, after)
         observed.append(
             torch.stack([cosine, angular_distance(cosine), relative_update(before, after)])
@@ -133,12 +139,34 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     device = parts.device
     name = None if cache is None else cache_argument(parts.base)
     cached = {} if name is None else {name: cache}
-    with forking(parts.layers, plan, parts.sublayers, observe):
+    masks = None
+    if row.ancestors is not None:
+        taken = inspect.signature(parts.base.forward).parameters
+        if "position_ids" not in taken:
+            raise Refusal("it takes no positions")
+        cached["position_ids"] = row.positions.to(device)
+        sight = parts.sight(int(row.positions.max()) + 1)
+        masks = Masks(row, sight, parts.model.dtype, device)
+    with forking(parts.layers, plan, parts.sublayers, observe, masks=masks):
         output = parts.base(
-            input_ids=row.input_ids.to(device),
-            position_ids=row.positions.to(device),
-            attention_mask=attention_mask(parts.model, row, device),
-            use_cache=bool(cached),
-            **cached,
+            input_ids=row.input_ids.to(device), use_cache=name is not None, **cached
         )
     return output, torch.stack([each.cpu() for each in observed], dim=-1)
+
+
+@torch.inference_mode()
+def kept_bytes(parts: Parts) -> int:
+    """Measure what the keys and values of one token take in one attention, on average.
+
+    Args:
+        parts: The model.
+
+    Returns:
+        Bytes; of a layer that keeps something.
+    """
+    cache = new_cache()
+    alone = plan_streams([INTACT], len(parts.layers))
+    run_base(parts, alone, reading_row((0, 0)), cache)
+    kept = [layer for layer in cache.layers if layer.is_initialized]
+    size = sum(t.numel() * t.itemsize for layer in kept for t in (layer.keys, layer.values))
+    return max(1, size // (2 * max(1, len(kept))))

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tracker.ablations import INTACT, Ablation, Action
+from tracker.engine.masks import Masks, mask_place
+from tracker.engine.refusal import Refusal
 from tracker.models.sublayers import Sublayers, nothing, replaced_forward
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -165,6 +167,7 @@ def forking(
     sublayers: Sequence[Sublayers] | None = None,
     observe: Observer | None = None,
     batched: bool = False,
+    masks: Masks | None = None,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -178,13 +181,17 @@ def forking(
         sublayers: Each layer's attention and MLP; needed where the plan removes one alone.
         observe: Sees the baseline's input and output of each layer.
         batched: Whether what a layer is given besides is cut to the streams that enter it.
+        masks: What each layer gets in place of the model's own mask.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
     """
+    handed: list[Tensor] = []
     with ExitStack() as stack:
         for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
-            fork = _Fork(index, step, layer.forward, observe, batched)
+            fork = _Fork(
+                index, step, layer.forward, observe, batched, masks, mask_place(layer), handed
+            )
             stack.enter_context(replaced_forward(layer, fork))
             if any(a in (Action.NO_ATTENTION, Action.NO_MLP) for a in step.actions):
                 assert sublayers is not None
@@ -197,20 +204,34 @@ def forking(
 
 @dataclass(frozen=True)
 class _Fork:
-    """One layer's forward pass over all streams."""
+    """One layer's forward pass over all streams.
+
+    `handed` holds what earlier layers of the pass returned besides the hidden state.
+    """
 
     index: int
     step: LayerStep
     layer: Callable[..., Any]
     observe: Observer | None
     batched: bool
+    masks: Masks | None
+    mask_place: int | None
+    handed: list[Tensor]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
+        if self.index == 0:
+            self.handed.clear()
+        if any(value is other for value in (*args, *kwargs.values()) for other in self.handed):
+            raise Refusal("its layers hand more to each other than the hidden state")
+        if self.masks is not None:
+            args, kwargs = self.masks.put(self.index, self.mask_place, args, kwargs)
         named = "hidden_states" in kwargs
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
         rest = () if named else args[1:]
         step = self.step
+        if len(hidden) % step.streams:
+            raise Refusal("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)
         entering = list(step.entering)
         origins = [step.origin(stream) for stream in entering]
@@ -223,7 +244,15 @@ class _Fork:
             rest = tuple(_per_stream("", value, rows, len(entering)) for value in rest)
             kwargs = {n: _per_stream(n, v, rows, len(entering)) for n, v in kwargs.items()}
         output = self.layer(going, *rest, **kwargs)
-        passed = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, (tuple, list))
+        passed = output[0] if several else output
+        if not isinstance(passed, Tensor) or passed.shape != going.shape:
+            raise Refusal(
+                f"layer {self.index} returns something else than a hidden state of the shape "
+                "that it was given"
+            )
+        if several:
+            self.handed.extend(other for other in output[1:] if isinstance(other, Tensor))
         after = passed.new_empty(len(step.actions), *before.shape[1:])
         passed = _by_stream(passed, len(entering))
         if entering == list(range(len(entering))):
@@ -236,7 +265,7 @@ class _Fork:
         if self.observe is not None:
             self.observe(self.index, before[0].to(after.device), after[0])
         merged = after.flatten(0, 1)
-        return (merged, *output[1:]) if isinstance(output, tuple) else merged
+        return type(output)((merged, *output[1:])) if several else merged
 
 
 @dataclass(frozen=True)
@@ -267,7 +296,7 @@ class _Part:
                 if isinstance(alibi, Tensor) and alibi.ndim == 3:
                     kwargs["alibi"] = _by_stream(alibi, entering)[computed].flatten(0, 1)
             output = self.forward(*args, **kwargs)
-        added = output[0] if isinstance(output, tuple) else output
+        added = output[0] if isinstance(output, (tuple, list)) else output
         like = hidden if added is None else added
         silent = _by_stream(
             nothing(self.module, *given, like, len(like) * entering // (len(computed) or entering)),
@@ -280,7 +309,7 @@ class _Part:
                 for place, source in enumerate(self.sources)
             ]
         ).flatten(0, 1)
-        return (merged, *output[1:]) if isinstance(output, tuple) else merged
+        return (merged, *output[1:]) if isinstance(output, (tuple, list)) else merged
 
     def _chosen(self, value: Any, hidden: Tensor, computed: list[int]) -> Any:
         """Cut what has a row a stream and a column a token, as the hidden states have."""

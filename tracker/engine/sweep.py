@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,20 +16,25 @@ from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Response
 from tracker.engine.decode import decoding
 from tracker.engine.head import Head
-from tracker.engine.memory import free_memory, kept_bytes, stream_bytes
+from tracker.engine.masks import Sight, look
+from tracker.engine.memory import free_memory, stream_bytes
 from tracker.engine.prefix import SHORTEST, Prefix, cache_argument
-from tracker.engine.rows import Row, common_beginning, flat_rows, tree_rows
-from tracker.engine.score import Parts, RowScores, read_prefix, score_row
+from tracker.engine.refusal import Refusal
+from tracker.engine.rows import ANY_LENGTH, Lengths, Row, common_beginning, flat_rows, tree_rows
+from tracker.engine.score import Parts, RowScores, kept_bytes, read_prefix, score_row
 from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.errors import CellError
-from tracker.models.layers import find_layers, layers_removed
+from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
-from tracker.models.sublayers import Sublayers, find_sublayers, silenced
+from tracker.models.pruned import State, pruned, put_back, remember
+from tracker.models.sublayers import Sublayers, find_sublayers
 
 ROW_TOKENS = 192
 """Nodes of a prefix tree on a CPU: enough to keep a matrix product busy, few enough for a dense
 mask."""
 ROW_TOKENS_ACCELERATOR = 1024
+SIGHT = 256
+"""Lengths of text at which layers' masks are looked at are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,18 @@ class Sharing:
     tokens: bool = True
     prefix: bool = True
 
+    def __str__(self) -> str:
+        """Name what is shared, as it stands in the ledger and on the page."""
+        names = ("depth", "tokens", "prefix")
+        return ", ".join(name for name in names if getattr(self, name)) or "nothing"
+
 
 FULL = Sharing()
 NO_PREFIX = Sharing(prefix=False)
 DEPTH_ONLY = Sharing(tokens=False, prefix=False)
 PLAIN = Sharing(depth=False, tokens=False, prefix=False)
+ALONE = DEPTH_ONLY
+"""How one model by itself is scored: there is no second stream to share depth with."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,21 @@ class DocumentScores:
     proxy_sums: Tensor
 
 
+@dataclass(frozen=True)
+class Habits:
+    """What calling a model does beside its answer; the check finds it out.
+
+    Attributes:
+        lengths: Which calls it computes alike.
+        leftovers: What one call leaves changed for the next, as it was before.
+        weights: Parameters that the first call changes for good, as they were before.
+    """
+
+    lengths: Lengths = ANY_LENGTH
+    leftovers: State = field(default_factory=dict, compare=False)
+    weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+
+
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
 
 
@@ -84,6 +112,7 @@ class Engine:
         sharing: What is shared; `check` lowers it where sharing is not exact.
         row_tokens: Largest size of a row of several documents; None = by the device.
         memory: Bytes that hidden states and kept prefixes may take; None = half of what is free.
+        habits: What a call of the model does beside its answer.
     """
 
     loaded: LoadedModel
@@ -91,16 +120,42 @@ class Engine:
     sharing: Sharing = FULL
     row_tokens: int | None = None
     memory: int | None = None
+    habits: Habits = Habits()
     _kept: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
+    _sights: list[Sight] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def with_sharing(self, sharing: Sharing) -> Engine:
         """Make the same engine with other sharing."""
         return replace(self, sharing=sharing)
 
-    def as_it_is(self) -> Engine:
-        """Make an engine for the model as it is now, some of its layers taken out."""
-        layers = find_layers(self.loaded.model)
-        return replace(self, loaded=replace(self.loaded, layers=layers))
+    def without(self, ablation: Ablation) -> Engine:
+        """Make an engine for a copy of the model from which an ablation is really taken out.
+
+        Args:
+            ablation: What to remove; sublayers stay where they are and add nothing.
+
+        Returns:
+            The engine; its model shares the weights.
+        """
+        self._put_back()
+        parts = self._sublayers if ablation.has_sublayers else []
+        silent = [
+            *(parts[layer].attention for layer in ablation.attention),
+            *(parts[layer].mlp for layer in ablation.mlp),
+        ]
+        model = pruned(self.loaded.model, ablation.layers, silent, self.habits.weights)
+        changing = {name for _, name in self.habits.leftovers}
+        return replace(
+            self,
+            loaded=replace(self.loaded, model=model, layers=find_layers(model)),
+            sharing=PLAIN,
+            habits=replace(self.habits, leftovers=remember(model, changing), weights={}),
+        )
+
+    def _put_back(self) -> None:
+        """Undo what the last call left behind, so that no call depends on the one before."""
+        if self.habits.leftovers:
+            put_back(self.loaded.model, self.habits.leftovers)
 
     def score(
         self,
@@ -120,7 +175,8 @@ class Engine:
         """
         layers = len(self.loaded.layers)
         shape = (len(ablations), max(len(document.requests) for document in documents))
-        loglikelihoods = torch.zeros(len(documents), *shape)
+        loglikelihoods = torch.full((len(documents), *shape), math.nan)
+        arrived = 0
         hits = torch.zeros(len(documents), *shape, dtype=torch.int)
         sums = torch.zeros(len(documents), 3, layers, dtype=torch.float64)
         tokens = [0] * len(documents)
@@ -133,7 +189,11 @@ class Engine:
             for (document, path), proxies in zip(row.gold, scores.proxies, strict=False):
                 sums[document] += proxies
                 tokens[document] += row.prefix + len(path)
+            arrived += len(row.requests) * len(ablated)
             progress(len(row.requests) * len(ablated))
+        wanted = sum(len(document.requests) for document in documents) * len(ablations)
+        if arrived < wanted:
+            raise AssertionError(f"{arrived} of {wanted} scores arrived")
         return [
             DocumentScores(
                 document=document,
@@ -183,11 +243,14 @@ class Engine:
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> Iterator[_Scored]:
         """Score rows; one that does not fit into memory is halved."""
+        if not self.sharing.depth:
+            yield from self._scored_apart(documents, ablations)
+            return
         plan = plan_streams(ablations, len(self.loaded.layers))
         prefix = self._prefix(documents, plan) if self.sharing.prefix else None
         for row in self._rows(documents, plan, prefix):
             try:
-                scores = self._score_row(row, ablations, plan, prefix)
+                scores = self._score_row(row, plan, prefix)
             except torch.OutOfMemoryError as error:
                 failed = str(error)
             else:
@@ -197,10 +260,23 @@ class Engine:
             torch.cuda.empty_cache()
             yield from self._halved(row, documents, ablations, failed)
 
+    def _scored_apart(
+        self, documents: Sequence[Document], ablations: Sequence[Ablation]
+    ) -> Iterator[_Scored]:
+        """Score rows under each ablation alone, on a model that really lacks it."""
+        for ablation in ablations:
+            engine = replace(self.without(ablation), sharing=ALONE)
+            for row, _, scores in engine._scored(documents, [INTACT]):
+                # The proxies are those of the intact model.
+                yield row if ablation == INTACT else replace(row, gold=[]), [ablation], scores
+
     def _halved(
         self, row: Row, documents: Sequence[Document], ablations: Sequence[Ablation], failed: str
     ) -> Iterator[_Scored]:
         """Score the documents of a row in two halves; a single one with half of the ablations."""
+        if self.habits.lengths != ANY_LENGTH:
+            # Its rows may hold some requests of a document, and others not.
+            raise CellError(f"out of memory: {failed}. Use --memory, or a smaller dtype")
         numbers = sorted({document for document, _ in row.requests})
         middle = len(numbers) // 2
         if middle:
@@ -226,18 +302,18 @@ class Engine:
     ) -> Iterator[Row]:
         """Pack documents the way this engine scores them."""
         size = self._row_size(plan)
+        lengths = self.habits.lengths
         if self.sharing.tokens:
             length = 0 if prefix is None else len(prefix.tokens)
-            return tree_rows(documents, self.max_length, size, length)
+            return tree_rows(documents, self.max_length, size, length, lengths)
         # While streams fork, a mask that a model builds itself must broadcast: one sequence a row.
-        return flat_rows(documents, self.max_length, 1 if self.sharing.depth else size)
+        return flat_rows(documents, self.max_length, 1 if plan.streams > 1 else size, lengths)
 
     def _row_size(self, plan: StreamPlan) -> int:
         """Nodes of a row that the budget allows."""
         on_cpu = self.loaded.device.type == "cpu"
         wanted = self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
-        streams = plan.streams if self.sharing.depth else 1
-        return min(wanted, self._budget // (streams * stream_bytes(self.loaded.model)))
+        return min(wanted, self._budget // (plan.streams * stream_bytes(self.loaded.model)))
 
     @cached_property
     def _budget(self) -> int:
@@ -251,8 +327,9 @@ class Engine:
         if self._kept and self._kept[0].plan == plan and self._kept[0].cut_to(shared):
             return self._kept[0]
         self._kept.clear()
-        if len(shared) * plan.attention_passes * kept_bytes(self.loaded.model) > self._budget // 2:
+        if len(shared) * plan.attention_passes * self._kept_bytes > self._budget // 2:
             return None
+        self._put_back()
         try:
             self._kept.append(read_prefix(self.parts(plan), plan, shared))
         except torch.OutOfMemoryError:
@@ -263,7 +340,23 @@ class Engine:
         """Take the model apart for a plan."""
         loaded = self.loaded
         sublayers = self._sublayers if plan.has_sublayers else None
-        return Parts(loaded.model, loaded.layers, sublayers, self.head, loaded.device)
+        return Parts(loaded.model, loaded.layers, sublayers, self.head, loaded.device, self._sight)
+
+    def _sight(self, tokens: int) -> Sight:
+        """How far each layer sees in a text of so many tokens."""
+        if not self._sights or self._sights[0].tokens < tokens:
+            loaded = self.loaded
+            longest = max(self.max_length, tokens)
+            asked = min(-(-tokens // SIGHT) * SIGHT, longest)
+            self._put_back()
+            self._sights[:] = [look(self.head.base, loaded.layers, asked, loaded.device)]
+        return self._sights[0]
+
+    @cached_property
+    def _kept_bytes(self) -> int:
+        """What the keys and values of one token take in one attention."""
+        self._put_back()
+        return kept_bytes(self.parts(plan_streams([INTACT], len(self.loaded.layers))))
 
     @cached_property
     def head(self) -> Head:
@@ -274,52 +367,12 @@ class Engine:
     def _sublayers(self) -> list[Sublayers]:
         return find_sublayers(self.loaded.model, self.loaded.layers, self.loaded.device)
 
-    def _score_row(
-        self, row: Row, ablations: Sequence[Ablation], plan: StreamPlan, prefix: Prefix | None
-    ) -> RowScores:
+    def _score_row(self, row: Row, plan: StreamPlan, prefix: Prefix | None) -> RowScores:
         """Score one row for every ablation, in the order of the ablations."""
-        if self.sharing.depth:
-            scores = score_row(self.parts(plan), plan, row, prefix)
-            order = torch.tensor(plan.stream_of)
-            return replace(
-                scores, loglikelihoods=scores.loglikelihoods[order], hits=scores.hits[order]
-            )
-        each = [self._score_pruned(row, ablation) for ablation in ablations]
-        return RowScores(
-            loglikelihoods=torch.cat([scores.loglikelihoods for scores in each]),
-            hits=torch.cat([scores.hits for scores in each]),
-            proxies=each[ablations.index(INTACT)].proxies,
-        )
-
-    def _score_pruned(self, row: Row, ablation: Ablation) -> RowScores:
-        """Score one row with the layers really taken out: nothing is shared."""
-        loaded = self.loaded
-        with self.removed(ablation):
-            remaining = nn.ModuleList(
-                layer for i, layer in enumerate(loaded.layers) if i not in ablation.layers
-            )
-            plan = plan_streams([INTACT], len(remaining))
-            return score_row(
-                Parts(loaded.model, remaining, None, self.head, loaded.device), plan, row
-            )
-
-    @contextmanager
-    def removed(self, ablation: Ablation) -> Iterator[None]:
-        """Take an ablation's layers really out of the model for a while.
-
-        Args:
-            ablation: What to remove; sublayers stay where they are and add nothing.
-
-        Yields:
-            Nothing; on exit, also by an exception, the model is what it was.
-        """
-        parts = self._sublayers if ablation.has_sublayers else []
-        quiet = [
-            *(parts[layer].attention for layer in ablation.attention),
-            *(parts[layer].mlp for layer in ablation.mlp),
-        ]
-        with layers_removed(self.loaded.model, ablation.layers), silenced(quiet):
-            yield
+        self._put_back()
+        scores = score_row(self.parts(plan), plan, row, prefix if row.prefix else None)
+        order = torch.tensor(plan.stream_of)
+        return replace(scores, loglikelihoods=scores.loglikelihoods[order], hits=scores.hits[order])
 
     def decoding_groups(
         self, ablations: Sequence[Ablation], tokens: int
@@ -334,12 +387,11 @@ class Engine:
             Groups, each with the baseline.
 
         Raises:
-            TypeError: The model takes no keys and values.
+            Refusal: The model takes no keys and values.
         """
-        model = self.loaded.model
-        if cache_argument(model) is None:
-            raise TypeError("it takes no cache of keys and values")
-        each = tokens * len(self.loaded.layers) * kept_bytes(model)
+        if cache_argument(self.loaded.model) is None:
+            raise Refusal("it takes no cache of keys and values")
+        each = tokens * len(self.loaded.layers) * self._kept_bytes
         size = max(1, self._budget // 2 // each - 1)
         removed = [ablation for ablation in ablations if ablation != INTACT]
         for start in range(0, max(1, len(removed)), size):

@@ -56,7 +56,7 @@ def layers_removed(model: nn.Module, removed: Collection[int]) -> Iterator[None]
         Nothing; on exit, also by an exception, the model is what it was.
     """
     layers = find_layers(model)
-    parent, name = _owner(model, layers)
+    parent, name = owner(model, layers)
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kept = [index for index in range(len(layers)) if index not in removed]
     changed = [
@@ -125,10 +125,10 @@ def find_base(model: nn.Module) -> nn.Module:
     Returns:
         The submodule whose forward runs the layers and returns `last_hidden_state`.
     """
-    return _owner(model, find_layers(model))[0]
+    return owner(model, find_layers(model))[0]
 
 
-def _owner(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
+def owner(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
     path = next(name for name, module in model.named_modules() if module is layers)
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name

@@ -1,0 +1,246 @@
+"""A model whose layers are really taken out: a copy of its own, as a saved checkpoint would be.
+
+The copy shares the weights and nothing else, so that it runs beside the model it was made of.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.models.layers import find_layers, owner
+from tracker.models.sublayers import nothing
+
+State = dict[tuple[str, str], Any]
+"""(path of a module, attribute) → value."""
+SMALL = 4096
+"""Elements up to which a buffer is copied: rotary frequencies, which some models change in a call;
+larger ones are masks and the like, of which every copy would take its own."""
+
+
+def pruned(
+    model: Any,
+    removed: Collection[int] = (),
+    silent: Collection[nn.Module] = (),
+    fresh: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """Copy a model without some of its layers, the others re-indexed.
+
+    What belongs to a layer is found by its shape: a list in the configuration with one entry a
+    layer, a number in each layer that is the layer's own place, a table whose keys are places.
+
+    Args:
+        model: A causal language model of transformers.
+        removed: The layers to take out, 0-based.
+        silent: Attentions and MLPs of the model that are to add nothing to the residual stream.
+        fresh: Parameters and buffers by name that the copy gets for its own, in place of the
+            model's.
+
+    Returns:
+        The copy.
+    """
+    layers = find_layers(model)
+    shared = _shared(model)
+    memo = {id(each): each for each in shared}
+    for name, tensor in (fresh or {}).items():
+        old = model.get_parameter(name) if _is_parameter(model, name) else model.get_buffer(name)
+        memo[id(old)] = _like(old, tensor)
+    twin = copy.deepcopy(model, memo)
+    kept = [index for index in range(len(layers)) if index not in removed]
+    if len(kept) < len(layers):
+        _take_out(twin, kept)
+    for module in silent:
+        if id(module) in memo:
+            memo[id(module)].register_forward_hook(_add_nothing, with_kwargs=True)
+    return twin
+
+
+def _shared(model: Any) -> Iterator[Any]:
+    """All that a copy has in common with the model: weights, large buffers, what lies on disk."""
+    yield from model.parameters()
+    yield from (buffer for buffer in model.buffers() if buffer.numel() > SMALL)
+    for module in model.modules():
+        # accelerate's, of a model that is spread over devices
+        for name in ("weights_map", "tied_params_map"):
+            held = getattr(getattr(module, "_hf_hook", None), name, None)
+            if held is not None:
+                yield held
+
+
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    path, _, last = name.rpartition(".")
+    return last in model.get_submodule(path)._parameters
+
+
+def _like(old: Tensor, value: Tensor) -> Tensor:
+    own = value.clone()
+    return nn.Parameter(own, requires_grad=False) if isinstance(old, nn.Parameter) else own
+
+
+def _take_out(twin: Any, kept: Sequence[int]) -> None:
+    """Leave only the kept layers in a copy, which nobody else uses."""
+    layers = find_layers(twin)
+    total = len(layers)
+    parent, name = owner(twin, layers)
+    _renumber(layers, kept)
+    setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
+    for module in twin.modules():
+        if module in layers:
+            continue
+        for attribute, value in list(vars(module).items()):
+            if attribute == "config" or attribute.startswith("_"):
+                continue
+            if isinstance(value, (list, tuple, dict)):
+                setattr(module, attribute, _cut(value, kept, total))
+            elif type(value) is int and value == total and "layer" in attribute:
+                setattr(module, attribute, len(kept))
+    cut_config(twin.config.get_text_config(), kept)
+
+
+def _renumber(layers: nn.ModuleList, kept: Sequence[int]) -> None:
+    """Tell the modules of kept layers their new places.
+
+    A place is a number that is, wherever the layers have it, the layer's own index.
+    """
+    found: dict[tuple[str, str], dict[int, tuple[nn.Module, int]]] = {}
+    for index, layer in enumerate(layers):
+        for path, module in layer.named_modules():
+            for attribute, value in vars(module).items():
+                if type(value) is int:
+                    found.setdefault((path, attribute), {})[index] = (module, value)
+    for (_, attribute), values in found.items():
+        named = "layer" in attribute or "idx" in attribute
+        if all(index == value for index, (_, value) in values.items()) and (
+            len(values) > 1 or named
+        ):
+            for index, (module, _) in values.items():
+                if index in kept:
+                    setattr(module, attribute, kept.index(index))
+
+
+def _cut(value: Any, kept: Sequence[int], total: int) -> Any:
+    """Cut what has one entry a layer, or places as its keys; anything else stays as it is."""
+    if isinstance(value, (list, tuple)) and len(value) == total:
+        return type(value)(value[index] for index in kept)
+    if isinstance(value, dict) and value and all(type(key) is int for key in value):
+        if set(value) <= set(range(total)):
+            return {kept.index(place): what for place, what in value.items() if place in kept}
+    return value
+
+
+def cut_config(config: Any, kept: Sequence[int]) -> None:
+    """Let a configuration describe the kept layers only.
+
+    Args:
+        config: A text model's configuration, which is changed.
+        kept: The layers that stay, ascending.
+    """
+    total = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if not name.startswith("_"):
+            setattr(config, name, _cut_entry(value, kept, total))
+    computed = {
+        name: _cut(value, kept, total)
+        for name, value in _computed(config)
+        if isinstance(value, (list, tuple)) and len(value) == total
+    }
+    config.num_hidden_layers = len(kept)
+    if computed:
+        # Computed by the class from how many layers there are, as if the last ones were removed.
+        own = type(config)
+        config.__class__ = type(own.__name__, (own,), computed)
+
+
+def _cut_entry(value: Any, kept: Sequence[int], total: int) -> Any:
+    """Cut a configuration's entry, and what is nested in it; rope's factors are not a layer's."""
+    if isinstance(value, dict) and not any(type(key) is int for key in value):
+        if "rope_type" in value:
+            return value
+        return {name: _cut_entry(item, kept, total) for name, item in value.items()}
+    return _cut(value, kept, total)
+
+
+def _computed(config: Any) -> Iterator[tuple[str, Any]]:
+    """The properties of a configuration's class, with their values."""
+    for kind in type(config).__mro__:
+        for name, member in vars(kind).items():
+            if isinstance(member, property) and not name.startswith("_"):
+                try:
+                    yield name, getattr(config, name)
+                except Exception:  # noqa: BLE001 - a property of transformers that is not for us
+                    continue
+
+
+def _add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Let a sublayer, which still runs, add nothing to the residual stream."""
+    added = output[0] if isinstance(output, (tuple, list)) else output
+    silent = nothing(module, args, kwargs, added, len(added))
+    return type(output)((silent, *output[1:])) if isinstance(output, (tuple, list)) else silent
+
+
+@torch.no_grad()
+def remember(model: nn.Module, attributes: Collection[str] | None = None) -> State:
+    """Take down what a call might change: tensors, and the numbers and words of modules.
+
+    Args:
+        model: The model.
+        attributes: Names of attributes; None = all, of a model that is small.
+
+    Returns:
+        (path of a module, attribute) → a copy of its value.
+    """
+    found: State = {}
+    for path, module in model.named_modules():
+        for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
+            if attributes is not None and name not in attributes:
+                continue
+            if isinstance(value, Tensor):
+                found[path, name] = value.clone()
+            elif isinstance(value, (bool, int, float, str)) or value is None:
+                found[path, name] = value
+    return found
+
+
+def changed(before: State, after: State) -> set[tuple[str, str]]:
+    """Compare two states of a model.
+
+    Args:
+        before: One.
+        after: Another.
+
+    Returns:
+        What differs, or is not in both.
+    """
+    return {
+        key
+        for key in before.keys() | after.keys()
+        if key not in before or key not in after or not _same(before[key], after[key])
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, state: State) -> None:
+    """Give a model's modules values that they had before.
+
+    Args:
+        model: The model.
+        state: From `remember`; parameters are not among it.
+    """
+    modules = dict(model.named_modules())
+    for (path, name), value in state.items():
+        module = modules[path]
+        own = value.clone() if isinstance(value, Tensor) else value
+        if name in module._buffers:
+            module._buffers[name] = own
+        else:
+            object.__setattr__(module, name, own)
