@@ -1,0 +1,149 @@
+"""What a model does with lengths and calls, found out on its miniature by changing one thing.
+
+A number of the configuration is made small, and what moves tells what it is: nothing (it does not
+matter here), later tokens (a window, a chunk, a floor), or earlier ones when the text goes on
+(something is chosen by the length of the whole call).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracker.models.miniature import build, numbers, with_numbers
+from tracker.models.pruned import changed, remember
+
+Path = tuple[str, ...]
+"""Where a number stands in a text model's configuration."""
+SHORT, LONG, OTHER = 5, 24, 20
+"""Lengths of text on both sides of a number that was made small."""
+SMALL = 6
+STEPS = (6, 9, 12, 16, 20, 24, 28, 32)
+"""What several numbers become, so that they stay apart and in order."""
+SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Up to which logits are the same; some models compute parts of them in float32."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the experiments say about an architecture.
+
+    Attributes:
+        matters: The numbers that change what is said of a text of `LONG` tokens.
+        by_call: Those at which the answer depends on how long the whole call is; True where beyond
+            it every length differs from every other.
+        every_call: Whether it depends on the call's length in any case.
+        leftovers: Names of attributes that one call leaves changed for the next.
+        weights: Names of parameters that the first call changes for good.
+    """
+
+    matters: tuple[Path, ...] = ()
+    by_call: tuple[tuple[Path, bool], ...] = ()
+    every_call: bool = False
+    leftovers: frozenset[str] = frozenset()
+    weights: frozenset[str] = frozenset()
+
+
+def find_habits(small: Any, paths: Collection[Path]) -> Findings:
+    """Experiment with a miniature.
+
+    Args:
+        small: The miniature; no call has changed it yet.
+        paths: Numbers of its configuration to try.
+
+    Returns:
+        What was found.
+    """
+    kind, config = type(small), small.config
+    usual = _said(small, LONG)
+    leftovers, weights = _changed_by_calls(small)
+    every_call = not _same(usual[:SHORT], _said(small, SHORT))
+    matters, by_call = [], []
+    shapes = {name: value.shape for name, value in small.state_dict().items()}
+    for path, value in numbers(config.get_text_config()):
+        if path not in paths:
+            continue
+        other = build(kind, with_numbers(config, {path: type(value)(SMALL)}))
+        if other is None or {n: v.shape for n, v in other.state_dict().items()} != shapes:
+            continue
+        try:
+            long = _said(other, LONG)
+            if _same(long, usual):
+                continue
+            if not every_call and not _same(long[:SHORT], _said(other, SHORT)):
+                by_call.append((path, not _same(long[:OTHER], _said(other, OTHER))))
+            left, heavy = _changed_by_calls(other)
+        except Exception:  # noqa: BLE001, S112 - the model does not take this number: it is another's
+            continue
+        matters.append(path)
+        leftovers |= left
+        weights |= heavy
+    return Findings(
+        tuple(matters), tuple(by_call), every_call, frozenset(leftovers), frozenset(weights)
+    )
+
+
+def shortened(small: Any, paths: Collection[Path]) -> list[Any]:
+    """Make miniatures whose windows, chunks and thresholds are crossed by short texts.
+
+    Args:
+        small: The miniature.
+        paths: The numbers.
+
+    Returns:
+        One with all of them made small where that can be built, else one for each.
+    """
+    config = small.config
+    values: Mapping[Path, float] = dict(numbers(config.get_text_config()))
+    order = sorted((path for path in paths if path in values), key=lambda path: values[path])
+    if not order:
+        return []
+    steps = {p: type(values[p])(STEPS[min(i, len(STEPS) - 1)]) for i, p in enumerate(order)}
+    together = _running(type(small), with_numbers(config, steps))
+    if together is not None:
+        return [together]
+    alone = [_running(type(small), with_numbers(config, {p: steps[p]})) for p in order]
+    return [each for each in alone if each is not None]
+
+
+def _running(kind: type, config: Any) -> Any | None:
+    model = build(kind, config)
+    try:
+        if model is not None:
+            _said(model, LONG)
+    except Exception:  # noqa: BLE001 - numbers that contradict each other
+        return None
+    return model
+
+
+@torch.inference_mode()
+def _said(model: Any, tokens: int) -> Tensor:
+    """Logits of a text on a fresh copy of a model [tokens, vocabulary]."""
+    ids = torch.arange(tokens)[None] * 7 % 31 + 3
+    logits: Tensor = copy.deepcopy(model)(ids, use_cache=False).logits[0]
+    return logits
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    within = SAME[one.dtype]
+    return torch.allclose(one, other, rtol=within, atol=within, equal_nan=True)
+
+
+@torch.inference_mode()
+def _changed_by_calls(model: Any) -> tuple[set[str], set[str]]:
+    """Attributes that differ after another call, and parameters that differ after the first."""
+    model = copy.deepcopy(model)
+    states = [remember(model)]
+    for tokens in (SHORT, LONG):
+        model(torch.arange(tokens)[None] % 31 + 3, use_cache=False)
+        states.append(remember(model))
+    own = dict(model.named_parameters())
+    heavy = {
+        f"{path}.{name}".lstrip(".") for path, name in changed(states[0], states[1])
+    } & own.keys()
+    return {name for _, name in changed(states[1], states[2])}, heavy
