@@ -1,0 +1,162 @@
+"""Models, documents and orders that once gave a wrong number without a word.
+
+Each is scored as a cell is: the check on its first documents, then every document with as much
+sharing as the check left, in one order and its reverse. What comes out must be the truth of
+`tests.engine.truth`, or the check must refuse the model and say what is really the matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.engine.families import FAMILIES, VOCABULARY
+from tests.engine.plain import loaded
+from tests.engine.truth import Without, truths, without
+from tracker.ablations import single_layers
+from tracker.documents import Document, Request
+from tracker.engine.check import check
+from tracker.engine.sweep import Engine
+from tracker.errors import CellError, ModelError
+
+MAX_LENGTH = 256
+LETTERS = ((3,), (4,), (5,), (6,))
+"""Answers of one token, as those of mmlu."""
+FALSE_REASON = "depend on each other by their numbers"
+"""What is said of a model whose layers cannot be taken out; none here is one."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(kind: str, **settings: Any) -> Any:
+    """Make a random model by its configuration's class, as the families' are."""
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**settings)
+    config.initializer_range = 0.3
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    return model.float().eval().requires_grad_(False)
+
+
+class Draw:
+    """Documents of random tokens."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._draw = random.Random(seed)
+        self._made = 0
+
+    def tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self._draw.randrange(VOCABULARY) for _ in range(count))
+
+    def document(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]], gold: int = 0
+    ) -> Document:
+        self._made += 1
+        requests = tuple(Request(tuple(context), tuple(each)) for each in continuations)
+        return Document("task", self._made - 1, requests, gold, len(requests))
+
+    def letters(self, lengths: Sequence[int], shared: int = 0) -> list[Document]:
+        """Documents with one-token answers, whose contexts have these lengths."""
+        common = self.tokens(shared)
+        return [self.document(common + self.tokens(length - shared), LETTERS) for length in lengths]
+
+    def spoken(self, contexts: Sequence[int], answers: Sequence[int]) -> list[Document]:
+        """Documents whose contexts and answers have these lengths."""
+        return [
+            self.document(self.tokens(length), [self.tokens(answer) for answer in answers])
+            for length in contexts
+        ]
+
+
+def attack(
+    model: Any,
+    documents: Sequence[Document],
+    layers: Collection[int],
+    *,
+    ablate: Without = without,
+    block: int | None = None,
+    row_tokens: int | None = None,
+    max_length: int = MAX_LENGTH,
+    says: str | None = None,
+    atol: float = 2e-4,
+) -> None:
+    """Score a cell in both orders, and compare every response with the truth.
+
+    `block` documents are scored at a time, all at once without it. `says` is what a refusal must
+    say, where the model may be refused.
+    """
+    ablations = single_layers(tuple(layers))
+    removed = [ablation.layers for ablation in ablations]
+    expected = truths(model, documents, removed, max_length, ablate)
+    for name, step in (("in order", 1), ("in reverse", -1)):
+        ordered, truth = documents[::step], expected[::step]
+        engine = Engine(loaded(copy.deepcopy(model)), max_length, row_tokens=row_tokens)
+        try:
+            checked = check(engine, ordered, ablations)
+            size = block or len(ordered)
+            blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+            scores = [one for some in blocks for one in checked.engine.score(some, ablations)]
+        except (CellError, ModelError) as error:
+            if says is None or FALSE_REASON in str(error) or not re.search(says, str(error)):
+                pytest.fail(f"{name}: wrongly refused: {error}")
+            continue
+        found = [
+            (abs(response.loglikelihood - right), ablation.name, document.index)
+            for document, score, rights in zip(ordered, scores, truth, strict=True)
+            for ablation, ours, theirs in zip(ablations, score.responses, rights, strict=True)
+            for response, right in zip(ours, theirs, strict=True)
+        ]
+        if wrong := [each for each in found if not each[0] <= atol]:
+            pytest.fail(
+                f"{name}: {len(wrong)} of {len(found)} are wrong, at worst by {max(wrong)[0]:.3g} "
+                f"nats ({max(wrong)[1]}, document {max(wrong)[2]}); {checked.engine.sharing}, "
+                f"the check saw {checked.difference:.2g} and said {checked.lost}"
+            )
+
+
+@pytest.mark.parametrize("family", ["mamba2", "recurrent_gemma", "mpt", "gpt_neo"])
+class TestTheCheckSeesWhatItVouchesFor:
+    """The first two documents fill a row each, so that no row that is checked has a branch."""
+
+    def test_later_documents_share_rows(self, family):
+        documents = Draw().letters((120, 100, 40, 60, 30, 50), shared=8)
+        attack(FAMILIES[family].model(), documents, (0, 2))
+
+    def test_later_documents_branch(self, family):
+        draw = Draw()
+        documents = [*draw.letters((120, 100)), *draw.spoken((30, 40), (2, 3))]
+        attack(FAMILIES[family].model(), documents, (0, 2))
+
+
+def gpt_neo() -> Any:
+    """GPT-Neo with the window that its configuration has by default."""
+    return tiny(
+        "GPTNeoConfig", vocab_size=VOCABULARY, hidden_size=32, num_layers=4, num_heads=4,
+        attention_types=[[["global", "local"], 2]], max_position_embeddings=512,
+    )  # fmt: skip
+
+
+class TestWindowsCountPositions:
+    """GPT-Neo counts them in places of the row."""
+
+    def test_one_later_document_is_wider_than_the_window(self):
+        draw = Draw(1)
+        documents = [*draw.spoken((30, 30), (2, 3)), *draw.spoken((40,), (170, 170))]
+        attack(gpt_neo(), documents, (1,), atol=1e-3)
+
+    def test_later_documents_fill_a_row_that_is_wider_than_the_window(self):
+        documents = Draw(2).letters((60,) * 8, shared=12)
+        attack(gpt_neo(), documents, (1,), row_tokens=1024)

@@ -1,0 +1,88 @@
+"""The independent truth: one plain forward pass a request, on a copy that nothing ran before.
+
+Nothing here knows the engine. A layer is taken out in one of two ways: its forward returns its
+input (`without`), or a model with a cut configuration is made and given the remaining weights
+(`exported`), which is what a pruned checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from tracker.documents import Document, Request
+
+Without = Callable[[Any, Collection[int]], Any]
+"""Makes a copy of a model that lacks some layers."""
+
+
+def layers_of(model: Any) -> torch.nn.ModuleList:
+    """The one list of modules that is as long as the configuration says."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return next(modules for modules in lists if len(modules) == wanted)
+
+
+def without(model: Any, removed: Collection[int]) -> Any:
+    """A copy in which the layers return their input, whatever else they return."""
+    ablated = copy.deepcopy(model)
+
+    def skip(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
+
+    for index in removed:
+        layers_of(ablated)[index].register_forward_hook(skip, with_kwargs=True)
+    return ablated
+
+
+def exported(model: Any, removed: Collection[int]) -> Any:
+    """What a pruned checkpoint holds: every list with one entry a layer cut, layers renumbered."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    kept = [index for index in range(count) if index not in removed]
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == count:
+            setattr(text, name, [value[index] for index in kept])
+    text.num_hidden_layers = len(kept)
+    smaller = type(model)(config).eval().requires_grad_(False)
+    layers = layers_of(model)
+    name = next(name for name, module in model.named_modules() if module is layers)
+    weights = {}
+    for key, value in model.state_dict().items():
+        if found := re.match(rf"{re.escape(name)}\.(\d+)\.(.*)", key):
+            if int(found[1]) in removed:
+                continue
+            key = f"{name}.{kept.index(int(found[1]))}.{found[2]}"
+        weights[key] = value
+    smaller.load_state_dict(weights)
+    return smaller
+
+
+def loglikelihood(model: Any, request: Request, max_length: int) -> float:
+    """Read what lm-eval reads, in one pass of a copy, and sum what the continuation gets."""
+    tokens = (request.context + request.continuation)[-(max_length + 1) :][:-1]
+    with torch.inference_mode():
+        logits = copy.deepcopy(model)(torch.tensor([tokens])).logits[0].double()
+    logprobs = logits[-len(request.continuation) :].log_softmax(-1)
+    return float(logprobs.gather(1, torch.tensor(request.continuation)[:, None]).sum())
+
+
+def truths(
+    model: Any,
+    documents: Iterable[Document],
+    removed: Sequence[Collection[int]],
+    max_length: int,
+    ablate: Without = without,
+) -> list[list[list[float]]]:
+    """For each document, each set of removed layers and each request, its log-likelihood."""
+    ablated = [ablate(model, layers) for layers in removed]
+    return [
+        [[loglikelihood(one, request, max_length) for request in d.requests] for one in ablated]
+        for d in documents
+    ]
