@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from tests.engine.families import FAMILIES, VOCABULARY
+from tests.engine.families import FAMILIES, SMALL, VOCABULARY
 from tests.engine.plain import loaded
 from tests.engine.truth import Without, truths, without
 from tracker.ablations import single_layers
@@ -73,10 +73,15 @@ class Draw:
         common = self.tokens(shared)
         return [self.document(common + self.tokens(length - shared), LETTERS) for length in lengths]
 
-    def spoken(self, contexts: Sequence[int], answers: Sequence[int]) -> list[Document]:
+    def spoken(
+        self, contexts: Sequence[int], answers: Sequence[int], shared: int = 0
+    ) -> list[Document]:
         """Documents whose contexts and answers have these lengths."""
+        common = self.tokens(shared)
         return [
-            self.document(self.tokens(length), [self.tokens(answer) for answer in answers])
+            self.document(
+                common + self.tokens(length - shared), [self.tokens(answer) for answer in answers]
+            )
             for length in contexts
         ]
 
@@ -160,3 +165,53 @@ class TestWindowsCountPositions:
     def test_later_documents_fill_a_row_that_is_wider_than_the_window(self):
         documents = Draw(2).letters((60,) * 8, shared=12)
         attack(gpt_neo(), documents, (1,), row_tokens=1024)
+
+
+TRAINED = 64
+"""Tokens up to which the rotary factors below are the short ones."""
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+    "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": TRAINED,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+ROTARY = {
+    "phi3": lambda: tiny(
+        "Phi3Config", **SMALL, rope_parameters=LONGROPE, original_max_position_embeddings=TRAINED
+    ),
+    "llama": lambda: tiny("LlamaConfig", **SMALL, rope_parameters=LONGROPE),
+    "minicpm3": lambda: tiny("MiniCPM3Config", **{**SMALL, **LATENT}, rope_parameters=LONGROPE),
+    "dynamic": lambda: tiny(
+        "LlamaConfig", **{**SMALL, "max_position_embeddings": TRAINED}, rope_parameters=DYNAMIC
+    ),
+}
+BY_LENGTH = {
+    "short_beside_long": lambda draw: draw.spoken((20, 20, 30, 90), (2, 3)),
+    "prefix_below": lambda draw: draw.spoken((58, 58, 60, 65, 68), (2, 2), shared=56),
+    # What is read is as long as the short factors reach; a gold request's last token is beyond.
+    "at_the_boundary": lambda draw: draw.spoken((63, 63), (2, 2)),
+    "letters_at_the_boundary": lambda draw: draw.letters((64, 64)),
+    "one_after_another": lambda draw: draw.letters((64, 120, 80)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ROTARY)
+class TestRotaryFactorsThatDependOnTheCall:
+    """They are chosen by the largest position of the call, so that sharing mixes two of them."""
+
+    @pytest.mark.parametrize("case", BY_LENGTH)
+    def test_whatever_stands_beside_a_request(self, family, case):
+        says = "length" if family == "dynamic" else None
+        atol = 1e-3 if family == "minicpm3" else 2e-4
+        attack(ROTARY[family](), BY_LENGTH[case](Draw(1)), (1,), says=says, atol=atol)
+
+    def test_in_blocks_that_share_a_beginning(self, family):
+        """The kept beginning is short, and a later block is long."""
+        documents = BY_LENGTH["prefix_below"](Draw(1))
+        says = "length" if family == "dynamic" else None
+        atol = 1e-3 if family == "minicpm3" else 2e-4
+        attack(ROTARY[family](), documents, (1,), block=2, says=says, atol=atol)
