@@ -19,7 +19,7 @@ import transformers
 
 from tests.engine.families import FAMILIES, SMALL, VOCABULARY
 from tests.engine.plain import loaded
-from tests.engine.truth import Without, truths, without
+from tests.engine.truth import Without, exported, truths, without
 from tracker.ablations import single_layers
 from tracker.documents import Document, Request
 from tracker.engine.check import check
@@ -215,3 +215,27 @@ class TestRotaryFactorsThatDependOnTheCall:
         says = "length" if family == "dynamic" else None
         atol = 1e-3 if family == "minicpm3" else 2e-4
         attack(ROTARY[family](), documents, (1,), block=2, says=says, atol=atol)
+
+
+class TestThePlainPathIsThePrunedCheckpoint:
+    """Also where more than `layer_types` has one entry a layer, or a call changes the weights."""
+
+    @pytest.mark.parametrize("kind", ["GraniteSWAConfig", "GraniteMoeSWAConfig"])
+    @pytest.mark.parametrize("ablate", [exported, without])
+    def test_other_lists_with_one_entry_a_layer(self, kind, ablate):
+        model = tiny(
+            kind, **SMALL, sliding_window=5, layer_rope_theta=[10000.0, 0, 500.0, 10.0],
+            **({"num_local_experts": 4, "num_experts_per_tok": 2} if "Moe" in kind else {}),
+        )  # fmt: skip
+        attack(model, Draw().spoken((20, 20, 14), (1, 3)), (0, 1, 2), ablate=ablate)
+
+    @pytest.mark.parametrize("every", [1, 2])
+    @pytest.mark.parametrize("ablate", [exported, without])
+    def test_weights_that_the_first_call_rescales(self, every, ablate):
+        """Layer 0 holds a norm of its own, without which no checkpoint can be loaded."""
+        model = tiny(
+            "RwkvConfig", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4,
+            rescale_every=every, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        says = "weights|rescale"
+        attack(model, Draw().spoken((9, 9, 7), (1, 3)), (1, 2, 3), ablate=ablate, says=says)
