@@ -239,3 +239,83 @@ class TestThePlainPathIsThePrunedCheckpoint:
         )  # fmt: skip
         says = "weights|rescale"
         attack(model, Draw().spoken((9, 9, 7), (1, 3)), (1, 2, 3), ablate=ablate, says=says)
+
+
+SPARSE = {
+    **SMALL, **LATENT, "num_hidden_layers": 6, "moe_intermediate_size": 24,
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "index_topk": 4, "index_head_dim": 16, "index_n_heads": 16,
+}  # fmt: skip
+"""An indexer with so many heads that no two tokens tie."""
+
+
+class TestStateBesideTheHiddenState:
+    """A layer hands its top-k on to the next ones, which a fork must fork as well."""
+
+    @pytest.mark.parametrize("types", ["FFSFFS", "FFFSSF", "FSSFSS"])
+    def test_indices_that_later_layers_share(self, types):
+        """Layers 1 and 4 of the first are none of the three that a short check tries."""
+        model = tiny(
+            "GlmMoeDsaConfig", **SPARSE, first_k_dense_replace=6,
+            indexer_types=[{"F": "full", "S": "shared"}[letter] for letter in types],
+        )  # fmt: skip
+        # The first layer that selects cannot go before one that shares.
+        layers = range(1 if types.startswith("FS") else 0, 6)
+        says = "top-k|indices|besides|second output"
+        attack(model, Draw().spoken((20, 14), (1, 3)), layers, ablate=exported, says=says)
+
+
+class TestMasksAreWhatTheModelAsksFor:
+    """Documents beyond the window come last, after those that are checked."""
+
+    def test_a_mask_a_type_under_another_name(self):
+        model = tiny(
+            "Dots3NoteTextConfig",
+            **{**SPARSE, "num_hidden_layers": 4, "head_dim": 16},
+            shared_experts_intermediate_size=24, first_k_dense_replace=4, use_dsa=False,
+            sliding_window=30, layer_types=["sliding_attention", "full_attention"] * 2,
+            swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=16,
+            swa_kv_lora_rank=16, swa_head_dim=16, swa_qk_nope_head_dim=8, swa_v_head_dim=8,
+        )  # fmt: skip
+        attack(model, Draw().spoken((8, 8, 50, 60), (1, 3)), (0, 1))
+
+    def test_a_window_that_the_model_does_not_use(self):
+        model = tiny("LlamaConfig", **SMALL, sliding_window=30)
+        attack(model, Draw().spoken((8, 8, 50, 60), (1, 3)), (0, 1))
+
+
+def llama4(floor: int) -> Any:
+    """Llama 4, whose layers without rotary positions scale queries from `floor` tokens on."""
+    return tiny(
+        "Llama4TextConfig", **SMALL, head_dim=8, intermediate_size_mlp=48, num_local_experts=4,
+        num_experts_per_tok=1, attention_chunk_size=1000, no_rope_layers=[1, 0, 1, 0],
+        floor_scale=floor, attn_scale=0.5,
+    )  # fmt: skip
+
+
+class TestTemperatureCountsPositions:
+    def test_a_row_is_longer_than_the_floor(self):
+        attack(llama4(60), Draw().spoken((15, 15, 30, 30, 40, 40), (2, 2)), (0, 1))
+
+    def test_a_row_after_a_kept_beginning(self):
+        """Requests end below the floor, the row with its beginning above it."""
+        documents = Draw().spoken((62, 61, 62, 61, 62, 60), (2, 2), shared=58)
+        attack(llama4(80), documents, (0, 1), block=2)
+
+
+def gemma4(per_layer: int = 0) -> Any:
+    """Gemma 4; its global layers have heads of another size."""
+    return tiny(
+        "Gemma4TextConfig", **{**SMALL, "head_dim": 8}, global_head_dim=16, sliding_window=20,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=per_layer, vocab_size_per_layer_input=VOCABULARY,
+    )  # fmt: skip
+
+
+class TestALaterBlockTakesTheBeginning:
+    """The first documents share too little for a prefix, so that none was ever checked."""
+
+    def test_heads_of_several_sizes(self):
+        draw = Draw()
+        documents = [*draw.spoken((20, 20), (1, 3)), *draw.spoken((64, 64), (1, 3), shared=60)]
+        attack(gemma4(), documents, (0, 1), block=2)
