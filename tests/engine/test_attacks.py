@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from tests.engine.families import FAMILIES, SMALL, VOCABULARY
+from tests.engine.families import EQUAL_HEADS, FAMILIES, SMALL, VOCABULARY
 from tests.engine.plain import loaded
 from tests.engine.truth import Without, exported, truths, without
 from tracker.ablations import single_layers
@@ -252,17 +252,12 @@ SPARSE = {
 class TestStateBesideTheHiddenState:
     """A layer hands its top-k on to the next ones, which a fork must fork as well."""
 
-    @pytest.mark.parametrize("types", ["FFSFFS", "FFFSSF", "FSSFSS"])
-    def test_indices_that_later_layers_share(self, types):
-        """Layers 1 and 4 of the first are none of the three that a short check tries."""
-        model = tiny(
-            "GlmMoeDsaConfig", **SPARSE, first_k_dense_replace=6,
-            indexer_types=[{"F": "full", "S": "shared"}[letter] for letter in types],
-        )  # fmt: skip
-        # The first layer that selects cannot go before one that shares.
-        layers = range(1 if types.startswith("FS") else 0, 6)
+    def test_indices_that_later_layers_share(self):
+        """Layers 1 and 4, before those that share, are none of the three that are tried."""
+        types = ["full", "full", "shared", "full", "full", "shared"]
+        model = tiny("GlmMoeDsaConfig", **SPARSE, first_k_dense_replace=6, indexer_types=types)
         says = "top-k|indices|besides|second output"
-        attack(model, Draw().spoken((20, 14), (1, 3)), layers, ablate=exported, says=says)
+        attack(model, Draw().spoken((14, 9), (1, 3)), range(6), ablate=exported, says=says)
 
 
 class TestMasksAreWhatTheModelAsksFor:
@@ -300,13 +295,13 @@ class TestTemperatureCountsPositions:
     def test_a_row_after_a_kept_beginning(self):
         """Requests end below the floor, the row with its beginning above it."""
         documents = Draw().spoken((62, 61, 62, 61, 62, 60), (2, 2), shared=58)
-        attack(llama4(80), documents, (0, 1), block=2)
+        attack(llama4(80), documents, (0, 1))
 
 
 def gemma4(per_layer: int = 0) -> Any:
     """Gemma 4; its global layers have heads of another size."""
     return tiny(
-        "Gemma4TextConfig", **{**SMALL, "head_dim": 8}, global_head_dim=16, sliding_window=20,
+        "Gemma4TextConfig", **SMALL, head_dim=8, global_head_dim=16, sliding_window=20,
         layer_types=["sliding_attention", "full_attention"] * 2,
         hidden_size_per_layer_input=per_layer, vocab_size_per_layer_input=VOCABULARY,
     )  # fmt: skip
@@ -319,3 +314,62 @@ class TestALaterBlockTakesTheBeginning:
         draw = Draw()
         documents = [*draw.spoken((20, 20), (1, 3)), *draw.spoken((64, 64), (1, 3), shared=60)]
         attack(gemma4(), documents, (0, 1), block=2)
+
+
+STREAMS = {
+    "o_groups": 2, "o_lora_rank": 8, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 2,
+    "hc_mult": 2, "partial_rotary_factor": 0.5, "head_dim": 16, "q_lora_rank": 16,
+    "num_key_value_heads": 1, "moe_intermediate_size": 24, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "sliding_window": 8, "mlp_layer_types": ["moe"] * 4,
+}  # fmt: skip
+"""Several residual streams: what passes between layers is [batch, tokens, streams, hidden]."""
+DECODER = {**EQUAL_HEADS, "is_decoder": True}
+BUT_THE_EXPORT_RUNS = {
+    "deepseek_v4": (
+        lambda: tiny(
+            "DeepseekV4Config", **{**SMALL, **STREAMS}, layer_types=["sliding_attention"] * 4
+        ),
+        "residual|streams|shape|dimension",
+    ),
+    "hy_v4": (
+        lambda: tiny(
+            "HYV4Config", **{**SPARSE, "num_hidden_layers": 4}, indexer_types=["full"] * 4
+        ),
+        "residual|streams|shape|dimension",
+    ),
+    "openai_gpt": (
+        lambda: tiny(
+            "OpenAIGPTConfig", vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4,
+            n_positions=256,
+        ),
+        "list",
+    ),
+    "bert": (lambda: tiny("BertConfig", **DECODER), "encoder|input_ids|embeddings"),
+    "roberta": (lambda: tiny("RobertaConfig", **DECODER), "encoder|input_ids|embeddings"),
+    "electra": (lambda: tiny("ElectraConfig", **DECODER), "encoder|input_ids|embeddings"),
+}  # fmt: skip
+
+
+def gemma3n() -> Any:
+    """Gemma 3n, whose layers may differ in width; a table holds embeddings for all layers."""
+    return tiny(
+        "Gemma3nTextConfig", **SMALL, head_dim=8, vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2, sliding_window=16,
+        activation_sparsity_pattern=[0.0] * 4, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+
+
+class TestRefusalsSayWhatHappened:
+    """No layer here depends on another by its number."""
+
+    @pytest.mark.parametrize("family", BUT_THE_EXPORT_RUNS)
+    def test_a_pruned_copy_runs(self, family):
+        model, says = BUT_THE_EXPORT_RUNS[family]
+        attack(model(), Draw().spoken((12, 9), (1, 3)), (0, 1), ablate=exported, says=says)
+
+    @pytest.mark.parametrize("model", [gemma3n, lambda: gemma4(8)], ids=["gemma3n", "gemma4"])
+    def test_one_table_holds_embeddings_for_every_layer(self, model):
+        """Gemma 3n is refused before that, for a list as `intermediate_size`."""
+        says = "intermediate_size|per.layer|embed"
+        attack(model(), Draw().spoken((12, 9), (1, 3)), (0, 1), says=says)
