@@ -8,9 +8,11 @@ sharing as the check left, in one order and its reverse. What comes out must be 
 from __future__ import annotations
 
 import copy
+import math
 import random
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from tests.engine.truth import Without, exported, truths, without
 from tracker.ablations import single_layers
 from tracker.documents import Document, Request
 from tracker.engine.check import check
+from tracker.engine.rows import tree_rows
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError, ModelError
 
@@ -373,3 +376,38 @@ class TestRefusalsSayWhatHappened:
         """Gemma 3n is refused before that, for a list as `intermediate_size`."""
         says = "intermediate_size|per.layer|embed"
         attack(model(), Draw().spoken((12, 9), (1, 3)), (0, 1), says=says)
+
+
+OURS = {
+    "a mask": "tracker.engine.score.attention_mask",
+    "packing": "tracker.engine.sweep.tree_rows",
+    "a fork, inside the model's forward": "tracker.engine.streams._by_stream",
+}
+
+
+class TestErrorsOfOurOwn:
+    @pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError])
+    @pytest.mark.parametrize("place", OURS)
+    def test_they_are_raised_and_no_refusal_of_the_model(self, monkeypatch, place, error):
+        def broken(*args: Any) -> Any:
+            raise error("a bug of ours")
+
+        monkeypatch.setattr(OURS[place], broken)
+        engine = Engine(loaded(FAMILIES["llama"].model()), MAX_LENGTH)
+        with pytest.raises(error, match="a bug of ours"):
+            check(engine, Draw().spoken((9, 9), (1, 3)), single_layers((0, 1)))
+
+    def test_a_score_that_never_arrived_is_not_zero(self, monkeypatch):
+        """The packing loses the last answer of the last document."""
+        documents = Draw().spoken((9, 9), (1, 3))
+
+        def losing(given: Sequence[Document], *args: Any) -> Any:
+            *others, last = given
+            return tree_rows([*others, replace(last, requests=last.requests[:-1])], *args)
+
+        monkeypatch.setattr("tracker.engine.sweep.tree_rows", losing)
+        engine = Engine(loaded(FAMILIES["llama"].model()), MAX_LENGTH)
+        scores = engine.score(documents, single_layers((0, 1)))
+        for ours in scores[-1].responses:
+            assert math.isfinite(ours[0].loglikelihood)
+            assert math.isnan(ours[-1].loglikelihood)
