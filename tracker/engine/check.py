@@ -1,22 +1,63 @@
-"""Trust, then verify: whether sharing gives the numbers of the really pruned model."""
+"""Trust, then verify: whether sharing gives the numbers of the really pruned model.
+
+The architecture is attacked on a miniature with every ablation (`attack`); then the model itself
+answers a few real requests both ways; and while it is measured, documents drawn at random are
+answered both ways again (`watch`).
+"""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, replace
 
 import torch
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
-from tracker.engine.sweep import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, DocumentScores, Engine
+from tracker.engine.attack import WAYS, Verdict, attack, reachable
+from tracker.engine.refusal import refused
+from tracker.engine.rows import common_beginning, tree_rows
+from tracker.engine.sweep import PLAIN, DocumentScores, Engine
+from tracker.engine.truth import Truth
 from tracker.errors import CellError
 
-DOCUMENTS = 2
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError)
-"""What a model may raise that cannot be shared."""
+DOCUMENTS = 3
+"""Real documents that the model itself is confirmed on."""
+TOKENS = 400
+"""Tokens that each ablation is asked, at least one request."""
+RATE = 200
+"""One in so many documents is answered plainly as well while a cell is measured."""
+CALM = 10.0
+"""How many times as far as rounding moves the model itself two ways of computing it may differ."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers that were computed both ways.
+
+    Attributes:
+        compared: Log-likelihoods.
+        difference: The largest difference, in nats.
+        unsteady: How many differ by more than rounding should, while the model itself moves as far
+            when its embeddings move by rounding: it is discontinuous there.
+        wrong: The first that differs by more, in words; None where none does.
+    """
+
+    compared: int = 0
+    difference: float = 0.0
+    unsteady: int = 0
+    wrong: str | None = None
+
+    def __add__(self, other: Comparison) -> Comparison:
+        """Put two together."""
+        return Comparison(
+            self.compared + other.compared,
+            max(self.difference, other.difference),
+            self.unsteady + other.unsteady,
+            self.wrong or other.wrong,
+        )
 
 
 @dataclass(frozen=True)
@@ -25,108 +66,215 @@ class Check:
 
     Attributes:
         engine: The engine with as much sharing as is exact.
-        difference: Largest difference of a log-likelihood between it and the plainly pruned model,
-            in nats; 0 when nothing is shared.
+        difference: Largest difference of a log-likelihood between it and the really pruned model,
+            in nats, on the miniature and on the model itself.
         lost: One line that says which sharing was lost and why; None when none was.
+        unsteady: One line that says that the model is discontinuous; None where it is not seen.
+        verdict: What the attack has shown, to be kept for the next time.
     """
 
     engine: Engine
     difference: float
     lost: str | None
+    unsteady: str | None
+    verdict: Verdict
 
 
-def check(engine: Engine, documents: Sequence[Document], ablations: Sequence[Ablation]) -> Check:
-    """Score a few documents both ways, and keep as much sharing as agrees.
+def check(
+    engine: Engine,
+    documents: Sequence[Document],
+    ablations: Sequence[Ablation],
+    known: Verdict | None = None,
+) -> Check:
+    """Find out how much sharing is exact.
 
     Args:
-        engine: The engine, with full sharing.
-        documents: The cell's documents; the first few are scored.
-        ablations: What will be removed; the first, middle and last are tried, and where they are of
-            several kinds (layers, attention, MLP) one of each other kind.
+        engine: The engine, with full sharing; no call has changed its model yet.
+        documents: The cell's documents.
+        ablations: All that will be removed, with the baseline.
+        known: What an attack with the same `attack_key` has shown before.
 
     Returns:
         The engine to use.
 
     Raises:
-        CellError: The model cannot run without one of its layers.
+        CellError: The model cannot be measured; says what happened.
     """
-    few = documents[:DOCUMENTS]
-    tried = [INTACT, *some_of_each_kind(ablations)]
-    plain = engine.with_sharing(PLAIN)
-    try:
-        truth = plain.score(few, tried)
-    except torch.OutOfMemoryError:
-        raise
-    except REFUSALS as error:
-        raise CellError(
-            f"{type(engine.loaded.model).__name__} does not run with a layer taken out "
-            f"({type(error).__name__}: {error}): its layers depend on each other by their numbers"
-        ) from error
-    reasons = []
-    for sharing, name in ((FULL, "documents"), (NO_PREFIX, "tokens"), (DEPTH_ONLY, "depth")):
-        candidate = engine.with_sharing(sharing)
-        if sharing == FULL and not candidate.shares_a_prefix(few):
-            continue
+    verdict = known or attack(engine, ablations, reachable(engine.loaded.model, reach(engine, documents)))
+    model = engine.loaded.model
+    engine = replace(engine, sharing=verdict.sharing, habits=verdict.habits(model))
+    few = _few(documents)
+    reasons = [verdict.lost] if verdict.lost else []
+    start = next((i for i, (way, _) in enumerate(WAYS) if way == verdict.sharing), len(WAYS))
+    for sharing, what in (*WAYS[start:], (PLAIN, "")):
+        shared = engine.with_sharing(sharing)
         try:
-            worst, agree = compare(candidate.score(few, tried), truth, engine)
-        except REFUSALS as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            reasons.append(f"sharing over {name} is refused by the model ({said[0][:120]})")
+            found = _confirm(shared, few, ablations)
+        except Exception as error:
+            why = refused(error)
+            if why is None:
+                raise
+            if sharing == PLAIN:
+                raise CellError(f"{type(model).__name__} does not run: {why}") from error
+            reasons.append(f"sharing over {what} is refused by the model ({why})")
             continue
-        if agree:
-            best = engine.with_sharing(FULL) if sharing == NO_PREFIX and not reasons else candidate
-            return Check(best, worst, "; ".join(reasons) or None)
-        reasons.append(f"sharing over {name} changes a log-likelihood by {worst:.3g} nats")
-    return Check(plain, 0.0, "; ".join(reasons))
+        if found.wrong is None:
+            return Check(
+                shared,
+                max(found.difference, verdict.difference),
+                "; ".join(reasons) or None,
+                _unsteady(found),
+                verdict,
+            )
+        if sharing == PLAIN:
+            raise CellError(f"{type(model).__name__} contradicts itself: {found.wrong}")
+        reasons.append(
+            f"sharing over {what} changes a log-likelihood by {found.difference:.3g} nats"
+        )
+    raise AssertionError("the plain way is the last")
 
 
-def some_of_each_kind(ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Choose ablations to try: the first, middle and last, and one of each other kind.
+def reach(engine: Engine, documents: Sequence[Document]) -> int:
+    """Say how many tokens the longest row of a cell holds, its kept beginning counted.
 
     Args:
-        ablations: All of them.
+        engine: The engine.
+        documents: The cell's documents.
 
     Returns:
-        Some of them, without the baseline.
+        Tokens.
     """
-    kinds: dict[tuple[bool, bool, bool], list[Ablation]] = {}
-    for a in ablations:
-        if a != INTACT:
-            kinds.setdefault((bool(a.layers), bool(a.attention), bool(a.mlp)), []).append(a)
-    first, *others = kinds.values() or [[]]
-    ends = [first[0], first[len(first) // 2], first[-1]] if first else []
-    return list(dict.fromkeys([*ends, *(kind[len(kind) // 2] for kind in others)]))
+    each = max(
+        row.tokens
+        for document in documents
+        for row in tree_rows([document], engine.max_length, 1)
+    )
+    return each + max(engine.most_row_tokens, len(common_beginning(documents, engine.max_length)))
+
+
+def _unsteady(found: Comparison) -> str | None:
+    if not found.unsteady:
+        return None
+    return (
+        f"the model is discontinuous: {found.unsteady} of {found.compared} answers move by more "
+        "than rounding (a router or a top-k near a tie), in lm-eval too"
+    )
+
+
+def _few(documents: Sequence[Document]) -> list[Document]:
+    """The shortest documents, which share rows, with as many answers as there are."""
+
+    def size(document: Document) -> tuple[int, int]:
+        return -min(len(document.requests), 4), len(document.requests[0].context)
+
+    return sorted(documents, key=size)[:DOCUMENTS]
+
+
+def _confirm(
+    engine: Engine, documents: Sequence[Document], ablations: Sequence[Ablation]
+) -> Comparison:
+    """Let the model itself answer some requests under every ablation, both ways."""
+    scores = engine.score(documents, ablations)
+    truth = Truth(engine)
+    draw = random.Random(0)
+    requests = [(d, r) for d, document in enumerate(documents) for r in range(len(document.requests))]
+    found = Comparison()
+    for number, ablation in enumerate(ablations):
+        draw.shuffle(requests)
+        tokens = 0
+        for d, r in requests:
+            found += compare(truth, scores[d], number, ablation, r, engine)
+            request = documents[d].requests[r]
+            tokens += len(request.context) + len(request.continuation)
+            if tokens >= TOKENS and ablation != INTACT:
+                break
+    return found
 
 
 def compare(
-    shared: Sequence[DocumentScores], plain: Sequence[DocumentScores], engine: Engine
-) -> tuple[float, bool]:
-    """Compare two sets of scores of the same documents and ablations.
+    truth: Truth,
+    score: DocumentScores,
+    number: int,
+    ablation: Ablation,
+    request: int,
+    engine: Engine,
+) -> Comparison:
+    """Compare one answer with that of the really pruned model.
 
-    In float32 every log-likelihood may differ by 1e-3 nats and 1e-4 of itself: where a removed
-    layer leaves a model unstable, float32 itself is further than 1e-3 from float64. In half
-    precision the order of summation alone moves single values by per cents, so the median may
-    differ by 0.1 nats and 1 %, a single value by 1 nat and 5 %.
+    In float32 it may differ by 1e-3 nats and 1e-4 of itself; in half precision, where the order of
+    summation alone moves single values by per cents, by 0.1 nats and 2 %. What differs by more is
+    held against how far the model itself moves when its embeddings move by their rounding.
 
     Args:
-        shared: One way.
-        plain: The other way.
+        truth: Answers on the really pruned model.
+        score: All answers to a document.
+        number: Which of its ablations.
+        ablation: That ablation.
+        request: Which of its requests.
         engine: Tells the precision.
 
     Returns:
-        The largest difference in nats, and whether the two agree.
+        The comparison.
     """
-    pairs = [
-        (a.loglikelihood, b.loglikelihood)
-        for one, other in zip(shared, plain, strict=True)
-        for ours, theirs in zip(one.responses, other.responses, strict=True)
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-    if any(math.isfinite(a) != math.isfinite(b) for a, b in pairs):
-        return math.inf, False
-    found = [(abs(a - b), abs(b)) for a, b in pairs if math.isfinite(b)]
-    worst = max((difference for difference, _ in found), default=0.0)
-    if engine.loaded.model.dtype in (torch.float32, torch.float64):
-        return worst, all(difference <= 1e-3 + 1e-4 * size for difference, size in found)
-    typical = median(difference / (0.1 + 0.01 * size) for difference, size in found or [(0, 0)])
-    return worst, typical <= 1 and all(difference <= 1 + 0.05 * size for difference, size in found)
+    asked = score.document.requests[request]
+    ours = score.responses[number][request].loglikelihood
+    right = truth.answer(ablation, asked).loglikelihood
+    if not math.isfinite(right) and not math.isfinite(ours):
+        return Comparison(1)
+    difference = abs(ours - right)
+    if not math.isfinite(difference):
+        difference = math.inf
+    exact = engine.loaded.model.dtype in (torch.float32, torch.float64)
+    allowed = 1e-3 + 1e-4 * abs(right) if exact else 0.1 + 0.02 * abs(right)
+    if difference <= allowed:
+        return Comparison(1, difference)
+    if difference <= allowed + CALM * truth.spread(ablation, asked):
+        return Comparison(1, difference, 1)
+    where = f"document {score.document.index} of {score.document.task}, request {request}"
+    return Comparison(
+        1,
+        difference,
+        wrong=f"{where}, {ablation.name}: {ours:.6g} nats shared, {right:.6g} on the really pruned model",
+    )
+
+
+def is_watched(key: str, task: str, index: int, documents: int) -> bool:
+    """Say whether a document is answered both ways while its cell is measured.
+
+    Args:
+        key: The cell's; decides what is drawn.
+        task: The document's task.
+        index: The document.
+        documents: How many of the task are asked for.
+
+    Returns:
+        Whether it is one in `RATE`, or the task's first choice.
+    """
+    draw = random.Random(f"{key}/{task}")
+    if draw.randrange(max(1, documents)) == index:
+        return True
+    return random.Random(f"{key}/{task}/{index}").randrange(RATE) == 0
+
+
+def watch(
+    engine: Engine, scores: Sequence[DocumentScores], ablations: Sequence[Ablation], seed: str
+) -> Comparison:
+    """Answer measured documents again on a really pruned model, each under one ablation.
+
+    Args:
+        engine: Measured them.
+        scores: What it found.
+        ablations: Under which ablations.
+        seed: Decides which ablation.
+
+    Returns:
+        The comparison.
+    """
+    truth, found = Truth(engine), Comparison()
+    for score in scores:
+        place = f"{seed}/{score.document.task}/{score.document.index}"
+        number = random.Random(place).randrange(len(ablations))
+        for request in range(len(score.document.requests)):
+            found += compare(truth, score, number, ablations[number], request, engine)
+    return found
+

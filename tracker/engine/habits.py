@@ -40,6 +40,7 @@ class Findings:
         every_call: Whether it depends on the call's length in any case.
         leftovers: Names of attributes that one call leaves changed for the next.
         weights: Names of parameters that the first call changes for good.
+        causal: Whether what is said of a token is the same whatever comes after it.
     """
 
     matters: tuple[Path, ...] = ()
@@ -47,6 +48,7 @@ class Findings:
     every_call: bool = False
     leftovers: frozenset[str] = frozenset()
     weights: frozenset[str] = frozenset()
+    causal: bool = True
 
 
 def find_habits(small: Any, paths: Collection[Path]) -> Findings:
@@ -63,6 +65,7 @@ def find_habits(small: Any, paths: Collection[Path]) -> Findings:
     usual = _said(small, LONG)
     leftovers, weights = _changed_by_calls(small)
     every_call = not _same(usual[:SHORT], _said(small, SHORT))
+    causal = _same(usual[:-1], _said(small, LONG, last=1)[:-1])
     matters, by_call = [], []
     shapes = {name: value.shape for name, value in small.state_dict().items()}
     for path, value in numbers(config.get_text_config()):
@@ -84,7 +87,7 @@ def find_habits(small: Any, paths: Collection[Path]) -> Findings:
         leftovers |= left
         weights |= heavy
     return Findings(
-        tuple(matters), tuple(by_call), every_call, frozenset(leftovers), frozenset(weights)
+        tuple(matters), tuple(by_call), every_call, frozenset(leftovers), frozenset(weights), causal
     )
 
 
@@ -122,9 +125,11 @@ def _running(kind: type, config: Any) -> Any | None:
 
 
 @torch.inference_mode()
-def _said(model: Any, tokens: int) -> Tensor:
+def _said(model: Any, tokens: int, last: int | None = None) -> Tensor:
     """Logits of a text on a fresh copy of a model [tokens, vocabulary]."""
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
+    if last is not None:
+        ids[0, -1] = last
     logits: Tensor = copy.deepcopy(model)(ids, use_cache=False).logits[0]
     return logits
 

@@ -92,11 +92,14 @@ class Habits:
         lengths: Which calls it computes alike.
         leftovers: What one call leaves changed for the next, as it was before.
         weights: Parameters that the first call changes for good, as they were before.
+        stay: Whether a removed layer stays in its place and hands on its input, because the model
+            cannot be cut there.
     """
 
     lengths: Lengths = ANY_LENGTH
     leftovers: State = field(default_factory=dict, compare=False)
     weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    stay: bool = False
 
 
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
@@ -143,13 +146,14 @@ class Engine:
             *(parts[layer].attention for layer in ablation.attention),
             *(parts[layer].mlp for layer in ablation.mlp),
         ]
-        model = pruned(self.loaded.model, ablation.layers, silent, self.habits.weights)
-        changing = {name for _, name in self.habits.leftovers}
+        habits = self.habits
+        model = pruned(self.loaded.model, ablation.layers, silent, habits.weights, habits.stay)
+        changing = {name for _, name in habits.leftovers}
         return replace(
             self,
             loaded=replace(self.loaded, model=model, layers=find_layers(model)),
             sharing=PLAIN,
-            habits=replace(self.habits, leftovers=remember(model, changing), weights={}),
+            habits=replace(habits, leftovers=remember(model, changing), weights={}),
         )
 
     def _put_back(self) -> None:
@@ -175,8 +179,8 @@ class Engine:
         """
         layers = len(self.loaded.layers)
         shape = (len(ablations), max(len(document.requests) for document in documents))
+        # What never arrives is not a number, and no zero.
         loglikelihoods = torch.full((len(documents), *shape), math.nan)
-        arrived = 0
         hits = torch.zeros(len(documents), *shape, dtype=torch.int)
         sums = torch.zeros(len(documents), 3, layers, dtype=torch.float64)
         tokens = [0] * len(documents)
@@ -189,11 +193,7 @@ class Engine:
             for (document, path), proxies in zip(row.gold, scores.proxies, strict=False):
                 sums[document] += proxies
                 tokens[document] += row.prefix + len(path)
-            arrived += len(row.requests) * len(ablated)
             progress(len(row.requests) * len(ablated))
-        wanted = sum(len(document.requests) for document in documents) * len(ablations)
-        if arrived < wanted:
-            raise AssertionError(f"{arrived} of {wanted} scores arrived")
         return [
             DocumentScores(
                 document=document,
@@ -309,11 +309,15 @@ class Engine:
         # While streams fork, a mask that a model builds itself must broadcast: one sequence a row.
         return flat_rows(documents, self.max_length, 1 if plan.streams > 1 else size, lengths)
 
+    @property
+    def most_row_tokens(self) -> int:
+        """Nodes of a row of several documents, where memory is no matter."""
+        on_cpu = self.loaded.device.type == "cpu"
+        return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
+
     def _row_size(self, plan: StreamPlan) -> int:
         """Nodes of a row that the budget allows."""
-        on_cpu = self.loaded.device.type == "cpu"
-        wanted = self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
-        return min(wanted, self._budget // (plan.streams * stream_bytes(self.loaded.model)))
+        return min(self.most_row_tokens, self._budget // (plan.streams * stream_bytes(self.loaded.model)))
 
     @cached_property
     def _budget(self) -> int:

@@ -27,6 +27,7 @@ def pruned(
     removed: Collection[int] = (),
     silent: Collection[nn.Module] = (),
     fresh: Mapping[str, Tensor] | None = None,
+    stay: bool = False,
 ) -> Any:
     """Copy a model without some of its layers, the others re-indexed.
 
@@ -39,6 +40,8 @@ def pruned(
         silent: Attentions and MLPs of the model that are to add nothing to the residual stream.
         fresh: Parameters and buffers by name that the copy gets for its own, in place of the
             model's.
+        stay: Whether the layers stay where they are and hand on their input, for a model that
+            cannot be cut.
 
     Returns:
         The copy.
@@ -51,7 +54,10 @@ def pruned(
         memo[id(old)] = _like(old, tensor)
     twin = copy.deepcopy(model, memo)
     kept = [index for index in range(len(layers)) if index not in removed]
-    if len(kept) < len(layers):
+    if stay:
+        for index in removed:
+            find_layers(twin)[index].register_forward_hook(_hand_on, with_kwargs=True)
+    elif len(kept) < len(layers):
         _take_out(twin, kept)
     for module in silent:
         if id(module) in memo:
@@ -128,7 +134,7 @@ def _cut(value: Any, kept: Sequence[int], total: int) -> Any:
         return type(value)(value[index] for index in kept)
     if isinstance(value, dict) and value and all(type(key) is int for key in value):
         if set(value) <= set(range(total)):
-            return {kept.index(place): what for place, what in value.items() if place in kept}
+            return type(value)((kept.index(p), what) for p, what in value.items() if p in kept)
     return value
 
 
@@ -140,14 +146,18 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
         kept: The layers that stay, ascending.
     """
     total = config.num_hidden_layers
-    for name, value in list(vars(config).items()):
-        if not name.startswith("_"):
-            setattr(config, name, _cut_entry(value, kept, total))
     computed = {
         name: _cut(value, kept, total)
         for name, value in _computed(config)
         if isinstance(value, (list, tuple)) and len(value) == total
     }
+    for name, value in list(vars(config).items()):
+        if name.startswith("_"):
+            continue
+        if "layer" in name and isinstance(value, list) and _are_places(value, total):
+            setattr(config, name, [kept.index(place) for place in value if place in kept])
+        else:
+            setattr(config, name, _cut_entry(value, kept, total))
     config.num_hidden_layers = len(kept)
     if computed:
         # Computed by the class from how many layers there are, as if the last ones were removed.
@@ -164,6 +174,15 @@ def _cut_entry(value: Any, kept: Sequence[int], total: int) -> Any:
     return _cut(value, kept, total)
 
 
+def _are_places(value: Sequence[Any], total: int) -> bool:
+    """Whether a list holds the numbers of some of the layers."""
+    return (
+        0 < len(value) < total
+        and all(type(place) is int and 0 <= place < total for place in value)
+        and list(value) == sorted(set(value))
+    )
+
+
 def _computed(config: Any) -> Iterator[tuple[str, Any]]:
     """The properties of a configuration's class, with their values."""
     for kind in type(config).__mro__:
@@ -173,6 +192,12 @@ def _computed(config: Any) -> Iterator[tuple[str, Any]]:
                     yield name, getattr(config, name)
                 except Exception:  # noqa: BLE001 - a property of transformers that is not for us
                     continue
+
+
+def _hand_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Let a layer, which still runs, return its input."""
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
 
 
 def _add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
