@@ -8,7 +8,6 @@ shared and on models that were really changed.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import refused
 from tracker.engine.rows import Lengths
 from tracker.engine.sweep import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Engine, Habits, Sharing
-from tracker.engine.truth import Truth
+from tracker.engine.truth import Comparison, Truth
 from tracker.errors import CellError
 from tracker.models.layers import find_layers
 from tracker.models.miniature import miniature, numbers
@@ -31,8 +30,8 @@ from tracker.models.pruned import remember
 
 WAYS = ((FULL, "documents"), (NO_PREFIX, "tokens"), (DEPTH_ONLY, "depth"))
 """From the most sharing to the least, with what is lost where it is not exact."""
-TOLERANCE = 2e-4
-"""Nats by which two ways to compute a miniature may differ, besides 1e-5 of the log-likelihood."""
+TOLERANCE = 2e-4, 1e-5
+"""Nats, and share of itself, by which an answer of a miniature may differ."""
 WHOLE = 6
 """Ablations besides the baseline that are compared on every text; the others on `SOME`."""
 SOME = 4
@@ -50,10 +49,11 @@ class Verdict:
         lost: One line that says which sharing was lost and why; None when none was.
         difference: The largest difference that was left, in nats.
         compared: Log-likelihoods behind it.
+        unsteady: How many of them differ by more, while the model itself moves as far by rounding.
         lengths: Numbers of the configuration at which the length of a call matters, with whether
             beyond it every length is another; the empty path for a model to which it always does.
         leftovers: Names of attributes that one call leaves changed for the next.
-        weights: Names of parameters that the first call changes for good.
+        first: Where in the model is what the first call changes for good: module, attribute.
         stay: Whether removed layers stay in their places, because the model cannot be cut.
         attacked: `a miniature`, or `the model` where none can be built.
     """
@@ -62,9 +62,10 @@ class Verdict:
     lost: str | None
     difference: float
     compared: int
+    unsteady: int = 0
     lengths: tuple[tuple[Path, bool], ...] = ()
     leftovers: tuple[str, ...] = ()
-    weights: tuple[str, ...] = ()
+    first: tuple[tuple[str, str], ...] = ()
     stay: bool = False
     attacked: str = "a miniature"
 
@@ -79,11 +80,11 @@ class Verdict:
         """
         values = dict(numbers(model.config.get_text_config()))
         thresholds = tuple(int(values[path]) for path, _ in self.lengths if path in values)
-        parameters = dict(model.named_parameters())
+        first = remember(model, {name for _, name in self.first})
         return Habits(
             lengths=Lengths(thresholds, each=any(each for _, each in self.lengths)),
             leftovers=remember(model, self.leftovers) if self.leftovers else {},
-            weights={name: parameters[name].detach().clone() for name in self.weights},
+            first={place: first[place] for place in self.first if place in first},
             stay=self.stay,
         )
 
@@ -132,13 +133,13 @@ def attack(engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path])
         None,
         0.0,
         0,
-        lengths,
-        tuple(sorted(found.leftovers)),
-        tuple(sorted(found.weights)),
+        lengths=lengths,
+        leftovers=tuple(sorted(found.leftovers)),
+        first=tuple(sorted(found.first)),
     )
     models = [small, *shortened(small, found.matters)]
     engines = [_engine(engine, each, verdict) for each in models]
-    verdict = replace(verdict, stay=_cannot_be_cut(engines[0], ablations, name))
+    verdict = _as_cut(engines[0], ablations, verdict, name)
     for each in models:
         verdict = _attacked(_engine(engine, each, verdict), ablations, verdict, name)
     return verdict
@@ -164,7 +165,7 @@ def _attack_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> 
         attacked="the model",
     )
     engine = replace(engine, habits=verdict.habits(engine.loaded.model))
-    verdict = replace(verdict, stay=_cannot_be_cut(engine, ablations, name))
+    verdict = _as_cut(engine, ablations, verdict, name)
     engine = replace(engine, habits=verdict.habits(engine.loaded.model))
     return _attacked(engine, ablations, verdict, name)
 
@@ -179,12 +180,13 @@ def _attacked(
         calls = [_texts(random.Random(0), vocabulary, (), longest)[:4]]
     else:
         calls = _calls(vocabulary, longest)
-    truth = list(_truths(Truth(engine), calls, ablations))
+    truth = Truth(engine)
+    asked = list(_asked(calls, ablations))
     reasons = [verdict.lost] if verdict.lost else []
-    allowed = [WAYS.index(way) for way in WAYS if way[0] == verdict.sharing]
-    for sharing, what in (*WAYS[allowed[0] if allowed else len(WAYS) :], (PLAIN, "")):
+    start = next((i for i, (way, _) in enumerate(WAYS) if way == verdict.sharing), len(WAYS))
+    for sharing, what in (*WAYS[start:], (PLAIN, "")):
         try:
-            worst, agree = _compared(engine.with_sharing(sharing), calls, ablations, truth)
+            compared = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)
         except Exception as error:
             why = refused(error)
             if why is None:
@@ -193,31 +195,32 @@ def _attacked(
                 raise CellError(f"{name} cannot be asked one request at a time: {why}") from error
             reasons.append(f"sharing over {what} is refused by the model ({why})")
             continue
-        if agree:
+        if compared.wrong is None:
             return replace(
                 verdict,
                 sharing=sharing,
                 lost="; ".join(dict.fromkeys(reasons)) or None,
-                difference=max(worst, verdict.difference),
-                compared=verdict.compared + len(truth),
+                difference=max(compared.difference, verdict.difference),
+                compared=verdict.compared + compared.compared,
+                unsteady=verdict.unsteady + compared.unsteady,
             )
         if sharing == PLAIN:
             raise CellError(
                 f"{name} gives other numbers when its requests are asked in another order "
-                f"(by {worst:.3g} nats): there is nothing to measure"
+                f"(by {compared.difference:.3g} nats): there is nothing to measure"
             )
-        reasons.append(f"sharing over {what} changes a log-likelihood by {worst:.3g} nats")
+        reasons.append(
+            f"sharing over {what} changes a log-likelihood by {compared.difference:.3g} nats"
+        )
     raise AssertionError("the plain way is the last")
 
 
 _Place = tuple[int, int, int, int]
-"""Which call, document, request and ablation."""
+"""Which ablation, call, document and request."""
 
 
-def _truths(
-    truth: Truth, calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation]
-) -> Iterator[tuple[_Place, float]]:
-    """The answers on changed models: of some ablations to every request, of each to some."""
+def _asked(calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation]) -> Iterator[_Place]:
+    """What is compared: of some ablations every request, of each some."""
     every = [
         (c, d, r)
         for c, documents in enumerate(calls)
@@ -226,35 +229,31 @@ def _truths(
     ]
     draw = random.Random(0)
     step = max(1, len(ablations) // WHOLE)
-    for number, ablation in enumerate(ablations):
+    for number in range(len(ablations)):
         chosen = every if number % step == 0 else draw.sample(every, min(SOME, len(every)))
-        for c, d, r in chosen:
-            request = calls[c][d].requests[r]
-            yield (c, d, r, number), truth.answer(ablation, request).loglikelihood
+        for place in chosen:
+            yield (number, *place)
 
 
 def _compared(
     engine: Engine,
     calls: Sequence[Sequence[Document]],
     ablations: Sequence[Ablation],
-    truth: Sequence[tuple[_Place, float]],
-) -> tuple[float, bool]:
-    """Score all calls in order and then in reverse; the largest difference, and whether it is
-    nothing but rounding."""
-    worst, agree = 0.0, True
+    asked: Sequence[_Place],
+    truth: Truth,
+) -> Comparison:
+    """Score all calls in order and then in reverse, and compare."""
+    found = Comparison()
     for step in (1, -1):
-        scores = {}
-        for c in range(len(calls))[::step]:
-            scored = engine.score(calls[c][::step], ablations)
-            scores[c] = scored[::step]
-        for (c, d, r, number), right in truth:
+        scores = {
+            c: engine.score(calls[c][::step], ablations)[::step] for c in range(len(calls))[::step]
+        }
+        for number, c, d, r in asked:
             ours = scores[c][d].responses[number][r].loglikelihood
-            if math.isnan(right) and math.isnan(ours):
-                continue
-            difference = abs(ours - right)
-            worst = max(worst, difference) if difference == difference else math.inf
-            agree = agree and difference <= TOLERANCE + 1e-5 * abs(right)
-    return worst, agree
+            found += truth.compare(ours, ablations[number], calls[c][d].requests[r], *TOLERANCE)
+            if found.wrong:
+                return found
+    return found
 
 
 def _calls(vocabulary: int, longest: int) -> list[list[Document]]:
@@ -310,15 +309,14 @@ def _documents(
 
 
 @torch.inference_mode()
-def _cannot_be_cut(engine: Engine, ablations: Sequence[Ablation], name: str) -> bool:
-    """Whether a removed layer must stay in its place and hand on its input.
+def _as_cut(engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, name: str) -> Verdict:
+    """Find out what the model without a layer is; raises CellError where it does not run.
 
-    A model without a layer is what a checkpoint without it would be. Nearly always that is the
-    model whose layer hands on its input; where it is not, the cut model must at least be what its
-    own configuration and weights make of it.
-
-    Raises:
-        CellError: Without some layer the model does not run at all.
+    It is what a checkpoint without the layer would be. Nearly always that is the model whose layer
+    hands on its input, and streams that skip the layer compute it. Where it is another model (what
+    layers do depends on their places), nothing is shared over depth; it must then be what its own
+    configuration and weights make of it. Where no checkpoint can be cut, the layer stays in its
+    place and hands on its input.
     """
     cut = replace(engine, habits=replace(engine.habits, stay=False))
     still = replace(engine, habits=replace(engine.habits, stay=True))
@@ -338,7 +336,10 @@ def _cannot_be_cut(engine: Engine, ablations: Sequence[Ablation], name: str) -> 
     if wrong and by_nature:
         ablation, why = wrong[0]
         raise CellError(f"{name} cannot be cut to be without {_named(ablation)}: {why}")
-    return bool(wrong)
+    if by_nature:
+        lost = "a checkpoint without a layer is not the model that skips it, so nothing is shared"
+        return replace(verdict, sharing=PLAIN, lost=lost)
+    return replace(verdict, stay=bool(wrong))
 
 
 def _named(ablation: Ablation) -> str:
@@ -375,9 +376,6 @@ def _is_its_own_checkpoint(engine: Engine, ablation: Ablation, said: torch.Tenso
         again.load_state_dict(model.state_dict())
     except Exception:  # noqa: BLE001 - a class that cannot be made of this configuration
         return False
-    found, _ = _text_under(
-        replace(engine, loaded=replace(engine.loaded, model=again, layers=find_layers(again))),
-        INTACT,
-    )
+    fresh = replace(engine, loaded=replace(engine.loaded, model=again, layers=find_layers(again)))
+    found, _ = _text_under(replace(fresh, habits=Habits()), INTACT)
     return found is not None and _alike(found, said)
-

@@ -7,12 +7,9 @@ answered both ways again (`watch`).
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
@@ -20,44 +17,17 @@ from tracker.engine.attack import WAYS, Verdict, attack, reachable
 from tracker.engine.refusal import refused
 from tracker.engine.rows import common_beginning, tree_rows
 from tracker.engine.sweep import PLAIN, DocumentScores, Engine
-from tracker.engine.truth import Truth
+from tracker.engine.truth import Comparison, Truth
 from tracker.errors import CellError
 
 DOCUMENTS = 3
 """Real documents that the model itself is confirmed on."""
 TOKENS = 400
 """Tokens that each ablation is asked, at least one request."""
+SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
+"""Nats, and share of itself, by which an answer may differ for rounding."""
 RATE = 200
 """One in so many documents is answered plainly as well while a cell is measured."""
-CALM = 10.0
-"""How many times as far as rounding moves the model itself two ways of computing it may differ."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Answers that were computed both ways.
-
-    Attributes:
-        compared: Log-likelihoods.
-        difference: The largest difference, in nats.
-        unsteady: How many differ by more than rounding should, while the model itself moves as far
-            when its embeddings move by rounding: it is discontinuous there.
-        wrong: The first that differs by more, in words; None where none does.
-    """
-
-    compared: int = 0
-    difference: float = 0.0
-    unsteady: int = 0
-    wrong: str | None = None
-
-    def __add__(self, other: Comparison) -> Comparison:
-        """Put two together."""
-        return Comparison(
-            self.compared + other.compared,
-            max(self.difference, other.difference),
-            self.unsteady + other.unsteady,
-            self.wrong or other.wrong,
-        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +70,8 @@ def check(
     Raises:
         CellError: The model cannot be measured; says what happened.
     """
-    verdict = known or attack(engine, ablations, reachable(engine.loaded.model, reach(engine, documents)))
     model = engine.loaded.model
+    verdict = known or attack(engine, ablations, reachable(model, reach(engine, documents)))
     engine = replace(engine, sharing=verdict.sharing, habits=verdict.habits(model))
     few = _few(documents)
     reasons = [verdict.lost] if verdict.lost else []
@@ -118,12 +88,15 @@ def check(
                 raise CellError(f"{type(model).__name__} does not run: {why}") from error
             reasons.append(f"sharing over {what} is refused by the model ({why})")
             continue
+        if sharing == PLAIN and verdict.unsteady and found.wrong:
+            # Nothing is shared: what differs is the model itself, with ties that nothing breaks.
+            found = replace(found, unsteady=found.unsteady + 1, wrong=None)
         if found.wrong is None:
             return Check(
                 shared,
                 max(found.difference, verdict.difference),
                 "; ".join(reasons) or None,
-                _unsteady(found),
+                _unsteady(found + Comparison(verdict.compared, unsteady=verdict.unsteady)),
                 verdict,
             )
         if sharing == PLAIN:
@@ -145,9 +118,7 @@ def reach(engine: Engine, documents: Sequence[Document]) -> int:
         Tokens.
     """
     each = max(
-        row.tokens
-        for document in documents
-        for row in tree_rows([document], engine.max_length, 1)
+        row.tokens for document in documents for row in tree_rows([document], engine.max_length, 1)
     )
     return each + max(engine.most_row_tokens, len(common_beginning(documents, engine.max_length)))
 
@@ -177,13 +148,15 @@ def _confirm(
     scores = engine.score(documents, ablations)
     truth = Truth(engine)
     draw = random.Random(0)
-    requests = [(d, r) for d, document in enumerate(documents) for r in range(len(document.requests))]
+    requests = [
+        (d, r) for d, document in enumerate(documents) for r in range(len(document.requests))
+    ]
     found = Comparison()
     for number, ablation in enumerate(ablations):
         draw.shuffle(requests)
         tokens = 0
         for d, r in requests:
-            found += compare(truth, scores[d], number, ablation, r, engine)
+            found += _compare(truth, scores[d], number, ablation, r)
             request = documents[d].requests[r]
             tokens += len(request.context) + len(request.continuation)
             if tokens >= TOKENS and ablation != INTACT:
@@ -191,51 +164,22 @@ def _confirm(
     return found
 
 
-def compare(
-    truth: Truth,
-    score: DocumentScores,
-    number: int,
-    ablation: Ablation,
-    request: int,
-    engine: Engine,
+def _compare(
+    truth: Truth, score: DocumentScores, number: int, ablation: Ablation, request: int
 ) -> Comparison:
-    """Compare one answer with that of the really pruned model.
+    """Compare one answer of the model itself with that of the really pruned model.
 
     In float32 it may differ by 1e-3 nats and 1e-4 of itself; in half precision, where the order of
-    summation alone moves single values by per cents, by 0.1 nats and 2 %. What differs by more is
-    held against how far the model itself moves when its embeddings move by their rounding.
-
-    Args:
-        truth: Answers on the really pruned model.
-        score: All answers to a document.
-        number: Which of its ablations.
-        ablation: That ablation.
-        request: Which of its requests.
-        engine: Tells the precision.
-
-    Returns:
-        The comparison.
+    summation alone moves single values by per cents, by 0.1 nats and 2 %.
     """
-    asked = score.document.requests[request]
     ours = score.responses[number][request].loglikelihood
-    right = truth.answer(ablation, asked).loglikelihood
-    if not math.isfinite(right) and not math.isfinite(ours):
-        return Comparison(1)
-    difference = abs(ours - right)
-    if not math.isfinite(difference):
-        difference = math.inf
-    exact = engine.loaded.model.dtype in (torch.float32, torch.float64)
-    allowed = 1e-3 + 1e-4 * abs(right) if exact else 0.1 + 0.02 * abs(right)
-    if difference <= allowed:
-        return Comparison(1, difference)
-    if difference <= allowed + CALM * truth.spread(ablation, asked):
-        return Comparison(1, difference, 1)
-    where = f"document {score.document.index} of {score.document.task}, request {request}"
-    return Comparison(
-        1,
-        difference,
-        wrong=f"{where}, {ablation.name}: {ours:.6g} nats shared, {right:.6g} on the really pruned model",
+    found = truth.compare(
+        ours, ablation, score.document.requests[request], *(HALF if truth.is_half else SINGLE)
     )
+    if found.wrong is None:
+        return found
+    where = f"document {score.document.index} of {score.document.task}, request {request}"
+    return replace(found, wrong=f"{where}, {ablation.name}: {found.wrong}")
 
 
 def is_watched(key: str, task: str, index: int, documents: int) -> bool:
@@ -256,6 +200,20 @@ def is_watched(key: str, task: str, index: int, documents: int) -> bool:
     return random.Random(f"{key}/{task}/{index}").randrange(RATE) == 0
 
 
+def drawn_ablation(document: Document, ablations: int, seed: str) -> int:
+    """Draw the ablation under which a document is answered both ways.
+
+    Args:
+        document: The document.
+        ablations: How many there are.
+        seed: Decides, with the document.
+
+    Returns:
+        Which one.
+    """
+    return random.Random(f"{seed}/{document.task}/{document.index}").randrange(ablations)
+
+
 def watch(
     engine: Engine, scores: Sequence[DocumentScores], ablations: Sequence[Ablation], seed: str
 ) -> Comparison:
@@ -272,9 +230,7 @@ def watch(
     """
     truth, found = Truth(engine), Comparison()
     for score in scores:
-        place = f"{seed}/{score.document.task}/{score.document.index}"
-        number = random.Random(place).randrange(len(ablations))
+        number = drawn_ablation(score.document, len(ablations), seed)
         for request in range(len(score.document.requests)):
-            found += compare(truth, score, number, ablations[number], request, engine)
+            found += _compare(truth, score, number, ablations[number], request)
     return found
-

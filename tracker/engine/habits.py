@@ -39,7 +39,7 @@ class Findings:
             it every length differs from every other.
         every_call: Whether it depends on the call's length in any case.
         leftovers: Names of attributes that one call leaves changed for the next.
-        weights: Names of parameters that the first call changes for good.
+        first: What the first call changes for good; nothing where no weight is among it.
         causal: Whether what is said of a token is the same whatever comes after it.
     """
 
@@ -47,7 +47,7 @@ class Findings:
     by_call: tuple[tuple[Path, bool], ...] = ()
     every_call: bool = False
     leftovers: frozenset[str] = frozenset()
-    weights: frozenset[str] = frozenset()
+    first: frozenset[tuple[str, str]] = frozenset()
     causal: bool = True
 
 
@@ -63,7 +63,7 @@ def find_habits(small: Any, paths: Collection[Path]) -> Findings:
     """
     kind, config = type(small), small.config
     usual = _said(small, LONG)
-    leftovers, weights = _changed_by_calls(small)
+    leftovers, first = _changed_by_calls(small)
     every_call = not _same(usual[:SHORT], _said(small, SHORT))
     causal = _same(usual[:-1], _said(small, LONG, last=1)[:-1])
     matters, by_call = [], []
@@ -80,14 +80,14 @@ def find_habits(small: Any, paths: Collection[Path]) -> Findings:
                 continue
             if not every_call and not _same(long[:SHORT], _said(other, SHORT)):
                 by_call.append((path, not _same(long[:OTHER], _said(other, OTHER))))
-            left, heavy = _changed_by_calls(other)
-        except Exception:  # noqa: BLE001, S112 - the model does not take this number: it is another's
+            left, too = _changed_by_calls(other)
+        except Exception:  # noqa: BLE001 - the model does not take this number
             continue
         matters.append(path)
         leftovers |= left
-        weights |= heavy
+        first |= too
     return Findings(
-        tuple(matters), tuple(by_call), every_call, frozenset(leftovers), frozenset(weights), causal
+        tuple(matters), tuple(by_call), every_call, frozenset(leftovers), frozenset(first), causal
     )
 
 
@@ -140,15 +140,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.inference_mode()
-def _changed_by_calls(model: Any) -> tuple[set[str], set[str]]:
-    """Attributes that differ after another call, and parameters that differ after the first."""
+def _changed_by_calls(model: Any) -> tuple[set[str], set[tuple[str, str]]]:
+    """Attributes that differ after another call, and what differs for good after the first."""
     model = copy.deepcopy(model)
     states = [remember(model)]
     for tokens in (SHORT, LONG):
         model(torch.arange(tokens)[None] % 31 + 3, use_cache=False)
         states.append(remember(model))
-    own = dict(model.named_parameters())
-    heavy = {
-        f"{path}.{name}".lstrip(".") for path, name in changed(states[0], states[1])
-    } & own.keys()
-    return {name for _, name in changed(states[1], states[2])}, heavy
+    parameters = {tuple(name.rpartition(".")[::2]) for name, _ in model.named_parameters()}
+    first = changed(states[0], states[1])
+    return {
+        name for _, name in changed(states[1], states[2])
+    }, first if first & parameters else set()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.engine.refusal import Refusal
+from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Row
 from tracker.models.sublayers import replaced_forward
 
@@ -118,13 +118,13 @@ def _first_seen(mask: Any, tokens: int) -> Tensor | None:
     shown = mask[0, 0].cpu()
     if shown.dtype != torch.bool:
         if ((shown != 0) & (shown > -1e4)).any():
-            raise Refusal("its attention masks say more than which token is seen")
+            raise RefusalError("its attention masks say more than which token is seen")
         shown = shown == 0
     first = shown.int().argmax(-1)
     places = torch.arange(tokens)
     stretch = (places[None, :] >= first[:, None]) & (places[None, :] <= places[:, None])
     if not torch.equal(shown, stretch):
-        raise Refusal("a token sees others than an unbroken stretch before it")
+        raise RefusalError("a token sees others than an unbroken stretch before it")
     return first if first.any() else None
 
 

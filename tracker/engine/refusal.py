@@ -5,12 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 
 import torch
-
-_LIBRARIES = ("torch", "accelerate", "contextlib", "functools")
-"""Code between the engine and a model's own."""
+from torch import nn
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """A model is not built the way that some sharing needs; says what was found."""
 
 
@@ -26,17 +24,19 @@ def refused(error: Exception) -> str | None:
     """
     if isinstance(error, torch.OutOfMemoryError):
         return None
-    if not isinstance(error, Refusal) and _raised_by_us(error.__traceback__):
+    if not isinstance(error, RefusalError) and _raised_by_us(error.__traceback__):
         return None
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:
-    """Whether tracker's code stands deepest, that of the libraries below it not counted."""
+    """Whether no module of the model ran below the deepest code of tracker."""
     ours = True
     while traceback is not None:
-        module = str(traceback.tb_frame.f_globals.get("__name__", ""))
-        if module.partition(".")[0] not in _LIBRARIES:
-            ours = module.startswith("tracker.")
+        frame = traceback.tb_frame
+        if str(frame.f_globals.get("__name__", "")).startswith("tracker."):
+            ours = True
+        elif isinstance(frame.f_locals.get("self"), nn.Module):
+            ours = False
         traceback = traceback.tb_next
     return ours

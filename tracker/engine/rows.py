@@ -346,7 +346,8 @@ def flat_rows(
     for together in _by_side(_sequences(documents, max_length, lengths)):
         by_path: dict[tuple[int, ...], list[_Sequence]] = {}
         longest: tuple[int, ...] = ()
-        # Backwards in order, a sequence that begins another one comes after it, and is read with it.
+        # Backwards in order, a sequence that begins another one comes after it and is read with
+        # it.
         for sequence in sorted((s for each in together for s in each), key=_path, reverse=True):
             if longest[: len(sequence.path)] != sequence.path:
                 longest = sequence.path

@@ -14,7 +14,7 @@ from tracker.ablations import INTACT
 from tracker.engine.head import Head
 from tracker.engine.masks import Masks, Sight
 from tracker.engine.prefix import Prefix, cache_argument, new_cache
-from tracker.engine.refusal import Refusal
+from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Row, reading_row
 from tracker.engine.streams import StreamPlan, forking, plan_streams
 from tracker.metrics.influence import angular_distance, cosine_similarity, relative_update
@@ -77,6 +77,12 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
         Scores on the CPU.
     """
     output, observed = run_base(parts, plan, row, None if prefix is None else prefix.cache)
+    before = 0 if prefix is None else prefix.proxies.sum(1)
+    sums = [observed[:, path].double().sum(1) + before for _, path in row.gold]
+    proxies = torch.stack(sums) if sums else torch.zeros(0, 3, len(parts.layers))
+    if not row.requests:
+        none = torch.zeros(plan.streams, 0)
+        return RowScores(none, none.int(), proxies)
     states = output.last_hidden_state
     kept, predictor, predicted, owner = (
         index.to(states.device) for index in (row.keep, row.predictor, row.predicted, row.owner)
@@ -88,13 +94,7 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
     # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval.
     totals = none.index_add(1, owner, found.logprobs.float()).to(found.logprobs.dtype)
     hits = none.index_add(1, owner, found.greedy.float())
-    before = 0 if prefix is None else prefix.proxies.sum(1)
-    sums = [observed[:, path].double().sum(1) + before for _, path in row.gold]
-    return RowScores(
-        loglikelihoods=totals.float().cpu(),
-        hits=hits.int().cpu(),
-        proxies=torch.stack(sums) if sums else torch.zeros(0, 3, len(parts.layers)),
-    )
+    return RowScores(totals.float().cpu(), hits.int().cpu(), proxies)
 
 
 @torch.inference_mode()
@@ -129,6 +129,10 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     observed: list[Tensor] = []
 
     def observe(layer: int, before: Tensor, after: Tensor) -> None:
+        if before.shape[:2] != row.input_ids.shape:
+            raise RefusalError(
+                f"its layers pass on {tuple(before.shape)}, and not [texts, tokens, width]"
+            )
         # Some models carry several residual streams side by side: together they are the state.
         before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
         cosine = cosine_similarity(before, after)
@@ -143,7 +147,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
     if row.ancestors is not None:
         taken = inspect.signature(parts.base.forward).parameters
         if "position_ids" not in taken:
-            raise Refusal("it takes no positions")
+            raise RefusalError("it takes no positions")
         cached["position_ids"] = row.positions.to(device)
         sight = parts.sight(int(row.positions.max()) + 1)
         masks = Masks(row, sight, parts.model.dtype, device)
@@ -169,4 +173,4 @@ def kept_bytes(parts: Parts) -> int:
     run_base(parts, alone, reading_row((0, 0)), cache)
     kept = [layer for layer in cache.layers if layer.is_initialized]
     size = sum(t.numel() * t.itemsize for layer in kept for t in (layer.keys, layer.values))
-    return max(1, size // (2 * max(1, len(kept))))
+    return max(1, int(size) // (2 * max(1, len(kept))))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tracker.ablations import INTACT, Ablation, Action
 from tracker.engine.masks import Masks, mask_place
-from tracker.engine.refusal import Refusal
+from tracker.engine.refusal import RefusalError
 from tracker.models.sublayers import Sublayers, nothing, replaced_forward
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -222,16 +222,17 @@ class _Fork:
         """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
         if self.index == 0:
             self.handed.clear()
-        if any(value is other for value in (*args, *kwargs.values()) for other in self.handed):
-            raise Refusal("its layers hand more to each other than the hidden state")
+        step = self.step
+        given = (*args, *kwargs.values())
+        if len(step.actions) > 1 and any(a is b for a in given for b in self.handed):
+            raise RefusalError("its layers hand more to each other than the hidden state")
         if self.masks is not None:
             args, kwargs = self.masks.put(self.index, self.mask_place, args, kwargs)
         named = "hidden_states" in kwargs
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
         rest = () if named else args[1:]
-        step = self.step
         if len(hidden) % step.streams:
-            raise Refusal("something between its layers changes the batch")
+            raise RefusalError("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)
         entering = list(step.entering)
         origins = [step.origin(stream) for stream in entering]
@@ -247,7 +248,7 @@ class _Fork:
         several = isinstance(output, (tuple, list))
         passed = output[0] if several else output
         if not isinstance(passed, Tensor) or passed.shape != going.shape:
-            raise Refusal(
+            raise RefusalError(
                 f"layer {self.index} returns something else than a hidden state of the shape "
                 "that it was given"
             )

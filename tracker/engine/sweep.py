@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Response
@@ -19,7 +19,7 @@ from tracker.engine.head import Head
 from tracker.engine.masks import Sight, look
 from tracker.engine.memory import free_memory, stream_bytes
 from tracker.engine.prefix import SHORTEST, Prefix, cache_argument
-from tracker.engine.refusal import Refusal
+from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import ANY_LENGTH, Lengths, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.score import Parts, RowScores, kept_bytes, read_prefix, score_row
 from tracker.engine.streams import StreamPlan, plan_streams
@@ -91,14 +91,14 @@ class Habits:
     Attributes:
         lengths: Which calls it computes alike.
         leftovers: What one call leaves changed for the next, as it was before.
-        weights: Parameters that the first call changes for good, as they were before.
+        first: What the first call changes for good, weights among it, as it was before.
         stay: Whether a removed layer stays in its place and hands on its input, because the model
             cannot be cut there.
     """
 
     lengths: Lengths = ANY_LENGTH
     leftovers: State = field(default_factory=dict, compare=False)
-    weights: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    first: State = field(default_factory=dict, compare=False)
     stay: bool = False
 
 
@@ -147,13 +147,13 @@ class Engine:
             *(parts[layer].mlp for layer in ablation.mlp),
         ]
         habits = self.habits
-        model = pruned(self.loaded.model, ablation.layers, silent, habits.weights, habits.stay)
+        model = pruned(self.loaded.model, ablation.layers, silent, habits.first, habits.stay)
         changing = {name for _, name in habits.leftovers}
         return replace(
             self,
             loaded=replace(self.loaded, model=model, layers=find_layers(model)),
             sharing=PLAIN,
-            habits=replace(habits, leftovers=remember(model, changing), weights={}),
+            habits=replace(habits, leftovers=remember(model, changing), first={}),
         )
 
     def _put_back(self) -> None:
@@ -317,7 +317,9 @@ class Engine:
 
     def _row_size(self, plan: StreamPlan) -> int:
         """Nodes of a row that the budget allows."""
-        return min(self.most_row_tokens, self._budget // (plan.streams * stream_bytes(self.loaded.model)))
+        return min(
+            self.most_row_tokens, self._budget // (plan.streams * stream_bytes(self.loaded.model))
+        )
 
     @cached_property
     def _budget(self) -> int:
@@ -391,10 +393,10 @@ class Engine:
             Groups, each with the baseline.
 
         Raises:
-            Refusal: The model takes no keys and values.
+            RefusalError: The model takes no keys and values.
         """
         if cache_argument(self.loaded.model) is None:
-            raise Refusal("it takes no cache of keys and values")
+            raise RefusalError("it takes no cache of keys and values")
         each = tokens * len(self.loaded.layers) * self._kept_bytes
         size = max(1, self._budget // 2 // each - 1)
         removed = [ablation for ablation in ablations if ablation != INTACT]

@@ -6,8 +6,10 @@ the engine shares is held against this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +19,39 @@ from tracker.documents import Request, Response
 from tracker.engine.sweep import Engine
 from tracker.models.pruned import put_back
 
-DRAWS = 3
-"""Times that a request is asked again with its embeddings moved by rounding."""
+CALM = 10.0
+"""How many times as far as rounding moves the model itself two ways of computing it may differ."""
+SHAKE = 16
+"""Machine epsilons by which embeddings are moved: what rounding adds up to within a few layers."""
+DRAWS = 32
+"""Times at most that a request is asked again with its embeddings moved by rounding."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers that were computed both ways.
+
+    Attributes:
+        compared: Log-likelihoods.
+        difference: The largest difference, in nats.
+        unsteady: How many differ by more than rounding should, while the model itself moves as far
+            when its embeddings move by rounding: it is discontinuous there.
+        wrong: The first that differs by more, in words; None where none does.
+    """
+
+    compared: int = 0
+    difference: float = 0.0
+    unsteady: int = 0
+    wrong: str | None = None
+
+    def __add__(self, other: Comparison) -> Comparison:
+        """Put two together."""
+        return Comparison(
+            self.compared + other.compared,
+            max(self.difference, other.difference),
+            self.unsteady + other.unsteady,
+            self.wrong or other.wrong,
+        )
 
 
 class Truth:
@@ -31,9 +64,10 @@ class Truth:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._made: tuple[Ablation, Engine] | None = None
+        self._answers: dict[tuple[Ablation, Request], Response] = {}
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
-        """Score one request.
+        """Score one request, once.
 
         Args:
             ablation: What the model lacks.
@@ -42,28 +76,69 @@ class Truth:
         Returns:
             The answer.
         """
-        return answer(self._without(ablation), request)
+        place = (ablation, request)
+        if place not in self._answers:
+            self._answers[place] = answer(self._without(ablation), request)
+        return self._answers[place]
 
-    def spread(self, ablation: Ablation, request: Request) -> float:
-        """Say how far an answer moves when its embeddings move by no more than rounding.
+    def moves(self, ablation: Ablation, request: Request, nats: float) -> bool:
+        """Say whether an answer moves so far when its embeddings move by no more than rounding.
 
-        Where a router or a top-k is near a tie, that may be far: the model is discontinuous there,
-        and no two ways to compute it agree.
+        Where a router or a top-k is near a tie, it may: the model is discontinuous there, and no
+        two ways to compute it agree.
 
         Args:
             ablation: What the model lacks.
             request: What is asked.
+            nats: How far.
 
         Returns:
-            The largest difference of the log-likelihood, in nats.
+            Whether its log-likelihood moves by that much in one of `DRAWS` draws.
         """
         engine = self._without(ablation)
-        calm = answer(engine, request).loglikelihood
-        moved = []
+        calm = self.answer(ablation, request).loglikelihood
         for seed in range(DRAWS):
-            with _shaken(engine.loaded.model, seed):
-                moved.append(answer(engine, request).loglikelihood)
-        return max(abs(value - calm) for value in moved)
+            with shaken(engine.loaded.model, seed):
+                if abs(answer(engine, request).loglikelihood - calm) >= nats:
+                    return True
+        return False
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the model computes in half precision."""
+        return self._engine.loaded.model.dtype not in (torch.float32, torch.float64)
+
+    def compare(
+        self, ours: float, ablation: Ablation, request: Request, nats: float, share: float
+    ) -> Comparison:
+        """Hold a log-likelihood against the truth.
+
+        What differs by more than is allowed is held against how far the model itself moves when
+        its embeddings move by their rounding.
+
+        Args:
+            ours: The log-likelihood.
+            ablation: What the model lacks.
+            request: What was asked.
+            nats: By how much it may differ,
+            share: and by what share of itself besides.
+
+        Returns:
+            The comparison.
+        """
+        right = self.answer(ablation, request).loglikelihood
+        if not math.isfinite(right) and not math.isfinite(ours):
+            return Comparison(1)
+        difference = abs(ours - right)
+        if math.isnan(difference):
+            difference = math.inf
+        allowed = nats + share * abs(right)
+        if difference <= allowed:
+            return Comparison(1, difference)
+        if self.moves(ablation, request, difference / CALM):
+            return Comparison(1, difference, 1)
+        wrong = f"{ours:.6g} nats shared, {right:.6g} on the really pruned model"
+        return Comparison(1, difference, wrong=wrong)
 
     def _without(self, ablation: Ablation) -> Engine:
         # One copy is kept: requests come ablation by ablation.
@@ -95,13 +170,23 @@ def answer(engine: Engine, request: Request) -> Response:
 
 
 @contextmanager
-def _shaken(model: Any, seed: int) -> Iterator[None]:
-    """Let a model's token embeddings differ from what they are by about their rounding."""
+def shaken(model: Any, seed: int) -> Iterator[None]:
+    """Let a model's token embeddings differ from what they are by about their rounding.
+
+    Args:
+        model: The model.
+        seed: Decides how.
+
+    Yields:
+        Nothing; on exit the embeddings are what they were.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def shake(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=generator).to(output)
-        return output * (1 + 2 * torch.finfo(output.dtype).eps * noise)
+        # Also a model in float64 computes parts of itself in float32.
+        eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
+        return output * (1 + SHAKE * eps * noise)
 
     handle = model.get_input_embeddings().register_forward_hook(shake)
     try:

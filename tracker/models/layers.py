@@ -1,10 +1,8 @@
-"""Finding a model's decoder layers by structure, and taking some of them out."""
+"""Finding a model's decoder layers by structure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import inspect
 
 from torch import nn
 
@@ -44,80 +42,12 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     return next(iter(outermost.values()))
 
 
-@contextmanager
-def layers_removed(model: nn.Module, removed: Collection[int]) -> Iterator[None]:
-    """Take layers really out of a model for a while, the others re-indexed.
-
-    Args:
-        model: A causal language model of transformers.
-        removed: The layers to take out, 0-based.
-
-    Yields:
-        Nothing; on exit, also by an exception, the model is what it was.
-    """
-    layers = find_layers(model)
-    parent, name = owner(model, layers)
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    kept = [index for index in range(len(layers)) if index not in removed]
-    changed = [
-        (module, name, getattr(module, name))
-        for layer in layers
-        for module in layer.modules()
-        for name in ("layer_idx", "layer_dic")
-        if isinstance(getattr(module, name, None), (int, dict))
-    ]
-    with _layer_types(config, kept):
-        try:
-            setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
-            for new, old in enumerate(kept):
-                for module in layers[old].modules():
-                    if isinstance(getattr(module, "layer_idx", None), int):
-                        module.layer_idx = new  # type: ignore[assignment]
-                    # Zamba 2 looks its adapters up by the layer's place in the stack.
-                    if isinstance(by_place := getattr(module, "layer_dic", None), dict):
-                        module.layer_dic = {  # type: ignore[assignment]
-                            kept.index(place): what
-                            for place, what in by_place.items()
-                            if place in kept
-                        }
-            config.num_hidden_layers = len(kept)
-            yield
-        finally:
-            setattr(parent, name, layers)
-            for module, attribute, value in changed:
-                setattr(module, attribute, value)
-            config.num_hidden_layers = len(layers)
-
-
-@contextmanager
-def _layer_types(config: Any, kept: Sequence[int]) -> Iterator[None]:
-    """Let a configuration name the types of the kept layers only, if it names types at all."""
-    name = (getattr(config, "attribute_map", None) or {}).get("layer_types", "layer_types")
-    types = getattr(config, name, None)
-    remaining = None if types is None else [types[index] for index in kept]
-    own = type(config)
-    if types is None:
-        yield
-    elif name in vars(config):
-        setattr(config, name, remaining)
-        try:
-            yield
-        finally:
-            setattr(config, name, types)
-    else:
-        # Computed by the class from how many layers there are, as if the last ones were removed.
-        config.__class__ = type(own.__name__, (own,), {name: remaining})
-        try:
-            yield
-        finally:
-            config.__class__ = own
-
-
 def find_base(model: nn.Module) -> nn.Module:
-    """Find the part of a causal language model below its head: the one that holds the layers.
+    """Find the part of a causal language model below its head: from token ids to hidden states.
 
     It is the part that the head asks, which is not always `model.base_model`: OPT's head asks the
-    decoder inside it, and Llama 4's text model has none of that name.
+    decoder inside it, and Llama 4's text model has none of that name. Bert's layers lie in an
+    encoder that takes no token ids; its base is the part around that.
 
     Args:
         model: A causal language model of transformers.
@@ -125,10 +55,28 @@ def find_base(model: nn.Module) -> nn.Module:
     Returns:
         The submodule whose forward runs the layers and returns `last_hidden_state`.
     """
-    return owner(model, find_layers(model))[0]
+    path = _path(model, find_layers(model))
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if "input_ids" in inspect.signature(module.forward).parameters:
+            return module
+    return model
 
 
 def owner(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
-    path = next(name for name, module in model.named_modules() if module is layers)
-    parent, _, name = path.rpartition(".")
+    """Find the module that holds a list of layers.
+
+    Args:
+        model: The model.
+        layers: Its layers.
+
+    Returns:
+        The module, and the attribute under which it holds them.
+    """
+    parent, _, name = _path(model, layers).rpartition(".")
     return model.get_submodule(parent), name
+
+
+def _path(model: nn.Module, layers: nn.ModuleList) -> str:
+    return str(next(name for name, module in model.named_modules() if module is layers))

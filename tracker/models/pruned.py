@@ -6,7 +6,7 @@ The copy shares the weights and nothing else, so that it runs beside the model i
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def pruned(
     model: Any,
     removed: Collection[int] = (),
     silent: Collection[nn.Module] = (),
-    fresh: Mapping[str, Tensor] | None = None,
+    fresh: State | None = None,
     stay: bool = False,
 ) -> Any:
     """Copy a model without some of its layers, the others re-indexed.
@@ -38,8 +38,7 @@ def pruned(
         model: A causal language model of transformers.
         removed: The layers to take out, 0-based.
         silent: Attentions and MLPs of the model that are to add nothing to the residual stream.
-        fresh: Parameters and buffers by name that the copy gets for its own, in place of the
-            model's.
+        fresh: What the copy gets for its own in place of the model's, parameters too.
         stay: Whether the layers stay where they are and hand on their input, for a model that
             cannot be cut.
 
@@ -49,10 +48,13 @@ def pruned(
     layers = find_layers(model)
     shared = _shared(model)
     memo = {id(each): each for each in shared}
-    for name, tensor in (fresh or {}).items():
-        old = model.get_parameter(name) if _is_parameter(model, name) else model.get_buffer(name)
-        memo[id(old)] = _like(old, tensor)
+    fresh = fresh or {}
+    for (path, name), value in fresh.items():
+        old = model.get_submodule(path)._parameters.get(name)
+        if old is not None:
+            memo[id(old)] = nn.Parameter(value.clone(), requires_grad=False)
     twin = copy.deepcopy(model, memo)
+    put_back(twin, fresh)
     kept = [index for index in range(len(layers)) if index not in removed]
     if stay:
         for index in removed:
@@ -77,16 +79,6 @@ def _shared(model: Any) -> Iterator[Any]:
                 yield held
 
 
-def _is_parameter(model: nn.Module, name: str) -> bool:
-    path, _, last = name.rpartition(".")
-    return last in model.get_submodule(path)._parameters
-
-
-def _like(old: Tensor, value: Tensor) -> Tensor:
-    own = value.clone()
-    return nn.Parameter(own, requires_grad=False) if isinstance(old, nn.Parameter) else own
-
-
 def _take_out(twin: Any, kept: Sequence[int]) -> None:
     """Leave only the kept layers in a copy, which nobody else uses."""
     layers = find_layers(twin)
@@ -94,9 +86,8 @@ def _take_out(twin: Any, kept: Sequence[int]) -> None:
     parent, name = owner(twin, layers)
     _renumber(layers, kept)
     setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
-    for module in twin.modules():
-        if module in layers:
-            continue
+    outside = [m for m in twin.modules() if any(each is parent for each in m.modules())]
+    for module in outside:
         for attribute, value in list(vars(module).items()):
             if attribute == "config" or attribute.startswith("_"):
                 continue
@@ -132,9 +123,8 @@ def _cut(value: Any, kept: Sequence[int], total: int) -> Any:
     """Cut what has one entry a layer, or places as its keys; anything else stays as it is."""
     if isinstance(value, (list, tuple)) and len(value) == total:
         return type(value)(value[index] for index in kept)
-    if isinstance(value, dict) and value and all(type(key) is int for key in value):
-        if set(value) <= set(range(total)):
-            return type(value)((kept.index(p), what) for p, what in value.items() if p in kept)
+    if isinstance(value, dict) and value and all(key in range(total) for key in value):
+        return type(value)((kept.index(p), what) for p, what in value.items() if p in kept)
     return value
 
 
@@ -259,11 +249,13 @@ def put_back(model: nn.Module, state: State) -> None:
 
     Args:
         model: The model.
-        state: From `remember`; parameters are not among it.
+        state: From `remember`; parameters among it are left alone.
     """
     modules = dict(model.named_modules())
     for (path, name), value in state.items():
         module = modules[path]
+        if name in module._parameters:
+            continue
         own = value.clone() if isinstance(value, Tensor) else value
         if name in module._buffers:
             module._buffers[name] = own

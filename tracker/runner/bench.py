@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -137,11 +137,10 @@ class Prepared:
         """
         from tracker.benchmarks.plain import score_with_lm_eval
 
-        loaded = self.engine.loaded
-        with self.engine.removed(ablation):
-            return timed(
-                lambda: score_with_lm_eval(loaded.model, loaded.tokenizer, documents, batch_size)
-            )
+        pruned = self.engine.without(ablation).loaded
+        return timed(
+            lambda: score_with_lm_eval(pruned.model, pruned.tokenizer, documents, batch_size)
+        )
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
@@ -217,13 +216,16 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     asked = request.model_copy(update={"layers": tuple(range(total)), "spans": (1,)})
     ablations = ablations_of(asked, total)
 
+    progress.say("checking that sharing is exact for this model")
+    check_seconds, checked = timed(lambda: check(ready.engine, documents, ablations))
+    ready = replace(ready, engine=checked.engine)
+    engine = checked.engine
+
     progress.say("lm-eval: trying batch sizes on the baseline")
     few = documents[:TRIED_DOCUMENTS]
     tried = {size: ready.plainly(ablations[0], size, few)[0] for size in BATCH_SIZES}
     batch_size = min(tried, key=lambda size: tried[size])
 
-    check_seconds, checked = timed(lambda: check(ready.engine, documents, ablations))
-    engine = checked.engine
     responses = sum(len(document.requests) for document in documents) * len(ablations)
     progress.start(f"{request.benchmark}: engine", responses)
     with _peak(loaded.device) as peak, _stopwatch(engine) as inside:

@@ -135,8 +135,8 @@ def _seconds(
     if name == "layers":
         removed = tuple(range(size, ready.engine.loaded.identity.layers))
         ablations = [a for a in ablations if not {*a.layers, *a.attention, *a.mlp} & {*removed}]
-    with ready.engine.removed(Ablation(removed)):
-        smaller = replace(ready, engine=ready.engine.as_it_is())
-        engine, _ = timed(lambda: smaller.engine.score(documents, ablations))
-        one, _ = smaller.plainly(INTACT, BATCH_SIZE, documents)
+    pruned = ready.engine.without(Ablation(removed)).with_sharing(ready.engine.sharing)
+    smaller = replace(ready, engine=pruned)
+    engine, _ = timed(lambda: smaller.engine.score(documents, ablations))
+    one, _ = smaller.plainly(INTACT, BATCH_SIZE, documents)
     return engine, one * len(ablations)

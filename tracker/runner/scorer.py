@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from tracker.ablations import INTACT, Ablation
+from tracker.ablations import Ablation
 from tracker.benchmarks.generation import TextGenerator
 from tracker.documents import Document, Prompt
-from tracker.engine.check import REFUSALS, check, some_of_each_kind
+from tracker.engine.attack import Verdict
+from tracker.engine.check import Check, check, drawn_ablation, watch
+from tracker.engine.refusal import refused
 from tracker.engine.sweep import DocumentScores, Engine
+from tracker.engine.truth import Comparison, shaken
 
 CHECKED_TOKENS = 16
 """Tokens that the check lets every ablation generate."""
+DRAWS = 8
+"""Times that a text is generated again with embeddings moved by rounding."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,42 @@ class Scorer:
         ]
         return replace(result, responses=responses)
 
+    def watch(
+        self, results: Sequence[DocumentScores], ablations: Sequence[Ablation], seed: str
+    ) -> Comparison:
+        """Answer measured documents again on a really pruned model, each under one ablation.
+
+        Args:
+            results: What `score` found.
+            ablations: Under which ablations.
+            seed: Decides which ablation.
+
+        Returns:
+            The comparison; of a generated text only whether it is the same.
+        """
+        found = watch(self.engine, results, ablations, seed)
+        if self.generation is None:
+            return found
+        for result in results:
+            prompt = result.document.prompt
+            if prompt is None:
+                continue
+            number = drawn_ablation(result.document, len(ablations), seed)
+            ours, ablation = result.responses[number][0].text, ablations[number]
+            theirs = self.generation.text_apart(prompt, ablation)
+            if ours == theirs:
+                found += Comparison(1)
+            elif self.generation.is_unsteady(prompt, ablation, theirs):
+                found += Comparison(1, unsteady=1)
+            else:
+                document = result.document
+                found += Comparison(
+                    1,
+                    wrong=f"document {document.index} of {document.task}, {ablation.name}: "
+                    f"{ours!r} together, {theirs!r} on the really pruned model",
+                )
+        return found
+
     @staticmethod
     def responses(document: Document) -> int:
         """Count what a document asks for under one ablation.
@@ -87,27 +129,28 @@ def checked_scorer(
     tokenizer: Any,
     documents: Sequence[Document],
     ablations: Sequence[Ablation],
-) -> tuple[Scorer, list[str]]:
+    known: Verdict | None = None,
+) -> tuple[Scorer, Check, list[str]]:
     """Find out what can be shared exactly, by computing a little of it both ways.
 
     Args:
-        engine: The engine, with full sharing.
+        engine: The engine, with full sharing; no call has changed its model yet.
         tokenizer: The model's tokenizer.
         documents: The cell's documents.
         ablations: What will be removed.
+        known: What an attack on the same architecture has shown before.
 
     Returns:
-        The scorer to use, and one line for each kind of sharing that was lost.
+        The scorer to use, what the check of the engine found, and one line for each kind of
+        sharing that was lost.
     """
-    checked = check(engine, documents, ablations)
-    lost = [checked.lost] if checked.lost else []
+    checked = check(engine, documents, ablations, known)
+    lost = [line for line in (checked.lost, checked.unsteady) if line]
     prompts = [document.prompt for document in documents if document.prompt is not None]
     if not prompts:
-        return Scorer(checked.engine), lost
-    generator = TextGenerator(engine.loaded.model, tokenizer)
-    few = [INTACT, *some_of_each_kind(ablations)]
-    generation, why = Generation(checked.engine, generator).checked(prompts[0], few)
-    return Scorer(checked.engine, generation), [*lost, *([why] if why else [])]
+        return Scorer(checked.engine), checked, lost
+    generation, why = Generation(checked.engine, tokenizer).checked(prompts[0], ablations)
+    return Scorer(checked.engine, generation), checked, [*lost, *([why] if why else [])]
 
 
 @dataclass(frozen=True)
@@ -116,13 +159,18 @@ class Generation:
 
     Attributes:
         engine: The model's engine.
-        generator: lm-eval's generation with the same model.
-        together: Whether all ablations generate in one batch; otherwise each layer is taken out.
+        tokenizer: The model's tokenizer.
+        together: Whether all ablations generate in one batch; otherwise each on a really pruned
+            model.
     """
 
     engine: Engine
-    generator: TextGenerator
+    tokenizer: Any
     together: bool = True
+
+    @cached_property
+    def _generator(self) -> TextGenerator:
+        return TextGenerator(self.engine.loaded.model, self.tokenizer)
 
     def texts(self, prompt: Prompt, ablations: Sequence[Ablation]) -> list[str]:
         """Continue a prompt.
@@ -134,18 +182,32 @@ class Generation:
         Returns:
             One text an ablation, in the same order.
         """
-        if not self.together:
-            found = []
-            for ablation in ablations:
-                with self.engine.removed(ablation):
-                    found += self.generator.texts([prompt])
-            return found
-        tokens = len(self.generator.tok_encode(prompt.text)) + prompt.longest
-        tokens = min(tokens, self.generator.max_length)  # longer prompts are cut
+        tokens = len(self._generator.tok_encode(prompt.text))
+        tokens = min(tokens, self._generator.max_length - prompt.longest)  # longer ones are cut
+        lengths = self.engine.habits.lengths
+        # The prompt is read in several calls, which must all be computed as the one of lm-eval.
+        if not self.together or lengths.side(tokens) != lengths.side(1):
+            return [self.text_apart(prompt, ablation) for ablation in ablations]
         by_ablation: dict[Ablation, str] = {}
-        for group in self.engine.decoding_groups(ablations, tokens):
+        for group in self.engine.decoding_groups(ablations, tokens + prompt.longest):
             by_ablation |= zip(group, self._texts_together(prompt, group), strict=True)
         return [by_ablation[ablation] for ablation in ablations]
+
+    def text_apart(self, prompt: Prompt, ablation: Ablation, seed: int | None = None) -> str:
+        """Continue a prompt with a really pruned model, as lm-eval does.
+
+        Args:
+            prompt: What to continue.
+            ablation: What the model lacks.
+            seed: Moves the model's embeddings by rounding; None = not.
+
+        Returns:
+            The text.
+        """
+        model = self.engine.without(ablation).loaded.model
+        with nullcontext() if seed is None else shaken(model, seed):
+            (text,) = TextGenerator(model, self.tokenizer).texts([prompt])
+        return text
 
     def _texts_together(self, prompt: Prompt, group: Sequence[Ablation]) -> list[str]:
         @contextmanager
@@ -153,7 +215,7 @@ class Generation:
             with self.engine.decoding(group, tokens) as cached:
                 yield cached
 
-        return self.generator.texts_of_rows(prompt, len(group), decoding)
+        return self._generator.texts_of_rows(prompt, len(group), decoding)
 
     def checked(
         self, prompt: Prompt, ablations: Sequence[Ablation]
@@ -165,7 +227,7 @@ class Generation:
 
         Args:
             prompt: What is continued.
-            ablations: A few of the ablations, with the baseline.
+            ablations: All ablations, with the baseline.
 
         Returns:
             What to use, and one line that says what was lost and why.
@@ -177,11 +239,30 @@ class Generation:
         truth = apart.texts(short, ablations)
         try:
             found = self.texts(short, ablations)
-        except REFUSALS as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            return apart, f"generating together is refused by the model ({said})"
-        equal = sum(a == b for a, b in zip(found, truth, strict=True))
+        except Exception as error:
+            why = refused(error)
+            if why is None:
+                raise
+            return apart, f"generating together is refused by the model ({why})"
+        differing = [
+            ablation
+            for ablation, ours, theirs in zip(ablations, found, truth, strict=True)
+            if ours != theirs and not self.is_unsteady(short, ablation, theirs)
+        ]
         exact = self.engine.loaded.model.dtype in (torch.float32, torch.float64)
-        if equal < (len(truth) if exact else len(truth) / 2):
-            return apart, f"generating together changes {len(truth) - equal} of {len(truth)} texts"
+        if len(differing) > (0 if exact else len(truth) / 2):
+            return apart, f"generating together changes {len(differing)} of {len(truth)} texts"
         return self, None
+
+    def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:
+        """Say whether rounding alone lets a pruned model continue otherwise.
+
+        Args:
+            prompt: What is continued.
+            ablation: What the model lacks.
+            text: How it continues.
+
+        Returns:
+            Whether it continues otherwise when its embeddings move by their rounding.
+        """
+        return any(self.text_apart(prompt, ablation, seed) != text for seed in range(DRAWS))
