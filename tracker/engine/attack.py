@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from tracker.errors import CellError
 from tracker.models.layers import find_layers
 from tracker.models.miniature import miniature, numbers
 from tracker.models.pruned import remember
+from tracker.provenance import content_hash, file_hash, machine, package_versions
 
 WAYS = ((FULL, "documents"), (NO_PREFIX, "tokens"), (DEPTH_ONLY, "depth"))
 """From the most sharing to the least, with what is lost where it is not exact."""
@@ -87,6 +89,28 @@ class Verdict:
             first={place: first[place] for place in self.first if place in first},
             stay=self.stay,
         )
+
+
+def attack_key(model: Any, ablations: Sequence[Ablation], paths: Sequence[Path]) -> str:
+    """Name an attack by all that its verdict follows from: not the weights.
+
+    Args:
+        model: A model of the architecture.
+        ablations: All that will be removed.
+        paths: Numbers of the configuration that the cell's texts can reach.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    here = FilePath(__file__).parents[1]
+    code = file_hash([*(here / "engine").glob("*.py"), *(here / "models").glob("*.py")])
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "quantization_config", "dtype"):
+        config.pop(name, None)
+    names = [ablation.name for ablation in ablations]
+    return content_hash(
+        [type(model).__name__, config, names, paths, package_versions(), machine(), code]
+    )
 
 
 def reachable(model: Any, reach: int) -> tuple[Path, ...]:

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Protocol
+
+from pydantic import TypeAdapter, ValidationError
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
-from tracker.engine.attack import WAYS, Verdict, attack, reachable
+from tracker.engine.attack import WAYS, Verdict, attack, attack_key, reachable
+from tracker.engine.habits import Path
 from tracker.engine.refusal import refused
 from tracker.engine.rows import common_beginning, tree_rows
 from tracker.engine.sweep import PLAIN, DocumentScores, Engine
 from tracker.engine.truth import Comparison, Truth
 from tracker.errors import CellError
 
+VERDICT = TypeAdapter(Verdict)
+"""Verdicts as JSON."""
 DOCUMENTS = 3
 """Real documents that the model itself is confirmed on."""
 TOKENS = 400
@@ -40,21 +47,29 @@ class Check:
             in nats, on the miniature and on the model itself.
         lost: One line that says which sharing was lost and why; None when none was.
         unsteady: One line that says that the model is discontinuous; None where it is not seen.
-        verdict: What the attack has shown, to be kept for the next time.
     """
 
     engine: Engine
     difference: float
     lost: str | None
     unsteady: str | None
-    verdict: Verdict
+
+
+class Kept(Protocol):
+    """Where verdicts are kept from one check to the next."""
+
+    def recall(self, key: str) -> str | None:
+        """Recall a verdict."""
+
+    def keep(self, key: str, verdict: str) -> None:
+        """Keep a verdict."""
 
 
 def check(
     engine: Engine,
     documents: Sequence[Document],
     ablations: Sequence[Ablation],
-    known: Verdict | None = None,
+    kept: Kept | None = None,
 ) -> Check:
     """Find out how much sharing is exact.
 
@@ -62,7 +77,7 @@ def check(
         engine: The engine, with full sharing; no call has changed its model yet.
         documents: The cell's documents.
         ablations: All that will be removed, with the baseline.
-        known: What an attack with the same `attack_key` has shown before.
+        kept: Where the attack's verdict is kept; None = nowhere.
 
     Returns:
         The engine to use.
@@ -71,7 +86,7 @@ def check(
         CellError: The model cannot be measured; says what happened.
     """
     model = engine.loaded.model
-    verdict = known or attack(engine, ablations, reachable(model, reach(engine, documents)))
+    verdict = _verdict(engine, ablations, reachable(model, reach(engine, documents)), kept)
     engine = replace(engine, sharing=verdict.sharing, habits=verdict.habits(model))
     few = _few(documents)
     reasons = [verdict.lost] if verdict.lost else []
@@ -97,7 +112,6 @@ def check(
                 max(found.difference, verdict.difference),
                 "; ".join(reasons) or None,
                 _unsteady(found + Comparison(verdict.compared, unsteady=verdict.unsteady)),
-                verdict,
             )
         if sharing == PLAIN:
             raise CellError(f"{type(model).__name__} contradicts itself: {found.wrong}")
@@ -105,6 +119,22 @@ def check(
             f"sharing over {what} changes a log-likelihood by {found.difference:.3g} nats"
         )
     raise AssertionError("the plain way is the last")
+
+
+def _verdict(
+    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path], kept: Kept | None
+) -> Verdict:
+    """Attack the architecture, or recall what an attack has shown before."""
+    if kept is None:
+        return attack(engine, ablations, paths)
+    key = attack_key(engine.loaded.model, ablations, paths)
+    text = kept.recall(key)
+    if text is not None:
+        with suppress(ValidationError):  # damaged: the attack is made again
+            return VERDICT.validate_json(text)
+    verdict = attack(engine, ablations, paths)
+    kept.keep(key, VERDICT.dump_json(verdict).decode())
+    return verdict
 
 
 def reach(engine: Engine, documents: Sequence[Document]) -> int:
@@ -182,22 +212,25 @@ def _compare(
     return replace(found, wrong=f"{where}, {ablation.name}: {found.wrong}")
 
 
-def is_watched(key: str, task: str, index: int, documents: int) -> bool:
-    """Say whether a document is answered both ways while its cell is measured.
+def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
+    """Draw the documents that are answered both ways while a cell is measured.
 
     Args:
-        key: The cell's; decides what is drawn.
-        task: The document's task.
-        index: The document.
-        documents: How many of the task are asked for.
+        documents: The cell's documents.
 
     Returns:
-        Whether it is one in `RATE`, or the task's first choice.
+        Task and index of one in `RATE`, and of each task of one at least; the same ones each time,
+        and more of them when there are more documents.
     """
-    draw = random.Random(f"{key}/{task}")
-    if draw.randrange(max(1, documents)) == index:
-        return True
-    return random.Random(f"{key}/{task}/{index}").randrange(RATE) == 0
+
+    def drawn(document: Document) -> float:
+        return random.Random(f"{document.task}/{document.index}").random()
+
+    first: dict[str, Document] = {}
+    for document in documents:
+        first[document.task] = min(first.get(document.task, document), document, key=drawn)
+    some = [document for document in documents if drawn(document) < 1 / RATE]
+    return {(document.task, document.index) for document in (*some, *first.values())}
 
 
 def drawn_ablation(document: Document, ablations: int, seed: str) -> int:

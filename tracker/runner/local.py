@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from tracker.ledger.checks import Checks
 from tracker.ledger.store import CellStore, Ledger
 from tracker.runner.executors import Done, Job, Options
 from tracker.runner.fill import fill, open_cell
@@ -84,7 +85,7 @@ def measure_cell(
     if not lacking:
         return store, []
     progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
-    lost = meter.check()
+    lost = meter.check(Checks(ledger.root))
     for line in lost:
         progress.say(line)
     fill(store, lacking, meter, request.limit, progress)

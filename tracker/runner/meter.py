@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tracker.ablations import INTACT, Ablation, ablations_of
 from tracker.benchmarks.benchmark import Benchmark
 from tracker.config import CellRequest
+from tracker.errors import CellError
 from tracker.ledger.outcomes import outcome_row
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
@@ -19,7 +20,9 @@ from tracker.runner.prepare import check_range
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
+    from tracker.engine.check import Kept
     from tracker.engine.sweep import DocumentScores
+    from tracker.engine.truth import Comparison
     from tracker.models.load import LoadedModel
     from tracker.runner.executors import Options
     from tracker.runner.scorer import Scorer
@@ -116,6 +119,7 @@ class Meter:
     def __init__(
         self, request: CellRequest, benchmark: Benchmark, model: Model, options: Options
     ) -> None:
+        from tracker.engine.check import watched_documents
         from tracker.runner.scorer import Scorer
 
         loaded = model.loaded
@@ -126,6 +130,7 @@ class Meter:
         self._scorer: Scorer | None = None
         documents = benchmark.documents(model.encoder, request.limit)
         self._documents = {(document.task, document.index): document for document in documents}
+        self._watch = watched_documents(documents)
         self.ablations = ablations_of(request, loaded.identity.layers)
         self.facts = Facts(
             loaded.identity,
@@ -134,8 +139,11 @@ class Meter:
             {place: Scorer.responses(each) for place, each in self._documents.items()},
         )
 
-    def check(self) -> list[str]:
+    def check(self, kept: Kept | None = None) -> list[str]:
         """Find out what this model can share exactly; must come before `measure`.
+
+        Args:
+            kept: Where the verdicts of attacks are kept; None = nowhere.
 
         Returns:
             One line for each kind of sharing that was lost.
@@ -146,7 +154,7 @@ class Meter:
         loaded = self._model.loaded
         engine = Engine(loaded, self._model.encoder.max_length, memory=self._memory)
         self._scorer, lost = checked_scorer(
-            engine, loaded.tokenizer, list(self._documents.values()), self.ablations
+            engine, loaded.tokenizer, list(self._documents.values()), self.ablations, kept
         )
         name = loaded.identity.name
         return [f"{name} is measured with less sharing: {line}" for line in lost]
@@ -168,6 +176,9 @@ class Meter:
 
         Returns:
             Their outcomes.
+
+        Raises:
+            CellError: A document that was answered both ways has two answers.
         """
         assert self._scorer is not None, "check() comes first"
         scorer = self._scorer
@@ -176,6 +187,7 @@ class Meter:
         scored = [INTACT, *(named[name] for name in names if name != INTACT.name)]
         start = time.perf_counter()
         results = scorer.score([self._documents[task, i] for i in indices], scored, advance)
+        watched = self._watched(results, scored)
         rows = [
             row
             for result in results
@@ -186,8 +198,23 @@ class Meter:
             "seconds": f"{time.perf_counter() - start:.3f}",
             "device": str(scorer.engine.loaded.device),
             "sharing": str(scorer.engine.sharing),
+            "compared": str(watched.compared),
+            "difference": str(watched.difference),
+            "unsteady": str(watched.unsteady),
         }
         return Shard(rows, metadata)
+
+    def _watched(self, results: Sequence[DocumentScores], scored: Sequence[Ablation]) -> Comparison:
+        """Answer some of the documents again on really pruned models."""
+        assert self._scorer is not None
+        some = [r for r in results if (r.document.task, r.document.index) in self._watch]
+        found = self._scorer.watch(some, scored, self.facts.model.fingerprint)
+        if found.wrong is not None:
+            raise CellError(
+                f"stopped, because sharing is not exact here: {found.wrong}. What was measured of "
+                "this cell is not to be trusted; please report this line"
+            )
+        return found
 
     def _rows(
         self, result: DocumentScores, scored: Sequence[Ablation], keep_baseline: bool

@@ -13,8 +13,7 @@ import torch
 from tracker.ablations import Ablation
 from tracker.benchmarks.generation import TextGenerator
 from tracker.documents import Document, Prompt
-from tracker.engine.attack import Verdict
-from tracker.engine.check import Check, check, drawn_ablation, watch
+from tracker.engine.check import Kept, check, drawn_ablation, watch
 from tracker.engine.refusal import refused
 from tracker.engine.sweep import DocumentScores, Engine
 from tracker.engine.truth import Comparison, shaken
@@ -129,8 +128,8 @@ def checked_scorer(
     tokenizer: Any,
     documents: Sequence[Document],
     ablations: Sequence[Ablation],
-    known: Verdict | None = None,
-) -> tuple[Scorer, Check, list[str]]:
+    kept: Kept | None = None,
+) -> tuple[Scorer, list[str]]:
     """Find out what can be shared exactly, by computing a little of it both ways.
 
     Args:
@@ -138,19 +137,18 @@ def checked_scorer(
         tokenizer: The model's tokenizer.
         documents: The cell's documents.
         ablations: What will be removed.
-        known: What an attack on the same architecture has shown before.
+        kept: Where the verdicts of attacks are kept.
 
     Returns:
-        The scorer to use, what the check of the engine found, and one line for each kind of
-        sharing that was lost.
+        The scorer to use, and one line for each kind of sharing that was lost.
     """
-    checked = check(engine, documents, ablations, known)
+    checked = check(engine, documents, ablations, kept)
     lost = [line for line in (checked.lost, checked.unsteady) if line]
     prompts = [document.prompt for document in documents if document.prompt is not None]
     if not prompts:
-        return Scorer(checked.engine), checked, lost
+        return Scorer(checked.engine), lost
     generation, why = Generation(checked.engine, tokenizer).checked(prompts[0], ablations)
-    return Scorer(checked.engine, generation), checked, [*lost, *([why] if why else [])]
+    return Scorer(checked.engine, generation), [*lost, *([why] if why else [])]
 
 
 @dataclass(frozen=True)
