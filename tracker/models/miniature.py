@@ -101,6 +101,7 @@ CHOSEN = (
     "num_experts_per_token",
     "top_k_experts",
 )
+GROUPS = ("n_group", "num_expert_group")
 RANKS = (
     "adapter_rank",
     "attention_lora_dim",
@@ -124,6 +125,8 @@ VOCABULARIES = (
     "vocab_size",
     "vocab_size_per_layer_input",
 )
+BLOCKS = ("chunk_size", "mamba_chunk_size")
+"""In how large blocks a state space model sums: it pads every text to one, and no sum depends on it."""
 STATES = ("mamba_d_state", "ssm_state_size", "state_size")
 
 
@@ -185,7 +188,8 @@ def _heads(config: Any) -> None:
         wide = min(heads, HEADS) * (size // divisor) * hidden // (heads * size)
     _change(config, HEAD_SIZES, lambda value: value // divisor)
     for queries, keys in QUERIES_AND_KEYS:
-        many = _sizes(config, queries)
+        if not (many := _sizes(config, queries)):
+            continue
         _change(config, [keys], lambda value, m=many: min(value, HEADS if value in m else 2))
     _change(config, {pair[0] for pair in QUERIES_AND_KEYS}, lambda value: min(value, HEADS))
     if hidden:
@@ -228,10 +232,8 @@ def _between(config: Any) -> None:
 
 def _experts(config: Any) -> None:
     """Four experts of which a token gets two; of groups two, one of them chosen."""
-    grouped = max([0, *_sizes(config, "n_group"), *_sizes(config, "num_expert_group")]) > 1
-    _change(config, EXPERTS, lambda value: min(value, 8 if grouped else 4))
-    _change(config, CHOSEN, lambda value: min(value, 2))
-    _change(config, ("n_group", "num_expert_group"), lambda value: min(value, 2))
+    _change(config, EXPERTS, lambda value: min(value, 4))
+    _change(config, (*CHOSEN, *GROUPS), lambda value: min(value, 2))
     _change(config, ["topk_group"], lambda _: 1)
 
 
@@ -256,6 +258,7 @@ SHRINK: tuple[Callable[[Any], None], ...] = (
     _at_most(8, *RANKS),
     _at_most(8, *STATES),
     _at_most(2, "o_groups"),
+    _at_most(16, *BLOCKS),
 )
 """What can be made small, each for itself."""
 
@@ -318,7 +321,11 @@ def build(kind: type, config: Any) -> Any | None:
                     return None
             for dtype in (torch.float64, torch.float32):
                 torch.manual_seed(0)
-                model = kind(copy.deepcopy(config)).to(dtype).eval().requires_grad_(False)
+                own = copy.deepcopy(config)
+                if dtype == torch.float64:
+                    # The usual one, all experts in one call, knows no wider numbers than float32.
+                    own._experts_implementation = "batched_mm"
+                model = kind(own).to(dtype).eval().requires_grad_(False)
                 _draw(model)
                 if _runs(model):
                     return model
