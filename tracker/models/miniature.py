@@ -7,8 +7,10 @@ its weights; so it can be attacked on a model that costs nearly nothing.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -21,7 +23,7 @@ from tracker.models.layers import find_layers
 VOCABULARY = 128
 HEADS = 4
 HEAD = 16
-"""How wide a head is at least, where it was wider: below twice as much."""
+"""How wide the widest head is at least, where it was wider."""
 LARGEST = 8_000_000
 """Weights above which a model is no miniature."""
 NEVER_FIRST = 2
@@ -58,6 +60,7 @@ HEAD_SIZES = (
 """Made small by one divisor, so that parts of a head stay parts of it."""
 LIKE_HIDDEN = (
     "attention_hidden_size",
+    "embedding_dim",
     "embedding_size",
     "lru_width",
     "mamba_d_ssm",
@@ -72,17 +75,26 @@ MAMBA = (
 )
 """Heads of a state space model, how wide each is, and the groups that they stand in."""
 BETWEEN = (
+    "block_multiple_of",
+    "d_inner",
+    "decoder_ffn_dim",
     "dense_intermediate_size",
+    "depthwise_seperable_out_channel",
     "dff",
     "dim_ff",
+    "encoder_ffn_dim",
     "expert_ffn_hidden_size",
+    "ext_pw_out_channel",
     "ffn_dim",
     "ffn_hidden_size",
+    "ffn_round_up_to_multiple_of",
     "intermediate_size",
     "intermediate_size_mlp",
+    "mlp_dim",
     "moe_intermediate_size",
     "moe_shared_expert_intermediate_size",
     "n_inner",
+    "nemo_conv_channels",
     "shared_expert_intermediate_size",
     "shared_experts_intermediate_size",
     "shared_intermediate_size",
@@ -126,7 +138,7 @@ VOCABULARIES = (
     "vocab_size_per_layer_input",
 )
 BLOCKS = ("chunk_size", "mamba_chunk_size")
-"""In how large blocks a state space model sums: it pads every text to one, and no sum depends on it."""
+"""In how large blocks a state space model sums, padding every text to one; no sum depends on it."""
 STATES = ("mamba_d_state", "ssm_state_size", "state_size")
 
 
@@ -171,30 +183,47 @@ def _at_most(most: int, *names: str) -> Callable[[Any], None]:
 
 
 def _heads(config: Any) -> None:
-    """Four heads of queries; as many of keys and values, or two, or one; 16 wide or a bit more."""
+    """Four heads of queries; as many of keys and values, or two, or one; each about 16 wide."""
     before = copy.copy(config)
     sizes = [each for name in HEAD_SIZES for each in _sizes(config, name)]
     hidden = (_sizes(config, "hidden_size") or [0])[0]
     heads = (_sizes(config, "num_attention_heads") or [0])[0]
     # The width of a head that nobody names.
     size = (_sizes(config, "head_dim") or [hidden // heads if heads else HEAD])[0]
-    divisor = 1
-    while max([size, *sizes]) >= 2 * HEAD * divisor and all(
-        each % (4 * divisor) == 0 for each in [size, *sizes]
-    ):
-        divisor *= 2
-    wide = HEADS * HEAD
+    turned = [int(size * part + 0.5) for part in _parts(vars(config)) if 0 < part <= 1]
+    sizes += [size, *turned]
+    divisor = max(
+        (
+            each
+            for each in range(1, max(sizes) // HEAD + 1)
+            if all(one % (2 * each) == 0 for one in sizes)
+        ),
+        default=1,
+    )
+    wide = HEADS * HEAD if heads else 2 * HEAD
     if heads and heads * size in (hidden, 2 * hidden):
         wide = min(heads, HEADS) * (size // divisor) * hidden // (heads * size)
     _change(config, HEAD_SIZES, lambda value: value // divisor)
     for queries, keys in QUERIES_AND_KEYS:
-        if not (many := _sizes(config, queries)):
-            continue
-        _change(config, [keys], lambda value, m=many: min(value, HEADS if value in m else 2))
+        if many := _sizes(config, queries):
+            _change(config, [keys], partial(_few_keys, many=many))
     _change(config, {pair[0] for pair in QUERIES_AND_KEYS}, lambda value: min(value, HEADS))
     if hidden:
         _hidden(config, before, min(wide, hidden))
     _change_rotary(getattr(config, "rope_parameters", None), divisor)
+
+
+def _few_keys(keys: int, many: Sequence[int]) -> int:
+    return min(keys, HEADS if keys in many else 2)
+
+
+def _parts(settings: Any) -> Iterator[float]:
+    """How much of a head has rotary positions, wherever it is said."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _parts(value)
+        elif name == "partial_rotary_factor" and value is not None:
+            yield value
 
 
 def _hidden(config: Any, before: Any, wide: int) -> None:
@@ -206,8 +235,8 @@ def _hidden(config: Any, before: Any, wide: int) -> None:
     for many, size, groups in MAMBA:
         for heads, each in zip(_sizes(config, many), _sizes(before, size), strict=False):
             inner = heads * each * wide // hidden
-            _change(config, [many], lambda _, n=inner: n // min(n, HEAD))
-            _change(config, [size], lambda _, n=inner: min(n, HEAD))
+            setattr(config, many, inner // min(inner, HEAD))
+            setattr(config, size, min(inner, HEAD))
             _change(config, [groups], lambda value: min(value, 2))
 
 
@@ -245,10 +274,10 @@ def _words(config: Any) -> None:
         if name == "pad_token_id" and value is not None:
             config.pad_token_id = 0
         elif name.endswith(("_token_id", "_token_index")) and value is not None:
-            first = value[0] if isinstance(value, (list, tuple)) else value
-            if isinstance(first, int) and first >= VOCABULARY:
+            several = isinstance(value, (list, tuple))
+            if any(each >= VOCABULARY for each in (value if several else [value])):
                 rare -= 1
-                setattr(config, name, rare if first is value else type(value)([rare]))
+                setattr(config, name, type(value)([rare]) if several else rare)
 
 
 SHRINK: tuple[Callable[[Any], None], ...] = (
@@ -295,7 +324,7 @@ def _small_config(config: Any, shrink: Sequence[Callable[[Any], None]]) -> Any |
             for each in shrink:
                 each(part)
             # A part that sees pictures, say: the model is built with it and runs without it.
-            if part not in (small, text):
+            if part is not small and part is not text:
                 _change(part, DEPTHS, lambda _: 1)
     except Exception:  # noqa: BLE001 - a configuration may refuse what it is told
         return None
@@ -380,9 +409,8 @@ def numbers(config: Any) -> Iterator[tuple[tuple[str, ...], float]]:
         if isinstance(value, dict):
             for name, item in value.items():
                 yield from walk((*path, name), item)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if value >= 4 and value == int(value):
-                yield path, value
+        elif type(value) in (int, float) and 4 <= value < math.inf and value == int(value):
+            yield path, value
 
     for name, value in vars(config).items():
         if not name.startswith("_"):
