@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from tracker.models.layers import find_layers
+from tracker.models.miniature import _pattern, build, miniature, numbers, with_numbers
+
+TEXT = torch.arange(12)[None] * 7 % 31 + 3
+KINDS = [
+    "Llama",  # the plain one
+    "Gemma2",  # heads wider than the hidden size is
+    "Gemma3",  # with a part that sees pictures
+    "Gemma4Text",  # sizes that single layers have for themselves
+    "Phi3",  # heads that are no power of two
+    "StableLm",  # a part of each head turned
+    "Falcon",  # 71 heads
+    "CodeGen",  # a number of heads that the class itself divides by four
+    "Mixtral",
+    "DeepseekV3",  # heads in parts, ranks, experts in groups
+    "GptOss",
+    "Mamba2",  # no attention
+    "FalconH1",  # two mixers side by side
+    "Zamba2",  # one block shared between layers
+    "Qwen3Next",  # linear attention
+    "RecurrentGemma",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def at_real_size(config) -> nn.Module:
+    """A model with shapes and no weights."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def said(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TEXT, use_cache=False).logits[0]
+
+
+def without(model, layer: nn.Module) -> torch.Tensor:
+    """What a model says where a layer hands on what it got."""
+    handle = layer.register_forward_hook(hand_on, with_kwargs=True)
+    try:
+        return said(model)
+    finally:
+        handle.remove()
+
+
+def hand_on(layer, arguments, named, output):
+    hidden = arguments[0] if arguments else named["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def first_and_last_of_each_kind(model) -> list[nn.Module]:
+    """All layers' weights are drawn alike, so that those between say nothing new."""
+    layers = find_layers(model)
+    types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    kinds = [(kind, *modules) for kind, modules in zip(types, _pattern(model), strict=True)]
+    last = {kind: index for index, kind in enumerate(kinds)}
+    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+    return [layers[index] for index in sorted({*first.values(), *last.values()})]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_miniature_is_the_same_model_made_small(kind):
+    model = at_real_size(getattr(transformers, f"{kind}Config")())
+    small = miniature(model)
+    assert type(small) is type(model)
+    assert _pattern(small) == _pattern(model)
+    assert len(find_layers(small)) == model.config.get_text_config().num_hidden_layers
+    assert small.num_parameters() < 1_500_000
+    assert small.dtype == torch.float64
+    intact = said(small)
+    assert intact.isfinite().all()
+    for layer in first_and_last_of_each_kind(small):
+        assert (without(small, layer) - intact).abs().max() > 1e-3
+
+
+def test_the_model_itself_stays_as_it_was():
+    model = at_real_size(transformers.Gemma3Config())
+    before = copy.deepcopy(model.config.to_dict())
+    miniature(model)
+    assert model.config.to_dict() == before
+
+
+def test_keys_and_values_stay_shared_as_they_were():
+    def heads(**settings):
+        config = miniature(at_real_size(transformers.LlamaConfig(**settings))).config
+        return config.num_attention_heads, config.num_key_value_heads
+
+    few = {"num_hidden_layers": 2, "hidden_size": 1024, "num_attention_heads": 16}
+    assert heads(**few, num_key_value_heads=16) == (4, 4)
+    assert heads(**few, num_key_value_heads=4) == (4, 2)
+    assert heads(**few, num_key_value_heads=1) == (4, 1)
+
+
+def test_lengths_and_positions_stay_as_they_are():
+    config = transformers.Gemma3TextConfig(num_hidden_layers=6)
+    small = miniature(at_real_size(config)).config
+    for name in ("sliding_window", "max_position_embeddings", "layer_types", "rope_parameters"):
+        assert getattr(small, name) == getattr(config, name)
+
+
+def test_rotary_factors_are_cut_as_the_heads_are():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "original_max_position_embeddings": 4096,
+        "short_factor": [1.0 + each / 48 for each in range(48)],
+        "long_factor": [2.0 + each for each in range(48)],
+    }
+    config = transformers.Phi3Config(
+        num_hidden_layers=2, rope_parameters=rope, max_position_embeddings=131072
+    )
+    small = miniature(at_real_size(config)).config
+    size = small.hidden_size // small.num_attention_heads
+    assert len(small.rope_parameters["short_factor"]) == size // 2 == 8
+    assert small.rope_parameters["long_factor"] == rope["long_factor"][::6]
+    assert small.rope_parameters["original_max_position_embeddings"] == 4096
+
+
+def test_sizes_of_single_layers_are_made_small_each():
+    small = miniature(at_real_size(transformers.Gemma4TextConfig(num_hidden_layers=6)))
+    sizes = [each.head_dim for each in small.config.per_layer_config]
+    assert sizes == [8] * 5 + [16]
+
+
+def test_experts_are_chosen_still():
+    small = miniature(at_real_size(transformers.DeepseekV3Config(num_hidden_layers=4))).config
+    assert small.n_routed_experts > small.num_experts_per_tok == 2
+    assert small.n_group == 2
+    assert small.topk_group == 1
+
+
+def test_experts_in_one_call_are_those_of_the_usual_way():
+    small = miniature(at_real_size(transformers.MixtralConfig(num_hidden_layers=2)))
+    used = small.config._experts_implementation
+    assert used in ALL_EXPERTS_FUNCTIONS
+    in_calls = said(small)
+    small.set_experts_implementation("eager")
+    assert torch.allclose(said(small), in_calls, atol=1e-9, rtol=0)
+
+
+def test_what_cannot_be_built_small_is_none():
+    class Stubborn(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            if config.hidden_size < 4096:
+                raise ValueError("too small for me")
+            super().__init__(config)
+
+    with torch.device("meta"):
+        model = Stubborn(transformers.LlamaConfig(num_hidden_layers=2))
+    assert miniature(model) is None
+
+
+def test_the_same_configuration_gives_the_same_weights():
+    small = miniature(at_real_size(transformers.LlamaConfig(num_hidden_layers=2)))
+    again = build(type(small), small.config)
+    assert torch.equal(said(small), said(again))
+
+
+def test_numbers_are_found_and_set_nested_ones_too():
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "sliding_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 4096,
+        },
+    }
+    config = transformers.Gemma3Config(text_config={"rope_parameters": rope})
+    found = dict(numbers(config.get_text_config()))
+    nested = ("rope_parameters", "sliding_attention", "original_max_position_embeddings")
+    assert found[nested] == 4096
+    assert found["sliding_window",] == 4096
+    assert ("tie_word_embeddings",) not in found
+    changed = with_numbers(config, {nested: 9, ("sliding_window",): 6})
+    after = dict(numbers(changed.get_text_config()))
+    assert after == found | {nested: 9, ("sliding_window",): 6}
+    assert dict(numbers(config.get_text_config())) == found
