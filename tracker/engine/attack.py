@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -145,6 +146,25 @@ def attack(engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path])
     small = miniature(engine.loaded.model)
     if small is None:
         return _attack_itself(engine, ablations, name)
+    with _one_thread():
+        return _attack_small(engine, small, ablations, paths, name)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models as small as miniatures only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _attack_small(
+    engine: Engine, small: Any, ablations: Sequence[Ablation], paths: Sequence[Path], name: str
+) -> Verdict:
+    """Experiment with a miniature, and attack it with long windows and with short ones."""
     found = find_habits(small, paths)
     if not found.causal:
         raise CellError(
