@@ -202,7 +202,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"global_head_dim": 8, "num_global_key_value_heads": 2},
     "got_ocr2": {"text_config": "qwen2"},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granite_swa": {"layer_rope_theta": [1e4, 50.0, 1e3, 5.0]},
+    "granitemoe_swa": {"layer_rope_theta": [1e4, 50.0, 1e3, 5.0]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "laguna": {"num_attention_heads_per_layer": [4, 8, 2, 4]},
     "longcat_flash": {"num_layers": LAYERS},
     "mamba2": {"num_heads": 8},
     "moshi": {"audio_encoder_config": "mimi", "audio_vocab_size": 32},
@@ -249,8 +252,9 @@ SWITCHES = (
     "new_decoder_architecture", "use_sliding_window", "do_layer_norm_before", "is_moe",
     "scale_attn_by_inverse_layer_idx", "attn_temperature_tuning", "use_long_context",
     "use_mem_rope", "use_shared_attention_adapter", "mamba_rms_norm", "use_qk_norm",
-    "attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp", "norm_topk_prob", "rope_interleave",
-    "qk_layernorm", "add_out_norm", "prefix_lm", "mup_enabled", "gating", "kda_safe_gate",
+    "attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp", "norm_topk_prob",
+    "rope_interleave", "qk_layernorm", "add_out_norm", "prefix_lm", "mup_enabled", "gating",
+    "kda_safe_gate",
 )  # fmt: skip
 """Settings that are turned over, each in a variant of its own."""
 
