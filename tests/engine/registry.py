@@ -125,7 +125,8 @@ SIZES: dict[str, Any] = {
     "no_rope_layer_interval": 2,
     "global_attn_every_n_layers": 2,
     # Sparse attention by an index of its own.
-    "index_n_heads": 2,
+    # Many heads: an index of few is often exactly zero, and its top-k a tie.
+    "index_n_heads": 8,
     "index_head_dim": 16,
     "index_topk": 6,
     "index_block_size": 4,
@@ -211,7 +212,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "moshi": {"audio_encoder_config": "mimi", "audio_vocab_size": 32},
     "moss_transcribe_diarize": {"text_config": "qwen3"},
     "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_n_heads": 8, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
