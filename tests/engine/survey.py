@@ -60,6 +60,10 @@ MATTERS = 0.02
 EXACT, REFUSED, DISCONTINUOUS = "exact", "refused", "discontinuous"
 WRONG, CRASH, NO_VARIANT = "SILENTLY WRONG", "CRASH", "not accepted"
 FAILURES = (WRONG, CRASH)
+ORDER = ("documents", "tokens", "depth", "nothing")
+"""How far is shared, the furthest first."""
+
+_Responses = Sequence[tuple[float, Document, Request]]
 
 
 @dataclass(frozen=True)
@@ -256,9 +260,6 @@ def _depends_on_what_follows(truth: Truth) -> bool:
     return abs(sum(truth.of(INTACT, request) for request in each) - at_once) > 1e-3
 
 
-_Responses = Sequence[tuple[float, Document, Request]]
-
-
 @dataclass(frozen=True)
 class _Compared:
     agrees: bool
@@ -355,9 +356,6 @@ def _matters(ablation: Ablation, truth: Truth) -> bool:
         for document in block
         for request in document.requests
     )
-
-
-ORDER = ("documents", "tokens", "depth", "nothing")
 
 
 def _shared(sharing: Any) -> str:
