@@ -185,6 +185,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": {"n_group": 2, "topk_group": 1},
     "dots1": {"sliding_window": WINDOW},
     "dots3_note_text": {
         "q_lora_rank": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
@@ -198,7 +199,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "fuyu": {"text_config": "persimmon"},
     "gemma3": {"vision_config": "siglip_vision_model"},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_text": {"global_head_dim": 8, "num_global_key_value_heads": 2},
+    "gemma4_text": {
+        "global_head_dim": 8, "num_global_key_value_heads": 2, "num_experts": 4, "top_k_experts": 2,
+    },
     "gemma4_unified": {"vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 16}},
     "gemma4_unified_text": {"global_head_dim": 8, "num_global_key_value_heads": 2},
     "got_ocr2": {"text_config": "qwen2"},
@@ -209,6 +212,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "laguna": {"num_attention_heads_per_layer": [4, 8, 2, 4]},
     "longcat_flash": {"num_layers": LAYERS},
     "mamba2": {"num_heads": 8},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": ORIGINAL, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
     "moshi": {"audio_encoder_config": "mimi", "audio_vocab_size": 32},
     "moss_transcribe_diarize": {"text_config": "qwen3"},
     "qwen4_exp_text": {
@@ -476,7 +486,12 @@ def _rope(own: Any, plain: dict[str, Any], rope: str) -> dict[str, Any] | None:
     width = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None) or 8
 
     def change(old: dict[str, Any]) -> dict[str, Any]:
-        new = {k: old[k] for k in ("rope_theta", "partial_rotary_factor") if old.get(k) is not None}
+        kept = ["rope_theta", "llama_4_scaling_beta"]
+        # Gemma 4's proportional positions mean another thing by it.
+        kept += ["partial_rotary_factor"] * (old.get("rope_type") != "proportional")
+        new = {k: old[k] for k in kept if old.get(k) is not None}
+        if int(width * new.get("partial_rotary_factor", 1.0)) < 4:
+            new["partial_rotary_factor"] = 0.5
         pairs = int(width * new.get("partial_rotary_factor", 1.0)) // 2
         more: dict[str, Any] = {
             "linear": {"factor": 4.0},
@@ -485,6 +500,9 @@ def _rope(own: Any, plain: dict[str, Any], rope: str) -> dict[str, Any] | None:
             "longrope": {
                 "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
                 "long_factor": [3.0 + 1.5 * i for i in range(pairs)],
+                # PhiMoE's own.
+                "short_mscale": 1.1,
+                "long_mscale": 1.3,
                 "original_max_position_embeddings": ORIGINAL,
             },
             "llama3": {
