@@ -249,17 +249,25 @@ def _exact_in_double(model: nn.Module, found: _Compared) -> bool:
 
 
 def _depends_on_what_follows(truth: Truth) -> bool:
-    """Say whether a model's answer at a token changes with the tokens behind it."""
-    (context, answer) = next(
-        (request.context, request.continuation)
-        for block in blocks()
-        for document in block
-        for request in document.requests
-        if len(request.continuation) > 50
+    """Say whether an answer at a token changes with the tokens behind it, under any ablation."""
+    context, answer = max(
+        (
+            (request.context, request.continuation)
+            for block in blocks()
+            for document in block
+            for request in document.requests
+        ),
+        key=lambda request: len(request[1]),
     )
-    at_once = truth.of(INTACT, Request(context, answer))
-    each = (Request(context + answer[:i], answer[i : i + 1]) for i in range(len(answer)))
-    return abs(sum(truth.of(INTACT, request) for request in each) - at_once) > 1e-3
+    each = [Request(context + answer[:i], answer[i : i + 1]) for i in range(len(answer))]
+    return any(
+        abs(
+            sum(truth.of(ablation, request) for request in each)
+            - truth.of(ablation, Request(context, answer))
+        )
+        > 1e-3
+        for ablation in ABLATIONS
+    )
 
 
 @dataclass(frozen=True)
