@@ -138,15 +138,21 @@ class Truth:
         self._said: dict[tuple[bool, Ablation, tuple[int, ...]], torch.Tensor] = {}
         self._copies: dict[tuple[bool, Ablation], nn.Module] = {}
 
-    def of(self, ablation: Ablation, request: Request, deleted: bool = False) -> float:
-        """Sum the log-probabilities of a continuation."""
+    def of(
+        self,
+        ablation: Ablation,
+        request: Request,
+        deleted: bool = False,
+        first: int | None = None,
+    ) -> float:
+        """Sum the log-probabilities of a continuation, or of its first tokens."""
         tokens = (request.context + request.continuation)[-(MAX_LENGTH + 1) :][:-1]
         key = (deleted, ablation, tokens)
         if key not in self._said:
             self._said[key] = self._forward(ablation, tokens, deleted)
         target = torch.tensor(request.continuation)
         said = self._said[key][-len(request.continuation) :]
-        return float(said.gather(1, target[:, None]).sum())
+        return float(said.gather(1, target[:, None])[:first].sum())
 
     def _forward(self, ablation: Ablation, tokens: tuple[int, ...], deleted: bool) -> torch.Tensor:
         model = self._copy(ablation, deleted)
@@ -232,8 +238,8 @@ def _examine(variant: Variant) -> Verdict:
 def _exact_in_double(model: nn.Module, found: _Compared) -> bool:
     """Say whether what differs in float32 is the same in float64, sharing as much.
 
-    Or the engine said that it differs, and the model's own answer depends on what follows: equal
-    tokens tie in a top-k.
+    Or the engine said that it shares less, and what still differs are answers of a model that
+    depend on what follows: equal tokens tie in a top-k.
     """
     double: Any = model.double()
     try:
@@ -241,33 +247,32 @@ def _exact_in_double(model: nn.Module, found: _Compared) -> bool:
         double.set_experts_implementation("eager")
         exactly = _compare(double, Truth(double))
         same = exactly.agrees and exactly.shared == found.shared
-        return same or (found.said and _depends_on_what_follows(Truth(double)))
+        truth = Truth(double)
+        return same or (
+            exactly.said
+            and all(
+                _depends_on_what_follows(truth, requests, ablation)
+                for ablation, requests in exactly.differing.items()
+            )
+        )
     except TimeoutError:
         raise
     except Exception:  # noqa: BLE001 - a model need not run in float64
         return False
 
 
-def _depends_on_what_follows(truth: Truth) -> bool:
-    """Say whether an answer at a token changes with the tokens behind it, under any ablation."""
-    context, answer = max(
-        (
-            (request.context, request.continuation)
-            for block in blocks()
-            for document in block
-            for request in document.requests
-        ),
-        key=lambda request: len(request[1]),
-    )
-    each = [Request(context + answer[:i], answer[i : i + 1]) for i in range(len(answer))]
-    return any(
-        abs(
-            sum(truth.of(ablation, request) for request in each)
-            - truth.of(ablation, Request(context, answer))
-        )
-        > 1e-3
-        for ablation in ABLATIONS
-    )
+def _depends_on_what_follows(truth: Truth, requests: Sequence[Request], ablation: Ablation) -> bool:
+    """Say whether any of some answers changes with the tokens behind it."""
+    behind = tuple(range(3, VOCABULARY))
+    for request in requests:
+        size = len(request.continuation)
+        for more in (1, 2, 5, 20, 60):
+            longer = Request(request.context, request.continuation + behind[:more])
+            if len(longer.context) + len(longer.continuation) > MAX_LENGTH:
+                break
+            if abs(truth.of(ablation, longer, first=size) - truth.of(ablation, request)) > 1e-3:
+                return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -277,6 +282,7 @@ class _Compared:
     shared: str
     said: bool
     note: str
+    differing: dict[Ablation, list[Request]]
 
 
 def _compare(model: nn.Module, truth: Truth) -> _Compared:
@@ -291,6 +297,7 @@ def _compare(model: nn.Module, truth: Truth) -> _Compared:
         shared=max((cell.shared for cell in cells), key=ORDER.index),
         said=all(cell.said for cell in cells),
         note="; ".join(dict.fromkeys(cell.note for cell in cells if cell.note)),
+        differing={a: r for cell in cells for a, r in cell.differing.items()},
     )
 
 
@@ -302,6 +309,7 @@ def _compare_cell(
     checked = check(engine, documents, ABLATIONS)
     scores = [one for block in ordered for one in checked.engine.score(block, ABLATIONS)]
     largest, wrong, deleted, where = 0.0, [], [], set()
+    differing: dict[Ablation, list[Request]] = {}
     for column, ablation in enumerate(ABLATIONS):
         responses = [
             (response.loglikelihood, score.document, request)
@@ -317,7 +325,8 @@ def _compare_cell(
         largest = max(largest, far)
         if off:
             wrong.append(f"{ablation.name} by {far:.2g}")
-            where |= off
+            where |= {document.index for document, _ in off}
+            differing[ablation] = [request for _, request in off]
     shared = _shared(checked.engine.sharing)
     note = checked.lost or ""
     if wrong:
@@ -327,12 +336,12 @@ def _compare_cell(
         )
     elif deleted:
         note = f"{', '.join(deleted)}: as the model with these layers deleted"
-    return _Compared(not wrong, largest, shared, checked.lost is not None, note)
+    return _Compared(not wrong, largest, shared, checked.lost is not None, note, differing)
 
 
 def _as_if_deleted(
     responses: _Responses, ablation: Ablation, truth: Truth
-) -> tuple[float, set[int]] | None:
+) -> tuple[float, list[tuple[Document, Request]]] | None:
     """Compare with a re-indexed model, where that says something else by nature."""
     try:
         far, off = _furthest(responses, ablation, truth, deleted=True)
@@ -345,9 +354,10 @@ def _as_if_deleted(
 
 def _furthest(
     responses: _Responses, ablation: Ablation, truth: Truth, deleted: bool = False
-) -> tuple[float, set[int]]:
-    """Find the largest difference, and the documents whose responses differ beyond rounding."""
-    far, off = 0.0, set()
+) -> tuple[float, list[tuple[Document, Request]]]:
+    """Find the largest difference, and the requests whose responses differ beyond rounding."""
+    far: float = 0.0
+    off: list[tuple[Document, Request]] = []
     for ours, document, request in responses:
         theirs = truth.of(ablation, request, deleted)
         if not math.isfinite(ours) and not math.isfinite(theirs):
@@ -355,7 +365,7 @@ def _furthest(
         difference = abs(ours - theirs)
         far = max(far, difference if math.isfinite(difference) else math.inf)
         if not difference <= 1e-3 + 1e-4 * abs(theirs):
-            off.add(document.index)
+            off.append((document, request))
     return far, off
 
 
