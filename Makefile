@@ -1,11 +1,12 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
 # make test    the same environment plus the test tools, every test
 # make check   format, lint, types, docstrings, imports
+# make families  every causal model of transformers, tiny, against plain forward passes (an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check clean
+.PHONY: demo test check families clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
@@ -20,6 +21,9 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/pydoclint --quiet tracker
 	$(BIN)/lint-imports
+
+families: .venv/dev
+	$(BIN)/python -m tests.engine.survey
 
 # The model and the benchmarks are used as data only, so their own requirements stay out.
 .venv/demo: pyproject.toml

@@ -82,7 +82,8 @@ def skipped(model: Any, removed: Collection[int]) -> Iterator[Any]:
 
     def skip(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        # The first GPT's blocks return lists.
+        return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
 
     layers = find_layers(model)
     hooks = [layers[i].register_forward_hook(skip, with_kwargs=True) for i in removed]

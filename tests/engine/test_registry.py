@@ -1,0 +1,177 @@
+"""The registry names every causal model; of each kind of variant one is measured here.
+
+The whole is `make families`, which takes an hour.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine import survey
+from tests.engine.registry import FAMILY_NAMES, NOT_BUILT, families, variants
+from tests.engine.survey import (
+    DISCONTINUOUS,
+    EXACT,
+    NO_VARIANT,
+    REFUSED,
+    Truth,
+    Verdict,
+    blocks,
+    examine,
+    page,
+)
+from tracker.ablations import INTACT, Ablation
+
+ONE_OF_EACH_KIND = [
+    # Positions: rotary of every kind, learned, alibi.
+    ("llama", "plain"),
+    ("llama", "eager"),
+    ("llama", "rope yarn"),
+    ("llama", "rope dynamic"),
+    ("llama", "rope longrope"),
+    ("phi3", "rope longrope"),
+    ("gemma3_text", "rope longrope"),
+    ("minicpm3", "rope longrope"),
+    ("smollm3", "no_rope_layers [0, 1, 0, 1]"),
+    ("granite_swa", "plain"),
+    ("opt", "plain"),
+    ("gpt2", "scale_attn_by_inverse_layer_idx True"),
+    ("gpt_neox", "use_parallel_residual False"),
+    ("falcon", "alibi True"),
+    ("bloom", "plain"),
+    ("mpt", "plain"),
+    # Windows and chunks, in every layer, in some, in both orders.
+    ("mistral", "plain"),
+    ("qwen2", "use_sliding_window True"),
+    ("gemma2", "layer_types full_attention first"),
+    ("cohere2", "layer_types sliding_attention first"),
+    ("modernbert-decoder", "plain"),
+    ("gpt_neo", "plain"),
+    ("llama4_text", "plain"),
+    # Experts, low ranks, indices, more than one stream between the layers.
+    ("mixtral", "plain"),
+    ("phimoe", "plain"),
+    ("deepseek_v3", "plain"),
+    ("deepseek_v32", "plain"),
+    ("glm_moe_dsa", "indexer_types all full"),
+    ("glm_moe_dsa", "indexer_types full around shared"),
+    ("deepseek_v4", "plain"),
+    ("doge", "plain"),
+    ("gemma3n_text", "plain"),
+    ("gemma4_text", "plain"),
+    # Recurrent, alone and mixed.
+    ("mamba", "plain"),
+    ("mamba2", "plain"),
+    ("rwkv", "plain"),
+    ("recurrent_gemma", "plain"),
+    ("jamba", "plain"),
+    ("zamba2", "plain"),
+    ("qwen3_next", "plain"),
+    ("lfm2", "plain"),
+    # Blocks of other forms, other parts beside the text, layers that are not one list.
+    ("openai-gpt", "plain"),
+    ("gemma3", "plain"),
+    ("hrm_text", "plain"),
+    ("blt", "plain"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def find(family, name):
+    return next(variant for variant in variants(family) if variant.name == name)
+
+
+@pytest.mark.parametrize(("family", "name"), ONE_OF_EACH_KIND)
+def test_it_is_exact_or_said_not_to_be(family, name):
+    verdict = examine(find(family, name))
+    assert verdict.verdict in (EXACT, REFUSED, DISCONTINUOUS), verdict
+    assert verdict.verdict == REFUSED or not verdict.idle, verdict
+
+
+def test_the_registry_is_complete():
+    """Every causal model of the installed transformers is built, or listed with a reason."""
+    built, causes = families(), []
+    assert set(built) | set(NOT_BUILT) >= set(FAMILY_NAMES)
+    for family in built:
+        try:
+            model = next(variants(family)).model()
+            said = model(torch.tensor([[3, 5, 8]]), use_cache=False).logits
+            if not said.isfinite().all():
+                causes.append(f"{family}: its logits are not finite")
+        except Exception as error:  # noqa: BLE001 - all of them are listed
+            causes.append(f"{family}: {error!r:.200}")
+    assert not causes
+
+
+def test_a_wrong_number_is_found(monkeypatch):
+    """A survey that cannot fail would be worth nothing."""
+    right = survey.check
+
+    def wrong(engine, documents, ablations):
+        with torch.no_grad():
+            engine.loaded.layers[2].self_attn.o_proj.weight.mul_(1.01)
+        return right(engine, documents, ablations)
+
+    monkeypatch.setattr(survey, "check", wrong)
+    verdict = examine(find("llama", "plain"))
+    assert verdict.verdict == survey.WRONG
+    assert "baseline by" in verdict.why
+
+
+def test_a_foreign_exception_is_a_crash(monkeypatch):
+    def fails(engine, documents, ablations):
+        raise ZeroDivisionError("somewhere")
+
+    monkeypatch.setattr(survey, "check", fails)
+    verdict = examine(find("llama", "plain"))
+    assert (verdict.verdict, verdict.why) == (survey.CRASH, "ZeroDivisionError: somewhere")
+
+
+def test_what_takes_too_long_is_stopped(monkeypatch):
+    def hangs(engine, documents, ablations):
+        while True:
+            pass
+
+    monkeypatch.setattr(survey, "SECONDS", 1)
+    monkeypatch.setattr(survey, "check", hangs)
+    verdict = examine(find("llama", "plain"))
+    assert verdict.verdict == survey.CRASH
+    assert verdict.why.endswith("longer than 1 s")
+
+
+def test_both_truths_agree_where_layers_know_no_numbers():
+    """The layer that hands its input on, and the layer that is deleted."""
+    request = blocks()[1][0].requests[2]
+    for family in ("llama", "gemma2", "granite_swa"):
+        truth = Truth(find(family, "plain").model())
+        for ablation in (Ablation((0,)), Ablation((1, 2))):
+            kept = truth.of(ablation, request)
+            assert truth.of(ablation, request, deleted=True) == pytest.approx(kept, abs=1e-4)
+            assert abs(truth.of(INTACT, request) - kept) > 0.02
+
+
+def test_the_page_merges_variants():
+    llama = [variant for variant in variants("llama") if variant.name in ("plain", "eager")]
+    text = page(
+        [
+            Verdict(llama[0], EXACT, "documents", 2e-5),
+            Verdict(llama[1], EXACT, "depth", 3e-5),
+            Verdict(find("hrm_text", "plain"), REFUSED, why="ModelError: two lists"),
+            Verdict(find("phimoe", "plain"), DISCONTINUOUS, "depth", 0.9),
+            Verdict(find("gpt2", "eager"), NO_VARIANT),
+        ]
+    )
+    assert "| llama (LlamaConfig) | documents; depth: eager | 3e-05 |  |" in text
+    assert "| hrm_text (HrmTextConfig) | – | – | refused (ModelError: two lists): all |" in text
+    assert "discontinuous by 0.9 nats: all" in text
+    assert "exact: 2, refused: 1, discontinuous: 1, silently wrong: 0, crashed: 0" in text
+    assert "| bert | reads in both directions: an encoder |" in text
