@@ -89,6 +89,7 @@ class Verdict:
             leftovers=remember(model, self.leftovers) if self.leftovers else {},
             first={place: first[place] for place in self.first if place in first},
             stay=self.stay,
+            unsteady=bool(self.unsteady),
         )
 
 
@@ -239,6 +240,9 @@ def _attacked(
                 raise CellError(f"{name} cannot be asked one request at a time: {why}") from error
             reasons.append(f"sharing over {what} is refused by the model ({why})")
             continue
+        if sharing == PLAIN and compared.wrong:
+            # Nothing is shared: what differs is the miniature, by the shape of the call.
+            compared = replace(compared, unsteady=compared.unsteady + 1, wrong=None)
         if compared.wrong is None:
             return replace(
                 verdict,
@@ -247,11 +251,6 @@ def _attacked(
                 difference=max(compared.difference, verdict.difference),
                 compared=verdict.compared + compared.compared,
                 unsteady=verdict.unsteady + compared.unsteady,
-            )
-        if sharing == PLAIN:
-            raise CellError(
-                f"{name} gives other numbers when its requests are asked in another order "
-                f"(by {compared.difference:.3g} nats): there is nothing to measure"
             )
         reasons.append(
             f"sharing over {what} changes a log-likelihood by {compared.difference:.3g} nats"

@@ -103,9 +103,6 @@ def check(
                 raise CellError(f"{type(model).__name__} does not run: {why}") from error
             reasons.append(f"sharing over {what} is refused by the model ({why})")
             continue
-        if sharing == PLAIN and verdict.unsteady and found.wrong:
-            # Nothing is shared: what differs is the model itself, with ties that nothing breaks.
-            found = replace(found, unsteady=found.unsteady + 1, wrong=None)
         if found.wrong is None:
             return Check(
                 shared,
@@ -186,7 +183,7 @@ def _confirm(
         draw.shuffle(requests)
         tokens = 0
         for d, r in requests:
-            found += _compare(truth, scores[d], number, ablation, r)
+            found += _compare(engine, truth, scores[d], number, ablation, r)
             request = documents[d].requests[r]
             tokens += len(request.context) + len(request.continuation)
             if tokens >= TOKENS and ablation != INTACT:
@@ -195,7 +192,12 @@ def _confirm(
 
 
 def _compare(
-    truth: Truth, score: DocumentScores, number: int, ablation: Ablation, request: int
+    engine: Engine,
+    truth: Truth,
+    score: DocumentScores,
+    number: int,
+    ablation: Ablation,
+    request: int,
 ) -> Comparison:
     """Compare one answer of the model itself with that of the really pruned model.
 
@@ -208,6 +210,9 @@ def _compare(
     )
     if found.wrong is None:
         return found
+    if engine.sharing == PLAIN and engine.habits.unsteady:
+        # Nothing is shared: what differs is the model itself, with ties that nothing breaks.
+        return replace(found, unsteady=1, wrong=None)
     where = f"document {score.document.index} of {score.document.task}, request {request}"
     return replace(found, wrong=f"{where}, {ablation.name}: {found.wrong}")
 
@@ -265,5 +270,5 @@ def watch(
     for score in scores:
         number = drawn_ablation(score.document, len(ablations), seed)
         for request in range(len(score.document.requests)):
-            found += _compare(truth, score, number, ablations[number], request)
+            found += _compare(engine, truth, score, number, ablations[number], request)
     return found

@@ -94,12 +94,14 @@ class Habits:
         first: What the first call changes for good, weights among it, as it was before.
         stay: Whether a removed layer stays in its place and hands on its input, because the model
             cannot be cut there.
+        unsteady: Whether the architecture is discontinuous: its top-k or routers may meet ties.
     """
 
     lengths: Lengths = ANY_LENGTH
     leftovers: State = field(default_factory=dict, compare=False)
     first: State = field(default_factory=dict, compare=False)
     stay: bool = False
+    unsteady: bool = False
 
 
 _Scored = tuple[Row, Sequence[Ablation], RowScores]

@@ -37,7 +37,6 @@ QUERIES_AND_KEYS = (
     ("swa_num_attention_heads", "swa_num_key_value_heads"),
     ("linear_num_value_heads", "linear_num_key_heads"),
     ("linear_num_heads", ""),
-    ("index_n_heads", ""),
 )
 HEAD_SIZES = (
     "head_dim",
