@@ -57,6 +57,14 @@ def save_tokenizer(folder: Path, bos: bool) -> int:
     return tokenizer.get_vocab_size()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRACKER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
     """Make a folder with a random Llama and a real tokenizer, as `save_pretrained` leaves it."""

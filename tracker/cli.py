@@ -660,6 +660,8 @@ def sync(to: str | None, results: Path) -> None:
     click.echo(f"{len(done.published)} cells published")
     for location in done.locations.values():
         click.echo(f"see them: {_runnable(location)}")
+    for note in done.notes:
+        click.echo(note, err=True)
     for title, why in done.failed.items():
         click.echo(f"not published: {title}: {why}", err=True)
     sys.exit(1 if done.failed else 0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +40,39 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path) -> None:
     write_atomically(path, write)
     assert seen == ["old", True]
     assert path.read_text() == "new"
+
+
+# Was: named by process id, which is 1 in every container.
+def test_two_writers_with_one_process_id_share_no_temporary_name(tmp_path) -> None:
+    path = tmp_path / "file.txt"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("outer")
+        write_text(path, "inner")
+        assert temporary.read_text() == "outer"
+
+    write_atomically(path, write)
+    assert path.read_text() == "outer"
+    assert names(tmp_path) == {"file.txt"}
+
+
+# Was: after a power cut the rename, or the new folder, could be gone though the file was flushed.
+def test_the_folders_entry_is_flushed_after_the_rename(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "new" / "folder" / "file.txt"
+    flushed = []
+
+    def fsync(file: int) -> None:
+        found = os.fstat(file)
+        if stat.S_ISDIR(found.st_mode):
+            flushed.append((found.st_ino, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(path, "first")
+    folders = (path.parent, tmp_path / "new", tmp_path)
+    assert flushed == [(folder.stat().st_ino, True) for folder in folders]
+    del flushed[:]
+    write_text(path, "second")
+    assert flushed == [(path.parent.stat().st_ino, True)]
 
 
 # Was: only an OSError cleans up, so a temporary file is left for good.

@@ -10,6 +10,7 @@ import huggingface_hub.constants
 import pytest
 
 from tracker.errors import ModelError
+from tracker.models import sources
 from tracker.models.sources import ModelSource, find_model, read_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -146,6 +147,33 @@ class TestFingerprints:
         os.utime(path, ns=(1, 1))
         assert source.fingerprint() != before
         assert source.stamp() != stamp
+
+    # Was: every start and every worker read all of the weights again.
+    def test_unchanged_weights_are_read_once(self, tiny_llama, monkeypatch) -> None:
+        source = find_model(str(tiny_llama()))
+        fingerprint = source.fingerprint()
+        read: list[object] = []
+        monkeypatch.setattr(sources, "file_hash", lambda files: read.append(files) or "0" * 64)
+        assert find_model(source.source).fingerprint() == fingerprint
+        assert not read
+        os.utime(source.files()[0], ns=(1, 1))
+        assert source.fingerprint() == "0" * 64
+
+    @pytest.mark.parametrize("damage", ["is a file", "holds nonsense"])
+    def test_a_cache_that_cannot_be_used_does_no_harm(
+        self, tiny_llama, tmp_path, monkeypatch, damage: str
+    ) -> None:
+        source = find_model(str(tiny_llama()))
+        fingerprint = source.fingerprint()
+        cache = tmp_path / "cache"
+        monkeypatch.setenv("TRACKER_CACHE", str(cache))
+        if damage == "is a file":
+            cache.write_text("")
+        else:
+            source.fingerprint()
+            (note,) = (cache / "fingerprints").iterdir()
+            note.write_bytes(b"\xff")
+        assert source.fingerprint() == fingerprint
 
     def test_a_new_file_makes_another_model(self, tiny_llama) -> None:
         source = find_model(str(tiny_llama()))

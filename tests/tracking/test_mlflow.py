@@ -235,6 +235,57 @@ def test_a_changed_record_updates_its_runs_in_place(
     assert (again.created, again.updated, again.unchanged) == (0, 0, 5)
 
 
+# Was: every shard was uploaded again each time that a cell grew.
+def test_only_new_and_changed_files_are_uploaded(
+    results: Path, make_cell: CellMaker, files: list[Path], tmp_path: Path
+) -> None:
+    publish(results, make_cell(layers=(0, 1)), *files)
+    run_id = Store(local(results)).cell(make_cell()).info.run_id
+    (attached,) = results.glob(f"mlartifacts/**/{run_id}/artifacts")
+    (attached / "outcomes.parquet").write_bytes(b"marked")  # a second upload would replace it
+    more = tmp_path / "more.parquet"
+    more.write_bytes(b"more")
+    files[1].write_text("<p>new</p>")
+    publish(results, make_cell(layers=(0, 1, 2)), *files, more)
+    assert (attached / "outcomes.parquet").read_bytes() == b"marked"
+    assert (attached / "more.parquet").read_bytes() == b"more"
+    assert (attached / "report.html").read_text() == "<p>new</p>"
+
+    # What is gone from the store comes back, and a file that left the cell is not fetched.
+    (attached / "outcomes.parquet").unlink()
+    publish(results, make_cell(), *files)
+    backend = MlflowBackend(PROJECT, results)
+    (remote,) = backend.cells()
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    backend.fetch(remote, folder)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == {
+        file.name: file.read_bytes() for file in files
+    }
+
+
+def test_a_file_whose_replacement_broke_off_is_not_taken_for_the_old_one(
+    results: Path, make_cell: CellMaker, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(results, make_cell(), *files)
+    old = files[1].read_bytes()
+    files[1].write_text("<p>new</p>")
+    with monkeypatch.context() as broken:
+        upload = MlflowClient.log_artifact
+
+        def breaks_off(client: MlflowClient, *arguments: str) -> None:
+            upload(client, *arguments)
+            raise OSError("broken off")
+
+        broken.setattr(MlflowClient, "log_artifact", breaks_off)
+        with pytest.raises(TrackingError, match="broken off"):
+            publish(results, make_cell(), *files)
+    files[1].write_bytes(old)
+    publish(results, make_cell(), *files)
+    (attached,) = results.glob("mlartifacts/**/artifacts/report.html")
+    assert attached.read_bytes() == old
+
+
 def test_a_growing_cell_creates_only_its_new_layers(results: Path, make_cell: CellMaker) -> None:
     publish(results, make_cell(layers=(0, 3)))
     assert (

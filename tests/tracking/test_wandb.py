@@ -41,6 +41,20 @@ except TrackingError as error:
 print(json.dumps({**done, "seconds": time.monotonic() - start}))
 """
 
+IN_A_NOTEBOOK = f"""
+import os, wandb
+quiet = wandb.Settings(x_disable_stats=True, console="off", silent=True)
+mine = wandb.init(entity="team", project="mine", id="mine", settings=quiet)
+mine.log({{"loss": 2}})
+session = {{name: value for name, value in os.environ.items() if name.startswith("WANDB")}}
+{PUBLISH}
+assert wandb.run is mine
+now = {{name: value for name, value in os.environ.items() if name.startswith("WANDB")}}
+assert now == session, set(now.items()) ^ set(session.items())
+mine.log({{"loss": 1}})
+mine.finish()
+"""
+
 Said = dict[str, Any]
 
 
@@ -54,11 +68,11 @@ class Publisher:
         self.outcomes = folder / "outcomes.parquet"
         self.outcomes.write_bytes(bytes(range(256)) * 4)
 
-    def __call__(self, cell: CellRecord, **environment: str) -> Said:
+    def __call__(self, cell: CellRecord, program: str = PUBLISH, **environment: str) -> Said:
         record = self.folder / "cell.json"
         record.write_text(cell.model_dump_json())
         paths = map(str, (record, self.results, self.outcomes))
-        said: Said = json.loads(self.client.python(PUBLISH, *paths, **environment))
+        said: Said = json.loads(self.client.python(program, *paths, **environment))
         return said
 
 
@@ -220,6 +234,51 @@ def test_a_run_that_broke_off_is_completed(
     assert figures(runs(double)[f"{cell.key}/layer:3"].summary) == flat_metrics(cell.layers[3])
 
 
+# Was: one run that was deleted in the UI made every later publish of its cell fail.
+def test_a_deleted_run_is_written_again_under_another_id(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+) -> None:
+    cell = make_cell(layers=(0, 1))
+    publish(cell)
+    gone = [run.id for run in runs_of(double)][1:]
+    for run_id in gone:
+        double.delete(run_id, "layers")
+    said = publish(cell, **IMPATIENT)
+    assert counts(said) == (2, 0, 1)
+    (note,) = said["notes"]
+    assert "deleted" in note
+    there = runs(double)
+    assert not set(gone) & {run.id for run in there.values()}
+    assert figures(there[f"{cell.key}/layer:0"].summary) == flat_metrics(cell.layers[0])
+    again = publish(cell)
+    assert counts(again) == (0, 0, 3)
+    assert not again["notes"]
+
+
+# Was: names grew with the removed layers, beyond what W&B takes.
+def test_names_that_are_too_long_are_cut_and_stay_apart(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker
+) -> None:
+    cell = make_cell(layers=(0,))
+    model = cell.model.model_copy(update={"name": "a-model-with-a-long-name-" * 3})
+    benchmark = cell.benchmark.model_copy(update={"name": "größe_" * 20})
+    cells = [
+        cell.model_copy(
+            update={"model": model, "benchmark": benchmark, "removed": tuple(range(2, 2 + many))}
+        )
+        for many in (16, 60)
+    ]
+    for one in cells:
+        assert counts(publish(one)) == (2, 0, 0)
+    there = runs(double).values()
+    groups = {run.group for run in there}
+    assert len(groups) == 2
+    assert all(group.startswith("a-model-with-a-long-name-") for group in groups)
+    assert len({run.name for run in there}) == 4
+    artifacts = double.projects["team", "layers"].artifacts
+    assert len([name for kind, name in artifacts if kind == "outcomes"]) == 2
+
+
 def test_offline_runs_are_whole_and_sync_later(
     double: WandbDouble, publish: Publisher, make_cell: CellMaker
 ) -> None:
@@ -233,7 +292,7 @@ def test_offline_runs_are_whole_and_sync_later(
     assert said["location"] == f"wandb sync {publish.results / 'wandb'}/offline-run-*"
     assert len(folders) == 5
     run = layer_run(cell, cell.layers[0])
-    (file,) = (publish.results / "wandb").glob(f"offline-run-*-{run.id}/*.wandb")
+    (file,) = (publish.results / "wandb").glob(f"offline-run-*-{run.id()}/*.wandb")
     shown = publish.client.cli("leet", "inspect", "--json", "--summary", str(file))
     assert figures(flat_metrics(cell.layers[0])).items() <= json.loads(shown)["summary"].items()
 
@@ -269,6 +328,20 @@ def test_what_a_dying_server_lacks_is_completed(
     there = runs(double)
     for layer in cell.layers:
         assert figures(there[f"{cell.key}/{layer.ablation}"].summary) == flat_metrics(layer)
+
+
+# Was: after a failure, the client was torn down and every wandb-core child was killed.
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_run_that_the_user_has_open_is_not_touched(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker, fails: bool
+) -> None:
+    if fails:
+        double.fail_with(500, holding='"layers"')
+    said = publish(make_cell(), IN_A_NOTEBOOK, **IMPATIENT)
+    assert ("error" in said) == fails
+    mine = double.run("mine", "mine")
+    assert [row["loss"] for row in mine.history] == [2, 1]
+    assert (mine.state, mine.exit_code) == ("finished", 0)
 
 
 @pytest.mark.parametrize("status", [401, 429, 500, 507])

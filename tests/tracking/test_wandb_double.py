@@ -226,6 +226,35 @@ def test_what_is_absent_is_absent(double: WandbDouble, client: Client) -> None:
     assert double.refused == []
 
 
+def test_what_is_too_long_is_refused(double: WandbDouble, client: Client) -> None:
+    started = f"wandb.init(project='layers', id='abc', %s={{!r}}, {QUIET}).finish()"
+    for name, limit in (("group", 128), ("job_type", 64), ("name", 128)):
+        program = f"import wandb\n{started % name}"
+        client.python(program.format("x" * limit))
+        too_long = client.call(sys.executable, "-c", program.format("x" * (limit + 1)))
+        assert too_long.returncode != 0
+        assert f"{limit} limit exceeded" in double.refused.pop()
+    # These the client itself refuses.
+    for name, value in (("tags", ["x" * 65]), ("project", "x" * 129)):
+        program = f"import wandb\nwandb.init({name}={value!r}, {QUIET})"
+        assert client.call(sys.executable, "-c", program).returncode != 0
+    program = f"import wandb\nwandb.Artifact({'x' * 129!r}, type='outcomes')"
+    assert "128 characters" in client.call(sys.executable, "-c", program).stderr
+    assert double.refused == []
+
+
+def test_the_id_of_a_deleted_run_is_never_free_again(double: WandbDouble, client: Client) -> None:
+    client.python(ONLINE)
+    double.delete("abc", "layers")
+    for program in (ONLINE, RESUMED):
+        # The client tries again, as after an outage.
+        done = client.call(sys.executable, "-c", program, WANDB__GRAPHQL_RETRY_MAX="1")
+        assert done.returncode != 0
+        assert "was previously created and deleted" in done.stderr
+    assert not double.projects["team", "layers"].runs
+    assert double.refused == []
+
+
 def post(double: WandbDouble, query: str, key: str | None = None) -> tuple[int, str]:
     handler = urllib.request.HTTPPasswordMgrWithPriorAuth()
     handler.add_password(None, double.url, "api", key or double.key, is_authenticated=True)

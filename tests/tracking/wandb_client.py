@@ -28,6 +28,7 @@ class Client:
         self.folder = folder
         self.environment = {
             "PATH": os.pathsep.join([str(BIN), os.defpath]),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "HOME": str(folder),
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",

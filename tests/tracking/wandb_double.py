@@ -36,8 +36,30 @@ RUN_FIELDS = {"displayName": "name", "groupName": "group", "jobType": "job_type"
 RUN_FIELDS |= {"notes": "notes", "tags": "tags", "sweep": "sweep", "display_name": "name"}
 
 
+RUN_LIMITS = {
+    # The server: "invalid parameters: 128 limit exceeded for GroupName". Its documentation names no
+    # limit; the message is found in the logs of several projects.
+    "groupName": 128,
+    # The server: "invalid parameters: 64 limit exceeded for JobType" (wandb/wandb issue 6402).
+    "jobType": 64,
+    # A job whose run name is longer fails (NVIDIA-NeMo/Skills issue 842).
+    "displayName": 128,
+    # wandb/sdk/wandb_settings.py, validate_project.
+    "project": 128,
+}
+TAG_LIMIT = 64  # wandb/sdk/wandb_settings.py, validate_run_tags; wandb/wandb issue 4208
+ARTIFACT_LIMIT = 128
+"""Of names and types: wandb/sdk/artifacts/_validators.py, NAME_MAXLEN; wandb/wandb issue 4959.
+Of aliases: wandb/sdk/artifacts/_generated/input_types.py, ArtifactAliasInput."""
+RUN_ID = re.compile(r"[^/\\#?%:]+")  # wandb/sdk/wandb_init.py, the documentation of `init`
+
+
 class RefusedError(Exception):
-    """The double was asked for what it does not know."""
+    """The double was asked for what it does not know, or for more than W&B takes."""
+
+
+class GoneError(Exception):
+    """What the real server answers with 409: the id of a run that was deleted."""
 
 
 class Request(NamedTuple):
@@ -156,6 +178,7 @@ class Project:
     name: str
     number: int
     runs: dict[str, Run] = field(default_factory=dict)
+    deleted: set[str] = field(default_factory=set)
     artifacts: dict[tuple[str, str], Collection] = field(default_factory=dict)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     views: list[Json] = field(default_factory=list)
@@ -206,6 +229,7 @@ class WandbDouble:
         self.refused: list[str] = []
         self.delay = 0.0
         self._status: int | None = None
+        self._failing = b""
         self._lock = threading.RLock()
         self._stores: dict[str, dict[str, bytes]] = {}
         self._numbers = itertools.count(1)
@@ -254,13 +278,19 @@ class WandbDouble:
     def stopped(self) -> bool:
         return self._server is None
 
-    def fail_with(self, status: int | None) -> None:
-        """Answer every request with a status, until called with None."""
-        self._status = status
+    def fail_with(self, status: int | None, holding: str = "") -> None:
+        """Answer requests that hold a text with a status, until called with None."""
+        self._status, self._failing = status, holding.encode()
 
     def run(self, run_id: str, project: str, entity: str | None = None) -> Run:
         """Find a run for a test."""
         return self.projects[entity or self.entity, project].runs[run_id]
+
+    def delete(self, run_id: str, project: str) -> None:
+        """Delete a run as the page of W&B does: its id is never free again."""
+        there = self.projects[self.entity, project]
+        del there.runs[run_id]
+        there.deleted.add(run_id)
 
     def project(self, variables: Json, create: bool = False) -> Project | None:
         name = variables.get("project") or variables.get("projectName") or "uncategorized"
@@ -282,7 +312,7 @@ class WandbDouble:
             ask = asked(body) if (method, path) == ("POST", "/graphql") else None
             name = ask.operation if ask else ""
             self.requests.append(Request(method, path, name, body.decode(errors="replace")))
-            if self._status is not None:
+            if self._status is not None and self._failing in body:
                 return failure(self._status, f"the double answers {self._status}")
             stored = path.startswith("/storage/")  # like a signed address, it needs no key
             if not stored and authorization != basic(self.key):
@@ -295,6 +325,8 @@ class WandbDouble:
                 if method == "POST" and path.endswith("/file_stream"):
                     return success(self._file_stream(path, json.loads(body)))
                 raise RefusedError("not known")
+            except GoneError as error:
+                return failure(409, str(error))
             except (RefusedError, LookupError, TypeError, ValueError, AttributeError) as error:
                 self.refused.append(f"{name or f'{method} {path}'}: {error!r}")
                 return failure(400, f"refused by the double: {self.refused[-1]}")
@@ -350,7 +382,13 @@ class WandbDouble:
     def _upsert_run(self, ask: Ask) -> Json:
         sent = {name: value for name, value in ask.variables.items() if value is not None}
         project, run = self._by_storage_id(sent["id"]) if "id" in sent else (None, None)
+        check_run(sent)
         project = project or self.existing(sent, create=True)
+        if sent.get("name") in project.deleted:
+            # "cannot be reused once a run is deleted" (wandb/sdk/wandb_init.py); the words are the
+            # server's (wandb/wandb issues 1192, 4897).
+            place = f"{project.entity}/{project.name}/{sent['name']}"
+            raise GoneError(f"run {place} was previously created and deleted; try a new run name")
         run = run or project.runs.get(sent["name"])
         inserted = run is None
         run = run or self._new_run(project, sent["name"])
@@ -449,6 +487,9 @@ class WandbDouble:
         sent = ask.variables["input"]
         project = self.existing(sent, create=True)
         name, kind = sent["artifactCollectionName"], sent["artifactTypeName"]
+        for text in (name, kind, *(alias["alias"] for alias in sent.get("aliases") or [])):
+            if len(text) > ARTIFACT_LIMIT:
+                raise RefusedError(f"{text!r} must be {ARTIFACT_LIMIT} characters or less")
         collection = project.artifacts.setdefault((kind, name), Collection(name, kind, project))
         latest = collection.version("latest")
         aliases = [alias["alias"] for alias in sent.get("aliases") or []]
@@ -654,6 +695,18 @@ def match(run: Run, name: str, wanted: Any) -> bool:
     for part in name.split(".")[1:]:
         place = place.get(part) if isinstance(place, dict) else None
     return bool(place == wanted)
+
+
+def check_run(sent: Json) -> None:
+    """Refuse what the server refuses of a run, in its words."""
+    for name, limit in RUN_LIMITS.items():
+        if len(sent.get(name, "")) > limit:
+            raise RefusedError(f"invalid parameters: {limit} limit exceeded for {name}")
+    for tag in sent.get("tags", ()):
+        if not 1 <= len(tag) <= TAG_LIMIT:
+            raise RefusedError(f"invalid tag {tag!r}. must be between 1 and 64 characters")
+    if not RUN_ID.fullmatch(sent.get("name", "-")):
+        raise RefusedError(f"invalid run id {sent['name']!r}")
 
 
 def project_node(project: Project) -> Json:

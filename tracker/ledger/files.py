@@ -1,18 +1,27 @@
-"""Writing files so that a reader sees all of a file or none of it."""
+"""Writing files so that a reader sees all of a file or none of it, and where the cache is."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+
+import platformdirs
 
 from tracker.errors import WorkError
 
 
+def cache_folder() -> Path:
+    """Say where is kept what can be had again: `TRACKER_CACHE`, else the user's cache folder."""
+    chosen = os.environ.get("TRACKER_CACHE")
+    return Path(chosen) if chosen else platformdirs.user_cache_path("tracker")
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it.
+    """Write a file beside its place, flush it to the disk, rename it, and flush its folder.
 
     Args:
         path: Where the file is to be.
@@ -21,13 +30,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         WorkError: The disk is full or refuses; nothing half-written is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not named by process id: two containers on one shared disk may both be process 1.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        changed = [path.parent]
+        while not changed[-1].exists():
+            changed.append(changed[-1].parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush(changed)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         why = "the disk is full" if full else error.strerror or str(error)
@@ -49,6 +63,17 @@ def write_text(path: Path, text: str) -> None:
         text: Its content.
     """
     write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def _flush(folders: Iterable[Path]) -> None:
+    """Flush what stands in folders, where the platform can: a rename is lost without it."""
+    for folder in folders:
+        with suppress(OSError):
+            entries = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(entries)
+            finally:
+                os.close(entries)
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tracker.errors import ModelError
-from tracker.provenance import file_hash, file_stamp
+from tracker.errors import ModelError, WorkError
+from tracker.ledger.files import cache_folder, write_text
+from tracker.provenance import content_hash, file_hash, file_stamp
 
 PACKAGE = "package:"
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")
@@ -93,7 +96,7 @@ class ModelSource:
             ModelError: A hub model is not in the local cache.
         """
         if self.is_local:
-            return file_hash(self.files())
+            return _remembered_hash(self.files())
         commit = self._cached_commit()
         if commit is None:
             raise ModelError(f"{self.source}: the hub's cache on this machine names no commit")
@@ -104,6 +107,21 @@ class ModelSource:
 
         found = try_to_load_from_cache(self.location, "config.json", revision=self.revision)
         return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _remembered_hash(files: Sequence[Path]) -> str:
+    """Hash files, or recall the hash of files whose paths, sizes and times are the same."""
+    stamp = file_stamp(files)
+    note = cache_folder() / "fingerprints" / content_hash(stamp)
+    with suppress(OSError, ValueError):
+        known = note.read_text(encoding="ascii")
+        if re.fullmatch("[0-9a-f]{64}", known):
+            return known
+    found = file_hash(files)
+    if file_stamp(files) == stamp:
+        with suppress(WorkError):  # a cache that cannot be written costs time alone
+            write_text(note, found)
+    return found
 
 
 def find_model(source: str, revision: str | None = None) -> ModelSource:

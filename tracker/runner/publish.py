@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 from tracker.config import CellRequest
-from tracker.errors import TrackingError
+from tracker.errors import TrackerError
 from tracker.ledger.store import CellStore, Ledger
 from tracker.provenance import content_hash
 from tracker.records import CellRecord
@@ -22,7 +28,24 @@ from tracker.tracking import (
     open_backend,
     target,
 )
-from tracker.tracking.base import Backend, content_digest
+from tracker.tracking.base import Backend, content_digest, masked, sync_command
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """What became of publishing a cell.
+
+    Attributes:
+        places: Backend → where the runs can be seen.
+        failed: Why other backends do not have it; empty when all do.
+        notes: What else a person should know.
+    """
+
+    places: dict[str, str] = field(default_factory=dict)
+    failed: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -33,11 +56,13 @@ class Synced:
         published: Titles of the cells that the backends now have.
         failed: Cell title → why a backend does not have it.
         locations: Backend → where the runs can be seen.
+        notes: What else a person should know.
     """
 
     published: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     locations: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class Publisher:
@@ -57,43 +82,86 @@ class Publisher:
 
     def __init__(self, track: Sequence[str], project: str, results: Path) -> None:
         self.project = project
-        self._targets = [target(text) for text in dict.fromkeys(track)]
+        self._targets = {text: target(text) for text in track}
         self._results = results
         self._open: dict[Target, Backend] = {}
+        self._jobs: SimpleQueue[tuple[Future[Outcome], Callable[[], Outcome]] | None] = (
+            SimpleQueue()
+        )
+        self._thread: Thread | None = None
 
-    def publish(
-        self, store: CellStore, record: CellRecord, trust_receipts: bool = True
-    ) -> tuple[dict[str, str], str]:
-        """Publish a cell; what one backend refuses does not keep the others from it.
+    def begin(self, store: CellStore, record: CellRecord) -> Future[Outcome]:
+        """Publish a cell in a thread beside the caller's, after those that were begun before.
+
+        In a W&B trial it is done before this returns: the trial's run is to be ended last.
 
         Args:
             store: The cell on disk.
             record: What to publish.
-            trust_receipts: Whether a backend is left alone when the ledger holds its receipt for
-                the same content; otherwise it is asked what it has.
 
         Returns:
-            Backend → where the runs can be seen, and why others do not have them; empty when all
-            do.
+            What will become of it; it never raises.
         """
-        places, errors = {}, []
-        digest = content_digest(record)
-        for to in self._targets:
-            receipt = store.receipt(self._receipt(to, record))
-            if trust_receipts and receipt.get("digest") == digest:
-                places[to.backend] = receipt["location"]
-                continue
+        # What belongs to the record, before more of the cell is measured.
+        job = partial(self._publish, store, record, _artifacts(store, record), True)
+        future: Future[Outcome] = Future()
+        if in_sweep():
+            future.set_result(job())
+            return future
+        if self._thread is None:
+            # A daemon, so that Ctrl-C need not wait for an upload.
+            self._thread = Thread(target=self._work, name="tracker-publisher", daemon=True)
+            self._thread.start()
+        self._jobs.put((future, job))
+        return future
+
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            future, publish = job
+            future.set_result(publish())
+
+    def publish(self, store: CellStore, record: CellRecord) -> Outcome:
+        """Publish a cell, asking the backends themselves what they have.
+
+        Args:
+            store: The cell on disk.
+            record: What to publish.
+
+        Returns:
+            What became of it.
+        """
+        return self._publish(store, record, _artifacts(store, record), False)
+
+    def _publish(
+        self, store: CellStore, record: CellRecord, artifacts: Sequence[Path], trust_receipts: bool
+    ) -> Outcome:
+        """Publish a cell; what one backend refuses does not keep the others from it."""
+        outcome, errors = Outcome(), []
+        for text, to in self._targets.items():
             try:
-                published = self._backend(to).publish(
-                    record, _artifacts(store, record), cell_charts(record)
-                )
-            except TrackingError as error:
-                errors.append(str(error))
-                continue
-            places[to.backend] = published.location
-            # The destination is named after publishing: the first publish makes the database.
-            store.add_receipt(self._receipt(to, record), digest, published.location)
-        return places, "\n".join(errors)
+                digest = content_digest(record)
+                receipt = store.receipt(self._receipt(to, record))
+                if trust_receipts and receipt.get("digest") == digest:
+                    outcome.places[to.backend] = receipt["location"]
+                    continue
+                published = self._backend(to).publish(record, artifacts, cell_charts(record))
+                outcome.places[to.backend] = published.location
+                outcome.notes += published.notes
+                # Named after publishing: the first publish makes the database.
+                store.add_receipt(self._receipt(to, record), digest, published.location)
+            except (Exception, SystemExit) as error:
+                log.debug("%s: %s failed", record.title, text, exc_info=True)
+                errors.append(self._why(error, text))
+        outcome.failed = "\n".join(errors)
+        return outcome
+
+    def _why(self, error: BaseException, to: str) -> str:
+        known = isinstance(error, TrackerError)
+        said = str(error) if known else masked(f"{type(error).__name__}: {error}")
+        if "tracker sync" in said:
+            return said
+        again = masked(sync_command(self._results.absolute(), to))
+        return f"{said}\nThe results are on disk; when it is mended: {again}"
 
     def _backend(self, to: Target) -> Backend:
         if to not in self._open:
@@ -107,7 +175,11 @@ class Publisher:
         return content_hash([place, record.removed]) if record.removed else place
 
     def close(self) -> None:
-        """Release the backends."""
+        """Release the backends; what was begun and not waited for is given up."""
+        with suppress(Empty):
+            while True:
+                self._jobs.get_nowait()
+        self._jobs.put(None)
         for backend in self._open.values():
             backend.close()
 
@@ -178,10 +250,11 @@ def sync(ledger: Ledger, to: Sequence[str]) -> Synced:
         project = asked.project
         publisher = publishers.setdefault(project, Publisher(to, project, ledger.root))
         record = record_of(store, asked.request)
-        places, failed = publisher.publish(store, record, trust_receipts=False)
-        synced.locations.update(places)
-        if failed:
-            synced.failed[record.title] = failed
+        outcome = publisher.publish(store, record)
+        synced.locations.update(outcome.places)
+        synced.notes += [f"{record.title}: {note}" for note in outcome.notes]
+        if outcome.failed:
+            synced.failed[record.title] = outcome.failed
         else:
             synced.published.append(record.title)
     for publisher in publishers.values():

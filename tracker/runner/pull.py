@@ -11,11 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import platformdirs
 from filelock import FileLock
 
 from tracker.errors import TrackerError, TrackingError
-from tracker.ledger.files import write_text
+from tracker.ledger.files import cache_folder, write_text
 from tracker.ledger.keys import folder_name
 from tracker.ledger.store import Asked, CellIdentity, CellStore, Ledger
 from tracker.provenance import content_hash
@@ -24,12 +23,6 @@ from tracker.runner.derive import all_records
 from tracker.runner.progress import Progress
 from tracker.tracking import Target, open_backend
 from tracker.tracking.base import Backend, RemoteCell, run_key
-
-
-def cache_folder() -> Path:
-    """Say where downloads are kept: `TRACKER_CACHE`, else the user's cache folder."""
-    chosen = os.environ.get("TRACKER_CACHE")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("tracker")
 
 
 def pull(source: Target, name: str, progress: Progress) -> tuple[list[CellRecord], dict[str, str]]:

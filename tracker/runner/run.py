@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,7 @@ from tracker.runner.derive import record_of
 from tracker.runner.executors import Job, Options, open_executor
 from tracker.runner.prepare import Asked, check_layers, look_up
 from tracker.runner.progress import Progress
-from tracker.runner.publish import Publisher
+from tracker.runner.publish import Outcome, Publisher
 
 log = logging.getLogger(__name__)
 _NO_RUNS: dict[str, Any] = {"layers": (), "components": (), "spans": (), "removed": ()}
@@ -86,8 +88,13 @@ def run_cells(
             finisher.done(cell, cell.store)
     report = finisher.report
     if todo:
-        executor.measure(jobs, ledger, progress, finisher.done)
+        try:
+            executor.measure(jobs, ledger, progress, finisher.done)
+        except Exception:
+            finisher.wait()
+            raise
         report.models_loaded = executor.models_loaded
+    finisher.wait()
     records = finisher.records
     report.cells = [records[request] for request in requests if request in records]
     return report
@@ -99,6 +106,7 @@ class _Finisher:
     def __init__(self, publisher: Publisher, progress: Progress, alone: bool) -> None:
         self.report = Report()
         self.records: dict[CellRequest, CellRecord] = {}
+        self._publishing: deque[tuple[str, Future[Outcome]]] = deque()
         self._publisher = publisher
         self._progress = progress
         self._alone = alone
@@ -111,6 +119,8 @@ class _Finisher:
                 raise outcome
             shown = outcome.ask(cell.request, self._publisher.project)
             record = record_of(outcome, cell.request)
+            # A backend shows all that was asked of the cell, not only what was asked now.
+            whole = record if shown == cell.request else record_of(outcome, shown)
         except Exception as error:
             # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
             if isinstance(error, RequestError) and self._alone:
@@ -121,13 +131,25 @@ class _Finisher:
             self._progress.say(f"{title} failed: {report.failed[title]}")
             return
         self.records[cell.request] = record
-        # A backend shows all that was asked of the cell, not only what was asked now.
-        whole = record if shown == cell.request else record_of(outcome, shown)
-        places, failed = self._publisher.publish(outcome, whole)
-        report.locations.update(places)
-        if failed:
-            report.unpublished[title] = failed
-            self._progress.say(f"{title} is measured but not published: {failed}")
+        self._publishing.append((title, self._publisher.begin(outcome, whole)))
+        while self._publishing and self._publishing[0][1].done():
+            self._take()
+
+    def wait(self) -> None:
+        """Wait until all that was measured is published, or is not."""
+        while self._publishing:
+            self._take()
+
+    def _take(self) -> None:
+        """Say what became of publishing a cell."""
+        title, future = self._publishing.popleft()
+        outcome = future.result()
+        self.report.locations.update(outcome.places)
+        for note in outcome.notes:
+            self._progress.say(f"{title}: {note}")
+        if outcome.failed:
+            self.report.unpublished[title] = outcome.failed
+            self._progress.say(f"{title} is measured but not published: {outcome.failed}")
 
 
 def _jobs(todo: Sequence[Asked]) -> list[Job]:

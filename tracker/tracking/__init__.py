@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from tracker.errors import RequestError, did_you_mean
 from tracker.provenance import content_hash
 from tracker.records import CellRecord, LayerRecord
 from tracker.tracking.base import Backend
+from tracker.tracking.isolated import Isolated
+
+_SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
+"""What an agent tells its trial. Whoever has it can open the trial's own run and no other."""
 
 
 def _mlflow(project: str, results: Path, server: str | None) -> Backend:
@@ -24,9 +30,8 @@ def _mlflow(project: str, results: Path, server: str | None) -> Backend:
 
 
 def _wandb(project: str, results: Path, server: str | None) -> Backend:
-    from tracker.tracking.wandb import WandbBackend
-
-    return WandbBackend(project, results)
+    isolated = Isolated("WandbBackend", project, results, in_sweep(), without=_SWEEP)
+    return cast(Backend, isolated)
 
 
 BACKENDS: dict[str, Callable[[str, Path, str | None], Backend]] = {
@@ -133,9 +138,8 @@ def log_trial(cell: CellRecord, run: LayerRecord, results: Path) -> None:
     Raises:
         TrackingError: W&B refused or could not be reached.
     """
-    from tracker.tracking import wandb
-
-    wandb.log_trial(cell, run, results)
+    with closing(Isolated("WandbTrial", results)) as trial:
+        trial.log(cell, run)
 
 
 def end_trial(note: str, failed: bool, results: Path) -> None:
@@ -149,9 +153,8 @@ def end_trial(note: str, failed: bool, results: Path) -> None:
     Raises:
         TrackingError: W&B refused or could not be reached.
     """
-    from tracker.tracking import wandb
-
-    wandb.end_trial(note, failed, results)
+    with closing(Isolated("WandbTrial", results)) as trial:
+        trial.end(note, failed)
 
 
 def destination(name: str, project: str, results: Path, server: str | None = None) -> str:

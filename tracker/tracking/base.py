@@ -52,6 +52,8 @@ class Published:
     unchanged: int
     location: str
     """What a person opens: an address, or the command that shows the runs."""
+    notes: tuple[str, ...] = ()
+    """What else a person should know."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 
 from tracker.errors import TrackingError
+from tracker.provenance import file_hash
 from tracker.records import CellRecord
 from tracker.tracking.base import (
     BOARD,
@@ -88,6 +89,8 @@ DIGEST_TAG = "tracker.digest"
 
 _RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow's page opens such an experiment with its runs, not with the traces of an agent."""
+_DIGESTS = "digests/files.json"
+"""The digests of the attached files, by name: what has not changed is not uploaded again."""
 _LOCK_SECONDS = 600.0
 _SAID_CHARACTERS = 500  # a proxy's error page is longer
 _REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
@@ -202,8 +205,9 @@ class MlflowBackend:
         """
         with self._failures_explained("could not be read"):
             client, _ = self._existing()
+            there = _digests(client, cell.place)
             for artifact in client.list_artifacts(cell.place):
-                if not artifact.is_dir:
+                if artifact.path in there or not (there or artifact.is_dir):
                     client.download_artifacts(cell.place, artifact.path, str(folder))
             if files_digest(folder.iterdir()) != cell.version:
                 raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
@@ -289,7 +293,9 @@ class MlflowBackend:
                 "mlflow.note.content": note,
             }
             run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
-            _attach(client, run_id, files, tables, charts)
+            _attach(client, run_id, tables, charts)
+            for file in files:
+                client.log_artifact(run_id, str(file))
             client.set_terminated(run_id, "FINISHED")
             return self._location(experiment)
 
@@ -439,7 +445,9 @@ def _write(client: Any, experiment: str, run: Run, existing: dict[str, Any]) -> 
     for tag in found.data.tags:
         if tag.startswith("tracker.") and tag != DIGEST_TAG and tag not in run.tags:
             client.delete_tag(run_id, tag)
-    _attach(client, run_id, run.files, run.tables, run.charts)
+    _attach(client, run_id, run.tables, run.charts)
+    if run.files:
+        _attach_files(client, run_id, run.files)
     if run.data:
         # A data set that the run has already is not added again.
         context = [InputTag("mlflow.data.context", "evaluation")]
@@ -453,11 +461,7 @@ def _write(client: Any, experiment: str, run: Run, existing: dict[str, Any]) -> 
 
 
 def _attach(
-    client: Any,
-    run_id: str,
-    files: Sequence[Path],
-    tables: Mapping[str, Table],
-    charts: Mapping[str, Figure],
+    client: Any, run_id: str, tables: Mapping[str, Table], charts: Mapping[str, Figure]
 ) -> None:
     for name, table in tables.items():
         # Not log_table: it appends to a table that is already there.
@@ -465,8 +469,32 @@ def _attach(
         client.log_text(run_id, json.dumps(content), f"tables/{name}.json")
     for name, figure in charts.items():
         client.log_figure(run_id, figure, f"charts/{name}.html")
+
+
+def _digests(client: Any, run_id: str) -> dict[str, str]:
+    """Read which files a run states to have; a run of an older tracker states none."""
+    there = {artifact.path for artifact in client.list_artifacts(run_id)}
+    if _DIGESTS.split("/")[0] not in there:
+        return {}
+    with TemporaryDirectory() as folder, suppress(ValueError):
+        path = client.download_artifacts(run_id, _DIGESTS, folder)
+        stated: dict[str, str] = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {name: digest for name, digest in stated.items() if name in there}
+    return {}
+
+
+def _attach_files(client: Any, run_id: str, files: Sequence[Path]) -> None:
+    """Upload the files that a run lacks, and state the digests of all."""
+    digests = {file.name: file_hash([file]) for file in files}
+    stated = _digests(client, run_id)
+    kept = {name: old for name, old in stated.items() if digests.get(name) == old}
+    if kept != stated:
+        # First, so that a replacement that breaks off is not taken for the file of before.
+        client.log_text(run_id, json.dumps(kept), _DIGESTS)
     for file in files:
-        client.log_artifact(run_id, str(file))
+        if file.name not in kept:
+            client.log_artifact(run_id, str(file))
+    client.log_text(run_id, json.dumps(digests), _DIGESTS)
 
 
 def _known_points(client: Any, found: Any, run: Run) -> dict[tuple[str, int], float]:

@@ -1,8 +1,9 @@
 """Publishes cells to Weights & Biases: one run per cell, and one more for each of its runs.
 
-Runs are handles, never the global run. A run is found again by `tracker.run_key` in its config, and
-`tracker.digest` is written last: a run whose digest is missing or old is completed by the next
-`publish`. Offline nothing can be asked, so a file beside the offline runs remembers them.
+What stands here runs in a process of its own: `isolated` calls it. A run is found again by
+`tracker.run_key` in its config, and `tracker.digest` is written last: a run whose digest is missing
+or old is completed by the next `publish`. Offline nothing can be asked, so a file beside the
+offline runs remembers them.
 
 W&B never takes a point of a curve back: where a figure has changed, its curve gets a second point.
 """
@@ -12,16 +13,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import wandb
 from filelock import FileLock
 
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 _LOCK_SECONDS = 600.0
 _FINISH_SECONDS = 120.0
-_SERVICE_SECONDS = 10.0
 _ENVIRONMENT = {
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
@@ -55,11 +53,16 @@ _ENVIRONMENT = {
     "WANDB__GRAPHQL_RETRY_MAX": "3",
 }
 """What W&B reads when it is set up; a user's own setting wins."""
+_DELETED = "previously created and deleted"
+"""What the server says, with 409, to the id of a run that was deleted."""
+_IDS = 10  # that are tried
+_RENEWED = (
+    "runs of this cell had been deleted in W&B, which never frees an id; they are there again, "
+    "under other ids"
+)
 _TOOK_NOTHING = "W&B did not take the runs"
 _ON_DISK = "The results are on disk; when it is back"
 _SECRETS = ("WANDB_API_KEY",)
-_SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
-"""What an agent tells its trial. Whoever has it can open the trial's own run and no other."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,17 @@ class WandbBackend:
     Args:
         project: `PROJECT` or `ENTITY/PROJECT`.
         results: The results folder; the files of runs, also of offline ones, lie in its `wandb`.
+        in_sweep: Whether a W&B agent asked for this.
     """
 
     name = "wandb"
 
-    def __init__(self, project: str, results: Path) -> None:
+    def __init__(self, project: str, results: Path, in_sweep: bool = False) -> None:
         entity, _, self._project = project.rpartition("/")
         self._entity = entity or os.environ.get("WANDB_ENTITY") or None
         self._results = results.absolute()
         self._to = f"wandb:{project}"
-        self._in_sweep = bool(os.environ.get("WANDB_SWEEP_ID"))
+        self._in_sweep = in_sweep
 
     def publish(
         self,
@@ -116,27 +120,29 @@ class WandbBackend:
         with (
             _session(self._results, _TOOK_NOTHING, f"{_ON_DISK}: {again}"),
             self._one_publisher(),
-            _outside_sweep(),
         ):
             offline = _is_offline()
             if not offline:
                 _log_in()
             known = self._read_notes() if offline else self._ask(cell)
             outcomes = {"created": 0, "updated": 0, "unchanged": 0}
+            deleted = 0
             for run in runs:
                 found = known.get(run.key)
                 if found and found.digest == run.digest:
                     outcomes["unchanged"] += 1
                     continue
-                self._write(run, found, offline)
+                # A refused id takes the client 15 s, and who deletes one run may delete them all.
+                deleted = self._write(run, found, offline, deleted)
                 outcomes["updated" if found else "created"] += 1
                 if offline:
-                    known[run.key] = _Known(run.id, run.digest)
+                    known[run.key] = _Known(run.id(), run.digest)
                     self._write_notes(known)
             changed = outcomes["created"] + outcomes["updated"]
             if changed and not offline:
                 self._confirm(cell, runs)
-            return Published(**outcomes, location=self._location(offline))
+            notes = (_RENEWED,) if deleted else ()
+            return Published(**outcomes, location=self._location(offline), notes=notes)
 
     def cells(self) -> list[RemoteCell]:
         """List the cells of the project.
@@ -261,7 +267,7 @@ class WandbBackend:
         charts: Mapping[str, Figure],
     ) -> None:
         """Log files, tables and charts in a run of their own."""
-        with self._reading(f"W&B did not take the {name}"), _outside_sweep():
+        with self._reading(f"W&B did not take the {name}"):
             _log_in()
             handle = wandb.init(
                 entity=self._entity,
@@ -305,21 +311,27 @@ class WandbBackend:
             if found is None or found.digest != run.digest:
                 raise TrackingError(f"the run {run.name!r} did not arrive whole")
 
-    def _write(self, run: Run, found: _Known | None, offline: bool) -> None:
-        """Bring one run to what it should be."""
+    def _write(self, run: Run, found: _Known | None, offline: bool, deleted: int) -> int:
+        """Bring one run to what it should be; say how many ids of its series are gone."""
         points = self._points(found) if found and run.curves and not offline else []
-        handle = wandb.init(
-            entity=self._entity,
-            project=self._project,
-            id=found.id if found else run.id,
-            config=run.config,
-            resume=None if offline else "allow",
-            reinit="create_new",
-            settings=_settings(self._results),
-            **_labels(run),
-        )
+        try:
+            handle = wandb.init(
+                entity=self._entity,
+                project=self._project,
+                id=found.id if found else run.id(deleted),
+                config=run.config,
+                resume=None if offline else "allow",
+                reinit="create_new",
+                settings=_settings(self._results),
+                **_labels(run),
+            )
+        except wandb.Error as error:
+            if found or _DELETED not in str(error) or deleted == _IDS:
+                raise
+            return self._write(run, found, offline, deleted + 1)
         with _finished(handle):
             _fill(handle, run, points)
+        return deleted
 
     def _points(self, found: _Known) -> list[dict[str, Any]]:
         """Read the curves that a run has."""
@@ -362,50 +374,54 @@ class WandbBackend:
             yield
 
 
-def log_trial(cell: CellRecord, layer: LayerRecord, results: Path) -> None:
-    """Log a layer into the run that a W&B agent opened for this process, and end it.
+class WandbTrial:
+    """The run that a W&B agent opened for its trial.
 
     Args:
-        cell: The cell.
-        layer: The run of the cell that the trial asked for.
         results: The results folder.
-
-    Raises:
-        TrackingError: W&B refused or could not be reached.
     """
-    run = layer_run(cell, layer)
-    with _trial(results, **_labels(run)) as handle:
-        # The sweep's own values stand: W&B locks them.
-        own = {name: value for name, value in run.config.items() if name not in handle.config}
-        handle.config.update(own)
-        _fill(handle, run, [])
 
+    def __init__(self, results: Path) -> None:
+        self._results = results.absolute()
 
-def end_trial(note: str, failed: bool, results: Path) -> None:
-    """End the run that a W&B agent opened for this process, with nothing measured.
+    def log(self, cell: CellRecord, layer: LayerRecord) -> None:
+        """Log a layer, and end.
 
-    Args:
-        note: Why.
-        failed: Whether the sweep shows the run as failed.
-        results: The results folder.
+        Args:
+            cell: The cell.
+            layer: The run of the cell that the trial asked for.
 
-    Raises:
-        TrackingError: W&B refused or could not be reached.
-    """
-    with _trial(results, exit_code=int(failed)) as handle:
-        handle.config.update({"tracker": {"note": masked(note)}})
+        Raises:
+            TrackingError: W&B refused or could not be reached.
+        """
+        run = layer_run(cell, layer)
+        with self._opened(**_labels(run)) as handle:
+            # The sweep's own values stand: W&B locks them.
+            own = {name: value for name, value in run.config.items() if name not in handle.config}
+            handle.config.update(own)
+            _fill(handle, run, [])
 
+    def end(self, note: str, failed: bool) -> None:
+        """End with nothing measured.
 
-@contextmanager
-def _trial(results: Path, exit_code: int = 0, **names: Any) -> Iterator[Any]:
-    again = sync_command(results.absolute(), "wandb")
-    with _session(results.absolute(), _TOOK_NOTHING, f"{_ON_DISK}: {again}"):
-        wandb.teardown()  # whatever was set up before may not know of the sweep
-        _log_in()
-        settings = _settings(results.absolute())
-        handle = wandb.init(reinit="create_new", settings=settings, **names)
-        with _finished(handle, exit_code):
-            yield handle
+        Args:
+            note: Why.
+            failed: Whether the sweep shows the run as failed.
+
+        Raises:
+            TrackingError: W&B refused or could not be reached.
+        """
+        with self._opened(exit_code=int(failed)) as handle:
+            handle.config.update({"tracker": {"note": masked(note)}})
+
+    @contextmanager
+    def _opened(self, exit_code: int = 0, **names: Any) -> Iterator[Any]:
+        again = sync_command(self._results, "wandb")
+        with _session(self._results, _TOOK_NOTHING, f"{_ON_DISK}: {again}"):
+            _log_in()
+            handle = wandb.init(reinit="create_new", settings=_settings(self._results), **names)
+            with _finished(handle, exit_code):
+                yield handle
 
 
 def _labels(run: Run) -> dict[str, Any]:
@@ -512,18 +528,6 @@ def _finished(handle: Any, exit_code: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def _outside_sweep() -> Iterator[None]:
-    """Open runs that are not the trial's own: the client refuses while an agent's words are set."""
-    told = {name: os.environ.pop(name) for name in _SWEEP if name in os.environ}
-    if told:
-        wandb.teardown()
-    try:
-        yield
-    finally:
-        os.environ.update(told)
-
-
-@contextmanager
 def _session(results: Path, problem: str, advice: str) -> Iterator[None]:
     """Set W&B up for the process, and say what to do about whatever it raises."""
     # Beside the runs, so that offline runs have their artifacts with them.
@@ -533,22 +537,5 @@ def _session(results: Path, problem: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001  the SDK raises many kinds
-        _end_service()
         text = masked(str(error) or type(error).__name__, [os.environ.get(n) for n in _SECRETS])
         raise TrackingError("\n".join(filter(None, (f"{problem}: {text}", advice)))) from None
-
-
-def _end_service() -> None:
-    """End the client's service process: after a failure it can keep ours from ever exiting.
-
-    wandb 0.31 waits for it without limit, and now and then it goes on with requests that failed.
-    """
-    ending = threading.Thread(target=wandb.teardown, daemon=True)
-    ending.start()
-    ending.join(_SERVICE_SECONDS)
-    if ending.is_alive():
-        for child in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess):
-                if child.name().startswith("wandb-core"):
-                    child.kill()
-        ending.join(_SERVICE_SECONDS)

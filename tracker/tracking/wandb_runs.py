@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 FORMAT = "2"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
-_ARTIFACT_NAME = 128  # characters that W&B accepts
-_TAG = 64
+# What W&B takes; counted in bytes, of which there are never fewer than characters.
+_GROUP = 128  # the server: "invalid parameters: 128 limit exceeded for GroupName"
+_NAME = 128  # a longer name of a run fails: NVIDIA-NeMo/Skills issue 842
+_TAG = 64  # wandb/sdk/wandb_settings.py, validate_run_tags
+_ARTIFACT_NAME = 128  # wandb/sdk/artifacts/_validators.py, NAME_MAXLEN
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,6 @@ class Run:
     """One W&B run as it should be."""
 
     key: str
-    id: str
     name: str
     job_type: str
     group: str
@@ -67,6 +69,18 @@ class Run:
     charts: Mapping[str, Figure] = field(default_factory=dict)
     outcomes: Outcomes | None = None
 
+    def id(self, deleted: int = 0) -> str:
+        """Name the run the same way everywhere: W&B never frees the id of a deleted run.
+
+        Args:
+            deleted: How many runs with ids of this series were deleted.
+
+        Returns:
+            The next id of the series.
+        """
+        nth = f"{self.key}#{deleted}" if deleted else self.key
+        return hashlib.sha256(nth.encode()).hexdigest()[:16]
+
 
 def group_of(cell: CellRecord) -> str:
     """Name the group that holds the runs of a cell, alike on every machine.
@@ -77,7 +91,7 @@ def group_of(cell: CellRecord) -> str:
     Returns:
         The cell's title and the beginning of its key.
     """
-    return f"{cell.title} · {cell.key[:8]}"
+    return _fitting(f"{cell.title} · {cell.key[:8]}", _GROUP)
 
 
 def layer_run(cell: CellRecord, layer: LayerRecord) -> Run:
@@ -150,6 +164,7 @@ def _run(
     cell: CellRecord,
     ablation: str,
     *,
+    name: str,
     own: Mapping[str, object],
     reasons: Mapping[str, str],
     **parts: Any,
@@ -175,9 +190,9 @@ def _run(
     }
     return Run(
         key=key,
-        id=hashlib.sha256(key.encode()).hexdigest()[:16],
+        name=_fitting(name, _NAME),
         group=group_of(cell),
-        tags=(cell.model.name[:_TAG], cell.benchmark.name[:_TAG]),
+        tags=(_fitting(cell.model.name, _TAG), _fitting(cell.benchmark.name, _TAG)),
         config=config,
         **parts,
     )
@@ -204,4 +219,15 @@ def _artifact_name(cell: CellRecord) -> str:
     """Name the artifact alike on every machine, with the key last, which tells cells apart."""
     key = "-".join([view_name(cell.removed), cell.key[:12]])
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
+    if len(key) > _ARTIFACT_NAME // 2:
+        return _fitting(f"{name}-{key}", _ARTIFACT_NAME)
     return f"{name[: _ARTIFACT_NAME - len(key) - 1]}-{key}"
+
+
+def _fitting(text: str, limit: int) -> str:
+    """Cut what is too long, and end it with a hash of the whole, which tells texts apart."""
+    whole = text.encode()
+    if len(whole) <= limit:
+        return text
+    end = f"-{hashlib.sha256(whole).hexdigest()[:12]}"
+    return whole[: limit - len(end)].decode(errors="ignore") + end

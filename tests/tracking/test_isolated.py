@@ -1,0 +1,54 @@
+"""The process of W&B's SDK: whatever becomes of it, ours is told and goes on."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tracker.errors import TrackingError
+from tracker.tracking import open_backend
+
+from .wandb_client import Client
+from .wandb_double import WandbDouble
+
+
+@pytest.mark.parametrize("how", ["killed", "closed"])
+def test_a_call_whose_process_ends_is_a_tracking_error(
+    double: WandbDouble,
+    client: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    for name, value in client.environment.items():
+        if name.startswith("WANDB"):
+            monkeypatch.setenv(name, value)
+    before = set(psutil.Process().children(recursive=True))
+    backend = open_backend("wandb", "team/layers", tmp_path)
+
+    def started() -> list[psutil.Process]:
+        return list(set(psutil.Process().children(recursive=True)) - before)
+
+    def end() -> None:
+        while len(started()) < 2:  # the process, and the service of the SDK
+            time.sleep(0.01)
+        if how == "closed":
+            backend.close()
+        else:
+            next(process for process in started() if process.ppid() == os.getpid()).kill()
+
+    double.delay = 5.0
+    ending = threading.Thread(target=end)
+    ending.start()
+    with pytest.raises(TrackingError, match="the process of W&B has ended"):
+        backend.user()
+    ending.join()
+    double.delay = 0.0
+    assert backend.user() == "tester"
+    backend.close()
+    assert not started()

@@ -1,0 +1,104 @@
+"""Publishing beside the measurement: it stops neither the next cell nor the night."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tracker import api
+from tracker.ledger.store import Ledger
+from tracker.runner import publish as publishing
+from tracker.runner.progress import Silent
+from tracker.runner.publish import Publisher
+
+
+class Listener(Silent):
+    """Knows when the second cell is being measured."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.said: list[str] = []
+        self._began = 0
+        self._then = then
+
+    def say(self, message: str) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        self.said.append(message)
+
+    def start(self, title: str, total: int, unit: str = "responses") -> None:
+        self._began += 1
+        if self._began == 2:
+            self._then()
+
+
+@pytest.fixture
+def study(tiny_llama: Callable[..., Path], experiment: Callable[..., Path]) -> Path:
+    both = ["arc_easy", "arc_challenge"]
+    return experiment(tiny_llama(layers=2), limit=4, layer=[0, 1], benchmark=both)
+
+
+# Was: the next cell waited for the upload, and a chart that failed ended the run.
+def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
+    study: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring = threading.Event()
+    charts = publishing.cell_charts
+
+    def broken(cell):
+        if cell.benchmark.name == "arc_challenge":
+            return charts(cell)
+        assert measuring.wait(60), "the second cell waited for the first to be published"
+        raise ValueError("no such colour")
+
+    listener = Listener(measuring.set)
+    monkeypatch.setattr(publishing, "cell_charts", broken)
+    done = api.run(study, results=results, progress=listener)
+    assert [cell.benchmark.name for cell in done.cells] == ["arc_easy", "arc_challenge"]
+    assert not done.outcome.failed
+    assert done.outcome.exit_code == 1
+    ((title, why),) = done.outcome.unpublished.items()
+    assert "arc_easy" in title
+    assert "ValueError: no such colour" in why
+    assert f"tracker sync --to mlflow --results {results}" in why
+    assert any("measured but not published" in line for line in listener.said)
+    client = MlflowClient(f"sqlite:///{results / 'mlflow.db'}")
+    (place,) = [e.experiment_id for e in client.search_experiments() if e.name == "tracker"]
+    assert len(client.search_runs([place])) == 3
+
+    # Nor does a receipt that cannot be read.
+    monkeypatch.setattr(publishing, "cell_charts", charts)
+    (store,) = (s for s in Ledger(results).cells() if s.identity.benchmark.name == "arc_easy")
+    (store.folder / "receipts").write_text("in the way")
+    ((_, why),) = api.run(study, results=results).outcome.unpublished.items()
+    assert "receipts" in why
+    assert "tracker sync" in why
+    (store.folder / "receipts").unlink()
+    assert not api.sync(results=results).failed
+    assert len(client.search_runs([place])) == 6
+
+
+def test_an_interrupt_does_not_wait_for_an_upload(
+    study: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publishing, "cell_charts", lambda _: released.wait(60) and {})
+    with pytest.raises(KeyboardInterrupt):
+        api.run(study, results=results, progress=Listener(interrupt))
+    assert not released.is_set()
+    released.set()
+
+    # In a W&B trial it is done before anything else is.
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    threads = []
+    monkeypatch.setattr(publishing, "cell_charts", lambda _: threads.append(threading.get_ident()))
+    (store, *_), (record, *_) = Ledger(results).cells(), api.ls(results)
+    begun = Publisher(["mlflow"], "other", results).begin(store, record)
+    assert begun.done()
+    assert threads == [threading.get_ident()]
