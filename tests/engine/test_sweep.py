@@ -43,19 +43,30 @@ def test_half_precision_keeps_its_sharing(tiny_model):
 def test_wrong_sharing_is_found(tiny_model, monkeypatch, dtype):
     """A mask that lets a choice see its sibling is wrong without an error: it must be noticed."""
     model = tiny_model("llama").to(dtype)
-    honest = tree_rows
+    honest, leaked = tree_rows, []
 
-    def leaky(documents, max_length, row_tokens):
-        for row in honest(documents, max_length, row_tokens):
+    def leaky(*args, **kwargs):
+        for row in honest(*args, **kwargs):
             row.ancestors[:] = torch.ones_like(row.ancestors).tril()
+            leaked.append(row)
             yield row
 
     monkeypatch.setattr("tracker.engine.sweep.tree_rows", leaky)
     checked = check(
         Engine(loaded(model), MAX_LENGTH), make_documents(), single_layers((0, 1, 2, 3))
     )
+    assert leaked
     assert checked.engine.sharing == DEPTH_ONLY
-    assert "tokens" in checked.lost
+    assert "sharing over tokens changes a log-likelihood by" in checked.lost
+
+
+def test_a_bug_of_ours_is_no_loss_of_sharing(tiny_model, monkeypatch):
+    def broken(documents):
+        raise AssertionError("never called with these arguments")
+
+    monkeypatch.setattr("tracker.engine.sweep.tree_rows", broken)
+    with pytest.raises(TypeError, match="positional argument"):
+        check(Engine(loaded(tiny_model("llama")), MAX_LENGTH), make_documents(), single_layers([0]))
 
 
 def test_proxies_are_the_same_however_the_tokens_are_shared(tiny_model):

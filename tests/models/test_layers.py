@@ -7,7 +7,8 @@ from torch import nn
 
 from tests.engine.families import FAMILIES as WITH_KINDS
 from tracker.errors import ModelError
-from tracker.models.layers import find_base, find_layers, layers_removed
+from tracker.models.layers import find_base, find_layers
+from tracker.models.pruned import cut_config, pruned
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_head": 4}
@@ -78,74 +79,62 @@ class TestFamilies:
         kept = [layer for layer in range(4) if layer not in removed]
         if family == "gemma3":
             types = [model.config.layer_types[layer] for layer in kept]
-        pruned = make(family, len(kept), seed=1)
+        truth = make(family, len(kept), seed=1)
         if family == "gemma3":
             # Built with the same kinds of layers, not with the default pattern.
             config = FAMILIES[family](len(kept))
             config.layer_types = types
-            pruned = transformers.AutoModelForCausalLM.from_config(config).eval()
+            truth = transformers.AutoModelForCausalLM.from_config(config).eval()
         weights = {
             name: value
             for name, value in model.state_dict().items()
             if not name.startswith(f"{PATHS.get(family, 'model.layers')}.")
         }
-        pruned.load_state_dict(weights, strict=False)
+        truth.load_state_dict(weights, strict=False)
         for new, old in enumerate(kept):
-            find_layers(pruned)[new].load_state_dict(find_layers(model)[old].state_dict())
-        intact = logits(model)
-        with layers_removed(model, removed):
-            found = logits(model)
-            assert len(find_layers(model)) == len(kept)
-        assert torch.equal(found, logits(pruned))
-        assert not torch.allclose(found, intact)
+            find_layers(truth)[new].load_state_dict(find_layers(model)[old].state_dict())
+        copy = pruned(model, removed)
+        assert len(find_layers(copy)) == len(kept)
+        assert torch.equal(logits(copy), logits(truth))
+        assert not torch.allclose(logits(copy), logits(model))
 
     def test_the_remaining_layers_are_counted_anew(self, family: str) -> None:
         model = make(family)
-        before = indices(model)
-        assert before == [[0], [1], [2], [3]]
-        with layers_removed(model, [1]):
-            assert indices(model) == [[0], [1], [2]]
-            assert model.config.num_hidden_layers == 3
-            with_cache = logits(model, use_cache=True)
-            assert torch.equal(with_cache, logits(model, use_cache=False))
-        assert indices(model) == before
+        copy = pruned(model, [1])
+        assert indices(copy) == [[0], [1], [2]]
+        assert copy.config.num_hidden_layers == 3
+        assert torch.equal(logits(copy, use_cache=True), logits(copy, use_cache=False))
+        assert indices(model) == [[0], [1], [2], [3]]
 
     def test_the_rest_can_generate(self, family: str) -> None:
         """With a hole in the key-value cache a step would differ from the whole text at once."""
-        model = make(family)
-        with layers_removed(model, [0, 2]):
-            made = model.generate(
-                TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
-            )
-            with torch.inference_mode():
-                for place in range(TOKENS.shape[1], made.shape[1]):
-                    best = model(made[:, :place], use_cache=False).logits[0, -1].argmax()
-                    assert best == made[0, place]
+        generates_as_it_reads(pruned(make(family), [0, 2]))
 
-    @pytest.mark.parametrize("fails", [False, True])
-    def test_everything_is_restored_bit_for_bit(self, family: str, fails: bool) -> None:
+    def test_the_model_is_not_touched_and_its_weights_are_shared(self, family: str) -> None:
         model = make(family)
         layers = find_layers(model)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         config, output, modules = model.config.to_dict(), logits(model), list(layers)
-
-        def use() -> None:
-            with layers_removed(model, [0, 2]):
-                logits(model)
-                if fails:
-                    raise RuntimeError("in between")
-
-        if fails:
-            with pytest.raises(RuntimeError, match="in between"):
-                use()
-        else:
-            use()
+        copy = pruned(model, [0, 2])
+        logits(copy)
         assert find_layers(model) is layers
         assert all(now is was for now, was in zip(layers, modules, strict=True))
         assert model.config.to_dict() == config
-        assert list(model.state_dict()) == list(before)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert torch.equal(logits(model), output)
+        own = {parameter.data_ptr() for parameter in model.parameters()}
+        assert {parameter.data_ptr() for parameter in copy.parameters()} < own
+
+
+def generates_as_it_reads(model: nn.Module) -> None:
+    """Each step says what reading the whole text at once says."""
+    made = model.generate(
+        TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    with torch.inference_mode():
+        for place in range(TOKENS.shape[1], made.shape[1]):
+            best = model(made[:, :place], use_cache=False).logits[0, -1].argmax()
+            assert best == made[0, place]
 
 
 HYBRIDS = ["jamba", "zamba2", "bamba_eager", "recurrent_gemma", "qwen3_next", "lfm2", "gemma2"]
@@ -156,22 +145,32 @@ HYBRIDS = ["jamba", "zamba2", "bamba_eager", "recurrent_gemma", "qwen3_next", "l
 def test_layers_of_several_kinds_keep_their_kinds(family: str, removed: list[int]) -> None:
     """Each layer gets the mask and the cache of its own kind, not of the place it moved to."""
     model = WITH_KINDS[family].model()
-    before = logits(model)
-    config, own = model.config.to_dict(), type(model.config)
     types = list(model.config.layer_types)
-    with layers_removed(model, removed):
-        assert model.config.layer_types == [t for i, t in enumerate(types) if i not in removed]
-        made = model.generate(
-            TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
-        )
-        for place in range(TOKENS.shape[1], made.shape[1]):
-            with torch.inference_mode():
-                best = model(made[:, :place], use_cache=False).logits[0, -1].argmax()
-            assert best == made[0, place]
-    assert type(model.config) is own
-    assert model.config.to_dict() == config
+    copy = pruned(model, removed)
+    assert copy.config.layer_types == [t for i, t in enumerate(types) if i not in removed]
+    generates_as_it_reads(copy)
     assert model.config.layer_types == types
-    assert torch.equal(logits(model), before)
+
+
+def test_what_has_one_entry_a_layer_is_cut_and_rope_factors_are_not() -> None:
+    """As many factors as layers: a list is a layer's by its length, unless it is rope's."""
+    config = transformers.LlamaConfig(**SMALL, intermediate_size=48)
+    config.widths = [1, 2, 3, 4]
+    config.by_layer = {0: "a", 1: "b", 2: "c", 3: "d"}
+    config.moe_layers = [1, 3]
+    config.rope_parameters = {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0]}
+    cut_config(config, [0, 2, 3])
+    assert config.num_hidden_layers == 3
+    assert config.widths == [1, 3, 4]
+    assert config.by_layer == {0: "a", 1: "c", 2: "d"}
+    assert config.moe_layers == [2]
+    assert config.rope_parameters["short_factor"] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_layer_may_stay_and_hand_on_its_input() -> None:
+    model = make("llama")
+    assert len(find_layers(pruned(model, [1], stay=True))) == 4
+    assert torch.equal(logits(pruned(model, [1], stay=True)), logits(pruned(model, [1])))
 
 
 def test_a_configuration_that_counts_otherwise_is_refused() -> None:
@@ -202,19 +201,12 @@ def test_the_base_is_what_the_head_asks(family: str, path: str) -> None:
 
 def test_removing_nothing_changes_nothing() -> None:
     model = make("llama")
-    before = logits(model)
-    with layers_removed(model, []):
-        assert torch.equal(logits(model), before)
+    assert torch.equal(logits(pruned(model)), logits(model))
 
 
 def test_removals_can_be_nested() -> None:
     model = make("llama")
-    before = logits(model)
-    with layers_removed(model, [2, 3]):
-        both = logits(model)
-    with layers_removed(model, [3]), layers_removed(model, [2]):
-        assert torch.equal(logits(model), both)
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(pruned(pruned(model, [3]), [2])), logits(pruned(model, [2, 3])))
 
 
 def test_a_model_with_no_fitting_list_is_refused() -> None:

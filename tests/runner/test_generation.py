@@ -25,7 +25,7 @@ from tracker.benchmarks.generation import TextGenerator
 from tracker.config import CellRequest
 from tracker.engine.sweep import Engine
 from tracker.ledger.store import Ledger
-from tracker.models.layers import layers_removed
+from tracker.models.pruned import pruned as without
 from tracker.runner.scorer import Generation
 
 GSM8K = Path(lm_eval.tasks.__file__).parent / "gsm8k/gsm8k.yaml"
@@ -232,8 +232,8 @@ def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, exper
     )
     encoder = RequestEncoder(smollm2.model, smollm2.tokenizer)
     (document,) = benchmark.documents(encoder, 1)
-    generator = TextGenerator(smollm2.model, smollm2.tokenizer)
-    apart = Generation(Engine(smollm2, encoder.max_length), generator, together=False)
+    engine = Engine(smollm2, encoder.max_length)
+    apart = Generation(engine, smollm2.tokenizer, together=False)
     few = single_layers([0])
     assert apart.texts(document.prompt, few) == [texts[each.name][0] for each in few]
 
@@ -262,10 +262,8 @@ def test_a_model_that_refuses_is_generated_apart(family, why, sums, data, tmp_pa
     texts = texts_of(tmp_path / "results")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for name, found in texts.items():
-        smaller = copy.deepcopy(model)
         removed = [] if name == "baseline" else [int(name.split(":")[1])]
-        with layers_removed(smaller, removed):
-            expected = truth(smaller, tokenizer, num_fewshot=1, limit=2)
+        expected = truth(without(model, removed), tokenizer, num_fewshot=1, limit=2)
         assert found == expected["texts"], name
 
 

@@ -86,16 +86,30 @@ def _take_out(twin: Any, kept: Sequence[int]) -> None:
     parent, name = owner(twin, layers)
     _renumber(layers, kept)
     setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
-    outside = [m for m in twin.modules() if any(each is parent for each in m.modules())]
-    for module in outside:
-        for attribute, value in list(vars(module).items()):
-            if attribute == "config" or attribute.startswith("_"):
-                continue
-            if isinstance(value, (list, tuple, dict)):
-                setattr(module, attribute, _cut(value, kept, total))
-            elif type(value) is int and value == total and "layer" in attribute:
+    # What holds the layers may have lists with an entry for each, what is in them tables by place.
+    around = [m for m in twin.modules() if any(each is parent for each in m.modules())]
+    for module in around:
+        for attribute, value in _own(module):
+            if type(value) is int and value == total and "layer" in attribute:
                 setattr(module, attribute, len(kept))
+            else:
+                setattr(module, attribute, _cut(value, kept, total))
+    for module in layers.modules():
+        for attribute, value in _own(module):
+            if isinstance(value, dict):
+                setattr(module, attribute, _cut(value, kept, total))
     cut_config(twin.config.get_text_config(), kept)
+
+
+def _own(module: nn.Module) -> list[tuple[str, Any]]:
+    """A module's lists, tables and numbers, its configuration left out."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and name != "config"
+        and isinstance(value, (list, tuple, dict, int))
+    ]
 
 
 def _renumber(layers: nn.ModuleList, kept: Sequence[int]) -> None:
