@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracker.api import Results, run
 
 __all__ = ["Results", "__version__", "run"]
-__version__ = version("tracker")
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
