@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import tracker
-from tracker import install
+from tracker import distribution
 
 ROOT = Path(__file__).parents[1]
 PARTS = (
@@ -81,7 +81,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
     scripts = wheel.read(f"{about}entry_points.txt").decode()
     assert scripts.split() == ["[console_scripts]", "tracker", "=", "tracker.cli:main"]
     metadata = HeaderParser().parsestr(wheel.read(f"{about}METADATA").decode())
-    assert metadata["Name"] == install.DISTRIBUTION == "layer-tracker"
+    assert metadata["Name"] == distribution.NAME == "layer-tracker"
     assert metadata["Version"] == tracker.__version__
     extras = set(metadata.get_all("Provides-Extra", []))
     assert extras == {"ray", "slurm", "figures", "reports", "dev"}
@@ -91,20 +91,20 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
 
 
 def test_hints_in_a_checkout_name_the_checkout(monkeypatch, tmp_path) -> None:
-    assert install._ROOT == ROOT
+    assert distribution._ROOT == ROOT
     folder = tmp_path / "my checkout"
     folder.mkdir()
     (folder / "pyproject.toml").touch()
-    monkeypatch.setattr(install, "_ROOT", folder)
+    monkeypatch.setattr(distribution, "_ROOT", folder)
     pip = [sys.executable, "-m", "pip", "install", "--editable"]
-    assert shlex.split(install.install_extra("ray")) == [*pip, f"{folder}[ray]"]
-    pull, _, installs = install.upgrade().partition(" && ")
+    assert shlex.split(distribution.install_extra("ray")) == [*pip, f"{folder}[ray]"]
+    pull, _, installs = distribution.upgrade().partition(" && ")
     assert shlex.split(pull) == ["git", "-C", str(folder), "pull"]
     assert shlex.split(installs) == [*pip, str(folder)]
 
 
 def test_hints_of_an_installed_wheel_name_the_distribution(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(install, "_ROOT", tmp_path)
+    monkeypatch.setattr(distribution, "_ROOT", tmp_path)
     pip = [sys.executable, "-m", "pip", "install"]
-    assert shlex.split(install.install_extra("ray")) == [*pip, "layer-tracker[ray]"]
-    assert shlex.split(install.upgrade()) == [*pip, "--upgrade", "layer-tracker"]
+    assert shlex.split(distribution.install_extra("ray")) == [*pip, "layer-tracker[ray]"]
+    assert shlex.split(distribution.upgrade()) == [*pip, "--upgrade", "layer-tracker"]

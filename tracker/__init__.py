@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tracker.distribution import __version__
+
 if TYPE_CHECKING:
     from tracker.api import Results, run
 
 __all__ = ["Results", "__version__", "run"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

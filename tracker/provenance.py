@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tracker import __version__
+from tracker.distribution import __version__
 
 PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "numpy")
 """The packages besides tracker itself that can change a number, as pip calls them."""

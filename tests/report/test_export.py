@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tracker.distribution import install_extra
 from tracker.errors import RequestError
-from tracker.install import install_extra
 from tracker.records import CellRecord
 from tracker.report.export import FORMATS, boards, export, figures, frames
 from tracker.report.leaderboard import layer_board

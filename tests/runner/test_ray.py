@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
 from tracker.cli import main
-from tracker.install import install_extra
+from tracker.distribution import install_extra
 from tracker.ledger.store import BLOCK
 
 

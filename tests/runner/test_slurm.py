@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
 from tracker.cli import main
 from tracker.config import load_experiment
-from tracker.install import install_extra
+from tracker.distribution import install_extra
 from tracker.ledger.store import BLOCK
 from tracker.runner import job
 from tracker.runner.executors import Options

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tracker.distribution import pip_install
 from tracker.errors import BenchmarkError
-from tracker.install import pip_install
 from tracker.provenance import file_stamp
 
 HUB = "hub"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
+from tracker.distribution import install_extra
 from tracker.errors import RequestError
-from tracker.install import install_extra
 from tracker.ledger.files import write_atomically, write_text
 from tracker.records import CellRecord
 from tracker.report import wording

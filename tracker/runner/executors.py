@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tracker.distribution import install_extra
 from tracker.errors import RequestError, did_you_mean
-from tracker.install import install_extra
 from tracker.ledger.store import CellStore, Ledger
 from tracker.runner.prepare import Asked
 from tracker.runner.progress import Progress

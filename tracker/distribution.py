@@ -1,4 +1,4 @@
-"""What a user types to install what is missing, or a newer tracker.
+"""The distribution: its name, its version, and what a user types to install from it.
 
 The command and the import are `tracker`, which on PyPI is another program: the distribution is
 `layer-tracker`. A checkout is installed from its folder, whatever an index holds.
@@ -10,7 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
-DISTRIBUTION = "layer-tracker"
+NAME = "layer-tracker"
+__version__ = "0.1.0"
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +39,7 @@ def install_extra(extra: str) -> str:
     """
     if _is_checkout():
         return pip_install("--editable", f"{_ROOT}[{extra}]")
-    return pip_install(f"{DISTRIBUTION}[{extra}]")
+    return pip_install(f"{NAME}[{extra}]")
 
 
 def upgrade() -> str:
@@ -50,7 +51,7 @@ def upgrade() -> str:
     if _is_checkout():
         pull = shlex.join(["git", "-C", str(_ROOT), "pull"])
         return f"{pull} && {pip_install('--editable', str(_ROOT))}"
-    return pip_install("--upgrade", DISTRIBUTION)
+    return pip_install("--upgrade", NAME)
 
 
 def _is_checkout() -> bool:
