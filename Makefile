@@ -1,5 +1,5 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
-# make test    the same environment plus the test tools, every test
+# make test    the same environment plus the test tools, every test, side by side
 # make check   format, lint, types, docstrings, imports
 # make dist    a wheel and a source distribution in dist/
 # make dist-demo  that wheel in an environment of its own, and the demo with it
@@ -14,7 +14,7 @@ demo: .venv/demo
 	$(BIN)/tracker run experiments/demo.yaml
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,10 +63,10 @@ def test_a_server_that_refuses(
     with Gate(server) as gate:
         gate.at[first] = lambda: setattr(gate, "status", status)
         backend = MlflowBackend(project, results, gate.address)
-        began = time.monotonic()
         with pytest.raises(TrackingError, match=f"error code {status}|{status} error") as caught:
             backend.publish(cell, [file])
-        assert time.monotonic() - began < 20
+        tried_again = 2 if status in (429, 500) else 0
+        assert gate.seen == first + tried_again
         said = str(caught.value)
         assert len(said) < 900, "the whole error page is not a message"
         assert f"tracker sync --to mlflow:{project} --results {results}" in said
@@ -91,10 +90,9 @@ def test_a_server_that_is_slow_is_given_up(
     with Gate(server) as gate:
         gate.at[MIDDLE] = lambda: setattr(gate, "delay", 5.0)
         backend = MlflowBackend("slow", results, gate.address)
-        began = time.monotonic()
         with pytest.raises(TrackingError, match=r"(?i)timed out"):
             backend.publish(make_cell(), [file])
-        assert time.monotonic() - began < 30
+        assert gate.seen == MIDDLE + 2
         gate.delay = 0.0
         backend.publish(make_cell(), [file])
     complete(server, "slow", make_cell(), file, results)
