@@ -87,7 +87,7 @@ class MlflowServer:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not self._healthy():
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
@@ -183,7 +183,7 @@ class Gate:
             self.server + request.path, body or None, headers, method=request.command
         )
         try:
-            answer = urllib.request.urlopen(asked, timeout=60)
+            answer = urllib.request.urlopen(asked, timeout=300)
         except urllib.error.HTTPError as error:
             answer = error
         except OSError:

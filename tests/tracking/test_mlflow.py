@@ -462,7 +462,7 @@ def test_two_processes_at_once_create_each_run_once(
         assert all(process.poll() in (None, 0) for process in processes)
         time.sleep(0.01)
     (results / "go").touch()
-    said = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
+    said = sorted(process.communicate(timeout=300)[0].strip() for process in processes)
     assert said == ["0 0 5", "5 0 0"]
     assert len(Store(uri or local(results)).runs) == 5
 

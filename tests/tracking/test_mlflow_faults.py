@@ -210,7 +210,7 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
         gate.at[MIDDLE] = own.stop
         monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.address)
         run = start("run", study, "--results", results, "--track", "mlflow:dies")
-        said, _ = run.communicate(timeout=240)
+        said, _ = run.communicate(timeout=300)
         assert run.returncode == 1, said
         assert "Traceback" not in said
         assert f"tracker sync --to mlflow:dies --results {results}" in said.replace("\n", " ")
@@ -219,7 +219,7 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
 
         own.start()
         sync = start("sync", "--to", "mlflow:dies", "--results", results)
-        said, _ = sync.communicate(timeout=240)
+        said, _ = sync.communicate(timeout=300)
         assert sync.returncode == 0, said
     store = Store(own.address, "dies")
     assert len(store.runs) == 6
