@@ -72,6 +72,8 @@ class MlflowServer:
         command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        # Eight processes for evaluations that nobody here asks for.
+        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         if self.auth:
             settings = self.folder / "auth.ini"
             settings.write_text(
