@@ -25,12 +25,18 @@ from .test_mlflow import Store, local, publish
 MIDDLE = 14  # a request in the middle of publishing a cell of four layers
 
 
-@pytest.fixture
-def own(template: Path, tmp_path: Path) -> Iterator[MlflowServer]:
-    folder = tmp_path / "server"
-    folder.mkdir()
-    with MlflowServer(folder, template) as server:
+@pytest.fixture(scope="module")
+def mortal(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with MlflowServer(tmp_path_factory.mktemp("mortal"), template) as server:
         yield server
+
+
+@pytest.fixture
+def own(mortal: MlflowServer) -> MlflowServer:
+    """A server that a test may stop, and that runs when the next one begins."""
+    if mortal.process is None:
+        mortal.start()
+    return mortal
 
 
 @pytest.fixture
