@@ -47,7 +47,6 @@ class Client:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=300,
             check=False,
         )
 
