@@ -36,6 +36,9 @@ class Client:
             "WANDB_SILENT": "true",
             "WANDB_ERROR_REPORTING": "false",
         }
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            # Sums are added here as there, to the last digit.
+            self.environment["OMP_NUM_THREADS"] = threads
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
             self.environment[f"WANDB_{name}"] = str(folder / name.lower())
             (folder / name.lower()).mkdir()
