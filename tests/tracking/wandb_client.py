@@ -36,9 +36,9 @@ class Client:
             "WANDB_SILENT": "true",
             "WANDB_ERROR_REPORTING": "false",
         }
-        if threads := os.environ.get("OMP_NUM_THREADS"):
-            # Sums are added here as there, to the last digit.
-            self.environment["OMP_NUM_THREADS"] = threads
+        # The code and the threads of the process that compares: figures are equal to the last digit.
+        same = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+        self.environment |= {name: value for name, value in same.items() if value}
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
             self.environment[f"WANDB_{name}"] = str(folder / name.lower())
             (folder / name.lower()).mkdir()
