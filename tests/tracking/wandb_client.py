@@ -36,7 +36,7 @@ class Client:
             "WANDB_SILENT": "true",
             "WANDB_ERROR_REPORTING": "false",
         }
-        # The code and the threads of the process that compares: figures are equal to the last digit.
+        # The code and the threads of the process that compares: figures agree to the last digit.
         same = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
         self.environment |= {name: value for name, value in same.items() if value}
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
