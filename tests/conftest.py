@@ -8,12 +8,21 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+# Workers side by side and what they start share the cores; torch reads this when it is imported.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // int(workers))))
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# An example that a busy machine computes late is no failure.
+settings.register_profile("tracker", deadline=None)
+settings.load_profile("tracker")
 
 TRACKER = Path(sys.executable).with_name("tracker")
 """The real program."""
@@ -93,6 +102,23 @@ def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite store of MLflow: making one takes seconds, copying it does not."""
+    from filelock import FileLock
+
+    from tracker.tracking.mlflow import create_database
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # one for all workers
+    path = folder / "template" / "mlflow.db"
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        create_database(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tracker
 from tracker import provenance
 from tracker.provenance import content_hash, file_hash, file_stamp, machine, package_versions
 
@@ -112,7 +113,10 @@ def test_versions_are_the_installed_ones(monkeypatch) -> None:
         "numpy",
     }
     monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package",))
-    assert package_versions() == {"no-such-package": "not installed"}
+    assert package_versions() == {
+        "tracker": tracker.__version__,
+        "no-such-package": "not installed",
+    }
 
 
 def test_the_machine_identifies_nobody() -> None:

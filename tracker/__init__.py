@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from tracker.distribution import __version__
 
 if TYPE_CHECKING:
     from tracker.api import Results, run
 
 __all__ = ["Results", "__version__", "run"]
-__version__ = version("tracker")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("tracker", "torch", "transformers", "lm-eval", "datasets", "numpy")
-"""The packages that can change a number."""
+from tracker.distribution import __version__
+
+PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "numpy")
+"""The packages besides tracker itself that can change a number, as pip calls them."""
 
 
 def package_versions() -> dict[str, str]:
@@ -21,7 +23,7 @@ def package_versions() -> dict[str, str]:
     Returns:
         Package name → version; `not installed` where there is none.
     """
-    found = {}
+    found = {"tracker": __version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -160,7 +160,7 @@ class CorrelationRecord(Record):
     high: float | None
     """95 % interval from resampling the documents."""
     p_value: float | None
-    """Permutation p-value, two-sided."""
+    """Two-sided, against series that are as smooth over depth but unrelated."""
     n: int
     """Layers."""
     documents: int

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tracker.distribution import install_extra
 from tracker.errors import RequestError
 from tracker.records import CellRecord
 from tracker.report.export import FORMATS, boards, export, figures, frames
@@ -98,7 +99,7 @@ def test_without_the_extra_it_says_what_to_install(
     two_models: list[CellRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    with pytest.raises(RequestError, match=r"pip install 'tracker\[figures\]'"):
+    with pytest.raises(RequestError, match=re.escape(install_extra("figures"))):
         export(two_models, "pdf", tmp_path)
 
 

@@ -22,10 +22,10 @@ def test_sentence() -> None:
     assert text == (
         "Spearman of cosine score and accuracy drop: "
         f"{found['all'].value:.2f} (95 % interval {found['all'].low:.2f} to "
-        f"{found['all'].high:.2f}; 30 layers, 160 documents; permutation p < 0.001); "
+        f"{found['all'].high:.2f}; 30 layers, 160 documents; p < 0.001); "
         f"without the two outer layers at each end {found['inner'].value:.2f} (95 % interval "
         f"{wording.fixed(found['inner'].low, 2)} to {found['inner'].high:.2f}; 26 layers, "
-        "160 documents; permutation p = 0.210)."
+        "160 documents; p = 0.210)."
     )
     assert f"undefined ({CONSTANT}; 30 layers, 160 documents)" in wording.sentence(study()[2])
     assert "not computed" in wording.sentence(cell.model_copy(update={"correlations": ()}))

@@ -53,6 +53,7 @@ class Visit:
     ) -> None:
         self.context = chromium.new_context(offline=True, **options)
         self.page: Page = self.context.new_page()
+        self.page.set_default_timeout(120_000)  # a busy machine draws late
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.errors.append(message.text))

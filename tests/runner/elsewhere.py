@@ -63,7 +63,7 @@ def shards(results: Path) -> list[Path]:
     return sorted(results.glob("cells/*/shards/*.parquet"))
 
 
-def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen"

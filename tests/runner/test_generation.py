@@ -21,7 +21,6 @@ from tests.engine.families import FAMILIES
 from tracker.ablations import single_layers
 from tracker.benchmarks import tasks
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.generation import TextGenerator
 from tracker.config import CellRequest
 from tracker.engine.sweep import Engine
 from tracker.ledger.store import Ledger

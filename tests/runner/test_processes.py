@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+import tracker
 from tracker.ledger.store import BLOCK, Ledger
 
 DOCUMENTS = 6 * BLOCK + 5
@@ -40,9 +41,7 @@ def finish(process) -> str:
 
 def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    process = start("run", study, "--results", undisturbed, "--track", "none")
-    output = finish(process)
-    assert process.returncode == 0, output
+    assert not tracker.run(study, results=undisturbed, track=[]).outcome.failed
 
     kept: dict[Path, bytes] = {}
     for wanted in (0, 1, 3):
@@ -60,9 +59,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp
         assert all(path.read_bytes() == content for path, content in kept.items())
         kept = {path: path.read_bytes() for path in shards(killed)}
 
-    process = start("run", study, "--results", killed, "--track", "none")
-    output = finish(process)
-    assert process.returncode == 0, output
+    assert not tracker.run(study, results=killed, track=[]).outcome.failed
     assert all(path.read_bytes() == content for path, content in kept.items())
     pd.testing.assert_frame_equal(outcomes(killed), outcomes(undisturbed), check_exact=True)
     assert not list(killed.glob("cells/*/shards/.*.tmp"))
@@ -104,7 +101,5 @@ def test_a_full_disk_stops_cleanly_and_the_next_run_continues(study, start, tmp_
     assert not shards(results)
     assert not list(results.glob("cells/*/shards/.*"))
 
-    process = start(*arguments)
-    output = finish(process)
-    assert process.returncode == 0, output
+    assert not tracker.run(study, results=results, track=[]).outcome.failed
     assert len(outcomes(results)) == DOCUMENTS * (LAYERS + 1)

@@ -26,7 +26,6 @@ from tracker.runner.collect import merged
 from tracker.runner.derive import all_records
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import BOARD_FILE
-from tracker.tracking.mlflow import create_database
 
 Ran = Callable[..., Path]
 
@@ -36,13 +35,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path / "cache"
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    create_database(path)
-    return path
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
 from tracker.cli import main
 from tracker.config import load_experiment
+from tracker.distribution import install_extra
 from tracker.ledger.store import BLOCK
 from tracker.runner import job
 from tracker.runner.executors import Options
@@ -170,5 +171,5 @@ def test_without_the_extra(cli, tiny_llama, experiment, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "tracker.runner.slurm", raising=False)
     found = cli(experiment(tiny_llama(), data=str(arc(tmp_path / "data"))))
     assert found.exit_code == 2, found.output
-    assert "pip install 'tracker[slurm]'" in found.output
+    assert install_extra("slurm") in found.output
     assert not (tmp_path / "results").exists()

@@ -133,18 +133,11 @@ def make_cell() -> CellMaker:
 
 
 @pytest.fixture(autouse=True)
-def _no_foreign_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated SQLite store: making one takes seconds, copying it does not."""
-    from tracker.tracking.mlflow import create_database
-
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    create_database(path)
-    return path
+    # The retries of the client, but not the seconds that it waits between them.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 
 
 @pytest.fixture

@@ -84,13 +84,13 @@ def test_the_trial_after_a_killed_one_goes_on_from_its_shards(
         stderr=subprocess.DEVNULL,
     )
     results = client.folder / "results"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (shards := list(results.rglob("shards/*.parquet"))):
         assert killed.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     killed.send_signal(how)
-    assert killed.wait(60) != 0
+    assert killed.wait(300) != 0
     kept = {path: path.read_bytes() for path in shards}
 
     again = client.call(*command, **trial, WANDB_RUN_ID="again")

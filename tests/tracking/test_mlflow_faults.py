@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +25,18 @@ from .test_mlflow import Store, local, publish
 MIDDLE = 14  # a request in the middle of publishing a cell of four layers
 
 
-@pytest.fixture
-def own(template: Path, tmp_path: Path) -> Iterator[MlflowServer]:
-    folder = tmp_path / "server"
-    folder.mkdir()
-    with MlflowServer(folder, template) as server:
+@pytest.fixture(scope="module")
+def mortal(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with MlflowServer(tmp_path_factory.mktemp("mortal"), template) as server:
         yield server
+
+
+@pytest.fixture
+def own(mortal: MlflowServer) -> MlflowServer:
+    """A server that a test may stop, and that runs when the next one begins."""
+    if mortal.process is None:
+        mortal.start()
+    return mortal
 
 
 @pytest.fixture
@@ -64,10 +69,10 @@ def test_a_server_that_refuses(
     with Gate(server) as gate:
         gate.at[first] = lambda: setattr(gate, "status", status)
         backend = MlflowBackend(project, results, gate.address)
-        began = time.monotonic()
         with pytest.raises(TrackingError, match=f"error code {status}|{status} error") as caught:
             backend.publish(cell, [file])
-        assert time.monotonic() - began < 20
+        tried_again = 2 if status in (429, 500) else 0
+        assert gate.seen == first + tried_again
         said = str(caught.value)
         assert len(said) < 900, "the whole error page is not a message"
         assert f"tracker sync --to mlflow:{project} --results {results}" in said
@@ -91,10 +96,9 @@ def test_a_server_that_is_slow_is_given_up(
     with Gate(server) as gate:
         gate.at[MIDDLE] = lambda: setattr(gate, "delay", 5.0)
         backend = MlflowBackend("slow", results, gate.address)
-        began = time.monotonic()
         with pytest.raises(TrackingError, match=r"(?i)timed out"):
             backend.publish(make_cell(), [file])
-        assert time.monotonic() - began < 30
+        assert gate.seen == MIDDLE + 2
         gate.delay = 0.0
         backend.publish(make_cell(), [file])
     complete(server, "slow", make_cell(), file, results)
@@ -212,7 +216,7 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
         gate.at[MIDDLE] = own.stop
         monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.address)
         run = start("run", study, "--results", results, "--track", "mlflow:dies")
-        said, _ = run.communicate(timeout=240)
+        said, _ = run.communicate(timeout=300)
         assert run.returncode == 1, said
         assert "Traceback" not in said
         assert f"tracker sync --to mlflow:dies --results {results}" in said.replace("\n", " ")
@@ -221,7 +225,7 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
 
         own.start()
         sync = start("sync", "--to", "mlflow:dies", "--results", results)
-        said, _ = sync.communicate(timeout=240)
+        said, _ = sync.communicate(timeout=300)
         assert sync.returncode == 0, said
     store = Store(own.address, "dies")
     assert len(store.runs) == 6

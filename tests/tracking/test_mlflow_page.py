@@ -17,7 +17,7 @@ from tracker.tracking.mlflow import MlflowBackend
 from .conftest import CellMaker
 from .test_mlflow import Store
 
-SECONDS = 30_000
+SECONDS = 120_000
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from .wandb_client import Client
 from .wandb_double import Run, WandbDouble
 
 PUBLISH = """
-import json, sys, time
+import json, sys
 from pathlib import Path
 from tracker.errors import TrackingError
 from tracker.records import CellRecord
@@ -32,13 +32,12 @@ from tracker.report.charts.cells import cell_charts
 from tracker.tracking import open_backend
 cell, results, *files = map(Path, sys.argv[1:])
 backend = open_backend("wandb", "team/layers", results)
-start = time.monotonic()
 try:
     record = CellRecord.model_validate_json(cell.read_text())
     done = vars(backend.publish(record, files, cell_charts(record)))
 except TrackingError as error:
     done = {"error": str(error)}
-print(json.dumps({**done, "seconds": time.monotonic() - start}))
+print(json.dumps(done))
 """
 
 IN_A_NOTEBOOK = f"""

@@ -319,7 +319,7 @@ def test_a_run_outlives_an_outage(double: WandbDouble, client: Client) -> None:
             process.communicate("go on\n", timeout=1)
         assert len(double.requests) == before
         double.start()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert process.returncode == 0
     finally:
         process.kill()

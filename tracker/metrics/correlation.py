@@ -6,7 +6,6 @@ decimals are ties, because means of the same outcomes may differ by rounding and
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from tracker.metrics.resampling import bias_corrected_interval
+from tracker.metrics.surrogates import surrogate_series
 
 COEFFICIENTS = ("spearman", "kendall", "pearson")
 """Spearman's rho, Kendall's tau-b, and Pearson's r."""
@@ -39,7 +39,7 @@ class Correlation:
     high: float | None
     """Both ends of the 95 % interval from resampling the documents."""
     p_value: float | None
-    """Permutation p-value, two-sided."""
+    """Two-sided, against series that are as smooth over depth but unrelated."""
     n: int
     """Layers."""
     reason: str | None
@@ -53,17 +53,24 @@ def correlate(
     coefficient: str,
     resampled_proxy: NDArray[np.float64] | None = None,
     resampled_drop: NDArray[np.float64] | None = None,
-    permutations: int = 9999,
+    surrogates: int = 4999,
     seed: int = 0,
 ) -> Correlation:
     """Correlate a proxy with the accuracy drop over layers.
 
     The interval and the p-value answer different questions. The interval keeps the layers and draws
     the documents anew: it says how far the measurement noise moves the coefficient (see
-    `bias_corrected_interval` for what it covers). The p-value keeps the measurements and shuffles
-    the layers: it says how often an order that has nothing to do with the drop correlates as
-    strongly, in either direction. It is exact when all n! orders fit into `permutations`, otherwise
-    (k + 1) / (m + 1) for k of m random orders.
+    `bias_corrected_interval` for what it covers). The p-value tests that the two series have
+    nothing to do with each other but are each as smooth over depth as they are. It keeps one of
+    them and draws the other anew, with the same values and as smooth (`surrogate_series`), and says
+    how often such a series correlates as strongly in either direction, (k + 1) / (m + 1) for k of
+    m. Each series is redrawn in turn and the larger p-value stands, so the test holds if one of the
+    two is what `surrogate_series` assumes; of the other nothing is assumed.
+
+    Shuffling the layers freely calls two unrelated AR(1) series of 30 layers with the
+    autocorrelation 0.9 significant at 5 % in two of five cases; this test stays at 5 % (up to 7 %
+    for Pearson), and finds a true correlation of independent layers nearly as often as the free
+    shuffle. Series that wander like a random walk are smoother than it allows for (6 to 10 %).
 
     Args:
         proxy: `[layers]`, larger = the layer changes more; NaN where undefined.
@@ -73,8 +80,8 @@ def correlate(
             fixed.
         resampled_drop: `[resamples, layers]`, the drop from the same resampled documents; None to
             hold it fixed. Without either there is no interval.
-        permutations: How many orders to try at most.
-        seed: Seed of the random orders.
+        surrogates: How many series to draw in place of each.
+        seed: Seed of these series.
 
     Returns:
         The coefficient, clipped interval and p-value; the value is None with a reason for fewer
@@ -85,18 +92,19 @@ def correlate(
 
     References:
         M. G. Kendall, Biometrika 33 (1945) 239-251 (tau-b). B. Phipson, G. K. Smyth, Statistical
-        Applications in Genetics and Molecular Biology 9 (2010) 39 (why k + 1).
+        Applications in Genetics and Molecular Biology 9 (2010) 39 (why k + 1). For the p-value see
+        `surrogate_series`.
 
     Examples:
         >>> proxy, drop = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.1, 0.3, 0.2, 0.4])
         >>> correlation = correlate(proxy, drop, coefficient="kendall")
-        >>> round(correlation.value, 4), round(correlation.p_value, 4), correlation.n
-        (0.6667, 0.3333, 4)
+        >>> round(correlation.value, 4), round(correlation.p_value, 2), correlation.n
+        (0.6667, 0.37, 4)
     """
     if coefficient not in COEFFICIENTS:
         raise ValueError(f"unknown coefficient {coefficient!r}; one of {', '.join(COEFFICIENTS)}")
-    if permutations < 1:
-        raise ValueError(f"permutations must be 1 or more, not {permutations}")
+    if surrogates < 1:
+        raise ValueError(f"surrogates must be 1 or more, not {surrogates}")
     x, y = _rounded(proxy), _rounded(drop)
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(f"a proxy of the shape {x.shape} but drops of the shape {y.shape}")
@@ -112,7 +120,7 @@ def correlate(
         )
         if interval := bias_corrected_interval(value, rows):
             low, high = max(interval[0], -1.0), min(interval[1], 1.0)
-    p_value = _permutation_p(x, y, coefficient, permutations, seed)
+    p_value = _surrogate_p(x, y, coefficient, surrogates, seed)
     return Correlation(coefficient, value, low, high, p_value, len(x), None)
 
 
@@ -237,19 +245,16 @@ def _kendall_rows(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.
     return values
 
 
-def _permutation_p(
-    x: NDArray[np.float64], y: NDArray[np.float64], coefficient: str, permutations: int, seed: int
+def _surrogate_p(
+    x: NDArray[np.float64], y: NDArray[np.float64], coefficient: str, surrogates: int, seed: int
 ) -> float:
     if coefficient == "spearman":
         # Ranks move with their layers: ranking once is ranking every order.
         x, y, coefficient = stats.rankdata(x), stats.rankdata(y), "pearson"
-    exact = math.factorial(len(y)) <= permutations
-    if exact:
-        orders = np.array(list(itertools.permutations(range(len(y)))))
-    else:
-        identity = np.tile(np.arange(len(y)), (permutations, 1))
-        orders = np.random.default_rng(seed).permuted(identity, axis=1)
     observed = abs(float(row_coefficients(x[None], y[None], coefficient)[0]))
-    shuffled = np.abs(row_coefficients(x[None], y[orders], coefficient))
-    as_strong = int((shuffled >= observed - 1e-9).sum())
-    return as_strong / len(orders) if exact else (as_strong + 1) / (len(orders) + 1)
+    as_strong = 0
+    for kept, redrawn in ((x, y), (y, x)):
+        others = surrogate_series(redrawn, surrogates, seed)
+        by_chance = np.abs(row_coefficients(kept[None], others, coefficient))
+        as_strong = max(as_strong, int((by_chance >= observed - 1e-9).sum()))
+    return (as_strong + 1) / (surrogates + 1)

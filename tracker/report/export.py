@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
+from tracker.distribution import install_extra
 from tracker.errors import RequestError
 from tracker.ledger.files import write_atomically, write_text
 from tracker.records import CellRecord
@@ -215,7 +216,7 @@ def _images(end: str, cells: Sequence[CellRecord], folder: Path) -> list[Path]:
         import kaleido
     except ImportError:
         raise RequestError(
-            f"{end} figures need a package more: pip install 'tracker[figures]'"
+            f"{end} figures need a package more; type: {install_extra('figures')}"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     drawn = figures(cells)

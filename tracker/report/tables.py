@@ -281,7 +281,7 @@ def correlation_table(cell: CellRecord) -> Table:
     """
     columns = (
         *texts("proxy", "coefficient", "layers used"),
-        *numbers("value", "95 % interval", "permutation p", "layers", "documents"),
+        *numbers("value", "95 % interval", "p", "layers", "documents"),
     )
     rows, notes = [], []
     for record in cell.correlations:
@@ -305,7 +305,7 @@ def correlation_table(cell: CellRecord) -> Table:
     caption = (
         f"{cell.title}: how well each proxy ranks the layers by {measure_of(cell).change}. The "
         "sample is the layers (inner = without the first two and the last two); the interval "
-        "resamples the documents."
+        "resamples the documents; p is against unrelated series that are as smooth over depth."
     )
     return Table(caption, columns, tuple(rows), tuple(notes))
 

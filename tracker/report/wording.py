@@ -460,8 +460,8 @@ def correlation_text(record: CorrelationRecord | None) -> str:
         record: The correlation, or None when the cell does not hold it.
 
     Returns:
-        For example `0.66 (95 % interval 0.41 to 0.80; 30 layers, 100 documents; permutation
-        p < 0.001)`, or why it is undefined.
+        For example `0.66 (95 % interval 0.41 to 0.80; 30 layers, 100 documents; p < 0.001)`, or why
+        it is undefined.
     """
     if record is None:
         return "not computed"
@@ -475,7 +475,7 @@ def correlation_text(record: CorrelationRecord | None) -> str:
     ]
     if defined(record.p_value):
         p = "< 0.001" if record.p_value < 0.001 else f"= {record.p_value:.3f}"
-        parts.append(f"permutation p {p}")
+        parts.append(f"p {p}")
     return f"{two_digits(record.value)} ({'; '.join(parts)})"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tracker.distribution import install_extra
 from tracker.errors import RequestError, did_you_mean
 from tracker.ledger.store import CellStore, Ledger
 from tracker.runner.prepare import Asked
@@ -130,6 +131,5 @@ def open_executor(options: Options) -> Executor:
         if error.name is None or error.name.partition(".")[0] != _NEEDS.get(name):
             raise
         raise RequestError(
-            f"--executor {name} needs the package {_NEEDS[name]}; "
-            f"type: pip install 'tracker[{name}]'"
+            f"--executor {name} needs the package {_NEEDS[name]}; type: {install_extra(name)}"
         ) from None

@@ -1,0 +1,110 @@
+"""What is handed out: a wheel, a source distribution, and the words that say how to install it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+import tracker
+from tracker import distribution
+
+ROOT = Path(__file__).parents[1]
+PARTS = (
+    *("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *("Makefile", ".ci", "experiments", "tests", "tracker"),
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], zipfile.ZipFile]:
+    """The names in the source distribution, and the wheel that was built from it."""
+    # A copy: setuptools would hand out once more whatever an older build here had listed.
+    copy = tmp_path_factory.mktemp("copy") / "checkout"
+    copy.mkdir()
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, copy / part, ignore=ignored)
+        else:
+            shutil.copy(ROOT / part, copy)
+    made = copy.parent / "dist"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(made), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    name = f"layer_tracker-{tracker.__version__}"
+    assert sorted(path.name for path in made.iterdir()) == [
+        f"{name}-py3-none-any.whl",
+        f"{name}.tar.gz",
+    ]
+    with tarfile.open(made / f"{name}.tar.gz") as archive:
+        names = {member.name.removeprefix(f"{name}/") for member in archive if member.isfile()}
+    return names, zipfile.ZipFile(made / f"{name}-py3-none-any.whl")
+
+
+def files(*folders: str) -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_the_source_distribution_can_build_demonstrate_and_test_itself(built) -> None:
+    names, _ = built
+    wanted = files(*PARTS) | {part for part in PARTS if (ROOT / part).is_file()}
+    assert wanted - names == set()
+    assert {name.partition("/")[0] for name in names} <= {
+        *PARTS,
+        "PKG-INFO",
+        "setup.cfg",
+        "layer_tracker.egg-info",
+    }
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
+    _, wheel = built
+    about = f"layer_tracker-{tracker.__version__}.dist-info/"
+    names = set(wheel.namelist())
+    assert {name for name in names if not name.startswith(about)} == files("tracker")
+    assert {"tracker/py.typed", "tracker/report/templates/report.html.j2"} <= names
+    assert wheel.read(f"{about}licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    scripts = wheel.read(f"{about}entry_points.txt").decode()
+    assert scripts.split() == ["[console_scripts]", "tracker", "=", "tracker.cli:main"]
+    metadata = HeaderParser().parsestr(wheel.read(f"{about}METADATA").decode())
+    assert metadata["Name"] == distribution.NAME == "layer-tracker"
+    assert metadata["Version"] == tracker.__version__
+    extras = set(metadata.get_all("Provides-Extra", []))
+    assert extras == {"ray", "slurm", "figures", "reports", "dev"}
+    # Was: the extra `dev` asked an index for 'tracker', which is somebody else's.
+    needed = [re.split(r"[\[<>=!; ]", text)[0] for text in metadata.get_all("Requires-Dist", [])]
+    assert "tracker" not in needed
+
+
+def test_hints_in_a_checkout_name_the_checkout(monkeypatch, tmp_path) -> None:
+    assert distribution._ROOT == ROOT
+    folder = tmp_path / "my checkout"
+    folder.mkdir()
+    (folder / "pyproject.toml").touch()
+    monkeypatch.setattr(distribution, "_ROOT", folder)
+    pip = [sys.executable, "-m", "pip", "install", "--editable"]
+    assert shlex.split(distribution.install_extra("ray")) == [*pip, f"{folder}[ray]"]
+    pull, _, installs = distribution.upgrade().partition(" && ")
+    assert shlex.split(pull) == ["git", "-C", str(folder), "pull"]
+    assert shlex.split(installs) == [*pip, str(folder)]
+
+
+def test_hints_of_an_installed_wheel_name_the_distribution(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(distribution, "_ROOT", tmp_path)
+    pip = [sys.executable, "-m", "pip", "install"]
+    assert shlex.split(distribution.install_extra("ray")) == [*pip, "layer-tracker[ray]"]
+    assert shlex.split(distribution.upgrade()) == [*pip, "--upgrade", "layer-tracker"]
