@@ -26,6 +26,7 @@ check: .venv/dev
 
 families: .venv/dev
 	$(BIN)/python -m tests.engine.survey
+
 # What an older build listed would be handed out again, so it goes first.
 dist: .venv/dev
 	rm -rf build dist *.egg-info

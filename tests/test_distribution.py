@@ -108,3 +108,10 @@ def test_hints_of_an_installed_wheel_name_the_distribution(monkeypatch, tmp_path
     pip = [sys.executable, "-m", "pip", "install"]
     assert shlex.split(distribution.install_extra("ray")) == [*pip, "layer-tracker[ray]"]
     assert shlex.split(distribution.upgrade()) == [*pip, "--upgrade", "layer-tracker"]
+
+
+def test_nobody_is_told_to_install_the_other_tracker() -> None:
+    words = re.compile(r"""pip install [^`\n]*?(?<![-\w/])['"]?tracker\b|['"]tracker\[""")
+    texts = [*files("tracker", "experiments", ".ci"), "README.md", "CONTRIBUTING.md", "Makefile"]
+    told = [name for name in texts if words.search((ROOT / name).read_text(encoding="utf-8"))]
+    assert told == []

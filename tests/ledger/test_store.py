@@ -13,6 +13,7 @@ import pytest
 from filelock import Timeout
 
 from tracker.config import CellRequest
+from tracker.distribution import upgrade
 from tracker.errors import ResultsError
 from tracker.ledger.store import BLOCK, FORMAT, Block, CellStore, Ledger
 
@@ -329,7 +330,7 @@ class TestLedger:
         for opened in (Ledger, Ledger.existing):
             with pytest.raises(ResultsError, match="newer tracker") as caught:
                 opened(ledger.root)
-            assert "pip install -U tracker" in str(caught.value)
+            assert upgrade() in str(caught.value)
             assert caught.value.exit_code == 2
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": "x"}', "\udcff"])

