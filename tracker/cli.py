@@ -814,6 +814,7 @@ def _print_plan(console: Console, cells: Sequence[PlannedCell], gflops: float | 
         "layer passes",
         "TFLOP",
         "lm-eval loop",
+        "self-check",
         "memory",
         "time at least",
     ):
@@ -832,13 +833,16 @@ def _print_plan(console: Console, cells: Sequence[PlannedCell], gflops: float | 
             f"{cost.layer_passes:,.0f}",
             f"{cost.flops / 1e12:,.1f}",
             f"{cost.naive_flops / cost.flops:.1f} × the TFLOP",
+            f"{100 * cost.check_layer_passes / cost.layer_passes:.1f} %",
             f"{cost.peak_bytes / 2**30:.1f} GiB",
             "measured already" if cell.measured else _duration(spent),
         )
     console.print(table)
     console.print(
         f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
-        f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate",
+        f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate. "
+        "self-check: what the model answers once more, plainly; besides, each architecture is attacked "
+        "once on a miniature, which takes some seconds and is kept in the results folder",
         markup=False,
         highlight=False,
     )

@@ -28,6 +28,13 @@ def loaded(model: Any) -> LoadedModel:
     return LoadedModel(model, None, find_layers(model), identity, torch.device("cpu"))
 
 
+class Memory(dict[str, str]):
+    """Keeps the verdicts of attacks for as long as a test wants."""
+
+    recall = dict.get
+    keep = dict.__setitem__
+
+
 def make_documents(count=5, seed=0, shared=6):
     """Documents with a common beginning, choices of several lengths, one of them one token long."""
     draw = random.Random(seed)

@@ -27,7 +27,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.engine.plain import loaded, skipped
+from tests.engine.plain import Memory, loaded, skipped
 from tests.engine.registry import (
     FAMILY_NAMES,
     LAYERS,
@@ -287,8 +287,9 @@ class _Compared:
 
 def _compare(model: nn.Module, truth: Truth) -> _Compared:
     """Measure both cells with copies of a model, and compare them with the truth."""
+    kept = Memory()
     cells = [
-        _compare_cell(model, truth, rows, ordered)
+        _compare_cell(model, truth, rows, ordered, kept)
         for rows, ordered in zip(ROWS, (blocks(), backwards(blocks())), strict=True)
     ]
     return _Compared(
@@ -302,11 +303,11 @@ def _compare(model: nn.Module, truth: Truth) -> _Compared:
 
 
 def _compare_cell(
-    model: nn.Module, truth: Truth, rows: int, ordered: list[list[Document]]
+    model: nn.Module, truth: Truth, rows: int, ordered: list[list[Document]], kept: Memory
 ) -> _Compared:
     documents = [document for block in ordered for document in block]
     engine = Engine(loaded(copy.deepcopy(model)), MAX_LENGTH, row_tokens=rows)
-    checked = check(engine, documents, ABLATIONS)
+    checked = check(engine, documents, ABLATIONS, kept)
     scores = [one for block in ordered for one in checked.engine.score(block, ABLATIONS)]
     largest, wrong, deleted, where = 0.0, [], [], set()
     differing: dict[Ablation, list[Request]] = {}

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from tests.engine.families import EQUAL_HEADS, FAMILIES, SMALL, VOCABULARY
-from tests.engine.plain import loaded
+from tests.engine.plain import Memory, loaded
 from tests.engine.truth import Without, exported, truths, without
 from tracker.ablations import single_layers
 from tracker.documents import Document, Request
@@ -111,11 +111,12 @@ def attack(
     ablations = single_layers(tuple(layers))
     removed = [ablation.layers for ablation in ablations]
     expected = truths(model, documents, removed, max_length, ablate)
+    kept = Memory()
     for name, step in (("in order", 1), ("in reverse", -1)):
         ordered, truth = documents[::step], expected[::step]
         engine = Engine(loaded(copy.deepcopy(model)), max_length, row_tokens=row_tokens)
         try:
-            checked = check(engine, ordered, ablations)
+            checked = check(engine, ordered, ablations, kept)
             size = block or len(ordered)
             blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
             scores = [one for some in blocks for one in checked.engine.score(some, ablations)]

@@ -8,7 +8,7 @@ answered both ways again (`watch`).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -16,7 +16,7 @@ from typing import Protocol
 from pydantic import TypeAdapter, ValidationError
 
 from tracker.ablations import INTACT, Ablation
-from tracker.documents import Document
+from tracker.documents import Document, Request
 from tracker.engine.attack import WAYS, Verdict, attack, attack_key, reachable
 from tracker.engine.habits import Path
 from tracker.engine.refusal import refused
@@ -173,22 +173,53 @@ def _confirm(
 ) -> Comparison:
     """Let the model itself answer some requests under every ablation, both ways."""
     scores = engine.score(documents, ablations)
-    truth = Truth(engine)
+    truth, found = Truth(engine), Comparison()
+    for number, d, r in _asked(documents, ablations):
+        found += _compare(engine, truth, scores[d], number, ablations[number], r)
+    return found
+
+
+def _asked(
+    documents: Sequence[Document], ablations: Sequence[Ablation]
+) -> Iterator[tuple[int, int, int]]:
+    """What each ablation is asked, as (ablation, document, request); the baseline all of it."""
     draw = random.Random(0)
     requests = [
         (d, r) for d, document in enumerate(documents) for r in range(len(document.requests))
     ]
-    found = Comparison()
     for number, ablation in enumerate(ablations):
         draw.shuffle(requests)
         tokens = 0
         for d, r in requests:
-            found += _compare(engine, truth, scores[d], number, ablation, r)
-            request = documents[d].requests[r]
-            tokens += len(request.context) + len(request.continuation)
+            yield number, d, r
+            tokens += _size(documents[d].requests[r])
             if tokens >= TOKENS and ablation != INTACT:
                 break
-    return found
+
+
+def _size(request: Request) -> int:
+    return len(request.context) + len(request.continuation)
+
+
+def plain_tokens(documents: Sequence[Document], ablations: Sequence[Ablation]) -> int:
+    """Count the tokens that the model itself reads plainly: before a cell, and while it is measured.
+
+    Args:
+        documents: The cell's documents.
+        ablations: All that will be removed, with the baseline.
+
+    Returns:
+        Tokens, each of which passes about all layers once.
+    """
+    few, watched = _few(documents), watched_documents(documents)
+    before = sum(_size(few[d].requests[r]) for _, d, r in _asked(few, ablations))
+    while_measured = sum(
+        _size(request)
+        for document in documents
+        if (document.task, document.index) in watched
+        for request in document.requests
+    )
+    return before + while_measured
 
 
 def _compare(

@@ -11,6 +11,7 @@ import torch
 
 from tracker.ablations import Ablation, Action
 from tracker.documents import Document
+from tracker.engine.check import plain_tokens
 from tracker.engine.head import LOGITS_BYTES
 from tracker.engine.memory import stream_bytes
 from tracker.engine.prefix import SHORTEST
@@ -34,6 +35,7 @@ class Cost:
             continuations once, padding not counted).
         naive_layer_passes: The same for lm-eval once per ablation.
         naive_flops: The same.
+        check_layer_passes: Tokens times layers of the self-check on the model itself.
         peak_bytes: Weights, the widest activations and the logits of a chunk.
     """
 
@@ -45,6 +47,7 @@ class Cost:
     naive_tokens: int
     naive_layer_passes: float
     naive_flops: float
+    check_layer_passes: float
     peak_bytes: int
 
 
@@ -107,6 +110,7 @@ def cost(
         naive_tokens=sum(naive),
         naive_layer_passes=sum(naive) * (attentions + mlps) / 2,
         naive_flops=naive_flops,
+        check_layer_passes=float(layers * plain_tokens(documents, ablations)),
         peak_bytes=size * model.num_parameters() + activations + 2 * LOGITS_BYTES,
     )
 

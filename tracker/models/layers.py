@@ -21,7 +21,13 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         ModelError: No list, or more than one, fits; says what was found.
     """
-    wanted = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    wanted = getattr(config, "num_hidden_layers", None)
+    if wanted is None:
+        raise ModelError(
+            f"{type(model).__name__}: its configuration does not say how many decoder layers there "
+            "are (num_hidden_layers)"
+        )
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     fitting = {
         name: modules
