@@ -841,8 +841,8 @@ def _print_plan(console: Console, cells: Sequence[PlannedCell], gflops: float | 
     console.print(
         f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
         f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate. "
-        "self-check: what the model answers once more, plainly; besides, each architecture is attacked "
-        "once on a miniature, which takes some seconds and is kept in the results folder",
+        "self-check: what the model answers once more, plainly; besides, each architecture is "
+        "attacked once on a miniature, which takes some seconds and is kept in the results folder",
         markup=False,
         highlight=False,
     )

@@ -126,7 +126,7 @@ SIZES: dict[str, Any] = {
     "global_attn_every_n_layers": 2,
     # Sparse attention by an index of its own.
     # Many heads: an index of few is often exactly zero, and its top-k a tie.
-    "index_n_heads": 8,
+    "index_n_heads": 32,
     "index_head_dim": 16,
     "index_topk": 6,
     "index_block_size": 4,

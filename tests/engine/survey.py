@@ -329,7 +329,7 @@ def _compare_cell(
             where |= {document.index for document, _ in off}
             differing[ablation] = [request for _, request in off]
     shared = _shared(checked.engine.sharing)
-    note = checked.lost or ""
+    note = "; ".join(line for line in (checked.lost, checked.unsteady) if line)
     if wrong:
         note = (
             f"rows of {rows} shared over {shared}: {', '.join(wrong)}; "
@@ -337,7 +337,7 @@ def _compare_cell(
         )
     elif deleted:
         note = f"{', '.join(deleted)}: as the model with these layers deleted"
-    return _Compared(not wrong, largest, shared, checked.lost is not None, note, differing)
+    return _Compared(not wrong, largest, shared, bool(note), note, differing)
 
 
 def _as_if_deleted(

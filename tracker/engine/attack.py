@@ -38,6 +38,8 @@ TOLERANCE = 2e-4, 1e-5
 WHOLE = 6
 """Ablations besides the baseline that are compared on every text; the others on `SOME`."""
 SOME = 4
+OFTEN = 0.02
+"""Share of answers at a discontinuity of the model from which sharing is left alone."""
 ROW_TOKENS = 40
 """Nodes of a row: several short texts share one, a long one has its own."""
 MAX_LENGTH = 96
@@ -243,6 +245,12 @@ def _attacked(
         if sharing == PLAIN and compared.wrong:
             # Nothing is shared: what differs is the miniature, by the shape of the call.
             compared = replace(compared, unsteady=compared.unsteady + 1, wrong=None)
+        if sharing != PLAIN and compared.unsteady > OFTEN * compared.compared:
+            reasons.append(
+                f"sharing over {what} meets the model's own discontinuities in "
+                f"{compared.unsteady} of {compared.compared} answers"
+            )
+            continue
         if compared.wrong is None:
             return replace(
                 verdict,

@@ -202,7 +202,7 @@ def _size(request: Request) -> int:
 
 
 def plain_tokens(documents: Sequence[Document], ablations: Sequence[Ablation]) -> int:
-    """Count the tokens that the model itself reads plainly: before a cell, and while it is measured.
+    """Count the tokens that the model itself reads plainly, before a cell and while it is measured.
 
     Args:
         documents: The cell's documents.

@@ -71,7 +71,8 @@ def find_habits(small: Any, paths: Collection[Path]) -> Findings:
     for path, value in numbers(config.get_text_config()):
         if path not in paths:
             continue
-        other = build(kind, with_numbers(config, {path: type(value)(SMALL)}))
+        little = SMALL if value != SMALL else SMALL + 2
+        other = build(kind, with_numbers(config, {path: type(value)(little)}))
         if other is None or {n: v.shape for n, v in other.state_dict().items()} != shapes:
             continue
         try:

@@ -155,6 +155,8 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         output = parts.base(
             input_ids=row.input_ids.to(device), use_cache=name is not None, **cached
         )
+    if len(observed) != len(parts.layers):
+        raise RefusalError(f"its {len(parts.layers)} layers run {len(observed)} times in a pass")
     return output, torch.stack([each.cpu() for each in observed], dim=-1)
 
 

@@ -39,6 +39,11 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
         for name, modules in fitting.items()
         if not any(name.startswith(f"{other}.") for other in fitting if other != name)
     }
+    if len(outermost) > 1:
+        # A part that sees pictures may be as deep; the text model is the one that the text
+        # configuration describes.
+        text = {n: m for n, m in outermost.items() if _describes(config, model, n)}
+        outermost = text or outermost
     if len(outermost) != 1:
         found = ", ".join(f"{name} ({len(modules)})" for name, modules in lists.items()) or "none"
         raise ModelError(
@@ -46,6 +51,10 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
             f"lists of modules found: {found}"
         )
     return next(iter(outermost.values()))
+
+
+def _describes(config: object, model: nn.Module, name: str) -> bool:
+    return getattr(model.get_submodule(name.rpartition(".")[0]), "config", None) is config
 
 
 def find_base(model: nn.Module) -> nn.Module:
