@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from tracker.config import Component
+from tracker.config import Component, Count, Layers, Positive
 
 BASELINE = "baseline"
 
@@ -78,9 +78,9 @@ class RunIdentity(Record):
 
     component: Component = "layer"
     """What of the layers is removed."""
-    layer: int
+    layer: Count
     """The first removed layer."""
-    span: int = 1
+    span: Positive = 1
     """How many layers, from `layer` on."""
 
     @property
@@ -105,6 +105,18 @@ class RunIdentity(Record):
         word = "layers" if self.component == "layer" and self.span > 1 else self.component
         first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
         return f"{word} {first}" if self.span == 1 else f"{word} {first}–{last}"
+
+
+class View(Record):
+    """What is shown of a cell: runs, by one metric, on so many documents of each task."""
+
+    metric: str
+    removed: Layers = ()
+    """The layers that every run lacks, ascending."""
+    limit: Positive | None = None
+    """Documents per task, from the first; None = all."""
+    runs: tuple[RunIdentity, ...]
+    """Each run that was asked for, in the order of `RunIdentity.order`."""
 
 
 WHOLE_LAYER: tuple[Component, int] = ("layer", 1)

@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import Timeout
 
-from tracker.config import CellRequest
+from tracker.ablations import ablations_of
+from tracker.config import CellRequest, load_experiment
 from tracker.errors import ResultsError
 from tracker.ledger.store import BLOCK, FORMAT, Block, CellStore, Ledger
+from tracker.ledger.tables import cell_record
+from tracker.records import RunIdentity, View
 
 STRANGE = ["a/b::c", "a%2Fb", "*[x]?", "Größe", "dots.in.00001", ".hidden"]
 NAMES = ("baseline", "layer:0", "layer:1")
@@ -405,42 +408,71 @@ class TestNotes:
             model="m", benchmark="b", layers=(0, 3), limit=5, metric="acc", num_fewshot=2
         )
         cell.ask(request, "first")
-        assert cell.ask(request, "project") == request
+        assert cell.ask(request, "project") == cell.view(request)
         (asked,) = cell.asked()
-        assert (asked.request, asked.project) == (request, "project")
+        assert (asked.view, asked.project) == (cell.view(request), "project")
+        runs = (RunIdentity(layer=0), RunIdentity(layer=3))
+        assert asked.view == View(metric="acc", limit=5, runs=runs)
 
-    def test_runs_of_one_view_add_up_and_the_rest_is_the_newest(self, cell) -> None:
-        """Was: the newest request hid from the page what an earlier one had measured."""
+    def test_runs_of_one_view_add_up_one_by_one_and_the_rest_is_the_newest(self, cell) -> None:
+        """Was: layers, components and spans were united axis by axis, and the runs of their product
+        that nobody had asked for were missing for ever."""
         common = {"model": "m", "benchmark": "b"}
         cell.ask(CellRequest(**common, layers=(3, 0), components=("mlp",), limit=5), "first")
-        cell.ask(CellRequest(**common, layers=(1,), spans=(4, 1), metric="acc"), "second")
+        cell.ask(CellRequest(**common, layers=(1,), spans=(3, 1), metric="acc"), "second")
         (asked,) = cell.asked()
         assert asked.project == "second"
-        assert asked.request == CellRequest(
-            **common,
-            layers=(0, 1, 3),
-            components=("layer", "mlp"),
-            spans=(1, 4),
-            metric="acc",
-        )
+        assert (asked.view.limit, asked.view.metric) == (None, "acc")
+        assert [run.label() for run in asked.view.runs] == [
+            "layer 1", "layers 1–3", "mlp 0", "mlp 3",
+        ]  # fmt: skip
+
+    def test_the_files_of_two_experiments_ask_for_what_they_say(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        """Was: 327 runs, of which 158 are never measured."""
+        cell = ledger.cell(model_identity(layers=30), benchmark_identity(), {})
+        for name, runs in (("spans", 109), ("sublayers", 169)):
+            path = Path(__file__).parents[2] / f"experiments/{name}.yaml"
+            (request,) = load_experiment(path)[0].cells()
+            assert len(cell.ask(request, "project").runs) == runs
+        # The 30 whole layers are in both files.
+        assert runs == 109 + 90 - 30
+
+    def test_two_experiments_are_complete_when_each_is_measured(self, cell, fill) -> None:
+        common = {"model": "m", "benchmark": "b", "limit": 3}
+        for request in (
+            CellRequest(**common, layers=(0, 1, 2, 3), spans=(1, 2)),
+            CellRequest(**common, layers=(0, 1, 2, 3), components=("layer", "mlp")),
+        ):
+            names = [ablation.name for ablation in ablations_of(request, 4)]
+            fill(cell, Block("arc_easy", 0), range(3), names)
+            view = cell.ask(request, "project")
+            record = cell_record(cell, view, lambda how, values: 0.0)
+            assert record.is_complete
+        assert len(record.layers) == 7 + 4
 
     def test_views_are_kept_apart_with_the_intact_model_first(self, cell) -> None:
         beneath = [(3, 17), (), (3,), tuple(range(200))]
         for removed in beneath:
             request = CellRequest(model="m", benchmark="b", layers=(1,), removed=removed)
             cell.ask(request, "project")
-        assert [asked.request.removed for asked in cell.asked()] == sorted(beneath)
+        assert [asked.view.removed for asked in cell.asked()] == sorted(beneath)
         names = {path.name for path in (cell.folder / "requests").iterdir()}
         assert {"intact.json", "without-3.json", "without-3-17.json"} < names
 
-    def test_processes_that_ask_at_once_lose_nothing(self, cell) -> None:
+    def test_processes_that_ask_at_once_lose_nothing(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        cell = ledger.cell(model_identity(layers=40), benchmark_identity(), {})
+
         def ask(layer: int) -> None:
             request = CellRequest(model="m", benchmark="b", layers=(layer,))
             CellStore(cell.folder, cell.identity).ask(request, "project")
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ask, range(40)))
-        assert cell.asked()[0].request.layers == tuple(range(40))
+        assert [run.layer for run in cell.asked()[0].view.runs] == list(range(40))
 
     def test_receipts_are_kept_apart(self, cell) -> None:
         assert cell.receipt("mlflow") == {}
@@ -467,5 +499,5 @@ class TestNotes:
             with contextlib.suppress(ResultsError):
                 assert not read()
         request = CellRequest(model="m", benchmark="b", layers=(1,))
-        assert cell.ask(request, "project") == request
-        assert cell.asked()[0].request == request
+        assert cell.ask(request, "project") == cell.view(request)
+        assert cell.asked()[0].view == cell.view(request)

@@ -6,7 +6,7 @@ RESULTS/
   experiments/NAME.yaml     the user's exact experiment files
   cells/MODEL--BENCHMARK--KEY/
     cell.json               everything that the numbers depend on
-    requests/VIEW.json      what was asked of the intact model, or without some layers: what to show
+    requests/VIEW.json      every run that was asked of a view, its metric and limit: what to show
     derived/VIEW.json       the record that follows from all this, kept to save the time
     shards/*.parquet        per-document outcomes
     locks/                  one a block of documents
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
@@ -30,15 +30,25 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from pydantic import ValidationError
 
-from tracker.config import CellRequest, Component
+from tracker.ablations import removals
+from tracker.config import CellRequest
 from tracker.errors import ResultsError, WorkError
 from tracker.ledger.files import write_atomically, write_text
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.outcomes import outcome_table
 from tracker.provenance import content_hash
-from tracker.records import BenchmarkIdentity, CellRecord, ModelIdentity, Record, view_name
+from tracker.records import (
+    BenchmarkIdentity,
+    CellRecord,
+    ModelIdentity,
+    Record,
+    RunIdentity,
+    View,
+    view_name,
+)
 
-FORMAT = 1
+FORMAT = 2
+"""Of a results folder and of each file in it."""
 BLOCK = 32
 """Documents that are computed, locked and written together."""
 log = logging.getLogger(__name__)
@@ -55,6 +65,14 @@ class CellIdentity(Record):
 
 class Asked(Record):
     """What was asked of one view of a cell, as it stands in `requests/`."""
+
+    format: int = FORMAT
+    project: str
+    view: View
+
+
+class _Asked1(Record):
+    """The same in format 1: a product of layers, components and spans."""
 
     project: str
     request: CellRequest
@@ -215,12 +233,21 @@ class CellStore:
             return None
         return frame
 
-    def ask(self, request: CellRequest, project: str) -> CellRequest:
+    def view(self, request: CellRequest) -> View:
+        """Say what a request shows of this cell, whatever else was asked of it."""
+        return View(
+            metric=request.metric or self.identity.benchmark.primary_metric,
+            removed=request.removed,
+            limit=request.limit,
+            runs=_in_order(removals(request, self.identity.model.layers)),
+        )
+
+    def ask(self, request: CellRequest, project: str) -> View:
         """Remember what was asked for, and for which project: what reports and syncs use.
 
-        A cell has one view for the intact model and one for each set of removed layers. What was
-        asked of the same view before stays: layers, components and spans add up; everything else,
-        the limit and the metric say, is the newest.
+        A cell has one view for the intact model and one for each set of removed layers. The runs
+        that were asked of the same view before stay, and none but these and the new ones is added;
+        everything else, the limit say, is the newest.
 
         Args:
             request: What was asked for.
@@ -229,18 +256,39 @@ class CellStore:
         Returns:
             What the view shows from now on.
         """
-        path = self.view_path(request.removed)
+        view = self.view(request)
+        path = self.view_path(view.removed)
         locks = self.folder / "locks"
         locks.mkdir(exist_ok=True)
         with FileLock(locks / "requests.lock"):
-            try:
-                before = Asked.model_validate_json(path.read_text(encoding="utf-8"))
-            except (FileNotFoundError, ValueError):
-                pass  # new, or damaged: what is asked now replaces it
-            else:
-                request = _merged(before.request, request)
-            write_text(path, Asked(project=project, request=request).model_dump_json(indent=2))
-        return request
+            # New, or damaged: what is asked now replaces it.
+            with suppress(FileNotFoundError, ValueError):
+                before = self.read_asked(path.read_text(encoding="utf-8")).view
+                view = view.model_copy(update={"runs": _in_order({*before.runs, *view.runs})})
+            self.write_asked(Asked(project=project, view=view))
+        return view
+
+    def read_asked(self, text: str) -> Asked:
+        """Read a view of this cell from its file's text, also as tracker wrote it in format 1.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The view.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        try:
+            before = _Asked1.model_validate_json(text)
+        except ValidationError:
+            return Asked.model_validate_json(text)
+        return Asked(project=before.project, view=self.view(before.request))
+
+    def write_asked(self, asked: Asked) -> None:
+        """Keep a view in its place."""
+        write_text(self.view_path(asked.view.removed), asked.model_dump_json(indent=2))
 
     def asked(self) -> list[Asked]:
         """Recall what was asked for, one entry a view; the intact model first.
@@ -254,13 +302,13 @@ class CellStore:
         found = []
         for path in self.folder.glob("requests/*.json"):
             try:
-                found.append(Asked.model_validate_json(path.read_text(encoding="utf-8")))
+                found.append(self.read_asked(path.read_text(encoding="utf-8")))
             except ValueError:
                 raise ResultsError(
                     f"{path} is damaged; delete it and run the experiment again (nothing is "
                     "measured twice)"
                 ) from None
-        return sorted(found, key=lambda asked: asked.request.removed)
+        return sorted(found, key=lambda asked: asked.view.removed)
 
     def view_path(self, removed: tuple[int, ...]) -> Path:
         """Say where it stands what was asked of a view, which `removed` layers tell apart."""
@@ -323,7 +371,9 @@ class Ledger:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._check_format()
+        if self.root.exists() and not self.root.is_dir():
+            raise ResultsError(f"{self.root} is a file, not a results folder")
+        self._format()
 
     @classmethod
     def existing(cls, root: Path) -> Ledger:
@@ -346,10 +396,9 @@ class Ledger:
         return cls(root)
 
     def create(self) -> None:
-        """Mark the folder as a results folder, or do nothing where it is one."""
-        path = self.root / "tracker.json"
-        if not path.is_file():
-            write_text(path, json.dumps({"format": FORMAT}))
+        """Mark the folder as a results folder of today's format; what it holds stays readable."""
+        if self._format() != FORMAT:
+            write_text(self.root / "tracker.json", json.dumps({"format": FORMAT}))
 
     def cells(self) -> list[CellStore]:
         """List the cells, sorted by model and benchmark."""
@@ -420,12 +469,11 @@ class Ledger:
                 f"{folder / 'cell.json'} is damaged; move the folder {folder} away and run again"
             ) from None
 
-    def _check_format(self) -> None:
+    def _format(self) -> int | None:
+        """Say in which format the folder was written last; None where it is new."""
         path = self.root / "tracker.json"
-        if self.root.exists() and not self.root.is_dir():
-            raise ResultsError(f"{self.root} is a file, not a results folder")
         if not path.is_file():
-            return
+            return None
         try:
             found = int(json.loads(path.read_text(encoding="utf-8"))["format"])
         except (ValueError, KeyError, TypeError):
@@ -437,18 +485,11 @@ class Ledger:
                 f"{self.root} was written by a newer tracker (format {found}; this one knows "
                 f"{FORMAT}). Upgrade with pip install -U tracker, or choose another --results."
             )
+        return found
 
 
-def _merged(before: CellRequest, now: CellRequest) -> CellRequest:
-    """Add the runs that were asked for before to what is asked for now."""
-    components = {*before.components, *now.components}
-    return now.model_copy(
-        update={
-            "layers": tuple(sorted({*before.layers, *now.layers})),
-            "components": tuple(name for name in get_args(Component) if name in components),
-            "spans": tuple(sorted({*before.spans, *now.spans})),
-        }
-    )
+def _in_order(runs: Iterable[RunIdentity]) -> tuple[RunIdentity, ...]:
+    return tuple(sorted(runs, key=lambda run: run.order))
 
 
 def _view_file(removed: tuple[int, ...]) -> str:

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tracker.ablations import INTACT, Ablation, Removal, ablate, ablations_of, removals
-from tracker.config import CellRequest
+from tracker.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.ledger.outcomes import METRIC, PROXY_SUMS
 from tracker.ledger.store import CellIdentity, CellStore
 from tracker.metrics.accuracy import (
@@ -33,6 +32,7 @@ from tracker.records import (
     CorrelationRecord,
     LayerRecord,
     RunIdentity,
+    View,
 )
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
@@ -48,15 +48,16 @@ _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this
 
 
 class _Outcomes:
-    """A cell's outcomes for a request, lined up: every ablation has the same documents in order."""
+    """A cell's outcomes for a view, lined up: every ablation has the same documents in order."""
 
-    def __init__(self, store: CellStore, request: CellRequest) -> None:
+    def __init__(self, store: CellStore, view: View) -> None:
         self.identity: CellIdentity = store.identity
-        counts = store.counts(request.limit)
+        self._removed = view.removed
+        counts = store.counts(view.limit)
         self.wanted = sum(counts.values())
-        frame = store.read(store.blocks(request.limit))
-        total = self.identity.model.layers
-        names = [ablation.name for ablation in ablations_of(request, total)]
+        frame = store.read(store.blocks(view.limit))
+        shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs)]
+        names = {ablation.name for ablation in shown}
         if len(frame):
             frame = frame[
                 frame["ablation"].isin(names) & (frame["doc"] < frame["task"].map(counts))
@@ -73,10 +74,13 @@ class _Outcomes:
         self._rows = (
             {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
         )
-        asked = list(removals(request, total))
-        self.runs = [run for run in asked if self.has(run.ablation)]
-        self.missing = [run for run in asked if not self.has(run.ablation)]
+        self.runs = [run for run in view.runs if self.has(self.ablation(run))]
+        self.missing = [run for run in view.runs if not self.has(self.ablation(run))]
         self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
+
+    def ablation(self, run: RunIdentity) -> Ablation:
+        """What a run removes, with all that lies beneath."""
+        return ablation_of(run, self._removed)
 
     def has(self, ablation: Ablation) -> bool:
         """Whether an ablation is measured."""
@@ -109,22 +113,20 @@ class _Outcomes:
         return self.identity.benchmark.tasks[0].metrics.get(name, "mean")
 
 
-def cell_record(
-    store: CellStore, request: CellRequest, metric: str, aggregate: Aggregate
-) -> CellRecord:
+def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecord:
     """Derive a cell's record from its outcomes.
 
     Args:
         store: The cell on disk.
-        request: Which documents and runs to show.
-        metric: The metric behind every `accuracy`: a mean, or a ratio of sums over documents.
+        view: Which documents and runs to show, by a metric that is a mean, or a ratio of sums over
+            documents.
         aggregate: lm-eval's aggregation by name.
 
     Returns:
         The record, over the documents that every shown run is measured on.
     """
-    outcomes = _Outcomes(store, request)
-    identity = store.identity
+    outcomes = _Outcomes(store, view)
+    identity, metric = store.identity, view.metric
     n = len(outcomes.tasks)
     is_accuracy = outcomes.higher_is_better(metric)
     reasons = {}
@@ -132,7 +134,7 @@ def cell_record(
         reasons["n"] = f"{n} of {outcomes.wanted} documents are measured so far"
     if not n:
         fields = ["baseline_accuracy", "chance_accuracy"]
-        fields += ["removed_accuracy"] if request.removed else []
+        fields += ["removed_accuracy"] if view.removed else []
         reasons |= dict.fromkeys(fields, "no document is measured yet")
     common = {
         "key": identity.key,
@@ -141,8 +143,8 @@ def cell_record(
         "metric": metric,
         "higher_is_better": is_accuracy,
         "n": n,
-        "removed": request.removed,
-        "missing": tuple(_identity(run) for run in outcomes.missing),
+        "removed": view.removed,
+        "missing": tuple(outcomes.missing),
         "provenance": identity.provenance,
     }
     if not n:
@@ -171,7 +173,7 @@ def cell_record(
         chance = chance_accuracy(base["choices"].to_numpy(dtype=np.float64), weights)
     else:
         reasons["chance_accuracy"] = f"{metric} is no accuracy"
-    beneath = _beneath(outcomes, request, metric, weights)
+    beneath = _beneath(outcomes, view, weights)
     if beneath.reason:
         reasons["removed_accuracy"] = beneath.reason
     tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
@@ -181,8 +183,8 @@ def cell_record(
     all_metrics = _metric_values(outcomes, INTACT, aggregate)
     layers = []
     for run in outcomes.runs:
-        ablation, identity_of_run = run.ablation, _identity(run)
-        whole = identity_of_run.kind == WHOLE_LAYER
+        ablation = outcomes.ablation(run)
+        whole = run.kind == WHOLE_LAYER
         after = outcomes.metric(ablation, metric)
         pair = (before, after) if is_accuracy else (after, before)
         drop = accuracy_drop(*pair, weights)
@@ -216,7 +218,7 @@ def cell_record(
         }
         layers.append(
             LayerRecord(
-                **dict(identity_of_run),
+                **dict(run),
                 ablation=ablation.name,
                 n=n,
                 accuracy=accurate.value,
@@ -248,30 +250,27 @@ def cell_record(
     )
 
 
-def _identity(run: Removal) -> RunIdentity:
-    return RunIdentity(component=run.component, layer=run.layer, span=run.span)
-
-
-def _beneath(outcomes: _Outcomes, request: CellRequest, metric: str, weights: Array) -> Estimate:
+def _beneath(outcomes: _Outcomes, view: View, weights: Array) -> Estimate:
     """The metric with the layers taken out that every run lacks, and nothing else."""
-    if not request.removed:
+    if not view.removed:
         return Estimate(None)
-    ablation = ablate("layer", request.removed)
+    ablation = ablate("layer", view.removed)
     if not outcomes.has(ablation):
         return Estimate(None, reason="not measured yet")
-    return accuracy(outcomes.metric(ablation, metric), weights)
+    return accuracy(outcomes.metric(ablation, view.metric), weights)
 
 
 def _correlations(
     outcomes: _Outcomes, metric: str, weights: Array, sums: Mapping[str, Array], tokens: Array
 ) -> list[CorrelationRecord]:
     """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
-    runs = [run for run in outcomes.runs if _identity(run).kind == WHOLE_LAYER]
+    runs = [run for run in outcomes.runs if run.kind == WHOLE_LAYER]
     if not runs:
         return []
     layers = [run.layer for run in runs]
     before = outcomes.metric(INTACT, metric)
-    drops = np.stack([before - outcomes.metric(run.ablation, metric) for run in runs], axis=1)
+    ablations = map(outcomes.ablation, runs)
+    drops = np.stack([before - outcomes.metric(each, metric) for each in ablations], axis=1)
     if not outcomes.higher_is_better(metric):
         drops = -drops
     strata = None if len(set(outcomes.tasks)) == 1 else np.array(outcomes.tasks)

@@ -6,35 +6,33 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from tracker.config import CellRequest
 from tracker.ledger.store import CellStore, Ledger
 from tracker.ledger.tables import cell_record
 from tracker.provenance import content_hash, file_hash
-from tracker.records import CellRecord
+from tracker.records import CellRecord, View
 
 
-def record_of(store: CellStore, request: CellRequest) -> CellRecord:
+def record_of(store: CellStore, view: View) -> CellRecord:
     """Derive a cell's record from the ledger, or recall it where nothing has changed since.
 
     Args:
         store: The cell.
-        request: Which documents, runs and metric.
+        view: Which documents, runs and metric.
 
     Returns:
         The record.
     """
-    metric = request.metric or store.identity.benchmark.primary_metric
     state = content_hash(
         [
             _code(),
-            request.model_dump(mode="json"),
+            view.model_dump(mode="json"),
             store.identity.model_dump(mode="json"),
             [(path.name, path.stat().st_size) for path in store.shards()],
         ]
     )
-    record = store.derived(state, request.removed)
+    record = store.derived(state, view.removed)
     if record is None:
-        record = cell_record(store, request, metric, _aggregate)
+        record = cell_record(store, view, _aggregate)
         if record.n:
             store.keep(state, record)
     return record
@@ -66,7 +64,7 @@ def all_records(ledger: Ledger) -> list[CellRecord]:
     Returns:
         The records of the cells that were asked for.
     """
-    return [record_of(store, asked.request) for store in ledger.cells() for asked in store.asked()]
+    return [record_of(store, asked.view) for store in ledger.cells() for asked in store.asked()]
 
 
 def write_report(ledger: Ledger) -> tuple[list[CellRecord], Path]:

@@ -177,7 +177,7 @@ def sync(ledger: Ledger, to: Sequence[str]) -> Synced:
     for store, asked in views:
         project = asked.project
         publisher = publishers.setdefault(project, Publisher(to, project, ledger.root))
-        record = record_of(store, asked.request)
+        record = record_of(store, asked.view)
         places, failed = publisher.publish(store, record, trust_receipts=False)
         synced.locations.update(places)
         if failed:

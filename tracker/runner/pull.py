@@ -17,7 +17,7 @@ from filelock import FileLock
 from tracker.errors import TrackerError, TrackingError
 from tracker.ledger.files import write_text
 from tracker.ledger.keys import folder_name
-from tracker.ledger.store import Asked, CellIdentity, CellStore, Ledger
+from tracker.ledger.store import CellIdentity, CellStore, Ledger
 from tracker.provenance import content_hash
 from tracker.records import CellRecord
 from tracker.runner.derive import all_records
@@ -95,15 +95,15 @@ def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
         try:
             identity = CellIdentity.model_validate_json((folder / "cell.json").read_bytes())
             (view,) = (path for path in folder.glob("*.json") if path.name != "cell.json")
-            asked = Asked.model_validate_json(view.read_bytes())
+            name = folder_name(identity.model.name, identity.benchmark.name, identity.key)
+            store = CellStore(root / "cells" / name, identity)
+            asked = store.read_asked(view.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise TrackingError(f"its files are not what tracker writes: {error}") from None
-        name = folder_name(identity.model.name, identity.benchmark.name, identity.key)
-        store = CellStore(root / "cells" / name, identity)
         for path in folder.glob("*.parquet"):
             place = store.folder / "shards" / path.name
             place.parent.mkdir(parents=True, exist_ok=True)
             path.replace(place)
         write_text(store.folder / "cell.json", identity.model_dump_json(indent=2))
-        write_text(store.view_path(asked.request.removed), asked.model_dump_json(indent=2))
+        store.write_asked(asked)
     write_text(_note(root, cell), json.dumps(cell.version))

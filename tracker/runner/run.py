@@ -75,12 +75,13 @@ def run_cells(
     for cell in asked:
         if cell.store is not None:
             chosen_metric(cell.store.identity.benchmark, cell.request.metric)
-    finisher = _Finisher(publisher, progress, alone=len(asked) == 1)
     if todo:
         progress.say("checking models and benchmarks")
         check_layers(todo, options.trust_remote_code)
         jobs = _jobs(todo)
         executor = open_executor(options)
+    ledger.create()
+    finisher = _Finisher(publisher, progress, alone=len(asked) == 1)
     for cell in asked:
         if cell.complete and cell.store is not None:
             finisher.done(cell, cell.store)
@@ -110,7 +111,8 @@ class _Finisher:
             if isinstance(outcome, Exception):
                 raise outcome
             shown = outcome.ask(cell.request, self._publisher.project)
-            record = record_of(outcome, cell.request)
+            view = outcome.view(cell.request)
+            record = record_of(outcome, view)
         except Exception as error:
             # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
             if isinstance(error, RequestError) and self._alone:
@@ -122,7 +124,7 @@ class _Finisher:
             return
         self.records[cell.request] = record
         # A backend shows all that was asked of the cell, not only what was asked now.
-        whole = record if shown == cell.request else record_of(outcome, shown)
+        whole = record if shown == view else record_of(outcome, shown)
         places, failed = self._publisher.publish(outcome, whole)
         report.locations.update(places)
         if failed:
