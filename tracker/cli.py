@@ -703,8 +703,9 @@ def _print_cell(console: Console, cell: CellRecord, only: RunIdentity | None = N
     from tracker.report.wording import DASH, fixed, interval, measure_of, sentence
 
     measure = measure_of(cell)
+    own_metric = "" if cell.other_metric else cell.metric
     table = Table(
-        title=f"{cell.title} · {cell.metric} · {cell.n} documents",
+        title=" · ".join(filter(None, (cell.title, own_metric, f"{cell.n} documents"))),
         title_style="bold",
         title_justify="left",
         box=None,

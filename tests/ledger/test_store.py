@@ -461,6 +461,26 @@ class TestNotes:
         names = {path.name for path in (cell.folder / "requests").iterdir()}
         assert {"intact.json", "without-3.json", "without-3-17.json"} < names
 
+    def test_metrics_are_views_of_their_own(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        """Was: the last metric that was asked for replaced the others."""
+        metrics = ("acc", "acc_norm", "exact_match,a/b", "..")
+        cell = ledger.cell(
+            model_identity(), benchmark_identity(metrics=dict.fromkeys(metrics, "mean")), {}
+        )
+        for layer, metric in enumerate((*metrics[1:], None)):
+            request = CellRequest(model="m", benchmark="b", layers=(layer,), metric=metric)
+            cell.ask(request, "project")
+        assert [a.view.metric for a in cell.asked()] == ["acc", "..", "acc_norm", metrics[2]]
+        assert [[r.layer for r in a.view.runs] for a in cell.asked()] == [[3], [2], [0], [1]]
+        assert {path.name for path in (cell.folder / "requests").iterdir()} == {
+            "intact.json",
+            "intact--...json",
+            "intact--acc_norm.json",
+            "intact--exact_match,a%2Fb.json",
+        }
+
     def test_processes_that_ask_at_once_lose_nothing(
         self, ledger, model_identity, benchmark_identity
     ) -> None:

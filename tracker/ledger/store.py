@@ -42,7 +42,6 @@ from tracker.records import (
     CellRecord,
     ModelIdentity,
     Record,
-    RunIdentity,
     View,
     view_name,
 )
@@ -106,15 +105,19 @@ class CellStore:
     Args:
         folder: Where it is.
         identity: What its numbers depend on.
+        others: The same cell in other folders, whose outcomes are read too.
 
     Attributes:
         folder: Where it is.
         identity: What its numbers depend on.
     """
 
-    def __init__(self, folder: Path, identity: CellIdentity) -> None:
+    def __init__(
+        self, folder: Path, identity: CellIdentity, others: Sequence[CellStore] = ()
+    ) -> None:
         self.folder = folder
         self.identity = identity
+        self._others = others
         self._shards = folder / "shards"
 
     def counts(self, limit: int | None) -> dict[str, int]:
@@ -180,9 +183,36 @@ class CellStore:
         table = outcome_table(rows).replace_schema_metadata(
             {"tracker": json.dumps({"format": FORMAT, **metadata})}
         )
-        content = content_hash(sorted({(str(row["doc"]), str(row["ablation"])) for row in rows}))
-        path = self._shards / f"{block.name}.{content[:12]}.parquet"
+        path = self._shard_path(block, ((row["doc"], row["ablation"]) for row in rows))
         write_atomically(path, lambda p: pq.write_table(table, p, compression="zstd"))
+
+    def adopt(self, path: Path) -> None:
+        """Move a shard from elsewhere to its place; its name counts for nothing.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: It is no shard of this cell.
+        """
+        try:
+            found = pq.read_table(path, columns=["task", "doc", "ablation"]).to_pydict()
+            (task,) = set(found["task"])
+            (number,) = {doc // BLOCK for doc in found["doc"]}
+            if min(found["doc"]) < 0 or max(found["doc"]) >= self.counts(None)[task]:
+                raise ValueError("no such document")
+        except (ValueError, TypeError, KeyError, OSError, pa.ArrowException) as error:
+            raise ValueError(f"{path.name} is no shard of this cell: {error}") from None
+        place = self._shard_path(
+            Block(task, number), zip(found["doc"], found["ablation"], strict=True)
+        )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+
+    def _shard_path(self, block: Block, held: Iterable[tuple[object, object]]) -> Path:
+        """Name a shard by the documents and ablations in it."""
+        content = content_hash(sorted({(str(doc), str(ablation)) for doc, ablation in held}))
+        return self._shards / f"{block.name}.{content[:12]}.parquet"
 
     def read(
         self, blocks: Sequence[Block] | None = None, columns: list[str] | None = None
@@ -206,6 +236,7 @@ class CellStore:
             wanted = {block.name for block in blocks}
             paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
         frames = [frame for path in paths if (frame := self._read_shard(path, columns)) is not None]
+        frames += [found for other in self._others if len(found := other.read(blocks, columns))]
         if not frames:
             return pd.DataFrame(columns=columns)
         frame = pd.concat(frames, ignore_index=True)
@@ -222,7 +253,7 @@ class CellStore:
                 # The system, not the shard, is in trouble; Arrow's own complaints have no number.
                 raise WorkError(f"{path} cannot be read now: {error}") from None
             aside = path.with_suffix(".unreadable")
-            with suppress(FileNotFoundError):  # another process was first
+            with suppress(OSError):  # another process was first, or the folder is a colleague's
                 path.replace(aside)
             log.warning(
                 "the shard %s cannot be read (%s); it is set aside as %s and computed again",
@@ -239,15 +270,15 @@ class CellStore:
             metric=request.metric or self.identity.benchmark.primary_metric,
             removed=request.removed,
             limit=request.limit,
-            runs=_in_order(removals(request, self.identity.model.layers)),
+            runs=tuple(removals(request, self.identity.model.layers)),
         )
 
     def ask(self, request: CellRequest, project: str) -> View:
         """Remember what was asked for, and for which project: what reports and syncs use.
 
-        A cell has one view for the intact model and one for each set of removed layers. The runs
-        that were asked of the same view before stay, and none but these and the new ones is added;
-        everything else, the limit say, is the newest.
+        A cell has a view for each metric and each set of removed layers. The runs that were asked
+        of the same view before stay, and none but these and the new ones is added; the limit is
+        the newest.
 
         Args:
             request: What was asked for.
@@ -257,14 +288,11 @@ class CellStore:
             What the view shows from now on.
         """
         view = self.view(request)
-        path = self.view_path(view.removed)
-        locks = self.folder / "locks"
-        locks.mkdir(exist_ok=True)
-        with FileLock(locks / "requests.lock"):
+        path = self.view_path(self.name_of(view))
+        with self._asking():
             # New, or damaged: what is asked now replaces it.
             with suppress(FileNotFoundError, ValueError):
-                before = self.read_asked(path.read_text(encoding="utf-8")).view
-                view = view.model_copy(update={"runs": _in_order({*before.runs, *view.runs})})
+                view = view.joined(self.read_asked(path.read_text(encoding="utf-8")).view)
             self.write_asked(Asked(project=project, view=view))
         return view
 
@@ -283,15 +311,38 @@ class CellStore:
         try:
             before = _Asked1.model_validate_json(text)
         except ValidationError:
-            return Asked.model_validate_json(text)
-        return Asked(project=before.project, view=self.view(before.request))
+            asked = Asked.model_validate_json(text)
+        else:
+            asked = Asked(project=before.project, view=self.view(before.request))
+        layers = (*asked.view.removed, *(run.layer + run.span - 1 for run in asked.view.runs))
+        if max(layers, default=0) >= self.identity.model.layers:
+            raise ValueError(f"the model has no layer {max(layers)}")
+        if asked.view.metric not in self.identity.benchmark.tasks[0].metrics:
+            raise ValueError(f"the benchmark has no metric {asked.view.metric!r}")
+        return asked
 
     def write_asked(self, asked: Asked) -> None:
         """Keep a view in its place."""
-        write_text(self.view_path(asked.view.removed), asked.model_dump_json(indent=2))
+        write_text(self.view_path(self.name_of(asked.view)), asked.model_dump_json(indent=2))
+
+    def upgrade(self) -> None:
+        """Write views of format 1 as those of today; what is damaged stays for `asked` to say."""
+        with self._asking():
+            for path in list(self.folder.glob("requests/*.json")):
+                with suppress(ValueError):
+                    asked = self.read_asked(path.read_text(encoding="utf-8"))
+                    self.write_asked(asked)
+                    # Format 1 did not name the metric.
+                    if path != self.view_path(self.name_of(asked.view)):
+                        path.unlink()
+
+    def _asking(self) -> FileLock:
+        locks = self.folder / "locks"
+        locks.mkdir(exist_ok=True)
+        return FileLock(locks / "requests.lock")
 
     def asked(self) -> list[Asked]:
-        """Recall what was asked for, one entry a view; the intact model first.
+        """Recall what was asked for, one entry a view; the intact model and its own metric first.
 
         Returns:
             The views; none when the cell was never finished.
@@ -299,36 +350,50 @@ class CellStore:
         Raises:
             ResultsError: A view is damaged.
         """
-        found = []
+        found: dict[str, Asked] = {}
         for path in self.folder.glob("requests/*.json"):
             try:
-                found.append(self.read_asked(path.read_text(encoding="utf-8")))
+                asked = self.read_asked(path.read_text(encoding="utf-8"))
             except ValueError:
                 raise ResultsError(
                     f"{path} is damaged; delete it and run the experiment again (nothing is "
                     "measured twice)"
                 ) from None
-        return sorted(found, key=lambda asked: asked.view.removed)
+            found[self.name_of(asked.view)] = asked
+        primary = self.identity.benchmark.primary_metric
+        return sorted(
+            found.values(),
+            key=lambda a: (a.view.removed, a.view.metric != primary, a.view.metric),
+        )
 
-    def view_path(self, removed: tuple[int, ...]) -> Path:
-        """Say where it stands what was asked of a view, which `removed` layers tell apart."""
-        return self.folder / "requests" / f"{_view_file(removed)}.json"
+    def name_of(self, view: View) -> str:
+        """Name a view by what tells it from the others of the cell."""
+        return view_name(view.removed, view.metric, self.identity.benchmark)
+
+    def view_path(self, name: str) -> Path:
+        """Say where it stands what was asked of a view."""
+        return self.folder / "requests" / f"{_view_file(name)}.json"
 
     def shards(self) -> list[Path]:
         """List the files of outcomes."""
         return sorted(self._shards.glob("*.parquet"))
 
-    def derived(self, state: str, removed: tuple[int, ...]) -> CellRecord | None:
+    def sizes(self) -> list[tuple[str, int]]:
+        """Say cheaply which outcomes there are: every file that `read` reads, and its size."""
+        mine = [(path.name, path.stat().st_size) for path in self.shards()]
+        return mine + [each for other in self._others for each in other.sizes()]
+
+    def derived(self, state: str, name: str) -> CellRecord | None:
         """Recall the record of a view.
 
         Args:
             state: A hash of all that the record follows from.
-            removed: The view.
+            name: The view's.
 
         Returns:
             The record; None when none is kept for this state.
         """
-        kept = _read_note(self._derived(removed))
+        kept = _read_note(self._derived(name))
         if kept.get("state") != state:
             return None
         try:
@@ -340,10 +405,10 @@ class CellStore:
         """Keep the record of a view for `derived`, where the folder can be written."""
         note = json.dumps({"state": state, "record": record.model_dump(mode="json")})
         with suppress(WorkError):
-            write_text(self._derived(record.removed), note)
+            write_text(self._derived(record.view), note)
 
-    def _derived(self, removed: tuple[int, ...]) -> Path:
-        return self.folder / "derived" / f"{_view_file(removed)}.json"
+    def _derived(self, name: str) -> Path:
+        return self.folder / "derived" / f"{_view_file(name)}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
         """Recall what a backend got last: `digest` of the record and `location` of the runs."""
@@ -396,8 +461,13 @@ class Ledger:
         return cls(root)
 
     def create(self) -> None:
-        """Mark the folder as a results folder of today's format; what it holds stays readable."""
-        if self._format() != FORMAT:
+        """Make the folder a results folder of today's format, or do nothing where it is one."""
+        if self._format() == FORMAT:
+            return
+        with self._lock("format"):
+            for folder in self.root.glob("cells/*/"):
+                with suppress(OSError, ResultsError):  # a damaged cell keeps nobody from the others
+                    self._open(folder).upgrade()
             write_text(self.root / "tracker.json", json.dumps({"format": FORMAT}))
 
     def cells(self) -> list[CellStore]:
@@ -488,14 +558,10 @@ class Ledger:
         return found
 
 
-def _in_order(runs: Iterable[RunIdentity]) -> tuple[RunIdentity, ...]:
-    return tuple(sorted(runs, key=lambda run: run.order))
-
-
-def _view_file(removed: tuple[int, ...]) -> str:
+def _view_file(name: str) -> str:
     """Name a view's file; file systems take no more than 255 characters."""
-    name = view_name(removed)
-    return name if len(name) <= 100 else f"{name[:80]}--{content_hash(removed)[:12]}"
+    name = quote(name, safe=",")
+    return name if len(name) <= 100 else f"{name[:80]}--{content_hash(name)[:12]}"
 
 
 def _read_note(path: Path) -> dict[str, Any]:

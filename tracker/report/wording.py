@@ -395,7 +395,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`, with the number of documents, the metric, the data, the
+        For example `arc_easy · 0-shot`, with the metric, the number of documents, the data, the
         seed or the cell's key where these tell them apart.
     """
     return _told_apart(
@@ -407,8 +407,8 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         ],
         [
             (
-                counted(cell.n, "document"),
                 cell.metric,
+                counted(cell.n, "document"),
                 cell.benchmark.data,
                 "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
                 cell.key[:8],

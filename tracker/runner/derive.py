@@ -27,10 +27,10 @@ def record_of(store: CellStore, view: View) -> CellRecord:
             _code(),
             view.model_dump(mode="json"),
             store.identity.model_dump(mode="json"),
-            [(path.name, path.stat().st_size) for path in store.shards()],
+            store.sizes(),
         ]
     )
-    record = store.derived(state, view.removed)
+    record = store.derived(state, store.name_of(view))
     if record is None:
         record = cell_record(store, view, _aggregate)
         if record.n:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.records import CellRecord, LayerRecord, view_name
+from tracker.records import CellRecord, LayerRecord
 from tracker.tracking.base import (
     CURVES,
     Table,
@@ -35,6 +35,7 @@ FORMAT = "2"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 _ARTIFACT_NAME = 128  # characters that W&B accepts
+_NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
 _TAG = 64
 
 
@@ -202,6 +203,6 @@ def _nested(values: Mapping[str, str]) -> dict[str, str]:
 
 def _artifact_name(cell: CellRecord) -> str:
     """Name the artifact alike on every machine, with the key last, which tells cells apart."""
-    key = "-".join([view_name(cell.removed), cell.key[:12]])
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
+    key = re.sub(_NOT_IN_NAMES, "-", f"{cell.view}-{cell.key[:12]}")
+    name = re.sub(_NOT_IN_NAMES, "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
     return f"{name[: _ARTIFACT_NAME - len(key) - 1]}-{key}"
