@@ -683,13 +683,14 @@ def list_cells(results: Path) -> None:
         number = title in ("shots", "documents", "runs")
         table.add_column(title, justify="right" if number else "left")
     for cell in api.ls(results):
+        measured = len(cell.layers)
         table.add_row(
             cell.model.name,
             " ".join(filter(None, (cell.benchmark.name, cell.beneath, f"({cell.metric})"))),
             str(cell.benchmark.num_fewshot),
             cell.reasons.get("n", str(cell.n)),
             f"{len({run.layer for run in cell.layers})} of {cell.model.layers}",
-            str(len(cell.layers)),
+            " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing))))),
             "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}",
             cell.key[:12],
         )

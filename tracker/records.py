@@ -1,7 +1,8 @@
 """The frozen records that every part of tracker exchanges.
 
 Fractions, never percentage points; `layer` is 0-based. A value that is not defined is `None`, and
-the record's `reasons` says why under the name of the field.
+the record's `reasons` says why under the name of the field. Under `n` it says that documents are
+missing, and under `provenance` that not all was measured by the same versions and devices.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ class CellRecord(Record):
     missing: tuple[RunIdentity, ...]
     """Runs that are part of what was asked for and are not measured yet."""
     provenance: dict[str, str]
-    """Package versions, device, times: what a reader needs to repeat the measurement."""
+    """Package versions, machine and device that measured the outcomes; where they differ, each."""
     reasons: dict[str, str] = {}
 
     @property
@@ -292,7 +293,13 @@ class CellRecord(Record):
     @property
     def is_complete(self) -> bool:
         """Whether every run and every document that was asked for is measured."""
-        return not self.missing and "n" not in self.reasons
+        return not self.lacks
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """What was asked for and is not measured yet: documents, and runs by their labels."""
+        documents = (self.reasons["n"],) if "n" in self.reasons else ()
+        return (*documents, *(run.label() for run in self.missing))
 
     @property
     def whole_layers(self) -> tuple[LayerRecord, ...]:

@@ -15,6 +15,7 @@ from filelock import Timeout
 from tracker.ablations import ablations_of
 from tracker.config import CellRequest, load_experiment
 from tracker.errors import ResultsError
+from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import BLOCK, FORMAT, Block, CellStore, Ledger
 from tracker.ledger.tables import cell_record
 from tracker.records import RunIdentity, View
@@ -30,7 +31,7 @@ def shards(cell) -> list[Path]:
 class TestShards:
     def test_what_is_written_is_read_back(self, cell, row) -> None:
         rows = [row(3), row(3, "layer:0", acc=0.0), row(5, acc=0.5)]
-        cell.write(Block("arc_easy", 0), rows, {"device": "cpu", "seconds": "1.5"})
+        cell.write(Block("arc_easy", 0), rows, {"provenance": {"torch": "2"}, "seconds": "1.5"})
         frame = cell.read().set_index(["doc", "ablation"])
         assert len(frame) == 3
         for written in rows:
@@ -44,8 +45,30 @@ class TestShards:
         assert list(frame.loc[3, "baseline"]["angular_distance_sum"]) == [2.0] * 4
         assert frame.loc[3, "layer:0"]["relative_update_sum"] is None
         (path,) = shards(cell)
-        metadata = json.loads(pq.read_schema(path).metadata[b"tracker"])
-        assert metadata == {"format": FORMAT, "device": "cpu", "seconds": "1.5"}
+        assert set(frame["provenance"]) == {'{"torch": "2"}'}
+        metadata = json.loads(pq.read_metadata(path).metadata[b"tracker"])
+        assert metadata == {
+            "format": FORMAT,
+            "key": cell.identity.key,
+            "task": "arc_easy",
+            "provenance": {"torch": "2"},
+            "seconds": "1.5",
+            "digest": shard_digest(path.read_bytes()),
+        }
+
+    def test_the_digest_covers_every_byte(self, cell, row) -> None:
+        cell.write(Block("arc_easy", 0), [row(3)], {})
+        content = shards(cell)[0].read_bytes()
+        stated = json.loads(pq.read_metadata(shards(cell)[0]).metadata[b"tracker"])["digest"]
+        for place in range(0, len(content), 7):
+            changed = bytearray(content)
+            changed[place] ^= 1 << place % 8
+            # Where the digest itself is hit, it is no longer the one that was stated.
+            where = content.index(stated.encode())
+            if where <= place < where + 64:
+                assert stated.encode() not in changed
+            else:
+                assert shard_digest(bytes(changed)) != stated
 
     def test_only_the_wanted_blocks_and_columns(self, cell, fill) -> None:
         fill(cell, Block("arc_easy", 0), [0, 1], ["baseline"])
@@ -251,15 +274,14 @@ class TestUnreadableShards:
         fill(cell, Block("arc_easy", 0), [0], ["baseline"])
         (path,) = shards(cell)
         path.write_bytes(b"broken")
-        real = pq.read_table
 
-        def read_table(where, **arguments):
+        def read(*arguments):
             try:
-                return real(where, **arguments)
+                return read_shard(*arguments)
             finally:
                 path.rename(path.with_suffix(".unreadable"))
 
-        monkeypatch.setattr(pq, "read_table", read_table)
+        monkeypatch.setattr("tracker.ledger.store.read_shard", read)
         assert not len(cell.read())
 
     # Was: any OSError sets the shard aside, so "too many open files" or a
@@ -452,7 +474,10 @@ class TestNotes:
             assert record.is_complete
         assert len(record.layers) == 7 + 4
 
-    def test_views_are_kept_apart_with_the_intact_model_first(self, cell) -> None:
+    def test_views_are_kept_apart_with_the_intact_model_first(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        cell = ledger.cell(model_identity(layers=201), benchmark_identity(), {})
         beneath = [(3, 17), (), (3,), tuple(range(200))]
         for removed in beneath:
             request = CellRequest(model="m", benchmark="b", layers=(1,), removed=removed)

@@ -91,7 +91,7 @@ def test_an_identity_that_does_not_fit_its_key_is_refused(
     assert pull() == (
         [],
         "its files are not what tracker writes: its key is not that of what it describes",
-    )  # noqa: E501
+    )
     assert not files(project)
 
 

@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 from tracker.records import CellRecord, LayerRecord
-from tracker.tracking import wandb_runs
+from tracker.report.html import render_page
+from tracker.tracking import mlflow_runs, wandb_runs
 from tracker.tracking.base import curve_name, is_curve, layer_table, run_key
 from tracker.tracking.mlflow import MlflowBackend
 
@@ -142,6 +143,30 @@ def test_what_was_published_before_metrics_were_told_apart_is_found_again(
     for name in ("id", "group", "key", "name"):
         assert len({getattr(run, name) for run in found}) == 4
     assert len({run.outcomes.name for run in found}) == 4
+
+
+def test_complete_means_all_runs_and_all_documents(make_cell: CellMaker) -> None:
+    """Was: a cell that lacked documents, but no run, was published as complete."""
+    whole = make_cell()
+    documents = "64 of 160 documents are measured so far"
+    growing = make_cell(n=64).model_copy(update={"reasons": {"n": documents}})
+    both = make_cell(layers=(0, 1)).model_copy(update={"reasons": {"n": documents}})
+    for cell, lacks in (
+        (whole, []),
+        (growing, [documents]),
+        (make_cell(layers=(0, 1)), ["layer 2", "layer 3"]),
+        (both, [documents, "layer 2", "layer 3"]),
+    ):
+        assert cell.is_complete == (not lacks)
+        outcomes = wandb_runs.cell_run(cell, [], {}).outcomes
+        assert ("complete" in outcomes.aliases) == (not lacks)
+        assert ("incomplete" in outcomes.aliases) == bool(lacks)
+        assert outcomes.metadata["missing"] == lacks
+        tags = mlflow_runs.cell_run(cell, [], {}).tags
+        assert tags.get("tracker.missing", "") == ", ".join(lacks)
+        page = render_page([cell], {})
+        assert ("Nothing: every run that was asked for" in page) == (not lacks)
+        assert (f"0-shot: {documents}." in page) == (documents in lacks)
 
 
 def test_curves_are_told_from_other_metrics(make_cell: CellMaker) -> None:

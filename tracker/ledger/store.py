@@ -5,10 +5,10 @@ RESULTS/
   index/REQUEST.json        what was asked for → its cell, found without loading anything
   experiments/NAME.yaml     the user's exact experiment files
   cells/MODEL--BENCHMARK--KEY/
-    cell.json               everything that the numbers depend on
+    cell.json               the model, the benchmark, and who made the cell
     requests/VIEW.json      every run that was asked of a view, its metric and limit: what to show
     derived/VIEW.json       the record that follows from all this, kept to save the time
-    shards/*.parquet        per-document outcomes
+    shards/*.parquet        per-document outcomes, each with who measured it
     locks/                  one a block of documents
   slurm/                    the logs of SLURM jobs
 """
@@ -26,7 +26,6 @@ from urllib.parse import quote
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 from pydantic import ValidationError
 
@@ -35,7 +34,8 @@ from tracker.config import CellRequest
 from tracker.errors import ResultsError, WorkError
 from tracker.ledger.files import write_atomically, write_text
 from tracker.ledger.keys import cell_key, folder_name
-from tracker.ledger.outcomes import outcome_table
+from tracker.ledger.outcomes import PROVENANCE, outcome_table
+from tracker.ledger.shards import read_shard, shard_file
 from tracker.provenance import content_hash
 from tracker.records import (
     BenchmarkIdentity,
@@ -54,12 +54,13 @@ log = logging.getLogger(__name__)
 
 
 class CellIdentity(Record):
-    """Everything that a cell's numbers depend on, as it stands in `cell.json`."""
+    """What a cell is, as it stands in `cell.json`."""
 
     key: str
     model: ModelIdentity
     benchmark: BenchmarkIdentity
     provenance: dict[str, str]
+    """Versions and machine of whoever made the cell: shards of format 1 do not say theirs."""
 
 
 class Asked(Record):
@@ -171,20 +172,20 @@ class CellStore:
         return len(wanted) == sum(self.counts(limit).values()) * len(set(ablations))
 
     def write(
-        self, block: Block, rows: Sequence[Mapping[str, object]], metadata: Mapping[str, str]
+        self, block: Block, rows: Sequence[Mapping[str, object]], metadata: Mapping[str, object]
     ) -> None:
         """Add a shard of outcomes.
 
         Args:
             block: The block that the documents belong to.
             rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
-            metadata: How they were measured.
+            metadata: How they were measured, and by which versions, machine and device
+                (`provenance`).
         """
-        table = outcome_table(rows).replace_schema_metadata(
-            {"tracker": json.dumps({"format": FORMAT, **metadata})}
-        )
+        about = {"format": FORMAT, "key": self.identity.key, "task": block.task, **metadata}
+        content = shard_file(outcome_table(rows), about)
         path = self._shard_path(block, ((row["doc"], row["ablation"]) for row in rows))
-        write_atomically(path, lambda p: pq.write_table(table, p, compression="zstd"))
+        write_atomically(path, lambda temporary: _write(temporary, content))
 
     def adopt(self, path: Path) -> None:
         """Move a shard from elsewhere to its place; its name counts for nothing.
@@ -196,7 +197,10 @@ class CellStore:
             ValueError: It is no shard of this cell.
         """
         try:
-            found = pq.read_table(path, columns=["task", "doc", "ablation"]).to_pydict()
+            table, about = read_shard(path.read_bytes(), ["task", "doc", "ablation"])
+            if about.get("key", self.identity.key) != self.identity.key:
+                raise ValueError("its key is another")
+            found = table.to_pydict()
             (task,) = set(found["task"])
             (number,) = {doc // BLOCK for doc in found["doc"]}
             if min(found["doc"]) < 0 or max(found["doc"]) >= self.counts(None)[task]:
@@ -226,7 +230,8 @@ class CellStore:
             columns: Only these columns; None = all.
 
         Returns:
-            One row a (task, document, ablation), in no particular order, none twice.
+            One row a (task, document, ablation), in no particular order, none twice; where all
+            columns are read, with who measured it besides.
         """
         if blocks is None:
             paths = self.shards()
@@ -245,13 +250,16 @@ class CellStore:
 
     def _read_shard(self, path: Path, columns: list[str] | None) -> pd.DataFrame | None:
         try:
-            frame: pd.DataFrame = pq.read_table(path, columns=columns).to_pandas()
+            content = path.read_bytes()
         except FileNotFoundError:
             return None
-        except (OSError, pa.ArrowException) as error:
-            if getattr(error, "errno", None) is not None:
-                # The system, not the shard, is in trouble; Arrow's own complaints have no number.
-                raise WorkError(f"{path} cannot be read now: {error}") from None
+        except OSError as error:
+            # The system, not the shard, is in trouble.
+            raise WorkError(f"{path} cannot be read now: {error}") from None
+        try:
+            table, about = read_shard(content, columns)
+            frame: pd.DataFrame = table.to_pandas()
+        except (OSError, ValueError, pa.ArrowException) as error:
             aside = path.with_suffix(".unreadable")
             with suppress(OSError):  # another process was first, or the folder is a colleague's
                 path.replace(aside)
@@ -262,7 +270,15 @@ class CellStore:
                 aside.name,
             )
             return None
+        if columns is None:
+            frame[PROVENANCE] = json.dumps(self._provenance(about))
         return frame
+
+    def _provenance(self, about: Mapping[str, Any]) -> dict[str, str]:
+        """Say who measured a shard; those of format 1 know the device alone."""
+        device = {"device": about["device"]} if "device" in about else {}
+        found: dict[str, str] = about.get(PROVENANCE, {**self.identity.provenance, **device})
+        return found
 
     def view(self, request: CellRequest) -> View:
         """Say what a request shows of this cell, whatever else was asked of it."""
@@ -571,6 +587,10 @@ def _read_note(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _literal(name: str) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tracker.ablations import INTACT, Ablation, ablate, ablation_of
-from tracker.ledger.outcomes import METRIC, PROXY_SUMS
+from tracker.ledger.outcomes import METRIC, PROVENANCE, PROXY_SUMS
 from tracker.ledger.store import CellIdentity, CellStore
 from tracker.metrics.accuracy import (
     Estimate,
@@ -26,6 +26,7 @@ from tracker.metrics.correlation import COEFFICIENTS, correlate
 from tracker.metrics.proxies import PROXIES, cosine_score, proxy_means
 from tracker.metrics.ratios import RATIO, SCALES, document_ratios, ratio_of_sums
 from tracker.metrics.resampling import resampled_means
+from tracker.provenance import differences, united
 from tracker.records import (
     WHOLE_LAYER,
     CellRecord,
@@ -74,6 +75,9 @@ class _Outcomes:
         self._rows = (
             {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
         )
+        self.stacks = (
+            [json.loads(each) for each in frame[PROVENANCE].unique()] if len(frame) else []
+        )
         self.runs = [run for run in view.runs if self.has(self.ablation(run))]
         self.missing = [run for run in view.runs if not self.has(self.ablation(run))]
         self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
@@ -89,6 +93,19 @@ class _Outcomes:
     def of(self, ablation: Ablation) -> pd.DataFrame:
         """The rows of one ablation."""
         return self._rows[ablation.name]
+
+    def mismatch(self, ablation: Ablation) -> str:
+        """Say where the baseline of a document was measured otherwise than an ablation of it."""
+        pairs = list(zip(self.of(INTACT)[PROVENANCE], self.of(ablation)[PROVENANCE], strict=True))
+        how = {pair: differences([*map(json.loads, pair)]) for pair in set(pairs)}
+        count = sum(bool(how[pair]) for pair in pairs)
+        if not count:
+            return ""
+        every = differences([json.loads(one) for pair in how if how[pair] for one in pair])
+        return (
+            f"baseline and ablation of {count} of {len(pairs)} documents were measured by "
+            f"different versions or devices: {every}"
+        )
 
     def metric(self, ablation: Ablation, name: str) -> Array:
         """A metric's value of every document; NaN where it has none."""
@@ -132,6 +149,8 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
     reasons = {}
     if n < outcomes.wanted:
         reasons["n"] = f"{n} of {outcomes.wanted} documents are measured so far"
+    if differing := differences(outcomes.stacks):
+        reasons[PROVENANCE] = f"measured by different versions or devices: {differing}"
     if not n:
         fields = ["baseline_accuracy", "chance_accuracy"]
         fields += ["removed_accuracy"] if view.removed else []
@@ -145,7 +164,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         "n": n,
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
-        "provenance": identity.provenance,
+        "provenance": united(outcomes.stacks),
     }
     if not n:
         return CellRecord(
@@ -215,6 +234,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
                 if value is None
             },
             **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
+            PROVENANCE: outcomes.mismatch(ablation),
         }
         layers.append(
             LayerRecord(

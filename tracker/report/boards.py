@@ -22,6 +22,7 @@ from tracker.report.wording import (
     layer_list,
     layers_of,
     points,
+    provenance_notes,
     records_of,
     two_digits,
 )
@@ -90,8 +91,13 @@ def _notes(board: LayerBoard, ranks: Mapping[int, int]) -> tuple[str, ...]:
     ]
     if not ranks and len(lacking) < total:
         found.append(([one.layer for one in board.layers], f"no rank by cosine score: {_NO_SCORE}"))
-    return tuple(
-        f"{layer_list(sorted(which), total).capitalize()}: {why}." for which, why in found if which
+    return (
+        *(
+            f"{layer_list(sorted(which), total).capitalize()}: {why}."
+            for which, why in found
+            if which
+        ),
+        *provenance_notes(board.cells),
     )
 
 

@@ -595,6 +595,27 @@ def _turns(cells: Sequence[CellRecord]) -> str:
     return text[:1].upper() + text[1:]
 
 
+def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
+    """Name the cells that were not measured by the same versions and devices throughout.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        One sentence for each.
+    """
+    found = ((cell, cell.reasons.get("provenance")) for cell in cells)
+    return [f"{cell.title}: {why}.{_mismatched(cell)}" for cell, why in found if why]
+
+
+def _mismatched(cell: CellRecord) -> str:
+    """Say which drops compare what was measured differently; begins with a space, or is empty."""
+    which = [run for run in cell.layers if "provenance" in run.reasons]
+    if not which:
+        return " Each drop compares what was measured alike."
+    return f" The {measure_of(cell).change} of {run_list(which, cell)} compares across these."
+
+
 def warnings(cell: CellRecord) -> tuple[str, ...]:
     """Say what a reader must know before trusting the cell's numbers.
 
@@ -602,7 +623,8 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
         cell: The cell.
 
     Returns:
-        One sentence for each: missing runs, undefined values of the cell, a weak baseline.
+        One sentence for each: missing runs, several versions or devices, undefined values of the
+        cell, a weak baseline.
     """
     found = []
     if cell.missing:
@@ -610,6 +632,9 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     for field, reason in cell.reasons.items():
         if field == "n":
             found.append(f"Incomplete: {reason}.")
+            continue
+        if field == "provenance":
+            found.append(f"{reason[:1].upper()}{reason[1:]}.{_mismatched(cell)}")
             continue
         if field == "chance_accuracy" and not cell.higher_is_better:
             continue  # a loss has none, and nothing is wrong

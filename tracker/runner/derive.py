@@ -42,8 +42,9 @@ def record_of(store: CellStore, view: View) -> CellRecord:
 def _code() -> str:
     """Hash the code that turns outcomes into records: another formula is another record."""
     here = Path(__file__).parents[1]
-    names = ("ablations.py", "config.py", "records.py", "ledger/tables.py", "ledger/outcomes.py")
-    return file_hash([*(here / name for name in names), *(here / "metrics").glob("*.py")])
+    names = ("ablations.py", "config.py", "provenance.py", "records.py")
+    folders = (*(here / "ledger").glob("*.py"), *(here / "metrics").glob("*.py"))
+    return file_hash([*(here / name for name in names), *folders])
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:

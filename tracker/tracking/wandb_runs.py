@@ -122,7 +122,6 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         points = {curve_name(layer, name): known[name] for name in CURVES if name in known}
         rows.append({"layer": layer.layer, **points})
     artifact = _artifact_name(cell)
-    missing = [run.label() for run in cell.missing]
     return _run(
         cell,
         "cell",
@@ -140,8 +139,12 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         charts=charts,
         outcomes=Outcomes(
             name=artifact,
-            aliases=("incomplete",) if missing else ("complete", f"documents-{cell.n}"),
-            metadata={"missing": missing, "provenance": _nested(cell.provenance), **_facts(cell)},
+            aliases=("complete", f"documents-{cell.n}") if cell.is_complete else ("incomplete",),
+            metadata={
+                "missing": list(cell.lacks),
+                "provenance": _nested(cell.provenance),
+                **_facts(cell),
+            },
             files=tuple(artifacts),
         ),
     )
