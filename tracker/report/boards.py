@@ -243,7 +243,7 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
     """
     rows = tuple(
         (
-            _rank(one.rank, one.relevance.reason or "nothing is shared by all models"),
+            _rank(one.rank, one.relevance.reason or "there is no other model to compare with"),
             Value(label),
             estimated(one.relevance, two_digits),
             estimated(one.drop, points, 100),

@@ -396,7 +396,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
 
     Returns:
         For example `arc_easy · 0-shot`, with the metric, the number of documents, the data, the
-        seed or the cell's key where these tell them apart.
+        seed, the cell's key or the number of runs where these tell them apart.
     """
     return _told_apart(
         [
@@ -412,6 +412,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
                 cell.benchmark.data,
                 "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
                 cell.key[:8],
+                counted(len(cell.layers), "run"),
             )
             for cell in cells
         ],
