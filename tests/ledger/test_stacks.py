@@ -75,7 +75,9 @@ def test_documents_by_other_versions_are_said_but_each_is_compared_alike(
     assert found.is_complete
     assert not any("provenance" in run.reasons for run in found.layers)
     (warning,) = (line for line in warnings(found) if DIFFERENT[1:] in line)
-    assert warning.endswith("torch 2.12.0, 2.13.0. Each drop compares what was measured alike.")
+    assert warning.endswith(
+        "torch 2.12.0, 2.13.0. Each accuracy drop compares what was measured alike."
+    )
 
 
 def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(
@@ -95,7 +97,7 @@ def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(
     )
     assert mixed.reasons["provenance"] == why
     # On the page …
-    assert any("The accuracy drop of layer 1 compares across" in w for w in warnings(found))
+    assert any("Baseline and ablation differ in this for layer 1." in w for w in warnings(found))
     assert f"Layer 1: {why}." in layer_table(found).notes
     assert any(DIFFERENT in note for note in overview_table([found]).notes)
     # … and in the runs.

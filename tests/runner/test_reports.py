@@ -225,6 +225,29 @@ def test_two_metrics_of_one_measurement_are_two_views(ran: Ran, tmp_path: Path) 
     ]
 
 
+def test_two_metrics_are_published_and_read_back_apart(
+    ran: Ran, template: Path, tmp_path: Path
+) -> None:
+    """Was: the second one was the update of the first one's runs, with a receipt for both."""
+    shutil.copy(template, tmp_path / "team.db")
+    to = f"mlflow:sqlite:///{tmp_path}/team.db/layers"
+    results = ran(metric=["acc", "acc_norm"])
+    assert api.sync([to], results=results).failed == {}
+    (store,) = Ledger(results).cells()
+    assert len(list((store.folder / "receipts").iterdir())) == 2
+    client = MlflowClient(f"sqlite:///{tmp_path}/team.db")
+    experiment = client.get_experiment_by_name("layers").experiment_id
+    runs = client.search_runs([experiment])
+    assert len(runs) == 2 * (1 + 2)
+    keys = {run.data.tags["tracker.run_key"]: run.data.tags["tracker.metric"] for run in runs}
+    key = store.identity.key
+    assert keys[f"{key}/cell"] == keys[f"{key}/layer:0"] == "acc"
+    assert keys[f"{key}/intact--acc_norm/cell"] == "acc_norm"
+    done = api.report(to, output=tmp_path / "page.html")
+    assert done.failed == {}
+    assert content(done.cells) == content(api.ls(results))
+
+
 # The leaderboard
 
 

@@ -28,9 +28,9 @@ LAYER_RULE = (
 )
 MODEL_RULE = (
     "Models are ranked by their mean accuracy relevance over all layers, the lowest first: the "
-    "less the removal of one layer hurts, the more robust the model. What most models were "
-    "measured on with the same documents and settings counts, as far as all of these share it; a "
-    "model has a rank where all its layers were measured on all of that."
+    "less the removal of one layer hurts, the more robust the model. They are compared on the "
+    "benchmarks, documents and settings that most models share; a model that lacks one of these, "
+    "or one of its own layers there, has no rank."
 )
 INTERVAL_RULE = (
     "Intervals (95 %) say what other documents of the same benchmarks would give, not what other "
@@ -285,7 +285,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
 
 
 def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[int]]:
-    """Choose the settings that most models share, one a benchmark, and say which models have all."""
+    """Choose the settings that most models share, one a benchmark; and say who has them all."""
     holders: dict[str, list[int]] = {}
     for place, mine in enumerate(known):
         for key in mine:

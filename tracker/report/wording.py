@@ -559,6 +559,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
     measured = " or ".join(lost[kind] for kind in dict.fromkeys(c.higher_is_better for c in cells))
     text = (
         f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark"
+        f"{' and metric' if any(c.other_metric for c in cells) else ''}"
         f"{' and set of layers that are gone already' if any(c.removed for c in cells) else ''}). "
         f"{_turns(cells)} was removed in turn. Below, {measured} stands beside "
         "the cosine score, the cheap proxy that is commonly used in its place. "
@@ -610,11 +611,11 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 
 def _mismatched(cell: CellRecord) -> str:
-    """Say which drops compare what was measured differently; begins with a space, or is empty."""
+    """Say which drops compare what was measured differently; begins with a space."""
     which = [run for run in cell.layers if "provenance" in run.reasons]
     if not which:
-        return " Each drop compares what was measured alike."
-    return f" The {measure_of(cell).change} of {run_list(which, cell)} compares across these."
+        return f" Each {measure_of(cell).change} compares what was measured alike."
+    return f" Baseline and ablation differ in this for {run_list(which, cell)}."
 
 
 def warnings(cell: CellRecord) -> tuple[str, ...]:

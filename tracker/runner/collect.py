@@ -21,7 +21,8 @@ class Collected:
     """Cells from several sources.
 
     Attributes:
-        cells: The records, each (cell, view, number of documents) once.
+        cells: The records, each (cell, view, number of documents) once, derived from all outcomes
+            that the sources hold of it.
         experiments: The experiment files that the results folders keep: name → exact text.
         failed: Source, or a cell of it → why it is not among the cells.
     """
@@ -83,14 +84,16 @@ def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellSt
 
 def _joined(same: Sequence[tuple[CellStore, View]]) -> CellRecord:
     """Derive a record from the outcomes that several folders hold of one view."""
-    by_folder = {store.folder.resolve(): store for store, _ in same}
-    store, *others = sorted(by_folder.values(), key=lambda one: len(one.shards()), reverse=True)
-    held = {path.name for path in store.shards()}
-    # Equal names hold the same documents and ablations, and equal keys mean equal outcomes.
-    more = [one for one in others if not {path.name for path in one.shards()} <= held]
-    if more:
+    (store, view), *rest = same
+    if rest:
+        by_folder = {one.folder.resolve(): one for one, _ in same}
+        store, *others = sorted(by_folder.values(), key=lambda one: len(one.shards()), reverse=True)
+        held = {path.name for path in store.shards()}
+        # Equal names hold the same documents and ablations, and equal keys mean equal outcomes.
+        more = [one for one in others if not {path.name for path in one.shards()} <= held]
         store = CellStore(store.folder, store.identity, more)
-    return record_of(store, same[0][1].joined(*(view for _, view in same[1:])))
+        view = view.joined(*(each for _, each in rest))
+    return record_of(store, view)
 
 
 def merged(cells: Iterable[CellRecord]) -> list[CellRecord]:

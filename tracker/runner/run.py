@@ -75,15 +75,15 @@ def run_cells(
     for cell in asked:
         if cell.store is not None:
             chosen_metric(cell.store.identity.benchmark, cell.request.metric)
+    finisher = _Finisher(publisher, progress, alone=len(asked) == 1)
     if todo:
         progress.say("checking models and benchmarks")
         check_layers(todo, options.trust_remote_code)
         jobs = _jobs(todo)
         executor = open_executor(options)
-    ledger.create()
-    finisher = _Finisher(publisher, progress, alone=len(asked) == 1)
     for cell in asked:
         if cell.complete and cell.store is not None:
+            ledger.create()  # it may be of an older format
             finisher.done(cell, cell.store)
     report = finisher.report
     if todo:
