@@ -226,6 +226,15 @@ def test_other_settings_are_not_compared(change: dict[str, object]) -> None:
     assert len(board.left_out) == 2
 
 
+def test_as_many_documents_are_not_the_same_ones_while_a_cell_grows() -> None:
+    one, other = build_cell(model="a"), build_cell(model="b")
+    growing = other.model_copy(
+        update={"reasons": {"n": "160 of 200 documents are measured so far"}}
+    )
+    assert setting(one) == setting(other) != setting(growing)
+    assert all(s.rank is None for s in model_board([one, growing]).models)
+
+
 def test_the_source_of_equal_documents_does_not_count() -> None:
     one, other = build_cell(model="a"), build_cell(model="b")
     hub = other.benchmark.model_copy(update={"data": "hub"})

@@ -250,7 +250,9 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
             Value(DASH, "no layer has a rank")
             if one.worst_layer is None
             else Value(str(one.worst_layer)),
-            Value(str(one.costly)),
+            Value(DASH, one.relevance.reason or NO_REASON)
+            if one.costly is None
+            else Value(str(one.costly)),
             Value(str(one.layers)),
         )
         for one, label in zip(board.models, labels, strict=True)

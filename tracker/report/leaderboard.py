@@ -92,7 +92,8 @@ class ModelStanding:
         relevance: Mean accuracy relevance over layers and common benchmarks.
         drop: Mean accuracy drop over the same, a fraction.
         worst_layer: The layer of the largest mean relevance; None without any.
-        costly: Layers whose drop is surely positive (interval above 0) on some common benchmark.
+        costly: Layers whose drop is surely positive (interval above 0) on some common benchmark;
+            None without any benchmark.
         layers: Layers behind these figures.
         rank: 1 = hurt least; None where it lacks what counts, or there is nobody to compare with.
     """
@@ -101,7 +102,7 @@ class ModelStanding:
     relevance: Estimate
     drop: Estimate
     worst_layer: int | None
-    costly: int
+    costly: int | None
     layers: int
     rank: int | None = None
 
@@ -362,7 +363,9 @@ def setting(cell: CellRecord) -> str:
         A key: the documents and how they were put to the model, the metric and how many documents.
     """
     benchmark = cell.benchmark.model_dump(mode="json", exclude={"data", "primary_metric"})
-    return content_hash([benchmark, cell.metric, cell.n, cell.removed])
+    # As many documents as others have are not theirs while they are not all that was asked for.
+    growing = cell.key if "n" in cell.reasons else ""
+    return content_hash([benchmark, cell.metric, cell.n, cell.removed, growing])
 
 
 def _counted(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, str]]:
@@ -416,7 +419,7 @@ def _ranks(values: Sequence[float | None], lowest_first: bool = False) -> list[i
 def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str) -> ModelStanding:
     if not cells:
         nothing = Estimate(None, reason=why)
-        return ModelStanding(model, nothing, nothing, None, 0, 0)
+        return ModelStanding(model, nothing, nothing, None, None, 0)
     board = layer_board(cells)
     layers = [standing for standing in board.layers if standing.rank is not None]
     costly = {
