@@ -19,8 +19,14 @@ from tracker.runner.progress import Progress
 from tracker.runner.publish import Publisher
 
 log = logging.getLogger(__name__)
-_NO_RUNS: dict[str, Any] = {"layers": (), "components": (), "spans": (), "removed": ()}
-"""What is removed does not change what a benchmark reads."""
+_NO_RUNS: dict[str, Any] = {
+    "layers": (),
+    "components": (),
+    "spans": (),
+    "removed": (),
+    "metric": None,
+}
+"""Neither what is removed nor what is shown changes what a benchmark reads."""
 
 
 @dataclass
