@@ -6,13 +6,14 @@ from tracker.ablations import (
     INTACT,
     Ablation,
     Action,
-    Removal,
     ablate,
+    ablation_of,
     ablations_of,
     removals,
     single_layers,
 )
 from tracker.config import CellRequest
+from tracker.records import RunIdentity
 
 
 def request(**settings: object) -> CellRequest:
@@ -75,7 +76,7 @@ def test_single_layers() -> None:
 def test_runs_come_component_by_component_span_by_span() -> None:
     asked = request(layers=(0, 2), components=("mlp", "layer"), spans=(2, 1))
     assert list(removals(asked, 4)) == [
-        Removal(component, layer, span, ())
+        RunIdentity(component=component, layer=layer, span=span)
         for component in ("mlp", "layer")
         for span in (2, 1)
         for layer in (0, 2)
@@ -95,9 +96,9 @@ def test_what_is_no_run_is_left_out() -> None:
 
 def test_a_run_lies_on_top_of_the_removed_layers() -> None:
     (run,) = removals(request(layers=(2,), spans=(2,), removed=(0,)), 4)
-    assert run.ablation == Ablation((0, 2, 3))
+    assert ablation_of(run, (0,)) == Ablation((0, 2, 3))
     (run,) = removals(request(layers=(2,), components=("mlp",), removed=(0,)), 4)
-    assert run.ablation.name == "layer:0+mlp:2"
+    assert ablation_of(run, (0,)).name == "layer:0+mlp:2"
 
 
 def test_a_cell_has_the_baseline_what_is_removed_and_every_run_once() -> None:

@@ -11,7 +11,15 @@ import pytest
 
 import tracker
 from tracker import provenance
-from tracker.provenance import content_hash, file_hash, file_stamp, machine, package_versions
+from tracker.provenance import (
+    content_hash,
+    differences,
+    file_hash,
+    file_stamp,
+    machine,
+    package_versions,
+    united,
+)
 
 
 def write(folder: Path, **files: str) -> list[Path]:
@@ -52,6 +60,30 @@ class TestContentHash:
     )
     def test_content_counts(self, one: object, other: object) -> None:
         assert content_hash(one) != content_hash(other)
+
+
+ONE = {"torch": "2.12.0", "cores": "2", "device": "cuda:0"}
+OTHER = {"torch": "2.13.0", "cores": "64", "device": "cuda:1"}
+
+
+class TestStacks:
+    def test_where_parts_differ_every_value_is_named(self) -> None:
+        assert united([ONE, OTHER, ONE]) == {
+            "torch": "2.12.0, 2.13.0",
+            "cores": "2, 64",
+            "device": "cuda:0, cuda:1",
+        }
+        assert united([ONE]) == ONE
+        assert united([]) == {}
+
+    def test_only_what_can_change_a_number_is_a_difference(self) -> None:
+        """Cores and the number of the accelerator are none."""
+        assert differences([ONE, OTHER]) == "torch 2.12.0, 2.13.0"
+        assert differences([ONE, {**ONE, "cores": "1"}]) == ""
+        cpu = {**ONE, "device": "cpu"}
+        assert differences([ONE, cpu]) == "device cpu, cuda"
+        assert differences([ONE, {"device": "cuda:3"}]) == "torch 2.12.0, unknown"
+        assert differences([]) == ""
 
 
 class TestFileHash:

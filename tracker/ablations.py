@@ -8,7 +8,7 @@ from enum import Enum
 from itertools import product
 
 from tracker.config import CellRequest, Component
-from tracker.records import BASELINE
+from tracker.records import BASELINE, RunIdentity
 
 
 class Action(Enum):
@@ -100,29 +100,20 @@ def single_layers(layers: Iterable[int]) -> list[Ablation]:
     return [INTACT, *(Ablation((layer,)) for layer in layers)]
 
 
-@dataclass(frozen=True)
-class Removal:
-    """One run of a cell: a component of `span` layers from `layer` on, beneath `removed`.
+def ablation_of(run: RunIdentity, removed: Iterable[int]) -> Ablation:
+    """Say what a run removes.
 
-    Attributes:
-        component: What of the layers is removed.
-        layer: The first layer, 0-based.
-        span: How many layers.
+    Args:
+        run: The run.
         removed: Layers that are removed as a whole besides.
+
+    Returns:
+        The ablation.
     """
-
-    component: Component
-    layer: int
-    span: int
-    removed: tuple[int, ...]
-
-    @property
-    def ablation(self) -> Ablation:
-        """The set that is skipped."""
-        return ablate(self.component, range(self.layer, self.layer + self.span), self.removed)
+    return ablate(run.component, range(run.layer, run.layer + run.span), removed)
 
 
-def removals(request: CellRequest, layers: int) -> Iterator[Removal]:
+def removals(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
     """List the runs of a cell.
 
     A span that reaches beyond the last layer, one that holds a layer which is removed already, and
@@ -137,9 +128,9 @@ def removals(request: CellRequest, layers: int) -> Iterator[Removal]:
     """
     for component, span, layer in product(request.components, request.spans, request.layers):
         whole = range(layer, layer + span)
-        run = Removal(component, layer, span, request.removed)
+        run = RunIdentity(component=component, layer=layer, span=span)
         fits = whole.stop <= layers and not set(whole) & set(request.removed)
-        if fits and len(run.ablation.layers) < layers:
+        if fits and len(ablation_of(run, request.removed).layers) < layers:
             yield run
 
 
@@ -153,5 +144,5 @@ def ablations_of(request: CellRequest, layers: int) -> list[Ablation]:
     Returns:
         The ablations, the baseline first, none twice.
     """
-    runs = (removal.ablation for removal in removals(request, layers))
+    runs = (ablation_of(run, request.removed) for run in removals(request, layers))
     return list(dict.fromkeys([INTACT, ablate("layer", request.removed), *runs]))

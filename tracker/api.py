@@ -312,7 +312,7 @@ def ls(results: str | os.PathLike[str] = RESULTS) -> list[CellRecord]:
         results: The results folder.
 
     Returns:
-        One record a cell, for what was asked of it last.
+        One record a view: a cell by one metric, and what lies beneath.
 
     Raises:
         ResultsError: There are no results.

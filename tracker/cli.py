@@ -685,13 +685,14 @@ def list_cells(results: Path) -> None:
         number = title in ("shots", "documents", "runs")
         table.add_column(title, justify="right" if number else "left")
     for cell in api.ls(results):
+        measured = len(cell.layers)
         table.add_row(
             cell.model.name,
             " ".join(filter(None, (cell.benchmark.name, cell.beneath, f"({cell.metric})"))),
             str(cell.benchmark.num_fewshot),
             cell.reasons.get("n", str(cell.n)),
             f"{len({run.layer for run in cell.layers})} of {cell.model.layers}",
-            str(len(cell.layers)),
+            " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing))))),
             "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}",
             cell.key[:12],
         )
@@ -705,8 +706,9 @@ def _print_cell(console: Console, cell: CellRecord, only: RunIdentity | None = N
     from tracker.report.wording import DASH, fixed, interval, measure_of, sentence
 
     measure = measure_of(cell)
+    own_metric = "" if cell.other_metric else cell.metric
     table = Table(
-        title=f"{cell.title} · {cell.metric} · {cell.n} documents",
+        title=" · ".join(filter(None, (cell.title, own_metric, f"{cell.n} documents"))),
         title_style="bold",
         title_justify="left",
         box=None,

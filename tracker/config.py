@@ -85,7 +85,8 @@ class CellRequest(_Strict):
     def title(self) -> str:
         """The cell's name in messages."""
         beneath = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
-        return f"{self.model} × {self.benchmark}{beneath}"
+        metric = f" by {self.metric}" if self.metric else ""
+        return f"{self.model} × {self.benchmark}{beneath}{metric}"
 
     @property
     def model_settings(self) -> tuple[str, str | None, str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from tracker.distribution import __version__
 
 PACKAGES = ("torch", "transformers", "lm-eval", "datasets", "numpy")
 """The packages besides tracker itself that can change a number, as pip calls them."""
+_STACK = ("tracker", *PACKAGES, "platform", "device")
+"""What else can: tracker, the kind of the processor, and of the device."""
 
 
 def package_versions() -> dict[str, str]:
@@ -44,6 +46,33 @@ def machine() -> dict[str, str]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cores": str(cores),
     }
+
+
+def united(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Put together who measured the parts of something.
+
+    Args:
+        found: Versions, machine and device of each part.
+
+    Returns:
+        The same facts; where parts differ, every value, separated by commas.
+    """
+    names = dict.fromkeys(name for each in found for name in each)
+    return {n: ", ".join(sorted({each[n] for each in found if n in each})) for n in names}
+
+
+def differences(found: Sequence[Mapping[str, str]]) -> str:
+    """Say in what, that can change a number, the parts of something were measured differently.
+
+    Args:
+        found: Versions, machine and device of each part.
+
+    Returns:
+        For example `torch 2.12.0, 2.13.0; device cpu, cuda`; empty where nothing differs.
+    """
+    parts = [{n: each.get(n, "unknown").partition(":")[0] for n in _STACK} for each in found]
+    differing = (n for n in _STACK if len({part[n] for part in parts}) > 1)
+    return "; ".join(f"{n} {united(parts)[n]}" for n in differing)
 
 
 def content_hash(value: Any) -> str:

@@ -1,16 +1,17 @@
 """The frozen records that every part of tracker exchanges.
 
 Fractions, never percentage points; `layer` is 0-based. A value that is not defined is `None`, and
-the record's `reasons` says why under the name of the field.
+the record's `reasons` says why under the name of the field. Under `n` it says that documents are
+missing, and under `provenance` that not all was measured by the same versions and devices.
 """
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
-from tracker.config import Component
+from tracker.config import Component, Count, Layers, Positive
 
 BASELINE = "baseline"
 
@@ -78,9 +79,9 @@ class RunIdentity(Record):
 
     component: Component = "layer"
     """What of the layers is removed."""
-    layer: int
+    layer: Count
     """The first removed layer."""
-    span: int = 1
+    span: Positive = 1
     """How many layers, from `layer` on."""
 
     @property
@@ -105,6 +106,28 @@ class RunIdentity(Record):
         word = "layers" if self.component == "layer" and self.span > 1 else self.component
         first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
         return f"{word} {first}" if self.span == 1 else f"{word} {first}–{last}"
+
+
+class View(Record):
+    """What is shown of a cell: runs, by one metric, on so many documents of each task."""
+
+    metric: str
+    removed: Layers = ()
+    """The layers that every run lacks, ascending."""
+    limit: Positive | None = None
+    """Documents per task, from the first; None = all."""
+    runs: tuple[RunIdentity, ...]
+    """Each run that was asked for, once, in the order of `RunIdentity.order`."""
+
+    @field_validator("runs")
+    @classmethod
+    def _in_order(cls, runs: tuple[RunIdentity, ...]) -> tuple[RunIdentity, ...]:
+        return tuple(sorted(set(runs), key=lambda run: run.order))
+
+    def joined(self, *others: View) -> View:
+        """Show the runs of other views too; all else stays as it is here."""
+        runs = tuple(run for view in (self, *others) for run in view.runs)
+        return View(**{**dict(self), "runs": runs})
 
 
 WHOLE_LAYER: tuple[Component, int] = ("layer", 1)
@@ -167,16 +190,23 @@ class CorrelationRecord(Record):
     reason: str | None = None
 
 
-def view_name(removed: tuple[int, ...]) -> str:
-    """Name a view of a cell: what lies beneath every run.
+def view_name(removed: tuple[int, ...], metric: str, benchmark: BenchmarkIdentity) -> str:
+    """Name a view of a cell: what lies beneath every run, and the metric.
 
     Args:
         removed: The layers that every run lacks, ascending.
+        metric: The metric.
+        benchmark: The cell's benchmark; its own metric goes without saying.
 
     Returns:
-        `intact`, or for example `without-3-17`.
+        For example `intact`, `without-3-17` or `intact--acc_norm`.
     """
-    return "-".join(["without", *map(str, removed)]) if removed else "intact"
+    name = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
+    return name if metric == benchmark.primary_metric else f"{name}--{metric}"
+
+
+INTACT_VIEW = "intact"
+"""The view of the whole model by the benchmark's own metric."""
 
 
 class CellRecord(Record):
@@ -217,14 +247,19 @@ class CellRecord(Record):
     missing: tuple[RunIdentity, ...]
     """Runs that are part of what was asked for and are not measured yet."""
     provenance: dict[str, str]
-    """Package versions, device, times: what a reader needs to repeat the measurement."""
+    """Package versions, machine and device that measured the outcomes; where they differ, each."""
     reasons: dict[str, str] = {}
 
     @property
     def title(self) -> str:
         """The cell's name where people read it."""
         title = f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
-        return f"{title} · {self.beneath}" if self.removed else title
+        return " · ".join(filter(None, (title, self.other_metric, self.beneath)))
+
+    @property
+    def other_metric(self) -> str:
+        """The metric; empty where it is the benchmark's own, which goes without saying."""
+        return "" if self.metric == self.benchmark.primary_metric else self.metric
 
     @property
     def beneath(self) -> str:
@@ -235,14 +270,36 @@ class CellRecord(Record):
         return f"without layer{plural} {', '.join(map(str, self.removed))}"
 
     @property
-    def place(self) -> tuple[str, tuple[int, ...], int]:
+    def view(self) -> str:
+        """The name of the view that it shows."""
+        return view_name(self.removed, self.metric, self.benchmark)
+
+    @property
+    def place(self) -> tuple[str, tuple[int, ...], str, int]:
         """What several records are told apart by: the cell, the view of it, how many documents."""
-        return (self.key, self.removed, self.n)
+        return (self.key, self.removed, self.metric, self.n)
+
+    def holds(self, other: CellRecord) -> bool:
+        """Whether it shows all that another record does: as many documents, and every run.
+
+        Documents that are not yet as many as were asked for are any, not the first ones.
+        """
+        mine, theirs = ((one.key, one.removed, one.metric) for one in (self, other))
+        growing = "n" in other.reasons
+        enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
+        runs = {run.order for run in self.layers}
+        return mine == theirs and enough and runs >= {run.order for run in other.layers}
 
     @property
     def is_complete(self) -> bool:
         """Whether every run and every document that was asked for is measured."""
-        return not self.missing and "n" not in self.reasons
+        return not self.lacks
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """What was asked for and is not measured yet: documents, and runs by their labels."""
+        documents = (self.reasons["n"],) if "n" in self.reasons else ()
+        return (*documents, *(run.label() for run in self.missing))
 
     @property
     def whole_layers(self) -> tuple[LayerRecord, ...]:

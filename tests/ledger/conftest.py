@@ -8,13 +8,23 @@ from typing import Any
 
 import pytest
 
+from tracker.config import CellRequest
 from tracker.documents import Document, Response
+from tracker.ledger import tables
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.store import Block, CellStore, Ledger
-from tracker.records import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tracker.records import BenchmarkIdentity, CellRecord, ModelIdentity, TaskIdentity
 
 LAYERS = 4
 Maker = Callable[..., Any]
+
+
+def cell_record(
+    store: CellStore, request: CellRequest, metric: str, aggregate: tables.Aggregate
+) -> CellRecord:
+    """Derive what one request alone shows, by a metric."""
+    asked = request.model_copy(update={"metric": metric})
+    return tables.cell_record(store, store.view(asked), aggregate)
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.store import BLOCK, Block, CellStore
-from tracker.ledger.tables import cell_record
 from tracker.records import CellRecord, TaskIdentity
+
+from .conftest import cell_record
 
 LAYERS = 4
 NAMES = ["baseline", *(f"layer:{layer}" for layer in range(LAYERS))]

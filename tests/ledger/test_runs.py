@@ -9,9 +9,10 @@ import pytest
 
 from tracker.config import CellRequest
 from tracker.ledger.store import CellStore
-from tracker.ledger.tables import cell_record
 from tracker.metrics.correlation import COEFFICIENTS
 from tracker.metrics.proxies import PROXIES
+
+from .conftest import cell_record
 
 DOCUMENTS = 20
 RIGHT = {

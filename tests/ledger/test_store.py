@@ -12,10 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import Timeout
 
-from tracker.config import CellRequest
+from tracker.ablations import ablations_of
+from tracker.config import CellRequest, load_experiment
 from tracker.distribution import upgrade
 from tracker.errors import ResultsError
+from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import BLOCK, FORMAT, Block, CellStore, Ledger
+from tracker.ledger.tables import cell_record
+from tracker.records import RunIdentity, View
 
 STRANGE = ["a/b::c", "a%2Fb", "*[x]?", "Größe", "dots.in.00001", ".hidden"]
 NAMES = ("baseline", "layer:0", "layer:1")
@@ -28,7 +32,7 @@ def shards(cell) -> list[Path]:
 class TestShards:
     def test_what_is_written_is_read_back(self, cell, row) -> None:
         rows = [row(3), row(3, "layer:0", acc=0.0), row(5, acc=0.5)]
-        cell.write(Block("arc_easy", 0), rows, {"device": "cpu", "seconds": "1.5"})
+        cell.write(Block("arc_easy", 0), rows, {"provenance": {"torch": "2"}, "seconds": "1.5"})
         frame = cell.read().set_index(["doc", "ablation"])
         assert len(frame) == 3
         for written in rows:
@@ -42,8 +46,30 @@ class TestShards:
         assert list(frame.loc[3, "baseline"]["angular_distance_sum"]) == [2.0] * 4
         assert frame.loc[3, "layer:0"]["relative_update_sum"] is None
         (path,) = shards(cell)
-        metadata = json.loads(pq.read_schema(path).metadata[b"tracker"])
-        assert metadata == {"format": FORMAT, "device": "cpu", "seconds": "1.5"}
+        assert set(frame["provenance"]) == {'{"torch": "2"}'}
+        metadata = json.loads(pq.read_metadata(path).metadata[b"tracker"])
+        assert metadata == {
+            "format": FORMAT,
+            "key": cell.identity.key,
+            "task": "arc_easy",
+            "provenance": {"torch": "2"},
+            "seconds": "1.5",
+            "digest": shard_digest(path.read_bytes()),
+        }
+
+    def test_the_digest_covers_every_byte(self, cell, row) -> None:
+        cell.write(Block("arc_easy", 0), [row(3)], {})
+        content = shards(cell)[0].read_bytes()
+        stated = json.loads(pq.read_metadata(shards(cell)[0]).metadata[b"tracker"])["digest"]
+        for place in range(0, len(content), 7):
+            changed = bytearray(content)
+            changed[place] ^= 1 << place % 8
+            # Where the digest itself is hit, it is no longer the one that was stated.
+            where = content.index(stated.encode())
+            if where <= place < where + 64:
+                assert stated.encode() not in changed
+            else:
+                assert shard_digest(bytes(changed)) != stated
 
     def test_only_the_wanted_blocks_and_columns(self, cell, fill) -> None:
         fill(cell, Block("arc_easy", 0), [0, 1], ["baseline"])
@@ -249,15 +275,14 @@ class TestUnreadableShards:
         fill(cell, Block("arc_easy", 0), [0], ["baseline"])
         (path,) = shards(cell)
         path.write_bytes(b"broken")
-        real = pq.read_table
 
-        def read_table(where, **arguments):
+        def read(*arguments):
             try:
-                return real(where, **arguments)
+                return read_shard(*arguments)
             finally:
                 path.rename(path.with_suffix(".unreadable"))
 
-        monkeypatch.setattr(pq, "read_table", read_table)
+        monkeypatch.setattr("tracker.ledger.store.read_shard", read)
         assert not len(cell.read())
 
     # Was: any OSError sets the shard aside, so "too many open files" or a
@@ -406,42 +431,94 @@ class TestNotes:
             model="m", benchmark="b", layers=(0, 3), limit=5, metric="acc", num_fewshot=2
         )
         cell.ask(request, "first")
-        assert cell.ask(request, "project") == request
+        assert cell.ask(request, "project") == cell.view(request)
         (asked,) = cell.asked()
-        assert (asked.request, asked.project) == (request, "project")
+        assert (asked.view, asked.project) == (cell.view(request), "project")
+        runs = (RunIdentity(layer=0), RunIdentity(layer=3))
+        assert asked.view == View(metric="acc", limit=5, runs=runs)
 
-    def test_runs_of_one_view_add_up_and_the_rest_is_the_newest(self, cell) -> None:
-        """Was: the newest request hid from the page what an earlier one had measured."""
+    def test_runs_of_one_view_add_up_one_by_one_and_the_rest_is_the_newest(self, cell) -> None:
+        """Was: layers, components and spans were united axis by axis, and the runs of their product
+        that nobody had asked for were missing for ever."""
         common = {"model": "m", "benchmark": "b"}
         cell.ask(CellRequest(**common, layers=(3, 0), components=("mlp",), limit=5), "first")
-        cell.ask(CellRequest(**common, layers=(1,), spans=(4, 1), metric="acc"), "second")
+        cell.ask(CellRequest(**common, layers=(1,), spans=(3, 1), metric="acc"), "second")
         (asked,) = cell.asked()
         assert asked.project == "second"
-        assert asked.request == CellRequest(
-            **common,
-            layers=(0, 1, 3),
-            components=("layer", "mlp"),
-            spans=(1, 4),
-            metric="acc",
-        )
+        assert (asked.view.limit, asked.view.metric) == (None, "acc")
+        assert [run.label() for run in asked.view.runs] == [
+            "layer 1", "layers 1–3", "mlp 0", "mlp 3",
+        ]  # fmt: skip
 
-    def test_views_are_kept_apart_with_the_intact_model_first(self, cell) -> None:
+    def test_the_files_of_two_experiments_ask_for_what_they_say(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        """Was: 327 runs, of which 158 are never measured."""
+        cell = ledger.cell(model_identity(layers=30), benchmark_identity(), {})
+        for name, runs in (("spans", 109), ("sublayers", 169)):
+            path = Path(__file__).parents[2] / f"experiments/{name}.yaml"
+            (request,) = load_experiment(path)[0].cells()
+            assert len(cell.ask(request, "project").runs) == runs
+        # The 30 whole layers are in both files.
+        assert runs == 109 + 90 - 30
+
+    def test_two_experiments_are_complete_when_each_is_measured(self, cell, fill) -> None:
+        common = {"model": "m", "benchmark": "b", "limit": 3}
+        for request in (
+            CellRequest(**common, layers=(0, 1, 2, 3), spans=(1, 2)),
+            CellRequest(**common, layers=(0, 1, 2, 3), components=("layer", "mlp")),
+        ):
+            names = [ablation.name for ablation in ablations_of(request, 4)]
+            fill(cell, Block("arc_easy", 0), range(3), names)
+            view = cell.ask(request, "project")
+            record = cell_record(cell, view, lambda how, values: 0.0)
+            assert record.is_complete
+        assert len(record.layers) == 7 + 4
+
+    def test_views_are_kept_apart_with_the_intact_model_first(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        cell = ledger.cell(model_identity(layers=201), benchmark_identity(), {})
         beneath = [(3, 17), (), (3,), tuple(range(200))]
         for removed in beneath:
             request = CellRequest(model="m", benchmark="b", layers=(1,), removed=removed)
             cell.ask(request, "project")
-        assert [asked.request.removed for asked in cell.asked()] == sorted(beneath)
+        assert [asked.view.removed for asked in cell.asked()] == sorted(beneath)
         names = {path.name for path in (cell.folder / "requests").iterdir()}
         assert {"intact.json", "without-3.json", "without-3-17.json"} < names
 
-    def test_processes_that_ask_at_once_lose_nothing(self, cell) -> None:
+    def test_metrics_are_views_of_their_own(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        """Was: the last metric that was asked for replaced the others."""
+        metrics = ("acc", "acc_norm", "exact_match,a/b", "..")
+        cell = ledger.cell(
+            model_identity(), benchmark_identity(metrics=dict.fromkeys(metrics, "mean")), {}
+        )
+        for layer, metric in enumerate((*metrics[1:], None)):
+            request = CellRequest(model="m", benchmark="b", layers=(layer,), metric=metric)
+            cell.ask(request, "project")
+        assert [a.view.metric for a in cell.asked()] == ["acc", "..", "acc_norm", metrics[2]]
+        assert [[r.layer for r in a.view.runs] for a in cell.asked()] == [[3], [2], [0], [1]]
+        assert {path.name for path in (cell.folder / "requests").iterdir()} == {
+            "intact.json",
+            "intact--...json",
+            "intact--acc_norm.json",
+            "intact--exact_match,a%2Fb.json",
+        }
+
+    def test_processes_that_ask_at_once_lose_nothing(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        cell = ledger.cell(model_identity(layers=40), benchmark_identity(), {})
+
         def ask(layer: int) -> None:
             request = CellRequest(model="m", benchmark="b", layers=(layer,))
             CellStore(cell.folder, cell.identity).ask(request, "project")
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ask, range(40)))
-        assert cell.asked()[0].request.layers == tuple(range(40))
+        assert [run.layer for run in cell.asked()[0].view.runs] == list(range(40))
 
     def test_receipts_are_kept_apart(self, cell) -> None:
         assert cell.receipt("mlflow") == {}
@@ -468,5 +545,5 @@ class TestNotes:
             with contextlib.suppress(ResultsError):
                 assert not read()
         request = CellRequest(model="m", benchmark="b", layers=(1,))
-        assert cell.ask(request, "project") == request
-        assert cell.asked()[0].request == request
+        assert cell.ask(request, "project") == cell.view(request)
+        assert cell.asked()[0].view == cell.view(request)

@@ -17,8 +17,9 @@ from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
 from tracker.ledger.store import BLOCK, Block, CellStore
-from tracker.ledger.tables import cell_record
 from tracker.records import CellRecord, LayerRecord
+
+from .conftest import cell_record
 
 LAYERS = 8
 Z = 1.959963984540054
@@ -277,8 +278,8 @@ def test_a_limit_above_what_is_measured_is_said(store) -> None:
 def test_only_the_layers_that_were_asked_for(store) -> None:
     sizes = {"arc_easy": 40}
     items = make_items(sizes)
-    record = cell_record(store(items, sizes), ask([5, 2]), "acc", aggregate)
-    check(record, items, True, [5, 2])
+    record = cell_record(store(items, sizes), ask([2, 5]), "acc", aggregate)
+    check(record, items, True, [2, 5])
     assert record.missing == ()
     assert {correlation.n for correlation in record.correlations} == {2}
 

@@ -218,13 +218,15 @@ class TestAcross:
             assert texts[2].startswith(two_digits(one.relevance.value))
             assert texts[3].startswith(points(one.drop.value))
             assert texts[4:] == [str(one.worst_layer), str(one.costly), str(one.layers)]
-        assert "Benchmarks that count: arc_easy · 0-shot, piqa · 0-shot." in page
+        assert "Benchmarks that count: arc_easy · 0-shot." in page
 
     def test_what_is_not_shared_is_left_out(self) -> None:
         page = render_page([*two_models(), build_cell("boolq", model="SmolLM2-360M")], {})
         why = "not measured, or otherwise, for SmolLM2-135M-Instruct"
         assert f"<li>boolq · 0-shot: {why}</li>" in page
-        assert "Benchmarks that count: arc_easy · 0-shot, piqa · 0-shot." in page
+        assert f"<li>piqa · 0-shot: {why}</li>" in page
+        why = "27 of 30 layers have a relevance, and a model counts whole"
+        assert f"<li>piqa · 0-shot of SmolLM2-135M-Instruct: {why}</li>" in page
 
     @pytest.mark.parametrize("benchmarks", [["a", "b"], ["a", "b", "c", "d"]])
     def test_differences_equal_those_of_the_leaderboard(self, benchmarks: list[str]) -> None:
@@ -319,7 +321,7 @@ class TestPage:
         page = render_page(cells, {})
         assert "No layer has a mean accuracy relevance" in page
         assert 'id="model-1-board"' not in page
-        assert "none, because no benchmark is shared by all models" in page
+        assert "none, because no two models share a benchmark on all their layers" in page
 
 
 def test_cells_that_differ_in_documents_alone_have_links_of_their_own() -> None:

@@ -125,6 +125,93 @@ def test_models_are_ranked_on_what_all_of_them_share() -> None:
     assert solid.costly == sum(low is not None and low > 0 for low in lows)
 
 
+def some_layers(cell: CellRecord, *layers: int) -> CellRecord:
+    runs = tuple(run for run in cell.layers if run.layer in layers)
+    return cell.model_copy(update={"layers": runs})
+
+
+def test_a_model_is_ranked_on_all_its_layers() -> None:
+    """Was: a model whose harmless middle layers alone were measured was the most robust one."""
+    cells = [build_cell(model="a", seed=1), build_cell(model="b", seed=2)]
+    middle = some_layers(build_cell(model="middle", seed=3), 15, 16, 19)
+    board = model_board([*cells, middle])
+    assert [(s.model.name, s.rank is None) for s in board.models] == [
+        *((s.model.name, False) for s in model_board(cells).models),
+        ("middle", True),
+    ]
+    assert board.models[-1].relevance == Estimate(
+        None, reason="it lacks what the others are ranked on"
+    )
+    assert board.left_out == {
+        "arc_easy · 0-shot of middle": (
+            "3 of 30 layers have a relevance, and a model counts whole"
+        ),
+        "middle": "not all its layers are measured on arc_easy · 0-shot",
+    }
+
+
+def test_more_documents_of_one_model_take_nobodys_rank() -> None:
+    """Was: one colleague's larger n left no benchmark that all models shared."""
+    few = [build_cell(model=name, n=100, seed=3) for name in ("a", "b", "c")]
+    before = model_board(few)
+    assert all(s.rank for s in before.models)
+    many = build_cell(model="a", n=400, seed=3)
+    # The colleague adds to what was there …
+    board = model_board([*few, many])
+    assert board.models == before.models
+    assert board.left_out == {
+        "arc_easy · 0-shot · 400 documents": "not measured, or otherwise, for b, c"
+    }
+    # … or it is gone: the others are still ranked, and it is said why one is not.
+    board = model_board([many, *few[1:]])
+    assert [(s.model.name, bool(s.rank)) for s in board.models][-1] == ("a", False)
+    assert sum(bool(s.rank) for s in board.models) == 2
+    assert board.left_out["a"] == "not all its layers are measured on arc_easy · 0-shot"
+    # When all have more, more counts.
+    every = [build_cell(model=name, n=400, seed=3) for name in ("a", "b", "c")]
+    board = model_board([*few, *every])
+    assert board.benchmarks == ("arc_easy · 0-shot",)
+    assert board.models == model_board(every).models
+    assert list(board.left_out.values()) == ["the benchmark counts once, by its larger cells"]
+
+
+def test_models_are_ranked_on_what_most_of_them_share() -> None:
+    """Was: a model that shares nothing with the others left all of them without a rank."""
+    cells = [
+        *(build_cell(b, model=m, seed=1) for m in ("a", "b") for b in ("arc_easy", "piqa", "sciq")),
+        *(build_cell(b, model="c", seed=2) for b in ("arc_easy", "sciq")),
+        build_cell("piqa", model="d"),
+    ]
+    board = model_board(cells)
+    assert board.benchmarks == ("arc_easy · 0-shot", "sciq · 0-shot")
+    assert {s.model.name: bool(s.rank) for s in board.models} == {
+        "a": True, "b": True, "c": True, "d": False,
+    }  # fmt: skip
+    assert board.left_out == {
+        "piqa · 0-shot": "not measured, or otherwise, for c",
+        "d": "not all its layers are measured on arc_easy · 0-shot, sciq · 0-shot",
+    }
+    assert model_board(cells[::-1]).models[-1].model.name == "d"
+
+
+def test_a_few_layers_on_more_documents_do_not_stand_for_all() -> None:
+    whole, part = build_cell(n=100), some_layers(build_cell(n=400), 15, 16)
+    assert layer_board([part, whole]).cells == (whole,)
+    own, other = build_cell(n=100), build_cell(n=100).model_copy(update={"metric": "acc_norm"})
+    board = layer_board([other, own])
+    assert board.cells == (own,)
+    assert board.left_out == {
+        "arc_easy · 0-shot · acc_norm": "the benchmark counts once, as arc_easy · 0-shot · acc"
+    }
+
+
+def test_records_of_one_cell_that_could_not_be_joined_are_named() -> None:
+    first, second = (some_layers(build_cell(), *range(*ends)) for ends in ((0, 20), (15, 30)))
+    assert layer_board([first, second]).left_out == {
+        "arc_easy · 0-shot · 15 runs": "the benchmark counts once, as arc_easy · 0-shot · 20 runs"
+    }
+
+
 @pytest.mark.parametrize("change", [{"n": 80}, {"num_fewshot": 5}, {"metric": "acc_norm"}])
 def test_other_settings_are_not_compared(change: dict[str, object]) -> None:
     one, other = build_cell(model="a"), build_cell(model="b")
@@ -137,6 +224,15 @@ def test_other_settings_are_not_compared(change: dict[str, object]) -> None:
     assert board.benchmarks == ()
     assert all(s.rank is None and s.relevance.value is None for s in board.models)
     assert len(board.left_out) == 2
+
+
+def test_as_many_documents_are_not_the_same_ones_while_a_cell_grows() -> None:
+    one, other = build_cell(model="a"), build_cell(model="b")
+    growing = other.model_copy(
+        update={"reasons": {"n": "160 of 200 documents are measured so far"}}
+    )
+    assert setting(one) == setting(other) != setting(growing)
+    assert all(s.rank is None for s in model_board([one, growing]).models)
 
 
 def test_the_source_of_equal_documents_does_not_count() -> None:

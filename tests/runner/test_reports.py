@@ -21,7 +21,7 @@ from tracker.errors import RequestError, ResultsError
 from tracker.ledger.store import Ledger
 from tracker.records import CellRecord
 from tracker.report.leaderboard import layer_board
-from tracker.runner.board import Board, Entry, merge, publish_board, read_board
+from tracker.runner.board import FORMAT, Board, Entry, merge, publish_board, read_board
 from tracker.runner.collect import merged
 from tracker.runner.derive import all_records
 from tracker.tracking import open_backend, target
@@ -158,17 +158,86 @@ def test_targets_name_servers() -> None:
         assert (found.server, found.project) == (server, project)
 
 
+def growing(layers: tuple[int, ...] = (0, 1), n: int = 60) -> CellRecord:
+    return cell_record(layers=layers, n=n).model_copy(
+        update={"reasons": {"n": f"{n} of 200 documents are measured so far"}}
+    )
+
+
 def test_what_differs_is_kept_apart_and_what_is_equal_counts_once() -> None:
-    one = cell_record(n=100)
-    more, growing = cell_record(n=160), cell_record(layers=(0, 1), n=60)
+    one, more = cell_record(n=100), cell_record(n=160)
     assert merged([one, more, one]) == [one, more]
-    assert merged([growing, one]) == [one], "a growing cell gives way"
-    assert merged([growing]) == [growing]
+    assert merged([growing(), one]) == merged([one, growing()]) == [one], "a growing cell gives way"
+    assert merged([growing()]) == [growing()]
+    for changes in ({"removed": (3,)}, {"metric": "acc_norm"}):
+        other = one.model_copy(update=changes)
+        assert merged([one, other]) == [one, other]
+
+
+def test_records_without_their_outcomes_are_not_patched_together() -> None:
+    """Was: the runs of two records stood in one table with the correlations of one of them."""
     left, right = cell_record(layers=(0, 1)), cell_record(layers=(2, 3))
-    assert merged([left, right])[0].layers == cell_record().layers
-    assert merged([left, right])[0].missing == ()
-    without = one.model_copy(update={"removed": (3,)})
-    assert merged([one, without]) == [one, without]
+    assert merged([left, right]) == [left, right]
+    assert merged([left, right, cell_record()]) == [cell_record()]
+
+
+def test_a_small_complete_cell_does_not_displace_a_large_one_that_grows() -> None:
+    large, small = growing((0, 1, 2, 3), 150), cell_record(layers=(2,), n=6)
+    small = small.model_copy(update={"missing": ()})
+    assert merged([large, small]) == [large, small]
+    boards = [Board(entries=(entry(cell),)) for cell in (large, small)]
+    assert content(merge(boards).cells) == content([large, small])
+
+
+def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path: Path) -> None:
+    """Was: layers 0-14 joined with 15-29 showed the correlation over 15 of them."""
+    first, second = ran("first", layer=[0, 1]), ran("second", layer=[1, 2])
+    (whole,) = api.ls(ran("whole", layer=[0, 1, 2]))
+    (joined,) = api.report(first, second, output=tmp_path / "joined.html").cells
+    assert {c.n for c in joined.correlations if c.subset == "all"} == {3}
+    assert joined == whole.model_copy(update={"provenance": joined.provenance})
+    # What each folder shows alone is what it was.
+    assert [[run.layer for run in api.ls(f)[0].layers] for f in (first, second)] == [[0, 1], [1, 2]]
+    assert api.report(second, first, output=tmp_path / "joined.html").cells == (joined,)
+
+
+def test_two_metrics_of_one_measurement_are_two_views(ran: Ran, tmp_path: Path) -> None:
+    """Was: the second one overwrote the first one's view, runs and entry on the leaderboard."""
+    results = ran(metric=["acc", "acc_norm"])
+    (store,) = Ledger(results).cells()
+    assert len(store.shards()) == 1
+    assert [cell.metric for cell in api.ls(results)] == ["acc", "acc_norm"]
+    reported = api.report(results, output=tmp_path / "page.html").cells
+    assert [cell.metric for cell in reported] == ["acc", "acc_norm"]
+    page = (tmp_path / "page.html").read_text()
+    assert "arc_easy · 0-shot · acc_norm" in page
+    assert sorted(c.metric for c in merge([Board(entries=tuple(map(entry, reported)))]).cells) == [
+        "acc",
+        "acc_norm",
+    ]
+
+
+def test_two_metrics_are_published_and_read_back_apart(
+    ran: Ran, template: Path, tmp_path: Path
+) -> None:
+    """Was: the second one was the update of the first one's runs, with a receipt for both."""
+    shutil.copy(template, tmp_path / "team.db")
+    to = f"mlflow:sqlite:///{tmp_path}/team.db/layers"
+    results = ran(metric=["acc", "acc_norm"])
+    assert api.sync([to], results=results).failed == {}
+    (store,) = Ledger(results).cells()
+    assert len(list((store.folder / "receipts").iterdir())) == 2
+    client = MlflowClient(f"sqlite:///{tmp_path}/team.db")
+    experiment = client.get_experiment_by_name("layers").experiment_id
+    runs = client.search_runs([experiment])
+    assert len(runs) == 2 * (1 + 2)
+    keys = {run.data.tags["tracker.run_key"]: run.data.tags["tracker.metric"] for run in runs}
+    key = store.identity.key
+    assert keys[f"{key}/cell"] == keys[f"{key}/layer:0"] == "acc"
+    assert keys[f"{key}/intact--acc_norm/cell"] == "acc_norm"
+    done = api.report(to, output=tmp_path / "page.html")
+    assert done.failed == {}
+    assert content(done.cells) == content(api.ls(results))
 
 
 # The leaderboard
@@ -181,9 +250,9 @@ def entry(cell: CellRecord, by: str = "ann", at: str = "2026-01-01T00:00:00+00:0
 def test_merging_does_not_depend_on_the_order() -> None:
     old = entry(cell_record())
     new = entry(cell_record().model_copy(update={"tokens": 1}), "bob", "2026-02-01T00:00:00+00:00")
-    growing = entry(cell_record(layers=(0,)), "eve", "2026-03-01T00:00:00+00:00")
+    few = entry(cell_record(layers=(0,)), "eve", "2026-03-01T00:00:00+00:00")
     other = entry(cell_record(n=20))
-    boards = [Board(entries=(e,), holds=(e.by,)) for e in (old, new, growing, other)]
+    boards = [Board(entries=(e,), holds=(e.by,)) for e in (old, new, few, other)]
     whole = merge(boards)
     assert content(whole.entries) == content([new, other]), "newer complete beats older"
     for turn in range(4):
@@ -256,6 +325,28 @@ def test_the_shared_leaderboard_in_mlflow(ran: Ran, template: Path, tmp_path: Pa
     first = layer_board([c for c in done.cells if c.model.name == table["model"][0]]).layers[0]
     assert table["layer"][0] == first.layer
     assert table["accuracy_relevance"][0] == pytest.approx(first.relevance.value)
+
+
+def test_entries_that_hold_different_runs_stay_side_by_side() -> None:
+    """Was: attentions that were published later took the whole layers off the leaderboard."""
+    parts = [entry(cell_record(layers=layers)) for layers in ((0, 1), (1, 2), (1,))]
+    boards = [Board(entries=(each,)) for each in parts]
+    assert content(merge(boards).entries) == content(merge(boards[::-1]).entries)
+    assert content(merge(boards).entries) == content(parts[:2])
+
+
+def test_a_board_of_a_newer_tracker_asks_for_an_upgrade() -> None:
+    """Was: an entry with a field more made the board "damaged"."""
+    crowd = Crowd()
+    publish_board(crowd, [cell_record()])  # type: ignore[arg-type]
+    stored = json.loads(crowd.read_board("0"))
+    assert stored["format"] == FORMAT
+    del stored["format"]
+    crowd.read_board = lambda version: json.dumps(stored)  # type: ignore[method-assign]
+    assert read_board(crowd)[0].cells == [cell_record()]  # type: ignore[arg-type]
+    stored |= {"format": FORMAT + 1, "more": "fields"}
+    with pytest.raises(ResultsError, match=r"newer tracker \(format 3.*upgrade"):
+        read_board(crowd)  # type: ignore[arg-type]
 
 
 def test_a_damaged_version_is_named(template: Path, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from tracker.records import CellRecord, LayerRecord
+from tracker.report.html import render_page
+from tracker.tracking import mlflow_runs, wandb_runs
 from tracker.tracking.base import curve_name, is_curve, layer_table, run_key
 from tracker.tracking.mlflow import MlflowBackend
 
@@ -102,6 +105,68 @@ def test_what_lies_beneath_makes_other_runs(results: Path, make_cell: CellMaker)
     assert parent.data.metrics["removed_accuracy"] == 0.25
     nested = runs["mlp 03 without 2" + ends]
     assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def test_another_metric_makes_other_runs_beside_those_of_the_benchmarks_own(
+    results: Path, make_cell: CellMaker
+) -> None:
+    """Was: accuracy and normalised accuracy of one cell overwrote each other's runs."""
+    cell = make_cell(layers=(0, 1))
+    other = cell.model_copy(update={"metric": "acc_norm"})
+    assert publish(results, cell) == (3, 0, 0)
+    assert publish(results, other) == (3, 0, 0)
+    for each in (cell, other):
+        assert publish(results, each) == (0, 0, 3)
+    runs = runs_by_name(results)
+    assert len(runs) == 6
+    for each, ends in ((cell, "arc_easy"), (other, "arc_easy · acc_norm")):
+        nested = runs[f"layer 01 · {ends} · SmolLM2-135M-Instruct"]
+        parent = runs[each.title]
+        assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert {r.data.tags["tracker.metric"] for r in (nested, parent)} == {each.metric}
+
+
+def test_what_was_published_before_metrics_were_told_apart_is_found_again(
+    make_cell: CellMaker,
+) -> None:
+    cell = make_cell()
+    assert run_key(cell, "layer:3") == f"{cell.key}/layer:3"
+    without = cell.model_copy(update={"removed": (3, 17)})
+    assert run_key(without, "cell") == f"{cell.key}/without-3-17/cell"
+    found = [wandb_runs.cell_run(each, [], {}) for each in (cell, without)]
+    found += [
+        wandb_runs.cell_run(each.model_copy(update={"metric": "acc_norm"}), [], {})
+        for each in (cell, without)
+    ]
+    assert found[0].id == hashlib.sha256(f"{cell.key}/cell".encode()).hexdigest()[:16]
+    assert found[0].outcomes.name.endswith(f"-intact-{cell.key}")
+    for name in ("id", "group", "key", "name"):
+        assert len({getattr(run, name) for run in found}) == 4
+    assert len({run.outcomes.name for run in found}) == 4
+
+
+def test_complete_means_all_runs_and_all_documents(make_cell: CellMaker) -> None:
+    """Was: a cell that lacked documents, but no run, was published as complete."""
+    whole = make_cell()
+    documents = "64 of 160 documents are measured so far"
+    growing = make_cell(n=64).model_copy(update={"reasons": {"n": documents}})
+    both = make_cell(layers=(0, 1)).model_copy(update={"reasons": {"n": documents}})
+    for cell, lacks in (
+        (whole, []),
+        (growing, [documents]),
+        (make_cell(layers=(0, 1)), ["layer 2", "layer 3"]),
+        (both, [documents, "layer 2", "layer 3"]),
+    ):
+        assert cell.is_complete == (not lacks)
+        outcomes = wandb_runs.cell_run(cell, [], {}).outcomes
+        assert ("complete" in outcomes.aliases) == (not lacks)
+        assert ("incomplete" in outcomes.aliases) == bool(lacks)
+        assert outcomes.metadata["missing"] == lacks
+        tags = mlflow_runs.cell_run(cell, [], {}).tags
+        assert tags.get("tracker.missing", "") == ", ".join(lacks)
+        page = render_page([cell], {})
+        assert ("Nothing: every run that was asked for" in page) == (not lacks)
+        assert (f"0-shot: {documents}." in page) == (documents in lacks)
 
 
 def test_curves_are_told_from_other_metrics(make_cell: CellMaker) -> None:

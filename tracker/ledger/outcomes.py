@@ -10,6 +10,8 @@ from tracker.documents import Document, Response
 
 METRIC = "metric/"
 """Columns that start so hold the task's metrics under lm-eval's names."""
+PROVENANCE = "provenance"
+"""What `CellStore.read` adds: who measured the outcome, as JSON; it stands in a shard once."""
 PROXY_SUMS = ("cosine_similarity_sum", "angular_distance_sum", "relative_update_sum")
 """Per layer, summed over `proxy_tokens` tokens; only in the baseline's rows."""
 

@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tracker.ablations import INTACT, Ablation, Removal, ablate, ablations_of, removals
-from tracker.config import CellRequest
-from tracker.ledger.outcomes import METRIC, PROXY_SUMS
+from tracker.ablations import INTACT, Ablation, ablate, ablation_of
+from tracker.ledger.outcomes import METRIC, PROVENANCE, PROXY_SUMS
 from tracker.ledger.store import CellIdentity, CellStore
 from tracker.metrics.accuracy import (
     Estimate,
@@ -27,12 +26,14 @@ from tracker.metrics.correlation import COEFFICIENTS, correlate
 from tracker.metrics.proxies import PROXIES, cosine_score, proxy_means
 from tracker.metrics.ratios import RATIO, SCALES, document_ratios, ratio_of_sums
 from tracker.metrics.resampling import resampled_means
+from tracker.provenance import differences, united
 from tracker.records import (
     WHOLE_LAYER,
     CellRecord,
     CorrelationRecord,
     LayerRecord,
     RunIdentity,
+    View,
 )
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
@@ -48,15 +49,16 @@ _NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this
 
 
 class _Outcomes:
-    """A cell's outcomes for a request, lined up: every ablation has the same documents in order."""
+    """A cell's outcomes for a view, lined up: every ablation has the same documents in order."""
 
-    def __init__(self, store: CellStore, request: CellRequest) -> None:
+    def __init__(self, store: CellStore, view: View) -> None:
         self.identity: CellIdentity = store.identity
-        counts = store.counts(request.limit)
+        self._removed = view.removed
+        counts = store.counts(view.limit)
         self.wanted = sum(counts.values())
-        frame = store.read(store.blocks(request.limit))
-        total = self.identity.model.layers
-        names = [ablation.name for ablation in ablations_of(request, total)]
+        frame = store.read(store.blocks(view.limit))
+        shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs)]
+        names = {ablation.name for ablation in shown}
         if len(frame):
             frame = frame[
                 frame["ablation"].isin(names) & (frame["doc"] < frame["task"].map(counts))
@@ -73,10 +75,16 @@ class _Outcomes:
         self._rows = (
             {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
         )
-        asked = list(removals(request, total))
-        self.runs = [run for run in asked if self.has(run.ablation)]
-        self.missing = [run for run in asked if not self.has(run.ablation)]
+        self.stacks = (
+            [json.loads(each) for each in frame[PROVENANCE].unique()] if len(frame) else []
+        )
+        self.runs = [run for run in view.runs if self.has(self.ablation(run))]
+        self.missing = [run for run in view.runs if not self.has(self.ablation(run))]
         self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
+
+    def ablation(self, run: RunIdentity) -> Ablation:
+        """What a run removes, with all that lies beneath."""
+        return ablation_of(run, self._removed)
 
     def has(self, ablation: Ablation) -> bool:
         """Whether an ablation is measured."""
@@ -85,6 +93,19 @@ class _Outcomes:
     def of(self, ablation: Ablation) -> pd.DataFrame:
         """The rows of one ablation."""
         return self._rows[ablation.name]
+
+    def mismatch(self, ablation: Ablation) -> str:
+        """Say where the baseline of a document was measured otherwise than an ablation of it."""
+        pairs = list(zip(self.of(INTACT)[PROVENANCE], self.of(ablation)[PROVENANCE], strict=True))
+        how = {pair: differences([*map(json.loads, pair)]) for pair in set(pairs)}
+        count = sum(bool(how[pair]) for pair in pairs)
+        if not count:
+            return ""
+        every = differences([json.loads(one) for pair in how if how[pair] for one in pair])
+        return (
+            f"baseline and ablation of {count} of {len(pairs)} documents were measured by "
+            f"different versions or devices: {every}"
+        )
 
     def metric(self, ablation: Ablation, name: str) -> Array:
         """A metric's value of every document; NaN where it has none."""
@@ -109,30 +130,30 @@ class _Outcomes:
         return self.identity.benchmark.tasks[0].metrics.get(name, "mean")
 
 
-def cell_record(
-    store: CellStore, request: CellRequest, metric: str, aggregate: Aggregate
-) -> CellRecord:
+def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecord:
     """Derive a cell's record from its outcomes.
 
     Args:
         store: The cell on disk.
-        request: Which documents and runs to show.
-        metric: The metric behind every `accuracy`: a mean, or a ratio of sums over documents.
+        view: Which documents and runs to show, by a metric that is a mean, or a ratio of sums over
+            documents.
         aggregate: lm-eval's aggregation by name.
 
     Returns:
         The record, over the documents that every shown run is measured on.
     """
-    outcomes = _Outcomes(store, request)
-    identity = store.identity
+    outcomes = _Outcomes(store, view)
+    identity, metric = store.identity, view.metric
     n = len(outcomes.tasks)
     is_accuracy = outcomes.higher_is_better(metric)
     reasons = {}
     if n < outcomes.wanted:
         reasons["n"] = f"{n} of {outcomes.wanted} documents are measured so far"
+    if differing := differences(outcomes.stacks):
+        reasons[PROVENANCE] = f"measured by different versions or devices: {differing}"
     if not n:
         fields = ["baseline_accuracy", "chance_accuracy"]
-        fields += ["removed_accuracy"] if request.removed else []
+        fields += ["removed_accuracy"] if view.removed else []
         reasons |= dict.fromkeys(fields, "no document is measured yet")
     common = {
         "key": identity.key,
@@ -141,9 +162,9 @@ def cell_record(
         "metric": metric,
         "higher_is_better": is_accuracy,
         "n": n,
-        "removed": request.removed,
-        "missing": tuple(_identity(run) for run in outcomes.missing),
-        "provenance": identity.provenance,
+        "removed": view.removed,
+        "missing": tuple(outcomes.missing),
+        "provenance": united(outcomes.stacks),
     }
     if not n:
         return CellRecord(
@@ -171,7 +192,7 @@ def cell_record(
         chance = chance_accuracy(base["choices"].to_numpy(dtype=np.float64), weights)
     else:
         reasons["chance_accuracy"] = f"{metric} is no accuracy"
-    beneath = _beneath(outcomes, request, metric, weights)
+    beneath = _beneath(outcomes, view, weights)
     if beneath.reason:
         reasons["removed_accuracy"] = beneath.reason
     tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
@@ -181,8 +202,8 @@ def cell_record(
     all_metrics = _metric_values(outcomes, INTACT, aggregate)
     layers = []
     for run in outcomes.runs:
-        ablation, identity_of_run = run.ablation, _identity(run)
-        whole = identity_of_run.kind == WHOLE_LAYER
+        ablation = outcomes.ablation(run)
+        whole = run.kind == WHOLE_LAYER
         after = outcomes.metric(ablation, metric)
         pair = (before, after) if is_accuracy else (after, before)
         drop = accuracy_drop(*pair, weights)
@@ -213,10 +234,11 @@ def cell_record(
                 if value is None
             },
             **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
+            PROVENANCE: outcomes.mismatch(ablation),
         }
         layers.append(
             LayerRecord(
-                **dict(identity_of_run),
+                **dict(run),
                 ablation=ablation.name,
                 n=n,
                 accuracy=accurate.value,
@@ -248,30 +270,27 @@ def cell_record(
     )
 
 
-def _identity(run: Removal) -> RunIdentity:
-    return RunIdentity(component=run.component, layer=run.layer, span=run.span)
-
-
-def _beneath(outcomes: _Outcomes, request: CellRequest, metric: str, weights: Array) -> Estimate:
+def _beneath(outcomes: _Outcomes, view: View, weights: Array) -> Estimate:
     """The metric with the layers taken out that every run lacks, and nothing else."""
-    if not request.removed:
+    if not view.removed:
         return Estimate(None)
-    ablation = ablate("layer", request.removed)
+    ablation = ablate("layer", view.removed)
     if not outcomes.has(ablation):
         return Estimate(None, reason="not measured yet")
-    return accuracy(outcomes.metric(ablation, metric), weights)
+    return accuracy(outcomes.metric(ablation, view.metric), weights)
 
 
 def _correlations(
     outcomes: _Outcomes, metric: str, weights: Array, sums: Mapping[str, Array], tokens: Array
 ) -> list[CorrelationRecord]:
     """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
-    runs = [run for run in outcomes.runs if _identity(run).kind == WHOLE_LAYER]
+    runs = [run for run in outcomes.runs if run.kind == WHOLE_LAYER]
     if not runs:
         return []
     layers = [run.layer for run in runs]
     before = outcomes.metric(INTACT, metric)
-    drops = np.stack([before - outcomes.metric(run.ablation, metric) for run in runs], axis=1)
+    ablations = map(outcomes.ablation, runs)
+    drops = np.stack([before - outcomes.metric(each, metric) for each in ablations], axis=1)
     if not outcomes.higher_is_better(metric):
         drops = -drops
     strata = None if len(set(outcomes.tasks)) == 1 else np.array(outcomes.tasks)

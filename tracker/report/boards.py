@@ -22,6 +22,7 @@ from tracker.report.wording import (
     layer_list,
     layers_of,
     points,
+    provenance_notes,
     records_of,
     two_digits,
 )
@@ -90,8 +91,13 @@ def _notes(board: LayerBoard, ranks: Mapping[int, int]) -> tuple[str, ...]:
     ]
     if not ranks and len(lacking) < total:
         found.append(([one.layer for one in board.layers], f"no rank by cosine score: {_NO_SCORE}"))
-    return tuple(
-        f"{layer_list(sorted(which), total).capitalize()}: {why}." for which, why in found if which
+    return (
+        *(
+            f"{layer_list(sorted(which), total).capitalize()}: {why}."
+            for which, why in found
+            if which
+        ),
+        *provenance_notes(board.cells),
     )
 
 
@@ -237,14 +243,16 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
     """
     rows = tuple(
         (
-            _rank(one.rank, one.relevance.reason or "nothing is shared by all models"),
+            _rank(one.rank, one.relevance.reason or "there is no other model to compare with"),
             Value(label),
             estimated(one.relevance, two_digits),
             estimated(one.drop, points, 100),
             Value(DASH, "no layer has a rank")
             if one.worst_layer is None
             else Value(str(one.worst_layer)),
-            Value(str(one.costly)),
+            Value(DASH, one.relevance.reason or NO_REASON)
+            if one.costly is None
+            else Value(str(one.costly)),
             Value(str(one.layers)),
         )
         for one, label in zip(board.models, labels, strict=True)

@@ -137,6 +137,7 @@ def boards(cells: Sequence[CellRecord]) -> tuple[list[pd.DataFrame], list[str]]:
         for name, board in zip(names, found, strict=True)
         for benchmark, why in board.left_out.items()
     ]
+    notes += wording.provenance_notes([cell for board in found for cell in board.cells])
     if len(found) > 1:
         models = model_board(cells)
         shown.append(_readable(model_board_frame(models)))

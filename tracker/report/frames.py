@@ -124,7 +124,7 @@ def model_board_frame(board: ModelBoard) -> pd.DataFrame:
 
     Returns:
         One row a model, the most robust first: means over `layers` layers and the `benchmarks`
-        that all models share, fractions; `rank` is missing where nothing can be compared.
+        that the ranked models share, fractions; `rank` is missing where a model lacks them.
     """
     names = model_labels([standing.model for standing in board.models])
     rows = [

@@ -1,12 +1,13 @@
 """Ranks layers within a model by what their removal costs, and models by how much it hurts.
 
 Only what is comparable is averaged: a benchmark counts once in a model's mean, and models are
-ranked on the benchmarks that all of them share, documents and settings alike.
+ranked on all their layers and on the same benchmarks, documents and settings alike: on those that
+most models share. A model that lacks one of them has no rank, and the others keep theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,13 +28,17 @@ LAYER_RULE = (
 )
 MODEL_RULE = (
     "Models are ranked by their mean accuracy relevance over all layers, the lowest first: the "
-    "less the removal of one layer hurts, the more robust the model. Only benchmarks that every "
-    "model was measured on, with the same documents and settings, count."
+    "less the removal of one layer hurts, the more robust the model. They are compared on the "
+    "benchmarks, documents and settings that most models share; a model that lacks one of these, "
+    "or one of its own layers there, has no rank."
 )
 INTERVAL_RULE = (
     "Intervals (95 %) say what other documents of the same benchmarks would give, not what other "
     "benchmarks would."
 )
+
+
+_NOTHING_SHARED = "no two models share a benchmark on all their layers"
 
 
 @dataclass(frozen=True)
@@ -87,16 +92,17 @@ class ModelStanding:
         relevance: Mean accuracy relevance over layers and common benchmarks.
         drop: Mean accuracy drop over the same, a fraction.
         worst_layer: The layer of the largest mean relevance; None without any.
-        costly: Layers whose drop is surely positive (interval above 0) on some common benchmark.
+        costly: Layers whose drop is surely positive (interval above 0) on some common benchmark;
+            None without any benchmark.
         layers: Layers behind these figures.
-        rank: 1 = hurt least; None where nothing is common, or there is nobody to compare with.
+        rank: 1 = hurt least; None where it lacks what counts, or there is nobody to compare with.
     """
 
     model: ModelIdentity
     relevance: Estimate
     drop: Estimate
     worst_layer: int | None
-    costly: int
+    costly: int | None
     layers: int
     rank: int | None = None
 
@@ -107,8 +113,8 @@ class ModelBoard:
 
     Attributes:
         models: One standing a model.
-        benchmarks: The benchmarks that all of them share.
-        left_out: Benchmark → why it does not count.
+        benchmarks: The benchmarks that count: all ranked models share them.
+        left_out: Benchmark → why it does not count; model → why it has no rank.
     """
 
     models: tuple[ModelStanding, ...]
@@ -242,35 +248,79 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
         cells: The cells of all models.
 
     Returns:
-        The board; nobody has a rank where the models share no benchmark, or there is one model.
+        The board; nobody has a rank where no two models share a benchmark, or there is one model.
     """
-    boards = [layer_board(group) for group in models_of(cells)]
-    names = model_labels([board.model for board in boards])
-    settings = [{setting(cell): cell for cell in board.cells} for board in boards]
-    common = set.intersection(*map(set, settings)) if settings else set()
-    shared: dict[str, str] = {}
+    groups = models_of(cells)
+    names = model_labels([group[0].model for group in groups])
     left_out: dict[str, str] = {}
-    every = {key: cell for mine in settings for key, cell in mine.items()}
-    for (key, _), label in zip(every.items(), benchmark_labels([*every.values()]), strict=True):
-        if key in common:
-            shared[key] = label
-        else:
-            lacking = [name for name, mine in zip(names, settings, strict=True) if key not in mine]
-            left_out[label] = f"not measured, or otherwise, for {', '.join(lacking)}"
-    for name, board in zip(names, boards, strict=True):
-        left_out |= {f"{label} of {name}": why for label, why in board.left_out.items()}
-    standings = [
-        _model_standing(board.model, [mine[key] for key in shared])
-        for board, mine in zip(boards, settings, strict=True)
-    ]
-    if len(boards) > 1 and shared:
-        ranked = [place for place, s in enumerate(standings) if s.relevance.value is not None]
+    known: list[dict[str, CellRecord]] = []
+    for name, group in zip(names, groups, strict=True):
+        labels = benchmark_labels(group)
+        known.append({})
+        for cell, label in zip(group, labels, strict=True):
+            if why := _unusable(cell) or _lacking_layers(cell):
+                left_out[f"{label} of {name}"] = why
+            else:
+                known[-1].setdefault(setting(cell), cell)
+    shared, ranked = _shared(known)
+    labels = benchmark_labels([known[ranked[0]][key] for key in shared]) if shared else []
+    every = {key: cell for mine in known for key, cell in mine.items()}
+    for key, label in zip(every, benchmark_labels([*every.values()]), strict=True):
+        if key not in shared:
+            left_out[label] = _not_shared(key, known, names, ranked)
+    standings = []
+    for place, (group, mine) in enumerate(zip(groups, known, strict=True)):
+        lacking = [label for key, label in zip(shared, labels, strict=True) if key not in mine]
+        if shared and lacking:
+            left_out[names[place]] = f"not all its layers are measured on {', '.join(lacking)}"
+        counted = [] if lacking else [mine[key] for key in shared]
+        why = "it lacks what the others are ranked on" if lacking else _NOTHING_SHARED
+        standings.append(_model_standing(group[0].model, counted, why))
+    if len(ranked) > 1:
         # From the lowest relevance: what is hurt least comes first.
         values = [standings[place].relevance.value for place in ranked]
         for place, rank in zip(ranked, _ranks(values, lowest_first=True), strict=True):
             standings[place] = replace(standings[place], rank=rank)
     standings.sort(key=lambda s: (s.rank is None, s.rank or 0))
-    return ModelBoard(tuple(standings), tuple(shared.values()), left_out)
+    return ModelBoard(tuple(standings), tuple(labels), left_out)
+
+
+def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[int]]:
+    """Choose the settings that most models share, one a benchmark; and say who has them all."""
+    holders: dict[str, list[int]] = {}
+    for place, mine in enumerate(known):
+        for key in mine:
+            holders.setdefault(key, []).append(place)
+    every = {key: cell for mine in known for key, cell in mine.items()}
+    if len(known) > 1:  # a model alone is shown on all that it has
+        holders = {key: places for key, places in holders.items() if len(places) > 1}
+
+    def common(places: Sequence[int]) -> list[str]:
+        best: dict[str, str] = {}
+        for key in holders:
+            name = every[key].benchmark.name
+            if set(places) <= set(holders[key]) and (
+                name not in best or _worth(every[best[name]]) < _worth(every[key])
+            ):
+                best[name] = key
+        return [key for key in holders if key in best.values()]
+
+    def preference(key: str) -> tuple[int, int, tuple[int, int, bool], str]:
+        return len(holders[key]), len(common(holders[key])), _worth(every[key]), key
+
+    if not holders:
+        return [], []
+    ranked = holders[max(holders, key=preference)]
+    return common(ranked), ranked
+
+
+def _not_shared(
+    key: str, known: Sequence[Mapping[str, CellRecord]], names: Sequence[str], ranked: Sequence[int]
+) -> str:
+    lacking = [place for place in ranked or range(len(known)) if key not in known[place]]
+    if not lacking:
+        return "the benchmark counts once, by its larger cells"
+    return f"not measured, or otherwise, for {', '.join(names[place] for place in lacking)}"
 
 
 def compare(one: CellRecord, other: CellRecord) -> list[tuple[int, Estimate]]:
@@ -313,7 +363,9 @@ def setting(cell: CellRecord) -> str:
         A key: the documents and how they were put to the model, the metric and how many documents.
     """
     benchmark = cell.benchmark.model_dump(mode="json", exclude={"data", "primary_metric"})
-    return content_hash([benchmark, cell.metric, cell.n, cell.removed])
+    # As many documents as others have are not theirs while they are not all that was asked for.
+    growing = cell.key if "n" in cell.reasons else ""
+    return content_hash([benchmark, cell.metric, cell.n, cell.removed, growing])
 
 
 def _counted(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, str]]:
@@ -324,13 +376,27 @@ def _counted(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, s
     for cell in cells:
         if why := _unusable(cell):
             left_out[labels[id(cell)]] = why
-        elif (known := best.get(cell.benchmark.name)) is None or known.n < cell.n:
+        elif (known := best.get(cell.benchmark.name)) is None or _worth(known) < _worth(cell):
             best[cell.benchmark.name] = cell
     for cell in cells:
         counts = best.get(cell.benchmark.name)
         if counts is not None and counts is not cell and labels[id(cell)] not in left_out:
             left_out[labels[id(cell)]] = f"the benchmark counts once, as {labels[id(counts)]}"
     return [cell for cell in cells if best.get(cell.benchmark.name) is cell], left_out
+
+
+def _worth(cell: CellRecord) -> tuple[int, int, bool]:
+    """Of two cells on one benchmark the larger counts: layers, documents, its own metric."""
+    return len(cell.whole_layers), cell.n, not cell.other_metric
+
+
+def _lacking_layers(cell: CellRecord) -> str | None:
+    """Say which layers of the model have no relevance: the mean of the others is not its own."""
+    known = {run.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
+    lacking = [layer for layer in range(cell.model.layers) if layer not in known]
+    if not lacking:
+        return None
+    return f"{len(known)} of {cell.model.layers} layers have a relevance, and a model counts whole"
 
 
 def _unusable(cell: CellRecord) -> str | None:
@@ -350,10 +416,10 @@ def _ranks(values: Sequence[float | None], lowest_first: bool = False) -> list[i
     return [int(rank) for rank in ranks]
 
 
-def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord]) -> ModelStanding:
+def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str) -> ModelStanding:
     if not cells:
-        nothing = Estimate(None, reason="no benchmark is shared by all models")
-        return ModelStanding(model, nothing, nothing, None, 0, 0)
+        nothing = Estimate(None, reason=why)
+        return ModelStanding(model, nothing, nothing, None, None, 0)
     board = layer_board(cells)
     layers = [standing for standing in board.layers if standing.rank is not None]
     costly = {

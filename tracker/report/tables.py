@@ -37,6 +37,7 @@ from tracker.report.wording import (
     most_critical,
     p_value,
     points,
+    provenance_notes,
     reason_of,
     relevance,
     run_list,
@@ -84,6 +85,7 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         if baseline.reason:
             level = measure_of(cell).level
             notes.append(f"{cell.title}: the baseline {level} is undefined: {baseline.reason}.")
+    notes += provenance_notes(cells)
     caption = (
         "One row per model and benchmark. Most critical: the layers whose removal, each alone, "
         "costs most accuracy. The cosine score would name the layers of the next column instead."
@@ -160,6 +162,14 @@ def layer_table(cell: CellRecord) -> Table:
         headers.append(Column(label))
         columns.append(column)
         notes += _undefined_notes(label, cell, runs, column)
+    mismatched: dict[str, list[RunIdentity]] = {}
+    for record in cell.layers:
+        if why := record.reasons.get("provenance"):
+            mismatched.setdefault(why, []).append(record)
+    notes += [
+        f"{run_list(which, cell)[:1].upper()}{run_list(which, cell)[1:]}: {why}."
+        for why, which in mismatched.items()
+    ]
     counts = {record.n for record in cell.layers}
     each = f", {counted(counts.pop(), 'document')} each" if len(counts) == 1 else ""
     baseline = ", ".join(

@@ -395,8 +395,8 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`, with the number of documents, the metric, the data, the
-        seed or the cell's key where these tell them apart.
+        For example `arc_easy · 0-shot`, with the metric, the number of documents, the data, the
+        seed, the cell's key or the number of runs where these tell them apart.
     """
     return _told_apart(
         [
@@ -407,11 +407,12 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         ],
         [
             (
-                counted(cell.n, "document"),
                 cell.metric,
+                counted(cell.n, "document"),
                 cell.benchmark.data,
                 "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
                 cell.key[:8],
+                counted(len(cell.layers), "run"),
             )
             for cell in cells
         ],
@@ -558,6 +559,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
     measured = " or ".join(lost[kind] for kind in dict.fromkeys(c.higher_is_better for c in cells))
     text = (
         f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark"
+        f"{' and metric' if any(c.other_metric for c in cells) else ''}"
         f"{' and set of layers that are gone already' if any(c.removed for c in cells) else ''}). "
         f"{_turns(cells)} was removed in turn. Below, {measured} stands beside "
         "the cosine score, the cheap proxy that is commonly used in its place. "
@@ -595,6 +597,27 @@ def _turns(cells: Sequence[CellRecord]) -> str:
     return text[:1].upper() + text[1:]
 
 
+def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
+    """Name the cells that were not measured by the same versions and devices throughout.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        One sentence for each.
+    """
+    found = ((cell, cell.reasons.get("provenance")) for cell in cells)
+    return [f"{cell.title}: {why}.{_mismatched(cell)}" for cell, why in found if why]
+
+
+def _mismatched(cell: CellRecord) -> str:
+    """Say which drops compare what was measured differently; begins with a space."""
+    which = [run for run in cell.layers if "provenance" in run.reasons]
+    if not which:
+        return f" Each {measure_of(cell).change} compares what was measured alike."
+    return f" Baseline and ablation differ in this for {run_list(which, cell)}."
+
+
 def warnings(cell: CellRecord) -> tuple[str, ...]:
     """Say what a reader must know before trusting the cell's numbers.
 
@@ -602,7 +625,8 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
         cell: The cell.
 
     Returns:
-        One sentence for each: missing runs, undefined values of the cell, a weak baseline.
+        One sentence for each: missing runs, several versions or devices, undefined values of the
+        cell, a weak baseline.
     """
     found = []
     if cell.missing:
@@ -610,6 +634,9 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     for field, reason in cell.reasons.items():
         if field == "n":
             found.append(f"Incomplete: {reason}.")
+            continue
+        if field == "provenance":
+            found.append(f"{reason[:1].upper()}{reason[1:]}.{_mismatched(cell)}")
             continue
         if field == "chance_accuracy" and not cell.higher_is_better:
             continue  # a loss has none, and nothing is wrong

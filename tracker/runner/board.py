@@ -7,6 +7,7 @@ same time lose nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from tracker.records import CellRecord, Record
 from tracker.report.export import frames
 from tracker.tracking.base import BOARD_FILE, Backend, Table, content_digest
 
+FORMAT = 2
 _ROUNDS = 5
 
 
@@ -37,18 +39,26 @@ class Entry(Record):
 
     @property
     def order(self) -> tuple[bool, str, str]:
-        """Of two entries in one place the larger stays: complete before growing, then newer."""
+        """Of two entries that hold the same the larger stays: complete, then newer."""
         return (self.cell.is_complete, self.at, content_digest(self))
+
+    def gives_way_to(self, other: Entry) -> bool:
+        """Whether another entry shows all that this one does, and is the one to stay."""
+        if not other.cell.holds(self.cell):
+            return False
+        return not self.cell.holds(other.cell) or self.order < other.order
 
 
 class Board(Record):
     """One version of the leaderboard.
 
     Attributes:
-        entries: One a place, sorted by it.
+        format: How it is written; boards from before there was a number are of format 1.
+        entries: What no other entry holds too, sorted by place.
         holds: The versions whose entries are among these.
     """
 
+    format: int = 1
     entries: tuple[Entry, ...] = ()
     holds: tuple[str, ...] = ()
 
@@ -65,17 +75,24 @@ def merge(boards: Iterable[Board]) -> Board:
         boards: The versions.
 
     Returns:
-        All of their places, each with its best entry.
+        All of their entries but those that give way to another.
     """
-    best: dict[tuple[str, tuple[int, ...], int], Entry] = {}
+    views: dict[object, list[Entry]] = {}
     holds: set[str] = set()
     for board in boards:
         holds |= set(board.holds)
         for entry in board.entries:
-            known = best.get(entry.cell.place)
-            if known is None or known.order < entry.order:
-                best[entry.cell.place] = entry
-    return Board(entries=tuple(best[p] for p in sorted(best)), holds=tuple(sorted(holds)))
+            cell = entry.cell
+            views.setdefault((cell.key, cell.removed, cell.metric), []).append(entry)
+    kept = {
+        (entry.cell.place, entry.order): entry
+        for view in views.values()
+        for entry in view
+        if not any(entry.gives_way_to(other) for other in view)
+    }
+    return Board(
+        format=FORMAT, entries=tuple(kept[p] for p in sorted(kept)), holds=tuple(sorted(holds))
+    )
 
 
 def read_board(backend: Backend) -> tuple[Board, int]:
@@ -89,20 +106,30 @@ def read_board(backend: Backend) -> tuple[Board, int]:
 
     Raises:
         TrackingError: The backend could not be reached.
-        ResultsError: A version is damaged.
+        ResultsError: A version is damaged, or of a newer tracker.
     """
     heads: list[Board] = []
     held: set[str] = set()
     for version in reversed(backend.boards()):
         if version in held:
             continue
-        try:
-            board = Board.model_validate_json(backend.read_board(version))
-        except ValueError:
-            raise ResultsError(f"version {version} of the leaderboard is damaged") from None
+        board = _read(backend.read_board(version), version)
         heads.append(board.model_copy(update={"holds": (*board.holds, version)}))
         held |= {*board.holds, version}
     return merge(heads), len(heads)
+
+
+def _read(text: str, version: str) -> Board:
+    try:
+        found = json.loads(text).get("format", 1)
+        if found > FORMAT:
+            raise ResultsError(
+                f"version {version} of the leaderboard was written by a newer tracker (format "
+                f"{found}; this one knows {FORMAT}); upgrade tracker"
+            )
+        return Board.model_validate_json(text)
+    except (ValueError, TypeError, AttributeError):
+        raise ResultsError(f"version {version} of the leaderboard is damaged") from None
 
 
 def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board, str]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tracker.errors import RequestError, TrackerError
-from tracker.ledger.store import Ledger
-from tracker.records import CellRecord
-from tracker.runner.derive import all_records
+from tracker.ledger.store import CellStore, Ledger
+from tracker.records import CellRecord, View
+from tracker.runner.derive import record_of
 from tracker.runner.progress import Progress
 from tracker.runner.pull import pull
 from tracker.tracking import Target, target
@@ -21,7 +21,8 @@ class Collected:
     """Cells from several sources.
 
     Attributes:
-        cells: The records, each (cell, view, number of documents) once.
+        cells: The records, each (cell, view, number of documents) once, derived from all outcomes
+            that the sources hold of it.
         experiments: The experiment files that the results folders keep: name → exact text.
         failed: Source, or a cell of it → why it is not among the cells.
     """
@@ -46,57 +47,73 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
         RequestError: A source is no source.
     """
     opened = {source: _opened(source) for source in sources}
-    cells: list[CellRecord] = []
+    views: list[tuple[CellStore, View]] = []
     experiments: dict[str, str] = {}
     failed: dict[str, str] = {}
     for source, place in opened.items():
         try:
             if isinstance(place, Target):
                 there, lacking = pull(place, source, progress)
-                cells += there
+                views += there
                 failed |= lacking
                 continue
-            cells += [record for record in all_records(place) if record.n]
+            views += [(store, asked.view) for store in place.cells() for asked in store.asked()]
             for name, text in place.experiments():
                 if experiments.setdefault(name, text) != text:
                     experiments[f"{name} ({source})"] = text
         except TrackerError as error:
             failed[source] = str(error)
-    return Collected(tuple(merged(cells)), experiments, failed)
+    cells = []
+    for same in _same(views):
+        try:
+            cells.append(_joined(same))
+        except TrackerError as error:
+            failed[str(same[0][0].folder)] = str(error)
+    return Collected(tuple(merged(cell for cell in cells if cell.n)), experiments, failed)
+
+
+def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellStore, View]]]:
+    """Group what shows one cell by one metric, over the same layers beneath and documents."""
+    groups: dict[object, list[tuple[CellStore, View]]] = {}
+    for store, view in views:
+        documents = tuple(store.counts(view.limit).values())
+        place = (store.identity.key, view.removed, view.metric, documents)
+        groups.setdefault(place, []).append((store, view))
+    return groups.values()
+
+
+def _joined(same: Sequence[tuple[CellStore, View]]) -> CellRecord:
+    """Derive a record from the outcomes that several folders hold of one view."""
+    (store, view), *rest = same
+    if rest:
+        by_folder = {one.folder.resolve(): one for one, _ in same}
+        store, *others = sorted(by_folder.values(), key=lambda one: len(one.shards()), reverse=True)
+        held = {path.name for path in store.shards()}
+        # Equal names hold the same documents and ablations, and equal keys mean equal outcomes.
+        more = [one for one in others if not {path.name for path in one.shards()} <= held]
+        store = CellStore(store.folder, store.identity, more)
+        view = view.joined(*(each for _, each in rest))
+    return record_of(store, view)
 
 
 def merged(cells: Iterable[CellRecord]) -> list[CellRecord]:
-    """Keep one record of each (cell, view, number of documents).
+    """Leave out what another record of the same cell and view holds too.
 
-    What is there twice is equal, because equal keys mean equal outcomes; runs that only one of two
-    holds join those of the other. A cell that is still growing gives way to a complete one.
+    Records are never put together from parts: what is derived from some runs or documents is not
+    what would be derived from all.
 
     Args:
         cells: Records from any number of sources.
 
     Returns:
-        The records, in the order in which each was met first.
+        The records that say something which no other does, in the order in which each was met.
     """
-    found: dict[tuple[str, tuple[int, ...], int], CellRecord] = {}
+    found: dict[object, list[CellRecord]] = {}
     for cell in cells:
-        known = found.get(cell.place)
-        found[cell.place] = cell if known is None else _joined(known, cell)
-    complete = {(c.key, c.removed) for c in found.values() if c.is_complete}
-    return [c for c in found.values() if c.is_complete or (c.key, c.removed) not in complete]
-
-
-def _joined(one: CellRecord, other: CellRecord) -> CellRecord:
-    if len(other.layers) > len(one.layers):
-        one, other = other, one
-    runs = {run.order: run for run in other.layers} | {run.order: run for run in one.layers}
-    missing = {run.order: run for run in (*one.missing, *other.missing) if run.order not in runs}
-    return one.model_copy(
-        update={
-            "layers": tuple(runs[at] for at in sorted(runs)),
-            "missing": tuple(missing[at] for at in sorted(missing)),
-            "correlations": one.correlations or other.correlations,
-        }
-    )
+        known = found.setdefault((cell.key, cell.removed, cell.metric), [])
+        if not any(other.holds(cell) for other in known):
+            known[:] = [*(other for other in known if not cell.holds(other)), cell]
+    return [cell for known in found.values() for cell in known]
 
 
 def _opened(source: str) -> Ledger | Target:

@@ -6,35 +6,33 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from tracker.config import CellRequest
 from tracker.ledger.store import CellStore, Ledger
 from tracker.ledger.tables import cell_record
 from tracker.provenance import content_hash, file_hash
-from tracker.records import CellRecord
+from tracker.records import CellRecord, View
 
 
-def record_of(store: CellStore, request: CellRequest) -> CellRecord:
+def record_of(store: CellStore, view: View) -> CellRecord:
     """Derive a cell's record from the ledger, or recall it where nothing has changed since.
 
     Args:
         store: The cell.
-        request: Which documents, runs and metric.
+        view: Which documents, runs and metric.
 
     Returns:
         The record.
     """
-    metric = request.metric or store.identity.benchmark.primary_metric
     state = content_hash(
         [
             _code(),
-            request.model_dump(mode="json"),
+            view.model_dump(mode="json"),
             store.identity.model_dump(mode="json"),
-            [(path.name, path.stat().st_size) for path in store.shards()],
+            store.sizes(),
         ]
     )
-    record = store.derived(state, request.removed)
+    record = store.derived(state, store.name_of(view))
     if record is None:
-        record = cell_record(store, request, metric, _aggregate)
+        record = cell_record(store, view, _aggregate)
         if record.n:
             store.keep(state, record)
     return record
@@ -44,8 +42,9 @@ def record_of(store: CellStore, request: CellRequest) -> CellRecord:
 def _code() -> str:
     """Hash the code that turns outcomes into records: another formula is another record."""
     here = Path(__file__).parents[1]
-    names = ("ablations.py", "config.py", "records.py", "ledger/tables.py", "ledger/outcomes.py")
-    return file_hash([*(here / name for name in names), *(here / "metrics").glob("*.py")])
+    names = ("ablations.py", "config.py", "provenance.py", "records.py")
+    folders = (*(here / "ledger").glob("*.py"), *(here / "metrics").glob("*.py"))
+    return file_hash([*(here / name for name in names), *folders])
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
@@ -66,7 +65,7 @@ def all_records(ledger: Ledger) -> list[CellRecord]:
     Returns:
         The records of the cells that were asked for.
     """
-    return [record_of(store, asked.request) for store in ledger.cells() for asked in store.asked()]
+    return [record_of(store, asked.view) for store in ledger.cells() for asked in store.asked()]
 
 
 def write_report(ledger: Ledger) -> tuple[list[CellRecord], Path]:

@@ -92,11 +92,11 @@ class Shard:
 
     Attributes:
         rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
-        metadata: How they were measured.
+        metadata: How they were measured, and by which versions, machine and device.
     """
 
     rows: list[dict[str, object]]
-    metadata: dict[str, str]
+    metadata: dict[str, object]
 
 
 class Meter:
@@ -193,10 +193,10 @@ class Meter:
             for result in results
             for row in self._rows(result, scored, keep_baseline=INTACT.name in names)
         ]
-        metadata = {
+        metadata: dict[str, object] = {
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": f"{time.perf_counter() - start:.3f}",
-            "device": str(scorer.engine.loaded.device),
+            "provenance": self.facts.provenance,
             "sharing": str(scorer.engine.sharing),
             "compared": str(watched.compared),
             "difference": str(watched.difference),

@@ -16,7 +16,7 @@ from tracker.config import CellRequest
 from tracker.errors import TrackerError
 from tracker.ledger.store import CellStore, Ledger
 from tracker.provenance import content_hash
-from tracker.records import CellRecord
+from tracker.records import INTACT_VIEW, CellRecord
 from tracker.report.charts.cells import cell_charts
 from tracker.runner.derive import record_of
 from tracker.tracking import (
@@ -172,7 +172,7 @@ class Publisher:
     def _receipt(self, to: Target, record: CellRecord) -> str:
         """Name the receipt of one view at one backend."""
         place = destination(to.backend, to.project or self.project, self._results, to.server)
-        return content_hash([place, record.removed]) if record.removed else place
+        return place if record.view == INTACT_VIEW else content_hash([place, record.view])
 
     def close(self) -> None:
         """Release the backends; what was begun and not waited for is given up."""
@@ -229,7 +229,7 @@ class Trial:
 
 def _artifacts(store: CellStore, record: CellRecord) -> list[Path]:
     """The files that a backend keeps with a cell: all that the record follows from."""
-    return [store.folder / "cell.json", store.view_path(record.removed), *store.shards()]
+    return [store.folder / "cell.json", store.view_path(record.view), *store.shards()]
 
 
 def sync(ledger: Ledger, to: Sequence[str]) -> Synced:
@@ -243,13 +243,14 @@ def sync(ledger: Ledger, to: Sequence[str]) -> Synced:
     Returns:
         What was published and what was not.
     """
+    ledger.create()
     synced = Synced()
     publishers: dict[str, Publisher] = {}
     views = [(store, asked) for store in ledger.cells() for asked in store.asked()]
     for store, asked in views:
         project = asked.project
         publisher = publishers.setdefault(project, Publisher(to, project, ledger.root))
-        record = record_of(store, asked.request)
+        record = record_of(store, asked.view)
         outcome = publisher.publish(store, record)
         synced.locations.update(outcome.places)
         synced.notes += [f"{record.title}: {note}" for note in outcome.notes]

@@ -1,6 +1,7 @@
 """Downloading what a tracking project holds, once, into a cache that is a results folder.
 
-From there on a colleague's cells are derived as one's own are.
+From there on a colleague's cells are derived as one's own are. What comes is checked first: the key
+is computed again, and no name in it becomes a path here.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from filelock import FileLock
 
 from tracker.errors import TrackerError, TrackingError
 from tracker.ledger.files import cache_folder, write_text
-from tracker.ledger.keys import folder_name
-from tracker.ledger.store import Asked, CellIdentity, CellStore, Ledger
+from tracker.ledger.keys import cell_key, folder_name
+from tracker.ledger.store import FORMAT, CellIdentity, CellStore, Ledger
 from tracker.provenance import content_hash
-from tracker.records import CellRecord
-from tracker.runner.derive import all_records
+from tracker.records import View
 from tracker.runner.progress import Progress
 from tracker.tracking import Target, open_backend
-from tracker.tracking.base import Backend, RemoteCell, run_key
+from tracker.tracking.base import Backend, RemoteCell
 
 
-def pull(source: Target, name: str, progress: Progress) -> tuple[list[CellRecord], dict[str, str]]:
+def pull(
+    source: Target, name: str, progress: Progress
+) -> tuple[list[tuple[CellStore, View]], dict[str, str]]:
     """Read the cells of a tracking project, downloading what is new.
 
     Args:
@@ -34,7 +36,7 @@ def pull(source: Target, name: str, progress: Progress) -> tuple[list[CellRecord
         progress: Told what is downloaded.
 
     Returns:
-        The records, and for each cell that could not be had, why.
+        The cells with their views, and for each that could not be had, why.
 
     Raises:
         TrackingError: There is no such project, or the backend could not be reached.
@@ -49,7 +51,7 @@ def pull(source: Target, name: str, progress: Progress) -> tuple[list[CellRecord
     try:
         there = backend.cells()
         with FileLock(root / "pull.lock"):
-            stale = [cell for cell in there if _version(root, cell) != cell.version]
+            stale = [cell for cell in there if _note(root, cell).get("version") != cell.version]
             if stale:
                 progress.start(f"downloading {name}", len(stale), "cells")
             for cell in stale:
@@ -61,19 +63,27 @@ def pull(source: Target, name: str, progress: Progress) -> tuple[list[CellRecord
             progress.finish()
     finally:
         backend.close()
-    keys = {cell.key for cell in there}
-    return [r for r in all_records(ledger) if r.n and run_key(r, "cell") in keys], failed
+    wanted = {(note.get("cell"), note.get("view")) for note in (_note(root, c) for c in there)}
+    views = [
+        (store, asked.view)
+        for store in ledger.cells()
+        for asked in store.asked()
+        if (store.identity.key, store.name_of(asked.view)) in wanted
+    ]
+    return views, failed
 
 
-def _note(root: Path, cell: RemoteCell) -> Path:
+def _note_path(root: Path, cell: RemoteCell) -> Path:
     return root / "pulled" / f"{content_hash(cell.key)[:32]}.json"
 
 
-def _version(root: Path, cell: RemoteCell) -> str | None:
-    """Say which version of a cell the cache holds."""
+def _note(root: Path, cell: RemoteCell) -> dict[str, str]:
+    """Say which version of a cell the cache holds, and as which view."""
     with suppress(FileNotFoundError, ValueError):
-        return str(json.loads(_note(root, cell).read_text(encoding="utf-8")))
-    return None
+        found = json.loads(_note_path(root, cell).read_text(encoding="utf-8"))
+        if isinstance(found, dict):  # an older tracker noted the version alone
+            return found
+    return {}
 
 
 def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
@@ -86,17 +96,26 @@ def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
         folder = Path(temporary)
         backend.fetch(cell, folder)
         try:
+            (file,) = (path for path in folder.glob("*.json") if path.name != "cell.json")
+            view = file.read_text(encoding="utf-8")
+            found = json.loads(view).get("format", 1)
+            if found > FORMAT:
+                raise TrackingError(
+                    f"it was published by a newer tracker (format {found}; this one knows "
+                    f"{FORMAT}); upgrade tracker"
+                )
             identity = CellIdentity.model_validate_json((folder / "cell.json").read_bytes())
-            (view,) = (path for path in folder.glob("*.json") if path.name != "cell.json")
-            asked = Asked.model_validate_json(view.read_bytes())
-        except (OSError, ValueError) as error:
+            key = cell_key(identity.model, identity.benchmark)
+            if {key} != {identity.key, cell.key.partition("/")[0]}:
+                raise ValueError("its key is not that of what it describes")
+            name = folder_name(identity.model.name, identity.benchmark.name, key)
+            store = CellStore(root / "cells" / name, identity)
+            asked = store.read_asked(view)
+            for path in folder.glob("*.parquet"):
+                store.adopt(path)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise TrackingError(f"its files are not what tracker writes: {error}") from None
-        name = folder_name(identity.model.name, identity.benchmark.name, identity.key)
-        store = CellStore(root / "cells" / name, identity)
-        for path in folder.glob("*.parquet"):
-            place = store.folder / "shards" / path.name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
         write_text(store.folder / "cell.json", identity.model_dump_json(indent=2))
-        write_text(store.view_path(asked.request.removed), asked.model_dump_json(indent=2))
-    write_text(_note(root, cell), json.dumps(cell.version))
+        store.write_asked(asked)
+    note = {"version": cell.version, "cell": key, "view": store.name_of(asked.view)}
+    write_text(_note_path(root, cell), json.dumps(note))

@@ -85,8 +85,9 @@ def join_boards(
         results: The results folder.
 
     Returns:
-        These cells and all others on those leaderboards; target → where to look, for those that
-        have changed; and target → why not.
+        These cells and all others on those leaderboards, which are records without outcomes: none
+        is put together from several; target → where to look, for those that have changed; and
+        target → why not.
 
     Raises:
         RequestError: A target is none.

@@ -21,8 +21,14 @@ from tracker.runner.progress import Progress
 from tracker.runner.publish import Outcome, Publisher
 
 log = logging.getLogger(__name__)
-_NO_RUNS: dict[str, Any] = {"layers": (), "components": (), "spans": (), "removed": ()}
-"""What is removed does not change what a benchmark reads."""
+_NO_RUNS: dict[str, Any] = {
+    "layers": (),
+    "components": (),
+    "spans": (),
+    "removed": (),
+    "metric": None,
+}
+"""Neither what is removed nor what is shown changes what a benchmark reads."""
 
 
 @dataclass
@@ -85,6 +91,7 @@ def run_cells(
         executor = open_executor(options)
     for cell in asked:
         if cell.complete and cell.store is not None:
+            ledger.create()  # it may be of an older format
             finisher.done(cell, cell.store)
     report = finisher.report
     if todo:
@@ -118,9 +125,10 @@ class _Finisher:
             if isinstance(outcome, Exception):
                 raise outcome
             shown = outcome.ask(cell.request, self._publisher.project)
-            record = record_of(outcome, cell.request)
+            view = outcome.view(cell.request)
+            record = record_of(outcome, view)
             # A backend shows all that was asked of the cell, not only what was asked now.
-            whole = record if shown == cell.request else record_of(outcome, shown)
+            whole = record if shown == view else record_of(outcome, shown)
         except Exception as error:
             # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
             if isinstance(error, RequestError) and self._alone:

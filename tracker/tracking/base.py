@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import quote, unquote
 
-from tracker.records import CellRecord, LayerRecord, Record, RunIdentity, view_name
+from tracker.records import INTACT_VIEW, CellRecord, LayerRecord, Record, RunIdentity
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -226,10 +226,11 @@ def run_key(cell: CellRecord, ablation: str) -> str:
         ablation: An ablation's name, or `cell` for the cell's own run.
 
     Returns:
-        The cell's key, the layers that the whole cell lacks, and the ablation. Layers 4 and 5
-        removed together are another run than layer 5 removed where 4 is gone already.
+        The cell's key, what tells its view from that of the intact model by the benchmark's own
+        metric, and the ablation. Layers 4 and 5 removed together are another run than layer 5
+        removed where 4 is gone already, and accuracy is another figure than normalised accuracy.
     """
-    key = f"{cell.key}/{view_name(cell.removed)}" if cell.removed else cell.key
+    key = cell.key if cell.view == INTACT_VIEW else f"{cell.key}/{cell.view}"
     return f"{key}/{ablation}"
 
 
@@ -245,7 +246,8 @@ def run_name(cell: CellRecord, layer: LayerRecord) -> str:
     """
     beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
     label = layer.label(max(2, len(str(cell.model.layers - 1))))
-    return f"{label}{beneath} · {cell.benchmark.name} · {cell.model.name}"
+    parts = (f"{label}{beneath}", cell.benchmark.name, cell.other_metric, cell.model.name)
+    return " · ".join(filter(None, parts))
 
 
 def metric_name(name: str) -> str:

@@ -104,7 +104,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
     tags = {
         FILES_TAG: files,
         "tracker.data": benchmark.data,
-        "tracker.missing": ", ".join(run.label() for run in cell.missing) or None,
+        "tracker.missing": ", ".join(cell.lacks) or None,
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
         "mlflow.loggedArtifacts": logged_tables(tables),
         "mlflow.note.content": (

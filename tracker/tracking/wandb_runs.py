@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.records import CellRecord, LayerRecord, view_name
+from tracker.records import CellRecord, LayerRecord
 from tracker.tracking.base import (
     CURVES,
     Table,
@@ -39,6 +39,7 @@ _GROUP = 128  # the server: "invalid parameters: 128 limit exceeded for GroupNam
 _NAME = 128  # a longer name of a run fails: NVIDIA-NeMo/Skills issue 842
 _TAG = 64  # wandb/sdk/wandb_settings.py, validate_run_tags
 _ARTIFACT_NAME = 128  # wandb/sdk/artifacts/_validators.py, NAME_MAXLEN
+_NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,6 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         points = {curve_name(layer, name): known[name] for name in CURVES if name in known}
         rows.append({"layer": layer.layer, **points})
     artifact = _artifact_name(cell)
-    missing = [run.label() for run in cell.missing]
     return _run(
         cell,
         "cell",
@@ -153,8 +153,12 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         charts=charts,
         outcomes=Outcomes(
             name=artifact,
-            aliases=("incomplete",) if missing else ("complete", f"documents-{cell.n}"),
-            metadata={"missing": missing, "provenance": _nested(cell.provenance), **_facts(cell)},
+            aliases=("complete", f"documents-{cell.n}") if cell.is_complete else ("incomplete",),
+            metadata={
+                "missing": list(cell.lacks),
+                "provenance": _nested(cell.provenance),
+                **_facts(cell),
+            },
             files=tuple(artifacts),
         ),
     )
@@ -217,8 +221,8 @@ def _nested(values: Mapping[str, str]) -> dict[str, str]:
 
 def _artifact_name(cell: CellRecord) -> str:
     """Name the artifact alike on every machine, with the key last, which tells cells apart."""
-    key = "-".join([view_name(cell.removed), cell.key[:12]])
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
+    key = re.sub(_NOT_IN_NAMES, "-", f"{cell.view}-{cell.key[:12]}")
+    name = re.sub(_NOT_IN_NAMES, "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
     if len(key) > _ARTIFACT_NAME // 2:
         return _fitting(f"{name}-{key}", _ARTIFACT_NAME)
     return f"{name[: _ARTIFACT_NAME - len(key) - 1]}-{key}"

@@ -1,0 +1,71 @@
+"""A results folder that tracker wrote in format 1 opens, and its numbers are what they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tracker.config import CellRequest
+from tracker.errors import ResultsError
+from tracker.ledger.store import FORMAT, Asked, Ledger
+from tracker.runner.derive import all_records
+
+OLD = Path(__file__).parent / "format1"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Ledger:
+    shutil.copytree(OLD, tmp_path / "results")
+    return Ledger.existing(tmp_path / "results")
+
+
+def test_every_number_is_what_it_was(old: Ledger) -> None:
+    then = json.loads((OLD / "records.json").read_text())
+    for before, now in zip(then, all_records(old), strict=True):
+        found = now.model_dump(mode="json")
+        for name, value in before.items():
+            if name not in ("correlations", "reasons"):
+                assert found[name] == value, name
+        for one, other in zip(before["correlations"], found["correlations"], strict=True):
+            assert {n: other[n] for n in one if n != "p_value"} == {
+                n: v for n, v in one.items() if n != "p_value"
+            }
+
+
+def test_a_view_by_another_metric_gets_a_name_of_its_own(old: Ledger) -> None:
+    """Format 1 kept the last metric that was asked for under the name of the benchmark's own."""
+    (cell,) = old.cells()
+    path = cell.folder / "requests" / "intact.json"
+    path.write_text(path.read_text().replace('"metric": null', '"metric": "acc_norm"'))
+    (cell.folder / "requests" / "without-1.json").write_text("{damaged")
+    views = [asked.view for asked in old_views(old)]
+    old.create()
+    assert [asked.view for asked in old_views(old)] == views
+    names = {path.name for path in (cell.folder / "requests").iterdir()}
+    assert names == {"intact--acc_norm.json", "without-2--acc_norm.json", "without-1.json"}
+    cell.ask(CellRequest(model="m", benchmark="b", layers=(1,)), "project")
+    assert [len(asked.view.runs) for asked in old_views(old)] == [1, 10, 2]
+
+
+def old_views(ledger: Ledger) -> list[Asked]:
+    (cell,) = ledger.cells()
+    damaged = cell.folder / "requests" / "without-1.json"
+    with pytest.raises(ResultsError, match="damaged"):
+        cell.asked()
+    text = damaged.read_text()
+    damaged.unlink()
+    views = cell.asked()
+    damaged.write_text(text)
+    return views
+
+
+def test_it_is_marked_when_something_is_written(old: Ledger) -> None:
+    """So that an older tracker says that it is too old, and not that a file is damaged."""
+    all_records(old)
+    assert json.loads((old.root / "tracker.json").read_text()) == {"format": 1}
+    old.create()
+    assert json.loads((old.root / "tracker.json").read_text()) == {"format": FORMAT}
+    test_every_number_is_what_it_was(old)

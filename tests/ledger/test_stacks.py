@@ -1,0 +1,108 @@
+"""What was measured by different versions or devices says so, and is never compared in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from tracker.config import CellRequest
+from tracker.ledger.store import Block, CellStore
+from tracker.records import CellRecord
+from tracker.report.tables import layer_table, overview_table
+from tracker.report.wording import warnings
+from tracker.tracking.mlflow_runs import cell_run, layer_run
+
+from .conftest import cell_record
+
+OLD = {"torch": "2.12.0", "platform": "Linux x86_64", "device": "cpu", "cores": "2"}
+NEW = {**OLD, "torch": "2.13.0", "cores": "64"}
+GPU = {**NEW, "device": "cuda:1"}
+DIFFERENT = "measured by different versions or devices"
+
+Measure = Callable[..., None]
+
+
+@pytest.fixture
+def measure(cell: CellStore, row: Callable[..., dict[str, object]]) -> Measure:
+    def measure(
+        documents: Sequence[int], names: Sequence[str], provenance: dict[str, str] | None
+    ) -> None:
+        about: dict[str, Any] = {} if provenance is None else {"provenance": provenance}
+        rows = [row(doc, name) for doc in documents for name in names]
+        cell.write(Block("arc_easy", 0), rows, about)
+
+    return measure
+
+
+def record(cell: CellStore, layers: Sequence[int] = (0, 1), limit: int = 4) -> CellRecord:
+    request = CellRequest(model="m", benchmark="b", layers=tuple(layers), limit=limit)
+    return cell_record(cell, request, "acc", lambda how, values: 0.0)
+
+
+def test_one_stack_is_what_the_shards_say(cell: CellStore, measure: Measure) -> None:
+    """Was: the versions of whoever made the cell, whatever measured it."""
+    assert cell.identity.provenance == {"numpy": "2.4"}
+    measure(range(4), ("baseline", "layer:0", "layer:1"), NEW)
+    found = record(cell)
+    assert found.provenance == NEW
+    assert "provenance" not in found.reasons
+    assert all(not run.reasons.get("provenance") for run in found.layers)
+
+
+def test_shards_of_format_1_are_by_whoever_made_the_cell(cell: CellStore, measure: Measure) -> None:
+    measure(range(4), ("baseline", "layer:0", "layer:1"), None)
+    assert record(cell).provenance == {"numpy": "2.4"}
+
+
+def test_only_what_is_shown_counts(cell: CellStore, measure: Measure) -> None:
+    measure(range(4), ("baseline", "layer:0", "layer:1"), OLD)
+    measure(range(4), ("layer:2",), NEW)
+    measure(range(4, 8), ("baseline", "layer:0", "layer:1"), NEW)
+    assert record(cell).provenance == OLD
+    assert record(cell, limit=8).provenance["torch"] == "2.12.0, 2.13.0"
+    assert record(cell, (0, 2)).provenance["cores"] == "2, 64"
+
+
+def test_documents_by_other_versions_are_said_but_each_is_compared_alike(
+    cell: CellStore, measure: Measure
+) -> None:
+    measure(range(2), ("baseline", "layer:0", "layer:1"), OLD)
+    measure(range(2, 4), ("baseline", "layer:0", "layer:1"), NEW)
+    found = record(cell)
+    assert found.reasons == {"provenance": f"{DIFFERENT}: torch 2.12.0, 2.13.0"}
+    assert found.is_complete
+    assert not any("provenance" in run.reasons for run in found.layers)
+    (warning,) = (line for line in warnings(found) if DIFFERENT[1:] in line)
+    assert warning.endswith(
+        "torch 2.12.0, 2.13.0. Each accuracy drop compares what was measured alike."
+    )
+
+
+def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(
+    cell: CellStore, measure: Measure
+) -> None:
+    measure(range(4), ("baseline", "layer:0"), OLD)
+    measure(range(1), ("layer:1",), OLD)
+    measure(range(1, 3), ("layer:1",), NEW)
+    measure(range(3, 4), ("layer:1",), GPU)
+    found = record(cell)
+    assert found.reasons["provenance"] == (f"{DIFFERENT}: torch 2.12.0, 2.13.0; device cpu, cuda")
+    alike, mixed = found.layers
+    assert "provenance" not in alike.reasons
+    why = (
+        "baseline and ablation of 3 of 4 documents were measured by different versions or devices: "
+        "torch 2.12.0, 2.13.0; device cpu, cuda"
+    )
+    assert mixed.reasons["provenance"] == why
+    # On the page …
+    assert any("Baseline and ablation differ in this for layer 1." in w for w in warnings(found))
+    assert f"Layer 1: {why}." in layer_table(found).notes
+    assert any(DIFFERENT in note for note in overview_table([found]).notes)
+    # … and in the runs.
+    tags = layer_run(found, mixed, "parent").tags
+    assert tags["tracker.reason.provenance"] == why
+    tags = cell_run(found, [], {}).tags
+    assert DIFFERENT in tags["tracker.reason.provenance"]
+    assert tags["tracker.provenance.torch"] == "2.12.0, 2.13.0"

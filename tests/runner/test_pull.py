@@ -1,0 +1,160 @@
+"""What comes from a tracking project is checked before it is believed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tracker.ledger.store import FORMAT
+from tracker.runner import pull as pulling
+from tracker.runner.derive import record_of
+from tracker.runner.progress import Silent
+from tracker.tracking import Target
+from tracker.tracking.base import RemoteCell
+
+(CELL,) = (Path(__file__).parents[1] / "ledger" / "format1" / "cells").iterdir()
+KEY = json.loads((CELL / "cell.json").read_text())["key"]
+
+
+class Project:
+    """A project whose server sends whatever it likes."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        for path in (CELL / "cell.json", CELL / "requests/intact.json", *CELL.glob("shards/*")):
+            shutil.copy(path, folder)
+        self.folder = folder
+        self.key = f"{KEY}/cell"
+        self.version = "1"
+
+    def cells(self) -> list[RemoteCell]:
+        return [RemoteCell(self.key, "the cell", self.version, "")]
+
+    def fetch(self, cell: RemoteCell, folder: Path) -> None:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+
+    def close(self) -> None:
+        pass
+
+    def change(self, name: str, change: Callable[[dict[str, object]], object]) -> None:
+        found = json.loads((self.folder / name).read_text())
+        change(found)
+        (self.folder / name).write_text(json.dumps(found))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    project = Project(tmp_path / "remote")
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pulling, "open_backend", lambda *_: project)
+    return project
+
+
+def pull() -> tuple[list[object], str]:
+    """The records that were pulled, and why others were not."""
+    found, failed = pulling.pull(Target("mlflow", "layers"), "layers", Silent())
+    return [record_of(*each) for each in found], "; ".join(failed.values())
+
+
+def files(project: Project) -> set[str]:
+    cache = project.folder.parent / "cache"
+    return {path.name for path in cache.glob("*/cells/*/shards/*.parquet")}
+
+
+def test_what_is_whole_is_believed(project: Project) -> None:
+    (record,), why = pull()
+    assert (why, record.n, len(record.layers)) == ("", 6, 7)
+    assert files(project) == {path.name for path in CELL.glob("shards/*")}
+
+
+def test_what_an_older_tracker_published_by_another_metric_is_still_shown(
+    project: Project,
+) -> None:
+    """It stands there under the key of the benchmark's own metric."""
+    project.change("intact.json", lambda found: found["request"].update(metric="acc_norm"))
+    (record,), why = pull()
+    assert (why, record.metric, record.view) == ("", "acc_norm", "intact--acc_norm")
+
+
+@pytest.mark.parametrize(
+    "field", [("model", "fingerprint"), ("model", "dtype"), ("benchmark", "num_fewshot"), ("key",)]
+)
+def test_an_identity_that_does_not_fit_its_key_is_refused(
+    project: Project, field: tuple[str, ...]
+) -> None:
+    """Was: whatever key a file stated was believed."""
+
+    def change(found: dict[str, object]) -> None:
+        *way, last = field
+        for name in way:
+            found = found[name]  # type: ignore[assignment]
+        found[last] = 5 if last == "num_fewshot" else "../../../elsewhere"
+
+    project.change("cell.json", change)
+    assert pull() == (
+        [],
+        "its files are not what tracker writes: its key is not that of what it describes",
+    )
+    assert not files(project)
+
+
+def test_the_files_of_another_cell_are_refused(project: Project) -> None:
+    project.key = f"{'0' * 64}/cell"
+    assert "its key is not that of what it describes" in pull()[1]
+
+
+def test_names_are_never_paths(project: Project) -> None:
+    """Was: a shard kept the name under which it came."""
+    for number, path in enumerate(sorted(project.folder.glob("*.parquet"))):
+        path.rename(path.with_name(f"..{number}.parquet"))
+    shutil.move(project.folder / "intact.json", project.folder / "..%2F.json")
+    project.change("cell.json", lambda found: found["model"].update(name="../../up"))
+    (record,), why = pull()
+    assert (why, len(record.layers)) == ("", 7)
+    assert files(project) == {path.name for path in CELL.glob("shards/*")}
+    assert not list(project.folder.parent.glob("up*"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"task": "other"}, {"doc": -1}, {"doc": 570}, {"doc": 40}, {"doc": None}, {}]
+)
+def test_a_shard_of_another_cell_is_refused(project: Project, change: dict[str, object]) -> None:
+    path = next(project.folder.glob("*.parquet"))
+    rows = pq.read_table(path).to_pylist()
+    rows[0].update(change)
+    pq.write_table(pa.Table.from_pylist(rows if change else [{"a": 1}]), path)
+    assert f"{path.name} is no shard of this cell" in pull()[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runs": [{"layer": 3}]},
+        {"runs": [{"layer": 1, "span": 3}]},
+        {"runs": [{"layer": -1}]},
+        {"runs": [{"layer": 0, "span": 0}]},
+        {"removed": [7]},
+        {"removed": [-1]},
+        {"metric": "f1"},
+    ],
+)
+def test_a_view_that_the_cell_cannot_have_is_refused(
+    project: Project, change: dict[str, object]
+) -> None:
+    view = {"metric": "acc", "runs": [], **change}
+    text = json.dumps({"format": FORMAT, "project": "p", "view": view})
+    (project.folder / "intact.json").write_text(text)
+    found, why = pull()
+    assert found == []
+    assert "not what tracker writes" in why
+
+
+def test_a_newer_trackers_cell_asks_for_an_upgrade(project: Project) -> None:
+    project.change("intact.json", lambda found: found.update(format=FORMAT + 1, more="fields"))
+    assert "newer tracker (format 3; this one knows 2); upgrade" in pull()[1]

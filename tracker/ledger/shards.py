@@ -1,0 +1,83 @@
+"""A shard's file: Parquet that says of which cell it is, who measured it, and its own digest.
+
+The file's metadata holds JSON under `tracker`:
+
+    format      how the file is written; 1 says nothing of what follows but how it was measured
+    key, task   the cell and the task that the outcomes are of
+    provenance  versions, machine and device that measured them
+    digest      SHA-256 of the whole file, every byte of it, with 64 zeros in the digest's place
+    …           how they were measured: when, in how many seconds, with which sharing
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_UNKNOWN = "0" * 64
+_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
+
+
+def shard_file(table: pa.Table, about: Mapping[str, object]) -> bytes:
+    """Lay out a shard's file.
+
+    Args:
+        table: The outcomes.
+        about: What the metadata says, but for the digest.
+
+    Returns:
+        The file.
+    """
+    metadata = {"tracker": json.dumps({**about, "digest": _UNKNOWN})}
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        # Not through the schema, of which Arrow keeps a second copy that the digest cannot reach.
+        writer.add_key_value_metadata(metadata)
+    content: bytes = sink.getvalue().to_pybytes()
+    return _with_digest(content, shard_digest(content))
+
+
+def shard_digest(content: bytes) -> str:
+    """Compute the digest of a shard's file, which its metadata should state.
+
+    Args:
+        content: The file.
+
+    Returns:
+        SHA-256 in hexadecimal; empty where the file has no place for a digest.
+    """
+    whole = _with_digest(content, _UNKNOWN)
+    return hashlib.sha256(whole).hexdigest() if whole else ""
+
+
+def read_shard(
+    content: bytes, columns: Sequence[str] | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Read a shard's file; the digest is not looked at.
+
+    Args:
+        content: The file.
+        columns: Only these columns; None = all.
+
+    Returns:
+        The outcomes, and what the metadata says.
+    """
+    file = pq.ParquetFile(pa.BufferReader(content))
+    about = (file.metadata.metadata or {}).get(b"tracker", b"{}")
+    return file.read(columns=columns), json.loads(about)
+
+
+def _with_digest(content: bytes, digest: str) -> bytes:
+    # The metadata comes last in the file, so a text that looks like it comes before.
+    places = [found.span(1) for found in _DIGEST.finditer(content)]
+    if not places:
+        return b""
+    start, end = places[-1]
+    return content[:start] + digest.encode() + content[end:]
