@@ -248,6 +248,12 @@ class CellRecord(Record):
     """Runs that are part of what was asked for and are not measured yet."""
     provenance: dict[str, str]
     """Package versions, machine and device that measured the outcomes; where they differ, each."""
+    compared: int = 0
+    """Answers to documents drawn at random that were asked again on a really pruned model."""
+    compared_difference: float | None = None
+    """The largest difference of a log-likelihood among them, in nats."""
+    compared_unsteady: int = 0
+    """How many of them differ by more than rounding because the model itself is discontinuous."""
     reasons: dict[str, str] = {}
 
     @property

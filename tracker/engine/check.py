@@ -269,23 +269,9 @@ def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
     return {(document.task, document.index) for document in (*some, *first.values())}
 
 
-def drawn_ablation(document: Document, ablations: int, seed: str) -> int:
-    """Draw the ablation under which a document is answered both ways.
-
-    Args:
-        document: The document.
-        ablations: How many there are.
-        seed: Decides, with the document.
-
-    Returns:
-        Which one.
-    """
-    return random.Random(f"{seed}/{document.task}/{document.index}").randrange(ablations)
-
-
 def watch(
     engine: Engine, scores: Sequence[DocumentScores], ablations: Sequence[Ablation], seed: str
-) -> Comparison:
+) -> Iterator[tuple[DocumentScores, int, Comparison]]:
     """Answer measured documents again on a really pruned model, each under one ablation.
 
     Args:
@@ -294,12 +280,15 @@ def watch(
         ablations: Under which ablations.
         seed: Decides which ablation.
 
-    Returns:
-        The comparison.
+    Yields:
+        Each document's scores, which ablation it was, and the comparison of all its requests.
     """
-    truth, found = Truth(engine), Comparison()
+    truth = Truth(engine)
     for score in scores:
-        number = drawn_ablation(score.document, len(ablations), seed)
+        number = random.Random(f"{seed}/{score.document.task}/{score.document.index}").randrange(
+            len(ablations)
+        )
+        found = Comparison()
         for request in range(len(score.document.requests)):
             found += _compare(engine, truth, score, number, ablations[number], request)
-    return found
+        yield score, number, found

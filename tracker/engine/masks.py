@@ -51,14 +51,13 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
     Returns:
         What they see.
     """
-    shapes: list[Any] = []
+    shapes: dict[int, Any] = {}
     seen: list[Any] = [None] * len(layers)
 
-    def noting(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            shapes.append(output)
-            return output
+            shapes[index] = forward(*args, **kwargs)
+            return shapes[index]
 
         return call
 
@@ -76,9 +75,11 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
         return {"input_ids": torch.zeros(1, length, dtype=torch.long, device=device)}
 
     with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(replaced_forward(layer, noting(layer.forward)))
+        for index, layer in enumerate(layers):
+            stack.enter_context(replaced_forward(layer, noting(index, layer.forward)))
         base(**text(2), use_cache=False)
+    if len(shapes) < len(layers):
+        raise RefusalError(f"only {len(shapes)} of its {len(layers)} layers run on plain text")
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(replaced_forward(layer, passing(index, shapes[index])))

@@ -12,6 +12,8 @@ METRIC = "metric/"
 """Columns that start so hold the task's metrics under lm-eval's names."""
 PROVENANCE = "provenance"
 """What `CellStore.read` adds: who measured the outcome, as JSON; it stands in a shard once."""
+COMPARED = ("compared", "difference", "unsteady")
+"""What is known of the outcomes that were answered again on a really pruned model."""
 PROXY_SUMS = ("cosine_similarity_sum", "angular_distance_sum", "relative_update_sum")
 """Per layer, summed over `proxy_tokens` tokens; only in the baseline's rows."""
 
@@ -22,6 +24,7 @@ def outcome_row(
     responses: Sequence[Response],
     metrics: Mapping[str, float | str | None],
     proxies: tuple[int, Sequence[Sequence[float]]] | None,
+    compared: tuple[int, float, int] | None = None,
 ) -> dict[str, object]:
     """Lay out one outcome.
 
@@ -31,6 +34,8 @@ def outcome_row(
         responses: The model's responses to the document's requests.
         metrics: What the task makes of them.
         proxies: For the baseline: tokens, and the sums [3][layers] in the order of `PROXY_SUMS`.
+        compared: Of an outcome that was answered again on a really pruned model: how many answers,
+            the largest difference in nats, and how many differ where the model is discontinuous.
 
     Returns:
         Column → value.
@@ -51,6 +56,7 @@ def outcome_row(
     tokens, sums = proxies if proxies is not None else (None, (None,) * len(PROXY_SUMS))
     row["proxy_tokens"] = tokens
     row.update(zip(PROXY_SUMS, sums, strict=True))
+    row.update(zip(COMPARED, compared or (None,) * len(COMPARED), strict=True))
     return row
 
 
@@ -65,6 +71,7 @@ _SCHEMA = {
     "greedy": pa.list_(pa.bool_()),
     "text": pa.string(),
     "proxy_tokens": pa.int32(),
+    **dict(zip(COMPARED, (pa.int32(), pa.float64(), pa.int32()), strict=True)),
     **dict.fromkeys(PROXY_SUMS, pa.list_(pa.float64())),
 }
 

@@ -82,6 +82,19 @@ class _Outcomes:
         self.missing = [run for run in view.runs if not self.has(self.ablation(run))]
         self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
 
+    def comparisons(self) -> dict[str, Any]:
+        """What is known of outcomes that were answered again on a really pruned model."""
+        rows = pd.concat(self._rows.values()) if self._rows else pd.DataFrame()
+        # Shards from before lack the columns.
+        counted = rows["compared"].dropna() if "compared" in rows else pd.Series(dtype=float)
+        if not len(counted):
+            return {}
+        return {
+            "compared": int(counted.sum()),
+            "compared_difference": float(rows["difference"].max()),
+            "compared_unsteady": int(rows["unsteady"].sum()),
+        }
+
     def ablation(self, run: RunIdentity) -> Ablation:
         """What a run removes, with all that lies beneath."""
         return ablation_of(run, self._removed)
@@ -164,6 +177,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         "n": n,
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
+        **outcomes.comparisons(),
         "provenance": united(outcomes.stacks),
     }
     if not n:

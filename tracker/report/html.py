@@ -19,7 +19,7 @@ from tracker.records import CellRecord
 from tracker.report import leaderboard, sections, tables, wording
 from tracker.report.charts.style import TEMPLATE
 from tracker.report.downloads import layer_files, packed_json
-from tracker.report.sentences import agreement_sentence
+from tracker.report.sentences import agreement_sentence, compared_sentence
 
 _OPEN_CELLS = 12
 """With more cells than this, their sections are closed at first."""
@@ -88,6 +88,7 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
         csv=csv,
         parquet=parquet,
         summary=wording.summary(cells),
+        compared=compared_sentence(cells),
         agreements=[agreement_sentence(one) for one in leaderboard.agreements(cells)],
         rules=leaderboard,
         overview=tables.overview_table(cells),

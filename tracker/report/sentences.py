@@ -53,6 +53,36 @@ def ranks_differ(cells: Sequence[CellRecord]) -> str:
     return f"rank by cosine score against true rank; {_differ(found)}"
 
 
+def compared_sentence(cells: Sequence[CellRecord]) -> str:
+    """Say what was answered both ways while it was measured, and how far the answers differ.
+
+    Args:
+        cells: The cells of a page.
+
+    Returns:
+        A sentence.
+    """
+    compared = sum(cell.compared for cell in cells)
+    if not compared:
+        return "Nothing here was answered again on a really pruned model: an older tracker did not."
+    largest = max(cell.compared_difference or 0.0 for cell in cells)
+    unsteady = sum(cell.compared_unsteady for cell in cells)
+    without = sum(not cell.compared for cell in cells)
+    text = (
+        f"While it was measured, {counted(compared, 'answer')} to documents drawn at random were "
+        "asked again of a model from which the layers were really taken out; the largest difference "
+        f"of a log-likelihood is {largest:.1e} nats."
+    )
+    if unsteady:
+        text += (
+            f" {unsteady} of them differ by more than rounding because the model is discontinuous "
+            "there, in lm-eval too."
+        )
+    if without:
+        text += f" {counted(without, 'cell')} come from an older tracker, which compared nothing."
+    return text
+
+
 def critical_sentence(board: LayerBoard) -> str:
     """Name the layers that matter most to a model, and those that it is better off without.
 

@@ -367,6 +367,7 @@ def provenance_table(cell: CellRecord) -> Table:
         "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
         "documents measured": f"{cell.n:,}",
         "tokens behind the proxies": f"{cell.tokens:,}",
+        "answered again on a really pruned model": _compared(cell),
     }
     if len(benchmark.tasks) > 1:
         facts["group accuracy"] = (
@@ -378,6 +379,13 @@ def provenance_table(cell: CellRecord) -> Table:
     pairs = [*facts.items(), *cell.provenance.items()]
     rows = [(Value(name), Value(text)) for name, text in pairs]
     return Table(f"{cell.title}: what the numbers depend on.", texts("what", "value"), tuple(rows))
+
+
+def _compared(cell: CellRecord) -> str:
+    """Say how many answers were compared, and how far they differ."""
+    if cell.compared_difference is None:
+        return "nothing (an older tracker)"
+    return f"{cell.compared:,} answers, at most {cell.compared_difference:.1e} nats apart"
 
 
 def task_table(cell: CellRecord) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -191,33 +191,39 @@ class Meter:
         rows = [
             row
             for result in results
-            for row in self._rows(result, scored, keep_baseline=INTACT.name in names)
+            for row in self._rows(result, scored, watched, keep_baseline=INTACT.name in names)
         ]
         metadata: dict[str, object] = {
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": f"{time.perf_counter() - start:.3f}",
             "provenance": self.facts.provenance,
             "sharing": str(scorer.engine.sharing),
-            "compared": str(watched.compared),
-            "difference": str(watched.difference),
-            "unsteady": str(watched.unsteady),
         }
         return Shard(rows, metadata)
 
-    def _watched(self, results: Sequence[DocumentScores], scored: Sequence[Ablation]) -> Comparison:
+    def _watched(
+        self, results: Sequence[DocumentScores], scored: Sequence[Ablation]
+    ) -> dict[tuple[Place, Ablation], Comparison]:
         """Answer some of the documents again on really pruned models."""
         assert self._scorer is not None
         some = [r for r in results if (r.document.task, r.document.index) in self._watch]
-        found = self._scorer.watch(some, scored, self.facts.model.fingerprint)
-        if found.wrong is not None:
-            raise CellError(
-                f"stopped, because sharing is not exact here: {found.wrong}. What was measured of "
-                "this cell is not to be trusted; please report this line"
-            )
+        seed = self.facts.model.fingerprint
+        found = {}
+        for result, ablation, comparison in self._scorer.watch(some, scored, seed):
+            if comparison.wrong is not None:
+                raise CellError(
+                    f"stopped, because sharing is not exact here: {comparison.wrong}. What was "
+                    "measured of this cell is not to be trusted; please report this line"
+                )
+            found[(result.document.task, result.document.index), ablation] = comparison
         return found
 
     def _rows(
-        self, result: DocumentScores, scored: Sequence[Ablation], keep_baseline: bool
+        self,
+        result: DocumentScores,
+        scored: Sequence[Ablation],
+        watched: Mapping[tuple[Place, Ablation], Comparison],
+        keep_baseline: bool,
     ) -> list[dict[str, object]]:
         rows = []
         for ablation, responses in zip(scored, result.responses, strict=True):
@@ -227,5 +233,9 @@ class Meter:
             if ablation == INTACT:
                 proxies = (result.proxy_tokens, result.proxy_sums.tolist())
             metrics = self._benchmark.outcomes(result.document, responses)
-            rows.append(outcome_row(result.document, ablation.name, responses, metrics, proxies))
+            both = watched.get(((result.document.task, result.document.index), ablation))
+            compared = (both.compared, both.difference, both.unsteady) if both else None
+            rows.append(
+                outcome_row(result.document, ablation.name, responses, metrics, proxies, compared)
+            )
         return rows

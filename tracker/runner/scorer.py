@@ -13,7 +13,7 @@ import torch
 from tracker.ablations import Ablation
 from tracker.benchmarks.generation import TextGenerator
 from tracker.documents import Document, Prompt
-from tracker.engine.check import Kept, check, drawn_ablation, watch
+from tracker.engine.check import Kept, check, watch
 from tracker.engine.refusal import refused
 from tracker.engine.sweep import DocumentScores, Engine
 from tracker.engine.truth import Comparison, shaken
@@ -76,7 +76,7 @@ class Scorer:
 
     def watch(
         self, results: Sequence[DocumentScores], ablations: Sequence[Ablation], seed: str
-    ) -> Comparison:
+    ) -> Iterator[tuple[DocumentScores, Ablation, Comparison]]:
         """Answer measured documents again on a really pruned model, each under one ablation.
 
         Args:
@@ -84,31 +84,16 @@ class Scorer:
             ablations: Under which ablations.
             seed: Decides which ablation.
 
-        Returns:
-            The comparison; of a generated text only whether it is the same.
+        Yields:
+            Each document's result, the ablation, and the comparison; of a generated text only
+            whether it is the same.
         """
-        found = watch(self.engine, results, ablations, seed)
-        if self.generation is None:
-            return found
-        for result in results:
-            prompt = result.document.prompt
-            if prompt is None:
-                continue
-            number = drawn_ablation(result.document, len(ablations), seed)
-            ours, ablation = result.responses[number][0].text, ablations[number]
-            theirs = self.generation.text_apart(prompt, ablation)
-            if ours == theirs:
-                found += Comparison(1)
-            elif self.generation.is_unsteady(prompt, ablation, theirs):
-                found += Comparison(1, unsteady=1)
-            else:
-                document = result.document
-                found += Comparison(
-                    1,
-                    wrong=f"document {document.index} of {document.task}, {ablation.name}: "
-                    f"{ours!r} together, {theirs!r} on the really pruned model",
-                )
-        return found
+        for result, number, found in watch(self.engine, results, ablations, seed):
+            ablation, prompt = ablations[number], result.document.prompt
+            if prompt is not None and self.generation is not None:
+                text = result.responses[number][0].text
+                found += self.generation.compare(prompt, ablation, text)
+            yield result, ablation, found
 
     @staticmethod
     def responses(document: Document) -> int:
@@ -251,6 +236,25 @@ class Generation:
         if len(differing) > (0 if exact else len(truth) / 2):
             return apart, f"generating together changes {len(differing)} of {len(truth)} texts"
         return self, None
+
+    def compare(self, prompt: Prompt, ablation: Ablation, text: str | None) -> Comparison:
+        """Hold a text against what a really pruned model generates.
+
+        Args:
+            prompt: What was continued.
+            ablation: What the model lacked.
+            text: How it was continued.
+
+        Returns:
+            The comparison.
+        """
+        theirs = self.text_apart(prompt, ablation)
+        if text == theirs:
+            return Comparison(1)
+        if self.is_unsteady(prompt, ablation, theirs):
+            return Comparison(1, unsteady=1)
+        wrong = f"{ablation.name}: {text!r} together, {theirs!r} on the really pruned model"
+        return Comparison(1, wrong=wrong)
 
     def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:
         """Say whether rounding alone lets a pruned model continue otherwise.

@@ -348,6 +348,8 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
     return {
         "n": cell.n,
         "tokens": cell.tokens,
+        "compared": cell.compared,
+        "compared_difference": cell.compared_difference,
         "removed_accuracy": cell.removed_accuracy,
         "removed_low": cell.removed_low,
         "removed_high": cell.removed_high,
