@@ -383,14 +383,15 @@ def _as_cut(engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, nam
             continue
         if other is None and one is None:
             raise CellError(
-                f"{name} does not run without {_named(ablation)} ({why or why_not}); leave it out of "
-                "'layer'"
+                f"{name} does not run without {_named(ablation)} ({why or why_not}); leave it out "
+                "of 'layer'"
             )
         wrong.append((ablation, why or "it is not the model that it was without the layer"))
     if wrong and by_nature:
         ablation, why = wrong[0]
         raise CellError(
-            f"{name} cannot be cut to be without {_named(ablation)} ({why}); leave it out of 'layer'"
+            f"{name} cannot be cut to be without {_named(ablation)} ({why}); leave it out of "
+            "'layer'"
         )
     if by_nature:
         lost = "a checkpoint without a layer is not the model that skips it, so nothing is shared"

@@ -70,8 +70,8 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     without = sum(not cell.compared for cell in cells)
     text = (
         f"While it was measured, {counted(compared, 'answer')} to documents drawn at random were "
-        "asked again of a model from which the layers were really taken out; the largest difference "
-        f"of a log-likelihood is {largest:.1e} nats."
+        "asked again of a model from which the layers were really taken out; the largest "
+        f"difference of a log-likelihood is {largest:.1e} nats."
     )
     if unsteady:
         text += (

@@ -1,0 +1,78 @@
+"""Documents drawn at random are answered both ways while a cell is measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import tracker
+from tracker.engine.score import score_row
+from tracker.ledger.store import Ledger
+from tracker.runner.derive import all_records
+from tracker.runner.meter import Meter
+
+
+def test_the_record_and_the_page_say_what_was_compared(tiny_llama, experiment, tmp_path):
+    file = experiment(tiny_llama(), benchmark=["arc_easy"], limit=40)
+    results = tmp_path / "results"
+    tracker.run(file, results=results, track=[])
+    (record,) = all_records(Ledger(results))
+    assert record.compared == 4, "of 40 documents one is drawn; it has four answers"
+    assert 0 <= record.compared_difference < 1e-3
+    assert record.compared_unsteady == 0
+    page = (results / "report.html").read_text()
+    assert "4 answers to documents drawn at random were asked again" in page
+    assert f"{record.compared_difference:.1e} nats" in page
+
+
+def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
+    tiny_llama, experiment, tmp_path, monkeypatch
+):
+    """Sharing that was exact for the check is not for the document that is drawn."""
+    measuring = []
+    honest = Meter.measure
+
+    def measure(self, *args):
+        measuring.append(True)
+        return honest(self, *args)
+
+    def shifted(*args):
+        scores = score_row(*args)
+        return replace(scores, loglikelihoods=scores.loglikelihoods + 0.05 * bool(measuring))
+
+    monkeypatch.setattr(Meter, "measure", measure)
+    monkeypatch.setattr("tracker.engine.sweep.score_row", shifted)
+    published = []
+    monkeypatch.setattr(
+        "tracker.runner.publish.Publisher.begin", lambda *args: published.append(args)
+    )
+    results = tmp_path / "results"
+    done = tracker.run(experiment(tiny_llama(), limit=20), results=results, track=["mlflow"])
+    (why,) = done.outcome.failed.values()
+    assert "stopped, because sharing is not exact here: document" in why
+    assert "on the really pruned model" in why
+    assert measuring
+    assert not published
+    (store,) = Ledger(results).cells()
+    assert not store.shards(), "the block is not kept"
+
+
+def test_the_attack_is_made_once_a_results_folder(tiny_llama, experiment, tmp_path, monkeypatch):
+    from tracker.engine import check
+
+    made = []
+
+    def counted(*args):
+        made.append(1)
+        return honest(*args)
+
+    honest = check.attack
+    monkeypatch.setattr(check, "attack", counted)
+    model, results = tiny_llama(), tmp_path / "results"
+    for limit in (8, 40):
+        done = tracker.run(experiment(model, limit=limit), results=results, track=[])
+        assert not done.outcome.failed
+    assert made == [1]
+    (kept,) = (results / "checks").iterdir()
+    kept.write_bytes(b"\xff\x00")
+    tracker.run(experiment(model, limit=48), results=results, track=[])
+    assert made == [1, 1]
