@@ -37,9 +37,10 @@ class Client:
             "WANDB_SILENT": "true",
             "WANDB_ERROR_REPORTING": "false",
         }
-        # The code and the threads of the process that compares: figures agree to the last digit.
-        same = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-        self.environment |= {name: value for name, value in same.items() if value}
+        # The code, threads and kernels of the process that compares: figures agree to the last
+        # digit.
+        same = ("PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_")
+        self.environment |= {n: value for n, value in os.environ.items() if n.startswith(same)}
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
             self.environment[f"WANDB_{name}"] = str(folder / name.lower())
             (folder / name.lower()).mkdir()
