@@ -29,7 +29,7 @@ VERDICT = TypeAdapter(Verdict)
 """Verdicts as JSON."""
 DOCUMENTS = 3
 """Real documents that the model itself is confirmed on."""
-TOKENS = 400
+TOKENS = 150
 """Tokens that each ablation is asked, at least one request."""
 SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
 """Nats, and share of itself, by which an answer may differ for rounding."""
