@@ -9,7 +9,7 @@ shared and on models that were really changed.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -185,8 +185,7 @@ def _attack_small(
         first=tuple(sorted(found.first)),
     )
     models = [small, *shortened(small, found.matters)]
-    engines = [_engine(engine, each, verdict) for each in models]
-    verdict = _as_cut(engines[0], ablations, verdict, name)
+    verdict = _as_cut(_engine(engine, small, verdict), ablations, verdict, name)
     for each in models:
         verdict = _attacked(_engine(engine, each, verdict), ablations, verdict, name)
     return verdict
@@ -222,56 +221,84 @@ def _attacked(
 ) -> Verdict:
     """Lower a verdict to what this model computes exactly."""
     vocabulary = engine.loaded.model.get_input_embeddings().num_embeddings
-    longest = engine.max_length
     if verdict.attacked == "the model":
-        calls = [_texts(random.Random(0), vocabulary, (), longest)[:4]]
+        calls = [_texts(random.Random(0), vocabulary, (), engine.max_length)[:4]]
+        asked = list(_asked(calls, ablations, whole=1, some=1))
     else:
-        calls = _calls(vocabulary, longest)
+        calls = _calls(vocabulary, engine.max_length)
+        asked = list(_asked(calls, ablations, WHOLE, SOME))
     truth = Truth(engine)
-    asked = list(_asked(calls, ablations))
-    reasons = [verdict.lost] if verdict.lost else []
-    start = next((i for i, (way, _) in enumerate(WAYS) if way == verdict.sharing), len(WAYS))
-    for sharing, what in (*WAYS[start:], (PLAIN, "")):
+
+    def compare(sharing: Sharing) -> Comparison:
+        found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)
+        if sharing == PLAIN and found.wrong:
+            # Nothing is shared: what differs is the miniature, by the shape of the call.
+            return replace(found, unsteady=found.unsteady + 1, wrong=None)
+        if sharing != PLAIN and found.unsteady > OFTEN * found.compared:
+            return replace(found, wrong="too often discontinuous")
+        return found
+
+    sharing, found, reasons = most_sharing(verdict.sharing, name, compare)
+    return replace(
+        verdict,
+        sharing=sharing,
+        lost="; ".join(dict.fromkeys(filter(None, (verdict.lost, *reasons)))) or None,
+        difference=max(found.difference, verdict.difference),
+        compared=verdict.compared + found.compared,
+        unsteady=verdict.unsteady + found.unsteady,
+    )
+
+
+def most_sharing(
+    start: Sharing, name: str, compare: Callable[[Sharing], Comparison]
+) -> tuple[Sharing, Comparison, list[str]]:
+    """Find the most sharing that gives the numbers of the really pruned model.
+
+    Args:
+        start: The most that is tried.
+        name: The model's class.
+        compare: Compares some answers that are computed with such sharing.
+
+    Returns:
+        The sharing, what was compared with it, and why more was lost.
+
+    Raises:
+        CellError: The model does not run even with nothing shared.
+    """
+    reasons = []
+    first = next((i for i, (way, _) in enumerate(WAYS) if way == start), len(WAYS))
+    for sharing, what in WAYS[first:]:
         try:
-            compared = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)
+            found = compare(sharing)
         except Exception as error:
             why = refused(error)
             if why is None:
                 raise
-            if sharing == PLAIN:
-                raise CellError(f"{name} cannot be asked one request at a time: {why}") from error
             reasons.append(f"sharing over {what} is refused by the model ({why})")
             continue
-        if sharing == PLAIN and compared.wrong:
-            # Nothing is shared: what differs is the miniature, by the shape of the call.
-            compared = replace(compared, unsteady=compared.unsteady + 1, wrong=None)
-        if sharing != PLAIN and compared.unsteady > OFTEN * compared.compared:
-            reasons.append(
-                f"sharing over {what} meets the model's own discontinuities in "
-                f"{compared.unsteady} of {compared.compared} answers"
-            )
-            continue
-        if compared.wrong is None:
-            return replace(
-                verdict,
-                sharing=sharing,
-                lost="; ".join(dict.fromkeys(reasons)) or None,
-                difference=max(compared.difference, verdict.difference),
-                compared=verdict.compared + compared.compared,
-                unsteady=verdict.unsteady + compared.unsteady,
-            )
-        reasons.append(
-            f"sharing over {what} changes a log-likelihood by {compared.difference:.3g} nats"
-        )
-    raise AssertionError("the plain way is the last")
+        if found.wrong is None:
+            return sharing, found, reasons
+        said = f"sharing over {what} changes a log-likelihood by {found.difference:.3g} nats"
+        if found.unsteady:
+            said += f", mostly where the model is discontinuous ({found.unsteady} answers)"
+        reasons.append(said)
+    try:
+        return PLAIN, compare(PLAIN), reasons
+    except Exception as error:
+        why = refused(error)
+        if why is None:
+            raise
+        raise CellError(f"{name} cannot be asked one request at a time: {why}") from error
 
 
 _Place = tuple[int, int, int, int]
 """Which ablation, call, document and request."""
 
 
-def _asked(calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation]) -> Iterator[_Place]:
-    """What is compared: of some ablations every request, of each some."""
+def _asked(
+    calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation], whole: int, some: int
+) -> Iterator[_Place]:
+    """What is compared: of `whole` ablations every request, of each other `some`."""
     every = [
         (c, d, r)
         for c, documents in enumerate(calls)
@@ -279,9 +306,9 @@ def _asked(calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation]) -
         for r in range(len(document.requests))
     ]
     draw = random.Random(0)
-    step = max(1, len(ablations) // WHOLE)
+    step = max(1, len(ablations) // whole)
     for number in range(len(ablations)):
-        chosen = every if number % step == 0 else draw.sample(every, min(SOME, len(every)))
+        chosen = every if number % step == 0 else draw.sample(every, min(some, len(every)))
         for place in chosen:
             yield (number, *place)
 

@@ -17,9 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Request
-from tracker.engine.attack import WAYS, Verdict, attack, attack_key, reachable
+from tracker.engine.attack import Verdict, attack, attack_key, most_sharing, reachable
 from tracker.engine.habits import Path
-from tracker.engine.refusal import refused
 from tracker.engine.rows import common_beginning, tree_rows
 from tracker.engine.sweep import PLAIN, DocumentScores, Engine
 from tracker.engine.truth import Comparison, Truth
@@ -87,35 +86,19 @@ def check(
     """
     model = engine.loaded.model
     verdict = _verdict(engine, ablations, reachable(model, reach(engine, documents)), kept)
-    engine = replace(engine, sharing=verdict.sharing, habits=verdict.habits(model))
-    few = _few(documents)
-    reasons = [verdict.lost] if verdict.lost else []
-    start = next((i for i, (way, _) in enumerate(WAYS) if way == verdict.sharing), len(WAYS))
-    for sharing, what in (*WAYS[start:], (PLAIN, "")):
-        shared = engine.with_sharing(sharing)
-        try:
-            found = _confirm(shared, few, ablations)
-        except Exception as error:
-            why = refused(error)
-            if why is None:
-                raise
-            if sharing == PLAIN:
-                raise CellError(f"{type(model).__name__} does not run: {why}") from error
-            reasons.append(f"sharing over {what} is refused by the model ({why})")
-            continue
-        if found.wrong is None:
-            return Check(
-                shared,
-                max(found.difference, verdict.difference),
-                "; ".join(reasons) or None,
-                _unsteady(found + Comparison(verdict.compared, unsteady=verdict.unsteady)),
-            )
-        if sharing == PLAIN:
-            raise CellError(f"{type(model).__name__} contradicts itself: {found.wrong}")
-        reasons.append(
-            f"sharing over {what} changes a log-likelihood by {found.difference:.3g} nats"
-        )
-    raise AssertionError("the plain way is the last")
+    engine = replace(engine, habits=verdict.habits(model))
+    few, name = _few(documents), type(model).__name__
+    sharing, found, reasons = most_sharing(
+        verdict.sharing, name, lambda way: _confirm(engine.with_sharing(way), few, ablations)
+    )
+    if found.wrong is not None:
+        raise CellError(f"{name} contradicts itself: {found.wrong}")
+    return Check(
+        engine.with_sharing(sharing),
+        max(found.difference, verdict.difference),
+        "; ".join(filter(None, (verdict.lost, *reasons))) or None,
+        _unsteady(found + Comparison(verdict.compared, unsteady=verdict.unsteady)),
+    )
 
 
 def _verdict(
