@@ -611,6 +611,11 @@ def test_the_digest_depends_on_content_alone(make_cell: CellMaker) -> None:
     assert content_digest(same) == content_digest(cell)
     assert content_digest(make_cell(n=161)) != content_digest(cell)
     assert content_digest(cell, "a") != content_digest(cell, "b")
+    # The last bit is that of the processor's arithmetic; the tenth digit is a figure's own.
+    for factor, equal in ((1 + 2**-52, True), (1 + 1e-8, False)):
+        other = cell.model_copy(update={"baseline_accuracy": cell.baseline_accuracy * factor})
+        assert other != cell
+        assert (content_digest(other) == content_digest(cell)) == equal
 
 
 def test_open_backend(tmp_path: Path, make_cell: CellMaker, template: Path) -> None:

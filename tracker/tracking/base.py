@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, unquote
 
 from tracker.records import INTACT_VIEW, CellRecord, LayerRecord, Record, RunIdentity
@@ -36,6 +36,8 @@ CURVES = (
 )
 """Fields of a `LayerRecord` that a cell's run shows as curves over the layers."""
 
+DIGITS = 10
+"""Significant digits by which a published figure is another one."""
 _CURVE = re.compile(rf"(attention/|mlp/)?(span\d+/)?({'|'.join(CURVES)})")
 
 _LAYER_VALUES = (*CURVES, "mcnemar_p")
@@ -299,11 +301,20 @@ def content_digest(record: Record, *also: str) -> str:
         *also: Whatever else the published run depends on.
 
     Returns:
-        SHA-256 of the canonical JSON, in hexadecimal.
+        SHA-256 of the canonical JSON, in hexadecimal; figures count to `DIGITS` digits, since the
+        last ones are those of the processor's own arithmetic.
     """
-    content = [record.model_dump(mode="json"), *also]
+    content = [_rounded(record.model_dump(mode="json")), *also]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def defined(values: Mapping[str, float | None]) -> dict[str, float]:
