@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -263,6 +264,16 @@ def test_plan_counts_what_is_executed(cli, tiny_llama, experiment, tmp_path):
     # The baseline six requests, each of four ablations one, and four once more while measuring.
     assert 4 * 14 * 20 < planned.cost.check_layer_passes < 4 * 14 * 200
     assert not planned.measured
+
+
+def test_plan_counts_two_metrics_of_a_cell_once(cli, tiny_llama, experiment, tmp_path):
+    file = experiment(tiny_llama(), metric=["acc", "acc_norm"])
+    result = cli("plan", file, "--gflops", "1e-3", "--results", tmp_path / "results")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("as above") == 1
+    one = cli("plan", experiment(tiny_llama("other")), "--gflops", "1e-3")
+    hours = [re.search(r"at least ([0-9.]+ \w+)", out.output)[1] for out in (result, one)]
+    assert hours[0] == hours[1]
 
 
 def test_wrong_requests_are_refused_and_nothing_is_written(cli, tiny_llama, experiment, tmp_path):

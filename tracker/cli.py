@@ -824,7 +824,7 @@ def _print_plan(console: Console, cells: Sequence[PlannedCell], gflops: float | 
     seconds = 0.0
     for cell in cells:
         cost = cell.cost
-        spent = 0.0 if cell.measured else cost.flops / rate
+        spent = 0.0 if cell.measured or cell.shared else cost.flops / rate
         seconds += spent
         table.add_row(
             cell.request.model,
@@ -837,7 +837,11 @@ def _print_plan(console: Console, cells: Sequence[PlannedCell], gflops: float | 
             f"{cost.naive_flops / cost.flops:.1f} × the TFLOP",
             f"{100 * cost.check_layer_passes / cost.layer_passes:.1f} %",
             f"{cost.peak_bytes / 2**30:.1f} GiB",
-            "measured already" if cell.measured else _duration(spent),
+            "measured already"
+            if cell.measured
+            else "as above"
+            if cell.shared
+            else _duration(spent),
         )
     console.print(table)
     console.print(

@@ -25,12 +25,14 @@ class PlannedCell:
         request: The cell.
         runs: How many tracked runs it has.
         measured: Whether the ledger holds all of it already.
+        shared: Whether it is another metric of a cell that stands before it: measured with it.
         cost: The work of the whole cell, measured or not.
     """
 
     request: CellRequest
     runs: int
     measured: bool
+    shared: bool
     cost: Cost
 
 
@@ -58,8 +60,12 @@ def plan(
     asked = [look_up(request, ledger) for request in requests]
     check_layers(asked, trust_remote_code)
     planned = []
+    before: set[CellRequest] = set()
     for cell in asked:
         request = cell.request
+        one = request.model_copy(update={"metric": None})
+        shared = one in before
+        before.add(one)
         benchmark = open_benchmark(request)
         chosen_metric(benchmark.identity, request.metric)
         layers = read_config(cell.source, trust_remote_code).num_hidden_layers
@@ -71,6 +77,6 @@ def plan(
             raise ModelError(f"{request.title} has no documents")
         found = cost(model, documents, ablations, encoder.max_length)
         planned.append(
-            PlannedCell(request, len(list(removals(request, layers))), cell.complete, found)
+            PlannedCell(request, len(list(removals(request, layers))), cell.complete, shared, found)
         )
     return planned
