@@ -155,17 +155,6 @@ def test_requests_of_different_sides_share_no_row_and_each_comes_once():
     assert sorted(d for row in rows for d, _ in row.gold) == list(range(12))
 
 
-def test_lengths_have_sides():
-    assert Lengths().side(5) == Lengths().side(5000)
-    two = Lengths((10, 20))
-    assert len({two.side(n) for n in (9, 10, 11, 20, 21)}) == 5
-    assert two.side(11) == two.side(19)
-    each = Lengths((10,), each=True)
-    assert each.side(3) == each.side(9)
-    assert len({each.side(n) for n in (9, 10, 11, 12)}) == 4
-    assert Lengths((), each=True).side(3) != Lengths((), each=True).side(4)
-
-
 def test_a_model_that_no_call_changes_has_no_habits(tiny_model):
     model = tiny_model("llama")
     engine = Engine(loaded(model), MAX_LENGTH)

@@ -46,12 +46,18 @@ def seen(row: Row, node: int, beginning: Tokens) -> Tokens:
 
 
 def hold(
-    rows: Iterable[Row], documents: Sequence[Document], max_length: int, beginning: Tokens = ()
+    rows: Iterable[Row],
+    documents: Sequence[Document],
+    max_length: int,
+    beginning: Tokens = (),
+    lengths: Lengths = ANY_LENGTH,
 ) -> None:
     """Check that rows ask each request, and measure each document, once and by its own text."""
     predicted: dict[tuple[int, int], list[Tokens]] = {}
     measured: dict[int, list[Tokens]] = {}
     for row in rows:
+        reached = {len(text(documents[d].requests[i], max_length)) - 1 for d, i in row.requests}
+        assert row.ancestors is None or row.ancestors.dtype == torch.bool
         assert len(row.keep) == len(row.keep.unique())
         assert row.input_ids.dtype == row.keep.dtype == row.predictor.dtype == torch.long
         assert row.predicted.dtype == row.owner.dtype == torch.long
@@ -67,6 +73,8 @@ def hold(
             # What was read apart is measured where it is read.
             skipped = [beginning[: end + 1] for end in range(row.prefix)]
             measured.setdefault(number, []).extend(skipped + found)
+            reached.add(len(found[-1]))
+        assert len({lengths.side(tokens) for tokens in reached}) == 1
     for number, each in enumerate(documents):
         paths = []
         for index, request in enumerate(each.requests):
@@ -83,6 +91,17 @@ def hold(
     assert not measured
 
 
+def test_lengths_have_sides():
+    assert Lengths().side(5) == Lengths().side(5000)
+    two = Lengths((10, 20))
+    assert len({two.side(n) for n in (9, 10, 11, 20, 21)}) == 5
+    assert two.side(11) == two.side(19)
+    each = Lengths((10,), each=True)
+    assert each.side(3) == each.side(9)
+    assert len({each.side(n) for n in (9, 10, 11, 12)}) == 4
+    assert Lengths((), each=True).side(3) != Lengths((), each=True).side(4)
+
+
 SHARED = make_documents(12, shared=9)
 BEGINNING = common_beginning(SHARED, MAX_LENGTH)
 ROLLING = document(((0,), (4, 5, 6)), ((5, 6), (7, 8)), gold=None, rolling=True)
@@ -97,8 +116,8 @@ def test_every_token_is_predicted_from_its_own_text(lengths, row_tokens, max_len
     documents = [*SHARED, ROLLING, OPEN]
     flat = list(flat_rows(documents, max_length, row_tokens, lengths))
     tree = list(tree_rows(documents, max_length, row_tokens, lengths=lengths))
-    hold(flat, documents, max_length)
-    hold(tree, documents, max_length)
+    hold(flat, documents, max_length, lengths=lengths)
+    hold(tree, documents, max_length, lengths=lengths)
     assert all(row.prefix == 0 for row in (*flat, *tree))
 
 
@@ -106,7 +125,7 @@ def test_every_token_is_predicted_from_its_own_text(lengths, row_tokens, max_len
 @pytest.mark.parametrize("row_tokens", [1, 1000])
 def test_a_beginning_that_was_read_apart_belongs_to_the_text(lengths, row_tokens):
     rows = list(tree_rows(SHARED, MAX_LENGTH, row_tokens, len(BEGINNING), lengths))
-    hold(rows, SHARED, MAX_LENGTH, BEGINNING)
+    hold(rows, SHARED, MAX_LENGTH, BEGINNING, lengths)
     assert {row.prefix for row in rows} == ({9} if lengths is ANY_LENGTH else {0, 9})
 
 
@@ -118,6 +137,12 @@ def test_a_row_is_as_full_as_its_size_allows():
     assert [row.tokens for row in tree_rows(documents, 9, 9)] == [9, 9]
     assert [row.tokens for row in tree_rows(documents, 9, 8)] == [6, 6, 6]
     assert [row.tokens for row in tree_rows(documents, 9, 1)] == [3] * 6
+
+
+def test_branches_count_by_what_they_add():
+    documents = [document(((n, n), (5, 7)), ((n, n), (6, 7)), gold=1) for n in range(2)]
+    assert [row.tokens for row in tree_rows(documents, 9, 10)] == [10]
+    assert [row.tokens for row in tree_rows(documents, 9, 9)] == [5, 5]
 
 
 def test_documents_that_begin_alike_share_a_row_in_whatever_order_they_come():
@@ -142,7 +167,7 @@ def test_the_last_token_is_not_read_with_a_request_that_it_would_change():
             (2, 1, 0),
             (3, 0, 1),
         ]
-        hold(rows, documents, 9)
+        hold(rows, documents, 9, lengths=Lengths((3,)))
 
 
 def test_a_row_under_other_numbers():
@@ -162,6 +187,9 @@ def test_the_common_beginning_ends_where_requests_part_or_something_is_predicted
     assert shared(((1, 2, 3, 4), (5,)), ((1, 2, 9, 4), (5,))) == (1, 2)
     assert shared(((1, 2, 3), (5,)), ((1, 2, 3), (6,))) == (1, 2)
     assert shared(((1, 2, 3), (5,)), ((1, 2, 3, 4, 5), (6,))) == (1, 2)
+    # Nothing parts where one request begins the other.
+    one_in_the_other = document(((1, 2, 3), (4,)), ((1, 2, 3), (4, 5)), gold=1)
+    assert common_beginning([one_in_the_other], 9) == (1, 2)
     # Of the first only the last two tokens are left.
     assert shared(((1, 2, 3), (5,)), ((1, 2, 3, 4), (6,)), max_length=2) == ()
     assert shared(((1,), (5,)), ((1,), (6,))) == ()

@@ -77,6 +77,13 @@ def test_errors_that_are_shared_are_added_up() -> None:
     assert apart.high == pytest.approx(0.4 + 0.2 / 2**0.5)
 
 
+def test_a_difference_is_as_uncertain_as_both_are_in_that_direction() -> None:
+    found = difference(Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.2, 0.5))
+    assert found.value == pytest.approx(0.2)
+    assert found.low == pytest.approx(0.2 - 0.05**0.5)
+    assert found.high == pytest.approx(0.2 + 0.05**0.5)
+
+
 def test_a_certain_denominator_scales_the_interval() -> None:
     found = ratio(Estimate(0.2, 0.1, 0.4), Estimate(0.5, 0.5, 0.5))
     assert (found.value, found.low, found.high) == pytest.approx((0.4, 0.2, 0.8))
