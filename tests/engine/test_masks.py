@@ -63,7 +63,9 @@ def test_what_is_no_mask_of_the_whole_text_says_nothing(mask):
 def test_a_mask_that_weighs_is_refused(slope):
     mask = as_added(CAUSAL)
     mask[0, 0, 4, 1] = slope
-    with pytest.raises(RefusalError, match="say more than which token is seen"):
+    with pytest.raises(
+        RefusalError, match=r"^its attention masks say more than which token is seen$"
+    ):
         _first_seen(mask, 5)
 
 
@@ -71,7 +73,9 @@ def test_a_mask_that_weighs_is_refused(slope):
 def test_a_token_that_sees_no_unbroken_stretch_is_refused(token, other, sees):
     seen = CAUSAL.clone()
     seen[token, other] = sees
-    with pytest.raises(RefusalError, match="others than an unbroken stretch"):
+    with pytest.raises(
+        RefusalError, match=r"^a token sees others than an unbroken stretch before it$"
+    ):
         _first_seen(seen[None, None], 5)
 
 
@@ -114,22 +118,29 @@ def test_a_mask_is_put_where_the_layer_takes_it():
     assert masks.put(0, None, ("a",), {"x": 1}) == (("a",), {"x": 1})
 
 
+def test_masks_go_where_the_rows_tensors_go():
+    meta = torch.device("meta")
+    masks = Masks(reading_row((1, 2)), Sight(2, (None,)), torch.float32, meta)
+    ((made,), _) = masks.put(0, 0, ("its own",), {})
+    assert made.device == meta
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_mask_is_seen_however_it_is_given(by_name):
     class Base(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList([Later(), Without()])
+            self.layers = nn.ModuleList([Later(), Later(), Without()])
 
         def forward(self, input_ids, use_cache):
             length = input_ids.shape[1]
             mask = torch.ones(length, length, dtype=torch.bool).tril().triu(-1)[None, None]
             hidden = input_ids[..., None].float()
-            later, without = self.layers
-            hidden = later(hidden, attention_mask=mask) if by_name else later(hidden, None, mask)
-            return without(hidden)
+            given, spared, without = self.layers
+            hidden = given(hidden, attention_mask=mask) if by_name else given(hidden, None, mask)
+            return without(spared(hidden, None))
 
     base = Base()
     first = look(base, base.layers, 4, CPU).first
     assert first[0].tolist() == [0, 0, 1, 2]
-    assert first[1] is None
+    assert first[1:] == (None, None)
