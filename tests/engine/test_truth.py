@@ -85,6 +85,7 @@ def test_half_precision_is_told_apart(engine, dtype, half):
 def test_a_difference_is_allowed_up_to_a_share_and_told_beyond(engine):
     truth = Truth(engine)
     right = truth.answer(INTACT, REQUEST).loglikelihood
+    assert truth.compare(right, INTACT, REQUEST, 0.0, 0.0) == Comparison(1)
     allowed = 0.5 + 0.01 * abs(right)
     for off in (-0.99 * allowed, 0.99 * allowed):
         found = truth.compare(right + off, INTACT, REQUEST, 0.5, 0.01)
