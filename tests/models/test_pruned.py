@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 
 from tests.models.test_layers import SMALL, logits, make
 from tracker.models.layers import find_layers
+from tracker.models.pruned import (
+    SMALL as SMALL_BUFFER,
+)
 from tracker.models.pruned import (
     _add_nothing,
     _hand_on,
@@ -69,6 +73,57 @@ def test_a_list_of_some_layers_holds_places(value: list[float], left: list[float
     assert config.widths == value
 
 
+def test_what_is_nested_in_a_configuration_is_cut_too() -> None:
+    config = transformers.LlamaConfig(**SMALL)
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0]}
+    config.parts = {"widths": [1, 2, 3, 4], "rope": rope, "deeper": {"kinds": ["a", "b", "c", "d"]}}
+    cut_config(config, [0, 2, 3])
+    assert config.parts == {"widths": [1, 3, 4], "rope": rope, "deeper": {"kinds": ["a", "c", "d"]}}
+
+
+def test_what_a_configuration_computes_is_cut_and_what_it_cannot_compute_left_alone() -> None:
+    class Config(transformers.LlamaConfig):
+        names = ("one", "two", "three", "four")
+
+        @property
+        def missing(self):
+            raise AttributeError("only with pictures")
+
+        @property
+        def every_other(self):
+            return [layer % 2 for layer in range(self.num_hidden_layers)]
+
+    config = Config(**SMALL)
+    cut_config(config, [0, 2, 3])
+    assert config.every_other == [0, 0, 1]
+    assert config.names == Config.names, "the class's own, of which four are no layers'"
+
+
+def test_a_copy_has_what_is_fresh_for_its_own_and_shares_the_rest() -> None:
+    model = make("llama")
+    for name, size in (("small", SMALL_BUFFER), ("large", SMALL_BUFFER + 1)):
+        model.model.register_buffer(name, torch.zeros(size), persistent=False)
+    hook = SimpleNamespace(weights_map={"weight": HIDDEN}, tied_params_map={1: HIDDEN})
+    find_layers(model)[1]._hf_hook = hook  # as accelerate's, where weights lie elsewhere
+    norm = torch.full((32,), 2.0)
+    fresh = {("model.norm", "weight"): norm, ("model", "length"): 7}
+    twin = pruned(model, [0], fresh=fresh)
+    assert torch.equal(twin.model.norm.weight, norm)
+    assert not twin.model.norm.weight.requires_grad
+    assert torch.equal(model.model.norm.weight, torch.ones(32))
+    twin.model.norm.weight.zero_()
+    assert norm.sum() == 64
+    assert twin.model.length == 7
+    assert not hasattr(model.model, "length")
+    assert twin.lm_head.weight is model.lm_head.weight
+    assert twin.model.large is model.model.large
+    assert twin.model.small is not model.model.small
+    moved = find_layers(twin)[0]._hf_hook
+    assert moved is not hook
+    assert moved.weights_map is hook.weights_map
+    assert moved.tied_params_map is hook.tied_params_map
+
+
 @pytest.mark.parametrize("output", [("made", "kept", 3), ["made", "kept", 3]])
 def test_a_layer_that_stays_returns_its_input_and_all_else_that_it_made(output) -> None:
     handed = type(output)((HIDDEN, "kept", 3))
@@ -113,6 +168,7 @@ def test_a_silent_sublayer_keeps_what_else_it_returns(kind: type) -> None:
     assert type(found) is kind
     assert torch.equal(found[0], torch.zeros(3, 4, 5))
     assert found[1:] == kind(("weights", 3))
+    assert torch.equal(_add_nothing(nn.Module(), (made,), {}, made), torch.zeros(3, 4, 5))
 
 
 class Remembering(nn.Module):
