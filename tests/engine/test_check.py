@@ -221,7 +221,8 @@ def test_what_the_model_refuses_is_lost_with_its_reason(tiny_model):
     )
 
 
-def test_what_changes_an_answer_is_lost_with_how_far(tiny_model):
+def test_what_changes_an_answer_is_lost_with_how_far(tiny_model, monkeypatch):
+    monkeypatch.setattr(truth, "DRAWS", 1)
     model = tiny_model("llama")
     when_masked(model, lambda output: (3 * output[0], *output[1:]))
     found = checked(model, Attacked())
@@ -255,6 +256,7 @@ def test_a_model_that_contradicts_itself_is_not_measured(tiny_model, monkeypatch
         ]  # fmt: skip
 
     monkeypatch.setattr(Engine, "score", off)
+    monkeypatch.setattr(truth, "DRAWS", 1)
     said = r"^LlamaForCausalLM contradicts itself: document \d of task, request \d, .* nats shared"
     with pytest.raises(CellError, match=said):
         checked(tiny_model("llama"), Attacked())
