@@ -27,6 +27,8 @@ OUTCOMES = {"killed": "killed", "survived": "survived", "no tests": "survived"}
 
 def tests_of(module: str, chosen: dict[str, list[str]]) -> list[str]:
     """Look up the tests of a module: its own, or else those of its folder."""
+    if not Path(module).is_file():
+        raise SystemExit(f"there is no module {module}; one is called tracker/engine/rows.py")
     try:
         return chosen.get(module) or chosen[str(Path(module).parent)]
     except KeyError:
