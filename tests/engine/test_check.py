@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
-from tracker.ablations import ablate, single_layers
-from tracker.documents import Document
+from tracker.ablations import INTACT, ablate, single_layers
+from tracker.documents import Document, Request
 from tracker.engine import truth
 from tracker.engine.attack import Verdict, attack, reachable
-from tracker.engine.check import VERDICT, check, plain_tokens, watch, watched_documents
+from tracker.engine.check import VERDICT, _asked, check, plain_tokens, watch, watched_documents
 from tracker.engine.habits import find_habits
 from tracker.engine.rows import Lengths, tree_rows
 from tracker.engine.sweep import DEPTH_ONLY, FULL, PLAIN, Engine
@@ -242,24 +243,52 @@ def test_a_model_that_does_not_run_says_why(tiny_model):
         checked(model, Attacked())
 
 
-def test_a_model_that_contradicts_itself_is_not_measured(tiny_model, monkeypatch):
-    """Even plain passes disagree with plain passes, which no model at hand does by itself."""
+@pytest.fixture
+def one_answer_off(monkeypatch):
+    """Whatever is shared, the first answer is wrong, which no model at hand does by itself."""
     honest = Engine.score
 
     def off(*arguments):
-        return [
-            replace(score, responses=[
-                [r._replace(loglikelihood=r.loglikelihood - 1) for r in each]
-                for each in score.responses
-            ])
-            for score in honest(*arguments)
-        ]  # fmt: skip
+        first, *others = honest(*arguments)
+        wrong = [list(each) for each in first.responses]
+        wrong[0][0] = wrong[0][0]._replace(loglikelihood=wrong[0][0].loglikelihood - 1)
+        return [replace(first, responses=wrong), *others]
 
     monkeypatch.setattr(Engine, "score", off)
     monkeypatch.setattr(truth, "DRAWS", 1)
-    said = r"^LlamaForCausalLM contradicts itself: document \d of task, request \d, .* nats shared"
+
+
+@pytest.mark.usefixtures("one_answer_off")
+def test_a_model_that_contradicts_itself_is_not_measured(tiny_model):
+    said = r"^LlamaForCausalLM contradicts itself: document \d of task, request 0, .* nats shared"
     with pytest.raises(CellError, match=said):
         checked(tiny_model("llama"), Attacked())
+
+
+@pytest.mark.usefixtures("one_answer_off")
+def test_a_model_that_is_known_to_be_unsteady_may_contradict_itself_in_plain_passes(tiny_model):
+    found = checked(tiny_model("llama"), Attacked(unsteady=3))
+    assert found.engine.sharing == PLAIN
+    assert found.lost.count("changes a log-likelihood by 1 nats") == 3
+    assert "4 of" in found.unsteady
+
+
+def test_half_precision_may_differ_by_more(tiny_model):
+    found = checked(tiny_model("llama").bfloat16(), Attacked())
+    assert found.engine.sharing == FULL
+    assert found.difference > 1e-3
+
+
+@pytest.mark.parametrize("size", [100, 133])
+def test_each_ablation_is_asked_some_and_the_baseline_all(size):
+    """Until 400 tokens are read: four requests of 100 tokens, or of 133."""
+    requests = tuple(Request((1,) * (size - 1), (n,)) for n in range(3))
+    documents = [Document("task", index, requests, 0, 3) for index in range(2)]
+    asked = list(_asked(documents, ABLATIONS))
+    assert asked == list(_asked(documents, ABLATIONS))
+    assert len(asked) == len(set(asked))
+    many = Counter(number for number, _, _ in asked)
+    assert many == {n: 6 if each == INTACT else 4 for n, each in enumerate(ABLATIONS)}
 
 
 def test_the_same_ablations_are_watched_again_under_the_same_seed(tiny_model):
