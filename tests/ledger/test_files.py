@@ -77,6 +77,16 @@ def test_the_folders_entry_is_flushed_after_the_rename(tmp_path, monkeypatch) ->
     assert flushed == [(path.parent.stat().st_ino, True)]
 
 
+def test_a_platform_that_cannot_flush_folders_still_writes(tmp_path, monkeypatch) -> None:
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise PermissionError(errno.EACCES, "not of folders")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "file.txt", "whole")
+    assert (tmp_path / "file.txt").read_text() == "whole"
+
+
 # Was: only an OSError cleans up, so a temporary file is left for good.
 # A writer may fail with what is no OSError: pyarrow's ArrowInvalid is a ValueError, Ctrl-C a
 # KeyboardInterrupt.
