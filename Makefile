@@ -2,13 +2,14 @@
 # make test    the same environment plus the test tools, every test, side by side
 # make check   format, lint, types, docstrings, imports
 # make families  every causal model of transformers, tiny, against plain forward passes (an hour)
+# make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
 # make dist    a wheel and a source distribution in dist/
 # make dist-demo  that wheel in an environment of its own, and the demo with it
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check families dist dist-demo clean
+.PHONY: demo test check families mutants dist dist-demo clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
@@ -26,6 +27,11 @@ check: .venv/dev
 
 families: .venv/dev
 	$(BIN)/python -m tests.engine.survey
+
+# Of one module only: make mutants MODULE=tracker/metrics/surrogates.py
+mutants: export OMP_NUM_THREADS = 1
+mutants: .venv/dev
+	$(BIN)/python -P tests/mutants.py $(MODULE)
 
 # What an older build listed would be handed out again, so it goes first.
 dist: .venv/dev

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
-from tracker.ablations import ablate, single_layers
-from tracker.engine.attack import attack, reachable
-from tracker.engine.check import check, plain_tokens, watch, watched_documents
+from tracker.ablations import INTACT, ablate, single_layers
+from tracker.documents import Document, Request
+from tracker.engine import truth
+from tracker.engine.attack import Verdict, attack, reachable
+from tracker.engine.check import VERDICT, _asked, check, plain_tokens, watch, watched_documents
 from tracker.engine.habits import find_habits
 from tracker.engine.rows import Lengths, tree_rows
-from tracker.engine.sweep import FULL, Engine
+from tracker.engine.sweep import DEPTH_ONLY, FULL, PLAIN, Engine
+from tracker.errors import CellError
 from tracker.models.miniature import miniature
 
 ABLATIONS = single_layers((0, 1, 2, 3))
@@ -155,17 +159,6 @@ def test_requests_of_different_sides_share_no_row_and_each_comes_once():
     assert sorted(d for row in rows for d, _ in row.gold) == list(range(12))
 
 
-def test_lengths_have_sides():
-    assert Lengths().side(5) == Lengths().side(5000)
-    two = Lengths((10, 20))
-    assert len({two.side(n) for n in (9, 10, 11, 20, 21)}) == 5
-    assert two.side(11) == two.side(19)
-    each = Lengths((10,), each=True)
-    assert each.side(3) == each.side(9)
-    assert len({each.side(n) for n in (9, 10, 11, 12)}) == 4
-    assert Lengths((), each=True).side(3) != Lengths((), each=True).side(4)
-
-
 def test_a_model_that_no_call_changes_has_no_habits(tiny_model):
     model = tiny_model("llama")
     engine = Engine(loaded(model), MAX_LENGTH)
@@ -175,3 +168,157 @@ def test_a_model_that_no_call_changes_has_no_habits(tiny_model):
     assert not checked.engine.habits.leftovers
     assert not checked.engine.habits.first
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Attacked(Memory):
+    """Recalls one verdict, whatever was attacked: what follows from it is under test."""
+
+    def __init__(self, sharing=FULL, lost=None, difference=0.0, compared=100, **more):
+        verdict = Verdict(sharing, lost, difference, compared, **more)
+        self.recall = lambda key: VERDICT.dump_json(verdict).decode()
+
+
+def checked(model, verdict):
+    return check(Engine(loaded(model), MAX_LENGTH), make_documents(3), ABLATIONS, verdict)
+
+
+def when_masked(model, then):
+    """Let something happen where the engine gives the first layer a mask of its own."""
+
+    def hook(module, args, kwargs, output):
+        return output if kwargs["attention_mask"] is None else then(output)
+
+    model.model.layers[0].self_attn.register_forward_hook(hook, with_kwargs=True)
+
+
+def fail(*_):
+    raise ValueError("no such mask\nat all")
+
+
+def test_no_more_is_shared_than_the_attack_allows(tiny_model):
+    verdict = Attacked(DEPTH_ONLY, "tokens were lost", 0.5, unsteady=3, stay=True)
+    found = checked(tiny_model("llama"), verdict)
+    assert found.engine.sharing == DEPTH_ONLY
+    assert found.engine.habits.stay
+    assert found.lost == "tokens were lost"
+    assert found.difference == 0.5
+    unsteady, compared = (int(word) for word in found.unsteady.split() if word.isdigit())
+    assert unsteady == 3
+    assert compared > 100
+    nothing = checked(tiny_model("llama"), Attacked(PLAIN, "all was lost"))
+    assert nothing.engine.sharing == PLAIN
+    assert (nothing.lost, nothing.unsteady) == ("all was lost", None)
+    assert 0 <= nothing.difference < 1e-3
+
+
+def test_what_the_model_refuses_is_lost_with_its_reason(tiny_model):
+    model = tiny_model("llama")
+    when_masked(model, fail)
+    found = checked(model, Attacked())
+    assert found.engine.sharing == DEPTH_ONLY
+    assert found.lost == (
+        "sharing over documents is refused by the model (no such mask); "
+        "sharing over tokens is refused by the model (no such mask)"
+    )
+
+
+def test_what_changes_an_answer_is_lost_with_how_far(tiny_model, monkeypatch):
+    monkeypatch.setattr(truth, "DRAWS", 1)
+    model = tiny_model("llama")
+    when_masked(model, lambda output: (3 * output[0], *output[1:]))
+    found = checked(model, Attacked())
+    assert found.engine.sharing == DEPTH_ONLY
+    documents, tokens = found.lost.split("; ")
+    for line, what in ((documents, "documents"), (tokens, "tokens")):
+        before, nats, after = line.partition(line.split()[-2])
+        assert before == f"sharing over {what} changes a log-likelihood by "
+        assert 1e-3 < float(nats) < 100
+        assert after == " nats"
+
+
+def test_a_model_that_does_not_run_says_why(tiny_model):
+    model = tiny_model("llama")
+    model.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(CellError, match=r"^LlamaForCausalLM does not run: no such mask$"):
+        checked(model, Attacked())
+
+
+@pytest.fixture
+def one_answer_off(monkeypatch):
+    """Whatever is shared, the first answer is wrong, which no model at hand does by itself."""
+    honest = Engine.score
+
+    def off(*arguments):
+        first, *others = honest(*arguments)
+        wrong = [list(each) for each in first.responses]
+        wrong[0][0] = wrong[0][0]._replace(loglikelihood=wrong[0][0].loglikelihood - 1)
+        return [replace(first, responses=wrong), *others]
+
+    monkeypatch.setattr(Engine, "score", off)
+    monkeypatch.setattr(truth, "DRAWS", 1)
+
+
+@pytest.mark.usefixtures("one_answer_off")
+def test_a_model_that_contradicts_itself_is_not_measured(tiny_model):
+    said = r"^LlamaForCausalLM contradicts itself: document \d of task, request 0, .* nats shared"
+    with pytest.raises(CellError, match=said):
+        checked(tiny_model("llama"), Attacked())
+
+
+@pytest.mark.usefixtures("one_answer_off")
+def test_a_model_that_is_known_to_be_unsteady_may_contradict_itself_in_plain_passes(tiny_model):
+    found = checked(tiny_model("llama"), Attacked(unsteady=3))
+    assert found.engine.sharing == PLAIN
+    assert found.lost.count("changes a log-likelihood by 1 nats") == 3
+    assert "4 of" in found.unsteady
+
+
+def test_half_precision_may_differ_by_more(tiny_model):
+    found = checked(tiny_model("llama").bfloat16(), Attacked())
+    assert found.engine.sharing == FULL
+    assert found.difference > 1e-3
+
+
+@pytest.mark.parametrize("size", [100, 133])
+def test_each_ablation_is_asked_some_and_the_baseline_all(size):
+    """Until 400 tokens are read: four requests of 100 tokens, or of 133."""
+    requests = tuple(Request((1,) * (size - 1), (n,)) for n in range(3))
+    documents = [Document("task", index, requests, 0, 3) for index in range(2)]
+    asked = list(_asked(documents, ABLATIONS))
+    assert asked == list(_asked(documents, ABLATIONS))
+    assert len(asked) == len(set(asked))
+    many = Counter(number for number, _, _ in asked)
+    assert many == {n: 6 if each == INTACT else 4 for n, each in enumerate(ABLATIONS)}
+
+
+def test_the_same_ablations_are_watched_again_under_the_same_seed(tiny_model):
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+    scores = engine.score(make_documents(12), ABLATIONS)
+    first, again, other = (
+        [number for _, number, _ in watch(engine, scores, ABLATIONS, seed)]
+        for seed in ("seed", "seed", "other")
+    )
+    assert first == again != other
+
+
+def test_one_document_in_two_hundred_is_watched():
+    documents = [Document("task", index, (), None, 0) for index in range(4000)]
+    assert 12 <= len(watched_documents(documents)) <= 28
+
+
+def test_what_is_read_plainly_is_what_was_planned(tiny_model, monkeypatch):
+    read, documents = [], make_documents(3)
+    honest = truth.answer
+
+    def counted(engine, request):
+        read.append(len(request.context) + len(request.continuation))
+        return honest(engine, request)
+
+    monkeypatch.setattr(truth, "answer", counted)
+    engine = check(
+        Engine(loaded(tiny_model("llama")), MAX_LENGTH), documents, ABLATIONS, Attacked()
+    ).engine
+    watched = watched_documents(documents)
+    some = [d for d in documents if (d.task, d.index) in watched]
+    list(watch(engine, engine.score(some, ABLATIONS), ABLATIONS, "seed"))
+    assert sum(read) == plain_tokens(documents, ABLATIONS)

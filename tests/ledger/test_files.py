@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from tracker.errors import WorkError
-from tracker.ledger.files import write_atomically, write_text
+from tracker.ledger.files import cache_folder, write_atomically, write_text
 
 
 def names(folder: Path) -> set[str]:
@@ -75,6 +77,16 @@ def test_the_folders_entry_is_flushed_after_the_rename(tmp_path, monkeypatch) ->
     assert flushed == [(path.parent.stat().st_ino, True)]
 
 
+def test_a_platform_that_cannot_flush_folders_still_writes(tmp_path, monkeypatch) -> None:
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise PermissionError(errno.EACCES, "not of folders")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "file.txt", "whole")
+    assert (tmp_path / "file.txt").read_text() == "whole"
+
+
 # Was: only an OSError cleans up, so a temporary file is left for good.
 # A writer may fail with what is no OSError: pyarrow's ArrowInvalid is a ValueError, Ctrl-C a
 # KeyboardInterrupt.
@@ -115,6 +127,35 @@ def test_an_operating_system_error_says_what_to_do(tmp_path) -> None:
     assert "Input/output error" in message
     assert "type the same command" in message
     assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError("without a number"), "without a number"),
+    ],
+    ids=str,
+)
+def test_an_operating_system_error_says_what_it_is(tmp_path, error: OSError, why: str) -> None:
+    def write(temporary: Path) -> None:
+        raise error
+
+    with pytest.raises(WorkError) as caught:
+        write_atomically(tmp_path / "file.txt", write)
+    assert str(caught.value) == (
+        f"{tmp_path / 'file.txt'} cannot be written: {why}. What was measured before is safe; "
+        "mend it and type the same command to continue."
+    )
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.setenv("TRACKER_CACHE", "")
+    assert cache_folder() == platformdirs.user_cache_path("tracker")
 
 
 # Was: unlink(missing_ok=True) raises NotADirectoryError inside the handler.

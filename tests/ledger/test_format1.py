@@ -10,6 +10,7 @@ import pytest
 
 from tracker.config import CellRequest
 from tracker.errors import ResultsError
+from tracker.ledger.keys import cell_key
 from tracker.ledger.store import FORMAT, Asked, Ledger
 from tracker.runner.derive import all_records
 
@@ -33,6 +34,12 @@ def test_every_number_is_what_it_was(old: Ledger) -> None:
             assert {n: other[n] for n in one if n != "p_value"} == {
                 n: v for n, v in one.items() if n != "p_value"
             }
+
+
+def test_its_cells_are_found_again(old: Ledger) -> None:
+    """By a key that nothing but the content decides, today as then."""
+    (cell,) = old.cells()
+    assert cell_key(cell.identity.model, cell.identity.benchmark) == cell.identity.key
 
 
 def test_a_view_by_another_metric_gets_a_name_of_its_own(old: Ledger) -> None:

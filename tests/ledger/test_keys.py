@@ -67,7 +67,18 @@ class TestRequestKey:
     def key(self, stamp=STAMP, data=None, versions=VERSIONS, **changes) -> str:
         return request_key(ASKED.model_copy(update=changes), stamp, data, versions)
 
-    @pytest.mark.parametrize("change", [{"layers": (3,)}, {"limit": 10}, {"metric": "acc"}])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"layers": (3,)},
+            {"components": ("mlp",)},
+            {"spans": (2,)},
+            {"removed": (1,)},
+            {"limit": 10},
+            {"metric": "acc"},
+        ],
+        ids=str,
+    )
     def test_what_a_cell_grows_by_does_not_count(self, change) -> None:
         assert self.key(**change) == self.key()
 
@@ -105,8 +116,11 @@ class TestFolderName:
     def test_every_file_system_takes_it(self, name: str) -> None:
         made = folder_name(name, name, "0" * 64)
         assert SAFE.fullmatch(made)
-        assert len(made) < 100
+        assert len(made) <= 80 + len("--") + 12
         assert made not in (".", "..")
+
+    def test_what_it_does_not_take_becomes_one_dash(self) -> None:
+        assert folder_name("a/b::c", "d e", "0" * 64) == "a-b-c--d-e--" + "0" * 12
 
     def test_names_that_look_alike_stay_apart(self) -> None:
         assert folder_name("a/b", "c", "0" * 64) != folder_name("a:b", "c", "1" * 64)

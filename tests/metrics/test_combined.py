@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import doctest
+
 import numpy as np
 import pytest
 
+from tracker.metrics import combined
 from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.metrics.combined import difference, mean, ratio
 
 DRAWS = 400
+
+
+def test_the_docstring_examples_hold() -> None:
+    assert doctest.testmod(combined).failed == 0
 
 
 def outcomes(dice: np.random.Generator, n: int, before: float, kept: float, won: float) -> tuple:
@@ -70,6 +77,13 @@ def test_errors_that_are_shared_are_added_up() -> None:
     assert apart.high == pytest.approx(0.4 + 0.2 / 2**0.5)
 
 
+def test_a_difference_is_as_uncertain_as_both_are_in_that_direction() -> None:
+    found = difference(Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.2, 0.5))
+    assert found.value == pytest.approx(0.2)
+    assert found.low == pytest.approx(0.2 - 0.05**0.5)
+    assert found.high == pytest.approx(0.2 + 0.05**0.5)
+
+
 def test_a_certain_denominator_scales_the_interval() -> None:
     found = ratio(Estimate(0.2, 0.1, 0.4), Estimate(0.5, 0.5, 0.5))
     assert (found.value, found.low, found.high) == pytest.approx((0.4, 0.2, 0.8))
@@ -81,14 +95,25 @@ def test_what_is_not_defined_says_so() -> None:
     known, unknown = Estimate(0.5, 0.4, 0.6), Estimate(None, reason="no documents")
     assert ratio(known, unknown).reason == "no documents"
     assert ratio(unknown, known).value is None
-    assert ratio(known, Estimate(0.0, -0.1, 0.1)).value is None
+    assert ratio(known, Estimate(0.0, -0.1, 0.1)) == Estimate(None, reason="a share of nothing")
     reaching = ratio(known, Estimate(0.05, -0.01, 0.11))
     assert (reaching.value, reaching.low) == (pytest.approx(10.0), None)
     assert ratio(known, Estimate(0.1, 0.05, 0.25)).low is None
+    # An end at 0, or one as far above the value as 0 is below it, leaves the ratio open as well.
+    assert ratio(known, Estimate(0.5, 0.0, 0.75)) == Estimate(1.0)
+    assert ratio(known, Estimate(0.5, 0.25, 1.0)) == Estimate(1.0)
     assert ratio(Estimate(0.1), known) == Estimate(0.2)
     assert difference(known, unknown).reason == "no documents"
     assert difference(known, Estimate(0.1)) == Estimate(0.4)
-    assert mean([]).value is None
+    assert mean([]) == Estimate(None, reason="no figures")
     assert mean([unknown]).reason == "no documents"
     assert mean([known, unknown]) == mean([known])
     assert mean([known, Estimate(0.1)]) == Estimate(0.3)
+
+
+@pytest.mark.parametrize("half", [Estimate(0.5, low=0.4), Estimate(0.5, high=0.6)])
+def test_half_an_interval_is_none(half: Estimate) -> None:
+    known = Estimate(0.5, 0.4, 0.6)
+    assert ratio(half, known) == ratio(known, half) == Estimate(1.0)
+    assert difference(half, known) == difference(known, half) == Estimate(0.0)
+    assert mean([half, known]) == Estimate(0.5)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 
 import numpy as np
 import pytest
 
+from tracker.metrics import ratios
 from tracker.metrics.accuracy import weights_by_task
 from tracker.metrics.ratios import SCALES, document_ratios, ratio_of_sums
 
 SUMS = np.array([-30.0, -2.0, 0.0, -9.0])
 UNITS = np.array([10.0, 4.0, 0.0, 6.0])
+
+
+def test_the_docstring_examples_hold() -> None:
+    assert doctest.testmod(ratios, extraglobs={"np": np}).failed == 0
 
 
 @pytest.mark.parametrize("how", list(SCALES))
@@ -27,6 +33,7 @@ def test_worked_examples() -> None:
     assert ratio_of_sums("ratio", pairs) == -2.05
     assert ratio_of_sums("bits_per_byte", pairs) == pytest.approx(2.9575, abs=1e-4)
     assert document_ratios("ratio", SUMS, UNITS).tolist() == [-3, -0.5, 0, -1.5]
+    assert document_ratios("ratio", np.array([-0.5]), np.array([1])).tolist() == [-0.5]
 
 
 def test_without_units() -> None:

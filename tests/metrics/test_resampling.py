@@ -106,6 +106,7 @@ def test_what_does_not_fit_is_refused() -> None:
         next(document_counts(3, 0, seed=0))
     with pytest.raises(ValueError, match="0 documents"):
         next(document_counts(0, 3, seed=0))
+    assert [counts.sum() for counts in document_counts(3, 1, seed=0)] == [3]
 
 
 # -- interval --------------------------------------------------------------------------------------

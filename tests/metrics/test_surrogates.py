@@ -42,6 +42,13 @@ def test_draws_are_as_smooth_as_the_series() -> None:
     assert lag_one(surrogate_series(white, 300, seed=0)).mean() == pytest.approx(0, abs=0.1)
 
 
+def test_a_series_upside_down_is_as_smooth() -> None:
+    """Its normal scores are those of the series with the other sign."""
+    values = smooth(12)
+    upright, turned = (surrogate_series(v, 50, seed=0) for v in (values, -values))
+    assert (stats.rankdata(upright, axis=1) == stats.rankdata(turned, axis=1)).all()
+
+
 def test_only_the_order_tells_how_smooth_a_series_is() -> None:
     values = smooth(30)
     same_order = surrogate_series(np.exp(3 * values), 20, seed=0)

@@ -43,7 +43,7 @@ class Lengths:
         """
         if self.each and tokens >= min(self.thresholds, default=0):
             return tokens
-        return -sum((tokens >= t) + (tokens > t) for t in self.thresholds)
+        return sum((tokens >= t) + (tokens > t) for t in self.thresholds)
 
 
 ANY_LENGTH = Lengths()

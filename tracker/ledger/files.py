@@ -52,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         # Whatever went wrong, Ctrl-C included, leaves no half-written file behind.
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

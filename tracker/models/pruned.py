@@ -102,13 +102,11 @@ def _take_out(twin: Any, kept: Sequence[int]) -> None:
 
 
 def _own(module: nn.Module) -> list[tuple[str, Any]]:
-    """A module's lists, tables and numbers, its configuration left out."""
+    """A module's lists, tables and numbers."""
     return [
         (name, value)
         for name, value in vars(module).items()
-        if not name.startswith("_")
-        and name != "config"
-        and isinstance(value, (list, tuple, dict, int))
+        if not name.startswith("_") and isinstance(value, (list, tuple, dict, int))
     ]
 
 

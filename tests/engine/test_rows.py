@@ -1,0 +1,217 @@
+"""Rows by themselves: whatever shares one, each token is predicted from its own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pytest
+import torch
+
+from tests.engine.plain import MAX_LENGTH, make_documents
+from tracker.documents import Document, Request
+from tracker.engine.rows import (
+    ANY_LENGTH,
+    Lengths,
+    Row,
+    common_beginning,
+    flat_rows,
+    reading_row,
+    tree_rows,
+)
+from tracker.errors import CellError
+
+Tokens = tuple[int, ...]
+
+
+def document(*requests: tuple[Tokens, Tokens], gold: int | None = 0, rolling: bool = False):
+    return Document("task", 0, tuple(Request(*each) for each in requests), gold, 0, rolling)
+
+
+def text(request: Request, max_length: int) -> Tokens:
+    """A request's tokens as lm-eval cuts them: the model reads all but the last."""
+    return (request.context + request.continuation)[-max_length - 1 :]
+
+
+def seen(row: Row, node: int, beginning: Tokens) -> Tokens:
+    """What a node sees, in the order of the positions, and these count from the text's first."""
+    tokens = row.input_ids.flatten()
+    positions = row.positions.expand(row.input_ids.shape).flatten()
+    if row.ancestors is None:
+        nodes = torch.arange(node - node % row.input_ids.shape[1], node + 1)
+    else:
+        nodes = row.ancestors[node].nonzero().flatten()
+        nodes = nodes[positions[nodes].argsort()]
+    assert positions[nodes].tolist() == [row.prefix + place for place in range(len(nodes))]
+    return (*beginning[: row.prefix], *tokens[nodes].tolist())
+
+
+def hold(
+    rows: Iterable[Row],
+    documents: Sequence[Document],
+    max_length: int,
+    beginning: Tokens = (),
+    lengths: Lengths = ANY_LENGTH,
+) -> None:
+    """Check that rows ask each request, and measure each document, once and by its own text."""
+    predicted: dict[tuple[int, int], list[Tokens]] = {}
+    measured: dict[int, list[Tokens]] = {}
+    for row in rows:
+        reached = {len(text(documents[d].requests[i], max_length)) - 1 for d, i in row.requests}
+        assert row.ancestors is None or row.ancestors.dtype == torch.bool
+        assert len(row.keep) == len(row.keep.unique())
+        assert row.input_ids.dtype == row.keep.dtype == row.predictor.dtype == torch.long
+        assert row.predicted.dtype == row.owner.dtype == torch.long
+        assert row.predictor.unique().tolist() == list(range(len(row.keep)))
+        assert row.owner.unique().tolist() == list(range(len(row.requests)))
+        for place, owner in enumerate(row.owner.tolist()):
+            before = seen(row, int(row.keep[row.predictor[place]]), beginning)
+            whole = (*before, int(row.predicted[place]))
+            predicted.setdefault(row.requests[owner], []).append(whole)
+        for number, nodes in row.gold:
+            assert nodes.dtype == torch.long
+            found = [seen(row, node, beginning) for node in nodes.tolist()]
+            # What was read apart is measured where it is read.
+            skipped = [beginning[: end + 1] for end in range(row.prefix)]
+            measured.setdefault(number, []).extend(skipped + found)
+            reached.add(len(found[-1]))
+        assert len({lengths.side(tokens) for tokens in reached}) == 1
+    for number, each in enumerate(documents):
+        paths = []
+        for index, request in enumerate(each.requests):
+            whole = text(request, max_length)
+            first = len(whole) - len(request.continuation)
+            ends = range(first, len(whole))
+            assert predicted.pop((number, index)) == [whole[: end + 1] for end in ends]
+            if each.rolling or index == (each.gold or 0):
+                start = first if each.rolling else 0
+                end = min(len(whole), max_length)
+                paths += [whole[: place + 1] for place in range(start, end)]
+        assert sorted(measured.pop(number)) == sorted(paths)
+    assert not predicted
+    assert not measured
+
+
+def test_lengths_have_sides():
+    assert Lengths().side(5) == Lengths().side(5000)
+    two = Lengths((10, 20))
+    assert len({two.side(n) for n in (9, 10, 11, 20, 21)}) == 5
+    assert two.side(11) == two.side(19)
+    each = Lengths((10,), each=True)
+    assert each.side(3) == each.side(9)
+    assert len({each.side(n) for n in (9, 10, 11, 12)}) == 4
+    assert Lengths((), each=True).side(3) != Lengths((), each=True).side(4)
+
+
+SHARED = make_documents(12, shared=9)
+BEGINNING = common_beginning(SHARED, MAX_LENGTH)
+ROLLING = document(((0,), (4, 5, 6)), ((5, 6), (7, 8)), gold=None, rolling=True)
+OPEN = document(((3, 1, 4), (1, 5)), ((3, 1), (4,)), gold=None)
+LENGTHS = [ANY_LENGTH, Lengths((14, 18)), Lengths((16,), each=True)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("row_tokens", [1, 40, 1000])
+@pytest.mark.parametrize("max_length", [MAX_LENGTH, 15])
+def test_every_token_is_predicted_from_its_own_text(lengths, row_tokens, max_length):
+    documents = [*SHARED, ROLLING, OPEN]
+    flat = list(flat_rows(documents, max_length, row_tokens, lengths))
+    tree = list(tree_rows(documents, max_length, row_tokens, lengths=lengths))
+    hold(flat, documents, max_length, lengths=lengths)
+    hold(tree, documents, max_length, lengths=lengths)
+    assert all(row.prefix == 0 for row in (*flat, *tree))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("row_tokens", [1, 1000])
+def test_a_beginning_that_was_read_apart_belongs_to_the_text(lengths, row_tokens):
+    rows = list(tree_rows(SHARED, MAX_LENGTH, row_tokens, len(BEGINNING), lengths))
+    hold(rows, SHARED, MAX_LENGTH, BEGINNING, lengths)
+    assert {row.prefix for row in rows} == ({9} if lengths is ANY_LENGTH else {0, 9})
+
+
+def test_a_row_is_as_full_as_its_size_allows():
+    documents = [document(((n, n), (5,)), ((n, n), (6,)), gold=1) for n in range(6)]
+    assert [row.input_ids.shape for row in flat_rows(documents, 9, 9)] == [(3, 3), (3, 3)]
+    assert [row.input_ids.shape for row in flat_rows(documents, 9, 8)] == [(2, 3)] * 3
+    assert [row.input_ids.shape for row in flat_rows(documents, 9, 1)] == [(1, 3)] * 6
+    assert [row.tokens for row in tree_rows(documents, 9, 9)] == [9, 9]
+    assert [row.tokens for row in tree_rows(documents, 9, 8)] == [6, 6, 6]
+    assert [row.tokens for row in tree_rows(documents, 9, 1)] == [3] * 6
+
+
+def test_branches_count_by_what_they_add():
+    documents = [document(((n, n), (5, 7)), ((n, n), (6, 7)), gold=1) for n in range(2)]
+    assert [row.tokens for row in tree_rows(documents, 9, 10)] == [10]
+    assert [row.tokens for row in tree_rows(documents, 9, 9)] == [5, 5]
+
+
+def test_documents_that_begin_alike_share_a_row_in_whatever_order_they_come():
+    documents = [document(((n % 2, 2, 3, 4), (5 + n, 1))) for n in range(4)]
+    assert [row.tokens for row in tree_rows(documents, 9, 8)] == [8, 8]
+    assert {row.requests[0][0] % 2 for row in tree_rows(documents, 9, 8)} == {0, 1}
+
+
+def test_what_begins_another_request_is_read_with_it():
+    documents = [document(((1, 2), (3,)), ((1, 2, 3), (4, 5)), ((1, 2), (9,)), gold=1)]
+    (row,) = flat_rows(documents, 9, 1000)
+    assert row.input_ids.tolist() == [[1, 2, 3, 4, 5]]
+    assert row.keep.tolist() == [2, 3, 1]
+
+
+def test_the_last_token_is_not_read_with_a_request_that_it_would_change():
+    """As long as a threshold, the whole text is read once more, for the proxies alone."""
+    documents = [document(((1, 2), (3,)))]
+    for pack in (tree_rows, flat_rows):
+        rows = list(pack(documents, 9, 1000, lengths=Lengths((3,))))
+        assert [(row.tokens, len(row.requests), len(row.gold)) for row in rows] == [
+            (2, 1, 0),
+            (3, 0, 1),
+        ]
+        hold(rows, documents, 9, lengths=Lengths((3,)))
+
+
+def test_a_row_under_other_numbers():
+    documents = [document(((n, 1), (2,))) for n in range(2)]
+    (row,) = tree_rows(documents, 9, 1000)
+    other = row.renumbered([7, 4])
+    assert other.requests == [(7, 0), (4, 0)]
+    assert [number for number, _ in other.gold] == [7, 4]
+    assert other.input_ids is row.input_ids
+
+
+def test_the_common_beginning_ends_where_requests_part_or_something_is_predicted():
+    def shared(*requests: tuple[Tokens, Tokens], max_length: int = 9) -> Tokens:
+        return common_beginning([document(each) for each in requests], max_length)
+
+    assert common_beginning([], 9) == ()
+    assert shared(((1, 2, 3, 4), (5,)), ((1, 2, 9, 4), (5,))) == (1, 2)
+    assert shared(((1, 2, 3), (5,)), ((1, 2, 3), (6,))) == (1, 2)
+    assert shared(((1, 2, 3), (5,)), ((1, 2, 3, 4, 5), (6,))) == (1, 2)
+    # Nothing parts where one request begins the other.
+    one_in_the_other = document(((1, 2, 3), (4,)), ((1, 2, 3), (4, 5)), gold=1)
+    assert common_beginning([one_in_the_other], 9) == (1, 2)
+    # Of the first only the last two tokens are left.
+    assert shared(((1, 2, 3), (5,)), ((1, 2, 3, 4), (6,)), max_length=2) == ()
+    assert shared(((1,), (5,)), ((1,), (6,))) == ()
+
+
+def test_a_row_that_only_reads():
+    row = reading_row((5, 6, 5), prefix=4)
+    assert row.input_ids.tolist() == [[5, 6, 5]]
+    assert row.positions.tolist() == [[4, 5, 6]]
+    assert row.prefix == 4
+    assert torch.equal(row.ancestors, torch.ones(3, 3, dtype=torch.bool).tril())
+    assert reading_row((5,)).prefix == 0
+    for nothing in (row.keep, row.predictor, row.predicted, row.owner):
+        assert nothing.dtype == torch.long
+        assert not len(nothing)
+    assert (row.requests, row.gold) == ([], [])
+
+
+def test_the_longest_continuation_that_a_model_can_score():
+    (row,) = tree_rows([document(((1,), (2, 3, 4)))], 3, 1000)
+    assert row.predicted.tolist() == [2, 3, 4]
+    with pytest.raises(CellError, match=r"a continuation of 4 tokens .* reads 1 to 3; lm-eval"):
+        list(tree_rows([document(((1,), (2, 3, 4, 5)))], 3, 1000))
+    with pytest.raises(CellError, match="a continuation of 0 tokens"):
+        list(flat_rows([document(((1,), ()))], 3, 1000))

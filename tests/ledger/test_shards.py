@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tracker.ledger.shards import read_shard, shard_digest, shard_file
+
+TABLE = pa.table({"doc": [1, 2], "text": ["a", "b"]})
+
+
+def test_a_file_is_read_back_whole_or_by_columns() -> None:
+    content = shard_file(TABLE, {"key": "k"})
+    table, about = read_shard(content)
+    assert table.equals(TABLE)
+    assert about == {"key": "k", "digest": shard_digest(content)}
+    assert read_shard(content, ["doc"])[0].column_names == ["doc"]
+
+
+def test_a_text_that_looks_like_a_digest_is_none() -> None:
+    """An outcome may hold any text; the metadata's place is the last."""
+    text = '"digest": "' + "0" * 64 + '"'
+    content = shard_file(pa.table({"text": [text]}), {"note": text})
+    table, about = read_shard(content)
+    assert table["text"].to_pylist() == [text]
+    assert about["digest"] == shard_digest(content) != "0" * 64
+
+
+def test_outcomes_are_compressed() -> None:
+    content = shard_file(TABLE, {})
+    columns = pq.ParquetFile(pa.BufferReader(content)).metadata.row_group(0)
+    assert {columns.column(place).compression for place in range(2)} == {"ZSTD"}
+
+
+def test_what_states_no_digest_has_none() -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(TABLE, sink)
+    content = sink.getvalue().to_pybytes()
+    assert shard_digest(content) == shard_digest(b"") == ""
+    assert read_shard(content)[1] == {}

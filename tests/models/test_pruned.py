@@ -1,0 +1,228 @@
+"""What belongs to a layer goes with it, and what a call changes can be put back."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tests.models.test_layers import SMALL, logits, make
+from tracker.models.layers import find_layers
+from tracker.models.pruned import (
+    SMALL as SMALL_BUFFER,
+)
+from tracker.models.pruned import (
+    _add_nothing,
+    _hand_on,
+    changed,
+    cut_config,
+    pruned,
+    put_back,
+    remember,
+)
+
+HIDDEN = torch.tensor([[1.0, 2.0]])
+
+
+def test_what_holds_the_layers_counts_them_anew() -> None:
+    model = make("llama")
+    model.model.n_layers = 4
+    model.model.layer_width = 7
+    model.model.width = 4
+    model.model.kinds = ["a", "b", "c", "d"]
+    model.model.names = {0: "a", 2: "c"}
+    find_layers(model)[2].tables = {1: "b", 2: "c"}
+    find_layers(model)[2].factors = [1, 2, 3, 4]
+    base = pruned(model, [1]).model
+    assert (base.n_layers, base.layer_width, base.width) == (3, 7, 4)
+    assert base.kinds == ["a", "c", "d"]
+    assert base.names == {0: "a", 1: "c"}
+    assert base.layers[1].tables == {1: "c"}
+    assert base.layers[1].factors == [1, 2, 3, 4], "a layer's own list is not one of layers"
+
+
+def test_a_number_is_a_layers_place_where_its_name_or_another_layer_says_so() -> None:
+    model = make("llama")
+    layers = find_layers(model)
+    layers[2].layer_number = layers[2].block_idx = layers[2].width = 2
+    layers[1].place, layers[3].place = 1, 3
+    layers[1].size, layers[3].size = 1, 2
+    left = find_layers(pruned(model, [0]))
+    assert (left[1].layer_number, left[1].block_idx, left[1].width) == (1, 1, 2)
+    assert (left[0].place, left[2].place) == (0, 2)
+    assert (left[0].size, left[2].size) == (1, 2)
+    assert layers[2].layer_number == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "left"),
+    [
+        ([0], []), ([2], [1]), ([0, 3], [2]), ([], []),
+        ([1, 4], [1, 4]), ([5, 9], [5, 9]), ([1.0, 2.0], [1.0, 2.0]), ([3, 1], [3, 1]),
+    ],
+)  # fmt: skip
+def test_a_list_of_some_layers_holds_places(value: list[float], left: list[float]) -> None:
+    config = transformers.LlamaConfig(**SMALL)
+    config.dense_layers, config.widths = list(value), list(value)
+    cut_config(config, [1, 2, 3])
+    assert config.dense_layers == left
+    assert config.widths == value
+
+
+def test_what_is_nested_in_a_configuration_is_cut_too() -> None:
+    config = transformers.LlamaConfig(**SMALL)
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0]}
+    config.parts = {"widths": [1, 2, 3, 4], "rope": rope, "deeper": {"kinds": ["a", "b", "c", "d"]}}
+    cut_config(config, [0, 2, 3])
+    assert config.parts == {"widths": [1, 3, 4], "rope": rope, "deeper": {"kinds": ["a", "c", "d"]}}
+
+
+def test_what_a_configuration_computes_is_cut_and_what_it_cannot_compute_left_alone() -> None:
+    class Config(transformers.LlamaConfig):
+        names = ("one", "two", "three", "four")
+
+        @property
+        def missing(self):
+            raise AttributeError("only with pictures")
+
+        @property
+        def every_other(self):
+            return [layer % 2 for layer in range(self.num_hidden_layers)]
+
+    config = Config(**SMALL)
+    cut_config(config, [0, 2, 3])
+    assert config.every_other == [0, 0, 1]
+    assert config.names == Config.names, "the class's own, of which four are no layers'"
+
+
+def test_a_copy_has_what_is_fresh_for_its_own_and_shares_the_rest() -> None:
+    model = make("llama")
+    for name, size in (("small", SMALL_BUFFER), ("large", SMALL_BUFFER + 1)):
+        model.model.register_buffer(name, torch.zeros(size), persistent=False)
+    hook = SimpleNamespace(weights_map={"weight": HIDDEN}, tied_params_map={1: HIDDEN})
+    find_layers(model)[1]._hf_hook = hook  # as accelerate's, where weights lie elsewhere
+    norm = torch.full((32,), 2.0)
+    fresh = {("model.norm", "weight"): norm, ("model", "length"): 7}
+    twin = pruned(model, [0], fresh=fresh)
+    assert torch.equal(twin.model.norm.weight, norm)
+    assert not twin.model.norm.weight.requires_grad
+    assert torch.equal(model.model.norm.weight, torch.ones(32))
+    twin.model.norm.weight.zero_()
+    assert norm.sum() == 64
+    assert twin.model.length == 7
+    assert not hasattr(model.model, "length")
+    assert twin.lm_head.weight is model.lm_head.weight
+    assert twin.model.large is model.model.large
+    assert twin.model.small is not model.model.small
+    moved = find_layers(twin)[0]._hf_hook
+    assert moved is not hook
+    assert moved.weights_map is hook.weights_map
+    assert moved.tied_params_map is hook.tied_params_map
+
+
+@pytest.mark.parametrize("output", [("made", "kept", 3), ["made", "kept", 3]])
+def test_a_layer_that_stays_returns_its_input_and_all_else_that_it_made(output) -> None:
+    handed = type(output)((HIDDEN, "kept", 3))
+    assert _hand_on(nn.Module(), (HIDDEN, "mask"), {}, output) == handed
+    assert _hand_on(nn.Module(), ("mask",), {"hidden_states": HIDDEN}, output) == handed
+    assert _hand_on(nn.Module(), (HIDDEN,), {}, "made") is HIDDEN
+    assert _hand_on(nn.Module(), (), {"hidden_states": HIDDEN}, "made") is HIDDEN
+
+
+@pytest.mark.parametrize(("part", "last"), [("self_attn", "o_proj"), ("mlp", "down_proj")])
+def test_a_silent_sublayer_adds_nothing(part: str, last: str) -> None:
+    model = make("llama")
+    truth = copy.deepcopy(model)
+    getattr(getattr(find_layers(truth)[1], part), last).weight.zero_()
+    silent = pruned(model, silent=[getattr(find_layers(model)[1], part)])
+    assert torch.equal(logits(silent), logits(truth))
+    # It goes with its layer.
+    both = pruned(model, [1], silent=[getattr(find_layers(model)[1], part)])
+    assert torch.equal(logits(both), logits(pruned(model, [1])))
+
+
+class AddsItself(nn.Module):
+    """As Bloom's sublayers do."""
+
+    def forward(self, hidden, residual):
+        return residual + hidden
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_sublayer_that_adds_to_the_stream_itself_hands_it_on(by_name: bool) -> None:
+    sublayer = AddsItself()
+    sublayer.register_forward_hook(_add_nothing, with_kwargs=True)
+    stream = torch.tensor([[5.0, 6.0]])
+    found = sublayer(HIDDEN, residual=stream) if by_name else sublayer(HIDDEN, stream)
+    assert torch.equal(found, stream)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_silent_sublayer_keeps_what_else_it_returns(kind: type) -> None:
+    made = torch.ones(3, 4, 5)
+    found = _add_nothing(nn.Module(), (made,), {}, kind((made, "weights", 3)))
+    assert type(found) is kind
+    assert torch.equal(found[0], torch.zeros(3, 4, 5))
+    assert found[1:] == kind(("weights", 3))
+    assert torch.equal(_add_nothing(nn.Module(), (made,), {}, made), torch.zeros(3, 4, 5))
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("frequencies", torch.arange(3.0))
+        self.cache = torch.zeros(2)
+        self.length, self.scale, self.kind, self.first, self.absent = 4, 0.5, "default", True, None
+        self.items = [1]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    made = nn.Module()
+    made.inner = Remembering()
+    return made
+
+
+def call(model: nn.Module) -> None:
+    inner = model.inner
+    inner.weight.data *= 2
+    inner.frequencies += 1
+    inner.cache[0] = 7
+    inner.length, inner.scale, inner.kind, inner.absent = 5, 0.25, "long", 1
+
+
+CHANGED = {"weight", "frequencies", "cache", "length", "scale", "kind", "absent"}
+
+
+def test_what_a_call_changes_is_found_and_put_back(model: nn.Module) -> None:
+    before = remember(model)
+    assert ("inner", "items") not in before
+    assert changed(before, remember(model)) == set()
+    for _ in range(2):  # what was put back is the model's own, so that the next call spoils nothing
+        call(model)
+        assert changed(before, remember(model)) == {("inner", name) for name in CHANGED}
+        put_back(model, before)
+        assert changed(before, remember(model)) == {("inner", "weight")}
+        model.inner.weight.data /= 2
+    assert "frequencies" in model.inner._buffers
+
+
+def test_only_the_wanted_attributes_are_taken_down(model: nn.Module) -> None:
+    assert set(remember(model, {"cache", "length"})) == {("inner", "cache"), ("inner", "length")}
+
+
+def test_values_of_other_kinds_differ() -> None:
+    one = {("", str(n)): value for n, value in enumerate((1, 1, 0, torch.ones(1), 1.0, "1"))}
+    other = {
+        ("", str(n)): value for n, value in enumerate((True, 1.0, None, 1.0, torch.ones(1), 1))
+    }
+    assert changed(one, other) == set(one)
+    assert changed(one, {}) == changed({}, one) == set(one)
+    assert changed(one, dict(one)) == set()
+    shape = {("", "x"): torch.ones(2)}
+    assert changed(shape, {("", "x"): torch.ones(1)}) == {("", "x")}

@@ -1,0 +1,86 @@
+"""Mutation testing: small changes to a module, each of which its tests should notice.
+
+`make mutants` runs it over every module that `[tool.tracker.mutants]` in pyproject.toml gives
+tests, or over those named in MODULE; each survivor is printed as a diff, and last comes a table.
+A mutant that no test reaches has survived. It is no test itself, and a script rather than a module
+of `tests`: mutmut imports that package anew, from its copy in `mutants/`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+from mutmut.__main__ import cli
+from mutmut.configuration import config
+from mutmut.mutation.data import SourceFileMutationData
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.stats import status_by_exit_code
+
+OUTCOMES = {"killed": "killed", "survived": "survived", "no tests": "survived"}
+"""What mutmut says, and our column for it; all else ran out of time."""
+
+
+def tests_of(module: str, chosen: dict[str, list[str]]) -> list[str]:
+    """Look up the tests of a module: its own, or else those of its folder."""
+    if not Path(module).is_file():
+        raise SystemExit(f"there is no module {module}; one is called tracker/engine/rows.py")
+    try:
+        return chosen.get(module) or chosen[str(Path(module).parent)]
+    except KeyError:
+        raise SystemExit(
+            f"{module} has no tests in [tool.tracker.mutants]; that names {', '.join(chosen)}"
+        ) from None
+
+
+def mutate(module: str, tests: list[str], results: multiprocessing.Queue) -> None:
+    """Try every mutant of one module in a process of its own, since mutmut keeps its state."""
+    config().only_mutate = [module]
+    config().pytest_add_cli_args_test_selection = tests
+    # One at a time: the tests that are timed have the machine as they had it before.
+    cli.main(["run", "--max-children", "1"], standalone_mode=False)
+    found = SourceFileMutationData(path=module)
+    found.load()
+    counts: Counter[str] = Counter()
+    for name, code in found.exit_code_by_key.items():
+        outcome = OUTCOMES.get(status_by_exit_code[code], "timeout")
+        counts[outcome] += 1
+        if outcome != "killed":
+            sys.stdout.write(f"\n{outcome}: {name}\n{get_diff_for_mutant(name, path=module)}\n")
+    sys.stdout.flush()
+    results.put(counts)
+
+
+def main(modules: list[str]) -> None:
+    """Print the survivors of some modules, and the table."""
+    chosen = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["tracker"]["mutants"]
+    if not modules:
+        modules = sorted(
+            str(path)
+            for name in chosen
+            for path in ([Path(name)] if name.endswith(".py") else Path(name).glob("*.py"))
+            if path.name != "__init__.py"
+        )
+    table = [f"{'module':32}{'mutants':>9}{'killed':>9}{'survived':>9}{'timeout':>9}"]
+    for module in dict.fromkeys(modules):
+        tests = tests_of(module, chosen)
+        # What an earlier run left would be taken for results.
+        shutil.rmtree("mutants", ignore_errors=True)
+        results: multiprocessing.Queue[Counter[str]] = multiprocessing.Queue()
+        process = multiprocessing.Process(target=mutate, args=(module, tests, results))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{module}: mutmut failed, see above")
+        counts = results.get()
+        numbers = (counts.total(), *(counts[each] for each in ("killed", "survived", "timeout")))
+        table.append(f"{module:32}" + "".join(f"{number:9}" for number in numbers))
+    sys.stdout.write("\n".join([*table, ""]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
