@@ -87,7 +87,7 @@ def check(
     """
     model = engine.loaded.model
     verdict = _verdict(engine, ablations, reachable(model, reach(engine, documents)), kept)
-    engine = replace(engine, sharing=verdict.sharing, habits=verdict.habits(model))
+    engine = replace(engine, habits=verdict.habits(model))
     few = _few(documents)
     reasons = [verdict.lost] if verdict.lost else []
     start = next((i for i, (way, _) in enumerate(WAYS) if way == verdict.sharing), len(WAYS))
