@@ -14,7 +14,16 @@ from tracker.ablations import INTACT, ablate, single_layers
 from tracker.documents import Document, Request
 from tracker.engine import truth
 from tracker.engine.attack import Verdict, attack, reachable
-from tracker.engine.check import VERDICT, _asked, check, plain_tokens, watch, watched_documents
+from tracker.engine.check import (
+    VERDICT,
+    _asked,
+    _few,
+    check,
+    plain_tokens,
+    reach,
+    watch,
+    watched_documents,
+)
 from tracker.engine.habits import find_habits
 from tracker.engine.rows import Lengths, tree_rows
 from tracker.engine.sweep import DEPTH_ONLY, FULL, PLAIN, Engine
@@ -270,13 +279,48 @@ def test_a_model_that_is_known_to_be_unsteady_may_contradict_itself_in_plain_pas
     found = checked(tiny_model("llama"), Attacked(unsteady=3))
     assert found.engine.sharing == PLAIN
     assert found.lost.count("changes a log-likelihood by 1 nats") == 3
-    assert "4 of" in found.unsteady
+    assert found.unsteady.startswith("the model is discontinuous: 4 of ")
+    assert found.unsteady.endswith(
+        " answers move by more than rounding (a router or a top-k near a tie), in lm-eval too"
+    )
 
 
 def test_half_precision_may_differ_by_more(tiny_model):
     found = checked(tiny_model("llama").bfloat16(), Attacked())
     assert found.engine.sharing == FULL
+    assert found.unsteady is None
     assert found.difference > 1e-3
+
+
+def test_a_verdict_holds_for_the_lengths_that_it_was_made_for(tiny_model):
+    asked, verdict = [], Attacked()
+    recall = verdict.recall
+    verdict.recall = lambda key: asked.append(key) or recall(key)
+    model = tiny_model("mistral")  # with a window, which short rows do not fill
+    few = [Document("task", 0, (Request((1,), (2,)),), 0, 1)]
+    for row_tokens in (1, 200, 200):
+        check(Engine(loaded(model), MAX_LENGTH, row_tokens=row_tokens), few, ABLATIONS, verdict)
+    assert asked[0] != asked[1] == asked[2]
+
+
+def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document(tiny_model):
+    documents = make_documents(3, shared=30)
+    longest = max(row.tokens for each in documents for row in tree_rows([each], MAX_LENGTH, 1000))
+    model = loaded(tiny_model("llama"))
+    assert reach(Engine(model, MAX_LENGTH, row_tokens=50), documents) == longest + 50
+    assert reach(Engine(model, MAX_LENGTH, row_tokens=10), documents) == longest + 30
+
+
+def test_the_shortest_of_the_documents_with_most_answers_are_confirmed():
+    def document(index, answers, context):
+        request = Request((1,) * context, (2,))
+        return Document("task", index, (request,) * answers, 0, answers)
+
+    documents = [
+        document(0, 1, 1), document(1, 5, 9), document(2, 4, 3), document(3, 2, 2),
+        document(4, 4, 5),
+    ]  # fmt: skip
+    assert [each.index for each in _few(documents)] == [2, 4, 1]
 
 
 @pytest.mark.parametrize("size", [100, 133])

@@ -158,12 +158,14 @@ def test_what_has_one_entry_a_layer_is_cut_and_rope_factors_are_not() -> None:
     config.widths = [1, 2, 3, 4]
     config.by_layer = {0: "a", 1: "b", 2: "c", 3: "d"}
     config.moe_layers = [1, 3]
+    config.hybrid_layers = [0, 1, 2, 3]
     config.rope_parameters = {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0]}
     cut_config(config, [0, 2, 3])
     assert config.num_hidden_layers == 3
     assert config.widths == [1, 3, 4]
     assert config.by_layer == {0: "a", 1: "c", 2: "d"}
     assert config.moe_layers == [2]
+    assert config.hybrid_layers == [0, 1, 2], "places of all layers, not an entry for each"
     assert config.rope_parameters["short_factor"] == [1.0, 2.0, 3.0, 4.0]
 
 

@@ -179,7 +179,7 @@ def _cut_entry(value: Any, kept: Sequence[int], total: int) -> Any:
 def _are_places(value: Sequence[Any], total: int) -> bool:
     """Whether a list holds the numbers of some of the layers."""
     return (
-        0 < len(value) < total
+        0 < len(value) <= total
         and all(type(place) is int and 0 <= place < total for place in value)
         and list(value) == sorted(set(value))
     )
