@@ -123,7 +123,7 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
             theirs_ll = np.array([float(ll) for ll, _ in answers])
             worst = max(worst, np.abs(row["loglikelihoods"] - theirs_ll).max())
             assert list(row["greedy"]) == [str(flag) == "True" for _, flag in answers]
-    record_property("largest log-likelihood difference, nats", worst)
+    record_property("largest log-likelihood difference, nats", float(worst))
     assert worst < 1e-3
 
 

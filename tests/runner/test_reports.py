@@ -195,7 +195,10 @@ def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path
     (whole,) = api.ls(ran("whole", layer=[0, 1, 2]))
     (joined,) = api.report(first, second, output=tmp_path / "joined.html").cells
     assert {c.n for c in joined.correlations if c.subset == "all"} == {3}
-    assert joined == whole.model_copy(update={"provenance": joined.provenance})
+    # Each folder's own documents were drawn to be answered again, under one of its own ablations.
+    own = ("provenance", "compared", "compared_difference")
+    assert joined == whole.model_copy(update={name: getattr(joined, name) for name in own})
+    assert joined.compared > whole.compared > 0
     # What each folder shows alone is what it was.
     assert [[run.layer for run in api.ls(f)[0].layers] for f in (first, second)] == [[0, 1], [1, 2]]
     assert api.report(second, first, output=tmp_path / "joined.html").cells == (joined,)
