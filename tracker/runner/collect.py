@@ -87,7 +87,9 @@ def _joined(same: Sequence[tuple[CellStore, View]]) -> CellRecord:
     (store, view), *rest = same
     if rest:
         by_folder = {one.folder.resolve(): one for one, _ in same}
-        store, *others = sorted(by_folder.values(), key=lambda one: len(one.shards()), reverse=True)
+        store, *others = sorted(
+            by_folder.values(), key=lambda one: (-len(one.shards()), str(one.folder))
+        )
         held = {path.name for path in store.shards()}
         # Equal names hold the same documents and ablations, and equal keys mean equal outcomes.
         more = [one for one in others if not {path.name for path in one.shards()} <= held]
