@@ -417,12 +417,14 @@ def prepare() -> None:
 
 def page(verdicts: Sequence[Verdict]) -> str:
     """Write the table of families, their variants merged."""
+    every = sum(1 for family in families() for _ in variants(family))
     counts = Counter(one.verdict for one in verdicts)
     found = ", ".join(f"{name}: {counts[name]}" for name in (EXACT, REFUSED, DISCONTINUOUS))
     lines = [
         "# Families",
         "",
         "This page is generated: `make families` measures and writes it.",
+        f"It holds {len(verdicts):,} of {every:,} variants.",
         "",
         "Every causal language model of the installed transformers",
         f"({transformers.__version__}), tiny and random, in variants of its windows, chunks, kinds",
