@@ -36,13 +36,7 @@ FALSE_REASON = "depend on each other by their numbers"
 """What is said of a model whose layers cannot be taken out; none here is one."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(kind: str, **settings: Any) -> Any:

@@ -7,7 +7,6 @@ and a really pruned model agree is the matter of `test_sweep` and of the models'
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.engine.families import FAMILIES, LAYERS
 from tests.engine.plain import MAX_LENGTH, agree, answers, loaded, make_documents, skipped
@@ -29,13 +28,7 @@ HALVES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -34,13 +34,7 @@ PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(family: str, layers: int = 4, seed: int = 0) -> nn.Module:

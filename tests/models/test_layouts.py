@@ -64,13 +64,7 @@ def in_layout(model: Any, layout: str) -> Any:
     return other.float().eval().requires_grad_(False)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Texts this short only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
