@@ -213,7 +213,10 @@ def test_what_a_call_changes_is_found_and_put_back(model: nn.Module) -> None:
 
 
 def test_only_the_wanted_attributes_are_taken_down(model: nn.Module) -> None:
-    assert set(remember(model, {"cache", "length"})) == {("inner", "cache"), ("inner", "length")}
+    taken = remember(model, {"cache", "length"})
+    assert {name for _, name in taken} == {"cache", "length"}
+    there = {place for place, value in taken.items() if value != "no such attribute"}
+    assert there == {("inner", "cache"), ("inner", "length")}
 
 
 def test_values_of_other_kinds_differ() -> None:
@@ -226,3 +229,15 @@ def test_values_of_other_kinds_differ() -> None:
     assert changed(one, dict(one)) == set()
     shape = {("", "x"): torch.ones(2)}
     assert changed(shape, {("", "x"): torch.ones(1)}) == {("", "x")}
+
+
+def test_what_a_call_adds_to_a_module_is_taken_away_again():
+    """Rotary embeddings of several kinds note their longest text under a name made then."""
+    module = torch.nn.Linear(2, 2)
+    before = remember(module, {"sliding_longest", "full_frequencies"})
+    module.sliding_longest = 40
+    module.register_buffer("full_frequencies", torch.ones(2), persistent=False)
+    put_back(module, before)
+    assert not hasattr(module, "sliding_longest")
+    assert not hasattr(module, "full_frequencies")
+    put_back(module, before)

@@ -17,6 +17,8 @@ from tracker.models.sublayers import nothing
 
 State = dict[tuple[str, str], Any]
 """(path of a module, attribute) → value."""
+_ABSENT = "no such attribute"
+"""Stands for what a module gets only when it is called."""
 SMALL = 4096
 """Elements up to which a buffer is copied: rotary frequencies, which some models change in a call;
 larger ones are masks and the like, of which every copy would take its own."""
@@ -229,6 +231,9 @@ def remember(model: nn.Module, attributes: Collection[str] | None = None) -> Sta
                 found[path, name] = value.clone()
             elif isinstance(value, (bool, int, float, str)) or value is None:
                 found[path, name] = value
+        for name in attributes or ():
+            if not hasattr(module, name):
+                found[path, name] = _ABSENT
     return found
 
 
@@ -267,6 +272,10 @@ def put_back(model: nn.Module, state: State) -> None:
     for (path, name), value in state.items():
         module = modules[path]
         if name in module._parameters:
+            continue
+        if value is _ABSENT:
+            if hasattr(module, name):
+                delattr(module, name)
             continue
         own = value.clone() if isinstance(value, Tensor) else value
         if name in module._buffers:
