@@ -366,3 +366,19 @@ def test_what_is_read_plainly_is_what_was_planned(tiny_model, monkeypatch):
     some = [d for d in documents if (d.task, d.index) in watched]
     list(watch(engine, engine.score(some, ABLATIONS), ABLATIONS, "seed"))
     assert sum(read) == plain_tokens(documents, ABLATIONS)
+
+
+def test_a_second_cell_finds_the_model_as_the_first_one_did(tiny_model):
+    """Dynamic rotary factors grow with a long text and stay: not from one cell to the next."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_model("llama").config
+    config.max_position_embeddings = 20
+    config.rope_parameters = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}
+    model = AutoModelForCausalLM.from_config(config).eval()
+    documents = make_documents(4, shared=20)
+    before = model.model.rotary_emb.inv_freq.clone()
+    first = check(Engine(loaded(model), MAX_LENGTH), documents, ABLATIONS)
+    assert first.engine.habits.leftovers
+    first.engine.score(documents, ABLATIONS)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)

@@ -187,15 +187,19 @@ class Engine:
         sums = torch.zeros(len(documents), 3, layers, dtype=torch.float64)
         tokens = [0] * len(documents)
         places = {ablation: place for place, ablation in enumerate(ablations)}
-        for row, ablated, scores in self._in_groups(documents, ablations):
-            which = torch.tensor([places[ablation] for ablation in ablated])
-            for number, (document, request) in enumerate(row.requests):
-                loglikelihoods[document, which, request] = scores.loglikelihoods[:, number]
-                hits[document, which, request] = scores.hits[:, number]
-            for (document, path), proxies in zip(row.gold, scores.proxies, strict=False):
-                sums[document] += proxies
-                tokens[document] += row.prefix + len(path)
-            progress(len(row.requests) * len(ablated))
+        try:
+            for row, ablated, scores in self._in_groups(documents, ablations):
+                which = torch.tensor([places[ablation] for ablation in ablated])
+                for number, (document, request) in enumerate(row.requests):
+                    loglikelihoods[document, which, request] = scores.loglikelihoods[:, number]
+                    hits[document, which, request] = scores.hits[:, number]
+                for (document, path), proxies in zip(row.gold, scores.proxies, strict=False):
+                    sums[document] += proxies
+                    tokens[document] += row.prefix + len(path)
+                progress(len(row.requests) * len(ablated))
+        finally:
+            # The next cell on this model takes down its state as that of a fresh one.
+            self._put_back()
         return [
             DocumentScores(
                 document=document,
