@@ -428,6 +428,7 @@ class Engine:
         with decoding(self.parts(plan), ablations, prompt, kept) as cache:
             name = cache_argument(self.loaded.model)
             yield {} if name is None else {name: cache}
+        self._put_back()
 
 
 def _tokens(document: Document) -> int:
