@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,6 +18,17 @@ from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, w
 from tracker.cli import main
 from tracker.distribution import install_extra
 from tracker.ledger.store import BLOCK
+
+
+@pytest.fixture(scope="module", autouse=True)
+def apart():
+    """Keep what Ray writes in a folder of its own: a cluster of another run is not found there.
+
+    The path is short, since Ray puts Unix sockets into it.
+    """
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, pytest.MonkeyPatch.context() as set_:
+        set_.setenv("RAY_TMPDIR", folder)
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +67,28 @@ def test_without_a_cluster_a_local_one_does_and_a_failure_stays_in_its_cell(
     assert "continuation" in found.output
     assert f"to run just what failed: tracker run {file} --executor ray" in found.output
     assert "arc_challenge · 0-shot" in found.output
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_cluster_that_is_gone_is_said_at_once(
+    here, apart, tiny_llama, experiment, monkeypatch, named
+):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        gone = f"127.0.0.1:{server.getsockname()[1]}"
+    left = apart / "ray" / "ray_current_cluster"
+    if named:
+        monkeypatch.setenv("RAY_ADDRESS", gone)
+    else:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        left.parent.mkdir(exist_ok=True)
+        left.write_text(gone)
+    file = experiment(tiny_llama(), data=str(arc(here / "data")))
+    arguments = ["run", str(file), "--results", str(here / "results"), "--track", "none"]
+    found = CliRunner().invoke(main, [*arguments, "--executor", "ray"])
+    left.unlink(missing_ok=True)
+    assert found.exit_code == 2, found.output
+    assert f"nobody answers at {gone}" in found.output
+    assert "ray stop" in found.output
 
 
 def test_two_nodes_give_what_one_process_gives(cluster, here, tiny_llama, experiment):

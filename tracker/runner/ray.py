@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -44,8 +47,9 @@ class RayExecutor:
         self._ours = not ray.is_initialized()
         if self._ours:
             try:
+                _look_for_cluster()
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+            except (OSError, ValueError, RuntimeError, RayError) as error:
                 raise RequestError(
                     f"the Ray cluster cannot be reached: {_why(error)}. It is looked for at "
                     "RAY_ADDRESS, then where 'ray start' made one here; to do without, unset "
@@ -153,6 +157,20 @@ class _Slot:
     waits_for: Any = None
     task: Task | None = None
     opened: Cell | None = None
+
+
+def _look_for_cluster() -> None:
+    """Raise an OSError if nobody answers where Ray will look: it would try for over ten minutes."""
+    if "://" in os.environ.get("RAY_ADDRESS", ""):
+        return
+    address = canonicalize_bootstrap_address(None)
+    if address is None:
+        return
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise OSError(f"nobody answers at {address}: {error.strerror or error}") from None
 
 
 def _slots(device: str) -> Iterator[_Slot]:
