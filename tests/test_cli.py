@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 import tracker
 from tests.conftest import TRACKER
+from tests.ledger import faults
 from tracker.cli import main
 from tracker.ledger.store import Ledger
 
@@ -127,6 +128,45 @@ def test_reports_and_leaderboards(cli, tiny_llama, experiment, tmp_path, monkeyp
     assert away.exit_code == 1
     assert "there is no such file" in away.output
     assert "Traceback" not in away.output
+
+
+def test_check(cli, tmp_path):
+    root = faults.make(tmp_path / "results")
+    copy = shutil.copytree(root, tmp_path / "copy")
+    whole = cli("check", root, "--against", copy)
+    assert whole.exit_code == 0, whole.output
+    assert f"1 cells, 3 shards: all is as it was written; equal to {copy}" in whole.output
+    shard = next(root.glob("cells/*/shards/*.parquet"))
+    faults.flip(shard, 999)
+    for _ in range(2):  # it stays damage until the file that was set aside is gone
+        found = cli("check", root, "--against", copy)
+        assert found.exit_code == 1
+        assert f"damaged: {shard.with_suffix('.aside')}: it was set aside" in found.output
+        assert "1 cells, 2 shards: damaged; it differs from" in found.output
+    old = cli("check", shutil.copytree(faults.OLD, tmp_path / "old"))
+    assert (old.exit_code, "unproved: an older tracker wrote them" in old.output) == (0, True)
+    refused(cli("check", tmp_path / "nothing"), "not a results folder")
+
+
+def test_the_table_is_printed_where_the_page_cannot_be_written(
+    cli, tiny_llama, experiment, tmp_path
+):
+    """Was: the disk was full at the end of the night, and nothing was shown of it."""
+    results = tmp_path / "results"
+    (results / "report.html").mkdir(parents=True)
+    found = cli("run", experiment(tiny_llama()), "--results", results, "--track", "none")
+    assert found.exit_code == 1
+    assert "accuracy drop" in found.output
+    assert f"not written: {results / 'report.html'} cannot be written" in found.output
+
+
+def test_ls_shows_the_others_beside_a_damaged_cell(cli, tmp_path):
+    root = faults.make(tmp_path / "results")
+    (root / "cells" / "more").mkdir()
+    found = cli("ls", "--results", root)
+    assert found.exit_code == 1
+    assert "tiny-6" in found.output
+    assert f"damaged: {root / 'cells' / 'more'}: its cell.json cannot be used" in found.output
 
 
 def test_a_cell_grows(cli, tiny_llama, experiment, tmp_path):

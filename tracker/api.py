@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.config import CellRequest, load_experiment
-from tracker.errors import RequestError, TrackingError
+from tracker.errors import RequestError, TrackingError, WorkError
 from tracker.ledger.store import Ledger
+from tracker.ledger.verify import Verified, compare, verify
 from tracker.records import CellRecord
 from tracker.runner import publish as publishing
 from tracker.runner.collect import Collected, collect
@@ -40,12 +41,12 @@ class Results:
 
     Attributes:
         cells: One record a (model, benchmark), in the order of the experiment.
-        report: The report page of the results folder.
+        report: The report page of the results folder; None where it could not be written.
         outcome: What failed, what was not published, and where the runs can be seen.
     """
 
     cells: tuple[CellRecord, ...]
-    report: Path
+    report: Path | None
     outcome: Report
 
     @property
@@ -111,8 +112,12 @@ def run(
         )
     finally:
         publisher.close()
-    ledger.keep_experiment(path.name, text)
-    _, page = write_report(ledger)
+    page = None
+    try:
+        ledger.keep_experiment(path.name, text)
+        page, outcome.damaged = write_report(ledger)
+    except WorkError as error:  # what was measured is still to be shown
+        outcome.unwritten = str(error)
     return Results(tuple(outcome.cells), page, outcome)
 
 
@@ -305,11 +310,43 @@ def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = R
     return publishing.sync(Ledger.existing(Path(results)), default_targets() if to is None else to)
 
 
-def ls(results: str | os.PathLike[str] = RESULTS) -> list[CellRecord]:
+def check(
+    results: str | os.PathLike[str] = RESULTS,
+    against: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Verified, list[str]]:
+    """Verify all of a results folder; a shard that is not what was written is set aside.
+
+    Args:
+        results: The results folder.
+        against: A copy of it to compare with.
+        progress: Told how far it is.
+
+    Returns:
+        What was found, and each difference between the copies, in words.
+
+    Raises:
+        ResultsError: There are no results.
+    """
+    ledger = Ledger.existing(Path(results))
+    other = None if against is None else Ledger.existing(Path(against))
+    progress = progress or Silent()
+    progress.start("verifying", len(ledger.cells()), "cells")
+    try:
+        found = verify(ledger, progress.advance)
+    finally:
+        progress.finish()
+    return found, [] if other is None else list(compare(ledger, other))
+
+
+def ls(
+    results: str | os.PathLike[str] = RESULTS, damaged: dict[str, str] | None = None
+) -> list[CellRecord]:
     """List what a results folder holds.
 
     Args:
         results: The results folder.
+        damaged: Gets each file or folder that cannot be used → what to do.
 
     Returns:
         One record a view: a cell by one metric, and what lies beneath.
@@ -317,4 +354,8 @@ def ls(results: str | os.PathLike[str] = RESULTS) -> list[CellRecord]:
     Raises:
         ResultsError: There are no results.
     """
-    return all_records(Ledger.existing(Path(results)))
+    contents = Ledger.existing(Path(results)).contents()
+    records = all_records(contents)
+    if damaged is not None:
+        damaged.update(contents.damaged)
+    return records

@@ -11,8 +11,9 @@ import pytest
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.ledger import tables
+from tracker.ledger.cells import Block, CellStore
 from tracker.ledger.outcomes import outcome_row
-from tracker.ledger.store import Block, CellStore, Ledger
+from tracker.ledger.store import Ledger
 from tracker.records import BenchmarkIdentity, CellRecord, ModelIdentity, TaskIdentity
 
 LAYERS = 4

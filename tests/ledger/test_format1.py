@@ -10,8 +10,9 @@ import pytest
 
 from tracker.config import CellRequest
 from tracker.errors import ResultsError
+from tracker.ledger.cells import FORMAT, Asked
 from tracker.ledger.keys import cell_key
-from tracker.ledger.store import FORMAT, Asked, Ledger
+from tracker.ledger.store import Ledger
 from tracker.runner.derive import all_records
 
 OLD = Path(__file__).parent / "format1"
@@ -25,7 +26,7 @@ def old(tmp_path: Path) -> Ledger:
 
 def test_every_number_is_what_it_was(old: Ledger) -> None:
     then = json.loads((OLD / "records.json").read_text())
-    for before, now in zip(then, all_records(old), strict=True):
+    for before, now in zip(then, all_records(old.contents()), strict=True):
         found = now.model_dump(mode="json")
         for name, value in before.items():
             if name not in ("correlations", "reasons"):
@@ -71,7 +72,7 @@ def old_views(ledger: Ledger) -> list[Asked]:
 
 def test_it_is_marked_when_something_is_written(old: Ledger) -> None:
     """So that an older tracker says that it is too old, and not that a file is damaged."""
-    all_records(old)
+    all_records(old.contents())
     assert json.loads((old.root / "tracker.json").read_text()) == {"format": 1}
     old.create()
     assert json.loads((old.root / "tracker.json").read_text()) == {"format": FORMAT}

@@ -14,8 +14,8 @@ from scipy import stats
 from tracker.benchmarks.tasks import aggregate
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
+from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.outcomes import outcome_row
-from tracker.ledger.store import BLOCK, Block, CellStore
 from tracker.records import CellRecord, TaskIdentity
 
 from .conftest import cell_record

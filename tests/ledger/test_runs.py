@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tracker.config import CellRequest
-from tracker.ledger.store import CellStore
+from tracker.ledger.cells import CellStore
 from tracker.metrics.correlation import COEFFICIENTS
 from tracker.metrics.proxies import PROXIES
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tracker.ledger.shards import read_shard, shard_digest, shard_file
 
@@ -10,17 +11,19 @@ TABLE = pa.table({"doc": [1, 2], "text": ["a", "b"]})
 
 def test_a_file_is_read_back_whole_or_by_columns() -> None:
     content = shard_file(TABLE, {"key": "k"})
-    table, about = read_shard(content)
+    shard = read_shard(content)
+    table, about = shard.table, shard.about
     assert table.equals(TABLE)
     assert about == {"key": "k", "digest": shard_digest(content)}
-    assert read_shard(content, ["doc"])[0].column_names == ["doc"]
+    assert read_shard(content, ["doc"]).table.column_names == ["doc"]
 
 
 def test_a_text_that_looks_like_a_digest_is_none() -> None:
     """An outcome may hold any text; the metadata's place is the last."""
     text = '"digest": "' + "0" * 64 + '"'
     content = shard_file(pa.table({"text": [text]}), {"note": text})
-    table, about = read_shard(content)
+    shard = read_shard(content)
+    table, about = shard.table, shard.about
     assert table["text"].to_pylist() == [text]
     assert about["digest"] == shard_digest(content) != "0" * 64
 
@@ -36,4 +39,5 @@ def test_what_states_no_digest_has_none() -> None:
     pq.write_table(TABLE, sink)
     content = sink.getvalue().to_pybytes()
     assert shard_digest(content) == shard_digest(b"") == ""
-    assert read_shard(content)[1] == {}
+    with pytest.raises(ValueError, match="no shard"):
+        read_shard(content)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tracker.config import CellRequest
-from tracker.ledger.store import Block, CellStore
+from tracker.ledger.cells import Block, CellStore
 from tracker.records import CellRecord
 from tracker.report.tables import layer_table, overview_table
 from tracker.report.wording import warnings

@@ -16,8 +16,9 @@ from tracker.ablations import ablations_of
 from tracker.config import CellRequest, load_experiment
 from tracker.distribution import upgrade
 from tracker.errors import ResultsError
+from tracker.ledger.cells import BLOCK, FORMAT, Block, CellStore
 from tracker.ledger.shards import read_shard, shard_digest
-from tracker.ledger.store import BLOCK, FORMAT, Block, CellStore, Ledger
+from tracker.ledger.store import Ledger
 from tracker.ledger.tables import cell_record
 from tracker.records import RunIdentity, View
 
@@ -237,7 +238,7 @@ try:
 except OSError:
     pass
 try:
-    cell._read_shard(paths[0], None)
+    cell.shard(paths[0])
 except (OSError, TrackerError) as error:
     print(error)
 """
@@ -259,7 +260,7 @@ class TestUnreadableShards:
         assert broken.name in record.getMessage()
         assert "set aside" in record.getMessage()
         assert not broken.exists()
-        assert broken.with_suffix(".unreadable").is_file()
+        assert broken.with_suffix(".aside").is_file()
         assert not cell.is_complete(64, NAMES)
         assert sorted(set(cell.read()["doc"])) == list(range(32, 64))
         # Once only; then it is measured again.
@@ -280,9 +281,9 @@ class TestUnreadableShards:
             try:
                 return read_shard(*arguments)
             finally:
-                path.rename(path.with_suffix(".unreadable"))
+                path.rename(path.with_suffix(".aside"))
 
-        monkeypatch.setattr("tracker.ledger.store.read_shard", read)
+        monkeypatch.setattr("tracker.ledger.cells.read_shard", read)
         assert not len(cell.read())
 
     # Was: any OSError sets the shard aside, so "too many open files" or a
@@ -298,7 +299,8 @@ HOLD = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tracker.ledger.store import Block, Ledger
+from tracker.ledger.cells import Block
+from tracker.ledger.store import Ledger
 
 (cell,) = Ledger(Path(sys.argv[1])).cells()
 with cell.lock(Block("arc_easy", 1)):
@@ -400,8 +402,11 @@ class TestLedger:
     @pytest.mark.parametrize("text", ["", "{", "{}", "[]"])
     def test_a_damaged_cell_is_refused(self, ledger, cell, text: str) -> None:
         (cell.folder / "cell.json").write_text(text)
-        with pytest.raises(ResultsError, match=r"cell\.json is damaged; move the folder"):
-            ledger.cells()
+        ((folder, what),) = ledger.contents().damaged.items()
+        assert folder == str(cell.folder)
+        assert "cell.json cannot be used" in what
+        assert ledger.cells() == []
+        assert ledger.find("0" * 64) is None
 
     def test_a_request_is_found_again(self, ledger, cell) -> None:
         key = "0123456789abcdef" * 4
@@ -419,7 +424,7 @@ class TestLedger:
         text = "# größe\r\nmethod: grid\n"
         ledger.keep_experiment("b.yaml", "x: 1\n")
         ledger.keep_experiment("a.yaml", text)
-        kept = dict(ledger.experiments())
+        kept = ledger.contents().experiments
         assert list(kept) == ["a.yaml", "b.yaml"]
         assert (ledger.root / "experiments" / "a.yaml").read_bytes() == text.encode()
 
@@ -525,8 +530,8 @@ class TestNotes:
         cell.add_receipt("mlflow", "1", "http://one")
         cell.add_receipt("wandb", "2", "http://two")
         cell.add_receipt("mlflow", "3", "http://three")
-        assert cell.receipt("mlflow") == {"digest": "3", "location": "http://three"}
-        assert cell.receipt("wandb") == {"digest": "2", "location": "http://two"}
+        assert cell.receipt("mlflow") == {"record": "3", "location": "http://three"}
+        assert cell.receipt("wandb") == {"record": "2", "location": "http://two"}
 
     # Was: bare JSONDecodeError, KeyError or ValidationError.
     @pytest.mark.parametrize("text", ["", "{", "{}"])

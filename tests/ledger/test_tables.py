@@ -15,8 +15,8 @@ from scipy import stats
 
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
+from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
-from tracker.ledger.store import BLOCK, Block, CellStore
 from tracker.records import CellRecord, LayerRecord
 
 from .conftest import cell_record

@@ -104,6 +104,6 @@ def test_without_the_extra_it_says_what_to_install(
 
 
 def test_the_command_line_knows_every_format() -> None:
-    from tracker.cli import FORMATS as OFFERED
+    from tracker.cli.options import FORMATS as OFFERED
 
     assert ("html", *FORMATS) == OFFERED

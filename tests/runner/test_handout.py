@@ -11,7 +11,8 @@ from filelock import Timeout
 from tests.runner.elsewhere import Heard, arc
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.config import load_experiment
-from tracker.ledger.store import BLOCK, Block, CellStore, Ledger
+from tracker.ledger.cells import BLOCK, Block, CellStore
+from tracker.ledger.store import Ledger
 from tracker.runner.executors import Job, Options
 from tracker.runner.handout import ATTEMPTS, Cell, Handout, Task
 from tracker.runner.prepare import look_up

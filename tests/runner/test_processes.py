@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import tracker
-from tracker.ledger.store import BLOCK, Ledger
+from tracker.ledger.cells import BLOCK
+from tracker.ledger.store import Ledger
 
 DOCUMENTS = 6 * BLOCK + 5
 LAYERS = 8

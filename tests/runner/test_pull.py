@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tracker.ledger.store import FORMAT
+from tracker.ledger.cells import FORMAT
 from tracker.runner import pull as pulling
 from tracker.runner.derive import record_of
 from tracker.runner.progress import Silent

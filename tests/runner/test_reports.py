@@ -430,7 +430,7 @@ def test_a_wandb_project_is_read_verified_and_cached(
     (board,) = [c for c in project.artifacts.values() if c.name == "layer-leaderboard"]
     assert len(board.versions) == 1
     stored = Board.model_validate_json(next(iter(board.versions[0].files.values())))
-    assert content(stored.cells) == content(all_records(Ledger.existing(results)))
+    assert content(stored.cells) == content(all_records(Ledger.existing(results).contents()))
     assert {e.by for e in stored.entries} == {"tester"}
 
 

@@ -15,7 +15,7 @@ from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, w
 from tracker.cli import main
 from tracker.config import load_experiment
 from tracker.distribution import install_extra
-from tracker.ledger.store import BLOCK
+from tracker.ledger.cells import BLOCK
 from tracker.runner import job
 from tracker.runner.executors import Options
 

@@ -15,7 +15,7 @@ def test_the_record_and_the_page_say_what_was_compared(tiny_llama, experiment, t
     file = experiment(tiny_llama(), benchmark=["arc_easy"], limit=40)
     results = tmp_path / "results"
     tracker.run(file, results=results, track=[])
-    (record,) = all_records(Ledger(results))
+    (record,) = all_records(Ledger(results).contents())
     assert record.compared == 4, "of 40 documents one is drawn; it has four answers"
     assert 0 <= record.compared_difference < 1e-3
     assert record.compared_unsteady == 0

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tracker.errors import WorkError
-from tracker.ledger.files import write_text
+from tracker.ledger.notes import read_note, write_note
 
 
 class Checks:
@@ -26,12 +26,9 @@ class Checks:
             key: A hash of all that it follows from.
 
         Returns:
-            It; None where none is kept, or it cannot be read.
+            It; None where none is kept, or it is not what was kept.
         """
-        try:
-            return self._path(key).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return None
+        return read_note(self._path(key)).get("verdict")
 
     def keep(self, key: str, verdict: str) -> None:
         """Keep a verdict, where the folder can be written.
@@ -41,7 +38,7 @@ class Checks:
             verdict: The verdict.
         """
         with suppress(WorkError):
-            write_text(self._path(key), verdict)
+            write_note(self._path(key), {"verdict": verdict})
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key[:32]}.json"

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock
 
 from tracker.errors import WorkError
 
@@ -63,6 +64,27 @@ def write_text(path: Path, text: str) -> None:
         text: Its content.
     """
     write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def lock_file(path: Path) -> FileLock:
+    """Make a lock that processes share.
+
+    Args:
+        path: The lock's file; its folder is made where there is none.
+
+    Returns:
+        The lock, not held yet.
+
+    Raises:
+        WorkError: There is no place for it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    except OSError as error:
+        raise WorkError(f"{path} cannot be made: {error.strerror}") from None
+    return FileLock(path)
 
 
 def _flush(folders: Iterable[Path]) -> None:

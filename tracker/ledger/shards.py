@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -57,21 +58,52 @@ def shard_digest(content: bytes) -> str:
     return hashlib.sha256(whole).hexdigest() if whole else ""
 
 
-def read_shard(
-    content: bytes, columns: Sequence[str] | None = None
-) -> tuple[pa.Table, dict[str, Any]]:
-    """Read a shard's file; the digest is not looked at.
+@dataclass(frozen=True)
+class Shard:
+    """A shard that was read.
+
+    Attributes:
+        table: The outcomes.
+        about: What the metadata says.
+        digest: SHA-256 of the file, as the metadata states it.
+        proved: Whether the metadata states it; that of format 1 does not.
+    """
+
+    table: pa.Table
+    about: dict[str, Any]
+    digest: str
+    proved: bool
+
+
+def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
+    """Read a shard's file.
 
     Args:
         content: The file.
         columns: Only these columns; None = all.
 
     Returns:
-        The outcomes, and what the metadata says.
+        The shard.
+
+    Raises:
+        ValueError: The file is no shard, or not as it was written.
     """
-    file = pq.ParquetFile(pa.BufferReader(content))
-    about = (file.metadata.metadata or {}).get(b"tracker", b"{}")
-    return file.read(columns=columns), json.loads(about)
+    stated = _DIGEST.findall(content)
+    digest = shard_digest(content) or hashlib.sha256(content).hexdigest()
+    proved = bool(stated) and stated[-1].decode() == digest
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        about = dict(json.loads((file.metadata.metadata or {})[b"tracker"]))
+        # One flipped bit does not make a file look as if it were of format 1.
+        if not proved and (about.get("format") != 1 or about.keys() & {"key", "digest"}):
+            raise ValueError("its digest is not that of its content")
+        table = file.read(columns=columns)
+    except ValueError:
+        raise
+    # Whatever the reader stumbles over in a damaged file.
+    except (pa.ArrowException, OSError, TypeError, LookupError, ArithmeticError, MemoryError) as e:
+        raise ValueError(f"it is no shard: {type(e).__name__}: {e}") from None
+    return Shard(table, about, digest, proved)
 
 
 def _with_digest(content: bytes, digest: str) -> bytes:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tracker.errors import RequestError, TrackerError
-from tracker.ledger.store import CellStore, Ledger
+from tracker.ledger.cells import CellStore
+from tracker.ledger.store import Ledger
 from tracker.records import CellRecord, View
 from tracker.runner.derive import record_of
 from tracker.runner.progress import Progress
@@ -57,8 +58,10 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
                 views += there
                 failed |= lacking
                 continue
-            views += [(store, asked.view) for store in place.cells() for asked in store.asked()]
-            for name, text in place.experiments():
+            contents = place.contents()
+            failed |= contents.damaged
+            views += [(store, asked.view) for store, asked in contents.views]
+            for name, text in contents.experiments.items():
                 if experiments.setdefault(name, text) != text:
                     experiments[f"{name} ({source})"] = text
         except TrackerError as error:

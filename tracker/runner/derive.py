@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from tracker.ledger.store import CellStore, Ledger
+from tracker.errors import TrackerError
+from tracker.ledger.cells import CellStore
+from tracker.ledger.store import Contents, Ledger
 from tracker.ledger.tables import cell_record
 from tracker.provenance import content_hash, file_hash
 from tracker.records import CellRecord, View
@@ -27,7 +29,7 @@ def record_of(store: CellStore, view: View) -> CellRecord:
             _code(),
             view.model_dump(mode="json"),
             store.identity.model_dump(mode="json"),
-            store.sizes(),
+            store.proofs(),
         ]
     )
     record = store.derived(state, store.name_of(view))
@@ -56,29 +58,36 @@ def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
     return aggregate(how, values)
 
 
-def all_records(ledger: Ledger) -> list[CellRecord]:
+def all_records(contents: Contents) -> list[CellRecord]:
     """Derive the records of every cell, one for each view that was asked of it.
 
     Args:
-        ledger: The results folder.
+        contents: What a results folder holds; its `damaged` gets what cannot be read.
 
     Returns:
         The records of the cells that were asked for.
     """
-    return [record_of(store, asked.view) for store in ledger.cells() for asked in store.asked()]
+    records = []
+    for store, asked in contents.views:
+        try:
+            records.append(record_of(store, asked.view))
+        except TrackerError as error:
+            contents.damaged[str(store.folder)] = str(error)
+    return records
 
 
-def write_report(ledger: Ledger) -> tuple[list[CellRecord], Path]:
-    """Write the report page of a results folder.
+def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
+    """Write the report page of a results folder, over the cells with a measured document.
 
     Args:
         ledger: The results folder.
 
     Returns:
-        The cells that it shows: those with at least one measured document; and its path.
+        Its path, and what of the folder it cannot show → what to do.
     """
     from tracker.report.html import render_report
 
-    records = [record for record in all_records(ledger) if record.n]
-    path = render_report(records, dict(ledger.experiments()), ledger.root / "report.html")
-    return records, path
+    contents = ledger.contents()
+    records = [record for record in all_records(contents) if record.n]
+    path = render_report(records, contents.experiments, ledger.root / "report.html")
+    return path, contents.damaged

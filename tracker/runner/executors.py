@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tracker.distribution import install_extra
 from tracker.errors import RequestError, did_you_mean
-from tracker.ledger.store import CellStore, Ledger
+from tracker.ledger.cells import CellStore
+from tracker.ledger.store import Ledger
 from tracker.runner.prepare import Asked
 from tracker.runner.progress import Progress
 

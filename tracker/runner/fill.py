@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from filelock import Timeout
 
 from tracker.ablations import ablations_of
-from tracker.ledger.store import Block, CellStore, Ledger
+from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.store import Ledger
 from tracker.runner.meter import Facts, Meter
 from tracker.runner.prepare import Asked, look_up
 from tracker.runner.progress import Progress

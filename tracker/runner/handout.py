@@ -15,8 +15,9 @@ from filelock import FileLock, Timeout
 
 from tracker.config import CellRequest
 from tracker.errors import CellError
+from tracker.ledger.cells import Block, CellStore
 from tracker.ledger.keys import cell_key
-from tracker.ledger.store import Block, CellStore, Ledger
+from tracker.ledger.store import Ledger
 from tracker.runner.executors import Done, Job
 from tracker.runner.fill import names_of, open_cell
 from tracker.runner.meter import Facts, Shard

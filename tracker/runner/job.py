@@ -9,7 +9,8 @@ from pathlib import Path
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.config import CellRequest
 from tracker.errors import CellError, TrackerError
-from tracker.ledger.store import CellStore, Ledger
+from tracker.ledger.cells import CellStore
+from tracker.ledger.store import Ledger
 from tracker.runner.executors import Job, Options
 from tracker.runner.local import measure_cell
 from tracker.runner.meter import open_model

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
-from tracker.ledger.store import CellStore, Ledger
+from tracker.ledger.store import Ledger
 from tracker.runner.executors import Done, Job, Options
 from tracker.runner.fill import fill, open_cell
 from tracker.runner.meter import Meter, Model, open_model

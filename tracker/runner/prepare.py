@@ -9,8 +9,9 @@ from tracker.ablations import ablations_of, removals
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.config import CellRequest
 from tracker.errors import ExperimentError, ModelError
+from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import request_key
-from tracker.ledger.store import CellStore, Ledger
+from tracker.ledger.store import Ledger
 from tracker.models.sources import ModelSource, find_model, read_config
 from tracker.provenance import package_versions
 

@@ -14,11 +14,13 @@ from threading import Thread
 
 from tracker.config import CellRequest
 from tracker.errors import TrackerError
-from tracker.ledger.store import CellStore, Ledger
+from tracker.ledger.cells import CellStore
+from tracker.ledger.store import Ledger
 from tracker.provenance import content_hash
 from tracker.records import INTACT_VIEW, CellRecord
 from tracker.report.charts.cells import cell_charts
 from tracker.runner.derive import record_of
+from tracker.text import masked
 from tracker.tracking import (
     Target,
     destination,
@@ -28,7 +30,7 @@ from tracker.tracking import (
     open_backend,
     target,
 )
-from tracker.tracking.base import Backend, content_digest, masked, sync_command
+from tracker.tracking.base import Backend, content_digest, sync_command
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +143,7 @@ class Publisher:
             try:
                 digest = content_digest(record)
                 receipt = store.receipt(self._receipt(to, record))
-                if trust_receipts and receipt.get("digest") == digest:
+                if trust_receipts and receipt.get("record") == digest:
                     outcome.places[to.backend] = receipt["location"]
                     continue
                 published = self._backend(to).publish(record, artifacts, cell_charts(record))
@@ -244,13 +246,17 @@ def sync(ledger: Ledger, to: Sequence[str]) -> Synced:
         What was published and what was not.
     """
     ledger.create()
-    synced = Synced()
+    contents = ledger.contents()
+    synced = Synced(failed=contents.damaged)
     publishers: dict[str, Publisher] = {}
-    views = [(store, asked) for store in ledger.cells() for asked in store.asked()]
-    for store, asked in views:
+    for store, asked in contents.views:
         project = asked.project
         publisher = publishers.setdefault(project, Publisher(to, project, ledger.root))
-        record = record_of(store, asked.view)
+        try:
+            record = record_of(store, asked.view)
+        except TrackerError as error:
+            synced.failed[str(store.folder)] = str(error)
+            continue
         outcome = publisher.publish(store, record)
         synced.locations.update(outcome.places)
         synced.notes += [f"{record.title}: {note}" for note in outcome.notes]

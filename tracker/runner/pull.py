@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from filelock import FileLock
 
 from tracker.errors import TrackerError, TrackingError
+from tracker.ledger.cells import FORMAT, CellIdentity, CellStore
 from tracker.ledger.files import cache_folder, write_text
-from tracker.ledger.keys import cell_key, folder_name
-from tracker.ledger.store import FORMAT, CellIdentity, CellStore, Ledger
+from tracker.ledger.keys import folder_name
+from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.store import Ledger
 from tracker.provenance import content_hash
 from tracker.records import View
 from tracker.runner.progress import Progress
@@ -51,7 +54,8 @@ def pull(
     try:
         there = backend.cells()
         with FileLock(root / "pull.lock"):
-            stale = [cell for cell in there if _note(root, cell).get("version") != cell.version]
+            sound = {store.identity.key: store for store in ledger.cells()}
+            stale = [cell for cell in there if not _is_here(root, cell, sound)]
             if stale:
                 progress.start(f"downloading {name}", len(stale), "cells")
             for cell in stale:
@@ -66,8 +70,7 @@ def pull(
     wanted = {(note.get("cell"), note.get("view")) for note in (_note(root, c) for c in there)}
     views = [
         (store, asked.view)
-        for store in ledger.cells()
-        for asked in store.asked()
+        for store, asked in ledger.contents().views
         if (store.identity.key, store.name_of(asked.view)) in wanted
     ]
     return views, failed
@@ -77,13 +80,21 @@ def _note_path(root: Path, cell: RemoteCell) -> Path:
     return root / "pulled" / f"{content_hash(cell.key)[:32]}.json"
 
 
-def _note(root: Path, cell: RemoteCell) -> dict[str, str]:
-    """Say which version of a cell the cache holds, and as which view."""
-    with suppress(FileNotFoundError, ValueError):
-        found = json.loads(_note_path(root, cell).read_text(encoding="utf-8"))
-        if isinstance(found, dict):  # an older tracker noted the version alone
-            return found
-    return {}
+def _note(root: Path, cell: RemoteCell) -> dict[str, Any]:
+    """Say which version of a cell the cache holds, as which view, and in which shards."""
+    return read_note(_note_path(root, cell))
+
+
+def _is_here(root: Path, cell: RemoteCell, sound: Mapping[str, CellStore]) -> bool:
+    """Say whether the cache holds a version of a cell, as it was downloaded."""
+    note = _note(root, cell)
+    store = sound.get(note.get("cell", ""))
+    if note.get("version") != cell.version or store is None:
+        return False
+    damaged: dict[str, str] = {}
+    views = {store.name_of(asked.view) for asked in store.asked(damaged)}
+    shards = {name for name, _ in store.proofs()}
+    return note["view"] in views and set(note["shards"]) <= shards
 
 
 def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
@@ -104,18 +115,21 @@ def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
                     f"it was published by a newer tracker (format {found}; this one knows "
                     f"{FORMAT}); upgrade tracker"
                 )
-            identity = CellIdentity.model_validate_json((folder / "cell.json").read_bytes())
-            key = cell_key(identity.model, identity.benchmark)
-            if {key} != {identity.key, cell.key.partition("/")[0]}:
+            identity, _ = CellIdentity.read((folder / "cell.json").read_bytes())
+            if identity.key != cell.key.partition("/")[0]:
                 raise ValueError("its key is not that of what it describes")
-            name = folder_name(identity.model.name, identity.benchmark.name, key)
+            name = folder_name(identity.model.name, identity.benchmark.name, identity.key)
             store = CellStore(root / "cells" / name, identity)
             asked = store.read_asked(view)
-            for path in folder.glob("*.parquet"):
-                store.adopt(path)
+            shards = [store.adopt(path) for path in sorted(folder.glob("*.parquet"))]
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise TrackingError(f"its files are not what tracker writes: {error}") from None
-        write_text(store.folder / "cell.json", identity.model_dump_json(indent=2))
+        write_text(store.folder / "cell.json", identity.sealed())
         store.write_asked(asked)
-    note = {"version": cell.version, "cell": key, "view": store.name_of(asked.view)}
-    write_text(_note_path(root, cell), json.dumps(note))
+    note = {
+        "version": cell.version,
+        "cell": identity.key,
+        "view": store.name_of(asked.view),
+        "shards": shards,
+    }
+    write_note(_note_path(root, cell), note)

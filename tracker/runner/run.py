@@ -12,7 +12,8 @@ from typing import Any
 from tracker.benchmarks.benchmark import Benchmark, chosen_metric, open_benchmark
 from tracker.config import CellRequest
 from tracker.errors import RequestError, TrackerError
-from tracker.ledger.store import CellStore, Ledger
+from tracker.ledger.cells import CellStore
+from tracker.ledger.store import Ledger
 from tracker.records import CellRecord
 from tracker.runner.derive import record_of
 from tracker.runner.executors import Job, Options, open_executor
@@ -41,6 +42,9 @@ class Report:
         unpublished: Cell title → why a backend does not have it.
         locations: Where the runs can be seen, by backend.
         models_loaded: How many times a model was loaded.
+        unwritten: Why the report page or the experiment's copy could not be written; empty when
+            they were.
+        damaged: What else in the results folder cannot be shown → what to do.
     """
 
     cells: list[CellRecord] = field(default_factory=list)
@@ -48,11 +52,13 @@ class Report:
     unpublished: dict[str, str] = field(default_factory=dict)
     locations: dict[str, str] = field(default_factory=dict)
     models_loaded: int = 0
+    unwritten: str = ""
+    damaged: dict[str, str] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
         """0 = all done, 1 = some of the work failed."""
-        return 1 if self.failed or self.unpublished else 0
+        return 1 if self.failed or self.unpublished or self.unwritten else 0
 
 
 def run_cells(

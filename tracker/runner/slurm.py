@@ -18,7 +18,8 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import Checkpointable
 
 from tracker.errors import CellError, RequestError, did_you_mean
-from tracker.ledger.store import BLOCK, CellStore, Ledger
+from tracker.ledger.cells import BLOCK, CellStore
+from tracker.ledger.store import Ledger
 from tracker.runner.executors import Done, Job, Options
 from tracker.runner.fill import names_of
 from tracker.runner.job import CellJob, Outcome, shards

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import quote, unquote
 
 from tracker.records import INTACT_VIEW, CellRecord, LayerRecord, Record, RunIdentity
 
@@ -201,23 +200,6 @@ def sync_command(results: Path, to: str) -> str:
         The command.
     """
     return f"tracker sync --to {shlex.quote(to)} --results {shlex.quote(str(results))}"
-
-
-def masked(text: str, secrets: Sequence[str | None] = ()) -> str:
-    """Hide passwords before a text is shown or kept.
-
-    Args:
-        text: What a library said.
-        secrets: What must not be seen, as it is and as it is quoted in an address.
-
-    Returns:
-        The text without them, and without what looks like a password in an address.
-    """
-    for secret in filter(None, secrets):
-        for form in (secret, unquote(secret), quote(secret, safe="")):
-            text = text.replace(form, "***")
-    text = re.sub(r"://\S*@", "://***@", text)
-    return re.sub(r"(?i)\b(password|token)=[^&\s]+", r"\1=***", text)
 
 
 def run_key(cell: CellRecord, ablation: str) -> str:

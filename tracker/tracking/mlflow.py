@@ -58,6 +58,7 @@ from mlflow.exceptions import MlflowException
 from tracker.errors import TrackingError
 from tracker.provenance import file_hash
 from tracker.records import CellRecord
+from tracker.text import masked
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,
@@ -66,7 +67,6 @@ from tracker.tracking.base import (
     Table,
     files_digest,
     is_curve,
-    masked,
     sync_command,
 )
 from tracker.tracking.mlflow_runs import (

@@ -28,13 +28,13 @@ from tracker.distribution import install_extra
 from tracker.errors import TrackingError
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord, LayerRecord
+from tracker.text import masked
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,
     Published,
     RemoteCell,
     Table,
-    masked,
     sync_command,
 )
 from tracker.tracking.wandb_runs import Run, cell_run, group_of, layer_run

@@ -1,0 +1,5 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 some work failed, 2 wrong request."""
+
+from tracker.cli.commands import main
+
+__all__ = ["main"]

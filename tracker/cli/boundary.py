@@ -1,0 +1,60 @@
+"""The boundary between tracker and the person at the terminal: every error ends here, in words."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+import click
+
+from tracker.cli.terminal import say
+from tracker.distribution import __version__
+from tracker.errors import TrackerError
+from tracker.text import masked
+
+ISSUES = "https://github.com/layer-tracker/layer-tracker/issues"
+
+
+class Boundary(click.Group):
+    """Turns whatever is raised into a message and an exit code.
+
+    Errors of tracker say themselves what to do. What the system refuses (a full disk, a folder
+    that may not be read) is its own message. All else is a bug of tracker, and is called so.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            say("tracker: stopped; type the same command to continue", error=True)
+            ctx.exit(130)
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            if isinstance(error, TrackerError):
+                say(f"tracker: {error}", error=True)
+                ctx.exit(error.exit_code)
+            if isinstance(error, OSError) and error.strerror:
+                what = f"{error.filename}: " if error.filename is not None else ""
+                say(f"tracker: {what}{error.strerror}", error=True)
+                ctx.exit(1)
+            report_bug(error)
+            ctx.exit(1)
+
+
+def report_bug(error: Exception) -> None:
+    """Say in two lines that something of tracker's own broke, and keep what finds it."""
+    said = str(error).splitlines() or [""]
+    say(f"tracker: this is a bug of tracker's: {type(error).__name__}: {said[0][:300]}", error=True)
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="tracker-bug-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+    ) as file:
+        file.write(f"tracker {__version__}, Python {sys.version}, {os.name}\n")
+        file.write(masked(f"{' '.join(sys.argv)}\n{traceback.format_exc()}"))
+    say(f"what was measured is kept; please send {file.name} to {ISSUES}", error=True)

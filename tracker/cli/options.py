@@ -1,0 +1,162 @@
+"""Options that several commands share, and the types of what is typed after them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+COMPONENTS = ("layer", "attention", "mlp")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXECUTORS = ("local", "ray", "slurm")
+FORMATS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A size such as 4GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Read it, in bytes."""
+        from pydantic import ByteSize, TypeAdapter, ValidationError
+
+        try:
+            size = TypeAdapter(ByteSize).validate_python(value)
+        except ValidationError:
+            self.fail(f"{value!r} is no size; write 4GiB or 500MB", param, ctx)
+        if size <= 0:
+            self.fail("it must be more than nothing", param, ctx)
+        return int(size)
+
+
+class Layers(click.ParamType):  # type: ignore[type-arg]
+    """Layers such as 3,17, also as Python and JSON write a list, which is what W&B passes."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        """Read them, ascending."""
+        if isinstance(value, tuple):
+            return value
+        inside = value.strip()
+        if inside[:1] + inside[-1:] in ("[]", "()"):
+            inside = inside[1:-1]
+        words = [word.strip() for word in inside.split(",")]
+        if words[-1] == "":  # nothing at all, or Python's (3,)
+            words.pop()
+        if not all(word.isdecimal() for word in words):
+            self.fail(f"{value!r} is no list of layers; write 3,17 or [3, 17]", param, ctx)
+        layers = sorted(map(int, words))
+        if len(set(layers)) < len(layers):
+            self.fail(f"a layer stands twice in {value!r}", param, ctx)
+        return tuple(layers)
+
+
+class Setting(click.ParamType):  # type: ignore[type-arg]
+    """KEY=VALUE; a value that is JSON is what it says: a number, true, a list."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+        """Read key and value."""
+        import json
+
+        key, sign, text = value.partition("=")
+        if not sign or not key.isidentifier():
+            self.fail(f"{value!r} is no setting; write KEY=VALUE", param, ctx)
+        try:
+            return key, json.loads(text)
+        except ValueError:
+            return key, text
+
+
+class TrialCommand(click.Command):
+    """Takes `--name=None`, which is what W&B makes of a null in a grid, for nothing said."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Leave the nulls out."""
+        said = [arg for arg in args if not (arg.startswith("--") and arg.endswith("=None"))]
+        return super().parse_args(ctx, said)
+
+
+def results_option(function: F) -> F:
+    """Add the option that names the results folder."""
+    return click.option(
+        "--results",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path("results"),
+        show_default=True,
+        help="The results folder; several processes may share it.",
+    )(function)
+
+
+def machine(function: F) -> F:
+    """Add the options that say where a model runs."""
+    device = click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda, cuda:1, mps, …, or 'spread': over all devices, by accelerate.",
+    )
+    memory = click.option(
+        "--memory",
+        type=Bytes(),
+        help="What hidden states, keys and values may take, e.g. 4GiB; default: half of what is "
+        "free where the model is.",
+    )
+    return device(memory(function))
+
+
+def running(function: F) -> F:
+    """Add the options of commands that load a model."""
+
+    @click.option(
+        "--track",
+        help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, or 'none'. "
+        "Default: mlflow; in the trial of a W&B sweep: wandb.",
+    )
+    @machine
+    @trust
+    @functools.wraps(function)
+    def wrapped(*args: Any, track: str | None, **kwargs: Any) -> Any:
+        return function(*args, track=backends(track), **kwargs)
+
+    return results_option(wrapped)  # type: ignore[return-value]
+
+
+def trust(function: F) -> F:
+    """Add the option that lets a download's code run."""
+    return click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run code and read pickles that come with a model. Off: safetensors and GGUF only.",
+    )(function)
+
+
+def backends(text: str | None) -> tuple[str, ...] | None:
+    """Read tracking backends: none for `none`, None where nothing is said."""
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise click.BadParameter(f"{text!r} names no tracking backend; write mlflow, or none")
+    return () if names == ("none",) else names
+
+
+def publish_option(what: str) -> Callable[[F], F]:
+    """Add the option that names tracking projects to write to."""
+    return click.option(
+        "--publish",
+        multiple=True,
+        metavar="TARGET",
+        help=f"A tracking project that gets {what}: mlflow:PROJECT or wandb:ENTITY/PROJECT; may be "
+        "given several times.",
+    )
+
+
+sources_argument = click.argument("sources", nargs=-1)

@@ -1,0 +1,173 @@
+"""How cells, leaderboards and plans look on the terminal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tracker.cli.terminal import say, table
+
+if TYPE_CHECKING:
+    from tracker.records import CellRecord, RunIdentity
+    from tracker.runner.planning import PlannedCell
+    from tracker.runner.run import Report
+
+
+def print_damage(damaged: Mapping[str, str]) -> None:
+    """Say what of a results folder cannot be used, and what to do."""
+    for path, what in damaged.items():
+        say(f"damaged: {path}: {what}", error=True)
+
+
+def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
+    """Print a cell's runs, or one of them."""
+    from tracker.report.tables import run_columns
+    from tracker.report.wording import DASH, fixed, interval, measure_of, sentence
+
+    measure = measure_of(cell)
+    own_metric = "" if cell.other_metric else cell.metric
+    names = run_columns(cell)
+    heads = (
+        *names.labels,
+        f"{measure.change} ({measure.unit})",
+        "95 % interval",
+        "accuracy relevance",
+        "cosine score (1 − cos)",
+    )
+    shown = [
+        run
+        for run in cell.layers
+        if only is None or (run.kind, run.layer) == (only.kind, only.layer)
+    ]
+    rows = [
+        (
+            *names.of(run),
+            DASH if run.accuracy_drop is None else measure.write(run.accuracy_drop),
+            interval(run.accuracy_drop_low, run.accuracy_drop_high, measure.write) or DASH,
+            DASH if run.accuracy_relevance is None else fixed(run.accuracy_relevance, 2),
+            DASH if run.cosine_score is None else fixed(run.cosine_score, 3),
+        )
+        for run in shown
+    ]
+    say()
+    table(
+        [(head, True) for head in heads],
+        rows,
+        " · ".join(filter(None, (cell.title, own_metric, f"{cell.n} documents"))),
+    )
+    reasons = {why for run in shown for why in run.reasons.values()}
+    for why in sorted({*reasons, *cell.reasons.values()}):
+        say(f"{DASH} {why}")
+    if only is None:
+        say(sentence(cell))
+
+
+def print_boards(cells: Sequence[CellRecord]) -> None:
+    """Print the leaderboards of layers, and that of models where there are several."""
+    from tracker.report.export import boards
+    from tracker.report.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+
+    found, notes = boards(cells)
+    for frame in found:
+        title = ""
+        if "layer, 0-based" in frame.columns:
+            title = frame["model"].iloc[0]
+            frame = frame.drop(columns="model")
+        columns = [(str(name), name != "model") for name in frame.columns]
+        table(columns, frame.itertuples(index=False, name=None), title)
+        say()
+    for note in (LAYER_RULE, *((MODEL_RULE,) if len(found) > 1 else ()), INTERVAL_RULE, *notes):
+        say(note)
+
+
+def print_end(outcome: Report, page: Path | None, again: str) -> None:
+    """Say where a run's page and runs are, and what went wrong."""
+    say()
+    if page is not None:
+        say(f"report: {page}")
+    for location in outcome.locations.values():
+        say(f"runs:   {runnable(location)}")
+    for title, why in outcome.failed.items():
+        say(f"failed: {title}: {why}", error=True)
+    if outcome.failed:
+        say(f"what was measured is kept; to run just what failed: {again}", error=True)
+    for title, why in outcome.unpublished.items():
+        say(f"not published: {title}: {why}", error=True)
+    if outcome.unwritten:
+        say(f"not written: {outcome.unwritten}", error=True)
+    print_damage(outcome.damaged)
+
+
+def runnable(location: str) -> str:
+    """Let a printed command work as it stands, also where the environment is not activated."""
+    program, space, rest = location.partition(" ")
+    if not space or shutil.which(program):
+        return location  # an address, or a command that works
+    beside = Path(sys.executable).with_name(program)
+    return f"{os.path.relpath(beside)} {rest}" if beside.is_file() else location
+
+
+def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
+    """Print what an experiment will cost, at a rate or at the one that is measured here."""
+    from tracker.engine.plan import matrix_rate
+
+    if gflops is None:
+        rate, whence = matrix_rate(), "measured here with a float32 matrix product"
+    else:
+        rate, whence = gflops * 1e9, "as stated"
+    columns = (
+        "model",
+        "benchmark",
+        "runs",
+        "documents",
+        "tokens",
+        "layer passes",
+        "TFLOP",
+        "lm-eval loop",
+        "self-check",
+        "memory",
+        "time at least",
+    )
+    rows = []
+    seconds = 0.0
+    for cell in cells:
+        cost = cell.cost
+        spent = 0.0 if cell.measured or cell.shared else cost.flops / rate
+        seconds += spent
+        row = (
+            cell.request.model,
+            cell.request.benchmark,
+            cell.runs,
+            f"{cost.documents:,}",
+            f"{cost.tokens:,}",
+            f"{cost.layer_passes:,.0f}",
+            f"{cost.flops / 1e12:,.1f}",
+            f"{cost.naive_flops / cost.flops:.1f} × the TFLOP",
+            f"{100 * cost.check_layer_passes / cost.layer_passes:.1f} %",
+            f"{cost.peak_bytes / 2**30:.1f} GiB",
+            "measured already"
+            if cell.measured
+            else "as above"
+            if cell.shared
+            else _duration(spent),
+        )
+        rows.append(row)
+    table([(name, name not in ("model", "benchmark")) for name in columns], rows)
+    say(
+        f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
+        f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate. "
+        "self-check: what the model answers once more, plainly; besides, each architecture is "
+        "attacked once on a miniature, which takes some seconds and is kept in the results folder"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,154 @@
+"""What the terminal shows: lines, tables and bars, without passwords and control characters.
+
+Everything that tracker prints goes through `say`, `table` or `Show`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from tracker.text import harmless, masked
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+
+def shown(text: object) -> str:
+    """Make anything fit to be printed."""
+    return masked(harmless(str(text)))
+
+
+def say(text: object = "", error: bool = False) -> None:
+    """Print a line.
+
+    Args:
+        text: The line.
+        error: Whether it goes to the standard error.
+    """
+    click.echo(shown(text), err=error)
+
+
+def table(
+    columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[object]], title: str = ""
+) -> None:
+    """Print a table; figures never wrap.
+
+    Args:
+        columns: The head of each, and whether it holds numbers, which stand at the right.
+        rows: The cells.
+        title: What stands above it.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table(
+        title=Text(shown(title), style="bold") if title else None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    lines = [[Text(shown(cell)) for cell in row] for row in rows]
+    for place, (head, number) in enumerate(columns):
+        widest = max((line[place].cell_len for line in lines), default=0)
+        found.add_column(
+            Text(shown(head)), justify="right" if number else "left", min_width=widest * number
+        )
+    for line in lines:
+        found.add_row(*line)
+    console().print(found)
+
+
+class Show:
+    """Shows a run on the terminal: a bar with the remaining time, and lines above it."""
+
+    def __init__(self, error: bool = False) -> None:
+        self._console = console(error)
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def say(self, message: str) -> None:
+        """Print a line."""
+        self._console.print(shown(message), style="dim", markup=False, highlight=False)
+
+    def start(self, title: str, total: int, unit: str = "responses") -> None:
+        """Open the bar of some work."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(f"{unit} ·"),
+            TimeElapsedColumn(),
+            TextColumn("· left"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            speed_estimate_period=600,
+        )
+        self._task = self._bar.add_task(shown(title), total=total)
+        self._bar.start()
+
+    def expect(self, more: int) -> None:
+        """Let the bar be longer, or shorter."""
+        if self._bar is not None and self._task is not None:
+            total = self._bar.tasks[0].total or 0
+            self._bar.update(self._task, total=total + more)
+
+    def advance(self, responses: int) -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, responses)
+
+    def finish(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def console(error: bool = False) -> Console:
+    """Make the console that bars and tables are drawn on."""
+    from rich.console import Console
+
+    found = Console(stderr=error, soft_wrap=True)
+    if not found.is_terminal:
+        found.width = 120  # a file has no edge to wrap at; tables stay whole
+    return found
+
+
+def quiet(debug: bool) -> None:
+    """Let only tracker speak: libraries' bars and notes say nothing that a user needs."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not debug:
+        # Nothing can be downloaded, so no bar of a library shows what a user waits for.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Shown("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.WARNING)
+    for name in ("lm_eval", "lm-eval", "datasets", "transformers", "alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
+
+
+class _Shown(logging.Formatter):
+    """Lets what is logged be printed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))

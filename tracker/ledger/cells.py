@@ -1,0 +1,577 @@
+"""One cell on disk: its shards of outcomes, what was asked of it, and what follows from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pandas as pd
+from filelock import FileLock
+from pydantic import ValidationError
+
+from tracker.ablations import removals
+from tracker.config import CellRequest
+from tracker.errors import ResultsError, WorkError
+from tracker.ledger.files import lock_file, write_atomically
+from tracker.ledger.keys import cell_key
+from tracker.ledger.notes import read_note, sealed, unsealed, write_note
+from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
+from tracker.ledger.shards import Shard, read_shard, shard_file
+from tracker.provenance import content_hash
+from tracker.records import (
+    BenchmarkIdentity,
+    CellRecord,
+    ModelIdentity,
+    Record,
+    View,
+    view_name,
+)
+
+FORMAT = 2
+"""Of a results folder and of each file in it."""
+BLOCK = 32
+"""Documents that are computed, locked and written together."""
+ASIDE = ".aside"
+"""What the name of a shard ends with that is not what was written."""
+log = logging.getLogger(__name__)
+
+
+class CellIdentity(Record):
+    """What a cell is, as it stands in `cell.json`."""
+
+    key: str
+    model: ModelIdentity
+    benchmark: BenchmarkIdentity
+    provenance: dict[str, str]
+    """Versions and machine of whoever made the cell: shards of format 1 do not say theirs."""
+
+    @classmethod
+    def read(cls, text: str | bytes) -> tuple[CellIdentity, bool]:
+        """Read the text of a `cell.json`.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The identity, and whether a digest proves it besides its key.
+
+        Raises:
+            ValueError: It is damaged, or its key is another's.
+        """
+        content, proved = unsealed(text)
+        identity = cls.model_validate(content)
+        if cell_key(identity.model, identity.benchmark) != identity.key:
+            raise ValueError("its key is not that of what it describes")
+        return identity, proved
+
+    def sealed(self) -> str:
+        """Write the text of a `cell.json`."""
+        return sealed(self.model_dump(mode="json"))
+
+
+class Asked(Record):
+    """What was asked of one view of a cell, as it stands in `requests/`."""
+
+    format: int = FORMAT
+    project: str
+    view: View
+
+
+class _Asked1(Record):
+    """The same in format 1: a product of layers, components and spans."""
+
+    project: str
+    request: CellRequest
+
+
+@dataclass(frozen=True, order=True)
+class Block:
+    """Up to `BLOCK` consecutive documents of one task.
+
+    Attributes:
+        task: The lm-eval task.
+        number: Which block, 0-based.
+    """
+
+    task: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The block's name in file names."""
+        return f"{quote(self.task, safe='')}.{self.number:05d}"
+
+    def documents(self, count: int) -> range:
+        """Which documents of the task it holds, when `count` of them are wanted."""
+        return range(self.number * BLOCK, min((self.number + 1) * BLOCK, count))
+
+
+class CellStore:
+    """One cell on disk.
+
+    Args:
+        folder: Where it is.
+        identity: What its numbers depend on.
+        others: The same cell in other folders, whose outcomes are read too.
+
+    Attributes:
+        folder: Where it is.
+        identity: What its numbers depend on.
+    """
+
+    def __init__(
+        self, folder: Path, identity: CellIdentity, others: Sequence[CellStore] = ()
+    ) -> None:
+        self.folder = folder
+        self.identity = identity
+        self._others = others
+        self._shards = folder / "shards"
+
+    def counts(self, limit: int | None) -> dict[str, int]:
+        """Say how many documents of each task a limit means."""
+        tasks = self.identity.benchmark.tasks
+        return {t.name: min(t.documents, limit or t.documents) for t in tasks}
+
+    def blocks(self, limit: int | None) -> list[Block]:
+        """List the blocks that hold the wanted documents, in order."""
+        return [
+            Block(task, number)
+            for task, count in self.counts(limit).items()
+            for number in range(-(-count // BLOCK))
+        ]
+
+    def lock(self, block: Block) -> FileLock:
+        """Make the lock under which one process computes a block."""
+        return lock_file(self.folder / "locks" / f"{block.name}.lock")
+
+    def missing(
+        self, block: Block, limit: int | None, ablations: Collection[str]
+    ) -> dict[tuple[str, ...], list[int]]:
+        """Say what of a block is not measured yet.
+
+        Args:
+            block: The block.
+            limit: Documents per task that are wanted.
+            ablations: Names of the ablations that are wanted.
+
+        Returns:
+            Missing ablations, in the given order → the documents that lack just these.
+        """
+        frame = self.read([block], columns=["doc", "ablation"])
+        present = set(zip(frame["doc"], frame["ablation"], strict=True)) if len(frame) else set()
+        work: dict[tuple[str, ...], list[int]] = {}
+        for document in block.documents(self.counts(limit)[block.task]):
+            absent = tuple(name for name in ablations if (document, name) not in present)
+            if absent:
+                work.setdefault(absent, []).append(document)
+        return work
+
+    def is_complete(self, limit: int | None, ablations: Collection[str]) -> bool:
+        """Say whether every wanted document is measured under every wanted ablation."""
+        frame = self.read(self.blocks(limit), columns=["task", "doc", "ablation"])
+        if not len(frame):
+            return False
+        counts = frame["task"].map(self.counts(limit))
+        wanted = frame[frame["ablation"].isin(ablations) & (frame["doc"] < counts)]
+        return len(wanted) == sum(self.counts(limit).values()) * len(set(ablations))
+
+    def write(
+        self, block: Block, rows: Sequence[Mapping[str, object]], metadata: Mapping[str, object]
+    ) -> None:
+        """Add a shard of outcomes.
+
+        Args:
+            block: The block that the documents belong to.
+            rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
+            metadata: How they were measured, and by which versions, machine and device
+                (`provenance`).
+        """
+        about = {"format": FORMAT, "key": self.identity.key, "task": block.task, **metadata}
+        content = shard_file(outcome_table(rows), about)
+        path = self._shard_path(block, ((row["doc"], row["ablation"]) for row in rows))
+        write_atomically(path, lambda temporary: _write(temporary, content))
+
+    def adopt(self, path: Path) -> str:
+        """Move a shard from elsewhere to its place; its name counts for nothing.
+
+        Args:
+            path: The file.
+
+        Returns:
+            Its name here.
+
+        Raises:
+            ValueError: It is no shard of this cell.
+        """
+        try:
+            shard = read_shard(path.read_bytes())
+            block = self._block_of(shard)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path.name} is no shard of this cell: {error}") from None
+        held = shard.table.select(["doc", "ablation"]).to_pydict()
+        place = self._shard_path(block, zip(held["doc"], held["ablation"], strict=True))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+        return place.name
+
+    def _block_of(self, shard: Shard) -> Block:
+        """Find the block that a shard holds outcomes of.
+
+        Args:
+            shard: The shard, with the columns task, doc and ablation at least.
+
+        Returns:
+            The block.
+
+        Raises:
+            ValueError: They are not outcomes of one block of this cell.
+        """
+        if shard.about.get("key", self.identity.key) != self.identity.key:
+            raise ValueError("it belongs to another cell")
+        if shard.about.get("format", 1) > FORMAT:
+            raise ValueError("a newer tracker wrote it")
+        held = shard.table.select(["task", "doc"]).to_pydict()
+        tasks, numbers = set(held["task"]), {doc // BLOCK for doc in held["doc"]}
+        if len(tasks) != 1 or len(numbers) != 1:
+            raise ValueError("it holds more or less than one block")
+        (task,), (number,) = tasks, numbers
+        if number < 0 or max(held["doc"]) >= self.counts(None).get(task, 0):
+            raise ValueError("the cell has no such document")
+        if not shard.proved:
+            refuse_misfits(shard.table, self.identity.model.layers)
+        return Block(task, number)
+
+    def _shard_path(self, block: Block, held: Iterable[tuple[object, object]]) -> Path:
+        """Name a shard by the documents and ablations in it."""
+        content = content_hash(sorted({(str(doc), str(ablation)) for doc, ablation in held}))
+        return self._shards / f"{block.name}.{content[:12]}.parquet"
+
+    def read(
+        self, blocks: Sequence[Block] | None = None, columns: list[str] | None = None
+    ) -> pd.DataFrame:
+        """Read outcomes.
+
+        A shard that cannot be read is set aside with a warning, so that it is computed again.
+
+        Args:
+            blocks: Only these blocks; None = all.
+            columns: Only these columns; None = all.
+
+        Returns:
+            One row a (task, document, ablation), in no particular order, none twice; where all
+            columns are read, with who measured it besides.
+        """
+        if blocks is None:
+            paths = self.shards()
+        elif len(blocks) == 1:
+            paths = sorted(self._shards.glob(f"{_literal(blocks[0].name)}.*.parquet"))
+        else:
+            wanted = {block.name for block in blocks}
+            paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
+        frames = [frame for path in paths if (frame := self._frame(path, columns)) is not None]
+        frames += [found for other in self._others if len(found := other.read(blocks, columns))]
+        if not frames:
+            return pd.DataFrame(columns=columns)
+        frame = pd.concat(frames, ignore_index=True)
+        frame = frame.drop_duplicates(["task", "doc", "ablation"], ignore_index=True)
+        return frame if columns is None else frame[columns]
+
+    def _frame(self, path: Path, columns: list[str] | None) -> pd.DataFrame | None:
+        """Read a shard with the columns that tell outcomes apart, or set it aside."""
+        wanted = columns and list(dict.fromkeys(("task", "doc", "ablation", *columns)))
+        shard = self.shard(path, wanted)
+        if shard is None:
+            return None
+        frame: pd.DataFrame = shard.table.to_pandas()
+        if columns is None:
+            frame[PROVENANCE] = json.dumps(self._provenance(shard.about))
+        return frame
+
+    def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
+        """Read and verify a shard; one that is not what it should be is set aside.
+
+        Args:
+            path: The file.
+            columns: Only these columns; None = all.
+
+        Returns:
+            The shard; None where it is gone, or was set aside.
+
+        Raises:
+            WorkError: The system cannot read it now.
+        """
+        try:
+            shard = read_shard(path.read_bytes(), columns)
+            if self._block_of(shard).name != path.name.rsplit(".", 2)[0]:
+                raise ValueError("it is named as another block")
+            return shard
+        except FileNotFoundError:
+            if not path.is_symlink():
+                return None
+            why = "it is a link that leads nowhere"
+        except IsADirectoryError:
+            why = "it is a folder"
+        except OSError as error:
+            # The system, not the shard, is in trouble.
+            raise WorkError(f"{path} cannot be read now: {error}") from None
+        except ValueError as error:
+            why = str(error).splitlines()[0]
+        aside = path.with_suffix(ASIDE)
+        try:
+            path.replace(aside)
+            done = f"it is set aside as {aside.name} and computed again"
+        except OSError:  # another process was first, or the folder is a colleague's
+            done = "it counts for nothing, and is computed again"
+        log.warning("the shard %s is not what was written (%s); %s", path, why, done)
+        return None
+
+    def proofs(self) -> list[tuple[str, str]]:
+        """Say which outcomes there are: every file that `read` reads, with its digest.
+
+        Files are verified again only where their size or time has changed.
+
+        Returns:
+            (file name, SHA-256) of each.
+        """
+        note, known, found = self._verified, read_note(self._verified), {}
+        for path in self.shards():
+            with suppress(OSError):  # gone, or a link that leads nowhere
+                stat = path.stat()
+                state = [stat.st_size, stat.st_mtime_ns]
+                if known.get(path.name, [])[:2] == state:
+                    found[path.name] = known[path.name]
+                    continue
+            if (shard := self.shard(path)) is not None:
+                found[path.name] = [*state, shard.digest]
+        if found != known:
+            with suppress(WorkError):  # a colleague's folder
+                write_note(note, found | {name: known[name] for name in self.lost()})
+        mine = [(name, str(digest)) for name, (*_, digest) in found.items()]
+        return mine + [each for other in self._others for each in other.proofs()]
+
+    def lost(self) -> list[str]:
+        """List the shards that were there once, and are neither there nor set aside."""
+        known = map(self._shards.joinpath, read_note(self._verified))
+        return [
+            path.name
+            for path in known
+            if not (os.path.lexists(path) or os.path.lexists(path.with_suffix(ASIDE)))
+        ]
+
+    @property
+    def _verified(self) -> Path:
+        return self.folder / "verified.json"
+
+    def _provenance(self, about: Mapping[str, Any]) -> dict[str, str]:
+        """Say who measured a shard; those of format 1 know the device alone."""
+        device = {"device": about["device"]} if "device" in about else {}
+        found: dict[str, str] = about.get(PROVENANCE, {**self.identity.provenance, **device})
+        return found
+
+    def view(self, request: CellRequest) -> View:
+        """Say what a request shows of this cell, whatever else was asked of it."""
+        return View(
+            metric=request.metric or self.identity.benchmark.primary_metric,
+            removed=request.removed,
+            limit=request.limit,
+            runs=tuple(removals(request, self.identity.model.layers)),
+        )
+
+    def ask(self, request: CellRequest, project: str) -> View:
+        """Remember what was asked for, and for which project: what reports and syncs use.
+
+        A cell has a view for each metric and each set of removed layers. The runs that were asked
+        of the same view before stay, and none but these and the new ones is added; the limit is
+        the newest.
+
+        Args:
+            request: What was asked for.
+            project: For which project of the tracking backends.
+
+        Returns:
+            What the view shows from now on.
+        """
+        view = self.view(request)
+        path = self.view_path(self.name_of(view))
+        with self._asking():
+            # New, or damaged: what is asked now replaces it.
+            with suppress(OSError, ValueError):
+                view = view.joined(self.read_asked(path.read_bytes()).view)
+            self.write_asked(Asked(project=project, view=view))
+        return view
+
+    def read_asked(self, text: str | bytes) -> Asked:
+        """Read a view of this cell from its file's text, also as tracker wrote it in format 1.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The view.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        said = json.dumps(unsealed(text)[0])
+        try:
+            before = _Asked1.model_validate_json(said)
+        except ValidationError:
+            asked = Asked.model_validate_json(said)
+        else:
+            asked = Asked(project=before.project, view=self.view(before.request))
+        layers = (*asked.view.removed, *(run.layer + run.span - 1 for run in asked.view.runs))
+        if max(layers, default=0) >= self.identity.model.layers:
+            raise ValueError(f"the model has no layer {max(layers)}")
+        if asked.view.metric not in self.identity.benchmark.tasks[0].metrics:
+            raise ValueError(f"the benchmark has no metric {asked.view.metric!r}")
+        return asked
+
+    def write_asked(self, asked: Asked) -> None:
+        """Keep a view in its place."""
+        write_note(self.view_path(self.name_of(asked.view)), asked.model_dump(mode="json"))
+
+    def upgrade(self) -> None:
+        """Write as today what older trackers wrote, with digests; what is damaged stays."""
+        with self._asking():
+            for path in list(self.folder.glob("requests/*.json")):
+                with suppress(OSError, ValueError):
+                    text = path.read_bytes()
+                    asked = self.read_asked(text)
+                    if not unsealed(text)[1]:
+                        self.write_asked(asked)
+                    # Format 1 did not name the metric.
+                    if path != self.view_path(self.name_of(asked.view)):
+                        path.unlink()
+        for path in self.shards():
+            shard = self.shard(path)
+            if shard is not None and not shard.proved:
+                (task,) = set(shard.table["task"].to_pylist())
+                about = {
+                    **shard.about,
+                    "format": FORMAT,
+                    "key": self.identity.key,
+                    "task": task,
+                    PROVENANCE: self._provenance(shard.about),
+                }
+                content = shard_file(shard.table.replace_schema_metadata(None), about)
+                write_atomically(path, partial(_write, content=content))
+
+    def _asking(self) -> FileLock:
+        return lock_file(self.folder / "locks" / "requests.lock")
+
+    def asked(self, damaged: dict[str, str] | None = None) -> list[Asked]:
+        """Recall what was asked for, one entry a view; the intact model and its own metric first.
+
+        Args:
+            damaged: Gets each file that cannot be used → what to do; None = raise an error.
+
+        Returns:
+            The views; none when the cell was never finished.
+
+        Raises:
+            ResultsError: A view is damaged.
+        """
+        found: dict[str, Asked] = {}
+        for path in sorted(self.folder.glob("requests/*.json")):
+            try:
+                asked = self.read_asked(path.read_bytes())
+            except (OSError, ValueError) as error:
+                what = (
+                    f"it is damaged ({reason(error)}); delete it and run its experiment again "
+                    "(nothing is measured twice)"
+                )
+                if damaged is None:
+                    raise ResultsError(f"{path}: {what}") from None
+                damaged[str(path)] = what
+            else:
+                found[self.name_of(asked.view)] = asked
+        primary = self.identity.benchmark.primary_metric
+        return sorted(
+            found.values(),
+            key=lambda a: (a.view.removed, a.view.metric != primary, a.view.metric),
+        )
+
+    def name_of(self, view: View) -> str:
+        """Name a view by what tells it from the others of the cell."""
+        return view_name(view.removed, view.metric, self.identity.benchmark)
+
+    def view_path(self, name: str) -> Path:
+        """Say where it stands what was asked of a view."""
+        return self.folder / "requests" / f"{_view_file(name)}.json"
+
+    def shards(self) -> list[Path]:
+        """List the files of outcomes."""
+        return sorted(self._shards.glob("*.parquet"))
+
+    def derived(self, state: str, name: str) -> CellRecord | None:
+        """Recall the record of a view.
+
+        Args:
+            state: A hash of all that the record follows from.
+            name: The view's.
+
+        Returns:
+            The record; None when none is kept for this state.
+        """
+        kept = read_note(self._derived(name))
+        if kept.get("state") != state:
+            return None
+        try:
+            return CellRecord.model_validate(kept.get("record"))
+        except ValidationError:
+            return None
+
+    def keep(self, state: str, record: CellRecord) -> None:
+        """Keep the record of a view for `derived`, where the folder can be written."""
+        note = {"state": state, "record": record.model_dump(mode="json")}
+        with suppress(WorkError):
+            write_note(self._derived(record.view), note)
+
+    def _derived(self, name: str) -> Path:
+        return self.folder / "derived" / f"{_view_file(name)}.json"
+
+    def receipt(self, destination: str) -> dict[str, str]:
+        """Recall what a backend got last: digest of the `record`, and `location` of the runs."""
+        found = read_note(self.folder / "receipts" / f"{destination[:32]}.json")
+        return found if {"record", "location"} <= set(found) else {}
+
+    def add_receipt(self, destination: str, digest: str, location: str) -> None:
+        """Remember what a backend has."""
+        receipt = {"record": digest, "location": location}
+        write_note(self.folder / "receipts" / f"{destination[:32]}.json", receipt)
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Say in a few words why a file cannot be used."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        return f"{place}: {first['msg']}" if place else first["msg"]
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8 text"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error).splitlines()[0]
+
+
+def _view_file(name: str) -> str:
+    """Name a view's file; file systems take no more than 255 characters."""
+    name = quote(name, safe=",")
+    return name if len(name) <= 100 else f"{name[:80]}--{content_hash(name)[:12]}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _literal(name: str) -> str:
+    """Escape a file name for `glob`."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

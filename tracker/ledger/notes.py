@@ -1,0 +1,75 @@
+"""Small JSON files that state a digest of what they say: a flipped bit or an edit is noticed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tracker.ledger.files import write_text
+from tracker.provenance import content_hash
+
+_DIGEST = "digest"
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """Write a note's text.
+
+    Args:
+        content: What it says: anything that JSON can hold, and no `digest`.
+
+    Returns:
+        The text.
+    """
+    return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
+
+
+def unsealed(text: str | bytes) -> tuple[dict[str, Any], bool]:
+    """Read a note's text.
+
+    Args:
+        text: The text.
+
+    Returns:
+        What it says, and whether a digest proves it: older trackers wrote none.
+
+    Raises:
+        ValueError: It is no note, or says something else than what was written.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    stated = content.pop(_DIGEST, None)
+    if stated is not None and stated != content_hash(content):
+        raise ValueError("its digest is not that of what it says: it was edited or damaged")
+    return content, stated is not None
+
+
+def write_note(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a note atomically.
+
+    Args:
+        path: Where it is to be.
+        content: As for `sealed`.
+    """
+    write_text(path, sealed(content))
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """Read a note that can be made again.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it says; empty when it is missing, damaged, or proved by no digest.
+    """
+    try:
+        content, proved = unsealed(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if proved else {}

@@ -1,0 +1,154 @@
+"""Verifying a results folder, and comparing two copies of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tracker.ledger.cells import ASIDE, CellStore, reason
+from tracker.ledger.notes import unsealed
+from tracker.ledger.outcomes import PROVENANCE
+from tracker.ledger.store import Ledger
+
+_NOTES = (
+    "index/*.json",
+    "checks/*.json",
+    "pulled/*.json",
+    "cells/*/derived/*.json",
+    "cells/*/receipts/*.json",
+    "cells/*/verified.json",
+)
+"""Where small files stand that are made again when they are not what was written."""
+
+
+@dataclass(frozen=True)
+class VerifiedCell:
+    """A cell whose every shard was read.
+
+    Attributes:
+        store: The cell.
+        shards: How many of its shards are what was written.
+        unproved: How many of these state no digest, since an older tracker wrote them.
+        documents: How many documents they hold outcomes of.
+        outcomes: How many outcomes: one a document and ablation.
+        aside: Shards that were set aside, now or before.
+    """
+
+    store: CellStore
+    shards: int
+    unproved: int
+    documents: int
+    outcomes: int
+    aside: int
+
+
+@dataclass
+class Verified:
+    """What verifying a results folder found.
+
+    Attributes:
+        cells: The cells that can be used.
+        damaged: File or folder that is not what was written → what to do.
+    """
+
+    cells: list[VerifiedCell] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None) -> Verified:
+    """Read all of a results folder, and believe nothing that was remembered of it.
+
+    A shard that is not what was written is set aside, as wherever it is read.
+
+    Args:
+        ledger: The results folder.
+        progress: Called with how many more cells are done.
+
+    Returns:
+        What was found.
+    """
+    found = Verified(damaged=dict(ledger.contents().damaged))
+    for store in ledger.cells():
+        shards = [shard for path in store.shards() if (shard := store.shard(path)) is not None]
+        frame = store.read(columns=["task", "doc"])
+        aside = sorted(path for path in store.folder.glob(f"shards/*{ASIDE}"))
+        found.cells.append(
+            VerifiedCell(
+                store,
+                len(shards),
+                sum(not shard.proved for shard in shards),
+                len(frame.drop_duplicates()),
+                len(frame),
+                len(aside),
+            )
+        )
+        for path in aside:
+            found.damaged[str(path)] = (
+                "it was set aside as damaged; run its experiment again, which measures what is "
+                "missing, and delete it"
+            )
+        for name in store.lost():
+            found.damaged[str(store.folder / "shards" / name)] = (
+                "it is gone; run its experiment again, which measures what is missing"
+            )
+        progress(1)
+    for pattern in _NOTES:
+        for path in sorted(ledger.root.glob(pattern)):
+            try:
+                unsealed(path.read_bytes())
+            except (OSError, ValueError) as error:
+                found.damaged[str(path)] = (
+                    f"{reason(error)}; it is not believed, and made again when it is needed"
+                )
+    return found
+
+
+def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:
+    """Compare two copies of a results folder, outcome by outcome.
+
+    Args:
+        ledger: The one.
+        other: The other.
+
+    Yields:
+        Each difference, in words.
+    """
+    mine, theirs = ({cell.identity.key: cell for cell in each.cells()} for each in (ledger, other))
+    for key in sorted(mine.keys() | theirs.keys()):
+        if key not in mine or key not in theirs:
+            store = mine.get(key) or theirs[key]
+            yield f"{store.folder.name}: only in {(ledger if key in mine else other).root}"
+            continue
+        pair = (mine[key], theirs[key])
+        name = pair[0].folder.name
+        if pair[0].identity != pair[1].identity:
+            yield f"{name}: the two cell.json differ"
+        views = [{each.view for each in store.asked({})} for store in pair]
+        if views[0] != views[1]:
+            yield f"{name}: not the same was asked of the two"
+        one, two = (_outcomes(store) for store in pair)
+        for root, only in ((ledger.root, one.keys() - two), (other.root, two.keys() - one)):
+            if only:
+                yield f"{name}: {len(only)} outcomes are only in {root}"
+        differing = [place for place in one.keys() & two if one[place] != two[place]]
+        if differing:
+            task, doc, ablation = min(differing)
+            yield (
+                f"{name}: {len(differing)} outcomes differ, that of document {doc} of {task} "
+                f"under {ablation} among them"
+            )
+
+
+def _outcomes(store: CellStore) -> dict[tuple[str, int, str], str]:
+    """Say each outcome as text, so that equal ones are equal whatever not-a-number they hold."""
+    found = {}
+    for row in store.read().to_dict("records"):
+        place = (str(row.pop("task")), int(row.pop("doc")), str(row.pop("ablation")))
+        row.pop(PROVENANCE)
+        found[place] = repr(sorted((name, _plain(value)) for name, value in row.items()))
+    return found
+
+
+def _plain(value: Any) -> str:
+    return repr(value.tolist() if hasattr(value, "tolist") else value)
