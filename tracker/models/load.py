@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from tracker.errors import ModelError
@@ -78,7 +77,7 @@ def load_model(
         model, found = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=dtype, output_loading_info=True, **arguments
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
         raise unreadable(source, error) from None
     if found["missing_keys"]:
         raise ModelError(
@@ -121,16 +120,16 @@ def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = read_config(source, trust_remote_code)
+    kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
     try:
         arguments = source.load_arguments(trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
         raise unreadable(source, error) from None
-    kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
-        )
     return model, tokenizer
 
 

@@ -14,10 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tracker.config import MAX_LAYERS, short
 from tracker.distribution import pip_install
-from tracker.errors import ModelError, WorkError
+from tracker.errors import ModelError, UnreachableError, WorkError
+from tracker.hub import ask, check_name, refusal, unreachable
 from tracker.ledger.files import cache_folder, write_text
-from tracker.provenance import content_hash, file_hash, file_stamp
+from tracker.ledger.notes import read_note, write_note
+from tracker.provenance import content_hash, file_hash, file_stamp, package_versions
 
 PACKAGE = "package:"
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")
@@ -139,26 +142,40 @@ def find_model(source: str, revision: str | None = None) -> ModelSource:
         ModelError: A package, folder or file that is not there or holds no model, or a revision
             for something that has none.
     """
-    if source.startswith(PACKAGE):
-        found = _in_package(source)
-    elif source.endswith(".gguf"):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise ModelError(f"there is no GGUF file {source}")
-        found = ModelSource(source, str(path.resolve().parent), gguf_file=path.name)
-    elif Path(source).expanduser().is_dir():
-        folder = Path(source).expanduser().resolve()
-        if not (folder / "config.json").is_file():
-            hint = " Name one of its .gguf files." if list(folder.glob("*.gguf")) else ""
-            raise ModelError(f"{source} is a folder without config.json, so no model.{hint}")
-        found = ModelSource(source, str(folder))
-    elif source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
-        raise ModelError(f"there is no folder {source}")
-    else:
+    try:
+        found = _on_this_machine(source)
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no home, a null byte
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(f"{source!r} is no model: {why}") from None
+    if found is None:
+        try:
+            check_name(source)
+        except ValueError as form:
+            raise ModelError(f"{source!r} is neither a folder here nor a hub id; {form}") from None
         return ModelSource(source, source, revision=revision)
     if revision is not None:
         raise ModelError(f"{source} lies on this machine and has no revision {revision!r}")
     return found
+
+
+def _on_this_machine(source: str) -> ModelSource | None:
+    """Find a model that is not on the hub."""
+    if source.startswith(PACKAGE):
+        return _in_package(source)
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"there is no GGUF file {source}")
+        return ModelSource(source, str(path.resolve().parent), gguf_file=path.name)
+    if path.is_dir() and source.strip():
+        folder = path.resolve()
+        if not (folder / "config.json").is_file():
+            hint = " Name one of its .gguf files." if list(folder.glob("*.gguf")) else ""
+            raise ModelError(f"{source} is a folder without config.json, so no model.{hint}")
+        return ModelSource(source, str(folder))
+    if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+        raise ModelError(f"there is no folder {source}")
+    return None
 
 
 def _in_package(source: str) -> ModelSource:
@@ -178,7 +195,6 @@ def _in_package(source: str) -> ModelSource:
     return ModelSource(source, str(folder), gguf_file=files[0].name)
 
 
-@cache
 def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
     """Read a model's configuration, not its weights.
 
@@ -192,17 +208,56 @@ def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: The configuration cannot be reached or read; says what to do offline.
     """
-    from transformers import AutoConfig
+    found = _read_once(model, trust_remote_code)
+    if isinstance(found, ModelError):
+        raise found
+    return found
 
-    if model.gguf_file:
-        _check_gguf(Path(model.location) / model.gguf_file)
+
+def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
+    """Count a model's layers, or recall the count of files that are the same.
+
+    Args:
+        model: Where the model is.
+        trust_remote_code: Whether code from the download may run.
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        ModelError: The configuration cannot be reached or read; says what to do offline.
+    """
+    stamp = model.stamp() if model.is_local else None
+    if stamp is None:
+        return int(read_config(model, trust_remote_code).num_hidden_layers)
+    # What this version of transformers read before, it reads again.
+    key = content_hash([stamp, package_versions()["transformers"], trust_remote_code])
+    note = cache_folder() / "layers" / f"{key[:32]}.json"
+    known = read_note(note).get("layers")
+    if known is None:
+        known = read_config(model, trust_remote_code).num_hidden_layers
+        with suppress(WorkError):
+            write_note(note, {"layers": known})
+    return int(known)
+
+
+@cache
+def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
+    """Read a configuration, or find out why it cannot be: once in a process, for the hub's sake."""
     try:
+        if not model.is_local and not unreachable() and model.stamp() is None:
+            ask(model.location, "config.json", model.revision)
+        from transformers import AutoConfig
+
         config = AutoConfig.from_pretrained(
             model.location, **model.load_arguments(trust_remote_code)
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise unreadable(model, error) from None
-    return config.get_text_config()
+        ).get_text_config()
+        layers = getattr(config, "num_hidden_layers", None)
+    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
+        return unreadable(model, error)
+    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
+        return ModelError(f"{model.source}: its configuration names {short(layers)} layers")
+    return config
 
 
 def unreadable(model: ModelSource, error: Exception) -> ModelError:
@@ -215,25 +270,23 @@ def unreadable(model: ModelSource, error: Exception) -> ModelError:
     Returns:
         The error to raise.
     """
-    message = str(error).strip().splitlines()
-    said = message[0] if message else type(error).__name__
+    said = next((line for line in map(str.strip, str(error).splitlines()) if line), "")
+    said = said[:300] or type(error).__name__
     if "trust_remote_code" in str(error):
         return ModelError(
             f"{model.source} runs code of its own; if you trust it, add --trust-remote-code"
         )
+    if model.gguf_file:
+        # The reader maps every tensor, the last one included.
+        path = Path(model.location) / model.gguf_file
+        return ModelError(f"{path} is truncated or no GGUF file ({said}). Copy it again.")
     if model.is_local:
         return ModelError(f"{model.source} cannot be read: {said}")
-    return ModelError(
-        f"{model.source} is neither a folder here nor reachable on the hub ({said}). "
-        "Offline: copy the model's folder to this machine and give its path as the model."
-    )
-
-
-def _check_gguf(path: Path) -> None:
-    """Refuse a GGUF file that ends early; the reader maps every tensor, the last one included."""
-    import gguf
-
-    try:
-        gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is truncated or no GGUF file ({error}). Copy it again.") from None
+    if refused := refusal(model.source, error):
+        return ModelError(f"{model.source} cannot be had: {refused}")
+    if away := unreachable():
+        return UnreachableError(
+            f"{model.source} is neither a folder here nor reachable on the hub ({away}). Offline: "
+            "copy the model's folder to this machine and give its path as the model."
+        )
+    return ModelError(f"{model.source}: what the hub holds cannot be read: {said}")

@@ -178,9 +178,9 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     from tracker.models.load import load_model
 
     keep_freed_memory()
+    source = find_model(request.model, request.revision)
     benchmark = open_benchmark(request)
     progress.say(f"loading {request.model}")
-    source = find_model(request.model, request.revision)
     loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
     encoder = RequestEncoder(loaded.model, loaded.tokenizer)
     documents = benchmark.documents(encoder, request.limit)

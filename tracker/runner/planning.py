@@ -10,7 +10,7 @@ from tracker.ablations import ablations_of, removals
 from tracker.config import CellRequest
 from tracker.errors import ModelError
 from tracker.ledger.store import Ledger
-from tracker.models.sources import read_config
+from tracker.models.sources import count_layers
 from tracker.runner.prepare import check_layers, look_up
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def plan(
         before.add(one)
         benchmark = open_benchmark(request)
         chosen_metric(benchmark.identity, request.metric)
-        layers = read_config(cell.source, trust_remote_code).num_hidden_layers
+        layers = count_layers(cell.source, trust_remote_code)
         ablations = ablations_of(request, layers)
         model, tokenizer = weightless(cell.source, request.dtype, trust_remote_code)
         encoder = RequestEncoder(model, tokenizer)

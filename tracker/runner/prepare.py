@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from tracker.ablations import ablations_of, removals
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.config import CellRequest
-from tracker.errors import ExperimentError, ModelError
+from tracker.errors import ExperimentError, UnreachableError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import request_key
 from tracker.ledger.store import Ledger
-from tracker.models.sources import ModelSource, find_model, read_config
+from tracker.models.sources import ModelSource, count_layers, find_model
 from tracker.provenance import package_versions
 
 
@@ -85,7 +85,7 @@ def all_layers(
     layers: int = (
         asked.store.identity.model.layers
         if asked.store
-        else read_config(asked.source, trust_remote_code).num_hidden_layers
+        else count_layers(asked.source, trust_remote_code)
     )
     _check_bounds(request, layers)
     why = None if any(removals(request, layers)) else _no_run(request, layers)
@@ -114,7 +114,7 @@ def check_layers(asked: Sequence[Asked], trust_remote_code: bool) -> None:
         ExperimentError: A layer is out of range; says how many layers the model has.
     """
     for cell in asked:
-        check_range(cell.request, read_config(cell.source, trust_remote_code).num_hidden_layers)
+        check_range(cell.request, count_layers(cell.source, trust_remote_code))
 
 
 def check_range(request: CellRequest, layers: int) -> None:
@@ -154,7 +154,7 @@ def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[
 
     Returns:
         How many runs there are, and what could not be checked: a hub model whose configuration
-        cannot be reached from here, whose runs are counted as if all fitted.
+        cannot be reached from here or now, whose runs are counted as if all fitted.
 
     Raises:
         RequestError: A model, a benchmark or a source of data is unknown, or a layer is out of
@@ -165,10 +165,8 @@ def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[
         source = find_model(request.model, request.revision)
         check_benchmark(request)
         try:
-            layers = read_config(source, trust_remote_code).num_hidden_layers
-        except ModelError as error:
-            if source.is_local:
-                raise
+            layers = count_layers(source, trust_remote_code)
+        except UnreachableError as error:
             notes[request.model] = str(error)
             layers = max(request.layers) + max(request.spans)
         else:

@@ -1,0 +1,163 @@
+"""The Hugging Face hub as seen from here: whether it answers at all, and what its refusals mean.
+
+Its client tries again and again, for minutes where there is no internet. So it is asked once in a
+process, briefly; where it does not answer, everything works from what is on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import urllib.error
+import urllib.request
+from functools import cache
+from typing import Any
+
+SECONDS = 5
+"""That the hub may take to answer at all."""
+_TOKEN = "set HF_TOKEN to a token of yours"
+FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', like gpt2 or org/model"
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be the name of anything on the hub.
+
+    Args:
+        name: What the user typed.
+
+    Raises:
+        ValueError: It is none; says what one looks like.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(FORM) from None
+
+
+def unreachable() -> str:
+    """Say why the hub does not answer; empty when it does.
+
+    Where it does not, the libraries are told to work offline from here on.
+
+    Returns:
+        The reason.
+    """
+    if not _given_up:
+        _answers()
+    return _given_up[0] if _given_up else ""
+
+
+def ask(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
+    """Ask the hub once for a file of a repository, which its client would do again and again.
+
+    Where it refuses for now only, it is given up, so that what is on this machine is used.
+
+    Args:
+        name: The repository's id.
+        file: A file that may be in it.
+        revision: A branch, tag or commit.
+        kind: `model` or `dataset`.
+
+    Raises:
+        Exception: What the client raises when there is no such repository or it is not for all.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    url = hf_hub_url(name, file, revision=revision, repo_type=kind)
+    try:
+        get_hf_file_metadata(url, timeout=SECONDS)
+    except EntryNotFoundError:
+        return
+    except Exception as error:
+        if not _busy(error):
+            raise
+        _give_up(refusal(name, error))
+
+
+@cache
+def _answers() -> bool:
+    """Ask the hub's own address, once."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        _give_up("HF_HUB_OFFLINE is set")
+        return False
+    # The library's own address, or the mirror of HF_ENDPOINT.
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # whatever it says, it answers
+    except (OSError, ValueError) as error:
+        _give_up(f"{constants.ENDPOINT} does not answer: {getattr(error, 'reason', error)}")
+        return False
+    return True
+
+
+_given_up: list[str] = []
+"""Why the hub is not asked any more in this process."""
+
+
+def _give_up(why: str) -> None:
+    _given_up.append(why)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for what is not imported yet, and other processes
+    for module, names in (
+        ("huggingface_hub.constants", ("HF_HUB_OFFLINE",)),
+        ("datasets.config", ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")),
+    ):
+        if module in sys.modules:
+            for name in names:
+                setattr(sys.modules[module], name, True)
+
+
+def _busy(error: BaseException) -> bool:
+    """Whether the hub refused for now only: its limits, its own trouble, or no answer in time."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answers = [c.response.status_code for c in _causes(error) if isinstance(c, HfHubHTTPError)]
+    late = any("Timeout" in type(cause).__name__ for cause in _causes(error))
+    return late or any(status == 429 or status >= 500 for status in answers)
+
+
+def refusal(name: str, error: BaseException, page: str = "") -> str:
+    """Say what the hub's refusal means, and what to do.
+
+    Args:
+        name: What was asked for: a model's or a data set's id.
+        error: What a library raised, with its causes.
+        page: Where it stands on the hub; a model stands at its name.
+
+    Returns:
+        The meaning; empty when the hub refused nothing.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
+
+    causes, page = list(_causes(error)), f"{constants.ENDPOINT}/{page or name}"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"{name} is gated: ask for access at {page}, then {_TOKEN}"
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"{name} has no such revision"
+    answers = [c.response.status_code for c in causes if isinstance(c, HfHubHTTPError)]
+    if not answers:
+        return f"{constants.ENDPOINT} does not answer in time" if _busy(error) else ""
+    said = {
+        401: f"the hub has no public {name}; if it is private, {_TOKEN}",
+        403: f"the hub forbids {name} to you; ask for access at {page}, then {_TOKEN}",
+        404: f"the hub has no {name}",
+        429: f"the hub limits how often it is asked; wait some minutes, or {_TOKEN}",
+    }
+    return said.get(answers[0], f"the hub answers with status {answers[0]}; try again later")
+
+
+def _causes(error: BaseException | None) -> Any:
+    """Walk from an error to what it was raised from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
