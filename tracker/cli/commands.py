@@ -16,9 +16,12 @@ from tracker.cli.options import (
     EXECUTORS,
     FORMATS,
     Layers,
+    Place,
     Setting,
     TrialCommand,
+    Word,
     backends,
+    finite,
     machine,
     publish_option,
     results_option,
@@ -64,7 +67,7 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@click.argument("experiment", type=click.Path(path_type=Path))
+@click.argument("experiment", type=Place())
 @click.option(
     "--executor",
     type=click.Choice(EXECUTORS),
@@ -159,7 +162,9 @@ def run(
 @click.option("--seed", type=int, default=1234, show_default=True, help="Few-shot seed.")
 @click.option("--apply_chat_template", "--apply-chat-template", type=bool, default=False)
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
-@click.option("--project", envvar="WANDB_PROJECT", default="tracker", show_default=True)
+@click.option(
+    "--project", type=Word(), envvar="WANDB_PROJECT", default="tracker", show_default=True
+)
 @running
 def evaluate(
     layer: int,
@@ -226,7 +231,7 @@ def evaluate(
 @click.option("--scaling", is_flag=True, help="Time growing pieces of the work instead.")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=Place(),
     default=Path("scaling.html"),
     show_default=True,
     help="Where --scaling draws its curves.",
@@ -281,7 +286,7 @@ def bench(
 
 
 @main.command()
-@click.argument("experiment", type=click.Path(path_type=Path))
+@click.argument("experiment", type=Place())
 @trust
 def validate(experiment: Path, trust_remote_code: bool) -> None:
     """Check an experiment file without loading a model's weights.
@@ -302,10 +307,11 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
 
 
 @main.command()
-@click.argument("experiment", type=click.Path(path_type=Path))
+@click.argument("experiment", type=Place())
 @click.option(
     "--gflops",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, max=1e12, min_open=True, max_open=True),
+    callback=finite,
     help="The rate to assume, in GFLOP/s; default: measured here with a matrix product.",
 )
 @trust
@@ -339,7 +345,7 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
 )
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="A file for html, md and tex, a folder otherwise; default: in the results folder, or here "
     "where there are several sources.",
 )
@@ -477,12 +483,10 @@ def list_cells(results: Path) -> None:
 
 
 @main.command()
-@click.argument(
-    "results", type=click.Path(path_type=Path, file_okay=False), default=Path("results")
-)
+@click.argument("results", type=Place(), default=Path("results"))
 @click.option(
     "--against",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=Place(),
     help="A copy of the folder to compare with, outcome by outcome.",
 )
 def check(results: Path, against: Path | None) -> None:

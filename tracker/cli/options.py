@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,38 @@ COMPONENTS = ("layer", "attention", "mlp")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTORS = ("local", "ray", "slurm")
 FORMATS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
+
+
+class Place(click.ParamType):  # type: ignore[type-arg]
+    """A file or folder that a file system can hold."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """Read it."""
+        path = Path(value)
+        try:
+            if not str(value).strip():
+                self.fail("it is empty; write '.' for this folder", param, ctx)
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):  # the command says what is missing
+            return path
+        except (OSError, ValueError) as error:
+            said = error.strerror if isinstance(error, OSError) else str(error)
+            self.fail(f"{str(value)[:60]!r} is no path: {said}", param, ctx)
+        return path
+
+
+class Word(click.ParamType):  # type: ignore[type-arg]
+    """A text that says something."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Read it."""
+        if not value.strip():
+            self.fail("it is empty", param, ctx)
+        return str(value)
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg]
@@ -88,7 +121,7 @@ def results_option(function: F) -> F:
     """Add the option that names the results folder."""
     return click.option(
         "--results",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=Place(),
         default=Path("results"),
         show_default=True,
         help="The results folder; several processes may share it.",
@@ -138,6 +171,13 @@ def trust(function: F) -> F:
     )(function)
 
 
+def finite(ctx: Any, param: Any, value: float | None) -> float | None:
+    """Refuse not-a-number, which is in every range."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number", ctx, param)
+    return value
+
+
 def backends(text: str | None) -> tuple[str, ...] | None:
     """Read tracking backends: none for `none`, None where nothing is said."""
     if text is None:
@@ -159,4 +199,4 @@ def publish_option(what: str) -> Callable[[F], F]:
     )
 
 
-sources_argument = click.argument("sources", nargs=-1)
+sources_argument = click.argument("sources", nargs=-1, type=Word())

@@ -59,7 +59,10 @@ def table(
     for place, (head, number) in enumerate(columns):
         widest = max((line[place].cell_len for line in lines), default=0)
         found.add_column(
-            Text(shown(head)), justify="right" if number else "left", min_width=widest * number
+            Text(shown(head)),
+            justify="right" if number else "left",
+            min_width=widest * number,
+            overflow="fold",
         )
     for line in lines:
         found.add_row(*line)
@@ -127,7 +130,7 @@ def console(error: bool = False) -> Console:
 
     found = Console(stderr=error, soft_wrap=True)
     if not found.is_terminal:
-        found.width = 120  # a file has no edge to wrap at; tables stay whole
+        found.width = 1000  # a file has no edge to wrap at; tables stay whole
     return found
 
 
@@ -144,7 +147,16 @@ def quiet(debug: bool) -> None:
     handler.setFormatter(_Shown("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.WARNING)
-    for name in ("lm_eval", "lm-eval", "datasets", "transformers", "alembic", "mlflow"):
+    for name in (
+        "lm_eval",
+        "lm-eval",
+        "datasets",
+        "transformers",
+        "alembic",
+        "mlflow",
+        "urllib3",
+        "httpx",
+    ):
         logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
 
 

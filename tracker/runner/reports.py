@@ -15,6 +15,7 @@ from tracker.report.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.wording import summary
 from tracker.runner.board import board_tables, publish_board
 from tracker.runner.collect import Collected, merged
+from tracker.text import masked
 from tracker.tracking import Target, open_backend, target
 from tracker.tracking.base import Backend
 
@@ -70,7 +71,7 @@ def publish(
             charts = dict(list(figures(found.cells).items())[:_CHARTS])
             says = "\n\n".join((summary(found.cells), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
             tables = board_tables(found.cells)
-            locations[text] = backend.add_report(says, files, tables, charts)
+            locations[masked(text)] = backend.add_report(says, files, tables, charts)
     return locations, failed
 
 
@@ -98,7 +99,7 @@ def join_boards(
     opened = [(text, _target(text)) for text in targets]
     for text, to in opened:
         with _failures(failed, text), _open(to, results) as backend:
-            board, locations[text] = publish_board(backend, cells)
+            board, locations[masked(text)] = publish_board(backend, cells)
             every += board.cells
     return merged(every), {text: place for text, place in locations.items() if place}, failed
 
@@ -106,7 +107,7 @@ def join_boards(
 def _target(text: str) -> Target:
     to = target(text)
     if to.project is None:
-        raise RequestError(f"{text!r} names no project; write {text}:PROJECT")
+        raise RequestError(f"{masked(text)!r} names no project; write {masked(text)}:PROJECT")
     return to
 
 
@@ -124,4 +125,4 @@ def _failures(failed: dict[str, str], text: str) -> Iterator[None]:
     try:
         yield
     except TrackerError as error:
-        failed[text] = str(error)
+        failed[masked(text)] = masked(str(error))

