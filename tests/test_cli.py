@@ -295,7 +295,7 @@ def test_plan_counts_what_is_executed(cli, tiny_llama, experiment, tmp_path):
 
     from tracker.config import load_experiment
     from tracker.ledger.store import Ledger
-    from tracker.runner.planning import plan
+    from tracker.measuring.planning import plan
 
     asked, _ = load_experiment(file)
     (planned,) = plan(asked.cells(), Ledger(tmp_path / "results"))

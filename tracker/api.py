@@ -18,15 +18,15 @@ from tracker.config import CellRequest, load_experiment
 from tracker.errors import RequestError, TrackingError, WorkError
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import Verified, compare, verify
+from tracker.measuring.derive import all_records
+from tracker.measuring.job import Options
+from tracker.measuring.prepare import all_layers
+from tracker.measuring.progress import Progress, Silent
 from tracker.records import CellRecord
-from tracker.runner import publish as publishing
-from tracker.runner.collect import Collected, collect
-from tracker.runner.derive import all_records, write_report
-from tracker.runner.executors import Options
-from tracker.runner.prepare import all_layers
-from tracker.runner.progress import Progress, Silent
-from tracker.runner.publish import Publisher, Synced, Trial
-from tracker.runner.run import Report, run_cells
+from tracker.runner import Finished, run_cells
+from tracker.team import publish as publishing
+from tracker.team.collect import Collected, collect
+from tracker.team.publish import Publisher, Synced, Trial
 from tracker.text import masked
 from tracker.tracking import default_targets
 
@@ -50,7 +50,7 @@ class Results:
 
     cells: tuple[CellRecord, ...]
     report: Path | None
-    outcome: Report
+    outcome: Finished
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -99,6 +99,8 @@ def run(
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
     """
+    from tracker.team.reports import write_report
+
     path = Path(experiment)
     asked, text = load_experiment(path)
     ledger = Ledger(Path(results))
@@ -134,7 +136,7 @@ def evaluate(
     trust_remote_code: bool = False,
     memory: int | None = None,
     progress: Progress | None = None,
-) -> tuple[CellRecord | None, Report]:
+) -> tuple[CellRecord | None, Finished]:
     """Measure one cell over all layers of its model: what a sweep's trial calls.
 
     Args:
@@ -165,7 +167,7 @@ def evaluate(
         if no_run is not None:
             progress.say(f"nothing to measure: {no_run}")
             trial.end(no_run)
-            return None, Report()
+            return None, Finished()
         publisher = Publisher(track, project, ledger.root)
         try:
             outcome = run_cells(
@@ -232,7 +234,7 @@ def report(
         RequestError: A source or a target is none, or no source holds a measured cell.
         TrackingError: No source could be read.
     """
-    from tracker.runner import reports
+    from tracker.team import reports
 
     found = _collected(sources, results, progress)
     path = Path(output) if output is not None else _beside(sources, results, form)
@@ -267,7 +269,7 @@ def leaderboard(
         RequestError: A source or a target is none, or no source holds a measured cell.
         TrackingError: No source could be read.
     """
-    from tracker.runner import reports
+    from tracker.team import reports
 
     found = _collected(sources, results, progress)
     cells, locations, failed = reports.join_boards(found.cells, publish, Path(results))

@@ -14,8 +14,8 @@ from typing import Any
 
 from tracker.errors import TrackerError
 from tracker.ledger.store import Ledger
+from tracker.measuring.derive import all_records
 from tracker.records import CellRecord
-from tracker.runner.derive import all_records
 
 OLD = Path(__file__).parent / "format1"
 """A folder of two views over three shards, as tracker wrote it before there were digests."""

@@ -14,7 +14,7 @@ from tracker.ledger.cells import ASIDE, CellIdentity
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import compare, verify
-from tracker.runner.derive import all_records
+from tracker.measuring.derive import all_records
 
 FLIPS = 150
 """Of each kind of file; `make fuzz` tries many more."""

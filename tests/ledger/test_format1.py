@@ -13,7 +13,7 @@ from tracker.errors import ResultsError
 from tracker.ledger.cells import FORMAT, Asked
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
-from tracker.runner.derive import all_records
+from tracker.measuring.derive import all_records
 
 OLD = Path(__file__).parent / "format1"
 

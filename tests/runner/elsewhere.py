@@ -13,7 +13,7 @@ import psutil
 import tracker
 from tracker.api import Results
 from tracker.ledger.store import Ledger
-from tracker.runner.progress import Silent
+from tracker.measuring.progress import Silent
 
 
 class Heard(Silent):

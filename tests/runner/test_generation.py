@@ -24,8 +24,8 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.config import CellRequest
 from tracker.engine.sweep import Engine
 from tracker.ledger.store import Ledger
+from tracker.measuring.scorer import Generation
 from tracker.models.pruned import pruned as without
-from tracker.runner.scorer import Generation
 
 GSM8K = Path(lm_eval.tasks.__file__).parent / "gsm8k/gsm8k.yaml"
 TASK = """\

@@ -11,12 +11,12 @@ from filelock import Timeout
 from tests.runner.elsewhere import Heard, arc
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.config import load_experiment
+from tracker.executors.handout import ATTEMPTS, Cell, Handout, Task
+from tracker.executors.worker import Worker
 from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.store import Ledger
-from tracker.runner.executors import Job, Options
-from tracker.runner.handout import ATTEMPTS, Cell, Handout, Task
-from tracker.runner.prepare import look_up
-from tracker.runner.worker import Worker
+from tracker.measuring.job import Job, Options
+from tracker.measuring.prepare import look_up
 
 DOCUMENTS = BLOCK + 8
 

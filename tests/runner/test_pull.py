@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tracker.ledger.cells import FORMAT
-from tracker.runner import pull as pulling
-from tracker.runner.derive import record_of
-from tracker.runner.progress import Silent
+from tracker.measuring.derive import record_of
+from tracker.measuring.progress import Silent
+from tracker.team import pull as pulling
 from tracker.tracking import Target
 from tracker.tracking.base import RemoteCell
 

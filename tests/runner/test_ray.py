@@ -137,7 +137,7 @@ def test_what_a_killed_worker_did_is_done_again(cluster, here, tiny_llama, exper
 
 def test_without_the_extra(here, tiny_llama, experiment, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "tracker.runner.ray", raising=False)
+    monkeypatch.delitem(sys.modules, "tracker.executors.ray", raising=False)
     file = experiment(tiny_llama(), data=str(arc(here / "data")))
     arguments = ["run", str(file), "--results", str(here / "results"), "--executor", "ray"]
     found = CliRunner().invoke(main, arguments)

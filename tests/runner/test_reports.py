@@ -19,11 +19,11 @@ from tests.tracking.wandb_double import WandbDouble
 from tracker import api
 from tracker.errors import RequestError, ResultsError
 from tracker.ledger.store import Ledger
+from tracker.measuring.derive import all_records
 from tracker.records import CellRecord
 from tracker.report.leaderboard import layer_board
-from tracker.runner.board import FORMAT, Board, Entry, merge, publish_board, read_board
-from tracker.runner.collect import merged
-from tracker.runner.derive import all_records
+from tracker.team.board import FORMAT, Board, Entry, merge, publish_board, read_board
+from tracker.team.collect import merged
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import BOARD_FILE
 
@@ -77,9 +77,9 @@ def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("it was derived again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("tracker.runner.derive.cell_record", never)
+        patched.setattr("tracker.measuring.derive.cell_record", never)
         assert content(api.ls(results)) == content(first)
-        patched.setattr("tracker.runner.derive._code", lambda: "another formula")
+        patched.setattr("tracker.measuring.derive._code", lambda: "another formula")
         with pytest.raises(AssertionError, match="derived again"):
             api.ls(results)
     (kept,) = results.glob("cells/*/derived/*.json")

@@ -15,9 +15,9 @@ from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, w
 from tracker.cli import main
 from tracker.config import load_experiment
 from tracker.distribution import install_extra
+from tracker.executors import slurm_job as job
 from tracker.ledger.cells import BLOCK
-from tracker.runner import job
-from tracker.runner.executors import Options
+from tracker.measuring.job import Options
 
 LOCAL = {"executor": "slurm", "slurm": {"cluster": "local"}}
 JOB = "submitit.core._submit"
@@ -27,7 +27,7 @@ JOB = "submitit.core._submit"
 def quick(monkeypatch, one_thread):
     """Look often at the jobs, and do not wait for the files of a slow network."""
     submitit = pytest.importorskip("submitit")
-    monkeypatch.setattr("tracker.runner.slurm.POLL", 0.1)
+    monkeypatch.setattr("tracker.executors.slurm.POLL", 0.1)
     monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0)
 
 
@@ -168,7 +168,7 @@ def test_parameters_need_the_executor(tiny_llama, experiment, tmp_path):
 
 def test_without_the_extra(cli, tiny_llama, experiment, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    monkeypatch.delitem(sys.modules, "tracker.runner.slurm", raising=False)
+    monkeypatch.delitem(sys.modules, "tracker.executors.slurm", raising=False)
     found = cli(experiment(tiny_llama(), data=str(arc(tmp_path / "data"))))
     assert found.exit_code == 2, found.output
     assert install_extra("slurm") in found.output

@@ -7,8 +7,8 @@ from dataclasses import replace
 import tracker
 from tracker.engine.score import score_row
 from tracker.ledger.store import Ledger
-from tracker.runner.derive import all_records
-from tracker.runner.meter import Meter
+from tracker.measuring.derive import all_records
+from tracker.measuring.meter import Meter
 
 
 def test_the_record_and_the_page_say_what_was_compared(tiny_llama, experiment, tmp_path):
@@ -43,7 +43,7 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
     monkeypatch.setattr("tracker.engine.sweep.score_row", shifted)
     published = []
     monkeypatch.setattr(
-        "tracker.runner.publish.Publisher.begin", lambda *args: published.append(args)
+        "tracker.team.publish.Publisher.begin", lambda *args: published.append(args)
     )
     results = tmp_path / "results"
     done = tracker.run(experiment(tiny_llama(), limit=20), results=results, track=["mlflow"])

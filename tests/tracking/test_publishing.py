@@ -11,9 +11,9 @@ from mlflow import MlflowClient
 
 from tracker import api
 from tracker.ledger.store import Ledger
-from tracker.runner import publish as publishing
-from tracker.runner.progress import Silent
-from tracker.runner.publish import Publisher
+from tracker.measuring.progress import Silent
+from tracker.team import publish as publishing
+from tracker.team.publish import Publisher
 
 
 class Listener(Silent):

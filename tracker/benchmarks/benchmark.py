@@ -1,65 +1,23 @@
-"""What a benchmark is to the runner, and which kind of it a request asks for."""
+"""Which kind of benchmark a request asks for; each is imported only when it is read."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, is_corpus, locate
 from tracker.benchmarks.sources import find_data
 from tracker.config import CellRequest
-from tracker.documents import Document, Response
 from tracker.errors import BenchmarkError, did_you_mean
 from tracker.metrics.ratios import SCALES
 from tracker.records import BenchmarkIdentity
 
 if TYPE_CHECKING:
-    from tracker.benchmarks.encoder import RequestEncoder
-
-MetricValue = float | str
-"""One document's metric: a number, or JSON where pairs are aggregated."""
-
-
-class Benchmark(Protocol):
-    """Documents that are scored, and the judge of the responses to them.
-
-    Attributes:
-        identity: Which documents are scored, and how they are put to the model.
-    """
-
-    identity: BenchmarkIdentity
-
-    def documents(self, encoder: RequestEncoder, limit: int | None) -> list[Document]:
-        """Tokenise the documents.
-
-        Args:
-            encoder: lm-eval's tokenisation for the model.
-            limit: Documents per task, from the first; None = all.
-
-        Returns:
-            The documents, task by task, in the order of their splits.
-
-        Raises:
-            BenchmarkError: A document lacks what the benchmark reads.
-        """
-
-    def outcomes(
-        self, document: Document, responses: Sequence[Response]
-    ) -> dict[str, MetricValue | None]:
-        """Judge the responses to one document.
-
-        Args:
-            document: One of `documents()`.
-            responses: One response a request, in order.
-
-        Returns:
-            Every metric: a number, or JSON where pairs are aggregated. None for every metric when
-            a log-likelihood is not finite: no accuracy can be read off it.
-        """
+    pass
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:

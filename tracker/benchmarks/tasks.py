@@ -18,7 +18,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
-from tracker.benchmarks.benchmark import MetricValue
+from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.sources import HUB, DataSource, find_data, unreachable
 from tracker.config import CellRequest

@@ -263,9 +263,9 @@ def bench(
       tracker bench --scaling --output scaling.html …
     """
 
+    from tracker.bench.compare import bench as measure
     from tracker.config import cell_request
-    from tracker.runner.bench import bench as measure
-    from tracker.runner.executors import Options
+    from tracker.measuring.job import Options
 
     request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)
     options = Options(device, trust_remote_code, memory)
@@ -273,8 +273,8 @@ def bench(
     if scaling:
         if not output.absolute().parent.is_dir():
             raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+        from tracker.bench.scaling import scaling as grow
         from tracker.report.scaling import draw
-        from tracker.runner.scaling import scaling as grow
 
         curves = grow(request, options, show)
         draw(curves.title, curves.curves, output)
@@ -296,7 +296,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
       tracker validate experiments/demo.yaml
     """
     from tracker.config import load_experiment
-    from tracker.runner.prepare import validate as check
+    from tracker.measuring.prepare import validate as check
 
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
@@ -326,7 +326,7 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
     """
     from tracker.config import load_experiment
     from tracker.ledger.store import Ledger
-    from tracker.runner.planning import plan as make_plan
+    from tracker.measuring.planning import plan as make_plan
 
     asked, _ = load_experiment(experiment)
     cells = make_plan(asked.cells(), Ledger(results), trust_remote_code)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from tracker.cli.terminal import say, table
 
 if TYPE_CHECKING:
+    from tracker.measuring.planning import PlannedCell
     from tracker.records import CellRecord, RunIdentity
-    from tracker.runner.planning import PlannedCell
-    from tracker.runner.run import Report
+    from tracker.runner import Finished
 
 
 def print_damage(damaged: Mapping[str, str]) -> None:
@@ -84,7 +84,7 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
         say(note)
 
 
-def print_end(outcome: Report, page: Path | None, again: str) -> None:
+def print_end(outcome: Finished, page: Path | None, again: str) -> None:
     """Say where a run's page and runs are, and what went wrong."""
     say()
     if page is not None:

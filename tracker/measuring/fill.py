@@ -10,15 +10,17 @@ from filelock import Timeout
 from tracker.ablations import ablations_of
 from tracker.ledger.cells import Block, CellStore
 from tracker.ledger.store import Ledger
-from tracker.runner.meter import Facts, Meter
-from tracker.runner.prepare import Asked, look_up
-from tracker.runner.progress import Progress
+from tracker.measuring.meter import Facts, Meter
+from tracker.measuring.prepare import CellLookup, look_up
+from tracker.measuring.progress import Progress
 
 WAIT = 0.5
 """Seconds between two looks at blocks that another process is computing."""
 
 
-def open_cell(asked: Asked, facts: Facts, ledger: Ledger) -> tuple[CellStore, dict[Block, int]]:
+def open_cell(
+    asked: CellLookup, facts: Facts, ledger: Ledger
+) -> tuple[CellStore, dict[Block, int]]:
     """Open a cell whose model is known, or make it, and see what it lacks.
 
     Args:
@@ -48,7 +50,7 @@ def open_cell(asked: Asked, facts: Facts, ledger: Ledger) -> tuple[CellStore, di
     return store, {block: responses for block, responses in lacking.items() if responses}
 
 
-def names_of(asked: Asked, store: CellStore) -> list[str]:
+def names_of(asked: CellLookup, store: CellStore) -> list[str]:
     """Name the ablations that a cell is measured under."""
     return [a.name for a in ablations_of(asked.request, store.identity.model.layers)]
 

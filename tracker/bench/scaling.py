@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tracker.ablations import INTACT, Ablation, ablations_of
+from tracker.bench.compare import Prepared, prepare, timed
 from tracker.config import CellRequest
-from tracker.runner.bench import Prepared, prepare, timed
-from tracker.runner.executors import Options
-from tracker.runner.progress import Progress
+from tracker.measuring.job import Options
+from tracker.measuring.progress import Progress
 
 if TYPE_CHECKING:
     from tracker.documents import Document

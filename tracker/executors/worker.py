@@ -8,8 +8,8 @@ from contextlib import suppress
 
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.config import CellRequest
-from tracker.runner.executors import Options
-from tracker.runner.meter import Facts, Meter, Model, Shard, open_model
+from tracker.measuring.job import Options
+from tracker.measuring.meter import Facts, Measured, Meter, Model, open_model
 
 _ENVIRONMENT = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_")
 
@@ -66,7 +66,7 @@ class Worker:
 
     def measure(
         self, task: str, missing: Mapping[tuple[str, ...], list[int]]
-    ) -> tuple[list[Shard], list[str]]:
+    ) -> tuple[list[Measured], list[str]]:
         """Measure what one block of the opened cell lacks.
 
         Args:

@@ -18,13 +18,13 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import Checkpointable
 
 from tracker.errors import CellError, RequestError, did_you_mean
+from tracker.executors.slurm_job import CellJob, JobEnd, shards
 from tracker.ledger.cells import BLOCK, CellStore
 from tracker.ledger.store import Ledger
-from tracker.runner.executors import Done, Job, Options
-from tracker.runner.fill import names_of
-from tracker.runner.job import CellJob, Outcome, shards
-from tracker.runner.prepare import look_up
-from tracker.runner.progress import Progress
+from tracker.measuring.fill import names_of
+from tracker.measuring.job import Done, Job, Options
+from tracker.measuring.prepare import look_up
+from tracker.measuring.progress import Progress
 
 POLL = 2.0
 """Seconds between two looks at the jobs and at the ledger."""
@@ -144,15 +144,15 @@ class _Waiting:
         self.left -= fresh
         return fresh
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[JobEnd]:
         """Say what each task of the job says."""
         try:
-            found: list[Outcome] = self.submission.results()
+            found: list[JobEnd] = self.submission.results()
         except (UncompletedJobError, OSError) as error:
             log.debug("a job gave no result", exc_info=True)
             state, place = self.submission.state, self.submission.paths.stderr
             why = f"job {self.submission.job_id} ended as {state}: {_last_line(error)}"
-            return [Outcome(CellError(f"{why}. Its log: {place}"))]
+            return [JobEnd(CellError(f"{why}. Its log: {place}"))]
         return found
 
     def store(self) -> CellStore | CellError:

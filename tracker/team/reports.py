@@ -8,19 +8,36 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tracker.errors import RequestError, TrackerError
+from tracker.ledger.store import Ledger
+from tracker.measuring.derive import all_records
 from tracker.records import CellRecord
 from tracker.report.export import FORMATS, export, figures
 from tracker.report.html import render_report
 from tracker.report.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.report.wording import summary
-from tracker.runner.board import board_tables, publish_board
-from tracker.runner.collect import Collected, merged
+from tracker.team.board import board_tables, publish_board
+from tracker.team.collect import Collected, merged
 from tracker.text import masked
 from tracker.tracking import Target, open_backend, target
 from tracker.tracking.base import Backend
 
 _CHARTS = 60
 """A page of a tracking backend with more charts than this is not looked at."""
+
+
+def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
+    """Write the report page of a results folder, over the cells with a measured document.
+
+    Args:
+        ledger: The results folder.
+
+    Returns:
+        Its path, and what of the folder it cannot show → what to do.
+    """
+    contents = ledger.contents()
+    records = [record for record in all_records(contents) if record.n]
+    path = render_report(records, contents.experiments, ledger.root / "report.html")
+    return path, contents.damaged
 
 
 def write(found: Collected, form: str, path: Path) -> list[Path]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from tracker.errors import RequestError, TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.measuring.derive import record_of
+from tracker.measuring.progress import Progress
 from tracker.records import CellRecord, View
-from tracker.runner.derive import record_of
-from tracker.runner.progress import Progress
-from tracker.runner.pull import pull
+from tracker.team.pull import pull
 from tracker.text import masked
 from tracker.tracking import Target, target
 

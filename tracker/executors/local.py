@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
 from tracker.ledger.store import Ledger
-from tracker.runner.executors import Done, Job, Options
-from tracker.runner.fill import fill, open_cell
-from tracker.runner.meter import Meter, Model, open_model
-from tracker.runner.progress import Progress
+from tracker.measuring.fill import fill, open_cell
+from tracker.measuring.job import Done, Job, Options
+from tracker.measuring.meter import Meter, Model, open_model
+from tracker.measuring.progress import Progress
 
 log = logging.getLogger(__name__)
 

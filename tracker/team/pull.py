@@ -21,9 +21,9 @@ from tracker.ledger.files import cache_folder, write_text
 from tracker.ledger.keys import folder_name
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.store import Ledger
+from tracker.measuring.progress import Progress
 from tracker.provenance import content_hash
 from tracker.records import View
-from tracker.runner.progress import Progress
 from tracker.text import masked
 from tracker.tracking import Target, open_backend
 from tracker.tracking.base import Backend, RemoteCell

@@ -9,23 +9,23 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tracker.ablations import INTACT, Ablation, ablations_of
-from tracker.benchmarks.benchmark import Benchmark
+from tracker.benchmarks.base import Benchmark
 from tracker.config import CellRequest
 from tracker.errors import CellError
 from tracker.ledger.outcomes import outcome_row
+from tracker.measuring.prepare import check_range
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
 from tracker.records import BenchmarkIdentity, ModelIdentity
-from tracker.runner.prepare import check_range
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.engine.check import Kept
     from tracker.engine.sweep import DocumentScores
     from tracker.engine.truth import Comparison
+    from tracker.measuring.job import Options
+    from tracker.measuring.scorer import Scorer
     from tracker.models.load import LoadedModel
-    from tracker.runner.executors import Options
-    from tracker.runner.scorer import Scorer
 
 Place = tuple[str, int]
 """A document: its task, and its number in the task's split."""
@@ -87,7 +87,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Shard:
+class Measured:
     """What some documents were measured to be.
 
     Attributes:
@@ -120,7 +120,7 @@ class Meter:
         self, request: CellRequest, benchmark: Benchmark, model: Model, options: Options
     ) -> None:
         from tracker.engine.check import watched_documents
-        from tracker.runner.scorer import Scorer
+        from tracker.measuring.scorer import Scorer
 
         loaded = model.loaded
         check_range(request, loaded.identity.layers)
@@ -149,7 +149,7 @@ class Meter:
             One line for each kind of sharing that was lost.
         """
         from tracker.engine.sweep import Engine
-        from tracker.runner.scorer import checked_scorer
+        from tracker.measuring.scorer import checked_scorer
 
         loaded = self._model.loaded
         engine = Engine(loaded, self._model.encoder.max_length, memory=self._memory)
@@ -165,7 +165,7 @@ class Meter:
         names: Sequence[str],
         indices: Sequence[int],
         advance: Callable[[int], None] = lambda responses: None,
-    ) -> Shard:
+    ) -> Measured:
         """Measure some documents of one task.
 
         Args:
@@ -199,7 +199,7 @@ class Meter:
             "provenance": self.facts.provenance,
             "sharing": str(scorer.engine.sharing),
         }
-        return Shard(rows, metadata)
+        return Measured(rows, metadata)
 
     def _watched(
         self, results: Sequence[DocumentScores], scored: Sequence[Ablation]

@@ -17,12 +17,12 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tracker.errors import RequestError
+from tracker.executors.handout import Cell, Handout, Task
+from tracker.executors.worker import Worker, environment
 from tracker.ledger.store import Ledger
-from tracker.runner.executors import Done, Job, Options
-from tracker.runner.fill import WAIT
-from tracker.runner.handout import Cell, Handout, Task
-from tracker.runner.progress import Progress
-from tracker.runner.worker import Worker, environment
+from tracker.measuring.fill import WAIT
+from tracker.measuring.job import Done, Job, Options
+from tracker.measuring.progress import Progress
 
 
 class RayExecutor:

@@ -18,10 +18,10 @@ from tracker.errors import CellError
 from tracker.ledger.cells import Block, CellStore
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
-from tracker.runner.executors import Done, Job
-from tracker.runner.fill import names_of, open_cell
-from tracker.runner.meter import Facts, Shard
-from tracker.runner.progress import Progress
+from tracker.measuring.fill import names_of, open_cell
+from tracker.measuring.job import Done, Job
+from tracker.measuring.meter import Facts, Measured
+from tracker.measuring.progress import Progress
 
 ATTEMPTS = 3
 """How many workers may die over the same documents before their cell fails."""
@@ -169,7 +169,7 @@ class Handout:
                 raise CellError("the workers do not all see the same model and data")
         self._end_if_complete(cell)
 
-    def measured(self, task: Task, shards: Sequence[Shard], lost: Sequence[str]) -> None:
+    def measured(self, task: Task, shards: Sequence[Measured], lost: Sequence[str]) -> None:
         """Write what a worker has measured.
 
         Args:

@@ -10,8 +10,8 @@ from tracker.ablations import ablations_of, removals
 from tracker.config import CellRequest
 from tracker.errors import ModelError
 from tracker.ledger.store import Ledger
+from tracker.measuring.prepare import check_layers, look_up
 from tracker.models.sources import count_layers
-from tracker.runner.prepare import check_layers, look_up
 
 if TYPE_CHECKING:
     from tracker.engine.plan import Cost

@@ -17,7 +17,7 @@ from tracker.provenance import package_versions
 
 
 @dataclass(frozen=True)
-class Asked:
+class CellLookup:
     """A cell that was asked for, with what can be known of it without loading anything.
 
     Attributes:
@@ -35,7 +35,7 @@ class Asked:
     complete: bool
 
 
-def look_up(request: CellRequest, ledger: Ledger) -> Asked:
+def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
     """Look a cell up in the ledger, without loading torch, the model or the benchmark.
 
     Args:
@@ -53,7 +53,7 @@ def look_up(request: CellRequest, ledger: Ledger) -> Asked:
         key = request_key(request, stamp, data, package_versions())
     store = ledger.find(key) if key else None
     complete = store is not None and _is_complete(store, request)
-    return Asked(request, source, key, store, complete)
+    return CellLookup(request, source, key, store, complete)
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
@@ -103,7 +103,7 @@ def _no_run(request: CellRequest, layers: int) -> str:
     return f"{what} is among the removed layers {', '.join(map(str, request.removed))}"
 
 
-def check_layers(asked: Sequence[Asked], trust_remote_code: bool) -> None:
+def check_layers(asked: Sequence[CellLookup], trust_remote_code: bool) -> None:
     """Refuse layers that a model does not have.
 
     Args:

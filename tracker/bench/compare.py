@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tracker.ablations import Ablation, ablations_of
 from tracker.config import CellRequest
 from tracker.errors import BenchmarkError
+from tracker.measuring.job import Options
+from tracker.measuring.progress import Progress
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
-from tracker.runner.executors import Options
-from tracker.runner.progress import Progress
 
 if TYPE_CHECKING:
     from tracker.documents import Document

@@ -9,17 +9,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracker.benchmarks.benchmark import Benchmark, chosen_metric, open_benchmark
+from tracker.benchmarks.base import Benchmark
+from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.config import CellRequest
 from tracker.errors import RequestError, TrackerError
+from tracker.executors.registry import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.measuring.derive import record_of
+from tracker.measuring.job import Job, Options
+from tracker.measuring.prepare import CellLookup, check_layers, look_up
+from tracker.measuring.progress import Progress
 from tracker.records import CellRecord
-from tracker.runner.derive import record_of
-from tracker.runner.executors import Job, Options, open_executor
-from tracker.runner.prepare import Asked, check_layers, look_up
-from tracker.runner.progress import Progress
-from tracker.runner.publish import Outcome, Publisher
+from tracker.team.publish import Publication, Publisher
 
 log = logging.getLogger(__name__)
 _NO_RUNS: dict[str, Any] = {
@@ -33,7 +35,7 @@ _NO_RUNS: dict[str, Any] = {
 
 
 @dataclass
-class Report:
+class Finished:
     """What became of the cells.
 
     Attributes:
@@ -67,7 +69,7 @@ def run_cells(
     publisher: Publisher,
     options: Options,
     progress: Progress,
-) -> Report:
+) -> Finished:
     """Measure and publish cells.
 
     Args:
@@ -118,14 +120,14 @@ class _Finisher:
     """Records and publishes cells as they are finished, in whatever order that is."""
 
     def __init__(self, publisher: Publisher, progress: Progress, alone: bool) -> None:
-        self.report = Report()
+        self.report = Finished()
         self.records: dict[CellRequest, CellRecord] = {}
-        self._publishing: deque[tuple[str, Future[Outcome]]] = deque()
+        self._publishing: deque[tuple[str, Future[Publication]]] = deque()
         self._publisher = publisher
         self._progress = progress
         self._alone = alone
 
-    def done(self, cell: Asked, outcome: CellStore | Exception) -> None:
+    def done(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
         """Record and publish a finished cell; keep a failure in its cell."""
         title, report = cell.request.title, self.report
         try:
@@ -167,7 +169,7 @@ class _Finisher:
             self._progress.say(f"{title} is measured but not published: {outcome.failed}")
 
 
-def _jobs(todo: Sequence[Asked]) -> list[Job]:
+def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
     """Find every benchmark and its data before a night is spent on half of them."""
     jobs: list[Job] = []
     same: dict[CellRequest, Benchmark] = {}

@@ -16,10 +16,10 @@ from tracker.config import CellRequest
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.measuring.derive import record_of
 from tracker.provenance import content_hash
 from tracker.records import INTACT_VIEW, CellRecord
 from tracker.report.charts.cells import cell_charts
-from tracker.runner.derive import record_of
 from tracker.text import masked
 from tracker.tracking import (
     Target,
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Outcome:
+class Publication:
     """What became of publishing a cell.
 
     Attributes:
@@ -87,12 +87,12 @@ class Publisher:
         self._targets = {text: target(text) for text in track}
         self._results = results
         self._open: dict[Target, Backend] = {}
-        self._jobs: SimpleQueue[tuple[Future[Outcome], Callable[[], Outcome]] | None] = (
+        self._jobs: SimpleQueue[tuple[Future[Publication], Callable[[], Publication]] | None] = (
             SimpleQueue()
         )
         self._thread: Thread | None = None
 
-    def begin(self, store: CellStore, record: CellRecord) -> Future[Outcome]:
+    def begin(self, store: CellStore, record: CellRecord) -> Future[Publication]:
         """Publish a cell in a thread beside the caller's, after those that were begun before.
 
         In a W&B trial it is done before this returns: the trial's run is to be ended last.
@@ -106,7 +106,7 @@ class Publisher:
         """
         # What belongs to the record, before more of the cell is measured.
         job = partial(self._publish, store, record, _artifacts(store, record), True)
-        future: Future[Outcome] = Future()
+        future: Future[Publication] = Future()
         if in_sweep():
             future.set_result(job())
             return future
@@ -122,7 +122,7 @@ class Publisher:
             future, publish = job
             future.set_result(publish())
 
-    def publish(self, store: CellStore, record: CellRecord) -> Outcome:
+    def publish(self, store: CellStore, record: CellRecord) -> Publication:
         """Publish a cell, asking the backends themselves what they have.
 
         Args:
@@ -136,9 +136,9 @@ class Publisher:
 
     def _publish(
         self, store: CellStore, record: CellRecord, artifacts: Sequence[Path], trust_receipts: bool
-    ) -> Outcome:
+    ) -> Publication:
         """Publish a cell; what one backend refuses does not keep the others from it."""
-        outcome, errors = Outcome(), []
+        outcome, errors = Publication(), []
         for text, to in self._targets.items():
             try:
                 digest = content_digest(record)

@@ -9,13 +9,13 @@ from pathlib import Path
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.config import CellRequest
 from tracker.errors import CellError, TrackerError
+from tracker.executors.local import measure_cell
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.runner.executors import Job, Options
-from tracker.runner.local import measure_cell
-from tracker.runner.meter import open_model
-from tracker.runner.prepare import look_up
-from tracker.runner.progress import Silent
+from tracker.measuring.job import Job, Options
+from tracker.measuring.meter import open_model
+from tracker.measuring.prepare import look_up
+from tracker.measuring.progress import Silent
 
 STARTS = 4
 """How many starts of a job in a row may end without a new shard."""
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobEnd:
     """What a job says to the process that submitted it.
 
     Attributes:
@@ -53,7 +53,7 @@ class CellJob:
         self._shards = -1
         self._starts = 0
 
-    def __call__(self) -> Outcome:
+    def __call__(self) -> JobEnd:
         """Measure what the cell lacks.
 
         Returns:
@@ -63,16 +63,16 @@ class CellJob:
         try:
             return self._run()
         except TrackerError as error:
-            return Outcome(error)
+            return JobEnd(error)
         except Exception as error:
             log.info("failed", exc_info=True)
-            return Outcome(CellError(f"{type(error).__name__}: {error}"))
+            return JobEnd(CellError(f"{type(error).__name__}: {error}"))
 
-    def _run(self) -> Outcome:
+    def _run(self) -> JobEnd:
         ledger = Ledger(self._results)
         asked = look_up(self._request, ledger)
         if asked.complete:
-            return Outcome()
+            return JobEnd()
         found = len(shards(asked.store))
         self._starts = self._starts + 1 if found == self._shards else 1
         self._shards = found
@@ -85,7 +85,7 @@ class CellJob:
         model = open_model(self._request, self._options)
         job = Job(asked, open_benchmark(self._request))
         _, lost = measure_cell(job, model, ledger, self._options, _Log())
-        return Outcome(lost=tuple(lost), models_loaded=1)
+        return JobEnd(lost=tuple(lost), models_loaded=1)
 
 
 class _Log(Silent):

@@ -1,4 +1,4 @@
-"""From the ledger to what people see: records, and the report page."""
+"""From the ledger to records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
-from tracker.ledger.store import Contents, Ledger
+from tracker.ledger.store import Contents
 from tracker.ledger.tables import cell_record
 from tracker.provenance import content_hash, file_hash
 from tracker.records import CellRecord, View
@@ -74,20 +74,3 @@ def all_records(contents: Contents) -> list[CellRecord]:
         except TrackerError as error:
             contents.damaged[str(store.folder)] = str(error)
     return records
-
-
-def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
-    """Write the report page of a results folder, over the cells with a measured document.
-
-    Args:
-        ledger: The results folder.
-
-    Returns:
-        Its path, and what of the folder it cannot show → what to do.
-    """
-    from tracker.report.html import render_report
-
-    contents = ledger.contents()
-    records = [record for record in all_records(contents) if record.n]
-    path = render_report(records, contents.experiments, ledger.root / "report.html")
-    return path, contents.damaged

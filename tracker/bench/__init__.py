@@ -1,0 +1,1 @@
+"""The engine against the lm-eval loop, timed side by side."""

@@ -1,0 +1,53 @@
+"""What a benchmark is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from tracker.documents import Document, Response
+from tracker.records import BenchmarkIdentity
+
+if TYPE_CHECKING:
+    from tracker.benchmarks.encoder import RequestEncoder
+
+MetricValue = float | str
+"""One document's metric: a number, or JSON where pairs are aggregated."""
+
+
+class Benchmark(Protocol):
+    """Documents that are scored, and the judge of the responses to them.
+
+    Attributes:
+        identity: Which documents are scored, and how they are put to the model.
+    """
+
+    identity: BenchmarkIdentity
+
+    def documents(self, encoder: RequestEncoder, limit: int | None) -> list[Document]:
+        """Tokenise the documents.
+
+        Args:
+            encoder: lm-eval's tokenisation for the model.
+            limit: Documents per task, from the first; None = all.
+
+        Returns:
+            The documents, task by task, in the order of their splits.
+
+        Raises:
+            BenchmarkError: A document lacks what the benchmark reads.
+        """
+
+    def outcomes(
+        self, document: Document, responses: Sequence[Response]
+    ) -> dict[str, MetricValue | None]:
+        """Judge the responses to one document.
+
+        Args:
+            document: One of `documents()`.
+            responses: One response a request, in order.
+
+        Returns:
+            Every metric: a number, or JSON where pairs are aggregated. None for every metric when
+            a log-likelihood is not finite: no accuracy can be read off it.
+        """

@@ -1,0 +1,30 @@
+"""What an executor does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Done, Job
+from tracker.measuring.progress import Progress
+
+
+class Executor(Protocol):
+    """Measures what cells lack; whatever breaks one cell, the others go on.
+
+    Attributes:
+        models_loaded: How many times a model was loaded so far.
+    """
+
+    models_loaded: int
+
+    def measure(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
+        """Measure cells.
+
+        Args:
+            jobs: The cells, equal models next to each other.
+            ledger: The results folder.
+            progress: Told what happens.
+            done: Told of each cell when it is finished or has failed.
+        """

@@ -1,0 +1,63 @@
+"""What there is to measure, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tracker.benchmarks.base import Benchmark
+from tracker.errors import RequestError, did_you_mean
+from tracker.ledger.cells import CellStore
+from tracker.measuring.prepare import CellLookup
+
+EXECUTORS = ("local", "ray", "slurm")
+"""Where cells may be measured."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what.
+
+    Attributes:
+        device: `auto`, or a torch device.
+        trust_remote_code: Whether code and pickles from a download may run.
+        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        executor: Where: one of `EXECUTORS`.
+        slurm: What each SLURM job asks for, in submitit's words.
+
+    Raises:
+        RequestError: There is no such executor, or SLURM is told what it is not asked to do.
+    """
+
+    device: str = "auto"
+    trust_remote_code: bool = False
+    memory: int | None = None
+    executor: str = "local"
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise RequestError(
+                f"there is no executor {self.executor!r}; use one of: {', '.join(EXECUTORS)}."
+                + did_you_mean(self.executor, EXECUTORS)
+            )
+        if self.slurm and self.executor != "slurm":
+            raise RequestError("--slurm says what SLURM jobs ask for; add --executor slurm")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell that lacks something.
+
+    Attributes:
+        asked: What was asked for.
+        benchmark: Its documents.
+    """
+
+    asked: CellLookup
+    benchmark: Benchmark
+
+
+Done = Callable[[CellLookup, CellStore | Exception], None]
+"""Told of each cell once: that nothing of it is missing any more, or what went wrong."""

@@ -1,1 +1,0 @@
-"""The runner: from cells to the ledger, and from the ledger to backends and pages."""

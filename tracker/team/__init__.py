@@ -1,0 +1,1 @@
+"""What a team exchanges: runs published, cells collected, pages, one leaderboard a project."""
