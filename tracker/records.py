@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
 from tracker.config import Component, Count, Layers, Positive
 from tracker.text import harmless
@@ -139,7 +139,7 @@ WHOLE_LAYER: tuple[Component, int] = ("layer", 1)
 """The kind of the runs that remove one whole layer: the proxies are measured for these alone."""
 
 
-class LayerRecord(RunIdentity):
+class RunRecord(RunIdentity):
     """One run: what its removal did to the model on one benchmark.
 
     Every drop is relative to the intact model, also where the whole cell lacks layers: it holds
@@ -245,8 +245,8 @@ class CellRecord(Record):
     removed_low: float | None = None
     removed_high: float | None = None
     """Both ends of the 95 % interval of `removed_accuracy`."""
-    layers: tuple[LayerRecord, ...]
-    """The runs: components outermost, then spans, then layers."""
+    runs: tuple[RunRecord, ...] = Field(validation_alias=AliasChoices("runs", "layers"))
+    """Components outermost, then spans, then layers; boards of formats 1 and 2 call it `layers`."""
     correlations: tuple[CorrelationRecord, ...]
     """Over the runs that remove one whole layer; none where there is no such run."""
     missing: tuple[RunIdentity, ...]
@@ -298,8 +298,8 @@ class CellRecord(Record):
         mine, theirs = ((one.key, one.removed, one.metric) for one in (self, other))
         growing = "n" in other.reasons
         enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
-        runs = {run.order for run in self.layers}
-        return mine == theirs and enough and runs >= {run.order for run in other.layers}
+        runs = {run.order for run in self.runs}
+        return mine == theirs and enough and runs >= {run.order for run in other.runs}
 
     @property
     def is_complete(self) -> bool:
@@ -313,6 +313,6 @@ class CellRecord(Record):
         return (*documents, *(run.label() for run in self.missing))
 
     @property
-    def whole_layers(self) -> tuple[LayerRecord, ...]:
+    def whole_layers(self) -> tuple[RunRecord, ...]:
         """The runs that remove one whole layer."""
-        return tuple(run for run in self.layers if run.kind == WHOLE_LAYER)
+        return tuple(run for run in self.runs if run.kind == WHOLE_LAYER)

@@ -172,10 +172,10 @@ class TestUnproved:
         before = verify(old)
         assert [cell.unproved for cell in before.cells] == [3]
         assert not before.damaged
-        numbers = [record.layers for record in all_records(old.contents())]
+        numbers = [record.runs for record in all_records(old.contents())]
         old.create()
         assert [cell.unproved for cell in verify(old).cells] == [0]
-        assert [record.layers for record in all_records(old.contents())] == numbers
+        assert [record.runs for record in all_records(old.contents())] == numbers
 
     def test_parts_that_do_not_fit_are_noticed(self, old: Ledger, caplog) -> None:
         (cell,) = old.cells()

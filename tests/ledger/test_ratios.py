@@ -127,7 +127,7 @@ def test_every_figure_of_one_task(store, metric: str) -> None:
             "word_perplexity": math.exp(ratio(texts, "baseline", "loss")),
         }
     )
-    for layer in record.layers:
+    for layer in record.runs:
         after = ratio(texts, layer.ablation, metric)
         drop = before - after if better else after - before
         assert layer.accuracy == pytest.approx(after, rel=1e-12)
@@ -157,7 +157,7 @@ def test_the_interval_is_that_of_a_ratio_estimator(store) -> None:
     texts = make_texts({"notes": 50})["notes"]
     record = record_of(store({"notes": texts}), "bits_per_byte")
     units = texts["all"]["units"]
-    for layer in record.layers:
+    for layer in record.runs:
         gain = texts["baseline"]["windows"].sum(1) - texts[layer.ablation]["windows"].sum(1)
         gain /= math.log(2)
         value = gain.sum() / units.sum()
@@ -185,8 +185,8 @@ def test_a_group_is_aggregated_as_lm_eval_does(store, metric: str, by_size: bool
 def test_a_layer_that_matters_correlates_the_same_way(store, metric: str) -> None:
     """For a loss the drop is its increase: positive = the layer mattered, as for an accuracy."""
     record = record_of(store(make_texts({"notes": 50})), metric)
-    drops = [layer.accuracy_drop for layer in record.layers]
-    scores = [layer.cosine_score for layer in record.layers]
+    drops = [layer.accuracy_drop for layer in record.runs]
+    scores = [layer.cosine_score for layer in record.runs]
     found = next(
         c
         for c in record.correlations
@@ -200,11 +200,11 @@ def test_a_layer_that_matters_correlates_the_same_way(store, metric: str) -> Non
 def test_a_document_without_a_finite_score(store, name: str) -> None:
     record = record_of(store(make_texts({"notes": 9}), undefined=(name, 4)), "acc")
     reason = "1 of 9 documents has no finite score"
-    assert record.layers[1].accuracy_drop is None
-    assert record.layers[1].reasons["accuracy_drop"] == reason
-    assert (record.layers[1].metrics["acc"] is None) is (name == "layer:1")
+    assert record.runs[1].accuracy_drop is None
+    assert record.runs[1].reasons["accuracy_drop"] == reason
+    assert (record.runs[1].metrics["acc"] is None) is (name == "layer:1")
     assert (record.baseline_accuracy is None) is (name == "baseline")
-    assert (record.layers[0].accuracy_drop is None) is (name == "baseline")
+    assert (record.runs[0].accuracy_drop is None) is (name == "baseline")
 
 
 def test_a_text_without_tokens_changes_nothing(store) -> None:
@@ -216,7 +216,7 @@ def test_a_text_without_tokens_changes_nothing(store) -> None:
     more = record_of(store({"notes": texts}, name="other"), "bits_per_byte")
     assert more.n == plain.n + 1
     assert more.baseline_accuracy == pytest.approx(plain.baseline_accuracy)
-    for one, other in zip(plain.layers, more.layers, strict=True):
+    for one, other in zip(plain.runs, more.runs, strict=True):
         assert other.accuracy_drop == pytest.approx(one.accuracy_drop)
         assert other.accuracy_drop_low == pytest.approx(one.accuracy_drop_low)
         assert other.cosine_score == pytest.approx(one.cosine_score)

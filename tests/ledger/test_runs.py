@@ -65,7 +65,7 @@ def test_one_record_a_run_in_the_order_of_the_request(measure: Measure) -> None:
     store = measure(list(RIGHT))
     request = ask(components=("layer", "attention"), spans=(1, 2), layers=(0, 1, 3))
     record = cell_record(store, request, "acc", mean)
-    assert [(run.ablation, run.component, run.layer, run.span) for run in record.layers] == [
+    assert [(run.ablation, run.component, run.layer, run.span) for run in record.runs] == [
         ("layer:0", "layer", 0, 1),
         ("layer:1", "layer", 1, 1),
         ("layer:3", "layer", 3, 1),
@@ -76,7 +76,7 @@ def test_one_record_a_run_in_the_order_of_the_request(measure: Measure) -> None:
         ("attention:3", "attention", 3, 1),
         ("attention:0,1", "attention", 0, 2),
     ]
-    for run in record.layers:
+    for run in record.runs:
         assert run.accuracy_drop == pytest.approx((18 - RIGHT[run.ablation]) / DOCUMENTS)
     # A span beyond the last layer is no run; the attention of layers 1 and 2 is none yet.
     assert [run.label() for run in record.missing] == ["attention 1–2"]
@@ -88,11 +88,11 @@ def test_proxies_and_correlations_rest_on_whole_single_layers(measure: Measure) 
     alone = cell_record(store, ask(), "acc", mean)
     request = ask(components=("layer", "attention"), spans=(1, 2))
     record = cell_record(store, request, "acc", mean)
-    assert record.whole_layers == alone.layers
+    assert record.whole_layers == alone.runs
     assert record.correlations == alone.correlations
     assert len(alone.correlations) == len(PROXIES) * len(COEFFICIENTS) * 2
     proxies = ("cosine_similarity", "cosine_score", "angular_distance", "relative_update")
-    for run in record.layers:
+    for run in record.runs:
         whole = (run.component, run.span) == ("layer", 1)
         for name in proxies:
             assert (getattr(run, name) is not None) == whole
@@ -104,7 +104,7 @@ def test_proxies_and_correlations_rest_on_whole_single_layers(measure: Measure) 
 def test_without_whole_layers_nothing_is_correlated(measure: Measure) -> None:
     store = measure(list(RIGHT))
     record = cell_record(store, ask(components=("attention",)), "acc", mean)
-    assert (len(record.layers), record.whole_layers, record.correlations) == (4, (), ())
+    assert (len(record.runs), record.whole_layers, record.correlations) == (4, (), ())
 
 
 def test_layers_beneath_count_in_every_drop(measure: Measure) -> None:
@@ -116,7 +116,7 @@ def test_layers_beneath_count_in_every_drop(measure: Measure) -> None:
     assert record.baseline_accuracy == pytest.approx(18 / DOCUMENTS)
     assert record.removed_accuracy == pytest.approx(RIGHT["layer:2"] / DOCUMENTS)
     assert record.removed_low < record.removed_accuracy < record.removed_high
-    drops = {run.ablation: run.accuracy_drop for run in record.layers}
+    drops = {run.ablation: run.accuracy_drop for run in record.runs}
     assert drops == {
         name: pytest.approx((18 - RIGHT[name]) / DOCUMENTS)
         for name in (
@@ -124,7 +124,7 @@ def test_layers_beneath_count_in_every_drop(measure: Measure) -> None:
             "layer:2+mlp:0", "layer:2+mlp:1", "layer:2+mlp:3",
         )
     }  # fmt: skip
-    assert [run.layer for run in record.layers] == [0, 1, 3, 0, 1, 3]
+    assert [run.layer for run in record.runs] == [0, 1, 3, 0, 1, 3]
     assert all(run.cosine_score is not None for run in record.whole_layers)
     assert {c.n for c in record.correlations if c.subset == "all"} == {3}
 

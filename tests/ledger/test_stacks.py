@@ -48,7 +48,7 @@ def test_one_stack_is_what_the_shards_say(cell: CellStore, measure: Measure) -> 
     found = record(cell)
     assert found.provenance == NEW
     assert "provenance" not in found.reasons
-    assert all(not run.reasons.get("provenance") for run in found.layers)
+    assert all(not run.reasons.get("provenance") for run in found.runs)
 
 
 def test_shards_of_format_1_are_by_whoever_made_the_cell(cell: CellStore, measure: Measure) -> None:
@@ -73,7 +73,7 @@ def test_documents_by_other_versions_are_said_but_each_is_compared_alike(
     found = record(cell)
     assert found.reasons == {"provenance": f"{DIFFERENT}: torch 2.12.0, 2.13.0"}
     assert found.is_complete
-    assert not any("provenance" in run.reasons for run in found.layers)
+    assert not any("provenance" in run.reasons for run in found.runs)
     (warning,) = (line for line in warnings(found) if DIFFERENT[1:] in line)
     assert warning.endswith(
         "torch 2.12.0, 2.13.0. Each accuracy drop compares what was measured alike."
@@ -89,7 +89,7 @@ def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(
     measure(range(3, 4), ("layer:1",), GPU)
     found = record(cell)
     assert found.reasons["provenance"] == (f"{DIFFERENT}: torch 2.12.0, 2.13.0; device cpu, cuda")
-    alike, mixed = found.layers
+    alike, mixed = found.runs
     assert "provenance" not in alike.reasons
     why = (
         "baseline and ablation of 3 of 4 documents were measured by different versions or devices: "

@@ -478,7 +478,7 @@ class TestNotes:
             view = cell.ask(request, "project")
             record = cell_record(cell, view, lambda how, values: 0.0)
             assert record.is_complete
-        assert len(record.layers) == 7 + 4
+        assert len(record.runs) == 7 + 4
 
     def test_views_are_kept_apart_with_the_intact_model_first(
         self, ledger, model_identity, benchmark_identity

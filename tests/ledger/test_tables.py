@@ -17,7 +17,7 @@ from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
-from tracker.records import CellRecord, LayerRecord
+from tracker.records import CellRecord, RunRecord
 
 from .conftest import cell_record
 
@@ -151,13 +151,13 @@ def check(record: CellRecord, items: list[Item], by_size: bool, layers: Sequence
     assert record.baseline_metrics == {
         name: pytest.approx(naive_metric(items, by_size, "baseline", name)) for name in METRICS
     }
-    assert [layer.layer for layer in record.layers] == list(layers)
-    for layer in record.layers:
+    assert [layer.layer for layer in record.runs] == list(layers)
+    for layer in record.runs:
         check_layer(layer, items, by_size, correct, chance)
 
 
 def check_layer(
-    record: LayerRecord, items: list[Item], by_size: bool, correct: float, chance: float
+    record: RunRecord, items: list[Item], by_size: bool, correct: float, chance: float
 ) -> None:
     name = f"layer:{record.layer}"
     ablated = naive_mean(items, by_size, lambda item: item.metrics[name]["acc"])
@@ -213,7 +213,7 @@ def test_the_intervals_of_a_single_task(store) -> None:
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     assert record.baseline_low == pytest.approx(middle - half)
     assert record.baseline_high == pytest.approx(middle + half)
-    for layer in record.layers:
+    for layer in record.runs:
         pairs = [
             (i.metrics["baseline"]["acc"], i.metrics[f"layer:{layer.layer}"]["acc"]) for i in items
         ]
@@ -248,7 +248,7 @@ def test_another_metric_may_be_shown(store) -> None:
     items = make_items(sizes)
     record = cell_record(store(items, sizes), ask(), "acc_norm", aggregate)
     assert record.metric == "acc_norm"
-    for layer in record.layers:
+    for layer in record.runs:
         expected = naive_metric(items, True, f"layer:{layer.layer}", "acc_norm")
         assert layer.accuracy == pytest.approx(expected)
 
@@ -315,7 +315,7 @@ def test_documents_that_no_two_layers_share(store) -> None:
     del items[0].metrics["layer:1"]
     del items[1].metrics["layer:0"]
     record = cell_record(store(items, sizes), ask([0, 1]), "acc", aggregate)
-    assert (record.n, record.layers) == (0, ())
+    assert (record.n, record.runs) == (0, ())
     assert [run.layer for run in record.missing] == [0, 1]
     assert record.baseline_accuracy is None
 
@@ -329,7 +329,7 @@ def test_no_outcomes_and_no_baseline(store, measured: list[str]) -> None:
     record = cell_record(store(items, sizes), ask([0, 1]), "acc", aggregate)
     assert (record.n, record.tokens) == (0, 0)
     assert record.baseline_accuracy is record.baseline_low is record.baseline_high is None
-    assert record.layers == record.correlations == ()
+    assert record.runs == record.correlations == ()
     assert [run.layer for run in record.missing] == [0, 1]
     assert record.baseline_metrics == {}
     assert record.reasons["n"] == "0 of 5 documents are measured so far"
@@ -355,7 +355,7 @@ def test_a_layer_without_a_finite_score(store) -> None:
     items = make_items(sizes)
     without_score(items, "layer:2")
     record = cell_record(store(items, sizes), ask(), "acc", aggregate)
-    broken = record.layers[2]
+    broken = record.runs[2]
     for name in ("accuracy", "accuracy_drop", "accuracy_relevance", "gold_logprob_drop"):
         assert getattr(broken, name) is None
         assert broken.reasons[name]
@@ -365,7 +365,7 @@ def test_a_layer_without_a_finite_score(store) -> None:
     # The proxies are the baseline's, and the other layers are whole.
     assert broken.cosine_similarity == pytest.approx(naive_proxy(items, 0, 2))
     chance = record.chance_accuracy
-    for layer in (*record.layers[:2], *record.layers[3:]):
+    for layer in (*record.runs[:2], *record.runs[3:]):
         check_layer(layer, items, True, record.baseline_accuracy, chance)
     # A drop that is missing leaves the correlation undefined, never 0.
     for correlation in record.correlations:
@@ -381,7 +381,7 @@ def test_a_baseline_without_a_finite_score(store) -> None:
     assert record.baseline_accuracy is None
     assert "1 of 40 documents" in record.reasons["baseline_accuracy"]
     assert set(record.baseline_metrics.values()) == {None}
-    for layer in record.layers:
+    for layer in record.runs:
         assert layer.accuracy == pytest.approx(
             naive_metric(items, True, f"layer:{layer.layer}", "acc")
         )
@@ -395,8 +395,8 @@ def test_one_task_without_a_finite_score_leaves_the_group_without(store) -> None
     items = make_items(sizes)
     without_score(items, "layer:1")
     record = cell_record(store(items, sizes, weight_by_size=False), ask(), "acc", aggregate)
-    assert record.layers[1].accuracy is None
-    assert record.layers[1].metrics["acc"] is None
+    assert record.runs[1].accuracy is None
+    assert record.runs[1].metrics["acc"] is None
 
 
 def test_a_document_without_a_gold_answer(store) -> None:
@@ -404,7 +404,7 @@ def test_a_document_without_a_gold_answer(store) -> None:
     items = make_items(sizes)
     items[4].gold = None
     record = cell_record(store(items, sizes), ask(), "acc", aggregate)
-    for layer in record.layers:
+    for layer in record.runs:
         assert layer.accuracy is not None
         assert layer.gold_logprob_drop is None
         assert layer.reasons["gold_logprob_drop"] == "1 of 10 documents have no finite gold score"
@@ -416,7 +416,7 @@ def test_a_baseline_at_chance_has_no_relevance(store) -> None:
     for item in items:
         item.metrics["baseline"]["acc"] = 0.0
     record = cell_record(store(items, sizes), ask(), "acc", aggregate)
-    for layer in record.layers:
+    for layer in record.runs:
         assert layer.accuracy_relevance is None
         assert "not above chance" in layer.reasons["accuracy_relevance"]
 
@@ -427,9 +427,9 @@ def test_a_hidden_state_that_is_not_finite(store) -> None:
     items[4].sums[:, 6] = math.nan
     record = cell_record(store(items, sizes), ask(), "acc", aggregate)
     for name in ("cosine_similarity", "cosine_score", "angular_distance", "relative_update"):
-        assert getattr(record.layers[6], name) is None
-        assert getattr(record.layers[5], name) is not None
-    assert record.layers[6].reasons["angular_distance"]
+        assert getattr(record.runs[6], name) is None
+        assert getattr(record.runs[5], name) is not None
+    assert record.runs[6].reasons["angular_distance"]
 
 
 # Was: no reason stands under cosine_score, mcnemar_p, the ends of the
@@ -456,8 +456,8 @@ class TestReasons:
         ],
     )
     def test_a_figure_that_is_none_has_one(self, broken, layer: int, name: str) -> None:
-        assert getattr(broken.layers[layer], name) is None
-        assert broken.layers[layer].reasons.get(name)
+        assert getattr(broken.runs[layer], name) is None
+        assert broken.runs[layer].reasons.get(name)
 
     def test_an_empty_record_has_one(self, store) -> None:
         record = cell_record(store([], {"arc_easy": 5}), ask(), "acc", aggregate)

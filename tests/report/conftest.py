@@ -15,9 +15,9 @@ from tracker.records import (
     BenchmarkIdentity,
     CellRecord,
     CorrelationRecord,
-    LayerRecord,
     ModelIdentity,
     RunIdentity,
+    RunRecord,
     TaskIdentity,
 )
 
@@ -28,7 +28,7 @@ AT_CHANCE = "the baseline is at or below chance"
 CONSTANT = "the accuracy drop is the same for every layer"
 
 
-def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: float) -> LayerRecord:
+def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: float) -> RunRecord:
     outer = {0: 0.18, 1: 0.17, LAYERS - 2: 0.11, LAYERS - 1: 0.09, 11: 0.10}
     drop = round((outer.get(layer, 0.03) + dice.gauss(0, 0.03)) * n) / n
     if layer == 19:
@@ -37,7 +37,7 @@ def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: flo
     cosine = {0: 0.42, 1: 0.71, LAYERS - 1: 0.70}.get(layer, 0.93 + dice.random() * 0.06)
     top = max(baseline - chance, 0.0)
     relevance = 1 - max(baseline - drop - chance, 0.0) / top if top else None
-    return LayerRecord(
+    return RunRecord(
         ablation=f"layer:{layer}",
         layer=layer,
         n=n,
@@ -132,7 +132,7 @@ def build_cell(
         "baseline_high": baseline + half,
         "chance_accuracy": chance,
         "baseline_metrics": {"acc": baseline, "acc_norm": baseline - 0.02},
-        "layers": tuple(record for record in layers if record.layer not in missing),
+        "runs": tuple(record for record in layers if record.layer not in missing),
         "correlations": _correlations(dice, n),
         "missing": tuple(RunIdentity(layer=layer) for layer in missing),
         "provenance": {
@@ -155,9 +155,9 @@ def with_layer(cell: CellRecord, layer: int, **changes: Any) -> CellRecord:
     """Replace fields of one layer's record."""
     layers = tuple(
         record.model_copy(update=changes) if record.layer == layer else record
-        for record in cell.layers
+        for record in cell.runs
     )
-    return cell.model_copy(update={"layers": layers})
+    return cell.model_copy(update={"runs": layers})
 
 
 def study() -> list[CellRecord]:

@@ -58,7 +58,7 @@ def test_tables_and_charts_show_the_records_numbers(chromium: Browser, report: P
         visit.open_all()
         rows = visit.page.locator("#model-1-cell-1-layers tbody tr").all_inner_texts()
         drawn = visit.page.evaluate("document.getElementById('model-1-cell-1-curve').data[0].y")
-        for row, drop, record in zip(rows, drawn, cell.layers, strict=True):
+        for row, drop, record in zip(rows, drawn, cell.runs, strict=True):
             shown = [part.replace("−", "-") for part in re.split(r"\t+", row)]
             assert int(shown[0]) == record.layer
             assert float(shown[2]) == pytest.approx(100 * record.accuracy_drop, abs=0.051)

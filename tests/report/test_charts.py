@@ -22,7 +22,7 @@ def test_curve_holds_drops_and_intervals_in_pp() -> None:
     cell = build_cell()
     drops = trace(charts.layer_curve(cell), "accuracy drop")
     assert list(drops.x) == list(range(LAYERS))
-    for i, record in enumerate(cell.layers):
+    for i, record in enumerate(cell.runs):
         assert drops.y[i] == pytest.approx(100 * record.accuracy_drop)
         assert drops.y[i] + drops.error_y.array[i] == pytest.approx(100 * record.accuracy_drop_high)
         low = drops.y[i] - drops.error_y.arrayminus[i]
@@ -33,7 +33,7 @@ def test_curve_holds_cosine_scores_in_a_panel_of_their_own() -> None:
     cell = build_cell()
     figure = charts.layer_curve(cell)
     scores = trace(figure, "cosine score")
-    assert list(scores.y) == [record.cosine_score for record in cell.layers]
+    assert list(scores.y) == [record.cosine_score for record in cell.runs]
     assert scores.yaxis == "y2"
     assert figure.layout.yaxis2.overlaying is None
     assert figure.layout.xaxis.matches == "x2"
@@ -42,8 +42,8 @@ def test_curve_holds_cosine_scores_in_a_panel_of_their_own() -> None:
 def test_negative_drops_have_their_own_colour() -> None:
     cell = build_cell()
     drops = trace(charts.layer_curve(cell), "accuracy drop")
-    assert any(record.accuracy_drop < 0 for record in cell.layers)
-    for record, colour in zip(cell.layers, drops.marker.color, strict=True):
+    assert any(record.accuracy_drop < 0 for record in cell.runs)
+    for record, colour in zip(cell.runs, drops.marker.color, strict=True):
         assert colour == (charts.HELPS if record.accuracy_drop < 0 else charts.MATTERS)
 
 
@@ -68,7 +68,7 @@ def test_undefined_and_missing_layers_are_gaps_never_zero() -> None:
 
 def test_hover_says_layer_value_interval_and_n() -> None:
     cell = build_cell()
-    record = cell.layers[11]
+    record = cell.runs[11]
     hover = trace(charts.layer_curve(cell), "accuracy drop").hovertext[11]
     assert "layer 11" in hover
     low, high = wording.points(record.accuracy_drop_low), wording.points(record.accuracy_drop_high)
@@ -79,7 +79,7 @@ def test_hover_says_layer_value_interval_and_n() -> None:
 
 def test_titles_say_what_is_seen_with_its_numbers() -> None:
     cell = build_cell()
-    top = max(cell.layers, key=lambda record: record.accuracy_drop)
+    top = max(cell.runs, key=lambda record: record.accuracy_drop)
     drop = wording.points(top.accuracy_drop)
     assert f"removing layer {top.layer} costs most, {drop} pp" in charts.curve_title(cell)
     assert "160 documents" in charts.curve_title(cell)
@@ -90,7 +90,7 @@ def test_titles_say_what_is_seen_with_its_numbers() -> None:
 
 
 def test_titles_without_any_number() -> None:
-    bare = build_cell(layers=(), missing=(0, 1), correlations=())
+    bare = build_cell(runs=(), missing=(0, 1), correlations=())
     assert "no accuracy drop is defined" in charts.curve_title(bare)
     assert "not computed" in charts.scatter_title(bare)
     assert "2 undefined" in charts.heat_title([bare])
@@ -105,8 +105,8 @@ def test_titles_without_any_number() -> None:
 
 def test_no_costly_layer() -> None:
     cell = build_cell()
-    layers = tuple(r.model_copy(update={"accuracy_drop": -0.01}) for r in cell.layers)
-    title = charts.curve_title(cell.model_copy(update={"layers": layers}))
+    layers = tuple(r.model_copy(update={"accuracy_drop": -0.01}) for r in cell.runs)
+    title = charts.curve_title(cell.model_copy(update={"runs": layers}))
     assert "no removal costs accuracy; 30 of 30 removals raise accuracy" in title
 
 
@@ -122,8 +122,8 @@ def test_scatter_holds_every_layer_once() -> None:
     }
     assert sorted(points) == [layer for layer in range(LAYERS) if layer != 4]
     for layer, (x, y) in points.items():
-        assert x == cell.layers[layer].cosine_score
-        assert y == pytest.approx(100 * cell.layers[layer].accuracy_drop)
+        assert x == cell.runs[layer].cosine_score
+        assert y == pytest.approx(100 * cell.runs[layer].accuracy_drop)
 
 
 @pytest.mark.parametrize(("low", "kind"), [(0.2, None), (0.01, "log"), (0.0, None)])
@@ -131,8 +131,8 @@ def test_scatter_is_logarithmic_only_where_scores_span_a_decade(
     low: float, kind: str | None
 ) -> None:
     cell = build_cell()
-    layers = tuple(r.model_copy(update={"cosine_score": 0.5}) for r in cell.layers)
-    cell = with_layer(cell.model_copy(update={"layers": layers}), 5, cosine_score=low)
+    layers = tuple(r.model_copy(update={"cosine_score": 0.5}) for r in cell.runs)
+    cell = with_layer(cell.model_copy(update={"runs": layers}), 5, cosine_score=low)
     axis = charts.proxy_scatter(cell).layout.xaxis
     assert axis.type == kind, "plotly takes a linear axis where none is named"
     assert ("log scale" in axis.title.text) == (kind == "log")
@@ -145,7 +145,7 @@ def test_heat_map_is_centred_and_marks_every_gap() -> None:
     assert (heat.zmin, heat.zmid, heat.zmax) == (-1, 0, 1)
     seen = 0
     for row, cell in zip(heat.z, cells, strict=True):
-        by_layer = {record.layer: record for record in cell.layers}
+        by_layer = {record.layer: record for record in cell.runs}
         for layer, z in zip(heat.x, row, strict=True):
             record = by_layer.get(layer)
             assert z == (record.accuracy_relevance if record else None)

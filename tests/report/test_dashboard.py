@@ -60,7 +60,7 @@ class TestOverview:
             mean = sum(
                 record.accuracy_relevance
                 for cell in study()[:2]
-                for record in cell.layers
+                for record in cell.runs
                 if record.layer == one.layer and record.accuracy_relevance is not None
             )
             assert number(texts[2].split(" (")[0]) == pytest.approx(
@@ -110,10 +110,10 @@ class TestOverview:
     def test_the_most_critical_layers_are_named(self) -> None:
         cell = build_cell()
         text = critical_sentence(layer_board([cell]))
-        top = sorted(cell.layers, key=lambda record: -record.accuracy_relevance)[:3]
+        top = sorted(cell.runs, key=lambda record: -record.accuracy_relevance)[:3]
         for record in top:
             assert f"layer {record.layer} ({record.accuracy_relevance:.2f}, 95 %" in text
-        helps = [str(r.layer) for r in cell.layers if r.accuracy_relevance < 0]
+        helps = [str(r.layer) for r in cell.runs if r.accuracy_relevance < 0]
         assert f"Without layers {', '.join(helps)} the model does better on average." in text
         none = layer_board([study()[2]])
         assert critical_sentence(none).startswith("No layer has a mean accuracy relevance")
@@ -172,7 +172,7 @@ class TestDepth:
             "mean",
         ]
         piqa = figure.data[1]
-        by_layer = {record.layer: record for record in study()[1].layers}
+        by_layer = {record.layer: record for record in study()[1].runs}
         for layer, y in enumerate(piqa.y):
             assert y == (by_layer[layer].accuracy_relevance if layer in by_layer else None)
         assert "not measured yet" in piqa.hovertext[7]
@@ -190,7 +190,7 @@ class TestDepth:
         axes = {"y": "cosine_score", "y2": "angular_distance", "y3": "relative_update"}
         assert len(figure.data) == 9
         for place, trace in enumerate(figure.data):
-            records = {record.layer: record for record in cells[place % 3].layers}
+            records = {record.layer: record for record in cells[place % 3].runs}
             for layer, y in zip(trace.x, trace.y, strict=True):
                 wanted = getattr(records[layer], axes[trace.yaxis]) if layer in records else None
                 assert y == wanted
@@ -275,7 +275,7 @@ class TestDownloads:
         first = re.search(r"<tbody>\s*<tr>(.*?)</tr>", table, re.DOTALL)
         assert first is not None
         exact = [text.split() for text in re.findall(r'data-v="([^"]+)"', first[1])]
-        record = study()[0].layers[0]
+        record = study()[0].runs[0]
         assert [str(record.angular_distance)] in exact
         low, high = (float(end) for end in next(ends for ends in exact if len(ends) == 2))
         assert low == pytest.approx(100 * record.accuracy_drop_low, rel=1e-14)

@@ -14,7 +14,7 @@ def test_layer_frame_holds_fractions_and_says_why(cells: list[CellRecord]) -> No
     frame = frames.layer_frame(cells)
     assert len(frame) == 3 * LAYERS - 2
     row = frame[(frame.benchmark == "piqa") & (frame.layer == 12)].iloc[0]
-    record = next(record for record in cells[1].layers if record.layer == 12)
+    record = next(record for record in cells[1].runs if record.layer == 12)
     assert row.accuracy_drop == record.accuracy_drop
     assert row.metric_acc_norm == record.metrics["acc_norm"]
     assert pd.isna(row.gold_logprob_drop)

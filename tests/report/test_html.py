@@ -80,7 +80,7 @@ def test_layer_table_equals_the_records(page: str) -> None:
     assert reader.headers[name][0] == "layer (0-based)"
     rows = [dict(zip(reader.headers[name], row, strict=True)) for row in reader.tables[name]]
     assert len(rows) == LAYERS
-    for row, record in zip(rows, cell.layers, strict=True):
+    for row, record in zip(rows, cell.runs, strict=True):
 
         def shown(header: str, row=row) -> float:
             return number(row[header][0])
@@ -125,7 +125,7 @@ def test_overview_names_baseline_chance_and_critical_layers(page: str) -> None:
     assert row[:3] == [cell.model.name, "arc_easy · 0-shot · acc", "160"]
     assert row[3] == "50.0 (42.3 to 57.7)"
     assert row[4] == "25.0"
-    top = sorted(cell.layers, key=lambda record: -record.accuracy_drop)[:3]
+    top = sorted(cell.runs, key=lambda record: -record.accuracy_drop)[:3]
     wanted = [f"{record.layer}\u00a0({100 * record.accuracy_drop:.1f})" for record in top]
     assert row[5] == ", ".join(wanted)
     record = wording.correlation(cell)

@@ -21,7 +21,7 @@ from .conftest import LAYERS, build_cell
 
 
 def relevances(cells: list[CellRecord], layer: int) -> list[float]:
-    found = [next(r for r in cell.layers if r.layer == layer) for cell in cells]
+    found = [next(r for r in cell.runs if r.layer == layer) for cell in cells]
     return [r.accuracy_relevance for r in found if r.accuracy_relevance is not None]
 
 
@@ -49,7 +49,7 @@ def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
 
 def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline() -> None:
     cell = build_cell(n=400, baseline=0.75)
-    record = cell.layers[0]
+    record = cell.runs[0]
     found = relevance_estimate(cell, record)
     assert found.value == record.accuracy_relevance
     assert found.low is not None
@@ -63,14 +63,12 @@ def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline() -> None:
     weak = build_cell(n=40, baseline=0.3)
     assert weak.baseline_low is not None
     assert weak.baseline_low < 0.25
-    assert relevance_estimate(weak, weak.layers[0]).low is None
+    assert relevance_estimate(weak, weak.runs[0]).low is None
 
 
 def test_a_layer_that_lacks_a_benchmark_has_no_rank() -> None:
     cells = [build_cell("arc_easy", missing=(7,)), build_cell("piqa")]
-    cells[0] = cells[0].model_copy(
-        update={"layers": tuple(r for r in cells[0].layers if r.layer != 7)}
-    )
+    cells[0] = cells[0].model_copy(update={"runs": tuple(r for r in cells[0].runs if r.layer != 7)})
     board = layer_board(cells)
     last = board.layers[-1]
     assert (last.layer, last.rank, last.benchmarks, last.best_rank) == (7, None, 1, None)
@@ -121,13 +119,13 @@ def test_models_are_ranked_on_what_all_of_them_share() -> None:
     assert solid.relevance.value == pytest.approx(statistics.mean(values))
     assert solid.layers == LAYERS
     assert solid.worst_layer == values.index(max(values))
-    lows = [r.accuracy_drop_low for r in cells[0].layers]
+    lows = [r.accuracy_drop_low for r in cells[0].runs]
     assert solid.costly == sum(low is not None and low > 0 for low in lows)
 
 
 def some_layers(cell: CellRecord, *layers: int) -> CellRecord:
-    runs = tuple(run for run in cell.layers if run.layer in layers)
-    return cell.model_copy(update={"layers": runs})
+    runs = tuple(run for run in cell.runs if run.layer in layers)
+    return cell.model_copy(update={"runs": runs})
 
 
 def test_a_model_is_ranked_on_all_its_layers() -> None:
@@ -243,23 +241,21 @@ def test_the_source_of_equal_documents_does_not_count() -> None:
 
 def test_two_models_are_compared_layer_by_layer() -> None:
     one, other = build_cell(model="base", seed=1), build_cell(model="instruct", seed=2)
-    other = other.model_copy(update={"layers": other.layers[:10]})
+    other = other.model_copy(update={"runs": other.runs[:10]})
     found = dict(compare(one, other))
     assert sorted(found) == list(range(10))
-    assert found[3].value == pytest.approx(
-        one.layers[3].accuracy_drop - other.layers[3].accuracy_drop
-    )
-    wide = one.layers[3].accuracy_drop_high - one.layers[3].accuracy_drop
+    assert found[3].value == pytest.approx(one.runs[3].accuracy_drop - other.runs[3].accuracy_drop)
+    wide = one.runs[3].accuracy_drop_high - one.runs[3].accuracy_drop
     assert found[3].high == pytest.approx(found[3].value + wide * 2**0.5)
 
 
 def test_proxies_are_set_beside_chance() -> None:
     cell = build_cell()
-    order = sorted(cell.layers, key=lambda r: (r.accuracy_drop, r.layer))
+    order = sorted(cell.runs, key=lambda r: (r.accuracy_drop, r.layer))
     perfect = tuple(
-        r.model_copy(update={"relative_update": 1.0 + order.index(r)}) for r in cell.layers
+        r.model_copy(update={"relative_update": 1.0 + order.index(r)}) for r in cell.runs
     )
-    found = {a.proxy: a for a in agreements([cell.model_copy(update={"layers": perfect})])}
+    found = {a.proxy: a for a in agreements([cell.model_copy(update={"runs": perfect})])}
     assert found["relative_update"].differ == 0
     assert found["relative_update"].chance == pytest.approx(1 - 1 / LAYERS)
     assert found["cosine_score"].differ > 0.5

@@ -32,7 +32,7 @@ def loss() -> CellRecord:
                 "reasons": {"accuracy_relevance": REASON, "mcnemar_p": "not 0/1"},
             }
         )
-        for record in cell.layers
+        for record in cell.runs
     )
     return cell.model_copy(
         update={
@@ -42,7 +42,7 @@ def loss() -> CellRecord:
             "baseline_low": 3.1,
             "baseline_high": 3.4,
             "baseline_metrics": {"bits_per_byte": 3.25},
-            "layers": layers,
+            "runs": layers,
             "benchmark": cell.benchmark.model_copy(update={"tasks": (task,)}),
             "reasons": {"chance_accuracy": REASON},
         }
@@ -75,7 +75,7 @@ def test_tables(loss) -> None:
         "loss increase (bits per byte)",
         "95 % interval (bits per byte)",
     ]
-    first = loss.layers[0]
+    first = loss.runs[0]
     assert table.rows[0][1].text == f"{first.accuracy:.3f}"
     assert table.rows[0][2].text == wording.fixed(first.accuracy_drop, 3)
     overview = tables.overview_table([loss, build_cell()])
@@ -95,7 +95,7 @@ def test_charts(loss) -> None:
     figure = charts.layer_curve(loss)
     (trace, _) = figure.data
     assert trace.name == "loss increase"
-    assert list(trace.y) == [record.accuracy_drop for record in loss.layers]
+    assert list(trace.y) == [record.accuracy_drop for record in loss.runs]
     assert figure.layout.yaxis.title.text == "loss increase (bits per byte)"
     assert "bits per byte" in trace.hovertext[0]
     scatter = charts.proxy_scatter(loss)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tracker.records import CellRecord, LayerRecord, RunIdentity
+from tracker.records import CellRecord, RunIdentity, RunRecord
 from tracker.report import frames, html, tables, wording
 
 from . import drawn as charts
@@ -17,7 +17,7 @@ WHOLE_ONLY = "measured for whole single layers only"
 PROXIES = ("cosine_similarity", "cosine_score", "angular_distance", "relative_update")
 
 
-def other(record: LayerRecord, component: str, span: int) -> LayerRecord:
+def other(record: RunRecord, component: str, span: int) -> RunRecord:
     """Make a run of another kind from that of a whole layer, with a drop of its own."""
     last = record.layer + span - 1
     name = "layers" if component == "layer" else component
@@ -46,11 +46,11 @@ def several(
         record if (component, span) == ("layer", 1) else other(record, component, span)
         for component in components
         for span in spans
-        for record in cell.layers
+        for record in cell.runs
         if record.layer + span <= LAYERS
         and not removed & set(range(record.layer, record.layer + span))
     )
-    return cell.model_copy(update={"layers": layers, **changes})
+    return cell.model_copy(update={"runs": layers, **changes})
 
 
 def without(*removed: int, **changes: Any) -> CellRecord:
@@ -85,9 +85,9 @@ class TestTable:
             "first layer (0-based)", "component", "span (layers)",
         ]  # fmt: skip
         shown = [tuple(value.text for value in row[:3]) for row in table.rows]
-        assert shown == [(str(r.layer), r.component, str(r.span)) for r in cell.layers]
+        assert shown == [(str(r.layer), r.component, str(r.span)) for r in cell.runs]
         drops = [value.text for value in column(table, "accuracy drop (pp)")]
-        assert drops == [wording.points(r.accuracy_drop or 0) for r in cell.layers]
+        assert drops == [wording.points(r.accuracy_drop or 0) for r in cell.runs]
 
     @pytest.mark.parametrize(
         ("components", "spans", "labels"),
@@ -111,8 +111,8 @@ class TestTable:
     def test_a_run_that_is_missing_has_a_row_of_its_own(self) -> None:
         cell = several(("layer", "attention"), (1,))
         missing = tuple(RunIdentity(component="attention", layer=layer) for layer in (5, 6))
-        left = tuple(r for r in cell.layers if r.component == "layer" or r.layer not in (5, 6))
-        cell = cell.model_copy(update={"layers": left, "missing": missing})
+        left = tuple(r for r in cell.runs if r.component == "layer" or r.layer not in (5, 6))
+        cell = cell.model_copy(update={"runs": left, "missing": missing})
         table = tables.layer_table(cell)
         assert len(table.rows) == 2 * LAYERS
         assert column(table, "accuracy drop (pp)")[5].reason == ""
@@ -135,7 +135,7 @@ class TestCharts:
         assert all(line.showlegend for line in lines.values())
         assert len({line.marker.symbol for line in lines.values()}) == 3
         for name, line in lines.items():
-            drops = [100 * r.accuracy_drop for r in cell.layers if r.kind == (name, 1)]
+            drops = [100 * r.accuracy_drop for r in cell.runs if r.kind == (name, 1)]
             assert list(line.y) == pytest.approx(drops)
         (bars,) = (t for t in figure.data if t.name == "cosine score")
         assert list(bars.y) == [r.cosine_score for r in cell.whole_layers]
@@ -156,7 +156,7 @@ class TestCharts:
         assert list(grid.y) == ["1", "2", "4"]
         assert grid.zmin == -grid.zmax
         assert len(gaps.x) == 0
-        for record in (r for r in cell.layers if r.component == "mlp"):
+        for record in (r for r in cell.runs if r.component == "mlp"):
             row = list(grid.y).index(str(record.span))
             assert grid.z[row][record.layer] == pytest.approx(100 * record.accuracy_drop)
         assert list(grid.z[2][27:]) == [None, None, None]
@@ -167,11 +167,11 @@ class TestCharts:
             r.model_copy(update={"accuracy_drop": None, "reasons": {"accuracy_drop": "a reason"}})
             if (r.layer, r.span) == (3, 2)
             else r
-            for r in cell.layers
+            for r in cell.runs
         )
         missing = (RunIdentity(layer=9, span=2),)
         layers = tuple(r for r in layers if (r.layer, r.span) != (9, 2))
-        cell = cell.model_copy(update={"layers": layers, "missing": missing})
+        cell = cell.model_copy(update={"runs": layers, "missing": missing})
         _, gaps = charts.span_map(cell, "layer").data
         assert list(zip(gaps.x, gaps.y, strict=True)) == [(3, "2"), (9, "2")]
         assert "a reason" in gaps.hovertext[0]
@@ -241,10 +241,10 @@ def test_a_page_without_any_whole_layer_has_no_relevance_map() -> None:
 def test_the_frames_name_component_span_and_removed() -> None:
     cells = [several(("layer", "mlp"), (1, 4)), without(3, 17)]
     frame = frames.layer_frame(cells)
-    assert len(frame) == sum(len(cell.layers) for cell in cells)
+    assert len(frame) == sum(len(cell.runs) for cell in cells)
     row = frame[(frame.component == "mlp") & (frame.span == 4) & (frame.layer == 3)].iloc[0]
     assert row.accuracy_drop == next(
-        r.accuracy_drop for r in cells[0].layers if r.kind == ("mlp", 4) and r.layer == 3
+        r.accuracy_drop for r in cells[0].runs if r.kind == ("mlp", 4) and r.layer == 3
     )
     assert frame.removed.unique().tolist() == ["", "3,17"]
     assert frames.correlation_frame(cells).removed.unique().tolist() == ["", "3,17"]

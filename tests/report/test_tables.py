@@ -25,7 +25,7 @@ def test_nan_is_a_dash_with_a_reason() -> None:
 def test_an_overview_without_numbers_says_why() -> None:
     cell = build_cell(
         baseline_accuracy=None,
-        layers=(),
+        runs=(),
         correlations=(),
         reasons={"baseline_accuracy": "no document was scored"},
     )

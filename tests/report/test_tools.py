@@ -114,7 +114,7 @@ def test_the_csv_of_a_table_holds_exact_figures(
         visit.open_all()
         box = page.locator(".table", has=page.locator("#model-1-cell-1-layers"))
         rows = read_csv(visit, box.get_by_role("button", name="CSV"))
-        for row, record in zip(rows, study()[0].layers, strict=True):
+        for row, record in zip(rows, study()[0].runs, strict=True):
             assert float(row["McNemar p"]) == record.mcnemar_p
             assert float(row["accuracy relevance"]) == record.accuracy_relevance
             low = float(row["95 % interval (pp): low"])

@@ -106,7 +106,7 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
         ours = (
             record.baseline_metrics
             if layer is None
-            else next(row for row in record.layers if row.layer == layer).metrics
+            else next(row for row in record.runs if row.layer == layer).metrics
         )
         theirs = found["results"][f"plain_{name}"]
         assert set(ours) == {"acc"} if name == "mmlu_anatomy" else {"acc", "acc_norm"}
@@ -156,7 +156,7 @@ def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, m
             for ids in tokens:
                 smollm2.model(ids)
         handle.remove()
-        row = next(row for row in record.layers if row.layer == layer)
+        row = next(row for row in record.runs if row.layer == layer)
         assert row.cosine_similarity == pytest.approx(np.mean(cosines), abs=1e-5)
         assert row.angular_distance == pytest.approx(np.mean(angles), abs=1e-4)
         assert row.relative_update == pytest.approx(np.mean(updates), rel=1e-4)

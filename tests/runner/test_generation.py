@@ -196,7 +196,7 @@ def test_every_text_and_metric_is_lm_evals(
     (cell,) = results.cells
     assert cell.metric == "exact_match,strict-match"
     assert (cell.chance_accuracy, cell.n) == (0, len(TEST))
-    shown = {record.ablation: record.metrics for record in cell.layers}
+    shown = {record.ablation: record.metrics for record in cell.runs}
     shown["baseline"] = cell.baseline_metrics
     lengths = set()
     for ablation, found in texts.items():

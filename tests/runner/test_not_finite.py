@@ -86,7 +86,7 @@ def test_one_ablation_is_undefined_and_the_others_are_not(
     whole, fused = cells
     assert fused.baseline_accuracy == whole.baseline_accuracy is not None
     assert fused.baseline_metrics == pytest.approx(whole.baseline_metrics)
-    for before, after in zip(whole.layers, fused.layers, strict=True):
+    for before, after in zip(whole.runs, fused.runs, strict=True):
         if after.layer != 1:
             assert after.accuracy_drop == pytest.approx(before.accuracy_drop)
             assert after.metrics == pytest.approx(before.metrics)
@@ -118,7 +118,7 @@ def test_a_model_that_is_not_finite_itself(tiny_llama, experiment, tmp_path, dat
     assert cell.baseline_accuracy is None
     assert cell.reasons["baseline_accuracy"]
     assert cell.baseline_metrics == dict.fromkeys(cell.baseline_metrics)
-    for record in cell.layers:
+    for record in cell.runs:
         assert record.accuracy_drop is None
         assert record.reasons["accuracy_drop"]
         # Without the layer that is broken the model works.

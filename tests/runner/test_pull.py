@@ -69,7 +69,7 @@ def files(project: Project) -> set[str]:
 
 def test_what_is_whole_is_believed(project: Project) -> None:
     (record,), why = pull()
-    assert (why, record.n, len(record.layers)) == ("", 6, 7)
+    assert (why, record.n, len(record.runs)) == ("", 6, 7)
     assert files(project) == {path.name for path in CELL.glob("shards/*")}
 
 
@@ -116,7 +116,7 @@ def test_names_are_never_paths(project: Project) -> None:
     shutil.move(project.folder / "intact.json", project.folder / "..%2F.json")
     project.change("cell.json", lambda found: found["model"].update(name="../../up"))
     (record,), why = pull()
-    assert (why, len(record.layers)) == ("", 7)
+    assert (why, len(record.runs)) == ("", 7)
     assert files(project) == {path.name for path in CELL.glob("shards/*")}
     assert not list(project.folder.parent.glob("up*"))
 

@@ -200,7 +200,7 @@ def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path
     assert joined == whole.model_copy(update={name: getattr(joined, name) for name in own})
     assert joined.compared > whole.compared > 0
     # What each folder shows alone is what it was.
-    assert [[run.layer for run in api.ls(f)[0].layers] for f in (first, second)] == [[0, 1], [1, 2]]
+    assert [[run.layer for run in api.ls(f)[0].runs] for f in (first, second)] == [[0, 1], [1, 2]]
     assert api.report(second, first, output=tmp_path / "joined.html").cells == (joined,)
 
 
@@ -347,8 +347,11 @@ def test_a_board_of_a_newer_tracker_asks_for_an_upgrade() -> None:
     del stored["format"]
     crowd.read_board = lambda version: json.dumps(stored)  # type: ignore[method-assign]
     assert read_board(crowd)[0].cells == [cell_record()]  # type: ignore[arg-type]
+    (entry,) = stored["entries"]
+    entry["cell"]["layers"] = entry["cell"].pop("runs")
+    assert read_board(crowd)[0].cells == [cell_record()], "of format 2"  # type: ignore[arg-type]
     stored |= {"format": FORMAT + 1, "more": "fields"}
-    with pytest.raises(ResultsError, match=r"newer tracker \(format 3.*upgrade"):
+    with pytest.raises(ResultsError, match=rf"newer tracker \(format {FORMAT + 1}.*upgrade"):
         read_board(crowd)  # type: ignore[arg-type]
 
 

@@ -117,7 +117,7 @@ def test_a_corpus_gives_the_figures_of_single_tokens(
     # The last token of a full window is predicted, but not read.
     full = sum(math.ceil(count / LENGTH) for _, _, count in before if count >= LENGTH)
     assert cell.tokens == tokens - full
-    for record in cell.layers:
+    for record in cell.runs:
         after = naive(model, record.layer, texts)
         fewer, more, _ = (sum(column) for column in zip(*after, strict=True))
         assert record.accuracy_drop == pytest.approx((hits - fewer) / tokens, abs=1e-12)
@@ -134,7 +134,7 @@ def test_a_loss_of_the_same_cell_costs_nothing_more(model, notes, experiment, tm
     assert results.outcome.models_loaded == 0
     (cell,) = results.cells
     assert (cell.metric, cell.higher_is_better, cell.chance_accuracy) == ("loss", False, None)
-    for record in cell.layers:
+    for record in cell.runs:
         increase = record.metrics["loss"] - cell.baseline_metrics["loss"]
         assert record.accuracy_drop == pytest.approx(increase, abs=1e-9)
     wrong = experiment(model, "wrong.yaml", metric="lost", **settings)
@@ -168,7 +168,7 @@ def test_a_rolling_task_has_lm_evals_perplexities(model, experiment, tmp_path) -
     own = Path(lm_eval.tasks.__file__).parent / "wikitext/wikitext.yaml"
     (tasks / "plain.yaml").write_text(TASK.format(include=own, file=place / "test.jsonl"))
     manager = lm_eval.tasks.TaskManager(include_path=str(tasks))
-    records = {record.layer: record for record in cell.layers}
+    records = {record.layer: record for record in cell.runs}
     for layer in (None, *LAYERS):
         plain, tokenizer = pruned(model, layer)
         found = lm_eval.simple_evaluate(

@@ -12,9 +12,9 @@ from tracker.records import (
     BenchmarkIdentity,
     CellRecord,
     CorrelationRecord,
-    LayerRecord,
     ModelIdentity,
     RunIdentity,
+    RunRecord,
     TaskIdentity,
 )
 
@@ -25,11 +25,11 @@ from .wandb_double import WandbDouble
 CellMaker = Callable[..., CellRecord]
 
 
-def layer_record(layer: int, n: int) -> LayerRecord:
+def layer_record(layer: int, n: int) -> RunRecord:
     """Layer 2 has no relevance and no McNemar p-value; every other figure is there."""
     drop = 0.19 / (layer + 1)
     known = layer != 2
-    return LayerRecord(
+    return RunRecord(
         ablation=f"layer:{layer}",
         layer=layer,
         n=n,

@@ -42,7 +42,7 @@ def test_one_is_away_and_no_secret_is_anywhere(
     (cell,) = api.ls(client.folder / "results")
     there = runs(double)
     assert len(there) == 3
-    for layer in cell.layers:
+    for layer in cell.runs:
         assert figures(there[f"{cell.key}/{layer.ablation}"].summary) == flat_metrics(layer)
 
     whole = client.call("tracker", "sync", "--to", "mlflow,wandb")
@@ -99,4 +99,4 @@ def test_the_trial_after_a_killed_one_goes_on_from_its_shards(
     (cell,) = api.ls(results)
     assert cell.n == 200
     assert not cell.missing
-    assert figures(double.run("again", "layers").summary) == flat_metrics(cell.layers[1])
+    assert figures(double.run("again", "layers").summary) == flat_metrics(cell.runs[1])

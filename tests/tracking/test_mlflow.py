@@ -126,11 +126,11 @@ def test_everything_is_read_back(
     assert parent.data.tags["tracker.provenance.host"] == "node-7"
     assert "tracker.missing" not in parent.data.tags
     for name in CURVES:
-        expected = [(row.layer, getattr(row, name)) for row in cell.layers]
+        expected = [(row.layer, getattr(row, name)) for row in cell.runs]
         assert store.curve(cell, name) == [point for point in expected if point[1] is not None]
     assert [step for step, _ in store.curve(cell, "accuracy_relevance")] == [0, 1, 3]
 
-    for row in cell.layers:
+    for row in cell.runs:
         run = store.layer(cell, row.layer)
         assert run.info.run_name == f"layer 0{row.layer} · arc_easy · SmolLM2-135M-Instruct"
         assert run.info.status == "FINISHED"
@@ -158,7 +158,7 @@ def test_everything_is_read_back(
     assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "evaluation")]
     layers = store.table("layers")
     assert layers["layer"].tolist() == [0, 1, 2, 3]
-    drops = [row.accuracy_drop for row in cell.layers]
+    drops = [row.accuracy_drop for row in cell.runs]
     assert layers["accuracy_drop"].tolist() == pytest.approx(drops)  # pandas reads 16 digits
     assert layers["accuracy_relevance"].isna().tolist() == [False, False, True, False]
     assert "at or below chance" in layers["reasons"][2]
@@ -197,7 +197,7 @@ def test_a_changed_record_updates_its_runs_in_place(
     backend = MlflowBackend(project, results, uri)
     backend.publish(cell, files)
     before = Store(uri, project)
-    rows = list(cell.layers)
+    rows = list(cell.runs)
     rows[1] = rows[1].model_copy(
         update={
             "accuracy_drop": 0.08,
@@ -206,7 +206,7 @@ def test_a_changed_record_updates_its_runs_in_place(
         }
     )
     rows[2] = rows[2].model_copy(update={"accuracy_relevance": 0.5, "reasons": {}})
-    changed = cell.model_copy(update={"layers": tuple(rows), "baseline_accuracy": 0.51})
+    changed = cell.model_copy(update={"runs": tuple(rows), "baseline_accuracy": 0.51})
     files[1].write_text("<p>new</p>")
 
     published = backend.publish(changed, files)
@@ -223,7 +223,7 @@ def test_a_changed_record_updates_its_runs_in_place(
     # Only what changed was logged: one point more at layer 1, none elsewhere.
     drops = store.curve(cell, "accuracy_drop")
     assert [step for step, _ in drops] == [0, 1, 1, 2, 3]
-    assert {value for step, value in drops if step == 1} == {cell.layers[1].accuracy_drop, 0.08}
+    assert {value for step, value in drops if step == 1} == {cell.runs[1].accuracy_drop, 0.08}
     assert store.curve(cell, "cosine_score") == before.curve(cell, "cosine_score")
     # Tables and files are replaced, not appended to.
     table = store.table("layers")
@@ -359,10 +359,10 @@ def test_runs_are_found_by_model_and_revision(results: Path, make_cell: CellMake
 
 def test_infinity_is_not_logged_but_explained(results: Path, make_cell: CellMaker) -> None:
     cell = make_cell(layers=(0,))
-    row = cell.layers[0].model_copy(
+    row = cell.runs[0].model_copy(
         update={"gold_logprob_drop": math.inf, "relative_update": math.nan}
     )
-    publish(results, cell.model_copy(update={"layers": (row,)}))
+    publish(results, cell.model_copy(update={"runs": (row,)}))
     run = Store(local(results)).layer(cell, 0)
     assert {"gold_logprob_drop", "relative_update"}.isdisjoint(run.data.metrics)
     assert run.data.tags["tracker.reason.gold_logprob_drop"] == "not a finite number: inf"
@@ -370,8 +370,8 @@ def test_infinity_is_not_logged_but_explained(results: Path, make_cell: CellMake
 
 def test_metric_names_that_mlflow_refuses_are_replaced(results: Path, make_cell: CellMaker) -> None:
     cell = make_cell(layers=(0,))
-    row = cell.layers[0].model_copy(update={"metrics": {"exact_match,strict": 0.25, "größe": 0.5}})
-    publish(results, cell.model_copy(update={"layers": (row,)}))
+    row = cell.runs[0].model_copy(update={"metrics": {"exact_match,strict": 0.25, "größe": 0.5}})
+    publish(results, cell.model_copy(update={"runs": (row,)}))
     metrics = Store(local(results)).layer(cell, 0).data.metrics
     assert metrics["metric/exact_match/strict"] == 0.25
     assert metrics["metric/gr__e"] == 0.5

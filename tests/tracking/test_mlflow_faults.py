@@ -49,12 +49,12 @@ def file(tmp_path: Path) -> Path:
 def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path) -> None:
     """Every run is there once, with every figure once."""
     store = Store(uri, project)
-    assert len(store.runs) == 1 + len(cell.layers)
+    assert len(store.runs) == 1 + len(cell.runs)
     assert all(run.info.status == "FINISHED" for run in store.runs)
     for name in CURVES:
-        wanted = [(row.layer, getattr(row, name)) for row in cell.layers]
+        wanted = [(row.layer, getattr(row, name)) for row in cell.runs]
         assert store.curve(cell, name) == [point for point in wanted if point[1] is not None]
-    for row in cell.layers:
+    for row in cell.runs:
         assert store.layer(cell, row.layer).data.metrics == flat_metrics(row)
     assert store.bytes_of(store.cell(cell), file.name, folder) == file.read_bytes()
     assert len(store.cell(cell).inputs.dataset_inputs) == 1
@@ -230,5 +230,5 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
     store = Store(own.address, "dies")
     assert len(store.runs) == 6
     for cell in cells:
-        for row in cell.layers:
+        for row in cell.runs:
             assert store.layer(cell, row.layer).data.metrics == flat_metrics(row)

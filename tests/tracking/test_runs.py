@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tracker.records import CellRecord, LayerRecord
+from tracker.records import CellRecord, RunRecord
 from tracker.report.html import render_page
 from tracker.tracking import mlflow_runs, wandb_runs
 from tracker.tracking.base import curve_name, is_curve, layer_table, run_key
@@ -15,25 +15,25 @@ from .conftest import CellMaker, layer_record
 from .test_mlflow import PROJECT, Store, local
 
 
-def run(component: str, layer: int, span: int, ablation: str) -> LayerRecord:
+def run(component: str, layer: int, span: int, ablation: str) -> RunRecord:
     changes = {"component": component, "layer": layer, "span": span, "ablation": ablation}
     return layer_record(layer, 160).model_copy(update={**changes, "cosine_score": None})
 
 
 def several_kinds(cell: CellRecord) -> CellRecord:
     runs = (
-        *cell.layers,
+        *cell.runs,
         run("layer", 1, 4, "layers:1,2,3,4"),
         run("attention", 1, 1, "attention:1"),
         run("mlp", 1, 4, "mlp:1,2,3,4"),
     )
-    return cell.model_copy(update={"layers": runs})
+    return cell.model_copy(update={"runs": runs})
 
 
 def beneath(cell: CellRecord) -> CellRecord:
     """Layer 1 where 2 is gone removes the same layers as two layers from layer 1 on."""
     runs = (run("layer", 1, 1, "layers:1,2"), run("mlp", 3, 1, "layer:2+mlp:3"))
-    changes = {"layers": runs, "removed": (2,), "removed_accuracy": 0.25}
+    changes = {"runs": runs, "removed": (2,), "removed_accuracy": 0.25}
     return cell.model_copy(update=changes)
 
 
@@ -66,7 +66,7 @@ def test_names_params_and_curves_tell_the_kinds_apart(results: Path, make_cell: 
         assert (params["component"], params["layer"], params["span"]) == (component, layer, span)
         assert params["removed"] == "none"
     store = Store(local(results))
-    drop = cell.layers[1].accuracy_drop
+    drop = cell.runs[1].accuracy_drop
     assert [step for step, _ in store.curve(cell, "accuracy_drop")] == [0, 1]
     for name in ("span4/accuracy_drop", "attention/accuracy_drop", "mlp/span4/accuracy_drop"):
         assert store.curve(cell, name) == [(1, drop)]
@@ -78,8 +78,8 @@ def test_names_params_and_curves_tell_the_kinds_apart(results: Path, make_cell: 
 def test_a_curve_that_changes_is_updated_at_its_layer(results: Path, make_cell: CellMaker) -> None:
     cell = several_kinds(make_cell(layers=(0, 1)))
     publish(results, cell)
-    changed = cell.layers[-2].model_copy(update={"accuracy_drop": 0.5})
-    grown = cell.model_copy(update={"layers": (*cell.layers[:-2], changed, cell.layers[-1])})
+    changed = cell.runs[-2].model_copy(update={"accuracy_drop": 0.5})
+    grown = cell.model_copy(update={"runs": (*cell.runs[:-2], changed, cell.runs[-1])})
     assert publish(results, grown) == (0, 2, 4)
     history = Store(local(results)).curve(cell, "attention/accuracy_drop")
     assert history[-1] == (1, 0.5)
@@ -89,7 +89,7 @@ def test_what_lies_beneath_makes_other_runs(results: Path, make_cell: CellMaker)
     """Was: one ablation had one run a cell, whatever it stood for."""
     intact = make_cell(layers=(0,))
     span = run("layer", 1, 2, "layers:1,2")
-    intact = intact.model_copy(update={"layers": (*intact.layers, span)})
+    intact = intact.model_copy(update={"runs": (*intact.runs, span)})
     without = beneath(make_cell())
     assert run_key(intact, "layers:1,2") != run_key(without, "layers:1,2")
     assert publish(results, intact) == (3, 0, 0)
@@ -171,7 +171,7 @@ def test_complete_means_all_runs_and_all_documents(make_cell: CellMaker) -> None
 
 
 def test_curves_are_told_from_other_metrics(make_cell: CellMaker) -> None:
-    for record in several_kinds(make_cell()).layers:
+    for record in several_kinds(make_cell()).runs:
         assert is_curve(curve_name(record, "accuracy_drop"))
     for name in ("n", "baseline_accuracy", "metric/accuracy", "baseline_metric/accuracy"):
         assert not is_curve(name)

@@ -117,7 +117,7 @@ def test_everything_is_read_back(
     assert set(there) == {
         f"{cell.key}/{name}" for name in ("cell", *(f"layer:{n}" for n in "0123"))
     }
-    for layer in cell.layers:
+    for layer in cell.runs:
         run = there[f"{cell.key}/{layer.ablation}"]
         assert run.name == f"layer {layer.layer:02d} · arc_easy · SmolLM2-135M-Instruct"
         assert (run.job_type, run.state) == ("layer", "finished")
@@ -137,9 +137,7 @@ def test_everything_is_read_back(
         for name in CURVES
     }
     assert curves == {
-        name: [
-            (run.layer, value) for run in cell.layers if (value := getattr(run, name)) is not None
-        ]
+        name: [(run.layer, value) for run in cell.runs if (value := getattr(run, name)) is not None]
         for name in CURVES
     }
     assert figures(parent.summary) == cell_run(cell, [], {}).summary
@@ -211,8 +209,8 @@ def test_a_grown_cell_updates_its_runs(
     assert complete is project.version(f"{artifact}:latest")
 
     more = make_cell(n=320)
-    gone = more.layers[1].model_copy(update={"accuracy_relevance": None})
-    more = more.model_copy(update={"layers": (more.layers[0], gone, *more.layers[2:])})
+    gone = more.runs[1].model_copy(update={"accuracy_relevance": None})
+    more = more.model_copy(update={"runs": (more.runs[0], gone, *more.runs[2:])})
     assert counts(publish(more)) == (0, 5, 0)
     layer = runs(double)[f"{more.key}/layer:1"]
     assert figures(layer.summary) == flat_metrics(gone)
@@ -230,7 +228,7 @@ def test_a_run_that_broke_off_is_completed(
     broken.summary = {}
     runs(double)[f"{cell.key}/layer:1"].state = "crashed"
     assert counts(publish(cell)) == (0, 2, 3)
-    assert figures(runs(double)[f"{cell.key}/layer:3"].summary) == flat_metrics(cell.layers[3])
+    assert figures(runs(double)[f"{cell.key}/layer:3"].summary) == flat_metrics(cell.runs[3])
 
 
 # Was: one run that was deleted in the UI made every later publish of its cell fail.
@@ -248,7 +246,7 @@ def test_a_deleted_run_is_written_again_under_another_id(
     assert "deleted" in note
     there = runs(double)
     assert not set(gone) & {run.id for run in there.values()}
-    assert figures(there[f"{cell.key}/layer:0"].summary) == flat_metrics(cell.layers[0])
+    assert figures(there[f"{cell.key}/layer:0"].summary) == flat_metrics(cell.runs[0])
     again = publish(cell)
     assert counts(again) == (0, 0, 3)
     assert not again["notes"]
@@ -290,14 +288,14 @@ def test_offline_runs_are_whole_and_sync_later(
     folders = sorted((publish.results / "wandb").glob("offline-run-*"))
     assert said["location"] == f"wandb sync {publish.results / 'wandb'}/offline-run-*"
     assert len(folders) == 5
-    run = layer_run(cell, cell.layers[0])
+    run = layer_run(cell, cell.runs[0])
     (file,) = (publish.results / "wandb").glob(f"offline-run-*-{run.id()}/*.wandb")
     shown = publish.client.cli("leet", "inspect", "--json", "--summary", str(file))
-    assert figures(flat_metrics(cell.layers[0])).items() <= json.loads(shown)["summary"].items()
+    assert figures(flat_metrics(cell.runs[0])).items() <= json.loads(shown)["summary"].items()
 
     publish.client.cli("sync", *map(str, folders))
     assert counts(publish(cell)) == (0, 0, 5)
-    assert figures(runs(double)[run.key].summary) == flat_metrics(cell.layers[0])
+    assert figures(runs(double)[run.key].summary) == flat_metrics(cell.runs[0])
 
 
 IMPATIENT = {"WANDB__GRAPHQL_RETRY_MAX": "1", "WANDB__FILE_STREAM_RETRY_MAX": "1"}
@@ -325,7 +323,7 @@ def test_what_a_dying_server_lacks_is_completed(
     assert created + updated + unchanged == 5
     assert created < 5
     there = runs(double)
-    for layer in cell.layers:
+    for layer in cell.runs:
         assert figures(there[f"{cell.key}/{layer.ablation}"].summary) == flat_metrics(layer)
 
 

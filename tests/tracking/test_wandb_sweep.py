@@ -42,7 +42,7 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     trials = [double.run(run_id, "layers") for run_id in sweep.handed_out]
     *measured, beyond = trials
     (cell,) = api.ls(client.folder / "results")
-    layers = {(run.layer, run.span): run for run in cell.layers}
+    layers = {(run.layer, run.span): run for run in cell.runs}
     assert set(layers) == {(0, 1), (1, 1), (2, 1), (0, 2), (1, 2)}
     for trial, place in zip(measured, [(0, 1), (0, 2), (2, 1)], strict=True):
         assert (trial.values["layer"], trial.values["span"]) == place
@@ -66,7 +66,7 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     assert done.returncode == 0, done.stderr
     layer_runs = [run for run in project.runs.values() if run.job_type == "layer"]
     ablations = [run.values["tracker"]["ablation"] for run in layer_runs]
-    assert sorted(ablations) == sorted(run.ablation for run in cell.layers)
+    assert sorted(ablations) == sorted(run.ablation for run in cell.runs)
 
 
 def test_a_trial_that_fails_is_failed_in_the_sweep(

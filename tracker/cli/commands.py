@@ -463,14 +463,14 @@ def list_cells(results: Path) -> None:
     damaged: dict[str, str] = {}
     rows = []
     for cell in api.ls(results, damaged):
-        measured = len(cell.layers)
+        measured = len(cell.runs)
         rows.append(
             (
                 cell.model.name,
                 " ".join(filter(None, (cell.benchmark.name, cell.beneath, f"({cell.metric})"))),
                 cell.benchmark.num_fewshot,
                 cell.reasons.get("n", cell.n),
-                f"{len({run.layer for run in cell.layers})} of {cell.model.layers}",
+                f"{len({run.layer for run in cell.runs})} of {cell.model.layers}",
                 " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing))))),
                 "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}",
                 cell.key[:12],

@@ -39,9 +39,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
         "cosine score (1 − cos)",
     )
     shown = [
-        run
-        for run in cell.layers
-        if only is None or (run.kind, run.layer) == (only.kind, only.layer)
+        run for run in cell.runs if only is None or (run.kind, run.layer) == (only.kind, only.layer)
     ]
     rows = [
         (

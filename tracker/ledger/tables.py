@@ -31,8 +31,8 @@ from tracker.records import (
     WHOLE_LAYER,
     CellRecord,
     CorrelationRecord,
-    LayerRecord,
     RunIdentity,
+    RunRecord,
     View,
 )
 
@@ -251,7 +251,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
             PROVENANCE: outcomes.mismatch(ablation),
         }
         layers.append(
-            LayerRecord(
+            RunRecord(
                 **dict(run),
                 ablation=ablation.name,
                 n=n,

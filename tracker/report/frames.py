@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from tracker.metrics.accuracy import Estimate
-from tracker.records import CellRecord, CorrelationRecord, LayerRecord
+from tracker.records import CellRecord, CorrelationRecord, RunRecord
 from tracker.report.leaderboard import LayerBoard, ModelBoard
 from tracker.report.wording import model_labels
 
 _CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed")
 _RUN_COLUMNS = ("component", "layer", "span")
 _NOT_FIGURES = {*_RUN_COLUMNS, "ablation", "n", "metrics", "reasons"}
-_FIGURES = tuple(name for name in LayerRecord.model_fields if name not in _NOT_FIGURES)
+_FIGURES = tuple(name for name in RunRecord.model_fields if name not in _NOT_FIGURES)
 
 
 def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
@@ -30,7 +30,7 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
         why. lm-eval's own metrics stand in columns `metric_NAME`.
     """
     reported = [
-        m for cell in cells for m in (cell.baseline_metrics, *(r.metrics for r in cell.layers))
+        m for cell in cells for m in (cell.baseline_metrics, *(r.metrics for r in cell.runs))
     ]
     extra = sorted({f"metric_{name}" for metrics in reported for name in metrics})
     numbers = ["baseline_accuracy", "chance_accuracy", *_FIGURES, *extra]
@@ -46,7 +46,7 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
             "reasons": "; ".join(f"{name}: {why}" for name, why in record.reasons.items()),
         }
         for cell in cells
-        for record in cell.layers
+        for record in cell.runs
     ]
     return _frame(rows, [*_CELL_COLUMNS, *_RUN_COLUMNS, "n", *numbers, "reasons"], numbers)
 

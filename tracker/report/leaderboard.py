@@ -18,7 +18,7 @@ from tracker.metrics.combined import difference, mean, ratio
 from tracker.metrics.correlation import rank_disagreement
 from tracker.metrics.proxies import PROXIES
 from tracker.provenance import content_hash
-from tracker.records import CellRecord, LayerRecord, ModelIdentity
+from tracker.records import CellRecord, ModelIdentity, RunRecord
 from tracker.report.wording import benchmark_labels, model_key, model_labels, reason_of
 
 LAYER_RULE = (
@@ -141,7 +141,7 @@ class Agreement:
     cells: int
 
 
-def relevance_estimate(cell: CellRecord, record: LayerRecord) -> Estimate:
+def relevance_estimate(cell: CellRecord, record: RunRecord) -> Estimate:
     """Give a run's accuracy relevance its interval.
 
     The drop's interval is divided by that of the baseline above chance, as independent figures:
@@ -172,7 +172,7 @@ def relevance_estimate(cell: CellRecord, record: LayerRecord) -> Estimate:
     return Estimate(value, min(found.low, 1.0), min(found.high, 1.0))
 
 
-def drop_estimate(record: LayerRecord) -> Estimate:
+def drop_estimate(record: RunRecord) -> Estimate:
     """Take a run's accuracy drop and its interval together."""
     return Estimate(
         record.accuracy_drop,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tracker.metrics.ratios import RATIO
-from tracker.records import WHOLE_LAYER, CellRecord, LayerRecord, RunIdentity
+from tracker.records import WHOLE_LAYER, CellRecord, RunIdentity, RunRecord
 from tracker.report.grid import (
     Column,
     Table,
@@ -53,7 +53,7 @@ _three = partial(fixed, digits=3)
 _four = partial(fixed, digits=4)
 
 
-_Show = Callable[[LayerRecord], Value]
+_Show = Callable[[RunRecord], Value]
 
 
 def overview_table(cells: Sequence[CellRecord]) -> Table:
@@ -116,7 +116,7 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
     metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({measure.unit})"
     beneath = f" · {cell.beneath}" if cell.removed else ""
     no_drop = f"no layer has a positive {measure.change}"
-    if cell.layers and not cell.whole_layers:
+    if cell.runs and not cell.whole_layers:
         no_drop = "no whole single layer was removed"
     return (
         Value(cell.model.name),
@@ -142,7 +142,7 @@ def layer_table(cell: CellRecord) -> Table:
         The table, with notes on its p-values and on every undefined value.
     """
     notes = []
-    tests = sum(1 for record in cell.layers if defined(record.mcnemar_p))
+    tests = sum(1 for record in cell.runs if defined(record.mcnemar_p))
     if tests:
         notes.append(
             f"{counted(tests, 'test')}: unadjusted p-values, about {0.05 * tests:.1f} expected "
@@ -156,21 +156,21 @@ def layer_table(cell: CellRecord) -> Table:
     headers = [Column(label, label != COMPONENT) for label in names.labels]
     for label, show in _layer_columns(cell):
         column = [
-            show(run) if isinstance(run, LayerRecord) else Value(DASH, absence(cell, run))
+            show(run) if isinstance(run, RunRecord) else Value(DASH, absence(cell, run))
             for run in runs
         ]
         headers.append(Column(label))
         columns.append(column)
         notes += _undefined_notes(label, cell, runs, column)
     mismatched: dict[str, list[RunIdentity]] = {}
-    for record in cell.layers:
+    for record in cell.runs:
         if why := record.reasons.get("provenance"):
             mismatched.setdefault(why, []).append(record)
     notes += [
         f"{run_list(which, cell)[:1].upper()}{run_list(which, cell)[1:]}: {why}."
         for why, which in mismatched.items()
     ]
-    counts = {record.n for record in cell.layers}
+    counts = {record.n for record in cell.runs}
     each = f", {counted(counts.pop(), 'document')} each" if len(counts) == 1 else ""
     baseline = ", ".join(
         f"{name} {shown(cell.baseline_metrics.get(name), _four, '').text}"
@@ -235,7 +235,7 @@ def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
     def metric(name: str) -> _Show:
         return lambda r: shown(r.metrics.get(name), _four, reason_of(cell, name, r))
 
-    def ends(r: LayerRecord) -> Value:
+    def ends(r: RunRecord) -> Value:
         reason = r.reasons.get("accuracy_drop_low") or reason_of(cell, "accuracy_drop", r)
         low, high = r.accuracy_drop_low, r.accuracy_drop_high
         return between(low, high, measure.write, reason, measure.scale)
@@ -259,12 +259,12 @@ def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
         ("gold log-prob drop (nats)", field("gold_logprob_drop", _three)),
         *((name, metric(name)) for name in _metric_names(cell)),
     ]
-    same_documents = len({record.n for record in cell.layers}) <= 1
+    same_documents = len({record.n for record in cell.runs}) <= 1
     return columns[1:] if same_documents else columns
 
 
 def _metric_names(cell: CellRecord) -> list[str]:
-    return sorted(set(cell.baseline_metrics).union(*(record.metrics for record in cell.layers)))
+    return sorted(set(cell.baseline_metrics).union(*(record.metrics for record in cell.runs)))
 
 
 def _undefined_notes(

@@ -12,9 +12,9 @@ from tracker.records import (
     WHOLE_LAYER,
     CellRecord,
     CorrelationRecord,
-    LayerRecord,
     ModelIdentity,
     RunIdentity,
+    RunRecord,
 )
 
 DASH = "–"
@@ -196,7 +196,7 @@ def all_runs(cell: CellRecord) -> list[RunIdentity]:
     Returns:
         Components outermost (layer, attention, mlp), then spans, then layers.
     """
-    runs: list[RunIdentity] = [*cell.layers, *cell.missing]
+    runs: list[RunIdentity] = [*cell.runs, *cell.missing]
     return sorted(runs, key=lambda run: run.order)
 
 
@@ -225,7 +225,7 @@ def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:
     return sorted({run.layer for cell in cells for run in all_runs(cell) if run.kind == kind})
 
 
-def records_of(cell: CellRecord, kind: Kind = WHOLE_LAYER) -> dict[int, LayerRecord]:
+def records_of(cell: CellRecord, kind: Kind = WHOLE_LAYER) -> dict[int, RunRecord]:
     """Find the measured runs of a kind.
 
     Args:
@@ -235,7 +235,7 @@ def records_of(cell: CellRecord, kind: Kind = WHOLE_LAYER) -> dict[int, LayerRec
     Returns:
         Layer -> record.
     """
-    return {record.layer: record for record in cell.layers if record.kind == kind}
+    return {record.layer: record for record in cell.runs if record.kind == kind}
 
 
 def absence(cell: CellRecord, run: RunIdentity) -> str:
@@ -287,7 +287,7 @@ def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
     return "; ".join(parts)
 
 
-def most_critical(records: Iterable[LayerRecord], count: int = 3) -> list[LayerRecord]:
+def most_critical(records: Iterable[RunRecord], count: int = 3) -> list[RunRecord]:
     """Find the runs whose removal costs most accuracy, or adds most loss.
 
     Args:
@@ -302,7 +302,7 @@ def most_critical(records: Iterable[LayerRecord], count: int = 3) -> list[LayerR
     return [r for _, r in sorted(costly, key=lambda pair: (-pair[0], pair[1].layer))[:count]]
 
 
-def reason_of(cell: CellRecord, field: str, record: LayerRecord | None = None) -> str:
+def reason_of(cell: CellRecord, field: str, record: RunRecord | None = None) -> str:
     """Say why a value is undefined.
 
     Args:
@@ -335,7 +335,7 @@ def relevance(cell: CellRecord, layer: int) -> tuple[float | None, str]:
     return relevance_of(cell, record) if record else (None, absence(cell, RunIdentity(layer=layer)))
 
 
-def relevance_of(cell: CellRecord, record: LayerRecord) -> tuple[float | None, str]:
+def relevance_of(cell: CellRecord, record: RunRecord) -> tuple[float | None, str]:
     """Find the accuracy relevance of one run.
 
     Args:
@@ -412,7 +412,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
                 cell.benchmark.data,
                 "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
                 cell.key[:8],
-                counted(len(cell.layers), "run"),
+                counted(len(cell.runs), "run"),
             )
             for cell in cells
         ],
@@ -506,7 +506,7 @@ def sentence(cell: CellRecord) -> str:
         score and accuracy drop (or loss increase) over all layers and over the inner ones, or why
         it is undefined.
     """
-    if cell.layers and not cell.whole_layers:
+    if cell.runs and not cell.whole_layers:
         return f"{_beneath(cell)}No whole single layer was removed, so nothing is correlated."
     return (
         f"{_beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
@@ -612,7 +612,7 @@ def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
 
 def _mismatched(cell: CellRecord) -> str:
     """Say which drops compare what was measured differently; begins with a space."""
-    which = [run for run in cell.layers if "provenance" in run.reasons]
+    which = [run for run in cell.runs if "provenance" in run.reasons]
     if not which:
         return f" Each {measure_of(cell).change} compares what was measured alike."
     return f" Baseline and ablation differ in this for {run_list(which, cell)}."

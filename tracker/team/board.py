@@ -20,7 +20,7 @@ from tracker.records import CellRecord, Record, Shown
 from tracker.report.export import frames
 from tracker.tracking.base import BOARD_FILE, Backend, Table, content_digest
 
-FORMAT = 2
+FORMAT = 3
 _ROUNDS = 5
 
 

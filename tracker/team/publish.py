@@ -212,7 +212,7 @@ class Trial:
         """
         if self._joins:
             wanted = (request.components[0], request.spans[0], request.layers[0])
-            run = next(run for run in cell.layers if (*run.kind, run.layer) == wanted)
+            run = next(run for run in cell.runs if (*run.kind, run.layer) == wanted)
             log_trial(cell, run, self._results)
 
     def end(self, note: str, failed: bool = False) -> None:

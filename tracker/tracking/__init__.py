@@ -15,7 +15,7 @@ from typing import cast
 
 from tracker.errors import RequestError, did_you_mean
 from tracker.provenance import content_hash
-from tracker.records import CellRecord, LayerRecord
+from tracker.records import CellRecord, RunRecord
 from tracker.text import masked
 from tracker.tracking.base import Backend
 from tracker.tracking.isolated import Isolated
@@ -130,7 +130,7 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
     return BACKENDS[name](project, results, server)
 
 
-def log_trial(cell: CellRecord, run: LayerRecord, results: Path) -> None:
+def log_trial(cell: CellRecord, run: RunRecord, results: Path) -> None:
     """Log a run of a cell into the run that a W&B agent opened for this process, and end it.
 
     Args:

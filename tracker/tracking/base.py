@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tracker.records import INTACT_VIEW, CellRecord, LayerRecord, Record, RunIdentity
+from tracker.records import INTACT_VIEW, CellRecord, Record, RunIdentity, RunRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -33,7 +33,7 @@ CURVES = (
     "relative_update",
     "gold_logprob_drop",
 )
-"""Fields of a `LayerRecord` that a cell's run shows as curves over the layers."""
+"""Fields of a `RunRecord` that a cell's run shows as curves over the layers."""
 
 DIGITS = 10
 """Significant digits by which a published figure is another one."""
@@ -218,7 +218,7 @@ def run_key(cell: CellRecord, ablation: str) -> str:
     return f"{key}/{ablation}"
 
 
-def run_name(cell: CellRecord, layer: LayerRecord) -> str:
+def run_name(cell: CellRecord, layer: RunRecord) -> str:
     """Name a run where people read lists of them.
 
     Args:
@@ -315,7 +315,7 @@ def defined(values: Mapping[str, float | None]) -> dict[str, float]:
     }
 
 
-def flat_metrics(layer: LayerRecord) -> dict[str, float]:
+def flat_metrics(layer: RunRecord) -> dict[str, float]:
     """Flatten a run's figures; the benchmark's own metrics come as `metric/NAME`.
 
     Args:
@@ -355,7 +355,7 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
     }
 
 
-def absent_reasons(layer: LayerRecord) -> dict[str, str]:
+def absent_reasons(layer: RunRecord) -> dict[str, str]:
     """Say why figures are absent from `flat_metrics`.
 
     Args:
@@ -393,10 +393,10 @@ def layer_table(cell: CellRecord) -> Table:
         One row per run; `layer` is its first layer, 0-based, and `reasons` explains what is not
         defined.
     """
-    benchmark_metrics = sorted({f"metric/{name}" for row in cell.layers for name in row.metrics})
+    benchmark_metrics = sorted({f"metric/{name}" for row in cell.runs for name in row.metrics})
     names = (*_LAYER_VALUES, *benchmark_metrics)
     rows: list[tuple[Value, ...]] = []
-    for layer in cell.layers:
+    for layer in cell.runs:
         values = flat_metrics(layer)
         reasons = "; ".join(f"{name}: {why}" for name, why in absent_reasons(layer).items())
         figures = (values.get(name) for name in names)
@@ -424,6 +424,6 @@ def correlation_table(cell: CellRecord) -> Table:
     return Table((*columns, "n", "documents", "reason"), tuple(rows))
 
 
-def _layer_values(layer: LayerRecord) -> dict[str, float | None]:
+def _layer_values(layer: RunRecord) -> dict[str, float | None]:
     values: dict[str, float | None] = {name: getattr(layer, name) for name in _LAYER_VALUES}
     return values | {f"metric/{name}": value for name, value in layer.metrics.items()}

@@ -159,7 +159,7 @@ class MlflowBackend:
             outcomes = [_write(client, experiment, parent, existing)]
             parent_id = existing[parent.key].info.run_id
             # MLflow lists the newest run first, so layer 0 is written last.
-            for layer in reversed(cell.layers):
+            for layer in reversed(cell.runs):
                 run = layer_run(cell, layer, parent_id)
                 outcomes.append(_write(client, experiment, run, existing))
             location = self._location(experiment)

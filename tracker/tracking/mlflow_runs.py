@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.records import WHOLE_LAYER, CellRecord, LayerRecord, TaskIdentity
+from tracker.records import WHOLE_LAYER, CellRecord, RunRecord, TaskIdentity
 from tracker.tracking.base import (
     CURVES,
     Table,
@@ -85,7 +85,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
     }
     single = cell_figures(cell)
     points = {(metric_name(name), 0): value for name, value in defined(single).items()}
-    for layer in cell.layers:
+    for layer in cell.runs:
         figures = flat_metrics(layer)
         points |= {
             (curve_name(layer, name), layer.layer): figures[name]
@@ -129,7 +129,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
     )
 
 
-def layer_run(cell: CellRecord, layer: LayerRecord, parent_id: str) -> Run:
+def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> Run:
     """Describe one run of a cell, nested in the run of the cell.
 
     Args:
@@ -198,7 +198,7 @@ def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
 
 def _what_is_removed(cell: CellRecord) -> str:
     """Say it in the words of the note, with the names of the curves where there are several."""
-    kinds = dict.fromkeys(run.kind for run in cell.layers)
+    kinds = dict.fromkeys(run.kind for run in cell.runs)
     if all(kind == WHOLE_LAYER for kind in kinds):
         text = "one layer is removed"
     else:

@@ -27,7 +27,7 @@ from filelock import FileLock
 from tracker.distribution import install_extra
 from tracker.errors import TrackingError
 from tracker.ledger.files import write_text
-from tracker.records import CellRecord, LayerRecord
+from tracker.records import CellRecord, RunRecord
 from tracker.text import masked
 from tracker.tracking.base import (
     BOARD,
@@ -115,7 +115,7 @@ class WandbBackend:
             TrackingError: W&B refused or could not be reached.
         """
         # W&B lists the newest run first: the cell, then layer 0, then layer 1, ...
-        layers = () if self._in_sweep else reversed(cell.layers)
+        layers = () if self._in_sweep else reversed(cell.runs)
         runs = [*(layer_run(cell, layer) for layer in layers), cell_run(cell, artifacts, charts)]
         again = sync_command(self._results, self._to)
         with (
@@ -385,7 +385,7 @@ class WandbTrial:
     def __init__(self, results: Path) -> None:
         self._results = results.absolute()
 
-    def log(self, cell: CellRecord, layer: LayerRecord) -> None:
+    def log(self, cell: CellRecord, layer: RunRecord) -> None:
         """Log a layer, and end.
 
         Args:

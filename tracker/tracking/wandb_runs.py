@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.records import CellRecord, LayerRecord
+from tracker.records import CellRecord, RunRecord
 from tracker.tracking.base import (
     CURVES,
     Table,
@@ -95,7 +95,7 @@ def group_of(cell: CellRecord) -> str:
     return _fitting(f"{cell.title} · {cell.key[:8]}", _GROUP)
 
 
-def layer_run(cell: CellRecord, layer: LayerRecord) -> Run:
+def layer_run(cell: CellRecord, layer: RunRecord) -> Run:
     """Describe one run of a cell.
 
     Args:
@@ -131,7 +131,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
     """
     figures = cell_figures(cell)
     rows = []
-    for layer in cell.layers:
+    for layer in cell.runs:
         known = flat_metrics(layer)
         points = {curve_name(layer, name): known[name] for name in CURVES if name in known}
         rows.append({"layer": layer.layer, **points})

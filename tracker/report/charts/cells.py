@@ -41,7 +41,7 @@ def curve_title(cell: CellRecord) -> str:
         Plain text with the largest drop, its interval and the number of documents.
     """
     measure = wording.measure_of(cell)
-    records = [r for r in cell.layers if r.span == 1]
+    records = [r for r in cell.runs if r.span == 1]
     drops = [r.accuracy_drop for r in records if wording.defined(r.accuracy_drop)]
     if not drops:
         return f"{cell.title}: no {measure.change} is defined"

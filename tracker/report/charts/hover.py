@@ -9,7 +9,7 @@ import html
 from collections.abc import Callable
 
 from tracker.metrics.accuracy import Estimate
-from tracker.records import CellRecord, LayerRecord, RunIdentity
+from tracker.records import CellRecord, RunIdentity, RunRecord
 from tracker.report.charts.style import wrap
 from tracker.report.wording import (
     Kind,
@@ -26,7 +26,7 @@ from tracker.report.wording import (
 )
 
 
-def run_hover(cell: CellRecord, run: RunIdentity, record: LayerRecord | None) -> str:
+def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> str:
     """Say everything about one run.
 
     Args:
@@ -93,7 +93,7 @@ def estimate_hover(
 
 def along_layers(
     cell: CellRecord, kind: Kind
-) -> tuple[list[int], list[LayerRecord | None], list[str]]:
+) -> tuple[list[int], list[RunRecord | None], list[str]]:
     """Line up the runs of a kind over the layers.
 
     Args:
