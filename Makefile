@@ -29,10 +29,11 @@ check: .venv/dev
 families: .venv/dev
 	$(BIN)/python -m tests.engine.survey
 
-# Of one module only: make mutants MODULE=tracker/metrics/surrogates.py
+# Of one module only, and thirty of its mutants:
+# make mutants MODULE=tracker/metrics/surrogates.py SAMPLE=30
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/dev
-	$(BIN)/python -P tests/mutants.py $(MODULE)
+	$(BIN)/python -P tests/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(MODULE)
 
 fuzz: .venv/dev
 	$(BIN)/python -m tests.fuzz

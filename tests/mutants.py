@@ -2,13 +2,16 @@
 
 `make mutants` runs it over every module that `[tool.tracker.mutants]` in pyproject.toml gives
 tests, or over those named in MODULE; each survivor is printed as a diff, and last comes a table.
-A mutant that no test reaches has survived. It is no test itself, and a script rather than a module
-of `tests`: mutmut imports that package anew, from its copy in `mutants/`.
+A mutant that no test reaches has survived. SAMPLE=30 tries thirty of each module, drawn at random
+and the same ones every time. It is no test itself, and a script rather than a module of `tests`:
+mutmut imports that package anew, from its copy in `mutants/`.
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
+import random
 import shutil
 import sys
 import tomllib
@@ -19,7 +22,9 @@ from mutmut.__main__ import cli
 from mutmut.configuration import config
 from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.mutation.file_mutation import mutate_file_contents
 from mutmut.stats import status_by_exit_code
+from mutmut.utils.format_utils import get_mutant_name
 
 OUTCOMES = {"killed": "killed", "survived": "survived", "no tests": "survived"}
 """What mutmut says, and our column for it; all else ran out of time."""
@@ -37,25 +42,39 @@ def tests_of(module: str, chosen: dict[str, list[str]]) -> list[str]:
         ) from None
 
 
-def mutate(module: str, tests: list[str], results: multiprocessing.Queue) -> None:
-    """Try every mutant of one module in a process of its own, since mutmut keeps its state."""
+def mutants_of(module: str) -> list[str]:
+    """List the names of a module's mutants."""
+    path = Path(module)
+    mutated = mutate_file_contents(module, path.read_text(encoding="utf-8"))
+    return [get_mutant_name(path, name) for name in mutated.mutant_names]
+
+
+def mutate(
+    module: str, tests: list[str], sample: int | None, results: multiprocessing.Queue
+) -> None:
+    """Try the mutants of one module in a process of its own, since mutmut keeps its state."""
     config().only_mutate = [module]
     config().pytest_add_cli_args_test_selection = tests
     # One at a time: the tests that are timed have the machine as they had it before.
-    cli.main(["run", "--max-children", "1"], standalone_mode=False)
+    names = mutants_of(module)
+    drawn = names if sample is None else random.Random(0).sample(names, min(sample, len(names)))
+    # Without names it tries all.
+    chosen = [] if len(drawn) == len(names) else drawn
+    cli.main(["run", "--max-children", "1", *chosen], standalone_mode=False)
     found = SourceFileMutationData(path=module)
     found.load()
     counts: Counter[str] = Counter()
-    for name, code in found.exit_code_by_key.items():
+    for name in drawn:
+        code = found.exit_code_by_key[name]
         outcome = OUTCOMES.get(status_by_exit_code[code], "timeout")
         counts[outcome] += 1
         if outcome != "killed":
             sys.stdout.write(f"\n{outcome}: {name}\n{get_diff_for_mutant(name, path=module)}\n")
     sys.stdout.flush()
-    results.put(counts)
+    results.put((counts, len(names)))
 
 
-def main(modules: list[str]) -> None:
+def main(modules: list[str], sample: int | None) -> None:
     """Print the survivors of some modules, and the table."""
     chosen = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["tracker"]["mutants"]
     if not modules:
@@ -70,17 +89,25 @@ def main(modules: list[str]) -> None:
         tests = tests_of(module, chosen)
         # What an earlier run left would be taken for results.
         shutil.rmtree("mutants", ignore_errors=True)
-        results: multiprocessing.Queue[Counter[str]] = multiprocessing.Queue()
-        process = multiprocessing.Process(target=mutate, args=(module, tests, results))
+        results: multiprocessing.Queue[tuple[Counter[str], int]] = multiprocessing.Queue()
+        process = multiprocessing.Process(target=mutate, args=(module, tests, sample, results))
         process.start()
         process.join()
         if process.exitcode:
             raise SystemExit(f"{module}: mutmut failed, see above")
-        counts = results.get()
-        numbers = (counts.total(), *(counts[each] for each in ("killed", "survived", "timeout")))
-        table.append(f"{module:32}" + "".join(f"{number:9}" for number in numbers))
+        counts, total = results.get()
+        tried = counts.total()
+        numbers = (tried, *(counts[each] for each in ("killed", "survived", "timeout")))
+        note = f"   {tried} of {total} drawn" if tried < total else ""
+        table.append(f"{module:32}" + "".join(f"{number:9}" for number in numbers) + note)
     sys.stdout.write("\n".join([*table, ""]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("modules", nargs="*", metavar="MODULE")
+    parser.add_argument("--sample", type=int, metavar="N", help="mutants of each module")
+    parsed = parser.parse_args()
+    if parsed.sample is not None and parsed.sample < 1:
+        parser.error(f"--sample is {parsed.sample}; it takes 1 or more")
+    main(parsed.modules, parsed.sample)

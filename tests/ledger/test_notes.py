@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tracker.ledger.notes import read_note, sealed, unsealed, write_note
+from tracker.provenance import content_hash
+
+CONTENT = {"who": "größe", "numbers": [1, 2.5, None]}
+
+
+def test_a_note_is_a_text_that_people_can_read() -> None:
+    """In requests and identities too: they are looked at, and compared line by line."""
+    digest = content_hash({"who": "me"})
+    assert sealed({"who": "me"}) == f'{{\n  "who": "me",\n  "digest": "{digest}"\n}}'
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    write_note(tmp_path / "new" / "note.json", CONTENT)
+    assert read_note(tmp_path / "new" / "note.json") == CONTENT
+    assert unsealed(sealed(CONTENT)) == (CONTENT, True)
+    assert unsealed(sealed(CONTENT).encode()) == (CONTENT, True)
+
+
+def test_what_an_older_tracker_wrote_is_proved_by_nothing(tmp_path: Path) -> None:
+    """Whoever can make it again does; whoever cannot is told that it is unproved."""
+    text = json.dumps(CONTENT)
+    assert unsealed(text) == (CONTENT, False)
+    (tmp_path / "note.json").write_text(text)
+    assert read_note(tmp_path / "note.json") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[" * 100_000, "it is nested too deeply"),
+        ("[1, 2]", "it holds no JSON object"),
+        ("null", "it holds no JSON object"),
+        (
+            sealed(CONTENT).replace("2.5", "2.6"),
+            "its digest is not that of what it says: it was edited or damaged",
+        ),
+        (
+            sealed(CONTENT).replace('"digest": "', '"digest": "0'),
+            "its digest is not that of what it says: it was edited or damaged",
+        ),
+    ],
+)
+def test_what_is_no_note_is_said_in_words(tmp_path: Path, text: str, why: str) -> None:
+    """`tracker verify` prints them after the file's name."""
+    with pytest.raises(ValueError, match=f"^{why}$"):
+        unsealed(text)
+    (tmp_path / "note.json").write_text(text)
+    assert read_note(tmp_path / "note.json") == {}
+
+
+def test_a_note_that_is_not_there_says_nothing(tmp_path: Path) -> None:
+    assert read_note(tmp_path / "missing.json") == {}
+    assert read_note(tmp_path) == {}
