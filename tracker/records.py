@@ -15,6 +15,10 @@ from tracker.config import Component, Count, Layers, Positive
 from tracker.text import harmless
 
 BASELINE = "baseline"
+Kind = tuple[Component, int]
+"""What a run removes, but for the layer: the component, and the span."""
+NO_REASON = "no reason was recorded"
+NOT_MEASURED = "not measured yet"
 
 
 class Record(BaseModel):
@@ -90,7 +94,7 @@ class RunIdentity(Record):
     """How many layers, from `layer` on."""
 
     @property
-    def kind(self) -> tuple[Component, int]:
+    def kind(self) -> Kind:
         """Component and span: runs of one kind form a curve over the layers."""
         return (self.component, self.span)
 
@@ -135,7 +139,7 @@ class View(Record):
         return View(**{**dict(self), "runs": runs})
 
 
-WHOLE_LAYER: tuple[Component, int] = ("layer", 1)
+WHOLE_LAYER: Kind = ("layer", 1)
 """The kind of the runs that remove one whole layer: the proxies are measured for these alone."""
 
 
@@ -316,3 +320,61 @@ class CellRecord(Record):
     def whole_layers(self) -> tuple[RunRecord, ...]:
         """The runs that remove one whole layer."""
         return tuple(run for run in self.runs if run.kind == WHOLE_LAYER)
+
+    @property
+    def all_runs(self) -> list[RunIdentity]:
+        """The runs, measured or missing: components outermost, then spans, then layers."""
+        return sorted((*self.runs, *self.missing), key=lambda run: run.order)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of runs, measured or missing: components outermost, then spans."""
+        return list(dict.fromkeys(run.kind for run in self.all_runs))
+
+    @property
+    def model_key(self) -> tuple[str, str, str]:
+        """Which model: its name, fingerprint and dtype."""
+        return (self.model.name, self.model.fingerprint, self.model.dtype)
+
+    def runs_of(self, kind: Kind = WHOLE_LAYER) -> dict[int, RunRecord]:
+        """Find the measured runs of a kind: first layer → run."""
+        return {run.layer: run for run in self.runs if run.kind == kind}
+
+    def absence(self, run: RunIdentity) -> str:
+        """Say why there is no record of a run."""
+        if set(self.removed) & set(range(run.layer, run.layer + run.span)):
+            return "removed already, beneath every run"
+        missing = any((r.kind, r.layer) == (run.kind, run.layer) for r in self.missing)
+        return NOT_MEASURED if missing else "not asked for"
+
+    def reason_of(self, field: str, run: RunRecord | None = None) -> str:
+        """Say why a value is undefined.
+
+        Args:
+            field: The field's name, or a metric's.
+            run: The run whose field it is; None for the cell's own fields.
+
+        Returns:
+            The reason recorded for the run, else for the cell, else that there is none.
+        """
+        for reasons in (run.reasons if run else {}, self.reasons):
+            found = reasons.get(field) or reasons.get(f"metrics.{field}")
+            if found:
+                return found
+        return NO_REASON
+
+    def relevance_of(self, run: RunRecord) -> tuple[float | None, str]:
+        """Find a run's accuracy relevance, and the reason when it is None."""
+        if run.accuracy_relevance is not None:
+            return run.accuracy_relevance, ""
+        return None, self.reason_of("accuracy_relevance", run)
+
+    def relevance(self, layer: int) -> tuple[float | None, str]:
+        """Find the accuracy relevance of one whole layer, measured or not, as `relevance_of`."""
+        run = self.runs_of().get(layer)
+        return self.relevance_of(run) if run else (None, self.absence(RunIdentity(layer=layer)))
+
+
+def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:
+    """List the layers that the runs of a kind start from in some cells, measured or missing."""
+    return sorted({run.layer for cell in cells for run in cell.all_runs if run.kind == kind})

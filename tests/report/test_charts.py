@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from tracker.records import CellRecord
-from tracker.report import wording
+from tracker.records import NOT_MEASURED, CellRecord
+from tracker.report import formats
 
 from . import drawn as charts
 from .conftest import AT_CHANCE, LAYERS, build_cell, study, with_layer
@@ -62,7 +62,7 @@ def test_undefined_and_missing_layers_are_gaps_never_zero() -> None:
     assert [x for x, y in zip(drops.x, drops.y, strict=True) if y is None] == [3, 7]
     assert [x for x, y in zip(scores.x, scores.y, strict=True) if y is None] == [3, 7]
     assert "no outcome" in drops.hovertext[3]
-    assert wording.NOT_MEASURED in drops.hovertext[7]
+    assert NOT_MEASURED in drops.hovertext[7]
     assert not drops.connectgaps
 
 
@@ -71,8 +71,8 @@ def test_hover_says_layer_value_interval_and_n() -> None:
     record = cell.runs[11]
     hover = trace(charts.layer_curve(cell), "accuracy drop").hovertext[11]
     assert "layer 11" in hover
-    low, high = wording.points(record.accuracy_drop_low), wording.points(record.accuracy_drop_high)
-    drop = wording.points(record.accuracy_drop)
+    low, high = formats.points(record.accuracy_drop_low), formats.points(record.accuracy_drop_high)
+    drop = formats.points(record.accuracy_drop)
     assert f"accuracy drop {drop} pp (95 % interval {low} to {high})" in hover
     assert "160 documents" in hover
 
@@ -80,7 +80,7 @@ def test_hover_says_layer_value_interval_and_n() -> None:
 def test_titles_say_what_is_seen_with_its_numbers() -> None:
     cell = build_cell()
     top = max(cell.runs, key=lambda record: record.accuracy_drop)
-    drop = wording.points(top.accuracy_drop)
+    drop = formats.points(top.accuracy_drop)
     assert f"removing layer {top.layer} costs most, {drop} pp" in charts.curve_title(cell)
     assert "160 documents" in charts.curve_title(cell)
     title = charts.proxy_scatter(cell).layout.title.text.replace("<br>", " ")
@@ -152,7 +152,7 @@ def test_heat_map_is_centred_and_marks_every_gap() -> None:
             seen += z is None
     assert len(gaps.x) == seen == 2 + 1 + LAYERS
     hovers = " ".join(gaps.hovertext).replace("<br>", " ")
-    assert wording.NOT_MEASURED in hovers
+    assert NOT_MEASURED in hovers
     assert AT_CHANCE in hovers
 
 

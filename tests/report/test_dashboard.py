@@ -16,6 +16,7 @@ from plotly.graph_objects import Figure
 from tracker.records import CellRecord
 from tracker.report import boards, frames
 from tracker.report.charts import across, model, ranks, style
+from tracker.report.formats import fixed, points, two_digits
 from tracker.report.html import render_page, render_report
 from tracker.report.leaderboard import (
     INTERVAL_RULE,
@@ -29,7 +30,6 @@ from tracker.report.leaderboard import (
 from tracker.report.pairs import pairs_of
 from tracker.report.ranks import cosine_ranks, misjudged, rankings
 from tracker.report.sentences import agreement_sentence, critical_sentence
-from tracker.report.wording import fixed, points, two_digits
 
 from .conftest import AT_CHANCE, LAYERS, build_cell, study, two_models, with_layer
 from .test_html import HOSTILE, number, read

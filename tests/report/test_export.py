@@ -13,8 +13,8 @@ from tracker.distribution import install_extra
 from tracker.errors import RequestError
 from tracker.records import CellRecord
 from tracker.report.export import FORMATS, boards, export, figures, frames
+from tracker.report.formats import fixed, points
 from tracker.report.leaderboard import layer_board
-from tracker.report.wording import fixed, points
 
 from .conftest import LAYERS, build_cell
 

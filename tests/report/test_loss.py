@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tracker.records import CellRecord
-from tracker.report import html, tables, wording
+from tracker.report import formats, html, tables, wording
 
 from . import drawn as charts
 from .conftest import build_cell
@@ -50,7 +50,7 @@ def loss() -> CellRecord:
 
 
 def test_the_unit_is_the_metrics_own(loss) -> None:
-    measure = wording.measure_of(loss)
+    measure = formats.measure_of(loss)
     assert (measure.level, measure.change) == ("loss", "loss increase")
     assert (measure.unit, measure.level_unit) == ("bits per byte", "bits per byte")
     assert measure.write(0.1234) == "0.123"
@@ -58,8 +58,8 @@ def test_the_unit_is_the_metrics_own(loss) -> None:
     tasks = (loss.benchmark.tasks[0].model_copy(update=metrics),)
     benchmark = loss.benchmark.model_copy(update={"tasks": tasks})
     corpus = loss.model_copy(update={"metric": "loss", "benchmark": benchmark})
-    assert wording.measure_of(corpus).unit == "nats a token"
-    accuracy = wording.measure_of(build_cell())
+    assert formats.measure_of(corpus).unit == "nats a token"
+    accuracy = formats.measure_of(build_cell())
     assert (accuracy.change, accuracy.unit, accuracy.write(0.1234)) == (
         "accuracy drop",
         "pp",
@@ -77,7 +77,7 @@ def test_tables(loss) -> None:
     ]
     first = loss.runs[0]
     assert table.rows[0][1].text == f"{first.accuracy:.3f}"
-    assert table.rows[0][2].text == wording.fixed(first.accuracy_drop, 3)
+    assert table.rows[0][2].text == formats.fixed(first.accuracy_drop, 3)
     overview = tables.overview_table([loss, build_cell()])
     row, other = overview.rows
     assert row[1].text.endswith("bits_per_byte (bits per byte)")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tracker.records import CellRecord, RunIdentity, RunRecord
-from tracker.report import frames, html, tables, wording
+from tracker.records import NOT_MEASURED, CellRecord, RunIdentity, RunRecord
+from tracker.report import formats, frames, html, tables, wording
 
 from . import drawn as charts
 from .conftest import LAYERS, build_cell
@@ -87,7 +87,7 @@ class TestTable:
         shown = [tuple(value.text for value in row[:3]) for row in table.rows]
         assert shown == [(str(r.layer), r.component, str(r.span)) for r in cell.runs]
         drops = [value.text for value in column(table, "accuracy drop (pp)")]
-        assert drops == [wording.points(r.accuracy_drop or 0) for r in cell.runs]
+        assert drops == [formats.points(r.accuracy_drop or 0) for r in cell.runs]
 
     @pytest.mark.parametrize(
         ("components", "spans", "labels"),
@@ -116,7 +116,7 @@ class TestTable:
         table = tables.layer_table(cell)
         assert len(table.rows) == 2 * LAYERS
         assert column(table, "accuracy drop (pp)")[5].reason == ""
-        assert column(table, "accuracy drop (pp)")[LAYERS + 5].reason == wording.NOT_MEASURED
+        assert column(table, "accuracy drop (pp)")[LAYERS + 5].reason == NOT_MEASURED
         assert wording.warnings(cell) == ("Incomplete: attention: layers 5, 6: not measured yet.",)
 
     def test_the_overview_compares_whole_layers_with_their_cosine(self) -> None:
@@ -175,7 +175,7 @@ class TestCharts:
         _, gaps = charts.span_map(cell, "layer").data
         assert list(zip(gaps.x, gaps.y, strict=True)) == [(3, "2"), (9, "2")]
         assert "a reason" in gaps.hovertext[0]
-        assert wording.NOT_MEASURED in gaps.hovertext[1]
+        assert NOT_MEASURED in gaps.hovertext[1]
         assert "layers 9–10" in gaps.hovertext[1]
 
     def test_scatter_and_relevance_are_of_whole_layers(self) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from tracker.report import wording
+from tracker.records import NO_REASON
+from tracker.report import formats, wording
 
 from .conftest import CONSTANT, build_cell, study
 
 
 def test_numbers_in_front_of_people() -> None:
-    assert wording.points(-0.0001) == "0.0"
-    assert wording.points(-0.0316) == "−3.2"
-    assert wording.p_value(0.000034) == "3e−5"
-    assert wording.p_value(0.0) == "0.000"
-    assert wording.p_value(0.0123) == "0.012"
+    assert formats.points(-0.0001) == "0.0"
+    assert formats.points(-0.0316) == "−3.2"
+    assert formats.p_value(0.000034) == "3e−5"
+    assert formats.p_value(0.0) == "0.000"
+    assert formats.p_value(0.0123) == "0.012"
 
 
 def test_sentence() -> None:
@@ -24,14 +25,14 @@ def test_sentence() -> None:
         f"{found['all'].value:.2f} (95 % interval {found['all'].low:.2f} to "
         f"{found['all'].high:.2f}; 30 layers, 160 documents; p < 0.001); "
         f"without the two outer layers at each end {found['inner'].value:.2f} (95 % interval "
-        f"{wording.fixed(found['inner'].low, 2)} to {found['inner'].high:.2f}; 26 layers, "
+        f"{formats.fixed(found['inner'].low, 2)} to {found['inner'].high:.2f}; 26 layers, "
         "160 documents; p = 0.210)."
     )
     assert f"undefined ({CONSTANT}; 30 layers, 160 documents)" in wording.sentence(study()[2])
     assert "not computed" in wording.sentence(cell.model_copy(update={"correlations": ()}))
     bare = cell.correlations[0].model_copy(update={"low": None, "p_value": None, "n": 1})
     text = wording.correlation_text(bare)
-    assert f"no interval: {wording.NO_REASON}; 1 layer, 160 documents)" in text
+    assert f"no interval: {NO_REASON}; 1 layer, 160 documents)" in text
 
 
 def test_summary_without_a_correlation() -> None:

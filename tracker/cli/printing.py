@@ -25,8 +25,9 @@ def print_damage(damaged: Mapping[str, str]) -> None:
 
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     """Print a cell's runs, or one of them."""
+    from tracker.report.formats import DASH, fixed, interval, measure_of
     from tracker.report.tables import run_columns
-    from tracker.report.wording import DASH, fixed, interval, measure_of, sentence
+    from tracker.report.wording import sentence
 
     measure = measure_of(cell)
     own_metric = "" if cell.other_metric else cell.metric

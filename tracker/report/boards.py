@@ -7,25 +7,14 @@ from functools import partial
 
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.proxies import PROXIES
-from tracker.records import WHOLE_LAYER, CellRecord
+from tracker.records import NO_REASON, WHOLE_LAYER, CellRecord, layers_of
+from tracker.report.formats import DASH, counted, fixed, layer_list, points, two_digits
 from tracker.report.grid import Table, Value, estimated, numbers, shown, texts
 from tracker.report.layers import PANELS, layer_relevance, relative_depth, why_undefined
 from tracker.report.leaderboard import LayerBoard, ModelBoard
 from tracker.report.pairs import Pair
 from tracker.report.ranks import cosine_ranks, misjudged, rankings
-from tracker.report.wording import (
-    DASH,
-    NO_REASON,
-    benchmark_labels,
-    counted,
-    fixed,
-    layer_list,
-    layers_of,
-    points,
-    provenance_notes,
-    records_of,
-    two_digits,
-)
+from tracker.report.wording import benchmark_labels, provenance_notes
 
 _four = partial(fixed, digits=4)
 _NO_RANK = "not defined on every benchmark"
@@ -178,7 +167,7 @@ def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
     for proxy in PROXIES:
         for cell, name in zip(cells, benchmark_labels(cells), strict=True):
             labels.append(f"{PANELS[proxy]}: {name}")
-            records = records_of(cell)
+            records = cell.runs_of()
             columns.append(
                 [
                     shown(

@@ -14,7 +14,7 @@ from tracker.distribution import install_extra
 from tracker.errors import RequestError
 from tracker.ledger.files import write_atomically, write_text
 from tracker.records import CellRecord
-from tracker.report import wording
+from tracker.report import formats, wording
 from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
 from tracker.report.frames import (
@@ -109,7 +109,7 @@ def _latex(cells: Sequence[CellRecord], path: Path) -> list[Path]:
         styled = frame.style.hide(axis="index").format(escape="latex")
         styled = styled.format_index(escape="latex", axis="columns")
         text = styled.to_latex(hrules=True, position_float="centering")
-        return text.replace(wording.MINUS, "$-$")  # pdflatex does not know the sign
+        return text.replace(formats.MINUS, "$-$")  # pdflatex does not know the sign
 
     tables, notes = boards(cells)
     comments = ["needs \\usepackage{booktabs}", LAYER_RULE, INTERVAL_RULE, MODEL_RULE, *notes]
@@ -155,7 +155,7 @@ def _readable(frame: pd.DataFrame) -> pd.DataFrame:
     shown = pd.DataFrame({"model": frame["model"]})
 
     def text(write: Callable[[float], str], column: str) -> list[str]:
-        return [wording.DASH if pd.isna(x) else write(x) for x in frame[column]]
+        return [formats.DASH if pd.isna(x) else write(x) for x in frame[column]]
 
     def beside(write: Callable[[float], str], column: str) -> list[str]:
         ends = zip(
@@ -163,7 +163,7 @@ def _readable(frame: pd.DataFrame) -> pd.DataFrame:
             strict=True,
         )  # fmt: skip
         return [
-            value if wording.DASH in (low, high) else f"{value} ({low} to {high})"
+            value if formats.DASH in (low, high) else f"{value} ({low} to {high})"
             for value, low, high in ends
         ]
 
@@ -173,12 +173,12 @@ def _readable(frame: pd.DataFrame) -> pd.DataFrame:
         title = column.replace("_", " ")
         if column == "accuracy_relevance":
             shown[f"mean {title} (95 % interval)"] = beside(
-                partial(wording.fixed, digits=3), column
+                partial(formats.fixed, digits=3), column
             )
         elif column == "accuracy_drop":
-            shown[f"mean {title}, pp (95 % interval)"] = beside(wording.points, column)
+            shown[f"mean {title}, pp (95 % interval)"] = beside(formats.points, column)
         elif column == "cosine_score":
-            shown["mean cosine score (1 − cos)"] = text(partial(wording.fixed, digits=3), column)
+            shown["mean cosine score (1 − cos)"] = text(partial(formats.fixed, digits=3), column)
         else:
             shown[f"{title}, 0-based" if column in ("layer", "worst_layer") else title] = text(
                 lambda number: f"{int(number)}", column

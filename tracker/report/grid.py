@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tracker.metrics.accuracy import Estimate
-from tracker.report.wording import DASH, NO_REASON, defined, interval
+from tracker.records import NO_REASON
+from tracker.report.formats import DASH, defined, interval
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tracker.metrics.accuracy import Estimate
 from tracker.records import CellRecord, RunIdentity
+from tracker.report.formats import defined
 from tracker.report.leaderboard import relevance_estimate
-from tracker.report.wording import absence, defined, reason_of, records_of
 
 PANELS = {
     "cosine_score": "cosine score (1 − cos)",
@@ -25,7 +25,7 @@ def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
     Returns:
         The relevance, or the reason why it is undefined.
     """
-    record = records_of(cell).get(layer)
+    record = cell.runs_of().get(layer)
     found = relevance_estimate(cell, record) if record else Estimate(None)
     if defined(found.value):
         return found
@@ -43,8 +43,8 @@ def why_undefined(cell: CellRecord, layer: int, field: str) -> str:
     Returns:
         The reason.
     """
-    record = records_of(cell).get(layer)
-    return reason_of(cell, field, record) if record else absence(cell, RunIdentity(layer=layer))
+    record = cell.runs_of().get(layer)
+    return cell.reason_of(field, record) if record else cell.absence(RunIdentity(layer=layer))
 
 
 def relative_depth(layer: int, layers: int) -> float:

@@ -19,7 +19,7 @@ from tracker.metrics.correlation import rank_disagreement
 from tracker.metrics.proxies import PROXIES
 from tracker.provenance import content_hash
 from tracker.records import CellRecord, ModelIdentity, RunRecord
-from tracker.report.wording import benchmark_labels, model_key, model_labels, reason_of
+from tracker.report.wording import benchmark_labels, model_labels
 
 LAYER_RULE = (
     "Layers are ranked by their mean accuracy relevance over the benchmarks (1 = removing the "
@@ -186,7 +186,7 @@ def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
     """Group cells by model: name, weights and dtype."""
     groups: dict[tuple[str, str, str], list[CellRecord]] = {}
     for cell in cells:
-        groups.setdefault(model_key(cell), []).append(cell)
+        groups.setdefault(cell.model_key, []).append(cell)
     return list(groups.values())
 
 
@@ -405,7 +405,7 @@ def _unusable(cell: CellRecord) -> str | None:
     if not cell.whole_layers:
         return "no whole single layer was removed"
     if all(run.accuracy_relevance is None for run in cell.whole_layers):
-        return reason_of(cell, "accuracy_relevance", cell.whole_layers[0])
+        return cell.reason_of("accuracy_relevance", cell.whole_layers[0])
     return None
 
 

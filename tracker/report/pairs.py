@@ -8,8 +8,9 @@ from itertools import combinations
 
 from tracker.metrics.accuracy import Estimate
 from tracker.records import CellRecord
+from tracker.report.formats import Measure, measure_of
 from tracker.report.leaderboard import compare, models_of, setting
-from tracker.report.wording import Measure, benchmark_labels, measure_of, model_labels
+from tracker.report.wording import benchmark_labels, model_labels
 
 MOST = 10
 """So many pairs are shown at most."""

@@ -9,8 +9,9 @@ import numpy as np
 from scipy import stats
 
 from tracker.records import CellRecord
+from tracker.report.formats import defined
 from tracker.report.leaderboard import LayerBoard, LayerStanding
-from tracker.report.wording import benchmark_labels, defined
+from tracker.report.wording import benchmark_labels
 
 _DECIMALS = 12
 """Figures that agree to here differ by rounding alone."""

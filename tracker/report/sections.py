@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracker.records import WHOLE_LAYER, CellRecord, ModelIdentity
-from tracker.report import boards, tables, wording
+from tracker.report import boards, formats, tables, wording
 from tracker.report.charts.across import depth_curves, difference_chart
 from tracker.report.charts.cells import curve_components, layer_curve, proxy_scatter
 from tracker.report.charts.maps import heat_map, span_components, span_map
@@ -41,7 +41,7 @@ class CellSection:
     id: str
     label: str
     cell: CellRecord
-    measure: wording.Measure
+    measure: formats.Measure
     sentence: str
     warnings: tuple[str, ...]
     curve: Figure | None
@@ -213,7 +213,7 @@ def _model_section(cells: Sequence[CellRecord], label: str, name: str) -> ModelS
 
 def _has_whole_layers(cell: CellRecord) -> bool:
     """Whether whole single layers are among what is removed; a cell without any run has a place."""
-    found = wording.kinds(cell)
+    found = cell.kinds
     return WHOLE_LAYER in found or not found
 
 
@@ -224,7 +224,7 @@ def _cell_section(cell: CellRecord, label: str, name: str) -> CellSection:
         id=name,
         label=label,
         cell=cell,
-        measure=wording.measure_of(cell),
+        measure=formats.measure_of(cell),
         sentence=wording.sentence(cell),
         warnings=wording.warnings(cell),
         curve=_figure(layer_curve(cell), f"{name}-curve", subject=cell.title) if lines else None,

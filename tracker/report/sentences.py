@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from tracker.records import CellRecord
+from tracker.report.formats import counted, defined, interval, points, two_digits
 from tracker.report.leaderboard import Agreement, LayerBoard, agreements
-from tracker.report.wording import counted, defined, interval, points, two_digits
 
 PROXY_NAMES = {
     "cosine_score": "cosine score",

@@ -7,7 +7,25 @@ from dataclasses import dataclass
 from functools import partial
 
 from tracker.metrics.ratios import RATIO
-from tracker.records import WHOLE_LAYER, CellRecord, RunIdentity, RunRecord
+from tracker.records import (
+    NO_REASON,
+    NOT_MEASURED,
+    WHOLE_LAYER,
+    CellRecord,
+    RunIdentity,
+    RunRecord,
+    layers_of,
+)
+from tracker.report.formats import (
+    DASH,
+    counted,
+    defined,
+    fixed,
+    measure_of,
+    p_value,
+    points,
+    two_digits,
+)
 from tracker.report.grid import (
     Column,
     Table,
@@ -21,27 +39,11 @@ from tracker.report.grid import (
 )
 from tracker.report.sentences import PROXY_NAMES
 from tracker.report.wording import (
-    DASH,
-    NO_REASON,
-    NOT_MEASURED,
-    absence,
-    all_runs,
     benchmark_labels,
     correlation,
-    counted,
-    defined,
-    fixed,
-    kinds,
-    layers_of,
-    measure_of,
     most_critical,
-    p_value,
-    points,
     provenance_notes,
-    reason_of,
-    relevance,
     run_list,
-    two_digits,
 )
 
 PROXIES = {**PROXY_NAMES, "cosine_score": "cosine score (1 − cos)"}
@@ -106,7 +108,7 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
     baseline = shown(
         cell.baseline_accuracy,
         measure.write,
-        reason_of(cell, "baseline_accuracy"),
+        cell.reason_of("baseline_accuracy"),
         scale=measure.scale,
     )
     rank = Value(DASH, "not computed")
@@ -125,7 +127,7 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
         with_interval(
             baseline, cell.baseline_low, cell.baseline_high, measure.write, scale=measure.scale
         ),
-        shown(cell.chance_accuracy, points, reason_of(cell, "chance_accuracy"), scale=100),
+        shown(cell.chance_accuracy, points, cell.reason_of("chance_accuracy"), scale=100),
         worded(", ".join(costly), no_drop),
         worded(", ".join(scored), "no layer has a cosine score"),
         rank,
@@ -149,14 +151,14 @@ def layer_table(cell: CellRecord) -> Table:
             "below 0.05 by chance even if nothing mattered. The largest drop is picked from "
             f"{counted(tests, 'noisy estimate')}, so it tends to be overstated."
         )
-    runs = all_runs(cell)
+    runs = cell.all_runs
     names = run_columns(cell)
     named = [names.of(run) for run in runs]
     columns = [[Value(name[i]) for name in named] for i in range(len(names.labels))]
     headers = [Column(label, label != COMPONENT) for label in names.labels]
     for label, show in _layer_columns(cell):
         column = [
-            show(run) if isinstance(run, RunRecord) else Value(DASH, absence(cell, run))
+            show(run) if isinstance(run, RunRecord) else Value(DASH, cell.absence(run))
             for run in runs
         ]
         headers.append(Column(label))
@@ -214,7 +216,7 @@ def run_columns(cell: CellRecord) -> RunColumns:
     Returns:
         The layer; the component and the span where something else than one whole layer is removed.
     """
-    found = kinds(cell)
+    found = cell.kinds
     components = any(component != "layer" for component, _ in found)
     spans = any(span != 1 for _, span in found)
     labels = ["first layer (0-based)" if spans else "layer (0-based)"]
@@ -230,13 +232,13 @@ def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
     it = "layer" if run_columns(cell).only_layers else "it"
 
     def field(name: str, write: Callable[[float], str], scale: float = 1) -> _Show:
-        return lambda r: shown(getattr(r, name), write, reason_of(cell, name, r), scale)
+        return lambda r: shown(getattr(r, name), write, cell.reason_of(name, r), scale)
 
     def metric(name: str) -> _Show:
-        return lambda r: shown(r.metrics.get(name), _four, reason_of(cell, name, r))
+        return lambda r: shown(r.metrics.get(name), _four, cell.reason_of(name, r))
 
     def ends(r: RunRecord) -> Value:
-        reason = r.reasons.get("accuracy_drop_low") or reason_of(cell, "accuracy_drop", r)
+        reason = r.reasons.get("accuracy_drop_low") or cell.reason_of("accuracy_drop", r)
         low, high = r.accuracy_drop_low, r.accuracy_drop_high
         return between(low, high, measure.write, reason, measure.scale)
 
@@ -332,7 +334,7 @@ def relevance_table(cells: Sequence[CellRecord]) -> Table:
     layers = layers_of(WHOLE_LAYER, *cells)
     columns = [[Value(str(layer)) for layer in layers]]
     for cell in cells:
-        found = (relevance(cell, layer) for layer in layers)
+        found = (cell.relevance(layer) for layer in layers)
         columns.append([shown(number, _three, reason) for number, reason in found])
     return Table(
         f"{cells[0].model.name}: accuracy relevance.",

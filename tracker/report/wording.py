@@ -1,257 +1,29 @@
-"""Words for cell records: numbers, intervals, reasons, labels and sentences for people."""
+"""Words for cell records: labels that tell them apart, and sentences for people."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeGuard
+from collections.abc import Iterable, Sequence
 
-from tracker.config import Component
 from tracker.records import (
+    NO_REASON,
+    NOT_MEASURED,
     WHOLE_LAYER,
     CellRecord,
     CorrelationRecord,
+    Kind,
     ModelIdentity,
     RunIdentity,
     RunRecord,
+    layers_of,
 )
-
-DASH = "–"
-MINUS = "−"
-NO_REASON = "no reason was recorded"
-NOT_MEASURED = "not measured yet"
-_LOSS_UNITS = {"bits_per_byte": "bits per byte", "ratio": "nats a token"}
-"""The unit of a loss, by its aggregation."""
-
-# Numbers
-
-
-def fixed(value: float, digits: int) -> str:
-    """Round to a fixed number of digits, with a true minus sign and no negative zero.
-
-    Args:
-        value: The number.
-        digits: Digits after the decimal point.
-
-    Returns:
-        For example `−0.25`.
-    """
-    return f"{value:z.{digits}f}".replace("-", MINUS)
-
-
-def two_digits(value: float) -> str:
-    """Round to two digits after the decimal point, as every correlation is written.
-
-    Args:
-        value: The number.
-
-    Returns:
-        For example `0.66`.
-    """
-    return fixed(value, 2)
-
-
-def points(fraction: float) -> str:
-    """Write a fraction as percentage points or per cent, without the unit.
-
-    Args:
-        fraction: For example 0.113.
-
-    Returns:
-        For example `11.3`.
-    """
-    return fixed(100 * fraction, 1)
-
-
-def p_value(p: float) -> str:
-    """Write a p-value for a table: three decimals, or one significant digit below 0.001.
-
-    Args:
-        p: The p-value.
-
-    Returns:
-        For example `0.012` or `3e−5`.
-    """
-    if not 0 < p < 0.001:
-        return f"{p:.3f}"
-    digit, exponent = f"{p:.0e}".split("e")
-    return f"{digit}e{MINUS}{abs(int(exponent))}"
-
-
-def defined(value: float | None) -> TypeGuard[float]:
-    """Say whether a value can be shown: there, and finite.
-
-    Args:
-        value: The value, or None.
-
-    Returns:
-        False for None, NaN and infinities.
-    """
-    return value is not None and math.isfinite(value)
-
-
-def interval(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
-    """Write an interval.
-
-    Args:
-        low: Its lower end, or None.
-        high: Its upper end, or None.
-        write: How one end is written.
-
-    Returns:
-        For example `1.2 to 4.0`, or an empty string when an end is undefined.
-    """
-    return f"{write(low)} to {write(high)}" if defined(low) and defined(high) else ""
-
-
-def counted(number: int, noun: str) -> str:
-    """Write a number of things.
-
-    Args:
-        number: How many.
-        noun: One of them, for example `layer`.
-
-    Returns:
-        For example `1 layer` or `1,200 layers`.
-    """
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-# What is measured
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What a cell's metric is called in front of people, and how it is written.
-
-    Attributes:
-        level: What the metric is.
-        change: What a removal does to it, positive where what was removed mattered.
-        level_unit: The unit of the level.
-        unit: The unit of the change.
-        scale: By what a record's figure is multiplied.
-        digits: Digits after the decimal point.
-    """
-
-    level: str
-    change: str
-    level_unit: str
-    unit: str
-    scale: float
-    digits: int
-
-    def write(self, figure: float) -> str:
-        """Write a level or a change of the record, without the unit."""
-        return fixed(self.scale * figure, self.digits)
-
-
-_ACCURACY = Measure("accuracy", "accuracy drop", "%", "pp", 100, 1)
-
-
-def measure_of(cell: CellRecord) -> Measure:
-    """Say what a cell measures.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Accuracy in percentage points, or a loss in its own unit.
-    """
-    if cell.higher_is_better:
-        return _ACCURACY
-    how = cell.benchmark.tasks[0].metrics.get(cell.metric, "")
-    unit = _LOSS_UNITS.get(how, cell.metric)
-    return Measure("loss", "loss increase", unit, unit, 1, 3)
-
-
-# Layers and reasons
-
-
-def layer_list(layers: Sequence[int], total: int) -> str:
-    """Name layers in a sentence.
-
-    Args:
-        layers: The layers, 0-based.
-        total: How many layers there are to name.
-
-    Returns:
-        For example `layer 3`, `layers 3, 5` or `all 30 layers`.
-    """
-    if len(layers) == total and total > 1:
-        return f"all {total} layers"
-    return f"layer{'s' if len(layers) != 1 else ''} {', '.join(map(str, layers))}"
-
-
-Kind = tuple[Component, int]
-"""What a run removes, but for the layer: the component, and the span."""
-
-
-def all_runs(cell: CellRecord) -> list[RunIdentity]:
-    """List the runs of a cell, measured or missing.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Components outermost (layer, attention, mlp), then spans, then layers.
-    """
-    runs: list[RunIdentity] = [*cell.runs, *cell.missing]
-    return sorted(runs, key=lambda run: run.order)
-
-
-def kinds(cell: CellRecord) -> list[Kind]:
-    """List the kinds of runs that a cell has, measured or missing.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Components outermost, then spans.
-    """
-    return list(dict.fromkeys(run.kind for run in all_runs(cell)))
-
-
-def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:
-    """List the layers that the runs of a kind start from, measured or missing.
-
-    Args:
-        kind: Component and span.
-        *cells: The cells.
-
-    Returns:
-        Layer numbers in order.
-    """
-    return sorted({run.layer for cell in cells for run in all_runs(cell) if run.kind == kind})
-
-
-def records_of(cell: CellRecord, kind: Kind = WHOLE_LAYER) -> dict[int, RunRecord]:
-    """Find the measured runs of a kind.
-
-    Args:
-        cell: The cell.
-        kind: Component and span.
-
-    Returns:
-        Layer -> record.
-    """
-    return {record.layer: record for record in cell.runs if record.kind == kind}
-
-
-def absence(cell: CellRecord, run: RunIdentity) -> str:
-    """Say why a cell holds no record of a run.
-
-    Args:
-        cell: The cell.
-        run: A run that is not measured.
-
-    Returns:
-        The reason.
-    """
-    if set(cell.removed) & set(range(run.layer, run.layer + run.span)):
-        return "removed already, beneath every run"
-    missing = any((r.kind, r.layer) == (run.kind, run.layer) for r in cell.missing)
-    return NOT_MEASURED if missing else "not asked for"
+from tracker.report.formats import (
+    counted,
+    defined,
+    interval,
+    layer_list,
+    measure_of,
+    two_digits,
+)
 
 
 def kind_words(kind: Kind) -> str:
@@ -300,69 +72,6 @@ def most_critical(records: Iterable[RunRecord], count: int = 3) -> list[RunRecor
     drops = [(r.accuracy_drop, r) for r in records if defined(r.accuracy_drop)]
     costly = [(drop, r) for drop, r in drops if drop > 0]
     return [r for _, r in sorted(costly, key=lambda pair: (-pair[0], pair[1].layer))[:count]]
-
-
-def reason_of(cell: CellRecord, field: str, record: RunRecord | None = None) -> str:
-    """Say why a value is undefined.
-
-    Args:
-        cell: The cell.
-        field: The field's name, or a metric's.
-        record: The run whose field it is; None for the cell's own fields.
-
-    Returns:
-        The reason recorded for the run, else for the cell, else a text that says that there is
-        none.
-    """
-    for reasons in (record.reasons if record else {}, cell.reasons):
-        found = reasons.get(field) or reasons.get(f"metrics.{field}")
-        if found:
-            return found
-    return NO_REASON
-
-
-def relevance(cell: CellRecord, layer: int) -> tuple[float | None, str]:
-    """Find the accuracy relevance of one whole layer.
-
-    Args:
-        cell: The cell.
-        layer: The layer, measured or not.
-
-    Returns:
-        The value, and the reason when it is None.
-    """
-    record = records_of(cell).get(layer)
-    return relevance_of(cell, record) if record else (None, absence(cell, RunIdentity(layer=layer)))
-
-
-def relevance_of(cell: CellRecord, record: RunRecord) -> tuple[float | None, str]:
-    """Find the accuracy relevance of one run.
-
-    Args:
-        cell: The cell.
-        record: The run.
-
-    Returns:
-        The value, and the reason when it is None.
-    """
-    if defined(record.accuracy_relevance):
-        return record.accuracy_relevance, ""
-    return None, reason_of(cell, "accuracy_relevance", record)
-
-
-# Labels
-
-
-def model_key(cell: CellRecord) -> tuple[str, str, str]:
-    """Say which model a cell belongs to.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Its name, fingerprint and dtype; cells with equal keys share a section of the page.
-    """
-    return (cell.model.name, cell.model.fingerprint, cell.model.dtype)
 
 
 def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
@@ -524,7 +233,7 @@ def _beneath(cell: CellRecord) -> str:
     def level(field: str, low: str, high: str) -> str:
         value = getattr(cell, field)
         if not defined(value):
-            return f"undefined ({reason_of(cell, field)})"
+            return f"undefined ({cell.reason_of(field)})"
         between = interval(getattr(cell, low), getattr(cell, high), measure.write)
         unit = measure.level_unit
         return f"{measure.write(value)} {unit}" + (f" (95 % interval {between})" if between else "")
@@ -551,7 +260,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
     """
     if not cells:
         return "No cell is measured yet, so there is nothing to show."
-    models = len({model_key(cell) for cell in cells})
+    models = len({cell.model_key for cell in cells})
     lost = {
         True: "the accuracy that was really lost",
         False: "the loss that was really added",
@@ -584,7 +293,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
 
 def _turns(cells: Sequence[CellRecord]) -> str:
     """Say what was removed in turn."""
-    found = {kind for cell in cells for kind in kinds(cell)} or {WHOLE_LAYER}
+    found = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
     shown = {
         "each layer": WHOLE_LAYER in found,
         "each layer’s attention": ("attention", 1) in found,

@@ -9,10 +9,10 @@ from tracker.metrics.accuracy import Estimate
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.maps import ROWS, centred_map, short
 from tracker.report.charts.style import MANY, Chart, chart, errors, finite, layer_axis, line
+from tracker.report.formats import counted, defined, interval, two_digits
 from tracker.report.layers import relative_depth
 from tracker.report.leaderboard import LayerBoard
 from tracker.report.pairs import Pair
-from tracker.report.wording import counted, defined, interval, two_digits
 
 _FEW = 3
 """So many lines can carry their intervals and still be told apart."""

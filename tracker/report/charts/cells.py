@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from tracker.config import Component
 from tracker.records import WHOLE_LAYER, CellRecord
-from tracker.report import wording
+from tracker.report import formats, wording
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import span_components, span_map
 from tracker.report.charts.style import (
@@ -40,16 +40,16 @@ def curve_title(cell: CellRecord) -> str:
     Returns:
         Plain text with the largest drop, its interval and the number of documents.
     """
-    measure = wording.measure_of(cell)
+    measure = formats.measure_of(cell)
     records = [r for r in cell.runs if r.span == 1]
-    drops = [r.accuracy_drop for r in records if wording.defined(r.accuracy_drop)]
+    drops = [r.accuracy_drop for r in records if formats.defined(r.accuracy_drop)]
     if not drops:
         return f"{cell.title}: no {measure.change} is defined"
     costs, gain = ("costs", "raise") if cell.higher_is_better else ("adds", "lower")
     says = f"no removal {costs} {measure.level}"
     for top in wording.most_critical(records, 1):
         size = measure.write(max(drops))
-        between = wording.interval(top.accuracy_drop_low, top.accuracy_drop_high, measure.write)
+        between = formats.interval(top.accuracy_drop_low, top.accuracy_drop_high, measure.write)
         says = f"removing {top.label()} {costs} most, {size} {measure.unit}"
         says += f" (95 % interval {between})" if between else ""
     gains = sum(1 for drop in drops if drop < 0)
@@ -68,7 +68,7 @@ def scatter_title(cell: CellRecord) -> str:
     Returns:
         Plain text with the three correlations, their intervals and their samples.
     """
-    change = wording.measure_of(cell).change
+    change = formats.measure_of(cell).change
     text = wording.correlation_text(wording.correlation(cell))
     others = [
         f"{name} {wording.short_correlation(found)}"
@@ -115,7 +115,7 @@ def layer_curve(cell: CellRecord) -> Chart:
     """
     components = curve_components(cell)
     single = len(components) == 1
-    measure = wording.measure_of(cell)
+    measure = formats.measure_of(cell)
     data: list[dict[str, Any]] = []
     axis: set[int] = set()
     for number, component in enumerate(components):
@@ -200,7 +200,7 @@ def curve_components(cell: CellRecord) -> list[Component]:
     Returns:
         The components that are removed of one layer at a time; whole layers where there is no run.
     """
-    kinds = wording.kinds(cell)
+    kinds = cell.kinds
     return [component for component, span in kinds if span == 1] if kinds else ["layer"]
 
 
@@ -214,11 +214,11 @@ def proxy_scatter(cell: CellRecord) -> Chart:
         One labelled point for each layer where both are defined, in two traces: `inner layers`,
         and `outer layers` for the first two and the last two.
     """
-    measure = wording.measure_of(cell)
+    measure = formats.measure_of(cell)
     records = [
         r
         for r in cell.whole_layers
-        if wording.defined(r.cosine_score) and wording.defined(r.accuracy_drop)
+        if formats.defined(r.cosine_score) and formats.defined(r.accuracy_drop)
     ]
     records.sort(key=lambda record: record.layer)
     by_score = sorted(records, key=lambda record: record.cosine_score or 0)

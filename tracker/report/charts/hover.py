@@ -9,21 +9,9 @@ import html
 from collections.abc import Callable
 
 from tracker.metrics.accuracy import Estimate
-from tracker.records import CellRecord, RunIdentity, RunRecord
+from tracker.records import CellRecord, Kind, RunIdentity, RunRecord, layers_of
 from tracker.report.charts.style import wrap
-from tracker.report.wording import (
-    Kind,
-    absence,
-    defined,
-    fixed,
-    interval,
-    layers_of,
-    measure_of,
-    p_value,
-    reason_of,
-    records_of,
-    relevance_of,
-)
+from tracker.report.formats import defined, fixed, interval, measure_of, p_value
 
 
 def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> str:
@@ -41,12 +29,12 @@ def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> s
     if cell.removed:
         head += f"<br>{wrap(cell.beneath)}"
     if record is None:
-        return f"{head}<br>{absence(cell, run)}"
+        return f"{head}<br>{cell.absence(run)}"
     measure = measure_of(cell)
-    drop, relevance = record.accuracy_drop, relevance_of(cell, record)
+    drop, relevance = record.accuracy_drop, cell.relevance_of(record)
     lines = [head]
     if drop is None:
-        why = wrap(reason_of(cell, "accuracy_drop", record))
+        why = wrap(cell.reason_of("accuracy_drop", record))
         lines.append(f"{measure.change} undefined: {why}")
     else:
         ends = interval(record.accuracy_drop_low, record.accuracy_drop_high, measure.write)
@@ -59,7 +47,7 @@ def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> s
     else:
         lines.append(f"accuracy relevance {fixed(relevance[0], 3)}")
     if record.cosine_score is None:
-        lines.append(f"cosine score undefined: {wrap(reason_of(cell, 'cosine_score', record))}")
+        lines.append(f"cosine score undefined: {wrap(cell.reason_of('cosine_score', record))}")
     else:
         lines.append(f"cosine score {fixed(record.cosine_score, 4)}")
     lines.append(f"{record.n:,} documents")
@@ -104,7 +92,7 @@ def along_layers(
         Layers, records (None where nothing was measured) and hover boxes.
     """
     layers = layers_of(kind, cell)
-    found = records_of(cell, kind)
+    found = cell.runs_of(kind)
     component, span = kind
     runs = [RunIdentity(component=component, layer=layer, span=span) for layer in layers]
     hover = [run_hover(cell, run, found.get(run.layer)) for run in runs]

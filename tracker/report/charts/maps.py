@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracker.config import Component
-from tracker.records import WHOLE_LAYER, CellRecord, RunIdentity
-from tracker.report import wording
+from tracker.records import WHOLE_LAYER, CellRecord, RunIdentity, layers_of
+from tracker.report import formats, wording
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.style import GREY, Chart, chart, finite, layer_axis
 
@@ -44,16 +44,16 @@ def heat_title(cells: Sequence[CellRecord]) -> str:
     Returns:
         Plain text with the numbers of benchmarks and of negative and undefined values.
     """
-    layers = wording.layers_of(WHOLE_LAYER, *cells)
+    layers = layers_of(WHOLE_LAYER, *cells)
     found: dict[int, list[float]] = {}
     for cell in cells:
         for layer in layers:
-            value, _ = wording.relevance(cell, layer)
+            value, _ = cell.relevance(layer)
             if value is not None:
                 found.setdefault(layer, []).append(value)
     total, count = len(layers) * len(cells), sum(len(v) for v in found.values())
     rows = "cell" if any(cell.removed for cell in cells) else "benchmark"
-    size = f"{len(layers)} layers × {wording.counted(len(cells), rows)}"
+    size = f"{len(layers)} layers × {formats.counted(len(cells), rows)}"
     text = f"{cells[0].model.name}: accuracy relevance, {size}"
     if found:
         means = {layer: sum(values) / len(values) for layer, values in found.items()}
@@ -79,9 +79,9 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
     Raises:
         ValueError: If there is no cell, or the cells belong to several models.
     """
-    if len({wording.model_key(cell) for cell in cells}) != 1:
+    if len({cell.model_key for cell in cells}) != 1:
         raise ValueError("heat_map takes the cells of exactly one model")
-    layers = wording.layers_of(WHOLE_LAYER, *cells)
+    layers = layers_of(WHOLE_LAYER, *cells)
     labels = [
         html.escape(label).replace(" · ", "<br>", 1) for label in wording.benchmark_labels(cells)
     ]
@@ -89,8 +89,8 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
     hovers: list[list[str]] = []
     gaps: list[tuple[int, str, str]] = []
     for cell, label in zip(cells, labels, strict=True):
-        by_layer = wording.records_of(cell)
-        pairs = [wording.relevance(cell, layer) for layer in layers]
+        by_layer = cell.runs_of()
+        pairs = [cell.relevance(layer) for layer in layers]
         values.append([value for value, _ in pairs])
         hovers.append([run_hover(cell, RunIdentity(layer=x), by_layer.get(x)) for x in layers])
         gaps += [
@@ -123,7 +123,7 @@ def span_components(cell: CellRecord) -> list[Component]:
     Returns:
         The components with runs of two spans or more.
     """
-    components = [component for component, _ in wording.kinds(cell)]
+    components = [component for component, _ in cell.kinds]
     return [name for name in dict.fromkeys(components) if components.count(name) > 1]
 
 
@@ -137,13 +137,13 @@ def span_title(cell: CellRecord, component: Component) -> str:
     Returns:
         Plain text with the cheapest removal of every span.
     """
-    measure = wording.measure_of(cell)
+    measure = formats.measure_of(cell)
     what = "layers" if component == "layer" else f"layers’ {component}"
     text = f"{cell.title}: {measure.change} by first layer and number of removed {what}"
     cheapest = []
     for span in _spans(cell, component):
-        found = wording.records_of(cell, (component, span)).values()
-        known = [(r.accuracy_drop, r.layer, r) for r in found if wording.defined(r.accuracy_drop)]
+        found = cell.runs_of((component, span)).values()
+        known = [(r.accuracy_drop, r.layer, r) for r in found if formats.defined(r.accuracy_drop)]
         if known:
             drop, _, record = min(known, key=lambda item: item[:2])
             cheapest.append(f"{record.label()} ({measure.write(drop)})")
@@ -162,9 +162,9 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
         Undefined and missing values are gaps marked by crosses that say why (trace `undefined`); a
         span that is no run is blank.
     """
-    measure = wording.measure_of(cell)
+    measure = formats.measure_of(cell)
     spans = _spans(cell, component)
-    layers = sorted({x for span in spans for x in wording.layers_of((component, span), cell)})
+    layers = sorted({x for span in spans for x in layers_of((component, span), cell)})
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
     gaps: list[tuple[int, str, str]] = []
@@ -195,7 +195,7 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
 
 
 def _spans(cell: CellRecord, component: Component) -> list[int]:
-    return [span for name, span in wording.kinds(cell) if name == component]
+    return [span for name, span in cell.kinds if name == component]
 
 
 def short(value: float) -> str:

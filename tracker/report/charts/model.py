@@ -8,7 +8,7 @@ from typing import Any
 
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.proxies import PROXIES
-from tracker.records import WHOLE_LAYER, CellRecord
+from tracker.records import WHOLE_LAYER, CellRecord, layers_of
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.style import (
     MANY,
@@ -22,18 +22,10 @@ from tracker.report.charts.style import (
     value_axis,
     wrap,
 )
+from tracker.report.formats import counted, defined, fixed, interval, two_digits
 from tracker.report.layers import PANELS, layer_relevance, why_undefined
 from tracker.report.leaderboard import LayerBoard
-from tracker.report.wording import (
-    benchmark_labels,
-    counted,
-    defined,
-    fixed,
-    interval,
-    layers_of,
-    records_of,
-    two_digits,
-)
+from tracker.report.wording import benchmark_labels
 
 _FEW = 3
 """So many lines can carry their intervals and still be told apart."""
@@ -243,7 +235,7 @@ def _proxy(
     cell: CellRecord, proxy: str, name: str, layers: Sequence[int]
 ) -> tuple[list[float | None], list[str]]:
     """Line up one proxy over the layers, with hover boxes."""
-    records = records_of(cell)
+    records = cell.runs_of()
     values: list[float | None] = []
     hover = []
     for layer in layers:

@@ -17,7 +17,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tracker.metrics.accuracy import Estimate
-from tracker.report.wording import defined
+from tracker.report.formats import defined
 
 MATTERS = "#3d74a8"
 HELPS = "#c4762f"
