@@ -51,7 +51,7 @@ MAX_LENGTH = 176
 ABLATIONS = [*single_layers(tuple(range(LAYERS))), Ablation((1, 2))]
 ROWS = (192, 1024)
 """Tokens of a row on a processor and on an accelerator."""
-SECONDS = 90
+SECONDS = 240
 """That one variant may take."""
 PROCESSES = 2
 MATTERS = 0.02

@@ -38,7 +38,7 @@ def fixture_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_page_draws_everything_offline(chromium: Browser, report: Path) -> None:
     with Visit(chromium, report, viewport={"width": 1280, "height": 900}) as visit:
         page = visit.page
-        assert page.locator(".js-plotly-plot").count() == 4 + 3 * 2
+        assert page.locator(".js-plotly-plot").count() == 5 + 3 * 2
         assert page.locator("#model-1-heat-map .heatmaplayer image").count() == 1
         assert page.locator("#model-1-heat-map .scatterlayer .point").count() == 2 + 1 + LAYERS
         curve = page.locator("#model-1-cell-1-curve")

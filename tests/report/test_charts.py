@@ -8,6 +8,8 @@ import pytest
 
 from tracker.records import NOT_MEASURED, CellRecord
 from tracker.report import formats
+from tracker.report.charts.story import marked_layers, story
+from tracker.report.leaderboard import layer_board
 
 from . import drawn as charts
 from .conftest import AT_CHANCE, LAYERS, build_cell, study, with_layer
@@ -179,3 +181,28 @@ def test_figures_are_deterministic(cells: list[CellRecord]) -> None:
     for draw in (charts.layer_curve, charts.proxy_scatter):
         assert draw(cells[1]).to_json() == draw(study()[1]).to_json()
     assert charts.heat_map(cells).to_json() == charts.heat_map(study()).to_json()
+
+
+def test_the_story_marks_where_the_two_disagree_most() -> None:
+    board = layer_board([build_cell(), build_cell("piqa")])
+    figure = story(board, "a model").figure()
+    costs, scores = trace(figure, "accuracy relevance"), trace(figure, "cosine score")
+    by_layer = {one.layer: one for one in board.layers}
+    assert list(costs.x) == list(scores.x) == sorted(by_layer)
+    for layer, cost, up, score in zip(costs.x, costs.y, costs.error_y.array, scores.y, strict=True):
+        standing = by_layer[layer]
+        assert (cost, score) == (standing.relevance.value, standing.cosine_score)
+        assert cost + up == pytest.approx(standing.relevance.high)
+    # By another road: sort both ways, and count the places between.
+    true = sorted(by_layer, key=lambda layer: by_layer[layer].rank)
+    cheap = sorted(by_layer, key=lambda layer: -by_layer[layer].cosine_score)
+    apart = {layer: abs(true.index(layer) - cheap.index(layer)) for layer in by_layer}
+    marked = marked_layers(board)
+    assert min(apart[layer] for layer in marked) >= max(
+        apart[layer] for layer in by_layer if layer not in marked
+    )
+    assert [note.text for note in figure.layout.annotations] == [f"<b>{n}</b>" for n in marked]
+    assert (
+        f"furthest apart: layers {', '.join(map(str, sorted(marked)))}"
+        in story(board, "a model").title
+    )

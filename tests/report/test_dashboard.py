@@ -104,8 +104,11 @@ class TestOverview:
         assert f"<li>rte · 0-shot: {AT_CHANCE}</li>" in page
         assert page.index('id="overview-title"') < page.index('id="model-1"')
         overview = page[page.index('id="overview-title"') : page.index('id="leaderboards"')]
-        assert "<strong>Accuracy relevance</strong> is the share" in overview
-        assert "<strong>cosine score</strong> says how far" in overview
+        assert "Spearman compares two orders" in overview
+        # The picture comes first, and says itself what it shows.
+        opening = page[page.index("<h1>") : page.index('id="overview-title"')]
+        assert opening.index('id="model-1-story"') < opening.index('class="lede"')
+        assert "the share of the accuracy above pure guessing that is lost" in opening
 
     def test_the_most_critical_layers_are_named(self) -> None:
         cell = build_cell()

@@ -49,6 +49,7 @@ def test_a_leaderboard_is_sorted_by_click_and_by_keyboard(
     chromium: Browser, report: Path, board: LayerBoard
 ) -> None:
     with Visit(chromium, report, scroll=False, viewport=WIDE) as visit:
+        visit.page.locator(BOARD).scroll_into_view_if_needed()
         layers = visit.page.locator(LAYER_COLUMN)
         heads = visit.page.locator(f"{BOARD} thead th")
         assert shown(layers) == [one.layer for one in board.layers]
@@ -79,6 +80,7 @@ def test_a_table_is_filtered_by_keyboard(chromium: Browser, report: Path) -> Non
     with Visit(chromium, report, scroll=False, viewport=WIDE) as visit:
         page = visit.page
         box = page.locator(".table", has=page.locator(BOARD))
+        box.scroll_into_view_if_needed()
         box.get_by_role("searchbox", name="Layers").focus()
         page.keyboard.type("3, 10-12")
         assert sorted(shown(page.locator(LAYER_COLUMN))) == [3, 10, 11, 12]
@@ -194,6 +196,7 @@ def test_keyboard_and_screen_reader_find_their_way(chromium: Browser, report: Pa
         ]  # fmt: skip
         bare = "table:not(:has(caption)), thead th:not([scope]), tbody tr:not(:has(th[scope=row]))"
         assert page.locator(bare).count() == 0
+        page.locator(BOARD).scroll_into_view_if_needed()
         button = page.locator(f"{BOARD} thead button").first
         button.focus()
         page.keyboard.press("Tab")

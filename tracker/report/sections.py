@@ -12,6 +12,7 @@ from tracker.report.charts.cells import curve_components, layer_curve, proxy_sca
 from tracker.report.charts.maps import heat_map, span_components, span_map
 from tracker.report.charts.model import proxy_curves, relevance_curves
 from tracker.report.charts.ranks import rank_map
+from tracker.report.charts.story import story
 from tracker.report.charts.style import Chart
 from tracker.report.grid import Table
 from tracker.report.leaderboard import LayerBoard, ModelBoard, layer_board, model_board, models_of
@@ -74,6 +75,7 @@ class ModelSection:
     leaderboard: Table | None
     critical: str
     cells: tuple[CellSection, ...]
+    story: Figure | None
     relevance: Figure | None
     proxies: Figure | None
     heat_map: Figure | None
@@ -83,7 +85,7 @@ class ModelSection:
     @property
     def figures(self) -> tuple[Figure, ...]:
         """Every chart of the section and of its cells."""
-        mine = (self.relevance, self.proxies, self.heat_map, self.ranks)
+        mine = (self.story, self.relevance, self.proxies, self.heat_map, self.ranks)
         return (*(one for one in mine if one), *(f for cell in self.cells for f in cell.figures))
 
 
@@ -115,7 +117,7 @@ def model_sections(cells: Sequence[CellRecord]) -> tuple[ModelSection, ...]:
     groups = models_of(cells)
     labels = wording.model_labels([group[0].model for group in groups])
     return tuple(
-        _model_section(group, label, f"model-{number}")
+        _model_section(group, label, f"model-{number}", alone=len(groups) == 1)
         for number, (group, label) in enumerate(zip(groups, labels, strict=True), 1)
     )
 
@@ -159,7 +161,9 @@ def _model_key(model: ModelIdentity) -> tuple[str, str, str]:
     return (model.name, model.fingerprint, model.dtype)
 
 
-def _model_section(cells: Sequence[CellRecord], label: str, name: str) -> ModelSection:
+def _model_section(
+    cells: Sequence[CellRecord], label: str, name: str, alone: bool
+) -> ModelSection:
     benchmarks = wording.benchmark_labels(cells)
     mapped = [cell for cell in cells if _has_whole_layers(cell)]
     whole = [cell for cell in cells if cell.whole_layers]
@@ -175,6 +179,9 @@ def _model_section(cells: Sequence[CellRecord], label: str, name: str) -> ModelS
             _cell_section(cell, benchmark, f"{name}-cell-{index}")
             for index, (cell, benchmark) in enumerate(zip(cells, benchmarks, strict=True), 1)
         ),
+        story=_figure(story(board, label), f"{name}-story", None, label if alone else "")
+        if board.layers
+        else None,
         relevance=_figure(
             relevance_curves(board, label),
             f"{name}-relevance-curves",

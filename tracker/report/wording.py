@@ -261,22 +261,19 @@ def summary(cells: Sequence[CellRecord]) -> str:
     if not cells:
         return "No cell is measured yet, so there is nothing to show."
     models = len({cell.model_key for cell in cells})
-    lost = {
-        True: "the accuracy that was really lost",
-        False: "the loss that was really added",
-    }
-    measured = " or ".join(lost[kind] for kind in dict.fromkeys(c.higher_is_better for c in cells))
     text = (
         f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark"
         f"{' and metric' if any(c.other_metric for c in cells) else ''}"
         f"{' and set of layers that are gone already' if any(c.removed for c in cells) else ''}). "
-        f"{_turns(cells)} was removed in turn. Below, {measured} stands beside "
-        "the cosine score, the cheap proxy that is commonly used in its place. "
+        f"{_turns(cells)} was removed in turn. "
     )
     records = [record for cell in cells if (record := correlation(cell))]
     values = sorted(record.value for record in records if defined(record.value))
     if not values:
-        return text + "No rank correlation of the two is defined here; each cell says why."
+        return (
+            text
+            + "No rank correlation of cost and cosine score is defined here; each cell says why."
+        )
     above = sum(1 for r in records if defined(r.value) and r.low is not None and r.low > 0)
     span = (
         f"is {two_digits(values[0])}"
@@ -284,7 +281,8 @@ def summary(cells: Sequence[CellRecord]) -> str:
         else f"runs from {two_digits(values[0])} to {two_digits(values[-1])}"
     )
     text += (
-        f"Their Spearman correlation over the layers {span} (1 = the same order); in "
+        f"The Spearman correlation of cost and cosine score over the layers {span} (1 = the same "
+        "order); in "
         f"{above} of {counted(len(cells), 'cell')} its 95 % interval lies above 0"
     )
     without = len(cells) - len(values)
