@@ -7,14 +7,37 @@ from typing import TYPE_CHECKING, Any
 from tracker.distribution import __version__
 
 if TYPE_CHECKING:
-    from tracker.api import Results, run
+    from tracker.api import (
+        Results,
+        check,
+        evaluate,
+        leaderboard,
+        ls,
+        plan,
+        report,
+        run,
+        sync,
+        validate,
+    )
 
-__all__ = ["Results", "__version__", "run"]
+__all__ = [
+    "Results",
+    "__version__",
+    "check",
+    "evaluate",
+    "leaderboard",
+    "ls",
+    "plan",
+    "report",
+    "run",
+    "sync",
+    "validate",
+]
 
 
 def __getattr__(name: str) -> Any:
     # The command line must start fast, so the API is imported when it is used.
-    if name in ("run", "Results"):
+    if name in __all__:
         from tracker import api
 
         return getattr(api, name)

@@ -18,6 +18,7 @@ from tracker.config import CellRequest, load_experiment
 from tracker.errors import RequestError, TrackingError, WorkError
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import Verified, compare, verify
+from tracker.measuring import prepare
 from tracker.measuring.derive import all_records
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import all_layers
@@ -32,6 +33,8 @@ from tracker.tracking import default_targets
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tracker.measuring.planning import PlannedCell
 
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
@@ -55,14 +58,14 @@ class Results:
     @property
     def layers(self) -> pd.DataFrame:
         """One row a (model, benchmark, run): fractions; `layer` is its first layer, 0-based."""
-        from tracker.report.frames import layer_frame
+        from tracker.reporting.frames import layer_frame
 
         return layer_frame(self.cells)
 
     @property
     def correlations(self) -> pd.DataFrame:
         """One row a (model, benchmark, proxy, coefficient, subset of layers)."""
-        from tracker.report.frames import correlation_frame
+        from tracker.reporting.frames import correlation_frame
 
         return correlation_frame(self.cells)
 
@@ -124,6 +127,50 @@ def run(
     except WorkError as error:  # what was measured is still to be shown
         outcome.unwritten = str(error)
     return Results(tuple(outcome.cells), page, outcome)
+
+
+def validate(
+    experiment: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> tuple[int, list[str]]:
+    """Check an experiment file without loading a model's weights.
+
+    Args:
+        experiment: The YAML file.
+        trust_remote_code: Whether code from a download may run.
+
+    Returns:
+        How many runs it has, and what could not be checked from here or now.
+
+    Raises:
+        RequestError: The file, a model, a benchmark or a layer is not what it should be.
+    """
+    asked, _ = load_experiment(Path(experiment))
+    return prepare.validate(asked.cells(), trust_remote_code)
+
+
+def plan(
+    experiment: str | os.PathLike[str],
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    trust_remote_code: bool = False,
+) -> list[PlannedCell]:
+    """Say what an experiment will cost, before anything is spent.
+
+    Args:
+        experiment: The YAML file.
+        results: The results folder, which may hold some of it.
+        trust_remote_code: Whether code from a download may run.
+
+    Returns:
+        One plan a cell: documents, tokens, layer passes, FLOPs, memory.
+
+    Raises:
+        RequestError: Something that was asked for does not exist or does not fit.
+    """
+    from tracker.measuring import planning
+
+    asked, _ = load_experiment(Path(experiment))
+    return planning.plan(asked.cells(), Ledger(Path(results)), trust_remote_code)
 
 
 def evaluate(
@@ -220,7 +267,7 @@ def report(
     Args:
         *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`; none for
             `results`.
-        form: `html` for the page, or one of `tracker.report.export.FORMATS`.
+        form: `html` for the page, or one of `tracker.reporting.export.FORMATS`.
         output: A file for `html`, `md` and `tex`, a folder otherwise; by default beside the
             source, or here where there are several.
         publish: Tracking projects that get the page as well, as `BACKEND:PROJECT`.
@@ -263,7 +310,7 @@ def leaderboard(
 
     Returns:
         The cells that are ranked: those of the sources, and those of the leaderboards that they
-        joined. `tracker.report.leaderboard` ranks them.
+        joined. `tracker.reporting.leaderboard` ranks them.
 
     Raises:
         RequestError: A source or a target is none, or no source holds a measured cell.

@@ -12,6 +12,7 @@ import copy
 import math
 import multiprocessing
 import random
+import re
 import signal
 import sys
 import time
@@ -456,6 +457,42 @@ def page(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_short(text: str) -> str:
+    """Say of the page of families which share how far: the table in `docs/models.md`."""
+    far: dict[str, list[str]] = {}
+    table = text[text.index("| family | shared |") : text.index("## Not built")]
+    for line in table.splitlines()[2:]:
+        if line:
+            family, shared, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+            name = re.sub(r" \(.*", "", family).removesuffix("_text")
+            names = far.setdefault(re.split("[;,]", shared)[0].strip(), [])
+            names += [name] if name not in names else []
+    lines = ["| shared | families, most of whose variants share so far |", "|---|---|"]
+    for place, words in IN_SHORT.items():
+        names = far.pop(place, [])
+        lines.append(f"| {words} | {len(names)}: {', '.join(names) or 'none'} |")
+    assert not far, f"the page of families knows {list(far)}"
+    return "\n".join(lines)
+
+
+IN_SHORT = {
+    "documents": "over depth, over tokens, and what documents have in common",
+    "tokens": "over depth and tokens",
+    "depth": "over depth",
+    "nothing": "nothing: one plain pass a request",
+    "–": "refused by name",
+}
+BEGIN, END = "<!-- made by `make families` -->\n", "\n<!-- end -->"
+
+
+def write_in_short() -> None:
+    """Write the table into `docs/models.md`."""
+    path = PAGE.with_name("models.md")
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(before + BEGIN + in_short(PAGE.read_text()) + END + after)
+
+
 def _row(family: str, verdicts: Sequence[Verdict]) -> str:
     exact = [one for one in verdicts if one.verdict == EXACT]
     most = Counter(one.shared for one in exact).most_common(1)
@@ -503,6 +540,7 @@ def main() -> int:
     if not sys.argv[1:]:
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(page(sorted(verdicts, key=lambda one: str(one.variant))))
+        write_in_short()
     return int(any(one.verdict in FAILURES for one in verdicts))
 
 

@@ -169,3 +169,11 @@ def test_the_page_merges_variants():
     assert "discontinuous by 0.9 nats: all" in text
     assert "exact: 2, refused: 1, discontinuous: 1, silently wrong: 0, crashed: 0" in text
     assert "| bert | reads in both directions: an encoder |" in text
+
+
+def test_the_table_of_the_docs_is_that_of_the_page() -> None:
+    """`make families` writes both; neither is edited."""
+    text = survey.PAGE.with_name("models.md").read_text()
+    table = text.partition(survey.BEGIN)[2].partition(survey.END)[0]
+    assert table == survey.in_short(survey.PAGE.read_text())
+    assert "silently wrong: 0, crashed: 0" in survey.PAGE.read_text()

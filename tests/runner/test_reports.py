@@ -21,7 +21,7 @@ from tracker.errors import RequestError, ResultsError
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
 from tracker.records import CellRecord
-from tracker.report.leaderboard import layer_board
+from tracker.reporting.leaderboard import layer_board
 from tracker.team.board import FORMAT, Board, Entry, merge, publish_board, read_board
 from tracker.team.collect import merged
 from tracker.tracking import open_backend, target

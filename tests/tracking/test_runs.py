@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from tracker.records import CellRecord, RunRecord
-from tracker.report.html import render_page
+from tracker.reporting.html import render_page
 from tracker.tracking import mlflow_runs, wandb_runs
 from tracker.tracking.base import curve_name, is_curve, layer_table, run_key
 from tracker.tracking.mlflow import MlflowBackend

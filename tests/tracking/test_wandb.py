@@ -28,7 +28,7 @@ import json, sys
 from pathlib import Path
 from tracker.errors import TrackingError
 from tracker.records import CellRecord
-from tracker.report.charts.cells import cell_charts
+from tracker.reporting.charts.cells import cell_charts
 from tracker.tracking import open_backend
 cell, results, *files = map(Path, sys.argv[1:])
 backend = open_backend("wandb", "team/layers", results)

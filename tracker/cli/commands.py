@@ -274,7 +274,7 @@ def bench(
         if not output.absolute().parent.is_dir():
             raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
         from tracker.bench.scaling import scaling as grow
-        from tracker.report.scaling import draw
+        from tracker.reporting.scaling import draw
 
         curves = grow(request, options, show)
         draw(curves.title, curves.curves, output)
@@ -324,12 +324,9 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
       tracker plan experiments/demo.yaml
       tracker plan experiments/llama.yaml --gflops 400000
     """
-    from tracker.config import load_experiment
-    from tracker.ledger.store import Ledger
-    from tracker.measuring.planning import plan as make_plan
+    from tracker import api
 
-    asked, _ = load_experiment(experiment)
-    cells = make_plan(asked.cells(), Ledger(results), trust_remote_code)
+    cells = api.plan(experiment, results=results, trust_remote_code=trust_remote_code)
     print_plan(cells, gflops)
 
 

@@ -25,9 +25,9 @@ def print_damage(damaged: Mapping[str, str]) -> None:
 
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     """Print a cell's runs, or one of them."""
-    from tracker.report.formats import DASH, fixed, interval, measure_of
-    from tracker.report.tables import run_columns
-    from tracker.report.wording import sentence
+    from tracker.reporting.formats import DASH, fixed, interval, measure_of
+    from tracker.reporting.tables import run_columns
+    from tracker.reporting.wording import sentence
 
     measure = measure_of(cell)
     own_metric = "" if cell.other_metric else cell.metric
@@ -67,8 +67,8 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
 
 def print_boards(cells: Sequence[CellRecord]) -> None:
     """Print the leaderboards of layers, and that of models where there are several."""
-    from tracker.report.export import boards
-    from tracker.report.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+    from tracker.reporting.export import boards
+    from tracker.reporting.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 
     found, notes = boards(cells)
     for frame in found:

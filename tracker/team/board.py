@@ -17,7 +17,7 @@ import pandas as pd
 
 from tracker.errors import ResultsError
 from tracker.records import CellRecord, Record, Shown
-from tracker.report.export import frames
+from tracker.reporting.export import frames
 from tracker.tracking.base import BOARD_FILE, Backend, Table, content_digest
 
 FORMAT = 3

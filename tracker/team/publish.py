@@ -19,7 +19,7 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.provenance import content_hash
 from tracker.records import INTACT_VIEW, CellRecord
-from tracker.report.charts.cells import cell_charts
+from tracker.reporting.charts.cells import cell_charts
 from tracker.text import masked
 from tracker.tracking import (
     Target,

@@ -11,10 +11,10 @@ from tracker.errors import RequestError, TrackerError
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
 from tracker.records import CellRecord
-from tracker.report.export import FORMATS, export, figures
-from tracker.report.html import render_report
-from tracker.report.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
-from tracker.report.wording import summary
+from tracker.reporting.export import FORMATS, export, figures
+from tracker.reporting.html import render_report
+from tracker.reporting.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.reporting.wording import summary
 from tracker.team.board import board_tables, publish_board
 from tracker.team.collect import Collected, merged
 from tracker.text import masked

@@ -1,0 +1,262 @@
+"""Charts of one cell: what every removal costs, and the cosine score beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tracker.config import Component
+from tracker.records import WHOLE_LAYER, CellRecord
+from tracker.reporting import formats, wording
+from tracker.reporting.charts.hover import along_layers, run_hover
+from tracker.reporting.charts.maps import span_components, span_map
+from tracker.reporting.charts.style import (
+    COMPONENTS,
+    FAINT,
+    GREY,
+    HELPS,
+    MATTERS,
+    PROXY,
+    Chart,
+    chart,
+    errors,
+    finite,
+    layer_axis,
+    value_axis,
+)
+from tracker.reporting.leaderboard import drop_estimate
+
+# Neighbours along the proxy axis write their labels to different sides.
+_SIDES = ("top left", "bottom right", "bottom left", "top right")
+
+
+def curve_title(cell: CellRecord) -> str:
+    """Say what the layer curve shows.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Plain text with the largest drop, its interval and the number of documents.
+    """
+    measure = formats.measure_of(cell)
+    records = [r for r in cell.runs if r.span == 1]
+    drops = [r.accuracy_drop for r in records if formats.defined(r.accuracy_drop)]
+    if not drops:
+        return f"{cell.title}: no {measure.change} is defined"
+    costs, gain = ("costs", "raise") if cell.higher_is_better else ("adds", "lower")
+    says = f"no removal {costs} {measure.level}"
+    for top in wording.most_critical(records, 1):
+        size = measure.write(max(drops))
+        between = formats.interval(top.accuracy_drop_low, top.accuracy_drop_high, measure.write)
+        says = f"removing {top.label()} {costs} most, {size} {measure.unit}"
+        says += f" (95 % interval {between})" if between else ""
+    gains = sum(1 for drop in drops if drop < 0)
+    return (
+        f"{cell.title}: {says}; {gains} of {len(drops)} removals {gain} {measure.level} "
+        f"({cell.metric}, {cell.n:,} documents)"
+    )
+
+
+def scatter_title(cell: CellRecord) -> str:
+    """Say what the scatter shows.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Plain text with the three correlations, their intervals and their samples.
+    """
+    change = formats.measure_of(cell).change
+    text = wording.correlation_text(wording.correlation(cell))
+    others = [
+        f"{name} {wording.short_correlation(found)}"
+        for name, coefficient in (("Kendall tau-b", "kendall"), ("Pearson", "pearson"))
+        if (found := wording.correlation(cell, coefficient=coefficient))
+    ]
+    says = f"{cell.title}: Spearman of cosine score and {change} {text}"
+    return f"{says}; {', '.join(others)}" if others else says
+
+
+def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
+    """Draw whatever can be drawn of a cell, for the run that a tracking backend keeps of it.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Charts by name, each with its title.
+    """
+    found = {}
+    if curve_components(cell):
+        found["accuracy_drop"] = layer_curve(cell).figure()
+    if cell.whole_layers:
+        found["proxies"] = proxy_scatter(cell).figure()
+    for component in span_components(cell):
+        found[f"spans_{component}"] = span_map(cell, component).figure()
+    return found
+
+
+def layer_curve(cell: CellRecord) -> Chart:
+    """Draw the accuracy drop (or loss increase) of every layer above its cosine score.
+
+    Two panels share the layer axis, because two scales in one panel would suggest a comparison
+    of heights that means nothing.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Drops in pp, or increases in the loss's unit, with 95 % intervals (trace `accuracy drop` or
+        `loss increase`; one trace a component, under its name, where there are several), and
+        cosine scores (trace `cosine score`). Undefined and missing layers are gaps. Spans of
+        several layers are not in it.
+    """
+    components = curve_components(cell)
+    single = len(components) == 1
+    measure = formats.measure_of(cell)
+    data: list[dict[str, Any]] = []
+    axis: set[int] = set()
+    for number, component in enumerate(components):
+        layers, records, hover = along_layers(cell, (component, 1))
+        # Side by side, so that no interval hides another.
+        aside = 0.2 * (number - (len(components) - 1) / 2)
+        axis.update(layers)
+        drops = [finite(r.accuracy_drop, measure.scale) if r else None for r in records]
+        colour, symbol = COMPONENTS[component]
+        signs = [HELPS if drop is not None and drop < 0 else MATTERS for drop in drops]
+        figures = [drop_estimate(record) if record else None for record in records]
+        data.append(
+            {
+                "type": "scatter",
+                "name": measure.change if single else component,
+                "x": layers if single else [layer + aside for layer in layers],
+                "y": drops,
+                "error_y": errors(figures, measure.scale) | ({} if single else {"color": colour}),
+                "mode": "lines+markers",
+                "line": {"color": FAINT if single else colour, "width": 1},
+                "marker": {"size": 7}
+                | ({"color": signs} if single else {"color": colour, "symbol": symbol}),
+                "hovertext": hover,
+                "hoverinfo": "text",
+                "showlegend": not single,
+            }
+        )
+    layers, records, hover = along_layers(cell, WHOLE_LAYER)
+    data.append(
+        {
+            "type": "bar",
+            "name": "cosine score",
+            "x": layers,
+            "y": [finite(record.cosine_score) if record else None for record in records],
+            "xaxis": "x2",
+            "yaxis": "y2",
+            "marker": {"color": PROXY, "line": {"width": 0}},
+            "width": 0.6,
+            "hovertext": hover,
+            "hoverinfo": "text",
+            "showlegend": False,
+        }
+    )
+    nothing = {
+        "text": "measured for whole single layers only",
+        "showarrow": False,
+        "x": 0.5,
+        "y": 0.5,
+        "xref": "x2 domain",
+        "yref": "y2 domain",
+    }
+    along = layer_axis(sorted(axis))
+    return chart(
+        curve_title(cell),
+        data,
+        470,
+        xaxis=along | {"title": {}, "anchor": "y", "matches": "x2", "showticklabels": False},
+        xaxis2=along | {"anchor": "y2"},
+        yaxis={
+            "domain": [0.39, 1],
+            "title": {"text": f"{measure.change} ({measure.unit})"},
+            "zeroline": True,
+        },
+        yaxis2={
+            "domain": [0, 0.3],
+            "anchor": "x2",
+            "title": {"text": "cosine score<br>(1 − cos)"},
+            "rangemode": "tozero",
+            "showticklabels": bool(layers),
+            "showgrid": bool(layers),
+        },
+        annotations=[] if layers else [nothing],
+    )
+
+
+def curve_components(cell: CellRecord) -> list[Component]:
+    """List what the layer curve draws a line of.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        The components that are removed of one layer at a time; whole layers where there is no run.
+    """
+    kinds = cell.kinds
+    return [component for component, span in kinds if span == 1] if kinds else ["layer"]
+
+
+def proxy_scatter(cell: CellRecord) -> Chart:
+    """Draw the accuracy drop (or loss increase) of every layer against its cosine score.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        One labelled point for each layer where both are defined, in two traces: `inner layers`,
+        and `outer layers` for the first two and the last two.
+    """
+    measure = formats.measure_of(cell)
+    records = [
+        r
+        for r in cell.whole_layers
+        if formats.defined(r.cosine_score) and formats.defined(r.accuracy_drop)
+    ]
+    records.sort(key=lambda record: record.layer)
+    by_score = sorted(records, key=lambda record: record.cosine_score or 0)
+    side = {record.layer: _SIDES[rank % 4] for rank, record in enumerate(by_score)}
+    outer = {0, 1, cell.model.layers - 2, cell.model.layers - 1}
+    data = [
+        {
+            "type": "scatter",
+            "name": name,
+            "x": [r.cosine_score for r in group],
+            "y": [finite(r.accuracy_drop, measure.scale) for r in group],
+            "error_y": errors([drop_estimate(r) for r in group], measure.scale, color=FAINT),
+            "mode": "markers+text",
+            "text": [str(r.layer) for r in group],
+            "textposition": [side[r.layer] for r in group],
+            "textfont": {"size": 10, "color": GREY},
+            "marker": {
+                "size": 8,
+                "symbol": symbol,
+                "line": {"width": 2 if symbol.endswith("open") else 0},
+                "color": [HELPS if (r.accuracy_drop or 0) < 0 else MATTERS for r in group],
+            },
+            "hovertext": [run_hover(cell, r, r) for r in group],
+            "hoverinfo": "text",
+        }
+        for name, symbol, group in (
+            ("inner layers", "circle", [r for r in records if r.layer not in outer]),
+            (
+                "outer layers (first two, last two)",
+                "diamond-open",
+                [r for r in records if r.layer in outer],
+            ),
+        )
+    ]
+    return chart(
+        scatter_title(cell),
+        data,
+        460,
+        xaxis=value_axis("cosine score (1 − cos)", [r.cosine_score for r in records]),
+        yaxis={"title": {"text": f"{measure.change} ({measure.unit})"}, "zeroline": True},
+    )

@@ -1,0 +1,104 @@
+"""Renders a results folder's cells as one self-contained HTML page.
+
+The page needs no network: plotly.js is inlined once, styles and scripts stand in the file, and a
+content security policy forbids everything else. Charts are drawn when they come into view. The
+same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from tracker.ledger.files import write_text
+from tracker.records import CellRecord
+from tracker.reporting import leaderboard, sections, tables, wording
+from tracker.reporting.charts.style import TEMPLATE
+from tracker.reporting.downloads import layer_files, packed_json
+from tracker.reporting.sentences import agreement_sentence, compared_sentence
+from tracker.text import harmless
+
+_OPEN_CELLS = 12
+"""With more cells than this, their sections are closed at first."""
+_OPEN_BOARDS = 3
+"""With more models than this, only the first one's leaderboard is open at first."""
+
+
+def render_report(cells: Sequence[CellRecord], experiments: Mapping[str, str], path: Path) -> Path:
+    """Write the report page of a results folder.
+
+    The file appears at once or not at all: it is written beside its place and then renamed.
+
+    Args:
+        cells: The cells to show, in this order.
+        experiments: The user's experiment files: file name -> exact YAML text.
+        path: Where the page goes; its folder is made if it is missing.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        WorkError: The disk is full or refuses; a page that was there stays.
+    """
+    write_text(path, render_page(cells, experiments))
+    return path
+
+
+def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> str:
+    """Render the report page of a results folder.
+
+    Args:
+        cells: The cells to show, in this order.
+        experiments: The user's experiment files: file name -> exact YAML text.
+
+    Returns:
+        The HTML text.
+    """
+    loader = PackageLoader("tracker.reporting")
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    def inlined(name: str) -> Markup:
+        return Markup(loader.get_source(environment, name)[0])
+
+    models = sections.model_sections(cells)
+    across = sections.across_section(cells, models)
+    ids = {s.cell.place: s.id for model in models for s in model.cells}
+    figures = [figure for model in models for figure in model.figures]
+    figures += across.figures if across else ()
+    csv, parquet = layer_files(cells) if cells else ("", "")
+    return environment.get_template("report.html.j2").render(
+        style=inlined("report.css"),
+        script=inlined("report.js"),
+        plotly_js=Markup(get_plotlyjs()) if cells else "",
+        charts=packed_json(
+            {
+                "template": TEMPLATE,
+                "figures": {one.id: [one.chart.data, one.chart.layout] for one in figures},
+            }
+        ),
+        csv=csv,
+        parquet=parquet,
+        summary=wording.summary(cells),
+        compared=compared_sentence(cells),
+        agreements=[agreement_sentence(one) for one in leaderboard.agreements(cells)],
+        rules=leaderboard,
+        overview=tables.overview_table(cells),
+        overview_links=[ids[cell.place] for cell in cells],
+        models=models,
+        across=across,
+        cells=cells,
+        open_cells=len(cells) <= _OPEN_CELLS,
+        open_boards=len(models) <= _OPEN_BOARDS,
+        experiments={harmless(name): harmless(text) for name, text in experiments.items()},
+        heading=models[0].label if len(models) == 1 else "",
+    )

@@ -1,0 +1,84 @@
+"""Finds pairs of models that can be compared layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from tracker.metrics.accuracy import Estimate
+from tracker.records import CellRecord
+from tracker.reporting.formats import Measure, measure_of
+from tracker.reporting.leaderboard import compare, models_of, setting
+from tracker.reporting.wording import benchmark_labels, model_labels
+
+MOST = 10
+"""So many pairs are shown at most."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on one benchmark.
+
+    Attributes:
+        benchmark: Its label.
+        n: Documents of each model.
+        differences: Layer → drop of the one minus drop of the other, a fraction or the loss's unit.
+    """
+
+    benchmark: str
+    n: int
+    differences: dict[int, Estimate]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models with as many layers, on the benchmarks that they share in one unit.
+
+    Attributes:
+        one: A model's label.
+        other: The label of the model that is subtracted.
+        measure: What the benchmarks measure.
+        comparisons: One entry a benchmark.
+    """
+
+    one: str
+    other: str
+    measure: Measure
+    comparisons: tuple[Comparison, ...]
+
+
+def pairs_of(cells: Sequence[CellRecord], most: int = MOST) -> tuple[list[Pair], int]:
+    """Pair up models with as many layers that share a benchmark, documents and settings alike.
+
+    Args:
+        cells: The cells of all models.
+        most: So many pairs are made at most.
+
+    Returns:
+        The first pairs, in the order of the page, and how many there are in all. Accuracies and
+        losses of the same two models are pairs of their own.
+    """
+    groups = models_of(cells)
+    labels = model_labels([group[0].model for group in groups])
+    known = [{setting(cell): cell for cell in group if cell.whole_layers} for group in groups]
+    found: list[Pair] = []
+    total = 0
+    for i, j in combinations(range(len(groups)), 2):
+        shared = [key for key in known[i] if key in known[j]]
+        if groups[i][0].model.layers != groups[j][0].model.layers or not shared:
+            continue
+        mine = [known[i][key] for key in shared]
+        measures = list(dict.fromkeys(measure_of(cell) for cell in mine))
+        total += len(measures)
+        if len(found) >= most:
+            continue
+        names = benchmark_labels(mine)
+        for measure in measures:
+            comparisons = tuple(
+                Comparison(name, cell.n, dict(compare(cell, known[j][key])))
+                for key, cell, name in zip(shared, mine, names, strict=True)
+                if measure_of(cell) == measure
+            )
+            found.append(Pair(labels[i], labels[j], measure, comparisons))
+    return found[:most], total

@@ -1,0 +1,361 @@
+"""Words for cell records: labels that tell them apart, and sentences for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tracker.records import (
+    NO_REASON,
+    NOT_MEASURED,
+    WHOLE_LAYER,
+    CellRecord,
+    CorrelationRecord,
+    Kind,
+    ModelIdentity,
+    RunIdentity,
+    RunRecord,
+    layers_of,
+)
+from tracker.reporting.formats import (
+    counted,
+    defined,
+    interval,
+    layer_list,
+    measure_of,
+    two_digits,
+)
+
+
+def kind_words(kind: Kind) -> str:
+    """Name a kind of runs.
+
+    Args:
+        kind: Component and span.
+
+    Returns:
+        For example `layer`, `attention` or `mlp, 4 at a time`.
+    """
+    component, span = kind
+    return component if span == 1 else f"{component}, {span} at a time"
+
+
+def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
+    """Name runs in a sentence.
+
+    Args:
+        runs: The runs.
+        cell: The cell that they belong to.
+
+    Returns:
+        For example `layers 3, 5`, or `layer 3; attention: layers 3, 5` where there are several
+        kinds.
+    """
+    parts = []
+    for kind in dict.fromkeys(run.kind for run in runs):
+        mine = [run.layer for run in runs if run.kind == kind]
+        total = len(layers_of(kind, cell))
+        prefix = "" if kind == WHOLE_LAYER else f"{kind_words(kind)}: "
+        parts.append(prefix + layer_list(mine, total))
+    return "; ".join(parts)
+
+
+def most_critical(records: Iterable[RunRecord], count: int = 3) -> list[RunRecord]:
+    """Find the runs whose removal costs most accuracy, or adds most loss.
+
+    Args:
+        records: The runs.
+        count: How many at most.
+
+    Returns:
+        Runs with a positive accuracy drop, the largest first; ties in layer order.
+    """
+    drops = [(r.accuracy_drop, r) for r in records if defined(r.accuracy_drop)]
+    costly = [(drop, r) for drop, r in drops if drop > 0]
+    return [r for _, r in sorted(costly, key=lambda pair: (-pair[0], pair[1].layer))[:count]]
+
+
+def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
+    """Name models so that no two names are equal.
+
+    Args:
+        models: The models.
+
+    Returns:
+        Their names, with the dtype, revision, weights or source where these tell them apart.
+    """
+    return _told_apart(
+        [model.name for model in models],
+        [
+            (
+                model.dtype,
+                f"revision {model.revision[:8]}" if model.revision else "",
+                f"weights {model.fingerprint[:8]}",
+                model.source,
+            )
+            for model in models
+        ],
+    )
+
+
+def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
+    """Name the benchmark of each cell of one model, so that no two names are equal.
+
+    Args:
+        cells: Cells of one model.
+
+    Returns:
+        For example `arc_easy · 0-shot`, with the metric, the number of documents, the data, the
+        seed, the cell's key or the number of runs where these tell them apart.
+    """
+    return _told_apart(
+        [
+            f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot"
+            + (" · chat" if cell.benchmark.apply_chat_template else "")
+            + (f" · {cell.beneath}" if cell.removed else "")
+            for cell in cells
+        ],
+        [
+            (
+                cell.metric,
+                counted(cell.n, "document"),
+                cell.benchmark.data,
+                "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
+                cell.key[:8],
+                counted(len(cell.runs), "run"),
+            )
+            for cell in cells
+        ],
+    )
+
+
+def _told_apart(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> list[str]:
+    """Add to equal labels the details in which their bearers differ, until all are told apart."""
+    found = list(labels)
+    for place in range(len(details[0]) if details else 0):
+        groups: dict[str, set[str]] = {}
+        for label, detail in zip(found, details, strict=True):
+            groups.setdefault(label, set()).add(detail[place])
+        found = [
+            f"{label} · {detail[place]}" if len(groups[label]) > 1 and detail[place] else label
+            for label, detail in zip(found, details, strict=True)
+        ]
+    return found
+
+
+# Sentences
+
+
+def correlation(
+    cell: CellRecord, subset: str = "all", coefficient: str = "spearman"
+) -> CorrelationRecord | None:
+    """Find a correlation of cosine score and accuracy drop (or loss increase).
+
+    Args:
+        cell: The cell.
+        subset: `all` or `inner`.
+        coefficient: `spearman`, `kendall` or `pearson`.
+
+    Returns:
+        The record, or None when the cell does not hold it.
+    """
+    wanted = ("cosine_score", coefficient, subset)
+    found = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == wanted)
+    return next(found, None)
+
+
+def correlation_text(record: CorrelationRecord | None) -> str:
+    """Write one correlation with its interval, its samples and its p-value.
+
+    Args:
+        record: The correlation, or None when the cell does not hold it.
+
+    Returns:
+        For example `0.66 (95 % interval 0.41 to 0.80; 30 layers, 100 documents; p < 0.001)`, or why
+        it is undefined.
+    """
+    if record is None:
+        return "not computed"
+    samples = f"{counted(record.n, 'layer')}, {counted(record.documents, 'document')}"
+    if not defined(record.value):
+        return f"undefined ({record.reason or NO_REASON}; {samples})"
+    between = interval(record.low, record.high, two_digits)
+    parts = [
+        f"95 % interval {between}" if between else f"no interval: {record.reason or NO_REASON}",
+        samples,
+    ]
+    if defined(record.p_value):
+        p = "< 0.001" if record.p_value < 0.001 else f"= {record.p_value:.3f}"
+        parts.append(f"p {p}")
+    return f"{two_digits(record.value)} ({'; '.join(parts)})"
+
+
+def short_correlation(record: CorrelationRecord) -> str:
+    """Write one correlation with its interval alone.
+
+    Args:
+        record: The correlation.
+
+    Returns:
+        For example `0.48 (0.30 to 0.60)`, or `undefined`.
+    """
+    if not defined(record.value):
+        return "undefined"
+    between = interval(record.low, record.high, two_digits)
+    return two_digits(record.value) + (f" ({between})" if between else "")
+
+
+def sentence(cell: CellRecord) -> str:
+    """Say in one line how well the cosine score ranks the layers.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        What the layers that every run lacks cost alone; and the Spearman correlation of cosine
+        score and accuracy drop (or loss increase) over all layers and over the inner ones, or why
+        it is undefined.
+    """
+    if cell.runs and not cell.whole_layers:
+        return f"{_beneath(cell)}No whole single layer was removed, so nothing is correlated."
+    return (
+        f"{_beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
+        f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
+        f"{correlation_text(correlation(cell, 'inner'))}."
+    )
+
+
+def _beneath(cell: CellRecord) -> str:
+    """Say what the layers cost that every run lacks; ends in a space, or is empty."""
+    if not cell.removed:
+        return ""
+    measure = measure_of(cell)
+
+    def level(field: str, low: str, high: str) -> str:
+        value = getattr(cell, field)
+        if not defined(value):
+            return f"undefined ({cell.reason_of(field)})"
+        between = interval(getattr(cell, low), getattr(cell, high), measure.write)
+        unit = measure.level_unit
+        return f"{measure.write(value)} {unit}" + (f" (95 % interval {between})" if between else "")
+
+    alone = level("removed_accuracy", "removed_low", "removed_high")
+    intact = level("baseline_accuracy", "baseline_low", "baseline_high")
+    plural = len(cell.removed) > 1
+    return (
+        f"Every run here lacks {layer_list(cell.removed, 0)} as well. Without "
+        f"{'these' if plural else 'this one'} alone, {measure.level} is {alone}; intact, it is "
+        f"{intact}. Every {measure.change} is relative to the intact model, so it holds what "
+        f"{'these layers cost' if plural else 'this layer costs'} too. "
+    )
+
+
+def summary(cells: Sequence[CellRecord]) -> str:
+    """Say in a few sentences what these cells show.
+
+    Args:
+        cells: The cells of one page.
+
+    Returns:
+        A paragraph of plain text.
+    """
+    if not cells:
+        return "No cell is measured yet, so there is nothing to show."
+    models = len({cell.model_key for cell in cells})
+    text = (
+        f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark"
+        f"{' and metric' if any(c.other_metric for c in cells) else ''}"
+        f"{' and set of layers that are gone already' if any(c.removed for c in cells) else ''}). "
+        f"{_turns(cells)} was removed in turn. "
+    )
+    records = [record for cell in cells if (record := correlation(cell))]
+    values = sorted(record.value for record in records if defined(record.value))
+    if not values:
+        return (
+            text
+            + "No rank correlation of cost and cosine score is defined here; each cell says why."
+        )
+    above = sum(1 for r in records if defined(r.value) and r.low is not None and r.low > 0)
+    span = (
+        f"is {two_digits(values[0])}"
+        if len(values) == 1
+        else f"runs from {two_digits(values[0])} to {two_digits(values[-1])}"
+    )
+    text += (
+        f"The Spearman correlation of cost and cosine score over the layers {span} (1 = the same "
+        "order); in "
+        f"{above} of {counted(len(cells), 'cell')} its 95 % interval lies above 0"
+    )
+    without = len(cells) - len(values)
+    return f"{text}, in {without} it is undefined." if without else f"{text}."
+
+
+def _turns(cells: Sequence[CellRecord]) -> str:
+    """Say what was removed in turn."""
+    found = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
+    shown = {
+        "each layer": WHOLE_LAYER in found,
+        "each layer’s attention": ("attention", 1) in found,
+        "each layer’s MLP": ("mlp", 1) in found,
+        "each span of layers": any(c == "layer" and span > 1 for c, span in found),
+        "the attention or MLP of each span": any(c != "layer" and span > 1 for c, span in found),
+    }
+    *others, last = (words for words, there in shown.items() if there)
+    text = f"{', '.join(others)} and {last}" if others else last
+    return text[:1].upper() + text[1:]
+
+
+def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
+    """Name the cells that were not measured by the same versions and devices throughout.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        One sentence for each.
+    """
+    found = ((cell, cell.reasons.get("provenance")) for cell in cells)
+    return [f"{cell.title}: {why}.{_mismatched(cell)}" for cell, why in found if why]
+
+
+def _mismatched(cell: CellRecord) -> str:
+    """Say which drops compare what was measured differently; begins with a space."""
+    which = [run for run in cell.runs if "provenance" in run.reasons]
+    if not which:
+        return f" Each {measure_of(cell).change} compares what was measured alike."
+    return f" Baseline and ablation differ in this for {run_list(which, cell)}."
+
+
+def warnings(cell: CellRecord) -> tuple[str, ...]:
+    """Say what a reader must know before trusting the cell's numbers.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        One sentence for each: missing runs, several versions or devices, undefined values of the
+        cell, a weak baseline.
+    """
+    found = []
+    if cell.missing:
+        found.append(f"Incomplete: {run_list(cell.missing, cell)}: {NOT_MEASURED}.")
+    for field, reason in cell.reasons.items():
+        if field == "n":
+            found.append(f"Incomplete: {reason}.")
+            continue
+        if field == "provenance":
+            found.append(f"{reason[:1].upper()}{reason[1:]}.{_mismatched(cell)}")
+            continue
+        if field == "chance_accuracy" and not cell.higher_is_better:
+            continue  # a loss has none, and nothing is wrong
+        words = (field[:1].upper() + field[1:]).replace("_", " ")
+        found.append(f"{words} is undefined: {reason}.")
+    chance = cell.chance_accuracy
+    if chance is None:
+        return tuple(found)
+    if defined(cell.baseline_accuracy) and cell.baseline_accuracy <= chance:
+        found.append("The intact model is at or below chance: its layers have little to lose.")
+    elif defined(cell.baseline_low) and cell.baseline_low <= chance:
+        found.append(
+            "The 95 % interval of the baseline reaches down to chance: the drops say little."
+        )
+    return tuple(found)
