@@ -107,14 +107,14 @@ def test_what_is_no_error_of_ours_is_reported_as_a_bug(cli, monkeypatch, tmp_pat
     assert boundary.ISSUES in where
 
 
-@pytest.mark.parametrize("command", ["report", "leaderboard"])
+@pytest.mark.parametrize("command", ["report", "leaderboard", "sync"])
 def test_no_password_of_an_address_is_shown_or_kept(cli, tmp_path, monkeypatch, command):
     """Was: printed beside a line that masks it."""
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     faults.make(tmp_path / "results")
     elsewhere = SERVER.replace("/layers", "")
-    for arguments in (
+    for arguments in (("--to", SERVER), ("--to", f"wandb:{SERVER}")) if command == "sync" else (
         (SERVER,), ("results", SERVER), ("results", "--publish", SERVER), (elsewhere,),
         ("results", "--publish", elsewhere), (f"mlflov{SERVER[6:]}",),
     ):  # fmt: skip
