@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.ledger import faults
-from tracker.cli import boundary, commands, main
+from tracker.cli import boundary, main, viewing
 from tracker.text import harmless, masked
 
 LONG = "a" * 300
@@ -92,7 +92,7 @@ def test_a_wrong_word_is_refused(cli, tmp_path, arguments, said):
 
 def test_what_is_no_error_of_ours_is_reported_as_a_bug(cli, monkeypatch, tmp_path):
     """One boundary: two lines, exit code 1, and what finds it in a file."""
-    monkeypatch.setattr(commands, "print_boards", lambda cells: 1 / 0)
+    monkeypatch.setattr(viewing, "print_boards", lambda cells: 1 / 0)
     faults.make(tmp_path / "results")
     monkeypatch.setattr("sys.argv", ["tracker", SERVER])
     found = cli("leaderboard")

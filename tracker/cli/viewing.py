@@ -1,0 +1,224 @@
+"""Commands over what is measured already: report, leaderboard, sync, ls, check."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tracker.cli.commands import main
+from tracker.cli.options import (
+    FORMATS,
+    Place,
+    backends,
+    publish_option,
+    results_option,
+    sources_argument,
+)
+from tracker.cli.printing import print_boards, print_damage, runnable
+from tracker.cli.terminal import Show, say, table
+
+if TYPE_CHECKING:
+    from tracker.api import Reported
+
+
+@main.command()
+@sources_argument
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default="html",
+    show_default=True,
+    help="html: the page. md, tex: tables. csv, parquet: everything. png, pdf: figures.",
+)
+@click.option(
+    "--output",
+    type=Place(),
+    help="A file for html, md and tex, a folder otherwise; default: in the results folder, or here "
+    "where there are several sources.",
+)
+@publish_option("the page, as a run of its own")
+@results_option
+def report(
+    sources: tuple[str, ...],
+    form: str,
+    output: Path | None,
+    publish: tuple[str, ...],
+    results: Path,
+) -> None:
+    """Write a report over results folders and tracking projects; without SOURCES, over --results.
+
+    A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT. What a tracking
+    project holds is downloaded once.
+
+    \b
+    Examples:
+      tracker report
+      tracker report results /shared/anna/results --output both.html
+      tracker report mlflow:http://mlflow.lab:5000/llama wandb:my-team/layers
+      tracker report --format pdf --output figures
+      tracker report --publish wandb:my-team/layers
+    """
+    from tracker import api
+
+    done = api.report(
+        *sources,
+        form=form,
+        output=output,
+        publish=publish,
+        results=results,
+        progress=Show(error=True),
+    )
+    cells = f"{len(done.cells)} cell{'' if len(done.cells) == 1 else 's'}"
+    say(f"{cells}: {', '.join(map(str, done.files))}")
+    _end_report(done)
+
+
+@main.command()
+@sources_argument
+@publish_option("these cells, on the leaderboard that its team shares")
+@results_option
+def leaderboard(sources: tuple[str, ...], publish: tuple[str, ...], results: Path) -> None:
+    """Rank layers within models, and models by how much a removal hurts.
+
+    A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT; without SOURCES,
+    --results.
+
+    \b
+    Examples:
+      tracker leaderboard
+      tracker leaderboard wandb:my-team/layers                    what the project's runs say
+      tracker leaderboard --publish wandb:my-team/layers          add yours to the team's
+    """
+    from tracker import api
+
+    done = api.leaderboard(*sources, publish=publish, results=results, progress=Show(error=True))
+    print_boards(done.cells)
+    _end_report(done)
+
+
+def _end_report(done: Reported) -> None:
+    for place in done.locations.values():
+        say(f"published: {runnable(place)}")
+    for what, why in done.failed.items():
+        say(f"failed: {what}: {why}", error=True)
+    sys.exit(1 if done.failed else 0)
+
+
+@main.command()
+@click.option(
+    "--to",
+    help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT. Without "
+    "a project, each cell goes to that of its experiment.  [default: mlflow]",
+)
+@results_option
+def sync(to: str | None, results: Path) -> None:
+    """Publish from the results folder what a tracking backend does not have yet.
+
+    \b
+    Examples:
+      tracker sync
+      tracker sync --to wandb:my-team/layers --results /scratch/llama
+      MLFLOW_TRACKING_URI=http://mlflow.lab:5000 tracker sync --results /scratch/llama
+    """
+    from tracker import api
+
+    targets = backends(to)
+    if targets == ():
+        raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
+    done = api.sync(targets, results=results)
+    say(f"{len(done.published)} cells published")
+    for location in done.locations.values():
+        say(f"see them: {runnable(location)}")
+    for note in done.notes:
+        say(note, error=True)
+    for title, why in done.failed.items():
+        say(f"not published: {title}: {why}", error=True)
+    sys.exit(1 if done.failed else 0)
+
+
+@main.command(name="ls")
+@results_option
+def list_cells(results: Path) -> None:
+    """List what a results folder holds.
+
+    \b
+    Example:
+      tracker ls --results results
+    """
+    from tracker import api
+
+    damaged: dict[str, str] = {}
+    rows = []
+    for cell in api.ls(results, damaged):
+        measured = len(cell.runs)
+        rows.append(
+            (
+                cell.model.name,
+                " ".join(filter(None, (cell.benchmark.name, cell.beneath, f"({cell.metric})"))),
+                cell.benchmark.num_fewshot,
+                cell.reasons.get("n", cell.n),
+                f"{len({run.layer for run in cell.runs})} of {cell.model.layers}",
+                " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing))))),
+                "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}",
+                cell.key[:12],
+            )
+        )
+    names = ("model", "benchmark", "shots", "documents", "layers", "runs", "baseline", "key")
+    table([(name, name in ("shots", "documents", "runs")) for name in names], rows)
+    print_damage(damaged)
+    sys.exit(1 if damaged else 0)
+
+
+@main.command()
+@click.argument("results", type=Place(), default=Path("results"))
+@click.option(
+    "--against",
+    type=Place(),
+    help="A copy of the folder to compare with, outcome by outcome.",
+)
+def check(results: Path, against: Path | None) -> None:
+    """Verify that a results folder holds what was written, and nothing else.
+
+    Every file states a digest of itself. A shard that does not fit its own is set aside, and
+    computed again when its experiment runs the next time. Exit code 1 on any damage.
+
+    \b
+    Examples:
+      tracker check
+      tracker check /archive/llama --against results
+    """
+    from tracker import api
+
+    found, differences = api.check(results, against, Show(error=True))
+    columns = ("cell", "shards", "unproved", "documents", "outcomes", "set aside")
+    table(
+        [(name, name != "cell") for name in columns],
+        [
+            (
+                cell.store.folder.name,
+                cell.shards,
+                cell.unproved,
+                cell.documents,
+                cell.outcomes,
+                cell.aside,
+            )
+            for cell in found.cells
+        ],
+    )
+    print_damage(found.damaged)
+    for difference in differences:
+        say(f"differs: {difference}", error=True)
+    if any(cell.unproved for cell in found.cells):
+        say(
+            "unproved: an older tracker wrote them without a digest; they get one when something "
+            "is written into the folder"
+        )
+    shards, cells = sum(cell.shards for cell in found.cells), len(found.cells)
+    verdict = "damaged" if found.damaged else "all is as it was written"
+    copies = f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""
+    say(f"{cells} cells, {shards} shards: {verdict}{copies}")
+    sys.exit(1 if found.damaged or differences else 0)
