@@ -133,8 +133,8 @@ class _Finisher:
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            shown = outcome.ask(cell.request, self._publisher.project)
-            view = outcome.view(cell.request)
+            shown = outcome.views.ask(cell.request, self._publisher.project)
+            view = outcome.views.of(cell.request)
             record = record_of(outcome, view)
             # A backend shows all that was asked of the cell, not only what was asked now.
             whole = record if shown == view else record_of(outcome, shown)

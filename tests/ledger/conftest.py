@@ -25,7 +25,7 @@ def cell_record(
 ) -> CellRecord:
     """Derive what one request alone shows, by a metric."""
     asked = request.model_copy(update={"metric": metric})
-    return tables.cell_record(store, store.view(asked), aggregate)
+    return tables.cell_record(store, store.views.of(asked), aggregate)
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.ledger import faults
-from tracker.ledger.cells import ASIDE, CellIdentity
+from tracker.ledger.cells import ASIDE
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import compare, verify
+from tracker.ledger.views import CellIdentity
 from tracker.measuring.derive import all_records
 
 FLIPS = 150

@@ -10,9 +10,9 @@ import pytest
 
 from tracker.config import CellRequest
 from tracker.errors import ResultsError
-from tracker.ledger.cells import FORMAT, Asked
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
+from tracker.ledger.views import FORMAT, Asked
 from tracker.measuring.derive import all_records
 
 OLD = Path(__file__).parent / "format1"
@@ -54,7 +54,7 @@ def test_a_view_by_another_metric_gets_a_name_of_its_own(old: Ledger) -> None:
     assert [asked.view for asked in old_views(old)] == views
     names = {path.name for path in (cell.folder / "requests").iterdir()}
     assert names == {"intact--acc_norm.json", "without-2--acc_norm.json", "without-1.json"}
-    cell.ask(CellRequest(model="m", benchmark="b", layers=(1,)), "project")
+    cell.views.ask(CellRequest(model="m", benchmark="b", layers=(1,)), "project")
     assert [len(asked.view.runs) for asked in old_views(old)] == [1, 10, 2]
 
 
@@ -62,10 +62,10 @@ def old_views(ledger: Ledger) -> list[Asked]:
     (cell,) = ledger.cells()
     damaged = cell.folder / "requests" / "without-1.json"
     with pytest.raises(ResultsError, match="damaged"):
-        cell.asked()
+        cell.views.asked()
     text = damaged.read_text()
     damaged.unlink()
-    views = cell.asked()
+    views = cell.views.asked()
     damaged.write_text(text)
     return views
 

@@ -16,10 +16,11 @@ from tracker.ablations import ablations_of
 from tracker.config import CellRequest, load_experiment
 from tracker.distribution import upgrade
 from tracker.errors import ResultsError
-from tracker.ledger.cells import BLOCK, FORMAT, Block, CellStore
+from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import Ledger
 from tracker.ledger.tables import cell_record
+from tracker.ledger.views import FORMAT
 from tracker.records import RunIdentity, View
 
 STRANGE = ["a/b::c", "a%2Fb", "*[x]?", "Größe", "dots.in.00001", ".hidden"]
@@ -431,14 +432,14 @@ class TestLedger:
 
 class TestNotes:
     def test_what_was_asked_is_recalled(self, cell) -> None:
-        assert cell.asked() == []
+        assert cell.views.asked() == []
         request = CellRequest(
             model="m", benchmark="b", layers=(0, 3), limit=5, metric="acc", num_fewshot=2
         )
-        cell.ask(request, "first")
-        assert cell.ask(request, "project") == cell.view(request)
-        (asked,) = cell.asked()
-        assert (asked.view, asked.project) == (cell.view(request), "project")
+        cell.views.ask(request, "first")
+        assert cell.views.ask(request, "project") == cell.views.of(request)
+        (asked,) = cell.views.asked()
+        assert (asked.view, asked.project) == (cell.views.of(request), "project")
         runs = (RunIdentity(layer=0), RunIdentity(layer=3))
         assert asked.view == View(metric="acc", limit=5, runs=runs)
 
@@ -446,9 +447,9 @@ class TestNotes:
         """Was: layers, components and spans were united axis by axis, and the runs of their product
         that nobody had asked for were missing for ever."""
         common = {"model": "m", "benchmark": "b"}
-        cell.ask(CellRequest(**common, layers=(3, 0), components=("mlp",), limit=5), "first")
-        cell.ask(CellRequest(**common, layers=(1,), spans=(3, 1), metric="acc"), "second")
-        (asked,) = cell.asked()
+        cell.views.ask(CellRequest(**common, layers=(3, 0), components=("mlp",), limit=5), "first")
+        cell.views.ask(CellRequest(**common, layers=(1,), spans=(3, 1), metric="acc"), "second")
+        (asked,) = cell.views.asked()
         assert asked.project == "second"
         assert (asked.view.limit, asked.view.metric) == (None, "acc")
         assert [run.label() for run in asked.view.runs] == [
@@ -463,7 +464,7 @@ class TestNotes:
         for name, runs in (("spans", 109), ("sublayers", 169)):
             path = Path(__file__).parents[2] / f"experiments/{name}.yaml"
             (request,) = load_experiment(path)[0].cells()
-            assert len(cell.ask(request, "project").runs) == runs
+            assert len(cell.views.ask(request, "project").runs) == runs
         # The 30 whole layers are in both files.
         assert runs == 109 + 90 - 30
 
@@ -475,7 +476,7 @@ class TestNotes:
         ):
             names = [ablation.name for ablation in ablations_of(request, 4)]
             fill(cell, Block("arc_easy", 0), range(3), names)
-            view = cell.ask(request, "project")
+            view = cell.views.ask(request, "project")
             record = cell_record(cell, view, lambda how, values: 0.0)
             assert record.is_complete
         assert len(record.runs) == 7 + 4
@@ -487,8 +488,8 @@ class TestNotes:
         beneath = [(3, 17), (), (3,), tuple(range(200))]
         for removed in beneath:
             request = CellRequest(model="m", benchmark="b", layers=(1,), removed=removed)
-            cell.ask(request, "project")
-        assert [asked.view.removed for asked in cell.asked()] == sorted(beneath)
+            cell.views.ask(request, "project")
+        assert [asked.view.removed for asked in cell.views.asked()] == sorted(beneath)
         names = {path.name for path in (cell.folder / "requests").iterdir()}
         assert {"intact.json", "without-3.json", "without-3-17.json"} < names
 
@@ -502,9 +503,9 @@ class TestNotes:
         )
         for layer, metric in enumerate((*metrics[1:], None)):
             request = CellRequest(model="m", benchmark="b", layers=(layer,), metric=metric)
-            cell.ask(request, "project")
-        assert [a.view.metric for a in cell.asked()] == ["acc", "..", "acc_norm", metrics[2]]
-        assert [[r.layer for r in a.view.runs] for a in cell.asked()] == [[3], [2], [0], [1]]
+            cell.views.ask(request, "project")
+        assert [a.view.metric for a in cell.views.asked()] == ["acc", "..", "acc_norm", metrics[2]]
+        assert [[r.layer for r in a.view.runs] for a in cell.views.asked()] == [[3], [2], [0], [1]]
         assert {path.name for path in (cell.folder / "requests").iterdir()} == {
             "intact.json",
             "intact--...json",
@@ -519,11 +520,11 @@ class TestNotes:
 
         def ask(layer: int) -> None:
             request = CellRequest(model="m", benchmark="b", layers=(layer,))
-            CellStore(cell.folder, cell.identity).ask(request, "project")
+            CellStore(cell.folder, cell.identity).views.ask(request, "project")
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ask, range(40)))
-        assert [run.layer for run in cell.asked()[0].view.runs] == list(range(40))
+        assert [run.layer for run in cell.views.asked()[0].view.runs] == list(range(40))
 
     def test_receipts_are_kept_apart(self, cell) -> None:
         assert cell.receipt("mlflow") == {}
@@ -539,16 +540,16 @@ class TestNotes:
         """What can be made again need not stop anyone, but no traceback may reach the user."""
         key = "0" * 64
         ledger.remember(key, cell)
-        cell.ask(CellRequest(model="m", benchmark="b", layers=(0,)), "project")
+        cell.views.ask(CellRequest(model="m", benchmark="b", layers=(0,)), "project")
         cell.add_receipt("mlflow", "1", "there")
         for path, read in (
             (next((ledger.root / "index").iterdir()), lambda: ledger.find(key)),
-            (cell.folder / "requests" / "intact.json", cell.asked),
+            (cell.folder / "requests" / "intact.json", cell.views.asked),
             (next((cell.folder / "receipts").iterdir()), lambda: cell.receipt("mlflow")),
         ):
             path.write_text(text)
             with contextlib.suppress(ResultsError):
                 assert not read()
         request = CellRequest(model="m", benchmark="b", layers=(1,))
-        assert cell.ask(request, "project") == cell.view(request)
-        assert cell.asked()[0].view == cell.view(request)
+        assert cell.views.ask(request, "project") == cell.views.of(request)
+        assert cell.views.asked()[0].view == cell.views.of(request)

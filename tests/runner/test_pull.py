@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tracker.ledger.cells import FORMAT
+from tracker.ledger.views import FORMAT
 from tracker.measuring.derive import record_of
 from tracker.measuring.progress import Silent
 from tracker.team import pull as pulling

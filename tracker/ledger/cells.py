@@ -17,79 +17,22 @@ import pandas as pd
 from filelock import FileLock
 from pydantic import ValidationError
 
-from tracker.ablations import removals
-from tracker.config import CellRequest
-from tracker.errors import ResultsError, WorkError
+from tracker.errors import WorkError
 from tracker.ledger.files import lock_file, write_atomically
-from tracker.ledger.keys import cell_key
-from tracker.ledger.notes import read_note, sealed, unsealed, write_note
+from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
 from tracker.ledger.shards import Shard, read_shard, shard_file
+from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
 from tracker.provenance import content_hash
 from tracker.records import (
-    BenchmarkIdentity,
     CellRecord,
-    ModelIdentity,
-    Record,
-    View,
-    view_name,
 )
 
-FORMAT = 2
-"""Of a results folder and of each file in it."""
 BLOCK = 32
 """Documents that are computed, locked and written together."""
 ASIDE = ".aside"
 """What the name of a shard ends with that is not what was written."""
 log = logging.getLogger(__name__)
-
-
-class CellIdentity(Record):
-    """What a cell is, as it stands in `cell.json`."""
-
-    key: str
-    model: ModelIdentity
-    benchmark: BenchmarkIdentity
-    provenance: dict[str, str]
-    """Versions and machine of whoever made the cell: shards of format 1 do not say theirs."""
-
-    @classmethod
-    def read(cls, text: str | bytes) -> tuple[CellIdentity, bool]:
-        """Read the text of a `cell.json`.
-
-        Args:
-            text: The text.
-
-        Returns:
-            The identity, and whether a digest proves it besides its key.
-
-        Raises:
-            ValueError: It is damaged, or its key is another's.
-        """
-        content, proved = unsealed(text)
-        identity = cls.model_validate(content)
-        if cell_key(identity.model, identity.benchmark) != identity.key:
-            raise ValueError("its key is not that of what it describes")
-        return identity, proved
-
-    def sealed(self) -> str:
-        """Write the text of a `cell.json`."""
-        return sealed(self.model_dump(mode="json"))
-
-
-class Asked(Record):
-    """What was asked of one view of a cell, as it stands in `requests/`."""
-
-    format: int = FORMAT
-    project: str
-    view: View
-
-
-class _Asked1(Record):
-    """The same in format 1: a product of layers, components and spans."""
-
-    project: str
-    request: CellRequest
 
 
 @dataclass(frozen=True, order=True)
@@ -125,6 +68,7 @@ class CellStore:
     Attributes:
         folder: Where it is.
         identity: What its numbers depend on.
+        views: What was asked of it.
     """
 
     def __init__(
@@ -132,6 +76,7 @@ class CellStore:
     ) -> None:
         self.folder = folder
         self.identity = identity
+        self.views = Views(folder, identity)
         self._others = others
         self._shards = folder / "shards"
 
@@ -376,80 +321,9 @@ class CellStore:
         found: dict[str, str] = about.get(PROVENANCE, {**self.identity.provenance, **device})
         return found
 
-    def view(self, request: CellRequest) -> View:
-        """Say what a request shows of this cell, whatever else was asked of it."""
-        return View(
-            metric=request.metric or self.identity.benchmark.primary_metric,
-            removed=request.removed,
-            limit=request.limit,
-            runs=tuple(removals(request, self.identity.model.layers)),
-        )
-
-    def ask(self, request: CellRequest, project: str) -> View:
-        """Remember what was asked for, and for which project: what reports and syncs use.
-
-        A cell has a view for each metric and each set of removed layers. The runs that were asked
-        of the same view before stay, and none but these and the new ones is added; the limit is
-        the newest.
-
-        Args:
-            request: What was asked for.
-            project: For which project of the tracking backends.
-
-        Returns:
-            What the view shows from now on.
-        """
-        view = self.view(request)
-        path = self.view_path(self.name_of(view))
-        with self._asking():
-            # New, or damaged: what is asked now replaces it.
-            with suppress(OSError, ValueError):
-                view = view.joined(self.read_asked(path.read_bytes()).view)
-            self.write_asked(Asked(project=project, view=view))
-        return view
-
-    def read_asked(self, text: str | bytes) -> Asked:
-        """Read a view of this cell from its file's text, also as tracker wrote it in format 1.
-
-        Args:
-            text: The text.
-
-        Returns:
-            The view.
-
-        Raises:
-            ValueError: It is damaged.
-        """
-        said = json.dumps(unsealed(text)[0])
-        try:
-            before = _Asked1.model_validate_json(said)
-        except ValidationError:
-            asked = Asked.model_validate_json(said)
-        else:
-            asked = Asked(project=before.project, view=self.view(before.request))
-        layers = (*asked.view.removed, *(run.layer + run.span - 1 for run in asked.view.runs))
-        if max(layers, default=0) >= self.identity.model.layers:
-            raise ValueError(f"the model has no layer {max(layers)}")
-        if asked.view.metric not in self.identity.benchmark.tasks[0].metrics:
-            raise ValueError(f"the benchmark has no metric {asked.view.metric!r}")
-        return asked
-
-    def write_asked(self, asked: Asked) -> None:
-        """Keep a view in its place."""
-        write_note(self.view_path(self.name_of(asked.view)), asked.model_dump(mode="json"))
-
     def upgrade(self) -> None:
         """Write as today what older trackers wrote, with digests; what is damaged stays."""
-        with self._asking():
-            for path in list(self.folder.glob("requests/*.json")):
-                with suppress(OSError, ValueError):
-                    text = path.read_bytes()
-                    asked = self.read_asked(text)
-                    if not unsealed(text)[1]:
-                        self.write_asked(asked)
-                    # Format 1 did not name the metric.
-                    if path != self.view_path(self.name_of(asked.view)):
-                        path.unlink()
+        self.views.upgrade()
         for path in self.shards():
             shard = self.shard(path)
             if shard is not None and not shard.proved:
@@ -463,49 +337,6 @@ class CellStore:
                 }
                 content = shard_file(shard.table.replace_schema_metadata(None), about)
                 write_atomically(path, partial(_write, content=content))
-
-    def _asking(self) -> FileLock:
-        return lock_file(self.folder / "locks" / "requests.lock")
-
-    def asked(self, damaged: dict[str, str] | None = None) -> list[Asked]:
-        """Recall what was asked for, one entry a view; the intact model and its own metric first.
-
-        Args:
-            damaged: Gets each file that cannot be used → what to do; None = raise an error.
-
-        Returns:
-            The views; none when the cell was never finished.
-
-        Raises:
-            ResultsError: A view is damaged.
-        """
-        found: dict[str, Asked] = {}
-        for path in sorted(self.folder.glob("requests/*.json")):
-            try:
-                asked = self.read_asked(path.read_bytes())
-            except (OSError, ValueError) as error:
-                what = (
-                    f"it is damaged ({reason(error)}); delete it and run its experiment again "
-                    "(nothing is measured twice)"
-                )
-                if damaged is None:
-                    raise ResultsError(f"{path}: {what}") from None
-                damaged[str(path)] = what
-            else:
-                found[self.name_of(asked.view)] = asked
-        primary = self.identity.benchmark.primary_metric
-        return sorted(
-            found.values(),
-            key=lambda a: (a.view.removed, a.view.metric != primary, a.view.metric),
-        )
-
-    def name_of(self, view: View) -> str:
-        """Name a view by what tells it from the others of the cell."""
-        return view_name(view.removed, view.metric, self.identity.benchmark)
-
-    def view_path(self, name: str) -> Path:
-        """Say where it stands what was asked of a view."""
-        return self.folder / "requests" / f"{_view_file(name)}.json"
 
     def shards(self) -> list[Path]:
         """List the files of outcomes."""
@@ -536,7 +367,7 @@ class CellStore:
             write_note(self._derived(record.view), note)
 
     def _derived(self, name: str) -> Path:
-        return self.folder / "derived" / f"{_view_file(name)}.json"
+        return self.folder / "derived" / f"{view_file(name)}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
         """Recall what a backend got last: digest of the `record`, and `location` of the runs."""
@@ -547,25 +378,6 @@ class CellStore:
         """Remember what a backend has."""
         receipt = {"record": digest, "location": location}
         write_note(self.folder / "receipts" / f"{destination[:32]}.json", receipt)
-
-
-def reason(error: OSError | ValueError) -> str:
-    """Say in a few words why a file cannot be used."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        return f"{place}: {first['msg']}" if place else first["msg"]
-    if isinstance(error, UnicodeDecodeError):
-        return "it is no UTF-8 text"
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return str(error).splitlines()[0]
-
-
-def _view_file(name: str) -> str:
-    """Name a view's file; file systems take no more than 255 characters."""
-    name = quote(name, safe=",")
-    return name if len(name) <= 100 else f"{name[:80]}--{content_hash(name)[:12]}"
 
 
 def _write(path: Path, content: bytes) -> None:

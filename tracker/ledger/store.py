@@ -32,10 +32,11 @@ from filelock import FileLock
 
 from tracker.distribution import upgrade
 from tracker.errors import ResultsError, WorkError
-from tracker.ledger.cells import FORMAT, Asked, CellIdentity, CellStore, reason
+from tracker.ledger.cells import CellStore
 from tracker.ledger.files import lock_file, write_text
 from tracker.ledger.keys import cell_key, folder_name
-from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.notes import read_note, reason, write_note
+from tracker.ledger.views import FORMAT, Asked, CellIdentity
 from tracker.records import BenchmarkIdentity, ModelIdentity
 
 
@@ -145,7 +146,7 @@ class Ledger:
         """List everything that can be shown; what is damaged keeps nothing else away."""
         found = Contents()
         for cell in self.cells(found.damaged):
-            found.views.extend((cell, asked) for asked in cell.asked(found.damaged))
+            found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
         for path in sorted(self.root.glob("experiments/*.yaml")):
             try:
                 content = path.read_bytes()

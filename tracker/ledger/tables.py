@@ -12,8 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tracker.ablations import INTACT, Ablation, ablate, ablation_of
-from tracker.ledger.cells import CellIdentity, CellStore
+from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE, PROXY_SUMS
+from tracker.ledger.views import CellIdentity
 from tracker.metrics.accuracy import (
     Estimate,
     accuracy,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracker.ledger.cells import ASIDE, CellStore, reason
-from tracker.ledger.notes import unsealed
+from tracker.ledger.cells import ASIDE, CellStore
+from tracker.ledger.notes import reason, unsealed
 from tracker.ledger.outcomes import PROVENANCE
 from tracker.ledger.store import Ledger
 
@@ -124,7 +124,7 @@ def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:
         name = pair[0].folder.name
         if pair[0].identity != pair[1].identity:
             yield f"{name}: the two cell.json differ"
-        views = [{each.view for each in store.asked({})} for store in pair]
+        views = [{each.view for each in store.views.asked({})} for store in pair]
         if views[0] != views[1]:
             yield f"{name}: not the same was asked of the two"
         one, two = (_outcomes(store) for store in pair)

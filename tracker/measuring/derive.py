@@ -32,7 +32,7 @@ def record_of(store: CellStore, view: View) -> CellRecord:
             store.proofs(),
         ]
     )
-    record = store.derived(state, store.name_of(view))
+    record = store.derived(state, store.views.name_of(view))
     if record is None:
         record = cell_record(store, view, _aggregate)
         if record.n:

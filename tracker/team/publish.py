@@ -231,7 +231,7 @@ class Trial:
 
 def _artifacts(store: CellStore, record: CellRecord) -> list[Path]:
     """The files that a backend keeps with a cell: all that the record follows from."""
-    return [store.folder / "cell.json", store.view_path(record.view), *store.shards()]
+    return [store.folder / "cell.json", store.views.path(record.view), *store.shards()]
 
 
 def sync(ledger: Ledger, to: Sequence[str]) -> Synced:

@@ -16,11 +16,12 @@ from typing import Any
 from filelock import FileLock
 
 from tracker.errors import TrackerError, TrackingError
-from tracker.ledger.cells import FORMAT, CellIdentity, CellStore
+from tracker.ledger.cells import CellStore
 from tracker.ledger.files import cache_folder, write_text
 from tracker.ledger.keys import folder_name
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.store import Ledger
+from tracker.ledger.views import FORMAT, CellIdentity
 from tracker.measuring.progress import Progress
 from tracker.provenance import content_hash
 from tracker.records import View
@@ -72,7 +73,7 @@ def pull(
     views = [
         (store, asked.view)
         for store, asked in ledger.contents().views
-        if (store.identity.key, store.name_of(asked.view)) in wanted
+        if (store.identity.key, store.views.name_of(asked.view)) in wanted
     ]
     return views, failed
 
@@ -93,7 +94,7 @@ def _is_here(root: Path, cell: RemoteCell, sound: Mapping[str, CellStore]) -> bo
     if note.get("version") != cell.version or store is None:
         return False
     damaged: dict[str, str] = {}
-    views = {store.name_of(asked.view) for asked in store.asked(damaged)}
+    views = {store.views.name_of(asked.view) for asked in store.views.asked(damaged)}
     shards = {name for name, _ in store.proofs()}
     return note["view"] in views and set(note["shards"]) <= shards
 
@@ -121,16 +122,16 @@ def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
                 raise ValueError("its key is not that of what it describes")
             name = folder_name(identity.model.name, identity.benchmark.name, identity.key)
             store = CellStore(root / "cells" / name, identity)
-            asked = store.read_asked(view)
+            asked = store.views.read(view)
             shards = [store.adopt(path) for path in sorted(folder.glob("*.parquet"))]
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise TrackingError(f"its files are not what tracker writes: {error}") from None
         write_text(store.folder / "cell.json", identity.sealed())
-        store.write_asked(asked)
+        store.views.write(asked)
     note = {
         "version": cell.version,
         "cell": identity.key,
-        "view": store.name_of(asked.view),
+        "view": store.views.name_of(asked.view),
         "shards": shards,
     }
     write_note(_note_path(root, cell), note)

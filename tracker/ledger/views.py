@@ -1,0 +1,208 @@
+"""What a cell is, and what was asked of it: explicit sets of runs that add up one by one."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+from filelock import FileLock
+from pydantic import ValidationError
+
+from tracker.ablations import removals
+from tracker.config import CellRequest
+from tracker.errors import ResultsError
+from tracker.ledger.files import lock_file
+from tracker.ledger.keys import cell_key
+from tracker.ledger.notes import reason, sealed, unsealed, write_note
+from tracker.provenance import content_hash
+from tracker.records import BenchmarkIdentity, ModelIdentity, Record, View, view_name
+
+FORMAT = 2
+"""Of a results folder and of each file in it."""
+
+
+class CellIdentity(Record):
+    """What a cell is, as it stands in `cell.json`."""
+
+    key: str
+    model: ModelIdentity
+    benchmark: BenchmarkIdentity
+    provenance: dict[str, str]
+    """Versions and machine of whoever made the cell: shards of format 1 do not say theirs."""
+
+    @classmethod
+    def read(cls, text: str | bytes) -> tuple[CellIdentity, bool]:
+        """Read the text of a `cell.json`.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The identity, and whether a digest proves it besides its key.
+
+        Raises:
+            ValueError: It is damaged, or its key is another's.
+        """
+        content, proved = unsealed(text)
+        identity = cls.model_validate(content)
+        if cell_key(identity.model, identity.benchmark) != identity.key:
+            raise ValueError("its key is not that of what it describes")
+        return identity, proved
+
+    def sealed(self) -> str:
+        """Write the text of a `cell.json`."""
+        return sealed(self.model_dump(mode="json"))
+
+
+class Asked(Record):
+    """What was asked of one view of a cell, as it stands in `requests/`."""
+
+    format: int = FORMAT
+    project: str
+    view: View
+
+
+class _Asked1(Record):
+    """The same in format 1: a product of layers, components and spans."""
+
+    project: str
+    request: CellRequest
+
+
+class Views:
+    """The views of one cell on disk.
+
+    Args:
+        folder: The cell's.
+        identity: What the cell is.
+    """
+
+    def __init__(self, folder: Path, identity: CellIdentity) -> None:
+        self.folder = folder
+        self.identity = identity
+
+    def of(self, request: CellRequest) -> View:
+        """Say what a request shows of this cell, whatever else was asked of it."""
+        return View(
+            metric=request.metric or self.identity.benchmark.primary_metric,
+            removed=request.removed,
+            limit=request.limit,
+            runs=tuple(removals(request, self.identity.model.layers)),
+        )
+
+    def ask(self, request: CellRequest, project: str) -> View:
+        """Remember what was asked for, and for which project: what reports and syncs use.
+
+        A cell has a view for each metric and each set of removed layers. The runs that were asked
+        of the same view before stay, and none but these and the new ones is added; the limit is
+        the newest.
+
+        Args:
+            request: What was asked for.
+            project: For which project of the tracking backends.
+
+        Returns:
+            What the view shows from now on.
+        """
+        view = self.of(request)
+        path = self.path(self.name_of(view))
+        with self._asking():
+            # New, or damaged: what is asked now replaces it.
+            with suppress(OSError, ValueError):
+                view = view.joined(self.read(path.read_bytes()).view)
+            self.write(Asked(project=project, view=view))
+        return view
+
+    def read(self, text: str | bytes) -> Asked:
+        """Read a view of this cell from its file's text, also as tracker wrote it in format 1.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The view.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        said = json.dumps(unsealed(text)[0])
+        try:
+            before = _Asked1.model_validate_json(said)
+        except ValidationError:
+            asked = Asked.model_validate_json(said)
+        else:
+            asked = Asked(project=before.project, view=self.of(before.request))
+        layers = (*asked.view.removed, *(run.layer + run.span - 1 for run in asked.view.runs))
+        if max(layers, default=0) >= self.identity.model.layers:
+            raise ValueError(f"the model has no layer {max(layers)}")
+        if asked.view.metric not in self.identity.benchmark.tasks[0].metrics:
+            raise ValueError(f"the benchmark has no metric {asked.view.metric!r}")
+        return asked
+
+    def write(self, asked: Asked) -> None:
+        """Keep a view in its place."""
+        write_note(self.path(self.name_of(asked.view)), asked.model_dump(mode="json"))
+
+    def upgrade(self) -> None:
+        """Write as today what older trackers wrote, with digests; what is damaged stays."""
+        with self._asking():
+            for path in list(self.folder.glob("requests/*.json")):
+                with suppress(OSError, ValueError):
+                    text = path.read_bytes()
+                    asked = self.read(text)
+                    if not unsealed(text)[1]:
+                        self.write(asked)
+                    # Format 1 did not name the metric.
+                    if path != self.path(self.name_of(asked.view)):
+                        path.unlink()
+
+    def _asking(self) -> FileLock:
+        return lock_file(self.folder / "locks" / "requests.lock")
+
+    def asked(self, damaged: dict[str, str] | None = None) -> list[Asked]:
+        """Recall what was asked for, one entry a view; the intact model and its own metric first.
+
+        Args:
+            damaged: Gets each file that cannot be used → what to do; None = raise an error.
+
+        Returns:
+            The views; none when the cell was never finished.
+
+        Raises:
+            ResultsError: A view is damaged.
+        """
+        found: dict[str, Asked] = {}
+        for path in sorted(self.folder.glob("requests/*.json")):
+            try:
+                asked = self.read(path.read_bytes())
+            except (OSError, ValueError) as error:
+                what = (
+                    f"it is damaged ({reason(error)}); delete it and run its experiment again "
+                    "(nothing is measured twice)"
+                )
+                if damaged is None:
+                    raise ResultsError(f"{path}: {what}") from None
+                damaged[str(path)] = what
+            else:
+                found[self.name_of(asked.view)] = asked
+        primary = self.identity.benchmark.primary_metric
+        return sorted(
+            found.values(),
+            key=lambda a: (a.view.removed, a.view.metric != primary, a.view.metric),
+        )
+
+    def name_of(self, view: View) -> str:
+        """Name a view by what tells it from the others of the cell."""
+        return view_name(view.removed, view.metric, self.identity.benchmark)
+
+    def path(self, name: str) -> Path:
+        """Say where it stands what was asked of a view."""
+        return self.folder / "requests" / f"{view_file(name)}.json"
+
+
+def view_file(name: str) -> str:
+    """Name a view's file; file systems take no more than 255 characters."""
+    name = quote(name, safe=",")
+    return name if len(name) <= 100 else f"{name[:80]}--{content_hash(name)[:12]}"
