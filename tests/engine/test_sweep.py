@@ -14,6 +14,7 @@ from tracker.ablations import INTACT, Ablation, ablate, single_layers
 from tracker.documents import Document, Request
 from tracker.engine.check import check
 from tracker.engine.memory import stream_bytes
+from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import flat_rows, tree_rows
 from tracker.engine.score import read_prefix, score_row
 from tracker.engine.sweep import DEPTH_ONLY, FULL, PLAIN, Engine
@@ -108,6 +109,13 @@ def test_a_continuation_that_cannot_be_scored_is_refused(tiny_model):
         document = Document("task", 0, (Request((1, 2), continuation),), 0, 1)
         with pytest.raises(CellError, match="continuation"):
             engine.score([document], [INTACT])
+
+
+def test_a_model_that_takes_no_positions_is_refused(tiny_model):
+    """Else each token of a tree would stand where it stands in the row."""
+    engine = Engine(loaded(tiny_model("mpt")), MAX_LENGTH)
+    with pytest.raises(RefusalError, match=r"^it takes no positions$"):
+        engine.score(make_documents(2), [INTACT])
 
 
 def test_a_stream_that_is_not_finite_spoils_only_itself(tiny_model):
