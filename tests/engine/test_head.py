@@ -48,6 +48,8 @@ def test_blocks_say_what_the_whole_says(tiny_model, family: str) -> None:
     states that they were tried with did not come with: cross-attentions, router logits.
     """
     model = tiny_model(family)
+    if model.lm_head.bias is not None:
+        model.lm_head.bias.copy_(torch.linspace(-3, 3, 97))
     assert Head(model).in_blocks
     found, logprobs, greedy = both(model)
     torch.testing.assert_close(found.logprobs, logprobs, atol=1e-5, rtol=1e-5)
@@ -79,6 +81,17 @@ def test_double_precision_is_cut_and_half_precision_is_not(tiny_model, monkeypat
     assert torch.equal(found.logprobs, logprobs)
     assert found.logprobs.dtype == torch.bfloat16
     assert torch.equal(found.greedy, greedy)
+
+
+def test_one_text_at_a_time_goes_through_whatever_its_logits_take(tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr(module, "LOGITS_BYTES", 1)
+    model = tiny_model("llama")
+    head = Head(model)
+    sizes: list[int] = []
+    model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
+    output = head.base(IDS, use_cache=False)
+    head.predictions(output, output.last_hidden_state, torch.tensor([0]), torch.tensor([5]))
+    assert sizes == [1, 1, 1]
 
 
 @pytest.mark.parametrize("small_states", [1, 14, 21])
