@@ -123,18 +123,45 @@ class TestFindings:
         """Found with the number as it is, or when it is made small: both hold for the model."""
         kind = type(tiny_model("mistral"))
 
-        class Rescaling(kind):  # type: ignore[misc,valid-type]
+        class Changing(kind):  # type: ignore[misc,valid-type]
             def forward(self, *args: Any, **kwargs: Any) -> Any:
-                if self.config.sliding_window == window and not hasattr(self, "called"):
-                    self.lm_head.weight.data = self.lm_head.weight.data * 1.5
+                if self.config.sliding_window == window:
+                    rotary = self.model.rotary_emb
+                    rotary.attention_scaling = rotary.attention_scaling * 1.5
+                    if not hasattr(self, "called"):
+                        self.lm_head.weight.data = self.lm_head.weight.data * 1.5
                     self.called = True
                 return super().forward(*args, **kwargs)
 
         small = miniature(tiny_model("mistral"))
-        small.__class__ = Rescaling
+        small.__class__ = Changing
         found = find_habits(small, [WINDOW])
         assert found.matters == (WINDOW,)
         assert ("lm_head", "weight") in found.first
+        assert found.leftovers == {"attention_scaling"}
+
+    def test_a_number_that_is_small_already_is_made_another(self, tiny_model) -> None:
+        model = tiny_model("mistral")
+        model.config.sliding_window = 6
+        assert find_habits(miniature(model), [WINDOW]).matters == (WINDOW,)
+
+    @pytest.mark.parametrize("refused", [POSITIONS, WINDOW, ("rope_parameters", "rope_theta")])
+    def test_a_number_that_the_model_does_not_take_is_passed_over(
+        self, tiny_model, refused: tuple[str, ...]
+    ) -> None:
+        """And the others are tried none the less."""
+        small = miniature(tiny_model("mistral"))
+        before = dict(numbers(small.config))
+
+        class Choosy(type(small)):  # type: ignore[misc]
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                if dict(numbers(self.config))[refused] != before[refused]:
+                    raise ValueError("no such number")
+                return super().forward(*args, **kwargs)
+
+        small.__class__ = Choosy
+        found = find_habits(small, [POSITIONS, WINDOW, ("rope_parameters", "rope_theta")])
+        assert set(found.matters) == {WINDOW, ("rope_parameters", "rope_theta")} - {refused}
 
     def test_what_is_not_a_number_twice_is_the_same(self, tiny_model) -> None:
         model = tiny_model("llama")
@@ -177,3 +204,18 @@ class TestShortened:
         (small,) = shortened(model, [WINDOW, ("vocab_size",)])
         assert small.config.vocab_size == model.config.vocab_size
         assert small.config.sliding_window == 9
+
+    def test_a_model_that_does_not_run_is_none(self, tiny_model) -> None:
+        """Here with both numbers small, and with the first alone."""
+        model = tiny_model("mistral")
+        model.config.sliding_window = 200
+
+        class Choosy(type(model)):  # type: ignore[misc]
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                if self.config.sliding_window < 200:
+                    raise ValueError("no such window")
+                return super().forward(*args, **kwargs)
+
+        model.__class__ = Choosy
+        (small,) = shortened(model, [WINDOW, POSITIONS])
+        assert (small.config.sliding_window, small.config.max_position_embeddings) == (200, 9)
