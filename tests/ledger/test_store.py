@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -374,13 +375,21 @@ class TestLedger:
         assert Ledger.existing(root).root == root
 
     def test_what_is_no_results_folder(self, tmp_path) -> None:
-        with pytest.raises(ResultsError, match=r"not a results folder.*tracker run"):
+        with pytest.raises(ResultsError) as caught:
             Ledger.existing(tmp_path)
+        assert str(caught.value) == (
+            f"{tmp_path} is not a results folder. `tracker run EXPERIMENT.yaml --results "
+            f"{tmp_path}` makes one."
+        )
         with pytest.raises(ResultsError, match="not a results folder"):
             Ledger.existing(tmp_path / "nowhere")
         (tmp_path / "file").write_text("")
         with pytest.raises(ResultsError, match="is a file"):
             Ledger(tmp_path / "file")
+        long = tmp_path / ("long" * 100)
+        with pytest.raises(ResultsError) as caught:
+            Ledger(long)
+        assert str(caught.value) == f"{long} cannot be used: File name too long"
 
     def test_a_newer_format_is_refused(self, ledger) -> None:
         (ledger.root / "tracker.json").write_text(json.dumps({"format": FORMAT + 1}))
@@ -438,6 +447,64 @@ class TestLedger:
         assert "cell.json cannot be used" in what
         assert ledger.cells() == []
         assert ledger.find("0" * 64) is None
+
+    def test_a_cell_under_the_name_of_another_is_refused(self, ledger, cell) -> None:
+        moved = cell.folder.rename(cell.folder.with_name("SmolLM2--arc_easy--0123456789ab"))
+        assert ledger.contents().damaged == {
+            str(moved): "its cell.json cannot be used (it belongs to another folder); run its "
+            "experiment again, which writes it anew and measures nothing twice, or move the "
+            "folder away"
+        }
+
+    def test_a_damaged_request_keeps_nothing_else_away(self, ledger, cell) -> None:
+        for removed in ((), (1,), (2,)):
+            request = CellRequest(model="m", benchmark="b", layers=(0,), removed=removed)
+            cell.ask(request, "project")
+        path = cell.folder / "requests" / "without-1.json"
+        path.write_text("[]")
+        found = ledger.contents()
+        assert [asked.view.removed for _, asked in found.views] == [(), (2,)]
+        assert found.damaged == {
+            str(path): "it is damaged (it holds no JSON object); delete it and run its experiment "
+            "again (nothing is measured twice)"
+        }
+
+    def test_locks_stand_apart_one_a_cell(self, ledger, cell) -> None:
+        """Whoever copies or verifies a folder leaves them out."""
+        assert {path.name for path in ledger.root.iterdir()} == {"cells", "locks", "tracker.json"}
+        names = {path.name for path in (ledger.root / "locks").iterdir()}
+        assert names == {"format.lock", f"{cell.folder.name}.lock"}
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda locks: locks.write_text("a file in its place"),
+            lambda locks: (locks.mkdir(), (locks / "requests.lock").symlink_to("no/where")),
+        ],
+        ids=["a file", "a dangling link"],
+    )
+    def test_a_cell_that_cannot_be_upgraded_keeps_nobody_from_the_others(
+        self, ledger, model_identity, benchmark_identity, spoil
+    ) -> None:
+        request = CellRequest(model="m", benchmark="b", layers=(0,))
+        paths = []
+        for name in ("a", "b", "c"):
+            cell = ledger.cell(
+                model_identity(name=name, fingerprint=name), benchmark_identity(), {}
+            )
+            cell.ask(request, "project")
+            path = cell.folder / "requests" / "intact.json"
+            note = json.loads(path.read_text())
+            del note["digest"]
+            path.write_text(json.dumps(note))
+            paths.append(path)
+        (ledger.root / "tracker.json").write_text('{"format": 1}')
+        locks = paths[1].parents[1] / "locks"
+        shutil.rmtree(locks)
+        spoil(locks)
+        ledger.create()
+        assert ["digest" in json.loads(path.read_text()) for path in paths] == [True, False, True]
+        assert json.loads((ledger.root / "tracker.json").read_text()) == {"format": FORMAT}
 
     def test_a_request_is_found_again(self, ledger, cell) -> None:
         key = "0123456789abcdef" * 4
