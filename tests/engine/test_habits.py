@@ -149,15 +149,16 @@ class TestFindings:
     def test_a_number_that_the_model_does_not_take_is_passed_over(
         self, tiny_model, refused: tuple[str, ...]
     ) -> None:
-        """And the others are tried none the less."""
+        """In a longer text than it is built with; and the others are tried none the less."""
         small = miniature(tiny_model("mistral"))
         before = dict(numbers(small.config))
 
         class Choosy(type(small)):  # type: ignore[misc]
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
-                if dict(numbers(self.config))[refused] != before[refused]:
+            def forward(self, input_ids: Any, **kwargs: Any) -> Any:
+                changed = dict(numbers(self.config))[refused] != before[refused]
+                if changed and input_ids.shape[1] > 10:
                     raise ValueError("no such number")
-                return super().forward(*args, **kwargs)
+                return super().forward(input_ids, **kwargs)
 
         small.__class__ = Choosy
         found = find_habits(small, [POSITIONS, WINDOW, ("rope_parameters", "rope_theta")])
@@ -206,15 +207,15 @@ class TestShortened:
         assert small.config.sliding_window == 9
 
     def test_a_model_that_does_not_run_is_none(self, tiny_model) -> None:
-        """Here with both numbers small, and with the first alone."""
+        """Here with both numbers small, and with the first alone, in a text that is not short."""
         model = tiny_model("mistral")
         model.config.sliding_window = 200
 
         class Choosy(type(model)):  # type: ignore[misc]
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
-                if self.config.sliding_window < 200:
+            def forward(self, input_ids: Any, **kwargs: Any) -> Any:
+                if self.config.sliding_window < 200 and input_ids.shape[1] > 10:
                     raise ValueError("no such window")
-                return super().forward(*args, **kwargs)
+                return super().forward(input_ids, **kwargs)
 
         model.__class__ = Choosy
         (small,) = shortened(model, [WINDOW, POSITIONS])
