@@ -50,3 +50,13 @@ def test_every_row_is_the_pruned_model(tiny_model, family, length, begun):
         rows = generate(model, prompt.repeat(len(ablations), 1), **{cache_argument(model): cache})
     for ablation, row in zip(ablations, rows, strict=True):
         assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
+
+
+def test_keys_that_a_layer_lacks_are_no_shorter_model(tiny_model):
+    ids = PROMPT[0].tolist()
+    plan = plan_streams(ABLATIONS, 4)
+    parts = Engine(loaded(tiny_model("llama")), 64).parts(plan)
+    prefix = read_prefix(parts, plan, tuple(ids[:-1]))
+    prefix.cache.layers.pop()
+    with pytest.raises(ValueError, match="longer than"), decoding(parts, ABLATIONS, ids, prefix):
+        pass

@@ -14,6 +14,7 @@ from tracker.ablations import INTACT, Ablation, ablate, single_layers
 from tracker.documents import Document, Request
 from tracker.engine.check import check
 from tracker.engine.memory import stream_bytes
+from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import flat_rows, tree_rows
 from tracker.engine.score import read_prefix, score_row
 from tracker.engine.sweep import DEPTH_ONLY, FULL, PLAIN, Engine
@@ -108,6 +109,13 @@ def test_a_continuation_that_cannot_be_scored_is_refused(tiny_model):
         document = Document("task", 0, (Request((1, 2), continuation),), 0, 1)
         with pytest.raises(CellError, match="continuation"):
             engine.score([document], [INTACT])
+
+
+def test_a_model_that_takes_no_positions_is_refused(tiny_model):
+    """Else each token of a tree would stand where it stands in the row."""
+    engine = Engine(loaded(tiny_model("mpt")), MAX_LENGTH)
+    with pytest.raises(RefusalError, match=r"^it takes no positions$"):
+        engine.score(make_documents(2), [INTACT])
 
 
 def test_a_stream_that_is_not_finite_spoils_only_itself(tiny_model):
@@ -236,10 +244,43 @@ def test_out_of_memory_with_nothing_left_to_halve_fails_clearly(tiny_model, monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("tracker.engine.sweep.score_row", never)
-    with pytest.raises(CellError, match="a single document and a single ablation"):
+    said = (
+        r"^out of memory with a single document and a single ablation: CUDA out of memory\. "
+        r"Use a smaller dtype or a larger device$"
+    )
+    with pytest.raises(CellError, match=said):
         Engine(loaded(tiny_model("llama")), MAX_LENGTH).score(
             make_documents(2), single_layers((0, 1))
         )
+
+
+@pytest.mark.parametrize(("fits", "sizes"), [(2, [1] * 6), (4, [3, 3]), (5, [4, 2]), (99, [6])])
+def test_texts_are_generated_for_as_many_ablations_as_fit(tiny_model, fits, sizes):
+    """Half of the budget holds the keys and values of so many texts, the baseline's among them."""
+    model = loaded(tiny_model("llama"))
+    ablations = [Ablation((3,)), INTACT, *(ablate("mlp", [n]) for n in range(4)), Ablation((1, 2))]
+    # A key and a value for each of two heads of eight numbers, of ten tokens in four layers.
+    each = 2 * 2 * 8 * 4 * 10 * 4
+    engine = Engine(model, MAX_LENGTH, memory=2 * fits * each)
+    groups = list(engine.decoding_groups(ablations, 10))
+    assert [len(group) - 1 for group in groups] == sizes
+    assert all(group[0] == INTACT for group in groups)
+    assert [a for group in groups for a in group[1:]] == [a for a in ablations if a != INTACT]
+    assert list(Engine(model, MAX_LENGTH).decoding_groups([INTACT], 10)) == [[INTACT]]
+
+
+def test_the_proxies_of_a_long_text_are_those_of_all_its_windows(tiny_model):
+    draw = random.Random(1)
+    windows = [Request((1,), tuple(draw.randrange(3, 97) for _ in range(n))) for n in (30, 30, 9)]
+    whole = Document("task", 0, tuple(windows), None, 0, rolling=True)
+    apart = [Document("task", 0, (window,), None, 0, rolling=True) for window in windows]
+    for row_tokens in (1, 1000):
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, row_tokens=row_tokens)
+        (score,) = engine.score([whole], [INTACT])
+        parts = [engine.score([document], [INTACT])[0] for document in apart]
+        assert score.proxy_tokens == sum(part.proxy_tokens for part in parts) > 60
+        together = sum(part.proxy_sums for part in parts)
+        torch.testing.assert_close(score.proxy_sums, together, atol=1e-3, rtol=1e-4)
 
 
 def test_weights_that_accelerate_brings_in_when_they_are_needed(tiny_model, tmp_path):

@@ -3,8 +3,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -104,6 +107,20 @@ class TestShards:
             (3, "baseline"),
             (3, "layer:0"),
         ]
+
+    def test_documents_that_come_one_by_one_are_all_kept(self, cell, fill) -> None:
+        """A shard is named by what it holds: one that holds other documents replaces none."""
+        for doc in range(3):
+            fill(cell, Block("arc_easy", 0), [doc], ["baseline"])
+        assert sorted(cell.read()["doc"]) == [0, 1, 2]
+        assert len(shards(cell)) == 3
+
+    def test_columns_that_tell_outcomes_apart_need_not_be_asked_for(self, cell, fill) -> None:
+        fill(cell, Block("arc_easy", 0), [0, 1], NAMES[:2])
+        fill(cell, Block("arc_easy", 0), [1, 2], NAMES[:2])
+        for column in ("ablation", "doc", "task", "metric/acc"):
+            frame = cell.read(columns=[column])
+            assert (list(frame.columns), len(frame)) == ([column], 6)
 
     def test_the_same_documents_do_not_pile_up(self, cell, fill) -> None:
         for _ in range(2):
@@ -287,6 +304,20 @@ class TestUnreadableShards:
         monkeypatch.setattr("tracker.ledger.cells.read_shard", read)
         assert not len(cell.read())
 
+    def test_one_that_cannot_be_moved_counts_for_nothing_where_it_is(
+        self, cell, fill, caplog
+    ) -> None:
+        """As in a colleague's folder, which is read and not written."""
+        fill(cell, Block("arc_easy", 0), [0], ["baseline"])
+        (path,) = shards(cell)
+        path.write_bytes(b"broken")
+        (path.with_suffix(".aside") / "in the way").mkdir(parents=True)
+        assert not len(cell.read())
+        assert path.exists()
+        (record,) = caplog.records
+        assert record.getMessage().startswith(f"the shard {path} is not what was written (")
+        assert record.getMessage().endswith("); it counts for nothing, and is computed again")
+
     # Was: any OSError sets the shard aside, so "too many open files" or a
     # passing network file system error throws good measurements away. Corruption has no errno.
     def test_a_process_without_file_handles_throws_no_results_away(self, cell, fill) -> None:
@@ -345,13 +376,21 @@ class TestLedger:
         assert Ledger.existing(root).root == root
 
     def test_what_is_no_results_folder(self, tmp_path) -> None:
-        with pytest.raises(ResultsError, match=r"not a results folder.*tracker run"):
+        with pytest.raises(ResultsError) as caught:
             Ledger.existing(tmp_path)
+        assert str(caught.value) == (
+            f"{tmp_path} is not a results folder. `tracker run EXPERIMENT.yaml --results "
+            f"{tmp_path}` makes one."
+        )
         with pytest.raises(ResultsError, match="not a results folder"):
             Ledger.existing(tmp_path / "nowhere")
         (tmp_path / "file").write_text("")
         with pytest.raises(ResultsError, match="is a file"):
             Ledger(tmp_path / "file")
+        long = tmp_path / ("long" * 100)
+        with pytest.raises(ResultsError) as caught:
+            Ledger(long)
+        assert str(caught.value) == f"{long} cannot be used: File name too long"
 
     def test_a_newer_format_is_refused(self, ledger) -> None:
         (ledger.root / "tracker.json").write_text(json.dumps({"format": FORMAT + 1}))
@@ -370,6 +409,7 @@ class TestLedger:
 
     def test_a_cell_is_made_once(self, ledger, model_identity, benchmark_identity) -> None:
         first = ledger.cell(model_identity(), benchmark_identity(), {"numpy": "1"})
+        assert first.folder.name == f"SmolLM2--arc_easy--{first.identity.key[:12]}"
         again = ledger.cell(model_identity(name="renamed"), benchmark_identity(), {"numpy": "2"})
         assert first.identity.provenance == {"numpy": "1"}
         assert again.identity.key == first.identity.key
@@ -409,6 +449,64 @@ class TestLedger:
         assert ledger.cells() == []
         assert ledger.find("0" * 64) is None
 
+    def test_a_cell_under_the_name_of_another_is_refused(self, ledger, cell) -> None:
+        moved = cell.folder.rename(cell.folder.with_name("SmolLM2--arc_easy--0123456789ab"))
+        assert ledger.contents().damaged == {
+            str(moved): "its cell.json cannot be used (it belongs to another folder); run its "
+            "experiment again, which writes it anew and measures nothing twice, or move the "
+            "folder away"
+        }
+
+    def test_a_damaged_request_keeps_nothing_else_away(self, ledger, cell) -> None:
+        for removed in ((), (1,), (2,)):
+            request = CellRequest(model="m", benchmark="b", layers=(0,), removed=removed)
+            cell.views.ask(request, "project")
+        path = cell.folder / "requests" / "without-1.json"
+        path.write_text("[]")
+        found = ledger.contents()
+        assert [asked.view.removed for _, asked in found.views] == [(), (2,)]
+        assert found.damaged == {
+            str(path): "it is damaged (it holds no JSON object); delete it and run its experiment "
+            "again (nothing is measured twice)"
+        }
+
+    def test_locks_stand_apart_one_a_cell(self, ledger, cell) -> None:
+        """Whoever copies or verifies a folder leaves them out."""
+        assert {path.name for path in ledger.root.iterdir()} == {"cells", "locks", "tracker.json"}
+        names = {path.name for path in (ledger.root / "locks").iterdir()}
+        assert names == {"format.lock", f"{cell.folder.name}.lock"}
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda locks: locks.write_text("a file in its place"),
+            lambda locks: (locks.mkdir(), (locks / "requests.lock").symlink_to("no/where")),
+        ],
+        ids=["a file", "a dangling link"],
+    )
+    def test_a_cell_that_cannot_be_upgraded_keeps_nobody_from_the_others(
+        self, ledger, model_identity, benchmark_identity, spoil
+    ) -> None:
+        request = CellRequest(model="m", benchmark="b", layers=(0,))
+        paths = []
+        for name in ("a", "b", "c"):
+            cell = ledger.cell(
+                model_identity(name=name, fingerprint=name), benchmark_identity(), {}
+            )
+            cell.views.ask(request, "project")
+            path = cell.folder / "requests" / "intact.json"
+            note = json.loads(path.read_text())
+            del note["digest"]
+            path.write_text(json.dumps(note))
+            paths.append(path)
+        (ledger.root / "tracker.json").write_text('{"format": 1}')
+        locks = paths[1].parents[1] / "locks"
+        shutil.rmtree(locks)
+        spoil(locks)
+        ledger.create()
+        assert ["digest" in json.loads(path.read_text()) for path in paths] == [True, False, True]
+        assert json.loads((ledger.root / "tracker.json").read_text()) == {"format": FORMAT}
+
     def test_a_request_is_found_again(self, ledger, cell) -> None:
         key = "0123456789abcdef" * 4
         assert ledger.find(key) is None
@@ -426,8 +524,53 @@ class TestLedger:
         ledger.keep_experiment("b.yaml", "x: 1\n")
         ledger.keep_experiment("a.yaml", text)
         kept = ledger.contents().experiments
-        assert list(kept) == ["a.yaml", "b.yaml"]
+        assert list(kept.items()) == [("a.yaml", text), ("b.yaml", "x: 1\n")]
         assert (ledger.root / "experiments" / "a.yaml").read_bytes() == text.encode()
+
+    def test_an_experiment_that_is_not_what_was_run_is_named(self, ledger) -> None:
+        ledger.keep_experiment("a.yaml", "x: 1\n")
+        ledger.keep_experiment("b.yaml", "x: 1\n")
+        edited, binary = (ledger.root / "experiments" / name for name in ("a.yaml", "b.yaml"))
+        edited.write_text("x: 2\n")
+        binary.write_bytes(b"\xff")
+        (ledger.root / "experiments" / "b.yaml.sha256").unlink()
+        found = ledger.contents()
+        assert found.experiments == {}
+        assert found.damaged == {
+            str(edited): "it is not the text that was run: edited, or damaged; run it again, or "
+            "delete it",
+            str(binary): "it is no UTF-8 text; run it again, or delete it",
+        }
+
+    def test_a_folder_that_can_be_made_is_not_refused(self, tmp_path) -> None:
+        for root in (tmp_path, tmp_path / "new" / "results"):
+            Ledger(root).refuse_unwritable()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_under_a_file_is_refused(self, tmp_path) -> None:
+        (tmp_path / "file").write_text("")
+        root = tmp_path / "file" / "results"
+        with pytest.raises(ResultsError) as caught:
+            Ledger(root).refuse_unwritable()
+        assert str(caught.value) == f"{root} cannot be made: {tmp_path / 'file'} is a file"
+
+    @pytest.mark.skipif(not hasattr(os, "setresuid"), reason="nobody else can be played")
+    def test_a_folder_that_is_not_ones_own_is_refused(self) -> None:
+        """The administrator may write everywhere: for a moment, somebody else asks."""
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o555)
+            root, me = Path(folder) / "results", os.getuid()
+            ledger = Ledger(root)
+            if me == 0:
+                os.setresuid(65534, 65534, 0)
+            try:
+                with pytest.raises(ResultsError) as caught:
+                    ledger.refuse_unwritable()
+            finally:
+                if me == 0:
+                    os.setresuid(0, 0, 0)
+        said = f"{root} cannot be written: {folder} is not yours to write"
+        assert str(caught.value) == said
 
 
 class TestNotes:
@@ -525,6 +668,26 @@ class TestNotes:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ask, range(40)))
         assert [run.layer for run in cell.views.asked()[0].view.runs] == list(range(40))
+
+    def test_runs_that_the_model_is_too_small_for_are_none(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        cell = ledger.cell(model_identity(layers=1), benchmark_identity(), {})
+        view = cell.views.ask(
+            CellRequest(model="m", benchmark="b", layers=(0,), spans=(2,)), "project"
+        )
+        assert view.runs == ()
+        assert [asked.view for asked in cell.views.asked()] == [view]
+
+    def test_a_record_is_recalled_for_the_state_that_it_follows_from(self, cell, fill) -> None:
+        fill(cell, Block("arc_easy", 0), range(3), NAMES)
+        request = CellRequest(model="m", benchmark="b", layers=(0, 1), limit=3)
+        record = cell_record(cell, cell.views.ask(request, "project"), lambda how, values: 0.0)
+        assert cell.derived("state", record.view) is None
+        cell.keep("state", record)
+        assert cell.derived("state", record.view) == record
+        assert cell.derived("another", record.view) is None
+        assert cell.derived("state", "another") is None
 
     def test_receipts_are_kept_apart(self, cell) -> None:
         assert cell.receipt("mlflow") == {}

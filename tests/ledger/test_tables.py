@@ -16,7 +16,7 @@ from scipy import stats
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.ledger.cells import BLOCK, Block, CellStore
-from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
+from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row
 from tracker.records import CellRecord, RunRecord
 
 from .conftest import cell_record
@@ -430,6 +430,54 @@ def test_a_hidden_state_that_is_not_finite(store) -> None:
         assert getattr(record.runs[6], name) is None
         assert getattr(record.runs[5], name) is not None
     assert record.runs[6].reasons["angular_distance"]
+
+
+def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell, row) -> None:
+    """Shards from before there was a watch lack the columns, and most outcomes the values."""
+    request = CellRequest(model="m", benchmark="b", layers=(0,), limit=4)
+    names = ("baseline", "layer:0", "layer:1")
+    compared = {(0, "baseline"): (2, 0.25, 1), (3, "layer:0"): (5, 0.125, 0)}
+    hidden = {(2, "layer:1"): (9, 9.0, 9)}
+    rows = [row(doc, name) for doc in range(4) for name in names]
+    old = [{k: v for k, v in each.items() if k not in COMPARED} for each in rows]
+    cell.write(Block("arc_easy", 0), old[: 3 * 2], {})
+    record = cell_record(cell, request, "acc", aggregate)
+    assert (record.compared, record.compared_difference, record.compared_unsteady) == (0, None, 0)
+    for each in rows:
+        known = (compared | hidden).get((each["doc"], each["ablation"]), (None,) * 3)
+        each.update(zip(COMPARED, known, strict=True))
+    for path in cell.shards():
+        path.unlink()
+    cell.write(Block("arc_easy", 0), rows, {})
+    record = cell_record(cell, request, "acc", aggregate)
+    assert (record.compared, record.compared_difference, record.compared_unsteady) == (7, 0.25, 1)
+
+
+def test_shards_from_before_rolling_documents_have_gold_answers(cell, row) -> None:
+    request = CellRequest(model="m", benchmark="b", layers=(0,), limit=2)
+    rows = [row(doc, name) for doc in range(2) for name in ("baseline", "layer:0")]
+    for each in rows:
+        if each["ablation"] == "layer:0":
+            each["loglikelihoods"] = [-2.0, -1.0]
+        del each["rolling"]
+    cell.write(Block("arc_easy", 0), rows, {})
+    (layer,) = cell_record(cell, request, "acc", aggregate).runs
+    assert layer.gold_logprob_drop == -0.25 - -1
+
+
+def test_what_lies_beneath_is_weighted_as_all_else(
+    ledger, model_identity, benchmark_identity, row
+) -> None:
+    """Of a group whose tasks count alike: one document of the small one is as much as three."""
+    benchmark = benchmark_identity({"a": 3, "b": 1}, METRICS, weight_by_size=False)
+    cell = ledger.cell(model_identity(), benchmark, {})
+    for task, size in (("a", 3), ("b", 1)):
+        names = ("baseline", "layer:1", "layers:0,1")
+        rows = [row(doc, name, task, float(task == "a")) for doc in range(size) for name in names]
+        cell.write(Block(task, 0), rows, {})
+    request = CellRequest(model="m", benchmark="b", layers=(0,), removed=(1,))
+    record = cell_record(cell, request, "acc", aggregate)
+    assert record.baseline_accuracy == record.removed_accuracy == 0.5
 
 
 # Was: no reason stands under cosine_score, mcnemar_p, the ends of the

@@ -73,6 +73,7 @@ def test_units_that_are_missing_or_nothing() -> None:
     some = weights_by_task(["a"] * 3, True, np.array([1.0, math.nan, 3.0]))
     assert some.tolist() == [0.25, 0, 0.75]
     assert weights_by_task(["a"] * 2, True, np.zeros(2)).tolist() == [0.5, 0.5]
+    assert weights_by_task(["a"] * 2, True, np.array([0.125, 0.375])).tolist() == [0.25, 0.75]
 
 
 def test_weights_of_one_task_and_of_nothing() -> None:
@@ -135,8 +136,21 @@ def test_accuracy_of_fractions_is_a_t_interval() -> None:
 def test_unequal_weights_leave_width_when_every_document_is_right() -> None:
     estimate = accuracy(np.ones(3), np.array([0.25, 0.25, 0.5]))
     assert estimate.value == 1
-    assert estimate.low is not None
-    assert estimate.low < 0.7
+    # Two right and two wrong documents of weight 1/3 besides, all divided by 7/3.
+    mean, variance = 5 / 7, (2 / 7) ** 2 * (3 / 8 + 2 / 9) + (5 / 7) ** 2 * (2 / 9)
+    half = 1.959963984540054 * math.sqrt(variance) / (7 / 3)
+    assert (estimate.low, estimate.high) == (pytest.approx(mean - half), pytest.approx(mean + half))
+
+
+def test_weights_that_differ_by_more_than_rounding_are_not_equal() -> None:
+    weights = np.array([0.5 + 2e-9, 0.5 - 2e-9])
+    assert accuracy(np.array([1.0, 0.0]), weights).value == weights[0]
+
+
+def test_weights_may_be_nothing_or_rounded() -> None:
+    assert accuracy(np.array([1.0, 0.0]), np.array([1.0, 0.0])).value == 1
+    rounded = np.full(7, round(1 / 7, 9))
+    assert accuracy(np.ones(7), rounded) == accuracy(np.ones(7))
 
 
 def test_accuracy_of_nothing() -> None:
@@ -208,7 +222,7 @@ def test_interval_against_the_published_formula(
     drop = accuracy_drop(*paired(both, lost, won, neither))
     p12, p21 = (lost + 1) / (n + 2), (won + 1) / (n + 2)
     half = 1.959963984540054 * math.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
-    assert drop.value is not None
+    assert drop.value == (lost - won) / n
     assert drop.low == pytest.approx(p12 - p21 - half)
     assert drop.high == pytest.approx(p12 - p21 + half)
     assert p12 - p21 - half <= drop.value <= p12 - p21 + half
@@ -228,8 +242,19 @@ def test_drop_is_antisymmetric(pairs: list[tuple[float, float]], whole: bool) ->
         assert there.low == pytest.approx(-back.high, abs=1e-12)
 
 
-def test_drop_of_fractions_is_the_paired_t_interval() -> None:
-    baseline, ablated = np.array([0.9, 0.5, 0.7, 0.4]), np.array([0.6, 0.5, 0.1, 0.5])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([0.9, 0.5, 0.7, 0.4], [0.6, 0.5, 0.1, 0.5]),
+        ([1.0, 0.0, 1.0, 1.0], [0.6, 0.5, 0.1, 0.5]),
+        ([0.9, 0.5, 0.7, 0.4], [1.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_drop_of_fractions_is_the_paired_t_interval(
+    before: list[float], after: list[float]
+) -> None:
+    """Also where one of the two happens to hold none: a document may change by a part."""
+    baseline, ablated = np.array(before), np.array(after)
     drop = accuracy_drop(baseline, ablated)
     reference = stats.ttest_rel(baseline, ablated).confidence_interval(0.95)
     assert (drop.low, drop.high) == (pytest.approx(reference.low), pytest.approx(reference.high))
@@ -318,11 +343,20 @@ def test_chance_is_the_mean_of_one_over_the_choices() -> None:
     assert chance_accuracy(np.array([0, 0])) == 0
     assert chance_accuracy(np.array([2, 4]), np.array([0.25, 0.75])) == 0.3125
     assert math.isnan(chance_accuracy(np.array([], dtype=np.int64)))
+    # Where there is no choice, nobody is wrong.
+    assert chance_accuracy(np.array([1, 2])) == 0.75
+
+
+@pytest.mark.parametrize("n", [3, 49, 98, 1000])
+def test_equal_documents_are_averaged_without_rounding(n: int) -> None:
+    """49 · (0.25 / 49) is less than 0.25: a baseline at chance would be above it."""
+    assert chance_accuracy(np.full(n, 4)) == 0.25
+    assert accuracy(np.ones(n)).value == accuracy_drop(np.ones(n), np.zeros(n)).value == 1
 
 
 @pytest.mark.parametrize("choices", [-1, 2.5, math.nan])
 def test_impossible_choices_are_refused(choices: float) -> None:
-    with pytest.raises(ValueError, match="whole numbers"):
+    with pytest.raises(ValueError, match=r"^choices must be whole numbers, 0 or more$"):
         chance_accuracy(np.array([4, choices]))
 
 

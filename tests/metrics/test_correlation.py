@@ -19,6 +19,7 @@ from tracker.metrics.correlation import (
     row_coefficients,
 )
 from tracker.metrics.resampling import resampled_means
+from tracker.metrics.surrogates import surrogate_series
 
 Values = NDArray[np.float64]
 SCIPY = {"spearman": stats.spearmanr, "kendall": stats.kendalltau, "pearson": stats.pearsonr}
@@ -104,6 +105,23 @@ def test_correlation_is_symmetric_and_odd(pair: tuple[list[float], list[float]])
             assert there.value == pytest.approx(-(mirrored.value or 0.0), abs=1e-12)
 
 
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_a_constant_row_has_no_coefficient_whatever_its_mean_rounds_to(coefficient: str) -> None:
+    """Ten times 0.7, less their mean, is not nothing: without a look at the row, it correlates."""
+    for layers, value in itertools.product(range(3, 20), (0.1, 0.7, 1 / 3)):
+        constant, other = np.full((1, layers), value), np.arange(float(layers))[None]
+        for x, y in ((constant, other), (other, constant), (constant, constant)):
+            assert np.isnan(row_coefficients(x, y, coefficient)).all()
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_two_layers_agree_or_not(coefficient: str) -> None:
+    """Their one pair is all that there is."""
+    rows = np.array([[1.0, 2.0], [5.0, 3.0]])
+    found = row_coefficients(rows, np.array([[7.0, 9.0]]), coefficient)
+    assert found == pytest.approx([1, -1])
+
+
 def test_rounding_errors_are_ties() -> None:
     drop = np.array([0.1 + 0.2, 0.3, 0.1, 0.4])
     proxy = np.array([1.0, 2.0, 0.5, 3.0])
@@ -136,6 +154,7 @@ def test_undefined_correlations(
     assert correlation.low is None
     assert correlation.high is None
     assert correlation.n == len(proxy)
+    assert correlation.coefficient == coefficient
     assert correlation.reason == reason
 
 
@@ -145,8 +164,9 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         correlate(values, values, coefficient="spearmen")
     with pytest.raises(ValueError, match="surrogates"):
         correlate(values, values, coefficient="kendall", surrogates=0)
-    with pytest.raises(ValueError, match="shape"):
-        correlate(values, values[:3], coefficient="kendall")
+    for proxy, drop in ((values, values[:3]), (np.ones((2, 4)), np.ones((2, 4)))):
+        with pytest.raises(ValueError, match=r"^a proxy of the shape"):
+            correlate(proxy, drop, coefficient="kendall")
     for rows in (np.ones((9, 3)), np.ones(4)):
         with pytest.raises(ValueError, match="do not match"):
             correlate(values, values, coefficient="kendall", resampled_drop=rows)
@@ -221,6 +241,29 @@ def test_a_true_correlation_is_found_nearly_as_often_as_by_free_shuffles(rho: fl
     assert rejected(x, y, "spearman") > free - 0.06
 
 
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_the_p_value_against_a_count_by_scipy(coefficient: str) -> None:
+    """Kendall's and Pearson's are of the values, Spearman's is of the ranks; the larger stands."""
+    generator = np.random.default_rng(5)
+    for layers in (5, 9, 20):
+        x = np.exp(2 * generator.normal(size=layers))
+        y = x + 3 * np.exp(2 * generator.normal(size=layers))
+        found = correlate(x, y, coefficient=coefficient, surrogates=99, seed=layers)
+        assert found.coefficient == coefficient
+        if coefficient == "spearman":
+            x, y = stats.rankdata(x), stats.rankdata(y)
+        statistic = SCIPY[coefficient]
+        observed = abs(statistic(x, y).statistic) - 1e-9
+        counts = [
+            sum(abs(statistic(kept, other).statistic) >= observed for other in others)
+            for kept, others in (
+                (x, surrogate_series(y, 99, layers)),
+                (y, surrogate_series(x, 99, layers)),
+            )
+        ]
+        assert found.p_value == (max(counts) + 1) / 100
+
+
 def test_the_p_value_is_never_0() -> None:
     values = np.random.default_rng(0).normal(size=30)
     perfect = correlate(values, values, coefficient="spearman", surrogates=99)
@@ -278,6 +321,8 @@ def test_interval_resamples_proxy_and_drop_together() -> None:
     assert one.low is not None
     assert one.low < 0.9
     assert one.high == 1  # clipped
+    mirrored = correlate(means, -means, coefficient="spearman", resampled_proxy=resampled)
+    assert mirrored.low == -1
 
 
 def test_constant_resamples_leave_the_value_without_an_interval() -> None:
@@ -305,11 +350,13 @@ def test_rank_disagreement_of_random_orders_is_the_chance_level() -> None:
 
 def test_equal_values_rank_by_layer() -> None:
     assert rank_disagreement(np.array([1.0, 1.0, 2.0]), np.array([3.0, 4.0, 5.0]))[0] == 0
+    assert rank_disagreement(np.array([3.0, 4.0, 5.0]), np.array([1.0, 1.0, 2.0]))[0] == 0
 
 
 def test_undefined_ranks() -> None:
     share, chance = rank_disagreement(np.array([1.0, math.nan]), np.array([1.0, 2.0]))
     assert (math.isnan(share), chance) == (True, 0.5)
     assert all(math.isnan(number) for number in rank_disagreement(np.array([]), np.array([])))
-    with pytest.raises(ValueError, match="shape"):
-        rank_disagreement(np.ones(2), np.ones(3))
+    for proxy, drop in ((np.ones(2), np.ones(3)), (np.ones((2, 2)), np.ones((2, 2)))):
+        with pytest.raises(ValueError, match=r"^a proxy of the shape"):
+            rank_disagreement(proxy, drop)

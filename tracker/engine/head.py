@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tracker.models.layers import find_base
 from tracker.models.sublayers import replaced_forward
@@ -33,6 +34,13 @@ class Predictions:
 
     logprobs: Tensor
     greedy: Tensor
+
+
+class _States(BaseModelOutputWithPast):  # type: ignore[misc]
+    """What a base returns, without all that a head may pass on besides the hidden states."""
+
+    def __getattr__(self, name: str) -> None:
+        """Say that there are no cross-attentions, router logits, and so on."""
 
 
 class Head:
@@ -149,11 +157,9 @@ class Head:
     @torch.inference_mode()
     def _gives_the_same(self, blocks: list[tuple[int, int]]) -> bool:
         """Whether whatever follows the projection treats each logit alone."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
         weight = self._projection.weight
         states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]
-        output = BaseModelOutputWithPast(last_hidden_state=states)
+        output = _States(last_hidden_state=states)
         try:
             whole = self._logits(output)
             parts = []

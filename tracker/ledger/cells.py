@@ -217,7 +217,7 @@ class CellStore:
         if blocks is None:
             paths = self.shards()
         elif len(blocks) == 1:
-            paths = sorted(self._shards.glob(f"{_literal(blocks[0].name)}.*.parquet"))
+            paths = sorted(self._shards.glob(f"{blocks[0].name}.*.parquet"))
         else:
             wanted = {block.name for block in blocks}
             paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
@@ -382,8 +382,3 @@ class CellStore:
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def _literal(name: str) -> str:
-    """Escape a file name for `glob`."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,163 @@
+"""The model's own head, in blocks and at once, against the logits of its own forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from tracker.engine import head as module
+from tracker.engine.head import Head, Predictions
+
+IDS = torch.arange(3 * 7).reshape(3, 7) * 11 % 94 + 3
+
+FAMILIES_IN_BLOCKS = ["llama", "phi", "gemma2", "granite", "cohere", "gpt2", "mixtral", "llama4"]
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Cut a vocabulary of 97 tokens into four blocks, and 21 states into chunks."""
+    monkeypatch.setattr(module, "BLOCK", 30)
+    monkeypatch.setattr(module, "STATES", 14)
+
+
+def both(model: Any) -> tuple[Predictions, torch.Tensor, torch.Tensor]:
+    """Score, for each state, its likeliest token, another, and the first and last of the blocks."""
+    with torch.inference_mode():
+        logits = model(IDS, use_cache=False).logits
+        head = Head(model)
+        output = head.base(IDS, use_cache=False)
+        tokens = [*logits[0].argmax(-1).tolist(), *range(0, 97, 4), 29, 30, 59, 60, 89, 90, 96]
+        predicted = torch.tensor(tokens)
+        predictor = torch.arange(len(tokens)) % 7
+        found = head.predictions(output, output.last_hidden_state, predictor, predicted)
+    logprobs = logits.log_softmax(-1)
+    greedy = logits.argmax(-1)[:, predictor] == predicted
+    return found, logprobs[:, predictor, predicted], greedy
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("family", FAMILIES_IN_BLOCKS)
+def test_blocks_say_what_the_whole_says(tiny_model, family: str) -> None:
+    """With a bias, soft-capping, and scaling behind the projection.
+
+    Was: GPT-2 and every mixture of experts were never cut, since their heads pass on what the
+    states that they were tried with did not come with: cross-attentions, router logits.
+    """
+    model = tiny_model(family)
+    if model.lm_head.bias is not None:
+        model.lm_head.bias.copy_(torch.linspace(-3, 3, 97))
+    assert Head(model).in_blocks
+    found, logprobs, greedy = both(model)
+    torch.testing.assert_close(found.logprobs, logprobs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.greedy, greedy)
+    assert greedy.any()
+    assert not any("forward" in vars(part) for part in (model, Head(model).base, model.lm_head))
+
+
+def test_a_small_vocabulary_is_not_cut(tiny_model) -> None:
+    model = tiny_model("llama")
+    assert not Head(model).in_blocks
+    found, logprobs, greedy = both(model)
+    assert torch.equal(found.logprobs, logprobs)
+    assert torch.equal(found.greedy, greedy)
+
+
+@pytest.mark.usefixtures("small")
+def test_double_precision_is_cut_and_half_precision_is_not(tiny_model, monkeypatch) -> None:
+    """There lm-eval rounds after the log-softmax; states go through a few at a time."""
+    assert Head(tiny_model("llama").double()).in_blocks
+    model = tiny_model("llama").bfloat16()
+    assert not Head(model).in_blocks
+    # Two texts of seven states with 97 logits of two bytes.
+    monkeypatch.setattr(module, "LOGITS_BYTES", 2 * 7 * 97 * 2)
+    sizes: list[int] = []
+    model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
+    found, logprobs, greedy = both(model)
+    assert sizes == [3, 2, 1]
+    assert torch.equal(found.logprobs, logprobs)
+    assert found.logprobs.dtype == torch.bfloat16
+    assert torch.equal(found.greedy, greedy)
+
+
+def test_one_text_at_a_time_goes_through_whatever_its_logits_take(tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr(module, "LOGITS_BYTES", 1)
+    model = tiny_model("llama")
+    head = Head(model)
+    sizes: list[int] = []
+    model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
+    output = head.base(IDS, use_cache=False)
+    head.predictions(output, output.last_hidden_state, torch.tensor([0]), torch.tensor([5]))
+    assert sizes == [1, 1, 1]
+
+
+@pytest.mark.parametrize("small_states", [1, 14, 21])
+def test_states_pass_a_few_at_a_time_and_never_less_than_a_stream(
+    tiny_model, monkeypatch, small_states: int
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", 50)
+    monkeypatch.setattr(module, "STATES", small_states)
+    model = tiny_model("llama")
+    seen: list[int] = []
+    honest = Head._score_in_blocks
+
+    def noted(self: Head, output: Any, *rest: Any) -> Predictions:
+        seen.append(len(output.last_hidden_state))
+        return honest(self, output, *rest)
+
+    monkeypatch.setattr(Head, "_score_in_blocks", noted)
+    both(model)
+    assert seen == {1: [1, 1, 1], 14: [2, 1], 21: [3]}[small_states]
+
+
+@pytest.mark.usefixtures("small")
+def test_of_equally_likely_tokens_the_first_is_the_greedy_one(tiny_model) -> None:
+    """As `argmax` says, which lm-eval asks: also where they stand in different blocks."""
+    model = tiny_model("llama")
+    output = model.model(IDS, use_cache=False)
+    states = output.last_hidden_state
+    for token in (95, 40, 10):
+        model.lm_head.weight[token] = 9 * states[0, 0]
+    found = Head(model).predictions(
+        output, states[:1, :1], torch.tensor([0, 0, 0]), torch.tensor([95, 40, 10])
+    )
+    assert found.greedy.tolist() == [[False, False, True]]
+
+
+class Mixing(LlamaForCausalLM):  # type: ignore[misc]
+    """A model that subtracts the mean of all logits: a block by itself has another mean."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / output.logits.std(-1, keepdim=True)
+        return output
+
+
+class Own(nn.Linear):
+    """A projection of a class of its own, which may do more than a product."""
+
+
+@pytest.mark.usefixtures("small")
+def test_what_may_mix_logits_is_not_cut(tiny_model) -> None:
+    model = tiny_model("llama")
+    model.__class__ = Mixing
+    assert not Head(model).in_blocks
+    found, logprobs, greedy = both(model)
+    assert torch.equal(found.logprobs, logprobs)
+    assert torch.equal(found.greedy, greedy)
+    other = tiny_model("llama")
+    other.lm_head.__class__ = Own
+    assert not Head(other).in_blocks
+
+
+def test_a_head_that_takes_something_else_is_refused(tiny_model) -> None:
+    model = tiny_model("llama")
+    head = Head(model)
+    output = head.base(IDS, use_cache=False)
+    model.forward = lambda **_: output
+    output.logits = torch.zeros(3, 7, 97)
+    with pytest.raises(RuntimeError, match=r"^the head does not take what the layers return$"):
+        head.predictions(output, output.last_hidden_state, torch.tensor([0]), torch.tensor([0]))

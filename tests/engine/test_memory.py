@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPT2Config
+
+from tracker.engine.memory import free_memory, keep_freed_memory, stream_bytes
+
+KEEP = """
+import ctypes
+import psutil
+from tracker.engine.memory import keep_freed_memory
+
+program = ctypes.CDLL(None)
+program.sbrk.restype = program.malloc.restype = ctypes.c_void_p
+program.malloc.argtypes, program.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+held = psutil.Process().memory_info
+keep_freed_memory()
+before, resident = program.sbrk(0), held().rss
+block = program.malloc(300 << 20)
+ctypes.memset(block, 1, 300 << 20)
+grown = program.sbrk(0) - before
+program.free(block)
+print(grown >> 20, held().rss - resident >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is nothing to tell malloc")
+def test_what_is_freed_is_kept() -> None:
+    """Taken from the heap, with 64 MB to spare, and not given back, though it is its end."""
+    keep_freed_memory()
+    said = subprocess.check_output([sys.executable, "-c", KEEP], text=True)
+    grown, kept = map(int, said.split())
+    assert 360 <= grown < 370
+    assert kept >= 295
+
+
+def test_free_memory_is_what_programs_can_have() -> None:
+    free = free_memory(torch.device("cpu"))
+    assert isinstance(free, int)
+    assert 0 < free < psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("dtype", "each"), [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2)]
+)
+def test_a_stream_holds_states_and_the_inside_of_an_mlp(tiny_model, dtype, each: int) -> None:
+    model = tiny_model("llama").to(dtype)
+    assert stream_bytes(model) == (6 * 32 + 3 * 48) * each
+
+
+def test_where_layers_differ_the_widest_counts(tiny_model) -> None:
+    model = tiny_model("llama")
+    model.config = Gemma3nTextConfig(
+        hidden_size=32, num_hidden_layers=4, intermediate_size=[48, 100, 16, 48]
+    )
+    assert stream_bytes(model) == (6 * 32 + 3 * 100) * 4
+
+
+def test_an_mlp_whose_width_is_not_said_is_four_times_as_wide_as_the_states() -> None:
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config)
+    assert stream_bytes(model) == (6 * 32 + 3 * 4 * 32) * 4

@@ -1,0 +1,149 @@
+"""What a cell costs is said before it is run: against the operations that are then carried out."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.engine.plain import MAX_LENGTH, loaded, make_documents
+from tracker.ablations import INTACT, Ablation, ablate, single_layers
+from tracker.documents import Document, Request
+from tracker.engine import plan
+from tracker.engine.check import plain_tokens
+from tracker.engine.head import LOGITS_BYTES
+from tracker.engine.memory import stream_bytes
+from tracker.engine.plan import cost, matrix_rate
+from tracker.engine.sweep import Engine
+
+ABLATIONS = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
+
+
+def two_tasks(shared: int) -> list[Document]:
+    """Documents of two tasks, one after the other: each task has a common beginning of its own."""
+    one, other = make_documents(6, 1, shared), make_documents(5, 2, shared)
+    mixed = [*one, *(replace(document, task="other") for document in other)]
+    return sorted(mixed, key=lambda document: document.index)
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[Counter[str]]:
+    """Count the tokens that a model reads, and that pass its attentions and MLPs."""
+    found: Counter[str] = Counter()
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            found[name] += output.shape[:-1].numel()
+            found["widest"] = max(found["widest"], output.shape[:-1].numel())
+
+        return hook
+
+    inner = model.model
+    hooks = [inner.embed_tokens.register_forward_hook(count("tokens"))]
+    for layer in inner.layers:
+        hooks.append(layer.self_attn.o_proj.register_forward_hook(count("sublayers")))
+        hooks.append(layer.mlp.down_proj.register_forward_hook(count("sublayers")))
+    with FlopCounterMode(display=False) as flops:
+        yield found
+    found["flops"] = flops.get_total_flops()
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("shared", [6, 60])
+def test_the_sweep_costs_what_was_said(tiny_model, shared: int) -> None:
+    """Rotary positions alone are operations that nobody counts, and half a per cent."""
+    model, documents = tiny_model("llama_eager"), two_tasks(shared)
+    engine = Engine(loaded(model), MAX_LENGTH)
+    said = cost(model, documents, ABLATIONS, MAX_LENGTH)
+    # The first cell of a model finds out how far its layers see, and what their keys take.
+    engine.score(make_documents(2, 3, shared), ABLATIONS)
+    with counted(model) as found:
+        for task in ("task", "other"):
+            engine.score([d for d in documents if d.task == task], ABLATIONS)
+    assert said.documents == 11
+    assert said.requests == sum(len(document.requests) for document in documents)
+    assert said.tokens == found["tokens"]
+    assert said.layer_passes == found["sublayers"] / 2
+    assert said.flops == pytest.approx(found["flops"], rel=0.005)
+    assert said.check_layer_passes == 4 * plain_tokens(documents, ABLATIONS)
+    assert found["flops"] > 0
+
+
+def test_lm_eval_costs_what_was_said(tiny_model) -> None:
+    """Each ablation by itself; choices of one token after one context are read once."""
+    model = tiny_model("llama_eager")
+    documents = make_documents(3)
+    long = Request(tuple(range(90)), tuple(range(60, 75)))
+    documents.append(Document("task", 3, (long,), 0, 1))
+    engine = Engine(loaded(model), MAX_LENGTH)
+    whole = single_layers((0, 1, 2, 3))
+    said = cost(model, documents, whole, MAX_LENGTH)
+    sequences = {
+        (*request.context, *request.continuation)[:-1][-MAX_LENGTH:]
+        for document in documents
+        for request in document.requests
+    }
+    assert said.naive_tokens == sum(map(len, sequences)) < said.requests * MAX_LENGTH
+    assert MAX_LENGTH in map(len, sequences)
+    flops = passes = 0
+    for ablation in whole:
+        without = engine.without(ablation).loaded.model
+        with counted(without) as found:
+            for tokens in sequences:
+                without(torch.tensor([tokens]), use_cache=False)
+        flops += found["flops"]
+        passes += found["sublayers"]
+    assert said.naive_layer_passes == passes / 2
+    assert said.naive_flops == pytest.approx(flops, rel=0.005)
+
+
+def test_a_sublayer_alone_costs_lm_eval_the_other_half_of_its_layer(tiny_model) -> None:
+    model, documents = tiny_model("llama"), [Document("t", 0, (Request((1, 2, 3), (4,)),), 0, 1)]
+
+    def naive(*removed: Ablation) -> tuple[float, float]:
+        said = cost(model, documents, [INTACT, *removed], MAX_LENGTH)
+        return said.naive_layer_passes, said.naive_flops
+
+    passes, flops = naive(ablate("layer", [1]))
+    # Three tokens that see three, through four square matrices, two of them half as wide.
+    attention = 3 * (2 * 3 * 32 * 32 + 4 * 3 * 32)
+    mlp = 3 * 2 * 3 * 32 * 48
+    assert naive(ablate("mlp", [1])) == (passes + 1.5, flops + attention)
+    assert naive(ablate("attention", [1])) == (passes + 1.5, flops + mlp)
+
+
+def test_the_peak_is_weights_and_the_widest_row_and_logits(tiny_model) -> None:
+    model = tiny_model("llama").bfloat16()
+    request = Request((1, 2, 3), (4, 5))
+    documents = [Document("task", 0, (request,), 0, 1)]
+    said = cost(model, documents, single_layers((0, 1, 2, 3)), MAX_LENGTH)
+    weights = sum(2 * parameter.numel() for parameter in model.parameters())
+    # Five streams of five tokens, the last one of which is measured and predicts nothing.
+    assert said.peak_bytes == weights + 5 * 5 * stream_bytes(model) + 2 * LOGITS_BYTES
+    alone = cost(model, documents, [INTACT], MAX_LENGTH)
+    assert said.peak_bytes - alone.peak_bytes == 4 * 5 * stream_bytes(model)
+
+
+def test_weights_need_not_be_there(tiny_model) -> None:
+    """`tracker plan` says what a model of any size costs without loading it."""
+    model, documents = tiny_model("llama"), make_documents()
+    here = cost(model, documents, ABLATIONS, MAX_LENGTH)
+    assert cost(model.to("meta"), documents, ABLATIONS, MAX_LENGTH) == here
+
+
+def test_the_rate_is_operations_in_the_time_they_took(monkeypatch) -> None:
+    """On a clock that counts: the first product, which wakes the machine up, is not timed."""
+    ticks = itertools.count()
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(ticks) / 10)
+    with FlopCounterMode(display=False) as flops:
+        rate = matrix_rate(seconds=0.25)
+    # Asked at 0, 0.1, 0.2, 0.3 and, to divide by it, at 0.4.
+    assert rate == pytest.approx(flops.get_total_flops() * 2 / 3 / 0.4)

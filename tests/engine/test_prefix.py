@@ -1,0 +1,129 @@
+"""What was read apart: how it grows, what it is cut to, and when it serves other texts."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.engine.plain import MAX_LENGTH, loaded
+from tracker.ablations import single_layers
+from tracker.engine.prefix import MARGIN, GrowingLayer, Prefix, cache_argument, new_cache
+from tracker.engine.score import kept_bytes, read_prefix
+from tracker.engine.streams import plan_streams
+from tracker.engine.sweep import Engine
+
+TOKENS = tuple(range(3, 83))
+
+
+def states(tokens: int, start: int = 0) -> torch.Tensor:
+    """Keys of two streams, three heads and a size of four, each with a value of its own."""
+    return torch.arange(2 * 3 * tokens * 4.0).reshape(2, 3, tokens, 4) + 1000 * start
+
+
+@pytest.fixture
+def prefix(tiny_model) -> Prefix:
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+    plan = plan_streams(single_layers((0, 1, 2, 3)), 4)
+    return read_prefix(engine.parts(plan), plan, TOKENS)
+
+
+class TestGrowing:
+    def test_what_is_appended_stands_behind_the_rest(self) -> None:
+        layer, parts = GrowingLayer(), []
+        for number, tokens in enumerate((5, 1, 1, 90, 1)):
+            parts.append(states(tokens, number))
+            keys, values = layer.update(parts[-1], -parts[-1])
+            assert torch.equal(keys, torch.cat(parts, 2))
+            assert torch.equal(values, -keys)
+            assert layer.get_seq_length() == keys.shape[2]
+            assert layer.is_initialized
+
+    def test_a_buffer_has_room(self) -> None:
+        """While a text is generated, not every token copies all before it."""
+        layer = GrowingLayer()
+        layer.update(states(5), states(5))
+        places = [layer.update(states(1), states(1))[0].data_ptr() for _ in range(MARGIN + 2)]
+        assert len(set(places)) == 2
+        assert len(set(places[: MARGIN + 1])) == 1
+
+    def test_what_a_row_adds_to_a_kept_beginning_is_forgotten_with_the_next(self) -> None:
+        (layer,) = (new_cache().layer_class_to_replicate(),)
+        beginning = states(5)
+        layer.update(beginning, -beginning)
+        layer.kept = True
+        for number in (1, 2):
+            row = states(3, number)
+            keys, values = layer.update(row, -row)
+            assert torch.equal(keys, torch.cat([beginning, row], 2))
+            assert torch.equal(values, -keys)
+            assert layer.get_seq_length() == 5
+
+
+class TestPrefix:
+    @pytest.mark.parametrize(
+        ("shared", "beginning", "kept"),
+        [
+            (80, 80, 80),
+            (80, 88, 80),  # nine tenths of what others begin with
+            (80, 89, None),
+            (72, 80, 72),
+            (71, 80, None),
+            (80, 200, None),
+            (48, 48, 48),  # the shortest that is read apart
+            (47, 47, None),
+            (60, 60, 60),
+            (0, 60, None),
+        ],
+    )
+    def test_it_is_cut_to_what_others_share_where_that_is_nearly_all(
+        self, prefix: Prefix, shared: int, beginning: int, kept: int | None
+    ) -> None:
+        other = TOKENS[:shared] + (90,) * (beginning - shared)
+        before = prefix.proxies
+        assert prefix.cut_to(other) is (kept is not None)
+        length = 80 if kept is None else kept
+        assert prefix.tokens == TOKENS[:length]
+        assert torch.equal(prefix.proxies, before[:, :length])
+        for layer in prefix.cache.layers:
+            assert (layer.kept, layer.get_seq_length()) == (True, length)
+
+    def test_a_prompt_begins_with_it_and_goes_on(self, prefix: Prefix) -> None:
+        """All of it would leave no token to predict the next from."""
+        assert prefix.begins((*TOKENS, 5))
+        assert prefix.begins([*TOKENS, 5, 6])
+        assert not prefix.begins(TOKENS)
+        assert not prefix.begins((*TOKENS[:-1], 5, 6))
+        assert not prefix.begins(TOKENS[:9])
+
+
+class Takes(nn.Module):
+    """A base as transformers 4 had them."""
+
+    def forward(self, input_ids: Any, past_key_values: Any = None, use_cache: Any = None) -> None:
+        pass
+
+
+class TakesNone(nn.Module):
+    def forward(self, input_ids: Any, state: Any = None) -> None:
+        pass
+
+
+def test_how_a_base_takes_it(tiny_model) -> None:
+    assert cache_argument(Takes()) == "past_key_values"
+    assert cache_argument(TakesNone()) is None
+    base = tiny_model("llama").model
+    assert cache_argument(base) in inspect.signature(base.forward).parameters
+
+
+@pytest.mark.parametrize(("family", "heads"), [("llama", 2), ("gpt2", 4)])
+def test_what_one_token_takes_in_one_attention(tiny_model, family: str, heads: int) -> None:
+    """A key and a value of eight numbers in each head, of four bytes, and in half of two."""
+    model: Any = tiny_model(family)
+    for each in (model, model.bfloat16()):
+        engine = Engine(loaded(each), MAX_LENGTH)
+        size = each.dtype.itemsize
+        assert kept_bytes(engine.parts(plan_streams(single_layers(()), 4))) == 2 * heads * 8 * size

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tracker.documents import Document, Prompt, Response
+from tracker.ledger.outcomes import outcome_row, outcome_table, refuse_misfits
+
+RESPONSES = [Response(-1.5, False, 0, "one"), Response(-0.25, True, 2, "two")]
+PROXIES = (5, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+
+
+def document(**changes: Any) -> Document:
+    settings = {"task": "t", "index": 7, "requests": (), "gold": 1, "choices": 2}
+    return Document(**{**settings, **changes})
+
+
+def test_a_row_is_laid_out_under_the_names_that_stand_in_shards() -> None:
+    """They are read from shards of years ago: a renamed column would be a format of its own."""
+    metrics = {"acc": 1.0, "f1": "[1, 0]", "nan": None}
+    assert outcome_row(document(), "baseline", RESPONSES, metrics, PROXIES, (2, 0.5, 1)) == {
+        "task": "t",
+        "doc": 7,
+        "ablation": "baseline",
+        "choices": 2,
+        "gold": 1,
+        "rolling": False,
+        "loglikelihoods": [-1.5, -0.25],
+        "greedy": [False, True],
+        "metric/acc": 1.0,
+        "metric/f1": "[1, 0]",
+        "metric/nan": None,
+        "proxy_tokens": 5,
+        "cosine_similarity_sum": [1.0, 2.0],
+        "angular_distance_sum": [3.0, 4.0],
+        "relative_update_sum": [5.0, 6.0],
+        "compared": 2,
+        "difference": 0.5,
+        "unsteady": 1,
+    }
+
+
+def test_what_was_not_measured_is_null_under_every_ablation_alike() -> None:
+    row = outcome_row(document(rolling=True, gold=None), "layer:0", RESPONSES, {}, None)
+    assert row["rolling"] is True
+    nothing = {name for name, value in row.items() if value is None}
+    assert nothing == {
+        "gold",
+        "proxy_tokens",
+        "cosine_similarity_sum",
+        "angular_distance_sum",
+        "relative_update_sum",
+        "compared",
+        "difference",
+        "unsteady",
+    }
+
+
+def test_the_generated_text_is_kept_where_there_is_a_prompt() -> None:
+    row = outcome_row(document(prompt=Prompt("Q:", {})), "baseline", RESPONSES, {}, None)
+    assert row["text"] == "one"
+    assert "text" not in outcome_row(document(), "baseline", RESPONSES, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("proxies", "compared"),
+    [((5, [[1.0], [2.0]]), None), ((5, [[1.0]] * 4), None), (None, (1, 0.5))],
+)
+def test_sums_under_the_wrong_names_are_never_kept(proxies: Any, compared: Any) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        outcome_row(document(), "baseline", RESPONSES, {}, proxies, compared)
+
+
+def test_types_are_fixed_whatever_the_rows_hold() -> None:
+    """Shards are put together: a column of nulls here is one of numbers there."""
+    first = outcome_row(document(gold=None), "layer:0", RESPONSES, {"acc": None}, None)
+    prompted = document(prompt=Prompt("Q:", {}))
+    second = outcome_row(prompted, "baseline", RESPONSES, {"f1": "[1]"}, PROXIES, (2, 0.5, 1))
+    table = outcome_table([first, second])
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "task": "string",
+        "doc": "int32",
+        "ablation": "string",
+        "choices": "int32",
+        "gold": "int32",
+        "rolling": "bool",
+        "loglikelihoods": "list<item: float>",
+        "greedy": "list<item: bool>",
+        "metric/acc": "double",
+        "metric/f1": "string",
+        "text": "string",
+        "proxy_tokens": "int32",
+        "cosine_similarity_sum": "list<item: double>",
+        "angular_distance_sum": "list<item: double>",
+        "relative_update_sum": "list<item: double>",
+        "compared": "int32",
+        "difference": "double",
+        "unsteady": "int32",
+    }
+    assert table.to_pylist() == [
+        {**dict.fromkeys(table.column_names), **first},
+        {**dict.fromkeys(table.column_names), **second},
+    ]
+
+
+FITTING = {"loglikelihoods": [1.0], "greedy": [True], "angular_distance_sum": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"greedy": [True, False]}, "its log-likelihoods and greedy flags are not as many"),
+        ({"greedy": None}, "its log-likelihoods and greedy flags are not as many"),
+        ({"loglikelihoods": None}, "its log-likelihoods and greedy flags are not as many"),
+        ({"angular_distance_sum": [1.0]}, "a proxy is not one number a layer"),
+        ({"relative_update_sum": [1.0] * 3}, "a proxy is not one number a layer"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes: dict[str, object], why: str) -> None:
+    """Also in one row of many: the first and the last are as they should be."""
+    rows = [FITTING, {**FITTING, **changes}, FITTING]
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.Table.from_pylist([{**dict.fromkeys(names), **row} for row in rows])
+    with pytest.raises(ValueError, match=f"^{why}$"):
+        refuse_misfits(table, 2)
+
+
+def test_parts_that_fit_are_not_refused() -> None:
+    """Whatever columns were read, and proxies stand in the rows of the baseline only."""
+    for row in (FITTING, {**FITTING, "angular_distance_sum": None}, {"doc": 1}):
+        refuse_misfits(pa.Table.from_pylist([row]), 2)

@@ -1,0 +1,206 @@
+"""What `tracker verify` says, word by word, of cells made by hand; see also test_faults.py."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tracker.config import CellRequest
+from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.checks import Checks
+from tracker.ledger.store import Ledger
+from tracker.ledger.verify import VerifiedCell, compare, verify
+
+BLOCK = Block("arc_easy", 0)
+
+
+class TestVerify:
+    def test_what_a_cell_holds_is_counted(self, ledger, cell, fill) -> None:
+        fill(cell, BLOCK, [0, 1], ["baseline", "layer:0"])
+        fill(cell, Block("arc_easy", 1), [32], ["baseline"])
+        told: list[int] = []
+        found = verify(ledger, told.append)
+        (held,) = found.cells
+        assert held == VerifiedCell(held.store, 2, 0, 3, 5, 0)
+        assert held.store.folder == cell.folder
+        assert found.damaged == {}
+        assert told == [1]
+
+    def test_every_cell_is_told_of_as_it_is_done(
+        self, ledger, cell, model_identity, benchmark_identity
+    ) -> None:
+        ledger.cell(model_identity(fingerprint="0" * 64), benchmark_identity(), {})
+        told: list[int] = []
+        assert len(verify(ledger, told.append).cells) == 2
+        assert told == [1, 1]
+
+    def test_what_is_set_aside_is_named_until_it_is_deleted(self, ledger, cell, fill) -> None:
+        fill(cell, BLOCK, [0, 1], ["baseline"])
+        fill(cell, Block("arc_easy", 1), [32], ["baseline"])
+        path = cell.shards()[0]
+        path.write_bytes(path.read_bytes()[:-1])
+        aside = path.with_suffix(".aside")
+        for _ in range(2):
+            found = verify(ledger)
+            (held,) = found.cells
+            assert held == VerifiedCell(held.store, 1, 0, 1, 1, 1)
+            assert found.damaged == {
+                str(aside): "it was set aside as damaged; run its experiment again, which "
+                "measures what is missing, and delete it"
+            }
+        aside.unlink()
+        assert verify(ledger).damaged == {}
+
+    def test_what_is_gone_is_named(self, ledger, cell, fill) -> None:
+        fill(cell, BLOCK, [0], ["baseline"])
+        (path,) = cell.shards()
+        cell.proofs()
+        path.unlink()
+        assert verify(ledger).damaged == {
+            str(path): "it is gone; run its experiment again, which measures what is missing"
+        }
+
+    def test_every_kind_of_note_is_read(self, ledger, cell, fill) -> None:
+        """Also those that nothing is shown from: a disk that rots is noticed by its first bit."""
+        fill(cell, BLOCK, [0], ["baseline"])
+        cell.proofs()
+        cell.add_receipt("mlflow", "1", "there")
+        ledger.remember("0" * 64, cell)
+        Checks(ledger.root).keep("0" * 64, "sound")
+        for made in (ledger.root / "pulled" / "one.json", cell.folder / "derived" / "intact.json"):
+            made.parent.mkdir()
+            made.write_text("{}")
+        assert verify(ledger).damaged == {}
+        notes = [
+            path
+            for path in ledger.root.rglob("*.json")
+            if path.name not in ("tracker.json", "cell.json")
+        ]
+        assert len(notes) == 6
+        for path in notes:
+            path.write_text("[]")
+        assert verify(ledger).damaged == {
+            str(path): "it holds no JSON object; it is not believed, and made again when it is "
+            "needed"
+            for path in notes
+        }
+
+
+class TestCompare:
+    @pytest.fixture
+    def measured(self, cell, fill) -> CellStore:
+        fill(cell, BLOCK, [0, 1], ["baseline", "layer:0"])
+        return cell
+
+    @pytest.fixture
+    def copied(self, ledger, measured, tmp_path: Path) -> Ledger:
+        return Ledger.existing(Path(shutil.copytree(ledger.root, tmp_path / "copy")))
+
+    @staticmethod
+    def replace(ledger: Ledger, rows: list[dict[str, Any]]) -> None:
+        """Let the only cell of a folder hold these outcomes and no others."""
+        (cell,) = ledger.cells()
+        for path in cell.shards():
+            path.unlink()
+        cell.write(BLOCK, rows, {"device": "elsewhere"})
+
+    def test_who_measured_it_and_in_which_order_makes_no_difference(
+        self, ledger, copied, row
+    ) -> None:
+        names = ("layer:0", "baseline")
+        self.replace(copied, [row(doc, name) for name in names for doc in (1, 0)])
+        assert list(compare(ledger, copied)) == []
+
+    def test_cells_of_one_alone(self, ledger, copied, model_identity, benchmark_identity) -> None:
+        """Each is named with its folder, and what is in both is compared none the less."""
+        names = []
+        for place, root in (("0", ledger), ("1", copied)):
+            model = model_identity(fingerprint=place * 64)
+            names.append(root.cell(model, benchmark_identity(), {}).folder.name)
+        (shared,) = {cell.folder.name for cell in ledger.cells()} - set(names)
+        (mine,) = (cell for cell in copied.cells() if cell.folder.name == shared)
+        for path in mine.shards():
+            path.unlink()
+        assert sorted(compare(ledger, copied)) == sorted(
+            [
+                f"{names[0]}: only in {ledger.root}",
+                f"{names[1]}: only in {copied.root}",
+                f"{shared}: 4 outcomes are only in {ledger.root}",
+            ]
+        )
+
+    def test_outcomes_of_one_alone(self, ledger, copied, measured, fill) -> None:
+        fill(measured, BLOCK, [2, 3, 4], ["baseline"])
+        (other,) = copied.cells()
+        fill(other, Block("arc_easy", 1), [32], ["baseline"])
+        assert list(compare(ledger, copied)) == [
+            f"{measured.folder.name}: 3 outcomes are only in {ledger.root}",
+            f"{measured.folder.name}: 1 outcomes are only in {copied.root}",
+        ]
+
+    def test_what_was_asked_and_who_made_the_cell(
+        self, ledger, cell, model_identity, benchmark_identity, tmp_path
+    ) -> None:
+        """The same weights may be called something else elsewhere: the first name is said."""
+        other = Ledger(tmp_path / "other")
+        theirs = other.cell(model_identity(name="Other"), benchmark_identity(), {})
+        theirs.views.ask(CellRequest(model="m", benchmark="b", layers=(0,)), "project")
+        assert theirs.folder.name != cell.folder.name
+        assert list(compare(ledger, other)) == [
+            f"{cell.folder.name}: the two cell.json differ",
+            f"{cell.folder.name}: not the same was asked of the two",
+        ]
+
+    def test_a_damaged_request_is_a_difference_and_no_error(self, ledger, copied, measured) -> None:
+        for root in (ledger, copied):
+            (cell,) = root.cells()
+            cell.views.ask(CellRequest(model="m", benchmark="b", layers=(0,)), "project")
+        assert list(compare(ledger, copied)) == []
+        (cell.folder / "requests" / "intact.json").write_text("{")
+        assert list(compare(ledger, copied)) == [
+            f"{measured.folder.name}: not the same was asked of the two"
+        ]
+
+    def test_the_first_outcome_that_differs_is_named(self, ledger, copied, measured, row) -> None:
+        changed = [row(0), row(0, "layer:0", acc=0.5), row(1, acc=0.5), row(1, "layer:0")]
+        self.replace(copied, changed)
+        assert list(compare(ledger, copied)) == [
+            f"{measured.folder.name}: 2 outcomes differ, that of document 0 of arc_easy under "
+            "layer:0 among them"
+        ]
+
+    def test_documents_of_two_tasks_are_kept_apart(
+        self, ledger, model_identity, benchmark_identity, row, tmp_path
+    ) -> None:
+        """They have the same numbers, and the last would hide that the first differs."""
+        cell = ledger.cell(model_identity(), benchmark_identity({"a": 3, "b": 3}), {})
+        cell.write(Block("b", 0), [row(0, task="b")], {})
+        copied = Ledger.existing(Path(shutil.copytree(ledger.root, tmp_path / "copy")))
+        cell.write(Block("a", 0), [row(0, task="a")], {})
+        copied.cells()[0].write(Block("a", 0), [row(0, task="a", acc=0.0)], {})
+        (difference,) = compare(ledger, copied)
+        assert "1 outcomes differ, that of document 0 of a under baseline" in difference
+
+    def test_the_last_bit_and_the_middle_of_a_long_list_count(self, ledger, copied, row) -> None:
+        """As NumPy prints them, both are the same: eight digits, and dots in the middle."""
+        many = [float(place) for place in range(3000)]
+        changes: list[tuple[str, list[float], list[float]]] = [
+            ("angular_distance_sum", [1.0] * 4, [1.0, 1.0, math.nextafter(1.0, 2.0), 1.0]),
+            ("loglikelihoods", many, [*many[:1500], -1.0, *many[1501:]]),
+        ]
+        for name, one, other in changes:
+            for root, value in ((ledger, one), (copied, other)):
+                self.replace(root, [{**row(0), "greedy": [True] * len(many), name: value}])
+            assert len(list(compare(ledger, copied))) == 1
+            self.replace(copied, [{**row(0), "greedy": [True] * len(many), name: one}])
+            assert list(compare(ledger, copied)) == []
+
+    def test_what_is_not_a_number_equals_itself(self, ledger, copied, row) -> None:
+        rows = [{**row(0, acc=math.nan), "loglikelihoods": [math.nan, -math.inf]}]
+        self.replace(ledger, rows)
+        self.replace(copied, rows)
+        assert list(compare(ledger, copied)) == []
