@@ -77,7 +77,7 @@ class TestShipped:
         assert len(cells) == len(models) * len(benchmarks)
         assert {cell.benchmark for cell in cells} == set(benchmarks)
         every = tuple(range(raw["layer"]["min"], raw["layer"]["max"] + 1))
-        assert {cell.runs for cell in cells} == {every}
+        assert {cell.layers for cell in cells} == {every}
 
     def test_opens_with_its_commands(self, path: Path) -> None:
         comment = list(
@@ -197,7 +197,7 @@ def test_every_model_is_loaded_once(load) -> None:
 )
 def test_layers(load, layer: str, layers: tuple[int, ...]) -> None:
     (cell,) = load(HEAD + MODEL + BENCHMARK + f"  layer: {layer}\n").cells()
-    assert cell.runs == layers
+    assert cell.layers == layers
 
 
 @pytest.mark.parametrize(
