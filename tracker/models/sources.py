@@ -237,10 +237,25 @@ def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
     note = cache_folder() / "layers" / f"{key[:32]}.json"
     known = read_note(note).get("layers")
     if known is None:
-        known = read_config(model, trust_remote_code).num_hidden_layers
+        known = _layers_of_gguf(model) if model.gguf_file else None
+        known = known or read_config(model, trust_remote_code).num_hidden_layers
         with suppress(WorkError):
             write_note(note, {"layers": known})
     return int(known)
+
+
+def _layers_of_gguf(model: ModelSource) -> int | None:
+    """Read a GGUF file's number of layers without torch; None where transformers must tell."""
+    import gguf
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    try:
+        reader = gguf.GGUFReader(Path(model.location) / str(model.gguf_file))
+        kind = reader.get_field("general.architecture").contents()
+        layers = reader.get_field(f"{kind}.block_count").contents()
+    except Exception:  # noqa: BLE001  transformers reads it again, and says what is wrong
+        return None
+    return int(layers) if kind in GGUF_CONFIG_MAPPING and 0 < layers <= MAX_LAYERS else None
 
 
 @cache
