@@ -46,7 +46,7 @@ def unreachable() -> str:
         The reason.
     """
     if not _given_up:
-        _answers()
+        _look()
     return _given_up[0] if _given_up else ""
 
 
@@ -79,23 +79,21 @@ def ask(name: str, file: str, revision: str | None = None, kind: str = "model") 
 
 
 @cache
-def _answers() -> bool:
-    """Ask the hub's own address, once."""
+def _look() -> None:
+    """Ask the hub's own address, once, and give it up where it does not answer."""
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
         _give_up("HF_HUB_OFFLINE is set")
-        return False
+        return
     # The library's own address, or the mirror of HF_ENDPOINT.
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=SECONDS).close()
     except urllib.error.HTTPError:
-        return True  # whatever it says, it answers
+        pass  # whatever it says, it answers
     except (OSError, ValueError) as error:
         _give_up(f"{constants.ENDPOINT} does not answer: {getattr(error, 'reason', error)}")
-        return False
-    return True
 
 
 _given_up: list[str] = []

@@ -47,6 +47,11 @@ class ModelIdentity(Record):
     parameters: int
     dtype: str
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells models apart where people read: name, fingerprint and dtype."""
+        return (self.name, self.fingerprint, self.dtype)
+
 
 class TaskIdentity(Record):
     """One lm-eval task, alone or as part of a group, or one corpus."""
@@ -330,11 +335,6 @@ class CellRecord(Record):
     def kinds(self) -> list[Kind]:
         """The kinds of runs, measured or missing: components outermost, then spans."""
         return list(dict.fromkeys(run.kind for run in self.all_runs))
-
-    @property
-    def model_key(self) -> tuple[str, str, str]:
-        """Which model: its name, fingerprint and dtype."""
-        return (self.model.name, self.model.fingerprint, self.model.dtype)
 
     def runs_of(self, kind: Kind = WHOLE_LAYER) -> dict[int, RunRecord]:
         """Find the measured runs of a kind: first layer → run."""

@@ -217,7 +217,7 @@ def evaluate(
     "components",
     multiple=True,
     default=("layer",),
-    type=click.Choice(("layer", "attention", "mlp")),
+    type=click.Choice(COMPONENTS),
     help="What of every layer is removed; may be given several times. Default: layer.",
 )
 @click.option("--scaling", is_flag=True, help="Time growing pieces of the work instead.")

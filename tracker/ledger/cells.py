@@ -8,7 +8,6 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,15 +17,13 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from tracker.errors import WorkError
-from tracker.ledger.files import lock_file, write_atomically
+from tracker.ledger.files import lock_file, write_bytes
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
 from tracker.ledger.shards import Shard, read_shard, shard_file
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
 from tracker.provenance import content_hash
-from tracker.records import (
-    CellRecord,
-)
+from tracker.records import CellRecord
 
 BLOCK = 32
 """Documents that are computed, locked and written together."""
@@ -142,7 +139,7 @@ class CellStore:
         about = {"format": FORMAT, "key": self.identity.key, "task": block.task, **metadata}
         content = shard_file(outcome_table(rows), about)
         path = self._shard_path(block, ((row["doc"], row["ablation"]) for row in rows))
-        write_atomically(path, lambda temporary: _write(temporary, content))
+        write_bytes(path, content)
 
     def adopt(self, path: Path) -> str:
         """Move a shard from elsewhere to its place; its name counts for nothing.
@@ -336,7 +333,7 @@ class CellStore:
                     PROVENANCE: self._provenance(shard.about),
                 }
                 content = shard_file(shard.table.replace_schema_metadata(None), about)
-                write_atomically(path, partial(_write, content=content))
+                write_bytes(path, content)
 
     def shards(self) -> list[Path]:
         """List the files of outcomes."""
@@ -378,7 +375,3 @@ class CellStore:
         """Remember what a backend has."""
         receipt = {"record": digest, "location": location}
         write_note(self.folder / "receipts" / f"{destination[:32]}.json", receipt)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

@@ -63,7 +63,17 @@ def write_text(path: Path, text: str) -> None:
         path: Where the file is to be.
         text: Its content.
     """
-    write_atomically(path, lambda temporary: _write(temporary, text))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically.
+
+    Args:
+        path: Where the file is to be.
+        content: Its content.
+    """
+    write_atomically(path, lambda temporary: _write(temporary, content))
 
 
 def lock_file(path: Path) -> FileLock:
@@ -98,5 +108,5 @@ def _flush(folders: Iterable[Path]) -> None:
                 os.close(entries)
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

@@ -9,6 +9,7 @@ from typing import Any
 from tracker.ledger.cells import ASIDE, CellStore
 from tracker.ledger.notes import reason, unsealed
 from tracker.ledger.outcomes import PROVENANCE
+from tracker.ledger.shards import Shard
 from tracker.ledger.store import Ledger
 
 _NOTES = (
@@ -71,15 +72,15 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
     found = Verified(damaged=dict(ledger.contents().damaged))
     for store in ledger.cells():
         shards = [shard for path in store.shards() if (shard := store.shard(path)) is not None]
-        frame = store.read(columns=["task", "doc"])
-        aside = sorted(path for path in store.folder.glob(f"shards/*{ASIDE}"))
+        held = {row for shard in shards for row in _places(shard)}
+        aside = sorted(store.folder.glob(f"shards/*{ASIDE}"))
         found.cells.append(
             VerifiedCell(
                 store,
                 len(shards),
                 sum(not shard.proved for shard in shards),
-                len(frame.drop_duplicates()),
-                len(frame),
+                len({(task, doc) for task, doc, _ in held}),
+                len(held),
                 len(aside),
             )
         )
@@ -102,6 +103,11 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
                     f"{reason(error)}; it is not believed, and made again when it is needed"
                 )
     return found
+
+
+def _places(shard: Shard) -> Iterator[tuple[str, int, str]]:
+    columns = shard.table.select(["task", "doc", "ablation"]).to_pydict()
+    return zip(*columns.values(), strict=True)
 
 
 def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:

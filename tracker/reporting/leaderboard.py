@@ -186,7 +186,7 @@ def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
     """Group cells by model: name, weights and dtype."""
     groups: dict[tuple[str, str, str], list[CellRecord]] = {}
     for cell in cells:
-        groups.setdefault(cell.model_key, []).append(cell)
+        groups.setdefault(cell.model.key, []).append(cell)
     return list(groups.values())
 
 

@@ -145,7 +145,7 @@ def across_section(
     by_place = [model.board for model in models]
     labels = [model.label for model in models]
     ranked = model_board(cells)
-    names = {_model_key(model.identity): model.label for model in models}
+    names = {model.identity.key: model.label for model in models}
     pairs, count = pairs_of(cells)
     return AcrossSection(
         depth=_figure(
@@ -153,7 +153,7 @@ def across_section(
         ),
         board=ranked,
         leaderboard=boards.model_board_table(
-            ranked, [names[_model_key(one.model)] for one in ranked.models]
+            ranked, [names[one.model.key] for one in ranked.models]
         ),
         pairs=tuple(
             _figure(difference_chart(pair), f"pair-{number}", boards.difference_table(pair))
@@ -161,10 +161,6 @@ def across_section(
         ),
         pair_count=count,
     )
-
-
-def _model_key(model: ModelIdentity) -> tuple[str, str, str]:
-    return (model.name, model.fingerprint, model.dtype)
 
 
 def _model_section(cells: Sequence[CellRecord], label: str, name: str, alone: bool) -> ModelSection:

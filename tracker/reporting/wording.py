@@ -260,7 +260,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
     """
     if not cells:
         return "No cell is measured yet, so there is nothing to show."
-    models = len({cell.model_key for cell in cells})
+    models = len({cell.model.key for cell in cells})
     text = (
         f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark"
         f"{' and metric' if any(c.other_metric for c in cells) else ''}"

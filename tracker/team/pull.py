@@ -93,8 +93,7 @@ def _is_here(root: Path, cell: RemoteCell, sound: Mapping[str, CellStore]) -> bo
     store = sound.get(note.get("cell", ""))
     if note.get("version") != cell.version or store is None:
         return False
-    damaged: dict[str, str] = {}
-    views = {store.views.name_of(asked.view) for asked in store.views.asked(damaged)}
+    views = {store.views.name_of(asked.view) for asked in store.views.asked(damaged={})}
     shards = {name for name, _ in store.proofs()}
     return note["view"] in views and set(note["shards"]) <= shards
 

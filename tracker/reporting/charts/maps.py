@@ -79,7 +79,7 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
     Raises:
         ValueError: If there is no cell, or the cells belong to several models.
     """
-    if len({cell.model_key for cell in cells}) != 1:
+    if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes the cells of exactly one model")
     layers = layers_of(WHOLE_LAYER, *cells)
     labels = [
