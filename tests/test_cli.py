@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 import tracker
 from tests.conftest import TRACKER
 from tests.ledger import faults
-from tracker.cli import main
+from tracker.cli.commands import main
 from tracker.ledger.store import Ledger
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from tests.conftest import TRACKER
 from tests.hub import GATED, Hub, hub
-from tracker.cli import main
+from tracker.cli.commands import main
 
 LINES = 3
 """That any of it may take on the terminal."""

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from tests.ledger import faults
-from tracker.cli import boundary, main, viewing
+from tracker.cli import boundary, viewing
+from tracker.cli.commands import main
 from tracker.text import harmless, masked
 
 LONG = "a" * 300

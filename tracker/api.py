@@ -3,6 +3,8 @@
 import tracker
 results = tracker.run("experiments/demo.yaml")
 results.layers.sort_values("accuracy_drop")
+
+It is long because each function says all that its command's page says; none of them does anything.
 """
 
 from __future__ import annotations

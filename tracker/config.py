@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -31,6 +30,7 @@ from pydantic import (
 )
 
 from tracker.errors import ExperimentError, RequestError, did_you_mean
+from tracker.safe_yaml import SHOWN, read_yaml, short
 
 T = TypeVar("T")
 
@@ -69,11 +69,6 @@ MAX_RUNS = 1_000_000
 """Of one experiment file; a grid of more was not meant."""
 MAX_LAYERS = 10_000
 """Of a model; no model has a tenth of it."""
-_MAX_NODES = 100_000
-"""Values in one experiment file, each as often as an anchor repeats it."""
-_MAX_BYTES = 10_000_000
-_SHOWN = 80
-"""Characters of a wrong value that a message repeats."""
 
 
 class _Strict(BaseModel):
@@ -124,7 +119,7 @@ class _Value(_Strict):
     @classmethod
     def _one_spelling(cls, given: Any) -> Any:
         if not isinstance(given, dict):
-            value = given if isinstance(given, str) and len(given) <= _SHOWN else short(given)
+            value = given if isinstance(given, str) and len(given) <= SHOWN else short(given)
             raise ValueError(
                 f"write {{value: {value}}} or {{values: […]}}, as in a W&B sweep, not "
                 f"{short(given)}"
@@ -311,33 +306,7 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
     Raises:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise ExperimentError(f"{path} is larger than any experiment file")
-        text = content.decode("utf-8")
-    except FileNotFoundError:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
-        raise ExperimentError(f"there is no experiment file {path}.{near}") from None
-    except OSError as error:
-        raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise ExperimentError(f"{path} cannot be read: it is no UTF-8 text") from None
-    try:
-        raw = _parse(text)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None)
-        raise ExperimentError(
-            f"{path}{line}: not valid YAML: {problem or 'it cannot be parsed'}"
-        ) from None
-    except RecursionError:
-        raise ExperimentError(f"{path}: not valid YAML: it is nested too deeply") from None
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        # What YAML's constructors make of '!!int abc' or of a month 13.
-        raise ExperimentError(f"{path}: not valid YAML: {short(error)}") from None
+    raw, text = read_yaml(path)
     if not isinstance(raw, dict):
         raise ExperimentError(
             f"{path} holds no mapping; an experiment file starts with 'method: grid'"
@@ -350,66 +319,6 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
     except ExperimentError as error:
         raise ExperimentError(f"{path}: {error}") from None
     return experiment, text
-
-
-def _parse(text: str) -> Any:
-    """Read YAML that is not larger than it looks: anchors can make a few lines endless."""
-    loader = _Loader(text)
-    try:
-        root = loader.get_single_node()
-        if root is None:
-            return None
-        _refuse_bombs(root, {})
-        return loader.construct_document(root)
-    finally:
-        loader.dispose()
-
-
-def _refuse_bombs(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Count the values that a node stands for, each as often as an anchor repeats it."""
-    if id(node) in sizes:
-        if not sizes[id(node)]:
-            raise yaml.constructor.ConstructorError(
-                problem="it holds itself, by an anchor", problem_mark=node.start_mark
-            )
-        return sizes[id(node)]
-    sizes[id(node)] = 0  # until it is counted
-    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-    inside = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
-    count = 1 + sum(_refuse_bombs(each, sizes) for each in inside)
-    if count > _MAX_NODES:
-        raise yaml.constructor.ConstructorError(
-            problem=f"it holds more than {_MAX_NODES:,} values", problem_mark=node.start_mark
-        )
-    sizes[id(node)] = count
-    return count
-
-
-def short(value: object) -> str:
-    """Show a wrong value in a message, however long it is."""
-    text = str(value) if isinstance(value, Exception) else _repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _repr(value: object) -> str:
-    try:
-        return repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        return "a number of thousands of digits"
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 _IN_THE_FILE = {"layers": "layer", "components": "component", "spans": "span"}

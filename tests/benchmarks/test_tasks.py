@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tracker.benchmarks import tasks
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.factory import check_task
 from tracker.benchmarks.sources import find_data
-from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate, check_task
+from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
 from tracker.config import CellRequest
 from tracker.documents import Document, Request, Response
 from tracker.errors import BenchmarkError

@@ -12,20 +12,16 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.engine.plain import MAX_LENGTH, loaded
 from tracker.ablations import INTACT, ablate, single_layers
-from tracker.engine.attack import (
-    Verdict,
-    _calls,
-    attack,
-    attack_key,
-    most_sharing,
-    reachable,
-)
+from tracker.engine.attack import attack, attack_key, most_sharing, reachable
+from tracker.engine.crossing import crossing_calls
 from tracker.engine.habits import STEPS
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Lengths, common_beginning
-from tracker.engine.sweep import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Engine, Sharing
+from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Sharing
+from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison
+from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
 
 ABLATIONS = single_layers((0, 1, 2, 3))
@@ -254,8 +250,8 @@ class TestAttack:
 
     def test_the_texts_cross_what_an_architecture_counts_tokens_by(self) -> None:
         """Of random tokens, since a repeated one looks alike from every place."""
-        calls = _calls(97, MAX_LENGTH)
-        assert calls == _calls(97, MAX_LENGTH)
+        calls = crossing_calls(97, MAX_LENGTH)
+        assert calls == crossing_calls(97, MAX_LENGTH)
         for documents in calls:
             requests = [request for document in documents for request in document.requests]
             tokens = [t for r in requests for t in (*r.context, *r.continuation)]
@@ -271,7 +267,7 @@ class TestAttack:
         assert shared == [SHORTEST + 4, SHORTEST + 1]
 
     def test_texts_fit_a_model_that_reads_little(self) -> None:
-        for documents in _calls(97, 20):
+        for documents in crossing_calls(97, 20):
             assert all(len(r.context) < 20 for d in documents for r in d.requests)
 
     def test_what_is_not_causal_is_refused(self, tiny_model) -> None:

@@ -13,7 +13,7 @@ from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
 from tracker.ablations import INTACT, ablate, single_layers
 from tracker.documents import Document, Request
 from tracker.engine import truth
-from tracker.engine.attack import Verdict, attack, reachable
+from tracker.engine.attack import attack, reachable
 from tracker.engine.check import (
     VERDICT,
     _asked,
@@ -26,7 +26,9 @@ from tracker.engine.check import (
 )
 from tracker.engine.habits import find_habits
 from tracker.engine.rows import Lengths, tree_rows
-from tracker.engine.sweep import DEPTH_ONLY, FULL, PLAIN, Engine
+from tracker.engine.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.sweep import Engine
+from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
 from tracker.models.miniature import miniature
 

@@ -11,8 +11,9 @@ from tracker.ablations import INTACT, ablate
 from tracker.engine.decode import decoding
 from tracker.engine.prefix import cache_argument
 from tracker.engine.score import read_prefix
+from tracker.engine.sharing import FULL
 from tracker.engine.streams import plan_streams
-from tracker.engine.sweep import FULL, Engine
+from tracker.engine.sweep import Engine
 
 ABLATIONS = [
     INTACT,

@@ -13,7 +13,8 @@ from tests.engine.plain import MAX_LENGTH, agree, answers, loaded, make_document
 from tracker.ablations import INTACT, Ablation, single_layers
 from tracker.engine.check import check
 from tracker.engine.prefix import SHORTEST
-from tracker.engine.sweep import FULL, PLAIN, Engine
+from tracker.engine.sharing import FULL, PLAIN
+from tracker.engine.sweep import Engine
 from tracker.errors import CellError, ModelError
 from tracker.models.layers import find_layers
 from tracker.models.sublayers import find_sublayers, silenced

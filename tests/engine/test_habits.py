@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tracker.engine.habits import Findings, find_habits, shortened
-from tracker.models.miniature import miniature, numbers
+from tracker.models.miniature import miniature
+from tracker.models.shrinking import numbers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,8 @@ from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import flat_rows, tree_rows
 from tracker.engine.score import read_prefix, score_row
-from tracker.engine.sweep import DEPTH_ONLY, FULL, PLAIN, Engine
+from tracker.engine.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.sweep import Engine
 from tracker.errors import CellError
 
 

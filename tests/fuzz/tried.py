@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz import drawn
 from tests.ledger import faults
-from tracker.cli import main
+from tracker.cli.commands import main
 from tracker.ledger.store import Ledger
 
 FINE, REFUSED, TRACEBACK, SILENT = "fine", "refused well", "tracebacks", "silent differences"

@@ -16,7 +16,8 @@ import transformers
 from tests.engine.plain import MAX_LENGTH, agree, skipped
 from tracker.ablations import Ablation, single_layers
 from tracker.documents import Document, Request
-from tracker.engine.sweep import FULL, Engine
+from tracker.engine.sharing import FULL
+from tracker.engine.sweep import Engine
 from tracker.models.layers import find_layers
 
 SENTENCE = "The capital of France is Paris, and the heart pumps the blood through the body."

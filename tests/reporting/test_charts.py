@@ -9,7 +9,7 @@ import pytest
 from tracker.records import NOT_MEASURED, CellRecord
 from tracker.reporting import formats
 from tracker.reporting.charts.story import marked_layers, story
-from tracker.reporting.leaderboard import layer_board
+from tracker.reporting.leaderboard.layers import layer_board
 
 from . import drawn as charts
 from .conftest import AT_CHANCE, LAYERS, build_cell, study, with_layer

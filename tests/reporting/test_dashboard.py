@@ -14,21 +14,20 @@ import pytest
 from plotly.graph_objects import Figure
 
 from tracker.records import CellRecord
-from tracker.reporting import boards, frames
+from tracker.reporting import frames
 from tracker.reporting.charts import across, model, ranks, style
 from tracker.reporting.formats import fixed, points, two_digits
 from tracker.reporting.html import render_page, render_report
-from tracker.reporting.leaderboard import (
-    INTERVAL_RULE,
-    LAYER_RULE,
-    MODEL_RULE,
-    agreements,
-    compare,
-    layer_board,
-    model_board,
+from tracker.reporting.leaderboard.layers import layer_board
+from tracker.reporting.leaderboard.models import model_board
+from tracker.reporting.leaderboard.pairs import compare, pairs_of
+from tracker.reporting.leaderboard.proxies import agreements, cosine_ranks, misjudged, rankings
+from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.reporting.leaderboard.tables import (
+    difference_table,
+    layer_board_table,
+    misjudged_table,
 )
-from tracker.reporting.pairs import pairs_of
-from tracker.reporting.ranks import cosine_ranks, misjudged, rankings
 from tracker.reporting.sentences import agreement_sentence, critical_sentence
 
 from .conftest import AT_CHANCE, LAYERS, build_cell, study, two_models, with_layer
@@ -149,7 +148,7 @@ class TestRanks:
         assert found[0].off == worst
         assert [one.off for one in found] == sorted((one.off for one in found), reverse=True)
         assert len(found) == 10
-        row = boards.misjudged_table(board, "m").rows[0]
+        row = misjudged_table(board, "m").rows[0]
         first = found[0]
         assert [value.text for value in row[:4]] == [
             str(first.standing.layer),
@@ -162,7 +161,7 @@ class TestRanks:
         board = layer_board([with_layer(build_cell(), 4, cosine_score=None)])
         assert cosine_ranks(board) == {}
         assert misjudged(board) == []
-        assert "Layer 4: no mean cosine score" in boards.layer_board_table(board, "m").notes[0]
+        assert "Layer 4: no mean cosine score" in layer_board_table(board, "m").notes[0]
 
 
 class TestDepth:
@@ -239,7 +238,7 @@ class TestAcross:
         assert (pair.one, pair.other, count) == ("base", "instruct", 1)
         data = across.difference_chart(pair).figure().data
         rows = data[0].z if data[0].type == "heatmap" else [trace.y for trace in data]
-        table = boards.difference_table(pair)
+        table = difference_table(pair)
         for place, (mine, theirs, row) in enumerate(zip(one, other, rows, strict=True)):
             for layer, estimate in compare(mine, theirs):
                 assert row[layer] == pytest.approx(100 * estimate.value)

@@ -14,7 +14,7 @@ from tracker.errors import RequestError
 from tracker.records import CellRecord
 from tracker.reporting.export import FORMATS, boards, export, figures, frames
 from tracker.reporting.formats import fixed, points
-from tracker.reporting.leaderboard import layer_board
+from tracker.reporting.leaderboard.layers import layer_board
 
 from .conftest import LAYERS, build_cell
 

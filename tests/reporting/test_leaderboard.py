@@ -8,14 +8,12 @@ import pytest
 
 from tracker.metrics.accuracy import Estimate
 from tracker.records import CellRecord
-from tracker.reporting.leaderboard import (
-    agreements,
-    compare,
-    layer_board,
-    model_board,
-    relevance_estimate,
-    setting,
-)
+from tracker.reporting.layers import relevance_estimate
+from tracker.reporting.leaderboard.comparable import setting
+from tracker.reporting.leaderboard.layers import layer_board
+from tracker.reporting.leaderboard.models import model_board
+from tracker.reporting.leaderboard.pairs import compare
+from tracker.reporting.leaderboard.proxies import agreements
 
 from .conftest import LAYERS, build_cell
 

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Locator
 
 from tracker.reporting import frames
 from tracker.reporting.html import render_report
-from tracker.reporting.leaderboard import LayerBoard, layer_board
+from tracker.reporting.leaderboard.layers import LayerBoard, layer_board
 
 from .conftest import EXPERIMENT, LAYERS, build_cell, study, two_models
 from .visit import Visit

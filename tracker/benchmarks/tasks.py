@@ -6,24 +6,21 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import AGGREGATION_REGISTRY, get_aggregation
-from lm_eval.api.task import ConfigurableTask, Task
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._factory import TaskFactory
+from lm_eval.api.task import ConfigurableTask
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.sources import HUB, DataSource, find_data, unreachable
+from tracker.benchmarks.factory import UNREADABLE, build, check_task, unreadable
+from tracker.benchmarks.sources import find_data
 from tracker.config import CellRequest
 from tracker.documents import Document, Prompt, Request, Response
-from tracker.errors import BenchmarkError, did_you_mean
+from tracker.errors import BenchmarkError
 from tracker.provenance import content_hash
 from tracker.records import BenchmarkIdentity, TaskIdentity
 
@@ -37,76 +34,6 @@ _NOT_CONTENT = (
     *("training_split", "validation_split", "test_split", "fewshot_split", "num_fewshot"),
 )
 """Where documents come from; the documents themselves are hashed, and the rest stands beside."""
-_UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)
-
-
-class _SourcedFactory(TaskFactory):  # type: ignore[misc]
-    """Builds lm-eval's tasks on data from one of our sources."""
-
-    def __init__(self, source: DataSource, num_fewshot: int | None) -> None:
-        super().__init__()
-        self._source = source
-        self._num_fewshot = num_fewshot
-
-    def _load_full_config(
-        self, entry: Any, overrides: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        config: dict[str, Any] = super()._load_full_config(entry, overrides)
-        if "dataset_path" not in config:
-            return config
-        if self._source.root is None:
-            self._source.ask_hub(config["dataset_path"])
-            return config
-        splits = self._source.load(config["dataset_path"], config.get("dataset_name"))
-        config["custom_dataset"] = lambda **_: splits
-        config["dataset_kwargs"] = None
-        self._fit_splits(config, splits)
-        return config
-
-    def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
-        """Let the configuration name only splits that are there."""
-        task = config["task"]
-        scored = config.get("test_split") or config.get("validation_split")
-        if scored not in splits:
-            if not (self._source.shipped and config.get("validation_split") in splits):
-                raise BenchmarkError(
-                    f"{task} is scored on the split {scored!r}, which {self._source.name} does "
-                    f"not hold; it holds: {', '.join(splits)}"
-                )
-            config["test_split"] = None
-        examples = config.get("fewshot_split") or config.get("training_split")
-        own = config.get("num_fewshot")
-        wanted = own if self._num_fewshot is None or own == 0 else self._num_fewshot
-        in_the_task = "samples" in (config.get("fewshot_config") or {})
-        if wanted and examples not in splits and not in_the_task:
-            raise BenchmarkError(
-                f"{task} draws few-shot examples from the split {examples!r}, which "
-                f"{self._source.name} does not hold; use num_fewshot 0, or another source of data"
-            )
-        for key in ("training_split", "validation_split", "fewshot_split"):
-            if config.get(key) not in splits:
-                config[key] = None
-
-
-@cache
-def _index() -> TaskManager:
-    return TaskManager()
-
-
-def check_task(name: str) -> None:
-    """Refuse a name that lm-eval does not know.
-
-    Args:
-        name: A task or a group of lm-eval.
-
-    Raises:
-        BenchmarkError: Unknown; names the nearest known one.
-    """
-    if name not in _index().task_index:
-        near = did_you_mean(name, _index().all_tasks)
-        raise BenchmarkError(
-            f"lm-eval has no task or group {name!r}.{near} All names: lm-eval ls tasks"
-        )
 
 
 class LmEvalBenchmark:
@@ -126,7 +53,7 @@ class LmEvalBenchmark:
         check_task(request.benchmark)
         self._source = find_data(request.data)
         self._request = request
-        built = self._build()
+        built = build(request.benchmark, self._source, request.num_fewshot)
         group = built if isinstance(built, Group) else None
         members = group.get_all_tasks() if group else built if isinstance(built, list) else [built]
         self._tasks: dict[str, Any] = {task.task_name: task for task in members}
@@ -162,8 +89,8 @@ class LmEvalBenchmark:
                     chat_template=encoder.apply_chat_template if chat else None,
                     tokenizer_name=encoder.tokenizer_name if chat else "",
                 )
-            except _UNREADABLE as error:
-                raise self._unreadable(name, error) from None
+            except UNREADABLE as error:
+                raise unreadable(name, self._source, error) from None
             by_document: dict[int, list[Any]] = {}
             for instance in task.instances:
                 by_document.setdefault(instance.doc_id, []).append(instance)
@@ -177,8 +104,8 @@ class LmEvalBenchmark:
                     prompt = _prompt(*instances[0].args)
                     try:
                         answer = _answer(task, doc)
-                    except _UNREADABLE as error:
-                        raise self._unreadable(name, error) from None
+                    except UNREADABLE as error:
+                        raise unreadable(name, self._source, error) from None
                     requests = [_answered(encoder, prompt, answer)]
                 elif rolling:
                     requests = encoder.windows(*instances[0].args)
@@ -231,30 +158,6 @@ class LmEvalBenchmark:
             return dict.fromkeys(values)
         return values
 
-    def _build(self) -> Task | Group | list[Task]:
-        factory = _SourcedFactory(self._source, self._request.num_fewshot)
-        index = _index().task_index
-        name = self._request.benchmark
-        try:
-            return factory.build(index[name], overrides=None, registry=index)
-        except BenchmarkError:
-            raise
-        except Exception as error:  # noqa: BLE001  what a library makes of a hub, a disk, a task
-            if self._source.root is None and not isinstance(error, _UNREADABLE):
-                entry = index[name].cfg or {}
-                raise unreachable(
-                    entry.get("dataset_path", name), entry.get("dataset_name"), HUB, error
-                ) from None
-            raise self._unreadable(name, error) from None
-
-    def _unreadable(self, task: str, error: Exception) -> BenchmarkError:
-        said = str(error).strip() or type(error).__name__
-        return BenchmarkError(
-            f"{task} cannot read its documents from {self._source.name}: "
-            f"{type(error).__name__}: {said.splitlines()[0]}. Does the data have all the columns "
-            "that the task reads?"
-        )
-
     def _configure(self, task: Any) -> None:
         """Apply the few-shot count by lm-eval's own rule, and refuse what cannot be scored."""
         if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE not in _SCORED:
@@ -277,7 +180,7 @@ class LmEvalBenchmark:
             column = task.get_config(field)
             # lm-eval takes the name of a column that is missing for the text itself.
             if isinstance(column, str) and column.isidentifier() and column not in task.features:
-                raise self._unreadable(task.task_name, KeyError(column))
+                raise unreadable(task.task_name, self._source, KeyError(column))
         own = task.get_config("num_fewshot")
         asked = self._request.num_fewshot
         if asked is not None and own != 0:

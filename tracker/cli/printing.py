@@ -68,7 +68,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
 def print_boards(cells: Sequence[CellRecord]) -> None:
     """Print the leaderboards of layers, and that of models where there are several."""
     from tracker.reporting.export import boards
-    from tracker.reporting.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+    from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 
     found, notes = boards(cells)
     for frame in found:

@@ -11,24 +11,26 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 
-from tracker.ablations import INTACT, Ablation
-from tracker.documents import Document, Request
-from tracker.engine.habits import STEPS, Path, find_habits, shortened
-from tracker.engine.prefix import SHORTEST
+from tracker.ablations import Ablation
+from tracker.documents import Document
+from tracker.engine.crossing import crossing_calls
+from tracker.engine.cutting import as_cut
+from tracker.engine.habits import Path, find_habits, shortened
 from tracker.engine.refusal import refused
-from tracker.engine.rows import Lengths
-from tracker.engine.sweep import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Engine, Habits, Sharing
+from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Sharing
+from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison, Truth
+from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
 from tracker.models.layers import find_layers
-from tracker.models.miniature import miniature, numbers
-from tracker.models.pruned import remember
+from tracker.models.miniature import miniature
+from tracker.models.shrinking import numbers
 from tracker.provenance import content_hash, file_hash, machine, package_versions
 
 WAYS = ((FULL, "documents"), (NO_PREFIX, "tokens"), (DEPTH_ONLY, "depth"))
@@ -43,56 +45,6 @@ OFTEN = 0.02
 ROW_TOKENS = 40
 """Nodes of a row: several short texts share one, a long one has its own."""
 MAX_LENGTH = 96
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an attack has shown of an architecture.
-
-    Attributes:
-        sharing: As much as is exact.
-        lost: One line that says which sharing was lost and why; None when none was.
-        difference: The largest difference that was left, in nats.
-        compared: Log-likelihoods behind it.
-        unsteady: How many of them differ by more, while the model itself moves as far by rounding.
-        lengths: Numbers of the configuration at which the length of a call matters, with whether
-            beyond it every length is another; the empty path for a model to which it always does.
-        leftovers: Names of attributes that one call leaves changed for the next.
-        first: Where in the model is what the first call changes for good: module, attribute.
-        stay: Whether removed layers stay in their places, because the model cannot be cut.
-        attacked: `a miniature`, or `the model` where none can be built.
-    """
-
-    sharing: Sharing
-    lost: str | None
-    difference: float
-    compared: int
-    unsteady: int = 0
-    lengths: tuple[tuple[Path, bool], ...] = ()
-    leftovers: tuple[str, ...] = ()
-    first: tuple[tuple[str, str], ...] = ()
-    stay: bool = False
-    attacked: str = "a miniature"
-
-    def habits(self, model: Any) -> Habits:
-        """Apply it to a model that no call has changed yet.
-
-        Args:
-            model: A model of the architecture.
-
-        Returns:
-            What the engine must know of it.
-        """
-        values = dict(numbers(model.config.get_text_config()))
-        thresholds = tuple(int(values[path]) for path, _ in self.lengths if path in values)
-        first = remember(model, {name for _, name in self.first})
-        return Habits(
-            lengths=Lengths(thresholds, each=any(each for _, each in self.lengths)),
-            leftovers=remember(model, self.leftovers) if self.leftovers else {},
-            first={place: first[place] for place in self.first if place in first},
-            stay=self.stay,
-            unsteady=bool(self.unsteady),
-        )
 
 
 def attack_key(model: Any, ablations: Sequence[Ablation], paths: Sequence[Path]) -> str:
@@ -185,7 +137,7 @@ def _attack_small(
         first=tuple(sorted(found.first)),
     )
     models = [small, *shortened(small, found.matters)]
-    verdict = _as_cut(_engine(engine, small, verdict), ablations, verdict, name)
+    verdict = as_cut(_engine(engine, small, verdict), ablations, verdict, name)
     for each in models:
         verdict = _attacked(_engine(engine, each, verdict), ablations, verdict, name)
     return verdict
@@ -211,7 +163,7 @@ def _attack_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> 
         attacked="the model",
     )
     engine = replace(engine, habits=verdict.habits(engine.loaded.model))
-    verdict = _as_cut(engine, ablations, verdict, name)
+    verdict = as_cut(engine, ablations, verdict, name)
     engine = replace(engine, habits=verdict.habits(engine.loaded.model))
     return _attacked(engine, ablations, verdict, name)
 
@@ -222,10 +174,10 @@ def _attacked(
     """Lower a verdict to what this model computes exactly."""
     vocabulary = engine.loaded.model.get_input_embeddings().num_embeddings
     if verdict.attacked == "the model":
-        calls = [_texts(random.Random(0), vocabulary, (), engine.max_length)[:4]]
+        calls = [crossing_calls(vocabulary, engine.max_length)[0][:4]]
         asked = list(_asked(calls, ablations, whole=1, some=1))
     else:
-        calls = _calls(vocabulary, engine.max_length)
+        calls = crossing_calls(vocabulary, engine.max_length)
         asked = list(_asked(calls, ablations, WHOLE, SOME))
     truth = Truth(engine)
 
@@ -332,134 +284,3 @@ def _compared(
             if found.wrong:
                 return found
     return found
-
-
-def _calls(vocabulary: int, longest: int) -> list[list[Document]]:
-    """Texts, grouped as blocks of a cell are scored."""
-    draw = random.Random(0)
-    kept = SHORTEST + 4
-    return [
-        _texts(draw, vocabulary, (), longest),
-        _texts(draw, vocabulary, STEPS, longest),
-        _shared(draw, vocabulary, kept, longest),
-        _shared(draw, vocabulary, kept - 3, longest),
-    ]
-
-
-def _texts(
-    draw: random.Random, vocabulary: int, lengths: Sequence[int], longest: int
-) -> list[Document]:
-    """Branches and single letters, long before short; then both sides of each length."""
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(2, vocabulary) for _ in range(min(count, longest - 1)))
-
-    if not lengths:
-        letters = [(tokens(n), [(3,), (4,)]) for n in (44, 33, 12, 26, 9)]
-        spoken = [(tokens(n), [tokens(k) for k in (1, 1, 3, 6)]) for n in (7, 15)]
-        long = [(tokens(5), [tokens(30), tokens(28)])]
-        return _documents([*letters, *spoken, *long])
-    pairs = zip(lengths[1::2], lengths[::2], strict=False)
-    return _documents([(tokens(n - 1), [tokens(k // 6), (3,)]) for n, k in pairs])
-
-
-def _shared(draw: random.Random, vocabulary: int, kept: int, longest: int) -> list[Document]:
-    """Texts with a beginning that is read apart."""
-    kept = min(kept, longest - 12)
-    common = tuple(draw.randrange(2, vocabulary) for _ in range(kept))
-    tails = [tuple(draw.randrange(2, vocabulary) for _ in range(n)) for n in (5, 2, 8)]
-    return _documents([(common + tail, [(3,), (4, 5, 6)]) for tail in tails])
-
-
-def _documents(
-    contents: Sequence[tuple[tuple[int, ...], Sequence[tuple[int, ...]]]],
-) -> list[Document]:
-    return [
-        Document(
-            "attack",
-            number,
-            tuple(Request(context, tuple(answer)) for answer in answers),
-            number % len(answers),
-            len(answers),
-        )
-        for number, (context, answers) in enumerate(contents)
-    ]
-
-
-@torch.inference_mode()
-def _as_cut(engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, name: str) -> Verdict:
-    """Find out what the model without a layer is; raises CellError where it does not run.
-
-    It is what a checkpoint without the layer would be. Nearly always that is the model whose layer
-    hands on its input, and streams that skip the layer compute it. Where it is another model (what
-    layers do depends on their places), nothing is shared over depth; it must then be what its own
-    configuration and weights make of it. Where no checkpoint can be cut, the layer stays in its
-    place and hands on its input.
-    """
-    cut = replace(engine, habits=replace(engine.habits, stay=False))
-    still = replace(engine, habits=replace(engine.habits, stay=True))
-    wrong: list[tuple[Ablation, str]] = []
-    by_nature = False
-    for ablation in dict.fromkeys(Ablation(a.layers) for a in ablations if a.layers):
-        one, why = _text_under(cut, ablation)
-        other, why_not = _text_under(still, ablation)
-        if one is not None and other is not None and _alike(one, other):
-            continue
-        if one is not None and _is_its_own_checkpoint(cut, ablation, one):
-            by_nature = True
-            continue
-        if other is None and one is None:
-            raise CellError(
-                f"{name} does not run without {_named(ablation)} ({why or why_not}); leave it out "
-                "of 'layer'"
-            )
-        wrong.append((ablation, why or "it is not the model that it was without the layer"))
-    if wrong and by_nature:
-        ablation, why = wrong[0]
-        raise CellError(
-            f"{name} cannot be cut to be without {_named(ablation)} ({why}); leave it out of "
-            "'layer'"
-        )
-    if by_nature:
-        lost = "a checkpoint without a layer is not the model that skips it, so nothing is shared"
-        return replace(verdict, sharing=PLAIN, lost=lost)
-    return replace(verdict, stay=bool(wrong))
-
-
-def _named(ablation: Ablation) -> str:
-    plural = "s" if len(ablation.layers) > 1 else ""
-    return f"layer{plural} {', '.join(map(str, ablation.layers))}"
-
-
-def _text_under(engine: Engine, ablation: Ablation) -> tuple[torch.Tensor | None, str | None]:
-    """What a changed model says of a text [tokens, vocabulary], or why it says nothing."""
-    ids = torch.arange(12, device=engine.loaded.device)[None] * 5 % 29 + 2
-    try:
-        return engine.without(ablation).loaded.model(ids, use_cache=False).logits[0], None
-    except Exception as error:
-        why = refused(error)
-        if why is None:
-            raise
-        return None, why
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    within = 1e-6 if one.dtype == torch.float64 else 1e-3 if one.dtype == torch.float32 else 0.5
-    return one.shape == other.shape and torch.allclose(
-        one, other, rtol=within, atol=within, equal_nan=True
-    )
-
-
-def _is_its_own_checkpoint(engine: Engine, ablation: Ablation, said: torch.Tensor) -> bool:
-    """Whether a model made of the cut configuration, given the cut weights, says the same."""
-    model = engine.without(ablation).loaded.model
-    if sum(p.numel() for p in model.parameters()) > 10**8:
-        return False
-    try:
-        again = type(model)(model.config).to(model.dtype).eval()
-        again.load_state_dict(model.state_dict())
-    except Exception:  # noqa: BLE001 - a class that cannot be made of this configuration
-        return False
-    fresh = replace(engine, loaded=replace(engine.loaded, model=again, layers=find_layers(again)))
-    found, _ = _text_under(replace(fresh, habits=Habits()), INTACT)
-    return found is not None and _alike(found, said)

@@ -17,11 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Request
-from tracker.engine.attack import Verdict, attack, attack_key, most_sharing, reachable
+from tracker.engine.attack import attack, attack_key, most_sharing, reachable
 from tracker.engine.habits import Path
 from tracker.engine.rows import common_beginning, tree_rows
-from tracker.engine.sweep import PLAIN, DocumentScores, Engine
+from tracker.engine.sharing import PLAIN
+from tracker.engine.sweep import DocumentScores, Engine
 from tracker.engine.truth import Comparison, Truth
+from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
 
 VERDICT = TypeAdapter(Verdict)

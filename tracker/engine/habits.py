@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.models.miniature import build, numbers, with_numbers
+from tracker.models.miniature import build
 from tracker.models.pruned import changed, remember
+from tracker.models.shrinking import numbers, with_numbers
 
 Path = tuple[str, ...]
 """Where a number stands in a text model's configuration."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tracker.documents import Document, Request
+from tracker.engine.tree import Tree
 from tracker.errors import CellError
 
 
@@ -182,52 +183,6 @@ def _by_side(sequences: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]
     return list(sides.values())
 
 
-class _Tree:
-    """A prefix tree under construction; node i's parent is before i."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.depths: list[int] = []
-        self._children: dict[tuple[int, int], int] = {}
-
-    def insert(self, path: Sequence[int]) -> list[int]:
-        """Add a sequence; returns its nodes."""
-        nodes = []
-        parent = -1
-        for depth, token in enumerate(path):
-            node = self._children.get((parent, token))
-            if node is None:
-                node = len(self.tokens)
-                self._children[parent, token] = node
-                self.tokens.append(token)
-                self.parents.append(parent)
-                self.depths.append(depth)
-            nodes.append(node)
-            parent = node
-        return nodes
-
-    def added_by(self, paths: Sequence[Sequence[int]]) -> int:
-        """Count the nodes that some sequences would add."""
-        missing = set()
-        for path in paths:
-            parent: int | None = -1
-            for depth, token in enumerate(path):
-                parent = self._children.get((parent, token)) if parent is not None else None
-                if parent is None:
-                    missing.add(tuple(path[: depth + 1]))
-        return len(missing)
-
-    def ancestors(self) -> Tensor:
-        """Which node sees which, itself included [tokens, tokens]."""
-        seen = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[node] = seen[parent]
-            seen[node, node] = True
-        return seen
-
-
 def tree_rows(
     documents: Sequence[Document],
     max_length: int,
@@ -251,14 +206,14 @@ def tree_rows(
     """
     for together in _by_side(_sequences(documents, max_length, lengths)):
         begun = prefix if lengths.side(prefix) == together[0][0].side else 0
-        tree, packed = _Tree(), list[_Sequence]()
+        tree, packed = Tree(), list[_Sequence]()
         # In order of their tokens, documents that begin alike come into the same row.
         for sequences in sorted(together, key=lambda each: each[0].tokens):
             paths = [sequence.path[begun:] for sequence in sequences]
             added = tree.added_by(paths)
             if packed and len(tree.tokens) + added > row_tokens:
                 yield _tree_row(tree, packed, begun)
-                tree, packed = _Tree(), []
+                tree, packed = Tree(), []
             for path in paths:
                 tree.insert(path)
             packed.extend(sequences)
@@ -295,7 +250,7 @@ def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
     Returns:
         The row.
     """
-    tree = _Tree()
+    tree = Tree()
     tree.insert(tokens)
     nothing = torch.zeros(0, dtype=torch.long)
     return Row(
@@ -312,7 +267,7 @@ def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
     )
 
 
-def _tree_row(tree: _Tree, sequences: list[_Sequence], prefix: int) -> Row:
+def _tree_row(tree: Tree, sequences: list[_Sequence], prefix: int) -> Row:
     nodes = [tree.insert(sequence.path[prefix:]) for sequence in sequences]
     return _row(
         prefix,

@@ -20,13 +20,14 @@ from tracker.engine.masks import Sight, look
 from tracker.engine.memory import free_memory, stream_bytes
 from tracker.engine.prefix import SHORTEST, Prefix, cache_argument
 from tracker.engine.refusal import RefusalError
-from tracker.engine.rows import ANY_LENGTH, Lengths, Row, common_beginning, flat_rows, tree_rows
+from tracker.engine.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.score import Parts, RowScores, kept_bytes, read_prefix, score_row
+from tracker.engine.sharing import ALONE, FULL, NO_HABITS, PLAIN, Habits, Sharing
 from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.errors import CellError
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
-from tracker.models.pruned import State, pruned, put_back, remember
+from tracker.models.pruned import pruned, put_back, remember
 from tracker.models.sublayers import Sublayers, find_sublayers
 
 ROW_TOKENS = 192
@@ -35,34 +36,6 @@ mask."""
 ROW_TOKENS_ACCELERATOR = 1024
 SIGHT = 256
 """Lengths of text at which layers' masks are looked at are multiples of this."""
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """What the ablations of a model share, exactly.
-
-    Attributes:
-        depth: Layers below the removed one are computed once for all ablations.
-        tokens: Tokens that the requests of a row have in common are computed once.
-        prefix: What all documents begin with is computed once for all rows.
-    """
-
-    depth: bool = True
-    tokens: bool = True
-    prefix: bool = True
-
-    def __str__(self) -> str:
-        """Name what is shared, as it stands in the ledger and on the page."""
-        names = ("depth", "tokens", "prefix")
-        return ", ".join(name for name in names if getattr(self, name)) or "nothing"
-
-
-FULL = Sharing()
-NO_PREFIX = Sharing(prefix=False)
-DEPTH_ONLY = Sharing(tokens=False, prefix=False)
-PLAIN = Sharing(depth=False, tokens=False, prefix=False)
-ALONE = DEPTH_ONLY
-"""How one model by itself is scored: there is no second stream to share depth with."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +55,6 @@ class DocumentScores:
     responses: list[list[Response]]
     proxy_tokens: int
     proxy_sums: Tensor
-
-
-@dataclass(frozen=True)
-class Habits:
-    """What calling a model does beside its answer; the check finds it out.
-
-    Attributes:
-        lengths: Which calls it computes alike.
-        leftovers: What one call leaves changed for the next, as it was before.
-        first: What the first call changes for good, weights among it, as it was before.
-        stay: Whether a removed layer stays in its place and hands on its input, because the model
-            cannot be cut there.
-        unsteady: Whether the architecture is discontinuous: its top-k or routers may meet ties.
-    """
-
-    lengths: Lengths = ANY_LENGTH
-    leftovers: State = field(default_factory=dict, compare=False)
-    first: State = field(default_factory=dict, compare=False)
-    stay: bool = False
-    unsteady: bool = False
 
 
 _Scored = tuple[Row, Sequence[Ablation], RowScores]
@@ -125,7 +78,7 @@ class Engine:
     sharing: Sharing = FULL
     row_tokens: int | None = None
     memory: int | None = None
-    habits: Habits = Habits()
+    habits: Habits = NO_HABITS
     _kept: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
     _sights: list[Sight] = field(default_factory=list, init=False, repr=False, compare=False)
 

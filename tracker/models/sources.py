@@ -14,13 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tracker.config import MAX_LAYERS, short
+from tracker.config import MAX_LAYERS
 from tracker.distribution import pip_install
 from tracker.errors import ModelError, UnreachableError, WorkError
 from tracker.hub import ask, check_name, refusal, unreachable
 from tracker.ledger.files import cache_folder, write_text
 from tracker.ledger.notes import read_note, write_note
 from tracker.provenance import content_hash, file_hash, file_stamp, package_versions
+from tracker.safe_yaml import short
 
 PACKAGE = "package:"
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")

@@ -24,14 +24,10 @@ from tracker.reporting.frames import (
     model_board_frame,
 )
 from tracker.reporting.grid import Table
-from tracker.reporting.leaderboard import (
-    INTERVAL_RULE,
-    LAYER_RULE,
-    MODEL_RULE,
-    layer_board,
-    model_board,
-    models_of,
-)
+from tracker.reporting.leaderboard.comparable import models_of
+from tracker.reporting.leaderboard.layers import layer_board
+from tracker.reporting.leaderboard.models import model_board
+from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.reporting.tables import overview_table
 
 Write = Callable[[Sequence[CellRecord], Path], list[Path]]

@@ -8,7 +8,8 @@ import pandas as pd
 
 from tracker.metrics.accuracy import Estimate
 from tracker.records import CellRecord, CorrelationRecord, RunRecord
-from tracker.reporting.leaderboard import LayerBoard, ModelBoard
+from tracker.reporting.leaderboard.layers import LayerBoard
+from tracker.reporting.leaderboard.models import ModelBoard
 from tracker.reporting.wording import model_labels
 
 _CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed")

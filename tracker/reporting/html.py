@@ -16,9 +16,11 @@ from plotly.offline import get_plotlyjs
 
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord
-from tracker.reporting import leaderboard, sections, tables, wording
+from tracker.reporting import sections, tables, wording
 from tracker.reporting.charts.style import TEMPLATE
 from tracker.reporting.downloads import layer_files, packed_json
+from tracker.reporting.leaderboard import rules
+from tracker.reporting.leaderboard.proxies import agreements
 from tracker.reporting.sentences import agreement_sentence, compared_sentence
 from tracker.text import harmless
 
@@ -90,8 +92,8 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
         parquet=parquet,
         summary=wording.summary(cells),
         compared=compared_sentence(cells),
-        agreements=[agreement_sentence(one) for one in leaderboard.agreements(cells)],
-        rules=leaderboard,
+        agreements=[agreement_sentence(one) for one in agreements(cells)],
+        rules=rules,
         overview=tables.overview_table(cells),
         overview_links=[ids[cell.place] for cell in cells],
         models=models,

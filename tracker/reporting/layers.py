@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tracker.metrics.accuracy import Estimate
-from tracker.records import CellRecord, RunIdentity
+from tracker.metrics.combined import ratio
+from tracker.records import CellRecord, RunIdentity, RunRecord
 from tracker.reporting.formats import defined
-from tracker.reporting.leaderboard import relevance_estimate
 
 PANELS = {
     "cosine_score": "cosine score (1 − cos)",
@@ -58,3 +58,44 @@ def relative_depth(layer: int, layers: int) -> float:
         layer / (layers - 1); 0 in a model of one layer.
     """
     return layer / (layers - 1) if layers > 1 else 0.0
+
+
+def relevance_estimate(cell: CellRecord, record: RunRecord) -> Estimate:
+    """Give a run's accuracy relevance its interval.
+
+    The drop's interval is divided by that of the baseline above chance, as independent figures:
+    they share their documents, so the interval is rather too wide than too narrow.
+
+    Args:
+        cell: The cell.
+        record: One of its runs.
+
+    Returns:
+        The relevance; no interval where the baseline's reaches down to chance.
+    """
+    value, chance = record.accuracy_relevance, cell.chance_accuracy
+    if value is None:
+        return Estimate(None, reason=record.reasons.get("accuracy_relevance", "not recorded"))
+    if (
+        chance is None
+        or cell.baseline_accuracy is None
+        or cell.baseline_low is None
+        or cell.baseline_high is None
+    ):
+        return Estimate(value)
+    baseline = (cell.baseline_accuracy, cell.baseline_low, cell.baseline_high)
+    value_above, low_above, high_above = (figure - chance for figure in baseline)
+    found = ratio(drop_estimate(record), Estimate(value_above, low_above, high_above))
+    if found.low is None or found.high is None:
+        return Estimate(value)
+    return Estimate(value, min(found.low, 1.0), min(found.high, 1.0))
+
+
+def drop_estimate(record: RunRecord) -> Estimate:
+    """Take a run's accuracy drop and its interval together."""
+    return Estimate(
+        record.accuracy_drop,
+        record.accuracy_drop_low,
+        record.accuracy_drop_high,
+        reason=record.reasons.get("accuracy_drop"),
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracker.records import WHOLE_LAYER, CellRecord, ModelIdentity
-from tracker.reporting import boards, formats, tables, wording
+from tracker.reporting import facts, formats, tables, wording
 from tracker.reporting.charts.across import depth_curves, difference_chart
 from tracker.reporting.charts.cells import curve_components, layer_curve, proxy_scatter
 from tracker.reporting.charts.maps import heat_map, span_components, span_map
@@ -15,14 +15,20 @@ from tracker.reporting.charts.ranks import rank_map
 from tracker.reporting.charts.story import story
 from tracker.reporting.charts.style import Chart
 from tracker.reporting.grid import Table
-from tracker.reporting.leaderboard import (
-    LayerBoard,
-    ModelBoard,
-    layer_board,
-    model_board,
-    models_of,
+from tracker.reporting.leaderboard.comparable import models_of
+from tracker.reporting.leaderboard.layers import LayerBoard, layer_board
+from tracker.reporting.leaderboard.models import ModelBoard, model_board
+from tracker.reporting.leaderboard.pairs import pairs_of
+from tracker.reporting.leaderboard.tables import (
+    depth_table,
+    difference_table,
+    layer_board_table,
+    misjudged_table,
+    model_board_table,
+    proxy_table,
+    rank_table,
+    relevance_interval_table,
 )
-from tracker.reporting.pairs import pairs_of
 from tracker.reporting.sentences import critical_sentence
 
 
@@ -149,14 +155,12 @@ def across_section(
     pairs, count = pairs_of(cells)
     return AcrossSection(
         depth=_figure(
-            depth_curves(by_place, labels), "across-depth", boards.depth_table(by_place, labels)
+            depth_curves(by_place, labels), "across-depth", depth_table(by_place, labels)
         ),
         board=ranked,
-        leaderboard=boards.model_board_table(
-            ranked, [names[one.model.key] for one in ranked.models]
-        ),
+        leaderboard=model_board_table(ranked, [names[one.model.key] for one in ranked.models]),
         pairs=tuple(
-            _figure(difference_chart(pair), f"pair-{number}", boards.difference_table(pair))
+            _figure(difference_chart(pair), f"pair-{number}", difference_table(pair))
             for number, pair in enumerate(pairs, 1)
         ),
         pair_count=count,
@@ -173,7 +177,7 @@ def _model_section(cells: Sequence[CellRecord], label: str, name: str, alone: bo
         label=label,
         identity=cells[0].model,
         board=board,
-        leaderboard=boards.layer_board_table(board, label) if board.layers else None,
+        leaderboard=layer_board_table(board, label) if board.layers else None,
         critical=critical_sentence(board),
         cells=tuple(
             _cell_section(cell, benchmark, f"{name}-cell-{index}")
@@ -185,7 +189,7 @@ def _model_section(cells: Sequence[CellRecord], label: str, name: str, alone: bo
         relevance=_figure(
             relevance_curves(board, label),
             f"{name}-relevance-curves",
-            boards.relevance_interval_table(board, label),
+            relevance_interval_table(board, label),
             label,
         )
         if board.layers
@@ -193,7 +197,7 @@ def _model_section(cells: Sequence[CellRecord], label: str, name: str, alone: bo
         proxies=_figure(
             proxy_curves(whole, label),
             f"{name}-proxies",
-            boards.proxy_table(whole, label),
+            proxy_table(whole, label),
             label,
         )
         if whole
@@ -209,12 +213,12 @@ def _model_section(cells: Sequence[CellRecord], label: str, name: str, alone: bo
         ranks=_figure(
             rank_map(whole, label),
             f"{name}-ranks",
-            boards.rank_table(whole, label),
+            rank_table(whole, label),
             label,
         )
         if whole
         else None,
-        misjudged=boards.misjudged_table(board, label) if board.layers else None,
+        misjudged=misjudged_table(board, label) if board.layers else None,
     )
 
 
@@ -250,8 +254,8 @@ def _cell_section(cell: CellRecord, label: str, name: str) -> CellSection:
         layers=tables.layer_table(cell),
         layers_heading="Layers" if only_layers else "Runs",
         correlations=tables.correlation_table(cell),
-        provenance=tables.provenance_table(cell),
-        tasks=tables.task_table(cell),
+        provenance=facts.provenance_table(cell),
+        tasks=facts.task_table(cell),
     )
 
 

@@ -7,7 +7,8 @@ from statistics import median
 
 from tracker.records import CellRecord
 from tracker.reporting.formats import counted, defined, interval, points, two_digits
-from tracker.reporting.leaderboard import Agreement, LayerBoard, agreements
+from tracker.reporting.leaderboard.layers import LayerBoard
+from tracker.reporting.leaderboard.proxies import Agreement, agreements
 
 PROXY_NAMES = {
     "cosine_score": "cosine score",

@@ -13,10 +13,10 @@ from tracker.measuring.derive import all_records
 from tracker.records import CellRecord
 from tracker.reporting.export import FORMATS, export, figures
 from tracker.reporting.html import render_report
-from tracker.reporting.leaderboard import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.reporting.wording import summary
-from tracker.team.board import board_tables, publish_board
 from tracker.team.collect import Collected, merged
+from tracker.team.leaderboard import board_tables, publish_board
 from tracker.text import masked
 from tracker.tracking import Target, open_backend, target
 from tracker.tracking.base import Backend

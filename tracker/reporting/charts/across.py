@@ -11,8 +11,8 @@ from tracker.reporting.charts.maps import ROWS, centred_map, short
 from tracker.reporting.charts.style import MANY, Chart, chart, errors, finite, layer_axis, line
 from tracker.reporting.formats import counted, defined, interval, two_digits
 from tracker.reporting.layers import relative_depth
-from tracker.reporting.leaderboard import LayerBoard
-from tracker.reporting.pairs import Pair
+from tracker.reporting.leaderboard.layers import LayerBoard
+from tracker.reporting.leaderboard.pairs import Pair
 
 _FEW = 3
 """So many lines can carry their intervals and still be told apart."""

@@ -25,7 +25,7 @@ from tracker.reporting.charts.style import (
     layer_axis,
     value_axis,
 )
-from tracker.reporting.leaderboard import drop_estimate
+from tracker.reporting.layers import drop_estimate
 
 # Neighbours along the proxy axis write their labels to different sides.
 _SIDES = ("top left", "bottom right", "bottom left", "top right")

@@ -24,7 +24,7 @@ from tracker.reporting.charts.style import (
 )
 from tracker.reporting.formats import counted, defined, fixed, interval, two_digits
 from tracker.reporting.layers import PANELS, layer_relevance, why_undefined
-from tracker.reporting.leaderboard import LayerBoard
+from tracker.reporting.leaderboard.layers import LayerBoard
 from tracker.reporting.wording import benchmark_labels
 
 _FEW = 3

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tracker.records import CellRecord
 from tracker.reporting.charts.maps import COLOUR_BAR
 from tracker.reporting.charts.style import GREY, Chart, chart
-from tracker.reporting.ranks import rankings
+from tracker.reporting.leaderboard.proxies import rankings
 from tracker.reporting.sentences import ranks_differ
 
 _COUNTS = [[0.0, "rgba(61,116,168,0.25)"], [1.0, "rgba(61,116,168,1)"]]

@@ -18,8 +18,8 @@ from tracker.reporting.charts.style import (
     layer_axis,
 )
 from tracker.reporting.formats import counted, defined, fixed, two_digits
-from tracker.reporting.leaderboard import LayerBoard
-from tracker.reporting.ranks import misjudged
+from tracker.reporting.leaderboard.layers import LayerBoard
+from tracker.reporting.leaderboard.proxies import misjudged
 from tracker.reporting.wording import benchmark_labels
 
 MARKED = 3

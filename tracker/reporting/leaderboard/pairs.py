@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from tracker.metrics.accuracy import Estimate
+from tracker.metrics.combined import difference
 from tracker.records import CellRecord
 from tracker.reporting.formats import Measure, measure_of
-from tracker.reporting.leaderboard import compare, models_of, setting
+from tracker.reporting.layers import drop_estimate
+from tracker.reporting.leaderboard.comparable import models_of, setting
 from tracker.reporting.wording import benchmark_labels, model_labels
 
 MOST = 10
@@ -82,3 +84,21 @@ def pairs_of(cells: Sequence[CellRecord], most: int = MOST) -> tuple[list[Pair],
             )
             found.append(Pair(labels[i], labels[j], measure, comparisons))
     return found[:most], total
+
+
+def compare(one: CellRecord, other: CellRecord) -> list[tuple[int, Estimate]]:
+    """Subtract the accuracy drops of one model from those of another, layer by layer.
+
+    Args:
+        one: A cell.
+        other: The cell of another model with as many layers, or of another precision.
+
+    Returns:
+        Layer → drop in `one` minus drop in `other`, for the whole layers that both measured.
+    """
+    theirs = {run.layer: run for run in other.whole_layers}
+    return [
+        (run.layer, difference(drop_estimate(run), drop_estimate(theirs[run.layer])))
+        for run in one.whole_layers
+        if run.layer in theirs
+    ]

@@ -1,4 +1,4 @@
-"""Ranks of layers: the true one beside the one that the cosine score would give."""
+"""How well each proxy orders the layers, and which ones the cosine score gets most wrong."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from tracker.metrics.correlation import rank_disagreement
+from tracker.metrics.proxies import PROXIES
 from tracker.records import CellRecord
 from tracker.reporting.formats import defined
-from tracker.reporting.leaderboard import LayerBoard, LayerStanding
+from tracker.reporting.leaderboard.comparable import DECIMALS, ranks
+from tracker.reporting.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.reporting.wording import benchmark_labels
-
-_DECIMALS = 12
-"""Figures that agree to here differ by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def rankings(cells: Sequence[CellRecord]) -> list[Ranking]:
     """Rank the whole layers of every cell by what their removal costs, and by cosine score.
 
     Equal figures are ranked in the order of the layers, as a pruner that goes through the list
-    would: these are the ranks behind `leaderboard.agreements`.
+    would: these are the ranks behind `agreements`.
 
     Args:
         cells: Cells of one model.
@@ -86,10 +86,7 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
     scores = [standing.cosine_score for standing in ranked if defined(standing.cosine_score)]
     if not scores or len(scores) < len(ranked):
         return {}
-    ranks = stats.rankdata(-np.round(np.array(scores), _DECIMALS), method="min")
-    return {
-        standing.layer: int(rank) for standing, rank in zip(ranked, ranks.tolist(), strict=True)
-    }
+    return {standing.layer: rank for standing, rank in zip(ranked, ranks(scores), strict=True)}
 
 
 def misjudged(board: LayerBoard, count: int = 10) -> list[Misjudged]:
@@ -102,16 +99,69 @@ def misjudged(board: LayerBoard, count: int = 10) -> list[Misjudged]:
     Returns:
         The largest difference of ranks first; layers in their right place are not in it.
     """
-    ranks = cosine_ranks(board)
+    by_cosine = cosine_ranks(board)
     found = [
-        Misjudged(standing, ranks[standing.layer], abs(standing.rank - ranks[standing.layer]))
-        for standing in board.layers
-        if standing.rank is not None and standing.layer in ranks
+        Misjudged(one, by_cosine[one.layer], abs(one.rank - by_cosine[one.layer]))
+        for one in board.layers
+        if one.rank is not None and one.layer in by_cosine
     ]
     wrong = [one for one in found if one.off]
     return sorted(wrong, key=lambda one: (-one.off, one.standing.rank, one.standing.layer))[:count]
 
 
 def _from_the_largest(values: Sequence[float | None]) -> list[int]:
-    ascending = stats.rankdata(np.round(np.array(values, float), _DECIMALS), method="ordinal")
+    ascending = stats.rankdata(np.round(np.array(values, float), DECIMALS), method="ordinal")
     return [len(values) + 1 - int(rank) for rank in ascending]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well one proxy orders the layers of some cells.
+
+    Attributes:
+        proxy: Its field's name.
+        spearman: Spearman with the accuracy drop in every cell where it is defined.
+        differ: Mean share of layers whose exact rank differs between proxy and drop.
+        chance: The share that two random orders would give.
+        cells: Cells behind `differ`.
+    """
+
+    proxy: str
+    spearman: tuple[float, ...]
+    differ: float | None
+    chance: float | None
+    cells: int
+
+
+def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
+    """Say how well each proxy orders the layers, with chance beside it.
+
+    Args:
+        cells: Cells of any models.
+
+    Returns:
+        One entry a proxy.
+    """
+    return [_agreement(proxy, cells) for proxy in PROXIES]
+
+
+def _agreement(proxy: str, cells: Sequence[CellRecord]) -> Agreement:
+    spearman = [
+        found.value
+        for cell in cells
+        for found in cell.correlations
+        if (found.proxy, found.coefficient, found.subset) == (proxy, "spearman", "all")
+        and found.value is not None
+    ]
+    shares = []
+    for cell in cells:
+        pairs = [
+            (getattr(run, proxy), run.accuracy_drop)
+            for run in cell.whole_layers
+            if getattr(run, proxy) is not None and run.accuracy_drop is not None
+        ]
+        if len(pairs) > 2:
+            table = np.array(pairs, dtype=np.float64)
+            shares.append(rank_disagreement(table[:, 0], table[:, 1]))
+    differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)
+    return Agreement(proxy, tuple(spearman), differ, chance, len(shares))

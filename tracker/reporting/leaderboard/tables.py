@@ -11,9 +11,10 @@ from tracker.records import NO_REASON, WHOLE_LAYER, CellRecord, layers_of
 from tracker.reporting.formats import DASH, counted, fixed, layer_list, points, two_digits
 from tracker.reporting.grid import Table, Value, estimated, numbers, shown, texts
 from tracker.reporting.layers import PANELS, layer_relevance, relative_depth, why_undefined
-from tracker.reporting.leaderboard import LayerBoard, ModelBoard
-from tracker.reporting.pairs import Pair
-from tracker.reporting.ranks import cosine_ranks, misjudged, rankings
+from tracker.reporting.leaderboard.layers import LayerBoard
+from tracker.reporting.leaderboard.models import ModelBoard
+from tracker.reporting.leaderboard.pairs import Pair
+from tracker.reporting.leaderboard.proxies import cosine_ranks, misjudged, rankings
 from tracker.reporting.wording import benchmark_labels, provenance_notes
 
 _four = partial(fixed, digits=4)

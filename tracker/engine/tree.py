@@ -1,0 +1,54 @@
+"""A prefix tree of requests: what several of them begin with is one path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Tree:
+    """A prefix tree under construction; node i's parent is before i."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}
+
+    def insert(self, path: Sequence[int]) -> list[int]:
+        """Add a sequence; returns its nodes."""
+        nodes = []
+        parent = -1
+        for depth, token in enumerate(path):
+            node = self._children.get((parent, token))
+            if node is None:
+                node = len(self.tokens)
+                self._children[parent, token] = node
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.depths.append(depth)
+            nodes.append(node)
+            parent = node
+        return nodes
+
+    def added_by(self, paths: Sequence[Sequence[int]]) -> int:
+        """Count the nodes that some sequences would add."""
+        missing = set()
+        for path in paths:
+            parent: int | None = -1
+            for depth, token in enumerate(path):
+                parent = self._children.get((parent, token)) if parent is not None else None
+                if parent is None:
+                    missing.add(tuple(path[: depth + 1]))
+        return len(missing)
+
+    def ancestors(self) -> Tensor:
+        """Which node sees which, itself included [tokens, tokens]."""
+        seen = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] = seen[parent]
+            seen[node, node] = True
+        return seen

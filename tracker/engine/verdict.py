@@ -1,0 +1,62 @@
+"""What an attack has shown of an architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tracker.engine.habits import Path
+from tracker.engine.rows import Lengths
+from tracker.engine.sharing import Habits, Sharing
+from tracker.models.pruned import remember
+from tracker.models.shrinking import numbers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an attack has shown of an architecture.
+
+    Attributes:
+        sharing: As much as is exact.
+        lost: One line that says which sharing was lost and why; None when none was.
+        difference: The largest difference that was left, in nats.
+        compared: Log-likelihoods behind it.
+        unsteady: How many of them differ by more, while the model itself moves as far by rounding.
+        lengths: Numbers of the configuration at which the length of a call matters, with whether
+            beyond it every length is another; the empty path for a model to which it always does.
+        leftovers: Names of attributes that one call leaves changed for the next.
+        first: Where in the model is what the first call changes for good: module, attribute.
+        stay: Whether removed layers stay in their places, because the model cannot be cut.
+        attacked: `a miniature`, or `the model` where none can be built.
+    """
+
+    sharing: Sharing
+    lost: str | None
+    difference: float
+    compared: int
+    unsteady: int = 0
+    lengths: tuple[tuple[Path, bool], ...] = ()
+    leftovers: tuple[str, ...] = ()
+    first: tuple[tuple[str, str], ...] = ()
+    stay: bool = False
+    attacked: str = "a miniature"
+
+    def habits(self, model: Any) -> Habits:
+        """Apply it to a model that no call has changed yet.
+
+        Args:
+            model: A model of the architecture.
+
+        Returns:
+            What the engine must know of it.
+        """
+        values = dict(numbers(model.config.get_text_config()))
+        thresholds = tuple(int(values[path]) for path, _ in self.lengths if path in values)
+        first = remember(model, {name for _, name in self.first})
+        return Habits(
+            lengths=Lengths(thresholds, each=any(each for _, each in self.lengths)),
+            leftovers=remember(model, self.leftovers) if self.leftovers else {},
+            first={place: first[place] for place in self.first if place in first},
+            stay=self.stay,
+            unsteady=bool(self.unsteady),
+        )

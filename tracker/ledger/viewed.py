@@ -1,0 +1,128 @@
+"""The outcomes of a view: the documents that all its runs share."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tracker.ablations import INTACT, Ablation, ablate, ablation_of
+from tracker.ledger.cells import CellStore
+from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.views import CellIdentity
+from tracker.metrics.ratios import SCALES, document_ratios
+from tracker.provenance import differences
+from tracker.records import (
+    RunIdentity,
+    View,
+)
+
+Array = NDArray[np.float64]
+
+
+class Viewed:
+    """A cell's outcomes for a view, lined up: every ablation has the same documents in order."""
+
+    def __init__(self, store: CellStore, view: View) -> None:
+        self.identity: CellIdentity = store.identity
+        self._removed = view.removed
+        counts = store.counts(view.limit)
+        self.wanted = sum(counts.values())
+        frame = store.read(store.blocks(view.limit))
+        shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs)]
+        names = {ablation.name for ablation in shown}
+        if len(frame):
+            frame = frame[
+                frame["ablation"].isin(names) & (frame["doc"] < frame["task"].map(counts))
+            ]
+        measured = set(frame["ablation"]) if len(frame) else set()
+        if INTACT.name in measured:
+            # A document counts when nothing that is shown lacks it.
+            present = frame.groupby(["task", "doc"])["ablation"].transform("size")
+            frame = frame[present == len(measured)]
+        else:
+            frame = frame.iloc[:0]
+        order = pd.Categorical(frame["task"], categories=list(counts)) if len(frame) else None
+        frame = frame.assign(order=order).sort_values(["order", "doc"]) if len(frame) else frame
+        self._rows = (
+            {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
+        )
+        self.stacks = (
+            [json.loads(each) for each in frame[PROVENANCE].unique()] if len(frame) else []
+        )
+        self.runs = [run for run in view.runs if self.has(self.ablation(run))]
+        self.missing = [run for run in view.runs if not self.has(self.ablation(run))]
+        self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
+
+    def comparisons(self) -> dict[str, Any]:
+        """What is known of outcomes that were answered again on a really pruned model."""
+        rows = pd.concat(self._rows.values()) if self._rows else pd.DataFrame()
+        # Shards from before lack the columns.
+        counted = rows["compared"].dropna() if "compared" in rows else pd.Series(dtype=float)
+        if not len(counted):
+            return {}
+        return {
+            "compared": int(counted.sum()),
+            "compared_difference": float(rows["difference"].max()),
+            "compared_unsteady": int(rows["unsteady"].sum()),
+        }
+
+    def ablation(self, run: RunIdentity) -> Ablation:
+        """What a run removes, with all that lies beneath."""
+        return ablation_of(run, self._removed)
+
+    def has(self, ablation: Ablation) -> bool:
+        """Whether an ablation is measured."""
+        return ablation.name in self._rows
+
+    def of(self, ablation: Ablation) -> pd.DataFrame:
+        """The rows of one ablation."""
+        return self._rows[ablation.name]
+
+    def mismatch(self, ablation: Ablation) -> str:
+        """Say where the baseline of a document was measured otherwise than an ablation of it."""
+        pairs = list(zip(self.of(INTACT)[PROVENANCE], self.of(ablation)[PROVENANCE], strict=True))
+        how = {pair: differences([*map(json.loads, pair)]) for pair in set(pairs)}
+        count = sum(bool(how[pair]) for pair in pairs)
+        if not count:
+            return ""
+        every = differences([json.loads(one) for pair in how if how[pair] for one in pair])
+        return (
+            f"baseline and ablation of {count} of {len(pairs)} documents were measured by "
+            f"different versions or devices: {every}"
+        )
+
+    def metric(self, ablation: Ablation, name: str) -> Array:
+        """A metric's value of every document; NaN where it has none."""
+        column = self.of(ablation)[METRIC + name]
+        how = self._how(name)
+        if how not in SCALES:
+            return column.to_numpy(dtype=np.float64)
+        both = pairs(column)
+        return document_ratios(how, both[:, 0], both[:, 1])
+
+    def units(self, name: str) -> Array | None:
+        """How many units of a ratio each document brings; None for a mean over documents."""
+        if self._how(name) not in SCALES:
+            return None
+        return pairs(self.of(INTACT)[METRIC + name])[:, 1]
+
+    def higher_is_better(self, name: str) -> bool:
+        """Whether a metric is an accuracy or the like, and not a loss."""
+        return self.identity.benchmark.tasks[0].higher_is_better.get(name, True)
+
+    def _how(self, name: str) -> str:
+        return self.identity.benchmark.tasks[0].metrics.get(name, "mean")
+
+
+def pairs(column: pd.Series[Any]) -> Array:
+    """Read a metric that is kept as JSON pairs [documents, 2]; NaN where a document has none."""
+    missing = (math.nan, math.nan)
+    return np.array(
+        [json.loads(value) if isinstance(value, str) else missing for value in column],
+        dtype=np.float64,
+    )

@@ -1,0 +1,107 @@
+"""What may be ranked together, and what counts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy import stats
+
+from tracker.provenance import content_hash
+from tracker.records import CellRecord
+from tracker.reporting.wording import benchmark_labels
+
+DECIMALS = 12
+"""Figures that agree to here differ by rounding alone."""
+
+
+def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
+    """Group cells by model: name, weights and dtype."""
+    groups: dict[tuple[str, str, str], list[CellRecord]] = {}
+    for cell in cells:
+        groups.setdefault(cell.model.key, []).append(cell)
+    return list(groups.values())
+
+
+def setting(cell: CellRecord) -> str:
+    """Name all that must be equal before two models' figures on a benchmark may be compared.
+
+    Args:
+        cell: A cell.
+
+    Returns:
+        A key: the documents and how they were put to the model, the metric and how many documents.
+    """
+    benchmark = cell.benchmark.model_dump(mode="json", exclude={"data", "primary_metric"})
+    # As many documents as others have are not theirs while they are not all that was asked for.
+    growing = cell.key if "n" in cell.reasons else ""
+    return content_hash([benchmark, cell.metric, cell.n, cell.removed, growing])
+
+
+def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, str]]:
+    """Choose the cells that count, one a benchmark, and say why others do not.
+
+    Args:
+        cells: Cells of one model.
+
+    Returns:
+        The cells in their order; and benchmark → why it, or another cell of it, does not count.
+    """
+    labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
+    left_out: dict[str, str] = {}
+    best: dict[str, CellRecord] = {}
+    for cell in cells:
+        if why := unusable(cell):
+            left_out[labels[id(cell)]] = why
+        elif (known := best.get(cell.benchmark.name)) is None or worth(known) < worth(cell):
+            best[cell.benchmark.name] = cell
+    for cell in cells:
+        counts = best.get(cell.benchmark.name)
+        if counts is not None and counts is not cell and labels[id(cell)] not in left_out:
+            left_out[labels[id(cell)]] = f"the benchmark counts once, as {labels[id(counts)]}"
+    return [cell for cell in cells if best.get(cell.benchmark.name) is cell], left_out
+
+
+def worth(cell: CellRecord) -> tuple[int, int, bool]:
+    """Of two cells on one benchmark the larger counts: layers, documents, its own metric.
+
+    Args:
+        cell: A cell.
+
+    Returns:
+        A key to sort by.
+    """
+    return len(cell.whole_layers), cell.n, not cell.other_metric
+
+
+def unusable(cell: CellRecord) -> str | None:
+    """Say why a cell has no place in a ranking.
+
+    Args:
+        cell: A cell.
+
+    Returns:
+        The reason; None where it has one.
+    """
+    if cell.removed:
+        return f"measured {cell.beneath}"
+    if not cell.whole_layers:
+        return "no whole single layer was removed"
+    if all(run.accuracy_relevance is None for run in cell.whole_layers):
+        return cell.reason_of("accuracy_relevance", cell.whole_layers[0])
+    return None
+
+
+def ranks(values: Sequence[float | None], lowest_first: bool = False) -> list[int]:
+    """Rank figures; equal ones share the better rank.
+
+    Args:
+        values: The figures.
+        lowest_first: Whether rank 1 is the lowest instead of the largest.
+
+    Returns:
+        One rank a figure, from 1.
+    """
+    numbers = np.round(np.array(values, dtype=np.float64), DECIMALS)
+    found = stats.rankdata(numbers if lowest_first else -numbers, method="min")
+    return [int(rank) for rank in found]

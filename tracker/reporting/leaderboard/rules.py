@@ -1,0 +1,23 @@
+"""How leaderboards rank, in the words that stand beside them."""
+
+from __future__ import annotations
+
+LAYER_RULE = (
+    "Layers are ranked by their mean accuracy relevance over the benchmarks (1 = removing the "
+    "layer takes the model down to chance, 0 = no change, negative = removal helps). Each "
+    "benchmark counts alike and once; only layers measured on all of them have a rank."
+)
+
+
+INTERVAL_RULE = (
+    "Intervals (95 %) say what other documents of the same benchmarks would give, not what other "
+    "benchmarks would."
+)
+
+
+MODEL_RULE = (
+    "Models are ranked by their mean accuracy relevance over all layers, the lowest first: the "
+    "less the removal of one layer hurts, the more robust the model. They are compared on the "
+    "benchmarks, documents and settings that most models share; a model that lacks one of these, "
+    "or one of its own layers there, has no rank."
+)
