@@ -13,8 +13,8 @@ from tracker.records import BenchmarkIdentity, ModelIdentity
 def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
     """Identify a cell by content.
 
-    Neither the limit, nor the layers, nor the batch, nor the shown metric is part of it: a cell
-    grows.
+    Neither which documents, nor the layers, nor the batch, nor the shown metric is part of it: a
+    cell grows.
 
     Args:
         model: Which weights.
@@ -44,7 +44,7 @@ def request_key(
     Equal keys lead to the same cell; different ones may (after an update of lm-eval, say).
 
     Args:
-        request: What was asked for; what is removed, limit and metric do not count.
+        request: What was asked for; what is removed, which documents and the metric do not count.
         model_stamp: A cheap description of the model's files.
         data_stamp: A cheap description of the data's files.
         versions: Installed packages.
@@ -53,7 +53,7 @@ def request_key(
         SHA-256 in hexadecimal.
     """
     asked = request.model_dump(
-        exclude={"layers", "components", "spans", "removed", "limit", "metric"}
+        exclude={"layers", "components", "spans", "removed", "limit", "sample", "metric"}
     )
     return content_hash([asked, model_stamp, data_stamp, dict(versions)])
 
