@@ -22,7 +22,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         self._recorded: list[Request] = []
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
-        """Tokenise lm-eval's `Instance` objects of the type `loglikelihood`, in order and untruncated."""
+        """Tokenise lm-eval's `loglikelihood` instances: a request each, in order, not truncated."""
         self._recorded = []
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
