@@ -68,16 +68,7 @@ INTACT = Ablation()
 
 
 def ablate(component: Component, layers: Iterable[int], removed: Iterable[int] = ()) -> Ablation:
-    """Make an ablation of one component of some layers, on top of removed layers.
-
-    Args:
-        component: What of the layers is removed.
-        layers: Which layers, 0-based.
-        removed: Layers that are removed as a whole besides.
-
-    Returns:
-        The ablation.
-    """
+    """Make an ablation of one component of some layers, besides `removed` layers; all 0-based."""
     beneath = set(removed)
     chosen = set(layers) - beneath
     whole = beneath | chosen if component == "layer" else beneath
@@ -101,30 +92,15 @@ def single_layers(layers: Iterable[int]) -> list[Ablation]:
 
 
 def ablation_of(run: RunIdentity, removed: Iterable[int]) -> Ablation:
-    """Say what a run removes.
-
-    Args:
-        run: The run.
-        removed: Layers that are removed as a whole besides.
-
-    Returns:
-        The ablation.
-    """
+    """Say what a run removes, where some layers are removed as a whole besides."""
     return ablate(run.component, range(run.layer, run.layer + run.span), removed)
 
 
 def removals(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
-    """List the runs of a cell.
+    """List the runs of a cell: components outermost, then spans, then layers.
 
     A span that reaches beyond the last layer, one that holds a layer which is removed already, and
     one that would leave no layer at all, is no run and is left out.
-
-    Args:
-        request: The cell.
-        layers: How many layers the model has.
-
-    Yields:
-        The runs: components outermost, then spans, then layers.
     """
     for component, span, layer in product(request.components, request.spans, request.layers):
         whole = range(layer, layer + span)
@@ -135,14 +111,6 @@ def removals(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
 
 
 def ablations_of(request: CellRequest, layers: int) -> list[Ablation]:
-    """List what a cell is measured under: the baseline, `removed` alone, and every run.
-
-    Args:
-        request: The cell.
-        layers: How many layers the model has.
-
-    Returns:
-        The ablations, the baseline first, none twice.
-    """
+    """List what a cell is measured under: baseline, `removed` alone, every run; none twice."""
     runs = (ablation_of(run, request.removed) for run in removals(request, layers))
     return list(dict.fromkeys([INTACT, ablate("layer", request.removed), *runs]))

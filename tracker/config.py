@@ -251,13 +251,9 @@ class Experiment(_Strict):
         return f"{self.entity}/{self.project}" if self.entity else self.project
 
     def cells(self) -> list[CellRequest]:
-        """Expand the grid into cells, each with all its layers.
+        """Expand the grid into cells, each with all its layers, models outermost: each loads once.
 
-        Returns:
-            The cells in an order that loads every model once: models outermost.
-
-        Raises:
-            ExperimentError: A value of the grid is of the wrong kind.
+        ExperimentError for a value of the wrong kind.
         """
         grid = self.parameters
         lists = (getattr(grid, name) for name in Parameters.model_fields)
@@ -292,17 +288,7 @@ class Experiment(_Strict):
 
 
 def cell_request(**settings: Any) -> CellRequest:
-    """Make a request of what stands in options.
-
-    Args:
-        **settings: The request's fields; None = not said.
-
-    Returns:
-        The request.
-
-    Raises:
-        RequestError: A value is of the wrong kind.
-    """
+    """Make a request of options (None = not said); RequestError for a value of the wrong kind."""
     try:
         return CellRequest(**{name: v for name, v in settings.items() if v is not None})
     except ValidationError as error:

@@ -19,35 +19,20 @@ _ROOT = Path(__file__).resolve().parents[1]
 def pip_install(*arguments: str) -> str:
     """Say how something gets into the environment that runs, whichever `pip` the shell finds.
 
-    Args:
-        *arguments: What follows `pip install`.
-
-    Returns:
-        The command, ready to be pasted into a shell in any folder.
+    The command can be pasted into a shell in any folder.
     """
     return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
 
 
 def install_extra(extra: str) -> str:
-    """Say how the packages of an extra are installed.
-
-    Args:
-        extra: One of the distribution's optional dependencies.
-
-    Returns:
-        The command.
-    """
+    """Give the command that installs the packages of an extra."""
     if _is_checkout():
         return pip_install("--editable", f"{_ROOT}[{extra}]")
     return pip_install(f"{NAME}[{extra}]")
 
 
 def upgrade() -> str:
-    """Say how a newer tracker is installed.
-
-    Returns:
-        The command.
-    """
+    """Give the command that installs a newer tracker."""
     if _is_checkout():
         pull = shlex.join(["git", "-C", str(_ROOT), "pull"])
         return f"{pull} && {pip_install('--editable', str(_ROOT))}"

@@ -38,14 +38,7 @@ class Prompt:
         return int(self.settings.get("max_gen_toks", 256))
 
     def limited_to(self, tokens: int) -> Prompt:
-        """Make the same prompt for shorter texts.
-
-        Args:
-            tokens: How many tokens are generated at most.
-
-        Returns:
-            The prompt.
-        """
+        """Make the same prompt for texts of so many tokens at most."""
         return Prompt(self.text, {**self.settings, "max_gen_toks": min(tokens, self.longest)})
 
 

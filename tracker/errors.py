@@ -68,14 +68,6 @@ class TrackingError(WorkError):
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Name the nearest allowed word, to stand at the end of an error message.
-
-    Args:
-        name: What the user typed.
-        allowed: What would have been right.
-
-    Returns:
-        `" Did you mean 'x'?"`, or an empty string when nothing is near.
-    """
+    """Name the nearest allowed word, as a message's end: `" Did you mean 'x'?"`, or nothing."""
     near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -20,14 +20,7 @@ FORM = "a hub id is NAME or OWNER/NAME of letters, digits, '-', '_' and '.', lik
 
 
 def check_name(name: str) -> None:
-    """Refuse what cannot be the name of anything on the hub.
-
-    Args:
-        name: What the user typed.
-
-    Raises:
-        ValueError: It is none; says what one looks like.
-    """
+    """Refuse what cannot be the name of anything on the hub, with a ValueError that shows one."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -41,9 +34,6 @@ def unreachable() -> str:
     """Say why the hub does not answer; empty when it does.
 
     Where it does not, the libraries are told to work offline from here on.
-
-    Returns:
-        The reason.
     """
     if not _given_up:
         _look()
@@ -53,16 +43,10 @@ def unreachable() -> str:
 def ask(name: str, file: str, revision: str | None = None, kind: str = "model") -> None:
     """Ask the hub once for a file of a repository, which its client would do again and again.
 
-    Where it refuses for now only, it is given up, so that what is on this machine is used.
+    Where it refuses for now only, it is given up, so that what is on this machine is used. Raises
+    what the client raises when there is no such repository or it is not for all.
 
-    Args:
-        name: The repository's id.
-        file: A file that may be in it.
-        revision: A branch, tag or commit.
-        kind: `model` or `dataset`.
-
-    Raises:
-        Exception: What the client raises when there is no such repository or it is not for all.
+    `kind` is `model` or `dataset`; `file` may be in it or not.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -122,15 +106,9 @@ def _busy(error: BaseException) -> bool:
 
 
 def refusal(name: str, error: BaseException, page: str = "") -> str:
-    """Say what the hub's refusal means, and what to do.
+    """Say what the hub's refusal means, and what to do; empty when the hub refused nothing.
 
-    Args:
-        name: What was asked for: a model's or a data set's id.
-        error: What a library raised, with its causes.
-        page: Where it stands on the hub; a model stands at its name.
-
-    Returns:
-        The meaning; empty when the hub refused nothing.
+    `page` is where it stands on the hub; a model stands at its name.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError

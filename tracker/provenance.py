@@ -20,11 +20,7 @@ _STACK = ("tracker", *PACKAGES, "platform", "device")
 
 
 def package_versions() -> dict[str, str]:
-    """Look up the installed versions of the packages that can change a number.
-
-    Returns:
-        Package name → version; `not installed` where there is none.
-    """
+    """Look up the versions of the packages that can change a number; `not installed` if none."""
     found = {"tracker": __version__}
     for name in PACKAGES:
         try:
@@ -35,11 +31,7 @@ def package_versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Describe the machine in words that identify nobody.
-
-    Returns:
-        Python version, operating system, processor and number of usable cores.
-    """
+    """Describe the machine in words that identify nobody."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "python": platform.python_version(),
@@ -49,14 +41,7 @@ def machine() -> dict[str, str]:
 
 
 def united(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Put together who measured the parts of something.
-
-    Args:
-        found: Versions, machine and device of each part.
-
-    Returns:
-        The same facts; where parts differ, every value, separated by commas.
-    """
+    """Put together who measured the parts of something: where they differ, every value."""
     names = dict.fromkeys(name for each in found for name in each)
     return {n: ", ".join(sorted({each[n] for each in found if n in each})) for n in names}
 
@@ -64,11 +49,7 @@ def united(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def differences(found: Sequence[Mapping[str, str]]) -> str:
     """Say in what, that can change a number, the parts of something were measured differently.
 
-    Args:
-        found: Versions, machine and device of each part.
-
-    Returns:
-        For example `torch 2.12.0, 2.13.0; device cpu, cuda`; empty where nothing differs.
+    For example `torch 2.12.0, 2.13.0; device cpu, cuda`; empty where nothing differs.
     """
     parts = [{n: each.get(n, "unknown").partition(":")[0] for n in _STACK} for each in found]
     differing = (n for n in _STACK if len({part[n] for part in parts}) > 1)
@@ -76,27 +57,13 @@ def differences(found: Sequence[Mapping[str, str]]) -> str:
 
 
 def content_hash(value: Any) -> str:
-    """Hash a value by its content.
-
-    Args:
-        value: Anything that JSON can hold; other objects count by their `str`.
-
-    Returns:
-        SHA-256 in hexadecimal of the canonical JSON.
-    """
+    """Hash a value's canonical JSON to SHA-256 in hexadecimal; other objects count by `str`."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_hash(paths: Iterable[Path]) -> str:
-    """Hash files by their names and bytes.
-
-    Args:
-        paths: The files, in any order; only the last part of each name counts.
-
-    Returns:
-        SHA-256 in hexadecimal.
-    """
+    """Hash files in any order, by bytes and the last part of each name; SHA-256 in hexadecimal."""
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda p: p.name):
         with path.open("rb") as file:
@@ -108,11 +75,7 @@ def file_hash(paths: Iterable[Path]) -> str:
 def file_stamp(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Describe files without reading them: enough to notice that one has changed.
 
-    Args:
-        paths: The files.
-
-    Returns:
-        (path, size in bytes, modification time in ns) of each, sorted.
+    (path, size in bytes, modification time in ns) of each, sorted.
     """
     stats = [(path, path.stat()) for path in paths]
     return sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

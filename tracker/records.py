@@ -110,13 +110,9 @@ class RunIdentity(Record):
         return (get_args(Component).index(self.component), self.span, self.layer)
 
     def label(self, digits: int = 1) -> str:
-        """Name the run where people read it.
+        """Name the run where people read it, such as `layers 3–6`, `attention 3` or `mlp 3–6`.
 
-        Args:
-            digits: Digits that a layer's number is filled up to with zeros.
-
-        Returns:
-            For example `layer 3`, `layers 3–6`, `attention 3` or `mlp 3–6`.
+        A layer's number is filled up with zeros to `digits`.
         """
         word = "layers" if self.component == "layer" and self.span > 1 else self.component
         first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
@@ -216,15 +212,10 @@ class CorrelationRecord(Record):
 
 
 def view_name(removed: tuple[int, ...], metric: str, benchmark: BenchmarkIdentity) -> str:
-    """Name a view of a cell: what lies beneath every run, and the metric.
+    """Name a view of a cell: the layers that every run lacks, ascending, and the metric.
 
-    Args:
-        removed: The layers that every run lacks, ascending.
-        metric: The metric.
-        benchmark: The cell's benchmark; its own metric goes without saying.
-
-    Returns:
-        For example `intact`, `without-3-17` or `intact--acc_norm`.
+    For example `intact`, `without-3-17` or `intact--acc_norm`: the benchmark's own metric goes
+    without saying.
     """
     name = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
     return name if metric == benchmark.primary_metric else f"{name}--{metric}"
@@ -363,14 +354,9 @@ class CellRecord(Record):
         return NOT_MEASURED if missing else "not asked for"
 
     def reason_of(self, field: str, run: RunRecord | None = None) -> str:
-        """Say why a value is undefined.
+        """Say why a field or metric of a run, or of the cell where `run` is None, is undefined.
 
-        Args:
-            field: The field's name, or a metric's.
-            run: The run whose field it is; None for the cell's own fields.
-
-        Returns:
-            The reason recorded for the run, else for the cell, else that there is none.
+        The reason recorded for the run, else for the cell, else that there is none.
         """
         for reasons in (run.reasons if run else {}, self.reasons):
             found = reasons.get(field) or reasons.get(f"metrics.{field}")

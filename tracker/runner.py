@@ -72,7 +72,7 @@ def run_cells(
     options: Options,
     progress: Progress,
 ) -> Finished:
-    """Measure and publish cells.
+    """Measure and publish cells; a failed one does not stop the others.
 
     Args:
         requests: The cells, equal models next to each other.
@@ -82,7 +82,7 @@ def run_cells(
         progress: Told what happens.
 
     Returns:
-        What became of them; a failed cell does not stop the others.
+        What became of them.
 
     Raises:
         RequestError: Something that was asked for does not exist or does not fit; nothing was

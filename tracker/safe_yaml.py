@@ -19,16 +19,9 @@ SHOWN = 80
 
 
 def read_yaml(path: Path) -> tuple[Any, str]:
-    """Read an experiment file.
+    """Read what stands in an experiment file, and its exact text.
 
-    Args:
-        path: The YAML file.
-
-    Returns:
-        What stands in it, and its exact text.
-
-    Raises:
-        ExperimentError: The file is missing, cannot be read, or is not YAML.
+    ExperimentError if it is missing, cannot be read, or is not YAML.
     """
     try:
         with path.open("rb") as file:

@@ -14,13 +14,9 @@ _OBEYED = re.compile(
 
 
 def harmless(text: str) -> str:
-    """Replace the characters that a terminal, a page or a file obeys instead of showing them.
+    """Replace what a terminal, a page or a file obeys instead of showing by U+FFFD.
 
-    Args:
-        text: Any text, e.g. a name that somebody else chose.
-
-    Returns:
-        The text with U+FFFD for each of them; tabs and newlines stay.
+    Tabs and newlines stay.
     """
     return _OBEYED.sub("\ufffd", text)
 
@@ -28,12 +24,8 @@ def harmless(text: str) -> str:
 def masked(text: str, secrets: Sequence[str | None] = ()) -> str:
     """Hide passwords before a text is shown or kept.
 
-    Args:
-        text: What a user typed or a library said.
-        secrets: What must not be seen, as it is and as it is quoted in an address.
-
-    Returns:
-        The text without them, and without what looks like a password in an address.
+    `secrets` must not be seen, as they are and as they are quoted in an address; nor must what
+    looks like a password in an address.
     """
     for secret in filter(None, secrets):
         for form in (secret, unquote(secret), quote(secret, safe="")):

@@ -21,6 +21,7 @@ from tests.engine.families import FAMILIES
 from tracker.ablations import single_layers
 from tracker.benchmarks import factory
 from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.config import CellRequest
 from tracker.engine.sweep import Engine
 from tracker.extent import Extent
@@ -227,7 +228,7 @@ def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, exper
     assert len({text for each in texts.values() for text in each}) > 3
 
     # The other way: each layer really taken out.
-    benchmark = tasks.LmEvalBenchmark(
+    benchmark = LmEvalBenchmark(
         CellRequest(model="m", benchmark="sums", layers=(0,), data=str(data), num_fewshot=1)
     )
     encoder = RequestEncoder(smollm2.model, smollm2.tokenizer)

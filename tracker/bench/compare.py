@@ -38,10 +38,6 @@ class Bench:
     """One comparison.
 
     Attributes:
-        benchmark: What was scored.
-        documents: How many documents.
-        ablations: The baseline and what is removed.
-        dtype: The numbers' type.
         engine_seconds: The engine, all ablations.
         check_seconds: Its self-check, not part of `engine_seconds`.
         outside_share: Part of `engine_seconds` that is spent neither in the model's layers nor in
@@ -57,8 +53,6 @@ class Bench:
         engine_gflops: Floating-point operations per second that the engine reached, in 1e9.
         matrix_gflops: The same of a plain matrix product in this process.
         engine_peak_gib: Peak memory while the engine ran: of the process, or of the accelerator.
-        machine: Where.
-        versions: With what.
     """
 
     benchmark: str
@@ -110,13 +104,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model, an engine and documents, ready to be timed.
-
-    Attributes:
-        engine: The engine, with full sharing.
-        documents: What to score.
-        title: What that is, in words.
-    """
+    """A model, an engine with full sharing and documents, ready to be timed; `title` names them."""
 
     engine: Engine
     documents: Sequence[Document]
@@ -127,13 +115,7 @@ class Prepared:
     ) -> tuple[float, list[tuple[float, bool]]]:
         """Let lm-eval score documents with an ablation's layers really taken out.
 
-        Args:
-            ablation: What to remove.
-            batch_size: lm-eval's batch size.
-            documents: What to score.
-
-        Returns:
-            Seconds, and the answers to all requests in order.
+        Seconds, and the answers to all requests in order.
         """
         from tracker.benchmarks.plain import score_with_lm_eval
 
@@ -144,14 +126,7 @@ class Prepared:
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
-    """Measure how long some work takes.
-
-    Args:
-        work: What to do.
-
-    Returns:
-        Seconds, and what it returns.
-    """
+    """Measure how many seconds some work takes; they, and what it returns."""
     start = time.perf_counter()
     done = work()
     return time.perf_counter() - start, done
@@ -160,16 +135,7 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
 def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepared:
     """Load what is to be timed.
 
-    Args:
-        request: What to score.
-        options: How to run.
-        progress: Told what happens.
-
-    Returns:
-        The model and the documents.
-
-    Raises:
-        RequestError: Something that was asked for does not exist, or generates texts.
+    RequestError for something that does not exist, or generates texts.
     """
     from tracker.benchmarks.benchmark import open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
@@ -196,16 +162,8 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
 def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     """Run the engine and the lm-eval loop in turn on the same documents.
 
-    Args:
-        request: What to score; of its runs only the components count: all layers are removed.
-        options: How to run.
-        progress: Told what happens.
-
-    Returns:
-        The comparison.
-
-    Raises:
-        RequestError: Something that was asked for does not exist.
+    Of the request's runs only the components count: all layers are removed. RequestError for
+    something that does not exist.
     """
     from tracker.engine.check import check
     from tracker.engine.plan import cost, matrix_rate

@@ -27,12 +27,8 @@ BATCH_SIZE = 8
 class Curve:
     """Seconds against a size.
 
-    Attributes:
-        size: What grows.
-        sizes: How much of it.
-        engine: Seconds of the engine.
-        loop: Seconds of lm-eval once per ablation, extrapolated from one evaluation of the intact
-            model at each size.
+    `loop` is lm-eval once per ablation, extrapolated from one evaluation of the intact model at
+    each size.
     """
 
     size: str
@@ -50,12 +46,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """All curves of one model and benchmark.
-
-    Attributes:
-        title: What was scored.
-        curves: Against documents, layers and ablations.
-    """
+    """All curves of one model and benchmark: against documents, layers and ablations."""
 
     title: str
     curves: tuple[Curve, ...]
@@ -81,18 +72,9 @@ class Curves:
 
 
 def scaling(request: CellRequest, options: Options, progress: Progress) -> Curves:
-    """Time growing pieces of a sweep.
+    """Time growing pieces of a sweep that removes all layers.
 
-    Args:
-        request: What to score; all layers are removed.
-        options: How to run.
-        progress: Told what happens.
-
-    Returns:
-        The curves.
-
-    Raises:
-        RequestError: Something that was asked for does not exist.
+    RequestError for something that does not exist.
     """
     ready = prepare(request, options, progress)
     layers = ready.engine.loaded.identity.layers

@@ -21,16 +21,9 @@ if TYPE_CHECKING:
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:
-    """Read the documents of a benchmark.
+    """Read the documents of a benchmark: of a corpus, or of lm-eval's task or group.
 
-    Args:
-        request: The benchmark's name, its data and its settings.
-
-    Returns:
-        The corpus, or lm-eval's task or group.
-
-    Raises:
-        BenchmarkError: The benchmark or its data cannot be found or read.
+    A benchmark or data that cannot be found or read is a BenchmarkError.
     """
     if is_corpus(request.benchmark):
         return Corpus(request)
@@ -40,14 +33,7 @@ def open_benchmark(request: CellRequest) -> Benchmark:
 
 
 def check_benchmark(request: CellRequest) -> None:
-    """Refuse a benchmark that cannot be there, without reading its documents.
-
-    Args:
-        request: The benchmark's name, its data and its settings.
-
-    Raises:
-        BenchmarkError: The source of data, the task or the file is unknown.
-    """
+    """Raise BenchmarkError for a source, task or file that does not exist; reads no documents."""
     find_data(request.data)
     if is_corpus(request.benchmark):
         locate(request)
@@ -75,14 +61,7 @@ def _is_stated(name: str) -> bool:
 def data_stamp(request: CellRequest) -> object:
     """Describe a benchmark's data cheaply: equal stamps mean equal data.
 
-    Args:
-        request: The benchmark's name, its data and its settings.
-
-    Returns:
-        The stamp; None for the hub, whose data is not on this machine.
-
-    Raises:
-        BenchmarkError: The source of data or the file is unknown.
+    None for the hub, whose data is not on this machine. BenchmarkError for an unknown source.
     """
     if is_corpus(request.benchmark):
         return corpus_stamp(request)
@@ -93,7 +72,7 @@ def chosen_metric(benchmark: BenchmarkIdentity, asked: str | None) -> str:
     """Choose the metric behind every `accuracy` of a cell.
 
     Args:
-        benchmark: The benchmark.
+        benchmark: Where the metric must be in every task.
         asked: What the experiment file asks for; None = the benchmark's primary metric.
 
     Returns:

@@ -53,17 +53,7 @@ def is_corpus(benchmark: str) -> bool:
 
 
 def locate(request: CellRequest) -> _Place:
-    """Find out where a corpus is, without reading it.
-
-    Args:
-        request: The corpus and its settings.
-
-    Returns:
-        The place.
-
-    Raises:
-        BenchmarkError: There is no such file, or a setting does not fit plain text.
-    """
+    """Find out where a corpus is, without reading it; BenchmarkError if it cannot be there."""
     name, _, column = request.benchmark.removeprefix(PREFIX).partition("#")
     if not name:
         raise BenchmarkError(
@@ -106,17 +96,7 @@ def locate(request: CellRequest) -> _Place:
 
 
 def corpus_stamp(request: CellRequest) -> object:
-    """Describe a corpus cheaply: equal stamps mean equal texts.
-
-    Args:
-        request: The corpus and its settings.
-
-    Returns:
-        The stamp of its files; None for the hub, whose data is not on this machine.
-
-    Raises:
-        BenchmarkError: There is no such file, or a setting does not fit plain text.
-    """
+    """Describe a corpus cheaply: equal stamps mean equal texts; None for the hub."""
     place = locate(request)
     data = find_data(request.data)
     return data.stamp() if place.file is None else file_stamp([place.file])
@@ -126,16 +106,8 @@ class Corpus:
     """The texts of one corpus, each a document.
 
     A text is cut into lm-eval's rolling windows, so that every token of it is predicted once, the
-    first one after the tokenizer's prefix token.
-
-    Args:
-        request: The corpus and its settings.
-
-    Attributes:
-        identity: Which documents are scored, and how they are put to the model.
-
-    Raises:
-        BenchmarkError: The corpus cannot be found or read, or holds no text.
+    first one after the tokenizer's prefix token. BenchmarkError for a corpus that cannot be found
+    or read, or holds no text.
     """
 
     def __init__(self, request: CellRequest) -> None:
@@ -167,15 +139,7 @@ class Corpus:
         )
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
-        """Cut the texts into windows.
-
-        Args:
-            encoder: lm-eval's tokenisation for the model.
-            extent: Which documents.
-
-        Returns:
-            The documents, in the order of the corpus.
-        """
+        """Cut the texts into windows, in the order of the corpus."""
         return [
             Document(
                 task=self._name,
@@ -193,13 +157,8 @@ class Corpus:
     ) -> dict[str, float | str | None]:
         """Count the document's right next tokens, and sum its loss.
 
-        Args:
-            document: One of `documents()`.
-            responses: One response a window, in order.
-
-        Returns:
-            `acc` and `loss` (nats) as JSON pairs [sum, tokens]; None for both when a
-            log-likelihood is not finite.
+        `acc` and `loss` (nats) are JSON pairs [sum, tokens]; None for both when a log-likelihood is
+        not finite.
         """
         loss = -math.fsum(response.loglikelihood for response in responses)
         if not math.isfinite(loss):

@@ -22,27 +22,13 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         self._recorded: list[Request] = []
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
-        """Tokenise lm-eval instances of the type `loglikelihood`.
-
-        Args:
-            instances: lm-eval `Instance` objects.
-
-        Returns:
-            One request an instance, in the same order, not truncated.
-        """
+        """Tokenise lm-eval's `loglikelihood` instances: a request each, in order, not truncated."""
         self._recorded = []
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
 
     def windows(self, text: str) -> list[Request]:
-        """Cut a text into lm-eval's rolling windows, so that each token is predicted once.
-
-        Args:
-            text: The whole text.
-
-        Returns:
-            The windows in order; none for a text without tokens.
-        """
+        """Cut a text into lm-eval's rolling windows, so that each token is predicted once."""
         self._recorded = []
         instance = Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
         self.loglikelihood_rolling([instance], disable_tqdm=True)

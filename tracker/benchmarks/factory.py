@@ -73,14 +73,7 @@ def _index() -> TaskManager:
 
 
 def check_task(name: str) -> None:
-    """Refuse a name that lm-eval does not know.
-
-    Args:
-        name: A task or a group of lm-eval.
-
-    Raises:
-        BenchmarkError: Unknown; names the nearest known one.
-    """
+    """Refuse a task or group that lm-eval does not know (BenchmarkError), naming the nearest."""
     if name not in _index().task_index:
         near = did_you_mean(name, _index().all_tasks)
         raise BenchmarkError(
@@ -89,18 +82,9 @@ def check_task(name: str) -> None:
 
 
 def build(name: str, source: DataSource, num_fewshot: int | None) -> Task | Group | list[Task]:
-    """Build a task or a group of lm-eval.
+    """Build a task or a group of lm-eval on the documents of a source.
 
-    Args:
-        name: Its name, which lm-eval knows.
-        source: Where its documents come from.
-        num_fewshot: What is asked for; None = what the task itself asks for.
-
-    Returns:
-        What lm-eval makes of it.
-
-    Raises:
-        BenchmarkError: Its data cannot be found or read.
+    `num_fewshot` None is what the task itself asks for. BenchmarkError for unreadable data.
     """
     index = _index().task_index
     try:
@@ -119,16 +103,7 @@ def build(name: str, source: DataSource, num_fewshot: int | None) -> Task | Grou
 
 
 def unreadable(task: str, source: DataSource, error: Exception) -> BenchmarkError:
-    """Say that a task stumbled over its documents.
-
-    Args:
-        task: Its name.
-        source: Where they come from.
-        error: What it raised.
-
-    Returns:
-        The error to raise.
-    """
+    """Make the error that says that a task stumbled over its documents."""
     said = str(error).strip() or type(error).__name__
     return BenchmarkError(
         f"{task} cannot read its documents from {source.name}: "

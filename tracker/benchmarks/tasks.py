@@ -41,14 +41,7 @@ _NOT_CONTENT = (
 class LmEvalBenchmark:
     """One lm-eval task or group, on the documents of one source, with its settings.
 
-    Args:
-        request: The benchmark's name, its data and its settings.
-
-    Attributes:
-        identity: Which documents are scored, and how they are put to the model.
-
-    Raises:
-        BenchmarkError: The benchmark or its data cannot be found or read.
+    BenchmarkError for a benchmark or data that cannot be found or read.
     """
 
     def __init__(self, request: CellRequest) -> None:
@@ -65,18 +58,7 @@ class LmEvalBenchmark:
         self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
-        """Build the benchmark's requests as lm-eval does, and tokenise them.
-
-        Args:
-            encoder: lm-eval's tokenisation for the model.
-            extent: Which documents.
-
-        Returns:
-            The documents, task by task, in the order of their splits.
-
-        Raises:
-            BenchmarkError: A document lacks what the task reads.
-        """
+        """Build the benchmark's requests as lm-eval does, and tokenise them."""
         documents = []
         chat = self.identity.apply_chat_template
         for name, task in self._tasks.items():
@@ -138,16 +120,7 @@ class LmEvalBenchmark:
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, MetricValue | None]:
-        """Let the task itself judge the responses to one document.
-
-        Args:
-            document: One of `documents()`.
-            responses: One response a request, in order.
-
-        Returns:
-            Every metric of the task: a number, or JSON where lm-eval aggregates pairs. None for
-            every metric when a log-likelihood is not finite: no accuracy can be read off it.
-        """
+        """Let the task itself judge the responses to one document."""
         task = self._tasks[document.task]
         doc, instances = self._documents[document.task, document.index]
         answers: list[Any] = [(response.loglikelihood, response.greedy) for response in responses]

@@ -26,12 +26,7 @@ def shown(text: object) -> str:
 
 
 def say(text: object = "", error: bool = False) -> None:
-    """Print a line.
-
-    Args:
-        text: The line.
-        error: Whether it goes to the standard error.
-    """
+    """Print a line, to the standard error if it is an `error`."""
     click.echo(shown(text), err=error)
 
 
@@ -40,10 +35,7 @@ def table(
 ) -> None:
     """Print a table; figures never wrap.
 
-    Args:
-        columns: The head of each, and whether it holds numbers, which stand at the right.
-        rows: The cells.
-        title: What stands above it.
+    A column is its head and whether it holds numbers, which stand at the right.
     """
     from rich.table import Table
     from rich.text import Text

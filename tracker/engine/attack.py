@@ -48,15 +48,10 @@ MAX_LENGTH = 96
 
 
 def attack_key(model: Any, ablations: Sequence[Ablation], paths: Sequence[Path]) -> str:
-    """Name an attack by all that its verdict follows from: not the weights.
+    """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
 
-    Args:
-        model: A model of the architecture.
-        ablations: All that will be removed.
-        paths: Numbers of the configuration that the cell's texts can reach.
-
-    Returns:
-        SHA-256 in hexadecimal.
+    That is the configuration, what is removed, the numbers in reach (`paths`), versions, machine
+    and this code; not the weights.
     """
     here = FilePath(__file__).parents[1]
     code = file_hash([*(here / "engine").glob("*.py"), *(here / "models").glob("*.py")])
@@ -70,15 +65,7 @@ def attack_key(model: Any, ablations: Sequence[Ablation], paths: Sequence[Path])
 
 
 def reachable(model: Any, reach: int) -> tuple[Path, ...]:
-    """List the numbers of a configuration that a cell's texts can reach.
-
-    Args:
-        model: A causal language model of transformers.
-        reach: Tokens of the cell's longest row.
-
-    Returns:
-        Their paths.
-    """
+    """List the paths of a configuration's numbers that rows of up to `reach` tokens can reach."""
     found = numbers(model.config.get_text_config())
     return tuple(path for path, value in found if value <= reach)
 

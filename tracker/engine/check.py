@@ -120,15 +120,7 @@ def _verdict(
 
 
 def reach(engine: Engine, documents: Sequence[Document]) -> int:
-    """Say how many tokens the longest row of a cell holds, its kept beginning counted.
-
-    Args:
-        engine: The engine.
-        documents: The cell's documents.
-
-    Returns:
-        Tokens.
-    """
+    """Count the tokens of the longest row of a cell, its kept beginning included."""
     each = max(
         row.tokens for document in documents for row in tree_rows([document], engine.max_length, 1)
     )
@@ -188,12 +180,7 @@ def _size(request: Request) -> int:
 def plain_tokens(documents: Sequence[Document], ablations: Sequence[Ablation]) -> int:
     """Count the tokens that the model itself reads plainly, before a cell and while it is measured.
 
-    Args:
-        documents: The cell's documents.
-        ablations: All that will be removed, with the baseline.
-
-    Returns:
-        Tokens, each of which passes about all layers once.
+    Each passes about all layers once.
     """
     few, watched = _few(documents), watched_documents(documents)
     before = sum(_size(few[d].requests[r]) for _, d, r in _asked(few, ablations))
@@ -233,14 +220,10 @@ def _compare(
 
 
 def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
-    """Draw the documents that are answered both ways while a cell is measured.
+    """Draw the documents, as (task, index), that are answered both ways while a cell is measured.
 
-    Args:
-        documents: The cell's documents.
-
-    Returns:
-        Task and index of one in `RATE`, and of each task of one at least; the same ones each time,
-        and more of them when there are more documents.
+    They are one in `RATE`, and of each task one at least; the same ones each time, and more of them
+    when there are more documents.
     """
 
     def drawn(document: Document) -> float:
@@ -259,9 +242,9 @@ def watch(
     """Answer measured documents again on a really pruned model, each under one ablation.
 
     Args:
-        engine: Measured them.
+        engine: What measured them.
         scores: What it found.
-        ablations: Under which ablations.
+        ablations: Under which ablations it did.
         seed: Decides which ablation.
 
     Yields:

@@ -11,14 +11,9 @@ from tracker.engine.prefix import SHORTEST
 
 
 def crossing_calls(vocabulary: int, longest: int) -> list[list[Document]]:
-    """Draw the texts, grouped as blocks of a cell are scored.
+    """Draw texts of up to `longest` tokens, grouped as blocks of a cell are scored.
 
-    Args:
-        vocabulary: Token ids that there are.
-        longest: Tokens that the model reads at most.
-
-    Returns:
-        Documents a call.
+    `vocabulary` is how many token ids there are.
     """
     draw = random.Random(0)
     kept = SHORTEST + 4

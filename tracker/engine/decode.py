@@ -25,6 +25,10 @@ def decoding(
 ) -> Iterator[Cache]:
     """Let a model continue one prompt under every ablation, while the context is open.
 
+    Reading the prompt forks as scoring does. After it nothing is shared, because the texts soon
+    differ: each ablation has its own row of the batch in every layer, and a layer computes just the
+    rows that it does not skip, each against its own keys and values.
+
     Args:
         parts: The model.
         ablations: The rows of the batch; the baseline must be among them.
@@ -52,7 +56,13 @@ def decoding(
 
 
 def _handed_out(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
-    """Give every ablation its own keys and values of the prompt, layer by layer."""
+    """Give every ablation its own keys and values of the prompt, layer by layer.
+
+    The prompt was read with a row for each attention that differs in the layer, [computed, heads,
+    tokens, size]; `plan.attention_of` says which one an ablation took. These rows are copied out to
+    [ablations that pass the attention, heads, tokens, size], in the order of the ablations: just
+    the rows that reach the layer's attention while texts are generated.
+    """
     if not cache.layers:
         return new_cache(GrowingLayer)
     layers = []

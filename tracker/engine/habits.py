@@ -53,15 +53,7 @@ class Findings:
 
 
 def find_habits(small: Any, paths: Collection[Path]) -> Findings:
-    """Experiment with a miniature.
-
-    Args:
-        small: The miniature; no call has changed it yet.
-        paths: Numbers of its configuration to try.
-
-    Returns:
-        What was found.
-    """
+    """Experiment with a miniature that no call has changed yet, on numbers of its configuration."""
     kind, config = type(small), small.config
     usual = _said(small, LONG)
     leftovers, first = _changed_by_calls(small)
@@ -96,12 +88,7 @@ def find_habits(small: Any, paths: Collection[Path]) -> Findings:
 def shortened(small: Any, paths: Collection[Path]) -> list[Any]:
     """Make miniatures whose windows, chunks and thresholds are crossed by short texts.
 
-    Args:
-        small: The miniature.
-        paths: The numbers.
-
-    Returns:
-        One with all of them made small where that can be built, else one for each.
+    One with all of the numbers made small where that can be built, else one for each.
     """
     config = small.config
     values: Mapping[Path, float] = dict(numbers(config.get_text_config()))

@@ -46,12 +46,18 @@ class _States(BaseModelOutputWithPast):  # type: ignore[misc]
 class Head:
     """What a model does behind its base: projection, soft-capping, scaling.
 
-    The vocabulary is cut into blocks where that gives the same logits: in full precision on a CPU,
-    with a plain linear projection and nothing behind it that mixes logits. In half precision
-    lm-eval rounds after the log-softmax, and so does this, over the whole vocabulary.
+    The logits of all streams at once, [streams, kept, vocabulary], may be gigabytes, so the states
+    pass in chunks of streams. On a CPU in full precision the vocabulary is cut into blocks of
+    `BLOCK` as well: the projection multiplies only some rows of its weight, [block, hidden],
+    whatever else the head does (soft-capping, scaling) follows as ever, and of each block's logits
+    [streams, kept, block] only three things are kept: the largest and its place, the log-sum-exp,
+    and the logits of the predicted tokens that lie in it. The log-sum-exp of the blocks'
+    log-sum-exps is that of the whole vocabulary, so `wanted - normaliser` is the log-softmax, up to
+    the order of summation.
 
-    Args:
-        model: A causal language model of transformers.
+    That holds as long as the projection is plainly linear and what follows treats each logit alone;
+    `_gives_the_same` tries it. It is not done in half precision, where lm-eval rounds after the
+    log-softmax over the whole vocabulary, and so does this.
     """
 
     def __init__(self, model: Any) -> None:
@@ -112,7 +118,10 @@ class Head:
         return Predictions(logprobs[:, predictor, predicted], best[:, predictor] == predicted)
 
     def _score_in_blocks(self, output: Any, predictor: Tensor, predicted: Tensor) -> Predictions:
-        """Gather maximum, normaliser and wanted logits block by block."""
+        """Gather maximum, normaliser and wanted logits block by block.
+
+        The first of equal maxima wins, within a block and between blocks, as in an argmax over all.
+        """
         states = output.last_hidden_state
         highest: list[Tensor] = []
         normalisers = []
@@ -141,7 +150,16 @@ class Head:
         return lambda hidden: functional.linear(hidden, weight[start:stop], some)
 
     def _logits(self, output: Any) -> Tensor:
-        """Let the model's head run alone: its base returns an output that it is given."""
+        """Run the model's own head on states that are there already: [streams, kept, vocabulary].
+
+        What stands behind the base is different in every architecture, and is code in its
+        `forward`, not a module that could be called. So the whole model is called, on one token id
+        that nobody reads, and while it runs its base is a function that returns `output`, with the
+        states [streams, kept, hidden] as `last_hidden_state`. The head sees what it would have
+        seen, and does what it always does. That the base was asked, and that the logits have the
+        states' shape, is checked: a head that takes its input elsewhere would answer for the wrong
+        states.
+        """
         asked = []
 
         def base(*args: Any, **kwargs: Any) -> Any:
@@ -156,7 +174,11 @@ class Head:
 
     @torch.inference_mode()
     def _gives_the_same(self, blocks: list[tuple[int, int]]) -> bool:
-        """Whether whatever follows the projection treats each logit alone."""
+        """Whether whatever follows the projection treats each logit alone.
+
+        Four states, rows of the projection itself [1, 4, hidden], pass whole and in blocks; a
+        soft-cap gives the same, a normalisation over the vocabulary would not.
+        """
         weight = self._projection.weight
         states = weight[torch.linspace(0, len(weight) - 1, 4).long()][None]
         output = _States(last_hidden_state=states)

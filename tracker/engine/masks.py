@@ -38,18 +38,11 @@ class Sight:
 
 @torch.inference_mode()
 def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) -> Sight:
-    """See which mask a model gives to each of its layers for a plain text.
+    """See which mask a model gives to each of its layers for a plain text of some length.
 
-    The layers themselves do not run: each hands on what it got.
-
-    Args:
-        base: The model below its head.
-        layers: Its decoder layers.
-        tokens: The text's length.
-        device: Where its inputs go.
-
-    Returns:
-        What they see.
+    The layers themselves do not run: each hands on the hidden state that it got, beside what else
+    it returned for two tokens, so that the model goes on. What arrives at a layer is its mask [1,
+    1, tokens, tokens], or nothing.
     """
     shapes: dict[int, Any] = {}
     seen: list[Any] = [None] * len(layers)
@@ -100,20 +93,17 @@ def _given(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
 
 
 def mask_place(layer: nn.Module) -> int | None:
-    """Say which positional argument of a layer is its mask; None where it takes none.
-
-    Args:
-        layer: A decoder layer.
-
-    Returns:
-        The place, 0-based, `self` not counted.
-    """
+    """Say which positional argument of a layer, `self` not counted, is its mask; None if none."""
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     return names.index(ARGUMENT) if ARGUMENT in names else None
 
 
 def _first_seen(mask: Any, tokens: int) -> Tensor | None:
-    """Reduce a causal mask in which each token sees an unbroken stretch to where that begins."""
+    """Reduce a causal mask in which each token sees an unbroken stretch to where that begins.
+
+    [1, 1, tokens, tokens] becomes [tokens]; None where every token sees all before it, or the layer
+    has no such mask. A mask that says more (a bias, a gap) is refused: its tree would be unknown.
+    """
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
         return None
     shown = mask[0, 0].cpu()
@@ -130,13 +120,19 @@ def _first_seen(mask: Any, tokens: int) -> Tensor | None:
 
 
 class Masks:
-    """The masks of one row, one for each kind of layer.
+    """The masks of one row, [1, 1, tokens, prefix + tokens], one for each kind of layer.
 
-    Args:
-        row: The row; without `ancestors` it needs none.
-        sight: How far each layer sees, at least as far as the row is deep.
-        dtype: The model's numbers.
-        device: Where the masks go.
+    A row holds a tree of requests, flattened: node i is a token, and `row.ancestors[i, j]` says
+    that j stands on the way to i. In place of the model's triangle a layer gets a mask in which a
+    node sees the kept prefix and its ancestors, itself included, and nothing of its sisters: to a
+    node that is exactly the text it ends, at the positions of that text. A layer with a window or
+    chunks sees less of it. `Sight.first` says from which position p a token at some depth sees in a
+    plain text, so ancestors before p are hidden too: depth, not place in the row, is what counts.
+    Masked entries are the lowest number of the dtype, as in transformers. The same object goes to
+    all layers with the same `first`.
+
+    `sight` must be known as far as the row is deep, and `row.ancestors` be there: a row without
+    them needs no mask.
     """
 
     def __init__(self, row: Row, sight: Sight, dtype: torch.dtype, device: torch.device) -> None:
@@ -161,16 +157,9 @@ class Masks:
     def put(
         self, layer: int, place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give a layer its mask in place of the one that the model made.
+        """Give a layer its mask in place of the one that the model made; arguments with the mask.
 
-        Args:
-            layer: The layer.
-            place: `mask_place` of it.
-            args: Its arguments.
-            kwargs: Its arguments by name.
-
-        Returns:
-            Both, with the mask.
+        `place` is the layer's `mask_place`.
         """
         mask = self._of_layer[layer]
         if place is not None and place < len(args):

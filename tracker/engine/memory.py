@@ -28,28 +28,14 @@ def keep_freed_memory() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Say how many bytes are free where a model is.
-
-    Args:
-        device: The model's device.
-
-    Returns:
-        Bytes.
-    """
+    """Say how many bytes are free where a model is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
 
 
 def stream_bytes(model: Any) -> int:
-    """Estimate what one token of one stream takes at most, inside a layer.
-
-    Args:
-        model: A causal language model of transformers.
-
-    Returns:
-        Bytes.
-    """
+    """Estimate how many bytes one token of one stream takes at most, inside a layer."""
     config = model.config.get_text_config()
     hidden = config.hidden_size
     between = getattr(config, "intermediate_size", None) or 4 * hidden

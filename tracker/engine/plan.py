@@ -54,7 +54,7 @@ class Cost:
 def cost(
     model: Any, documents: Sequence[Document], ablations: Sequence[Ablation], max_length: int
 ) -> Cost:
-    """Count the work of a cell.
+    """Count the work of a cell, for full sharing.
 
     Args:
         model: The model; its weights may be on the meta device.
@@ -63,7 +63,7 @@ def cost(
         max_length: Tokens that the model reads at most.
 
     Returns:
-        The counts, for full sharing.
+        The counts.
     """
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size

@@ -25,7 +25,12 @@ WORTH = 0.9
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values [streams, heads, tokens, size] in a buffer with room to grow."""
+    """Keys and values [streams, heads, tokens, size] in a buffer with room to grow.
+
+    A buffer that is too short is replaced by one with `MARGIN` tokens to spare, so that a token
+    that is appended while a text is generated is written in its place and nothing else is copied.
+    What `update` returns is the front of the buffer, `[:, :, :tokens]`, a view.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +65,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.tokens = tokens
 
 
-class _KeptLayer(GrowingLayer):
-    """A beginning with room for what one row adds, which is forgotten with the next row."""
+class _RewindingLayer(GrowingLayer):
+    """A beginning with room for what one row adds, which is forgotten with the next row.
+
+    It grows while the beginning is read. From then on (`kept`) its length stands still: a row's
+    `update` writes its keys [streams, heads, row, size] behind the beginning's and gets both, and
+    the next row writes over them, as if the row had never been. No row sees another one, because
+    what `update` returns ends with the row's own last token; and no row copies the beginning,
+    unless it needs a longer buffer.
+    """
 
     kept = False
 
@@ -77,7 +89,9 @@ class Prefix:
     Attributes:
         plan: For which streams it was read.
         tokens: Its token ids.
-        cache: Its keys and values, as the model's base takes them.
+        cache: Its keys and values, as the model's base takes them. A layer holds [computed
+            attentions, heads, tokens, size]: only streams that pass its attention, in the plan's
+            order, so that a row under the same plan meets its own.
         proxies: Of each of its tokens [3, tokens, layers].
     """
 
@@ -90,14 +104,10 @@ class Prefix:
         self._keep(len(self.tokens))
 
     def cut_to(self, beginning: tuple[int, ...]) -> bool:
-        """Shorten it to what it shares with another beginning.
+        """Shorten it to what it shares with another beginning, and say whether that was worth it.
 
-        Args:
-            beginning: The common beginning of other documents.
-
-        Returns:
-            Whether it is worth it: nearly all of the other beginning is shared. If not, nothing
-            is changed.
+        It is where nearly all of the other beginning is shared; if not, nothing is changed. Keys
+        and values of the remaining tokens depend on none that is cut off: the model is causal.
         """
         pairs = enumerate(zip(self.tokens, beginning, strict=False))
         differing = (i for i, (a, b) in pairs if a != b)
@@ -108,14 +118,7 @@ class Prefix:
         return True
 
     def begins(self, prompt: Sequence[int]) -> bool:
-        """Say whether a prompt begins with it, and goes on.
-
-        Args:
-            prompt: Token ids.
-
-        Returns:
-            Whether it does.
-        """
+        """Say whether a prompt begins with it, and goes on."""
         own = len(self.tokens)
         return own < len(prompt) and tuple(prompt[:own]) == self.tokens
 
@@ -126,26 +129,16 @@ class Prefix:
             layer.kept, layer.tokens = True, tokens
 
 
-def new_cache(layer: type[GrowingLayer] = _KeptLayer) -> Cache:
+def new_cache(layer: type[GrowingLayer] = _RewindingLayer) -> Cache:
     """Make an empty cache that holds whole texts, also for layers with a sliding window.
 
-    Args:
-        layer: What holds a layer's keys and values.
-
-    Returns:
-        The cache.
+    How far a layer sees is the masks' affair: a cache that drops what lies before the window of the
+    last token would drop what nodes on other branches of the tree still see.
     """
     return Cache(layer_class_to_replicate=layer)
 
 
 def cache_argument(base: Any) -> str | None:
-    """Name the argument by which a model's base takes a cache of keys and values.
-
-    Args:
-        base: The model below its head.
-
-    Returns:
-        The name; None where there is no such argument.
-    """
+    """Name the argument by which a model's base takes a cache of keys and values; None without."""
     names = inspect.signature(base.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)

@@ -33,14 +33,9 @@ class Lengths:
     each: bool = False
 
     def side(self, tokens: int) -> int:
-        """Say on which side of the thresholds a text is; equal numbers are computed alike.
+        """Say on which side of the thresholds so many tokens are; equal sides are computed alike.
 
-        Args:
-            tokens: How many tokens of the text a pass reaches.
-
-        Returns:
-            A number. A length that is a threshold is a side of its own, since models differ in
-            where it belongs.
+        A length that is a threshold is a side of its own, since models differ in where it belongs.
         """
         if self.each and tokens >= min(self.thresholds, default=0):
             return tokens
@@ -85,14 +80,7 @@ class Row:
         return self.input_ids.numel()
 
     def renumbered(self, documents: Sequence[int]) -> Row:
-        """Give the packed documents other numbers.
-
-        Args:
-            documents: For each packed document, its new number.
-
-        Returns:
-            The same row under these numbers.
-        """
+        """Give each packed document another number."""
         return replace(
             self,
             requests=[(documents[number], request) for number, request in self.requests],
@@ -223,12 +211,7 @@ def tree_rows(
 def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[int, ...]:
     """Find the tokens with which all requests begin, up to what predicts something.
 
-    Args:
-        documents: What will be scored.
-        max_length: As in `tree_rows`.
-
-    Returns:
-        The token ids.
+    `max_length` is as in `tree_rows`.
     """
     sequences = [s for each in _sequences(documents, max_length, ANY_LENGTH) for s in each]
     if not sequences:
@@ -241,15 +224,7 @@ def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[in
 
 
 def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
-    """Make the row that only reads: a common beginning, or a prompt.
-
-    Args:
-        tokens: The token ids.
-        prefix: How many tokens before them were read apart.
-
-    Returns:
-        The row.
-    """
+    """Make the row that only reads: a common beginning, or a prompt behind `prefix` tokens."""
     tree = Tree()
     tree.insert(tokens)
     nothing = torch.zeros(0, dtype=torch.long)

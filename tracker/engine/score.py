@@ -65,16 +65,9 @@ class Parts:
 
 @torch.inference_mode()
 def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = None) -> RowScores:
-    """Score a row for every stream of a plan.
+    """Score a row for every stream of a plan; the scores are on the CPU.
 
-    Args:
-        parts: The model.
-        plan: Which streams there are.
-        row: The requests.
-        prefix: The beginning that the row continues, read for the same streams.
-
-    Returns:
-        Scores on the CPU.
+    `prefix` is the beginning that the row continues, read for the same streams.
     """
     output, observed = run_base(parts, plan, row, None if prefix is None else prefix.cache)
     before = 0 if prefix is None else prefix.proxies.sum(1)
@@ -99,16 +92,7 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
 
 @torch.inference_mode()
 def read_prefix(parts: Parts, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
-    """Read the common beginning of some documents once for every stream.
-
-    Args:
-        parts: The model.
-        plan: Which streams there are.
-        tokens: The beginning's token ids.
-
-    Returns:
-        What rows need in order to continue it.
-    """
+    """Read the common beginning of some documents once for every stream; rows continue it."""
     cache = new_cache()
     _, observed = run_base(parts, plan, reading_row(tokens), cache)
     return Prefix(plan, tokens, cache, observed.double())
@@ -124,7 +108,8 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         cache: Keys and values that the row continues and is added to; None for none.
 
     Returns:
-        What the base returned, and the proxies of each of the N tokens [3, N, layers].
+        What the base returned, with the states of all streams [streams × rows, tokens, hidden],
+        and the proxies of each of the N tokens [3, N, layers].
     """
     observed: list[Tensor] = []
 
@@ -162,14 +147,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
 
 @torch.inference_mode()
 def kept_bytes(parts: Parts) -> int:
-    """Measure what the keys and values of one token take in one attention, on average.
-
-    Args:
-        parts: The model.
-
-    Returns:
-        Bytes; of a layer that keeps something.
-    """
+    """Measure what the keys and values of one token take in one attention, on average, in bytes."""
     cache = new_cache()
     alone = plan_streams([INTACT], len(parts.layers))
     run_base(parts, alone, reading_row((0, 0)), cache)

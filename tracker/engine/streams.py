@@ -130,12 +130,7 @@ class StreamPlan:
 def plan_streams(ablations: Sequence[Ablation], layers: int) -> StreamPlan:
     """Plan where each ablation forks off: at the first layer where its set differs.
 
-    Args:
-        ablations: The ablations; the baseline must be among them and becomes stream 0.
-        layers: How many layers the model has.
-
-    Returns:
-        The plan.
+    The baseline must be among the ablations and becomes stream 0.
     """
     intact = ablations.index(INTACT)
     groups = [[intact, *(i for i in range(len(ablations)) if i != intact)]]
@@ -171,9 +166,16 @@ def forking(
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
-    Inside, a forward pass over `rows` rows leaves the layers with `streams × rows` rows, stream by
-    stream. What else a layer is given must broadcast over the batch, or with `batched` may have a
-    row a stream.
+    The streams are the batch. The model is called with `rows` rows, [rows, tokens, hidden] reach
+    the first layer, and the batch grows on the way: a new stream starts from its parent's hidden
+    state before the layer, a stream that passes goes through the layer, one that skips it keeps
+    what it came with. Behind the last layer stand [streams × rows, tokens, hidden], stream by
+    stream: block s of `rows` rows is stream s. Each is what the pruned model computes, because a
+    layer treats the rows of a batch apart and everything between layers is in the hidden state;
+    where either is not so, the pass is refused here or the attack finds it.
+
+    What else a layer is given (masks, rotary embeddings, positions) is made by the model for `rows`
+    rows, so it must broadcast over the batch, or with `batched` may have a row a stream.
 
     Args:
         layers: The model's decoder layers.
@@ -189,7 +191,7 @@ def forking(
     handed: list[Tensor] = []
     with ExitStack() as stack:
         for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
-            fork = _Fork(
+            fork = _LayerFork(
                 index, step, layer.forward, observe, batched, masks, mask_place(layer), handed
             )
             stack.enter_context(replaced_forward(layer, fork))
@@ -197,16 +199,23 @@ def forking(
                 assert sublayers is not None
                 parts = sublayers[index]
                 for module, sources in ((parts.attention, step.attention), (parts.mlp, step.mlp)):
-                    part = _Part(module, sources, module.forward, batched)
+                    part = _SublayerFork(module, sources, module.forward, batched)
                     stack.enter_context(replaced_forward(module, part))
         yield
 
 
 @dataclass(frozen=True)
-class _Fork:
-    """One layer's forward pass over all streams.
+class _LayerFork:
+    """One layer's forward pass over all streams: it stands in for `layer.forward`.
 
-    `handed` holds what earlier layers of the pass returned besides the hidden state.
+    In come [streams × rows, tokens, hidden], seen as `before` [streams, rows, tokens, hidden]. The
+    streams that enter the layer are picked from it, a new one by its parent's place, and pass the
+    layer as one batch `going`. Its output fills their places in `after` [streams after, rows,
+    tokens, hidden]; a stream that skips the layer gets its own `before` there. Nothing is added up
+    between streams, so each place holds what the layer, or nothing, makes of it alone.
+
+    `handed` holds what earlier layers of the pass returned besides the hidden state. A layer that
+    is given one of those, while streams fork, is refused: it would be another stream's.
     """
 
     index: int
@@ -270,8 +279,18 @@ class _Fork:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One sublayer's forward pass over the streams that enter its layer."""
+class _SublayerFork:
+    """One sublayer's forward pass over the streams in its layer: it stands in for `module.forward`.
+
+    Streams that fork within the layer enter it with the same state, so the attention of such a
+    state is computed once: with its MLP removed, a stream takes the attention of the baseline.
+    `sources` names for each entering stream the place whose output it takes, and None where the
+    sublayer is removed. The input [entering × rows, tokens, hidden] is cut to the places that are
+    computed, the sublayer runs on these, and its output is dealt out to [entering × rows, tokens,
+    hidden] again. For None stands what a silent sublayer gives: zeros where the layer adds to the
+    residual stream, the residual stream itself where the sublayer does. What else the sublayer is
+    given is cut along with it, if it has a row a stream.
+    """
 
     module: nn.Module
     sources: tuple[int | None, ...]

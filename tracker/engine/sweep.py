@@ -89,11 +89,7 @@ class Engine:
     def without(self, ablation: Ablation) -> Engine:
         """Make an engine for a copy of the model from which an ablation is really taken out.
 
-        Args:
-            ablation: What to remove; sublayers stay where they are and add nothing.
-
-        Returns:
-            The engine; its model shares the weights.
+        The copy shares the weights; sublayers stay where they are and add nothing.
         """
         self._put_back()
         parts = self._sublayers if ablation.has_sublayers else []
@@ -122,7 +118,7 @@ class Engine:
         ablations: Sequence[Ablation],
         progress: Callable[[int], None] = lambda responses: None,
     ) -> list[DocumentScores]:
-        """Score documents.
+        """Score documents, one result a document, in the same order.
 
         Args:
             documents: What to score.
@@ -130,7 +126,7 @@ class Engine:
             progress: Called with the responses of each finished row: requests times ablations.
 
         Returns:
-            One result a document, in the same order.
+            One result a document.
         """
         layers = len(self.loaded.layers)
         shape = (len(ablations), max(len(document.requests) for document in documents))
@@ -176,11 +172,7 @@ class Engine:
     def shares_a_prefix(self, documents: Sequence[Document]) -> bool:
         """Say whether what some documents begin with would be read apart.
 
-        Args:
-            documents: What would be scored.
-
-        Returns:
-            Whether the common beginning is long enough, and the model takes one.
+        It is where the common beginning is long enough, and the model takes one.
         """
         long = len(common_beginning(documents, self.max_length)) >= SHORTEST
         return long and cache_argument(self.head.base) is not None
@@ -344,15 +336,8 @@ class Engine:
     ) -> Iterator[list[Ablation]]:
         """Split ablations so that the texts of each group fit into half of the budget.
 
-        Args:
-            ablations: The ablations, with the baseline.
-            tokens: Longest text, the prompt included.
-
-        Yields:
-            Groups, each with the baseline.
-
-        Raises:
-            RefusalError: The model takes no keys and values.
+        Each group has the baseline; `tokens` is the longest text, the prompt included. RefusalError
+        if the model takes no keys and values.
         """
         if cache_argument(self.loaded.model) is None:
             raise RefusalError("it takes no cache of keys and values")
@@ -366,15 +351,10 @@ class Engine:
     def decoding(
         self, ablations: Sequence[Ablation], prompt: Sequence[int]
     ) -> Iterator[dict[str, Any]]:
-        """Let the model continue one prompt under every ablation, while the context is open.
+        """Let the model continue one prompt under every ablation, a row each, in the open context.
 
-        Args:
-            ablations: The rows of the batch.
-            prompt: The prompt's token ids.
-
-        Yields:
-            What transformers' `generate` takes besides: the prompt's keys and values; nothing
-            for a model that takes none.
+        Yields what transformers' `generate` takes besides: the prompt's keys and values; nothing
+        for a model that takes none.
         """
         plan = plan_streams(ablations, len(self.loaded.layers))
         kept = next((k for k in self._kept if k.plan == plan and k.begins(prompt)), None)

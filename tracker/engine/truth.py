@@ -57,8 +57,7 @@ class Comparison:
 class Truth:
     """Answers requests on models that were really changed.
 
-    Args:
-        engine: Knows the model, what a call of it leaves behind, and how to take layers out.
+    The engine knows the model, what a call of it leaves behind, and how to take layers out.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -67,33 +66,17 @@ class Truth:
         self._answers: dict[tuple[Ablation, Request], Response] = {}
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
-        """Score one request, once.
-
-        Args:
-            ablation: What the model lacks.
-            request: What is asked.
-
-        Returns:
-            The answer.
-        """
+        """Score one request, once, by a model without what the ablation removes."""
         place = (ablation, request)
         if place not in self._answers:
             self._answers[place] = answer(self._without(ablation), request)
         return self._answers[place]
 
     def moves(self, ablation: Ablation, request: Request, nats: float) -> bool:
-        """Say whether an answer moves so far when its embeddings move by no more than rounding.
+        """Say whether an answer moves by so many nats when embeddings move by their rounding.
 
-        Where a router or a top-k is near a tie, it may: the model is discontinuous there, and no
-        two ways to compute it agree.
-
-        Args:
-            ablation: What the model lacks.
-            request: What is asked.
-            nats: How far.
-
-        Returns:
-            Whether its log-likelihood moves by that much in one of `DRAWS` draws.
+        Where a router or a top-k is near a tie, it may in one of `DRAWS` draws: the model is
+        discontinuous there, and no two ways to compute it agree.
         """
         engine = self._without(ablation)
         calm = self.answer(ablation, request).loglikelihood
@@ -149,14 +132,9 @@ class Truth:
 
 @torch.inference_mode()
 def answer(engine: Engine, request: Request) -> Response:
-    """Score one request by the model's own forward pass.
+    """Score one request by the model's own forward pass, as it is.
 
-    Args:
-        engine: The model as it is.
-        request: What is asked.
-
-    Returns:
-        Log-likelihood in nats, greedy flag and hits, as lm-eval computes them.
+    Log-likelihood in nats, greedy flag and hits, as lm-eval computes them.
     """
     loaded = engine.loaded
     put_back(loaded.model, engine.habits.leftovers)
@@ -171,14 +149,9 @@ def answer(engine: Engine, request: Request) -> Response:
 
 @contextmanager
 def shaken(model: Any, seed: int) -> Iterator[None]:
-    """Let a model's token embeddings differ from what they are by about their rounding.
+    """Let a model's token embeddings be off by about their rounding, drawn by `seed`.
 
-    Args:
-        model: The model.
-        seed: Decides how.
-
-    Yields:
-        Nothing; on exit the embeddings are what they were.
+    On exit they are what they were.
     """
     generator = torch.Generator().manual_seed(seed)
 

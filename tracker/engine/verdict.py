@@ -42,14 +42,7 @@ class Verdict:
     attacked: str = "a miniature"
 
     def habits(self, model: Any) -> Habits:
-        """Apply it to a model that no call has changed yet.
-
-        Args:
-            model: A model of the architecture.
-
-        Returns:
-            What the engine must know of it.
-        """
+        """Say what the engine must know of such a model, one that no call has changed yet."""
         values = dict(numbers(model.config.get_text_config()))
         thresholds = tuple(int(values[path]) for path, _ in self.lengths if path in values)
         first = remember(model, {name for _, name in self.first})

@@ -33,7 +33,6 @@ class Cell:
     """A cell that is handed out.
 
     Attributes:
-        job: The cell.
         store: The cell on disk; None until a worker has opened it.
         pending: The blocks that nobody is at, and how many responses they lack.
         losses: How many workers died over a block, or over opening the cell (None).
@@ -57,8 +56,7 @@ class Task:
     """What one worker does.
 
     Attributes:
-        cell: The cell.
-        block: Which of its blocks is measured; None where the cell is opened.
+        block: Which of the cell's blocks is measured; None where the cell is opened.
         missing: Names of ablations → the documents of the block that lack just these.
         responses: How many responses that is.
         lock: Keeps other processes from the block.
@@ -74,14 +72,8 @@ class Task:
 class Handout:
     """Knows what is to be done, what is out, and when a cell is finished.
 
-    Args:
-        jobs: The cells.
-        ledger: The results folder.
-        progress: Told what happens.
-        done: Told of each cell when it is finished or has failed.
-
-    Attributes:
-        models_loaded: How many times the workers loaded a model.
+    `done` is told of each cell when it is finished or has failed, and `models_loaded` counts how
+    many times the workers loaded a model.
     """
 
     def __init__(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
@@ -99,14 +91,10 @@ class Handout:
         return all(cell.ended for cell in self._cells)
 
     def next(self, opened: Cell | None, elsewhere: Collection[Cell | None]) -> Task | None:
-        """Find something to do for a worker, best with what it has loaded already.
+        """Find something to do for a worker, best with the cell that it has opened already.
 
-        Args:
-            opened: What it has opened.
-            elsewhere: What each of the other workers has opened, or is opening.
-
-        Returns:
-            What to do; None while there is nothing.
+        `elsewhere` is what each of the other workers has opened, or is opening. None while there is
+        nothing to do.
         """
 
         def preference(cell: Cell) -> tuple[bool, bool, int]:
@@ -151,13 +139,7 @@ class Handout:
         return None
 
     def opened(self, task: Task, facts: Facts, fresh: bool) -> None:
-        """Take what a worker knows of a cell that it has opened.
-
-        Args:
-            task: What it did.
-            facts: What is known of the cell.
-            fresh: Whether the worker had to load the model.
-        """
+        """Take what a worker knows of a cell it has opened; `fresh` if it had to load the model."""
         self.models_loaded += fresh
         cell = task.cell
         self._out.discard(task)
@@ -170,13 +152,7 @@ class Handout:
         self._end_if_complete(cell)
 
     def measured(self, task: Task, shards: Sequence[Measured], lost: Sequence[str]) -> None:
-        """Write what a worker has measured.
-
-        Args:
-            task: What it did.
-            shards: The outcomes.
-            lost: What its self-check said.
-        """
+        """Write what a worker has measured, and pass on which sharing its self-check `lost`."""
         cell, block = task.cell, task.block
         assert cell.store is not None
         assert block is not None
@@ -190,22 +166,15 @@ class Handout:
         self._end_if_complete(cell)
 
     def failed(self, task: Task, error: Exception) -> None:
-        """Let a cell fail.
-
-        Args:
-            task: What was tried.
-            error: What went wrong.
-        """
+        """Let the cell of a task fail."""
         self._return(task, undone=True)
         self._fail(task.cell, error)
 
     def lost(self, task: Task, why: str, workers: int) -> None:
-        """Have something done again, because its worker died; not for ever.
+        """Have a task done again because its worker died, `ATTEMPTS` times at most.
 
-        Args:
-            task: What the worker did.
-            why: What is known of its death.
-            workers: How many workers there are.
+        Opening a cell that some worker has opened already may fail so often on each of the
+        `workers`.
         """
         self._return(task, undone=True)
         cell, block = task.cell, task.block
@@ -219,11 +188,7 @@ class Handout:
         self._fail(cell, CellError(f"{bound} workers died over {what}; the last: {why}"))
 
     def give_up(self, why: str) -> None:
-        """Let everything fail that is not finished.
-
-        Args:
-            why: Why nobody can do it.
-        """
+        """Let everything that is not finished fail with a reason."""
         for cell in self._cells:
             self._fail(cell, CellError(why))
 

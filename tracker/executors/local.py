@@ -17,17 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class LocalExecutor:
-    """Measures cells one after the other.
-
-    Args:
-        options: How to run.
-
-    Attributes:
-        models_loaded: How many times a model was loaded so far.
-
-    Raises:
-        ModelError: There is no such device.
-    """
+    """Measures cells one after the other; ModelError if there is no such device."""
 
     def __init__(self, options: Options) -> None:
         from tracker.models.load import find_device
@@ -37,14 +27,7 @@ class LocalExecutor:
         self._options = options
 
     def measure(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
-        """Measure cells.
-
-        Args:
-            jobs: The cells, equal models next to each other.
-            ledger: The results folder.
-            progress: Told what happens.
-            done: Told of each cell when it is finished or has failed.
-        """
+        """Measure cells, each with all of this process."""
         model: Model | None = None
         for job in jobs:
             request = job.asked.request
@@ -65,20 +48,9 @@ class LocalExecutor:
 def measure_cell(
     job: Job, model: Model, ledger: Ledger, options: Options, progress: Progress
 ) -> tuple[CellStore, list[str]]:
-    """Measure what a cell lacks with a loaded model.
+    """Measure what a cell lacks with a loaded model; it, and what the self-check said.
 
-    Args:
-        job: The cell.
-        model: Its model.
-        ledger: The results folder.
-        options: How to run.
-        progress: Told what happens.
-
-    Returns:
-        The cell on disk, and what the self-check said.
-
-    Raises:
-        RequestError: The layers do not fit the model, or a document lacks what is read of it.
+    RequestError for layers that do not fit the model, or a document that lacks what is read of it.
     """
     request = job.asked.request
     meter = Meter(request, job.benchmark, model, options)

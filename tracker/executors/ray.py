@@ -29,16 +29,8 @@ class RayExecutor:
     """Measures cells on the cluster of RAY_ADDRESS, or the one that `ray start` made here.
 
     Where there is neither, a local one lives as long as the run. Every GPU has a worker; in a
-    cluster without GPUs, every node has one with all of its CPUs.
-
-    Args:
-        options: How to run.
-
-    Attributes:
-        models_loaded: How many times a model was loaded so far.
-
-    Raises:
-        RequestError: The cluster cannot be reached, or has no room for a worker.
+    cluster without GPUs, every node has one with all of its CPUs. RequestError for a cluster that
+    cannot be reached, or has no room for a worker.
     """
 
     def __init__(self, options: Options) -> None:
@@ -61,14 +53,7 @@ class RayExecutor:
             raise RequestError("the Ray cluster has no node with a GPU or a CPU to give")
 
     def measure(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
-        """Measure cells.
-
-        Args:
-            jobs: The cells, equal models next to each other.
-            ledger: The results folder.
-            progress: Told what happens.
-            done: Told of each cell when it is finished or has failed.
-        """
+        """Measure cells, handing their blocks to the workers of the cluster."""
         handout = Handout(jobs, ledger, progress, done)
         progress.start(f"Ray, workers: {len(self._slots)}", 0)
         try:

@@ -41,14 +41,7 @@ _NEEDS = {"ray": "ray", "slurm": "submitit"}
 def open_executor(options: Options) -> Executor:
     """Make the executor that was asked for ready.
 
-    Args:
-        options: How to run.
-
-    Returns:
-        The executor.
-
-    Raises:
-        RequestError: Its extra is not installed, or it cannot do what was asked of it here.
+    RequestError if its extra is not installed, or it cannot do what was asked of it here.
     """
     name = options.executor
     try:

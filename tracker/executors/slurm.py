@@ -44,16 +44,9 @@ class _Requeued(CellJob, Checkpointable):  # type: ignore[misc]
 class SlurmExecutor:
     """Submits a job array over cells and waits for it.
 
-    Args:
-        options: How to run; `slurm` holds what `update_parameters` of submitit takes, sbatch's own
-            parameters without submitit's prefix, and `cluster`, which is `slurm` or, to try it
-            without one, `local`.
-
-    Attributes:
-        models_loaded: How many times a model was loaded so far.
-
-    Raises:
-        RequestError: There is no SLURM here, or a parameter is wrong.
+    `options.slurm` holds what `update_parameters` of submitit takes, sbatch's own parameters
+    without submitit's prefix, and `cluster`, which is `slurm` or, to try it without one, `local`.
+    RequestError if there is no SLURM here, or a parameter is wrong.
     """
 
     def __init__(self, options: Options) -> None:
@@ -67,14 +60,7 @@ class SlurmExecutor:
         _executor(Path("slurm"), checks, self._parameters)
 
     def measure(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
-        """Measure cells.
-
-        Args:
-            jobs: The cells.
-            ledger: The results folder, on a file system that all nodes share.
-            progress: Told what happens.
-            done: Told of each cell when it is finished or has failed.
-        """
+        """Measure cells, one a job; the results folder is on a file system that all nodes share."""
         ledger.create()
         root = ledger.root.resolve()
         executor = _executor(root / "slurm" / "%j", self._cluster, self._parameters)

@@ -38,13 +38,7 @@ class JobEnd:
 
 
 class CellJob:
-    """Measures one cell. Called again after an interruption, it continues from the shards.
-
-    Args:
-        request: The cell.
-        results: The results folder.
-        options: How to run.
-    """
+    """Measures one cell. Called again after an interruption, it continues from the shards."""
 
     def __init__(self, request: CellRequest, results: Path, options: Options) -> None:
         self._request = request
@@ -54,11 +48,7 @@ class CellJob:
         self._starts = 0
 
     def __call__(self) -> JobEnd:
-        """Measure what the cell lacks.
-
-        Returns:
-            What became of it.
-        """
+        """Measure what the cell lacks."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         try:
             return self._run()
@@ -96,12 +86,5 @@ class _Log(Silent):
 
 
 def shards(store: CellStore | None) -> list[Path]:
-    """List the shards of a cell.
-
-    Args:
-        store: The cell; None where it is not known yet.
-
-    Returns:
-        Their files.
-    """
+    """List the files of a cell's shards; none where the cell is not known yet."""
     return [] if store is None else store.shards()

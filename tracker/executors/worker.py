@@ -15,21 +15,15 @@ _ENVIRONMENT = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_")
 
 
 def environment() -> dict[str, str]:
-    """Collect what this process is told of models and data, so that workers are told the same.
-
-    Returns:
-        Variable → value.
-    """
+    """What this process is told of models and data, so that workers are told the same."""
     return {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
 
 
 class Worker:
     """Measures blocks of documents; writes nothing.
 
-    Args:
-        options: How to run.
-        folder: Where the driver runs, so that relative paths mean the same.
-        variables: The driver's `environment()`.
+    `folder` is where the driver runs, so that relative paths mean the same; `variables` are the
+    driver's `environment()`.
     """
 
     def __init__(self, options: Options, folder: str, variables: Mapping[str, str]) -> None:
@@ -43,16 +37,9 @@ class Worker:
         self._checked = False
 
     def open(self, request: CellRequest) -> tuple[Facts, bool]:
-        """Make a cell ready to be measured.
+        """Make a cell ready to be measured; its facts, and whether its model had to be loaded.
 
-        Args:
-            request: The cell.
-
-        Returns:
-            What is known of it, and whether its model had to be loaded.
-
-        Raises:
-            RequestError: The model or the data is not where this worker is.
+        RequestError if the model or the data is not where this worker is.
         """
         self._meter = None
         fresh = self._model is None or self._model.settings != request.model_settings

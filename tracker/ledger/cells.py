@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class Block:
-    """Up to `BLOCK` documents of one task, consecutive in one of its orders.
+    """Up to `BLOCK` documents of one task, consecutive in the order that a seed gives.
 
     Attributes:
         task: The lm-eval task.
@@ -66,15 +66,8 @@ def _places(task: str, documents: int, seed: int | None) -> Mapping[int, int] | 
 class CellStore:
     """One cell on disk.
 
-    Args:
-        folder: Where it is.
-        identity: What its numbers depend on.
-        others: The same cell in other folders, whose outcomes are read too.
-
-    Attributes:
-        folder: Where it is.
-        identity: What its numbers depend on.
-        views: What was asked of it.
+    `others` are the same cell in other folders, whose outcomes are read too; `views` is what was
+    asked of it.
     """
 
     def __init__(
@@ -115,13 +108,7 @@ class CellStore:
     ) -> dict[tuple[str, ...], list[int]]:
         """Say what of a block is not measured yet, under whatever order of the documents.
 
-        Args:
-            block: The block.
-            extent: Which documents are wanted.
-            ablations: Names of the ablations that are wanted.
-
-        Returns:
-            Missing ablations, in the given order → the documents that lack just these.
+        Missing ablations, in the given order → the documents that lack just these.
         """
         first = block.number * BLOCK
         documents = self.wanted(extent)[block.task][first : first + BLOCK]
@@ -192,16 +179,9 @@ class CellStore:
         write_bytes(path, content)
 
     def adopt(self, path: Path) -> str:
-        """Move a shard from elsewhere to its place; its name counts for nothing.
+        """Move a shard from elsewhere to its place, and return its name here.
 
-        Args:
-            path: The file.
-
-        Returns:
-            Its name here.
-
-        Raises:
-            ValueError: It is no shard of this cell.
+        The name that it had counts for nothing. ValueError if it is no shard of this cell.
         """
         try:
             shard = read_shard(path.read_bytes())
@@ -215,16 +195,9 @@ class CellStore:
         return place.name
 
     def _block_of(self, shard: Shard) -> Block:
-        """Find the block that a shard holds outcomes of.
+        """Find the block that a shard holds outcomes of; ValueError if they are not of one block.
 
-        Args:
-            shard: The shard, with the columns task, doc and ablation at least.
-
-        Returns:
-            The block.
-
-        Raises:
-            ValueError: They are not outcomes of one block of this cell.
+        It needs the columns task, doc and ablation.
         """
         if shard.about.get("key", self.identity.key) != self.identity.key:
             raise ValueError("it belongs to another cell")
@@ -293,17 +266,10 @@ class CellStore:
         return frame
 
     def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
-        """Read and verify a shard; one that is not what it should be is set aside.
+        """Read and verify a shard, all columns or some.
 
-        Args:
-            path: The file.
-            columns: Only these columns; None = all.
-
-        Returns:
-            The shard; None where it is gone, or was set aside.
-
-        Raises:
-            WorkError: The system cannot read it now.
+        One that is not what it should be is set aside. None where it is, or is gone; WorkError
+        where the system cannot read it now.
         """
         try:
             shard = read_shard(path.read_bytes(), columns)
@@ -331,12 +297,9 @@ class CellStore:
         return None
 
     def proofs(self) -> list[tuple[str, str]]:
-        """Say which outcomes there are: every file that `read` reads, with its digest.
+        """Say which outcomes there are: (name, SHA-256) of every file that `read` reads.
 
         Files are verified again only where their size or time has changed.
-
-        Returns:
-            (file name, SHA-256) of each.
         """
         note, known, found = self._verified, read_note(self._verified), {}
         for path in self.shards():
@@ -395,14 +358,9 @@ class CellStore:
         return sorted(self._shards.glob("*.parquet"))
 
     def derived(self, state: str, name: str) -> CellRecord | None:
-        """Recall the record of a view.
+        """Recall the record of the view `name`; None when none is kept for this state.
 
-        Args:
-            state: A hash of all that the record follows from.
-            name: The view's.
-
-        Returns:
-            The record; None when none is kept for this state.
+        `state` is a hash of all that the record follows from.
         """
         kept = read_note(self._derived(name))
         if kept.get("state") != state:

@@ -10,33 +10,17 @@ from tracker.ledger.notes import read_note, write_note
 
 
 class Checks:
-    """The verdicts of a results folder, as text.
-
-    Args:
-        root: The results folder.
-    """
+    """The verdicts of a results folder, as text; each key is a hash of all that it follows from."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / "checks"
 
     def recall(self, key: str) -> str | None:
-        """Recall a verdict.
-
-        Args:
-            key: A hash of all that it follows from.
-
-        Returns:
-            It; None where none is kept, or it is not what was kept.
-        """
+        """Recall a verdict; None where none is kept, or it is not what was kept."""
         return read_note(self._path(key)).get("verdict")
 
     def keep(self, key: str, verdict: str) -> None:
-        """Keep a verdict, where the folder can be written.
-
-        Args:
-            key: A hash of all that it follows from.
-            verdict: The verdict.
-        """
+        """Keep a verdict, where the folder can be written."""
         with suppress(WorkError):
             write_note(self._path(key), {"verdict": verdict})
 

@@ -57,36 +57,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Args:
-        path: Where the file is to be.
-        text: Its content.
-    """
+    """Write a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically.
-
-    Args:
-        path: Where the file is to be.
-        content: Its content.
-    """
+    """Write a file atomically."""
     write_atomically(path, lambda temporary: _write(temporary, content))
 
 
 def lock_file(path: Path) -> FileLock:
-    """Make a lock that processes share.
+    """Make a lock that processes share, not held yet; its folder is made where there is none.
 
-    Args:
-        path: The lock's file; its folder is made where there is none.
-
-    Returns:
-        The lock, not held yet.
-
-    Raises:
-        WorkError: There is no place for it.
+    WorkError if there is no place for it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

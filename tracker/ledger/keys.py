@@ -11,17 +11,10 @@ from tracker.records import BenchmarkIdentity, ModelIdentity
 
 
 def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
-    """Identify a cell by content.
+    """Identify a cell by content, as SHA-256 in hexadecimal.
 
     Neither which documents, nor the layers, nor the batch, nor the shown metric is part of it: a
     cell grows.
-
-    Args:
-        model: Which weights.
-        benchmark: Which documents, and how they are put to the model.
-
-    Returns:
-        SHA-256 in hexadecimal.
     """
     return content_hash(
         {
@@ -39,18 +32,10 @@ def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
 def request_key(
     request: CellRequest, model_stamp: object, data_stamp: object, versions: Mapping[str, str]
 ) -> str:
-    """Identify what was asked for without loading anything.
+    """Identify what was asked for without loading anything, as SHA-256 in hexadecimal.
 
-    Equal keys lead to the same cell; different ones may (after an update of lm-eval, say).
-
-    Args:
-        request: What was asked for; what is removed, which documents and the metric do not count.
-        model_stamp: A cheap description of the model's files.
-        data_stamp: A cheap description of the data's files.
-        versions: Installed packages.
-
-    Returns:
-        SHA-256 in hexadecimal.
+    Equal keys lead to the same cell; different ones may (after an update of lm-eval, say). What is
+    removed, which documents and the metric do not count.
     """
     asked = request.model_dump(
         exclude={"layers", "components", "spans", "removed", "limit", "sample", "metric"}
@@ -59,15 +44,6 @@ def request_key(
 
 
 def folder_name(model: str, benchmark: str, key: str) -> str:
-    """Name a cell's folder so that a person finds it.
-
-    Args:
-        model: The model's short name.
-        benchmark: The benchmark's name.
-        key: The cell's key.
-
-    Returns:
-        A name that every file system takes.
-    """
+    """Name a cell's folder so that a person finds it and every file system takes it."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}--{benchmark}")[:80]
     return f"{readable}--{key[:12]}"

@@ -16,28 +16,14 @@ _DIGEST = "digest"
 
 
 def sealed(content: Mapping[str, Any]) -> str:
-    """Write a note's text.
-
-    Args:
-        content: What it says: anything that JSON can hold, and no `digest`.
-
-    Returns:
-        The text.
-    """
+    """Write a note's text: anything that JSON can hold without a `digest`, which is added."""
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 
 
 def unsealed(text: str | bytes) -> tuple[dict[str, Any], bool]:
-    """Read a note's text.
+    """Read a note's text, and whether a digest proves it: older trackers wrote none.
 
-    Args:
-        text: The text.
-
-    Returns:
-        What it says, and whether a digest proves it: older trackers wrote none.
-
-    Raises:
-        ValueError: It is no note, or says something else than what was written.
+    ValueError if it is no note, or says something else than what was written.
     """
     try:
         content = json.loads(text)
@@ -52,24 +38,12 @@ def unsealed(text: str | bytes) -> tuple[dict[str, Any], bool]:
 
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a note atomically.
-
-    Args:
-        path: Where it is to be.
-        content: As for `sealed`.
-    """
+    """Write a note atomically."""
     write_text(path, sealed(content))
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """Read a note that can be made again.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What it says; empty when it is missing, damaged, or proved by no digest.
-    """
+    """Read a note that can be made again: empty when missing, damaged, or proved by no digest."""
     try:
         content, proved = unsealed(path.read_bytes())
     except (OSError, ValueError):

@@ -77,13 +77,9 @@ _SCHEMA = {
 
 
 def outcome_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
-    """Put outcomes into a table with fixed types.
+    """Put results of `outcome_row` into a table with fixed types, as a shard holds it.
 
-    Args:
-        rows: Results of `outcome_row`; a metric is a number everywhere or JSON everywhere.
-
-    Returns:
-        The table, as a shard holds it.
+    A metric is a number everywhere or JSON everywhere.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     fields = []
@@ -96,13 +92,8 @@ def outcome_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
 def refuse_misfits(table: pa.Table, layers: int) -> None:
     """Refuse outcomes whose parts do not fit each other: all that is to be seen without a digest.
 
-    Args:
-        table: Outcomes, all columns or some.
-        layers: How many the model has.
-
-    Raises:
-        ValueError: Two columns that belong together differ in length, or a proxy has another
-            number of layers.
+    ValueError if two columns that belong together differ in length, or a proxy has another number
+    of layers than the model.
     """
     for row in table.to_pylist():
         if len(row.get("loglikelihoods") or ()) != len(row.get("greedy") or ()):

@@ -26,15 +26,7 @@ _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
 def shard_file(table: pa.Table, about: Mapping[str, object]) -> bytes:
-    """Lay out a shard's file.
-
-    Args:
-        table: The outcomes.
-        about: What the metadata says, but for the digest.
-
-    Returns:
-        The file.
-    """
+    """Lay out a shard's file; `about` is what the metadata says, but for the digest."""
     metadata = {"tracker": json.dumps({**about, "digest": _UNKNOWN})}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
@@ -46,13 +38,9 @@ def shard_file(table: pa.Table, about: Mapping[str, object]) -> bytes:
 
 
 def shard_digest(content: bytes) -> str:
-    """Compute the digest of a shard's file, which its metadata should state.
+    """Compute the SHA-256 of a shard's file that its metadata should state.
 
-    Args:
-        content: The file.
-
-    Returns:
-        SHA-256 in hexadecimal; empty where the file has no place for a digest.
+    Empty where the file has no place for a digest.
     """
     whole = _with_digest(content, _UNKNOWN)
     return hashlib.sha256(whole).hexdigest() if whole else ""
@@ -63,7 +51,6 @@ class Shard:
     """A shard that was read.
 
     Attributes:
-        table: The outcomes.
         about: What the metadata says.
         digest: SHA-256 of the file, as the metadata states it.
         proved: Whether the metadata states it; that of format 1 does not.
@@ -76,17 +63,9 @@ class Shard:
 
 
 def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
-    """Read a shard's file.
+    """Read a shard's file, all columns or some.
 
-    Args:
-        content: The file.
-        columns: Only these columns; None = all.
-
-    Returns:
-        The shard.
-
-    Raises:
-        ValueError: The file is no shard, or not as it was written.
+    ValueError if it is no shard, or not as it was written.
     """
     stated = _DIGEST.findall(content)
     digest = shard_digest(content) or hashlib.sha256(content).hexdigest()

@@ -56,16 +56,9 @@ class Contents:
 
 
 class Ledger:
-    """A results folder.
+    """A results folder; nothing is made at `root` before `create`.
 
-    Args:
-        root: Where it is; nothing is made there before `create`.
-
-    Attributes:
-        root: Where it is.
-
-    Raises:
-        ResultsError: It is a file, is damaged, or was written by a newer tracker.
+    ResultsError if it is a file, is damaged, or was written by a newer tracker.
     """
 
     def __init__(self, root: Path) -> None:
@@ -81,14 +74,7 @@ class Ledger:
     def existing(cls, root: Path) -> Ledger:
         """Open a results folder that must be there.
 
-        Args:
-            root: The folder.
-
-        Returns:
-            The ledger.
-
-        Raises:
-            ResultsError: The folder holds no results, or is of a newer version.
+        ResultsError if it holds no results, or is of a newer version.
         """
         ledger = cls(root)
         if not (root / "tracker.json").is_file():
@@ -99,11 +85,7 @@ class Ledger:
         return ledger
 
     def refuse_unwritable(self) -> None:
-        """Refuse a folder that cannot be made or written, before a night is spent for it.
-
-        Raises:
-            ResultsError: It lies under a file, or may not be written.
-        """
+        """Raise ResultsError if it cannot be made or written, before a night is spent for it."""
         there = next(
             place for place in (self.root, *self.root.absolute().parents) if place.exists()
         )
@@ -123,13 +105,9 @@ class Ledger:
             write_text(self.root / "tracker.json", json.dumps({"format": FORMAT}))
 
     def cells(self, damaged: dict[str, str] | None = None) -> list[CellStore]:
-        """List the cells, sorted by model and benchmark.
+        """List the cells that can be used, sorted by model and benchmark.
 
-        Args:
-            damaged: Gets each cell's folder that cannot be used → what to do.
-
-        Returns:
-            The cells that can be used.
+        `damaged` gets each cell's folder that cannot be used → what to do.
         """
         found = []
         for folder in sorted(self.root.glob("cells/*")):
@@ -161,16 +139,7 @@ class Ledger:
     def cell(
         self, model: ModelIdentity, benchmark: BenchmarkIdentity, provenance: dict[str, str]
     ) -> CellStore:
-        """Open a cell, or make it.
-
-        Args:
-            model: Which weights.
-            benchmark: Which documents.
-            provenance: Versions and machine, kept for a new cell.
-
-        Returns:
-            The cell.
-        """
+        """Open a cell, or make it; versions and machine are kept for a new one."""
         self.create()
         key = cell_key(model, benchmark)
         folder = self.root / "cells" / folder_name(model.name, benchmark.name, key)

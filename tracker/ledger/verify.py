@@ -28,7 +28,6 @@ class VerifiedCell:
     """A cell whose every shard was read.
 
     Attributes:
-        store: The cell.
         shards: How many of its shards are what was written.
         unproved: How many of these state no digest, since an older tracker wrote them.
         documents: How many documents they hold outcomes of.
@@ -46,11 +45,9 @@ class VerifiedCell:
 
 @dataclass
 class Verified:
-    """What verifying a results folder found.
+    """What verifying a results folder found: the cells that can be used, and what is damaged.
 
-    Attributes:
-        cells: The cells that can be used.
-        damaged: File or folder that is not what was written → what to do.
+    `damaged`: file or folder that is not what was written → what to do.
     """
 
     cells: list[VerifiedCell] = field(default_factory=list)
@@ -60,14 +57,8 @@ class Verified:
 def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None) -> Verified:
     """Read all of a results folder, and believe nothing that was remembered of it.
 
-    A shard that is not what was written is set aside, as wherever it is read.
-
-    Args:
-        ledger: The results folder.
-        progress: Called with how many more cells are done.
-
-    Returns:
-        What was found.
+    A shard that is not what was written is set aside, as wherever it is read. `progress` is called
+    with how many more cells are done.
     """
     found = Verified(damaged=dict(ledger.contents().damaged))
     for store in ledger.cells():
@@ -111,15 +102,7 @@ def _places(shard: Shard) -> Iterator[tuple[str, int, str]]:
 
 
 def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:
-    """Compare two copies of a results folder, outcome by outcome.
-
-    Args:
-        ledger: The one.
-        other: The other.
-
-    Yields:
-        Each difference, in words.
-    """
+    """Compare two copies of a results folder, outcome by outcome; yields differences in words."""
     mine, theirs = ({cell.identity.key: cell for cell in each.cells()} for each in (ledger, other))
     for key in sorted(mine.keys() | theirs.keys()):
         if key not in mine or key not in theirs:

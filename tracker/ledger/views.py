@@ -34,16 +34,9 @@ class CellIdentity(Record):
 
     @classmethod
     def read(cls, text: str | bytes) -> tuple[CellIdentity, bool]:
-        """Read the text of a `cell.json`.
+        """Read the text of a `cell.json`, and whether a digest proves it besides its key.
 
-        Args:
-            text: The text.
-
-        Returns:
-            The identity, and whether a digest proves it besides its key.
-
-        Raises:
-            ValueError: It is damaged, or its key is another's.
+        ValueError if it is damaged, or its key is another's.
         """
         content, proved = unsealed(text)
         identity = cls.model_validate(content)
@@ -72,12 +65,7 @@ class _Asked1(Record):
 
 
 class Views:
-    """The views of one cell on disk.
-
-    Args:
-        folder: The cell's.
-        identity: What the cell is.
-    """
+    """The views of one cell on disk."""
 
     def __init__(self, folder: Path, identity: CellIdentity) -> None:
         self.folder = folder
@@ -98,15 +86,8 @@ class Views:
         """Remember what was asked for, and for which project: what reports and syncs use.
 
         A cell has a view for each metric and each set of removed layers. The runs that were asked
-        of the same view before stay, and none but these and the new ones is added; which
-        documents is what was asked last.
-
-        Args:
-            request: What was asked for.
-            project: For which project of the tracking backends.
-
-        Returns:
-            What the view shows from now on.
+        of the same view before stay, and none but these and the new ones is added; which documents
+        is what was asked last.
         """
         view = self.of(request)
         path = self.path(self.name_of(view))
@@ -120,14 +101,7 @@ class Views:
     def read(self, text: str | bytes) -> Asked:
         """Read a view of this cell from its file's text, also as tracker wrote it in format 1.
 
-        Args:
-            text: The text.
-
-        Returns:
-            The view.
-
-        Raises:
-            ValueError: It is damaged.
+        ValueError if it is damaged.
         """
         said = json.dumps(unsealed(text)[0])
         try:

@@ -15,15 +15,7 @@ from tracker.records import CellRecord, View
 
 
 def record_of(store: CellStore, view: View) -> CellRecord:
-    """Derive a cell's record from the ledger, or recall it where nothing has changed since.
-
-    Args:
-        store: The cell.
-        view: Which documents, runs and metric.
-
-    Returns:
-        The record.
-    """
+    """Derive the record of a cell's view, or recall it where nothing has changed since."""
     state = content_hash(
         [
             _code(),
@@ -61,11 +53,7 @@ def _aggregate(how: str, values: Sequence[float | str]) -> float | None:
 def all_records(contents: Contents) -> list[CellRecord]:
     """Derive the records of every cell, one for each view that was asked of it.
 
-    Args:
-        contents: What a results folder holds; its `damaged` gets what cannot be read.
-
-    Returns:
-        The records of the cells that were asked for.
+    What cannot be read joins `contents.damaged`.
     """
     records = []
     for store, asked in contents.views:

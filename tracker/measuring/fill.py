@@ -24,13 +24,8 @@ def open_cell(
 ) -> tuple[CellStore, dict[Block, int]]:
     """Open a cell whose model is known, or make it, and see what it lacks.
 
-    Args:
-        asked: What was asked for.
-        facts: What is known of it.
-        ledger: The results folder; finds the cell by its request from now on.
-
-    Returns:
-        The cell on disk, and the blocks that lack something with how many responses they lack.
+    The ledger finds the cell by its request from now on. With the cell come the blocks that lack
+    something, and how many responses each lacks.
     """
     store = ledger.cell(facts.model, facts.benchmark, facts.provenance)
     # A hub model's commit is known only now that it is in the cache.
@@ -63,17 +58,10 @@ def fill(
     extent: Extent,
     progress: Progress,
 ) -> None:
-    """Measure what a cell lacks.
+    """Measure what a cell lacks: the blocks, and how many responses each of them lacks.
 
     A block that another process holds is left to it and looked at again at the end: if that
     process dies, its lock goes with it and the block is computed here.
-
-    Args:
-        store: The cell on disk.
-        lacking: The blocks that lack something, and how many responses.
-        meter: Measures its documents.
-        extent: Which documents.
-        progress: Told of every scored row.
     """
     progress.start(store.identity.benchmark.name, sum(lacking.values()))
     try:

@@ -48,12 +48,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell that lacks something.
-
-    Attributes:
-        asked: What was asked for.
-        benchmark: Its documents.
-    """
+    """A cell that lacks something, and its documents."""
 
     asked: CellLookup
     benchmark: Benchmark

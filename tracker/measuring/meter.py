@@ -33,13 +33,7 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model.
-
-    Attributes:
-        settings: What decides which weights these are.
-        loaded: The model.
-        encoder: lm-eval's tokenisation for it.
-    """
+    """A loaded model: what decides which weights these are, the model, lm-eval's tokenisation."""
 
     settings: tuple[str, str | None, str]
     loaded: LoadedModel
@@ -47,18 +41,7 @@ class Model:
 
 
 def open_model(request: CellRequest, options: Options) -> Model:
-    """Load the model of a cell.
-
-    Args:
-        request: The cell.
-        options: How to run.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: It cannot be found or read.
-    """
+    """Load the model of a cell; ModelError if it cannot be found or read."""
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.engine.memory import keep_freed_memory
     from tracker.models.load import load_model
@@ -100,20 +83,9 @@ class Measured:
 
 
 class Meter:
-    """Measures the documents of one cell.
+    """Measures the documents of one cell under its ablations, the baseline first.
 
-    Args:
-        request: The cell.
-        benchmark: Its documents, and the judge of the responses to them.
-        model: Its model.
-        options: How to run.
-
-    Attributes:
-        ablations: What is removed, the baseline first.
-        facts: What is known of the cell.
-
-    Raises:
-        RequestError: The layers do not fit the model, or a document lacks what is read of it.
+    RequestError for layers that do not fit the model, or a document that lacks what is read of it.
     """
 
     def __init__(
@@ -142,11 +114,7 @@ class Meter:
     def check(self, kept: Kept | None = None) -> list[str]:
         """Find out what this model can share exactly; must come before `measure`.
 
-        Args:
-            kept: Where the verdicts of attacks are kept; None = nowhere.
-
-        Returns:
-            One line for each kind of sharing that was lost.
+        Verdicts of attacks go into `kept`, if any. One line for each kind of sharing that was lost.
         """
         from tracker.engine.sweep import Engine
         from tracker.measuring.scorer import checked_scorer
@@ -171,7 +139,7 @@ class Meter:
         Args:
             task: The task.
             names: The ablations that the documents lack.
-            indices: The documents.
+            indices: The documents' places in the task's split.
             advance: Called with how many responses have come.
 
         Returns:

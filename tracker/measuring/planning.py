@@ -39,18 +39,9 @@ class PlannedCell:
 def plan(
     requests: Sequence[CellRequest], ledger: Ledger, trust_remote_code: bool = False
 ) -> list[PlannedCell]:
-    """Plan cells.
+    """Plan cells, one plan a cell; the ledger may hold some of them.
 
-    Args:
-        requests: The cells.
-        ledger: The results folder, which may hold some of them.
-        trust_remote_code: Whether code from the download may run.
-
-    Returns:
-        One plan a cell.
-
-    Raises:
-        RequestError: Something that was asked for does not exist or does not fit.
+    RequestError if something that was asked for does not exist or does not fit.
     """
     from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder

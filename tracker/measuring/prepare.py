@@ -36,15 +36,7 @@ class CellLookup:
 
 
 def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
-    """Look a cell up in the ledger, without loading torch, the model or the benchmark.
-
-    Args:
-        request: What was asked for.
-        ledger: The results folder.
-
-    Returns:
-        What is known.
-    """
+    """Look a cell up in the ledger, without loading torch, the model or the benchmark."""
     source = find_model(request.model, request.revision)
     data = data_stamp(request)
     stamp = source.stamp()
@@ -104,29 +96,13 @@ def _no_run(request: CellRequest, layers: int) -> str:
 
 
 def check_layers(asked: Sequence[CellLookup], trust_remote_code: bool) -> None:
-    """Refuse layers that a model does not have.
-
-    Args:
-        asked: The cells.
-        trust_remote_code: Whether code from the download may run.
-
-    Raises:
-        ExperimentError: A layer is out of range; says how many layers the model has.
-    """
+    """Raise ExperimentError for a layer out of range, saying how many layers the model has."""
     for cell in asked:
         check_range(cell.request, count_layers(cell.source, trust_remote_code))
 
 
 def check_range(request: CellRequest, layers: int) -> None:
-    """Refuse layers that a model of so many layers does not have.
-
-    Args:
-        request: What was asked for.
-        layers: How many layers the model has.
-
-    Raises:
-        ExperimentError: A layer is out of range, or nothing is left to remove.
-    """
+    """Raise ExperimentError where a layer is none of so many, or nothing is left to remove."""
     _check_bounds(request, layers)
     if request.layers and not any(removals(request, layers)):
         raise ExperimentError(

@@ -28,9 +28,7 @@ DRAWS = 8
 class Scorer:
     """Scores documents, and continues the prompts of those that have one.
 
-    Attributes:
-        engine: The model's engine.
-        generation: Continues prompts; None where no document has one.
+    `generation` is None where no document has one.
     """
 
     engine: Engine
@@ -42,15 +40,9 @@ class Scorer:
         ablations: Sequence[Ablation],
         progress: Callable[[int], None],
     ) -> list[DocumentScores]:
-        """Score documents.
+        """Score documents under ablations that include the baseline: one result a document.
 
-        Args:
-            documents: What to score.
-            ablations: What to remove; must include the baseline.
-            progress: Called with how many responses have come, `responses` of them a document.
-
-        Returns:
-            One result a document, in the same order.
+        `progress` is called with how many responses have come, `responses` of them a document.
         """
         results = self.engine.score(documents, ablations, progress)
         if self.generation is None:
@@ -97,14 +89,7 @@ class Scorer:
 
     @staticmethod
     def responses(document: Document) -> int:
-        """Count what a document asks for under one ablation.
-
-        Args:
-            document: The document.
-
-        Returns:
-            Requests to score and texts to generate.
-        """
+        """Count the requests to score and texts to generate of a document under one ablation."""
         return len(document.requests) + (document.prompt is not None)
 
 
@@ -140,11 +125,8 @@ def checked_scorer(
 class Generation:
     """Continues prompts under many ablations.
 
-    Attributes:
-        engine: The model's engine.
-        tokenizer: The model's tokenizer.
-        together: Whether all ablations generate in one batch; otherwise each on a really pruned
-            model.
+    `together` says whether all ablations generate in one batch; otherwise each does on a really
+    pruned model.
     """
 
     engine: Engine
@@ -156,15 +138,7 @@ class Generation:
         return TextGenerator(self.engine.loaded.model, self.tokenizer)
 
     def texts(self, prompt: Prompt, ablations: Sequence[Ablation]) -> list[str]:
-        """Continue a prompt.
-
-        Args:
-            prompt: What to continue.
-            ablations: Under which ablations; the baseline must be among them.
-
-        Returns:
-            One text an ablation, in the same order.
-        """
+        """Continue a prompt under ablations, the baseline among them: one text each, in order."""
         tokens = len(self._generator.tok_encode(prompt.text))
         tokens = min(tokens, self._generator.max_length - prompt.longest)  # longer ones are cut
         lengths = self.engine.habits.lengths
@@ -179,13 +153,7 @@ class Generation:
     def text_apart(self, prompt: Prompt, ablation: Ablation, seed: int | None = None) -> str:
         """Continue a prompt with a really pruned model, as lm-eval does.
 
-        Args:
-            prompt: What to continue.
-            ablation: What the model lacks.
-            seed: Moves the model's embeddings by rounding; None = not.
-
-        Returns:
-            The text.
+        A `seed` moves the model's embeddings by their rounding.
         """
         model = self.engine.without(ablation).loaded.model
         with nullcontext() if seed is None else shaken(model, seed):
@@ -206,14 +174,7 @@ class Generation:
         """Generate a few tokens both ways, and stay together if the texts are equal.
 
         In half precision rounding differs with the size of a batch, also within lm-eval, so half of
-        the texts may differ there.
-
-        Args:
-            prompt: What is continued.
-            ablations: All ablations, with the baseline.
-
-        Returns:
-            What to use, and one line that says what was lost and why.
+        the texts may differ there. With what to use comes one line on what was lost and why, if so.
         """
         # Stop strings would leave little to compare where a text begins with one.
         settings = {**prompt.limited_to(CHECKED_TOKENS).settings, "until": []}
@@ -238,16 +199,7 @@ class Generation:
         return self, None
 
     def compare(self, prompt: Prompt, ablation: Ablation, text: str | None) -> Comparison:
-        """Hold a text against what a really pruned model generates.
-
-        Args:
-            prompt: What was continued.
-            ablation: What the model lacked.
-            text: How it was continued.
-
-        Returns:
-            The comparison.
-        """
+        """Hold a text against what a really pruned model generates."""
         theirs = self.text_apart(prompt, ablation)
         if text == theirs:
             return Comparison(1)
@@ -257,14 +209,5 @@ class Generation:
         return Comparison(1, wrong=wrong)
 
     def is_unsteady(self, prompt: Prompt, ablation: Ablation, text: str) -> bool:
-        """Say whether rounding alone lets a pruned model continue otherwise.
-
-        Args:
-            prompt: What is continued.
-            ablation: What the model lacks.
-            text: How it continues.
-
-        Returns:
-            Whether it continues otherwise when its embeddings move by their rounding.
-        """
+        """Say whether rounding alone, of its embeddings, lets a pruned model continue otherwise."""
         return any(self.text_apart(prompt, ablation, seed) != text for seed in range(DRAWS))

@@ -12,14 +12,7 @@ from tracker.errors import ModelError
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """Find the list of decoder layers: as many modules as the configuration says, all of a kind.
 
-    Args:
-        model: A causal language model of transformers.
-
-    Returns:
-        The model's own `ModuleList`.
-
-    Raises:
-        ModelError: No list, or more than one, fits; says what was found.
+    ModelError if no list, or more than one, fits; it says what was found.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     wanted = getattr(config, "num_hidden_layers", None)
@@ -60,15 +53,10 @@ def _describes(config: object, model: nn.Module, name: str) -> bool:
 def find_base(model: nn.Module) -> nn.Module:
     """Find the part of a causal language model below its head: from token ids to hidden states.
 
-    It is the part that the head asks, which is not always `model.base_model`: OPT's head asks the
-    decoder inside it, and Llama 4's text model has none of that name. Bert's layers lie in an
-    encoder that takes no token ids; its base is the part around that.
-
-    Args:
-        model: A causal language model of transformers.
-
-    Returns:
-        The submodule whose forward runs the layers and returns `last_hidden_state`.
+    Its forward runs the layers and returns `last_hidden_state`. It is the part that the head asks,
+    which is not always `model.base_model`: OPT's head asks the decoder inside it, and Llama 4's
+    text model has none of that name. Bert's layers lie in an encoder that takes no token ids; its
+    base is the part around that.
     """
     path = _path(model, find_layers(model))
     while path:
@@ -80,15 +68,7 @@ def find_base(model: nn.Module) -> nn.Module:
 
 
 def owner(model: nn.Module, layers: nn.ModuleList) -> tuple[nn.Module, str]:
-    """Find the module that holds a list of layers.
-
-    Args:
-        model: The model.
-        layers: Its layers.
-
-    Returns:
-        The module, and the attribute under which it holds them.
-    """
+    """Find the module that holds a list of layers, and the attribute under which it holds them."""
     parent, _, name = _path(model, layers).rpartition(".")
     return model.get_submodule(parent), name
 

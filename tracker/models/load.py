@@ -104,18 +104,9 @@ def load_model(
 
 
 def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Make a model's shape and its tokenizer, to plan with; no weight is read.
+    """Make a model on the meta device and its tokenizer, to plan with; no weight is read.
 
-    Args:
-        source: Where the model is.
-        dtype: As in `load_model`.
-        trust_remote_code: Whether code from the download may run.
-
-    Returns:
-        The model on the meta device, and its tokenizer.
-
-    Raises:
-        ModelError: The configuration or the tokenizer cannot be read.
+    ModelError if the configuration or the tokenizer cannot be read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,16 +125,9 @@ def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False)
 
 
 def find_device(name: str) -> torch.device:
-    """Find a device by what the user typed.
+    """Find a device: `auto` or `spread` (the first accelerator if there is one), or a torch device.
 
-    Args:
-        name: `auto` or `spread` (the accelerator if there is one), or a torch device.
-
-    Returns:
-        The device; the first one of several.
-
-    Raises:
-        ModelError: There is no such device.
+    ModelError if there is none of that name.
     """
     if name not in ("auto", SPREAD):
         try:

@@ -25,15 +25,7 @@ NEVER_FIRST = 2
 
 
 def miniature(model: Any) -> Any | None:
-    """Make a model's miniature.
-
-    Args:
-        model: A causal language model of transformers.
-
-    Returns:
-        A model of the same class whose layers hold the same modules, as `build` makes it; None
-        where none can be built that runs.
-    """
+    """Make a model of the same class whose layers hold the same modules; None if none runs."""
     pattern = _pattern(model)
     for left in range(NEVER_FIRST + 1):
         for unchanged in combinations(SHRINK, left):
@@ -45,15 +37,10 @@ def miniature(model: Any) -> Any | None:
 
 
 def build(kind: type, config: Any) -> Any | None:
-    """Build a model with random weights, the same ones for the same shapes.
+    """Build a model of transformers with random weights, the same ones for the same shapes.
 
-    Args:
-        kind: A class of transformers.
-        config: Its configuration.
-
-    Returns:
-        The model in float64, or in float32 where its class computes in nothing wider; None where
-        it cannot be built, is large, or does not run.
+    It is in float64, or in float32 where its class computes in nothing wider; None where it cannot
+    be built, is large, or does not run.
     """
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():

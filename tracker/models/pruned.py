@@ -143,12 +143,7 @@ def _cut(value: Any, kept: Sequence[int], total: int) -> Any:
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> None:
-    """Let a configuration describe the kept layers only.
-
-    Args:
-        config: A text model's configuration, which is changed.
-        kept: The layers that stay, ascending.
-    """
+    """Change a text model's configuration to describe only the kept layers, ascending."""
     total = config.num_hidden_layers
     computed = {
         name: _cut(value, kept, total)
@@ -215,12 +210,8 @@ def _add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 def remember(model: nn.Module, attributes: Collection[str] | None = None) -> State:
     """Take down what a call might change: tensors, and the numbers and words of modules.
 
-    Args:
-        model: The model.
-        attributes: Names of attributes; None = all, of a model that is small.
-
-    Returns:
-        (path of a module, attribute) → a copy of its value.
+    (path of a module, attribute) → a copy of its value. `attributes` names which; None = all, for a
+    model that is small.
     """
     found: State = {}
     for path, module in model.named_modules():
@@ -238,15 +229,7 @@ def remember(model: nn.Module, attributes: Collection[str] | None = None) -> Sta
 
 
 def changed(before: State, after: State) -> set[tuple[str, str]]:
-    """Compare two states of a model.
-
-    Args:
-        before: One.
-        after: Another.
-
-    Returns:
-        What differs, or is not in both.
-    """
+    """Name what differs between two states of a model, or is not in both."""
     return {
         key
         for key in before.keys() | after.keys()
@@ -262,12 +245,7 @@ def _same(one: Any, other: Any) -> bool:
 
 @torch.no_grad()
 def put_back(model: nn.Module, state: State) -> None:
-    """Give a model's modules values that they had before.
-
-    Args:
-        model: The model.
-        state: From `remember`; parameters among it are left alone.
-    """
+    """Give a model's modules the values of `remember`; parameters among them are left alone."""
     modules = dict(model.named_modules())
     for (path, name), value in state.items():
         module = modules[path]

@@ -307,15 +307,7 @@ SHRINK: tuple[Callable[[Any], None], ...] = (
 
 
 def small_config(config: Any, shrink: Sequence[Callable[[Any], None]]) -> Any | None:
-    """Copy a configuration, made small.
-
-    Args:
-        config: A model's configuration.
-        shrink: Which of `SHRINK` to apply.
-
-    Returns:
-        The copy; None where the configuration refuses it.
-    """
+    """Copy a configuration made small by some of `SHRINK`; None where the configuration refuses."""
     small = copy.deepcopy(config)
     small.__dict__.pop("quantization_config", None)
     text = small.get_text_config()
@@ -335,14 +327,7 @@ def small_config(config: Any, shrink: Sequence[Callable[[Any], None]]) -> Any | 
 
 
 def numbers(config: Any) -> Iterator[tuple[tuple[str, ...], float]]:
-    """List the numbers of a configuration, nested ones too.
-
-    Args:
-        config: A text model's configuration.
-
-    Yields:
-        The path of a number, and the number: whole ones from 4 on.
-    """
+    """List the numbers of a text configuration, nested ones too: whole, from 4 on, with paths."""
 
     def walk(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
         if isinstance(value, dict):
@@ -357,15 +342,7 @@ def numbers(config: Any) -> Iterator[tuple[tuple[str, ...], float]]:
 
 
 def with_numbers(config: Any, chosen: dict[tuple[str, ...], float]) -> Any:
-    """Copy a configuration with some numbers changed.
-
-    Args:
-        config: The whole model's configuration.
-        chosen: Path in the text model's configuration → number.
-
-    Returns:
-        The copy.
-    """
+    """Copy a model's configuration, the numbers at some paths of its text part changed."""
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
     for (first, *rest), value in chosen.items():

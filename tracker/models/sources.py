@@ -56,14 +56,7 @@ class ModelSource:
         return self.location.rstrip("/").rsplit("/", 1)[-1]
 
     def load_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
-        """Arguments for every `from_pretrained` of transformers.
-
-        Args:
-            trust_remote_code: Whether code from the download may run.
-
-        Returns:
-            Keyword arguments.
-        """
+        """Keyword arguments for every `from_pretrained` of transformers."""
         arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if self.gguf_file:
             arguments["gguf_file"] = self.gguf_file
@@ -83,22 +76,17 @@ class ModelSource:
     def stamp(self) -> object:
         """Describe the model cheaply: equal stamps mean equal weights.
 
-        Returns:
-            The stamp of the local files, or the hub's commit from the local cache; None when a
-            hub model is not in the cache, so that its commit is not known.
+        It is that of the local files, or the hub's commit; None when a hub model is not in the
+        local cache, so that its commit is not known.
         """
         if self.is_local:
             return file_stamp(self.files())
         return self._cached_commit()
 
     def fingerprint(self) -> str:
-        """Identify the weights and the tokenizer by content.
+        """Identify weights and tokenizer by content: SHA-256 of local files, or the hub's commit.
 
-        Returns:
-            SHA-256 of the local files, or the hub's commit.
-
-        Raises:
-            ModelError: A hub model is not in the local cache.
+        ModelError if a hub model is not in the local cache.
         """
         if self.is_local:
             return _remembered_hash(self.files())
@@ -199,17 +187,9 @@ def _in_package(source: str) -> ModelSource:
 
 
 def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
-    """Read a model's configuration, not its weights.
+    """Read a model's transformers configuration, reduced to its text part; no weights.
 
-    Args:
-        model: Where the model is.
-        trust_remote_code: Whether code from the download may run.
-
-    Returns:
-        The transformers configuration, reduced to its text part.
-
-    Raises:
-        ModelError: The configuration cannot be reached or read; says what to do offline.
+    ModelError if it cannot be reached or read; it says what to do offline.
     """
     found = _read_once(model, trust_remote_code)
     if isinstance(found, ModelError):
@@ -220,15 +200,7 @@ def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
 def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
     """Count a model's layers, or recall the count of files that are the same.
 
-    Args:
-        model: Where the model is.
-        trust_remote_code: Whether code from the download may run.
-
-    Returns:
-        The number of layers.
-
-    Raises:
-        ModelError: The configuration cannot be reached or read; says what to do offline.
+    ModelError if the configuration cannot be reached or read; it says what to do offline.
     """
     stamp = model.stamp() if model.is_local else None
     if stamp is None:
@@ -279,15 +251,7 @@ def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
 
 
 def unreadable(model: ModelSource, error: Exception) -> ModelError:
-    """Turn what transformers said into one clear error.
-
-    Args:
-        model: The model that could not be read.
-        error: What was raised.
-
-    Returns:
-        The error to raise.
-    """
+    """Turn what transformers said into one clear error."""
     said = next((line for line in map(str.strip, str(error).splitlines()) if line), "")
     said = said[:300] or type(error).__name__
     if "trust_remote_code" in str(error):

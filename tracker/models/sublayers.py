@@ -67,13 +67,9 @@ def find_sublayers(
 
 @contextmanager
 def silenced(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let sublayers add nothing to the residual stream for a while; they still run.
+    """Let attentions or MLPs add nothing to the residual stream for a while; they still run.
 
-    Args:
-        modules: Attentions or MLPs.
-
-    Yields:
-        Nothing; on exit, also by an exception, the modules are what they were.
+    On exit, also by an exception, the modules are what they were.
     """
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -99,7 +95,7 @@ def nothing(
         args: What it was called with.
         kwargs: What it was called with by name.
         like: What it returned for some of the batch, or another tensor of that shape.
-        batch: The whole batch.
+        batch: The rows of the whole batch.
 
     Returns:
         The residual stream where the sublayer itself adds to it (Bloom's do), zeros elsewhere.
@@ -120,15 +116,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module's forward pass be another for a while.
-
-    Args:
-        module: The module.
-        forward: Called in place of `module.forward`.
-
-    Yields:
-        Nothing; on exit, also by an exception, the module is what it was.
-    """
+    """Let another function be a module's forward pass until exit, also by an exception."""
     own = vars(module).get("forward")
     module.forward = forward
     try:

@@ -17,39 +17,18 @@ from tracker.reporting.frames import layer_frame
 
 
 def packed(text: str) -> str:
-    """Compress a text; the browser unpacks it.
-
-    Args:
-        text: The text.
-
-    Returns:
-        Its gzip in base64, which holds no character that HTML could take for markup.
-    """
+    """Compress a text into base64 of its gzip, free of HTML's markup; the browser unpacks it."""
     # Without the time, the same text gives the same bytes.
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def packed_json(value: Mapping[str, Any]) -> str:
-    """Compress what a script reads, without spaces.
-
-    Args:
-        value: Anything that JSON can hold; NaN is refused.
-
-    Returns:
-        Its gzip in base64.
-    """
+    """Compress what a script reads, without spaces; NaN is refused."""
     return packed(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 
 def layer_files(cells: Sequence[CellRecord]) -> tuple[str, str]:
-    """Write every run of every cell as CSV and as Parquet.
-
-    Args:
-        cells: The cells.
-
-    Returns:
-        The CSV, packed, and the Parquet file in base64; both unrounded, fractions.
-    """
+    """Write every run as CSV, packed, and as Parquet in base64; both unrounded, fractions."""
     frame = layer_frame(cells)
     parquet = io.BytesIO()
     table = pa.Table.from_pandas(frame, preserve_index=False)

@@ -34,14 +34,7 @@ Write = Callable[[Sequence[CellRecord], Path], list[Path]]
 
 
 def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
-    """Put everything that a report says into data frames.
-
-    Args:
-        cells: The cells.
-
-    Returns:
-        `layers`, `correlations`, `layer_leaderboard` and `model_leaderboard`.
-    """
+    """Make the frames `layers`, `correlations`, `layer_leaderboard` and `model_leaderboard`."""
     return {
         "layers": layer_frame(cells),
         "correlations": correlation_frame(cells),
@@ -51,14 +44,7 @@ def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
 
 
 def figures(cells: Sequence[CellRecord]) -> dict[str, go.Figure]:
-    """Draw the charts that stand well alone.
-
-    Args:
-        cells: The cells.
-
-    Returns:
-        File name without ending → figure: each cell's charts, and each model's heat map.
-    """
+    """Draw what stands well alone: each cell's charts and each model's heat map, by file stem."""
     found: dict[str, go.Figure] = {}
     groups = models_of(cells)
     names = wording.model_labels([group[0].model for group in groups])
@@ -73,7 +59,7 @@ def figures(cells: Sequence[CellRecord]) -> dict[str, go.Figure]:
 
 
 def export(cells: Sequence[CellRecord], form: str, place: Path) -> list[Path]:
-    """Write a report in one of `FORMATS`.
+    """Write a report in one of `FORMATS`, and list the files.
 
     Args:
         cells: The cells.
@@ -117,12 +103,8 @@ def _latex(cells: Sequence[CellRecord], path: Path) -> list[Path]:
 def boards(cells: Sequence[CellRecord]) -> tuple[list[pd.DataFrame], list[str]]:
     """Lay the leaderboards out as people read them: rounded, drops in percentage points.
 
-    Args:
-        cells: The cells.
-
-    Returns:
-        One table of texts a model, and one of the models where there are several; and what does not
-        count, and why.
+    One table of texts a model, and one of the models where there are several; and what does not
+    count, and why.
     """
     found = [layer_board(group) for group in models_of(cells)]
     names = wording.model_labels([board.model for board in found])

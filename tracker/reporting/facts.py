@@ -15,14 +15,7 @@ from tracker.reporting.tables import _is_corpus
 
 
 def provenance_table(cell: CellRecord) -> Table:
-    """Set what the cell's numbers depend on.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Two columns: what, and its value.
-    """
+    """Set what the cell's numbers depend on: two columns, what, and its value."""
     model, benchmark = cell.model, cell.benchmark
     facts = {
         "model source": model.source,
@@ -62,14 +55,7 @@ def _compared(cell: CellRecord) -> str:
 
 
 def task_table(cell: CellRecord) -> Table:
-    """Set the lm-eval tasks of a cell, or its corpus.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        One row for each task, with its version, split and fingerprint.
-    """
+    """Set the lm-eval tasks of a cell, or its corpus, with version, split and fingerprint."""
     columns = (
         *texts("task", "version", "split"),
         *numbers("documents in the split"),

@@ -16,51 +16,22 @@ _LOSS_UNITS = {"bits_per_byte": "bits per byte", "ratio": "nats a token"}
 
 
 def fixed(value: float, digits: int) -> str:
-    """Round to a fixed number of digits, with a true minus sign and no negative zero.
-
-    Args:
-        value: The number.
-        digits: Digits after the decimal point.
-
-    Returns:
-        For example `−0.25`.
-    """
+    """Round to some digits, with a true minus sign and no negative zero, such as `−0.25`."""
     return f"{value:z.{digits}f}".replace("-", MINUS)
 
 
 def two_digits(value: float) -> str:
-    """Round to two digits after the decimal point, as every correlation is written.
-
-    Args:
-        value: The number.
-
-    Returns:
-        For example `0.66`.
-    """
+    """Round to two digits after the decimal point, as every correlation is written."""
     return fixed(value, 2)
 
 
 def points(fraction: float) -> str:
-    """Write a fraction as percentage points or per cent, without the unit.
-
-    Args:
-        fraction: For example 0.113.
-
-    Returns:
-        For example `11.3`.
-    """
+    """Write a fraction as percentage points without the unit: 0.113 is `11.3`."""
     return fixed(100 * fraction, 1)
 
 
 def p_value(p: float) -> str:
-    """Write a p-value for a table: three decimals, or one significant digit below 0.001.
-
-    Args:
-        p: The p-value.
-
-    Returns:
-        For example `0.012` or `3e−5`.
-    """
+    """Write a p-value: three decimals, or one significant digit below 0.001, such as `3e−5`."""
     if not 0 < p < 0.001:
         return f"{p:.3f}"
     digit, exponent = f"{p:.0e}".split("e")
@@ -68,41 +39,17 @@ def p_value(p: float) -> str:
 
 
 def defined(value: float | None) -> TypeGuard[float]:
-    """Say whether a value can be shown: there, and finite.
-
-    Args:
-        value: The value, or None.
-
-    Returns:
-        False for None, NaN and infinities.
-    """
+    """Say whether a value can be shown: not None, NaN or infinite."""
     return value is not None and math.isfinite(value)
 
 
 def interval(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
-    """Write an interval.
-
-    Args:
-        low: Its lower end, or None.
-        high: Its upper end, or None.
-        write: How one end is written.
-
-    Returns:
-        For example `1.2 to 4.0`, or an empty string when an end is undefined.
-    """
+    """Write an interval, such as `1.2 to 4.0`; nothing when an end is undefined."""
     return f"{write(low)} to {write(high)}" if defined(low) and defined(high) else ""
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number of things.
-
-    Args:
-        number: How many.
-        noun: One of them, for example `layer`.
-
-    Returns:
-        For example `1 layer` or `1,200 layers`.
-    """
+    """Write a number of things, such as `1 layer` or `1,200 layers`; `noun` is one of them."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
@@ -138,14 +85,7 @@ _ACCURACY = Measure("accuracy", "accuracy drop", "%", "pp", 100, 1)
 
 
 def measure_of(cell: CellRecord) -> Measure:
-    """Say what a cell measures.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Accuracy in percentage points, or a loss in its own unit.
-    """
+    """Say what a cell measures: accuracy in percentage points, or a loss in its own unit."""
     if cell.higher_is_better:
         return _ACCURACY
     how = cell.benchmark.tasks[0].metrics.get(cell.metric, "")
@@ -157,15 +97,7 @@ def measure_of(cell: CellRecord) -> Measure:
 
 
 def layer_list(layers: Sequence[int], total: int) -> str:
-    """Name layers in a sentence.
-
-    Args:
-        layers: The layers, 0-based.
-        total: How many layers there are to name.
-
-    Returns:
-        For example `layer 3`, `layers 3, 5` or `all 30 layers`.
-    """
+    """Name layers in a sentence: `layer 3`, `layers 3, 5`, `all 30 layers` where 30 is `total`."""
     if len(layers) == total and total > 1:
         return f"all {total} layers"
     return f"layer{'s' if len(layers) != 1 else ''} {', '.join(map(str, layers))}"

@@ -21,14 +21,10 @@ _FIGURES = tuple(name for name in RunRecord.model_fields if name not in _NOT_FIG
 def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Put every measured run into a data frame.
 
-    Args:
-        cells: The cells.
-
-    Returns:
-        One row for each model, benchmark and run: `span` layers from `layer` (0-based) on, or
-        their `component`, are removed besides `removed` (such as `3,17`; empty for the intact
-        model). Accuracies and drops are fractions; an undefined value is NaN and `reasons` says
-        why. lm-eval's own metrics stand in columns `metric_NAME`.
+    One row for each model, benchmark and run: `span` layers from `layer` (0-based) on, or their
+    `component`, are removed besides `removed` (such as `3,17`; empty for the intact model).
+    Accuracies and drops are fractions; an undefined value is NaN and `reasons` says why. lm-eval's
+    own metrics stand in columns `metric_NAME`.
     """
     reported = [
         m for cell in cells for m in (cell.baseline_metrics, *(r.metrics for r in cell.runs))
@@ -55,12 +51,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Put every correlation into a data frame.
 
-    Args:
-        cells: The cells.
-
-    Returns:
-        One row for each model, benchmark, proxy, coefficient and subset; `n` counts layers. An
-        undefined value is NaN and `reason` says why.
+    One row for each model, benchmark, proxy, coefficient and subset; `n` counts layers. An
+    undefined value is NaN and `reason` says why.
     """
     fields = list(CorrelationRecord.model_fields)
     rows = [
@@ -87,14 +79,10 @@ def _frame(
 
 
 def layer_board_frame(boards: Sequence[LayerBoard]) -> pd.DataFrame:
-    """Put the leaderboards of layers into a data frame.
+    """Put the leaderboards of layers, one a model, into a data frame.
 
-    Args:
-        boards: One a model.
-
-    Returns:
-        One row for each model and layer (0-based), the most relevant first: means over
-        `benchmarks` benchmarks, fractions; `rank` is missing where a benchmark is lacking.
+    One row for each model and layer (0-based), the most relevant first: means over `benchmarks`
+    benchmarks, fractions; `rank` is missing where a benchmark is lacking.
     """
     names = model_labels([board.model for board in boards])
     rows = [
@@ -120,12 +108,8 @@ def layer_board_frame(boards: Sequence[LayerBoard]) -> pd.DataFrame:
 def model_board_frame(board: ModelBoard) -> pd.DataFrame:
     """Put the leaderboard of models into a data frame.
 
-    Args:
-        board: The leaderboard.
-
-    Returns:
-        One row a model, the most robust first: means over `layers` layers and the `benchmarks`
-        that the ranked models share, fractions; `rank` is missing where a model lacks them.
+    One row a model, the most robust first: means over `layers` layers and the `benchmarks` that the
+    ranked models share, fractions; `rank` is missing where a model lacks them.
     """
     names = model_labels([standing.model for standing in board.models])
     rows = [

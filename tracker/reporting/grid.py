@@ -47,12 +47,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table ready to be set.
+    """A table ready to be set, one value for each column in each row.
 
     Attributes:
         caption: What it shows.
-        columns: Its headers.
-        rows: One value for each column.
         notes: What must be said below it.
         header: The column that names the row.
         sorted_by: The column that the rows ascend by; None where their order is another.
@@ -79,17 +77,7 @@ def numbers(*labels: str) -> tuple[Column, ...]:
 def shown(
     number: float | None, write: Callable[[float], str], reason: str, scale: float = 1
 ) -> Value:
-    """Show a figure, or a dash and why it is undefined.
-
-    Args:
-        number: The record's figure.
-        write: How it is written.
-        reason: Why it is undefined, where it is.
-        scale: What the column's unit is of the record's.
-
-    Returns:
-        The value.
-    """
+    """Show a figure times `scale`, the column's unit, or a dash and why it is undefined."""
     if number is None:
         return Value(DASH, reason)
     if not math.isfinite(number):
@@ -104,18 +92,7 @@ def between(
     reason: str,
     scale: float = 1,
 ) -> Value:
-    """Show an interval, or a dash and why it is undefined.
-
-    Args:
-        low: Its lower end.
-        high: Its upper end.
-        write: How one end is written.
-        reason: Why it is undefined, where it is.
-        scale: What the column's unit is of the record's.
-
-    Returns:
-        The value.
-    """
+    """Show an interval times `scale`, the column's unit, or a dash and why it is undefined."""
     if not defined(low) or not defined(high):
         return Value(DASH, reason)
     return Value(interval(low, high, write), ends=(_scaled(low, scale), _scaled(high, scale)))
@@ -133,17 +110,9 @@ def with_interval(
     write: Callable[[float], str],
     scale: float = 1,
 ) -> Value:
-    """Put an interval behind a figure, where both are defined.
+    """Put an interval behind a figure where both are defined, as in `0.66 (0.41 to 0.80)`.
 
-    Args:
-        value: The figure.
-        low: The interval's lower end.
-        high: Its upper end.
-        write: How one end is written.
-        scale: What the column's unit is of the record's.
-
-    Returns:
-        The value, for example `0.66 (0.41 to 0.80)`.
+    `scale` makes the record's unit the column's.
     """
     ends = between(low, high, write, "", scale)
     if ends.ends is None or value.reason:
@@ -152,16 +121,7 @@ def with_interval(
 
 
 def estimated(found: Estimate, write: Callable[[float], str], scale: float = 1) -> Value:
-    """Show a figure with its interval.
-
-    Args:
-        found: The figure.
-        write: How it is written.
-        scale: What the column's unit is of the figure's.
-
-    Returns:
-        The value.
-    """
+    """Show a figure with its interval; `scale` makes its unit the column's."""
     value = shown(found.value, write, found.reason or NO_REASON, scale)
     return with_interval(value, found.low, found.high, write, scale)
 

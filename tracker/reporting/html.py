@@ -31,35 +31,18 @@ _OPEN_BOARDS = 3
 
 
 def render_report(cells: Sequence[CellRecord], experiments: Mapping[str, str], path: Path) -> Path:
-    """Write the report page of a results folder.
+    """Write the report page of a results folder, and return its path.
 
-    The file appears at once or not at all: it is written beside its place and then renamed.
-
-    Args:
-        cells: The cells to show, in this order.
-        experiments: The user's experiment files: file name -> exact YAML text.
-        path: Where the page goes; its folder is made if it is missing.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        WorkError: The disk is full or refuses; a page that was there stays.
+    The file appears at once or not at all: it is written beside its place and then renamed. The
+    cells come in this order; the experiment files are name → exact YAML text. WorkError if the disk
+    is full or refuses; a page that was there stays.
     """
     write_text(path, render_page(cells, experiments))
     return path
 
 
 def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> str:
-    """Render the report page of a results folder.
-
-    Args:
-        cells: The cells to show, in this order.
-        experiments: The user's experiment files: file name -> exact YAML text.
-
-    Returns:
-        The HTML text.
-    """
+    """Render the HTML of cells in this order, and of experiment files: name → exact YAML text."""
     loader = PackageLoader("tracker.reporting")
     environment = Environment(
         loader=loader,

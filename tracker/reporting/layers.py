@@ -16,15 +16,7 @@ PANELS = {
 
 
 def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
-    """Find the accuracy relevance of one whole layer, with its interval.
-
-    Args:
-        cell: The cell.
-        layer: The layer, measured or not.
-
-    Returns:
-        The relevance, or the reason why it is undefined.
-    """
+    """Find the accuracy relevance of one whole layer with its interval, or why it is undefined."""
     record = cell.runs_of().get(layer)
     found = relevance_estimate(cell, record) if record else Estimate(None)
     if defined(found.value):
@@ -33,30 +25,13 @@ def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
 
 
 def why_undefined(cell: CellRecord, layer: int, field: str) -> str:
-    """Say why a figure of one whole layer is undefined.
-
-    Args:
-        cell: The cell.
-        layer: The layer, measured or not.
-        field: The field's name.
-
-    Returns:
-        The reason.
-    """
+    """Say why a field of one whole layer, measured or not, is undefined."""
     record = cell.runs_of().get(layer)
     return cell.reason_of(field, record) if record else cell.absence(RunIdentity(layer=layer))
 
 
 def relative_depth(layer: int, layers: int) -> float:
-    """Place a layer between the first (0) and the last (1).
-
-    Args:
-        layer: 0-based.
-        layers: How many layers the model has.
-
-    Returns:
-        layer / (layers - 1); 0 in a model of one layer.
-    """
+    """Place a layer between the first (0) and the last (1); 0 in a model of one layer."""
     return layer / (layers - 1) if layers > 1 else 0.0
 
 
@@ -64,14 +39,8 @@ def relevance_estimate(cell: CellRecord, record: RunRecord) -> Estimate:
     """Give a run's accuracy relevance its interval.
 
     The drop's interval is divided by that of the baseline above chance, as independent figures:
-    they share their documents, so the interval is rather too wide than too narrow.
-
-    Args:
-        cell: The cell.
-        record: One of its runs.
-
-    Returns:
-        The relevance; no interval where the baseline's reaches down to chance.
+    they share their documents, so the interval is rather too wide than too narrow. There is none
+    where the baseline's reaches down to chance.
     """
     value, chance = record.accuracy_relevance, cell.chance_accuracy
     if value is None:

@@ -33,13 +33,7 @@ class Timed(Protocol):
 
 
 def draw(title: str, curves: Sequence[Timed], path: Path) -> None:
-    """Draw the curves into a page that needs no network.
-
-    Args:
-        title: What was scored.
-        curves: The curves.
-        path: The HTML file.
-    """
+    """Draw the curves into an HTML page that needs no network."""
     figure = make_subplots(
         cols=len(curves), subplot_titles=[f"time against {curve.size}" for curve in curves]
     )

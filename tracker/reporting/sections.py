@@ -118,14 +118,7 @@ class AcrossSection:
 
 
 def model_sections(cells: Sequence[CellRecord]) -> tuple[ModelSection, ...]:
-    """Make a section for each model.
-
-    Args:
-        cells: The cells of the page.
-
-    Returns:
-        The sections, in the order in which the models appear.
-    """
+    """Make a section for each model, in the order in which they appear."""
     groups = models_of(cells)
     labels = wording.model_labels([group[0].model for group in groups])
     return tuple(
@@ -137,15 +130,7 @@ def model_sections(cells: Sequence[CellRecord]) -> tuple[ModelSection, ...]:
 def across_section(
     cells: Sequence[CellRecord], models: Sequence[ModelSection]
 ) -> AcrossSection | None:
-    """Compare the models of a page.
-
-    Args:
-        cells: The cells of the page.
-        models: The sections of its models.
-
-    Returns:
-        The section; None where there is nothing to compare.
-    """
+    """Compare the models of a page; None where there is nothing to compare."""
     if len(models) < 2:
         return None
     by_place = [model.board for model in models]

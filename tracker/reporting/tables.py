@@ -59,14 +59,7 @@ _Show = Callable[[RunRecord], Value]
 
 
 def overview_table(cells: Sequence[CellRecord]) -> Table:
-    """Set one row for each cell.
-
-    Args:
-        cells: The cells of one page.
-
-    Returns:
-        Model, benchmark, documents, baseline, chance, extreme layers and Spearman.
-    """
+    """Set one row a cell: documents, baseline, chance, extreme layers and Spearman."""
     baseline_label = "baseline accuracy (95 % interval), %"
     critical_label = "most critical layers, 0-based (drop, pp)"
     drop = "drop"
@@ -137,11 +130,7 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
 def layer_table(cell: CellRecord) -> Table:
     """Set one row for each run of a cell; runs that are not measured yet hold dashes.
 
-    Args:
-        cell: The cell.
-
-    Returns:
-        The table, with notes on its p-values and on every undefined value.
+    Its notes say what its p-values mean, and why each undefined value is undefined.
     """
     notes = []
     tests = sum(1 for record in cell.runs if defined(record.mcnemar_p))
@@ -193,9 +182,7 @@ def layer_table(cell: CellRecord) -> Table:
 class RunColumns:
     """The columns that name the runs of a cell: as few as tell them apart.
 
-    Attributes:
-        labels: Their headers.
-        only_layers: Whether every run removes one whole layer.
+    `only_layers` says whether every run removes one whole layer.
     """
 
     labels: tuple[str, ...]
@@ -210,11 +197,7 @@ class RunColumns:
 def run_columns(cell: CellRecord) -> RunColumns:
     """Choose the columns that name the runs of a cell.
 
-    Args:
-        cell: The cell.
-
-    Returns:
-        The layer; the component and the span where something else than one whole layer is removed.
+    The layer; the component and the span where something else than one whole layer is removed.
     """
     found = cell.kinds
     components = any(component != "layer" for component, _ in found)
@@ -283,14 +266,7 @@ def _undefined_notes(
 
 
 def correlation_table(cell: CellRecord) -> Table:
-    """Set one row for each proxy, coefficient and subset of layers.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        The table; the notes say why a coefficient is undefined.
-    """
+    """Set one row for each proxy, coefficient and subset of layers, and why one is undefined."""
     columns = (
         *texts("proxy", "coefficient", "layers used"),
         *numbers("value", "95 % interval", "p", "layers", "documents"),
@@ -323,14 +299,7 @@ def correlation_table(cell: CellRecord) -> Table:
 
 
 def relevance_table(cells: Sequence[CellRecord]) -> Table:
-    """Set the numbers behind a heat map: layers × benchmarks of one model.
-
-    Args:
-        cells: Cells of one model.
-
-    Returns:
-        The accuracy relevance of every whole layer on every benchmark.
-    """
+    """Set the accuracy relevance behind a heat map: layers × benchmarks of one model."""
     layers = layers_of(WHOLE_LAYER, *cells)
     columns = [[Value(str(layer)) for layer in layers]]
     for cell in cells:

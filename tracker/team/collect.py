@@ -106,13 +106,7 @@ def merged(cells: Iterable[CellRecord]) -> list[CellRecord]:
     """Leave out what another record of the same cell and view holds too.
 
     Records are never put together from parts: what is derived from some runs or documents is not
-    what would be derived from all.
-
-    Args:
-        cells: Records from any number of sources.
-
-    Returns:
-        The records that say something which no other does, in the order in which each was met.
+    what would be derived from all. The rest keep the order in which each was met.
     """
     found: dict[object, list[CellRecord]] = {}
     for cell in cells:

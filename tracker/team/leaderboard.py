@@ -25,13 +25,7 @@ _ROUNDS = 5
 
 
 class Entry(Record):
-    """A cell on the leaderboard.
-
-    Attributes:
-        cell: The cell with its provenance; ranks follow from these.
-        by: Who published it.
-        at: When, in UTC.
-    """
+    """A cell on the leaderboard, with its provenance; who published it, and when (UTC)."""
 
     cell: CellRecord
     by: Shown
@@ -69,14 +63,7 @@ class Board(Record):
 
 
 def merge(boards: Iterable[Board]) -> Board:
-    """Merge versions; the result does not depend on their order.
-
-    Args:
-        boards: The versions.
-
-    Returns:
-        All of their entries but those that give way to another.
-    """
+    """Merge versions; the result does not depend on their order."""
     views: dict[object, list[Entry]] = {}
     holds: set[str] = set()
     for board in boards:
@@ -96,17 +83,10 @@ def merge(boards: Iterable[Board]) -> Board:
 
 
 def read_board(backend: Backend) -> tuple[Board, int]:
-    """Read the leaderboard of a project.
+    """Read the leaderboard of a project, and how many versions no other version holds.
 
-    Args:
-        backend: The project.
-
-    Returns:
-        The merged versions, and how many of them no other version holds.
-
-    Raises:
-        TrackingError: The backend could not be reached.
-        ResultsError: A version is damaged, or of a newer tracker.
+    TrackingError if the backend could not be reached; ResultsError if a version is damaged, or of a
+    newer tracker.
     """
     heads: list[Board] = []
     held: set[str] = set()
@@ -135,17 +115,9 @@ def _read(text: str, version: str) -> Board:
 def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board, str]:
     """Add cells to the leaderboard of a project.
 
-    A cell that is there already, with the same figures, stays its first publisher's.
-
-    Args:
-        backend: The project.
-        cells: The cells.
-
-    Returns:
-        The leaderboard afterwards, and where to look; the latter is empty when nothing was added.
-
-    Raises:
-        TrackingError: The backend could not be reached.
+    A cell that is there already, with the same figures, stays its first publisher's. With the
+    leaderboard comes where to look, empty when nothing was added. TrackingError if the backend
+    could not be reached.
     """
     at = datetime.now(UTC).isoformat(timespec="seconds")
     by = backend.user()
@@ -166,14 +138,7 @@ def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board,
 
 
 def board_tables(cells: Sequence[CellRecord]) -> Mapping[str, Table]:
-    """Lay the leaderboards out as tables for the page of a tracking backend.
-
-    Args:
-        cells: The cells.
-
-    Returns:
-        `layer_leaderboard` and `model_leaderboard`.
-    """
+    """Lay out `layer_leaderboard` and `model_leaderboard` for the page of a tracking backend."""
     found = frames(cells)
     return {name: _table(found[name]) for name in ("layer_leaderboard", "model_leaderboard")}
 

@@ -70,16 +70,8 @@ class Synced:
 class Publisher:
     """Publishes cells to some backends, each opened when it is first needed.
 
-    Args:
-        track: The backends, each as `BACKEND` or `BACKEND:PROJECT`.
-        project: The project of those that name none.
-        results: The results folder.
-
-    Attributes:
-        project: The project of those that name none.
-
-    Raises:
-        RequestError: There is no such backend.
+    `track` holds the backends, each as `BACKEND` or `BACKEND:PROJECT`; those that name no project
+    get `project`. RequestError if there is no such backend.
     """
 
     def __init__(self, track: Sequence[str], project: str, results: Path) -> None:
@@ -95,14 +87,8 @@ class Publisher:
     def begin(self, store: CellStore, record: CellRecord) -> Future[Publication]:
         """Publish a cell in a thread beside the caller's, after those that were begun before.
 
-        In a W&B trial it is done before this returns: the trial's run is to be ended last.
-
-        Args:
-            store: The cell on disk.
-            record: What to publish.
-
-        Returns:
-            What will become of it; it never raises.
+        In a W&B trial it is done before this returns: the trial's run is to be ended last. The
+        future never raises.
         """
         # What belongs to the record, before more of the cell is measured.
         job = partial(self._publish, store, record, _artifacts(store, record), True)
@@ -123,15 +109,7 @@ class Publisher:
             future.set_result(publish())
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
-        """Publish a cell, asking the backends themselves what they have.
-
-        Args:
-            store: The cell on disk.
-            record: What to publish.
-
-        Returns:
-            What became of it.
-        """
+        """Publish a cell, asking the backends themselves what they have."""
         return self._publish(store, record, _artifacts(store, record), False)
 
     def _publish(
@@ -190,10 +168,6 @@ class Trial:
     """The run that a W&B agent opened for this process, where it did and W&B is tracked.
 
     It is joined when there is something to log: a server that is away never stops a measurement.
-
-    Args:
-        track: The backends.
-        results: The results folder.
     """
 
     def __init__(self, track: Sequence[str], results: Path) -> None:
@@ -201,14 +175,9 @@ class Trial:
         self._results = results
 
     def log(self, cell: CellRecord, request: CellRequest) -> None:
-        """Log the run that was asked for, and end.
+        """Log the run that the trial asked for (one layer, component and span), and end.
 
-        Args:
-            cell: The record.
-            request: What the trial asked for: one layer, component and span.
-
-        Raises:
-            TrackingError: W&B refused or could not be reached.
+        TrackingError if W&B refused or could not be reached.
         """
         if self._joins:
             wanted = (request.components[0], request.spans[0], request.layers[0])
@@ -216,14 +185,9 @@ class Trial:
             log_trial(cell, run, self._results)
 
     def end(self, note: str, failed: bool = False) -> None:
-        """End without a measurement.
+        """End without a measurement, noting why; `failed` is how the sweep shows the run.
 
-        Args:
-            note: Why there is none.
-            failed: Whether the sweep shows the run as failed.
-
-        Raises:
-            TrackingError: W&B refused or could not be reached.
+        TrackingError if W&B refused or could not be reached.
         """
         if self._joins:
             end_trial(note, failed, self._results)
@@ -237,13 +201,8 @@ def _artifacts(store: CellStore, record: CellRecord) -> list[Path]:
 def sync(ledger: Ledger, to: Sequence[str]) -> Synced:
     """Publish every view of a cell that a backend lacks, asking the backends themselves.
 
-    Args:
-        ledger: The results folder.
-        to: The backends, each as `BACKEND` or `BACKEND:PROJECT`; without a project, cells go to
-            the one that they were measured for.
-
-    Returns:
-        What was published and what was not.
+    Each of `to` is `BACKEND` or `BACKEND:PROJECT`; without a project, cells go to the one that
+    they were measured for.
     """
     ledger.create()
     contents = ledger.contents()

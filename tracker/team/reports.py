@@ -26,13 +26,9 @@ _CHARTS = 60
 
 
 def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
-    """Write the report page of a results folder, over the cells with a measured document.
+    """Write the page of a results folder, over the cells with a measured document.
 
-    Args:
-        ledger: The results folder.
-
-    Returns:
-        Its path, and what of the folder it cannot show → what to do.
+    With its path comes what of the folder it cannot show → what to do.
     """
     contents = ledger.contents()
     records = [record for record in all_records(contents) if record.n]
@@ -41,19 +37,9 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
 
 
 def write(found: Collected, form: str, path: Path) -> list[Path]:
-    """Write a report.
+    """Write a report to a file or a folder, as its form asks: `html`, or a key of `FORMATS`.
 
-    Args:
-        found: The cells.
-        form: `html`, or a key of `FORMATS`.
-        path: A file or a folder, as the form asks.
-
-    Returns:
-        The files.
-
-    Raises:
-        RequestError: There is no such form.
-        WorkError: The disk is full or refuses.
+    RequestError if there is no such form, WorkError if the disk is full or refuses.
     """
     if form == "html":
         return [render_report(found.cells, found.experiments, path)]
@@ -65,18 +51,9 @@ def write(found: Collected, form: str, path: Path) -> list[Path]:
 def publish(
     found: Collected, targets: Sequence[str], results: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Publish the page, with tables and charts, as a run of its own.
+    """Publish the page, with tables and charts, as a run of its own in each `BACKEND:PROJECT`.
 
-    Args:
-        found: The cells.
-        targets: Tracking projects, as `BACKEND:PROJECT`.
-        results: The results folder.
-
-    Returns:
-        Target → where to look; and target → why not.
-
-    Raises:
-        RequestError: A target is none.
+    Target → where to look; and target → why not. RequestError if a target is none.
     """
     locations: dict[str, str] = {}
     failed: dict[str, str] = {}
@@ -95,20 +72,11 @@ def publish(
 def join_boards(
     cells: Sequence[CellRecord], targets: Sequence[str], results: Path
 ) -> tuple[list[CellRecord], dict[str, str], dict[str, str]]:
-    """Add cells to the leaderboards of tracking projects.
+    """Add cells to the leaderboards of tracking projects, each as `BACKEND:PROJECT`.
 
-    Args:
-        cells: The cells.
-        targets: Tracking projects, as `BACKEND:PROJECT`.
-        results: The results folder.
-
-    Returns:
-        These cells and all others on those leaderboards, which are records without outcomes: none
-        is put together from several; target → where to look, for those that have changed; and
-        target → why not.
-
-    Raises:
-        RequestError: A target is none.
+    Returned are these cells and all others on those leaderboards, which are records without
+    outcomes: none is put together from several; target → where to look, for those that have
+    changed; and target → why not. RequestError if a target is none.
     """
     locations: dict[str, str] = {}
     failed: dict[str, str] = {}

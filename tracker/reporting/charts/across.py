@@ -19,15 +19,7 @@ _FEW = 3
 
 
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Chart:
-    """Draw the mean accuracy relevance over relative depth, a line for each model.
-
-    Args:
-        boards: The leaderboards of the models' layers.
-        labels: The models' names.
-
-    Returns:
-        One trace for each model under its name, with intervals where there are few.
-    """
+    """Draw the mean accuracy relevance over relative depth, a line a model; intervals if few."""
     data = []
     for number, (board, label) in enumerate(zip(boards, labels, strict=True)):
         standings = sorted(board.layers, key=lambda standing: standing.layer)
@@ -87,12 +79,8 @@ def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
 def difference_chart(pair: Pair) -> Chart:
     """Draw how the drops of two models differ, layer by layer.
 
-    Args:
-        pair: The models and their common benchmarks.
-
-    Returns:
-        Points with 95 % intervals, one trace for each benchmark under its label, where these are
-        few; otherwise a heat map with a dot where the interval excludes 0.
+    Points with 95 % intervals, one trace a benchmark, where these are few; otherwise a heat map
+    with a dot where the interval excludes 0.
     """
     layers = sorted({layer for one in pair.comparisons for layer in one.differences})
     nothing = Estimate(None, reason="not measured in both models")
@@ -190,14 +178,7 @@ def _sure(difference: Estimate) -> bool:
 
 
 def difference_title(pair: Pair) -> str:
-    """Say what the differences show.
-
-    Args:
-        pair: The models and their common benchmarks.
-
-    Returns:
-        Plain text with the largest difference and how many are surely not 0.
-    """
+    """Name the largest difference, and how many are surely not 0, in plain text."""
     measure = pair.measure
     text = f"{pair.one} minus {pair.other}: {measure.change} of each layer"
     found = [

@@ -32,14 +32,7 @@ _SIDES = ("top left", "bottom right", "bottom left", "top right")
 
 
 def curve_title(cell: CellRecord) -> str:
-    """Say what the layer curve shows.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Plain text with the largest drop, its interval and the number of documents.
-    """
+    """Say in plain text the largest drop of the layer curve, its interval, and the documents."""
     measure = formats.measure_of(cell)
     records = [r for r in cell.runs if r.span == 1]
     drops = [r.accuracy_drop for r in records if formats.defined(r.accuracy_drop)]
@@ -60,14 +53,7 @@ def curve_title(cell: CellRecord) -> str:
 
 
 def scatter_title(cell: CellRecord) -> str:
-    """Say what the scatter shows.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Plain text with the three correlations, their intervals and their samples.
-    """
+    """Say in plain text the scatter's three correlations, their intervals and their samples."""
     change = formats.measure_of(cell).change
     text = wording.correlation_text(wording.correlation(cell))
     others = [
@@ -80,14 +66,7 @@ def scatter_title(cell: CellRecord) -> str:
 
 
 def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
-    """Draw whatever can be drawn of a cell, for the run that a tracking backend keeps of it.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Charts by name, each with its title.
-    """
+    """Draw whatever can be drawn of a cell, by name, for its run on a tracking backend."""
     found = {}
     if curve_components(cell):
         found["accuracy_drop"] = layer_curve(cell).figure()
@@ -101,17 +80,11 @@ def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
 def layer_curve(cell: CellRecord) -> Chart:
     """Draw the accuracy drop (or loss increase) of every layer above its cosine score.
 
-    Two panels share the layer axis, because two scales in one panel would suggest a comparison
-    of heights that means nothing.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        Drops in pp, or increases in the loss's unit, with 95 % intervals (trace `accuracy drop` or
-        `loss increase`; one trace a component, under its name, where there are several), and
-        cosine scores (trace `cosine score`). Undefined and missing layers are gaps. Spans of
-        several layers are not in it.
+    Two panels share the layer axis, because two scales in one panel would suggest a comparison of
+    heights that means nothing. Drops are in pp, increases in the loss's unit, with 95 % intervals
+    (trace `accuracy drop` or `loss increase`; one trace a component, under its name, where there
+    are several); cosine scores are the trace `cosine score`. Undefined and missing layers are gaps;
+    spans of several layers are not in it.
     """
     components = curve_components(cell)
     single = len(components) == 1
@@ -192,14 +165,7 @@ def layer_curve(cell: CellRecord) -> Chart:
 
 
 def curve_components(cell: CellRecord) -> list[Component]:
-    """List what the layer curve draws a line of.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        The components that are removed of one layer at a time; whole layers where there is no run.
-    """
+    """List the components of which the layer curve draws single layers; `layer` without runs."""
     kinds = cell.kinds
     return [component for component, span in kinds if span == 1] if kinds else ["layer"]
 
@@ -207,12 +173,8 @@ def curve_components(cell: CellRecord) -> list[Component]:
 def proxy_scatter(cell: CellRecord) -> Chart:
     """Draw the accuracy drop (or loss increase) of every layer against its cosine score.
 
-    Args:
-        cell: The cell.
-
-    Returns:
-        One labelled point for each layer where both are defined, in two traces: `inner layers`,
-        and `outer layers` for the first two and the last two.
+    One labelled point for each layer where both are defined, in two traces: `inner layers`, and
+    `outer layers` for the first two and the last two.
     """
     measure = formats.measure_of(cell)
     records = [

@@ -15,16 +15,7 @@ from tracker.reporting.formats import defined, fixed, interval, measure_of, p_va
 
 
 def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> str:
-    """Say everything about one run.
-
-    Args:
-        cell: Its cell.
-        run: The run.
-        record: What was measured; None where nothing was.
-
-    Returns:
-        The hover box.
-    """
+    """Say everything about one run in a hover box; `record` is None where nothing was measured."""
     head = f"<b>{run.label()}</b> · {html.escape(cell.benchmark.name)}"
     if cell.removed:
         head += f"<br>{wrap(cell.beneath)}"
@@ -57,18 +48,7 @@ def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> s
 def estimate_hover(
     head: str, what: str, found: Estimate, write: Callable[[float], str], samples: str
 ) -> str:
-    """Say one figure with its interval and its samples.
-
-    Args:
-        head: What it belongs to, such as the layer and the benchmark; plain text.
-        what: What the figure is.
-        found: The figure.
-        write: How a figure is written.
-        samples: What it rests on; plain text.
-
-    Returns:
-        The hover box.
-    """
+    """Say one figure with its interval and its samples in a hover box; `head` is what it is of."""
     if not defined(found.value):
         says = f"{what} undefined: {wrap(found.reason or 'not measured')}"
     else:
@@ -82,15 +62,7 @@ def estimate_hover(
 def along_layers(
     cell: CellRecord, kind: Kind
 ) -> tuple[list[int], list[RunRecord | None], list[str]]:
-    """Line up the runs of a kind over the layers.
-
-    Args:
-        cell: The cell.
-        kind: Component and span.
-
-    Returns:
-        Layers, records (None where nothing was measured) and hover boxes.
-    """
+    """Line up the runs of a kind: layers, records (None where not measured), and hover boxes."""
     layers = layers_of(kind, cell)
     found = cell.runs_of(kind)
     component, span = kind

@@ -36,14 +36,7 @@ COLOUR_BAR = {
 
 
 def heat_title(cells: Sequence[CellRecord]) -> str:
-    """Say what the heat map shows.
-
-    Args:
-        cells: Cells of one model.
-
-    Returns:
-        Plain text with the numbers of benchmarks and of negative and undefined values.
-    """
+    """Say in plain text how many benchmarks and negative and undefined values the heat map has."""
     layers = layers_of(WHOLE_LAYER, *cells)
     found: dict[int, list[float]] = {}
     for cell in cells:
@@ -69,15 +62,9 @@ def heat_title(cells: Sequence[CellRecord]) -> str:
 def heat_map(cells: Sequence[CellRecord]) -> Chart:
     """Draw the accuracy relevance of every whole layer on every benchmark of one model.
 
-    Args:
-        cells: Cells of one model, one row each.
-
-    Returns:
-        A heat map centred at 0 (trace `accuracy relevance`). Undefined and missing values are
-        gaps marked by crosses that say why (trace `undefined`).
-
-    Raises:
-        ValueError: If there is no cell, or the cells belong to several models.
+    A row a cell, centred at 0 (trace `accuracy relevance`). Undefined and missing values are gaps
+    marked by crosses that say why (trace `undefined`). ValueError if there is no cell, or cells
+    belong to several models.
     """
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes the cells of exactly one model")
@@ -115,28 +102,13 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
 
 
 def span_components(cell: CellRecord) -> list[Component]:
-    """List what was removed in spans of several lengths, so that a span map shows something.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        The components with runs of two spans or more.
-    """
+    """List the components removed in two spans or more, so that a span map shows something."""
     components = [component for component, _ in cell.kinds]
     return [name for name in dict.fromkeys(components) if components.count(name) > 1]
 
 
 def span_title(cell: CellRecord, component: Component) -> str:
-    """Say what the span map shows.
-
-    Args:
-        cell: The cell.
-        component: What of the layers is removed.
-
-    Returns:
-        Plain text with the cheapest removal of every span.
-    """
+    """Say in plain text which removal of every span is the cheapest."""
     measure = formats.measure_of(cell)
     what = "layers" if component == "layer" else f"layers’ {component}"
     text = f"{cell.title}: {measure.change} by first layer and number of removed {what}"
@@ -153,14 +125,9 @@ def span_title(cell: CellRecord, component: Component) -> str:
 def span_map(cell: CellRecord, component: Component) -> Chart:
     """Draw the accuracy drop (or loss increase) by first layer and number of removed layers.
 
-    Args:
-        cell: The cell.
-        component: What of the layers is removed.
-
-    Returns:
-        A heat map centred at 0 (trace `accuracy drop` or `loss increase`), one row a span.
-        Undefined and missing values are gaps marked by crosses that say why (trace `undefined`); a
-        span that is no run is blank.
+    A row a span, centred at 0 (trace `accuracy drop` or `loss increase`). Undefined and missing
+    values are gaps marked by crosses that say why (trace `undefined`); a span that is no run is
+    blank.
     """
     measure = formats.measure_of(cell)
     spans = _spans(cell, component)

@@ -34,13 +34,8 @@ _FEW = 3
 def relevance_curves(board: LayerBoard, label: str) -> Chart:
     """Draw the accuracy relevance of every layer, a line for each benchmark and their mean.
 
-    Args:
-        board: The leaderboard of the model's layers.
-        label: The model's name.
-
-    Returns:
-        One trace for each benchmark under its label, with intervals where there are few, and the
-        trace `mean` with its interval where there are several.
+    Benchmarks have intervals where they are few, and the trace `mean` has one where they are
+    several.
     """
     cells = board.cells
     labels = benchmark_labels(cells)
@@ -107,15 +102,7 @@ def relevance_curves(board: LayerBoard, label: str) -> Chart:
 
 
 def relevance_title(board: LayerBoard, label: str) -> str:
-    """Say what the relevance curves show.
-
-    Args:
-        board: The leaderboard of the model's layers.
-        label: The model's name.
-
-    Returns:
-        Plain text with the layer that matters most.
-    """
+    """Say in plain text which layer matters most."""
     text = f"{label}: accuracy relevance over depth, {counted(len(board.cells), 'benchmark')}"
     top = next((one for one in board.layers if one.rank is not None), None)
     if top is None or not defined(top.relevance.value):
@@ -128,14 +115,9 @@ def relevance_title(board: LayerBoard, label: str) -> str:
 
 
 def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
-    """Draw every proxy over depth, a panel for each proxy and a line for each benchmark.
+    """Draw every proxy over depth: three panels with one layer axis, a line a benchmark.
 
-    Args:
-        cells: Cells of one model.
-        label: The model's name.
-
-    Returns:
-        Three panels that share the layer axis; undefined and missing layers are gaps.
+    Undefined and missing layers are gaps.
     """
     labels = benchmark_labels(cells)
     layers = layers_of(WHOLE_LAYER, *cells)
@@ -195,15 +177,7 @@ def _head(text: str, panel: int) -> dict[str, Any]:
 
 
 def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
-    """Say what the proxy curves show.
-
-    Args:
-        cells: Cells of one model.
-        label: The model's name.
-
-    Returns:
-        Plain text with the layer of the highest cosine score.
-    """
+    """Say in plain text which layer has the highest cosine score."""
     text = f"{label}: the proxies over depth, {counted(len(cells), 'benchmark')}"
     scores: dict[int, list[float]] = {}
     for cell in cells:

@@ -19,13 +19,8 @@ _NAMED = 6
 def rank_map(cells: Sequence[CellRecord], label: str) -> Chart:
     """Draw each layer's rank by cosine score against its true rank, over the benchmarks.
 
-    Args:
-        cells: Cells of one model.
-        label: The model's name.
-
-    Returns:
-        How many benchmarks put a layer at each place (trace `layers`), 1 = matters most on both
-        axes; on the diagonal (trace `equal ranks`) the cosine score is right.
+    How many benchmarks put a layer at each place (trace `layers`), 1 = matters most on both axes;
+    on the diagonal (trace `equal ranks`) the cosine score is right.
     """
     found = rankings(cells)
     count = max((len(ranking.rows) for ranking in found), default=0)

@@ -29,14 +29,8 @@ MARKED = 3
 def story(board: LayerBoard, label: str) -> Chart:
     """Draw the real cost of every layer above the cosine score of the same layer.
 
-    Args:
-        board: The leaderboard of the model's layers.
-        label: The model's name.
-
-    Returns:
-        Bars of the mean accuracy relevance with its interval (trace `accuracy relevance`) above
-        bars of the mean cosine score (trace `cosine score`); the layers on which the two disagree
-        most are marked by number.
+    Bars of the mean accuracy relevance with its interval stand above bars of the mean cosine score;
+    the layers on which the two disagree most are marked by number.
     """
     standings = sorted(board.layers, key=lambda standing: standing.layer)
     layers = [standing.layer for standing in standings]
@@ -125,15 +119,7 @@ def marked_layers(board: LayerBoard) -> list[int]:
 
 
 def story_title(board: LayerBoard, label: str) -> str:
-    """Say in a line what the picture shows.
-
-    Args:
-        board: The leaderboard of the model's layers.
-        label: The model's name.
-
-    Returns:
-        Plain text.
-    """
+    """Say in a line of plain text what the picture shows."""
     where = ", ".join(benchmark_labels(board.cells)) if len(board.cells) <= 2 else ""
     where = where or counted(len(board.cells), "benchmark")
     text = f"{label}: what each layer really costs, above what the cosine score says, on {where}"

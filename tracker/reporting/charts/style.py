@@ -101,17 +101,7 @@ class Chart:
 
 
 def chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> Chart:
-    """Put a chart together.
-
-    Args:
-        title: What is seen, as plain text.
-        data: The traces.
-        height: In pixels.
-        **layout: Axes, and whatever else differs from the template.
-
-    Returns:
-        The chart.
-    """
+    """Put a chart together, `height` in pixels; `layout` is what else differs from the template."""
     # A trace without a word on its legend gets one where it is not alone.
     legend = any(t.get("showlegend", t.get("type") == "scatter") for t in data)
     margin = {"l": 60, "r": 16, "t": 34 if legend else 12, "b": 50} | layout.pop("margin", {})
@@ -119,28 +109,13 @@ def chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) ->
 
 
 def line(number: int) -> dict[str, Any]:
-    """Give the line with this number a look of its own.
-
-    Args:
-        number: From 0.
-
-    Returns:
-        Plotly's `line`.
-    """
+    """Give the line with this number (from 0) a look of its own, as plotly's `line`."""
     turn, colour = divmod(number, len(LINES))
     return {"color": LINES[colour], "width": 1.4, "dash": _DASHES[turn % len(_DASHES)]}
 
 
 def layer_axis(layers: Sequence[int], title: str = "layer (0-based)") -> dict[str, Any]:
-    """Tick whole layers only, few enough to be read on a phone.
-
-    Args:
-        layers: The layers, ascending.
-        title: The axis's title.
-
-    Returns:
-        Plotly's axis.
-    """
+    """Tick whole layers only, few enough to be read on a phone."""
     first, last = (layers[0], layers[-1]) if layers else (0, 1)
     count = last - first + 1
     return {
@@ -159,13 +134,6 @@ def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
     """Make an axis of positive figures logarithmic when they span more than a factor of ten.
 
     A few large ones would otherwise press all others together. Ranks are not changed by it.
-
-    Args:
-        title: What the axis shows.
-        values: What is drawn on it.
-
-    Returns:
-        Plotly's axis.
     """
     found = [value for value in values if value is not None]
     wide = bool(found) and min(found) > 0 and max(found) > 10 * min(found)
@@ -182,28 +150,14 @@ def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def finite(value: float | None, scale: float = 1) -> float | None:
-    """Scale a figure; a gap (None) where it is undefined.
-
-    Args:
-        value: The figure, or None.
-        scale: By what it is multiplied.
-
-    Returns:
-        The scaled figure, or None.
-    """
+    """Scale a figure; a gap (None) where it is undefined."""
     return scale * value if defined(value) else None
 
 
 def errors(figures: Sequence[Estimate | None], scale: float = 1, **look: Any) -> dict[str, Any]:
-    """Reach from each figure to both ends of its interval; nothing where undefined.
+    """Reach from each figure to both ends of its interval (plotly's `error_y`), if it has one.
 
-    Args:
-        figures: The figures, with their intervals.
-        scale: By what they are multiplied.
-        **look: Whatever differs from a thin grey line.
-
-    Returns:
-        Plotly's `error_y`.
+    `look` is whatever differs from a thin grey line.
     """
     up: list[float | None] = []
     down: list[float | None] = []
@@ -226,13 +180,5 @@ def errors(figures: Sequence[Estimate | None], scale: float = 1, **look: Any) ->
 
 
 def wrap(text: str, columns: int = 48) -> str:
-    """Escape a text for plotly, which reads a subset of HTML, and wrap it.
-
-    Args:
-        text: Plain text.
-        columns: Characters a line.
-
-    Returns:
-        Plotly's markup.
-    """
+    """Escape a plain text for plotly, which reads a subset of HTML, and wrap it."""
     return "<br>".join(html.escape(part) for part in textwrap.wrap(text, columns))

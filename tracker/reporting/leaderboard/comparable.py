@@ -24,13 +24,9 @@ def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
 
 
 def setting(cell: CellRecord) -> str:
-    """Name all that must be equal before two models' figures on a benchmark may be compared.
+    """Make a key of all that must be equal before two models' figures may be compared.
 
-    Args:
-        cell: A cell.
-
-    Returns:
-        A key: the documents and how they were put to the model, the metric and how many documents.
+    The documents and how they were put to the model, the metric and how many documents.
     """
     benchmark = cell.benchmark.model_dump(mode="json", exclude={"data", "primary_metric"})
     # As many documents as others have are not theirs while they are not all that was asked for.
@@ -39,13 +35,9 @@ def setting(cell: CellRecord) -> str:
 
 
 def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, str]]:
-    """Choose the cells that count, one a benchmark, and say why others do not.
+    """Choose the cells of one model that count, one a benchmark, in their order.
 
-    Args:
-        cells: Cells of one model.
-
-    Returns:
-        The cells in their order; and benchmark → why it, or another cell of it, does not count.
+    Besides: benchmark → why it, or another cell of it, does not count.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
     left_out: dict[str, str] = {}
@@ -63,26 +55,12 @@ def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, 
 
 
 def worth(cell: CellRecord) -> tuple[int, int, bool]:
-    """Of two cells on one benchmark the larger counts: layers, documents, its own metric.
-
-    Args:
-        cell: A cell.
-
-    Returns:
-        A key to sort by.
-    """
+    """Of two cells on one benchmark the larger counts: layers, documents, its own metric."""
     return len(cell.whole_layers), cell.n, not cell.other_metric
 
 
 def unusable(cell: CellRecord) -> str | None:
-    """Say why a cell has no place in a ranking.
-
-    Args:
-        cell: A cell.
-
-    Returns:
-        The reason; None where it has one.
-    """
+    """Say why a cell has no place in a ranking; None where it has one."""
     if cell.removed:
         return f"measured {cell.beneath}"
     if not cell.whole_layers:
@@ -93,15 +71,7 @@ def unusable(cell: CellRecord) -> str | None:
 
 
 def ranks(values: Sequence[float | None], lowest_first: bool = False) -> list[int]:
-    """Rank figures; equal ones share the better rank.
-
-    Args:
-        values: The figures.
-        lowest_first: Whether rank 1 is the lowest instead of the largest.
-
-    Returns:
-        One rank a figure, from 1.
-    """
+    """Rank figures from 1, the largest unless `lowest_first`; equal ones share the better rank."""
     numbers = np.round(np.array(values, dtype=np.float64), DECIMALS)
     found = stats.rankdata(numbers if lowest_first else -numbers, method="min")
     return [int(rank) for rank in found]

@@ -19,14 +19,12 @@ class LayerStanding:
     """Where one layer of a model stands.
 
     Attributes:
-        layer: 0-based.
         relevance: Mean accuracy relevance over the benchmarks.
         drop: Mean accuracy drop over the benchmarks, a fraction.
         cosine_score: Mean cosine score over the benchmarks; None where one is undefined.
         benchmarks: How many benchmarks define its relevance.
         rank: 1 = matters most; None where a benchmark is lacking.
-        best_rank: Its best rank on a single benchmark.
-        worst_rank: Its worst.
+        best_rank: Its best rank on a single benchmark; `worst_rank` its worst.
     """
 
     layer: int
@@ -41,12 +39,10 @@ class LayerStanding:
 
 @dataclass(frozen=True)
 class LayerBoard:
-    """The layers of one model, the most relevant first.
+    """The layers of one model: by rank, then those without one.
 
     Attributes:
-        model: The model.
         cells: The cells that count, in the order of the page.
-        layers: One standing a layer: by rank, then those without one.
         left_out: Benchmark → why it does not count.
     """
 
@@ -57,14 +53,7 @@ class LayerBoard:
 
 
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
-    """Rank the layers of one model.
-
-    Args:
-        cells: Its cells.
-
-    Returns:
-        The board; without layers where no benchmark counts.
-    """
+    """Rank the layers of one model; none where no benchmark counts."""
     counted, left_out = countable(cells)
     layers = sorted({run.layer for cell in counted for run in cell.whole_layers})
     by_cell = [{run.layer: run for run in cell.whole_layers} for cell in counted]

@@ -48,7 +48,6 @@ class ModelBoard:
     """The models, the most robust first.
 
     Attributes:
-        models: One standing a model.
         benchmarks: The benchmarks that count: all ranked models share them.
         left_out: Benchmark → why it does not count; model → why it has no rank.
     """
@@ -61,11 +60,7 @@ class ModelBoard:
 def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
     """Rank models by how much the removal of one layer hurts.
 
-    Args:
-        cells: The cells of all models.
-
-    Returns:
-        The board; nobody has a rank where no two models share a benchmark, or there is one model.
+    Nobody has a rank where no two models share a benchmark, or there is one model.
     """
     groups = models_of(cells)
     names = model_labels([group[0].model for group in groups])

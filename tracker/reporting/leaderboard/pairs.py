@@ -20,12 +20,9 @@ MOST = 10
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on one benchmark.
+    """Two models on one benchmark of `n` documents each.
 
-    Attributes:
-        benchmark: Its label.
-        n: Documents of each model.
-        differences: Layer → drop of the one minus drop of the other, a fraction or the loss's unit.
+    `differences`: layer → drop of the one minus drop of the other, a fraction or the loss's unit.
     """
 
     benchmark: str
@@ -37,11 +34,7 @@ class Comparison:
 class Pair:
     """Two models with as many layers, on the benchmarks that they share in one unit.
 
-    Attributes:
-        one: A model's label.
-        other: The label of the model that is subtracted.
-        measure: What the benchmarks measure.
-        comparisons: One entry a benchmark.
+    `other` is the label of the model that is subtracted.
     """
 
     one: str
@@ -53,13 +46,8 @@ class Pair:
 def pairs_of(cells: Sequence[CellRecord], most: int = MOST) -> tuple[list[Pair], int]:
     """Pair up models with as many layers that share a benchmark, documents and settings alike.
 
-    Args:
-        cells: The cells of all models.
-        most: So many pairs are made at most.
-
-    Returns:
-        The first pairs, in the order of the page, and how many there are in all. Accuracies and
-        losses of the same two models are pairs of their own.
+    The first pairs (at most `most`), in the order of the page, and how many there are in all.
+    Accuracies and losses of the same two models are pairs of their own.
     """
     groups = models_of(cells)
     labels = model_labels([group[0].model for group in groups])
@@ -87,14 +75,9 @@ def pairs_of(cells: Sequence[CellRecord], most: int = MOST) -> tuple[list[Pair],
 
 
 def compare(one: CellRecord, other: CellRecord) -> list[tuple[int, Estimate]]:
-    """Subtract the accuracy drops of one model from those of another, layer by layer.
+    """Subtract the accuracy drops of another model (or precision) from those of one.
 
-    Args:
-        one: A cell.
-        other: The cell of another model with as many layers, or of another precision.
-
-    Returns:
-        Layer → drop in `one` minus drop in `other`, for the whole layers that both measured.
+    Both have as many layers; the differences are of the whole layers that both measured.
     """
     theirs = {run.layer: run for run in other.whole_layers}
     return [

@@ -21,9 +21,8 @@ from tracker.reporting.wording import benchmark_labels
 class Ranking:
     """The layers of one cell by two orders.
 
-    Attributes:
-        benchmark: Its label.
-        rows: Layer, rank by accuracy drop (or loss increase), rank by cosine score; 1 = largest.
+    A row is a layer, its rank by accuracy drop (or loss increase), its rank by cosine score; 1 =
+    largest.
     """
 
     benchmark: str
@@ -34,10 +33,8 @@ class Ranking:
 class Misjudged:
     """A layer that the cosine score puts in the wrong place.
 
-    Attributes:
-        standing: The layer's true standing.
-        cosine_rank: The rank that its mean cosine score would give.
-        off: Places between the two ranks.
+    `cosine_rank` is the rank that its mean cosine score would give, `off` places from its
+    standing's.
     """
 
     standing: LayerStanding
@@ -46,16 +43,11 @@ class Misjudged:
 
 
 def rankings(cells: Sequence[CellRecord]) -> list[Ranking]:
-    """Rank the whole layers of every cell by what their removal costs, and by cosine score.
+    """Rank the whole layers of a model's cells by what their removal costs, and by cosine score.
 
     Equal figures are ranked in the order of the layers, as a pruner that goes through the list
-    would: these are the ranks behind `agreements`.
-
-    Args:
-        cells: Cells of one model.
-
-    Returns:
-        One entry for each cell with at least three layers where both are defined.
+    would: these are the ranks behind `agreements`. A cell needs three layers where both are
+    defined.
     """
     found = []
     for cell, label in zip(cells, benchmark_labels(cells), strict=True):
@@ -73,14 +65,10 @@ def rankings(cells: Sequence[CellRecord]) -> list[Ranking]:
 
 
 def cosine_ranks(board: LayerBoard) -> dict[int, int]:
-    """Rank the layers of a leaderboard by their mean cosine score.
+    """Rank the layers of a leaderboard by their mean cosine score: layer → rank, 1 = largest.
 
-    Args:
-        board: The leaderboard.
-
-    Returns:
-        Layer → rank, 1 = largest, equal ones share the better rank; of the layers that have a
-        rank of their own, and none where one of their scores is undefined.
+    Equal ones share the better rank. Only layers that have a rank of their own have one, and none
+    where one of their scores is undefined.
     """
     ranked = [standing for standing in board.layers if standing.rank is not None]
     scores = [standing.cosine_score for standing in ranked if defined(standing.cosine_score)]
@@ -90,14 +78,9 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
 
 
 def misjudged(board: LayerBoard, count: int = 10) -> list[Misjudged]:
-    """Find the layers whose rank the cosine score gets most wrong.
+    """Find the layers whose rank the cosine score gets most wrong, the largest difference first.
 
-    Args:
-        board: The leaderboard.
-        count: How many at most.
-
-    Returns:
-        The largest difference of ranks first; layers in their right place are not in it.
+    There are `count` at most; layers in their right place are not among them.
     """
     by_cosine = cosine_ranks(board)
     found = [
@@ -134,14 +117,7 @@ class Agreement:
 
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
-    """Say how well each proxy orders the layers, with chance beside it.
-
-    Args:
-        cells: Cells of any models.
-
-    Returns:
-        One entry a proxy.
-    """
+    """Say how well each proxy orders the layers of cells of any models, with chance beside it."""
     return [_agreement(proxy, cells) for proxy in PROXIES]
 
 

@@ -23,15 +23,7 @@ _NO_SCORE = "undefined on a benchmark, or in a layer that has a rank"
 
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
-    """Set the leaderboard of one model's layers.
-
-    Args:
-        board: The leaderboard.
-        label: The model's name.
-
-    Returns:
-        One row a layer, the most relevant first.
-    """
+    """Set the leaderboard of one model's layers, the most relevant first."""
     ranks = cosine_ranks(board)
     rows = tuple(
         (
@@ -92,15 +84,7 @@ def _notes(board: LayerBoard, ranks: Mapping[int, int]) -> tuple[str, ...]:
 
 
 def misjudged_table(board: LayerBoard, label: str) -> Table:
-    """Set the layers that the cosine score gets most wrong.
-
-    Args:
-        board: The leaderboard of the model's layers.
-        label: The model's name.
-
-    Returns:
-        One row a layer, the largest difference of ranks first.
-    """
+    """Set the layers that the cosine score gets most wrong, the worst first."""
     rows = tuple(
         (
             Value(str(one.standing.layer)),
@@ -130,15 +114,7 @@ def misjudged_table(board: LayerBoard, label: str) -> Table:
 
 
 def relevance_interval_table(board: LayerBoard, label: str) -> Table:
-    """Set the numbers behind the relevance curves.
-
-    Args:
-        board: The leaderboard of the model's layers.
-        label: The model's name.
-
-    Returns:
-        The accuracy relevance of each layer on each benchmark, and the mean, with intervals.
-    """
+    """Set the numbers behind the relevance curves: benchmarks and mean, with intervals."""
     standings = sorted(board.layers, key=lambda one: one.layer)
     columns = [[Value(str(one.layer)) for one in standings]]
     for cell in board.cells:
@@ -153,15 +129,7 @@ def relevance_interval_table(board: LayerBoard, label: str) -> Table:
 
 
 def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
-    """Set the numbers behind the proxy curves.
-
-    Args:
-        cells: Cells of one model.
-        label: The model's name.
-
-    Returns:
-        Every proxy of each layer on each benchmark.
-    """
+    """Set the numbers behind the proxy curves: every proxy of each layer on each benchmark."""
     layers = layers_of(WHOLE_LAYER, *cells)
     columns = [[Value(str(layer)) for layer in layers]]
     labels = []
@@ -187,15 +155,7 @@ def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
 
 
 def rank_table(cells: Sequence[CellRecord], label: str) -> Table:
-    """Set the numbers behind the map of rank against rank.
-
-    Args:
-        cells: Cells of one model.
-        label: The model's name.
-
-    Returns:
-        Each layer's two ranks on each benchmark.
-    """
+    """Set the numbers behind the map of rank against rank: both ranks on each benchmark."""
     found = rankings(cells)
     ranks = [{layer: pair for layer, *pair in ranking.rows} for ranking in found]
     layers = sorted({layer for known in ranks for layer in known})
@@ -222,15 +182,7 @@ def rank_table(cells: Sequence[CellRecord], label: str) -> Table:
 
 
 def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
-    """Set the leaderboard of models.
-
-    Args:
-        board: The leaderboard.
-        labels: The models' names, in its order.
-
-    Returns:
-        One row a model, the most robust first.
-    """
+    """Set the leaderboard of models, the most robust first; `labels` are in its order."""
     rows = tuple(
         (
             _rank(one.rank, one.relevance.reason or "there is no other model to compare with"),
@@ -268,15 +220,7 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
 
 
 def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
-    """Set the numbers behind the curves over relative depth.
-
-    Args:
-        boards: The leaderboards of the models' layers.
-        labels: The models' names.
-
-    Returns:
-        One row for each model and layer.
-    """
+    """Set the numbers behind the curves over relative depth, a row a model and layer."""
     rows = tuple(
         (
             Value(label),
@@ -295,14 +239,7 @@ def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
 
 
 def difference_table(pair: Pair) -> Table:
-    """Set the numbers behind the differences of two models.
-
-    Args:
-        pair: The models and their common benchmarks.
-
-    Returns:
-        One row a layer, a column for each benchmark.
-    """
+    """Set the numbers behind the differences of two models: a row a layer, a column a benchmark."""
     measure = pair.measure
     layers = sorted({layer for one in pair.comparisons for layer in one.differences})
     missing = Estimate(None, reason="not measured in both models")
