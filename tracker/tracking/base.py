@@ -58,7 +58,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Table:
+class LoggedTable:
     """Rows that a backend shows as a table; a value that is not defined is None."""
 
     columns: tuple[str, ...]
@@ -134,7 +134,7 @@ class Backend(Protocol):
     def read_board(self, version: str) -> str:
         """Read one version of the leaderboard, as it was given to `add_board`."""
 
-    def add_board(self, file: Path, tables: Mapping[str, Table]) -> str:
+    def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
         """Add a version of the leaderboard.
 
         Args:
@@ -149,7 +149,7 @@ class Backend(Protocol):
         self,
         text: str,
         files: Sequence[Path],
-        tables: Mapping[str, Table],
+        tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
     ) -> str:
         """Add a report.
@@ -383,7 +383,7 @@ def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
     }
 
 
-def layer_table(cell: CellRecord) -> Table:
+def layer_table(cell: CellRecord) -> LoggedTable:
     """Lay the runs out as rows.
 
     Args:
@@ -403,10 +403,10 @@ def layer_table(cell: CellRecord) -> Table:
         which = (layer.layer, layer.component, layer.span, layer.ablation)
         rows.append((*which, layer.n, *figures, reasons or None))
     columns = ("layer", "component", "span", "ablation", "n", *names, "reasons")
-    return Table(columns, tuple(rows))
+    return LoggedTable(columns, tuple(rows))
 
 
-def correlation_table(cell: CellRecord) -> Table:
+def correlation_table(cell: CellRecord) -> LoggedTable:
     """Lay the correlations out as rows.
 
     Args:
@@ -421,7 +421,7 @@ def correlation_table(cell: CellRecord) -> Table:
         figures = (found.get(name) for name in ("value", "low", "high", "p"))
         rows.append((c.proxy, c.coefficient, c.subset, *figures, c.n, c.documents, c.reason))
     columns = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
-    return Table((*columns, "n", "documents", "reason"), tuple(rows))
+    return LoggedTable((*columns, "n", "documents", "reason"), tuple(rows))
 
 
 def _layer_values(layer: RunRecord) -> dict[str, float | None]:

@@ -62,9 +62,9 @@ from tracker.text import masked
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,
+    LoggedTable,
     Published,
     RemoteCell,
-    Table,
     files_digest,
     is_curve,
     sync_command,
@@ -73,10 +73,10 @@ from tracker.tracking.mlflow_runs import (
     FILES_TAG,
     KEY_TAG,
     KIND_TAG,
-    Run,
+    MlflowRun,
     cell_run,
     layer_run,
-    logged_tables,
+    tables_tag,
 )
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class MlflowBackend:
             path = client.download_artifacts(version, BOARD_FILE, folder)
             return Path(path).read_text(encoding="utf-8")
 
-    def add_board(self, file: Path, tables: Mapping[str, Table]) -> str:
+    def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
         """Add a version of the leaderboard as a run.
 
         Args:
@@ -253,7 +253,7 @@ class MlflowBackend:
         self,
         text: str,
         files: Sequence[Path],
-        tables: Mapping[str, Table],
+        tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
     ) -> str:
         """Add a report as a run.
@@ -278,7 +278,7 @@ class MlflowBackend:
         name: str,
         kind: str,
         files: Sequence[Path],
-        tables: Mapping[str, Table],
+        tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
         note: str = "",
     ) -> str:
@@ -289,7 +289,7 @@ class MlflowBackend:
                 KIND_TAG: kind,
                 "mlflow.source.name": "tracker",
                 "mlflow.user": self.user(),
-                "mlflow.loggedArtifacts": logged_tables(tables),
+                "mlflow.loggedArtifacts": tables_tag(tables),
                 "mlflow.note.content": note,
             }
             run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
@@ -414,7 +414,7 @@ def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]
     return found
 
 
-def _write(client: Any, experiment: str, run: Run, existing: dict[str, Any]) -> str:
+def _write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]) -> str:
     """Bring one run to what it should be; `existing` learns of a run that is created."""
     found = existing.get(run.key)
     if found is None:
@@ -461,7 +461,7 @@ def _write(client: Any, experiment: str, run: Run, existing: dict[str, Any]) -> 
 
 
 def _attach(
-    client: Any, run_id: str, tables: Mapping[str, Table], charts: Mapping[str, Figure]
+    client: Any, run_id: str, tables: Mapping[str, LoggedTable], charts: Mapping[str, Figure]
 ) -> None:
     for name, table in tables.items():
         # Not log_table: it appends to a table that is already there.
@@ -497,7 +497,7 @@ def _attach_files(client: Any, run_id: str, files: Sequence[Path]) -> None:
     client.log_text(run_id, json.dumps(digests), _DIGESTS)
 
 
-def _known_points(client: Any, found: Any, run: Run) -> dict[tuple[str, int], float]:
+def _known_points(client: Any, found: Any, run: MlflowRun) -> dict[tuple[str, int], float]:
     """Read back the newest value of every metric at every step."""
     known: dict[tuple[str, int], float] = {}
     for name, value in found.data.metrics.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tracker.records import WHOLE_LAYER, CellRecord, RunRecord, TaskIdentity
 from tracker.tracking.base import (
     CURVES,
-    Table,
+    LoggedTable,
     absent_reasons,
     cell_figures,
     content_digest,
@@ -41,7 +41,7 @@ _DIGEST_CHARACTERS = 36
 
 
 @dataclass(frozen=True)
-class Run:
+class MlflowRun:
     """One MLflow run as it should be."""
 
     key: str
@@ -55,14 +55,16 @@ class Run:
     """The step of every metric that is not a curve."""
     has_curves: bool = False
     """Whether the metrics that `is_curve` names have a step of their own for every layer."""
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, LoggedTable] = field(default_factory=dict)
     charts: Mapping[str, Figure] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     data: tuple[dict[str, str], ...] = ()
     """The data sets that it used, in the fields of MLflow's `Dataset`."""
 
 
-def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> Run:
+def cell_run(
+    cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]
+) -> MlflowRun:
     """Describe the run of a cell.
 
     Args:
@@ -106,14 +108,14 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         "tracker.data": benchmark.data,
         "tracker.missing": ", ".join(cell.lacks) or None,
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
-        "mlflow.loggedArtifacts": logged_tables(tables),
+        "mlflow.loggedArtifacts": tables_tag(tables),
         "mlflow.note.content": (
             f"**{cell.title}**: what the benchmark's {measured} (`{cell.metric}`, {cell.n} "
             f"documents) when {_what_is_removed(cell)}, beside the cheap proxies. The step of "
             f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         ),
     }
-    return Run(
+    return MlflowRun(
         key=run_key(cell, "cell"),
         name=cell.title,
         digest=content_digest(cell, FORMAT, files),
@@ -129,7 +131,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
     )
 
 
-def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> Run:
+def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
     """Describe one run of a cell, nested in the run of the cell.
 
     Args:
@@ -143,7 +145,7 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> Run:
     name = run_name(cell, layer)
     tags = {"tracker.layer": str(layer.layer), "mlflow.parentRunId": parent_id}
     figures = flat_metrics(layer)
-    return Run(
+    return MlflowRun(
         key=run_key(cell, layer.ablation),
         name=name,
         digest=content_digest(layer, FORMAT, name, cell.metric, parent_id),
@@ -162,7 +164,7 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> Run:
     )
 
 
-def logged_tables(names: Iterable[str]) -> str:
+def tables_tag(names: Iterable[str]) -> str:
     """Write the tag by which MLflow's page finds tables.
 
     Args:

@@ -32,12 +32,12 @@ from tracker.text import masked
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,
+    LoggedTable,
     Published,
     RemoteCell,
-    Table,
     sync_command,
 )
-from tracker.tracking.wandb_runs import Run, cell_run, group_of, layer_run
+from tracker.tracking.wandb_runs import WandbRun, cell_run, group_of, layer_run
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -205,7 +205,7 @@ class WandbBackend:
             _download(wandb.Api().artifact(f"{self._path()}/{BOARD}:{version}"), Path(folder))
             return (Path(folder) / BOARD_FILE).read_text(encoding="utf-8")
 
-    def add_board(self, file: Path, tables: Mapping[str, Table]) -> str:
+    def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
         """Add a version of the leaderboard: an artifact, and a run with its tables.
 
         Args:
@@ -222,7 +222,7 @@ class WandbBackend:
         self,
         text: str,
         files: Sequence[Path],
-        tables: Mapping[str, Table],
+        tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
     ) -> str:
         """Add a report: a W&B Report, a saved view, and a run with page, tables and charts.
@@ -264,7 +264,7 @@ class WandbBackend:
         artifact: str,
         kind: str,
         files: Sequence[Path],
-        tables: Mapping[str, Table],
+        tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
     ) -> None:
         """Log files, tables and charts in a run of their own."""
@@ -304,7 +304,7 @@ class WandbBackend:
                 found.setdefault(str(mine["run_key"]), _Known(run.id, digest))
         return found
 
-    def _confirm(self, cell: CellRecord, runs: Sequence[Run]) -> None:
+    def _confirm(self, cell: CellRecord, runs: Sequence[WandbRun]) -> None:
         """Read back: the client reports an upload that was given up only where it logs."""
         there = self._ask(cell)
         for run in runs:
@@ -312,7 +312,7 @@ class WandbBackend:
             if found is None or found.digest != run.digest:
                 raise TrackingError(f"the run {run.name!r} did not arrive whole")
 
-    def _write(self, run: Run, found: _Known | None, offline: bool, deleted: int) -> int:
+    def _write(self, run: WandbRun, found: _Known | None, offline: bool, deleted: int) -> int:
         """Bring one run to what it should be; say how many ids of its series are gone."""
         points = self._points(found) if found and run.curves and not offline else []
         try:
@@ -425,11 +425,11 @@ class WandbTrial:
                 yield handle
 
 
-def _labels(run: Run) -> dict[str, Any]:
+def _labels(run: WandbRun) -> dict[str, Any]:
     return {"name": run.name, "group": run.group, "job_type": run.job_type, "tags": run.tags}
 
 
-def _fill(handle: Any, run: Run, known: Sequence[Mapping[str, Any]]) -> None:
+def _fill(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> None:
     """Log what a run says, the digest last.
 
     Args:
@@ -465,7 +465,7 @@ def _fill(handle: Any, run: Run, known: Sequence[Mapping[str, Any]]) -> None:
     handle.config.update({"tracker": mine}, allow_val_change=True)
 
 
-def _table(table: Table) -> Any:
+def _table(table: LoggedTable) -> Any:
     rows: list[Any] = [list(row) for row in table.rows]
     return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tracker.records import CellRecord, RunRecord
 from tracker.tracking.base import (
     CURVES,
-    Table,
+    LoggedTable,
     absent_reasons,
     cell_figures,
     content_digest,
@@ -43,7 +43,7 @@ _NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class OutcomesArtifact:
     """The artifact of a cell: everything its figures were computed from."""
 
     name: str
@@ -53,7 +53,7 @@ class Outcomes:
 
 
 @dataclass(frozen=True)
-class Run:
+class WandbRun:
     """One W&B run as it should be."""
 
     key: str
@@ -66,9 +66,9 @@ class Run:
     summary: dict[str, float]
     curves: tuple[dict[str, float], ...] = ()
     """One row of points a layer, each with `layer`."""
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, LoggedTable] = field(default_factory=dict)
     charts: Mapping[str, Figure] = field(default_factory=dict)
-    outcomes: Outcomes | None = None
+    outcomes: OutcomesArtifact | None = None
 
     def id(self, deleted: int = 0) -> str:
         """Name the run the same way everywhere: W&B never frees the id of a deleted run.
@@ -95,7 +95,7 @@ def group_of(cell: CellRecord) -> str:
     return _fitting(f"{cell.title} · {cell.key[:8]}", _GROUP)
 
 
-def layer_run(cell: CellRecord, layer: RunRecord) -> Run:
+def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
     """Describe one run of a cell.
 
     Args:
@@ -118,7 +118,7 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> Run:
     )
 
 
-def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> Run:
+def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> WandbRun:
     """Describe the run of a cell.
 
     Args:
@@ -151,7 +151,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
             "tables/correlations": correlation_table(cell),
         },
         charts=charts,
-        outcomes=Outcomes(
+        outcomes=OutcomesArtifact(
             name=artifact,
             aliases=("complete", f"documents-{cell.n}") if cell.is_complete else ("incomplete",),
             metadata={
@@ -172,9 +172,9 @@ def _run(
     own: Mapping[str, object],
     reasons: Mapping[str, str],
     **parts: Any,
-) -> Run:
+) -> WandbRun:
     key = run_key(cell, ablation)
-    outcomes: Outcomes | None = parts.get("outcomes")
+    outcomes: OutcomesArtifact | None = parts.get("outcomes")
     config = {
         # The names that a sweep gives its trials, so that both kinds of run filter alike.
         "model": cell.model.source,
@@ -192,7 +192,7 @@ def _run(
             "reasons": _nested({metric_name(name): why for name, why in reasons.items()}),
         },
     }
-    return Run(
+    return WandbRun(
         key=key,
         name=_fitting(name, _NAME),
         group=group_of(cell),
