@@ -22,8 +22,12 @@ from mlflow import MlflowClient
 from tracker.errors import RequestError, TrackingError
 from tracker.records import CellRecord
 from tracker.tracking import open_backend, target
-from tracker.tracking.base import CURVES, Published, content_digest, flat_metrics
-from tracker.tracking.mlflow import DIGEST_TAG, MlflowBackend, create_database
+from tracker.tracking.base import Published
+from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.identity import content_digest
+from tracker.tracking.mlflow.backend import MlflowBackend
+from tracker.tracking.mlflow.database import create_database
+from tracker.tracking.mlflow.writing import DIGEST_TAG
 
 from .conftest import CellMaker
 from .mlflow_server import free_port
@@ -483,7 +487,7 @@ PUBLISHER = """
 import sys, time
 from pathlib import Path
 from tracker.records import CellRecord
-from tracker.tracking.mlflow import MlflowBackend
+from tracker.tracking.mlflow.backend import MlflowBackend
 results, uri, cell, number = sys.argv[1:]
 cell = CellRecord.model_validate_json(Path(cell).read_text())
 backend = MlflowBackend("layers", Path(results), uri or None)
@@ -628,7 +632,7 @@ def test_open_backend(tmp_path: Path, make_cell: CellMaker, template: Path) -> N
 
 
 def test_the_seam_and_the_description_of_runs_import_no_sdk() -> None:
-    code = "import sys, tracker.tracking.mlflow_runs; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, tracker.tracking.mlflow.runs; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 

@@ -15,8 +15,8 @@ import pytest
 from tracker import api
 from tracker.errors import TrackingError
 from tracker.records import CellRecord
-from tracker.tracking.base import CURVES, flat_metrics
-from tracker.tracking.mlflow import MlflowBackend
+from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import CellMaker
 from .mlflow_server import PASSWORD, USER, Gate, MlflowServer

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from tracker.records import CellRecord, RunRecord
 from tracker.reporting.html import render_page
-from tracker.tracking import mlflow_runs, wandb_runs
-from tracker.tracking.base import curve_name, is_curve, layer_table, run_key
-from tracker.tracking.mlflow import MlflowBackend
+from tracker.tracking.figures import curve_name, is_curve, layer_table
+from tracker.tracking.identity import run_key
+from tracker.tracking.mlflow import runs as mlflow_runs
+from tracker.tracking.mlflow.backend import MlflowBackend
+from tracker.tracking.wandb import runs as wandb_runs
 
 from .conftest import CellMaker, layer_record
 from .test_mlflow import PROJECT, Store, local

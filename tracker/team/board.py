@@ -18,7 +18,8 @@ import pandas as pd
 from tracker.errors import ResultsError
 from tracker.records import CellRecord, Record, Shown
 from tracker.reporting.export import frames
-from tracker.tracking.base import BOARD_FILE, Backend, LoggedTable, content_digest
+from tracker.tracking.base import BOARD_FILE, Backend, LoggedTable
+from tracker.tracking.identity import content_digest
 
 FORMAT = 3
 _ROUNDS = 5

@@ -18,14 +18,14 @@ from tracker.provenance import content_hash
 from tracker.records import CellRecord, RunRecord
 from tracker.text import masked
 from tracker.tracking.base import Backend
-from tracker.tracking.isolated import Isolated
+from tracker.tracking.wandb.isolated import Isolated
 
 _SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 """What an agent tells its trial. Whoever has it can open the trial's own run and no other."""
 
 
 def _mlflow(project: str, results: Path, server: str | None) -> Backend:
-    from tracker.tracking.mlflow import MlflowBackend
+    from tracker.tracking.mlflow.backend import MlflowBackend
 
     return MlflowBackend(project, results, server)
 

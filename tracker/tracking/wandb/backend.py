@@ -4,8 +4,6 @@ What stands here runs in a process of its own: `isolated` calls it. A run is fou
 `tracker.run_key` in its config, and `tracker.digest` is written last: a run whose digest is missing
 or old is completed by the next `publish`. Offline nothing can be asked, so a file beside the
 offline runs remembers them.
-
-W&B never takes a point of a curve back: where a figure has changed, its curve gets a second point.
 """
 
 from __future__ import annotations
@@ -27,33 +25,16 @@ from filelock import FileLock
 from tracker.distribution import install_extra
 from tracker.errors import TrackingError
 from tracker.ledger.files import write_text
-from tracker.records import CellRecord, RunRecord
-from tracker.text import masked
-from tracker.tracking.base import (
-    BOARD,
-    BOARD_FILE,
-    LoggedTable,
-    Published,
-    RemoteCell,
-    sync_command,
-)
-from tracker.tracking.wandb_runs import WandbRun, cell_run, group_of, layer_run
+from tracker.records import CellRecord
+from tracker.tracking.base import BOARD, BOARD_FILE, LoggedTable, Published, RemoteCell
+from tracker.tracking.wandb.session import finished, is_offline, log_in, publishing, session, start
+from tracker.tracking.wandb.writing import attach, fill, shown
+from tracker.tracking.wandb.runs import WandbRun, cell_run, group_of, layer_run
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _LOCK_SECONDS = 600.0
-_FINISH_SECONDS = 120.0
-_ENVIRONMENT = {
-    "WANDB_ERROR_REPORTING": "false",
-    "WANDB_SILENT": "true",
-    # Its own limits (20 retries and more, up to a minute apart) would hold up a measurement for an
-    # hour when the server is down. The login and the `Api` take them from here alone.
-    "WANDB__FILE_STREAM_RETRY_MAX": "4",
-    "WANDB__FILE_TRANSFER_RETRY_MAX": "4",
-    "WANDB__GRAPHQL_RETRY_MAX": "3",
-}
-"""What W&B reads when it is set up; a user's own setting wins."""
 _DELETED = "previously created and deleted"
 """What the server says, with 409, to the id of a run that was deleted."""
 _IDS = 10  # that are tried
@@ -61,9 +42,6 @@ _RENEWED = (
     "runs of this cell had been deleted in W&B, which never frees an id; they are there again, "
     "under other ids"
 )
-_TOOK_NOTHING = "W&B did not take the runs"
-_ON_DISK = "The results are on disk; when it is back"
-_SECRETS = ("WANDB_API_KEY",)
 
 
 @dataclass(frozen=True)
@@ -117,14 +95,10 @@ class WandbBackend:
         # W&B lists the newest run first: the cell, then layer 0, then layer 1, ...
         layers = () if self._in_sweep else reversed(cell.runs)
         runs = [*(layer_run(cell, layer) for layer in layers), cell_run(cell, artifacts, charts)]
-        again = sync_command(self._results, self._to)
-        with (
-            _session(self._results, _TOOK_NOTHING, f"{_ON_DISK}: {again}"),
-            self._one_publisher(),
-        ):
-            offline = _is_offline()
+        with publishing(self._results, self._to), self._one_publisher():
+            offline = is_offline()
             if not offline:
-                _log_in()
+                log_in()
             known = self._read_notes() if offline else self._ask(cell)
             outcomes = {"created": 0, "updated": 0, "unchanged": 0}
             deleted = 0
@@ -237,7 +211,7 @@ class WandbBackend:
             Where to look.
         """
         try:
-            from tracker.tracking import wandb_views as views
+            from tracker.tracking.wandb import views
         except ImportError:
             raise TrackingError(
                 f"a W&B Report needs a package more; type: {install_extra('reports')}"
@@ -269,28 +243,17 @@ class WandbBackend:
     ) -> None:
         """Log files, tables and charts in a run of their own."""
         with self._reading(f"W&B did not take the {name}"):
-            _log_in()
-            handle = wandb.init(
-                entity=self._entity,
-                project=self._project,
-                name=name,
-                job_type="report",
-                reinit="create_new",
-                settings=_settings(self._results),
-            )
-            with _finished(handle):
-                handle.log({f"tables/{n}": _table(table) for n, table in tables.items()})
+            log_in()
+            place = {"entity": self._entity, "project": self._project}
+            handle = start(self._results, **place, name=name, job_type="report")
+            with finished(handle):
+                handle.log({f"tables/{n}": shown(table) for n, table in tables.items()})
                 handle.log({f"charts/{n}": figure for n, figure in charts.items()})
-                made = wandb.Artifact(artifact, type=kind)
-                for file in files:
-                    made.add_file(str(file), name=file.name)
-                logged = handle.log_artifact(made, aliases=["latest"])
-                if not handle.offline:
-                    logged.wait()
+                attach(handle, wandb.Artifact(artifact, type=kind), files)
 
     @contextmanager
     def _reading(self, problem: str = "W&B could not be read") -> Iterator[None]:
-        with _session(self._results, f"{problem} ({self._to})", ""):
+        with session(self._results, f"{problem} ({self._to})"):
             yield
 
     def _ask(self, cell: CellRecord) -> dict[str, _Known]:
@@ -316,22 +279,21 @@ class WandbBackend:
         """Bring one run to what it should be; say how many ids of its series are gone."""
         points = self._points(found) if found and run.curves and not offline else []
         try:
-            handle = wandb.init(
+            handle = start(
+                self._results,
                 entity=self._entity,
                 project=self._project,
                 id=found.id if found else run.id(deleted),
                 config=run.config,
                 resume=None if offline else "allow",
-                reinit="create_new",
-                settings=_settings(self._results),
-                **_labels(run),
+                **run.labels,
             )
         except wandb.Error as error:
             if found or _DELETED not in str(error) or deleted == _IDS:
                 raise
             return self._write(run, found, offline, deleted + 1)
-        with _finished(handle):
-            _fill(handle, run, points)
+        with finished(handle):
+            fill(handle, run, points)
         return deleted
 
     def _points(self, found: _Known) -> list[dict[str, Any]]:
@@ -375,99 +337,12 @@ class WandbBackend:
             yield
 
 
-class WandbTrial:
-    """The run that a W&B agent opened for its trial.
-
-    Args:
-        results: The results folder.
-    """
-
-    def __init__(self, results: Path) -> None:
-        self._results = results.absolute()
-
-    def log(self, cell: CellRecord, layer: RunRecord) -> None:
-        """Log a layer, and end.
-
-        Args:
-            cell: The cell.
-            layer: The run of the cell that the trial asked for.
-
-        Raises:
-            TrackingError: W&B refused or could not be reached.
-        """
-        run = layer_run(cell, layer)
-        with self._opened(**_labels(run)) as handle:
-            # The sweep's own values stand: W&B locks them.
-            own = {name: value for name, value in run.config.items() if name not in handle.config}
-            handle.config.update(own)
-            _fill(handle, run, [])
-
-    def end(self, note: str, failed: bool) -> None:
-        """End with nothing measured.
-
-        Args:
-            note: Why.
-            failed: Whether the sweep shows the run as failed.
-
-        Raises:
-            TrackingError: W&B refused or could not be reached.
-        """
-        with self._opened(exit_code=int(failed)) as handle:
-            handle.config.update({"tracker": {"note": masked(note)}})
-
-    @contextmanager
-    def _opened(self, exit_code: int = 0, **names: Any) -> Iterator[Any]:
-        again = sync_command(self._results, "wandb")
-        with _session(self._results, _TOOK_NOTHING, f"{_ON_DISK}: {again}"):
-            _log_in()
-            handle = wandb.init(reinit="create_new", settings=_settings(self._results), **names)
-            with _finished(handle, exit_code):
-                yield handle
 
 
-def _labels(run: WandbRun) -> dict[str, Any]:
-    return {"name": run.name, "group": run.group, "job_type": run.job_type, "tags": run.tags}
 
 
-def _fill(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> None:
-    """Log what a run says, the digest last.
-
-    Args:
-        handle: An open W&B run.
-        run: What it should be.
-        known: Rows of its history that it has already.
-    """
-    if run.curves:
-        handle.define_metric("layer", hidden=True, summary="none")
-        for name in dict.fromkeys(name for row in run.curves for name in row if name != "layer"):
-            handle.define_metric(name, step_metric="layer", summary="none")
-        for row in run.curves:
-            if row not in known:
-                handle.log(row)
-        tables = {name: _table(table) for name, table in run.tables.items()}
-        handle.log({**tables, **{f"charts/{name}": c for name, c in run.charts.items()}})
-    else:
-        handle.log(run.summary)
-    for name, value in dict(handle.summary).items():
-        if name not in run.summary and isinstance(value, int | float) and name[0] != "_":
-            del handle.summary[name]  # it was defined once
-    handle.summary.update(run.summary)
-    if run.outcomes:
-        artifact = wandb.Artifact(
-            run.outcomes.name, type="outcomes", metadata=run.outcomes.metadata
-        )
-        for file in run.outcomes.files:
-            artifact.add_file(str(file), name=file.name)
-        logged = handle.log_artifact(artifact, aliases=["latest", *run.outcomes.aliases])
-        if not handle.offline:
-            logged.wait()
-    mine = {**run.config["tracker"], "digest": run.digest}
-    handle.config.update({"tracker": mine}, allow_val_change=True)
 
 
-def _table(table: LoggedTable) -> Any:
-    rows: list[Any] = [list(row) for row in table.rows]
-    return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
 
 
 def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[Any]:
@@ -486,57 +361,11 @@ def _download(artifact: Any, folder: Path) -> None:
     artifact.verify(root=str(folder))
 
 
-def _is_offline() -> bool:
-    return bool(wandb.setup().settings._offline)
 
 
-def _log_in() -> None:
-    """Refuse to wait at a prompt: a measurement runs at night."""
-    if not wandb.login(prompt=False, verify=True):
-        raise TrackingError(
-            "nobody is logged in to W&B: run `wandb login`, set WANDB_API_KEY, or write offline "
-            "runs with WANDB_MODE=offline"
-        )
 
 
-def _settings(results: Path) -> Any:
-    """Keep runs quiet, bound every wait, and log nothing of the machine that only publishes."""
-    return wandb.Settings(
-        root_dir=str(results),
-        console="off",
-        silent=True,
-        disable_code=True,
-        disable_git=True,
-        x_disable_machine_info=True,
-        x_disable_meta=True,
-        x_disable_stats=True,
-        x_save_requirements=False,
-        init_timeout=60,
-        finish_timeout=_FINISH_SECONDS,
-        finish_timeout_raises=True,
-    )
 
 
-@contextmanager
-def _finished(handle: Any, exit_code: int = 0) -> Iterator[None]:
-    """End a run, as failed where it was not written whole."""
-    try:
-        yield
-    except BaseException:
-        handle.finish(exit_code=1)
-        raise
-    handle.finish(exit_code=exit_code)
 
 
-@contextmanager
-def _session(results: Path, problem: str, advice: str) -> Iterator[None]:
-    """Set W&B up for the process, and say what to do about whatever it raises."""
-    # Beside the runs, so that offline runs have their artifacts with them.
-    environment = {**_ENVIRONMENT, "WANDB_DATA_DIR": str(results / "wandb" / "data")}
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  the SDK raises many kinds
-        text = masked(str(error) or type(error).__name__, [os.environ.get(n) for n in _SECRETS])
-        raise TrackingError("\n".join(filter(None, (f"{problem}: {text}", advice)))) from None

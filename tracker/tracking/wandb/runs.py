@@ -10,23 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.records import CellRecord, RunRecord
-from tracker.tracking.base import (
-    CURVES,
-    LoggedTable,
-    absent_reasons,
-    cell_figures,
-    content_digest,
-    correlation_table,
-    curve_name,
-    defined,
-    files_digest,
-    flat_metrics,
-    layer_table,
-    metric_name,
-    not_finite,
-    run_key,
-    run_name,
-)
+from tracker.tracking.figures import CURVES, absent_reasons, cell_figures, correlation_table, curve_name, defined, flat_metrics, layer_table, metric_name, not_finite
+from tracker.tracking.base import LoggedTable
+from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -69,6 +55,11 @@ class WandbRun:
     tables: dict[str, LoggedTable] = field(default_factory=dict)
     charts: Mapping[str, Figure] = field(default_factory=dict)
     outcomes: OutcomesArtifact | None = None
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What W&B lists it by, in the words of `wandb.init`."""
+        return {n: getattr(self, n) for n in ("name", "group", "job_type", "tags")}
 
     def id(self, deleted: int = 0) -> str:
         """Name the run the same way everywhere: W&B never frees the id of a deleted run.

@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracker.records import WHOLE_LAYER, CellRecord, RunRecord, TaskIdentity
-from tracker.tracking.base import (
+from tracker.tracking.base import LoggedTable
+from tracker.tracking.figures import (
     CURVES,
-    LoggedTable,
     absent_reasons,
     cell_figures,
-    content_digest,
     correlation_table,
     curve_name,
     defined,
-    files_digest,
     flat_metrics,
     layer_table,
     metric_name,
     not_finite,
-    run_key,
-    run_name,
 )
+from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
