@@ -41,7 +41,7 @@ def beneath(cell: CellRecord) -> CellRecord:
 
 def publish(results: Path, cell: CellRecord) -> tuple[int, int, int]:
     backend = MlflowBackend(PROJECT, results)
-    done = backend.publish(cell, [])
+    done = backend.publish(cell, [], {})
     backend.close()
     return done.created, done.updated, done.unchanged
 

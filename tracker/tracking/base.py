@@ -153,13 +153,5 @@ BOARD_FILE = "leaderboard.json"
 
 
 def sync_command(results: Path, to: str) -> str:
-    """Say what to type when a backend is back.
-
-    Args:
-        results: The results folder.
-        to: Where the runs go, as `BACKEND` or `BACKEND:PROJECT`.
-
-    Returns:
-        The command.
-    """
+    """Say what to type when a backend is back; `to` is `BACKEND` or `BACKEND:PROJECT`."""
     return f"tracker sync --to {shlex.quote(to)} --results {shlex.quote(str(results))}"

@@ -29,26 +29,16 @@ _LAYER_VALUES = (*CURVES, "mcnemar_p")
 def metric_name(name: str) -> str:
     """Name a metric as every backend takes it.
 
-    Args:
-        name: Our name; lm-eval's metrics hold a comma before the filter.
-
-    Returns:
-        The name with `/` for commas, and `_` for what MLflow refuses.
+    lm-eval's metrics hold a comma before the filter: `/` instead; and `_` for what MLflow refuses.
     """
     folders = "/".join(part for part in name.split(",") if part)
     return re.sub(r"[^\w./ -]", "_", folders, flags=re.ASCII)
 
 
 def curve_name(run: RunIdentity, figure: str) -> str:
-    """Name the curve that a run's figure is a point of.
+    """Name the curve that a run's figure, one of `CURVES`, is a point of.
 
-    Args:
-        run: The run.
-        figure: One of `CURVES`.
-
-    Returns:
-        The figure's own name for whole single layers; otherwise for example
-        `attention/accuracy_drop` or `span4/accuracy_drop`.
+    Its own name for whole single layers; else `attention/accuracy_drop` or `span4/accuracy_drop`.
     """
     component = "" if run.component == "layer" else f"{run.component}/"
     span = "" if run.span == 1 else f"span{run.span}/"
@@ -56,26 +46,12 @@ def curve_name(run: RunIdentity, figure: str) -> str:
 
 
 def is_curve(name: str) -> bool:
-    """Say whether a metric of a cell's run is a curve, of whatever was removed.
-
-    Args:
-        name: The metric's name.
-
-    Returns:
-        Whether `curve_name` may have made it.
-    """
+    """Say whether `curve_name` may have made a metric's name."""
     return _CURVE.fullmatch(name) is not None
 
 
 def defined(values: Mapping[str, float | None]) -> dict[str, float]:
-    """Keep the values that are there: missing is not zero, and infinity is not a measurement.
-
-    Args:
-        values: Values by name.
-
-    Returns:
-        Those that are neither None nor NaN nor infinite.
-    """
+    """Keep the values that are there: missing is not zero, and infinity is not a measurement."""
     return {
         name: float(value)
         for name, value in values.items()
@@ -84,27 +60,19 @@ def defined(values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def flat_metrics(layer: RunRecord) -> dict[str, float]:
-    """Flatten a run's figures; the benchmark's own metrics come as `metric/NAME`.
+    """Flatten a run's defined figures; the benchmark's own metrics come as `metric/NAME`.
 
-    Args:
-        layer: One run's record.
-
-    Returns:
-        Every defined figure by name: fractions, or a loss and its increase in the metric's own
-        unit, and nats for `gold_logprob_drop`.
+    They are fractions, or a loss and its increase in the metric's own unit, and nats for
+    `gold_logprob_drop`.
     """
     return {"n": float(layer.n), **defined(_layer_values(layer))}
 
 
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
-    """Flatten the figures of the cell itself.
+    """Flatten the figures of the cell itself, None where one is not defined.
 
-    Args:
-        cell: The cell.
-
-    Returns:
-        Every figure by name, None where it is not defined: fractions, or a loss in the metric's
-        own unit; the correlations as `spearman/cosine_score/all`.
+    They are fractions, or a loss in the metric's own unit; correlations come as
+    `spearman/cosine_score/all`.
     """
     return {
         "n": cell.n,
@@ -124,26 +92,12 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
 
 
 def absent_reasons(layer: RunRecord) -> dict[str, str]:
-    """Say why figures are absent from `flat_metrics`.
-
-    Args:
-        layer: One run's record.
-
-    Returns:
-        The record's own reasons, and one for each value that is NaN or infinite.
-    """
+    """Say why figures are absent from `flat_metrics`."""
     return {**not_finite(_layer_values(layer)), **layer.reasons}
 
 
 def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Give a reason for every value that is a number but not a finite one.
-
-    Args:
-        values: Values by name.
-
-    Returns:
-        A reason for each NaN and each infinite value, by name.
-    """
+    """Give a reason for every value that is a number but not a finite one."""
     return {
         name: f"not a finite number: {value}"
         for name, value in values.items()
@@ -152,14 +106,9 @@ def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
 
 
 def layer_table(cell: CellRecord) -> LoggedTable:
-    """Lay the runs out as rows.
+    """Lay the runs out, one a row.
 
-    Args:
-        cell: The cell.
-
-    Returns:
-        One row per run; `layer` is its first layer, 0-based, and `reasons` explains what is not
-        defined.
+    `layer` is a run's first layer, 0-based, and `reasons` explains what is not defined.
     """
     benchmark_metrics = sorted({f"metric/{name}" for row in cell.runs for name in row.metrics})
     names = (*_LAYER_VALUES, *benchmark_metrics)
@@ -175,14 +124,7 @@ def layer_table(cell: CellRecord) -> LoggedTable:
 
 
 def correlation_table(cell: CellRecord) -> LoggedTable:
-    """Lay the correlations out as rows.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        One row per proxy, coefficient and subset of layers.
-    """
+    """Lay the correlations out: one row per proxy, coefficient and subset of layers."""
     rows: list[tuple[Value, ...]] = []
     for c in cell.correlations:
         found = defined({"value": c.value, "low": c.low, "high": c.high, "p": c.p_value})

@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from typing_extensions import override
 
 from tracker.errors import TrackingError
 from tracker.records import CellRecord
@@ -33,6 +33,7 @@ from tracker.text import masked
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,
+    Backend,
     LoggedTable,
     Published,
     RemoteCell,
@@ -67,8 +68,10 @@ _SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 
 
-class MlflowBackend:
+class MlflowBackend(Backend):
     """Keeps an MLflow experiment in step with the ledger.
+
+    A version of the leaderboard is a run, and so is a report.
 
     Args:
         project: The MLflow experiment's name.
@@ -93,25 +96,13 @@ class MlflowBackend:
             self._uri = f"sqlite:///{self._database}"
         self._connection: tuple[Any, str] | None = None
 
+    @override
     def publish(
         self,
         cell: CellRecord,
         artifacts: Sequence[Path],
-        charts: Mapping[str, Figure] = MappingProxyType({}),
+        charts: Mapping[str, Figure],
     ) -> Published:
-        """Publish the cell as a parent run, and each of its runs as a nested one.
-
-        Args:
-            cell: The record, complete or still growing.
-            artifacts: Files to attach to the cell's run, each under its own file name.
-            charts: Plotly figures of the cell's run, by name.
-
-        Returns:
-            How many runs were created, updated and left alone, and where to look at them.
-
-        Raises:
-            TrackingError: MLflow refused or could not be reached.
-        """
         again = sync_command(self._results, f"{self.name}:{self._project}")
         advice = f"The results are on disk; when it is back: {again}"
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
@@ -132,15 +123,8 @@ class MlflowBackend:
             location=location,
         )
 
+    @override
     def cells(self) -> list[RemoteCell]:
-        """List the cells of the experiment.
-
-        Returns:
-            One entry a cell's run that was written whole.
-
-        Raises:
-            TrackingError: There is no such experiment, or MLflow could not be reached.
-        """
         with self._failures_explained("could not be read"):
             client, experiment = self._existing()
             runs = _search(client, experiment, f"tags.`{KIND_TAG}` = 'cell'")
@@ -155,16 +139,8 @@ class MlflowBackend:
                 if DIGEST_TAG in run.data.tags
             ]
 
+    @override
     def fetch(self, cell: RemoteCell, folder: Path) -> None:
-        """Download the files of a cell, checked against the digest that its run states.
-
-        Args:
-            cell: One of `cells`.
-            folder: An empty folder for them.
-
-        Raises:
-            TrackingError: MLflow could not be reached, or the files are not what was attached.
-        """
         with self._failures_explained("could not be read"):
             client, _ = self._existing()
             there = stated_digests(client, cell.place)
@@ -174,43 +150,25 @@ class MlflowBackend:
             if files_digest(folder.iterdir()) != cell.version:
                 raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
 
+    @override
     def boards(self) -> list[str]:
-        """List the versions of the experiment's leaderboard, the oldest first.
-
-        Returns:
-            Ids of runs; empty where there is none yet.
-        """
         with self._failures_explained("could not be read"):
             client, experiment = self._connect()
             runs = _search(client, experiment, f"tags.`{KIND_TAG}` = '{BOARD}'")
             return [run.info.run_id for run in runs if run.info.status == "FINISHED"]
 
+    @override
     def read_board(self, version: str) -> str:
-        """Read one version of the leaderboard.
-
-        Args:
-            version: One of `boards`.
-
-        Returns:
-            Its text.
-        """
         with self._failures_explained("could not be read"), TemporaryDirectory() as folder:
             client, _ = self._existing()
             path = client.download_artifacts(version, BOARD_FILE, folder)
             return Path(path).read_text(encoding="utf-8")
 
+    @override
     def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
-        """Add a version of the leaderboard as a run.
-
-        Args:
-            file: All of it, named `BOARD_FILE`.
-            tables: What people browse.
-
-        Returns:
-            Where to look.
-        """
         return self._add("leaderboard", BOARD, [file], tables, {})
 
+    @override
     def add_report(
         self,
         text: str,
@@ -218,21 +176,10 @@ class MlflowBackend:
         tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
     ) -> str:
-        """Add a report as a run.
-
-        Args:
-            text: What it says in a few paragraphs.
-            files: The page, and what goes with it.
-            tables: What people browse.
-            charts: Plotly figures, by name.
-
-        Returns:
-            Where to look.
-        """
         return self._add("report", "report", files, tables, charts, text)
 
+    @override
     def user(self) -> str:
-        """Say as whom MLflow knows this user."""
         return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
 
     def _add(
@@ -261,8 +208,9 @@ class MlflowBackend:
             client.set_terminated(run_id, "FINISHED")
             return self._location(experiment)
 
+    @override
     def close(self) -> None:
-        """Leave the SQLite file complete on its own, so that it can be copied."""
+        # The SQLite file is left complete on its own, so that it can be copied.
         connected, self._connection = self._connection is not None, None
         if connected and self._database:
             with suppress(sqlite3.Error), closing(sqlite3.connect(self._database)) as database:

@@ -28,9 +28,6 @@ def create_database(path: Path) -> None:
 
     MLflow's migrations take seconds and cannot be repeated when they are interrupted, so they run
     on a draft that is renamed when it is complete. The caller holds the lock.
-
-    Args:
-        path: The SQLite file.
     """
     if path.exists() and path.stat().st_size:
         with closing(sqlite3.connect(path)) as database:

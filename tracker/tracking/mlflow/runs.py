@@ -62,16 +62,7 @@ class MlflowRun:
 def cell_run(
     cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]
 ) -> MlflowRun:
-    """Describe the run of a cell.
-
-    Args:
-        cell: The cell.
-        artifacts: Files to attach, each under its own file name.
-        charts: Plotly figures, by name.
-
-    Returns:
-        The run, with the layers' figures as curves over the layers.
-    """
+    """Describe the run of a cell, with the layers' figures as curves over the layers."""
     model, benchmark = cell.model, cell.benchmark
     params = {
         "architecture": model.architecture,
@@ -129,16 +120,7 @@ def cell_run(
 
 
 def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
-    """Describe one run of a cell, nested in the run of the cell.
-
-    Args:
-        cell: The cell.
-        layer: The run's record.
-        parent_id: MLflow's id for the run of the cell.
-
-    Returns:
-        The run.
-    """
+    """Describe one run of a cell, nested in the cell's own, which MLflow knows as `parent_id`."""
     name = run_name(cell, layer)
     tags = {"tracker.layer": str(layer.layer), "mlflow.parentRunId": parent_id}
     figures = flat_metrics(layer)
@@ -162,14 +144,7 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
 
 
 def tables_tag(names: Iterable[str]) -> str:
-    """Write the tag by which MLflow's page finds tables.
-
-    Args:
-        names: The tables' names.
-
-    Returns:
-        JSON.
-    """
+    """Write the tag by which MLflow's page finds tables of these names."""
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
 
 

@@ -96,14 +96,7 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
 def attach(
     client: Any, run_id: str, tables: Mapping[str, LoggedTable], charts: Mapping[str, Figure]
 ) -> None:
-    """Log tables and charts.
-
-    Args:
-        client: MLflow's client.
-        run_id: The run.
-        tables: What people browse, by name.
-        charts: Plotly figures, by name.
-    """
+    """Log tables and charts, by name."""
     for name, table in tables.items():
         # Not log_table: it appends to a table that is already there.
         content = {"columns": table.columns, "data": table.rows}
@@ -113,14 +106,9 @@ def attach(
 
 
 def stated_digests(client: Any, run_id: str) -> dict[str, str]:
-    """Read which files a run states to have; a run of an older tracker states none.
+    """Read which files a run states to have: digests by name, of those that are there.
 
-    Args:
-        client: MLflow's client.
-        run_id: The run.
-
-    Returns:
-        The digests of those that are there, by name.
+    A run of an older tracker states none.
     """
     there = {artifact.path for artifact in client.list_artifacts(run_id)}
     if _DIGESTS.split("/")[0] not in there:

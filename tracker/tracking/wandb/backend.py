@@ -16,20 +16,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import wandb
 from filelock import FileLock
+from typing_extensions import override
 
 from tracker.distribution import install_extra
 from tracker.errors import TrackingError
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord
-from tracker.tracking.base import BOARD, BOARD_FILE, LoggedTable, Published, RemoteCell
+from tracker.tracking.base import BOARD, BOARD_FILE, Backend, LoggedTable, Published, RemoteCell
+from tracker.tracking.wandb.runs import WandbRun, cell_run, group_of, layer_run
 from tracker.tracking.wandb.session import finished, is_offline, log_in, publishing, session, start
 from tracker.tracking.wandb.writing import attach, fill, shown
-from tracker.tracking.wandb.runs import WandbRun, cell_run, group_of, layer_run
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -52,11 +52,12 @@ class _Known:
     digest: str | None
 
 
-class WandbBackend:
+class WandbBackend(Backend):
     """Keeps a W&B project in step with the ledger.
 
     In a sweep each layer's run is its trial's, so there the cell's own run is all that is
-    published here.
+    published here. A version of the leaderboard is an artifact, and a run with its tables. A report
+    is a W&B Report, a saved view, and a run with page, tables and charts.
 
     Args:
         project: `PROJECT` or `ENTITY/PROJECT`.
@@ -73,25 +74,13 @@ class WandbBackend:
         self._to = f"wandb:{project}"
         self._in_sweep = in_sweep
 
+    @override
     def publish(
         self,
         cell: CellRecord,
         artifacts: Sequence[Path],
-        charts: Mapping[str, Figure] = MappingProxyType({}),
+        charts: Mapping[str, Figure],
     ) -> Published:
-        """Publish each run of the cell, and then the cell.
-
-        Args:
-            cell: The record, complete or still growing.
-            artifacts: Files to attach to the cell's run, each under its own file name.
-            charts: Plotly figures of the cell's run, by name.
-
-        Returns:
-            How many runs were created, updated and left alone, and where to look at them.
-
-        Raises:
-            TrackingError: W&B refused or could not be reached.
-        """
         # W&B lists the newest run first: the cell, then layer 0, then layer 1, ...
         layers = () if self._in_sweep else reversed(cell.runs)
         runs = [*(layer_run(cell, layer) for layer in layers), cell_run(cell, artifacts, charts)]
@@ -119,15 +108,8 @@ class WandbBackend:
             notes = (_RENEWED,) if deleted else ()
             return Published(**outcomes, location=self._location(offline), notes=notes)
 
+    @override
     def cells(self) -> list[RemoteCell]:
-        """List the cells of the project.
-
-        Returns:
-            One entry a cell's run that was written whole.
-
-        Raises:
-            TrackingError: There is no such project, or W&B could not be reached.
-        """
         found = []
         with self._reading():
             for run in _runs(self._path(), {"jobType": "cell"}, must_exist=True):
@@ -138,25 +120,13 @@ class WandbBackend:
                     found.append(RemoteCell(str(mine["run_key"]), run.name, version, place))
         return found
 
+    @override
     def fetch(self, cell: RemoteCell, folder: Path) -> None:
-        """Download the files of a cell, checked against the artifact's own digests.
-
-        Args:
-            cell: One of `cells`.
-            folder: An empty folder for them.
-
-        Raises:
-            TrackingError: W&B could not be reached, or the files are not what was attached.
-        """
         with self._reading():
             _download(wandb.Api().artifact(f"{self._path()}/{cell.place}:latest"), folder)
 
+    @override
     def boards(self) -> list[str]:
-        """List the versions of the project's leaderboard, the oldest first.
-
-        Returns:
-            `v0`, `v1`, …; empty where there is none yet.
-        """
         with self._reading():
             collection = f"{self._path()}/{BOARD}"
             if not wandb.Api().artifact_collection_exists(collection, "leaderboard"):
@@ -166,32 +136,18 @@ class WandbBackend:
             ]
         return sorted(versions, key=lambda version: int(version.removeprefix("v")))
 
+    @override
     def read_board(self, version: str) -> str:
-        """Read one version of the leaderboard.
-
-        Args:
-            version: One of `boards`.
-
-        Returns:
-            Its text.
-        """
         with self._reading(), TemporaryDirectory() as folder:
             _download(wandb.Api().artifact(f"{self._path()}/{BOARD}:{version}"), Path(folder))
             return (Path(folder) / BOARD_FILE).read_text(encoding="utf-8")
 
+    @override
     def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
-        """Add a version of the leaderboard: an artifact, and a run with its tables.
-
-        Args:
-            file: All of it, named `BOARD_FILE`.
-            tables: What people browse.
-
-        Returns:
-            Where to look.
-        """
         self._add("leaderboard", BOARD, "leaderboard", [file], tables, {})
         return f"{self._home()}/artifacts/leaderboard/{BOARD}"
 
+    @override
     def add_report(
         self,
         text: str,
@@ -199,17 +155,6 @@ class WandbBackend:
         tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
     ) -> str:
-        """Add a report: a W&B Report, a saved view, and a run with page, tables and charts.
-
-        Args:
-            text: What it says in a few paragraphs.
-            files: The page, and what goes with it.
-            tables: What people browse.
-            charts: Plotly figures, by name.
-
-        Returns:
-            Where to look.
-        """
         try:
             from tracker.tracking.wandb import views
         except ImportError:
@@ -224,13 +169,14 @@ class WandbBackend:
             views.save_view(entity, project)
             return views.save_report(entity, project, text, next(known, None))
 
+    @override
     def user(self) -> str:
-        """Say as whom W&B knows this user."""
         with self._reading():
             return str(wandb.Api().viewer.username)
 
+    @override
     def close(self) -> None:
-        """Hold nothing: every run is finished when it is written."""
+        pass  # every run is finished when it is written
 
     def _add(
         self,
@@ -337,14 +283,6 @@ class WandbBackend:
             yield
 
 
-
-
-
-
-
-
-
-
 def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[Any]:
     """Find runs; none where the project is not there yet."""
     try:
@@ -359,13 +297,3 @@ def _download(artifact: Any, folder: Path) -> None:
     """Download an artifact; it checks each file against the digest in the manifest."""
     artifact.download(root=str(folder))
     artifact.verify(root=str(folder))
-
-
-
-
-
-
-
-
-
-

@@ -10,8 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.records import CellRecord, RunRecord
-from tracker.tracking.figures import CURVES, absent_reasons, cell_figures, correlation_table, curve_name, defined, flat_metrics, layer_table, metric_name, not_finite
 from tracker.tracking.base import LoggedTable
+from tracker.tracking.figures import (
+    CURVES,
+    absent_reasons,
+    cell_figures,
+    correlation_table,
+    curve_name,
+    defined,
+    flat_metrics,
+    layer_table,
+    metric_name,
+    not_finite,
+)
 from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
 
 if TYPE_CHECKING:
@@ -62,40 +73,18 @@ class WandbRun:
         return {n: getattr(self, n) for n in ("name", "group", "job_type", "tags")}
 
     def id(self, deleted: int = 0) -> str:
-        """Name the run the same way everywhere: W&B never frees the id of a deleted run.
-
-        Args:
-            deleted: How many runs with ids of this series were deleted.
-
-        Returns:
-            The next id of the series.
-        """
+        """Name the run alike everywhere: W&B never frees the id of a run that was `deleted`."""
         nth = f"{self.key}#{deleted}" if deleted else self.key
         return hashlib.sha256(nth.encode()).hexdigest()[:16]
 
 
 def group_of(cell: CellRecord) -> str:
-    """Name the group that holds the runs of a cell, alike on every machine.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        The cell's title and the beginning of its key.
-    """
+    """Name the group that holds the runs of a cell, alike on every machine."""
     return _fitting(f"{cell.title} · {cell.key[:8]}", _GROUP)
 
 
 def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
-    """Describe one run of a cell.
-
-    Args:
-        cell: The cell.
-        layer: The run's record.
-
-    Returns:
-        The run.
-    """
+    """Describe one run of a cell."""
     figures = {metric_name(name): value for name, value in flat_metrics(layer).items()}
     return _run(
         cell,
@@ -110,16 +99,7 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
 
 
 def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> WandbRun:
-    """Describe the run of a cell.
-
-    Args:
-        cell: The cell.
-        artifacts: Files to attach, each under its own file name.
-        charts: Plotly figures, by name.
-
-    Returns:
-        The run, with the figures of its runs as curves over the layers.
-    """
+    """Describe the run of a cell, with the figures of its runs as curves over the layers."""
     figures = cell_figures(cell)
     rows = []
     for layer in cell.runs:

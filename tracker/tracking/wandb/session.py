@@ -30,7 +30,7 @@ _SECRETS = ("WANDB_API_KEY",)
 
 @contextmanager
 def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
-    """Set W&B up for the process, and say what to do about whatever it raises.
+    """Set W&B up for the process, and say what to do about whatever is raised inside.
 
     Args:
         results: The results folder.
@@ -55,15 +55,7 @@ def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
 
 
 def publishing(results: Path, to: str) -> AbstractContextManager[None]:
-    """Make a `session` whose runs can be sent again.
-
-    Args:
-        results: The results folder.
-        to: Where the runs go, as `wandb` or `wandb:PROJECT`.
-
-    Returns:
-        The session.
-    """
+    """Make a `session` whose runs can be sent again, to `wandb` or `wandb:PROJECT`."""
     again = sync_command(results, to)
     advice = f"The results are on disk; when it is back: {again}"
     return session(results, "W&B did not take the runs", advice)
@@ -75,11 +67,7 @@ def is_offline() -> bool:
 
 
 def log_in() -> None:
-    """Log in, but never wait at a prompt: a measurement runs at night.
-
-    Raises:
-        TrackingError: Nobody is logged in.
-    """
+    """Log in, or refuse; but never wait at a prompt: a measurement runs at night."""
     if not wandb.login(prompt=False, verify=True):
         raise TrackingError(
             "nobody is logged in to W&B: run `wandb login`, set WANDB_API_KEY, or write offline "
@@ -116,15 +104,7 @@ def start(results: Path, **run: Any) -> Any:
 
 @contextmanager
 def finished(handle: Any, exit_code: int = 0) -> Iterator[None]:
-    """End a run, as failed where it was not written whole.
-
-    Args:
-        handle: What `start` returned.
-        exit_code: Other than 0 for a run that W&B shows as failed.
-
-    Yields:
-        Nothing.
-    """
+    """End a run, as failed where it was not written whole."""
     try:
         yield
     except BaseException:

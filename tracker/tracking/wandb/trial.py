@@ -15,25 +15,13 @@ from tracker.tracking.wandb.writing import fill
 
 
 class WandbTrial:
-    """The run that a W&B agent opened for its trial.
-
-    Args:
-        results: The results folder.
-    """
+    """The run that a W&B agent opened for its trial."""
 
     def __init__(self, results: Path) -> None:
         self._results = results.absolute()
 
     def log(self, cell: CellRecord, layer: RunRecord) -> None:
-        """Log a layer, and end.
-
-        Args:
-            cell: The cell.
-            layer: The run of the cell that the trial asked for.
-
-        Raises:
-            TrackingError: W&B refused or could not be reached.
-        """
+        """Log the run of the cell that the trial asked for, and end."""
         run = layer_run(cell, layer)
         with self._opened(**run.labels) as handle:
             # The sweep's own values stand: W&B locks them.
@@ -42,15 +30,7 @@ class WandbTrial:
             fill(handle, run, [])
 
     def end(self, note: str, failed: bool) -> None:
-        """End with nothing measured.
-
-        Args:
-            note: Why.
-            failed: Whether the sweep shows the run as failed.
-
-        Raises:
-            TrackingError: W&B refused or could not be reached.
-        """
+        """End with nothing measured, and say why; `failed` is how the sweep shows the run."""
         with self._opened(exit_code=int(failed)) as handle:
             handle.config.update({"tracker": {"note": masked(note)}})
 

@@ -47,14 +47,7 @@ def fill(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> None
 
 
 def attach(handle: Any, artifact: Any, files: Iterable[Path], aliases: Iterable[str] = ()) -> None:
-    """Log an artifact as the latest of its name, and wait until W&B has it.
-
-    Args:
-        handle: An open W&B run.
-        artifact: W&B's artifact, still empty.
-        files: What it holds, each under its own file name.
-        aliases: Other names of this version.
-    """
+    """Log an artifact of these files as the latest of its name, and wait until W&B has it."""
     for file in files:
         artifact.add_file(str(file), name=file.name)
     logged = handle.log_artifact(artifact, aliases=["latest", *aliases])
