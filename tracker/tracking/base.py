@@ -17,7 +17,7 @@ from tracker.records import CellRecord
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-Value = str | int | float | None
+Scalar = str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LoggedTable:
     """Rows that a backend shows as a table; a value that is not defined is None."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[Value, ...], ...]
+    rows: tuple[tuple[Scalar, ...], ...]
 
 
 @dataclass(frozen=True)

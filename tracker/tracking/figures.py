@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from tracker.records import CellRecord, RunIdentity, RunRecord
-from tracker.tracking.base import LoggedTable, Value
+from tracker.tracking.base import LoggedTable, Scalar
 
 CURVES = (
     "accuracy",
@@ -50,7 +50,7 @@ def is_curve(name: str) -> bool:
     return _CURVE.fullmatch(name) is not None
 
 
-def defined(values: Mapping[str, float | None]) -> dict[str, float]:
+def only_defined(values: Mapping[str, float | None]) -> dict[str, float]:
     """Keep the values that are there: missing is not zero, and infinity is not a measurement."""
     return {
         name: float(value)
@@ -65,7 +65,7 @@ def flat_metrics(layer: RunRecord) -> dict[str, float]:
     They are fractions, or a loss and its increase in the metric's own unit, and nats for
     `gold_logprob_drop`.
     """
-    return {"n": float(layer.n), **defined(_layer_values(layer))}
+    return {"n": float(layer.n), **only_defined(_layer_values(layer))}
 
 
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
@@ -105,14 +105,14 @@ def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
     }
 
 
-def layer_table(cell: CellRecord) -> LoggedTable:
+def logged_layers(cell: CellRecord) -> LoggedTable:
     """Lay the runs out, one a row.
 
     `layer` is a run's first layer, 0-based, and `reasons` explains what is not defined.
     """
     benchmark_metrics = sorted({f"metric/{name}" for row in cell.runs for name in row.metrics})
     names = (*_LAYER_VALUES, *benchmark_metrics)
-    rows: list[tuple[Value, ...]] = []
+    rows: list[tuple[Scalar, ...]] = []
     for layer in cell.runs:
         values = flat_metrics(layer)
         reasons = "; ".join(f"{name}: {why}" for name, why in absent_reasons(layer).items())
@@ -123,11 +123,11 @@ def layer_table(cell: CellRecord) -> LoggedTable:
     return LoggedTable(columns, tuple(rows))
 
 
-def correlation_table(cell: CellRecord) -> LoggedTable:
+def logged_correlations(cell: CellRecord) -> LoggedTable:
     """Lay the correlations out: one row per proxy, coefficient and subset of layers."""
-    rows: list[tuple[Value, ...]] = []
+    rows: list[tuple[Scalar, ...]] = []
     for c in cell.correlations:
-        found = defined({"value": c.value, "low": c.low, "high": c.high, "p": c.p_value})
+        found = only_defined({"value": c.value, "low": c.low, "high": c.high, "p": c.p_value})
         figures = (found.get(name) for name in ("value", "low", "high", "p"))
         rows.append((c.proxy, c.coefficient, c.subset, *figures, c.n, c.documents, c.reason))
     columns = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")

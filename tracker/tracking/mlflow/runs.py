@@ -14,13 +14,13 @@ from tracker.tracking.figures import (
     CURVES,
     absent_reasons,
     cell_figures,
-    correlation_table,
     curve_name,
-    defined,
     flat_metrics,
-    layer_table,
+    logged_correlations,
+    logged_layers,
     metric_name,
     not_finite,
+    only_defined,
 )
 from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
 
@@ -74,7 +74,7 @@ def cell_run(
         **_identity(cell),
     }
     single = cell_figures(cell)
-    points = {(metric_name(name), 0): value for name, value in defined(single).items()}
+    points = {(metric_name(name), 0): value for name, value in only_defined(single).items()}
     for layer in cell.runs:
         figures = flat_metrics(layer)
         points |= {
@@ -83,8 +83,8 @@ def cell_run(
             if name in figures
         }
     tables = {
-        "layers": layer_table(cell),
-        "correlations": correlation_table(cell),
+        "layers": logged_layers(cell),
+        "correlations": logged_correlations(cell),
     }
     measured, values = "accuracy loses", "Values are fractions"
     if not cell.higher_is_better:

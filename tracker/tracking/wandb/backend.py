@@ -29,7 +29,7 @@ from tracker.records import CellRecord
 from tracker.tracking.base import BOARD, BOARD_FILE, Backend, LoggedTable, Published, RemoteCell
 from tracker.tracking.wandb.runs import WandbRun, cell_run, group_of, layer_run
 from tracker.tracking.wandb.session import finished, is_offline, log_in, publishing, session, start
-from tracker.tracking.wandb.writing import attach, fill, shown
+from tracker.tracking.wandb.writing import attach, wandb_table, write
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -67,7 +67,7 @@ class WandbBackend(Backend):
 
     name = "wandb"
 
-    def __init__(self, project: str, results: Path, in_sweep: bool = False) -> None:
+    def __init__(self, project: str, results: Path, in_sweep: bool) -> None:
         entity, _, self._project = project.rpartition("/")
         self._entity = entity or os.environ.get("WANDB_ENTITY") or None
         self._results = results.absolute()
@@ -193,7 +193,7 @@ class WandbBackend(Backend):
             place = {"entity": self._entity, "project": self._project}
             handle = start(self._results, **place, name=name, job_type="report")
             with finished(handle):
-                handle.log({f"tables/{n}": shown(table) for n, table in tables.items()})
+                handle.log({f"tables/{n}": wandb_table(table) for n, table in tables.items()})
                 handle.log({f"charts/{n}": figure for n, figure in charts.items()})
                 attach(handle, wandb.Artifact(artifact, type=kind), files)
 
@@ -239,7 +239,7 @@ class WandbBackend(Backend):
                 raise
             return self._write(run, found, offline, deleted + 1)
         with finished(handle):
-            fill(handle, run, points)
+            write(handle, run, points)
         return deleted
 
     def _points(self, found: _Known) -> list[dict[str, Any]]:

@@ -15,13 +15,13 @@ from tracker.tracking.figures import (
     CURVES,
     absent_reasons,
     cell_figures,
-    correlation_table,
     curve_name,
-    defined,
     flat_metrics,
-    layer_table,
+    logged_correlations,
+    logged_layers,
     metric_name,
     not_finite,
+    only_defined,
 )
 from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
 
@@ -115,11 +115,11 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         digest=content_digest(cell, FORMAT, files_digest(artifacts)),
         own={},
         reasons={**not_finite(figures), **cell.reasons},
-        summary={metric_name(name): value for name, value in defined(figures).items()},
+        summary={metric_name(name): value for name, value in only_defined(figures).items()},
         curves=tuple(rows),
         tables={
-            "tables/layers": layer_table(cell),
-            "tables/correlations": correlation_table(cell),
+            "tables/layers": logged_layers(cell),
+            "tables/correlations": logged_correlations(cell),
         },
         charts=charts,
         outcomes=OutcomesArtifact(

@@ -11,7 +11,7 @@ from tracker.records import CellRecord, RunRecord
 from tracker.text import masked
 from tracker.tracking.wandb.runs import layer_run
 from tracker.tracking.wandb.session import finished, log_in, publishing, start
-from tracker.tracking.wandb.writing import fill
+from tracker.tracking.wandb.writing import write
 
 
 class WandbTrial:
@@ -27,7 +27,7 @@ class WandbTrial:
             # The sweep's own values stand: W&B locks them.
             own = {name: value for name, value in run.config.items() if name not in handle.config}
             handle.config.update(own)
-            fill(handle, run, [])
+            write(handle, run, [])
 
     def end(self, note: str, failed: bool) -> None:
         """End with nothing measured, and say why; `failed` is how the sweep shows the run."""

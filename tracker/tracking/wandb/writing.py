@@ -15,7 +15,7 @@ from tracker.tracking.base import LoggedTable
 from tracker.tracking.wandb.runs import WandbRun
 
 
-def fill(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> None:
+def write(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> None:
     """Log what a run says, the digest last.
 
     Args:
@@ -30,7 +30,7 @@ def fill(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> None
         for row in run.curves:
             if row not in known:
                 handle.log(row)
-        tables = {name: shown(table) for name, table in run.tables.items()}
+        tables = {name: wandb_table(table) for name, table in run.tables.items()}
         handle.log({**tables, **{f"charts/{name}": c for name, c in run.charts.items()}})
     else:
         handle.log(run.summary)
@@ -55,7 +55,7 @@ def attach(handle: Any, artifact: Any, files: Iterable[Path], aliases: Iterable[
         logged.wait()
 
 
-def shown(table: LoggedTable) -> Any:
+def wandb_table(table: LoggedTable) -> Any:
     """Make it a table of W&B's."""
     rows: list[Any] = [list(row) for row in table.rows]
     return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
