@@ -243,9 +243,7 @@ class TestSamples:
         first.replace(first.with_name(second.name.replace(".00001.", ".00002.")))
         assert not cell.is_complete(self.SAMPLE, NAMES[:1])
 
-    def test_each_task_of_a_group(
-        self, ledger, model_identity, benchmark_identity
-    ) -> None:
+    def test_each_task_of_a_group(self, ledger, model_identity, benchmark_identity) -> None:
         cell = ledger.cell(model_identity(), benchmark_identity({"a": 40, "b": 5, "c": 40}), {})
         assert cell.counts(Extent(sample=8)) == {"a": 8, "b": 5, "c": 8}
         wanted = cell.wanted(Extent(sample=8))
