@@ -58,7 +58,7 @@ class TestAdopt:
         content = path.read_bytes()
         for known in (True, False):
             if not known:
-                shutil.rmtree(path.parent)
+                shutil.rmtree(cell.folder)
             strange = tmp_path / "strange.parquet"
             strange.write_bytes(content)
             assert cell.adopt(strange) == path.name
@@ -260,6 +260,23 @@ class TestNoShard:
         assert cell.missing(BLOCK, 1, ["baseline"]) == {}
         assert cell.is_complete(1, ["baseline"])
         assert beside.exists()
+
+
+def test_what_is_missing_is_told_without_reading_everything(
+    cell, fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell of many documents is mostly proxies and log-likelihoods."""
+    fill(cell, BLOCK, [0], ["baseline"])
+    asked: list[list[str] | None] = []
+
+    def reading(content: bytes, columns: list[str] | None = None) -> Any:
+        asked.append(columns)
+        return read_shard(content, columns)
+
+    monkeypatch.setattr(cells, "read_shard", reading)
+    assert cell.missing(BLOCK, 1, ["baseline"]) == {}
+    assert cell.is_complete(1, ["baseline"])
+    assert asked == [["task", "doc", "ablation"]] * 2
 
 
 def test_who_measured_is_said_of_every_outcome(cell, row) -> None:
