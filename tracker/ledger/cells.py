@@ -114,7 +114,7 @@ class CellStore:
         documents = self.wanted(extent)[block.task][first : first + BLOCK]
         beside = self._in_other_orders(block, documents)
         frame = self.read([block, *beside], columns=["doc", "ablation"])
-        present = set(zip(frame["doc"], frame["ablation"], strict=True)) if len(frame) else set()
+        present = set(zip(frame["doc"], frame["ablation"], strict=True))
         work: dict[tuple[str, ...], list[int]] = {}
         for document in documents:
             absent = tuple(name for name in ablations if (document, name) not in present)
@@ -239,6 +239,8 @@ class CellStore:
             One row a (task, document, ablation), in no particular order, none twice; where all
             columns are read, with who measured it besides.
         """
+        # With the columns that tell outcomes apart.
+        names = columns and list(dict.fromkeys(("task", "doc", "ablation", *columns)))
         if blocks is None:
             paths = self.shards()
         elif len(blocks) == 1:
@@ -246,18 +248,16 @@ class CellStore:
         else:
             wanted = {block.name for block in blocks}
             paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
-        frames = [frame for path in paths if (frame := self._frame(path, columns)) is not None]
-        frames += [found for other in self._others if len(found := other.read(blocks, columns))]
+        frames = [frame for path in paths if (frame := self._frame(path, names)) is not None]
+        frames += [found for other in self._others if len(found := other.read(blocks, names))]
         if not frames:
             return pd.DataFrame(columns=columns)
-        frame = pd.concat(frames, ignore_index=True)
-        frame = frame.drop_duplicates(["task", "doc", "ablation"], ignore_index=True)
+        frame = pd.concat(frames).drop_duplicates(["task", "doc", "ablation"], ignore_index=True)
         return frame if columns is None else frame[columns]
 
     def _frame(self, path: Path, columns: list[str] | None) -> pd.DataFrame | None:
-        """Read a shard with the columns that tell outcomes apart, or set it aside."""
-        wanted = columns and list(dict.fromkeys(("task", "doc", "ablation", *columns)))
-        shard = self.shard(path, wanted)
+        """Read a shard, or set it aside."""
+        shard = self.shard(path, columns)
         if shard is None:
             return None
         frame: pd.DataFrame = shard.table.to_pandas()
