@@ -13,8 +13,10 @@ Every key is checked; an unknown one is an error that names the nearest right on
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,6 +31,7 @@ from pydantic import (
     model_validator,
 )
 
+from tracker.arguments import Arguments
 from tracker.errors import ExperimentError, RequestError, did_you_mean
 from tracker.extent import DEFAULT_SEED, Extent, Positive
 from tracker.safe_yaml import SHOWN, read_yaml, short
@@ -62,6 +65,17 @@ def _ascending(given: Any) -> Any:
     return tuple(sorted(given)) if whole else tuple(given)
 
 
+def _folders(given: Any) -> Any:
+    """Take one folder, or several as a list, also as W&B writes one."""
+    if isinstance(given, str) and given.startswith("["):
+        with suppress(ValueError):
+            given = json.loads(given.replace("'", '"'))
+    return (
+        tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
+    )
+
+
+Folders = Annotated[tuple[Name, ...], BeforeValidator(_folders)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
 MAX_RUNS = 1_000_000
 """Of one experiment file; a grid of more was not meant."""
@@ -96,11 +110,30 @@ class CellRequest(_Strict):
     metric: Name | None = None
     """None = the metric that the benchmark's field reports."""
     seed: int = DEFAULT_SEED
-    apply_chat_template: bool = False
     data: Name = "hub"
+    # What follows has lm-eval's names and meanings.
+    include_path: Folders = ()
+    """Folders with tasks of one's own: YAML files, and the Python that they name."""
+    system_instruction: Name | None = None
+    apply_chat_template: bool | Name = False
+    """Whether, or the name of the template."""
+    fewshot_as_multiturn: bool | None = None
+    """None = lm-eval's default: yes, with a chat template."""
+    chat_template_args: Arguments | None = None
+    enable_thinking: bool | None = None
+    think_end_token: int | Name | None = None
+    """What of a generated text comes before it is no answer."""
+    gen_kwargs: Arguments | None = None
+    metadata: Arguments | None = None
+    """For tasks that make their documents, such as RULER's."""
 
     @model_validator(mode="after")
-    def _first_or_drawn(self) -> CellRequest:
+    def _fit_together(self) -> CellRequest:
+        if self.enable_thinking and self.think_end_token is None:
+            raise ValueError(
+                "enable_thinking needs think_end_token, such as </think>: what of a text is the "
+                "answer? lm-eval asks for it too"
+            )
         if self.limit is not None and self.sample is not None:
             raise ValueError(
                 "limit and sample are both given: the first documents, or some drawn at random? "
@@ -221,8 +254,16 @@ class Parameters(_Strict):
     sample: _Choice | None = None
     metric: _Choice | None = None
     seed: _Choice | None = None
-    apply_chat_template: _Choice | None = None
     data: _Choice | None = None
+    include_path: _Choice | None = None
+    system_instruction: _Choice | None = None
+    apply_chat_template: _Choice | None = None
+    fewshot_as_multiturn: _Choice | None = None
+    chat_template_args: _Choice | None = None
+    enable_thinking: _Choice | None = None
+    think_end_token: _Choice | None = None
+    gen_kwargs: _Choice | None = None
+    metadata: _Choice | None = None
 
 
 class Goal(_Strict):

@@ -87,6 +87,8 @@ class BenchmarkIdentity(Record):
     """The metric that the benchmark's field reports."""
     weight_by_size: bool = True
     """For a group: whether its accuracy weighs tasks by their documents, as lm-eval does."""
+    settings: dict[str, Shown] = {}
+    """What else was said under lm-eval's names and changes an outcome, as text or JSON."""
 
 
 class RunIdentity(Record):

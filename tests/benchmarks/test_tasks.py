@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.factory import check_task
+from tracker.benchmarks.factory import find_task
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
 from tracker.config import CellRequest
@@ -101,11 +101,11 @@ def text_of(encoder: RequestEncoder, document: Document, request: int = 0) -> st
 class TestNames:
     @pytest.mark.parametrize("name", ["arc_easy", "mmlu", "mmlu_anatomy", "ai2_arc"])
     def test_tasks_groups_and_tags_are_known(self, name: str) -> None:
-        check_task(name)
+        find_task(name)
 
     def test_an_unknown_one_names_the_nearest(self) -> None:
         with pytest.raises(BenchmarkError) as caught:
-            check_task("hellaswg")
+            find_task("hellaswg")
         message = str(caught.value)
         assert "no task or group 'hellaswg'" in message
         assert "Did you mean 'hellaswag'?" in message
@@ -114,7 +114,7 @@ class TestNames:
 
     def test_one_that_is_near_nothing(self) -> None:
         with pytest.raises(BenchmarkError) as caught:
-            check_task("qqqqqqqqqqqqqqqq")
+            find_task("qqqqqqqqqqqqqqqq")
         assert "Did you mean" not in str(caught.value)
 
 
@@ -555,8 +555,6 @@ def plain_tasks(tmp_path_factory) -> Any:
     return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
 
 
-# Was: with a chat template lm-eval's own default is
-# fewshot_as_multiturn=True; ours puts all examples into one turn. Pass fewshot_as_multiturn=chat.
 @pytest.mark.parametrize(
     ("benchmark", "shots", "chat", "bos"),
     [

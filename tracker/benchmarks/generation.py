@@ -26,8 +26,16 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     Tokenisation, truncation, special tokens, stop strings and the cutting of texts are inherited.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+    def __init__(
+        self, model: Any, tokenizer: Any, think_end_token: str | int | None = None
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=1,
+            think_end_token=think_end_token,
+        )
         self._decoding: Decoding | None = None
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str]:
