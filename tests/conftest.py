@@ -109,7 +109,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated SQLite store of MLflow: making one takes seconds, copying it does not."""
     from filelock import FileLock
 
-    from tracker.tracking.mlflow import create_database
+    from tracker.tracking.mlflow.database import create_database
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

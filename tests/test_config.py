@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tracker.config import DEFAULT_SEED, CellRequest, Experiment, load_experiment
+from tracker.config import CellRequest, Experiment, load_experiment
 from tracker.errors import ExperimentError, did_you_mean
+from tracker.extent import DEFAULT_SEED
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 WANDB_KEYS = {

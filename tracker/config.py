@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from tracker.errors import ExperimentError, RequestError, did_you_mean
+from tracker.extent import DEFAULT_SEED, Extent, Positive
 from tracker.safe_yaml import SHOWN, read_yaml, short
 
 T = TypeVar("T")
@@ -49,7 +50,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Component = Literal["layer", "attention", "mlp"]
 """What of a layer is removed: all of it, or one of its two sublayers."""
 Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
 
 
 def _ascending(given: Any) -> Any:
@@ -63,8 +63,6 @@ def _ascending(given: Any) -> Any:
 
 
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
-DEFAULT_SEED = 1234
-"""lm-eval's own default for the few-shot seed."""
 MAX_RUNS = 1_000_000
 """Of one experiment file; a grid of more was not meant."""
 MAX_LAYERS = 10_000
@@ -93,11 +91,27 @@ class CellRequest(_Strict):
     """None = what the task itself asks for, as in lm-eval."""
     limit: Positive | None = None
     """Documents per task, from the first; None = all, as in lm-eval."""
+    sample: Positive | None = None
+    """Documents per task, drawn at random with `seed`; None = not drawn."""
     metric: Name | None = None
     """None = the metric that the benchmark's field reports."""
     seed: int = DEFAULT_SEED
     apply_chat_template: bool = False
     data: Name = "hub"
+
+    @model_validator(mode="after")
+    def _first_or_drawn(self) -> CellRequest:
+        if self.limit is not None and self.sample is not None:
+            raise ValueError(
+                "limit and sample are both given: the first documents, or some drawn at random? "
+                "Leave one of them out"
+            )
+        return self
+
+    @property
+    def extent(self) -> Extent:
+        """Which documents are wanted."""
+        return Extent(limit=self.limit, sample=self.sample, seed=self.seed)
 
     @property
     def title(self) -> str:
@@ -204,6 +218,7 @@ class Parameters(_Strict):
     dtype: _Choice | None = None
     num_fewshot: _Choice | None = None
     limit: _Choice | None = None
+    sample: _Choice | None = None
     metric: _Choice | None = None
     seed: _Choice | None = None
     apply_chat_template: _Choice | None = None
@@ -317,7 +332,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel], prefix: str =
     location = problem["loc"]
     if model is CellRequest:
         # A cell gathers several values of the file; only their parameter has a name there.
-        location = (_IN_THE_FILE.get(str(location[0]), location[0]),)
+        location = tuple(_IN_THE_FILE.get(str(part), part) for part in location[:1])
     place = prefix + ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
@@ -327,6 +342,8 @@ def _first_problem(error: ValidationError, model: type[BaseModel], prefix: str =
     if problem["type"] == "missing":
         return f"'{place}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return f"{prefix}{message}" if prefix == "--" else f"'{prefix.rstrip('.')}': {message}"
     given = problem["input"]
     got = "" if isinstance(given, dict | BaseModel) else short(given)
     shown = f" (got {got})" if got and got not in message else ""

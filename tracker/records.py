@@ -11,7 +11,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
-from tracker.config import Component, Count, Layers, Positive
+from tracker.config import Component, Count, Layers
+from tracker.extent import Extent, Positive
 from tracker.text import harmless
 
 BASELINE = "baseline"
@@ -126,6 +127,10 @@ class View(Record):
     """The layers that every run lacks, ascending."""
     limit: Positive | None = None
     """Documents per task, from the first; None = all."""
+    sample: Positive | None = None
+    """Documents per task, drawn at random; None = not drawn."""
+    seed: int | None = None
+    """Decides which ones are drawn; None where none are."""
     runs: tuple[RunIdentity, ...]
     """Each run that was asked for, once, in the order of `RunIdentity.order`."""
 
@@ -133,6 +138,12 @@ class View(Record):
     @classmethod
     def _in_order(cls, runs: tuple[RunIdentity, ...]) -> tuple[RunIdentity, ...]:
         return tuple(sorted(set(runs), key=lambda run: run.order))
+
+    @property
+    def extent(self) -> Extent:
+        """Which documents are shown."""
+        drawn = {} if self.seed is None else {"sample": self.sample, "seed": self.seed}
+        return Extent(limit=self.limit, **drawn)
 
     def joined(self, *others: View) -> View:
         """Show the runs of other views too; all else stays as it is here."""
@@ -227,6 +238,8 @@ class CellRecord(Record):
     """False for a loss: it is no accuracy, and a drop is its increase."""
     n: int
     """Documents measured (all tasks of a group together)."""
+    sample_seed: int | None = None
+    """The seed with which they were drawn at random; None where they are the first ones, or all."""
     tokens: int
     """Tokens behind the proxies: each document's context and gold continuation, once; of a corpus
     or a rolling task the predicted tokens, without the last of a full window, which is not read."""
@@ -286,16 +299,18 @@ class CellRecord(Record):
         return view_name(self.removed, self.metric, self.benchmark)
 
     @property
-    def place(self) -> tuple[str, tuple[int, ...], str, int]:
-        """What several records are told apart by: the cell, the view of it, how many documents."""
-        return (self.key, self.removed, self.metric, self.n)
+    def place(self) -> tuple[str, tuple[int, ...], str, int, int | None]:
+        """What several records are told apart by: the cell, the view of it, which documents."""
+        return (self.key, self.removed, self.metric, self.n, self.sample_seed)
 
     def holds(self, other: CellRecord) -> bool:
         """Whether it shows all that another record does: as many documents, and every run.
 
         Documents that are not yet as many as were asked for are any, not the first ones.
         """
-        mine, theirs = ((one.key, one.removed, one.metric) for one in (self, other))
+        mine, theirs = (
+            (one.key, one.removed, one.metric, one.sample_seed) for one in (self, other)
+        )
         growing = "n" in other.reasons
         enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
         runs = {run.order for run in self.runs}

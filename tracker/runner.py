@@ -25,6 +25,8 @@ from tracker.team.publish import Publication, Publisher
 
 log = logging.getLogger(__name__)
 _NO_RUNS: dict[str, Any] = {
+    "limit": None,
+    "sample": None,
     "layers": (),
     "components": (),
     "spans": (),
@@ -175,7 +177,7 @@ def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
     same: dict[CellRequest, Benchmark] = {}
     for cell in todo:
         settings = cell.request.model_copy(
-            update={"model": "any", "revision": None, "dtype": "auto", "limit": None, **_NO_RUNS}
+            update={"model": "any", "revision": None, "dtype": "auto", **_NO_RUNS}
         )
         if settings not in same:
             same[settings] = open_benchmark(cell.request)

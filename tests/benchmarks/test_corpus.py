@@ -23,6 +23,7 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.errors import BenchmarkError
+from tracker.extent import ALL, Extent
 
 LENGTH = 16
 """Tokens that the model reads."""
@@ -104,7 +105,7 @@ class TestFigures:
         notes.write_text(TEXT + "\n\n" + tokenizer.decode(liked).replace("\n", " "))
         corpus = open_benchmark(ask(notes))
         encoder = RequestEncoder(model, tokenizer)
-        documents = corpus.documents(encoder, None)
+        documents = corpus.documents(encoder, ALL)
         assert max(len(document.requests) for document in documents) > 2
         total = 0
         for document, text in zip(documents, texts(notes), strict=True):
@@ -119,7 +120,7 @@ class TestFigures:
     @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
     def test_a_window_that_is_not_finite(self, notes, parts, bad: float) -> None:
         corpus = open_benchmark(ask(notes))
-        document = corpus.documents(RequestEncoder(*parts), None)[0]
+        document = corpus.documents(RequestEncoder(*parts), ALL)[0]
         responses = [Response(-1.0, False, 0) for _ in document.requests]
         responses[-1] = Response(bad, False, 1)
         assert corpus.outcomes(document, responses) == {"acc": None, "loss": None}
@@ -127,11 +128,11 @@ class TestFigures:
     def test_documents(self, notes, parts) -> None:
         corpus = open_benchmark(ask(notes))
         encoder = RequestEncoder(*parts)
-        documents = corpus.documents(encoder, None)
+        documents = corpus.documents(encoder, ALL)
         assert [document.index for document in documents] == [0, 1, 2]
         assert {document.task for document in documents} == {"corpus:notes.txt"}
         assert {(d.rolling, d.gold, d.choices) for d in documents} == {(True, None, 0)}
-        assert corpus.documents(encoder, 2) == documents[:2]
+        assert corpus.documents(encoder, Extent(limit=2)) == documents[:2]
 
 
 class TestTexts:

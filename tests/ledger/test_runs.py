@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tracker.config import CellRequest
+from tracker.extent import Extent
 from tracker.ledger.cells import CellStore
 from tracker.metrics.correlation import COEFFICIENTS
 from tracker.metrics.proxies import PROXIES
@@ -53,7 +54,7 @@ def measure(cell: CellStore, row: Callable[..., dict[str, object]]) -> Measure:
     """Measure some ablations of a model of four layers."""
 
     def measure(names: Sequence[str]) -> CellStore:
-        (block,) = cell.blocks(DOCUMENTS)
+        (block,) = cell.blocks(Extent(limit=DOCUMENTS))
         rows = [row(doc, name, acc=float(doc < RIGHT[name])) for name in names for doc in range(20)]
         cell.write(block, rows, {})
         return cell

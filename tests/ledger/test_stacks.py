@@ -12,7 +12,7 @@ from tracker.ledger.cells import Block, CellStore
 from tracker.records import CellRecord
 from tracker.reporting.tables import layer_table, overview_table
 from tracker.reporting.wording import warnings
-from tracker.tracking.mlflow_runs import cell_run, layer_run
+from tracker.tracking.mlflow.runs import cell_run, layer_run
 
 from .conftest import cell_record
 

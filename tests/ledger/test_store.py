@@ -19,6 +19,7 @@ from tracker.ablations import ablations_of
 from tracker.config import CellRequest, load_experiment
 from tracker.distribution import upgrade
 from tracker.errors import ResultsError
+from tracker.extent import ALL, Extent, random_order
 from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import Ledger
@@ -138,20 +139,19 @@ class TestShards:
 
 class TestBlocks:
     def test_the_blocks_hold_every_document_once(self, cell) -> None:
-        blocks = cell.blocks(None)
-        documents = [doc for block in blocks for doc in block.documents(70)]
-        assert documents == list(range(70))
-        assert [len(block.documents(70)) for block in blocks] == [32, 32, 6]
+        held = [cell.missing(block, ALL, NAMES[:1])[NAMES[:1]] for block in cell.blocks(ALL)]
+        assert [doc for documents in held for doc in documents] == list(range(70))
+        assert [len(documents) for documents in held] == [32, 32, 6]
 
     @pytest.mark.parametrize(("limit", "count"), [(1, 1), (32, 1), (33, 2), (70, 3), (999, 3)])
     def test_a_limit_needs_fewer(self, cell, limit: int, count: int) -> None:
-        assert len(cell.blocks(limit)) == count
-        assert cell.counts(limit) == {"arc_easy": min(limit, 70)}
+        assert len(cell.blocks(Extent(limit=limit))) == count
+        assert cell.counts(Extent(limit=limit)) == {"arc_easy": min(limit, 70)}
 
     def test_a_limit_is_per_task(self, ledger, model_identity, benchmark_identity) -> None:
         cell = ledger.cell(model_identity(), benchmark_identity({"a": 40, "b": 3}), {})
-        assert cell.counts(33) == {"a": 33, "b": 3}
-        assert cell.blocks(33) == [Block("a", 0), Block("a", 1), Block("b", 0)]
+        assert cell.counts(Extent(limit=33)) == {"a": 33, "b": 3}
+        assert cell.blocks(Extent(limit=33)) == [Block("a", 0), Block("a", 1), Block("b", 0)]
 
     @pytest.mark.parametrize("task", STRANGE)
     def test_strange_task_names(
@@ -164,8 +164,8 @@ class TestBlocks:
         for path in shards(cell):
             assert path.parent == cell.folder / "shards"
         assert list(cell.read([Block(task, 0)])["task"]) == [task] * 2
-        assert cell.missing(Block(task, 0), None, ["baseline"]) == {}
-        assert cell.is_complete(None, ["baseline"])
+        assert cell.missing(Block(task, 0), ALL, ["baseline"]) == {}
+        assert cell.is_complete(ALL, ["baseline"])
         with cell.lock(Block(task, 0)):
             assert list((cell.folder / "locks").iterdir())
 
@@ -173,34 +173,124 @@ class TestBlocks:
         assert len({Block(task, 0).name for task in STRANGE}) == len(STRANGE)
 
 
+def documents_of(cell: CellStore, extent: Extent) -> list[int]:
+    return sorted(cell.read_documents(extent, ["task", "doc", "ablation"])["doc"])
+
+
+class TestSamples:
+    SAMPLE = Extent(sample=40)
+
+    def fill(self, cell, row, extent: Extent) -> None:
+        for block in cell.blocks(extent):
+            for names, documents in cell.missing(block, extent, NAMES[:1]).items():
+                cell.write(block, [row(doc, name) for doc in documents for name in names], {})
+
+    def test_it_takes_as_many_blocks_and_shards_as_first_documents(self, cell, row) -> None:
+        blocks = cell.blocks(self.SAMPLE)
+        assert len(blocks) == len(cell.blocks(Extent(limit=40))) == 2
+        assert not {block.name for block in blocks} & {b.name for b in cell.blocks(ALL)}
+        self.fill(cell, row, self.SAMPLE)
+        assert len(shards(cell)) == 2
+        assert cell.is_complete(self.SAMPLE, NAMES[:1])
+        assert not cell.is_complete(Extent(limit=40), NAMES[:1])
+        assert not cell.is_complete(self.SAMPLE, NAMES)
+        assert documents_of(cell, self.SAMPLE) == sorted(random_order(1234, "arc_easy", 70)[:40])
+
+    def test_a_larger_one_grows(self, cell, row) -> None:
+        self.fill(cell, row, Extent(sample=32))
+        (first, second) = cell.blocks(self.SAMPLE)
+        assert cell.missing(first, self.SAMPLE, NAMES[:1]) == {}
+        order = random_order(1234, "arc_easy", 70)
+        assert cell.missing(second, self.SAMPLE, NAMES[:1]) == {NAMES[:1]: order[32:40]}
+
+    def test_another_seed_is_another_sample(self, cell, row) -> None:
+        self.fill(cell, row, self.SAMPLE)
+        other = Extent(sample=40, seed=7)
+        assert not cell.is_complete(other, NAMES[:1])
+        assert documents_of(cell, other) != documents_of(cell, self.SAMPLE)
+
+    @pytest.mark.parametrize("before", [Extent(limit=40), Extent(sample=40, seed=7), SAMPLE])
+    @pytest.mark.parametrize("after", [ALL, Extent(limit=50), Extent(sample=50), SAMPLE])
+    def test_what_another_order_measured_is_not_measured_again(
+        self, cell, row, before: Extent, after: Extent
+    ) -> None:
+        self.fill(cell, row, before)
+        held = set(documents_of(cell, before))
+        wanted = set(after.of("arc_easy", 70))
+        lacking = [
+            document
+            for block in cell.blocks(after)
+            for documents in cell.missing(block, after, NAMES[:1]).values()
+            for document in documents
+        ]
+        assert sorted(lacking) == sorted(wanted - held)
+        assert cell.is_complete(after, NAMES[:1]) is not bool(lacking)
+        self.fill(cell, row, after)
+        assert cell.is_complete(after, NAMES[:1])
+        assert set(documents_of(cell, after)) == wanted
+        assert sorted(cell.read()["doc"]) == sorted(held | wanted)
+
+    def test_a_shard_of_it_is_believed_by_its_content(self, ledger, cell, row, tmp_path) -> None:
+        self.fill(cell, row, self.SAMPLE)
+        names = [path.name for path in shards(cell)]
+        for path in shards(cell):
+            elsewhere = tmp_path / "downloaded.parquet"
+            path.replace(elsewhere)
+            assert cell.adopt(elsewhere) in names
+        assert cell.is_complete(self.SAMPLE, NAMES[:1])
+        # Under the name of another block, or of another order, it is set aside.
+        first, second = shards(cell)
+        first.replace(first.with_name(second.name.replace(".00001.", ".00002.")))
+        assert not cell.is_complete(self.SAMPLE, NAMES[:1])
+
+    def test_each_task_of_a_group(self, ledger, model_identity, benchmark_identity) -> None:
+        cell = ledger.cell(model_identity(), benchmark_identity({"a": 40, "b": 5, "c": 40}), {})
+        assert cell.counts(Extent(sample=8)) == {"a": 8, "b": 5, "c": 8}
+        wanted = cell.wanted(Extent(sample=8))
+        assert set(wanted["a"]) != set(wanted["c"])
+
+    def test_its_view_says_so(self, cell, row) -> None:
+        self.fill(cell, row, self.SAMPLE)
+        asked = CellRequest(model="m", benchmark="b", layers=(0,), sample=40)
+        record = cell_record(cell, cell.views.ask(asked, "p"), lambda how, values: None)
+        assert (record.n, record.sample_seed) == (40, 1234)
+        (kept,) = cell.views.asked()
+        assert kept.view.extent == self.SAMPLE
+        self.fill(cell, row, ALL)
+        every = asked.model_copy(update={"sample": 200})
+        record = cell_record(cell, cell.views.of(every), lambda how, values: None)
+        # All documents are all documents, in whatever order they came.
+        assert (record.n, record.sample_seed, "n" in record.reasons) == (70, None, False)
+
+
 class TestMissing:
     def test_before_and_after(self, cell, fill) -> None:
         block = Block("arc_easy", 2)
-        assert cell.missing(block, None, NAMES) == {NAMES: list(range(64, 70))}
+        assert cell.missing(block, ALL, NAMES) == {NAMES: list(range(64, 70))}
         fill(cell, block, range(64, 70), NAMES)
-        assert cell.missing(block, None, NAMES) == {}
+        assert cell.missing(block, ALL, NAMES) == {}
         # The neighbours are not touched.
-        assert cell.missing(Block("arc_easy", 0), None, NAMES) == {NAMES: list(range(BLOCK))}
+        assert cell.missing(Block("arc_easy", 0), ALL, NAMES) == {NAMES: list(range(BLOCK))}
 
     def test_a_larger_limit_asks_for_the_new_documents_only(self, cell, fill) -> None:
         block = Block("arc_easy", 0)
         fill(cell, block, range(10), NAMES)
-        assert cell.missing(block, 10, NAMES) == {}
-        assert cell.missing(block, 12, NAMES) == {NAMES: [10, 11]}
-        assert cell.missing(block, 5, NAMES) == {}
+        assert cell.missing(block, Extent(limit=10), NAMES) == {}
+        assert cell.missing(block, Extent(limit=12), NAMES) == {NAMES: [10, 11]}
+        assert cell.missing(block, Extent(limit=5), NAMES) == {}
 
     def test_more_ablations_ask_for_the_new_ones_only(self, cell, fill) -> None:
         block = Block("arc_easy", 0)
         fill(cell, block, range(4), NAMES)
         more = ("layer:2", *NAMES, "layer:3")
-        assert cell.missing(block, 4, more) == {("layer:2", "layer:3"): [0, 1, 2, 3]}
+        assert cell.missing(block, Extent(limit=4), more) == {("layer:2", "layer:3"): [0, 1, 2, 3]}
 
     def test_what_is_no_rectangle(self, cell, fill) -> None:
         block = Block("arc_easy", 0)
         fill(cell, block, [0, 1, 2], ["baseline"])
         fill(cell, block, [1], ["layer:0", "layer:1"])
         fill(cell, block, [2], ["layer:1"])
-        assert cell.missing(block, 4, NAMES) == {
+        assert cell.missing(block, Extent(limit=4), NAMES) == {
             ("layer:0", "layer:1"): [0],
             ("layer:0",): [2],
             NAMES: [3],
@@ -209,34 +299,34 @@ class TestMissing:
 
 class TestComplete:
     def test_needs_every_document_and_ablation(self, cell, fill) -> None:
-        assert not cell.is_complete(None, NAMES)
+        assert not cell.is_complete(ALL, NAMES)
         fill(cell, Block("arc_easy", 0), range(32), NAMES)
-        assert cell.is_complete(32, NAMES)
-        assert cell.is_complete(10, NAMES)
-        assert not cell.is_complete(33, NAMES)
-        assert not cell.is_complete(32, [*NAMES, "layer:2"])
+        assert cell.is_complete(Extent(limit=32), NAMES)
+        assert cell.is_complete(Extent(limit=10), NAMES)
+        assert not cell.is_complete(Extent(limit=33), NAMES)
+        assert not cell.is_complete(Extent(limit=32), [*NAMES, "layer:2"])
         fill(cell, Block("arc_easy", 1), range(32, 64), NAMES)
         fill(cell, Block("arc_easy", 2), range(64, 70), NAMES[:2])
-        assert not cell.is_complete(None, NAMES)
-        assert cell.is_complete(None, NAMES[:2])
+        assert not cell.is_complete(ALL, NAMES)
+        assert cell.is_complete(ALL, NAMES[:2])
         fill(cell, Block("arc_easy", 2), range(64, 70), NAMES[2:])
-        assert cell.is_complete(None, NAMES)
+        assert cell.is_complete(ALL, NAMES)
 
     def test_a_document_that_was_measured_twice_does_not_stand_for_another(
         self, cell, fill
     ) -> None:
         fill(cell, Block("arc_easy", 0), [0], ["baseline"])
         fill(cell, Block("arc_easy", 0), [0, 1], ["baseline"])
-        assert not cell.is_complete(3, ["baseline"])
+        assert not cell.is_complete(Extent(limit=3), ["baseline"])
 
     def test_every_task_must_be_complete(
         self, ledger, model_identity, benchmark_identity, fill
     ) -> None:
         cell = ledger.cell(model_identity(), benchmark_identity({"a": 2, "b": 3}), {})
         fill(cell, Block("b", 0), range(3), ["baseline"])
-        assert not cell.is_complete(None, ["baseline"])
+        assert not cell.is_complete(ALL, ["baseline"])
         fill(cell, Block("a", 0), range(2), ["baseline"])
-        assert cell.is_complete(None, ["baseline"])
+        assert cell.is_complete(ALL, ["baseline"])
 
 
 EXHAUST = """
@@ -273,18 +363,18 @@ class TestUnreadableShards:
         broken = shards(cell)[0]
         broken.write_bytes(broken.read_bytes()[:kept])
         with caplog.at_level(logging.WARNING):
-            assert cell.missing(block, None, NAMES) == {NAMES: list(range(32))}
+            assert cell.missing(block, ALL, NAMES) == {NAMES: list(range(32))}
         (record,) = caplog.records
         assert broken.name in record.getMessage()
         assert "set aside" in record.getMessage()
         assert not broken.exists()
         assert broken.with_suffix(".aside").is_file()
-        assert not cell.is_complete(64, NAMES)
+        assert not cell.is_complete(Extent(limit=64), NAMES)
         assert sorted(set(cell.read()["doc"])) == list(range(32, 64))
         # Once only; then it is measured again.
         assert len(caplog.records) == 1
         fill(cell, block, range(32), NAMES)
-        assert cell.is_complete(64, NAMES)
+        assert cell.is_complete(Extent(limit=64), NAMES)
 
     # Was: the loser of the race gets a bare FileNotFoundError.
     def test_another_process_that_sets_it_aside_first_is_no_failure(
@@ -324,7 +414,7 @@ class TestUnreadableShards:
         fill(cell, Block("arc_easy", 0), range(32), NAMES)
         subprocess.run([sys.executable, "-c", EXHAUST, str(cell.folder.parents[1])], check=True)
         assert len(shards(cell)) == 1
-        assert cell.is_complete(32, NAMES)
+        assert cell.is_complete(Extent(limit=32), NAMES)
 
 
 HOLD = """

@@ -19,10 +19,12 @@ import tracker
 from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
 from tests.engine.families import FAMILIES
-from tracker.benchmarks import tasks
+from tracker.benchmarks import factory
 from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.config import CellRequest
 from tracker.engine.sweep import Engine
+from tracker.extent import Extent
 from tracker.ledger.store import Ledger
 from tracker.measuring.scorer import Generation
 from tracker.models.pruned import pruned as without
@@ -91,7 +93,7 @@ def sums(tmp_path, data, monkeypatch) -> Callable[..., Truth]:
             more = more.format(data=data / "openai/gsm8k/main")
             (folder / f"{name}.yaml").write_text(text + more + settings)
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
-        monkeypatch.setattr(tasks, "_index", lambda: manager)
+        monkeypatch.setattr(factory, "_index", lambda: manager)
 
         def truth(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Any]:
             found = lm_eval.simple_evaluate(
@@ -226,11 +228,11 @@ def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, exper
     assert len({text for each in texts.values() for text in each}) > 3
 
     # The other way: each layer really taken out.
-    benchmark = tasks.LmEvalBenchmark(
+    benchmark = LmEvalBenchmark(
         CellRequest(model="m", benchmark="sums", layers=(0,), data=str(data), num_fewshot=1)
     )
     encoder = RequestEncoder(smollm2.model, smollm2.tokenizer)
-    (document,) = benchmark.documents(encoder, 1)
+    (document,) = benchmark.documents(encoder, Extent(limit=1))
     engine = Engine(smollm2, encoder.max_length)
     apart = Generation(engine, smollm2.tokenizer, together=False)
     few = single_layers([0])

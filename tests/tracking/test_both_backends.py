@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tracker import api
-from tracker.tracking.base import flat_metrics
+from tracker.tracking.figures import flat_metrics
 
 from .mlflow_server import free_port
 from .test_wandb import figures, runs

@@ -22,8 +22,12 @@ from mlflow import MlflowClient
 from tracker.errors import RequestError, TrackingError
 from tracker.records import CellRecord
 from tracker.tracking import open_backend, target
-from tracker.tracking.base import CURVES, Published, content_digest, flat_metrics
-from tracker.tracking.mlflow import DIGEST_TAG, MlflowBackend, create_database
+from tracker.tracking.base import Published
+from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.identity import content_digest
+from tracker.tracking.mlflow.backend import MlflowBackend
+from tracker.tracking.mlflow.database import create_database
+from tracker.tracking.mlflow.writing import DIGEST_TAG
 
 from .conftest import CellMaker
 from .mlflow_server import free_port
@@ -71,7 +75,7 @@ def local(results: Path) -> str:
 def publish(results: Path, cell: CellRecord, *files: Path) -> Published:
     backend = MlflowBackend(PROJECT, results)
     try:
-        return backend.publish(cell, files)
+        return backend.publish(cell, files, {})
     finally:
         backend.close()
 
@@ -174,10 +178,10 @@ def test_publishing_again_changes_nothing(
     project = f"again-{uri.partition(':')[0]}"
     cell = make_cell()
     first = MlflowBackend(project, results, uri)
-    first.publish(cell, files)
+    first.publish(cell, files, {})
     before = Store(uri, project)
-    again = first.publish(cell, files)
-    other = MlflowBackend(project, results, uri).publish(cell, files)
+    again = first.publish(cell, files, {})
+    other = MlflowBackend(project, results, uri).publish(cell, files, {})
 
     for published in (again, other):
         assert (published.created, published.updated, published.unchanged) == (0, 0, 5)
@@ -195,7 +199,7 @@ def test_a_changed_record_updates_its_runs_in_place(
     project = f"changed-{uri.partition(':')[0]}"
     cell = make_cell()
     backend = MlflowBackend(project, results, uri)
-    backend.publish(cell, files)
+    backend.publish(cell, files, {})
     before = Store(uri, project)
     rows = list(cell.runs)
     rows[1] = rows[1].model_copy(
@@ -209,7 +213,7 @@ def test_a_changed_record_updates_its_runs_in_place(
     changed = cell.model_copy(update={"runs": tuple(rows), "baseline_accuracy": 0.51})
     files[1].write_text("<p>new</p>")
 
-    published = backend.publish(changed, files)
+    published = backend.publish(changed, files, {})
     assert (published.created, published.updated, published.unchanged) == (0, 3, 2)
     store = Store(uri, project)
     assert {run.info.run_id for run in store.runs} == {run.info.run_id for run in before.runs}
@@ -231,7 +235,7 @@ def test_a_changed_record_updates_its_runs_in_place(
     assert table["accuracy_drop"][1] == 0.08
     assert store.bytes_of(store.cell(cell), "report.html", tmp_path) == b"<p>new</p>"
 
-    again = backend.publish(changed, files)
+    again = backend.publish(changed, files, {})
     assert (again.created, again.updated, again.unchanged) == (0, 0, 5)
 
 
@@ -474,7 +478,7 @@ def test_the_location_of_a_server_is_its_page(
     server: str, results: Path, make_cell: CellMaker
 ) -> None:
     backend = MlflowBackend("location", results, server.replace("://", "://me:hunter2@") + "/")
-    location = backend.publish(make_cell(layers=()), []).location
+    location = backend.publish(make_cell(layers=()), [], {}).location
     experiment = Store(server, "location").experiment.experiment_id
     assert location == f"{server}/#/experiments/{experiment}/runs"
 
@@ -483,14 +487,14 @@ PUBLISHER = """
 import sys, time
 from pathlib import Path
 from tracker.records import CellRecord
-from tracker.tracking.mlflow import MlflowBackend
+from tracker.tracking.mlflow.backend import MlflowBackend
 results, uri, cell, number = sys.argv[1:]
 cell = CellRecord.model_validate_json(Path(cell).read_text())
 backend = MlflowBackend("layers", Path(results), uri or None)
 Path(results, "ready" + number).touch()
 while not Path(results, "go").exists():
     time.sleep(0.005)
-published = backend.publish(cell, [])
+published = backend.publish(cell, [], {})
 print(published.created, published.updated, published.unchanged)
 """
 
@@ -522,7 +526,7 @@ def test_an_unreachable_server_is_a_tracking_error(tmp_path: Path, make_cell: Ce
     uri = f"http://me:hunter2@127.0.0.1:{free_port()}"
     backend = MlflowBackend(PROJECT, tmp_path, uri)
     with pytest.raises(TrackingError) as caught:
-        backend.publish(make_cell(), [])
+        backend.publish(make_cell(), [], {})
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert f"tracker sync --to mlflow:{PROJECT} --results {tmp_path}" in str(caught.value)
@@ -541,7 +545,7 @@ def test_an_unreachable_server_is_a_tracking_error(tmp_path: Path, make_cell: Ce
 )
 def test_a_password_is_never_shown(uri: str, tmp_path: Path, make_cell: CellMaker) -> None:
     with pytest.raises(TrackingError) as caught:
-        MlflowBackend(PROJECT, tmp_path, uri).publish(make_cell(), [])
+        MlflowBackend(PROJECT, tmp_path, uri).publish(make_cell(), [], {})
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
@@ -553,7 +557,7 @@ def test_a_server_that_never_answers_is_a_tracking_error(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(TrackingError, match="did not take the runs"):
-            MlflowBackend(PROJECT, tmp_path, uri).publish(make_cell(), [])
+            MlflowBackend(PROJECT, tmp_path, uri).publish(make_cell(), [], {})
 
 
 @pytest.mark.parametrize("damage", ["folder", "garbage", "cut"])
@@ -586,15 +590,15 @@ def test_the_same_backend_recovers(results: Path, make_cell: CellMaker) -> None:
     (results / "mlflow.db").mkdir()
     backend = MlflowBackend(PROJECT, results)
     with pytest.raises(TrackingError):
-        backend.publish(make_cell(), [])
+        backend.publish(make_cell(), [], {})
     (results / "mlflow.db").rmdir()
     away.rename(results / "mlflow.db")
-    assert backend.publish(make_cell(), []).created == 5
+    assert backend.publish(make_cell(), [], {}).created == 5
 
 
 def test_a_file_store_is_refused_with_advice(tmp_path: Path, make_cell: CellMaker) -> None:
     with pytest.raises(TrackingError, match="sqlite"):
-        MlflowBackend(PROJECT, tmp_path, str(tmp_path / "mlruns")).publish(make_cell(), [])
+        MlflowBackend(PROJECT, tmp_path, str(tmp_path / "mlruns")).publish(make_cell(), [], {})
 
 
 def test_a_deleted_experiment_says_how_to_restore_it(results: Path, make_cell: CellMaker) -> None:
@@ -622,13 +626,13 @@ def test_open_backend(tmp_path: Path, make_cell: CellMaker, template: Path) -> N
     shutil.copy(template, tmp_path / "mlflow.db")
     backend = open_backend("mlflow", PROJECT, tmp_path)
     assert backend.name == "mlflow"
-    assert backend.publish(make_cell(layers=()), []).created == 1
+    assert backend.publish(make_cell(layers=()), [], {}).created == 1
     with pytest.raises(RequestError, match="Did you mean 'mlflow'"):
         target("mlfow")
 
 
 def test_the_seam_and_the_description_of_runs_import_no_sdk() -> None:
-    code = "import sys, tracker.tracking.mlflow_runs; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, tracker.tracking.mlflow.runs; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 

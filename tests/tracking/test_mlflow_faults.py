@@ -15,8 +15,8 @@ import pytest
 from tracker import api
 from tracker.errors import TrackingError
 from tracker.records import CellRecord
-from tracker.tracking.base import CURVES, flat_metrics
-from tracker.tracking.mlflow import MlflowBackend
+from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import CellMaker
 from .mlflow_server import PASSWORD, USER, Gate, MlflowServer
@@ -70,7 +70,7 @@ def test_a_server_that_refuses(
         gate.at[first] = lambda: setattr(gate, "status", status)
         backend = MlflowBackend(project, results, gate.address)
         with pytest.raises(TrackingError, match=f"error code {status}|{status} error") as caught:
-            backend.publish(cell, [file])
+            backend.publish(cell, [file], {})
         tried_again = 2 if status in (429, 500) else 0
         assert gate.seen == first + tried_again
         said = str(caught.value)
@@ -79,10 +79,10 @@ def test_a_server_that_refuses(
         assert ("MLFLOW_TRACKING_USERNAME" in said) == (status == 401)
 
         gate.status = None
-        done = backend.publish(cell, [file])
+        done = backend.publish(cell, [file], {})
         assert done.unchanged < 5
     complete(server, project, cell, file, results)
-    assert MlflowBackend(project, results, server).publish(cell, [file]).unchanged == 5
+    assert MlflowBackend(project, results, server).publish(cell, [file], {}).unchanged == 5
 
 
 def test_a_server_that_is_slow_is_given_up(
@@ -97,10 +97,10 @@ def test_a_server_that_is_slow_is_given_up(
         gate.at[MIDDLE] = lambda: setattr(gate, "delay", 5.0)
         backend = MlflowBackend("slow", results, gate.address)
         with pytest.raises(TrackingError, match=r"(?i)timed out"):
-            backend.publish(make_cell(), [file])
+            backend.publish(make_cell(), [file], {})
         assert gate.seen == MIDDLE + 2
         gate.delay = 0.0
-        backend.publish(make_cell(), [file])
+        backend.publish(make_cell(), [file], {})
     complete(server, "slow", make_cell(), file, results)
 
 
@@ -112,13 +112,13 @@ def test_a_server_that_is_stopped_in_the_middle(
         gate.at[MIDDLE] = own.stop
         backend = MlflowBackend("stopped", results, gate.address)
         with pytest.raises(TrackingError, match="did not take the runs"):
-            backend.publish(cell, [file])
+            backend.publish(cell, [file], {})
         with pytest.raises(TrackingError, match="did not take the runs"):
-            backend.publish(cell, [file])
+            backend.publish(cell, [file], {})
         own.start()
         there = len(Store(own.address, "stopped").runs)
         assert 0 < there < 5, "it was stopped in the middle"
-        backend.publish(cell, [file])
+        backend.publish(cell, [file], {})
     complete(own.address, "stopped", cell, file, results)
 
 
@@ -144,8 +144,8 @@ def test_a_server_whose_disk_is_full(
         no_file_grows_beyond(1024, own.processes),
         pytest.raises(TrackingError, match="did not take the runs"),
     ):
-        backend.publish(cell, [file])
-    backend.publish(cell, [file])
+        backend.publish(cell, [file], {})
+    backend.publish(cell, [file], {})
     complete(own.address, "full", cell, file, results)
 
 
@@ -181,20 +181,20 @@ def test_a_server_that_asks_who_calls(
     cell = make_cell()
     backend = MlflowBackend("guarded", results, guarded.address)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"):
-        backend.publish(cell, [file])
+        backend.publish(cell, [file], {})
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a wrong one")
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME") as caught:
-        backend.publish(cell, [file])
+        backend.publish(cell, [file], {})
     assert "a wrong one" not in str(caught.value)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
-    assert backend.publish(cell, [file]).created == 5
+    assert backend.publish(cell, [file], {}).created == 5
     complete(guarded.address, "guarded", cell, file, results)
 
     address = guarded.address.replace("://", f"://{USER}:{PASSWORD}@")
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
-    published = MlflowBackend("guarded", results, address).publish(cell, [file])
+    published = MlflowBackend("guarded", results, address).publish(cell, [file], {})
     assert published.unchanged == 5
     assert PASSWORD not in published.location
 

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 from plotly.offline import get_plotlyjs
 
-from tracker.tracking.mlflow import MlflowBackend
+from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import CellMaker
 from .test_mlflow import Store

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from tracker.records import CellRecord, RunRecord
 from tracker.reporting.html import render_page
-from tracker.tracking import mlflow_runs, wandb_runs
-from tracker.tracking.base import curve_name, is_curve, layer_table, run_key
-from tracker.tracking.mlflow import MlflowBackend
+from tracker.tracking.figures import curve_name, is_curve, logged_layers
+from tracker.tracking.identity import run_key
+from tracker.tracking.mlflow import runs as mlflow_runs
+from tracker.tracking.mlflow.backend import MlflowBackend
+from tracker.tracking.wandb import runs as wandb_runs
 
 from .conftest import CellMaker, layer_record
 from .test_mlflow import PROJECT, Store, local
@@ -39,7 +41,7 @@ def beneath(cell: CellRecord) -> CellRecord:
 
 def publish(results: Path, cell: CellRecord) -> tuple[int, int, int]:
     backend = MlflowBackend(PROJECT, results)
-    done = backend.publish(cell, [])
+    done = backend.publish(cell, [], {})
     backend.close()
     return done.created, done.updated, done.unchanged
 
@@ -71,8 +73,8 @@ def test_names_params_and_curves_tell_the_kinds_apart(results: Path, make_cell: 
     for name in ("span4/accuracy_drop", "attention/accuracy_drop", "mlp/span4/accuracy_drop"):
         assert store.curve(cell, name) == [(1, drop)]
     assert "attention/cosine_score" not in store.cell(cell).data.metrics
-    assert layer_table(cell).columns[:4] == ("layer", "component", "span", "ablation")
-    assert [row[:4] for row in layer_table(cell).rows][-1] == (1, "mlp", 4, "mlp:1,2,3,4")
+    assert logged_layers(cell).columns[:4] == ("layer", "component", "span", "ablation")
+    assert [row[:4] for row in logged_layers(cell).rows][-1] == (1, "mlp", 4, "mlp:1,2,3,4")
 
 
 def test_a_curve_that_changes_is_updated_at_its_layer(results: Path, make_cell: CellMaker) -> None:

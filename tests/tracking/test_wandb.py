@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tracker.records import CellRecord
-from tracker.tracking.base import CURVES, flat_metrics
-from tracker.tracking.wandb_runs import cell_run, layer_run
+from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.wandb.runs import cell_run, layer_run
 
 from .conftest import CellMaker
 from .mlflow_server import free_port

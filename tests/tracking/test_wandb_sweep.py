@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tracker import api
-from tracker.tracking.base import flat_metrics
+from tracker.tracking.figures import flat_metrics
 
 from .test_wandb import figures
 from .wandb_client import Client

@@ -149,7 +149,7 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     progress.say(f"loading {request.model}")
     loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
     encoder = RequestEncoder(loaded.model, loaded.tokenizer)
-    documents = benchmark.documents(encoder, request.limit)
+    documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):
         raise BenchmarkError(f"{request.benchmark} generates texts; tracker bench times scoring")
     return Prepared(

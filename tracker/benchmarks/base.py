@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from tracker.documents import Document, Response
+from tracker.extent import Extent
 from tracker.records import BenchmarkIdentity
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ class Benchmark(Protocol):
 
     identity: BenchmarkIdentity
 
-    def documents(self, encoder: RequestEncoder, limit: int | None) -> list[Document]:
+    def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Tokenise the documents.
 
         Args:
             encoder: lm-eval's tokenisation for the model.
-            limit: Documents per task, from the first; None = all.
+            extent: Which documents.
 
         Returns:
             The documents, task by task, in the order of their splits.

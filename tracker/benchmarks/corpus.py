@@ -18,6 +18,7 @@ from tracker.benchmarks.sources import find_data
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.errors import BenchmarkError, did_you_mean
+from tracker.extent import Extent
 from tracker.hub import check_name
 from tracker.metrics.ratios import RATIO
 from tracker.provenance import content_hash, file_stamp
@@ -137,18 +138,18 @@ class Corpus:
             primary_metric="acc",
         )
 
-    def documents(self, encoder: RequestEncoder, limit: int | None) -> list[Document]:
+    def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Cut the texts into windows, in the order of the corpus."""
         return [
             Document(
                 task=self._name,
                 index=index,
-                requests=tuple(encoder.windows(text)),
+                requests=tuple(encoder.windows(self._texts[index])),
                 gold=None,
                 choices=0,
                 rolling=True,
             )
-            for index, text in enumerate(self._texts[:limit])
+            for index in sorted(extent.of(self._name, len(self._texts)))
         ]
 
     def outcomes(

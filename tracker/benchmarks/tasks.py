@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import AGGREGATION_REGISTRY, get_aggregation
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
 from tracker.benchmarks.base import MetricValue
@@ -21,6 +22,7 @@ from tracker.benchmarks.sources import find_data
 from tracker.config import CellRequest
 from tracker.documents import Document, Prompt, Request, Response
 from tracker.errors import BenchmarkError
+from tracker.extent import Extent
 from tracker.provenance import content_hash
 from tracker.records import BenchmarkIdentity, TaskIdentity
 
@@ -55,15 +57,21 @@ class LmEvalBenchmark:
         self.identity = self._identify(group)
         self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
 
-    def documents(self, encoder: RequestEncoder, limit: int | None) -> list[Document]:
+    def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Build the benchmark's requests as lm-eval does, and tokenise them."""
         documents = []
         chat = self.identity.apply_chat_template
         for name, task in self._tasks.items():
             task.set_fewshot_seed(seed=self._request.seed)
+            wanted = sorted(extent.of(name, len(task.eval_docs)))
+            # Few-shot examples are drawn document by document, so that a document has the prompt
+            # of a whole run only when all before it are asked too.
+            in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
+            chosen = None if in_turn or extent.sample is None else wanted
             try:
                 task.build_all_requests(
-                    limit=limit,
+                    limit=wanted[-1] + 1 if wanted else None,
+                    samples=chosen,
                     rank=0,
                     world_size=1,
                     apply_chat_template=chat,
@@ -76,7 +84,10 @@ class LmEvalBenchmark:
             by_document: dict[int, list[Any]] = {}
             for instance in task.instances:
                 by_document.setdefault(instance.doc_id, []).append(instance)
-            for index, instances in by_document.items():
+            if chosen is not None:  # lm-eval counts the chosen ones
+                by_document = dict(zip(chosen, by_document.values(), strict=True))
+            for index in wanted:
+                instances = by_document[index]
                 instances.sort(key=lambda instance: instance.idx)
                 doc = instances[0].doc
                 self._documents[name, index] = (doc, instances)

@@ -126,7 +126,7 @@ class Handout:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
-            missing = store.missing(block, cell.request.limit, names_of(cell.job.asked, store))
+            missing = store.missing(block, cell.request.extent, names_of(cell.job.asked, store))
             responses = cell.pending.pop(block)
             if missing:
                 task = Task(cell, block, missing, responses, lock)

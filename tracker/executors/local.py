@@ -61,5 +61,5 @@ def measure_cell(
     lost = meter.check(Checks(ledger.root))
     for line in lost:
         progress.say(line)
-    fill(store, lacking, meter, request.limit, progress)
+    fill(store, lacking, meter, request.extent, progress)
     return store, lost

@@ -113,12 +113,13 @@ class _Waiting:
         self._before = {path.name for path in shards(store)}
         self._found = 0
         if store is None:
-            sizes = [task.documents for task in job.benchmark.identity.tasks]
-            self.left = sum(-(-min(size, request.limit or size) // BLOCK) for size in sizes)
+            tasks = job.benchmark.identity.tasks
+            wanted = [request.extent.of(task.name, task.documents) for task in tasks]
+            self.left = sum(-(-len(documents) // BLOCK) for documents in wanted)
         else:
             names = names_of(job.asked, store)
-            blocks = store.blocks(request.limit)
-            self.left = sum(bool(store.missing(b, request.limit, names)) for b in blocks)
+            blocks = store.blocks(request.extent)
+            self.left = sum(bool(store.missing(b, request.extent, names)) for b in blocks)
 
     def advance(self) -> int:
         """Count the blocks that have come since the last call."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +18,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from tracker.errors import WorkError
+from tracker.extent import ALL, Extent, random_order
 from tracker.ledger.files import lock_file, write_bytes
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
@@ -34,19 +36,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class Block:
-    """Up to `BLOCK` consecutive documents of one task: the `number`-th such, 0-based."""
+    """Up to `BLOCK` documents of one task, consecutive in the order that a seed gives.
+
+    Attributes:
+        task: The lm-eval task.
+        number: Which block, 0-based.
+        seed: Of the random order; None for the documents as they come.
+    """
 
     task: str
     number: int
+    seed: int | None = None
 
     @property
     def name(self) -> str:
-        """The block's name in file names."""
-        return f"{quote(self.task, safe='')}.{self.number:05d}"
+        """The block's name in file names; no quoted task holds a plus."""
+        order = "" if self.seed is None else f"+{self.seed}"
+        return f"{quote(self.task, safe='')}{order}.{self.number:05d}"
 
-    def documents(self, count: int) -> range:
-        """Which documents of the task it holds, when `count` of them are wanted."""
-        return range(self.number * BLOCK, min((self.number + 1) * BLOCK, count))
+
+@lru_cache(maxsize=256)
+def _places(task: str, documents: int, seed: int | None) -> Mapping[int, int] | range:
+    """Each document of a task → its place in the order that a seed gives."""
+    if seed is None:
+        return range(documents)
+    return {number: place for place, number in enumerate(random_order(seed, task, documents))}
 
 
 class CellStore:
@@ -65,16 +79,23 @@ class CellStore:
         self._others = others
         self._shards = folder / "shards"
 
-    def counts(self, limit: int | None) -> dict[str, int]:
-        """Say how many documents of each task a limit means."""
-        tasks = self.identity.benchmark.tasks
-        return {t.name: min(t.documents, limit or t.documents) for t in tasks}
+    def wanted(self, extent: Extent) -> dict[str, Sequence[int]]:
+        """List the documents of each task that are meant, in the order of their blocks."""
+        return {
+            task.name: extent.of(task.name, task.documents)
+            for task in self.identity.benchmark.tasks
+        }
 
-    def blocks(self, limit: int | None) -> list[Block]:
+    def counts(self, extent: Extent = ALL) -> dict[str, int]:
+        """Say how many documents of each task are meant."""
+        return {task: len(documents) for task, documents in self.wanted(extent).items()}
+
+    def blocks(self, extent: Extent) -> list[Block]:
         """List the blocks that hold the wanted documents, in order."""
+        seed = None if extent.sample is None else extent.seed
         return [
-            Block(task, number)
-            for task, count in self.counts(limit).items()
+            Block(task, number, seed)
+            for task, count in self.counts(extent).items()
             for number in range(-(-count // BLOCK))
         ]
 
@@ -83,29 +104,61 @@ class CellStore:
         return lock_file(self.folder / "locks" / f"{block.name}.lock")
 
     def missing(
-        self, block: Block, limit: int | None, ablations: Collection[str]
+        self, block: Block, extent: Extent, ablations: Collection[str]
     ) -> dict[tuple[str, ...], list[int]]:
-        """Say what of a block is not measured yet, of the first `limit` documents of its task.
+        """Say what of a block is not measured yet, under whatever order of the documents.
 
         Missing ablations, in the given order → the documents that lack just these.
         """
-        frame = self.read([block], columns=["doc", "ablation"])
-        present = set(zip(frame["doc"], frame["ablation"], strict=True)) if len(frame) else set()
+        first = block.number * BLOCK
+        documents = self.wanted(extent)[block.task][first : first + BLOCK]
+        beside = self._in_other_orders(block, documents)
+        frame = self.read([block, *beside], columns=["doc", "ablation"])
+        present = set(zip(frame["doc"], frame["ablation"], strict=True))
         work: dict[tuple[str, ...], list[int]] = {}
-        for document in block.documents(self.counts(limit)[block.task]):
+        for document in documents:
             absent = tuple(name for name in ablations if (document, name) not in present)
             if absent:
                 work.setdefault(absent, []).append(document)
         return work
 
-    def is_complete(self, limit: int | None, ablations: Collection[str]) -> bool:
-        """Say whether every wanted document is measured under every wanted ablation."""
-        frame = self.read(self.blocks(limit), columns=["task", "doc", "ablation"])
+    def _in_other_orders(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
+        """Find the blocks of other orders that hold some documents of a block."""
+        count = self.counts()[block.task]
+        for seed in self._orders() - {block.seed}:
+            places = _places(block.task, count, seed)
+            for number in sorted({places[document] // BLOCK for document in documents}):
+                yield Block(block.task, number, seed)
+
+    def _orders(self) -> set[int | None]:
+        """Find the orders in which documents of this cell were measured: their seeds."""
+        names = (path.name.rsplit(".", 2)[0].partition("+") for path in self.shards())
+        found = {int(rest.split(".")[0]) if plus else None for _, plus, rest in names}
+        return found.union(*(other._orders() for other in self._others))
+
+    def read_documents(self, extent: Extent, columns: list[str] | None = None) -> pd.DataFrame:
+        """Read the outcomes of some documents, in whatever order they were measured.
+
+        Args:
+            extent: Which documents.
+            columns: Only these columns, task, doc and ablation among them; None = all.
+
+        Returns:
+            As `read`.
+        """
+        mine = self.blocks(extent)
+        one_order = self._orders() <= {block.seed for block in mine}
+        frame = self.read(mine if one_order else None, columns)
         if not len(frame):
-            return False
-        counts = frame["task"].map(self.counts(limit))
-        wanted = frame[frame["ablation"].isin(ablations) & (frame["doc"] < counts)]
-        return len(wanted) == sum(self.counts(limit).values()) * len(set(ablations))
+            return frame
+        wanted = {(task, doc) for task, docs in self.wanted(extent).items() for doc in docs}
+        return frame[[each in wanted for each in zip(frame["task"], frame["doc"], strict=True)]]
+
+    def is_complete(self, extent: Extent, ablations: Collection[str]) -> bool:
+        """Say whether every wanted document is measured under every wanted ablation."""
+        frame = self.read_documents(extent, ["task", "doc", "ablation"])
+        measured = frame["ablation"].isin(ablations).sum() if len(frame) else 0
+        return bool(measured == sum(self.counts(extent).values()) * len(set(ablations)))
 
     def write(
         self, block: Block, rows: Sequence[Mapping[str, object]], metadata: Mapping[str, object]
@@ -119,6 +172,8 @@ class CellStore:
                 (`provenance`).
         """
         about = {"format": FORMAT, "key": self.identity.key, "task": block.task, **metadata}
+        if block.seed is not None:
+            about["seed"] = block.seed
         content = shard_file(outcome_table(rows), about)
         path = self._shard_path(block, ((row["doc"], row["ablation"]) for row in rows))
         write_bytes(path, content)
@@ -149,15 +204,20 @@ class CellStore:
         if shard.about.get("format", 1) > FORMAT:
             raise ValueError("a newer tracker wrote it")
         held = shard.table.select(["task", "doc"]).to_pydict()
-        tasks, numbers = set(held["task"]), {doc // BLOCK for doc in held["doc"]}
-        if len(tasks) != 1 or len(numbers) != 1:
+        tasks, documents = set(held["task"]), set(held["doc"])
+        if len(tasks) != 1:
             raise ValueError("it holds more or less than one block")
-        (task,), (number,) = tasks, numbers
-        if number < 0 or max(held["doc"]) >= self.counts(None).get(task, 0):
+        (task,), seed = tasks, shard.about.get("seed")
+        places = _places(task, self.counts().get(task, 0), seed)
+        if not all(document in places for document in documents):
             raise ValueError("the cell has no such document")
+        numbers = {places[document] // BLOCK for document in documents}
+        if len(numbers) != 1:
+            raise ValueError("it holds more or less than one block")
+        (number,) = numbers
         if not shard.proved:
             refuse_misfits(shard.table, self.identity.model.layers)
-        return Block(task, number)
+        return Block(task, number, seed)
 
     def _shard_path(self, block: Block, held: Iterable[tuple[object, object]]) -> Path:
         """Name a shard by the documents and ablations in it."""
@@ -179,6 +239,8 @@ class CellStore:
             One row a (task, document, ablation), in no particular order, none twice; where all
             columns are read, with who measured it besides.
         """
+        # With the columns that tell outcomes apart.
+        names = columns and list(dict.fromkeys(("task", "doc", "ablation", *columns)))
         if blocks is None:
             paths = self.shards()
         elif len(blocks) == 1:
@@ -186,18 +248,16 @@ class CellStore:
         else:
             wanted = {block.name for block in blocks}
             paths = [path for path in self.shards() if path.name.rsplit(".", 2)[0] in wanted]
-        frames = [frame for path in paths if (frame := self._frame(path, columns)) is not None]
-        frames += [found for other in self._others if len(found := other.read(blocks, columns))]
+        frames = [frame for path in paths if (frame := self._frame(path, names)) is not None]
+        frames += [found for other in self._others if len(found := other.read(blocks, names))]
         if not frames:
             return pd.DataFrame(columns=columns)
-        frame = pd.concat(frames, ignore_index=True)
-        frame = frame.drop_duplicates(["task", "doc", "ablation"], ignore_index=True)
+        frame = pd.concat(frames).drop_duplicates(["task", "doc", "ablation"], ignore_index=True)
         return frame if columns is None else frame[columns]
 
     def _frame(self, path: Path, columns: list[str] | None) -> pd.DataFrame | None:
-        """Read a shard with the columns that tell outcomes apart, or set it aside."""
-        wanted = columns and list(dict.fromkeys(("task", "doc", "ablation", *columns)))
-        shard = self.shard(path, wanted)
+        """Read a shard, or set it aside."""
+        shard = self.shard(path, columns)
         if shard is None:
             return None
         frame: pd.DataFrame = shard.table.to_pandas()

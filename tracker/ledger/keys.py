@@ -13,8 +13,8 @@ from tracker.records import BenchmarkIdentity, ModelIdentity
 def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
     """Identify a cell by content, as SHA-256 in hexadecimal.
 
-    Neither the limit, nor the layers, nor the batch, nor the shown metric is part of it: a cell
-    grows.
+    Neither which documents, nor the layers, nor the batch, nor the shown metric is part of it: a
+    cell grows.
     """
     return content_hash(
         {
@@ -35,10 +35,10 @@ def request_key(
     """Identify what was asked for without loading anything, as SHA-256 in hexadecimal.
 
     Equal keys lead to the same cell; different ones may (after an update of lm-eval, say). What is
-    removed, limit and metric do not count.
+    removed, which documents and the metric do not count.
     """
     asked = request.model_dump(
-        exclude={"layers", "components", "spans", "removed", "limit", "metric"}
+        exclude={"layers", "components", "spans", "removed", "limit", "sample", "metric"}
     )
     return content_hash([asked, model_stamp, data_stamp, dict(versions)])
 

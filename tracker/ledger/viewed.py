@@ -30,15 +30,13 @@ class Viewed:
     def __init__(self, store: CellStore, view: View) -> None:
         self.identity: CellIdentity = store.identity
         self._removed = view.removed
-        counts = store.counts(view.limit)
+        counts = store.counts(view.extent)
         self.wanted = sum(counts.values())
-        frame = store.read(store.blocks(view.limit))
+        frame = store.read_documents(view.extent)
         shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs)]
         names = {ablation.name for ablation in shown}
         if len(frame):
-            frame = frame[
-                frame["ablation"].isin(names) & (frame["doc"] < frame["task"].map(counts))
-            ]
+            frame = frame[frame["ablation"].isin(names)]
         measured = set(frame["ablation"]) if len(frame) else set()
         if INTACT.name in measured:
             # A document counts when nothing that is shown lacks it.

@@ -77,6 +77,8 @@ class Views:
             metric=request.metric or self.identity.benchmark.primary_metric,
             removed=request.removed,
             limit=request.limit,
+            sample=request.sample,
+            seed=None if request.sample is None else request.seed,
             runs=tuple(removals(request, self.identity.model.layers)),
         )
 
@@ -84,8 +86,8 @@ class Views:
         """Remember what was asked for, and for which project: what reports and syncs use.
 
         A cell has a view for each metric and each set of removed layers. The runs that were asked
-        of the same view before stay, and none but these and the new ones is added; the limit is the
-        newest.
+        of the same view before stay, and none but these and the new ones is added; which documents
+        is what was asked last.
         """
         view = self.of(request)
         path = self.path(self.name_of(view))

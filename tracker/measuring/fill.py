@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from filelock import Timeout
 
 from tracker.ablations import ablations_of
+from tracker.extent import Extent
 from tracker.ledger.cells import Block, CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.meter import Facts, Meter
@@ -31,16 +32,16 @@ def open_cell(
     key = asked.key or look_up(asked.request, ledger).key
     if key:
         ledger.remember(key, store)
-    limit, names = asked.request.limit, names_of(asked, store)
-    if store.is_complete(limit, names):
+    extent, names = asked.request.extent, names_of(asked, store)
+    if store.is_complete(extent, names):
         return store, {}
     lacking = {
         block: sum(
             facts.responses[block.task, i] * len(absent)
-            for absent, indices in store.missing(block, limit, names).items()
+            for absent, indices in store.missing(block, extent, names).items()
             for i in indices
         )
-        for block in store.blocks(limit)
+        for block in store.blocks(extent)
     }
     return store, {block: responses for block, responses in lacking.items() if responses}
 
@@ -54,7 +55,7 @@ def fill(
     store: CellStore,
     lacking: Mapping[Block, int],
     meter: Meter,
-    limit: int | None,
+    extent: Extent,
     progress: Progress,
 ) -> None:
     """Measure what a cell lacks: the blocks, and how many responses each of them lacks.
@@ -64,7 +65,7 @@ def fill(
     """
     progress.start(store.identity.benchmark.name, sum(lacking.values()))
     try:
-        _fill(store, lacking, meter, limit, progress)
+        _fill(store, lacking, meter, extent, progress)
     finally:
         progress.finish()
 
@@ -73,7 +74,7 @@ def _fill(
     store: CellStore,
     lacking: Mapping[Block, int],
     meter: Meter,
-    limit: int | None,
+    extent: Extent,
     progress: Progress,
 ) -> None:
     pending = list(lacking)
@@ -83,7 +84,7 @@ def _fill(
         for block in pending:
             try:
                 with store.lock(block).acquire(timeout=0):
-                    done = _fill_block(store, block, meter, limit, progress)
+                    done = _fill_block(store, block, meter, extent, progress)
                     progress.advance(lacking[block] - done)
             except Timeout:
                 left.append(block)
@@ -96,7 +97,7 @@ def _fill(
 
 
 def _fill_block(
-    store: CellStore, block: Block, meter: Meter, limit: int | None, progress: Progress
+    store: CellStore, block: Block, meter: Meter, extent: Extent, progress: Progress
 ) -> int:
     """Measure what one block lacks; returns the responses that were reported as scored."""
     done = 0
@@ -107,7 +108,7 @@ def _fill_block(
         progress.advance(responses)
 
     names = [ablation.name for ablation in meter.ablations]
-    for absent, indices in store.missing(block, limit, names).items():
+    for absent, indices in store.missing(block, extent, names).items():
         shard = meter.measure(block.task, absent, indices, advance)
         store.write(block, shard.rows, shard.metadata)
     return done

@@ -100,7 +100,7 @@ class Meter:
         self._model = model
         self._memory = options.memory
         self._scorer: Scorer | None = None
-        documents = benchmark.documents(model.encoder, request.limit)
+        documents = benchmark.documents(model.encoder, request.extent)
         self._documents = {(document.task, document.index): document for document in documents}
         self._watch = watched_documents(documents)
         self.ablations = ablations_of(request, loaded.identity.layers)

@@ -63,7 +63,7 @@ def plan(
         ablations = ablations_of(request, layers)
         model, tokenizer = weightless(cell.source, request.dtype, trust_remote_code)
         encoder = RequestEncoder(model, tokenizer)
-        documents = benchmark.documents(encoder, request.limit)
+        documents = benchmark.documents(encoder, request.extent)
         if not documents:
             raise ModelError(f"{request.title} has no documents")
         found = cost(model, documents, ablations, encoder.max_length)

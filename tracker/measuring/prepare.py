@@ -50,7 +50,7 @@ def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
     ablations = ablations_of(request, store.identity.model.layers)
-    return store.is_complete(request.limit, [ablation.name for ablation in ablations])
+    return store.is_complete(request.extent, [ablation.name for ablation in ablations])
 
 
 def all_layers(

@@ -80,8 +80,8 @@ def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellSt
     """Group what shows one cell by one metric, over the same layers beneath and documents."""
     groups: dict[object, list[tuple[CellStore, View]]] = {}
     for store, view in views:
-        documents = tuple(store.counts(view.limit).values())
-        place = (store.identity.key, view.removed, view.metric, documents)
+        documents = tuple(store.counts(view.extent).values())
+        place = (store.identity.key, view.removed, view.metric, documents, view.seed)
         groups.setdefault(place, []).append((store, view))
     return groups.values()
 

@@ -18,7 +18,8 @@ import pandas as pd
 from tracker.errors import ResultsError
 from tracker.records import CellRecord, Record, Shown
 from tracker.reporting.export import frames
-from tracker.tracking.base import BOARD_FILE, Backend, Table, content_digest
+from tracker.tracking.base import BOARD_FILE, Backend, LoggedTable
+from tracker.tracking.identity import content_digest
 
 FORMAT = 3
 _ROUNDS = 5
@@ -137,12 +138,12 @@ def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board,
     return whole, location
 
 
-def board_tables(cells: Sequence[CellRecord]) -> Mapping[str, Table]:
+def board_tables(cells: Sequence[CellRecord]) -> Mapping[str, LoggedTable]:
     """Lay out `layer_leaderboard` and `model_leaderboard` for the page of a tracking backend."""
     found = frames(cells)
     return {name: _table(found[name]) for name in ("layer_leaderboard", "model_leaderboard")}
 
 
-def _table(frame: pd.DataFrame) -> Table:
+def _table(frame: pd.DataFrame) -> LoggedTable:
     rows = frame.astype(object).where(frame.notna(), None)
-    return Table(tuple(frame.columns), tuple(rows.itertuples(index=False, name=None)))
+    return LoggedTable(tuple(frame.columns), tuple(rows.itertuples(index=False, name=None)))

@@ -30,7 +30,8 @@ from tracker.tracking import (
     open_backend,
     target,
 )
-from tracker.tracking.base import Backend, content_digest, sync_command
+from tracker.tracking.base import Backend, sync_command
+from tracker.tracking.identity import content_digest
 
 log = logging.getLogger(__name__)
 

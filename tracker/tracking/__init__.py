@@ -18,14 +18,14 @@ from tracker.provenance import content_hash
 from tracker.records import CellRecord, RunRecord
 from tracker.text import masked
 from tracker.tracking.base import Backend
-from tracker.tracking.isolated import Isolated
+from tracker.tracking.wandb.isolated import Isolated
 
 _SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 """What an agent tells its trial. Whoever has it can open the trial's own run and no other."""
 
 
 def _mlflow(project: str, results: Path, server: str | None) -> Backend:
-    from tracker.tracking.mlflow import MlflowBackend
+    from tracker.tracking.mlflow.backend import MlflowBackend
 
     return MlflowBackend(project, results, server)
 
@@ -107,11 +107,7 @@ def in_sweep() -> bool:
 
 
 def default_targets() -> tuple[str, ...]:
-    """Say where runs go when nothing is said.
-
-    Returns:
-        W&B for the trial of a W&B sweep, MLflow otherwise.
-    """
+    """Say where runs go when nothing is said: a W&B sweep's trial to W&B, else to MLflow."""
     return ("wandb",) if in_sweep() else ("mlflow",)
 
 
@@ -131,16 +127,7 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
 
 
 def log_trial(cell: CellRecord, run: RunRecord, results: Path) -> None:
-    """Log a run of a cell into the run that a W&B agent opened for this process, and end it.
-
-    Args:
-        cell: The cell.
-        run: What the trial asked for.
-        results: The results folder.
-
-    Raises:
-        TrackingError: W&B refused or could not be reached.
-    """
+    """Log a run of a cell into the run that a W&B agent opened for this process, and end it."""
     with closing(Isolated("WandbTrial", results)) as trial:
         trial.log(cell, run)
 
@@ -152,9 +139,6 @@ def end_trial(note: str, failed: bool, results: Path) -> None:
         note: Why.
         failed: Whether the sweep shows the run as failed.
         results: The results folder.
-
-    Raises:
-        TrackingError: W&B refused or could not be reached.
     """
     with closing(Isolated("WandbTrial", results)) as trial:
         trial.end(note, failed)

@@ -56,12 +56,7 @@ def save_report(entity: str, project: str, text: str, known: str | None) -> str:
 
 
 def save_view(entity: str, project: str) -> None:
-    """Save a workspace that groups the project's runs by cell, in the place of the former one.
-
-    Args:
-        entity: The entity.
-        project: The project.
-    """
+    """Save a workspace that groups the project's runs by cell, in the place of the former one."""
     try:
         known = get_view_dict(entity, project, _VIEW)["id"]
     except ValueError:  # there is none yet

@@ -4,93 +4,59 @@ Without `MLFLOW_TRACKING_URI` everything lands in the results folder (`mlflow.db
 `mlartifacts/`) and no server is needed.
 
 A run is found again by its tag `tracker.run_key`, and its tag `tracker.digest` is written last: a
-run whose digest is missing or old is completed by the next `publish`. MLflow never lets a param
-change, so params hold identity only; whatever may change is a metric or a tag.
+run whose digest is missing or old is completed by the next `publish`.
 """
 
-# ruff: noqa: E402  (MLflow's environment must be set before it is imported)
 from __future__ import annotations
 
 import getpass
-import json
-import logging
-import math
 import os
 import re
 import shlex
 import sqlite3
 import textwrap
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import psutil
 from filelock import FileLock
-
-# MLflow reads these when it is imported or when it connects; a user's own setting wins. Its own
-# limits (7 retries of 120 s) would hold up a measurement for minutes when a server is down.
-for _name, _value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}.items():
-    os.environ.setdefault(_name, _value)
-
 from mlflow import MlflowClient
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    Metric,
-    Param,
-    RunTag,
-)
 from mlflow.exceptions import MlflowException
+from typing_extensions import override
 
 from tracker.errors import TrackingError
-from tracker.provenance import file_hash
 from tracker.records import CellRecord
 from tracker.text import masked
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,
+    Backend,
+    LoggedTable,
     Published,
     RemoteCell,
-    Table,
-    files_digest,
-    is_curve,
     sync_command,
 )
-from tracker.tracking.mlflow_runs import (
+from tracker.tracking.identity import files_digest
+from tracker.tracking.mlflow.database import artifact_folder, create_database
+from tracker.tracking.mlflow.runs import (
     FILES_TAG,
     KEY_TAG,
     KIND_TAG,
-    Run,
     cell_run,
     layer_run,
-    logged_tables,
+    tables_tag,
 )
+from tracker.tracking.mlflow.writing import DIGEST_TAG, attach, stated_digests, write
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# "Creating initial MLflow database tables...": nothing that a user of tracker must read.
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-
-DIGEST_TAG = "tracker.digest"
 
 _RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow's page opens such an experiment with its runs, not with the traces of an agent."""
-_DIGESTS = "digests/files.json"
-"""The digests of the attached files, by name: what has not changed is not uploaded again."""
 _LOCK_SECONDS = 600.0
 _SAID_CHARACTERS = 500  # a proxy's error page is longer
 _REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
@@ -100,13 +66,12 @@ _WHO = (
 )
 _SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
-_NETWORK_FILE_SYSTEMS = re.compile(
-    r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|afs|orangefs|pvfs|9p|fuse\.sshfs", re.IGNORECASE
-)
 
 
-class MlflowBackend:
+class MlflowBackend(Backend):
     """Keeps an MLflow experiment in step with the ledger.
+
+    A version of the leaderboard is a run, and so is a report.
 
     Args:
         project: The MLflow experiment's name.
@@ -131,37 +96,25 @@ class MlflowBackend:
             self._uri = f"sqlite:///{self._database}"
         self._connection: tuple[Any, str] | None = None
 
+    @override
     def publish(
         self,
         cell: CellRecord,
         artifacts: Sequence[Path],
-        charts: Mapping[str, Figure] = MappingProxyType({}),
+        charts: Mapping[str, Figure],
     ) -> Published:
-        """Publish the cell as a parent run, and each of its runs as a nested one.
-
-        Args:
-            cell: The record, complete or still growing.
-            artifacts: Files to attach to the cell's run, each under its own file name.
-            charts: Plotly figures of the cell's run, by name.
-
-        Returns:
-            How many runs were created, updated and left alone, and where to look at them.
-
-        Raises:
-            TrackingError: MLflow refused or could not be reached.
-        """
         again = sync_command(self._results, f"{self.name}:{self._project}")
         advice = f"The results are on disk; when it is back: {again}"
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
             parent = cell_run(cell, artifacts, charts)
-            outcomes = [_write(client, experiment, parent, existing)]
+            outcomes = [write(client, experiment, parent, existing)]
             parent_id = existing[parent.key].info.run_id
             # MLflow lists the newest run first, so layer 0 is written last.
             for layer in reversed(cell.runs):
                 run = layer_run(cell, layer, parent_id)
-                outcomes.append(_write(client, experiment, run, existing))
+                outcomes.append(write(client, experiment, run, existing))
             location = self._location(experiment)
         return Published(
             created=outcomes.count("created"),
@@ -170,15 +123,8 @@ class MlflowBackend:
             location=location,
         )
 
+    @override
     def cells(self) -> list[RemoteCell]:
-        """List the cells of the experiment.
-
-        Returns:
-            One entry a cell's run that was written whole.
-
-        Raises:
-            TrackingError: There is no such experiment, or MLflow could not be reached.
-        """
         with self._failures_explained("could not be read"):
             client, experiment = self._existing()
             runs = _search(client, experiment, f"tags.`{KIND_TAG}` = 'cell'")
@@ -193,84 +139,47 @@ class MlflowBackend:
                 if DIGEST_TAG in run.data.tags
             ]
 
+    @override
     def fetch(self, cell: RemoteCell, folder: Path) -> None:
-        """Download the files of a cell, checked against the digest that its run states.
-
-        Args:
-            cell: One of `cells`.
-            folder: An empty folder for them.
-
-        Raises:
-            TrackingError: MLflow could not be reached, or the files are not what was attached.
-        """
         with self._failures_explained("could not be read"):
             client, _ = self._existing()
-            there = _digests(client, cell.place)
+            there = stated_digests(client, cell.place)
             for artifact in client.list_artifacts(cell.place):
                 if artifact.path in there or not (there or artifact.is_dir):
                     client.download_artifacts(cell.place, artifact.path, str(folder))
             if files_digest(folder.iterdir()) != cell.version:
                 raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
 
+    @override
     def boards(self) -> list[str]:
-        """List the versions of the experiment's leaderboard, the oldest first.
-
-        Returns:
-            Ids of runs; empty where there is none yet.
-        """
         with self._failures_explained("could not be read"):
             client, experiment = self._connect()
             runs = _search(client, experiment, f"tags.`{KIND_TAG}` = '{BOARD}'")
             return [run.info.run_id for run in runs if run.info.status == "FINISHED"]
 
+    @override
     def read_board(self, version: str) -> str:
-        """Read one version of the leaderboard.
-
-        Args:
-            version: One of `boards`.
-
-        Returns:
-            Its text.
-        """
         with self._failures_explained("could not be read"), TemporaryDirectory() as folder:
             client, _ = self._existing()
             path = client.download_artifacts(version, BOARD_FILE, folder)
             return Path(path).read_text(encoding="utf-8")
 
-    def add_board(self, file: Path, tables: Mapping[str, Table]) -> str:
-        """Add a version of the leaderboard as a run.
-
-        Args:
-            file: All of it, named `BOARD_FILE`.
-            tables: What people browse.
-
-        Returns:
-            Where to look.
-        """
+    @override
+    def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
         return self._add("leaderboard", BOARD, [file], tables, {})
 
+    @override
     def add_report(
         self,
         text: str,
         files: Sequence[Path],
-        tables: Mapping[str, Table],
+        tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
     ) -> str:
-        """Add a report as a run.
-
-        Args:
-            text: What it says in a few paragraphs.
-            files: The page, and what goes with it.
-            tables: What people browse.
-            charts: Plotly figures, by name.
-
-        Returns:
-            Where to look.
-        """
         return self._add("report", "report", files, tables, charts, text)
 
+    @override
     def user(self) -> str:
-        """Say as whom MLflow knows this user."""
         return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
 
     def _add(
@@ -278,7 +187,7 @@ class MlflowBackend:
         name: str,
         kind: str,
         files: Sequence[Path],
-        tables: Mapping[str, Table],
+        tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
         note: str = "",
     ) -> str:
@@ -289,18 +198,19 @@ class MlflowBackend:
                 KIND_TAG: kind,
                 "mlflow.source.name": "tracker",
                 "mlflow.user": self.user(),
-                "mlflow.loggedArtifacts": logged_tables(tables),
+                "mlflow.loggedArtifacts": tables_tag(tables),
                 "mlflow.note.content": note,
             }
             run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
-            _attach(client, run_id, tables, charts)
+            attach(client, run_id, tables, charts)
             for file in files:
                 client.log_artifact(run_id, str(file))
             client.set_terminated(run_id, "FINISHED")
             return self._location(experiment)
 
+    @override
     def close(self) -> None:
-        """Leave the SQLite file complete on its own, so that it can be copied."""
+        # The SQLite file is left complete on its own, so that it can be copied.
         connected, self._connection = self._connection is not None, None
         if connected and self._database:
             with suppress(sqlite3.Error), closing(sqlite3.connect(self._database)) as database:
@@ -350,7 +260,7 @@ class MlflowBackend:
         """Keep files beside the runs; a server decides for itself."""
         if self._uri.startswith(("http://", "https://", "databricks")):
             return None
-        return _artifact_folder(self._database or self._results / "mlflow.db").as_uri()
+        return artifact_folder(self._database or self._results / "mlflow.db").as_uri()
 
     def _location(self, experiment: str) -> str:
         if self._uri.startswith(("http://", "https://")):
@@ -412,157 +322,6 @@ def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]
     for run in _search(client, experiment, f"tags.`tracker.cell` = '{cell_key}'"):
         found.setdefault(run.data.tags.get(KEY_TAG, run.info.run_id), run)
     return found
-
-
-def _write(client: Any, experiment: str, run: Run, existing: dict[str, Any]) -> str:
-    """Bring one run to what it should be; `existing` learns of a run that is created."""
-    found = existing.get(run.key)
-    if found is None:
-        found = client.create_run(experiment, tags=run.tags, run_name=run.name)
-        existing[run.key] = found
-        known, tags, outcome = {}, {}, "created"
-    elif found.data.tags.get(DIGEST_TAG) == run.digest:
-        return "unchanged"
-    else:
-        known, tags, outcome = _known_points(client, found, run), run.tags, "updated"
-
-    run_id = found.info.run_id
-    now = int(time.time() * 1000)
-    client.log_batch(
-        run_id,
-        metrics=[
-            Metric(name, value, now, step)
-            for (name, step), value in _changes(known, run.points).items()
-        ],
-        params=[
-            Param(name, value)
-            for name, value in run.params.items()
-            if name not in found.data.params
-        ],
-        tags=[RunTag(name, value) for name, value in tags.items()],
-        synchronous=True,
-    )
-    for tag in found.data.tags:
-        if tag.startswith("tracker.") and tag != DIGEST_TAG and tag not in run.tags:
-            client.delete_tag(run_id, tag)
-    _attach(client, run_id, run.tables, run.charts)
-    if run.files:
-        _attach_files(client, run_id, run.files)
-    if run.data:
-        # A data set that the run has already is not added again.
-        context = [InputTag("mlflow.data.context", "evaluation")]
-        client.log_inputs(run_id, [DatasetInput(Dataset(**data), context) for data in run.data])
-    if found.info.run_name != run.name:
-        client.update_run(run_id, name=run.name)
-    if found.info.status != "FINISHED":
-        client.set_terminated(run_id, "FINISHED")
-    client.set_tag(run_id, DIGEST_TAG, run.digest, synchronous=True)
-    return outcome
-
-
-def _attach(
-    client: Any, run_id: str, tables: Mapping[str, Table], charts: Mapping[str, Figure]
-) -> None:
-    for name, table in tables.items():
-        # Not log_table: it appends to a table that is already there.
-        content = {"columns": table.columns, "data": table.rows}
-        client.log_text(run_id, json.dumps(content), f"tables/{name}.json")
-    for name, figure in charts.items():
-        client.log_figure(run_id, figure, f"charts/{name}.html")
-
-
-def _digests(client: Any, run_id: str) -> dict[str, str]:
-    """Read which files a run states to have; a run of an older tracker states none."""
-    there = {artifact.path for artifact in client.list_artifacts(run_id)}
-    if _DIGESTS.split("/")[0] not in there:
-        return {}
-    with TemporaryDirectory() as folder, suppress(ValueError):
-        path = client.download_artifacts(run_id, _DIGESTS, folder)
-        stated: dict[str, str] = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {name: digest for name, digest in stated.items() if name in there}
-    return {}
-
-
-def _attach_files(client: Any, run_id: str, files: Sequence[Path]) -> None:
-    """Upload the files that a run lacks, and state the digests of all."""
-    digests = {file.name: file_hash([file]) for file in files}
-    stated = _digests(client, run_id)
-    kept = {name: old for name, old in stated.items() if digests.get(name) == old}
-    if kept != stated:
-        # First, so that a replacement that breaks off is not taken for the file of before.
-        client.log_text(run_id, json.dumps(kept), _DIGESTS)
-    for file in files:
-        if file.name not in kept:
-            client.log_artifact(run_id, str(file))
-    client.log_text(run_id, json.dumps(digests), _DIGESTS)
-
-
-def _known_points(client: Any, found: Any, run: Run) -> dict[tuple[str, int], float]:
-    """Read back the newest value of every metric at every step."""
-    known: dict[tuple[str, int], float] = {}
-    for name, value in found.data.metrics.items():
-        if run.has_curves and is_curve(name):
-            history = client.get_metric_history(found.info.run_id, name)
-            for point in sorted(history, key=lambda point: point.timestamp):
-                known[name, point.step] = point.value
-        else:
-            known[name, run.step] = value
-    return known
-
-
-def _changes(
-    known: Mapping[tuple[str, int], float], wanted: Mapping[tuple[str, int], float]
-) -> dict[tuple[str, int], float]:
-    """Pick the values that must be logged.
-
-    MLflow cannot take a metric back, so a value that is no longer defined becomes NaN.
-    """
-    changed = {at: value for at, value in wanted.items() if known.get(at) != value}
-    gone = (at for at, old in known.items() if at not in wanted and not math.isnan(old))
-    return changed | dict.fromkeys(gone, math.nan)
-
-
-def _artifact_folder(database: Path) -> Path:
-    return database.parent / "mlartifacts"
-
-
-def create_database(path: Path) -> None:
-    """Create the SQLite file, or find out quickly that the one there cannot be used.
-
-    MLflow's migrations take seconds and cannot be repeated when they are interrupted, so they run
-    on a draft that is renamed when it is complete. The caller holds the lock.
-
-    Args:
-        path: The SQLite file.
-    """
-    if path.exists() and path.stat().st_size:
-        with closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA schema_version")
-        return
-
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    draft = path.with_name(f"{path.name}.draft")
-    for suffix in ("", "-journal", "-shm", "-wal"):
-        Path(f"{draft}{suffix}").unlink(missing_ok=True)
-    if _on_local_disk(path.parent):
-        # Three times as fast for runs that are logged one by one; it stays on in the file.
-        with closing(sqlite3.connect(draft)) as database:
-            database.execute("PRAGMA journal_mode=WAL")
-    store = SqlAlchemyStore(f"sqlite:///{draft}", _artifact_folder(path).as_uri())
-    store.engine.dispose()
-    draft.replace(path)
-
-
-def _on_local_disk(folder: Path) -> bool:
-    """Say whether SQLite's write-ahead log is safe here: it is not on network file systems."""
-    mounts = [
-        mount
-        for mount in psutil.disk_partitions(all=True)
-        if folder.resolve().is_relative_to(mount.mountpoint)
-    ]
-    nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
-    return nearest is None or not _NETWORK_FILE_SYSTEMS.search(nearest.fstype)
 
 
 def _secrets(uri: str) -> list[str | None]:

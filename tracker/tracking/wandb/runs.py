@@ -10,23 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.records import CellRecord, RunRecord
-from tracker.tracking.base import (
+from tracker.tracking.base import LoggedTable
+from tracker.tracking.figures import (
     CURVES,
-    Table,
     absent_reasons,
     cell_figures,
-    content_digest,
-    correlation_table,
     curve_name,
-    defined,
-    files_digest,
     flat_metrics,
-    layer_table,
+    logged_correlations,
+    logged_layers,
     metric_name,
     not_finite,
-    run_key,
-    run_name,
+    only_defined,
 )
+from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -43,7 +40,7 @@ _NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class OutcomesArtifact:
     """The artifact of a cell: everything its figures were computed from."""
 
     name: str
@@ -53,7 +50,7 @@ class Outcomes:
 
 
 @dataclass(frozen=True)
-class Run:
+class WandbRun:
     """One W&B run as it should be."""
 
     key: str
@@ -66,45 +63,28 @@ class Run:
     summary: dict[str, float]
     curves: tuple[dict[str, float], ...] = ()
     """One row of points a layer, each with `layer`."""
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, LoggedTable] = field(default_factory=dict)
     charts: Mapping[str, Figure] = field(default_factory=dict)
-    outcomes: Outcomes | None = None
+    outcomes: OutcomesArtifact | None = None
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What W&B lists it by, in the words of `wandb.init`."""
+        return {n: getattr(self, n) for n in ("name", "group", "job_type", "tags")}
 
     def id(self, deleted: int = 0) -> str:
-        """Name the run the same way everywhere: W&B never frees the id of a deleted run.
-
-        Args:
-            deleted: How many runs with ids of this series were deleted.
-
-        Returns:
-            The next id of the series.
-        """
+        """Name the run alike everywhere: W&B never frees the id of a run that was `deleted`."""
         nth = f"{self.key}#{deleted}" if deleted else self.key
         return hashlib.sha256(nth.encode()).hexdigest()[:16]
 
 
 def group_of(cell: CellRecord) -> str:
-    """Name the group that holds the runs of a cell, alike on every machine.
-
-    Args:
-        cell: The cell.
-
-    Returns:
-        The cell's title and the beginning of its key.
-    """
+    """Name the group that holds the runs of a cell, alike on every machine."""
     return _fitting(f"{cell.title} · {cell.key[:8]}", _GROUP)
 
 
-def layer_run(cell: CellRecord, layer: RunRecord) -> Run:
-    """Describe one run of a cell.
-
-    Args:
-        cell: The cell.
-        layer: The run's record.
-
-    Returns:
-        The run.
-    """
+def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
+    """Describe one run of a cell."""
     figures = {metric_name(name): value for name, value in flat_metrics(layer).items()}
     return _run(
         cell,
@@ -118,17 +98,8 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> Run:
     )
 
 
-def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> Run:
-    """Describe the run of a cell.
-
-    Args:
-        cell: The cell.
-        artifacts: Files to attach, each under its own file name.
-        charts: Plotly figures, by name.
-
-    Returns:
-        The run, with the figures of its runs as curves over the layers.
-    """
+def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> WandbRun:
+    """Describe the run of a cell, with the figures of its runs as curves over the layers."""
     figures = cell_figures(cell)
     rows = []
     for layer in cell.runs:
@@ -144,14 +115,14 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         digest=content_digest(cell, FORMAT, files_digest(artifacts)),
         own={},
         reasons={**not_finite(figures), **cell.reasons},
-        summary={metric_name(name): value for name, value in defined(figures).items()},
+        summary={metric_name(name): value for name, value in only_defined(figures).items()},
         curves=tuple(rows),
         tables={
-            "tables/layers": layer_table(cell),
-            "tables/correlations": correlation_table(cell),
+            "tables/layers": logged_layers(cell),
+            "tables/correlations": logged_correlations(cell),
         },
         charts=charts,
-        outcomes=Outcomes(
+        outcomes=OutcomesArtifact(
             name=artifact,
             aliases=("complete", f"documents-{cell.n}") if cell.is_complete else ("incomplete",),
             metadata={
@@ -172,9 +143,9 @@ def _run(
     own: Mapping[str, object],
     reasons: Mapping[str, str],
     **parts: Any,
-) -> Run:
+) -> WandbRun:
     key = run_key(cell, ablation)
-    outcomes: Outcomes | None = parts.get("outcomes")
+    outcomes: OutcomesArtifact | None = parts.get("outcomes")
     config = {
         # The names that a sweep gives its trials, so that both kinds of run filter alike.
         "model": cell.model.source,
@@ -192,7 +163,7 @@ def _run(
             "reasons": _nested({metric_name(name): why for name, why in reasons.items()}),
         },
     }
-    return Run(
+    return WandbRun(
         key=key,
         name=_fitting(name, _NAME),
         group=group_of(cell),

@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracker.records import WHOLE_LAYER, CellRecord, RunRecord, TaskIdentity
-from tracker.tracking.base import (
+from tracker.tracking.base import LoggedTable
+from tracker.tracking.figures import (
     CURVES,
-    Table,
     absent_reasons,
     cell_figures,
-    content_digest,
-    correlation_table,
     curve_name,
-    defined,
-    files_digest,
     flat_metrics,
-    layer_table,
+    logged_correlations,
+    logged_layers,
     metric_name,
     not_finite,
-    run_key,
-    run_name,
+    only_defined,
 )
+from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -41,7 +38,7 @@ _DIGEST_CHARACTERS = 36
 
 
 @dataclass(frozen=True)
-class Run:
+class MlflowRun:
     """One MLflow run as it should be."""
 
     key: str
@@ -55,24 +52,17 @@ class Run:
     """The step of every metric that is not a curve."""
     has_curves: bool = False
     """Whether the metrics that `is_curve` names have a step of their own for every layer."""
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, LoggedTable] = field(default_factory=dict)
     charts: Mapping[str, Figure] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     data: tuple[dict[str, str], ...] = ()
     """The data sets that it used, in the fields of MLflow's `Dataset`."""
 
 
-def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> Run:
-    """Describe the run of a cell.
-
-    Args:
-        cell: The cell.
-        artifacts: Files to attach, each under its own file name.
-        charts: Plotly figures, by name.
-
-    Returns:
-        The run, with the layers' figures as curves over the layers.
-    """
+def cell_run(
+    cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]
+) -> MlflowRun:
+    """Describe the run of a cell, with the layers' figures as curves over the layers."""
     model, benchmark = cell.model, cell.benchmark
     params = {
         "architecture": model.architecture,
@@ -84,7 +74,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         **_identity(cell),
     }
     single = cell_figures(cell)
-    points = {(metric_name(name), 0): value for name, value in defined(single).items()}
+    points = {(metric_name(name), 0): value for name, value in only_defined(single).items()}
     for layer in cell.runs:
         figures = flat_metrics(layer)
         points |= {
@@ -93,8 +83,8 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
             if name in figures
         }
     tables = {
-        "layers": layer_table(cell),
-        "correlations": correlation_table(cell),
+        "layers": logged_layers(cell),
+        "correlations": logged_correlations(cell),
     }
     measured, values = "accuracy loses", "Values are fractions"
     if not cell.higher_is_better:
@@ -106,14 +96,14 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         "tracker.data": benchmark.data,
         "tracker.missing": ", ".join(cell.lacks) or None,
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
-        "mlflow.loggedArtifacts": logged_tables(tables),
+        "mlflow.loggedArtifacts": tables_tag(tables),
         "mlflow.note.content": (
             f"**{cell.title}**: what the benchmark's {measured} (`{cell.metric}`, {cell.n} "
             f"documents) when {_what_is_removed(cell)}, beside the cheap proxies. The step of "
             f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         ),
     }
-    return Run(
+    return MlflowRun(
         key=run_key(cell, "cell"),
         name=cell.title,
         digest=content_digest(cell, FORMAT, files),
@@ -129,21 +119,12 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
     )
 
 
-def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> Run:
-    """Describe one run of a cell, nested in the run of the cell.
-
-    Args:
-        cell: The cell.
-        layer: The run's record.
-        parent_id: MLflow's id for the run of the cell.
-
-    Returns:
-        The run.
-    """
+def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
+    """Describe one run of a cell, nested in the cell's own, which MLflow knows as `parent_id`."""
     name = run_name(cell, layer)
     tags = {"tracker.layer": str(layer.layer), "mlflow.parentRunId": parent_id}
     figures = flat_metrics(layer)
-    return Run(
+    return MlflowRun(
         key=run_key(cell, layer.ablation),
         name=name,
         digest=content_digest(layer, FORMAT, name, cell.metric, parent_id),
@@ -162,15 +143,8 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> Run:
     )
 
 
-def logged_tables(names: Iterable[str]) -> str:
-    """Write the tag by which MLflow's page finds tables.
-
-    Args:
-        names: The tables' names.
-
-    Returns:
-        JSON.
-    """
+def tables_tag(names: Iterable[str]) -> str:
+    """Write the tag by which MLflow's page finds tables of these names."""
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
 
 

@@ -21,7 +21,7 @@ import psutil
 
 from tracker.errors import TrackerError, TrackingError
 
-_PROGRAM = "from tracker.tracking.isolated import serve; serve()"
+_PROGRAM = "from tracker.tracking.wandb.isolated import serve; serve()"
 _SESSION = "WANDB_SERVICE"
 """By this a process finds the session of its parent."""
 _PATIENCE = 10.0
@@ -29,7 +29,7 @@ _PATIENCE = 10.0
 
 
 class Isolated:
-    """An object of `tracker.tracking.wandb` in another process; its methods are called there.
+    """A `WandbBackend` or `WandbTrial` in another process; its methods are called there.
 
     The process begins with the first call, and ends with `close` or with a call that fails; another
     call begins another.
@@ -109,13 +109,15 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from tracker.tracking import wandb
+    from tracker.tracking.wandb.backend import WandbBackend
+    from tracker.tracking.wandb.trial import WandbTrial
 
+    kinds = {"WandbBackend": WandbBackend, "WandbTrial": WandbTrial}
     with suppress(EOFError):
         while True:
             kind, made_of, method, arguments = pickle.load(sys.stdin.buffer)
             try:
-                answer = False, getattr(getattr(wandb, kind)(*made_of), method)(*arguments)
+                answer = False, getattr(kinds[kind](*made_of), method)(*arguments)
             except TrackerError as error:
                 answer = True, error
             except Exception as error:  # noqa: BLE001  what it was is said where it is shown

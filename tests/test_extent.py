@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from pydantic import ValidationError
+
+from tracker.config import cell_request
+from tracker.errors import RequestError
+from tracker.extent import ALL, Extent, random_order
+
+
+def test_the_order_is_the_same_for_ever() -> None:
+    """As sha256sum gives it: the digests of 'seed/task/number', ascending."""
+    assert random_order(1234, "arc_easy", 8) == [3, 4, 1, 2, 7, 6, 0, 5]
+
+
+def test_a_sample_holds_the_smaller_ones() -> None:
+    order = random_order(7, "piqa", 1000)
+    assert sorted(order) == list(range(1000))
+    for size in (1, 10, 999):
+        assert Extent(sample=size, seed=7).of("piqa", 1000) == order[:size]
+    assert Extent(sample=2000, seed=7).of("piqa", 1000) == order
+
+
+def test_it_is_no_pattern() -> None:
+    """Of the first half of the numbers about half are drawn, and neighbours part."""
+    drawn = Extent(sample=500).of("piqa", 1000)
+    assert 200 < sum(number < 500 for number in drawn) < 300
+    assert sum(abs(a - b) == 1 for a, b in pairwise(drawn)) < 10
+
+
+def test_the_first_ones_and_all() -> None:
+    assert list(ALL.of("piqa", 3)) == [0, 1, 2]
+    assert list(Extent(limit=2).of("piqa", 3)) == [0, 1]
+    assert list(Extent(limit=9).of("piqa", 3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("wrong", [{"sample": 0}, {"limit": -1}, {"sampel": 3}])
+def test_nonsense(wrong) -> None:
+    with pytest.raises(ValidationError):
+        Extent(**wrong)
+
+
+def test_either_the_first_ones_or_some_drawn() -> None:
+    with pytest.raises(RequestError, match="limit and sample are both given"):
+        cell_request(model="m", benchmark="b", layers=(0,), limit=3, sample=3)

@@ -1,0 +1,139 @@
+"""The figures of records as every backend shows them: flat metrics, curves and tables."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from tracker.records import CellRecord, RunIdentity, RunRecord
+from tracker.tracking.base import LoggedTable, Scalar
+
+CURVES = (
+    "accuracy",
+    "accuracy_drop",
+    "accuracy_drop_low",
+    "accuracy_drop_high",
+    "accuracy_relevance",
+    "cosine_score",
+    "cosine_similarity",
+    "angular_distance",
+    "relative_update",
+    "gold_logprob_drop",
+)
+"""Fields of a `RunRecord` that a cell's run shows as curves over the layers."""
+_CURVE = re.compile(rf"(attention/|mlp/)?(span\d+/)?({'|'.join(CURVES)})")
+_LAYER_VALUES = (*CURVES, "mcnemar_p")
+
+
+def metric_name(name: str) -> str:
+    """Name a metric as every backend takes it.
+
+    lm-eval's metrics hold a comma before the filter: `/` instead; and `_` for what MLflow refuses.
+    """
+    folders = "/".join(part for part in name.split(",") if part)
+    return re.sub(r"[^\w./ -]", "_", folders, flags=re.ASCII)
+
+
+def curve_name(run: RunIdentity, figure: str) -> str:
+    """Name the curve that a run's figure, one of `CURVES`, is a point of.
+
+    Its own name for whole single layers; else `attention/accuracy_drop` or `span4/accuracy_drop`.
+    """
+    component = "" if run.component == "layer" else f"{run.component}/"
+    span = "" if run.span == 1 else f"span{run.span}/"
+    return f"{component}{span}{figure}"
+
+
+def is_curve(name: str) -> bool:
+    """Say whether `curve_name` may have made a metric's name."""
+    return _CURVE.fullmatch(name) is not None
+
+
+def only_defined(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Keep the values that are there: missing is not zero, and infinity is not a measurement."""
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if value is not None and math.isfinite(value)
+    }
+
+
+def flat_metrics(layer: RunRecord) -> dict[str, float]:
+    """Flatten a run's defined figures; the benchmark's own metrics come as `metric/NAME`.
+
+    They are fractions, or a loss and its increase in the metric's own unit, and nats for
+    `gold_logprob_drop`.
+    """
+    return {"n": float(layer.n), **only_defined(_layer_values(layer))}
+
+
+def cell_figures(cell: CellRecord) -> dict[str, float | None]:
+    """Flatten the figures of the cell itself, None where one is not defined.
+
+    They are fractions, or a loss in the metric's own unit; correlations come as
+    `spearman/cosine_score/all`.
+    """
+    return {
+        "n": cell.n,
+        "tokens": cell.tokens,
+        "compared": cell.compared,
+        "compared_difference": cell.compared_difference,
+        "removed_accuracy": cell.removed_accuracy,
+        "removed_low": cell.removed_low,
+        "removed_high": cell.removed_high,
+        "baseline_accuracy": cell.baseline_accuracy,
+        "baseline_low": cell.baseline_low,
+        "baseline_high": cell.baseline_high,
+        "chance_accuracy": cell.chance_accuracy,
+        **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
+        **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.value for c in cell.correlations},
+    }
+
+
+def absent_reasons(layer: RunRecord) -> dict[str, str]:
+    """Say why figures are absent from `flat_metrics`."""
+    return {**not_finite(_layer_values(layer)), **layer.reasons}
+
+
+def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
+    """Give a reason for every value that is a number but not a finite one."""
+    return {
+        name: f"not a finite number: {value}"
+        for name, value in values.items()
+        if value is not None and not math.isfinite(value)
+    }
+
+
+def logged_layers(cell: CellRecord) -> LoggedTable:
+    """Lay the runs out, one a row.
+
+    `layer` is a run's first layer, 0-based, and `reasons` explains what is not defined.
+    """
+    benchmark_metrics = sorted({f"metric/{name}" for row in cell.runs for name in row.metrics})
+    names = (*_LAYER_VALUES, *benchmark_metrics)
+    rows: list[tuple[Scalar, ...]] = []
+    for layer in cell.runs:
+        values = flat_metrics(layer)
+        reasons = "; ".join(f"{name}: {why}" for name, why in absent_reasons(layer).items())
+        figures = (values.get(name) for name in names)
+        which = (layer.layer, layer.component, layer.span, layer.ablation)
+        rows.append((*which, layer.n, *figures, reasons or None))
+    columns = ("layer", "component", "span", "ablation", "n", *names, "reasons")
+    return LoggedTable(columns, tuple(rows))
+
+
+def logged_correlations(cell: CellRecord) -> LoggedTable:
+    """Lay the correlations out: one row per proxy, coefficient and subset of layers."""
+    rows: list[tuple[Scalar, ...]] = []
+    for c in cell.correlations:
+        found = only_defined({"value": c.value, "low": c.low, "high": c.high, "p": c.p_value})
+        figures = (found.get(name) for name in ("value", "low", "high", "p"))
+        rows.append((c.proxy, c.coefficient, c.subset, *figures, c.n, c.documents, c.reason))
+    columns = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
+    return LoggedTable((*columns, "n", "documents", "reason"), tuple(rows))
+
+
+def _layer_values(layer: RunRecord) -> dict[str, float | None]:
+    values: dict[str, float | None] = {name: getattr(layer, name) for name in _LAYER_VALUES}
+    return values | {f"metric/{name}": value for name, value in layer.metrics.items()}

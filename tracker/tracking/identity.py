@@ -1,0 +1,73 @@
+"""Which run it is, and whether it has changed: the same on every machine, for every backend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tracker.records import INTACT_VIEW, CellRecord, Record, RunRecord
+
+DIGITS = 10
+"""Significant digits by which a published figure is another one."""
+
+
+def run_key(cell: CellRecord, ablation: str) -> str:
+    """Name a run the same way on every machine and every day.
+
+    Layers 4 and 5 removed together are another run than layer 5 removed where 4 is gone already,
+    and accuracy is another figure than normalised accuracy: so the name holds the view, too.
+
+    Args:
+        cell: The cell that the run belongs to.
+        ablation: An ablation's name, or `cell` for the cell's own run.
+
+    Returns:
+        The cell's key, its view unless that is `INTACT_VIEW`, and the ablation.
+    """
+    key = cell.key if cell.view == INTACT_VIEW else f"{cell.key}/{cell.view}"
+    return f"{key}/{ablation}"
+
+
+def run_name(cell: CellRecord, layer: RunRecord) -> str:
+    """Name a run where people read lists of them: `layer 03 · arc_easy · SmolLM2-135M`.
+
+    The zeros make names sort as numbers do.
+    """
+    beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
+    label = layer.label(max(2, len(str(cell.model.layers - 1))))
+    parts = (f"{label}{beneath}", cell.benchmark.name, cell.other_metric, cell.model.name)
+    return " · ".join(filter(None, parts))
+
+
+def content_digest(record: Record, *also: str) -> str:
+    """Digest what would be published, to tell an unchanged run from a changed one.
+
+    Figures count to `DIGITS` digits, since the last ones are the processor's own.
+
+    Args:
+        record: The record.
+        *also: Whatever else the published run depends on.
+
+    Returns:
+        SHA-256 of the canonical JSON, in hexadecimal.
+    """
+    content = [_rounded(record.model_dump(mode="json")), *also]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """Digest files by name and content, in whatever order: SHA-256 in hexadecimal."""
+    lines = sorted(f"{f.name} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

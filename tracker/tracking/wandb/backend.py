@@ -1,0 +1,299 @@
+"""Publishes cells to Weights & Biases: one run per cell, and one more for each of its runs.
+
+What stands here runs in a process of its own: `isolated` calls it. A run is found again by
+`tracker.run_key` in its config, and `tracker.digest` is written last: a run whose digest is missing
+or old is completed by the next `publish`. Offline nothing can be asked, so a file beside the
+offline runs remembers them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import wandb
+from filelock import FileLock
+from typing_extensions import override
+
+from tracker.distribution import install_extra
+from tracker.errors import TrackingError
+from tracker.ledger.files import write_text
+from tracker.records import CellRecord
+from tracker.tracking.base import BOARD, BOARD_FILE, Backend, LoggedTable, Published, RemoteCell
+from tracker.tracking.wandb.runs import WandbRun, cell_run, group_of, layer_run
+from tracker.tracking.wandb.session import finished, is_offline, log_in, publishing, session, start
+from tracker.tracking.wandb.writing import attach, wandb_table, write
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_LOCK_SECONDS = 600.0
+_DELETED = "previously created and deleted"
+"""What the server says, with 409, to the id of a run that was deleted."""
+_IDS = 10  # that are tried
+_RENEWED = (
+    "runs of this cell had been deleted in W&B, which never frees an id; they are there again, "
+    "under other ids"
+)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A run that is there already."""
+
+    id: str
+    digest: str | None
+
+
+class WandbBackend(Backend):
+    """Keeps a W&B project in step with the ledger.
+
+    In a sweep each layer's run is its trial's, so there the cell's own run is all that is
+    published here. A version of the leaderboard is an artifact, and a run with its tables. A report
+    is a W&B Report, a saved view, and a run with page, tables and charts.
+
+    Args:
+        project: `PROJECT` or `ENTITY/PROJECT`.
+        results: The results folder; the files of runs, also of offline ones, lie in its `wandb`.
+        in_sweep: Whether a W&B agent asked for this.
+    """
+
+    name = "wandb"
+
+    def __init__(self, project: str, results: Path, in_sweep: bool) -> None:
+        entity, _, self._project = project.rpartition("/")
+        self._entity = entity or os.environ.get("WANDB_ENTITY") or None
+        self._results = results.absolute()
+        self._to = f"wandb:{project}"
+        self._in_sweep = in_sweep
+
+    @override
+    def publish(
+        self,
+        cell: CellRecord,
+        artifacts: Sequence[Path],
+        charts: Mapping[str, Figure],
+    ) -> Published:
+        # W&B lists the newest run first: the cell, then layer 0, then layer 1, ...
+        layers = () if self._in_sweep else reversed(cell.runs)
+        runs = [*(layer_run(cell, layer) for layer in layers), cell_run(cell, artifacts, charts)]
+        with publishing(self._results, self._to), self._one_publisher():
+            offline = is_offline()
+            if not offline:
+                log_in()
+            known = self._read_notes() if offline else self._ask(cell)
+            outcomes = {"created": 0, "updated": 0, "unchanged": 0}
+            deleted = 0
+            for run in runs:
+                found = known.get(run.key)
+                if found and found.digest == run.digest:
+                    outcomes["unchanged"] += 1
+                    continue
+                # A refused id takes the client 15 s, and who deletes one run may delete them all.
+                deleted = self._write(run, found, offline, deleted)
+                outcomes["updated" if found else "created"] += 1
+                if offline:
+                    known[run.key] = _Known(run.id(), run.digest)
+                    self._write_notes(known)
+            changed = outcomes["created"] + outcomes["updated"]
+            if changed and not offline:
+                self._confirm(cell, runs)
+            notes = (_RENEWED,) if deleted else ()
+            return Published(**outcomes, location=self._location(offline), notes=notes)
+
+    @override
+    def cells(self) -> list[RemoteCell]:
+        found = []
+        with self._reading():
+            for run in _runs(self._path(), {"jobType": "cell"}, must_exist=True):
+                mine = run.config.get("tracker")
+                if run.state == "finished" and isinstance(mine, Mapping) and "digest" in mine:
+                    place = str(mine.get("outcomes", ""))
+                    version = str(mine["digest"]) if place else ""
+                    found.append(RemoteCell(str(mine["run_key"]), run.name, version, place))
+        return found
+
+    @override
+    def fetch(self, cell: RemoteCell, folder: Path) -> None:
+        with self._reading():
+            _download(wandb.Api().artifact(f"{self._path()}/{cell.place}:latest"), folder)
+
+    @override
+    def boards(self) -> list[str]:
+        with self._reading():
+            collection = f"{self._path()}/{BOARD}"
+            if not wandb.Api().artifact_collection_exists(collection, "leaderboard"):
+                return []
+            versions = [
+                artifact.version for artifact in wandb.Api().artifacts("leaderboard", collection)
+            ]
+        return sorted(versions, key=lambda version: int(version.removeprefix("v")))
+
+    @override
+    def read_board(self, version: str) -> str:
+        with self._reading(), TemporaryDirectory() as folder:
+            _download(wandb.Api().artifact(f"{self._path()}/{BOARD}:{version}"), Path(folder))
+            return (Path(folder) / BOARD_FILE).read_text(encoding="utf-8")
+
+    @override
+    def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
+        self._add("leaderboard", BOARD, "leaderboard", [file], tables, {})
+        return f"{self._home()}/artifacts/leaderboard/{BOARD}"
+
+    @override
+    def add_report(
+        self,
+        text: str,
+        files: Sequence[Path],
+        tables: Mapping[str, LoggedTable],
+        charts: Mapping[str, Figure],
+    ) -> str:
+        try:
+            from tracker.tracking.wandb import views
+        except ImportError:
+            raise TrackingError(
+                f"a W&B Report needs a package more; type: {install_extra('reports')}"
+            ) from None
+        self._add("report", "layer-report", "report", files, tables, charts)
+        with self._reading("W&B did not take the report"):
+            entity, _, project = self._path().rpartition("/")
+            there = wandb.Api().reports(self._path())
+            known = (one.id for one in there if one.display_name == views.TITLE)
+            views.save_view(entity, project)
+            return views.save_report(entity, project, text, next(known, None))
+
+    @override
+    def user(self) -> str:
+        with self._reading():
+            return str(wandb.Api().viewer.username)
+
+    @override
+    def close(self) -> None:
+        pass  # every run is finished when it is written
+
+    def _add(
+        self,
+        name: str,
+        artifact: str,
+        kind: str,
+        files: Sequence[Path],
+        tables: Mapping[str, LoggedTable],
+        charts: Mapping[str, Figure],
+    ) -> None:
+        """Log files, tables and charts in a run of their own."""
+        with self._reading(f"W&B did not take the {name}"):
+            log_in()
+            place = {"entity": self._entity, "project": self._project}
+            handle = start(self._results, **place, name=name, job_type="report")
+            with finished(handle):
+                handle.log({f"tables/{n}": wandb_table(table) for n, table in tables.items()})
+                handle.log({f"charts/{n}": figure for n, figure in charts.items()})
+                attach(handle, wandb.Artifact(artifact, type=kind), files)
+
+    @contextmanager
+    def _reading(self, problem: str = "W&B could not be read") -> Iterator[None]:
+        with session(self._results, f"{problem} ({self._to})"):
+            yield
+
+    def _ask(self, cell: CellRecord) -> dict[str, _Known]:
+        """Find the runs that the cell has, by run key."""
+        found: dict[str, _Known] = {}
+        for run in _runs(self._path(), {"group": group_of(cell)}):
+            mine = run.config.get("tracker")
+            if isinstance(mine, Mapping) and "run_key" in mine:
+                # A run that never ended may lack points that were sent before its digest.
+                digest = mine.get("digest") if run.state == "finished" else None
+                found.setdefault(str(mine["run_key"]), _Known(run.id, digest))
+        return found
+
+    def _confirm(self, cell: CellRecord, runs: Sequence[WandbRun]) -> None:
+        """Read back: the client reports an upload that was given up only where it logs."""
+        there = self._ask(cell)
+        for run in runs:
+            found = there.get(run.key)
+            if found is None or found.digest != run.digest:
+                raise TrackingError(f"the run {run.name!r} did not arrive whole")
+
+    def _write(self, run: WandbRun, found: _Known | None, offline: bool, deleted: int) -> int:
+        """Bring one run to what it should be; say how many ids of its series are gone."""
+        points = self._points(found) if found and run.curves and not offline else []
+        try:
+            handle = start(
+                self._results,
+                entity=self._entity,
+                project=self._project,
+                id=found.id if found else run.id(deleted),
+                config=run.config,
+                resume=None if offline else "allow",
+                **run.labels,
+            )
+        except wandb.Error as error:
+            if found or _DELETED not in str(error) or deleted == _IDS:
+                raise
+            return self._write(run, found, offline, deleted + 1)
+        with finished(handle):
+            write(handle, run, points)
+        return deleted
+
+    def _points(self, found: _Known) -> list[dict[str, Any]]:
+        """Read the curves that a run has."""
+        history = wandb.Api().run(f"{self._path()}/{found.id}").scan_history()
+        return [{k: v for k, v in row.items() if not k.startswith("_")} for row in history]
+
+    def _path(self) -> str:
+        entity = self._entity or wandb.Api().default_entity
+        return f"{entity}/{self._project}" if entity else self._project
+
+    def _location(self, offline: bool) -> str:
+        if offline:
+            return f"wandb sync {shlex.quote(str(self._folder))}/offline-run-*"
+        return self._home()
+
+    def _home(self) -> str:
+        return f"{wandb.setup().settings.app_url}/{self._path()}"
+
+    @property
+    def _folder(self) -> Path:
+        return self._results / "wandb"
+
+    @property
+    def _notes(self) -> Path:
+        return self._folder / f"published-{self._entity or 'default'}-{self._project}.json"
+
+    def _read_notes(self) -> dict[str, _Known]:
+        if not self._notes.exists():
+            return {}
+        return {key: _Known(**note) for key, note in json.loads(self._notes.read_text()).items()}
+
+    def _write_notes(self, known: Mapping[str, _Known]) -> None:
+        write_text(self._notes, json.dumps({key: vars(note) for key, note in known.items()}))
+
+    @contextmanager
+    def _one_publisher(self) -> Iterator[None]:
+        """Hold off other processes: W&B has no "create unless it exists" by run key."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self._folder}.lock", timeout=_LOCK_SECONDS):
+            yield
+
+
+def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[Any]:
+    """Find runs; none where the project is not there yet."""
+    try:
+        return list(wandb.Api().runs(path, filters=filters, lazy=False, per_page=100))
+    except ValueError as error:
+        if "could not find project" in str(error).lower() and not must_exist:
+            return []
+        raise
+
+
+def _download(artifact: Any, folder: Path) -> None:
+    """Download an artifact; it checks each file against the digest in the manifest."""
+    artifact.download(root=str(folder))
+    artifact.verify(root=str(folder))

@@ -1,0 +1,113 @@
+"""W&B's SDK in this process: set up, logged in, one run after another opened and ended."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from tracker.errors import TrackingError
+from tracker.text import masked
+from tracker.tracking.base import sync_command
+
+_FINISH_SECONDS = 120.0
+_ENVIRONMENT = {
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_SILENT": "true",
+    # Its own limits (20 retries and more, up to a minute apart) would hold up a measurement for an
+    # hour when the server is down. The login and the `Api` take them from here alone.
+    "WANDB__FILE_STREAM_RETRY_MAX": "4",
+    "WANDB__FILE_TRANSFER_RETRY_MAX": "4",
+    "WANDB__GRAPHQL_RETRY_MAX": "3",
+}
+"""What W&B reads when it is set up; a user's own setting wins."""
+_SECRETS = ("WANDB_API_KEY",)
+
+
+@contextmanager
+def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
+    """Set W&B up for the process, and say what to do about whatever is raised inside.
+
+    Args:
+        results: The results folder.
+        problem: What did not work, if it does not.
+        advice: What to do then.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TrackingError: Anything was raised inside.
+    """
+    # Beside the runs, so that offline runs have their artifacts with them.
+    environment = {**_ENVIRONMENT, "WANDB_DATA_DIR": str(results / "wandb" / "data")}
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  the SDK raises many kinds
+        text = masked(str(error) or type(error).__name__, [os.environ.get(n) for n in _SECRETS])
+        raise TrackingError("\n".join(filter(None, (f"{problem}: {text}", advice)))) from None
+
+
+def publishing(results: Path, to: str) -> AbstractContextManager[None]:
+    """Make a `session` whose runs can be sent again, to `wandb` or `wandb:PROJECT`."""
+    again = sync_command(results, to)
+    advice = f"The results are on disk; when it is back: {again}"
+    return session(results, "W&B did not take the runs", advice)
+
+
+def is_offline() -> bool:
+    """Say whether runs go to files, for `wandb sync` to send later."""
+    return bool(wandb.setup().settings._offline)
+
+
+def log_in() -> None:
+    """Log in, or refuse; but never wait at a prompt: a measurement runs at night."""
+    if not wandb.login(prompt=False, verify=True):
+        raise TrackingError(
+            "nobody is logged in to W&B: run `wandb login`, set WANDB_API_KEY, or write offline "
+            "runs with WANDB_MODE=offline"
+        )
+
+
+def start(results: Path, **run: Any) -> Any:
+    """Open a run beside whatever else is open: quiet, every wait bound, nothing of this machine.
+
+    Args:
+        results: The results folder, which keeps the run's files.
+        **run: Which run, in the words of `wandb.init`.
+
+    Returns:
+        W&B's run, for `finished` to end.
+    """
+    settings = wandb.Settings(
+        root_dir=str(results),
+        console="off",
+        silent=True,
+        disable_code=True,
+        disable_git=True,
+        x_disable_machine_info=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+        init_timeout=60,
+        finish_timeout=_FINISH_SECONDS,
+        finish_timeout_raises=True,
+    )
+    return wandb.init(reinit="create_new", settings=settings, **run)
+
+
+@contextmanager
+def finished(handle: Any, exit_code: int = 0) -> Iterator[None]:
+    """End a run, as failed where it was not written whole."""
+    try:
+        yield
+    except BaseException:
+        handle.finish(exit_code=1)
+        raise
+    handle.finish(exit_code=exit_code)
