@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded
-from tracker.ablations import INTACT, ablate, single_layers
+from tracker.ablations import INTACT, ablate
 from tracker.engine.attack import attack, attack_key, most_sharing, reachable
 from tracker.engine.crossing import crossing_calls
 from tracker.engine.habits import STEPS

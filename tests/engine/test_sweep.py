@@ -9,8 +9,9 @@ import accelerate
 import pytest
 import torch
 
+from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, agree, loaded, make_documents
-from tracker.ablations import INTACT, Ablation, ablate, single_layers
+from tracker.ablations import INTACT, Ablation, ablate
 from tracker.documents import Document, Request
 from tracker.engine.check import check
 from tracker.engine.memory import stream_bytes

@@ -16,9 +16,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
+from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
 from tests.engine.families import FAMILIES
-from tracker.ablations import single_layers
 from tracker.benchmarks import factory
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark

@@ -43,10 +43,10 @@ class Pair:
     comparisons: tuple[Comparison, ...]
 
 
-def pairs_of(cells: Sequence[CellRecord], most: int = MOST) -> tuple[list[Pair], int]:
+def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
     """Pair up models with as many layers that share a benchmark, documents and settings alike.
 
-    The first pairs (at most `most`), in the order of the page, and how many there are in all.
+    The first pairs (at most `MOST`), in the order of the page, and how many there are in all.
     Accuracies and losses of the same two models are pairs of their own.
     """
     groups = models_of(cells)
@@ -61,7 +61,7 @@ def pairs_of(cells: Sequence[CellRecord], most: int = MOST) -> tuple[list[Pair],
         mine = [known[i][key] for key in shared]
         measures = list(dict.fromkeys(measure_of(cell) for cell in mine))
         total += len(measures)
-        if len(found) >= most:
+        if len(found) >= MOST:
             continue
         names = benchmark_labels(mine)
         for measure in measures:
@@ -71,7 +71,7 @@ def pairs_of(cells: Sequence[CellRecord], most: int = MOST) -> tuple[list[Pair],
                 if measure_of(cell) == measure
             )
             found.append(Pair(labels[i], labels[j], measure, comparisons))
-    return found[:most], total
+    return found[:MOST], total
 
 
 def compare(one: CellRecord, other: CellRecord) -> list[tuple[int, Estimate]]:
