@@ -465,4 +465,4 @@ def test_settings_that_are_not_used_leave_the_keys_of_before() -> None:
     assert request_key(request, "stamp", None, {}) == KEY_OF_BEFORE
 
 
-KEY_OF_BEFORE = "?"
+KEY_OF_BEFORE = "06e4a17a7c9d8537fd1879af32e2efd73f4e6b92aca72dccf4c5d9285c841072"
