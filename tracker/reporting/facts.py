@@ -30,6 +30,7 @@ def provenance_table(cell: CellRecord) -> Table:
         "few-shot examples": str(benchmark.num_fewshot),
         "few-shot seed": "none drawn" if benchmark.seed is None else str(benchmark.seed),
         "chat template": "yes" if benchmark.apply_chat_template else "no",
+        **benchmark.settings,
         "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
         "documents measured": f"{cell.n:,}",
         "tokens behind the proxies": f"{cell.tokens:,}",

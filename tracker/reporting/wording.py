@@ -105,7 +105,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
 
     Returns:
         For example `arc_easy · 0-shot`, with the metric, the number of documents, the data, the
-        seed, the cell's key or the number of runs where these tell them apart.
+        seed, other settings, the cell's key or the number of runs where these tell them apart.
     """
     return _told_apart(
         [
@@ -120,6 +120,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
                 counted(cell.n, "document"),
                 cell.benchmark.data,
                 "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
+                cell.benchmark.said,
                 cell.key[:8],
                 counted(len(cell.runs), "run"),
             )
