@@ -108,6 +108,9 @@ def run(
 
     path = Path(experiment)
     asked, text = load_experiment(path)
+    progress = progress or Silent()
+    if asked.capped:
+        progress.say(asked.capped)
     ledger = Ledger(Path(results))
     publisher = Publisher(
         default_targets() if track is None else track, asked.destination, ledger.root
@@ -118,7 +121,7 @@ def run(
             ledger,
             publisher,
             Options(device, trust_remote_code, memory, executor, slurm or {}),
-            progress or Silent(),
+            progress,
         )
     finally:
         publisher.close()

@@ -56,10 +56,10 @@ def test_the_agent_fills_the_sweep_and_the_cell(
 
     project = double.projects["team", "layers"]
     others = [run for run in project.runs.values() if run.id not in sweep.handed_out]
-    assert [run.job_type for run in others] == ["cell"]
-    assert others[0].group == measured[0].group
-    assert others[0].summary["n"] == 10
-    assert others[0].sweep is None
+    assert [run.job_type for run in others] == ["baseline", "cell"]
+    assert {run.group for run in others} == {measured[0].group}
+    assert [run.summary["n"] for run in others] == [10, 10]
+    assert [run.sweep for run in others] == [None, None]
 
     # What the sweep has is not published again; what no trial asked for is.
     done = client.call("tracker", "sync", "--to", "wandb:team/layers")

@@ -22,7 +22,7 @@ Scalar = str | int | float | None
 
 @dataclass(frozen=True)
 class Published:
-    """What one `publish` did, in runs: the cell's own run and one for each of its runs."""
+    """What one `publish` did, in runs: the cell's, the intact model's, and one for each run."""
 
     created: int
     updated: int
@@ -62,7 +62,7 @@ class Backend(Protocol):
     def publish(
         self, cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]
     ) -> Published:
-        """Publish the cell as one run, and one more for each of its runs.
+        """Publish the cell as one run, one for the intact model, and one more for each of its runs.
 
         Publishing the same again creates nothing and logs nothing twice; a changed record updates
         the runs that it has. After a failure anywhere, publishing again repairs what is missing.
