@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tracker.measuring.planning import PlannedCell
+    from tracker.team.sweeps import SweepFilled
 
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
@@ -370,6 +371,26 @@ def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = R
         ResultsError: There are no results.
     """
     return publishing.sync(Ledger.existing(Path(results)), default_targets() if to is None else to)
+
+
+def sync_sweep(sweep: str, *, results: str | os.PathLike[str] = RESULTS) -> SweepFilled:
+    """Fill the runs that trials of a W&B sweep left when they were killed or failed.
+
+    Args:
+        sweep: `ENTITY/PROJECT/ID`.
+        results: The results folder.
+
+    Returns:
+        Which runs were filled from it, and which trials still want measuring.
+
+    Raises:
+        RequestError: The path names no sweep.
+        ResultsError: There are no results.
+        TrackingError: The sweep could not be read.
+    """
+    from tracker.team.sweeps import fill_sweep
+
+    return fill_sweep(sweep, Ledger.existing(Path(results)))
 
 
 def check(

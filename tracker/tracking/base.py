@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tracker.records import CellRecord
 
@@ -52,6 +52,17 @@ class RemoteCell:
     """Changes when the files do; empty where the backend holds no such files."""
     place: str
     """What the backend finds the files by."""
+
+
+@dataclass(frozen=True)
+class SweepTrial:
+    """A trial of a sweep, in W&B's words."""
+
+    id: str
+    name: str
+    state: str
+    settings: dict[str, Any]
+    """Its configuration: what the sweep asked of it, and what it logged."""
 
 
 class Backend(Protocol):
