@@ -32,6 +32,7 @@ from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
 from tracker.text import masked
 from tracker.tracking import default_targets
+from tracker.tracking.base import Ending
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,15 +214,15 @@ def evaluate(
     ledger = Ledger(Path(results))
     progress = progress or Silent()
     track = default_targets() if track is None else track
-    trial = Trial(track, ledger.root)
+    trial = Trial(track, ledger.root, request)
     asked = request
     try:
         request, no_run = all_layers(request, ledger, trust_remote_code)
         if no_run is not None:
             progress.say(f"nothing to measure: {no_run}")
-            trial.end(no_run)
+            trial.leave(no_run)
             return None, Finished()
-        publisher = Publisher(track, project, ledger.root)
+        publisher = Publisher(track, project, ledger.root, trial)
         try:
             outcome = run_cells(
                 [request], ledger, publisher, Options(device, trust_remote_code, memory), progress
@@ -230,14 +231,15 @@ def evaluate(
             publisher.close()
     except BaseException as error:
         with suppress(TrackingError):
-            trial.end(str(error) or type(error).__name__, failed=True)
+            status: Ending = "failed" if isinstance(error, Exception) else "killed"
+            trial.leave(str(error) or type(error).__name__, status)
         raise
     record = outcome.cells[0] if outcome.cells else None
     try:
         if record is None:
-            trial.end(outcome.failed[request.title], failed=True)
+            trial.leave(outcome.failed[request.title], "failed")
         else:
-            trial.log(record, asked)
+            trial.log(record)
     except TrackingError as error:
         outcome.unpublished[f"the trial of {asked.title}"] = str(error)
     return record, outcome

@@ -375,6 +375,8 @@ class WandbDouble:
                 run.console.update(enumerate(lines, offset))
             else:
                 raise RefusedError(f"no such stream: {name}")
+        if sent.get("files"):  # a run that is continued is running
+            run.state, run.exit_code = "running", None
         if sent.get("complete"):
             run.exit_code = sent["exitcode"]
             run.state = "failed" if run.exit_code else "finished"

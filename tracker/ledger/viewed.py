@@ -25,14 +25,17 @@ Array = NDArray[np.float64]
 
 
 class Viewed:
-    """A cell's outcomes for a view, lined up: every ablation has the same documents in order."""
+    """A cell's outcomes for a view, lined up: every ablation has the same documents in order.
 
-    def __init__(self, store: CellStore, view: View) -> None:
+    `columns` are the ones to read; without them it is all, with who measured it besides.
+    """
+
+    def __init__(self, store: CellStore, view: View, columns: list[str] | None = None) -> None:
         self.identity: CellIdentity = store.identity
         self._removed = view.removed
         counts = store.counts(view.extent)
         self.wanted = sum(counts.values())
-        frame = store.read_documents(view.extent)
+        frame = store.read_documents(view.extent, columns)
         shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs)]
         names = {ablation.name for ablation in shown}
         if len(frame):
@@ -50,7 +53,9 @@ class Viewed:
             {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
         )
         self.stacks = (
-            [json.loads(each) for each in frame[PROVENANCE].unique()] if len(frame) else []
+            [json.loads(each) for each in frame[PROVENANCE].unique()]
+            if len(frame) and columns is None
+            else []
         )
         self.runs = [run for run in view.runs if self.has(self.ablation(run))]
         self.missing = [run for run in view.runs if not self.has(self.ablation(run))]

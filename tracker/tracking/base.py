@@ -10,13 +10,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tracker.records import CellRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+Ending = Literal["finished", "failed", "killed"]
+PROGRESS = "progress/"
+"""How the names of figures begin that a run shows while its cell is measured."""
 Scalar = str | int | float | None
 
 
@@ -63,6 +66,46 @@ class SweepTrial:
     state: str
     settings: dict[str, Any]
     """Its configuration: what the sweep asked of it, and what it logged."""
+
+
+class Picture(Protocol):
+    """The runs that a backend shows while their cells are measured; nothing rests on it."""
+
+    def begin(self, cell: CellRecord) -> None:
+        """Open the cell's run, or continue it.
+
+        Args:
+            cell: What is known of the cell before it is measured.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+
+    def update(self, key: str, figures: Mapping[str, float], step: int) -> None:
+        """Show how far the cell is.
+
+        Args:
+            key: The run key of the cell's own run.
+            figures: What is known so far, under names that begin with `PROGRESS`.
+            step: Documents.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+
+    def end(self, key: str, status: Ending) -> None:
+        """Close the cell's run.
+
+        Args:
+            key: The run key of the cell's own run.
+            status: What became of the cell.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+
+    def close(self) -> None:
+        """Show what is still open as killed; it never raises."""
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tracker.records import INTACT_VIEW, CellRecord, Record, RunRecord
+from tracker.records import INTACT_VIEW, CellRecord, Record, RunIdentity
 
 DIGITS = 10
 """Significant digits by which a published figure is another one."""
@@ -31,7 +31,7 @@ def run_key(cell: CellRecord, ablation: str) -> str:
     return f"{key}/{ablation}"
 
 
-def run_name(cell: CellRecord, layer: RunRecord) -> str:
+def run_name(cell: CellRecord, layer: RunIdentity) -> str:
     """Name a run where people read lists of them: `layer 03 · arc_easy · SmolLM2-135M`.
 
     The zeros make names sort as numbers do.

@@ -124,6 +124,40 @@ class MlflowBackend(Backend):
             location=location,
         )
 
+    def open(self, cell: CellRecord) -> tuple[str, str]:
+        """Open the run of a cell that is about to be measured, or continue it.
+
+        Args:
+            cell: What is known of it.
+
+        Returns:
+            The run's id, and the tracking URI.
+        """
+        with self.connected("does not show what is measured") as client, self._one_publisher():
+            _, experiment = self._connect()
+            run = cell_run(cell, [], {})
+            found = _runs_of_cell(client, experiment, cell.key).get(run.key)
+            if found is None:
+                found = client.create_run(experiment, tags=run.tags, run_name=run.name)
+            client.update_run(found.info.run_id, status="RUNNING")
+            return found.info.run_id, self._uri
+
+    @contextmanager
+    def connected(self, problem: str) -> Iterator[Any]:
+        """Give MLflow's client, and say what did not work where it fails.
+
+        Args:
+            problem: The words for that.
+
+        Yields:
+            The client.
+        """
+        with self._failures_explained(problem):
+            if self._connection is None:
+                with self._one_publisher():
+                    self._connect()
+            yield self._connect()[0]
+
     @override
     def cells(self) -> list[RemoteCell]:
         with self._failures_explained("could not be read"):

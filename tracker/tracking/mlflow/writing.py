@@ -25,7 +25,7 @@ from mlflow.entities import (
 )
 
 from tracker.provenance import file_hash
-from tracker.tracking.base import LoggedTable
+from tracker.tracking.base import PROGRESS, LoggedTable
 from tracker.tracking.figures import is_curve
 from tracker.tracking.mlflow.runs import MlflowRun
 
@@ -54,7 +54,7 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
         found = client.create_run(experiment, tags=run.tags, run_name=run.name)
         existing[run.key] = found
         known, tags, outcome = {}, {}, "created"
-    elif found.data.tags.get(DIGEST_TAG) == run.digest:
+    elif found.data.tags.get(DIGEST_TAG) == run.digest and found.info.status == "FINISHED":
         return "unchanged"
     else:
         known, tags, outcome = _known_points(client, found, run), run.tags, "updated"
@@ -138,6 +138,8 @@ def _known_points(client: Any, found: Any, run: MlflowRun) -> dict[tuple[str, in
     """Read back the newest value of every metric at every step."""
     known: dict[tuple[str, int], float] = {}
     for name, value in found.data.metrics.items():
+        if name.startswith((PROGRESS, "system/")):
+            continue  # what the run showed while it was measured is history
         if run.has_curves and is_curve(name):
             history = client.get_metric_history(found.info.run_id, name)
             for point in sorted(history, key=lambda point: point.timestamp):

@@ -191,7 +191,7 @@ class WandbBackend(Backend):
         """Log files, tables and charts in a run of their own."""
         with self._reading(f"W&B did not take the {name}"):
             log_in()
-            place = {"entity": self._entity, "project": self._project}
+            place: dict[str, Any] = {"entity": self._entity, "project": self._project}
             handle = start(self._results, **place, name=name, job_type="report")
             with finished(handle):
                 handle.log({f"tables/{n}": wandb_table(table) for n, table in tables.items()})
@@ -225,9 +225,24 @@ class WandbBackend(Backend):
     def _write(self, run: WandbRun, found: _Known | None, offline: bool, deleted: int) -> int:
         """Bring one run to what it should be; say how many ids of its series are gone."""
         points = self._points(found) if found and run.curves and not offline else []
+        handle, deleted = self._open(run, found, offline, deleted)
+        with finished(handle):
+            write(handle, run, points)
+        return deleted
+
+    def _open(
+        self,
+        run: WandbRun,
+        found: _Known | None,
+        offline: bool,
+        deleted: int,
+        watched: int | None = None,
+    ) -> tuple[Any, int]:
+        """Open one run, under the first id of its series that is not gone; say how many are."""
         try:
             handle = start(
                 self._results,
+                watched,
                 entity=self._entity,
                 project=self._project,
                 id=found.id if found else run.id(deleted),
@@ -238,10 +253,24 @@ class WandbBackend(Backend):
         except wandb.Error as error:
             if found or _DELETED not in str(error) or deleted == _IDS:
                 raise
-            return self._write(run, found, offline, deleted + 1)
-        with finished(handle):
-            write(handle, run, points)
-        return deleted
+            return self._open(run, found, offline, deleted + 1, watched)
+        return handle, deleted
+
+    def open(self, run: WandbRun, cell: CellRecord, watched: int) -> Any:
+        """Open a run of a cell while it is measured by the process `watched`.
+
+        Args:
+            run: The run as it is at the beginning.
+            cell: The cell.
+            watched: The process.
+
+        Returns:
+            W&B's run; None offline, where nobody looks on.
+        """
+        if is_offline():
+            return None
+        log_in()
+        return self._open(run, self._ask(cell).get(run.key), False, 0, watched)[0]
 
     def _points(self, found: _Known) -> list[dict[str, Any]]:
         """Read the curves that a run has."""

@@ -91,6 +91,13 @@ def group_of(cell: CellRecord) -> str:
     return _fitting(f"{cell.title} · {cell.key[:8]}", _GROUP)
 
 
+def labels_of(cell: CellRecord, name: str, job_type: str) -> dict[str, Any]:
+    """Say what W&B lists a run of a cell by, in the words of `wandb.init`."""
+    tags = (_fitting(cell.model.name, _TAG), _fitting(cell.benchmark.name, _TAG))
+    labels = {"name": _fitting(name, _NAME), "job_type": job_type, "tags": tags}
+    return {**labels, "group": group_of(cell)}
+
+
 def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
     """Describe one run of a cell."""
     figures = {metric_name(name): value for name, value in flat_metrics(layer).items()}
@@ -162,6 +169,7 @@ def _run(
     ablation: str,
     *,
     name: str,
+    job_type: str,
     own: Mapping[str, object],
     reasons: Mapping[str, str],
     **parts: Any,
@@ -188,10 +196,8 @@ def _run(
     }
     return WandbRun(
         key=key,
-        name=_fitting(name, _NAME),
-        group=group_of(cell),
-        tags=(_fitting(cell.model.name, _TAG), _fitting(cell.benchmark.name, _TAG)),
         config=config,
+        **labels_of(cell, name, job_type),
         **parts,
     )
 

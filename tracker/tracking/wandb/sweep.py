@@ -46,7 +46,7 @@ class WandbSweep:
         run = layer_run(cell, layer)
         with self._session("did not take a run"):
             log_in()
-            place = {"entity": self._entity, "project": self._project, "id": trial}
+            place: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial}
             handle = start(self._results, **place, resume="must", **run.labels)
             with finished(handle):
                 add_config(handle, run)
