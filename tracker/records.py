@@ -211,18 +211,22 @@ class CorrelationRecord(Record):
     reason: str | None = None
 
 
-def view_name(removed: tuple[int, ...], metric: str, benchmark: BenchmarkIdentity) -> str:
-    """Name a view of a cell: the layers that every run lacks, ascending, and the metric.
+def view_name(
+    removed: tuple[int, ...], metric: str, benchmark: BenchmarkIdentity, seed: int | None = None
+) -> str:
+    """Name a view of a cell: the layers that every run lacks, ascending, the sample, the metric.
 
-    For example `intact`, `without-3-17` or `intact--acc_norm`: the benchmark's own metric goes
-    without saying.
+    For example `intact`, `without-3-17`, `intact-sample-1234` (documents drawn with that seed) or
+    `intact--acc_norm`: the benchmark's own metric goes without saying.
     """
     name = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
+    if seed is not None:
+        name += f"-sample-{seed}"
     return name if metric == benchmark.primary_metric else f"{name}--{metric}"
 
 
 INTACT_VIEW = "intact"
-"""The view of the whole model by the benchmark's own metric."""
+"""The view of the whole model by the benchmark's own metric, on the first documents or all."""
 
 
 class CellRecord(Record):
@@ -276,9 +280,28 @@ class CellRecord(Record):
 
     @property
     def title(self) -> str:
-        """The cell's name where people read it."""
-        title = f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
-        return " · ".join(filter(None, (title, self.other_metric, self.beneath)))
+        """The cell's name where people read it, with how its documents were chosen."""
+        return " · ".join(filter(None, (self.heading, self.drawn)))
+
+    @property
+    def heading(self) -> str:
+        """The cell's name beside which it is said on which documents it was measured."""
+        name = f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
+        return " · ".join(filter(None, (name, self.other_metric, self.beneath)))
+
+    @property
+    def drawn(self) -> str:
+        """How the documents were chosen, where it was at random; empty for the first ones, or all.
+
+        For example `drawn at random (seed 1234)`.
+        """
+        return "" if self.sample_seed is None else f"drawn at random (seed {self.sample_seed})"
+
+    @property
+    def documents(self) -> str:
+        """What it was measured on, e.g. `200 documents drawn at random (seed 1234)`."""
+        count = f"{self.n:,} document{'' if self.n == 1 else 's'}"
+        return f"{count} {self.drawn}" if self.drawn else count
 
     @property
     def other_metric(self) -> str:
@@ -296,21 +319,19 @@ class CellRecord(Record):
     @property
     def view(self) -> str:
         """The name of the view that it shows."""
-        return view_name(self.removed, self.metric, self.benchmark)
+        return view_name(self.removed, self.metric, self.benchmark, self.sample_seed)
 
     @property
-    def place(self) -> tuple[str, tuple[int, ...], str, int, int | None]:
-        """What several records are told apart by: the cell, the view of it, which documents."""
-        return (self.key, self.removed, self.metric, self.n, self.sample_seed)
+    def place(self) -> tuple[str, str, int]:
+        """What several records are told apart by: the cell, the view of it, how many documents."""
+        return (self.key, self.view, self.n)
 
     def holds(self, other: CellRecord) -> bool:
         """Whether it shows all that another record does: as many documents, and every run.
 
         Documents that are not yet as many as were asked for are any, not the first ones.
         """
-        mine, theirs = (
-            (one.key, one.removed, one.metric, one.sample_seed) for one in (self, other)
-        )
+        mine, theirs = ((one.key, one.view) for one in (self, other))
         growing = "n" in other.reasons
         enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
         runs = {run.order for run in self.runs}

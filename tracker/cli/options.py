@@ -128,6 +128,21 @@ def results_option(function: F) -> F:
     )(function)
 
 
+def documents(function: F) -> F:
+    """Add the options that say which documents are measured."""
+    limit = click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        help="The first documents of each task; default: all.",
+    )
+    sample = click.option(
+        "--sample",
+        type=click.IntRange(min=1),
+        help="So many documents of each task, drawn at random with the seed; not beside --limit.",
+    )
+    return limit(sample(function))
+
+
 def machine(function: F) -> F:
     """Add the options that say where a model runs."""
     device = click.option(

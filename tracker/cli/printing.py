@@ -56,7 +56,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     table(
         [(head, True) for head in heads],
         rows,
-        " · ".join(filter(None, (cell.title, own_metric, f"{cell.n} documents"))),
+        " · ".join(filter(None, (cell.heading, own_metric, cell.documents))),
     )
     reasons = {why for run in shown for why in run.reasons.values()}
     for why in sorted({*reasons, *cell.reasons.values()}):

@@ -22,6 +22,7 @@ from tracker.cli.terminal import Show, say, table
 
 if TYPE_CHECKING:
     from tracker.api import Reported
+    from tracker.records import CellRecord
 
 
 @main.command()
@@ -160,7 +161,7 @@ def list_cells(results: Path) -> None:
                 cell.model.name,
                 " ".join(filter(None, (cell.benchmark.name, cell.beneath, f"({cell.metric})"))),
                 cell.benchmark.num_fewshot,
-                cell.reasons.get("n", cell.n),
+                _documents(cell),
                 f"{len({run.layer for run in cell.runs})} of {cell.model.layers}",
                 " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing))))),
                 "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}",
@@ -171,6 +172,12 @@ def list_cells(results: Path) -> None:
     table([(name, name in ("shots", "documents", "runs")) for name in names], rows)
     print_damage(damaged)
     sys.exit(1 if damaged else 0)
+
+
+def _documents(cell: CellRecord) -> str:
+    if "n" in cell.reasons:
+        return ", ".join(filter(None, (cell.reasons["n"], cell.drawn)))
+    return " ".join(filter(None, (str(cell.n), cell.drawn)))
 
 
 @main.command()

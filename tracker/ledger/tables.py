@@ -76,7 +76,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         "metric": metric,
         "higher_is_better": is_accuracy,
         "n": n,
-        "sample_seed": view.seed if n < sum(store.counts().values()) else None,
+        "sample_seed": view.seed,
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
         **outcomes.comparisons(),

@@ -31,7 +31,7 @@ def provenance_table(cell: CellRecord) -> Table:
         "few-shot seed": "none drawn" if benchmark.seed is None else str(benchmark.seed),
         "chat template": "yes" if benchmark.apply_chat_template else "no",
         "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
-        "documents measured": f"{cell.n:,}",
+        "documents measured": " ".join(filter(None, (f"{cell.n:,}", cell.drawn))),
         "tokens behind the proxies": f"{cell.tokens:,}",
         "answered again on a really pruned model": _compared(cell),
     }

@@ -109,13 +109,14 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
         rank = shown(found.value, two_digits, found.reason or NO_REASON)
         rank = with_interval(rank, found.low, found.high, two_digits)
     metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({measure.unit})"
-    beneath = f" · {cell.beneath}" if cell.removed else ""
+    shots = f"{cell.benchmark.num_fewshot}-shot"
+    which = (cell.benchmark.name, shots, metric, cell.beneath, cell.drawn)
     no_drop = f"no layer has a positive {measure.change}"
     if cell.runs and not cell.whole_layers:
         no_drop = "no whole single layer was removed"
     return (
         Value(cell.model.name),
-        Value(f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot · {metric}{beneath}"),
+        Value(" · ".join(filter(None, which))),
         Value(f"{cell.n:,}"),
         with_interval(
             baseline, cell.baseline_low, cell.baseline_high, measure.write, scale=measure.scale

@@ -104,7 +104,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`, with the metric, the number of documents, the data, the
+        For example `arc_easy · 0-shot`, with the metric, the documents, the data, the
         seed, the cell's key or the number of runs where these tell them apart.
     """
     return _told_apart(
@@ -117,7 +117,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         [
             (
                 cell.metric,
-                counted(cell.n, "document"),
+                cell.documents,
                 cell.benchmark.data,
                 "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
                 cell.key[:8],

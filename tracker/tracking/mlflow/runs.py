@@ -98,9 +98,9 @@ def cell_run(
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
         "mlflow.loggedArtifacts": tables_tag(tables),
         "mlflow.note.content": (
-            f"**{cell.title}**: what the benchmark's {measured} (`{cell.metric}`, {cell.n} "
-            f"documents) when {_what_is_removed(cell)}, beside the cheap proxies. The step of "
-            f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
+            f"**{cell.heading}**: what the benchmark's {measured} (`{cell.metric}`, "
+            f"{cell.documents}) when {_what_is_removed(cell)}, beside the cheap proxies. The step "
+            f"of every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         ),
     }
     return MlflowRun(
@@ -156,6 +156,7 @@ def _identity(cell: CellRecord) -> dict[str, object]:
         "benchmark": cell.benchmark.name,
         "num_fewshot": cell.benchmark.num_fewshot,
         "removed": ", ".join(map(str, cell.removed)) or "none",
+        "sample_seed": cell.sample_seed,
     }
 
 

@@ -180,6 +180,7 @@ def _facts(cell: CellRecord) -> dict[str, Any]:
         "metric": cell.metric,
         "lower_is_better": not cell.higher_is_better,
         "documents": cell.n,
+        "sample_seed": cell.sample_seed,
         "model": cell.model.model_dump(mode="json"),
         "benchmark": cell.benchmark.model_dump(mode="json", exclude={"tasks"}),
     }
