@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.conftest import TRACKER
 from tests.ledger import faults
 from tracker.cli.commands import main
 from tracker.ledger.store import Ledger
+from tracker.metrics.power import UNRELATED, Spread
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -327,6 +329,26 @@ def test_plan_counts_what_is_executed(cli, tiny_llama, experiment, tmp_path):
     # The baseline six requests, each of four ablations one, and four once more while measuring.
     assert 4 * 14 * 20 < planned.cost.check_layer_passes < 4 * 14 * 200
     assert not planned.measured
+
+
+def test_plan_says_what_its_documents_reveal(cli, tiny_llama, experiment, tmp_path):
+    """If a removal changes half of the outcomes, or what the median one is known to change."""
+    settings = ("--results", tmp_path / "results")
+    model = tiny_llama()
+    file = experiment(model)
+    unknown = cli("plan", file, "--gflops", 100, *settings).output
+    assert f" {100 * UNRELATED.change(40):.1f} pp " in unknown
+    assert "4,359" in unknown
+    assert "*: if" not in unknown
+    done = tracker.run(file, results=tmp_path / "results", track=[])
+    median = statistics.median(
+        run.drop_sd**2 * 39 / 40 + run.accuracy_drop**2 for run in done.cells[0].runs
+    )
+    known = cli("plan", experiment(model, limit=200), "--gflops", 100, *settings).output
+    spread = Spread(median, binary=True)
+    assert f" {100 * spread.change(200):.1f} pp* " in known
+    assert f"{spread.documents(0.03):,}*" in known
+    assert "*: if it changes as many" in known
 
 
 def test_plan_counts_two_metrics_of_a_cell_once(cli, tiny_llama, experiment, tmp_path):

@@ -174,6 +174,8 @@ class RunRecord(RunIdentity):
     accuracy_drop_low: float | None
     accuracy_drop_high: float | None
     """Both ends of the 95 % interval of `accuracy_drop`."""
+    drop_sd: float | None = None
+    """Standard deviation of the documents' own drops: how many of them reveal a smaller drop."""
     mcnemar_p: float | None
     """Exact McNemar p-value of the paired outcomes."""
     accuracy_relevance: float | None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+import pytest
 
 from tracker.records import NO_REASON
 from tracker.reporting import formats, wording
@@ -66,6 +69,47 @@ def test_drawn_documents_are_named_wherever_cells_are(tmp_path: Path) -> None:
         (file,) = export([first, drawn], form, tmp_path / f"report.{form}")
         assert says in file.read_text()
     assert len(figures([first, drawn])) == len(figures([first])) * 2 - 1, "one heat map a model"
+
+
+def test_power_is_said_under_every_table_of_runs() -> None:
+    """By another road: sqrt(2 z-values) of the normal test, from the shares that change."""
+    cell = build_cell(n=160)
+    says = wording.power_sentence(cell, cell.runs)
+    assert says in layer_table(cell).notes
+    shares = sorted(0.12 * 159 / 160 + run.accuracy_drop**2 for run in cell.runs)
+    middle = (shares[14] + shares[15]) / 2
+    found = re.fullmatch(
+        r"Power \(80 %, two-sided 5 %, paired\): the smallest accuracy drop that 160 documents "
+        r"reveal is (.+) pp under the median removal, (.+) pp under the one that changes most; "
+        r"3 pp would take (.+) and (.+) documents\.",
+        says,
+    )
+    for change, needed, share in zip(
+        found.groups()[:2], found.groups()[2:], (middle, shares[-1]), strict=True
+    ):
+        assert float(change) == pytest.approx(100 * 2.8 * (share / 160) ** 0.5, rel=0.02)
+        assert float(needed.replace(",", "")) == pytest.approx(7.85 * share / 0.03**2, rel=0.01)
+    one = wording.power_sentence(cell, cell.runs[:1])
+    assert "median" not in one
+    assert " and " not in one
+    loss = cell.model_copy(update={"higher_is_better": False, "metric": "bits_per_byte"})
+    assert wording.power_sentence(loss, cell.runs).endswith("under the one that changes most.")
+
+
+def test_power_is_undefined_where_nothing_changes() -> None:
+    cell = build_cell()
+    same = [run.model_copy(update={"drop_sd": 0.0, "accuracy_drop": 0.0}) for run in cell.runs]
+    head = "Power (80 %, two-sided 5 %, paired): undefined"
+    assert wording.power_sentence(cell, same) == (f"{head} (no outcome of a document has changed).")
+    broken = {"drop_sd": None, "reasons": {"drop_sd": "one document has no spread"}}
+    assert wording.power_sentence(cell, [same[0].model_copy(update=broken)]) == (
+        f"{head} (one document has no spread)."
+    )
+    few = build_cell(n=3)
+    assert "that 3 documents reveal is none; 3 pp would take" in wording.power_sentence(
+        few, few.runs[:1]
+    )
+    assert wording.power_sentence(cell, []) == ""
 
 
 def test_summary_without_a_correlation() -> None:

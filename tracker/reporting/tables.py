@@ -42,6 +42,7 @@ from tracker.reporting.wording import (
     benchmark_labels,
     correlation,
     most_critical,
+    power_sentence,
     provenance_notes,
     run_list,
 )
@@ -141,6 +142,8 @@ def layer_table(cell: CellRecord) -> Table:
             "below 0.05 by chance even if nothing mattered. The largest drop is picked from "
             f"{counted(tests, 'noisy estimate')}, so it tends to be overstated."
         )
+    if power := power_sentence(cell, cell.runs):
+        notes.append(power)
     runs = cell.all_runs
     names = run_columns(cell)
     named = [names.of(run) for run in runs]
