@@ -7,7 +7,7 @@ RESULTS/
   checks/                   what attacks on architectures have shown
   cells/MODEL--BENCHMARK--KEY/
     cell.json               the model, the benchmark, and who made the cell
-    requests/VIEW.json      every run that was asked of a view, its metric and limit: what to show
+    requests/VIEW.json      every run that was asked of a view, its metric and documents: to show
     derived/VIEW.json       the record that follows from all this, kept to save the time
     shards/*.parquet        per-document outcomes, each with who measured it
     verified.json           which shards were found to be what was written
