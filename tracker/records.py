@@ -49,6 +49,8 @@ class ModelIdentity(Record):
     layers: int
     parameters: int
     dtype: str
+    arguments: dict[str, Shown] = {}
+    """How it was loaded, in lm-eval's words; the fingerprint covers it."""
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -177,7 +177,13 @@ def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
     same: dict[CellRequest, Benchmark] = {}
     for cell in todo:
         settings = cell.request.model_copy(
-            update={"model": "any", "revision": None, "dtype": "auto", **_NO_RUNS}
+            update={
+                "model": "any",
+                "revision": None,
+                "dtype": "auto",
+                "model_args": None,
+                **_NO_RUNS,
+            }
         )
         if settings not in same:
             same[settings] = open_benchmark(cell.request)

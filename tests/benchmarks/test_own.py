@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.own import ASKING, YAML, write_tasks
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
@@ -22,72 +24,13 @@ from tracker.errors import BenchmarkError, RequestError
 from tracker.extent import ALL
 from tracker.ledger.keys import request_key
 
-PAINT = [
-    {"thing": "pump", "colours": ["red", "blue"], "right": 0},
-    {"thing": "animal", "colours": ["brown", "green", "grey"], "right": 2},
-    {"thing": "bolt", "colours": ["grey", "pink"], "right": 0},
-    {"thing": "heart", "colours": ["white", "red"], "right": 1},
-]
-YAML = """\
-task: paint
-tag: hues
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-    train: {data}
-test_split: test
-fewshot_split: train
-output_type: multiple_choice
-description: "Name the colour.\\n\\n"
-doc_to_text: !function asking.ask
-doc_to_target: right
-doc_to_choice: colours
-process_docs: !function asking.prepare
-metric_list:
-  - metric: acc
-"""
-ASKING = """\
-import words
-
-def ask(doc):
-    return f"{words.LEAD} {doc['thing']}? It is"
-
-def prepare(docs):
-    return docs.filter(lambda doc: doc["thing"] != "bolt")
-"""
-SAYS = """\
-include: paint.yaml
-task: says
-tag: hues
-output_type: generate_until
-doc_to_target: thing
-doc_to_choice: null
-process_docs: null
-generation_kwargs:
-  until: ["."]
-  max_gen_toks: 4
-metric_list:
-  - metric: exact_match
-"""
-GROUP = "group: both\ntask:\n  - paint\n  - says\n"
-
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stranger's folder: a task with Python, one that includes it, a group and a tag."""
-    data = tmp_path / "paint.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in PAINT))
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "paint.yaml").write_text(YAML.format(data=data))
-    (folder / "says.yaml").write_text(SAYS)
-    (folder / "both.yaml").write_text(GROUP)
-    (folder / "asking.py").write_text(ASKING)
-    (folder / "words.py").write_text('LEAD = "Which colour has a"\n')
+    folder = write_tasks(tmp_path)
     # As with lm-eval: what a function imports must be importable.
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(__import__("sys").modules, "words", raising=False)
+    monkeypatch.delitem(sys.modules, "words", raising=False)
     return folder
 
 
@@ -181,7 +124,7 @@ class TestTheirTasks:
         assert make(task, folder).identity.tasks[0].fingerprint == before
         path = folder / file
         path.write_text(change(path.read_text()))
-        monkeypatch.delitem(__import__("sys").modules, "words")
+        monkeypatch.delitem(sys.modules, "words")
         assert make(task, folder).identity.tasks[0].fingerprint != before
 
     def test_a_change_is_noticed_before_anything_is_loaded(self, folder: Path) -> None:

@@ -138,6 +138,12 @@ def as_in_lm_eval(function: F) -> F:
     """Add what lm-eval's own command takes, under its names."""
     options = (
         click.option(
+            "--model_args",
+            "--model-args",
+            metavar="SETTINGS",
+            help="How the model is loaded: peft=ADAPTER, load_in_4bit=True, ….",
+        ),
+        click.option(
             "--include_path",
             "--include-path",
             help="A folder with tasks of your own, or a list of folders; their code runs.",

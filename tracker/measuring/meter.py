@@ -34,7 +34,7 @@ Place = tuple[str, int]
 class Model:
     """A loaded model, and what decides which weights these are."""
 
-    settings: tuple[str, str | None, str]
+    settings: tuple[str | None, ...]
     loaded: LoadedModel
 
 
@@ -44,7 +44,7 @@ def open_model(request: CellRequest, options: Options) -> Model:
     from tracker.models.load import load_model
 
     keep_freed_memory()
-    source = find_model(request.model, request.revision)
+    source = find_model(request.model, request.revision, request.model_args)
     loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
     return Model(request.model_settings, loaded)
 

@@ -24,6 +24,7 @@ def provenance_table(cell: CellRecord) -> Table:
         "architecture": f"{model.architecture}, {model.layers} layers, "
         f"{model.parameters:,} parameters",
         "dtype": model.dtype,
+        **model.arguments,
         "benchmark": benchmark.name,
         "data source": benchmark.data,
         "metric": cell.metric,
