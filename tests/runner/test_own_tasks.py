@@ -12,13 +12,20 @@ import lm_eval.tasks
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.own import write_tasks
+from tracker.ablations import Ablation
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.tasks import LmEvalBenchmark
+from tracker.engine.sweep import Engine
 from tracker.errors import ModelError, RequestError
+from tracker.extent import ALL
+from tracker.measuring.scorer import Generation
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
@@ -195,3 +202,42 @@ class TestArguments:
         )
         with pytest.raises(ModelError, match="PROMPT_TUNING, which puts tokens into the prompt"):
             load_model(find_model(request.model, None, request.model_args), device="cpu")
+
+
+def test_what_follows_a_thought_is_lm_evals(folder: Path, tiny_llama: Callable[..., Path]) -> None:
+    """Under every layer's removal; the thought ends where such a model happens to say so."""
+    loaded = load_model(find_model(str(tiny_llama())), device="cpu")
+    request = tracker.config.cell_request(
+        model="m",
+        benchmark="says",
+        layers=(0,),
+        include_path=[str(folder)],
+        gen_kwargs="max_gen_toks=12",
+        think_end_token="e",
+    )
+    benchmark = LmEvalBenchmark(request)
+    documents = benchmark.documents(RequestEncoder(loaded.model, loaded.tokenizer, request), ALL)
+    prompts = [document.prompt for document in documents if document.prompt]
+    ablations = [Ablation(), Ablation((0,)), Ablation((2,))]
+    generation = Generation(Engine(loaded, 256), loaded.tokenizer, think_end_token="e")
+    cut = 0
+    for ablation in ablations:
+        model = copy.deepcopy(loaded.model)
+        for layer in ablation.layers:
+            del model.model.layers[layer]
+        for index, module in enumerate(model.model.layers):
+            module.self_attn.layer_idx = index
+        model.config.num_hidden_layers = len(model.model.layers)
+        found = []
+        for end in ("e", None):
+            plain = HFLM(model, tokenizer=loaded.tokenizer, batch_size=1, think_end_token=end)
+            instances = [
+                Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)
+                for p in prompts
+            ]
+            found.append(plain.generate_until(instances, disable_tqdm=True))
+        with_end, whole = found
+        cut += with_end != whole
+        place = ablations.index(ablation)
+        assert [generation.texts(p, ablations)[place] for p in prompts] == with_end
+    assert cut
