@@ -45,7 +45,7 @@ class Mixing(nn.Module):
         mixed = hidden_states.cumsum(1) * self.weight * scale + shift
         if alibi is not None:
             # A row a text and a head.
-            mixed = mixed + alibi.view(len(mixed), HEADS, TOKENS).sum(1)[..., None]
+            mixed = mixed + alibi.view(len(mixed), -1, TOKENS).sum(1)[..., None]
         if rotary is not None:
             mixed = mixed * rotary[0] + rotary[1]["sin"]
         return mixed, "weights"
@@ -99,6 +99,13 @@ class Layer(nn.Module):
         else:
             after = middle + (self.mlp(hidden_states=middle) if self.named else self.mlp(middle))
         return after if self.answer is Tensor else self.answer((after, self.extra))
+
+
+class Asking(Layer):
+    """Takes a mask by its place."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **named: Any) -> Any:
+        return super().forward(hidden_states, **named)
 
 
 def make(answer: type = Tensor, named: bool = False, adding: bool = False) -> nn.ModuleList:
@@ -180,15 +187,14 @@ def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:
     hidden, shift, cos, sin = torch.randn(
         4, count, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)
     )
-    common = {"scale": torch.tensor(2.0), "alibi": None}
+    alibi = shift[:, :1, :TOKENS]
     with forking(layers, plan, parts(layers), batched=True):
-        streams = run(layers, hidden, False, shift, **common, rotary=(cos, {"sin": sin}))
+        given = {"scale": torch.tensor(2.0), "alibi": alibi, "rotary": (cos, {"sin": sin})}
+        streams = run(layers, hidden, False, shift, **given)
     for place, ablation in enumerate(ABLATIONS):
         one = slice(place, place + 1)
-        rotary = (cos[one], {"sin": sin[one]})
-        expected = without(
-            layers, ablation, hidden[one], False, shift[one], **common, rotary=rotary
-        )
+        given |= {"alibi": alibi[one], "rotary": (cos[one], {"sin": sin[one]})}
+        expected = without(layers, ablation, hidden[one], False, shift[one], **given)
         torch.testing.assert_close(streams[one], expected)
 
 
@@ -201,11 +207,12 @@ def test_masks_of_our_own_take_the_place_of_the_models() -> None:
             return args, {**kwargs, "scale": 2.0}
 
     layers, hidden = make(), hidden_states()
+    layers[1].__class__ = Asking
     plan = plan_streams(ABLATIONS, 3)
     masks: Any = Doubling()
     with forking(layers, plan, parts(layers), masks=masks):
         streams = run(layers, hidden, False, scale=1.0).unflatten(0, (plan.streams, ROWS))
-    assert asked == [(0, None), (1, None), (2, None)]
+    assert asked == [(0, None), (1, 1), (2, None)]
     for ablation, stream in zip(ABLATIONS, plan.stream_of, strict=True):
         expected = without(layers, ablation, hidden, False, scale=2.0)
         torch.testing.assert_close(streams[stream], expected)

@@ -230,7 +230,7 @@ class _Fork:
             args, kwargs = self.masks.put(self.index, self.mask_place, args, kwargs)
         named = "hidden_states" in kwargs
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
-        rest = () if named else args[1:]
+        rest = args[1:]
         if len(hidden) % step.streams:
             raise RefusalError("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)
