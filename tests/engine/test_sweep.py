@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import replace
 
@@ -18,9 +19,10 @@ from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import flat_rows, tree_rows
 from tracker.engine.score import read_prefix, score_row
-from tracker.engine.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Habits
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError
+from tracker.models.pruned import remember
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2"])
@@ -296,3 +298,62 @@ def test_weights_that_accelerate_brings_in_when_they_are_needed(tiny_model, tmp_
     same(Engine(loaded(model), MAX_LENGTH).score(documents, ablations), truth)
     plain = Engine(loaded(model), MAX_LENGTH, PLAIN).score(documents, ablations)
     same(plain, truth)
+
+
+def moody(model):
+    """Let each call of a model leave something behind that spoils the next one."""
+    embeddings = model.get_input_embeddings()
+    embeddings.mood = 0.0
+
+    def spoil(module, args, output):
+        module.mood += 1
+        return output * module.mood
+
+    embeddings.register_forward_hook(spoil)
+    return Habits(leftovers=remember(model, ("mood",)))
+
+
+class TestLeftovers:
+    """With what calls leave behind put back, a model answers as if it left nothing."""
+
+    @pytest.fixture
+    def truth(self, tiny_model):
+        return Engine(loaded(tiny_model("llama")), MAX_LENGTH, row_tokens=20)
+
+    @pytest.fixture
+    def engine(self, tiny_model):
+        model = tiny_model("llama")
+        return Engine(loaded(model), MAX_LENGTH, row_tokens=20, habits=moody(model))
+
+    @pytest.mark.parametrize("sharing", [FULL, NO_PREFIX, DEPTH_ONLY, PLAIN], ids=str)
+    def test_no_call_depends_on_the_one_before(self, engine, truth, sharing):
+        """Was: the look at the masks left its own behind for the row that was scored next."""
+        documents = make_documents(3, seed=2, shared=60)
+        engine, ablations = engine.with_sharing(sharing), single_layers((1, 3))
+        expected = truth.score(documents, ablations)
+        for _ in range(2):
+            same(engine.score(documents, ablations), expected)
+            assert engine.loaded.model.get_input_embeddings().mood == 0
+        # A copy without a layer begins as the model did.
+        alone = engine.without(ablations[1]).score(documents, [INTACT])
+        for one, whole in zip(alone, expected, strict=True):
+            assert [r.hits for r in one.responses[0]] == [r.hits for r in whole.responses[1]]
+            assert [r.loglikelihood for r in one.responses[0]] == pytest.approx(
+                [r.loglikelihood for r in whole.responses[1]], abs=1e-4
+            )
+
+    def test_no_text_is_continued_by_what_was_asked_before(self, engine, truth):
+        """Was: what a key takes was measured by a call, and the prompt was read after it."""
+        prompt = list(range(3, 13))
+        for each in (truth, engine):
+            assert len(list(each.decoding_groups([INTACT, Ablation((1,))], 20))) == 1
+        with (
+            truth.decoding([INTACT], prompt) as expected,
+            engine.decoding([INTACT], prompt) as found,
+        ):
+            pairs = zip(expected["cache"].layers, found["cache"].layers, strict=True)
+            assert all(torch.equal(one.keys, other.keys) for one, other in pairs)
+        assert engine.loaded.model.get_input_embeddings().mood == 0
+        with contextlib.suppress(InterruptedError), engine.decoding([INTACT], prompt):
+            raise InterruptedError
+        assert engine.loaded.model.get_input_embeddings().mood == 0
