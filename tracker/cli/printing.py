@@ -65,7 +65,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
         rows,
         " · ".join(filter(None, (cell.title, own_metric, counted(cell.n, "document")))),
     )
-    reasons = {why for run in shown for why in run.reasons.values()}
+    reasons = {why for run in shown for name, why in run.reasons.items() if name != "mcnemar_p"}
     for why in sorted({*reasons, *cell.reasons.values()}):
         say(f"{DASH} {why}")
     if only is None:
