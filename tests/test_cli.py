@@ -97,6 +97,9 @@ def test_run_then_run_again(cli, tiny_llama, experiment, tmp_path):
     page = (results / "report.html").read_text()
     assert file.read_text().splitlines()[3].split("'")[1] in page
 
+    beyond = experiment(tmp_path / "tiny-llama", "beyond.yaml", layer=[0, 4])
+    refused(cli("run", beyond, "--results", results), "layer 4 is out of range")
+
     listed = cli("ls", "--results", results)
     assert "arc_easy (acc)" in listed.output
     assert "4 of 4" in listed.output
