@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -96,6 +97,9 @@ def test_run_then_run_again(cli, tiny_llama, experiment, tmp_path):
     page = (results / "report.html").read_text()
     assert file.read_text().splitlines()[3].split("'")[1] in page
 
+    beyond = experiment(tmp_path / "tiny-llama", "beyond.yaml", layer=[0, 4])
+    refused(cli("run", beyond, "--results", results), "layer 4 is out of range")
+
     listed = cli("ls", "--results", results)
     assert "arc_easy (acc)" in listed.output
     assert "4 of 4" in listed.output
@@ -135,14 +139,14 @@ def test_check(cli, tmp_path):
     copy = shutil.copytree(root, tmp_path / "copy")
     whole = cli("check", root, "--against", copy)
     assert whole.exit_code == 0, whole.output
-    assert f"1 cells, 3 shards: all is as it was written; equal to {copy}" in whole.output
+    assert f"1 cell, 3 shards: all is as it was written; equal to {copy}" in whole.output
     shard = next(root.glob("cells/*/shards/*.parquet"))
     faults.flip(shard, 999)
     for _ in range(2):  # it stays damage until the file that was set aside is gone
         found = cli("check", root, "--against", copy)
         assert found.exit_code == 1
         assert f"damaged: {shard.with_suffix('.aside')}: it was set aside" in found.output
-        assert "1 cells, 2 shards: damaged; it differs from" in found.output
+        assert "1 cell, 2 shards: damaged; it differs from" in found.output
     old = cli("check", shutil.copytree(faults.OLD, tmp_path / "old"))
     assert (old.exit_code, "unproved: an older tracker wrote them" in old.output) == (0, True)
     refused(cli("check", tmp_path / "nothing"), "not a results folder")
@@ -416,3 +420,9 @@ def test_a_tracking_store_that_cannot_be_written_costs_an_upload_not_a_result(
     assert len(client.search_runs([project.experiment_id])) == 5
     assert cli("sync", "--results", results).exit_code == 0
     assert len(client.search_runs([project.experiment_id])) == 5
+
+
+def test_what_a_library_ignores_is_not_shown(cli):
+    cli("ls", "--help")
+    drawing = logging.getLogger("choreographer.channels.pipe")
+    assert not drawing.isEnabledFor(logging.ERROR)

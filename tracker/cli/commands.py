@@ -27,6 +27,7 @@ from tracker.cli.options import (
     trust,
 )
 from tracker.cli.printing import (
+    counted,
     print_cell,
     print_end,
     print_plan,
@@ -294,7 +295,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)
-    say(f"{experiment} is valid: {len(cells)} cells, {runs} runs")
+    say(f"{experiment} is valid: {counted(len(cells), 'cell')}, {counted(runs, 'run')}")
     for note in notes:
         say(f"not checked: {note}")
 
