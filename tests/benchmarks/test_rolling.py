@@ -84,7 +84,7 @@ def plainly(name: str, data: Path, folder: Path, model: HFLM) -> dict[str, Any]:
     found = lm_eval.simple_evaluate(
         model,
         tasks=["plain"],
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(folder)),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
     )
     results: dict[str, Any] = found["results"]["plain"]

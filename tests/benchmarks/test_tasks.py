@@ -277,7 +277,7 @@ class TestRefusals:
         own = {"include": str(TASKS / "gsm8k/gsm8k.yaml"), "task": "own"}
         (tmp_path / "own.yaml").write_text(json.dumps({**own, "generation_kwargs": settings}))
         manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
-        monkeypatch.setattr(tasks, "_index", lambda: manager)
+        monkeypatch.setattr(tasks, "known_tasks", lambda: manager.task_index)
         if greedy:
             assert make("own", data).identity.num_fewshot == 5
         else:

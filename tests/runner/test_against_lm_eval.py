@@ -49,7 +49,7 @@ def task_manager(tmp_path_factory):
             f"dataset_name: null\ntraining_split: null\ndataset_kwargs:\n  data_files:\n{files}"
             + ("validation_split: null\n" if "test" in splits else "")
         )
-    return lm_eval.tasks.TaskManager(include_path=str(folder))
+    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def sums(tmp_path, data, monkeypatch) -> Callable[..., Truth]:
             more = more.format(data=data / "openai/gsm8k/main")
             (folder / f"{name}.yaml").write_text(text + more + settings)
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
-        monkeypatch.setattr(tasks, "_index", lambda: manager)
+        monkeypatch.setattr(tasks, "known_tasks", lambda: manager.task_index)
 
         def truth(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Any]:
             found = lm_eval.simple_evaluate(

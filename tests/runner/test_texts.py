@@ -167,7 +167,7 @@ def test_a_rolling_task_has_lm_evals_perplexities(model, experiment, tmp_path) -
     tasks.mkdir()
     own = Path(lm_eval.tasks.__file__).parent / "wikitext/wikitext.yaml"
     (tasks / "plain.yaml").write_text(TASK.format(include=own, file=place / "test.jsonl"))
-    manager = lm_eval.tasks.TaskManager(include_path=str(tasks))
+    manager = lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False)
     records = {record.layer: record for record in cell.runs}
     for layer in (None, *LAYERS):
         plain, tokenizer = pruned(model, layer)

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import AGGREGATION_REGISTRY, get_aggregation
 from lm_eval.api.task import ConfigurableTask, Task
-from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.sources import HUB, DataSource, find_data, unreachable
+from tracker.benchmarks.task_index import known_tasks
 from tracker.config import CellRequest
 from tracker.documents import Document, Prompt, Request, Response
 from tracker.errors import BenchmarkError, did_you_mean
@@ -88,11 +87,6 @@ class _SourcedFactory(TaskFactory):  # type: ignore[misc]
                 config[key] = None
 
 
-@cache
-def _index() -> TaskManager:
-    return TaskManager()
-
-
 def check_task(name: str) -> None:
     """Refuse a name that lm-eval does not know.
 
@@ -102,8 +96,8 @@ def check_task(name: str) -> None:
     Raises:
         BenchmarkError: Unknown; names the nearest known one.
     """
-    if name not in _index().task_index:
-        near = did_you_mean(name, _index().all_tasks)
+    if name not in known_tasks():
+        near = did_you_mean(name, sorted(known_tasks()))
         raise BenchmarkError(
             f"lm-eval has no task or group {name!r}.{near} All names: lm-eval ls tasks"
         )
@@ -233,7 +227,7 @@ class LmEvalBenchmark:
 
     def _build(self) -> Task | Group | list[Task]:
         factory = _SourcedFactory(self._source, self._request.num_fewshot)
-        index = _index().task_index
+        index = known_tasks()
         name = self._request.benchmark
         try:
             return factory.build(index[name], overrides=None, registry=index)
