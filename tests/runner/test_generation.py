@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tracker
 from tests.conftest import save_tokenizer
 from tests.engine.families import FAMILIES
+from tests.plain import evaluate
 from tracker.ablations import single_layers
 from tracker.benchmarks import tasks
 from tracker.benchmarks.encoder import RequestEncoder
@@ -94,11 +95,10 @@ def sums(tmp_path, data, monkeypatch) -> Callable[..., Truth]:
         monkeypatch.setattr(tasks, "known_tasks", lambda: manager.task_index)
 
         def truth(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Any]:
-            found = lm_eval.simple_evaluate(
+            found = evaluate(
                 HFLM(model, tokenizer=tokenizer, batch_size=1),
                 tasks=["plain"],
                 task_manager=manager,
-                bootstrap_iters=0,
                 **settings,
             )
             samples = {s["doc_id"]: s["resps"][0][0] for s in found["samples"]["plain"]}

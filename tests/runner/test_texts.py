@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
+from tests.plain import evaluate
 from tracker.errors import BenchmarkError
 
 LENGTH = 48
@@ -171,11 +172,10 @@ def test_a_rolling_task_has_lm_evals_perplexities(model, experiment, tmp_path) -
     records = {record.layer: record for record in cell.runs}
     for layer in (None, *LAYERS):
         plain, tokenizer = pruned(model, layer)
-        found = lm_eval.simple_evaluate(
+        found = evaluate(
             HFLM(plain, tokenizer=tokenizer, batch_size=4),
             tasks=["plain"],
             task_manager=manager,
-            bootstrap_iters=0,
         )["results"]["plain"]
         ours = cell.baseline_metrics if layer is None else records[layer].metrics
         assert set(ours) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
