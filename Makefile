@@ -17,7 +17,7 @@ demo: .venv/demo
 	$(BIN)/tracker run experiments/demo.yaml
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

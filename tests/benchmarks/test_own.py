@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.own import ASKING, YAML, write_tasks
+from tests.plain import evaluate
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
@@ -71,9 +72,7 @@ def asked(model: Any, tokenizer: Any, task: str, folder: Path, **settings: Any) 
     names = ("chat_template_args", "enable_thinking", "think_end_token")
     of_model = {name: settings.pop(name) for name in names if name in settings}
     plain = Asked(model, tokenizer=tokenizer, backend="causal", batch_size=1, **of_model)
-    lm_eval.simple_evaluate(
-        plain, tasks=[task], task_manager=manager, bootstrap_iters=0, **settings
-    )
+    evaluate(plain, tasks=[task], task_manager=manager, **settings)
     return plain
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.own import write_tasks
+from tests.plain import evaluate
 from tracker.ablations import Ablation
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
@@ -77,11 +78,10 @@ def plainly(base: Path, adapter: Path | None, folder: Path, layer: int | None, t
         model.config.num_hidden_layers -= 1
         plain = HFLM(model, tokenizer=tokenizer, batch_size=1)
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
-    found = lm_eval.simple_evaluate(
+    found = evaluate(
         plain,
         tasks=[task],
         task_manager=manager,
-        bootstrap_iters=0,
         system_instruction="You are a painter.",
         num_fewshot=1,
     )
