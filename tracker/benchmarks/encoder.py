@@ -7,9 +7,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
 from tracker.arguments import decoded
+from tracker.benchmarks.private import HFLM
 from tracker.config import CellRequest
 from tracker.documents import Request
 from tracker.errors import BenchmarkError

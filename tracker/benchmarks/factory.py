@@ -13,10 +13,9 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
-from lm_eval.tasks._factory import TaskFactory
-from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
 from tracker.benchmarks.own import as_file, read_task
+from tracker.benchmarks.private import Entry, Kind, TaskFactory, TaskIndex
 from tracker.benchmarks.sources import HUB, DataSource, unreachable
 from tracker.benchmarks.task_index import known_tasks
 from tracker.errors import BenchmarkError, did_you_mean

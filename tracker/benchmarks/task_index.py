@@ -11,8 +11,8 @@ from typing import Any
 
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Entry, Kind
 
+from tracker.benchmarks.private import Entry, Kind
 from tracker.errors import WorkError
 from tracker.ledger.files import cache_folder
 from tracker.ledger.notes import read_note, write_note
