@@ -41,7 +41,8 @@ _NOT_CONTENT = (
 class LmEvalBenchmark:
     """One lm-eval task or group, on the documents of one source, with its settings.
 
-    BenchmarkError for a benchmark or data that cannot be found or read.
+    BenchmarkError for a benchmark or data that cannot be found or read. `loaded` holds tasks and
+    groups by their names, as lm-eval's `TaskManager.load` gives them.
     """
 
     def __init__(self, request: CellRequest) -> None:
@@ -52,6 +53,8 @@ class LmEvalBenchmark:
         group = built if isinstance(built, Group) else None
         members = group.get_all_tasks() if group else built if isinstance(built, list) else [built]
         self._tasks: dict[str, Any] = {task.task_name: task for task in members}
+        groups = [group, *group.get_all_groups()] if group else []
+        self.loaded = {"tasks": self._tasks, "groups": {each.name: each for each in groups}}
         for task in self._tasks.values():
             self._configure(task)
         self.identity = self._identify(group)
@@ -60,35 +63,8 @@ class LmEvalBenchmark:
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Build the benchmark's requests as lm-eval does, and tokenise them."""
         documents = []
-        chat = self.identity.apply_chat_template
         for name, task in self._tasks.items():
-            task.set_fewshot_seed(seed=self._request.seed)
-            wanted = sorted(extent.of(name, len(task.eval_docs)))
-            # Few-shot examples are drawn document by document, so that a document has the prompt
-            # of a whole run only when all before it are asked too.
-            in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
-            chosen = None if in_turn or extent.sample is None else wanted
-            try:
-                task.build_all_requests(
-                    limit=wanted[-1] + 1 if wanted else None,
-                    samples=chosen,
-                    rank=0,
-                    world_size=1,
-                    apply_chat_template=chat,
-                    fewshot_as_multiturn=chat,
-                    chat_template=encoder.apply_chat_template if chat else None,
-                    tokenizer_name=encoder.tokenizer_name if chat else "",
-                )
-            except UNREADABLE as error:
-                raise unreadable(name, self._source, error) from None
-            by_document: dict[int, list[Any]] = {}
-            for instance in task.instances:
-                by_document.setdefault(instance.doc_id, []).append(instance)
-            if chosen is not None:  # lm-eval counts the chosen ones
-                by_document = dict(zip(chosen, by_document.values(), strict=True))
-            for index in wanted:
-                instances = by_document[index]
-                instances.sort(key=lambda instance: instance.idx)
+            for index, instances in self.prompts(name, extent, encoder).items():
                 doc = instances[0].doc
                 self._documents[name, index] = (doc, instances)
                 rolling = task.OUTPUT_TYPE == _ROLLING
@@ -116,6 +92,51 @@ class LmEvalBenchmark:
                     )
                 )
         return documents
+
+    def prompts(
+        self, name: str, extent: Extent, encoder: RequestEncoder | None
+    ) -> dict[int, list[Any]]:
+        """Let lm-eval build the requests of some documents of a task.
+
+        Args:
+            name: The task.
+            extent: Which documents.
+            encoder: What applies the chat template; None where there is none.
+
+        Returns:
+            Document → its requests, in lm-eval's order; the documents ascend.
+
+        Raises:
+            BenchmarkError: A document lacks what the task reads.
+        """
+        task = self._tasks[name]
+        chat = encoder if self.identity.apply_chat_template else None
+        assert chat is not None or not self.identity.apply_chat_template
+        task.set_fewshot_seed(seed=self._request.seed)
+        wanted = sorted(extent.of(name, len(task.eval_docs)))
+        # Few-shot examples are drawn document by document, so that a document has the prompt
+        # of a whole run only when all before it are asked too.
+        in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
+        chosen = None if in_turn or extent.sample is None else wanted
+        try:
+            task.build_all_requests(
+                limit=wanted[-1] + 1 if wanted else None,
+                samples=chosen,
+                rank=0,
+                world_size=1,
+                apply_chat_template=chat is not None,
+                fewshot_as_multiturn=chat is not None,
+                chat_template=chat.apply_chat_template if chat else None,
+                tokenizer_name=chat.tokenizer_name if chat else "",
+            )
+        except UNREADABLE as error:
+            raise unreadable(name, self._source, error) from None
+        by_document: dict[int, list[Any]] = {}
+        for instance in task.instances:
+            by_document.setdefault(instance.doc_id, []).append(instance)
+        if chosen is not None:  # lm-eval counts the chosen ones
+            by_document = dict(zip(chosen, by_document.values(), strict=True))
+        return {i: sorted(by_document[i], key=lambda instance: instance.idx) for i in wanted}
 
     def outcomes(
         self, document: Document, responses: Sequence[Response]
