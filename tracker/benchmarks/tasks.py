@@ -158,7 +158,7 @@ class LmEvalBenchmark:
         for name in instances[0].filtered_resps:
             judged = task.process_results(doc, [i.filtered_resps[name] for i in instances])
             for metric, value in judged.items():
-                values[metric if name == "none" else f"{metric},{name}"] = _plain(value)
+                values[metric if name == "none" else f"{metric},{name}"] = plain(value)
         if not all(math.isfinite(response.loglikelihood) for response in responses):
             return dict.fromkeys(values)
         return values
@@ -246,6 +246,13 @@ def aggregate(how: str, values: Sequence[MetricValue]) -> float | None:
         return None
     items = [json.loads(value) if isinstance(value, str) else value for value in values]
     return float(get_aggregation(how)(items))
+
+
+def plain(value: Any) -> MetricValue:
+    """Make a metric of one document what the ledger keeps: a number, or JSON for a pair."""
+    if isinstance(value, tuple | list):
+        return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
+    return float(value)
 
 
 def _primary_metric(benchmark: str, metrics: Sequence[str]) -> str:
@@ -344,9 +351,3 @@ def _gold(task: Any, doc: Any, requests: int) -> int | None:
         choices = task.doc_to_choice(doc)
         gold = choices.index(gold) if gold in choices else None
     return gold if isinstance(gold, int) and 0 <= gold < requests else None
-
-
-def _plain(value: Any) -> MetricValue:
-    if isinstance(value, tuple | list):
-        return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
-    return float(value)
