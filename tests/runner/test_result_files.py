@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 import lm_eval.evaluator
 import pytest
 import torch
 from click.testing import CliRunner
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import (
@@ -26,11 +29,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import tracker
 from tests.conftest import save_tokenizer
+from tracker.ablations import Ablation
 from tracker.benchmarks import factory, results
 from tracker.cli import main
-from tracker.errors import RequestError
+from tracker.extent import random_order
 from tracker.ledger.store import Ledger
+from tracker.ledger.views import Asked
 from tracker.models.pruned import pruned
+from tracker.records import RunIdentity, View
+from tracker.team.result_files import removed_args
 
 FACTS = """\
 task: facts_{name}
@@ -156,6 +163,7 @@ def study(tmp_path_factory):
     }
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / "lab" / "tiny")
+    (folder / "text.txt").write_text("The heart pumps the blood.\n\nThe lung does not.\n")
     with pytest.MonkeyPatch.context() as patch:
         index = TaskManager(include_path=str(ours), include_defaults=False)
         patch.setattr(factory, "_index", lambda: index)
@@ -166,8 +174,8 @@ def study(tmp_path_factory):
         yield folder, TaskManager(include_path=str(plain), include_defaults=False)
 
 
-def run(folder: Path, benchmarks: list[str], results: str = "results", **settings: Any) -> None:
-    """Measure by an experiment file."""
+def run(folder: Path, benchmarks: list[str], results: str = "results", **settings: Any) -> Path:
+    """Measure by an experiment file; gives the results folder."""
     grid = {"model": "lab/tiny", "benchmark": benchmarks, "data": "DATA", "layer": [0, 1, 2]}
     file = folder / "study.yaml"
     lines = (
@@ -175,8 +183,11 @@ def run(folder: Path, benchmarks: list[str], results: str = "results", **setting
         for name, value in (grid | settings).items()
     )
     file.write_text("method: grid\nparameters:\n" + "".join(lines))
+    if (folder / "results/checks").exists():  # no attack twice
+        shutil.copytree(folder / "results/checks", folder / results / "checks")
     done = tracker.run(file, results=folder / results, track=[])
     assert not done.outcome.failed
+    return folder / results
 
 
 def plainly(folder: Path, manager: TaskManager, removed: list[int], **settings: Any) -> Path:
@@ -231,6 +242,26 @@ def assert_close(ours: Any, theirs: Any, place: str, **within: float) -> None:
         assert float(ours) == pytest.approx(float(theirs), **within), place
 
 
+def invoke(*arguments: str) -> tuple[int, str]:
+    """Type a command: its exit code, and all that it says."""
+    said = CliRunner().invoke(main, ["log-samples", *arguments], catch_exceptions=False)
+    return said.exit_code, said.output
+
+
+def whole(folder: Path) -> Path:
+    """The files of all that the fixture measured, written once by the command."""
+    if not (folder / "ours").exists():
+        code, said = invoke("--output", "ours")
+        assert code == 0, said
+        assert "4 models, 28 files: ours" in said
+        assert "bootstrapping" not in said
+    return folder / "ours"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 NAMES = {"baseline": ("lab__tiny", []), "layer:1": ("lab__tiny,removed_layers=1", [1])}
 
 
@@ -239,15 +270,7 @@ NAMES = {"baseline": ("lab__tiny", []), "layer:1": ("lab__tiny,removed_layers=1"
 def test_the_files_are_those_of_lm_eval_on_the_pruned_model(study, ablation):
     folder, manager = study
     name, removed = NAMES[ablation]
-    if not (folder / "ours").exists():
-        said = CliRunner().invoke(
-            main,
-            ["log-samples", "--results", "results", "--output", "ours"],
-            catch_exceptions=False,
-        )
-        assert said.exit_code == 0, said.output
-        assert "4 models, 28 files: ours" in said.output
-        assert "bootstrapping" not in said.output
+    whole(folder)
     ours, our_samples = read(folder / "ours" / name)
     theirs, their_samples = read(plainly(folder, manager, removed, tasks=BENCHMARKS))
 
@@ -295,3 +318,184 @@ def test_the_files_are_those_of_lm_eval_on_the_pruned_model(study, ablation):
 def test_the_stderr_is_resampled_as_often_as_lm_evals():
     default = inspect.signature(lm_eval.simple_evaluate).parameters["bootstrap_iters"].default
     assert default == results.BOOTSTRAP_ITERS
+
+
+def test_a_dataset_can_be_made_of_the_samples(study):
+    folder, _ = study
+    for task in ("facts_heart", "sums"):
+        (path,) = (whole(folder) / "lab__tiny").glob(f"samples_{task}_*.jsonl")
+        rows = datasets.Dataset.from_json(str(path), cache_dir=str(folder / "cache"))
+        assert len(rows) == {"facts_heart": 5, "sums": 2 * 4}[task]  # a row a filter
+        assert rows[0]["arguments"]["gen_args_0"]["arg_0"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
+    folder, manager = study
+    measured = run(folder, ["words", "facts"], "drawn", sample=2, layer=[1])
+    done = tracker.log_samples(folder / "ours-drawn", results=measured)
+    assert (done.failed, done.notes) == ({}, [])
+    ours, samples = read(folder / "ours-drawn" / "lab__tiny,removed_layers=1")
+    _, every = read(whole(folder) / "lab__tiny,removed_layers=1")
+    for task, rows in samples.items():
+        drawn = sorted(random_order(1234, task, TASKS[task][1])[:2])
+        assert [sample["doc_id"] for sample in rows] == drawn
+        # Also the few-shot examples are those of the whole run.
+        for sample in rows:
+            (same,) = (each for each in every[task] if each["doc_id"] == sample["doc_id"])
+            assert_close(sample, same, task, abs=1e-4)
+            assert sample["prompt_hash"] == same["prompt_hash"]
+        assert ours["n-samples"][task] == {"original": TASKS[task][1], "effective": 2}
+    assert ours["config"]["tracker"]["sample"] == 2
+    assert ours["config"]["limit"] is None
+    drawn = sorted(random_order(1234, "words", 4)[:2])
+    plain = plainly(folder, manager, [1], tasks=["words"], samples={"words": drawn})
+    assert_close(ours["results"]["words"], read(plain)[0]["results"]["words"], "", rel=1e-4)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_chat_template_is_applied_with_the_tokenizer_alone(study):
+    folder, manager = study
+    measured = run(folder, ["facts"], "chat", apply_chat_template="true", layer=[1])
+    weights = folder / "lab/tiny/model.safetensors"
+    weights.rename(folder / "away")
+    try:
+        done = tracker.log_samples(folder / "ours-chat", results=measured)
+    finally:
+        (folder / "away").rename(weights)
+    assert not done.failed
+    ours, samples = read(folder / "ours-chat" / "lab__tiny,removed_layers=1")
+    plain = plainly(folder, manager, [1], tasks=["facts"], apply_chat_template=True)
+    theirs, their_samples = read(plain)
+    assert_close(samples, their_samples, "samples", abs=1e-4)
+    assert samples["facts_city"][0]["arguments"]["gen_args_0"]["arg_0"].startswith("<user>")
+    for key in ("results", "chat_template", "chat_template_sha", "fewshot_as_multiturn"):
+        assert ours[key] == theirs[key]
+    assert ours["task_hashes"] == theirs["task_hashes"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
+    folder, _ = study
+    measured = run(folder, ["words"], "part", limit=3, layer=[0, 1])
+    (store,) = Ledger(measured).cells()
+    (asked,) = store.views.asked()
+    runs = (*asked.view.runs, RunIdentity(layer=2))
+    store.views.write(Asked(project="p", view=View(metric="acc", runs=runs)))
+    lab = folder / "lab"
+    lab.rename(folder / "away")  # what is written needs no model
+    try:
+        code, said = invoke("--results", "part", "--output", "ours-part")
+    finally:
+        (folder / "away").rename(lab)
+    assert code == 0
+    assert (
+        "tiny · words · 0-shot: 3 of 4 documents are measured of baseline, layer:0, layer:1; "
+        "their files hold these" in said
+    )
+    assert "0 of 4 documents are measured of layer:2; they have no files" in said
+    expected = {"lab__tiny", "lab__tiny,removed_layers=0", "lab__tiny,removed_layers=1"}
+    assert names(folder / "ours-part") == expected
+    ours, samples = read(folder / "ours-part" / "lab__tiny")
+    assert ours["n-samples"] == {"words": {"original": 4, "effective": 3}}
+    assert [sample["doc_id"] for sample in samples["words"]] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_lies_beneath_and_which_component_is_in_the_name(study):
+    folder, _ = study
+    measured = run(
+        folder,
+        ["words", "corpus:text.txt"],
+        "deep",
+        removed=[[0]],
+        component=["attention"],
+        layer=[1, 2],
+    )
+    done = tracker.log_samples(folder / "ours-deep", results=measured, layer=[2])
+    assert done.notes == [
+        "tiny · corpus:text.txt · 0-shot: a corpus is no task of lm-eval's; it is left out"
+    ]
+    deepest = "lab__tiny,removed_layers=0,removed_attention=2"
+    assert names(folder / "ours-deep") == {"lab__tiny", "lab__tiny,removed_layers=0", deepest}
+    args = read(folder / "ours-deep" / deepest)[0]["config"]["model_args"]
+    assert args == "pretrained=lab/tiny,dtype=float32,removed_layers=0,removed_attention=2"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_task_that_stands_in_two_benchmarks_has_a_file_of_each(study):
+    folder, _ = study
+    measured = run(folder, ["facts", "facts_city", "words"], "twice", layer=[1])
+    done = tracker.log_samples(folder / "ours-twice", results=measured)
+    assert not done.failed
+    found = [
+        set(json.loads(path.read_text())["configs"])
+        for path in sorted((folder / "ours-twice/lab__tiny").glob("results_*.json"))
+    ]
+    assert found == [{"facts_heart", "facts_lung", "facts_city", "words"}, {"facts_city"}]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_benchmark_that_has_changed_is_left_out_and_said(study):
+    folder, _ = study
+    shutil.copytree(folder / "DATA", folder / "DATA2")
+    run(folder, ["words", "sums"], "changed", data="DATA2", layer=[1])
+    with (folder / "DATA2/tiny/words/test.jsonl").open("a") as file:
+        file.write(json.dumps(row(9)) + "\n")
+    code, said = invoke("--results", "changed", "--output", "ours-changed")
+    assert code == 1
+    assert "failed: tiny · words · 0-shot: words is not what was measured" in said
+    assert set(read(folder / "ours-changed/lab__tiny")[1]) == {"sums"}
+
+
+def test_an_lm_eval_that_judges_otherwise_is_not_believed(study, monkeypatch):
+    folder, _ = study
+    judge = ConfigurableTask.process_results
+
+    def otherwise(self: Any, doc: Any, results: Any) -> Any:
+        found = judge(self, doc, results)
+        return {**found, "acc": 1.0 - found["acc"]} if "acc" in found else found
+
+    monkeypatch.setattr(ConfigurableTask, "process_results", otherwise)
+    done = tracker.log_samples(folder / "ours-other", benchmark=["words"])
+    (why,) = done.failed.values()
+    assert "document 0 of words: acc was" in why
+    assert "the installed lm-eval makes" in why
+    assert not done.files
+
+
+def test_what_cannot_be_written_is_said(study):
+    folder, _ = study
+    (folder / "full").mkdir()
+    (folder / "full" / "lab__tiny").write_text("a file where a folder should be")
+    code, said = invoke("--output", "full", "--benchmark", "words", "--layer", "1")
+    assert code == 1
+    assert "could not be written" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--model", "tinny"], "--model: nothing of 'tinny' is measured. Did you mean 'tiny'?"),
+        (["--benchmark", "word"], "Did you mean 'words'? There is: book, facts, sums, words"),
+        (["--layer", "7"], "no removal begins at layer 7"),
+        (["--results", "nowhere"], "nowhere is not a results folder"),
+        (["--output", "study.yaml"], "--output: study.yaml is a file; name a folder"),
+    ],
+)
+def test_a_wrong_request_writes_nothing(study, arguments, why):
+    folder, _ = study
+    code, said = invoke("--output", "none", *arguments)
+    assert code == 2
+    assert why in said
+    assert not (folder / "none").exists()
+
+
+def test_a_name_that_no_file_system_takes_is_cut():
+    some = removed_args(Ablation(layers=(3, 17), mlp=(5,)))
+    assert some == {"removed_layers": "3+17", "removed_mlp": "5"}
+    long = [
+        results.folder_name(f"m,removed_layers={'+'.join(map(str, range(n)))}") for n in (90, 91)
+    ]
+    assert len(set(long)) == 2
+    assert all(len(name) < 255 for name in long)

@@ -151,10 +151,7 @@ class Questions:
             fewshot_as_multiturn=self._chat_template is not None,
         )
         about.model_name = model.name
-        name = sanitize_model_name(model.name)
-        if len(name) > _LONGEST:
-            name = f"{name[:_LONGEST]}--{content_hash(name)[:12]}"
-        about.model_name_sanitized = name
+        about.model_name_sanitized = name = folder_name(model.name)
         writer.save_results_aggregated(results=results, samples=samples)
         folder = output / name
         if not hasattr(writer, "date_id"):
@@ -172,6 +169,12 @@ class Questions:
             if not whole:
                 raise WorkError(f"{path} could not be written; is there room on the disk?")
         return list(files)
+
+
+def folder_name(model: str) -> str:
+    """Name a model's folder as lm-eval does; a name that no file system takes is cut."""
+    name: str = sanitize_model_name(model)
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}--{content_hash(name)[:12]}"
 
 
 class _Asked:

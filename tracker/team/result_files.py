@@ -92,7 +92,7 @@ class _Part:
                 short.setdefault(measured, []).append(ablation.name)
         for measured, names in short.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            kept = "which their files hold" if measured else "they have no files"
+            kept = "their files hold these" if measured else "they have no files"
             yield f"{self.title}: {measured} of {wanted} documents are measured of {shown}; {kept}"
 
 
