@@ -93,6 +93,9 @@ class BenchmarkIdentity(Record):
     """For a group: whether its accuracy weighs tasks by their documents, as lm-eval does."""
     settings: dict[str, Shown] = {}
     """What else was said under lm-eval's names and changes an outcome, as text or JSON."""
+    found_by: dict[str, Shown] = {}
+    """What it takes to find the benchmark again, where its name alone does not: the task's file,
+    `include_path` and `metadata`. No outcome depends on it."""
 
     @property
     def said(self) -> str:

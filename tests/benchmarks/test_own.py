@@ -24,6 +24,7 @@ from tracker.documents import Document
 from tracker.errors import BenchmarkError, RequestError
 from tracker.extent import ALL
 from tracker.ledger.keys import request_key
+from tracker.records import BenchmarkIdentity
 
 
 @pytest.fixture
@@ -40,6 +41,11 @@ def make(benchmark: str, folder: Path | None = None, **settings: Any) -> LmEvalB
     return LmEvalBenchmark(
         cell_request(model="m", benchmark=benchmark, layers=(0,), **own, **settings)
     )
+
+
+def same(identity: BenchmarkIdentity) -> BenchmarkIdentity:
+    """All that an outcome depends on."""
+    return identity.model_copy(update={"found_by": {}})
 
 
 def refusal(benchmark: str, folder: Path | None = None, **settings: Any) -> str:
@@ -97,15 +103,20 @@ class TestTheirTasks:
 
     def test_by_its_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         by_name = make("paint", folder).identity
-        assert make(str(folder / "paint.yaml")).identity == by_name
+        by_file = make(str(folder / "paint.yaml")).identity
+        assert same(by_file) == same(by_name)
         monkeypatch.chdir(folder)
-        assert make("paint.yaml").identity == by_name
+        assert same(make("paint.yaml").identity) == same(by_name)
         assert by_name.name == "paint"
+        # But what it takes to find it again.
+        assert by_name.found_by == {"include_path": json.dumps([str(folder)])}
+        assert by_file.found_by == {"benchmark": str(folder / "paint.yaml")}
 
     def test_its_group_and_its_tag(self, folder: Path) -> None:
         assert [task.name for task in make("both", folder).identity.tasks] == ["paint", "says"]
         assert {task.name for task in make("hues", folder).identity.tasks} == {"paint", "says"}
-        assert make(str(folder / "both.yaml"), folder).identity == make("both", folder).identity
+        by_file = make(str(folder / "both.yaml"), folder).identity
+        assert same(by_file) == same(make("both", folder).identity)
 
     @pytest.mark.parametrize(
         ("file", "change"),
@@ -363,8 +374,8 @@ class TestSettings:
         other = make("made", folder, metadata={"things": ["door"]}).identity
         assert other.tasks[0].fingerprint != ours.identity.tasks[0].fingerprint
         # What changes no document changes nothing.
-        same = make("made", folder, metadata={**metadata, "note": "today"}).identity
-        assert same == ours.identity
+        noted = make("made", folder, metadata={**metadata, "note": "today"}).identity
+        assert same(noted) == same(ours.identity)
 
 
 @pytest.mark.parametrize(

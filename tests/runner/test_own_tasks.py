@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,15 @@ def test_every_number_is_lm_evals(
         for mine, theirs in zip(frame.loc[name, "loglikelihoods"], loglikelihoods, strict=True):
             assert list(mine) == pytest.approx(theirs, abs=1e-4)
     assert cell.model.arguments == ({"peft": str(lora)} if adapted else {})
+    # The task, its prompt and its folder are found again without the experiment file.
+    written = tracker.log_samples(tmp_path / "files", results=tmp_path / "results")
+    assert not written.failed
+    samples = [file for file in written.files if file.name.startswith("samples_paint")]
+    assert len(samples) == 1 + len(LAYERS)
+    for file in samples:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == 3
+        assert all("You are a painter." in row["arguments"]["gen_args_0"]["arg_0"] for row in rows)
 
 
 class TestArguments:

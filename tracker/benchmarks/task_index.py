@@ -12,12 +12,11 @@ from typing import Any
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
+from tracker.benchmarks.private import Entry, Kind
 from tracker.errors import WorkError
 from tracker.ledger.files import cache_folder
 from tracker.ledger.notes import read_note, write_note
 from tracker.provenance import content_hash, file_stamp, package_versions
-from tracker.records import Kind
-from tracker.team.leaderboard import Entry
 
 _DATA = ("dataset_path", "dataset_name")
 

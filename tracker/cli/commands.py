@@ -54,6 +54,7 @@ def main(debug: bool) -> None:
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks
+      tracker log-samples --output lm-eval       lm-eval's own files, of every ablated model
 
     Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong.
     """
