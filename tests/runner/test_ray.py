@@ -65,7 +65,7 @@ def test_without_a_cluster_a_local_one_does_and_a_failure_stays_in_its_cell(
     found = CliRunner().invoke(main, [*map(str, arguments), "--executor", "ray"])
     assert found.exit_code == 1, found.output
     assert "continuation" in found.output
-    assert f"to run just what failed: tracker run {file} --executor ray" in found.output
+    assert "to run just what failed, give the same command again" in found.output
     assert "arc_challenge · 0-shot" in found.output
 
 

@@ -120,7 +120,7 @@ def test_a_cell_that_fails_does_not_take_the_others_with_it(cli, tiny_llama, exp
     found = cli(file, "--slurm", "cluster=local")
     assert found.exit_code == 1, found.output
     assert "continuation" in found.output
-    assert f"to run just what failed: tracker run {file} --executor slurm" in found.output
+    assert "to run just what failed, give the same command again" in found.output
     assert "arc_challenge · 0-shot" in found.output
 
 

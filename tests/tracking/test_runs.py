@@ -197,7 +197,7 @@ def test_complete_means_all_runs_and_all_documents(make_cell: CellMaker) -> None
         tags = mlflow_runs.cell_run(cell, [], {}).tags
         assert tags.get("tracker.missing", "") == ", ".join(lacks)
         page = render_page([cell], {})
-        assert ("Nothing: every run that was asked for" in page) == (not lacks)
+        assert ("Nothing of what is shown: every run" in page) == (not lacks)
         assert (f"0-shot: {documents}." in page) == (documents in lacks)
 
 

@@ -118,10 +118,7 @@ def run(
     )
     for cell in done.cells:
         print_cell(cell)
-    again = f"tracker run {experiment}"
-    if executor != "local":
-        again += f" --executor {executor}"
-    print_end(done.outcome, done.report, again)
+    print_end(done.outcome, done.report)
     sys.exit(done.outcome.exit_code)
 
 
@@ -211,7 +208,7 @@ def evaluate(
     )
     if record is not None:
         print_cell(record, RunIdentity(component=component, layer=layer, span=span))
-    print_end(outcome, None, "the same command")
+    print_end(outcome, None)
     sys.exit(outcome.exit_code)
 
 
