@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from tracker.errors import RequestError, TrackerError
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import all_records
+from tracker.measuring.derive import decisions_of, every_record
 from tracker.records import CellRecord
 from tracker.reporting.export import FORMATS, export, figures
 from tracker.reporting.html import render_report
@@ -31,8 +31,13 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     With its path comes what of the folder it cannot show → what to do.
     """
     contents = ledger.contents()
-    records = [record for record in all_records(contents) if record.n]
-    path = render_report(records, contents.experiments, ledger.root / "report.html")
+    records, decided = [], {}
+    for record, store, view in every_record(contents):
+        if record.n:
+            records.append(record)
+            if found := decisions_of(store, view):
+                decided[record.place] = found
+    path = render_report(records, contents.experiments, ledger.root / "report.html", decided)
     return path, contents.damaged
 
 
@@ -42,7 +47,7 @@ def write(found: Collected, form: str, path: Path) -> list[Path]:
     RequestError if there is no such form, WorkError if the disk is full or refuses.
     """
     if form == "html":
-        return [render_report(found.cells, found.experiments, path)]
+        return [render_report(found.cells, found.experiments, path, found.decisions())]
     if form not in FORMATS:
         raise RequestError(f"there is no format {form!r}; use one of: html, {', '.join(FORMATS)}")
     return export(found.cells, form, path)
@@ -60,7 +65,8 @@ def publish(
     opened = [(text, _target(text)) for text in targets]
     for text, to in opened:
         with TemporaryDirectory() as folder, _failures(failed, text), _open(to, results) as backend:
-            page = render_report(found.cells, found.experiments, Path(folder) / "report.html")
+            path = Path(folder) / "report.html"
+            page = render_report(found.cells, found.experiments, path, found.decisions(True))
             files = [page, *export(found.cells, "parquet", Path(folder))]
             charts = dict(list(figures(found.cells).items())[:_CHARTS])
             says = "\n\n".join((summary(found.cells), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
