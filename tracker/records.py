@@ -20,6 +20,10 @@ Kind = tuple[Component, int]
 """What a run removes, but for the layer: the component, and the span."""
 Place = tuple[str, tuple[int, ...], str, int, int | None]
 """What several records are told apart by: the cell, the view of it, which documents."""
+PRIVATE = (
+    "texts stay where they were measured, since they are not of the hub or a package; "
+    "--publish-documents publishes them"
+)
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
 
@@ -454,3 +458,20 @@ class DecisionsRecord(Record):
     """Whether every known text is of the hub or a package."""
     reasons: dict[str, str] = {}
     """Why there are no `texts`, `margin` or `agreement`."""
+
+    def without_texts(self) -> DecisionsRecord:
+        """Leave out what documents say and what models generated."""
+        nothing: dict[str, object] = {"question": None, "choices": (), "answer": None, "text": None}
+        quiet = {"text": None}
+        return self.model_copy(
+            update={
+                "documents": tuple(one.model_copy(update=nothing) for one in self.documents),
+                "runs": tuple(
+                    run.model_copy(
+                        update={"named": tuple(one.model_copy(update=quiet) for one in run.named)}
+                    )
+                    for run in self.runs
+                ),
+                "reasons": {**self.reasons, "texts": PRIVATE},
+            }
+        )

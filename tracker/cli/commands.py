@@ -86,6 +86,7 @@ def run(
     track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
+    publish_documents: bool,
     trust_remote_code: bool,
 ) -> None:
     """Run an experiment file, continuing what the results folder holds.
@@ -110,6 +111,7 @@ def run(
         trust_remote_code=trust_remote_code,
         executor=executor,
         slurm=dict(slurm),
+        publish_documents=publish_documents,
         progress=Show(),
     )
     for cell in done.cells:
@@ -168,6 +170,7 @@ def evaluate(
     track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
+    publish_documents: bool,
     trust_remote_code: bool,
     **settings: Any,
 ) -> None:
@@ -196,6 +199,7 @@ def evaluate(
         track=track,
         device=device,
         memory=memory,
+        publish_documents=publish_documents,
         trust_remote_code=trust_remote_code,
         progress=Show(),
     )

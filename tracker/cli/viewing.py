@@ -13,6 +13,7 @@ from tracker.cli.options import (
     FORMATS,
     Place,
     backends,
+    documents_option,
     publish_option,
     results_option,
     sources_argument,
@@ -41,12 +42,14 @@ if TYPE_CHECKING:
     "where there are several sources.",
 )
 @publish_option("the page, as a run of its own")
+@documents_option
 @results_option
 def report(
     sources: tuple[str, ...],
     form: str,
     output: Path | None,
     publish: tuple[str, ...],
+    publish_documents: bool,
     results: Path,
 ) -> None:
     """Write a report over results folders and tracking projects; without SOURCES, over --results.
@@ -69,6 +72,7 @@ def report(
         form=form,
         output=output,
         publish=publish,
+        publish_documents=publish_documents,
         results=results,
         progress=Show(error=True),
     )
@@ -103,6 +107,8 @@ def leaderboard(sources: tuple[str, ...], publish: tuple[str, ...], results: Pat
 def _end_report(done: Reported) -> None:
     for place in done.locations.values():
         say(f"published: {runnable(place)}")
+    for note in done.notes:
+        say(note, error=True)
     for what, why in done.failed.items():
         say(f"failed: {what}: {why}", error=True)
     sys.exit(1 if done.failed else 0)
@@ -114,8 +120,9 @@ def _end_report(done: Reported) -> None:
     help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT. Without "
     "a project, each cell goes to that of its experiment.  [default: mlflow]",
 )
+@documents_option
 @results_option
-def sync(to: str | None, results: Path) -> None:
+def sync(to: str | None, publish_documents: bool, results: Path) -> None:
     """Publish from the results folder what a tracking backend does not have yet.
 
     \b
@@ -129,7 +136,7 @@ def sync(to: str | None, results: Path) -> None:
     targets = backends(to)
     if targets == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
-    done = api.sync(targets, results=results)
+    done = api.sync(targets, results=results, publish_documents=publish_documents)
     say(f"{len(done.published)} cells published")
     for location in done.locations.values():
         say(f"see them: {runnable(location)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -31,10 +31,6 @@ _CUT = 300
 _CHOICE_CUT = 200
 """Characters of an option, or of an answer."""
 _NO_TEXTS = "measured by a tracker that kept no texts of documents"
-PRIVATE = (
-    "the texts stay where they were measured: they are not of the hub or a package; "
-    "--publish-documents publishes them"
-)
 _LENGTHS: dict[str, Callable[[str], int]] = {
     "acc_norm": len,
     "acc_bytes": lambda choice: len(choice.encode()),
@@ -98,25 +94,6 @@ class Decisions:
     def public(self) -> bool:
         """Whether every text that is known may be published unasked."""
         return all(text.public for text in self.texts if text is not None)
-
-    def publishable(self) -> Decisions:
-        """Leave out the texts that may not be published unasked, and what is generated of them."""
-        if self.public:
-            return self
-        texts = [text if text is not None and text.public else None for text in self.texts]
-
-        def quiet(one: Decided) -> Decided:
-            return replace(
-                one, text=[t if kept else None for t, kept in zip(one.text, texts, strict=True)]
-            )
-
-        return replace(
-            self,
-            texts=texts,
-            baseline=quiet(self.baseline),
-            runs=[(run, quiet(decided)) for run, decided in self.runs],
-            reasons={**self.reasons, "texts": PRIVATE},
-        )
 
 
 def decisions(store: CellStore, view: View) -> Decisions | None:

@@ -26,28 +26,16 @@ def record_of(store: CellStore, view: View) -> CellRecord:
     return record
 
 
-def decisions_of(store: CellStore, view: View, publishing: bool = False) -> DecisionsRecord | None:
+def decisions_of(store: CellStore, view: View) -> DecisionsRecord | None:
     """Derive what a view's runs decide document by document, or recall it, as `record_of`.
 
-    Args:
-        store: The cell on disk.
-        view: The view.
-        publishing: Whether texts that are not public are left out.
-
-    Returns:
-        The record; None where no document is measured yet.
+    None where no document is measured yet.
     """
     state, name = _state(store, view, *store.texts.names()), store.views.name_of(view)
-    record = None if publishing else store.derived(state, name, DecisionsRecord)
-    if record is not None:
-        return record
-    found = decisions(store, view)
-    if found is None:
-        return None
-    if publishing:
-        return decisions_record(found.publishable())
-    record = decisions_record(found)
-    store.keep(state, name, record)
+    record = store.derived(state, name, DecisionsRecord)
+    if record is None and (found := decisions(store, view)) is not None:
+        record = decisions_record(found)
+        store.keep(state, name, record)
     return record
 
 

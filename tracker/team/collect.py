@@ -35,18 +35,11 @@ class Collected:
     failed: dict[str, str] = field(default_factory=dict)
     origins: dict[Place, tuple[CellStore, View]] = field(default_factory=dict)
 
-    def decisions(self, publishing: bool = False) -> dict[Place, DecisionsRecord]:
-        """Derive what the cells' runs decide document by document: a cell's place → that.
-
-        `publishing` leaves texts out that are not public.
-        """
-        found = {}
-        for cell in self.cells:
-            if cell.place in self.origins:
-                record = decisions_of(*self.origins[cell.place], publishing)
-                if record is not None:
-                    found[cell.place] = record
-        return found
+    def decisions(self) -> dict[Place, DecisionsRecord]:
+        """Derive what the cells' runs decide document by document: a cell's place → that."""
+        mine = {cell.place: self.origins.get(cell.place) for cell in self.cells}
+        found = {place: decisions_of(*origin) for place, origin in mine.items() if origin}
+        return {place: record for place, record in found.items() if record is not None}
 
 
 def collect(sources: Sequence[str], progress: Progress) -> Collected:

@@ -24,7 +24,7 @@ from tracker.reporting.charts.style import (
 )
 from tracker.reporting.formats import counted, fixed, two_digits
 
-ALIKE = 0.4
+ALIKE = 0.5
 """Layers break the same documents where their mean correlation is at least this."""
 
 

@@ -130,7 +130,7 @@
   // Documents that runs lose and win: unpacked when their section is opened.
 
   const letter = (option) => (option < 26 ? String.fromCharCode(65 + option) : String(option + 1));
-  const signed = (value) => (value === null ? "–" : String(value).replace("-", "−"));
+  const signed = (value) => (value === null ? "–" : value.toFixed(Math.abs(value) < 0.1 ? 4 : 2).replace("-", "−"));
   const decision = (choice, margin, said) => {
     const parts = choice === null ? [] : [make("strong", {}, letter(choice))];
     if (said !== null) parts.push(make("q", {}, said));
@@ -178,11 +178,12 @@
     const tools = make("div", { className: "tools" }, make("label", {}, "Without ", layers),
       make("label", {}, "documents ", kinds),
       ...(names.length > 1 ? [make("label", {}, "of ", tasks)] : []), make("label", {}, "with ", words), status);
-    const heads = ["document", "question, options, the right one marked", `intact: choice, ${margin}`, "without it"];
+    const heads = ["document", "question, options, the right one marked", "intact model", "without it"];
     const table = make("table", {}, make("thead", {}, make("tr", {},
       ...heads.map((head) => make("th", { scope: "col", className: "text" }, head)))), body);
     const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "documents" }, table);
-    section.append(tools, ...(why ? [make("p", { className: "meta" }, `Without texts: ${why}.`)] : []), scroll);
+    const below = `Below each choice: the ${margin}.${why ? ` Texts are missing: ${why}.` : ""}`;
+    section.append(tools, make("p", { className: "meta" }, below), scroll);
     show();
   };
   all("[data-documents]").forEach((section) => {
