@@ -25,6 +25,7 @@ from tracker.ledger.shards import read_shard, shard_file
 from tracker.ledger.tables import cell_record
 from tracker.ledger.views import FORMAT
 from tracker.provenance import content_hash
+from tracker.records import CellRecord
 
 BLOCK = Block("arc_easy", 0)
 Rows = list[dict[str, object]]

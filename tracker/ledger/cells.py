@@ -22,7 +22,7 @@ from tracker.extent import ALL, Extent, random_order
 from tracker.ledger.files import lock_file, write_bytes
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
-from tracker.ledger.shards import Shard, read_shard, shard_file
+from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_file
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
 from tracker.provenance import content_hash
@@ -30,8 +30,6 @@ from tracker.records import CellRecord, Record
 
 BLOCK = 32
 """Documents that are computed, locked and written together."""
-ASIDE = ".aside"
-"""What the name of a shard ends with that is not what was written."""
 Derived = TypeVar("Derived", bound=Record)
 log = logging.getLogger(__name__)
 

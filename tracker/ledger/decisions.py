@@ -196,7 +196,7 @@ def decisions_record(found: Decisions, shown: int = SHOWN) -> DecisionsRecord:
 
     runs = tuple(
         RunDecisions(
-            run=RunIdentity(**dict(run)),
+            run=run,
             lost=int(found.lost(decided).sum()),
             won=int(found.won(decided).sum()),
             margins=_quartiles(decided.margin),

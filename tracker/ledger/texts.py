@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tracker.documents import Document, DocumentText
 from tracker.ledger.files import write_bytes
-from tracker.ledger.shards import read_shard, shard_file
+from tracker.ledger.shards import ASIDE, read_shard, shard_file
 from tracker.ledger.views import FORMAT, CellIdentity
 from tracker.provenance import content_hash
 
@@ -133,9 +133,12 @@ class Texts:
         """Read one file; one that is not what was written is set aside, and holds nothing."""
         try:
             table, _ = self._table(path)
-        except (OSError, ValueError) as error:
-            with suppress(OSError):
-                path.replace(path.with_suffix(".aside"))
+        except OSError as error:  # the system, not the file, is in trouble
+            log.warning("the texts %s cannot be read now: %s", path, error)
+            return {}
+        except ValueError as error:
+            with suppress(OSError):  # a colleague's folder
+                path.replace(path.with_suffix(ASIDE))
             log.warning("the texts %s are not what was written (%s); set aside", path, error)
             return {}
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tracker.ledger.decisions import SHOWN
 from tracker.records import CellRecord, DecisionsRecord, RunDecisions
 from tracker.reporting.charts.decisions import margin_name
 from tracker.reporting.downloads import packed_json
@@ -14,8 +15,6 @@ from tracker.reporting.tables import run_columns
 
 BUDGET = 2_000_000
 """Characters that the documents of all cells may take of a page."""
-_FEWER = (30, 15, 8, 4, 2, 1)
-"""How many lost documents of each run are tried, and as many won ones."""
 _OPTIONS = 6
 """With more options than this, the others share a column."""
 
@@ -84,10 +83,11 @@ def packed_documents(decided: Mapping[str, tuple[CellRecord, DecisionsRecord]]) 
     budget = BUDGET // max(1, len(decided))
     found = {}
     for name, (cell, record) in decided.items():
-        for few in _FEWER:
+        few = SHOWN
+        found[name] = packed_json(_content(cell, record, few))
+        while len(found[name]) > budget and few > 1:
+            few = max(1, int(0.9 * few * budget / len(found[name])))
             found[name] = packed_json(_content(cell, record, few))
-            if len(found[name]) <= budget:
-                break
     return found
 
 

@@ -1,13 +1,14 @@
 """Renders a results folder's cells as one self-contained HTML page.
 
-The page needs no network: plotly.js is inlined once, styles and scripts stand in the file, and a
-content security policy forbids everything else. Charts are drawn when they come into view. The
-same input gives the same bytes.
+The page needs no network: plotly.js is in it once, packed; styles and scripts stand in the file,
+and a content security policy forbids everything else. Charts are drawn when they come into view.
+The same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,7 +20,7 @@ from tracker.records import CellRecord, DecisionsRecord, Place
 from tracker.reporting import sections, tables, wording
 from tracker.reporting.charts.style import TEMPLATE
 from tracker.reporting.decisions import packed_documents
-from tracker.reporting.downloads import layer_files, packed_json
+from tracker.reporting.downloads import layer_files, packed, packed_json
 from tracker.reporting.leaderboard import rules
 from tracker.reporting.leaderboard.proxies import agreements
 from tracker.reporting.sentences import agreement_sentence, compared_sentence
@@ -57,6 +58,12 @@ def render_report(
     return path
 
 
+@cache
+def _plotly() -> str:
+    """Plotly's script, packed: two fifths of its size."""
+    return packed(get_plotlyjs())
+
+
 def render_page(
     cells: Sequence[CellRecord],
     experiments: Mapping[str, str],
@@ -84,7 +91,7 @@ def render_page(
     return environment.get_template("report.html.j2").render(
         style=inlined("report.css"),
         script=inlined("report.js"),
-        plotly_js=Markup(get_plotlyjs()) if cells else "",
+        plotly=_plotly() if cells else "",
         charts=packed_json(
             {
                 "template": TEMPLATE,

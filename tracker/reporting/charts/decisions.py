@@ -22,7 +22,7 @@ from tracker.reporting.charts.style import (
     layer_axis,
     line,
 )
-from tracker.reporting.formats import counted, fixed, two_digits
+from tracker.reporting.formats import counted, two_digits
 
 ALIKE = 0.5
 """Layers break the same documents where their mean correlation is at least this."""
@@ -112,21 +112,25 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     layers, found, _ = agreement(decided)
     if len(layers) < 2:
         return None
-    place = {layer: number for number, layer in enumerate(decided.compared)}
     labels = [str(layer) for layer in layers]
-    hovers = [[_hover(decided, place, one, other, found[i][j])
-               for j, other in enumerate(layers)] for i, one in enumerate(layers)]  # fmt: skip
     left_out = len(decided.compared) - len(layers)
     title = f"{cell.title}: which layers break the same documents"
     if left_out:
         title += f"; {counted(left_out, 'layer')} left out, which lose none or all"
+    values = [[round(float(value), 2) for value in row] for row in found]
     traces = centred_map(
         "agreement",
-        (labels, labels, [[float(value) for value in row] for row in found], hovers),
+        (labels, labels, values, []),
         {},
         1,
         ("−1<br>never the same", "0<br>as by chance", "1<br>the same"),
     )
+    # Not a text for each pair: there are as many as the square of the layers.
+    traces[0] |= {
+        "hovertext": None,
+        "hoverinfo": None,
+        "hovertemplate": "layers %{y} and %{x}: φ %{z:.2f}<extra></extra>",
+    }
     axis: dict[str, Any] = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
     return chart(
         title,
@@ -135,19 +139,6 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
         margin={"b": 105},
         xaxis={**axis, "title": {"text": "layer (0-based), clustered"}},
         yaxis=ROWS,
-    )
-
-
-def _hover(
-    decided: DecisionsRecord, place: dict[int, int], one: int, other: int, value: float
-) -> str:
-    first, second = decided.both[place[one]][place[one]], decided.both[place[other]][place[other]]
-    if one == other:
-        return f"layer {one} loses {first} of {decided.right}"
-    both = decided.both[place[one]][place[other]]
-    return (
-        f"layers {one} and {other}: both lose {both} of the {first + second - both} that either "
-        f"loses; φ {fixed(value, 2)}"
     )
 
 

@@ -172,7 +172,9 @@ def short(value: float) -> str:
 
 def centred_map(
     name: str,
-    content: tuple[Sequence[int | str], list[str], list[list[float | None]], list[list[str]]],
+    content: tuple[
+        Sequence[int | str], list[str], Sequence[Sequence[float | None]], list[list[str]]
+    ],
     marks: Mapping[str, Sequence[tuple[int, str, str]]],
     largest: float,
     ticks: tuple[str, str, str],

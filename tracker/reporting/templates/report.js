@@ -200,7 +200,8 @@
     }
   }, { rootMargin: "800px" });
   all(".table").forEach((box) => near.observe(box));
-  unpack("charts").then((packed) => {
+  Promise.all([unpack("plotly"), unpack("charts")]).then(([plotly, packed]) => {
+    document.head.append(make("script", { textContent: plotly }));
     ({ template, figures } = JSON.parse(packed));
     all(".chart").forEach((box) => near.observe(box));
     document.documentElement.dataset.charts = "ready";
