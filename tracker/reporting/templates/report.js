@@ -165,7 +165,7 @@
       const rows = mine.map(([place, , choice, after, said]) => {
         const entry = documents[place];
         const [task, doc, , , , , before, was, wrote] = entry;
-        return [task, make("tr", {}, make("th", { scope: "row", className: "text" }, `${task} ${doc}`),
+        return [task, make("tr", {}, make("th", { scope: "row" }, names.length > 1 ? `${task} ${doc}` : doc),
           asked(entry, why), decision(before, was, wrote), decision(choice, after, said))];
       }).filter(([task, row]) => (tasks.value === "0" || task === names[tasks.value - 1])
         && typed.every((word) => row.textContent.toLowerCase().includes(word)));
@@ -180,7 +180,7 @@
       ...(names.length > 1 ? [make("label", {}, "of ", tasks)] : []), make("label", {}, "with ", words), status);
     const heads = ["document", "question, options, the right one marked", "intact model", "without it"];
     const table = make("table", {}, make("thead", {}, make("tr", {},
-      ...heads.map((head) => make("th", { scope: "col", className: "text" }, head)))), body);
+      ...heads.map((head, place) => make("th", { scope: "col", className: place ? "text" : "" }, head)))), body);
     const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "documents" }, table);
     const below = `Below each choice: the ${margin}.${why ? ` Texts are missing: ${why}.` : ""}`;
     section.append(tools, make("p", { className: "meta" }, below), scroll);
