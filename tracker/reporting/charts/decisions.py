@@ -97,9 +97,9 @@ def agreement(decided: DecisionsRecord) -> tuple[list[int], np.ndarray, list[lis
         The layers that can be compared, those that agree beside each other; their correlations in
         this order; and the groups of layers that break the same documents.
     """
-    both = np.array(decided.both, dtype=np.float64).reshape(len(decided.both), -1)
-    found = phi(both, np.diag(both), decided.right) if len(both) else both
-    (known,) = np.nonzero(~np.isnan(np.diag(found))) if len(both) else (np.array([], dtype=int),)
+    both = np.array(decided.both, dtype=np.float64).reshape((len(decided.both),) * 2)
+    found = phi(both, np.diag(both), decided.right)
+    (known,) = np.nonzero(~np.isnan(np.diag(found)))
     square = found[np.ix_(known, known)]
     order, groups = clustered(square, ALIKE)
     layers = [decided.compared[number] for number in known]
