@@ -83,6 +83,7 @@ def run(
     memory: int | None = None,
     executor: str = "local",
     slurm: Mapping[str, Any] | None = None,
+    publish_documents: bool = False,
     progress: Progress | None = None,
 ) -> Results:
     """Run an experiment file, continuing what the results folder already holds.
@@ -97,6 +98,8 @@ def run(
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         executor: Where cells are measured: `local` (this process), `ray` or `slurm`.
         slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
         progress: Listens to the run; None for silence.
 
     Returns:
@@ -111,7 +114,10 @@ def run(
     asked, text = load_experiment(path)
     ledger = Ledger(Path(results))
     publisher = Publisher(
-        default_targets() if track is None else track, asked.destination, ledger.root
+        default_targets() if track is None else track,
+        asked.destination,
+        ledger.root,
+        publish_documents,
     )
     try:
         outcome = run_cells(
@@ -185,6 +191,7 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
     memory: int | None = None,
+    publish_documents: bool = False,
     progress: Progress | None = None,
 ) -> tuple[CellRecord | None, Finished]:
     """Measure one cell over all layers of its model: what a sweep's trial calls.
@@ -198,6 +205,8 @@ def evaluate(
         device: `auto` (an accelerator if there is one), or a torch device.
         trust_remote_code: Whether code and pickles from a download may run.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
         progress: Listens to the run; None for silence.
 
     Returns:
@@ -218,7 +227,7 @@ def evaluate(
             progress.say(f"nothing to measure: {no_run}")
             trial.end(no_run)
             return None, Finished()
-        publisher = Publisher(track, project, ledger.root)
+        publisher = Publisher(track, project, ledger.root, publish_documents)
         try:
             outcome = run_cells(
                 [request], ledger, publisher, Options(device, trust_remote_code, memory), progress
@@ -249,12 +258,14 @@ class Reported:
         files: What was written.
         failed: Source, cell or target → what went wrong.
         locations: Where it was published, and where to look.
+        notes: What else a person should know.
     """
 
     cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     files: tuple[Path, ...]
     failed: dict[str, str]
     locations: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def report(
@@ -262,6 +273,7 @@ def report(
     form: str = "html",
     output: str | os.PathLike[str] | None = None,
     publish: Sequence[str] = (),
+    publish_documents: bool = False,
     results: str | os.PathLike[str] = RESULTS,
     progress: Progress | None = None,
 ) -> Reported:
@@ -274,6 +286,8 @@ def report(
         output: A file for `html`, `md` and `tex`, a folder otherwise; by default beside the
             source, or here where there are several.
         publish: Tracking projects that get the page as well, as `BACKEND:PROJECT`.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
         results: The results folder.
         progress: Told what is downloaded.
 
@@ -293,8 +307,8 @@ def report(
         other = "a file; name a folder" if in_folder else f"a folder; name a file, as {path}/report"
         raise RequestError(f"--output: {path} is {other}")
     files = reports.write(found, form, path)
-    locations, failed = reports.publish(found, publish, Path(results))
-    return Reported(found.cells, tuple(files), found.failed | failed, locations)
+    locations, failed, notes = reports.publish(found, publish, Path(results), publish_documents)
+    return Reported(found.cells, tuple(files), found.failed | failed, locations, notes)
 
 
 def leaderboard(
@@ -352,13 +366,20 @@ def _beside(
     return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")
 
 
-def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = RESULTS) -> Synced:
+def sync(
+    to: Sequence[str] | None = None,
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    publish_documents: bool = False,
+) -> Synced:
     """Publish from the ledger what the backends do not have yet, asking the backends themselves.
 
     Args:
         to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; None for MLflow. Where no
             project is named, each cell goes to the one that it was run for.
         results: The results folder.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
 
     Returns:
         What was published and what was not.
@@ -367,7 +388,8 @@ def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = R
         RequestError: There is no such backend.
         ResultsError: There are no results.
     """
-    return publishing.sync(Ledger.existing(Path(results)), default_targets() if to is None else to)
+    targets = default_targets() if to is None else to
+    return publishing.sync(Ledger.existing(Path(results)), targets, publish_documents)
 
 
 def log_samples(

@@ -90,6 +90,7 @@ def run(
     track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
+    publish_documents: bool,
     trust_remote_code: bool,
 ) -> None:
     """Run an experiment file, continuing what the results folder holds.
@@ -114,6 +115,7 @@ def run(
         trust_remote_code=trust_remote_code,
         executor=executor,
         slurm=dict(slurm),
+        publish_documents=publish_documents,
         progress=Show(),
     )
     for cell in done.cells:
@@ -175,6 +177,7 @@ def evaluate(
     track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
+    publish_documents: bool,
     trust_remote_code: bool,
     **settings: Any,
 ) -> None:
@@ -203,6 +206,7 @@ def evaluate(
         track=track,
         device=device,
         memory=memory,
+        publish_documents=publish_documents,
         trust_remote_code=trust_remote_code,
         progress=Show(),
     )

@@ -14,6 +14,7 @@ from tracker.cli.options import (
     Place,
     Word,
     backends,
+    documents_option,
     publish_option,
     results_option,
     sources_argument,
@@ -44,12 +45,14 @@ if TYPE_CHECKING:
     "where there are several sources.",
 )
 @publish_option("the page, as a run of its own")
+@documents_option
 @results_option
 def report(
     sources: tuple[str, ...],
     form: str,
     output: Path | None,
     publish: tuple[str, ...],
+    publish_documents: bool,
     results: Path,
 ) -> None:
     """Write a report over results folders and tracking projects; without SOURCES, over --results.
@@ -72,6 +75,7 @@ def report(
         form=form,
         output=output,
         publish=publish,
+        publish_documents=publish_documents,
         results=results,
         progress=Show(error=True),
     )
@@ -105,6 +109,8 @@ def leaderboard(sources: tuple[str, ...], publish: tuple[str, ...], results: Pat
 def _end_report(done: Reported) -> None:
     for place in done.locations.values():
         say(f"published: {runnable(place)}")
+    for note in done.notes:
+        say(note, error=True)
     for what, why in done.failed.items():
         say(f"failed: {what}: {why}", error=True)
     sys.exit(1 if done.failed else 0)
@@ -116,8 +122,9 @@ def _end_report(done: Reported) -> None:
     help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT. Without "
     "a project, each cell goes to that of its experiment.  [default: mlflow]",
 )
+@documents_option
 @results_option
-def sync(to: str | None, results: Path) -> None:
+def sync(to: str | None, publish_documents: bool, results: Path) -> None:
     """Publish from the results folder what a tracking backend does not have yet.
 
     \b
@@ -131,7 +138,7 @@ def sync(to: str | None, results: Path) -> None:
     targets = backends(to)
     if targets == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
-    done = api.sync(targets, results=results)
+    done = api.sync(targets, results=results, publish_documents=publish_documents)
     say(f"published: {counted(len(done.published), 'cell')}")
     for location in done.locations.values():
         say(f"see them: {runnable(location)}")

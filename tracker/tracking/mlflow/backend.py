@@ -101,13 +101,14 @@ class MlflowBackend(Backend):
         cell: CellRecord,
         artifacts: Sequence[Path],
         charts: Mapping[str, Figure],
+        tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
         again = self._again + sync_command(self._results, f"{self.name}:{self._project}")
         advice = f"The results are on disk; when it is back: {again}"
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
-            parent = cell_run(cell, artifacts, charts)
+            parent = cell_run(cell, artifacts, charts, tables)
             outcomes = [write(client, experiment, parent, existing)]
             parent_id = existing[parent.key].info.run_id
             # MLflow lists the newest run first, so layer 0 is written last.

@@ -27,7 +27,7 @@ from tracker.tracking.identity import content_digest, files_digest, run_key, run
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "3"
+FORMAT = "4"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 KEY_TAG = "tracker.run_key"
@@ -61,7 +61,10 @@ class MlflowRun:
 
 
 def cell_run(
-    cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]
+    cell: CellRecord,
+    artifacts: Sequence[Path],
+    charts: Mapping[str, Figure],
+    more: Mapping[str, LoggedTable] = {},
 ) -> MlflowRun:
     """Describe the run of a cell, with the layers' figures as curves over the layers."""
     model, benchmark = cell.model, cell.benchmark
@@ -86,6 +89,7 @@ def cell_run(
     tables = {
         "layers": logged_layers(cell),
         "correlations": logged_correlations(cell),
+        **more,
     }
     measured, values = "accuracy loses", "Values are fractions"
     if not cell.higher_is_better:

@@ -28,7 +28,7 @@ from tracker.tracking.identity import content_digest, files_digest, run_key, run
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "2"
+FORMAT = "3"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 # What W&B takes; counted in bytes, of which there are never fewer than characters.
@@ -98,7 +98,12 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
     )
 
 
-def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> WandbRun:
+def cell_run(
+    cell: CellRecord,
+    artifacts: Sequence[Path],
+    charts: Mapping[str, Figure],
+    more: Mapping[str, LoggedTable] = {},
+) -> WandbRun:
     """Describe the run of a cell, with the figures of its runs as curves over the layers."""
     figures = cell_figures(cell)
     rows = []
@@ -120,6 +125,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         tables={
             "tables/layers": logged_layers(cell),
             "tables/correlations": logged_correlations(cell),
+            **{f"tables/{name}": table for name, table in more.items()},
         },
         charts=charts,
         outcomes=OutcomesArtifact(
