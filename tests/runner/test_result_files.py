@@ -474,7 +474,7 @@ def test_what_cannot_be_written_is_said(study):
     [
         (["--model", "tinny"], "--model: nothing of 'tinny' is measured. Did you mean 'tiny'?"),
         (["--benchmark", "word"], "Did you mean 'words'? There is: book, facts, sums, words"),
-        (["--layer", "7"], "no removal begins at layer 7"),
+        (["--layer", "7"], "no removal begins at layer 7; there is: 0, 1, 2"),
         (["--results", "nowhere"], "nowhere is not a results folder"),
         (["--output", "study.yaml"], "--output: study.yaml is a file; name a folder"),
     ],
