@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tracker.measuring.planning import PlannedCell
+    from tracker.team.sweeps import SweepFilled
 
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
@@ -112,6 +113,9 @@ def run(
 
     path = Path(experiment)
     asked, text = load_experiment(path)
+    progress = progress or Silent()
+    if asked.capped:
+        progress.say(asked.capped)
     ledger = Ledger(Path(results))
     publisher = Publisher(
         default_targets() if track is None else track,
@@ -125,7 +129,7 @@ def run(
             ledger,
             publisher,
             Options(device, trust_remote_code, memory, executor, slurm or {}),
-            progress or Silent(),
+            progress,
         )
     finally:
         publisher.close()
@@ -429,6 +433,26 @@ def log_samples(
         trust_remote_code,
         progress or Silent(),
     )
+
+
+def sync_sweep(sweep: str, *, results: str | os.PathLike[str] = RESULTS) -> SweepFilled:
+    """Fill the runs that trials of a W&B sweep left when they were killed or failed.
+
+    Args:
+        sweep: `ENTITY/PROJECT/ID`.
+        results: The results folder.
+
+    Returns:
+        Which runs were filled from it, and which trials still want measuring.
+
+    Raises:
+        RequestError: The path names no sweep.
+        ResultsError: There are no results.
+        TrackingError: The sweep could not be read.
+    """
+    from tracker.team.sweeps import fill_sweep
+
+    return fill_sweep(sweep, Ledger.existing(Path(results)))
 
 
 def check(

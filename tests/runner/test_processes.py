@@ -88,7 +88,7 @@ def test_two_runs_at_once_share_the_work(study, start, tmp_path):
     client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
     (project,) = [e for e in client.search_experiments() if e.name == "tracker"]
     runs = client.search_runs([project.experiment_id])
-    assert len(runs) == LAYERS + 1
+    assert len(runs) == LAYERS + 2
 
 
 def test_a_full_disk_stops_cleanly_and_the_next_run_continues(

@@ -305,6 +305,8 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)
     say(f"{experiment} is valid: {counted(len(cells), 'cell')}, {counted(runs, 'run')}")
+    if asked.capped:
+        say(asked.capped)
     for note in notes:
         say(f"not checked: {note}")
 
@@ -328,6 +330,9 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
       tracker plan experiments/llama.yaml --gflops 400000
     """
     from tracker import api
+    from tracker.config import load_experiment
 
     cells = api.plan(experiment, results=results, trust_remote_code=trust_remote_code)
     print_plan(cells, gflops)
+    if capped := load_experiment(experiment)[0].capped:
+        say(capped)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.records import CellRecord, RunRecord
+from tracker.records import BASELINE, CellRecord, RunRecord
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
@@ -17,13 +17,21 @@ from tracker.tracking.figures import (
     cell_figures,
     curve_name,
     flat_metrics,
+    intact_metrics,
     logged_correlations,
     logged_layers,
     metric_name,
     not_finite,
     only_defined,
 )
-from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
+from tracker.tracking.identity import (
+    content_digest,
+    files_digest,
+    intact_name,
+    intact_part,
+    run_key,
+    run_name,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -95,6 +103,20 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
         own={"layer": layer.layer, "component": layer.component, "span": layer.span},
         reasons=absent_reasons(layer),
         summary=figures,
+    )
+
+
+def intact_run(cell: CellRecord) -> WandbRun:
+    """Describe the run of the intact model: what W&B compares the others of its group with."""
+    return _run(
+        cell,
+        BASELINE,
+        name=intact_name(cell),
+        job_type=BASELINE,
+        digest=content_digest(intact_part(cell), FORMAT, group_of(cell)),
+        own={"removed": []},
+        reasons={},
+        summary={metric_name(name): value for name, value in intact_metrics(cell).items()},
     )
 
 
