@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from tracker.runner import Finished, run_cells
 from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
+from tracker.team.result_files import Written, write_result_files
 from tracker.text import masked
 from tracker.tracking import default_targets
 from tracker.tracking.base import Ending
@@ -55,7 +56,7 @@ class Results:
         outcome: What failed, what was not published, and where the runs can be seen.
     """
 
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     report: Path | None
     outcome: Finished
 
@@ -84,6 +85,7 @@ def run(
     memory: int | None = None,
     executor: str = "local",
     slurm: Mapping[str, Any] | None = None,
+    publish_documents: bool = False,
     progress: Progress | None = None,
 ) -> Results:
     """Run an experiment file, continuing what the results folder already holds.
@@ -98,6 +100,8 @@ def run(
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         executor: Where cells are measured: `local` (this process), `ray` or `slurm`.
         slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
         progress: Listens to the run; None for silence.
 
     Returns:
@@ -115,7 +119,10 @@ def run(
         progress.say(asked.capped)
     ledger = Ledger(Path(results))
     publisher = Publisher(
-        default_targets() if track is None else track, asked.destination, ledger.root
+        default_targets() if track is None else track,
+        asked.destination,
+        ledger.root,
+        publish_documents,
     )
     try:
         outcome = run_cells(
@@ -189,6 +196,7 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
     memory: int | None = None,
+    publish_documents: bool = False,
     progress: Progress | None = None,
 ) -> tuple[CellRecord | None, Finished]:
     """Measure one cell over all layers of its model: what a sweep's trial calls.
@@ -202,6 +210,8 @@ def evaluate(
         device: `auto` (an accelerator if there is one), or a torch device.
         trust_remote_code: Whether code and pickles from a download may run.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
         progress: Listens to the run; None for silence.
 
     Returns:
@@ -222,7 +232,7 @@ def evaluate(
             progress.say(f"nothing to measure: {no_run}")
             trial.leave(no_run)
             return None, Finished()
-        publisher = Publisher(track, project, ledger.root, trial)
+        publisher = Publisher(track, project, ledger.root, publish_documents, trial)
         try:
             outcome = run_cells(
                 [request], ledger, publisher, Options(device, trust_remote_code, memory), progress
@@ -254,12 +264,14 @@ class Reported:
         files: What was written.
         failed: Source, cell or target → what went wrong.
         locations: Where it was published, and where to look.
+        notes: What else a person should know.
     """
 
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     files: tuple[Path, ...]
     failed: dict[str, str]
     locations: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def report(
@@ -267,6 +279,7 @@ def report(
     form: str = "html",
     output: str | os.PathLike[str] | None = None,
     publish: Sequence[str] = (),
+    publish_documents: bool = False,
     results: str | os.PathLike[str] = RESULTS,
     progress: Progress | None = None,
 ) -> Reported:
@@ -279,6 +292,8 @@ def report(
         output: A file for `html`, `md` and `tex`, a folder otherwise; by default beside the
             source, or here where there are several.
         publish: Tracking projects that get the page as well, as `BACKEND:PROJECT`.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
         results: The results folder.
         progress: Told what is downloaded.
 
@@ -298,8 +313,8 @@ def report(
         other = "a file; name a folder" if in_folder else f"a folder; name a file, as {path}/report"
         raise RequestError(f"--output: {path} is {other}")
     files = reports.write(found, form, path)
-    locations, failed = reports.publish(found, publish, Path(results))
-    return Reported(found.cells, tuple(files), found.failed | failed, locations)
+    locations, failed, notes = reports.publish(found, publish, Path(results), publish_documents)
+    return Reported(found.cells, tuple(files), found.failed | failed, locations, notes)
 
 
 def leaderboard(
@@ -357,13 +372,20 @@ def _beside(
     return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")
 
 
-def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = RESULTS) -> Synced:
+def sync(
+    to: Sequence[str] | None = None,
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    publish_documents: bool = False,
+) -> Synced:
     """Publish from the ledger what the backends do not have yet, asking the backends themselves.
 
     Args:
         to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; None for MLflow. Where no
             project is named, each cell goes to the one that it was run for.
         results: The results folder.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
 
     Returns:
         What was published and what was not.
@@ -372,7 +394,47 @@ def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = R
         RequestError: There is no such backend.
         ResultsError: There are no results.
     """
-    return publishing.sync(Ledger.existing(Path(results)), default_targets() if to is None else to)
+    targets = default_targets() if to is None else to
+    return publishing.sync(Ledger.existing(Path(results)), targets, publish_documents)
+
+
+def log_samples(
+    output: str | os.PathLike[str],
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    model: Sequence[str] = (),
+    benchmark: Sequence[str] = (),
+    layer: Sequence[int] = (),
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write lm-eval's own result files, as `lm_eval --log_samples` does, of every measured model.
+
+    Args:
+        output: Gets a folder a model: the intact one, and each without what was removed.
+        results: The results folder.
+        model: Only these models, by what was typed or by their short names; empty for all.
+        benchmark: Only these benchmarks; empty for all.
+        layer: Only removals that begin at these layers; empty for all.
+        trust_remote_code: Whether code from a model's download may run, to apply its chat template.
+        progress: Told how far it is.
+
+    Returns:
+        What was written, what is not measured yet, and what failed.
+
+    Raises:
+        RequestError: Nothing is measured of what was asked for, or `output` is a file.
+        ResultsError: There are no results.
+    """
+    return write_result_files(
+        Ledger.existing(Path(results)),
+        Path(output),
+        model,
+        benchmark,
+        layer,
+        trust_remote_code,
+        progress or Silent(),
+    )
 
 
 def sync_sweep(sweep: str, *, results: str | os.PathLike[str] = RESULTS) -> SweepFilled:

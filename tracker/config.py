@@ -32,8 +32,9 @@ from pydantic import (
 )
 
 from tracker.arguments import Arguments
-from tracker.errors import ExperimentError, RequestError, did_you_mean
+from tracker.errors import ExperimentError, RequestError
 from tracker.extent import DEFAULT_SEED, Extent, Positive
+from tracker.problems import first_problem
 from tracker.safe_yaml import SHOWN, read_yaml, short
 
 T = TypeVar("T")
@@ -114,6 +115,8 @@ class CellRequest(_Strict):
     seed: int = DEFAULT_SEED
     data: Name = "hub"
     # What follows has lm-eval's names and meanings.
+    model_args: Arguments | None = None
+    """How the model is loaded: peft, load_in_4bit, attn_implementation, subfolder."""
     include_path: Folders = ()
     """Folders with tasks of one's own: YAML files, and the Python that they name."""
     system_instruction: Name | None = None
@@ -156,9 +159,9 @@ class CellRequest(_Strict):
         return f"{self.model} × {self.benchmark}{beneath}{metric}"
 
     @property
-    def model_settings(self) -> tuple[str, str | None, str]:
+    def model_settings(self) -> tuple[str | None, ...]:
         """What decides which weights are loaded; equal settings share one loaded model."""
-        return (self.model, self.revision, self.dtype)
+        return (self.model, self.revision, self.dtype, self.model_args)
 
 
 class _Value(_Strict):
@@ -257,6 +260,7 @@ class Parameters(_Strict):
     metric: _Choice | None = None
     seed: _Choice | None = None
     data: _Choice | None = None
+    model_args: _Choice | None = None
     include_path: _Choice | None = None
     system_instruction: _Choice | None = None
     apply_chat_template: _Choice | None = None
@@ -372,7 +376,9 @@ class Experiment(_Strict):
             try:
                 cell = CellRequest(**runs, **settings)
             except ValidationError as error:
-                raise ExperimentError(_first_problem(error, CellRequest, "parameters.")) from None
+                raise ExperimentError(
+                    first_problem(error, CellRequest, "parameters.", _IN_THE_FILE)
+                ) from None
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None
@@ -384,7 +390,7 @@ def cell_request(**settings: Any) -> CellRequest:
     try:
         return CellRequest(**{name: v for name, v in settings.items() if v is not None})
     except ValidationError as error:
-        raise RequestError(_first_problem(error, CellRequest, "--")) from None
+        raise RequestError(first_problem(error, CellRequest, "--", _IN_THE_FILE)) from None
 
 
 def load_experiment(path: Path) -> tuple[Experiment, str]:
@@ -409,7 +415,7 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
         experiment = Experiment.model_validate(raw)
         experiment.cells()
     except ValidationError as error:
-        raise ExperimentError(f"{path}: {_first_problem(error, Experiment)}") from None
+        raise ExperimentError(f"{path}: {first_problem(error, Experiment)}") from None
     except ExperimentError as error:
         raise ExperimentError(f"{path}: {error}") from None
     return experiment, text
@@ -432,37 +438,3 @@ def _refuse_searches(raw: dict[Any, Any]) -> None:
 
 _SEARCHES = ("bayes", "random")
 _IN_THE_FILE = {"layers": "layer", "components": "component", "spans": "span"}
-
-
-def _first_problem(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Say in one line what is wrong first, under the name that stands in the file."""
-    problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location = problem["loc"]
-    if model is CellRequest:
-        # A cell gathers several values of the file; only their parameter has a name there.
-        location = tuple(_IN_THE_FILE.get(str(part), part) for part in location[:1])
-    place = prefix + ".".join(str(part) for part in location)
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        known = _fields_at(model, problem["loc"][:-1])
-        near = did_you_mean(key, known)
-        return f"unknown key '{place}'.{near} Known here: {', '.join(known)}."
-    if problem["type"] == "missing":
-        return f"'{place}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not location:
-        return f"{prefix}{message}" if prefix == "--" else f"'{prefix.rstrip('.')}': {message}"
-    given = problem["input"]
-    got = "" if isinstance(given, dict | BaseModel) else short(given)
-    shown = f" (got {got})" if got and got not in message else ""
-    return f"'{place}': {message[:1].lower()}{message[1:300]}{shown}"
-
-
-def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Name the known keys at a place in the file."""
-    for part in place:
-        annotation = model.model_fields[str(part)].annotation
-        kinds = getattr(annotation, "__args__", (annotation,))
-        model = next(kind for kind in kinds if isinstance(kind, type))
-    return list(model.model_fields)

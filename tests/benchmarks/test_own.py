@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.own import ASKING, YAML, write_tasks
+from tests.plain import evaluate
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
@@ -21,73 +24,15 @@ from tracker.documents import Document
 from tracker.errors import BenchmarkError, RequestError
 from tracker.extent import ALL
 from tracker.ledger.keys import request_key
-
-PAINT = [
-    {"thing": "pump", "colours": ["red", "blue"], "right": 0},
-    {"thing": "animal", "colours": ["brown", "green", "grey"], "right": 2},
-    {"thing": "bolt", "colours": ["grey", "pink"], "right": 0},
-    {"thing": "heart", "colours": ["white", "red"], "right": 1},
-]
-YAML = """\
-task: paint
-tag: hues
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-    train: {data}
-test_split: test
-fewshot_split: train
-output_type: multiple_choice
-description: "Name the colour.\\n\\n"
-doc_to_text: !function asking.ask
-doc_to_target: right
-doc_to_choice: colours
-process_docs: !function asking.prepare
-metric_list:
-  - metric: acc
-"""
-ASKING = """\
-import words
-
-def ask(doc):
-    return f"{words.LEAD} {doc['thing']}? It is"
-
-def prepare(docs):
-    return docs.filter(lambda doc: doc["thing"] != "bolt")
-"""
-SAYS = """\
-include: paint.yaml
-task: says
-tag: hues
-output_type: generate_until
-doc_to_target: thing
-doc_to_choice: null
-process_docs: null
-generation_kwargs:
-  until: ["."]
-  max_gen_toks: 4
-metric_list:
-  - metric: exact_match
-"""
-GROUP = "group: both\ntask:\n  - paint\n  - says\n"
+from tracker.records import BenchmarkIdentity
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stranger's folder: a task with Python, one that includes it, a group and a tag."""
-    data = tmp_path / "paint.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in PAINT))
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "paint.yaml").write_text(YAML.format(data=data))
-    (folder / "says.yaml").write_text(SAYS)
-    (folder / "both.yaml").write_text(GROUP)
-    (folder / "asking.py").write_text(ASKING)
-    (folder / "words.py").write_text('LEAD = "Which colour has a"\n')
+    folder = write_tasks(tmp_path)
     # As with lm-eval: what a function imports must be importable.
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(__import__("sys").modules, "words", raising=False)
+    monkeypatch.delitem(sys.modules, "words", raising=False)
     return folder
 
 
@@ -96,6 +41,11 @@ def make(benchmark: str, folder: Path | None = None, **settings: Any) -> LmEvalB
     return LmEvalBenchmark(
         cell_request(model="m", benchmark=benchmark, layers=(0,), **own, **settings)
     )
+
+
+def same(identity: BenchmarkIdentity) -> BenchmarkIdentity:
+    """All that an outcome depends on."""
+    return identity.model_copy(update={"found_by": {}})
 
 
 def refusal(benchmark: str, folder: Path | None = None, **settings: Any) -> str:
@@ -128,9 +78,7 @@ def asked(model: Any, tokenizer: Any, task: str, folder: Path, **settings: Any) 
     names = ("chat_template_args", "enable_thinking", "think_end_token")
     of_model = {name: settings.pop(name) for name in names if name in settings}
     plain = Asked(model, tokenizer=tokenizer, backend="causal", batch_size=1, **of_model)
-    lm_eval.simple_evaluate(
-        plain, tasks=[task], task_manager=manager, bootstrap_iters=0, **settings
-    )
+    evaluate(plain, tasks=[task], task_manager=manager, **settings)
     return plain
 
 
@@ -155,15 +103,20 @@ class TestTheirTasks:
 
     def test_by_its_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         by_name = make("paint", folder).identity
-        assert make(str(folder / "paint.yaml")).identity == by_name
+        by_file = make(str(folder / "paint.yaml")).identity
+        assert same(by_file) == same(by_name)
         monkeypatch.chdir(folder)
-        assert make("paint.yaml").identity == by_name
+        assert same(make("paint.yaml").identity) == same(by_name)
         assert by_name.name == "paint"
+        # But what it takes to find it again.
+        assert by_name.found_by == {"include_path": json.dumps([str(folder)])}
+        assert by_file.found_by == {"benchmark": str(folder / "paint.yaml")}
 
     def test_its_group_and_its_tag(self, folder: Path) -> None:
         assert [task.name for task in make("both", folder).identity.tasks] == ["paint", "says"]
         assert {task.name for task in make("hues", folder).identity.tasks} == {"paint", "says"}
-        assert make(str(folder / "both.yaml"), folder).identity == make("both", folder).identity
+        by_file = make(str(folder / "both.yaml"), folder).identity
+        assert same(by_file) == same(make("both", folder).identity)
 
     @pytest.mark.parametrize(
         ("file", "change"),
@@ -181,7 +134,7 @@ class TestTheirTasks:
         assert make(task, folder).identity.tasks[0].fingerprint == before
         path = folder / file
         path.write_text(change(path.read_text()))
-        monkeypatch.delitem(__import__("sys").modules, "words")
+        monkeypatch.delitem(sys.modules, "words")
         assert make(task, folder).identity.tasks[0].fingerprint != before
 
     def test_a_change_is_noticed_before_anything_is_loaded(self, folder: Path) -> None:
@@ -421,8 +374,8 @@ class TestSettings:
         other = make("made", folder, metadata={"things": ["door"]}).identity
         assert other.tasks[0].fingerprint != ours.identity.tasks[0].fingerprint
         # What changes no document changes nothing.
-        same = make("made", folder, metadata={**metadata, "note": "today"}).identity
-        assert same == ours.identity
+        noted = make("made", folder, metadata={**metadata, "note": "today"}).identity
+        assert same(noted) == same(ours.identity)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.plain import evaluate
 from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
@@ -279,7 +280,7 @@ class TestRefusals:
         own = {"include": str(TASKS / "gsm8k/gsm8k.yaml"), "task": "own"}
         (tmp_path / "own.yaml").write_text(json.dumps({**own, "generation_kwargs": settings}))
         manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
-        monkeypatch.setattr(factory, "_index", lambda: manager)
+        monkeypatch.setattr(factory, "known_tasks", lambda: manager.task_index)
         if greedy:
             assert make("own", data).identity.num_fewshot == 5
         else:
@@ -573,14 +574,13 @@ def test_the_model_is_asked_what_lm_eval_asks(
 ) -> None:
     model, tokenizer = parts(tiny_llama(bos=bos))
     plain = Asked(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
-    lm_eval.simple_evaluate(
-        model=plain,
+    evaluate(
+        plain,
         tasks=[f"plain_{benchmark}"],
         num_fewshot=shots,
         limit=6,
         apply_chat_template=chat,
         task_manager=plain_tasks,
-        bootstrap_iters=0,
     )
     ours = make(benchmark, num_fewshot=shots, apply_chat_template=chat)
     assert ours.identity.apply_chat_template is chat

@@ -128,6 +128,35 @@ def test_another_metric_makes_other_runs_beside_those_of_the_benchmarks_own(
         assert {r.data.tags["tracker.metric"] for r in (nested, parent)} == {each.metric}
 
 
+def test_drawn_documents_make_other_runs(results: Path, make_cell: CellMaker) -> None:
+    cell = make_cell(layers=(0, 1))
+    drawn = cell.model_copy(update={"sample_seed": 1234})
+    for each in (cell, drawn):
+        assert publish(results, each) == (3, 0, 0)
+    for each in (cell, drawn):
+        assert publish(results, each) == (0, 0, 3)
+    runs = runs_by_name(results)
+    assert len(runs) == 6
+    for each, ends in ((cell, "arc_easy"), (drawn, "arc_easy · sample 1234")):
+        nested = runs[f"layer 01 · {ends} · SmolLM2-135M-Instruct"]
+        parent = runs[each.title]
+        assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        seed = None if each is cell else "1234"
+        assert {r.data.params.get("sample_seed") for r in (nested, parent)} == {seed}
+    note = runs[drawn.title].data.tags["mlflow.note.content"]
+    assert "160 documents drawn at random (seed 1234)" in note
+    ours, theirs = (wandb_runs.cell_run(each, [], {}) for each in (cell, drawn))
+    assert ours.group != theirs.group
+    assert ours.outcomes.name != theirs.outcomes.name
+    assert theirs.outcomes.metadata["sample_seed"] == 1234
+    assert {ours.config["tracker"]["sample_seed"], theirs.config["tracker"]["sample_seed"]} == {
+        None,
+        1234,
+    }
+    layers = [wandb_runs.layer_run(each, each.runs[0]) for each in (cell, drawn)]
+    assert len({run.id() for run in (ours, theirs, *layers)}) == 4
+
+
 def test_what_was_published_before_metrics_were_told_apart_is_found_again(
     make_cell: CellMaker,
 ) -> None:
@@ -168,7 +197,7 @@ def test_complete_means_all_runs_and_all_documents(make_cell: CellMaker) -> None
         tags = mlflow_runs.cell_run(cell, [], {}).tags
         assert tags.get("tracker.missing", "") == ", ".join(lacks)
         page = render_page([cell], {})
-        assert ("Nothing: every run that was asked for" in page) == (not lacks)
+        assert ("Nothing of what is shown: every run" in page) == (not lacks)
         assert (f"0-shot: {documents}." in page) == (documents in lacks)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._factory import TaskFactory
-from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
 from tracker.benchmarks.own import as_file, read_task
+from tracker.benchmarks.private import Entry, Kind, TaskFactory, TaskIndex
 from tracker.benchmarks.sources import HUB, DataSource, unreachable
+from tracker.benchmarks.task_index import known_tasks
 from tracker.errors import BenchmarkError, did_you_mean
 
 UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)
@@ -90,14 +88,9 @@ def _brings_its_data(config: Mapping[str, Any]) -> bool:
     )
 
 
-@cache
-def _index() -> TaskManager:
-    return TaskManager()
-
-
 def _entries(own: Sequence[Path]) -> dict[str, Entry]:
     """All tasks by name; those of one's own folders come before lm-eval's, as there."""
-    return {**_index().task_index, **TaskIndex.build(own)}
+    return {**known_tasks(), **TaskIndex.build(own)}
 
 
 def find_task(name: str, own: Sequence[Path] = ()) -> Entry:

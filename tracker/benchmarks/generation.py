@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from tracker.benchmarks.private import HFLM
 from tracker.documents import Prompt
 from tracker.errors import CellError
 

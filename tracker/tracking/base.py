@@ -42,6 +42,10 @@ class LoggedTable:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Scalar, ...], ...]
+    asked: tuple[str, ...] = ()
+    """Columns that say what was asked: by these, rows of several runs can be set side by side."""
+    scores: tuple[str, ...] = ()
+    """Columns that say how good the answers are."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,11 @@ class Backend(Protocol):
     name: str
 
     def publish(
-        self, cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]
+        self,
+        cell: CellRecord,
+        artifacts: Sequence[Path],
+        charts: Mapping[str, Figure],
+        tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
         """Publish the cell as one run, one for the intact model, and one more for each of its runs.
 
@@ -125,6 +133,8 @@ class Backend(Protocol):
             cell: The record, complete or still growing.
             artifacts: Files to attach to the cell's run, each under its own file name.
             charts: Plotly figures of the cell's run, by name.
+            tables: Tables of the cell's run besides those of the record, by name; they follow from
+                the artifacts.
 
         Returns:
             How many runs were created, updated and left alone, and where to look at them.

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from tracker.records import CellRecord, RunIdentity, RunRecord
+from tracker.records import CellRecord, DecisionsRecord, RunIdentity, RunRecord
 from tracker.tracking.base import LoggedTable, Scalar
 
 CURVES = (
@@ -147,6 +147,29 @@ def logged_correlations(cell: CellRecord) -> LoggedTable:
         rows.append((c.proxy, c.coefficient, c.subset, *figures, c.n, c.documents, c.reason))
     columns = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
     return LoggedTable((*columns, "n", "documents", "reason"), tuple(rows))
+
+
+def logged_documents(decided: DecisionsRecord) -> LoggedTable:
+    """Lay out the documents that runs lose and win, those whose margin changes most: one a row.
+
+    `choice` and `gold` are options, 0-based; `margin` is in nats, as `DecisionsRecord` says.
+    """
+    asked = ("task", "document", "question", "choices", "gold", "answer", "layer", "component")
+    scores = ("margin_intact", "margin")
+    columns = (*asked, "span", "change", "choice_intact", "choice", "text_intact", "text", *scores)
+    rows: list[tuple[Scalar, ...]] = []
+    for run in decided.runs:
+        for number, one in enumerate(run.named):
+            doc = decided.documents[one.document]
+            change = "lost" if number < run.named_lost else "won"
+            rows.append(
+                (
+                    *(doc.task, doc.doc, doc.question, "\n".join(doc.choices) or None),
+                    *(doc.gold, doc.answer, run.run.layer, run.run.component, run.run.span),
+                    *(change, doc.choice, one.choice, doc.text, one.text, doc.margin, one.margin),
+                )
+            )
+    return LoggedTable(columns, tuple(rows), (*asked, "span"), scores)
 
 
 def _layer_values(layer: RunRecord) -> dict[str, float | None]:

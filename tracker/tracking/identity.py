@@ -18,7 +18,8 @@ def run_key(cell: CellRecord, ablation: str) -> str:
     """Name a run the same way on every machine and every day.
 
     Layers 4 and 5 removed together are another run than layer 5 removed where 4 is gone already,
-    and accuracy is another figure than normalised accuracy: so the name holds the view, too.
+    accuracy is another figure than normalised accuracy, and so is that on documents drawn at random
+    than that on the first ones: so the name holds the view, too.
 
     Args:
         cell: The cell that the run belongs to.
@@ -37,8 +38,9 @@ def run_name(cell: CellRecord, layer: RunIdentity) -> str:
     The zeros make names sort as numbers do.
     """
     beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
+    drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
     label = layer.label(max(2, len(str(cell.model.layers - 1))))
-    parts = (f"{label}{beneath}", cell.benchmark.name, cell.other_metric, cell.model.name)
+    parts = (f"{label}{beneath}", cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
     return " · ".join(filter(None, parts))
 
 

@@ -19,7 +19,7 @@ MOST = 10
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SharedBenchmark:
     """Two models on one benchmark of `n` documents each.
 
     `differences`: layer → drop of the one minus drop of the other, a fraction or the loss's unit.
@@ -40,7 +40,7 @@ class Pair:
     one: str
     other: str
     measure: Measure
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[SharedBenchmark, ...]
 
 
 def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
@@ -66,7 +66,7 @@ def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
         names = benchmark_labels(mine)
         for measure in measures:
             comparisons = tuple(
-                Comparison(name, cell.n, dict(compare(cell, known[j][key])))
+                SharedBenchmark(name, cell.n, dict(compare(cell, known[j][key])))
                 for key, cell, name in zip(shared, mine, names, strict=True)
                 if measure_of(cell) == measure
             )

@@ -86,11 +86,10 @@ class MlflowBackend(Backend):
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._project = project
         self._results = results.absolute()
-        self._uri = (
-            tracking_uri
-            or os.environ.get("MLFLOW_TRACKING_URI")
-            or f"sqlite:///{self._results / 'mlflow.db'}"
-        )
+        elsewhere = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._uri = elsewhere or f"sqlite:///{self._results / 'mlflow.db'}"
+        # Without it, the command that is told would publish into the results folder.
+        self._again = f"MLFLOW_TRACKING_URI={shlex.quote(masked(elsewhere))} " if elsewhere else ""
         sqlite = _SQLITE.fullmatch(self._uri)
         self._database = Path(sqlite["path"]).absolute() if sqlite else None
         if self._database:
@@ -103,13 +102,14 @@ class MlflowBackend(Backend):
         cell: CellRecord,
         artifacts: Sequence[Path],
         charts: Mapping[str, Figure],
+        tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
-        again = sync_command(self._results, f"{self.name}:{self._project}")
+        again = self._again + sync_command(self._results, f"{self.name}:{self._project}")
         advice = f"The results are on disk; when it is back: {again}"
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
-            parent = cell_run(cell, artifacts, charts)
+            parent = cell_run(cell, artifacts, charts, tables)
             outcomes = [write(client, experiment, parent, existing)]
             parent_id = existing[parent.key].info.run_id
             # MLflow lists the newest run first: the intact model, then layer 0, then layer 1, ...

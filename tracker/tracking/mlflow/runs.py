@@ -35,7 +35,7 @@ from tracker.tracking.identity import (
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "3"
+FORMAT = "4"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 KEY_TAG = "tracker.run_key"
@@ -69,7 +69,10 @@ class MlflowRun:
 
 
 def cell_run(
-    cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]
+    cell: CellRecord,
+    artifacts: Sequence[Path],
+    charts: Mapping[str, Figure],
+    more: Mapping[str, LoggedTable] = {},
 ) -> MlflowRun:
     """Describe the run of a cell, with the layers' figures as curves over the layers."""
     model, benchmark = cell.model, cell.benchmark
@@ -94,6 +97,7 @@ def cell_run(
     tables = {
         "layers": logged_layers(cell),
         "correlations": logged_correlations(cell),
+        **more,
     }
     measured, values = "accuracy loses", "Values are fractions"
     if not cell.higher_is_better:
@@ -107,9 +111,9 @@ def cell_run(
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
         "mlflow.loggedArtifacts": tables_tag(tables),
         "mlflow.note.content": (
-            f"**{cell.title}**: what the benchmark's {measured} (`{cell.metric}`, {cell.n} "
-            f"documents) when {_what_is_removed(cell)}, beside the cheap proxies. The step of "
-            f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
+            f"**{cell.heading}**: what the benchmark's {measured} (`{cell.metric}`, "
+            f"{cell.documents}) when {_what_is_removed(cell)}, beside the cheap proxies. The step "
+            f"of every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         ),
     }
     return MlflowRun(
@@ -179,6 +183,7 @@ def _identity(cell: CellRecord) -> dict[str, object]:
         "benchmark": cell.benchmark.name,
         "num_fewshot": cell.benchmark.num_fewshot,
         "removed": ", ".join(map(str, cell.removed)) or "none",
+        "sample_seed": cell.sample_seed,
         **{name: value[:_PARAM] for name, value in cell.benchmark.settings.items()},
     }
 

@@ -80,11 +80,12 @@ class WandbBackend(Backend):
         cell: CellRecord,
         artifacts: Sequence[Path],
         charts: Mapping[str, Figure],
+        tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
         # W&B lists the newest run first: the cell, the intact model, then layer 0, layer 1, ...
         layers = () if self._in_sweep else reversed(cell.runs)
         runs = [layer_run(cell, layer) for layer in layers]
-        runs += [intact_run(cell), cell_run(cell, artifacts, charts)]
+        runs += [intact_run(cell), cell_run(cell, artifacts, charts, tables)]
         with publishing(self._results, self._to), self._one_publisher():
             offline = is_offline()
             if not offline:

@@ -36,7 +36,7 @@ from tracker.tracking.identity import (
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "2"
+FORMAT = "3"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 # What W&B takes; counted in bytes, of which there are never fewer than characters.
@@ -127,7 +127,12 @@ def intact_run(cell: CellRecord) -> WandbRun:
     )
 
 
-def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> WandbRun:
+def cell_run(
+    cell: CellRecord,
+    artifacts: Sequence[Path],
+    charts: Mapping[str, Figure],
+    more: Mapping[str, LoggedTable] = {},
+) -> WandbRun:
     """Describe the run of a cell, with the figures of its runs as curves over the layers."""
     figures = cell_figures(cell)
     rows = []
@@ -149,6 +154,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         tables={
             "tables/layers": logged_layers(cell),
             "tables/correlations": logged_correlations(cell),
+            **{f"tables/{name}": table for name, table in more.items()},
         },
         charts=charts,
         outcomes=OutcomesArtifact(
@@ -209,6 +215,7 @@ def _facts(cell: CellRecord) -> dict[str, Any]:
         "metric": cell.metric,
         "lower_is_better": not cell.higher_is_better,
         "documents": cell.n,
+        "sample_seed": cell.sample_seed,
         "model": cell.model.model_dump(mode="json"),
         "benchmark": cell.benchmark.model_dump(mode="json", exclude={"tasks"}),
     }
