@@ -22,6 +22,7 @@ from tracker.team import live
 from tracker.team.live import Live, progress_figures
 from tracker.tracking import open_backend, open_picture
 from tracker.tracking.base import Picture
+from tracker.tracking.figures import cell_figures
 
 from .wandb_client import Client
 from .wandb_double import WandbDouble
@@ -182,6 +183,13 @@ def test_what_is_known_so_far_is_what_the_record_says(measured: Measured) -> Non
     assert [(d.value, d.low, d.high) for d in found.drops.values()] == [
         (run.accuracy_drop, run.accuracy_drop_low, run.accuracy_drop_high) for run in record.runs
     ]
+    # What it took is with the cell, too.
+    assert record.seconds is not None
+    assert record.peak_bytes is not None
+    assert 0 < record.seconds < 3600
+    assert record.peak_bytes > 2**20
+    shown = cell_figures(record)
+    assert (shown["seconds"], shown["peak_bytes"]) == (record.seconds, record.peak_bytes)
     grown = view.model_copy(update={"limit": 12})
     half = so_far(store, grown)
     assert (half.documents, half.wanted) == (6, 12)

@@ -186,6 +186,7 @@ def _unmeasured(store: CellStore, view: View) -> CellRecord:
         **nothing,
         chance_accuracy=None,
         baseline_metrics={},
+        sample_seed=view.seed,
         removed=view.removed,
         layers=(),
         correlations=(),

@@ -174,12 +174,15 @@ class Backend(Protocol):
     def read_board(self, version: str) -> str:
         """Read one version of the leaderboard, as it was given to `add_board`."""
 
-    def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
+    def add_board(
+        self, file: Path, tables: Mapping[str, LoggedTable], made_of: Sequence[CellRecord]
+    ) -> str:
         """Add a version of the leaderboard.
 
         Args:
             file: All of it, named `BOARD_FILE`.
             tables: What people browse.
+            made_of: The cells that it ranks: the backend leads from it to their outcomes.
 
         Returns:
             What a person opens.
@@ -191,6 +194,7 @@ class Backend(Protocol):
         files: Sequence[Path],
         tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
+        made_of: Sequence[CellRecord],
     ) -> str:
         """Add a report.
 
@@ -199,6 +203,7 @@ class Backend(Protocol):
             files: The page, and what goes with it, each under its own file name.
             tables: What people browse.
             charts: Plotly figures, by name.
+            made_of: The cells that it shows: the backend leads from it to their outcomes.
 
         Returns:
             What a person opens.

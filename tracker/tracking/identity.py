@@ -46,7 +46,8 @@ def run_name(cell: CellRecord, layer: RunIdentity) -> str:
 
 def intact_name(cell: CellRecord) -> str:
     """Name the run of the intact model beside those of its cell: `intact · arc_easy · …`."""
-    parts = ("intact", cell.benchmark.name, cell.other_metric, cell.model.name)
+    drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
+    parts = ("intact", cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
     return " · ".join(filter(None, parts))
 
 
@@ -55,7 +56,8 @@ def intact_part(cell: CellRecord) -> CellRecord:
     without: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     without |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
     beneath = ("compared_difference", "removed_accuracy", "removed_low", "removed_high")
-    return cell.model_copy(update=without | dict.fromkeys(beneath))
+    costs = ("seconds", "peak_bytes")
+    return cell.model_copy(update=without | dict.fromkeys((*beneath, *costs)))
 
 
 def content_digest(record: Record, *also: str) -> str:

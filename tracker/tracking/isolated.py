@@ -114,6 +114,9 @@ class Isolated:
                     with suppress(psutil.NoSuchProcess):
                         one.kill()
             process.wait()
+        assert process.stdout is not None
+        with suppress(OSError, ValueError):
+            process.stdout.close()
 
 
 def serve() -> None:
