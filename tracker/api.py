@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class Results:
         outcome: What failed, what was not published, and where the runs can be seen.
     """
 
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     report: Path | None
     outcome: Finished
 
@@ -251,7 +251,7 @@ class Reported:
         locations: Where it was published, and where to look.
     """
 
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     files: tuple[Path, ...]
     failed: dict[str, str]
     locations: dict[str, str]

