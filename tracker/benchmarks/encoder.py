@@ -21,6 +21,8 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
     Tokenisation, the treatment of empty contexts, special tokens and chat templates are inherited.
     """
 
+    _longest: int | None = None
+
     def __init__(self, model: Any, tokenizer: Any, request: CellRequest | None = None) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
         if request is not None:
@@ -75,12 +77,23 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
 
-    def windows(self, text: str) -> list[Request]:
-        """Cut a text into lm-eval's rolling windows, so that each token is predicted once."""
-        self._recorded = []
+    def windows(self, text: str, tokens: int | None = None) -> list[Request]:
+        """Cut a text into lm-eval's rolling windows, so that each token is predicted once.
+
+        `tokens` are the first ones that count; None = all.
+        """
+        self._recorded, self._longest = [], tokens
         instance = Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
-        self.loglikelihood_rolling([instance], disable_tqdm=True)
+        try:
+            self.loglikelihood_rolling([instance], disable_tqdm=True)
+        finally:
+            self._longest = None
         return self._recorded
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Tokenise as lm-eval does, no further than is read."""
+        tokens: list[int] = super().tok_encode(string, *args, **kwargs)
+        return tokens[: self._longest]
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None

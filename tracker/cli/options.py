@@ -184,6 +184,21 @@ def results_option(function: F) -> F:
     )(function)
 
 
+def documents(function: F) -> F:
+    """Add the options that say which documents are measured."""
+    limit = click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        help="The first documents of each task; default: all.",
+    )
+    sample = click.option(
+        "--sample",
+        type=click.IntRange(min=1),
+        help="So many documents of each task, drawn at random with the seed; not beside --limit.",
+    )
+    return limit(sample(function))
+
+
 def machine(function: F) -> F:
     """Add the options that say where a model runs."""
     device = click.option(
@@ -209,6 +224,7 @@ def running(function: F) -> F:
         help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, or 'none'. "
         "Default: mlflow; in the trial of a W&B sweep: wandb.",
     )
+    @documents_option
     @machine
     @trust
     @functools.wraps(function)
@@ -216,6 +232,16 @@ def running(function: F) -> F:
         return function(*args, track=backends(track), **kwargs)
 
     return results_option(wrapped)  # type: ignore[return-value]
+
+
+def documents_option(function: F) -> F:
+    """Add the option that publishes the texts of documents that are not public."""
+    return click.option(
+        "--publish-documents",
+        is_flag=True,
+        help="Publish what documents say also where they come from a folder or a corpus. Texts of "
+        "the hub or a package are always published.",
+    )(function)
 
 
 def trust(function: F) -> F:

@@ -11,13 +11,14 @@ import pandas as pd
 from tracker.ablations import INTACT, Ablation, ablate
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE, PROXY_SUMS
-from tracker.ledger.viewed import Array, Viewed, pairs
+from tracker.ledger.viewed import Array, Viewed, gold_logprobs, pairs
 from tracker.metrics.accuracy import (
     Estimate,
     accuracy,
     accuracy_drop,
     accuracy_relevance,
     chance_accuracy,
+    drop_sd,
     weights_by_task,
 )
 from tracker.metrics.correlation import COEFFICIENTS, correlate
@@ -76,7 +77,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         "metric": metric,
         "higher_is_better": is_accuracy,
         "n": n,
-        "sample_seed": view.seed if n < sum(store.counts().values()) else None,
+        "sample_seed": view.seed,
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
         **outcomes.comparisons(),
@@ -114,7 +115,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
     tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
     sums = {name: np.stack(base[name].to_list()) for name in PROXY_SUMS}
     means = {name: proxy_means(values, tokens) for name, values in sums.items()}
-    gold = _gold_logprobs(base)
+    gold = gold_logprobs(base)
     all_metrics = _metric_values(outcomes, INTACT, aggregate)
     layers = []
     for run in outcomes.runs:
@@ -123,13 +124,14 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         after = outcomes.metric(ablation, metric)
         pair = (before, after) if is_accuracy else (after, before)
         drop = accuracy_drop(*pair, weights)
+        spread = drop_sd(*pair, weights)
         accurate = accuracy(after, weights)
         relevance = (
             Estimate(None, reason=f"{metric} is no accuracy")
             if chance is None
             else accuracy_relevance(baseline.value, accurate.value, chance)
         )
-        gold_drop = _mean_drop(gold, _gold_logprobs(outcomes.of(ablation)), by_document)
+        gold_drop = _mean_drop(gold, gold_logprobs(outcomes.of(ablation)), by_document)
         proxies = {
             name.removesuffix("_sum"): _finite(values[run.layer]) if whole else None
             for name, values in means.items()
@@ -139,6 +141,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         undefined = {
             "accuracy": accurate.reason,
             "accuracy_drop": drop.reason,
+            "drop_sd": spread.reason,
             "accuracy_relevance": relevance.reason,
             "gold_logprob_drop": gold_drop.reason,
             "mcnemar_p": None
@@ -161,6 +164,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
                 accuracy_drop=drop.value,
                 accuracy_drop_low=drop.low,
                 accuracy_drop_high=drop.high,
+                drop_sd=spread.value,
                 mcnemar_p=drop.p_value,
                 accuracy_relevance=relevance.value,
                 gold_logprob_drop=gold_drop.value,
@@ -281,24 +285,6 @@ def _aggregated(
     if how == RATIO:
         return _finite(ratio_of_sums(RATIO, pairs(rows[column]).tolist()))
     return aggregate(how, rows[column].to_list())
-
-
-def _gold_logprobs(rows: pd.DataFrame) -> Array:
-    """Log-probability of every document's gold answer; NaN where lm-eval names none.
-
-    A rolling document has no gold answer: all its windows together stand for one.
-    """
-    # Shards from before there were rolling documents lack the column.
-    rolling = rows["rolling"] if "rolling" in rows else [False] * len(rows)
-    return np.array(
-        [
-            math.fsum(lls)
-            if whole is True
-            else (lls[int(gold)] if gold == gold and gold is not None else math.nan)
-            for lls, gold, whole in zip(rows["loglikelihoods"], rows["gold"], rolling, strict=True)
-        ],
-        dtype=np.float64,
-    )
 
 
 def _mean_drop(before: Array, after: Array, weights: Array) -> Estimate:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tracker.ledger.spreads import spreads_of
+from tracker.metrics.power import ALPHA, MEANT, POWER
 from tracker.records import (
     NO_REASON,
     NOT_MEASURED,
@@ -104,8 +106,8 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`, with the metric, the number of documents, the data, the
-        seed, other settings, the cell's key or the number of runs where these tell them apart.
+        For example `arc_easy · 0-shot`, with the metric, the documents, the data, the seed, other
+        settings, the cell's key or the number of runs where these tell them apart.
     """
     return _told_apart(
         [
@@ -117,7 +119,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         [
             (
                 cell.metric,
-                counted(cell.n, "document"),
+                cell.documents,
                 cell.benchmark.data,
                 "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
                 cell.benchmark.said,
@@ -255,6 +257,41 @@ def beneath(cell: CellRecord) -> str:
         f"{intact}. Every {measure.change} is relative to the intact model, so it holds what "
         f"{'these layers cost' if plural else 'this layer costs'} too. "
     )
+
+
+def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
+    """Say how small a drop the documents of a cell reveal, and how many reveal three points.
+
+    Args:
+        cell: The cell.
+        runs: Some of its runs.
+
+    Returns:
+        A sentence, also where it is undefined; empty without any run.
+    """
+    if not runs:
+        return ""
+    measure = measure_of(cell)
+    head = f"Power ({POWER:.0%}, two-sided {ALPHA:.0%}, paired)".replace("%", " %")
+    found = spreads_of(runs)
+    if found is None:
+        why = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
+        return f"{head}: undefined ({why or 'no outcome of a document has changed'})."
+    under = (" under the median removal", " under the one that changes most")
+    named = [(found[0], "")] if len(runs) == 1 else [*zip(found, under, strict=True)]
+    changes = [(spread.change(cell.n), which) for spread, which in named]
+    smallest = ", ".join(
+        ("none" if change is None else f"{measure.write(change)} {measure.unit}") + which
+        for change, which in changes
+    )
+    text = (
+        f"{head}: the smallest {measure.change} that {counted(cell.n, 'document')} reveal is "
+        f"{smallest}"
+    )
+    if cell.higher_is_better:
+        needed = " and ".join(f"{spread.documents(MEANT):,}" for spread, _ in named)
+        text += f"; {100 * MEANT:.0f} pp would take {needed} documents"
+    return f"{text}."
 
 
 def summary(cells: Sequence[CellRecord]) -> str:
