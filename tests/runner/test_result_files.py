@@ -37,8 +37,8 @@ from tracker.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import Asked
 from tracker.models.pruned import pruned
-from tracker.records import RunIdentity, View
-from tracker.team.result_files import removed_args
+from tracker.records import ModelIdentity, RunIdentity, View
+from tracker.team.result_files import model_args, removed_args
 
 FACTS = """\
 task: facts_{name}
@@ -515,6 +515,25 @@ def test_a_wrong_request_writes_nothing(study, arguments, why):
     assert code == 2
     assert why in said
     assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "args"),
+    [
+        ({"source": "org/m", "revision": "c0ffee"}, "pretrained=org/m,revision=c0ffee,dtype=d"),
+        ({"source": "models/m.gguf"}, "pretrained=models,gguf_file=m.gguf,dtype=d"),
+        (
+            {"source": "m", "arguments": {"peft": "lora", "load_in_4bit": "true"}},
+            "pretrained=m,dtype=d,peft=lora,load_in_4bit=true",
+        ),
+    ],
+)
+def test_model_args_are_what_lm_eval_takes(facts, args):
+    rest = {"name": "m", "fingerprint": "f", "architecture": "A", "layers": 1, "parameters": 1}
+    model = ModelIdentity(**{"revision": None, "dtype": "d", **rest, **facts})
+    found = model_args(model)
+    assert ",".join(f"{name}={value}" for name, value in found.items()) == args
+    assert {k: str(v).lower() for k, v in simple_parse_args_string(args).items()} == found
 
 
 def test_a_name_that_no_file_system_takes_is_cut():
