@@ -20,9 +20,10 @@ from tracker.ledger.store import Ledger
 from tracker.records import CellRecord, View
 from tracker.team import live
 from tracker.team.live import Live, progress_figures
+from tracker.team.publish import Trial
 from tracker.tracking import open_backend, open_picture
 from tracker.tracking.base import Picture
-from tracker.tracking.figures import cell_figures
+from tracker.tracking.figures import cell_figures, flat_metrics
 
 from .wandb_client import Client
 from .wandb_double import WandbDouble
@@ -36,8 +37,8 @@ class Measured:
     def __init__(self, file: Path, results: Path) -> None:
         (self.record,) = api.run(file, results=results, track=[]).cells
         (self.store,) = Ledger(results).cells()
-        (request,) = load_experiment(file)[0].cells()
-        self.view = self.store.views.of(request)
+        (self.request,) = load_experiment(file)[0].cells()
+        self.view = self.store.views.of(self.request)
         self.results = results
 
     def begin(self, picture: Picture) -> Live:
@@ -147,6 +148,38 @@ def test_the_run_of_wandb_is_there_killed_continued_and_ended(
     backend.close()
     assert (done.created, done.updated) == (3, 1)
     assert run().id == shown.id
+    assert not [name for name in run().summary if name.startswith("progress/")]
+
+
+def test_the_run_of_a_trial_is_there_and_ends_with_its_figures(
+    measured: Measured, double: WandbDouble, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in client.environment.items():
+        if name.startswith("WANDB"):
+            monkeypatch.setenv(name, value)
+    (client.folder / "sweep.json").write_text('{"wandb_version": 1, "layer": {"value": 1}}')
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(client.folder / "sweep.json"))
+    for name, value in (("SWEEP_ID", "s1"), ("RUN_ID", "t1"), ("ENTITY", "team")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_PROJECT", "layers")
+
+    def run() -> Any:
+        project = double.projects.get(("team", "layers"))
+        return project.runs.get("t1") if project else None
+
+    trial = Trial(["wandb"], measured.results, measured.request.model_copy(update={"layers": (1,)}))
+    shown = measured.begin(trial)
+    until(lambda: run() and run().history)
+    assert (run().state, run().job_type) == ("running", "layer")
+    assert run().history[0]["progress/documents"] == 6
+    assert shown.end(NAME, "finished").wait(60)
+    shown.close()
+    assert run().state == "running"
+    trial.log(measured.record)
+    assert (run().state, run().exit_code) == ("finished", 0)
+    assert run().values["layer"] == 1
+    wanted = flat_metrics(measured.record.runs[1])
+    assert {n: v for n, v in run().summary.items() if n in wanted} == wanted
     assert not [name for name in run().summary if name.startswith("progress/")]
 
 

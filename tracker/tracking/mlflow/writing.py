@@ -26,6 +26,7 @@ from mlflow.entities import (
     Param,
     RunTag,
 )
+from mlflow.exceptions import MlflowException
 
 from tracker.provenance import file_hash
 from tracker.tracking.base import PROGRESS, LoggedTable
@@ -68,14 +69,15 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
 
     run_id = found.info.run_id
     at_once = not (run.tables or run.charts or run.files or run.data)
-    if run.measured_on is not None:
-        tags = {**tags, MODEL_TAG: _model_of(client, experiment, run, found)}
+    model = None if run.measured_on is None else _model_of(client, experiment, run, found)
+    if model is not None:
+        tags = {**tags, MODEL_TAG: model}
     if at_once:
         # It counts once the run is finished; a request of its own would be one more for each layer.
         tags = {**tags, DIGEST_TAG: run.digest}
     client.log_batch(
         run_id,
-        metrics=_metrics(run, _changes(known, run.points), tags.get(MODEL_TAG)),
+        metrics=_metrics(run, _changes(known, run.points), model),
         params=[
             Param(name, value)
             for name, value in run.params.items()
@@ -103,19 +105,24 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
     return outcome
 
 
-def _model_of(client: Any, experiment: str, run: MlflowRun, found: Any) -> str:
-    """Find the logged model of a run, or log it: a model whose weights are elsewhere."""
+def _model_of(client: Any, experiment: str, run: MlflowRun, found: Any) -> str | None:
+    """Find the logged model of a run, or log it; None where the server, of MLflow 2, has none."""
     known: str | None = found.data.tags.get(MODEL_TAG)
     if known is not None:
         return known
-    model = client.create_logged_model(
-        experiment,
-        name=re.sub(_NOT_IN_NAMES, "-", run.name),
-        source_run_id=found.info.run_id,
-        tags={"mlflow.model.isExternal": "true", KEY_TAG: run.key},
-        params={n: value for n, value in run.params.items() if n in _OF_MODELS},
-        model_type="ablation",
-    )
+    try:
+        model = client.create_logged_model(
+            experiment,
+            name=re.sub(_NOT_IN_NAMES, "-", run.name),
+            source_run_id=found.info.run_id,
+            tags={"mlflow.model.isExternal": "true", KEY_TAG: run.key},
+            params={n: value for n, value in run.params.items() if n in _OF_MODELS},
+            model_type="ablation",
+        )
+    except MlflowException as error:
+        if error.error_code != "ENDPOINT_NOT_FOUND":
+            raise
+        return None
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
 
