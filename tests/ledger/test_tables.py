@@ -17,6 +17,7 @@ from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row
+from tracker.ledger.shards import read_shard
 from tracker.records import CellRecord, RunRecord
 
 from .conftest import cell_record
@@ -309,6 +310,35 @@ def test_a_layer_on_fewer_documents_narrows_all(store) -> None:
     check(cell_record(cell, ask([0, 1]), "acc", aggregate), items, False, [0, 1])
 
 
+def test_a_block_that_is_not_shown_is_not_read(store) -> None:
+    sizes = {"arc_easy": 70}
+    items = make_items(sizes)
+    cell = store(items, sizes)
+    later = cell.shards()[1:]
+    for path in later:
+        path.write_bytes(b"")
+    check(cell_record(cell, ask(limit=32), "acc", aggregate), items[:32], True, range(LAYERS))
+    assert cell.shards()[1:] == later
+
+
+def test_outcomes_of_two_folders_are_lined_up(store, tmp_path) -> None:
+    """The other one holds a layer of the first task, which comes behind all else."""
+    sizes = {"a": 12, "b": 9}
+    items = make_items(sizes)
+    cell = store(items, sizes, weight_by_size=False)
+    other = CellStore(tmp_path / "other", cell.identity)
+    for path in cell.shards():
+        if path.name.startswith("a."):
+            found = read_shard(path.read_bytes())
+            path.unlink()
+            rows = found.table.to_pylist()
+            for place, mine in ((other, True), (cell, False)):
+                some = [row for row in rows if (row["ablation"] == "layer:2") == mine]
+                place.write(Block("a", 0), some, {"provenance": {"a": "b"}})
+    both = CellStore(cell.folder, cell.identity, [other])
+    check(cell_record(both, ask(), "acc", aggregate), items, False, range(LAYERS))
+
+
 def test_documents_that_no_two_layers_share(store) -> None:
     sizes = {"arc_easy": 2}
     items = make_items(sizes, layers=[0, 1])
@@ -564,6 +594,24 @@ class TestCorrelations:
             c.value for c in record.correlations if (c.coefficient, c.subset) == ("pearson", "all")
         ]
         assert len(set(values)) == 3
+
+    def test_documents_are_drawn_within_their_tasks(self, store) -> None:
+        """Where all documents of a task are alike, drawing among them leaves nothing open."""
+        sizes = {"a": 6, "b": 4}
+        items = make_items(sizes)
+        for item in items:
+            first = item.task == "a"
+            item.tokens = 1 if first else 10
+            per_token = np.linspace(1, 3, LAYERS) if first else np.linspace(1, 2, LAYERS)[::-1] ** 3
+            item.sums = np.tile(item.tokens * per_token, (3, 1))
+            item.metrics["baseline"]["acc"] = 1.0
+            for layer in range(LAYERS):
+                item.metrics[f"layer:{layer}"]["acc"] = float(layer > (4 if first else 2))
+        for changes in ({}, {"weight_by_size": False}):
+            record = cell_record(store(items, sizes, **changes), ask(), "acc", aggregate)
+            for found in record.correlations:
+                assert found.low == pytest.approx(found.value)
+                assert found.high == pytest.approx(found.value)
 
     def test_the_same_outcomes_give_the_same_record(self, store, items, record) -> None:
         again = cell_record(
