@@ -18,6 +18,9 @@ from tracker.documents import Document, Response
 from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row
 from tracker.ledger.shards import read_shard
+from tracker.ledger.tables import RESAMPLES, SEED
+from tracker.metrics.correlation import correlate
+from tracker.metrics.resampling import resampled_means
 from tracker.records import CellRecord, RunRecord
 
 from .conftest import cell_record
@@ -362,7 +365,11 @@ def test_no_outcomes_and_no_baseline(store, measured: list[str]) -> None:
     assert record.runs == record.correlations == ()
     assert [run.layer for run in record.missing] == [0, 1]
     assert record.baseline_metrics == {}
-    assert record.reasons["n"] == "0 of 5 documents are measured so far"
+    assert record.reasons == {
+        "n": "0 of 5 documents are measured so far",
+        "baseline_accuracy": "no document is measured yet",
+        "chance_accuracy": "no document is measured yet",
+    }
 
 
 def test_only_the_baseline(store) -> None:
@@ -459,7 +466,8 @@ def test_a_hidden_state_that_is_not_finite(store) -> None:
     for name in ("cosine_similarity", "cosine_score", "angular_distance", "relative_update"):
         assert getattr(record.runs[6], name) is None
         assert getattr(record.runs[5], name) is not None
-    assert record.runs[6].reasons["angular_distance"]
+    said = "a hidden state of a baseline token is not finite or is zero"
+    assert record.runs[6].reasons["angular_distance"] == said
 
 
 def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell, row) -> None:
@@ -595,23 +603,55 @@ class TestCorrelations:
         ]
         assert len(set(values)) == 3
 
-    def test_documents_are_drawn_within_their_tasks(self, store) -> None:
+    def test_what_is_drawn_weighs_as_in_the_value(self, store) -> None:
+        """A drop by its task, a proxy by its tokens, of which an empty text has none."""
+        sizes = {"a": 12, "b": 5}
+        items = make_items(sizes)
+        for item, tokens in zip(items, (0, 1), strict=False):
+            item.sums *= tokens / item.tokens
+            item.tokens = tokens
+        cell = store(items, sizes, weight_by_size=False)
+        record = cell_record(cell, ask(), "acc", aggregate)
+        accuracies = [
+            [item.metrics[name]["acc"] for item in items]
+            for name in ("baseline", *(f"layer:{layer}" for layer in range(LAYERS)))
+        ]
+        drops = np.array([np.subtract(accuracies[0], one) for one in accuracies[1:]]).T
+        tasks = [item.task for item in items]
+        weights = np.array([1 / sizes[task] for task in tasks])
+        tokens = np.array([item.tokens for item in items])
+        angles = np.array([item.sums[1] / max(1, item.tokens) for item in items])
+        expected = correlate(
+            np.average(angles, axis=0, weights=tokens),
+            np.average(drops, axis=0, weights=weights),
+            coefficient="pearson",
+            resampled_proxy=resampled_means(angles, RESAMPLES, SEED, tasks, tokens),
+            resampled_drop=resampled_means(drops, RESAMPLES, SEED, tasks, weights),
+        )
+        (found,) = (
+            c
+            for c in record.correlations
+            if (c.proxy, c.coefficient, c.subset) == ("angular_distance", "pearson", "all")
+        )
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+        assert found.low < found.value < found.high
+
+    @pytest.mark.parametrize("by_size", [True, False])
+    def test_documents_are_drawn_within_their_tasks(self, store, by_size: bool) -> None:
         """Where all documents of a task are alike, drawing among them leaves nothing open."""
         sizes = {"a": 6, "b": 4}
         items = make_items(sizes)
         for item in items:
             first = item.task == "a"
-            item.tokens = 1 if first else 10
-            per_token = np.linspace(1, 3, LAYERS) if first else np.linspace(1, 2, LAYERS)[::-1] ** 3
-            item.sums = np.tile(item.tokens * per_token, (3, 1))
+            item.tokens = 10
+            item.sums = np.tile(np.linspace(1, 2 + first, LAYERS), (3, 1))
             item.metrics["baseline"]["acc"] = 1.0
             for layer in range(LAYERS):
                 item.metrics[f"layer:{layer}"]["acc"] = float(layer > (4 if first else 2))
-        for changes in ({}, {"weight_by_size": False}):
-            record = cell_record(store(items, sizes, **changes), ask(), "acc", aggregate)
-            for found in record.correlations:
-                assert found.low == pytest.approx(found.value)
-                assert found.high == pytest.approx(found.value)
+        cell = store(items, sizes, weight_by_size=by_size)
+        for found in cell_record(cell, ask(), "acc", aggregate).correlations:
+            assert found.low == pytest.approx(found.value)
+            assert found.high == pytest.approx(found.value)
 
     def test_the_same_outcomes_give_the_same_record(self, store, items, record) -> None:
         again = cell_record(
