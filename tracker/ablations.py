@@ -79,18 +79,6 @@ def ablate(component: Component, layers: Iterable[int], removed: Iterable[int] =
     )
 
 
-def single_layers(layers: Iterable[int]) -> list[Ablation]:
-    """List the baseline and the ablation of each layer alone.
-
-    Args:
-        layers: 0-based layers.
-
-    Returns:
-        The baseline first, then one ablation a layer in the given order.
-    """
-    return [INTACT, *(Ablation((layer,)) for layer in layers)]
-
-
 def ablation_of(run: RunIdentity, removed: Iterable[int]) -> Ablation:
     """Say what a run removes, where some layers are removed as a whole besides."""
     return ablate(run.component, range(run.layer, run.layer + run.span), removed)

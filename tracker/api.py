@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from tracker.runner import Finished, run_cells
 from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
+from tracker.team.result_files import Written, write_result_files
 from tracker.text import masked
 from tracker.tracking import default_targets
 
@@ -53,7 +54,7 @@ class Results:
         outcome: What failed, what was not published, and where the runs can be seen.
     """
 
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     report: Path | None
     outcome: Finished
 
@@ -250,7 +251,7 @@ class Reported:
         locations: Where it was published, and where to look.
     """
 
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     files: tuple[Path, ...]
     failed: dict[str, str]
     locations: dict[str, str]
@@ -367,6 +368,45 @@ def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = R
         ResultsError: There are no results.
     """
     return publishing.sync(Ledger.existing(Path(results)), default_targets() if to is None else to)
+
+
+def log_samples(
+    output: str | os.PathLike[str],
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    model: Sequence[str] = (),
+    benchmark: Sequence[str] = (),
+    layer: Sequence[int] = (),
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write lm-eval's own result files, as `lm_eval --log_samples` does, of every measured model.
+
+    Args:
+        output: Gets a folder a model: the intact one, and each without what was removed.
+        results: The results folder.
+        model: Only these models, by what was typed or by their short names; empty for all.
+        benchmark: Only these benchmarks; empty for all.
+        layer: Only removals that begin at these layers; empty for all.
+        trust_remote_code: Whether code from a model's download may run, to apply its chat template.
+        progress: Told how far it is.
+
+    Returns:
+        What was written, what is not measured yet, and what failed.
+
+    Raises:
+        RequestError: Nothing is measured of what was asked for, or `output` is a file.
+        ResultsError: There are no results.
+    """
+    return write_result_files(
+        Ledger.existing(Path(results)),
+        Path(output),
+        model,
+        benchmark,
+        layer,
+        trust_remote_code,
+        progress or Silent(),
+    )
 
 
 def check(

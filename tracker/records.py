@@ -20,6 +20,8 @@ Kind = tuple[Component, int]
 """What a run removes, but for the layer: the component, and the span."""
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
+_CUT = 40
+"""Characters of a setting that a label shows."""
 
 
 class Record(BaseModel):
@@ -47,6 +49,8 @@ class ModelIdentity(Record):
     layers: int
     parameters: int
     dtype: str
+    arguments: dict[str, Shown] = {}
+    """How it was loaded, in lm-eval's words; the fingerprint covers it."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -87,6 +91,17 @@ class BenchmarkIdentity(Record):
     """The metric that the benchmark's field reports."""
     weight_by_size: bool = True
     """For a group: whether its accuracy weighs tasks by their documents, as lm-eval does."""
+    settings: dict[str, Shown] = {}
+    """What else was said under lm-eval's names and changes an outcome, as text or JSON."""
+    found_by: dict[str, Shown] = {}
+    """What it takes to find the benchmark again, where its name alone does not: the task's file,
+    `include_path` and `metadata`. No outcome depends on it."""
+
+    @property
+    def said(self) -> str:
+        """The settings in one line, long ones cut; empty without any."""
+        cut = {n: v if len(v) <= _CUT else f"{v[:_CUT]}…" for n, v in self.settings.items()}
+        return ", ".join(f"{name}={value}" for name, value in cut.items())
 
 
 class RunIdentity(Record):

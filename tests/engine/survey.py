@@ -28,6 +28,7 @@ import torch
 import transformers
 from torch import nn
 
+from tests.ablations import single_layers
 from tests.engine.plain import Memory, loaded, skipped
 from tests.engine.registry import (
     FAMILY_NAMES,
@@ -40,7 +41,7 @@ from tests.engine.registry import (
     families,
     variants,
 )
-from tracker.ablations import INTACT, Ablation, single_layers
+from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Request
 from tracker.engine.check import check
 from tracker.engine.sweep import Engine

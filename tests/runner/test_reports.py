@@ -67,6 +67,7 @@ def test_colleagues_results_stand_beside_ones_own(ran: Ran, tmp_path: Path) -> N
     assert "mine.yaml" in page
     assert "hers.yaml" in page
     assert done.failed == {}
+    assert len(repr(done)) < 500  # a notebook shows it
 
 
 def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
+from tracker.arguments import decoded
+from tracker.benchmarks.private import HFLM
+from tracker.config import CellRequest
 from tracker.documents import Request
+from tracker.errors import BenchmarkError
 
 
 class RequestEncoder(HFLM):  # type: ignore[misc]
@@ -19,9 +23,53 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
 
     _longest: int | None = None
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, request: CellRequest | None = None) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+        if request is not None:
+            thinking = request.enable_thinking
+            self.chat_template_args = {
+                **decoded(request.chat_template_args),
+                **({} if thinking is None else {"enable_thinking": thinking}),
+            }
         self._recorded: list[Request] = []
+
+    def check_chat(self, request: CellRequest) -> None:
+        """Refuse a chat template that is not there, or leaves the system prompt out.
+
+        lm-eval logs the template that a name means and applies the default one; and where a
+        template refuses a system prompt, it leaves that out.
+        """
+        if not request.apply_chat_template:
+            return
+        try:
+            default = self.tokenizer.get_chat_template()
+            named = self.chat_template(request.apply_chat_template)
+        except ValueError as error:
+            raise BenchmarkError(f"apply_chat_template: {str(error).splitlines()[0]}") from None
+        if named != default:
+            raise BenchmarkError(
+                f"apply_chat_template: lm-eval applies the tokenizer's default template, whatever "
+                f"name it is given, and {request.apply_chat_template!r} is another one; make it "
+                "the default in the tokenizer's configuration, and write apply_chat_template: true"
+            )
+        said = request.system_instruction
+        if said is None:
+            return
+        turns = [{"role": "system", "content": said}, {"role": "user", "content": "?"}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **self.chat_template_args
+            )
+        except TemplateError as error:
+            why = f"refuses a system prompt ({error})"
+        else:
+            if said in text:
+                return
+            why = "shows no system prompt"
+        raise BenchmarkError(
+            f"system_instruction: the model's chat template {why}, and lm-eval would leave it out; "
+            "leave out system_instruction, or apply_chat_template"
+        )
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
         """Tokenise lm-eval's `loglikelihood` instances: a request each, in order, not truncated."""

@@ -19,6 +19,7 @@ from tracker.cli.options import (
     Setting,
     TrialCommand,
     Word,
+    as_in_lm_eval,
     documents,
     finite,
     machine,
@@ -27,6 +28,7 @@ from tracker.cli.options import (
     trust,
 )
 from tracker.cli.printing import (
+    counted,
     print_cell,
     print_end,
     print_plan,
@@ -53,6 +55,7 @@ def main(debug: bool) -> None:
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks
+      tracker log-samples --output lm-eval       lm-eval's own files, of every ablated model
 
     Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong.
     """
@@ -124,7 +127,7 @@ def run(
 
 @main.command(cls=TrialCommand)
 @click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
-@click.option("--benchmark", required=True, help="A task or a group of lm-eval.")
+@click.option("--benchmark", required=True, help="lm-eval's task or group, a YAML file, corpus:…")
 @click.option("--layer", required=True, type=click.IntRange(min=0), help="The layer, 0-based.")
 @click.option(
     "--component",
@@ -159,8 +162,8 @@ def run(
     show_default=True,
     help="Of the few-shot examples, and of --sample.",
 )
-@click.option("--apply_chat_template", "--apply-chat-template", type=bool, default=False)
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
+@as_in_lm_eval
 @click.option(
     "--project", type=Word(), envvar="WANDB_PROJECT", default="tracker", show_default=True
 )
@@ -300,7 +303,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)
-    say(f"{experiment} is valid: {len(cells)} cells, {runs} runs")
+    say(f"{experiment} is valid: {counted(len(cells), 'cell')}, {counted(runs, 'run')}")
     for note in notes:
         say(f"not checked: {note}")
 

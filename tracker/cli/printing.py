@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from tracker.runner import Finished
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number of things, as `1 cell` or `1,200 cells`."""
+    from tracker.reporting import formats
+
+    return formats.counted(number, noun)
+
+
 def print_damage(damaged: Mapping[str, str]) -> None:
     """Say what of a results folder cannot be used, and what to do."""
     for path, what in damaged.items():
@@ -58,7 +65,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
         rows,
         " · ".join(filter(None, (cell.heading, own_metric, cell.documents))),
     )
-    reasons = {why for run in shown for why in run.reasons.values()}
+    reasons = {why for run in shown for name, why in run.reasons.items() if name != "mcnemar_p"}
     for why in sorted({*reasons, *cell.reasons.values()}):
         say(f"{DASH} {why}")
     if power := power_sentence(cell, shown):

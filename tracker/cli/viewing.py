@@ -1,4 +1,4 @@
-"""Commands over what is measured already: report, leaderboard, sync, ls, check."""
+"""Commands over what is measured already: report, leaderboard, sync, ls, log-samples, check."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from tracker.cli.commands import main
 from tracker.cli.options import (
     FORMATS,
     Place,
+    Word,
     backends,
     publish_option,
     results_option,
     sources_argument,
+    trust,
 )
-from tracker.cli.printing import print_boards, print_damage, runnable
+from tracker.cli.printing import counted, print_boards, print_damage, runnable
 from tracker.cli.terminal import Show, say, table
 
 if TYPE_CHECKING:
@@ -73,8 +75,7 @@ def report(
         results=results,
         progress=Show(error=True),
     )
-    cells = f"{len(done.cells)} cell{'' if len(done.cells) == 1 else 's'}"
-    say(f"{cells}: {', '.join(map(str, done.files))}")
+    say(f"{counted(len(done.cells), 'cell')}: {', '.join(map(str, done.files))}")
     _end_report(done)
 
 
@@ -131,7 +132,7 @@ def sync(to: str | None, results: Path) -> None:
     if targets == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
     done = api.sync(targets, results=results)
-    say(f"{len(done.published)} cells published")
+    say(f"published: {counted(len(done.published), 'cell')}")
     for location in done.locations.values():
         say(f"see them: {runnable(location)}")
     for note in done.notes:
@@ -181,6 +182,65 @@ def _documents(cell: CellRecord) -> str:
 
 
 @main.command()
+@click.option(
+    "--output",
+    type=Place(),
+    required=True,
+    help="A folder that gets one folder a model, as lm_eval --output_path.",
+)
+@click.option("--model", multiple=True, type=Word(), help="Only this model; may be repeated.")
+@click.option(
+    "--benchmark", multiple=True, type=Word(), help="Only this benchmark; may be repeated."
+)
+@click.option(
+    "--layer",
+    multiple=True,
+    type=click.IntRange(min=0),
+    help="Only removals that begin at this layer, and the intact model; may be repeated.",
+)
+@trust
+@results_option
+def log_samples(
+    output: Path,
+    model: tuple[str, ...],
+    benchmark: tuple[str, ...],
+    layer: tuple[int, ...],
+    trust_remote_code: bool,
+    results: Path,
+) -> None:
+    """Write lm-eval's own result files, as lm_eval --log_samples does, of every measured model.
+
+    results_DATE.json and samples_TASK_DATE.jsonl of the intact model, and of the model without what
+    each run removed: model_args says it, as removed_layers=3. No model runs, but the benchmark's
+    data is read again. The files hold the texts of the documents.
+
+    \b
+    Examples:
+      tracker log-samples --output lm-eval
+      tracker log-samples --output lm-eval --benchmark arc_easy --layer 3 --layer 11
+      tracker log-samples --results /scratch/llama --output lm-eval --model Llama-3.2-1B
+    """
+    from tracker import api
+
+    done = api.log_samples(
+        output,
+        results=results,
+        model=model,
+        benchmark=benchmark,
+        layer=layer,
+        trust_remote_code=trust_remote_code,
+        progress=Show(error=True),
+    )
+    for note in done.notes:
+        say(note, error=True)
+    folders = len({path.parent for path in done.files})
+    say(f"{folders} models, {len(done.files)} files: {output}")
+    for what, why in done.failed.items():
+        say(f"failed: {what}: {why}", error=True)
+    sys.exit(1 if done.failed else 0)
+
+
+@main.command()
 @click.argument("results", type=Place(), default=Path("results"))
 @click.option(
     "--against",
@@ -224,8 +284,8 @@ def check(results: Path, against: Path | None) -> None:
             "unproved: an older tracker wrote them without a digest; they get one when something "
             "is written into the folder"
         )
-    shards, cells = sum(cell.shards for cell in found.cells), len(found.cells)
+    shards = counted(sum(cell.shards for cell in found.cells), "shard")
     verdict = "damaged" if found.damaged else "all is as it was written"
     copies = f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""
-    say(f"{cells} cells, {shards} shards: {verdict}{copies}")
+    say(f"{counted(len(found.cells), 'cell')}, {shards}: {verdict}{copies}")
     sys.exit(1 if found.damaged or differences else 0)

@@ -71,7 +71,7 @@ def plan(
         layers = count_layers(cell.source, trust_remote_code)
         ablations = ablations_of(request, layers)
         model, tokenizer = weightless(cell.source, request.dtype, trust_remote_code)
-        encoder = RequestEncoder(model, tokenizer)
+        encoder = RequestEncoder(model, tokenizer, request)
         documents = benchmark.documents(encoder, request.extent)
         if not documents:
             raise ModelError(f"{request.title} has no documents")

@@ -37,7 +37,7 @@ class CellLookup:
 
 def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
     """Look a cell up in the ledger, without loading torch, the model or the benchmark."""
-    source = find_model(request.model, request.revision)
+    source = find_model(request.model, request.revision, request.model_args)
     data = data_stamp(request)
     stamp = source.stamp()
     key = None
@@ -138,7 +138,7 @@ def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[
     """
     runs, notes = 0, {}
     for request in requests:
-        source = find_model(request.model, request.revision)
+        source = find_model(request.model, request.revision, request.model_args)
         check_benchmark(request)
         try:
             layers = count_layers(source, trust_remote_code)

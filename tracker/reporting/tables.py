@@ -83,8 +83,8 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
             notes.append(f"{cell.title}: the baseline {level} is undefined: {baseline.reason}.")
     notes += provenance_notes(cells)
     caption = (
-        "One row per model and benchmark. Most critical: the layers whose removal, each alone, "
-        "costs most accuracy. The cosine score would name the layers of the next column instead."
+        "Most critical: the layers whose removal, each alone, costs most accuracy. The next "
+        "column: those that the cosine score would name."
     )
     return Table(caption, columns, rows, tuple(notes))
 

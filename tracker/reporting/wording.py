@@ -106,8 +106,8 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`, with the metric, the documents, the data, the
-        seed, the cell's key or the number of runs where these tell them apart.
+        For example `arc_easy · 0-shot`, with the metric, the documents, the data, the seed, other
+        settings, the cell's key or the number of runs where these tell them apart.
     """
     return _told_apart(
         [
@@ -122,6 +122,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
                 cell.documents,
                 cell.benchmark.data,
                 "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
+                cell.benchmark.said,
                 cell.key[:8],
                 counted(len(cell.runs), "run"),
             )
@@ -218,16 +219,23 @@ def sentence(cell: CellRecord) -> str:
         it is undefined.
     """
     if cell.runs and not cell.whole_layers:
-        return f"{_beneath(cell)}No whole single layer was removed, so nothing is correlated."
+        return f"{beneath(cell)}No whole single layer was removed, so nothing is correlated."
     return (
-        f"{_beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
+        f"{beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
         f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
         f"{correlation_text(correlation(cell, 'inner'))}."
     )
 
 
-def _beneath(cell: CellRecord) -> str:
-    """Say what the layers cost that every run lacks; ends in a space, or is empty."""
+def beneath(cell: CellRecord) -> str:
+    """Say what the layers cost that every run lacks.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Sentences that end in a space; empty where no layer is gone from the start.
+    """
     if not cell.removed:
         return ""
     measure = measure_of(cell)
@@ -299,10 +307,8 @@ def summary(cells: Sequence[CellRecord]) -> str:
         return "No cell is measured yet, so there is nothing to show."
     models = len({cell.model.key for cell in cells})
     text = (
-        f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark"
-        f"{' and metric' if any(c.other_metric for c in cells) else ''}"
-        f"{' and set of layers that are gone already' if any(c.removed for c in cells) else ''}). "
-        f"{_turns(cells)} was removed in turn. "
+        f"{counted(models, 'model')}, {counted(len(cells), 'cell')}; {_turns(cells)} was removed "
+        "in turn. "
     )
     records = [record for cell in cells if (record := correlation(cell))]
     values = sorted(record.value for record in records if defined(record.value))
@@ -337,8 +343,7 @@ def _turns(cells: Sequence[CellRecord]) -> str:
         "the attention or MLP of each span": any(c != "layer" and span > 1 for c, span in found),
     }
     *others, last = (words for words, there in shown.items() if there)
-    text = f"{', '.join(others)} and {last}" if others else last
-    return text[:1].upper() + text[1:]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:

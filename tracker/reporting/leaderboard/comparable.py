@@ -28,7 +28,9 @@ def setting(cell: CellRecord) -> str:
 
     How documents are put to the model, the metric, how many documents, and which were drawn.
     """
-    benchmark = cell.benchmark.model_dump(mode="json", exclude={"data", "primary_metric"})
+    benchmark = cell.benchmark.model_dump(
+        mode="json", exclude={"data", "primary_metric", "found_by"}
+    )
     # As many documents as others have are not theirs while they are not all that was asked for.
     growing = cell.key if "n" in cell.reasons else ""
     return content_hash([benchmark, cell.metric, cell.n, cell.sample_seed, cell.removed, growing])

@@ -85,11 +85,10 @@ class MlflowBackend(Backend):
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._project = project
         self._results = results.absolute()
-        self._uri = (
-            tracking_uri
-            or os.environ.get("MLFLOW_TRACKING_URI")
-            or f"sqlite:///{self._results / 'mlflow.db'}"
-        )
+        elsewhere = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._uri = elsewhere or f"sqlite:///{self._results / 'mlflow.db'}"
+        # Without it, the command that is told would publish into the results folder.
+        self._again = f"MLFLOW_TRACKING_URI={shlex.quote(masked(elsewhere))} " if elsewhere else ""
         sqlite = _SQLITE.fullmatch(self._uri)
         self._database = Path(sqlite["path"]).absolute() if sqlite else None
         if self._database:
@@ -103,7 +102,7 @@ class MlflowBackend(Backend):
         artifacts: Sequence[Path],
         charts: Mapping[str, Figure],
     ) -> Published:
-        again = sync_command(self._results, f"{self.name}:{self._project}")
+        again = self._again + sync_command(self._results, f"{self.name}:{self._project}")
         advice = f"The results are on disk; when it is back: {again}"
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()

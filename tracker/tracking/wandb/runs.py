@@ -151,6 +151,7 @@ def _run(
         "model": cell.model.source,
         "benchmark": cell.benchmark.name,
         "num_fewshot": cell.benchmark.num_fewshot,
+        **cell.benchmark.settings,
         "dtype": cell.model.dtype,
         "removed": list(cell.removed),
         **own,
