@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tracker.measuring.planning import PlannedCell
+    from tracker.team.sweeps import SweepFilled
 
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
@@ -83,6 +84,7 @@ def run(
     memory: int | None = None,
     executor: str = "local",
     slurm: Mapping[str, Any] | None = None,
+    publish_documents: bool = False,
     progress: Progress | None = None,
 ) -> Results:
     """Run an experiment file, continuing what the results folder already holds.
@@ -97,6 +99,8 @@ def run(
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         executor: Where cells are measured: `local` (this process), `ray` or `slurm`.
         slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
         progress: Listens to the run; None for silence.
 
     Returns:
@@ -109,9 +113,15 @@ def run(
 
     path = Path(experiment)
     asked, text = load_experiment(path)
+    progress = progress or Silent()
+    if asked.capped:
+        progress.say(asked.capped)
     ledger = Ledger(Path(results))
     publisher = Publisher(
-        default_targets() if track is None else track, asked.destination, ledger.root
+        default_targets() if track is None else track,
+        asked.destination,
+        ledger.root,
+        publish_documents,
     )
     try:
         outcome = run_cells(
@@ -119,7 +129,7 @@ def run(
             ledger,
             publisher,
             Options(device, trust_remote_code, memory, executor, slurm or {}),
-            progress or Silent(),
+            progress,
         )
     finally:
         publisher.close()
@@ -185,6 +195,7 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
     memory: int | None = None,
+    publish_documents: bool = False,
     progress: Progress | None = None,
 ) -> tuple[CellRecord | None, Finished]:
     """Measure one cell over all layers of its model: what a sweep's trial calls.
@@ -198,6 +209,8 @@ def evaluate(
         device: `auto` (an accelerator if there is one), or a torch device.
         trust_remote_code: Whether code and pickles from a download may run.
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
         progress: Listens to the run; None for silence.
 
     Returns:
@@ -218,7 +231,7 @@ def evaluate(
             progress.say(f"nothing to measure: {no_run}")
             trial.end(no_run)
             return None, Finished()
-        publisher = Publisher(track, project, ledger.root)
+        publisher = Publisher(track, project, ledger.root, publish_documents)
         try:
             outcome = run_cells(
                 [request], ledger, publisher, Options(device, trust_remote_code, memory), progress
@@ -249,12 +262,14 @@ class Reported:
         files: What was written.
         failed: Source, cell or target → what went wrong.
         locations: Where it was published, and where to look.
+        notes: What else a person should know.
     """
 
     cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     files: tuple[Path, ...]
     failed: dict[str, str]
     locations: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def report(
@@ -262,6 +277,7 @@ def report(
     form: str = "html",
     output: str | os.PathLike[str] | None = None,
     publish: Sequence[str] = (),
+    publish_documents: bool = False,
     results: str | os.PathLike[str] = RESULTS,
     progress: Progress | None = None,
 ) -> Reported:
@@ -274,6 +290,8 @@ def report(
         output: A file for `html`, `md` and `tex`, a folder otherwise; by default beside the
             source, or here where there are several.
         publish: Tracking projects that get the page as well, as `BACKEND:PROJECT`.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
         results: The results folder.
         progress: Told what is downloaded.
 
@@ -293,8 +311,8 @@ def report(
         other = "a file; name a folder" if in_folder else f"a folder; name a file, as {path}/report"
         raise RequestError(f"--output: {path} is {other}")
     files = reports.write(found, form, path)
-    locations, failed = reports.publish(found, publish, Path(results))
-    return Reported(found.cells, tuple(files), found.failed | failed, locations)
+    locations, failed, notes = reports.publish(found, publish, Path(results), publish_documents)
+    return Reported(found.cells, tuple(files), found.failed | failed, locations, notes)
 
 
 def leaderboard(
@@ -352,13 +370,20 @@ def _beside(
     return folder / ("report" if form in FOLDER_FORMS else f"report.{form}")
 
 
-def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = RESULTS) -> Synced:
+def sync(
+    to: Sequence[str] | None = None,
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    publish_documents: bool = False,
+) -> Synced:
     """Publish from the ledger what the backends do not have yet, asking the backends themselves.
 
     Args:
         to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; None for MLflow. Where no
             project is named, each cell goes to the one that it was run for.
         results: The results folder.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
 
     Returns:
         What was published and what was not.
@@ -367,7 +392,8 @@ def sync(to: Sequence[str] | None = None, *, results: str | os.PathLike[str] = R
         RequestError: There is no such backend.
         ResultsError: There are no results.
     """
-    return publishing.sync(Ledger.existing(Path(results)), default_targets() if to is None else to)
+    targets = default_targets() if to is None else to
+    return publishing.sync(Ledger.existing(Path(results)), targets, publish_documents)
 
 
 def log_samples(
@@ -407,6 +433,26 @@ def log_samples(
         trust_remote_code,
         progress or Silent(),
     )
+
+
+def sync_sweep(sweep: str, *, results: str | os.PathLike[str] = RESULTS) -> SweepFilled:
+    """Fill the runs that trials of a W&B sweep left when they were killed or failed.
+
+    Args:
+        sweep: `ENTITY/PROJECT/ID`.
+        results: The results folder.
+
+    Returns:
+        Which runs were filled from it, and which trials still want measuring.
+
+    Raises:
+        RequestError: The path names no sweep.
+        ResultsError: There are no results.
+        TrackingError: The sweep could not be read.
+    """
+    from tracker.team.sweeps import fill_sweep
+
+    return fill_sweep(sweep, Ledger.existing(Path(results)))
 
 
 def check(

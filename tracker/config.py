@@ -98,6 +98,8 @@ class CellRequest(_Strict):
     """What of the layers is removed, one after the other."""
     spans: tuple[Positive, ...] = (1,)
     """How many layers are removed together, from each of `layers` on."""
+    only: tuple[tuple[Component, int, int], ...] | None = None
+    """Which (component, span, layer) of these are asked for; None = every combination."""
     removed: Layers = ()
     """Layers that are removed as a whole besides, in every run; ascending."""
     revision: Name | None = None
@@ -221,11 +223,11 @@ class _Layers(_Value):
 
     @property
     def options(self) -> Sequence[int]:
-        """The layers, 0-based, ascending."""
+        """The layers, 0-based, in the order of the file."""
         if self.value is not None:
             return [self.value]
         if self.values is not None:
-            return sorted(self.values)
+            return self.values
         assert self.min is not None
         assert self.max is not None
         return range(self.min, self.max + 1)
@@ -270,6 +272,10 @@ class Parameters(_Strict):
     metadata: _Choice | None = None
 
 
+_TOGETHER = ("layer", "component", "span")
+"""What tells the runs of one cell apart."""
+
+
 class Goal(_Strict):
     """W&B's `metric:` block; a grid does not use it, its pages show it."""
 
@@ -289,6 +295,44 @@ class Experiment(_Strict):
     project: Name = "tracker"
     entity: Name | None = None
     metric: Goal | None = None
+    run_cap: Positive | None = None
+    """So many of the grid's runs, the first ones in W&B's order."""
+
+    @property
+    def size(self) -> int:
+        """How many runs the whole grid has."""
+        return math.prod(len(options) for options in self._options().values())
+
+    @property
+    def capped(self) -> str:
+        """Say what `run_cap` leaves; empty where it leaves everything."""
+        if self.run_cap is None or self.run_cap >= self.size:
+            return ""
+        return (
+            f"run_cap: the first {self.run_cap:,} of the grid's {self.size:,} runs, as W&B counts"
+        )
+
+    def _options(self) -> dict[str, Sequence[Any]]:
+        """List each parameter's values, the names in alphabetical order."""
+        grid = {name: getattr(self.parameters, name) for name in sorted(Parameters.model_fields)}
+        return {name: choice.options for name, choice in grid.items() if choice is not None}
+
+    def _first(self) -> dict[str, list[tuple[Component, int, int]]] | None:
+        """List the runs within the cap: settings of a cell → (component, span, layer) of its runs.
+
+        W&B's grid has the names in alphabetical order, the last one changing fastest. None where
+        the cap leaves everything.
+        """
+        if not self.capped:
+            return None
+        options = self._options()
+        found: dict[str, list[tuple[Component, int, int]]] = {}
+        for values in itertools.islice(itertools.product(*options.values()), self.run_cap):
+            point = dict(zip(options, values, strict=True))
+            layer, component, span = (point.pop(name, None) for name in _TOGETHER)
+            run: Any = (component or "layer", span or 1, layer)
+            found.setdefault(repr(point), []).append(run)
+        return found
 
     @property
     def destination(self) -> str:
@@ -301,20 +345,18 @@ class Experiment(_Strict):
         ExperimentError for a value of the wrong kind.
         """
         grid = self.parameters
-        lists = (getattr(grid, name) for name in Parameters.model_fields)
-        count = math.prod(len(found.options) for found in lists if found is not None)
-        if count > MAX_RUNS:
+        if self.size > MAX_RUNS:
             raise ExperimentError(
-                f"'parameters': the grid has {count:,} runs; one file may have {MAX_RUNS:,}. Split "
-                "it into several"
+                f"'parameters': the grid has {self.size:,} runs; one file may have {MAX_RUNS:,}. "
+                "Split it into several"
             )
-        together = ("layer", "component", "span")
         names = [
             name
             for name in Parameters.model_fields
-            if name not in together and getattr(grid, name) is not None
+            if name not in _TOGETHER and getattr(grid, name) is not None
         ]
-        runs: dict[str, Any] = {"layers": tuple(grid.layer.options)}
+        first = self._first()
+        runs: dict[str, Any] = {"layers": tuple(sorted(grid.layer.options))}
         for name in ("component", "span"):
             choice = getattr(grid, name)
             if choice is not None and choice.options != [None]:
@@ -322,6 +364,15 @@ class Experiment(_Strict):
         cells: dict[CellRequest, None] = {}
         for values in itertools.product(*(getattr(grid, name).options for name in names)):
             settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
+            if first is not None:
+                some = first.get(repr(dict(sorted(zip(names, values, strict=True)))), [])
+                if not some:
+                    continue
+                components, spans, layers = (
+                    dict.fromkeys(each) for each in zip(*some, strict=True)
+                )
+                runs = {"components": tuple(components), "spans": tuple(spans), "only": tuple(some)}
+                runs["layers"] = tuple(sorted(layers))
             try:
                 cell = CellRequest(**runs, **settings)
             except ValidationError as error:
@@ -360,6 +411,7 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
             f"{path} holds no mapping; an experiment file starts with 'method: grid'"
         )
     try:
+        _refuse_searches(raw)
         experiment = Experiment.model_validate(raw)
         experiment.cells()
     except ValidationError as error:
@@ -369,4 +421,20 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
     return experiment, text
 
 
+def _refuse_searches(raw: dict[Any, Any]) -> None:
+    """Refuse what W&B knows and an ablation study does not: ExperimentError with the reason."""
+    if raw.get("method") in _SEARCHES:
+        raise ExperimentError(
+            f"'method': {raw['method']} searches for the best run and leaves the others out; here "
+            "each run is a result, and all layers are measured together, which costs little more "
+            "than one. Write 'method: grid'; for fewer runs give fewer values, or 'run_cap'"
+        )
+    if "early_terminate" in raw:
+        raise ExperimentError(
+            "'early_terminate': it stops runs that look bad halfway; here each run is a result, a "
+            "cell's runs are measured together, and one that is stopped saves nothing. Leave it out"
+        )
+
+
+_SEARCHES = ("bayes", "random")
 _IN_THE_FILE = {"layers": "layer", "components": "component", "spans": "span"}

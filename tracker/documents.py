@@ -67,6 +67,21 @@ class Document:
     prompt: Prompt | None = None
 
 
+@dataclass(frozen=True)
+class DocumentText:
+    """What a document says in front of people, without examples and templates.
+
+    Attributes:
+        question: What the prompt ends with; of a text that is scored as a whole, the text.
+        choices: The options, in the order of the requests; none for open answers.
+        answer: The gold answer where there are no options; None where there is none.
+    """
+
+    question: str
+    choices: tuple[str, ...] = ()
+    answer: str | None = None
+
+
 class Response(NamedTuple):
     """The model's answer to one request; for a choice the first two are what lm-eval asks for.
 

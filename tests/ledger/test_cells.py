@@ -25,6 +25,7 @@ from tracker.ledger.shards import read_shard, shard_file
 from tracker.ledger.tables import cell_record
 from tracker.ledger.views import FORMAT
 from tracker.provenance import content_hash
+from tracker.records import CellRecord
 
 BLOCK = Block("arc_easy", 0)
 Rows = list[dict[str, object]]
@@ -328,12 +329,12 @@ class TestNotesOfACell:
         fill(cell, BLOCK, [0], ["baseline"])
         request = CellRequest(model="m", benchmark="b", layers=(0,), limit=1)
         record = cell_record(cell, cell.views.of(request), lambda how, values: 0.0)
-        cell.keep("state", record)
+        cell.keep("state", record.view, record)
         path = cell.folder / "derived" / "intact.json"
         assert read_note(path)["state"] == "state"
         write_note(path, {"state": "state", "record": {"key": 1}})
-        assert cell.derived("state", "intact") is None
+        assert cell.derived("state", "intact", CellRecord) is None
         path.unlink()
         (path / "in the way").mkdir(parents=True)
-        cell.keep("state", record)
-        assert cell.derived("state", "intact") is None
+        cell.keep("state", record.view, record)
+        assert cell.derived("state", "intact", CellRecord) is None

@@ -11,8 +11,8 @@ import pytest
 
 from tests.ledger import faults
 from tracker.extent import ALL
-from tracker.ledger.cells import ASIDE
 from tracker.ledger.keys import cell_key
+from tracker.ledger.shards import ASIDE
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import compare, verify
 from tracker.ledger.views import CellIdentity

@@ -25,7 +25,7 @@ from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import Ledger
 from tracker.ledger.tables import cell_record
 from tracker.ledger.views import FORMAT
-from tracker.records import RunIdentity, View
+from tracker.records import CellRecord, RunIdentity, View
 
 STRANGE = ["a/b::c", "a%2Fb", "*[x]?", "Größe", "dots.in.00001", ".hidden"]
 NAMES = ("baseline", "layer:0", "layer:1")
@@ -783,11 +783,11 @@ class TestNotes:
         fill(cell, Block("arc_easy", 0), range(3), NAMES)
         request = CellRequest(model="m", benchmark="b", layers=(0, 1), limit=3)
         record = cell_record(cell, cell.views.ask(request, "project"), lambda how, values: 0.0)
-        assert cell.derived("state", record.view) is None
-        cell.keep("state", record)
-        assert cell.derived("state", record.view) == record
-        assert cell.derived("another", record.view) is None
-        assert cell.derived("state", "another") is None
+        assert cell.derived("state", record.view, CellRecord) is None
+        cell.keep("state", record.view, record)
+        assert cell.derived("state", record.view, CellRecord) == record
+        assert cell.derived("another", record.view, CellRecord) is None
+        assert cell.derived("state", "another", CellRecord) is None
 
     def test_receipts_are_kept_apart(self, cell) -> None:
         assert cell.receipt("mlflow") == {}

@@ -229,3 +229,8 @@ def test_a_trained_model_from_a_package(smollm2) -> None:
     with torch.inference_mode():
         best = smollm2.model(tokens.to(smollm2.device)).logits[0, -1].argmax()
     assert smollm2.tokenizer.decode(best) == " Paris"
+
+
+def test_spread_over_the_one_device_that_there_is(tiny_llama) -> None:
+    loaded = load_model(find_model(str(tiny_llama())), device="spread")
+    assert loaded.device == loaded.model.device

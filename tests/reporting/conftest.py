@@ -8,9 +8,14 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
+from tracker.documents import DocumentText
+from tracker.ledger.decisions import Decided, Decisions
+from tracker.ledger.texts import KeptText
+from tracker.metrics.decisions import choices, margins
 from tracker.records import (
     BenchmarkIdentity,
     CellRecord,
@@ -219,3 +224,37 @@ def fixture_chromium() -> Iterator[Browser]:
 @pytest.fixture(name="cells")
 def fixture_cells() -> list[CellRecord]:
     return study()
+
+
+def build_decisions(cell: CellRecord, n: int = 60, public: bool = True, seed: int = 0) -> Decisions:
+    """Make what a cell's runs decide on `n` documents of four options; earlier layers break more.
+
+    Layers 0 and 1 lose the very same documents.
+    """
+    dice = np.random.default_rng(seed)
+    words = ["heart", "muscle", "capital", "France", "answer", "layer", "which", "blood", "because"]
+
+    def said(count: int) -> str:
+        return " ".join(dice.choice(words, count)) + f" {dice.integers(10**6)}?"
+
+    texts = [
+        KeptText(DocumentText(said(40), tuple(said(6) for _ in range(4))), public) for _ in range(n)
+    ]
+    gold = dice.integers(0, 4, n).astype(float)
+
+    def decided(shift: float, noise: np.ndarray) -> Decided:
+        scores = noise.copy()
+        scores[np.arange(n), gold.astype(int)] += shift
+        taken = choices(scores)
+        return Decided((taken == gold) * 1.0, taken, margins(scores, gold), [None] * n)
+
+    base = dice.normal(size=(n, 4))
+    broken = base + 2 * dice.normal(size=(n, 4))
+    runs = []
+    for run in cell.runs:
+        own = base + dice.normal(size=(n, 4)) / (1 + run.layer / 8)
+        which = RunIdentity(layer=run.layer)
+        runs.append((which, decided(0.6, broken if run.layer < 2 else own)))
+    task = cell.benchmark.tasks[0].name
+    places = [(task, number) for number in range(n)]
+    return Decisions(places, texts, gold, 4, decided(0.6, base), runs, True, {})

@@ -236,7 +236,7 @@ def test_two_metrics_are_published_and_read_back_apart(
     client = MlflowClient(f"sqlite:///{tmp_path}/team.db")
     experiment = client.get_experiment_by_name("layers").experiment_id
     runs = client.search_runs([experiment])
-    assert len(runs) == 2 * (1 + 2)
+    assert len(runs) == 2 * (2 + 2)
     keys = {run.data.tags["tracker.run_key"]: run.data.tags["tracker.metric"] for run in runs}
     key = store.identity.key
     assert keys[f"{key}/cell"] == keys[f"{key}/layer:0"] == "acc"

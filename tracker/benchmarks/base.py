@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from tracker.documents import Document, Response
+from tracker.documents import Document, DocumentText, Response
 from tracker.extent import Extent
 from tracker.records import BenchmarkIdentity
 
@@ -21,9 +21,11 @@ class Benchmark(Protocol):
 
     Attributes:
         identity: Which documents are scored, and how they are put to the model.
+        public: Whether all documents come from the hub or a package, so that anybody may read them.
     """
 
     identity: BenchmarkIdentity
+    public: bool
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Tokenise the documents.
@@ -51,4 +53,14 @@ class Benchmark(Protocol):
         Returns:
             Every metric: a number, or JSON where pairs are aggregated. None for every metric when
             a log-likelihood is not finite: no accuracy can be read off it.
+        """
+
+    def text(self, document: Document) -> DocumentText:
+        """Say what a document asks, and what the right answer is.
+
+        Args:
+            document: One of `documents()`.
+
+        Returns:
+            Its text.
         """

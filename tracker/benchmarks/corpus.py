@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.sources import find_data
 from tracker.config import CellRequest
-from tracker.documents import Document, Response
+from tracker.documents import Document, DocumentText, Response
 from tracker.errors import BenchmarkError, did_you_mean
 from tracker.extent import Extent
 from tracker.hub import check_name
@@ -150,6 +150,9 @@ class Corpus:
     or read, or holds no text.
     """
 
+    public = False
+    """Nobody but its user knows whose texts a corpus holds."""
+
     def __init__(self, request: CellRequest) -> None:
         place = locate(request)
         split, texts = _texts(place, request.data)
@@ -205,6 +208,10 @@ class Corpus:
         tokens = sum(len(request.continuation) for request in document.requests)
         hits = sum(response.hits for response in responses)
         return {"acc": json.dumps([hits, tokens]), "loss": json.dumps([loss, tokens])}
+
+    def text(self, document: Document) -> DocumentText:
+        """Give the text itself."""
+        return DocumentText(self._texts[document.index])
 
 
 def _texts(place: _Place, data: str) -> tuple[str, Iterable[str]]:

@@ -20,8 +20,9 @@ from tracker.benchmarks.factory import UNREADABLE, build, find_task, unreadable
 from tracker.benchmarks.fingerprint import is_own, metric_names, task_identity
 from tracker.benchmarks.own import folders
 from tracker.benchmarks.sources import find_data
+from tracker.benchmarks.texts import choice_text, is_public
 from tracker.config import CellRequest
-from tracker.documents import Document, Prompt, Request, Response
+from tracker.documents import Document, DocumentText, Prompt, Request, Response
 from tracker.errors import BenchmarkError
 from tracker.extent import Extent
 from tracker.records import BenchmarkIdentity
@@ -56,6 +57,7 @@ class LmEvalBenchmark:
         for task in self._tasks.values():
             self._configure(task)
         self.identity = self._identify(group)
+        self.public = is_public(request.data, self._tasks.values())
         self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
@@ -165,6 +167,17 @@ class LmEvalBenchmark:
         if not all(math.isfinite(response.loglikelihood) for response in responses):
             return dict.fromkeys(values)
         return values
+
+    def text(self, document: Document) -> DocumentText:
+        """Let the task itself say what it asks, without examples and templates."""
+        task = self._tasks[document.task]
+        doc, instances = self._documents[document.task, document.index]
+        if document.rolling:
+            return DocumentText(str(instances[0].args[0]))
+        if task.OUTPUT_TYPE == "multiple_choice":
+            return choice_text(task, doc)
+        answer = _answer(task, doc).removeprefix(task.config.target_delimiter)
+        return DocumentText(str(task.doc_to_text(doc)), answer=answer)
 
     def _configure(self, task: Any) -> None:
         """Apply the few-shot count by lm-eval's own rule, and refuse what cannot be scored."""

@@ -90,6 +90,7 @@ def run(
     track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
+    publish_documents: bool,
     trust_remote_code: bool,
 ) -> None:
     """Run an experiment file, continuing what the results folder holds.
@@ -114,14 +115,12 @@ def run(
         trust_remote_code=trust_remote_code,
         executor=executor,
         slurm=dict(slurm),
+        publish_documents=publish_documents,
         progress=Show(),
     )
     for cell in done.cells:
         print_cell(cell)
-    again = f"tracker run {experiment}"
-    if executor != "local":
-        again += f" --executor {executor}"
-    print_end(done.outcome, done.report, again)
+    print_end(done.outcome, done.report)
     sys.exit(done.outcome.exit_code)
 
 
@@ -178,6 +177,7 @@ def evaluate(
     track: tuple[str, ...] | None,
     device: str,
     memory: int | None,
+    publish_documents: bool,
     trust_remote_code: bool,
     **settings: Any,
 ) -> None:
@@ -206,12 +206,13 @@ def evaluate(
         track=track,
         device=device,
         memory=memory,
+        publish_documents=publish_documents,
         trust_remote_code=trust_remote_code,
         progress=Show(),
     )
     if record is not None:
         print_cell(record, RunIdentity(component=component, layer=layer, span=span))
-    print_end(outcome, None, "the same command")
+    print_end(outcome, None)
     sys.exit(outcome.exit_code)
 
 
@@ -304,6 +305,8 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)
     say(f"{experiment} is valid: {counted(len(cells), 'cell')}, {counted(runs, 'run')}")
+    if asked.capped:
+        say(asked.capped)
     for note in notes:
         say(f"not checked: {note}")
 
@@ -327,6 +330,9 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
       tracker plan experiments/llama.yaml --gflops 400000
     """
     from tracker import api
+    from tracker.config import load_experiment
 
     cells = api.plan(experiment, results=results, trust_remote_code=trust_remote_code)
     print_plan(cells, gflops)
+    if capped := load_experiment(experiment)[0].capped:
+        say(capped)

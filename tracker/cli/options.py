@@ -224,6 +224,7 @@ def running(function: F) -> F:
         help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, or 'none'. "
         "Default: mlflow; in the trial of a W&B sweep: wandb.",
     )
+    @documents_option
     @machine
     @trust
     @functools.wraps(function)
@@ -231,6 +232,16 @@ def running(function: F) -> F:
         return function(*args, track=backends(track), **kwargs)
 
     return results_option(wrapped)  # type: ignore[return-value]
+
+
+def documents_option(function: F) -> F:
+    """Add the option that publishes the texts of documents that are not public."""
+    return click.option(
+        "--publish-documents",
+        is_flag=True,
+        help="Publish what documents say also where they come from a folder or a corpus. Texts of "
+        "the hub or a package are always published.",
+    )(function)
 
 
 def trust(function: F) -> F:

@@ -92,7 +92,7 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
         say(note)
 
 
-def print_end(outcome: Finished, page: Path | None, again: str) -> None:
+def print_end(outcome: Finished, page: Path | None) -> None:
     """Say where a run's page and runs are, and what went wrong."""
     say()
     if page is not None:
@@ -102,7 +102,10 @@ def print_end(outcome: Finished, page: Path | None, again: str) -> None:
     for title, why in outcome.failed.items():
         say(f"failed: {title}: {why}", error=True)
     if outcome.failed:
-        say(f"what was measured is kept; to run just what failed: {again}", error=True)
+        say(
+            "what was measured is kept; to run just what failed, give the same command again",
+            error=True,
+        )
     for title, why in outcome.unpublished.items():
         say(f"not published: {title}: {why}", error=True)
     if outcome.unwritten:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -14,6 +14,7 @@ from tracker.cli.options import (
     Place,
     Word,
     backends,
+    documents_option,
     publish_option,
     results_option,
     sources_argument,
@@ -44,12 +45,14 @@ if TYPE_CHECKING:
     "where there are several sources.",
 )
 @publish_option("the page, as a run of its own")
+@documents_option
 @results_option
 def report(
     sources: tuple[str, ...],
     form: str,
     output: Path | None,
     publish: tuple[str, ...],
+    publish_documents: bool,
     results: Path,
 ) -> None:
     """Write a report over results folders and tracking projects; without SOURCES, over --results.
@@ -72,6 +75,7 @@ def report(
         form=form,
         output=output,
         publish=publish,
+        publish_documents=publish_documents,
         results=results,
         progress=Show(error=True),
     )
@@ -105,6 +109,8 @@ def leaderboard(sources: tuple[str, ...], publish: tuple[str, ...], results: Pat
 def _end_report(done: Reported) -> None:
     for place in done.locations.values():
         say(f"published: {runnable(place)}")
+    for note in done.notes:
+        say(note, error=True)
     for what, why in done.failed.items():
         say(f"failed: {what}: {why}", error=True)
     sys.exit(1 if done.failed else 0)
@@ -116,22 +122,36 @@ def _end_report(done: Reported) -> None:
     help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT. Without "
     "a project, each cell goes to that of its experiment.  [default: mlflow]",
 )
+@click.option(
+    "--sweep",
+    metavar="ENTITY/PROJECT/ID",
+    help="Instead: fill the runs of this W&B sweep whose trials were killed or failed, and say "
+    "which still want measuring.",
+)
+@documents_option
 @results_option
-def sync(to: str | None, results: Path) -> None:
+def sync(to: str | None, sweep: str | None, publish_documents: bool, results: Path) -> None:
     """Publish from the results folder what a tracking backend does not have yet.
 
     \b
     Examples:
       tracker sync
+      tracker sync --sweep my-team/layers/q7v2k1ab
       tracker sync --to wandb:my-team/layers --results /scratch/llama
       MLFLOW_TRACKING_URI=http://mlflow.lab:5000 tracker sync --results /scratch/llama
     """
     from tracker import api
 
+    if sweep is not None:
+        if to is not None:
+            raise click.BadParameter(
+                "it fills that sweep alone; leave --to out", None, None, "--sweep"
+            )
+        _sync_sweep(sweep, results)
     targets = backends(to)
     if targets == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
-    done = api.sync(targets, results=results)
+    done = api.sync(targets, results=results, publish_documents=publish_documents)
     say(f"published: {counted(len(done.published), 'cell')}")
     for location in done.locations.values():
         say(f"see them: {runnable(location)}")
@@ -140,6 +160,24 @@ def sync(to: str | None, results: Path) -> None:
     for title, why in done.failed.items():
         say(f"not published: {title}: {why}", error=True)
     sys.exit(1 if done.failed else 0)
+
+
+def _sync_sweep(sweep: str, results: Path) -> NoReturn:
+    from tracker import api
+
+    done = api.sync_sweep(sweep, results=results)
+    say(f"{len(done.filled)} runs filled, of {done.unfinished} that were killed or failed")
+    for title, why in done.wanting.items():
+        say(f"wants measuring: {title}: {why}", error=True)
+    if done.wanting:
+        say(
+            "measure them into this folder (tracker run FILE, or tracker evaluate with a trial's "
+            "settings), then type this again",
+            error=True,
+        )
+    for title, why in done.failed.items():
+        say(f"not filled: {title}: {why}", error=True)
+    sys.exit(1 if done.failed or done.wanting else 0)
 
 
 @main.command(name="ls")

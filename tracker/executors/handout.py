@@ -161,6 +161,7 @@ class Handout:
         with self._failing(cell):
             for shard in shards:
                 cell.store.write(block, shard.rows, shard.metadata)
+                cell.store.texts.add(block.name, shard.texts)
         self._progress.advance(task.responses)
         self._return(task)
         self._end_if_complete(cell)

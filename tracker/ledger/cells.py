@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import pandas as pd
@@ -22,15 +22,15 @@ from tracker.extent import ALL, Extent, random_order
 from tracker.ledger.files import lock_file, write_bytes
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
-from tracker.ledger.shards import Shard, read_shard, shard_file
+from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_file
+from tracker.ledger.texts import Texts
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
 from tracker.provenance import content_hash
-from tracker.records import CellRecord
+from tracker.records import CellRecord, Record
 
 BLOCK = 32
 """Documents that are computed, locked and written together."""
-ASIDE = ".aside"
-"""What the name of a shard ends with that is not what was written."""
+Derived = TypeVar("Derived", bound=Record)
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +67,7 @@ class CellStore:
     """One cell on disk.
 
     `others` are the same cell in other folders, whose outcomes are read too; `views` is what was
-    asked of it.
+    asked of it, `texts` what its documents say.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class CellStore:
         self.folder = folder
         self.identity = identity
         self.views = Views(folder, identity)
+        self.texts: Texts = Texts(folder, identity, [other.texts for other in others])
         self._others = others
         self._shards = folder / "shards"
 
@@ -357,27 +358,28 @@ class CellStore:
         """List the files of outcomes."""
         return sorted(self._shards.glob("*.parquet"))
 
-    def derived(self, state: str, name: str) -> CellRecord | None:
-        """Recall the record of the view `name`; None when none is kept for this state.
+    def derived(self, state: str, name: str, kind: type[Derived]) -> Derived | None:
+        """Recall a record of the view `name`; None when none of its kind is kept for this state.
 
         `state` is a hash of all that the record follows from.
         """
-        kept = read_note(self._derived(name))
+        kept = read_note(self._derived(name, kind))
         if kept.get("state") != state:
             return None
         try:
-            return CellRecord.model_validate(kept.get("record"))
+            return kind.model_validate(kept.get("record"))
         except ValidationError:
             return None
 
-    def keep(self, state: str, record: CellRecord) -> None:
-        """Keep the record of a view for `derived`, where the folder can be written."""
+    def keep(self, state: str, name: str, record: Record) -> None:
+        """Keep a record of the view `name` for `derived`, where the folder can be written."""
         note = {"state": state, "record": record.model_dump(mode="json")}
         with suppress(WorkError):
-            write_note(self._derived(record.view), note)
+            write_note(self._derived(name, type(record)), note)
 
-    def _derived(self, name: str) -> Path:
-        return self.folder / "derived" / f"{view_file(name)}.json"
+    def _derived(self, name: str, kind: type[Record]) -> Path:
+        what = "" if kind is CellRecord else ".decisions"
+        return self.folder / "derived" / f"{view_file(name)}{what}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:
         """Recall what a backend got last: digest of the `record`, and `location` of the runs."""

@@ -21,6 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+ASIDE = ".aside"
+"""What the name of a file of this kind ends with that is not what was written."""
 _UNKNOWN = "0" * 64
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 

@@ -8,8 +8,9 @@ RESULTS/
   cells/MODEL--BENCHMARK--KEY/
     cell.json               the model, the benchmark, and who made the cell
     requests/VIEW.json      every run that was asked of a view, its metric and documents: to show
-    derived/VIEW.json       the record that follows from all this, kept to save the time
+    derived/VIEW*.json      the records that follow from all this, kept to save the time
     shards/*.parquet        per-document outcomes, each with who measured it
+    texts/*.parquet         what the documents say, each with its digest
     verified.json           which shards were found to be what was written
     receipts/               what a tracking backend has
     locks/                  one a block of documents

@@ -11,7 +11,7 @@ import pandas as pd
 from tracker.ablations import INTACT, Ablation, ablate
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE, PROXY_SUMS
-from tracker.ledger.viewed import Array, Viewed, pairs
+from tracker.ledger.viewed import Array, Viewed, gold_logprobs, pairs
 from tracker.metrics.accuracy import (
     Estimate,
     accuracy,
@@ -115,7 +115,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
     tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
     sums = {name: np.stack(base[name].to_list()) for name in PROXY_SUMS}
     means = {name: proxy_means(values, tokens) for name, values in sums.items()}
-    gold = _gold_logprobs(base)
+    gold = gold_logprobs(base)
     all_metrics = _metric_values(outcomes, INTACT, aggregate)
     layers = []
     for run in outcomes.runs:
@@ -131,7 +131,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
             if chance is None
             else accuracy_relevance(baseline.value, accurate.value, chance)
         )
-        gold_drop = _mean_drop(gold, _gold_logprobs(outcomes.of(ablation)), by_document)
+        gold_drop = _mean_drop(gold, gold_logprobs(outcomes.of(ablation)), by_document)
         proxies = {
             name.removesuffix("_sum"): _finite(values[run.layer]) if whole else None
             for name, values in means.items()
@@ -285,24 +285,6 @@ def _aggregated(
     if how == RATIO:
         return _finite(ratio_of_sums(RATIO, pairs(rows[column]).tolist()))
     return aggregate(how, rows[column].to_list())
-
-
-def _gold_logprobs(rows: pd.DataFrame) -> Array:
-    """Log-probability of every document's gold answer; NaN where lm-eval names none.
-
-    A rolling document has no gold answer: all its windows together stand for one.
-    """
-    # Shards from before there were rolling documents lack the column.
-    rolling = rows["rolling"] if "rolling" in rows else [False] * len(rows)
-    return np.array(
-        [
-            math.fsum(lls)
-            if whole is True
-            else (lls[int(gold)] if gold == gold and gold is not None else math.nan)
-            for lls, gold, whole in zip(rows["loglikelihoods"], rows["gold"], rolling, strict=True)
-        ],
-        dtype=np.float64,
-    )
 
 
 def _mean_drop(before: Array, after: Array, weights: Array) -> Estimate:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracker.ledger.cells import ASIDE, CellStore
+from tracker.ledger.cells import CellStore
 from tracker.ledger.notes import reason, unsealed
 from tracker.ledger.outcomes import PROVENANCE
-from tracker.ledger.shards import Shard
+from tracker.ledger.shards import ASIDE, Shard
 from tracker.ledger.store import Ledger
 
 _NOTES = (
@@ -84,6 +84,12 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
             found.damaged[str(store.folder / "shards" / name)] = (
                 "it is gone; run its experiment again, which measures what is missing"
             )
+        store.texts.read()
+        for path in sorted(store.folder.glob(f"texts/*{ASIDE}")):
+            found.damaged[str(path)] = (
+                "it was set aside as damaged; its documents are named by their numbers, and no "
+                "outcome is touched; delete it"
+            )
         progress(1)
     for pattern in _NOTES:
         for path in sorted(ledger.root.glob(pattern)):
@@ -121,6 +127,11 @@ def compare(ledger: Ledger, other: Ledger) -> Iterator[str]:
             if only:
                 yield f"{name}: {len(only)} outcomes are only in {root}"
         differing = [place for place in one.keys() & two if one[place] != two[place]]
+        said = [store.texts.read() for store in pair]
+        unlike = [place for place in said[0].keys() & said[1] if said[0][place] != said[1][place]]
+        if unlike:
+            task, doc = min(unlike)
+            yield f"{name}: the texts of {len(unlike)} documents differ, document {doc} of {task}"
         if differing:
             task, doc, ablation = min(differing)
             yield (

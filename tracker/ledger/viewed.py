@@ -124,3 +124,21 @@ def pairs(column: pd.Series[Any]) -> Array:
         [json.loads(value) if isinstance(value, str) else missing for value in column],
         dtype=np.float64,
     )
+
+
+def gold_logprobs(rows: pd.DataFrame) -> Array:
+    """Log-probability of every document's gold answer; NaN where lm-eval names none.
+
+    A rolling document has no gold answer: all its windows together stand for one.
+    """
+    # Shards from before there were rolling documents lack the column.
+    rolling = rows["rolling"] if "rolling" in rows else [False] * len(rows)
+    return np.array(
+        [
+            math.fsum(lls)
+            if whole is True
+            else (lls[int(gold)] if gold == gold and gold is not None else math.nan)
+            for lls, gold, whole in zip(rows["loglikelihoods"], rows["gold"], rolling, strict=True)
+        ],
+        dtype=np.float64,
+    )

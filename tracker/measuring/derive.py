@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
+from tracker.ledger.decisions import decisions, decisions_record
 from tracker.ledger.store import Contents
 from tracker.ledger.tables import cell_record
 from tracker.provenance import content_hash, file_hash
-from tracker.records import CellRecord, View
+from tracker.records import CellRecord, DecisionsRecord, View
 
 
 def record_of(store: CellStore, view: View) -> CellRecord:
     """Derive the record of a cell's view, or recall it where nothing has changed since."""
-    state = content_hash(
-        [
-            _code(),
-            view.model_dump(mode="json"),
-            store.identity.model_dump(mode="json"),
-            store.proofs(),
-        ]
-    )
-    record = store.derived(state, store.views.name_of(view))
+    state, name = _state(store, view), store.views.name_of(view)
+    record = store.derived(state, name, CellRecord)
     if record is None:
         record = cell_record(store, view, _aggregate)
         if record.n:
-            store.keep(state, record)
+            store.keep(state, name, record)
     return record
+
+
+def decisions_of(store: CellStore, view: View) -> DecisionsRecord | None:
+    """Derive what a view's runs decide document by document, or recall it, as `record_of`.
+
+    None where no document is measured yet.
+    """
+    state, name = _state(store, view, *store.texts.names()), store.views.name_of(view)
+    record = store.derived(state, name, DecisionsRecord)
+    if record is None and (found := decisions(store, view)) is not None:
+        record = decisions_record(found)
+        store.keep(state, name, record)
+    return record
+
+
+def _state(store: CellStore, view: View, *also: str) -> str:
+    """Hash all that a view's records follow from."""
+    asked, cell = view.model_dump(mode="json"), store.identity.model_dump(mode="json")
+    return content_hash([_code(), asked, cell, store.proofs(), *also])
 
 
 @cache
 def _code() -> str:
     """Hash the code that turns outcomes into records: another formula is another record."""
     here = Path(__file__).parents[1]
-    names = ("ablations.py", "config.py", "provenance.py", "records.py")
+    names = ("ablations.py", "config.py", "documents.py", "provenance.py", "records.py")
     folders = (*(here / "ledger").glob("*.py"), *(here / "metrics").glob("*.py"))
     return file_hash([*(here / name for name in names), *folders])
 
@@ -55,10 +68,13 @@ def all_records(contents: Contents) -> list[CellRecord]:
 
     What cannot be read joins `contents.damaged`.
     """
-    records = []
+    return [record for record, _, _ in every_record(contents)]
+
+
+def every_record(contents: Contents) -> Iterator[tuple[CellRecord, CellStore, View]]:
+    """Derive records as `all_records`, each with the view that it was derived from."""
     for store, asked in contents.views:
         try:
-            records.append(record_of(store, asked.view))
+            yield record_of(store, asked.view), store, asked.view
         except TrackerError as error:
             contents.damaged[str(store.folder)] = str(error)
-    return records

@@ -111,4 +111,5 @@ def _fill_block(
     for absent, indices in store.missing(block, extent, names).items():
         shard = meter.measure(block.task, absent, indices, advance)
         store.write(block, shard.rows, shard.metadata)
+        store.texts.add(block.name, shard.texts)
     return done

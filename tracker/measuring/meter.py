@@ -13,6 +13,7 @@ from tracker.benchmarks.base import Benchmark
 from tracker.config import CellRequest
 from tracker.errors import CellError
 from tracker.ledger.outcomes import outcome_row
+from tracker.ledger.texts import text_row
 from tracker.measuring.prepare import check_range
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
@@ -73,10 +74,12 @@ class Measured:
     Attributes:
         rows: One mapping a (document, ablation), as `outcomes.outcome_row` lays them out.
         metadata: How they were measured, and by which versions, machine and device.
+        texts: What the documents say, one mapping a document, as `texts.text_row` lays them out.
     """
 
     rows: list[dict[str, object]]
     metadata: dict[str, object]
+    texts: list[dict[str, object]]
 
 
 class Meter:
@@ -166,7 +169,11 @@ class Meter:
             "provenance": self.facts.provenance,
             "sharing": str(scorer.engine.sharing),
         }
-        return Measured(rows, metadata)
+        texts = [
+            text_row(each.document, self._benchmark.text(each.document), self._benchmark.public)
+            for each in results
+        ]
+        return Measured(rows, metadata, texts)
 
     def _watched(
         self, results: Sequence[DocumentScores], scored: Sequence[Ablation]

@@ -80,11 +80,11 @@ def all_layers(
         else count_layers(asked.source, trust_remote_code)
     )
     _check_bounds(request, layers)
-    why = None if any(removals(request, layers)) else _no_run(request, layers)
+    why = None if any(removals(request, layers)) else no_run(request, layers)
     return request.model_copy(update={"layers": tuple(range(layers))}), why
 
 
-def _no_run(request: CellRequest, layers: int) -> str:
+def no_run(request: CellRequest, layers: int) -> str:
     """Say why none of the layers that were asked for begins a run."""
     layer, span = request.layers[0], request.spans[0]
     if layer + span > layers:

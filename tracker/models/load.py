@@ -124,7 +124,9 @@ def load_model(
             f"{sorted(found['missing_keys'])[0]} among them"
         )
     if device == SPREAD:
-        place = torch.device(next(iter(model.hf_device_map.values())))
+        # Where there is one device, nothing is spread, and transformers keeps no map.
+        places = getattr(model, "hf_device_map", {"": model.device})
+        place = torch.device(next(iter(places.values())))
     else:
         place = find_device(device)
         model = model.to(place)

@@ -30,7 +30,8 @@ from tracker.reporting.leaderboard.models import model_board
 from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.reporting.tables import overview_table
 
-Write = Callable[[Sequence[CellRecord], Path], list[Path]]
+More = Mapping[str, pd.DataFrame]
+Write = Callable[[Sequence[CellRecord], Path, More], list[Path]]
 
 
 def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
@@ -58,13 +59,19 @@ def figures(cells: Sequence[CellRecord]) -> dict[str, go.Figure]:
     return found
 
 
-def export(cells: Sequence[CellRecord], form: str, place: Path) -> list[Path]:
+def export(
+    cells: Sequence[CellRecord],
+    form: str,
+    place: Path,
+    more: Mapping[str, pd.DataFrame] = {},
+) -> list[Path]:
     """Write a report in one of `FORMATS`, and list the files.
 
     Args:
         cells: The cells.
         form: A key of `FORMATS`.
         place: A file for `md` and `tex`, a folder otherwise.
+        more: What `csv` and `parquet` hold besides the records' `frames`, by name.
 
     Returns:
         The files.
@@ -73,10 +80,10 @@ def export(cells: Sequence[CellRecord], form: str, place: Path) -> list[Path]:
         RequestError: What draws figures is not installed.
         WorkError: The disk is full or refuses.
     """
-    return FORMATS[form](cells, place)
+    return FORMATS[form](cells, place, more)
 
 
-def _markdown(cells: Sequence[CellRecord], path: Path) -> list[Path]:
+def _markdown(cells: Sequence[CellRecord], path: Path, more: More) -> list[Path]:
     parts = ["# Which layers matter", wording.summary(cells)]
     parts += ["## Leaderboards", LAYER_RULE, MODEL_RULE, INTERVAL_RULE]
     tables, notes = boards(cells)
@@ -86,7 +93,7 @@ def _markdown(cells: Sequence[CellRecord], path: Path) -> list[Path]:
     return [path]
 
 
-def _latex(cells: Sequence[CellRecord], path: Path) -> list[Path]:
+def _latex(cells: Sequence[CellRecord], path: Path, more: More) -> list[Path]:
     def table(frame: pd.DataFrame) -> str:
         styled = frame.style.hide(axis="index").format(escape="latex")
         styled = styled.format_index(escape="latex", axis="columns")
@@ -172,25 +179,21 @@ def _pipes(table: Table) -> str:
 
 
 def _data(
-    write: Callable[[pd.DataFrame, Path], None], cells: Sequence[CellRecord], folder: Path, end: str
+    write: Callable[[pd.DataFrame, Path], None],
+    end: str,
+    cells: Sequence[CellRecord],
+    folder: Path,
+    more: More,
 ) -> list[Path]:
     paths = []
-    for name, frame in frames(cells).items():
+    for name, frame in {**frames(cells), **more}.items():
         path = folder / f"{name}.{end}"
         write_atomically(path, partial(write, frame))
         paths.append(path)
     return paths
 
 
-def _csv(cells: Sequence[CellRecord], folder: Path) -> list[Path]:
-    return _data(lambda frame, path: frame.to_csv(path, index=False), cells, folder, "csv")
-
-
-def _parquet(cells: Sequence[CellRecord], folder: Path) -> list[Path]:
-    return _data(lambda frame, path: frame.to_parquet(path, index=False), cells, folder, "parquet")
-
-
-def _images(end: str, cells: Sequence[CellRecord], folder: Path) -> list[Path]:
+def _images(end: str, cells: Sequence[CellRecord], folder: Path, more: More) -> list[Path]:
     try:
         import kaleido
     except ImportError:
@@ -215,8 +218,8 @@ def _images(end: str, cells: Sequence[CellRecord], folder: Path) -> list[Path]:
 FORMATS: Mapping[str, Write] = {
     "md": _markdown,
     "tex": _latex,
-    "csv": _csv,
-    "parquet": _parquet,
+    "csv": partial(_data, partial(pd.DataFrame.to_csv, index=False), "csv"),
+    "parquet": partial(_data, partial(pd.DataFrame.to_parquet, index=False), "parquet"),
     "png": partial(_images, "png"),
     "pdf": partial(_images, "pdf"),
 }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from tracker.ledger.decisions import Decided, Decisions
 from tracker.metrics.accuracy import Estimate
 from tracker.records import CellRecord, CorrelationRecord, RunRecord
 from tracker.reporting.leaderboard.layers import LayerBoard
@@ -15,6 +19,12 @@ from tracker.reporting.wording import model_labels
 _CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
 _RUN_COLUMNS = ("component", "layer", "span")
 _NOT_FIGURES = {*_RUN_COLUMNS, "ablation", "n", "metrics", "reasons"}
+_OPTION_COLUMNS = ("gold", "choice_intact", "choice")
+_TEXT_COLUMNS = ("question", "choices", "answer", "text_intact", "text")
+_DOCUMENT_COLUMNS = (
+    *("task", "doc", "change", "question", "choices", "gold", "answer", "choice_intact"),
+    *("margin_intact", "text_intact", "choice", "margin", "text"),
+)
 _FIGURES = tuple(name for name in RunRecord.model_fields if name not in _NOT_FIGURES)
 
 
@@ -64,6 +74,62 @@ def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     ]
     frame = _frame(rows, [*_CELL_COLUMNS, *fields], ["value", "low", "high", "p_value"])
     return _counts(frame, "sample_seed")
+
+
+def document_frame(
+    found: Iterable[tuple[CellRecord, Decisions]], private: bool = True
+) -> pd.DataFrame:
+    """Put every document that a run loses or wins into a data frame.
+
+    Args:
+        found: Cells, each with what its runs decide.
+        private: Whether texts that are not of the hub or a package are among them.
+
+    Returns:
+        One row for each model, benchmark, run and document: `change` is `lost` or `won`; `choices`
+        is a JSON list; `gold`, `choice_intact` and `choice` are options, 0-based; margins are in
+        nats, for a metric that is divided by lengths in nats a character or byte, and without
+        options the log-probability of the answer.
+    """
+    frames = [frame for cell, decided in found for frame in _changed(cell, decided, private)]
+    columns = [*_CELL_COLUMNS, *_RUN_COLUMNS, *_DOCUMENT_COLUMNS]
+    frame = pd.concat(frames) if frames else pd.DataFrame(columns=columns)
+    return frame.reset_index(drop=True).astype(dict.fromkeys(_OPTION_COLUMNS, "Int64"))
+
+
+def _changed(cell: CellRecord, decided: Decisions, private: bool) -> Iterator[pd.DataFrame]:
+    """Lay out the documents that each run loses and wins."""
+    texts = [each.text if each and (private or each.public) else None for each in decided.texts]
+    shared = pd.DataFrame(
+        {
+            "task": [task for task, _ in decided.documents],
+            "doc": [doc for _, doc in decided.documents],
+            "change": "",
+            "question": [each.question if each else None for each in texts],
+            "choices": [
+                json.dumps(each.choices, ensure_ascii=False) if each and each.choices else None
+                for each in texts
+            ],
+            "gold": decided.gold,
+            "answer": [each.answer if each else None for each in texts],
+        }
+    )
+    known = np.array([private or each is None or each.public for each in decided.texts])
+
+    def columns(one: Decided, end: str) -> dict[str, Any]:
+        said = [text if shown else None for text, shown in zip(one.text, known, strict=True)]
+        return {f"choice{end}": one.choice, f"margin{end}": one.margin, f"text{end}": said}
+
+    for run, one in decided.runs:
+        lost, won = decided.lost(one), decided.won(one)
+        frame = shared.assign(**columns(decided.baseline, "_intact"), **columns(one, ""))
+        frame["change"] = np.where(lost, "lost", "won")
+        frame = frame[lost | won]
+        about = {**_cell_columns(cell), **{name: getattr(run, name) for name in _RUN_COLUMNS}}
+        for place, (name, value) in enumerate(about.items()):
+            frame.insert(place, name, value)
+        # An object column keeps its type, also where it holds nothing.
+        yield frame.astype(dict.fromkeys(_TEXT_COLUMNS, "object"))
 
 
 def _cell_columns(cell: CellRecord) -> dict[str, object]:

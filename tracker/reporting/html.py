@@ -1,13 +1,14 @@
 """Renders a results folder's cells as one self-contained HTML page.
 
-The page needs no network: plotly.js is inlined once, styles and scripts stand in the file, and a
-content security policy forbids everything else. Charts are drawn when they come into view. The
-same input gives the same bytes.
+The page needs no network: plotly.js is in it once, packed; styles and scripts stand in the file,
+and a content security policy forbids everything else. Charts are drawn when they come into view.
+The same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,10 +16,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tracker.ledger.files import write_text
-from tracker.records import CellRecord
+from tracker.records import CellRecord, DecisionsRecord, Place
 from tracker.reporting import sections, tables, wording
 from tracker.reporting.charts.style import TEMPLATE
-from tracker.reporting.downloads import layer_files, packed_json
+from tracker.reporting.decisions import packed_documents
+from tracker.reporting.downloads import layer_files, packed, packed_json
 from tracker.reporting.leaderboard import rules
 from tracker.reporting.leaderboard.proxies import agreements
 from tracker.reporting.sentences import agreement_sentence, compared_sentence
@@ -30,19 +32,44 @@ _OPEN_BOARDS = 3
 """With more models than this, only the first one's leaderboard is open at first."""
 
 
-def render_report(cells: Sequence[CellRecord], experiments: Mapping[str, str], path: Path) -> Path:
+def render_report(
+    cells: Sequence[CellRecord],
+    experiments: Mapping[str, str],
+    path: Path,
+    decided: Mapping[Place, DecisionsRecord] = {},
+) -> Path:
     """Write the report page of a results folder, and return its path.
 
-    The file appears at once or not at all: it is written beside its place and then renamed. The
-    cells come in this order; the experiment files are name → exact YAML text. WorkError if the disk
-    is full or refuses; a page that was there stays.
+    The file appears at once or not at all: it is written beside its place and then renamed.
+
+    Args:
+        cells: The cells, in this order.
+        experiments: The experiment files: name → exact YAML text.
+        path: Where the page is to be.
+        decided: A cell's place → what its runs decide document by document, where it is known.
+
+    Returns:
+        The path.
+
+    Raises:
+        WorkError: The disk is full or refuses; a page that was there stays.
     """
-    write_text(path, render_page(cells, experiments))
+    write_text(path, render_page(cells, experiments, decided))
     return path
 
 
-def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> str:
-    """Render the HTML of cells in this order, and of experiment files: name → exact YAML text."""
+@cache
+def _plotly() -> str:
+    """Plotly's script, packed: two fifths of its size."""
+    return packed(get_plotlyjs())
+
+
+def render_page(
+    cells: Sequence[CellRecord],
+    experiments: Mapping[str, str],
+    decided: Mapping[Place, DecisionsRecord] = {},
+) -> str:
+    """Render the HTML of cells in this order, as `render_report` writes it."""
     loader = PackageLoader("tracker.reporting")
     environment = Environment(
         loader=loader,
@@ -55,7 +82,7 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
     def inlined(name: str) -> Markup:
         return Markup(loader.get_source(environment, name)[0])
 
-    models = sections.model_sections(cells)
+    models = sections.model_sections(cells, decided)
     across = sections.across_section(cells, models)
     ids = {s.cell.place: s.id for model in models for s in model.cells}
     figures = [figure for model in models for figure in model.figures]
@@ -64,11 +91,19 @@ def render_page(cells: Sequence[CellRecord], experiments: Mapping[str, str]) -> 
     return environment.get_template("report.html.j2").render(
         style=inlined("report.css"),
         script=inlined("report.js"),
-        plotly_js=Markup(get_plotlyjs()) if cells else "",
+        plotly=_plotly() if cells else "",
         charts=packed_json(
             {
                 "template": TEMPLATE,
                 "figures": {one.id: [one.chart.data, one.chart.layout] for one in figures},
+            }
+        ),
+        documents=packed_documents(
+            {
+                f"{one.id}-documents": (one.cell, one.decisions.record)
+                for model in models
+                for one in model.cells
+                if one.decisions
             }
         ),
         csv=csv,

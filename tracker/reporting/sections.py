@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tracker.records import WHOLE_LAYER, CellRecord, ModelIdentity
+from tracker.records import WHOLE_LAYER, CellRecord, DecisionsRecord, ModelIdentity, Place
 from tracker.reporting import facts, formats, tables, wording
 from tracker.reporting.charts.across import depth_curves, difference_chart
 from tracker.reporting.charts.cells import curve_components, layer_curve, proxy_scatter
+from tracker.reporting.charts.decisions import (
+    agreement,
+    agreement_map,
+    groups_sentence,
+    margin_chart,
+)
 from tracker.reporting.charts.maps import heat_map, span_components, span_map
 from tracker.reporting.charts.model import proxy_curves, relevance_curves
 from tracker.reporting.charts.ranks import rank_map
 from tracker.reporting.charts.story import story
 from tracker.reporting.charts.style import Chart
+from tracker.reporting.decisions import decision_table
 from tracker.reporting.grid import Table
 from tracker.reporting.leaderboard.comparable import models_of
 from tracker.reporting.leaderboard.layers import LayerBoard, layer_board
@@ -48,6 +55,20 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class DecisionsSection:
+    """What the page shows of the documents that a cell's runs lose and win.
+
+    A chart is None where no margin is defined, or fewer than two layers can be compared.
+    """
+
+    record: DecisionsRecord
+    table: Table
+    margins: Figure | None
+    agreement: Figure | None
+    groups: str
+
+
+@dataclass(frozen=True)
 class CellSection:
     """Everything that the page shows of one cell."""
 
@@ -66,11 +87,13 @@ class CellSection:
     correlations: Table
     provenance: Table
     tasks: Table
+    decisions: DecisionsSection | None
 
     @property
     def figures(self) -> tuple[Figure, ...]:
         """Every chart of the section."""
-        return tuple(one for one in (self.curve, *self.span_maps, self.scatter) if one)
+        decided = (self.decisions.margins, self.decisions.agreement) if self.decisions else ()
+        return tuple(one for one in (self.curve, *self.span_maps, self.scatter, *decided) if one)
 
 
 @dataclass(frozen=True)
@@ -117,12 +140,17 @@ class AcrossSection:
         return (self.depth, *self.pairs)
 
 
-def model_sections(cells: Sequence[CellRecord]) -> tuple[ModelSection, ...]:
-    """Make a section for each model, in the order in which they appear."""
+def model_sections(
+    cells: Sequence[CellRecord], decided: Mapping[Place, DecisionsRecord]
+) -> tuple[ModelSection, ...]:
+    """Make a section for each model, in the order in which they appear.
+
+    `decided` is what the runs of some cells decide document by document, by the cell's place.
+    """
     groups = models_of(cells)
     labels = wording.model_labels([group[0].model for group in groups])
     return tuple(
-        _model_section(group, label, f"model-{number}", alone=len(groups) == 1)
+        _model_section(group, decided, label, f"model-{number}", alone=len(groups) == 1)
         for number, (group, label) in enumerate(zip(groups, labels, strict=True), 1)
     )
 
@@ -152,7 +180,13 @@ def across_section(
     )
 
 
-def _model_section(cells: Sequence[CellRecord], label: str, name: str, alone: bool) -> ModelSection:
+def _model_section(
+    cells: Sequence[CellRecord],
+    decided: Mapping[Place, DecisionsRecord],
+    label: str,
+    name: str,
+    alone: bool,
+) -> ModelSection:
     benchmarks = wording.benchmark_labels(cells)
     mapped = [cell for cell in cells if _has_whole_layers(cell)]
     whole = [cell for cell in cells if cell.whole_layers]
@@ -165,7 +199,7 @@ def _model_section(cells: Sequence[CellRecord], label: str, name: str, alone: bo
         leaderboard=layer_board_table(board, label) if board.layers else None,
         critical=critical_sentence(board),
         cells=tuple(
-            _cell_section(cell, benchmark, f"{name}-cell-{index}")
+            _cell_section(cell, decided.get(cell.place), benchmark, f"{name}-cell-{index}")
             for index, (cell, benchmark) in enumerate(zip(cells, benchmarks, strict=True), 1)
         ),
         story=_figure(story(board, label), f"{name}-story", None, label if alone else "")
@@ -213,7 +247,9 @@ def _has_whole_layers(cell: CellRecord) -> bool:
     return WHOLE_LAYER in found or not found
 
 
-def _cell_section(cell: CellRecord, label: str, name: str) -> CellSection:
+def _cell_section(
+    cell: CellRecord, decided: DecisionsRecord | None, label: str, name: str
+) -> CellSection:
     only_layers = tables.run_columns(cell).only_layers
     lines = curve_components(cell)
     return CellSection(
@@ -242,6 +278,18 @@ def _cell_section(cell: CellRecord, label: str, name: str) -> CellSection:
         correlations=tables.correlation_table(cell),
         provenance=facts.provenance_table(cell),
         tasks=facts.task_table(cell),
+        decisions=_decisions_section(cell, decided, name) if decided and decided.runs else None,
+    )
+
+
+def _decisions_section(cell: CellRecord, decided: DecisionsRecord, name: str) -> DecisionsSection:
+    margins, alike = margin_chart(cell, decided), agreement_map(cell, decided)
+    return DecisionsSection(
+        record=decided,
+        table=decision_table(cell, decided),
+        margins=_figure(margins, f"{name}-margins", subject=cell.title) if margins else None,
+        agreement=_figure(alike, f"{name}-agreement", subject=cell.title) if alike else None,
+        groups=groups_sentence(agreement(decided)[2]) if alike else "",
     )
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from tracker.errors import RequestError, TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import record_of
+from tracker.measuring.derive import decisions_of, record_of
 from tracker.measuring.progress import Progress
-from tracker.records import CellRecord, View
+from tracker.records import CellRecord, DecisionsRecord, Place, View
 from tracker.team.pull import pull
 from tracker.text import masked
 from tracker.tracking import Target, target
@@ -27,11 +27,19 @@ class Collected:
             that the sources hold of it.
         experiments: The experiment files that the results folders keep: name → exact text.
         failed: Source, or a cell of it → why it is not among the cells.
+        origins: What each record was derived from, by its place.
     """
 
     cells: tuple[CellRecord, ...]
     experiments: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    origins: dict[Place, tuple[CellStore, View]] = field(default_factory=dict)
+
+    def decisions(self) -> dict[Place, DecisionsRecord]:
+        """Derive what the cells' runs decide document by document: a cell's place → that."""
+        mine = {cell.place: self.origins.get(cell.place) for cell in self.cells}
+        found = {place: decisions_of(*origin) for place, origin in mine.items() if origin}
+        return {place: record for place, record in found.items() if record is not None}
 
 
 def collect(sources: Sequence[str], progress: Progress) -> Collected:
@@ -67,13 +75,16 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
                     experiments[f"{name} ({masked(source)})"] = text
         except TrackerError as error:
             failed[masked(source)] = masked(str(error))
-    cells = []
+    cells, origins = [], {}
     for same in _same(views):
         try:
-            cells.append(_joined(same))
+            origin = _joined(same)
+            cells.append(record_of(*origin))
+            origins[cells[-1].place] = origin
         except TrackerError as error:
             failed[str(same[0][0].folder)] = str(error)
-    return Collected(tuple(merged(cell for cell in cells if cell.n)), experiments, failed)
+    shown = tuple(merged(cell for cell in cells if cell.n))
+    return Collected(shown, experiments, failed, origins)
 
 
 def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellStore, View]]]:
@@ -86,8 +97,8 @@ def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellSt
     return groups.values()
 
 
-def _joined(same: Sequence[tuple[CellStore, View]]) -> CellRecord:
-    """Derive a record from the outcomes that several folders hold of one view."""
+def _joined(same: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
+    """Join the outcomes that several folders hold of one view."""
     (store, view), *rest = same
     if rest:
         by_folder = {one.folder.resolve(): one for one, _ in same}
@@ -99,7 +110,7 @@ def _joined(same: Sequence[tuple[CellStore, View]]) -> CellRecord:
         more = [one for one in others if not {path.name for path in one.shards()} <= held]
         store = CellStore(store.folder, store.identity, more)
         view = view.joined(*(each for _, each in rest))
-    return record_of(store, view)
+    return store, view
 
 
 def merged(cells: Iterable[CellRecord]) -> list[CellRecord]:

@@ -16,9 +16,9 @@ from tracker.config import CellRequest
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import record_of
+from tracker.measuring.derive import decisions_of, record_of
 from tracker.provenance import content_hash
-from tracker.records import INTACT_VIEW, CellRecord
+from tracker.records import INTACT_VIEW, PRIVATE, CellRecord
 from tracker.reporting.charts.cells import cell_charts
 from tracker.text import masked
 from tracker.tracking import (
@@ -30,10 +30,13 @@ from tracker.tracking import (
     open_backend,
     target,
 )
-from tracker.tracking.base import Backend, sync_command
+from tracker.tracking.base import Backend, LoggedTable, sync_command
+from tracker.tracking.figures import logged_documents
 from tracker.tracking.identity import content_digest
 
 log = logging.getLogger(__name__)
+TEXTS_PUBLIC = "texts of documents are published with it, as of all data of the hub or a package"
+TEXTS_ASKED = "texts of documents are published with it, as --publish-documents says"
 
 
 @dataclass
@@ -68,15 +71,37 @@ class Synced:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What is published of a cell besides its record.
+
+    Attributes:
+        files: What the record follows from.
+        tables: What people browse besides the record.
+        texts: Names of the files that hold what documents say.
+        note: What is said of them.
+    """
+
+    files: list[Path]
+    tables: dict[str, LoggedTable]
+    texts: tuple[str, ...]
+    note: str
+
+
 class Publisher:
     """Publishes cells to some backends, each opened when it is first needed.
 
     `track` holds the backends, each as `BACKEND` or `BACKEND:PROJECT`; those that name no project
-    get `project`. RequestError if there is no such backend.
+    get `project`. What documents say is published where it is public, and elsewhere if `texts` says
+    so. RequestError if there is no such backend.
     """
 
-    def __init__(self, track: Sequence[str], project: str, results: Path) -> None:
+    def __init__(
+        self, track: Sequence[str], project: str, results: Path, texts: bool = False
+    ) -> None:
         self.project = project
+        self._texts = texts
+        self._said: set[str] = set()
         self._targets = {text: target(text) for text in track}
         self._results = results
         self._open: dict[Target, Backend] = {}
@@ -92,7 +117,7 @@ class Publisher:
         future never raises.
         """
         # What belongs to the record, before more of the cell is measured.
-        job = partial(self._publish, store, record, _artifacts(store, record), True)
+        job = partial(self._publish, store, record, self._parts(store, record), True)
         future: Future[Publication] = Future()
         if in_sweep():
             future.set_result(job())
@@ -111,23 +136,44 @@ class Publisher:
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
         """Publish a cell, asking the backends themselves what they have."""
-        return self._publish(store, record, _artifacts(store, record), False)
+        return self._publish(store, record, self._parts(store, record), False)
+
+    def _parts(self, store: CellStore, record: CellRecord) -> _Parts:
+        """Gather what is published besides the record, all of which it follows from."""
+        view = store.views.path(record.view)
+        decided = decisions_of(store, store.views.read(view.read_bytes()).view)
+        texts, note, tables = store.texts.files(), "", {}
+        if decided is not None:
+            if texts and decided.public:
+                note = TEXTS_PUBLIC
+            elif texts and self._texts:
+                note = TEXTS_ASKED
+            elif texts:
+                texts, note, decided = [], PRIVATE, decided.without_texts()
+            tables = {"documents": logged_documents(decided)}
+        files = [store.folder / "cell.json", view, *store.shards(), *texts]
+        return _Parts(files, tables, tuple(path.name for path in texts), note)
 
     def _publish(
-        self, store: CellStore, record: CellRecord, artifacts: Sequence[Path], trust_receipts: bool
+        self, store: CellStore, record: CellRecord, parts: _Parts, trust_receipts: bool
     ) -> Publication:
         """Publish a cell; what one backend refuses does not keep the others from it."""
         outcome, errors = Publication(), []
         for text, to in self._targets.items():
             try:
-                digest = content_digest(record)
+                digest = content_digest(record, *parts.texts)
                 receipt = store.receipt(self._receipt(to, record))
                 if trust_receipts and receipt.get("record") == digest:
                     outcome.places[to.backend] = receipt["location"]
                     continue
-                published = self._backend(to).publish(record, artifacts, cell_charts(record))
+                published = self._backend(to).publish(
+                    record, parts.files, cell_charts(record), parts.tables
+                )
                 outcome.places[to.backend] = published.location
                 outcome.notes += published.notes
+                if parts.note and parts.note not in self._said:
+                    self._said.add(parts.note)
+                    outcome.notes.append(parts.note)
                 # Named after publishing: the first publish makes the database.
                 store.add_receipt(self._receipt(to, record), digest, published.location)
             except (Exception, SystemExit) as error:
@@ -194,16 +240,11 @@ class Trial:
             end_trial(note, failed, self._results)
 
 
-def _artifacts(store: CellStore, record: CellRecord) -> list[Path]:
-    """The files that a backend keeps with a cell: all that the record follows from."""
-    return [store.folder / "cell.json", store.views.path(record.view), *store.shards()]
-
-
-def sync(ledger: Ledger, to: Sequence[str]) -> Synced:
+def sync(ledger: Ledger, to: Sequence[str], texts: bool = False) -> Synced:
     """Publish every view of a cell that a backend lacks, asking the backends themselves.
 
     Each of `to` is `BACKEND` or `BACKEND:PROJECT`; without a project, cells go to the one that
-    they were measured for.
+    they were measured for. What documents say is published as by a `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()
@@ -211,7 +252,7 @@ def sync(ledger: Ledger, to: Sequence[str]) -> Synced:
     publishers: dict[str, Publisher] = {}
     for store, asked in contents.views:
         project = asked.project
-        publisher = publishers.setdefault(project, Publisher(to, project, ledger.root))
+        publisher = publishers.setdefault(project, Publisher(to, project, ledger.root, texts))
         try:
             record = record_of(store, asked.view)
         except TrackerError as error:

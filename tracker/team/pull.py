@@ -21,6 +21,7 @@ from tracker.ledger.files import cache_folder, write_text
 from tracker.ledger.keys import folder_name
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.store import Ledger
+from tracker.ledger.texts import is_texts
 from tracker.ledger.views import FORMAT, CellIdentity
 from tracker.measuring.progress import Progress
 from tracker.provenance import content_hash
@@ -122,7 +123,10 @@ def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
             name = folder_name(identity.model.name, identity.benchmark.name, identity.key)
             store = CellStore(root / "cells" / name, identity)
             asked = store.views.read(view)
-            shards = [store.adopt(path) for path in sorted(folder.glob("*.parquet"))]
+            files = sorted(folder.glob("*.parquet"))
+            shards = [store.adopt(path) for path in files if not is_texts(path)]
+            for path in filter(is_texts, files):
+                store.texts.adopt(path)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise TrackingError(f"its files are not what tracker writes: {error}") from None
         write_text(store.folder / "cell.json", identity.sealed())

@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pandas as pd
+
 from tracker.errors import RequestError, TrackerError
+from tracker.ledger.decisions import decisions
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import all_records
-from tracker.records import CellRecord
+from tracker.measuring.derive import decisions_of, every_record
+from tracker.records import PRIVATE, CellRecord
 from tracker.reporting.export import FORMATS, export, figures
+from tracker.reporting.frames import document_frame
 from tracker.reporting.html import render_report
 from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.reporting.wording import summary
@@ -31,8 +35,13 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     With its path comes what of the folder it cannot show → what to do.
     """
     contents = ledger.contents()
-    records = [record for record in all_records(contents) if record.n]
-    path = render_report(records, contents.experiments, ledger.root / "report.html")
+    records, decided = [], {}
+    for record, store, view in every_record(contents):
+        if record.n:
+            records.append(record)
+            if found := decisions_of(store, view):
+                decided[record.place] = found
+    path = render_report(records, contents.experiments, ledger.root / "report.html", decided)
     return path, contents.damaged
 
 
@@ -42,31 +51,49 @@ def write(found: Collected, form: str, path: Path) -> list[Path]:
     RequestError if there is no such form, WorkError if the disk is full or refuses.
     """
     if form == "html":
-        return [render_report(found.cells, found.experiments, path)]
+        return [render_report(found.cells, found.experiments, path, found.decisions())]
     if form not in FORMATS:
         raise RequestError(f"there is no format {form!r}; use one of: html, {', '.join(FORMATS)}")
-    return export(found.cells, form, path)
+    more = {"documents": _documents(found)} if form in ("csv", "parquet") else {}
+    return export(found.cells, form, path, more)
+
+
+def _documents(found: Collected, private: bool = True) -> pd.DataFrame:
+    """Every document that a run loses or wins, with or without the texts that are not public."""
+    origins = ((cell, found.origins.get(cell.place)) for cell in found.cells)
+    decided = ((cell, decisions(*origin)) for cell, origin in origins if origin)
+    return document_frame(((cell, each) for cell, each in decided if each), private)
 
 
 def publish(
-    found: Collected, targets: Sequence[str], results: Path
-) -> tuple[dict[str, str], dict[str, str]]:
+    found: Collected, targets: Sequence[str], results: Path, private: bool = False
+) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
     """Publish the page, with tables and charts, as a run of its own in each `BACKEND:PROJECT`.
 
-    Target → where to look; and target → why not. RequestError if a target is none.
+    `private` says whether texts of documents go with it that are not of the hub or a package.
+    Target → where to look; target → why not; and what is said of texts. RequestError if a target
+    is none.
     """
+    decided = found.decisions() if targets else {}
+    kept = [place for place, each in decided.items() if not (each.public or private)]
+    decided |= {place: decided[place].without_texts() for place in kept}
+    notes = tuple(
+        f"{cell.title}: {PRIVATE}" for cell in found.cells if targets and cell.place in kept
+    )
     locations: dict[str, str] = {}
     failed: dict[str, str] = {}
     opened = [(text, _target(text)) for text in targets]
     for text, to in opened:
         with TemporaryDirectory() as folder, _failures(failed, text), _open(to, results) as backend:
-            page = render_report(found.cells, found.experiments, Path(folder) / "report.html")
-            files = [page, *export(found.cells, "parquet", Path(folder))]
+            path = Path(folder) / "report.html"
+            page = render_report(found.cells, found.experiments, path, decided)
+            more = {"documents": _documents(found, private)}
+            files = [page, *export(found.cells, "parquet", Path(folder), more)]
             charts = dict(list(figures(found.cells).items())[:_CHARTS])
             says = "\n\n".join((summary(found.cells), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
             tables = board_tables(found.cells)
             locations[masked(text)] = backend.add_report(says, files, tables, charts)
-    return locations, failed
+    return locations, failed, notes
 
 
 def join_boards(

@@ -24,7 +24,7 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
 from tracker.provenance import united
-from tracker.records import ModelIdentity
+from tracker.records import ModelIdentity, View
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
@@ -77,19 +77,18 @@ class _Part:
         """The tasks of its benchmark."""
         return {task.name for task in self.store.identity.benchmark.tasks}
 
-    def outcomes(self) -> dict[str, list[dict[str, Any]]]:
-        """Read what was measured: ablation → one outcome a document."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for row in self.store.read_documents(self.extent).to_dict("records"):
-            found.setdefault(row["ablation"], []).append({str(k): v for k, v in row.items()})
-        return found
+    def outcomes(self) -> dict[Ablation, pd.DataFrame]:
+        """Read what was measured of what was asked: ablation → one row a document."""
+        frame = self.store.read_documents(self.extent)
+        found = dict(iter(frame.groupby("ablation"))) if len(frame) else {}
+        return {each: found[each.name] for each in self.ablations if each.name in found}
 
-    def lacks(self, outcomes: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    def lacks(self, outcomes: Mapping[Ablation, pd.DataFrame]) -> Iterator[str]:
         """Say under which ablations documents are missing, a line for each number of them."""
         wanted = sum(self.store.counts(self.extent).values())
         short: dict[int, list[str]] = {}
         for ablation in self.ablations:
-            if (measured := len(outcomes.get(ablation.name, ()))) < wanted:
+            if (measured := len(outcomes.get(ablation, ()))) < wanted:
                 short.setdefault(measured, []).append(ablation.name)
         for measured, names in short.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
@@ -106,7 +105,7 @@ def write_result_files(
     trust_remote_code: bool,
     progress: Progress,
 ) -> Written:
-    """Write lm-eval's result files of a results folder; a cell that fails leaves the others alone.
+    """Write lm-eval's result files of a results folder; what fails leaves the others alone.
 
     Args:
         ledger: The results folder.
@@ -126,16 +125,23 @@ def write_result_files(
     if output.exists() and not output.is_dir():
         raise RequestError(f"--output: {output} is a file; name a folder")
     done = Written()
-    stores = _chosen(ledger.cells(done.failed), models, benchmarks)
     parts: list[_Part] = []
-    for store in stores:
-        found = list(_parts(store, layers, done.failed))
+    begun: set[int] = set()
+    for store in _chosen(ledger.cells(done.failed), models, benchmarks):
+        views = [asked.view for asked in store.views.asked(done.failed)]
+        begun.update(run.layer for view in views for run in view.runs)
+        found = list(_parts(store, views, layers))
         if found and is_corpus(store.identity.benchmark.name):
             done.notes.append(f"{found[0].title}: a corpus is no task of lm-eval's; it is left out")
         else:
             parts += found
-    if layers and not any(len(part.ablations) > 1 for part in parts):
-        raise RequestError(f"no removal begins at layer {' or '.join(map(str, sorted(layers)))}")
+    if not parts and not done.notes:
+        raise RequestError("nothing of it is measured yet; tracker run EXPERIMENT.yaml")
+    if absent := set(layers) - begun:
+        raise RequestError(
+            f"--layer: no removal begins at layer {min(absent)}; there is: "
+            f"{', '.join(map(str, sorted(begun)))}"
+        )
     calls = _calls(parts)
     output.mkdir(parents=True, exist_ok=True)
     progress.start("writing", sum(len(_ablations(call)) for call in calls), "models")
@@ -153,9 +159,9 @@ def _chosen(
     """Find the cells of some models and benchmarks; RequestError for a name that is none's."""
     if not stores:
         raise RequestError("there is no measured cell yet; tracker run EXPERIMENT.yaml")
-    names = {name: s for s in stores for name in (s.identity.model.name, s.identity.model.source)}
+    typed = {name for store in stores for name in _names(store)}
     known = {store.identity.benchmark.name for store in stores}
-    for what, asked, there in (("model", models, set(names)), ("benchmark", benchmarks, known)):
+    for what, asked, there in (("model", models, typed), ("benchmark", benchmarks, known)):
         for name in asked:
             if name not in there:
                 raise RequestError(
@@ -165,7 +171,7 @@ def _chosen(
     chosen = [
         store
         for store in stores
-        if (not models or {store.identity.model.name, store.identity.model.source} & set(models))
+        if (not models or _names(store) & set(models))
         and (not benchmarks or store.identity.benchmark.name in benchmarks)
     ]
     if not chosen:
@@ -173,9 +179,13 @@ def _chosen(
     return chosen
 
 
-def _parts(store: CellStore, layers: Collection[int], damaged: dict[str, str]) -> Iterator[_Part]:
+def _names(store: CellStore) -> set[str]:
+    """What a cell's model may be called: its short name, and what was typed."""
+    return {store.identity.model.name, store.identity.model.source}
+
+
+def _parts(store: CellStore, views: Sequence[View], layers: Collection[int]) -> Iterator[_Part]:
     """Gather the views of a cell that show the same documents."""
-    views = [asked.view for asked in store.views.asked(damaged)]
     for extent in dict.fromkeys(view.extent for view in views):
         ablations = [INTACT]
         for view in views:
@@ -230,7 +240,8 @@ def _write_call(
         done.notes.extend(note for part in parts for note in part.lacks(outcomes[part]))
         started = _started([*parts])
         for ablation in ablations:
-            rows = [row for each in outcomes.values() for row in each.get(ablation.name, ())]
+            frames = [each[ablation] for each in outcomes.values() if ablation in each]
+            rows = [row for frame in frames for row in frame.to_dict("records")]
             if rows:
                 model = _evaluated([*parts], ablation, rows, started)
                 done.files.extend(questions.write(model, _known(rows), output))
@@ -291,19 +302,19 @@ def _source(model: ModelIdentity) -> ModelSource:
     return find_model(model.source, model.revision, json.dumps(inside) if inside else None)
 
 
-def _known(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Known]:
+def _known(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], Known]:
     """Turn outcomes of one model into what lm-eval asks for: document → answers."""
     from tracker.benchmarks.results import Known
 
+    metrics = {name for row in rows for name in row if name.startswith(METRIC)}
     return {
         (row["task"], int(row["doc"])): Known(
             row["loglikelihoods"],
             row["greedy"],
             row.get("text"),
             {
-                name.removeprefix(METRIC): None if pd.isna(value) else value
-                for name, value in row.items()
-                if name.startswith(METRIC)
+                name.removeprefix(METRIC): None if pd.isna(row[name]) else row[name]
+                for name in metrics & row.keys()
             },
         )
         for row in rows
@@ -324,7 +335,7 @@ def _started(parts: Sequence[_Part]) -> float | None:
 def _evaluated(
     parts: Sequence[_Part],
     ablation: Ablation,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[Any, Any]],
     started: float | None,
 ) -> Evaluated:
     """Say in lm-eval's words which model it was; what is not known is None."""

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from tracker.records import CellRecord, RunIdentity, RunRecord
+from tracker.records import CellRecord, DecisionsRecord, RunIdentity, RunRecord
 from tracker.tracking.base import LoggedTable, Scalar
 
 CURVES = (
@@ -66,6 +66,21 @@ def flat_metrics(layer: RunRecord) -> dict[str, float]:
     `gold_logprob_drop`.
     """
     return {"n": float(layer.n), **only_defined(_layer_values(layer))}
+
+
+def intact_metrics(cell: CellRecord) -> dict[str, float]:
+    """Flatten the figures of the intact model, under the names that a run's have.
+
+    It costs itself nothing, by definition; what is not defined for it is not there.
+    """
+    base, chance = cell.baseline_accuracy, cell.chance_accuracy
+    values = {
+        "accuracy": base,
+        "accuracy_drop": None if base is None else 0.0,
+        "accuracy_relevance": None if base is None or chance is None or base <= chance else 0.0,
+        **{f"metric/{name}": value for name, value in cell.baseline_metrics.items()},
+    }
+    return {"n": float(cell.n), **only_defined(values)}
 
 
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
@@ -132,6 +147,29 @@ def logged_correlations(cell: CellRecord) -> LoggedTable:
         rows.append((c.proxy, c.coefficient, c.subset, *figures, c.n, c.documents, c.reason))
     columns = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
     return LoggedTable((*columns, "n", "documents", "reason"), tuple(rows))
+
+
+def logged_documents(decided: DecisionsRecord) -> LoggedTable:
+    """Lay out the documents that runs lose and win, those whose margin changes most: one a row.
+
+    `choice` and `gold` are options, 0-based; `margin` is in nats, as `DecisionsRecord` says.
+    """
+    asked = ("task", "document", "question", "choices", "gold", "answer", "layer", "component")
+    scores = ("margin_intact", "margin")
+    columns = (*asked, "span", "change", "choice_intact", "choice", "text_intact", "text", *scores)
+    rows: list[tuple[Scalar, ...]] = []
+    for run in decided.runs:
+        for number, one in enumerate(run.named):
+            doc = decided.documents[one.document]
+            change = "lost" if number < run.named_lost else "won"
+            rows.append(
+                (
+                    *(doc.task, doc.doc, doc.question, "\n".join(doc.choices) or None),
+                    *(doc.gold, doc.answer, run.run.layer, run.run.component, run.run.span),
+                    *(change, doc.choice, one.choice, doc.text, one.text, doc.margin, one.margin),
+                )
+            )
+    return LoggedTable(columns, tuple(rows), (*asked, "span"), scores)
 
 
 def _layer_values(layer: RunRecord) -> dict[str, float | None]:

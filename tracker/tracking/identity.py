@@ -44,6 +44,20 @@ def run_name(cell: CellRecord, layer: RunRecord) -> str:
     return " · ".join(filter(None, parts))
 
 
+def intact_name(cell: CellRecord) -> str:
+    """Name the run of the intact model beside those of its cell: `intact · arc_easy · …`."""
+    parts = ("intact", cell.benchmark.name, cell.other_metric, cell.model.name)
+    return " · ".join(filter(None, parts))
+
+
+def intact_part(cell: CellRecord) -> CellRecord:
+    """Leave of a cell what its intact model alone decides: more runs do not change it."""
+    without: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
+    without |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
+    beneath = ("compared_difference", "removed_accuracy", "removed_low", "removed_high")
+    return cell.model_copy(update=without | dict.fromkeys(beneath))
+
+
 def content_digest(record: Record, *also: str) -> str:
     """Digest what would be published, to tell an unchanged run from a changed one.
 

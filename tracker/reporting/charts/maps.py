@@ -172,7 +172,9 @@ def short(value: float) -> str:
 
 def centred_map(
     name: str,
-    content: tuple[list[int], list[str], list[list[float | None]], list[list[str]]],
+    content: tuple[
+        Sequence[int | str], list[str], Sequence[Sequence[float | None]], list[list[str]]
+    ],
     marks: Mapping[str, Sequence[tuple[int, str, str]]],
     largest: float,
     ticks: tuple[str, str, str],
@@ -181,7 +183,7 @@ def centred_map(
 
     Args:
         name: What is mapped; the trace's name.
-        content: Layers, row labels (plotly's markup), values and hover boxes.
+        content: Columns, row labels (plotly's markup), values and hover boxes.
         marks: Trace name → layer, row label and hover box of each mark: crosses where the name is
             `undefined`, dots otherwise.
         largest: The value of the strongest colour.

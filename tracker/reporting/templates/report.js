@@ -127,6 +127,69 @@
     box.prepend(tools);
   };
 
+  // Documents that runs lose and win: unpacked when their section is opened.
+
+  const letter = (option) => (option < 26 ? String.fromCharCode(65 + option) : String(option + 1));
+  const signed = (value) => (value === null ? "–" : value.toFixed(Math.abs(value) < 0.1 ? 4 : 2).replace("-", "−"));
+  const decision = (choice, margin, said) => {
+    const parts = choice === null ? [] : [make("strong", {}, letter(choice))];
+    if (said !== null) parts.push(make("q", {}, said));
+    return make("td", { className: "text" }, ...parts, make("small", {}, signed(margin)));
+  };
+  const asked = ([task, doc, question, choices, answer, gold], why) => {
+    const cell = make("td", { className: "text asks" });
+    if (question === null) cell.append(make("abbr", { title: why }, `document ${doc} of ${task}`));
+    else cell.append(make("div", {}, question));
+    if (choices.length) {
+      cell.append(make("ol", {}, ...choices.map((choice, place) => (
+        make("li", place === gold ? { className: "gold", title: "the right one" } : {}, choice)))));
+    } else if (answer !== null) cell.append(make("div", { className: "gold" }, answer));
+    if (question === null && gold !== null) cell.append(make("div", { className: "gold" }, letter(gold)));
+    return cell;
+  };
+  const browse = async (section) => {
+    const { runs, documents, margin, why } = JSON.parse(await unpack(section.dataset.documents));
+    const option = (words) => (value, place) => make("option", { value: place }, words(value));
+    const layers = make("select", {}, ...runs.map(option(([label, lost, won]) => `${label}: ${lost} lost, ${won} won`)));
+    const kinds = make("select", {}, ...["lost", "won"].map(option((word) => word)));
+    const names = [...new Set(documents.map(([task]) => task))].sort();
+    const tasks = make("select", {}, ...["all", ...names].map(option((name) => name)));
+    const words = make("input", { type: "search", placeholder: "words" });
+    const status = make("span", { role: "status" });
+    const body = make("tbody", {});
+    const show = () => {
+      const [label, lost, won, named] = runs[layers.value];
+      const kind = Number(kinds.value);
+      const mine = named.filter(([, side]) => side === kind);
+      const typed = words.value.trim().toLowerCase().split(/\s+/);
+      const rows = mine.map(([place, , choice, after, said]) => {
+        const entry = documents[place];
+        const [task, doc, , , , , before, was, wrote] = entry;
+        return [task, make("tr", {}, make("th", { scope: "row" }, names.length > 1 ? `${task} ${doc}` : doc),
+          asked(entry, why), decision(before, was, wrote), decision(choice, after, said))];
+      }).filter(([task, row]) => (tasks.value === "0" || task === names[tasks.value - 1])
+        && typed.every((word) => row.textContent.toLowerCase().includes(word)));
+      body.replaceChildren(...rows.map(([, row]) => row));
+      const total = kind ? won : lost;
+      status.textContent = `${rows.length} of ${total} documents that ${label} ${kind ? "wins" : "loses"}`
+        + (mine.length < total ? `; named are the ${mine.length} whose margin changes most` : "");
+    };
+    for (const control of [layers, kinds, tasks, words]) control.oninput = show;
+    const tools = make("div", { className: "tools" }, make("label", {}, "Without ", layers),
+      make("label", {}, "documents ", kinds),
+      ...(names.length > 1 ? [make("label", {}, "of ", tasks)] : []), make("label", {}, "with ", words), status);
+    const heads = ["document", "question, options, the right one marked", "intact model", "without it"];
+    const table = make("table", {}, make("thead", {}, make("tr", {},
+      ...heads.map((head, place) => make("th", { scope: "col", className: place ? "text" : "" }, head)))), body);
+    const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "documents" }, table);
+    const below = `Below each choice: the ${margin}.${why ? ` Texts are missing: ${why}.` : ""}`;
+    section.append(tools, make("p", { className: "meta" }, below), scroll);
+    show();
+  };
+  all("[data-documents]").forEach((section) => {
+    section.addEventListener("toggle", () => browse(section), { once: true });
+  });
+
   // Whatever is far away, or in a closed section, waits until it comes near.
 
   const near = new IntersectionObserver((entries) => {
@@ -137,7 +200,8 @@
     }
   }, { rootMargin: "800px" });
   all(".table").forEach((box) => near.observe(box));
-  unpack("charts").then((packed) => {
+  Promise.all([unpack("plotly"), unpack("charts")]).then(([plotly, packed]) => {
+    document.head.append(make("script", { textContent: plotly }));
     ({ template, figures } = JSON.parse(packed));
     all(".chart").forEach((box) => near.observe(box));
     document.documentElement.dataset.charts = "ready";

@@ -1,4 +1,4 @@
-"""Publishes cells to MLflow: one run per cell, and one nested run per run of it.
+"""Publishes cells to MLflow: one run per cell, and nested in it the intact model and each run.
 
 Without `MLFLOW_TRACKING_URI` everything lands in the results folder (`mlflow.db` and
 `mlartifacts/`) and no server is needed.
@@ -46,6 +46,7 @@ from tracker.tracking.mlflow.runs import (
     KEY_TAG,
     KIND_TAG,
     cell_run,
+    intact_run,
     layer_run,
     tables_tag,
 )
@@ -101,18 +102,19 @@ class MlflowBackend(Backend):
         cell: CellRecord,
         artifacts: Sequence[Path],
         charts: Mapping[str, Figure],
+        tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
         again = self._again + sync_command(self._results, f"{self.name}:{self._project}")
         advice = f"The results are on disk; when it is back: {again}"
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
-            parent = cell_run(cell, artifacts, charts)
+            parent = cell_run(cell, artifacts, charts, tables)
             outcomes = [write(client, experiment, parent, existing)]
             parent_id = existing[parent.key].info.run_id
-            # MLflow lists the newest run first, so layer 0 is written last.
-            for layer in reversed(cell.runs):
-                run = layer_run(cell, layer, parent_id)
+            # MLflow lists the newest run first: the intact model, then layer 0, then layer 1, ...
+            runs = [layer_run(cell, layer, parent_id) for layer in reversed(cell.runs)]
+            for run in (*runs, intact_run(cell, parent_id)):
                 outcomes.append(write(client, experiment, run, existing))
             location = self._location(experiment)
         return Published(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.records import WHOLE_LAYER, CellRecord, RunRecord, TaskIdentity
+from tracker.records import BASELINE, WHOLE_LAYER, CellRecord, RunRecord, TaskIdentity
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
@@ -16,18 +16,26 @@ from tracker.tracking.figures import (
     cell_figures,
     curve_name,
     flat_metrics,
+    intact_metrics,
     logged_correlations,
     logged_layers,
     metric_name,
     not_finite,
     only_defined,
 )
-from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
+from tracker.tracking.identity import (
+    content_digest,
+    files_digest,
+    intact_name,
+    intact_part,
+    run_key,
+    run_name,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "3"
+FORMAT = "4"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 KEY_TAG = "tracker.run_key"
@@ -61,7 +69,10 @@ class MlflowRun:
 
 
 def cell_run(
-    cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]
+    cell: CellRecord,
+    artifacts: Sequence[Path],
+    charts: Mapping[str, Figure],
+    more: Mapping[str, LoggedTable] = {},
 ) -> MlflowRun:
     """Describe the run of a cell, with the layers' figures as curves over the layers."""
     model, benchmark = cell.model, cell.benchmark
@@ -86,6 +97,7 @@ def cell_run(
     tables = {
         "layers": logged_layers(cell),
         "correlations": logged_correlations(cell),
+        **more,
     }
     measured, values = "accuracy loses", "Values are fractions"
     if not cell.higher_is_better:
@@ -144,6 +156,20 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
     )
 
 
+def intact_run(cell: CellRecord, parent_id: str) -> MlflowRun:
+    """Describe the run of the intact model, nested beside those that remove something of it."""
+    name = intact_name(cell)
+    return MlflowRun(
+        key=run_key(cell, BASELINE),
+        name=name,
+        digest=content_digest(intact_part(cell), FORMAT, name, parent_id),
+        params=_texts({**_identity(cell), "ablation": BASELINE, "removed": "none"}),
+        tags=_tags(cell, BASELINE, {"mlflow.parentRunId": parent_id}, {}),
+        points={(metric_name(name), 0): value for name, value in intact_metrics(cell).items()},
+        step=0,
+    )
+
+
 def tables_tag(names: Iterable[str]) -> str:
     """Write the tag by which MLflow's page finds tables of these names."""
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
@@ -197,7 +223,7 @@ def _tags(
 ) -> dict[str, str]:
     tags = {
         KEY_TAG: run_key(cell, ablation),
-        KIND_TAG: "cell" if ablation == "cell" else "layer",
+        KIND_TAG: ablation if ablation in ("cell", BASELINE) else "layer",
         "tracker.cell": cell.key,
         "tracker.model": cell.model.name,
         "tracker.model_source": cell.model.source,

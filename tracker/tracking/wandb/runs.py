@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.records import CellRecord, RunRecord
+from tracker.records import BASELINE, CellRecord, RunRecord
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
@@ -17,18 +17,26 @@ from tracker.tracking.figures import (
     cell_figures,
     curve_name,
     flat_metrics,
+    intact_metrics,
     logged_correlations,
     logged_layers,
     metric_name,
     not_finite,
     only_defined,
 )
-from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
+from tracker.tracking.identity import (
+    content_digest,
+    files_digest,
+    intact_name,
+    intact_part,
+    run_key,
+    run_name,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "2"
+FORMAT = "3"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 # What W&B takes; counted in bytes, of which there are never fewer than characters.
@@ -98,7 +106,26 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
     )
 
 
-def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, Figure]) -> WandbRun:
+def intact_run(cell: CellRecord) -> WandbRun:
+    """Describe the run of the intact model: what W&B compares the others of its group with."""
+    return _run(
+        cell,
+        BASELINE,
+        name=intact_name(cell),
+        job_type=BASELINE,
+        digest=content_digest(intact_part(cell), FORMAT, group_of(cell)),
+        own={"removed": []},
+        reasons={},
+        summary={metric_name(name): value for name, value in intact_metrics(cell).items()},
+    )
+
+
+def cell_run(
+    cell: CellRecord,
+    artifacts: Sequence[Path],
+    charts: Mapping[str, Figure],
+    more: Mapping[str, LoggedTable] = {},
+) -> WandbRun:
     """Describe the run of a cell, with the figures of its runs as curves over the layers."""
     figures = cell_figures(cell)
     rows = []
@@ -120,6 +147,7 @@ def cell_run(cell: CellRecord, artifacts: Sequence[Path], charts: Mapping[str, F
         tables={
             "tables/layers": logged_layers(cell),
             "tables/correlations": logged_correlations(cell),
+            **{f"tables/{name}": table for name, table in more.items()},
         },
         charts=charts,
         outcomes=OutcomesArtifact(

@@ -5,7 +5,9 @@ W&B never takes a point of a curve back: where a figure has changed, its curve g
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import wandb
 
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.wandb.runs import WandbRun
+
+log = logging.getLogger(__name__)
 
 
 def write(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> None:
@@ -30,7 +34,8 @@ def write(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> Non
         for row in run.curves:
             if row not in known:
                 handle.log(row)
-        tables = {name: wandb_table(table) for name, table in run.tables.items()}
+        plain = {n: t for n, t in run.tables.items() if not (t.asked and log_aligned(handle, n, t))}
+        tables = {name: wandb_table(table) for name, table in plain.items()}
         handle.log({**tables, **{f"charts/{name}": c for name, c in run.charts.items()}})
     else:
         handle.log(run.summary)
@@ -46,6 +51,11 @@ def write(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> Non
     handle.config.update({"tracker": mine}, allow_val_change=True)
 
 
+def add_config(handle: Any, run: WandbRun) -> None:
+    """Add to the configuration of a sweep's trial; the sweep's own values stand: W&B locks them."""
+    handle.config.update({n: value for n, value in run.config.items() if n not in handle.config})
+
+
 def attach(handle: Any, artifact: Any, files: Iterable[Path], aliases: Iterable[str] = ()) -> None:
     """Log an artifact of these files as the latest of its name, and wait until W&B has it."""
     for file in files:
@@ -53,6 +63,39 @@ def attach(handle: Any, artifact: Any, files: Iterable[Path], aliases: Iterable[
     logged = handle.log_artifact(artifact, aliases=["latest", *aliases])
     if not handle.offline:
         logged.wait()
+
+
+def log_aligned(handle: Any, name: str, table: LoggedTable) -> bool:
+    """Log a table as one whose rows W&B sets beside those of other runs, where it can.
+
+    A preview since wandb 0.31, which writes through the package weave and only online.
+
+    Args:
+        handle: An open W&B run.
+        name: The table's name.
+        table: A table that names what was asked.
+
+    Returns:
+        Whether it is logged; a plain table is to be logged otherwise.
+    """
+    kind = getattr(wandb, "EvalTable", None)
+    if kind is None or handle.offline or find_spec("weave") is None:
+        return False
+    answers = [c for c in table.columns if c not in (*table.asked, *table.scores)]
+    try:
+        aligned = kind(
+            columns=list(table.columns),
+            data=[list(row) for row in table.rows],
+            input_columns=list(table.asked),
+            output_columns=answers,
+            score_columns=list(table.scores),
+            allow_mixed_types=True,
+        )
+        handle.log({name: aligned})
+    except Exception as error:  # noqa: BLE001  a preview; the plain table says the same
+        log.debug("no aligned table: %s", error)
+        return False
+    return True
 
 
 def wandb_table(table: LoggedTable) -> Any:

@@ -1,0 +1,245 @@
+"""What runs decide, against a second computation from the same hand-made outcomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tracker.config import CellRequest
+from tracker.documents import Document, DocumentText, Response
+from tracker.extent import ALL
+from tracker.ledger.cells import BLOCK, CellStore
+from tracker.ledger.decisions import Decisions, decisions, decisions_record
+from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
+from tracker.ledger.store import Ledger
+from tracker.ledger.texts import text_row
+from tracker.records import DecisionsRecord, View
+
+LAYERS = 4
+SIZES = {"geography": 40, "history": 9}
+NAMES = ["baseline", *(f"layer:{layer}" for layer in range(LAYERS))]
+DRAW = np.random.default_rng(11)
+
+
+class Study:
+    """Outcomes of two tasks under every layer, drawn once: what each document was answered."""
+
+    def __init__(self, open_answers: bool = False) -> None:
+        self.answers: dict[tuple[str, int, str], list[float]] = {}
+        self.texts: dict[tuple[str, int], DocumentText] = {}
+        self.gold: dict[tuple[str, int], int] = {}
+        for task, size in SIZES.items():
+            for doc in range(size):
+                count = 1 if open_answers else int(DRAW.integers(2, 6))
+                self.gold[task, doc] = int(DRAW.integers(count))
+                words = tuple("x" * int(DRAW.integers(1, 9)) for _ in range(count))
+                choices = () if open_answers else words
+                answer = words[0] if open_answers else None
+                self.texts[task, doc] = DocumentText(f"{task} {doc}?", choices, answer)
+                for name in NAMES:
+                    # As a shard holds them: 32 bits.
+                    drawn = DRAW.normal(-5, 2, count).astype(np.float32)
+                    self.answers[task, doc, name] = [float(one) for one in drawn]
+        self.open = open_answers
+
+    def score(self, place: tuple[str, int], name: str, metric: str) -> float:
+        scores = self.scores(place, name, metric)
+        if self.open:
+            return float(scores[0] > -5)
+        return float(int(np.argmax(scores)) == self.gold[place])
+
+    def scores(self, place: tuple[str, int], name: str, metric: str) -> list[float]:
+        found = self.answers[(*place, name)]
+        if metric != "acc_norm" or self.open:
+            return found
+        return [x / len(c) for x, c in zip(found, self.texts[place].choices, strict=True)]
+
+    def write(self, store: CellStore, texts: bool = True, public: bool = True) -> None:
+        for block in store.blocks(ALL):
+            docs = store.wanted(ALL)[block.task][block.number * BLOCK :][:BLOCK]
+            rows, said = [], []
+            for doc in docs:
+                place = (block.task, doc)
+                count = len(self.answers[(*place, "baseline")])
+                choices = 0 if self.open else count
+                document = Document(block.task, doc, (), self.gold[place], choices)
+                said.append(text_row(document, self.texts[place], public))
+                for name in NAMES:
+                    responses = [Response(x, False, 0) for x in self.answers[(*place, name)]]
+                    metrics = {m: self.score(place, name, m) for m in ("acc", "acc_norm")}
+                    proxies = (5, [[1.0] * LAYERS] * len(PROXY_SUMS))
+                    kept = proxies if name == "baseline" else None
+                    rows.append(outcome_row(document, name, responses, metrics, kept))
+            store.write(block, rows, {"device": "cpu"})
+            if texts:
+                store.texts.add(block.name, said)
+
+
+@pytest.fixture
+def two_tasks(ledger: Ledger, model_identity, benchmark_identity) -> CellStore:
+    identity = benchmark_identity(SIZES, {"acc": "mean", "acc_norm": "mean"}, name="subjects")
+    return ledger.cell(model_identity(), identity, {})
+
+
+def view(store: CellStore, metric: str = "acc", **changes: Any) -> View:
+    settings = {"model": "m", "benchmark": "b", "layers": tuple(range(LAYERS)), "metric": metric}
+    return store.views.of(CellRequest(**{**settings, **changes}))
+
+
+def changed(study: Study, metric: str, name: str) -> Mapping[str, set[tuple[str, int]]]:
+    """The documents that are lost and won, by a plain loop."""
+    found: dict[str, set[tuple[str, int]]] = {"lost": set(), "won": set()}
+    for place in study.texts:
+        before = study.score(place, "baseline", metric)
+        after = study.score(place, name, metric)
+        if before != after:
+            found["lost" if after < before else "won"].add(place)
+    return found
+
+
+class TestDecisions:
+    @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+    def test_each_figure_is_that_of_a_plain_loop(self, two_tasks, metric: str) -> None:
+        study = Study()
+        study.write(two_tasks)
+        found = decisions(two_tasks, view(two_tasks, metric))
+        assert [text.text for text in found.texts] == [study.texts[p] for p in found.documents]
+        assert set(found.documents) == set(study.texts)
+        assert (found.binary, found.public, found.reasons) == (True, True, {})
+        every = [("baseline", found.baseline), *((f"layer:{r.layer}", d) for r, d in found.runs)]
+        assert [name for name, _ in every] == NAMES
+        for name, decided in every:
+            for number, place in enumerate(found.documents):
+                scores = study.scores(place, name, metric)
+                gold = study.gold[place]
+                best = max(score for option, score in enumerate(scores) if option != gold)
+                assert decided.margin[number] == pytest.approx(scores[gold] - best)
+                assert decided.choice[number] == int(np.argmax(scores))
+                assert decided.score[number] == study.score(place, name, metric)
+            if name != "baseline":
+                wanted = changed(study, metric, name)
+                lost, won = found.lost(decided), found.won(decided)
+                assert {found.documents[n] for n in np.nonzero(lost)[0]} == wanted["lost"]
+                assert {found.documents[n] for n in np.nonzero(won)[0]} == wanted["won"]
+
+    def test_without_texts_only_what_needs_lengths_is_lost(self, two_tasks) -> None:
+        study = Study()
+        study.write(two_tasks, texts=False)
+        plain = decisions(two_tasks, view(two_tasks, "acc"))
+        assert plain.reasons == {"texts": "measured by a tracker that kept no texts of documents"}
+        assert not np.isnan(plain.baseline.margin).any()
+        divided = decisions(two_tasks, view(two_tasks, "acc_norm"))
+        assert np.isnan(divided.baseline.margin).all()
+        assert divided.reasons["margin"] == (
+            "acc_norm divides by the lengths of options, which are not known of 49 documents"
+        )
+
+    def test_open_answers_have_no_options(self, two_tasks) -> None:
+        study = Study(open_answers=True)
+        study.write(two_tasks)
+        found = decisions(two_tasks, view(two_tasks))
+        assert found.options == 0
+        assert np.isnan(found.gold).all()
+        assert "stands for it" in found.reasons["margin"]
+        for number, place in enumerate(found.documents):
+            assert found.baseline.margin[number] == study.answers[(*place, "baseline")][0]
+
+    def test_a_loss_is_lost_where_it_grows(
+        self, ledger, model_identity, benchmark_identity
+    ) -> None:
+        way = {"higher_is_better": {"acc": False}}
+        identity = benchmark_identity(SIZES, {"acc": "mean", "acc_norm": "mean"}, way)
+        store = ledger.cell(model_identity(), identity, {})
+        study = Study()
+        study.write(store)
+        found = decisions(store, view(store))
+        (_, first), *_ = found.runs
+        wanted = changed(study, "acc", "layer:0")
+        assert {found.documents[n] for n in np.nonzero(found.lost(first))[0]} == wanted["won"]
+        assert not found.binary
+        assert decisions_record(found).both == ()
+
+    def test_nothing_measured_is_nothing(self, two_tasks) -> None:
+        assert decisions(two_tasks, view(two_tasks)) is None
+
+
+class TestRecord:
+    @pytest.fixture
+    def found(self, two_tasks) -> Decisions:
+        self.study = Study()
+        self.study.write(two_tasks)
+        return decisions(two_tasks, view(two_tasks))
+
+    def test_it_counts_all_and_names_those_whose_margin_changes_most(self, found) -> None:
+        record = decisions_record(found, shown=3)
+        assert record.n == 49
+        right = [p for p in self.study.texts if self.study.score(p, "baseline", "acc")]
+        assert record.right == len(right)
+        for run, (_, decided) in zip(record.runs, found.runs, strict=True):
+            wanted = changed(self.study, "acc", f"layer:{run.run.layer}")
+            assert (run.lost, run.won) == (len(wanted["lost"]), len(wanted["won"]))
+            place = {p: n for n, p in enumerate(found.documents)}
+            change = decided.margin - found.baseline.margin
+            lost, won = run.named[: run.named_lost], run.named[run.named_lost :]
+            for named, kind, sign in ((lost, "lost", 1), (won, "won", -1)):
+                shown = [record.documents[one.document] for one in named]
+                truth = sorted(wanted[kind], key=lambda p: sign * change[place[p]])[:3]
+                assert [(one.task, one.doc) for one in shown] == truth
+                for one, doc in zip(named, shown, strict=True):
+                    number = place[doc.task, doc.doc]
+                    assert doc.question == self.study.texts[doc.task, doc.doc].question
+                    assert doc.choices == self.study.texts[doc.task, doc.doc].choices
+                    assert doc.gold == self.study.gold[doc.task, doc.doc]
+                    assert one.choice == decided.choice[number]
+                    assert one.margin == pytest.approx(decided.margin[number], rel=1e-3)
+                    assert doc.margin == pytest.approx(found.baseline.margin[number], rel=1e-3)
+
+    def test_options_and_margins_are_of_all_documents(self, found) -> None:
+        record = decisions_record(found, shown=1)
+        taken = [int(one) for one in found.baseline.choice]
+        assert record.options == pytest.approx([taken.count(option) / 49 for option in range(5)])
+        gold = list(self.study.gold.values())
+        assert record.gold == pytest.approx([gold.count(option) / 49 for option in range(5)])
+        assert record.margins == pytest.approx(
+            np.quantile(found.baseline.margin, (0.25, 0.5, 0.75))
+        )
+
+    def test_both_counts_what_two_layers_lose(self, found) -> None:
+        record = decisions_record(found)
+        lost = [changed(self.study, "acc", f"layer:{layer}")["lost"] for layer in range(LAYERS)]
+        assert record.compared == tuple(range(LAYERS))
+        assert record.both == tuple(tuple(len(a & b) for b in lost) for a in lost)
+
+    def test_it_survives_its_json(self, found) -> None:
+        record = decisions_record(found)
+        assert DecisionsRecord.model_validate_json(record.model_dump_json()) == record
+
+    def test_without_texts_nobodys_words_are_left(self, found) -> None:
+        quiet = decisions_record(found).without_texts()
+        text = quiet.model_dump_json()
+        assert "geography 1" not in text
+        assert "xx" not in text
+        assert "--publish-documents" in quiet.reasons["texts"]
+        assert [run.lost for run in quiet.runs] == [
+            run.lost for run in decisions_record(found).runs
+        ]
+
+    def test_long_texts_lose_their_middle(self, two_tasks) -> None:
+        study = Study()
+        place = ("geography", 0)
+        study.texts[place] = DocumentText("first " + "x" * 5000 + " last", ("y" * 999, "z"), None)
+        study.gold[place] = 0
+        for name in NAMES:
+            study.answers[(*place, name)] = [0.0, -9.0] if name == "baseline" else [-99.0, 0.0]
+        study.write(two_tasks)
+        record = decisions_record(decisions(two_tasks, view(two_tasks)))
+        (doc,) = (one for one in record.documents if (one.task, one.doc) == place)
+        assert doc.question.startswith("first ")
+        assert doc.question.endswith(" last")
+        assert len(doc.question) < 310
+        assert len(doc.choices[0]) < 210
+        assert math.isclose(doc.margin, 9)

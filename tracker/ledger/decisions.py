@@ -1,0 +1,269 @@
+"""What the intact model and every run decide on each document of a view, and which it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from tracker.ablations import INTACT, Ablation
+from tracker.documents import DocumentText
+from tracker.ledger.cells import CellStore
+from tracker.ledger.texts import KeptText
+from tracker.ledger.viewed import Array, Viewed, gold_logprobs
+from tracker.metrics.decisions import choices, margins, shares
+from tracker.records import (
+    WHOLE_LAYER,
+    DecidedDocument,
+    DecisionsRecord,
+    RunDecisions,
+    RunIdentity,
+    ShownDocument,
+    View,
+)
+
+SHOWN = 30
+"""Documents that a run loses, and as many that it wins, of which a record holds the texts."""
+_CUT = 300
+"""Characters of a question that a record holds."""
+_CHOICE_CUT = 200
+"""Characters of an option, or of an answer."""
+_NO_TEXTS = "measured by a tracker that kept no texts of documents"
+_LENGTHS: dict[str, Callable[[str], int]] = {
+    "acc_norm": len,
+    "acc_bytes": lambda choice: len(choice.encode()),
+}
+"""By what lm-eval divides an option's log-likelihood, by metric."""
+_OTHERWISE = ("acc_mutual_info",)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What one ablation makes of every document, in the documents' order.
+
+    Attributes:
+        score: The metric, as a figure of which more is better.
+        choice: The number of the option that is taken; NaN where there are no options.
+        margin: By how much the gold option beats the best other one, in nats (or nats a character
+            or byte, where the metric divides by length); without options, the gold answer's
+            log-probability. NaN where it is not defined.
+        text: What is generated; None where nothing is.
+    """
+
+    score: Array
+    choice: Array
+    margin: Array
+    text: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What every run of a view decides, on the documents that all of them share.
+
+    Attributes:
+        documents: Task and number of each.
+        texts: What each says; None where it is not known, or not to be shown.
+        gold: The number of the gold option; NaN where there is none.
+        options: How many options there are at most; 0 for open answers.
+        baseline: The intact model.
+        runs: The runs.
+        binary: Whether every document is either right or wrong.
+        reasons: Why there are no `texts`, `margin` or `agreement`.
+    """
+
+    documents: Sequence[tuple[str, int]]
+    texts: Sequence[KeptText | None]
+    gold: Array
+    options: int
+    baseline: Decided
+    runs: Sequence[tuple[RunIdentity, Decided]]
+    binary: bool
+    reasons: dict[str, str]
+
+    def lost(self, run: Decided) -> np.ndarray:
+        """Say which documents a run makes worse than the intact model does."""
+        return run.score < self.baseline.score
+
+    def won(self, run: Decided) -> np.ndarray:
+        """Say which documents a run makes better."""
+        return run.score > self.baseline.score
+
+    @property
+    def public(self) -> bool:
+        """Whether every text that is known may be published unasked."""
+        return all(text.public for text in self.texts if text is not None)
+
+
+def decisions(store: CellStore, view: View) -> Decisions | None:
+    """Derive what each run of a view decides; None where no document is measured yet."""
+    outcomes = Viewed(store, view)
+    if not outcomes.tasks:
+        return None
+    base = outcomes.of(INTACT)
+    documents = [(str(task), int(doc)) for task, doc in zip(base["task"], base["doc"], strict=True)]
+    kept = store.texts.read()
+    texts = [kept.get(place) for place in documents]
+    sign = 1 if outcomes.higher_is_better(view.metric) else -1
+    counts = base["choices"].to_numpy(dtype=int)
+    options = int(counts.max())
+    gold = base["gold"].to_numpy(dtype=np.float64) if options else np.full(len(base), np.nan)
+    divisors, why = _divisors(view.metric, counts, texts)
+    reasons = {}
+    if all(text is None for text in texts):
+        reasons["texts"] = _NO_TEXTS
+    if not options:
+        why = "there are no options; the log-probability of the answer stands for it"
+    if why:
+        reasons["margin"] = why
+
+    def decided(rows: pd.DataFrame, score: Array) -> Decided:
+        text = rows["text"].tolist() if "text" in rows else [None] * len(rows)
+        if not options:
+            none = np.full(len(rows), np.nan)
+            return Decided(sign * score, none, gold_logprobs(rows), text)
+        scores = _padded(rows["loglikelihoods"], counts) / divisors
+        return Decided(sign * score, choices(scores), margins(scores, gold), text)
+
+    def of(ablation: Ablation) -> Decided:
+        return decided(outcomes.of(ablation), outcomes.metric(ablation, view.metric))
+
+    baseline = of(INTACT)
+    runs = [(run, of(outcomes.ablation(run))) for run in outcomes.runs]
+    every = [baseline, *(one for _, one in runs)]
+    binary = all(bool(np.isin(one.score, (0, 1)).all()) for one in every)
+    if not binary:
+        reasons["agreement"] = f"{view.metric} is not right or wrong for every document"
+    return Decisions(documents, texts, gold, options, baseline, runs, binary, reasons)
+
+
+def _divisors(metric: str, counts: Array, texts: Sequence[KeptText | None]) -> tuple[Array, str]:
+    """Say by what each option's log-likelihood is divided, NaN where unknown, and why it is."""
+    name = metric.partition(",")[0]
+    shape = (len(counts), int(counts.max()))
+    if name in _OTHERWISE:
+        return np.full(shape, np.nan), f"{metric} compares more than the options"
+    length = _LENGTHS.get(name)
+    if length is None:
+        return np.ones(shape), ""
+    found = np.full(shape, np.nan)
+    for row, text in enumerate(texts):
+        if text is not None and len(text.text.choices) == counts[row]:
+            found[row, : counts[row]] = [length(choice) for choice in text.text.choices]
+    lacking = int(np.isnan(found[:, :1]).sum())
+    why = f"{metric} divides by the lengths of options, which are not known of {lacking} documents"
+    return found, why if lacking else ""
+
+
+def _padded(rows: Iterable[Sequence[float]], counts: Array) -> Array:
+    """Set the log-likelihoods of the options side by side, NaN where a document has fewer."""
+    found = np.full((len(counts), int(counts.max())), np.nan)
+    for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        found[number, :count] = row[:count]
+    return found
+
+
+def decisions_record(found: Decisions, shown: int = SHOWN) -> DecisionsRecord:
+    """Sum decisions up: counts and shares of all documents, and the texts of those that matter.
+
+    Args:
+        found: The decisions.
+        shown: How many lost documents, and how many won ones, are named of each run: those whose
+            margin changes most.
+
+    Returns:
+        The record.
+    """
+    numbers: dict[int, int] = {}
+
+    def changes(run: Decided) -> tuple[DecidedDocument, ...]:
+        change = np.nan_to_num(run.margin - found.baseline.margin)
+        chosen: list[DecidedDocument] = []
+        for places, sign in ((found.lost(run), 1), (found.won(run), -1)):
+            (which,) = np.nonzero(places)
+            largest = which[np.argsort(sign * change[which], kind="stable")][:shown]
+            chosen += [
+                DecidedDocument(
+                    document=numbers.setdefault(int(place), len(numbers)),
+                    choice=_number(run.choice[place]),
+                    margin=_figure(run.margin[place]),
+                    text=_cut(run.text[place]),
+                )
+                for place in largest
+            ]
+        return tuple(chosen)
+
+    runs = tuple(
+        RunDecisions(
+            run=run,
+            lost=int(found.lost(decided).sum()),
+            won=int(found.won(decided).sum()),
+            margins=_quartiles(decided.margin),
+            options=_shares(decided.choice, found.options),
+            named_lost=min(shown, int(found.lost(decided).sum())),
+            named=changes(decided),
+        )
+        for run, decided in found.runs
+    )
+    compared = [number for number, (run, _) in enumerate(found.runs) if run.kind == WHOLE_LAYER]
+    lost = np.array([found.lost(found.runs[number][1]) for number in compared], dtype=np.int64)
+    both = lost @ lost.T if len(compared) and found.binary else np.zeros((0, 0), dtype=np.int64)
+    return DecisionsRecord(
+        n=len(found.documents),
+        right=int((found.baseline.score > 0).sum()) if found.binary else 0,
+        margins=_quartiles(found.baseline.margin),
+        options=_shares(found.baseline.choice, found.options),
+        gold=_shares(found.gold, found.options),
+        documents=tuple(_document(found, place) for place in numbers),
+        runs=runs,
+        compared=tuple(found.runs[number][0].layer for number in compared) if len(both) else (),
+        both=tuple(tuple(int(count) for count in row) for row in both),
+        public=found.public,
+        reasons=found.reasons,
+    )
+
+
+def _document(found: Decisions, place: int) -> ShownDocument:
+    task, doc = found.documents[place]
+    kept, base = found.texts[place], found.baseline
+    text = DocumentText("") if kept is None else kept.text
+    return ShownDocument(
+        task=task,
+        doc=doc,
+        question=None if kept is None else _cut(text.question.strip()),
+        choices=tuple(_cut(choice.strip(), _CHOICE_CUT) or "" for choice in text.choices),
+        answer=_cut(text.answer, _CHOICE_CUT),
+        gold=_number(found.gold[place]),
+        choice=_number(base.choice[place]),
+        margin=_figure(base.margin[place]),
+        text=_cut(base.text[place]),
+    )
+
+
+def _cut(text: str | None, longest: int = _CUT) -> str | None:
+    """Leave the middle of a long text out: a prompt ends with what is asked."""
+    if not isinstance(text, str) or len(text) <= longest:
+        return text if isinstance(text, str) else None
+    return f"{text[: longest // 2].rstrip()} … {text[-longest // 2 :].lstrip()}"
+
+
+def _number(value: float) -> int | None:
+    return None if np.isnan(value) else int(value)
+
+
+def _figure(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def _quartiles(values: Array) -> tuple[float, float, float] | None:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return None
+    low, middle, high = np.quantile(known, (0.25, 0.5, 0.75))
+    return float(low), float(middle), float(high)
+
+
+def _shares(taken: Array, options: int) -> tuple[float, ...]:
+    found = shares(taken, options)
+    return () if np.isnan(found).any() else tuple(float(share) for share in found)

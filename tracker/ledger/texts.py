@@ -1,0 +1,164 @@
+"""What the documents of a cell say: kept once, beside the shards of their outcomes.
+
+No figure rests on them but the margins of accuracies that lm-eval divides by the length of an
+option. Cells that an older tracker measured have none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from tracker.documents import Document, DocumentText
+from tracker.ledger.files import write_bytes
+from tracker.ledger.shards import ASIDE, read_shard, shard_file
+from tracker.ledger.views import FORMAT, CellIdentity
+from tracker.provenance import content_hash
+
+LONGEST = 4000
+"""Characters of a question that are kept: its first and its last ones."""
+_NAME = "texts--"
+"""What a file's name begins with, which tells it from the shards that it is published beside."""
+_SCHEMA = pa.schema(
+    {
+        "task": pa.string(),
+        "doc": pa.int32(),
+        "question": pa.string(),
+        "choices": pa.list_(pa.string()),
+        "answer": pa.string(),
+        "public": pa.bool_(),
+    }
+)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeptText:
+    """What a document says, and whether it is public: of the hub or a package."""
+
+    text: DocumentText
+    public: bool
+
+
+def text_row(document: Document, text: DocumentText, public: bool) -> dict[str, object]:
+    """Lay out what one document says: column → value; a long question without its middle."""
+    question = text.question
+    if len(question) > LONGEST:
+        question = f"{question[: LONGEST // 2]} […] {question[-LONGEST // 2 :]}"
+    return {
+        "task": document.task,
+        "doc": document.index,
+        "question": _whole(question),
+        "choices": [_whole(choice) for choice in text.choices],
+        "answer": None if text.answer is None else _whole(text.answer),
+        "public": public,
+    }
+
+
+def _whole(text: str) -> str:
+    """Replace halves of characters, which JSON may hold and Parquet may not."""
+    return text.encode(errors="replace").decode()
+
+
+def is_texts(path: Path) -> bool:
+    """Say whether a file that was published with a cell holds texts, by its name."""
+    return path.name.startswith(_NAME)
+
+
+class Texts:
+    """The texts of one cell on disk; `others` are those of the same cell in other folders."""
+
+    def __init__(self, folder: Path, identity: CellIdentity, others: Sequence[Texts] = ()) -> None:
+        self._folder = folder / "texts"
+        self._identity = identity
+        self._others = others
+
+    def files(self) -> list[Path]:
+        """List the files."""
+        return sorted(self._folder.glob(f"{_NAME}*.parquet"))
+
+    def names(self) -> list[str]:
+        """Name all files that `read` reads; each is named by the documents in it."""
+        return [
+            *(path.name for path in self.files()),
+            *(n for o in self._others for n in o.names()),
+        ]
+
+    def add(self, block: str, rows: Iterable[Mapping[str, object]]) -> None:
+        """Keep what documents of a block say, but for those that are kept already.
+
+        Args:
+            block: The name of their block, which is locked.
+            rows: One mapping a document, as `text_row` lays them out.
+        """
+        beside = sorted(self._folder.glob(f"{_NAME}{block}.*.parquet"))
+        held = {place for path in beside for place in self.read_file(path)}
+        new = [dict(row) for row in rows if (row["task"], row["doc"]) not in held]
+        if new:
+            self._write(block, pa.Table.from_pylist(new, schema=_SCHEMA))
+
+    def _write(self, block: str, table: pa.Table) -> Path:
+        about = {"format": FORMAT, "key": self._identity.key, "block": block}
+        digest = content_hash(sorted(table["doc"].to_pylist()))
+        path = self._folder / f"{_NAME}{block}.{digest[:12]}.parquet"
+        write_bytes(path, shard_file(table, about))
+        return path
+
+    def adopt(self, path: Path) -> str:
+        """Take texts from elsewhere to their place, and return their file's name here.
+
+        The name that the file had counts for nothing. ValueError if it holds no texts of this cell.
+        """
+        try:
+            table, block = self._table(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path.name} holds no texts of this cell: {error}") from None
+        return self._write(block, table).name
+
+    def read(self) -> dict[tuple[str, int], KeptText]:
+        """Read what documents say: (task, document) → text."""
+        found: dict[tuple[str, int], KeptText] = {}
+        for other in self._others:
+            found |= other.read()
+        for path in self.files():
+            found |= self.read_file(path)
+        return found
+
+    def read_file(self, path: Path) -> dict[tuple[str, int], KeptText]:
+        """Read one file; one that is not what was written is set aside, and holds nothing."""
+        try:
+            table, _ = self._table(path)
+        except OSError as error:  # the system, not the file, is in trouble
+            log.warning("the texts %s cannot be read now: %s", path, error)
+            return {}
+        except ValueError as error:
+            with suppress(OSError):  # a colleague's folder
+                path.replace(path.with_suffix(ASIDE))
+            log.warning("the texts %s are not what was written (%s); set aside", path, error)
+            return {}
+        return {
+            (row["task"], row["doc"]): KeptText(
+                DocumentText(row["question"], tuple(row["choices"]), row["answer"]), row["public"]
+            )
+            for row in table.to_pylist()
+        }
+
+    def _table(self, path: Path) -> tuple[pa.Table, str]:
+        shard = read_shard(path.read_bytes())
+        if not shard.proved or shard.about.get("key") != self._identity.key:
+            raise ValueError("it belongs to another cell")
+        if not shard.table.schema.equals(_SCHEMA):
+            raise ValueError("it holds other columns")
+        tasks = {task.name: task.documents for task in self._identity.benchmark.tasks}
+        for row in shard.table.select(["task", "doc"]).to_pylist():
+            if not 0 <= row["doc"] < tasks.get(row["task"], 0):
+                raise ValueError("the cell has no such document")
+        block = str(shard.about.get("block"))
+        if Path(block).name != block:
+            raise ValueError("its block is no name")
+        return shard.table.replace_schema_metadata(None), block
