@@ -38,15 +38,17 @@ def run_name(cell: CellRecord, layer: RunRecord) -> str:
     The zeros make names sort as numbers do.
     """
     beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
-    drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
-    label = layer.label(max(2, len(str(cell.model.layers - 1))))
-    parts = (f"{label}{beneath}", cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
-    return " · ".join(filter(None, parts))
+    return _name(f"{layer.label(max(2, len(str(cell.model.layers - 1))))}{beneath}", cell)
 
 
 def intact_name(cell: CellRecord) -> str:
     """Name the run of the intact model beside those of its cell: `intact · arc_easy · …`."""
-    parts = ("intact", cell.benchmark.name, cell.other_metric, cell.model.name)
+    return _name("intact", cell)
+
+
+def _name(what: str, cell: CellRecord) -> str:
+    drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
+    parts = (what, cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
     return " · ".join(filter(None, parts))
 
 
