@@ -3,7 +3,7 @@
 # make check   format, lint, types, docstrings, imports
 # make families  every causal model of transformers, tiny, against plain forward passes (an hour)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
-# make fuzz      wrong files, commands, configurations, disks and kills, drawn at random (minutes)
+# make fuzz      wrong files, commands, configurations, disks and kills, drawn at random (half an hour)
 # make dist    a wheel and a source distribution in dist/
 # make dist-demo  that wheel in an environment of its own, and the demo with it
 PYTHON ?= python3
@@ -17,7 +17,7 @@ demo: .venv/demo
 	$(BIN)/tracker run experiments/demo.yaml
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -8,10 +8,6 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
-# Workers side by side and what they start share the cores; torch reads this when it is imported.
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // int(workers))))
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +15,11 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# Workers side by side and what they start share the cores; torch reads this when it is imported.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // int(workers))))
 
 # An example that a busy machine computes late is no failure.
 settings.register_profile("tracker", deadline=None)
@@ -66,11 +67,30 @@ def save_tokenizer(folder: Path, bos: bool) -> int:
     return tokenizer.get_vocab_size()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, since many tests wait for programs; four fill a memory."""
+    return min(CORES + 1, 4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first; the many short tests fill what is left of each worker."""
+    order = ("runner", "tracking", "engine")
+    places = {name: place for place, name in enumerate(order)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(order)))
+
+
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests, the same one for workers side by side."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the tests out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TRACKER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        environment.setenv("TRACKER_CACHE", str(of_all_workers(tmp_path_factory) / "cache"))
         yield
 
 
@@ -111,10 +131,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from tracker.tracking.mlflow.database import create_database
 
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # one for all workers
-    path = folder / "template" / "mlflow.db"
+    path = of_all_workers(tmp_path_factory) / "template" / "mlflow.db"
     path.parent.mkdir(exist_ok=True)
     with FileLock(f"{path}.lock"):
         create_database(path)
@@ -143,7 +160,7 @@ def smollm2() -> Any:
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., Path]:
-    """Write an experiment file on the tiny model and real benchmarks."""
+    """Write an experiment file on the tiny model and real benchmarks; None leaves a key out."""
 
     def write(model: Path | str, name: str = "study.yaml", **settings: object) -> Path:
         chosen = {
@@ -155,6 +172,8 @@ def experiment(tmp_path: Path) -> Callable[..., Path]:
         }
         lines = [f"  model: {{value: '{model}'}}"]
         for key, value in chosen.items():
+            if value is None:
+                continue
             spelling = "values" if isinstance(value, list) else "value"
             lines.append(f"  {key}: {{{spelling}: {value}}}")
         path = tmp_path / name

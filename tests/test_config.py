@@ -8,9 +8,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from tracker.ablations import removals
 from tracker.config import CellRequest, Experiment, load_experiment
 from tracker.errors import ExperimentError, did_you_mean
 from tracker.extent import DEFAULT_SEED
+from tracker.ledger.keys import request_key
+
+from .tracking.wandb_double import expand
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 WANDB_KEYS = {
@@ -233,7 +237,11 @@ def test_a_key_near_nothing_lists_the_known_ones(refusal) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (MINIMAL.replace("grid", "bayes"), "'method': input should be 'grid' (got 'bayes')"),
+        (MINIMAL.replace("grid", "greed"), "'method': input should be 'grid' (got 'greed')"),
+        (MINIMAL.replace("grid", "bayes"), "'method': bayes searches for the best run"),
+        (MINIMAL.replace("grid", "random"), "for fewer runs give fewer values, or 'run_cap'"),
+        ("early_terminate: {type: hyperband}\n" + MINIMAL, "'early_terminate': it stops runs"),
+        ("run_cap: 0\n" + MINIMAL, "'run_cap': "),
         (HEAD + BENCHMARK + LAYER, "'parameters.model' is missing"),
         (HEAD + MODEL + BENCHMARK, "'parameters.layer' is missing"),
         ("method: grid\n", "'parameters' is missing"),
@@ -274,7 +282,7 @@ def test_a_key_near_nothing_lists_the_known_ones(refusal) -> None:
         (MINIMAL + "  num_fewshot: {value: -1}\n", "'parameters.num_fewshot': "),
         (MINIMAL + "  num_fewshot: {value: true}\n", "'parameters.num_fewshot': "),
         (MINIMAL + "  seed: {value: x}\n", "'parameters.seed': "),
-        (MINIMAL + "  apply_chat_template: {value: 'yes'}\n", "'parameters.apply_chat_template': "),
+        (MINIMAL + "  apply_chat_template: {value: 3}\n", "'parameters.apply_chat_template': "),
         (HEAD + "  model: {value: 7}\n" + BENCHMARK + LAYER, "'parameters.model': "),
         (HEAD + "  model: {value: ' '}\n" + BENCHMARK + LAYER, "'parameters.model': "),
         (HEAD + MODEL + "  benchmark: {value: [a]}\n" + LAYER, "'parameters.benchmark': "),
@@ -380,3 +388,36 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path) -> None:
     path.write_text("method: grid\nparameters:\n  limit: {value: 1}\n  limit: {value: 2}\n")
     with pytest.raises(ExperimentError, match="line 4: not valid YAML: the key 'limit' is given"):
         load_experiment(path)
+
+
+def test_a_cap_keeps_the_first_runs_in_the_order_of_wandb(load) -> None:
+    """Its order was learnt from the service: see the double of its protocol."""
+    grid = HEAD + MODEL.replace("value: m", "values: [m2, m1]") + BENCHMARK
+    grid += "  layer: {values: [5, 0, 3]}\n  component: {values: [mlp, layer]}\n"
+    grid += "  span: {values: [2, 1]}\n  removed: {values: [[], [7]]}\n"
+    points = expand(yaml.safe_load(grid))
+    assert load(f"run_cap: {len(points)}\n{grid}").capped == ""
+    for cap in (1, 3, 11, 30, 47):
+        experiment = load(f"run_cap: {cap}\n{grid}")
+        cells = experiment.cells()
+        asked = {
+            (cell.model, cell.removed, run.component, run.span, run.layer)
+            for cell in cells
+            for run in removals(cell, 10)
+        }
+        wanted = {
+            (p["model"], tuple(p["removed"]), p["component"], p["span"], p["layer"])
+            for p in points[:cap]
+        }
+        assert len(wanted) == cap
+        assert asked == wanted
+        assert len({(cell.model, cell.removed) for cell in cells}) == len(cells)
+        assert experiment.capped.startswith(f"run_cap: the first {cap} of the grid's 48 runs")
+
+
+def test_a_cap_leads_to_the_same_cell(load) -> None:
+    """What is asked of a cell is no part of what the ledger knows it by."""
+    grid = MINIMAL.replace("{value: 0}", "{min: 0, max: 3}")
+    (some,), (every,) = load("run_cap: 3\n" + grid).cells(), load(grid).cells()
+    assert [run.layer for run in removals(some, 4)] == [0, 1, 2]
+    assert request_key(some, "m", "d", {}) == request_key(every, "m", "d", {})

@@ -79,18 +79,6 @@ def ablate(component: Component, layers: Iterable[int], removed: Iterable[int] =
     )
 
 
-def single_layers(layers: Iterable[int]) -> list[Ablation]:
-    """List the baseline and the ablation of each layer alone.
-
-    Args:
-        layers: 0-based layers.
-
-    Returns:
-        The baseline first, then one ablation a layer in the given order.
-    """
-    return [INTACT, *(Ablation((layer,)) for layer in layers)]
-
-
 def ablation_of(run: RunIdentity, removed: Iterable[int]) -> Ablation:
     """Say what a run removes, where some layers are removed as a whole besides."""
     return ablate(run.component, range(run.layer, run.layer + run.span), removed)
@@ -102,10 +90,12 @@ def removals(request: CellRequest, layers: int) -> Iterator[RunIdentity]:
     A span that reaches beyond the last layer, one that holds a layer which is removed already, and
     one that would leave no layer at all, is no run and is left out.
     """
+    only = None if request.only is None else set(request.only)
     for component, span, layer in product(request.components, request.spans, request.layers):
         whole = range(layer, layer + span)
         run = RunIdentity(component=component, layer=layer, span=span)
-        fits = whole.stop <= layers and not set(whole) & set(request.removed)
+        asked = only is None or (component, span, layer) in only
+        fits = asked and whole.stop <= layers and not set(whole) & set(request.removed)
         if fits and len(ablation_of(run, request.removed).layers) < layers:
             yield run
 

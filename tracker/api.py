@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from tracker.runner import Finished, run_cells
 from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
+from tracker.team.result_files import Written, write_result_files
 from tracker.text import masked
 from tracker.tracking import default_targets
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tracker.measuring.planning import PlannedCell
+    from tracker.team.sweeps import SweepFilled
 
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
@@ -53,7 +55,7 @@ class Results:
         outcome: What failed, what was not published, and where the runs can be seen.
     """
 
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     report: Path | None
     outcome: Finished
 
@@ -111,6 +113,9 @@ def run(
 
     path = Path(experiment)
     asked, text = load_experiment(path)
+    progress = progress or Silent()
+    if asked.capped:
+        progress.say(asked.capped)
     ledger = Ledger(Path(results))
     publisher = Publisher(
         default_targets() if track is None else track,
@@ -124,7 +129,7 @@ def run(
             ledger,
             publisher,
             Options(device, trust_remote_code, memory, executor, slurm or {}),
-            progress or Silent(),
+            progress,
         )
     finally:
         publisher.close()
@@ -260,7 +265,7 @@ class Reported:
         notes: What else a person should know.
     """
 
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellRecord, ...] = field(repr=False)  # thousands of figures
     files: tuple[Path, ...]
     failed: dict[str, str]
     locations: dict[str, str]
@@ -389,6 +394,65 @@ def sync(
     """
     targets = default_targets() if to is None else to
     return publishing.sync(Ledger.existing(Path(results)), targets, publish_documents)
+
+
+def log_samples(
+    output: str | os.PathLike[str],
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    model: Sequence[str] = (),
+    benchmark: Sequence[str] = (),
+    layer: Sequence[int] = (),
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write lm-eval's own result files, as `lm_eval --log_samples` does, of every measured model.
+
+    Args:
+        output: Gets a folder a model: the intact one, and each without what was removed.
+        results: The results folder.
+        model: Only these models, by what was typed or by their short names; empty for all.
+        benchmark: Only these benchmarks; empty for all.
+        layer: Only removals that begin at these layers; empty for all.
+        trust_remote_code: Whether code from a model's download may run, to apply its chat template.
+        progress: Told how far it is.
+
+    Returns:
+        What was written, what is not measured yet, and what failed.
+
+    Raises:
+        RequestError: Nothing is measured of what was asked for, or `output` is a file.
+        ResultsError: There are no results.
+    """
+    return write_result_files(
+        Ledger.existing(Path(results)),
+        Path(output),
+        model,
+        benchmark,
+        layer,
+        trust_remote_code,
+        progress or Silent(),
+    )
+
+
+def sync_sweep(sweep: str, *, results: str | os.PathLike[str] = RESULTS) -> SweepFilled:
+    """Fill the runs that trials of a W&B sweep left when they were killed or failed.
+
+    Args:
+        sweep: `ENTITY/PROJECT/ID`.
+        results: The results folder.
+
+    Returns:
+        Which runs were filled from it, and which trials still want measuring.
+
+    Raises:
+        RequestError: The path names no sweep.
+        ResultsError: There are no results.
+        TrackingError: The sweep could not be read.
+    """
+    from tracker.team.sweeps import fill_sweep
+
+    return fill_sweep(sweep, Ledger.existing(Path(results)))
 
 
 def check(

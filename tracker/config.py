@@ -13,8 +13,10 @@ Every key is checked; an unknown one is an error that names the nearest right on
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,8 +31,10 @@ from pydantic import (
     model_validator,
 )
 
-from tracker.errors import ExperimentError, RequestError, did_you_mean
+from tracker.arguments import Arguments
+from tracker.errors import ExperimentError, RequestError
 from tracker.extent import DEFAULT_SEED, Extent, Positive
+from tracker.problems import first_problem
 from tracker.safe_yaml import SHOWN, read_yaml, short
 
 T = TypeVar("T")
@@ -62,6 +66,17 @@ def _ascending(given: Any) -> Any:
     return tuple(sorted(given)) if whole else tuple(given)
 
 
+def _folders(given: Any) -> Any:
+    """Take one folder, or several as a list, also as W&B writes one."""
+    if isinstance(given, str) and given.startswith("["):
+        with suppress(ValueError):
+            given = json.loads(given.replace("'", '"'))
+    return (
+        tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
+    )
+
+
+Folders = Annotated[tuple[Name, ...], BeforeValidator(_folders)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
 MAX_RUNS = 1_000_000
 """Of one experiment file; a grid of more was not meant."""
@@ -83,6 +98,8 @@ class CellRequest(_Strict):
     """What of the layers is removed, one after the other."""
     spans: tuple[Positive, ...] = (1,)
     """How many layers are removed together, from each of `layers` on."""
+    only: tuple[tuple[Component, int, int], ...] | None = None
+    """Which (component, span, layer) of these are asked for; None = every combination."""
     removed: Layers = ()
     """Layers that are removed as a whole besides, in every run; ascending."""
     revision: Name | None = None
@@ -96,11 +113,32 @@ class CellRequest(_Strict):
     metric: Name | None = None
     """None = the metric that the benchmark's field reports."""
     seed: int = DEFAULT_SEED
-    apply_chat_template: bool = False
     data: Name = "hub"
+    # What follows has lm-eval's names and meanings.
+    model_args: Arguments | None = None
+    """How the model is loaded: peft, load_in_4bit, attn_implementation, subfolder."""
+    include_path: Folders = ()
+    """Folders with tasks of one's own: YAML files, and the Python that they name."""
+    system_instruction: Name | None = None
+    apply_chat_template: bool | Name = False
+    """Whether, or the name of the template."""
+    fewshot_as_multiturn: bool | None = None
+    """None = lm-eval's default: yes, with a chat template."""
+    chat_template_args: Arguments | None = None
+    enable_thinking: bool | None = None
+    think_end_token: int | Name | None = None
+    """What of a generated text comes before it is no answer."""
+    gen_kwargs: Arguments | None = None
+    metadata: Arguments | None = None
+    """For tasks that make their documents, such as RULER's."""
 
     @model_validator(mode="after")
-    def _first_or_drawn(self) -> CellRequest:
+    def _fit_together(self) -> CellRequest:
+        if self.enable_thinking and self.think_end_token is None:
+            raise ValueError(
+                "enable_thinking needs think_end_token, such as </think>: what of a text is the "
+                "answer? lm-eval asks for it too"
+            )
         if self.limit is not None and self.sample is not None:
             raise ValueError(
                 "limit and sample are both given: the first documents, or some drawn at random? "
@@ -121,9 +159,9 @@ class CellRequest(_Strict):
         return f"{self.model} × {self.benchmark}{beneath}{metric}"
 
     @property
-    def model_settings(self) -> tuple[str, str | None, str]:
+    def model_settings(self) -> tuple[str | None, ...]:
         """What decides which weights are loaded; equal settings share one loaded model."""
-        return (self.model, self.revision, self.dtype)
+        return (self.model, self.revision, self.dtype, self.model_args)
 
 
 class _Value(_Strict):
@@ -185,11 +223,11 @@ class _Layers(_Value):
 
     @property
     def options(self) -> Sequence[int]:
-        """The layers, 0-based, ascending."""
+        """The layers, 0-based, in the order of the file."""
         if self.value is not None:
             return [self.value]
         if self.values is not None:
-            return sorted(self.values)
+            return self.values
         assert self.min is not None
         assert self.max is not None
         return range(self.min, self.max + 1)
@@ -221,8 +259,21 @@ class Parameters(_Strict):
     sample: _Choice | None = None
     metric: _Choice | None = None
     seed: _Choice | None = None
-    apply_chat_template: _Choice | None = None
     data: _Choice | None = None
+    model_args: _Choice | None = None
+    include_path: _Choice | None = None
+    system_instruction: _Choice | None = None
+    apply_chat_template: _Choice | None = None
+    fewshot_as_multiturn: _Choice | None = None
+    chat_template_args: _Choice | None = None
+    enable_thinking: _Choice | None = None
+    think_end_token: _Choice | None = None
+    gen_kwargs: _Choice | None = None
+    metadata: _Choice | None = None
+
+
+_TOGETHER = ("layer", "component", "span")
+"""What tells the runs of one cell apart."""
 
 
 class Goal(_Strict):
@@ -244,6 +295,44 @@ class Experiment(_Strict):
     project: Name = "tracker"
     entity: Name | None = None
     metric: Goal | None = None
+    run_cap: Positive | None = None
+    """So many of the grid's runs, the first ones in W&B's order."""
+
+    @property
+    def size(self) -> int:
+        """How many runs the whole grid has."""
+        return math.prod(len(options) for options in self._options().values())
+
+    @property
+    def capped(self) -> str:
+        """Say what `run_cap` leaves; empty where it leaves everything."""
+        if self.run_cap is None or self.run_cap >= self.size:
+            return ""
+        return (
+            f"run_cap: the first {self.run_cap:,} of the grid's {self.size:,} runs, as W&B counts"
+        )
+
+    def _options(self) -> dict[str, Sequence[Any]]:
+        """List each parameter's values, the names in alphabetical order."""
+        grid = {name: getattr(self.parameters, name) for name in sorted(Parameters.model_fields)}
+        return {name: choice.options for name, choice in grid.items() if choice is not None}
+
+    def _first(self) -> dict[str, list[tuple[Component, int, int]]] | None:
+        """List the runs within the cap: settings of a cell → (component, span, layer) of its runs.
+
+        W&B's grid has the names in alphabetical order, the last one changing fastest. None where
+        the cap leaves everything.
+        """
+        if not self.capped:
+            return None
+        options = self._options()
+        found: dict[str, list[tuple[Component, int, int]]] = {}
+        for values in itertools.islice(itertools.product(*options.values()), self.run_cap):
+            point = dict(zip(options, values, strict=True))
+            layer, component, span = (point.pop(name, None) for name in _TOGETHER)
+            run: Any = (component or "layer", span or 1, layer)
+            found.setdefault(repr(point), []).append(run)
+        return found
 
     @property
     def destination(self) -> str:
@@ -256,20 +345,18 @@ class Experiment(_Strict):
         ExperimentError for a value of the wrong kind.
         """
         grid = self.parameters
-        lists = (getattr(grid, name) for name in Parameters.model_fields)
-        count = math.prod(len(found.options) for found in lists if found is not None)
-        if count > MAX_RUNS:
+        if self.size > MAX_RUNS:
             raise ExperimentError(
-                f"'parameters': the grid has {count:,} runs; one file may have {MAX_RUNS:,}. Split "
-                "it into several"
+                f"'parameters': the grid has {self.size:,} runs; one file may have {MAX_RUNS:,}. "
+                "Split it into several"
             )
-        together = ("layer", "component", "span")
         names = [
             name
             for name in Parameters.model_fields
-            if name not in together and getattr(grid, name) is not None
+            if name not in _TOGETHER and getattr(grid, name) is not None
         ]
-        runs: dict[str, Any] = {"layers": tuple(grid.layer.options)}
+        first = self._first()
+        runs: dict[str, Any] = {"layers": tuple(sorted(grid.layer.options))}
         for name in ("component", "span"):
             choice = getattr(grid, name)
             if choice is not None and choice.options != [None]:
@@ -277,10 +364,21 @@ class Experiment(_Strict):
         cells: dict[CellRequest, None] = {}
         for values in itertools.product(*(getattr(grid, name).options for name in names)):
             settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
+            if first is not None:
+                some = first.get(repr(dict(sorted(zip(names, values, strict=True)))), [])
+                if not some:
+                    continue
+                components, spans, layers = (
+                    dict.fromkeys(each) for each in zip(*some, strict=True)
+                )
+                runs = {"components": tuple(components), "spans": tuple(spans), "only": tuple(some)}
+                runs["layers"] = tuple(sorted(layers))
             try:
                 cell = CellRequest(**runs, **settings)
             except ValidationError as error:
-                raise ExperimentError(_first_problem(error, CellRequest, "parameters.")) from None
+                raise ExperimentError(
+                    first_problem(error, CellRequest, "parameters.", _IN_THE_FILE)
+                ) from None
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None
@@ -292,7 +390,7 @@ def cell_request(**settings: Any) -> CellRequest:
     try:
         return CellRequest(**{name: v for name, v in settings.items() if v is not None})
     except ValidationError as error:
-        raise RequestError(_first_problem(error, CellRequest, "--")) from None
+        raise RequestError(first_problem(error, CellRequest, "--", _IN_THE_FILE)) from None
 
 
 def load_experiment(path: Path) -> tuple[Experiment, str]:
@@ -313,47 +411,30 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
             f"{path} holds no mapping; an experiment file starts with 'method: grid'"
         )
     try:
+        _refuse_searches(raw)
         experiment = Experiment.model_validate(raw)
         experiment.cells()
     except ValidationError as error:
-        raise ExperimentError(f"{path}: {_first_problem(error, Experiment)}") from None
+        raise ExperimentError(f"{path}: {first_problem(error, Experiment)}") from None
     except ExperimentError as error:
         raise ExperimentError(f"{path}: {error}") from None
     return experiment, text
 
 
+def _refuse_searches(raw: dict[Any, Any]) -> None:
+    """Refuse what W&B knows and an ablation study does not: ExperimentError with the reason."""
+    if raw.get("method") in _SEARCHES:
+        raise ExperimentError(
+            f"'method': {raw['method']} searches for the best run and leaves the others out; here "
+            "each run is a result, and all layers are measured together, which costs little more "
+            "than one. Write 'method: grid'; for fewer runs give fewer values, or 'run_cap'"
+        )
+    if "early_terminate" in raw:
+        raise ExperimentError(
+            "'early_terminate': it stops runs that look bad halfway; here each run is a result, a "
+            "cell's runs are measured together, and one that is stopped saves nothing. Leave it out"
+        )
+
+
+_SEARCHES = ("bayes", "random")
 _IN_THE_FILE = {"layers": "layer", "components": "component", "spans": "span"}
-
-
-def _first_problem(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Say in one line what is wrong first, under the name that stands in the file."""
-    problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location = problem["loc"]
-    if model is CellRequest:
-        # A cell gathers several values of the file; only their parameter has a name there.
-        location = tuple(_IN_THE_FILE.get(str(part), part) for part in location[:1])
-    place = prefix + ".".join(str(part) for part in location)
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        known = _fields_at(model, problem["loc"][:-1])
-        near = did_you_mean(key, known)
-        return f"unknown key '{place}'.{near} Known here: {', '.join(known)}."
-    if problem["type"] == "missing":
-        return f"'{place}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not location:
-        return f"{prefix}{message}" if prefix == "--" else f"'{prefix.rstrip('.')}': {message}"
-    given = problem["input"]
-    got = "" if isinstance(given, dict | BaseModel) else short(given)
-    shown = f" (got {got})" if got and got not in message else ""
-    return f"'{place}': {message[:1].lower()}{message[1:300]}{shown}"
-
-
-def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Name the known keys at a place in the file."""
-    for part in place:
-        annotation = model.model_fields[str(part)].annotation
-        kinds = getattr(annotation, "__args__", (annotation,))
-        model = next(kind for kind in kinds if isinstance(kind, type))
-    return list(model.model_fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 
@@ -31,6 +31,7 @@ class Prompt:
 
     text: str
     settings: Mapping[str, Any]
+    think_end_token: str | int | None = None
 
     @property
     def longest(self) -> int:
@@ -39,7 +40,7 @@ class Prompt:
 
     def limited_to(self, tokens: int) -> Prompt:
         """Make the same prompt for texts of so many tokens at most."""
-        return Prompt(self.text, {**self.settings, "max_gen_toks": min(tokens, self.longest)})
+        return replace(self, settings={**self.settings, "max_gen_toks": min(tokens, self.longest)})
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,9 @@ class Extent(BaseModel):
     """Decides what is drawn."""
 
     def of(self, task: str, documents: int) -> Sequence[int]:
-        """Say which documents of a task are meant.
+        """Number the documents of a task that are meant, in the order in which they are measured.
 
-        Args:
-            task: The task's name.
-            documents: How many documents it has.
-
-        Returns:
-            Their numbers, in the order in which they are measured.
+        `documents` is how many the task has.
         """
         if self.sample is None:
             return range(min(documents, self.limit or documents))
@@ -48,15 +43,9 @@ ALL = Extent()
 
 
 def random_order(seed: int, task: str, documents: int) -> list[int]:
-    """Shuffle the documents of a task, the same way on every machine and for ever.
+    """Number the documents of a task in an order that is the same on every machine and for ever.
 
-    Args:
-        seed: The seed.
-        task: The task's name: the tasks of a group are drawn independently.
-        documents: How many documents it has.
-
-    Returns:
-        Their numbers.
+    The tasks of a group are drawn independently.
     """
 
     def key(number: int) -> bytes:

@@ -18,14 +18,16 @@ from tracker.text import harmless
 BASELINE = "baseline"
 Kind = tuple[Component, int]
 """What a run removes, but for the layer: the component, and the span."""
-Place = tuple[str, tuple[int, ...], str, int, int | None]
-"""What several records are told apart by: the cell, the view of it, which documents."""
+Place = tuple[str, str, int]
+"""What several records are told apart by: the cell, the view of it, how many documents."""
 PRIVATE = (
     "texts stay where they were measured, since they are not of the hub or a package; "
     "--publish-documents publishes them"
 )
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
+_CUT = 40
+"""Characters of a setting that a label shows."""
 
 
 class Record(BaseModel):
@@ -53,6 +55,8 @@ class ModelIdentity(Record):
     layers: int
     parameters: int
     dtype: str
+    arguments: dict[str, Shown] = {}
+    """How it was loaded, in lm-eval's words; the fingerprint covers it."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -93,6 +97,17 @@ class BenchmarkIdentity(Record):
     """The metric that the benchmark's field reports."""
     weight_by_size: bool = True
     """For a group: whether its accuracy weighs tasks by their documents, as lm-eval does."""
+    settings: dict[str, Shown] = {}
+    """What else was said under lm-eval's names and changes an outcome, as text or JSON."""
+    found_by: dict[str, Shown] = {}
+    """What it takes to find the benchmark again, where its name alone does not: the task's file,
+    `include_path` and `metadata`. No outcome depends on it."""
+
+    @property
+    def said(self) -> str:
+        """The settings in one line, long ones cut; empty without any."""
+        cut = {n: v if len(v) <= _CUT else f"{v[:_CUT]}…" for n, v in self.settings.items()}
+        return ", ".join(f"{name}={value}" for name, value in cut.items())
 
 
 class RunIdentity(Record):
@@ -180,6 +195,8 @@ class RunRecord(RunIdentity):
     accuracy_drop_low: float | None
     accuracy_drop_high: float | None
     """Both ends of the 95 % interval of `accuracy_drop`."""
+    drop_sd: float | None = None
+    """Standard deviation of the documents' own drops: how many of them reveal a smaller drop."""
     mcnemar_p: float | None
     """Exact McNemar p-value of the paired outcomes."""
     accuracy_relevance: float | None
@@ -217,18 +234,22 @@ class CorrelationRecord(Record):
     reason: str | None = None
 
 
-def view_name(removed: tuple[int, ...], metric: str, benchmark: BenchmarkIdentity) -> str:
-    """Name a view of a cell: the layers that every run lacks, ascending, and the metric.
+def view_name(
+    removed: tuple[int, ...], metric: str, benchmark: BenchmarkIdentity, seed: int | None = None
+) -> str:
+    """Name a view of a cell: the layers that every run lacks, ascending, the sample, the metric.
 
-    For example `intact`, `without-3-17` or `intact--acc_norm`: the benchmark's own metric goes
-    without saying.
+    For example `intact`, `without-3-17`, `intact-sample-1234` (documents drawn with that seed) or
+    `intact--acc_norm`: the benchmark's own metric goes without saying.
     """
     name = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
+    if seed is not None:
+        name += f"-sample-{seed}"
     return name if metric == benchmark.primary_metric else f"{name}--{metric}"
 
 
 INTACT_VIEW = "intact"
-"""The view of the whole model by the benchmark's own metric."""
+"""The view of the whole model by the benchmark's own metric, on the first documents or all."""
 
 
 class CellRecord(Record):
@@ -282,9 +303,28 @@ class CellRecord(Record):
 
     @property
     def title(self) -> str:
-        """The cell's name where people read it."""
-        title = f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
-        return " · ".join(filter(None, (title, self.other_metric, self.beneath)))
+        """The cell's name where people read it, with how its documents were chosen."""
+        return " · ".join(filter(None, (self.heading, self.drawn)))
+
+    @property
+    def heading(self) -> str:
+        """The cell's name beside which it is said on which documents it was measured."""
+        name = f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
+        return " · ".join(filter(None, (name, self.other_metric, self.beneath)))
+
+    @property
+    def drawn(self) -> str:
+        """How the documents were chosen, where it was at random; empty for the first ones, or all.
+
+        For example `drawn at random (seed 1234)`.
+        """
+        return "" if self.sample_seed is None else f"drawn at random (seed {self.sample_seed})"
+
+    @property
+    def documents(self) -> str:
+        """What it was measured on, e.g. `200 documents drawn at random (seed 1234)`."""
+        count = f"{self.n:,} document{'' if self.n == 1 else 's'}"
+        return f"{count} {self.drawn}" if self.drawn else count
 
     @property
     def other_metric(self) -> str:
@@ -302,21 +342,19 @@ class CellRecord(Record):
     @property
     def view(self) -> str:
         """The name of the view that it shows."""
-        return view_name(self.removed, self.metric, self.benchmark)
+        return view_name(self.removed, self.metric, self.benchmark, self.sample_seed)
 
     @property
     def place(self) -> Place:
-        """What several records are told apart by: the cell, the view of it, which documents."""
-        return (self.key, self.removed, self.metric, self.n, self.sample_seed)
+        """What several records are told apart by: the cell, the view of it, how many documents."""
+        return (self.key, self.view, self.n)
 
     def holds(self, other: CellRecord) -> bool:
         """Whether it shows all that another record does: as many documents, and every run.
 
         Documents that are not yet as many as were asked for are any, not the first ones.
         """
-        mine, theirs = (
-            (one.key, one.removed, one.metric, one.sample_seed) for one in (self, other)
-        )
+        mine, theirs = ((one.key, one.view) for one in (self, other))
         growing = "n" in other.reasons
         enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
         runs = {run.order for run in self.runs}

@@ -18,7 +18,7 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options
-from tracker.measuring.prepare import CellLookup, check_layers, look_up
+from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up
 from tracker.measuring.progress import Progress
 from tracker.records import CellRecord
 from tracker.team.publish import Publication, Publisher
@@ -30,6 +30,7 @@ _NO_RUNS: dict[str, Any] = {
     "layers": (),
     "components": (),
     "spans": (),
+    "only": None,
     "removed": (),
     "metric": None,
 }
@@ -94,6 +95,7 @@ def run_cells(
     for cell in asked:
         if cell.store is not None:
             chosen_metric(cell.store.identity.benchmark, cell.request.metric)
+            check_range(cell.request, cell.store.identity.model.layers)
     finisher = _Finisher(publisher, progress, alone=len(asked) == 1)
     if todo:
         progress.say("checking models and benchmarks")
@@ -177,7 +179,13 @@ def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
     same: dict[CellRequest, Benchmark] = {}
     for cell in todo:
         settings = cell.request.model_copy(
-            update={"model": "any", "revision": None, "dtype": "auto", **_NO_RUNS}
+            update={
+                "model": "any",
+                "revision": None,
+                "dtype": "auto",
+                "model_args": None,
+                **_NO_RUNS,
+            }
         )
         if settings not in same:
             same[settings] = open_benchmark(cell.request)

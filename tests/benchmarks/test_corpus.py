@@ -24,6 +24,7 @@ from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.errors import BenchmarkError
 from tracker.extent import ALL, Extent
+from tracker.provenance import content_hash
 
 LENGTH = 16
 """Tokens that the model reads."""
@@ -117,6 +118,21 @@ class TestFigures:
             total += hits
         assert total
 
+    @pytest.mark.parametrize("longest", [1, LENGTH, LENGTH + 3, 1000])
+    def test_the_first_tokens_of_each_text(self, notes, parts, longest: int) -> None:
+        """As lm-eval scores what is left of the tokens, one by one."""
+        model, tokenizer = parts
+        encoder = RequestEncoder(model, tokenizer)
+        corpus = open_benchmark(ask(f"{notes}:{longest}"))
+        for document, text in zip(corpus.documents(encoder, ALL), texts(notes), strict=True):
+            ids = encoder.tok_encode(text)[:longest]
+            hits, loss = naive(model, ids, encoder.prefix_token_id)
+            judged = corpus.outcomes(document, respond(model, document))
+            assert judged["acc"] == json.dumps([hits, len(ids)])
+            assert json.loads(judged["loss"]) == pytest.approx([loss, len(ids)], rel=1e-5)
+        whole = open_benchmark(ask(notes)).documents(encoder, ALL)
+        assert sum(len(r.continuation) for r in whole[-1].requests) > LENGTH + 3
+
     @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
     def test_a_window_that_is_not_finite(self, notes, parts, bad: float) -> None:
         corpus = open_benchmark(ask(notes))
@@ -189,8 +205,50 @@ class TestTexts:
         math = Corpus(ask("TIGER-Lab/MathInstruct", tmp_path / "DATA"))
         assert (math.identity.tasks[0].split, math._texts) == ("train", ["x"])
 
+    def test_a_configuration_and_a_split_of_a_folder(self, tmp_path) -> None:
+        data = tmp_path / "data"
+        for configuration in ("en", "de"):
+            for split in ("train", "validation"):
+                rows = [{"text": f"{configuration} {split}"}]
+                write(data / f"allenai/c4/{configuration}/{split}.jsonl", rows)
+        found = Corpus(ask("allenai/c4/en@validation:512#text", data))
+        assert found._texts == ["en validation"]
+        assert found.identity.name == "corpus:allenai/c4/en@validation:512#text"
+        assert found.identity.tasks[0].split == "validation"
+        assert texts("allenai/c4/de", data) == ["de train"]
+        assert "allenai/c4 has no split 'valid'. Did you mean 'validation'? It has: " in refusal(
+            "allenai/c4/en@valid", data
+        )
+
+    def test_of_the_hub_only_the_split_is_read(self, tmp_path, monkeypatch) -> None:
+        """A folder with a card like those of the hub; its training files hold nothing readable."""
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        folder = tmp_path / "some" / "c4"
+        write(folder / "en" / "part.jsonl", [{"text": "kept"}])
+        (folder / "en" / "train.jsonl").write_text("{")
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: en\n  data_files:\n"
+            "  - {split: train, path: en/train.jsonl}\n"
+            "  - {split: validation, path: en/part.jsonl}\n---\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        assert texts("some/c4/en@validation") == ["kept"]
+        assert "has no split 'test'" in refusal("some/c4/en@test")
+        assert "cannot be read from the hub" in refusal("some/c4/en")
+
 
 class TestIdentity:
+    def test_what_is_read_of_it_is_part_of_the_key(self, notes, tmp_path) -> None:
+        """Other first tokens are other outcomes of the same texts."""
+        first, cut, more = (
+            open_benchmark(ask(f"{notes}{end}")).identity for end in ("", ":8", ":16")
+        )
+        assert first.tasks[0].fingerprint == cut.tasks[0].fingerprint
+        assert len({content_hash(i.model_dump(mode="json")) for i in (first, cut, more)}) == 3
+        assert (cut.name, cut.data) == ("corpus:notes.txt:8", str(notes))
+        home = write(tmp_path / "me@home" / "rows.jsonl", [{"text": "a"}])
+        assert open_benchmark(ask(f"{home}:3#text")).identity.name == "corpus:rows.jsonl:3#text"
+
     def test_of_a_file(self, notes) -> None:
         identity = open_benchmark(ask(notes)).identity
         (task,) = identity.tasks
@@ -249,6 +307,12 @@ class TestRefusals:
         assert f"leave {next(iter(setting))} out" in refusal(notes, **setting)
         check_benchmark(ask(notes, num_fewshot=0))
 
+    def test_what_a_file_does_not_have(self, notes) -> None:
+        assert "is a file and has no splits; leave @test out" in refusal(f"{notes}@test")
+        assert "reads no token; write a number from 1 on" in refusal(f"{notes}:0")
+        with pytest.raises(BenchmarkError, match="Did you mean 'arc_easy'"):
+            open_benchmark(ask("").model_copy(update={"benchmark": "arc_easy:512"}))
+
     def test_a_column_of_a_text_file(self, notes) -> None:
         assert "has no columns" in refusal(f"{notes}#text")
 
@@ -277,7 +341,8 @@ class TestRefusals:
 
     def test_a_data_set_without_a_known_split(self, tmp_path) -> None:
         write(tmp_path / "some/thing/dev.jsonl", [{"text": "a"}])
-        assert "it holds: dev" in refusal("some/thing", tmp_path)
+        assert "write corpus:some/thing@SPLIT with one of: dev" in refusal("some/thing", tmp_path)
+        assert "with /CONFIGURATION after it" in refusal("some/thing/en/..", tmp_path)
 
     def test_a_data_set_that_is_not_there(self, tmp_path) -> None:
         assert "the data set some/thing cannot be read" in refusal("some/thing", tmp_path)

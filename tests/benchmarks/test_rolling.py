@@ -14,6 +14,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.plain import evaluate
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.plain import score_with_lm_eval
@@ -82,11 +83,10 @@ def plainly(name: str, data: Path, folder: Path, model: HFLM) -> dict[str, Any]:
         f"    {split}: {data / place / split}.jsonl\n"
         + ("validation_split: null\n" if split == "test" else "")
     )
-    found = lm_eval.simple_evaluate(
+    found = evaluate(
         model,
         tasks=["plain"],
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(folder)),
-        bootstrap_iters=0,
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False),
     )
     results: dict[str, Any] = found["results"]["plain"]
     return results

@@ -20,10 +20,11 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.plain import evaluate
 from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.factory import check_task
+from tracker.benchmarks.factory import find_task
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
 from tracker.config import CellRequest
@@ -101,11 +102,11 @@ def text_of(encoder: RequestEncoder, document: Document, request: int = 0) -> st
 class TestNames:
     @pytest.mark.parametrize("name", ["arc_easy", "mmlu", "mmlu_anatomy", "ai2_arc"])
     def test_tasks_groups_and_tags_are_known(self, name: str) -> None:
-        check_task(name)
+        find_task(name)
 
     def test_an_unknown_one_names_the_nearest(self) -> None:
         with pytest.raises(BenchmarkError) as caught:
-            check_task("hellaswg")
+            find_task("hellaswg")
         message = str(caught.value)
         assert "no task or group 'hellaswg'" in message
         assert "Did you mean 'hellaswag'?" in message
@@ -114,7 +115,7 @@ class TestNames:
 
     def test_one_that_is_near_nothing(self) -> None:
         with pytest.raises(BenchmarkError) as caught:
-            check_task("qqqqqqqqqqqqqqqq")
+            find_task("qqqqqqqqqqqqqqqq")
         assert "Did you mean" not in str(caught.value)
 
 
@@ -279,7 +280,7 @@ class TestRefusals:
         own = {"include": str(TASKS / "gsm8k/gsm8k.yaml"), "task": "own"}
         (tmp_path / "own.yaml").write_text(json.dumps({**own, "generation_kwargs": settings}))
         manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
-        monkeypatch.setattr(factory, "_index", lambda: manager)
+        monkeypatch.setattr(factory, "known_tasks", lambda: manager.task_index)
         if greedy:
             assert make("own", data).identity.num_fewshot == 5
         else:
@@ -555,8 +556,6 @@ def plain_tasks(tmp_path_factory) -> Any:
     return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
 
 
-# Was: with a chat template lm-eval's own default is
-# fewshot_as_multiturn=True; ours puts all examples into one turn. Pass fewshot_as_multiturn=chat.
 @pytest.mark.parametrize(
     ("benchmark", "shots", "chat", "bos"),
     [
@@ -575,14 +574,13 @@ def test_the_model_is_asked_what_lm_eval_asks(
 ) -> None:
     model, tokenizer = parts(tiny_llama(bos=bos))
     plain = Asked(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
-    lm_eval.simple_evaluate(
-        model=plain,
+    evaluate(
+        plain,
         tasks=[f"plain_{benchmark}"],
         num_fewshot=shots,
         limit=6,
         apply_chat_template=chat,
         task_manager=plain_tasks,
-        bootstrap_iters=0,
     )
     ours = make(benchmark, num_fewshot=shots, apply_chat_template=chat)
     assert ours.identity.apply_chat_template is chat

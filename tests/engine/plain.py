@@ -55,13 +55,18 @@ def make_documents(count=5, seed=0, shared=6):
 def answers(
     model: Any, document: Document, max_length: int = MAX_LENGTH
 ) -> list[tuple[float, bool]]:
-    """Ask a model one request at a time, by its own forward pass from tokens to logits."""
+    """Ask a model one request at a time, by its own forward pass from tokens to logits.
+
+    Requests that differ in their last token alone put the same to the model: it is asked once.
+    """
     found = []
+    said: dict[tuple[int, ...], torch.Tensor] = {}
     for request in document.requests:
-        tokens = (request.context + request.continuation)[-(MAX_LENGTH + 1) :]
-        with torch.inference_mode():
-            logits = model(torch.tensor([tokens[:-1]]), use_cache=False).logits[0]
-        logits = logits[-len(request.continuation) :].log_softmax(-1)
+        tokens = (request.context + request.continuation)[-(MAX_LENGTH + 1) :][:-1]
+        if tokens not in said:
+            with torch.inference_mode():
+                said[tokens] = model(torch.tensor([tokens]), use_cache=False).logits[0]
+        logits = said[tokens][-len(request.continuation) :].log_softmax(-1)
         target = torch.tensor(request.continuation)
         loglikelihood = float(logits.gather(1, target[:, None]).sum())
         found.append((loglikelihood, bool((logits.argmax(-1) == target).all())))

@@ -28,6 +28,7 @@ import torch
 import transformers
 from torch import nn
 
+from tests.ablations import single_layers
 from tests.engine.plain import Memory, loaded, skipped
 from tests.engine.registry import (
     FAMILY_NAMES,
@@ -40,7 +41,7 @@ from tests.engine.registry import (
     families,
     variants,
 )
-from tracker.ablations import INTACT, Ablation, single_layers
+from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Request
 from tracker.engine.check import check
 from tracker.engine.sweep import Engine
@@ -53,7 +54,7 @@ ABLATIONS = [*single_layers(tuple(range(LAYERS))), Ablation((1, 2))]
 ROWS = (192, 1024)
 """Tokens of a row on a processor and on an accelerator."""
 SECONDS = 240
-"""That one variant may take."""
+"""Of computing that one variant may take."""
 PROCESSES = 2
 MATTERS = 0.02
 """Nats that a layer's removal must move, or its equality says nothing."""
@@ -394,18 +395,18 @@ def _said(error: Exception) -> str:
 
 @contextmanager
 def _within(seconds: int) -> Iterator[None]:
-    """Raise an error where it takes longer."""
+    """Raise an error where it computes for longer, however many others compute beside it."""
 
     def stop(number: int, frame: Any) -> None:
         raise TimeoutError(f"took longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def prepare() -> None:

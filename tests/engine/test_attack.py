@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded
-from tracker.ablations import INTACT, ablate, single_layers
+from tracker.ablations import INTACT, Ablation, ablate
+from tracker.documents import Document
 from tracker.engine.attack import attack, attack_key, most_sharing, reachable
 from tracker.engine.crossing import crossing_calls
-from tracker.engine.habits import STEPS
+from tracker.engine.habits import STEPS, Findings
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Lengths, common_beginning
@@ -54,6 +57,28 @@ class TestKey:
             attack_key(tiny_model("qwen2"), ABLATIONS, WINDOW),
         ]
         assert len(set(keys)) == 6
+
+    def test_the_code_and_what_runs_it_count(self, tiny_model, monkeypatch) -> None:
+        model = tiny_model("llama")
+        keys = [attack_key(model, ABLATIONS, ())]
+        read: set[str] = set()
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "tracker.engine.attack.file_hash",
+                lambda paths: read.update(f"{p.parent.name}/{p.name}" for p in paths) or "another",
+            )
+            keys.append(attack_key(model, ABLATIONS, ()))
+        for name in ("package_versions", "machine"):
+            with monkeypatch.context() as patched:
+                patched.setattr(f"tracker.engine.attack.{name}", lambda: {"another": "1"})
+                keys.append(attack_key(model, ABLATIONS, ()))
+        assert len(set(keys)) == 4
+        tracker = Path(__file__).parents[2] / "tracker"
+        assert read == {
+            f"{folder}/{path.name}"
+            for folder in ("engine", "models")
+            for path in (tracker / folder).glob("*.py")
+        }
 
 
 def test_a_number_that_no_row_reaches_is_not_experimented_with(tiny_model) -> None:
@@ -101,8 +126,10 @@ class TestVerdict:
 class PlacedLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """A layer that does more the later it stands."""
 
+    scale = 1.0
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs) * (1 + self.self_attn.layer_idx)
+        return super().forward(*args, **kwargs) * (1 + self.scale * self.self_attn.layer_idx)
 
 
 class Placed(LlamaForCausalLM):  # type: ignore[misc]
@@ -287,3 +314,263 @@ class TestAttack:
         )
         with pytest.raises(CellError, match=said):
             attack(Engine(loaded(model.eval()), MAX_LENGTH), ABLATIONS, ())
+
+
+RIGHT = Comparison(100, 1e-6)
+
+
+class Watched:
+    """Stands in for the comparison; remembers with which engine and what was compared."""
+
+    def __init__(self, *found: Comparison) -> None:
+        self.engines: list[Engine] = []
+        self.asked: list[Sequence[tuple[int, int, int, int]]] = []
+        self.found = found
+
+    def __call__(self, engine: Engine, *rest: Any) -> Comparison:
+        self.engines.append(engine)
+        self.asked.append(rest[2])
+        return self.found[min(len(self.engines), len(self.found)) - 1]
+
+
+@pytest.fixture
+def watched(monkeypatch) -> Watched:
+    watched = Watched(RIGHT)
+    monkeypatch.setattr("tracker.engine.attack._compared", watched)
+    return watched
+
+
+class TestMiniatures:
+    """What is found on one is believed of the next, and of the model."""
+
+    def test_it_is_scored_as_a_model_that_reads_as_much(self, tiny_model, watched) -> None:
+        for most, read in ((2048, 96), (50, 50)):
+            attack(Engine(loaded(tiny_model("llama")), most), ABLATIONS, ())
+            engine = watched.engines.pop()
+            assert (engine.max_length, engine.row_tokens) == (read, 40)
+            assert engine.loaded.device == torch.device("cpu")
+            assert engine.loaded.model.num_parameters() < 10**6
+            assert list(engine.loaded.layers) == list(engine.loaded.model.model.layers)
+            # What is free on this machine is no matter.
+            assert engine.memory == 2**30
+
+    def test_habits_are_found_once_and_hold_for_all(self, tiny_model, monkeypatch, watched) -> None:
+        window = ("sliding_window",)
+        places = (("model.rotary_emb", "inv_freq"), ("model.rotary_emb", "original_inv_freq"))
+        found = Findings((window,), ((window, False),), False, frozenset(), frozenset(places))
+        tried: list[Any] = []
+        monkeypatch.setattr(
+            "tracker.engine.attack.find_habits", lambda *given: tried.append(given) or found
+        )
+        watched.found = (RIGHT, Comparison(50, 1e-5, 1))
+        engine = Engine(loaded(tiny_model("mistral")), MAX_LENGTH)
+        verdict = attack(engine, ABLATIONS, (window,))
+        ((small, paths),) = tried
+        assert paths == (window,)
+        assert [each.loaded.model is small for each in watched.engines] == [True, False]
+        # One with its window as it is, and one whose window is crossed by short texts.
+        windows = [each.loaded.model.config.sliding_window for each in watched.engines]
+        assert windows == [small.config.sliding_window, STEPS[0]]
+        assert [e.habits.lengths for e in watched.engines] == [Lengths((w,)) for w in windows]
+        assert verdict == Verdict(
+            FULL, None, 1e-5, 150, 1, ((window, False),), (), tuple(sorted(places))
+        )
+
+    @pytest.mark.parametrize("every", [True, False])
+    def test_a_model_to_which_every_length_is_another(
+        self, tiny_model, monkeypatch, watched, every: bool
+    ) -> None:
+        left = frozenset({"inv_freq", "attention_scaling"})
+        found = Findings(every_call=every, leftovers=left)
+        monkeypatch.setattr("tracker.engine.attack.find_habits", lambda *_: found)
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+        assert verdict.lengths == ((((), True),) if every else ())
+        assert verdict.leftovers == ("attention_scaling", "inv_freq")
+        assert watched.engines[0].habits.lengths.each == every
+        assert watched.engines[0].habits.leftovers
+
+    def test_what_one_lost_the_next_is_not_asked(self, tiny_model, monkeypatch) -> None:
+        wrong = Comparison(3, 0.25, 0, "document 0")
+        watched = Watched(wrong, Comparison(10, 1e-3), wrong, RIGHT)
+        monkeypatch.setattr("tracker.engine.attack._compared", watched)
+        found = Findings(matters=(("sliding_window",),))
+        monkeypatch.setattr("tracker.engine.attack.find_habits", lambda *_: found)
+        verdict = attack(Engine(loaded(tiny_model("mistral")), MAX_LENGTH), ABLATIONS, ())
+        assert [engine.sharing for engine in watched.engines] == [
+            FULL, NO_PREFIX, NO_PREFIX, DEPTH_ONLY,
+        ]  # fmt: skip
+        assert (verdict.sharing, verdict.difference, verdict.compared) == (DEPTH_ONLY, 1e-3, 110)
+        assert verdict.lost == (
+            "sharing over documents changes a log-likelihood by 0.25 nats; "
+            "sharing over tokens changes a log-likelihood by 0.25 nats"
+        )
+
+    def test_what_differs_with_nothing_shared_is_the_miniature(
+        self, tiny_model, monkeypatch
+    ) -> None:
+        """Its random weights may be discontinuous; the truth is not held against itself."""
+        watched = Watched(Comparison(3, 0.25, 2, "document 0"))
+        monkeypatch.setattr("tracker.engine.attack._compared", watched)
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+        assert (verdict.sharing, verdict.unsteady, verdict.difference) == (PLAIN, 3, 0.25)
+        watched.found = (Comparison(3, 0.25, 0, "document 0"), Comparison(100, 0.5, 99))
+        watched.engines.clear()
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+        # However often the model is discontinuous: nothing less is left to share.
+        assert (verdict.sharing, verdict.unsteady) == (PLAIN, 99)
+
+
+def disturbed(monkeypatch, when: Callable[[Sequence[Document]], bool]) -> list[list[Document]]:
+    """Let the engine be wrong by half a nat in some calls; remembers what it was asked."""
+    honest, seen = Engine.score, []
+
+    def score(self: Engine, documents: Sequence[Document], *rest: Any) -> Any:
+        seen.append(list(documents))
+        scores = honest(self, documents, *rest)
+        if self.sharing == FULL and when(documents):
+            response = scores[-1].responses[-1][-1]
+            worse = type(response)(response.loglikelihood - 0.5, False, 0)
+            scores[-1].responses[-1][-1] = worse
+        return scores
+
+    monkeypatch.setattr(Engine, "score", score)
+    return seen
+
+
+class TestOrder:
+    def test_every_call_in_one_order_and_its_reverse(self, tiny_model, monkeypatch) -> None:
+        seen = disturbed(monkeypatch, lambda documents: False)
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS[:1], ())
+        assert (verdict.sharing, verdict.compared) == (FULL, 2 * sum(map(count, seen[:4])))
+        assert seen[4:] == [documents[::-1] for documents in seen[3::-1]]
+        vocabulary = max(
+            token
+            for documents in seen
+            for document in documents
+            for request in document.requests
+            for token in request.context
+        )
+        assert 90 < vocabulary < 97
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_an_error_in_one_of_them_is_found(self, tiny_model, monkeypatch, reverse: bool) -> None:
+        """The last answer of the last document, under the last ablation."""
+        seen = disturbed(
+            monkeypatch,
+            lambda documents: (
+                (documents[0].index > documents[-1].index) == reverse and len(documents) == 3
+            ),
+        )
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        verdict = attack(engine, ABLATIONS[:2], ())
+        assert verdict.sharing == NO_PREFIX
+        assert verdict.lost == "sharing over documents changes a log-likelihood by 0.5 nats"
+        # What is wrong once is asked no further.
+        assert len(seen) == (8 if reverse else 4) + 8
+
+
+def count(documents: Sequence[Document]) -> int:
+    return sum(len(document.requests) for document in documents)
+
+
+class TestCut:
+    """What the model without a layer is, and what is said where it is nothing."""
+
+    @pytest.fixture
+    def refuse(self, monkeypatch) -> Callable[..., None]:
+        """Let models without layer 2 not run: cut, or with the layer in its place."""
+
+        def refuse(*stay: bool, error: Exception | None = None) -> None:
+            honest = Engine.without
+
+            def without(self: Engine, ablation: Ablation) -> Engine:
+                if 2 in ablation.layers and self.habits.stay in stay:
+                    raise error or RefusalError(f"no such model {self.habits.stay:d}")
+                return honest(self, ablation)
+
+            monkeypatch.setattr(Engine, "without", without)
+
+        return refuse
+
+    def attacked(self, model: Any, *removed: tuple[int, ...]) -> Verdict:
+        ablations = [INTACT, *(ablate("layer", layers) for layers in removed)]
+        return attack(Engine(loaded(model), MAX_LENGTH), ablations, ())
+
+    @pytest.mark.parametrize(("removed", "what"), [((2,), "layer 2"), ((1, 2), "layers 1, 2")])
+    def test_it_runs_in_no_way(self, tiny_model, refuse, watched, removed, what) -> None:
+        refuse(False, True)
+        said = (
+            f"^LlamaForCausalLM does not run without {what} \\(no such model 0\\); "
+            "leave it out of 'layer'$"
+        )
+        with pytest.raises(CellError, match=said):
+            self.attacked(tiny_model("llama"), (0,), removed)
+
+    def test_it_cannot_be_cut(self, tiny_model, refuse, watched) -> None:
+        refuse(False)
+        verdict = self.attacked(tiny_model("llama"), (0,), (2,))
+        assert (verdict.stay, verdict.sharing, verdict.lost) == (True, FULL, None)
+        assert watched.engines[0].habits.stay
+
+    def test_it_can_only_be_cut(self, tiny_model, refuse, watched) -> None:
+        """Then it is a checkpoint, of which nothing proves that it is the model that skips."""
+        refuse(True)
+        verdict = self.attacked(tiny_model("llama"), (0,), (2,))
+        assert (verdict.stay, verdict.sharing) == (False, PLAIN)
+
+    def test_some_layers_by_nature_and_others_not_at_all(self, tiny_model, refuse, watched) -> None:
+        refuse(False)
+        said = (
+            r"^Placed cannot be cut to be without layer 2 \(no such model 0\); "
+            "leave it out of 'layer'$"
+        )
+        with pytest.raises(CellError, match=said):
+            self.attacked(Placed(tiny_model("llama").config).eval(), (2,), (0,))
+
+    def test_what_no_checkpoint_is_stays_in_its_place(self, tiny_model, watched) -> None:
+        """The class cannot be made of two layers, so that it is nothing by its own nature."""
+        model = NoTwo(tiny_model("llama").config).eval()
+        assert self.attacked(model, (3,)).stay is False
+        assert self.attacked(model, (0, 1)).stay is True
+        with pytest.raises(CellError, match=r"without layers 0, 1 \(it is not the model that it"):
+            self.attacked(model, (0,), (0, 1))
+
+    def test_other_weights_are_another_model(self, tiny_model, watched) -> None:
+        """What a class makes of a configuration alone is no proof."""
+        model = Hidden(tiny_model("llama").config).eval()
+        assert self.attacked(model, (0,)).stay is True
+
+    def test_sublayers_ask_for_no_cut(self, tiny_model, refuse, watched) -> None:
+        refuse(False, True)
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        assert attack(engine, [INTACT, ablate("mlp", [2])], ()).sharing == FULL
+
+    def test_an_error_of_ours_is_raised(self, tiny_model, refuse, watched) -> None:
+        refuse(False, error=ZeroDivisionError("ours"))
+        with pytest.raises(ZeroDivisionError, match="ours"):
+            self.attacked(tiny_model("llama"), (2,))
+
+    @pytest.mark.parametrize(("scale", "sharing"), [(1e-9, FULL), (0.1, PLAIN)])
+    def test_rounding_is_no_nature(self, tiny_model, monkeypatch, watched, scale, sharing) -> None:
+        monkeypatch.setattr(PlacedLayer, "scale", scale)
+        verdict = self.attacked(Placed(tiny_model("llama").config).eval(), (0,))
+        assert (verdict.sharing, verdict.stay) == (sharing, False)
+
+
+class NoTwo(Placed):
+    """No model of two layers can be made."""
+
+    def __init__(self, config: Any) -> None:
+        if config.num_hidden_layers == 2:
+            raise ValueError("two are too few")
+        super().__init__(config)
+
+
+class Hidden(Placed):
+    """Of what its layers multiply by, the weights say nothing."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        draw = torch.randn(1).item()
+        for layer in self.model.layers:
+            layer.scale = draw

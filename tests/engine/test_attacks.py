@@ -19,10 +19,10 @@ import pytest
 import torch
 import transformers
 
+from tests.ablations import single_layers
 from tests.engine.families import EQUAL_HEADS, FAMILIES, SMALL, VOCABULARY
 from tests.engine.plain import Memory, loaded
 from tests.engine.truth import Without, exported, truths, without
-from tracker.ablations import single_layers
 from tracker.documents import Document, Request
 from tracker.engine.check import check
 from tracker.engine.rows import tree_rows

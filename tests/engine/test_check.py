@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
-from tracker.ablations import INTACT, ablate, single_layers
+from tracker.ablations import INTACT, ablate
 from tracker.documents import Document, Request
 from tracker.engine import truth
 from tracker.engine.attack import attack, reachable

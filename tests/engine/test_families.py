@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.ablations import single_layers
 from tests.engine.families import FAMILIES, LAYERS
 from tests.engine.plain import MAX_LENGTH, agree, answers, loaded, make_documents, skipped
-from tracker.ablations import INTACT, Ablation, single_layers
+from tracker.ablations import INTACT, Ablation
 from tracker.engine.check import check
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.sharing import FULL, PLAIN

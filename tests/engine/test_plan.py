@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded, make_documents
-from tracker.ablations import INTACT, Ablation, ablate, single_layers
+from tracker.ablations import INTACT, Ablation, ablate
 from tracker.documents import Document, Request
 from tracker.engine import plan
 from tracker.engine.check import plain_tokens
@@ -144,6 +145,6 @@ def test_the_rate_is_operations_in_the_time_they_took(monkeypatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(plan.time, "perf_counter", lambda: next(ticks) / 10)
     with FlopCounterMode(display=False) as flops:
-        rate = matrix_rate(seconds=0.25)
-    # Asked at 0, 0.1, 0.2, 0.3 and, to divide by it, at 0.4.
-    assert rate == pytest.approx(flops.get_total_flops() * 2 / 3 / 0.4)
+        rate = matrix_rate()
+    # Asked at 0, 0.1, … 0.5 and, to divide by it, at 0.6.
+    assert rate == pytest.approx(flops.get_total_flops() * 4 / 5 / 0.6)

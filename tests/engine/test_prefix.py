@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded
-from tracker.ablations import single_layers
 from tracker.engine.prefix import MARGIN, GrowingLayer, Prefix, cache_argument, new_cache
 from tracker.engine.score import kept_bytes, read_prefix
 from tracker.engine.streams import plan_streams

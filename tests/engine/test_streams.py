@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from tracker.ablations import INTACT, Ablation, ablate, single_layers
+from tests.ablations import single_layers
+from tracker.ablations import INTACT, Ablation, ablate
 from tracker.engine.streams import forking, plan_streams
 from tracker.models.sublayers import find_sublayers
 

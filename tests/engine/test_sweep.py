@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import replace
 
@@ -9,17 +10,21 @@ import accelerate
 import pytest
 import torch
 
+from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, agree, loaded, make_documents
-from tracker.ablations import INTACT, Ablation, ablate, single_layers
+from tracker.ablations import INTACT, Ablation, ablate
 from tracker.documents import Document, Request
 from tracker.engine.check import check
+from tracker.engine.masks import look
 from tracker.engine.memory import stream_bytes
 from tracker.engine.refusal import RefusalError
-from tracker.engine.rows import flat_rows, tree_rows
+from tracker.engine.rows import Lengths, flat_rows, tree_rows
 from tracker.engine.score import read_prefix, score_row
-from tracker.engine.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Habits
+from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError
+from tracker.models.pruned import remember
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2"])
@@ -295,3 +300,176 @@ def test_weights_that_accelerate_brings_in_when_they_are_needed(tiny_model, tmp_
     same(Engine(loaded(model), MAX_LENGTH).score(documents, ablations), truth)
     plain = Engine(loaded(model), MAX_LENGTH, PLAIN).score(documents, ablations)
     same(plain, truth)
+
+
+def test_out_of_memory_where_lengths_matter_names_the_way_out(tiny_model, monkeypatch):
+    """Requests of a document may stand in several rows there, which cannot be halved."""
+
+    def never(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("tracker.engine.sweep.score_row", never)
+    habits = Habits(lengths=Lengths((10,)))
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, habits=habits)
+    said = r"^out of memory: CUDA out of memory\. Use --memory, or a smaller dtype$"
+    with pytest.raises(CellError, match=said):
+        engine.score(make_documents(4), [INTACT])
+
+
+class TestKeptBeginning:
+    """What all documents begin with is read apart where that fits, and the numbers are the same."""
+
+    DOCUMENTS = make_documents(3, seed=2, shared=60)
+    # Keys and values of two heads of eight numbers, in four layers.
+    BYTES = 60 * 4 * (2 * 2 * 8 * 4)
+
+    @pytest.fixture
+    def read(self, monkeypatch):
+        read = []
+
+        def reading(*args):
+            read.append(len(args[2]))
+            return read_prefix(*args)
+
+        monkeypatch.setattr("tracker.engine.sweep.read_prefix", reading)
+        return read
+
+    @pytest.mark.parametrize(("spare", "times"), [(0, 1), (-2, 0)])
+    def test_in_half_of_the_budget(self, tiny_model, read, spare, times):
+        """Of which the beginning may take half again, beside the rows."""
+        expected = Engine(loaded(tiny_model("llama")), MAX_LENGTH, NO_PREFIX)
+        budget = 2 * self.BYTES + spare
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, memory=budget)
+        same(engine.score(self.DOCUMENTS, [INTACT]), expected.score(self.DOCUMENTS, [INTACT]))
+        assert read == [60] * times
+
+    def test_when_memory_runs_out_the_rows_hold_it(self, tiny_model, monkeypatch):
+        def never(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        expected = Engine(loaded(tiny_model("llama")), MAX_LENGTH, NO_PREFIX)
+        monkeypatch.setattr("tracker.engine.sweep.read_prefix", never)
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        same(engine.score(self.DOCUMENTS, [INTACT]), expected.score(self.DOCUMENTS, [INTACT]))
+
+    def test_a_prompt_that_begins_so_continues_it(self, tiny_model, monkeypatch):
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        ablations = single_layers((1, 2))
+        engine.score(self.DOCUMENTS, ablations)
+        shared = list(self.DOCUMENTS[0].requests[0].context[:60])
+        begun = []
+
+        @contextlib.contextmanager
+        def noted(parts, removed, prompt, prefix):
+            assert (removed, parts.model) == (ablations, engine.loaded.model)
+            begun.append(None if prefix is None else len(prefix.tokens))
+            yield "a cache"
+
+        monkeypatch.setattr("tracker.engine.sweep.decoding", noted)
+        for prompt in ([*shared, 5, 6], [5, *shared, 6]):
+            with engine.decoding(ablations, prompt) as given:
+                assert given == {"cache": "a cache"}
+        assert begun == [60, None]
+        ablations = single_layers((1,))
+        with engine.decoding(ablations, [*shared, 5, 6]):
+            assert begun == [60, None, None]
+
+
+def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(tiny_model, monkeypatch):
+    looked = []
+
+    def looking(base, layers, tokens, device):
+        looked.append(tokens)
+        return look(base, layers, tokens, device)
+
+    monkeypatch.setattr("tracker.engine.sweep.look", looking)
+    for most, asked, expected in (
+        (1000, (2, 256, 257, 3, 990, 1000), [256, 512, 1000]),
+        (96, (2, 96), [96]),
+        # A row may be longer than any of its texts.
+        (96, (2, 130, 40), [96, 130]),
+    ):
+        engine = Engine(loaded(tiny_model("mistral")), most)
+        sight = engine.parts(plan_streams([INTACT], 4)).sight
+        assert all(sight(tokens).tokens >= tokens for tokens in asked)
+        assert looked == expected
+        looked.clear()
+
+
+def test_a_model_without_a_cache_continues_no_prompt(tiny_model, monkeypatch):
+    monkeypatch.setattr("tracker.engine.sweep.cache_argument", lambda base: None)
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+    assert not engine.shares_a_prefix(make_documents(3, shared=60))
+    with pytest.raises(RefusalError, match=r"^it takes no cache of keys and values$"):
+        list(engine.decoding_groups([INTACT], 10))
+    with engine.decoding([INTACT], [1, 2, 3]) as given:
+        assert given == {}
+
+
+def test_progress_counts_every_answer_once(tiny_model):
+    documents, ablations = make_documents(5), single_layers((0, 1, 2, 3))
+    for sharing in (FULL, PLAIN):
+        counted = []
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, sharing, row_tokens=20)
+        engine.score(documents, ablations, counted.append)
+        assert sum(counted) == sum(len(d.requests) for d in documents) * len(ablations)
+        assert len(counted) > 1
+
+
+def moody(model):
+    """Let each call of a model leave something behind that spoils the next one."""
+    embeddings = model.get_input_embeddings()
+    embeddings.mood = 0.0
+
+    def spoil(module, args, output):
+        module.mood += 1
+        return output * module.mood
+
+    embeddings.register_forward_hook(spoil)
+    return Habits(leftovers=remember(model, ("mood",)))
+
+
+class TestLeftovers:
+    """With what calls leave behind put back, a model answers as if it left nothing."""
+
+    @pytest.fixture
+    def truth(self, tiny_model):
+        return Engine(loaded(tiny_model("llama")), MAX_LENGTH, row_tokens=20)
+
+    @pytest.fixture
+    def engine(self, tiny_model):
+        model = tiny_model("llama")
+        return Engine(loaded(model), MAX_LENGTH, row_tokens=20, habits=moody(model))
+
+    @pytest.mark.parametrize("sharing", [FULL, NO_PREFIX, DEPTH_ONLY, PLAIN], ids=str)
+    def test_no_call_depends_on_the_one_before(self, engine, truth, sharing):
+        """Was: the look at the masks left its own behind for the row that was scored next."""
+        documents = make_documents(3, seed=2, shared=60)
+        engine, ablations = engine.with_sharing(sharing), single_layers((1, 3))
+        expected = truth.score(documents, ablations)
+        for _ in range(2):
+            same(engine.score(documents, ablations), expected)
+            assert engine.loaded.model.get_input_embeddings().mood == 0
+        # A copy without a layer begins as the model did.
+        alone = engine.without(ablations[1]).score(documents, [INTACT])
+        for one, whole in zip(alone, expected, strict=True):
+            assert [r.hits for r in one.responses[0]] == [r.hits for r in whole.responses[1]]
+            assert [r.loglikelihood for r in one.responses[0]] == pytest.approx(
+                [r.loglikelihood for r in whole.responses[1]], abs=1e-4
+            )
+
+    def test_no_text_is_continued_by_what_was_asked_before(self, engine, truth):
+        """Was: what a key takes was measured by a call, and the prompt was read after it."""
+        prompt = list(range(3, 13))
+        for each in (truth, engine):
+            assert len(list(each.decoding_groups([INTACT, Ablation((1,))], 20))) == 1
+        with (
+            truth.decoding([INTACT], prompt) as expected,
+            engine.decoding([INTACT], prompt) as found,
+        ):
+            pairs = zip(expected["cache"].layers, found["cache"].layers, strict=True)
+            assert all(torch.equal(one.keys, other.keys) for one, other in pairs)
+        assert engine.loaded.model.get_input_embeddings().mood == 0
+        with contextlib.suppress(InterruptedError), engine.decoding([INTACT], prompt):
+            raise InterruptedError
+        assert engine.loaded.model.get_input_embeddings().mood == 0

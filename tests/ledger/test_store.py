@@ -256,9 +256,19 @@ class TestSamples:
         assert (record.n, record.sample_seed) == (40, 1234)
         (kept,) = cell.views.asked()
         assert kept.view.extent == self.SAMPLE
+        # Another sample, and the first documents, are views beside it; a larger sample is not.
+        for change in ({"sample": 50}, {"seed": 7}, {"sample": None, "limit": 40}):
+            cell.views.ask(asked.model_copy(update=change), "p")
+        views = [each.view for each in cell.views.asked()]
+        assert [(view.sample, view.seed, view.limit) for view in views] == [
+            (None, None, 40),
+            (50, 1234, None),
+            (40, 7, None),
+        ]
         self.fill(cell, row, ALL)
         every = asked.model_copy(update={"sample": 200})
         record = cell_record(cell, cell.views.of(every), lambda how, values: None)
+        assert cell.views.of(every).extent == ALL
         # All documents are all documents, in whatever order they came.
         assert (record.n, record.sample_seed, "n" in record.reasons) == (70, None, False)
 

@@ -17,6 +17,8 @@ from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row
+from tracker.ledger.spreads import spread_of
+from tracker.metrics.power import Spread
 from tracker.records import CellRecord, RunRecord
 
 from .conftest import cell_record
@@ -222,6 +224,9 @@ def test_the_intervals_of_a_single_task(store) -> None:
         half = Z * math.sqrt((lost + won - (lost - won) ** 2) / (n + 2))
         assert layer.accuracy_drop_low == pytest.approx(lost - won - half)
         assert layer.accuracy_drop_high == pytest.approx(lost - won + half)
+        # The share that changes is all that a smaller drop depends on.
+        changed = sum(before != after for before, after in pairs) / n
+        assert spread_of(layer) == Spread(pytest.approx(changed), binary=True)
 
 
 @pytest.mark.parametrize("by_size", [True, False])

@@ -115,7 +115,6 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_without_bias_it_is_the_percentile_interval() -> None:
     resampled = np.linspace(-1, 1, 2001)
     assert bias_corrected_interval(0.0, resampled) == pytest.approx((-0.95, 0.95))
-    assert bias_corrected_interval(0.0, resampled, level=0.5) == pytest.approx((-0.5, 0.5))
 
 
 def test_the_interval_holds_the_value_however_large_the_bias() -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 
+from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, agree, skipped
-from tracker.ablations import Ablation, single_layers
+from tracker.ablations import Ablation
 from tracker.documents import Document, Request
 from tracker.engine.sharing import FULL
 from tracker.engine.sweep import Engine

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -167,6 +170,57 @@ def test_a_model_without_weights_has_the_shape_of_the_real_one(tiny_llama) -> No
     assert tokenizer("Paris")["input_ids"] == loaded.tokenizer("Paris")["input_ids"]
 
 
+def write_gguf(path: Path) -> Path:
+    """Write a Llama of two layers as llama.cpp does, with the alphabet for a tokenizer."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokens = ["<s>", "</s>", *string.ascii_lowercase, "ab"]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {"token_embd": (len(tokens), 32), "output": (len(tokens), 32), "output_norm": (32,)}
+    for layer in range(2):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            shapes[f"blk.{layer}.{name}"] = (32, 32)
+        shapes |= {f"blk.{layer}.{name}": (48, 32) for name in ("ffn_gate", "ffn_up")}
+        shapes |= {f"blk.{layer}.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
+        shapes[f"blk.{layer}.ffn_down"] = (32, 48)
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch) -> None:
+    """Was: four times, and the names of its tensors were listed for every submodule."""
+    calls = []
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        real = getattr(gguf, name)
+        counted = lambda *given, real=real, name=name: calls.append(name) or real(*given)  # noqa: E731
+        monkeypatch.setattr(gguf, name, counted)
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    path = write_gguf(tmp_path / "small.gguf")
+    loaded = load(path)
+    assert sorted(calls) == ["GGUFReader", "get_tensor_name_map"]
+    assert (loaded.identity.layers, loaded.tokenizer("cab")["input_ids"]) == (2, [4, 28])
+    there = gguf.GGUFReader(path).get_tensor(0)
+    assert np.array_equal(loaded.model.get_input_embeddings().weight, there.data)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
 def test_a_trained_model_from_a_package(smollm2) -> None:
     assert smollm2.identity.name == "SmolLM2-135M-Instruct"
     assert (smollm2.identity.layers, smollm2.identity.dtype) == (30, "float32")
@@ -175,3 +229,8 @@ def test_a_trained_model_from_a_package(smollm2) -> None:
     with torch.inference_mode():
         best = smollm2.model(tokens.to(smollm2.device)).logits[0, -1].argmax()
     assert smollm2.tokenizer.decode(best) == " Paris"
+
+
+def test_spread_over_the_one_device_that_there_is(tiny_llama) -> None:
+    loaded = load_model(find_model(str(tiny_llama())), device="spread")
+    assert loaded.device == loaded.model.device

@@ -50,6 +50,7 @@ def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: flo
         accuracy_drop=drop,
         accuracy_drop_low=drop - half,
         accuracy_drop_high=drop + half,
+        drop_sd=half / 1.96 * math.sqrt(n),
         mcnemar_p=min(1.0, math.exp(-abs(drop) * 60)),
         accuracy_relevance=relevance,
         cosine_similarity=cosine,

@@ -8,7 +8,7 @@ import pytest
 
 from tracker.records import NOT_MEASURED, CellRecord
 from tracker.reporting import formats
-from tracker.reporting.charts.story import marked_layers, story
+from tracker.reporting.charts.story import marked_layers, near_together, story
 from tracker.reporting.leaderboard.layers import layer_board
 
 from . import drawn as charts
@@ -89,6 +89,8 @@ def test_titles_say_what_is_seen_with_its_numbers() -> None:
     assert "Spearman" in title
     assert "30 layers, 160 documents" in title
     assert "95 % interval" in title
+    (inner,) = [one for one in cell.correlations[:2] if one.subset == "inner"]
+    assert f"without the two outer layers at each end {inner.value:.2f} (" in title
 
 
 def test_titles_without_any_number() -> None:
@@ -201,8 +203,24 @@ def test_the_story_marks_where_the_two_disagree_most() -> None:
     assert min(apart[layer] for layer in marked) >= max(
         apart[layer] for layer in by_layer if layer not in marked
     )
-    assert [note.text for note in figure.layout.annotations] == [f"<b>{n}</b>" for n in marked]
+    assert sorted(box.x0 + 0.5 for box in figure.layout.shapes) == sorted(marked)
+    numbers = ", ".join(note.text[3:-4] for note in figure.layout.annotations)
+    assert numbers == ", ".join(map(str, sorted(marked)))
     assert (
         f"furthest apart: layers {', '.join(map(str, sorted(marked)))}"
         in story(board, "a model").title
     )
+
+
+@pytest.mark.parametrize(
+    ("marked", "notes"),
+    [
+        ([10, 26, 25], [(10, "10"), (25.5, "25, 26")]),
+        ([24, 26, 28], [(26, "24, 26, 28")]),
+        ([3, 6], [(3, "3"), (6, "6")]),
+    ],
+)
+def test_numbers_of_near_layers_stand_together_where_a_phone_would_overlay_them(
+    marked: list[int], notes: list[tuple[float, str]]
+) -> None:
+    assert near_together(marked) == notes

@@ -21,8 +21,8 @@ def test_layer_frame_holds_fractions_and_says_why(cells: list[CellRecord]) -> No
     assert "gold_logprob_drop: a log-probability was not finite" in row.reasons
     assert frame[frame.benchmark == "rte"].accuracy_relevance.isna().all()
     assert frame.accuracy_relevance.dtype == "float64"
-    assert list(frames.layer_frame([]).columns[:9]) == [
-        "key", "model", "benchmark", "num_fewshot", "metric", "removed",
+    assert list(frames.layer_frame([]).columns[:10]) == [
+        "key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed",
         "component", "layer", "span",
     ]  # fmt: skip
 

@@ -208,7 +208,9 @@ def test_records_of_one_cell_that_could_not_be_joined_are_named() -> None:
     }
 
 
-@pytest.mark.parametrize("change", [{"n": 80}, {"num_fewshot": 5}, {"metric": "acc_norm"}])
+@pytest.mark.parametrize(
+    "change", [{"n": 80}, {"num_fewshot": 5}, {"metric": "acc_norm"}, {"sample_seed": 1234}]
+)
 def test_other_settings_are_not_compared(change: dict[str, object]) -> None:
     one, other = build_cell(model="a"), build_cell(model="b")
     assert setting(one) == setting(other)
@@ -220,6 +222,24 @@ def test_other_settings_are_not_compared(change: dict[str, object]) -> None:
     assert board.benchmarks == ()
     assert all(s.rank is None and s.relevance.value is None for s in board.models)
     assert len(board.left_out) == 2
+
+
+def test_as_many_drawn_documents_are_others_and_count_first() -> None:
+    first = build_cell()
+    drawn = [first.model_copy(update={"sample_seed": seed}) for seed in (1234, 7)]
+    assert len({setting(cell) for cell in (first, *drawn)}) == 3
+    board = layer_board([first, drawn[0]])
+    assert board.cells == (drawn[0],)
+    label = "arc_easy · 0-shot · 160 documents"
+    assert board.left_out == {
+        label: f"the benchmark counts once, as {label} drawn at random (seed 1234)"
+    }
+    models = [[cell.model_copy(update={"model": m}) for cell in (first, drawn[0])]
+              for m in (build_cell(model=name).model for name in "ab")]  # fmt: skip
+    assert model_board([cell for mine in models for cell in mine]).benchmarks == (
+        "arc_easy · 0-shot",
+    )
+    assert all(s.rank for s in model_board([cell for mine in models for cell in mine]).models)
 
 
 def test_as_many_documents_are_not_the_same_ones_while_a_cell_grows() -> None:

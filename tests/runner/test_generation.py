@@ -16,9 +16,10 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
+from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
 from tests.engine.families import FAMILIES
-from tracker.ablations import single_layers
+from tests.plain import evaluate
 from tracker.benchmarks import factory
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
@@ -93,14 +94,13 @@ def sums(tmp_path, data, monkeypatch) -> Callable[..., Truth]:
             more = more.format(data=data / "openai/gsm8k/main")
             (folder / f"{name}.yaml").write_text(text + more + settings)
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
-        monkeypatch.setattr(factory, "_index", lambda: manager)
+        monkeypatch.setattr(factory, "known_tasks", lambda: manager.task_index)
 
         def truth(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Any]:
-            found = lm_eval.simple_evaluate(
+            found = evaluate(
                 HFLM(model, tokenizer=tokenizer, batch_size=1),
                 tasks=["plain"],
                 task_manager=manager,
-                bootstrap_iters=0,
                 **settings,
             )
             samples = {s["doc_id"]: s["resps"][0][0] for s in found["samples"]["plain"]}

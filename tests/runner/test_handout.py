@@ -13,6 +13,7 @@ from tracker.benchmarks.benchmark import open_benchmark
 from tracker.config import load_experiment
 from tracker.executors.handout import ATTEMPTS, Cell, Handout, Task
 from tracker.executors.worker import Worker
+from tracker.extent import random_order
 from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job, Options
@@ -58,9 +59,9 @@ class Desk:
 def desk(tiny_llama, experiment, tmp_path, one_thread):
     data = arc(tmp_path / "data", DOCUMENTS)
 
-    def make(*benchmarks: str) -> Desk:
+    def make(*benchmarks: str, **settings: object) -> Desk:
         model = tmp_path / "tiny-llama"
-        file = experiment(model, benchmark=list(benchmarks), data=str(data))
+        file = experiment(model, benchmark=list(benchmarks), data=str(data), **settings)
         return Desk(file, tmp_path / "results")
 
     tiny_llama()
@@ -74,6 +75,19 @@ def test_what_is_handed_out_comes_back(desk):
     assert found.handout.models_loaded == 1
     assert all(isinstance(end, CellStore) for end in found.ends.values())
     assert found.heard.counted == found.heard.expected == 2 * DOCUMENTS * 3 * 5
+
+
+def test_of_a_sample_no_more_is_handed_out(desk):
+    """As many tasks as for the first documents: one to open the cell, and one a block."""
+    found = desk("arc_easy", limit=None, sample=BLOCK + 2)
+    tasks = 0
+    while task := found.next():
+        found.do(task)
+        tasks += 1
+    assert tasks == 3
+    assert found.heard.counted == found.heard.expected == (BLOCK + 2) * 3 * 5
+    (store,) = Ledger(found.results).cells()
+    assert set(store.read()["doc"]) == set(random_order(1234, "arc_easy", DOCUMENTS)[: BLOCK + 2])
 
 
 def test_documents_that_kill_their_workers_fail_their_cell_alone(desk):

@@ -22,8 +22,12 @@ LAYERS = 8
 @pytest.fixture
 def study(tiny_llama, experiment):
     """A study that takes long enough to be interrupted: 7 blocks of 9 ablations."""
+    return study_of(tiny_llama, experiment, DOCUMENTS)
+
+
+def study_of(tiny_llama, experiment, documents: int) -> Path:
     model = tiny_llama(layers=LAYERS, hidden_size=128, intermediate_size=256)
-    return experiment(model, layer=list(range(LAYERS)), limit=DOCUMENTS)
+    return experiment(model, layer=list(range(LAYERS)), limit=None, sample=documents)
 
 
 def outcomes(results: Path) -> pd.DataFrame:
@@ -84,11 +88,13 @@ def test_two_runs_at_once_share_the_work(study, start, tmp_path):
     client = MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
     (project,) = [e for e in client.search_experiments() if e.name == "tracker"]
     runs = client.search_runs([project.experiment_id])
-    assert len(runs) == LAYERS + 1
+    assert len(runs) == LAYERS + 2
 
 
-def test_a_full_disk_stops_cleanly_and_the_next_run_continues(study, start, tmp_path):
-    results = tmp_path / "full"
+def test_a_full_disk_stops_cleanly_and_the_next_run_continues(
+    tiny_llama, experiment, start, tmp_path
+):
+    study, results = study_of(tiny_llama, experiment, BLOCK + 5), tmp_path / "full"
 
     def no_more_than(size: int):
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -103,4 +109,4 @@ def test_a_full_disk_stops_cleanly_and_the_next_run_continues(study, start, tmp_
     assert not list(results.glob("cells/*/shards/.*"))
 
     assert not tracker.run(study, results=results, track=[]).outcome.failed
-    assert len(outcomes(results)) == DOCUMENTS * (LAYERS + 1)
+    assert len(outcomes(results)) == (BLOCK + 5) * (LAYERS + 1)

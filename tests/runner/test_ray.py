@@ -65,7 +65,7 @@ def test_without_a_cluster_a_local_one_does_and_a_failure_stays_in_its_cell(
     found = CliRunner().invoke(main, [*map(str, arguments), "--executor", "ray"])
     assert found.exit_code == 1, found.output
     assert "continuation" in found.output
-    assert f"to run just what failed: tracker run {file} --executor ray" in found.output
+    assert "to run just what failed, give the same command again" in found.output
     assert "arc_challenge · 0-shot" in found.output
 
 
@@ -94,7 +94,13 @@ def test_a_cluster_that_is_gone_is_said_at_once(
 def test_two_nodes_give_what_one_process_gives(cluster, here, tiny_llama, experiment):
     arc(here / "data", BLOCK + 8)
     name = tiny_llama().name
-    file = experiment(f"./{name}", benchmark=["arc_easy", "arc_challenge"], data="./data")
+    file = experiment(
+        f"./{name}",
+        benchmark=["arc_easy", "arc_challenge"],
+        data="./data",
+        limit=None,
+        sample=BLOCK + 4,
+    )
     run(file, here / "local")
     heard = Heard()
     found = run(file, here / "ray", heard, executor="ray")
@@ -102,7 +108,7 @@ def test_two_nodes_give_what_one_process_gives(cluster, here, tiny_llama, experi
     same(here / "local", here / "ray")
     # Two cells of one model: each worker has loaded it once.
     assert 1 <= found.outcome.models_loaded <= 2
-    assert heard.counted == heard.expected == 2 * (BLOCK + 8) * 3 * 5
+    assert heard.counted == heard.expected == 2 * (BLOCK + 4) * 3 * 5
     assert heard.finished
 
     again = run(file, here / "ray", executor="ray")

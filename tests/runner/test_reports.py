@@ -67,6 +67,7 @@ def test_colleagues_results_stand_beside_ones_own(ran: Ran, tmp_path: Path) -> N
     assert "mine.yaml" in page
     assert "hers.yaml" in page
     assert done.failed == {}
+    assert len(repr(done)) < 500  # a notebook shows it
 
 
 def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +170,11 @@ def test_what_differs_is_kept_apart_and_what_is_equal_counts_once() -> None:
     assert merged([one, more, one]) == [one, more]
     assert merged([growing(), one]) == merged([one, growing()]) == [one], "a growing cell gives way"
     assert merged([growing()]) == [growing()]
-    for changes in ({"removed": (3,)}, {"metric": "acc_norm"}):
+    for changes in ({"removed": (3,)}, {"metric": "acc_norm"}, {"sample_seed": 1234}):
         other = one.model_copy(update=changes)
         assert merged([one, other]) == [one, other]
+        boards = [Board(entries=(entry(cell),)) for cell in (one, other)]
+        assert content(merge(boards).cells) == content([one, other])
 
 
 def test_records_without_their_outcomes_are_not_patched_together() -> None:
@@ -233,7 +236,7 @@ def test_two_metrics_are_published_and_read_back_apart(
     client = MlflowClient(f"sqlite:///{tmp_path}/team.db")
     experiment = client.get_experiment_by_name("layers").experiment_id
     runs = client.search_runs([experiment])
-    assert len(runs) == 2 * (1 + 2)
+    assert len(runs) == 2 * (2 + 2)
     keys = {run.data.tags["tracker.run_key"]: run.data.tags["tracker.metric"] for run in runs}
     key = store.identity.key
     assert keys[f"{key}/cell"] == keys[f"{key}/layer:0"] == "acc"
@@ -350,6 +353,9 @@ def test_a_board_of_a_newer_tracker_asks_for_an_upgrade() -> None:
     (entry,) = stored["entries"]
     entry["cell"]["layers"] = entry["cell"].pop("runs")
     assert read_board(crowd)[0].cells == [cell_record()], "of format 2"  # type: ignore[arg-type]
+    del entry["cell"]["sample_seed"]
+    stored["format"] = 3
+    assert read_board(crowd)[0].cells == [cell_record()]  # type: ignore[arg-type]
     stored |= {"format": FORMAT + 1, "more": "fields"}
     with pytest.raises(ResultsError, match=rf"newer tracker \(format {FORMAT + 1}.*upgrade"):
         read_board(crowd)  # type: ignore[arg-type]

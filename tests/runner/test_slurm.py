@@ -50,7 +50,13 @@ def long(tiny_llama, experiment):
 
 def test_a_job_array_gives_what_one_process_gives(tiny_llama, experiment, tmp_path):
     data = arc(tmp_path / "data", BLOCK + 8)
-    file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
+    file = experiment(
+        tiny_llama(),
+        benchmark=["arc_easy", "arc_challenge"],
+        data=str(data),
+        limit=None,
+        sample=BLOCK + 4,
+    )
     run(file, tmp_path / "local")
     heard = Heard()
     found = run(file, tmp_path / "jobs", heard, **LOCAL)
@@ -114,7 +120,7 @@ def test_a_cell_that_fails_does_not_take_the_others_with_it(cli, tiny_llama, exp
     found = cli(file, "--slurm", "cluster=local")
     assert found.exit_code == 1, found.output
     assert "continuation" in found.output
-    assert f"to run just what failed: tracker run {file} --executor slurm" in found.output
+    assert "to run just what failed, give the same command again" in found.output
     assert "arc_challenge · 0-shot" in found.output
 
 

@@ -41,7 +41,7 @@ def test_one_is_away_and_no_secret_is_anywhere(
 
     (cell,) = api.ls(client.folder / "results")
     there = runs(double)
-    assert len(there) == 3
+    assert len(there) == 4
     for layer in cell.runs:
         assert figures(there[f"{cell.key}/{layer.ablation}"].summary) == flat_metrics(layer)
 
@@ -50,8 +50,8 @@ def test_one_is_away_and_no_secret_is_anywhere(
     store = MlflowClient(f"sqlite:///{client.folder / 'results' / 'mlflow.db'}")
     kept = store.get_experiment_by_name("team/layers")
     assert kept is not None
-    assert len(store.search_runs([kept.experiment_id])) == 3
-    assert len(runs(double)) == 3
+    assert len(store.search_runs([kept.experiment_id])) == 4
+    assert len(runs(double)) == 4
 
     said = broken.stdout + broken.stderr + whole.stdout + whole.stderr
     written = [p for p in client.folder.rglob("*") if p.is_file()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -21,9 +22,10 @@ from mlflow import MlflowClient
 
 from tracker.errors import RequestError, TrackingError
 from tracker.records import CellRecord
+from tracker.text import masked
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import Published
-from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.figures import CURVES, flat_metrics, intact_metrics
 from tracker.tracking.identity import content_digest
 from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.database import create_database
@@ -102,7 +104,7 @@ def test_everything_is_read_back(
     backend = MlflowBackend(project, results, uri)
     published = backend.publish(cell, files, {"curve": chart})
     backend.close()
-    assert (published.created, published.updated, published.unchanged) == (5, 0, 0)
+    assert (published.created, published.updated, published.unchanged) == (6, 0, 0)
 
     store = Store(uri, project)
     parent = store.cell(cell)
@@ -152,6 +154,13 @@ def test_everything_is_read_back(
     reason = without.data.tags["tracker.reason.accuracy_relevance"]
     assert reason == "the baseline is at or below chance"
 
+    intact = store.by_key[f"{cell.key}/baseline"]
+    assert intact.info.run_name == "intact · arc_easy · SmolLM2-135M-Instruct"
+    assert intact.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert intact.data.metrics == intact_metrics(cell)
+    assert intact.data.metrics["accuracy"] == 0.5
+    assert set(intact.data.metrics) < set(flat_metrics(cell.runs[0]))
+
     for file in files:
         assert store.bytes_of(parent, file.name, tmp_path) == file.read_bytes()
     page = store.bytes_of(parent, "charts/curve.html", tmp_path).decode()
@@ -184,9 +193,9 @@ def test_publishing_again_changes_nothing(
     other = MlflowBackend(project, results, uri).publish(cell, files, {})
 
     for published in (again, other):
-        assert (published.created, published.updated, published.unchanged) == (0, 0, 5)
+        assert (published.created, published.updated, published.unchanged) == (0, 0, 6)
     after = Store(uri, project)
-    assert len(after.runs) == 5
+    assert len(after.runs) == 6
     for name in CURVES:
         assert after.curve(cell, name) == before.curve(cell, name)
     for key, run in before.by_key.items():
@@ -214,7 +223,7 @@ def test_a_changed_record_updates_its_runs_in_place(
     files[1].write_text("<p>new</p>")
 
     published = backend.publish(changed, files, {})
-    assert (published.created, published.updated, published.unchanged) == (0, 3, 2)
+    assert (published.created, published.updated, published.unchanged) == (0, 4, 2)
     store = Store(uri, project)
     assert {run.info.run_id for run in store.runs} == {run.info.run_id for run in before.runs}
     one, two = store.layer(cell, 1).data, store.layer(cell, 2).data
@@ -236,7 +245,7 @@ def test_a_changed_record_updates_its_runs_in_place(
     assert store.bytes_of(store.cell(cell), "report.html", tmp_path) == b"<p>new</p>"
 
     again = backend.publish(changed, files, {})
-    assert (again.created, again.updated, again.unchanged) == (0, 0, 5)
+    assert (again.created, again.updated, again.unchanged) == (0, 0, 6)
 
 
 # Was: every shard was uploaded again each time that a cell grew.
@@ -297,7 +306,7 @@ def test_a_growing_cell_creates_only_its_new_layers(results: Path, make_cell: Ce
     )
     cell = make_cell()
     published = publish(results, cell)
-    assert (published.created, published.updated, published.unchanged) == (2, 1, 2)
+    assert (published.created, published.updated, published.unchanged) == (2, 1, 3)
     store = Store(local(results))
     assert [step for step, _ in store.curve(cell, "accuracy_drop")] == [0, 1, 2, 3]
     assert "tracker.missing" not in store.cell(cell).data.tags
@@ -306,7 +315,7 @@ def test_a_growing_cell_creates_only_its_new_layers(results: Path, make_cell: Ce
 def test_more_documents_update_the_counts(results: Path, make_cell: CellMaker) -> None:
     publish(results, make_cell(n=160))
     published = publish(results, make_cell(n=320))
-    assert (published.created, published.updated) == (0, 5)
+    assert (published.created, published.updated) == (0, 6)
     store = Store(local(results))
     assert store.cell(make_cell()).data.metrics["n"] == 320
     assert store.layer(make_cell(), 0).data.metrics["n"] == 320
@@ -317,21 +326,21 @@ def test_cells_share_an_experiment_and_do_not_touch_each_other(
 ) -> None:
     publish(results, make_cell(key="one"))
     published = publish(results, make_cell(key="two", layers=(0,)))
-    assert (published.created, published.updated) == (2, 0)
-    assert len(Store(local(results)).runs) == 7
+    assert (published.created, published.updated) == (3, 0)
+    assert len(Store(local(results)).runs) == 9
 
 
-def test_the_first_layer_is_first_in_the_list(results: Path, make_cell: CellMaker) -> None:
+def test_the_intact_model_is_first_in_the_list(results: Path, make_cell: CellMaker) -> None:
     publish(results, make_cell())
     layers = [run.data.tags.get("tracker.layer") for run in Store(local(results)).runs]
-    assert layers == ["0", "1", "2", "3", None]
+    assert layers == [None, "0", "1", "2", "3", None]
 
 
 def test_a_model_that_was_renamed_keeps_its_params(results: Path, make_cell: CellMaker) -> None:
     cell = make_cell()
     publish(results, cell)
     renamed = cell.model_copy(update={"model": cell.model.model_copy(update={"name": "SmolLM"})})
-    assert publish(results, renamed).updated == 5
+    assert publish(results, renamed).updated == 6
     run = Store(local(results)).layer(cell, 0)
     assert run.data.params["model"] == "SmolLM2-135M-Instruct"
     assert run.data.tags["tracker.model"] == "SmolLM"
@@ -358,7 +367,7 @@ def test_runs_are_found_by_model_and_revision(results: Path, make_cell: CellMake
         f"new/layer:{layer}" for layer in range(3)
     }
     model = "tags.`tracker.model` = 'SmolLM2-135M-Instruct'"
-    assert len(found(f"{model} AND params.model_fingerprint = '{'ab' * 32}'")) == 10
+    assert len(found(f"{model} AND params.model_fingerprint = '{'ab' * 32}'")) == 12
 
 
 def test_infinity_is_not_logged_but_explained(results: Path, make_cell: CellMaker) -> None:
@@ -387,9 +396,9 @@ def test_a_cell_of_many_layers(results: Path, make_cell: CellMaker) -> None:
     cell = cell.model_copy(
         update={"provenance": {f"package{i}": "1.0" for i in range(120)} | {"long": "x" * 9000}}
     )
-    assert publish(results, cell).created == 103
+    assert publish(results, cell).created == 104
     assert len(Store(local(results)).curve(cell, "accuracy_drop")) == 102
-    assert publish(results, cell).unchanged == 103
+    assert publish(results, cell).unchanged == 104
 
 
 def test_a_run_that_was_left_unfinished_is_completed(
@@ -401,7 +410,7 @@ def test_a_run_that_was_left_unfinished_is_completed(
     missing.write_text("here now")
     publish(results, cell, missing)
     store = Store(local(results))
-    assert len(store.runs) == 5
+    assert len(store.runs) == 6
     assert [step for step, _ in store.curve(cell, "accuracy_drop")] == [0, 1, 2, 3]
 
 
@@ -415,7 +424,7 @@ def test_runs_without_digest_are_repaired_without_logging_twice(
     for run in (store.cell(cell), store.layer(cell, 1)):
         store.client.delete_tag(run.info.run_id, DIGEST_TAG)
     published = publish(results, cell)
-    assert (published.created, published.updated, published.unchanged) == (0, 2, 3)
+    assert (published.created, published.updated, published.unchanged) == (0, 2, 4)
     after = Store(local(results))
     for name in CURVES:
         assert after.curve(cell, name) == store.curve(cell, name)
@@ -429,7 +438,7 @@ def test_a_deleted_run_is_published_anew(results: Path, make_cell: CellMaker) ->
     store = Store(local(results))
     store.client.delete_run(store.cell(cell).info.run_id)
     published = publish(results, cell)
-    assert (published.created, published.updated) == (1, 4)
+    assert (published.created, published.updated) == (1, 5)
     store = Store(local(results))
     parent = store.cell(cell).info.run_id
     assert store.layer(cell, 3).data.tags["mlflow.parentRunId"] == parent
@@ -448,7 +457,7 @@ def test_first_use_creates_the_store_in_the_results_folder(
 
     out, err = capfd.readouterr()
     assert out + err == "", "MLflow must be quiet"
-    assert published.created == 2
+    assert published.created == 3
     assert published.location == (
         f"mlflow ui --backend-store-uri 'sqlite:///{results}/mlflow.db' --port 5000"
     )
@@ -458,7 +467,7 @@ def test_first_use_creates_the_store_in_the_results_folder(
         "mlartifacts",
     }
     shutil.copy(results / "mlflow.db", tmp_path / "copied.db")
-    assert len(Store(f"sqlite:///{tmp_path / 'copied.db'}").runs) == 2, "the file alone is complete"
+    assert len(Store(f"sqlite:///{tmp_path / 'copied.db'}").runs) == 3, "the file alone is complete"
     assert (results / "mlflow.db").read_bytes()[18:20] == b"\x02\x02", "the WAL is on"
     assert [path.read_text() for path in (results / "mlartifacts").rglob("a.txt")] == ["a"]
     assert Path.cwd().joinpath("mlruns").exists() is False
@@ -471,7 +480,7 @@ def test_the_environment_names_the_store(
     elsewhere = tmp_path / "elsewhere"
     published = publish(elsewhere, make_cell())
     assert str(results) in published.location
-    assert len(Store(local(results)).runs) == 5
+    assert len(Store(local(results)).runs) == 6
 
 
 def test_the_location_of_a_server_is_its_page(
@@ -518,8 +527,8 @@ def test_two_processes_at_once_create_each_run_once(
         time.sleep(0.01)
     (results / "go").touch()
     said = sorted(process.communicate(timeout=300)[0].strip() for process in processes)
-    assert said == ["0 0 5", "5 0 0"]
-    assert len(Store(uri or local(results)).runs) == 5
+    assert said == ["0 0 6", "6 0 0"]
+    assert len(Store(uri or local(results)).runs) == 6
 
 
 def test_an_unreachable_server_is_a_tracking_error(tmp_path: Path, make_cell: CellMaker) -> None:
@@ -529,8 +538,8 @@ def test_an_unreachable_server_is_a_tracking_error(tmp_path: Path, make_cell: Ce
         backend.publish(make_cell(), [], {})
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
-    assert f"tracker sync --to mlflow:{PROJECT} --results {tmp_path}" in str(caught.value)
-    assert "127.0.0.1" in str(caught.value)
+    sync = f"tracker sync --to mlflow:{PROJECT} --results {tmp_path}"
+    assert f"MLFLOW_TRACKING_URI={shlex.quote(masked(uri))} {sync}" in str(caught.value)
     backend.close()
 
 
@@ -593,7 +602,7 @@ def test_the_same_backend_recovers(results: Path, make_cell: CellMaker) -> None:
         backend.publish(make_cell(), [], {})
     (results / "mlflow.db").rmdir()
     away.rename(results / "mlflow.db")
-    assert backend.publish(make_cell(), [], {}).created == 5
+    assert backend.publish(make_cell(), [], {}).created == 6
 
 
 def test_a_file_store_is_refused_with_advice(tmp_path: Path, make_cell: CellMaker) -> None:
@@ -626,7 +635,7 @@ def test_open_backend(tmp_path: Path, make_cell: CellMaker, template: Path) -> N
     shutil.copy(template, tmp_path / "mlflow.db")
     backend = open_backend("mlflow", PROJECT, tmp_path)
     assert backend.name == "mlflow"
-    assert backend.publish(make_cell(layers=()), [], {}).created == 1
+    assert backend.publish(make_cell(layers=()), [], {}).created == 2
     with pytest.raises(RequestError, match="Did you mean 'mlflow'"):
         target("mlfow")
 

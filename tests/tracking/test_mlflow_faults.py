@@ -49,7 +49,7 @@ def file(tmp_path: Path) -> Path:
 def complete(uri: str, project: str, cell: CellRecord, file: Path, folder: Path) -> None:
     """Every run is there once, with every figure once."""
     store = Store(uri, project)
-    assert len(store.runs) == 1 + len(cell.runs)
+    assert len(store.runs) == 2 + len(cell.runs)
     assert all(run.info.status == "FINISHED" for run in store.runs)
     for name in CURVES:
         wanted = [(row.layer, getattr(row, name)) for row in cell.runs]
@@ -80,9 +80,9 @@ def test_a_server_that_refuses(
 
         gate.status = None
         done = backend.publish(cell, [file], {})
-        assert done.unchanged < 5
+        assert done.unchanged < 6
     complete(server, project, cell, file, results)
-    assert MlflowBackend(project, results, server).publish(cell, [file], {}).unchanged == 5
+    assert MlflowBackend(project, results, server).publish(cell, [file], {}).unchanged == 6
 
 
 def test_a_server_that_is_slow_is_given_up(
@@ -188,14 +188,14 @@ def test_a_server_that_asks_who_calls(
         backend.publish(cell, [file], {})
     assert "a wrong one" not in str(caught.value)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
-    assert backend.publish(cell, [file], {}).created == 5
+    assert backend.publish(cell, [file], {}).created == 6
     complete(guarded.address, "guarded", cell, file, results)
 
     address = guarded.address.replace("://", f"://{USER}:{PASSWORD}@")
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     published = MlflowBackend("guarded", results, address).publish(cell, [file], {})
-    assert published.unchanged == 5
+    assert published.unchanged == 6
     assert PASSWORD not in published.location
 
 
@@ -228,7 +228,7 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
         said, _ = sync.communicate(timeout=300)
         assert sync.returncode == 0, said
     store = Store(own.address, "dies")
-    assert len(store.runs) == 6
+    assert len(store.runs) == 7
     for cell in cells:
         for row in cell.runs:
             assert store.layer(cell, row.layer).data.metrics == flat_metrics(row)

@@ -66,7 +66,7 @@ def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
     assert any("measured but not published" in line for line in listener.said)
     client = MlflowClient(f"sqlite:///{results / 'mlflow.db'}")
     (place,) = [e.experiment_id for e in client.search_experiments() if e.name == "tracker"]
-    assert len(client.search_runs([place])) == 3
+    assert len(client.search_runs([place])) == 4
 
     # Nor does a receipt that cannot be read.
     monkeypatch.setattr(publishing, "cell_charts", charts)
@@ -77,7 +77,7 @@ def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
     assert "tracker sync" in why
     (store.folder / "receipts").unlink()
     assert not api.sync(results=results).failed
-    assert len(client.search_runs([place])) == 6
+    assert len(client.search_runs([place])) == 8
 
 
 def test_an_interrupt_does_not_wait_for_an_upload(

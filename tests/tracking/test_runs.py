@@ -54,8 +54,8 @@ def runs_by_name(results: Path) -> dict[str, object]:
 
 def test_names_params_and_curves_tell_the_kinds_apart(results: Path, make_cell: CellMaker) -> None:
     cell = several_kinds(make_cell(layers=(0, 1)))
-    assert publish(results, cell) == (6, 0, 0)
-    assert publish(results, cell) == (0, 0, 6)
+    assert publish(results, cell) == (7, 0, 0)
+    assert publish(results, cell) == (0, 0, 7)
     runs = runs_by_name(results)
     ends = " · arc_easy · SmolLM2-135M-Instruct"
     for name, component, layer, span in (
@@ -82,7 +82,7 @@ def test_a_curve_that_changes_is_updated_at_its_layer(results: Path, make_cell: 
     publish(results, cell)
     changed = cell.runs[-2].model_copy(update={"accuracy_drop": 0.5})
     grown = cell.model_copy(update={"runs": (*cell.runs[:-2], changed, cell.runs[-1])})
-    assert publish(results, grown) == (0, 2, 4)
+    assert publish(results, grown) == (0, 2, 5)
     history = Store(local(results)).curve(cell, "attention/accuracy_drop")
     assert history[-1] == (1, 0.5)
 
@@ -94,9 +94,9 @@ def test_what_lies_beneath_makes_other_runs(results: Path, make_cell: CellMaker)
     intact = intact.model_copy(update={"runs": (*intact.runs, span)})
     without = beneath(make_cell())
     assert run_key(intact, "layers:1,2") != run_key(without, "layers:1,2")
-    assert publish(results, intact) == (3, 0, 0)
-    assert publish(results, without) == (3, 0, 0)
-    assert publish(results, intact) == (0, 0, 3)
+    assert publish(results, intact) == (4, 0, 0)
+    assert publish(results, without) == (4, 0, 0)
+    assert publish(results, intact) == (0, 0, 4)
     runs = runs_by_name(results)
     ends = " · arc_easy · SmolLM2-135M-Instruct"
     assert {"layers 01–02" + ends, "layer 01 without 2" + ends, "mlp 03 without 2" + ends} <= set(
@@ -115,17 +115,46 @@ def test_another_metric_makes_other_runs_beside_those_of_the_benchmarks_own(
     """Was: accuracy and normalised accuracy of one cell overwrote each other's runs."""
     cell = make_cell(layers=(0, 1))
     other = cell.model_copy(update={"metric": "acc_norm"})
-    assert publish(results, cell) == (3, 0, 0)
-    assert publish(results, other) == (3, 0, 0)
+    assert publish(results, cell) == (4, 0, 0)
+    assert publish(results, other) == (4, 0, 0)
     for each in (cell, other):
-        assert publish(results, each) == (0, 0, 3)
+        assert publish(results, each) == (0, 0, 4)
     runs = runs_by_name(results)
-    assert len(runs) == 6
+    assert len(runs) == 8
     for each, ends in ((cell, "arc_easy"), (other, "arc_easy · acc_norm")):
         nested = runs[f"layer 01 · {ends} · SmolLM2-135M-Instruct"]
         parent = runs[each.title]
         assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert {r.data.tags["tracker.metric"] for r in (nested, parent)} == {each.metric}
+
+
+def test_drawn_documents_make_other_runs(results: Path, make_cell: CellMaker) -> None:
+    cell = make_cell(layers=(0, 1))
+    drawn = cell.model_copy(update={"sample_seed": 1234})
+    for each in (cell, drawn):
+        assert publish(results, each) == (3, 0, 0)
+    for each in (cell, drawn):
+        assert publish(results, each) == (0, 0, 3)
+    runs = runs_by_name(results)
+    assert len(runs) == 6
+    for each, ends in ((cell, "arc_easy"), (drawn, "arc_easy · sample 1234")):
+        nested = runs[f"layer 01 · {ends} · SmolLM2-135M-Instruct"]
+        parent = runs[each.title]
+        assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        seed = None if each is cell else "1234"
+        assert {r.data.params.get("sample_seed") for r in (nested, parent)} == {seed}
+    note = runs[drawn.title].data.tags["mlflow.note.content"]
+    assert "160 documents drawn at random (seed 1234)" in note
+    ours, theirs = (wandb_runs.cell_run(each, [], {}) for each in (cell, drawn))
+    assert ours.group != theirs.group
+    assert ours.outcomes.name != theirs.outcomes.name
+    assert theirs.outcomes.metadata["sample_seed"] == 1234
+    assert {ours.config["tracker"]["sample_seed"], theirs.config["tracker"]["sample_seed"]} == {
+        None,
+        1234,
+    }
+    layers = [wandb_runs.layer_run(each, each.runs[0]) for each in (cell, drawn)]
+    assert len({run.id() for run in (ours, theirs, *layers)}) == 4
 
 
 def test_what_was_published_before_metrics_were_told_apart_is_found_again(
@@ -168,7 +197,7 @@ def test_complete_means_all_runs_and_all_documents(make_cell: CellMaker) -> None
         tags = mlflow_runs.cell_run(cell, [], {}).tags
         assert tags.get("tracker.missing", "") == ", ".join(lacks)
         page = render_page([cell], {})
-        assert ("Nothing: every run that was asked for" in page) == (not lacks)
+        assert ("Nothing of what is shown: every run" in page) == (not lacks)
         assert (f"0-shot: {documents}." in page) == (documents in lacks)
 
 

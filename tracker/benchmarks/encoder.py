@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
+from tracker.arguments import decoded
+from tracker.benchmarks.private import HFLM
+from tracker.config import CellRequest
 from tracker.documents import Request
+from tracker.errors import BenchmarkError
 
 
 class RequestEncoder(HFLM):  # type: ignore[misc]
@@ -17,9 +21,55 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
     Tokenisation, the treatment of empty contexts, special tokens and chat templates are inherited.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    _longest: int | None = None
+
+    def __init__(self, model: Any, tokenizer: Any, request: CellRequest | None = None) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+        if request is not None:
+            thinking = request.enable_thinking
+            self.chat_template_args = {
+                **decoded(request.chat_template_args),
+                **({} if thinking is None else {"enable_thinking": thinking}),
+            }
         self._recorded: list[Request] = []
+
+    def check_chat(self, request: CellRequest) -> None:
+        """Refuse a chat template that is not there, or leaves the system prompt out.
+
+        lm-eval logs the template that a name means and applies the default one; and where a
+        template refuses a system prompt, it leaves that out.
+        """
+        if not request.apply_chat_template:
+            return
+        try:
+            default = self.tokenizer.get_chat_template()
+            named = self.chat_template(request.apply_chat_template)
+        except ValueError as error:
+            raise BenchmarkError(f"apply_chat_template: {str(error).splitlines()[0]}") from None
+        if named != default:
+            raise BenchmarkError(
+                f"apply_chat_template: lm-eval applies the tokenizer's default template, whatever "
+                f"name it is given, and {request.apply_chat_template!r} is another one; make it "
+                "the default in the tokenizer's configuration, and write apply_chat_template: true"
+            )
+        said = request.system_instruction
+        if said is None:
+            return
+        turns = [{"role": "system", "content": said}, {"role": "user", "content": "?"}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **self.chat_template_args
+            )
+        except TemplateError as error:
+            why = f"refuses a system prompt ({error})"
+        else:
+            if said in text:
+                return
+            why = "shows no system prompt"
+        raise BenchmarkError(
+            f"system_instruction: the model's chat template {why}, and lm-eval would leave it out; "
+            "leave out system_instruction, or apply_chat_template"
+        )
 
     def encode(self, instances: Sequence[Any]) -> list[Request]:
         """Tokenise lm-eval's `loglikelihood` instances: a request each, in order, not truncated."""
@@ -27,12 +77,23 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
         self.loglikelihood(list(instances), disable_tqdm=True)
         return self._recorded
 
-    def windows(self, text: str) -> list[Request]:
-        """Cut a text into lm-eval's rolling windows, so that each token is predicted once."""
-        self._recorded = []
+    def windows(self, text: str, tokens: int | None = None) -> list[Request]:
+        """Cut a text into lm-eval's rolling windows, so that each token is predicted once.
+
+        `tokens` are the first ones that count; None = all.
+        """
+        self._recorded, self._longest = [], tokens
         instance = Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
-        self.loglikelihood_rolling([instance], disable_tqdm=True)
+        try:
+            self.loglikelihood_rolling([instance], disable_tqdm=True)
+        finally:
+            self._longest = None
         return self._recorded
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Tokenise as lm-eval does, no further than is read."""
+        tokens: list[int] = super().tok_encode(string, *args, **kwargs)
+        return tokens[: self._longest]
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+import sysconfig
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import lm_eval
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._factory import TaskFactory
 
+from tracker.benchmarks.own import as_file, read_task
+from tracker.benchmarks.private import Entry, Kind, TaskFactory, TaskIndex
 from tracker.benchmarks.sources import HUB, DataSource, unreachable
+from tracker.benchmarks.task_index import known_tasks
 from tracker.errors import BenchmarkError, did_you_mean
 
 UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)
 """What a task raises over documents that are not as it expects."""
+_INSTALLED = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    Path(lm_eval.__file__).parent,
+    Path(__file__).parents[1],
+    "<",
+)
 
 
 class _SourcedFactory(TaskFactory):  # type: ignore[misc]
     """Builds lm-eval's tasks on data from one of our sources."""
 
-    def __init__(self, source: DataSource, num_fewshot: int | None) -> None:
-        super().__init__()
+    def __init__(
+        self, source: DataSource, num_fewshot: int | None, metadata: Mapping[str, Any]
+    ) -> None:
+        super().__init__(meta=dict(metadata))
         self._source = source
         self._num_fewshot = num_fewshot
 
@@ -31,7 +44,7 @@ class _SourcedFactory(TaskFactory):  # type: ignore[misc]
         self, entry: Any, overrides: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
-        if "dataset_path" not in config:
+        if "dataset_path" not in config or _brings_its_data(config):
             return config
         if self._source.root is None:
             self._source.ask_hub(config["dataset_path"])
@@ -67,46 +80,118 @@ class _SourcedFactory(TaskFactory):  # type: ignore[misc]
                 config[key] = None
 
 
-@cache
-def _index() -> TaskManager:
-    return TaskManager()
+def _brings_its_data(config: Mapping[str, Any]) -> bool:
+    """Whether a task makes its documents, or reads files that it names itself."""
+    named = (config.get("dataset_kwargs") or {}).keys() & {"data_files", "data_dir"}
+    return callable(config.get("custom_dataset")) or bool(
+        named and config["dataset_path"] in _PACKAGED_DATASETS_MODULES
+    )
 
 
-def check_task(name: str) -> None:
-    """Refuse a task or group that lm-eval does not know (BenchmarkError), naming the nearest."""
-    if name not in _index().task_index:
-        near = did_you_mean(name, _index().all_tasks)
+def _entries(own: Sequence[Path]) -> dict[str, Entry]:
+    """All tasks by name; those of one's own folders come before lm-eval's, as there."""
+    return {**known_tasks(), **TaskIndex.build(own)}
+
+
+def find_task(name: str, own: Sequence[Path] = ()) -> Entry:
+    """Find a task, a group or a tag, by its name or its file.
+
+    Args:
+        name: What lm-eval's `--tasks` takes.
+        own: Folders with tasks of one's own, as `--include_path`.
+
+    Returns:
+        lm-eval's entry.
+
+    Raises:
+        BenchmarkError: There is none; names the nearest.
+    """
+    file = as_file(name)
+    if file is not None:
+        entry = TaskIndex.entry_from_path(file)
+        if entry is None:
+            raise BenchmarkError(f"there is no task file {name}")
+        if entry.kind is Kind.GROUP:  # lm-eval takes its list of tasks for its name
+            entry.name = read_task(file)["group"]
+        return entry
+    entries = TaskIndex.build(own)
+    if name in entries:  # lm-eval's own index takes seconds
+        return entries[name]
+    entries = _entries(own)
+    if name not in entries:
+        near = did_you_mean(name, list(entries))
+        where = f" or in {', '.join(map(str, own))}" if own else ""
         raise BenchmarkError(
-            f"lm-eval has no task or group {name!r}.{near} All names: lm-eval ls tasks"
+            f"lm-eval has no task or group {name!r}{where}.{near} All names: lm-eval ls tasks"
         )
+    return entries[name]
 
 
-def build(name: str, source: DataSource, num_fewshot: int | None) -> Task | Group | list[Task]:
+def build(
+    name: str,
+    source: DataSource,
+    num_fewshot: int | None,
+    own: Sequence[Path] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> Task | Group | list[Task]:
     """Build a task or a group of lm-eval on the documents of a source.
 
-    `num_fewshot` None is what the task itself asks for. BenchmarkError for unreadable data.
+    Args:
+        name: As in `find_task`.
+        source: Where the documents come from, but for tasks that bring their own.
+        num_fewshot: How many examples are asked for; None is what the task itself asks for.
+        own: As in `find_task`.
+        metadata: What tasks that make their documents are told.
+
+    Returns:
+        What lm-eval makes of it.
+
+    Raises:
+        BenchmarkError: There is no such task, its data cannot be read, or its code fails.
     """
-    index = _index().task_index
+    entry = find_task(name, own)
     try:
-        return _SourcedFactory(source, num_fewshot).build(
-            index[name], overrides=None, registry=index
+        return _SourcedFactory(source, num_fewshot, metadata or {}).build(
+            entry,
+            overrides=None,
+            registry=_entries(own) if entry.kind in (Kind.GROUP, Kind.TAG) else {},
         )
     except BenchmarkError:
         raise
     except Exception as error:  # noqa: BLE001  what a library makes of a hub, a disk, a task
-        if source.root is None and not isinstance(error, UNREADABLE):
-            entry = index[name].cfg or {}
+        if source.root is None and not isinstance(error, UNREADABLE) and not _line_of(error):
+            said = entry.cfg or {}
             raise unreachable(
-                entry.get("dataset_path", name), entry.get("dataset_name"), HUB, error
+                said.get("dataset_path", name), said.get("dataset_name"), HUB, error
             ) from None
         raise unreadable(name, source, error) from None
 
 
 def unreadable(task: str, source: DataSource, error: Exception) -> BenchmarkError:
     """Make the error that says that a task stumbled over its documents."""
-    said = str(error).strip() or type(error).__name__
+    said = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    if line := _line_of(error):
+        return BenchmarkError(f"{task} fails in its own code, {line}: {said}")
     return BenchmarkError(
-        f"{task} cannot read its documents from {source.name}: "
-        f"{type(error).__name__}: {said.splitlines()[0]}. Does the data have all the columns "
-        "that the task reads?"
+        f"{task} cannot read its documents from {source.name}: {said}. Does the data have all the "
+        "columns that the task reads?"
     )
+
+
+def _line_of(error: BaseException) -> str:
+    """Name the line of a task's own code at which something went wrong, if it was there."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frames = [
+        frame
+        for each in (error, error.__cause__)
+        if each is not None
+        for frame in traceback.extract_tb(each.__traceback__)
+        if Path(frame.filename).suffix == ".py" and not is_installed(frame.filename)
+    ]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+
+
+def is_installed(file: str) -> bool:
+    """Whether code is a library's or ours, and not somebody's own."""
+    return any(file.startswith(str(root)) for root in _INSTALLED)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from tracker.benchmarks.private import HFLM
 from tracker.documents import Prompt
 from tracker.errors import CellError
 
@@ -26,8 +26,16 @@ class TextGenerator(HFLM):  # type: ignore[misc]
     Tokenisation, truncation, special tokens, stop strings and the cutting of texts are inherited.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+    def __init__(
+        self, model: Any, tokenizer: Any, think_end_token: str | int | None = None
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=1,
+            think_end_token=think_end_token,
+        )
         self._decoding: Decoding | None = None
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str]:

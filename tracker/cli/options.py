@@ -108,6 +108,23 @@ class Setting(click.ParamType):  # type: ignore[type-arg]
             return key, text
 
 
+class Named(click.ParamType):  # type: ignore[type-arg]
+    """Yes, no, or a name."""
+
+    name = "yes|no|name"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> bool | str:
+        """Read it."""
+        if isinstance(value, bool):
+            return value
+        if not value.strip():
+            self.fail("it is empty", param, ctx)
+        try:
+            return bool(click.BOOL.convert(value, param, ctx))
+        except click.BadParameter:
+            return str(value)
+
+
 class TrialCommand(click.Command):
     """Takes `--name=None`, which is what W&B makes of a null in a grid, for nothing said."""
 
@@ -115,6 +132,45 @@ class TrialCommand(click.Command):
         """Leave the nulls out."""
         said = [arg for arg in args if not (arg.startswith("--") and arg.endswith("=None"))]
         return super().parse_args(ctx, said)
+
+
+def as_in_lm_eval(function: F) -> F:
+    """Add what lm-eval's own command takes, under its names."""
+    options = (
+        click.option(
+            "--model_args",
+            "--model-args",
+            metavar="SETTINGS",
+            help="How the model is loaded: peft=ADAPTER, load_in_4bit=True, ….",
+        ),
+        click.option(
+            "--include_path",
+            "--include-path",
+            help="A folder with tasks of your own, or a list of folders; their code runs.",
+        ),
+        click.option("--system_instruction", "--system-instruction", help="The system prompt."),
+        click.option(
+            "--apply_chat_template",
+            "--apply-chat-template",
+            type=Named(),
+            default=False,
+            help="true, or the template's name.",
+        ),
+        click.option("--fewshot_as_multiturn", "--fewshot-as-multiturn", type=bool),
+        click.option("--chat_template_args", "--chat-template-args", metavar="SETTINGS"),
+        click.option("--enable_thinking", "--enable-thinking", type=bool),
+        click.option("--think_end_token", "--think-end-token"),
+        click.option(
+            "--gen_kwargs",
+            "--gen-kwargs",
+            metavar="SETTINGS",
+            help="max_gen_toks=64,until=… or JSON, as all SETTINGS.",
+        ),
+        click.option("--metadata", metavar="SETTINGS", help="For tasks that make their documents."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def results_option(function: F) -> F:
@@ -126,6 +182,21 @@ def results_option(function: F) -> F:
         show_default=True,
         help="The results folder; several processes may share it.",
     )(function)
+
+
+def documents(function: F) -> F:
+    """Add the options that say which documents are measured."""
+    limit = click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        help="The first documents of each task; default: all.",
+    )
+    sample = click.option(
+        "--sample",
+        type=click.IntRange(min=1),
+        help="So many documents of each task, drawn at random with the seed; not beside --limit.",
+    )
+    return limit(sample(function))
 
 
 def machine(function: F) -> F:

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from tracker.runner import Finished
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number of things, as `1 cell` or `1,200 cells`."""
+    from tracker.reporting import formats
+
+    return formats.counted(number, noun)
+
+
 def print_damage(damaged: Mapping[str, str]) -> None:
     """Say what of a results folder cannot be used, and what to do."""
     for path, what in damaged.items():
@@ -27,7 +34,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     """Print a cell's runs, or one of them."""
     from tracker.reporting.formats import DASH, fixed, interval, measure_of
     from tracker.reporting.tables import run_columns
-    from tracker.reporting.wording import sentence
+    from tracker.reporting.wording import power_sentence, sentence
 
     measure = measure_of(cell)
     own_metric = "" if cell.other_metric else cell.metric
@@ -56,11 +63,13 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     table(
         [(head, True) for head in heads],
         rows,
-        " · ".join(filter(None, (cell.title, own_metric, f"{cell.n} documents"))),
+        " · ".join(filter(None, (cell.heading, own_metric, cell.documents))),
     )
-    reasons = {why for run in shown for why in run.reasons.values()}
+    reasons = {why for run in shown for name, why in run.reasons.items() if name != "mcnemar_p"}
     for why in sorted({*reasons, *cell.reasons.values()}):
         say(f"{DASH} {why}")
+    if power := power_sentence(cell, shown):
+        say(power)
     if only is None:
         say(sentence(cell))
 
@@ -83,7 +92,7 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
         say(note)
 
 
-def print_end(outcome: Finished, page: Path | None, again: str) -> None:
+def print_end(outcome: Finished, page: Path | None) -> None:
     """Say where a run's page and runs are, and what went wrong."""
     say()
     if page is not None:
@@ -93,7 +102,10 @@ def print_end(outcome: Finished, page: Path | None, again: str) -> None:
     for title, why in outcome.failed.items():
         say(f"failed: {title}: {why}", error=True)
     if outcome.failed:
-        say(f"what was measured is kept; to run just what failed: {again}", error=True)
+        say(
+            "what was measured is kept; to run just what failed, give the same command again",
+            error=True,
+        )
     for title, why in outcome.unpublished.items():
         say(f"not published: {title}: {why}", error=True)
     if outcome.unwritten:
@@ -113,6 +125,7 @@ def runnable(location: str) -> str:
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     """Print what an experiment will cost, at a rate or at the one that is measured here."""
     from tracker.engine.plan import matrix_rate
+    from tracker.metrics.power import ALPHA, MEANT, POWER
 
     if gflops is None:
         rate, whence = matrix_rate(), "measured here with a float32 matrix product"
@@ -130,6 +143,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "self-check",
         "memory",
         "time at least",
+        "reveals",
+        f"for {100 * MEANT:.0f} pp",
     )
     rows = []
     seconds = 0.0
@@ -153,6 +168,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
             else "as above"
             if cell.shared
             else _duration(spent),
+            *_revealed(cell),
         )
         rows.append(row)
     table([(name, name not in ("model", "benchmark")) for name in columns], rows)
@@ -162,6 +178,26 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "self-check: what the model answers once more, plainly; besides, each architecture is "
         "attacked once on a miniature, which takes some seconds and is kept in the results folder"
     )
+    say(
+        f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "
+        f"(two-sided {100 * ALPHA:.0f} %, paired), and how many show {100 * MEANT:.0f} pp, if a "
+        "removal changes half of the outcomes, as often as unrelated models differ"
+    )
+    if any(cell.observed for cell in cells):
+        say("*: if it changes as many as the median removal does that is measured already")
+
+
+def _revealed(cell: PlannedCell) -> tuple[str, str]:
+    """Say which drop a planned cell would reveal, and how many documents the one that is meant."""
+    from tracker.metrics.power import MEANT
+    from tracker.reporting.formats import DASH
+
+    if cell.spread is None:
+        return DASH, DASH
+    star = "*" if cell.observed else ""
+    change = cell.spread.change(cell.cost.documents)
+    smallest = DASH if change is None else f"{100 * change:.1f} pp{star}"
+    return smallest, f"{cell.spread.documents(MEANT):,}{star}"
 
 
 def _duration(seconds: float) -> str:

@@ -150,6 +150,8 @@ def quiet(debug: bool) -> None:
         "httpx",
     ):
         logging.getLogger(name).setLevel(logging.INFO if debug else logging.ERROR)
+    # What draws png and pdf logs a traceback for every message of the browser that it ignores.
+    logging.getLogger("choreographer").setLevel(logging.INFO if debug else logging.CRITICAL)
 
 
 class _Shown(logging.Formatter):

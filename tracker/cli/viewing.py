@@ -1,10 +1,10 @@
-"""Commands over what is measured already: report, leaderboard, sync, ls, check."""
+"""Commands over what is measured already: report, leaderboard, sync, ls, log-samples, check."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -12,17 +12,20 @@ from tracker.cli.commands import main
 from tracker.cli.options import (
     FORMATS,
     Place,
+    Word,
     backends,
     documents_option,
     publish_option,
     results_option,
     sources_argument,
+    trust,
 )
-from tracker.cli.printing import print_boards, print_damage, runnable
+from tracker.cli.printing import counted, print_boards, print_damage, runnable
 from tracker.cli.terminal import Show, say, table
 
 if TYPE_CHECKING:
     from tracker.api import Reported
+    from tracker.records import CellRecord
 
 
 @main.command()
@@ -76,8 +79,7 @@ def report(
         results=results,
         progress=Show(error=True),
     )
-    cells = f"{len(done.cells)} cell{'' if len(done.cells) == 1 else 's'}"
-    say(f"{cells}: {', '.join(map(str, done.files))}")
+    say(f"{counted(len(done.cells), 'cell')}: {', '.join(map(str, done.files))}")
     _end_report(done)
 
 
@@ -120,24 +122,37 @@ def _end_report(done: Reported) -> None:
     help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT. Without "
     "a project, each cell goes to that of its experiment.  [default: mlflow]",
 )
+@click.option(
+    "--sweep",
+    metavar="ENTITY/PROJECT/ID",
+    help="Instead: fill the runs of this W&B sweep whose trials were killed or failed, and say "
+    "which still want measuring.",
+)
 @documents_option
 @results_option
-def sync(to: str | None, publish_documents: bool, results: Path) -> None:
+def sync(to: str | None, sweep: str | None, publish_documents: bool, results: Path) -> None:
     """Publish from the results folder what a tracking backend does not have yet.
 
     \b
     Examples:
       tracker sync
+      tracker sync --sweep my-team/layers/q7v2k1ab
       tracker sync --to wandb:my-team/layers --results /scratch/llama
       MLFLOW_TRACKING_URI=http://mlflow.lab:5000 tracker sync --results /scratch/llama
     """
     from tracker import api
 
+    if sweep is not None:
+        if to is not None:
+            raise click.BadParameter(
+                "it fills that sweep alone; leave --to out", None, None, "--sweep"
+            )
+        _sync_sweep(sweep, results)
     targets = backends(to)
     if targets == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
     done = api.sync(targets, results=results, publish_documents=publish_documents)
-    say(f"{len(done.published)} cells published")
+    say(f"published: {counted(len(done.published), 'cell')}")
     for location in done.locations.values():
         say(f"see them: {runnable(location)}")
     for note in done.notes:
@@ -145,6 +160,24 @@ def sync(to: str | None, publish_documents: bool, results: Path) -> None:
     for title, why in done.failed.items():
         say(f"not published: {title}: {why}", error=True)
     sys.exit(1 if done.failed else 0)
+
+
+def _sync_sweep(sweep: str, results: Path) -> NoReturn:
+    from tracker import api
+
+    done = api.sync_sweep(sweep, results=results)
+    say(f"{len(done.filled)} runs filled, of {done.unfinished} that were killed or failed")
+    for title, why in done.wanting.items():
+        say(f"wants measuring: {title}: {why}", error=True)
+    if done.wanting:
+        say(
+            "measure them into this folder (tracker run FILE, or tracker evaluate with a trial's "
+            "settings), then type this again",
+            error=True,
+        )
+    for title, why in done.failed.items():
+        say(f"not filled: {title}: {why}", error=True)
+    sys.exit(1 if done.failed or done.wanting else 0)
 
 
 @main.command(name="ls")
@@ -167,7 +200,7 @@ def list_cells(results: Path) -> None:
                 cell.model.name,
                 " ".join(filter(None, (cell.benchmark.name, cell.beneath, f"({cell.metric})"))),
                 cell.benchmark.num_fewshot,
-                cell.reasons.get("n", cell.n),
+                _documents(cell),
                 f"{len({run.layer for run in cell.runs})} of {cell.model.layers}",
                 " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing))))),
                 "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}",
@@ -178,6 +211,71 @@ def list_cells(results: Path) -> None:
     table([(name, name in ("shots", "documents", "runs")) for name in names], rows)
     print_damage(damaged)
     sys.exit(1 if damaged else 0)
+
+
+def _documents(cell: CellRecord) -> str:
+    if "n" in cell.reasons:
+        return ", ".join(filter(None, (cell.reasons["n"], cell.drawn)))
+    return " ".join(filter(None, (str(cell.n), cell.drawn)))
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=Place(),
+    required=True,
+    help="A folder that gets one folder a model, as lm_eval --output_path.",
+)
+@click.option("--model", multiple=True, type=Word(), help="Only this model; may be repeated.")
+@click.option(
+    "--benchmark", multiple=True, type=Word(), help="Only this benchmark; may be repeated."
+)
+@click.option(
+    "--layer",
+    multiple=True,
+    type=click.IntRange(min=0),
+    help="Only removals that begin at this layer, and the intact model; may be repeated.",
+)
+@trust
+@results_option
+def log_samples(
+    output: Path,
+    model: tuple[str, ...],
+    benchmark: tuple[str, ...],
+    layer: tuple[int, ...],
+    trust_remote_code: bool,
+    results: Path,
+) -> None:
+    """Write lm-eval's own result files, as lm_eval --log_samples does, of every measured model.
+
+    results_DATE.json and samples_TASK_DATE.jsonl of the intact model, and of the model without what
+    each run removed: model_args says it, as removed_layers=3. No model runs, but the benchmark's
+    data is read again. The files hold the texts of the documents.
+
+    \b
+    Examples:
+      tracker log-samples --output lm-eval
+      tracker log-samples --output lm-eval --benchmark arc_easy --layer 3 --layer 11
+      tracker log-samples --results /scratch/llama --output lm-eval --model Llama-3.2-1B
+    """
+    from tracker import api
+
+    done = api.log_samples(
+        output,
+        results=results,
+        model=model,
+        benchmark=benchmark,
+        layer=layer,
+        trust_remote_code=trust_remote_code,
+        progress=Show(error=True),
+    )
+    for note in done.notes:
+        say(note, error=True)
+    folders = len({path.parent for path in done.files})
+    say(f"{folders} models, {len(done.files)} files: {output}")
+    for what, why in done.failed.items():
+        say(f"failed: {what}: {why}", error=True)
+    sys.exit(1 if done.failed else 0)
 
 
 @main.command()
@@ -224,8 +322,8 @@ def check(results: Path, against: Path | None) -> None:
             "unproved: an older tracker wrote them without a digest; they get one when something "
             "is written into the folder"
         )
-    shards, cells = sum(cell.shards for cell in found.cells), len(found.cells)
+    shards = counted(sum(cell.shards for cell in found.cells), "shard")
     verdict = "damaged" if found.damaged else "all is as it was written"
     copies = f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""
-    say(f"{cells} cells, {shards} shards: {verdict}{copies}")
+    say(f"{counted(len(found.cells), 'cell')}, {shards}: {verdict}{copies}")
     sys.exit(1 if found.damaged or differences else 0)

@@ -20,6 +20,9 @@ from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import ROW_TOKENS
 from tracker.models.layers import find_layers
 
+SECONDS = 0.5
+"""How long the machine's speed is measured."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -148,25 +151,14 @@ def _naive_sequences(documents: Sequence[Document], max_length: int) -> list[int
     return [len(sequence) for sequence in seen]
 
 
-def matrix_rate(
-    dtype: torch.dtype = torch.float32, device: torch.device | None = None, seconds: float = 0.5
-) -> float:
-    """Measure how fast this machine multiplies matrices.
-
-    Args:
-        dtype: The numbers' type.
-        device: Where; None = on the CPU.
-        seconds: How long to measure.
-
-    Returns:
-        Floating-point operations per second.
-    """
+def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> float:
+    """Measure the floating-point operations per second of a matrix product; None = on the CPU."""
     on_cpu = device is None or device.type == "cpu"
     size = 1024 if on_cpu else 8192
     a, b = (torch.randn(n, size, device=device).to(dtype) for n in (2 * size, size))
     a @ b
     count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < SECONDS:
         # Reading a number waits for the accelerator.
         float((a @ b)[0, 0])
         count += 1

@@ -180,6 +180,11 @@ def tree_rows(
 ) -> Iterator[Row]:
     """Pack whole documents into prefix trees.
 
+    A request is a path from the root, a node a token; requests that begin alike share the nodes of
+    what they begin with, so a context is read once for all its answers. A tree is one sequence to
+    the model, [1, nodes], whose positions are the depths and whose mask shows each node its
+    ancestors (`Masks`): to every path it is as if that text stood there alone.
+
     Args:
         documents: What to score.
         max_length: Tokens that the model reads at most; longer requests lose their beginning, as
@@ -260,9 +265,10 @@ def flat_rows(
     row_tokens: int,
     lengths: Lengths = ANY_LENGTH,
 ) -> Iterator[Row]:
-    """Pack distinct sequences of equal length into rows that need no mask.
+    """Pack distinct sequences of equal length into rows [rows, length] that need no mask.
 
-    A sequence with which another begins is read with it, as lm-eval does for one-token answers.
+    A sequence with which another begins is read with it, as lm-eval does for one-token answers: a
+    causal model says of the shorter one what it says on the way through the longer.
 
     Args:
         documents: What to score.

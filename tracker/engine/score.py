@@ -67,6 +67,12 @@ class Parts:
 def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = None) -> RowScores:
     """Score a row for every stream of a plan; the scores are on the CPU.
 
+    The base leaves [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
+    hidden], of which only the `kept` places predict something and pass the head. Of each place the
+    log-probability of each token that is predicted there is taken, [streams, predicted], and added
+    up by the request that it belongs to, [streams, requests]: in a tree one place may predict for
+    many requests, and is computed once.
+
     `prefix` is the beginning that the row continues, read for the same streams.
     """
     output, observed = run_base(parts, plan, row, None if prefix is None else prefix.cache)

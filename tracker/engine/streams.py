@@ -239,7 +239,7 @@ class _LayerFork:
             args, kwargs = self.masks.put(self.index, self.mask_place, args, kwargs)
         named = "hidden_states" in kwargs
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
-        rest = () if named else args[1:]
+        rest = args[1:]
         if len(hidden) % step.streams:
             raise RefusalError("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)
@@ -304,28 +304,24 @@ class _SublayerFork:
         if computed == list(range(entering)):
             return self.forward(*args, **kwargs)
         given = (args, kwargs)
-        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        output: Any = None
-        if computed:
-            if self.batched:
-                args, kwargs = _cut((args, kwargs), entering, computed)
-            else:
-                args = tuple(self._chosen(value, hidden, computed) for value in args)
-                kwargs = {name: self._chosen(v, hidden, computed) for name, v in kwargs.items()}
-                alibi = kwargs.get("alibi")
-                if isinstance(alibi, Tensor) and alibi.ndim == 3:
-                    kwargs["alibi"] = _by_stream(alibi, entering)[computed].flatten(0, 1)
-            output = self.forward(*args, **kwargs)
+        if self.batched:
+            args, kwargs = _cut((args, kwargs), entering, computed)
+        else:
+            hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            args = tuple(self._chosen(value, hidden, computed) for value in args)
+            kwargs = {name: self._chosen(v, hidden, computed) for name, v in kwargs.items()}
+            alibi = kwargs.get("alibi")
+            if isinstance(alibi, Tensor) and alibi.ndim == 3:
+                kwargs["alibi"] = _by_stream(alibi, entering)[computed].flatten(0, 1)
+        output = self.forward(*args, **kwargs)
+        # Never of no stream: the baseline passes everything.
         added = output[0] if isinstance(output, (tuple, list)) else output
-        like = hidden if added is None else added
-        silent = _by_stream(
-            nothing(self.module, *given, like, len(like) * entering // (len(computed) or entering)),
-            entering,
-        )
-        each = None if added is None else _by_stream(added, len(computed))
+        each = _by_stream(added, len(computed))
+        silent = nothing(self.module, *given, added, len(added) * entering // len(computed))
+        nil = _by_stream(silent, entering)
         merged = torch.stack(
             [
-                silent[place] if source is None or each is None else each[computed.index(source)]
+                nil[place] if source is None else each[computed.index(source)]
                 for place, source in enumerate(self.sources)
             ]
         ).flatten(0, 1)

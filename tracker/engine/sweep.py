@@ -307,6 +307,8 @@ class Engine:
             asked = min(-(-tokens // SIGHT) * SIGHT, longest)
             self._put_back()
             self._sights[:] = [look(self.head.base, loaded.layers, asked, loaded.device)]
+            # It is asked for in the middle of a call, which is to begin as every other.
+            self._put_back()
         return self._sights[0]
 
     @cached_property
@@ -358,10 +360,13 @@ class Engine:
         """
         plan = plan_streams(ablations, len(self.loaded.layers))
         kept = next((k for k in self._kept if k.plan == plan and k.begins(prompt)), None)
-        with decoding(self.parts(plan), ablations, prompt, kept) as cache:
-            name = cache_argument(self.loaded.model)
-            yield {} if name is None else {name: cache}
         self._put_back()
+        try:
+            with decoding(self.parts(plan), ablations, prompt, kept) as cache:
+                name = cache_argument(self.loaded.model)
+                yield {} if name is None else {name: cache}
+        finally:
+            self._put_back()
 
 
 def _tokens(document: Document) -> int:

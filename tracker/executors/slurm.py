@@ -69,7 +69,8 @@ class SlurmExecutor:
             submitted = executor.submit_array(cells)
         except FailedJobError as error:
             raise RequestError(f"SLURM refused the jobs: {_last_line(error)}") from None
-        progress.say(f"submitted {len(jobs)} jobs; their logs are in {ledger.root / 'slurm'}")
+        what = f"{len(jobs)} job{'s' * (len(jobs) > 1)}"
+        progress.say(f"submitted {what}; their logs are in {ledger.root / 'slurm'}")
         waiting = [_Waiting(*each, ledger) for each in zip(jobs, submitted, strict=True)]
         progress.start("SLURM", sum(each.left for each in waiting), "blocks")
         try:

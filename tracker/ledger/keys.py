@@ -9,6 +9,11 @@ from tracker.config import CellRequest
 from tracker.provenance import content_hash
 from tracker.records import BenchmarkIdentity, ModelIdentity
 
+_LATER = {
+    *("include_path", "system_instruction", "fewshot_as_multiturn", "chat_template_args"),
+    *("enable_thinking", "think_end_token", "gen_kwargs", "metadata", "model_args"),
+}
+
 
 def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
     """Identify a cell by content, as SHA-256 in hexadecimal.
@@ -25,6 +30,7 @@ def cell_key(model: ModelIdentity, benchmark: BenchmarkIdentity) -> str:
             "num_fewshot": benchmark.num_fewshot,
             "seed": benchmark.seed,
             "apply_chat_template": benchmark.apply_chat_template,
+            **({"settings": benchmark.settings} if benchmark.settings else {}),
         }
     )
 
@@ -38,9 +44,15 @@ def request_key(
     removed, which documents and the metric do not count.
     """
     asked = request.model_dump(
-        exclude={"layers", "components", "spans", "removed", "limit", "sample", "metric"}
+        exclude={"layers", "components", "spans", "only", "removed", "limit", "sample", "metric"}
     )
-    return content_hash([asked, model_stamp, data_stamp, dict(versions)])
+    # A setting that is not used leaves the keys of before as they are.
+    said = {
+        name: value
+        for name, value in asked.items()
+        if name not in _LATER or value not in (None, ())
+    }
+    return content_hash([said, model_stamp, data_stamp, dict(versions)])
 
 
 def folder_name(model: str, benchmark: str, key: str) -> str:

@@ -7,7 +7,7 @@ RESULTS/
   checks/                   what attacks on architectures have shown
   cells/MODEL--BENCHMARK--KEY/
     cell.json               the model, the benchmark, and who made the cell
-    requests/VIEW.json      every run that was asked of a view, its metric and limit: what to show
+    requests/VIEW.json      every run that was asked of a view, its metric and documents: to show
     derived/VIEW*.json      the records that follow from all this, kept to save the time
     shards/*.parquet        per-document outcomes, each with who measured it
     texts/*.parquet         what the documents say, each with its digest

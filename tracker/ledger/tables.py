@@ -18,6 +18,7 @@ from tracker.metrics.accuracy import (
     accuracy_drop,
     accuracy_relevance,
     chance_accuracy,
+    drop_sd,
     weights_by_task,
 )
 from tracker.metrics.correlation import COEFFICIENTS, correlate
@@ -76,7 +77,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         "metric": metric,
         "higher_is_better": is_accuracy,
         "n": n,
-        "sample_seed": view.seed if n < sum(store.counts().values()) else None,
+        "sample_seed": view.seed,
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
         **outcomes.comparisons(),
@@ -123,6 +124,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         after = outcomes.metric(ablation, metric)
         pair = (before, after) if is_accuracy else (after, before)
         drop = accuracy_drop(*pair, weights)
+        spread = drop_sd(*pair, weights)
         accurate = accuracy(after, weights)
         relevance = (
             Estimate(None, reason=f"{metric} is no accuracy")
@@ -139,6 +141,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         undefined = {
             "accuracy": accurate.reason,
             "accuracy_drop": drop.reason,
+            "drop_sd": spread.reason,
             "accuracy_relevance": relevance.reason,
             "gold_logprob_drop": gold_drop.reason,
             "mcnemar_p": None
@@ -161,6 +164,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
                 accuracy_drop=drop.value,
                 accuracy_drop_low=drop.low,
                 accuracy_drop_high=drop.high,
+                drop_sd=spread.value,
                 mcnemar_p=drop.p_value,
                 accuracy_relevance=relevance.value,
                 gold_logprob_drop=gold_drop.value,

@@ -73,21 +73,25 @@ class Views:
 
     def of(self, request: CellRequest) -> View:
         """Say what a request shows of this cell, whatever else was asked of it."""
+        benchmark = self.identity.benchmark
+        # A sample that leaves nothing out is the whole benchmark, whatever its seed.
+        every = max(task.documents for task in benchmark.tasks)
+        sample = None if request.sample is None or request.sample >= every else request.sample
         return View(
-            metric=request.metric or self.identity.benchmark.primary_metric,
+            metric=request.metric or benchmark.primary_metric,
             removed=request.removed,
             limit=request.limit,
-            sample=request.sample,
-            seed=None if request.sample is None else request.seed,
+            sample=sample,
+            seed=None if sample is None else request.seed,
             runs=tuple(removals(request, self.identity.model.layers)),
         )
 
     def ask(self, request: CellRequest, project: str) -> View:
         """Remember what was asked for, and for which project: what reports and syncs use.
 
-        A cell has a view for each metric and each set of removed layers. The runs that were asked
-        of the same view before stay, and none but these and the new ones is added; which documents
-        is what was asked last.
+        A cell has a view for each metric, each set of removed layers and each seed of a sample. The
+        runs that were asked of the same view before stay, and none but these and the new ones is
+        added; how many documents is what was asked last.
         """
         view = self.of(request)
         path = self.path(self.name_of(view))
@@ -166,12 +170,12 @@ class Views:
         primary = self.identity.benchmark.primary_metric
         return sorted(
             found.values(),
-            key=lambda a: (a.view.removed, a.view.metric != primary, a.view.metric),
+            key=lambda a: (a.view.removed, a.view.metric != primary, self.name_of(a.view)),
         )
 
     def name_of(self, view: View) -> str:
         """Name a view by what tells it from the others of the cell."""
-        return view_name(view.removed, view.metric, self.identity.benchmark)
+        return view_name(view.removed, view.metric, self.identity.benchmark, view.seed)
 
     def path(self, name: str) -> Path:
         """Say where it stands what was asked of a view."""

@@ -20,7 +20,6 @@ from tracker.provenance import machine, package_versions
 from tracker.records import BenchmarkIdentity, ModelIdentity
 
 if TYPE_CHECKING:
-    from tracker.benchmarks.encoder import RequestEncoder
     from tracker.engine.check import Kept
     from tracker.engine.sweep import DocumentScores
     from tracker.engine.truth import Comparison
@@ -34,23 +33,21 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: what decides which weights these are, the model, lm-eval's tokenisation."""
+    """A loaded model, and what decides which weights these are."""
 
-    settings: tuple[str, str | None, str]
+    settings: tuple[str | None, ...]
     loaded: LoadedModel
-    encoder: RequestEncoder
 
 
 def open_model(request: CellRequest, options: Options) -> Model:
     """Load the model of a cell; ModelError if it cannot be found or read."""
-    from tracker.benchmarks.encoder import RequestEncoder
     from tracker.engine.memory import keep_freed_memory
     from tracker.models.load import load_model
 
     keep_freed_memory()
-    source = find_model(request.model, request.revision)
+    source = find_model(request.model, request.revision, request.model_args)
     loaded = load_model(source, request.dtype, options.device, options.trust_remote_code)
-    return Model(request.model_settings, loaded, RequestEncoder(loaded.model, loaded.tokenizer))
+    return Model(request.model_settings, loaded)
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,7 @@ class Meter:
     def __init__(
         self, request: CellRequest, benchmark: Benchmark, model: Model, options: Options
     ) -> None:
+        from tracker.benchmarks.encoder import RequestEncoder
         from tracker.engine.check import watched_documents
         from tracker.measuring.scorer import Scorer
 
@@ -103,7 +101,8 @@ class Meter:
         self._model = model
         self._memory = options.memory
         self._scorer: Scorer | None = None
-        documents = benchmark.documents(model.encoder, request.extent)
+        self._encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
+        documents = benchmark.documents(self._encoder, request.extent)
         self._documents = {(document.task, document.index): document for document in documents}
         self._watch = watched_documents(documents)
         self.ablations = ablations_of(request, loaded.identity.layers)
@@ -123,7 +122,7 @@ class Meter:
         from tracker.measuring.scorer import checked_scorer
 
         loaded = self._model.loaded
-        engine = Engine(loaded, self._model.encoder.max_length, memory=self._memory)
+        engine = Engine(loaded, self._encoder.max_length, memory=self._memory)
         self._scorer, lost = checked_scorer(
             engine, loaded.tokenizer, list(self._documents.values()), self.ablations, kept
         )

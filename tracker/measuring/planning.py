@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 from tracker.ablations import ablations_of, removals
 from tracker.config import CellRequest
 from tracker.errors import ModelError
+from tracker.ledger.spreads import spreads_of
 from tracker.ledger.store import Ledger
-from tracker.measuring.prepare import check_layers, look_up
+from tracker.measuring.derive import record_of
+from tracker.measuring.prepare import CellLookup, check_layers, look_up
+from tracker.metrics.power import UNRELATED, Spread
 from tracker.models.sources import count_layers
 
 if TYPE_CHECKING:
@@ -27,6 +30,10 @@ class PlannedCell:
         measured: Whether the ledger holds all of it already.
         shared: Whether it is another metric of a cell that stands before it: measured with it.
         cost: The work of the whole cell, measured or not.
+        spread: How much the outcome of a document is expected to change under a removal; None for
+            a loss of which nothing is measured yet.
+        observed: Whether that is what the median removal does that the ledger holds, and no
+            assumption.
     """
 
     request: CellRequest
@@ -34,6 +41,8 @@ class PlannedCell:
     measured: bool
     shared: bool
     cost: Cost
+    spread: Spread | None
+    observed: bool
 
 
 def plan(
@@ -58,16 +67,33 @@ def plan(
         shared = one in before
         before.add(one)
         benchmark = open_benchmark(request)
-        chosen_metric(benchmark.identity, request.metric)
+        metric = chosen_metric(benchmark.identity, request.metric)
         layers = count_layers(cell.source, trust_remote_code)
         ablations = ablations_of(request, layers)
         model, tokenizer = weightless(cell.source, request.dtype, trust_remote_code)
-        encoder = RequestEncoder(model, tokenizer)
+        encoder = RequestEncoder(model, tokenizer, request)
         documents = benchmark.documents(encoder, request.extent)
         if not documents:
             raise ModelError(f"{request.title} has no documents")
         found = cost(model, documents, ablations, encoder.max_length)
+        runs = len(list(removals(request, layers)))
+        known = _observed_spread(cell, metric)
+        is_loss = benchmark.identity.tasks[0].higher_is_better.get(metric, True) is False
+        spread = known or (None if is_loss else UNRELATED)
         planned.append(
-            PlannedCell(request, len(list(removals(request, layers))), cell.complete, shared, found)
+            PlannedCell(
+                request, runs, cell.complete, shared, found, spread, observed=known is not None
+            )
         )
     return planned
+
+
+def _observed_spread(cell: CellLookup, metric: str) -> Spread | None:
+    """Find what the median removal changes, in the view of the cell with the most documents."""
+    if cell.store is None:
+        return None
+    views = [asked.view for asked in cell.store.views.asked({})]
+    records = [record_of(cell.store, view) for view in views if view.metric == metric]
+    best = max(records, key=lambda record: record.n, default=None)
+    found = spreads_of(best.runs) if best else None
+    return found[0] if found else None

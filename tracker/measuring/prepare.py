@@ -37,7 +37,7 @@ class CellLookup:
 
 def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
     """Look a cell up in the ledger, without loading torch, the model or the benchmark."""
-    source = find_model(request.model, request.revision)
+    source = find_model(request.model, request.revision, request.model_args)
     data = data_stamp(request)
     stamp = source.stamp()
     key = None
@@ -80,11 +80,11 @@ def all_layers(
         else count_layers(asked.source, trust_remote_code)
     )
     _check_bounds(request, layers)
-    why = None if any(removals(request, layers)) else _no_run(request, layers)
+    why = None if any(removals(request, layers)) else no_run(request, layers)
     return request.model_copy(update={"layers": tuple(range(layers))}), why
 
 
-def _no_run(request: CellRequest, layers: int) -> str:
+def no_run(request: CellRequest, layers: int) -> str:
     """Say why none of the layers that were asked for begins a run."""
     layer, span = request.layers[0], request.spans[0]
     if layer + span > layers:
@@ -138,7 +138,7 @@ def validate(requests: Sequence[CellRequest], trust_remote_code: bool) -> tuple[
     """
     runs, notes = 0, {}
     for request in requests:
-        source = find_model(request.model, request.revision)
+        source = find_model(request.model, request.revision, request.model_args)
         check_benchmark(request)
         try:
             layers = count_layers(source, trust_remote_code)

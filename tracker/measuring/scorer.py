@@ -117,7 +117,8 @@ def checked_scorer(
     prompts = [document.prompt for document in documents if document.prompt is not None]
     if not prompts:
         return Scorer(checked.engine), lost
-    generation, why = Generation(checked.engine, tokenizer).checked(prompts[0], ablations)
+    generation = Generation(checked.engine, tokenizer, think_end_token=prompts[0].think_end_token)
+    generation, why = generation.checked(prompts[0], ablations)
     return Scorer(checked.engine, generation), [*lost, *([why] if why else [])]
 
 
@@ -132,10 +133,11 @@ class Generation:
     engine: Engine
     tokenizer: Any
     together: bool = True
+    think_end_token: str | int | None = None
 
     @cached_property
     def _generator(self) -> TextGenerator:
-        return TextGenerator(self.engine.loaded.model, self.tokenizer)
+        return TextGenerator(self.engine.loaded.model, self.tokenizer, self.think_end_token)
 
     def texts(self, prompt: Prompt, ablations: Sequence[Ablation]) -> list[str]:
         """Continue a prompt under ablations, the baseline among them: one text each, in order."""
@@ -157,7 +159,7 @@ class Generation:
         """
         model = self.engine.without(ablation).loaded.model
         with nullcontext() if seed is None else shaken(model, seed):
-            (text,) = TextGenerator(model, self.tokenizer).texts([prompt])
+            (text,) = TextGenerator(model, self.tokenizer, self.think_end_token).texts([prompt])
         return text
 
     def _texts_together(self, prompt: Prompt, group: Sequence[Ablation]) -> list[str]:

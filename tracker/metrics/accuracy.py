@@ -170,6 +170,38 @@ def accuracy_drop(
     return Estimate(value, low, high, p_value)
 
 
+def drop_sd(
+    baseline: NDArray[np.float64],
+    ablated: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
+) -> Estimate:
+    """Estimate how far the drops of single documents are apart.
+
+    Args:
+        baseline: `[documents]`, the intact model's outcomes; NaN where there is no finite score.
+        ablated: `[documents]`, the ablated model's outcomes on the same documents.
+        weights: `[documents]`, summing to 1; None for equal weights.
+
+    Returns:
+        The standard deviation of baseline minus ablated, without an interval. With unequal weights
+        it is that of as many documents of equal weight whose mean is as uncertain.
+
+    Examples:
+        >>> drop_sd(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])).value
+        0.5
+    """
+    before, shares, _ = _checked(baseline, weights)
+    difference = before - _checked(ablated, None)[0]
+    if reason := _undefined(difference):
+        return Estimate(None, reason=reason)
+    concentration = float(shares @ shares)
+    if 1 - concentration < _SAME:
+        return Estimate(None, reason="one document has no spread")
+    squares = (difference - float(shares @ difference)) ** 2
+    variance = float(shares**2 @ squares) * len(squares) / (1 - concentration)
+    return Estimate(math.sqrt(variance))
+
+
 def chance_accuracy(
     choices: NDArray[np.int64] | NDArray[np.float64], weights: NDArray[np.float64] | None = None
 ) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tracker.metrics.accuracy import LEVEL
+
 _CHUNK = 1_000_000
 """Draws that are held in memory at once."""
 
@@ -113,9 +115,9 @@ def resampled_means(
 
 
 def bias_corrected_interval(
-    value: float, resampled: NDArray[np.float64], level: float = 0.95
+    value: float, resampled: NDArray[np.float64]
 ) -> tuple[float, float] | None:
-    """Return the percentile interval, moved so that its median is the value itself.
+    """Return the 95 % percentile interval, moved so that its median is the value itself.
 
     Resampling documents adds the measurement noise a second time. A rank correlation that noise
     pulls towards 0 is pulled once more in every resample, so the plain percentile interval lies too
@@ -131,18 +133,18 @@ def bias_corrected_interval(
     Args:
         value: The figure from the documents themselves.
         resampled: `[resamples]`, the figure from each resample; NaN where it is undefined.
-        level: Confidence level.
 
     Returns:
         Both ends, not clipped to the range of the figure; None when fewer than half of the
         resamples are defined.
 
     Examples:
-        >>> bias_corrected_interval(0.9, np.linspace(0.6, 0.8, 201), level=0.9)
-        (0.81, 0.99)
+        >>> low, high = bias_corrected_interval(0.9, np.linspace(0.6, 0.8, 201))
+        >>> round(low, 3), round(high, 3)
+        (0.805, 0.995)
     """
     defined = resampled[np.isfinite(resampled)]
     if not np.isfinite(value) or not len(defined) or 2 * len(defined) < len(resampled):
         return None
-    low, median, high = np.quantile(defined, [(1 - level) / 2, 0.5, (1 + level) / 2])
+    low, median, high = np.quantile(defined, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
     return float(value + low - median), float(value + high - median)

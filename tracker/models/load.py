@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,10 +13,17 @@ from torch import nn
 
 from tracker.errors import ModelError
 from tracker.models.layers import find_layers
-from tracker.models.sources import ModelSource, read_config, unreadable
+from tracker.models.sources import ModelSource, read_config, require, unreadable
 from tracker.records import ModelIdentity
 
 SPREAD = "spread"
+_QUANTISERS = {
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+    "gptq": "gptqmodel",
+}
+"""Which package reads which kind of quantised checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,25 @@ class LoadedModel:
     device: torch.device
 
 
+@contextmanager
+def _one_parse() -> Iterator[None]:
+    """Parse a GGUF file once: transformers does for its configuration, its tokenizer, its weights.
+
+    It also lists all names that the tensors can have, for every submodule of the model; together
+    that is two thirds of the time that a small model takes.
+    """
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    # transformers looks both up when it reads a file.
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
+
+
+@_one_parse()
 def load_model(
     source: ModelSource, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> LoadedModel:
@@ -67,6 +96,9 @@ def load_model(
             f"{source.source} is {kinds[0]} ({config.model_type}); "
             "tracker measures decoder-only language models"
         )
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method in _QUANTISERS:
+        require(_QUANTISERS[method], f"{source.source} is a {method} checkpoint and")
     arguments = source.load_arguments(trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
@@ -75,8 +107,15 @@ def load_model(
         if not source.gguf_file and not trust_remote_code:
             arguments["use_safetensors"] = True
         model, found = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, output_loading_info=True, **arguments
+            source.location,
+            dtype=dtype,
+            output_loading_info=True,
+            **arguments,
+            **_how(source.arguments),
         )
+        model = _adapted(model, source, tokenizer)
+    except ModelError:
+        raise
     except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
         raise unreadable(source, error) from None
     if found["missing_keys"]:
@@ -85,7 +124,9 @@ def load_model(
             f"{sorted(found['missing_keys'])[0]} among them"
         )
     if device == SPREAD:
-        place = torch.device(next(iter(model.hf_device_map.values())))
+        # Where there is one device, nothing is spread, and transformers keeps no map.
+        places = getattr(model, "hf_device_map", {"": model.device})
+        place = torch.device(next(iter(places.values())))
     else:
         place = find_device(device)
         model = model.to(place)
@@ -99,8 +140,39 @@ def load_model(
         layers=config.num_hidden_layers,
         parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),
+        arguments={name: str(value) for name, value in source.arguments.items()},
     )
     return LoadedModel(model, tokenizer, find_layers(model), identity, place)
+
+
+def _how(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers is told of how to load the weights."""
+    found = {n: v for n, v in arguments.items() if n == "attn_implementation"}
+    bits = {n: v for n, v in arguments.items() if n.startswith(("load_in_", "bnb_"))}
+    if bits:
+        from transformers import BitsAndBytesConfig
+
+        found["quantization_config"] = BitsAndBytesConfig(**bits)
+    return found
+
+
+def _adapted(model: Any, source: ModelSource, tokenizer: Any) -> Any:
+    """Put an adapter into a model, as lm-eval does: beside the weights, not merged into them."""
+    if source.adapter is None:
+        return model
+    from peft import PeftConfig, PeftModel, PeftType
+
+    place = source.adapter.location
+    config = PeftConfig.from_pretrained(place)
+    if config.is_prompt_learning or config.peft_type == PeftType.ADAPTION_PROMPT:
+        raise ModelError(
+            f"model_args: {source.adapter.source} is an adapter of the kind "
+            f"{config.peft_type.value}, which puts tokens into the prompt; tracker measures those "
+            "that sit beside weights, such as LoRA"
+        )
+    if model.get_input_embeddings().num_embeddings != len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
+    return PeftModel.from_pretrained(model, place).get_base_model()
 
 
 def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:

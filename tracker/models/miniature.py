@@ -89,7 +89,10 @@ def _pattern(model: Any) -> list[list[tuple[str, str]]]:
 
     def modules(layer: nn.Module) -> Iterator[tuple[str, str]]:
         for path, module in layer.named_modules():
-            if not any(part.isdigit() and int(part) > 0 for part in path.split(".")):
-                yield path, type(module).__name__
+            parts = path.split(".")
+            if any(part == "base_layer" or part.startswith("lora_") for part in parts):
+                continue  # inside a weight with an adapter, which sees no other token
+            if not any(part.isdigit() and int(part) > 0 for part in parts):
+                yield path, type(getattr(module, "base_layer", module)).__name__
 
     return [list(modules(layer)) for layer in find_layers(model)]

@@ -9,14 +9,15 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tracker.arguments import decoded
 from tracker.config import MAX_LAYERS
 from tracker.distribution import pip_install
-from tracker.errors import ModelError, UnreachableError, WorkError
+from tracker.errors import ModelError, UnreachableError, WorkError, did_you_mean
 from tracker.hub import ask, check_name, refusal, unreachable
 from tracker.ledger.files import cache_folder, write_text
 from tracker.ledger.notes import read_note, write_note
@@ -24,6 +25,27 @@ from tracker.provenance import content_hash, file_hash, file_stamp, package_vers
 from tracker.safe_yaml import short
 
 PACKAGE = "package:"
+_ARGUMENTS = {
+    "attn_implementation": "a name, such as eager or sdpa",
+    "bnb_4bit_compute_dtype": "a dtype, such as bfloat16",
+    "bnb_4bit_quant_type": "a name: nf4 or fp4",
+    "bnb_4bit_use_double_quant": "yes or no",
+    "load_in_4bit": "yes or no",
+    "load_in_8bit": "yes or no",
+    "peft": "an adapter: a folder or a hub id",
+    "subfolder": "a folder's name",
+}
+_SAID_ELSEWHERE = {
+    "pretrained": "model: {value: …}",
+    "revision": "revision: {value: …}",
+    "dtype": "dtype: {value: …}",
+    "trust_remote_code": "--trust-remote-code",
+    "device": "--device",
+    "parallelize": "--device spread",
+    "enable_thinking": "enable_thinking: {value: …}",
+    "think_end_token": "think_end_token: {value: …}",
+    "chat_template_args": "chat_template_args: {value: …}",
+}
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")
 
 
@@ -42,6 +64,22 @@ class ModelSource:
     location: str
     gguf_file: str | None = None
     revision: str | None = None
+    model_args: str | None = None
+    """How it is loaded, in lm-eval's words, as canonical JSON."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """How it is loaded."""
+        return decoded(self.model_args)
+
+    @property
+    def adapter(self) -> ModelSource | None:
+        """Where its adapter is, for peft to load."""
+        place = self.arguments.get("peft")
+        if place is None:
+            return None
+        folder = Path(place).expanduser()
+        return ModelSource(place, str(folder.resolve()) if folder.is_dir() else place)
 
     @property
     def is_local(self) -> bool:
@@ -62,6 +100,8 @@ class ModelSource:
             arguments["gguf_file"] = self.gguf_file
         if self.revision:
             arguments["revision"] = self.revision
+        if not self.is_local and "subfolder" in self.arguments:
+            arguments["subfolder"] = self.arguments["subfolder"]
         return arguments
 
     def files(self) -> list[Path]:
@@ -77,29 +117,39 @@ class ModelSource:
         """Describe the model cheaply: equal stamps mean equal weights.
 
         It is that of the local files, or the hub's commit; None when a hub model is not in the
-        local cache, so that its commit is not known.
+        local cache, so that its commit is not known. With it stands how the model is loaded.
         """
-        if self.is_local:
-            return file_stamp(self.files())
-        return self._cached_commit()
+        stamp = file_stamp(self.files()) if self.is_local else self._cached_commit()
+        if stamp is None or self.model_args is None:
+            return stamp
+        adapter = self.adapter.stamp() if self.adapter else ()
+        return None if adapter is None else [stamp, self.model_args, adapter]
 
     def fingerprint(self) -> str:
         """Identify weights and tokenizer by content: SHA-256 of local files, or the hub's commit.
 
         ModelError if a hub model is not in the local cache.
         """
-        if self.is_local:
-            return _remembered_hash(self.files())
-        commit = self._cached_commit()
-        if commit is None:
+        found = _remembered_hash(self.files()) if self.is_local else self._cached_commit()
+        if found is None:
             raise ModelError(f"{self.source}: the hub's cache on this machine names no commit")
-        return commit
+        if self.model_args is None:
+            return found
+        # Where an adapter lies does not count, and what it holds does.
+        said = {**self.arguments, **({"peft": self.adapter.fingerprint()} if self.adapter else {})}
+        return content_hash([found, said])
 
     def _cached_commit(self) -> str | None:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.location, "config.json", revision=self.revision)
-        return Path(found).parent.name if isinstance(found, str) else None
+        for name in ("config.json", "adapter_config.json"):
+            place = (
+                f"{self.arguments['subfolder']}/{name}" if "subfolder" in self.arguments else name
+            )
+            found = try_to_load_from_cache(self.location, place, revision=self.revision)
+            if isinstance(found, str):
+                return Path(found.removesuffix(place)).name
+        return None
 
 
 def _remembered_hash(files: Sequence[Path]) -> str:
@@ -117,22 +167,33 @@ def _remembered_hash(files: Sequence[Path]) -> str:
     return found
 
 
-def find_model(source: str, revision: str | None = None) -> ModelSource:
+def find_model(
+    source: str, revision: str | None = None, model_args: str | None = None
+) -> ModelSource:
     """Find a model by what the user typed.
 
     Args:
         source: `package:NAME`, a GGUF file, a folder, or a hub id.
         revision: The hub's branch, tag or commit.
+        model_args: How it is loaded, in lm-eval's words, as canonical JSON.
 
     Returns:
         Where the model is; a hub id is not looked up yet.
 
     Raises:
-        ModelError: A package, folder or file that is not there or holds no model, or a revision
-            for something that has none.
+        ModelError: A package, folder or file that is not there or holds no model, a revision for
+            something that has none, or an argument that is not known.
     """
+    arguments = _checked(decoded(model_args))
     try:
-        found = _on_this_machine(source)
+        inside = Path(source).expanduser() / arguments.get("subfolder", "")
+        if "subfolder" in arguments and Path(source).expanduser().is_dir():
+            if not inside.is_dir():
+                raise ModelError(f"model_args: there is no folder {inside}")
+            found = _on_this_machine(str(inside))
+            found = None if found is None else replace(found, source=source)
+        else:
+            found = _on_this_machine(source)
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no home, a null byte
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(f"{source!r} is no model: {why}") from None
@@ -141,10 +202,50 @@ def find_model(source: str, revision: str | None = None) -> ModelSource:
             check_name(source)
         except ValueError as form:
             raise ModelError(f"{source!r} is neither a folder here nor a hub id; {form}") from None
-        return ModelSource(source, source, revision=revision)
+        return ModelSource(source, source, revision=revision, model_args=model_args)
     if revision is not None:
         raise ModelError(f"{source} lies on this machine and has no revision {revision!r}")
-    return found
+    return replace(found, model_args=model_args)
+
+
+def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Refuse arguments that are not known, or whose package is not here."""
+    for name, value in arguments.items():
+        if name in _SAID_ELSEWHERE:
+            raise ModelError(f"model_args: {name} has a key of its own: {_SAID_ELSEWHERE[name]}")
+        if name not in _ARGUMENTS:
+            near = did_you_mean(name, _ARGUMENTS)
+            raise ModelError(
+                f"model_args: tracker knows no {name!r}, and what it does to the numbers cannot be "
+                f"told.{near} Known: {', '.join(_ARGUMENTS)}."
+            )
+        if not isinstance(value, bool if _ARGUMENTS[name] == "yes or no" else str):
+            raise ModelError(f"model_args: {name} is {_ARGUMENTS[name]}, not {short(value)}")
+    needed = ["peft"] if "peft" in arguments else []
+    needed += ["bitsandbytes"] if any("_in_" in n or "bnb" in n for n in arguments) else []
+    for package in needed:
+        require(package, "model_args:")
+    place = arguments.get("peft")
+    if place is not None and Path(place).expanduser().is_dir():
+        if not (Path(place).expanduser() / "adapter_config.json").is_file():
+            raise ModelError(f"model_args: {place} is a folder without adapter_config.json")
+    elif place is not None:
+        try:
+            check_name(place)
+        except ValueError as form:
+            raise ModelError(
+                f"model_args: peft: {place!r} is neither a folder here nor a hub id; {form}"
+            ) from None
+    return arguments
+
+
+def require(package: str, who: str) -> None:
+    """Refuse what needs a package that is not installed (ModelError), saying what to type."""
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f"{who} needs the package {package}, which is not installed. Type: "
+            f"{pip_install(package)}"
+        )
 
 
 def _on_this_machine(source: str) -> ModelSource | None:

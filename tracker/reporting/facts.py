@@ -24,14 +24,16 @@ def provenance_table(cell: CellRecord) -> Table:
         "architecture": f"{model.architecture}, {model.layers} layers, "
         f"{model.parameters:,} parameters",
         "dtype": model.dtype,
+        **model.arguments,
         "benchmark": benchmark.name,
         "data source": benchmark.data,
         "metric": cell.metric,
         "few-shot examples": str(benchmark.num_fewshot),
         "few-shot seed": "none drawn" if benchmark.seed is None else str(benchmark.seed),
         "chat template": "yes" if benchmark.apply_chat_template else "no",
+        **benchmark.settings,
         "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
-        "documents measured": f"{cell.n:,}",
+        "documents measured": " ".join(filter(None, (f"{cell.n:,}", cell.drawn))),
         "tokens behind the proxies": f"{cell.tokens:,}",
         "answered again on a really pruned model": _compared(cell),
     }

@@ -16,7 +16,7 @@ from tracker.reporting.leaderboard.layers import LayerBoard
 from tracker.reporting.leaderboard.models import ModelBoard
 from tracker.reporting.wording import model_labels
 
-_CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed")
+_CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
 _RUN_COLUMNS = ("component", "layer", "span")
 _NOT_FIGURES = {*_RUN_COLUMNS, "ablation", "n", "metrics", "reasons"}
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
@@ -33,6 +33,7 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
 
     One row for each model, benchmark and run: `span` layers from `layer` (0-based) on, or their
     `component`, are removed besides `removed` (such as `3,17`; empty for the intact model).
+    `sample_seed` drew the documents; it is missing for the first ones, or all.
     Accuracies and drops are fractions; an undefined value is NaN and `reasons` says why. lm-eval's
     own metrics stand in columns `metric_NAME`.
     """
@@ -55,7 +56,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
         for cell in cells
         for record in cell.runs
     ]
-    return _frame(rows, [*_CELL_COLUMNS, *_RUN_COLUMNS, "n", *numbers, "reasons"], numbers)
+    columns = [*_CELL_COLUMNS, *_RUN_COLUMNS, "n", *numbers, "reasons"]
+    return _counts(_frame(rows, columns, numbers), "sample_seed")
 
 
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
@@ -70,7 +72,8 @@ def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
         for cell in cells
         for record in cell.correlations
     ]
-    return _frame(rows, [*_CELL_COLUMNS, *fields], ["value", "low", "high", "p_value"])
+    frame = _frame(rows, [*_CELL_COLUMNS, *fields], ["value", "low", "high", "p_value"])
+    return _counts(frame, "sample_seed")
 
 
 def document_frame(
@@ -133,7 +136,7 @@ def _cell_columns(cell: CellRecord) -> dict[str, object]:
     benchmark = cell.benchmark
     shown = (cell.key, cell.model.name, benchmark.name, benchmark.num_fewshot, cell.metric)
     removed = ",".join(map(str, cell.removed))
-    return dict(zip(_CELL_COLUMNS, (*shown, removed), strict=True))
+    return dict(zip(_CELL_COLUMNS, (*shown, removed, cell.sample_seed), strict=True))
 
 
 def _frame(

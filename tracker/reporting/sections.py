@@ -257,7 +257,8 @@ def _cell_section(
         label=label,
         cell=cell,
         measure=formats.measure_of(cell),
-        sentence=wording.sentence(cell),
+        # The title of the scatter says the rest.
+        sentence=wording.beneath(cell) if _has_whole_layers(cell) else wording.sentence(cell),
         warnings=wording.warnings(cell),
         curve=_figure(layer_curve(cell), f"{name}-curve", subject=cell.title) if lines else None,
         curve_lines=len(lines),

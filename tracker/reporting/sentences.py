@@ -9,6 +9,7 @@ from tracker.records import CellRecord
 from tracker.reporting.formats import counted, defined, interval, points, two_digits
 from tracker.reporting.leaderboard.layers import LayerBoard
 from tracker.reporting.leaderboard.proxies import Agreement, agreements
+from tracker.reporting.wording import benchmark_labels
 
 PROXY_NAMES = {
     "cosine_score": "cosine score",
@@ -35,8 +36,8 @@ def agreement_sentence(found: Agreement) -> str:
         says = f"The {name}: Spearman {two_digits(values[0])} (one cell)"
     else:
         says = (
-            f"The {name}: median Spearman {two_digits(median(values))} over {len(values)} cells, "
-            f"from {two_digits(min(values))} to {two_digits(max(values))}"
+            f"The {name}: median Spearman {two_digits(median(values))} over {len(values)} cells "
+            f"({two_digits(min(values))} to {two_digits(max(values))})"
         )
     return f"{says}; {_differ(found)}."
 
@@ -70,9 +71,8 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     unsteady = sum(cell.compared_unsteady for cell in cells)
     without = sum(not cell.compared for cell in cells)
     text = (
-        f"While it was measured, {counted(compared, 'answer')} to documents drawn at random were "
-        "asked again of a model from which the layers were really taken out; the largest "
-        f"difference of a log-likelihood is {largest:.1e} nats."
+        f"{counted(compared, 'answer')} to documents drawn at random were asked again of a really "
+        f"pruned model: log-likelihoods differ by at most {largest:.1e} nats."
     )
     if unsteady:
         text += (
@@ -85,13 +85,13 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
 
 
 def critical_sentence(board: LayerBoard) -> str:
-    """Name the layers that matter most to a model, and those that it is better off without.
+    """Name the layers that matter most to a model.
 
     Args:
         board: The layers' leaderboard.
 
     Returns:
-        A sentence with the mean relevance of each and its interval, or why there is none.
+        The mean relevance of each and its interval, or why there is none.
     """
     ranked = [one for one in board.layers if one.rank is not None and defined(one.relevance.value)]
     if not ranked:
@@ -102,22 +102,23 @@ def critical_sentence(board: LayerBoard) -> str:
         between = interval(one.relevance.low, one.relevance.high, two_digits)
         named.append(
             f"layer {one.layer} ({two_digits(value)}"
-            + (f", 95 % interval {between})" if between else ", no interval)")
+            + (f", 95 % interval {between})" if between else ")")
         )
-    over = counted(len(board.cells), "benchmark")
-    helps = [one.layer for one in ranked if (one.relevance.value or 0.0) < 0]
-    text = f"Most critical by mean accuracy relevance over {over}: {'; '.join(named)}. "
-    if not helps:
-        return text + "No layer’s removal helps on average."
-    which = ", ".join(map(str, sorted(helps)))
-    plural = "s" if len(helps) > 1 else ""
-    return f"{text}Without layer{plural} {which} the model does better on average."
+    text = f"Most critical: {'; '.join(named)}."
+    weak = [
+        label
+        for label, cell in zip(benchmark_labels(board.cells), board.cells, strict=True)
+        if defined(cell.baseline_low) and cell.baseline_low <= (cell.chance_accuracy or 0.0)
+    ]
+    if not weak:
+        return text
+    return f"{text} No intervals: that of the baseline reaches down to chance on {', '.join(weak)}."
 
 
 def _differ(found: Agreement) -> str:
     if not defined(found.differ) or not defined(found.chance):
         return "ranks cannot be compared"
     return (
-        f"exact ranks differ for {points(found.differ)} % of the layers, two random orders would "
-        f"differ for {points(found.chance)} %"
+        f"exact ranks differ for {points(found.differ)} % of the layers, those of two random "
+        f"orders for {points(found.chance)} %"
     )

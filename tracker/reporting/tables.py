@@ -42,6 +42,7 @@ from tracker.reporting.wording import (
     benchmark_labels,
     correlation,
     most_critical,
+    power_sentence,
     provenance_notes,
     run_list,
 )
@@ -82,8 +83,8 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
             notes.append(f"{cell.title}: the baseline {level} is undefined: {baseline.reason}.")
     notes += provenance_notes(cells)
     caption = (
-        "One row per model and benchmark. Most critical: the layers whose removal, each alone, "
-        "costs most accuracy. The cosine score would name the layers of the next column instead."
+        "Most critical: the layers whose removal, each alone, costs most accuracy. The next "
+        "column: those that the cosine score would name."
     )
     return Table(caption, columns, rows, tuple(notes))
 
@@ -109,13 +110,14 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
         rank = shown(found.value, two_digits, found.reason or NO_REASON)
         rank = with_interval(rank, found.low, found.high, two_digits)
     metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({measure.unit})"
-    beneath = f" · {cell.beneath}" if cell.removed else ""
+    shots = f"{cell.benchmark.num_fewshot}-shot"
+    which = (cell.benchmark.name, shots, metric, cell.beneath, cell.drawn)
     no_drop = f"no layer has a positive {measure.change}"
     if cell.runs and not cell.whole_layers:
         no_drop = "no whole single layer was removed"
     return (
         Value(cell.model.name),
-        Value(f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot · {metric}{beneath}"),
+        Value(" · ".join(filter(None, which))),
         Value(f"{cell.n:,}"),
         with_interval(
             baseline, cell.baseline_low, cell.baseline_high, measure.write, scale=measure.scale
@@ -140,6 +142,8 @@ def layer_table(cell: CellRecord) -> Table:
             "below 0.05 by chance even if nothing mattered. The largest drop is picked from "
             f"{counted(tests, 'noisy estimate')}, so it tends to be overstated."
         )
+    if power := power_sentence(cell, cell.runs):
+        notes.append(power)
     runs = cell.all_runs
     names = run_columns(cell)
     named = [names.of(run) for run in runs]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tracker.ledger.spreads import spreads_of
+from tracker.metrics.power import ALPHA, MEANT, POWER
 from tracker.records import (
     NO_REASON,
     NOT_MEASURED,
@@ -104,8 +106,8 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`, with the metric, the number of documents, the data, the
-        seed, the cell's key or the number of runs where these tell them apart.
+        For example `arc_easy · 0-shot`, with the metric, the documents, the data, the seed, other
+        settings, the cell's key or the number of runs where these tell them apart.
     """
     return _told_apart(
         [
@@ -117,9 +119,10 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         [
             (
                 cell.metric,
-                counted(cell.n, "document"),
+                cell.documents,
                 cell.benchmark.data,
                 "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
+                cell.benchmark.said,
                 cell.key[:8],
                 counted(len(cell.runs), "run"),
             )
@@ -216,16 +219,23 @@ def sentence(cell: CellRecord) -> str:
         it is undefined.
     """
     if cell.runs and not cell.whole_layers:
-        return f"{_beneath(cell)}No whole single layer was removed, so nothing is correlated."
+        return f"{beneath(cell)}No whole single layer was removed, so nothing is correlated."
     return (
-        f"{_beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
+        f"{beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
         f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
         f"{correlation_text(correlation(cell, 'inner'))}."
     )
 
 
-def _beneath(cell: CellRecord) -> str:
-    """Say what the layers cost that every run lacks; ends in a space, or is empty."""
+def beneath(cell: CellRecord) -> str:
+    """Say what the layers cost that every run lacks.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Sentences that end in a space; empty where no layer is gone from the start.
+    """
     if not cell.removed:
         return ""
     measure = measure_of(cell)
@@ -249,6 +259,41 @@ def _beneath(cell: CellRecord) -> str:
     )
 
 
+def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
+    """Say how small a drop the documents of a cell reveal, and how many reveal three points.
+
+    Args:
+        cell: The cell.
+        runs: Some of its runs.
+
+    Returns:
+        A sentence, also where it is undefined; empty without any run.
+    """
+    if not runs:
+        return ""
+    measure = measure_of(cell)
+    head = f"Power ({POWER:.0%}, two-sided {ALPHA:.0%}, paired)".replace("%", " %")
+    found = spreads_of(runs)
+    if found is None:
+        why = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
+        return f"{head}: undefined ({why or 'no outcome of a document has changed'})."
+    under = (" under the median removal", " under the one that changes most")
+    named = [(found[0], "")] if len(runs) == 1 else [*zip(found, under, strict=True)]
+    changes = [(spread.change(cell.n), which) for spread, which in named]
+    smallest = ", ".join(
+        ("none" if change is None else f"{measure.write(change)} {measure.unit}") + which
+        for change, which in changes
+    )
+    text = (
+        f"{head}: the smallest {measure.change} that {counted(cell.n, 'document')} reveal is "
+        f"{smallest}"
+    )
+    if cell.higher_is_better:
+        needed = " and ".join(f"{spread.documents(MEANT):,}" for spread, _ in named)
+        text += f"; {100 * MEANT:.0f} pp would take {needed} documents"
+    return f"{text}."
+
+
 def summary(cells: Sequence[CellRecord]) -> str:
     """Say in a few sentences what these cells show.
 
@@ -262,10 +307,8 @@ def summary(cells: Sequence[CellRecord]) -> str:
         return "No cell is measured yet, so there is nothing to show."
     models = len({cell.model.key for cell in cells})
     text = (
-        f"{counted(models, 'model')}, {counted(len(cells), 'cell')} (one per model and benchmark"
-        f"{' and metric' if any(c.other_metric for c in cells) else ''}"
-        f"{' and set of layers that are gone already' if any(c.removed for c in cells) else ''}). "
-        f"{_turns(cells)} was removed in turn. "
+        f"{counted(models, 'model')}, {counted(len(cells), 'cell')}; {_turns(cells)} was removed "
+        "in turn. "
     )
     records = [record for cell in cells if (record := correlation(cell))]
     values = sorted(record.value for record in records if defined(record.value))
@@ -300,8 +343,7 @@ def _turns(cells: Sequence[CellRecord]) -> str:
         "the attention or MLP of each span": any(c != "layer" and span > 1 for c, span in found),
     }
     *others, last = (words for words, there in shown.items() if there)
-    text = f"{', '.join(others)} and {last}" if others else last
-    return text[:1].upper() + text[1:]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:

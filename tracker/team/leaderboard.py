@@ -21,7 +21,7 @@ from tracker.reporting.export import frames
 from tracker.tracking.base import BOARD_FILE, Backend, LoggedTable
 from tracker.tracking.identity import content_digest
 
-FORMAT = 3
+FORMAT = 4
 _ROUNDS = 5
 
 

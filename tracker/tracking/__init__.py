@@ -144,6 +144,24 @@ def end_trial(note: str, failed: bool, results: Path) -> None:
         trial.end(note, failed)
 
 
+def open_sweep(path: str, results: Path) -> Isolated:
+    """Open a W&B sweep: a `WandbSweep` in a process of its own.
+
+    Args:
+        path: `ENTITY/PROJECT/ID`.
+        results: The results folder.
+
+    Returns:
+        The sweep; nothing is contacted before it is used.
+
+    Raises:
+        RequestError: The path names no sweep.
+    """
+    if len([part for part in path.split("/") if part]) != 3 or path.count("/") != 2:
+        raise RequestError(f"{masked(path)!r} names no sweep; write ENTITY/PROJECT/ID")
+    return Isolated("WandbSweep", path, results, without=_SWEEP)
+
+
 def destination(name: str, project: str, results: Path, server: str | None = None) -> str:
     """Identify where a backend's runs would go, without contacting it or importing its SDK.
 

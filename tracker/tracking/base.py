@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tracker.records import CellRecord
 
@@ -22,7 +22,7 @@ Scalar = str | int | float | None
 
 @dataclass(frozen=True)
 class Published:
-    """What one `publish` did, in runs: the cell's own run and one for each of its runs."""
+    """What one `publish` did, in runs: the cell's, the intact model's, and one for each run."""
 
     created: int
     updated: int
@@ -58,6 +58,17 @@ class RemoteCell:
     """What the backend finds the files by."""
 
 
+@dataclass(frozen=True)
+class SweepTrial:
+    """A trial of a sweep, in W&B's words."""
+
+    id: str
+    name: str
+    state: str
+    settings: dict[str, Any]
+    """Its configuration: what the sweep asked of it, and what it logged."""
+
+
 class Backend(Protocol):
     """Where runs are browsed. It may be unreachable; the ledger never depends on it."""
 
@@ -70,7 +81,7 @@ class Backend(Protocol):
         charts: Mapping[str, Figure],
         tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
-        """Publish the cell as one run, and one more for each of its runs.
+        """Publish the cell as one run, one for the intact model, and one more for each of its runs.
 
         Publishing the same again creates nothing and logs nothing twice; a changed record updates
         the runs that it has. After a failure anywhere, publishing again repairs what is missing.

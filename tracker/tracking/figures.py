@@ -68,6 +68,21 @@ def flat_metrics(layer: RunRecord) -> dict[str, float]:
     return {"n": float(layer.n), **only_defined(_layer_values(layer))}
 
 
+def intact_metrics(cell: CellRecord) -> dict[str, float]:
+    """Flatten the figures of the intact model, under the names that a run's have.
+
+    It costs itself nothing, by definition; what is not defined for it is not there.
+    """
+    base, chance = cell.baseline_accuracy, cell.chance_accuracy
+    values = {
+        "accuracy": base,
+        "accuracy_drop": None if base is None else 0.0,
+        "accuracy_relevance": None if base is None or chance is None or base <= chance else 0.0,
+        **{f"metric/{name}": value for name, value in cell.baseline_metrics.items()},
+    }
+    return {"n": float(cell.n), **only_defined(values)}
+
+
 def cell_figures(cell: CellRecord) -> dict[str, float | None]:
     """Flatten the figures of the cell itself, None where one is not defined.
 

@@ -18,7 +18,8 @@ def run_key(cell: CellRecord, ablation: str) -> str:
     """Name a run the same way on every machine and every day.
 
     Layers 4 and 5 removed together are another run than layer 5 removed where 4 is gone already,
-    and accuracy is another figure than normalised accuracy: so the name holds the view, too.
+    accuracy is another figure than normalised accuracy, and so is that on documents drawn at random
+    than that on the first ones: so the name holds the view, too.
 
     Args:
         cell: The cell that the run belongs to.
@@ -37,9 +38,24 @@ def run_name(cell: CellRecord, layer: RunRecord) -> str:
     The zeros make names sort as numbers do.
     """
     beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
+    drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
     label = layer.label(max(2, len(str(cell.model.layers - 1))))
-    parts = (f"{label}{beneath}", cell.benchmark.name, cell.other_metric, cell.model.name)
+    parts = (f"{label}{beneath}", cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
     return " · ".join(filter(None, parts))
+
+
+def intact_name(cell: CellRecord) -> str:
+    """Name the run of the intact model beside those of its cell: `intact · arc_easy · …`."""
+    parts = ("intact", cell.benchmark.name, cell.other_metric, cell.model.name)
+    return " · ".join(filter(None, parts))
+
+
+def intact_part(cell: CellRecord) -> CellRecord:
+    """Leave of a cell what its intact model alone decides: more runs do not change it."""
+    without: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
+    without |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
+    beneath = ("compared_difference", "removed_accuracy", "removed_low", "removed_high")
+    return cell.model_copy(update=without | dict.fromkeys(beneath))
 
 
 def content_digest(record: Record, *also: str) -> str:

@@ -56,7 +56,10 @@ def scatter_title(cell: CellRecord) -> str:
     """Say in plain text the scatter's three correlations, their intervals and their samples."""
     change = formats.measure_of(cell).change
     text = wording.correlation_text(wording.correlation(cell))
-    others = [
+    inner = wording.correlation(cell, "inner")
+    without = "without the two outer layers at each end"
+    others = [f"{without} {wording.short_correlation(inner)}"] if inner else []
+    others += [
         f"{name} {wording.short_correlation(found)}"
         for name, coefficient in (("Kendall tau-b", "kendall"), ("Pearson", "pearson"))
         if (found := wording.correlation(cell, coefficient=coefficient))

@@ -41,7 +41,7 @@ def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> s
         lines.append(f"cosine score undefined: {wrap(cell.reason_of('cosine_score', record))}")
     else:
         lines.append(f"cosine score {fixed(record.cosine_score, 4)}")
-    lines.append(f"{record.n:,} documents")
+    lines.append(" ".join(filter(None, (f"{record.n:,} documents", cell.drawn))))
     return "<br>".join(lines)
 
 

@@ -55,7 +55,7 @@ def relevance_curves(board: LayerBoard, label: str) -> Chart:
                         "accuracy relevance",
                         estimate,
                         two_digits,
-                        counted(cell.n, "document"),
+                        cell.documents,
                     )
                     for layer, estimate in zip(layers, found, strict=True)
                 ],

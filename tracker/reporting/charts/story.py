@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tracker.reporting.charts.hover import estimate_hover
@@ -98,16 +99,16 @@ def story(board: LayerBoard, label: str) -> Chart:
         ],
         annotations=[
             {
-                "x": layer,
+                "x": middle,
                 "xref": "x",
                 "y": 1,
                 "yref": "paper",
                 "yanchor": "bottom",
-                "text": f"<b>{layer}</b>",
+                "text": f"<b>{numbers}</b>",
                 "showarrow": False,
                 "font": {"color": GREY, "size": 13},
             }
-            for layer in marked
+            for middle, numbers in near_together(marked)
         ],
         margin={"t": 26},
     )
@@ -116,6 +117,24 @@ def story(board: LayerBoard, label: str) -> Chart:
 def marked_layers(board: LayerBoard) -> list[int]:
     """Find the layers on which the cosine score is furthest from the truth, by ranks."""
     return [one.standing.layer for one in misjudged(board)[:MARKED] if one.off]
+
+
+def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
+    """Gather the numbers of neighbours: on a phone, a number is as wide as two layers.
+
+    Args:
+        layers: The marked layers.
+
+    Returns:
+        Where each note stands, and what it says.
+    """
+    groups: list[list[int]] = []
+    for layer in sorted(layers):
+        if groups and layer - groups[-1][-1] <= 2:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return [((one[0] + one[-1]) / 2, ", ".join(map(str, one))) for one in groups]
 
 
 def story_title(board: LayerBoard, label: str) -> str:

@@ -26,12 +26,14 @@ def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
 def setting(cell: CellRecord) -> str:
     """Make a key of all that must be equal before two models' figures may be compared.
 
-    The documents and how they were put to the model, the metric and how many documents.
+    How documents are put to the model, the metric, how many documents, and which were drawn.
     """
-    benchmark = cell.benchmark.model_dump(mode="json", exclude={"data", "primary_metric"})
+    benchmark = cell.benchmark.model_dump(
+        mode="json", exclude={"data", "primary_metric", "found_by"}
+    )
     # As many documents as others have are not theirs while they are not all that was asked for.
     growing = cell.key if "n" in cell.reasons else ""
-    return content_hash([benchmark, cell.metric, cell.n, cell.removed, growing])
+    return content_hash([benchmark, cell.metric, cell.n, cell.sample_seed, cell.removed, growing])
 
 
 def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, str]]:
@@ -54,9 +56,12 @@ def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, 
     return [cell for cell in cells if best.get(cell.benchmark.name) is cell], left_out
 
 
-def worth(cell: CellRecord) -> tuple[int, int, bool]:
-    """Of two cells on one benchmark the larger counts: layers, documents, its own metric."""
-    return len(cell.whole_layers), cell.n, not cell.other_metric
+def worth(cell: CellRecord) -> tuple[int, int, bool, bool]:
+    """Of two cells on one benchmark the larger counts: layers, documents, its own metric.
+
+    Of as many documents those that were drawn at random: the first ones are no sample.
+    """
+    return len(cell.whole_layers), cell.n, not cell.other_metric, bool(cell.drawn)
 
 
 def unusable(cell: CellRecord) -> str | None:

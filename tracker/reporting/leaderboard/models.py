@@ -117,7 +117,7 @@ def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[
                 best[name] = key
         return [key for key in holders if key in best.values()]
 
-    def preference(key: str) -> tuple[int, int, tuple[int, int, bool], str]:
+    def preference(key: str) -> tuple[int, int, tuple[int, int, bool, bool], str]:
         return len(holders[key]), len(common(holders[key])), worth(every[key]), key
 
     if not holders:

@@ -19,7 +19,7 @@ MOST = 10
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SharedBenchmark:
     """Two models on one benchmark of `n` documents each.
 
     `differences`: layer → drop of the one minus drop of the other, a fraction or the loss's unit.
@@ -40,13 +40,13 @@ class Pair:
     one: str
     other: str
     measure: Measure
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[SharedBenchmark, ...]
 
 
-def pairs_of(cells: Sequence[CellRecord], most: int = MOST) -> tuple[list[Pair], int]:
+def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
     """Pair up models with as many layers that share a benchmark, documents and settings alike.
 
-    The first pairs (at most `most`), in the order of the page, and how many there are in all.
+    The first pairs (at most `MOST`), in the order of the page, and how many there are in all.
     Accuracies and losses of the same two models are pairs of their own.
     """
     groups = models_of(cells)
@@ -61,17 +61,17 @@ def pairs_of(cells: Sequence[CellRecord], most: int = MOST) -> tuple[list[Pair],
         mine = [known[i][key] for key in shared]
         measures = list(dict.fromkeys(measure_of(cell) for cell in mine))
         total += len(measures)
-        if len(found) >= most:
+        if len(found) >= MOST:
             continue
         names = benchmark_labels(mine)
         for measure in measures:
             comparisons = tuple(
-                Comparison(name, cell.n, dict(compare(cell, known[j][key])))
+                SharedBenchmark(name, cell.n, dict(compare(cell, known[j][key])))
                 for key, cell, name in zip(shared, mine, names, strict=True)
                 if measure_of(cell) == measure
             )
             found.append(Pair(labels[i], labels[j], measure, comparisons))
-    return found[:most], total
+    return found[:MOST], total
 
 
 def compare(one: CellRecord, other: CellRecord) -> list[tuple[int, Estimate]]:

@@ -16,6 +16,9 @@ from tracker.reporting.leaderboard.comparable import DECIMALS, ranks
 from tracker.reporting.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.reporting.wording import benchmark_labels
 
+MOST = 10
+"""So many misjudged layers are shown at most."""
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -77,10 +80,10 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
     return {standing.layer: rank for standing, rank in zip(ranked, ranks(scores), strict=True)}
 
 
-def misjudged(board: LayerBoard, count: int = 10) -> list[Misjudged]:
+def misjudged(board: LayerBoard) -> list[Misjudged]:
     """Find the layers whose rank the cosine score gets most wrong, the largest difference first.
 
-    There are `count` at most; layers in their right place are not among them.
+    There are `MOST` at most; layers in their right place are not among them.
     """
     by_cosine = cosine_ranks(board)
     found = [
@@ -89,7 +92,7 @@ def misjudged(board: LayerBoard, count: int = 10) -> list[Misjudged]:
         if one.rank is not None and one.layer in by_cosine
     ]
     wrong = [one for one in found if one.off]
-    return sorted(wrong, key=lambda one: (-one.off, one.standing.rank, one.standing.layer))[:count]
+    return sorted(wrong, key=lambda one: (-one.off, one.standing.rank, one.standing.layer))[:MOST]
 
 
 def _from_the_largest(values: Sequence[float | None]) -> list[int]:

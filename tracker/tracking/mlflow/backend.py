@@ -1,4 +1,4 @@
-"""Publishes cells to MLflow: one run per cell, and one nested run per run of it.
+"""Publishes cells to MLflow: one run per cell, and nested in it the intact model and each run.
 
 Without `MLFLOW_TRACKING_URI` everything lands in the results folder (`mlflow.db` and
 `mlartifacts/`) and no server is needed.
@@ -46,6 +46,7 @@ from tracker.tracking.mlflow.runs import (
     KEY_TAG,
     KIND_TAG,
     cell_run,
+    intact_run,
     layer_run,
     tables_tag,
 )
@@ -85,11 +86,10 @@ class MlflowBackend(Backend):
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._project = project
         self._results = results.absolute()
-        self._uri = (
-            tracking_uri
-            or os.environ.get("MLFLOW_TRACKING_URI")
-            or f"sqlite:///{self._results / 'mlflow.db'}"
-        )
+        elsewhere = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._uri = elsewhere or f"sqlite:///{self._results / 'mlflow.db'}"
+        # Without it, the command that is told would publish into the results folder.
+        self._again = f"MLFLOW_TRACKING_URI={shlex.quote(masked(elsewhere))} " if elsewhere else ""
         sqlite = _SQLITE.fullmatch(self._uri)
         self._database = Path(sqlite["path"]).absolute() if sqlite else None
         if self._database:
@@ -104,7 +104,7 @@ class MlflowBackend(Backend):
         charts: Mapping[str, Figure],
         tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
-        again = sync_command(self._results, f"{self.name}:{self._project}")
+        again = self._again + sync_command(self._results, f"{self.name}:{self._project}")
         advice = f"The results are on disk; when it is back: {again}"
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()
@@ -112,9 +112,9 @@ class MlflowBackend(Backend):
             parent = cell_run(cell, artifacts, charts, tables)
             outcomes = [write(client, experiment, parent, existing)]
             parent_id = existing[parent.key].info.run_id
-            # MLflow lists the newest run first, so layer 0 is written last.
-            for layer in reversed(cell.runs):
-                run = layer_run(cell, layer, parent_id)
+            # MLflow lists the newest run first: the intact model, then layer 0, then layer 1, ...
+            runs = [layer_run(cell, layer, parent_id) for layer in reversed(cell.runs)]
+            for run in (*runs, intact_run(cell, parent_id)):
                 outcomes.append(write(client, experiment, run, existing))
             location = self._location(experiment)
         return Published(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.records import WHOLE_LAYER, CellRecord, RunRecord, TaskIdentity
+from tracker.records import BASELINE, WHOLE_LAYER, CellRecord, RunRecord, TaskIdentity
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
@@ -16,13 +16,21 @@ from tracker.tracking.figures import (
     cell_figures,
     curve_name,
     flat_metrics,
+    intact_metrics,
     logged_correlations,
     logged_layers,
     metric_name,
     not_finite,
     only_defined,
 )
-from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
+from tracker.tracking.identity import (
+    content_digest,
+    files_digest,
+    intact_name,
+    intact_part,
+    run_key,
+    run_name,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -34,6 +42,7 @@ KEY_TAG = "tracker.run_key"
 KIND_TAG = "tracker.kind"
 FILES_TAG = "tracker.files"
 _TAG_CHARACTERS = 5000  # what every MLflow server accepts
+_PARAM = 500  # MLflow 2 took no longer ones
 _DIGEST_CHARACTERS = 36
 
 
@@ -102,9 +111,9 @@ def cell_run(
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
         "mlflow.loggedArtifacts": tables_tag(tables),
         "mlflow.note.content": (
-            f"**{cell.title}**: what the benchmark's {measured} (`{cell.metric}`, {cell.n} "
-            f"documents) when {_what_is_removed(cell)}, beside the cheap proxies. The step of "
-            f"every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
+            f"**{cell.heading}**: what the benchmark's {measured} (`{cell.metric}`, "
+            f"{cell.documents}) when {_what_is_removed(cell)}, beside the cheap proxies. The step "
+            f"of every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         ),
     }
     return MlflowRun(
@@ -147,6 +156,20 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
     )
 
 
+def intact_run(cell: CellRecord, parent_id: str) -> MlflowRun:
+    """Describe the run of the intact model, nested beside those that remove something of it."""
+    name = intact_name(cell)
+    return MlflowRun(
+        key=run_key(cell, BASELINE),
+        name=name,
+        digest=content_digest(intact_part(cell), FORMAT, name, parent_id),
+        params=_texts({**_identity(cell), "ablation": BASELINE, "removed": "none"}),
+        tags=_tags(cell, BASELINE, {"mlflow.parentRunId": parent_id}, {}),
+        points={(metric_name(name), 0): value for name, value in intact_metrics(cell).items()},
+        step=0,
+    )
+
+
 def tables_tag(names: Iterable[str]) -> str:
     """Write the tag by which MLflow's page finds tables of these names."""
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
@@ -160,6 +183,8 @@ def _identity(cell: CellRecord) -> dict[str, object]:
         "benchmark": cell.benchmark.name,
         "num_fewshot": cell.benchmark.num_fewshot,
         "removed": ", ".join(map(str, cell.removed)) or "none",
+        "sample_seed": cell.sample_seed,
+        **{name: value[:_PARAM] for name, value in cell.benchmark.settings.items()},
     }
 
 
@@ -198,7 +223,7 @@ def _tags(
 ) -> dict[str, str]:
     tags = {
         KEY_TAG: run_key(cell, ablation),
-        KIND_TAG: "cell" if ablation == "cell" else "layer",
+        KIND_TAG: ablation if ablation in ("cell", BASELINE) else "layer",
         "tracker.cell": cell.key,
         "tracker.model": cell.model.name,
         "tracker.model_source": cell.model.source,

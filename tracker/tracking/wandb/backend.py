@@ -1,4 +1,4 @@
-"""Publishes cells to Weights & Biases: one run per cell, and one more for each of its runs.
+"""Publishes cells to Weights & Biases: a run per cell, one for its intact model, one for each run.
 
 What stands here runs in a process of its own: `isolated` calls it. A run is found again by
 `tracker.run_key` in its config, and `tracker.digest` is written last: a run whose digest is missing
@@ -27,7 +27,7 @@ from tracker.errors import TrackingError
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord
 from tracker.tracking.base import BOARD, BOARD_FILE, Backend, LoggedTable, Published, RemoteCell
-from tracker.tracking.wandb.runs import WandbRun, cell_run, group_of, layer_run
+from tracker.tracking.wandb.runs import WandbRun, cell_run, group_of, intact_run, layer_run
 from tracker.tracking.wandb.session import finished, is_offline, log_in, publishing, session, start
 from tracker.tracking.wandb.writing import attach, wandb_table, write
 
@@ -55,9 +55,9 @@ class _Known:
 class WandbBackend(Backend):
     """Keeps a W&B project in step with the ledger.
 
-    In a sweep each layer's run is its trial's, so there the cell's own run is all that is
-    published here. A version of the leaderboard is an artifact, and a run with its tables. A report
-    is a W&B Report, a saved view, and a run with page, tables and charts.
+    In a sweep each layer's run is its trial's, so there the cell's own run and the intact model's
+    are all that is published here. A version of the leaderboard is an artifact, and a run with its
+    tables. A report is a W&B Report, a saved view, and a run with page, tables and charts.
 
     Args:
         project: `PROJECT` or `ENTITY/PROJECT`.
@@ -82,10 +82,10 @@ class WandbBackend(Backend):
         charts: Mapping[str, Figure],
         tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
-        # W&B lists the newest run first: the cell, then layer 0, then layer 1, ...
+        # W&B lists the newest run first: the cell, the intact model, then layer 0, layer 1, ...
         layers = () if self._in_sweep else reversed(cell.runs)
-        whole = cell_run(cell, artifacts, charts, tables)
-        runs = [*(layer_run(cell, layer) for layer in layers), whole]
+        runs = [layer_run(cell, layer) for layer in layers]
+        runs += [intact_run(cell), cell_run(cell, artifacts, charts, tables)]
         with publishing(self._results, self._to), self._one_publisher():
             offline = is_offline()
             if not offline:

@@ -29,7 +29,7 @@ _PATIENCE = 10.0
 
 
 class Isolated:
-    """A `WandbBackend` or `WandbTrial` in another process; its methods are called there.
+    """One of W&B's classes here in another process; its methods are called there.
 
     The process begins with the first call, and ends with `close` or with a call that fails; another
     call begins another.
@@ -110,9 +110,10 @@ def serve() -> None:
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from tracker.tracking.wandb.backend import WandbBackend
+    from tracker.tracking.wandb.sweep import WandbSweep
     from tracker.tracking.wandb.trial import WandbTrial
 
-    kinds = {"WandbBackend": WandbBackend, "WandbTrial": WandbTrial}
+    kinds = {"WandbBackend": WandbBackend, "WandbSweep": WandbSweep, "WandbTrial": WandbTrial}
     with suppress(EOFError):
         while True:
             kind, made_of, method, arguments = pickle.load(sys.stdin.buffer)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.records import CellRecord, RunRecord
+from tracker.records import BASELINE, CellRecord, RunRecord
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
@@ -17,13 +17,21 @@ from tracker.tracking.figures import (
     cell_figures,
     curve_name,
     flat_metrics,
+    intact_metrics,
     logged_correlations,
     logged_layers,
     metric_name,
     not_finite,
     only_defined,
 )
-from tracker.tracking.identity import content_digest, files_digest, run_key, run_name
+from tracker.tracking.identity import (
+    content_digest,
+    files_digest,
+    intact_name,
+    intact_part,
+    run_key,
+    run_name,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -98,6 +106,20 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
     )
 
 
+def intact_run(cell: CellRecord) -> WandbRun:
+    """Describe the run of the intact model: what W&B compares the others of its group with."""
+    return _run(
+        cell,
+        BASELINE,
+        name=intact_name(cell),
+        job_type=BASELINE,
+        digest=content_digest(intact_part(cell), FORMAT, group_of(cell)),
+        own={"removed": []},
+        reasons={},
+        summary={metric_name(name): value for name, value in intact_metrics(cell).items()},
+    )
+
+
 def cell_run(
     cell: CellRecord,
     artifacts: Sequence[Path],
@@ -157,6 +179,7 @@ def _run(
         "model": cell.model.source,
         "benchmark": cell.benchmark.name,
         "num_fewshot": cell.benchmark.num_fewshot,
+        **cell.benchmark.settings,
         "dtype": cell.model.dtype,
         "removed": list(cell.removed),
         **own,
@@ -186,6 +209,7 @@ def _facts(cell: CellRecord) -> dict[str, Any]:
         "metric": cell.metric,
         "lower_is_better": not cell.higher_is_better,
         "documents": cell.n,
+        "sample_seed": cell.sample_seed,
         "model": cell.model.model_dump(mode="json"),
         "benchmark": cell.benchmark.model_dump(mode="json", exclude={"tasks"}),
     }

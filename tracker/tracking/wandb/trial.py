@@ -11,7 +11,7 @@ from tracker.records import CellRecord, RunRecord
 from tracker.text import masked
 from tracker.tracking.wandb.runs import layer_run
 from tracker.tracking.wandb.session import finished, log_in, publishing, start
-from tracker.tracking.wandb.writing import write
+from tracker.tracking.wandb.writing import add_config, write
 
 
 class WandbTrial:
@@ -24,9 +24,7 @@ class WandbTrial:
         """Log the run of the cell that the trial asked for, and end."""
         run = layer_run(cell, layer)
         with self._opened(**run.labels) as handle:
-            # The sweep's own values stand: W&B locks them.
-            own = {name: value for name, value in run.config.items() if name not in handle.config}
-            handle.config.update(own)
+            add_config(handle, run)
             write(handle, run, [])
 
     def end(self, note: str, failed: bool) -> None:

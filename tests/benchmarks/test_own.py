@@ -1,0 +1,421 @@
+"""Tasks of one's own, and lm-eval's settings: the same questions as plain lm-eval's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.tasks
+import pytest
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.own import ASKING, YAML, write_tasks
+from tests.plain import evaluate
+from tracker.benchmarks.benchmark import check_benchmark, data_stamp
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.tasks import LmEvalBenchmark
+from tracker.config import CellRequest, cell_request
+from tracker.documents import Document
+from tracker.errors import BenchmarkError, RequestError
+from tracker.extent import ALL
+from tracker.ledger.keys import request_key
+from tracker.records import BenchmarkIdentity
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = write_tasks(tmp_path)
+    # As with lm-eval: what a function imports must be importable.
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "words", raising=False)
+    return folder
+
+
+def make(benchmark: str, folder: Path | None = None, **settings: Any) -> LmEvalBenchmark:
+    own = {} if folder is None else {"include_path": [str(folder)]}
+    return LmEvalBenchmark(
+        cell_request(model="m", benchmark=benchmark, layers=(0,), **own, **settings)
+    )
+
+
+def same(identity: BenchmarkIdentity) -> BenchmarkIdentity:
+    """All that an outcome depends on."""
+    return identity.model_copy(update={"found_by": {}})
+
+
+def refusal(benchmark: str, folder: Path | None = None, **settings: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        make(benchmark, folder, **settings)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def parts(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+class Asked(HFLM):  # type: ignore[misc]
+    """Plain lm-eval, which also writes down what it is asked."""
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        self.tokens = [(tuple(context), tuple(answer)) for _, context, answer in requests]
+        return [(0.0, False)] * len(requests)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        self.prompts = [(each.args[0], each.args[1]) for each in requests]
+        return [""] * len(requests)
+
+
+def asked(model: Any, tokenizer: Any, task: str, folder: Path, **settings: Any) -> Asked:
+    """What plain lm-eval asks, given the same arguments."""
+    own = {name: settings.pop(name) for name in ("metadata",) if name in settings}
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False, **own)
+    names = ("chat_template_args", "enable_thinking", "think_end_token")
+    of_model = {name: settings.pop(name) for name in names if name in settings}
+    plain = Asked(model, tokenizer=tokenizer, backend="causal", batch_size=1, **of_model)
+    evaluate(plain, tasks=[task], task_manager=manager, **settings)
+    return plain
+
+
+def tokens_of(documents: list[Document]) -> list[tuple[Any, Any]]:
+    return [(r.context, r.continuation) for d in documents for r in d.requests]
+
+
+class TestTheirTasks:
+    def test_its_documents_are_lm_evals(
+        self, folder: Path, tiny_llama: Callable[..., Path]
+    ) -> None:
+        model, tokenizer = parts(tiny_llama())
+        ours = make("paint", folder)
+        documents = ours.documents(RequestEncoder(model, tokenizer), ALL)
+        assert tokens_of(documents) == asked(model, tokenizer, "paint", folder).tokens
+        # Its own code leaves the bolt out.
+        assert [document.choices for document in documents] == [2, 3, 2]
+        assert "Which colour has a pump? It is" in tokenizer.decode(
+            documents[0].requests[0].context
+        )
+        assert ours.identity.tasks[0].documents == 3
+
+    def test_by_its_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        by_name = make("paint", folder).identity
+        by_file = make(str(folder / "paint.yaml")).identity
+        assert same(by_file) == same(by_name)
+        monkeypatch.chdir(folder)
+        assert same(make("paint.yaml").identity) == same(by_name)
+        assert by_name.name == "paint"
+        # But what it takes to find it again.
+        assert by_name.found_by == {"include_path": json.dumps([str(folder)])}
+        assert by_file.found_by == {"benchmark": str(folder / "paint.yaml")}
+
+    def test_its_group_and_its_tag(self, folder: Path) -> None:
+        assert [task.name for task in make("both", folder).identity.tasks] == ["paint", "says"]
+        assert {task.name for task in make("hues", folder).identity.tasks} == {"paint", "says"}
+        by_file = make(str(folder / "both.yaml"), folder).identity
+        assert same(by_file) == same(make("both", folder).identity)
+
+    @pytest.mark.parametrize(
+        ("file", "change"),
+        [
+            ("paint.yaml", lambda text: text.replace("Name the", "Say the")),
+            ("asking.py", lambda text: text.replace("It is", "It was")),
+            ("words.py", lambda text: text.replace("Which", "What")),
+        ],
+    )
+    @pytest.mark.parametrize("task", ["paint", "says"])
+    def test_its_fingerprint_covers_what_it_is_made_of(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, change: Any, task: str
+    ) -> None:
+        before = make(task, folder).identity.tasks[0].fingerprint
+        assert make(task, folder).identity.tasks[0].fingerprint == before
+        path = folder / file
+        path.write_text(change(path.read_text()))
+        monkeypatch.delitem(sys.modules, "words")
+        assert make(task, folder).identity.tasks[0].fingerprint != before
+
+    def test_a_change_is_noticed_before_anything_is_loaded(self, folder: Path) -> None:
+        def stamp(benchmark: str, **settings: Any) -> str:
+            request = cell_request(model="m", benchmark=benchmark, layers=(0,), **settings)
+            return request_key(request, "m", data_stamp(request), {})
+
+        own = {"include_path": [str(folder)]}
+        for benchmark, settings in (("paint", own), (str(folder / "says.yaml"), {})):
+            before = stamp(benchmark, **settings)
+            assert stamp(benchmark, **settings) == before
+            for path in (folder / "words.py", folder.parent / "paint.jsonl"):
+                path.write_text(path.read_text() + "\n")
+                after = stamp(benchmark, **settings)
+                assert after != before
+                before = after
+
+    def test_one_of_lm_evals_is_replaced_as_there(self, folder: Path) -> None:
+        text = (folder / "paint.yaml").read_text().replace("task: paint", "task: arc_easy")
+        (folder / "easy.yaml").write_text(text)
+        assert make("arc_easy", folder).identity.tasks[0].documents == 3
+
+
+class TestRefusals:
+    def test_no_such_folder(self, folder: Path) -> None:
+        def check(**settings: Any) -> str:
+            with pytest.raises(BenchmarkError) as caught:
+                check_benchmark(cell_request(model="m", layers=(0,), **settings))
+            return str(caught.value)
+
+        assert "include_path: nowhere is no folder" in check(
+            benchmark="paint", include_path="nowhere"
+        )
+        file = str(folder / "paint.yaml")
+        assert "is a file; name its folder" in check(benchmark="paint", include_path=[file])
+        assert "there is no task file" in check(benchmark=str(folder / "pain.yaml"))
+        (folder / "empty.yaml").write_text("output_type: multiple_choice\n")
+        assert "names no task" in check(benchmark=str(folder / "empty.yaml"))
+        (folder / "wrong.yaml").write_text("task: wrong\ndoc_to_text: [\n")
+        assert "wrong.yaml, line 3: not valid YAML" in check(benchmark=str(folder / "wrong.yaml"))
+
+    def test_a_name_that_is_nowhere(self, folder: Path) -> None:
+        message = refusal("paimt", folder)
+        assert "Did you mean 'paint'?" in message
+        assert str(folder) in message
+
+    @pytest.mark.parametrize(
+        ("code", "said"),
+        [
+            ("import nonsense_of_mine\n", "asking.py, line 1: ModuleNotFoundError"),
+            ("def ask(doc:\n", "asking.py, line 1: SyntaxError"),
+            (ASKING.replace("def ask", "def aks"), "has no function 'ask'"),
+            (ASKING.replace("['thing']", "['thnig']"), "asking.py, line 4: KeyError: 'thnig'"),
+            (ASKING.replace("docs.filter", "1 / 0 and docs.filter"), "line 7: ZeroDivisionError"),
+        ],
+    )
+    def test_code_that_fails(
+        self, folder: Path, tiny_llama: Callable[..., Path], code: str, said: str
+    ) -> None:
+        (folder / "asking.py").write_text(code)
+        with pytest.raises(BenchmarkError) as caught:
+            make("paint", folder).documents(RequestEncoder(*parts(tiny_llama())), ALL)
+        assert said in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("result", "said"),
+        [
+            ('{"accuracy": 1.0}', "metric_list names acc, and process_results gives accuracy"),
+            ('{"acc": "yes"}', "process_results gives 'yes' for acc"),
+            ('{"acc": 1.0}', None),
+        ],
+    )
+    def test_a_judge_that_lies(
+        self, folder: Path, tiny_llama: Callable[..., Path], result: str, said: str | None
+    ) -> None:
+        (folder / "asking.py").write_text(
+            f"{ASKING}\ndef judge(doc, results):\n    return {result}\n"
+        )
+        with (folder / "paint.yaml").open("a") as file:
+            file.write("process_results: !function asking.judge\n")
+        benchmark = make("paint", folder)
+        encoder = RequestEncoder(*parts(tiny_llama()))
+        if said is None:
+            assert benchmark.documents(encoder, ALL)
+            return
+        with pytest.raises(BenchmarkError, match=said):
+            benchmark.documents(encoder, ALL)
+
+
+SYSTEM = "You are a painter."
+THINK = {"enable_thinking": True, "think_end_token": "</think>"}
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("task", "settings", "in_the_key"),
+        [
+            ("paint", {"system_instruction": SYSTEM}, True),
+            ("paint", {"system_instruction": SYSTEM, "num_fewshot": 2}, True),
+            ("paint", {"system_instruction": SYSTEM, "apply_chat_template": True}, True),
+            ("paint", {"apply_chat_template": True, "fewshot_as_multiturn": True}, False),
+            ("paint", {"apply_chat_template": True, "fewshot_as_multiturn": False}, False),
+            (
+                "paint",
+                {"apply_chat_template": True, "fewshot_as_multiturn": False, "num_fewshot": 2},
+                True,
+            ),
+            ("paint", {"apply_chat_template": True, "num_fewshot": 2}, False),
+            ("paint", {"fewshot_as_multiturn": False, "num_fewshot": 2}, False),
+            ("paint", {"apply_chat_template": True, "chat_template_args": {"mood": "dull"}}, True),
+            ("paint", {"chat_template_args": {"mood": "dull"}}, False),
+            ("paint", {"apply_chat_template": True, "enable_thinking": False}, True),
+            ("paint", {"gen_kwargs": {"max_gen_toks": 2}}, False),
+            ("says", {"system_instruction": SYSTEM, "apply_chat_template": True}, True),
+            ("says", {"apply_chat_template": True, **THINK}, True),
+            ("says", {"think_end_token": "</think>"}, True),
+            ("says", {"gen_kwargs": {"max_gen_toks": 2, "until": ["!"]}}, True),
+            ("says", {"gen_kwargs": "max_gen_toks=2,temperature=0"}, True),
+        ],
+        ids=str,
+    )
+    def test_the_model_is_asked_what_lm_eval_asks(
+        self,
+        folder: Path,
+        tiny_llama: Callable[..., Path],
+        task: str,
+        settings: dict[str, Any],
+        in_the_key: bool,
+    ) -> None:
+        model, tokenizer = parts(tiny_llama())
+        tokenizer.chat_template = (
+            "{% if enable_thinking is defined %}[{{ enable_thinking }}]{% endif %}"
+            "{% if mood is defined %}({{ mood }}){% endif %}"
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+        plain = asked(model, tokenizer, task, folder, **settings)
+        request = cell_request(
+            model="m", benchmark=task, layers=(0,), include_path=[str(folder)], **settings
+        )
+        ours = LmEvalBenchmark(request)
+        documents = ours.documents(RequestEncoder(model, tokenizer, request), ALL)
+        if task == "paint":
+            assert tokens_of(documents) == plain.tokens
+        else:
+            prompts = [(document.prompt.text, document.prompt.settings) for document in documents]
+            assert prompts == plain.prompts
+            assert {d.prompt.think_end_token for d in documents} == {
+                settings.get("think_end_token")
+            }
+        chat = {
+            name: value
+            for name, value in settings.items()
+            if name in ("apply_chat_template", "num_fewshot")
+        }
+        without = make(task, folder, **chat).identity
+        assert bool(ours.identity.settings) is in_the_key
+        assert (ours.identity == without) is not in_the_key
+
+    def test_a_thought_is_no_answer(self, folder: Path, tiny_llama: Callable[..., Path]) -> None:
+        assert "scores given answers" in refusal("paint", folder, apply_chat_template=True, **THINK)
+        assert "needs think_end_token" in refusal("says", folder, enable_thinking=True)
+
+    def test_texts_that_are_drawn_at_random(self, folder: Path) -> None:
+        assert "samples its texts" in refusal("says", folder, gen_kwargs={"do_sample": True})
+        assert "samples its texts" in refusal("says", folder, gen_kwargs="temperature=0.7")
+
+    @pytest.mark.parametrize(
+        ("template", "said"),
+        [
+            ("{{ raise_exception('No system role!') }}", "refuses a system prompt"),
+            ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "shows no"),
+        ],
+    )
+    def test_a_template_that_leaves_the_system_prompt_out(
+        self, folder: Path, tiny_llama: Callable[..., Path], template: str, said: str
+    ) -> None:
+        model, tokenizer = parts(tiny_llama())
+        tokenizer.chat_template = template
+        request = cell_request(
+            model="m",
+            benchmark="paint",
+            layers=(0,),
+            include_path=[str(folder)],
+            system_instruction=SYSTEM,
+            apply_chat_template=True,
+        )
+        with pytest.raises(BenchmarkError, match=said):
+            LmEvalBenchmark(request).documents(RequestEncoder(model, tokenizer, request), ALL)
+
+    def test_a_template_by_its_name(self, folder: Path, tiny_llama: Callable[..., Path]) -> None:
+        """lm-eval writes down the named one and applies the default: both must be the same."""
+        model, tokenizer = parts(tiny_llama())
+        other = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        tokenizer.chat_template = {"default": tokenizer.chat_template, "bare": other}
+
+        def documents(name: Any) -> list[Document]:
+            request = cell_request(
+                model="m",
+                benchmark="paint",
+                layers=(0,),
+                include_path=[str(folder)],
+                apply_chat_template=name,
+            )
+            benchmark = LmEvalBenchmark(request)
+            assert benchmark.identity.apply_chat_template is True
+            return benchmark.documents(RequestEncoder(model, tokenizer, request), ALL)
+
+        assert documents("default") == documents(True)
+        for name in ("default", "bare"):
+            plain = asked(model, tokenizer, "paint", folder, apply_chat_template=name)
+            assert plain.tokens == tokens_of(documents(True))
+        with pytest.raises(BenchmarkError, match="'bare' is another one"):
+            documents("bare")
+        with pytest.raises(BenchmarkError, match="'bear' is not available"):
+            documents("bear")
+
+    def test_a_task_that_makes_its_documents(
+        self, folder: Path, tiny_llama: Callable[..., Path]
+    ) -> None:
+        (folder / "made.py").write_text(
+            "import datasets\n\ndef make(things=(), **said):\n"
+            "    rows = [{'thing': t, 'colours': ['red', 'blue'], 'right': 0} for t in things]\n"
+            "    return {'test': datasets.Dataset.from_list(rows)}\n"
+        )
+        text = YAML.replace("task: paint", "task: made").replace("fewshot_split: train\n", "")
+        start, end = text.index("dataset_path"), text.index("test_split")
+        text = text[:start] + "custom_dataset: !function made.make\n" + text[end:]
+        (folder / "made.yaml").write_text(text)
+        model, tokenizer = parts(tiny_llama())
+        metadata = {"things": ["door", "roof"]}
+        ours = make("made", folder, metadata=metadata)
+        plain = asked(model, tokenizer, "made", folder, metadata=metadata)
+        found = tokens_of(ours.documents(RequestEncoder(model, tokenizer), ALL))
+        assert found == plain.tokens
+        assert len(found) == 4
+        other = make("made", folder, metadata={"things": ["door"]}).identity
+        assert other.tasks[0].fingerprint != ours.identity.tasks[0].fingerprint
+        # What changes no document changes nothing.
+        noted = make("made", folder, metadata={**metadata, "note": "today"}).identity
+        assert same(noted) == same(ours.identity)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"until": ["."], "max_gen_toks": 4, "do_sample": False},
+        '{"until": ["."], "max_gen_toks": 4, "do_sample": false}',
+        "{'until': ['.'], 'max_gen_toks': 4, 'do_sample': False}",
+    ],
+)
+def test_settings_are_the_same_however_they_are_typed(typed: Any) -> None:
+    request = cell_request(model="m", benchmark="b", layers=(0,), gen_kwargs=typed)
+    assert request.gen_kwargs == '{"do_sample": false, "max_gen_toks": 4, "until": ["."]}'
+
+
+def test_settings_in_lm_evals_own_form() -> None:
+    request = cell_request(
+        model="m",
+        benchmark="b",
+        layers=(0,),
+        gen_kwargs="max_gen_toks=4,temperature=0.0,top=True,x=y",
+    )
+    assert json.loads(request.gen_kwargs or "") == {
+        "max_gen_toks": 4,
+        "temperature": 0.0,
+        "top": True,
+        "x": "y",
+    }
+
+
+@pytest.mark.parametrize("typed", ["", "max_gen_toks", 3, [1], "{1: 2}", {"x": float("nan")}])
+def test_settings_that_are_none(typed: Any) -> None:
+    with pytest.raises(RequestError, match="gen_kwargs"):
+        cell_request(model="m", benchmark="b", layers=(0,), gen_kwargs=typed)
+
+
+def test_settings_that_are_not_used_leave_the_keys_of_before() -> None:
+    request = CellRequest(model="m", benchmark="b", layers=(0,))
+    # Printed by request_key before these settings existed.
+    assert request_key(request, "stamp", None, {}) == KEY_OF_BEFORE
+
+
+KEY_OF_BEFORE = "06e4a17a7c9d8537fd1879af32e2efd73f4e6b92aca72dccf4c5d9285c841072"

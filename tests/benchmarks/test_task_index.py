@@ -1,0 +1,56 @@
+"""lm-eval's names, looked up instead of read from its 14,000 files."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lm_eval.tasks
+import pytest
+from lm_eval.tasks import TaskManager
+
+from tracker.benchmarks import task_index
+
+DATA = ("dataset_path", "dataset_name")
+
+
+def again() -> dict:
+    """Ask as a new process does."""
+    return task_index.known_tasks.__wrapped__()
+
+
+@pytest.fixture(autouse=True)
+def _empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
+
+
+def test_every_task_is_found_where_lm_eval_finds_it(monkeypatch) -> None:
+    theirs = TaskManager()
+    monkeypatch.setattr(task_index, "TaskManager", lambda: theirs)
+    first = again()
+    monkeypatch.delattr(task_index, "TaskManager")  # it cannot be asked a second time
+    for ours in (first, again()):
+        assert ours.keys() == theirs.task_index.keys()
+        for name, entry in theirs.task_index.items():
+            found = ours[name]
+            assert (found.name, found.kind) == (entry.name, entry.kind)
+            assert (found.yaml_path, found.tags) == (entry.yaml_path, entry.tags)
+            assert found.cfg == {k: entry.cfg[k] for k in DATA if k in (entry.cfg or {})}
+
+
+def test_a_file_that_changes_is_read_again(tmp_path, monkeypatch) -> None:
+    """A template too, which has no suffix; a damaged note is made again."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "_template").write_text("dataset_path: one/home\n")
+    (folder / "own.yaml").write_text("include: _template\ntask: own\n")
+    monkeypatch.setattr(lm_eval.tasks, "__file__", str(folder / "__init__.py"))
+    plain = partial(TaskManager, include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr(task_index, "TaskManager", plain)
+    assert again()["own"].cfg == {"dataset_path": "one/home"}
+    (folder / "_template").write_text("dataset_path: another/home\n")
+    assert again()["own"].cfg == {"dataset_path": "another/home"}
+    (folder / "more.yaml").write_text("task: more\n")
+    assert set(again()) == {"own", "more"}
+    for note in (tmp_path / "cache").rglob("*.json"):
+        note.write_text(note.read_text().replace("own", "oww"))
+    assert set(again()) == {"own", "more"}

@@ -1,0 +1,116 @@
+"""One row: what is summed, what is refused, and what a row without requests says."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents
+from tracker.ablations import INTACT, single_layers
+from tracker.engine.refusal import RefusalError
+from tracker.engine.rows import reading_row, tree_rows
+from tracker.engine.score import Parts, kept_bytes, read_prefix, run_base, score_row
+from tracker.engine.streams import plan_streams
+from tracker.engine.sweep import Engine
+
+PLAN = plan_streams(single_layers((1, 3)), 4)
+TOKENS = tuple(range(3, 9))
+
+
+@pytest.fixture
+def parts(tiny_model) -> Parts:
+    return Engine(loaded(tiny_model("llama")), MAX_LENGTH).parts(PLAN)
+
+
+def test_a_row_without_requests_has_proxies_alone(parts: Parts) -> None:
+    (row,) = tree_rows(make_documents(2), MAX_LENGTH, 1000)
+    whole = score_row(parts, PLAN, row)
+    found = score_row(parts, PLAN, replace(row, requests=[]))
+    assert found.loglikelihoods.shape == found.hits.shape == (3, 0)
+    assert found.hits.dtype == whole.hits.dtype
+    torch.testing.assert_close(found.proxies, whole.proxies)
+    assert whole.proxies.shape == (2, 3, 4)
+    assert score_row(parts, PLAN, replace(row, gold=[])).proxies.shape == (0, 3, 4)
+
+
+def test_the_proxies_of_a_path_count_its_beginning(parts: Parts) -> None:
+    """In float64, as sums over many tokens are kept."""
+    documents = make_documents(2, seed=2, shared=20)
+    (row,) = tree_rows(documents, MAX_LENGTH, 1000)
+    whole = score_row(parts, PLAN, row)
+    shared = documents[0].requests[0].context[:20]
+    (rest,) = tree_rows(documents, MAX_LENGTH, 1000, 20)
+    prefix = read_prefix(parts, PLAN, shared)
+    assert prefix.proxies.shape == (3, 20, 4)
+    assert prefix.tokens == shared
+    found = score_row(parts, PLAN, rest, prefix)
+    assert found.proxies.dtype == torch.float64
+    torch.testing.assert_close(found.proxies, whole.proxies, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.loglikelihoods, whole.loglikelihoods, atol=1e-4, rtol=0)
+    assert torch.equal(found.hits, whole.hits)
+
+
+def test_half_precision_is_summed_in_float32_and_rounded_once(tiny_model) -> None:
+    model = tiny_model("llama").bfloat16()
+    plan = plan_streams([INTACT], 4)
+    parts = Engine(loaded(model), MAX_LENGTH).parts(plan)
+    for document in make_documents(3):
+        (row,) = tree_rows([document], MAX_LENGTH, 1000)
+        found = score_row(parts, plan, row)
+        assert found.loglikelihoods.dtype == torch.float32
+        assert torch.equal(found.loglikelihoods, found.loglikelihoods.bfloat16().float())
+        truth = dict(enumerate(answers(model, document)))
+        said = [truth[request][0] for _, request in row.requests]
+        # Two units in the last of eight bits.
+        torch.testing.assert_close(
+            found.loglikelihoods[0], torch.tensor(said), rtol=2**-6, atol=0.0
+        )
+
+
+class TestRefusals:
+    def test_layers_that_run_twice(self, parts: Parts) -> None:
+        honest = parts.base.forward
+
+        @functools.wraps(honest)
+        def twice(**given: Any) -> Any:
+            honest(**given)
+            return honest(**given)
+
+        parts.base.forward = twice
+        with pytest.raises(RefusalError, match=r"^its 4 layers run 8 times in a pass$"):
+            run_base(parts, plan_streams([INTACT], 4), reading_row(TOKENS), None)
+
+    def test_a_batch_that_is_not_the_texts(self, parts: Parts) -> None:
+        def twice(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output.repeat(2, 1, 1)
+
+        parts.base.embed_tokens.register_forward_hook(twice)
+        said = r"^its layers pass on \(2, 6, 32\), and not \[texts, tokens, width\]$"
+        with pytest.raises(RefusalError, match=said):
+            run_base(parts, plan_streams([INTACT], 4), reading_row(TOKENS), None)
+
+
+def test_several_residual_streams_are_one_state(parts: Parts, monkeypatch) -> None:
+    """What is observed is one vector a token, however the layers shape it."""
+    observed: list[tuple[int, ...]] = []
+
+    def noted(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        observed.extend((tuple(before.shape), tuple(after.shape)))
+        return torch.ones(len(before))
+
+    monkeypatch.setattr("tracker.engine.score.cosine_similarity", noted)
+    run_base(parts, PLAN, reading_row(TOKENS), None)
+    assert observed == [(6, 32)] * 8
+
+
+def test_a_token_of_an_attention_takes_its_key_and_value(tiny_model) -> None:
+    for family, heads in (("llama", 2), ("gpt2", 4)):
+        model = tiny_model(family)
+        parts = Engine(loaded(model), MAX_LENGTH).parts(plan_streams([INTACT], 4))
+        assert kept_bytes(parts) == 2 * heads * 8 * 4
+        half = Engine(loaded(model.bfloat16()), MAX_LENGTH)
+        assert kept_bytes(half.parts(plan_streams([INTACT], 4))) == 2 * heads * 8 * 2

@@ -1,0 +1,497 @@
+"""lm-eval's result files of every ablated model, against those that lm-eval itself writes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import lm_eval.evaluator
+import pytest
+import torch
+from click.testing import CliRunner
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import (
+    get_file_task_name,
+    get_latest_filename,
+    get_results_filenames,
+    get_sample_results_filenames,
+    make_table,
+    simple_parse_args_string,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import tracker
+from tests.conftest import save_tokenizer
+from tracker.ablations import Ablation
+from tracker.benchmarks import factory, results
+from tracker.cli.commands import main
+from tracker.extent import random_order
+from tracker.ledger.store import Ledger
+from tracker.ledger.views import Asked
+from tracker.models.pruned import pruned
+from tracker.records import RunIdentity, View
+from tracker.team.result_files import removed_args
+
+FACTS = """\
+task: facts_{name}
+dataset_path: {path}
+dataset_name: {config}
+{files}training_split: train
+fewshot_split: train
+test_split: test
+output_type: multiple_choice
+num_fewshot: 1
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.5}}
+"""
+SUMS = """\
+task: sums
+dataset_path: {path}
+dataset_name: {config}
+{files}test_split: test
+output_type: generate_until
+num_fewshot: 0
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["th", "!"], max_gen_toks: 6, do_sample: false}}
+filter_list:
+  - name: first
+    filter: [{{function: regex, regex_pattern: "(.)"}}, {{function: take_first}}]
+  - name: whole
+    filter: [{{function: take_first}}]
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+WORDS = """\
+task: words
+dataset_path: {path}
+dataset_name: {config}
+{files}test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: " {{{{answer}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+BOOK = """\
+task: book
+dataset_path: {path}
+dataset_name: {config}
+{files}test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - {{metric: word_perplexity}}
+  - {{metric: bits_per_byte}}
+"""
+GROUPS = {
+    "facts": "[facts_body, facts_city]\naggregate_metric_list:\n"
+    "  - {metric: acc, weight_by_size: true}\n",
+    "facts_body": "[facts_heart, facts_lung]\naggregate_metric_list:\n"
+    "  - {metric: acc, weight_by_size: false}\n  - {metric: acc_norm}\n",
+}
+TASKS = {
+    "facts_heart": (FACTS, 5),
+    "facts_lung": (FACTS, 3),
+    "facts_city": (FACTS, 4),
+    "sums": (SUMS, 4),
+    "words": (WORDS, 4),
+    "book": (BOOK, 3),
+}
+DEFAULT, FEW = results.BOOTSTRAP_ITERS, 1000
+"""Resamplings: lm-eval's own number, and what the tests wait for."""
+BENCHMARKS = ["facts", "sums", "words", "book"]
+
+
+def row(number: int) -> dict[str, Any]:
+    return {
+        "question": f"Which organ pumps the blood through animal {number} of {number * 7}?",
+        "choices": ["heart", f"the capital {number}", "muscle"][: 2 + number % 2],
+        "answer": number % 2,
+    }
+
+
+def write_tasks(folder: Path, data: Path) -> tuple[Path, Path]:
+    """The same tasks twice: on data that tracker finds, and with lm-eval's own means alone."""
+    for number, (name, (text, count)) in enumerate(TASKS.items()):
+        place = data / "tiny" / name
+        place.mkdir(parents=True)
+        for split, rows in (("train", 3), ("test", count)):
+            lines = (json.dumps(row(100 * number + i)) + "\n" for i in range(rows))
+            (place / f"{split}.jsonl").write_text("".join(lines))
+        files = f"dataset_kwargs:\n  data_files:\n    train: {place}/train.jsonl\n"
+        files += f"    test: {place}/test.jsonl\n"
+        for kind, path, config, more in (
+            ("ours", "tiny", name, ""),
+            ("plain", "json", "null", files),
+        ):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            filled = text.format(
+                name=name.removeprefix("facts_"), path=path, config=config, files=more
+            )
+            (folder / kind / f"{name}.yaml").write_text(filled)
+            for group, tasks in GROUPS.items():
+                (folder / kind / f"{group}.yaml").write_text(f"group: {group}\ntask: {tasks}")
+    return folder / "ours", folder / "plain"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A model, measured on the four benchmarks; and lm-eval's tasks without tracker."""
+    folder = tmp_path_factory.mktemp("study")
+    ours, plain = write_tasks(folder / "tasks", folder / "DATA")
+    shape = {
+        "vocab_size": save_tokenizer(folder / "lab" / "tiny", bos=False),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / "lab" / "tiny")
+    (folder / "text.txt").write_text("The heart pumps the blood.\n\nThe lung does not.\n")
+    with pytest.MonkeyPatch.context() as patch:
+        index = TaskManager(include_path=str(ours), include_defaults=False)
+        patch.setattr(factory, "known_tasks", lambda: index.task_index)
+        patch.setattr(results, "BOOTSTRAP_ITERS", FEW)
+        # The versions of everything on this machine, which take seconds.
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
+        patch.chdir(folder)
+        run(folder, BENCHMARKS)
+        yield folder, TaskManager(include_path=str(plain), include_defaults=False)
+
+
+def run(folder: Path, benchmarks: list[str], results: str = "results", **settings: Any) -> Path:
+    """Measure by an experiment file; gives the results folder."""
+    grid = {"model": "lab/tiny", "benchmark": benchmarks, "data": "DATA", "layer": [0, 1, 2]}
+    file = folder / "study.yaml"
+    lines = (
+        f"  {name}: {{{'values' if isinstance(value, list) else 'value'}: {value}}}\n"
+        for name, value in (grid | settings).items()
+    )
+    file.write_text("method: grid\nparameters:\n" + "".join(lines))
+    if (folder / "results/checks").exists():  # no attack twice
+        shutil.copytree(folder / "results/checks", folder / results / "checks")
+    done = tracker.run(file, results=folder / results, track=[])
+    assert not done.outcome.failed
+    return folder / results
+
+
+def plainly(folder: Path, manager: TaskManager, removed: list[int], **settings: Any) -> Path:
+    """What lm-eval writes of the really pruned checkpoint; as its command line does it."""
+    model = pruned(AutoModelForCausalLM.from_pretrained(folder / "lab/tiny"), removed)
+    place = folder / ("pruned" + "-".join(map(str, removed)))
+    model.save_pretrained(place)
+    AutoTokenizer.from_pretrained(folder / "lab/tiny").save_pretrained(place)
+    writer = EvaluationTracker(output_path=str(folder / "theirs"))
+    found = lm_eval.simple_evaluate(
+        "hf",
+        model_args=f"pretrained={place}",
+        device="cpu",
+        task_manager=manager,
+        evaluation_tracker=writer,
+        bootstrap_iters=FEW,
+        **settings,
+    )
+    samples = found.pop("samples")
+    writer.save_results_aggregated(results=found, samples=samples)
+    for task in found["configs"]:
+        writer.save_results_samples(task_name=task, samples=samples[task])
+    return folder / "theirs" / writer.general_config_tracker.model_name_sanitized
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Read a model's folder with lm-eval's own functions, as its tools do."""
+    files = [path.as_posix() for path in folder.iterdir()]
+    results = json.loads(Path(get_latest_filename(get_results_filenames(files))).read_text())
+    samples = {}
+    for task in results["configs"]:
+        mine = [
+            path
+            for path in get_sample_results_filenames(files)
+            if get_file_task_name(Path(path).name) == task
+        ]
+        lines = Path(get_latest_filename(mine)).read_text().splitlines()
+        samples[task] = [json.loads(line) for line in lines]
+    return results, samples
+
+
+def assert_close(ours: Any, theirs: Any, place: str, **within: float) -> None:
+    """Equal, but for the rounding of a log-likelihood and of what is computed from some."""
+    if isinstance(theirs, dict):
+        assert set(ours) == set(theirs), place
+        for key in theirs:
+            assert_close(ours[key], theirs[key], f"{place}.{key}", **within)
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), place
+        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_close(one, other, f"{place}[{number}]", **within)
+    elif ours != theirs:  # also a log-likelihood, which lm-eval writes as a text
+        assert float(ours) == pytest.approx(float(theirs), **within), place
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    """Type a command: its exit code, and all that it says."""
+    said = CliRunner().invoke(main, ["log-samples", *arguments], catch_exceptions=False)
+    return said.exit_code, said.output
+
+
+def whole(folder: Path) -> Path:
+    """The files of all that the fixture measured, written once by the command."""
+    if not (folder / "ours").exists():
+        code, said = invoke("--output", "ours")
+        assert code == 0, said
+        assert "4 models, 28 files: ours" in said
+        assert "bootstrapping" not in said
+    return folder / "ours"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+NAMES = {"baseline": ("lab__tiny", []), "layer:1": ("lab__tiny,removed_layers=1", [1])}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("ablation", NAMES)
+def test_the_files_are_those_of_lm_eval_on_the_pruned_model(study, ablation):
+    folder, manager = study
+    name, removed = NAMES[ablation]
+    whole(folder)
+    ours, our_samples = read(folder / "ours" / name)
+    theirs, their_samples = read(plainly(folder, manager, removed, tasks=BENCHMARKS))
+
+    assert set(our_samples) == set(their_samples) == set(TASKS)
+    assert_close(our_samples, their_samples, "samples", abs=1e-4)
+    for task, samples in their_samples.items():
+        for our, their in zip(our_samples[task], samples, strict=True):
+            for exact in ("doc_hash", "prompt_hash", "target_hash", "metrics", "filter"):
+                assert our[exact] == their[exact]
+            assert our.get("acc") == their.get("acc")
+            assert our.get("exact_match") == their.get("exact_match")
+    same = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples")
+    for key in (*same, "higher_is_better"):
+        assert_close(ours[key], theirs[key], key, rel=1e-4)
+    assert ours["task_hashes"] == theirs["task_hashes"]
+    assert set(ours["results"]) == {*TASKS, *GROUPS}
+    for metric in ("acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"):
+        assert ours["results"]["facts_body"][metric] == theirs["results"]["facts_body"][metric]
+    assert float(ours["results"]["words"]["perplexity_stderr,none"]) > 0
+    # lm-eval's own tables, and where its readers look for a model.
+    for column in ("results", "groups"):
+        assert make_table(ours, column).count("\n") == make_table(theirs, column).count("\n")
+    assert "facts_heart" in make_table(ours)
+    for task, config in theirs["configs"].items():
+        where = {"dataset_path", "dataset_name", "dataset_kwargs", "metadata"}
+        assert {k: v for k, v in ours["configs"][task].items() if k not in where} == {
+            k: v for k, v in config.items() if k not in where
+        }
+    args = simple_parse_args_string(ours["config"]["model_args"])
+    assert args.pop("removed_layers", None) == (removed or [None])[0]
+    assert args == {"pretrained": "lab/tiny", "dtype": "float32"}
+    assert ours["config"]["bootstrap_iters"] == theirs["config"]["bootstrap_iters"]
+    assert ours["model_name_sanitized"] == name
+    # What only a run of this one model would know.
+    assert ours["total_evaluation_time_seconds"] is None
+    assert ours["config"]["model_num_parameters"] == (
+        None if removed else theirs["config"]["model_num_parameters"]
+    )
+    # Nothing that lm-eval's files say is not there at all.
+    there = {key for key in theirs if not key.startswith(("tokenizer", "eot", "max_length"))}
+    assert there <= set(ours)
+    assert set(theirs["config"]) <= set(ours["config"])
+
+
+def test_the_stderr_is_resampled_as_often_as_lm_evals():
+    default = inspect.signature(lm_eval.simple_evaluate).parameters["bootstrap_iters"].default
+    assert default == DEFAULT
+
+
+def test_a_dataset_can_be_made_of_the_samples(study):
+    folder, _ = study
+    for task in ("facts_heart", "sums"):
+        (path,) = (whole(folder) / "lab__tiny").glob(f"samples_{task}_*.jsonl")
+        rows = datasets.Dataset.from_json(str(path), cache_dir=str(folder / "cache"))
+        assert len(rows) == {"facts_heart": 5, "sums": 2 * 4}[task]  # a row a filter
+        assert rows[0]["arguments"]["gen_args_0"]["arg_0"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
+    folder, manager = study
+    measured = run(folder, ["words", "facts"], "drawn", sample=2, layer=[1])
+    done = tracker.log_samples(folder / "ours-drawn", results=measured)
+    assert (done.failed, done.notes) == ({}, [])
+    ours, samples = read(folder / "ours-drawn" / "lab__tiny,removed_layers=1")
+    _, every = read(whole(folder) / "lab__tiny,removed_layers=1")
+    for task, rows in samples.items():
+        drawn = sorted(random_order(1234, task, TASKS[task][1])[:2])
+        assert [sample["doc_id"] for sample in rows] == drawn
+        # Also the few-shot examples are those of the whole run.
+        for sample in rows:
+            (same,) = (each for each in every[task] if each["doc_id"] == sample["doc_id"])
+            assert_close(sample, same, task, abs=1e-4)
+            assert sample["prompt_hash"] == same["prompt_hash"]
+        assert ours["n-samples"][task] == {"original": TASKS[task][1], "effective": 2}
+    assert ours["config"]["tracker"]["sample"] == 2
+    assert ours["config"]["limit"] is None
+    drawn = sorted(random_order(1234, "words", 4)[:2])
+    plain = plainly(folder, manager, [1], tasks=["words"], samples={"words": drawn})
+    assert_close(ours["results"]["words"], read(plain)[0]["results"]["words"], "", rel=1e-4)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_chat_template_is_applied_with_the_tokenizer_alone(study):
+    folder, manager = study
+    measured = run(folder, ["facts"], "chat", apply_chat_template="true", layer=[1])
+    weights = folder / "lab/tiny/model.safetensors"
+    weights.rename(folder / "away")
+    try:
+        done = tracker.log_samples(folder / "ours-chat", results=measured)
+    finally:
+        (folder / "away").rename(weights)
+    assert not done.failed
+    ours, samples = read(folder / "ours-chat" / "lab__tiny,removed_layers=1")
+    plain = plainly(folder, manager, [1], tasks=["facts"], apply_chat_template=True)
+    theirs, their_samples = read(plain)
+    assert_close(samples, their_samples, "samples", abs=1e-4)
+    assert samples["facts_city"][0]["arguments"]["gen_args_0"]["arg_0"].startswith("<user>")
+    for key in ("results", "chat_template", "chat_template_sha", "fewshot_as_multiturn"):
+        assert ours[key] == theirs[key]
+    assert ours["task_hashes"] == theirs["task_hashes"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
+    folder, _ = study
+    measured = run(folder, ["words"], "part", limit=3, layer=[0, 1])
+    (store,) = Ledger(measured).cells()
+    (asked,) = store.views.asked()
+    runs = (*asked.view.runs, RunIdentity(layer=2))
+    store.views.write(Asked(project="p", view=View(metric="acc", runs=runs)))
+    lab = folder / "lab"
+    lab.rename(folder / "away")  # what is written needs no model
+    try:
+        code, said = invoke("--results", "part", "--output", "ours-part")
+    finally:
+        (folder / "away").rename(lab)
+    assert code == 0
+    assert (
+        "tiny · words · 0-shot: 3 of 4 documents are measured of baseline, layer:0, layer:1; "
+        "their files hold these" in said
+    )
+    assert "0 of 4 documents are measured of layer:2; they have no files" in said
+    expected = {"lab__tiny", "lab__tiny,removed_layers=0", "lab__tiny,removed_layers=1"}
+    assert names(folder / "ours-part") == expected
+    ours, samples = read(folder / "ours-part" / "lab__tiny")
+    assert ours["n-samples"] == {"words": {"original": 4, "effective": 3}}
+    assert [sample["doc_id"] for sample in samples["words"]] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_lies_beneath_and_which_component_is_in_the_name(study):
+    folder, _ = study
+    measured = run(
+        folder,
+        ["words", "corpus:text.txt"],
+        "deep",
+        removed=[[0]],
+        component=["attention"],
+        layer=[1, 2],
+    )
+    done = tracker.log_samples(folder / "ours-deep", results=measured, layer=[2])
+    assert done.notes == [
+        "tiny · corpus:text.txt · 0-shot: a corpus is no task of lm-eval's; it is left out"
+    ]
+    deepest = "lab__tiny,removed_layers=0,removed_attention=2"
+    assert names(folder / "ours-deep") == {"lab__tiny", "lab__tiny,removed_layers=0", deepest}
+    args = read(folder / "ours-deep" / deepest)[0]["config"]["model_args"]
+    assert args == "pretrained=lab/tiny,dtype=float32,removed_layers=0,removed_attention=2"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_cannot_stand_in_one_file(study):
+    """A task of two benchmarks has a file of each; a benchmark that has changed has none."""
+    folder, _ = study
+    shutil.copytree(folder / "DATA", folder / "DATA2")
+    run(folder, ["facts", "facts_city", "words"], "changed", data="DATA2", layer=[1])
+    with (folder / "DATA2/tiny/words/test.jsonl").open("a") as file:
+        file.write(json.dumps(row(9)) + "\n")
+    code, said = invoke("--results", "changed", "--output", "ours-changed")
+    assert code == 1
+    assert "failed: tiny · words · 0-shot: words is not what was measured" in said
+    found = [
+        set(json.loads(path.read_text())["configs"])
+        for path in sorted((folder / "ours-changed/lab__tiny").glob("results_*.json"))
+    ]
+    assert found == [{"facts_heart", "facts_lung", "facts_city"}, {"facts_city"}]
+
+
+def test_an_lm_eval_that_judges_otherwise_is_not_believed(study, monkeypatch):
+    folder, _ = study
+    judge = ConfigurableTask.process_results
+
+    def otherwise(self: Any, doc: Any, results: Any) -> Any:
+        found = judge(self, doc, results)
+        return {**found, "acc": 1.0 - found["acc"]} if "acc" in found else found
+
+    monkeypatch.setattr(ConfigurableTask, "process_results", otherwise)
+    done = tracker.log_samples(folder / "ours-other", benchmark=["words"])
+    (why,) = done.failed.values()
+    assert "document 0 of words: acc was" in why
+    assert "the installed lm-eval makes" in why
+    assert not done.files
+
+
+def test_what_cannot_be_written_is_said(study):
+    folder, _ = study
+    (folder / "full").mkdir()
+    (folder / "full" / "lab__tiny").write_text("a file where a folder should be")
+    code, said = invoke("--output", "full", "--benchmark", "words", "--layer", "1")
+    assert code == 1
+    assert "could not be written" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--model", "tinny"], "--model: nothing of 'tinny' is measured. Did you mean 'tiny'?"),
+        (["--benchmark", "word"], "Did you mean 'words'? There is: book, facts, sums, words"),
+        (["--layer", "7"], "no removal begins at layer 7; there is: 0, 1, 2"),
+        (["--results", "nowhere"], "nowhere is not a results folder"),
+        (["--output", "study.yaml"], "--output: study.yaml is a file; name a folder"),
+    ],
+)
+def test_a_wrong_request_writes_nothing(study, arguments, why):
+    folder, _ = study
+    code, said = invoke("--output", "none", *arguments)
+    assert code == 2
+    assert why in said
+    assert not (folder / "none").exists()
+
+
+def test_a_name_that_no_file_system_takes_is_cut():
+    some = removed_args(Ablation(layers=(3, 17), mlp=(5,)))
+    assert some == {"removed_layers": "3+17", "removed_mlp": "5"}
+    long = [
+        results.folder_name(f"m,removed_layers={'+'.join(map(str, range(n)))}") for n in (90, 91)
+    ]
+    assert len(set(long)) == 2
+    assert all(len(name) < 255 for name in long)

@@ -1,0 +1,68 @@
+"""What W&B's `${args}` makes of lm-eval's settings arrives as what the file says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import tracker.api
+from tracker.cli.commands import main
+from tracker.config import CellRequest
+from tracker.runner import Finished
+
+COMMON = ["evaluate", "--model=m", "--benchmark=b", "--layer=3"]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[CellRequest]:
+    found: list[CellRequest] = []
+
+    def evaluate(request: CellRequest, **_: Any) -> tuple[None, Finished]:
+        found.append(request)
+        return None, Finished()
+
+    monkeypatch.setattr(tracker.api, "evaluate", evaluate)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("typed", "field", "value"),
+    [
+        (["--gen_kwargs={'max_gen_toks': 4}"], "gen_kwargs", '{"max_gen_toks": 4}'),
+        (["--gen_kwargs", "max_gen_toks=4"], "gen_kwargs", '{"max_gen_toks": 4}'),
+        (['--metadata={"max_seq_lengths": [4096]}'], "metadata", '{"max_seq_lengths": [4096]}'),
+        (["--include_path=['mine', 'theirs']"], "include_path", ("mine", "theirs")),
+        (["--include-path", "mine"], "include_path", ("mine",)),
+        (["--apply_chat_template=True"], "apply_chat_template", True),
+        (["--apply_chat_template=False"], "apply_chat_template", False),
+        (["--apply_chat_template=rag"], "apply_chat_template", "rag"),
+        (["--fewshot_as_multiturn=False"], "fewshot_as_multiturn", False),
+        (["--think_end_token=</think>"], "think_end_token", "</think>"),
+        (["--system_instruction=You are = a, painter."], "system_instruction", None),
+        (["--enable_thinking=None"], "enable_thinking", None),
+    ],
+)
+def test_one(asked: list[CellRequest], typed: list[str], field: str, value: Any) -> None:
+    result = CliRunner().invoke(main, [*COMMON, *typed], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (request,) = asked
+    if field == "system_instruction":
+        value = "You are = a, painter."
+    assert getattr(request, field) == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--gen_kwargs=nothing", "--gen_kwargs"),
+        ("--apply_chat_template= ", "it is empty"),
+        ("--fewshot_as_multiturn=perhaps", "perhaps"),
+    ],
+)
+def test_nonsense(asked: list[CellRequest], typed: str, said: str) -> None:
+    result = CliRunner().invoke(main, [*COMMON, typed])
+    assert result.exit_code == 2
+    assert said in result.output
+    assert not asked

@@ -1,0 +1,94 @@
+"""Which task it is: its documents, its settings, and the code that it brings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lm_eval.api.registry import AGGREGATION_REGISTRY
+
+from tracker.benchmarks.factory import is_installed
+from tracker.provenance import content_hash
+from tracker.records import TaskIdentity
+
+_NOT_CONTENT = (
+    *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),
+    *("training_split", "validation_split", "test_split", "fewshot_split", "num_fewshot"),
+)
+"""Where documents come from; the documents themselves are hashed, and the rest stands beside."""
+
+
+def task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
+    """Say which task of lm-eval it is: by its content, wherever that lies."""
+    config = {
+        name: value
+        for name, value in task.config.to_dict(keep_callable=True).items()
+        if name not in _NOT_CONTENT
+    }
+    examples: Iterable[Any] = (task.fewshot_docs() or []) if num_fewshot else []
+    names = {function: name for name, function in AGGREGATION_REGISTRY.items()}
+    how, better = task.aggregation(), task.higher_is_better()
+    return TaskIdentity(
+        name=task.task_name,
+        version=str(task.VERSION),
+        split=task.config.test_split or task.config.validation_split,
+        documents=len(task.eval_docs),
+        fingerprint=content_hash([_stable(config), list(task.eval_docs), list(examples)]),
+        metrics={n: names.get(how[m], how[m].__name__) for n, m in metric_names(task).items()},
+        higher_is_better={n: better.get(m) is not False for n, m in metric_names(task).items()},
+    )
+
+
+def metric_names(task: Any) -> dict[str, str]:
+    """Every metric under the name that its outcomes have → lm-eval's name of the metric."""
+    filters = [each.name for each in task._filters] or ["none"]
+    return {
+        metric if name == "none" else f"{metric},{name}": metric
+        for name in filters
+        for metric in task.aggregation()
+    }
+
+
+def _stable(value: Any) -> Any:
+    """Replace functions by what they do: their name and the file that they stand in."""
+    if isinstance(value, dict):
+        return {name: _stable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_stable(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return _stable({f.name: getattr(value, f.name) for f in fields(value)})
+    if callable(value):
+        code = getattr(getattr(value, "func", value), "__code__", None)
+        file = Path(code.co_filename) if code else None
+        texts = [path.read_text(encoding="utf-8") for path in _sources(value, file)]
+        return [getattr(value, "__qualname__", type(value).__name__), "".join(texts)]
+    return value
+
+
+def is_own(value: Any) -> bool:
+    """Whether a value of a task's configuration is somebody's own function."""
+    code = getattr(getattr(value, "func", value), "__code__", None)
+    return code is not None and not is_installed(code.co_filename)
+
+
+def _sources(function: Any, file: Path | None) -> list[Path]:
+    """The file of a function; of somebody's own also the files beside it that it imports."""
+    if file is None or not file.is_file():
+        return []
+    found, stack = {file}, [getattr(function, "func", function).__globals__]
+    while stack and not is_installed(str(file)):
+        for value in stack.pop().values():
+            module = (
+                value
+                if isinstance(value, ModuleType)
+                else sys.modules.get(getattr(value, "__module__", None) or "")
+            )
+            path = Path(getattr(module, "__file__", None) or "")
+            if path.is_relative_to(file.parent) and path.is_file() and path not in found:
+                found.add(path)
+                stack.append(vars(module))
+    return sorted(found)

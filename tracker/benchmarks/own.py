@@ -1,0 +1,111 @@
+"""Tasks of one's own: folders of YAML files and Python, or one YAML file, without lm-eval.
+
+lm-eval is loaded only when a task is built; here stands what can be known before, and whether
+anything has changed since.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tracker.config import CellRequest
+from tracker.errors import BenchmarkError
+from tracker.provenance import file_stamp
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a task's YAML without its functions."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: f"!function {node.value}")
+
+
+def as_file(benchmark: str) -> Path | None:
+    """Take a benchmark's name for a task's file, if it is written like one."""
+    return Path(benchmark).expanduser() if benchmark.endswith(_SUFFIXES) else None
+
+
+def check_own(request: CellRequest) -> bool:
+    """Refuse folders and files that are not there; says whether the benchmark is one's own."""
+    for folder in folders(request):
+        if not folder.is_dir():
+            what = "is a file; name its folder" if folder.is_file() else "is no folder here"
+            raise BenchmarkError(f"include_path: {folder} {what}")
+    file = as_file(request.benchmark)
+    if file is not None:
+        if not file.is_file():
+            raise BenchmarkError(
+                f"there is no task file {file}; name a YAML file, or a task: lm-eval ls tasks"
+            )
+        content = read_task(file)
+        if not names(content):
+            raise BenchmarkError(f"{file} names no task: it has neither 'task:' nor 'group:'")
+        return True
+    return any(request.benchmark in names(read_task(path)) for path in _files(folders(request)))
+
+
+def folders(request: CellRequest) -> list[Path]:
+    """The folders of `include_path`."""
+    return [Path(folder).expanduser() for folder in request.include_path]
+
+
+def names(content: dict[str, Any]) -> list[str]:
+    """Every name under which a file's task, group or tags are known."""
+    found = [content.get("task"), content.get("group"), content.get("tag")]
+    flat = [each for one in found for each in (one if isinstance(one, list) else [one])]
+    return [each for each in flat if isinstance(each, str)]
+
+
+def read_task(path: Path) -> dict[str, Any]:
+    """Read one file; BenchmarkError names the line that is no YAML."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise BenchmarkError(f"{path}{line}: not valid YAML: {problem}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{path} cannot be read: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def own_stamp(request: CellRequest) -> object:
+    """Describe cheaply what one's own tasks are made of: equal stamps mean equal tasks.
+
+    Their folders as a whole, and the files that they read documents from; None without any.
+    """
+    file = as_file(request.benchmark)
+    places = [*folders(request), *([file.parent] if file else [])]
+    if not places:
+        return None
+    files = {path for place in places for path in place.rglob("*") if path.is_file()}
+    for path in _files(places):
+        files |= {each for each in _data(read_task(path)) if each.is_file()}
+    return file_stamp(path for path in sorted(files) if "__pycache__" not in path.parts)
+
+
+def _files(places: Sequence[Path]) -> Iterator[Path]:
+    for place in places:
+        yield from sorted(path for path in place.rglob("*") if path.suffix in _SUFFIXES)
+
+
+def _data(content: dict[str, Any]) -> Iterator[Path]:
+    """Find the files from which a task reads its documents."""
+    said = (content.get("dataset_kwargs") or {}).get("data_files")
+    stack = [said]
+    while stack:
+        match stack.pop():
+            case dict() as named:
+                stack += named.values()
+            case list() as several:
+                stack += several
+            case str(name) if not re.match(r"\w+://", name):
+                yield Path(name)

@@ -1,0 +1,255 @@
+"""lm-eval's own result files, made of answers that are known already; no model runs.
+
+lm-eval evaluates a model whose answers stand in the ledger, and its own tracker writes the files.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+from lm_eval.loggers.evaluation_tracker import EvaluationTracker, GeneralConfigTracker
+from lm_eval.utils import sanitize_model_name
+
+from tracker.benchmarks.base import MetricValue
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.tasks import LmEvalBenchmark, plain
+from tracker.errors import CellError, WorkError
+from tracker.extent import Extent
+from tracker.provenance import content_hash
+
+BOOTSTRAP_ITERS = 100_000
+"""lm-eval's own default."""
+_LONGEST = 200
+"""Of a folder's name; file systems take no more than 255 characters."""
+Place = tuple[str, int]
+"""A document: its task, and its number in the task's split."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a model answered about one document, and what its task made of that.
+
+    Attributes:
+        loglikelihoods: One a request, in order.
+        greedy: Whether each is what the model would have said.
+        text: What it generated; None where nothing is generated.
+        metrics: Every metric under the name that its outcomes have; None for all of them where a
+            log-likelihood is not finite.
+    """
+
+    loglikelihoods: Sequence[float]
+    greedy: Sequence[bool]
+    text: str | None
+    metrics: Mapping[str, MetricValue | None]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Which model it was, in lm-eval's words.
+
+    Attributes:
+        name: The model's name, of which lm-eval makes that of its folder.
+        model_args: As `lm_eval --model_args` takes them, with what was removed.
+        config: What else lm-eval's files say of a model and of how it was evaluated.
+        versions: What else they say of the installation.
+    """
+
+    name: str
+    model_args: str
+    config: Mapping[str, Any]
+    versions: Mapping[str, Any]
+
+
+class Questions:
+    """What some benchmarks ask about their documents, built once for every model.
+
+    `encoder` applies the chat template, where there is one. BenchmarkError if a document lacks what
+    its task reads.
+    """
+
+    def __init__(
+        self, benchmarks: Sequence[LmEvalBenchmark], extent: Extent, encoder: RequestEncoder | None
+    ) -> None:
+        self._tasks: dict[str, Any] = {}
+        self._groups: dict[str, Any] = {}
+        self._prompts: dict[str, dict[int, list[Any]]] = {}
+        for benchmark in benchmarks:
+            self._tasks |= benchmark.loaded["tasks"]
+            self._groups |= benchmark.loaded["groups"]
+            for name in benchmark.loaded["tasks"]:
+                self._prompts[name] = benchmark.prompts(name, extent, encoder)
+        self._chat_template = encoder.chat_template(True) if encoder else None
+
+    def write(self, model: Evaluated, known: Mapping[Place, Known], output: Path) -> list[Path]:
+        """Write what lm-eval would have written of a model.
+
+        Args:
+            model: Which model it was.
+            known: Document → what was answered; only these documents are written.
+            output: The folder, as `lm_eval --output_path` takes it.
+
+        Returns:
+            The files: the results, then the samples of each task.
+
+        Raises:
+            CellError: lm-eval makes something else of an answer than it did.
+            WorkError: A file could not be written.
+        """
+        documents: dict[str, list[int]] = {}
+        for task, number in sorted(known):
+            documents.setdefault(task, []).append(number)
+        asked = {
+            name: _Asked(task, {n: self._prompts[name][n] for n in documents[name]})
+            for name, task in self._tasks.items()
+            if name in documents
+        }
+        some = {
+            name: numbers
+            for name, numbers in documents.items()
+            if len(numbers) < len(self._tasks[name].eval_docs)
+        }
+        answers = {
+            (name, place): known[name, number]
+            for name, numbers in documents.items()
+            for place, number in enumerate(numbers)
+        }
+        with redirect_stdout(io.StringIO()):  # it prints what it resamples
+            results: dict[str, Any] = evaluate(
+                lm=_Answering(answers),
+                task_dict={"tasks": asked, "groups": self._groups},
+                samples=some or None,
+                bootstrap_iters=BOOTSTRAP_ITERS,
+            )
+        samples = results.pop("samples")
+        _refuse_contradictions(samples, known)
+        for config in results["configs"].values():
+            config.pop("custom_dataset", None)  # how tracker reads a task's data
+        results["config"] = {"model": "hf", "model_args": model.model_args, **model.config}
+        results |= model.versions
+        return self._save(model, results, samples, output)
+
+    def _save(
+        self, model: Evaluated, results: dict[str, Any], samples: dict[str, Any], output: Path
+    ) -> list[Path]:
+        """Let lm-eval write the files, and look whether it did: it swallows a full disk."""
+        writer = EvaluationTracker(output_path=str(output))
+        about = writer.general_config_tracker = _Timeless()
+        about.log_experiment_args(
+            model_source="hf",
+            model_args=model.model_args,
+            system_instruction=None,
+            chat_template=self._chat_template,
+            fewshot_as_multiturn=self._chat_template is not None,
+        )
+        about.model_name = model.name
+        about.model_name_sanitized = name = folder_name(model.name)
+        writer.save_results_aggregated(results=results, samples=samples)
+        folder = output / name
+        if not hasattr(writer, "date_id"):
+            raise WorkError(f"{output}: lm-eval could not make the results of {model.name}")
+        files = {folder / f"results_{writer.date_id}.json": 0}
+        for task, rows in samples.items():
+            writer.save_results_samples(task_name=task, samples=rows)
+            files[folder / f"samples_{task}_{writer.date_id}.jsonl"] = len(rows)
+        for path, rows in files.items():
+            try:
+                lines = path.read_text(encoding="utf-8").split("\n")
+                whole = len(lines) == rows + 1 if rows else bool(json.loads("\n".join(lines)))
+            except (OSError, ValueError):
+                whole = False
+            if not whole:
+                raise WorkError(f"{path} could not be written; is there room on the disk?")
+        return list(files)
+
+
+def folder_name(model: str) -> str:
+    """Name a model's folder as lm-eval does; a name that no file system takes is cut."""
+    name: str = sanitize_model_name(model)
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}--{content_hash(name)[:12]}"
+
+
+class _Asked:
+    """A task of lm-eval whose requests are built already; all else is the task's own."""
+
+    def __init__(self, task: Any, prompts: Mapping[int, Sequence[Any]]) -> None:
+        self._task = task
+        self._prompts = prompts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def build_all_requests(self, **settings: Any) -> None:
+        """Take the requests of the wanted documents, which lm-eval counts from 0."""
+        self._task._instances = [
+            replace(
+                instance,
+                metadata=(instance.task_name, place, instance.repeats),
+                resps=[],
+                filtered_resps={},
+            )
+            for place, instances in enumerate(self._prompts.values())
+            for instance in instances
+        ]
+
+
+class _Answering(LM):  # type: ignore[misc]
+    """A model of lm-eval's whose answers are known: (task, place among the wanted) → answers."""
+
+    def __init__(self, known: Mapping[Place, Known]) -> None:
+        super().__init__()
+        self._known = known
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Say how likely each continuation was."""
+        found = [(self._of(request), request.idx) for request in requests]
+        return [(float(one.loglikelihoods[n]), bool(one.greedy[n])) for one, n in found]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Say how likely each text was."""
+        return [sum(map(float, self._of(request).loglikelihoods)) for request in requests]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str | None]:
+        """Say what was generated."""
+        return [self._of(request).text for request in requests]
+
+    def _of(self, request: Any) -> Known:
+        return self._known[request.task_name, request.doc_id]
+
+
+class _Timeless(GeneralConfigTracker):  # type: ignore[misc]
+    """lm-eval's notes on an evaluation, without a time: all models were measured together."""
+
+    def log_end_time(self) -> None:
+        """Leave the seconds out."""
+
+
+def _refuse_contradictions(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], known: Mapping[Place, Known]
+) -> None:
+    """Raise CellError where lm-eval makes something else of an answer than the ledger says."""
+    for task, rows in samples.items():
+        for row in rows:
+            kept = known[task, row["doc_id"]].metrics
+            for metric in row["metrics"]:
+                name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
+                then, now = kept.get(name), plain(row[metric])
+                if then is not None and not _same(then, now):
+                    raise CellError(
+                        f"document {row['doc_id']} of {task}: {name} was {then} when it was "
+                        f"measured, and the installed lm-eval makes {now} of the same answers"
+                    )
+
+
+def _same(one: MetricValue, other: MetricValue) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    return math.isclose(one, other, rel_tol=1e-9) or (math.isnan(one) and math.isnan(other))

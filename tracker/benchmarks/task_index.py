@@ -1,0 +1,63 @@
+"""What lm-eval calls its tasks and where each is written down: found once, then looked up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from lm_eval.tasks import TaskManager
+
+from tracker.benchmarks.private import Entry, Kind
+from tracker.errors import WorkError
+from tracker.ledger.files import cache_folder
+from tracker.ledger.notes import read_note, write_note
+from tracker.provenance import content_hash, file_stamp, package_versions
+
+_DATA = ("dataset_path", "dataset_name")
+
+
+@cache
+def known_tasks() -> dict[str, Any]:
+    """List lm-eval's tasks, groups and tags.
+
+    lm-eval reads 14,000 files for that, and a trial on a tiny model takes no longer than this does.
+    So what they say is kept until one of them changes.
+
+    Returns:
+        lm-eval's entry of each, by name; of its settings, where the data lies on the hub.
+    """
+    folder = Path(lm_eval.tasks.__file__).parent
+    stamp = file_stamp(_files(folder))
+    versions = package_versions()
+    key = content_hash([stamp, versions["lm-eval"], versions["tracker"]])
+    note = cache_folder() / "tasks" / f"{key[:32]}.json"
+    known = read_note(note)
+    if not known:
+        known = {name: _row(entry, folder) for name, entry in TaskManager().task_index.items()}
+        with suppress(WorkError):
+            write_note(note, known)
+    return {name: _entry(name, folder, *row) for name, row in known.items()}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Find all files that can say something: templates have no suffix."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        yield from (Path(place, name) for name in names)
+
+
+def _row(entry: Any, folder: Path) -> list[Any]:
+    path = entry.yaml_path and str(entry.yaml_path.relative_to(folder))
+    data = {key: entry.cfg[key] for key in _DATA if key in (entry.cfg or {})}
+    return [entry.kind.name, path, sorted(entry.tags), data]
+
+
+def _entry(
+    name: str, folder: Path, kind: str, path: str | None, tags: list[str], data: dict[str, Any]
+) -> Any:
+    return Entry(name, Kind[kind], folder / path if path else None, data, set(tags))

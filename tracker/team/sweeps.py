@@ -1,0 +1,89 @@
+"""The trials of a W&B sweep, and the ledger: what a trial left undone is often measured already."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from tracker.ablations import removals
+from tracker.config import CellRequest, Parameters, cell_request
+from tracker.errors import ResultsError, TrackerError
+from tracker.ledger.store import Ledger
+from tracker.measuring.derive import record_of
+from tracker.measuring.prepare import look_up, no_run
+from tracker.records import CellRecord, RunRecord
+from tracker.tracking import open_sweep
+from tracker.tracking.base import SweepTrial
+
+_UNFINISHED = ("crashed", "failed", "killed", "preempted")
+"""States of a run that no agent takes up again."""
+
+
+@dataclass
+class SweepFilled:
+    """What became of a sweep's trials that were killed or failed.
+
+    Attributes:
+        unfinished: How many there were.
+        filled: Those that the sweep shows as finished now.
+        wanting: Trial → why it still wants measuring.
+        failed: Trial → why W&B did not take what is measured.
+    """
+
+    unfinished: int = 0
+    filled: list[str] = field(default_factory=list)
+    wanting: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def trial_request(settings: dict[str, Any]) -> CellRequest:
+    """Say what a sweep asks of a trial; RequestError where that is no request."""
+    known = {name: settings[name] for name in Parameters.model_fields if name in settings}
+    for name, several in (("layer", "layers"), ("component", "components"), ("span", "spans")):
+        if (value := known.pop(name, None)) is not None:
+            known[several] = (value,)
+    return cell_request(**known)
+
+
+def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
+    """Fill the runs that trials of a sweep left when they were killed or failed.
+
+    RequestError if the path names no sweep, TrackingError if it could not be read.
+    """
+    done = SweepFilled()
+    with closing(open_sweep(path, ledger.root)) as sweep:
+        trials: list[SweepTrial] = [t for t in sweep.trials() if t.state in _UNFINISHED]
+        done.unfinished = len(trials)
+        for trial in trials:
+            title = trial.name
+            try:
+                request = trial_request(trial.settings)
+                title = f"{trial.name} ({_run_title(request)})"
+                found = _measured(request, ledger)
+            except TrackerError as error:
+                done.wanting[title] = str(error)
+                continue
+            try:
+                sweep.fill(trial.id, *found)
+                done.filled.append(title)
+            except TrackerError as error:
+                done.failed[title] = str(error)
+    return done
+
+
+def _run_title(request: CellRequest) -> str:
+    run = f"{request.components[0]} {request.layers[0]}"
+    return f"{request.title}, {run}" + (f", span {request.spans[0]}" * (request.spans[0] > 1))
+
+
+def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
+    """Find what a trial asked for: its cell and run; ResultsError where the ledger lacks it."""
+    asked = look_up(request, ledger)
+    if asked.store is None or not asked.complete:
+        raise ResultsError(f"{ledger.root} does not hold all of it")
+    layers = asked.store.identity.model.layers
+    if not any(removals(request, layers)):
+        raise ResultsError(f"it is no run: {no_run(request, layers)}")
+    record = record_of(asked.store, asked.store.views.of(request))
+    return record, record.runs[0]

@@ -1,0 +1,60 @@
+"""A W&B sweep as it is now: what was asked of its trials, and the runs that they left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from tracker.records import CellRecord, RunRecord
+from tracker.tracking.base import SweepTrial
+from tracker.tracking.wandb.runs import layer_run
+from tracker.tracking.wandb.session import finished, log_in, session, start
+from tracker.tracking.wandb.writing import add_config, write
+
+
+class WandbSweep:
+    """A sweep.
+
+    Args:
+        path: `ENTITY/PROJECT/ID`.
+        results: The results folder, which keeps the files of runs that are written.
+    """
+
+    def __init__(self, path: str, results: Path) -> None:
+        self._path = path
+        self._entity, self._project, self._id = path.split("/")
+        self._results = results.absolute()
+
+    def parameters(self) -> dict[str, Any]:
+        """Read the sweep's grid, as it stands in its file; TrackingError if that is impossible."""
+        with self._session("could not be read"):
+            found: dict[str, Any] = self._sweep().config.get("parameters", {})
+            return found
+
+    def trials(self) -> list[SweepTrial]:
+        """List the trials that were handed out; TrackingError if that is impossible."""
+        with self._session("could not be read"):
+            return [
+                SweepTrial(run.id, run.name, run.state, dict(run.config))
+                for run in self._sweep().runs
+            ]
+
+    def fill(self, trial: str, cell: CellRecord, layer: RunRecord) -> None:
+        """Write the run of a trial that left without it; TrackingError if that is impossible."""
+        run = layer_run(cell, layer)
+        with self._session("did not take a run"):
+            log_in()
+            place = {"entity": self._entity, "project": self._project, "id": trial}
+            handle = start(self._results, **place, resume="must", **run.labels)
+            with finished(handle):
+                add_config(handle, run)
+                write(handle, run, [])
+
+    def _sweep(self) -> Any:
+        api: Any = wandb.Api()
+        return api.sweep(self._path)
+
+    def _session(self, problem: str) -> Any:
+        return session(self._results, f"W&B's sweep {self._path} {problem}")
