@@ -108,7 +108,8 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     sign = 1 if outcomes.higher_is_better(view.metric) else -1
     counts = base["choices"].to_numpy(dtype=int)
     options = int(counts.max())
-    gold = base["gold"].to_numpy(dtype=np.float64) if options else np.full(len(base), np.nan)
+    gold = base["gold"].to_numpy(dtype=np.float64)
+    gold = np.where(gold < counts, gold, np.nan)  # also where there are no options
     divisors, why = _divisors(view.metric, counts, texts)
     reasons = {}
     if all(text is None for text in texts):
