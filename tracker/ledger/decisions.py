@@ -115,7 +115,7 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     if all(text is None for text in texts):
         reasons["texts"] = _NO_TEXTS
     if not options:
-        why = "there are no options; the log-probability of the answer stands for it"
+        why = "there are no options; the log-probability of the answer or text stands for it"
     if why:
         reasons["margin"] = why
 
