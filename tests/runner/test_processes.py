@@ -15,13 +15,13 @@ import tracker
 from tracker.ledger.cells import BLOCK
 from tracker.ledger.store import Ledger
 
-DOCUMENTS = 6 * BLOCK + 5
+DOCUMENTS = 4 * BLOCK + 5
 LAYERS = 8
 
 
 @pytest.fixture
 def study(tiny_llama, experiment):
-    """A study that takes long enough to be interrupted: 7 blocks of 9 ablations."""
+    """A study that takes long enough to be interrupted: 5 blocks of 9 ablations."""
     return study_of(tiny_llama, experiment, DOCUMENTS)
 
 

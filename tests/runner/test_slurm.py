@@ -45,7 +45,7 @@ def cli(tmp_path):
 def long(tiny_llama, experiment):
     """A study that takes long enough to be interrupted."""
     model = tiny_llama(layers=8, hidden_size=128, intermediate_size=256)
-    return experiment(model, layer=list(range(8)), limit=6 * BLOCK + 5)
+    return experiment(model, layer=list(range(8)), limit=4 * BLOCK + 5)
 
 
 def test_a_job_array_gives_what_one_process_gives(tiny_llama, experiment, tmp_path):
