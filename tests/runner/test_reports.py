@@ -79,13 +79,17 @@ def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> 
 
     with monkeypatch.context() as patched:
         patched.setattr("tracker.measuring.derive.cell_record", never)
+        patched.setattr("tracker.measuring.derive.decisions", never)
         assert content(api.ls(results)) == content(first)
+        assert content(api.report(results).cells) == content(first)
         patched.setattr("tracker.measuring.derive._code", lambda: "another formula")
         with pytest.raises(AssertionError, match="derived again"):
             api.ls(results)
-    (kept,) = results.glob("cells/*/derived/*.json")
-    kept.write_text("{damaged")
-    assert content(api.ls(results)) == content(first)
+    kept = list(results.glob("cells/*/derived/*.json"))
+    assert {path.name for path in kept} == {"intact.json", "intact.decisions.json"}
+    for path in kept:
+        path.write_text("{damaged")
+    assert content(api.report(results).cells) == content(first)
     ran(limit=9)
     assert [cell.n for cell in api.ls(results)] == [9]
 
