@@ -298,7 +298,7 @@ class Crowd:
     def read_board(self, version: str) -> str:
         return self.versions[int(version)].model_dump_json()
 
-    def add_board(self, file: Path, tables: object) -> str:
+    def add_board(self, file: Path, tables: object, made_of: object) -> str:
         if self.others:
             self.versions.append(self.others.pop())
         self.versions.append(Board.model_validate_json(file.read_text()))
@@ -382,7 +382,7 @@ def test_a_damaged_version_is_named(template: Path, tmp_path: Path) -> None:
     backend = open_backend("mlflow", "layers", tmp_path)
     file = tmp_path / BOARD_FILE
     file.write_text("{")
-    backend.add_board(file, {})
+    backend.add_board(file, {}, [])
     with pytest.raises(ResultsError, match="of the leaderboard is damaged"):
         publish_board(backend, [cell_record()])
 
