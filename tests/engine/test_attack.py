@@ -604,11 +604,13 @@ class TestCut:
         with pytest.raises(CellError, match=r"^LlamaForCausalLM does not run without layer 2 "):
             self.attacked(model, (2,))
 
-    def test_a_model_without_a_miniature_may_not_run_at_all(self, tiny_model, monkeypatch) -> None:
+    @pytest.mark.parametrize("small", [True, False])
+    def test_a_model_may_not_run_at_all(self, tiny_model, monkeypatch, small: bool) -> None:
         def compared(*_: Any) -> Comparison:
             raise RefusalError("no such mask")
 
-        monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        if not small:
+            monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
         monkeypatch.setattr("tracker.engine.attack._compared", compared)
         said = r"^LlamaForCausalLM cannot be asked one request at a time: no such mask$"
         with pytest.raises(CellError, match=said):
