@@ -79,13 +79,17 @@ def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> 
 
     with monkeypatch.context() as patched:
         patched.setattr("tracker.measuring.derive.cell_record", never)
+        patched.setattr("tracker.measuring.derive.decisions", never)
         assert content(api.ls(results)) == content(first)
+        assert content(api.report(results).cells) == content(first)
         patched.setattr("tracker.measuring.derive._code", lambda: "another formula")
         with pytest.raises(AssertionError, match="derived again"):
             api.ls(results)
-    (kept,) = results.glob("cells/*/derived/*.json")
-    kept.write_text("{damaged")
-    assert content(api.ls(results)) == content(first)
+    kept = list(results.glob("cells/*/derived/*.json"))
+    assert {path.name for path in kept} == {"intact.json", "intact.decisions.json"}
+    for path in kept:
+        path.write_text("{damaged")
+    assert content(api.report(results).cells) == content(first)
     ran(limit=9)
     assert [cell.n for cell in api.ls(results)] == [9]
 
@@ -294,7 +298,7 @@ class Crowd:
     def read_board(self, version: str) -> str:
         return self.versions[int(version)].model_dump_json()
 
-    def add_board(self, file: Path, tables: object) -> str:
+    def add_board(self, file: Path, tables: object, made_of: object) -> str:
         if self.others:
             self.versions.append(self.others.pop())
         self.versions.append(Board.model_validate_json(file.read_text()))
@@ -378,7 +382,7 @@ def test_a_damaged_version_is_named(template: Path, tmp_path: Path) -> None:
     backend = open_backend("mlflow", "layers", tmp_path)
     file = tmp_path / BOARD_FILE
     file.write_text("{")
-    backend.add_board(file, {})
+    backend.add_board(file, {}, [])
     with pytest.raises(ResultsError, match="of the leaderboard is damaged"):
         publish_board(backend, [cell_record()])
 

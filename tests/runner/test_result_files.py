@@ -13,6 +13,7 @@ import lm_eval
 import lm_eval.evaluator
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.loggers import EvaluationTracker
@@ -28,7 +29,7 @@ from lm_eval.utils import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import tracker
-from tests.conftest import save_tokenizer
+from tests.conftest import CHAT, save_tokenizer
 from tracker.ablations import Ablation
 from tracker.benchmarks import factory, results
 from tracker.cli.commands import main
@@ -36,8 +37,8 @@ from tracker.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import Asked
 from tracker.models.pruned import pruned
-from tracker.records import RunIdentity, View
-from tracker.team.result_files import removed_args
+from tracker.records import ModelIdentity, RunIdentity, View
+from tracker.team.result_files import model_args, removed_args
 
 FACTS = """\
 task: facts_{name}
@@ -165,6 +166,9 @@ def study(tmp_path_factory):
     }
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / "lab" / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "lab" / "tiny")
+    tokenizer.chat_template = "{% if tone %}<{{ tone }}>{% endif %}" + CHAT
+    tokenizer.save_pretrained(folder / "lab" / "tiny")
     (folder / "text.txt").write_text("The heart pumps the blood.\n\nThe lung does not.\n")
     with pytest.MonkeyPatch.context() as patch:
         index = TaskManager(include_path=str(ours), include_defaults=False)
@@ -181,11 +185,11 @@ def run(folder: Path, benchmarks: list[str], results: str = "results", **setting
     """Measure by an experiment file; gives the results folder."""
     grid = {"model": "lab/tiny", "benchmark": benchmarks, "data": "DATA", "layer": [0, 1, 2]}
     file = folder / "study.yaml"
-    lines = (
-        f"  {name}: {{{'values' if isinstance(value, list) else 'value'}: {value}}}\n"
+    parameters = {
+        name: {"values" if isinstance(value, list) else "value": value}
         for name, value in (grid | settings).items()
-    )
-    file.write_text("method: grid\nparameters:\n" + "".join(lines))
+    }
+    file.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters}))
     if (folder / "results/checks").exists():  # no attack twice
         shutil.copytree(folder / "results/checks", folder / results / "checks")
     done = tracker.run(file, results=folder / results, track=[])
@@ -193,7 +197,13 @@ def run(folder: Path, benchmarks: list[str], results: str = "results", **setting
     return folder / results
 
 
-def plainly(folder: Path, manager: TaskManager, removed: list[int], **settings: Any) -> Path:
+def plainly(
+    folder: Path,
+    manager: TaskManager,
+    removed: list[int],
+    arguments: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Path:
     """What lm-eval writes of the really pruned checkpoint; as its command line does it."""
     model = pruned(AutoModelForCausalLM.from_pretrained(folder / "lab/tiny"), removed)
     place = folder / ("pruned" + "-".join(map(str, removed)))
@@ -202,7 +212,7 @@ def plainly(folder: Path, manager: TaskManager, removed: list[int], **settings: 
     writer = EvaluationTracker(output_path=str(folder / "theirs"))
     found = lm_eval.simple_evaluate(
         "hf",
-        model_args=f"pretrained={place}",
+        model_args={"pretrained": str(place), **(arguments or {})},
         device="cpu",
         task_manager=manager,
         evaluation_tracker=writer,
@@ -358,9 +368,16 @@ def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_chat_template_is_applied_with_the_tokenizer_alone(study):
+def test_what_was_said_under_lm_evals_names_needs_the_tokenizer_alone(study):
     folder, manager = study
-    measured = run(folder, ["facts"], "chat", apply_chat_template="true", layer=[1])
+    said = {
+        "apply_chat_template": True,
+        "system_instruction": "You are a painter.",
+        "fewshot_as_multiturn": False,
+        "gen_kwargs": {"max_gen_toks": 2},
+    }
+    tone = {"chat_template_args": {"tone": "soft"}}
+    measured = run(folder, ["facts", "sums"], "chat", layer=[1], **said, **tone)
     weights = folder / "lab/tiny/model.safetensors"
     weights.rename(folder / "away")
     try:
@@ -368,14 +385,27 @@ def test_a_chat_template_is_applied_with_the_tokenizer_alone(study):
     finally:
         (folder / "away").rename(weights)
     assert not done.failed
-    ours, samples = read(folder / "ours-chat" / "lab__tiny,removed_layers=1")
-    plain = plainly(folder, manager, [1], tasks=["facts"], apply_chat_template=True)
-    theirs, their_samples = read(plain)
-    assert_close(samples, their_samples, "samples", abs=1e-4)
-    assert samples["facts_city"][0]["arguments"]["gen_args_0"]["arg_0"].startswith("<user>")
-    for key in ("results", "chat_template", "chat_template_sha", "fewshot_as_multiturn"):
-        assert ours[key] == theirs[key]
-    assert ours["task_hashes"] == theirs["task_hashes"]
+    theirs, their_samples = read(
+        plainly(folder, manager, [1], tone, tasks=["facts", "sums"], **said)
+    )
+    place = folder / "ours-chat" / "lab__tiny,removed_layers=1"
+    found = [json.loads(path.read_text()) for path in sorted(place.glob("results_*.json"))]
+    for ours in found:  # a text's settings are none of the choices'
+        for task in ours["configs"]:
+            (path,) = place.glob(f"samples_{task}_*.jsonl")
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            assert_close(rows, their_samples[task], task, abs=1e-4)
+            assert rows[0]["arguments"]["gen_args_0"]["arg_0"].startswith("<soft><system>You are")
+            assert ours["task_hashes"][task] == theirs["task_hashes"][task]
+            assert ours["results"][task] == theirs["results"][task]
+        for key in ("system_instruction", "chat_template"):
+            assert ours[key] == theirs[key]
+        for key in ("system_instruction_sha", "chat_template_sha"):
+            assert ours[key] == theirs[key]
+    assert {task for ours in found for task in ours["configs"]} == set(their_samples)
+    # Without few-shot examples there is nothing to take turns.
+    assert [ours["fewshot_as_multiturn"] for ours in found] == [False, True]
+    assert [ours["config"]["gen_kwargs"] for ours in found] == [None, {"max_gen_toks": 2}]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -485,6 +515,25 @@ def test_a_wrong_request_writes_nothing(study, arguments, why):
     assert code == 2
     assert why in said
     assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "args"),
+    [
+        ({"source": "org/m", "revision": "c0ffee"}, "pretrained=org/m,revision=c0ffee,dtype=d"),
+        ({"source": "models/m.gguf"}, "pretrained=models,gguf_file=m.gguf,dtype=d"),
+        (
+            {"source": "m", "arguments": {"peft": "lora", "load_in_4bit": "true"}},
+            "pretrained=m,dtype=d,peft=lora,load_in_4bit=true",
+        ),
+    ],
+)
+def test_model_args_are_what_lm_eval_takes(facts, args):
+    rest = {"name": "m", "fingerprint": "f", "architecture": "A", "layers": 1, "parameters": 1}
+    model = ModelIdentity(**{"revision": None, "dtype": "d", **rest, **facts})
+    found = model_args(model)
+    assert ",".join(f"{name}={value}" for name, value in found.items()) == args
+    assert {k: str(v).lower() for k, v in simple_parse_args_string(args).items()} == found
 
 
 def test_a_name_that_no_file_system_takes_is_cut():

@@ -59,12 +59,16 @@ class Evaluated:
     Attributes:
         name: The model's name, of which lm-eval makes that of its folder.
         model_args: As `lm_eval --model_args` takes them, with what was removed.
+        system_instruction: The system prompt; None for none.
+        fewshot_as_multiturn: Whether few-shot examples are turns of a chat, where there is one.
         config: What else lm-eval's files say of a model and of how it was evaluated.
         versions: What else they say of the installation.
     """
 
     name: str
     model_args: str
+    system_instruction: str | None
+    fewshot_as_multiturn: bool
     config: Mapping[str, Any]
     versions: Mapping[str, Any]
 
@@ -146,9 +150,9 @@ class Questions:
         about.log_experiment_args(
             model_source="hf",
             model_args=model.model_args,
-            system_instruction=None,
+            system_instruction=model.system_instruction,
             chat_template=self._chat_template,
-            fewshot_as_multiturn=self._chat_template is not None,
+            fewshot_as_multiturn=self._chat_template is not None and model.fewshot_as_multiturn,
         )
         about.model_name = model.name
         about.model_name_sanitized = name = folder_name(model.name)

@@ -39,8 +39,11 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     for record, store, view in every_record(contents):
         if record.n:
             records.append(record)
-            if found := decisions_of(store, view):
-                decided[record.place] = found
+            try:
+                if found := decisions_of(store, view):
+                    decided[record.place] = found
+            except TrackerError as error:
+                contents.damaged[str(store.folder)] = str(error)
     path = render_report(records, contents.experiments, ledger.root / "report.html", decided)
     return path, contents.damaged
 
@@ -92,7 +95,7 @@ def publish(
             charts = dict(list(figures(found.cells).items())[:_CHARTS])
             says = "\n\n".join((summary(found.cells), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
             tables = board_tables(found.cells)
-            locations[masked(text)] = backend.add_report(says, files, tables, charts)
+            locations[masked(text)] = backend.add_report(says, files, tables, charts, found.cells)
     return locations, failed, notes
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tracker.ablations import INTACT, Ablation, ablate, ablation_of
+from tracker.arguments import decoded
 from tracker.benchmarks.corpus import is_corpus
-from tracker.config import cell_request
+from tracker.config import CellRequest, cell_request
 from tracker.distribution import __version__
 from tracker.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
 from tracker.extent import DEFAULT_SEED, Extent
@@ -66,7 +67,7 @@ class _Part:
     def together(self) -> str:
         """Tell what one call of lm-eval can evaluate together: model, settings and documents."""
         identity = self.store.identity
-        own = {"name", "tasks", "num_fewshot", "primary_metric", "weight_by_size"}
+        own = {"name", "tasks", "num_fewshot", "primary_metric", "weight_by_size", "found_by"}
         settings = identity.benchmark.model_dump(mode="json", exclude=own)
         settings["seed"] = settings["seed"] or DEFAULT_SEED  # where none is drawn, any will do
         model = identity.model.model_dump(mode="json")
@@ -253,36 +254,40 @@ def _write_call(
         progress.advance(left)
 
 
-_SAID = {"true": True, "false": False}
-
-
 def _open(store: CellStore) -> LmEvalBenchmark:
     """Open the benchmark of a cell; BenchmarkError where it is not the one that was measured."""
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
     identity = store.identity
-    asked = identity.benchmark
-    found = LmEvalBenchmark(
-        cell_request(
-            **{
-                "model": identity.model.source,
-                "benchmark": asked.name,
-                "layers": (),
-                "num_fewshot": asked.num_fewshot,
-                "seed": DEFAULT_SEED if asked.seed is None else asked.seed,
-                "apply_chat_template": asked.apply_chat_template,
-                "data": asked.data,
-                **{name: _SAID.get(value, value) for name, value in asked.settings.items()},
-                **asked.found_by,
-            }
-        )
-    )
+    found = LmEvalBenchmark(_request(store))
     if cell_key(identity.model, found.identity) != identity.key:
         raise BenchmarkError(
-            f"{asked.name} is not what was measured: its documents in {asked.data}, or the task in "
-            "the installed lm-eval, have changed. Go back to those, or measure it again"
+            f"{identity.benchmark.name} is not what was measured: its documents in "
+            f"{identity.benchmark.data}, or the task in the installed lm-eval, have changed. Go "
+            "back to those, or measure it again"
         )
     return found
+
+
+def _request(store: CellStore) -> CellRequest:
+    """Ask again for what was measured."""
+    identity = store.identity
+    asked = identity.benchmark
+    settings: dict[str, Any] = {
+        "model": identity.model.source,
+        "benchmark": asked.name,
+        "layers": (),
+        "num_fewshot": asked.num_fewshot,
+        "seed": DEFAULT_SEED if asked.seed is None else asked.seed,
+        "apply_chat_template": asked.apply_chat_template,
+        "data": asked.data,
+        **{name: _SAID.get(value, value) for name, value in asked.settings.items()},
+        **asked.found_by,
+    }
+    return cell_request(**settings)
+
+
+_SAID = {"true": True, "false": False}
 
 
 def _encoder(store: CellStore, trust: bool) -> RequestEncoder | None:
@@ -292,8 +297,8 @@ def _encoder(store: CellStore, trust: bool) -> RequestEncoder | None:
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.models.load import weightless
 
-    model = store.identity.model
-    return RequestEncoder(*weightless(_source(model), "auto", trust))
+    source = _source(store.identity.model)
+    return RequestEncoder(*weightless(source, "auto", trust), _request(store))
 
 
 def _source(model: ModelIdentity) -> ModelSource:
@@ -344,6 +349,7 @@ def _evaluated(
     identities = [part.store.identity for part in parts]
     model = identities[0].model
     extent = parts[0].extent
+    said = identities[0].benchmark.settings
     removed = removed_args(ablation)
     stack = united([json.loads(one) for one in sorted({row[PROVENANCE] for row in rows})])
     config: dict[str, Any] = {
@@ -357,7 +363,7 @@ def _evaluated(
         "use_cache": None,
         "limit": extent.limit,
         "bootstrap_iters": BOOTSTRAP_ITERS,
-        "gen_kwargs": None,
+        "gen_kwargs": decoded(said.get("gen_kwargs")) or None,
         "random_seed": None,
         "numpy_seed": None,
         "torch_seed": None,
@@ -368,6 +374,7 @@ def _evaluated(
             "cells": {
                 part.store.identity.benchmark.name: part.store.identity.key for part in parts
             },
+            "settings": said,
             "sample": extent.sample,
             "sample_seed": None if extent.sample is None else extent.seed,
             "provenance": stack,
@@ -381,10 +388,12 @@ def _evaluated(
         "lm_eval_version": stack.get("lm-eval"),
         "upper_git_hash": None,
     }
-    args = model_args(model) | removed
+    thinking = {n: v for n, v in said.items() if n in ("enable_thinking", "think_end_token")}
     return Evaluated(
-        name=",".join((model.source, *_said(removed))),
-        model_args=",".join(_said(args)),
+        name=",".join((model.arguments.get("peft", model.source), *_typed(removed))),
+        model_args=",".join(_typed(model_args(model) | thinking | removed)),
+        system_instruction=said.get("system_instruction"),
+        fewshot_as_multiturn=said.get("fewshot_as_multiturn") != "false",
         config=config,
         versions=versions,
     )
@@ -398,7 +407,7 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
         args = {"pretrained": str(path.parent), "gguf_file": path.name}
     if model.revision is not None:
         args["revision"] = model.revision
-    return {**args, "dtype": model.dtype}
+    return {**args, "dtype": model.dtype, **model.arguments}
 
 
 def removed_args(ablation: Ablation) -> dict[str, str]:
@@ -411,5 +420,5 @@ def removed_args(ablation: Ablation) -> dict[str, str]:
     return {name: "+".join(map(str, layers)) for name, layers in removed.items() if layers}
 
 
-def _said(args: dict[str, str]) -> list[str]:
+def _typed(args: dict[str, str]) -> list[str]:
     return [f"{name}={value}" for name, value in args.items()]
