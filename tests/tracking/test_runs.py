@@ -132,11 +132,11 @@ def test_drawn_documents_make_other_runs(results: Path, make_cell: CellMaker) ->
     cell = make_cell(layers=(0, 1))
     drawn = cell.model_copy(update={"sample_seed": 1234})
     for each in (cell, drawn):
-        assert publish(results, each) == (3, 0, 0)
+        assert publish(results, each) == (4, 0, 0)
     for each in (cell, drawn):
-        assert publish(results, each) == (0, 0, 3)
+        assert publish(results, each) == (0, 0, 4)
     runs = runs_by_name(results)
-    assert len(runs) == 6
+    assert len(runs) == 8
     for each, ends in ((cell, "arc_easy"), (drawn, "arc_easy · sample 1234")):
         nested = runs[f"layer 01 · {ends} · SmolLM2-135M-Instruct"]
         parent = runs[each.title]

@@ -46,7 +46,8 @@ def run_name(cell: CellRecord, layer: RunRecord) -> str:
 
 def intact_name(cell: CellRecord) -> str:
     """Name the run of the intact model beside those of its cell: `intact · arc_easy · …`."""
-    parts = ("intact", cell.benchmark.name, cell.other_metric, cell.model.name)
+    drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
+    parts = ("intact", cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
     return " · ".join(filter(None, parts))
 
 
