@@ -23,7 +23,7 @@ from tracker.ledger.verify import Verified, compare, verify
 from tracker.measuring import prepare
 from tracker.measuring.derive import all_records
 from tracker.measuring.job import Options
-from tracker.measuring.prepare import all_layers
+from tracker.measuring.prepare import widened
 from tracker.measuring.progress import Progress, Silent
 from tracker.records import CellRecord
 from tracker.runner import Finished, run_cells
@@ -31,14 +31,15 @@ from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
 from tracker.team.result_files import Written, write_result_files
+from tracker.team.sweeps import SweepFilled, asked_of_cell, fill_sweep
 from tracker.text import masked
 from tracker.tracking import default_targets
+from tracker.tracking.base import Ending
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from tracker.measuring.planning import PlannedCell
-    from tracker.team.sweeps import SweepFilled
 
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
@@ -198,10 +199,12 @@ def evaluate(
     publish_documents: bool = False,
     progress: Progress | None = None,
 ) -> tuple[CellRecord | None, Finished]:
-    """Measure one cell over all layers of its model: what a sweep's trial calls.
+    """Measure one run of a cell, and what else its sweep asks of the cell: what a trial calls.
+
+    Outside a sweep, and where the sweep cannot be read, all layers are measured.
 
     Args:
-        request: The model, the benchmark, and a layer; all layers are measured together.
+        request: The model, the benchmark, and a layer, which is measured together with others.
         project: The tracking backends' project.
         results: The results folder, which trials share.
         track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; empty for none; None for
@@ -223,15 +226,17 @@ def evaluate(
     ledger = Ledger(Path(results))
     progress = progress or Silent()
     track = default_targets() if track is None else track
-    trial = Trial(track, ledger.root)
+    trial = Trial(track, ledger.root, request)
     asked = request
     try:
-        request, no_run = all_layers(request, ledger, trust_remote_code)
+        request, no_run = widened(
+            request, ledger, trust_remote_code, lambda: asked_of_cell(request, ledger.root)
+        )
         if no_run is not None:
             progress.say(f"nothing to measure: {no_run}")
-            trial.end(no_run)
+            trial.leave(no_run)
             return None, Finished()
-        publisher = Publisher(track, project, ledger.root, publish_documents)
+        publisher = Publisher(track, project, ledger.root, publish_documents, trial)
         try:
             outcome = run_cells(
                 [request], ledger, publisher, Options(device, trust_remote_code, memory), progress
@@ -240,14 +245,15 @@ def evaluate(
             publisher.close()
     except BaseException as error:
         with suppress(TrackingError):
-            trial.end(str(error) or type(error).__name__, failed=True)
+            status: Ending = "failed" if isinstance(error, Exception) else "killed"
+            trial.leave(str(error) or type(error).__name__, status)
         raise
     record = outcome.cells[0] if outcome.cells else None
     try:
         if record is None:
-            trial.end(outcome.failed[request.title], failed=True)
+            trial.leave(outcome.failed[request.title], "failed")
         else:
-            trial.log(record, asked)
+            trial.log(record)
     except TrackingError as error:
         outcome.unpublished[f"the trial of {asked.title}"] = str(error)
     return record, outcome
@@ -450,8 +456,6 @@ def sync_sweep(sweep: str, *, results: str | os.PathLike[str] = RESULTS) -> Swee
         ResultsError: There are no results.
         TrackingError: The sweep could not be read.
     """
-    from tracker.team.sweeps import fill_sweep
-
     return fill_sweep(sweep, Ledger.existing(Path(results)))
 
 

@@ -293,6 +293,11 @@ class CellRecord(Record):
     """Runs that are part of what was asked for and are not measured yet."""
     provenance: dict[str, Shown]
     """Package versions, machine and device that measured the outcomes; where they differ, each."""
+    seconds: float | None = None
+    """What measuring the outcomes took, of all processes together; None where none says."""
+    peak_bytes: int | None = None
+    """The most memory that a process has held by then: the accelerator's, else its own; None where
+    none says."""
     compared: int = 0
     """Answers to documents drawn at random that were asked again on a really pruned model."""
     compared_difference: float | None = None

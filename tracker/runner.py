@@ -109,7 +109,7 @@ def run_cells(
     report = finisher.report
     if todo:
         try:
-            executor.measure(jobs, ledger, progress, finisher.done)
+            executor.measure(jobs, ledger, progress, finisher.begun, finisher.done)
         except Exception:
             finisher.wait()
             raise
@@ -131,9 +131,15 @@ class _Finisher:
         self._progress = progress
         self._alone = alone
 
+    def begun(self, cell: CellLookup, store: CellStore) -> None:
+        """Show a cell while it is measured."""
+        self._publisher.live.begin(cell.request, store, store.views.of(cell.request))
+
     def done(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
         """Record and publish a finished cell; keep a failure in its cell."""
         title, report = cell.request.title, self.report
+        failed = isinstance(outcome, Exception)
+        left = self._publisher.live.end(cell.request, "failed" if failed else "finished")
         try:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -152,7 +158,7 @@ class _Finisher:
             self._progress.say(f"{title} failed: {report.failed[title]}")
             return
         self.records[cell.request] = record
-        self._publishing.append((title, self._publisher.begin(outcome, whole)))
+        self._publishing.append((title, self._publisher.begin(outcome, whole, left)))
         while self._publishing and self._publishing[0][1].done():
             self._take()
 

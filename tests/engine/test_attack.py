@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +231,18 @@ class TestAttack:
 
     def test_a_model_without_a_miniature_is_attacked_itself(self, tiny_model, monkeypatch) -> None:
         monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        seen = disturbed(monkeypatch, lambda documents: False)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         verdict = attack(engine, ABLATIONS, ())
+        # Always with the same texts, of many tokens.
+        assert attack(engine, ABLATIONS, ()) == verdict
+        assert seen[2:] == seen[:2] == [seen[0], seen[0][::-1]]
+        tokens = {token for d in seen[0] for r in d.requests for token in r.context}
+        assert len(tokens) > 40
+        assert 2 <= min(tokens) < max(tokens) < 97
         assert verdict.sharing == DEPTH_ONLY
         assert verdict.attacked == "the model"
+        assert verdict.difference < 2e-4
         # Four documents of two requests, each other ablation one of them, in both orders.
         assert verdict.compared == 2 * (4 * 2 + 4)
         assert verdict.lengths == (((), True),)
@@ -345,7 +354,8 @@ class TestMiniatures:
 
     def test_it_is_scored_as_a_model_that_reads_as_much(self, tiny_model, watched) -> None:
         for most, read in ((2048, 96), (50, 50)):
-            attack(Engine(loaded(tiny_model("llama")), most), ABLATIONS, ())
+            elsewhere = replace(loaded(tiny_model("llama")), device=torch.device("meta"))
+            attack(Engine(elsewhere, most), ABLATIONS, ())
             engine = watched.engines.pop()
             assert (engine.max_length, engine.row_tokens) == (read, 40)
             assert engine.loaded.device == torch.device("cpu")
@@ -539,6 +549,31 @@ class TestCut:
         """What a class makes of a configuration alone is no proof."""
         model = Hidden(tiny_model("llama").config).eval()
         assert self.attacked(model, (0,)).stay is True
+
+    def test_a_model_without_a_miniature_is_cut_itself(
+        self, tiny_model, monkeypatch, refuse, watched
+    ) -> None:
+        monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        model = tiny_model("llama")
+        refuse(False)
+        assert self.attacked(model, (2,)).stay is True
+        (engine,) = watched.engines
+        assert engine.loaded.model is model
+        assert engine.habits.stay
+        assert engine.habits.lengths == Lengths((), each=True)
+        refuse(True)
+        with pytest.raises(CellError, match=r"^LlamaForCausalLM does not run without layer 2 "):
+            self.attacked(model, (2,))
+
+    def test_a_model_without_a_miniature_may_not_run_at_all(self, tiny_model, monkeypatch) -> None:
+        def compared(*_: Any) -> Comparison:
+            raise RefusalError("no such mask")
+
+        monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        monkeypatch.setattr("tracker.engine.attack._compared", compared)
+        said = r"^LlamaForCausalLM cannot be asked one request at a time: no such mask$"
+        with pytest.raises(CellError, match=said):
+            self.attacked(tiny_model("llama"), (2,))
 
     def test_sublayers_ask_for_no_cut(self, tiny_model, refuse, watched) -> None:
         refuse(False, True)

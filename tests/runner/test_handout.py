@@ -31,10 +31,16 @@ class Desk:
         jobs = [Job(look_up(each, ledger), open_benchmark(each)) for each in requests]
         self.results = results
         self.heard = Heard()
+        self.began: list[str] = []
         self.ends: dict[str, CellStore | Exception] = {}
-        self.handout = Handout(jobs, ledger, self.heard, self.end)
+        self.handout = Handout(jobs, ledger, self.heard, self.begin, self.end)
         self.worker = Worker(Options(), str(Path.cwd()), {})
         self.opened: Cell | None = None
+
+    def begin(self, asked, store) -> None:
+        assert asked.request.benchmark not in self.ends, "it has ended"
+        assert store.folder.is_dir()
+        self.began.append(asked.request.benchmark)
 
     def end(self, asked, outcome) -> None:
         assert asked.request.benchmark not in self.ends, "told twice"

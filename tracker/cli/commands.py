@@ -183,9 +183,10 @@ def evaluate(
 ) -> None:
     """Measure one (model, benchmark, layer): the program that a sweep's trial calls.
 
-    The first trial of a (model, benchmark) measures all its layers at once, which costs little more
-    than one; the others find theirs in the results folder and load no model. A trial whose span
-    reaches beyond the last layer, or holds a removed one, is no run: it says so and ends well.
+    The first trial of a (model, benchmark) measures all that its sweep asks of it at once (outside
+    a sweep: all layers), which costs little more than one; the others find theirs in the results
+    folder and load no model. A trial whose span reaches beyond the last layer, or holds a removed
+    one, is no run: it says so and ends well.
 
     \b
     Example:

@@ -34,6 +34,18 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Say the most bytes that this process has held where a model is; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if platform.system() == "Darwin" else peak * 1024)
+
+
 def stream_bytes(model: Any) -> int:
     """Estimate how many bytes one token of one stream takes at most, inside a layer."""
     config = model.config.get_text_config()

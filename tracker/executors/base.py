@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tracker.ledger.store import Ledger
-from tracker.measuring.job import Done, Job
+from tracker.measuring.job import Begun, Done, Job
 from tracker.measuring.progress import Progress
 
 
@@ -19,12 +19,15 @@ class Executor(Protocol):
 
     models_loaded: int
 
-    def measure(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
+    def measure(
+        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
+    ) -> None:
         """Measure cells.
 
         Args:
             jobs: The cells, equal models next to each other.
             ledger: The results folder.
             progress: Told what happens.
+            begun: Told of each cell when it is about to be measured.
             done: Told of each cell when it is finished or has failed.
         """

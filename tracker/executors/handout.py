@@ -19,7 +19,7 @@ from tracker.ledger.cells import Block, CellStore
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import names_of, open_cell
-from tracker.measuring.job import Done, Job
+from tracker.measuring.job import Begun, Done, Job
 from tracker.measuring.meter import Facts, Measured
 from tracker.measuring.progress import Progress
 
@@ -72,17 +72,21 @@ class Task:
 class Handout:
     """Knows what is to be done, what is out, and when a cell is finished.
 
-    `done` is told of each cell when it is finished or has failed, and `models_loaded` counts how
+    `begun` is told of each cell that is about to be measured, `done` when it is finished or has
+    failed, and `models_loaded` counts how
     many times the workers loaded a model.
     """
 
-    def __init__(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
+    ) -> None:
         self.models_loaded = 0
         self._cells = [Cell(job) for job in jobs]
         self._out: set[Task] = set()
         self._said: set[str] = set()
         self._ledger = ledger
         self._progress = progress
+        self._begun = begun
         self._done = done
 
     @property
@@ -147,6 +151,8 @@ class Handout:
             if cell.store is None and not cell.ended:
                 cell.store, cell.pending = open_cell(cell.job.asked, facts, self._ledger)
                 self._progress.expect(sum(cell.pending.values()))
+                if cell.pending:
+                    self._begun(cell.job.asked, cell.store)
             elif cell.store and cell_key(facts.model, facts.benchmark) != cell.store.identity.key:
                 raise CellError("the workers do not all see the same model and data")
         self._end_if_complete(cell)

@@ -9,7 +9,7 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, open_cell
-from tracker.measuring.job import Done, Job, Options
+from tracker.measuring.job import Begun, Done, Job, Options
 from tracker.measuring.meter import Meter, Model, open_model
 from tracker.measuring.progress import Progress
 
@@ -26,7 +26,9 @@ class LocalExecutor:
         self.models_loaded = 0
         self._options = options
 
-    def measure(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
+    def measure(
+        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
+    ) -> None:
         """Measure cells, each with all of this process."""
         model: Model | None = None
         for job in jobs:
@@ -37,7 +39,7 @@ class LocalExecutor:
                     progress.say(f"loading {job.asked.source.name}")
                     model = open_model(request, self._options)
                     self.models_loaded += 1
-                store, _ = measure_cell(job, model, ledger, self._options, progress)
+                store, _ = measure_cell(job, model, ledger, self._options, progress, begun)
             except Exception as error:
                 log.debug("%s failed", request.title, exc_info=True)
                 done(job.asked, error)
@@ -46,7 +48,12 @@ class LocalExecutor:
 
 
 def measure_cell(
-    job: Job, model: Model, ledger: Ledger, options: Options, progress: Progress
+    job: Job,
+    model: Model,
+    ledger: Ledger,
+    options: Options,
+    progress: Progress,
+    begun: Begun = lambda asked, store: None,
 ) -> tuple[CellStore, list[str]]:
     """Measure what a cell lacks with a loaded model; it, and what the self-check said.
 
@@ -57,6 +64,7 @@ def measure_cell(
     store, lacking = open_cell(job.asked, meter.facts, ledger)
     if not lacking:
         return store, []
+    begun(job.asked, store)
     progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
     lost = meter.check(Checks(ledger.root))
     for line in lost:

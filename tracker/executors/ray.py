@@ -21,7 +21,7 @@ from tracker.executors.handout import Cell, Handout, Task
 from tracker.executors.worker import Worker, environment
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import WAIT
-from tracker.measuring.job import Done, Job, Options
+from tracker.measuring.job import Begun, Done, Job, Options
 from tracker.measuring.progress import Progress
 
 
@@ -52,9 +52,11 @@ class RayExecutor:
             self._disconnect()
             raise RequestError("the Ray cluster has no node with a GPU or a CPU to give")
 
-    def measure(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
+    def measure(
+        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
+    ) -> None:
         """Measure cells, handing their blocks to the workers of the cluster."""
-        handout = Handout(jobs, ledger, progress, done)
+        handout = Handout(jobs, ledger, progress, begun, done)
         progress.start(f"Ray, workers: {len(self._slots)}", 0)
         try:
             for slot in self._slots:

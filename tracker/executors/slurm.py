@@ -22,7 +22,7 @@ from tracker.executors.slurm_job import CellJob, JobEnd, shards
 from tracker.ledger.cells import BLOCK, CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import names_of
-from tracker.measuring.job import Done, Job, Options
+from tracker.measuring.job import Begun, Done, Job, Options
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 
@@ -59,7 +59,9 @@ class SlurmExecutor:
         checks = "debug" if self._cluster == "local" else self._cluster
         _executor(Path("slurm"), checks, self._parameters)
 
-    def measure(self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, done: Done) -> None:
+    def measure(
+        self, jobs: Sequence[Job], ledger: Ledger, progress: Progress, begun: Begun, done: Done
+    ) -> None:
         """Measure cells, one a job; the results folder is on a file system that all nodes share."""
         ledger.create()
         root = ledger.root.resolve()
@@ -78,7 +80,7 @@ class SlurmExecutor:
                 time.sleep(POLL)
                 for each in list(waiting):
                     ended = each.submission.done()
-                    progress.advance(each.advance())
+                    progress.advance(each.advance(begun))
                     if ended:
                         waiting.remove(each)
                         self._end(each, progress, done)
@@ -113,6 +115,7 @@ class _Waiting:
         store, request = job.asked.store, job.asked.request
         self._before = {path.name for path in shards(store)}
         self._found = 0
+        self._begun = False
         if store is None:
             tasks = job.benchmark.identity.tasks
             wanted = [request.extent.of(task.name, task.documents) for task in tasks]
@@ -122,10 +125,14 @@ class _Waiting:
             blocks = store.blocks(request.extent)
             self.left = sum(bool(store.missing(b, request.extent, names)) for b in blocks)
 
-    def advance(self) -> int:
-        """Count the blocks that have come since the last call."""
+    def advance(self, begun: Begun) -> int:
+        """Count the blocks that have come since the last call; the first one tells `begun`."""
         key = self.job.asked.key
-        new = {path.name for path in shards(self._ledger.find(key) if key else None)}
+        store = self._ledger.find(key) if key else None
+        new = {path.name for path in shards(store)}
+        if store is not None and new - self._before and not self._begun:
+            self._begun = True
+            begun(self.job.asked, store)
         found = len({name.rsplit(".", 2)[0] for name in new - self._before})
         fresh = min(found - self._found, self.left)
         self._found += fresh

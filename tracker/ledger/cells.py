@@ -21,7 +21,7 @@ from tracker.errors import WorkError
 from tracker.extent import ALL, Extent, random_order
 from tracker.ledger.files import lock_file, write_bytes
 from tracker.ledger.notes import read_note, write_note
-from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
+from tracker.ledger.outcomes import COST, PROVENANCE, outcome_table, refuse_misfits
 from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_file
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
@@ -264,6 +264,8 @@ class CellStore:
         frame: pd.DataFrame = shard.table.to_pandas()
         if columns is None:
             frame[PROVENANCE] = json.dumps(self._provenance(shard.about))
+            cost = (shard.about.get("seconds"), shard.about.get("peak_bytes"))
+            frame[COST] = json.dumps([path.name, *cost])
         return frame
 
     def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tracker.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.outcomes import COST, METRIC, PROVENANCE
 from tracker.ledger.views import CellIdentity
 from tracker.metrics.ratios import SCALES, document_ratios
 from tracker.provenance import differences
@@ -25,14 +25,17 @@ Array = NDArray[np.float64]
 
 
 class Viewed:
-    """A cell's outcomes for a view, lined up: every ablation has the same documents in order."""
+    """A cell's outcomes for a view, lined up: every ablation has the same documents in order.
 
-    def __init__(self, store: CellStore, view: View) -> None:
+    `columns` are the ones to read; without them it is all, with who measured it besides.
+    """
+
+    def __init__(self, store: CellStore, view: View, columns: list[str] | None = None) -> None:
         self.identity: CellIdentity = store.identity
         self._removed = view.removed
         counts = store.counts(view.extent)
         self.wanted = sum(counts.values())
-        frame = store.read_documents(view.extent)
+        frame = store.read_documents(view.extent, columns)
         shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs)]
         names = {ablation.name for ablation in shown}
         if len(frame):
@@ -50,7 +53,9 @@ class Viewed:
             {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
         )
         self.stacks = (
-            [json.loads(each) for each in frame[PROVENANCE].unique()] if len(frame) else []
+            [json.loads(each) for each in frame[PROVENANCE].unique()]
+            if len(frame) and columns is None
+            else []
         )
         self.runs = [run for run in view.runs if self.has(self.ablation(run))]
         self.missing = [run for run in view.runs if not self.has(self.ablation(run))]
@@ -67,6 +72,17 @@ class Viewed:
             "compared": int(counted.sum()),
             "compared_difference": float(rows["difference"].max()),
             "compared_unsteady": int(rows["unsteady"].sum()),
+        }
+
+    def costs(self) -> dict[str, Any]:
+        """What measuring the shards took that the outcomes are in, as far as they say."""
+        every = (json.loads(each) for rows in self._rows.values() for each in rows[COST].unique())
+        by_shard = {name: (seconds, peak) for name, seconds, peak in every}
+        spent = [float(seconds) for seconds, _ in by_shard.values() if seconds is not None]
+        peaks = [int(peak) for _, peak in by_shard.values() if peak is not None]
+        return {
+            "seconds": sum(spent) if spent else None,
+            "peak_bytes": max(peaks, default=None),
         }
 
     def ablation(self, run: RunIdentity) -> Ablation:

@@ -19,8 +19,9 @@ from tracker.ledger.notes import reason, sealed, unsealed, write_note
 from tracker.provenance import content_hash
 from tracker.records import BenchmarkIdentity, ModelIdentity, Record, View, view_name
 
-FORMAT = 2
-"""Of a results folder and of each file in it."""
+FORMAT = 3
+"""Of a results folder and of each file in it. Format 2 knew no random order: a tracker of then
+would take a block of drawn documents for a damaged one, and set it aside."""
 
 
 class CellIdentity(Record):
@@ -93,13 +94,17 @@ class Views:
         runs that were asked of the same view before stay, and none but these and the new ones is
         added; how many documents is what was asked last.
         """
-        view = self.of(request)
-        path = self.path(self.name_of(view))
         with self._asking():
-            # New, or damaged: what is asked now replaces it.
-            with suppress(OSError, ValueError):
-                view = view.joined(self.read(path.read_bytes()).view)
+            view = self.with_former(request)
             self.write(Asked(project=project, view=view))
+        return view
+
+    def with_former(self, request: CellRequest) -> View:
+        """Say what a request shows together with the runs that were asked of its view before."""
+        view = self.of(request)
+        # New, or damaged: what is asked now replaces it.
+        with suppress(OSError, ValueError):
+            view = view.joined(self.read(self.path(self.name_of(view)).read_bytes()).view)
         return view
 
     def read(self, text: str | bytes) -> Asked:

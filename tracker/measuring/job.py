@@ -54,5 +54,7 @@ class Job:
     benchmark: Benchmark
 
 
+Begun = Callable[[CellLookup, CellStore], None]
+"""Told of each cell that lacks something, when it is about to be measured."""
 Done = Callable[[CellLookup, CellStore | Exception], None]
 """Told of each cell once: that nothing of it is missing any more, or what went wrong."""

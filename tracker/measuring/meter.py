@@ -150,6 +150,8 @@ class Meter:
         Raises:
             CellError: A document that was answered both ways has two answers.
         """
+        from tracker.engine.memory import peak_memory
+
         assert self._scorer is not None, "check() comes first"
         scorer = self._scorer
         named = {ablation.name: ablation for ablation in self.ablations}
@@ -166,6 +168,7 @@ class Meter:
         metadata: dict[str, object] = {
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": f"{time.perf_counter() - start:.3f}",
+            "peak_bytes": peak_memory(self._model.loaded.device),
             "provenance": self.facts.provenance,
             "sharing": str(scorer.engine.sharing),
         }

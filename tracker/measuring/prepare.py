@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tracker.ablations import ablations_of, removals
@@ -14,6 +14,7 @@ from tracker.ledger.keys import request_key
 from tracker.ledger.store import Ledger
 from tracker.models.sources import ModelSource, count_layers, find_model
 from tracker.provenance import package_versions
+from tracker.records import RunIdentity
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,29 @@ def _is_complete(store: CellStore, request: CellRequest) -> bool:
     return store.is_complete(request.extent, [ablation.name for ablation in ablations])
 
 
-def all_layers(
-    request: CellRequest, ledger: Ledger, trust_remote_code: bool
+def widened(
+    request: CellRequest,
+    ledger: Ledger,
+    trust_remote_code: bool,
+    sweep: Callable[[], CellRequest | None],
 ) -> tuple[CellRequest, str | None]:
-    """Widen a request to every layer of its model, which costs little more than one.
+    """Widen a trial's request to what its cell is asked for, which costs little more than one run.
+
+    That is what its sweep asks, or every layer of the model where nobody knows. Once the trial's
+    own run is measured, it is what was asked of the cell before, and nothing more is measured.
 
     A grid holds every combination of its values, also those that are no run: a span that reaches
     beyond the last layer, a layer that is removed already. They are no mistake.
 
     Args:
-        request: A request for some layers.
+        request: A request for one run.
         ledger: The results folder; what it knows of the model is not looked up again.
         trust_remote_code: Whether code from the download may run.
+        sweep: Asks for the cell as the sweep asks for it; None where nobody knows. It may take
+            seconds, and is called only where something is to be measured.
 
     Returns:
-        The same request for all layers, and why what was asked for is no run; None where it is
-        one.
+        The same request for more runs, and why what was asked for is no run; None where it is one.
 
     Raises:
         ExperimentError: A layer is out of range.
@@ -81,7 +89,25 @@ def all_layers(
     )
     _check_bounds(request, layers)
     why = None if any(removals(request, layers)) else no_run(request, layers)
-    return request.model_copy(update={"layers": tuple(range(layers))}), why
+    if asked.store is not None and asked.complete:
+        known = _with_runs(request, asked.store.views.with_former(request).runs)
+        return known if _is_complete(asked.store, known) else request, why
+    cell = sweep() if why is None else None
+    if cell is None:
+        return request.model_copy(update={"layers": tuple(range(layers))}), why
+    fitting = tuple(layer for layer in cell.layers if layer < layers)
+    more = {name: getattr(cell, name) for name in ("components", "spans", "only")}
+    return request.model_copy(update={**more, "layers": fitting}), why
+
+
+def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest:
+    """Ask for just these runs."""
+    only = tuple((run.component, run.span, run.layer) for run in runs)
+    if not only:
+        return request
+    components, spans, layers = (tuple(dict.fromkeys(each)) for each in zip(*only, strict=True))
+    asked = {"components": components, "spans": spans, "layers": tuple(sorted(layers))}
+    return request.model_copy(update={**asked, "only": only})
 
 
 def no_run(request: CellRequest, layers: int) -> str:

@@ -134,7 +134,7 @@ def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board,
         with TemporaryDirectory() as folder:
             file = Path(folder) / BOARD_FILE
             file.write_text(whole.model_dump_json(), encoding="utf-8")
-            location = backend.add_board(file, board_tables(whole.cells))
+            location = backend.add_board(file, board_tables(whole.cells), whole.cells)
     return whole, location
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Lock, Thread
+
+from typing_extensions import override
 
 from tracker.config import CellRequest
 from tracker.errors import TrackerError
@@ -19,22 +20,25 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.provenance import content_hash
-from tracker.records import INTACT_VIEW, PRIVATE, CellRecord
+from tracker.records import INTACT_VIEW, PRIVATE, CellRecord, RunIdentity
 from tracker.reporting.charts.cells import cell_charts
+from tracker.team.live import Live
 from tracker.text import masked
 from tracker.tracking import (
     Target,
     destination,
-    end_trial,
     in_sweep,
-    log_trial,
     open_backend,
+    open_picture,
+    open_trial,
     target,
 )
-from tracker.tracking.base import Backend, LoggedTable, sync_command
+from tracker.tracking.base import Backend, Ending, LoggedTable, Picture, sync_command
 from tracker.tracking.figures import logged_documents
 from tracker.tracking.identity import content_digest
 
+_PATIENCE = 60.0
+"""Seconds that the end of a run waits for what showed it while it was measured."""
 log = logging.getLogger(__name__)
 TEXTS_PUBLIC = "texts of documents are published with it, as of all data of the hub or a package"
 TEXTS_ASKED = "texts of documents are published with it, as --publish-documents says"
@@ -93,12 +97,18 @@ class Publisher:
     """Publishes cells to some backends, each opened when it is first needed.
 
     `track` holds the backends, each as `BACKEND` or `BACKEND:PROJECT`; those that name no project
-    get `project`. What documents say is published where it is public, and elsewhere if `texts` says
-    so. RequestError if there is no such backend.
+    get `project`. In a sweep the `trial` is W&B's picture of the cell. What documents say is
+    published where it is public, and elsewhere if `texts` says so. RequestError if there is no such
+    backend.
     """
 
     def __init__(
-        self, track: Sequence[str], project: str, results: Path, texts: bool = False
+        self,
+        track: Sequence[str],
+        project: str,
+        results: Path,
+        texts: bool = False,
+        trial: Trial | None = None,
     ) -> None:
         self.project = project
         self._texts = texts
@@ -110,15 +120,29 @@ class Publisher:
             SimpleQueue()
         )
         self._thread: Thread | None = None
+        pictures: list[Picture] = [trial] if trial is not None and trial.joins else []
+        for to in self._targets.values():
+            if not (pictures and to.backend == "wandb"):
+                place = (to.backend, to.project or project, results, to.server)
+                pictures.append(open_picture(*place))
+        self.live = Live(tuple(pictures))
 
-    def begin(self, store: CellStore, record: CellRecord) -> Future[Publication]:
+    def begin(
+        self, store: CellStore, record: CellRecord, after: Event | None = None
+    ) -> Future[Publication]:
         """Publish a cell in a thread beside the caller's, after those that were begun before.
 
-        In a W&B trial it is done before this returns: the trial's run is to be ended last. The
-        future never raises.
+        It waits for `after`, but not for ever. In a W&B trial it is done before this returns: the
+        trial's run is to be ended last. The future never raises.
         """
         # What belongs to the record, before more of the cell is measured.
-        job = partial(self._publish, store, record, _files(store, record), True)
+        files = _files(store, record)
+
+        def job() -> Publication:
+            if after is not None:
+                after.wait(_PATIENCE)
+            return self._publish(store, record, files, True)
+
         future: Future[Publication] = Future()
         if in_sweep():
             future.set_result(job())
@@ -210,37 +234,67 @@ class Publisher:
             while True:
                 self._jobs.get_nowait()
         self._jobs.put(None)
+        self.live.close()
         for backend in self._open.values():
             backend.close()
 
 
-class Trial:
+class Trial(Picture):
     """The run that a W&B agent opened for this process, where it did and W&B is tracked.
 
-    It is joined when there is something to log: a server that is away never stops a measurement.
+    It is joined when there is something to show: a server that is away never stops a measurement.
+    `request` is what the trial asks for: one layer, component and span.
     """
 
-    def __init__(self, track: Sequence[str], results: Path) -> None:
-        self._joins = in_sweep() and any(target(text).backend == "wandb" for text in track)
-        self._results = results
+    def __init__(self, track: Sequence[str], results: Path, request: CellRequest) -> None:
+        self.joins = in_sweep() and any(target(text).backend == "wandb" for text in track)
+        component, span, layer = request.components[0], request.spans[0], request.layers[0]
+        self._run = RunIdentity(component=component, span=span, layer=layer)
+        self._trial = open_trial(results)
+        self._busy = Lock()
 
-    def log(self, cell: CellRecord, request: CellRequest) -> None:
-        """Log the run that the trial asked for (one layer, component and span), and end.
+    @override
+    def begin(self, cell: CellRecord) -> None:
+        with self._busy:
+            self._trial.begin(cell, self._run)
+
+    @override
+    def update(self, key: str, figures: Mapping[str, float], step: int) -> None:
+        with self._busy:
+            self._trial.update(figures)
+
+    @override
+    def end(self, key: str, status: Ending) -> None:
+        pass  # `log` or `leave` does
+
+    @override
+    def close(self) -> None:
+        pass  # `log` or `leave` does
+
+    def log(self, cell: CellRecord) -> None:
+        """Log the run that the trial asked for, and end.
 
         TrackingError if W&B refused or could not be reached.
         """
-        if self._joins:
-            wanted = (request.components[0], request.spans[0], request.layers[0])
-            run = next(run for run in cell.runs if (*run.kind, run.layer) == wanted)
-            log_trial(cell, run, self._results)
+        if self.joins:
+            wanted = self._run.order
+            self._done("log", cell, next(run for run in cell.runs if run.order == wanted))
 
-    def end(self, note: str, failed: bool = False) -> None:
-        """End without a measurement, noting why; `failed` is how the sweep shows the run.
+    def leave(self, note: str, status: Ending = "finished") -> None:
+        """End without a measurement, noting why; `status` is how the sweep shows the run.
 
         TrackingError if W&B refused or could not be reached.
         """
-        if self._joins:
-            end_trial(note, failed, self._results)
+        if self.joins:
+            self._done("end", note, status)
+
+    def _done(self, method: str, *arguments: object) -> None:
+        if self._busy.acquire(timeout=_PATIENCE):
+            self._busy.release()
+        else:
+            self._trial.close()  # it hangs: another process ends the run
+        with closing(self._trial), self._busy:
+            getattr(self._trial, method)(*arguments)
 
 
 def _files(store: CellStore, record: CellRecord) -> list[Path]:

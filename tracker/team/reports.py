@@ -95,7 +95,7 @@ def publish(
             charts = dict(list(figures(found.cells).items())[:_CHARTS])
             says = "\n\n".join((summary(found.cells), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
             tables = board_tables(found.cells)
-            locations[masked(text)] = backend.add_report(says, files, tables, charts)
+            locations[masked(text)] = backend.add_report(says, files, tables, charts, found.cells)
     return locations, failed, notes
 
 

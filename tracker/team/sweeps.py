@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tracker.ablations import removals
-from tracker.config import CellRequest, Parameters, cell_request
+from tracker.config import CellRequest, Experiment, Parameters, cell_request
 from tracker.errors import ResultsError, TrackerError
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
@@ -16,8 +21,11 @@ from tracker.records import CellRecord, RunRecord
 from tracker.tracking import open_sweep
 from tracker.tracking.base import SweepTrial
 
+_OF_A_GRID = ("method", "parameters", "run_cap")
+_ANY_RUN: dict[str, Any] = {"layers": (), "components": (), "spans": (), "only": None}
 _UNFINISHED = ("crashed", "failed", "killed", "preempted")
 """States of a run that no agent takes up again."""
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,6 +52,26 @@ def trial_request(settings: dict[str, Any]) -> CellRequest:
         if (value := known.pop(name, None)) is not None:
             known[several] = (value,)
     return cell_request(**known)
+
+
+def asked_of_cell(request: CellRequest, results: Path) -> CellRequest | None:
+    """Ask W&B for the cell of a trial as this process's sweep asks for it.
+
+    None outside a sweep, and where its grid cannot be read or does not hold the trial.
+    """
+    path = [os.environ.get(f"WANDB_{name}", "") for name in ("ENTITY", "PROJECT", "SWEEP_ID")]
+    if not all(path):
+        return None
+    try:
+        with closing(open_sweep("/".join(path), results)) as sweep:
+            config = sweep.config()
+        known = {name: config[name] for name in _OF_A_GRID if name in config}
+        cells = Experiment.model_validate(known).cells()
+    except (TrackerError, ValidationError):
+        log.debug("the sweep could not be read", exc_info=True)
+        return None
+    trial = request.model_copy(update=_ANY_RUN)
+    return next((cell for cell in cells if cell.model_copy(update=_ANY_RUN) == trial), None)
 
 
 def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:

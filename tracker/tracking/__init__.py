@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from tracker.errors import RequestError, did_you_mean
 from tracker.provenance import content_hash
-from tracker.records import CellRecord, RunRecord
 from tracker.text import masked
-from tracker.tracking.base import Backend
-from tracker.tracking.wandb.isolated import Isolated
+from tracker.tracking.base import Backend, Picture
+from tracker.tracking.isolated import Isolated
 
 _SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 """What an agent tells its trial. Whoever has it can open the trial's own run and no other."""
@@ -126,22 +124,26 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
     return BACKENDS[name](project, results, server)
 
 
-def log_trial(cell: CellRecord, run: RunRecord, results: Path) -> None:
-    """Log a run of a cell into the run that a W&B agent opened for this process, and end it."""
-    with closing(Isolated("WandbTrial", results)) as trial:
-        trial.log(cell, run)
-
-
-def end_trial(note: str, failed: bool, results: Path) -> None:
-    """End the run that a W&B agent opened for this process, with nothing measured.
+def open_picture(name: str, project: str, results: Path, server: str | None = None) -> Picture:
+    """Open what a backend shows while cells are measured, in a process of its own.
 
     Args:
-        note: Why.
-        failed: Whether the sweep shows the run as failed.
+        name: A key of `BACKENDS`.
+        project: As for `open_backend`.
         results: The results folder.
+        server: As for `open_backend`.
+
+    Returns:
+        The picture; nothing is contacted before it is used.
     """
-    with closing(Isolated("WandbTrial", results)) as trial:
-        trial.end(note, failed)
+    if name == "mlflow":
+        return cast(Picture, Isolated("MlflowPicture", project, results, server))
+    return cast(Picture, Isolated("WandbPicture", project, results, without=_SWEEP))
+
+
+def open_trial(results: Path) -> Isolated:
+    """Open the run that a W&B agent opened for this process: a `WandbTrial` in one of its own."""
+    return Isolated("WandbTrial", results)
 
 
 def open_sweep(path: str, results: Path) -> Isolated:

@@ -10,13 +10,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tracker.records import CellRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+Ending = Literal["finished", "failed", "killed"]
+PROGRESS = "progress/"
+"""How the names of figures begin that a run shows while its cell is measured."""
 Scalar = str | int | float | None
 
 
@@ -67,6 +70,46 @@ class SweepTrial:
     state: str
     settings: dict[str, Any]
     """Its configuration: what the sweep asked of it, and what it logged."""
+
+
+class Picture(Protocol):
+    """The runs that a backend shows while their cells are measured; nothing rests on it."""
+
+    def begin(self, cell: CellRecord) -> None:
+        """Open the cell's run, or continue it.
+
+        Args:
+            cell: What is known of the cell before it is measured.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+
+    def update(self, key: str, figures: Mapping[str, float], step: int) -> None:
+        """Show how far the cell is.
+
+        Args:
+            key: The run key of the cell's own run.
+            figures: What is known so far, under names that begin with `PROGRESS`.
+            step: Documents.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+
+    def end(self, key: str, status: Ending) -> None:
+        """Close the cell's run.
+
+        Args:
+            key: The run key of the cell's own run.
+            status: What became of the cell.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+
+    def close(self) -> None:
+        """Show what is still open as killed; it never raises."""
 
 
 class Backend(Protocol):
@@ -131,12 +174,15 @@ class Backend(Protocol):
     def read_board(self, version: str) -> str:
         """Read one version of the leaderboard, as it was given to `add_board`."""
 
-    def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
+    def add_board(
+        self, file: Path, tables: Mapping[str, LoggedTable], made_of: Sequence[CellRecord]
+    ) -> str:
         """Add a version of the leaderboard.
 
         Args:
             file: All of it, named `BOARD_FILE`.
             tables: What people browse.
+            made_of: The cells that it ranks: the backend leads from it to their outcomes.
 
         Returns:
             What a person opens.
@@ -148,6 +194,7 @@ class Backend(Protocol):
         files: Sequence[Path],
         tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
+        made_of: Sequence[CellRecord],
     ) -> str:
         """Add a report.
 
@@ -156,6 +203,7 @@ class Backend(Protocol):
             files: The page, and what goes with it, each under its own file name.
             tables: What people browse.
             charts: Plotly figures, by name.
+            made_of: The cells that it shows: the backend leads from it to their outcomes.
 
         Returns:
             What a person opens.

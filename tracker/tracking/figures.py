@@ -92,6 +92,8 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
     return {
         "n": cell.n,
         "tokens": cell.tokens,
+        "seconds": cell.seconds,
+        "peak_bytes": cell.peak_bytes,
         "compared": cell.compared,
         "compared_difference": cell.compared_difference,
         "removed_accuracy": cell.removed_accuracy,

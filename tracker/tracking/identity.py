@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tracker.records import INTACT_VIEW, CellRecord, Record, RunRecord
+from tracker.records import INTACT_VIEW, CellRecord, Record, RunIdentity
 
 DIGITS = 10
 """Significant digits by which a published figure is another one."""
@@ -32,22 +32,23 @@ def run_key(cell: CellRecord, ablation: str) -> str:
     return f"{key}/{ablation}"
 
 
-def run_name(cell: CellRecord, layer: RunRecord) -> str:
+def run_name(cell: CellRecord, layer: RunIdentity) -> str:
     """Name a run where people read lists of them: `layer 03 · arc_easy · SmolLM2-135M`.
 
     The zeros make names sort as numbers do.
     """
     beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
-    drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
-    label = layer.label(max(2, len(str(cell.model.layers - 1))))
-    parts = (f"{label}{beneath}", cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
-    return " · ".join(filter(None, parts))
+    return _name(f"{layer.label(max(2, len(str(cell.model.layers - 1))))}{beneath}", cell)
 
 
 def intact_name(cell: CellRecord) -> str:
     """Name the run of the intact model beside those of its cell: `intact · arc_easy · …`."""
+    return _name("intact", cell)
+
+
+def _name(what: str, cell: CellRecord) -> str:
     drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
-    parts = ("intact", cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
+    parts = (what, cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
     return " · ".join(filter(None, parts))
 
 
@@ -56,7 +57,8 @@ def intact_part(cell: CellRecord) -> CellRecord:
     without: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     without |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
     beneath = ("compared_difference", "removed_accuracy", "removed_low", "removed_high")
-    return cell.model_copy(update=without | dict.fromkeys(beneath))
+    costs = ("seconds", "peak_bytes")
+    return cell.model_copy(update=without | dict.fromkeys((*beneath, *costs)))
 
 
 def content_digest(record: Record, *also: str) -> str:

@@ -39,15 +39,17 @@ from tracker.tracking.base import (
     RemoteCell,
     sync_command,
 )
-from tracker.tracking.identity import files_digest
+from tracker.tracking.identity import files_digest, run_key
 from tracker.tracking.mlflow.database import artifact_folder, create_database
 from tracker.tracking.mlflow.runs import (
     FILES_TAG,
     KEY_TAG,
     KIND_TAG,
     cell_run,
+    child_links,
     intact_run,
     layer_run,
+    made_of_tag,
     tables_tag,
 )
 from tracker.tracking.mlflow.writing import DIGEST_TAG, attach, stated_digests, write
@@ -109,13 +111,19 @@ class MlflowBackend(Backend):
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
-            parent = cell_run(cell, artifacts, charts, tables)
-            outcomes = [write(client, experiment, parent, existing)]
-            parent_id = existing[parent.key].info.run_id
+            # First, for its children; its figures come last, and with them where its children are.
+            parent = run_key(cell, "cell")
+            is_new = parent not in existing
+            parent_id = _opened(client, experiment, cell, existing)
             # MLflow lists the newest run first: the intact model, then layer 0, then layer 1, ...
             runs = [layer_run(cell, layer, parent_id) for layer in reversed(cell.runs)]
-            for run in (*runs, intact_run(cell, parent_id)):
-                outcomes.append(write(client, experiment, run, existing))
+            children = (*runs, intact_run(cell, parent_id))
+            outcomes = [write(client, experiment, run, existing) for run in children]
+            ids = {key: found.info.run_id for key, found in existing.items()}
+            links = child_links(cell, experiment, ids)
+            whole = cell_run(cell, artifacts, charts, tables, links)
+            outcome = write(client, experiment, whole, existing)
+            outcomes.append("created" if is_new else outcome)
             location = self._location(experiment)
         return Published(
             created=outcomes.count("created"),
@@ -123,6 +131,37 @@ class MlflowBackend(Backend):
             unchanged=outcomes.count("unchanged"),
             location=location,
         )
+
+    def open(self, cell: CellRecord) -> tuple[str, str]:
+        """Open the run of a cell that is about to be measured, or continue it.
+
+        Args:
+            cell: What is known of it.
+
+        Returns:
+            The run's id, and the tracking URI.
+        """
+        with self.connected("does not show what is measured") as client, self._one_publisher():
+            _, experiment = self._connect()
+            run_id = _opened(client, experiment, cell, _runs_of_cell(client, experiment, cell.key))
+            client.update_run(run_id, status="RUNNING")
+            return run_id, self._uri
+
+    @contextmanager
+    def connected(self, problem: str) -> Iterator[Any]:
+        """Give MLflow's client, and say what did not work where it fails.
+
+        Args:
+            problem: The words for that.
+
+        Yields:
+            The client.
+        """
+        with self._failures_explained(problem):
+            if self._connection is None:
+                with self._one_publisher():
+                    self._connect()
+            yield self._connect()[0]
 
     @override
     def cells(self) -> list[RemoteCell]:
@@ -166,8 +205,10 @@ class MlflowBackend(Backend):
             return Path(path).read_text(encoding="utf-8")
 
     @override
-    def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
-        return self._add("leaderboard", BOARD, [file], tables, {})
+    def add_board(
+        self, file: Path, tables: Mapping[str, LoggedTable], made_of: Sequence[CellRecord]
+    ) -> str:
+        return self._add("leaderboard", BOARD, [file], tables, {}, made_of)
 
     @override
     def add_report(
@@ -176,8 +217,9 @@ class MlflowBackend(Backend):
         files: Sequence[Path],
         tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
+        made_of: Sequence[CellRecord],
     ) -> str:
-        return self._add("report", "report", files, tables, charts, text)
+        return self._add("report", "report", files, tables, charts, made_of, text)
 
     @override
     def user(self) -> str:
@@ -190,6 +232,7 @@ class MlflowBackend(Backend):
         files: Sequence[Path],
         tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
+        made_of: Sequence[CellRecord],
         note: str = "",
     ) -> str:
         """Log files, tables and charts in a run of their own."""
@@ -197,6 +240,7 @@ class MlflowBackend(Backend):
             client, experiment = self._connect()
             tags = {
                 KIND_TAG: kind,
+                "tracker.made_of": made_of_tag(made_of),
                 "mlflow.source.name": "tracker",
                 "mlflow.user": self.user(),
                 "mlflow.loggedArtifacts": tables_tag(tables),
@@ -323,6 +367,15 @@ def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]
     for run in _search(client, experiment, f"tags.`tracker.cell` = '{cell_key}'"):
         found.setdefault(run.data.tags.get(KEY_TAG, run.info.run_id), run)
     return found
+
+
+def _opened(client: Any, experiment: str, cell: CellRecord, existing: dict[str, Any]) -> str:
+    """Find the run of a cell, or create it; `existing` learns of it."""
+    key = run_key(cell, "cell")
+    if key not in existing:
+        run = cell_run(cell, [], {})
+        existing[key] = client.create_run(experiment, tags=run.tags, run_name=run.name)
+    return str(existing[key].info.run_id)
 
 
 def _secrets(uri: str) -> list[str | None]:

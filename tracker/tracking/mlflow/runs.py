@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.records import BASELINE, WHOLE_LAYER, CellRecord, RunRecord, TaskIdentity
+from tracker.provenance import content_hash
+from tracker.records import BASELINE, CellRecord, RunRecord, TaskIdentity
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
@@ -31,11 +32,12 @@ from tracker.tracking.identity import (
     run_key,
     run_name,
 )
+from tracker.tracking.notes import cell_note, intact_note, layer_note
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "4"
+FORMAT = "5"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 KEY_TAG = "tracker.run_key"
@@ -66,6 +68,8 @@ class MlflowRun:
     files: tuple[Path, ...] = ()
     data: tuple[dict[str, str], ...] = ()
     """The data sets that it used, in the fields of MLflow's `Dataset`."""
+    measured_on: tuple[str, str] | None = None
+    """Name and digest of the data of a model's figures; None where the run is of no one model."""
 
 
 def cell_run(
@@ -73,8 +77,12 @@ def cell_run(
     artifacts: Sequence[Path],
     charts: Mapping[str, Figure],
     more: Mapping[str, LoggedTable] = {},
+    links: str = "",
 ) -> MlflowRun:
-    """Describe the run of a cell, with the layers' figures as curves over the layers."""
+    """Describe the run of a cell, with the layers' figures as curves over the layers.
+
+    `links` is what its note says of where its runs are.
+    """
     model, benchmark = cell.model, cell.benchmark
     params = {
         "architecture": model.architecture,
@@ -99,10 +107,6 @@ def cell_run(
         "correlations": logged_correlations(cell),
         **more,
     }
-    measured, values = "accuracy loses", "Values are fractions"
-    if not cell.higher_is_better:
-        measured = "loss gains"
-        values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
     files = files_digest(artifacts)
     tags = {
         FILES_TAG: files,
@@ -110,16 +114,12 @@ def cell_run(
         "tracker.missing": ", ".join(cell.lacks) or None,
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
         "mlflow.loggedArtifacts": tables_tag(tables),
-        "mlflow.note.content": (
-            f"**{cell.heading}**: what the benchmark's {measured} (`{cell.metric}`, "
-            f"{cell.documents}) when {_what_is_removed(cell)}, beside the cheap proxies. The step "
-            f"of every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
-        ),
+        "mlflow.note.content": cell_note(cell) + links,
     }
     return MlflowRun(
         key=run_key(cell, "cell"),
         name=cell.title,
-        digest=content_digest(cell, FORMAT, files),
+        digest=content_digest(cell, FORMAT, files, links),
         params=_texts(params),
         tags=_tags(cell, "cell", tags, {**not_finite(single), **cell.reasons}),
         points=points,
@@ -135,7 +135,11 @@ def cell_run(
 def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
     """Describe one run of a cell, nested in the cell's own, which MLflow knows as `parent_id`."""
     name = run_name(cell, layer)
-    tags = {"tracker.layer": str(layer.layer), "mlflow.parentRunId": parent_id}
+    tags = {
+        "tracker.layer": str(layer.layer),
+        "mlflow.parentRunId": parent_id,
+        "mlflow.note.content": layer_note(cell, layer),
+    }
     figures = flat_metrics(layer)
     return MlflowRun(
         key=run_key(cell, layer.ablation),
@@ -153,21 +157,50 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
         tags=_tags(cell, layer.ablation, tags, absent_reasons(layer)),
         points={(metric_name(name), layer.layer): value for name, value in figures.items()},
         step=layer.layer,
+        measured_on=_measured_on(cell),
     )
 
 
 def intact_run(cell: CellRecord, parent_id: str) -> MlflowRun:
     """Describe the run of the intact model, nested beside those that remove something of it."""
     name = intact_name(cell)
+    tags = {"mlflow.parentRunId": parent_id, "mlflow.note.content": intact_note(cell)}
     return MlflowRun(
         key=run_key(cell, BASELINE),
         name=name,
         digest=content_digest(intact_part(cell), FORMAT, name, parent_id),
         params=_texts({**_identity(cell), "ablation": BASELINE, "removed": "none"}),
-        tags=_tags(cell, BASELINE, {"mlflow.parentRunId": parent_id}, {}),
+        tags=_tags(cell, BASELINE, tags, {}),
         points={(metric_name(name), 0): value for name, value in intact_metrics(cell).items()},
         step=0,
+        measured_on=_measured_on(cell),
     )
+
+
+def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
+    """Link a cell's runs, as many as its note has room for; `ids` are MLflow's, by run key."""
+    digits = max(2, len(str(cell.model.layers - 1)))
+    labels = {BASELINE: "intact", **{run.ablation: run.label(digits) for run in cell.runs}}
+    room = _TAG_CHARACTERS - len(cell_note(cell)) - 100
+    text = "\n\nRuns:"
+    for ablation, label in labels.items():
+        link = f" [{label}](#/experiments/{experiment}/runs/{ids[run_key(cell, ablation)]})"
+        if len(text) + len(link) > room:
+            return f"{text} … of {len(labels)}"
+        text += link
+    return text
+
+
+def made_of_tag(cells: Iterable[CellRecord]) -> str:
+    """Write the tag that says which cells' runs, by their run keys, something was made of."""
+    return ", ".join(run_key(cell, "cell") for cell in cells)[:_TAG_CHARACTERS]
+
+
+def _measured_on(cell: CellRecord) -> tuple[str, str]:
+    """Name the data of a cell: the task's, or all of a group's together."""
+    prints = [task.fingerprint for task in cell.benchmark.tasks]
+    digest = prints[0] if len(prints) == 1 else content_hash(prints)
+    return cell.benchmark.name, digest[:_DIGEST_CHARACTERS]
 
 
 def tables_tag(names: Iterable[str]) -> str:
@@ -197,22 +230,6 @@ def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
         "source": json.dumps(source),
         "profile": json.dumps({"num_rows": task.documents}),
     }
-
-
-def _what_is_removed(cell: CellRecord) -> str:
-    """Say it in the words of the note, with the names of the curves where there are several."""
-    kinds = dict.fromkeys(run.kind for run in cell.runs)
-    if all(kind == WHOLE_LAYER for kind in kinds):
-        text = "one layer is removed"
-    else:
-        text = (
-            "one layer is removed, or its attention or MLP alone (curves `attention/…`, `mlp/…`), "
-            "or several layers from a first one on (curves `span4/…` for 4 of them)"
-        )
-    if cell.removed:
-        layers = ", ".join(map(str, cell.removed))
-        text += f", from a model that lacks {layers} already (drops are from the intact model)"
-    return text
 
 
 def _tags(

@@ -1,5 +1,7 @@
 """Writes one run of MLflow: metrics, params, tags, tables, charts, files, and its digest last.
 
+The run of an ablation is a logged model too, with its weights elsewhere: so MLflow ranks ablations.
+
 MLflow never lets a param change, so params hold identity only; whatever may change is a metric or a
 tag.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,16 +26,21 @@ from mlflow.entities import (
     Param,
     RunTag,
 )
+from mlflow.exceptions import MlflowException
 
 from tracker.provenance import file_hash
-from tracker.tracking.base import LoggedTable
+from tracker.tracking.base import PROGRESS, LoggedTable
 from tracker.tracking.figures import is_curve
-from tracker.tracking.mlflow.runs import MlflowRun
+from tracker.tracking.mlflow.runs import KEY_TAG, MlflowRun
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 DIGEST_TAG = "tracker.digest"
+MODEL_TAG = "tracker.logged_model"
+_OF_MODELS = ("model", "benchmark", "ablation")
+"""Params that a logged model has too; its run has them all."""
+_NOT_IN_NAMES = r"[/:.%\"']"
 _DIGESTS = "digests/files.json"
 """The digests of the attached files, by name: what has not changed is not uploaded again."""
 
@@ -54,19 +62,22 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
         found = client.create_run(experiment, tags=run.tags, run_name=run.name)
         existing[run.key] = found
         known, tags, outcome = {}, {}, "created"
-    elif found.data.tags.get(DIGEST_TAG) == run.digest:
+    elif found.data.tags.get(DIGEST_TAG) == run.digest and found.info.status == "FINISHED":
         return "unchanged"
     else:
         known, tags, outcome = _known_points(client, found, run), run.tags, "updated"
 
     run_id = found.info.run_id
-    now = int(time.time() * 1000)
+    at_once = not (run.tables or run.charts or run.files or run.data)
+    model = None if run.measured_on is None else _model_of(client, experiment, run, found)
+    if model is not None:
+        tags = {**tags, MODEL_TAG: model}
+    if at_once:
+        # It counts once the run is finished; a request of its own would be one more for each layer.
+        tags = {**tags, DIGEST_TAG: run.digest}
     client.log_batch(
         run_id,
-        metrics=[
-            Metric(name, value, now, step)
-            for (name, step), value in _changes(known, run.points).items()
-        ],
+        metrics=_metrics(run, _changes(known, run.points), model),
         params=[
             Param(name, value)
             for name, value in run.params.items()
@@ -76,7 +87,7 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
         synchronous=True,
     )
     for tag in found.data.tags:
-        if tag.startswith("tracker.") and tag != DIGEST_TAG and tag not in run.tags:
+        if tag.startswith("tracker.") and tag not in {*run.tags, DIGEST_TAG, MODEL_TAG}:
             client.delete_tag(run_id, tag)
     attach(client, run_id, run.tables, run.charts)
     if run.files:
@@ -89,8 +100,48 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
         client.update_run(run_id, name=run.name)
     if found.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
-    client.set_tag(run_id, DIGEST_TAG, run.digest, synchronous=True)
+    if not at_once:
+        client.set_tag(run_id, DIGEST_TAG, run.digest, synchronous=True)
     return outcome
+
+
+def _model_of(client: Any, experiment: str, run: MlflowRun, found: Any) -> str | None:
+    """Find the logged model of a run, or log it; None where the server, of MLflow 2, has none."""
+    known: str | None = found.data.tags.get(MODEL_TAG)
+    if known is not None:
+        return known
+    try:
+        model = client.create_logged_model(
+            experiment,
+            name=re.sub(_NOT_IN_NAMES, "-", run.name),
+            source_run_id=found.info.run_id,
+            tags={"mlflow.model.isExternal": "true", KEY_TAG: run.key},
+            params={n: value for n, value in run.params.items() if n in _OF_MODELS},
+            model_type="ablation",
+        )
+    except MlflowException as error:
+        if error.error_code != "ENDPOINT_NOT_FOUND":
+            raise
+        return None
+    client.finalize_logged_model(model.model_id, "READY")
+    return str(model.model_id)
+
+
+def _metrics(
+    run: MlflowRun, values: Mapping[tuple[str, int], float], model: str | None
+) -> list[Metric]:
+    """Lay values out as metrics of a run, and of its model where it is one of a model."""
+    now = int(time.time() * 1000)
+    if model is None or run.measured_on is None:
+        return [Metric(name, value, now, step) for (name, step), value in values.items()]
+    data, digest = run.measured_on
+    return [
+        # Of a model, MLflow keeps a value that is no number as zero.
+        Metric(name, value, now, step)
+        if math.isnan(value)
+        else Metric(name, value, now, step, model, data, digest)
+        for (name, step), value in values.items()
+    ]
 
 
 def attach(
@@ -138,6 +189,8 @@ def _known_points(client: Any, found: Any, run: MlflowRun) -> dict[tuple[str, in
     """Read back the newest value of every metric at every step."""
     known: dict[tuple[str, int], float] = {}
     for name, value in found.data.metrics.items():
+        if name.startswith((PROGRESS, "system/")):
+            continue  # what the run showed while it was measured is history
         if run.has_curves and is_curve(name):
             history = client.get_metric_history(found.info.run_id, name)
             for point in sorted(history, key=lambda point: point.timestamp):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,14 @@ from tracker.errors import TrackingError
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord
 from tracker.tracking.base import BOARD, BOARD_FILE, Backend, LoggedTable, Published, RemoteCell
-from tracker.tracking.wandb.runs import WandbRun, cell_run, group_of, intact_run, layer_run
+from tracker.tracking.wandb.runs import (
+    WandbRun,
+    artifact_name,
+    cell_run,
+    group_of,
+    intact_run,
+    layer_run,
+)
 from tracker.tracking.wandb.session import finished, is_offline, log_in, publishing, session, start
 from tracker.tracking.wandb.writing import attach, wandb_table, write
 
@@ -145,8 +152,10 @@ class WandbBackend(Backend):
             return (Path(folder) / BOARD_FILE).read_text(encoding="utf-8")
 
     @override
-    def add_board(self, file: Path, tables: Mapping[str, LoggedTable]) -> str:
-        self._add("leaderboard", BOARD, "leaderboard", [file], tables, {})
+    def add_board(
+        self, file: Path, tables: Mapping[str, LoggedTable], made_of: Sequence[CellRecord]
+    ) -> str:
+        self._add("leaderboard", BOARD, "leaderboard", [file], tables, {}, made_of)
         return f"{self._home()}/artifacts/leaderboard/{BOARD}"
 
     @override
@@ -156,6 +165,7 @@ class WandbBackend(Backend):
         files: Sequence[Path],
         tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
+        made_of: Sequence[CellRecord],
     ) -> str:
         try:
             from tracker.tracking.wandb import views
@@ -163,7 +173,7 @@ class WandbBackend(Backend):
             raise TrackingError(
                 f"a W&B Report needs a package more; type: {install_extra('reports')}"
             ) from None
-        self._add("report", "layer-report", "report", files, tables, charts)
+        self._add("report", "layer-report", "report", files, tables, charts, made_of)
         with self._reading("W&B did not take the report"):
             entity, _, project = self._path().rpartition("/")
             there = wandb.Api().reports(self._path())
@@ -188,16 +198,26 @@ class WandbBackend(Backend):
         files: Sequence[Path],
         tables: Mapping[str, LoggedTable],
         charts: Mapping[str, Figure],
+        made_of: Sequence[CellRecord],
     ) -> None:
-        """Log files, tables and charts in a run of their own."""
+        """Log files, tables and charts in a run of their own, which uses the cells' outcomes."""
         with self._reading(f"W&B did not take the {name}"):
             log_in()
-            place = {"entity": self._entity, "project": self._project}
+            place: dict[str, Any] = {"entity": self._entity, "project": self._project}
             handle = start(self._results, **place, name=name, job_type="report")
             with finished(handle):
+                for outcomes in [] if handle.offline else self._outcomes(made_of):
+                    handle.use_artifact(outcomes)
                 handle.log({f"tables/{n}": wandb_table(table) for n, table in tables.items()})
                 handle.log({f"charts/{n}": figure for n, figure in charts.items()})
                 attach(handle, wandb.Artifact(artifact, type=kind), files)
+
+    def _outcomes(self, cells: Iterable[CellRecord]) -> list[Any]:
+        """Find the outcomes of cells, as far as this project has them."""
+        api, path = wandb.Api(), self._path()
+        names = [f"{path}/{artifact_name(cell)}" for cell in cells]
+        there = [name for name in names if api.artifact_collection_exists(name, "outcomes")]
+        return [api.artifact(f"{name}:latest") for name in there]
 
     @contextmanager
     def _reading(self, problem: str = "W&B could not be read") -> Iterator[None]:
@@ -226,9 +246,24 @@ class WandbBackend(Backend):
     def _write(self, run: WandbRun, found: _Known | None, offline: bool, deleted: int) -> int:
         """Bring one run to what it should be; say how many ids of its series are gone."""
         points = self._points(found) if found and run.curves and not offline else []
+        handle, deleted = self._open(run, found, offline, deleted)
+        with finished(handle):
+            write(handle, run, points)
+        return deleted
+
+    def _open(
+        self,
+        run: WandbRun,
+        found: _Known | None,
+        offline: bool,
+        deleted: int,
+        watched: int | None = None,
+    ) -> tuple[Any, int]:
+        """Open one run, under the first id of its series that is not gone; say how many are."""
         try:
             handle = start(
                 self._results,
+                watched,
                 entity=self._entity,
                 project=self._project,
                 id=found.id if found else run.id(deleted),
@@ -239,10 +274,24 @@ class WandbBackend(Backend):
         except wandb.Error as error:
             if found or _DELETED not in str(error) or deleted == _IDS:
                 raise
-            return self._write(run, found, offline, deleted + 1)
-        with finished(handle):
-            write(handle, run, points)
-        return deleted
+            return self._open(run, found, offline, deleted + 1, watched)
+        return handle, deleted
+
+    def open(self, run: WandbRun, cell: CellRecord, watched: int) -> Any:
+        """Open a run of a cell while it is measured by the process `watched`.
+
+        Args:
+            run: The run as it is at the beginning.
+            cell: The cell.
+            watched: The process.
+
+        Returns:
+            W&B's run; None offline, where nobody looks on.
+        """
+        if is_offline():
+            return None
+        log_in()
+        return self._open(run, self._ask(cell).get(run.key), False, 0, watched)[0]
 
     def _points(self, found: _Known) -> list[dict[str, Any]]:
         """Read the curves that a run has."""

@@ -32,11 +32,12 @@ from tracker.tracking.identity import (
     run_key,
     run_name,
 )
+from tracker.tracking.notes import cell_note, intact_note, layer_note
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "3"
+FORMAT = "4"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 # What W&B takes; counted in bytes, of which there are never fewer than characters.
@@ -68,6 +69,7 @@ class WandbRun:
     digest: str
     tags: tuple[str, ...]
     config: dict[str, Any]
+    note: str
     summary: dict[str, float]
     curves: tuple[dict[str, float], ...] = ()
     """One row of points a layer, each with `layer`."""
@@ -91,6 +93,13 @@ def group_of(cell: CellRecord) -> str:
     return _fitting(f"{cell.title} · {cell.key[:8]}", _GROUP)
 
 
+def labels_of(cell: CellRecord, name: str, job_type: str) -> dict[str, Any]:
+    """Say what W&B lists a run of a cell by, in the words of `wandb.init`."""
+    tags = (_fitting(cell.model.name, _TAG), _fitting(cell.benchmark.name, _TAG))
+    labels = {"name": _fitting(name, _NAME), "job_type": job_type, "tags": tags}
+    return {**labels, "group": group_of(cell)}
+
+
 def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
     """Describe one run of a cell."""
     figures = {metric_name(name): value for name, value in flat_metrics(layer).items()}
@@ -102,6 +111,7 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
         digest=content_digest(layer, FORMAT, group_of(cell), cell.metric),
         own={"layer": layer.layer, "component": layer.component, "span": layer.span},
         reasons=absent_reasons(layer),
+        note=layer_note(cell, layer),
         summary=figures,
     )
 
@@ -116,6 +126,7 @@ def intact_run(cell: CellRecord) -> WandbRun:
         digest=content_digest(intact_part(cell), FORMAT, group_of(cell)),
         own={"removed": []},
         reasons={},
+        note=intact_note(cell),
         summary={metric_name(name): value for name, value in intact_metrics(cell).items()},
     )
 
@@ -133,7 +144,7 @@ def cell_run(
         known = flat_metrics(layer)
         points = {curve_name(layer, name): known[name] for name in CURVES if name in known}
         rows.append({"layer": layer.layer, **points})
-    artifact = _artifact_name(cell)
+    artifact = artifact_name(cell)
     return _run(
         cell,
         "cell",
@@ -142,6 +153,7 @@ def cell_run(
         digest=content_digest(cell, FORMAT, files_digest(artifacts)),
         own={},
         reasons={**not_finite(figures), **cell.reasons},
+        note=cell_note(cell),
         summary={metric_name(name): value for name, value in only_defined(figures).items()},
         curves=tuple(rows),
         tables={
@@ -168,6 +180,7 @@ def _run(
     ablation: str,
     *,
     name: str,
+    job_type: str,
     own: Mapping[str, object],
     reasons: Mapping[str, str],
     **parts: Any,
@@ -194,10 +207,8 @@ def _run(
     }
     return WandbRun(
         key=key,
-        name=_fitting(name, _NAME),
-        group=group_of(cell),
-        tags=(_fitting(cell.model.name, _TAG), _fitting(cell.benchmark.name, _TAG)),
         config=config,
+        **labels_of(cell, name, job_type),
         **parts,
     )
 
@@ -220,7 +231,7 @@ def _nested(values: Mapping[str, str]) -> dict[str, str]:
     return {name.replace(".", "_"): value for name, value in values.items()}
 
 
-def _artifact_name(cell: CellRecord) -> str:
+def artifact_name(cell: CellRecord) -> str:
     """Name the artifact alike on every machine, with the key last, which tells cells apart."""
     key = re.sub(_NOT_IN_NAMES, "-", f"{cell.view}-{cell.key[:12]}")
     name = re.sub(_NOT_IN_NAMES, "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")

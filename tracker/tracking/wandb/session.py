@@ -75,11 +75,12 @@ def log_in() -> None:
         )
 
 
-def start(results: Path, **run: Any) -> Any:
+def start(results: Path, /, watched: int | None = None, **run: Any) -> Any:
     """Open a run beside whatever else is open: quiet, every wait bound, nothing of this machine.
 
     Args:
         results: The results folder, which keeps the run's files.
+        watched: The process that W&B's system metrics are of; None for none.
         **run: Which run, in the words of `wandb.init`.
 
     Returns:
@@ -93,7 +94,8 @@ def start(results: Path, **run: Any) -> Any:
         disable_git=True,
         x_disable_machine_info=True,
         x_disable_meta=True,
-        x_disable_stats=True,
+        x_disable_stats=watched is None,
+        x_stats_pid=watched or os.getpid(),
         x_save_requirements=False,
         init_timeout=60,
         finish_timeout=_FINISH_SECONDS,

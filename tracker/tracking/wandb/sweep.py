@@ -7,10 +7,11 @@ from typing import Any
 
 import wandb
 
+from tracker.errors import TrackingError
 from tracker.records import CellRecord, RunRecord
 from tracker.tracking.base import SweepTrial
 from tracker.tracking.wandb.runs import layer_run
-from tracker.tracking.wandb.session import finished, log_in, session, start
+from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
 from tracker.tracking.wandb.writing import add_config, write
 
 
@@ -27,11 +28,12 @@ class WandbSweep:
         self._entity, self._project, self._id = path.split("/")
         self._results = results.absolute()
 
-    def parameters(self) -> dict[str, Any]:
-        """Read the sweep's grid, as it stands in its file; TrackingError if that is impossible."""
+    def config(self) -> dict[str, Any]:
+        """Read the sweep as it stands in its file; TrackingError if that is impossible."""
         with self._session("could not be read"):
-            found: dict[str, Any] = self._sweep().config.get("parameters", {})
-            return found
+            if is_offline():
+                raise TrackingError("W&B is offline")
+            return dict(self._sweep().config)
 
     def trials(self) -> list[SweepTrial]:
         """List the trials that were handed out; TrackingError if that is impossible."""
@@ -46,7 +48,7 @@ class WandbSweep:
         run = layer_run(cell, layer)
         with self._session("did not take a run"):
             log_in()
-            place = {"entity": self._entity, "project": self._project, "id": trial}
+            place: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial}
             handle = start(self._results, **place, resume="must", **run.labels)
             with finished(handle):
                 add_config(handle, run)

@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tracker.records import CellRecord, RunRecord
+from tracker.records import CellRecord, RunIdentity, RunRecord
 from tracker.text import masked
-from tracker.tracking.wandb.runs import layer_run
+from tracker.tracking.base import Ending
+from tracker.tracking.identity import run_name
+from tracker.tracking.wandb.picture import EXIT_CODES, show_progress
+from tracker.tracking.wandb.runs import labels_of, layer_run
 from tracker.tracking.wandb.session import finished, log_in, publishing, start
 from tracker.tracking.wandb.writing import add_config, write
 
 
 class WandbTrial:
-    """The run that a W&B agent opened for its trial."""
+    """The run that a W&B agent opened for its trial; it is opened once, and ended once."""
 
     def __init__(self, results: Path) -> None:
         self._results = results.absolute()
+        self._handle: Any = None
+
+    def begin(self, cell: CellRecord, layer: RunIdentity) -> None:
+        """Open the run while what the trial asked for, a run of the cell, is measured."""
+        with publishing(self._results, "wandb"):
+            log_in()
+            labels = labels_of(cell, run_name(cell, layer), "layer")
+            self._handle = start(self._results, os.getppid(), **labels)
+            show_progress(self._handle)
+
+    def update(self, figures: Mapping[str, float]) -> None:
+        """Show how far the measurement is."""
+        with publishing(self._results, "wandb"):
+            self._handle.log(dict(figures))
 
     def log(self, cell: CellRecord, layer: RunRecord) -> None:
         """Log the run of the cell that the trial asked for, and end."""
         run = layer_run(cell, layer)
-        with self._opened(**run.labels) as handle:
+        with self._opened("finished", **run.labels) as handle:
             add_config(handle, run)
             write(handle, run, [])
 
-    def end(self, note: str, failed: bool) -> None:
-        """End with nothing measured, and say why; `failed` is how the sweep shows the run."""
-        with self._opened(exit_code=int(failed)) as handle:
+    def end(self, note: str, status: Ending) -> None:
+        """End with nothing measured, and say why."""
+        with self._opened(status) as handle:
             handle.config.update({"tracker": {"note": masked(note)}})
 
+    def abandon(self) -> None:
+        """Show the run as killed, where it is still open."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.finish(exit_code=EXIT_CODES["killed"])
+
     @contextmanager
-    def _opened(self, exit_code: int = 0, **names: Any) -> Iterator[Any]:
+    def _opened(self, status: Ending, **names: Any) -> Iterator[Any]:
         with publishing(self._results, "wandb"):
-            log_in()
-            handle = start(self._results, **names)
-            with finished(handle, exit_code):
+            handle, self._handle = self._handle, None
+            if handle is None:
+                log_in()
+                handle = start(self._results, **names)
+            with finished(handle, EXIT_CODES[status]):
                 yield handle

@@ -27,6 +27,7 @@ def write(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> Non
         run: What it should be.
         known: Rows of its history that it has already.
     """
+    handle.notes = run.note
     if run.curves:
         handle.define_metric("layer", hidden=True, summary="none")
         for name in dict.fromkeys(name for row in run.curves for name in row if name != "layer"):

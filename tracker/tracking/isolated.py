@@ -1,12 +1,14 @@
-"""Calls of W&B's SDK in a process of its own.
+"""Calls of an SDK in a process of its own.
 
-The SDK has one session a process: its settings, its service process, the runs that are open. Those
+W&B's has one session a process: its settings, its service process, the runs that are open. Those
 may be a notebook's, whose run must go on whatever becomes of ours; and after an outage a service
-can keep its process from ever ending. So ours lives elsewhere, and ends with its process.
+can keep its process from ever ending. So ours lives elsewhere, and ends with its process. What is
+shown of a measurement lives elsewhere too: it outlives one that is killed, and says so.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
@@ -21,7 +23,15 @@ import psutil
 
 from tracker.errors import TrackerError, TrackingError
 
-_PROGRAM = "from tracker.tracking.wandb.isolated import serve; serve()"
+_PROGRAM = "from tracker.tracking.isolated import serve; serve()"
+_KINDS = {
+    "MlflowPicture": "tracker.tracking.mlflow.picture",
+    "WandbBackend": "tracker.tracking.wandb.backend",
+    "WandbPicture": "tracker.tracking.wandb.picture",
+    "WandbSweep": "tracker.tracking.wandb.sweep",
+    "WandbTrial": "tracker.tracking.wandb.trial",
+}
+"""What may live there, and in which module it is."""
 _SESSION = "WANDB_SERVICE"
 """By this a process finds the session of its parent."""
 _PATIENCE = 10.0
@@ -29,13 +39,13 @@ _PATIENCE = 10.0
 
 
 class Isolated:
-    """One of W&B's classes here in another process; its methods are called there.
+    """An object in another process; its methods are called there.
 
     The process begins with the first call, and ends with `close` or with a call that fails; another
     call begins another.
 
     Args:
-        kind: The object's class.
+        kind: The object's class: a key of `_KINDS`.
         *arguments: What makes it.
         without: Environment variables that the process does not get.
     """
@@ -44,6 +54,7 @@ class Isolated:
 
     def __init__(self, kind: str, *arguments: object, without: Collection[str] = ()) -> None:
         self._object = kind, arguments
+        self._sdk = "MLflow" if kind.startswith("Mlflow") else "W&B"
         self._without = {_SESSION, *without}
         self._process: subprocess.Popen[bytes] | None = None
         self._patience = _PATIENCE
@@ -64,7 +75,9 @@ class Isolated:
             failed, answer = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             self.close()
-            raise TrackingError(f"the process of W&B has ended ({process.returncode})") from None
+            raise TrackingError(
+                f"the process of {self._sdk} has ended ({process.returncode})"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -101,27 +114,32 @@ class Isolated:
                     with suppress(psutil.NoSuchProcess):
                         one.kill()
             process.wait()
+        assert process.stdout is not None
+        with suppress(OSError, ValueError):
+            process.stdout.close()
 
 
 def serve() -> None:
-    """Answer the calls of an `Isolated` until it ends."""
-    # What the SDK prints must not get among the answers; Ctrl-C is for the other process.
+    """Answer the calls of an `Isolated` until it ends, then abandon what the object has open."""
+    # What the SDK prints must not get among the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from tracker.tracking.wandb.backend import WandbBackend
-    from tracker.tracking.wandb.sweep import WandbSweep
-    from tracker.tracking.wandb.trial import WandbTrial
-
-    kinds = {"WandbBackend": WandbBackend, "WandbSweep": WandbSweep, "WandbTrial": WandbTrial}
-    with suppress(EOFError):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    made: Any = None
+    with suppress(EOFError, OSError):
         while True:
             kind, made_of, method, arguments = pickle.load(sys.stdin.buffer)
             try:
-                answer = False, getattr(kinds[kind](*made_of), method)(*arguments)
+                if made is None:
+                    made = getattr(importlib.import_module(_KINDS[kind]), kind)(*made_of)
+                answer = False, getattr(made, method)(*arguments)
             except TrackerError as error:
                 answer = True, error
             except Exception as error:  # noqa: BLE001  what it was is said where it is shown
                 answer = True, TrackingError(f"{type(error).__name__}: {error}")
             pickle.dump(answer, answers)
             answers.flush()
+    if made is not None and hasattr(made, "abandon"):
+        with suppress(TrackerError):
+            made.abandon()

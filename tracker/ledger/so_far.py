@@ -1,0 +1,58 @@
+"""What the blocks that are in the ledger say already, while the rest of a cell is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracker.ablations import INTACT
+from tracker.ledger.cells import CellStore
+from tracker.ledger.outcomes import METRIC
+from tracker.ledger.viewed import Viewed
+from tracker.metrics.accuracy import Estimate, accuracy_drop, weights_by_task
+from tracker.records import RunIdentity, View
+
+
+@dataclass(frozen=True)
+class SoFar:
+    """How far a view of a cell is.
+
+    Attributes:
+        documents: Documents that are measured under everything that is shown.
+        wanted: Documents that were asked for.
+        tokens: Their tokens, as `CellRecord.tokens` counts them.
+        drops: Run → its drop on these documents.
+    """
+
+    documents: int
+    wanted: int
+    tokens: int
+    drops: dict[RunIdentity, Estimate]
+
+
+def so_far(store: CellStore, view: View) -> SoFar:
+    """Estimate each run's drop from what is measured.
+
+    Args:
+        store: The cell on disk.
+        view: What was asked of it.
+
+    Returns:
+        The estimates; none where a run lacks every document.
+    """
+    metric = view.metric
+    outcomes = Viewed(store, view, ["task", "doc", "ablation", "proxy_tokens", METRIC + metric])
+    n = len(outcomes.tasks)
+    if not n or outcomes.missing:
+        return SoFar(0, outcomes.wanted, 0, {})
+    by_size = store.identity.benchmark.weight_by_size
+    weights = weights_by_task(outcomes.tasks, by_size, outcomes.units(metric))
+    before = outcomes.metric(INTACT, metric)
+    drops = {}
+    for run in outcomes.runs:
+        after = outcomes.metric(outcomes.ablation(run), metric)
+        pair = (before, after) if outcomes.higher_is_better(metric) else (after, before)
+        drops[run] = accuracy_drop(*pair, weights)
+    tokens = outcomes.of(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
+    return SoFar(n, outcomes.wanted, int(tokens.sum()), drops)

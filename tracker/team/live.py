@@ -1,0 +1,196 @@
+"""Runs that are there while their cells are measured: how far, how fast, and what is known so far.
+
+The measurement never waits for it: it says when a cell begins and ends, and goes on. All else is
+done in a thread, from what is in the ledger; while that is busy, nothing piles up.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+
+from tracker.errors import TrackerError
+from tracker.ledger.cells import CellStore
+from tracker.ledger.so_far import SoFar, so_far
+from tracker.records import CellRecord, View
+from tracker.tracking.base import PROGRESS, Ending, Picture
+from tracker.tracking.figures import only_defined
+from tracker.tracking.identity import run_key
+
+GRACE = 5.0
+"""Seconds after which a cell's run opens: what is done before needs no picture."""
+EVERY = 10.0
+"""Seconds between two looks at the ledger, at least."""
+_SHARE = 20
+"""A look may take one part in so many of the time."""
+_SHOWN = 100
+"""Runs of a cell whose drops are shown."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Cell:
+    """A cell that is being measured."""
+
+    store: CellStore
+    view: View
+    record: CellRecord
+    began: float
+    due: float
+    first: SoFar | None = None
+    """How far it was when its run was opened."""
+    shown: tuple[Picture, ...] = ()
+    """Where its run is open."""
+
+
+class Live:
+    """Shows cells in some pictures while they are measured; what a picture costs is only itself."""
+
+    def __init__(self, pictures: tuple[Picture, ...]) -> None:
+        self._pictures = pictures
+        self._said: SimpleQueue[tuple[Hashable, _Cell | Ending, Event] | None] = SimpleQueue()
+        self._cells: dict[Hashable, _Cell] = {}
+        self._thread: Thread | None = None
+
+    def begin(self, name: Hashable, store: CellStore, view: View) -> None:
+        """Hear that a cell begins, under whatever name."""
+        if not self._pictures:
+            return
+        now = time.monotonic()
+        cell = _Cell(store, view, _unmeasured(store, view), now, now + GRACE)
+        if self._thread is None:
+            self._thread = Thread(target=self._work, name="tracker-live", daemon=True)
+            self._thread.start()
+        self._said.put((name, cell, Event()))
+
+    def end(self, name: Hashable, status: Ending) -> Event:
+        """Hear that a cell has ended; the event is set when its run is left to others."""
+        left = Event()
+        if self._thread is None:
+            left.set()
+        else:
+            self._said.put((name, status, left))
+        return left
+
+    def close(self) -> None:
+        """Show what has not ended as killed; it never raises."""
+        self._said.put(None)
+        for picture in self._pictures:
+            picture.close()
+
+    def _work(self) -> None:
+        while True:
+            due = min((cell.due for cell in self._cells.values()), default=math.inf)
+            wait = None if due == math.inf else max(0.0, due - time.monotonic())
+            try:
+                said = self._said.get(timeout=wait)
+            except Empty:
+                for cell in self._cells.values():
+                    if cell.due <= time.monotonic():
+                        self._look(cell)
+                continue
+            if said is None:
+                return
+            name, what, left = said
+            if isinstance(what, _Cell):
+                self._cells[name] = what
+            else:
+                self._leave(self._cells.pop(name) if name in self._cells else None, what)
+            left.set()
+
+    def _leave(self, cell: _Cell | None, status: Ending) -> None:
+        """End the runs of a cell, where there are any."""
+        if cell is None:
+            return
+        for picture in cell.shown:
+            with suppress(TrackerError):
+                picture.end(run_key(cell.record, "cell"), status)
+
+    def _look(self, cell: _Cell) -> None:
+        """Show how far a cell is; a picture that fails is gone for the rest of it."""
+        start = time.monotonic()
+        try:
+            found = so_far(cell.store, cell.view)
+        except Exception:
+            log.debug("%s: no estimate yet", cell.record.title, exc_info=True)
+            cell.due = time.monotonic() + EVERY
+            return
+        taken = time.monotonic() - start
+        opening = cell.first is None
+        if opening:
+            cell.first, cell.shown = found, self._pictures
+        figures = progress_figures(cell.first or found, found, start - cell.began, cell.record)
+        key, kept = run_key(cell.record, "cell"), []
+        for picture in cell.shown:
+            try:
+                if opening:
+                    picture.begin(cell.record)
+                picture.update(key, figures, found.documents)
+                kept.append(picture)
+            except TrackerError:
+                log.debug("%s is not shown any more", cell.record.title, exc_info=True)
+        cell.shown = tuple(kept)
+        cell.due = time.monotonic() + max(EVERY, _SHARE * taken)
+
+
+def progress_figures(
+    first: SoFar, now: SoFar, seconds: float, record: CellRecord
+) -> Mapping[str, float]:
+    """Name what is known of a cell that is being measured.
+
+    Args:
+        first: How far it was.
+        now: How far it is.
+        seconds: What the time between the two was.
+        record: The cell.
+
+    Returns:
+        Figures under names that begin with `PROGRESS`: drops are fractions, or the metric's unit.
+    """
+    new, left = now.documents - first.documents, now.wanted - now.documents
+    figures: dict[str, float | None] = {
+        "documents": now.documents,
+        "documents_wanted": now.wanted,
+        "tokens_per_second": (now.tokens - first.tokens) / seconds if new > 0 else None,
+        "seconds_left": seconds * left / new if new > 0 else None,
+    }
+    widths = []
+    for run, drop in now.drops.items():
+        if drop.low is not None and drop.high is not None:
+            widths.append((drop.high - drop.low) / 2)
+        if len(widths) <= _SHOWN:
+            label = run.label(max(2, len(str(record.model.layers - 1))))
+            ends = {"": drop.value, "_low": drop.low, "_high": drop.high}
+            figures |= {f"accuracy_drop{end}/{label}": value for end, value in ends.items()}
+    figures["half_width"] = sum(widths) / len(widths) if widths else None
+    return {PROGRESS + name: value for name, value in only_defined(figures).items()}
+
+
+def _unmeasured(store: CellStore, view: View) -> CellRecord:
+    """What is known of a cell before it is measured."""
+    identity = store.identity
+    nothing = dict.fromkeys(("baseline_accuracy", "baseline_low", "baseline_high"))
+    return CellRecord(
+        key=identity.key,
+        model=identity.model,
+        benchmark=identity.benchmark,
+        metric=view.metric,
+        n=0,
+        tokens=0,
+        **nothing,
+        chance_accuracy=None,
+        baseline_metrics={},
+        sample_seed=view.seed,
+        removed=view.removed,
+        layers=(),
+        correlations=(),
+        missing=view.runs,
+        provenance=identity.provenance,
+        reasons={"n": "it is being measured"},
+    )

@@ -1,0 +1,79 @@
+"""What a run says of itself in a few words of Markdown, alike in every backend."""
+
+from __future__ import annotations
+
+from tracker.records import WHOLE_LAYER, CellRecord, RunRecord
+from tracker.tracking.identity import intact_name, run_name
+
+
+def cell_note(cell: CellRecord) -> str:
+    """Say what the run of a cell shows.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        A paragraph.
+    """
+    measured, values = "accuracy loses", "Values are fractions"
+    if not cell.higher_is_better:
+        measured = "loss gains"
+        values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
+    return (
+        f"**{cell.heading}**: what the benchmark's {measured} (`{cell.metric}`, "
+        f"{cell.documents}) when {_what_is_removed(cell)}, beside the cheap proxies. The step "
+        f"of every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
+    )
+
+
+def intact_note(cell: CellRecord) -> str:
+    """Say what the run of the intact model shows.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        A paragraph.
+    """
+    return (
+        f"**{intact_name(cell)}**: `{cell.metric}` of the whole model on {cell.documents}: what "
+        "the runs without some of its layers are compared with."
+    )
+
+
+def layer_note(cell: CellRecord, run: RunRecord) -> str:
+    """Say what the run of an ablation shows.
+
+    Args:
+        cell: The cell.
+        run: One of its runs.
+
+    Returns:
+        A paragraph.
+    """
+    what = f"**{run_name(cell, run)}**: `{cell.metric}` on {cell.documents} without it"
+    if run.accuracy_drop is None:
+        return f"{what}; its drop is not defined: {run.reasons.get('accuracy_drop', 'no reason')}."
+    if not cell.higher_is_better:
+        return f"{what}; the loss grows by {run.accuracy_drop:.4g}."
+    drop = f"{100 * run.accuracy_drop:.1f} percentage points"
+    if run.accuracy_drop_low is None or run.accuracy_drop_high is None:
+        return f"{what}; it falls by {drop}."
+    low, high = 100 * run.accuracy_drop_low, 100 * run.accuracy_drop_high
+    return f"{what}; it falls by {drop} (95 % interval {low:.1f} to {high:.1f})."
+
+
+def _what_is_removed(cell: CellRecord) -> str:
+    """Say it in the words of the note, with the names of the curves where there are several."""
+    kinds = dict.fromkeys(run.kind for run in cell.runs)
+    if all(kind == WHOLE_LAYER for kind in kinds):
+        text = "one layer is removed"
+    else:
+        text = (
+            "one layer is removed, or its attention or MLP alone (curves `attention/…`, `mlp/…`), "
+            "or several layers from a first one on (curves `span4/…` for 4 of them)"
+        )
+    if cell.removed:
+        layers = ", ".join(map(str, cell.removed))
+        text += f", from a model that lacks {layers} already (drops are from the intact model)"
+    return text
