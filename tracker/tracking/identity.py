@@ -86,7 +86,12 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
+def kept_name(file: Path) -> str:
+    """Name an attached file as MLflow can find it again: it reads a percent sign as a code."""
+    return file.name.replace("%", "=")
+
+
 def files_digest(files: Iterable[Path]) -> str:
     """Digest files by name and content, in whatever order: SHA-256 in hexadecimal."""
-    lines = sorted(f"{f.name} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
+    lines = sorted(f"{kept_name(f)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -82,7 +82,7 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     return chart(
         f"{cell.title}: median {margin_name(cell, decided)} without each layer",
         traces,
-        260,
+        320,
         shapes=shapes,
         xaxis=layer_axis(layers),
         yaxis={"title": {"text": margin_name(cell, decided)}},
