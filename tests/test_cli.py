@@ -72,6 +72,18 @@ def test_every_shipped_experiment_is_valid(cli, file):
     assert ("not checked" in result.output) == (not here)
 
 
+def test_a_cap_is_obeyed_and_said(cli, tiny_llama, experiment, tmp_path):
+    file, results = experiment(tiny_llama(layers=2), limit=2, layer=[0, 1]), tmp_path / "results"
+    file.write_text(f"run_cap: 1\n{file.read_text()}")
+    there = ("--results", results)
+    for options in (("validate",), ("plan", *there, "--gflops=1"), ("run", *there, "--track=none")):
+        said = cli(options[0], file, *options[1:])
+        assert said.exit_code == 0, said.output
+        assert "run_cap: the first 1 of the grid's 2 runs, as W&B counts" in said.output
+    (store,) = Ledger(results).cells()
+    assert set(store.read()["ablation"]) == {"baseline", "layer:0"}
+
+
 def test_run_then_run_again(cli, tiny_llama, experiment, tmp_path):
     results = tmp_path / "results"
     file = experiment(tiny_llama())

@@ -21,8 +21,8 @@ from tracker.errors import WorkError
 from tracker.extent import ALL, Extent, random_order
 from tracker.ledger.files import lock_file, write_bytes
 from tracker.ledger.notes import read_note, write_note
-from tracker.ledger.outcomes import COST, PROVENANCE, outcome_table, refuse_misfits
-from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_file
+from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
+from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_file
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
 from tracker.provenance import content_hash
@@ -264,8 +264,6 @@ class CellStore:
         frame: pd.DataFrame = shard.table.to_pandas()
         if columns is None:
             frame[PROVENANCE] = json.dumps(self._provenance(shard.about))
-            cost = (shard.about.get("seconds"), shard.about.get("peak_bytes"))
-            frame[COST] = json.dumps([path.name, *cost])
         return frame
 
     def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
@@ -355,6 +353,22 @@ class CellStore:
                 }
                 content = shard_file(shard.table.replace_schema_metadata(None), about)
                 write_bytes(path, content)
+
+    def costs(self) -> dict[str, float | int | None]:
+        """Say what measuring took, as far as the shards say: `seconds`, and `peak_bytes`."""
+        abouts = [about for store in (self, *self._others) for about in store._abouts()]
+        seconds = [float(about["seconds"]) for about in abouts if about.get("seconds")]
+        peaks = [int(about["peak_bytes"]) for about in abouts if about.get("peak_bytes")]
+        return {
+            "seconds": sum(seconds) if seconds else None,
+            "peak_bytes": max(peaks, default=None),
+        }
+
+    def _abouts(self) -> Iterator[dict[str, Any]]:
+        """What the shards say of themselves."""
+        for path in self.shards():
+            with suppress(OSError, ValueError):  # what is damaged is said where it is read
+                yield shard_about(path)
 
     def shards(self) -> list[Path]:
         """List the files of outcomes."""

@@ -12,8 +12,6 @@ METRIC = "metric/"
 """Columns that start so hold the task's metrics under lm-eval's names."""
 PROVENANCE = "provenance"
 """What `CellStore.read` adds: who measured the outcome, as JSON; it stands in a shard once."""
-COST = "cost"
-"""What `CellStore.read` adds besides: which shard it is, its seconds and peak memory, as JSON."""
 COMPARED = ("compared", "difference", "unsteady")
 """What is known of the outcomes that were answered again on a really pruned model."""
 PROXY_SUMS = ("cosine_similarity_sum", "angular_distance_sum", "relative_update_sum")

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -62,6 +63,15 @@ class Shard:
     about: dict[str, Any]
     digest: str
     proved: bool
+
+
+def shard_about(path: Path) -> dict[str, Any]:
+    """Read what a shard's metadata says, unproved; ValueError or OSError if that is impossible."""
+    try:
+        found = (pq.read_metadata(path).metadata or {})[b"tracker"]
+        return dict(json.loads(found))
+    except (pa.ArrowException, LookupError, TypeError) as error:
+        raise ValueError(f"it is no shard: {error}") from None
 
 
 def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:

@@ -81,7 +81,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
         **outcomes.comparisons(),
-        **outcomes.costs(),
+        **store.costs(),
         "provenance": united(outcomes.stacks),
     }
     if not n:

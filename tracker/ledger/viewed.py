@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tracker.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import COST, METRIC, PROVENANCE
+from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.views import CellIdentity
 from tracker.metrics.ratios import SCALES, document_ratios
 from tracker.provenance import differences
@@ -72,17 +72,6 @@ class Viewed:
             "compared": int(counted.sum()),
             "compared_difference": float(rows["difference"].max()),
             "compared_unsteady": int(rows["unsteady"].sum()),
-        }
-
-    def costs(self) -> dict[str, Any]:
-        """What measuring the shards took that the outcomes are in, as far as they say."""
-        every = (json.loads(each) for rows in self._rows.values() for each in rows[COST].unique())
-        by_shard = {name: (seconds, peak) for name, seconds, peak in every}
-        spent = [float(seconds) for seconds, _ in by_shard.values() if seconds is not None]
-        peaks = [int(peak) for _, peak in by_shard.values() if peak is not None]
-        return {
-            "seconds": sum(spent) if spent else None,
-            "peak_bytes": max(peaks, default=None),
         }
 
     def ablation(self, run: RunIdentity) -> Ablation:
