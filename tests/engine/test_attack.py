@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,8 @@ class TestKey:
             attack_key(other, ABLATIONS, WINDOW),
             attack_key(tiny_model("qwen2"), ABLATIONS, WINDOW),
         ]
-        assert len(set(keys)) == 6
+        keys.append(attack_key(Placed(model.config), ABLATIONS, WINDOW))
+        assert len(set(keys)) == 7
 
     def test_the_code_and_what_runs_it_count(self, tiny_model, monkeypatch) -> None:
         model = tiny_model("llama")
@@ -119,6 +122,7 @@ class TestVerdict:
         model.model.rotary_emb.inv_freq.zero_()
         assert set(habits.first) == {place}
         assert place in habits.leftovers
+        assert {name for _, name in habits.leftovers} == {"inv_freq"}
         for state in (habits.first, habits.leftovers):
             assert torch.equal(state[place], before)
 
@@ -230,10 +234,18 @@ class TestAttack:
 
     def test_a_model_without_a_miniature_is_attacked_itself(self, tiny_model, monkeypatch) -> None:
         monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        seen = disturbed(monkeypatch, lambda documents: False)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         verdict = attack(engine, ABLATIONS, ())
+        # Always with the same texts, of many tokens.
+        assert attack(engine, ABLATIONS, ()) == verdict
+        assert seen[2:] == seen[:2] == [seen[0], seen[0][::-1]]
+        tokens = {token for d in seen[0] for r in d.requests for token in r.context}
+        assert len(tokens) > 40
+        assert 2 <= min(tokens) < max(tokens) < 97
         assert verdict.sharing == DEPTH_ONLY
         assert verdict.attacked == "the model"
+        assert verdict.difference < 2e-4
         # Four documents of two requests, each other ablation one of them, in both orders.
         assert verdict.compared == 2 * (4 * 2 + 4)
         assert verdict.lengths == (((), True),)
@@ -284,6 +296,9 @@ class TestAttack:
             tokens = [t for r in requests for t in (*r.context, *r.continuation)]
             assert 2 <= min(tokens) < max(tokens) < 97
             assert len(set(tokens)) > 20
+        # The first ones are special in many a vocabulary.
+        few = {t for documents in _calls(4, MAX_LENGTH) for d in documents for t in context(d)}
+        assert few == {2, 3}
         first, steps, *beginnings = calls
         lengths = [len(document.requests[0].context) for document in first]
         assert lengths != sorted(lengths) != lengths[::-1]
@@ -292,6 +307,23 @@ class TestAttack:
             assert len(document.requests[0].context) < length <= max(texts)
         shared = [len(common_beginning(documents, MAX_LENGTH)) for documents in beginnings]
         assert shared == [SHORTEST + 4, SHORTEST + 1]
+        for documents in calls:
+            assert [document.index for document in documents] == list(range(len(documents)))
+            assert {document.task for document in documents} == {"attack"}
+            assert all(d.choices == len(set(d.requests)) > d.gold >= 0 for d in documents)
+            assert len({document.gold for document in documents}) > 1
+
+    def test_the_first_call_has_every_kind_of_row(self) -> None:
+        """Two short texts in one row, long ones alone, branches, and answers that are long."""
+        first = _calls(97, MAX_LENGTH)[0]
+        tokens = [len(context(d)) + sum(len(r.continuation) for r in d.requests) for d in first]
+        assert any(one + other <= 40 for one, other in itertools.pairwise(tokens))
+        assert any(one <= 40 < one + other for one, other in itertools.pairwise(tokens))
+        assert max(tokens) > 40
+        answers = [[len(r.continuation) for r in document.requests] for document in first]
+        assert [1, 1] in answers
+        assert any(lengths[:2] == [1, 1] and max(lengths) > 3 for lengths in answers)
+        assert any(min(lengths) > max(STEPS) - 6 for lengths in answers)
 
     def test_texts_fit_a_model_that_reads_little(self) -> None:
         for documents in crossing_calls(97, 20):
@@ -345,7 +377,8 @@ class TestMiniatures:
 
     def test_it_is_scored_as_a_model_that_reads_as_much(self, tiny_model, watched) -> None:
         for most, read in ((2048, 96), (50, 50)):
-            attack(Engine(loaded(tiny_model("llama")), most), ABLATIONS, ())
+            elsewhere = replace(loaded(tiny_model("llama")), device=torch.device("meta"))
+            attack(Engine(elsewhere, most), ABLATIONS, ())
             engine = watched.engines.pop()
             assert (engine.max_length, engine.row_tokens) == (read, 40)
             assert engine.loaded.device == torch.device("cpu")
@@ -375,6 +408,15 @@ class TestMiniatures:
         assert verdict == Verdict(
             FULL, None, 1e-5, 150, 1, ((window, False),), (), tuple(sorted(places))
         )
+
+    def test_the_same_is_asked_every_time(self, tiny_model, watched) -> None:
+        """Also of the ablations of which only some requests are."""
+        many = [*ABLATIONS, *(ablate("mlp", [n]) for n in range(4)), ablate("layer", [1, 2])]
+        for _ in range(2):
+            attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [*many, *many[1:4]], ())
+        one, other = watched.asked
+        assert one == other
+        assert len(one) < max(number for number, *_ in one) * len([a for a in one if not a[0]])
 
     @pytest.mark.parametrize("every", [True, False])
     def test_a_model_to_which_every_length_is_another(
@@ -469,6 +511,10 @@ class TestOrder:
         assert len(seen) == (8 if reverse else 4) + 8
 
 
+def context(document: Document) -> tuple[int, ...]:
+    return document.requests[0].context
+
+
 def count(documents: Sequence[Document]) -> int:
     return sum(len(document.requests) for document in documents)
 
@@ -540,6 +586,33 @@ class TestCut:
         model = Hidden(tiny_model("llama").config).eval()
         assert self.attacked(model, (0,)).stay is True
 
+    def test_a_model_without_a_miniature_is_cut_itself(
+        self, tiny_model, monkeypatch, refuse, watched
+    ) -> None:
+        monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        model = tiny_model("llama")
+        refuse(False)
+        assert self.attacked(model, (2,)).stay is True
+        (engine,) = watched.engines
+        assert engine.loaded.model is model
+        assert engine.habits.stay
+        assert engine.habits.lengths == Lengths((), each=True)
+        refuse(True)
+        with pytest.raises(CellError, match=r"^LlamaForCausalLM does not run without layer 2 "):
+            self.attacked(model, (2,))
+
+    @pytest.mark.parametrize("small", [True, False])
+    def test_a_model_may_not_run_at_all(self, tiny_model, monkeypatch, small: bool) -> None:
+        def compared(*_: Any) -> Comparison:
+            raise RefusalError("no such mask")
+
+        if not small:
+            monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        monkeypatch.setattr("tracker.engine.attack._compared", compared)
+        said = r"^LlamaForCausalLM cannot be asked one request at a time: no such mask$"
+        with pytest.raises(CellError, match=said):
+            self.attacked(tiny_model("llama"), (2,))
+
     def test_sublayers_ask_for_no_cut(self, tiny_model, refuse, watched) -> None:
         refuse(False, True)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
@@ -550,11 +623,37 @@ class TestCut:
         with pytest.raises(ZeroDivisionError, match="ours"):
             self.attacked(tiny_model("llama"), (2,))
 
-    @pytest.mark.parametrize(("scale", "sharing"), [(1e-9, FULL), (0.1, PLAIN)])
-    def test_rounding_is_no_nature(self, tiny_model, monkeypatch, watched, scale, sharing) -> None:
+    @pytest.mark.parametrize(
+        ("dtype", "scale", "sharing"),
+        [
+            (None, 1e-9, FULL),
+            (None, 1e-4, PLAIN),
+            (torch.float32, 1e-5, DEPTH_ONLY),
+            (torch.float32, 0.05, PLAIN),
+            (torch.bfloat16, 0.01, DEPTH_ONLY),
+            (torch.bfloat16, 1.0, PLAIN),
+        ],
+    )
+    def test_rounding_is_no_nature(
+        self, tiny_model, monkeypatch, watched, dtype, scale: float, sharing: Sharing
+    ) -> None:
+        """On a miniature, which computes in float64, and on models that have none."""
         monkeypatch.setattr(PlacedLayer, "scale", scale)
-        verdict = self.attacked(Placed(tiny_model("llama").config).eval(), (0,))
+        model = Placed(tiny_model("llama").config).eval()
+        if dtype is not None:
+            model = model.to(dtype)
+            monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        verdict = self.attacked(model, (0,))
         assert (verdict.sharing, verdict.stay) == (sharing, False)
+
+    def test_what_is_not_finite_either_way_is_the_same(
+        self, tiny_model, monkeypatch, watched
+    ) -> None:
+        monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        model = tiny_model("llama")
+        model.lm_head.weight[7] = torch.nan
+        verdict = self.attacked(model, (1,))
+        assert (verdict.sharing, verdict.stay) == (DEPTH_ONLY, False)
 
 
 class NoTwo(Placed):

@@ -45,6 +45,7 @@ class Mixing(nn.Module):
         mixed = hidden_states.cumsum(1) * self.weight * scale + shift
         if alibi is not None:
             # A row a text and a head.
+            assert alibi.shape[1:] == (1, TOKENS)
             mixed = mixed + alibi.view(len(mixed), -1, TOKENS).sum(1)[..., None]
         if rotary is not None:
             mixed = mixed * rotary[0] + rotary[1]["sin"]
@@ -90,7 +91,8 @@ class Layer(nn.Module):
         if self.named and besides:
             named = {**named, "shift": besides[0]}
             besides = ()
-        mixed = self.attention(*given, *besides, **called, **named)[0]
+        mixed, weights = self.attention(*given, *besides, **called, **named)
+        assert weights == "weights"
         middle = hidden_states if self.silent == "attention" else hidden_states + mixed
         if self.silent == "mlp":
             after = middle

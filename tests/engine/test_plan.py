@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ablations import single_layers
@@ -22,6 +23,8 @@ from tracker.engine.check import plain_tokens
 from tracker.engine.head import LOGITS_BYTES
 from tracker.engine.memory import stream_bytes
 from tracker.engine.plan import cost, matrix_rate
+from tracker.engine.prefix import SHORTEST
+from tracker.engine.rows import common_beginning
 from tracker.engine.sweep import Engine
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
@@ -58,11 +61,14 @@ def counted(model: Any) -> Iterator[Counter[str]]:
         hook.remove()
 
 
-@pytest.mark.parametrize("shared", [6, 60])
+@pytest.mark.parametrize("shared", [6, SHORTEST])
 def test_the_sweep_costs_what_was_said(tiny_model, shared: int) -> None:
     """Rotary positions alone are operations that nobody counts, and half a per cent."""
     model, documents = tiny_model("llama_eager"), two_tasks(shared)
     engine = Engine(loaded(model), MAX_LENGTH)
+    for task in ("task", "other"):
+        beginning = common_beginning([d for d in documents if d.task == task], MAX_LENGTH)
+        assert len(beginning) == shared
     said = cost(model, documents, ABLATIONS, MAX_LENGTH)
     # The first cell of a model finds out how far its layers see, and what their keys take.
     engine.score(make_documents(2, 3, shared), ABLATIONS)
@@ -133,6 +139,16 @@ def test_the_peak_is_weights_and_the_widest_row_and_logits(tiny_model) -> None:
     assert said.peak_bytes - alone.peak_bytes == 4 * 5 * stream_bytes(model)
 
 
+def test_a_text_of_three_tokens_by_hand(tiny_model) -> None:
+    """And the answer, which is read for the proxies alone."""
+    document = Document("task", 0, (Request((1, 2, 3), (4,)),), 0, 1)
+    said = cost(tiny_model("llama"), [document], [INTACT], MAX_LENGTH)
+    assert (said.tokens, said.layer_passes, said.naive_tokens) == (4, 16, 3)
+    attention, mlp, head = 3 * 32 * 32, 3 * 32 * 48, 97 * 32
+    assert said.flops == 4 * 4 * (2 * attention + 4 * 4 * 32 + 2 * mlp) + 2 * head
+    assert said.naive_flops == 3 * (4 * (2 * attention + 4 * 3 * 32 + 2 * mlp) + 2 * head)
+
+
 def test_weights_need_not_be_there(tiny_model) -> None:
     """`tracker plan` says what a model of any size costs without loading it."""
     model, documents = tiny_model("llama"), make_documents()
@@ -148,3 +164,18 @@ def test_the_rate_is_operations_in_the_time_they_took(monkeypatch) -> None:
         rate = matrix_rate()
     # Asked at 0, 0.1, … 0.5 and, to divide by it, at 0.6.
     assert rate == pytest.approx(flops.get_total_flops() * 4 / 5 / 0.6)
+
+
+def test_the_rate_is_that_of_the_numbers_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "SECONDS", 0)
+    multiplied = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if function is torch.ops.aten.mm.default:
+                multiplied.update(factor.dtype for factor in args)
+            return function(*args, **(kwargs or {}))
+
+    with Products():
+        matrix_rate(torch.bfloat16)
+    assert multiplied == {torch.bfloat16}

@@ -17,8 +17,12 @@ from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row
+from tracker.ledger.shards import read_shard
 from tracker.ledger.spreads import spread_of
+from tracker.ledger.tables import RESAMPLES, SEED
+from tracker.metrics.correlation import correlate
 from tracker.metrics.power import Spread
+from tracker.metrics.resampling import resampled_means
 from tracker.records import CellRecord, RunRecord
 
 from .conftest import cell_record
@@ -314,6 +318,35 @@ def test_a_layer_on_fewer_documents_narrows_all(store) -> None:
     check(cell_record(cell, ask([0, 1]), "acc", aggregate), items, False, [0, 1])
 
 
+def test_a_block_that_is_not_shown_is_not_read(store) -> None:
+    sizes = {"arc_easy": 70}
+    items = make_items(sizes)
+    cell = store(items, sizes)
+    later = cell.shards()[1:]
+    for path in later:
+        path.write_bytes(b"")
+    check(cell_record(cell, ask(limit=32), "acc", aggregate), items[:32], True, range(LAYERS))
+    assert cell.shards()[1:] == later
+
+
+def test_outcomes_of_two_folders_are_lined_up(store, tmp_path) -> None:
+    """The other one holds a layer of the first task, which comes behind all else."""
+    sizes = {"a": 12, "b": 9}
+    items = make_items(sizes)
+    cell = store(items, sizes, weight_by_size=False)
+    other = CellStore(tmp_path / "other", cell.identity)
+    for path in cell.shards():
+        if path.name.startswith("a."):
+            found = read_shard(path.read_bytes())
+            path.unlink()
+            rows = found.table.to_pylist()
+            for place, mine in ((other, True), (cell, False)):
+                some = [row for row in rows if (row["ablation"] == "layer:2") == mine]
+                place.write(Block("a", 0), some, {"provenance": {"a": "b"}})
+    both = CellStore(cell.folder, cell.identity, [other])
+    check(cell_record(both, ask(), "acc", aggregate), items, False, range(LAYERS))
+
+
 def test_documents_that_no_two_layers_share(store) -> None:
     sizes = {"arc_easy": 2}
     items = make_items(sizes, layers=[0, 1])
@@ -337,7 +370,11 @@ def test_no_outcomes_and_no_baseline(store, measured: list[str]) -> None:
     assert record.runs == record.correlations == ()
     assert [run.layer for run in record.missing] == [0, 1]
     assert record.baseline_metrics == {}
-    assert record.reasons["n"] == "0 of 5 documents are measured so far"
+    assert record.reasons == {
+        "n": "0 of 5 documents are measured so far",
+        "baseline_accuracy": "no document is measured yet",
+        "chance_accuracy": "no document is measured yet",
+    }
 
 
 def test_only_the_baseline(store) -> None:
@@ -434,7 +471,8 @@ def test_a_hidden_state_that_is_not_finite(store) -> None:
     for name in ("cosine_similarity", "cosine_score", "angular_distance", "relative_update"):
         assert getattr(record.runs[6], name) is None
         assert getattr(record.runs[5], name) is not None
-    assert record.runs[6].reasons["angular_distance"]
+    said = "a hidden state of a baseline token is not finite or is zero"
+    assert record.runs[6].reasons["angular_distance"] == said
 
 
 def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell, row) -> None:
@@ -569,6 +607,56 @@ class TestCorrelations:
             c.value for c in record.correlations if (c.coefficient, c.subset) == ("pearson", "all")
         ]
         assert len(set(values)) == 3
+
+    def test_what_is_drawn_weighs_as_in_the_value(self, store) -> None:
+        """A drop by its task, a proxy by its tokens, of which an empty text has none."""
+        sizes = {"a": 12, "b": 5}
+        items = make_items(sizes)
+        for item, tokens in zip(items, (0, 1), strict=False):
+            item.sums *= tokens / item.tokens
+            item.tokens = tokens
+        cell = store(items, sizes, weight_by_size=False)
+        record = cell_record(cell, ask(), "acc", aggregate)
+        accuracies = [
+            [item.metrics[name]["acc"] for item in items]
+            for name in ("baseline", *(f"layer:{layer}" for layer in range(LAYERS)))
+        ]
+        drops = np.array([np.subtract(accuracies[0], one) for one in accuracies[1:]]).T
+        tasks = [item.task for item in items]
+        weights = np.array([1 / sizes[task] for task in tasks])
+        tokens = np.array([item.tokens for item in items])
+        angles = np.array([item.sums[1] / max(1, item.tokens) for item in items])
+        expected = correlate(
+            np.average(angles, axis=0, weights=tokens),
+            np.average(drops, axis=0, weights=weights),
+            coefficient="pearson",
+            resampled_proxy=resampled_means(angles, RESAMPLES, SEED, tasks, tokens),
+            resampled_drop=resampled_means(drops, RESAMPLES, SEED, tasks, weights),
+        )
+        (found,) = (
+            c
+            for c in record.correlations
+            if (c.proxy, c.coefficient, c.subset) == ("angular_distance", "pearson", "all")
+        )
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+        assert found.low < found.value < found.high
+
+    @pytest.mark.parametrize("by_size", [True, False])
+    def test_documents_are_drawn_within_their_tasks(self, store, by_size: bool) -> None:
+        """Where all documents of a task are alike, drawing among them leaves nothing open."""
+        sizes = {"a": 6, "b": 4}
+        items = make_items(sizes)
+        for item in items:
+            first = item.task == "a"
+            item.tokens = 10
+            item.sums = np.tile(np.linspace(1, 2 + first, LAYERS), (3, 1))
+            item.metrics["baseline"]["acc"] = 1.0
+            for layer in range(LAYERS):
+                item.metrics[f"layer:{layer}"]["acc"] = float(layer > (4 if first else 2))
+        cell = store(items, sizes, weight_by_size=by_size)
+        for found in cell_record(cell, ask(), "acc", aggregate).correlations:
+            assert found.low == pytest.approx(found.value)
+            assert found.high == pytest.approx(found.value)
 
     def test_the_same_outcomes_give_the_same_record(self, store, items, record) -> None:
         again = cell_record(

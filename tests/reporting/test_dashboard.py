@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from plotly.graph_objects import Figure
 
+from tracker.ledger.decisions import decisions_record
 from tracker.records import CellRecord
 from tracker.reporting import frames
 from tracker.reporting.charts import across, model, ranks, style
@@ -30,7 +31,7 @@ from tracker.reporting.leaderboard.tables import (
 )
 from tracker.reporting.sentences import agreement_sentence, critical_sentence
 
-from .conftest import AT_CHANCE, LAYERS, build_cell, study, two_models, with_layer
+from .conftest import AT_CHANCE, LAYERS, build_cell, build_decisions, study, two_models, with_layer
 from .test_html import HOSTILE, number, read
 
 
@@ -313,7 +314,9 @@ class TestPage:
                 "openbookqa", "piqa", "social_iqa", "winogrande",
             )
         ]  # fmt: skip
-        path = render_report(cells, {}, tmp_path / "report.html")
+        record = decisions_record(build_decisions(cells[0], 100))
+        decided = {cell.place: record for cell in cells}
+        path = render_report(cells, {}, tmp_path / "report.html", decided)
         assert path.stat().st_size < 8_000_000
 
     def test_a_page_of_nothing_but_losses_says_why_nothing_is_ranked(self) -> None:

@@ -148,7 +148,7 @@ class TestBounds:
             assert [entry[3] for entry in lost] == margins[: len(lost)]
 
     def test_a_full_mmlu_leaves_a_page_light(self, tmp_path: Path) -> None:
-        """Was in question: 14,042 documents under thirty layers."""
+        """Of thousands of documents, a page holds the texts of a few."""
         record = decisions_record(build_decisions(CELL, 3000))
         assert max(run.lost for run in record.runs) > 300
         path = render_report([CELL], {}, tmp_path / "report.html", {CELL.place: record})

@@ -79,13 +79,17 @@ def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> 
 
     with monkeypatch.context() as patched:
         patched.setattr("tracker.measuring.derive.cell_record", never)
+        patched.setattr("tracker.measuring.derive.decisions", never)
         assert content(api.ls(results)) == content(first)
+        assert content(api.report(results).cells) == content(first)
         patched.setattr("tracker.measuring.derive._code", lambda: "another formula")
         with pytest.raises(AssertionError, match="derived again"):
             api.ls(results)
-    (kept,) = results.glob("cells/*/derived/*.json")
-    kept.write_text("{damaged")
-    assert content(api.ls(results)) == content(first)
+    kept = list(results.glob("cells/*/derived/*.json"))
+    assert {path.name for path in kept} == {"intact.json", "intact.decisions.json"}
+    for path in kept:
+        path.write_text("{damaged")
+    assert content(api.report(results).cells) == content(first)
     ran(limit=9)
     assert [cell.n for cell in api.ls(results)] == [9]
 
@@ -243,6 +247,18 @@ def test_two_metrics_are_published_and_read_back_apart(
     assert keys[f"{key}/intact--acc_norm/cell"] == "acc_norm"
     done = api.report(to, output=tmp_path / "page.html")
     assert done.failed == {}
+    assert content(done.cells) == content(api.ls(results))
+    # So are as many drawn documents of the same cell.
+    ran(limit=None, sample=6)
+    assert api.sync([to], results=results).failed == {}
+    assert len(client.search_runs([experiment])) == 3 * (1 + 2)
+    assert len(list((store.folder / "receipts").iterdir())) == 3
+    done = api.report(to, output=tmp_path / "page.html")
+    assert sorted((cell.n, cell.metric, cell.sample_seed or 0) for cell in done.cells) == [
+        (6, "acc", 0),
+        (6, "acc", 1234),
+        (6, "acc_norm", 0),
+    ]
     assert content(done.cells) == content(api.ls(results))
 
 

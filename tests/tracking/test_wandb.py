@@ -32,11 +32,13 @@ from tracker.errors import TrackingError
 from tracker.records import CellRecord
 from tracker.reporting.charts.cells import cell_charts
 from tracker.tracking import open_backend
+from tracker.tracking.base import LoggedTable
 cell, results, *files = map(Path, sys.argv[1:])
 backend = open_backend("wandb", "team/layers", results)
 try:
     record = CellRecord.model_validate_json(cell.read_text())
-    done = vars(backend.publish(record, files, cell_charts(record)))
+    asked = LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)), ("task",))
+    done = vars(backend.publish(record, files, cell_charts(record), {"documents": asked}))
 except TrackingError as error:
     done = {"error": str(error)}
 print(json.dumps(done))
@@ -170,6 +172,10 @@ def test_everything_is_read_back(
         wanted = cell_run(cell, [], {}).tables[name]
         assert table["columns"] == list(wanted.columns)
         assert table["data"] == [list(row) for row in wanted.rows]
+    # Without weave, the documents come as a plain table.
+    table = json.loads(parent.files[parent.summary["tables/documents"]["path"]])
+    assert table["columns"] == ["task", "choice"]
+    assert table["data"] == [["arc_easy", 1], ["arc_easy", None]]
     for name in ("charts/accuracy_drop", "charts/proxies"):
         chart = json.loads(parent.files[parent.summary[name]["path"]])
         assert chart["layout"]["title"]["text"].startswith(cell.title)

@@ -57,7 +57,7 @@ class LmEvalBenchmark:
         for task in self._tasks.values():
             self._configure(task)
         self.identity = self._identify(group)
-        self.public = is_public(request.data, self._tasks.values())
+        self.public = is_public(request, self._tasks.values())
         self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
@@ -176,8 +176,7 @@ class LmEvalBenchmark:
             return DocumentText(str(instances[0].args[0]))
         if task.OUTPUT_TYPE == "multiple_choice":
             return choice_text(task, doc)
-        answer = _answer(task, doc).removeprefix(task.config.target_delimiter)
-        return DocumentText(str(task.doc_to_text(doc)), answer=answer)
+        return DocumentText(str(task.doc_to_text(doc)), answer=_answer(task, doc).strip())
 
     def _configure(self, task: Any) -> None:
         """Apply the few-shot count by lm-eval's own rule, and refuse what cannot be scored."""

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tracker.benchmarks.own import check_own
 from tracker.benchmarks.sources import HUB, PACKAGE
+from tracker.config import CellRequest
 from tracker.documents import DocumentText
 
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")
@@ -21,18 +23,20 @@ def choice_text(task: Any, doc: Any) -> DocumentText:
     return DocumentText(str(question), choices)
 
 
-def is_public(data: str, tasks: Iterable[Any]) -> bool:
+def is_public(request: CellRequest, tasks: Iterable[Any]) -> bool:
     """Say whether all documents are those of the hub or of a package, and none a user's own.
 
     Args:
-        data: Where the benchmark's data comes from, as the user typed it.
-        tasks: lm-eval's tasks, which may name files themselves.
+        request: What was asked for: the benchmark, and where its data comes from.
+        tasks: The benchmark's tasks, which may name files themselves.
 
     Returns:
-        Whether they are.
+        Whether they are; a task of one's own is not, wherever it reads.
     """
-    if data != HUB:
-        return data.startswith(PACKAGE)
+    if check_own(request):
+        return False
+    if request.data != HUB:
+        return request.data.startswith(PACKAGE)
     return not any(_reads_files(task.config) for task in tasks)
 
 

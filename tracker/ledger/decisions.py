@@ -108,13 +108,14 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     sign = 1 if outcomes.higher_is_better(view.metric) else -1
     counts = base["choices"].to_numpy(dtype=int)
     options = int(counts.max())
-    gold = base["gold"].to_numpy(dtype=np.float64) if options else np.full(len(base), np.nan)
+    gold = base["gold"].to_numpy(dtype=np.float64)
+    gold = np.where(gold < counts, gold, np.nan)  # also where there are no options
     divisors, why = _divisors(view.metric, counts, texts)
     reasons = {}
     if all(text is None for text in texts):
         reasons["texts"] = _NO_TEXTS
     if not options:
-        why = "there are no options; the log-probability of the answer stands for it"
+        why = "there are no options; the log-probability of the answer or text stands for it"
     if why:
         reasons["margin"] = why
 

@@ -19,8 +19,9 @@ from tracker.ledger.notes import reason, sealed, unsealed, write_note
 from tracker.provenance import content_hash
 from tracker.records import BenchmarkIdentity, ModelIdentity, Record, View, view_name
 
-FORMAT = 2
-"""Of a results folder and of each file in it."""
+FORMAT = 3
+"""Of a results folder and of each file in it. Format 2 knew no random order: a tracker of then
+would take a block of drawn documents for a damaged one, and set it aside."""
 
 
 class CellIdentity(Record):

@@ -17,6 +17,7 @@ from tracker.config import CellRequest
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.provenance import content_hash
 from tracker.records import INTACT_VIEW, PRIVATE, CellRecord, RunIdentity
@@ -135,12 +136,12 @@ class Publisher:
         trial's run is to be ended last. The future never raises.
         """
         # What belongs to the record, before more of the cell is measured.
-        parts = self._parts(store, record)
+        files = _files(store, record)
 
         def job() -> Publication:
             if after is not None:
                 after.wait(_PATIENCE)
-            return self._publish(store, record, parts, True)
+            return self._publish(store, record, files, True)
 
         future: Future[Publication] = Future()
         if in_sweep():
@@ -160,31 +161,33 @@ class Publisher:
 
     def publish(self, store: CellStore, record: CellRecord) -> Publication:
         """Publish a cell, asking the backends themselves what they have."""
-        return self._publish(store, record, self._parts(store, record), False)
+        return self._publish(store, record, _files(store, record), False)
 
-    def _parts(self, store: CellStore, record: CellRecord) -> _Parts:
-        """Gather what is published besides the record, all of which it follows from."""
-        view = store.views.path(record.view)
-        decided = decisions_of(store, store.views.read(view.read_bytes()).view)
-        texts, note, tables = store.texts.files(), "", {}
-        if decided is not None:
-            if texts and decided.public:
-                note = TEXTS_PUBLIC
-            elif texts and self._texts:
-                note = TEXTS_ASKED
-            elif texts:
-                texts, note, decided = [], PRIVATE, decided.without_texts()
-            tables = {"documents": logged_documents(decided)}
-        files = [store.folder / "cell.json", view, *store.shards(), *texts]
-        return _Parts(files, tables, tuple(path.name for path in texts), note)
+    def _parts(self, store: CellStore, record: CellRecord, files: Sequence[Path]) -> _Parts:
+        """Say what of some files is published, and which tables and words with them."""
+        decided = None
+        with suppress(OSError, ValueError):  # a view that was never asked for
+            view = store.views.read(store.views.path(record.view).read_bytes()).view
+            decided = decisions_of(store, view)
+        texts, note = [path for path in files if is_texts(path)], ""
+        if texts:
+            public = all(text.public for text in store.texts.read().values())
+            note = TEXTS_PUBLIC if public else TEXTS_ASKED if self._texts else PRIVATE
+        if note == PRIVATE:
+            texts, decided = [], decided and decided.without_texts()
+        tables = {} if decided is None else {"documents": logged_documents(decided)}
+        kept = [path for path in files if not is_texts(path) or path in texts]
+        return _Parts(kept, tables, tuple(path.name for path in texts), note)
 
     def _publish(
-        self, store: CellStore, record: CellRecord, parts: _Parts, trust_receipts: bool
+        self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
         """Publish a cell; what one backend refuses does not keep the others from it."""
         outcome, errors = Publication(), []
+        parts: _Parts | None = None
         for text, to in self._targets.items():
             try:
+                parts = parts or self._parts(store, record, files)
                 digest = content_digest(record, *parts.texts)
                 receipt = store.receipt(self._receipt(to, record))
                 if trust_receipts and receipt.get("record") == digest:
@@ -292,6 +295,12 @@ class Trial(Picture):
             self._trial.close()  # it hangs: another process ends the run
         with closing(self._trial), self._busy:
             getattr(self._trial, method)(*arguments)
+
+
+def _files(store: CellStore, record: CellRecord) -> list[Path]:
+    """All that a record and its tables follow from, which a backend may keep with the cell."""
+    view = store.views.path(record.view)
+    return [store.folder / "cell.json", view, *store.shards(), *store.texts.files()]
 
 
 def sync(ledger: Ledger, to: Sequence[str], texts: bool = False) -> Synced:

@@ -39,8 +39,11 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
     for record, store, view in every_record(contents):
         if record.n:
             records.append(record)
-            if found := decisions_of(store, view):
-                decided[record.place] = found
+            try:
+                if found := decisions_of(store, view):
+                    decided[record.place] = found
+            except TrackerError as error:
+                contents.damaged[str(store.folder)] = str(error)
     path = render_report(records, contents.experiments, ledger.root / "report.html", decided)
     return path, contents.damaged
 

@@ -38,16 +38,17 @@ def run_name(cell: CellRecord, layer: RunIdentity) -> str:
     The zeros make names sort as numbers do.
     """
     beneath = f" without {', '.join(map(str, cell.removed))}" if cell.removed else ""
-    drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
-    label = layer.label(max(2, len(str(cell.model.layers - 1))))
-    parts = (f"{label}{beneath}", cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
-    return " · ".join(filter(None, parts))
+    return _name(f"{layer.label(max(2, len(str(cell.model.layers - 1))))}{beneath}", cell)
 
 
 def intact_name(cell: CellRecord) -> str:
     """Name the run of the intact model beside those of its cell: `intact · arc_easy · …`."""
+    return _name("intact", cell)
+
+
+def _name(what: str, cell: CellRecord) -> str:
     drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
-    parts = ("intact", cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
+    parts = (what, cell.benchmark.name, cell.other_metric, drawn, cell.model.name)
     return " · ".join(filter(None, parts))
 
 
@@ -85,7 +86,12 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
+def kept_name(file: Path) -> str:
+    """Name an attached file as MLflow can find it again: it reads a percent sign as a code."""
+    return file.name.replace("%", "=")
+
+
 def files_digest(files: Iterable[Path]) -> str:
     """Digest files by name and content, in whatever order: SHA-256 in hexadecimal."""
-    lines = sorted(f"{f.name} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
+    lines = sorted(f"{kept_name(f)} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

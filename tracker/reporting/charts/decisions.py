@@ -9,6 +9,7 @@ import numpy as np
 
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.agreement import clustered, phi
+from tracker.metrics.ratios import SCALES
 from tracker.records import CellRecord, DecisionsRecord, layers_of
 from tracker.reporting import wording
 from tracker.reporting.charts.maps import ROWS, centred_map
@@ -30,9 +31,10 @@ ALIKE = 0.5
 
 def margin_name(cell: CellRecord, decided: DecisionsRecord) -> str:
     """Say what a margin is in nats of: the gold option over the best other one, or the answer."""
-    if not decided.options:
-        return "log-probability of the answer (nats)"
     name = cell.metric.partition(",")[0]
+    if not decided.options:
+        whole = cell.benchmark.tasks[0].metrics.get(cell.metric) in SCALES
+        return f"log-probability of the {'text' if whole else 'answer'} (nats)"
     per = {"acc_norm": "nats a character", "acc_bytes": "nats a byte"}.get(name, "nats")
     return f"margin of the gold option ({per})"
 
@@ -80,7 +82,7 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     return chart(
         f"{cell.title}: median {margin_name(cell, decided)} without each layer",
         traces,
-        260,
+        320,
         shapes=shapes,
         xaxis=layer_axis(layers),
         yaxis={"title": {"text": margin_name(cell, decided)}},

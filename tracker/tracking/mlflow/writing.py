@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +32,7 @@ from mlflow.exceptions import MlflowException
 from tracker.provenance import file_hash
 from tracker.tracking.base import PROGRESS, LoggedTable
 from tracker.tracking.figures import is_curve
+from tracker.tracking.identity import kept_name
 from tracker.tracking.mlflow.runs import KEY_TAG, MlflowRun
 
 if TYPE_CHECKING:
@@ -173,15 +175,19 @@ def stated_digests(client: Any, run_id: str) -> dict[str, str]:
 
 def _attach_files(client: Any, run_id: str, files: Sequence[Path]) -> None:
     """Upload the files that a run lacks, and state the digests of all."""
-    digests = {file.name: file_hash([file]) for file in files}
+    digests = {kept_name(file): file_hash([file]) for file in files}
     stated = stated_digests(client, run_id)
     kept = {name: old for name, old in stated.items() if digests.get(name) == old}
     if kept != stated:
         # First, so that a replacement that breaks off is not taken for the file of before.
         client.log_text(run_id, json.dumps(kept), _DIGESTS)
-    for file in files:
-        if file.name not in kept:
-            client.log_artifact(run_id, str(file))
+    with TemporaryDirectory() as folder:
+        for file in files:
+            name = kept_name(file)
+            if name not in kept:
+                same = name == file.name
+                copy = file if same else Path(shutil.copy(file, Path(folder) / name))
+                client.log_artifact(run_id, str(copy))
     client.log_text(run_id, json.dumps(digests), _DIGESTS)
 
 

