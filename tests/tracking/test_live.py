@@ -56,6 +56,7 @@ def measured(
 ) -> Measured:
     monkeypatch.setattr(live, "GRACE", 0.0)
     monkeypatch.setattr(live, "EVERY", 0.05)
+    monkeypatch.setattr(live, "_PATIENCE", 0.2)
     return Measured(experiment(tiny_llama(layers=2), limit=6, layer=[0, 1]), results)
 
 
@@ -191,7 +192,7 @@ class Stuck:
 
     def begin(self, cell: CellRecord) -> None:
         self.reached.set()
-        self.released.wait(60)
+        self.released.wait()
         raise TrackingError("it is away")
 
     def close(self) -> None:

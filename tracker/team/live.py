@@ -29,6 +29,8 @@ EVERY = 10.0
 """Seconds between two looks at the ledger, at least."""
 _SHARE = 20
 """A look may take one part in so many of the time."""
+_PATIENCE = 5.0
+"""Seconds that the end of a run gives what is being shown right now."""
 _SHOWN = 100
 """Runs of a cell whose drops are shown."""
 log = logging.getLogger(__name__)
@@ -81,6 +83,9 @@ class Live:
     def close(self) -> None:
         """Show what has not ended as killed; it never raises."""
         self._said.put(None)
+        if self._thread is not None:
+            # Whoever is cut off in the middle of a call cannot say that it was killed.
+            self._thread.join(_PATIENCE)
         for picture in self._pictures:
             picture.close()
 
