@@ -16,9 +16,10 @@ import pytest
 from filelock import Timeout
 
 from tracker.ablations import ablations_of
-from tracker.config import CellRequest, load_experiment
+from tracker.config import CellRequest
 from tracker.distribution import upgrade
 from tracker.errors import ResultsError
+from tracker.experiment import load_experiment
 from tracker.extent import ALL, Extent, random_order
 from tracker.ledger.cells import BLOCK, Block, CellStore
 from tracker.ledger.shards import read_shard, shard_digest

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from tracker.errors import WorkError
 from tracker.extent import ALL, Extent, random_order
+from tracker.identities import Record
 from tracker.ledger.files import lock_file, write_bytes
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
@@ -26,7 +27,7 @@ from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_f
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
 from tracker.provenance import content_hash
-from tracker.records import CellRecord, Record
+from tracker.records import CellRecord
 
 BLOCK = 32
 """Documents that are computed, locked and written together."""
