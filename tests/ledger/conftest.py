@@ -12,7 +12,8 @@ from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.ledger import tables
-from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.store import Ledger
 from tracker.records import CellRecord

@@ -13,7 +13,8 @@ from tracker.config import CellRequest
 from tracker.decided import DecisionsRecord
 from tracker.documents import Document, DocumentText, Response
 from tracker.extent import ALL
-from tracker.ledger.cells import BLOCK, CellStore
+from tracker.ledger.blocks import BLOCK
+from tracker.ledger.cells import CellStore
 from tracker.ledger.decisions import Decisions, decisions, decisions_record
 from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
 from tracker.ledger.store import Ledger

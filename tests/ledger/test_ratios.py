@@ -15,7 +15,8 @@ from tracker.benchmarks.tasks import aggregate
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
 from tracker.identities import TaskIdentity
-from tracker.ledger.cells import BLOCK, Block, CellStore
+from tracker.ledger.blocks import BLOCK, Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_row
 from tracker.records import CellRecord
 

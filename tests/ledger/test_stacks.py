@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tracker.config import CellRequest
-from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
 from tracker.records import CellRecord
 from tracker.reporting.caveats import warnings
 from tracker.reporting.tables import layer_table, overview_table

@@ -16,7 +16,7 @@ from tracker.cli.commands import main
 from tracker.distribution import install_extra
 from tracker.executors import slurm_job as job
 from tracker.experiment import load_experiment
-from tracker.ledger.cells import BLOCK
+from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 
 LOCAL = {"executor": "slurm", "slurm": {"cluster": "local"}}
