@@ -324,19 +324,20 @@ class CellStore:
 
     def costs(self) -> dict[str, float | int | None]:
         """Say what measuring took, as far as the shards say: `seconds`, and `peak_bytes`."""
-        abouts = [about for store in (self, *self._others) for about in store._abouts()]
-        seconds = [float(about["seconds"]) for about in abouts if about.get("seconds")]
-        peaks = [int(about["peak_bytes"]) for about in abouts if about.get("peak_bytes")]
+        # Equal names hold the same outcomes, of which one copy counts.
+        abouts = dict(each for store in (self, *self._others) for each in store._abouts())
+        seconds = [float(about["seconds"]) for about in abouts.values() if about.get("seconds")]
+        peaks = [int(each["peak_bytes"]) for each in abouts.values() if each.get("peak_bytes")]
         return {
             "seconds": sum(seconds) if seconds else None,
             "peak_bytes": max(peaks, default=None),
         }
 
-    def _abouts(self) -> Iterator[dict[str, Any]]:
-        """What the shards say of themselves."""
+    def _abouts(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What the shards say of themselves, by name."""
         for path in self.shards():
             with suppress(OSError, ValueError):  # what is damaged is said where it is read
-                yield shard_about(path)
+                yield path.name, shard_about(path)
 
     def shards(self) -> list[Path]:
         """List the files of outcomes."""
