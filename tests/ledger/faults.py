@@ -84,14 +84,21 @@ MADE_AGAIN = ("index", "receipts", "checks", "derived", "verified.json")
 """What is not missed when it is damaged: nothing is shown from it that cannot be made again."""
 
 
+def _but_what_it_took(text: str) -> CellRecord:
+    unknown = {"seconds": None, "peak_bytes": None}
+    return CellRecord.model_validate_json(text).model_copy(update=unknown)
+
+
 def silent(root: Path, truth: Any, hit: Path) -> str:
     """Say what is shown that is not true and of which nothing was said; empty when all is well."""
     shown, said = seen(root)
     if shown == truth or said:
         return ""
-    # What is gone cannot speak: a view is not shown, a cell lacks documents or runs and says so.
+    # What is gone cannot speak: a view is not shown, a cell lacks documents or runs and says so,
+    # and what measuring took is known of the shards that are there.
+    whole = [_but_what_it_took(text) for text in truth[0]]
     if not os.path.lexists(root / hit) and all(
-        text in truth[0] or not CellRecord.model_validate_json(text).is_complete
+        _but_what_it_took(text) in whole or not CellRecord.model_validate_json(text).is_complete
         for text in shown[0]
     ):
         return ""
