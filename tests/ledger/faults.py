@@ -84,9 +84,9 @@ MADE_AGAIN = ("index", "receipts", "checks", "derived", "verified.json")
 """What is not missed when it is damaged: nothing is shown from it that cannot be made again."""
 
 
-def _but_what_it_took(text: str) -> CellRecord:
+def _but_what_it_took(text: str) -> str:
     unknown = {"seconds": None, "peak_bytes": None}
-    return CellRecord.model_validate_json(text).model_copy(update=unknown)
+    return CellRecord.model_validate_json(text).model_copy(update=unknown).model_dump_json()
 
 
 def silent(root: Path, truth: Any, hit: Path) -> str:
@@ -94,11 +94,17 @@ def silent(root: Path, truth: Any, hit: Path) -> str:
     shown, said = seen(root)
     if shown == truth or said:
         return ""
-    # What is gone cannot speak: a view is not shown, a cell lacks documents or runs and says so,
-    # and what measuring took is known of the shards that are there.
-    whole = [_but_what_it_took(text) for text in truth[0]]
+    # What measuring took is known of the shards that are there.
+    if hit.suffix == ".parquet" and shown is not None:
+        shown, truth = (
+            ([_but_what_it_took(text) for text in records], *rest)
+            for records, *rest in (shown, truth)
+        )
+    if shown == truth:
+        return ""
+    # What is gone cannot speak: a view is not shown, a cell lacks documents or runs and says so.
     if not os.path.lexists(root / hit) and all(
-        _but_what_it_took(text) in whole or not CellRecord.model_validate_json(text).is_complete
+        text in truth[0] or not CellRecord.model_validate_json(text).is_complete
         for text in shown[0]
     ):
         return ""
