@@ -336,7 +336,7 @@ def test_plan_counts_what_is_executed(cli, tiny_llama, experiment, tmp_path):
     assert "as stated" in result.output
     assert not (tmp_path / "results").exists()
 
-    from tracker.config import load_experiment
+    from tracker.experiment import load_experiment
     from tracker.ledger.store import Ledger
     from tracker.measuring.planning import plan
 

@@ -9,8 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from tracker.ablations import removals
-from tracker.config import CellRequest, Experiment, load_experiment
+from tracker.config import CellRequest
 from tracker.errors import ExperimentError, did_you_mean
+from tracker.experiment import Experiment, load_experiment
 from tracker.extent import DEFAULT_SEED
 from tracker.ledger.keys import request_key
 

@@ -6,8 +6,8 @@ import pytest
 
 from tests.fuzz import tried
 from tests.fuzz.models import tiny_model
-from tracker.config import load_experiment
 from tracker.errors import ExperimentError
+from tracker.experiment import load_experiment
 
 SEED = 7
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.config import CellRequest, load_experiment
+from tracker.config import CellRequest
 from tracker.errors import RequestError, TrackingError, WorkError
+from tracker.experiment import load_experiment
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import Verified, compare, verify
 from tracker.measuring import prepare

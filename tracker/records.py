@@ -7,107 +7,21 @@ missing, and under `provenance` that not all was measured by the same versions a
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
 from tracker.config import Component, Count, Layers
 from tracker.extent import Extent, Positive
-from tracker.text import harmless
+from tracker.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
 
 BASELINE = "baseline"
 Kind = tuple[Component, int]
 """What a run removes, but for the layer: the component, and the span."""
 Place = tuple[str, str, int]
 """What several records are told apart by: the cell, the view of it, how many documents."""
-PRIVATE = (
-    "texts stay where they were measured, since they are not of the hub or a package; "
-    "--publish-documents publishes them"
-)
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
-_CUT = 40
-"""Characters of a setting that a label shows."""
-
-
-class Record(BaseModel):
-    """A frozen value object that refuses unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-Shown = Annotated[str, AfterValidator(harmless)]
-"""What somebody chose and others read: on a terminal, on a page, in a tracker."""
-
-
-class ModelIdentity(Record):
-    """Which weights were measured."""
-
-    source: Shown
-    """What the user typed: a hub id, a folder, a GGUF file or `package:NAME`."""
-    name: Shown
-    """A short readable name, e.g. `SmolLM2-135M-Instruct`."""
-    revision: Shown | None
-    """The hub's commit, or None for files."""
-    fingerprint: str
-    """SHA-256 of the files, or the hub's commit: what decides the weights and the tokenizer."""
-    architecture: Shown
-    layers: int
-    parameters: int
-    dtype: str
-    arguments: dict[str, Shown] = {}
-    """How it was loaded, in lm-eval's words; the fingerprint covers it."""
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What tells models apart where people read: name, fingerprint and dtype."""
-        return (self.name, self.fingerprint, self.dtype)
-
-
-class TaskIdentity(Record):
-    """One lm-eval task, alone or as part of a group, or one corpus."""
-
-    name: str
-    version: str
-    split: str
-    """The split whose documents are scored; `all` for a corpus file."""
-    documents: int
-    """How many documents the split holds (not how many were measured)."""
-    fingerprint: str
-    """SHA-256 of the task's configuration and of its documents; of a corpus's texts."""
-    metrics: dict[str, str]
-    """Every metric of the task, and how it is aggregated: `mean`, lm-eval's other names (`f1`, …),
-    or `ratio` where every document brings a pair [sum, units] and both are summed."""
-    higher_is_better: dict[str, bool] = {}
-    """Which way each metric is better, as lm-eval says; higher where nothing is said."""
-
-
-class BenchmarkIdentity(Record):
-    """Which documents were scored, and how they were put to the model."""
-
-    name: Shown
-    tasks: tuple[TaskIdentity, ...]
-    data: Shown
-    """Where the documents came from: `hub`, a folder, `package:NAME`, or a corpus's file."""
-    num_fewshot: int
-    seed: int | None
-    """The few-shot seed; None when no few-shot example is drawn."""
-    apply_chat_template: bool
-    primary_metric: str
-    """The metric that the benchmark's field reports."""
-    weight_by_size: bool = True
-    """For a group: whether its accuracy weighs tasks by their documents, as lm-eval does."""
-    settings: dict[str, Shown] = {}
-    """What else was said under lm-eval's names and changes an outcome, as text or JSON."""
-    found_by: dict[str, Shown] = {}
-    """What it takes to find the benchmark again, where its name alone does not: the task's file,
-    `include_path` and `metadata`. No outcome depends on it."""
-
-    @property
-    def said(self) -> str:
-        """The settings in one line, long ones cut; empty without any."""
-        cut = {n: v if len(v) <= _CUT else f"{v[:_CUT]}…" for n, v in self.settings.items()}
-        return ", ".join(f"{name}={value}" for name, value in cut.items())
 
 
 class RunIdentity(Record):
@@ -211,7 +125,7 @@ class RunRecord(RunIdentity):
     corpus or a rolling task has no gold answer: the whole text's log-probability stands for it."""
     metrics: dict[str, float | None]
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
-    reasons: dict[str, str] = {}
+    reasons: dict[str, str] = Field(default_factory=dict)
 
 
 class CorrelationRecord(Record):
@@ -304,7 +218,7 @@ class CellRecord(Record):
     """The largest difference of a log-likelihood among them, in nats."""
     compared_unsteady: int = 0
     """How many of them differ by more than rounding because the model itself is discontinuous."""
-    reasons: dict[str, str] = {}
+    reasons: dict[str, str] = Field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -428,93 +342,3 @@ class CellRecord(Record):
 def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:
     """List the layers that the runs of a kind start from in some cells, measured or missing."""
     return sorted({run.layer for cell in cells for run in cell.all_runs if run.kind == kind})
-
-
-class ShownDocument(Record):
-    """A document that some run loses or wins, and what the intact model makes of it."""
-
-    task: str
-    doc: int
-    """Its place in the task's split, 0-based."""
-    question: Shown | None
-    """None where the text is not known, or not to be shown."""
-    choices: tuple[Shown, ...]
-    answer: Shown | None
-    """The gold answer where there are no options."""
-    gold: int | None
-    choice: int | None
-    """The option that the intact model takes, 0-based."""
-    margin: float | None
-    text: Shown | None
-    """What the intact model generates."""
-
-
-class DecidedDocument(Record):
-    """What a run makes of a document that it loses or wins."""
-
-    document: int
-    """Its place in `DecisionsRecord.documents`."""
-    choice: int | None
-    margin: float | None
-    text: Shown | None
-
-
-Quartiles = tuple[float, float, float]
-"""Lower quartile, median, upper quartile."""
-
-
-class RunDecisions(Record):
-    """Which documents a run loses and wins, and what it decides over all."""
-
-    run: RunIdentity
-    lost: int
-    """Documents that it makes worse than the intact model does."""
-    won: int
-    margins: Quartiles | None
-    options: tuple[float, ...]
-    """How often each option is taken; empty without options."""
-    named_lost: int
-    """How many of `named` are lost: the first ones."""
-    named: tuple[DecidedDocument, ...]
-    """Those whose margin changes most."""
-
-
-class DecisionsRecord(Record):
-    """What the runs of a cell's view decide, document by document."""
-
-    n: int
-    """Documents."""
-    right: int
-    """Documents that the intact model has right; 0 where they are not right or wrong."""
-    margins: Quartiles | None
-    """Of the intact model: by how much the gold option beats the best other one."""
-    options: tuple[float, ...]
-    gold: tuple[float, ...]
-    """How often each option is the gold one."""
-    documents: tuple[ShownDocument, ...]
-    """Those that some run names."""
-    runs: tuple[RunDecisions, ...]
-    compared: tuple[int, ...]
-    """The whole layers of which `both` says how many documents each two lose."""
-    both: tuple[tuple[int, ...], ...]
-    public: bool
-    """Whether every known text is of the hub or a package."""
-    reasons: dict[str, str] = {}
-    """Why there are no `texts`, `margin` or `agreement`."""
-
-    def without_texts(self) -> DecisionsRecord:
-        """Leave out what documents say and what models generated."""
-        nothing: dict[str, object] = {"question": None, "choices": (), "answer": None, "text": None}
-        quiet = {"text": None}
-        return self.model_copy(
-            update={
-                "documents": tuple(one.model_copy(update=nothing) for one in self.documents),
-                "runs": tuple(
-                    run.model_copy(
-                        update={"named": tuple(one.model_copy(update=quiet) for one in run.named)}
-                    )
-                    for run in self.runs
-                ),
-                "reasons": {**self.reasons, "texts": PRIVATE},
-            }
-        )

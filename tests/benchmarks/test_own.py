@@ -23,8 +23,8 @@ from tracker.config import CellRequest, cell_request
 from tracker.documents import Document
 from tracker.errors import BenchmarkError, RequestError
 from tracker.extent import ALL
+from tracker.identities import BenchmarkIdentity
 from tracker.ledger.keys import request_key
-from tracker.records import BenchmarkIdentity
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tracker.documents import Document, Request
+from tracker.identities import ModelIdentity
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
-from tracker.records import ModelIdentity
 
 MAX_LENGTH = 96
 

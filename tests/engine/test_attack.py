@@ -28,6 +28,7 @@ from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison
 from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
+from tracker.team.result_files import _calls
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 WINDOW = (("max_position_embeddings",),)

@@ -10,11 +10,13 @@ import pytest
 
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
+from tracker.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.ledger import tables
-from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.store import Ledger
-from tracker.records import BenchmarkIdentity, CellRecord, ModelIdentity, TaskIdentity
+from tracker.records import CellRecord
 
 LAYERS = 4
 Maker = Callable[..., Any]

@@ -84,10 +84,23 @@ MADE_AGAIN = ("index", "receipts", "checks", "derived", "verified.json")
 """What is not missed when it is damaged: nothing is shown from it that cannot be made again."""
 
 
+def _but_what_it_took(text: str) -> str:
+    unknown = {"seconds": None, "peak_bytes": None}
+    return CellRecord.model_validate_json(text).model_copy(update=unknown).model_dump_json()
+
+
 def silent(root: Path, truth: Any, hit: Path) -> str:
     """Say what is shown that is not true and of which nothing was said; empty when all is well."""
     shown, said = seen(root)
     if shown == truth or said:
+        return ""
+    # What measuring took is known of the shards that are there.
+    if hit.suffix == ".parquet" and shown is not None:
+        shown, truth = (
+            ([_but_what_it_took(text) for text in records], *rest)
+            for records, *rest in (shown, truth)
+        )
+    if shown == truth:
         return ""
     # What is gone cannot speak: a view is not shown, a cell lacks documents or runs and says so.
     if not os.path.lexists(root / hit) and all(

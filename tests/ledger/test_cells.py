@@ -18,7 +18,8 @@ from tracker.config import CellRequest
 from tracker.errors import WorkError
 from tracker.extent import Extent
 from tracker.ledger import cells
-from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import outcome_table
 from tracker.ledger.shards import read_shard, shard_file

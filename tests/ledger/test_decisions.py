@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from tracker.config import CellRequest
+from tracker.decided import DecisionsRecord
 from tracker.documents import Document, DocumentText, Response
 from tracker.extent import ALL
-from tracker.ledger.cells import BLOCK, CellStore
+from tracker.ledger.blocks import BLOCK
+from tracker.ledger.cells import CellStore
 from tracker.ledger.decisions import Decisions, decisions, decisions_record
 from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import text_row
-from tracker.records import DecisionsRecord, View
+from tracker.records import View
 
 LAYERS = 4
 SIZES = {"geography": 40, "history": 9}

@@ -14,9 +14,11 @@ from scipy import stats
 from tracker.benchmarks.tasks import aggregate
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
-from tracker.ledger.cells import BLOCK, Block, CellStore
+from tracker.identities import TaskIdentity
+from tracker.ledger.blocks import BLOCK, Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_row
-from tracker.records import CellRecord, TaskIdentity
+from tracker.records import CellRecord
 
 from .conftest import cell_record
 

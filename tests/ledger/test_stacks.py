@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from tracker.config import CellRequest
-from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
 from tracker.records import CellRecord
+from tracker.reporting.caveats import warnings
 from tracker.reporting.tables import layer_table, overview_table
-from tracker.reporting.wording import warnings
 from tracker.tracking.mlflow.runs import cell_run, layer_run
 
 from .conftest import cell_record

@@ -16,11 +16,13 @@ import pytest
 from filelock import Timeout
 
 from tracker.ablations import ablations_of
-from tracker.config import CellRequest, load_experiment
+from tracker.config import CellRequest
 from tracker.distribution import upgrade
 from tracker.errors import ResultsError
+from tracker.experiment import load_experiment
 from tracker.extent import ALL, Extent, random_order
-from tracker.ledger.cells import BLOCK, Block, CellStore
+from tracker.ledger.blocks import BLOCK, Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import Ledger
 from tracker.ledger.tables import cell_record
@@ -431,7 +433,7 @@ HOLD = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tracker.ledger.cells import Block
+from tracker.ledger.blocks import Block
 from tracker.ledger.store import Ledger
 
 (cell,) = Ledger(Path(sys.argv[1])).cells()

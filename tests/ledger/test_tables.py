@@ -15,7 +15,8 @@ from scipy import stats
 
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
-from tracker.ledger.cells import BLOCK, Block, CellStore
+from tracker.ledger.blocks import BLOCK, Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row
 from tracker.ledger.shards import read_shard
 from tracker.ledger.spreads import spread_of

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tracker.config import CellRequest
-from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import VerifiedCell, compare, verify

@@ -13,18 +13,11 @@ import pytest
 from playwright.sync_api import Browser
 
 from tracker.documents import DocumentText
+from tracker.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.ledger.decisions import Decided, Decisions
 from tracker.ledger.texts import KeptText
 from tracker.metrics.decisions import choices, margins
-from tracker.records import (
-    BenchmarkIdentity,
-    CellRecord,
-    CorrelationRecord,
-    ModelIdentity,
-    RunIdentity,
-    RunRecord,
-    TaskIdentity,
-)
+from tracker.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
 
 from .visit import chromium
 

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Browser
 
+from tracker.decided import DecisionsRecord
 from tracker.ledger.decisions import Decisions, decisions_record
-from tracker.records import DecisionsRecord
 from tracker.reporting import decisions as shown
 from tracker.reporting.charts.decisions import (
     agreement,

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tracker.records import CellRecord
-from tracker.reporting import formats, html, tables, wording
+from tracker.reporting import caveats, formats, html, tables, wording
 
 from . import drawn as charts
 from .conftest import build_cell
@@ -104,7 +104,7 @@ def test_charts(loss) -> None:
 
 def test_sentences(loss) -> None:
     assert wording.sentence(loss).startswith("Spearman of cosine score and loss increase: ")
-    assert wording.warnings(loss) == ()
+    assert caveats.warnings(loss) == ()
     assert "The Spearman correlation of cost and cosine score" in wording.summary([loss])
 
 

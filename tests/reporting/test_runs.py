@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tracker.records import NOT_MEASURED, CellRecord, RunIdentity, RunRecord
-from tracker.reporting import formats, frames, html, tables, wording
+from tracker.reporting import caveats, formats, frames, html, tables, wording
 
 from . import drawn as charts
 from .conftest import LAYERS, build_cell
@@ -117,7 +117,7 @@ class TestTable:
         assert len(table.rows) == 2 * LAYERS
         assert column(table, "accuracy drop (pp)")[5].reason == ""
         assert column(table, "accuracy drop (pp)")[LAYERS + 5].reason == NOT_MEASURED
-        assert wording.warnings(cell) == ("Incomplete: attention: layers 5, 6: not measured yet.",)
+        assert caveats.warnings(cell) == ("Incomplete: attention: layers 5, 6: not measured yet.",)
 
     def test_the_overview_compares_whole_layers_with_their_cosine(self) -> None:
         assert tables.overview_table([several()]).rows == tables.overview_table([build_cell()]).rows
@@ -201,7 +201,7 @@ class TestBeneath:
         assert "Without this one alone, accuracy is undefined (not measured yet);" in (
             wording.sentence(cell)
         )
-        assert "Removed accuracy is undefined: not measured yet." in wording.warnings(cell)
+        assert "Removed accuracy is undefined: not measured yet." in caveats.warnings(cell)
 
     def test_the_heat_map_says_what_is_gone_already(self) -> None:
         _, gaps = charts.heat_map([build_cell(), without(3, 17)]).data

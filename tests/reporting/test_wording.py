@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tracker.records import NO_REASON
-from tracker.reporting import formats, wording
+from tracker.reporting import caveats, formats, wording
 from tracker.reporting.export import export, figures, frames
 from tracker.reporting.facts import provenance_table
 from tracker.reporting.html import render_page
@@ -117,4 +117,4 @@ def test_summary_without_a_correlation() -> None:
 
 
 def test_a_weak_baseline_is_warned_of() -> None:
-    assert any("reaches down to chance" in t for t in wording.warnings(build_cell(baseline=0.27)))
+    assert any("reaches down to chance" in t for t in caveats.warnings(build_cell(baseline=0.27)))

@@ -10,11 +10,12 @@ from filelock import Timeout
 
 from tests.runner.elsewhere import Heard, arc
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.config import load_experiment
 from tracker.executors.handout import ATTEMPTS, Cell, Handout, Task
 from tracker.executors.worker import Worker
+from tracker.experiment import load_experiment
 from tracker.extent import random_order
-from tracker.ledger.cells import BLOCK, Block, CellStore
+from tracker.ledger.blocks import BLOCK, Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job, Options
 from tracker.measuring.prepare import look_up

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tracker
-from tracker.ledger.cells import BLOCK
+from tracker.ledger.blocks import BLOCK
 from tracker.ledger.store import Ledger
 
 DOCUMENTS = 4 * BLOCK + 5

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
 from tracker.cli.commands import main
 from tracker.distribution import install_extra
-from tracker.ledger.cells import BLOCK
+from tracker.ledger.blocks import BLOCK
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -34,11 +34,12 @@ from tracker.ablations import Ablation
 from tracker.benchmarks import factory, results
 from tracker.cli.commands import main
 from tracker.extent import random_order
+from tracker.identities import ModelIdentity
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import Asked
 from tracker.models.pruned import pruned
-from tracker.records import ModelIdentity, RunIdentity, View
-from tracker.team.result_files import model_args, removed_args
+from tracker.records import RunIdentity, View
+from tracker.team.evaluated import model_args, removed_args
 
 FACTS = """\
 task: facts_{name}

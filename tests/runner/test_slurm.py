@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
 from tracker.cli.commands import main
-from tracker.config import load_experiment
 from tracker.distribution import install_extra
 from tracker.executors import slurm_job as job
-from tracker.ledger.cells import BLOCK
+from tracker.experiment import load_experiment
+from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 
 LOCAL = {"executor": "slurm", "slurm": {"cluster": "local"}}

@@ -8,15 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tracker.records import (
-    BenchmarkIdentity,
-    CellRecord,
-    CorrelationRecord,
-    ModelIdentity,
-    RunIdentity,
-    RunRecord,
-    TaskIdentity,
-)
+from tracker.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tracker.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
 
 from .mlflow_server import MlflowServer
 from .wandb_client import Client

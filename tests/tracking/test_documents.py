@@ -15,12 +15,12 @@ from mlflow import MlflowClient
 
 from tracker import api
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.cli import main
+from tracker.cli.commands import main
 from tracker.config import CellRequest
+from tracker.decided import PRIVATE
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of
 from tracker.measuring.progress import Silent
-from tracker.records import PRIVATE
 from tracker.team.collect import collect
 from tracker.team.publish import TEXTS_ASKED, TEXTS_PUBLIC
 from tracker.tracking.base import LoggedTable

@@ -12,8 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tracker import api
-from tracker.config import load_experiment
 from tracker.errors import TrackingError
+from tracker.experiment import load_experiment
 from tracker.ledger.cells import CellStore
 from tracker.ledger.so_far import so_far
 from tracker.ledger.store import Ledger

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from tracker.documents import Document, DocumentText, Response
 from tracker.extent import Extent
-from tracker.records import BenchmarkIdentity
+from tracker.identities import BenchmarkIdentity
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder

@@ -14,8 +14,8 @@ from tracker.benchmarks.own import check_own, folders, own_stamp
 from tracker.benchmarks.sources import find_data
 from tracker.config import CellRequest
 from tracker.errors import BenchmarkError, did_you_mean
+from tracker.identities import BenchmarkIdentity
 from tracker.metrics.ratios import SCALES
-from tracker.records import BenchmarkIdentity
 
 if TYPE_CHECKING:
     pass

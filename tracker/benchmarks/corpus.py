@@ -22,9 +22,9 @@ from tracker.documents import Document, DocumentText, Response
 from tracker.errors import BenchmarkError, did_you_mean
 from tracker.extent import Extent
 from tracker.hub import check_name
+from tracker.identities import BenchmarkIdentity, TaskIdentity
 from tracker.metrics.ratios import RATIO
 from tracker.provenance import content_hash, file_stamp
-from tracker.records import BenchmarkIdentity, TaskIdentity
 from tracker.safe_yaml import short
 from tracker.text import harmless
 

@@ -25,7 +25,7 @@ from tracker.config import CellRequest
 from tracker.documents import Document, DocumentText, Prompt, Request, Response
 from tracker.errors import BenchmarkError
 from tracker.extent import Extent
-from tracker.records import BenchmarkIdentity
+from tracker.identities import BenchmarkIdentity
 
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
 """Benchmarks whose field reports acc_norm."""

@@ -299,7 +299,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     Example:
       tracker validate experiments/demo.yaml
     """
-    from tracker.config import load_experiment
+    from tracker.experiment import load_experiment
     from tracker.measuring.prepare import validate as check
 
     asked, _ = load_experiment(experiment)
@@ -331,7 +331,7 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
       tracker plan experiments/llama.yaml --gflops 400000
     """
     from tracker import api
-    from tracker.config import load_experiment
+    from tracker.experiment import load_experiment
 
     cells = api.plan(experiment, results=results, trust_remote_code=trust_remote_code)
     print_plan(cells, gflops)

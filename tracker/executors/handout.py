@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 
 from tracker.config import CellRequest
 from tracker.errors import CellError
-from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import names_of, open_cell

@@ -19,7 +19,8 @@ from submitit.helpers import Checkpointable
 
 from tracker.errors import CellError, RequestError, did_you_mean
 from tracker.executors.slurm_job import CellJob, JobEnd, shards
-from tracker.ledger.cells import BLOCK, CellStore
+from tracker.ledger.blocks import BLOCK
+from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import names_of
 from tracker.measuring.job import Begun, Done, Job, Options

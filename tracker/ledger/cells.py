@@ -7,18 +7,17 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import pandas as pd
 from filelock import FileLock
 from pydantic import ValidationError
 
 from tracker.errors import WorkError
-from tracker.extent import ALL, Extent, random_order
+from tracker.extent import ALL, Extent
+from tracker.identities import Record
+from tracker.ledger.blocks import BLOCK, Block, places
 from tracker.ledger.files import lock_file, write_bytes
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
@@ -26,41 +25,10 @@ from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_f
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
 from tracker.provenance import content_hash
-from tracker.records import CellRecord, Record
+from tracker.records import CellRecord
 
-BLOCK = 32
-"""Documents that are computed, locked and written together."""
 Derived = TypeVar("Derived", bound=Record)
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, order=True)
-class Block:
-    """Up to `BLOCK` documents of one task, consecutive in the order that a seed gives.
-
-    Attributes:
-        task: The lm-eval task.
-        number: Which block, 0-based.
-        seed: Of the random order; None for the documents as they come.
-    """
-
-    task: str
-    number: int
-    seed: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The block's name in file names; no quoted task holds a plus."""
-        order = "" if self.seed is None else f"+{self.seed}"
-        return f"{quote(self.task, safe='')}{order}.{self.number:05d}"
-
-
-@lru_cache(maxsize=256)
-def _places(task: str, documents: int, seed: int | None) -> Mapping[int, int] | range:
-    """Each document of a task → its place in the order that a seed gives."""
-    if seed is None:
-        return range(documents)
-    return {number: place for place, number in enumerate(random_order(seed, task, documents))}
 
 
 class CellStore:
@@ -127,8 +95,8 @@ class CellStore:
         """Find the blocks of other orders that hold some documents of a block."""
         count = self.counts()[block.task]
         for seed in self._orders() - {block.seed}:
-            places = _places(block.task, count, seed)
-            for number in sorted({places[document] // BLOCK for document in documents}):
+            there = places(block.task, count, seed)
+            for number in sorted({there[document] // BLOCK for document in documents}):
                 yield Block(block.task, number, seed)
 
     def _orders(self) -> set[int | None]:
@@ -209,10 +177,10 @@ class CellStore:
         if len(tasks) != 1:
             raise ValueError("it holds more or less than one block")
         (task,), seed = tasks, shard.about.get("seed")
-        places = _places(task, self.counts().get(task, 0), seed)
-        if not all(document in places for document in documents):
+        there = places(task, self.counts().get(task, 0), seed)
+        if not all(document in there for document in documents):
             raise ValueError("the cell has no such document")
-        numbers = {places[document] // BLOCK for document in documents}
+        numbers = {there[document] // BLOCK for document in documents}
         if len(numbers) != 1:
             raise ValueError("it holds more or less than one block")
         (number,) = numbers

@@ -9,20 +9,13 @@ import numpy as np
 import pandas as pd
 
 from tracker.ablations import INTACT, Ablation
+from tracker.decided import DecidedDocument, DecisionsRecord, RunDecisions, ShownDocument
 from tracker.documents import DocumentText
 from tracker.ledger.cells import CellStore
 from tracker.ledger.texts import KeptText
 from tracker.ledger.viewed import Array, Viewed, gold_logprobs
 from tracker.metrics.decisions import choices, margins, shares
-from tracker.records import (
-    WHOLE_LAYER,
-    DecidedDocument,
-    DecisionsRecord,
-    RunDecisions,
-    RunIdentity,
-    ShownDocument,
-    View,
-)
+from tracker.records import WHOLE_LAYER, RunIdentity, View
 
 SHOWN = 30
 """Documents that a run loses, and as many that it wins, of which a record holds the texts."""

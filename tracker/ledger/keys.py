@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 
 from tracker.config import CellRequest
+from tracker.identities import BenchmarkIdentity, ModelIdentity
 from tracker.provenance import content_hash
-from tracker.records import BenchmarkIdentity, ModelIdentity
 
 _LATER = {
     *("include_path", "system_instruction", "fewshot_as_multiturn", "chat_template_args"),

@@ -33,12 +33,12 @@ from filelock import FileLock
 
 from tracker.distribution import upgrade
 from tracker.errors import ResultsError, WorkError
+from tracker.identities import BenchmarkIdentity, ModelIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import lock_file, write_text
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.notes import read_note, reason, write_note
 from tracker.ledger.views import FORMAT, Asked, CellIdentity
-from tracker.records import BenchmarkIdentity, ModelIdentity
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from tracker.ablations import removals
 from tracker.config import CellRequest
 from tracker.errors import ResultsError
+from tracker.identities import BenchmarkIdentity, ModelIdentity, Record
 from tracker.ledger.files import lock_file
 from tracker.ledger.keys import cell_key
 from tracker.ledger.notes import reason, sealed, unsealed, write_note
 from tracker.provenance import content_hash
-from tracker.records import BenchmarkIdentity, ModelIdentity, Record, View, view_name
+from tracker.records import View, view_name
 
 FORMAT = 3
 """Of a results folder and of each file in it. Format 2 knew no random order: a tracker of then

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from tracker.decided import DecisionsRecord
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.decisions import decisions, decisions_record
 from tracker.ledger.store import Contents
 from tracker.ledger.tables import cell_record
 from tracker.provenance import content_hash, file_hash
-from tracker.records import CellRecord, DecisionsRecord, View
+from tracker.records import CellRecord, View
 
 
 def record_of(store: CellStore, view: View) -> CellRecord:
@@ -49,7 +50,8 @@ def _state(store: CellStore, view: View, *also: str) -> str:
 def _code() -> str:
     """Hash the code that turns outcomes into records: another formula is another record."""
     here = Path(__file__).parents[1]
-    names = ("ablations.py", "config.py", "documents.py", "provenance.py", "records.py")
+    words = ("ablations", "config", "decided", "documents", "extent", "identities", "provenance")
+    names = [f"{word}.py" for word in (*words, "records")]
     folders = (*(here / "ledger").glob("*.py"), *(here / "metrics").glob("*.py"))
     return file_hash([*(here / name for name in names), *folders])
 

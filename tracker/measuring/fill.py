@@ -9,7 +9,8 @@ from filelock import Timeout
 
 from tracker.ablations import ablations_of
 from tracker.extent import Extent
-from tracker.ledger.cells import Block, CellStore
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.meter import Facts, Meter
 from tracker.measuring.prepare import CellLookup, look_up

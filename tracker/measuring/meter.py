@@ -12,12 +12,12 @@ from tracker.ablations import INTACT, Ablation, ablations_of
 from tracker.benchmarks.base import Benchmark
 from tracker.config import CellRequest
 from tracker.errors import CellError
+from tracker.identities import BenchmarkIdentity, ModelIdentity
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.prepare import check_range
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
-from tracker.records import BenchmarkIdentity, ModelIdentity
 
 if TYPE_CHECKING:
     from tracker.engine.check import Kept

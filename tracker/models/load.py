@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from tracker.errors import ModelError
+from tracker.identities import ModelIdentity
 from tracker.models.layers import find_layers
 from tracker.models.sources import ModelSource, read_config, require, unreadable
-from tracker.records import ModelIdentity
 
 SPREAD = "spread"
 _QUANTISERS = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tracker.decided import DecisionsRecord, RunDecisions
 from tracker.ledger.decisions import SHOWN
-from tracker.records import CellRecord, DecisionsRecord, RunDecisions
+from tracker.records import CellRecord
 from tracker.reporting.charts.decisions import margin_name
 from tracker.reporting.downloads import packed_json
 from tracker.reporting.formats import DASH, counted, points, two_digits

@@ -14,7 +14,7 @@ from tracker.distribution import install_extra
 from tracker.errors import RequestError
 from tracker.ledger.files import write_atomically, write_text
 from tracker.records import CellRecord
-from tracker.reporting import formats, wording
+from tracker.reporting import caveats, formats, wording
 from tracker.reporting.charts.cells import cell_charts
 from tracker.reporting.charts.maps import heat_map
 from tracker.reporting.frames import (
@@ -122,7 +122,7 @@ def boards(cells: Sequence[CellRecord]) -> tuple[list[pd.DataFrame], list[str]]:
         for name, board in zip(names, found, strict=True)
         for benchmark, why in board.left_out.items()
     ]
-    notes += wording.provenance_notes([cell for board in found for cell in board.cells])
+    notes += caveats.provenance_notes([cell for board in found for cell in board.cells])
     if len(found) > 1:
         models = model_board(cells)
         shown.append(_readable(model_board_frame(models)))

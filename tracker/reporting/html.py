@@ -15,8 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from tracker.decided import DecisionsRecord
 from tracker.ledger.files import write_text
-from tracker.records import CellRecord, DecisionsRecord, Place
+from tracker.records import CellRecord, Place
 from tracker.reporting import sections, tables, wording
 from tracker.reporting.charts.style import TEMPLATE
 from tracker.reporting.decisions import packed_documents

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tracker.records import WHOLE_LAYER, CellRecord, DecisionsRecord, ModelIdentity, Place
-from tracker.reporting import facts, formats, tables, wording
+from tracker.decided import DecisionsRecord
+from tracker.identities import ModelIdentity
+from tracker.records import WHOLE_LAYER, CellRecord, Place
+from tracker.reporting import caveats, facts, formats, tables, wording
 from tracker.reporting.charts.across import depth_curves, difference_chart
 from tracker.reporting.charts.cells import curve_components, layer_curve, proxy_scatter
 from tracker.reporting.charts.decisions import (
@@ -259,7 +261,7 @@ def _cell_section(
         measure=formats.measure_of(cell),
         # The title of the scatter says the rest.
         sentence=wording.beneath(cell) if _has_whole_layers(cell) else wording.sentence(cell),
-        warnings=wording.warnings(cell),
+        warnings=caveats.warnings(cell),
         curve=_figure(layer_curve(cell), f"{name}-curve", subject=cell.title) if lines else None,
         curve_lines=len(lines),
         scatter=_figure(proxy_scatter(cell), f"{name}-scatter", subject=cell.title)

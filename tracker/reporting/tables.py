@@ -16,6 +16,7 @@ from tracker.records import (
     RunRecord,
     layers_of,
 )
+from tracker.reporting.caveats import provenance_notes
 from tracker.reporting.formats import (
     DASH,
     counted,
@@ -43,7 +44,6 @@ from tracker.reporting.wording import (
     correlation,
     most_critical,
     power_sentence,
-    provenance_notes,
     run_list,
 )
 

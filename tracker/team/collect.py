@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tracker.decided import DecisionsRecord
 from tracker.errors import RequestError, TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.measuring.progress import Progress
-from tracker.records import CellRecord, DecisionsRecord, Place, View
+from tracker.records import CellRecord, Place, View
 from tracker.team.pull import pull
 from tracker.text import masked
 from tracker.tracking import Target, target

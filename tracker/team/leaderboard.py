@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from tracker.errors import ResultsError
-from tracker.records import CellRecord, Record, Shown
+from tracker.identities import Record, Shown
+from tracker.records import CellRecord
 from tracker.reporting.export import frames
 from tracker.tracking.base import BOARD_FILE, Backend, LoggedTable
 from tracker.tracking.identity import content_digest

@@ -14,13 +14,14 @@ from threading import Event, Lock, Thread
 from typing_extensions import override
 
 from tracker.config import CellRequest
+from tracker.decided import PRIVATE
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.provenance import content_hash
-from tracker.records import INTACT_VIEW, PRIVATE, CellRecord, RunIdentity
+from tracker.records import INTACT_VIEW, CellRecord, RunIdentity
 from tracker.reporting.charts.cells import cell_charts
 from tracker.team.live import Live
 from tracker.text import masked

@@ -9,11 +9,12 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
+from tracker.decided import PRIVATE
 from tracker.errors import RequestError, TrackerError
 from tracker.ledger.decisions import decisions
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of, every_record
-from tracker.records import PRIVATE, CellRecord
+from tracker.records import CellRecord
 from tracker.reporting.export import FORMATS, export, figures
 from tracker.reporting.frames import document_frame
 from tracker.reporting.html import render_report

@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tracker.ablations import removals
-from tracker.config import CellRequest, Experiment, Parameters, cell_request
+from tracker.config import CellRequest, cell_request
 from tracker.errors import ResultsError, TrackerError
+from tracker.experiment import Experiment, Parameters
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.measuring.prepare import look_up, no_run

@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Mapping
 
-from tracker.records import CellRecord, DecisionsRecord, RunIdentity, RunRecord
+from tracker.decided import DecisionsRecord
+from tracker.records import CellRecord, RunIdentity, RunRecord
 from tracker.tracking.base import LoggedTable, Scalar
 
 CURVES = (

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tracker.records import INTACT_VIEW, CellRecord, Record, RunIdentity
+from tracker.identities import Record
+from tracker.records import INTACT_VIEW, CellRecord, RunIdentity
 
 DIGITS = 10
 """Significant digits by which a published figure is another one."""

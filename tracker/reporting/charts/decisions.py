@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from tracker.decided import DecisionsRecord
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.agreement import clustered, phi
 from tracker.metrics.ratios import SCALES
-from tracker.records import CellRecord, DecisionsRecord, layers_of
+from tracker.records import CellRecord, layers_of
 from tracker.reporting import wording
 from tracker.reporting.charts.maps import ROWS, centred_map
 from tracker.reporting.charts.style import (

@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tracker.identities import ModelIdentity
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.combined import mean
-from tracker.records import CellRecord, ModelIdentity
+from tracker.records import CellRecord
 from tracker.reporting.layers import drop_estimate, relevance_estimate
 from tracker.reporting.leaderboard.comparable import countable, ranks
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from tracker.identities import ModelIdentity
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.combined import mean
-from tracker.records import CellRecord, ModelIdentity
+from tracker.records import CellRecord
 from tracker.reporting.leaderboard.comparable import models_of, ranks, setting, unusable, worth
 from tracker.reporting.leaderboard.layers import layer_board
 from tracker.reporting.wording import benchmark_labels, model_labels

