@@ -16,6 +16,7 @@ from tracker.documents import Document, Request
 from tracker.engine.check import check
 from tracker.engine.masks import look
 from tracker.engine.memory import stream_bytes
+from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Lengths, flat_rows, tree_rows
 from tracker.engine.score import read_prefix, score_row
@@ -314,6 +315,12 @@ def test_out_of_memory_where_lengths_matter_names_the_way_out(tiny_model, monkey
         engine.score(make_documents(4), [INTACT])
 
 
+def test_what_is_shared_is_named():
+    """As it stands in every shard: whoever reads an old one finds the same words."""
+    said = {FULL: "depth, tokens, prefix", NO_PREFIX: "depth, tokens", DEPTH_ONLY: "depth"}
+    assert {sharing: str(sharing) for sharing in (*said, PLAIN)} == {**said, PLAIN: "nothing"}
+
+
 class TestKeptBeginning:
     """What all documents begin with is read apart where that fits, and the numbers are the same."""
 
@@ -340,6 +347,14 @@ class TestKeptBeginning:
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, memory=budget)
         same(engine.score(self.DOCUMENTS, [INTACT]), expected.score(self.DOCUMENTS, [INTACT]))
         assert read == [60] * times
+
+    def test_it_is_long_enough(self, tiny_model, read):
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        for shared in (SHORTEST, SHORTEST - 1):
+            documents = make_documents(3, seed=2, shared=shared)
+            assert engine.shares_a_prefix(documents) == (shared == SHORTEST)
+            engine.score(documents, [INTACT])
+        assert read == [SHORTEST]
 
     def test_when_memory_runs_out_the_rows_hold_it(self, tiny_model, monkeypatch):
         def never(*args):
