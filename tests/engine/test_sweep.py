@@ -23,7 +23,7 @@ from tracker.engine.score import read_prefix, score_row
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Engine, Habits
 from tracker.errors import CellError
-from tracker.models.pruned import remember
+from tracker.models.pruned import pruned, remember
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2"])
@@ -271,7 +271,8 @@ def test_texts_are_generated_for_as_many_ablations_as_fit(tiny_model, fits, size
     assert [len(group) - 1 for group in groups] == sizes
     assert all(group[0] == INTACT for group in groups)
     assert [a for group in groups for a in group[1:]] == [a for a in ablations if a != INTACT]
-    assert list(Engine(model, MAX_LENGTH).decoding_groups([INTACT], 10)) == [[INTACT]]
+    for alone in (Engine(model, MAX_LENGTH), engine):
+        assert list(alone.decoding_groups([INTACT], 10)) == [[INTACT]]
 
 
 def test_the_proxies_of_a_long_text_are_those_of_all_its_windows(tiny_model):
@@ -319,6 +320,33 @@ def test_what_is_shared_is_named():
     """As it stands in every shard: whoever reads an old one finds the same words."""
     said = {FULL: "depth, tokens, prefix", NO_PREFIX: "depth, tokens", DEPTH_ONLY: "depth"}
     assert {sharing: str(sharing) for sharing in (*said, PLAIN)} == {**said, PLAIN: "nothing"}
+
+
+def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(tiny_model, monkeypatch):
+    model, asked = tiny_model("llama"), []
+
+    def noted(*given):
+        asked.append(given)
+        return pruned(*given)
+
+    monkeypatch.setattr("tracker.engine.sweep.pruned", noted)
+    first, leftovers = (remember(model, (name,)) for name in ("inv_freq", "attention_scaling"))
+    engine = Engine(
+        loaded(model), MAX_LENGTH, habits=Habits(first=first, leftovers=leftovers, stay=True)
+    )
+    copy = engine.with_sharing(NO_PREFIX).without(ablate("mlp", [2], removed=[1]))
+    ((of, layers, silent, fresh, stay),) = asked
+    assert (of, layers, silent, stay) == (model, (1,), [model.model.layers[2].mlp], True)
+    assert fresh is first
+    assert (copy.sharing, copy.max_length, copy.habits.stay) == (PLAIN, MAX_LENGTH, True)
+    # Of its own state, taken down anew; its first call is behind it.
+    assert copy.habits.first == {}
+    place = ("model.rotary_emb", "attention_scaling")
+    assert copy.habits.leftovers[place] == leftovers[place]
+    assert {name for _, name in copy.habits.leftovers} == {"attention_scaling"}
+    assert list(copy.loaded.layers) == list(copy.loaded.model.model.layers)
+    (score,) = copy.score(make_documents(1), [INTACT])
+    assert score.proxy_sums.dtype == torch.float64
 
 
 class TestKeptBeginning:
