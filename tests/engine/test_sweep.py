@@ -316,6 +316,45 @@ def test_out_of_memory_where_lengths_matter_names_the_way_out(tiny_model, monkey
         engine.score(make_documents(4), [INTACT])
 
 
+def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs(tiny_model):
+    """By hooks on the model as it is; and the hits are the continuation's likeliest tokens."""
+    model = tiny_model("llama")
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, output: seen.append((args[0][0], output[0])))
+    for document in make_documents(3, seed=2):
+        gold = document.requests[document.gold]
+        seen.clear()
+        said = model(torch.tensor([gold.context + gold.continuation]), use_cache=False).logits[0]
+        cosines = [torch.cosine_similarity(a, b, dim=-1).sum() for a, b in seen]
+        updates = [((b - a).norm(dim=-1) / a.norm(dim=-1)).sum() for a, b in seen]
+        (score,) = Engine(loaded(model), MAX_LENGTH).score([document], [INTACT])
+        found = score.proxy_sums.float()
+        torch.testing.assert_close(found[0], torch.stack(cosines), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(found[2], torch.stack(updates), atol=1e-3, rtol=1e-4)
+        likeliest = said[len(gold.context) - 1 : -1].argmax(-1).tolist()
+        right = sum(map(int.__eq__, likeliest, gold.continuation))
+        assert score.responses[0][document.gold].hits == right
+
+
+@pytest.mark.parametrize("streams", [2, 3, 5])
+def test_as_many_ablations_at_a_time_as_the_budget_holds(tiny_model, monkeypatch, streams):
+    used = []
+
+    def noted(parts, plan, row, prefix=None):
+        used.append(plan.streams)
+        return score_row(parts, plan, row, prefix)
+
+    monkeypatch.setattr("tracker.engine.sweep.score_row", noted)
+    model = tiny_model("llama")
+    document = Document("task", 0, (Request((5, 6, 7), (8, 9)),), 0, 1)
+    budget = streams * 5 * stream_bytes(model)
+    ablations = [*single_layers((0, 1, 2, 3)), Ablation((1, 2)), Ablation((0, 3))]
+    Engine(loaded(model), MAX_LENGTH, memory=budget).score([document], ablations)
+    whole, rest = divmod(6, streams - 1)
+    assert used == [streams] * whole + [rest + 1] * bool(rest)
+
+
 def test_what_is_shared_is_named():
     """As it stands in every shard: whoever reads an old one finds the same words."""
     said = {FULL: "depth, tokens, prefix", NO_PREFIX: "depth, tokens", DEPTH_ONLY: "depth"}
