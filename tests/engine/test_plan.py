@@ -158,24 +158,30 @@ def test_weights_need_not_be_there(tiny_model) -> None:
 
 def test_the_rate_is_operations_in_the_time_they_took(monkeypatch) -> None:
     """On a clock that counts: the first product, which wakes the machine up, is not timed."""
-    ticks = itertools.count()
+    ticks = itertools.count(70)
     monkeypatch.setattr(plan.time, "perf_counter", lambda: next(ticks) / 10)
     with FlopCounterMode(display=False) as flops:
         rate = matrix_rate()
-    # Asked at 0, 0.1, … 0.5 and, to divide by it, at 0.6.
+    # Asked at 7, 7.1, … 7.5 and, to divide by it, at 7.6.
     assert rate == pytest.approx(flops.get_total_flops() * 4 / 5 / 0.6)
 
 
-def test_the_rate_is_that_of_the_numbers_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "SECONDS", 0)
+@pytest.mark.parametrize(("device", "size"), [(None, 1024), ("cpu", 1024), ("meta", 8192)], ids=str)
+def test_the_rate_is_that_of_a_type_on_a_device(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, size: int
+) -> None:
+    """No accelerator is at hand, but a device that multiplies nothing."""
     multiplied = set()
+    monkeypatch.setattr(plan, "SECONDS", 0)
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
             if function is torch.ops.aten.mm.default:
-                multiplied.update(factor.dtype for factor in args)
+                multiplied.update((a.dtype, a.device.type, tuple(a.shape)) for a in args)
             return function(*args, **(kwargs or {}))
 
     with Products():
-        matrix_rate(torch.bfloat16)
-    assert multiplied == {torch.bfloat16}
+        matrix_rate(torch.bfloat16, None if device is None else torch.device(device))
+    assert multiplied == {
+        (torch.bfloat16, device or "cpu", (rows, size)) for rows in (2 * size, size)
+    }

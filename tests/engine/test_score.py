@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents
-from tracker.ablations import INTACT, single_layers
+from tracker.ablations import INTACT, ablate, single_layers
+from tracker.engine.masks import Sight
+from tracker.engine.prefix import cache_argument, new_cache
 from tracker.engine.refusal import RefusalError
-from tracker.engine.rows import reading_row, tree_rows
+from tracker.engine.rows import flat_rows, reading_row, tree_rows
 from tracker.engine.score import Parts, kept_bytes, read_prefix, run_base, score_row
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
@@ -69,6 +71,58 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(tiny_model) -> Non
         torch.testing.assert_close(
             found.loglikelihoods[0], torch.tensor(said), rtol=2**-6, atol=0.0
         )
+
+
+def test_how_the_model_is_called(parts: Parts) -> None:
+    """A cache is written where one is wanted alone, and masks reach as far as the row."""
+    calls: list[dict[str, Any]] = []
+    looked: list[int] = []
+    honest = parts.base.forward
+
+    @functools.wraps(honest)
+    def noted(**given: Any) -> Any:
+        calls.append(given)
+        return honest(**given)
+
+    def sight(tokens: int) -> Sight:
+        looked.append(tokens)
+        return parts.sight(tokens)
+
+    parts.sight(MAX_LENGTH)
+    parts.base.forward = noted
+    watched, cache = replace(parts, sight=sight), new_cache()
+    run_base(watched, PLAN, reading_row(TOKENS), None)
+    run_base(watched, PLAN, reading_row(TOKENS), cache)
+    assert looked == [len(TOKENS)] * 2
+    assert [call["use_cache"] for call in calls] == [False, True]
+    assert set(calls[0]) == {"input_ids", "position_ids", "use_cache"}
+    assert calls[1][cache_argument(parts.base)] is cache
+
+
+def test_texts_in_rows_of_their_own_need_no_masks(parts: Parts) -> None:
+    (document,) = make_documents(1)
+    (tree,) = tree_rows([document], MAX_LENGTH, 1000)
+    whole = score_row(parts, PLAN, tree).loglikelihoods
+    blind: Any = None
+    for row in flat_rows([document], MAX_LENGTH, 1):
+        found = score_row(replace(parts, sight=blind), PLAN, row).loglikelihoods
+        for number, request in enumerate(row.requests):
+            expected = whole[:, tree.requests.index(request)]
+            torch.testing.assert_close(found[:, number], expected, atol=1e-4, rtol=0)
+
+
+def test_sublayers_are_taken_out_where_a_plan_asks_for_it(tiny_model) -> None:
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+    (document,) = make_documents(1)
+    (row,) = tree_rows([document], MAX_LENGTH, 1000)
+    plan = plan_streams([INTACT, ablate("mlp", [1])], 4)
+    intact, without = score_row(engine.parts(plan), plan, row).loglikelihoods
+    (alone,) = engine.without(ablate("mlp", [1])).score([document], [INTACT])
+    expected = [response.loglikelihood for response in alone.responses[0]]
+    assert [float(without[row.requests.index((0, n))]) for n in range(len(expected))] == (
+        pytest.approx(expected, abs=1e-4)
+    )
+    assert not torch.allclose(intact, without)
 
 
 class TestRefusals:

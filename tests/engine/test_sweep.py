@@ -17,6 +17,7 @@ from tracker.documents import Document, Request
 from tracker.engine.check import check
 from tracker.engine.masks import look
 from tracker.engine.memory import stream_bytes
+from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Lengths, flat_rows, tree_rows
 from tracker.engine.score import read_prefix, score_row
@@ -24,7 +25,7 @@ from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Habits
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError
-from tracker.models.pruned import remember
+from tracker.models.pruned import pruned, remember
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2"])
@@ -272,7 +273,8 @@ def test_texts_are_generated_for_as_many_ablations_as_fit(tiny_model, fits, size
     assert [len(group) - 1 for group in groups] == sizes
     assert all(group[0] == INTACT for group in groups)
     assert [a for group in groups for a in group[1:]] == [a for a in ablations if a != INTACT]
-    assert list(Engine(model, MAX_LENGTH).decoding_groups([INTACT], 10)) == [[INTACT]]
+    for alone in (Engine(model, MAX_LENGTH), engine):
+        assert list(alone.decoding_groups([INTACT], 10)) == [[INTACT]]
 
 
 def test_the_proxies_of_a_long_text_are_those_of_all_its_windows(tiny_model):
@@ -316,6 +318,78 @@ def test_out_of_memory_where_lengths_matter_names_the_way_out(tiny_model, monkey
         engine.score(make_documents(4), [INTACT])
 
 
+def test_the_sums_are_those_of_the_layers_own_inputs_and_outputs(tiny_model):
+    """By hooks on the model as it is; and the hits are the continuation's likeliest tokens."""
+    model = tiny_model("llama")
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, output: seen.append((args[0][0], output[0])))
+    for document in make_documents(3, seed=2):
+        gold = document.requests[document.gold]
+        seen.clear()
+        said = model(torch.tensor([gold.context + gold.continuation]), use_cache=False).logits[0]
+        cosines = [torch.cosine_similarity(a, b, dim=-1).sum() for a, b in seen]
+        updates = [((b - a).norm(dim=-1) / a.norm(dim=-1)).sum() for a, b in seen]
+        (score,) = Engine(loaded(model), MAX_LENGTH).score([document], [INTACT])
+        found = score.proxy_sums.float()
+        torch.testing.assert_close(found[0], torch.stack(cosines), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(found[2], torch.stack(updates), atol=1e-3, rtol=1e-4)
+        likeliest = said[len(gold.context) - 1 : -1].argmax(-1).tolist()
+        right = sum(map(int.__eq__, likeliest, gold.continuation))
+        assert score.responses[0][document.gold].hits == right
+
+
+@pytest.mark.parametrize("streams", [2, 3, 5])
+def test_as_many_ablations_at_a_time_as_the_budget_holds(tiny_model, monkeypatch, streams):
+    used = []
+
+    def noted(parts, plan, row, prefix=None):
+        used.append(plan.streams)
+        return score_row(parts, plan, row, prefix)
+
+    monkeypatch.setattr("tracker.engine.sweep.score_row", noted)
+    model = tiny_model("llama")
+    document = Document("task", 0, (Request((5, 6, 7), (8, 9)),), 0, 1)
+    budget = streams * 5 * stream_bytes(model)
+    ablations = [*single_layers((0, 1, 2, 3)), Ablation((1, 2)), Ablation((0, 3))]
+    Engine(loaded(model), MAX_LENGTH, memory=budget).score([document], ablations)
+    whole, rest = divmod(6, streams - 1)
+    assert used == [streams] * whole + [rest + 1] * bool(rest)
+
+
+def test_what_is_shared_is_named():
+    """As it stands in every shard: whoever reads an old one finds the same words."""
+    said = {FULL: "depth, tokens, prefix", NO_PREFIX: "depth, tokens", DEPTH_ONLY: "depth"}
+    assert {sharing: str(sharing) for sharing in (*said, PLAIN)} == {**said, PLAIN: "nothing"}
+
+
+def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(tiny_model, monkeypatch):
+    model, asked = tiny_model("llama"), []
+
+    def noted(*given):
+        asked.append(given)
+        return pruned(*given)
+
+    monkeypatch.setattr("tracker.engine.sweep.pruned", noted)
+    first, leftovers = (remember(model, (name,)) for name in ("inv_freq", "attention_scaling"))
+    engine = Engine(
+        loaded(model), MAX_LENGTH, habits=Habits(first=first, leftovers=leftovers, stay=True)
+    )
+    copy = engine.with_sharing(NO_PREFIX).without(ablate("mlp", [2], removed=[1]))
+    ((of, layers, silent, fresh, stay),) = asked
+    assert (of, layers, silent, stay) == (model, (1,), [model.model.layers[2].mlp], True)
+    assert fresh is first
+    assert (copy.sharing, copy.max_length, copy.habits.stay) == (PLAIN, MAX_LENGTH, True)
+    # Of its own state, taken down anew; its first call is behind it.
+    assert copy.habits.first == {}
+    place = ("model.rotary_emb", "attention_scaling")
+    assert copy.habits.leftovers[place] == leftovers[place]
+    assert {name for _, name in copy.habits.leftovers} == {"attention_scaling"}
+    assert list(copy.loaded.layers) == list(copy.loaded.model.model.layers)
+    (score,) = copy.score(make_documents(1), [INTACT])
+    assert score.proxy_sums.dtype == torch.float64
+
+
 class TestKeptBeginning:
     """What all documents begin with is read apart where that fits, and the numbers are the same."""
 
@@ -342,6 +416,14 @@ class TestKeptBeginning:
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, memory=budget)
         same(engine.score(self.DOCUMENTS, [INTACT]), expected.score(self.DOCUMENTS, [INTACT]))
         assert read == [60] * times
+
+    def test_it_is_long_enough(self, tiny_model, read):
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        for shared in (SHORTEST, SHORTEST - 1):
+            documents = make_documents(3, seed=2, shared=shared)
+            assert engine.shares_a_prefix(documents) == (shared == SHORTEST)
+            engine.score(documents, [INTACT])
+        assert read == [SHORTEST]
 
     def test_when_memory_runs_out_the_rows_hold_it(self, tiny_model, monkeypatch):
         def never(*args):
