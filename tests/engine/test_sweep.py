@@ -23,7 +23,7 @@ from tracker.engine.rows import Lengths, flat_rows, tree_rows
 from tracker.engine.score import read_prefix, score_row
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Habits
 from tracker.engine.streams import plan_streams
-from tracker.engine.sweep import Engine
+from tracker.engine.sweep import ROW_TOKENS, Engine
 from tracker.errors import CellError
 from tracker.models.pruned import pruned, remember
 
@@ -355,6 +355,33 @@ def test_as_many_ablations_at_a_time_as_the_budget_holds(tiny_model, monkeypatch
     Engine(loaded(model), MAX_LENGTH, memory=budget).score([document], ablations)
     whole, rest = divmod(6, streams - 1)
     assert used == [streams] * whole + [rest + 1] * bool(rest)
+    used.clear()
+    Engine(loaded(model), MAX_LENGTH, memory=budget).score([document], [INTACT])
+    assert used == [1]
+
+
+def test_rows_are_packed_by_what_is_shared(tiny_model, monkeypatch):
+    """Many texts in a row need masks of our own; a stream's own mask broadcasts over one alone."""
+    packed = []
+    for pack in (tree_rows, flat_rows):
+
+        def noted(documents, *how, pack=pack):
+            packed.append((pack, *how))
+            return pack(documents, *how)
+
+        monkeypatch.setattr(f"tracker.engine.sweep.{pack.__name__}", noted)
+    lengths = Lengths((1000,))
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, habits=Habits(lengths=lengths))
+    documents = make_documents(2, seed=2, shared=60)
+    for sharing, ablations, how in (
+        (FULL, single_layers((1,)), (tree_rows, MAX_LENGTH, ROW_TOKENS, 60, lengths)),
+        (NO_PREFIX, single_layers((1,)), (tree_rows, MAX_LENGTH, ROW_TOKENS, 0, lengths)),
+        (DEPTH_ONLY, single_layers((1,)), (flat_rows, MAX_LENGTH, 1, lengths)),
+        (DEPTH_ONLY, [INTACT], (flat_rows, MAX_LENGTH, ROW_TOKENS, lengths)),
+    ):
+        engine.with_sharing(sharing).score(documents, ablations)
+        assert packed == [how]
+        packed.clear()
 
 
 def test_what_is_shared_is_named():
