@@ -251,7 +251,7 @@ def test_two_metrics_are_published_and_read_back_apart(
     # So are as many drawn documents of the same cell.
     ran(limit=None, sample=6)
     assert api.sync([to], results=results).failed == {}
-    assert len(client.search_runs([experiment])) == 3 * (1 + 2)
+    assert len(client.search_runs([experiment])) == 3 * (2 + 2)
     assert len(list((store.folder / "receipts").iterdir())) == 3
     done = api.report(to, output=tmp_path / "page.html")
     assert sorted((cell.n, cell.metric, cell.sample_seed or 0) for cell in done.cells) == [
