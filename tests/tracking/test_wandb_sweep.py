@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.own import write_tasks
 from tracker import api
 from tracker.errors import RequestError
 from tracker.tracking.figures import flat_metrics
@@ -34,9 +36,21 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     double: WandbDouble,
     tiny_llama: Callable[..., Path],
     experiment: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    model = tiny_llama(layers=3)
-    sweep = start(client, double, experiment(model, limit=10, layer=[0, 2], span=[1, 2]))
+    """On a stranger's own task, with a prompt and settings that W&B passes on."""
+    model, tasks = tiny_llama(layers=3), write_tasks(tmp_path)
+    # As with lm-eval: what a task's code imports must be importable.
+    path = client.environment["PYTHONPATH"]
+    client.environment["PYTHONPATH"] = os.pathsep.join([str(tasks), *filter(None, [path])])
+    asked = {
+        "benchmark": "paint",
+        "include_path": f"'{tasks}'",
+        "system_instruction": "'You are a painter, and you name colours.'",
+        "num_fewshot": 1,
+        "limit": 10,
+    }
+    sweep = start(client, double, experiment(model, **asked, layer=[0, 2], span=[1, 2]))
     said = client.agent(f"team/layers/{sweep.name}")
     assert said.count("loading tiny-llama") == 1, said  # the first trial
 
@@ -45,6 +59,10 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     (cell,) = api.ls(client.folder / "results")
     layers = {(run.layer, run.span): run for run in cell.runs}
     assert set(layers) == {(0, 1), (2, 1), (0, 2)}  # what the sweep asks for, and no more
+    said = {"system_instruction": "You are a painter, and you name colours."}
+    assert (cell.benchmark.name, cell.benchmark.settings) == ("paint", said)
+    page = api.report(client.folder / "results", output=tmp_path / "page.html").files[0]
+    assert "paint · 1-shot" in page.read_text(encoding="utf-8")
     for trial, place in zip(measured, [(0, 1), (0, 2), (2, 1)], strict=True):
         assert (trial.values["layer"], trial.values["span"]) == place
         assert (trial.job_type, trial.state) == ("layer", "finished")
@@ -59,7 +77,7 @@ def test_the_agent_fills_the_sweep_and_the_cell(
     others = [run for run in project.runs.values() if run.id not in sweep.handed_out]
     assert [run.job_type for run in others] == ["baseline", "cell"]
     assert {run.group for run in others} == {measured[0].group}
-    assert [run.summary["n"] for run in others] == [10, 10]
+    assert [run.summary["n"] for run in others] == [3, 3]
     assert [run.sweep for run in others] == [None, None]
 
     # What the sweep has is not published again.
