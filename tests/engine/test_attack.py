@@ -28,7 +28,6 @@ from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison
 from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
-from tracker.team.result_files import _calls
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 WINDOW = (("max_position_embeddings",),)
@@ -298,7 +297,8 @@ class TestAttack:
             assert 2 <= min(tokens) < max(tokens) < 97
             assert len(set(tokens)) > 20
         # The first ones are special in many a vocabulary.
-        few = {t for documents in _calls(4, MAX_LENGTH) for d in documents for t in context(d)}
+        small = crossing_calls(4, MAX_LENGTH)
+        few = {token for documents in small for d in documents for token in context(d)}
         assert few == {2, 3}
         first, steps, *beginnings = calls
         lengths = [len(document.requests[0].context) for document in first]
@@ -316,7 +316,7 @@ class TestAttack:
 
     def test_the_first_call_has_every_kind_of_row(self) -> None:
         """Two short texts in one row, long ones alone, branches, and answers that are long."""
-        first = _calls(97, MAX_LENGTH)[0]
+        first = crossing_calls(97, MAX_LENGTH)[0]
         tokens = [len(context(d)) + sum(len(r.continuation) for r in d.requests) for d in first]
         assert any(one + other <= 40 for one, other in itertools.pairwise(tokens))
         assert any(one <= 40 < one + other for one, other in itertools.pairwise(tokens))
