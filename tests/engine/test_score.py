@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents
-from tracker.ablations import INTACT, ablate, single_layers
+from tracker.ablations import INTACT, ablate
 from tracker.engine.masks import Sight
 from tracker.engine.prefix import cache_argument, new_cache
 from tracker.engine.refusal import RefusalError
