@@ -75,9 +75,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes begins first; the many short tests fill what is left of each worker."""
-    order = ("runner", "tracking", "engine")
+    order = ("test_registry.py", "runner", "tracking", "engine")
     places = {name: place for place, name in enumerate(order)}
-    items.sort(key=lambda item: places.get(item.path.parent.name, len(order)))
+    items.sort(
+        key=lambda item: min(
+            places.get(name, len(order)) for name in (item.path.name, item.path.parent.name)
+        )
+    )
 
 
 def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
