@@ -114,9 +114,6 @@ def find_task(name: str, own: Sequence[Path] = ()) -> Entry:
         if entry.kind is Kind.GROUP:  # lm-eval takes its list of tasks for its name
             entry.name = read_task(file)["group"]
         return entry
-    entries = TaskIndex.build(own)
-    if name in entries:  # lm-eval's own index takes seconds
-        return entries[name]
     entries = _entries(own)
     if name not in entries:
         near = did_you_mean(name, list(entries))
@@ -128,7 +125,7 @@ def find_task(name: str, own: Sequence[Path] = ()) -> Entry:
 
 
 def build(
-    name: str,
+    entry: Entry,
     source: DataSource,
     num_fewshot: int | None,
     own: Sequence[Path] = (),
@@ -137,7 +134,7 @@ def build(
     """Build a task or a group of lm-eval on the documents of a source.
 
     Args:
-        name: As in `find_task`.
+        entry: What `find_task` found.
         source: Where the documents come from, but for tasks that bring their own.
         num_fewshot: How many examples are asked for; None is what the task itself asks for.
         own: As in `find_task`.
@@ -147,14 +144,11 @@ def build(
         What lm-eval makes of it.
 
     Raises:
-        BenchmarkError: There is no such task, its data cannot be read, or its code fails.
+        BenchmarkError: Its data cannot be read, or its code fails.
     """
-    entry = find_task(name, own)
     try:
         return _SourcedFactory(source, num_fewshot, metadata or {}).build(
-            entry,
-            overrides=None,
-            registry=_entries(own) if entry.kind in (Kind.GROUP, Kind.TAG) else {},
+            entry, overrides=None, registry=_entries(own)
         )
     except BenchmarkError:
         raise
@@ -162,9 +156,9 @@ def build(
         if source.root is None and not isinstance(error, UNREADABLE) and not _line_of(error):
             said = entry.cfg or {}
             raise unreachable(
-                said.get("dataset_path", name), said.get("dataset_name"), HUB, error
+                said.get("dataset_path", entry.name), said.get("dataset_name"), HUB, error
             ) from None
-        raise unreadable(name, source, error) from None
+        raise unreadable(entry.name, source, error) from None
 
 
 def unreadable(task: str, source: DataSource, error: Exception) -> BenchmarkError:

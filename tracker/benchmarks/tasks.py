@@ -43,12 +43,13 @@ class LmEvalBenchmark:
 
     def __init__(self, request: CellRequest) -> None:
         own = folders(request)
-        self._name = find_task(request.benchmark, own).name
+        entry = find_task(request.benchmark, own)
+        self._name = entry.name
         self._source = find_data(request.data)
         self._request = request
         # As lm-eval tells tasks that make their documents which model it is for.
         metadata = {"pretrained": request.model, **decoded(request.metadata)}
-        built = build(request.benchmark, self._source, request.num_fewshot, own, metadata)
+        built = build(entry, self._source, request.num_fewshot, own, metadata)
         group = built if isinstance(built, Group) else None
         members = group.get_all_tasks() if group else built if isinstance(built, list) else [built]
         self._tasks: dict[str, Any] = {task.task_name: task for task in members}
