@@ -52,6 +52,7 @@ def main(debug: bool) -> None:
       tracker plan experiments/demo.yaml         what it will cost
       tracker run experiments/demo.yaml          measure, track, report
       tracker ls                                 what the results folder holds
+      tracker study audit experiments/demo.yaml  a question of the paper, answered
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks
