@@ -34,8 +34,8 @@ def _subject(path: Path, results: Path) -> tuple[Asked, Subject]:
 def test_only_what_is_missing_is_observed(tiny_llama, experiment, tmp_path: Path) -> None:
     model, seen = tiny_llama(), []
 
-    def begin(engine: Engine):  # noqa: ANN202
-        def watch(document) -> Arrays:  # noqa: ANN001
+    def begin(engine: Engine):
+        def watch(document) -> Arrays:
             seen.append(document.index)
             tokens = len(document.requests[0].context)
             return {"tokens": np.array(tokens), "map": np.full((2, 3), document.index)}
@@ -55,7 +55,7 @@ def test_only_what_is_missing_is_observed(tiny_llama, experiment, tmp_path: Path
     assert [doc for _, doc in more.documents] == seen
     assert (more.arrays["map"][:, 1, 2] == seen).all()
     assert more.documents[:3] == few.documents
-    first, second = sorted((tmp_path / "results").glob("cells/*/observed/test/*"))
+    _first, second = sorted((tmp_path / "results").glob("cells/*/observed/test/*"))
     content = second.read_bytes()
     second.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
     again = observed(40)
