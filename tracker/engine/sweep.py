@@ -181,14 +181,20 @@ class Engine:
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> Iterator[_Scored]:
         """Score as many ablations at a time as the budget allows for the largest document."""
+        for number, group in enumerate(self.groups(ablations, max(map(_tokens, documents)))):
+            for row, ablated, scores in self._scored(documents, group):
+                yield row if number == 0 else replace(row, gold=[]), ablated, scores
+
+    def groups(self, ablations: Sequence[Ablation], tokens: int) -> Iterator[list[Ablation]]:
+        """Part ablations into groups whose streams fit into memory, with so many tokens each.
+
+        The baseline comes first in each group; without depth sharing all are one group.
+        """
         removed = [ablation for ablation in ablations if ablation != INTACT]
-        largest = max(map(_tokens, documents))
-        streams = self._budget // (largest * stream_bytes(self.loaded.model))
+        streams = self._budget // (tokens * stream_bytes(self.loaded.model))
         size = max(1, streams - 1) if self.sharing.depth else max(1, len(removed))
         for start in range(0, max(1, len(removed)), size):
-            group = [INTACT, *removed[start : start + size]]
-            for row, ablated, scores in self._scored(documents, group):
-                yield row if start == 0 else replace(row, gold=[]), ablated, scores
+            yield [INTACT, *removed[start : start + size]]
 
     def _scored(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
