@@ -64,3 +64,21 @@ def _study(name: str, help_text: str, *options: Callable[[Any], Any]) -> None:
     for option in reversed(options):
         wrapped = option(wrapped)
     study.command(name)(click.argument("experiment", type=Place())(wrapped))
+
+
+_study(
+    "audit",
+    """Set every proxy of a layer's relevance beside the accuracy that its removal costs.
+
+    Measures the drop of each whole layer in EXPERIMENT, and nine proxies of it: cosine score,
+    angular distance, relative update, first-order Taylor, logit-lens changes, perplexity, KL and
+    Jensen-Shannon divergence, the gold answer's log-probability. Says how well each orders the
+    layers, beside chance, and for how many forward passes; with two benchmarks or more also whether
+    relevance depends on the task.
+
+    \b
+    Examples:
+      tracker study audit experiments/demo.yaml
+      tracker study audit experiments/demo.yaml --results results --track none
+    """,
+)
