@@ -120,11 +120,11 @@ class _OfModel(ModelAudit):
             return []
         value, low, high = found
         if low > PAPER[1]:
-            verdict = f"higher than in any of the paper's models (at most {PAPER[1]})"
+            verdict = f"more than in any of the paper's models (at most {PAPER[1]})"
         elif high < PAPER[0]:
-            verdict = f"lower than in any of the paper's models (at least {PAPER[0]})"
+            verdict = f"less than in any of the paper's models (at least {PAPER[0]})"
         else:
-            verdict = f"as in the paper ({PAPER[0]} to {PAPER[1]})"
+            verdict = f"which agrees with the paper's {PAPER[0]} to {PAPER[1]}"
         against = low > PAPER[1] or high < PAPER[0]
         start = "against the paper, " if against else ""
         return [
@@ -161,7 +161,6 @@ class _OfModel(ModelAudit):
         if cosine is None or drop is None or cosine.raw_test is None:
             return []
         raw, clean = cosine.raw_test, cosine.clean_test
-        more = raw.block_p < LEVEL and drop.raw > cosine.raw
         sentence = (
             f"from benchmark to benchmark a layer's z-scored accuracy drop varies by "
             f"{two_digits(drop.raw)}, its cosine score by {two_digits(cosine.raw)} (larger in "
@@ -169,17 +168,23 @@ class _OfModel(ModelAudit):
             f"neighbouring layers {written_p(raw.block_p)})"
         )
         if clean is None or drop.clean is None or cosine.clean is None:
-            return [(not more, f"{sentence}; how much of it is noise of the documents is open.")]
-        still = clean.block_p < LEVEL and drop.clean > cosine.clean
+            return [(False, f"{sentence}; how much of it is noise of the documents is open.")]
         sentence += (
             f"; without the noise of the documents the drop varies by {two_digits(drop.clean)}, "
             f"the cosine score by {two_digits(cosine.clean)} (p = {written_p(clean.p_value)}, in "
-            f"blocks {written_p(clean.block_p)}), so that relevance "
-            + ("does depend" if still else "is not shown to depend")
-            + " on the task more than cosine says"
+            f"blocks {written_p(clean.block_p)}), so that "
         )
-        start = "" if still else "against the paper's third claim, "
-        return [(not still, f"{start}{sentence}.")]
+        if clean.smallest_p >= LEVEL:
+            return [(False, f"{sentence}so few layers leave the paper's third claim open.")]
+        if clean.block_p < LEVEL:
+            if drop.clean > cosine.clean:
+                return [(False, f"{sentence}relevance depends on the task more than cosine says.")]
+            sentence += "relevance depends on the task less than cosine says."
+            return [(True, f"against the paper's third claim, {sentence}")]
+        sentence += "relevance is not shown to depend on the task more than cosine says."
+        if raw.block_p < LEVEL and drop.raw > cosine.raw:
+            return [(True, f"the paper's third claim holds with the noise alone: {sentence}")]
+        return [(False, sentence)]
 
     def _best(self) -> tuple[bool, str]:
         best = self.summaries[0]
@@ -220,11 +225,21 @@ class _OfModel(ModelAudit):
             f"{'' if low == high else f' to {high:,.0f}'} (Spearman {two_digits(value)} at the end)"
             for name, low, high, value in stretches
         ]
+        ceiling = next((value for value in reversed(by_name[DROP]) if value is not None), None)
+        most = (
+            ""
+            if ceiling is None
+            else (
+                " No proxy predicts a noisy drop well: half of the documents predict the drop of "
+                f"the other half at {two_digits(ceiling)}."
+            )
+        )
         return [
             (
                 False,
                 "which to trust depends on the forward passes that there are to spend on a "
-                f"benchmark; of other documents' drops the best predictor is {', '.join(parts)}.",
+                f"benchmark; of other documents' drops the best predictor is {', '.join(parts)}."
+                f"{most}",
             )
         ]
 
@@ -350,7 +365,7 @@ class _OfModel(ModelAudit):
             [
                 ("proxy", "text"),
                 *zip(words, units, strict=True),
-                *zip(("majorly", *words[1:]), units, strict=True),
+                *zip(("majorly", "majorly by chance", *words[2:]), units, strict=True),
             ],
             rows,
             [
