@@ -110,10 +110,16 @@ def test_what_is_asked_for_is_whole_layers_of_the_intact_model(
 ) -> None:
     model = tiny_llama()
     path = experiment(
-        model, component=["layer", "attention"], span=[1, 2], removed=[[1], [2]], limit=4
+        model,
+        component=["layer", "attention"],
+        span=[1, 2],
+        removed=[[1], [2]],
+        intervention=["mean", "remove"],
+        limit=4,
     )
     (cell,) = Audit().requests(_asked(path, tmp_path))
     assert (cell.components, cell.spans, cell.removed) == (("layer",), (1,), ())
+    assert cell.interventions == ("remove",)
     assert cell.layers == (0, 1, 2, 3)
     path = experiment(model, layer=[1, 2])
     with pytest.raises(RequestError, match=r"fewer than three; write e.g. layer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from scipy import stats
 
@@ -22,7 +23,7 @@ from tracker.metrics.across import BLOCK, Paired
 from tracker.metrics.multiple import holm
 from tracker.metrics.orders import midranks
 from tracker.metrics.resampling import bias_corrected_interval
-from tracker.records import WHOLE_LAYER
+from tracker.records import WHOLE_LAYER, Kind
 from tracker.reporting.formats import counted, points, two_digits
 from tracker.reporting.formats import p_value as written_p
 from tracker.reporting.wording import benchmark_labels, model_labels
@@ -62,9 +63,19 @@ class Audit:
         """List the cells of the file, each with its whole single layers of the intact model."""
         cells: dict[CellRequest, None] = {}
         for cell in asked.experiment.cells():
-            only = cell.only and tuple(run for run in cell.only if run[:2] == WHOLE_LAYER)
-            change = {"components": ("layer",), "spans": (1,), "removed": (), "only": only}
-            cells[cell.model_copy(update=change)] = None
+            only = cell.only and tuple(
+                run for run in cell.only if Kind(run[0], run[1], run[3]) == WHOLE_LAYER
+            )
+            change: dict[str, Any] = {
+                "components": (WHOLE_LAYER.component,),
+                "spans": (WHOLE_LAYER.span,),
+                "interventions": (WHOLE_LAYER.intervention,),
+                "removed": (),
+                "only": only,
+            }
+            # A cap on the runs may leave none of these.
+            if only != ():
+                cells[cell.model_copy(update=change)] = None
         if not any(len(cell.layers) >= FEWEST for cell in cells):
             raise RequestError(
                 "the audit orders layers, and this file names fewer than three; write e.g. layer: "
@@ -473,13 +484,13 @@ class _OfModel(ModelAudit):
         profiles |= {NAMES[s.proxy]: means(s.proxy, cells) for s in named}
         return [
             LineChart(
-                title=f"{self.name}: relevance over depth, mean of z-scores over benchmarks",
+                title=f"{self.name}: ranks of the layers over depth, mean over benchmarks",
                 x="layer (0-based)",
-                y="z-score",
-                unit="coefficient",
+                y="rank, the least relevant is 1",
+                unit="count",
                 places=tuple(cells[0].layers),
                 lines=tuple(
-                    Line(name=name, values=tuple(stats.zscore(rows, axis=1).mean(axis=0).tolist()))
+                    Line(name=name, values=tuple(midranks(rows).mean(axis=0).tolist()))
                     for name, rows in profiles.items()
                 ),
             )
