@@ -145,17 +145,25 @@ def test_windows_of_a_text_add_up(tiny_model) -> None:
         Request(tokens[:1], tokens[1:12]),
         Request(tokens[4:12], tokens[12:20]),
     )
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+    model = tiny_model("llama")
+    engine = Engine(loaded(model), MAX_LENGTH)
     found = output_proxies(engine, Document("text", 0, windows, None, 0, rolling=True))
     assert float(found["tokens"]) == 19
-    first = replace(engine, max_length=MAX_LENGTH)
     apart = [
-        output_proxies(first, Document("text", 0, (window,), None, 0, rolling=True))
+        output_proxies(engine, Document("text", 0, (window,), None, 0, rolling=True))
         for window in windows
     ]
     for name in PER_LAYER:
         torch.testing.assert_close(found[name], apart[0][name] + apart[1][name])
     assert float(apart[1]["tokens"]) == float(apart[1]["predicted"]) == 8
+    # The first of them is predicted by the last that is not measured.
+    places, following = range(7, 15), list(tokens[12:20])
+    with pruned(model, [1]) as without:
+        said, left = (
+            torch.tensor(_logits(each, tokens[4:20])).log_softmax(-1)[places, following].sum()
+            for each in (model, without)
+        )
+    assert float(apart[1]["loss_increase"][1]) == pytest.approx(float(said - left), abs=1e-3)
 
 
 def test_what_cannot_be_differentiated_is_no_number(tiny_model) -> None:
