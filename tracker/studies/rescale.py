@@ -32,6 +32,7 @@ NAMES = {
     "mean": "its mean update",
     "linear": "a linear map",
 }
+EVERY: tuple[Intervention, ...] = ("remove", *WAYS)
 RESAMPLES, SEED = 2000, 0
 SIGNIFICANT = 0.05
 
@@ -43,11 +44,11 @@ class _Cell:
     name: str
     n: int
     layers: tuple[int, ...]
-    drops: dict[str, Array]
-    drawn: dict[str, Array]
-    nats: dict[str, Array]
-    drawn_nats: dict[str, Array]
-    better: dict[str, list[float]]
+    drops: dict[Intervention, Array]
+    drawn: dict[Intervention, Array]
+    nats: dict[Intervention, Array]
+    drawn_nats: dict[Intervention, Array]
+    better: dict[Intervention, list[float]]
     """Way → for each layer, the p-value of doing otherwise than without the layer."""
 
 
@@ -138,15 +139,18 @@ def _cell(subjects: Sequence[Subject]) -> _Cell | None:
     sign = 1.0 if outcomes.higher_is_better(metric) else -1.0
     gold = gold_logprobs(outcomes.of(INTACT))
     strata = None if len(set(outcomes.tasks)) == 1 else np.array(outcomes.tasks)
-    drops, drawn, nats, drawn_nats = {}, {}, {}, {}
-    better: dict[str, list[float]] = {}
-    after: dict[str, list[Array]] = {}
+    drops: dict[Intervention, Array] = {}
+    drawn: dict[Intervention, Array] = {}
+    nats: dict[Intervention, Array] = {}
+    drawn_nats: dict[Intervention, Array] = {}
+    better: dict[Intervention, list[float]] = {}
+    after: dict[Intervention, list[Array]] = {}
 
-    def ablation(way: str, layer: int) -> Ablation:
-        run = RunIdentity(layer=layer, intervention=way)  # type: ignore[arg-type]
+    def ablation(way: Intervention, layer: int) -> Ablation:
+        run = RunIdentity(layer=layer, intervention=way)
         return ablation_of(run, view.removed)
 
-    for way in ("remove", *WAYS):
+    for way in EVERY:
         if not all(outcomes.has(ablation(way, layer)) for layer in layers):
             continue
         before = outcomes.metric(INTACT, metric)
@@ -168,7 +172,9 @@ def _cell(subjects: Sequence[Subject]) -> _Cell | None:
     return _Cell(name, n, layers, drops, drawn, nats, drawn_nats, better)
 
 
-def _recovered(drops: dict[str, Array], drawn: dict[str, Array], way: str) -> Entry:
+def _recovered(
+    drops: dict[Intervention, Array], drawn: dict[Intervention, Array], way: Intervention
+) -> Entry:
     if way not in drops:
         return Entry(reason="no linear map could be fitted, because the calibration text is short")
     return _entry(recovered(drops["remove"], drops[way], drawn["remove"], drawn[way]))
@@ -185,7 +191,7 @@ def _answers(cells: Sequence[_Cell]) -> list[str]:
     answers = []
     mean = {
         way: float(np.mean([cell.drops[way].mean() for cell in cells]))
-        for way in ("remove", *WAYS)
+        for way in EVERY
         if all(way in cell.drops for cell in cells)
     }
     said = ", ".join(f"{points(mean[way])} pp with {NAMES[way]}" for way in WAYS if way in mean)
@@ -256,7 +262,7 @@ def _significant(cells: Sequence[_Cell]) -> FoundTable:
 
 
 def _layers(cell: _Cell) -> FoundTable:
-    ways = [way for way in ("remove", *WAYS) if way in cell.drops]
+    ways = [way for way in EVERY if way in cell.drops]
     rows = []
     for place, layer in enumerate(cell.layers):
         row = [Entry(value=layer)]
