@@ -149,7 +149,6 @@ def _attack_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> 
         lengths=(((), True),),
         attacked="the model",
     )
-    engine = replace(engine, habits=verdict.habits(engine.loaded.model))
     verdict = as_cut(engine, ablations, verdict, name)
     engine = replace(engine, habits=verdict.habits(engine.loaded.model))
     return _attacked(engine, ablations, verdict, name)
@@ -247,7 +246,7 @@ def _asked(
     draw = random.Random(0)
     step = max(1, len(ablations) // whole)
     for number in range(len(ablations)):
-        chosen = every if number % step == 0 else draw.sample(every, min(some, len(every)))
+        chosen = every if number % step == 0 else draw.sample(every, some)
         for place in chosen:
             yield (number, *place)
 
