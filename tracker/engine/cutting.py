@@ -27,22 +27,20 @@ def as_cut(engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, name
     configuration and weights make of it. Where no checkpoint can be cut, the layer stays in its
     place and hands on its input.
     """
-    cut = replace(engine, habits=replace(engine.habits, stay=False))
     still = replace(engine, habits=replace(engine.habits, stay=True))
     wrong: list[tuple[Ablation, str]] = []
     by_nature = False
     for ablation in dict.fromkeys(Ablation(a.layers) for a in ablations if a.layers):
-        one, why = _text_under(cut, ablation)
-        other, why_not = _text_under(still, ablation)
+        one, why = _text_under(engine, ablation)
+        other, _ = _text_under(still, ablation)
         if one is not None and other is not None and _alike(one, other):
             continue
-        if one is not None and _is_its_own_checkpoint(cut, ablation, one):
+        if one is not None and _is_its_own_checkpoint(engine, ablation, one):
             by_nature = True
             continue
         if other is None and one is None:
             raise CellError(
-                f"{name} does not run without {_named(ablation)} ({why or why_not}); leave it out "
-                "of 'layer'"
+                f"{name} does not run without {_named(ablation)} ({why}); leave it out of 'layer'"
             )
         wrong.append((ablation, why or "it is not the model that it was without the layer"))
     if wrong and by_nature:
