@@ -26,6 +26,7 @@ from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Lengths, common_beginning
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Sharing
+from tracker.engine.stand_in import MadeUp
 from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison
 from tracker.engine.verdict import Verdict
@@ -264,6 +265,13 @@ class TestAttack:
             "no miniature of the model can be built on which sharing over tokens could be proven"
         )
 
+    def test_what_stands_in_for_its_layers_is_made_up(self, tiny_model, monkeypatch) -> None:
+        """It is fitted later, on a model whose habits are known."""
+        monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        fitted = [Ablation(replaced=((done, 2),)) for done in ("mean", "scale", "linear")]
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [INTACT, *fitted], ())
+        assert (verdict.sharing, verdict.difference < 2e-4) == (DEPTH_ONLY, True)
+
     def test_a_checkpoint_whose_layers_moved_up_is_measured_and_shares_nothing(
         self, tiny_model
     ) -> None:
@@ -399,6 +407,7 @@ class TestMiniatures:
             assert engine.loaded.device == torch.device("cpu")
             assert engine.loaded.model.num_parameters() < 10**6
             assert list(engine.loaded.layers) == list(engine.loaded.model.model.layers)
+            assert engine.stand_ins == {layer: MadeUp(layer) for layer in range(4)}
             # What is free on this machine is no matter.
             assert engine.memory == 2**30
 
