@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tracker.models.layers import find_layers
+from tracker.models.pruned import duplicate
 from tracker.models.shrinking import SHRINK, small_config
 
 LARGEST = 8_000_000
@@ -66,7 +67,7 @@ def build(kind: type, config: Any) -> Any | None:
 def _runs(model: nn.Module) -> bool:
     try:
         with torch.inference_mode():
-            copy.deepcopy(model)(torch.arange(8)[None] + 3, use_cache=False)
+            duplicate(model)(torch.arange(8)[None] + 3, use_cache=False)
     except Exception:  # noqa: BLE001 - the same
         return False
     return True
