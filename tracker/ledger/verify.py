@@ -14,7 +14,6 @@ from tracker.ledger.store import Ledger
 
 _NOTES = (
     "index/*.json",
-    "checks/*.json",
     "pulled/*.json",
     "cells/*/derived/*.json",
     "cells/*/receipts/*.json",
