@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.models.miniature import build
+from tracker.models.miniature import build, shapes_of
 from tracker.models.pruned import changed, duplicate, remember
 from tracker.models.shrinking import numbers, with_numbers
 
@@ -59,13 +59,13 @@ def find_habits(small: Any, paths: Collection[Path]) -> Findings:
     every_call = not _same(usual[:SHORT], _said(small, SHORT))
     causal = _same(usual[:-1], _said(small, LONG, last=1)[:-1])
     matters, by_call = [], []
-    shapes = {name: value.shape for name, value in small.state_dict().items()}
+    shapes = shapes_of(small)
     for path, value in numbers(config.get_text_config()):
         if path not in paths:
             continue
         little = SMALL if value != SMALL else SMALL + 2
-        other = build(kind, with_numbers(config, {path: type(value)(little)}))
-        if other is None or {n: v.shape for n, v in other.state_dict().items()} != shapes:
+        other = build(kind, with_numbers(config, {path: type(value)(little)}), shapes)
+        if other is None:
             continue
         try:
             long = _said(other, LONG)
