@@ -9,6 +9,7 @@ from tracker.distribution import __version__
 if TYPE_CHECKING:
     from tracker.api import (
         Results,
+        Studied,
         check,
         evaluate,
         leaderboard,
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
         plan,
         report,
         run,
+        study,
         sync,
         validate,
     )
 
 __all__ = [
     "Results",
+    "Studied",
     "__version__",
     "check",
     "evaluate",
@@ -32,6 +35,7 @@ __all__ = [
     "plan",
     "report",
     "run",
+    "study",
     "sync",
     "validate",
 ]

@@ -40,6 +40,7 @@ from tracker.tracking.base import Ending
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tracker.findings import FindingRecord
     from tracker.measuring.planning import PlannedCell
 
 RESULTS = Path("results")
@@ -142,6 +143,87 @@ def run(
     except WorkError as error:  # what was measured is still to be shown
         outcome.unwritten = str(error)
     return Results(tuple(outcome.cells), page, outcome)
+
+
+@dataclass(frozen=True)
+class Studied:
+    """What became of a study.
+
+    Attributes:
+        finding: What it says: answers, tables, charts.
+        report: The report page of the results folder; None where it could not be written.
+        outcome: What of the cells that it needs failed, and where their runs can be seen.
+    """
+
+    finding: FindingRecord = field(repr=False)
+    report: Path | None
+    outcome: Finished
+
+
+def study(
+    name: str,
+    experiment: str | os.PathLike[str],
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    track: Sequence[str] | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    memory: int | None = None,
+    publish_documents: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Studied:
+    """Answer a question of the paper or of its reviewers, measuring just what the answer lacks.
+
+    Args:
+        name: Which study: one of `tracker.studies.registry.STUDIES`.
+        experiment: The YAML file.
+        results: The results folder.
+        track: Tracking backends, as for `run`.
+        device: `auto` (an accelerator if there is one), or a torch device.
+        trust_remote_code: Whether code and pickles from a download may run.
+        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
+        progress: Listens to the run; None for silence.
+        **settings: What this study alone can be told; its class says what.
+
+    Returns:
+        What it says, the report page, and what failed.
+
+    Raises:
+        RequestError: The request was wrong; nothing was computed or written.
+        CellError: No cell could be measured.
+    """
+    from tracker.studies.base import Asked
+    from tracker.studies.conduct import conduct
+    from tracker.studies.registry import open_study
+    from tracker.team.reports import write_report
+
+    chosen = open_study(name, settings)
+    path = Path(experiment)
+    asked, text = load_experiment(path)
+    ledger = Ledger(Path(results))
+    publisher = Publisher(
+        default_targets() if track is None else track,
+        asked.destination,
+        ledger.root,
+        publish_documents,
+    )
+    options = Options(device, trust_remote_code, memory)
+    try:
+        found = conduct(
+            chosen, Asked(path, asked, ledger, options, progress or Silent()), publisher
+        )
+    finally:
+        publisher.close()
+    page = None
+    try:
+        ledger.keep_experiment(path.name, text)
+        page, found.outcome.damaged = write_report(ledger)
+    except WorkError as error:  # what was found is still to be shown
+        found.outcome.unwritten = str(error)
+    return Studied(found.finding, page, found.outcome)
 
 
 def validate(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tracker.cli.terminal import say, table
 
 if TYPE_CHECKING:
+    from tracker.findings import FindingRecord
     from tracker.measuring.planning import PlannedCell
     from tracker.records import CellRecord, RunIdentity
     from tracker.runner import Finished
@@ -72,6 +73,26 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
         say(power)
     if only is None:
         say(sentence(cell))
+
+
+def print_finding(finding: FindingRecord) -> None:
+    """Print what a study found: answers, tables, and what could not be said."""
+    from tracker.reporting.formats import DASH
+    from tracker.reporting.studies import study_table
+
+    say()
+    say(finding.question)
+    for answer in finding.answers:
+        say(f"  {answer}")
+    for each in map(study_table, finding.tables):
+        say()
+        columns = [(column.label, column.numeric) for column in each.columns]
+        table(columns, [[value.text for value in row] for row in each.rows], each.caption)
+        reasons = {value.reason for row in each.rows for value in row if value.reason}
+        for line in (*each.notes, *(f"{DASH} {why}" for why in sorted(reasons))):
+            say(line)
+    for line in finding.lacking:
+        say(f"could not be said: {line}")
 
 
 def print_boards(cells: Sequence[CellRecord]) -> None:
@@ -176,7 +197,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
         f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate. "
         "self-check: what the model answers once more, plainly; besides, each architecture is "
-        "attacked once on a miniature, which takes some seconds and is kept in the results folder"
+        "attacked once on a miniature, which takes some seconds and is kept in the cache folder"
     )
     say(
         f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "

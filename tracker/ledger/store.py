@@ -3,6 +3,7 @@
 RESULTS/
   tracker.json              the folder's format
   index/REQUEST.json        what was asked for → its cell, found without loading anything
+  studies/STUDY--FILE.json  what studies found
   experiments/NAME.yaml     the user's exact experiment files, each with its SHA-256 beside it
   cells/MODEL--BENCHMARK--KEY/
     cell.json               the model, the benchmark, and who made the cell
@@ -32,9 +33,11 @@ from filelock import FileLock
 
 from tracker.distribution import upgrade
 from tracker.errors import ResultsError, WorkError
+from tracker.findings import FindingRecord
 from tracker.identities import BenchmarkIdentity, ModelIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import lock_file, write_text
+from tracker.ledger.findings import findings
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.notes import read_note, reason, write_note
 from tracker.ledger.views import FORMAT, Asked, CellIdentity
@@ -47,11 +50,13 @@ class Contents:
     Attributes:
         views: Each view with its cell, sorted by model and benchmark.
         experiments: The kept experiment files: name → exact text.
+        findings: What studies found, by name.
         damaged: File or folder that cannot be used → what to do.
     """
 
     views: list[tuple[CellStore, Asked]] = field(default_factory=list)
     experiments: dict[str, str] = field(default_factory=dict)
+    findings: list[FindingRecord] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
 
 
@@ -125,6 +130,7 @@ class Ledger:
         found = Contents()
         for cell in self.cells(found.damaged):
             found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
+        found.findings.extend(findings(self.root, found.damaged))
         for path in sorted(self.root.glob("experiments/*.yaml")):
             try:
                 content = path.read_bytes()

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tracker.decided import DecisionsRecord
+from tracker.findings import FindingRecord
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord, Place
 from tracker.reporting import sections, tables, wording
@@ -25,6 +26,7 @@ from tracker.reporting.downloads import layer_files, packed, packed_json
 from tracker.reporting.leaderboard import rules
 from tracker.reporting.leaderboard.proxies import agreements
 from tracker.reporting.sentences import agreement_sentence, compared_sentence
+from tracker.reporting.studies import StudyFigure, study_sections
 from tracker.text import harmless
 
 _OPEN_CELLS = 12
@@ -38,6 +40,7 @@ def render_report(
     experiments: Mapping[str, str],
     path: Path,
     decided: Mapping[Place, DecisionsRecord] = {},
+    findings: Sequence[FindingRecord] = (),
 ) -> Path:
     """Write the report page of a results folder, and return its path.
 
@@ -48,6 +51,7 @@ def render_report(
         experiments: The experiment files: name → exact YAML text.
         path: Where the page is to be.
         decided: A cell's place → what its runs decide document by document, where it is known.
+        findings: What studies found.
 
     Returns:
         The path.
@@ -55,7 +59,7 @@ def render_report(
     Raises:
         WorkError: The disk is full or refuses; a page that was there stays.
     """
-    write_text(path, render_page(cells, experiments, decided))
+    write_text(path, render_page(cells, experiments, decided, findings))
     return path
 
 
@@ -69,6 +73,7 @@ def render_page(
     cells: Sequence[CellRecord],
     experiments: Mapping[str, str],
     decided: Mapping[Place, DecisionsRecord] = {},
+    findings: Sequence[FindingRecord] = (),
 ) -> str:
     """Render the HTML of cells in this order, as `render_report` writes it."""
     loader = PackageLoader("tracker.reporting")
@@ -86,13 +91,15 @@ def render_page(
     models = sections.model_sections(cells, decided)
     across = sections.across_section(cells, models)
     ids = {s.cell.place: s.id for model in models for s in model.cells}
-    figures = [figure for model in models for figure in model.figures]
+    figures: list[sections.Figure | StudyFigure] = [f for model in models for f in model.figures]
     figures += across.figures if across else ()
+    studies = study_sections(findings, cells)
+    figures += [figure for study in studies for figure in study.figures]
     csv, parquet = layer_files(cells) if cells else ("", "")
     return environment.get_template("report.html.j2").render(
         style=inlined("report.css"),
         script=inlined("report.js"),
-        plotly=_plotly() if cells else "",
+        plotly=_plotly() if figures else "",
         charts=packed_json(
             {
                 "template": TEMPLATE,
@@ -117,6 +124,7 @@ def render_page(
         overview_links=[ids[cell.place] for cell in cells],
         models=models,
         across=across,
+        studies=studies,
         cells=cells,
         open_cells=len(cells) <= _OPEN_CELLS,
         open_boards=len(models) <= _OPEN_BOARDS,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tracker.decided import DecisionsRecord
 from tracker.errors import RequestError, TrackerError
+from tracker.findings import FindingRecord
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of, record_of
@@ -28,12 +29,14 @@ class Collected:
             that the sources hold of it.
         experiments: The experiment files that the results folders keep: name → exact text.
         failed: Source, or a cell of it → why it is not among the cells.
+        findings: What studies found, as the results folders keep it.
         origins: What each record was derived from, by its place.
     """
 
     cells: tuple[CellRecord, ...]
     experiments: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    findings: tuple[FindingRecord, ...] = ()
     origins: dict[Place, tuple[CellStore, View]] = field(default_factory=dict)
 
     def decisions(self) -> dict[Place, DecisionsRecord]:
@@ -61,6 +64,7 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
     views: list[tuple[CellStore, View]] = []
     experiments: dict[str, str] = {}
     failed: dict[str, str] = {}
+    findings: dict[FindingRecord, None] = {}
     for source, place in opened.items():
         try:
             if isinstance(place, Target):
@@ -71,6 +75,7 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
             contents = place.contents()
             failed |= contents.damaged
             views += [(store, asked.view) for store, asked in contents.views]
+            findings |= dict.fromkeys(contents.findings)
             for name, text in contents.experiments.items():
                 if experiments.setdefault(name, text) != text:
                     experiments[f"{name} ({masked(source)})"] = text
@@ -85,7 +90,7 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
         except TrackerError as error:
             failed[str(same[0][0].folder)] = str(error)
     shown = tuple(merged(cell for cell in cells if cell.n))
-    return Collected(shown, experiments, failed, origins)
+    return Collected(shown, experiments, failed, tuple(findings), origins)
 
 
 def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellStore, View]]]:

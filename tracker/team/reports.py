@@ -45,7 +45,8 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
                     decided[record.place] = found
             except TrackerError as error:
                 contents.damaged[str(store.folder)] = str(error)
-    path = render_report(records, contents.experiments, ledger.root / "report.html", decided)
+    page = ledger.root / "report.html"
+    path = render_report(records, contents.experiments, page, decided, contents.findings)
     return path, contents.damaged
 
 
@@ -55,7 +56,8 @@ def write(found: Collected, form: str, path: Path) -> list[Path]:
     RequestError if there is no such form, WorkError if the disk is full or refuses.
     """
     if form == "html":
-        return [render_report(found.cells, found.experiments, path, found.decisions())]
+        decided = found.decisions()
+        return [render_report(found.cells, found.experiments, path, decided, found.findings)]
     if form not in FORMATS:
         raise RequestError(f"there is no format {form!r}; use one of: html, {', '.join(FORMATS)}")
     more = {"documents": _documents(found)} if form in ("csv", "parquet") else {}
@@ -90,7 +92,7 @@ def publish(
     for text, to in opened:
         with TemporaryDirectory() as folder, _failures(failed, text), _open(to, results) as backend:
             path = Path(folder) / "report.html"
-            page = render_report(found.cells, found.experiments, path, decided)
+            page = render_report(found.cells, found.experiments, path, decided, found.findings)
             more = {"documents": _documents(found, private)}
             files = [page, *export(found.cells, "parquet", Path(folder), more)]
             charts = dict(list(figures(found.cells).items())[:_CHARTS])

@@ -1,0 +1,119 @@
+"""What a study found is kept with a digest, and set on the page and the terminal as it was said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tracker.cli.printing import print_finding
+from tracker.findings import (
+    Entry,
+    FindingRecord,
+    FoundTable,
+    Heading,
+    Line,
+    LineChart,
+    MapChart,
+)
+from tracker.ledger.findings import findings, keep_finding
+from tracker.reporting.html import render_page
+from tracker.reporting.studies import outgrown, study_chart, study_table
+
+HEADS = (Heading(label="layer", unit="count"), Heading(label="drop", unit="points"))
+TABLE = FoundTable(
+    title="What each layer costs",
+    headings=HEADS,
+    rows=(
+        (Entry(value=3), Entry(value=0.125, low=0.1, high=0.15)),
+        (Entry(value=4), Entry(reason="the baseline is at chance")),
+    ),
+)
+LINES = LineChart(
+    title="How it grows",
+    x="layer (0-based)",
+    y="drop",
+    unit="points",
+    places=(0, 1, 2),
+    lines=(Line(name="a <b>", values=(0.1, None, 0.3), low=(0, None, 0.2), high=(1, None, 0.4)),),
+)
+MAP = MapChart(
+    title="All pairs",
+    x="second layer",
+    y="first layer",
+    name="interaction",
+    unit="points",
+    columns=(0, 1),
+    rows=("0", "1"),
+    values=((None, 0.5), (-0.25, None)),
+)
+FINDING = FindingRecord(
+    study="joint",
+    experiment="file.yaml",
+    question="Do layers add up?",
+    answers=("No.",),
+    tables=(TABLE,),
+    charts=(LINES, MAP),
+    lacking=("piqa: at chance",),
+    rests_on=(("key", "intact", 10),),
+)
+
+
+def test_what_is_kept_comes_back_and_an_edit_is_noticed(tmp_path: Path) -> None:
+    keep_finding(tmp_path, FINDING)
+    damaged: dict[str, str] = {}
+    assert findings(tmp_path, damaged) == [FINDING]
+    assert not damaged
+    (path,) = tmp_path.glob("studies/*.json")
+    path.write_text(path.read_text().replace("No.", "Yes"))
+    assert findings(tmp_path, damaged) == []
+    assert damaged == {
+        str(path): "its digest is not that of what it says: it was edited or damaged; run its "
+        "study again, or delete it"
+    }
+
+
+def test_an_undefined_entry_needs_a_reason() -> None:
+    with pytest.raises(ValueError, match="an undefined value needs a reason"):
+        Entry()
+
+
+def test_figures_are_scaled_and_dashes_carry_reasons() -> None:
+    table = study_table(TABLE)
+    assert [column.label for column in table.columns] == ["layer", "drop (pp)"]
+    assert [value.text for value in table.rows[0]] == ["3", "12.5 (10.0 to 15.0)"]
+    assert table.rows[1][1].text == "–"
+    assert table.rows[1][1].reason == "the baseline is at chance"
+
+
+def test_charts_scale_too_and_leave_gaps() -> None:
+    band, curve = study_chart(LINES).figure().data
+    assert list(curve.y) == [10.0, None, 30.0]
+    assert list(band.x) == [0, 2, 2, 0]
+    assert list(band.y) == [100, 40, 20, 0]
+    (heat,) = study_chart(MAP).figure().data
+    assert [list(row) for row in heat.z] == [[None, 50], [-25, None]]
+    assert list(heat.hovertext[0]) == ["0 · 0: undefined", "0 · 1: 50.0 pp"]
+
+
+def test_the_page_has_a_section_and_says_when_it_is_outgrown() -> None:
+    page = render_page([], {}, {}, [FINDING])
+    assert "Do layers add up?" in page
+    assert '<a href="#studies">Studies</a>' in page
+    assert "study-1-chart-2" in page
+    assert "12.5 (10.0 to 15.0)" in page
+    assert outgrown(FINDING, [("key", "intact", 10)]) == ""
+    assert outgrown(FINDING, [("key", "intact", 12)]) == (
+        "1 of its 1 cells hold other documents by now; for today's answer: tracker study joint "
+        "file.yaml"
+    )
+
+
+def test_the_terminal_shows_answers_tables_and_what_is_lacking(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_finding(FINDING)
+    said = capsys.readouterr().out
+    for words in ("Do layers add up?", "  No.", "12.5 (10.0 to 15.0)", "– the baseline is at"):
+        assert words in said
+    assert "could not be said: piqa: at chance" in said

@@ -1,0 +1,63 @@
+"""What a study observes is observed once, also when the sample grows or a file is damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tracker.engine.sweep import Engine
+from tracker.experiment import load_experiment
+from tracker.ledger.observations import Arrays
+from tracker.ledger.store import Ledger
+from tracker.measuring.derive import record_of
+from tracker.measuring.job import Options
+from tracker.measuring.prepare import look_up
+from tracker.measuring.progress import Silent
+from tracker.runner import run_cells
+from tracker.studies.base import Asked, Subject
+from tracker.studies.observing import Observed, observe
+from tracker.team.publish import Publisher
+
+
+def _subject(path: Path, results: Path) -> tuple[Asked, Subject]:
+    experiment, _ = load_experiment(path)
+    asked = Asked(path, experiment, Ledger(results), Options("cpu"), Silent())
+    (request,) = experiment.cells()
+    publisher = Publisher((), "tracker", results)
+    run_cells([request], asked.ledger, publisher, asked.options, asked.progress)
+    store = look_up(request, asked.ledger).store
+    assert store is not None
+    return asked, Subject(request, store, record_of(store, store.views.of(request)))
+
+
+def test_only_what_is_missing_is_observed(tiny_llama, experiment, tmp_path: Path) -> None:
+    model, seen = tiny_llama(), []
+
+    def begin(engine: Engine):
+        def watch(document) -> Arrays:
+            seen.append(document.index)
+            tokens = len(document.requests[0].context)
+            return {"tokens": np.array(tokens), "map": np.full((2, 3), document.index)}
+
+        return watch
+
+    def observed(sample: int) -> Observed:
+        path = experiment(model, limit=None, sample=sample, layer=[1])
+        asked, subject = _subject(path, tmp_path / "results")
+        return observe(subject, "test", asked, begin)
+
+    few = observed(3)
+    assert few.arrays["map"].shape == (3, 2, 3)
+    assert few.arrays["tokens"].shape == (3,)
+    more = observed(40)
+    assert len(seen) == len(set(seen)) == 40
+    assert [doc for _, doc in more.documents] == seen
+    assert (more.arrays["map"][:, 1, 2] == seen).all()
+    assert more.documents[:3] == few.documents
+    _first, second = sorted((tmp_path / "results").glob("cells/*/observed/test/*"))
+    content = second.read_bytes()
+    second.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    again = observed(40)
+    assert len(seen) == 48
+    assert (again.arrays["map"] == more.arrays["map"]).all()

@@ -1,0 +1,1 @@
+"""Questions of the paper and of its reviewers, each as a command over an experiment file."""

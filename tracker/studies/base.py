@@ -1,0 +1,110 @@
+"""What a study is: which cells it needs, and what it says of them once they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from tracker.config import CellRequest
+from tracker.experiment import Experiment
+from tracker.findings import FindingRecord, FoundChart, FoundTable
+from tracker.ledger.cells import CellStore
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
+from tracker.measuring.progress import Progress
+from tracker.records import CellRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a study was asked.
+
+    Attributes:
+        file: The experiment file.
+        experiment: What it says.
+        ledger: The results folder.
+        options: How models run, and where.
+        progress: Told what happens.
+    """
+
+    file: Path
+    experiment: Experiment
+    ledger: Ledger
+    options: Options
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One measured cell of a study: its request, and where its outcomes are.
+
+    Attributes:
+        request: What was asked for.
+        store: Its place in the ledger.
+        record: All that its outcomes say.
+    """
+
+    request: CellRequest
+    store: CellStore
+    record: CellRecord
+
+    def outcomes(self) -> pd.DataFrame:
+        """Read the outcomes: one row a (task, doc, ablation), as `CellStore.read_documents`."""
+        return self.store.read_documents(self.request.extent)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a study says; see `FindingRecord`."""
+
+    answers: Sequence[str]
+    tables: Sequence[FoundTable] = ()
+    charts: Sequence[FoundChart] = ()
+    lacking: Sequence[str] = ()
+    assumptions: Sequence[str] = ()
+
+    def recorded(self, study: Study, asked: Asked, on: Sequence[Subject]) -> FindingRecord:
+        """Make the record that is kept and shown, of a study over some cells."""
+        return FindingRecord(
+            study=study.name,
+            experiment=asked.file.name,
+            question=study.question,
+            answers=tuple(self.answers),
+            tables=tuple(self.tables),
+            charts=tuple(self.charts),
+            lacking=tuple(self.lacking),
+            assumptions=tuple(self.assumptions),
+            rests_on=tuple(subject.record.place for subject in on),
+        )
+
+
+class Study(Protocol):
+    """One question. A module of this package has one, and `registry` names it.
+
+    Attributes:
+        name: What it is called on the command line.
+        question: What it asks, as a sentence that heads its section.
+    """
+
+    name: str
+    question: str
+
+    def requests(self, asked: Asked) -> list[CellRequest]:
+        """List the cells that it needs measured, equal models next to each other.
+
+        RequestError where the experiment file is not enough for the question.
+        """
+        ...
+
+    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+        """Answer from the cells that could be measured, in the order of the requests.
+
+        What else it must observe of a model it measures here, block by block, and keeps in the
+        ledger. What is not there is said under `lacking`.
+        """
+        ...

@@ -1,0 +1,49 @@
+"""A study from its file to its section: measure what it lacks, ask it, keep what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracker.errors import CellError
+from tracker.findings import FindingRecord
+from tracker.ledger.findings import keep_finding
+from tracker.measuring.derive import record_of
+from tracker.measuring.prepare import look_up
+from tracker.runner import Finished, run_cells
+from tracker.studies.base import Asked, Study, Subject
+from tracker.team.publish import Publisher
+
+
+@dataclass(frozen=True)
+class Conducted:
+    """What became of a study.
+
+    Attributes:
+        finding: What it says.
+        outcome: What became of the cells that it needs.
+    """
+
+    finding: FindingRecord
+    outcome: Finished
+
+
+def conduct(study: Study, asked: Asked, publisher: Publisher) -> Conducted:
+    """Measure and publish the cells of a study as `run_cells` does, and keep what it finds.
+
+    RequestError if the file is not enough for it, CellError where no cell could be measured.
+    """
+    requests = study.requests(asked)
+    outcome = run_cells(requests, asked.ledger, publisher, asked.options, asked.progress)
+    subjects = []
+    for request in requests:
+        store = look_up(request, asked.ledger).store
+        if request.title not in outcome.failed and store is not None:
+            record = record_of(store, store.views.of(request))
+            subjects.append(Subject(request, store, record))
+    if not subjects:
+        raise CellError("\n".join(f"{title}: {why}" for title, why in outcome.failed.items()))
+    said = study.say(asked, subjects)
+    lacking = (*said.lacking, *(f"{title}: {why}" for title, why in outcome.failed.items()))
+    finding = said.recorded(study, asked, subjects).model_copy(update={"lacking": lacking})
+    keep_finding(asked.ledger.root, finding)
+    return Conducted(finding, outcome)

@@ -1,0 +1,25 @@
+"""Which studies there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from tracker.errors import RequestError, did_you_mean
+from tracker.studies.base import Study
+
+STUDIES: Mapping[str, str] = {}
+"""Name → its class. Each is in the module of this package that is called as it is."""
+
+
+def open_study(name: str, settings: Mapping[str, Any] = {}) -> Study:
+    """Make a study, told what it alone can be told; RequestError if there is none of that name."""
+    if name not in STUDIES:
+        raise RequestError(
+            f"there is no study {name!r}; use one of: {', '.join(STUDIES)}."
+            + did_you_mean(name, STUDIES)
+        )
+    # A study loads what it needs, and the command line starts without it.
+    study: Study = getattr(import_module(f"tracker.studies.{name}"), STUDIES[name])(**settings)
+    return study
