@@ -80,7 +80,7 @@ def seen(root: Path) -> tuple[Any, list[str]]:
     return shown, said
 
 
-MADE_AGAIN = ("index", "receipts", "derived", "verified.json")
+MADE_AGAIN = ("index", "receipts", "checks", "derived", "verified.json")
 """What is not missed when it is damaged: nothing is shown from it that cannot be made again."""
 
 

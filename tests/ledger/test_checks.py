@@ -15,7 +15,7 @@ def test_what_is_kept_is_recalled_by_whoever_opens_the_folder(tmp_path: Path) ->
     checks.keep("f" * 64, "unsound")
     assert Checks(tmp_path).recall(KEY) == "sound"
     assert Checks(tmp_path).recall("f" * 64) == "unsound"
-    # Where a cache that is there already has them.
+    # Where `verify` looks, and where folders that are measured on have theirs.
     assert (tmp_path / "checks" / f"{KEY[:32]}.json").is_file()
 
 

@@ -12,6 +12,7 @@ import pytest
 from tracker.config import CellRequest
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
+from tracker.ledger.checks import Checks
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import VerifiedCell, compare, verify
 
@@ -70,6 +71,7 @@ class TestVerify:
         cell.proofs()
         cell.add_receipt("mlflow", "1", "there")
         ledger.remember("0" * 64, cell)
+        Checks(ledger.root).keep("0" * 64, "sound")
         for made in (ledger.root / "pulled" / "one.json", cell.folder / "derived" / "intact.json"):
             made.parent.mkdir()
             made.write_text("{}")
@@ -79,7 +81,7 @@ class TestVerify:
             for path in ledger.root.rglob("*.json")
             if path.name not in ("tracker.json", "cell.json")
         ]
-        assert len(notes) == 5
+        assert len(notes) == 6
         for path in notes:
             path.write_text("[]")
         assert verify(ledger).damaged == {

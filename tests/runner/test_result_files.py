@@ -191,6 +191,8 @@ def run(folder: Path, benchmarks: list[str], results: str = "results", **setting
         for name, value in (grid | settings).items()
     }
     file.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters}))
+    if (folder / "results/checks").exists():  # no attack twice
+        shutil.copytree(folder / "results/checks", folder / results / "checks")
     done = tracker.run(file, results=folder / results, track=[])
     assert not done.outcome.failed
     return folder / results

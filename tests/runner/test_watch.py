@@ -58,7 +58,7 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
     assert not store.shards(), "the block is not kept"
 
 
-def test_the_attack_is_made_once(tiny_llama, experiment, tmp_path, monkeypatch):
+def test_the_attack_is_made_once_a_results_folder(tiny_llama, experiment, tmp_path, monkeypatch):
     from tracker.engine import check
 
     made = []
@@ -69,13 +69,12 @@ def test_the_attack_is_made_once(tiny_llama, experiment, tmp_path, monkeypatch):
 
     honest = check.attack
     monkeypatch.setattr(check, "attack", counted)
-    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
-    model = tiny_llama()
-    for limit, results in ((8, "one"), (40, "one"), (40, "two")):
-        done = tracker.run(experiment(model, limit=limit), results=tmp_path / results, track=[])
+    model, results = tiny_llama(), tmp_path / "results"
+    for limit in (8, 40):
+        done = tracker.run(experiment(model, limit=limit), results=results, track=[])
         assert not done.outcome.failed
     assert made == [1]
-    (kept,) = (tmp_path / "cache" / "checks").iterdir()
+    (kept,) = (results / "checks").iterdir()
     kept.write_bytes(b"\xff\x00")
-    tracker.run(experiment(model, limit=48), results=tmp_path / "two", track=[])
+    tracker.run(experiment(model, limit=48), results=results, track=[])
     assert made == [1, 1]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
-from tracker.ledger.files import cache_folder
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, open_cell
 from tracker.measuring.job import Begun, Done, Job, Options
@@ -67,7 +66,7 @@ def measure_cell(
         return store, []
     begun(job.asked, store)
     progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
-    lost = meter.check(Checks(cache_folder()))
+    lost = meter.check(Checks(ledger.root))
     for line in lost:
         progress.say(line)
     fill(store, lacking, meter, request.extent, progress)

@@ -1,4 +1,4 @@
-"""What attacks on architectures have shown, kept in the cache so that each is made once."""
+"""What attacks on architectures have shown, kept in a results folder so that each is made once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tracker.ledger.notes import read_note, write_note
 
 
 class Checks:
-    """Verdicts in a folder, as text; each key is a hash of all that it follows from."""
+    """The verdicts of a results folder, as text; each key is a hash of all that it follows from."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / "checks"

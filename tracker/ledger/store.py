@@ -5,6 +5,7 @@ RESULTS/
   index/REQUEST.json        what was asked for → its cell, found without loading anything
   studies/STUDY--FILE.json  what studies found
   experiments/NAME.yaml     the user's exact experiment files, each with its SHA-256 beside it
+  checks/                   what attacks on architectures have shown
   cells/MODEL--BENCHMARK--KEY/
     cell.json               the model, the benchmark, and who made the cell
     requests/VIEW.json      every run that was asked of a view, its metric and documents: to show

@@ -14,6 +14,7 @@ from tracker.ledger.store import Ledger
 
 _NOTES = (
     "index/*.json",
+    "checks/*.json",
     "pulled/*.json",
     "cells/*/derived/*.json",
     "cells/*/receipts/*.json",
