@@ -25,6 +25,7 @@ def study() -> None:
     \b
     Examples:
       tracker study audit experiments/demo.yaml
+      tracker study calibration experiments/demo.yaml
     """
 
 
@@ -64,3 +65,26 @@ def _study(name: str, help_text: str, *options: Callable[[Any], Any]) -> None:
     for option in reversed(options):
         wrapped = option(wrapped)
     study.command(name)(click.argument("experiment", type=Place())(wrapped))
+
+
+_study(
+    "calibration",
+    """Say how many documents until the ranking of layers is stable.
+
+    Draws random samples of the measured documents, and says how well two of them that share none
+    agree on the order of the layers: by the accuracy drop, and by the proxies. Measures just what
+    the file asks for; the more documents, the better the answer.
+
+    \b
+    Examples:
+      tracker study calibration experiments/demo.yaml
+      tracker study calibration experiments/demo.yaml --reliability 0.8
+    """,
+    click.option(
+        "--reliability",
+        type=float,
+        default=0.9,
+        show_default=True,
+        help="The rank correlation of two samples that is wanted.",
+    ),
+)
