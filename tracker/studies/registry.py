@@ -11,6 +11,7 @@ from tracker.studies.base import Study
 
 STUDIES: Mapping[str, str] = {
     "calibration": "Calibration",
+    "joint": "Joint",
 }
 """Name → its class. Each is in the module of this package that is called as it is."""
 
