@@ -191,6 +191,7 @@ def test_a_drop_that_is_the_same_everywhere_ranks_nothing(
         ({"layer": [0, 1]}, "a ranking needs 3 layers"),
         ({"component": "mlp"}, "whole single layers are ranked, and the file removes none"),
         ({"span": 2}, "whole single layers are ranked, and the file removes none"),
+        ({"intervention": "mean"}, "whole single layers are ranked, and the file removes none"),
         ({"removed": "[2, 3]"}, "a ranking needs 3 layers"),
     ],
 )

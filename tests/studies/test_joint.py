@@ -48,6 +48,7 @@ def test_every_pair_is_asked_for_once_beside_the_file_itself(experiment, tmp_pat
         ({"layer": [3]}, "", "the file removes 1 whole single layers, and a pair needs two"),
         ({"component": "mlp"}, "", "the file removes 0 whole single layers"),
         ({"span": 3}, "", "the file removes 0 whole single layers"),
+        ({"intervention": "mean"}, "", "the file removes 0 whole single layers"),
         ({}, "  removed: {value: [3]}\n", "leave 'removed' out"),
     ],
 )

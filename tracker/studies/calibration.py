@@ -26,7 +26,7 @@ from tracker.metrics.reliability import (
 )
 from tracker.records import WHOLE_LAYER
 from tracker.reporting.formats import interval, two_digits
-from tracker.studies.base import Asked, Said, Subject
+from tracker.studies.base import Asked, Said, Subject, whole_layers
 
 Array = NDArray[np.float64]
 Documents = NDArray[np.int64]
@@ -54,7 +54,9 @@ _ASSUMED = (
     "Two samples share no document, and each holds every task by its share. A sample beside all "
     "documents, of which it is a part, agrees better than two samples do (part-whole).",
     "Spreads are the middle 95 % of random draws from the documents at hand: no confidence "
-    "intervals, since draws overlap and other documents were never seen.",
+    "intervals, since draws overlap and other documents were never seen. The mean over draws is "
+    "unbiased, but near half of the documents it is one more figure of this one set of documents: "
+    "it may fall below chance by accident.",
     "Beyond half of the documents nothing is measured: what is said there is extrapolated from "
     "two halves by the formula of Spearman and Brown (1910), as if all documents were drawn alike. "
     "It is exact for a ratio of variances, and approximate for a mean of rank correlations.",
@@ -151,12 +153,14 @@ class Calibration:
         """Take the file's cells; RequestError where they rank fewer than three whole layers."""
         cells = asked.experiment.cells()
         for cell in cells:
-            if WHOLE_LAYER[0] not in cell.components or WHOLE_LAYER[1] not in cell.spans:
+            layers = whole_layers(cell)
+            if not layers:
                 raise RequestError(
                     f"{cell.title}: whole single layers are ranked, and the file removes none; "
-                    "leave 'component' and 'span' out, or add 'layer' and 1 to them"
+                    "leave 'component', 'span' and 'intervention' out, or add 'layer', 1 and "
+                    "'remove' to them"
                 )
-            if len(set(cell.layers) - set(cell.removed)) < FEWEST:
+            if len(set(layers) - set(cell.removed)) < FEWEST:
                 raise RequestError(
                     f"{cell.title}: a ranking needs {FEWEST} layers; write layer: "
                     "{min: 0, max: 29} for all layers of a model that has 30"

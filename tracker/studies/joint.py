@@ -21,7 +21,7 @@ from tracker.metrics.interaction import additivity, interactions
 from tracker.metrics.resampling import resampled_means
 from tracker.records import WHOLE_LAYER, CellRecord
 from tracker.reporting.formats import fixed, interval, p_value, points, two_digits
-from tracker.studies.base import Asked, Said, Subject
+from tracker.studies.base import Asked, Said, Subject, whole_layers
 
 Array = NDArray[np.float64]
 Pair = tuple[int, int]
@@ -117,13 +117,18 @@ class Joint:
                 raise RequestError(
                     f"{cell.title}: pairs are compared with the intact model; leave 'removed' out"
                 )
-            layers = _whole_layers(cell)
+            layers = whole_layers(cell)
             if len(layers) < 2:
                 raise RequestError(
                     f"{cell.title}: the file removes {len(layers)} whole single layers, and a pair "
                     "needs two; write layer: {min: 0, max: 29} for all of a model that has 30"
                 )
-            alone = {"components": WHOLE_LAYER[:1], "spans": WHOLE_LAYER[1:], "only": None}
+            alone = {
+                "components": (WHOLE_LAYER.component,),
+                "spans": (WHOLE_LAYER.span,),
+                "interventions": (WHOLE_LAYER.intervention,),
+                "only": None,
+            }
             found.append(cell.model_copy(update={**alone, "layers": layers}))
             found += [
                 cell.model_copy(update={**alone, "removed": (i,), "layers": layers[n + 1 :]})
@@ -154,15 +159,6 @@ class Joint:
         if rows:
             tables.insert(0, _summary(rows))
         return Said(answers, tables, charts, lacking, _ASSUMED)
-
-
-def _whole_layers(cell: CellRequest) -> tuple[int, ...]:
-    """The layers that a file removes alone as a whole, ascending."""
-    component, span = WHOLE_LAYER
-    if cell.only is not None:
-        return tuple(sorted({n for c, s, n in cell.only if (c, s) == WHOLE_LAYER}))
-    whole = component in cell.components and span in cell.spans
-    return tuple(sorted(cell.layers)) if whole else ()
 
 
 def _measured(subject: Subject) -> tuple[list[Pairs], list[str]]:
