@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -80,14 +80,17 @@ class Pairs:
     explained: Estimate
 
     def write(self, value: float) -> str:
-        """Write a drop with its unit."""
-        if self.unit == "points":
-            return f"{points(value)} pp"
-        return fixed(value, 3) + (" nats" if self.unit == "nats" else "")
+        """Write a drop without its unit."""
+        return points(value) if self.unit == "points" else fixed(value, 3)
 
-    def sum_of(self, place: int) -> float:
-        """What both layers of a pair cost alone, added up."""
-        return sum(self.alone[layer] for layer in self.pairs[place])
+    def said(self, found: Estimate | float) -> str:
+        """Write a drop with its unit, and its interval where it has one."""
+        unit = {"points": " pp", "nats": " nats"}.get(self.unit, "")
+        if isinstance(found, float):
+            return self.write(found) + unit
+        assert found.value is not None
+        ends = interval(found.low, found.high, self.write)
+        return self.write(found.value) + unit + (f" ({ends})" if ends else "")
 
     def significant(self, sign: int) -> int:
         """How many interactions of a sign are significant."""
@@ -283,14 +286,13 @@ def _answer(record: CellRecord, one: Pairs) -> str:
     if one.rank.value is not None and one.explained.value is not None:
         said += (
             f"the sum of single drops ranks the joint drops of {len(inside):,} pairs with Spearman "
-            f"{_with_interval(one.rank, two_digits)}, and as a prediction has R² "
-            f"{_with_interval(one.explained, two_digits)}. "
+            f"{_coefficient(one.rank)}, and as a prediction has R² {_coefficient(one.explained)}. "
         )
     if one.mean.value is not None:
         more = "more" if one.mean.value >= 0 else "less"
         said += (
-            f"On average two layers cost {one.write(abs(one.mean.value))} {more} together than the "
-            f"sum (interaction {_with_interval(one.mean, one.write)}). "
+            f"On average two layers cost {one.said(abs(one.mean.value))} {more} together than the "
+            f"sum (interaction {one.said(one.mean)}). "
         )
     said += (
         f"Significant after Benjamini-Hochberg: {one.significant(1)} redundant and "
@@ -303,16 +305,16 @@ def _answer(record: CellRecord, one: Pairs) -> str:
     ):
         if (values[place] > 0) == (word == "redundant") and values[place]:
             i, j = one.pairs[place]
-            said += f"; the most {word} is {i} with {j} ({one.write(values[place])})"
+            said += f"; the most {word} is {i} with {j} ({one.said(values[place])})"
     if at_floor := len(one.pairs) - len(inside):
         said += f". {at_floor:,} of {len(one.pairs):,} pairs are at the floor and left out"
     return said + "."
 
 
-def _with_interval(found: Estimate, write: Callable[[float], str]) -> str:
+def _coefficient(found: Estimate) -> str:
     assert found.value is not None
-    ends = interval(found.low, found.high, write)
-    return f"{write(found.value)} ({ends})" if ends else write(found.value)
+    ends = interval(found.low, found.high, two_digits)
+    return f"{two_digits(found.value)} ({ends})" if ends else two_digits(found.value)
 
 
 def _summary_row(record: CellRecord, one: Pairs) -> tuple[Entry, ...]:
@@ -324,7 +326,7 @@ def _summary_row(record: CellRecord, one: Pairs) -> tuple[Entry, ...]:
         Entry(value=record.n),
         Entry(value=len(one.pairs)),
         Entry(value=int(one.floor.sum())),
-        Entry(value=_with_interval(mean, one.write))
+        Entry(value=one.said(mean))
         if mean.value is not None
         else Entry(reason=mean.reason or "undefined"),
         Entry(value=one.significant(1)),
@@ -427,8 +429,8 @@ def _hover(one: Pairs, place: int) -> str:
     (i, j), found = one.pairs[place], one.found[place]
     assert found.value is not None
     said = (
-        f"{i} with {j}: {_with_interval(found, one.write)} · both {one.write(one.together[place])}"
-        f" · {i} {one.write(one.alone[i])} · {j} {one.write(one.alone[j])}"
+        f"{i} with {j}: {one.said(found)} · both {one.said(float(one.together[place]))}"
+        f" · {i} {one.said(one.alone[i])} · {j} {one.said(one.alone[j])}"
     )
     if one.floor[place]:
         return f"{said} · at the floor"
