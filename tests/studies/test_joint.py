@@ -156,7 +156,7 @@ def test_drops_that_are_known() -> None:
     p = [each.p_value for each in found.found]
     assert p[places[0, 1]] == pytest.approx(2 * 0.5**20)
     assert list(found.q) == pytest.approx(list(stats.false_discovery_control(p)))
-    assert (found.significant(1), found.significant(-1)) == (1, 0)
+    assert (found.significant(1), found.significant(-1)) == ([places[0, 1]], [])
     assert found.mean.value == pytest.approx(0.3 / 6)
     assert found.by_distance[1][0].value == pytest.approx((0.5 - 0.1 + 0) / 3)
     assert found.by_distance[1][1] == 3

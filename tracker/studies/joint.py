@@ -92,11 +92,11 @@ class Pairs:
         ends = interval(found.low, found.high, self.write)
         return self.write(found.value) + unit + (f" ({ends})" if ends else "")
 
-    def significant(self, sign: int) -> int:
-        """How many interactions of a sign are significant."""
+    def significant(self, sign: int) -> list[int]:
+        """Which interactions of a sign are significant, by their places."""
         with np.errstate(invalid="ignore"):
-            few = self.q <= 1 - LEVEL
-        return int(sum(few[n] and sign * (self.value(n) or 0) > 0 for n in range(len(few))))
+            (few,) = np.nonzero(self.q <= 1 - LEVEL)
+        return [n for n in map(int, few) if sign * (self.value(n) or 0) > 0]
 
     def value(self, place: int) -> float | None:
         """The interaction of a pair; None where it is undefined or at the floor."""
@@ -295,17 +295,14 @@ def _answer(record: CellRecord, one: Pairs) -> str:
             f"sum (interaction {one.said(one.mean)}). "
         )
     said += (
-        f"Significant after Benjamini-Hochberg: {one.significant(1)} redundant and "
-        f"{one.significant(-1)} sub-additive pairs"
+        f"Significant after Benjamini-Hochberg: {len(one.significant(1))} redundant and "
+        f"{len(one.significant(-1))} sub-additive pairs"
     )
-    values = {n: value for n in inside if (value := one.value(n)) is not None}
-    for word, place in (
-        ("redundant", max(values, key=lambda n: values[n])),
-        ("sub-additive", min(values, key=lambda n: values[n])),
-    ):
-        if (values[place] > 0) == (word == "redundant") and values[place]:
+    for word, sign in (("redundant", 1), ("sub-additive", -1)):
+        if few := one.significant(sign):
+            place = max(few, key=lambda n: abs(one.value(n) or 0))
             i, j = one.pairs[place]
-            said += f"; the most {word} is {i} with {j} ({one.said(values[place])})"
+            said += f"; the most {word} is {i} with {j}, by {one.said(one.found[place])}"
     if at_floor := len(one.pairs) - len(inside):
         said += f". {at_floor:,} of {len(one.pairs):,} pairs are at the floor and left out"
     return said + "."
@@ -329,8 +326,8 @@ def _summary_row(record: CellRecord, one: Pairs) -> tuple[Entry, ...]:
         Entry(value=one.said(mean))
         if mean.value is not None
         else Entry(reason=mean.reason or "undefined"),
-        Entry(value=one.significant(1)),
-        Entry(value=one.significant(-1)),
+        Entry(value=len(one.significant(1))),
+        Entry(value=len(one.significant(-1))),
         _entry(one.rank),
         _entry(one.explained),
     )
