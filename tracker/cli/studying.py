@@ -103,3 +103,16 @@ _study(
       tracker study joint experiments/demo.yaml --track none
     """,
 )
+
+_study(
+    "rescale",
+    """Is what a removal costs only missing scale?
+
+    Each layer is removed, and replaced by a factor, by its mean update and by a linear map of its
+    input, all fitted on other documents; how much of the drop does each win back?
+
+    \b
+    Example:
+      tracker study rescale experiments/replaced.yaml
+    """,
+)

@@ -12,6 +12,7 @@ from tracker.studies.base import Study
 STUDIES: Mapping[str, str] = {
     "calibration": "Calibration",
     "joint": "Joint",
+    "rescale": "Rescale",
 }
 """Name → its class. Each is in the module of this package that is called as it is."""
 
