@@ -135,7 +135,7 @@ class _OfModel(ModelAudit):
         elif high < PAPER[0]:
             verdict = f"less than in any of the paper's models (at least {PAPER[0]})"
         else:
-            verdict = f"which agrees with the paper's {PAPER[0]} to {PAPER[1]}"
+            verdict = f"which reaches the paper's {PAPER[0]} to {PAPER[1]}"
         against = low > PAPER[1] or high < PAPER[0]
         start = "against the paper, " if against else ""
         return [
@@ -236,13 +236,13 @@ class _OfModel(ModelAudit):
             f"{'' if low == high else f' to {high:,.0f}'} (Spearman {two_digits(value)} at the end)"
             for name, low, high, value in stretches
         ]
-        ceiling = next((value for value in reversed(by_name[DROP]) if value is not None), None)
+        itself = next((value for value in reversed(by_name[DROP]) if value is not None), None)
         most = (
             ""
-            if ceiling is None
+            if itself is None
             else (
-                " No proxy predicts a noisy drop well: half of the documents predict the drop of "
-                f"the other half at {two_digits(ceiling)}."
+                " The drop of half of the documents predicts that of the other half at "
+                f"{two_digits(itself)}: it is noisy, and a proxy with less noise may do better."
             )
         )
         return [

@@ -9,7 +9,12 @@ from typing import Any
 from tracker.errors import RequestError, did_you_mean
 from tracker.studies.base import Study
 
-STUDIES: Mapping[str, str] = {"audit": "Audit"}
+STUDIES: Mapping[str, str] = {
+    "audit": "Audit",
+    "calibration": "Calibration",
+    "joint": "Joint",
+    "rescale": "Rescale",
+}
 """Name → its class. Each is in the module of this package that is called as it is."""
 
 
