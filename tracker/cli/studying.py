@@ -25,6 +25,7 @@ def study() -> None:
     \b
     Examples:
       tracker study audit experiments/demo.yaml
+      tracker study snowball experiments/demo.yaml
     """
 
 
@@ -64,3 +65,26 @@ def _study(name: str, help_text: str, *options: Callable[[Any], Any]) -> None:
     for option in reversed(options):
         wrapped = option(wrapped)
     study.command(name)(click.argument("experiment", type=Place())(wrapped))
+
+
+_study(
+    "snowball",
+    """Follow what a layer's removal changes through all later layers.
+
+    Each layer is removed, and perturbed by as much in random directions; the relative difference
+    to the intact residual stream behind each later layer says whether it grows. The file's
+    'layer' should hold every layer: their accuracy drops are set beside the growth.
+
+    \b
+    Examples:
+      tracker study snowball experiments/demo.yaml
+      tracker study snowball experiments/demo.yaml --draws 8
+    """,
+    click.option(
+        "--draws",
+        type=click.IntRange(1, 1000),
+        default=2,
+        show_default=True,
+        help="Random directions for each layer and token; each costs as much as all removals.",
+    ),
+)

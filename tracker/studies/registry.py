@@ -9,7 +9,9 @@ from typing import Any
 from tracker.errors import RequestError, did_you_mean
 from tracker.studies.base import Study
 
-STUDIES: Mapping[str, str] = {}
+STUDIES: Mapping[str, str] = {
+    "snowball": "SnowballStudy",
+}
 """Name → its class. Each is in the module of this package that is called as it is."""
 
 
