@@ -24,6 +24,7 @@ from tracker.engine.cutting import as_cut
 from tracker.engine.habits import Path, find_habits, shortened
 from tracker.engine.refusal import refused
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Sharing
+from tracker.engine.stand_in import MadeUp
 from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison, Truth
 from tracker.engine.verdict import Verdict
@@ -136,7 +137,9 @@ def _engine(engine: Engine, model: Any, verdict: Verdict) -> Engine:
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
     most = min(MAX_LENGTH, engine.max_length)
     habits = verdict.habits(model)
-    return Engine(loaded, most, row_tokens=ROW_TOKENS, memory=2**30, habits=habits)
+    # What is fitted on the model's own text has its width; the miniature's is made up.
+    made_up = {layer: MadeUp(layer) for layer in range(len(loaded.layers))}
+    return Engine(loaded, most, FULL, ROW_TOKENS, 2**30, habits, made_up)
 
 
 def _attack_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> Verdict:
