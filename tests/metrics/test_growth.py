@@ -9,7 +9,14 @@ import pytest
 from scipy import stats
 
 from tracker.metrics import growth as module
-from tracker.metrics.growth import growth, unequal_growth
+from tracker.metrics.accuracy import Estimate
+from tracker.metrics.growth import growths, unequal_growth
+
+
+def growth(first, last, strata=None) -> Estimate:
+    """The growth of a single column."""
+    (found,) = growths(first[:, None], last[:, None], strata)
+    return found
 
 
 def test_docstring_examples() -> None:
@@ -101,8 +108,19 @@ def test_undefined_growth_has_a_reason(bad: float) -> None:
         assert found.reason == "nothing to grow, or not finite, in 1 of 3 documents"
     assert growth(fine[:1], fine[:1]).reason == "1 document, and growth needs two"
     assert growth(fine[:0], fine[:0]).reason == "0 documents, and growth needs two"
-    with pytest.raises(ValueError, match="of the same documents"):
-        growth(fine, fine[:2])
+    for misfit in (fine[:2, None], fine):
+        with pytest.raises(ValueError, match="of the same documents"):
+            growths(fine[:, None], misfit)
+
+
+def test_columns_see_the_same_documents_and_a_broken_one_spoils_no_other() -> None:
+    last = np.exp(np.random.default_rng(0).normal(size=(20, 3)))
+    last[:, 2] = last[:, 0]
+    broken = last.copy()
+    broken[4, 1] = 0
+    one, none, same = growths(np.ones((20, 3)), broken)
+    assert one == same == growth(np.ones(20), last[:, 0])
+    assert none.value is None
 
 
 def test_kruskal_and_walliss_own_example() -> None:

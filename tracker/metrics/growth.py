@@ -14,30 +14,32 @@ from tracker.metrics.resampling import resampled_means
 RESAMPLES = 2000
 
 
-def growth(
+def growths(
     first: NDArray[np.float64],
     last: NDArray[np.float64],
     strata: Sequence[str] | NDArray[np.generic] | None = None,
     seed: int = 0,
-) -> Estimate:
-    """Estimate the geometric mean of last / first over documents.
+) -> list[Estimate]:
+    """Estimate the geometric mean of last / first over documents, for each column.
 
     The interval resamples the documents (within strata) and takes percentiles of the mean log
     ratio, as far out as Student's t asks for (Hesterberg's expanded percentiles): plain ones are
-    too narrow for few documents. The p-value is that of Wilcoxon's signed rank test of the log
-    ratios, exact for few documents without ties, against no growth. It takes the log ratios for
-    independent, and for as likely to lie as far above as below 0 where nothing grows.
+    too narrow for few documents. All columns see the same resampled documents. The p-value is that
+    of Wilcoxon's signed rank test of the log ratios, exact for few documents without ties, against
+    no growth. It takes the log ratios for independent, and for as likely to lie as far above as
+    below 0 where nothing grows.
 
     Args:
-        first: `[documents]`, positive.
-        last: `[documents]`, of the same documents; for a comparison of two ways to grow, both are
-            ratios themselves.
+        first: `[documents, k]`, positive.
+        last: `[documents, k]`, of the same documents; for a comparison of two ways to grow, both
+            are ratios themselves.
         strata: `[documents]`, e.g. each document's task.
         seed: Seed of the resamples.
 
     Returns:
-        The factor, 1 = as large as before, with its 95 % interval and p-value. None with a reason
-        for fewer than two documents, or where one is not positive and finite in some document.
+        For each column the factor, 1 = as large as before, with its 95 % interval and p-value.
+        None with a reason for fewer than two documents, or where one of the two is not positive
+        and finite in some document.
 
     Raises:
         ValueError: Not one value of both for each document.
@@ -47,26 +49,31 @@ def growth(
         Statistician 69 (2015) 371-386 (the expanded percentile interval).
 
     Examples:
-        >>> found = growth(np.array([1.0, 1.0, 1.0]), np.array([2.0, 4.0, 8.0]))
+        >>> (found,) = growths(np.ones((3, 1)), np.array([[2.0], [4.0], [8.0]]))
         >>> round(found.value, 9), found.p_value
         (4.0, 0.25)
     """
-    if first.shape != last.shape or first.ndim != 1:
+    if first.shape != last.shape or first.ndim != 2:
         raise ValueError(f"shapes {first.shape} and {last.shape} of the same documents")
-    n = len(first)
+    n, columns = first.shape
     if n < 2:
-        return Estimate(None, reason=f"{n} document{'' if n == 1 else 's'}, and growth needs two")
+        why = f"{n} document{'' if n == 1 else 's'}, and growth needs two"
+        return [Estimate(None, reason=why)] * columns
     usable = np.isfinite(first) & np.isfinite(last) & (first > 0) & (last > 0)
-    if not usable.all():
-        bad = int((~usable).sum())
-        return Estimate(None, reason=f"nothing to grow, or not finite, in {bad} of {n} documents")
-    logs = np.log(last / first)
-    means = resampled_means(logs[:, None], RESAMPLES, seed, strata)[:, 0]
+    logs = np.log(np.where(usable, last, 1) / np.where(usable, first, 1))
+    means = resampled_means(logs, RESAMPLES, seed, strata)
     far = np.sqrt(n / (n - 1)) * stats.t.ppf((1 + LEVEL) / 2, n - 1)
-    low, high = np.exp(np.quantile(means, stats.norm.cdf([-far, far])))
-    still = np.allclose(logs, 0, rtol=0, atol=1e-12)
-    p_value = 1.0 if still else float(stats.wilcoxon(logs).pvalue)
-    return Estimate(float(np.exp(logs.mean())), float(low), float(high), p_value)
+    lows, highs = np.exp(np.quantile(means, stats.norm.cdf([-far, far]), axis=0))
+    found = []
+    for column, low, high, fine in zip(logs.T, lows, highs, usable.T, strict=True):
+        if not fine.all():
+            why = f"nothing to grow, or not finite, in {int((~fine).sum())} of {n} documents"
+            found.append(Estimate(None, reason=why))
+            continue
+        still = np.allclose(column, 0, rtol=0, atol=1e-12)
+        p_value = 1.0 if still else float(stats.wilcoxon(column).pvalue)
+        found.append(Estimate(float(np.exp(column.mean())), float(low), float(high), p_value))
+    return found
 
 
 def unequal_growth(groups: Sequence[NDArray[np.float64]]) -> float | None:

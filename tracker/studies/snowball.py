@@ -74,11 +74,12 @@ class SnowballStudy:
                     f"{request.title}: snowball perturbs the layers of the intact model; leave "
                     f"'removed' out of {asked.file}"
                 )
-            if "layer" not in request.components or 1 not in request.spans:
+            whole = "layer" in request.components and 1 in request.spans
+            if not whole or "remove" not in request.interventions:
                 raise RequestError(
                     f"{request.title}: snowball sets growth beside the drops of whole single "
-                    f"layers; in {asked.file}, let 'component' hold layer and 'span' hold 1, or "
-                    "leave both out"
+                    f"layers; in {asked.file}, let 'component' hold layer, 'span' 1 and "
+                    "'intervention' remove, or leave them out"
                 )
         return requests
 

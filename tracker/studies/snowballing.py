@@ -18,7 +18,7 @@ from tracker.metrics.correlation import (
     correlation_difference,
     partial_correlate,
 )
-from tracker.metrics.growth import growth
+from tracker.metrics.growth import growths
 from tracker.metrics.multiple import holm
 from tracker.metrics.proxies import proxy_means
 from tracker.metrics.resampling import resampled_means
@@ -208,11 +208,8 @@ def _grown(differences: Array, strata: NDArray[np.str_]) -> Grown:
 
 def _estimates(first: Array, last: Array, strata: NDArray[np.str_]) -> list[Estimate]:
     """The growth of each layer that others follow."""
-    some = range(first.shape[1] - 1)
-    return [
-        *(growth(first[:, i], last[:, i], strata, SEED) for i in some),
-        Estimate(None, reason=LAST),
-    ]
+    some = growths(first[:, :-1], last[:, :-1], strata, SEED)
+    return [*some, Estimate(None, reason=LAST)]
 
 
 def _starts(differences: Array) -> Array:
