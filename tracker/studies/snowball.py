@@ -211,7 +211,8 @@ def _most(each: Figures) -> str:
     order = sorted(defined, key=lambda i: -(removed.total[i].value or 0))
     parts = [
         f"layer {i} ×{_estimate(removed.total[i])}, from {points(removed.paths[i, i])} % to "
-        f"{points(removed.paths[i, -1])} % of the stream's norm"
+        f"{points(removed.paths[i, -1])} % of the stream's norm, larger behind "
+        f"{removed.growing_steps(i)} of {len(removed.total) - 1 - i} later layers"
         for i in order[:3]
     ]
     least = order[-1]
@@ -247,7 +248,7 @@ def _explains(each: Figures) -> Iterator[str]:
         why = end.reason or cosine.reason
         yield f"{_where(each)}: no order of the layers can be judged: {why}."
         return
-    verdict = "no surely different"
+    verdict = "neither a surely better nor a surely worse"
     if better.low is not None and better.high is not None and not better.low <= 0 <= better.high:
         verdict = "a better" if better.low > 0 else "a worse"
     yield (
@@ -418,7 +419,8 @@ def _layer_table(each: Figures) -> FoundTable:
             "and an interval without 1.",
             "random, other tokens': growth of random directions and of other tokens' updates of "
             "the same norm. As handed on: how many times as large as if all later layers had "
-            "handed the difference on as it was. Rank 1: the largest cosine score or drop.",
+            "handed the difference on as it was. Rank 1: the largest cosine score or drop; equal "
+            "ones share a rank.",
         ),
     )
 
@@ -534,7 +536,7 @@ def _beside_each_other(cells: Sequence[Figures]) -> LineChart:
     return LineChart(
         title=f"{cells[0].cell.model.name}: growth after each layer's removal, by benchmark",
         x="removed layer (0-based)",
-        y="relative difference before the head ÷ behind the layer",
+        y="before the head ÷ behind the layer",
         unit="times",
         places=tuple(range(_layers(cells[0]) - 1)),
         lines=tuple(
@@ -550,7 +552,7 @@ def _charts(each: Figures) -> Iterator[FoundChart]:
     yield LineChart(
         title=f"{each.cell.heading}: growth of a removal and of random directions",
         x="perturbed layer (0-based)",
-        y="relative difference before the head ÷ behind the layer",
+        y="before the head ÷ behind the layer",
         unit="times",
         places=tuple(range(total - 1)),
         lines=(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from tracker.ablations import INTACT
 from tracker.ledger.outcomes import PROXY_SUMS
@@ -127,9 +128,9 @@ class Explained:
     partial: Mapping[str, Correlation]
 
     def ranks(self, values: Array) -> dict[int, int]:
-        """Layer → its place from the largest value, equal ones by layer."""
-        order = np.argsort(-values, kind="stable")
-        return {self.layers[place]: rank for rank, place in enumerate(order, 1)}
+        """Layer → its place from the largest value; equal ones share the first of theirs."""
+        places = stats.rankdata(-np.round(values, 12), method="min")
+        return {layer: int(place) for layer, place in zip(self.layers, places, strict=True)}
 
 
 @dataclass(frozen=True)
