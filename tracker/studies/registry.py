@@ -10,7 +10,10 @@ from tracker.errors import RequestError, did_you_mean
 from tracker.studies.base import Study
 
 STUDIES: Mapping[str, str] = {
-    "snowball": "SnowballStudy",
+    "calibration": "Calibration",
+    "joint": "Joint",
+    "rescale": "Rescale",
+    "snowball": "Snowball",
 }
 """Name → its class. Each is in the module of this package that is called as it is."""
 

@@ -50,7 +50,7 @@ SHOWN = 6
 NOT_MEASURED = "its removal is not measured; add the layer to 'layer' in the file"
 
 
-class SnowballStudy:
+class Snowball:
     """Each layer removed, and perturbed as much at random, followed through all later layers.
 
     Args:
