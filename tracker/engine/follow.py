@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from tracker.ablations import Action
 from tracker.documents import Document
+from tracker.engine.forks import forking
 from tracker.engine.memory import free_memory, stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import measured_texts
-from tracker.engine.streams import LayerStep, StreamPlan, forking
+from tracker.engine.streams import LayerStep, StreamPlan
 from tracker.engine.sweep import Engine
 from tracker.models.pruned import put_back
 
