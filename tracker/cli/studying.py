@@ -27,6 +27,7 @@ def study() -> None:
       tracker study audit experiments/demo.yaml
       tracker study calibration experiments/demo.yaml
       tracker study joint experiments/demo.yaml
+      tracker study snowball experiments/demo.yaml
     """
 
 
@@ -132,4 +133,26 @@ _study(
     Example:
       tracker study rescale experiments/replaced.yaml
     """,
+)
+
+_study(
+    "snowball",
+    """Follow what a layer's removal changes through all later layers.
+
+    Each layer is removed, and perturbed by as much in random directions; the relative difference
+    to the intact residual stream behind each later layer says whether it grows. The file's
+    'layer' should hold every layer: their accuracy drops are set beside the growth.
+
+    \b
+    Examples:
+      tracker study snowball experiments/demo.yaml
+      tracker study snowball experiments/demo.yaml --draws 8
+    """,
+    click.option(
+        "--draws",
+        type=click.IntRange(1, 1000),
+        default=2,
+        show_default=True,
+        help="Random directions for each layer and token; each costs as much as all removals.",
+    ),
 )

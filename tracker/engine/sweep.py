@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.score import Parts, RowScores, kept_bytes, read_prefix, score_row
 from tracker.engine.sharing import ALONE, FULL, NO_HABITS, PLAIN, Habits, Sharing
-from tracker.engine.stand_in import StandIn, replace_layer
+from tracker.engine.stand_in import StandIn, replacements
 from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.errors import CellError
 from tracker.models.layers import find_layers
@@ -101,26 +101,14 @@ class Engine:
             *(parts[layer].mlp for layer in ablation.mlp),
         ]
         habits = self.habits
-        actions = [(Action(done), layer) for done, layer in ablation.replaced]
-        name = type(self.loaded.model).__name__
-        changes = {
-            layer: partial(
-                replace_layer,
-                action=action,
-                stand_in=self.stand_ins.get(layer),
-                name=f"layer {layer} of {name}",
-            )
-            for action, layer in actions
-            if action is not Action.REPEAT
-        }
         model = pruned(
             self.loaded.model,
             ablation.layers,
             silent,
             habits.first,
             habits.stay,
-            changes,
-            [layer for action, layer in actions if action is Action.REPEAT],
+            replacements(ablation, self.stand_ins, type(self.loaded.model).__name__),
+            [layer for done, layer in ablation.replaced if Action(done) is Action.REPEAT],
         )
         changing = {name for _, name in habits.leftovers}
         return replace(

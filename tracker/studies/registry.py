@@ -14,6 +14,7 @@ STUDIES: Mapping[str, str] = {
     "calibration": "Calibration",
     "joint": "Joint",
     "rescale": "Rescale",
+    "snowball": "Snowball",
 }
 """Name → its class. Each is in the module of this package that is called as it is."""
 
