@@ -27,6 +27,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -260,8 +261,8 @@ class Counterexample:
         mlp, one = self.model.model.layers[RECALL].mlp, self._normed(RECALL)[self._constant]
         codes = self.model.get_input_embeddings().weight[:, self._code].double() / TINY
         signed, fixed = (
-            torch.stack([_code_of(getattr(each, name), codes) for each in wanted.values()])
-            for name in ("signed", "fixed")
+            torch.stack([_code_of(one(each), other(each), codes) for each in wanted.values()])
+            for one, other in ((_signed, _fixed), (_fixed, _signed))
         )
         gain = 2 * SURE / gaps
         for second in (False, True):
@@ -332,8 +333,9 @@ class Counterexample:
             volume = worth * length / (FAINT * root * SURE)
             self._down(SPEAK)[self._code, units] = volume * torch.eye(size)
         self._rewrite_junk(SPEAK)
-        # What was said makes the state longer, and so itself smaller, by no more than a half.
-        self.model.model.norm.weight[self._code] = 2 * self._certainty * length / (root * TINY)
+        # What is said makes the state longer, and a loud whisper that is gone all constants larger
+        # than they were meant: both make it less, four times at the most.
+        self.model.model.norm.weight[self._code] = 4 * self._certainty * length / (root * TINY)
 
     def _open(self, layer: int, units: slice, weight: Any, place: int, constant: Any) -> None:
         gate = self.model.model.layers[layer].mlp.gate_proj.weight
@@ -396,7 +398,7 @@ def _gaps(seen: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """
     detectors = torch.cat([2 * seen[own, :-1], -torch.ones(len(own), 1, dtype=seen.dtype)], dim=1)
     mine = (detectors * seen[own]).sum(1)
-    highest = torch.full_like(mine, -torch.inf)
+    highest = torch.zeros_like(mine)  # what is read of nothing, where layer 0 is gone
     for start in range(0, len(seen), 4096):
         readings = detectors @ seen[start : start + 4096].T
         inside = (own >= start) & (own < start + 4096)
@@ -406,11 +408,17 @@ def _gaps(seen: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     return mine, torch.where(gaps > APART * mine, gaps, -1.0)
 
 
-def _code_of(follows: Mapping[int, int], codes: Tensor) -> Tensor:
-    """Find the shortest vector [size] whose products with some tokens' codes are as wanted."""
-    if not follows:
-        return torch.zeros(codes.shape[1], dtype=codes.dtype)
-    some = codes[list(follows)]
-    worth = torch.tensor(list(follows.values()), dtype=codes.dtype)
-    found: Tensor = torch.linalg.lstsq(some, worth[:, None], driver="gelsd").solution[:, 0]
+_signed, _fixed = attrgetter("signed"), attrgetter("fixed")
+
+
+def _code_of(follows: Mapping[int, int], others: Mapping[int, int], codes: Tensor) -> Tensor:
+    """Find the shortest vector [size] whose products with tokens' codes are as wanted.
+
+    Those with `others`, which another vector is for, are 0.
+    """
+    wanted = {**dict.fromkeys(others, 0), **follows}
+    worth = torch.tensor(list(wanted.values()), dtype=codes.dtype)
+    found: Tensor = torch.linalg.lstsq(
+        codes[list(wanted)], worth[:, None], driver="gelsd"
+    ).solution[:, 0]
     return found
