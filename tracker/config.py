@@ -39,6 +39,9 @@ Name = Annotated[
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Component = Literal["layer", "attention", "mlp"]
 """What of a layer is removed: all of it, or one of its two sublayers."""
+Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
+"""What is done to a layer: it is removed; or replaced by its mean update, by a factor, by a linear
+map of its input, by itself with quantised weights, or by itself twice."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -84,8 +87,11 @@ class CellRequest(Strict):
     """What of the layers is removed, one after the other."""
     spans: tuple[Positive, ...] = (1,)
     """How many layers are removed together, from each of `layers` on."""
-    only: tuple[tuple[Component, int, int], ...] | None = None
-    """Which (component, span, layer) of these are asked for; None = every combination."""
+    interventions: tuple[Intervention, ...] = ("remove",)
+    """What is done to them, one after the other; only whole single layers are replaced."""
+    only: tuple[tuple[Component, int, int, Intervention], ...] | None = None
+    """Which (component, span, layer, intervention) of these are asked for; None = every
+    combination."""
     removed: Layers = ()
     """Layers that are removed as a whole besides, in every run; ascending."""
     revision: Name | None = None
@@ -158,4 +164,9 @@ def cell_request(**settings: Any) -> CellRequest:
         raise RequestError(first_problem(error, CellRequest, "--", IN_THE_FILE)) from None
 
 
-IN_THE_FILE = {"layers": "layer", "components": "component", "spans": "span"}
+IN_THE_FILE = {
+    "layers": "layer",
+    "components": "component",
+    "spans": "span",
+    "interventions": "intervention",
+}

@@ -24,7 +24,16 @@ from pydantic import (
     model_validator,
 )
 
-from tracker.config import IN_THE_FILE, MAX_LAYERS, CellRequest, Component, Count, Name, Strict
+from tracker.config import (
+    IN_THE_FILE,
+    MAX_LAYERS,
+    CellRequest,
+    Component,
+    Count,
+    Intervention,
+    Name,
+    Strict,
+)
 from tracker.errors import ExperimentError
 from tracker.extent import Positive
 from tracker.problems import first_problem
@@ -121,6 +130,7 @@ class Parameters(Strict):
     layer: _Layers
     component: _Choice | None = None
     span: _Choice | None = None
+    intervention: _Choice | None = None
     removed: _Choice | None = None
     revision: _Choice | None = None
     dtype: _Choice | None = None
@@ -142,7 +152,7 @@ class Parameters(Strict):
     metadata: _Choice | None = None
 
 
-_TOGETHER = ("layer", "component", "span")
+_TOGETHER = ("layer", "component", "span", "intervention")
 """What tells the runs of one cell apart."""
 
 
@@ -187,8 +197,8 @@ class Experiment(Strict):
         grid = {name: getattr(self.parameters, name) for name in sorted(Parameters.model_fields)}
         return {name: choice.options for name, choice in grid.items() if choice is not None}
 
-    def _first(self) -> dict[str, list[tuple[Component, int, int]]] | None:
-        """List the runs within the cap: settings of a cell → (component, span, layer) of its runs.
+    def _first(self) -> dict[str, list[tuple[Component, int, int, Intervention]]] | None:
+        """List the runs within the cap: settings of a cell → what tells its runs apart.
 
         W&B's grid has the names in alphabetical order, the last one changing fastest. None where
         the cap leaves everything.
@@ -196,11 +206,11 @@ class Experiment(Strict):
         if not self.capped:
             return None
         options = self._options()
-        found: dict[str, list[tuple[Component, int, int]]] = {}
+        found: dict[str, list[tuple[Component, int, int, Intervention]]] = {}
         for values in itertools.islice(itertools.product(*options.values()), self.run_cap):
             point = dict(zip(options, values, strict=True))
-            layer, component, span = (point.pop(name, None) for name in _TOGETHER)
-            run: Any = (component or "layer", span or 1, layer)
+            layer, component, span, done = (point.pop(name, None) for name in _TOGETHER)
+            run: Any = (component or "layer", span or 1, layer, done or "remove")
             found.setdefault(repr(point), []).append(run)
         return found
 
@@ -227,7 +237,7 @@ class Experiment(Strict):
         ]
         first = self._first()
         runs: dict[str, Any] = {"layers": tuple(sorted(grid.layer.options))}
-        for name in ("component", "span"):
+        for name in ("component", "span", "intervention"):
             choice = getattr(grid, name)
             if choice is not None and choice.options != [None]:
                 runs[f"{name}s"] = tuple(choice.options)
@@ -238,11 +248,11 @@ class Experiment(Strict):
                 some = first.get(repr(dict(sorted(zip(names, values, strict=True)))), [])
                 if not some:
                     continue
-                components, spans, layers = (
-                    dict.fromkeys(each) for each in zip(*some, strict=True)
+                components, spans, layers, interventions = (
+                    tuple(dict.fromkeys(each)) for each in zip(*some, strict=True)
                 )
-                runs = {"components": tuple(components), "spans": tuple(spans), "only": tuple(some)}
-                runs["layers"] = tuple(sorted(layers))
+                runs = {"components": components, "spans": spans, "only": tuple(some)}
+                runs |= {"layers": tuple(sorted(layers)), "interventions": interventions}
             try:
                 cell = CellRequest(**runs, **settings)
             except ValidationError as error:

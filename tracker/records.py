@@ -7,49 +7,78 @@ missing, and under `provenance` that not all was measured by the same versions a
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
 
 from pydantic import AliasChoices, Field, field_validator
 
-from tracker.config import Component, Count, Layers
+from tracker.config import Component, Count, Intervention, Layers
 from tracker.extent import Extent, Positive
 from tracker.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
 
 BASELINE = "baseline"
-Kind = tuple[Component, int]
-"""What a run removes, but for the layer: the component, and the span."""
+
+
+class Kind(NamedTuple):
+    """What a run does, but for the layer."""
+
+    component: Component = "layer"
+    span: int = 1
+    intervention: Intervention = "remove"
+
+    @property
+    def word(self) -> str:
+        """What it is called beside others of one layer: `layer`, `attention`, `mean`."""
+        return self.component if self.intervention == "remove" else self.intervention
+
+
 Place = tuple[str, str, int]
 """What several records are told apart by: the cell, the view of it, how many documents."""
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
 
 
+REPLACED_BY: Mapping[Intervention, str] = {
+    "mean": "its mean update",
+    "scale": "a factor",
+    "linear": "a linear map",
+    "int8": "itself in int8",
+    "int4": "itself in int4",
+    "repeat": "itself twice",
+}
+"""What stands in a layer's place where it is not removed."""
+
+
 class RunIdentity(Record):
-    """Which run of a cell: what is removed, besides the layers that the whole cell lacks."""
+    """Which run of a cell: what is changed, besides the layers that the whole cell lacks."""
 
     component: Component = "layer"
     """What of the layers is removed."""
     layer: Count
-    """The first removed layer."""
+    """The first changed layer."""
     span: Positive = 1
     """How many layers, from `layer` on."""
+    intervention: Intervention = Field("remove", exclude_if=lambda done: done == "remove")
+    """What is done to the layer; written where it is not removed."""
 
     @property
     def kind(self) -> Kind:
-        """Component and span: runs of one kind form a curve over the layers."""
-        return (self.component, self.span)
+        """Component, span and intervention: runs of one kind form a curve over the layers."""
+        return Kind(self.component, self.span, self.intervention)
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        """What runs are sorted by: components outermost (layer, attention, mlp), then spans."""
-        return (get_args(Component).index(self.component), self.span, self.layer)
+    def order(self) -> tuple[int, int, int, int]:
+        """What runs are sorted by: components outermost (layer, attention, mlp), interventions,
+        spans."""
+        component = get_args(Component).index(self.component)
+        return (component, get_args(Intervention).index(self.intervention), self.span, self.layer)
 
     def label(self, digits: int = 1) -> str:
-        """Name the run where people read it, such as `layers 3–6`, `attention 3` or `mlp 3–6`.
+        """Name the run where people read it: `layers 3–6`, `attention 3`, `mlp 3–6`, `mean 3`.
 
         A layer's number is filled up with zeros to `digits`.
         """
-        word = "layers" if self.component == "layer" and self.span > 1 else self.component
+        word = "layers" if self.component == "layer" and self.span > 1 else self.kind.word
         first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
         return f"{word} {first}" if self.span == 1 else f"{word} {first}–{last}"
 
@@ -86,7 +115,7 @@ class View(Record):
         return View(**{**dict(self), "runs": runs})
 
 
-WHOLE_LAYER: Kind = ("layer", 1)
+WHOLE_LAYER = Kind()
 """The kind of the runs that remove one whole layer: the proxies are measured for these alone."""
 
 
@@ -205,6 +234,8 @@ class CellRecord(Record):
     """Over the runs that remove one whole layer; none where there is no such run."""
     missing: tuple[RunIdentity, ...]
     """Runs that are part of what was asked for and are not measured yet."""
+    fitted_on: Shown | None = Field(None, exclude_if=lambda text: text is None)
+    """What the stand-ins of layers were fitted on; None where no run has one."""
     provenance: dict[str, Shown]
     """Package versions, machine and device that measured the outcomes; where they differ, each."""
     seconds: float | None = None
@@ -302,7 +333,7 @@ class CellRecord(Record):
 
     @property
     def kinds(self) -> list[Kind]:
-        """The kinds of runs, measured or missing: components outermost, then spans."""
+        """The kinds of runs, measured or missing, in the order of the runs."""
         return list(dict.fromkeys(run.kind for run in self.all_runs))
 
     def runs_of(self, kind: Kind = WHOLE_LAYER) -> dict[int, RunRecord]:

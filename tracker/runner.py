@@ -30,6 +30,7 @@ _NO_RUNS: dict[str, Any] = {
     "layers": (),
     "components": (),
     "spans": (),
+    "interventions": (),
     "only": None,
     "removed": (),
     "metric": None,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.ablations import single_layers
@@ -19,15 +20,18 @@ from tracker.ablations import INTACT, Ablation, ablate
 from tracker.documents import Document
 from tracker.engine.attack import attack, attack_key, most_sharing, reachable
 from tracker.engine.crossing import crossing_calls
+from tracker.engine.cutting import _alike, as_cut
 from tracker.engine.habits import STEPS, Findings
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Lengths, common_beginning
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Sharing
+from tracker.engine.stand_in import MadeUp
 from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison
 from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
+from tracker.models.pruned import put_back
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 WINDOW = (("max_position_embeddings",),)
@@ -125,6 +129,16 @@ class TestVerdict:
         assert {name for _, name in habits.leftovers} == {"inv_freq"}
         for state in (habits.first, habits.leftovers):
             assert torch.equal(state[place], before)
+
+    def test_what_only_a_call_makes_is_known_to_be_absent(self, tiny_model) -> None:
+        """So that a copy of the model begins without it."""
+        model = tiny_model("llama")
+        place = ("model.norm", "made_by_a_call")
+        first = Verdict(FULL, None, 0.0, 10, first=(place,)).habits(model).first
+        assert list(first) == [place]
+        model.model.norm.made_by_a_call = 7
+        put_back(model, first)
+        assert not hasattr(model.model.norm, "made_by_a_call")
 
 
 class PlacedLayer(LlamaDecoderLayer):  # type: ignore[misc]
@@ -237,12 +251,10 @@ class TestAttack:
         seen = disturbed(monkeypatch, lambda documents: False)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         verdict = attack(engine, ABLATIONS, ())
-        # Always with the same texts, of many tokens.
+        # Always with the same texts, the first of those that miniatures are given.
         assert attack(engine, ABLATIONS, ()) == verdict
         assert seen[2:] == seen[:2] == [seen[0], seen[0][::-1]]
-        tokens = {token for d in seen[0] for r in d.requests for token in r.context}
-        assert len(tokens) > 40
-        assert 2 <= min(tokens) < max(tokens) < 97
+        assert seen[0] == crossing_calls(97, MAX_LENGTH)[0][:4]
         assert verdict.sharing == DEPTH_ONLY
         assert verdict.attacked == "the model"
         assert verdict.difference < 2e-4
@@ -252,6 +264,13 @@ class TestAttack:
         assert verdict.lost == (
             "no miniature of the model can be built on which sharing over tokens could be proven"
         )
+
+    def test_what_stands_in_for_its_layers_is_made_up(self, tiny_model, monkeypatch) -> None:
+        """It is fitted later, on a model whose habits are known."""
+        monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        fitted = [Ablation(replaced=((done, 2),)) for done in ("mean", "scale", "linear")]
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [INTACT, *fitted], ())
+        assert (verdict.sharing, verdict.difference < 2e-4) == (DEPTH_ONLY, True)
 
     def test_a_checkpoint_whose_layers_moved_up_is_measured_and_shares_nothing(
         self, tiny_model
@@ -287,7 +306,27 @@ class TestAttack:
             for what in ("documents", "tokens", "depth")
         )
 
-    def test_the_texts_cross_what_an_architecture_counts_tokens_by(self) -> None:
+    def test_what_is_not_causal_is_refused(self, tiny_model) -> None:
+        model: Any = AutoModelForCausalLM.from_config(tiny_model("llama").config)
+        kind = type(model)
+
+        class Looking(kind):  # type: ignore[misc,valid-type]
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                output = super().forward(*args, **kwargs)
+                output.logits = output.logits + output.logits[:, -1:]
+                return output
+
+        model.__class__ = Looking
+        said = (
+            r"^Looking is not causal: what it says of a token depends on later tokens of the same "
+            r"call, so no two ways to ask it agree$"
+        )
+        with pytest.raises(CellError, match=said):
+            attack(Engine(loaded(model.eval()), MAX_LENGTH), ABLATIONS, ())
+
+
+class TestTexts:
+    def test_they_cross_what_an_architecture_counts_tokens_by(self) -> None:
         """Of random tokens, since a repeated one looks alike from every place."""
         calls = crossing_calls(97, MAX_LENGTH)
         assert calls == crossing_calls(97, MAX_LENGTH)
@@ -326,27 +365,10 @@ class TestAttack:
         assert any(lengths[:2] == [1, 1] and max(lengths) > 3 for lengths in answers)
         assert any(min(lengths) > max(STEPS) - 6 for lengths in answers)
 
-    def test_texts_fit_a_model_that_reads_little(self) -> None:
-        for documents in crossing_calls(97, 20):
-            assert all(len(r.context) < 20 for d in documents for r in d.requests)
-
-    def test_what_is_not_causal_is_refused(self, tiny_model) -> None:
-        model: Any = AutoModelForCausalLM.from_config(tiny_model("llama").config)
-        kind = type(model)
-
-        class Looking(kind):  # type: ignore[misc,valid-type]
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
-                output = super().forward(*args, **kwargs)
-                output.logits = output.logits + output.logits[:, -1:]
-                return output
-
-        model.__class__ = Looking
-        said = (
-            r"^Looking is not causal: what it says of a token depends on later tokens of the same "
-            r"call, so no two ways to ask it agree$"
-        )
-        with pytest.raises(CellError, match=said):
-            attack(Engine(loaded(model.eval()), MAX_LENGTH), ABLATIONS, ())
+    def test_they_fit_a_model_that_reads_little(self) -> None:
+        calls = crossing_calls(97, 20)
+        lengths = [len(r.context) for documents in calls for d in documents for r in d.requests]
+        assert max(lengths) == 19
 
 
 RIGHT = Comparison(100, 1e-6)
@@ -385,6 +407,7 @@ class TestMiniatures:
             assert engine.loaded.device == torch.device("cpu")
             assert engine.loaded.model.num_parameters() < 10**6
             assert list(engine.loaded.layers) == list(engine.loaded.model.model.layers)
+            assert engine.stand_ins == {layer: MadeUp(layer) for layer in range(4)}
             # What is free on this machine is no matter.
             assert engine.memory == 2**30
 
@@ -587,6 +610,52 @@ class TestCut:
         model = Hidden(tiny_model("llama").config).eval()
         assert self.attacked(model, (0,)).stay is True
 
+    def test_no_second_model_is_made_of_a_large_one(self, tiny_model, monkeypatch, watched) -> None:
+        """One that is its own checkpoint stays whole then, as if no checkpoint were that."""
+        model = Placed(tiny_model("llama").config).eval()
+        assert self.attacked(model, (0,)).sharing == PLAIN
+        monkeypatch.setattr("tracker.engine.cutting.LARGEST", 1000)
+        verdict = self.attacked(model, (0,))
+        assert (verdict.sharing, verdict.stay) == (FULL, True)
+
+    def test_a_checkpoint_begins_as_no_call_has_changed_it(
+        self, tiny_model, monkeypatch, watched
+    ) -> None:
+        """What the first call changes is known by its place in the whole model."""
+        found = Findings(first=frozenset({("model.layers.3.self_attn", "scaling")}))
+        monkeypatch.setattr("tracker.engine.attack.find_habits", lambda *_: found)
+        verdict = self.attacked(Placed(tiny_model("llama").config).eval(), (0,))
+        assert (verdict.sharing, verdict.stay) == (PLAIN, False)
+
+    def test_all_of_it_happens_where_the_model_is(self, tiny_model) -> None:
+        """The device without numbers stands for an accelerator."""
+        device = torch.device("meta")
+        model = Elsewhere(tiny_model("llama").config).to(device).eval()
+        engine = Engine(replace(loaded(model), device=device), MAX_LENGTH)
+        ablations = [INTACT, ablate("layer", [0])]
+        verdict = as_cut(engine, ablations, Verdict(FULL, None, 0.0, 0), "Elsewhere")
+        assert (verdict.sharing, verdict.stay) == (PLAIN, False)
+
+    @pytest.mark.parametrize(
+        ("dtype", "same", "other"),
+        [
+            (torch.float64, 9e-7, 1.1e-6),
+            (torch.float32, 9e-4, 1.1e-3),
+            (torch.bfloat16, 0.45, 0.55),
+            (torch.float16, 0.45, 0.55),
+        ],
+    )
+    def test_logits_are_alike_up_to_rounding(self, dtype, same: float, other: float) -> None:
+        """Small ones by so much, and large ones by so much of themselves."""
+        for logit, unit in ((0.0, 1.0), (1000.0, 1001.0)):
+            one = torch.full((2, 3), logit, dtype=dtype)
+            for far, expected in ((same, True), (other, False)):
+                two = one.clone()
+                two[1, 2] += far * unit
+                # The tolerance is a share of the second.
+                assert _alike(two, one) == expected
+        assert not _alike(one, one[:1])
+
     def test_a_model_without_a_miniature_is_cut_itself(
         self, tiny_model, monkeypatch, refuse, watched
     ) -> None:
@@ -674,3 +743,12 @@ class Hidden(Placed):
         draw = torch.randn(1).item()
         for layer in self.model.layers:
             layer.scale = draw
+
+
+class Elsewhere(LlamaForCausalLM):  # type: ignore[misc]
+    """Its answers depend on how many layers it has; it reads what lies where it is itself."""
+
+    def forward(self, ids: torch.Tensor, use_cache: bool | None = None) -> Any:
+        if ids.device != self.device or use_cache is not False:
+            raise RuntimeError(f"{ids.device} is not {self.device}, or {use_cache} is not False")
+        return CausalLMOutput(logits=torch.full((*ids.shape, 97), float(len(self.model.layers))))

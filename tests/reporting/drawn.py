@@ -13,7 +13,7 @@ from tracker.reporting.charts import maps, style
 
 curve_title, scatter_title = cell_charts.curve_title, cell_charts.scatter_title
 heat_title, span_title = maps.heat_title, maps.span_title
-curve_components, span_components = cell_charts.curve_components, maps.span_components
+curve_kinds, span_components = cell_charts.curve_kinds, maps.span_components
 HELPS, MATTERS = style.HELPS, style.MATTERS
 
 

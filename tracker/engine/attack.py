@@ -24,6 +24,7 @@ from tracker.engine.cutting import as_cut
 from tracker.engine.habits import Path, find_habits, shortened
 from tracker.engine.refusal import refused
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Sharing
+from tracker.engine.stand_in import MadeUp
 from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison, Truth
 from tracker.engine.verdict import Verdict
@@ -136,7 +137,12 @@ def _engine(engine: Engine, model: Any, verdict: Verdict) -> Engine:
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
     most = min(MAX_LENGTH, engine.max_length)
     habits = verdict.habits(model)
-    return Engine(loaded, most, row_tokens=ROW_TOKENS, memory=2**30, habits=habits)
+    return Engine(loaded, most, FULL, ROW_TOKENS, 2**30, habits, _made_up(loaded.layers))
+
+
+def _made_up(layers: torch.nn.ModuleList) -> dict[int, MadeUp]:
+    """What stands in for layers before anything is fitted, which takes a model that is known."""
+    return {layer: MadeUp(layer) for layer in range(len(layers))}
 
 
 def _attack_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> Verdict:
@@ -149,9 +155,9 @@ def _attack_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> 
         lengths=(((), True),),
         attacked="the model",
     )
-    engine = replace(engine, habits=verdict.habits(engine.loaded.model))
     verdict = as_cut(engine, ablations, verdict, name)
-    engine = replace(engine, habits=verdict.habits(engine.loaded.model))
+    habits = verdict.habits(engine.loaded.model)
+    engine = replace(engine, habits=habits, stand_ins=_made_up(engine.loaded.layers))
     return _attacked(engine, ablations, verdict, name)
 
 
@@ -247,7 +253,7 @@ def _asked(
     draw = random.Random(0)
     step = max(1, len(ablations) // whole)
     for number in range(len(ablations)):
-        chosen = every if number % step == 0 else draw.sample(every, min(some, len(every)))
+        chosen = every if number % step == 0 else draw.sample(every, some)
         for place in chosen:
             yield (number, *place)
 

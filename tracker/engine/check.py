@@ -8,7 +8,7 @@ answered both ways again (`watch`).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -21,6 +21,7 @@ from tracker.engine.attack import attack, attack_key, most_sharing, reachable
 from tracker.engine.habits import Path
 from tracker.engine.rows import common_beginning, tree_rows
 from tracker.engine.sharing import PLAIN
+from tracker.engine.stand_in import StandIn
 from tracker.engine.sweep import DocumentScores, Engine
 from tracker.engine.truth import Comparison, Truth
 from tracker.engine.verdict import Verdict
@@ -56,6 +57,9 @@ class Check:
     unsteady: str | None
 
 
+Fit = Callable[[Engine], Mapping[int, StandIn]]
+
+
 class Kept(Protocol):
     """Where verdicts are kept from one check to the next."""
 
@@ -71,6 +75,7 @@ def check(
     documents: Sequence[Document],
     ablations: Sequence[Ablation],
     kept: Kept | None = None,
+    fit: Fit = lambda engine: {},
 ) -> Check:
     """Find out how much sharing is exact.
 
@@ -79,6 +84,7 @@ def check(
         documents: The cell's documents.
         ablations: All that will be removed, with the baseline.
         kept: Where the attack's verdict is kept; None = nowhere.
+        fit: Fits what stands in for layers, on the model whose habits are known.
 
     Returns:
         The engine to use.
@@ -89,6 +95,7 @@ def check(
     model = engine.loaded.model
     verdict = _verdict(engine, ablations, reachable(model, reach(engine, documents)), kept)
     engine = replace(engine, habits=verdict.habits(model))
+    engine = replace(engine, stand_ins=fit(engine))
     few, name = _few(documents), type(model).__name__
     sharing, found, reasons = most_sharing(
         verdict.sharing, name, lambda way: _confirm(engine.with_sharing(way), few, ablations)

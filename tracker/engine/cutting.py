@@ -9,14 +9,15 @@ import torch
 
 from tracker.ablations import INTACT, Ablation
 from tracker.engine.refusal import refused
-from tracker.engine.sharing import PLAIN, Habits
+from tracker.engine.sharing import NO_HABITS, PLAIN
 from tracker.engine.sweep import Engine
 from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
-from tracker.models.layers import find_layers
+
+LARGEST = 10**8
+"""Parameters up to which a second model of the same class is made, to see what it says."""
 
 
-@torch.inference_mode()
 def as_cut(engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, name: str) -> Verdict:
     """Find out what the model without a layer is; raises CellError where it does not run.
 
@@ -26,22 +27,20 @@ def as_cut(engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, name
     configuration and weights make of it. Where no checkpoint can be cut, the layer stays in its
     place and hands on its input.
     """
-    cut = replace(engine, habits=replace(engine.habits, stay=False))
     still = replace(engine, habits=replace(engine.habits, stay=True))
     wrong: list[tuple[Ablation, str]] = []
     by_nature = False
     for ablation in dict.fromkeys(Ablation(a.layers) for a in ablations if a.layers):
-        one, why = _text_under(cut, ablation)
-        other, why_not = _text_under(still, ablation)
+        one, why = _text_under(engine, ablation)
+        other, _ = _text_under(still, ablation)
         if one is not None and other is not None and _alike(one, other):
             continue
-        if one is not None and _is_its_own_checkpoint(cut, ablation, one):
+        if one is not None and _is_its_own_checkpoint(engine, ablation, one):
             by_nature = True
             continue
         if other is None and one is None:
             raise CellError(
-                f"{name} does not run without {_named(ablation)} ({why or why_not}); leave it out "
-                "of 'layer'"
+                f"{name} does not run without {_named(ablation)} ({why}); leave it out of 'layer'"
             )
         wrong.append((ablation, why or "it is not the model that it was without the layer"))
     if wrong and by_nature:
@@ -65,7 +64,8 @@ def _text_under(engine: Engine, ablation: Ablation) -> tuple[torch.Tensor | None
     """What a changed model says of a text [tokens, vocabulary], or why it says nothing."""
     ids = torch.arange(12, device=engine.loaded.device)[None] * 5 % 29 + 2
     try:
-        return engine.without(ablation).loaded.model(ids, use_cache=False).logits[0], None
+        with torch.inference_mode():
+            return engine.without(ablation).loaded.model(ids, use_cache=False).logits[0], None
     except Exception as error:
         why = refused(error)
         if why is None:
@@ -83,13 +83,14 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _is_its_own_checkpoint(engine: Engine, ablation: Ablation, said: torch.Tensor) -> bool:
     """Whether a model made of the cut configuration, given the cut weights, says the same."""
     model = engine.without(ablation).loaded.model
-    if sum(p.numel() for p in model.parameters()) > 10**8:
+    if sum(p.numel() for p in model.parameters()) > LARGEST:
         return False
     try:
-        again = type(model)(model.config).to(model.dtype).eval()
+        again = type(model)(model.config).to(engine.loaded.device, model.dtype).eval()
         again.load_state_dict(model.state_dict())
     except Exception:  # noqa: BLE001 - a class that cannot be made of this configuration
         return False
-    fresh = replace(engine, loaded=replace(engine.loaded, model=again, layers=find_layers(again)))
-    found, _ = _text_under(replace(fresh, habits=Habits()), INTACT)
+    # What the first call changes is known of the whole model's layers, not of these.
+    fresh = replace(engine, loaded=replace(engine.loaded, model=again), habits=NO_HABITS)
+    found, _ = _text_under(fresh, INTACT)
     return found is not None and _alike(found, said)

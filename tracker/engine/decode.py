@@ -51,7 +51,8 @@ def decoding(
         (tuple(range(len(ablations))),) * len(parts.layers),
     )
     own = _handed_out(cache, plan, len(prompt) - 1)
-    with forking(parts.layers, together, parts.sublayers, batched=True):
+    stand_ins = parts.stand_ins
+    with forking(parts.layers, together, parts.sublayers, batched=True, stand_ins=stand_ins):
         yield own
 
 

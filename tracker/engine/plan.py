@@ -95,7 +95,8 @@ def cost(
 
     naive = _naive_sequences(documents, max_length)
     actions = [ablation.at(layer) for ablation in ablations for layer in range(layers)]
-    passed = actions.count(Action.PASS)
+    passed = sum(action.enters for action in actions) + actions.count(Action.REPEAT)
+    passed -= actions.count(Action.NO_MLP) + actions.count(Action.NO_ATTENTION)
     attentions = passed + actions.count(Action.NO_MLP)
     mlps = passed + actions.count(Action.NO_ATTENTION)
     naive_flops = sum(

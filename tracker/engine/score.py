@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tracker.engine.masks import Masks, Sight
 from tracker.engine.prefix import Prefix, cache_argument, new_cache
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Row, reading_row
+from tracker.engine.stand_in import StandIn
 from tracker.engine.streams import StreamPlan, forking, plan_streams
 from tracker.metrics.influence import angular_distance, cosine_similarity, relative_update
 from tracker.models.sublayers import Sublayers
@@ -48,6 +49,7 @@ class Parts:
         head: What is behind its base.
         device: Where its inputs go.
         sight: How far each layer sees in a text of some length.
+        stand_ins: What stands in for layers, where that is asked for.
     """
 
     model: Any
@@ -56,6 +58,7 @@ class Parts:
     head: Head
     device: torch.device
     sight: Callable[[int], Sight]
+    stand_ins: Mapping[int, StandIn] | None = None
 
     @property
     def base(self) -> Any:
@@ -142,7 +145,8 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         cached["position_ids"] = row.positions.to(device)
         sight = parts.sight(int(row.positions.max()) + 1)
         masks = Masks(row, sight, parts.model.dtype, device)
-    with forking(parts.layers, plan, parts.sublayers, observe, masks=masks):
+    stand_ins = parts.stand_ins
+    with forking(parts.layers, plan, parts.sublayers, observe, masks=masks, stand_ins=stand_ins):
         output = parts.base(
             input_ids=row.input_ids.to(device), use_cache=name is not None, **cached
         )

@@ -8,22 +8,28 @@ with its MLP removed, its attention is the baseline's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from tracker.ablations import INTACT, Ablation, Action
 from tracker.engine.masks import Masks, mask_place
 from tracker.engine.refusal import RefusalError
+from tracker.engine.stand_in import StandIn
+from tracker.models.quantised import linear_maps, outputs_first, quantised
 from tracker.models.sublayers import Sublayers, nothing, replaced_forward
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer and the baseline's input and output of it, each [rows, tokens, hidden]."""
+
+
+_OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,16 @@ class LayerStep:
     @cached_property
     def entering(self) -> tuple[int, ...]:
         """Streams that enter the layer."""
-        return tuple(i for i, action in enumerate(self.actions) if action is not Action.SKIP)
+        return tuple(i for i, action in enumerate(self.actions) if action.enters)
+
+    def places(self, *actions: Action) -> list[int]:
+        """Say where among the entering streams some actions happen."""
+        return [p for p, stream in enumerate(self.entering) if self.actions[stream] in actions]
+
+    @cached_property
+    def has_sublayers(self) -> bool:
+        """Whether some stream skips a sublayer alone."""
+        return bool(self.places(Action.NO_ATTENTION, Action.NO_MLP))
 
     def origin(self, stream: int) -> int:
         """The stream before the layer whose state a stream enters with."""
@@ -53,15 +68,18 @@ class LayerStep:
     def attention(self) -> tuple[int | None, ...]:
         """For each entering stream, the place among them whose attention it takes; None = none.
 
-        Streams that enter with the same state share one attention.
+        Streams that enter with the same state share one attention, those that remove parts alone.
         """
-        computed: dict[int, int] = {}
-        return tuple(
-            None
-            if self.actions[stream] is Action.NO_ATTENTION
-            else computed.setdefault(self.origin(stream), place)
-            for place, stream in enumerate(self.entering)
-        )
+        computed: dict[tuple[int, Action | None], int] = {}
+        found: list[int | None] = []
+        for place, stream in enumerate(self.entering):
+            action = self.actions[stream]
+            if action is Action.NO_ATTENTION:
+                found.append(None)
+            else:
+                own = None if action in _OF_PARTS else action
+                found.append(computed.setdefault((self.origin(stream), own), place))
+        return tuple(found)
 
     @cached_property
     def mlp(self) -> tuple[int | None, ...]:
@@ -103,12 +121,13 @@ class StreamPlan:
     @property
     def attention_passes(self) -> int:
         """How many times a token passes an attention, all streams together."""
-        return sum(len({*step.attention} - {None}) for step in self.steps)
+        once = sum(len({*step.attention} - {None}) for step in self.steps)
+        return once + self.repeats
 
     @property
     def mlp_passes(self) -> int:
         """How many times a token passes an MLP, all streams together."""
-        return sum(len({*step.mlp} - {None}) for step in self.steps)
+        return sum(len({*step.mlp} - {None}) for step in self.steps) + self.repeats
 
     @property
     def layer_passes(self) -> float:
@@ -118,8 +137,12 @@ class StreamPlan:
     @property
     def has_sublayers(self) -> bool:
         """Whether some stream skips a sublayer alone."""
-        alone = (Action.NO_ATTENTION, Action.NO_MLP)
-        return any(action in alone for step in self.steps for action in step.actions)
+        return any(step.has_sublayers for step in self.steps)
+
+    @property
+    def repeats(self) -> int:
+        """How many times a stream passes a layer twice."""
+        return sum(len(step.places(Action.REPEAT)) for step in self.steps)
 
     @property
     def streams(self) -> int:
@@ -163,6 +186,7 @@ def forking(
     observe: Observer | None = None,
     batched: bool = False,
     masks: Masks | None = None,
+    stand_ins: Mapping[int, StandIn] | None = None,
 ) -> Iterator[None]:
     """Let a model's layers fork streams while the context is open.
 
@@ -184,6 +208,7 @@ def forking(
         observe: Sees the baseline's input and output of each layer.
         batched: Whether what a layer is given besides is cut to the streams that enter it.
         masks: What each layer gets in place of the model's own mask.
+        stand_ins: What stands in for layers; needed where the plan asks for it.
 
     Yields:
         Nothing; on exit, also by an exception, the layers are what they were.
@@ -191,17 +216,41 @@ def forking(
     handed: list[Tensor] = []
     with ExitStack() as stack:
         for index, (layer, step) in enumerate(zip(layers, plan.steps, strict=True)):
+            turn = _Turn()
             fork = _LayerFork(
-                index, step, layer.forward, observe, batched, masks, mask_place(layer), handed
+                index,
+                step,
+                layer.forward,
+                observe,
+                batched,
+                masks,
+                mask_place(layer),
+                handed,
+                stand_ins.get(index) if stand_ins else None,
+                turn,
             )
             stack.enter_context(replaced_forward(layer, fork))
-            if any(a in (Action.NO_ATTENTION, Action.NO_MLP) for a in step.actions):
+            inside: list[tuple[nn.Module, tuple[int | None, ...]]] = []
+            if step.has_sublayers:
                 assert sublayers is not None
                 parts = sublayers[index]
-                for module, sources in ((parts.attention, step.attention), (parts.mlp, step.mlp)):
-                    part = _SublayerFork(module, sources, module.forward, batched)
-                    stack.enter_context(replaced_forward(module, part))
+                inside = [(parts.attention, step.attention), (parts.mlp, step.mlp)]
+            for module, sources in inside:
+                part = _SublayerFork(module, sources, module.forward, batched, turn)
+                stack.enter_context(replaced_forward(module, part))
+            if any(action.is_quantised for action in step.actions):
+                for each in linear_maps(layer, f"layer {index}"):
+                    mine = [s for module, s in inside if any(m is each for m in module.modules())]
+                    own = _QuantisedFork(each, step, mine[0] if mine else None, each.forward, turn)
+                    stack.enter_context(replaced_forward(each, own))
         yield
+
+
+@dataclass
+class _Turn:
+    """Whether a layer is passed for the first time, by all who enter it, or by those once more."""
+
+    second: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,8 +260,10 @@ class _LayerFork:
     In come [streams × rows, tokens, hidden], seen as `before` [streams, rows, tokens, hidden]. The
     streams that enter the layer are picked from it, a new one by its parent's place, and pass the
     layer as one batch `going`. Its output fills their places in `after` [streams after, rows,
-    tokens, hidden]; a stream that skips the layer gets its own `before` there. Nothing is added up
-    between streams, so each place holds what the layer, or nothing, makes of it alone.
+    tokens, hidden]; a stream that skips the layer gets its own `before` there, or what stands in
+    for the layer makes of it. Nothing is added up between streams, so each place holds what the
+    layer, or nothing, makes of it alone. Streams that repeat the layer pass it once more, as a
+    smaller batch, before their places are filled.
 
     `handed` holds what earlier layers of the pass returned besides the hidden state. A layer that
     is given one of those, while streams fork, is refused: it would be another stream's.
@@ -226,6 +277,8 @@ class _LayerFork:
     masks: Masks | None
     mask_place: int | None
     handed: list[Tensor]
+    stand_in: StandIn | None
+    turn: _Turn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return a hidden state [streams × rows, tokens, hidden], as the layer does."""
@@ -249,22 +302,23 @@ class _LayerFork:
         going = hidden if everyone else before[origins].flatten(0, 1)
         if self.batched and not everyone:
             rest, kwargs = _cut((rest, kwargs), step.streams, entering)
-        if len(entering) > 1 and not self.batched:
-            rows = tuple(before.shape[1:])
-            rest = tuple(_per_stream("", value, rows, len(entering)) for value in rest)
-            kwargs = {n: _per_stream(n, v, rows, len(entering)) for n, v in kwargs.items()}
-        output = self.layer(going, *rest, **kwargs)
+        rows = tuple(before.shape[1:])
+        output = self._passed(going, rest, kwargs, rows, len(entering))
         several = isinstance(output, (tuple, list))
         passed = output[0] if several else output
-        if not isinstance(passed, Tensor) or passed.shape != going.shape:
-            raise RefusalError(
-                f"layer {self.index} returns something else than a hidden state of the shape "
-                "that it was given"
-            )
         if several:
             self.handed.extend(other for other in output[1:] if isinstance(other, Tensor))
         after = passed.new_empty(len(step.actions), *before.shape[1:])
         passed = _by_stream(passed, len(entering))
+        if repeating := step.places(Action.REPEAT):
+            if self.batched:
+                raise RefusalError("a layer that is passed twice would need two caches")
+            self.turn.second = True
+            once = passed[repeating].flatten(0, 1)
+            twice = self._passed(once, rest, kwargs, rows, len(repeating))
+            self.turn.second = False
+            twice = twice[0] if several else twice
+            passed[repeating] = _by_stream(twice, len(repeating))
         if entering == list(range(len(entering))):
             after[: len(entering)] = passed
         else:
@@ -272,10 +326,64 @@ class _LayerFork:
         for stream, action in enumerate(step.actions):
             if action is Action.SKIP:
                 after[stream] = before[step.origin(stream)]
+            elif action.is_fitted:
+                assert self.stand_in is not None
+                after[stream] = self.stand_in.change(action, before[step.origin(stream)])
         if self.observe is not None:
             self.observe(self.index, before[0].to(after.device), after[0])
         merged = after.flatten(0, 1)
         return type(output)((merged, *output[1:])) if several else merged
+
+    def _passed(
+        self, going: Tensor, rest: Any, kwargs: Any, rows: tuple[int, ...], streams: int
+    ) -> Any:
+        """Let streams pass the layer, and refuse what it returns where that is no hidden state."""
+        if streams > 1 and not self.batched:
+            rest = tuple(_per_stream("", value, rows, streams) for value in rest)
+            kwargs = {n: _per_stream(n, v, rows, streams) for n, v in kwargs.items()}
+        output = self.layer(going, *rest, **kwargs)
+        passed = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(passed, Tensor) or passed.shape != going.shape:
+            raise RefusalError(
+                f"layer {self.index} returns something else than a hidden state of the shape "
+                "that it was given"
+            )
+        return output
+
+
+@dataclass(frozen=True)
+class _QuantisedFork:
+    """One linear map of a layer, in which some streams have quantised weights.
+
+    In come [streams × rows, tokens, inputs], or all of a stream's tokens in a row, of the streams
+    that the part of the layer computes: those that `sources` names where a sublayer is removed from
+    others, else all that enter. Everything is mapped once, and what comes of the quantised streams
+    is computed again with the weights that they have, which are made anew in each call: kept, they
+    would take as much memory as the model.
+    """
+
+    module: nn.Module
+    step: LayerStep
+    sources: tuple[int | None, ...] | None
+    forward: Callable[..., Any]
+    turn: _Turn
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """Take and return what the linear map does."""
+        output: Tensor = self.forward(given)
+        if self.turn.second:
+            return output
+        entering = range(len(self.step.entering))
+        computed = sorted({*(entering if self.sources is None else self.sources)} - {None})
+        if len(given) % len(computed):
+            raise RefusalError("a linear map of its layers has no row a stream")
+        ours, found = _by_stream(given, len(computed)), _by_stream(output, len(computed))
+        for action, bits in ((Action.INT8, 8), (Action.INT4, 4)):
+            if places := [computed.index(place) for place in self.step.places(action)]:
+                weight = quantised(outputs_first(self.module), bits)
+                bias = cast("Tensor | None", self.module.bias)
+                found[places] = linear(ours[places], weight, bias)
+        return found.reshape(output.shape)
 
 
 @dataclass(frozen=True)
@@ -296,12 +404,13 @@ class _SublayerFork:
     sources: tuple[int | None, ...]
     forward: Callable[..., Any]
     batched: bool
+    turn: _Turn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take and return what the sublayer does, computing only what the streams need."""
         entering = len(self.sources)
         computed = sorted({source for source in self.sources if source is not None})
-        if computed == list(range(entering)):
+        if self.turn.second or computed == list(range(entering)):
             return self.forward(*args, **kwargs)
         given = (args, kwargs)
         if self.batched:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tracker.ablations import INTACT, Ablation
+from tracker.ablations import INTACT, Ablation, Action
 from tracker.documents import Document, Response
 from tracker.engine.decode import decoding
 from tracker.engine.head import Head
@@ -23,6 +23,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.score import Parts, RowScores, kept_bytes, read_prefix, score_row
 from tracker.engine.sharing import ALONE, FULL, NO_HABITS, PLAIN, Habits, Sharing
+from tracker.engine.stand_in import StandIn, replace_layer
 from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.errors import CellError
 from tracker.models.layers import find_layers
@@ -71,6 +72,7 @@ class Engine:
         row_tokens: Largest size of a row of several documents; None = by the device.
         memory: Bytes that hidden states and kept prefixes may take; None = half of what is free.
         habits: What a call of the model does beside its answer.
+        stand_ins: What stands in for layers, where an ablation asks for it: layer → that.
     """
 
     loaded: LoadedModel
@@ -79,6 +81,7 @@ class Engine:
     row_tokens: int | None = None
     memory: int | None = None
     habits: Habits = NO_HABITS
+    stand_ins: Mapping[int, StandIn] = field(default_factory=dict, repr=False, compare=False)
     _kept: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
     _sights: list[Sight] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -98,7 +101,27 @@ class Engine:
             *(parts[layer].mlp for layer in ablation.mlp),
         ]
         habits = self.habits
-        model = pruned(self.loaded.model, ablation.layers, silent, habits.first, habits.stay)
+        actions = [(Action(done), layer) for done, layer in ablation.replaced]
+        name = type(self.loaded.model).__name__
+        changes = {
+            layer: partial(
+                replace_layer,
+                action=action,
+                stand_in=self.stand_ins.get(layer),
+                name=f"layer {layer} of {name}",
+            )
+            for action, layer in actions
+            if action is not Action.REPEAT
+        }
+        model = pruned(
+            self.loaded.model,
+            ablation.layers,
+            silent,
+            habits.first,
+            habits.stay,
+            changes,
+            [layer for action, layer in actions if action is Action.REPEAT],
+        )
         changing = {name for _, name in habits.leftovers}
         return replace(
             self,
@@ -278,7 +301,8 @@ class Engine:
 
     def _prefix(self, documents: Sequence[Document], plan: StreamPlan) -> Prefix | None:
         """Read what all documents begin with, or use what was read for earlier ones."""
-        if not self.shares_a_prefix(documents):
+        # A layer that is passed twice would need two caches.
+        if plan.repeats or not self.shares_a_prefix(documents):
             return None
         shared = common_beginning(documents, self.max_length)
         if self._kept and self._kept[0].plan == plan and self._kept[0].cut_to(shared):
@@ -297,7 +321,15 @@ class Engine:
         """Take the model apart for a plan."""
         loaded = self.loaded
         sublayers = self._sublayers if plan.has_sublayers else None
-        return Parts(loaded.model, loaded.layers, sublayers, self.head, loaded.device, self._sight)
+        return Parts(
+            loaded.model,
+            loaded.layers,
+            sublayers,
+            self.head,
+            loaded.device,
+            self._sight,
+            self.stand_ins,
+        )
 
     def _sight(self, tokens: int) -> Sight:
         """How far each layer sees in a text of so many tokens."""
@@ -343,6 +375,8 @@ class Engine:
         """
         if cache_argument(self.loaded.model) is None:
             raise RefusalError("it takes no cache of keys and values")
+        if plan_streams(ablations, len(self.loaded.layers)).repeats:
+            raise RefusalError("a layer that is passed twice would need two caches")
         each = tokens * len(self.loaded.layers) * self._kept_bytes
         size = max(1, self._budget // 2 // each - 1)
         removed = [ablation for ablation in ablations if ablation != INTACT]

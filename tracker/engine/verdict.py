@@ -48,7 +48,7 @@ class Verdict:
         first = remember(model, {name for _, name in self.first})
         return Habits(
             lengths=Lengths(thresholds, each=any(each for _, each in self.lengths)),
-            leftovers=remember(model, self.leftovers) if self.leftovers else {},
+            leftovers=remember(model, self.leftovers),
             first={place: first[place] for place in self.first if place in first},
             stay=self.stay,
             unsteady=bool(self.unsteady),

@@ -333,6 +333,12 @@ class CellStore:
             "peak_bytes": max(peaks, default=None),
         }
 
+    def calibrations(self) -> list[dict[str, Any]]:
+        """Say what layers' stand-ins were fitted on: documents and tokens, each text once."""
+        abouts = (about for store in (self, *self._others) for _, about in store._abouts())
+        found = {a["calibration"]["sha256"]: a["calibration"] for a in abouts if "calibration" in a}
+        return list(found.values())
+
     def _abouts(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """What the shards say of themselves, by name."""
         for path in self.shards():

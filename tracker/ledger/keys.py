@@ -44,7 +44,17 @@ def request_key(
     removed, which documents and the metric do not count.
     """
     asked = request.model_dump(
-        exclude={"layers", "components", "spans", "only", "removed", "limit", "sample", "metric"}
+        exclude={
+            "layers",
+            "components",
+            "spans",
+            "interventions",
+            "only",
+            "removed",
+            "limit",
+            "sample",
+            "metric",
+        }
     )
     # A setting that is not used leaves the keys of before as they are.
     said = {

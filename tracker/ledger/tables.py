@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from tracker.ablations import INTACT, Ablation, ablate
+from tracker.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE, PROXY_SUMS
 from tracker.ledger.viewed import Array, Viewed, gold_logprobs, pairs
@@ -80,6 +80,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         "sample_seed": view.seed,
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
+        "fitted_on": _fitted_on(store, view),
         **outcomes.comparisons(),
         **store.costs(),
         "provenance": united(outcomes.stacks),
@@ -189,6 +190,22 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         correlations=tuple(_correlations(outcomes, metric, weights, sums, tokens)),
         reasons=reasons,
     )
+
+
+def _fitted_on(store: CellStore, view: View) -> str | None:
+    """Say what stands in for layers was fitted on, and how much of that is measured too."""
+    if not any(ablation_of(run, view.removed).is_fitted for run in view.runs):
+        return None
+    wanted = store.wanted(view.extent)
+    said = []
+    for one in store.calibrations():
+        count = sum(map(len, one["documents"].values()))
+        both = sum(len({*docs} & {*wanted[task]}) for task, docs in one["documents"].items())
+        said.append(
+            f"{one['tokens']:,} tokens of {count:,} documents from the end of the random order, "
+            + (f"{both:,} of them among those measured" if both else "none of them measured")
+        )
+    return "; ".join(said) or None
 
 
 def _beneath(outcomes: Viewed, view: View, weights: Array) -> Estimate:

@@ -15,6 +15,7 @@ from tracker.errors import CellError
 from tracker.identities import BenchmarkIdentity, ModelIdentity
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.texts import text_row
+from tracker.measuring.calibrate import Calibration, calibration
 from tracker.measuring.prepare import check_range
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
@@ -106,6 +107,10 @@ class Meter:
         self._documents = {(document.task, document.index): document for document in documents}
         self._watch = watched_documents(documents)
         self.ablations = ablations_of(request, loaded.identity.layers)
+        self._calibration: Calibration | None = None
+        if any(each.is_fitted for each in self.ablations):
+            width = loaded.model.config.get_text_config().hidden_size
+            self._calibration = calibration(benchmark, self._encoder, width)
         self.facts = Facts(
             loaded.identity,
             benchmark.identity,
@@ -124,7 +129,14 @@ class Meter:
         loaded = self._model.loaded
         engine = Engine(loaded, self._encoder.max_length, memory=self._memory)
         self._scorer, lost = checked_scorer(
-            engine, loaded.tokenizer, list(self._documents.values()), self.ablations, kept
+            engine,
+            loaded.tokenizer,
+            list(self._documents.values()),
+            self.ablations,
+            kept,
+            lambda engine: (
+                self._calibration.fit(engine, self.ablations) if self._calibration else {}
+            ),
         )
         name = loaded.identity.name
         return [f"{name} is measured with less sharing: {line}" for line in lost]
@@ -172,6 +184,8 @@ class Meter:
             "provenance": self.facts.provenance,
             "sharing": str(scorer.engine.sharing),
         }
+        if self._calibration and any(each.is_fitted for each in scored):
+            metadata["calibration"] = self._calibration.about
         texts = [
             text_row(each.document, self._benchmark.text(each.document), self._benchmark.public)
             for each in results

@@ -96,23 +96,27 @@ def widened(
     if cell is None:
         return request.model_copy(update={"layers": tuple(range(layers))}), why
     fitting = tuple(layer for layer in cell.layers if layer < layers)
-    more = {name: getattr(cell, name) for name in ("components", "spans", "only")}
+    more = {name: getattr(cell, name) for name in ("components", "spans", "interventions", "only")}
     return request.model_copy(update={**more, "layers": fitting}), why
 
 
 def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest:
     """Ask for just these runs."""
-    only = tuple((run.component, run.span, run.layer) for run in runs)
+    only = tuple((*run.kind[:2], run.layer, run.intervention) for run in runs)
     if not only:
         return request
-    components, spans, layers = (tuple(dict.fromkeys(each)) for each in zip(*only, strict=True))
-    asked = {"components": components, "spans": spans, "layers": tuple(sorted(layers))}
-    return request.model_copy(update={**asked, "only": only})
+    components, spans, layers, interventions = (
+        tuple(dict.fromkeys(each)) for each in zip(*only, strict=True)
+    )
+    asked = {"components": components, "spans": spans, "interventions": interventions}
+    return request.model_copy(update={**asked, "layers": tuple(sorted(layers)), "only": only})
 
 
 def no_run(request: CellRequest, layers: int) -> str:
     """Say why none of the layers that were asked for begins a run."""
     layer, span = request.layers[0], request.spans[0]
+    if request.interventions[0] != "remove" and (request.components[0], span) != ("layer", 1):
+        return f"{request.interventions[0]} is done to whole single layers"
     if layer + span > layers:
         return f"{span} layers from layer {layer} on reach beyond layer {layers - 1}, the last one"
     if not set(range(layer, layer + span)) & set(request.removed):

@@ -13,7 +13,7 @@ import torch
 from tracker.ablations import Ablation
 from tracker.benchmarks.generation import TextGenerator
 from tracker.documents import Document, Prompt
-from tracker.engine.check import Kept, check, watch
+from tracker.engine.check import Fit, Kept, check, watch
 from tracker.engine.refusal import refused
 from tracker.engine.sweep import DocumentScores, Engine
 from tracker.engine.truth import Comparison, shaken
@@ -99,6 +99,7 @@ def checked_scorer(
     documents: Sequence[Document],
     ablations: Sequence[Ablation],
     kept: Kept | None = None,
+    fit: Fit = lambda engine: {},
 ) -> tuple[Scorer, list[str]]:
     """Find out what can be shared exactly, by computing a little of it both ways.
 
@@ -108,11 +109,12 @@ def checked_scorer(
         documents: The cell's documents.
         ablations: What will be removed.
         kept: Where the verdicts of attacks are kept.
+        fit: Fits what stands in for layers.
 
     Returns:
         The scorer to use, and one line for each kind of sharing that was lost.
     """
-    checked = check(engine, documents, ablations, kept)
+    checked = check(engine, documents, ablations, kept, fit)
     lost = [line for line in (checked.lost, checked.unsteady) if line]
     prompts = [document.prompt for document in documents if document.prompt is not None]
     if not prompts:

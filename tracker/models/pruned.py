@@ -6,7 +6,7 @@ The copy shares the weights and nothing else, so that it runs beside the model i
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,10 @@ def pruned(
     silent: Collection[nn.Module] = (),
     fresh: State | None = None,
     stay: bool = False,
+    changes: Mapping[int, Callable[[nn.Module], None]] = {},
+    repeated: Collection[int] = (),
 ) -> Any:
-    """Copy a model without some of its layers, the others re-indexed.
+    """Copy a model without some of its layers, or with some of them twice, all re-indexed.
 
     What belongs to a layer is found by its shape: a list in the configuration with one entry a
     layer, a number in each layer that is the layer's own place, a table whose keys are places.
@@ -43,6 +45,8 @@ def pruned(
         fresh: What the copy gets for its own in place of the model's, parameters too.
         stay: Whether the layers stay where they are and hand on their input, for a model that
             cannot be cut.
+        changes: What changes the copies of some layers, by the layer's place in the model.
+        repeated: The layers that stand twice in the copy, the second behind the first.
 
     Returns:
         The copy.
@@ -57,11 +61,15 @@ def pruned(
             memo[id(old)] = nn.Parameter(value.clone(), requires_grad=False)
     twin = copy.deepcopy(model, memo)
     put_back(twin, fresh)
-    kept = [index for index in range(len(layers)) if index not in removed]
+    own = list(find_layers(twin))
+    for index, change in changes.items():
+        change(own[index])
+    kept = [i for i in range(len(layers)) if i not in removed for _ in range(1 + (i in repeated))]
     if stay:
-        for index in removed:
-            find_layers(twin)[index].register_forward_hook(_hand_on, with_kwargs=True)
-    elif len(kept) < len(layers):
+        for indices, hook in ((removed, _hand_on), (repeated, _once_more)):
+            for index in indices:
+                own[index].register_forward_hook(hook, with_kwargs=True)
+    elif kept != list(range(len(layers))):
         _take_out(twin, kept)
     for module in silent:
         if id(module) in memo:
@@ -82,12 +90,23 @@ def _shared(model: Any) -> Iterator[Any]:
 
 
 def _take_out(twin: Any, kept: Sequence[int]) -> None:
-    """Leave only the kept layers in a copy, which nobody else uses."""
+    """Leave only the kept layers in a copy, which nobody else uses; one may be kept twice."""
     layers = find_layers(twin)
     total = len(layers)
     parent, name = owner(twin, layers)
-    _renumber(layers, kept)
-    setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
+    places = _places(layers)
+    own: list[nn.Module] = []
+    for index in kept:
+        layer = layers[index]
+        if any(layer is each for each in own):
+            layer = copy.deepcopy(layer, {id(each): each for each in _shared(layer)})
+        own.append(layer)
+    for (path, attribute), holders in places.items():
+        for new, index in enumerate(kept):
+            if index in holders:
+                setattr(own[new].get_submodule(path), attribute, new)
+    layers = nn.ModuleList(own)
+    setattr(parent, name, layers)
     # What holds the layers may have lists with an entry for each, what is in them tables by place.
     around = [m for m in twin.modules() if any(each is parent for each in m.modules())]
     for module in around:
@@ -112,25 +131,23 @@ def _own(module: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-def _renumber(layers: nn.ModuleList, kept: Sequence[int]) -> None:
-    """Tell the modules of kept layers their new places.
+def _places(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
+    """Find where layers hold their places: path of a module and attribute → which layers do.
 
     A place is a number that is, wherever the layers have it, the layer's own index.
     """
-    found: dict[tuple[str, str], dict[int, tuple[nn.Module, int]]] = {}
+    found: dict[tuple[str, str], dict[int, int]] = {}
     for index, layer in enumerate(layers):
         for path, module in layer.named_modules():
             for attribute, value in vars(module).items():
                 if type(value) is int:
-                    found.setdefault((path, attribute), {})[index] = (module, value)
-    for (_, attribute), values in found.items():
-        named = "layer" in attribute or "idx" in attribute
-        if all(index == value for index, (_, value) in values.items()) and (
-            len(values) > 1 or named
-        ):
-            for index, (module, _) in values.items():
-                if index in kept:
-                    setattr(module, attribute, kept.index(index))
+                    found.setdefault((path, attribute), {})[index] = value
+    return {
+        (path, attribute): set(values)
+        for (path, attribute), values in found.items()
+        if all(index == value for index, value in values.items())
+        and (len(values) > 1 or "layer" in attribute or "idx" in attribute)
+    }
 
 
 def _cut(value: Any, kept: Sequence[int], total: int) -> Any:
@@ -138,7 +155,7 @@ def _cut(value: Any, kept: Sequence[int], total: int) -> Any:
     if isinstance(value, (list, tuple)) and len(value) == total:
         return type(value)(value[index] for index in kept)
     if isinstance(value, dict) and value and all(key in range(total) for key in value):
-        return type(value)((kept.index(p), what) for p, what in value.items() if p in kept)
+        return type(value)((new, value[p]) for new, p in enumerate(kept) if p in value)
     return value
 
 
@@ -154,7 +171,7 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
         if name.startswith("_"):
             continue
         if "layer" in name and isinstance(value, list) and _are_places(value, total):
-            setattr(config, name, [kept.index(place) for place in value if place in kept])
+            setattr(config, name, [new for new, place in enumerate(kept) if place in value])
         else:
             setattr(config, name, _cut_entry(value, kept, total))
     config.num_hidden_layers = len(kept)
@@ -197,6 +214,15 @@ def _hand_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Let a layer, which still runs, return its input."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
+
+
+def _once_more(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Let a layer run again on what it returned."""
+    several = isinstance(output, (tuple, list))
+    hidden = output[0] if several else output
+    if "hidden_states" in kwargs:
+        return module.forward(*args, **{**kwargs, "hidden_states": hidden})
+    return module.forward(hidden, *args[1:], **kwargs)
 
 
 def _add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -35,6 +35,7 @@ def provenance_table(cell: CellRecord) -> Table:
         "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
         "documents measured": " ".join(filter(None, (f"{cell.n:,}", cell.drawn))),
         "tokens behind the proxies": f"{cell.tokens:,}",
+        **({"stand-ins fitted on": cell.fitted_on} if cell.fitted_on else {}),
         "answered again on a really pruned model": _compared(cell),
     }
     if len(benchmark.tasks) > 1:

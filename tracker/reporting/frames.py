@@ -17,7 +17,7 @@ from tracker.reporting.leaderboard.models import ModelBoard
 from tracker.reporting.wording import model_labels
 
 _CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
-_RUN_COLUMNS = ("component", "layer", "span")
+_RUN_COLUMNS = ("component", "layer", "span", "intervention")
 _NOT_FIGURES = {*_RUN_COLUMNS, "ablation", "n", "metrics", "reasons"}
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
 _TEXT_COLUMNS = ("question", "choices", "answer", "text_intact", "text")
@@ -32,7 +32,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """Put every measured run into a data frame.
 
     One row for each model, benchmark and run: `span` layers from `layer` (0-based) on, or their
-    `component`, are removed besides `removed` (such as `3,17`; empty for the intact model).
+    `component`, are removed besides `removed` (such as `3,17`; empty for the intact model), or what
+    `intervention` says is done to the layer.
     `sample_seed` drew the documents; it is missing for the first ones, or all.
     Accuracies and drops are fractions; an undefined value is NaN and `reasons` says why. lm-eval's
     own metrics stand in columns `metric_NAME`.

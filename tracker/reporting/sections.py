@@ -10,7 +10,7 @@ from tracker.identities import ModelIdentity
 from tracker.records import WHOLE_LAYER, CellRecord, Place
 from tracker.reporting import caveats, facts, formats, tables, wording
 from tracker.reporting.charts.across import depth_curves, difference_chart
-from tracker.reporting.charts.cells import curve_components, layer_curve, proxy_scatter
+from tracker.reporting.charts.cells import curve_kinds, layer_curve, proxy_scatter
 from tracker.reporting.charts.decisions import (
     agreement,
     agreement_map,
@@ -253,7 +253,7 @@ def _cell_section(
     cell: CellRecord, decided: DecisionsRecord | None, label: str, name: str
 ) -> CellSection:
     only_layers = tables.run_columns(cell).only_layers
-    lines = curve_components(cell)
+    lines = curve_kinds(cell)
     return CellSection(
         id=name,
         label=label,

@@ -51,6 +51,7 @@ PROXIES = {**PROXY_NAMES, "cosine_score": "cosine score (1 − cos)"}
 COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
 SUBSETS = {"all": "all layers", "inner": "without the two outer layers at each end"}
 COMPONENT = "component"
+INTERVENTION = "intervention"
 SPAN = "span (layers)"
 _three = partial(fixed, digits=3)
 _four = partial(fixed, digits=4)
@@ -194,21 +195,22 @@ class RunColumns:
 
     def of(self, run: RunIdentity) -> tuple[str, ...]:
         """Name one run, a text for each column."""
-        names = {COMPONENT: run.component, SPAN: str(run.span)}
+        names = {COMPONENT: run.component, SPAN: str(run.span), INTERVENTION: run.intervention}
         return (str(run.layer), *(names[label] for label in self.labels[1:]))
 
 
 def run_columns(cell: CellRecord) -> RunColumns:
     """Choose the columns that name the runs of a cell.
 
-    The layer; the component and the span where something else than one whole layer is removed.
+    The layer; the component and the span where something else than one whole layer is removed; the
+    intervention where one is replaced.
     """
     found = cell.kinds
-    components = any(component != "layer" for component, _ in found)
-    spans = any(span != 1 for _, span in found)
+    spans = any(kind.span != 1 for kind in found)
     labels = ["first layer (0-based)" if spans else "layer (0-based)"]
-    labels += [COMPONENT] if components else []
+    labels += [COMPONENT] if any(kind.component != "layer" for kind in found) else []
     labels += [SPAN] if spans else []
+    labels += [INTERVENTION] if any(kind.intervention != "remove" for kind in found) else []
     return RunColumns(tuple(labels), set(found) <= {WHOLE_LAYER})
 
 

@@ -9,6 +9,7 @@ from tracker.ledger.spreads import spreads_of
 from tracker.metrics.power import ALPHA, MEANT, POWER
 from tracker.records import (
     NO_REASON,
+    REPLACED_BY,
     WHOLE_LAYER,
     CellRecord,
     CorrelationRecord,
@@ -31,13 +32,12 @@ def kind_words(kind: Kind) -> str:
     """Name a kind of runs.
 
     Args:
-        kind: Component and span.
+        kind: Component, span and intervention.
 
     Returns:
-        For example `layer`, `attention` or `mlp, 4 at a time`.
+        For example `layer`, `attention`, `mlp, 4 at a time` or `mean`.
     """
-    component, span = kind
-    return component if span == 1 else f"{component}, {span} at a time"
+    return kind.word if kind.span == 1 else f"{kind.word}, {kind.span} at a time"
 
 
 def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
@@ -305,10 +305,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
     if not cells:
         return "No cell is measured yet, so there is nothing to show."
     models = len({cell.model.key for cell in cells})
-    text = (
-        f"{counted(models, 'model')}, {counted(len(cells), 'cell')}; {_turns(cells)} was removed "
-        "in turn. "
-    )
+    text = f"{counted(models, 'model')}, {counted(len(cells), 'cell')}; {_turns(cells)}. "
     records = [record for cell in cells if (record := correlation(cell))]
     values = sorted(record.value for record in records if defined(record.value))
     if not values:
@@ -332,14 +329,25 @@ def summary(cells: Sequence[CellRecord]) -> str:
 
 
 def _turns(cells: Sequence[CellRecord]) -> str:
-    """Say what was removed in turn."""
+    """Say what was changed in turn."""
     found = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
     shown = {
         "each layer": WHOLE_LAYER in found,
-        "each layer’s attention": ("attention", 1) in found,
-        "each layer’s MLP": ("mlp", 1) in found,
-        "each span of layers": any(c == "layer" and span > 1 for c, span in found),
-        "the attention or MLP of each span": any(c != "layer" and span > 1 for c, span in found),
+        "each layer’s attention": Kind("attention") in found,
+        "each layer’s MLP": Kind("mlp") in found,
+        "each span of layers": any(k.component == "layer" and k.span > 1 for k in found),
+        "the attention or MLP of each span": any(
+            k.component != "layer" and k.span > 1 for k in found
+        ),
     }
-    *others, last = (words for words, there in shown.items() if there)
+    removed = _listed([words for words, there in shown.items() if there])
+    replaced = _listed([w for done, w in REPLACED_BY.items() if Kind(intervention=done) in found])
+    clauses = [f"{removed} was removed in turn"] if removed else []
+    clauses += [f"each layer was replaced by {replaced} in turn"] if replaced else []
+    return "; ".join(clauses)
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Put words in a row: `a, b and c`."""
+    *others, last = words or [""]
     return f"{', '.join(others)} and {last}" if others else last

@@ -36,8 +36,8 @@ def conduct(study: Study, asked: Asked, publisher: Publisher) -> Conducted:
     outcome = run_cells(requests, asked.ledger, publisher, asked.options, asked.progress)
     subjects = []
     for request in requests:
-        store = look_up(request, asked.ledger).store
-        if request.title not in outcome.failed and store is not None:
+        found = look_up(request, asked.ledger)
+        if (store := found.store) is not None and found.complete:
             record = record_of(store, store.views.of(request))
             subjects.append(Subject(request, store, record))
     if not subjects:

@@ -9,7 +9,10 @@ from typing import Any
 from tracker.errors import RequestError, did_you_mean
 from tracker.studies.base import Study
 
-STUDIES: Mapping[str, str] = {"theorem": "Theorem"}
+STUDIES: Mapping[str, str] = {
+    "rescale": "Rescale",
+    "theorem": "Theorem",
+}
 """Name → its class. Each is in the module of this package that is called as it is."""
 
 

@@ -161,8 +161,9 @@ class Theorem:
 
 def _of_documents(cell: CellRequest) -> CellRequest:
     """What of a cell says which documents, and how they are tokenised."""
-    runs = {"layers": (0,), "components": ("layer",), "spans": (1,), "only": None, "removed": ()}
-    return cell.model_copy(update={**runs, "dtype": "auto"})
+    runs = ("components", "spans", "interventions", "only", "removed", "dtype")
+    plain = {name: CellRequest.model_fields[name].default for name in runs}
+    return cell.model_copy(update={**plain, "layers": (0,)})
 
 
 def _taught(cell: CellRequest, trust_remote_code: bool) -> tuple[Lesson, tuple[int, int], Any]:

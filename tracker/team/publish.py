@@ -13,6 +13,7 @@ from threading import Event, Lock, Thread
 
 from typing_extensions import override
 
+from tracker.ablations import first_run
 from tracker.config import CellRequest
 from tracker.decided import PRIVATE
 from tracker.errors import TrackerError
@@ -21,7 +22,7 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.provenance import content_hash
-from tracker.records import INTACT_VIEW, CellRecord, RunIdentity
+from tracker.records import INTACT_VIEW, CellRecord
 from tracker.reporting.charts.cells import cell_charts
 from tracker.team.live import Live
 from tracker.text import masked
@@ -244,13 +245,12 @@ class Trial(Picture):
     """The run that a W&B agent opened for this process, where it did and W&B is tracked.
 
     It is joined when there is something to show: a server that is away never stops a measurement.
-    `request` is what the trial asks for: one layer, component and span.
+    `request` is what the trial asks for: one run.
     """
 
     def __init__(self, track: Sequence[str], results: Path, request: CellRequest) -> None:
         self.joins = in_sweep() and any(target(text).backend == "wandb" for text in track)
-        component, span, layer = request.components[0], request.spans[0], request.layers[0]
-        self._run = RunIdentity(component=component, span=span, layer=layer)
+        self._run = first_run(request)
         self._trial = open_trial(results)
         self._busy = Lock()
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tracker.ablations import removals
-from tracker.config import CellRequest, cell_request
+from tracker.ablations import first_run, removals
+from tracker.config import IN_THE_FILE, CellRequest, cell_request
 from tracker.errors import ResultsError, TrackerError
 from tracker.experiment import Experiment, Parameters
 from tracker.ledger.store import Ledger
@@ -23,7 +23,10 @@ from tracker.tracking import open_sweep
 from tracker.tracking.base import SweepTrial
 
 _OF_A_GRID = ("method", "parameters", "run_cap")
-_ANY_RUN: dict[str, Any] = {"layers": (), "components": (), "spans": (), "only": None}
+_ANY_RUN: dict[str, Any] = {
+    **dict.fromkeys(IN_THE_FILE, ()),
+    "only": None,
+}
 _UNFINISHED = ("crashed", "failed", "killed", "preempted")
 """States of a run that no agent takes up again."""
 log = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class SweepFilled:
 def trial_request(settings: dict[str, Any]) -> CellRequest:
     """Say what a sweep asks of a trial; RequestError where that is no request."""
     known = {name: settings[name] for name in Parameters.model_fields if name in settings}
-    for name, several in (("layer", "layers"), ("component", "components"), ("span", "spans")):
+    for several, name in IN_THE_FILE.items():
         if (value := known.pop(name, None)) is not None:
             known[several] = (value,)
     return cell_request(**known)
@@ -102,8 +105,7 @@ def fill_sweep(path: str, ledger: Ledger) -> SweepFilled:
 
 
 def _run_title(request: CellRequest) -> str:
-    run = f"{request.components[0]} {request.layers[0]}"
-    return f"{request.title}, {run}" + (f", span {request.spans[0]}" * (request.spans[0] > 1))
+    return f"{request.title}, {first_run(request).label()}"
 
 
 def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:

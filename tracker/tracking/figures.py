@@ -39,9 +39,10 @@ def metric_name(name: str) -> str:
 def curve_name(run: RunIdentity, figure: str) -> str:
     """Name the curve that a run's figure, one of `CURVES`, is a point of.
 
-    Its own name for whole single layers; else `attention/accuracy_drop` or `span4/accuracy_drop`.
+    Its own name for whole single layers; else `attention/accuracy_drop`, `span4/accuracy_drop` or
+    `mean/accuracy_drop`.
     """
-    component = "" if run.component == "layer" else f"{run.component}/"
+    component = "" if run.kind.word == "layer" else f"{run.kind.word}/"
     span = "" if run.span == 1 else f"span{run.span}/"
     return f"{component}{span}{figure}"
 
@@ -135,9 +136,9 @@ def logged_layers(cell: CellRecord) -> LoggedTable:
         values = flat_metrics(layer)
         reasons = "; ".join(f"{name}: {why}" for name, why in absent_reasons(layer).items())
         figures = (values.get(name) for name in names)
-        which = (layer.layer, layer.component, layer.span, layer.ablation)
+        which = (layer.layer, layer.component, layer.span, layer.intervention, layer.ablation)
         rows.append((*which, layer.n, *figures, reasons or None))
-    columns = ("layer", "component", "span", "ablation", "n", *names, "reasons")
+    columns = ("layer", "component", "span", "intervention", "ablation", "n", *names, "reasons")
     return LoggedTable(columns, tuple(rows))
 
 
@@ -159,7 +160,17 @@ def logged_documents(decided: DecisionsRecord) -> LoggedTable:
     """
     asked = ("task", "document", "question", "choices", "gold", "answer", "layer", "component")
     scores = ("margin_intact", "margin")
-    columns = (*asked, "span", "change", "choice_intact", "choice", "text_intact", "text", *scores)
+    columns = (
+        *asked,
+        "span",
+        "intervention",
+        "change",
+        "choice_intact",
+        "choice",
+        "text_intact",
+        "text",
+        *scores,
+    )
     rows: list[tuple[Scalar, ...]] = []
     for run in decided.runs:
         for number, one in enumerate(run.named):
@@ -168,11 +179,12 @@ def logged_documents(decided: DecisionsRecord) -> LoggedTable:
             rows.append(
                 (
                     *(doc.task, doc.doc, doc.question, "\n".join(doc.choices) or None),
-                    *(doc.gold, doc.answer, run.run.layer, run.run.component, run.run.span),
+                    *(doc.gold, doc.answer, run.run.layer, run.run.component),
+                    *(run.run.span, run.run.intervention),
                     *(change, doc.choice, one.choice, doc.text, one.text, doc.margin, one.margin),
                 )
             )
-    return LoggedTable(columns, tuple(rows), (*asked, "span"), scores)
+    return LoggedTable(columns, tuple(rows), (*asked, "span", "intervention"), scores)
 
 
 def _layer_values(layer: RunRecord) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tracker.records import WHOLE_LAYER, CellRecord, RunRecord
+from tracker.records import REPLACED_BY, WHOLE_LAYER, CellRecord, RunRecord
 from tracker.tracking.identity import intact_name, run_name
 
 
@@ -51,7 +51,9 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     Returns:
         A paragraph.
     """
-    what = f"**{run_name(cell, run)}**: `{cell.metric}` on {cell.documents} without it"
+    done = REPLACED_BY.get(run.intervention)
+    how = f"with the layer replaced by {done}" if done else "without it"
+    what = f"**{run_name(cell, run)}**: `{cell.metric}` on {cell.documents} {how}"
     if run.accuracy_drop is None:
         return f"{what}; its drop is not defined: {run.reasons.get('accuracy_drop', 'no reason')}."
     if not cell.higher_is_better:
@@ -73,6 +75,9 @@ def _what_is_removed(cell: CellRecord) -> str:
             "one layer is removed, or its attention or MLP alone (curves `attention/…`, `mlp/…`), "
             "or several layers from a first one on (curves `span4/…` for 4 of them)"
         )
+    done = [word for word in REPLACED_BY if any(kind.intervention == word for kind in kinds)]
+    if done:
+        text += f", or replaced (curves {', '.join(f'`{word}/…`' for word in done)})"
     if cell.removed:
         layers = ", ".join(map(str, cell.removed))
         text += f", from a model that lacks {layers} already (drops are from the intact model)"

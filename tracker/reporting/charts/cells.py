@@ -6,16 +6,15 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tracker.config import Component
-from tracker.records import WHOLE_LAYER, CellRecord
+from tracker.records import WHOLE_LAYER, CellRecord, Kind
 from tracker.reporting import formats, wording
 from tracker.reporting.charts.hover import along_layers, run_hover
 from tracker.reporting.charts.maps import span_components, span_map
 from tracker.reporting.charts.style import (
-    COMPONENTS,
     FAINT,
     GREY,
     HELPS,
+    KINDS,
     MATTERS,
     PROXY,
     Chart,
@@ -71,7 +70,7 @@ def scatter_title(cell: CellRecord) -> str:
 def cell_charts(cell: CellRecord) -> dict[str, go.Figure]:
     """Draw whatever can be drawn of a cell, by name, for its run on a tracking backend."""
     found = {}
-    if curve_components(cell):
+    if curve_kinds(cell):
         found["accuracy_drop"] = layer_curve(cell).figure()
     if cell.whole_layers:
         found["proxies"] = proxy_scatter(cell).figure()
@@ -85,28 +84,28 @@ def layer_curve(cell: CellRecord) -> Chart:
 
     Two panels share the layer axis, because two scales in one panel would suggest a comparison of
     heights that means nothing. Drops are in pp, increases in the loss's unit, with 95 % intervals
-    (trace `accuracy drop` or `loss increase`; one trace a component, under its name, where there
+    (trace `accuracy drop` or `loss increase`; one trace a kind, under its name, where there
     are several); cosine scores are the trace `cosine score`. Undefined and missing layers are gaps;
     spans of several layers are not in it.
     """
-    components = curve_components(cell)
-    single = len(components) == 1
+    kinds = curve_kinds(cell)
+    single = len(kinds) == 1
     measure = formats.measure_of(cell)
     data: list[dict[str, Any]] = []
     axis: set[int] = set()
-    for number, component in enumerate(components):
-        layers, records, hover = along_layers(cell, (component, 1))
+    for number, kind in enumerate(kinds):
+        layers, records, hover = along_layers(cell, kind)
         # Side by side, so that no interval hides another.
-        aside = 0.2 * (number - (len(components) - 1) / 2)
+        aside = min(0.2, 0.8 / len(kinds)) * (number - (len(kinds) - 1) / 2)
         axis.update(layers)
         drops = [finite(r.accuracy_drop, measure.scale) if r else None for r in records]
-        colour, symbol = COMPONENTS[component]
+        colour, symbol = KINDS[kind.word]
         signs = [HELPS if drop is not None and drop < 0 else MATTERS for drop in drops]
         figures = [drop_estimate(record) if record else None for record in records]
         data.append(
             {
                 "type": "scatter",
-                "name": measure.change if single else component,
+                "name": measure.change if single else kind.word,
                 "x": layers if single else [layer + aside for layer in layers],
                 "y": drops,
                 "error_y": errors(figures, measure.scale) | ({} if single else {"color": colour}),
@@ -167,10 +166,9 @@ def layer_curve(cell: CellRecord) -> Chart:
     )
 
 
-def curve_components(cell: CellRecord) -> list[Component]:
-    """List the components of which the layer curve draws single layers; `layer` without runs."""
-    kinds = cell.kinds
-    return [component for component, span in kinds if span == 1] if kinds else ["layer"]
+def curve_kinds(cell: CellRecord) -> list[Kind]:
+    """List the kinds of which the layer curve draws single layers; whole ones without runs."""
+    return [kind for kind in cell.kinds if kind.span == 1] if cell.kinds else [WHOLE_LAYER]
 
 
 def proxy_scatter(cell: CellRecord) -> Chart:

@@ -15,9 +15,9 @@ from tracker.records import CellRecord, layers_of
 from tracker.reporting import wording
 from tracker.reporting.charts.maps import ROWS, centred_map
 from tracker.reporting.charts.style import (
-    COMPONENTS,
     FAINT,
     GREY,
+    KINDS,
     Chart,
     chart,
     errors,
@@ -54,7 +54,7 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     for number, kind in enumerate(kinds):
         mine = [run for run in decided.runs if run.run.kind == kind and run.margins]
         found = [Estimate(m[1], m[0], m[2]) for run in mine if (m := run.margins)]
-        colour, symbol = COMPONENTS[kind[0]]
+        colour, symbol = KINDS[kind.word]
         look = {"color": colour} if len(kinds) == 1 else line(number)
         traces.append(
             {

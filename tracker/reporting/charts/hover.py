@@ -65,7 +65,6 @@ def along_layers(
     """Line up the runs of a kind: layers, records (None where not measured), and hover boxes."""
     layers = layers_of(kind, cell)
     found = cell.runs_of(kind)
-    component, span = kind
-    runs = [RunIdentity(component=component, layer=layer, span=span) for layer in layers]
+    runs = [RunIdentity(layer=layer, **kind._asdict()) for layer in layers]
     hover = [run_hover(cell, run, found.get(run.layer)) for run in runs]
     return layers, [found.get(layer) for layer in layers], hover

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracker.config import Component
-from tracker.records import WHOLE_LAYER, CellRecord, RunIdentity, layers_of
+from tracker.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
 from tracker.reporting import formats, wording
 from tracker.reporting.charts.hover import along_layers, run_hover
 from tracker.reporting.charts.style import GREY, Chart, chart, finite, layer_axis
@@ -103,7 +103,7 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
 
 def span_components(cell: CellRecord) -> list[Component]:
     """List the components removed in two spans or more, so that a span map shows something."""
-    components = [component for component, _ in cell.kinds]
+    components = [kind.component for kind in cell.kinds if kind.intervention == "remove"]
     return [name for name in dict.fromkeys(components) if components.count(name) > 1]
 
 
@@ -114,7 +114,7 @@ def span_title(cell: CellRecord, component: Component) -> str:
     text = f"{cell.title}: {measure.change} by first layer and number of removed {what}"
     cheapest = []
     for span in _spans(cell, component):
-        found = cell.runs_of((component, span)).values()
+        found = cell.runs_of(Kind(component, span)).values()
         known = [(r.accuracy_drop, r.layer, r) for r in found if formats.defined(r.accuracy_drop)]
         if known:
             drop, _, record = min(known, key=lambda item: item[:2])
@@ -131,12 +131,12 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
     """
     measure = formats.measure_of(cell)
     spans = _spans(cell, component)
-    layers = sorted({x for span in spans for x in layers_of((component, span), cell)})
+    layers = sorted({x for span in spans for x in layers_of(Kind(component, span), cell)})
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
     gaps: list[tuple[int, str, str]] = []
     for span in spans:
-        there, records, hover = along_layers(cell, (component, span))
+        there, records, hover = along_layers(cell, Kind(component, span))
         drops = [finite(r.accuracy_drop, measure.scale) if r else None for r in records]
         by_layer = dict(zip(there, zip(drops, hover, strict=True), strict=True))
         row = [by_layer.get(layer, (None, "")) for layer in layers]
@@ -162,7 +162,11 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
 
 
 def _spans(cell: CellRecord, component: Component) -> list[int]:
-    return [span for name, span in cell.kinds if name == component]
+    return [
+        kind.span
+        for kind in cell.kinds
+        if kind.component == component and kind.intervention == "remove"
+    ]
 
 
 def short(value: float) -> str:

@@ -151,6 +151,7 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
                 "layer": layer.layer,
                 "component": layer.component,
                 "span": layer.span,
+                "intervention": layer.intervention,
                 "ablation": layer.ablation,
                 **_identity(cell),
             }

@@ -109,7 +109,12 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
         name=run_name(cell, layer),
         job_type="layer",
         digest=content_digest(layer, FORMAT, group_of(cell), cell.metric),
-        own={"layer": layer.layer, "component": layer.component, "span": layer.span},
+        own={
+            "layer": layer.layer,
+            "component": layer.component,
+            "span": layer.span,
+            "intervention": layer.intervention,
+        },
         reasons=absent_reasons(layer),
         note=layer_note(cell, layer),
         summary=figures,

@@ -1,0 +1,243 @@
+"""Layers that are replaced rather than removed, shared every way, against models really changed."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents
+from tracker.ablations import INTACT, Ablation
+from tracker.documents import Document, Request
+from tracker.engine.attack import attack
+from tracker.engine.fitting import first_tokens, fit
+from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN
+from tracker.engine.stand_in import Fitted, MadeUp
+from tracker.engine.streams import plan_streams
+from tracker.engine.sweep import Engine
+from tracker.errors import CellError
+from tracker.models.layers import find_layers
+
+WAYS = ("mean", "scale", "linear", "int8", "int4", "repeat")
+ABLATIONS = [
+    INTACT,
+    *(Ablation(replaced=((done, layer),)) for done in WAYS for layer in (0, 2, 3)),
+    Ablation((1,), replaced=(("int4", 2),)),
+    Ablation((1,), replaced=(("repeat", 2),)),
+    Ablation(mlp=(2,)),
+    Ablation(attention=(2,)),
+]
+STAND_INS = {layer: MadeUp(layer) for layer in range(4)}
+
+
+class _Instead(nn.Module):
+    """A layer of its own, that returns a function of the old layer and its input."""
+
+    def __init__(self, layer: nn.Module, function) -> None:
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        def inner(state):
+            return self.layer(state, *args, **kwargs)
+
+        return self.function(inner, hidden_states)
+
+
+def _changed(model, ablation):
+    """A second way to change a model: its layers wrapped in modules that do it by hand."""
+    twin = copy.deepcopy(model)
+    layers = find_layers(twin)
+    for done, layer in ablation.replaced:
+        width = twin.config.get_text_config().hidden_size
+        draw = torch.Generator().manual_seed(layer)
+        weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
+        mean, bias = 0.3 * torch.randn(2, width, generator=draw)
+        bits = {"int8": 127.5, "int4": 7.5}.get(done)
+        if bits:
+            for module in layers[layer].modules():
+                if isinstance(module, nn.Linear):
+                    module.weight = nn.Parameter(_by_hand(module.weight, bits))
+            continue
+        function = {
+            "mean": lambda inner, x, m=mean: _like(inner(x), x + m),
+            "scale": lambda inner, x: _like(inner(x), 0.7 * x),
+            "linear": lambda inner, x, w=weight, b=bias: _like(inner(x), x @ w.T + b),
+            "repeat": lambda inner, x: inner(_state(inner(x))),
+        }[done]
+        layers[layer] = _Instead(layers[layer], function)
+    for layer in ablation.layers:
+        layers[layer] = _Instead(layers[layer], lambda inner, x: _like(inner(x), x))
+    for name, numbers in (("self_attn", ablation.attention), ("mlp", ablation.mlp)):
+        for layer in numbers:
+            part = getattr(layers[layer], name)
+            part.register_forward_hook(
+                lambda module, args, output: (
+                    (torch.zeros_like(output[0]), *output[1:])
+                    if isinstance(output, tuple)
+                    else torch.zeros_like(output)
+                )
+            )
+    return twin
+
+
+def _state(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _like(output, state):
+    return (state, *output[1:]) if isinstance(output, tuple) else state
+
+
+def _by_hand(weight, half):
+    """Round each row, or each 32 (or as many as divide) inputs of it, to whole steps."""
+    outputs, inputs = weight.shape
+    size = inputs if half > 100 else max(g for g in range(1, 33) if inputs % g == 0)
+    found = weight.detach().clone()
+    for row in range(outputs):
+        for start in range(0, inputs, size):
+            group = found[row, start : start + size]
+            step = group.abs().max() / half
+            group[:] = (group * (1 / step)).round().clamp(-(half + 0.5), half - 0.5) * step
+    return found
+
+
+def _agree(scores, model, ablations=ABLATIONS):
+    for number, ablation in enumerate(ablations):
+        changed = _changed(model, ablation)
+        for score in scores:
+            right = answers(changed, score.document)
+            for ours, (expected, _) in zip(score.responses[number], right, strict=True):
+                assert ours.loglikelihood == pytest.approx(expected, abs=2e-3), ablation.name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY, PLAIN], ids=["full", "depth", "plain"])
+def test_every_stream_is_the_changed_model(tiny_model, family, sharing):
+    model = tiny_model(family)
+    engine = Engine(loaded(model), MAX_LENGTH, sharing, row_tokens=40, stand_ins=STAND_INS)
+    _agree(engine.score(make_documents(3), ABLATIONS), model)
+
+
+def test_a_kept_beginning_serves_all_but_what_passes_a_layer_twice(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    documents = make_documents(3, shared=60)
+    read = []
+    honest = Engine._prefix
+
+    def watched(self, documents, plan):
+        found = honest(self, documents, plan)
+        read.append((plan.repeats, found is not None))
+        return found
+
+    monkeypatch.setattr(Engine, "_prefix", watched)
+    once = [a for a in ABLATIONS if not any(done == "repeat" for done, _ in a.replaced)]
+    engine = Engine(loaded(model), MAX_LENGTH, FULL, row_tokens=40, stand_ins=STAND_INS)
+    _agree(engine.score(documents, once), model, once)
+    _agree(engine.score(documents, ABLATIONS), model)
+    assert read[0] == (0, True)
+    assert read[-1] == (4, False)
+
+
+def test_an_attack_tries_them_all_and_finds_them_exact(tiny_model):
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, stand_ins=STAND_INS)
+    verdict = attack(engine, ABLATIONS, ())
+    assert verdict.lost is None
+    assert verdict.sharing == FULL
+    assert NO_PREFIX != FULL
+
+
+def test_what_a_replaced_layer_costs_is_what_it_passes():
+    one = Ablation(replaced=(("mean", 1),))
+    two = Ablation(replaced=(("repeat", 1),))
+    assert plan_streams([INTACT, one], 4).layer_passes == 4 + 2
+    assert plan_streams([INTACT, two], 4).layer_passes == 4 + 3 + 1
+    quantised = Ablation(replaced=(("int8", 1),))
+    assert plan_streams([INTACT, quantised], 4).layer_passes == 4 + 3
+    # Its attention has other weights than the baseline's, from which it would be taken else.
+    assert plan_streams([INTACT, quantised, Ablation(mlp=(1,))], 4).attention_passes == 4 + 3 + 2
+
+
+def test_experts_and_quantised_weights_are_no_linear_maps(tiny_model):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(2, 3, 4))
+    engine = Engine(loaded(model), MAX_LENGTH)
+    with pytest.raises(CellError, match=r"mlp.experts of layer 1 .* is no linear map"):
+        engine.without(Ablation(replaced=(("int8", 1),)))
+    with pytest.raises(CellError, match=r"mlp.experts of layer 1 is no linear map.*leave int8"):
+        engine.score(make_documents(1), [INTACT, Ablation(replaced=(("int4", 1),))])
+
+
+class TestFit:
+    """What stands in for a layer is the least-squares solution over the tokens that count."""
+
+    def test_it_explains_most_of_the_layers_own_outputs(self, tiny_model):
+        model = tiny_model("llama").eval()
+        draw = random.Random(1)
+        texts = [[draw.randrange(97) for _ in range(draw.randint(20, 40))] for _ in range(12)]
+        parts = Engine(loaded(model), MAX_LENGTH).parts(plan_streams([INTACT], 4))
+        found = fit(parts, texts, {1, 2}, linear=True)
+        assert set(found) == {1, 2}
+        before, after = _states(model, texts, 2)
+        mine = found[2]
+        torch.testing.assert_close(mine.mean, (after - before).mean(0), atol=1e-5, rtol=1e-4)
+        assert mine.scale == pytest.approx(float((before * after).sum() / (before**2).sum()))
+        ones = torch.cat([before, torch.ones(len(before), 1)], 1)
+        solution = torch.linalg.lstsq(ones.double(), after.double()).solution
+        ours = ones[:, :-1] @ mine.linear[0].T + mine.linear[1]
+        torch.testing.assert_close(ours, (ones.double() @ solution).float(), atol=1e-3, rtol=1e-3)
+
+    def test_first_tokens_and_what_is_repeated_do_not_count(self):
+        assert first_tokens([[1, 2, 3], [1, 2, 4, 5], [9, 9], [9, 9]]) == [1, 2, 1, 1]
+
+    def test_a_stand_in_keeps_the_type_and_shape_of_a_state(self):
+        fitted = Fitted(torch.ones(6), 0.5)
+        from tracker.ablations import Action
+
+        state = torch.zeros(2, 3, 2, 3, dtype=torch.bfloat16)
+        changed = fitted.change(Action.MEAN, state)
+        assert changed.dtype == torch.bfloat16
+        assert changed.shape == state.shape
+        assert (changed == 1).all()
+
+
+def _states(model, texts, layer):
+    """Collect a layer's inputs and outputs by plain hooks, without each text's first token."""
+    found = []
+    handle = find_layers(model)[layer].register_forward_hook(
+        lambda module, args, kwargs, output: found.append(
+            (args[0] if args else kwargs["hidden_states"], _state(output))
+        ),
+        with_kwargs=True,
+    )
+    with torch.inference_mode():
+        for text in texts:
+            model(torch.tensor([text]), use_cache=False)
+    handle.remove()
+    return tuple(torch.cat([pair[i][0, 1:] for pair in found]) for i in (0, 1))
+
+
+def test_a_layer_twice_is_a_deeper_model(tiny_model):
+    model = tiny_model("gemma3")
+    engine = Engine(loaded(model), MAX_LENGTH)
+    twice = engine.without(Ablation((0,), replaced=(("repeat", 2),))).loaded.model
+    assert len(find_layers(twice)) == 4
+    config = twice.config.get_text_config()
+    kinds = model.config.get_text_config().layer_types
+    assert config.layer_types == [kinds[1], kinds[2], kinds[2], kinds[3]]
+    assert [layer.self_attn.layer_idx for layer in find_layers(twice)] == [0, 1, 2, 3]
+    one, other = find_layers(twice)[1:3]
+    assert one is not other
+    assert one.self_attn.q_proj.weight is other.self_attn.q_proj.weight
+    document = Document("task", 0, (Request((5, 6, 7), (8, 9)),), 0, 1)
+    right = answers(_changed(model, Ablation((0,), replaced=(("repeat", 2),))), document)
+    assert answers(twice, document)[0][0] == pytest.approx(right[0][0], abs=1e-4)

@@ -1,0 +1,97 @@
+"""Fitting what stands in for a layer on calibration text, by least squares over its tokens.
+
+A text's first token is left out, because its state is often a hundred times as long as all others
+and would alone decide the fit; so is what two texts that follow each other begin with alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tracker.ablations import INTACT
+from tracker.engine.score import Parts
+from tracker.engine.stand_in import Fitted
+from tracker.engine.streams import forking, plan_streams
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens of one layer's input x and output y, in float64."""
+
+    width: int
+    linear: bool
+
+    def __post_init__(self) -> None:
+        self.tokens = 0
+        self.update = torch.zeros(self.width, dtype=torch.float64)
+        self.along = self.length = 0.0
+        size = self.width + 1 if self.linear else 0
+        self.squares = torch.zeros(size, size, dtype=torch.float64)
+        self.products = torch.zeros(size, self.width, dtype=torch.float64)
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Add tokens [tokens, width]."""
+        before, after = before.double().cpu(), after.double().cpu()
+        self.tokens += len(before)
+        self.update += (after - before).sum(0)
+        self.along += float((before * after).sum())
+        self.length += float((before * before).sum())
+        if self.linear:
+            more = torch.cat([before, before.new_ones(len(before), 1)], 1)
+            self.squares += more.T @ more
+            self.products += more.T @ after
+
+    def fitted(self) -> Fitted:
+        """Solve for what explains most of y from x."""
+        linear = None
+        if self.linear:
+            # The smallest solution, where inputs do not span all dimensions.
+            solved = torch.linalg.lstsq(self.squares, self.products, driver="gelsd").solution
+            linear = solved[:-1].T.float().contiguous(), solved[-1].float()
+        return Fitted((self.update / self.tokens).float(), self.along / self.length, linear)
+
+
+@torch.inference_mode()
+def fit(
+    parts: Parts, texts: Sequence[Sequence[int]], layers: Collection[int], linear: bool
+) -> dict[int, Fitted]:
+    """Fit what stands in for some layers of an intact model.
+
+    Args:
+        parts: The model.
+        texts: Token ids of the calibration texts, two or more of each.
+        layers: For which layers, 0-based.
+        linear: Whether linear maps are wanted too.
+
+    Returns:
+        Layer → what stands in for it.
+    """
+    sums: dict[int, _Sums] = {}
+    plan = plan_streams([INTACT], len(parts.layers))
+    starts = first_tokens(texts)
+    for text, start in zip(texts, starts, strict=True):
+
+        def observe(layer: int, before: Tensor, after: Tensor, start: int = start) -> None:
+            if layer in layers:
+                x, y = (state[0, start:].flatten(1) for state in (before, after))
+                sums.setdefault(layer, _Sums(x.shape[1], linear)).add(x, y)
+
+        with forking(parts.layers, plan, observe=observe):
+            parts.base(input_ids=torch.tensor([list(text)], device=parts.device), use_cache=False)
+    return {layer: each.fitted() for layer, each in sums.items()}
+
+
+def first_tokens(texts: Sequence[Sequence[int]]) -> list[int]:
+    """Say from which token on each text counts: behind its first, and behind what is repeated."""
+    before = [(), *texts]
+    return [max(1, _common(last, text)) for last, text in zip(before, texts, strict=False)]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike; the last token of a text is always its own."""
+    pairs = enumerate(zip(one, other[:-1], strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other) - 1))

@@ -1,0 +1,81 @@
+"""What stands in for a layer: its mean update, a factor or a linear map of its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tracker.ablations import Action
+from tracker.models.quantised import quantise
+
+
+class StandIn(Protocol):
+    """Computes what stands in for one layer."""
+
+    def change(self, action: Action, state: Tensor) -> Tensor:
+        """Compute it of a state [rows, tokens, …], in the state's own type."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted in place of one layer; float32, whatever the model computes in.
+
+    Attributes:
+        mean: The mean update [width].
+        scale: The factor.
+        linear: Weight [width, width] and bias [width]; None where it was not asked for.
+    """
+
+    mean: Tensor
+    scale: float
+    linear: tuple[Tensor, Tensor] | None = None
+
+    def change(self, action: Action, state: Tensor) -> Tensor:
+        """Compute x + m, s·x or W·x + b; several residual streams side by side are one x."""
+        flat = state.flatten(2).float()
+        if action is Action.MEAN:
+            after = flat + self.mean.to(state.device)
+        elif action is Action.SCALE:
+            after = flat * self.scale
+        else:
+            assert self.linear is not None
+            weight, bias = (each.to(state.device) for each in self.linear)
+            after = flat @ weight.T + bias
+        return after.to(state.dtype).reshape(state.shape)
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """What was fitted on nothing, drawn for a layer of a model that is only to be attacked."""
+
+    layer: int
+
+    def change(self, action: Action, state: Tensor) -> Tensor:
+        """Change a state of any width as `Fitted` would."""
+        width = state.flatten(2).shape[-1]
+        draw = torch.Generator().manual_seed(self.layer)
+        weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
+        mean, bias = 0.3 * torch.randn(2, width, generator=draw)
+        return Fitted(mean, 0.7, (weight, bias)).change(action, state)
+
+
+def replace_layer(layer: nn.Module, action: Action, stand_in: StandIn | None, name: str) -> None:
+    """Really change a layer of a copy of a model, called `name`: its weights, or what it returns.
+
+    A layer that something stands in for still runs, and its output is thrown away.
+    """
+    if action.is_quantised:
+        quantise(layer, 8 if action is Action.INT8 else 4, name)
+        return
+    assert stand_in is not None
+
+    def instead(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        after = stand_in.change(action, state)
+        return type(output)((after, *output[1:])) if isinstance(output, (tuple, list)) else after
+
+    layer.register_forward_hook(instead, with_kwargs=True)

@@ -1,0 +1,124 @@
+"""Calibration text: what a layer's stand-ins are fitted on, away from what is measured.
+
+It is the documents at the end of the benchmark's random order, of which a sample is the beginning:
+context and gold continuation, as the proxies read them. Their answers are not used as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from tracker.ablations import INTACT, Ablation, Action
+from tracker.benchmarks.base import Benchmark
+from tracker.documents import Document
+from tracker.errors import CellError
+from tracker.extent import Extent, random_order
+from tracker.provenance import content_hash
+
+if TYPE_CHECKING:
+    from tracker.benchmarks.encoder import RequestEncoder
+    from tracker.engine.stand_in import StandIn
+    from tracker.engine.sweep import Engine
+
+LEAST = 4
+"""Tokens a dimension that a linear map needs at least: with fewer, it explains noise."""
+ENOUGH = 16
+"""Tokens a dimension after which no more are read."""
+FIRST = 64
+"""Documents that are read at first; then twice as many, until it is enough."""
+
+
+class _End(Extent):
+    """Documents of each task from the end of its random order, half of them at most."""
+
+    @override
+    def of(self, task: str, documents: int) -> Sequence[int]:
+        order = random_order(self.seed, task, documents)
+        return order[::-1][: min(self.sample or 1, max(1, documents // 2))]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Texts that stand-ins are fitted on.
+
+    Attributes:
+        texts: Token ids, two or more of each.
+        documents: Task → numbers in its split.
+        tokens: How many of the tokens count.
+    """
+
+    texts: Sequence[Sequence[int]]
+    documents: dict[str, list[int]]
+    tokens: int
+
+    @property
+    def about(self) -> dict[str, object]:
+        """What a shard says of it."""
+        return {"documents": self.documents, "tokens": self.tokens, "sha256": self.digest}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the token ids."""
+        return content_hash([list(text) for text in self.texts])
+
+    def fit(self, engine: Engine, ablations: Sequence[Ablation]) -> dict[int, StandIn]:
+        """Fit what some ablations put in the place of layers.
+
+        Args:
+            engine: The model, whose habits are known.
+            ablations: What will be done to it.
+
+        Returns:
+            Layer → what stands in for it.
+
+        Raises:
+            CellError: The text is too short for a linear map.
+        """
+        from tracker.engine.fitting import fit
+        from tracker.engine.streams import plan_streams
+
+        asked = [(Action(done), layer) for each in ablations for done, layer in each.replaced]
+        layers = {layer for action, layer in asked if action.is_fitted}
+        linear = any(action is Action.LINEAR for action, _ in asked)
+        width = engine.loaded.model.config.get_text_config().hidden_size
+        if linear and self.tokens < LEAST * width:
+            raise CellError(
+                f"the calibration text has {self.tokens:,} tokens, and a linear map of {width:,} "
+                f"dimensions needs {LEAST * width:,}: leave 'linear' out of 'intervention', or "
+                "take a benchmark with more documents"
+            )
+        alone = engine.without(INTACT)  # whatever a call leaves behind stays with the copy
+        plan = plan_streams([INTACT], len(alone.loaded.layers))
+        return dict(fit(alone.parts(plan), self.texts, layers, linear))
+
+
+def calibration(benchmark: Benchmark, encoder: RequestEncoder, width: int) -> Calibration:
+    """Choose calibration texts: until there are 16 tokens for each of `width` dimensions."""
+    from tracker.engine.fitting import first_tokens
+
+    each = max(1, FIRST // len(benchmark.identity.tasks))
+    most = max(task.documents for task in benchmark.identity.tasks) // 2
+    while True:
+        documents = benchmark.documents(encoder, _End(sample=each))
+        texts = [text for one in documents if len(text := _text(one, encoder.max_length)) > 1]
+        starts = first_tokens(texts)
+        tokens = sum(len(text) - start for text, start in zip(texts, starts, strict=True))
+        if tokens >= ENOUGH * width or each >= most:
+            break
+        each *= 2
+    if not tokens:
+        raise CellError(f"{benchmark.identity.name} has no text to fit anything on")
+    numbers: dict[str, list[int]] = {}
+    for one in documents:
+        numbers.setdefault(one.task, []).append(one.index)
+    return Calibration(texts, numbers, tokens)
+
+
+def _text(document: Document, most: int) -> tuple[int, ...]:
+    """Take what the proxies read of a document: its context and gold continuation."""
+    request = document.requests[document.gold or 0]
+    return (request.context + request.continuation)[-most:]
