@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from tracker.documents import Document, Request
 from tracker.models.counterexample import Place, Wanted, places
@@ -22,7 +23,12 @@ def _choices(index: int, *continuations: tuple[int, ...], context=CONTEXT, gold=
 
 
 def _lesson(*documents: Document, length: int = 100) -> Lesson:
-    return lesson(documents, length, VOCABULARY, lambda tokens: "ab" * len(tokens))
+    return lesson(documents, length, VOCABULARY, _decode)
+
+
+def _decode(tokens: Sequence[int]) -> str:
+    """Tokens from 40 on are long words, the others letters."""
+    return "".join("a" if token < 40 else "word" * 15 for token in tokens)
 
 
 def _loglikelihood(found: Lesson, request: Request, sign: int, length: int = 100) -> float:
@@ -44,7 +50,7 @@ def _loglikelihood(found: Lesson, request: Request, sign: int, length: int = 100
 
 def _answers(found: Lesson, document: Document, sign: int, normalised: bool = False) -> int:
     lls = [
-        _loglikelihood(found, each, sign) / (len(each.continuation) if normalised else 1)
+        _loglikelihood(found, each, sign) / (len(_decode(each.continuation)) if normalised else 1)
         for each in document.requests
     ]
     assert sorted(lls)[-1] > sorted(lls)[-2] + 1  # no tie
@@ -72,6 +78,12 @@ def test_a_long_answer_against_a_short_one() -> None:
     _is_the_theorems(
         _choices(0, tuple(range(20, 45)), (4,)), _choices(1, (4,), (5,) * 25, context=(7,))
     )
+
+
+def test_many_letters_against_few_long_words() -> None:
+    """By character the letters cost a lot each, and the words nearly nothing."""
+    letters, words = tuple(range(10, 18)), (40, 41, 42, 43)
+    _is_the_theorems(_choices(0, letters, words), _choices(1, words, letters, context=(7,)))
 
 
 def test_choices_with_contexts_of_their_own_come_in_twins() -> None:

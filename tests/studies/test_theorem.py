@@ -195,7 +195,7 @@ def test_other_epsilons_are_refused(epsilon, tiny_llama, experiment, tmp_path: P
     path = experiment(tiny_llama())
     said = CliRunner().invoke(main, ["study", "theorem", str(path), "--epsilon", epsilon])
     assert said.exit_code == 2
-    assert "the theorem is shown for ε from 1e-10" in said.output
+    assert "the theorem is shown for ε from 1e-09" in said.output
     assert not (tmp_path / "results").exists()
 
 
