@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -96,6 +97,16 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRACKER_CACHE", str(of_all_workers(tmp_path_factory) / "cache"))
         yield
+
+
+def lend_tasks(cache: Path) -> None:
+    """Put what lm-eval calls its tasks into a cache: a program takes seconds to find that out."""
+    from tracker.benchmarks.task_index import known_tasks
+    from tracker.ledger.files import cache_folder
+
+    known_tasks()
+    if (known := cache_folder() / "tasks").is_dir():
+        shutil.copytree(known, cache / "tasks")
 
 
 @pytest.fixture

@@ -232,7 +232,10 @@ def test_an_unknown_key_names_the_nearest(refusal, text: str, place: str, near: 
 def test_a_key_near_nothing_lists_the_known_ones(refusal) -> None:
     message = refusal(MINIMAL + "  xyzzy: {value: 1}\n")
     assert "Did you mean" not in message
-    assert "Known here: model, benchmark, layer, component, span, removed, revision" in message
+    assert (
+        "Known here: model, benchmark, layer, component, span, intervention, removed, revision"
+        in message
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.conftest import TRACKER
+from tests.conftest import TRACKER, lend_tasks
 from tests.hub import GATED, Hub, hub
 from tracker.cli.commands import main
 
@@ -27,6 +27,7 @@ def stand_in():
 @pytest.fixture
 def tracker(tmp_path: Path):
     """Run tracker as on a machine that never saw the hub."""
+    lend_tasks(tmp_path / "cache")
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         home = {"HF_HOME": str(tmp_path / "hf"), "TRACKER_CACHE": str(tmp_path / "cache")}

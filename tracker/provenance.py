@@ -72,10 +72,10 @@ def file_hash(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def file_stamp(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+def file_stamp(paths: Iterable[Path | os.DirEntry[str]]) -> list[tuple[str, int, int]]:
     """Describe files without reading them: enough to notice that one has changed.
 
     (path, size in bytes, modification time in ns) of each, sorted.
     """
     stats = [(path, path.stat()) for path in paths]
-    return sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    return sorted((os.fspath(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -12,6 +12,7 @@ import transformers
 
 from tests.conftest import save_tokenizer
 from tracker.errors import ModelError
+from tracker.models import gguf_file
 from tracker.models.load import LoadedModel, load_model, weightless
 from tracker.models.sources import find_model
 
@@ -207,18 +208,31 @@ def write_gguf(path: Path) -> Path:
 def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch) -> None:
     """Was: four times, and the names of its tensors were listed for every submodule."""
     calls = []
-    for name in ("GGUFReader", "get_tensor_name_map"):
-        real = getattr(gguf, name)
+    for module, name in ((gguf_file, "Reader"), (gguf, "get_tensor_name_map")):
+        real = getattr(module, name)
         counted = lambda *given, real=real, name=name: calls.append(name) or real(*given)  # noqa: E731
-        monkeypatch.setattr(gguf, name, counted)
+        monkeypatch.setattr(module, name, counted)
     before = gguf.GGUFReader, gguf.get_tensor_name_map
     path = write_gguf(tmp_path / "small.gguf")
     loaded = load(path)
-    assert sorted(calls) == ["GGUFReader", "get_tensor_name_map"]
+    assert sorted(calls) == ["Reader", "get_tensor_name_map"]
     assert (loaded.identity.layers, loaded.tokenizer("cab")["input_ids"]) == (2, [4, 28])
     there = gguf.GGUFReader(path).get_tensor(0)
     assert np.array_equal(loaded.model.get_input_embeddings().weight, there.data)
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
+def test_a_gguf_file_is_read_as_its_library_reads_it(tmp_path) -> None:
+    path = write_gguf(tmp_path / "small.gguf")
+    ours, theirs = gguf_file.Reader(path), gguf.GGUFReader(path)
+    assert {name: field.contents() for name, field in ours.fields.items()} == {
+        name: field.contents() for name, field in theirs.fields.items()
+    }
+    assert [each.name for each in ours.tensors] == [each.name for each in theirs.tensors]
+    assert all(
+        type(one.data) is np.ndarray and np.array_equal(one.data, other.data)
+        for one, other in zip(ours.tensors, theirs.tensors, strict=True)
+    )
 
 
 def test_a_trained_model_from_a_package(smollm2) -> None:

@@ -20,6 +20,7 @@ from tracker.models.pruned import (
     _hand_on,
     changed,
     cut_config,
+    duplicate,
     pruned,
     put_back,
     remember,
@@ -97,6 +98,23 @@ def test_what_a_configuration_computes_is_cut_and_what_it_cannot_compute_left_al
     cut_config(config, [0, 2, 3])
     assert config.every_other == [0, 0, 1]
     assert config.names == Config.names, "the class's own, of which four are no layers'"
+
+
+def test_a_duplicate_has_tables_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].also = model[1].also = {}  # one table in two places
+    model[0].register_forward_hook(lambda module, args, output: output + 1)
+    twin = duplicate(model, {id(model[0].weight): model[0].weight})
+    for name, table in vars(model[1]).items():
+        if isinstance(table, (dict, set)):
+            assert vars(twin[1])[name] is not table, name
+            assert type(vars(twin[1])[name]) is type(table), name
+    assert twin[0].also is twin[1].also
+    assert twin[0].weight is model[0].weight
+    assert twin[1].weight is not model[1].weight
+    twin[1].register_forward_hook(lambda module, args, output: output + 5)
+    given = torch.ones(1, 2)
+    assert torch.equal(twin(given), model(given) + 5)
 
 
 def test_a_copy_has_what_is_fresh_for_its_own_and_shares_the_rest() -> None:

@@ -73,8 +73,32 @@ def test_names_params_and_curves_tell_the_kinds_apart(results: Path, make_cell: 
     for name in ("span4/accuracy_drop", "attention/accuracy_drop", "mlp/span4/accuracy_drop"):
         assert store.curve(cell, name) == [(1, drop)]
     assert "attention/cosine_score" not in store.cell(cell).data.metrics
-    assert logged_layers(cell).columns[:4] == ("layer", "component", "span", "ablation")
-    assert [row[:4] for row in logged_layers(cell).rows][-1] == (1, "mlp", 4, "mlp:1,2,3,4")
+    assert logged_layers(cell).columns[:5] == (
+        *("layer", "component", "span", "intervention", "ablation"),
+    )
+    last = logged_layers(cell).rows[-1]
+    assert last[:5] == (1, "mlp", 4, "remove", "mlp:1,2,3,4")
+
+
+def test_a_layer_that_is_replaced_has_a_run_and_a_curve_of_its_own(
+    results: Path, make_cell: CellMaker
+) -> None:
+    cell = make_cell(layers=(0, 1))
+    mean = run("layer", 1, 1, "mean:1").model_copy(update={"intervention": "mean"})
+    cell = cell.model_copy(update={"runs": (*cell.runs, mean)})
+    assert publish(results, cell) == (5, 0, 0)
+    shown = runs_by_name(results)["mean 01 · arc_easy · SmolLM2-135M-Instruct"]
+    assert shown.data.params["intervention"] == "mean"
+    assert "replaced by its mean update" in shown.data.tags["mlflow.note.content"]
+    store = Store(local(results))
+    assert store.curve(cell, "mean/accuracy_drop") == [(1, mean.accuracy_drop)]
+    assert [step for step, _ in store.curve(cell, "accuracy_drop")] == [0, 1]
+    assert is_curve("mean/accuracy_drop")
+    assert not is_curve("meen/accuracy_drop")
+    config = wandb_runs.layer_run(cell, mean).config
+    assert (config["layer"], config["component"], config["intervention"]) == (1, "layer", "mean")
+    page = render_page([cell], {})
+    assert "each layer was replaced by its mean update in turn" in page
 
 
 def test_a_curve_that_changes_is_updated_at_its_layer(results: Path, make_cell: CellMaker) -> None:

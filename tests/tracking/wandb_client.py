@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tracker.ledger.files import cache_folder
+from tests.conftest import lend_tasks
 
 from .wandb_double import WandbDouble
 
@@ -46,9 +45,7 @@ class Client:
         self.environment |= {n: value for n, value in os.environ.items() if n.startswith(same)}
         cache = folder / "tracker_cache"
         self.environment["TRACKER_CACHE"] = str(cache)
-        # What lm-eval calls its tasks, which takes a program seconds to find out.
-        if (known := cache_folder() / "tasks").is_dir():
-            shutil.copytree(known, cache / "tasks")
+        lend_tasks(cache)
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
             self.environment[f"WANDB_{name}"] = str(folder / name.lower())
             (folder / name.lower()).mkdir()

@@ -44,11 +44,14 @@ def known_tasks() -> dict[str, Any]:
     return {name: _entry(name, folder, *row) for name, row in known.items()}
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     """Find all files that can say something: templates have no suffix."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != "__pycache__"]
-        yield from (Path(place, name) for name in names)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield entry
+            elif entry.name != "__pycache__":
+                yield from _files(entry.path)
 
 
 def _row(entry: Any, folder: Path) -> list[Any]:

@@ -197,7 +197,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
         f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate. "
         "self-check: what the model answers once more, plainly; besides, each architecture is "
-        "attacked once on a miniature, which takes some seconds and is kept in the results folder"
+        "attacked once on a miniature, which takes some seconds and is kept in the cache folder"
     )
     say(
         f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "

@@ -7,7 +7,6 @@ matter here), later tokens (a window, a chunk, a floor), or earlier ones when th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracker.models.miniature import build
-from tracker.models.pruned import changed, remember
+from tracker.models.miniature import build, shapes_of
+from tracker.models.pruned import changed, duplicate, remember
 from tracker.models.shrinking import numbers, with_numbers
 
 Path = tuple[str, ...]
@@ -60,13 +59,13 @@ def find_habits(small: Any, paths: Collection[Path]) -> Findings:
     every_call = not _same(usual[:SHORT], _said(small, SHORT))
     causal = _same(usual[:-1], _said(small, LONG, last=1)[:-1])
     matters, by_call = [], []
-    shapes = {name: value.shape for name, value in small.state_dict().items()}
+    shapes = shapes_of(small)
     for path, value in numbers(config.get_text_config()):
         if path not in paths:
             continue
         little = SMALL if value != SMALL else SMALL + 2
-        other = build(kind, with_numbers(config, {path: type(value)(little)}))
-        if other is None or {n: v.shape for n, v in other.state_dict().items()} != shapes:
+        other = build(kind, with_numbers(config, {path: type(value)(little)}), shapes)
+        if other is None:
             continue
         try:
             long = _said(other, LONG)
@@ -119,7 +118,7 @@ def _said(model: Any, tokens: int, last: int | None = None) -> Tensor:
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
     if last is not None:
         ids[0, -1] = last
-    logits: Tensor = copy.deepcopy(model)(ids, use_cache=False).logits[0]
+    logits: Tensor = duplicate(model)(ids, use_cache=False).logits[0]
     return logits
 
 
@@ -131,7 +130,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 @torch.inference_mode()
 def _changed_by_calls(model: Any) -> tuple[set[str], set[tuple[str, str]]]:
     """Attributes that differ after another call, and what differs for good after the first."""
-    model = copy.deepcopy(model)
+    model = duplicate(model)
     states = [remember(model)]
     for tokens in (SHORT, LONG):
         model(torch.arange(tokens)[None] % 31 + 3, use_cache=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,23 @@ Array = NDArray[np.float64]
 class Viewed:
     """A cell's outcomes for a view, lined up: every ablation has the same documents in order.
 
-    `columns` are the ones to read; without them it is all, with who measured it besides.
+    `columns` are the ones to read; without them it is all, with who measured it besides. `besides`
+    are ablations that are lined up with the view's runs, whatever it removes beneath them.
     """
 
-    def __init__(self, store: CellStore, view: View, columns: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        store: CellStore,
+        view: View,
+        columns: list[str] | None = None,
+        besides: Sequence[Ablation] = (),
+    ) -> None:
         self.identity: CellIdentity = store.identity
         self._removed = view.removed
         counts = store.counts(view.extent)
         self.wanted = sum(counts.values())
         frame = store.read_documents(view.extent, columns)
-        shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs)]
+        shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs), *besides]
         names = {ablation.name for ablation in shown}
         if len(frame):
             frame = frame[frame["ablation"].isin(names)]

@@ -202,6 +202,25 @@ def drop_sd(
     return Estimate(math.sqrt(variance))
 
 
+def mean_interval(
+    values: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
+    extra: tuple[float, ...] = (),
+) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of the mean of documents' own figures.
+
+    Args:
+        values: `[documents]`, finite.
+        weights: `[documents]`, summing to 1; None for equal weights.
+        extra: Documents of mean weight that are added for a Wald interval; none for a t interval.
+
+    Returns:
+        Both ends, not clipped; None for a single document without `extra`.
+    """
+    numbers, shares, _ = _checked(values, weights)
+    return _adjusted_wald(numbers, shares, extra) if extra else _t_interval(numbers, shares)
+
+
 def chance_accuracy(
     choices: NDArray[np.int64] | NDArray[np.float64], weights: NDArray[np.float64] | None = None
 ) -> float:

@@ -54,9 +54,11 @@ def _one_parse() -> Iterator[None]:
     """
     import gguf
 
+    from tracker.models.gguf_file import Reader
+
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
     # transformers looks both up when it reads a file.
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(names)
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(names)
     try:
         yield
     finally:

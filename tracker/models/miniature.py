@@ -16,8 +16,11 @@ import torch
 from torch import nn
 
 from tracker.models.layers import find_layers
+from tracker.models.pruned import duplicate
 from tracker.models.shrinking import SHRINK, small_config
 
+Shapes = dict[str, torch.Size]
+"""Of each tensor of a model, by its name."""
 LARGEST = 8_000_000
 """Weights above which a model is no miniature."""
 NEVER_FIRST = 2
@@ -36,18 +39,26 @@ def miniature(model: Any) -> Any | None:
     return None
 
 
-def build(kind: type, config: Any) -> Any | None:
+def shapes_of(model: Any) -> Shapes:
+    """Look up the shapes of a model's weights and buffers."""
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def build(kind: type, config: Any, shapes: Shapes | None = None) -> Any | None:
     """Build a model of transformers with random weights, the same ones for the same shapes.
 
     It is in float64, or in float32 where its class computes in nothing wider; None where it cannot
-    be built, is large, or does not run.
+    be built, is large, does not run, or has others than the wanted shapes.
     """
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             with torch.device("meta"):
-                if sum(p.numel() for p in kind(copy.deepcopy(config)).parameters()) > LARGEST:
-                    return None
+                planned = kind(copy.deepcopy(config))
+            if sum(p.numel() for p in planned.parameters()) > LARGEST:
+                return None
+            if shapes is not None and shapes_of(planned) != shapes:
+                return None
             for dtype in (torch.float64, torch.float32):
                 torch.manual_seed(0)
                 own = copy.deepcopy(config)
@@ -66,7 +77,7 @@ def build(kind: type, config: Any) -> Any | None:
 def _runs(model: nn.Module) -> bool:
     try:
         with torch.inference_mode():
-            copy.deepcopy(model)(torch.arange(8)[None] + 3, use_cache=False)
+            duplicate(model)(torch.arange(8)[None] + 3, use_cache=False)
     except Exception:  # noqa: BLE001 - the same
         return False
     return True

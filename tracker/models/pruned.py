@@ -6,6 +6,7 @@ The copy shares the weights and nothing else, so that it runs beside the model i
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def pruned(
         old = model.get_submodule(path)._parameters.get(name)
         if old is not None:
             memo[id(old)] = nn.Parameter(value.clone(), requires_grad=False)
-    twin = copy.deepcopy(model, memo)
+    twin = duplicate(model, memo)
     put_back(twin, fresh)
     own = list(find_layers(twin))
     for index, change in changes.items():
@@ -75,6 +76,20 @@ def pruned(
         if id(module) in memo:
             memo[id(module)].register_forward_hook(_add_nothing, with_kwargs=True)
     return twin
+
+
+def duplicate(model: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Copy a model, but for what `memo` names, as `copy.deepcopy` does.
+
+    Most of a module is empty tables, of hooks that nobody set; they are made here, since deepcopy
+    takes each for an object that has to be taken apart.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (OrderedDict, dict, set) and not value:
+                memo[id(value)] = type(value)()
+    return copy.deepcopy(model, memo)
 
 
 def _shared(model: Any) -> Iterator[Any]:

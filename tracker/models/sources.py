@@ -320,11 +320,12 @@ def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
 
 def _layers_of_gguf(model: ModelSource) -> int | None:
     """Read a GGUF file's number of layers without torch; None where transformers must tell."""
-    import gguf
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
+    from tracker.models.gguf_file import Reader
+
     try:
-        reader = gguf.GGUFReader(Path(model.location) / str(model.gguf_file))
+        reader = Reader(Path(model.location) / str(model.gguf_file))
         kind = reader.get_field("general.architecture").contents()
         layers = reader.get_field(f"{kind}.block_count").contents()
     except Exception:  # noqa: BLE001  transformers reads it again, and says what is wrong

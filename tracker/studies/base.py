@@ -14,7 +14,7 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
-from tracker.records import CellRecord
+from tracker.records import WHOLE_LAYER, CellRecord, Kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +56,20 @@ class Subject:
     def outcomes(self) -> pd.DataFrame:
         """Read the outcomes: one row a (task, doc, ablation), as `CellStore.read_documents`."""
         return self.store.read_documents(self.request.extent)
+
+
+def whole_layers(request: CellRequest) -> tuple[int, ...]:
+    """List the layers that a request removes alone and as a whole, ascending."""
+    kind = WHOLE_LAYER
+    if request.only is not None:
+        asked = [(layer, Kind(part, span, done)) for part, span, layer, done in request.only]
+        return tuple(sorted(layer for layer, of in asked if of == kind))
+    asked_for = (
+        kind.component in request.components
+        and kind.span in request.spans
+        and kind.intervention in request.interventions
+    )
+    return tuple(sorted(request.layers)) if asked_for else ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from tracker.errors import RequestError, did_you_mean
 from tracker.studies.base import Study
 
 STUDIES: Mapping[str, str] = {
+    "calibration": "Calibration",
+    "joint": "Joint",
     "rescale": "Rescale",
     "theorem": "Theorem",
 }

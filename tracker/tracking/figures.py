@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import get_args
 
+from tracker.config import Component
 from tracker.decided import DecisionsRecord
-from tracker.records import CellRecord, RunIdentity, RunRecord
+from tracker.records import REPLACED_BY, CellRecord, RunIdentity, RunRecord
 from tracker.tracking.base import LoggedTable, Scalar
 
 CURVES = (
@@ -23,7 +25,8 @@ CURVES = (
     "gold_logprob_drop",
 )
 """Fields of a `RunRecord` that a cell's run shows as curves over the layers."""
-_CURVE = re.compile(rf"(attention/|mlp/)?(span\d+/)?({'|'.join(CURVES)})")
+_KINDS = "|".join(f"{word}/" for word in (*get_args(Component), *REPLACED_BY) if word != "layer")
+_CURVE = re.compile(rf"({_KINDS})?(span\d+/)?({'|'.join(CURVES)})")
 _LAYER_VALUES = (*CURVES, "mcnemar_p")
 
 

