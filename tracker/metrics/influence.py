@@ -1,11 +1,12 @@
 """How much a layer changes each token's hidden state: the cheap proxies of its importance.
 
-Every function takes the residual stream before and after a layer and answers per token, in float64
-whatever the model computes in (float32 on a device that knows nothing wider, Apple's): a layer that
-turns a token by 1e-4 has a cosine of 1 - 5e-9, which float32 calls 1. Which tokens are averaged is
-the caller's: each document's context plus gold continuation, once, never padding. A token whose
-hidden state is all zeros has no direction, so its figures are NaN and so is every mean that
-includes it; torch's own cosine would call it 0, "turned by a right angle".
+Every function takes the residual stream before and after a layer and answers per token, whatever
+the model computes in: the update in float32, the cosine in float64 (in float32 on a device that
+knows nothing wider, Apple's), since a layer that turns a token by 1e-4 has a cosine of 1 - 5e-9,
+which float32 calls 1. Which tokens are averaged is the caller's: each document's context plus gold
+continuation, once, never padding. A token whose hidden state is all zeros has no direction, so its
+figures are NaN and so is every mean that includes it; torch's own cosine would call it 0, "turned
+by a right angle".
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
         >>> cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
         tensor([0.9600], dtype=torch.float64)
     """
-    first, second = _checked(before, after)
-    return 1 - (_directions(first) - _directions(second)).square().sum(-1) / 2
+    _check(before, after)
+    wide = torch.float32 if before.device.type == "mps" else torch.float64
+    apart = _directions(before.to(wide)).sub_(_directions(after.to(wide)))
+    return 1 - apart.square_().sum(-1) / 2
 
 
 def angular_distance(cosine: Tensor) -> Tensor:
@@ -71,13 +74,14 @@ def relative_update(before: Tensor, after: Tensor) -> Tensor:
         after: `[..., tokens, hidden]`, the layer's output in the residual stream.
 
     Returns:
-        `[..., tokens]`, float64; 0 = unchanged; NaN where the input is all zeros.
+        `[..., tokens]`, float32; 0 = unchanged; NaN where the input is all zeros.
 
     Examples:
         >>> relative_update(torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]]))
-        tensor([1.], dtype=torch.float64)
+        tensor([1.])
     """
-    first, second = _checked(before, after)
+    _check(before, after)
+    first, second = before.float(), after.float()
     size = torch.linalg.vector_norm(first, dim=-1)
     update = torch.linalg.vector_norm(second - first, dim=-1) / size
     return torch.where(size > 0, update, torch.nan)
@@ -89,11 +93,9 @@ def _directions(states: Tensor) -> Tensor:
     return states / torch.where(length > 0, length, torch.nan)
 
 
-def _checked(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+def _check(before: Tensor, after: Tensor) -> None:
     if before.shape != after.shape or before.ndim < 2:
         raise ValueError(
             "before and after must share one shape [..., tokens, hidden], "
             f"not {list(before.shape)} and {list(after.shape)}"
         )
-    wide = torch.float32 if before.device.type == "mps" else torch.float64
-    return before.to(wide), after.to(wide)
