@@ -416,7 +416,7 @@ class TestAModelThatIsDiscontinuous:
 OURS = {
     "a mask": "tracker.engine.score.Masks",
     "packing": "tracker.engine.sweep.tree_rows",
-    "a fork, inside the model's forward": "tracker.engine.streams._by_stream",
+    "a fork, inside the model's forward": "tracker.engine.forks._by_stream",
 }
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tracker.ablations import INTACT, Ablation, ablate
+from tracker.engine.forks import forking
 from tracker.engine.refusal import RefusalError
-from tracker.engine.streams import LayerStep, StreamPlan, forking, plan_streams
+from tracker.engine.streams import LayerStep, StreamPlan, plan_streams
 from tracker.models.sublayers import Sublayers
 
 ROWS, TOKENS, WIDTH, HEADS = 2, 3, 4, 5

@@ -7,7 +7,8 @@ import torch
 
 from tests.ablations import single_layers
 from tracker.ablations import INTACT, Ablation, ablate
-from tracker.engine.streams import forking, plan_streams
+from tracker.engine.forks import forking
+from tracker.engine.streams import plan_streams
 from tracker.models.sublayers import find_sublayers
 
 

@@ -15,6 +15,8 @@ from tracker.metrics import correlation as module
 from tracker.metrics.correlation import (
     COEFFICIENTS,
     correlate,
+    correlation_difference,
+    partial_correlate,
     rank_disagreement,
     row_coefficients,
 )
@@ -360,3 +362,84 @@ def test_undefined_ranks() -> None:
     for proxy, drop in ((np.ones(2), np.ones(3)), (np.ones((2, 2)), np.ones((2, 2)))):
         with pytest.raises(ValueError, match=r"^a proxy of the shape"):
             rank_disagreement(proxy, drop)
+
+
+@given(st.integers(0, 10_000))
+def test_partial_ranks_against_residuals_of_a_regression(seed: int) -> None:
+    x, y, z = np.random.default_rng(seed).integers(0, 12, (3, 15)).astype(float)
+    ranks = [stats.rankdata(each) for each in (x, y, z)]
+    one, other = (each - np.polyval(np.polyfit(ranks[2], each, 1), ranks[2]) for each in ranks[:2])
+    found = partial_correlate(x, y, z, surrogates=1)
+    assert found.value == pytest.approx(stats.pearsonr(one, other).statistic, abs=1e-9)
+    assert (found.coefficient, found.n, found.low) == ("partial spearman", 15, None)
+
+
+def test_what_a_third_series_does_to_two_unrelated_ones() -> None:
+    generator = np.random.default_rng(0)
+    common = generator.normal(size=200)
+    x, y = common + generator.normal(0, 0.5, (2, 200))
+    assert stats.spearmanr(x, y).statistic > 0.7
+    found = partial_correlate(x, y, common, surrogates=199)
+    assert abs(found.value) < 0.15
+    assert found.p_value > 0.05
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.8])
+def test_unrelated_partial_series_are_significant_as_often_as_said(rho: float) -> None:
+    generator = np.random.default_rng(5)
+    times, wrong = 300, 0
+    for _ in range(times):
+        z, x, y = generator.normal(size=(3, 30))
+        for series in (z, x, y):
+            for layer in range(1, 30):
+                series[layer] = rho * series[layer - 1] + (1 - rho**2) ** 0.5 * series[layer]
+        found = partial_correlate(z + x, y - z, z, surrogates=199)
+        wrong += found.p_value < 0.05
+    assert wrong / times <= 0.08
+
+
+def test_a_partial_correlation_is_found_and_its_interval_holds_it() -> None:
+    generator = np.random.default_rng(2)
+    z, x = generator.normal(size=(2, 30))
+    y = z + x
+    drawn = [each + generator.normal(0, 0.1, (500, 30)) for each in (x, y, z)]
+    found = partial_correlate(x, y, z, resampled=(drawn[0], drawn[1], drawn[2]), surrogates=999)
+    assert found.value > 0.9
+    assert found.low < found.value <= found.high <= 1
+    assert found.p_value == 1 / 1000
+    fixed = partial_correlate(x, y, z, resampled=(x[None], drawn[1], z[None]), surrogates=9)
+    assert fixed.high - fixed.low < found.high - found.low
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "z", "reason"),
+    [
+        ([1, 2, 3], [1, 3, 2], [2, 1, 3], "3 layers, and a partial correlation needs at least 4"),
+        ([1, 2, 3, 4], [1, 3, 2, math.nan], [2, 1, 3, 4], "undefined in 1 of 4 layers"),
+        ([1, 2, 3, 4], [1, 3, 2, 4], [2, 2, 2, 2], "a series is the same in all 4 layers"),
+        ([1, 2, 3, 4], [1, 3, 2, 4], [4, 3, 2, 1], "has the ranks of what is held fixed"),
+    ],
+)
+def test_undefined_partial_correlations(x, y, z, reason: str) -> None:
+    found = partial_correlate(*(np.array(each, dtype=float) for each in (x, y, z)))
+    assert (found.value, found.low, found.p_value) == (None, None, None)
+    assert reason in found.reason
+
+
+def test_the_difference_of_two_coefficients_is_paired() -> None:
+    # Two proxies that share their noise: their difference is surer than either.
+    generator = np.random.default_rng(0)
+    truth, drop = np.arange(30.0), np.arange(30.0) + generator.normal(0, 8, 30)
+    noise = generator.normal(0, 6, (500, 30))
+    drops = drop + noise
+    one = (drop, drop + noise)
+    other = (truth, truth + generator.normal(0, 6, (500, 30)))
+    found = correlation_difference(one, other, (drop, drops), "spearman")
+    assert found.value == pytest.approx(1 - stats.spearmanr(truth, drop).statistic)
+    assert found.low <= found.value <= found.high <= 2
+    same = correlation_difference(one, one, (drop, drops), "spearman")
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    flat = (np.ones(30), np.ones((500, 30)))
+    assert correlation_difference(one, flat, (drop, drops), "spearman").reason == (
+        "the proxy is the same in all 30 layers"
+    )

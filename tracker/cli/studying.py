@@ -28,6 +28,7 @@ def study() -> None:
       tracker study calibration experiments/demo.yaml
       tracker study joint experiments/demo.yaml
       tracker study rescale experiments/replaced.yaml
+      tracker study snowball experiments/demo.yaml
       tracker study theorem experiments/demo.yaml --epsilon 1e-8
     """
 
@@ -69,6 +70,23 @@ def _study(name: str, help_text: str, *options: Callable[[Any], Any]) -> None:
         wrapped = option(wrapped)
     study.command(name)(click.argument("experiment", type=Place())(wrapped))
 
+
+_study(
+    "audit",
+    """Set every proxy of a layer's relevance beside the accuracy that its removal costs.
+
+    Measures the drop of each whole layer in EXPERIMENT, and nine proxies of it: cosine score,
+    angular distance, relative update, first-order Taylor, logit-lens changes, perplexity, KL and
+    Jensen-Shannon divergence, the gold answer's log-probability. Says how well each orders the
+    layers, beside chance, and for how many forward passes; with two benchmarks or more also whether
+    relevance depends on the task.
+
+    \b
+    Examples:
+      tracker study audit experiments/demo.yaml
+      tracker study audit experiments/demo.yaml --results results --track none
+    """,
+)
 
 _study(
     "calibration",
@@ -117,6 +135,28 @@ _study(
     Example:
       tracker study rescale experiments/replaced.yaml
     """,
+)
+
+_study(
+    "snowball",
+    """Follow what a layer's removal changes through all later layers.
+
+    Each layer is removed, and perturbed by as much in random directions; the relative difference
+    to the intact residual stream behind each later layer says whether it grows. The file's
+    'layer' should hold every layer: their accuracy drops are set beside the growth.
+
+    \b
+    Examples:
+      tracker study snowball experiments/demo.yaml
+      tracker study snowball experiments/demo.yaml --draws 8
+    """,
+    click.option(
+        "--draws",
+        type=click.IntRange(1, 1000),
+        default=2,
+        show_default=True,
+        help="Random directions for each layer and token; each costs as much as all removals.",
+    ),
 )
 
 _study(

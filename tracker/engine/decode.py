@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from transformers.cache_utils import Cache
 
 from tracker.ablations import Ablation
+from tracker.engine.forks import forking
 from tracker.engine.prefix import GrowingLayer, Prefix, new_cache
 from tracker.engine.rows import reading_row
 from tracker.engine.score import Parts, run_base
-from tracker.engine.streams import LayerStep, StreamPlan, forking, plan_streams
+from tracker.engine.streams import LayerStep, StreamPlan, plan_streams
 
 
 @contextmanager

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tracker.ablations import INTACT
+from tracker.engine.forks import forking
 from tracker.engine.score import Parts
 from tracker.engine.stand_in import Fitted
-from tracker.engine.streams import forking, plan_streams
+from tracker.engine.streams import plan_streams
 
 
 @dataclass

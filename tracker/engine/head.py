@@ -111,6 +111,13 @@ class Head:
             torch.cat([part.greedy for part in parts]),
         )
 
+    def logits(self, output: Any, states: Tensor) -> Tensor:
+        """Run the head on states [streams, kept, hidden]: [streams, kept, vocabulary].
+
+        `output` is what the base returned. All logits are there at once.
+        """
+        return self._logits(replace(output, last_hidden_state=states))
+
     def _score_at_once(self, output: Any, predictor: Tensor, predicted: Tensor) -> Predictions:
         """Take the log-softmax in the logits' own dtype, as lm-eval does by default."""
         logprobs = functional.log_softmax(self._logits(output), dim=-1)

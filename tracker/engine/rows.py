@@ -228,6 +228,23 @@ def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[in
     return first[: min(shared, min(s.context for s in sequences))]
 
 
+def measured_texts(document: Document, max_length: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """List the texts on which the proxies of a document are measured, as `Row.gold` holds them.
+
+    Args:
+        document: What the model is asked.
+        max_length: As in `tree_rows`.
+
+    Yields:
+        The tokens that are read: context and gold continuation, or a window of a rolling text; and
+        from which of them on they are measured.
+    """
+    for index in range(len(document.requests)):
+        for sequence in _request(0, index, document, max_length, ANY_LENGTH):
+            if sequence.measured is not None:
+                yield sequence.path, sequence.measured
+
+
 def reading_row(tokens: Sequence[int], prefix: int = 0) -> Row:
     """Make the row that only reads: a common beginning, or a prompt behind `prefix` tokens."""
     tree = Tree()

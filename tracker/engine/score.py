@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tracker.ablations import INTACT
+from tracker.engine.forks import forking
 from tracker.engine.head import Head
 from tracker.engine.masks import Masks, Sight
 from tracker.engine.prefix import Prefix, cache_argument, new_cache
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Row, reading_row
 from tracker.engine.stand_in import StandIn
-from tracker.engine.streams import StreamPlan, forking, plan_streams
+from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.metrics.influence import angular_distance, cosine_similarity, relative_update
 from tracker.models.sublayers import Sublayers
 

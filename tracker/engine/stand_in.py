@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tracker.ablations import Action
+from tracker.ablations import Ablation, Action
 from tracker.models.quantised import quantise
 
 
@@ -63,11 +65,28 @@ class MadeUp:
         return Fitted(mean, 0.7, (weight, bias)).change(action, state)
 
 
-def replace_layer(layer: nn.Module, action: Action, stand_in: StandIn | None, name: str) -> None:
-    """Really change a layer of a copy of a model, called `name`: its weights, or what it returns.
+def replacements(
+    ablation: Ablation, stand_ins: Mapping[int, StandIn], name: str
+) -> dict[int, Callable[[nn.Module], None]]:
+    """List what really changes the layers that an ablation replaces, but for those it repeats.
 
-    A layer that something stands in for still runs, and its output is thrown away.
+    Args:
+        ablation: What is done.
+        stand_ins: Layer → what stands in for it.
+        name: The model's class.
+
+    Returns:
+        Layer → what changes the layer of a copy: its weights, or what it returns.
     """
+    return {
+        layer: partial(_replace, Action(done), stand_ins.get(layer), f"layer {layer} of {name}")
+        for done, layer in ablation.replaced
+        if Action(done) is not Action.REPEAT
+    }
+
+
+def _replace(action: Action, stand_in: StandIn | None, name: str, layer: nn.Module) -> None:
+    """Change a layer; one that something stands in for still runs, and its output is dropped."""
     if action.is_quantised:
         quantise(layer, 8 if action is Action.INT8 else 4, name)
         return

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.score import Parts, RowScores, kept_bytes, read_prefix, score_row
 from tracker.engine.sharing import ALONE, FULL, NO_HABITS, PLAIN, Habits, Sharing
-from tracker.engine.stand_in import StandIn, replace_layer
+from tracker.engine.stand_in import StandIn, replacements
 from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.errors import CellError
 from tracker.models.layers import find_layers
@@ -101,26 +101,14 @@ class Engine:
             *(parts[layer].mlp for layer in ablation.mlp),
         ]
         habits = self.habits
-        actions = [(Action(done), layer) for done, layer in ablation.replaced]
-        name = type(self.loaded.model).__name__
-        changes = {
-            layer: partial(
-                replace_layer,
-                action=action,
-                stand_in=self.stand_ins.get(layer),
-                name=f"layer {layer} of {name}",
-            )
-            for action, layer in actions
-            if action is not Action.REPEAT
-        }
         model = pruned(
             self.loaded.model,
             ablation.layers,
             silent,
             habits.first,
             habits.stay,
-            changes,
-            [layer for action, layer in actions if action is Action.REPEAT],
+            replacements(ablation, self.stand_ins, type(self.loaded.model).__name__),
+            [layer for done, layer in ablation.replaced if Action(done) is Action.REPEAT],
         )
         changing = {name for _, name in habits.leftovers}
         return replace(
@@ -204,14 +192,20 @@ class Engine:
         self, documents: Sequence[Document], ablations: Sequence[Ablation]
     ) -> Iterator[_Scored]:
         """Score as many ablations at a time as the budget allows for the largest document."""
+        for number, group in enumerate(self.groups(ablations, max(map(_tokens, documents)))):
+            for row, ablated, scores in self._scored(documents, group):
+                yield row if number == 0 else replace(row, gold=[]), ablated, scores
+
+    def groups(self, ablations: Sequence[Ablation], tokens: int) -> Iterator[list[Ablation]]:
+        """Part ablations into groups whose streams fit into memory, with so many tokens each.
+
+        The baseline comes first in each group; without depth sharing all are one group.
+        """
         removed = [ablation for ablation in ablations if ablation != INTACT]
-        largest = max(map(_tokens, documents))
-        streams = self._budget // (largest * stream_bytes(self.loaded.model))
+        streams = self._budget // (tokens * stream_bytes(self.loaded.model))
         size = max(1, streams - 1) if self.sharing.depth else max(1, len(removed))
         for start in range(0, max(1, len(removed)), size):
-            group = [INTACT, *removed[start : start + size]]
-            for row, ablated, scores in self._scored(documents, group):
-                yield row if start == 0 else replace(row, gold=[]), ablated, scores
+            yield [INTACT, *removed[start : start + size]]
 
     def _scored(
         self, documents: Sequence[Document], ablations: Sequence[Ablation]

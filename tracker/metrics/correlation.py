@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from tracker.metrics.accuracy import Estimate
 from tracker.metrics.resampling import bias_corrected_interval
 from tracker.metrics.surrogates import surrogate_series
 
@@ -122,6 +123,143 @@ def correlate(
             low, high = max(interval[0], -1.0), min(interval[1], 1.0)
     p_value = _surrogate_p(x, y, coefficient, surrogates, seed)
     return Correlation(coefficient, value, low, high, p_value, len(x), None)
+
+
+def correlation_difference(
+    one: tuple[NDArray[np.float64], NDArray[np.float64]],
+    other: tuple[NDArray[np.float64], NDArray[np.float64]],
+    drop: tuple[NDArray[np.float64], NDArray[np.float64]],
+    coefficient: str,
+) -> Estimate:
+    """Say by how much one proxy correlates better with the accuracy drop than another.
+
+    Both see the same layers and the same resampled documents, so what moves both is no difference.
+    The interval is as in `correlate`: the layers are kept, the documents drawn anew.
+
+    Args:
+        one: A proxy `[layers]`, and from resampled documents `[resamples, layers]`.
+        other: Another one, from the same resampled documents.
+        drop: The accuracy drop, from the same resampled documents.
+        coefficient: One of `COEFFICIENTS`.
+
+    Returns:
+        Coefficient of the one minus coefficient of the other; None with a reason where one of
+        them is undefined.
+
+    Examples:
+        >>> drop, same = np.array([0.0, 0.1, 0.2]), np.array([[0.0, 0.1, 0.2]] * 9)
+        >>> up, down = (drop, same), (-drop, -same)
+        >>> found = correlation_difference(up, down, (drop, same), "kendall")
+        >>> round(found.value, 9), round(found.low, 9), round(found.high, 9)
+        (2.0, 2.0, 2.0)
+    """
+    values, rows = [], []
+    for value, resampled in (one, other):
+        if reason := _undefined(_rounded(value), _rounded(drop[0])):
+            return Estimate(None, reason=reason)
+        values.append(float(row_coefficients(value[None], drop[0][None], coefficient)[0]))
+        rows.append(row_coefficients(resampled, drop[1], coefficient))
+    found = values[0] - values[1]
+    ends = bias_corrected_interval(found, rows[0] - rows[1])
+    return Estimate(found) if ends is None else Estimate(found, max(ends[0], -2), min(ends[1], 2))
+
+
+def partial_correlate(
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    given: NDArray[np.float64],
+    *,
+    resampled: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None = None,
+    surrogates: int = 4999,
+    seed: int = 0,
+) -> Correlation:
+    """Correlate the ranks of two series over layers, a third one held fixed.
+
+    Spearman's partial coefficient: what of both ranks is linear in the third's is taken out first.
+    Interval and p-value are as in `correlate`: the one draws the documents anew, the other redraws
+    one of the two residuals as a series as smooth as it is (`surrogate_series`), takes out again
+    what is linear in the third, and takes the larger p-value of the two. A third series that is
+    related to both, and not linearly in ranks, is taken out in part only.
+
+    Args:
+        first: `[layers]`; NaN where undefined.
+        second: `[layers]`.
+        given: `[layers]`, what is held fixed.
+        resampled: The three from the same resampled documents, each `[resamples, layers]` or
+            `[1, layers]`; without it there is no interval.
+        surrogates: How many series to draw in place of each.
+        seed: Seed of these series.
+
+    Returns:
+        The coefficient `partial spearman`; the value is None with a reason for fewer than four
+        layers, a NaN, a series that is the same in every layer, or one whose ranks are those of
+        the third, forwards or backwards.
+
+    Raises:
+        ValueError: Shapes that do not belong together.
+
+    References:
+        M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman,
+        D. Lane, Journal of Business & Economic Statistics 1 (1983) 292-298 (residuals redrawn).
+
+    Examples:
+        >>> first, second = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 4, 3, 5])
+        >>> given = np.array([1.0, 2, 3, 5, 4])
+        >>> round(partial_correlate(first, second, given, surrogates=99).value, 4)
+        0.7456
+    """
+    name = "partial spearman"
+    x, y, z = _rounded(first), _rounded(second), _rounded(given)
+    if x.ndim != 1 or not x.shape == y.shape == z.shape:
+        raise ValueError(f"series of the shapes {x.shape}, {y.shape} and {z.shape}")
+    n = len(x)
+    if n < 4:
+        reason = f"{n} layer{'' if n == 1 else 's'}, and a partial correlation needs at least 4"
+        return Correlation(name, None, None, None, None, n, reason)
+    for values in (x, y, z):
+        if missing := int((~np.isfinite(values)).sum()):
+            reason = f"a series is undefined in {missing} of {n} layers"
+            return Correlation(name, None, None, None, None, n, reason)
+        if np.ptp(values) == 0:
+            reason = f"a series is the same in all {n} layers"
+            return Correlation(name, None, None, None, None, n, reason)
+    (value,) = _partial_rows(x[None], y[None], z[None])
+    if not np.isfinite(value):
+        reason = "a series has the ranks of what is held fixed"
+        return Correlation(name, None, None, None, None, n, reason)
+    low = high = None
+    if resampled is not None:
+        rows = _partial_rows(*resampled)
+        if interval := bias_corrected_interval(float(value), rows):
+            low, high = max(interval[0], -1.0), min(interval[1], 1.0)
+    about = stats.rankdata(z)
+    one, other = (_without(stats.rankdata(each)[None], about)[0] for each in (x, y))
+    as_strong = 0
+    for kept, redrawn in ((one, other), (other, one)):
+        series = _without(surrogate_series(redrawn, surrogates, seed), about)
+        by_chance = np.abs(_pearson_rows(kept[None], series))
+        as_strong = max(as_strong, int((by_chance >= abs(value) - 1e-9).sum()))
+    p_value = (as_strong + 1) / (surrogates + 1)
+    return Correlation(name, float(value), low, high, p_value, n, None)
+
+
+def _partial_rows(
+    x: NDArray[np.float64], y: NDArray[np.float64], z: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Spearman's partial coefficient of each row of two tables, given the row of a third."""
+    xy, xz, yz = (row_coefficients(*pair, "spearman") for pair in ((x, y), (x, z), (y, z)))
+    left = (1 - xz**2) * (1 - yz**2)
+    rows = np.broadcast_shapes(xy.shape, left.shape)
+    values = np.full(rows, np.nan)
+    np.divide(xy - xz * yz, np.sqrt(np.maximum(left, 0)), out=values, where=left > 1e-12)
+    return values
+
+
+def _without(rows: NDArray[np.float64], about: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what of each row is not linear in a series."""
+    centred = about - about.mean()
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    return np.asarray(rows - np.outer(rows @ centred, centred) / (centred @ centred))
 
 
 def row_coefficients(

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tracker.ablations import ablations_of
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.documents import Document
+from tracker.engine.check import check
 from tracker.engine.sweep import Engine
 from tracker.ledger.blocks import BLOCK, Block
+from tracker.ledger.checks import Checks
 from tracker.ledger.observations import Arrays, read_observations, write_observations
 from tracker.measuring.meter import open_model
 from tracker.studies.base import Asked, Subject
@@ -43,7 +46,8 @@ def observe(
         subject: The cell.
         kind: What is observed and how; whatever changes a figure is in it.
         asked: The study.
-        begin: Makes the observer of a model, which is loaded only where something is missing.
+        begin: Makes the observer of a model, which is loaded only where something is missing. The
+            engine that it is given shares as much as the self-check finds exact.
 
     Returns:
         What was observed.
@@ -84,10 +88,13 @@ def _wanted(subject: Subject) -> dict[Block, list[int]]:
 
 
 def _opened(subject: Subject, asked: Asked) -> tuple[Engine, dict[tuple[str, int], Document]]:
-    """Load the model of a cell, and its documents as the model reads them."""
+    """Load the model of a cell, share as much as is exact, and read its documents."""
     request = subject.request
     model = open_model(request, asked.options).loaded
     encoder = RequestEncoder(model.model, model.tokenizer, request)
     documents = open_benchmark(request).documents(encoder, request.extent)
     engine = Engine(model, encoder.max_length, memory=asked.options.memory)
+    asked.progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
+    ablations = ablations_of(request, model.identity.layers)
+    engine = check(engine, documents, ablations, Checks(asked.ledger.root)).engine
     return engine, {(document.task, document.index): document for document in documents}

@@ -10,9 +10,11 @@ from tracker.errors import RequestError, did_you_mean
 from tracker.studies.base import Study
 
 STUDIES: Mapping[str, str] = {
+    "audit": "Audit",
     "calibration": "Calibration",
     "joint": "Joint",
     "rescale": "Rescale",
+    "snowball": "Snowball",
     "theorem": "Theorem",
 }
 """Name → its class. Each is in the module of this package that is called as it is."""

@@ -1,0 +1,196 @@
+"""Proxies of what the model says, against plain forward passes of really pruned copies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+from scipy.special import softmax
+from scipy.stats import entropy
+
+from tests.engine.plain import MAX_LENGTH, loaded, make_documents, pruned, skipped
+from tracker.documents import Document, Request
+from tracker.engine import divergence as module
+from tracker.engine.divergence import output_proxies
+from tracker.engine.sharing import PLAIN
+from tracker.engine.sweep import Engine
+from tracker.models.layers import find_layers
+
+LAYERS = 4
+PER_LAYER = ("kl", "js", "loss_increase", "lens_changes", "gate_gradient")
+
+
+def _texts(document: Document) -> list[tuple[int, ...]]:
+    """Context and gold continuation, cut from the left as lm-eval cuts."""
+    gold = document.requests[document.gold or 0]
+    return [(gold.context + gold.continuation)[-(MAX_LENGTH + 1) :][:MAX_LENGTH]]
+
+
+@torch.inference_mode()
+def _logits(model, tokens: tuple[int, ...]):
+    return model(torch.tensor([tokens]), use_cache=False).logits[0].double().numpy()
+
+
+def _naive(model, tokens: tuple[int, ...], layer: int) -> tuple[float, float, float]:
+    """Divergences by scipy, of a copy without the layer."""
+    p = softmax(_logits(model, tokens), axis=-1)
+    with pruned(model, [layer]) as without:
+        q = softmax(_logits(without, tokens), axis=-1)
+    places, following = np.arange(len(tokens) - 1), np.array(tokens[1:])
+    lost = np.log(p[places, following]).sum() - np.log(q[places, following]).sum()
+    return entropy(p, q, axis=-1).sum(), (jensenshannon(p, q, axis=-1) ** 2).sum(), lost
+
+
+@torch.inference_mode()
+def _lens(model, tokens: tuple[int, ...], layer: int) -> list[int]:
+    """What the model would say if its layers ended before one: its layers hand on their input."""
+    with skipped(model, range(layer, LAYERS)):
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("sharing", ["shared", "apart"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt_350m"])
+def test_every_figure_is_that_of_a_plain_pass(tiny_model, family: str, sharing: str) -> None:
+    model = tiny_model(family)
+    engine = Engine(loaded(model), MAX_LENGTH)
+    engine = engine.with_sharing(PLAIN) if sharing == "apart" else engine
+    for document in make_documents(3, seed=4):
+        found = output_proxies(engine, document)
+        (tokens,) = _texts(document)
+        assert float(found["tokens"]) == len(tokens)
+        assert float(found["predicted"]) == len(tokens) - 1
+        for layer in range(LAYERS):
+            truth = _naive(model, tokens, layer)
+            ours = [float(found[name][layer]) for name in ("kl", "js", "loss_increase")]
+            assert ours == pytest.approx(truth, rel=1e-3, abs=1e-4)
+            below, above = _lens(model, tokens, layer), _lens(model, tokens, layer + 1)
+            differing = sum(a != b for a, b in zip(below, above, strict=True))
+            assert float(found["lens_changes"][layer]) == differing
+
+
+@torch.inference_mode()
+def test_the_lens_is_the_models_own_norm_and_head_between_layers(tiny_model) -> None:
+    model = tiny_model("llama")
+    (document,) = make_documents(1)
+    (tokens,) = _texts(document)
+    found = output_proxies(Engine(loaded(model), MAX_LENGTH), document)
+    output = model(torch.tensor([tokens]), output_hidden_states=True)
+    # The last of them is normalised already.
+    between = [model.lm_head(model.model.norm(h)) for h in output.hidden_states[:-1]]
+    tops = torch.stack([*between, output.logits]).argmax(-1)
+    assert found["lens_changes"].tolist() == (tops[1:] != tops[:-1]).sum((1, 2)).tolist()
+    assert found["lens_changes"].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_the_derivative_is_a_finite_difference(tiny_model, family: str) -> None:
+    model = tiny_model(family)
+    engine = Engine(loaded(model), MAX_LENGTH)
+    (document,) = make_documents(1)
+    (tokens,) = _texts(document)
+    found = output_proxies(engine, document)["gate_gradient"]
+    wide = model.double()  # norms stay in float32, so that a smaller step drowns
+
+    def loss(layer: int, gate: float) -> float:
+        def scaled(module, args, kwargs, output):
+            before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            after = output[0] if isinstance(output, tuple) else output
+            passed = before + gate * (after - before)
+            return (passed, *output[1:]) if isinstance(output, tuple) else passed
+
+        handle = find_layers(wide)[layer].register_forward_hook(scaled, with_kwargs=True)
+        try:
+            logits = torch.tensor(_logits(wide, tokens))
+        finally:
+            handle.remove()
+        return float(-logits.log_softmax(-1)[range(len(tokens) - 1), list(tokens[1:])].sum())
+
+    for layer in range(LAYERS):
+        slope = (loss(layer, 1 + 1e-3) - loss(layer, 1 - 1e-3)) / 2e-3
+        assert float(found[layer]) == pytest.approx(slope, rel=2e-3, abs=2e-3)
+    assert loss(0, 1) > 0
+
+
+def test_nothing_of_the_model_is_left_changed(tiny_model) -> None:
+    model = tiny_model("llama")
+    (document,) = make_documents(1)
+    (tokens,) = _texts(document)
+    before = _logits(model, tokens)
+    engine = Engine(loaded(model), MAX_LENGTH)
+    first, again = (output_proxies(engine, document) for _ in range(2))
+    assert (_logits(model, tokens) == before).all()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_small_chunks_and_a_small_budget_change_nothing(tiny_model, monkeypatch) -> None:
+    (document,) = make_documents(1)
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+    whole = output_proxies(engine, document)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 1)
+    tight = replace(engine, memory=1)
+    assert len(list(tight.groups([module.INTACT, *map(module.Ablation, [(0,), (1,)])], 9))) == 2
+    for name, value in output_proxies(tight, document).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_windows_of_a_text_add_up(tiny_model) -> None:
+    """A window's context is read and not measured, so that each token counts once."""
+    tokens = tuple(range(3, 23))
+    windows = (
+        Request(tokens[:1], tokens[1:12]),
+        Request(tokens[4:12], tokens[12:20]),
+    )
+    model = tiny_model("llama")
+    engine = Engine(loaded(model), MAX_LENGTH)
+    found = output_proxies(engine, Document("text", 0, windows, None, 0, rolling=True))
+    assert float(found["tokens"]) == 19
+    apart = [
+        output_proxies(engine, Document("text", 0, (window,), None, 0, rolling=True))
+        for window in windows
+    ]
+    for name in PER_LAYER:
+        torch.testing.assert_close(found[name], apart[0][name] + apart[1][name])
+    assert float(apart[1]["tokens"]) == float(apart[1]["predicted"]) == 8
+    # The first of them is predicted by the last that is not measured.
+    places, following = range(7, 15), list(tokens[12:20])
+    with pruned(model, [1]) as without:
+        said, left = (
+            torch.tensor(_logits(each, tokens[4:20])).log_softmax(-1)[places, following].sum()
+            for each in (model, without)
+        )
+    assert float(apart[1]["loss_increase"][1]) == pytest.approx(float(said - left), abs=1e-3)
+
+
+def test_what_cannot_be_differentiated_is_no_number(tiny_model) -> None:
+    model = tiny_model("llama")
+    engine = Engine(loaded(model), MAX_LENGTH)
+    (document,) = make_documents(1)
+    honest = model.lm_head.forward
+    # A kernel without a derivative.
+    model.lm_head.forward = lambda hidden: honest(hidden.detach())
+    found = output_proxies(engine, document)
+    assert found["gate_gradient"].isnan().all()
+    assert found["kl"].isfinite().all()
+
+
+def test_divergences_of_the_textbook() -> None:
+    """Cover and Thomas, example 2.3.1: p = (1 - r, r), q = (1 - s, s), r = 1/2, s = 1/4."""
+
+    def found(p: list[float], q: list[float]) -> tuple[float, float]:
+        each = (module._logprobs(torch.tensor([values]).log()) for values in (p, q))
+        kl, js = module._kl_and_js(*each)
+        return float(kl), float(js)
+
+    kl, _ = found([0.5, 0.5], [0.75, 0.25])
+    assert kl / math.log(2) == pytest.approx(1 - math.log2(3) / 2, abs=1e-6)
+    # Of what excludes each other, Jensen-Shannon is log 2, and KL has no bound.
+    kl, js = found([1.0, 0.0], [0.0, 1.0])
+    assert kl == -module.IMPOSSIBLE
+    assert js == pytest.approx(math.log(2))
+    # What is masked out in both is no difference.
+    assert found([1.0, 0.0], [1.0, 0.0]) == (0, 0)

@@ -1,0 +1,283 @@
+"""What `snowball` says of cells, against the same figures taken by hand, and where it cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from scipy import stats
+
+from tracker import api
+from tracker.cli import main
+from tracker.engine.refusal import RefusalError
+from tracker.errors import RequestError
+from tracker.findings import Entry, FindingRecord, FoundTable, LineChart, MapChart
+from tracker.studies import snowball as module
+from tracker.studies.observing import Observed
+
+Conduct = Callable[..., FindingRecord]
+
+
+@pytest.fixture
+def conduct(tiny_llama, experiment, tmp_path: Path) -> Conduct:
+    """Answers over the tiny model, each time in the same folder."""
+    model = tiny_llama()
+
+    def run(draws: int = 1, **settings: object) -> FindingRecord:
+        chosen = {"limit": None, "sample": 8, **settings}
+        path = experiment(model, **chosen)
+        results = tmp_path / "results"
+        return api.study("snowball", path, results=results, track=(), draws=draws).finding
+
+    return run
+
+
+def column(table: FoundTable, label: str) -> list[Entry]:
+    place = [heading.label for heading in table.headings].index(label)
+    return [row[place] for row in table.rows]
+
+
+def values(table: FoundTable, label: str) -> list[object]:
+    return [entry.value for entry in column(table, label)]
+
+
+def differences(documents: int, factors: list[float], noise: float = 0.0) -> np.ndarray:
+    """Relative differences of 4 layers that change by one factor behind each layer."""
+    generator = np.random.default_rng(0)
+    found = np.full((documents, 2, 4, 4), np.nan)
+    for layer in range(4):
+        for later in range(layer, 4):
+            grown = 0.1 * factors[layer] ** (later - layer)
+            found[:, :, layer, later] = grown * np.exp(
+                noise * generator.normal(size=(documents, 1)) * (later - layer)
+            )
+    return found
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let observed differences be these, whatever the model does."""
+
+    def replace(removed: list[float], chance: list[float], handed: list[float]) -> None:
+        def observed(subject, kind, asked, begin) -> Observed:
+            assert kind == "snowball-1"
+            by_task = subject.store.wanted(subject.request.extent)
+            places = [(task, doc) for task, docs in by_task.items() for doc in docs]
+            n = len(places)
+            # In another order than the outcomes.
+            return Observed(
+                places[::-1],
+                {
+                    "removed": differences(n, removed, 0.05),
+                    "shuffled": differences(n, chance, 0.05),
+                    "random": differences(n, chance, 0.05)[:, :, None],
+                    "carried": differences(n, handed),
+                },
+            )
+
+        monkeypatch.setattr(module, "observe", observed)
+
+    return replace
+
+
+def test_figures_are_those_of_the_observed_documents(conduct: Conduct, tmp_path: Path) -> None:
+    finding = conduct(
+        draws=2, benchmark=["arc_easy", "arc_challenge"], sample=24, metric="acc_norm"
+    )
+    assert finding.lacking == ()
+    summary, easy, predictors, *_ = finding.tables
+    assert values(summary, "benchmark") == ["arc_easy", "arc_challenge"]
+    assert values(summary, "documents") == [24, 24]
+    from tracker.ledger.blocks import Block
+    from tracker.ledger.observations import read_observations
+
+    (cell,) = (tmp_path / "results" / "cells").glob("*arc_easy*")
+    (shard,) = (cell / "observed" / "snowball-2").glob("*.parquet")
+    seed = int(shard.name.split("+")[1].split(".")[0])
+    held = list(read_observations(cell, "snowball-2", Block("arc_easy", 0, seed)).values())
+    removed = np.stack([each["removed"] for each in held])[:, 0]
+    drawn = np.stack([each["random"] for each in held])[:, 0].mean(axis=1)
+    carried = np.stack([each["carried"] for each in held])[:, 0]
+    for layer in range(4):
+        start, end = removed[:, layer, layer], removed[:, layer, 3]
+        assert column(easy, "behind it")[layer].value == pytest.approx(stats.gmean(start))
+        assert column(easy, "before the head")[layer].value == pytest.approx(stats.gmean(end))
+        if layer == 3:
+            break
+        grown = stats.gmean(end / start)
+        assert column(easy, "growth")[layer].value == pytest.approx(grown)
+        assert column(easy, "a layer")[layer].value == pytest.approx(grown ** (1 / (3 - layer)))
+        by_chance = stats.gmean(drawn[:, layer, 3] / drawn[:, layer, layer])
+        assert column(easy, "random")[layer].value == pytest.approx(by_chance)
+        handed = stats.gmean(end / carried[:, layer, 3])
+        assert column(easy, "as handed on")[layer].value == pytest.approx(handed)
+    for label in ("growth", "a layer", "verdict", "random", "as handed on", "growing steps"):
+        assert column(easy, label)[3].reason == "no layer follows it"
+    (record,) = (c for c in api.report(tmp_path / "results").cells if "easy" in c.benchmark.name)
+    runs = record.runs_of()
+    drops = [runs[i].accuracy_drop for i in range(4)]
+    assert values(easy, "drop") == drops
+    cosine = [runs[i].cosine_score for i in range(4)]
+    assert values(easy, "cosine rank") == list(stats.rankdata(np.negative(cosine)))
+    expected = stats.spearmanr(cosine, drops).statistic
+    assert column(predictors, "Spearman")[0].value == pytest.approx(expected)
+    ends = stats.spearmanr(stats.gmean(removed[:, :, 3]), drops).statistic
+    assert column(predictors, "Spearman")[2].value == pytest.approx(ends)
+    assert column(predictors, "better than cosine by")[2].value == pytest.approx(ends - expected)
+    assert "3 layers, and a partial correlation needs at least 4" in {
+        entry.reason for entry in column(predictors, "Spearman")
+    }
+    lines = [chart for chart in finding.charts if isinstance(chart, LineChart)]
+    maps = [chart for chart in finding.charts if isinstance(chart, MapChart)]
+    assert lines[0].title.split(":")[0] == "tiny-llama"
+    assert len(maps) == 2
+    assert maps[0].values[1][3] == pytest.approx(
+        np.log2(stats.gmean(removed[:, 1, 3] / removed[:, 1, 1]))
+    )
+    assert maps[0].values[1][0] is None
+    assert "Removal" in finding.question or "removal" in finding.question
+
+
+def test_a_second_answer_runs_nothing(conduct: Conduct, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = conduct()
+
+    def never(*args: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(module, "follow", never)
+    monkeypatch.setattr(module, "verify_following", never)
+    assert conduct() == first
+
+
+def test_where_every_layer_snowballs(conduct: Conduct, drawn: Callable[..., None]) -> None:
+    drawn(removed=[2, 3, 4, 1], chance=[1.5, 3, 6, 1], handed=[0.5, 0.5, 0.5, 1])
+    finding = conduct(sample=30)
+    whether, most, chance, *_ = finding.answers
+    assert whether.startswith("tiny-llama: every layer snowballs, as the paper has it.")
+    assert "grows in 3 of 3 cases and shrinks in 0" in whether
+    # 2³, 3², 4¹, and as many times as much as 0.5³, 0.5², 0.5¹.
+    assert re.search(r"; median ×(7\.[5-9]|8)\S* \(n = 30\)", whether)
+    assert re.search(r"it ends 3[567]\S* times \(median\) as large as if", whether)
+    assert most.startswith(
+        "tiny-llama on arc_easy (30 documents): most after the removal of layer 1 ×8."
+    )
+    # Twice as fast, as fast, more slowly.
+    assert "a removal grows more than random directions of the same norm in 1 of 3" in chance
+    assert "less in 1 " in chance
+    table = finding.tables[1]
+    assert values(table, "verdict") == ["grows", "grows", "grows", None]
+    assert values(table, "growing steps") == ["3 of 3", "2 of 2", "1 of 1", None]
+    # 2³ / 0.5³
+    assert column(table, "as handed on")[0].value == pytest.approx(64, rel=0.1)
+    assert "0 of these 3 verdicts change" in finding.answers[-1]
+
+
+def test_where_the_paper_is_contradicted(conduct: Conduct, drawn: Callable[..., None]) -> None:
+    drawn(removed=[0.5, 1.0, 2, 1], chance=[1, 1, 1, 1], handed=[0.5, 0.5, 0.5, 1])
+    finding = conduct(sample=30, benchmark=["arc_easy", "arc_challenge"])
+    assert finding.answers[0].startswith(
+        "tiny-llama: the snowball effect is the exception and not the rule here, against the "
+        "paper. From right behind"
+    )
+    assert (
+        "grows in 2 of 6 cases and shrinks in 2 (arc_easy 1 grow, 1 shrink, 1 undecided"
+        in (finding.answers[0])
+    )
+    assert values(finding.tables[1], "verdict") == ["shrinks", "undecided", "grows", None]
+    # Both benchmarks have the same differences.
+    (between,) = (line for line in finding.answers if line.startswith("Growth depends"))
+    assert "in 0 of 3 layers (arc_easy, arc_challenge" in between
+
+
+def test_growth_explains_what_it_explains(conduct: Conduct, drawn: Callable[..., None]) -> None:
+    drawn(removed=[2, 3, 4, 1], chance=[1, 1, 1, 1], handed=[1, 1, 1, 1])
+    finding = conduct(sample=30, layer=[0, 1])
+    assert values(finding.tables[1], "drop")[2:] == [None, None]
+    assert column(finding.tables[1], "drop rank")[3].reason == (
+        "its removal is not measured; add the layer to 'layer' in the file"
+    )
+    (lacks,) = finding.lacking
+    assert "the accuracy drop of 2 of 4 layers; add them to 'layer' in" in lacks
+    assert any(
+        "no order of the layers can be judged: 2 layers, and a correlation needs at least 3" in line
+        for line in finding.answers
+    )
+
+
+def test_a_model_that_refuses_is_lacking(conduct: Conduct, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise RefusalError("its layers see the batch")
+
+    monkeypatch.setattr(module, "verify_following", refuse)
+    finding = conduct()
+    assert (finding.answers, finding.tables, finding.charts) == ((), (), ())
+    (lacks,) = finding.lacking
+    assert lacks.endswith(
+        "× arc_easy: its layers see the batch; its perturbations cannot be followed, use another "
+        "model"
+    )
+
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "verify_following", broken)
+    with pytest.raises(ZeroDivisionError):
+        conduct()
+
+
+def test_documents_that_are_not_finite_are_left_out(
+    conduct: Conduct, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, seen = module.follow, []
+
+    def spoiled(engine, document, draws):
+        found = honest(engine, document, draws)
+        seen.append(document.index)
+        if len(seen) in spoil:
+            found["random"][0, 0, 1, 2] = np.nan
+        return found
+
+    monkeypatch.setattr(module, "follow", spoiled)
+    spoil = {2, 5}
+    finding = conduct()
+    assert values(finding.tables[0], "documents") == [6]
+    assert "2 documents are left out" in finding.lacking[0]
+    seen.clear()
+    spoil = set(range(2, 9))
+    finding = conduct(seed=7)
+    assert "fewer than two documents have finite hidden states" in finding.lacking[0]
+    assert finding.answers == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"removed": [[1]], "layer": [0, 2]}, "leave 'removed' out of"),
+        ({"component": ["mlp"]}, "let 'component' hold layer, 'span' 1 and 'intervention' remove"),
+        ({"span": [2], "layer": [0, 1]}, "let 'component' hold layer, 'span' 1"),
+        ({"intervention": ["mean"]}, "let 'component' hold layer, 'span' 1"),
+    ],
+)
+def test_files_that_are_not_enough_are_refused(conduct: Conduct, settings, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        conduct(**settings)
+
+
+def test_the_command(tiny_llama, experiment, tmp_path: Path) -> None:
+    path = experiment(tiny_llama(), limit=None, sample=6)
+    results = tmp_path / "results"
+    arguments = ["study", "snowball", str(path), "--results", str(results), "--track", "none"]
+    done = CliRunner().invoke(main, [*arguments, "--draws", "1"])
+    assert done.exit_code == 0, done.output
+    assert "Do later layers amplify what the removal of a layer changes?" in done.output
+    page = (results / "report.html").read_text()
+    assert "Do later layers amplify what the removal of a layer changes?" in page
+    (kept,) = results.glob("studies/snowball--*.json")
+    assert json.loads(kept.read_text())
+    refused = CliRunner().invoke(main, [*arguments, "--draws", "0"])
+    assert refused.exit_code == 2

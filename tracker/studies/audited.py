@@ -1,0 +1,280 @@
+"""What the audit finds of one model: its proxies and their drops, over all of its benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.metrics.across import Paired, compared, reliability, sampling_noise, variance_across
+from tracker.metrics.budgets import at_equal_cost
+from tracker.metrics.correlation import row_coefficients
+from tracker.metrics.multiple import holm
+from tracker.metrics.orders import Disagreement, disagreement, mean_spearman_p, overlap
+from tracker.metrics.resampling import bias_corrected_interval
+from tracker.studies.auditing import DROP, NAMES, Audited, passes
+
+Array = NDArray[np.float64]
+FEWEST = 3
+"""Layers that an order needs."""
+TOP = 5
+"""Layers that are called the most, or the least, relevant ones."""
+MAJOR = 1 / 4
+"""Ranks that differ by more than this share of the layers differ majorly."""
+RELIABLE = 0.5
+"""The drops of a benchmark must be as much signal as noise before its noise is taken off."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How well one proxy orders the layers, over all benchmarks where it can be said.
+
+    Attributes:
+        proxy: Its name in `NAMES`.
+        cells: The benchmarks.
+        spearman: Mean coefficient.
+        low: Lower end of its interval from the documents; None where there is none.
+        high: Upper end.
+        inner: Mean without the outer layers.
+        kendall: Mean tau-b.
+        p_value: Of the mean, not adjusted.
+        resampled: The mean in each resample of the documents.
+    """
+
+    proxy: str
+    cells: tuple[Audited, ...]
+    spearman: float
+    low: float | None
+    high: float | None
+    inner: float | None
+    kendall: float
+    p_value: float
+    resampled: Array
+
+    @cached_property
+    def worst(self) -> Audited:
+        """The benchmark in which it orders the layers worst."""
+        return min(self.cells, key=lambda cell: cell.found[self.proxy].spearman.value or 0.0)
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """How much layers' relevance varies over benchmarks, of one measure.
+
+    Attributes:
+        raw: Mean over layers of the variance of z-scores.
+        raw_test: The accuracy drop's variance against this one, layer by layer.
+        clean: The same as `raw` with the documents' noise taken off; None where it cannot be.
+        clean_test: The same test of these.
+    """
+
+    raw: float
+    raw_test: Paired | None
+    clean: float | None
+    clean_test: Paired | None
+
+
+class ModelAudit:
+    """One model, audited."""
+
+    def __init__(self, name: str, cells: Sequence[Audited]) -> None:
+        self.name = name
+        self.cells = cells
+        self.total = cells[0].record.model.layers
+
+    @cached_property
+    def summaries(self) -> list[Summary]:
+        """The proxies that can be compared, the best one first."""
+        found = [s for s in map(self._summary, NAMES) if s is not None]
+        return sorted(found, key=lambda each: -each.spearman)
+
+    def _summary(self, proxy: str) -> Summary | None:
+        cells = [c for c in self.cells if c.found[proxy].spearman.value is not None]
+        if not cells:
+            return None
+        found = [cell.found[proxy] for cell in cells]
+        value = float(np.mean([each.spearman.value for each in found]))
+        resampled = np.mean([each.resampled for each in found], axis=0)
+        low, high = bias_corrected_interval(value, resampled) or (None, None)
+        inner = [each.inner for each in found if each.inner is not None]
+        return Summary(
+            proxy,
+            tuple(cells),
+            value,
+            None if low is None else max(low, -1.0),
+            None if high is None else min(high, 1.0),
+            float(np.mean(inner)) if inner else None,
+            float(np.mean([each.kendall for each in found if each.kendall is not None])),
+            _mean_p(proxy, cells),
+            resampled,
+        )
+
+    @cached_property
+    def adjusted(self) -> dict[str, float]:
+        """P-values of the means, adjusted by Holm for the number of proxies."""
+        adjusted = holm([each.p_value for each in self.summaries])
+        by_proxy = zip([each.proxy for each in self.summaries], adjusted, strict=True)
+        return {proxy: p for proxy, p in by_proxy if p is not None}
+
+    @cached_property
+    def orders(self) -> dict[str, tuple[Disagreement, Disagreement]]:
+        """Proxy → in how many layers its ranks differ from those of the drop: at all, majorly."""
+        found = {}
+        for each in self.summaries:
+            # Of cells with equally many layers, so that they can be relabelled alike.
+            cells = alike(each.cells)
+            x, y = means(each.proxy, cells), means(DROP, cells)
+            major = MAJOR * x.shape[1]
+            found[each.proxy] = (disagreement(x, y, 0), disagreement(x, y, major))
+        return found
+
+    @cached_property
+    def above_chance(self) -> list[Audited]:
+        """Benchmarks in which relevance is defined: the intact model is above chance."""
+        cells = [
+            cell
+            for cell in self.cells
+            if all(run.accuracy_relevance is not None for run in cell.record.whole_layers)
+            and np.ptp(cell.drop.means()) > 0
+        ]
+        return alike(cells) if len(cells) > 1 else []
+
+    @cached_property
+    def reliabilities(self) -> dict[str, float]:
+        """Benchmark → which share of the spread of its drops is no noise of the documents."""
+        return {
+            cell.label: reliability(
+                *sampling_noise(cell.drop.values, cell.drop.weights, cell.strata)
+            )
+            for cell in self.cells
+        }
+
+    @cached_property
+    def spreads(self) -> dict[str, Spreads]:
+        """Measure → how much it varies over benchmarks; empty where it cannot be said."""
+        cells = self.above_chance
+        if not cells:
+            return {}
+        reliable = [cell for cell in cells if self.reliabilities[cell.label] >= RELIABLE]
+        raw_drop = variance_across(means(DROP, cells))
+        clean_drop = _clean(DROP, reliable)
+        relevance = np.array(
+            [[run.accuracy_relevance for run in c.record.whole_layers] for c in cells], float
+        )
+        found = {}
+        if all(np.ptp(row) > 0 for row in relevance):
+            raw = variance_across(relevance)
+            found["relevance"] = Spreads(float(raw.mean()), None, None, None)
+        clean = None if clean_drop is None else float(clean_drop.mean())
+        found[DROP] = Spreads(float(raw_drop.mean()), None, clean, None)
+        for proxy in NAMES:
+            if any(cell.found[proxy].spearman.value is None for cell in cells):
+                continue
+            raw, tidy = variance_across(means(proxy, cells)), _clean(proxy, reliable)
+            both = clean_drop is not None and tidy is not None
+            found[proxy] = Spreads(
+                float(raw.mean()),
+                compared(raw_drop, raw),
+                float(tidy.mean()) if tidy is not None else None,
+                compared(clean_drop, tidy) if both else None,  # type: ignore[arg-type]
+            )
+        return found
+
+    @cached_property
+    def at_cost(self) -> tuple[list[float], dict[str, list[float | None]]]:
+        """Budgets in forward passes a benchmark, and measure → mean Spearman for each of them."""
+        dearest = passes(DROP, self.total, shared=True)
+        most = max(len(cell.tasks) for cell in self.cells) // 2 * dearest
+        budgets = [float(2**i) for i in range(int(np.log2(max(most, 1))) + 1)]
+        by_cell = []
+        for cell in self.cells:
+            if len(cell.tasks) < 4 or np.ptp(cell.drop.means()) == 0:
+                continue
+            usable = {
+                name: each
+                for name, each in cell.measures.items()
+                if cell.found[name].spearman.value is not None
+            }
+            by_cell.append(at_equal_cost(usable | {DROP: cell.drop}, cell.drop, budgets))
+        found: dict[str, list[float | None]] = {}
+        for name in (*NAMES, DROP):
+            mine = [each.get(name, [np.nan] * len(budgets)) for each in by_cell]
+            if mine:
+                means = np.mean(mine, axis=0)
+                found[name] = [float(v) if np.isfinite(v) else None for v in means]
+        return budgets, found
+
+    @property
+    def noisy(self) -> str:
+        """Say which benchmarks are too noisy, and how many documents they need."""
+        said = []
+        for cell in self.above_chance:
+            share = self.reliabilities[cell.label]
+            if share < RELIABLE:
+                need = (
+                    f"about {int(np.ceil(cell.record.n * (1 - share) / share)):,} documents"
+                    if share > 0
+                    else "many more documents"
+                )
+                said.append(f"{cell.label} needs {need}, and has {cell.record.n:,}")
+        return "; ".join(said)
+
+
+def alike(cells: Sequence[Audited]) -> list[Audited]:
+    """Those that have as many layers as most: they can be lined up."""
+    counts = [tuple(cell.layers) for cell in cells]
+    most = max(set(counts), key=counts.count, default=())
+    return [cell for cell, layers in zip(cells, counts, strict=True) if layers == most]
+
+
+def means(name: str, cells: Sequence[Audited]) -> Array:
+    """Profiles of a measure [cells, layers]."""
+    return np.array([(c.drop if name == DROP else c.measures[name]).means() for c in cells])
+
+
+def _mean_p(proxy: str, cells: Sequence[Audited]) -> float:
+    lined_up = alike(cells)
+    return mean_spearman_p(means(proxy, lined_up), means(DROP, lined_up))
+
+
+def _clean(name: str, cells: Sequence[Audited]) -> Array | None:
+    """Variance over benchmarks without the documents' noise; None where it is all that there is."""
+    if len(cells) < 2:
+        return None
+    measures = [cell.drop if name == DROP else cell.measures[name] for cell in cells]
+    pairs = [
+        sampling_noise(np.nan_to_num(m.values), m.weights, c.strata)
+        for m, c in zip(measures, cells, strict=True)
+    ]
+    profiles, noise = (np.array(each) for each in zip(*pairs, strict=True))
+    if any(reliability(p, n) <= 0 for p, n in pairs):
+        return None
+    return variance_across(profiles, noise)
+
+
+def pooled(cells: Sequence[Audited]) -> tuple[float, float, float] | None:
+    """Pearson over inner layers × benchmarks of cosine score and drop, with its interval."""
+    inner = [cell for cell in cells if cell.inner]
+    if not inner or sum(len(cell.inner) for cell in inner) < FEWEST:
+        return None
+    x = np.concatenate([c.measures["cosine_score"].means()[c.inner] for c in inner])
+    y = np.concatenate([c.drop.means()[c.inner] for c in inner])
+    drawn_x = np.concatenate([c.drawn("cosine_score")[:, c.inner] for c in inner], axis=1)
+    drawn_y = np.concatenate([c.drawn_drop[:, c.inner] for c in inner], axis=1)
+    value = float(row_coefficients(x[None], y[None], "pearson")[0])
+    ends = bias_corrected_interval(value, row_coefficients(drawn_x, drawn_y, "pearson"))
+    return (value, max(ends[0], -1.0), min(ends[1], 1.0)) if ends else None
+
+
+def overlaps(summary: Summary) -> tuple[float, float, float]:
+    """Mean overlap of the most relevant layers, of the least relevant ones, and by chance."""
+    found = []
+    for cell in summary.cells:
+        count = min(TOP, len(cell.layers))
+        x, y = cell.measures[summary.proxy].means(), cell.drop.means()
+        found.append((overlap(x, y, count), overlap(-x, -y, count), count / len(cell.layers)))
+    top, bottom, chance = np.mean(found, axis=0).tolist()
+    return top, bottom, chance

@@ -1,0 +1,206 @@
+"""What the audit compares: the drop of each layer and every proxy of it, document by document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.ablations import INTACT
+from tracker.documents import Document
+from tracker.engine.divergence import output_proxies
+from tracker.engine.sweep import Engine
+from tracker.ledger.observations import Arrays
+from tracker.ledger.outcomes import PROXY_SUMS
+from tracker.ledger.tables import OUTER, RESAMPLES, SEED
+from tracker.ledger.viewed import Viewed, gold_logprobs
+from tracker.metrics.accuracy import weights_by_task
+from tracker.metrics.budgets import Measure
+from tracker.metrics.correlation import Correlation, correlate, row_coefficients
+from tracker.metrics.resampling import resampled_means
+from tracker.records import CellRecord
+from tracker.studies.base import Asked, Subject
+from tracker.studies.observing import Observe, Observed, observe
+
+Array = NDArray[np.float64]
+KIND = "output-proxies-1"
+"""What is observed besides outcomes: the sums of `output_proxies`."""
+DROP = "accuracy drop"
+NAMES: Mapping[str, str] = {
+    "cosine_score": "cosine score",
+    "angular_distance": "angular distance",
+    "relative_update": "relative update",
+    "gate_gradient": "first-order Taylor",
+    "lens_changes": "logit-lens change",
+    "loss_increase": "log-perplexity increase",
+    "kl": "KL divergence",
+    "js": "Jensen–Shannon divergence",
+    "gold_logprob_drop": "gold log-prob drop",
+}
+"""The proxies, cheapest first, and what people call them."""
+ONE_PASS = ("cosine_score", "angular_distance", "relative_update", "lens_changes")
+BACKWARD = 3.0
+"""A forward and a backward pass: the latter multiplies twice as much."""
+_NO_NUMBER = {
+    "gate_gradient": "autograd cannot differentiate this model, or its loss is not finite",
+    "gold_logprob_drop": "a document has no gold answer, or none of a finite score",
+}
+
+
+def passes(proxy: str, layers: int, shared: bool) -> float:
+    """Price a proxy of all layers: forward passes through the whole model, a document.
+
+    A model without one of L layers passes L - 1, so intact and ablated ones together pass L²: L
+    passes one by one, and (L + 1) / 2 where each ablation shares the layers below with the intact
+    model (`StreamPlan.layer_passes`). The head is not counted.
+
+    Args:
+        proxy: One of `NAMES`, or `DROP`.
+        layers: L.
+        shared: Whether layers below a removed one are computed once.
+
+    Returns:
+        The price.
+    """
+    if proxy in ONE_PASS:
+        return 1.0
+    if proxy == "gate_gradient":
+        return BACKWARD
+    return (layers + 1) / 2 if shared else float(layers)
+
+
+@dataclass(frozen=True)
+class Found:
+    """How well a proxy orders the layers of one benchmark.
+
+    Attributes:
+        spearman: With interval and p-value; the other coefficients are None where it is.
+        inner: Spearman without the outer layers.
+        kendall: Tau-b.
+        pearson: r.
+        resampled: Spearman of each resample of the documents.
+    """
+
+    spearman: Correlation
+    inner: float | None
+    kendall: float | None
+    pearson: float | None
+    resampled: Array
+
+
+class Audited:
+    """One cell: drops and proxies of its whole layers, on the same documents in the same order."""
+
+    def __init__(self, subject: Subject, label: str, observed: Observed) -> None:
+        self.record: CellRecord = subject.record
+        self.label = label
+        view = Viewed(subject.store, subject.store.views.of(subject.request))
+        self.layers = [run.layer for run in view.runs]
+        metric = subject.record.metric
+        before = view.metric(INTACT, metric)
+        after = [view.metric(view.ablation(run), metric) for run in view.runs]
+        drops = np.stack([before - each for each in after], axis=1)
+        by_size = view.identity.benchmark.weight_by_size
+        weights = weights_by_task(view.tasks, by_size, view.units(metric))
+        total = subject.record.model.layers
+        price = passes(DROP, total, shared=True)
+        sign = 1 if subject.record.higher_is_better else -1
+        self.drop = Measure(sign * drops, weights, price)
+        self.tasks = view.tasks
+        self.inner = [i for i, at in enumerate(self.layers) if OUTER <= at < total - OUTER]
+        self.measures = {
+            name: Measure(values[:, self.layers], weighed, passes(name, total, shared=True))
+            for name, values, weighed in self._proxies(view, observed)
+        }
+        gold = gold_logprobs(view.of(INTACT))
+        lost = [gold - gold_logprobs(view.of(view.ablation(run))) for run in view.runs]
+        by_document = weights_by_task(view.tasks, by_size)
+        self.measures["gold_logprob_drop"] = Measure(np.stack(lost, axis=1), by_document, price)
+
+    def _proxies(self, view: Viewed, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
+        """Each proxy of every layer of the model: a mean a document, and what it weighs."""
+        base = view.of(INTACT)
+        tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
+        for column in PROXY_SUMS:
+            name = column.removesuffix("_sum")
+            means = np.stack(base[column].to_list()) / np.maximum(tokens, 1)[:, None]
+            if name == "cosine_similarity":
+                yield "cosine_score", 1 - means, tokens
+            else:
+                yield name, means, tokens
+        place = {document: i for i, document in enumerate(observed.documents)}
+        mine = [place[task, int(doc)] for task, doc in zip(view.tasks, base["doc"], strict=True)]
+        sums = {name: values[mine] for name, values in observed.arrays.items()}
+        tokens, predicted = sums["tokens"], sums["predicted"]
+        for name in ("lens_changes", "kl", "js"):
+            yield name, sums[name] / np.maximum(tokens, 1)[:, None], tokens
+        of_own = np.maximum(predicted, 1)[:, None]
+        yield "loss_increase", sums["loss_increase"] / of_own, predicted
+        # Of each document the size of its derivative, so that opposite ones do not cancel.
+        by_document = weights_by_task(view.tasks, view.identity.benchmark.weight_by_size)
+        yield "gate_gradient", np.abs(sums["gate_gradient"]) / of_own, by_document
+
+    @property
+    def strata(self) -> list[str] | None:
+        """What resamples keep at its size: the tasks of a group."""
+        return self.tasks if len(set(self.tasks)) > 1 else None
+
+    @cached_property
+    def drawn_drop(self) -> Array:
+        """The drop of each layer in each resample of the documents."""
+        return resampled_means(self.drop.values, RESAMPLES, SEED, self.strata, self.drop.weights)
+
+    def drawn(self, name: str) -> Array:
+        """The same of a proxy, in the same resamples."""
+        each = self.measures[name]
+        return resampled_means(each.values, RESAMPLES, SEED, self.strata, each.weights)
+
+    @cached_property
+    def found(self) -> dict[str, Found]:
+        """How well each proxy orders the layers."""
+        return {name: self._found(name) for name in NAMES}
+
+    def _found(self, name: str) -> Found:
+        x, y = self.measures[name].means(), self.drop.means()
+        drawn = self.drawn(name)
+        spearman = correlate(
+            x, y, coefficient="spearman", resampled_proxy=drawn, resampled_drop=self.drawn_drop
+        )
+        if spearman.value is None:
+            why = spearman.reason or ""
+            if why.startswith("the proxy is undefined"):
+                why = _NO_NUMBER.get(name, "a hidden state or a logit is not finite")
+            nothing = np.full(RESAMPLES, np.nan)
+            return Found(
+                Correlation("spearman", None, None, None, None, len(x), why),
+                None, None, None, nothing,
+            )  # fmt: skip
+        rows = row_coefficients(drawn, self.drawn_drop, "spearman")
+        inner = self._coefficient(x[self.inner], y[self.inner], "spearman")
+        kendall, pearson = (self._coefficient(x, y, each) for each in ("kendall", "pearson"))
+        return Found(spearman, inner, kendall, pearson, rows)
+
+    @staticmethod
+    def _coefficient(x: Array, y: Array, name: str) -> float | None:
+        if len(x) < 3:
+            return None
+        value = float(row_coefficients(x[None], y[None], name)[0])
+        return value if np.isfinite(value) else None
+
+
+def audited(asked: Asked, subjects: Sequence[Subject], labels: Sequence[str]) -> list[Audited]:
+    """Observe what the ledger lacks, and line everything up."""
+    return [
+        Audited(subject, label, observe(subject, KIND, asked, _begin))
+        for subject, label in zip(subjects, labels, strict=True)
+    ]
+
+
+def _begin(engine: Engine) -> Observe:
+    def watch(document: Document) -> Arrays:
+        return {name: each.numpy() for name, each in output_proxies(engine, document).items()}
+
+    return watch
