@@ -27,7 +27,9 @@ def study() -> None:
       tracker study audit experiments/demo.yaml
       tracker study calibration experiments/demo.yaml
       tracker study joint experiments/demo.yaml
+      tracker study rescale experiments/replaced.yaml
       tracker study snowball experiments/demo.yaml
+      tracker study theorem experiments/demo.yaml --epsilon 1e-8
     """
 
 
@@ -154,5 +156,28 @@ _study(
         default=2,
         show_default=True,
         help="Random directions for each layer and token; each costs as much as all removals.",
+    ),
+)
+
+_study(
+    "theorem",
+    """Build a model whose layer with the lowest cosine score decides every answer.
+
+    For the documents of EXPERIMENT's benchmarks and each ε, a transformer of five layers is written
+    down (its model gives the tokenizer alone) and measured as any model is: layer 2 has the cosine
+    score ε, the lowest; the model answers every document, and none without layer 2. The checkpoints
+    stay in RESULTS/studies/theorem, for transformers or lm_eval.
+
+    \b
+    Examples:
+      tracker study theorem experiments/demo.yaml
+      tracker study theorem experiments/demo.yaml --epsilon 1e-3 --epsilon 1e-8
+    """,
+    click.option(
+        "--epsilon",
+        type=float,
+        multiple=True,
+        help="Cosine score of the deciding layer; may be given again. Default: 1e-1, 1e-2, 1e-4, "
+        "1e-6 and 1e-8.",
     ),
 )

@@ -15,6 +15,7 @@ STUDIES: Mapping[str, str] = {
     "joint": "Joint",
     "rescale": "Rescale",
     "snowball": "Snowball",
+    "theorem": "Theorem",
 }
 """Name → its class. Each is in the module of this package that is called as it is."""
 
