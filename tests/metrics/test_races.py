@@ -1,0 +1,166 @@
+"""Who is settled, against all means that the bounds allow, and whole races against the truth."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.metrics.test_sequences import drops
+from tracker.metrics import races as module
+from tracker.metrics.races import Standing, standing
+from tracker.metrics.sequences import MeanSequences
+
+
+def test_docstring_examples() -> None:
+    assert doctest.testmod(module).failed == 0
+
+
+def bounds(*pairs: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    low, high = np.array(pairs).T
+    return low, high
+
+
+def said(found: Standing) -> tuple[list[int], list[int]]:
+    return np.flatnonzero(found.open).tolist(), np.flatnonzero(found.chosen).tolist()
+
+
+# -- worked examples -------------------------------------------------------------------------------
+
+
+def test_drops_are_known_when_no_interval_is_wider_than_twice_what_is_allowed() -> None:
+    low, high = bounds((0.0, 0.04), (-0.03, 0.02), (0.5, 0.5))
+    assert said(standing("drop", low, high, within=0.02)) == ([1], [])
+    assert standing("drop", low, high, within=0.025).answered
+
+
+def test_a_sign_is_known_when_0_is_outside_or_all_that_is_left() -> None:
+    low, high = bounds((0.01, 0.4), (-0.2, -0.01), (-0.1, 0.1), (0.0, 0.0), (0.0, 0.1))
+    assert said(standing("sign", low, high)) == ([2, 4], [0, 1])
+
+
+def test_the_fifth_place_is_contended() -> None:
+    low, high = bounds((0.5, 0.6), (0.3, 0.4), (0.1, 0.2), (0.15, 0.25), (0.0, 0.05))
+    assert said(standing("top", low, high, count=2)) == ([], [0, 1])
+    assert said(standing("top", low, high, count=3)) == ([2, 3], [0, 1])
+    assert said(standing("prune", low, high, count=2)) == ([2, 3], [4])
+    assert said(standing("prune", low, high, count=1)) == ([], [4])
+
+
+def test_a_tie_for_the_last_place_stays_open_unless_it_is_tolerated() -> None:
+    low, high = bounds((0.5, 0.5), (0.1, 0.1), (0.1, 0.1), (0.0, 0.0))
+    assert said(standing("top", low, high, count=2)) == ([1, 2], [0])
+    assert said(standing("top", low, high, count=3)) == ([], [0, 1, 2])
+    found = standing("top", low, high, count=2, within=0.001)
+    assert found.answered
+    assert found.chosen[0]
+    assert found.chosen.sum() == 2
+
+
+def test_who_may_not_be_chosen_is_not_though_it_looks_best() -> None:
+    # The others may be 0.72 or 0.67 better than the third is at worst, which is not tolerated.
+    low, high = bounds((0.18, 0.35), (0.03, 0.75), (0.14, 0.7))
+    assert said(standing("top", low, high, count=1, within=0.6)) == ([], [0])
+    # The second and third must be chosen; the first may be, and lies higher than the third.
+    low, high = bounds((0.2, 0.4), (0.1, 0.7), (0.1, 0.48))
+    assert said(standing("top", low, high, count=2, within=0.3)) == ([], [1, 2])
+
+
+def test_what_is_no_question() -> None:
+    low, high = bounds((0, 1), (0, 1))
+    for kind, count in (("top", 2), ("prune", 0), ("top", None)):
+        with pytest.raises(ValueError, match=rf"{kind}: {count} of 2"):
+            standing(kind, low, high, count=count)
+    with pytest.raises(ValueError, match="within what"):
+        standing("drop", low, high)
+
+
+# -- against all means that the bounds allow -------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("within", [None, 0.25])
+def test_what_is_settled_is_what_no_means_within_the_bounds_contradict(
+    seed: int, within: float | None
+) -> None:
+    generator = np.random.default_rng(seed)
+    runs = int(generator.integers(2, 7))
+    count = int(generator.integers(1, runs))
+    low = generator.random(runs) * 1.5
+    high = low + generator.random(runs) * generator.choice([0.05, 0.3, 1])
+    found = standing("top", low, high, count=count, within=within)
+    means = np.array(list(itertools.product(*zip(low, high, strict=True))))
+    last = np.sort(means, axis=1)[:, -count][:, None]
+    slack = within or 0
+    fits = (means >= last - slack - 1e-12).all(axis=0)  # never worse than allowed
+    if within is None:
+        assert found.chosen.tolist() == fits.tolist()
+        never = (means < last).all(axis=0)
+        assert found.open.tolist() == (~fits & ~never).tolist()
+    else:
+        spare = (means <= last + slack + 1e-12).all(axis=0)
+        assert (fits | spare)[~found.open].all()
+        assert fits[found.chosen].all()
+    if found.answered:
+        assert found.chosen.sum() == count
+        if within is not None:
+            assert spare[~found.chosen].all()
+
+
+@pytest.mark.parametrize("kind", ["drop", "top", "prune", "sign"])
+@pytest.mark.parametrize("seed", range(20))
+def test_narrower_bounds_take_nothing_back(kind: str, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    means = np.sort(generator.normal(size=9).round(1)) / 10
+    low, high = means - 1, means + 1
+    within = None if kind == "sign" else float(generator.choice([0.02, 0.1]))
+    before = np.ones(9, dtype=bool)
+    while before.any() and (high - low).max() > 1e-12:
+        found = standing(kind, low, high, count=4, within=within)
+        assert not (found.open & ~before).any()
+        before = found.open
+        # Only those who are still open are looked at.
+        low = np.where(before, means - (means - low) * generator.random(9), low)
+        high = np.where(before, means + (high - means) * generator.random(9), high)
+    assert kind == "sign" or not before.any()
+
+
+# -- whole races -----------------------------------------------------------------------------------
+
+SHARES = [0.3, 0.22, 0.2, 0.11, 0.1, 0.06, 0.05, 0.02, 0.01, 0.0]
+
+
+def race(kind: str, seed: int, **asked: float) -> tuple[Standing, np.ndarray, np.ndarray]:
+    """Run one to its end, with whoever is settled left out; returns the standing, means, n."""
+    generator = np.random.default_rng(seed)
+    population = np.stack([generator.permutation(drops(600, s + 0.02, 0.02)) for s in SHARES], 1)
+    drawn = generator.permutation(population)
+    sequence = MeanSequences(600, len(SHARES))
+    found = standing(kind, sequence.low, sequence.high, **asked)
+    for start in range(0, 600, 32):
+        contending = np.flatnonzero(found.open)
+        if not len(contending):
+            break
+        sequence.add(drawn[start : start + 32, contending], contending)
+        found = standing(kind, sequence.low, sequence.high, **asked)
+    return found, population.mean(axis=0), sequence.seen
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_race_ends_with_the_true_set_and_costs_less_than_everything(seed: int) -> None:
+    found, _, seen = race("top", seed, count=3)
+    assert said(found) == ([], [0, 1, 2])
+    assert seen.mean() < 400
+    assert seen.min() < seen.max()
+    found, _, seen = race("prune", seed, count=3)
+    assert said(found) == ([], [7, 8, 9])
+    found, means, _ = race("top", seed, count=2, within=0.05)
+    assert found.answered
+    assert (means[found.chosen] >= np.sort(means)[-2] - 0.05).all()
+    found, _, _ = race("sign", seed)
+    assert said(found) == ([], list(range(9)))
+    found, _, seen = race("drop", seed, within=0.05)
+    assert found.answered
+    assert seen.max() < 600
