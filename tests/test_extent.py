@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from tracker.config import cell_request
 from tracker.errors import RequestError
-from tracker.extent import ALL, Extent, random_order
+from tracker.extent import ALL, Extent, random_order, shuffled
 
 
 def test_the_order_is_the_same_for_ever() -> None:
@@ -45,3 +45,15 @@ def test_nonsense(wrong) -> None:
 def test_either_the_first_ones_or_some_drawn() -> None:
     with pytest.raises(RequestError, match="limit and sample are both given"):
         cell_request(model="m", benchmark="b", layers=(0,), limit=3, sample=3)
+
+
+def test_the_documents_of_all_tasks_in_one_order() -> None:
+    sizes = {"art": 400, "law": 1200, "zoo": 1}
+    order = shuffled(7, sizes)
+    for task, count in sizes.items():
+        assert [number for name, number in order if name == task] == random_order(7, task, count)
+    assert len(order) == 1601
+    # A beginning holds each task in proportion: 100 of 400, but for chance.
+    assert 75 < sum(name == "art" for name, _ in order[:400]) < 125
+    assert order == shuffled(7, dict(reversed(sizes.items())))
+    assert order != shuffled(8, sizes)

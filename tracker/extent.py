@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -47,8 +47,18 @@ def random_order(seed: int, task: str, documents: int) -> list[int]:
 
     The tasks of a group are drawn independently.
     """
+    return sorted(range(documents), key=lambda number: _lot(seed, task, number))
 
-    def key(number: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{task}/{number}".encode()).digest()
 
-    return sorted(range(documents), key=key)
+def shuffled(seed: int, documents: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Put the documents of all tasks, of which each has so many, into one random order.
+
+    Each task's own documents come in its `random_order`, and every beginning holds, but for
+    chance, each task in proportion.
+    """
+    every = [(task, number) for task, count in documents.items() for number in range(count)]
+    return sorted(every, key=lambda place: _lot(seed, *place))
+
+
+def _lot(seed: int, task: str, number: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{task}/{number}".encode()).digest()

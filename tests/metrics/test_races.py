@@ -10,8 +10,8 @@ import pytest
 
 from tests.metrics.test_sequences import drops
 from tracker.metrics import races as module
-from tracker.metrics.races import Standing, standing
-from tracker.metrics.sequences import MeanSequences
+from tracker.metrics.races import Race, Standing, standing
+from tracker.questions import question
 
 
 def test_docstring_examples() -> None:
@@ -132,35 +132,44 @@ def test_narrower_bounds_take_nothing_back(kind: str, seed: int) -> None:
 SHARES = [0.3, 0.22, 0.2, 0.11, 0.1, 0.06, 0.05, 0.02, 0.01, 0.0]
 
 
-def race(kind: str, seed: int, **asked: float) -> tuple[Standing, np.ndarray, np.ndarray]:
-    """Run one to its end, with whoever is settled left out; returns the standing, means, n."""
+def race(text: str, seed: int) -> tuple[Race, np.ndarray]:
+    """Run one to its end, with whoever is settled left out; returns it and the true means."""
     generator = np.random.default_rng(seed)
     population = np.stack([generator.permutation(drops(600, s + 0.02, 0.02)) for s in SHARES], 1)
     drawn = generator.permutation(population)
-    sequence = MeanSequences(600, len(SHARES))
-    found = standing(kind, sequence.low, sequence.high, **asked)
+    found = Race(question(text), 600, len(SHARES))
     for start in range(0, 600, 32):
-        contending = np.flatnonzero(found.open)
-        if not len(contending):
+        if found.standing.answered:
             break
-        sequence.add(drawn[start : start + 32, contending], contending)
-        found = standing(kind, sequence.low, sequence.high, **asked)
-    return found, population.mean(axis=0), sequence.seen
+        # Nobody measures what is settled.
+        found.look(np.where(found.standing.open, drawn[start : start + 32], np.nan))
+    return found, population.mean(axis=0)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_race_ends_with_the_true_set_and_costs_less_than_everything(seed: int) -> None:
-    found, _, seen = race("top", seed, count=3)
-    assert said(found) == ([], [0, 1, 2])
-    assert seen.mean() < 400
-    assert seen.min() < seen.max()
-    found, _, seen = race("prune", seed, count=3)
-    assert said(found) == ([], [7, 8, 9])
-    found, means, _ = race("top", seed, count=2, within=0.05)
-    assert found.answered
-    assert (means[found.chosen] >= np.sort(means)[-2] - 0.05).all()
-    found, _, _ = race("sign", seed)
-    assert said(found) == ([], list(range(9)))
-    found, _, seen = race("drop", seed, within=0.05)
-    assert found.answered
-    assert seen.max() < 600
+    found, _ = race("top 3", seed)
+    assert said(found.standing) == ([], [0, 1, 2])
+    assert found.bounds.seen.mean() < 400
+    assert found.bounds.seen.min() < found.bounds.seen.max()
+    found, _ = race("prune 3", seed)
+    assert said(found.standing) == ([], [7, 8, 9])
+    found, means = race("top 2 within 5 pp", seed)
+    assert found.standing.answered
+    assert (means[found.standing.chosen] >= np.sort(means)[-2] - 0.05).all()
+    found, _ = race("sign", seed)
+    assert said(found.standing) == ([], list(range(9)))
+    found, means = race("drop within 5 pp", seed)
+    assert found.standing.answered
+    assert found.bounds.seen.max() < 600
+    assert (abs((found.bounds.low + found.bounds.high) / 2 - means) <= 0.05 + 1e-9).all()
+
+
+def test_more_certainty_takes_more_documents() -> None:
+    seen = [race(f"drop within 5 pp at {level} %", 0)[0].bounds.seen.mean() for level in (50, 99.9)]
+    assert seen[0] < seen[1]
+
+
+def test_a_question_for_more_runs_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="top 4 of 4 runs chooses nothing"):
+        Race(question("top 4"), 100, 4)

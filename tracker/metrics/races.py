@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.questions import Kind
+from tracker.metrics.sequences import MeanSequences
+from tracker.questions import Kind, Question
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -91,6 +92,64 @@ def standing(
     if kind == "prune":
         low, high = -high, -low
     return _set(low, high, count, within or 0.0)
+
+
+class Race:
+    """Several means of one population, looked at until a question is answered.
+
+    The documents must come in random order. A run whose part of the answer is settled takes no
+    further part.
+
+    Attributes:
+        bounds: What is known of each mean, all of it together with the question's confidence.
+        standing: How the question stands.
+    """
+
+    def __init__(
+        self,
+        asked: Question,
+        population: int,
+        runs: int,
+        *,
+        lowest: float = -1.0,
+        highest: float = 1.0,
+    ) -> None:
+        """Begin before the first document.
+
+        Args:
+            asked: The question.
+            population: Documents that there are.
+            runs: How many means.
+            lowest: The lowest value that a document can have.
+            highest: The highest.
+
+        Raises:
+            ValueError: So many runs cannot answer it.
+        """
+        asked.refuse(runs)
+        self._asked = asked
+        self.bounds = MeanSequences(
+            population, runs, level=asked.level, lowest=lowest, highest=highest
+        )
+        self.standing = self._stand()
+
+    def look(self, values: Array) -> None:
+        """Look at further documents.
+
+        Args:
+            values: `[documents, runs]`; of runs that are not open they do not count, and may be
+                missing.
+
+        Raises:
+            ValueError: A value is not finite or out of range, or there are too many documents.
+        """
+        (contending,) = np.nonzero(self.standing.open)
+        self.bounds.add(values[:, contending], contending)
+        self.standing = self._stand()
+
+    def _stand(self) -> Standing:
+        low, high, asked = self.bounds.low, self.bounds.high, self._asked
+        return standing(asked.kind, low, high, asked.count, asked.within)
 
 
 def _set(low: Array, high: Array, count: int, within: float) -> Standing:
