@@ -79,10 +79,8 @@ class CellStore:
 
         Missing ablations, in the given order → the documents that lack just these.
         """
-        first = block.number * BLOCK
-        documents = self.wanted(extent)[block.task][first : first + BLOCK]
-        beside = self._in_other_orders(block, documents)
-        frame = self.read([block, *beside], columns=["doc", "ablation"])
+        documents = self.documents(block, extent)
+        frame = self.read_block(block, extent, ["doc", "ablation"])
         present = set(zip(frame["doc"], frame["ablation"], strict=True))
         work: dict[tuple[str, ...], list[int]] = {}
         for document in documents:
@@ -90,6 +88,19 @@ class CellStore:
             if absent:
                 work.setdefault(absent, []).append(document)
         return work
+
+    def documents(self, block: Block, extent: Extent) -> Sequence[int]:
+        """List the wanted documents of a block, in order."""
+        first = block.number * BLOCK
+        return self.wanted(extent)[block.task][first : first + BLOCK]
+
+    def read_block(
+        self, block: Block, extent: Extent, columns: list[str] | None = None
+    ) -> pd.DataFrame:
+        """Read the outcomes of the wanted documents of a block, as `read_documents`."""
+        documents = self.documents(block, extent)
+        frame = self.read([block, *self._in_other_orders(block, documents)], columns)
+        return frame[frame["doc"].isin(documents)]
 
     def _in_other_orders(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
         """Find the blocks of other orders that hold some documents of a block."""

@@ -1,0 +1,152 @@
+"""The race that a ledger decides, against one over the outcomes themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+
+from tracker.config import CellRequest
+from tracker.errors import ExperimentError, WorkError
+from tracker.extent import shuffled
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
+from tracker.ledger.races import CellRace
+from tracker.metrics.races import Race
+from tracker.questions import question
+
+SEED = 5
+RUNS = 4
+LOST = [0.6, 0.35, 0.1, 0.02]
+"""How much each layer costs."""
+Outcomes = dict[tuple[str, int], np.ndarray]
+
+
+def outcomes(sizes: Mapping[str, int]) -> Outcomes:
+    """Whether the intact model and the others are right, a document."""
+    draw = np.random.default_rng(1)
+    return {
+        (task, number): np.array([1.0, *(draw.random(RUNS) >= LOST)])
+        for task, size in sizes.items()
+        for number in range(size)
+    }
+
+
+@pytest.fixture
+def cell(ledger, model_identity, benchmark_identity) -> Callable[..., CellStore]:
+    def make(sizes: Mapping[str, int], **changes: object) -> CellStore:
+        benchmark = benchmark_identity(sizes, {"acc": "mean", "word": "ratio"}, **changes)
+        return ledger.cell(model_identity(), benchmark, {"numpy": "2.4"})
+
+    return make
+
+
+@pytest.fixture
+def measure(row) -> Callable[..., int]:
+    """Measure what a race asks for, until it asks no more; returns how many outcomes that was."""
+
+    def measure(store: CellStore, race: CellRace, every: Outcomes, at_most: int = 10**6) -> int:
+        measured = 0
+        while race.lacking and at_most:
+            block, names = race.lacking
+            numbers = [0 if name == "baseline" else 1 + int(name[6:]) for name in names]
+            rows = [
+                row(doc, name, block.task, every[block.task, doc][number])
+                for doc in store.documents(block, race.extent)
+                for name, number in zip(names, numbers, strict=True)
+            ]
+            store.write(block, rows, {"device": "cpu"})
+            measured, at_most = measured + len(rows), at_most - 1
+            race.advance()
+        return measured
+
+    return measure
+
+
+def race_of(store: CellStore, text: str, metric: str = "acc") -> CellRace:
+    request = CellRequest(model="m", benchmark="b", layers=tuple(range(RUNS)), metric=metric)
+    return CellRace(store, store.views.of(request), question(text), SEED)
+
+
+def test_a_single_task_is_the_race_over_its_outcomes(cell, measure) -> None:
+    sizes = {"arc_easy": 500}
+    every, store = outcomes(sizes), cell(sizes)
+    found = race_of(store, "top 1")
+    assert found.lacking == (
+        Block("arc_easy", 0, SEED),
+        ("baseline", "layer:0", "layer:1", "layer:2", "layer:3"),
+    )
+    measured = measure(store, found, every)
+    plain = Race(question("top 1"), 500, RUNS)
+    drops = np.array([every[place][0] - every[place][1:] for place in shuffled(SEED, sizes)])
+    for start in range(0, 500, 32):
+        if not plain.standing.answered:
+            plain.look(drops[start : start + 32])
+    assert found.race.bounds.low.tolist() == plain.bounds.low.tolist()
+    assert found.race.bounds.high.tolist() == plain.bounds.high.tolist()
+    assert found.race.standing.chosen.tolist() == [True, False, False, False]
+    assert found.looked == plain.bounds.seen.max() < 500
+    # Whoever was settled was measured no longer.
+    assert measured == plain.bounds.seen.sum() + found.looked
+    assert plain.bounds.seen.min() < found.looked
+
+
+def test_killed_and_continued_it_is_the_same_race(cell, measure) -> None:
+    sizes = {"arc_easy": 500}
+    every, store = outcomes(sizes), cell(sizes)
+    measure(store, race_of(store, "top 1"), every, at_most=2)
+    again = race_of(store, "top 1")
+    assert again.looked == 64
+    assert again.lacking[0].number == 2
+    measure(store, again, every)
+    third = race_of(store, "top 1")
+    assert third.lacking is None
+    assert third.race.bounds.low.tolist() == again.race.bounds.low.tolist()
+    assert third.looked == again.looked
+
+
+def test_a_block_counts_only_when_all_before_it_are_there(cell, measure, fill) -> None:
+    store = cell({"arc_easy": 500})
+    later = Block("arc_easy", 3, SEED)
+    found = race_of(store, "top 1")
+    names = ["baseline", *(f"layer:{number}" for number in range(RUNS))]
+    fill(store, later, store.documents(later, found.extent), names)
+    found.advance()
+    assert found.looked == 0
+    assert found.lacking[0].number == 0
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_tasks_come_in_proportion_and_the_end_is_the_benchmarks_drop(
+    by_size: bool, cell, measure
+) -> None:
+    sizes = {"art": 300, "law": 100}
+    every, store = outcomes(sizes), cell(sizes, weight_by_size=by_size)
+    found = race_of(store, "drop within 0.01 pp")
+    asked = []
+    while found.lacking:
+        asked.append(found.lacking[0].task)
+        measure(store, found, every, at_most=1)
+    assert asked.count("art") == 10
+    assert 1 <= asked[:7].count("law") <= 3
+    assert found.looked == found.population == 400
+    drops = {
+        task: np.mean([v[0] - v[1:] for (name, _), v in every.items() if name == task], axis=0)
+        for task in sizes
+    }
+    share = 0.75 if by_size else 0.5
+    exact = share * drops["art"] + (1 - share) * drops["law"]
+    assert found.race.bounds.low == pytest.approx(exact, abs=1e-9)
+    assert found.race.bounds.high == pytest.approx(exact, abs=1e-9)
+
+
+def test_what_no_outcomes_can_answer_is_refused(cell, measure) -> None:
+    store = cell({"arc_easy": 40})
+    with pytest.raises(ExperimentError, match="'until': top 4 of 4 runs chooses nothing"):
+        race_of(store, "top 4")
+    with pytest.raises(ExperimentError, match="such as acc; word of arc_easy is none"):
+        race_of(store, "top 1", "word")
+    every = {place: found * 2 for place, found in outcomes({"arc_easy": 40}).items()}
+    with pytest.raises(WorkError, match="acc is 2 for a document of arc_easy"):
+        measure(store, race_of(store, "top 1"), every)
