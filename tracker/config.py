@@ -19,8 +19,9 @@ from pydantic import (
 
 from tracker.arguments import Arguments
 from tracker.errors import RequestError
-from tracker.extent import DEFAULT_SEED, Extent, Positive
+from tracker.extent import DEFAULT_SEED, EVERY, Extent, Positive
 from tracker.problems import first_problem
+from tracker.questions import Question, question
 from tracker.safe_yaml import short
 
 T = TypeVar("T")
@@ -65,6 +66,11 @@ def _folders(given: Any) -> Any:
     )
 
 
+def _asked(text: str) -> str:
+    """Write a question as it is understood."""
+    return str(question(text))
+
+
 Folders = Annotated[tuple[Name, ...], BeforeValidator(_folders)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
 MAX_LAYERS = 10_000
@@ -102,6 +108,8 @@ class CellRequest(Strict):
     """Documents per task, from the first; None = all, as in lm-eval."""
     sample: Positive | None = None
     """Documents per task, drawn at random with `seed`; None = not drawn."""
+    until: Annotated[Name, AfterValidator(_asked)] | None = None
+    """A question: documents come in the random order of `seed` until it is answered."""
     metric: Name | None = None
     """None = the metric that the benchmark's field reports."""
     seed: int = DEFAULT_SEED
@@ -131,6 +139,12 @@ class CellRequest(Strict):
                 "enable_thinking needs think_end_token, such as </think>: what of a text is the "
                 "answer? lm-eval asks for it too"
             )
+        if self.until is not None and (self.limit is not None or self.sample is not None):
+            given = "limit" if self.sample is None else "sample"
+            raise ValueError(
+                f"until and {given} are both given: as many documents as the answer takes, or "
+                "just so many? Leave one of them out"
+            )
         if self.limit is not None and self.sample is not None:
             raise ValueError(
                 "limit and sample are both given: the first documents, or some drawn at random? "
@@ -140,8 +154,15 @@ class CellRequest(Strict):
 
     @property
     def extent(self) -> Extent:
-        """Which documents are wanted."""
+        """Which documents are wanted, at most where there is a question."""
+        if self.until is not None:
+            return Extent(sample=EVERY, seed=self.seed)
         return Extent(limit=self.limit, sample=self.sample, seed=self.seed)
+
+    @property
+    def question(self) -> Question | None:
+        """What the cell is measured for; None = for all that was asked for."""
+        return None if self.until is None else question(self.until)
 
     @property
     def title(self) -> str:

@@ -137,6 +137,7 @@ class Parameters(Strict):
     num_fewshot: _Choice | None = None
     limit: _Choice | None = None
     sample: _Choice | None = None
+    until: _Choice | None = None
     metric: _Choice | None = None
     seed: _Choice | None = None
     data: _Choice | None = None

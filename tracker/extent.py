@@ -40,6 +40,8 @@ class Extent(BaseModel):
 
 
 ALL = Extent()
+EVERY = 10**9
+"""A sample that leaves nothing out: all documents, in their random order."""
 
 
 def random_order(seed: int, task: str, documents: int) -> list[int]:

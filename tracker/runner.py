@@ -16,6 +16,7 @@ from tracker.errors import RequestError, TrackerError
 from tracker.executors.registry import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
+from tracker.measuring.answering import answer
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options
 from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 _NO_RUNS: dict[str, Any] = {
     "limit": None,
     "sample": None,
+    "until": None,
     "layers": (),
     "components": (),
     "spans": (),
@@ -91,6 +93,11 @@ def run_cells(
             computed or written.
     """
     ledger.refuse_unwritable()
+    if options.executor != "local" and any(request.until for request in requests):
+        raise RequestError(
+            f"'until' is answered in one process, not by --executor {options.executor}: leave one "
+            "of the two out"
+        )
     asked = [look_up(request, ledger) for request in requests]
     todo = [cell for cell in asked if not cell.complete]
     for cell in asked:
@@ -146,6 +153,7 @@ class _Finisher:
                 raise outcome
             shown = outcome.views.ask(cell.request, self._publisher.project)
             view = outcome.views.of(cell.request)
+            found = answer(outcome, cell.request)
             record = record_of(outcome, view)
             # A backend shows all that was asked of the cell, not only what was asked now.
             whole = record if shown == view else record_of(outcome, shown)
@@ -159,6 +167,8 @@ class _Finisher:
             self._progress.say(f"{title} failed: {report.failed[title]}")
             return
         self.records[cell.request] = record
+        if found is not None:
+            self._progress.say(f"{title}: {found}")
         self._publishing.append((title, self._publisher.begin(outcome, whole, left)))
         while self._publishing and self._publishing[0][1].done():
             self._take()

@@ -164,6 +164,7 @@ def run(
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
 @documents
+@click.option("--until", help="Only of an experiment file that `tracker run` measures.")
 @click.option("--metric", help="Default: the metric that the benchmark's field reports.")
 @click.option(
     "--seed",

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
+from tracker.ledger.races import race_of
 from tracker.ledger.store import Ledger
-from tracker.measuring.fill import fill, open_cell
+from tracker.measuring.fill import fill, fill_until, open_cell
 from tracker.measuring.job import Begun, Done, Job, Options
 from tracker.measuring.meter import Meter, Model, open_model
 from tracker.measuring.progress import Progress
@@ -69,5 +70,8 @@ def measure_cell(
     lost = meter.check(Checks(ledger.root))
     for line in lost:
         progress.say(line)
-    fill(store, lacking, meter, request.extent, progress)
+    if request.until is None:
+        fill(store, lacking, meter, request.extent, progress)
+    else:
+        fill_until(race_of(store, request), store, meter, progress)
     return store, lost

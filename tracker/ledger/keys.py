@@ -53,6 +53,7 @@ def request_key(
             "removed",
             "limit",
             "sample",
+            "until",
             "metric",
         }
     )

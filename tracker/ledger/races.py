@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tracker.ablations import INTACT, ablation_of
+from tracker.config import CellRequest
 from tracker.errors import ExperimentError, WorkError
 from tracker.extent import Extent, shuffled
 from tracker.ledger.blocks import BLOCK, Block, places
@@ -28,6 +29,13 @@ def refuse_unbounded(identity: CellIdentity, metric: str) -> None:
         )
 
 
+def race_of(store: CellStore, request: CellRequest) -> CellRace:
+    """Run the race that a request with a question asks for; errors as `CellRace`."""
+    asked = request.question
+    assert asked is not None
+    return CellRace(store, store.views.of(request), asked, request.seed)
+
+
 class CellRace:
     """The race that a cell's outcomes decide; the same one in every process, and after a kill.
 
@@ -37,6 +45,8 @@ class CellRace:
     for nothing, because it may be there for a reason.
 
     Attributes:
+        asked: The question.
+        runs: Whose means they are.
         race: How it stands, one mean for each run of the view.
         lacking: Which block is to be measured next, and under which ablations; None once the
             question is answered, or all documents have been looked at.
@@ -63,6 +73,7 @@ class CellRace:
         self.population = sum(counts.values())
         self.looked = 0
         self.lacking: tuple[Block, tuple[str, ...]] | None = None
+        self.asked, self.runs = asked, view.runs
         self._store, self._metric = store, METRIC + view.metric
         self._names = [ablation_of(run, view.removed).name for run in view.runs]
         self._order = shuffled(seed, counts)
@@ -91,7 +102,7 @@ class CellRace:
         WorkError where a document has no finite score, or one that is not between 0 and 1.
         """
         while not self.race.standing.answered and self._ends:
-            block = self._blocks[len(self._blocks) - len(self._ends)]
+            block = self.left[0]
             names = self._needed()
             frame = self._store.read_block(block, self.extent, ["doc", "ablation", self._metric])
             table = frame.pivot(index="doc", columns="ablation", values=self._metric)
@@ -110,6 +121,11 @@ class CellRace:
             self.race.look(np.stack(taken) * self._scale[self.looked : end, None])
             self.looked = end
         self.lacking = None
+
+    @property
+    def left(self) -> list[Block]:
+        """The blocks that were not looked at, in the order in which they come."""
+        return self._blocks[len(self._blocks) - len(self._ends) :]
 
     def _needed(self) -> tuple[str, ...]:
         """Name the baseline and the runs that are open."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from filelock import Timeout
 
@@ -11,8 +11,10 @@ from tracker.ablations import ablations_of
 from tracker.extent import Extent
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
+from tracker.ledger.races import CellRace, race_of
 from tracker.ledger.store import Ledger
-from tracker.measuring.meter import Facts, Meter
+from tracker.measuring.answering import contending
+from tracker.measuring.meter import Facts, Meter, Place
 from tracker.measuring.prepare import CellLookup, look_up
 from tracker.measuring.progress import Progress
 
@@ -34,6 +36,9 @@ def open_cell(
     if key:
         ledger.remember(key, store)
     extent, names = asked.request.extent, names_of(asked, store)
+    if asked.request.until is not None:
+        race = race_of(store, asked.request)
+        return store, at_most(race, store, facts.responses)
     if store.is_complete(extent, names):
         return store, {}
     lacking = {
@@ -50,6 +55,43 @@ def open_cell(
 def names_of(asked: CellLookup, store: CellStore) -> list[str]:
     """Name the ablations that a cell is measured under."""
     return [a.name for a in ablations_of(asked.request, store.identity.model.layers)]
+
+
+def at_most(race: CellRace, store: CellStore, responses: Mapping[Place, int]) -> dict[Block, int]:
+    """Say how many responses each block takes until a race is over, if nobody leaves it."""
+    if race.lacking is None:
+        return {}
+    streams = 1 + int(race.race.standing.open.sum())
+    return {
+        block: streams * sum(responses[block.task, d] for d in store.documents(block, race.extent))
+        for block in race.left
+    }
+
+
+def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progress) -> None:
+    """Measure block after block, each under the ablations that are open, until a race is over.
+
+    A block that another process holds is waited for: what comes after it depends on it.
+    """
+    expected = sum(at_most(race, store, meter.facts.responses).values())
+    progress.start(store.identity.benchmark.name, expected)
+    try:
+        while race.lacking is not None:
+            block, names = race.lacking
+            try:
+                with store.lock(block).acquire(timeout=0):
+                    expected -= _fill_block(store, block, names, meter, race.extent, progress)
+            except Timeout:
+                time.sleep(WAIT)
+            were = race.race.standing.open.sum()
+            race.advance()
+            left = sum(at_most(race, store, meter.facts.responses).values())
+            progress.expect(left - expected)
+            expected = left
+            if 0 < race.race.standing.open.sum() < were:
+                progress.say(f"{race.looked:,} documents: {contending(race)}")
+    finally:
+        progress.finish()
 
 
 def fill(
@@ -78,6 +120,7 @@ def _fill(
     extent: Extent,
     progress: Progress,
 ) -> None:
+    names = [ablation.name for ablation in meter.ablations]
     pending = list(lacking)
     told = False
     while pending:
@@ -85,7 +128,7 @@ def _fill(
         for block in pending:
             try:
                 with store.lock(block).acquire(timeout=0):
-                    done = _fill_block(store, block, meter, extent, progress)
+                    done = _fill_block(store, block, names, meter, extent, progress)
                     progress.advance(lacking[block] - done)
             except Timeout:
                 left.append(block)
@@ -98,7 +141,12 @@ def _fill(
 
 
 def _fill_block(
-    store: CellStore, block: Block, meter: Meter, extent: Extent, progress: Progress
+    store: CellStore,
+    block: Block,
+    names: Sequence[str],
+    meter: Meter,
+    extent: Extent,
+    progress: Progress,
 ) -> int:
     """Measure what one block lacks; returns the responses that were reported as scored."""
     done = 0
@@ -108,7 +156,6 @@ def _fill_block(
         done += responses
         progress.advance(responses)
 
-    names = [ablation.name for ablation in meter.ablations]
     for absent, indices in store.missing(block, extent, names).items():
         shard = meter.measure(block.task, absent, indices, advance)
         store.write(block, shard.rows, shard.metadata)

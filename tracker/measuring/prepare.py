@@ -11,6 +11,7 @@ from tracker.config import CellRequest
 from tracker.errors import ExperimentError, UnreachableError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import request_key
+from tracker.ledger.races import race_of
 from tracker.ledger.store import Ledger
 from tracker.models.sources import ModelSource, count_layers, find_model
 from tracker.provenance import package_versions
@@ -50,6 +51,8 @@ def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
+    if request.until is not None:
+        return race_of(store, request).lacking is None
     ablations = ablations_of(request, store.identity.model.layers)
     return store.is_complete(request.extent, [ablation.name for ablation in ablations])
 
@@ -81,6 +84,11 @@ def widened(
     Raises:
         ExperimentError: A layer is out of range.
     """
+    if request.until is not None:
+        raise ExperimentError(
+            "'until' asks about all runs of a cell, and a trial of a sweep is one: give the "
+            "experiment file to tracker run, or leave 'until' out of it"
+        )
     asked = look_up(request, ledger)
     layers: int = (
         asked.store.identity.model.layers
@@ -132,9 +140,16 @@ def check_layers(asked: Sequence[CellLookup], trust_remote_code: bool) -> None:
 
 
 def check_range(request: CellRequest, layers: int) -> None:
-    """Raise ExperimentError where a layer is none of so many, or nothing is left to remove."""
+    """Raise ExperimentError where a layer is none of so many, nothing is left to remove, or what is
+    left answers no question."""
     _check_bounds(request, layers)
-    if request.layers and not any(removals(request, layers)):
+    runs = len(list(removals(request, layers)))
+    if request.question is not None:
+        try:
+            request.question.refuse(runs)
+        except ValueError as error:
+            raise ExperimentError(f"{request.title}: 'until': {error}") from None
+    if request.layers and not runs:
         raise ExperimentError(
             f"{request.title}: nothing is left to remove; every span of "
             f"{' or '.join(map(str, request.spans))} layers reaches beyond layer {layers - 1} or "

@@ -1,0 +1,143 @@
+"""Cells that are measured until a question is answered."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import tracker
+from tracker.config import CellRequest
+from tracker.errors import ExperimentError, RequestError
+from tracker.extent import random_order
+from tracker.ledger.store import Ledger
+from tracker.measuring.progress import Silent
+from tracker.metrics.races import Race
+from tracker.questions import question
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Heard(Silent):
+    """Remembers what is said, and counts."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.expected = self.came = 0
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def start(self, title: str, total: int, unit: str = "responses") -> None:
+        self.expected = total
+
+    def expect(self, more: int) -> None:
+        self.expected += more
+
+    def advance(self, responses: int) -> None:
+        self.came += responses
+
+
+def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
+    tiny_llama, experiment, tmp_path
+):
+    model, results = tiny_llama(seed=6), tmp_path / "results"
+    settings, all_of = {"results": results, "track": []}, {"benchmark": "openbookqa", "limit": None}
+    until = experiment(model, **all_of, until="drop within 15 pp at 80 %")
+    heard = Heard()
+    done = tracker.run(until, progress=heard, **settings)
+    (cell,) = done.cells
+    total = cell.benchmark.tasks[0].documents
+    assert 0 < cell.n < total
+    assert cell.reasons["n"] == f"{cell.n} of {total} documents are measured so far"
+    assert heard.came == heard.expected
+
+    # What was measured: a beginning of the random order, of some runs more than of others.
+    (store,) = Ledger(results).cells()
+    frame = store.read(columns=["doc", "ablation", "metric/acc_norm"])
+    numbers = {name: set(rows["doc"]) for name, rows in frame.groupby("ablation")}
+    order = random_order(1234, "openbookqa", total)
+    for found in numbers.values():
+        assert found == set(order[: len(found)])
+    sizes = {name: len(found) for name, found in numbers.items()}
+    assert cell.n == min(sizes.values())
+
+    # The same as a race over the outcomes of a whole run.
+    whole = tracker.run(experiment(model, "whole.yaml", **all_of), **settings)
+    assert whole.cells[0].n == total
+    frame = store.read(columns=["doc", "ablation", "metric/acc_norm"])
+    right = frame.pivot(index="doc", columns="ablation", values="metric/acc_norm").loc[order]
+    names = [f"layer:{number}" for number in range(4)]
+    drops = right[["baseline"]].to_numpy() - right[names].to_numpy()
+    race = Race(question("drop within 15 pp at 80 %"), total, 4)
+    while not race.standing.answered:
+        at = int(race.bounds.seen.max())
+        race.look(drops[at : at + 32])
+    assert [sizes[name] for name in names] == race.bounds.seen.tolist()
+    assert sizes["baseline"] == race.bounds.seen.max()
+    share = race.bounds.seen.sum() / (4 * total)
+    said = (
+        f"{cell.model.source} × openbookqa: drop within 15 pp at 80 %: each drop is known within "
+        f"15 pp (80 % confidence; {race.bounds.seen.max()} of {total} documents, "
+        f"{100 * share:.0f} % of the layer passes)"
+    )
+    assert heard.said[-1] == said
+    exact = [run.accuracy_drop for run in whole.cells[0].runs]
+    assert (race.bounds.low <= exact).all()
+    assert (race.bounds.high >= exact).all()
+
+    # Asked again, nothing is loaded.
+    again = Heard()
+    assert tracker.run(until, progress=again, **settings).outcome.models_loaded == 0
+    assert again.said == [said]
+
+
+def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
+    folder = tiny_llama()
+    weights = load_file(folder / "model.safetensors")
+    for name, values in weights.items():
+        if re.search(r"layers\.[12]\..*(o_proj|down_proj)", name):
+            values.zero_()  # these layers do nothing
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    heard, results = Heard(), tmp_path / "results"
+    tie = experiment(folder, limit=None, benchmark="copa", until="top 1", layer=[1, 2])
+    done = tracker.run(tie, progress=heard, results=results, track=[])
+    assert [run.accuracy_drop for run in done.cells[0].runs] == [0, 0]
+    assert heard.said[-1] == (
+        f"{folder} × copa: top 1: not answered by all documents, which leave layers 1, 2 open "
+        "(95 % confidence; 100 of 100 documents, 100 % of the layer passes)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"until": "top 1"}, ["until and limit are both given", "Leave one of them out"]),
+        ({"until": "top 1", "limit": None, "sample": 5}, ["until and sample are both given"]),
+        ({"until": "tops 1", "limit": None}, ["'parameters.until'", "Did you mean 'top'?"]),
+        ({"until": "top 4", "limit": None}, ["'until': top 4 of 4 runs chooses nothing"]),
+        (
+            {"until": "top 1", "limit": None, "benchmark": "corpus:{}/notes.txt", "data": None},
+            ["'until' needs a metric that is a mean of outcomes between 0 and 1"],
+        ),
+    ],
+)
+def test_what_contradicts_a_question_is_refused(settings, says, tiny_llama, experiment, tmp_path):
+    (tmp_path / "notes.txt").write_text("One.\n\nTwo.\n\nThree.\n")
+    settings["benchmark"] = settings.get("benchmark", "arc_easy").format(tmp_path)
+    file = experiment(tiny_llama(), **settings)
+    with pytest.raises(RequestError) as caught:
+        tracker.run(file, results=tmp_path / "results", track=[])
+    assert all(one in str(caught.value) for one in says), str(caught.value)
+    assert not list((tmp_path / "results").glob("cells/*/shards/*"))
+
+
+def test_an_agent_and_other_executors_do_not_answer(tiny_llama, experiment, tmp_path):
+    model = tiny_llama()
+    file = experiment(model, limit=None, until="top 1")
+    with pytest.raises(RequestError, match="in one process, not by --executor ray"):
+        tracker.run(file, results=tmp_path / "results", track=[], executor="ray")
+    request = CellRequest(model=str(model), benchmark="copa", layers=(1,), until="top 1")
+    with pytest.raises(ExperimentError, match="give the experiment file to tracker run"):
+        tracker.evaluate(request, results=tmp_path / "results", track=[])
