@@ -141,3 +141,9 @@ def test_an_agent_and_other_executors_do_not_answer(tiny_llama, experiment, tmp_
     request = CellRequest(model=str(model), benchmark="copa", layers=(1,), until="top 1")
     with pytest.raises(ExperimentError, match="give the experiment file to tracker run"):
         tracker.evaluate(request, results=tmp_path / "results", track=[])
+
+
+def test_a_study_does_not_stop_at_another_question(tiny_llama, experiment, tmp_path):
+    file = experiment(tiny_llama(), limit=None, benchmark="copa", until="top 1")
+    with pytest.raises(RequestError, match="'until' stops at the answer to another question"):
+        tracker.study("audit", file, results=tmp_path / "results", track=[])

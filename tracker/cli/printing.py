@@ -199,6 +199,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "self-check: what the model answers once more, plainly; besides, each architecture is "
         "attacked once on a miniature, which takes some seconds and is kept in the cache folder"
     )
+    if any(cell.request.until for cell in cells):
+        say("until: a cell ends when its question is answered; this is what all documents take")
     say(
         f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "
         f"(two-sided {100 * ALPHA:.0f} %, paired), and how many show {100 * MEANT:.0f} pp, if a "

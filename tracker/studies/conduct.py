@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tracker.errors import CellError
+from tracker.errors import CellError, ExperimentError
 from tracker.findings import FindingRecord
 from tracker.ledger.findings import keep_finding
 from tracker.measuring.derive import record_of
@@ -33,6 +33,11 @@ def conduct(study: Study, asked: Asked, publisher: Publisher) -> Conducted:
     RequestError if the file is not enough for it, CellError where no cell could be measured.
     """
     requests = study.requests(asked)
+    if any(request.until is not None for request in requests):
+        raise ExperimentError(
+            "'until' stops at the answer to another question than a study's; leave it out of the "
+            "file, or write 'sample' for fewer documents"
+        )
     outcome = run_cells(requests, asked.ledger, publisher, asked.options, asked.progress)
     subjects = []
     for request in requests:
