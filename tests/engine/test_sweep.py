@@ -403,7 +403,8 @@ def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(tiny_model, 
         loaded(model), MAX_LENGTH, habits=Habits(first=first, leftovers=leftovers, stay=True)
     )
     copy = engine.with_sharing(NO_PREFIX).without(ablate("mlp", [2], removed=[1]))
-    ((of, layers, silent, fresh, stay),) = asked
+    ((of, layers, silent, fresh, stay, changes, repeated),) = asked
+    assert (changes, repeated) == ({}, [])
     assert (of, layers, silent, stay) == (model, (1,), [model.model.layers[2].mlp], True)
     assert fresh is first
     assert (copy.sharing, copy.max_length, copy.habits.stay) == (PLAIN, MAX_LENGTH, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tracker.cli.printing import print_finding
@@ -17,6 +18,7 @@ from tracker.findings import (
     MapChart,
 )
 from tracker.ledger.findings import findings, keep_finding
+from tracker.reporting.export import export
 from tracker.reporting.html import render_page
 from tracker.reporting.studies import outgrown, study_chart, study_table
 
@@ -117,3 +119,16 @@ def test_the_terminal_shows_answers_tables_and_what_is_lacking(
     for words in ("Do layers add up?", "  No.", "12.5 (10.0 to 15.0)", "– the baseline is at"):
         assert words in said
     assert "could not be said: piqa: at chance" in said
+
+
+def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:
+    (path,) = export([], "md", tmp_path / "report.md", {}, [FINDING])
+    text = path.read_text()
+    assert "## Do layers add up?" in text
+    assert "| 3       | 12.5 (10.0 to 15.0) |" in text
+    assert "Could not be said: piqa: at chance" in text
+    export([], "csv", tmp_path / "data", {}, [FINDING])
+    frame = pd.read_csv(tmp_path / "data" / "joint--file-1.csv")
+    assert list(frame.columns) == ["layer", "drop", "drop low", "drop high"]
+    assert frame["drop low"].tolist()[0] == 0.1
+    assert frame["drop"].isna().tolist() == [False, True]

@@ -27,6 +27,7 @@ def study() -> None:
     \b
     Examples:
       tracker study audit experiments/demo.yaml
+      tracker study theorem experiments/demo.yaml --epsilon 1e-8
       tracker study snowball experiments/demo.yaml --draws 8
       tracker study joint experiments/demo.yaml --track none
       tracker study rescale experiments/replaced.yaml
@@ -89,6 +90,30 @@ _study(
       tracker study audit experiments/demo.yaml
       tracker study audit experiments/demo.yaml --results results --track none
     """,
+)
+
+_study(
+    "theorem",
+    """Can the lowest cosine score decide every answer?
+
+    The paper proves that it can; this study builds the model that shows it. For the documents of
+    EXPERIMENT's benchmarks and each ε, a transformer of five layers is written down (the file's
+    model gives the tokenizer alone) and measured as any model is: layer 2 has the cosine score ε,
+    the lowest; the model answers every document, and none without layer 2. The checkpoints stay in
+    the results folder, in studies/theorem, for transformers or lm_eval.
+
+    \b
+    Examples:
+      tracker study theorem experiments/demo.yaml
+      tracker study theorem experiments/demo.yaml --epsilon 1e-3 --epsilon 1e-8
+    """,
+    click.option(
+        "--epsilon",
+        type=float,
+        multiple=True,
+        help="Cosine score of the deciding layer; may be given again. Default: 1e-1, 1e-2, 1e-4, "
+        "1e-6 and 1e-8.",
+    ),
 )
 
 _study(

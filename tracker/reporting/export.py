@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from tracker.distribution import install_extra
 from tracker.errors import RequestError
+from tracker.findings import FindingRecord
 from tracker.ledger.files import write_atomically, write_text
 from tracker.records import CellRecord
 from tracker.reporting import caveats, formats, wording
@@ -28,6 +29,7 @@ from tracker.reporting.leaderboard.comparable import models_of
 from tracker.reporting.leaderboard.layers import layer_board
 from tracker.reporting.leaderboard.models import model_board
 from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.reporting.studies import study_frames, study_table
 from tracker.reporting.tables import overview_table
 
 More = Mapping[str, pd.DataFrame]
@@ -64,6 +66,7 @@ def export(
     form: str,
     place: Path,
     more: Mapping[str, pd.DataFrame] = {},
+    findings: Sequence[FindingRecord] = (),
 ) -> list[Path]:
     """Write a report in one of `FORMATS`, and list the files.
 
@@ -72,6 +75,7 @@ def export(
         form: A key of `FORMATS`.
         place: A file for `md` and `tex`, a folder otherwise.
         more: What `csv` and `parquet` hold besides the records' `frames`, by name.
+        findings: What studies found: in `md` as sections, in `csv` and `parquet` a frame a table.
 
     Returns:
         The files.
@@ -80,15 +84,23 @@ def export(
         RequestError: What draws figures is not installed.
         WorkError: The disk is full or refuses.
     """
-    return FORMATS[form](cells, place, more)
+    if form == "md":
+        return _markdown(cells, place, findings)
+    return FORMATS[form](cells, place, {**more, **study_frames(findings)})
 
 
-def _markdown(cells: Sequence[CellRecord], path: Path, more: More) -> list[Path]:
+def _markdown(
+    cells: Sequence[CellRecord], path: Path, findings: Sequence[FindingRecord]
+) -> list[Path]:
     parts = ["# Which layers matter", wording.summary(cells)]
     parts += ["## Leaderboards", LAYER_RULE, MODEL_RULE, INTERVAL_RULE]
     tables, notes = boards(cells)
     parts += [*map(_markdown_table, tables), *notes]
     parts += ["## Benchmarks", _pipes(overview_table(cells))]
+    for each in findings:
+        parts += [f"## {each.question}", f"`{each.study}` over `{each.experiment}`", *each.answers]
+        parts += map(_pipes, map(study_table, each.tables))
+        parts += [f"Could not be said: {line}" for line in each.lacking]
     write_text(path, "\n\n".join(parts) + "\n")
     return [path]
 
@@ -216,7 +228,7 @@ def _images(end: str, cells: Sequence[CellRecord], folder: Path, more: More) -> 
 
 
 FORMATS: Mapping[str, Write] = {
-    "md": _markdown,
+    "md": lambda cells, path, more: _markdown(cells, path, ()),
     "tex": _latex,
     "csv": partial(_data, partial(pd.DataFrame.to_csv, index=False), "csv"),
     "parquet": partial(_data, partial(pd.DataFrame.to_parquet, index=False), "parquet"),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import pandas as pd
+
 from tracker.findings import (
     Entry,
     FindingRecord,
@@ -122,6 +124,27 @@ def _set(entry: Entry, unit: Unit) -> Value:
         return Value(entry.value)
     value = shown(entry.value, write, entry.reason, scale)
     return with_interval(value, entry.low, entry.high, write, scale)
+
+
+def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
+    """Put the tables of findings into data frames, in the record's own units, by file stem.
+
+    A figure with an interval has columns `… low` and `… high`; an undefined one is empty.
+    """
+    return {
+        f"{finding.name}-{number}": pd.DataFrame([_plain(table, row) for row in table.rows])
+        for finding in findings
+        for number, table in enumerate(finding.tables, 1)
+    }
+
+
+def _plain(table: FoundTable, row: Sequence[Entry]) -> dict[str, float | str | None]:
+    found: dict[str, float | str | None] = {}
+    for place, (head, entry) in enumerate(zip(table.headings, row, strict=True)):
+        found[head.label] = entry.value
+        if any(each[place].low is not None for each in table.rows):
+            found |= {f"{head.label} low": entry.low, f"{head.label} high": entry.high}
+    return found
 
 
 def study_chart(found: FoundChart) -> Chart:

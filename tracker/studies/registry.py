@@ -15,6 +15,7 @@ STUDIES: Mapping[str, str] = {
     "joint": "Joint",
     "rescale": "Rescale",
     "snowball": "Snowball",
+    "theorem": "Theorem",
 }
 """Name → its class, which is in the folder of this package of that name."""
 

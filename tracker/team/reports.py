@@ -61,7 +61,7 @@ def write(found: Collected, form: str, path: Path) -> list[Path]:
     if form not in FORMATS:
         raise RequestError(f"there is no format {form!r}; use one of: html, {', '.join(FORMATS)}")
     more = {"documents": _documents(found)} if form in ("csv", "parquet") else {}
-    return export(found.cells, form, path, more)
+    return export(found.cells, form, path, more, found.findings)
 
 
 def _documents(found: Collected, private: bool = True) -> pd.DataFrame:
@@ -94,7 +94,7 @@ def publish(
             path = Path(folder) / "report.html"
             page = render_report(found.cells, found.experiments, path, decided, found.findings)
             more = {"documents": _documents(found, private)}
-            files = [page, *export(found.cells, "parquet", Path(folder), more)]
+            files = [page, *export(found.cells, "parquet", Path(folder), more, found.findings)]
             charts = dict(list(figures(found.cells).items())[:_CHARTS])
             says = "\n\n".join((summary(found.cells), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
             tables = board_tables(found.cells)

