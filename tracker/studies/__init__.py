@@ -7,6 +7,7 @@ A study is a folder of its name, and its rooms are called alike in all of them:
   those of one cell alone);
 - `tables` and `charts`: how these figures are laid out.
 
+What one study alone needs has a name of its own (`theorem` has `building` and `lessons`).
 What all share stands beside the folders: `base` says what a study is, `registry` which there are,
 `conduct` takes one from its file to its section; `documents` reads a cell document by document,
 `observing` observes more than outcomes, `layout` writes entries, tables and figures in sentences.
