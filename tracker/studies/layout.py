@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from tracker.findings import Entry, FoundTable, Heading, Unit
+from tracker.findings import Entry, FoundTable, Heading, Line, Unit
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.correlation import Correlation
 from tracker.reporting.formats import defined, interval, two_digits
@@ -48,6 +48,16 @@ def table(
             for row in rows
         ),
         notes=tuple(notes),
+    )
+
+
+def line(name: str, found: Sequence[Estimate]) -> Line:
+    """Make a curve of figures with their intervals."""
+    return Line(
+        name=name,
+        values=tuple(one.value for one in found),
+        low=tuple(one.low for one in found),
+        high=tuple(one.high for one in found),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from tracker.findings import Line, LineChart, MapChart
+from tracker.findings import LineChart, MapChart
 from tracker.records import CellRecord
 from tracker.reporting.formats import p_value
 from tracker.studies.joint.figures import Pairs
+from tracker.studies.layout import line
 
 
 def interaction_map(record: CellRecord, one: Pairs) -> MapChart:
@@ -55,12 +56,5 @@ def distance_chart(record: CellRecord, one: Pairs) -> LineChart:
         y="interaction",
         unit=one.unit,
         places=tuple(distances),
-        lines=(
-            Line(
-                name="pairs that are not at the floor" if one.floor.any() else "all pairs",
-                values=tuple(mean.value for mean in means),
-                low=tuple(mean.low for mean in means),
-                high=tuple(mean.high for mean in means),
-            ),
-        ),
+        lines=(line("pairs that are not at the floor" if one.floor.any() else "all pairs", means),),
     )

@@ -8,22 +8,16 @@ import numpy as np
 
 from tracker.findings import FoundChart, Line, LineChart, MapChart
 from tracker.metrics.accuracy import Estimate
-from tracker.studies.layout import gaps
+from tracker.studies.layout import gaps, line
 from tracker.studies.snowball.figures import ALL, Figures, Tokens, underrated
 
 SHOWN = 6
 """Layers whose paths are drawn, half of them underrated by cosine, half overrated."""
 
 
-def _line(name: str, totals: Sequence[Estimate], bands: bool = True) -> Line:
+def _line(name: str, totals: Sequence[Estimate]) -> Line:
     # The last layer has none, and no place on these charts.
-    some = totals[:-1]
-    return Line(
-        name=name,
-        values=tuple(one.value for one in some),
-        low=tuple(one.low for one in some) if bands else (),
-        high=tuple(one.high for one in some) if bands else (),
-    )
+    return line(name, totals[:-1])
 
 
 def beside_each_other(cells: Sequence[Figures]) -> LineChart:
