@@ -20,10 +20,9 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row
 from tracker.ledger.shards import read_shard
 from tracker.ledger.spreads import spread_of
-from tracker.ledger.tables import RESAMPLES, SEED
 from tracker.metrics.correlation import correlate
 from tracker.metrics.power import Spread
-from tracker.metrics.resampling import resampled_means
+from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
 from tracker.records import CellRecord, RunRecord
 
 from .conftest import cell_record

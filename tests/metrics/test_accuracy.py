@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.metrics import accuracy as module
 from tracker.metrics.accuracy import (
     accuracy,
     accuracy_drop,
@@ -34,10 +32,6 @@ def paired(both: int, lost: int, won: int, neither: int) -> tuple[Outcomes, Outc
 
 def uneven(n: int, generator: np.random.Generator) -> Outcomes:
     return generator.dirichlet(np.full(n, 5.0))
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 # -- weights ---------------------------------------------------------------------------------------

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.metrics import across as module
 from tracker.metrics.across import compared, reliability, sampling_noise, variance_across
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def test_its_mean_is_one_minus_the_mean_correlation() -> None:

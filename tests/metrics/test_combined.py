@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import doctest
-
 import numpy as np
 import pytest
 
-from tracker.metrics import combined
 from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.metrics.combined import difference, mean, ratio
 
 DRAWS = 400
-
-
-def test_the_docstring_examples_hold() -> None:
-    assert doctest.testmod(combined).failed == 0
 
 
 def outcomes(dice: np.random.Generator, n: int, before: float, kept: float, won: float) -> tuple:

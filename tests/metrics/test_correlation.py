@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 
@@ -42,10 +41,6 @@ def naive_tau_b(x: list[float], y: list[float]) -> float:
         untied_x += a != 0
         untied_y += b != 0
     return balance / math.sqrt(untied_x * untied_y) if untied_x and untied_y else math.nan
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def test_spearman_of_the_textbook() -> None:

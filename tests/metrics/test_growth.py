@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 
@@ -17,10 +16,6 @@ def growth(first, last, strata=None) -> Estimate:
     """The growth of a single column."""
     (found,) = growths(first[:, None], last[:, None], strata)
     return found
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def test_darwins_plants() -> None:

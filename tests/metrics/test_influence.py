@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import math
 
 import pytest
@@ -8,12 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.metrics import influence as module
 from tracker.metrics.influence import angular_distance, cosine_similarity, relative_update
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 
 
 def test_against_torch_in_double_precision() -> None:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import doctest
 from itertools import product
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.metrics import interaction as module
 from tracker.metrics.interaction import additivity, interactions, sign_flip_p
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def test_the_exact_test_is_that_of_all_signs() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import itertools
 
 import numpy as np
@@ -8,14 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.metrics import multiple as module
 from tracker.metrics.multiple import holm
 
 p_values = st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=6)
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 @given(p_values)

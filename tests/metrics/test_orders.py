@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 
 import numpy as np
@@ -18,10 +17,6 @@ from tracker.metrics.orders import (
     overlap,
     smooth_orders,
 )
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 2.5])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.metrics import reliability as module
 from tracker.metrics.correlation import row_coefficients
 from tracker.metrics.reliability import (
     disjoint_means,
@@ -20,10 +18,6 @@ from tracker.metrics.reliability import (
     stratified_orders,
     top_overlap,
 )
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def test_one_stratum_is_shuffled_freely() -> None:

@@ -1,17 +1,11 @@
 from __future__ import annotations
 
-import doctest
-
 import numpy as np
 import pytest
 from scipy import stats
 
 from tracker.metrics import resampling as module
 from tracker.metrics.resampling import bias_corrected_interval, document_counts, resampled_means
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def test_counts_draw_each_document_as_often_as_chance_does(

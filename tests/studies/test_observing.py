@@ -7,27 +7,22 @@ from pathlib import Path
 import numpy as np
 
 from tracker.engine.sweep import Engine
-from tracker.experiment import load_experiment
 from tracker.ledger.observations import Arrays
-from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
-from tracker.measuring.job import Options
-from tracker.measuring.prepare import look_up
-from tracker.measuring.progress import Silent
 from tracker.runner import run_cells
 from tracker.studies.base import Asked, Subject
 from tracker.studies.observing import Observed, observe
 from tracker.team.publish import Publisher
 
+from .conftest import asked_for, stores
+
 
 def _subject(path: Path, results: Path) -> tuple[Asked, Subject]:
-    experiment, _ = load_experiment(path)
-    asked = Asked(path, experiment, Ledger(results), Options("cpu"), Silent())
-    (request,) = experiment.cells()
+    asked = asked_for(path, results)
+    (request,) = asked.experiment.cells()
     publisher = Publisher((), "tracker", results)
     run_cells([request], asked.ledger, publisher, asked.options, asked.progress)
-    store = look_up(request, asked.ledger).store
-    assert store is not None
+    (store,) = stores(path, results)
     return asked, Subject(request, store, record_of(store, store.views.of(request)))
 
 

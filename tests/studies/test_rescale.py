@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from tracker import api
 from tracker.cli import main
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.store import Ledger
-from tracker.studies.rescale import WAYS
+from tracker.studies.rescale.figures import WAYS
+
+from .conftest import stores
 
 
 def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_path: Path):
@@ -20,7 +21,7 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
     done = api.study("rescale", path, results=tmp_path / "results", track=[])
     assert done.outcome.exit_code == 0
     summary, significant, per_layer = done.finding.tables
-    (store,) = Ledger(tmp_path / "results").cells()
+    (store,) = stores(path, tmp_path / "results")
     frame = store.read()
     wanted = {f"{way}:{layer}" for way in (*WAYS, "layer") for layer in (1, 2)} | {"baseline"}
     assert set(frame["ablation"]) == wanted

@@ -16,9 +16,11 @@ from tracker import api
 from tracker.cli import main
 from tracker.engine.refusal import RefusalError
 from tracker.errors import RequestError
-from tracker.findings import Entry, FindingRecord, FoundTable, LineChart, MapChart
+from tracker.findings import FindingRecord, FoundTable, LineChart, MapChart
 from tracker.studies import snowball as module
 from tracker.studies.observing import Observed
+
+from .conftest import column
 
 Conduct = Callable[..., FindingRecord]
 
@@ -35,11 +37,6 @@ def conduct(tiny_llama, experiment, tmp_path: Path) -> Conduct:
         return api.study("snowball", path, results=results, track=(), draws=draws).finding
 
     return run
-
-
-def column(table: FoundTable, label: str) -> list[Entry]:
-    place = [heading.label for heading in table.headings].index(label)
-    return [row[place] for row in table.rows]
 
 
 def values(table: FoundTable, label: str) -> list[object]:

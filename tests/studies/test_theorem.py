@@ -212,7 +212,7 @@ def test_what_has_no_accuracy_is_refused(tiny_llama, experiment, tmp_path: Path)
 def test_more_than_a_model_remembers_is_refused(
     tiny_llama, experiment, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("tracker.studies.theorem.MOST", 3)
+    monkeypatch.setattr("tracker.studies.theorem.building.MOST", 3)
     path = experiment(tiny_llama(), limit=4)
     with pytest.raises(RequestError, match="places would have to be remembered, and a model is"):
         api.study("theorem", path, results=tmp_path / "results", track=[])

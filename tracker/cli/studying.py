@@ -19,17 +19,19 @@ from tracker.cli.terminal import Show
 def study() -> None:
     """Answer a question of the paper or of its reviewers over an experiment file.
 
-    A study measures just what its answer lacks, through the ledger and the tracking backends as
-    'tracker run' does, prints the answer, and adds a section to the report.
+    Each command below is one question, asked of all models and benchmarks in EXPERIMENT, a file
+    such as 'tracker run' takes. A study measures just what its answer lacks, as 'tracker run' does:
+    what the results folder holds already is not measured again, and the rest is tracked. It prints
+    its answer, and adds tables and charts to the report in the results folder.
 
     \b
     Examples:
       tracker study audit experiments/demo.yaml
-      tracker study calibration experiments/demo.yaml
-      tracker study joint experiments/demo.yaml
-      tracker study rescale experiments/replaced.yaml
-      tracker study snowball experiments/demo.yaml
       tracker study theorem experiments/demo.yaml --epsilon 1e-8
+      tracker study snowball experiments/demo.yaml --draws 8
+      tracker study joint experiments/demo.yaml --track none
+      tracker study rescale experiments/replaced.yaml
+      tracker study calibration experiments/demo.yaml --reliability 0.8
     """
 
 
@@ -73,13 +75,15 @@ def _study(name: str, help_text: str, *options: Callable[[Any], Any]) -> None:
 
 _study(
     "audit",
-    """Set every proxy of a layer's relevance beside the accuracy that its removal costs.
+    """Which proxy tells what a layer's removal costs?
 
-    Measures the drop of each whole layer in EXPERIMENT, and nine proxies of it: cosine score,
-    angular distance, relative update, first-order Taylor, logit-lens changes, perplexity, KL and
-    Jensen-Shannon divergence, the gold answer's log-probability. Says how well each orders the
-    layers, beside chance, and for how many forward passes; with two benchmarks or more also whether
-    relevance depends on the task.
+    A proxy is a figure that stands in for the accuracy drop, as the cosine score does.
+    This study removes each whole layer in EXPERIMENT, measures the accuracy that it costs, and sets
+    nine proxies beside it: cosine score, angular distance, relative update, first-order Taylor,
+    logit-lens changes, perplexity, KL and Jensen-Shannon divergence, the gold answer's
+    log-probability. It says how well each orders the layers, beside chance, and for how many
+    forward passes; with two benchmarks or more also whether relevance depends on the task. At
+    least three layers; better all of them.
 
     \b
     Examples:
@@ -89,61 +93,38 @@ _study(
 )
 
 _study(
-    "calibration",
-    """Say how many documents until the ranking of layers is stable.
+    "theorem",
+    """Can the lowest cosine score decide every answer?
 
-    Draws random samples of the measured documents, and says how well two of them that share none
-    agree on the order of the layers: by the accuracy drop, and by the proxies. Measures just what
-    the file asks for; the more documents, the better the answer.
+    The paper proves that it can; this study builds the model that shows it. For the documents of
+    EXPERIMENT's benchmarks and each ε, a transformer of five layers is written down (the file's
+    model gives the tokenizer alone) and measured as any model is: layer 2 has the cosine score ε,
+    the lowest; the model answers every document, and none without layer 2. The checkpoints stay in
+    the results folder, in studies/theorem, for transformers or lm_eval.
 
     \b
     Examples:
-      tracker study calibration experiments/demo.yaml
-      tracker study calibration experiments/demo.yaml --reliability 0.8
+      tracker study theorem experiments/demo.yaml
+      tracker study theorem experiments/demo.yaml --epsilon 1e-3 --epsilon 1e-8
     """,
     click.option(
-        "--reliability",
+        "--epsilon",
         type=float,
-        default=0.9,
-        show_default=True,
-        help="The rank correlation of two samples that is wanted.",
+        multiple=True,
+        help="Cosine score of the deciding layer; may be given again. Default: 1e-1, 1e-2, 1e-4, "
+        "1e-6 and 1e-8.",
     ),
 )
 
 _study(
-    "joint",
-    """Say whether the drops of two layers add up when both are removed.
-
-    Removes every two of the file's layers together, and sets what both cost beside the sum of what
-    each costs alone. 30 layers have 435 pairs, about twelve times the work of the file itself.
-
-    \b
-    Examples:
-      tracker study joint experiments/demo.yaml
-      tracker study joint experiments/demo.yaml --track none
-    """,
-)
-
-_study(
-    "rescale",
-    """Is what a removal costs only missing scale?
-
-    Each layer is removed, and replaced by a factor, by its mean update and by a linear map of its
-    input, all fitted on other documents; how much of the drop does each win back?
-
-    \b
-    Example:
-      tracker study rescale experiments/replaced.yaml
-    """,
-)
-
-_study(
     "snowball",
-    """Follow what a layer's removal changes through all later layers.
+    """Do later layers amplify what a removal changes?
 
-    Each layer is removed, and perturbed by as much in random directions; the relative difference
-    to the intact residual stream behind each later layer says whether it grows. The file's
-    'layer' should hold every layer: their accuracy drops are set beside the growth.
+    Each layer is removed, and perturbed by as much in random directions. The difference to the
+    intact residual stream, relative to it, is followed behind every later layer: where it is larger
+    at the end than right behind the layer, it snowballs. The study says in which layers it does, by
+    what factor, and whether that explains what the cosine score misjudges. Let 'layer' in
+    EXPERIMENT hold every layer: the accuracy that each removal costs is set beside the growth.
 
     \b
     Examples:
@@ -160,24 +141,58 @@ _study(
 )
 
 _study(
-    "theorem",
-    """Build a model whose layer with the lowest cosine score decides every answer.
+    "joint",
+    """Do the drops of two layers add up?
 
-    For the documents of EXPERIMENT's benchmarks and each ε, a transformer of five layers is written
-    down (its model gives the tokenizer alone) and measured as any model is: layer 2 has the cosine
-    score ε, the lowest; the model answers every document, and none without layer 2. The checkpoints
-    stay in RESULTS/studies/theorem, for transformers or lm_eval.
+    Every two of the layers in EXPERIMENT are removed together, and what both cost is set beside the
+    sum of what each costs alone: more is called redundant, less sub-additive. 30 layers have 435
+    pairs, about twelve times the work of the file itself. Name fewer layers or documents for a
+    first look.
 
     \b
     Examples:
-      tracker study theorem experiments/demo.yaml
-      tracker study theorem experiments/demo.yaml --epsilon 1e-3 --epsilon 1e-8
+      tracker study joint experiments/demo.yaml
+      tracker study joint experiments/demo.yaml --track none
+    """,
+)
+
+_study(
+    "rescale",
+    """Is what a removal costs only missing scale?
+
+    Each layer in EXPERIMENT is removed, and replaced by a factor of its input, by its mean update
+    and by a linear map of its input, all fitted on other documents. The study says how much of the
+    drop each of these wins back, whatever 'intervention' the file names: if a factor does, the
+    layer was missed for the size of the hidden state alone. About four times the work of removing
+    the layers.
+
+    \b
+    Examples:
+      tracker study rescale experiments/replaced.yaml
+      tracker study rescale experiments/demo.yaml --results results --track none
+    """,
+)
+
+_study(
+    "calibration",
+    """How many documents until the ranking of layers is stable?
+
+    Random samples are drawn from the measured documents, and two of them that share none are asked
+    for the order of the layers: how well they agree is how far a ranking by so many documents can
+    be trusted. This is said of the accuracy drop and of the proxies, with the number of documents
+    that it takes. Nothing is measured but the cells in EXPERIMENT; the more documents, the better
+    the answer.
+
+    \b
+    Examples:
+      tracker study calibration experiments/demo.yaml
+      tracker study calibration experiments/demo.yaml --reliability 0.8
     """,
     click.option(
-        "--epsilon",
+        "--reliability",
         type=float,
-        multiple=True,
-        help="Cosine score of the deciding layer; may be given again. Default: 1e-1, 1e-2, 1e-4, "
-        "1e-6 and 1e-8.",
+        default=0.9,
+        show_default=True,
+        help="The rank correlation of two samples that is wanted.",
     ),
 )

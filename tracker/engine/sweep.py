@@ -313,17 +313,9 @@ class Engine:
 
     def parts(self, plan: StreamPlan) -> Parts:
         """Take the model apart for a plan."""
-        loaded = self.loaded
         sublayers = self._sublayers if plan.has_sublayers else None
-        return Parts(
-            loaded.model,
-            loaded.layers,
-            sublayers,
-            self.head,
-            loaded.device,
-            self._sight,
-            self.stand_ins,
-        )
+        model, layers, device = self.loaded.model, self.loaded.layers, self.loaded.device
+        return Parts(model, layers, sublayers, self.head, device, self._sight, self.stand_ins)
 
     def _sight(self, tokens: int) -> Sight:
         """How far each layer sees in a text of so many tokens."""

@@ -24,7 +24,7 @@ from tracker.metrics.accuracy import (
 from tracker.metrics.correlation import COEFFICIENTS, correlate
 from tracker.metrics.proxies import PROXIES, cosine_score, proxy_means
 from tracker.metrics.ratios import RATIO, ratio_of_sums
-from tracker.metrics.resampling import resampled_means
+from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
 from tracker.provenance import differences, united
 from tracker.records import (
     WHOLE_LAYER,
@@ -35,8 +35,6 @@ from tracker.records import (
 )
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
-RESAMPLES = 2000
-SEED = 0
 OUTER = 2
 """Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""
 

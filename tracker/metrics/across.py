@@ -32,7 +32,7 @@ _EPS = 1e-9
 
 
 def sampling_noise(
-    values: Array, weights: Array, strata: Sequence[str] | None = None
+    values: Array, weights: Array, strata: Sequence[str] | NDArray[np.generic] | None = None
 ) -> tuple[Array, Array]:
     """Measure a profile over layers on documents, and how far other documents would move it.
 

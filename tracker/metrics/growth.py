@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.metrics.accuracy import LEVEL, Estimate
-from tracker.metrics.resampling import resampled_means
-
-RESAMPLES = 2000
+from tracker.metrics.resampling import RESAMPLES, resampled_means
 
 
 def growths(

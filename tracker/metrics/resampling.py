@@ -9,6 +9,10 @@ from numpy.typing import NDArray
 
 from tracker.metrics.accuracy import LEVEL
 
+RESAMPLES = 2000
+"""How many times documents are drawn for an interval, unless said otherwise."""
+SEED = 0
+"""The seed of all draws, so that two figures of the same documents stay paired."""
 _CHUNK = 1_000_000
 """Draws that are held in memory at once."""
 

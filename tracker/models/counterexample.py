@@ -19,6 +19,8 @@ by the same number.
 All but layer 2 rewrite the junk, from one dimension into another, which is why they look important
 (the paper's second ingredient). Layers 3 and 4 make of a change by √(2ε) of the state's length one
 that turns the answer around (its first, the snowball). Remove layer 2 and the sign is -1 everywhere.
+
+It is long because what each layer does is said beside the weights that do it.
 """  # noqa: E501
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from tracker.config import CellRequest
 from tracker.experiment import Experiment
@@ -18,6 +18,12 @@ from tracker.records import WHOLE_LAYER, CellRecord, Kind
 
 if TYPE_CHECKING:
     import pandas as pd
+
+T = TypeVar("T")
+SIGNIFICANT = 0.05
+"""An adjusted p-value below this is called significant."""
+FEWEST = 3
+"""Layers that an order of layers needs."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,25 @@ def whole_layers(request: CellRequest) -> tuple[int, ...]:
     return tuple(sorted(request.layers)) if asked_for else ()
 
 
+def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:
+    """Ask for whole single layers of a cell and nothing else, with other fields as in `update`."""
+    alone: dict[str, Any] = {
+        "components": (WHOLE_LAYER.component,),
+        "spans": (WHOLE_LAYER.span,),
+        "interventions": (WHOLE_LAYER.intervention,),
+        "only": None,
+    }
+    return request.model_copy(update=alone | update)
+
+
+def grouped(each: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Put together what has the same key, in order."""
+    groups: dict[Hashable, list[T]] = {}
+    for one in each:
+        groups.setdefault(key(one), []).append(one)
+    return list(groups.values())
+
+
 @dataclass(frozen=True)
 class Said:
     """What a study says; see `FindingRecord`."""
@@ -98,7 +123,7 @@ class Said:
 
 
 class Study(Protocol):
-    """One question. A module of this package has one, and `registry` names it.
+    """One question. A folder of this package has one, and `registry` names it.
 
     Attributes:
         name: What it is called on the command line.

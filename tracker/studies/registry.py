@@ -17,7 +17,7 @@ STUDIES: Mapping[str, str] = {
     "snowball": "Snowball",
     "theorem": "Theorem",
 }
-"""Name → its class. Each is in the module of this package that is called as it is."""
+"""Name → its class, which is in the folder of this package of that name."""
 
 
 def open_study(name: str, settings: Mapping[str, Any] = {}) -> Study:

@@ -9,20 +9,18 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.ablations import INTACT
 from tracker.documents import Document
 from tracker.engine.divergence import output_proxies
 from tracker.engine.sweep import Engine
 from tracker.ledger.observations import Arrays
 from tracker.ledger.outcomes import PROXY_SUMS
-from tracker.ledger.tables import OUTER, RESAMPLES, SEED
-from tracker.ledger.viewed import Viewed, gold_logprobs
-from tracker.metrics.accuracy import weights_by_task
+from tracker.ledger.tables import OUTER
 from tracker.metrics.budgets import Measure
 from tracker.metrics.correlation import Correlation, correlate, row_coefficients
-from tracker.metrics.resampling import resampled_means
+from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
 from tracker.records import CellRecord
 from tracker.studies.base import Asked, Subject
+from tracker.studies.documents import ByDocument, a_token
 from tracker.studies.observing import Observe, Observed, observe
 
 Array = NDArray[np.float64]
@@ -97,56 +95,42 @@ class Audited:
     def __init__(self, subject: Subject, label: str, observed: Observed) -> None:
         self.record: CellRecord = subject.record
         self.label = label
-        view = Viewed(subject.store, subject.store.views.of(subject.request))
-        self.layers = [run.layer for run in view.runs]
-        metric = subject.record.metric
-        before = view.metric(INTACT, metric)
-        after = [view.metric(view.ablation(run), metric) for run in view.runs]
-        drops = np.stack([before - each for each in after], axis=1)
-        by_size = view.identity.benchmark.weight_by_size
-        weights = weights_by_task(view.tasks, by_size, view.units(metric))
+        cell = ByDocument(subject)
+        runs = cell.whole_layers
+        self.layers = [run.layer for run in runs]
+        ablations = [cell.outcomes.ablation(run) for run in runs]
         total = subject.record.model.layers
         price = passes(DROP, total, shared=True)
-        sign = 1 if subject.record.higher_is_better else -1
-        self.drop = Measure(sign * drops, weights, price)
-        self.tasks = view.tasks
+        self.drop = Measure(cell.drops(ablations), cell.weights, price)
+        self.tasks = cell.tasks
+        self.strata = cell.strata
         self.inner = [i for i, at in enumerate(self.layers) if OUTER <= at < total - OUTER]
         self.measures = {
             name: Measure(values[:, self.layers], weighed, passes(name, total, shared=True))
-            for name, values, weighed in self._proxies(view, observed)
+            for name, values, weighed in self._proxies(cell, observed)
         }
-        gold = gold_logprobs(view.of(INTACT))
-        lost = [gold - gold_logprobs(view.of(view.ablation(run))) for run in view.runs]
-        by_document = weights_by_task(view.tasks, by_size)
-        self.measures["gold_logprob_drop"] = Measure(np.stack(lost, axis=1), by_document, price)
+        lost = cell.gold_drops(ablations)
+        self.measures["gold_logprob_drop"] = Measure(lost, cell.plain_weights, price)
 
-    def _proxies(self, view: Viewed, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
+    def _proxies(self, cell: ByDocument, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
         """Each proxy of every layer of the model: a mean a document, and what it weighs."""
-        base = view.of(INTACT)
-        tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
         for column in PROXY_SUMS:
             name = column.removesuffix("_sum")
-            means = np.stack(base[column].to_list()) / np.maximum(tokens, 1)[:, None]
+            means = a_token(cell.proxy_sums(column), cell.tokens)
             if name == "cosine_similarity":
-                yield "cosine_score", 1 - means, tokens
+                yield "cosine_score", 1 - means, cell.tokens
             else:
-                yield name, means, tokens
+                yield name, means, cell.tokens
         place = {document: i for i, document in enumerate(observed.documents)}
-        mine = [place[task, int(doc)] for task, doc in zip(view.tasks, base["doc"], strict=True)]
+        mine = [place[document] for document in cell.documents]
         sums = {name: values[mine] for name, values in observed.arrays.items()}
         tokens, predicted = sums["tokens"], sums["predicted"]
         for name in ("lens_changes", "kl", "js"):
-            yield name, sums[name] / np.maximum(tokens, 1)[:, None], tokens
-        of_own = np.maximum(predicted, 1)[:, None]
-        yield "loss_increase", sums["loss_increase"] / of_own, predicted
+            yield name, a_token(sums[name], tokens), tokens
+        yield "loss_increase", a_token(sums["loss_increase"], predicted), predicted
         # Of each document the size of its derivative, so that opposite ones do not cancel.
-        by_document = weights_by_task(view.tasks, view.identity.benchmark.weight_by_size)
-        yield "gate_gradient", np.abs(sums["gate_gradient"]) / of_own, by_document
-
-    @property
-    def strata(self) -> list[str] | None:
-        """What resamples keep at its size: the tasks of a group."""
-        return self.tasks if len(set(self.tasks)) > 1 else None
+        derivatives = np.abs(a_token(sums["gate_gradient"], predicted))
+        yield "gate_gradient", derivatives, cell.plain_weights
 
     @cached_property
     def drawn_drop(self) -> Array:

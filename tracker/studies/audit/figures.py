@@ -15,11 +15,11 @@ from tracker.metrics.correlation import row_coefficients
 from tracker.metrics.multiple import holm
 from tracker.metrics.orders import Disagreement, disagreement, mean_spearman_p, overlap
 from tracker.metrics.resampling import bias_corrected_interval
-from tracker.studies.auditing import DROP, NAMES, Audited, passes
+from tracker.reporting.formats import counted
+from tracker.studies.audit.measures import DROP, NAMES, Audited, passes
+from tracker.studies.base import FEWEST
 
 Array = NDArray[np.float64]
-FEWEST = 3
-"""Layers that an order needs."""
 TOP = 5
 """Layers that are called the most, or the least, relevant ones."""
 MAJOR = 1 / 4
@@ -84,6 +84,12 @@ class ModelAudit:
         self.name = name
         self.cells = cells
         self.total = cells[0].record.model.layers
+
+    @property
+    def on(self) -> str:
+        """What it rests on."""
+        documents = sum(cell.record.n for cell in self.cells)
+        return f"{counted(len(self.cells), 'benchmark')}, {counted(documents, 'document')}"
 
     @cached_property
     def summaries(self) -> list[Summary]:

@@ -9,10 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.ablations import INTACT
 from tracker.ledger.outcomes import PROXY_SUMS
-from tracker.ledger.viewed import Viewed
-from tracker.metrics.accuracy import Estimate, weights_by_task
+from tracker.metrics.accuracy import Estimate
 from tracker.metrics.correlation import (
     Correlation,
     correlate,
@@ -22,15 +20,13 @@ from tracker.metrics.correlation import (
 from tracker.metrics.growth import growths
 from tracker.metrics.multiple import holm
 from tracker.metrics.proxies import proxy_means
-from tracker.metrics.resampling import resampled_means
-from tracker.records import WHOLE_LAYER, CellRecord
-from tracker.studies.base import Subject
+from tracker.metrics.resampling import SEED
+from tracker.records import CellRecord
+from tracker.studies.base import SIGNIFICANT, Subject
+from tracker.studies.documents import ByDocument, a_token
 from tracker.studies.observing import Observed
 
 Array = NDArray[np.float64]
-ALPHA = 0.05
-RESAMPLES = 2000
-SEED = 0
 ALL, LATER = 0, 1
 """Places of the means over all tokens, and over all but the first of a text."""
 LAST = "no layer follows it"
@@ -151,14 +147,17 @@ class Figures:
     tokens: tuple[Tokens, Tokens]
     explained: Explained | None
 
+    @property
+    def layers(self) -> int:
+        """How many the model has."""
+        return self.cell.model.layers
+
 
 def figures(subject: Subject, observed: Observed) -> Figures | None:
     """Compute everything of a cell; None where fewer than two documents are left."""
-    viewed = Viewed(subject.store, subject.store.views.of(subject.request))
+    by_document = ByDocument(subject)
     measured = {place: row for row, place in enumerate(observed.documents)}
-    base = viewed.of(INTACT)
-    places = list(zip(viewed.tasks, map(int, base["doc"]), strict=True))
-    rows = [measured.get(place) for place in places]
+    rows = [measured.get(place) for place in by_document.documents]
     later = np.triu(np.ones(observed.arrays["removed"].shape[-2:], dtype=bool))
     usable = np.array(
         [
@@ -171,13 +170,13 @@ def figures(subject: Subject, observed: Observed) -> Figures | None:
         return None
     chosen = [row for row, use in zip(rows, usable, strict=True) if use and row is not None]
     arrays = {name: array[chosen] for name, array in observed.arrays.items()}
-    strata = np.array(viewed.tasks)[usable]
+    strata = np.array(by_document.tasks)[usable]
     return Figures(
         cell=subject.record,
         documents=len(chosen),
         left_out=len(rows) - len(chosen),
         tokens=(_tokens(arrays, strata, ALL), _tokens(arrays, strata, LATER)),
-        explained=_explained(viewed, subject.record.metric, usable, arrays),
+        explained=_explained(by_document.only(usable), arrays),
     )
 
 
@@ -226,39 +225,21 @@ def _ends(differences: Array) -> Array:
 def _sign(one: Estimate, p_value: float | None) -> int | None:
     if one.value is None or one.low is None or one.high is None or p_value is None:
         return None
-    sure = p_value < ALPHA and not one.low <= 1 <= one.high
+    sure = p_value < SIGNIFICANT and not one.low <= 1 <= one.high
     return int(np.sign(one.value - 1)) if sure else 0
 
 
-def _explained(
-    viewed: Viewed, metric: str, usable: NDArray[np.bool_], arrays: Mapping[str, Array]
-) -> Explained | None:
+def _explained(cell: ByDocument, arrays: Mapping[str, Array]) -> Explained | None:
     """Set differences and growth beside the drops, on the same resampled documents."""
-    runs = [run for run in viewed.runs if run.kind == WHOLE_LAYER]
-    if not runs:
+    if not cell.whole_layers:
         return None
-    layers = [run.layer for run in runs]
-    tasks = [task for task, use in zip(viewed.tasks, usable, strict=True) if use]
-    strata = None if len(set(tasks)) == 1 else np.array(tasks)
-    before = viewed.metric(INTACT, metric)
-    lost = [before - viewed.metric(viewed.ablation(run), metric) for run in runs]
-    drops = np.stack(lost, axis=1)[usable]
-    if not viewed.higher_is_better(metric):
-        drops = -drops
-    units = viewed.units(metric)
-    by_size = viewed.identity.benchmark.weight_by_size
-    weights = weights_by_task(tasks, by_size, None if units is None else units[usable])
-    base = viewed.of(INTACT)[usable]
-    tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
-    sums = np.stack(base[PROXY_SUMS[0]].to_list())[:, layers]
-    cosine = 1 - proxy_means(sums, tokens)
-    drop = weights @ drops
-
-    def resampled(values: Array, weigh: Array | None = None) -> Array:
-        return resampled_means(values, RESAMPLES, SEED, strata, weigh)
-
-    drawn_drop = resampled(drops, weights)
-    drawn_cosine = 1 - resampled(sums / np.maximum(tokens, 1)[:, None], tokens)
+    layers = [run.layer for run in cell.whole_layers]
+    drops = cell.drops([cell.outcomes.ablation(run) for run in cell.whole_layers])
+    sums = cell.proxy_sums(PROXY_SUMS[0])[:, layers]
+    cosine = 1 - proxy_means(sums, cell.tokens)
+    drop = cell.weights @ drops
+    drawn_drop = cell.resampled(drops, cell.weights)
+    drawn_cosine = 1 - cell.resampled(a_token(sums, cell.tokens), cell.tokens)
     with np.errstate(divide="ignore", invalid="ignore"):
         removed = np.log(arrays["removed"][:, ALL])[:, layers]
         drawn = np.log(arrays["random"][:, ALL].mean(axis=1))[:, layers]
@@ -269,7 +250,7 @@ def _explained(
         f"{END}, random directions": drawn[:, :, -1],
     }
     series = {COSINE: (cosine, drawn_cosine)} | {
-        name: (values.mean(axis=0), resampled(values)) for name, values in ends.items()
+        name: (values.mean(axis=0), cell.resampled(values)) for name, values in ends.items()
     }
     predictors = {
         name: correlate(
@@ -291,7 +272,7 @@ def _explained(
         "growth of random directions": drawn[:, :, -1] - start,
     }
     pairs: dict[str, tuple[Array, Array]] = {
-        name: (values.mean(axis=0)[inner], resampled(values)[:, inner])
+        name: (values.mean(axis=0)[inner], cell.resampled(values)[:, inner])
         for name, values in growths.items()
     }
     pairs["layers that follow"] = (behind, behind[None])

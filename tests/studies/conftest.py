@@ -1,0 +1,59 @@
+"""What the tests of studies share: what a study is asked, its cells, and reading its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tracker.cli import main
+from tracker.experiment import load_experiment
+from tracker.findings import Entry, FoundTable
+from tracker.ledger.cells import CellStore
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
+from tracker.measuring.prepare import look_up
+from tracker.measuring.progress import Silent
+from tracker.studies.base import Asked
+
+
+def asked_for(path: Path, results: Path) -> Asked:
+    """What a study is asked over an experiment file."""
+    experiment, _ = load_experiment(path)
+    return Asked(path, experiment, Ledger(results), Options("cpu"), Silent())
+
+
+def stores(path: Path, results: Path) -> list[CellStore]:
+    """Where the outcomes of each of a file's cells are."""
+    asked = asked_for(path, results)
+    found = [look_up(cell, asked.ledger).store for cell in asked.experiment.cells()]
+    assert all(found)
+    return [store for store in found if store is not None]
+
+
+def column(table: FoundTable, label: str) -> list[Entry]:
+    """A column by its heading."""
+    place = [heading.label for heading in table.headings].index(label)
+    return [row[place] for row in table.rows]
+
+
+def row_of(table: FoundTable, *first: object) -> dict[str, Entry]:
+    """The row that begins with these values: heading → entry."""
+    heads = [heading.label for heading in table.headings]
+    (row,) = (r for r in table.rows if tuple(e.value for e in r[: len(first)]) == first)
+    return dict(zip(heads, row, strict=True))
+
+
+@pytest.fixture
+def refused(tmp_path: Path):
+    """Ask the command for what it must refuse before it measures, and return what it says."""
+
+    def ask(study: str, path: Path) -> str:
+        results = tmp_path / "results"
+        done = CliRunner().invoke(main, ["study", study, str(path), "--results", str(results)])
+        assert done.exit_code == 2
+        assert not results.exists()
+        return done.output
+
+    return ask

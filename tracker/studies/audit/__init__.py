@@ -1,0 +1,256 @@
+"""The audit: every proxy of a layer's relevance against the accuracy that its removal costs."""
+
+from __future__ import annotations
+
+from tracker.config import CellRequest
+from tracker.errors import RequestError
+from tracker.findings import FoundChart, FoundTable
+from tracker.metrics.resampling import bias_corrected_interval
+from tracker.records import WHOLE_LAYER, Kind
+from tracker.reporting.formats import p_value, points, two_digits
+from tracker.reporting.wording import benchmark_labels, model_labels
+from tracker.studies.audit.charts import charts_of
+from tracker.studies.audit.figures import ModelAudit, Summary, pooled
+from tracker.studies.audit.measures import DROP, NAMES, audited, passes
+from tracker.studies.audit.tables import tables_of
+from tracker.studies.base import (
+    FEWEST,
+    SIGNIFICANT,
+    Asked,
+    Said,
+    Subject,
+    grouped,
+    removing_whole_layers,
+)
+from tracker.studies.layout import ends
+
+PAPER = (0.15, 0.46)
+"""The paper's coefficients over inner layers and benchmarks, without their minus: y is the accuracy
+after removal."""
+PAPER_DIFFER, PAPER_MAJORLY = 0.938, 0.536
+_ONE_BENCHMARK = "needs two benchmarks of this model above chance"
+
+
+class Audit:
+    """Sets every proxy beside the accuracy drop, per model and benchmark, with what each costs."""
+
+    name = "audit"
+    question = (
+        "Which proxy of a layer's relevance tells what removing the layer costs, and which is "
+        "worth its compute?"
+    )
+
+    def requests(self, asked: Asked) -> list[CellRequest]:
+        """List the cells of the file, each with its whole single layers of the intact model."""
+        cells: dict[CellRequest, None] = {}
+        for cell in asked.experiment.cells():
+            only = cell.only and tuple(
+                run for run in cell.only if Kind(run[0], run[1], run[3]) == WHOLE_LAYER
+            )
+            # A cap on the runs may leave none of these.
+            if only != ():
+                cells[removing_whole_layers(cell, removed=(), only=only)] = None
+        if not any(len(cell.layers) >= FEWEST for cell in cells):
+            raise RequestError(
+                "the audit orders layers, and this file names fewer than three; write e.g. layer: "
+                "{min: 0, max: 29}"
+            )
+        return list(cells)
+
+    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+        """Compare, model by model."""
+        by_model = grouped(subjects, lambda subject: subject.record.model.key)
+        names = model_labels([mine[0].record.model for mine in by_model])
+        answers: list[str] = []
+        tables: list[FoundTable] = []
+        charts: list[FoundChart] = []
+        lacking: list[str] = []
+        for name, mine in zip(names, by_model, strict=True):
+            labels = benchmark_labels([subject.record for subject in mine])
+            audit = ModelAudit(name, audited(asked, mine, labels))
+            answers += answers_of(audit)
+            tables += tables_of(audit)
+            charts += charts_of(audit)
+            lacking += lacking_of(audit)
+        return Said(answers, tables, charts, lacking, _ASSUMPTIONS)
+
+
+def answers_of(audit: ModelAudit) -> list[str]:
+    """Sentences, contradictions of the paper first."""
+    if not audit.summaries:
+        return [f"{audit.name}: no proxy can be set beside a drop; the tables say why."]
+    said = [*_pooled(audit), *_differ(audit), *_task(audit), _best(audit), *_worth(audit)]
+    ordered = sorted(said, key=lambda each: not each[0])
+    return [f"{audit.name}: {sentence}" for _, sentence in ordered]
+
+
+def _pooled(audit: ModelAudit) -> list[tuple[bool, str]]:
+    """The paper's own figure: cosine over inner layers × benchmarks."""
+    summary = next((s for s in audit.summaries if s.proxy == "cosine_score"), None)
+    if summary is None:
+        return []
+    found = pooled(summary.cells)
+    if found is None:
+        return []
+    value, low, high = found
+    if low > PAPER[1]:
+        verdict = f"more than in any of the paper's models (at most {PAPER[1]})"
+    elif high < PAPER[0]:
+        verdict = f"less than in any of the paper's models (at least {PAPER[0]})"
+    else:
+        verdict = f"which reaches the paper's {PAPER[0]} to {PAPER[1]}"
+    against = low > PAPER[1] or high < PAPER[0]
+    start = "against the paper, " if against else ""
+    return [
+        (
+            against,
+            f"{start}over inner layers × benchmarks the cosine score and the accuracy drop "
+            f"correlate at r = {two_digits(value)}{ends(low, high)}, "
+            f"{verdict}. Benchmark by benchmark, all layers, Spearman is "
+            f"{_mean(summary)} on average ({audit.on}; Holm's p over all proxies "
+            f"{p_value(audit.adjusted['cosine_score'])}).",
+        )
+    ]
+
+
+def _differ(audit: ModelAudit) -> list[tuple[bool, str]]:
+    if "cosine_score" not in audit.orders:
+        return []
+    exact, major = audit.orders["cosine_score"]
+    return [
+        (
+            False,
+            f"cosine score and accuracy drop rank {points(exact.share)} % of layers apart, "
+            f"where random orders rank {points(exact.chance)} % apart (the paper: "
+            f"{points(PAPER_DIFFER)} %, without a chance level), and "
+            f"{points(major.share)} % by more than a quarter of the layers, where random "
+            f"orders do {points(major.chance)} % (p = {p_value(major.smooth_p)} of agreeing "
+            f"better than chance; the paper: {points(PAPER_MAJORLY)} % by a threshold that it "
+            "does not say).",
+        )
+    ]
+
+
+def _task(audit: ModelAudit) -> list[tuple[bool, str]]:
+    """Claim 3."""
+    cosine, drop = (audit.spreads.get(name) for name in ("cosine_score", DROP))
+    if cosine is None or drop is None or cosine.raw_test is None:
+        return []
+    raw, clean = cosine.raw_test, cosine.clean_test
+    sentence = (
+        f"from benchmark to benchmark a layer's z-scored accuracy drop varies by "
+        f"{two_digits(drop.raw)}, its cosine score by {two_digits(cosine.raw)} (larger in "
+        f"{raw.larger} of {raw.n} layers, Wilcoxon p = {p_value(raw.p_value)}, in blocks of "
+        f"neighbouring layers {p_value(raw.block_p)})"
+    )
+    if clean is None or drop.clean is None or cosine.clean is None:
+        return [(False, f"{sentence}; how much of it is noise of the documents is open.")]
+    sentence += (
+        f"; without the noise of the documents the drop varies by {two_digits(drop.clean)}, "
+        f"the cosine score by {two_digits(cosine.clean)} (p = {p_value(clean.p_value)}, in "
+        f"blocks {p_value(clean.block_p)}), so that "
+    )
+    if clean.smallest_p >= SIGNIFICANT:
+        return [(False, f"{sentence}so few layers leave the paper's third claim open.")]
+    if clean.block_p < SIGNIFICANT:
+        if drop.clean > cosine.clean:
+            return [(False, f"{sentence}relevance depends on the task more than cosine says.")]
+        sentence += "relevance depends on the task less than cosine says."
+        return [(True, f"against the paper's third claim, {sentence}")]
+    sentence += "relevance is not shown to depend on the task more than cosine says."
+    if raw.block_p < SIGNIFICANT and drop.raw > cosine.raw:
+        return [(True, f"the paper's third claim holds with the noise alone: {sentence}")]
+    return [(False, sentence)]
+
+
+def _best(audit: ModelAudit) -> tuple[bool, str]:
+    best = audit.summaries[0]
+    sentence = f"{NAMES[best.proxy]} orders the layers best, with a mean Spearman of {_mean(best)}"
+    cosine = next((s for s in audit.summaries if s.proxy == "cosine_score"), None)
+    if cosine is not None and cosine is not best and cosine.cells == best.cells:
+        value = best.spearman - cosine.spearman
+        within = bias_corrected_interval(value, best.resampled - cosine.resampled)
+        sentence += (
+            f": {two_digits(value)}{ends(*within or (None, None))} more than the cosine score, for "
+            f"{passes(best.proxy, audit.total, shared=True):g} times its forward passes"
+        )
+    return False, f"{sentence}. It is the best of {len(audit.summaries)} on these documents."
+
+
+def _worth(audit: ModelAudit) -> list[tuple[bool, str]]:
+    """Which one to trust, by what there is to spend."""
+    budgets, by_name = audit.at_cost
+    stretches: list[tuple[str, float, float, float]] = []
+    for i, budget in enumerate(budgets):
+        there = {name: row[i] for name, row in by_name.items() if row[i] is not None}
+        if not there:
+            continue
+        best = max(there, key=lambda name: there[name] or 0.0)
+        value = there[best] or 0.0
+        if stretches and stretches[-1][0] == best:
+            stretches[-1] = (best, stretches[-1][1], budget, value)
+        else:
+            stretches.append((best, budget, budget, value))
+    if not stretches:
+        return []
+    parts = [
+        f"{NAMES.get(name, 'the accuracy drop itself')} "
+        f"{'at' if low == high else 'from'} {low:,.0f}"
+        f"{'' if low == high else f' to {high:,.0f}'} (Spearman {two_digits(value)} at the end)"
+        for name, low, high, value in stretches
+    ]
+    itself = next((value for value in reversed(by_name[DROP]) if value is not None), None)
+    most = (
+        ""
+        if itself is None
+        else (
+            " The drop of half of the documents predicts that of the other half at "
+            f"{two_digits(itself)}: it is noisy, and a proxy with less noise may do better."
+        )
+    )
+    return [
+        (
+            False,
+            "which to trust depends on the forward passes that there are to spend on a "
+            f"benchmark; of other documents' drops the best predictor is {', '.join(parts)}."
+            f"{most}",
+        )
+    ]
+
+
+def _mean(summary: Summary) -> str:
+    return f"{two_digits(summary.spearman)}{ends(summary.low, summary.high)}"
+
+
+def lacking_of(audit: ModelAudit) -> list[str]:
+    """What could not be said, with what to do."""
+    said = []
+    if not audit.spreads:
+        said.append(
+            f"{audit.name}: whether relevance depends on the task (claim 3) {_ONE_BENCHMARK}; "
+            "add e.g. benchmark: {values: [arc_easy, piqa, hellaswag]} and run the same "
+            "command again"
+        )
+    elif audit.spreads[DROP].clean is None:
+        said.append(
+            f"{audit.name}: how much of the drop's variance from benchmark to benchmark is "
+            f"noise of the documents: {audit.noisy or 'too few benchmarks'}; raise sample: "
+            "and run the same command again"
+        )
+    return said
+
+
+_ASSUMPTIONS = (
+    "Documents are drawn independently within each benchmark; intervals say what other documents "
+    "would give for these layers and benchmarks, not what other benchmarks would.",
+    "p-values of coefficients redraw one series as smooth over depth as it is (AR(1) under a "
+    "monotonic function; Theiler et al. 1992), not freely shuffled; means over benchmarks relabel "
+    "the layers of all benchmarks alike. Holm (1979) over proxies, Benjamini-Hochberg (1995) over "
+    "proxies × benchmarks.",
+    "Noise of the documents is taken off a variance as the sampling variance of each drop, from "
+    "the documents' own drops; benchmarks share no documents.",
+    "A logit-lens change is a token whose most likely successor by the model's own final norm and "
+    "head (nostalgebraist 2020) differs between a layer's input and its output. First-order Taylor "
+    "is the size of the derivative of a document's loss by a gate on the layer's update, averaged "
+    "over documents (Michel et al. 2019, Molchanov et al. 2019).",
+)

@@ -1,0 +1,207 @@
+"""The audit's tables, of one model."""
+
+from __future__ import annotations
+
+from scipy import stats
+
+from tracker.findings import Entry, FoundTable, Unit
+from tracker.metrics.across import BLOCK, Paired
+from tracker.metrics.multiple import holm
+from tracker.reporting.formats import counted, two_digits
+from tracker.studies.audit.figures import MAJOR, RELIABLE, TOP, ModelAudit, overlaps
+from tracker.studies.audit.measures import DROP, NAMES, passes
+from tracker.studies.layout import Row, entry, estimated, table
+
+
+def tables_of(audit: ModelAudit) -> list[FoundTable]:
+    """Every table of the model."""
+    return [_proxies(audit), _benchmarks(audit), _disagreements(audit), *_variances(audit)]
+
+
+def _proxies(audit: ModelAudit) -> FoundTable:
+    rows: list[Row] = []
+    for each in audit.summaries:
+        worst = each.worst
+        rows.append(
+            (
+                NAMES[each.proxy],
+                entry(each.spearman, low=each.low, high=each.high),
+                entry(each.inner, "fewer than three inner layers"),
+                each.kendall,
+                f"{worst.label}: {two_digits(worst.found[each.proxy].spearman.value or 0.0)}",
+                *overlaps(each),
+                passes(each.proxy, audit.total, shared=False),
+                passes(each.proxy, audit.total, shared=True),
+                audit.adjusted[each.proxy],
+            )
+        )
+    for proxy in (p for p in NAMES if all(p != s.proxy for s in audit.summaries)):
+        reasons = (cell.found[proxy].spearman.reason for cell in audit.cells)
+        why = next(filter(None, reasons), "undefined")
+        rows.append((NAMES[proxy], *[Entry(reason=why)] * 10))
+    dear = passes(DROP, audit.total, shared=True)
+    return table(
+        f"{audit.name}: how well each proxy orders the layers by their accuracy drop",
+        [
+            ("proxy", "text"),
+            ("mean Spearman", "coefficient"),
+            ("inner layers", "coefficient"),
+            ("mean Kendall", "coefficient"),
+            ("worst benchmark", "text"),
+            (f"top-{TOP} overlap", "percent"),
+            (f"bottom-{TOP} overlap", "percent"),
+            ("by chance", "percent"),
+            ("passes, naive", "times"),
+            ("passes, shared", "times"),
+            ("p (Holm)", "p"),
+        ],
+        rows,
+        [
+            f"{audit.on}. Intervals are 95 % from resampling documents, benchmarks as they "
+            "are; inner layers leave out the first and last two.",
+            "Passes are forward passes of the whole model a document, for all layers together: "
+            "one by one on pruned models, or sharing the layers below the removed one. The "
+            f"accuracy drop itself takes {dear:g} shared, and once more its other answers.",
+        ],
+    )
+
+
+def _benchmarks(audit: ModelAudit) -> FoundTable:
+    tested = [
+        (cell, proxy, cell.found[proxy].spearman.p_value) for cell in audit.cells for proxy in NAMES
+    ]
+    given = [p for _, _, p in tested if p is not None]
+    adjusted = iter(stats.false_discovery_control(given) if given else [])
+    rows: list[Row] = []
+    for cell, proxy, p in tested:
+        found = cell.found[proxy]
+        why = found.spearman.reason or "fewer than three inner layers"
+        rows.append(
+            (
+                cell.label,
+                NAMES[proxy],
+                estimated(found.spearman, why),
+                entry(found.inner, why),
+                entry(found.kendall, why),
+                entry(found.pearson, why),
+                entry(p, why),
+                entry(None if p is None else float(next(adjusted)), why),
+            )
+        )
+    return table(
+        f"{audit.name}: every proxy beside the accuracy drop, benchmark by benchmark",
+        [
+            ("benchmark", "text"),
+            ("proxy", "text"),
+            ("Spearman", "coefficient"),
+            ("inner layers", "coefficient"),
+            ("Kendall", "coefficient"),
+            ("Pearson", "coefficient"),
+            ("p", "p"),
+            ("p (Benjamini-Hochberg)", "p"),
+        ],
+        rows,
+        [
+            "p-values are those of Spearman's coefficient against series as smooth over depth; "
+            "adjusted over all rows of the table."
+        ],
+    )
+
+
+def _disagreements(audit: ModelAudit) -> FoundTable:
+    rows: list[Row] = [
+        (
+            NAMES[proxy],
+            *(
+                value
+                for each in found
+                for value in (each.share, each.chance, each.shuffled_p, each.smooth_p)
+            ),
+        )
+        for proxy, found in audit.orders.items()
+    ]
+    words = ("ranks differ", "by chance", "p, shuffled", "p, as smooth")
+    units: tuple[Unit, ...] = ("percent", "percent", "p", "p")
+    return table(
+        f"{audit.name}: in how many layers the ranks differ",
+        [
+            ("proxy", "text"),
+            *zip(words, units, strict=True),
+            *zip(("majorly", "majorly by chance", *words[2:]), units, strict=True),
+        ],
+        rows,
+        [
+            f"Majorly: by more than {MAJOR:.0%} of the layers. Ties share their mean rank. "
+            "p: how often orders that know nothing of each other differ as rarely, layers "
+            "shuffled freely or as smooth over depth as they are; not adjusted."
+        ],
+    )
+
+
+def _variances(audit: ModelAudit) -> list[FoundTable]:
+    if not audit.spreads:
+        return []
+    names = {"relevance": "accuracy relevance", DROP: DROP, **NAMES}
+    every = list(audit.spreads.values())
+    raw = dict(zip(audit.spreads, holm([_p(s.raw_test) for s in every]), strict=True))
+    clean = dict(zip(audit.spreads, holm([_p(s.clean_test) for s in every]), strict=True))
+    noisy = audit.noisy or "too few benchmarks"
+    rows: list[Row] = []
+    for name, each in audit.spreads.items():
+        own = "it is what the proxies are held against"
+        why = "its noise is that of the drop" if name == "relevance" else noisy
+        rows.append(
+            (
+                names[name],
+                each.raw,
+                *_tested(each.raw_test, raw.get(name), own),
+                entry(each.clean, why),
+                *_tested(
+                    each.clean_test,
+                    clean.get(name),
+                    own if name in ("relevance", DROP) else why,
+                ),
+            )
+        )
+    heads: list[tuple[str, Unit]] = [
+        ("drop varies more in", "text"),
+        ("Wilcoxon p (Holm)", "p"),
+        (f"p in blocks of {BLOCK}", "p"),
+    ]
+    shares = ", ".join(
+        f"{cell.label} {two_digits(audit.reliabilities[cell.label])}" for cell in audit.above_chance
+    )
+    return [
+        table(
+            f"{audit.name}: variance of a layer's z-score from benchmark to benchmark",
+            [
+                ("measure", "text"),
+                ("variance", "coefficient"),
+                *heads,
+                ("variance without noise", "coefficient"),
+                *heads,
+            ],
+            rows,
+            [
+                f"{counted(len(audit.above_chance), 'benchmark')} above chance. z-scored over "
+                "layers per benchmark; mean over layers: 0 = layers matter alike everywhere, "
+                "1 = no two benchmarks have anything in common.",
+                "Relevance is the drop on another scale, but for layers that fall below "
+                "chance, so their z-scores are the same.",
+                "Share of the spread of drops over layers that is not noise of the documents: "
+                f"{shares}. Below {RELIABLE} a benchmark is left out where noise is taken off.",
+                "Wilcoxon's p takes layers as independent, which they are not: where it and "
+                "the p of signs that change in blocks differ, trust the latter.",
+            ],
+        )
+    ]
+
+
+def _p(test: Paired | None) -> float | None:
+    return None if test is None else test.p_value
+
+
+def _tested(test: Paired | None, adjusted: float | None, why: str) -> Row:
+    if test is None:
+        return (Entry(reason=why),) * 3
+    return (f"{test.larger} of {test.n} layers", entry(adjusted, why), test.block_p)

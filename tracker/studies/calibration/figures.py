@@ -1,0 +1,235 @@
+"""What the study `calibration` computes: how well samples of documents agree on an order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.findings import Entry
+from tracker.ledger.outcomes import PROXY_SUMS
+from tracker.ledger.viewed import Array
+from tracker.metrics.accuracy import Estimate
+from tracker.metrics.correlation import row_coefficients
+from tracker.metrics.reliability import (
+    disjoint_means,
+    documents_needed,
+    jackknife,
+    spearman_brown,
+    top_overlap,
+)
+from tracker.metrics.resampling import SEED
+from tracker.studies.base import FEWEST, Subject
+from tracker.studies.documents import ByDocument, a_token
+
+Documents = NDArray[np.int64]
+DRAWS = 400
+"""Pairs of samples behind each figure."""
+JACKKNIFE_DRAWS = 100
+"""The same where a tenth of the documents is left out."""
+SHOWN = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+"""The sizes that a table and an answer have, besides half of the documents."""
+DISAGREE = "two halves agree no better than chance, so nothing can be extrapolated"
+TOO_FEW = "two samples of this size would share documents"
+SIZES = sorted({math.ceil(s * 10**p) for p in range(6) for s in (1, 1.5, 2, 3, 5, 7)})
+"""The sizes that are drawn, as far as there are documents."""
+_PROXIES = {
+    # A mean of 1 - cosine ranks as that of -cosine does.
+    "cosine_score": (PROXY_SUMS[0], -1.0),
+    "angular_distance": (PROXY_SUMS[1], 1.0),
+    "relative_update": (PROXY_SUMS[2], 1.0),
+}
+_TIED = "in most samples of this size all layers are tied"
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What ranks the layers: figures of every document.
+
+    Attributes:
+        name: What the figures are.
+        values: `[documents, layers]`; larger ranks higher.
+        weights: `[documents]`, how much each counts in a layer's mean.
+        strata: `[documents]`, each one's task, and its cell where there are several.
+        reason: Why they rank nothing; empty where they do.
+    """
+
+    name: str
+    values: Array
+    weights: Array
+    strata: NDArray[np.generic]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How well samples agree on the order of the layers.
+
+    Attributes:
+        name: What ranks the layers.
+        documents: How many there are.
+        layers: How many are ranked.
+        sizes: Sizes of samples, ascending.
+        apart: Two samples without a common document: each statistic of every draw, by name,
+            `[draws, sizes]`; NaN for more than half of the documents.
+        within: A sample beside all documents, likewise.
+        needed: How many documents reach the wanted reliability.
+        extrapolated: Whether these are more than half of the documents.
+    """
+
+    name: str
+    documents: int
+    layers: int
+    sizes: tuple[int, ...]
+    apart: dict[str, Array]
+    within: dict[str, Array]
+    needed: Estimate
+    extrapolated: bool
+
+    @property
+    def half(self) -> int:
+        """Half of the documents: the largest size of which there are two samples."""
+        return self.documents // 2
+
+    @property
+    def tops(self) -> list[tuple[str, str, int]]:
+        """The overlaps among the statistics: name, its end (top or bottom), how many layers."""
+        parted = ((name, *name.split()) for name in self.apart if " " in name)
+        return [(name, end, int(k)) for name, end, k in parted]
+
+    def agreement(self, n: int, statistic: str = "spearman", apart: bool = True) -> Entry:
+        """The mean statistic at a size, with the middle 95 % of the draws."""
+        if apart and n > self.half:
+            return Entry(reason=TOO_FEW)
+        drawn = (self.apart if apart else self.within)[statistic][:, self.sizes.index(n)]
+        mean = _mean(drawn)
+        if math.isnan(mean):
+            return Entry(reason=_TIED)
+        low, high = np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975])
+        return Entry(value=mean, low=float(low), high=float(high))
+
+    def predicted(self, n: float) -> float | None:
+        """The rank correlation of two samples of any size, by Spearman and Brown."""
+        measured = self.agreement(self.half).value
+        if not isinstance(measured, float) or measured <= 0:
+            return None
+        return spearman_brown(measured, n / self.half)
+
+
+def measures(subject: Subject) -> list[Ranked]:
+    """What can rank the layers of a cell; the drop comes first."""
+    cell = ByDocument(subject)
+    layers = [run.layer for run in cell.whole_layers]
+    strata = np.array(cell.tasks)
+    better = subject.record.higher_is_better
+    names = ("accuracy drop" if better else "loss increase", "gold_logprob_drop")
+    if len(strata) < 2 or len(layers) < FEWEST:
+        why = f"{len(strata)} documents and {len(layers)} layers are measured: too few to rank"
+        none = np.empty((0, 0))
+        return [Ranked(name, none, none, strata, why) for name in (*names, *_PROXIES)]
+    ablations = [cell.outcomes.ablation(run) for run in cell.whole_layers]
+    found = [
+        Ranked(names[0], cell.drops(ablations), cell.weights, strata),
+        Ranked(names[1], cell.gold_drops(ablations), cell.plain_weights, strata),
+    ]
+    for name, (column, sign) in _PROXIES.items():
+        means = sign * a_token(cell.proxy_sums(column)[:, layers], cell.tokens)
+        found.append(Ranked(name, means, cell.tokens / max(cell.tokens.sum(), 1), strata))
+    return [replace(each, reason=_unusable(each)) for each in found]
+
+
+def _unusable(ranked: Ranked) -> str:
+    counted = ranked.values[ranked.weights > 0]
+    if bad := int((~np.isfinite(counted).all(axis=1)).sum()):
+        return f"{bad} of {len(ranked.values)} documents have no finite figure"
+    if not len(counted):
+        return "no document counts"
+    if np.ptp(np.round(_mean_figures(ranked), 12)) == 0:
+        return f"it is the same in all {ranked.values.shape[1]} layers"
+    return ""
+
+
+def joined(parts: Sequence[Ranked]) -> Ranked:
+    """Put cells together, so that each counts alike."""
+    reason = next((part.reason for part in parts if part.reason), "")
+    if len(parts) == 1 or reason:
+        return replace(parts[0], reason=reason)
+    return Ranked(
+        parts[0].name,
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.weights / len(parts) for part in parts]),
+        np.concatenate([[f"{n}/{task}" for task in p.strata] for n, p in enumerate(parts)]),
+    )
+
+
+def _samples(ranked: Ranked, sizes: Sequence[int], draws: int) -> tuple[Array, Array]:
+    return disjoint_means(ranked.values, ranked.weights, ranked.strata, sizes, draws, SEED)
+
+
+def _mean_figures(ranked: Ranked) -> Array:
+    """The layers' figures from all documents."""
+    counted = ranked.weights > 0
+    return np.average(ranked.values[counted], axis=0, weights=ranked.weights[counted])
+
+
+def _statistics(layers: int) -> list[str]:
+    """Name the statistics: correlations, and the top and bottom five layers, or quarter of all."""
+    ks = sorted({k for k in (5, math.ceil(layers / 4)) if k < layers})
+    return ["spearman", "kendall", *(f"{end} {k}" for end in ("top", "bottom") for k in ks)]
+
+
+def curve_of(ranked: Ranked, wanted: float) -> Curve:
+    """Draw samples of every size, and find which reaches the wanted reliability."""
+    documents, layers = ranked.values.shape
+    half = documents // 2
+    sizes = tuple(sorted({*(n for n in SIZES if n < documents), half}))
+    first, second = _samples(ranked, sizes, DRAWS)
+    whole = np.broadcast_to(_mean_figures(ranked), first.shape)
+    statistics = _statistics(layers)
+    halved = [n for n in sizes if n <= half]
+
+    def needed(chosen: Documents, draws: int) -> tuple[float, bool]:
+        part = replace(
+            ranked,
+            values=ranked.values[chosen],
+            weights=ranked.weights[chosen],
+            strata=ranked.strata[chosen],
+        )
+        few = [*(n for n in halved if 2 * n < len(chosen)), len(chosen) // 2]
+        pair = _samples(part, sorted(set(few)), draws)
+        means = [_mean(each) for each in _statistic("spearman", *pair).T]
+        return documents_needed(sorted(set(few)), means, wanted)
+
+    estimate = jackknife(lambda chosen: needed(chosen, JACKKNIFE_DRAWS)[0], documents, SEED)
+    _, extrapolated = needed(np.arange(documents), JACKKNIFE_DRAWS)
+    if estimate.value is None:
+        estimate = Estimate(None, reason=DISAGREE)
+    return Curve(
+        ranked.name,
+        documents,
+        layers,
+        sizes,
+        {name: _statistic(name, first, second) for name in statistics},
+        {name: _statistic(name, first, whole) for name in statistics},
+        estimate,
+        extrapolated,
+    )
+
+
+def _statistic(name: str, first: Array, second: Array) -> Array:
+    """Compare rankings `[draws, sizes, layers]`: `[draws, sizes]`."""
+    a, b = (each.reshape(-1, each.shape[2]) for each in (first, second))
+    end, _, k = name.partition(" ")
+    if k:
+        sign = 1 if end == "top" else -1
+        return top_overlap(sign * a, sign * b, int(k)).reshape(first.shape[:2])
+    return row_coefficients(a, b, name).reshape(first.shape[:2])
+
+
+def _mean(values: Array) -> float:
+    """Average what is defined; NaN where less than half is."""
+    defined = values[np.isfinite(values)]
+    return float(defined.mean()) if 2 * len(defined) >= len(values) else math.nan

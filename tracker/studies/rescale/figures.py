@@ -1,0 +1,86 @@
+"""What the study `rescale` computes of one cell: drops with something in each layer's place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tracker.ablations import ablation_of
+from tracker.config import Intervention
+from tracker.ledger.viewed import Array
+from tracker.metrics.accuracy import accuracy_drop
+from tracker.records import RunIdentity
+from tracker.studies.base import Subject
+from tracker.studies.documents import ByDocument
+
+WAYS: tuple[Intervention, ...] = ("scale", "mean", "linear")
+"""What stands in for a layer, from the least to the most that it can do."""
+NAMES = {
+    "remove": "nothing",
+    "scale": "a factor",
+    "mean": "its mean update",
+    "linear": "a linear map",
+}
+EVERY: tuple[Intervention, ...] = ("remove", *WAYS)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one cell's layers cost, removed and replaced.
+
+    Attributes:
+        name: The cell's title.
+        n: Documents.
+        layers: The layers that are removed, ascending.
+        drops: Way → mean drop of each layer.
+        drawn: The same in each resample of the documents.
+        nats: Way → what each layer takes of the gold answer's log-probability.
+        drawn_nats: The same in each resample.
+        better: Way → for each layer, the p-value of doing otherwise than without the layer.
+    """
+
+    name: str
+    n: int
+    layers: tuple[int, ...]
+    drops: dict[Intervention, Array]
+    drawn: dict[Intervention, Array]
+    nats: dict[Intervention, Array]
+    drawn_nats: dict[Intervention, Array]
+    better: dict[Intervention, list[float]]
+
+
+def costs(subjects: Sequence[Subject]) -> Costs | None:
+    """Compute it from the parts of a cell; None where no layer is measured without a stand-in."""
+    first, *rest = subjects
+    view = first.store.views.of(first.request)
+    view = view.joined(*(one.store.views.of(one.request) for one in rest))
+    cell = ByDocument(first, view)
+    outcomes, weights = cell.outcomes, cell.weights
+    layers = tuple(sorted({run.layer for run in outcomes.runs if run.intervention == "remove"}))
+    if not layers:
+        return None
+    drops: dict[Intervention, Array] = {}
+    drawn: dict[Intervention, Array] = {}
+    nats: dict[Intervention, Array] = {}
+    drawn_nats: dict[Intervention, Array] = {}
+    better: dict[Intervention, list[float]] = {}
+    removed: list[Array] = []
+    for way in EVERY:
+        runs = [RunIdentity(layer=layer, intervention=way) for layer in layers]
+        ablations = [ablation_of(run, view.removed) for run in runs]
+        if not all(map(outcomes.has, ablations)):
+            continue
+        each, lost = cell.drops(ablations), cell.gold_drops(ablations)
+        drops[way], drawn[way] = weights @ each, cell.resampled(each, weights)
+        nats[way], drawn_nats[way] = weights @ lost, cell.resampled(lost, weights)
+        after = [outcomes.metric(ablation, cell.metric) for ablation in ablations]
+        if way == "remove":
+            removed = after
+        else:
+            pairs = zip(after, removed, strict=True)
+            found = [accuracy_drop(mine, theirs, weights).p_value for mine, theirs in pairs]
+            better[way] = [1.0 if p is None else p for p in found]
+    if "remove" not in drops:
+        return None
+    n = len(cell.tasks)
+    return Costs(first.record.title, n, layers, drops, drawn, nats, drawn_nats, better)

@@ -1,0 +1,159 @@
+"""The paper's theorem: a layer that cosine calls the least important may decide every answer.
+
+The model is built by `tracker.models.counterexample`, for the documents of the file's benchmarks;
+of the file's model it takes the tokenizer alone. It is saved as any checkpoint of transformers, and
+measured as any model is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+
+from tracker.config import CellRequest
+from tracker.errors import RequestError
+from tracker.ledger.files import lock_file
+from tracker.models.counterexample import LARGEST, LAYERS, SMALLEST, WHISPER, Counterexample
+from tracker.reporting.formats import counted
+from tracker.studies.base import Asked, Said, Subject, grouped
+from tracker.studies.theorem.building import build, fingerprint, save, taught_by
+from tracker.studies.theorem.figures import Built, Shown, measured
+from tracker.studies.theorem.tables import layers_table, models_table, tiny
+
+EPSILONS = (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
+
+
+class Theorem:
+    """Builds the transformer of the theorem for each benchmark and ε, and measures it.
+
+    Args:
+        epsilon: The cosine scores that the deciding layer is given.
+    """
+
+    name = "theorem"
+    question = "Can the layer with the lowest cosine score decide every answer?"
+
+    def __init__(self, epsilon: Sequence[float] = EPSILONS) -> None:
+        self._epsilons = tuple(sorted(set(epsilon), reverse=True)) or EPSILONS
+        for each in self._epsilons:
+            if not SMALLEST <= each <= LARGEST:
+                raise RequestError(
+                    f"--epsilon {each:g}: the theorem is shown for ε from {SMALLEST:g} (below, the "
+                    f"results' float64 does not hold it to 1e-6) to {LARGEST:g} (above, other "
+                    "layers' scores would be lower); for example --epsilon 1e-6"
+                )
+        self._built: dict[CellRequest, Built] = {}
+
+    def requests(self, asked: Asked) -> list[CellRequest]:
+        """Build a model for each benchmark and ε, and ask for each of its layers.
+
+        RequestError where a benchmark generates text or has no accuracy, or nothing of it can be
+        taught.
+        """
+        cells = []
+        for cell in dict.fromkeys(map(_of_documents, asked.experiment.cells())):
+            asked.progress.say(f"building for {cell.benchmark}")
+            cells += self._of_one(cell, asked)
+        return cells
+
+    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+        """Set what was asked of each model beside what was measured of it."""
+        each = grouped(
+            [measured(subject, self._built[subject.request]) for subject in subjects],
+            lambda shown: shown.built.cell,
+        )
+        return Said(
+            answers=[line for shown in each for line in _answers(shown)],
+            tables=[
+                table for shown in each for table in (models_table(shown), layers_table(shown[-1]))
+            ],
+            lacking=[line for shown in each for line in _left_out(shown[0])],
+            assumptions=(
+                "the model is built, not trained: it shows what a cosine score cannot promise, not "
+                "what trained models do",
+            ),
+        )
+
+    def _of_one(self, cell: CellRequest, asked: Asked) -> list[CellRequest]:
+        """Build the models of one benchmark, or find them built."""
+        taught, shape, tokenizer = taught_by(cell, asked.options.trust_remote_code)
+        root = asked.ledger.root / "studies" / self.name
+        known = fingerprint(cell, taught, shape)[:8]
+        built: Counterexample | None = None
+        requests = []
+        for epsilon in self._epsilons:
+            name = f"{re.sub(r'[^a-zA-Z0-9_-]+', '_', cell.benchmark)}-{epsilon:g}-{known}"
+            folder = root / f"theorem-{name}"
+            with lock_file(root / "locks" / name):
+                if not (folder / "config.json").is_file():
+                    built = built or build(cell, taught, shape)
+                    save(built.whispering(epsilon), tokenizer, folder)
+            model = {"model": str(folder), "revision": None, "model_args": None}
+            request = cell.model_copy(
+                update={**model, "dtype": "float32", "layers": tuple(range(LAYERS))}
+            )
+            width = json.loads((folder / "config.json").read_text())["hidden_size"]
+            self._built[request] = Built(cell, epsilon, width, taught)
+            requests.append(request)
+        return requests
+
+
+def _of_documents(cell: CellRequest) -> CellRequest:
+    """What of a cell says which documents, and how they are tokenised."""
+    runs = ("components", "spans", "interventions", "only", "removed", "dtype")
+    plain = {name: CellRequest.model_fields[name].default for name in runs}
+    return cell.model_copy(update={**plain, "layers": (0,)})
+
+
+def _answers(shown: Sequence[Shown]) -> list[str]:
+    """Say for one benchmark whether the theorem holds, at the smallest ε first."""
+    last = shown[-1]
+    name = last.subject.record.benchmark.name
+    noun = "token" if last.built.is_open else "document"
+    failed = [each for each in shown if not each.holds]
+    if failed:
+        one = failed[0]
+        return [
+            f"The model built for {name} and ε = {tiny(one.built.epsilon)} does not show it: it "
+            f"answers {one.right:,} of {counted(one.units, noun)}, {one.without:,} without layer "
+            f"{WHISPER}, whose cosine score is {tiny(one.score)}; the lowest other is "
+            f"{tiny(one.other)}."
+        ]
+    everything = f"all {counted(last.units, noun)}" if last.units > 1 else f"the one {noun}"
+    that = " that can be" if last.built.lesson.left_out or last.built.lesson.clashing else ""
+    worst = max(shown, key=lambda each: each.error)
+    lines = [
+        f"A model of {LAYERS} layers answers {everything}{that} of {name}; its layer {WHISPER} has "
+        f"the cosine score {tiny(last.score)}, the lowest: any other is more than "
+        f"{tiny(math.floor(last.other / last.score))} times as high. Without it not one {noun} is "
+        "answered."
+    ]
+    if len(shown) > 1:
+        lines.append(
+            f"{name}: so it is for each of {len(shown)} ε from {tiny(shown[0].built.epsilon)} to "
+            f"{tiny(last.built.epsilon)}; the score of layer {WHISPER} is ε but for "
+            f"{tiny(worst.error)} of itself."
+        )
+    return lines
+
+
+def _left_out(shown: Shown) -> list[str]:
+    """Say which documents no such model answers, and why."""
+    taught = shown.built.lesson
+    name = shown.subject.record.benchmark.name
+    by_reason: dict[str, list[str]] = {}
+    for (task, doc), why in taught.left_out.items():
+        by_reason.setdefault(why, []).append(f"{doc}" if task == name else f"{doc} of {task}")
+    lines = [
+        f"{name}: {counted(len(docs), 'document')} ({', '.join(docs[:5])}"
+        f"{', …' if len(docs) > 5 else ''}) cannot be taught: {why}"
+        for why, docs in by_reason.items()
+    ]
+    if taught.clashing and shown.built.is_open:
+        lines.append(
+            f"{name}: {counted(taught.clashing, 'token')} of {taught.tokens:,} cannot be taught: "
+            "another text continues otherwise after the same beginning"
+        )
+    return lines

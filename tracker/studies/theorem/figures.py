@@ -1,0 +1,89 @@
+"""What the study `theorem` finds of a built model: its scores, and what it answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from tracker.ablations import INTACT, ablate
+from tracker.config import CellRequest
+from tracker.ledger.outcomes import METRIC
+from tracker.models.counterexample import WHISPER
+from tracker.studies.base import Subject
+from tracker.studies.theorem.lessons import Lesson
+
+
+@dataclass(frozen=True)
+class Built:
+    """What is known of a built model beside what is measured."""
+
+    cell: CellRequest
+    epsilon: float
+    width: int
+    lesson: Lesson
+
+    @property
+    def is_open(self) -> bool:
+        """Whether tokens are counted and not documents."""
+        return self.lesson.tokens > 0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a built model was measured to be.
+
+    `right` and `without` are how many of the `units` (documents; of a corpus tokens) that can be
+    taught it answers, with and without layer 2.
+    """
+
+    built: Built
+    subject: Subject
+    score: float
+    other: float
+    right: int
+    without: int
+    units: int
+
+    @property
+    def error(self) -> float:
+        """By what share of itself the score is off."""
+        return abs(self.score / self.built.epsilon - 1)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the theorem's model is this one."""
+        return self.score < self.other and self.right == self.units > 0 == self.without
+
+
+def measured(subject: Subject, built: Built) -> Shown:
+    """Count what a built model answers, and find its layers' cosine scores."""
+    scores = {
+        layer: float("nan") if run.cosine_score is None else run.cosine_score
+        for layer, run in subject.record.runs_of().items()
+    }
+    column = f"{METRIC}{subject.record.metric}"
+    frame = subject.outcomes()
+    taught = [
+        place not in built.lesson.left_out
+        for place in zip(frame["task"], frame["doc"], strict=True)
+    ]
+    values = frame[taught].groupby("ablation")[column]
+    counts = {name: [_pair(value) for value in each] for name, each in values}
+    of = counts[INTACT.name]
+    return Shown(
+        built,
+        subject,
+        score=scores.pop(WHISPER),
+        other=min(scores.values()),
+        right=sum(right for right, _ in of),
+        without=sum(right for right, _ in counts[ablate("layer", (WHISPER,)).name]),
+        units=sum(units for _, units in of) - (built.lesson.clashing if built.is_open else 0),
+    )
+
+
+def _pair(value: float | str) -> tuple[int, int]:
+    """A document's right answers and how many there are; of a corpus its tokens."""
+    if isinstance(value, str):
+        right, units = json.loads(value)
+        return int(right), int(units)
+    return int(value == 1), 1
