@@ -108,6 +108,16 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
         f"{folder} × copa: top 1: not answered by all documents, which leave layers 1, 2 open "
         "(95 % confidence; 100 of 100 documents, 100 % of the layer passes)"
     )
+    # Other questions, which all that is measured answers.
+    for text, said in (
+        ("sign", "the drops above 0 are those of none, below 0 none (95 %"),
+        ("prune 1 within 99 pp", "the smallest drops are those of layer 1 (95 %"),
+        ("top 1 within 99 pp at 90 %", "the largest drops are those of layer 1 (90 %"),
+    ):
+        asked = experiment(folder, limit=None, benchmark="copa", until=text, layer=[1, 2])
+        done = tracker.run(asked, progress=heard, results=results, track=[])
+        assert done.outcome.models_loaded == 0
+        assert f"copa: {text}: {said}" in heard.said[-1]
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def _said(race: CellRace) -> str:
         low, high = race.race.bounds.low, race.race.bounds.high
         costs = _named(race, standing.chosen & (low > 0))
         gains = _named(race, standing.chosen & (high < 0))
-        return f"a drop without {costs}, a gain without {gains}"
+        return f"the drops above 0 are those of {costs}, below 0 {gains}"
     which = "the largest drops" if asked.kind == "top" else "the smallest drops"
-    return f"{which} are without {_named(race, standing.chosen)}"
+    return f"{which} are those of {_named(race, standing.chosen)}"
 
 
 def _named(race: CellRace, which: Mask) -> str:
