@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tracker.config import CellRequest, Intervention
+from tracker.metrics.accuracy import Estimate
 from tracker.metrics.recovered import recovered
 from tracker.metrics.resampling import RESAMPLES
 from tracker.reporting.formats import counted, fixed, points
@@ -78,31 +79,35 @@ def _answers(cells: Sequence[Costs]) -> list[str]:
     answers.append(
         f"A layer costs {points(mean['remove'])} pp when it is removed, {said}; {where}."
     )
-    for way in WAYS:
-        if way not in mean:
-            continue
-        found = recovered(
-            np.concatenate([c.drops["remove"] for c in cells]),
-            np.concatenate([c.drops[way] for c in cells]),
-            np.concatenate([c.drawn["remove"] for c in cells], axis=1),
-            np.concatenate([c.drawn[way] for c in cells], axis=1),
-        )
-        if found.value is None or found.low is None or found.high is None:
-            answers.append(f"What {NAMES[way]} wins back is undefined: {found.reason}.")
-            continue
-        share = (
-            f"{fixed(100 * found.value, 0)} % (95 % interval {fixed(100 * found.low, 0)} to "
-            f"{fixed(100 * found.high, 0)})"
-        )
-        verdict = ""
-        if way == "scale":
-            verdict = (
-                "; so the drop is not only missing scale"
-                if found.high < 0.5
-                else "; so most of the drop is missing scale"
-                if found.low > 0.5
-                else "; whether most of the drop is missing scale is open"
-            )
-        subject = NAMES[way][0].upper() + NAMES[way][1:]
-        answers.append(f"{subject} in the layer's place wins back {share} of the drop{verdict}.")
+    shares = {
+        what: {way: _won_back(cells, way, nats) for way in WAYS if way in mean}
+        for what, nats in (("the accuracy drop", False), ("the loss of gold log-probability", True))
+    }
+    for what, by_way in shares.items():
+        text = ", ".join(f"{NAMES[way]} {_share(found)}" for way, found in by_way.items())
+        answers.append(f"Won back of {what}: {text}.")
+    for what, by_way in shares.items():
+        scale = by_way["scale"]
+        if scale.low is not None and scale.high is not None:
+            part = "not only" if scale.high < 0.5 else "mostly" if scale.low > 0.5 else "perhaps"
+            answers.append(f"So {what} is {part} missing scale.")
     return answers
+
+
+def _won_back(cells: Sequence[Costs], way: Intervention, nats: bool) -> Estimate:
+    """Put the layers of all cells together, in nats or by accuracy."""
+    drops = [cell.nats if nats else cell.drops for cell in cells]
+    drawn = [cell.drawn_nats if nats else cell.drawn for cell in cells]
+    return recovered(
+        np.concatenate([each["remove"] for each in drops]),
+        np.concatenate([each[way] for each in drops]),
+        np.concatenate([each["remove"] for each in drawn], axis=1),
+        np.concatenate([each[way] for each in drawn], axis=1),
+    )
+
+
+def _share(found: Estimate) -> str:
+    if found.value is None or found.low is None or found.high is None:
+        return f"undefined ({found.reason})"
+    low, value, high = (fixed(100 * each, 0) for each in (found.low, found.value, found.high))
+    return f"{value} % (95 % interval {low} to {high})"
