@@ -197,7 +197,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
         f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate. "
         "self-check: what the model answers once more, plainly; besides, each architecture is "
-        "attacked once on a miniature, which takes some seconds and is kept in the cache folder"
+        "attacked once on a miniature, which takes some seconds and is kept in the results folder"
     )
     if any(cell.request.until for cell in cells):
         say("until: a cell ends when its question is answered; this is what all documents take")

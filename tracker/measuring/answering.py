@@ -21,7 +21,13 @@ def answer(store: CellStore, request: CellRequest) -> str | None:
         f"{race.looked:,} of {race.population:,} documents, "
         f"{100 * passes:.0f} % of the layer passes"
     )
-    return f"{race.asked}: {_said(race)} ({100 * race.asked.level:g} % confidence; {cost})"
+    text = f"{race.asked}: {_said(race)} ({100 * race.asked.level:g} % confidence; {cost})"
+    if race.looked < race.population:
+        text += (
+            ". The intervals and p-values of single runs are those of one look, and too narrow for "
+            "a cell that was stopped by what it showed"
+        )
+    return text
 
 
 def contending(race: CellRace) -> str:
