@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,17 @@ def test_every_number_is_what_it_was(old: Ledger) -> None:
             if name not in ("correlations", "reasons"):
                 assert of_then(found["runs" if name == "layers" else name], value) == value, name
         for one, other in zip(before["correlations"], found["correlations"], strict=True):
-            assert {n: other[n] for n in one if n != "p_value"} == {
-                n: v for n, v in one.items() if n != "p_value"
-            }
+            kept = {name: value for name, value in one.items() if name != "p_value"}
+            assert of_then(other, kept) == kept
 
 
 def of_then(now: Any, then: Any) -> Any:
-    """Leave out what was not part of a record then."""
+    """Leave out what was not part of a record then, and the last bits of a weighted sum.
+
+    A product of two vectors adds up in an order that depends on where they lie in memory.
+    """
+    if isinstance(then, float) and isinstance(now, float):
+        return then if math.isclose(now, then, rel_tol=1e-14) else now
     if isinstance(then, dict):
         return {name: of_then(now[name], value) for name, value in then.items()}
     if isinstance(then, list):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tracker.records import NOT_MEASURED, CellRecord, RunIdentity, RunRecord
+from tracker.records import NOT_MEASURED, CellRecord, Kind, RunIdentity, RunRecord
 from tracker.reporting import caveats, formats, frames, html, tables, wording
 
 from . import drawn as charts
@@ -135,7 +135,7 @@ class TestCharts:
         assert all(line.showlegend for line in lines.values())
         assert len({line.marker.symbol for line in lines.values()}) == 3
         for name, line in lines.items():
-            drops = [100 * r.accuracy_drop for r in cell.runs if r.kind == (name, 1)]
+            drops = [100 * r.accuracy_drop for r in cell.runs if r.kind == Kind(name)]
             assert list(line.y) == pytest.approx(drops)
         (bars,) = (t for t in figure.data if t.name == "cosine score")
         assert list(bars.y) == [r.cosine_score for r in cell.whole_layers]
@@ -244,7 +244,7 @@ def test_the_frames_name_component_span_and_removed() -> None:
     assert len(frame) == sum(len(cell.runs) for cell in cells)
     row = frame[(frame.component == "mlp") & (frame.span == 4) & (frame.layer == 3)].iloc[0]
     assert row.accuracy_drop == next(
-        r.accuracy_drop for r in cells[0].runs if r.kind == ("mlp", 4) and r.layer == 3
+        r.accuracy_drop for r in cells[0].runs if r.kind == Kind("mlp", 4) and r.layer == 3
     )
     assert frame.removed.unique().tolist() == ["", "3,17"]
     assert frames.correlation_frame(cells).removed.unique().tolist() == ["", "3,17"]
