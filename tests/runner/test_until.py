@@ -80,7 +80,8 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     said = (
         f"{cell.model.source} × openbookqa: drop within 15 pp at 80 %: each drop is known within "
         f"15 pp (80 % confidence; {race.bounds.seen.max()} of {total} documents, "
-        f"{100 * share:.0f} % of the layer passes)"
+        f"{100 * share:.0f} % of the layer passes). The intervals and p-values of single runs are "
+        "those of one look, and too narrow for a cell that was stopped by what it showed"
     )
     assert heard.said[-1] == said
     exact = [run.accuracy_drop for run in whole.cells[0].runs]
