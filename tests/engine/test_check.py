@@ -54,6 +54,8 @@ def test_every_ablation_is_watched_in_turn(tiny_model):
     scores = engine.score(make_documents(40), ABLATIONS)
     found = list(watch(engine, scores, ABLATIONS, "seed"))
     assert {number for _, number, _ in found} == {0, 1, 2, 3, 4}
+    some = watch(engine, scores, ABLATIONS, "seed", first=2)
+    assert {number for _, number, _ in some} == {2, 3, 4}
     assert [result.document for result, _, _ in found] == [s.document for s in scores]
     for result, _, comparison in found:
         assert comparison.compared == len(result.document.requests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import tracker
+from tracker.engine.check import watch
 from tracker.engine.score import score_row
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
@@ -24,6 +25,24 @@ def test_the_record_and_the_page_say_what_was_compared(tiny_llama, experiment, t
         "4 answers to documents drawn at random were asked again of a really pruned model" in page
     )
     assert f"{record.compared_difference:.1e} nats" in page
+
+
+def test_what_is_asked_later_is_compared_too(tiny_llama, experiment, tmp_path, monkeypatch):
+    """Was: the intact model could be drawn again, whose answers are not written twice."""
+    model, drawn_from = tiny_llama(), []
+
+    def watched(engine, scores, ablations, seed, first):
+        drawn_from.append([ablation.name for ablation in ablations[first:]])
+        return watch(engine, scores, ablations, seed, first)
+
+    monkeypatch.setattr("tracker.measuring.scorer.watch", watched)
+    for layer in (0, 1):
+        file = experiment(model, limit=2, layer=[layer])
+        tracker.run(file, results=tmp_path / "results", track=[])
+    assert drawn_from == [["baseline", "layer:0"], ["layer:1"]]
+    (store,) = Ledger(tmp_path / "results").cells()
+    rows = store.read()
+    assert "layer:1" in set(rows["ablation"][rows["compared"].notna()])
 
 
 def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(

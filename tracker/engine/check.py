@@ -244,7 +244,11 @@ def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
 
 
 def watch(
-    engine: Engine, scores: Sequence[DocumentScores], ablations: Sequence[Ablation], seed: str
+    engine: Engine,
+    scores: Sequence[DocumentScores],
+    ablations: Sequence[Ablation],
+    seed: str,
+    first: int = 0,
 ) -> Iterator[tuple[DocumentScores, int, Comparison]]:
     """Answer measured documents again on a really pruned model, each under one ablation.
 
@@ -252,7 +256,8 @@ def watch(
         engine: What measured them.
         scores: What it found.
         ablations: Under which ablations it did.
-        seed: Decides which ablation.
+        seed: Decides which ablation,
+        first: from this one on.
 
     Yields:
         Each document's scores, which ablation it was, and the comparison of all its requests.
@@ -260,7 +265,7 @@ def watch(
     truth = Truth(engine)
     for score in scores:
         number = random.Random(f"{seed}/{score.document.task}/{score.document.index}").randrange(
-            len(ablations)
+            first, len(ablations)
         )
         found = Comparison()
         for request in range(len(score.document.requests)):

@@ -171,7 +171,8 @@ class Meter:
         scored = [INTACT, *(named[name] for name in names if name != INTACT.name)]
         start = time.perf_counter()
         results = scorer.score([self._documents[task, i] for i in indices], scored, advance)
-        watched = self._watched(results, scored)
+        # An answer whose row is not written could not say that it was compared.
+        watched = self._watched(results, scored, first=int(INTACT.name not in names))
         rows = [
             row
             for result in results
@@ -193,14 +194,14 @@ class Meter:
         return Measured(rows, metadata, texts)
 
     def _watched(
-        self, results: Sequence[DocumentScores], scored: Sequence[Ablation]
+        self, results: Sequence[DocumentScores], scored: Sequence[Ablation], first: int
     ) -> dict[tuple[Place, Ablation], Comparison]:
         """Answer some of the documents again on really pruned models."""
         assert self._scorer is not None
         some = [r for r in results if (r.document.task, r.document.index) in self._watch]
         seed = self.facts.model.fingerprint
         found = {}
-        for result, ablation, comparison in self._scorer.watch(some, scored, seed):
+        for result, ablation, comparison in self._scorer.watch(some, scored, seed, first):
             if comparison.wrong is not None:
                 raise CellError(
                     f"stopped, because sharing is not exact here: {comparison.wrong}. What was "

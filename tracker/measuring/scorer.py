@@ -67,20 +67,25 @@ class Scorer:
         return replace(result, responses=responses)
 
     def watch(
-        self, results: Sequence[DocumentScores], ablations: Sequence[Ablation], seed: str
+        self,
+        results: Sequence[DocumentScores],
+        ablations: Sequence[Ablation],
+        seed: str,
+        first: int = 0,
     ) -> Iterator[tuple[DocumentScores, Ablation, Comparison]]:
         """Answer measured documents again on a really pruned model, each under one ablation.
 
         Args:
             results: What `score` found.
             ablations: Under which ablations.
-            seed: Decides which ablation.
+            seed: Decides which ablation,
+            first: from this one on.
 
         Yields:
             Each document's result, the ablation, and the comparison; of a generated text only
             whether it is the same.
         """
-        for result, number, found in watch(self.engine, results, ablations, seed):
+        for result, number, found in watch(self.engine, results, ablations, seed, first):
             ablation, prompt = ablations[number], result.document.prompt
             if prompt is not None and self.generation is not None:
                 text = result.responses[number][0].text
