@@ -39,7 +39,7 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.views import Asked
 from tracker.models.pruned import pruned
 from tracker.records import RunIdentity, View
-from tracker.team.evaluated import model_args, removed_args
+from tracker.team.evaluated import model_args, changed_args
 
 FACTS = """\
 task: facts_{name}
@@ -537,8 +537,21 @@ def test_model_args_are_what_lm_eval_takes(facts, args):
     assert {k: str(v).lower() for k, v in simple_parse_args_string(args).items()} == found
 
 
+def test_no_two_models_have_the_same_arguments():
+    """Was: a model with a replaced layer was written as the intact one."""
+    done = ("mean", "scale", "linear", "int8", "int4", "repeat")
+    ablations = [
+        Ablation(),
+        Ablation((3,)),
+        Ablation((1,), replaced=(("mean", 3),)),
+        *(Ablation(replaced=((word, layer),)) for word in done for layer in (3, 4)),
+    ]
+    assert len({tuple(changed_args(each).items()) for each in ablations}) == len(ablations)
+    assert changed_args(ablations[2]) == {"removed_layers": "1", "mean_layers": "3"}
+
+
 def test_a_name_that_no_file_system_takes_is_cut():
-    some = removed_args(Ablation(layers=(3, 17), mlp=(5,)))
+    some = changed_args(Ablation(layers=(3, 17), mlp=(5,)))
     assert some == {"removed_layers": "3+17", "removed_mlp": "5"}
     long = [
         results.folder_name(f"m,removed_layers={'+'.join(map(str, range(n)))}") for n in (90, 91)

@@ -48,7 +48,7 @@ def evaluated(
     model = identities[0].model
     extent = parts[0].extent
     said = identities[0].benchmark.settings
-    removed = removed_args(ablation)
+    changed = changed_args(ablation)
     stack = united([json.loads(one) for one in sorted({row[PROVENANCE] for row in rows})])
     config: dict[str, Any] = {
         "model_num_parameters": model.parameters if ablation == INTACT else None,
@@ -88,8 +88,8 @@ def evaluated(
     }
     thinking = {n: v for n, v in said.items() if n in ("enable_thinking", "think_end_token")}
     return Evaluated(
-        name=",".join((model.arguments.get("peft", model.source), *_typed(removed))),
-        model_args=",".join(_typed(model_args(model) | thinking | removed)),
+        name=",".join((model.arguments.get("peft", model.source), *_typed(changed))),
+        model_args=",".join(_typed(model_args(model) | thinking | changed)),
         system_instruction=said.get("system_instruction"),
         fewshot_as_multiturn=said.get("fewshot_as_multiturn") != "false",
         config=config,
@@ -108,14 +108,15 @@ def model_args(model: ModelIdentity) -> dict[str, str]:
     return {**args, "dtype": model.dtype, **model.arguments}
 
 
-def removed_args(ablation: Ablation) -> dict[str, str]:
-    """Say what an ablation removes, in one word each: a comma ends an argument."""
+def changed_args(ablation: Ablation) -> dict[str, str]:
+    """Say what an ablation does, in one word each: a comma ends an argument."""
     removed = {
         "removed_layers": ablation.layers,
         "removed_attention": ablation.attention,
         "removed_mlp": ablation.mlp,
     }
-    return {name: "+".join(map(str, layers)) for name, layers in removed.items() if layers}
+    args = {name: "+".join(map(str, layers)) for name, layers in removed.items() if layers}
+    return args | {f"{done}_layers": str(layer) for done, layer in ablation.replaced}
 
 
 def _typed(args: dict[str, str]) -> list[str]:
