@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,37 +112,31 @@ def run(
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
     """
-    from tracker.team.reports import write_report
-
     path = Path(experiment)
     asked, text = load_experiment(path)
     progress = progress or Silent()
     if asked.capped:
         progress.say(asked.capped)
     ledger = Ledger(Path(results))
-    publisher = Publisher(
-        default_targets() if track is None else track,
-        asked.destination,
-        ledger.root,
-        publish_documents,
-    )
-    try:
-        outcome = run_cells(
-            asked.cells(),
-            ledger,
-            publisher,
-            Options(device, trust_remote_code, memory, executor, slurm or {}),
-            progress,
-        )
-    finally:
-        publisher.close()
+    options = Options(device, trust_remote_code, memory, executor, slurm or {})
+    targets = default_targets() if track is None else track
+    publisher = Publisher(targets, asked.destination, ledger.root, publish_documents)
+    with closing(publisher):
+        outcome = run_cells(asked.cells(), ledger, publisher, options, progress)
+    return Results(tuple(outcome.cells), _shown(ledger, path.name, text, outcome), outcome)
+
+
+def _shown(ledger: Ledger, name: str, text: str, outcome: Finished) -> Path | None:
+    """Keep an experiment's text and write the page; where that fails, `outcome` says why."""
+    from tracker.team.reports import write_report
+
     page = None
     try:
-        ledger.keep_experiment(path.name, text)
+        ledger.keep_experiment(name, text)
         page, outcome.damaged = write_report(ledger)
     except WorkError as error:  # what was measured is still to be shown
         outcome.unwritten = str(error)
-    return Results(tuple(outcome.cells), page, outcome)
+    return page
 
 
 @dataclass(frozen=True)
@@ -198,31 +192,18 @@ def study(
     from tracker.studies.base import Asked
     from tracker.studies.conduct import conduct
     from tracker.studies.registry import open_study
-    from tracker.team.reports import write_report
 
     chosen = open_study(name, settings)
     path = Path(experiment)
     asked, text = load_experiment(path)
+    progress = progress or Silent()
     ledger = Ledger(Path(results))
-    publisher = Publisher(
-        default_targets() if track is None else track,
-        asked.destination,
-        ledger.root,
-        publish_documents,
-    )
     options = Options(device, trust_remote_code, memory)
-    try:
-        found = conduct(
-            chosen, Asked(path, asked, ledger, options, progress or Silent()), publisher
-        )
-    finally:
-        publisher.close()
-    page = None
-    try:
-        ledger.keep_experiment(path.name, text)
-        page, found.outcome.damaged = write_report(ledger)
-    except WorkError as error:  # what was found is still to be shown
-        found.outcome.unwritten = str(error)
+    targets = default_targets() if track is None else track
+    publisher = Publisher(targets, asked.destination, ledger.root, publish_documents)
+    with closing(publisher):
+        found = conduct(chosen, Asked(path, asked, ledger, options, progress), publisher)
+    page = _shown(ledger, path.name, text, found.outcome)
     return Studied(found.finding, page, found.outcome)
 
 

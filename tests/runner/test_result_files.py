@@ -39,7 +39,7 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.views import Asked
 from tracker.models.pruned import pruned
 from tracker.records import RunIdentity, View
-from tracker.team.evaluated import model_args, changed_args
+from tracker.team.evaluated import changed_args, model_args
 
 FACTS = """\
 task: facts_{name}

@@ -33,7 +33,8 @@ from tracker.reporting.studies import study_frames, study_table
 from tracker.reporting.tables import overview_table
 
 More = Mapping[str, pd.DataFrame]
-Write = Callable[[Sequence[CellRecord], Path, More], list[Path]]
+Found = Sequence[FindingRecord]
+Write = Callable[[Sequence[CellRecord], Path, More, Found], list[Path]]
 
 
 def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
@@ -66,7 +67,7 @@ def export(
     form: str,
     place: Path,
     more: Mapping[str, pd.DataFrame] = {},
-    findings: Sequence[FindingRecord] = (),
+    findings: Found = (),
 ) -> list[Path]:
     """Write a report in one of `FORMATS`, and list the files.
 
@@ -84,14 +85,10 @@ def export(
         RequestError: What draws figures is not installed.
         WorkError: The disk is full or refuses.
     """
-    if form == "md":
-        return _markdown(cells, place, findings)
-    return FORMATS[form](cells, place, {**more, **study_frames(findings)})
+    return FORMATS[form](cells, place, more, findings)
 
 
-def _markdown(
-    cells: Sequence[CellRecord], path: Path, findings: Sequence[FindingRecord]
-) -> list[Path]:
+def _markdown(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
     parts = ["# Which layers matter", wording.summary(cells)]
     parts += ["## Leaderboards", LAYER_RULE, MODEL_RULE, INTERVAL_RULE]
     tables, notes = boards(cells)
@@ -105,7 +102,7 @@ def _markdown(
     return [path]
 
 
-def _latex(cells: Sequence[CellRecord], path: Path, more: More) -> list[Path]:
+def _latex(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
     def table(frame: pd.DataFrame) -> str:
         styled = frame.style.hide(axis="index").format(escape="latex")
         styled = styled.format_index(escape="latex", axis="columns")
@@ -196,16 +193,19 @@ def _data(
     cells: Sequence[CellRecord],
     folder: Path,
     more: More,
+    findings: Found,
 ) -> list[Path]:
     paths = []
-    for name, frame in {**frames(cells), **more}.items():
+    for name, frame in {**frames(cells), **more, **study_frames(findings)}.items():
         path = folder / f"{name}.{end}"
         write_atomically(path, partial(write, frame))
         paths.append(path)
     return paths
 
 
-def _images(end: str, cells: Sequence[CellRecord], folder: Path, more: More) -> list[Path]:
+def _images(
+    end: str, cells: Sequence[CellRecord], folder: Path, more: More, findings: Found
+) -> list[Path]:
     try:
         import kaleido
     except ImportError:
@@ -228,7 +228,7 @@ def _images(end: str, cells: Sequence[CellRecord], folder: Path, more: More) -> 
 
 
 FORMATS: Mapping[str, Write] = {
-    "md": lambda cells, path, more: _markdown(cells, path, ()),
+    "md": _markdown,
     "tex": _latex,
     "csv": partial(_data, partial(pd.DataFrame.to_csv, index=False), "csv"),
     "parquet": partial(_data, partial(pd.DataFrame.to_parquet, index=False), "parquet"),

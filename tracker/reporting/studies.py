@@ -25,6 +25,7 @@ from tracker.reporting.charts.maps import ROWS, centred_map, short
 from tracker.reporting.charts.style import Chart, chart, finite, layer_axis, line
 from tracker.reporting.formats import fixed, p_value, points, two_digits
 from tracker.reporting.grid import Column, Table, Value, shown, with_interval
+from tracker.reporting.sections import Figure
 
 Write = Callable[[float], str]
 _WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
@@ -42,28 +43,13 @@ _WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
 
 
 @dataclass(frozen=True)
-class StudyFigure:
-    """A chart of a study with its place on the page."""
-
-    id: str
-    title: str
-    chart: Chart
-    table: None = None
-
-    @property
-    def height(self) -> int:
-        """In pixels; the box keeps it before the chart is drawn."""
-        return int(self.chart.layout["height"])
-
-
-@dataclass(frozen=True)
 class StudySection:
     """What the page shows of one finding."""
 
     id: str
     finding: FindingRecord
     tables: tuple[Table, ...]
-    figures: tuple[StudyFigure, ...]
+    figures: tuple[Figure, ...]
     outgrown: str
 
 
@@ -77,7 +63,7 @@ def study_sections(
             finding=finding,
             tables=tuple(map(study_table, finding.tables)),
             figures=tuple(
-                StudyFigure(f"study-{number}-chart-{i}", each.title, study_chart(each))
+                Figure(f"study-{number}-chart-{i}", each.title, study_chart(each))
                 for i, each in enumerate(finding.charts, 1)
             ),
             outgrown=outgrown(finding, [cell.place for cell in cells]),

@@ -14,7 +14,7 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.documents import Document
 from tracker.engine.check import check
 from tracker.engine.sweep import Engine
-from tracker.ledger.blocks import BLOCK, Block
+from tracker.ledger.blocks import Block
 from tracker.ledger.checks import Checks
 from tracker.ledger.observations import Arrays, read_observations, write_observations
 from tracker.measuring.meter import open_model
@@ -53,7 +53,8 @@ def observe(
         What was observed.
     """
     store, folder = subject.store, subject.store.folder
-    wanted = _wanted(subject)
+    extent = subject.request.extent
+    wanted = {block: list(store.documents(block, extent)) for block in store.blocks(extent)}
     held = {block: read_observations(folder, kind, block) for block in wanted}
     lacking = sum(doc not in held[block] for block, docs in wanted.items() for doc in docs)
     if lacking:
@@ -76,15 +77,6 @@ def observe(
     rows = [held[block][doc] for block, docs in wanted.items() for doc in docs]
     places = [(block.task, doc) for block, docs in wanted.items() for doc in docs]
     return Observed(places, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
-
-
-def _wanted(subject: Subject) -> dict[Block, list[int]]:
-    """The blocks of a cell, each with its documents in their order."""
-    by_task = subject.store.wanted(subject.request.extent)
-    return {
-        block: list(by_task[block.task])[block.number * BLOCK : (block.number + 1) * BLOCK]
-        for block in subject.store.blocks(subject.request.extent)
-    }
 
 
 def _opened(subject: Subject, asked: Asked) -> tuple[Engine, dict[tuple[str, int], Document]]:
