@@ -12,6 +12,8 @@ from tracker.ablations import (
     removals,
 )
 from tracker.config import CellRequest
+from tracker.errors import ExperimentError
+from tracker.measuring.prepare import check_range
 from tracker.records import RunIdentity
 
 
@@ -104,3 +106,16 @@ def test_a_cell_has_the_baseline_what_is_removed_and_every_run_once() -> None:
     found = ablations_of(asked, 4)
     assert len(set(found)) == len(found) == 1 + 3 * (4 + 3 + 2)
     assert found[0] == INTACT
+
+
+def test_a_sublayer_that_is_to_be_replaced_says_why_it_is_no_run():
+    request = CellRequest(
+        model="m", benchmark="b", layers=(3,), components=("attention",), interventions=("mean",)
+    )
+    with pytest.raises(
+        ExperimentError, match=r"mean can be done to whole single layers alone; lea"
+    ):
+        check_range(request, 30)
+    both = request.model_copy(update={"interventions": ("remove", "mean")})
+    assert [run.intervention for run in removals(both, 30)] == ["remove"]
+    check_range(both, 30)

@@ -149,6 +149,12 @@ def check_range(request: CellRequest, layers: int) -> None:
             request.question.refuse(runs)
         except ValueError as error:
             raise ExperimentError(f"{request.title}: 'until': {error}") from None
+    whole = "layer" in request.components and 1 in request.spans
+    if request.layers and "remove" not in request.interventions and not whole:
+        raise ExperimentError(
+            f"{request.title}: {', '.join(request.interventions)} can be done to whole single "
+            "layers alone; leave 'component' and 'span' out, or add 'remove' to 'intervention'"
+        )
     if request.layers and not runs:
         raise ExperimentError(
             f"{request.title}: nothing is left to remove; every span of "
