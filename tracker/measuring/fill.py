@@ -39,9 +39,16 @@ def open_cell(
     if asked.request.until is not None:
         race = race_of(store, asked.request)
         return store, at_most(race, store, facts.responses)
+    return store, lacking(store, facts, extent, names)
+
+
+def lacking(
+    store: CellStore, facts: Facts, extent: Extent, names: Sequence[str]
+) -> dict[Block, int]:
+    """Say which blocks lack something of what is named, and how many responses each lacks."""
     if store.is_complete(extent, names):
-        return store, {}
-    lacking = {
+        return {}
+    found = {
         block: sum(
             facts.responses[block.task, i] * len(absent)
             for absent, indices in store.missing(block, extent, names).items()
@@ -49,7 +56,7 @@ def open_cell(
         )
         for block in store.blocks(extent)
     }
-    return store, {block: responses for block, responses in lacking.items() if responses}
+    return {block: responses for block, responses in found.items() if responses}
 
 
 def names_of(asked: CellLookup, store: CellStore) -> list[str]:
@@ -96,7 +103,7 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
 
 def fill(
     store: CellStore,
-    lacking: Mapping[Block, int],
+    left: Mapping[Block, int],
     meter: Meter,
     extent: Extent,
     progress: Progress,
@@ -106,38 +113,38 @@ def fill(
     A block that another process holds is left to it and looked at again at the end: if that
     process dies, its lock goes with it and the block is computed here.
     """
-    progress.start(store.identity.benchmark.name, sum(lacking.values()))
+    progress.start(store.identity.benchmark.name, sum(left.values()))
     try:
-        _fill(store, lacking, meter, extent, progress)
+        _fill(store, left, meter, extent, progress)
     finally:
         progress.finish()
 
 
 def _fill(
     store: CellStore,
-    lacking: Mapping[Block, int],
+    left: Mapping[Block, int],
     meter: Meter,
     extent: Extent,
     progress: Progress,
 ) -> None:
     names = [ablation.name for ablation in meter.ablations]
-    pending = list(lacking)
+    pending = list(left)
     told = False
     while pending:
-        left = []
+        held = []
         for block in pending:
             try:
                 with store.lock(block).acquire(timeout=0):
                     done = _fill_block(store, block, names, meter, extent, progress)
-                    progress.advance(lacking[block] - done)
+                    progress.advance(left[block] - done)
             except Timeout:
-                left.append(block)
-        if len(left) == len(pending):
+                held.append(block)
+        if len(held) == len(pending):
             if not told:
-                progress.say(f"{len(left)} blocks are being measured by another process")
+                progress.say(f"{len(held)} blocks are being measured by another process")
                 told = True
             time.sleep(WAIT)
-        pending = left
+        pending = held
 
 
 def _fill_block(

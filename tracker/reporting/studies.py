@@ -80,7 +80,7 @@ def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
         return ""
     return (
         f"{sum(now)} of its {len(now)} cells hold other documents by now; for today's answer: "
-        f"tracker study {finding.study} {finding.experiment}"
+        f"{finding.again}"
     )
 
 
