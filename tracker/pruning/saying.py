@@ -53,7 +53,14 @@ def grouped(records: Sequence[PruneRecord]) -> Iterator[list[PruneRecord]]:
     """Put together what can be compared: one model, one benchmark and part of it, one unit."""
     groups: dict[object, list[PruneRecord]] = {}
     for one in records:
-        key = (one.model.key, one.benchmark, one.metric, one.unit, one.part, one.baseline.n)
+        key = (
+            one.model.key,
+            one.benchmark.model_dump_json(),
+            one.metric,
+            one.unit,
+            one.part,
+            one.baseline.n,
+        )
         groups.setdefault(key, []).append(one)
     yield from groups.values()
 
