@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.ablations import INTACT, Ablation
+from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.config import CellRequest
 from tracker.engine.streams import plan_streams
@@ -21,7 +22,7 @@ from tracker.ledger.shards import read_shard
 from tracker.ledger.store import Ledger
 from tracker.ledger.viewed import Viewed, gold_logprobs
 from tracker.measuring.fill import fill, lacking, open_cell
-from tracker.measuring.job import Options
+from tracker.measuring.job import Job, Options
 from tracker.measuring.meter import Meter, Model, open_model
 from tracker.measuring.observing import Observe, Observed, observe
 from tracker.measuring.prepare import look_up
@@ -81,11 +82,15 @@ class Cell:
         self._checked = False
 
     @cached_property
-    def _meter(self) -> Meter:
+    def _benchmark(self) -> Benchmark:
         benchmark = open_benchmark(self.request)
         chosen_metric(benchmark.identity, self.request.metric)
-        model = self._lender.model(self.request)
-        return Meter(self.request, benchmark, model, self._lender.options)
+        return benchmark
+
+    @cached_property
+    def _meter(self) -> Meter:
+        benchmark, model = self._benchmark, self._lender.model(self.request)
+        return Meter([self.request], benchmark, model, self._lender.options)
 
     @cached_property
     def store(self) -> CellStore:
@@ -94,7 +99,8 @@ class Cell:
         if found.store is not None:
             chosen_metric(found.store.identity.benchmark, self.request.metric)
             return found.store
-        return open_cell(found, self._meter.facts, self._lender.ledger)[0]
+        job = Job((found,), self._benchmark)
+        return open_cell(job, self._meter.facts, self._lender.ledger)[0]
 
     @property
     def progress(self) -> Progress:

@@ -9,6 +9,7 @@ from tracker.findings import Entry, FindingRecord, FoundTable, Heading, Line, Li
 from tracker.metrics.accuracy import accuracy_drop
 from tracker.pruning.cells import Array
 from tracker.reporting.formats import counted, fixed, interval, points
+from tracker.reporting.studies import SEARCH
 from tracker.searched import PruneRecord, PruneStep, Tested
 
 Outcomes = Mapping[str, tuple[Array, Array]]
@@ -23,7 +24,7 @@ def finding_of(
     """Say what searches of one file found."""
     groups = list(grouped(records))
     return FindingRecord(
-        study="search",
+        study=SEARCH,
         experiment=name,
         command="tracker prune",
         question=QUESTION,

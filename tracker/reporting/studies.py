@@ -27,6 +27,8 @@ from tracker.reporting.formats import fixed, p_value, points, two_digits
 from tracker.reporting.grid import Column, Table, Value, shown, with_interval
 from tracker.reporting.sections import Figure
 
+SEARCH = "search"
+"""What a finding of `tracker prune` is called."""
 Write = Callable[[float], str]
 _WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
     "text": (str, 1, ""),
@@ -69,6 +71,13 @@ def study_sections(
             outgrown=outgrown(finding, [cell.place for cell in cells]),
         )
         for number, finding in enumerate(findings, 1)
+    )
+
+
+def is_step(cell: CellRecord, findings: Sequence[FindingRecord]) -> bool:
+    """Whether a cell is a step of a search alone: the search's section shows it, in its row."""
+    return bool(cell.removed) and any(
+        cell.place in finding.rests_on for finding in findings if finding.study == SEARCH
     )
 
 
