@@ -15,7 +15,6 @@ from tracker.ledger.searches import read_search, searches
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
 from tracker.pruning import cells, saying
-from tracker.searched import PruneRecord
 
 from .conftest import DATA, LAYERS
 
@@ -134,21 +133,6 @@ def test_a_killed_search_goes_on_after_its_last_block(model: Path, tmp_path: Pat
         assert sum(shard.table.num_rows for shard in shards if shard) == len(rows)
 
 
-def test_lazy_scores_fewer_and_race_asks_fewer(model: Path, tmp_path: Path) -> None:
-    settings = {"model": str(model), **SETTINGS, "strategy": "accuracy", "remove": 3}
-    found: dict[str, PruneRecord] = {}
-    for how in ("full", "lazy"):
-        done = api.prune(results=tmp_path / "results", track=[], rescoring=how, **settings)
-        (found[how],) = done.records
-    assert found["lazy"].label == "accuracy (lazy)"
-    assert found["lazy"].cost.evaluations <= found["full"].cost.evaluations
-    raced = {**settings, "sample": None, "benchmark": "copa", "test_sample": 5}
-    (race,) = api.prune(results=tmp_path / "results", track=[], rescoring="race", **raced).records
-    assert len(race.removed) == 3
-    assert race.cost.evaluations <= 1 + LAYERS + (LAYERS - 1) + (LAYERS - 2)
-    assert race.cost.seconds
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -205,6 +189,6 @@ def test_a_changed_file_of_a_search_is_noticed(model: Path, tmp_path: Path) -> N
     (path,) = (tmp_path / "results").glob("searches/*.json")
     assert read_search(path).strategy == "last"
     path.write_text(path.read_text().replace('"last"', '"best"'))
-    damaged: dict[str, str] = {}
-    assert searches(tmp_path / "results", damaged) == []
+    damaged = api.check(tmp_path / "results")[0].damaged
+    assert Ledger(tmp_path / "results").contents().searches == []
     assert "edited or damaged; run its search again" in damaged[str(path)]

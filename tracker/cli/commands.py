@@ -54,6 +54,7 @@ def main(debug: bool) -> None:
       tracker run experiments/demo.yaml          measure, track, report
       tracker ls                                 what the results folder holds
       tracker study audit experiments/demo.yaml  a question of the paper, answered
+      tracker prune experiments/prune.yaml       which layers can go, tested on other documents
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks
