@@ -268,20 +268,20 @@ def prune(
     from tracker.pruning.saying import export_line
     from tracker.pruning.trial import trial
 
-    if experiment is not None:
-        path = Path(experiment)
-        file, text = load_searches(path)
-        asked, project, name = file.searches(), file.destination, path.name
-    else:
-        asked, text = [search_request(settings)], ""
-        name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
-    progress = progress or Silent()
     ledger = Ledger(Path(results))
     options = Options(device, trust_remote_code, memory)
     targets = default_targets() if track is None else track
-    publisher = Publisher(targets, project, ledger.root, publish_documents)
-    with trial(targets if experiment is None else (), ledger.root) as joined, closing(publisher):
-        found = conduct(asked, name, ledger, publisher, options, progress)
+    with trial(targets if experiment is None else (), ledger.root) as joined:
+        if experiment is not None:
+            path = Path(experiment)
+            file, text = load_searches(path)
+            asked, project, name = file.searches(), file.destination, path.name
+        else:
+            asked, text = [search_request(settings)], ""
+            name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
+        publisher = Publisher(targets, project, ledger.root, publish_documents)
+        with closing(publisher):
+            found = conduct(asked, name, ledger, publisher, options, progress or Silent())
         joined.log(found)
     page = _shown(ledger, name, text, found.outcome)
     line = export_line(found.records, ledger.root)

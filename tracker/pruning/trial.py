@@ -38,9 +38,7 @@ class SearchTrial:
             if request is None or cell is None:
                 trial.leave(f"{record.label}: its last step is no run", "finished")
                 return
-            trial.begin(cell)
-            trial.update(cell.key, figures(record), 0)
-            trial.log(cell)
+            trial.log(cell, figures(record))
         except TrackingError as error:
             found.outcome.unpublished[title] = str(error)
 
