@@ -137,6 +137,7 @@ class Parameters(Strict):
     revision: Choice | None = None
     dtype: Choice | None = None
     num_fewshot: Choice | None = None
+    part: Choice | None = None
     limit: Choice | None = None
     sample: Choice | None = None
     until: Choice | None = None

@@ -121,7 +121,7 @@ class _Waiting:
         self._begun = False
         if store is None:
             tasks = job.benchmark.identity.tasks
-            wanted = [request.extent.of(task.name, task.documents) for task in tasks]
+            wanted = [request.extent.of(task.name, task.numbers) for task in tasks]
             self.left = sum(-(-len(documents) // BLOCK) for documents in wanted)
         else:
             names = names_of(job, store)

@@ -82,7 +82,7 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
     A block that another process holds is waited for: what comes after it depends on it.
     """
     expected = sum(at_most(race, store, meter.facts.responses).values())
-    progress.start(store.identity.benchmark.name, expected)
+    progress.start(store.identity.benchmark.title, expected)
     try:
         while race.lacking is not None:
             block, names = race.lacking
@@ -114,7 +114,7 @@ def fill(
     A block that another process holds is left to it and looked at again at the end: if that
     process dies, its lock goes with it and the block is computed here.
     """
-    progress.start(store.identity.benchmark.name, sum(left.values()))
+    progress.start(store.identity.benchmark.title, sum(left.values()))
     try:
         _fill(store, left, meter, extent, progress)
     finally:

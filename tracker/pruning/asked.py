@@ -195,12 +195,12 @@ class SearchRequest(Strict):
 
 def calibration_of(request: CellRequest) -> CellRequest:
     """Ask for the documents that choose."""
-    return request
+    return request.model_copy(update={"part": "calibration"})
 
 
 def test_of(request: CellRequest) -> CellRequest:
     """Ask for the documents that never choose."""
-    return request
+    return request.model_copy(update={"part": "test"})
 
 
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:

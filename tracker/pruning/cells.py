@@ -163,7 +163,7 @@ class Cell:
     @property
     def part(self) -> str | None:
         """Which part of the benchmark they are of; None = all of it."""
-        return getattr(self.request, "part", None)
+        return self.request.part
 
     @property
     def n(self) -> int:
