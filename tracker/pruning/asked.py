@@ -162,7 +162,8 @@ class SearchRequest(Strict):
     @property
     def title(self) -> str:
         """The search's name in messages."""
-        return f"{self.cell.title}, {self.strategy}, {self.asked}"
+        on = f", calibrated on {', '.join(self.calibrate)}" if self.calibrate else ""
+        return f"{self.cell.title}, {self.strategy}, {self.asked}{on}"
 
     @property
     def draws_of(self) -> tuple[int | None, ...]:
@@ -209,10 +210,20 @@ def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchReques
     own = {name: said.pop(name) for name in _OF_SEARCH if name in said}
     try:
         cell = CellRequest(layers=(), **said)
+    except ValidationError as error:
+        raise RequestError(first_problem(error, CellRequest, prefix)) from None
+    return search_of(cell, own, prefix)
+
+
+def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> SearchRequest:
+    """Make a request of a cell and what is said of the search alone.
+
+    RequestError for a value of the wrong kind.
+    """
+    try:
         return SearchRequest(cell=cell, **own)
     except ValidationError as error:
-        kind = SearchRequest if error.title == "SearchRequest" else CellRequest
-        raise RequestError(first_problem(error, kind, prefix)) from None
+        raise RequestError(first_problem(error, SearchRequest, prefix)) from None
 
 
 class PruneFile(Sweep):

@@ -30,6 +30,42 @@ from tracker.team.publish import Publisher
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What the test documents say of a search, more being better, in one order for all searches.
+
+    Attributes:
+        before: `[documents]`, the metric of each with nothing gone.
+        after: The same after each step.
+        weights: `[documents]`, summing to 1.
+    """
+
+    before: Array
+    after: tuple[Array, ...]
+    weights: Array
+
+
+@dataclass
+class Pursued:
+    """What searches found, before anything is said of it.
+
+    Attributes:
+        searches: What was asked; of each record, in their order.
+        records: What was found, one a draw.
+        tests: Of each record, what its test documents say.
+        requests: Of each record, the request of its last step's run; None where it has none.
+        failed: What was asked and not found → why; `outcome` says it too.
+        outcome: What became of the runs of the steps.
+    """
+
+    searches: list[SearchRequest]
+    records: list[PruneRecord]
+    tests: list[Answered]
+    requests: list[CellRequest | None]
+    failed: dict[SearchRequest, str]
+    outcome: Finished
+
+
 @dataclass
 class Conducted:
     """What became of searches.
@@ -55,13 +91,34 @@ def conduct(
     options: Options,
     progress: Progress,
 ) -> Conducted:
-    """Search, measure each step on the test documents, and publish it as a run of its own.
+    """Pursue the searches of a file, called `name`, and keep what they say beside each other.
+
+    As `pursue`: RequestError, CellError.
+    """
+    found = pursue(asked, ledger, publisher, options, progress)
+    outcomes = {
+        record.name: (test.after[-1], test.weights)
+        for record, test in zip(found.records, found.tests, strict=True)
+    }
+    failed = {request.title: why for request, why in found.failed.items()}
+    finding = finding_of(name, found.records, outcomes, failed)
+    keep_finding(ledger.root, finding)
+    return Conducted(found.records, finding, found.outcome, found.requests)
+
+
+def pursue(
+    asked: Sequence[SearchRequest],
+    ledger: Ledger,
+    publisher: Publisher,
+    options: Options,
+    progress: Progress,
+) -> Pursued:
+    """Search, measure each step on the test documents, publish it as a run of its own, keep it all.
 
     A search that was killed goes on where it was: all that it asked is in the ledger.
 
     Args:
         asked: The searches, equal models next to each other.
-        name: What they are called together: the experiment file's name.
         ledger: The results folder.
         publisher: Hands the steps' runs to the tracking backends.
         options: How to run; always in this process.
@@ -78,12 +135,11 @@ def conduct(
     ledger.refuse_unwritable()
     lender = Lender(ledger, options, progress)
     for each in asked:
-        for needed in (*each.calibration(), each.test()):
-            check_benchmark(needed)
+        check_search(each)
     budgets = [budget_of(each, lender) for each in asked]
     cells: dict[CellRequest, Cell] = {}
     found: list[Found] = []
-    failed: dict[str, str] = {}
+    failed: dict[SearchRequest, str] = {}
     for request, within in zip(asked, budgets, strict=True):
         try:
             found += search(request, within, lender, cells)
@@ -91,9 +147,10 @@ def conduct(
             if isinstance(error, RequestError) and len(asked) == 1:
                 raise
             log.debug("%s failed", request.title, exc_info=True)
-            failed[request.title] = str(error)
+            failed[request] = str(error)
+    said = {request.title: why for request, why in failed.items()}
     if not found:
-        raise CellError("\n".join(f"{title}: {why}" for title, why in failed.items()))
+        raise CellError("\n".join(f"{title}: {why}" for title, why in said.items()))
     tests = {one.asked.test(): Cell(one.asked.test(), lender) for one in found}
     for test, cell in tests.items():
         chosen = [ablations_of(one) for one in found if one.asked.test() == test]
@@ -102,19 +159,31 @@ def conduct(
     steps = [[_run(one, step) for step in one.steps] for one in found]
     runs = list(dict.fromkeys(run for each in steps for run in each if run is not None))
     outcome = run_cells(runs, ledger, publisher, options, progress) if runs else Finished()
-    outcome.failed |= failed
+    outcome.failed |= said
     outcome.models_loaded += lender.loaded
     shown = _by_request(runs, outcome.cells, ledger)
-    records, outcomes = [], {}
+    records = []
     for one, asked_for in zip(found, steps, strict=True):
-        cell = tests[one.asked.test()]
         places = tuple(shown[run] for run in asked_for if run in shown)
-        records.append(_record(one, cell, places))
-        outcomes[one.name] = _outcomes(one, cell)
+        records.append(_record(one, tests[one.asked.test()], places))
         keep_search(ledger.root, records[-1])
-    finding = finding_of(name, records, outcomes, failed)
-    keep_finding(ledger.root, finding)
-    return Conducted(records, finding, outcome, [each[-1] for each in steps])
+    return Pursued(
+        searches=[one.asked for one in found],
+        records=records,
+        tests=[_tests(one, tests[one.asked.test()]) for one in found],
+        requests=[each[-1] for each in steps],
+        failed=failed,
+        outcome=outcome,
+    )
+
+
+def check_search(asked: SearchRequest) -> None:
+    """Refuse benchmarks that do not exist or do not fit, before anything is measured.
+
+    RequestError says what is wrong.
+    """
+    for needed in (*asked.calibration(), asked.test()):
+        check_benchmark(needed)
 
 
 def ablations_of(found: Found) -> list[Ablation]:
@@ -150,9 +219,9 @@ def _by_request(
     return found
 
 
-def _outcomes(found: Found, cell: Cell) -> tuple[Array, Array]:
-    """The metric of each test document without all that went, and the weights."""
-    return cell.sign * cell.known(ablations_of(found)[-1]).metric, cell.weights
+def _tests(found: Found, cell: Cell) -> Answered:
+    before, *after = (cell.sign * cell.known(one).metric for one in (INTACT, *ablations_of(found)))
+    return Answered(before, tuple(after), cell.weights)
 
 
 def _record(found: Found, cell: Cell, places: Sequence[Place]) -> PruneRecord:

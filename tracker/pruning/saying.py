@@ -139,7 +139,7 @@ def _beside(best: PruneRecord, others: Sequence[PruneRecord], outcomes: Outcomes
 def _unsure(record: PruneRecord) -> str | None:
     """Say where the calibration documents were too few to choose."""
     compared = [step for step in record.steps if step.margin is not None]
-    unsure = [step for step in compared if not _is_sure(step)]
+    unsure = [step for step in compared if not is_sure(step)]
     if not unsure:
         return None
     n = sum(each.n for each in record.calibration)
@@ -156,7 +156,8 @@ def _unsure(record: PruneRecord) -> str | None:
     return text + "."
 
 
-def _is_sure(step: PruneStep) -> bool:
+def is_sure(step: PruneStep) -> bool:
+    """Whether the calibration documents tell the choice from the runner-up."""
     return step.margin_low is not None and step.margin_low > 0
 
 
