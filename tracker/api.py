@@ -204,7 +204,7 @@ def study(
     targets = default_targets() if track is None else track
     publisher = Publisher(targets, asked.destination, ledger.root, publish_documents)
     with closing(publisher):
-        found = conduct(chosen, Asked(path, asked, ledger, options, progress), publisher)
+        found = conduct(chosen, Asked(path, asked, ledger, options, progress, publisher))
     page = _shown(ledger, path.name, text, found.outcome)
     return Studied(found.finding, page, found.outcome)
 

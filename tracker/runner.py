@@ -73,6 +73,16 @@ class Finished:
         """0 = all done, 1 = some of the work failed."""
         return 1 if self.failed or self.unpublished or self.unwritten else 0
 
+    def joined(self, later: Finished) -> Finished:
+        """Say what became of these cells, and of others that were run later."""
+        return Finished(
+            cells=[*self.cells, *later.cells],
+            failed=self.failed | later.failed,
+            unpublished=self.unpublished | later.unpublished,
+            locations=self.locations | later.locations,
+            models_loaded=self.models_loaded + later.models_loaded,
+        )
+
 
 def run_cells(
     requests: Sequence[CellRequest],

@@ -16,12 +16,14 @@ from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Silent
 from tracker.studies.base import Asked
+from tracker.team.publish import Publisher
 
 
 def asked_for(path: Path, results: Path) -> Asked:
     """What a study is asked over an experiment file."""
     experiment, _ = load_experiment(path)
-    return Asked(path, experiment, Ledger(results), Options("cpu"), Silent())
+    publisher = Publisher([], experiment.destination, results)
+    return Asked(path, experiment, Ledger(results), Options("cpu"), Silent(), publisher)
 
 
 def stores(path: Path, results: Path) -> list[CellStore]:

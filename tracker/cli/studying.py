@@ -32,6 +32,7 @@ def study() -> None:
       tracker study joint experiments/demo.yaml --track none
       tracker study rescale experiments/replaced.yaml
       tracker study calibration experiments/demo.yaml --reliability 0.8
+      tracker study prune experiments/study.yaml --remove "25 %" --text c4.txt
     """
 
 
@@ -194,5 +195,47 @@ _study(
         default=0.9,
         show_default=True,
         help="The rank correlation of two samples that is wanted.",
+    ),
+)
+
+_study(
+    "prune",
+    """Does pruning by accuracy beat pruning by proxies?
+
+    Layers are searched, for each benchmark in EXPERIMENT, by several strategies: by the accuracy
+    that is left, by proxies, from the end, at random. As many documents as 'sample' says choose;
+    others test what was chosen. Accuracy and the cosine score are also calibrated on all
+    benchmarks together, and on plain text. The study says which strategy leaves the most, with
+    paired intervals, and what each search cost. It shares all that is measured with 'tracker
+    prune', and goes on where it was stopped.
+
+    \b
+    Examples:
+      tracker study prune experiments/study.yaml
+      tracker study prune experiments/study.yaml --remove "25 %" --text c4.txt
+      tracker study prune experiments/demo.yaml --strategy accuracy --strategy cosine_oneshot
+    """,
+    click.option(
+        "--remove",
+        multiple=True,
+        help="How much goes, as in 'tracker prune'; may be given again. Default: 25 % and 50 %.",
+    ),
+    click.option(
+        "--strategy",
+        multiple=True,
+        help="How to choose, as in 'tracker prune'; may be given again. Default: accuracy, "
+        "gold_logprob, taylor, perplexity, cosine_oneshot, relative_update, last and random.",
+    ),
+    click.option(
+        "--text",
+        type=Place(),
+        help="Plain text to calibrate on too: a .txt file with blank lines between documents, or "
+        "a .jsonl file.",
+    ),
+    click.option(
+        "--test_sample",
+        "--test-sample",
+        type=click.IntRange(min=1),
+        help="Test documents of each task. Default: as many as choose.",
     ),
 )

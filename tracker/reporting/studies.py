@@ -29,6 +29,8 @@ from tracker.reporting.sections import Figure
 
 SEARCH = "search"
 """What a finding of `tracker prune` is called."""
+_SEARCHING = (SEARCH, "prune")
+"""Findings of which each section stands for the steps of its searches."""
 Write = Callable[[float], str]
 _WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
     "text": (str, 1, ""),
@@ -77,7 +79,7 @@ def study_sections(
 def is_step(cell: CellRecord, findings: Sequence[FindingRecord]) -> bool:
     """Whether a cell is a step of a search alone: the search's section shows it, in its row."""
     return bool(cell.removed) and any(
-        cell.place in finding.rests_on for finding in findings if finding.study == SEARCH
+        cell.place in finding.rests_on for finding in findings if finding.study in _SEARCHING
     )
 
 

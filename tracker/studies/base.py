@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -14,7 +14,9 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
-from tracker.records import WHOLE_LAYER, CellRecord, Kind
+from tracker.records import WHOLE_LAYER, CellRecord, Kind, Place
+from tracker.runner import Finished
+from tracker.team.publish import Publisher
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +38,7 @@ class Asked:
         ledger: The results folder.
         options: How models run, and where.
         progress: Told what happens.
+        publisher: Hands runs to the tracking backends.
     """
 
     file: Path
@@ -43,6 +46,7 @@ class Asked:
     ledger: Ledger
     options: Options
     progress: Progress
+    publisher: Publisher
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,18 @@ def grouped(each: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 
 @dataclass(frozen=True)
 class Said:
-    """What a study says; see `FindingRecord`."""
+    """What a study says; see `FindingRecord`.
+
+    Beside it stand what became of cells that it ran itself, and places of them on which it rests.
+    """
 
     answers: Sequence[str]
     tables: Sequence[FoundTable] = ()
     charts: Sequence[FoundChart] = ()
     lacking: Sequence[str] = ()
     assumptions: Sequence[str] = ()
+    ran: Finished = field(default_factory=Finished)
+    rests_on: Sequence[Place] = ()
 
     def recorded(self, study: Study, asked: Asked, on: Sequence[Subject]) -> FindingRecord:
         """Make the record that is kept and shown, of a study over some cells."""
@@ -118,7 +127,9 @@ class Said:
             charts=tuple(self.charts),
             lacking=tuple(self.lacking),
             assumptions=tuple(self.assumptions),
-            rests_on=tuple(subject.record.place for subject in on),
+            rests_on=tuple(
+                dict.fromkeys([*(subject.record.place for subject in on), *self.rests_on])
+            ),
         )
 
 

@@ -11,7 +11,6 @@ from tracker.measuring.derive import record_of
 from tracker.measuring.prepare import look_up
 from tracker.runner import Finished, run_cells
 from tracker.studies.base import Asked, Study, Subject
-from tracker.team.publish import Publisher
 
 
 @dataclass(frozen=True)
@@ -20,14 +19,14 @@ class Conducted:
 
     Attributes:
         finding: What it says.
-        outcome: What became of the cells that it needs.
+        outcome: What became of the cells that it needs, and of those that it ran itself.
     """
 
     finding: FindingRecord
     outcome: Finished
 
 
-def conduct(study: Study, asked: Asked, publisher: Publisher) -> Conducted:
+def conduct(study: Study, asked: Asked) -> Conducted:
     """Measure and publish the cells of a study as `run_cells` does, and keep what it finds.
 
     RequestError if the file is not enough for it, CellError where no cell could be measured.
@@ -38,7 +37,7 @@ def conduct(study: Study, asked: Asked, publisher: Publisher) -> Conducted:
             "'until' stops at the answer to another question than a study's; leave it out of the "
             "file, or write 'sample' for fewer documents"
         )
-    outcome = run_cells(requests, asked.ledger, publisher, asked.options, asked.progress)
+    outcome = run_cells(requests, asked.ledger, asked.publisher, asked.options, asked.progress)
     subjects = []
     for request in requests:
         found = look_up(request, asked.ledger)
@@ -48,6 +47,7 @@ def conduct(study: Study, asked: Asked, publisher: Publisher) -> Conducted:
     if not subjects:
         raise CellError("\n".join(f"{title}: {why}" for title, why in outcome.failed.items()))
     said = study.say(asked, subjects)
+    outcome = outcome.joined(said.ran)
     lacking = (*said.lacking, *(f"{title}: {why}" for title, why in outcome.failed.items()))
     finding = said.recorded(study, asked, subjects).model_copy(update={"lacking": lacking})
     keep_finding(asked.ledger.root, finding)

@@ -13,6 +13,7 @@ STUDIES: Mapping[str, str] = {
     "audit": "Audit",
     "calibration": "Calibration",
     "joint": "Joint",
+    "prune": "Prune",
     "rescale": "Rescale",
     "snowball": "Snowball",
     "theorem": "Theorem",

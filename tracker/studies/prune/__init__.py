@@ -1,0 +1,161 @@
+"""Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from tracker.config import CellRequest
+from tracker.errors import RequestError
+from tracker.findings import FoundChart, FoundTable
+from tracker.pruning.asked import SearchRequest, calibration_of, search_of
+from tracker.pruning.cells import Lender
+from tracker.pruning.conduct import check_search, pursue
+from tracker.pruning.search import budget_of
+from tracker.studies.base import (
+    SIGNIFICANT,
+    Asked,
+    Said,
+    Subject,
+    removing_whole_layers,
+    whole_layers,
+)
+from tracker.studies.prune.charts import frontier
+from tracker.studies.prune.figures import ACCURACY, COSINES
+from tracker.studies.prune.gathering import compared
+from tracker.studies.prune.sentences import answers_of
+from tracker.studies.prune.tables import tables_of
+
+AMOUNTS = ("25 %", "50 %")
+STRATEGIES = (
+    *(ACCURACY, "gold_logprob", "taylor", "perplexity"),
+    *("cosine_oneshot", "relative_update", "last", "random"),
+)
+ELSEWHERE = (ACCURACY, *COSINES)
+"""Strategies that are calibrated on other documents than the benchmark's own too."""
+_ASSUMED = (
+    "What chose and what tests are different documents. Calibrated on all tasks: as many documents "
+    "of each benchmark of the file as of one; each benchmark's loss counts alike.",
+    "Accuracy: Wilson's interval. Differences of two prunings on one benchmark: paired documents "
+    "(Bonett and Price 2012); means over benchmarks, whose documents differ, by the method of "
+    "variance estimates recovery (Donner and Zou 2012). Intervals say what other test documents "
+    "would give; the benchmarks, the calibration documents and what these chose are held fixed.",
+    "Tests: sign flips of the documents' differences, as if each were as likely to be x as −x; "
+    f"called significant where p, adjusted by Holm (1979), is below {SIGNIFICANT:.0%}.",
+    "A strategy that draws at random counts, document by document, by the mean of its draws.",
+    "Cost: what a search needed, as if it had been alone. Evaluations: sets of removals that were "
+    "scored, what a loop over pruned models would run. Passes: what was computed for them, in "
+    "passes of the intact model. Every candidate is scored again after each removal.",
+)
+
+
+class Prune:
+    """Prunes by each strategy, on each benchmark of a file, by several calibrations.
+
+    `remove` are the amounts, `strategy` the strategies, `text` a file of plain text to calibrate
+    on, `test_sample` how many test documents of each task (None = as many as choose).
+    """
+
+    name = "prune"
+    question = "Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"
+
+    def __init__(
+        self,
+        remove: Sequence[str] = (),
+        strategy: Sequence[str] = (),
+        text: Path | None = None,
+        test_sample: int | None = None,
+    ) -> None:
+        self._amounts = tuple(remove) or AMOUNTS
+        self._strategies = tuple(dict.fromkeys(strategy or STRATEGIES))
+        self._text = None if text is None else f"corpus:{text}"
+        self._test_sample = test_sample
+
+    def requests(self, asked: Asked) -> list[CellRequest]:
+        """Ask for each layer's removal on the calibration documents, a greedy search's first step.
+
+        RequestError where the file removes layers besides, or its settings are no search's.
+        """
+        found = []
+        lender = Lender(asked.ledger, asked.options, asked.progress)
+        for cell in asked.experiment.cells():
+            layers = whole_layers(cell)
+            if cell.removed or not layers:
+                raise RequestError(
+                    f"{cell.title}: what can go is searched from the intact model, over whole "
+                    "layers; leave 'removed', 'component', 'span' and 'intervention' out"
+                )
+            if cell.limit is not None:
+                raise RequestError(
+                    f"{cell.title}: calibration documents are drawn at random; write 'sample: "
+                    f"{{value: {cell.limit}}}' instead of 'limit'"
+                )
+            wanted = calibration_of(removing_whole_layers(cell, layers=layers))
+            searches = self._searches(wanted, [wanted])
+            # Wrong settings are said before anything is measured.
+            for search in searches:
+                check_search(search)
+            for search in {one.remove: one for one in searches}.values():
+                budget_of(search, lender)
+            found.append(wanted)
+        return found
+
+    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+        """Search, test what was chosen, and set the strategies beside each other."""
+        lacking = [
+            f"{one.record.title}: its metric is a loss, which has no mean with accuracies"
+            for one in subjects
+            if not one.record.higher_is_better
+        ]
+        cells = [one.request for one in subjects if one.record.higher_is_better]
+        if not cells:
+            return Said(("No benchmark of the file has an accuracy.",), lacking=lacking)
+        found = pursue(
+            [search for cell in cells for search in self._searches(cell, cells)],
+            asked.ledger,
+            asked.publisher,
+            asked.options,
+            asked.progress,
+        )
+        tables: list[FoundTable] = []
+        charts: list[FoundChart] = []
+        answers: list[str] = []
+        for group in compared(found, self._text):
+            answers += answers_of(group)
+            tables += tables_of(group)
+            charts.append(frontier(group))
+        if ACCURACY not in self._strategies:
+            lacking.append("differences to pruning by accuracy; add --strategy accuracy")
+        elif self._text is None:
+            lacking.append(
+                "calibration on plain text; give a .txt file, documents between blank lines, or a "
+                ".jsonl file: --text FILE"
+            )
+        places = [place for record in found.records for place in record.rests_on]
+        return Said(answers, tables, charts, lacking, _ASSUMED, found.outcome, places)
+
+    def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
+        """List the searches for one benchmark, of a file with these cells."""
+        alone = cell.model_copy(update={"part": None, "sample": None, "layers": (), "only": None})
+        same = [
+            one for one in cells if one.model_copy(update={"benchmark": cell.benchmark}) == cell
+        ]
+        tasks = tuple(dict.fromkeys(one.benchmark for one in same))
+        elsewhere = [tasks] if len(tasks) > 1 else []
+        elsewhere += [(self._text,)] if self._text is not None else []
+        ways: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in self._strategies]
+        ways += itertools.product([s for s in self._strategies if s in ELSEWHERE], elsewhere)
+        return [
+            search_of(
+                alone,
+                {
+                    "strategy": strategy,
+                    "remove": amount,
+                    "calibrate": calibrate,
+                    "sample": cell.sample,
+                    "test_sample": self._test_sample or cell.sample,
+                },
+            )
+            for amount, (strategy, calibrate) in itertools.product(self._amounts, ways)
+        ]
