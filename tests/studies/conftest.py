@@ -51,9 +51,10 @@ def row_of(table: FoundTable, *first: object) -> dict[str, Entry]:
 def refused(tmp_path: Path):
     """Ask the command for what it must refuse before it measures, and return what it says."""
 
-    def ask(study: str, path: Path) -> str:
+    def ask(study: str, path: Path, *more: str) -> str:
         results = tmp_path / "results"
-        done = CliRunner().invoke(main, ["study", study, str(path), "--results", str(results)])
+        typed = ["study", study, str(path), "--results", str(results), *more]
+        done = CliRunner().invoke(main, typed)
         assert done.exit_code == 2
         assert not results.exists()
         return done.output

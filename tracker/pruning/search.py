@@ -135,6 +135,8 @@ def _calibrated(cell: Cell) -> Calibrated:
 def _said(asked: SearchRequest, draw: int | None, step: PruneStep) -> str:
     """Say in a line what a step removed."""
     name = asked.strategy if draw is None else f"{asked.strategy} {draw}"
+    if asked.calibrate:
+        name += f" calibrated on {', '.join(asked.calibrate)}"
     what = f"{asked.unit} {step.layer}" if step.layer is not None else f"{asked.unit}s together"
     gone = ", ".join(map(str, step.removed))
     return f"{asked.cell.benchmark}, {name}: {what} goes; removed: {gone}"
