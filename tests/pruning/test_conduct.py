@@ -87,6 +87,19 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     assert saying.QUESTION in page
     assert "what is left, the more goes" in page
 
+    # No document that chose is among those that test, and the record names those that chose.
+    stores = {store.identity.key: store for store in Ledger(results).cells()}
+    assert len(stores) == 2
+    for record in records:
+        ((key, _view, _n), *_) = record.rests_on
+        tests = stores[key].read(columns=["task", "doc", "ablation"])
+        for each in record.calibration:
+            assert (each.part, record.part) == ("calibration", "test")
+            chose = stores[each.key].read(columns=["task", "doc", "ablation"])
+            numbers = {(task, n) for task, some in each.documents.items() for n in some}
+            assert set(zip(chose["task"], chose["doc"], strict=True)) == numbers
+            assert not numbers & set(zip(tests["task"], tests["doc"], strict=True))
+
     # Once more: no model is loaded, and the same is said.
     monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
     again = type_(*typed)
@@ -127,10 +140,10 @@ def test_a_killed_search_goes_on_after_its_last_block(model: Path, tmp_path: Pat
     assert [r.removed for r in done.records] == [r.removed for r in expected.records]
     assert [r.steps for r in done.records] == [r.steps for r in expected.records]
     for folder in ("whole", "killed"):
-        (store,) = Ledger(tmp_path / folder).cells()
-        rows = store.read(columns=["task", "doc", "ablation"])
-        shards = [store.shard(path) for path in store.shards()]
-        assert sum(shard.table.num_rows for shard in shards if shard) == len(rows)
+        for store in Ledger(tmp_path / folder).cells():
+            rows = store.read(columns=["task", "doc", "ablation"])
+            shards = [store.shard(path) for path in store.shards()]
+            assert sum(shard.table.num_rows for shard in shards if shard) == len(rows)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +190,9 @@ def test_attentions_are_searched_and_kept_without_runs_of_several(
     (record,) = done.records
     assert done.export == ""
     assert (record.unit, len(record.removed), len(record.rests_on)) == ("attention", 2, 1)
-    (store,) = Ledger(tmp_path / "results").cells()
-    names = set(store.read(columns=["task", "doc", "ablation"])["ablation"])
-    assert f"attention:{','.join(map(str, record.removed))}" in names
+    for store in Ledger(tmp_path / "results").cells():
+        names = set(store.read(columns=["task", "doc", "ablation"])["ablation"])
+        assert f"attention:{','.join(map(str, record.removed))}" in names
     assert [step.test.n for step in record.steps if step.test] == [10, 10]
 
 

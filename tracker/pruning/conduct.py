@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tracker.ablations import INTACT, Ablation, ablate
-from tracker.benchmarks.benchmark import check_benchmark
 from tracker.config import CellRequest
 from tracker.errors import CellError, RequestError, TrackerError
 from tracker.findings import FindingRecord
@@ -21,7 +20,7 @@ from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.cells import Array, Cell, Lender
 from tracker.pruning.saying import finding_of
-from tracker.pruning.search import Found, budget_of, search
+from tracker.pruning.search import Found, budget_of, refuse_unknown, search
 from tracker.records import CellRecord, Place
 from tracker.runner import Finished, run_cells
 from tracker.searched import PruneRecord, PruneStep, Tested
@@ -77,9 +76,7 @@ def conduct(
     """
     ledger.refuse_unwritable()
     lender = Lender(ledger, options, progress)
-    for each in asked:
-        for needed in (*each.calibration(), each.test()):
-            check_benchmark(needed)
+    refuse_unknown(asked)
     budgets = [budget_of(each, lender) for each in asked]
     cells: dict[CellRequest, Cell] = {}
     found: list[Found] = []
