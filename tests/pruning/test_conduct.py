@@ -83,6 +83,7 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     for record in records:
         assert ", ".join(map(str, record.removed)) in done.output
     assert "to save the best one: tracker export" in done.output
+    assert "--part test --sample 10" in done.output
     page = (results / "report.html").read_text(encoding="utf-8")
     assert saying.QUESTION in page
     assert "what is left, the more goes" in page
