@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.viewed import Viewed, gold_logprobs
 from tracker.measuring.fill import fill, lacking, open_cell
 from tracker.measuring.job import Job, Options
-from tracker.measuring.meter import Meter, Model, open_model
+from tracker.measuring.meter import Meter, Model, Place, open_model
 from tracker.measuring.observing import Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
@@ -166,6 +166,11 @@ class Cell:
         return self.request.part
 
     @property
+    def places(self) -> frozenset[Place]:
+        """The same as pairs of task and number."""
+        return frozenset((task, n) for task, some in self.documents.items() for n in some)
+
+    @property
     def n(self) -> int:
         """How many documents are measured."""
         return sum(map(len, self.documents.values()))
@@ -199,12 +204,11 @@ class Cell:
         plan = plan_streams(list(dict.fromkeys((INTACT, *ablations))), self.layers)
         return plan.layer_passes / self.layers
 
-    def seconds(self, names: set[str]) -> float | None:
-        """Say what measuring ablations took: of each shard, the share of its rows that are theirs.
+    def seconds(self, asked: Mapping[str, Collection[Place]]) -> float | None:
+        """Say what measuring took: of each shard, the share of its rows that were asked for.
 
-        None where a shard does not say.
+        Ablation → the documents that it was asked of. None where a shard does not say.
         """
-        wanted = {task: set(numbers) for task, numbers in self.documents.items()}
         total = 0.0
         for path in self.store.shards():
             try:
@@ -212,7 +216,7 @@ class Cell:
             except (OSError, ValueError):  # said where outcomes are read
                 continue
             rows = shard.table.to_pylist()
-            own = sum(r["ablation"] in names and r["doc"] in wanted[r["task"]] for r in rows)
+            own = sum((r["task"], r["doc"]) in asked.get(r["ablation"], ()) for r in rows)
             if own and not shard.about.get("seconds"):
                 return None
             total += float(shard.about.get("seconds") or 0) * own / max(1, len(rows))
