@@ -13,8 +13,11 @@ from tracker import api
 from tracker.cli import main
 from tracker.ledger.searches import read_search, searches
 from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.pruning import cells, saying
+from tracker.pruning.asked import search_request
+from tracker.pruning.search import budget_of, search
 
 from .conftest import DATA, LAYERS
 
@@ -206,3 +209,26 @@ def test_a_changed_file_of_a_search_is_noticed(model: Path, tmp_path: Path) -> N
     damaged = api.check(tmp_path / "results")[0].damaged
     assert Ledger(tmp_path / "results").contents().searches == []
     assert "edited or damaged; run its search again" in damaged[str(path)]
+
+
+def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a strategy that only observes opened the model first."""
+    checked: list[set[int]] = []
+    check = cells.Meter.check
+
+    def counted(meter: cells.Meter, *given: object) -> list[str]:
+        checked.append({len(one.layers) for one in meter.ablations})
+        return check(meter, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cells.Meter, "check", counted)
+    asked = [
+        search_request({"model": str(model), **SETTINGS, "strategy": name, "sample": 3})
+        for name in ("cosine_oneshot", "gold_logprob")
+    ]
+    lender = cells.Lender(Ledger(tmp_path), Options("cpu"), Silent())
+    within, shared = budget_of(asked[0], lender), {}
+    for one in asked:
+        list(search(one, within, lender, shared))
+    assert checked == [{0, 1}, {0, 2}]

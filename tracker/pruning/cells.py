@@ -67,6 +67,14 @@ class Known:
     gold: Array
 
 
+_Shape = tuple[int, bool, bool]
+
+
+def _shape(ablation: Ablation) -> _Shape:
+    """What kind of a removal it is."""
+    return (min(len(ablation.layers), 2), bool(ablation.attention), bool(ablation.mlp))
+
+
 class Cell:
     """A cell whose documents are measured under whatever ablations are asked for.
 
@@ -79,7 +87,7 @@ class Cell:
         self._lender = lender
         self._known: dict[Ablation, Known] = {}
         self._viewed: Viewed | None = None
-        self._checked = False
+        self._checked: set[_Shape] = set()
 
     @cached_property
     def _benchmark(self) -> Benchmark:
@@ -182,21 +190,30 @@ class Cell:
             self.store,
             kind,
             begin,
-            lambda: (self.opened([INTACT]).engine, self._meter.documents),
+            lambda: (self.opened(self._singles).engine, self._meter.documents),
             self.progress,
         )
 
+    @property
+    def _singles(self) -> list[Ablation]:
+        return [INTACT, *(Ablation((layer,)) for layer in range(self.layers))]
+
     def opened(self, ablations: Sequence[Ablation]) -> Meter:
-        """Open what measures some ablations, the baseline among them."""
+        """Open what measures some ablations, the baseline among them.
+
+        Sharing is checked when something is removed that was not before: one layer, several,
+        attentions, MLPs. What follows of the same kind is watched while it is measured.
+        """
         meter = self._meter
         meter.ablations = list(ablations)
-        if not self._checked:
+        shapes = {_shape(one) for one in ablations}
+        if not shapes <= self._checked:
             self.progress.say(
                 f"{self.request.benchmark}: checking that sharing is exact for this model"
             )
             for line in meter.check(Checks(self._lender.ledger.root)):
                 self.progress.say(line)
-            self._checked = True
+            self._checked |= shapes
         return meter
 
     def passes(self, ablations: Sequence[Ablation]) -> float:
