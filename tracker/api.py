@@ -284,7 +284,7 @@ def prune(
             found = conduct(asked, name, ledger, publisher, options, progress or Silent())
         joined.log(found)
     page = _shown(ledger, name, text, found.outcome)
-    line = export_line(found.records, ledger.root)
+    line = export_line(found.records, found.requests)
     return Pruned(tuple(found.records), found.finding, page, found.outcome, line)
 
 

@@ -291,6 +291,11 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
         raise ExperimentError(
             f"{path} holds no mapping; an experiment file starts with 'method: grid'"
         )
+    if is_of_searches(raw):
+        raise ExperimentError(
+            f"{path} asks for searches ('remove', 'keep' and 'strategy' say so): "
+            f"tracker prune {path}"
+        )
     try:
         refuse_searches(raw)
         experiment = Experiment.model_validate(raw)
@@ -300,6 +305,12 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
     except ExperimentError as error:
         raise ExperimentError(f"{path}: {error}") from None
     return experiment, text
+
+
+def is_of_searches(raw: Any) -> bool:
+    """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
+    parameters = raw.get("parameters") if isinstance(raw, dict) else None
+    return isinstance(parameters, dict) and bool({"remove", "keep", "strategy"} & set(parameters))
 
 
 def refuse_searches(raw: dict[Any, Any]) -> None:

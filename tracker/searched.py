@@ -118,6 +118,12 @@ class PruneRecord(Record):
         return self.steps[-1].removed
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """What is removed, in the order in which it went; ascending where sets do not grow."""
+        order = tuple(step.layer for step in self.steps if step.layer is not None)
+        return order if sorted(order) == list(self.removed) else self.removed
+
+    @property
     def kept(self) -> tuple[int, ...]:
         """The places, in the intact model, of the layers that nothing is removed of."""
         gone = set(self.removed)

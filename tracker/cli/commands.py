@@ -318,9 +318,18 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     Example:
       tracker validate experiments/demo.yaml
     """
-    from tracker.experiment import load_experiment
+    from tracker.experiment import is_of_searches, load_experiment
     from tracker.measuring.prepare import validate as check
+    from tracker.safe_yaml import read_yaml
 
+    if is_of_searches(read_yaml(experiment)[0]):
+        from tracker.pruning.asked import load_searches
+        from tracker.pruning.search import refuse_unknown
+
+        searches = load_searches(experiment)[0].searches()
+        refuse_unknown(searches)
+        say(f"{experiment} is valid: {len(searches)} search{'' if len(searches) == 1 else 'es'}")
+        return
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)

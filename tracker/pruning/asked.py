@@ -236,9 +236,10 @@ class PruneFile(Sweep):
 
         ExperimentError for a value of the wrong kind.
         """
-        grid = {name: getattr(self.parameters, name) for name in Parameters.model_fields}
+        # As W&B counts: names in alphabetical order, the last one changing fastest.
+        grid = {name: getattr(self.parameters, name) for name in sorted(Parameters.model_fields)}
         options = {name: choice.options for name, choice in grid.items() if choice is not None}
-        options.setdefault("strategy", list(DEFAULT))
+        options = dict(sorted({"strategy": list(DEFAULT), **options}.items()))
         found: dict[SearchRequest, None] = {}
         for values in itertools.product(*options.values()):
             settings = dict(zip(options, values, strict=True))

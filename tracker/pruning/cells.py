@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.viewed import Viewed, gold_logprobs
 from tracker.measuring.fill import fill, lacking, open_cell
 from tracker.measuring.job import Job, Options
-from tracker.measuring.meter import Meter, Model, open_model
+from tracker.measuring.meter import Meter, Model, Place, open_model
 from tracker.measuring.observing import Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
@@ -67,6 +67,14 @@ class Known:
     gold: Array
 
 
+_Shape = tuple[int, bool, bool]
+
+
+def _shape(ablation: Ablation) -> _Shape:
+    """What kind of a removal it is."""
+    return (min(len(ablation.layers), 2), bool(ablation.attention), bool(ablation.mlp))
+
+
 class Cell:
     """A cell whose documents are measured under whatever ablations are asked for.
 
@@ -79,7 +87,7 @@ class Cell:
         self._lender = lender
         self._known: dict[Ablation, Known] = {}
         self._viewed: Viewed | None = None
-        self._checked = False
+        self._checked: set[_Shape] = set()
 
     @cached_property
     def _benchmark(self) -> Benchmark:
@@ -166,6 +174,11 @@ class Cell:
         return self.request.part
 
     @property
+    def places(self) -> frozenset[Place]:
+        """The same as pairs of task and number."""
+        return frozenset((task, n) for task, some in self.documents.items() for n in some)
+
+    @property
     def n(self) -> int:
         """How many documents are measured."""
         return sum(map(len, self.documents.values()))
@@ -177,21 +190,30 @@ class Cell:
             self.store,
             kind,
             begin,
-            lambda: (self.opened([INTACT]).engine, self._meter.documents),
+            lambda: (self.opened(self._singles).engine, self._meter.documents),
             self.progress,
         )
 
+    @property
+    def _singles(self) -> list[Ablation]:
+        return [INTACT, *(Ablation((layer,)) for layer in range(self.layers))]
+
     def opened(self, ablations: Sequence[Ablation]) -> Meter:
-        """Open what measures some ablations, the baseline among them."""
+        """Open what measures some ablations, the baseline among them.
+
+        Sharing is checked when something is removed that was not before: one layer, several,
+        attentions, MLPs. What follows of the same kind is watched while it is measured.
+        """
         meter = self._meter
         meter.ablations = list(ablations)
-        if not self._checked:
+        shapes = {_shape(one) for one in ablations}
+        if not shapes <= self._checked:
             self.progress.say(
                 f"{self.request.benchmark}: checking that sharing is exact for this model"
             )
             for line in meter.check(Checks(self._lender.ledger.root)):
                 self.progress.say(line)
-            self._checked = True
+            self._checked |= shapes
         return meter
 
     def passes(self, ablations: Sequence[Ablation]) -> float:
@@ -199,12 +221,11 @@ class Cell:
         plan = plan_streams(list(dict.fromkeys((INTACT, *ablations))), self.layers)
         return plan.layer_passes / self.layers
 
-    def seconds(self, names: set[str]) -> float | None:
-        """Say what measuring ablations took: of each shard, the share of its rows that are theirs.
+    def seconds(self, asked: Mapping[str, Collection[Place]]) -> float | None:
+        """Say what measuring took: of each shard, the share of its rows that were asked for.
 
-        None where a shard does not say.
+        Ablation → the documents that it was asked of. None where a shard does not say.
         """
-        wanted = {task: set(numbers) for task, numbers in self.documents.items()}
         total = 0.0
         for path in self.store.shards():
             try:
@@ -212,7 +233,7 @@ class Cell:
             except (OSError, ValueError):  # said where outcomes are read
                 continue
             rows = shard.table.to_pylist()
-            own = sum(r["ablation"] in names and r["doc"] in wanted[r["task"]] for r in rows)
+            own = sum((r["task"], r["doc"]) in asked.get(r["ablation"], ()) for r in rows)
             if own and not shard.about.get("seconds"):
                 return None
             total += float(shard.about.get("seconds") or 0) * own / max(1, len(rows))

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tracker.ablations import INTACT, Ablation, ablate
-from tracker.benchmarks.benchmark import check_benchmark
 from tracker.config import CellRequest
 from tracker.errors import CellError, RequestError, TrackerError
 from tracker.findings import FindingRecord
@@ -21,7 +20,7 @@ from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.cells import Array, Cell, Lender
 from tracker.pruning.saying import finding_of
-from tracker.pruning.search import Found, budget_of, search
+from tracker.pruning.search import Found, budget_of, refuse_unknown, search
 from tracker.records import CellRecord, Place
 from tracker.runner import Finished, run_cells
 from tracker.searched import PruneRecord, PruneStep, Tested
@@ -134,8 +133,7 @@ def pursue(
     """
     ledger.refuse_unwritable()
     lender = Lender(ledger, options, progress)
-    for each in asked:
-        check_search(each)
+    refuse_unknown(asked)
     budgets = [budget_of(each, lender) for each in asked]
     cells: dict[CellRequest, Cell] = {}
     found: list[Found] = []
@@ -175,15 +173,6 @@ def pursue(
         failed=failed,
         outcome=outcome,
     )
-
-
-def check_search(asked: SearchRequest) -> None:
-    """Refuse benchmarks that do not exist or do not fit, before anything is measured.
-
-    RequestError says what is wrong.
-    """
-    for needed in (*asked.calibration(), asked.test()):
-        check_benchmark(needed)
 
 
 def ablations_of(found: Found) -> list[Ablation]:

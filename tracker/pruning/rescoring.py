@@ -70,7 +70,7 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
         if racing.lacking is not None:
             meter = cell.opened([INTACT, *ablations])
             fill_until(racing, cell.store, meter, cell.progress)
-        scores.raced(cell, ablations, racing.race.bounds.seen)
+        scores.raced(cell, ablations, racing.race.bounds.seen, racing.order)
         step = _decided(racing, sets, removed)
         yield step
         removed = step.removed

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
+from tracker.config import CellRequest
 from tracker.findings import Entry, FindingRecord, FoundTable, Heading, Line, LineChart, Unit
 from tracker.metrics.accuracy import accuracy_drop
 from tracker.pruning.cells import Array
@@ -294,10 +296,23 @@ def _frontier(records: Sequence[PruneRecord]) -> LineChart:
     )
 
 
-def export_line(records: Sequence[PruneRecord], root: object) -> str:
-    """What to type to save the pruning that tests best; empty where none can be saved."""
-    some = [one for one in records if one.unit == "layer"]
+def export_line(records: Sequence[PruneRecord], requests: Sequence[CellRequest | None]) -> str:
+    """What to type to save the pruning that tests best; empty where none can be saved.
+
+    `requests` are those of the runs of the last steps.
+    """
+    some = [
+        (one, request)
+        for one, request in zip(records, requests, strict=True)
+        if one.unit == "layer" and request is not None
+    ]
     if not some:
         return ""
-    best = min(some, key=_rank)
-    return f"tracker export {root}/searches/{best.name}.json --output {best.name}"
+    best, asked = min(some, key=lambda each: _rank(each[0]))
+    words = ["tracker", "export", asked.model, "--dtype", asked.dtype]
+    words += ["--remove", ",".join(map(str, best.removed)), "--output", "lighter"]
+    words += ["--benchmark", asked.benchmark, "--data", asked.data]
+    for option in ("revision", "num_fewshot", "part", "sample", "metric"):
+        value = getattr(asked, option)
+        words += [] if value is None else [f"--{option}", str(value)]
+    return shlex.join(words)

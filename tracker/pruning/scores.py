@@ -21,6 +21,7 @@ from tracker.engine.sweep import Engine
 from tracker.engine.turning import turning
 from tracker.errors import CellError
 from tracker.ledger.observations import Arrays
+from tracker.measuring.meter import Place
 from tracker.measuring.observing import Observe
 from tracker.metrics.accuracy import mean_interval
 from tracker.pruning.cells import Cell
@@ -121,7 +122,7 @@ class Scores:
         self._passes = self._evaluations = 0.0
         self._seconds = 0.0
         self._observed: set[str] = set()
-        self._raced: set[str] = set()
+        self._raced: dict[str, frozenset[Place]] = {}
 
     @property
     def documents(self) -> int:
@@ -204,19 +205,31 @@ class Scores:
             return np.abs(means), np.full(len(means), 1 / len(means))
         return means, counted / counted.sum()
 
-    def raced(self, cell: Cell, ablations: Sequence[Ablation], seen: NDArray[np.int64]) -> None:
-        """Note what a race asked a cell for: candidates, each on so many documents."""
+    def raced(
+        self,
+        cell: Cell,
+        ablations: Sequence[Ablation],
+        seen: NDArray[np.int64],
+        order: Sequence[Place],
+    ) -> None:
+        """Note what a race asked a cell for: candidates, each on so many documents of an order."""
         ends = sorted(set(seen.tolist()))
         for before, end in zip([0, *ends], ends, strict=False):
             open_then = [one for one, n in zip(ablations, seen, strict=True) if n >= end]
             self._passes += cell.passes(open_then) * (end - before) / cell.n
         self._evaluations += float(seen.sum()) / cell.n + (not self._evaluations)
-        self._raced |= {one.name for one in (INTACT, *ablations)}
+        for one, n in zip((INTACT, *ablations), (seen.max(), *seen), strict=True):
+            self._raced[one.name] = self._raced.get(one.name, frozenset()) | set(order[:n])
 
     def cost(self) -> PruneCost:
         """Say what it took."""
-        names = {one.name for one in self.evaluated} | self._raced
-        seconds = [cell.seconds(names) if names else 0.0 for cell in self.cells]
+        names = [one.name for one in self.evaluated]
+        seconds = [
+            cell.seconds(self._raced | dict.fromkeys(names, cell.places))
+            if names or self._raced
+            else 0.0
+            for cell in self.cells
+        ]
         known = [each for each in seconds if each is not None]
         return PruneCost(
             evaluations=len(self.evaluated)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tracker.benchmarks.benchmark import check_benchmark
 from tracker.config import CellRequest
 from tracker.errors import ExperimentError
 from tracker.models.layers import find_layers
@@ -50,6 +51,14 @@ class Found:
         digest = content_hash([asked.model_dump(mode="json"), self.draw])[:8]
         readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "-", str(w)).strip("-") for w in words if w)
         return f"{readable[-100:].lstrip('-')}-{digest}"
+
+
+def refuse_unknown(searches: Sequence[SearchRequest]) -> None:
+    """Refuse models and benchmarks that are not there, before anything is read: RequestError."""
+    for asked in searches:
+        find_model(asked.cell.model, asked.cell.revision, asked.cell.model_args)
+        for request in (*asked.calibration(), asked.test()):
+            check_benchmark(request)
 
 
 def budget_of(asked: SearchRequest, lender: Lender) -> Budget:

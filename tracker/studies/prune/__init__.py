@@ -11,8 +11,8 @@ from tracker.errors import RequestError
 from tracker.findings import FoundChart, FoundTable
 from tracker.pruning.asked import SearchRequest, calibration_of, search_of
 from tracker.pruning.cells import Lender
-from tracker.pruning.conduct import check_search, pursue
-from tracker.pruning.search import budget_of
+from tracker.pruning.conduct import pursue
+from tracker.pruning.search import budget_of, refuse_unknown
 from tracker.studies.base import (
     SIGNIFICANT,
     Asked,
@@ -94,8 +94,7 @@ class Prune:
             wanted = calibration_of(removing_whole_layers(cell, layers=layers))
             searches = self._searches(wanted, [wanted])
             # Wrong settings are said before anything is measured.
-            for search in searches:
-                check_search(search)
+            refuse_unknown(searches)
             for search in {one.remove: one for one in searches}.values():
                 budget_of(search, lender)
             found.append(wanted)

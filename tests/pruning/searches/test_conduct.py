@@ -13,8 +13,11 @@ from tracker import api
 from tracker.cli import main
 from tracker.ledger.searches import read_search, searches
 from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.pruning import cells, saying
+from tracker.pruning.asked import search_request
+from tracker.pruning.search import budget_of, search
 
 from .conftest import DATA, LAYERS
 
@@ -83,9 +86,23 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     for record in records:
         assert ", ".join(map(str, record.removed)) in done.output
     assert "to save the best one: tracker export" in done.output
+    assert "--part test --sample 10" in done.output
     page = (results / "report.html").read_text(encoding="utf-8")
     assert saying.QUESTION in page
     assert "what is left, the more goes" in page
+
+    # No document that chose is among those that test, and the record names those that chose.
+    stores = {store.identity.key: store for store in Ledger(results).cells()}
+    assert len(stores) == 2
+    for record in records:
+        ((key, _view, _n), *_) = record.rests_on
+        tests = stores[key].read(columns=["task", "doc", "ablation"])
+        for each in record.calibration:
+            assert (each.part, record.part) == ("calibration", "test")
+            chose = stores[each.key].read(columns=["task", "doc", "ablation"])
+            numbers = {(task, n) for task, some in each.documents.items() for n in some}
+            assert set(zip(chose["task"], chose["doc"], strict=True)) == numbers
+            assert not numbers & set(zip(tests["task"], tests["doc"], strict=True))
 
     # Once more: no model is loaded, and the same is said.
     monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
@@ -127,10 +144,10 @@ def test_a_killed_search_goes_on_after_its_last_block(model: Path, tmp_path: Pat
     assert [r.removed for r in done.records] == [r.removed for r in expected.records]
     assert [r.steps for r in done.records] == [r.steps for r in expected.records]
     for folder in ("whole", "killed"):
-        (store,) = Ledger(tmp_path / folder).cells()
-        rows = store.read(columns=["task", "doc", "ablation"])
-        shards = [store.shard(path) for path in store.shards()]
-        assert sum(shard.table.num_rows for shard in shards if shard) == len(rows)
+        for store in Ledger(tmp_path / folder).cells():
+            rows = store.read(columns=["task", "doc", "ablation"])
+            shards = [store.shard(path) for path in store.shards()]
+            assert sum(shard.table.num_rows for shard in shards if shard) == len(rows)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +194,9 @@ def test_attentions_are_searched_and_kept_without_runs_of_several(
     (record,) = done.records
     assert done.export == ""
     assert (record.unit, len(record.removed), len(record.rests_on)) == ("attention", 2, 1)
-    (store,) = Ledger(tmp_path / "results").cells()
-    names = set(store.read(columns=["task", "doc", "ablation"])["ablation"])
-    assert f"attention:{','.join(map(str, record.removed))}" in names
+    for store in Ledger(tmp_path / "results").cells():
+        names = set(store.read(columns=["task", "doc", "ablation"])["ablation"])
+        assert f"attention:{','.join(map(str, record.removed))}" in names
     assert [step.test.n for step in record.steps if step.test] == [10, 10]
 
 
@@ -192,3 +209,26 @@ def test_a_changed_file_of_a_search_is_noticed(model: Path, tmp_path: Path) -> N
     damaged = api.check(tmp_path / "results")[0].damaged
     assert Ledger(tmp_path / "results").contents().searches == []
     assert "edited or damaged; run its search again" in damaged[str(path)]
+
+
+def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a strategy that only observes opened the model first."""
+    checked: list[set[int]] = []
+    check = cells.Meter.check
+
+    def counted(meter: cells.Meter, *given: object) -> list[str]:
+        checked.append({len(one.layers) for one in meter.ablations})
+        return check(meter, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cells.Meter, "check", counted)
+    asked = [
+        search_request({"model": str(model), **SETTINGS, "strategy": name, "sample": 3})
+        for name in ("cosine_oneshot", "gold_logprob")
+    ]
+    lender = cells.Lender(Ledger(tmp_path), Options("cpu"), Silent())
+    within, shared = budget_of(asked[0], lender), {}
+    for one in asked:
+        list(search(one, within, lender, shared))
+    assert checked == [{0, 1}, {0, 2}]

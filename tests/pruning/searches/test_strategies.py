@@ -94,6 +94,9 @@ def test_evolution_mutates_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None
     first = min(sum(n < 14 for n in each) for each in known.asked[0])
     assert step.score is not None
     assert step.score < first
+    # What is kept is chosen, and not only the end.
+    means = [np.mean([sum(n < 14 for n in each) for each in sets]) for sets in known.asked]
+    assert means[-1] < means[0] - 1
     size, rounds = strategies.POPULATION, strategies.GENERATIONS
     assert [len(each) for each in known.asked] == [size, *[2 * size] * rounds]
     assert len({each for sets in known.asked for each in sets}) == size * (rounds + 1)
@@ -254,8 +257,8 @@ def test_level_sets_are_ordered_as_it_is_said() -> None:
     """By the other measure, then the later one; rounding decides nothing."""
     sets = [(0,), (1,), (2,), (3,)]
     values = np.array([[0.1, 0.1, 0.1 + 1e-16, 0.3], [0.3, 0.3, 0.3, 0.0]])
-    found = Losses(sets, values, np.full(2, 0.5), np.array([0.2, 0.1, 0.1 + 1e-15, 0.0]))
-    assert found.order == [3, 2, 1, 0]
+    found = Losses(sets, values, np.full(2, 0.5), np.array([0.1, 0.2, 0.1 + 1e-15, 0.0]))
+    assert found.order == [3, 2, 0, 1]
     step = found.step(())
     assert (step.layer, step.runner_up) == (3, (2,))
     level = Losses(sets[:2], values[:, :2], np.full(2, 0.5), np.zeros(2)).step(())
