@@ -30,7 +30,7 @@ from .conftest import column, row_of
 LAYERS, DOCUMENTS = 4, 12
 BENCHMARKS = ("arc_easy", "arc_challenge")
 """What the tiny model answers better than chance on the test documents."""
-STRATEGIES = ("accuracy", "cosine_oneshot", "random")
+STRATEGIES = ("accuracy", "cosine_oneshot", "last")
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +102,15 @@ def plain(
 ) -> np.ndarray:
     """The test outcomes of a way after some steps, from the kept sets and the ledger."""
     on = {OWN: [benchmark], TASKS: [*BENCHMARKS], TEXT: [f"corpus:{folder / 'text.txt'}"]}
-    amount, blind = f"remove {way.amount}", way.strategy == "random"
-    sets = [
+    amount, blind = f"remove {way.amount}", way.strategy == "last"
+    (removed,) = (
         record.steps[steps - 1].removed
         for record in searches(folder / "results", {})
         if (record.benchmark.name, record.strategy, record.amount)
         == (benchmark, way.strategy, amount)
         and (blind or [one.benchmark for one in record.calibration] == on[way.calibration])
-    ]
-    assert len(sets) == (3 if blind else 1)
-    frame = outcomes[benchmark]
-    return np.mean([frame[ablate("layer", each).name] for each in sets], axis=0)
+    )
+    return outcomes[benchmark][ablate("layer", removed).name].to_numpy()
 
 
 def test_tables_follow_from_the_outcomes(folder, studied, outcomes) -> None:
@@ -172,7 +170,8 @@ def test_tables_follow_from_the_outcomes(folder, studied, outcomes) -> None:
     assert row["evaluations"].value == 1 + LAYERS + (LAYERS - 1)
     row = row_of(costs, "accuracy", "50 %", TASKS)
     assert (row["searches"].value, row["documents"].value) == (1, 2 * DOCUMENTS)
-    assert row_of(costs, "random")["searches"].value == 3
+    row = row_of(costs, "last")
+    assert (row["calibrated on"].value, row["documents"].value) == ("no documents", 0)
 
 
 def test_the_chart_goes_through_the_tables(folder, studied, outcomes) -> None:
@@ -223,8 +222,8 @@ def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypat
 
 def test_a_benchmark_at_chance_has_nothing_to_lose(studied) -> None:
     cell = studied.outcome.cells[0]
-    assert not _at_chance(cell)
     level = cell.baseline_accuracy
+    assert not _at_chance(cell.model_copy(update={"chance_accuracy": level - 0.01}))
     assert _at_chance(cell.model_copy(update={"chance_accuracy": level})).startswith("unpruned it")
     assert not _at_chance(cell.model_copy(update={"chance_accuracy": None}))
 
@@ -282,6 +281,21 @@ def test_what_is_missing_has_a_reason() -> None:
     assert group.level_mean(last).value == pytest.approx(0.3)
     group.at_chance["a"] = "at chance"
     assert group.level_mean(last).reason == "no benchmark is above chance unpruned"
+
+
+def test_draws_count_by_their_mean_document_by_document() -> None:
+    weights = np.full(4, 0.25)
+    draws = [np.array(each, float) for each in ([1, 1, 0, 0], [1, 0, 0, 0])]
+    answered = tuple(Answered(np.ones(4), (each,), weights) for each in draws)
+    drawn = Pruning((), answered)
+    assert drawn.outcomes.tolist() == [1, 0.5, 0, 0]
+    assert drawn.level == accuracy(np.array([1, 0.5, 0, 0]), weights)
+    group = _compared({"a": {"accuracy": [1, 1, 1, 0]}})
+    group.found[Way("random", "1"), "a"] = drawn
+    (beside,) = group.beside("1")
+    assert beside.found.value == pytest.approx(0.375)
+    # Of the four signs of 0.5 and 1 two are as far from 0: both alike.
+    assert beside.found.p_value == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize(
