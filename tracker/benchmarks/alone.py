@@ -1,6 +1,6 @@
 """A program of its own: loads a checkpoint as anybody would, and lets plain lm-eval score it.
 
-It runs as a script, `python -I alone.py ASKED.json`, and imports nothing of tracker: what it says
+It runs as a script, `python -P alone.py ASKED.json`, and imports nothing of tracker: what it says
 is what transformers and lm-eval say of a folder.
 """
 

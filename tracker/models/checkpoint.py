@@ -18,12 +18,14 @@ from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.miniature import miniature
 from tracker.models.pruned import pruned
-from tracker.models.sources import ModelSource, read_config
+from tracker.models.sources import ModelSource, read_config, unreadable
 
 PROBE = 48
 """Tokens that a miniature reads, more than its windows see."""
 ROUNDING = 1e-4
 """Of the largest logit: what two ways of computing a miniature's experts differ by."""
+_IDLE = ("name_or_path", "training")
+"""Of a module: what has no bearing on what it computes here."""
 _COUNTS = ("layer", "dense", "block")
 """Words in the names of numbers that may count the first layers of a kind."""
 
@@ -143,8 +145,11 @@ def refuse_unsizable(
             f"{source.source} is quantised, and what layers lack would have to be packed anew: "
             "export the model in float32 or bfloat16, and quantise what is exported"
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
+        raise unreadable(source, error) from None
     total = len(find_layers(model))
     small = miniature(model)
     for some in [removed] if removed is not None else [[0], [total // 2]]:
@@ -167,7 +172,8 @@ def _try(small: Any, removed: Collection[int]) -> None:
     twin = without(small, removed)
     config = twin.config.get_text_config()
     # The row of the token that fills up is whatever a class sets it to when it loads.
-    tokens = [token for token in range(config.vocab_size) if token != config.pad_token_id]
+    filler = getattr(config, "pad_token_id", None)
+    tokens = [token for token in range(config.vocab_size) if token != filler]
     ids = torch.tensor([(tokens * PROBE)[:PROBE]])
     try:
         said = _ask(twin, ids)
@@ -187,7 +193,7 @@ def _try(small: Any, removed: Collection[int]) -> None:
             raise ModelError(
                 f"{name} without {_named(removed)} cannot be saved and loaded: {_first(error)}"
             ) from None
-    far = float((said - heard).abs().max())
+    far = float((said - heard)[..., tokens].abs().max())
     if left or not far <= ROUNDING * max(1.0, float(said.abs().max())):
         raise ModelError(
             f"{name} without {_named(removed)}, saved and loaded by plain transformers, is another "
@@ -206,7 +212,7 @@ def _difference(one: Any, other: Any) -> str:
     theirs = dict(other.named_modules())
     for path, module in one.named_modules():
         for name, value in vars(module).items():
-            if not isinstance(value, (bool, int, float, str)) or name == "name_or_path":
+            if not isinstance(value, (bool, int, float, str)) or name in _IDLE:
                 continue
             found = vars(theirs[path]).get(name) if path in theirs else None
             if found != value:

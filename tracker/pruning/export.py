@@ -151,7 +151,7 @@ def export(asked: Asked, progress: Progress) -> Exported:
             speed_on=saved.speed_on,
             accuracy=(*own, *asked.pruning.tested),
             proof=proof,
-            recipes=recipes(request.model, saved.base.dtype, saved.kept, removed),
+            recipes=recipes(source, saved.base.dtype, saved.kept, removed),
         )
         write_card(model, folder)
     made_of = (*asked.pruning.chosen_by, *(() if measured is None else (measured.cell,)))

@@ -151,7 +151,7 @@ def _ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     file = folder / "asked.json"
     file.write_text(json.dumps(asked), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-I", str(_ALONE), str(file)],
+        [sys.executable, "-P", str(_ALONE), str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,16 +10,20 @@ from itertools import pairwise
 import yaml
 
 from tracker.config import Component
+from tracker.models.sources import ModelSource
 
 
-def recipes(base: str, dtype: str, kept: Sequence[int], removed: Sequence[int]) -> dict[str, str]:
+def recipes(
+    source: ModelSource, dtype: str, kept: Sequence[int], removed: Sequence[int]
+) -> dict[str, str]:
     """Say how mergekit and llama.cpp make a model: tool → what it is given.
 
-    `base` is the model as the user typed it; both want what is in safetensors, or GGUF, there.
+    mergekit reads safetensors, llama.cpp GGUF: the base in the other form is called by its name.
     """
+    file = source.gguf_file
     return {
-        "mergekit": mergekit(base, dtype, kept),
-        "llama.cpp": llama_quantize(base, removed),
+        "mergekit": mergekit(source.name if file else source.source, dtype, kept),
+        "llama.cpp": llama_quantize(file or f"{source.name}.gguf", removed),
     }
 
 
@@ -39,11 +43,10 @@ def runs(kept: Sequence[int]) -> list[tuple[int, int]]:
     return [(kept[start], kept[stop - 1] + 1) for start, stop in pairwise(bounds)]
 
 
-def llama_quantize(base: str, removed: Sequence[int]) -> str:
+def llama_quantize(file: str, removed: Sequence[int]) -> str:
     """Write the command of llama.cpp (b5740 and later); COPY quantises nothing."""
-    file = base if base.endswith(".gguf") else "MODEL.gguf"
     layers = ",".join(map(str, sorted(removed)))
-    return f"llama-quantize --prune-layers {layers} {shlex.quote(file)} PRUNED.gguf COPY"
+    return f"llama-quantize --prune-layers {layers} {shlex.quote(file)} pruned.gguf COPY"
 
 
 def skip_lists(component: Component, layers: Sequence[int]) -> str:

@@ -49,7 +49,7 @@ class MlflowModels(Models):
             mlflow.set_tracking_uri(uri)
             with mlflow.start_run(run_id=run_id):
                 mlflow.transformers.log_model(
-                    str(model.folder),
+                    _parts(model.folder),
                     name=model.name,
                     task="text-generation",
                     model_card=ModelCard(card),
@@ -67,6 +67,16 @@ class MlflowModels(Models):
     def abandon(self) -> None:
         """Leave the database complete on its own."""
         self.close()
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    """Load a model and its tokenizer: MLflow 3.17 stumbles over the folder with transformers 5."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(folder, dtype="auto"),
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+    }
 
 
 def _params(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
