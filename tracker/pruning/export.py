@@ -28,7 +28,7 @@ from tracker.pruning.proof import Expected, Measured, expected, prove
 from tracker.pruning.publishing import publish
 from tracker.pruning.recipes import recipes, skip_lists
 from tracker.records import CellRecord
-from tracker.reporting.formats import measure_of
+from tracker.reporting.formats import counted, measure_of
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
 from tracker.tracking import target
@@ -218,12 +218,11 @@ def _save(asked: Asked, source: ModelSource, folder: Path, progress: Progress) -
 def _speed_on(on: Expected, dtype: str, length: int) -> str:
     """Say on what the speed was measured."""
     here = machine()
-    threads = f", {on.threads} threads" if on.device == "cpu" and on.threads > 1 else ""
-    if on.device == "cpu" and on.threads == 1:
-        threads = ", 1 thread"
+    threads = f", {counted(on.threads, 'thread')}" if on.device == "cpu" else ""
+    cores = counted(int(here["cores"]), "core")
     return (
         f"both in one process, in turn, batch {BATCH}, {length} tokens, {dtype}, on {on.device}"
-        f"{threads} ({here['platform']}, {here['cores']} cores)"
+        f"{threads} ({here['platform']}, {cores})"
     )
 
 
