@@ -64,7 +64,7 @@ class TestExported:
             f"    test: {next(ARC.glob('*.arrow'))}\n"
         )
         tasks = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
-        wanted = sorted(random_order(1234, "arc_easy", 570)[:SAMPLE])
+        wanted = sorted(random_order(1234, "arc_easy", range(570))[:SAMPLE])
         found = []
         for folder in (base, exported.folder):
             model = AutoModelForCausalLM.from_pretrained(folder)
@@ -142,7 +142,9 @@ def test_what_a_search_knows_is_told(exported, tmp_path):
         {"benchmark": "paint", "own": True, "num_fewshot": 2, "system_instruction": "Think."},
         {"benchmark": "mmlu_anatomy", "num_fewshot": 3, "limit": 4},
         {"benchmark": "ai2_arc", "limit": 3, "apply_chat_template": True},
-        {"benchmark": "winogrande", "sample": 6},
+        {"benchmark": "winogrande", "sample": 6, "part": "test"},
+        {"benchmark": "copa", "limit": 5, "part": "calibration"},
+        {"benchmark": "paint", "own": True, "num_fewshot": 1, "part": "calibration"},
         {"benchmark": "says", "own": True, "num_fewshot": 1, "gen_kwargs": '{"max_gen_toks": 2}'},
     ],
 )

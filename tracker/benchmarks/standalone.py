@@ -17,6 +17,7 @@ from tracker.arguments import decoded
 from tracker.benchmarks.corpus import is_corpus
 from tracker.benchmarks.factory import SourcedFactory, entries, find_task
 from tracker.benchmarks.own import folders
+from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import find_data
 from tracker.config import CellRequest
 from tracker.errors import BenchmarkError
@@ -71,16 +72,18 @@ def write_tasks(
     factory = _Recording(find_data(request.data), request.num_fewshot, metadata)
     factory.build(entry, overrides=None, registry=entries(own))
     folder.mkdir(parents=True)
+    tasks = {name: built[2] for name, built in factory.built.items() if name in documents}
+    for task in tasks.values():
+        choose_part(task, request, _shots(request, task))
     for number, name in enumerate(documents):
         if name not in factory.built or factory.built[name][0].yaml_path is None:
             raise BenchmarkError(
                 f"{name} has no YAML file of its own, so plain lm-eval cannot be given its "
                 "documents; name another benchmark, or leave --benchmark out"
             )
-        stated = _stated(factory, name, folder / f"{number}")
+        stated = _stated(factory, name, folder / f"{number}", request.part is not None)
         text = yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
         (folder / f"{number}.yaml").write_text(text, encoding="utf-8")
-    tasks = {name: factory.built[name][2] for name in documents}
     return {
         "tasks_in": str(folder),
         "metadata": metadata,
@@ -90,14 +93,16 @@ def write_tasks(
     }
 
 
-def _stated(factory: _Recording, name: str, folder: Path) -> dict[str, Any]:
+def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[str, Any]:
     """Say what a task's file holds: lm-eval's own, and where the documents lie."""
     entry, overrides, task = factory.built[name]
     stated = {"include": str(entry.yaml_path), **overrides, "task": name}
+    named = {key: getattr(task.config, key) for key in _SPLITS}
+    if parted and task.fewshot_cfg.split is not None:
+        named["fewshot_split"] = task.fewshot_cfg.split
     splits = factory.given.get(name)
     if splits is None:
-        return stated
-    named = {key: getattr(task.config, key) for key in _SPLITS}
+        return {**stated, **named} if parted else stated
     files = {}
     folder.mkdir()
     for split in {each for each in named.values() if each in splits}:
@@ -109,6 +114,12 @@ def _stated(factory: _Recording, name: str, folder: Path) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": files},
     }
     return {**stated, **data, **named}
+
+
+def _shots(request: CellRequest, task: Any) -> int:
+    """How many examples stand before a document, by lm-eval's own rule."""
+    own, asked = task.config.num_fewshot, request.num_fewshot
+    return int((own if own == 0 or asked is None else asked) or 0)
 
 
 def _how_it_speaks(request: CellRequest) -> dict[str, Any]:
@@ -143,15 +154,14 @@ def _which(
     Few-shot examples are drawn document by document, as `LmEvalBenchmark.prompts` says: there, all
     before the last wanted one are built, and only the wanted ones are asked about.
     """
-    shots = request.num_fewshot
+    wanted = {name: sorted(numbers) for name, numbers in documents.items()}
+    first = max(map(len, wanted.values()))
+    if all(numbers == list(range(len(numbers))) for numbers in wanted.values()):
+        return {"limit": first, "samples": None, "only": None}
     in_turn = any(
-        (shots if shots is not None and task.config.num_fewshot != 0 else task.config.num_fewshot)
-        and not isinstance(task.sampler, FirstNSampler)
+        _shots(request, task) and not isinstance(task.sampler, FirstNSampler)
         for task in tasks.values()
     )
-    wanted = {name: sorted(numbers) for name, numbers in documents.items()}
-    if request.sample is None and request.until is None:
-        return {"limit": request.limit, "samples": None, "only": None}
     if in_turn:
         last = max(numbers[-1] for numbers in wanted.values())
         return {"limit": last + 1, "samples": None, "only": wanted}

@@ -6,6 +6,7 @@ the configuration says in numbers and lists all that the model is, or the model 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -256,3 +257,10 @@ def save(loaded: LoadedModel, twin: Any, folder: Path) -> None:
 def weight_bytes(model: Any) -> int:
     """Count the bytes of a model's weights, tied ones once."""
     return sum(each.numel() * each.element_size() for each in model.parameters())
+
+
+def release() -> None:
+    """Give back what models have left of an accelerator's memory, for another process to use."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

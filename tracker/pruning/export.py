@@ -35,7 +35,7 @@ from tracker.tracking import target
 
 BATCH, LENGTH = 1, 256
 """What the models read while they are timed."""
-_OF_BENCHMARKS = ("limit", "sample", "num_fewshot", "metric")
+_OF_BENCHMARKS = ("part", "limit", "sample", "num_fewshot", "metric")
 _SPARE = 64 * 2**20
 """Bytes of a disk that a tokenizer, configurations and a card may take."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -119,7 +119,7 @@ def export(asked: Asked, progress: Progress) -> Exported:
         WorkError: What was saved is not what was measured, or cannot be written; nothing of it is
             left.
     """
-    from tracker.models.checkpoint import refuse_unsizable
+    from tracker.models.checkpoint import refuse_unsizable, release
 
     request, removed = asked.request, tuple(sorted(asked.pruning.removed))
     if not removed:
@@ -139,6 +139,7 @@ def export(asked: Asked, progress: Progress) -> Exported:
     with _beside(asked.output) as folder:
         saved = _save(asked, source, folder, progress)
         progress.say("loading it in a fresh process" + (", for lm-eval" if measured else ""))
+        release()
         proof = prove(folder, saved.expected, measured, asked.options.trust_remote_code)
         own = () if measured is None else (_accuracy(measured.cell),)
         model = Exported(
@@ -228,12 +229,13 @@ def _speed_on(on: Expected, dtype: str, length: int) -> str:
 
 def _accuracy(cell: CellRecord) -> Accuracy:
     """Say what the removal costs on a cell."""
-    measure = measure_of(cell)
+    measure, title = measure_of(cell), cell.benchmark.title
+    part = "" if title == cell.benchmark.name else f" of {title}"
     return Accuracy(
         benchmark=cell.benchmark.name,
         num_fewshot=cell.benchmark.num_fewshot,
         metric=cell.metric,
-        documents=cell.documents,
+        documents=f"{cell.documents}{part}",
         n=cell.n,
         before=(cell.baseline_accuracy, cell.baseline_low, cell.baseline_high),
         after=(cell.removed_accuracy, cell.removed_low, cell.removed_high),

@@ -15,6 +15,7 @@ from mlflow.entities import Metric, Param
 from typing_extensions import override
 
 from tracker.tracking.base import Models, SavedModel
+from tracker.tracking.figures import metric_name
 from tracker.tracking.mlflow.backend import MlflowBackend
 from tracker.tracking.mlflow.runs import KIND_TAG, made_of_tag
 
@@ -43,7 +44,7 @@ class MlflowModels(Models):
         run_id, uri, location = self._backend.begin(model.name, tags)
         with self._backend.connected(f"did not take {model.name}") as client:
             now = int(time.time() * 1000)
-            metrics = [Metric(name, value, now, 0) for name, value in model.figures.items()]
+            metrics = [Metric(metric_name(name), v, now, 0) for name, v in model.figures.items()]
             params = [Param(name, value[:_PARAM]) for name, value in _params(model.facts)]
             client.log_batch(run_id, metrics=metrics, params=params, synchronous=True)
             mlflow.set_tracking_uri(uri)
