@@ -116,7 +116,6 @@ def test_the_configuration_says_it_in_numbers_and_lists():
     twin = without(model, [1])
     assert twin.config.num_hidden_layers == 3
     assert twin.config.layer_types == [kinds[0], kinds[2], kinds[3]]
-    assert type(twin.config) is type(model.config), "a class of its own is in no file"
     assert model.config.num_hidden_layers == 4, "the model is left alone"
     assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
 

@@ -47,10 +47,6 @@ def without(model: Any, removed: Collection[int]) -> Any:
     kept = [index for index in range(len(find_layers(model))) if index not in removed]
     twin = pruned(model, removed)
     config = twin.config.get_text_config()
-    own = type(config).__mro__[1]
-    if own.__name__ == type(config).__name__:
-        # `cut_config` keeps what the class computes in a class of its own, which no file can.
-        config.__class__ = own
     wanted = _shapes(twin)
     why = _misfit(twin.config, wanted)
     for counts in _counts(config, kept) if why else ():
