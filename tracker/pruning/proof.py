@@ -112,7 +112,7 @@ def prove(
     with TemporaryDirectory() as name:
         folder = Path(name)
         asked: dict[str, Any] = {
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(checkpoint.absolute()),
             "trust_remote_code": trust_remote_code,
             "device": wanted.device,
             "threads": wanted.threads,
@@ -156,7 +156,6 @@ def _ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        cwd=folder,
     )
     if done.returncode:
         said = (done.stdout.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
