@@ -55,6 +55,7 @@ def main(debug: bool) -> None:
       tracker ls                                 what the results folder holds
       tracker study audit experiments/demo.yaml  a question of the paper, answered
       tracker prune experiments/prune.yaml       which layers can go, tested on other documents
+      tracker export MODEL --remove 3,17 …       a lighter model that anybody can load
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks
