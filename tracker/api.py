@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from tracker.config import Component
     from tracker.findings import FindingRecord
     from tracker.measuring.planning import PlannedCell
-    from tracker.searched import PruneRecord
     from tracker.pruning.facts import Exported
+    from tracker.searched import PruneRecord
 
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")

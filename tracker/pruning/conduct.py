@@ -76,7 +76,7 @@ def conduct(
     """
     ledger.refuse_unwritable()
     lender = Lender(ledger, options, progress)
-    refuse_unknown(asked)
+    refuse_unknown(asked, options.trust_remote_code)
     budgets = [budget_of(each, lender) for each in asked]
     cells: dict[CellRequest, Cell] = {}
     found: list[Found] = []
