@@ -94,6 +94,9 @@ def test_evolution_mutates_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None
     first = min(sum(n < 14 for n in each) for each in known.asked[0])
     assert step.score is not None
     assert step.score < first
+    # What is kept is chosen, and not only the end.
+    means = [np.mean([sum(n < 14 for n in each) for each in sets]) for sets in known.asked]
+    assert means[-1] < means[0] - 1
     size, rounds = strategies.POPULATION, strategies.GENERATIONS
     assert [len(each) for each in known.asked] == [size, *[2 * size] * rounds]
     assert len({each for sets in known.asked for each in sets}) == size * (rounds + 1)
