@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from tracker.answers import statement
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.config import CellRequest
@@ -16,7 +17,6 @@ from tracker.errors import RequestError, TrackerError
 from tracker.executors.registry import open_executor
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
-from tracker.measuring.answering import answer
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options
 from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up
@@ -153,7 +153,6 @@ class _Finisher:
                 raise outcome
             shown = outcome.views.ask(cell.request, self._publisher.project)
             view = outcome.views.of(cell.request)
-            found = answer(outcome, cell.request)
             record = record_of(outcome, view)
             # A backend shows all that was asked of the cell, not only what was asked now.
             whole = record if shown == view else record_of(outcome, shown)
@@ -167,8 +166,8 @@ class _Finisher:
             self._progress.say(f"{title} failed: {report.failed[title]}")
             return
         self.records[cell.request] = record
-        if found is not None:
-            self._progress.say(f"{title}: {found}")
+        if record.answer is not None:
+            self._progress.say(f"{title}: {statement(record.answer)}")
         self._publishing.append((title, self._publisher.begin(outcome, whole, left)))
         while self._publishing and self._publishing[0][1].done():
             self._take()

@@ -50,7 +50,13 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     (cell,) = done.cells
     total = cell.benchmark.tasks[0].documents
     assert 0 < cell.n < total
-    assert cell.reasons["n"] == f"{cell.n} of {total} documents are measured so far"
+    assert cell.is_stopped
+    assert not cell.is_complete
+    most = max(run.n for run in cell.runs)
+    assert cell.lacks == (
+        f"stopped at the answer to 'drop within 15 pp at 80 %': {cell.n} to {most} of {total} "
+        "documents were looked at, run by run",
+    )
     assert heard.came == heard.expected
 
     # What was measured: a beginning of the random order, of some runs more than of others.
@@ -62,10 +68,12 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
         assert found == set(order[: len(found)])
     sizes = {name: len(found) for name, found in numbers.items()}
     assert cell.n == min(sizes.values())
+    assert [run.n for run in cell.runs] == [sizes[f"layer:{number}"] for number in range(4)]
 
     # The same as a race over the outcomes of a whole run.
     whole = tracker.run(experiment(model, "whole.yaml", **all_of), **settings)
-    assert whole.cells[0].n == total
+    assert (whole.cells[0].n, whole.cells[0].answer) == (total, None)
+    assert whole.cells[0].is_complete
     frame = store.read(columns=["doc", "ablation", "metric/acc_norm"])
     right = frame.pivot(index="doc", columns="ablation", values="metric/acc_norm").loc[order]
     names = [f"layer:{number}" for number in range(4)]
@@ -76,22 +84,35 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
         race.look(drops[at : at + 32])
     assert [sizes[name] for name in names] == race.bounds.seen.tolist()
     assert sizes["baseline"] == race.bounds.seen.max()
-    share = race.bounds.seen.sum() / (4 * total)
+    assert cell.answer is not None
+    assert [run.low for run in cell.answer.runs] == race.bounds.low.tolist()
+    assert [run.accuracy_drop_low for run in cell.runs] == race.bounds.low.tolist()
+    assert [run.accuracy_drop_high for run in cell.runs] == race.bounds.high.tolist()
+    # A stream without layer l leaves the intact one at l, and passes the 3 - l layers above.
+    looked = 4 * race.bounds.seen.max() + race.bounds.seen @ [3, 2, 1, 0]
+    share = looked / (10 * total)
     said = (
         f"{cell.model.source} × openbookqa: drop within 15 pp at 80 %: each drop is known within "
         f"15 pp (80 % confidence; {race.bounds.seen.max()} of {total} documents, "
-        f"{100 * share:.0f} % of the layer passes). The intervals and p-values of single runs are "
-        "those of one look, and too narrow for a cell that was stopped by what it showed"
+        f"{100 * share:.0f} % of the layer passes)"
     )
     assert heard.said[-1] == said
     exact = [run.accuracy_drop for run in whole.cells[0].runs]
     assert (race.bounds.low <= exact).all()
     assert (race.bounds.high >= exact).all()
 
-    # Asked again, nothing is loaded.
+    # Figures of a run are those of its own documents.
+    for run in cell.runs:
+        assert run.accuracy_drop == pytest.approx(drops[: run.n, run.layer].mean())
+
+    # Asked again, nothing is loaded; and the cell is none that was stopped any more.
     again = Heard()
-    assert tracker.run(until, progress=again, **settings).outcome.models_loaded == 0
+    done = tracker.run(until, progress=again, **settings)
+    assert done.outcome.models_loaded == 0
     assert again.said == [said]
+    assert done.cells[0].answer == cell.answer
+    assert done.cells[0].is_complete
+    assert done.cells[0].runs == whole.cells[0].runs
 
 
 def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
@@ -106,14 +127,15 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
     done = tracker.run(tie, progress=heard, results=results, track=[])
     assert [run.accuracy_drop for run in done.cells[0].runs] == [0, 0]
     assert heard.said[-1] == (
-        f"{folder} × copa: top 1: not answered by all documents, which leave layers 1, 2 open "
+        f"{folder} × copa: top 1: the largest drop is not separated by all 100 documents: "
+        "layers 1 and 2 tie "
         "(95 % confidence; 100 of 100 documents, 100 % of the layer passes)"
     )
     # Other questions, which all that is measured answers.
     for text, said in (
         ("sign", "the drops above 0 are those of none, below 0 none (95 %"),
-        ("prune 1 within 99 pp", "the smallest drops are those of layer 1 (95 %"),
-        ("top 1 within 99 pp at 90 %", "the largest drops are those of layer 1 (90 %"),
+        ("prune 1 within 99 pp", "the smallest drop is that of layer 1 (95 %"),
+        ("top 1 within 99 pp at 90 %", "the largest drop is that of layer 1 (90 %"),
     ):
         asked = experiment(folder, limit=None, benchmark="copa", until=text, layer=[1, 2])
         done = tracker.run(asked, progress=heard, results=results, track=[])

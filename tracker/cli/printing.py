@@ -33,6 +33,8 @@ def print_damage(damaged: Mapping[str, str]) -> None:
 
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     """Print a cell's runs, or one of them."""
+    from tracker.answers import interval_name, statement
+    from tracker.reporting.caveats import looks_note
     from tracker.reporting.formats import DASH, fixed, interval, measure_of
     from tracker.reporting.tables import run_columns
     from tracker.reporting.wording import power_sentence, sentence
@@ -42,8 +44,9 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     names = run_columns(cell)
     heads = (
         *names.labels,
+        *(("documents",) if cell.is_raced else ()),
         f"{measure.change} ({measure.unit})",
-        "95 % interval",
+        interval_name(cell),
         "accuracy relevance",
         "cosine score (1 − cos)",
     )
@@ -53,6 +56,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     rows = [
         (
             *names.of(run),
+            *((f"{run.n:,}",) if cell.is_raced else ()),
             DASH if run.accuracy_drop is None else measure.write(run.accuracy_drop),
             interval(run.accuracy_drop_low, run.accuracy_drop_high, measure.write) or DASH,
             DASH if run.accuracy_relevance is None else fixed(run.accuracy_relevance, 2),
@@ -67,12 +71,18 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
         " · ".join(filter(None, (cell.heading, own_metric, cell.documents))),
     )
     reasons = {why for run in shown for name, why in run.reasons.items() if name != "mcnemar_p"}
-    for why in sorted({*reasons, *cell.reasons.values()}):
+    said = ("n", "baseline_low") if cell.is_raced else ()
+    reasons |= {why for name, why in cell.reasons.items() if name not in said}
+    for why in sorted(reasons):
         say(f"{DASH} {why}")
+    if note := looks_note(cell):
+        say(note)
     if power := power_sentence(cell, shown):
         say(power)
     if only is None:
         say(sentence(cell))
+    if cell.answer is not None:
+        say(statement(cell.answer))
 
 
 def print_finding(finding: FindingRecord) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
-from tracker.ledger.races import race_of
+from tracker.ledger.races import CellRace
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, fill_until, open_cell
 from tracker.measuring.job import Begun, Done, Job, Options
@@ -73,5 +73,5 @@ def measure_cell(
     if request.until is None:
         fill(store, lacking, meter, request.extent, progress)
     else:
-        fill_until(race_of(store, request), store, meter, progress)
+        fill_until(CellRace(store, store.views.of(request)), store, meter, progress)
     return store, lost

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracker.ablations import INTACT, ablation_of
-from tracker.config import CellRequest
+from tracker.ablations import INTACT, Ablation, Action, ablation_of
 from tracker.errors import ExperimentError, WorkError
 from tracker.extent import Extent, shuffled
 from tracker.ledger.blocks import BLOCK, Block, places
@@ -14,8 +13,8 @@ from tracker.ledger.outcomes import METRIC
 from tracker.ledger.views import CellIdentity
 from tracker.metrics.accuracy import weights_by_task
 from tracker.metrics.races import Race
-from tracker.questions import Question
-from tracker.records import View
+from tracker.records import AnswerRecord, RunAnswer
+from tracker.views import View
 
 
 def refuse_unbounded(identity: CellIdentity, metric: str) -> None:
@@ -29,13 +28,6 @@ def refuse_unbounded(identity: CellIdentity, metric: str) -> None:
         )
 
 
-def race_of(store: CellStore, request: CellRequest) -> CellRace:
-    """Run the race that a request with a question asks for; errors as `CellRace`."""
-    asked = request.question
-    assert asked is not None
-    return CellRace(store, store.views.of(request), asked, request.seed)
-
-
 class CellRace:
     """The race that a cell's outcomes decide; the same one in every process, and after a kill.
 
@@ -45,37 +37,34 @@ class CellRace:
     for nothing, because it may be there for a reason.
 
     Attributes:
-        asked: The question.
-        runs: Whose means they are.
-        race: How it stands, one mean for each run of the view.
+        race: How it stands, one mean for each run that the question is about.
         lacking: Which block is to be measured next, and under which ablations; None once the
             question is answered, or all documents have been looked at.
         looked: Documents that were looked at.
         population: Documents that there are.
     """
 
-    def __init__(self, store: CellStore, view: View, asked: Question, seed: int) -> None:
+    def __init__(self, store: CellStore, view: View) -> None:
         """Look at what the cell holds already.
 
         Args:
             store: The cell.
-            view: Its metric, and which runs.
-            asked: The question.
-            seed: Of the random order.
+            view: Its metric, and its question.
 
         Raises:
             ExperimentError: The metric has no bounds, or so many runs cannot answer the question.
             WorkError: As `advance`.
         """
+        assert view.until is not None
         refuse_unbounded(store.identity, view.metric)
-        counts = store.counts()
+        counts, seed = store.counts(), view.until.seed
         self.extent = Extent(sample=max(*counts.values(), 1), seed=seed)
         self.population = sum(counts.values())
         self.looked = 0
         self.lacking: tuple[Block, tuple[str, ...]] | None = None
-        self.asked, self.runs = asked, view.runs
-        self._store, self._metric = store, METRIC + view.metric
-        self._names = [ablation_of(run, view.removed).name for run in view.runs]
+        self._until, self._store, self._metric = view.until, store, METRIC + view.metric
+        self._ablations = [ablation_of(run, view.removed) for run in view.until.runs]
+        self._names = [ablation.name for ablation in self._ablations]
         self._order = shuffled(seed, counts)
         there = {task: places(task, count, seed) for task, count in counts.items()}
         begins: dict[Block, int] = {}
@@ -91,7 +80,9 @@ class CellRace:
         self._scale = weights * self.population
         most = float(self._scale.max())
         try:
-            self.race = Race(asked, self.population, len(self._names), lowest=-most, highest=most)
+            self.race = Race(
+                view.until.asked, self.population, len(self._names), lowest=-most, highest=most
+            )
         except ValueError as error:
             raise ExperimentError(f"'until': {error}") from None
         self.advance()
@@ -127,6 +118,35 @@ class CellRace:
         """The blocks that were not looked at, in the order in which they come."""
         return self._blocks[len(self._blocks) - len(self._ends) :]
 
+    def record(self) -> AnswerRecord:
+        """Say how it stands."""
+        bounds, standing = self.race.bounds, self.race.standing
+        layers = self._store.identity.model.layers
+        passes = [_passes(ablation, layers) for ablation in self._ablations]
+        # A drop is between -1 and 1, whatever its documents weigh.
+        ends = zip(bounds.low.clip(-1, 1), bounds.high.clip(-1, 1), strict=True)
+        return AnswerRecord(
+            question=self._until.question,
+            level=self._until.asked.level,
+            seed=self._until.seed,
+            looked=self.looked,
+            population=self.population,
+            over=self.lacking is None,
+            passes=self.looked * layers + int(bounds.seen @ passes),
+            passes_of=self.population * (layers + sum(passes)),
+            runs=tuple(
+                RunAnswer(
+                    **dict(run),
+                    n=int(bounds.seen[place]),
+                    low=float(low),
+                    high=float(high),
+                    open=bool(standing.open[place]),
+                    chosen=bool(standing.chosen[place]),
+                )
+                for place, (run, (low, high)) in enumerate(zip(self._until.runs, ends, strict=True))
+            ),
+        )
+
     def _needed(self) -> tuple[str, ...]:
         """Name the baseline and the runs that are open."""
         still = zip(self._names, self.race.standing.open, strict=True)
@@ -140,3 +160,10 @@ class CellRace:
                 f"{outcomes[wrong][0]:g} for a document of {block.task}, and not between 0 and 1. "
                 "Leave 'until' out"
             )
+
+
+def _passes(ablation: Ablation, layers: int) -> int:
+    """Count the layers that a stream passes which leaves the intact one where it first differs."""
+    actions = [ablation.at(layer) for layer in range(layers)]
+    first = next(layer for layer, action in enumerate(actions) if action is not Action.PASS)
+    return sum(action.enters for action in actions[first:]) + actions.count(Action.REPEAT)

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from filelock import Timeout
 
 from tracker.ablations import ablations_of
+from tracker.answers import contending
 from tracker.extent import Extent
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.races import CellRace, race_of
+from tracker.ledger.races import CellRace
 from tracker.ledger.store import Ledger
-from tracker.measuring.answering import contending
 from tracker.measuring.meter import Facts, Meter, Place
 from tracker.measuring.prepare import CellLookup, look_up
 from tracker.measuring.progress import Progress
@@ -37,7 +37,7 @@ def open_cell(
         ledger.remember(key, store)
     extent, names = asked.request.extent, names_of(asked, store)
     if asked.request.until is not None:
-        race = race_of(store, asked.request)
+        race = CellRace(store, store.views.of(asked.request))
         return store, at_most(race, store, facts.responses)
     if store.is_complete(extent, names):
         return store, {}
@@ -89,7 +89,7 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
             progress.expect(left - expected)
             expected = left
             if 0 < race.race.standing.open.sum() < were:
-                progress.say(f"{race.looked:,} documents: {contending(race)}")
+                progress.say(f"{contending(race.record())}; {race.looked:,} documents")
     finally:
         progress.finish()
 

@@ -11,8 +11,8 @@ from tracker.config import CellRequest
 from tracker.errors import ExperimentError, UnreachableError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import request_key
-from tracker.ledger.races import race_of
 from tracker.ledger.store import Ledger
+from tracker.measuring.derive import answer_of
 from tracker.models.sources import ModelSource, count_layers, find_model
 from tracker.provenance import package_versions
 from tracker.records import RunIdentity
@@ -51,8 +51,9 @@ def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
-    if request.until is not None:
-        return race_of(store, request).lacking is None
+    answer = answer_of(store, store.views.of(request))
+    if answer is not None:
+        return answer.over
     ablations = ablations_of(request, store.identity.model.layers)
     return store.is_complete(request.extent, [ablation.name for ablation in ablations])
 
