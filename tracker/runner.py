@@ -16,6 +16,7 @@ from tracker.config import CellRequest
 from tracker.errors import RequestError, TrackerError
 from tracker.executors.registry import open_executor
 from tracker.ledger.cells import CellStore
+from tracker.ledger.races import refuse_unbounded
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options
@@ -93,11 +94,6 @@ def run_cells(
             computed or written.
     """
     ledger.refuse_unwritable()
-    if options.executor != "local" and any(request.until for request in requests):
-        raise RequestError(
-            f"'until' is answered in one process, not by --executor {options.executor}: leave one "
-            "of the two out"
-        )
     asked = [look_up(request, ledger) for request in requests]
     todo = [cell for cell in asked if not cell.complete]
     for cell in asked:
@@ -205,6 +201,8 @@ def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
         )
         if settings not in same:
             same[settings] = open_benchmark(cell.request)
-        chosen_metric(same[settings].identity, cell.request.metric)
+        metric = chosen_metric(same[settings].identity, cell.request.metric)
+        if cell.request.until is not None:
+            refuse_unbounded(same[settings].identity, metric)
         jobs.append(Job(cell, same[settings]))
     return jobs

@@ -8,8 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tracker
-from tracker.config import CellRequest
-from tracker.errors import ExperimentError, RequestError
+from tracker.errors import RequestError
 from tracker.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
@@ -164,16 +163,6 @@ def test_what_contradicts_a_question_is_refused(settings, says, tiny_llama, expe
         tracker.run(file, results=tmp_path / "results", track=[])
     assert all(one in str(caught.value) for one in says), str(caught.value)
     assert not list((tmp_path / "results").glob("cells/*/shards/*"))
-
-
-def test_an_agent_and_other_executors_do_not_answer(tiny_llama, experiment, tmp_path):
-    model = tiny_llama()
-    file = experiment(model, limit=None, until="top 1")
-    with pytest.raises(RequestError, match="in one process, not by --executor ray"):
-        tracker.run(file, results=tmp_path / "results", track=[], executor="ray")
-    request = CellRequest(model=str(model), benchmark="copa", layers=(1,), until="top 1")
-    with pytest.raises(ExperimentError, match="give the experiment file to tracker run"):
-        tracker.evaluate(request, results=tmp_path / "results", track=[])
 
 
 def test_a_study_does_not_stop_at_another_question(tiny_llama, experiment, tmp_path):

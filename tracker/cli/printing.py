@@ -182,6 +182,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     for cell in cells:
         cost = cell.cost
         spent = 0.0 if cell.measured or cell.shared else cost.flops / rate
+        if cell.expected is not None:
+            spent *= cell.expected.share[0]
         seconds += spent
         row = (
             cell.request.model,
@@ -209,8 +211,9 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "self-check: what the model answers once more, plainly; besides, each architecture is "
         "attacked once on a miniature, which takes some seconds and is kept in the results folder"
     )
-    if any(cell.request.until for cell in cells):
-        say("until: a cell ends when its question is answered; this is what all documents take")
+    for cell in cells:
+        if cell.request.until is not None:
+            say(f"{cell.request.title}: {_until(cell)}")
     say(
         f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "
         f"(two-sided {100 * ALPHA:.0f} %, paired), and how many show {100 * MEANT:.0f} pp, if a "
@@ -218,6 +221,32 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     )
     if any(cell.observed for cell in cells):
         say("*: if it changes as many as the median removal does that is measured already")
+
+
+def _until(cell: PlannedCell) -> str:
+    """Say what a cell's question will take, or what is needed to say it."""
+    from tracker.answers import statement
+    from tracker.measuring.planning import PILOT
+
+    if cell.answer is not None and cell.measured:
+        return statement(cell.answer)
+    head, found = f"until {cell.request.until}", cell.expected
+    if found is None:
+        return (
+            f"{head}: the table says what all documents take; how many the answer takes can be "
+            f"said once {PILOT} are measured. A pilot measures them, and nothing is measured "
+            "twice: put 'sample: {value: 64}' in the place of 'until', and tracker run"
+        )
+    (documents, more), (share, larger) = found.documents, found.share
+    text = (
+        f"{head}: about {documents:,} of {cell.cost.documents:,} documents and "
+        f"{100 * share:.0f} % of the layer passes, in nine of ten cases at most {more:,} and "
+        f"{100 * larger:.0f} % (simulated from {found.measured:,} measured documents; too low "
+        "where these are few)"
+    )
+    if found.open:
+        text += f"; all documents leave it open in {100 * found.open:.0f} % of the simulations"
+    return text
 
 
 def _revealed(cell: PlannedCell) -> tuple[str, str]:

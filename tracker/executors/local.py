@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
-from tracker.ledger.races import CellRace
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, fill_until, open_cell
 from tracker.measuring.job import Begun, Done, Job, Options
@@ -62,7 +61,7 @@ def measure_cell(
     """
     request = job.asked.request
     meter = Meter(request, job.benchmark, model, options)
-    store, lacking = open_cell(job.asked, meter.facts, ledger)
+    store, lacking, race = open_cell(job.asked, meter.facts, ledger)
     if not lacking:
         return store, []
     begun(job.asked, store)
@@ -70,8 +69,8 @@ def measure_cell(
     lost = meter.check(Checks(ledger.root))
     for line in lost:
         progress.say(line)
-    if request.until is None:
+    if race is None:
         fill(store, lacking, meter, request.extent, progress)
     else:
-        fill_until(CellRace(store, store.views.of(request)), store, meter, progress)
+        fill_until(race, store, meter, progress)
     return store, lost

@@ -99,8 +99,8 @@ class SlurmExecutor:
                 self._said.add(line)
                 progress.say(line)
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-        if errors:
-            progress.expect(-waiting.left)
+        if errors or waiting.job.asked.request.until is not None:
+            progress.expect(-waiting.left)  # of a question, as many as the answer left
         else:
             progress.advance(waiting.left)
         done(waiting.job.asked, errors[0] if errors else waiting.store())

@@ -7,23 +7,23 @@ import numpy as np
 from tracker.ablations import INTACT, Ablation, Action, ablation_of
 from tracker.errors import ExperimentError, WorkError
 from tracker.extent import Extent, shuffled
+from tracker.identities import BenchmarkIdentity
 from tracker.ledger.blocks import BLOCK, Block, places
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.views import CellIdentity
 from tracker.metrics.accuracy import weights_by_task
 from tracker.metrics.races import Race
 from tracker.records import AnswerRecord, RunAnswer
 from tracker.views import View
 
 
-def refuse_unbounded(identity: CellIdentity, metric: str) -> None:
+def refuse_unbounded(benchmark: BenchmarkIdentity, metric: str) -> None:
     """Raise ExperimentError for a metric whose outcomes are not between 0 and 1."""
-    task = identity.benchmark.tasks[0]
+    task = benchmark.tasks[0]
     if task.metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
         raise ExperimentError(
             f"'until' needs a metric that is a mean of outcomes between 0 and 1, such as acc; "
-            f"{metric} of {identity.benchmark.name} is none. Leave 'until' out, or name another "
+            f"{metric} of {benchmark.name} is none. Leave 'until' out, or name another "
             "'metric'"
         )
 
@@ -39,7 +39,8 @@ class CellRace:
     Attributes:
         race: How it stands, one mean for each run that the question is about.
         lacking: Which block is to be measured next, and under which ablations; None once the
-            question is answered, or all documents have been looked at.
+            question is answered, or all documents have been looked at. Later blocks may be measured
+            before it, under the same ones: who is settled then was measured for nothing.
         looked: Documents that were looked at.
         population: Documents that there are.
     """
@@ -56,7 +57,7 @@ class CellRace:
             WorkError: As `advance`.
         """
         assert view.until is not None
-        refuse_unbounded(store.identity, view.metric)
+        refuse_unbounded(store.identity.benchmark, view.metric)
         counts, seed = store.counts(), view.until.seed
         self.extent = Extent(sample=max(*counts.values(), 1), seed=seed)
         self.population = sum(counts.values())
@@ -94,7 +95,7 @@ class CellRace:
         """
         while not self.race.standing.answered and self._ends:
             block = self.left[0]
-            names = self._needed()
+            names = self.needed
             frame = self._store.read_block(block, self.extent, ["doc", "ablation", self._metric])
             table = frame.pivot(index="doc", columns="ablation", values=self._metric)
             documents = list(self._store.documents(block, self.extent))
@@ -114,6 +115,11 @@ class CellRace:
         self.lacking = None
 
     @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self._blocks)
+
+    @property
     def left(self) -> list[Block]:
         """The blocks that were not looked at, in the order in which they come."""
         return self._blocks[len(self._blocks) - len(self._ends) :]
@@ -122,7 +128,7 @@ class CellRace:
         """Say how it stands."""
         bounds, standing = self.race.bounds, self.race.standing
         layers = self._store.identity.model.layers
-        passes = [_passes(ablation, layers) for ablation in self._ablations]
+        costs = [passes(ablation, layers) for ablation in self._ablations]
         # A drop is between -1 and 1, whatever its documents weigh.
         ends = zip(bounds.low.clip(-1, 1), bounds.high.clip(-1, 1), strict=True)
         return AnswerRecord(
@@ -132,8 +138,8 @@ class CellRace:
             looked=self.looked,
             population=self.population,
             over=self.lacking is None,
-            passes=self.looked * layers + int(bounds.seen @ passes),
-            passes_of=self.population * (layers + sum(passes)),
+            passes=self.looked * layers + int(bounds.seen @ costs),
+            passes_of=self.population * (layers + sum(costs)),
             runs=tuple(
                 RunAnswer(
                     **dict(run),
@@ -147,7 +153,8 @@ class CellRace:
             ),
         )
 
-    def _needed(self) -> tuple[str, ...]:
+    @property
+    def needed(self) -> tuple[str, ...]:
         """Name the baseline and the runs that are open."""
         still = zip(self._names, self.race.standing.open, strict=True)
         return (INTACT.name, *(name for name, is_open in still if is_open))
@@ -162,7 +169,7 @@ class CellRace:
             )
 
 
-def _passes(ablation: Ablation, layers: int) -> int:
+def passes(ablation: Ablation, layers: int) -> int:
     """Count the layers that a stream passes which leaves the intact one where it first differs."""
     actions = [ablation.at(layer) for layer in range(layers)]
     first = next(layer for layer, action in enumerate(actions) if action is not Action.PASS)

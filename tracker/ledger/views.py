@@ -108,11 +108,15 @@ class Views:
 
     def with_former(self, request: CellRequest) -> View:
         """Say what a request shows together with the runs that were asked of its view before."""
-        view = self.of(request)
-        # New, or damaged: what is asked now replaces it.
-        with suppress(OSError, ValueError):
-            view = view.joined(self.read(self.path(self.name_of(view)).read_bytes()).view)
-        return view
+        view, before = self.of(request), self.former(request)
+        return view if before is None else view.joined(before)
+
+    def former(self, request: CellRequest) -> View | None:
+        """Recall what was asked before of the view that a request shows; None where it is new."""
+        path = self.path(self.name_of(self.of(request)))
+        with suppress(OSError, ValueError):  # damaged: what is asked now replaces it
+            return self.read(path.read_bytes()).view
+        return None
 
     def read(self, text: str | bytes) -> Asked:
         """Read a view of this cell from its file's text, also as tracker wrote it in format 1.

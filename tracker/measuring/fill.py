@@ -24,11 +24,11 @@ WAIT = 0.5
 
 def open_cell(
     asked: CellLookup, facts: Facts, ledger: Ledger
-) -> tuple[CellStore, dict[Block, int]]:
+) -> tuple[CellStore, dict[Block, int], CellRace | None]:
     """Open a cell whose model is known, or make it, and see what it lacks.
 
     The ledger finds the cell by its request from now on. With the cell come the blocks that lack
-    something, and how many responses each lacks.
+    something, how many responses each lacks, and the race that decides, where there is a question.
     """
     store = ledger.cell(facts.model, facts.benchmark, facts.provenance)
     # A hub model's commit is known only now that it is in the cache.
@@ -38,9 +38,9 @@ def open_cell(
     extent, names = asked.request.extent, names_of(asked, store)
     if asked.request.until is not None:
         race = CellRace(store, store.views.of(asked.request))
-        return store, at_most(race, store, facts.responses)
+        return store, at_most(race, store, facts.responses), race
     if store.is_complete(extent, names):
-        return store, {}
+        return store, {}, None
     lacking = {
         block: sum(
             facts.responses[block.task, i] * len(absent)
@@ -49,7 +49,7 @@ def open_cell(
         )
         for block in store.blocks(extent)
     }
-    return store, {block: responses for block, responses in lacking.items() if responses}
+    return store, {block: count for block, count in lacking.items() if count}, None
 
 
 def names_of(asked: CellLookup, store: CellStore) -> list[str]:
@@ -68,6 +68,17 @@ def at_most(race: CellRace, store: CellStore, responses: Mapping[Place, int]) ->
     }
 
 
+def look(
+    race: CellRace, store: CellStore, responses: Mapping[Place, int], progress: Progress
+) -> dict[Block, int]:
+    """Look at what was measured, say who is left, and how many responses are to come at most."""
+    were = race.race.standing.open.sum()
+    race.advance()
+    if 0 < race.race.standing.open.sum() < were:
+        progress.say(f"{contending(race.record())}; {race.looked:,} documents")
+    return at_most(race, store, responses)
+
+
 def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progress) -> None:
     """Measure block after block, each under the ablations that are open, until a race is over.
 
@@ -83,13 +94,9 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
                     expected -= _fill_block(store, block, names, meter, race.extent, progress)
             except Timeout:
                 time.sleep(WAIT)
-            were = race.race.standing.open.sum()
-            race.advance()
-            left = sum(at_most(race, store, meter.facts.responses).values())
+            left = sum(look(race, store, meter.facts.responses, progress).values())
             progress.expect(left - expected)
             expected = left
-            if 0 < race.race.standing.open.sum() < were:
-                progress.say(f"{contending(race.record())}; {race.looked:,} documents")
     finally:
         progress.finish()
 
