@@ -17,6 +17,7 @@ from tracker.errors import ExperimentError
 from tracker.executors.handout import AHEAD
 from tracker.experiment import load_experiment
 from tracker.ledger.store import Ledger
+from tracker.measuring.derive import record_of
 from tracker.team.sweeps import _measured, trial_request
 
 QUESTION = "drop within 9 pp at 80 %"
@@ -50,11 +51,11 @@ def test_blocks_ahead_of_their_turn_change_nothing(asked, tmp_path):
     assert most > 1
     assert not out
     assert desk.heard.counted == desk.heard.expected
-    (cell,) = api.ls(tmp_path / "results")
-    assert cell.answer == alone.answer
-    assert cell.runs == alone.runs
-    # What was measured beyond is a quarter of what was looked at, at most.
+    (request,) = load_experiment(asked)[0].cells()
     (store,) = Ledger(tmp_path / "results").cells()
+    cell = record_of(store, store.views.of(request))
+    assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
+    # What was measured beyond is a quarter of what was looked at, at most.
     assert len(set(store.read()["doc"])) <= alone.answer.looked * (1 + 1 / AHEAD) + 32
     assert any("not known within 2 pp" in line for line in desk.heard.lines)
 
