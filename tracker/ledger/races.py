@@ -6,7 +6,7 @@ import numpy as np
 
 from tracker.ablations import INTACT, Ablation, Action, ablation_of
 from tracker.errors import ExperimentError, WorkError
-from tracker.extent import Extent, shuffled
+from tracker.extent import ALL, Extent, shuffled
 from tracker.identities import BenchmarkIdentity
 from tracker.ledger.blocks import BLOCK, Block, places
 from tracker.ledger.cells import CellStore
@@ -58,16 +58,16 @@ class CellRace:
         """
         assert view.until is not None
         refuse_unbounded(store.identity.benchmark, view.metric)
-        counts, seed = store.counts(), view.until.seed
-        self.extent = Extent(sample=max(*counts.values(), 1), seed=seed)
-        self.population = sum(counts.values())
+        every, seed = store.wanted(ALL), view.until.seed
+        self.population = sum(map(len, every.values()))
+        self.extent = Extent(sample=max(self.population, 1), seed=seed)
         self.looked = 0
         self.lacking: tuple[Block, tuple[str, ...]] | None = None
         self._until, self._store, self._metric = view.until, store, METRIC + view.metric
         self._ablations = [ablation_of(run, view.removed) for run in view.until.runs]
         self._names = [ablation.name for ablation in self._ablations]
-        self._order = shuffled(seed, counts)
-        there = {task: places(task, count, seed) for task, count in counts.items()}
+        self._order = shuffled(seed, every)
+        there = {task: places(task, documents, seed) for task, documents in every.items()}
         begins: dict[Block, int] = {}
         for position, (task, document) in enumerate(self._order):
             begins.setdefault(Block(task, there[task][document] // BLOCK, seed), position)

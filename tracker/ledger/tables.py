@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tracker.ablations import INTACT, ablate, ablation_of
-from tracker.extent import shuffled
+from tracker.extent import ALL, shuffled
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import PROVENANCE, PROXY_SUMS
 from tracker.ledger.runs import (
@@ -55,7 +55,7 @@ def cell_record(
     identity, metric = store.identity, view.metric
     order: list[tuple[str, int]] = []
     if answer is not None and len(outcomes.tasks) < outcomes.wanted:
-        order = shuffled(answer.seed, store.counts())
+        order = shuffled(answer.seed, store.wanted(ALL))
         outcomes = _beginning(every, view, answer, order)
     n = len(outcomes.tasks)
     is_accuracy = outcomes.higher_is_better(metric)
