@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import tracker
+from tracker.cli import main
+from tracker.config import CellRequest
 from tracker.errors import RequestError
 from tracker.extent import random_order
+from tracker.ledger.races import CellRace
+from tracker.ledger.so_far import so_far
 from tracker.ledger.store import Ledger
+from tracker.measuring import derive
 from tracker.measuring.progress import Silent
 from tracker.metrics.races import Race
 from tracker.questions import question
+from tracker.team.live import progress_figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +47,7 @@ class Heard(Silent):
 
 
 def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
-    tiny_llama, experiment, tmp_path
+    tiny_llama, experiment, tmp_path, monkeypatch
 ):
     model, results = tiny_llama(seed=6), tmp_path / "results"
     settings, all_of = {"results": results, "track": []}, {"benchmark": "openbookqa", "limit": None}
@@ -57,6 +65,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
         "documents were looked at, run by run",
     )
     assert heard.came == heard.expected
+    assert "the drops of layers 0 and 1 are not known within 15 pp; 64 documents" in heard.said
 
     # What was measured: a beginning of the random order, of some runs more than of others.
     (store,) = Ledger(results).cells()
@@ -68,6 +77,18 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     sizes = {name: len(found) for name, found in numbers.items()}
     assert cell.n == min(sizes.values())
     assert [run.n for run in cell.runs] == [sizes[f"layer:{number}"] for number in range(4)]
+
+    # What is said while it is measured holds no interval of a single look.
+    request = CellRequest(model="m", benchmark="openbookqa", layers=(0, 1, 2, 3), until="sign")
+    far = so_far(store, store.views.of(request))
+    assert (far.documents, far.wanted) == (sizes["baseline"], None)
+    assert [drop.value for drop in far.drops.values()] == pytest.approx(
+        [run.accuracy_drop for run in cell.runs]
+    )
+    assert {drop.low for drop in far.drops.values()} == {None}
+    assert "seconds_left" not in str(progress_figures(far, far, 1.0, cell))
+    listed = CliRunner().invoke(main, ["ls", "--results", str(results)])
+    assert f" stopped at the answer to 'drop within 15 pp at 80 %': {cell.n} to" in listed.output
 
     # The same as a race over the outcomes of a whole run.
     whole = tracker.run(experiment(model, "whole.yaml", **all_of), **settings)
@@ -104,6 +125,10 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     for run in cell.runs:
         assert run.accuracy_drop == pytest.approx(drops[: run.n, run.layer].mean())
 
+    # It is replayed once for what the ledger holds, however often it is shown.
+    replayed = []
+    monkeypatch.setattr(derive, "CellRace", lambda *a: replayed.append(1) or CellRace(*a))
+
     # Asked again, nothing is loaded; and the cell is none that was stopped any more.
     again = Heard()
     done = tracker.run(until, progress=again, **settings)
@@ -112,6 +137,16 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert done.cells[0].answer == cell.answer
     assert done.cells[0].is_complete
     assert done.cells[0].runs == whole.cells[0].runs
+    tracker.run(until, **settings)
+    assert len(replayed) == 1
+
+
+def planned(file: Path, results: Path) -> str:
+    said = CliRunner().invoke(
+        main, ["plan", str(file), "--results", str(results), "--gflops", "100"]
+    )
+    assert said.exit_code == 0, said.output
+    return said.output
 
 
 def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
@@ -123,6 +158,17 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     heard, results = Heard(), tmp_path / "results"
     tie = experiment(folder, limit=None, benchmark="copa", until="top 1", layer=[1, 2])
+    assert "once 32 are measured. A pilot measures them" in planned(tie, results)
+    tracker.run(
+        experiment(folder, "pilot.yaml", limit=None, sample=40, benchmark="copa", layer=[1, 2]),
+        results=results,
+        track=[],
+    )
+    assert (
+        "until top 1: about 100 of 100 documents and 100 % of the layer passes, in nine of ten "
+        "cases at most 100 and 100 % (simulated from 40 measured documents; too low where these "
+        "are few); all documents leave it open in 100 % of the simulations"
+    ) in planned(tie, results)
     done = tracker.run(tie, progress=heard, results=results, track=[])
     assert [run.accuracy_drop for run in done.cells[0].runs] == [0, 0]
     assert heard.said[-1] == (
@@ -130,6 +176,7 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
         "layers 1 and 2 tie "
         "(95 % confidence; 100 of 100 documents, 100 % of the layer passes)"
     )
+    assert "copa: top 1: the largest drop is not separated by all" in planned(tie, results)
     # Other questions, which all that is measured answers.
     for text, said in (
         ("sign", "the drops above 0 are those of none, below 0 none (95 %"),
