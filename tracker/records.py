@@ -132,7 +132,7 @@ class AnswerRecord(Record):
 
     question: str
     level: float
-    """The probability with which the answer is right, and every bound behind it."""
+    """The probability with which the answer is right, and that with which all bounds hold."""
     seed: int
     """Of the random order of the documents."""
     looked: int
