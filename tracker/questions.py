@@ -37,7 +37,7 @@ class Question:
         count: How many runs `top` and `prune` ask for.
         within: How far a drop may be from what is said of it (of `drop`), or a run that is chosen
             from the last place (of `top` and `prune`; None = not at all). A fraction.
-        level: With which probability the answer is right, and every bound behind it.
+        level: With which probability the answer is right; all bounds of drops together have it too.
     """
 
     kind: Kind
