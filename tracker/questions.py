@@ -55,9 +55,13 @@ class Question:
             words.append(f"at {100 * self.level:.10g} %")
         return " ".join(words)
 
+    def fits(self, runs: int) -> bool:
+        """Say whether so many runs can answer it."""
+        return self.count is None or self.count < runs
+
     def refuse(self, runs: int) -> None:
         """Raise ValueError where so many runs cannot answer it."""
-        if self.count is not None and self.count >= runs:
+        if not self.fits(runs):
             fit = f"; ask for {runs - 1} at most" if runs > 1 else ""
             raise ValueError(
                 f"{self.kind} {self.count} of {runs} run{'' if runs == 1 else 's'} chooses "

@@ -101,9 +101,9 @@ def test_over_all_orders_every_duel_between_equals_is_fair() -> None:
         for values in order[:4]:
             duels.look(np.array([values]))
         assert duels.open.all()
-        made.append(np.exp(duels._capital[[0, 1], [1, 0], 0]))
+        made.append(np.exp(duels._capital[:, [0, 1], [1, 0], 0]))
     # Later a bet may be cut, where nothing but the worst can follow.
-    assert np.mean(made, axis=0) == pytest.approx(np.ones((2, len(FRACTIONS))), abs=1e-6)
+    assert np.mean(made, axis=0) == pytest.approx(np.ones((len(FRACTIONS), 2)), abs=1e-6)
 
 
 def test_who_is_nearly_as_good_is_known_before_who_is_better() -> None:
@@ -112,7 +112,7 @@ def test_who_is_nearly_as_good_is_known_before_who_is_better() -> None:
     for start in range(0, 96, BLOCK):
         duels.look(drawn[start : start + BLOCK])
     pairs = ~np.eye(3, dtype=bool)
-    assert (duels._capital[pairs][:, 1] > duels._capital[pairs][:, 0]).all()
+    assert (duels._capital[:, pairs, 1] > duels._capital[:, pairs, 0]).all()
 
 
 # -- what is promised ------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class Duels:
         self._nulls = np.array([-SAME] if within is None else [-SAME, within + SAME])
         self._enough = math.log(count * (runs - count) / (1 - level))
         self._totals = np.zeros(runs)
-        self._capital = np.zeros((runs, runs, len(self._nulls), len(FRACTIONS)))
+        self._capital = np.zeros((len(FRACTIONS), runs, runs, len(self._nulls)))
         self._claimed = np.zeros((runs, runs, len(self._nulls)), dtype=bool)
 
     def look(self, values: Array) -> None:
@@ -124,12 +124,13 @@ class Duels:
         if not contending.size or not len(values):
             return
         first, second = (contending[of] for of in np.nonzero(~np.eye(contending.size, dtype=bool)))
-        lacking = ~self._claimed[first, second].all(axis=1)
+        # Where a is known to be better than b, nobody bets on b any more.
+        lacking = ~self._claimed[first, second].all(axis=1) & ~self._claimed[second, first, 0]
         first, second = first[lacking], second[lacking]
         self._bet(values, first, second)
         self._totals[contending] += values[:, contending].sum(axis=0)
         self.seen += len(values)
-        rich = np.logaddexp.reduce(self._capital[first, second], axis=2) - math.log(len(FRACTIONS))
+        rich = np.logaddexp.reduce(self._capital[:, first, second]) - math.log(len(FRACTIONS))
         certain = np.zeros_like(rich, dtype=bool)
         if self.seen == self._population:
             means = (self._totals[first] - self._totals[second]) / self._population
@@ -147,10 +148,10 @@ class Duels:
         rest = (self._population * self._nulls - before[:, :, None]) / left[:, None, None]
         room = np.maximum(self._reach - rest, _LEAST * self._reach)
         odds = (rest - differences[:, :, None]) / room
-        risked = np.minimum(FRACTIONS * (self._population / left)[:, None], MOST)
-        with np.errstate(over="ignore"):  # an infinite capital is enough
-            made = np.prod(1 + risked[:, None, None, :] * odds[..., None], axis=0)
-        self._capital[first, second] += np.log(made)
+        for capital, fraction in zip(self._capital, FRACTIONS, strict=True):
+            risked = np.minimum(fraction * self._population / left, MOST)[:, None, None]
+            with np.errstate(over="ignore"):  # an infinite capital is enough
+                capital[first, second] += np.log(np.prod(1 + risked * odds, axis=0))
 
     def _settle(self) -> None:
         """Settle who beats, or is beaten by, as many of those who are open as it takes."""
