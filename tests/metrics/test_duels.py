@@ -115,6 +115,15 @@ def test_who_is_nearly_as_good_is_known_before_who_is_better() -> None:
     assert (duels._capital[:, pairs, 1] > duels._capital[:, pairs, 0]).all()
 
 
+def test_a_tolerance_ends_the_search_sooner() -> None:
+    # The last one in is as far above the first one out as is tolerated.
+    drawn = np.random.default_rng(0).permutation(population([0.5, 0.2, 0.15, 0.0], 2000))
+    exact = raced(Duels(2000, 4, 2, reach=2), drawn)
+    tolerant = raced(Duels(2000, 4, 2, within=0.05, reach=2), drawn)
+    assert tolerant.chosen.tolist() == exact.chosen.tolist() == [True, True, False, False]
+    assert tolerant.seen < 0.6 * exact.seen
+
+
 # -- what is promised ------------------------------------------------------------------------------
 
 
