@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from itertools import product
+from itertools import chain, product
 
 from tracker.config import CellRequest, Component, Intervention
 from tracker.records import BASELINE, RunIdentity
@@ -150,3 +150,9 @@ def ablations_of(request: CellRequest, layers: int) -> list[Ablation]:
     """List what a cell is measured under: baseline, `removed` alone, every run; none twice."""
     runs = (ablation_of(run, request.removed) for run in removals(request, layers))
     return list(dict.fromkeys([INTACT, ablate("layer", request.removed), *runs]))
+
+
+def all_ablations(requests: Iterable[CellRequest], layers: int) -> list[Ablation]:
+    """List what several requests are measured under together; none twice."""
+    each = (ablations_of(request, layers) for request in requests)
+    return list(dict.fromkeys(chain.from_iterable(each)))

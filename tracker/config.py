@@ -19,7 +19,7 @@ from pydantic import (
 
 from tracker.arguments import Arguments
 from tracker.errors import RequestError
-from tracker.extent import DEFAULT_SEED, EVERY, Extent, Positive
+from tracker.extent import DEFAULT_SEED, EVERY, Extent, Part, Positive
 from tracker.problems import first_problem
 from tracker.questions import Question, question
 from tracker.safe_yaml import short
@@ -104,6 +104,9 @@ class CellRequest(Strict):
     dtype: Dtype = "auto"
     num_fewshot: Count | None = None
     """None = what the task itself asks for, as in lm-eval."""
+    part: Part | None = None
+    """Of two sets of documents that never meet: the training split and the scored one, or else two
+    halves of the scored one, drawn with `seed`; None = all that lm-eval scores."""
     limit: Positive | None = None
     """Documents per task, from the first; None = all, as in lm-eval."""
     sample: Positive | None = None
@@ -169,7 +172,8 @@ class CellRequest(Strict):
         """The cell's name in messages."""
         beneath = f" without {', '.join(map(str, self.removed))}" if self.removed else ""
         metric = f" by {self.metric}" if self.metric else ""
-        return f"{self.model} × {self.benchmark}{beneath}{metric}"
+        part = f" ({self.part})" if self.part else ""
+        return f"{self.model} × {self.benchmark}{part}{beneath}{metric}"
 
     @property
     def model_settings(self) -> tuple[str | None, ...]:

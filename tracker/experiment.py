@@ -135,6 +135,7 @@ class Parameters(Strict):
     revision: _Choice | None = None
     dtype: _Choice | None = None
     num_fewshot: _Choice | None = None
+    part: _Choice | None = None
     limit: _Choice | None = None
     sample: _Choice | None = None
     until: _Choice | None = None

@@ -1,14 +1,17 @@
-"""Which documents of a benchmark are meant: all, the first ones, or some drawn at random."""
+"""Which documents of a benchmark are meant: all or a half; of these the first, or some drawn."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
+Part = Literal["calibration", "test"]
+"""Documents that choose what is pruned, and those that say what it costs: never the same ones."""
 DEFAULT_SEED = 1234
 """lm-eval's own default for the few-shot seed."""
 
@@ -29,13 +32,13 @@ class Extent(BaseModel):
     seed: int = DEFAULT_SEED
     """Decides what is drawn."""
 
-    def of(self, task: str, documents: int) -> Sequence[int]:
-        """Number the documents of a task that are meant, in the order in which they are measured.
+    def of(self, task: str, documents: Sequence[int]) -> Sequence[int]:
+        """Choose the documents of a task that are meant, in the order in which they are measured.
 
-        `documents` is how many the task has.
+        `documents` are the numbers of all, ascending.
         """
         if self.sample is None:
-            return range(min(documents, self.limit or documents))
+            return documents[: self.limit]
         return random_order(self.seed, task, documents)[: self.sample]
 
 
@@ -44,21 +47,33 @@ EVERY = 10**9
 """A sample that leaves nothing out: all documents, in their random order."""
 
 
-def random_order(seed: int, task: str, documents: int) -> list[int]:
-    """Number the documents of a task in an order that is the same on every machine and for ever.
+def random_order(seed: int, task: str, documents: Iterable[int]) -> list[int]:
+    """Put documents of a task into an order that is the same on every machine and for ever.
 
-    The tasks of a group are drawn independently.
+    Some of them come in the order that they have among all. The tasks of a group are drawn
+    independently.
     """
-    return sorted(range(documents), key=lambda number: _lot(seed, task, number))
+    return sorted(documents, key=lambda number: _lot(seed, task, number))
 
 
-def shuffled(seed: int, documents: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Put the documents of all tasks, of which each has so many, into one random order.
+@lru_cache(maxsize=256)
+def half(part: Part, seed: int, task: str, documents: int) -> tuple[int, ...]:
+    """Choose one half of a task's so many documents, ascending.
+
+    Calibration is the first half of the random order, test is the rest: one more of an odd number.
+    """
+    order = random_order(seed, task, range(documents))
+    middle = documents // 2
+    return tuple(sorted(order[:middle] if part == "calibration" else order[middle:]))
+
+
+def shuffled(seed: int, documents: Mapping[str, Iterable[int]]) -> list[tuple[str, int]]:
+    """Put the documents of all tasks, given by their numbers, into one random order.
 
     Each task's own documents come in its `random_order`, and every beginning holds, but for
     chance, each task in proportion.
     """
-    every = [(task, number) for task, count in documents.items() for number in range(count)]
+    every = [(task, number) for task, some in documents.items() for number in some]
     return sorted(every, key=lambda place: _lot(seed, *place))
 
 

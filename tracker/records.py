@@ -259,7 +259,7 @@ class CellRecord(Record):
     @property
     def heading(self) -> str:
         """The cell's name beside which it is said on which documents it was measured."""
-        name = f"{self.model.name} · {self.benchmark.name} · {self.benchmark.num_fewshot}-shot"
+        name = f"{self.model.name} · {self.benchmark.title} · {self.benchmark.num_fewshot}-shot"
         return " · ".join(filter(None, (name, self.other_metric, self.beneath)))
 
     @property

@@ -25,10 +25,14 @@ from tracker.records import CellRecord
 from tracker.team.publish import Publication, Publisher
 
 log = logging.getLogger(__name__)
+_ANY_MODEL: dict[str, Any] = {
+    "model": "any",
+    "revision": None,
+    "dtype": "auto",
+    "model_args": None,
+}
+_ANY_EXTENT: dict[str, Any] = {"limit": None, "sample": None, "until": None}
 _NO_RUNS: dict[str, Any] = {
-    "limit": None,
-    "sample": None,
-    "until": None,
     "layers": (),
     "components": (),
     "spans": (),
@@ -37,7 +41,8 @@ _NO_RUNS: dict[str, Any] = {
     "removed": (),
     "metric": None,
 }
-"""Neither what is removed nor what is shown changes what a benchmark reads."""
+"""Neither the model, nor how many documents, nor what is removed or shown changes what a benchmark
+reads."""
 
 
 @dataclass
@@ -191,21 +196,20 @@ class _Finisher:
 
 
 def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
-    """Find every benchmark and its data before a night is spent on half of them."""
-    jobs: list[Job] = []
-    same: dict[CellRequest, Benchmark] = {}
+    """Find every benchmark and its data before a night is spent on half of them.
+
+    Cells that differ in their runs alone become one job.
+    """
+    benchmarks: dict[CellRequest, Benchmark] = {}
+    jobs: dict[CellRequest, Job] = {}
     for cell in todo:
-        settings = cell.request.model_copy(
-            update={
-                "model": "any",
-                "revision": None,
-                "dtype": "auto",
-                "model_args": None,
-                **_NO_RUNS,
-            }
-        )
-        if settings not in same:
-            same[settings] = open_benchmark(cell.request)
-        chosen_metric(same[settings].identity, cell.request.metric)
-        jobs.append(Job(cell, same[settings]))
-    return jobs
+        request = cell.request
+        read = request.model_copy(update=_ANY_MODEL | _ANY_EXTENT | _NO_RUNS)
+        if read not in benchmarks:
+            benchmarks[read] = open_benchmark(request)
+        chosen_metric(benchmarks[read].identity, request.metric)
+        # A race is over when its own question is answered.
+        alike = request if request.until else request.model_copy(update=_NO_RUNS)
+        others = jobs[alike].cells if alike in jobs else ()
+        jobs[alike] = Job((*others, cell), benchmarks[read])
+    return list(jobs.values())

@@ -82,6 +82,11 @@ class TestRequestKey:
     def test_what_a_cell_grows_by_does_not_count(self, change) -> None:
         assert self.key(**change) == self.key()
 
+    def test_the_part_counts_and_none_leaves_the_keys_of_before(self) -> None:
+        before = "c3af45692282d0599f49f9317d936e600ca7fb8718036803045c61240f1c7f39"
+        assert self.key(part=None) == self.key() == before
+        assert len({self.key(part=part) for part in (None, "calibration", "test")}) == 3
+
     def test_the_order_of_the_versions_does_not_count(self) -> None:
         assert self.key(versions=dict(reversed(VERSIONS.items()))) == self.key()
 

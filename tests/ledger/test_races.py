@@ -9,7 +9,7 @@ import pytest
 
 from tracker.config import CellRequest
 from tracker.errors import ExperimentError, WorkError
-from tracker.extent import shuffled
+from tracker.extent import random_order, shuffled
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.races import CellRace
@@ -79,7 +79,8 @@ def test_a_single_task_is_the_race_over_its_outcomes(cell, measure) -> None:
     )
     measured = measure(store, found, every)
     plain = Race(question("top 1"), 500, RUNS)
-    drops = np.array([every[place][0] - every[place][1:] for place in shuffled(SEED, sizes)])
+    order = shuffled(SEED, {"arc_easy": range(500)})
+    drops = np.array([every[place][0] - every[place][1:] for place in order])
     for start in range(0, 500, 32):
         if not plain.standing.answered:
             plain.look(drops[start : start + 32])
@@ -90,6 +91,24 @@ def test_a_single_task_is_the_race_over_its_outcomes(cell, measure) -> None:
     # Whoever was settled was measured no longer.
     assert measured == plain.bounds.seen.sum() + found.looked
     assert plain.bounds.seen.min() < found.looked
+
+
+def test_of_a_half_it_is_the_race_over_its_documents(cell, measure) -> None:
+    every = outcomes({"arc_easy": 1000})
+    half = {"part": "test", "seed": SEED, "of": 1000}
+    store = cell({"arc_easy": 500}, task={"half": half})
+    found = race_of(store, "top 1")
+    measure(store, found, every)
+    order = [("arc_easy", n) for n in random_order(SEED, "arc_easy", range(1000))[500:]]
+    plain = Race(question("top 1"), 500, RUNS)
+    drops = np.array([every[place][0] - every[place][1:] for place in order])
+    for start in range(0, 500, 32):
+        if not plain.standing.answered:
+            plain.look(drops[start : start + 32])
+    assert found.population == 500
+    assert found.looked == plain.bounds.seen.max() < 500
+    assert found.race.bounds.low.tolist() == plain.bounds.low.tolist()
+    assert set(store.read()["doc"]) == {number for _, number in order[: found.looked]}
 
 
 def test_killed_and_continued_it_is_the_same_race(cell, measure) -> None:

@@ -196,13 +196,15 @@ class TestSamples:
         assert cell.is_complete(self.SAMPLE, NAMES[:1])
         assert not cell.is_complete(Extent(limit=40), NAMES[:1])
         assert not cell.is_complete(self.SAMPLE, NAMES)
-        assert documents_of(cell, self.SAMPLE) == sorted(random_order(1234, "arc_easy", 70)[:40])
+        assert documents_of(cell, self.SAMPLE) == sorted(
+            random_order(1234, "arc_easy", range(70))[:40]
+        )
 
     def test_a_larger_one_grows(self, cell, row) -> None:
         self.fill(cell, row, Extent(sample=32))
         (first, second) = cell.blocks(self.SAMPLE)
         assert cell.missing(first, self.SAMPLE, NAMES[:1]) == {}
-        order = random_order(1234, "arc_easy", 70)
+        order = random_order(1234, "arc_easy", range(70))
         assert cell.missing(second, self.SAMPLE, NAMES[:1]) == {NAMES[:1]: order[32:40]}
 
     def test_another_seed_is_another_sample(self, cell, row) -> None:
@@ -218,7 +220,7 @@ class TestSamples:
     ) -> None:
         self.fill(cell, row, before)
         held = set(documents_of(cell, before))
-        wanted = set(after.of("arc_easy", 70))
+        wanted = set(after.of("arc_easy", range(70)))
         lacking = [
             document
             for block in cell.blocks(after)
@@ -273,6 +275,41 @@ class TestSamples:
         assert cell.views.of(every).extent == ALL
         # All documents are all documents, in whatever order they came.
         assert (record.n, record.sample_seed, "n" in record.reasons) == (70, None, False)
+
+
+class TestHalves:
+    """A cell whose documents are half of a task's, under the numbers that they have in all."""
+
+    NUMBERS = tuple(sorted(random_order(1234, "arc_easy", range(140))[70:]))
+
+    @pytest.fixture
+    def cell(self, ledger, model_identity, benchmark_identity) -> CellStore:
+        half = {"part": "test", "seed": 1234, "of": 140}
+        return ledger.cell(model_identity(), benchmark_identity(task={"half": half}), {})
+
+    def test_its_documents_are_written_and_read(self, ledger, cell, row) -> None:
+        assert cell.counts() == {"arc_easy": 70}
+        assert cell.wanted(Extent(limit=3)) == {"arc_easy": self.NUMBERS[:3]}
+        sample, seen = Extent(sample=40), set()
+        for extent in (sample, Extent(limit=40), Extent(sample=40, seed=7), ALL):
+            TestSamples().fill(cell, row, extent)
+            wanted = set(extent.of("arc_easy", self.NUMBERS))
+            assert set(documents_of(cell, extent)) == wanted
+            assert cell.is_complete(extent, NAMES[:1])
+            seen |= wanted
+            assert sorted(cell.read()["doc"]) == sorted(seen), "none twice"
+        assert wanted == set(self.NUMBERS)
+        order = random_order(1234, "arc_easy", range(140))
+        assert documents_of(cell, sample) == sorted(order[70:110])
+        (found,) = Ledger(ledger.root).cells()
+        assert found.identity == cell.identity
+
+    def test_a_document_of_the_other_half_is_none_of_it(self, cell, row, caplog) -> None:
+        foreign = min(set(range(140)) - set(self.NUMBERS))
+        cell.write(Block("arc_easy", 0), [row(foreign)], {})
+        cell.write(Block("arc_easy", 0), [row(self.NUMBERS[0])], {})
+        assert list(cell.read()["doc"]) == [self.NUMBERS[0]]
+        assert "the cell has no such document" in caplog.text
 
 
 class TestMissing:

@@ -180,7 +180,7 @@ def test_a_sample_is_lm_evals_samples_and_grows(
         layer: HFLM(prune(loaded.model, layer), tokenizer=loaded.tokenizer, batch_size=8)
         for layer in (None, pruned_layer)
     }
-    order = random_order(1234, "copa", 100)
+    order = random_order(1234, "copa", range(100))
     accuracies = set()
     for settings, wanted, new in (
         ({"sample": 33}, sorted(order[:33]), 33),

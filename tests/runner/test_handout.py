@@ -29,7 +29,7 @@ class Desk:
     def __init__(self, file: Path, results: Path) -> None:
         ledger = Ledger(results)
         requests = load_experiment(file)[0].cells()
-        jobs = [Job(look_up(each, ledger), open_benchmark(each)) for each in requests]
+        jobs = [Job((look_up(each, ledger),), open_benchmark(each)) for each in requests]
         self.results = results
         self.heard = Heard()
         self.began: list[str] = []
@@ -53,7 +53,7 @@ class Desk:
     def do(self, task: Task) -> None:
         self.opened = task.cell
         if task.block is None:
-            self.handout.opened(task, *self.worker.open(task.cell.request))
+            self.handout.opened(task, *self.worker.open(task.cell.job.requests))
         else:
             self.handout.measured(task, *self.worker.measure(task.block.task, task.missing))
 
@@ -94,7 +94,9 @@ def test_of_a_sample_no_more_is_handed_out(desk):
     assert tasks == 3
     assert found.heard.counted == found.heard.expected == (BLOCK + 2) * 3 * 5
     (store,) = Ledger(found.results).cells()
-    assert set(store.read()["doc"]) == set(random_order(1234, "arc_easy", DOCUMENTS)[: BLOCK + 2])
+    assert set(store.read()["doc"]) == set(
+        random_order(1234, "arc_easy", range(DOCUMENTS))[: BLOCK + 2]
+    )
 
 
 def test_documents_that_kill_their_workers_fail_their_cell_alone(desk):
@@ -142,7 +144,7 @@ def test_workers_that_see_other_weights_are_refused(desk):
     found = desk("arc_easy")
     first, second = found.next(), found.next()
     assert first.block is second.block is None
-    facts, fresh = found.worker.open(first.cell.request)
+    facts, fresh = found.worker.open(first.cell.job.requests)
     found.handout.opened(first, facts, fresh)
     other = facts.model.model_copy(update={"fingerprint": "another"})
     found.handout.opened(second, replace(facts, model=other), True)

@@ -353,7 +353,7 @@ def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
     ours, samples = read(folder / "ours-drawn" / "lab__tiny,removed_layers=1")
     _, every = read(whole(folder) / "lab__tiny,removed_layers=1")
     for task, rows in samples.items():
-        drawn = sorted(random_order(1234, task, TASKS[task][1])[:2])
+        drawn = sorted(random_order(1234, task, range(TASKS[task][1]))[:2])
         assert [sample["doc_id"] for sample in rows] == drawn
         # Also the few-shot examples are those of the whole run.
         for sample in rows:
@@ -363,9 +363,46 @@ def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
         assert ours["n-samples"][task] == {"original": TASKS[task][1], "effective": 2}
     assert ours["config"]["tracker"]["sample"] == 2
     assert ours["config"]["limit"] is None
-    drawn = sorted(random_order(1234, "words", 4)[:2])
+    drawn = sorted(random_order(1234, "words", range(4))[:2])
     plain = plainly(folder, manager, [1], tasks=["words"], samples={"words": drawn})
     assert_close(ours["results"]["words"], read(plain)[0]["results"]["words"], "", rel=1e-4)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("part", ["calibration", "test"])
+def test_a_part_is_what_lm_eval_says_of_just_its_documents(study, part):
+    """`words` has no training split and is halved; those of `facts` are scored on it."""
+    folder, manager = study
+    measured = run(folder, ["words", "facts"], part, part=part, layer=[1])
+    done = tracker.log_samples(folder / f"ours-{part}", results=measured)
+    assert (done.failed, done.notes) == ({}, [])
+    place = folder / f"ours-{part}" / "lab__tiny,removed_layers=1"
+    order = random_order(1234, "words", range(4))
+    mine = sorted(order[:2] if part == "calibration" else order[2:])
+    their_samples = read(plainly(folder, manager, [1], tasks=["words"], samples={"words": mine}))[1]
+    if part == "calibration":
+        shutil.copytree(folder / "tasks/plain", folder / "trained")
+        for path in (folder / "trained").glob("facts_*.yaml"):
+            path.write_text(path.read_text().replace("test_split: test", "test_split: train"))
+        manager = TaskManager(include_path=str(folder / "trained"), include_defaults=False)
+    their_samples |= read(plainly(folder, manager, [1], tasks=["facts"]))[1]
+    samples = {}
+    for path in place.glob("samples_*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        samples[get_file_task_name(path.name)] = rows
+    assert samples.keys() == {"words", "facts_heart", "facts_lung", "facts_city"}
+    for task, rows in samples.items():
+        assert_close(rows, their_samples[task], task, abs=1e-4)
+    cells = {store.identity.benchmark.name: store for store in Ledger(measured).cells()}
+    # What is scored anyway is no other cell than without a part.
+    titles = {"calibration": ("words (calibration half)", "facts (train)")}
+    found = cells["words"].identity.benchmark.title, cells["facts"].identity.benchmark.title
+    assert found == titles.get(part, ("words (test half)", "facts"))
+    for name, task in (("facts", "facts_heart"), ("words", "words")):
+        ours = cells[name].read()
+        ours = ours[(ours["ablation"] == "layer:1") & (ours["task"] == task)]
+        theirs = {row["doc_id"]: row["acc"] for row in their_samples[task]}
+        assert dict(zip(ours["doc"], ours["metric/acc"], strict=True)) == theirs
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -134,7 +134,7 @@ def test_a_job_that_never_measures_anything_is_not_started_for_ever(
     monkeypatch.setattr(job, "measure_cell", stopped)
     file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
     (request,) = load_experiment(file)[0].cells()
-    asked = job.CellJob(request, tmp_path / "results", Options())
+    asked = job.CellJob([request], tmp_path / "results", Options())
     for _ in range(job.STARTS):
         with pytest.raises(SystemExit):
             asked()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from tracker.identities import Half
 from tracker.records import CellRecord, RunRecord
 from tracker.reporting.html import render_page
 from tracker.tracking.figures import curve_name, is_curve, logged_layers
@@ -230,3 +231,22 @@ def test_curves_are_told_from_other_metrics(make_cell: CellMaker) -> None:
         assert is_curve(curve_name(record, "accuracy_drop"))
     for name in ("n", "baseline_accuracy", "metric/accuracy", "baseline_metric/accuracy"):
         assert not is_curve(name)
+
+
+def test_two_halves_of_a_benchmark_are_told_apart(make_cell: CellMaker) -> None:
+    """They have one fingerprint, that of the whole split."""
+    whole = make_cell(layers=(0,))
+    made = [(mlflow_runs.cell_run(whole, [], {}), wandb_runs.layer_run(whole, whole.runs[0]))]
+    for part in ("calibration", "test"):
+        (task,) = whole.benchmark.tasks
+        half = Half(part=part, seed=1234, of=2 * task.documents)
+        changes = {"tasks": (task.model_copy(update={"half": half}),), "settings": {"part": part}}
+        cell = whole.model_copy(update={"benchmark": whole.benchmark.model_copy(update=changes)})
+        made.append((mlflow_runs.cell_run(cell, [], {}), wandb_runs.layer_run(cell, cell.runs[0])))
+        theirs, ours = made[-1]
+        assert f"arc_easy ({part} half)" in theirs.name
+        assert f"arc_easy ({part} half)" in ours.name
+        assert theirs.params["part"] == ours.config["part"] == part
+        assert "half" not in made[0][1].name
+    assert len({theirs.data[0]["digest"] for theirs, _ in made}) == 3
+    assert "part" not in made[0][0].params

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracker.benchmarks.parts import half_of, said_part
 from tracker.benchmarks.sources import find_data
 from tracker.config import CellRequest
 from tracker.documents import Document, DocumentText, Response
@@ -160,11 +161,13 @@ class Corpus:
         if not self._texts:
             raise BenchmarkError(f"{place.name} holds no text")
         self._name, self._tokens = place.label, place.tokens
+        half = half_of(request, self._name, len(self._texts)) if request.part else None
         task = TaskIdentity(
             name=self._name,
             version="1",
             split=split,
-            documents=len(self._texts),
+            documents=len(half.numbers(self._name)) if half else len(self._texts),
+            half=half,
             fingerprint=content_hash(self._texts),
             metrics={"acc": RATIO, "loss": RATIO},
             higher_is_better={"acc": True, "loss": False},
@@ -175,10 +178,12 @@ class Corpus:
             # Which file it was; its folder is not part of its name.
             data=place.name if place.file else request.data,
             num_fewshot=0,
-            seed=None,
+            seed=request.seed if half else None,
             apply_chat_template=False,
             primary_metric="acc",
+            settings=said_part(request, [half]),
         )
+        self._numbers = task.numbers
 
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Cut the texts into windows, in the order of the corpus."""
@@ -191,7 +196,7 @@ class Corpus:
                 choices=0,
                 rolling=True,
             )
-            for index in sorted(extent.of(self._name, len(self._texts)))
+            for index in sorted(extent.of(self._name, self._numbers))
         ]
 
     def outcomes(

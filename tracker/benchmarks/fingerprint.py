@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 
 from tracker.benchmarks.factory import is_installed
-from tracker.identities import TaskIdentity
+from tracker.identities import Half, TaskIdentity
 from tracker.provenance import content_hash
 
 _NOT_CONTENT = (
@@ -22,8 +22,8 @@ _NOT_CONTENT = (
 """Where documents come from; the documents themselves are hashed, and the rest stands beside."""
 
 
-def task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
-    """Say which task of lm-eval it is: by its content, wherever that lies."""
+def task_identity(task: Any, num_fewshot: int, half: Half | None) -> TaskIdentity:
+    """Say which task of lm-eval it is, or half of it: by its content, wherever that lies."""
     config = {
         name: value
         for name, value in task.config.to_dict(keep_callable=True).items()
@@ -36,7 +36,8 @@ def task_identity(task: Any, num_fewshot: int) -> TaskIdentity:
         name=task.task_name,
         version=str(task.VERSION),
         split=task.config.test_split or task.config.validation_split,
-        documents=len(task.eval_docs),
+        documents=len(half.numbers(task.task_name) if half else task.eval_docs),
+        half=half,
         fingerprint=content_hash([_stable(config), list(task.eval_docs), list(examples)]),
         metrics={n: names.get(how[m], how[m].__name__) for n, m in metric_names(task).items()},
         higher_is_better={n: better.get(m) is not False for n, m in metric_names(task).items()},

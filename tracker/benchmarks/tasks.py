@@ -19,6 +19,7 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import UNREADABLE, build, find_task, unreadable
 from tracker.benchmarks.fingerprint import is_own, metric_names, task_identity
 from tracker.benchmarks.own import folders
+from tracker.benchmarks.parts import choose_part, said_part
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.texts import choice_text, is_public
 from tracker.config import CellRequest
@@ -58,6 +59,7 @@ class LmEvalBenchmark:
         for task in self._tasks.values():
             self._configure(task)
         self.identity = self._identify(group)
+        self._numbers = {task.name: task.numbers for task in self.identity.tasks}
         self.public = is_public(request, self._tasks.values())
         self._documents: dict[tuple[str, int], tuple[Any, list[Any]]] = {}
 
@@ -117,7 +119,7 @@ class LmEvalBenchmark:
         assert chat is not None or not self.identity.apply_chat_template
         multiturn = self._request.fewshot_as_multiturn
         task.set_fewshot_seed(seed=self._request.seed)
-        wanted = sorted(extent.of(name, len(task.eval_docs)))
+        wanted = sorted(extent.of(name, self._numbers[name]))
         # Few-shot examples are drawn document by document, so that a document has the prompt
         # of a whole run only when all before it are asked too.
         in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
@@ -292,14 +294,18 @@ class LmEvalBenchmark:
         metrics = metric_names(next(iter(self._tasks.values())))
         primary = _primary_metric(self._name, list(metrics))
         by_size = [m.weight_by_size for m in (group.aggregate_metric_list or [])] if group else []
+        halves = [choose_part(task, request, num_fewshot) for task in self._tasks.values()]
         return BenchmarkIdentity(
             name=self._name,
-            tasks=tuple(task_identity(task, num_fewshot) for task in self._tasks.values()),
+            tasks=tuple(
+                task_identity(task, num_fewshot, half)
+                for task, half in zip(self._tasks.values(), halves, strict=True)
+            ),
             data=request.data,
             num_fewshot=num_fewshot,
-            seed=request.seed if num_fewshot else None,
+            seed=request.seed if num_fewshot or any(halves) else None,
             apply_chat_template=bool(request.apply_chat_template),
-            settings=self._settings(num_fewshot),
+            settings=self._settings(num_fewshot) | said_part(request, halves),
             found_by=self._found_by(),
             primary_metric=primary,
             weight_by_size=all(by_size),

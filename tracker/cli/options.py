@@ -12,6 +12,7 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 COMPONENTS = ("layer", "attention", "mlp")
+PARTS = ("calibration", "test")
 INTERVENTIONS = ("remove", "mean", "scale", "linear", "int8", "int4", "repeat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTORS = ("local", "ray", "slurm")
@@ -187,6 +188,11 @@ def results_option(function: F) -> F:
 
 def documents(function: F) -> F:
     """Add the options that say which documents are measured."""
+    part = click.option(
+        "--part",
+        type=click.Choice(PARTS),
+        help="calibration or test documents, which never meet; default: all that lm-eval scores.",
+    )
     limit = click.option(
         "--limit",
         type=click.IntRange(min=1),
@@ -197,7 +203,7 @@ def documents(function: F) -> F:
         type=click.IntRange(min=1),
         help="So many documents of each task, drawn at random with the seed; not beside --limit.",
     )
-    return limit(sample(function))
+    return part(limit(sample(function)))
 
 
 def machine(function: F) -> F:

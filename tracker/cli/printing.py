@@ -175,7 +175,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         seconds += spent
         row = (
             cell.request.model,
-            cell.request.benchmark,
+            " ".join(filter(None, (cell.request.benchmark, cell.request.part))),
             cell.runs,
             f"{cost.documents:,}",
             f"{cost.tokens:,}",

@@ -147,7 +147,7 @@ _study(
 
     Every two of the layers in EXPERIMENT are removed together, and what both cost is set beside the
     sum of what each costs alone: more is called redundant, less sub-additive. 30 layers have 435
-    pairs, about twelve times the work of the file itself. Name fewer layers or documents for a
+    pairs, about ten times the work of the file itself. Name fewer layers or documents for a
     first look.
 
     \b

@@ -198,7 +198,7 @@ def list_cells(results: Path) -> None:
         rows.append(
             (
                 cell.model.name,
-                " ".join(filter(None, (cell.benchmark.name, cell.beneath, f"({cell.metric})"))),
+                " ".join(filter(None, (cell.benchmark.title, cell.beneath, f"({cell.metric})"))),
                 cell.benchmark.num_fewshot,
                 _documents(cell),
                 f"{len({run.layer for run in cell.runs})} of {cell.model.layers}",

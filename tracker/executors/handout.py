@@ -48,8 +48,8 @@ class Cell:
 
     @property
     def request(self) -> CellRequest:
-        """What was asked for."""
-        return self.job.asked.request
+        """Whose model, benchmark and documents are those of all."""
+        return self.job.requests[0]
 
 
 @dataclass(eq=False)
@@ -131,7 +131,7 @@ class Handout:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
-            missing = store.missing(block, cell.request.extent, names_of(cell.job.asked, store))
+            missing = store.missing(block, cell.request.extent, names_of(cell.job, store))
             responses = cell.pending.pop(block)
             if missing:
                 task = Task(cell, block, missing, responses, lock)
@@ -140,7 +140,7 @@ class Handout:
             lock.release()
             self._progress.advance(responses)
         if cell.pending:
-            self._say_once(f"{cell.request.title}: another process is measuring the rest")
+            self._say_once(f"{cell.job.title}: another process is measuring the rest")
         return None
 
     def opened(self, task: Task, facts: Facts, fresh: bool) -> None:
@@ -150,10 +150,11 @@ class Handout:
         self._out.discard(task)
         with self._failing(cell):
             if cell.store is None and not cell.ended:
-                cell.store, cell.pending = open_cell(cell.job.asked, facts, self._ledger)
+                cell.store, cell.pending = open_cell(cell.job, facts, self._ledger)
                 self._progress.expect(sum(cell.pending.values()))
                 if cell.pending:
-                    self._begun(cell.job.asked, cell.store)
+                    for asked in cell.job.cells:
+                        self._begun(asked, cell.store)
             elif cell.store and cell_key(facts.model, facts.benchmark) != cell.store.identity.key:
                 raise CellError("the workers do not all see the same model and data")
         self._end_if_complete(cell)
@@ -218,20 +219,22 @@ class Handout:
         try:
             yield
         except Exception as error:
-            log.debug("%s failed", cell.request.title, exc_info=True)
+            log.debug("%s failed", cell.job.title, exc_info=True)
             self._fail(cell, error)
 
     def _fail(self, cell: Cell, error: Exception) -> None:
         if not cell.ended:
             cell.ended = True
             self._progress.expect(-sum(cell.pending.values()))
-            self._done(cell.job.asked, error)
+            for asked in cell.job.cells:
+                self._done(asked, error)
 
     def _end_if_complete(self, cell: Cell) -> None:
         busy = any(task.cell is cell and task.block is not None for task in self._out)
         if cell.store is not None and not (cell.ended or cell.pending or busy):
             cell.ended = True
-            self._done(cell.job.asked, cell.store)
+            for asked in cell.job.cells:
+                self._done(asked, cell.store)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:

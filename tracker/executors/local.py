@@ -33,19 +33,20 @@ class LocalExecutor:
         """Measure cells, each with all of this process."""
         model: Model | None = None
         for job in jobs:
-            request = job.asked.request
+            request = job.requests[0]
+            outcome: CellStore | Exception
             try:
                 if model is None or model.settings != request.model_settings:
                     model = None  # frees the previous model before the next one comes
-                    progress.say(f"loading {job.asked.source.name}")
+                    progress.say(f"loading {job.cells[0].source.name}")
                     model = open_model(request, self._options)
                     self.models_loaded += 1
-                store, _ = measure_cell(job, model, ledger, self._options, progress, begun)
+                outcome, _ = measure_cell(job, model, ledger, self._options, progress, begun)
             except Exception as error:
-                log.debug("%s failed", request.title, exc_info=True)
-                done(job.asked, error)
-            else:
-                done(job.asked, store)
+                log.debug("%s failed", job.title, exc_info=True)
+                outcome = error
+            for cell in job.cells:
+                done(cell, outcome)
 
 
 def measure_cell(
@@ -60,12 +61,13 @@ def measure_cell(
 
     RequestError for layers that do not fit the model, or a document that lacks what is read of it.
     """
-    request = job.asked.request
-    meter = Meter(request, job.benchmark, model, options)
-    store, lacking = open_cell(job.asked, meter.facts, ledger)
+    request = job.requests[0]
+    meter = Meter(job.requests, job.benchmark, model, options)
+    store, lacking = open_cell(job, meter.facts, ledger)
     if not lacking:
         return store, []
-    begun(job.asked, store)
+    for cell in job.cells:
+        begun(cell, store)
     progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
     lost = meter.check(Checks(ledger.root))
     for line in lost:

@@ -91,7 +91,7 @@ class RayExecutor:
                 continue
             slot.opened = task.cell
             if task.block is None:
-                slot.waits_for = slot.actor.open.remote(task.cell.request)
+                slot.waits_for = slot.actor.open.remote(task.cell.job.requests)
             else:
                 slot.waits_for = slot.actor.measure.remote(task.block.task, task.missing)
 

@@ -17,6 +17,7 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import Checkpointable
 
+from tracker.config import CellRequest
 from tracker.errors import CellError, RequestError, did_you_mean
 from tracker.executors.slurm_job import CellJob, JobEnd, shards
 from tracker.ledger.blocks import BLOCK
@@ -67,7 +68,7 @@ class SlurmExecutor:
         ledger.create()
         root = ledger.root.resolve()
         executor = _executor(root / "slurm" / "%j", self._cluster, self._parameters)
-        cells = [_Requeued(job.asked.request, root, self._options) for job in jobs]
+        cells = [_Requeued(job.requests, root, self._options) for job in jobs]
         try:
             submitted = executor.submit_array(cells)
         except FailedJobError as error:
@@ -103,7 +104,8 @@ class SlurmExecutor:
             progress.expect(-waiting.left)
         else:
             progress.advance(waiting.left)
-        done(waiting.job.asked, errors[0] if errors else waiting.store())
+        for cell in waiting.job.cells:
+            done(cell, errors[0] if errors else waiting.store(cell.request))
 
 
 class _Waiting:
@@ -113,27 +115,28 @@ class _Waiting:
         self.job = job
         self.submission = submission
         self._ledger = ledger
-        store, request = job.asked.store, job.asked.request
+        store, request = job.cells[0].store, job.requests[0]
         self._before = {path.name for path in shards(store)}
         self._found = 0
         self._begun = False
         if store is None:
             tasks = job.benchmark.identity.tasks
-            wanted = [request.extent.of(task.name, task.documents) for task in tasks]
+            wanted = [request.extent.of(task.name, task.numbers) for task in tasks]
             self.left = sum(-(-len(documents) // BLOCK) for documents in wanted)
         else:
-            names = names_of(job.asked, store)
+            names = names_of(job, store)
             blocks = store.blocks(request.extent)
             self.left = sum(bool(store.missing(b, request.extent, names)) for b in blocks)
 
     def advance(self, begun: Begun) -> int:
         """Count the blocks that have come since the last call; the first one tells `begun`."""
-        key = self.job.asked.key
+        key = self.job.cells[0].key
         store = self._ledger.find(key) if key else None
         new = {path.name for path in shards(store)}
         if store is not None and new - self._before and not self._begun:
             self._begun = True
-            begun(self.job.asked, store)
+            for cell in self.job.cells:
+                begun(cell, store)
         found = len({name.rsplit(".", 2)[0] for name in new - self._before})
         fresh = min(found - self._found, self.left)
         self._found += fresh
@@ -151,9 +154,9 @@ class _Waiting:
             return [JobEnd(CellError(f"{why}. Its log: {place}"))]
         return found
 
-    def store(self) -> CellStore | CellError:
+    def store(self, request: CellRequest) -> CellStore | CellError:
         """Find the finished cell."""
-        asked = look_up(self.job.asked.request, self._ledger)
+        asked = look_up(request, self._ledger)
         if asked.store is None or not asked.complete:
             return CellError(
                 f"its job ended well, but {self._ledger.root} does not hold what it measured: "

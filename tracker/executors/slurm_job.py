@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +39,13 @@ class JobEnd:
 
 
 class CellJob:
-    """Measures one cell. Called again after an interruption, it continues from the shards."""
+    """Measures one cell, for requests that differ in their runs alone.
 
-    def __init__(self, request: CellRequest, results: Path, options: Options) -> None:
-        self._request = request
+    Called again after an interruption, it continues from the shards.
+    """
+
+    def __init__(self, requests: Sequence[CellRequest], results: Path, options: Options) -> None:
+        self._requests = requests
         self._results = results
         self._options = options
         self._shards = -1
@@ -60,10 +64,11 @@ class CellJob:
 
     def _run(self) -> JobEnd:
         ledger = Ledger(self._results)
-        asked = look_up(self._request, ledger)
-        if asked.complete:
+        asked = [look_up(request, ledger) for request in self._requests]
+        cells = tuple(cell for cell in asked if not cell.complete)
+        if not cells:
             return JobEnd()
-        found = len(shards(asked.store))
+        found = len(shards(cells[0].store))
         self._starts = self._starts + 1 if found == self._shards else 1
         self._shards = found
         if self._starts > STARTS:
@@ -71,9 +76,9 @@ class CellJob:
                 f"its job was stopped {STARTS} times before a single block of documents was "
                 "measured; give it more time: --slurm timeout_min=240"
             )
-        log.info("loading %s", asked.source.name)
-        model = open_model(self._request, self._options)
-        job = Job(asked, open_benchmark(self._request))
+        log.info("loading %s", cells[0].source.name)
+        model = open_model(cells[0].request, self._options)
+        job = Job(cells, open_benchmark(cells[0].request))
         _, lost = measure_cell(job, model, ledger, self._options, _Log())
         return JobEnd(lost=tuple(lost), models_loaded=1)
 

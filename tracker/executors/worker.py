@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from tracker.benchmarks.benchmark import open_benchmark
@@ -36,18 +36,18 @@ class Worker:
         self._meter: Meter | None = None
         self._checked = False
 
-    def open(self, request: CellRequest) -> tuple[Facts, bool]:
+    def open(self, requests: Sequence[CellRequest]) -> tuple[Facts, bool]:
         """Make a cell ready to be measured; its facts, and whether its model had to be loaded.
 
         RequestError if the model or the data is not where this worker is.
         """
-        self._meter = None
+        self._meter, request = None, requests[0]
         fresh = self._model is None or self._model.settings != request.model_settings
         if fresh:
             self._model = None  # frees the previous model before the next one comes
             self._model = open_model(request, self._options)
         assert self._model is not None
-        self._meter = Meter(request, open_benchmark(request), self._model, self._options)
+        self._meter = Meter(requests, open_benchmark(request), self._model, self._options)
         self._checked = False
         return self._meter.facts, fresh
 

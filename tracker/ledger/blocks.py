@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import quote
@@ -35,8 +35,7 @@ class Block:
 
 
 @lru_cache(maxsize=256)
-def places(task: str, documents: int, seed: int | None) -> Mapping[int, int] | range:
-    """Each document of a task → its place in the order that a seed gives."""
-    if seed is None:
-        return range(documents)
-    return {number: place for place, number in enumerate(random_order(seed, task, documents))}
+def places(task: str, documents: Sequence[int], seed: int | None) -> Mapping[int, int]:
+    """Each of a task's documents, given ascending → its place in the order that a seed gives."""
+    order = documents if seed is None else random_order(seed, task, documents)
+    return {number: place for place, number in enumerate(order)}

@@ -51,8 +51,7 @@ class CellStore:
     def wanted(self, extent: Extent) -> dict[str, Sequence[int]]:
         """List the documents of each task that are meant, in the order of their blocks."""
         return {
-            task.name: extent.of(task.name, task.documents)
-            for task in self.identity.benchmark.tasks
+            task.name: extent.of(task.name, task.numbers) for task in self.identity.benchmark.tasks
         }
 
     def counts(self, extent: Extent = ALL) -> dict[str, int]:
@@ -104,9 +103,9 @@ class CellStore:
 
     def _in_other_orders(self, block: Block, documents: Iterable[int]) -> Iterator[Block]:
         """Find the blocks of other orders that hold some documents of a block."""
-        count = self.counts()[block.task]
+        every = self.wanted(ALL)[block.task]
         for seed in self._orders() - {block.seed}:
-            there = places(block.task, count, seed)
+            there = places(block.task, every, seed)
             for number in sorted({there[document] // BLOCK for document in documents}):
                 yield Block(block.task, number, seed)
 
@@ -188,7 +187,7 @@ class CellStore:
         if len(tasks) != 1:
             raise ValueError("it holds more or less than one block")
         (task,), seed = tasks, shard.about.get("seed")
-        there = places(task, self.counts().get(task, 0), seed)
+        there = places(task, self.wanted(ALL).get(task, ()), seed)
         if not all(document in there for document in documents):
             raise ValueError("the cell has no such document")
         numbers = {there[document] // BLOCK for document in documents}

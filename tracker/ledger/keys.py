@@ -11,7 +11,7 @@ from tracker.provenance import content_hash
 
 _LATER = {
     *("include_path", "system_instruction", "fewshot_as_multiturn", "chat_template_args"),
-    *("enable_thinking", "think_end_token", "gen_kwargs", "metadata", "model_args"),
+    *("enable_thinking", "think_end_token", "gen_kwargs", "metadata", "model_args", "part"),
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from tracker.ablations import INTACT, ablation_of
 from tracker.config import CellRequest
 from tracker.errors import ExperimentError, WorkError
-from tracker.extent import Extent, shuffled
+from tracker.extent import ALL, Extent, shuffled
 from tracker.ledger.blocks import BLOCK, Block, places
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
@@ -68,16 +68,16 @@ class CellRace:
             WorkError: As `advance`.
         """
         refuse_unbounded(store.identity, view.metric)
-        counts = store.counts()
-        self.extent = Extent(sample=max(*counts.values(), 1), seed=seed)
-        self.population = sum(counts.values())
+        every = store.wanted(ALL)
+        self.population = sum(map(len, every.values()))
+        self.extent = Extent(sample=max(self.population, 1), seed=seed)
         self.looked = 0
         self.lacking: tuple[Block, tuple[str, ...]] | None = None
         self.asked, self.runs = asked, view.runs
         self._store, self._metric = store, METRIC + view.metric
         self._names = [ablation_of(run, view.removed).name for run in view.runs]
-        self._order = shuffled(seed, counts)
-        there = {task: places(task, count, seed) for task, count in counts.items()}
+        self._order = shuffled(seed, every)
+        there = {task: places(task, documents, seed) for task, documents in every.items()}
         begins: dict[Block, int] = {}
         for position, (task, document) in enumerate(self._order):
             begins.setdefault(Block(task, there[task][document] // BLOCK, seed), position)

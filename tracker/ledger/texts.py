@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from tracker.documents import Document, DocumentText
+from tracker.ledger.blocks import places
 from tracker.ledger.files import write_bytes
 from tracker.ledger.shards import ASIDE, read_shard, shard_file
 from tracker.ledger.views import FORMAT, CellIdentity
@@ -154,9 +155,12 @@ class Texts:
             raise ValueError("it belongs to another cell")
         if not shard.table.schema.equals(_SCHEMA):
             raise ValueError("it holds other columns")
-        tasks = {task.name: task.documents for task in self._identity.benchmark.tasks}
+        tasks = {
+            task.name: places(task.name, task.numbers, None)
+            for task in self._identity.benchmark.tasks
+        }
         for row in shard.table.select(["task", "doc"]).to_pylist():
-            if not 0 <= row["doc"] < tasks.get(row["task"], 0):
+            if row["doc"] not in tasks.get(row["task"], ()):
                 raise ValueError("the cell has no such document")
         block = str(shard.about.get("block"))
         if Path(block).name != block:

@@ -36,9 +36,9 @@ class _End(Extent):
     """Documents of each task from the end of its random order, half of them at most."""
 
     @override
-    def of(self, task: str, documents: int) -> Sequence[int]:
+    def of(self, task: str, documents: Sequence[int]) -> Sequence[int]:
         order = random_order(self.seed, task, documents)
-        return order[::-1][: min(self.sample or 1, max(1, documents // 2))]
+        return order[::-1][: min(self.sample or 1, max(1, len(documents) // 2))]
 
 
 @dataclass(frozen=True)

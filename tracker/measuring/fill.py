@@ -7,35 +7,36 @@ from collections.abc import Mapping, Sequence
 
 from filelock import Timeout
 
-from tracker.ablations import ablations_of
+from tracker.ablations import all_ablations
 from tracker.extent import Extent
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.races import CellRace, race_of
 from tracker.ledger.store import Ledger
 from tracker.measuring.answering import contending
+from tracker.measuring.job import Job
 from tracker.measuring.meter import Facts, Meter, Place
-from tracker.measuring.prepare import CellLookup, look_up
+from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 
 WAIT = 0.5
 """Seconds between two looks at blocks that another process is computing."""
 
 
-def open_cell(
-    asked: CellLookup, facts: Facts, ledger: Ledger
-) -> tuple[CellStore, dict[Block, int]]:
+def open_cell(job: Job, facts: Facts, ledger: Ledger) -> tuple[CellStore, dict[Block, int]]:
     """Open a cell whose model is known, or make it, and see what it lacks.
 
-    The ledger finds the cell by its request from now on. With the cell come the blocks that lack
+    The ledger finds the cell by its requests from now on. With the cell come the blocks that lack
     something, and how many responses each lacks.
     """
     store = ledger.cell(facts.model, facts.benchmark, facts.provenance)
-    # A hub model's commit is known only now that it is in the cache.
+    # A hub model's commit is known only now that it is in the cache. What is removed is no part of
+    # the key, so that all cells of a job have the same.
+    asked = job.cells[0]
     key = asked.key or look_up(asked.request, ledger).key
     if key:
         ledger.remember(key, store)
-    extent, names = asked.request.extent, names_of(asked, store)
+    extent, names = asked.request.extent, names_of(job, store)
     if asked.request.until is not None:
         race = race_of(store, asked.request)
         return store, at_most(race, store, facts.responses)
@@ -52,9 +53,9 @@ def open_cell(
     return store, {block: responses for block, responses in lacking.items() if responses}
 
 
-def names_of(asked: CellLookup, store: CellStore) -> list[str]:
+def names_of(job: Job, store: CellStore) -> list[str]:
     """Name the ablations that a cell is measured under."""
-    return [a.name for a in ablations_of(asked.request, store.identity.model.layers)]
+    return [a.name for a in all_ablations(job.requests, store.identity.model.layers)]
 
 
 def at_most(race: CellRace, store: CellStore, responses: Mapping[Place, int]) -> dict[Block, int]:
@@ -74,7 +75,7 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
     A block that another process holds is waited for: what comes after it depends on it.
     """
     expected = sum(at_most(race, store, meter.facts.responses).values())
-    progress.start(store.identity.benchmark.name, expected)
+    progress.start(store.identity.benchmark.title, expected)
     try:
         while race.lacking is not None:
             block, names = race.lacking
@@ -106,7 +107,7 @@ def fill(
     A block that another process holds is left to it and looked at again at the end: if that
     process dies, its lock goes with it and the block is computed here.
     """
-    progress.start(store.identity.benchmark.name, sum(lacking.values()))
+    progress.start(store.identity.benchmark.title, sum(lacking.values()))
     try:
         _fill(store, lacking, meter, extent, progress)
     finally:

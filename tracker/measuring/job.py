@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tracker.benchmarks.base import Benchmark
+from tracker.config import CellRequest
 from tracker.errors import RequestError, did_you_mean
 from tracker.ledger.cells import CellStore
 from tracker.measuring.prepare import CellLookup
@@ -48,10 +49,26 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell that lacks something, and its documents."""
+    """Cells that lack something, and their documents.
 
-    asked: CellLookup
+    They differ in their runs alone, so that they are one cell of the ledger, measured and checked
+    once; a cell that stops at an answer is by itself.
+    """
+
+    cells: tuple[CellLookup, ...]
     benchmark: Benchmark
+
+    @property
+    def requests(self) -> tuple[CellRequest, ...]:
+        """What was asked for."""
+        return tuple(cell.request for cell in self.cells)
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        others = len(self.cells) - 1
+        more = f" and {others} more of its views" if others else ""
+        return f"{self.cells[0].request.title}{more}"
 
 
 Begun = Callable[[CellLookup, CellStore], None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tracker.ablations import INTACT, Ablation, ablations_of
+from tracker.ablations import INTACT, Ablation, all_ablations
 from tracker.benchmarks.base import Benchmark
 from tracker.config import CellRequest
 from tracker.errors import CellError
@@ -84,20 +84,26 @@ class Measured:
 
 
 class Meter:
-    """Measures the documents of one cell under its ablations, the baseline first.
+    """Measures the documents of one cell under all ablations that requests ask for, baseline first.
 
-    RequestError for layers that do not fit the model, or a document that lacks what is read of it.
+    The requests differ in their runs alone. RequestError for layers that do not fit the model, or
+    a document that lacks what is read of it.
     """
 
     def __init__(
-        self, request: CellRequest, benchmark: Benchmark, model: Model, options: Options
+        self,
+        requests: Sequence[CellRequest],
+        benchmark: Benchmark,
+        model: Model,
+        options: Options,
     ) -> None:
         from tracker.benchmarks.encoder import RequestEncoder
         from tracker.engine.check import watched_documents
         from tracker.measuring.scorer import Scorer
 
-        loaded = model.loaded
-        check_range(request, loaded.identity.layers)
+        loaded, request = model.loaded, requests[0]
+        for each in requests:
+            check_range(each, loaded.identity.layers)
         self._benchmark = benchmark
         self._model = model
         self._memory = options.memory
@@ -106,7 +112,7 @@ class Meter:
         documents = benchmark.documents(self._encoder, request.extent)
         self._documents = {(document.task, document.index): document for document in documents}
         self._watch = watched_documents(documents)
-        self.ablations = ablations_of(request, loaded.identity.layers)
+        self.ablations = all_ablations(requests, loaded.identity.layers)
         self._calibration: Calibration | None = None
         if any(each.is_fitted for each in self.ablations):
             width = loaded.model.config.get_text_config().hidden_size

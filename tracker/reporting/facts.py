@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tracker.records import (
-    CellRecord,
-)
+from tracker.identities import TaskIdentity
+from tracker.records import CellRecord
 from tracker.reporting.grid import (
     Table,
     Value,
@@ -29,7 +28,7 @@ def provenance_table(cell: CellRecord) -> Table:
         "data source": benchmark.data,
         "metric": cell.metric,
         "few-shot examples": str(benchmark.num_fewshot),
-        "few-shot seed": "none drawn" if benchmark.seed is None else str(benchmark.seed),
+        "few-shot seed": str(benchmark.seed) if benchmark.num_fewshot else "none drawn",
         "chat template": "yes" if benchmark.apply_chat_template else "no",
         **benchmark.settings,
         "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
@@ -57,18 +56,24 @@ def _compared(cell: CellRecord) -> str:
     return f"{cell.compared:,} answers, at most {cell.compared_difference:.1e} nats apart"
 
 
+def _split(task: TaskIdentity) -> str:
+    """Say which documents there are."""
+    half = task.half
+    return task.split if half is None else f"{task.split}, half of {half.of:,} (seed {half.seed})"
+
+
 def task_table(cell: CellRecord) -> Table:
     """Set the lm-eval tasks of a cell, or its corpus, with version, split and fingerprint."""
     columns = (
         *texts("task", "version", "split"),
-        *numbers("documents in the split"),
+        *numbers("documents in all"),
         *texts("metrics (aggregation)", "fingerprint"),
     )
     rows = tuple(
         (
             Value(task.name),
             Value(task.version),
-            Value(task.split),
+            Value(_split(task)),
             Value(f"{task.documents:,}"),
             Value(", ".join(f"{name} ({how})" for name, how in sorted(task.metrics.items()))),
             Value(task.fingerprint),

@@ -112,7 +112,7 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
         rank = with_interval(rank, found.low, found.high, two_digits)
     metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({measure.unit})"
     shots = f"{cell.benchmark.num_fewshot}-shot"
-    which = (cell.benchmark.name, shots, metric, cell.beneath, cell.drawn)
+    which = (cell.benchmark.title, shots, metric, cell.beneath, cell.drawn)
     no_drop = f"no layer has a positive {measure.change}"
     if cell.runs and not cell.whole_layers:
         no_drop = "no whole single layer was removed"

@@ -110,7 +110,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
     """
     return _told_apart(
         [
-            f"{cell.benchmark.name} · {cell.benchmark.num_fewshot}-shot"
+            f"{cell.benchmark.title} · {cell.benchmark.num_fewshot}-shot"
             + (" · chat" if cell.benchmark.apply_chat_template else "")
             + (f" · {cell.beneath}" if cell.removed else "")
             for cell in cells

@@ -136,7 +136,7 @@ class Part:
         """The cell's name in messages."""
         identity = self.store.identity
         model, benchmark = identity.model.name, identity.benchmark
-        return f"{model} · {benchmark.name} · {benchmark.num_fewshot}-shot"
+        return f"{model} · {benchmark.title} · {benchmark.num_fewshot}-shot"
 
     @property
     def together(self) -> str:

@@ -16,7 +16,7 @@ from tracker.reporting.formats import defined, fixed, interval, measure_of, p_va
 
 def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> str:
     """Say everything about one run in a hover box; `record` is None where nothing was measured."""
-    head = f"<b>{run.label()}</b> · {html.escape(cell.benchmark.name)}"
+    head = f"<b>{run.label()}</b> · {html.escape(cell.benchmark.title)}"
     if cell.removed:
         head += f"<br>{wrap(cell.beneath)}"
     if record is None:

@@ -87,7 +87,7 @@ class Calibration:
 
     def _answer(self, cells: Sequence[Subject], drop: Curve, others: Sequence[Curve]) -> str:
         n = max((n for n in SHOWN if n in drop.sizes and n <= drop.half), default=drop.half)
-        names = [cell.record.benchmark.name for cell in cells]
+        names = [cell.record.benchmark.title for cell in cells]
         what = names[0] if len(names) == 1 else f"{len(names)} benchmarks together"
         agreed, (top, bottom) = drop.agreement(n), _ends(drop)
         said = (
@@ -141,7 +141,7 @@ def _together(subjects: Sequence[Subject]) -> list[tuple[str, list[int]]]:
     for members in grouped(accuracies, alike):
         cells = [subjects[n].record for n in members]
         # A benchmark that stands there twice would be its own second sample.
-        if 1 < len(cells) == len({cell.benchmark.name for cell in cells}):
+        if 1 < len(cells) == len({cell.benchmark.title for cell in cells}):
             found.append((f"{cells[0].model.name} · mean of {len(cells)} benchmarks", members))
     return found
 

@@ -95,7 +95,7 @@ class Joint:
 def _answer(record: CellRecord, one: Pairs) -> str:
     """Say whether sums predict joint drops, and what interacts most."""
     inside = [n for n in range(len(one.pairs)) if not one.floor[n]]
-    said = f"{record.model.name}, {record.benchmark.name}, n = {record.n:,}, {one.measure}: "
+    said = f"{record.model.name}, {record.benchmark.title}, n = {record.n:,}, {one.measure}: "
     if not inside:
         return said + f"all {len(one.pairs):,} pairs are at the floor, so no sum can be reached."
     if one.rank.value is not None and one.explained.value is not None:

@@ -152,7 +152,7 @@ def _whether(model: str, cells: Sequence[Figures]) -> str:
         else "every layer snowballs, as the paper has it"
     )
     parts = [
-        f"{each.cell.benchmark.name} {count[1]} grow, {count[-1]} shrink, {count[0]} undecided; "
+        f"{each.cell.benchmark.title} {count[1]} grow, {count[-1]} shrink, {count[0]} undecided; "
         f"median ×{_times(each.tokens[ALL].removed.median)} (n = {each.documents})"
         for each, count in zip(cells, counts, strict=True)
     ]
@@ -246,7 +246,7 @@ def _between(cells: Sequence[Figures]) -> str:
     layers = range(cells[0].layers - 1)
     adjusted = holm([unequal_growth([e.tokens[ALL].ratios[:, i] for e in cells]) for i in layers])
     defined = [p for p in adjusted if p is not None]
-    names = ", ".join(each.cell.benchmark.name for each in cells)
+    names = ", ".join(each.cell.benchmark.title for each in cells)
     if not defined:
         return (
             f"Whether growth differs between {names} cannot be tested: five documents of each are "
@@ -274,7 +274,8 @@ def _without_the_first(cells: Sequence[Figures]) -> str:
         )
     )
     medians = ", ".join(
-        f"{each.cell.benchmark.name} ×{_times(each.tokens[LATER].removed.median)}" for each in cells
+        f"{each.cell.benchmark.title} ×{_times(each.tokens[LATER].removed.median)}"
+        for each in cells
     )
     of = sum(each.layers - 1 for each in cells)
     return (
@@ -284,7 +285,7 @@ def _without_the_first(cells: Sequence[Figures]) -> str:
 
 
 def _where(each: Figures) -> str:
-    several = f"{each.cell.model.name} on {each.cell.benchmark.name}"
+    several = f"{each.cell.model.name} on {each.cell.benchmark.title}"
     return f"{several} ({each.documents} documents)"
 
 

@@ -29,7 +29,7 @@ def beside_each_other(cells: Sequence[Figures]) -> LineChart:
         unit="times",
         places=tuple(range(cells[0].layers - 1)),
         lines=tuple(
-            _line(each.cell.benchmark.name, each.tokens[ALL].removed.total) for each in cells
+            _line(each.cell.benchmark.title, each.tokens[ALL].removed.total) for each in cells
         ),
         log_y=True,
     )

@@ -138,7 +138,7 @@ def summary(found: Sequence[Figures]) -> FoundTable:
         rows.append(
             (
                 each.cell.model.name,
-                each.cell.benchmark.name,
+                each.cell.benchmark.title,
                 each.documents,
                 signs[1],
                 signs[-1],

@@ -110,7 +110,7 @@ def _of_documents(cell: CellRequest) -> CellRequest:
 def _answers(shown: Sequence[Shown]) -> list[str]:
     """Say for one benchmark whether the theorem holds, at the smallest ε first."""
     last = shown[-1]
-    name = last.subject.record.benchmark.name
+    name = last.subject.record.benchmark.title
     noun = "token" if last.built.is_open else "document"
     failed = [each for each in shown if not each.holds]
     if failed:
@@ -142,7 +142,7 @@ def _answers(shown: Sequence[Shown]) -> list[str]:
 def _left_out(shown: Shown) -> list[str]:
     """Say which documents no such model answers, and why."""
     taught = shown.built.lesson
-    name = shown.subject.record.benchmark.name
+    name = shown.subject.record.benchmark.title
     by_reason: dict[str, list[str]] = {}
     for (task, doc), why in taught.left_out.items():
         by_reason.setdefault(why, []).append(f"{doc}" if task == name else f"{doc} of {task}")

@@ -51,7 +51,7 @@ def models_table(shown: Sequence[Shown]) -> FoundTable:
         else ""
     )
     return table(
-        f"{record.benchmark.name}, {record.documents}",
+        f"{record.benchmark.title}, {record.documents}",
         heads,
         rows,
         (note,) if note else (),
@@ -77,7 +77,7 @@ def layers_table(shown: Shown) -> FoundTable:
         for layer, run in record.runs_of().items()
     ]
     return table(
-        f"{record.benchmark.name}, ε = {tiny(shown.built.epsilon)}, layer by layer",
+        f"{record.benchmark.title}, ε = {tiny(shown.built.epsilon)}, layer by layer",
         heads,
         rows,
     )

@@ -200,9 +200,16 @@ def made_of_tag(cells: Iterable[CellRecord]) -> str:
 
 def _measured_on(cell: CellRecord) -> tuple[str, str]:
     """Name the data of a cell: the task's, or all of a group's together."""
-    prints = [task.fingerprint for task in cell.benchmark.tasks]
+    prints = [_content(task) for task in cell.benchmark.tasks]
     digest = prints[0] if len(prints) == 1 else content_hash(prints)
-    return cell.benchmark.name, digest[:_DIGEST_CHARACTERS]
+    return cell.benchmark.title, digest[:_DIGEST_CHARACTERS]
+
+
+def _content(task: TaskIdentity) -> str:
+    """Digest the documents of a task that there are; a half's are not those of the other."""
+    if task.half is None:
+        return task.fingerprint
+    return content_hash([task.fingerprint, task.half.model_dump()])
 
 
 def tables_tag(names: Iterable[str]) -> str:
@@ -227,7 +234,7 @@ def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
     source = {"data": data, "task": task.name, "version": task.version, "split": task.split}
     return {
         "name": task.name,
-        "digest": task.fingerprint[:_DIGEST_CHARACTERS],
+        "digest": _content(task)[:_DIGEST_CHARACTERS],
         "source_type": "tracker",
         "source": json.dumps(source),
         "profile": json.dumps({"num_rows": task.documents}),

@@ -1,0 +1,38 @@
+"""Cells that differ in their runs alone are measured and checked once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.runner.elsewhere import Heard, arc, run, shards
+from tracker.ledger.store import Ledger
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def outcomes(results: Path) -> pd.DataFrame:
+    """Read all but which answers were compared with a really pruned model's: those are drawn."""
+    (store,) = Ledger(results).cells()
+    frame = store.read().sort_values(["doc", "ablation"], ignore_index=True)
+    return frame.drop(columns=["compared", "difference", "unsteady"])
+
+
+def test_what_is_removed_besides_is_measured_together(tiny_llama, experiment, tmp_path):
+    model, data = tiny_llama(seed=3), str(arc(tmp_path / "data", 40))
+    views: list[list[int]] = [[], [1], [0, 3]]
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    heard = Heard()
+    done = run(experiment(model, data=data, removed=views), together, heard)
+    assert [list(cell.removed) for cell in done.cells] == views
+    assert [len(cell.runs) for cell in done.cells] == [4, 3, 2]
+    assert sum("checking that sharing" in line for line in heard.lines) == 1
+    assert heard.counted == heard.expected
+
+    for view in views:
+        run(experiment(model, data=data, removed=[view]), apart)
+    ours, theirs = (outcomes(folder) for folder in (together, apart))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=True, check_like=True)
+    assert len(shards(apart)) == len(views) * len(shards(together))

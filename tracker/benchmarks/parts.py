@@ -1,0 +1,64 @@
+"""Calibration and test documents: two parts of a benchmark that never meet.
+
+The training split is for calibration where a task has one; else a half of its documents is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from tracker.config import CellRequest
+from tracker.errors import BenchmarkError
+from tracker.identities import Half
+
+
+def choose_part(task: Any, request: CellRequest, num_fewshot: int) -> Half | None:
+    """Let a task of lm-eval score the part that is asked for.
+
+    Args:
+        task: The task; one with a training split is turned to it for calibration.
+        request: Which part.
+        num_fewshot: How many examples stand before each document.
+
+    Returns:
+        The half of its documents that is meant; None where it is all of them.
+
+    Raises:
+        BenchmarkError: It has too few documents for two halves, or examples could be what is asked.
+    """
+    if request.part is None:
+        return None
+    config, examples = task.config, task.fewshot_cfg
+    training = config.training_split
+    scored = config.test_split or config.validation_split
+    if training == scored or training not in task.dataset:
+        return half_of(request, task.task_name, len(task.eval_docs))
+    if request.part == "test":
+        return None
+    config.test_split = training
+    # lm-eval leaves a document out of its own examples where both are said to be of one split.
+    if examples.split is None and examples.samples is None:
+        examples.split = training
+    if num_fewshot and examples.split == training and examples.process_docs != config.process_docs:
+        raise BenchmarkError(
+            f"part: {task.task_name} reads the documents of its split {training!r} otherwise when "
+            "they are few-shot examples, so that a document could be its own example; use "
+            "num_fewshot 0"
+        )
+    return None
+
+
+def half_of(request: CellRequest, task: str, documents: int) -> Half:
+    """Choose the half of a task's documents that is asked for; BenchmarkError for a single one."""
+    assert request.part is not None
+    if documents < 2:
+        raise BenchmarkError(f"part: {task} has {documents} document, which makes no two halves")
+    return Half(part=request.part, seed=request.seed, of=documents)
+
+
+def said_part(request: CellRequest, halves: Collection[Half | None]) -> dict[str, str]:
+    """Say which part it is among the settings; nothing where it is all that lm-eval scores."""
+    if request.part is None or (request.part == "test" and not any(halves)):
+        return {}
+    return {"part": request.part}
