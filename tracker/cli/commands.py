@@ -166,7 +166,11 @@ def run(
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
 @documents
-@click.option("--until", help="Only of an experiment file that `tracker run` measures.")
+@click.option(
+    "--until",
+    help="A question, such as 'top 5', about all runs that the trial's sweep asks of the cell; its "
+    "answer ends the measuring.",
+)
 @click.option("--metric", help="Default: the metric that the benchmark's field reports.")
 @click.option(
     "--seed",

@@ -14,6 +14,7 @@ STUDIES: Mapping[str, str] = {
     "calibration": "Calibration",
     "joint": "Joint",
     "rescale": "Rescale",
+    "savings": "Savings",
     "snowball": "Snowball",
     "theorem": "Theorem",
 }
