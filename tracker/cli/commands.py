@@ -54,6 +54,7 @@ def main(debug: bool) -> None:
       tracker run experiments/demo.yaml          measure, track, report
       tracker ls                                 what the results folder holds
       tracker study audit experiments/demo.yaml  a question of the paper, answered
+      tracker export MODEL --remove 3,17 …       a lighter model that anybody can load
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks

@@ -14,6 +14,7 @@ from tracker.cli.terminal import say, table
 if TYPE_CHECKING:
     from tracker.findings import FindingRecord
     from tracker.measuring.planning import PlannedCell
+    from tracker.pruning.facts import Exported
     from tracker.records import CellRecord, RunIdentity
     from tracker.runner import Finished
 
@@ -268,3 +269,30 @@ def _duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def print_export(model: Exported) -> None:
+    """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
+    from tracker.pruning.card import saved, written
+
+    say()
+    for each in model.accuracy:
+        say(
+            f"{each.benchmark}, {each.num_fewshot}-shot, {each.metric}, {each.documents}: "
+            f"{written(each, each.before)} before, {written(each, each.after)} after"
+        )
+    say(saved(model.before, model.after))
+    say(f"({model.speed_on})")
+    for sentence in model.proof.sentences():
+        say(sentence)
+    say()
+    say("the same model by mergekit:")
+    say(model.recipes["mergekit"].rstrip())
+    say("and by llama.cpp, on a GGUF file of the base:")
+    say(model.recipes["llama.cpp"])
+    say()
+    say(f"saved: {model.folder}")
+    for location in model.locations.values():
+        say(f"model: {runnable(location)}")
+    for backend, why in model.unpublished.items():
+        say(f"not published: {backend}: {why}", error=True)

@@ -258,6 +258,11 @@ def artifact_name(cell: CellRecord) -> str:
     return f"{name[: _ARTIFACT_NAME - len(key) - 1]}-{key}"
 
 
+def model_name(name: str) -> str:
+    """Name the artifact of a pruned model."""
+    return _fitting(re.sub(_NOT_IN_NAMES, "-", name), _ARTIFACT_NAME)
+
+
 def _fitting(text: str, limit: int) -> str:
     """Cut what is too long, and end it with a hash of the whole, which tells texts apart."""
     whole = text.encode()
