@@ -40,8 +40,10 @@ from tracker.tracking.base import Ending
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tracker.config import Component
     from tracker.findings import FindingRecord
     from tracker.measuring.planning import PlannedCell
+    from tracker.pruning.facts import Exported
     from tracker.searched import PruneRecord
 
 RESULTS = Path("results")
@@ -402,6 +404,73 @@ def evaluate(
     except TrackingError as error:
         outcome.unpublished[f"the trial of {asked.title}"] = str(error)
     return record, outcome
+
+
+def export(
+    model: str,
+    remove: Sequence[int],
+    output: str | os.PathLike[str],
+    *,
+    benchmark: str | None = None,
+    component: Component = "layer",
+    project: str = "tracker",
+    results: str | os.PathLike[str] = RESULTS,
+    track: Sequence[str] = (),
+    register: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Exported:
+    """Save a model without some of its layers, once it is proved to be the one that was measured.
+
+    A fresh process loads what was saved with plain transformers; plain lm-eval scores it there.
+
+    Args:
+        model: Hub id, folder, GGUF file, or `package:NAME`.
+        remove: The layers, 0-based.
+        output: The folder that is made.
+        benchmark: What the removal is measured on, and the export proved; None for a few texts.
+        component: `layer`; anything else is refused, with what to tell those who can load it.
+        project: The tracking backends' project.
+        results: The results folder.
+        track: Tracking backends that get the model, each as `BACKEND` or `BACKEND:PROJECT`.
+        register: The name under which MLflow's registry keeps it; None for none.
+        device: `auto` (an accelerator if there is one), or a torch device.
+        trust_remote_code: Whether code and pickles from a download may run.
+        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        progress: Told what happens.
+        **settings: What else a model and a benchmark are told: `dtype`, `revision`, `sample`,
+            `data`, … as `tracker.config.CellRequest` names them.
+
+    Returns:
+        What was saved, and what is known of it.
+
+    Raises:
+        RequestError: The request was wrong; nothing was computed or written.
+        WorkError: What was saved is not what was measured, or cannot be written; nothing of it is
+            left.
+    """
+    from tracker.pruning import export as exporting
+    from tracker.pruning.facts import Pruning
+
+    removed = tuple(remove)
+    exporting.refuse_parts(component, removed)
+    return exporting.export(
+        exporting.Asked(
+            pruning=Pruning(removed),
+            request=exporting.request(model, benchmark, **settings),
+            on_benchmark=benchmark is not None,
+            output=Path(output),
+            ledger=Ledger(Path(results)),
+            options=Options(device, trust_remote_code, memory),
+            track=tuple(track),
+            project=project,
+            register=register,
+        ),
+        progress or Silent(),
+    )
 
 
 @dataclass(frozen=True)

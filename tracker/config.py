@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -43,6 +44,15 @@ Component = Literal["layer", "attention", "mlp"]
 Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
 """What is done to a layer: it is removed; or replaced by its mean update, by a factor, by a linear
 map of its input, by itself with quantised weights, or by itself twice."""
+REPLACED_BY: Mapping[Intervention, str] = {
+    "mean": "its mean update",
+    "scale": "a factor",
+    "linear": "a linear map",
+    "int8": "itself in int8",
+    "int4": "itself in int4",
+    "repeat": "itself twice",
+}
+"""What stands in a layer's place where it is not removed."""
 Count = Annotated[int, Field(ge=0)]
 
 

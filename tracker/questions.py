@@ -37,7 +37,7 @@ class Question:
         count: How many runs `top` and `prune` ask for.
         within: How far a drop may be from what is said of it (of `drop`), or a run that is chosen
             from the last place (of `top` and `prune`; None = not at all). A fraction.
-        level: With which probability the answer is right, and every bound behind it.
+        level: With which probability the answer is right; all bounds of drops together have it too.
     """
 
     kind: Kind
@@ -55,9 +55,13 @@ class Question:
             words.append(f"at {100 * self.level:.10g} %")
         return " ".join(words)
 
+    def fits(self, runs: int) -> bool:
+        """Say whether so many runs can answer it."""
+        return self.count is None or self.count < runs
+
     def refuse(self, runs: int) -> None:
         """Raise ValueError where so many runs cannot answer it."""
-        if self.count is not None and self.count >= runs:
+        if not self.fits(runs):
             fit = f"; ask for {runs - 1} at most" if runs > 1 else ""
             raise ValueError(
                 f"{self.kind} {self.count} of {runs} run{'' if runs == 1 else 's'} chooses "

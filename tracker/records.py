@@ -7,13 +7,12 @@ missing, and under `provenance` that not all was measured by the same versions a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field
 
-from tracker.config import Component, Count, Intervention, Layers
-from tracker.extent import Extent, Positive
+from tracker.config import Component, Count, Intervention
+from tracker.extent import Positive
 from tracker.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
 
 BASELINE = "baseline"
@@ -36,17 +35,6 @@ Place = tuple[str, str, int]
 """What several records are told apart by: the cell, the view of it, how many documents."""
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
-
-
-REPLACED_BY: Mapping[Intervention, str] = {
-    "mean": "its mean update",
-    "scale": "a factor",
-    "linear": "a linear map",
-    "int8": "itself in int8",
-    "int4": "itself in int4",
-    "repeat": "itself twice",
-}
-"""What stands in a layer's place where it is not removed."""
 
 
 class RunIdentity(Record):
@@ -81,38 +69,6 @@ class RunIdentity(Record):
         word = "layers" if self.component == "layer" and self.span > 1 else self.kind.word
         first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
         return f"{word} {first}" if self.span == 1 else f"{word} {first}–{last}"
-
-
-class View(Record):
-    """What is shown of a cell: runs, by one metric, on so many documents of each task."""
-
-    metric: str
-    removed: Layers = ()
-    """The layers that every run lacks, ascending."""
-    limit: Positive | None = None
-    """Documents per task, from the first; None = all."""
-    sample: Positive | None = None
-    """Documents per task, drawn at random; None = not drawn."""
-    seed: int | None = None
-    """Decides which ones are drawn; None where none are."""
-    runs: tuple[RunIdentity, ...]
-    """Each run that was asked for, once, in the order of `RunIdentity.order`."""
-
-    @field_validator("runs")
-    @classmethod
-    def _in_order(cls, runs: tuple[RunIdentity, ...]) -> tuple[RunIdentity, ...]:
-        return tuple(sorted(set(runs), key=lambda run: run.order))
-
-    @property
-    def extent(self) -> Extent:
-        """Which documents are shown."""
-        drawn = {} if self.seed is None else {"sample": self.sample, "seed": self.seed}
-        return Extent(limit=self.limit, **drawn)
-
-    def joined(self, *others: View) -> View:
-        """Show the runs of other views too; all else stays as it is here."""
-        runs = tuple(run for view in (self, *others) for run in view.runs)
-        return View(**{**dict(self), "runs": runs})
 
 
 WHOLE_LAYER = Kind()
@@ -155,6 +111,46 @@ class RunRecord(RunIdentity):
     metrics: dict[str, float | None]
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
     reasons: dict[str, str] = Field(default_factory=dict)
+
+
+class RunAnswer(RunIdentity):
+    """What the looks at a cell say of one run, all of them and of all runs together."""
+
+    n: int
+    """Documents that were looked at until its part was settled."""
+    low: float
+    high: float
+    """Both ends of the confidence sequence of its accuracy drop, over all documents there are."""
+    open: bool
+    """Whether its part of the answer is not settled."""
+    chosen: bool
+    """Whether it is in the set that is asked for; of `sign`, whether its drop is not 0."""
+
+
+class AnswerRecord(Record):
+    """What a cell answers to the question that it was measured for, and what that took."""
+
+    question: str
+    level: float
+    """The probability with which the answer is right, and that with which all bounds hold."""
+    seed: int
+    """Of the random order of the documents."""
+    looked: int
+    """Documents that were looked at, from the beginning of the order."""
+    population: int
+    """Documents that there are."""
+    over: bool
+    """Whether nothing more is to be measured: it is answered, or there are no more documents."""
+    passes: int
+    """Passes of a document through a layer that were looked at, the intact model's with them."""
+    passes_of: int
+    """How many all documents take under all runs."""
+    runs: tuple[RunAnswer, ...]
+
+    @property
+    def answered(self) -> bool:
+        """Whether no run is open."""
+        return not any(run.open for run in self.runs)
 
 
 class CorrelationRecord(Record):
@@ -230,6 +226,8 @@ class CellRecord(Record):
     """Both ends of the 95 % interval of `removed_accuracy`."""
     runs: tuple[RunRecord, ...] = Field(validation_alias=AliasChoices("runs", "layers"))
     """Components outermost, then spans, then layers; boards of formats 1 and 2 call it `layers`."""
+    answer: AnswerRecord | None = Field(None, exclude_if=lambda answer: answer is None)
+    """What it was measured for; None where that was all of its documents."""
     correlations: tuple[CorrelationRecord, ...]
     """Over the runs that remove one whole layer; none where there is no such run."""
     missing: tuple[RunIdentity, ...]
@@ -268,13 +266,25 @@ class CellRecord(Record):
 
         For example `drawn at random (seed 1234)`.
         """
-        return "" if self.sample_seed is None else f"drawn at random (seed {self.sample_seed})"
+        seed = self.answer.seed if self.answer and self.is_raced else self.sample_seed
+        drawn = "" if seed is None else f"drawn at random (seed {seed})"
+        return f"{drawn}, stopped at an answer" if self.is_stopped else drawn
 
     @property
     def documents(self) -> str:
         """What it was measured on, e.g. `200 documents drawn at random (seed 1234)`."""
-        count = f"{self.n:,} document{'' if self.n == 1 else 's'}"
-        return f"{count} {self.drawn}" if self.drawn else count
+        return self.documents_of(self.counted)
+
+    def documents_of(self, count: str) -> str:
+        """Say the same of so many documents."""
+        noun = "document" if count == "1" else "documents"
+        return " ".join(filter(None, (count, noun, self.drawn)))
+
+    @property
+    def counted(self) -> str:
+        """How many documents its runs rest on, e.g. `200`, or `64 to 320` where they differ."""
+        most = max([self.n, *(run.n for run in self.runs)])
+        return f"{self.n:,}" if most == self.n else f"{self.n:,} to {most:,}"
 
     @property
     def other_metric(self) -> str:
@@ -304,11 +314,24 @@ class CellRecord(Record):
 
         Documents that are not yet as many as were asked for are any, not the first ones.
         """
+        if other.answer not in (None, self.answer) and not self.is_complete:
+            return False
         mine, theirs = ((one.key, one.view) for one in (self, other))
         growing = "n" in other.reasons
         enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
         runs = {run.order for run in self.runs}
         return mine == theirs and enough and runs >= {run.order for run in other.runs}
+
+    @property
+    def is_raced(self) -> bool:
+        """Whether an answer decides how many documents each run has: then one look’s intervals are
+        left out, and those of drops are confidence sequences."""
+        return self.answer is not None and "n" in self.reasons
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether an answer ended it before its documents did."""
+        return self.answer is not None and self.answer.over and self.is_raced
 
     @property
     def is_complete(self) -> bool:

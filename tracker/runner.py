@@ -9,14 +9,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from tracker.answers import statement
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.config import CellRequest
 from tracker.errors import RequestError, TrackerError
 from tracker.executors.registry import open_executor
 from tracker.ledger.cells import CellStore
+from tracker.ledger.races import refuse_unbounded
 from tracker.ledger.store import Ledger
-from tracker.measuring.answering import answer
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options
 from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up
@@ -108,11 +109,6 @@ def run_cells(
             computed or written.
     """
     ledger.refuse_unwritable()
-    if options.executor != "local" and any(request.until for request in requests):
-        raise RequestError(
-            f"'until' is answered in one process, not by --executor {options.executor}: leave one "
-            "of the two out"
-        )
     asked = [look_up(request, ledger) for request in requests]
     todo = [cell for cell in asked if not cell.complete]
     for cell in asked:
@@ -168,7 +164,6 @@ class _Finisher:
                 raise outcome
             shown = outcome.views.ask(cell.request, self._publisher.project)
             view = outcome.views.of(cell.request)
-            found = answer(outcome, cell.request)
             record = record_of(outcome, view)
             # A backend shows all that was asked of the cell, not only what was asked now.
             whole = record if shown == view else record_of(outcome, shown)
@@ -182,8 +177,8 @@ class _Finisher:
             self._progress.say(f"{title} failed: {report.failed[title]}")
             return
         self.records[cell.request] = record
-        if found is not None:
-            self._progress.say(f"{title}: {found}")
+        if record.answer is not None:
+            self._progress.say(f"{title}: {statement(record.answer)}")
         self._publishing.append((title, self._publisher.begin(outcome, whole, left)))
         while self._publishing and self._publishing[0][1].done():
             self._take()
@@ -217,7 +212,9 @@ def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
         read = request.model_copy(update=_ANY_MODEL | _ANY_EXTENT | _NO_RUNS)
         if read not in benchmarks:
             benchmarks[read] = open_benchmark(request)
-        chosen_metric(benchmarks[read].identity, request.metric)
+        metric = chosen_metric(benchmarks[read].identity, request.metric)
+        if request.until is not None:
+            refuse_unbounded(benchmarks[read].identity, metric)
         # A race is over when its own question is answered.
         alike = request if request.until else request.model_copy(update=_NO_RUNS)
         others = jobs[alike].cells if alike in jobs else ()

@@ -36,6 +36,7 @@ def test_the_oldest_and_the_newest_that_we_allow_is_this_one() -> None:
     [
         (private.TaskFactory.__init__, ["self", "meta"]),
         (private.TaskFactory._load_full_config, ["self", "entry", "overrides"]),
+        (private.TaskFactory._build_task, ["self", "entry", "overrides"]),
         (private.TaskFactory.build, ["self", "entry", "overrides", "registry"]),
         (private.TaskIndex.build, ["paths", "resolve_includes"]),
         (private.TaskIndex.entry_from_path, ["path"]),

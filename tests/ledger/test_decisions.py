@@ -19,7 +19,7 @@ from tracker.ledger.decisions import Decisions, decisions, decisions_record
 from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import text_row
-from tracker.records import View
+from tracker.views import View
 
 LAYERS = 4
 SIZES = {"geography": 40, "history": 9}

@@ -65,8 +65,8 @@ def measure(row) -> Callable[..., int]:
 
 
 def race_of(store: CellStore, text: str, metric: str = "acc") -> CellRace:
-    request = CellRequest(model="m", benchmark="b", layers=tuple(range(RUNS)), metric=metric)
-    return CellRace(store, store.views.of(request), question(text), SEED)
+    asked = {"layers": tuple(range(RUNS)), "metric": metric, "until": text, "seed": SEED}
+    return CellRace(store, store.views.of(CellRequest(model="m", benchmark="b", **asked)))
 
 
 def test_a_single_task_is_the_race_over_its_outcomes(cell, measure) -> None:

@@ -27,7 +27,8 @@ from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import Ledger
 from tracker.ledger.tables import cell_record
 from tracker.ledger.views import FORMAT
-from tracker.records import CellRecord, RunIdentity, View
+from tracker.records import CellRecord, RunIdentity
+from tracker.views import View
 
 STRANGE = ["a/b::c", "a%2Fb", "*[x]?", "Größe", "dots.in.00001", ".hidden"]
 NAMES = ("baseline", "layer:0", "layer:1")

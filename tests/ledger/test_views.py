@@ -12,7 +12,8 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.notes import sealed
 from tracker.ledger.views import Asked, CellIdentity, view_file
 from tracker.provenance import content_hash
-from tracker.records import RunIdentity, View
+from tracker.records import RunIdentity
+from tracker.views import View
 
 
 @pytest.mark.parametrize(

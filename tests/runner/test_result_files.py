@@ -38,8 +38,9 @@ from tracker.identities import ModelIdentity
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import Asked
 from tracker.models.pruned import pruned
-from tracker.records import RunIdentity, View
+from tracker.records import RunIdentity
 from tracker.team.evaluated import changed_args, model_args
+from tracker.views import View
 
 FACTS = """\
 task: facts_{name}

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import tracker
+from tracker.cli import main
 from tracker.config import CellRequest
-from tracker.errors import ExperimentError, RequestError
+from tracker.errors import RequestError
 from tracker.extent import random_order
+from tracker.ledger.races import CellRace
+from tracker.ledger.so_far import so_far
 from tracker.ledger.store import Ledger
+from tracker.measuring import derive
 from tracker.measuring.progress import Silent
 from tracker.metrics.races import Race
 from tracker.questions import question
+from tracker.team.live import progress_figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +47,7 @@ class Heard(Silent):
 
 
 def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
-    tiny_llama, experiment, tmp_path
+    tiny_llama, experiment, tmp_path, monkeypatch
 ):
     model, results = tiny_llama(seed=6), tmp_path / "results"
     settings, all_of = {"results": results, "track": []}, {"benchmark": "openbookqa", "limit": None}
@@ -50,8 +57,15 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     (cell,) = done.cells
     total = cell.benchmark.tasks[0].documents
     assert 0 < cell.n < total
-    assert cell.reasons["n"] == f"{cell.n} of {total} documents are measured so far"
+    assert cell.is_stopped
+    assert not cell.is_complete
+    most = max(run.n for run in cell.runs)
+    assert cell.lacks == (
+        f"stopped at the answer to 'drop within 15 pp at 80 %': {cell.n} to {most} of {total} "
+        "documents were looked at, run by run",
+    )
     assert heard.came == heard.expected
+    assert "the drops of layers 0 and 1 are not known within 15 pp; 64 documents" in heard.said
 
     # What was measured: a beginning of the random order, of some runs more than of others.
     (store,) = Ledger(results).cells()
@@ -62,10 +76,24 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
         assert found == set(order[: len(found)])
     sizes = {name: len(found) for name, found in numbers.items()}
     assert cell.n == min(sizes.values())
+    assert [run.n for run in cell.runs] == [sizes[f"layer:{number}"] for number in range(4)]
+
+    # What is said while it is measured holds no interval of a single look.
+    request = CellRequest(model="m", benchmark="openbookqa", layers=(0, 1, 2, 3), until="sign")
+    far = so_far(store, store.views.of(request))
+    assert (far.documents, far.wanted) == (sizes["baseline"], None)
+    assert [drop.value for drop in far.drops.values()] == pytest.approx(
+        [run.accuracy_drop for run in cell.runs]
+    )
+    assert {drop.low for drop in far.drops.values()} == {None}
+    assert "seconds_left" not in str(progress_figures(far, far, 1.0, cell))
+    listed = CliRunner().invoke(main, ["ls", "--results", str(results)])
+    assert f" stopped at the answer to 'drop within 15 pp at 80 %': {cell.n} to" in listed.output
 
     # The same as a race over the outcomes of a whole run.
     whole = tracker.run(experiment(model, "whole.yaml", **all_of), **settings)
-    assert whole.cells[0].n == total
+    assert (whole.cells[0].n, whole.cells[0].answer) == (total, None)
+    assert whole.cells[0].is_complete
     frame = store.read(columns=["doc", "ablation", "metric/acc_norm"])
     right = frame.pivot(index="doc", columns="ablation", values="metric/acc_norm").loc[order]
     names = [f"layer:{number}" for number in range(4)]
@@ -76,22 +104,49 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
         race.look(drops[at : at + 32])
     assert [sizes[name] for name in names] == race.bounds.seen.tolist()
     assert sizes["baseline"] == race.bounds.seen.max()
-    share = race.bounds.seen.sum() / (4 * total)
+    assert cell.answer is not None
+    assert [run.low for run in cell.answer.runs] == race.bounds.low.tolist()
+    assert [run.accuracy_drop_low for run in cell.runs] == race.bounds.low.tolist()
+    assert [run.accuracy_drop_high for run in cell.runs] == race.bounds.high.tolist()
+    # A stream without layer l leaves the intact one at l, and passes the 3 - l layers above.
+    looked = 4 * race.bounds.seen.max() + race.bounds.seen @ [3, 2, 1, 0]
+    share = looked / (10 * total)
     said = (
         f"{cell.model.source} × openbookqa: drop within 15 pp at 80 %: each drop is known within "
         f"15 pp (80 % confidence; {race.bounds.seen.max()} of {total} documents, "
-        f"{100 * share:.0f} % of the layer passes). The intervals and p-values of single runs are "
-        "those of one look, and too narrow for a cell that was stopped by what it showed"
+        f"{100 * share:.0f} % of the layer passes)"
     )
     assert heard.said[-1] == said
     exact = [run.accuracy_drop for run in whole.cells[0].runs]
     assert (race.bounds.low <= exact).all()
     assert (race.bounds.high >= exact).all()
 
-    # Asked again, nothing is loaded.
+    # Figures of a run are those of its own documents.
+    for run in cell.runs:
+        assert run.accuracy_drop == pytest.approx(drops[: run.n, run.layer].mean())
+
+    # It is replayed once for what the ledger holds, however often it is shown.
+    replayed = []
+    monkeypatch.setattr(derive, "CellRace", lambda *a: replayed.append(1) or CellRace(*a))
+
+    # Asked again, nothing is loaded; and the cell is none that was stopped any more.
     again = Heard()
-    assert tracker.run(until, progress=again, **settings).outcome.models_loaded == 0
+    done = tracker.run(until, progress=again, **settings)
+    assert done.outcome.models_loaded == 0
     assert again.said == [said]
+    assert done.cells[0].answer == cell.answer
+    assert done.cells[0].is_complete
+    assert done.cells[0].runs == whole.cells[0].runs
+    tracker.run(until, **settings)
+    assert len(replayed) == 1
+
+
+def planned(file: Path, results: Path) -> str:
+    said = CliRunner().invoke(
+        main, ["plan", str(file), "--results", str(results), "--gflops", "100"]
+    )
+    assert said.exit_code == 0, said.output
+    return said.output
 
 
 def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
@@ -103,17 +158,30 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     heard, results = Heard(), tmp_path / "results"
     tie = experiment(folder, limit=None, benchmark="copa", until="top 1", layer=[1, 2])
+    assert "once 32 are measured. A pilot measures them" in planned(tie, results)
+    tracker.run(
+        experiment(folder, "pilot.yaml", limit=None, sample=40, benchmark="copa", layer=[1, 2]),
+        results=results,
+        track=[],
+    )
+    assert (
+        "until top 1: about 100 of 100 documents and 100 % of the layer passes, in nine of ten "
+        "cases at most 100 and 100 % (simulated from 40 measured documents; too low where these "
+        "are few); all documents leave it open in 100 % of the simulations"
+    ) in planned(tie, results)
     done = tracker.run(tie, progress=heard, results=results, track=[])
     assert [run.accuracy_drop for run in done.cells[0].runs] == [0, 0]
     assert heard.said[-1] == (
-        f"{folder} × copa: top 1: not answered by all documents, which leave layers 1, 2 open "
+        f"{folder} × copa: top 1: the largest drop is not separated by all 100 documents: "
+        "layers 1 and 2 tie "
         "(95 % confidence; 100 of 100 documents, 100 % of the layer passes)"
     )
+    assert "copa: top 1: the largest drop is not separated by all" in planned(tie, results)
     # Other questions, which all that is measured answers.
     for text, said in (
         ("sign", "the drops above 0 are those of none, below 0 none (95 %"),
-        ("prune 1 within 99 pp", "the smallest drops are those of layer 1 (95 %"),
-        ("top 1 within 99 pp at 90 %", "the largest drops are those of layer 1 (90 %"),
+        ("prune 1 within 99 pp", "the smallest drop is that of layer 1 (95 %"),
+        ("top 1 within 99 pp at 90 %", "the largest drop is that of layer 1 (90 %"),
     ):
         asked = experiment(folder, limit=None, benchmark="copa", until=text, layer=[1, 2])
         done = tracker.run(asked, progress=heard, results=results, track=[])
@@ -142,16 +210,6 @@ def test_what_contradicts_a_question_is_refused(settings, says, tiny_llama, expe
         tracker.run(file, results=tmp_path / "results", track=[])
     assert all(one in str(caught.value) for one in says), str(caught.value)
     assert not list((tmp_path / "results").glob("cells/*/shards/*"))
-
-
-def test_an_agent_and_other_executors_do_not_answer(tiny_llama, experiment, tmp_path):
-    model = tiny_llama()
-    file = experiment(model, limit=None, until="top 1")
-    with pytest.raises(RequestError, match="in one process, not by --executor ray"):
-        tracker.run(file, results=tmp_path / "results", track=[], executor="ray")
-    request = CellRequest(model=str(model), benchmark="copa", layers=(1,), until="top 1")
-    with pytest.raises(ExperimentError, match="give the experiment file to tracker run"):
-        tracker.evaluate(request, results=tmp_path / "results", track=[])
 
 
 def test_a_study_does_not_stop_at_another_question(tiny_llama, experiment, tmp_path):

@@ -17,13 +17,14 @@ from tracker.experiment import load_experiment
 from tracker.ledger.cells import CellStore
 from tracker.ledger.so_far import so_far
 from tracker.ledger.store import Ledger
-from tracker.records import CellRecord, View
+from tracker.records import CellRecord
 from tracker.team import live
 from tracker.team.live import Live, progress_figures
 from tracker.team.publish import Trial
 from tracker.tracking import open_backend, open_picture
 from tracker.tracking.base import Picture
 from tracker.tracking.figures import cell_figures, flat_metrics
+from tracker.views import View
 
 from .wandb_client import Client
 from .wandb_double import WandbDouble

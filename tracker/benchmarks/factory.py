@@ -30,8 +30,11 @@ _INSTALLED = (
 )
 
 
-class _SourcedFactory(TaskFactory):  # type: ignore[misc]
-    """Builds lm-eval's tasks on data from one of our sources."""
+class SourcedFactory(TaskFactory):  # type: ignore[misc]
+    """Builds lm-eval's tasks on data from one of our sources.
+
+    `given` holds the splits that a task was given, by its name.
+    """
 
     def __init__(
         self, source: DataSource, num_fewshot: int | None, metadata: Mapping[str, Any]
@@ -39,6 +42,7 @@ class _SourcedFactory(TaskFactory):  # type: ignore[misc]
         super().__init__(meta=dict(metadata))
         self._source = source
         self._num_fewshot = num_fewshot
+        self.given: dict[str, Mapping[str, Any]] = {}
 
     def _load_full_config(
         self, entry: Any, overrides: dict[str, Any] | None = None
@@ -53,6 +57,7 @@ class _SourcedFactory(TaskFactory):  # type: ignore[misc]
         config["custom_dataset"] = lambda **_: splits
         config["dataset_kwargs"] = None
         self._fit_splits(config, splits)
+        self.given[config["task"]] = splits
         return config
 
     def _fit_splits(self, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
@@ -88,7 +93,7 @@ def _brings_its_data(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _entries(own: Sequence[Path]) -> dict[str, Entry]:
+def entries(own: Sequence[Path]) -> dict[str, Entry]:
     """All tasks by name; those of one's own folders come before lm-eval's, as there."""
     return {**known_tasks(), **TaskIndex.build(own)}
 
@@ -114,14 +119,14 @@ def find_task(name: str, own: Sequence[Path] = ()) -> Entry:
         if entry.kind is Kind.GROUP:  # lm-eval takes its list of tasks for its name
             entry.name = read_task(file)["group"]
         return entry
-    entries = _entries(own)
-    if name not in entries:
-        near = did_you_mean(name, list(entries))
+    known = entries(own)
+    if name not in known:
+        near = did_you_mean(name, list(known))
         where = f" or in {', '.join(map(str, own))}" if own else ""
         raise BenchmarkError(
             f"lm-eval has no task or group {name!r}{where}.{near} All names: lm-eval ls tasks"
         )
-    return entries[name]
+    return known[name]
 
 
 def build(
@@ -147,8 +152,8 @@ def build(
         BenchmarkError: Its data cannot be read, or its code fails.
     """
     try:
-        return _SourcedFactory(source, num_fewshot, metadata or {}).build(
-            entry, overrides=None, registry=_entries(own)
+        return SourcedFactory(source, num_fewshot, metadata or {}).build(
+            entry, overrides=None, registry=entries(own)
         )
     except BenchmarkError:
         raise

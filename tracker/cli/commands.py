@@ -55,6 +55,7 @@ def main(debug: bool) -> None:
       tracker ls                                 what the results folder holds
       tracker study audit experiments/demo.yaml  a question of the paper, answered
       tracker prune experiments/prune.yaml       which layers can go, tested on other documents
+      tracker export MODEL --remove 3,17 …       a lighter model that anybody can load
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
       tracker sync                               publish what a tracker lacks
@@ -165,7 +166,11 @@ def run(
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
 @documents
-@click.option("--until", help="Only of an experiment file that `tracker run` measures.")
+@click.option(
+    "--until",
+    help="A question, such as 'top 5', about all runs that the trial's sweep asks of the cell; its "
+    "answer ends the measuring.",
+)
 @click.option("--metric", help="Default: the metric that the benchmark's field reports.")
 @click.option(
     "--seed",

@@ -14,6 +14,7 @@ from tracker.cli.terminal import say, table
 if TYPE_CHECKING:
     from tracker.findings import FindingRecord
     from tracker.measuring.planning import PlannedCell
+    from tracker.pruning.facts import Exported
     from tracker.records import CellRecord, RunIdentity
     from tracker.runner import Finished
 
@@ -33,6 +34,8 @@ def print_damage(damaged: Mapping[str, str]) -> None:
 
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     """Print a cell's runs, or one of them."""
+    from tracker.answers import interval_name, statement
+    from tracker.reporting.caveats import looks_note
     from tracker.reporting.formats import DASH, fixed, interval, measure_of
     from tracker.reporting.tables import run_columns
     from tracker.reporting.wording import power_sentence, sentence
@@ -42,8 +45,9 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     names = run_columns(cell)
     heads = (
         *names.labels,
+        *(("documents",) if cell.is_raced else ()),
         f"{measure.change} ({measure.unit})",
-        "95 % interval",
+        interval_name(cell),
         "accuracy relevance",
         "cosine score (1 − cos)",
     )
@@ -53,6 +57,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     rows = [
         (
             *names.of(run),
+            *((f"{run.n:,}",) if cell.is_raced else ()),
             DASH if run.accuracy_drop is None else measure.write(run.accuracy_drop),
             interval(run.accuracy_drop_low, run.accuracy_drop_high, measure.write) or DASH,
             DASH if run.accuracy_relevance is None else fixed(run.accuracy_relevance, 2),
@@ -67,12 +72,18 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
         " · ".join(filter(None, (cell.heading, own_metric, cell.documents))),
     )
     reasons = {why for run in shown for name, why in run.reasons.items() if name != "mcnemar_p"}
-    for why in sorted({*reasons, *cell.reasons.values()}):
+    said = ("n", "baseline_low") if cell.is_raced else ()
+    reasons |= {why for name, why in cell.reasons.items() if name not in said}
+    for why in sorted(reasons):
         say(f"{DASH} {why}")
+    if note := looks_note(cell):
+        say(note)
     if power := power_sentence(cell, shown):
         say(power)
     if only is None:
         say(sentence(cell))
+    if cell.answer is not None:
+        say(statement(cell.answer))
 
 
 def print_finding(finding: FindingRecord) -> None:
@@ -172,6 +183,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     for cell in cells:
         cost = cell.cost
         spent = 0.0 if cell.measured or cell.shared else cost.flops / rate
+        if cell.expected is not None:
+            spent *= cell.expected.share[0]
         seconds += spent
         row = (
             cell.request.model,
@@ -199,8 +212,9 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         "self-check: what the model answers once more, plainly; besides, each architecture is "
         "attacked once on a miniature, which takes some seconds and is kept in the results folder"
     )
-    if any(cell.request.until for cell in cells):
-        say("until: a cell ends when its question is answered; this is what all documents take")
+    for cell in cells:
+        if cell.request.until is not None:
+            say(f"{cell.request.title}: {_until(cell)}")
     say(
         f"reveals: the smallest drop that so many documents show with {100 * POWER:.0f} % power "
         f"(two-sided {100 * ALPHA:.0f} %, paired), and how many show {100 * MEANT:.0f} pp, if a "
@@ -208,6 +222,32 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     )
     if any(cell.observed for cell in cells):
         say("*: if it changes as many as the median removal does that is measured already")
+
+
+def _until(cell: PlannedCell) -> str:
+    """Say what a cell's question will take, or what is needed to say it."""
+    from tracker.answers import statement
+    from tracker.measuring.planning import PILOT
+
+    if cell.answer is not None and cell.measured:
+        return statement(cell.answer)
+    head, found = f"until {cell.request.until}", cell.expected
+    if found is None:
+        return (
+            f"{head}: the table says what all documents take; how many the answer takes can be "
+            f"said once {PILOT} are measured. A pilot measures them, and nothing is measured "
+            "twice: put 'sample: {value: 64}' in the place of 'until', and tracker run"
+        )
+    (documents, more), (share, larger) = found.documents, found.share
+    text = (
+        f"{head}: about {documents:,} of {cell.cost.documents:,} documents and "
+        f"{100 * share:.0f} % of the layer passes, in nine of ten cases at most {more:,} and "
+        f"{100 * larger:.0f} % (simulated from {found.measured:,} measured documents; too low "
+        "where these are few)"
+    )
+    if found.open:
+        text += f"; all documents leave it open in {100 * found.open:.0f} % of the simulations"
+    return text
 
 
 def _revealed(cell: PlannedCell) -> tuple[str, str]:
@@ -229,3 +269,30 @@ def _duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def print_export(model: Exported) -> None:
+    """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
+    from tracker.pruning.card import saved, written
+
+    say()
+    for each in model.accuracy:
+        say(
+            f"{each.benchmark}, {each.num_fewshot}-shot, {each.metric}, {each.documents}: "
+            f"{written(each, each.before)} before, {written(each, each.after)} after"
+        )
+    say(saved(model.before, model.after))
+    say(f"({model.speed_on})")
+    for sentence in model.proof.sentences():
+        say(sentence)
+    say()
+    say("the same model by mergekit:")
+    say(model.recipes["mergekit"].rstrip())
+    say("and by llama.cpp, on a GGUF file of the base:")
+    say(model.recipes["llama.cpp"])
+    say()
+    say(f"saved: {model.folder}")
+    for location in model.locations.values():
+        say(f"model: {runnable(location)}")
+    for backend, why in model.unpublished.items():
+        say(f"not published: {backend}: {why}", error=True)

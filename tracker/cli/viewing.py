@@ -214,6 +214,8 @@ def list_cells(results: Path) -> None:
 
 
 def _documents(cell: CellRecord) -> str:
+    if cell.is_raced:
+        return f"{cell.reasons['n']} (seed {cell.answer.seed if cell.answer else ''})"
     if "n" in cell.reasons:
         return ", ".join(filter(None, (cell.reasons["n"], cell.drawn)))
     return " ".join(filter(None, (str(cell.n), cell.drawn)))

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from tracker.ablations import Ablation, Action
+from tracker.ablations import Ablation
 from tracker.documents import Document
 from tracker.engine.check import plain_tokens
 from tracker.engine.head import LOGITS_BYTES
 from tracker.engine.memory import stream_bytes
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.rows import common_beginning, tree_rows
-from tracker.engine.streams import plan_streams
+from tracker.engine.streams import plain_passes, plan_streams
 from tracker.engine.sweep import ROW_TOKENS
 from tracker.models.layers import find_layers
 
@@ -94,11 +94,7 @@ def cost(
             widest = max(widest, row.tokens)
 
     naive = _naive_sequences(documents, max_length)
-    actions = [ablation.at(layer) for ablation in ablations for layer in range(layers)]
-    passed = sum(action.enters for action in actions) + actions.count(Action.REPEAT)
-    passed -= actions.count(Action.NO_MLP) + actions.count(Action.NO_ATTENTION)
-    attentions = passed + actions.count(Action.NO_MLP)
-    mlps = passed + actions.count(Action.NO_ATTENTION)
+    attentions, mlps = plain_passes(ablations, layers)
     naive_flops = sum(
         operations(attentions, mlps, length, length) + len(ablations) * 2 * head * length
         for length in naive

@@ -161,3 +161,10 @@ def plan_streams(ablations: Sequence[Ablation], layers: int) -> StreamPlan:
         stream_of = {i: stream for stream, group in enumerate(groups) for i in group}
         paths.append(tuple(stream_of[i] for i in range(len(ablations))))
     return StreamPlan(tuple(steps), tuple(paths))
+
+
+def plain_passes(ablations: Sequence[Ablation], layers: int) -> tuple[int, int]:
+    """Count the attentions and MLPs that a token passes where each ablation is run on its own."""
+    actions = [ablation.at(layer) for ablation in ablations for layer in range(layers)]
+    entered = sum(action.enters for action in actions) + actions.count(Action.REPEAT)
+    return entered - actions.count(Action.NO_ATTENTION), entered - actions.count(Action.NO_MLP)

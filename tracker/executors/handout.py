@@ -18,12 +18,15 @@ from tracker.errors import CellError
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import cell_key
+from tracker.ledger.races import CellRace
 from tracker.ledger.store import Ledger
-from tracker.measuring.fill import names_of, open_cell
+from tracker.measuring.fill import look, names_of, open_cell
 from tracker.measuring.job import Begun, Done, Job
-from tracker.measuring.meter import Facts, Measured
+from tracker.measuring.meter import Facts, Measured, Place
 from tracker.measuring.progress import Progress
 
+AHEAD = 4
+"""Of so many blocks that a race has looked at, one may be measured before its turn."""
 ATTEMPTS = 3
 """How many workers may die over the same documents before their cell fails."""
 log = logging.getLogger(__name__)
@@ -35,7 +38,9 @@ class Cell:
 
     Attributes:
         store: The cell on disk; None until a worker has opened it.
-        pending: The blocks that nobody is at, and how many responses they lack.
+        pending: The blocks that nobody is at, and how many responses they lack at most.
+        race: Decides what is measured of it, where it has a question.
+        responses: Document → how many responses it asks for under one ablation.
         losses: How many workers died over a block, or over opening the cell (None).
         ended: Whether it is finished or has failed.
     """
@@ -43,6 +48,8 @@ class Cell:
     job: Job
     store: CellStore | None = None
     pending: dict[Block, int] = field(default_factory=dict)
+    race: CellRace | None = None
+    responses: dict[Place, int] = field(default_factory=dict)
     losses: Counter[Block | None] = field(default_factory=Counter)
     ended: bool = False
 
@@ -125,23 +132,48 @@ class Handout:
 
     def _next_block(self, cell: Cell, store: CellStore | None) -> Task | None:
         assert store is not None
-        for block in list(cell.pending):
+        names, blocks = names_of(cell.job, store), list(cell.pending)
+        if cell.race is not None:
+            self._look(cell, store)
+            names, blocks = list(cell.race.needed), self._within_reach(cell.race, cell.pending)
+        held = False
+        for block in blocks:
             lock = store.lock(block)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
+                held = True
                 continue
-            missing = store.missing(block, cell.request.extent, names_of(cell.job, store))
-            responses = cell.pending.pop(block)
+            missing = store.missing(block, cell.request.extent, names)
             if missing:
-                task = Task(cell, block, missing, responses, lock)
+                task = Task(cell, block, missing, cell.pending.pop(block), lock)
                 self._out.add(task)
                 return task
             lock.release()
-            self._progress.advance(responses)
-        if cell.pending:
+            if cell.race is None:
+                self._progress.advance(cell.pending.pop(block))
+        if held:
             self._say_once(f"{cell.job.title}: another process is measuring the rest")
         return None
+
+    def _look(self, cell: Cell, store: CellStore) -> None:
+        """Let a cell's race look at what came, from whomever."""
+        assert cell.race is not None
+        left = look(cell.race, store, cell.responses, self._progress)
+        out = {task.block for task in self._out if task.cell is cell}
+        pending = {block: count for block, count in left.items() if block not in out}
+        self._progress.expect(sum(pending.values()) - sum(cell.pending.values()))
+        cell.pending = pending
+
+    @staticmethod
+    def _within_reach(race: CellRace, pending: Collection[Block]) -> list[Block]:
+        """Find the blocks of a race that may be handed out.
+
+        Beyond the next one it is a quarter of those that were looked at: so much at most is
+        measured for nothing.
+        """
+        ahead = (race.blocks - len(race.left)) // AHEAD
+        return [block for block in race.left[: 1 + ahead] if block in pending]
 
     def opened(self, task: Task, facts: Facts, fresh: bool) -> None:
         """Take what a worker knows of a cell it has opened; `fresh` if it had to load the model."""
@@ -150,7 +182,8 @@ class Handout:
         self._out.discard(task)
         with self._failing(cell):
             if cell.store is None and not cell.ended:
-                cell.store, cell.pending = open_cell(cell.job, facts, self._ledger)
+                cell.store, cell.pending, cell.race = open_cell(cell.job, facts, self._ledger)
+                cell.responses = facts.responses
                 self._progress.expect(sum(cell.pending.values()))
                 if cell.pending:
                     for asked in cell.job.cells:
@@ -172,6 +205,9 @@ class Handout:
                 cell.store.texts.add(block.name, shard.texts)
         self._progress.advance(task.responses)
         self._return(task)
+        if cell.race is not None and not cell.ended:
+            with self._failing(cell):
+                self._look(cell, cell.store)
         self._end_if_complete(cell)
 
     def failed(self, task: Task, error: Exception) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
-from tracker.ledger.races import race_of
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, fill_until, open_cell
 from tracker.measuring.job import Begun, Done, Job, Options
@@ -63,7 +62,7 @@ def measure_cell(
     """
     request = job.requests[0]
     meter = Meter(job.requests, job.benchmark, model, options)
-    store, lacking = open_cell(job, meter.facts, ledger)
+    store, lacking, race = open_cell(job, meter.facts, ledger)
     if not lacking:
         return store, []
     for cell in job.cells:
@@ -72,8 +71,8 @@ def measure_cell(
     lost = meter.check(Checks(ledger.root))
     for line in lost:
         progress.say(line)
-    if request.until is None:
+    if race is None:
         fill(store, lacking, meter, request.extent, progress)
     else:
-        fill_until(race_of(store, request), store, meter, progress)
+        fill_until(race, store, meter, progress)
     return store, lost

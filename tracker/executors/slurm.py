@@ -100,8 +100,8 @@ class SlurmExecutor:
                 self._said.add(line)
                 progress.say(line)
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-        if errors:
-            progress.expect(-waiting.left)
+        if errors or waiting.job.requests[0].until is not None:
+            progress.expect(-waiting.left)  # of a question, as many as the answer left
         else:
             progress.advance(waiting.left)
         for cell in waiting.job.cells:

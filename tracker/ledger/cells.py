@@ -379,7 +379,8 @@ class CellStore:
             write_note(self._derived(name, type(record)), note)
 
     def _derived(self, name: str, kind: type[Record]) -> Path:
-        what = "" if kind is CellRecord else ".decisions"
+        name_of_kind = kind.__name__.removesuffix("Record").lower()
+        what = "" if kind is CellRecord else f".{name_of_kind}"
         return self.folder / "derived" / f"{view_file(name)}{what}.json"
 
     def receipt(self, destination: str) -> dict[str, str]:

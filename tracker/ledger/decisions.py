@@ -15,7 +15,8 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.texts import KeptText
 from tracker.ledger.viewed import Array, Viewed, gold_logprobs
 from tracker.metrics.decisions import choices, margins, shares
-from tracker.records import WHOLE_LAYER, RunIdentity, View
+from tracker.records import WHOLE_LAYER, RunIdentity
+from tracker.views import View
 
 SHOWN = 30
 """Documents that a run loses, and as many that it wins, of which a record holds the texts."""

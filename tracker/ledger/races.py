@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracker.ablations import INTACT, ablation_of
-from tracker.config import CellRequest
+from tracker.ablations import INTACT, Ablation, Action, ablation_of
 from tracker.errors import ExperimentError, WorkError
 from tracker.extent import ALL, Extent, shuffled
+from tracker.identities import BenchmarkIdentity
 from tracker.ledger.blocks import BLOCK, Block, places
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.views import CellIdentity
 from tracker.metrics.accuracy import weights_by_task
 from tracker.metrics.races import Race
-from tracker.questions import Question
-from tracker.records import View
+from tracker.records import AnswerRecord, RunAnswer
+from tracker.views import View
 
 
-def refuse_unbounded(identity: CellIdentity, metric: str) -> None:
+def refuse_unbounded(benchmark: BenchmarkIdentity, metric: str) -> None:
     """Raise ExperimentError for a metric whose outcomes are not between 0 and 1."""
-    task = identity.benchmark.tasks[0]
+    task = benchmark.tasks[0]
     if task.metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
         raise ExperimentError(
             f"'until' needs a metric that is a mean of outcomes between 0 and 1, such as acc; "
-            f"{metric} of {identity.benchmark.name} is none. Leave 'until' out, or name another "
+            f"{metric} of {benchmark.name} is none. Leave 'until' out, or name another "
             "'metric'"
         )
-
-
-def race_of(store: CellStore, request: CellRequest) -> CellRace:
-    """Run the race that a request with a question asks for; errors as `CellRace`."""
-    asked = request.question
-    assert asked is not None
-    return CellRace(store, store.views.of(request), asked, request.seed)
 
 
 class CellRace:
@@ -45,38 +37,36 @@ class CellRace:
     for nothing, because it may be there for a reason.
 
     Attributes:
-        asked: The question.
-        runs: Whose means they are.
-        race: How it stands, one mean for each run of the view.
+        race: How it stands, one mean for each run that the question is about.
         lacking: Which block is to be measured next, and under which ablations; None once the
-            question is answered, or all documents have been looked at.
+            question is answered, or all documents have been looked at. Later blocks may be measured
+            before it, under the same ones: who is settled then was measured for nothing.
         looked: Documents that were looked at.
         order: All documents, as task and number, in the order in which they are looked at.
         population: Documents that there are.
     """
 
-    def __init__(self, store: CellStore, view: View, asked: Question, seed: int) -> None:
+    def __init__(self, store: CellStore, view: View) -> None:
         """Look at what the cell holds already.
 
         Args:
             store: The cell.
-            view: Its metric, and which runs.
-            asked: The question.
-            seed: Of the random order.
+            view: Its metric, and its question.
 
         Raises:
             ExperimentError: The metric has no bounds, or so many runs cannot answer the question.
             WorkError: As `advance`.
         """
-        refuse_unbounded(store.identity, view.metric)
-        every = store.wanted(ALL)
+        assert view.until is not None
+        refuse_unbounded(store.identity.benchmark, view.metric)
+        every, seed = store.wanted(ALL), view.until.seed
         self.population = sum(map(len, every.values()))
         self.extent = Extent(sample=max(self.population, 1), seed=seed)
         self.looked = 0
         self.lacking: tuple[Block, tuple[str, ...]] | None = None
-        self.asked, self.runs = asked, view.runs
-        self._store, self._metric = store, METRIC + view.metric
-        self._names = [ablation_of(run, view.removed).name for run in view.runs]
+        self._until, self._store, self._metric = view.until, store, METRIC + view.metric
+        self._ablations = [ablation_of(run, view.removed) for run in view.until.runs]
+        self._names = [ablation.name for ablation in self._ablations]
         self.order = shuffled(seed, every)
         there = {task: places(task, documents, seed) for task, documents in every.items()}
         begins: dict[Block, int] = {}
@@ -92,7 +82,9 @@ class CellRace:
         self._scale = weights * self.population
         most = float(self._scale.max())
         try:
-            self.race = Race(asked, self.population, len(self._names), lowest=-most, highest=most)
+            self.race = Race(
+                view.until.asked, self.population, len(self._names), lowest=-most, highest=most
+            )
         except ValueError as error:
             raise ExperimentError(f"'until': {error}") from None
         self.advance()
@@ -104,7 +96,7 @@ class CellRace:
         """
         while not self.race.standing.answered and self._ends:
             block = self.left[0]
-            names = self._needed()
+            names = self.needed
             frame = self._store.read_block(block, self.extent, ["doc", "ablation", self._metric])
             table = frame.pivot(index="doc", columns="ablation", values=self._metric)
             documents = list(self._store.documents(block, self.extent))
@@ -124,11 +116,46 @@ class CellRace:
         self.lacking = None
 
     @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self._blocks)
+
+    @property
     def left(self) -> list[Block]:
         """The blocks that were not looked at, in the order in which they come."""
         return self._blocks[len(self._blocks) - len(self._ends) :]
 
-    def _needed(self) -> tuple[str, ...]:
+    def record(self) -> AnswerRecord:
+        """Say how it stands."""
+        bounds, standing = self.race.bounds, self.race.standing
+        layers = self._store.identity.model.layers
+        costs = [passes(ablation, layers) for ablation in self._ablations]
+        # A drop is between -1 and 1, whatever its documents weigh.
+        ends = zip(bounds.low.clip(-1, 1), bounds.high.clip(-1, 1), strict=True)
+        return AnswerRecord(
+            question=self._until.question,
+            level=self._until.asked.level,
+            seed=self._until.seed,
+            looked=self.looked,
+            population=self.population,
+            over=self.lacking is None,
+            passes=self.looked * layers + int(bounds.seen @ costs),
+            passes_of=self.population * (layers + sum(costs)),
+            runs=tuple(
+                RunAnswer(
+                    **dict(run),
+                    n=int(bounds.seen[place]),
+                    low=float(low),
+                    high=float(high),
+                    open=bool(standing.open[place]),
+                    chosen=bool(standing.chosen[place]),
+                )
+                for place, (run, (low, high)) in enumerate(zip(self._until.runs, ends, strict=True))
+            ),
+        )
+
+    @property
+    def needed(self) -> tuple[str, ...]:
         """Name the baseline and the runs that are open."""
         still = zip(self._names, self.race.standing.open, strict=True)
         return (INTACT.name, *(name for name, is_open in still if is_open))
@@ -141,3 +168,10 @@ class CellRace:
                 f"{outcomes[wrong][0]:g} for a document of {block.task}, and not between 0 and 1. "
                 "Leave 'until' out"
             )
+
+
+def passes(ablation: Ablation, layers: int) -> int:
+    """Count the layers that a stream passes which leaves the intact one where it first differs."""
+    actions = [ablation.at(layer) for layer in range(layers)]
+    first = next(layer for layer, action in enumerate(actions) if action is not Action.PASS)
+    return sum(action.enters for action in actions[first:]) + actions.count(Action.REPEAT)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracker.ablations import INTACT
+from tracker.ablations import INTACT, ablation_of
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.viewed import Viewed
 from tracker.metrics.accuracy import Estimate, accuracy_drop, weights_by_task
-from tracker.records import RunIdentity, View
+from tracker.records import RunIdentity
+from tracker.views import View
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,15 @@ class SoFar:
     """How far a view of a cell is.
 
     Attributes:
-        documents: Documents that are measured under everything that is shown.
-        wanted: Documents that were asked for.
+        documents: Documents that are measured under everything that is shown; of a cell that a
+            question ends, under the intact model.
+        wanted: Documents that were asked for; None where a question decides.
         tokens: Their tokens, as `CellRecord.tokens` counts them.
         drops: Run → its drop on these documents.
     """
 
     documents: int
-    wanted: int
+    wanted: int | None
     tokens: int
     drops: dict[RunIdentity, Estimate]
 
@@ -41,6 +43,8 @@ def so_far(store: CellStore, view: View) -> SoFar:
     Returns:
         The estimates; none where a run lacks every document.
     """
+    if view.until is not None:
+        return _until_answered(store, view)
     metric = view.metric
     outcomes = Viewed(store, view, ["task", "doc", "ablation", "proxy_tokens", METRIC + metric])
     n = len(outcomes.tasks)
@@ -56,3 +60,20 @@ def so_far(store: CellStore, view: View) -> SoFar:
         drops[run] = accuracy_drop(*pair, weights)
     tokens = outcomes.of(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
     return SoFar(n, outcomes.wanted, int(tokens.sum()), drops)
+
+
+def _until_answered(store: CellStore, view: View) -> SoFar:
+    """Estimate each run's drop from its own documents, without the interval of a single look."""
+    column = METRIC + view.metric
+    frame = store.read_documents(view.extent, ["task", "doc", "ablation", "proxy_tokens", column])
+    if not len(frame):
+        return SoFar(0, None, 0, {})
+    outcomes = frame.pivot(index=["task", "doc"], columns="ablation", values=column)
+    intact = frame[frame["ablation"] == INTACT.name]
+    drops = {}
+    for run in view.runs:
+        name = ablation_of(run, view.removed).name
+        if name in outcomes:
+            drop = (outcomes[INTACT.name] - outcomes[name]).mean()  # of the documents with both
+            drops[run] = Estimate(float(drop))
+    return SoFar(len(intact), None, int(intact["proxy_tokens"].sum()), drops)

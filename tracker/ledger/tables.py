@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 
-from tracker.ablations import INTACT, Ablation, ablate, ablation_of
+from tracker.ablations import INTACT, ablate, ablation_of
+from tracker.extent import ALL, shuffled
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import METRIC, PROVENANCE, PROXY_SUMS
-from tracker.ledger.viewed import Array, Viewed, gold_logprobs, pairs
+from tracker.ledger.outcomes import PROVENANCE, PROXY_SUMS
+from tracker.ledger.runs import (
+    ONE_LOOK,
+    Aggregate,
+    Intact,
+    at_all_looks,
+    finite,
+    metric_values,
+    run_record,
+)
+from tracker.ledger.viewed import Array, Viewed
 from tracker.metrics.accuracy import (
     Estimate,
     accuracy,
-    accuracy_drop,
-    accuracy_relevance,
-    chance_accuracy,
-    drop_sd,
-    weights_by_task,
 )
 from tracker.metrics.correlation import COEFFICIENTS, correlate
-from tracker.metrics.proxies import PROXIES, cosine_score, proxy_means
-from tracker.metrics.ratios import RATIO, ratio_of_sums
+from tracker.metrics.proxies import PROXIES, proxy_means
 from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
 from tracker.provenance import differences, united
-from tracker.records import (
-    WHOLE_LAYER,
-    CellRecord,
-    CorrelationRecord,
-    RunRecord,
-    View,
-)
+from tracker.records import WHOLE_LAYER, AnswerRecord, CellRecord, CorrelationRecord
+from tracker.views import View
 
-Aggregate = Callable[[str, Sequence[float | str]], float | None]
 OUTER = 2
 """Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""
 
-_NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
-_WHOLE_ONLY = "measured for whole single layers only"
-_NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this metric"
 
-
-def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecord:
+def cell_record(
+    store: CellStore, view: View, aggregate: Aggregate, answer: AnswerRecord | None = None
+) -> CellRecord:
     """Derive a cell's record from its outcomes.
 
     Args:
@@ -51,17 +45,23 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         view: Which documents and runs to show, by a metric that is a mean, or a ratio of sums over
             documents.
         aggregate: lm-eval's aggregation by name.
+        answer: What it answers to the question of the view, where it has one.
 
     Returns:
-        The record, over the documents that every shown run is measured on.
+        The record, over the documents that every shown run is measured on. Where these are as many
+        as an answer takes, what is said of a run rests on those that were looked at for it.
     """
-    outcomes = Viewed(store, view)
+    every = outcomes = Viewed(store, view)
     identity, metric = store.identity, view.metric
+    order: list[tuple[str, int]] = []
+    if answer is not None and len(outcomes.tasks) < outcomes.wanted:
+        order = shuffled(answer.seed, store.wanted(ALL))
+        outcomes = _beginning(every, view, answer, order)
     n = len(outcomes.tasks)
     is_accuracy = outcomes.higher_is_better(metric)
     reasons = {}
     if n < outcomes.wanted:
-        reasons["n"] = f"{n} of {outcomes.wanted} documents are measured so far"
+        reasons["n"] = _why_fewer(n, outcomes.wanted, answer)
     if differing := differences(outcomes.stacks):
         reasons[PROVENANCE] = f"measured by different versions or devices: {differing}"
     if not n:
@@ -78,6 +78,7 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
         "sample_seed": view.seed,
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
+        "answer": answer,
         "fitted_on": _fitted_on(store, view),
         **outcomes.comparisons(),
         **store.costs(),
@@ -96,98 +97,87 @@ def cell_record(store: CellStore, view: View, aggregate: Aggregate) -> CellRecor
             correlations=(),
             reasons=reasons,
         )
-    by_size = identity.benchmark.weight_by_size
-    weights = weights_by_task(outcomes.tasks, by_size, outcomes.units(metric))
-    by_document = weights_by_task(outcomes.tasks, by_size)
-    base = outcomes.of(INTACT)
-    before = outcomes.metric(INTACT, metric)
-    baseline = accuracy(before, weights)
+    intact = Intact(outcomes, metric)
+    baseline, base = intact.baseline, outcomes.of(INTACT)
     if baseline.reason:
         reasons["baseline_accuracy"] = baseline.reason
-    chance = None
-    if is_accuracy:
-        chance = chance_accuracy(base["choices"].to_numpy(dtype=np.float64), weights)
-    else:
+    if not is_accuracy:
         reasons["chance_accuracy"] = f"{metric} is no accuracy"
-    beneath = _beneath(outcomes, view, weights)
+    beneath = _beneath(outcomes, view, intact.weights)
     if beneath.reason:
         reasons["removed_accuracy"] = beneath.reason
+    if order:
+        baseline, beneath = Estimate(baseline.value), Estimate(beneath.value)
+        reasons["baseline_low"] = ONE_LOOK
     tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
     sums = {name: np.stack(base[name].to_list()) for name in PROXY_SUMS}
     means = {name: proxy_means(values, tokens) for name, values in sums.items()}
-    gold = gold_logprobs(base)
-    all_metrics = _metric_values(outcomes, INTACT, aggregate)
+    looked = {run.order: run for run in answer.runs} if answer and order else {}
     layers = []
     for run in outcomes.runs:
-        ablation = outcomes.ablation(run)
-        whole = run.kind == WHOLE_LAYER
-        after = outcomes.metric(ablation, metric)
-        pair = (before, after) if is_accuracy else (after, before)
-        drop = accuracy_drop(*pair, weights)
-        spread = drop_sd(*pair, weights)
-        accurate = accuracy(after, weights)
-        relevance = (
-            Estimate(None, reason=f"{metric} is no accuracy")
-            if chance is None
-            else accuracy_relevance(baseline.value, accurate.value, chance)
-        )
-        gold_drop = _mean_drop(gold, gold_logprobs(outcomes.of(ablation)), by_document)
+        own, bounds = intact, looked.get(run.order)
+        if bounds is not None:
+            own = Intact(every.of_documents({*order[: bounds.n]}, [run]), metric)
         proxies = {
-            name.removesuffix("_sum"): _finite(values[run.layer]) if whole else None
+            name.removesuffix("_sum"): finite(values[run.layer])
+            if run.kind == WHOLE_LAYER
+            else None
             for name, values in means.items()
         }
-        proxies["cosine_score"] = cosine_score(proxies["cosine_similarity"])
-        metrics = _metric_values(outcomes, ablation, aggregate)
-        undefined = {
-            "accuracy": accurate.reason,
-            "accuracy_drop": drop.reason,
-            "drop_sd": spread.reason,
-            "accuracy_relevance": relevance.reason,
-            "gold_logprob_drop": gold_drop.reason,
-            "mcnemar_p": None
-            if drop.p_value is not None
-            else drop.reason or "the outcomes are not all right or wrong",
-            **{
-                name: _NOT_FINITE if whole else _WHOLE_ONLY
-                for name, value in proxies.items()
-                if value is None
-            },
-            **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
-            PROVENANCE: outcomes.mismatch(ablation),
-        }
-        layers.append(
-            RunRecord(
-                **dict(run),
-                ablation=ablation.name,
-                n=n,
-                accuracy=accurate.value,
-                accuracy_drop=drop.value,
-                accuracy_drop_low=drop.low,
-                accuracy_drop_high=drop.high,
-                drop_sd=spread.value,
-                mcnemar_p=drop.p_value,
-                accuracy_relevance=relevance.value,
-                gold_logprob_drop=gold_drop.value,
-                metrics=metrics,
-                reasons={name: reason for name, reason in undefined.items() if reason},
-                **proxies,
-            )
-        )
+        record = run_record(own, run, proxies, aggregate)
+        layers.append(at_all_looks(record, bounds) if order else record)
+    correlations = _correlations(outcomes, metric, intact.weights, sums, tokens)
+    if order:
+        less = {"low": None, "high": None, "p_value": None}
+        correlations = [
+            each.model_copy(update=less | {"reason": each.reason or ONE_LOOK})
+            for each in correlations
+        ]
     return CellRecord(
         **common,
         tokens=int(tokens.sum()),
         baseline_accuracy=baseline.value,
         baseline_low=baseline.low,
         baseline_high=baseline.high,
-        chance_accuracy=chance,
-        baseline_metrics=all_metrics,
+        chance_accuracy=intact.chance,
+        baseline_metrics=metric_values(outcomes, INTACT, aggregate),
         removed_accuracy=beneath.value,
         removed_low=beneath.low,
         removed_high=beneath.high,
         layers=tuple(layers),
-        correlations=tuple(_correlations(outcomes, metric, weights, sums, tokens)),
+        correlations=tuple(correlations),
         reasons=reasons,
     )
+
+
+def _beginning(
+    outcomes: Viewed, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
+) -> Viewed:
+    """Leave the beginning of the random order in which nobody who is asked about is settled.
+
+    What else was asked of the view before is shown where it is measured there too.
+    """
+    first = {*order[: min(run.n for run in answer.runs)]}
+    asked = {run.order for run in answer.runs}
+    runs = [
+        run
+        for run in view.runs
+        if run.order in asked or len(outcomes.of_documents(first, [run]).tasks) == len(first)
+    ]
+    found = outcomes.of_documents(first, runs)
+    found.missing = [run for run in view.runs if run not in found.runs]
+    return found
+
+
+def _why_fewer(n: int, wanted: int, answer: AnswerRecord | None) -> str:
+    if answer is None:
+        return f"{n} of {wanted} documents are measured so far"
+    least = min(run.n for run in answer.runs)
+    span = f"{least} to {answer.looked}" if least < answer.looked else str(answer.looked)
+    done = f"stopped at the answer to {answer.question!r}"
+    if not answer.over:
+        done = f"{answer.question!r} is not answered yet"
+    return f"{done}: {span} of {answer.population} documents were looked at, run by run"
 
 
 def _fitted_on(store: CellStore, view: View) -> str | None:
@@ -268,48 +258,3 @@ def _correlations(
                     )
                 )
     return records
-
-
-def _metric_values(
-    outcomes: Viewed, ablation: Ablation, aggregate: Aggregate
-) -> dict[str, float | None]:
-    """Every metric of the benchmark, aggregated as lm-eval does."""
-    rows = outcomes.of(ablation)
-    benchmark = outcomes.identity.benchmark
-    by_task = [
-        (task, mine) for task in benchmark.tasks if len(mine := rows[rows["task"] == task.name])
-    ]
-    weights = [len(mine) for _, mine in by_task] if benchmark.weight_by_size else None
-    values: dict[str, float | None] = {}
-    for name in benchmark.tasks[0].metrics:
-        per_task = [
-            _aggregated(mine, METRIC + name, task.metrics.get(name), aggregate)
-            for task, mine in by_task
-        ]
-        defined = [value for value in per_task if value is not None]
-        complete = len(defined) == len(per_task)
-        values[name] = float(np.average(defined, weights=weights)) if complete else None
-    return values
-
-
-def _aggregated(
-    rows: pd.DataFrame, column: str, how: str | None, aggregate: Aggregate
-) -> float | None:
-    """One metric of one task; None where a document has no value, or lm-eval alone can tell."""
-    if how is None or column not in rows or rows[column].isna().any():
-        return None
-    if how == RATIO:
-        return _finite(ratio_of_sums(RATIO, pairs(rows[column]).tolist()))
-    return aggregate(how, rows[column].to_list())
-
-
-def _mean_drop(before: Array, after: Array, weights: Array) -> Estimate:
-    drop = before - after
-    bad = int((~np.isfinite(drop)).sum())
-    if bad:
-        return Estimate(None, reason=f"{bad} of {len(drop)} documents have no finite gold score")
-    return Estimate(float(weights @ drop))
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

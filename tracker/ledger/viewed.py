@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,8 @@ from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.views import CellIdentity
 from tracker.metrics.ratios import SCALES, document_ratios
 from tracker.provenance import differences
-from tracker.records import (
-    RunIdentity,
-    View,
-)
+from tracker.records import RunIdentity
+from tracker.views import View
 
 Array = NDArray[np.float64]
 
@@ -41,13 +40,29 @@ class Viewed:
     ) -> None:
         self.identity: CellIdentity = store.identity
         self._removed = view.removed
-        counts = store.counts(view.extent)
-        self.wanted = sum(counts.values())
+        self._counts = store.counts(view.extent)
+        self.wanted = sum(self._counts.values())
         frame = store.read_documents(view.extent, columns)
         shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs), *besides]
         names = {ablation.name for ablation in shown}
         if len(frame):
             frame = frame[frame["ablation"].isin(names)]
+        self._frame, self._with_stacks = frame, columns is None
+        self._line_up(frame, view.runs)
+
+    def of_documents(
+        self, documents: Collection[tuple[str, int]], runs: Sequence[RunIdentity]
+    ) -> Viewed:
+        """Line up some runs of the view alone, on some of the documents."""
+        names = [INTACT.name, *(self.ablation(run).name for run in runs)]
+        frame = self._frame[self._frame["ablation"].isin(names)]
+        places = zip(frame["task"], frame["doc"], strict=True)
+        found = copy(self)
+        found._line_up(frame[[place in documents for place in places]], runs)
+        return found
+
+    def _line_up(self, frame: pd.DataFrame, runs: Sequence[RunIdentity]) -> None:
+        """Leave the documents that all ablations share."""
         measured = set(frame["ablation"]) if len(frame) else set()
         if INTACT.name in measured:
             # A document counts when nothing that is shown lacks it.
@@ -55,18 +70,18 @@ class Viewed:
             frame = frame[present == len(measured)]
         else:
             frame = frame.iloc[:0]
-        order = pd.Categorical(frame["task"], categories=list(counts)) if len(frame) else None
+        order = pd.Categorical(frame["task"], categories=list(self._counts)) if len(frame) else None
         frame = frame.assign(order=order).sort_values(["order", "doc"]) if len(frame) else frame
         self._rows = (
             {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
         )
         self.stacks = (
             [json.loads(each) for each in frame[PROVENANCE].unique()]
-            if len(frame) and columns is None
+            if len(frame) and self._with_stacks
             else []
         )
-        self.runs = [run for run in view.runs if self.has(self.ablation(run))]
-        self.missing = [run for run in view.runs if not self.has(self.ablation(run))]
+        self.runs = [run for run in runs if self.has(self.ablation(run))]
+        self.missing = [run for run in runs if not self.has(self.ablation(run))]
         self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
 
     def comparisons(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from tracker.ledger.files import lock_file
 from tracker.ledger.keys import cell_key
 from tracker.ledger.notes import reason, sealed, unsealed, write_note
 from tracker.provenance import content_hash
-from tracker.records import View, view_name
+from tracker.records import view_name
+from tracker.views import Until, View
 
 FORMAT = 3
 """Of a results folder and of each file in it. Format 2 knew no random order: a tracker of then
@@ -79,13 +80,18 @@ class Views:
         # A sample that leaves nothing out is the whole benchmark, whatever its seed.
         every = max(task.documents for task in benchmark.tasks)
         sample = None if request.sample is None or request.sample >= every else request.sample
+        runs = tuple(removals(request, self.identity.model.layers))
+        until = None
+        if request.until is not None:
+            until = Until(question=request.until, seed=request.seed, runs=runs)
         return View(
             metric=request.metric or benchmark.primary_metric,
             removed=request.removed,
             limit=request.limit,
             sample=sample,
             seed=None if sample is None else request.seed,
-            runs=tuple(removals(request, self.identity.model.layers)),
+            runs=runs,
+            until=until,
         )
 
     def ask(self, request: CellRequest, project: str) -> View:
@@ -93,7 +99,7 @@ class Views:
 
         A cell has a view for each metric, each set of removed layers and each seed of a sample. The
         runs that were asked of the same view before stay, and none but these and the new ones is
-        added; how many documents is what was asked last.
+        added; how many documents, and until what, is what was asked last.
         """
         with self._asking():
             view = self.with_former(request)
@@ -102,11 +108,15 @@ class Views:
 
     def with_former(self, request: CellRequest) -> View:
         """Say what a request shows together with the runs that were asked of its view before."""
-        view = self.of(request)
-        # New, or damaged: what is asked now replaces it.
-        with suppress(OSError, ValueError):
-            view = view.joined(self.read(self.path(self.name_of(view)).read_bytes()).view)
-        return view
+        view, before = self.of(request), self.former(request)
+        return view if before is None else view.joined(before)
+
+    def former(self, request: CellRequest) -> View | None:
+        """Recall what was asked before of the view that a request shows; None where it is new."""
+        path = self.path(self.name_of(self.of(request)))
+        with suppress(OSError, ValueError):  # damaged: what is asked now replaces it
+            return self.read(path.read_bytes()).view
+        return None
 
     def read(self, text: str | bytes) -> Asked:
         """Read a view of this cell from its file's text, also as tracker wrote it in format 1.

@@ -10,10 +10,12 @@ from tracker.decided import DecisionsRecord
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.decisions import decisions, decisions_record
+from tracker.ledger.races import CellRace
 from tracker.ledger.store import Contents
 from tracker.ledger.tables import cell_record
 from tracker.provenance import content_hash, file_hash
-from tracker.records import CellRecord, View
+from tracker.records import AnswerRecord, CellRecord
+from tracker.views import View
 
 
 def record_of(store: CellStore, view: View) -> CellRecord:
@@ -21,9 +23,26 @@ def record_of(store: CellStore, view: View) -> CellRecord:
     state, name = _state(store, view), store.views.name_of(view)
     record = store.derived(state, name, CellRecord)
     if record is None:
-        record = cell_record(store, view, _aggregate)
+        record = cell_record(store, view, _aggregate, answer_of(store, view))
         if record.n:
             store.keep(state, name, record)
+    return record
+
+
+def answer_of(store: CellStore, view: View) -> AnswerRecord | None:
+    """Say what a cell answers to a view's question, or recall it, as `record_of`.
+
+    None where the view has no question. ExperimentError or WorkError where it has no answer.
+    """
+    if view.until is None:
+        return None
+    # What else was asked of the view changes nothing.
+    alone = view.model_copy(update={"runs": view.until.runs})
+    state, name = _state(store, alone), store.views.name_of(view)
+    record = store.derived(state, name, AnswerRecord)
+    if record is None:
+        record = CellRace(store, alone).record()
+        store.keep(state, name, record)
     return record
 
 
@@ -51,7 +70,7 @@ def _code() -> str:
     """Hash the code that turns outcomes into records: another formula is another record."""
     here = Path(__file__).parents[1]
     words = ("ablations", "config", "decided", "documents", "extent", "identities", "provenance")
-    names = [f"{word}.py" for word in (*words, "records")]
+    names = [f"{word}.py" for word in (*words, "questions", "records", "views")]
     folders = (*(here / "ledger").glob("*.py"), *(here / "metrics").glob("*.py"))
     return file_hash([*(here / name for name in names), *folders])
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from filelock import Timeout
 
 from tracker.ablations import all_ablations
+from tracker.answers import contending
 from tracker.extent import Extent
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.races import CellRace, race_of
+from tracker.ledger.races import CellRace
 from tracker.ledger.store import Ledger
-from tracker.measuring.answering import contending
 from tracker.measuring.job import Job
 from tracker.measuring.meter import Facts, Meter, Place
 from tracker.measuring.prepare import look_up
@@ -23,11 +23,13 @@ WAIT = 0.5
 """Seconds between two looks at blocks that another process is computing."""
 
 
-def open_cell(job: Job, facts: Facts, ledger: Ledger) -> tuple[CellStore, dict[Block, int]]:
+def open_cell(
+    job: Job, facts: Facts, ledger: Ledger
+) -> tuple[CellStore, dict[Block, int], CellRace | None]:
     """Open a cell whose model is known, or make it, and see what it lacks.
 
     The ledger finds the cell by its requests from now on. With the cell come the blocks that lack
-    something, and how many responses each lacks.
+    something, how many responses each lacks, and the race that decides, where there is a question.
     """
     store = ledger.cell(facts.model, facts.benchmark, facts.provenance)
     # A hub model's commit is known only now that it is in the cache. What is removed is no part of
@@ -38,9 +40,9 @@ def open_cell(job: Job, facts: Facts, ledger: Ledger) -> tuple[CellStore, dict[B
         ledger.remember(key, store)
     extent, names = asked.request.extent, names_of(job, store)
     if asked.request.until is not None:
-        race = race_of(store, asked.request)
-        return store, at_most(race, store, facts.responses)
-    return store, lacking(store, facts, extent, names)
+        race = CellRace(store, store.views.of(asked.request))
+        return store, at_most(race, store, facts.responses), race
+    return store, lacking(store, facts, extent, names), None
 
 
 def lacking(
@@ -57,7 +59,7 @@ def lacking(
         )
         for block in store.blocks(extent)
     }
-    return {block: responses for block, responses in found.items() if responses}
+    return {block: count for block, count in found.items() if count}
 
 
 def names_of(job: Job, store: CellStore) -> list[str]:
@@ -76,6 +78,17 @@ def at_most(race: CellRace, store: CellStore, responses: Mapping[Place, int]) ->
     }
 
 
+def look(
+    race: CellRace, store: CellStore, responses: Mapping[Place, int], progress: Progress
+) -> dict[Block, int]:
+    """Look at what was measured, say who is left, and how many responses are to come at most."""
+    were = race.race.standing.open.sum()
+    race.advance()
+    if 0 < race.race.standing.open.sum() < were:
+        progress.say(f"{contending(race.record())}; {race.looked:,} documents")
+    return at_most(race, store, responses)
+
+
 def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progress) -> None:
     """Measure block after block, each under the ablations that are open, until a race is over.
 
@@ -91,13 +104,9 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
                     expected -= _fill_block(store, block, names, meter, race.extent, progress)
             except Timeout:
                 time.sleep(WAIT)
-            were = race.race.standing.open.sum()
-            race.advance()
-            left = sum(at_most(race, store, meter.facts.responses).values())
+            left = sum(look(race, store, meter.facts.responses, progress).values())
             progress.expect(left - expected)
             expected = left
-            if 0 < race.race.standing.open.sum() < were:
-                progress.say(f"{race.looked:,} documents: {contending(race)}")
     finally:
         progress.finish()
 

@@ -6,18 +6,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tracker.ablations import ablations_of, removals
+import numpy as np
+
+from tracker.ablations import INTACT, ablations_of, removals
 from tracker.config import CellRequest
 from tracker.errors import ModelError
+from tracker.ledger.cells import CellStore
+from tracker.ledger.outcomes import METRIC
+from tracker.ledger.races import passes, refuse_unbounded
 from tracker.ledger.spreads import spreads_of
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import record_of
+from tracker.ledger.viewed import Viewed
+from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up
+from tracker.metrics.accuracy import weights_by_task
+from tracker.metrics.forecast import forecast
 from tracker.metrics.power import UNRELATED, Spread
 from tracker.models.sources import count_layers
+from tracker.records import AnswerRecord
+from tracker.views import View
 
 if TYPE_CHECKING:
     from tracker.engine.plan import Cost
+
+
+PILOT = 32
+"""Documents that must be measured before anything is said of how many an answer takes."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """How much an answer is expected to take: the median, and what nine of ten take at most.
+
+    Attributes:
+        measured: Documents that this is drawn from.
+        documents: Of how many documents it will take.
+        share: Of the layer passes of all documents.
+        open: In which share of the simulations all documents leave it open.
+    """
+
+    measured: int
+    documents: tuple[int, int]
+    share: tuple[float, float]
+    open: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +65,10 @@ class PlannedCell:
             a loss of which nothing is measured yet.
         observed: Whether that is what the median removal does that the ledger holds, and no
             assumption.
+        answer: How the cell's question stands; None where nothing of it is measured, or it has
+            none.
+        expected: What its answer is expected to take; None where it is there, or where too few
+            documents are measured to say.
     """
 
     request: CellRequest
@@ -43,6 +78,8 @@ class PlannedCell:
     cost: Cost
     spread: Spread | None
     observed: bool
+    answer: AnswerRecord | None = None
+    expected: Expected | None = None
 
 
 def plan(
@@ -68,6 +105,8 @@ def plan(
         before.add(one)
         benchmark = open_benchmark(request)
         metric = chosen_metric(benchmark.identity, request.metric)
+        if request.until is not None:
+            refuse_unbounded(benchmark.identity, metric)
         layers = count_layers(cell.source, trust_remote_code)
         ablations = ablations_of(request, layers)
         model, tokenizer = weightless(cell.source, request.dtype, trust_remote_code)
@@ -80,12 +119,51 @@ def plan(
         known = _observed_spread(cell, metric)
         is_loss = benchmark.identity.tasks[0].higher_is_better.get(metric, True) is False
         spread = known or (None if is_loss else UNRELATED)
+        answer = expected = None
+        if cell.store is not None and request.until is not None:
+            view = cell.store.views.of(request)
+            answer = answer_of(cell.store, view)
+            expected = None if cell.complete else _expected(cell.store, view)
         planned.append(
             PlannedCell(
-                request, runs, cell.complete, shared, found, spread, observed=known is not None
+                *(request, runs, cell.complete, shared, found, spread),
+                observed=known is not None,
+                answer=answer,
+                expected=expected,
             )
         )
     return planned
+
+
+def _expected(store: CellStore, view: View) -> Expected | None:
+    """Simulate what a view's question will take, from the documents that all its runs share."""
+    assert view.until is not None
+    outcomes = Viewed(store, view, ["task", "doc", "ablation", METRIC + view.metric])
+    measured = len(outcomes.tasks)
+    if measured < PILOT or outcomes.missing:
+        return None
+    counts, layers = store.counts(), store.identity.model.layers
+    tasks = [task for task, count in counts.items() for _ in range(count)]
+    weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size) * len(tasks)
+    scale = dict(zip(tasks, weights, strict=True))
+    ablations = [outcomes.ablation(run) for run in view.until.runs]
+    before = outcomes.metric(INTACT, view.metric)
+    drops = np.stack([before - outcomes.metric(a, view.metric) for a in ablations], axis=1)
+    drops *= np.array([scale[task] for task in outcomes.tasks])[:, None]
+    most = float(weights.max())
+    found = forecast(view.until.asked, drops, len(tasks), lowest=-most, highest=most)
+    costs = np.array([passes(ablation, layers) for ablation in ablations])
+    spent = found.looked * layers + found.seen @ costs
+    share = spent / (len(tasks) * (layers + costs.sum()))
+    usual = (0.5, 0.9)
+    middle, high = np.quantile(found.looked, usual, method="higher")
+    median, most_of_all = np.quantile(share, usual)
+    return Expected(
+        measured,
+        (int(middle), int(high)),
+        (float(median), float(most_of_all)),
+        float(1 - found.answered.mean()),
+    )
 
 
 def _observed_spread(cell: CellLookup, metric: str) -> Spread | None:

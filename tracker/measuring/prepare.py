@@ -11,8 +11,8 @@ from tracker.config import CellRequest
 from tracker.errors import ExperimentError, UnreachableError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import request_key
-from tracker.ledger.races import race_of
 from tracker.ledger.store import Ledger
+from tracker.measuring.derive import answer_of
 from tracker.models.sources import ModelSource, count_layers, find_model
 from tracker.provenance import package_versions
 from tracker.records import RunIdentity
@@ -51,8 +51,9 @@ def look_up(request: CellRequest, ledger: Ledger) -> CellLookup:
 
 
 def _is_complete(store: CellStore, request: CellRequest) -> bool:
-    if request.until is not None:
-        return race_of(store, request).lacking is None
+    answer = answer_of(store, store.views.of(request))
+    if answer is not None:
+        return answer.over
     ablations = ablations_of(request, store.identity.model.layers)
     return store.is_complete(request.extent, [ablation.name for ablation in ablations])
 
@@ -82,14 +83,10 @@ def widened(
         The same request for more runs, and why what was asked for is no run; None where it is one.
 
     Raises:
-        ExperimentError: A layer is out of range.
+        ExperimentError: A layer is out of range, or the trial asks a question and nobody knows of
+            which runs.
     """
-    if request.until is not None:
-        raise ExperimentError(
-            "'until' asks about all runs of a cell, and a trial of a sweep is one: give the "
-            "experiment file to tracker run, or leave 'until' out of it"
-        )
-    asked = look_up(request, ledger)
+    asked = look_up(request.model_copy(update={"until": None}), ledger)
     layers: int = (
         asked.store.identity.model.layers
         if asked.store
@@ -97,15 +94,41 @@ def widened(
     )
     _check_bounds(request, layers)
     why = None if any(removals(request, layers)) else no_run(request, layers)
-    if asked.store is not None and asked.complete:
+    if request.until is not None:
+        before = asked_before(request, asked.store)
+        if before is not None and asked.store is not None and _is_complete(asked.store, before):
+            return before, why
+    elif asked.store is not None and asked.complete:
         known = _with_runs(request, asked.store.views.with_former(request).runs)
         return known if _is_complete(asked.store, known) else request, why
     cell = sweep() if why is None else None
+    if cell is None and why is None and request.until is not None:
+        raise ExperimentError(
+            f"'until': {request.until!r} asks about all runs of a cell, and a trial is one; "
+            "which others there are says its sweep, and that cannot be read here. Give the "
+            "experiment file to tracker run, or leave 'until' out of it"
+        )
     if cell is None:
         return request.model_copy(update={"layers": tuple(range(layers))}), why
     fitting = tuple(layer for layer in cell.layers if layer < layers)
     more = {name: getattr(cell, name) for name in ("components", "spans", "interventions", "only")}
     return request.model_copy(update={**more, "layers": fitting}), why
+
+
+def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest | None:
+    """Ask of a trial's cell what was asked of it before: its question, and all runs of this.
+
+    None where that was another question, or not about the trial's run.
+    """
+    if store is None:
+        return None
+    before, now = store.views.former(request), store.views.of(request).until
+    if before is None or before.until is None or now is None:
+        return None
+    alike = (before.until.question, before.until.seed) == (now.question, now.seed)
+    if not alike or not {*now.runs} <= {*before.until.runs}:
+        return None
+    return _with_runs(request, before.until.runs)
 
 
 def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest:

@@ -1,7 +1,8 @@
-"""What bounds of several means say of a question, and who is still needed for its answer.
+"""What is asked of several means of one population, and who is still needed for its answer.
 
-Bounds that are drawn together never take an answer back: a run whose part is settled stays settled
-when only others are measured on. Values of runs whose bounds meet are not told apart.
+How large a drop is, and whether it differs from 0, is read from bounds of each mean. Which are the
+largest is read from differences, two by two (`duels`). Neither takes an answer back: a run whose
+part is settled stays settled when only others are measured on.
 """
 
 from __future__ import annotations
@@ -11,14 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tracker.metrics.duels import SAME, Duels
 from tracker.metrics.sequences import MeanSequences
 from tracker.questions import Kind, Question
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-
-_SAME = 1e-9
-"""Bounds that are nearer to each other than this differ by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -40,58 +39,34 @@ class Standing:
         return not self.open.any()
 
 
-def standing(
-    kind: Kind,
-    low: Array,
-    high: Array,
-    count: int | None = None,
-    within: float | None = None,
-) -> Standing:
-    """Say how a question stands.
-
-    A set is settled as in the identification of best arms: with `within` ε, none who is chosen
-    is more than ε worse than the last place that counts, and none who is not is more than ε better.
-    Without it the set is the only right one, so that exact ties for the last place stay open.
+def standing(kind: Kind, low: Array, high: Array, within: float | None = None) -> Standing:
+    """Say how a question about single means stands.
 
     Args:
-        kind: `drop`: each mean is to be known within ± `within`. `top` and `prune`: the `count`
-            largest or smallest means. `sign`: which means are not 0.
+        kind: `drop`: each mean is to be known within ± `within`. `sign`: which means are not 0.
         low: `[runs]`, lower bounds that hold together.
         high: `[runs]`, upper bounds.
-        count: How many are to be chosen.
         within: The tolerance, in the unit of the means.
 
     Returns:
         Who is open, and who is chosen.
 
     Raises:
-        ValueError: The question lacks a number, or there are not more runs than are to be chosen.
-
-    References:
-        S. Kalyanakrishnan, A. Tewari, P. Auer, P. Stone, ICML 2012 (choosing by overlapping
-        bounds, within a tolerance).
+        ValueError: It is about other than single means, or lacks a number.
 
     Examples:
-        >>> low, high = np.array([0.1, 0.3, 0.0]), np.array([0.35, 0.4, 0.05])
-        >>> found = standing("top", low, high, count=1)
-        >>> found.open.tolist(), found.answered
-        ([True, True, False], False)
-        >>> standing("top", low, high, count=2).chosen.tolist()
+        >>> low, high = np.array([0.1, -0.3, 0.0]), np.array([0.35, 0.4, 0.05])
+        >>> standing("drop", low, high, within=0.1).open.tolist()
         [True, True, False]
+        >>> standing("sign", low, high).chosen.tolist()
+        [True, False, False]
     """
-    none = np.zeros(len(low), dtype=bool)
-    if kind == "drop":
-        if within is None:
-            raise ValueError("drop: within what?")
-        return Standing(high - low > 2 * within + _SAME, none)
+    if kind == "drop" and within is not None:
+        return Standing(high - low > 2 * within + SAME, np.zeros(len(low), dtype=bool))
     if kind == "sign":
-        differs = (low > _SAME) | (high < -_SAME)
-        return Standing(~differs & (high - low > _SAME), differs)
-    if count is None or not 0 < count < len(low):
-        raise ValueError(f"{kind}: {count} of {len(low)}")
-    if kind == "prune":
-        low, high = -high, -low
-    return _set(low, high, count, within or 0.0)
+        differs = (low > SAME) | (high < -SAME)
+        return Standing(~differs & (high - low > SAME), differs)
+    raise ValueError(f"{kind}: within what?" if kind == "drop" else f"{kind} compares means")
 
 
 class Race:
@@ -102,6 +77,7 @@ class Race:
 
     Attributes:
         bounds: What is known of each mean, all of it together with the question's confidence.
+            The answer has that confidence too, each for itself.
         standing: How the question stands.
     """
 
@@ -129,8 +105,24 @@ class Race:
         asked.refuse(runs)
         self._asked = asked
         self.bounds = MeanSequences(
-            population, runs, level=asked.level, lowest=lowest, highest=highest
+            population,
+            runs,
+            level=asked.level,
+            lowest=lowest,
+            highest=highest,
+            within=asked.within if asked.kind == "drop" else None,
         )
+        self._sign = -1.0 if asked.kind == "prune" else 1.0
+        self._duels = None
+        if asked.count is not None:
+            self._duels = Duels(
+                population,
+                runs,
+                asked.count,
+                within=asked.within,
+                level=asked.level,
+                reach=highest - lowest,
+            )
         self.standing = self._stand()
 
     def look(self, values: Array) -> None:
@@ -145,24 +137,11 @@ class Race:
         """
         (contending,) = np.nonzero(self.standing.open)
         self.bounds.add(values[:, contending], contending)
+        if self._duels is not None:
+            self._duels.look(self._sign * values)
         self.standing = self._stand()
 
     def _stand(self) -> Standing:
-        low, high, asked = self.bounds.low, self.bounds.high, self._asked
-        return standing(asked.kind, low, high, asked.count, asked.within)
-
-
-def _set(low: Array, high: Array, count: int, within: float) -> Standing:
-    """Choose the largest."""
-    # [i, j]: i is not beaten by j, or by no more than is tolerated.
-    stands = low[:, None] + within - high > (-_SAME if within else _SAME)
-    np.fill_diagonal(stands, val=False)
-    member = stands.sum(axis=1) >= len(low) - count
-    outside = stands.sum(axis=0) >= count
-    opened = ~(member | outside)
-    chosen = member & ~outside
-    if not opened.any():
-        # At most `count` must be in and the others may; of those that may be either the best ones.
-        order = np.lexsort((-(low + high), ~member, ~chosen))
-        chosen = np.isin(np.arange(len(low)), order[:count])
-    return Standing(opened, chosen)
+        if self._duels is not None:
+            return Standing(self._duels.open.copy(), self._duels.chosen.copy())
+        return standing(self._asked.kind, self.bounds.low, self.bounds.high, self._asked.within)

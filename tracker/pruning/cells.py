@@ -28,7 +28,7 @@ from tracker.measuring.observing import Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.metrics.accuracy import weights_by_task
-from tracker.records import View
+from tracker.views import View
 
 Array = NDArray[np.float64]
 _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]

@@ -133,7 +133,7 @@ def pursue(
     """
     ledger.refuse_unwritable()
     lender = Lender(ledger, options, progress)
-    refuse_unknown(asked)
+    refuse_unknown(asked, options.trust_remote_code)
     budgets = [budget_of(each, lender) for each in asked]
     cells: dict[CellRequest, Cell] = {}
     found: list[Found] = []

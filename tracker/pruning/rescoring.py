@@ -11,9 +11,9 @@ from tracker.ledger.races import CellRace
 from tracker.measuring.fill import fill_until
 from tracker.pruning.budgets import Budget
 from tracker.pruning.scores import Scores, Set
-from tracker.questions import question
 from tracker.records import RunIdentity
 from tracker.searched import PruneStep
+from tracker.views import Until
 
 BATCH = 6
 """Candidates that a lazy search scores in one engine call."""
@@ -63,8 +63,9 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
     while not budget.enough(removed):
         left = [part for part in range(scores.layers) if part not in removed]
         runs = tuple(RunIdentity(layer=part) for part in left)
-        view = cell.view.model_copy(update={"removed": removed, "runs": runs})
-        racing = CellRace(cell.store, view, question(QUESTION), cell.request.seed)
+        until = Until(question=QUESTION, seed=cell.request.seed, runs=runs)
+        view = cell.view.model_copy(update={"removed": removed, "runs": runs, "until": until})
+        racing = CellRace(cell.store, view)
         sets = [tuple(sorted((*removed, part))) for part in left]
         ablations = [scores.ablation(each) for each in sets]
         if racing.lacking is not None:

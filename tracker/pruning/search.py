@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from tracker.benchmarks.benchmark import check_benchmark
 from tracker.config import CellRequest
 from tracker.errors import ExperimentError
+from tracker.models.checkpoint import refuse_unsizable
 from tracker.models.layers import find_layers
 from tracker.models.load import weightless
-from tracker.models.sources import count_layers, find_model
+from tracker.models.sources import ModelSource, count_layers, find_model
 from tracker.provenance import content_hash
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.budgets import Budget, budget
@@ -53,10 +54,17 @@ class Found:
         return f"{readable[-100:].lstrip('-')}-{digest}"
 
 
-def refuse_unknown(searches: Sequence[SearchRequest]) -> None:
-    """Refuse models and benchmarks that are not there, before anything is read: RequestError."""
+def refuse_unknown(searches: Sequence[SearchRequest], trust_remote_code: bool = False) -> None:
+    """Refuse models and benchmarks that are not there, and models that could not be saved.
+
+    It is done before anything is measured, and raises RequestError.
+    """
+    tried: set[ModelSource] = set()
     for asked in searches:
-        find_model(asked.cell.model, asked.cell.revision, asked.cell.model_args)
+        source = find_model(asked.cell.model, asked.cell.revision, asked.cell.model_args)
+        if asked.unit == "layer" and source not in tried:
+            tried.add(source)
+            refuse_unsizable(source, trust_remote_code=trust_remote_code)
         for request in (*asked.calibration(), asked.test()):
             check_benchmark(request)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tracker.answers import interval_name
 from tracker.records import (
     NOT_MEASURED,
     CellRecord,
 )
 from tracker.reporting.formats import (
+    counted,
     defined,
     measure_of,
 )
@@ -36,6 +38,27 @@ def _mismatched(cell: CellRecord) -> str:
     return f" Baseline and ablation differ in this for {run_list(which, cell)}."
 
 
+def looks_note(cell: CellRecord) -> str:
+    """Say what the figures of a cell rest on whose documents are as many as an answer takes.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Some sentences; none where its documents are as many as were asked for.
+    """
+    if not cell.is_raced:
+        return ""
+    reason = cell.reasons["n"]
+    return (
+        f"{reason[:1].upper()}{reason[1:]}. Each run’s figures rest on its own documents, and its "
+        f"interval is a {interval_name(cell)}, which holds at every look and for all runs "
+        "together; what holds for one look is left out. The baseline, the proxies and the "
+        f"correlations rest on the {counted(cell.n, 'document')} that all runs share. Without "
+        "‘until’ the same experiment measures the rest."
+    )
+
+
 def warnings(cell: CellRecord) -> tuple[str, ...]:
     """Say what a reader must know before trusting the cell's numbers.
 
@@ -50,9 +73,14 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     if cell.missing:
         found.append(f"Incomplete: {run_list(cell.missing, cell)}: {NOT_MEASURED}.")
     for field, reason in cell.reasons.items():
+        if field == "n" and cell.is_raced:
+            found.append(looks_note(cell))
+            continue
         if field == "n":
             found.append(f"Incomplete: {reason}.")
             continue
+        if field == "baseline_low":
+            continue  # said with the documents
         if field == "provenance":
             found.append(f"{reason[:1].upper()}{reason[1:]}.{_mismatched(cell)}")
             continue

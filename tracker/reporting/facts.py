@@ -32,7 +32,7 @@ def provenance_table(cell: CellRecord) -> Table:
         "chat template": "yes" if benchmark.apply_chat_template else "no",
         **benchmark.settings,
         "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
-        "documents measured": " ".join(filter(None, (f"{cell.n:,}", cell.drawn))),
+        "documents measured": " ".join(filter(None, (cell.counted, cell.drawn))),
         "tokens behind the proxies": f"{cell.tokens:,}",
         **({"stand-ins fitted on": cell.fitted_on} if cell.fitted_on else {}),
         "answered again on a really pruned model": _compared(cell),

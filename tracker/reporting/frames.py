@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tracker.answers import interval_name
 from tracker.ledger.decisions import Decided, Decisions
 from tracker.metrics.accuracy import Estimate
 from tracker.records import CellRecord, CorrelationRecord, RunRecord
@@ -34,7 +35,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     One row for each model, benchmark and run: `span` layers from `layer` (0-based) on, or their
     `component`, are removed besides `removed` (such as `3,17`; empty for the intact model), or what
     `intervention` says is done to the layer.
-    `sample_seed` drew the documents; it is missing for the first ones, or all.
+    `sample_seed` drew the documents; it is missing for the first ones, or all. `until` is the
+    question that the cell was measured for, `interval` what the ends of the drop are.
     Accuracies and drops are fractions; an undefined value is NaN and `reasons` says why. lm-eval's
     own metrics stand in columns `metric_NAME`.
     """
@@ -48,6 +50,8 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
             **_cell_columns(cell),
             **{field: getattr(record, field) for field in _RUN_COLUMNS},
             "n": record.n,
+            "until": cell.answer.question if cell.answer else None,
+            "interval": interval_name(cell),
             "baseline_accuracy": cell.baseline_accuracy,
             "chance_accuracy": cell.chance_accuracy,
             **{field: getattr(record, field) for field in _FIGURES},
@@ -57,7 +61,7 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
         for cell in cells
         for record in cell.runs
     ]
-    columns = [*_CELL_COLUMNS, *_RUN_COLUMNS, "n", *numbers, "reasons"]
+    columns = [*_CELL_COLUMNS, *_RUN_COLUMNS, "n", "until", "interval", *numbers, "reasons"]
     return _counts(_frame(rows, columns, numbers), "sample_seed")
 
 

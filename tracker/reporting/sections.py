@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tracker import answers
 from tracker.decided import DecisionsRecord
 from tracker.identities import ModelIdentity
 from tracker.records import WHOLE_LAYER, CellRecord, Place
@@ -78,6 +79,8 @@ class CellSection:
     label: str
     cell: CellRecord
     measure: formats.Measure
+    answer: str
+    interval: str
     sentence: str
     warnings: tuple[str, ...]
     curve: Figure | None
@@ -259,6 +262,8 @@ def _cell_section(
         label=label,
         cell=cell,
         measure=formats.measure_of(cell),
+        answer=answers.statement(cell.answer) if cell.answer else "",
+        interval=answers.interval_name(cell),
         # The title of the scatter says the rest.
         sentence=wording.beneath(cell) if _has_whole_layers(cell) else wording.sentence(cell),
         warnings=caveats.warnings(cell),

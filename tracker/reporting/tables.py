@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from tracker.answers import interval_name
 from tracker.metrics.ratios import RATIO
 from tracker.records import (
     NO_REASON,
@@ -119,7 +120,7 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
     return (
         Value(cell.model.name),
         Value(" · ".join(filter(None, which))),
-        Value(f"{cell.n:,}"),
+        Value(cell.counted),
         with_interval(
             baseline, cell.baseline_low, cell.baseline_high, measure.write, scale=measure.scale
         ),
@@ -241,7 +242,7 @@ def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
             f"{measure.change} ({measure.unit})",
             field("accuracy_drop", measure.write, measure.scale),
         ),
-        (f"95 % interval ({measure.unit})", ends),
+        (f"{interval_name(cell)} ({measure.unit})", ends),
         ("McNemar p", field("mcnemar_p", p_value)),
         ("accuracy relevance", field("accuracy_relevance", _three)),
         ("cosine score (1 − cos)", field("cosine_score", _four)),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tracker.config import REPLACED_BY
 from tracker.identities import ModelIdentity
 from tracker.ledger.spreads import spreads_of
 from tracker.metrics.power import ALPHA, MEANT, POWER
 from tracker.records import (
     NO_REASON,
-    REPLACED_BY,
     WHOLE_LAYER,
     CellRecord,
     CorrelationRecord,
@@ -113,6 +113,7 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
             f"{cell.benchmark.title} · {cell.benchmark.num_fewshot}-shot"
             + (" · chat" if cell.benchmark.apply_chat_template else "")
             + (f" · {cell.beneath}" if cell.removed else "")
+            + (" · stopped at an answer" if cell.is_stopped else "")
             for cell in cells
         ],
         [
@@ -266,9 +267,10 @@ def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
         runs: Some of its runs.
 
     Returns:
-        A sentence, also where it is undefined; empty without any run.
+        A sentence, also where it is undefined; empty without any run, and where an answer decides
+        how many documents there are.
     """
-    if not runs:
+    if not runs or cell.is_raced:  # the power of one look
         return ""
     measure = measure_of(cell)
     head = f"Power ({POWER:.0%}, two-sided {ALPHA:.0%}, paired)".replace("%", " %")

@@ -12,8 +12,9 @@ from tracker.ablations import INTACT, Ablation
 from tracker.ledger.viewed import Array, Viewed, gold_logprobs
 from tracker.metrics.accuracy import weights_by_task
 from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
-from tracker.records import WHOLE_LAYER, RunIdentity, View
+from tracker.records import WHOLE_LAYER, RunIdentity
 from tracker.studies.base import Subject
+from tracker.views import View
 
 Strata = NDArray[np.str_]
 

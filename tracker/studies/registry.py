@@ -15,6 +15,7 @@ STUDIES: Mapping[str, str] = {
     "joint": "Joint",
     "prune": "Prune",
     "rescale": "Rescale",
+    "savings": "Savings",
     "snowball": "Snowball",
     "theorem": "Theorem",
 }

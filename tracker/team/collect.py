@@ -14,10 +14,11 @@ from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.measuring.progress import Progress
-from tracker.records import CellRecord, Place, View
+from tracker.records import CellRecord, Place
 from tracker.team.pull import pull
 from tracker.text import masked
 from tracker.tracking import Target, target
+from tracker.views import View
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from threading import Event, Thread
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.so_far import SoFar, so_far
-from tracker.records import CellRecord, View
+from tracker.records import CellRecord
 from tracker.tracking.base import PROGRESS, Ending, Picture
 from tracker.tracking.figures import only_defined
 from tracker.tracking.identity import run_key
+from tracker.views import View
 
 GRACE = 5.0
 """Seconds after which a cell's run opens: what is done before needs no picture."""
@@ -158,12 +159,13 @@ def progress_figures(
     Returns:
         Figures under names that begin with `PROGRESS`: drops are fractions, or the metric's unit.
     """
-    new, left = now.documents - first.documents, now.wanted - now.documents
+    new = now.documents - first.documents
+    left = None if now.wanted is None else now.wanted - now.documents
     figures: dict[str, float | None] = {
         "documents": now.documents,
         "documents_wanted": now.wanted,
         "tokens_per_second": (now.tokens - first.tokens) / seconds if new > 0 else None,
-        "seconds_left": seconds * left / new if new > 0 else None,
+        "seconds_left": seconds * left / new if new > 0 and left is not None else None,
     }
     widths = []
     for run, drop in now.drops.items():

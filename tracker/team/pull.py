@@ -25,10 +25,10 @@ from tracker.ledger.texts import is_texts
 from tracker.ledger.views import FORMAT, CellIdentity
 from tracker.measuring.progress import Progress
 from tracker.provenance import content_hash
-from tracker.records import View
 from tracker.text import masked
 from tracker.tracking import Target, open_backend
 from tracker.tracking.base import Backend, RemoteCell
+from tracker.views import View
 
 
 def pull(

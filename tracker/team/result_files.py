@@ -22,8 +22,8 @@ from tracker.ledger.outcomes import METRIC
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
-from tracker.records import View
 from tracker.team.evaluated import Part, evaluated, started
+from tracker.views import View
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder

@@ -17,7 +17,7 @@ from tracker.errors import ResultsError, TrackerError
 from tracker.experiment import Experiment, Parameters
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
-from tracker.measuring.prepare import look_up, no_run
+from tracker.measuring.prepare import asked_before, look_up, no_run
 from tracker.records import CellRecord, RunRecord
 from tracker.tracking import open_sweep
 from tracker.tracking.base import SweepTrial
@@ -110,11 +110,12 @@ def _run_title(request: CellRequest) -> str:
 
 def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
     """Find what a trial asked for: its cell and run; ResultsError where the ledger lacks it."""
-    asked = look_up(request, ledger)
-    if asked.store is None or not asked.complete:
+    store = look_up(request.model_copy(update={"until": None}), ledger).store
+    whole = request if request.until is None else asked_before(request, store)
+    if store is None or whole is None or not look_up(whole, ledger).complete:
         raise ResultsError(f"{ledger.root} does not hold all of it")
-    layers = asked.store.identity.model.layers
+    layers = store.identity.model.layers
     if not any(removals(request, layers)):
         raise ResultsError(f"it is no run: {no_run(request, layers)}")
-    record = record_of(asked.store, asked.store.views.of(request))
-    return record, record.runs[0]
+    record, wanted = record_of(store, store.views.of(whole)), first_run(request).order
+    return record, next(run for run in record.runs if run.order == wanted)

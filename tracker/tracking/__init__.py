@@ -15,7 +15,7 @@ from typing import cast
 from tracker.errors import RequestError, did_you_mean
 from tracker.provenance import content_hash
 from tracker.text import masked
-from tracker.tracking.base import Backend, Picture
+from tracker.tracking.base import Backend, Models, Picture
 from tracker.tracking.isolated import Isolated
 
 _SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
@@ -139,6 +139,25 @@ def open_picture(name: str, project: str, results: Path, server: str | None = No
     if name == "mlflow":
         return cast(Picture, Isolated("MlflowPicture", project, results, server))
     return cast(Picture, Isolated("WandbPicture", project, results, without=_SWEEP))
+
+
+def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:
+    """Open where a backend keeps pruned models, in a process of its own.
+
+    MLflow's flavours write to whatever run is active, which may be a notebook's.
+
+    Args:
+        name: A key of `BACKENDS`.
+        project: As for `open_backend`.
+        results: The results folder.
+        server: As for `open_backend`.
+
+    Returns:
+        The models; nothing is contacted before they are used.
+    """
+    if name == "mlflow":
+        return cast(Models, Isolated("MlflowModels", project, results, server))
+    return cast(Models, Isolated("WandbBackend", project, results, in_sweep(), without=_SWEEP))
 
 
 def open_trial(results: Path) -> Isolated:

@@ -72,6 +72,42 @@ class SweepTrial:
     """Its configuration: what the sweep asked of it, and what it logged."""
 
 
+@dataclass(frozen=True)
+class SavedModel:
+    """A pruned model that was saved, for a backend to keep."""
+
+    folder: Path
+    name: str
+    facts: Mapping[str, Any]
+    """What is known of it, as plain values."""
+    figures: Mapping[str, float]
+    """What of it is a number, by name."""
+    made_of: tuple[CellRecord, ...]
+    """The cells that chose it, or say what it costs: the backend leads from it to them."""
+    register: str | None = None
+    """The name under which a registry keeps it; None for none."""
+
+
+class Models(Protocol):
+    """Where pruned models are kept beside the runs that chose them."""
+
+    def add_model(self, model: SavedModel) -> str:
+        """Add a version of a model, or its first one.
+
+        Args:
+            model: The model.
+
+        Returns:
+            What a person opens.
+
+        Raises:
+            TrackingError: The backend refused or could not be reached.
+        """
+
+    def close(self) -> None:
+        """Release what the backend holds; it never raises."""
+
+
 class Picture(Protocol):
     """The runs that a backend shows while their cells are measured; nothing rests on it."""
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import get_args
 
-from tracker.config import Component
+from tracker.answers import interval_name, statement
+from tracker.config import REPLACED_BY, Component
 from tracker.decided import DecisionsRecord
-from tracker.records import REPLACED_BY, CellRecord, RunIdentity, RunRecord
+from tracker.records import AnswerRecord, CellRecord, RunIdentity, RunRecord
 from tracker.tracking.base import LoggedTable, Scalar
 
 CURVES = (
@@ -108,9 +109,55 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
         "baseline_low": cell.baseline_low,
         "baseline_high": cell.baseline_high,
         "chance_accuracy": cell.chance_accuracy,
+        **(answer_figures(cell.answer) if cell.answer else {}),
         **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
         **{f"{c.coefficient}/{c.proxy}/{c.subset}": c.value for c in cell.correlations},
     }
+
+
+def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
+    """Flatten what an answer took."""
+    return {
+        "answer/answered": float(answer.answered),
+        "answer/documents": answer.looked,
+        "answer/documents_of": answer.population,
+        "answer/layer_passes": answer.passes,
+        "answer/layer_passes_of": answer.passes_of,
+    }
+
+
+def until_marks(cell: CellRecord, run: RunIdentity | None = None) -> dict[str, str]:
+    """Mark a cell that was measured until a question was answered, or one of its runs.
+
+    Args:
+        cell: The cell.
+        run: Which run; None for the cell, or its intact model.
+
+    Returns:
+        Names and values in the words of the experiment file; none where nothing was asked.
+    """
+    answer = cell.answer
+    if answer is None:
+        return {}
+    marks = {
+        "until": answer.question,
+        "answered": _yes(answer.answered),
+        "stopped": _yes(cell.is_stopped),
+        "looked": f"{answer.looked} of {answer.population}",
+        "interval": interval_name(cell),
+    }
+    if run is None:
+        return marks | {"answer": statement(answer)}
+    mine = [each for each in answer.runs if each.order == run.order]
+    return marks | {
+        name: _yes(value)
+        for each in mine
+        for name, value in (("open", each.open), ("chosen", each.chosen))
+    }
+
+
+def _yes(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def absent_reasons(layer: RunRecord) -> dict[str, str]:

@@ -25,6 +25,7 @@ from tracker.errors import TrackerError, TrackingError
 
 _PROGRAM = "from tracker.tracking.isolated import serve; serve()"
 _KINDS = {
+    "MlflowModels": "tracker.tracking.mlflow.models",
     "MlflowPicture": "tracker.tracking.mlflow.picture",
     "WandbBackend": "tracker.tracking.wandb.backend",
     "WandbPicture": "tracker.tracking.wandb.picture",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tracker.records import REPLACED_BY, WHOLE_LAYER, CellRecord, RunRecord
+from tracker.answers import interval_name, statement
+from tracker.config import REPLACED_BY
+from tracker.records import WHOLE_LAYER, CellRecord, RunRecord
 from tracker.tracking.identity import intact_name, run_name
 
 
@@ -23,6 +25,7 @@ def cell_note(cell: CellRecord) -> str:
         f"**{cell.heading}**: what the benchmark's {measured} (`{cell.metric}`, "
         f"{cell.documents}) when {_what_is_removed(cell)}, beside the cheap proxies. The step "
         f"of every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
+        + (f"\n\n{statement(cell.answer)}." if cell.answer else "")
     )
 
 
@@ -35,8 +38,9 @@ def intact_note(cell: CellRecord) -> str:
     Returns:
         A paragraph.
     """
+    on = cell.documents_of(f"{cell.n:,}")
     return (
-        f"**{intact_name(cell)}**: `{cell.metric}` of the whole model on {cell.documents}: what "
+        f"**{intact_name(cell)}**: `{cell.metric}` of the whole model on {on}: what "
         "the runs without some of its layers are compared with."
     )
 
@@ -53,7 +57,8 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     """
     done = REPLACED_BY.get(run.intervention)
     how = f"with the layer replaced by {done}" if done else "without it"
-    what = f"**{run_name(cell, run)}**: `{cell.metric}` on {cell.documents} {how}"
+    on = cell.documents_of(f"{run.n:,}")
+    what = f"**{run_name(cell, run)}**: `{cell.metric}` on {on} {how}"
     if run.accuracy_drop is None:
         return f"{what}; its drop is not defined: {run.reasons.get('accuracy_drop', 'no reason')}."
     if not cell.higher_is_better:
@@ -62,7 +67,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     if run.accuracy_drop_low is None or run.accuracy_drop_high is None:
         return f"{what}; it falls by {drop}."
     low, high = 100 * run.accuracy_drop_low, 100 * run.accuracy_drop_high
-    return f"{what}; it falls by {drop} (95 % interval {low:.1f} to {high:.1f})."
+    return f"{what}; it falls by {drop} ({interval_name(cell)} {low:.1f} to {high:.1f})."
 
 
 def _what_is_removed(cell: CellRecord) -> str:

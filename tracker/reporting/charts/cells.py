@@ -6,6 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from tracker.answers import interval_name
 from tracker.records import WHOLE_LAYER, CellRecord, Kind
 from tracker.reporting import formats, wording
 from tracker.reporting.charts.hover import along_layers, run_hover
@@ -43,11 +44,11 @@ def curve_title(cell: CellRecord) -> str:
         size = measure.write(max(drops))
         between = formats.interval(top.accuracy_drop_low, top.accuracy_drop_high, measure.write)
         says = f"removing {top.label()} {costs} most, {size} {measure.unit}"
-        says += f" (95 % interval {between})" if between else ""
+        says += f" ({interval_name(cell)} {between})" if between else ""
     gains = sum(1 for drop in drops if drop < 0)
     return (
         f"{cell.title}: {says}; {gains} of {len(drops)} removals {gain} {measure.level} "
-        f"({cell.metric}, {cell.n:,} documents)"
+        f"({cell.metric}, {cell.counted} documents)"
     )
 
 

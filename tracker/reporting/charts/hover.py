@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable
 
+from tracker.answers import interval_name
 from tracker.metrics.accuracy import Estimate
 from tracker.records import CellRecord, Kind, RunIdentity, RunRecord, layers_of
 from tracker.reporting.charts.style import wrap
@@ -29,7 +30,7 @@ def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> s
         lines.append(f"{measure.change} undefined: {why}")
     else:
         ends = interval(record.accuracy_drop_low, record.accuracy_drop_high, measure.write)
-        between = f" (95 % interval {ends})" if ends else ""
+        between = f" ({interval_name(cell)} {ends})" if ends else ""
         lines.append(f"{measure.change} {measure.write(drop)} {measure.unit}{between}")
     if record.mcnemar_p is not None:
         lines.append(f"McNemar p {p_value(record.mcnemar_p)} (unadjusted)")

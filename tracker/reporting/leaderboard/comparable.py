@@ -68,6 +68,8 @@ def unusable(cell: CellRecord) -> str | None:
     """Say why a cell has no place in a ranking; None where it has one."""
     if cell.removed:
         return f"measured {cell.beneath}"
+    if cell.is_raced:
+        return cell.reasons["n"]
     if not cell.whole_layers:
         return "no whole single layer was removed"
     if all(run.accuracy_relevance is None for run in cell.whole_layers):

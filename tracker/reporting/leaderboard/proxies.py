@@ -53,6 +53,7 @@ def rankings(cells: Sequence[CellRecord]) -> list[Ranking]:
     defined.
     """
     found = []
+    cells = _on_the_same_documents(cells)
     for cell, label in zip(cells, benchmark_labels(cells), strict=True):
         runs = [
             run
@@ -121,7 +122,13 @@ class Agreement:
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
     """Say how well each proxy orders the layers of cells of any models, with chance beside it."""
-    return [_agreement(proxy, cells) for proxy in PROXIES]
+    compared = _on_the_same_documents(cells)
+    return [_agreement(proxy, compared) for proxy in PROXIES]
+
+
+def _on_the_same_documents(cells: Sequence[CellRecord]) -> list[CellRecord]:
+    """Leave out cells whose layers were not looked at on the same documents: they have no order."""
+    return [cell for cell in cells if not cell.is_raced]
 
 
 def _agreement(proxy: str, cells: Sequence[CellRecord]) -> Agreement:

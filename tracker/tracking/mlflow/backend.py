@@ -147,6 +147,13 @@ class MlflowBackend(Backend):
             client.update_run(run_id, status="RUNNING")
             return run_id, self._uri
 
+    def begin(self, name: str, tags: Mapping[str, str]) -> tuple[str, str, str]:
+        """Open a run of its own: its id, the tracking URI, and what a person opens."""
+        with self.connected(f"did not take {name}") as client, self._one_publisher():
+            _, experiment = self._connect()
+            run = client.create_run(experiment, tags=dict(tags), run_name=name)
+            return str(run.info.run_id), self._uri, self._location(experiment)
+
     @contextmanager
     def connected(self, problem: str) -> Iterator[Any]:
         """Give MLflow's client, and say what did not work where it fails.

@@ -24,6 +24,7 @@ from tracker.tracking.figures import (
     metric_name,
     not_finite,
     only_defined,
+    until_marks,
 )
 from tracker.tracking.identity import (
     content_digest,
@@ -113,6 +114,7 @@ def cell_run(
         FILES_TAG: files,
         "tracker.data": benchmark.data,
         "tracker.missing": ", ".join(cell.lacks) or None,
+        **_until_tags(cell),
         **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
         "mlflow.loggedArtifacts": tables_tag(tables),
         "mlflow.note.content": cell_note(cell) + links,
@@ -138,6 +140,7 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
     name = run_name(cell, layer)
     tags = {
         "tracker.layer": str(layer.layer),
+        **_until_tags(cell, layer),
         "mlflow.parentRunId": parent_id,
         "mlflow.note.content": layer_note(cell, layer),
     }
@@ -145,7 +148,9 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
     return MlflowRun(
         key=run_key(cell, layer.ablation),
         name=name,
-        digest=content_digest(layer, FORMAT, name, cell.metric, parent_id),
+        digest=content_digest(
+            layer, FORMAT, name, cell.metric, parent_id, *until_marks(cell, layer).values()
+        ),
         params=_texts(
             {
                 "layer": layer.layer,
@@ -166,7 +171,8 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
 def intact_run(cell: CellRecord, parent_id: str) -> MlflowRun:
     """Describe the run of the intact model, nested beside those that remove something of it."""
     name = intact_name(cell)
-    tags = {"mlflow.parentRunId": parent_id, "mlflow.note.content": intact_note(cell)}
+    note = {"mlflow.parentRunId": parent_id, "mlflow.note.content": intact_note(cell)}
+    tags = {**_until_tags(cell), **note}
     return MlflowRun(
         key=run_key(cell, BASELINE),
         name=name,
@@ -228,6 +234,10 @@ def _identity(cell: CellRecord) -> dict[str, object]:
         "sample_seed": cell.sample_seed,
         **{name: value[:_PARAM] for name, value in cell.benchmark.settings.items()},
     }
+
+
+def _until_tags(cell: CellRecord, run: RunRecord | None = None) -> dict[str, str | None]:
+    return {f"tracker.{name}": value for name, value in until_marks(cell, run).items()}
 
 
 def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:

@@ -26,7 +26,15 @@ from tracker.distribution import install_extra
 from tracker.errors import TrackingError
 from tracker.ledger.files import write_text
 from tracker.records import CellRecord
-from tracker.tracking.base import BOARD, BOARD_FILE, Backend, LoggedTable, Published, RemoteCell
+from tracker.tracking.base import (
+    BOARD,
+    BOARD_FILE,
+    Backend,
+    LoggedTable,
+    Published,
+    RemoteCell,
+    SavedModel,
+)
 from tracker.tracking.wandb.runs import (
     WandbRun,
     artifact_name,
@@ -34,6 +42,7 @@ from tracker.tracking.wandb.runs import (
     group_of,
     intact_run,
     layer_run,
+    model_name,
 )
 from tracker.tracking.wandb.session import finished, is_offline, log_in, publishing, session, start
 from tracker.tracking.wandb.writing import attach, wandb_table, write
@@ -180,6 +189,25 @@ class WandbBackend(Backend):
             known = (one.id for one in there if one.display_name == views.TITLE)
             views.save_view(entity, project)
             return views.save_report(entity, project, text, next(known, None))
+
+    def add_model(self, model: SavedModel) -> str:
+        """Add a version of a pruned model, the best one by now, made of the outcomes of cells."""
+        with self._reading("W&B did not take the model"):
+            offline = is_offline()
+            if not offline:
+                log_in()
+            place: dict[str, Any] = {"entity": self._entity, "project": self._project}
+            facts = dict(model.facts)
+            handle = start(
+                self._results, **place, name=model.name, job_type="model", config={"tracker": facts}
+            )
+            with finished(handle):
+                for outcomes in [] if handle.offline else self._outcomes(model.made_of):
+                    handle.use_artifact(outcomes)
+                handle.summary.update(dict(model.figures))
+                artifact = wandb.Artifact(model_name(model.name), type="model", metadata=facts)
+                attach(handle, artifact, sorted(model.folder.iterdir()), ["best"])
+            return self._location(offline)
 
     @override
     def user(self) -> str:

@@ -23,6 +23,7 @@ from tracker.tracking.figures import (
     metric_name,
     not_finite,
     only_defined,
+    until_marks,
 )
 from tracker.tracking.identity import (
     content_digest,
@@ -95,7 +96,8 @@ def group_of(cell: CellRecord) -> str:
 
 def labels_of(cell: CellRecord, name: str, job_type: str) -> dict[str, Any]:
     """Say what W&B lists a run of a cell by, in the words of `wandb.init`."""
-    tags = (_fitting(cell.model.name, _TAG), _fitting(cell.benchmark.name, _TAG))
+    words = (cell.model.name, cell.benchmark.name, *(("stopped",) if cell.is_stopped else ()))
+    tags = tuple(_fitting(word, _TAG) for word in words)
     labels = {"name": _fitting(name, _NAME), "job_type": job_type, "tags": tags}
     return {**labels, "group": group_of(cell)}
 
@@ -108,7 +110,9 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
         layer.ablation,
         name=run_name(cell, layer),
         job_type="layer",
-        digest=content_digest(layer, FORMAT, group_of(cell), cell.metric),
+        digest=content_digest(
+            layer, FORMAT, group_of(cell), cell.metric, *until_marks(cell, layer).values()
+        ),
         own={
             "layer": layer.layer,
             "component": layer.component,
@@ -116,6 +120,7 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
             "intervention": layer.intervention,
         },
         reasons=absent_reasons(layer),
+        run=layer,
         note=layer_note(cell, layer),
         summary=figures,
     )
@@ -169,7 +174,7 @@ def cell_run(
         charts=charts,
         outcomes=OutcomesArtifact(
             name=artifact,
-            aliases=("complete", f"documents-{cell.n}") if cell.is_complete else ("incomplete",),
+            aliases=_aliases(cell),
             metadata={
                 "missing": list(cell.lacks),
                 "provenance": _nested(cell.provenance),
@@ -180,6 +185,12 @@ def cell_run(
     )
 
 
+def _aliases(cell: CellRecord) -> tuple[str, ...]:
+    if cell.is_complete:
+        return ("complete", f"documents-{cell.n}")
+    return ("stopped",) if cell.is_stopped and not cell.missing else ("incomplete",)
+
+
 def _run(
     cell: CellRecord,
     ablation: str,
@@ -188,6 +199,7 @@ def _run(
     job_type: str,
     own: Mapping[str, object],
     reasons: Mapping[str, str],
+    run: RunRecord | None = None,
     **parts: Any,
 ) -> WandbRun:
     key = run_key(cell, ablation)
@@ -207,6 +219,7 @@ def _run(
             **({"outcomes": outcomes.name} if outcomes else {}),
             **_facts(cell),
             "provenance": _nested(cell.provenance),
+            **until_marks(cell, run),
             "reasons": _nested({metric_name(name): why for name, why in reasons.items()}),
         },
     }
@@ -243,6 +256,11 @@ def artifact_name(cell: CellRecord) -> str:
     if len(key) > _ARTIFACT_NAME // 2:
         return _fitting(f"{name}-{key}", _ARTIFACT_NAME)
     return f"{name[: _ARTIFACT_NAME - len(key) - 1]}-{key}"
+
+
+def model_name(name: str) -> str:
+    """Name the artifact of a pruned model."""
+    return _fitting(re.sub(_NOT_IN_NAMES, "-", name), _ARTIFACT_NAME)
 
 
 def _fitting(text: str, limit: int) -> str:

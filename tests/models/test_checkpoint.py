@@ -1,0 +1,177 @@
+"""Every family, tiny: cut, saved, loaded by plain transformers, and asked; or refused in words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.engine.plain import skipped
+from tests.engine.registry import families, variants
+from tests.engine.test_registry import ONE_OF_EACH_KIND, find
+from tests.models.test_layers import make
+from tracker.errors import ModelError
+from tracker.models.checkpoint import refuse_unsizable, save, weight_bytes, without
+from tracker.models.layers import find_layers
+from tracker.models.load import LoadedModel, load_model
+from tracker.models.sources import find_model
+
+REMOVED = (0, 2)
+IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 7, 9, 11, 2, 40]])
+CLASS_COMPUTES = "saved and loaded by plain transformers, is another model"
+REFUSED = {
+    "beam": CLASS_COMPUTES,
+    "blt": "names None layers",
+    "diffllama": r"lambda_init was 0\.\d+, and its class computes 0\.2",
+    "dory": "n_input_layers",
+    "emu3": "Unrecognized configuration class",
+    "gemma3n_text": "embed_tokens_per_layer",
+    "gemma4": "embed_tokens_per_layer",
+    "gemma4_text": "embed_tokens_per_layer",
+    "glm_moe_dsa": "does not run without layers 0, 2: Shared DSA layers",
+    "hrm_text": "cannot tell which modules",
+    "hy_v4": "does not run without layers 0, 2: Shared DSA layers",
+    "inkling2_loop_text": "it has no place for",
+    "inkling2_text": "it has no place for",
+    "jamba": "cannot say that layers 0, 2 are gone: it asks for",
+    "longcat_flash": "cannot tell which modules",
+    "minicpm3": r"residual_scale was 0\.7, and its class computes 0\.98",
+    "mllama": "Unrecognized configuration class",
+    "modernbert-decoder": r"it has no place for model\.layers\.0\.attn_norm",
+    "olmo_hybrid": "validate_architecture",
+    "recurrent_gemma": "it asks for",
+    "rwkv": "it asks for",
+    "zamba2": "cannot be saved and loaded",
+    "zaya": "it has no place for",
+}
+"""Families whose configuration cannot say that these layers are gone, and what is said of them."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS, use_cache=False).logits
+
+
+def reloaded(model, folder):
+    model.save_pretrained(folder)
+    again, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    return again
+
+
+def source_of(variant, folder):
+    """A folder with the configuration alone: no weights are read."""
+    variant.config().save_pretrained(folder)
+    return find_model(str(folder))
+
+
+@pytest.mark.parametrize("family", families())
+def test_what_is_saved_is_the_really_pruned_model_or_refused(family, tmp_path):
+    variant = next(variants(family))
+    if family in REFUSED:
+        with pytest.raises(ModelError, match=REFUSED[family]):
+            refuse_unsizable(source_of(variant, tmp_path), REMOVED)
+        return
+    model = variant.model()
+    twin = without(model, REMOVED)
+    again = reloaded(twin, tmp_path)
+    assert torch.equal(logits(again), logits(twin))
+    assert again.config.get_text_config().num_hidden_layers == len(find_layers(model)) - 2
+    assert not torch.allclose(logits(again), logits(model), atol=1e-3), "they mattered"
+
+
+@pytest.mark.parametrize(("family", "name"), ONE_OF_EACH_KIND)
+def test_what_is_not_refused_before_is_saved_right(family, name, tmp_path):
+    """The verdict falls on a miniature, before anything is searched; here on every kind."""
+    variant = find(family, name)
+    for removed in ((0,), (1, 2)):
+        folder = tmp_path / f"{removed[0]}"
+        try:
+            refuse_unsizable(source_of(variant, folder / "base"), removed)
+        except ModelError:
+            continue
+        twin = without(variant.model(), removed)
+        again = reloaded(twin, folder / "saved")
+        # What is saved has the usual attention, also where this variant computes it eagerly.
+        assert torch.allclose(logits(again), logits(twin), atol=1e-4)
+
+
+def test_it_says_what_the_base_says_where_removed_layers_hand_on_their_input():
+    """A truth without `pruned`: hooks on the whole model."""
+    for family in ("llama", "gemma3_text", "deepseek_v3"):
+        model = next(variants(family)).model()
+        with skipped(model, REMOVED):
+            said = logits(model)
+        assert torch.allclose(logits(without(model, REMOVED)), said, atol=1e-4)
+
+
+def test_the_configuration_says_it_in_numbers_and_lists():
+    model = make("gemma3")
+    kinds = model.config.layer_types
+    twin = without(model, [1])
+    assert twin.config.num_hidden_layers == 3
+    assert twin.config.layer_types == [kinds[0], kinds[2], kinds[3]]
+    assert model.config.num_hidden_layers == 4, "the model is left alone"
+    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
+
+
+def test_first_layers_of_a_kind_are_counted_anew():
+    """DeepSeek's first layers have no experts, and the configuration says how many have not."""
+    model = next(variants("deepseek_v3")).model()
+    assert model.config.first_k_dense_replace == 1
+    assert without(model, [0]).config.first_k_dense_replace == 0
+    assert without(model, [2]).config.first_k_dense_replace == 1
+    assert model.config.first_k_dense_replace == 1
+
+
+def test_tied_weights_stay_tied_and_are_saved_once(tmp_path):
+    config = transformers.LlamaConfig(
+        **{**make("llama").config.to_dict(), "tie_word_embeddings": True}
+    )
+    twin = without(transformers.LlamaForCausalLM(config), [3])
+    again = reloaded(twin, tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert again.num_parameters() == twin.num_parameters()
+    assert weight_bytes(again) == weight_bytes(twin) == 4 * twin.num_parameters()
+
+
+def test_what_is_no_one_checkpoint_is_refused(tiny_llama, tmp_path):
+    folder = tiny_llama()
+    for removed, why in (
+        ([4], "layer 4 is out of range: .* has 4 layers, 0 to 3"),
+        (range(4), "no layer would be left"),
+    ):
+        with pytest.raises(ModelError, match=why):
+            refuse_unsizable(find_model(str(folder)), removed)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path / "packed")
+    with pytest.raises(ModelError, match=r"is quantised.*quantise what is exported"):
+        refuse_unsizable(find_model(str(tmp_path / "packed")), [1])
+
+
+def test_before_it_is_known_which_layers_one_is_tried_at_the_beginning_and_one_in_the_middle(
+    tiny_llama, tmp_path
+):
+    refuse_unsizable(find_model(str(tiny_llama())))
+    jamba = source_of(find("jamba", "plain"), tmp_path / "jamba")
+    with pytest.raises(ModelError, match="layer 0 is gone"):
+        refuse_unsizable(jamba)
+    # Jamba's kinds of layers come in pairs: what removes a pair leaves them as they were.
+    refuse_unsizable(jamba, [0, 1])
+
+
+def test_the_tokenizer_and_its_template_go_with_it(tiny_llama, tmp_path):
+    loaded = load_model(find_model(str(tiny_llama())), "float32")
+    assert isinstance(loaded, LoadedModel)
+    save(loaded, without(loaded.model, [1]), tmp_path / "saved")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    text = "The heart, because it is a muscle."
+    assert again(text).input_ids == loaded.tokenizer(text).input_ids
+    assert again.chat_template == loaded.tokenizer.chat_template != ""
+    assert (tmp_path / "saved" / "generation_config.json").is_file()

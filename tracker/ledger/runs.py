@@ -1,0 +1,168 @@
+"""What is said of one run of a cell, beside the intact model on the same documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from tracker.ablations import INTACT, Ablation
+from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.viewed import Array, Viewed, gold_logprobs, pairs
+from tracker.metrics.accuracy import (
+    Estimate,
+    accuracy,
+    accuracy_drop,
+    accuracy_relevance,
+    chance_accuracy,
+    drop_sd,
+    weights_by_task,
+)
+from tracker.metrics.proxies import cosine_score
+from tracker.metrics.ratios import RATIO, ratio_of_sums
+from tracker.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
+
+Aggregate = Callable[[str, Sequence[float | str]], float | None]
+ONE_LOOK = "it holds for one look, and how many documents there are was decided by many"
+"""Why a cell that was stopped by what it showed lacks an interval or a p-value."""
+
+_NOT_FINITE = "a hidden state of a baseline token is not finite or is zero"
+_WHOLE_ONLY = "measured for whole single layers only"
+_NO_METRIC = "a document has no finite score, or only lm-eval can aggregate this metric"
+
+
+class Intact:
+    """What of the intact model a run's figures are set beside, on some documents.
+
+    `chance` is None for a loss.
+    """
+
+    def __init__(self, outcomes: Viewed, metric: str) -> None:
+        by_size = outcomes.identity.benchmark.weight_by_size
+        self.outcomes, self.metric = outcomes, metric
+        self.weights = weights_by_task(outcomes.tasks, by_size, outcomes.units(metric))
+        self.by_document = weights_by_task(outcomes.tasks, by_size)
+        self.before = outcomes.metric(INTACT, metric)
+        self.baseline = accuracy(self.before, self.weights)
+        self.gold = gold_logprobs(outcomes.of(INTACT))
+        choices = outcomes.of(INTACT)["choices"].to_numpy(dtype=np.float64)
+        is_accuracy = outcomes.higher_is_better(metric)
+        self.chance = chance_accuracy(choices, self.weights) if is_accuracy else None
+
+
+def run_record(
+    intact: Intact, run: RunIdentity, proxies: dict[str, float | None], aggregate: Aggregate
+) -> RunRecord:
+    """Derive what is said of one run, `proxies` but for the cosine score."""
+    outcomes, metric = intact.outcomes, intact.metric
+    ablation = outcomes.ablation(run)
+    after = outcomes.metric(ablation, metric)
+    before = intact.before
+    pair = (before, after) if outcomes.higher_is_better(metric) else (after, before)
+    drop = accuracy_drop(*pair, intact.weights)
+    spread = drop_sd(*pair, intact.weights)
+    accurate = accuracy(after, intact.weights)
+    relevance = (
+        Estimate(None, reason=f"{metric} is no accuracy")
+        if intact.chance is None
+        else accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
+    )
+    gold_drop = _mean_drop(intact.gold, gold_logprobs(outcomes.of(ablation)), intact.by_document)
+    proxies = {**proxies, "cosine_score": cosine_score(proxies["cosine_similarity"])}
+    metrics = metric_values(outcomes, ablation, aggregate)
+    undefined = {
+        "accuracy": accurate.reason,
+        "accuracy_drop": drop.reason,
+        "drop_sd": spread.reason,
+        "accuracy_relevance": relevance.reason,
+        "gold_logprob_drop": gold_drop.reason,
+        "mcnemar_p": None
+        if drop.p_value is not None
+        else drop.reason or "the outcomes are not all right or wrong",
+        **{
+            name: _NOT_FINITE if run.kind == WHOLE_LAYER else _WHOLE_ONLY
+            for name, value in proxies.items()
+            if value is None
+        },
+        **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
+        PROVENANCE: outcomes.mismatch(ablation),
+    }
+    return RunRecord(
+        **dict(run),
+        ablation=ablation.name,
+        n=len(outcomes.tasks),
+        accuracy=accurate.value,
+        accuracy_drop=drop.value,
+        accuracy_drop_low=drop.low,
+        accuracy_drop_high=drop.high,
+        drop_sd=spread.value,
+        mcnemar_p=drop.p_value,
+        accuracy_relevance=relevance.value,
+        gold_logprob_drop=gold_drop.value,
+        metrics=metrics,
+        reasons={name: reason for name, reason in undefined.items() if reason},
+        **proxies,
+    )
+
+
+def at_all_looks(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
+    """Give a run the bounds that hold at every look, and take away what holds at one."""
+    reasons = {"mcnemar_p": ONE_LOOK}
+    if bounds is None:
+        reasons["accuracy_drop_low"] = "the question is not about it"
+    return run.model_copy(
+        update={
+            "accuracy_drop_low": None if bounds is None else bounds.low,
+            "accuracy_drop_high": None if bounds is None else bounds.high,
+            "mcnemar_p": None,
+            "reasons": {**run.reasons, **reasons},
+        }
+    )
+
+
+def metric_values(
+    outcomes: Viewed, ablation: Ablation, aggregate: Aggregate
+) -> dict[str, float | None]:
+    """Every metric of the benchmark, aggregated as lm-eval does."""
+    rows = outcomes.of(ablation)
+    benchmark = outcomes.identity.benchmark
+    by_task = [
+        (task, mine) for task in benchmark.tasks if len(mine := rows[rows["task"] == task.name])
+    ]
+    weights = [len(mine) for _, mine in by_task] if benchmark.weight_by_size else None
+    values: dict[str, float | None] = {}
+    for name in benchmark.tasks[0].metrics:
+        per_task = [
+            _aggregated(mine, METRIC + name, task.metrics.get(name), aggregate)
+            for task, mine in by_task
+        ]
+        defined = [value for value in per_task if value is not None]
+        complete = len(defined) == len(per_task)
+        values[name] = float(np.average(defined, weights=weights)) if complete else None
+    return values
+
+
+def _aggregated(
+    rows: pd.DataFrame, column: str, how: str | None, aggregate: Aggregate
+) -> float | None:
+    """One metric of one task; None where a document has no value, or lm-eval alone can tell."""
+    if how is None or column not in rows or rows[column].isna().any():
+        return None
+    if how == RATIO:
+        return finite(ratio_of_sums(RATIO, pairs(rows[column]).tolist()))
+    return aggregate(how, rows[column].to_list())
+
+
+def _mean_drop(before: Array, after: Array, weights: Array) -> Estimate:
+    drop = before - after
+    bad = int((~np.isfinite(drop)).sum())
+    if bad:
+        return Estimate(None, reason=f"{bad} of {len(drop)} documents have no finite gold score")
+    return Estimate(float(weights @ drop))
+
+
+def finite(value: float) -> float | None:
+    """Keep a figure that is a finite number."""
+    return float(value) if math.isfinite(value) else None

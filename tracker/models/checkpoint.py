@@ -1,0 +1,262 @@
+"""A model without some of its layers as an ordinary checkpoint, which plain transformers loads.
+
+The layers are taken out by `pruned`, as wherever else a model is really pruned. What is added here:
+the configuration says in numbers and lists all that the model is, or the model is refused.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from tracker.errors import ModelError
+from tracker.models.layers import find_layers
+from tracker.models.load import LoadedModel
+from tracker.models.miniature import miniature
+from tracker.models.pruned import pruned
+from tracker.models.sources import ModelSource, read_config, unreadable
+
+PROBE = 48
+"""Tokens that a miniature reads, more than its windows see."""
+ROUNDING = 1e-4
+"""Of the largest logit: what two ways of computing a miniature's experts differ by."""
+_IDLE = ("name_or_path", "training")
+"""Of a module: what has no bearing on what it computes here."""
+_COUNTS = ("layer", "dense", "block")
+"""Words in the names of numbers that may count the first layers of a kind."""
+
+
+def without(model: Any, removed: Collection[int]) -> Any:
+    """Copy a model without some layers, with a configuration that says all of what is left.
+
+    Args:
+        model: A causal language model of transformers.
+        removed: The layers to take out, 0-based.
+
+    Returns:
+        The copy; it shares the weights.
+
+    Raises:
+        ModelError: Its configuration cannot say what is left; says why.
+    """
+    kept = [index for index in range(len(find_layers(model))) if index not in removed]
+    twin = pruned(model, removed)
+    config = twin.config.get_text_config()
+    wanted = _shapes(twin)
+    why = _misfit(twin.config, wanted)
+    for counts in _counts(config, kept) if why else ():
+        before = {name: getattr(config, name) for name in counts}
+        vars(config).update(counts)
+        if _misfit(twin.config, wanted) is None:
+            return twin
+        vars(config).update(before)
+    if why:
+        raise ModelError(
+            f"{type(model).__name__}: its configuration cannot say that {_named(removed)} "
+            f"{'is' if len(removed) == 1 else 'are'} gone: {why}"
+        )
+    return twin
+
+
+def _counts(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Numbers that count the first layers of a kind, as of the kept ones: each alone, and all.
+
+    Such as `first_k_dense_replace`: the first so many layers have no experts.
+    """
+    total = len(kept)
+    found = {
+        name: sum(layer < value for layer in kept)
+        for name, value in vars(config).items()
+        if type(value) is int
+        and value > 0
+        and value != total
+        and any(word in name for word in _COUNTS)
+        and "hidden_layers" not in name
+    }
+    changed = {name: left for name, left in found.items() if left != getattr(config, name)}
+    for name, left in changed.items():
+        yield {name: left}
+    if len(changed) > 1:
+        yield changed
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _misfit(config: Any, wanted: dict[str, tuple[int, ...]]) -> str | None:
+    """Say what of a model its configuration, once it is saved and read, does not describe."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with TemporaryDirectory() as folder, torch.device("meta"):
+            config.save_pretrained(folder)
+            read = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+            found = _shapes(AutoModelForCausalLM.from_config(read, trust_remote_code=True))
+    except Exception as error:  # noqa: BLE001  whatever a class says to lists of another length
+        return _first(error)
+    for name in sorted(found.keys() | wanted.keys()):
+        if name not in wanted:
+            return f"it asks for {name}, which is not left"
+        if name not in found:
+            return f"it has no place for {name}"
+        if found[name] != wanted[name]:
+            return f"{name} is {list(wanted[name])}, and it says {list(found[name])}"
+    return None
+
+
+def refuse_unsizable(
+    source: ModelSource, removed: Collection[int] | None = None, trust_remote_code: bool = False
+) -> None:
+    """Refuse a model that plain transformers could not load without some layers; reads no weights.
+
+    A miniature of the model is cut, saved, loaded and asked, which takes a second.
+
+    Args:
+        source: The model.
+        removed: The layers; None before it is known which: then one at the beginning and one in the
+            middle, each alone.
+        trust_remote_code: Whether code from a download may run.
+
+    Raises:
+        ModelError: Its configuration cannot say what would be left, or what loads is another model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if source.adapter is not None:
+        raise ModelError(
+            f"model_args: {source.source} with an adapter beside its weights is no one checkpoint; "
+            "merge it first: PeftModel.merge_and_unload(), then save_pretrained()"
+        )
+    config = read_config(source, trust_remote_code)
+    quantised = getattr(config, "quantization_config", None) or any(
+        name.startswith(("load_in_", "bnb_")) for name in source.arguments
+    )
+    if quantised and not source.gguf_file:
+        raise ModelError(
+            f"{source.source} is quantised, and what layers lack would have to be packed anew: "
+            "export the model in float32 or bfloat16, and quantise what is exported"
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
+        raise unreadable(source, error) from None
+    total = len(find_layers(model))
+    small = miniature(model)
+    for some in [removed] if removed is not None else [[0], [total // 2]]:
+        beyond = [layer for layer in some if not 0 <= layer < total]
+        if beyond or len(set(some)) >= total:
+            what = f"layer {beyond[0]} is out of range" if beyond else "no layer would be left"
+            raise ModelError(f"{what}: {source.source} has {total} layers, 0 to {total - 1}")
+        if small is None:
+            without(model, some)
+        else:
+            _try(small, some)
+
+
+def _try(small: Any, removed: Collection[int]) -> None:
+    """Cut, save and load a miniature; ModelError where what is loaded says something else."""
+    from transformers import AutoModelForCausalLM
+
+    name = type(small).__name__
+    small.float()
+    twin = without(small, removed)
+    config = twin.config.get_text_config()
+    # The row of the token that fills up is whatever a class sets it to when it loads.
+    filler = getattr(config, "pad_token_id", None)
+    tokens = [token for token in range(config.vocab_size) if token != filler]
+    ids = torch.tensor([(tokens * PROBE)[:PROBE]])
+    try:
+        said = _ask(twin, ids)
+    except Exception as error:  # noqa: BLE001  whatever a class says where a layer is missing
+        raise ModelError(
+            f"{name} does not run without {_named(removed)}: {_first(error)}"
+        ) from None
+    with TemporaryDirectory() as folder:
+        try:
+            twin.save_pretrained(folder)
+            again, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
+            )
+            left = [*found["missing_keys"], *found["unexpected_keys"]]
+            heard = _ask(again.eval(), ids)
+        except Exception as error:  # noqa: BLE001  the same
+            raise ModelError(
+                f"{name} without {_named(removed)} cannot be saved and loaded: {_first(error)}"
+            ) from None
+    far = float((said - heard)[..., tokens].abs().max())
+    if left or not far <= ROUNDING * max(1.0, float(said.abs().max())):
+        raise ModelError(
+            f"{name} without {_named(removed)}, saved and loaded by plain transformers, is another "
+            f"model (logits differ by {far:.3g}): {_difference(twin, again)}"
+        )
+
+
+@torch.inference_mode()
+def _ask(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _difference(one: Any, other: Any) -> str:
+    """Name the first number of a module that differs: what the class computes by itself."""
+    theirs = dict(other.named_modules())
+    for path, module in one.named_modules():
+        for name, value in vars(module).items():
+            if not isinstance(value, (bool, int, float, str)) or name in _IDLE:
+                continue
+            found = vars(theirs[path]).get(name) if path in theirs else None
+            if found != value:
+                return f"{path}.{name} was {value}, and its class computes {found}"
+    return "its class computes something from where a layer stands"
+
+
+def _named(removed: Collection[int]) -> str:
+    layers = ", ".join(map(str, sorted(removed)))
+    return f"layer{'s' if len(removed) > 1 else ''} {layers}"
+
+
+def _first(error: Exception) -> str:
+    """Say in a line what was raised; what ends with a colon goes on in the next line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return said[:300] or type(error).__name__
+
+
+def save(loaded: LoadedModel, twin: Any, folder: Path) -> None:
+    """Save a copy of a loaded model with its tokenizer: weights, configurations, chat template.
+
+    Args:
+        loaded: The model.
+        twin: The copy.
+        folder: Where; it is made.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    if getattr(twin, "hf_quantizer", None) is not None:
+        # What a GGUF file held is dequantised, and only its marks are left.
+        twin.hf_quantizer = None
+        twin.is_quantized = False
+        for config in (twin.config, twin.config.get_text_config()):
+            vars(config).pop("quantization_config", None)
+    twin.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def weight_bytes(model: Any) -> int:
+    """Count the bytes of a model's weights, tied ones once."""
+    return sum(each.numel() * each.element_size() for each in model.parameters())
+
+
+def release() -> None:
+    """Give back what models have left of an accelerator's memory, for another process to use."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

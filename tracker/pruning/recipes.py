@@ -1,0 +1,55 @@
+"""How other tools make the same model, and what they are told where plain transformers cannot."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from itertools import pairwise
+
+import yaml
+
+from tracker.config import Component
+from tracker.models.sources import ModelSource
+
+
+def recipes(
+    source: ModelSource, dtype: str, kept: Sequence[int], removed: Sequence[int]
+) -> dict[str, str]:
+    """Say how mergekit and llama.cpp make a model: tool → what it is given.
+
+    mergekit reads safetensors, llama.cpp GGUF: the base in the other form is called by its name.
+    """
+    file = source.gguf_file
+    return {
+        "mergekit": mergekit(source.name if file else source.source, dtype, kept),
+        "llama.cpp": llama_quantize(file or f"{source.name}.gguf", removed),
+    }
+
+
+def mergekit(base: str, dtype: str, kept: Sequence[int]) -> str:
+    """Write a passthrough configuration: ranges of kept layers, half-open."""
+    slices = [
+        {"sources": [{"model": base, "layer_range": [first, stop]}]} for first, stop in runs(kept)
+    ]
+    said = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
+    return yaml.safe_dump(said, sort_keys=False, default_flow_style=None, width=1000)
+
+
+def runs(kept: Sequence[int]) -> list[tuple[int, int]]:
+    """Put ascending layers into half-open ranges."""
+    breaks = [place for place, (one, next_) in enumerate(pairwise(kept), 1) if next_ != one + 1]
+    bounds = [0, *breaks, len(kept)]
+    return [(kept[start], kept[stop - 1] + 1) for start, stop in pairwise(bounds)]
+
+
+def llama_quantize(file: str, removed: Sequence[int]) -> str:
+    """Write the command of llama.cpp (b5740 and later); COPY quantises nothing."""
+    layers = ",".join(map(str, sorted(removed)))
+    return f"llama-quantize --prune-layers {layers} {shlex.quote(file)} pruned.gguf COPY"
+
+
+def skip_lists(component: Component, layers: Sequence[int]) -> str:
+    """Write what LLM-Drop's own model classes read from a configuration."""
+    lists = {"drop_attn_list": "attention", "drop_mlp_list": "mlp"}
+    return json.dumps({name: list(layers) if component == of else [] for name, of in lists.items()})

@@ -1,0 +1,169 @@
+"""How much less has to be measured where a question is enough?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tracker.ablations import removals
+from tracker.config import CellRequest
+from tracker.errors import ExperimentError, RequestError
+from tracker.ledger.races import refuse_unbounded
+from tracker.questions import question
+from tracker.reporting.formats import points
+from tracker.studies.base import Asked, Said, Subject
+from tracker.studies.savings.charts import passes_chart
+from tracker.studies.savings.figures import (
+    ORDERS,
+    Hardest,
+    Measured,
+    Replayed,
+    hardest,
+    measured,
+    orders_of,
+    replayed,
+)
+from tracker.studies.savings.tables import bounds_table, named, savings_table, times
+
+QUESTIONS = (
+    "drop within 2 pp",
+    "drop within 5 pp",
+    "top 5",
+    "top 5 within 1 pp",
+    "top 5 within 2 pp",
+    "prune 8",
+    "prune 8 within 0.5 pp",
+    "prune 8 within 1 pp",
+    "sign",
+)
+"""What is asked where nothing else is said."""
+
+_ANY_MODEL = 10**6
+"""Layers, before it is known how many a model has: spans that it is too short for count too."""
+
+_ASSUMED = (
+    f"The measured documents are the population: each question is raced for in {ORDERS} random "
+    "orders of them, with a look after every block of 32, and its answer is held against that of "
+    "all of them. What it would take in a larger split is not said.",
+    "Layer passes are those of the baseline and of the runs that are open, with the layers shared "
+    "that they share; a document counts as one, whatever its tokens. Running lm-eval once for the "
+    "baseline and each run passes all layers each time. That it also reads shared tokens again "
+    "and again is not counted; 'tracker plan' says how many.",
+    "A wrong answer is a set that is not that of all documents (with a tolerance: that holds a run "
+    "which is more than that below the last place, or lacks one more than that above it), a sign "
+    "that is another one, or an interval that does not hold the drop, of any run.",
+    "The bounds are those of 'until': bets without replacement (Waudby-Smith and Ramdas 2020, "
+    "2024), shared among runs, or among pairs of runs, by Bonferroni.",
+    "The documents of a test that looks once rest on the normal approximation for a finite "
+    "population, the same Bonferroni, 80 % power for sets and signs, and on the drops and standard "
+    "deviations of all documents, which nobody knows in advance.",
+)
+
+
+class Savings:
+    """Replays how 'until' would have ended a cell, for `questions`, or those above."""
+
+    name = "savings"
+    question = "How much less has to be measured where a question is enough?"
+
+    def __init__(self, questions: Sequence[str] = ()) -> None:
+        try:
+            self._asked = [question(text) for text in questions or QUESTIONS]
+        except ValueError as error:
+            raise RequestError(f"--question: {error}") from None
+        self._named = bool(questions)
+
+    def requests(self, asked: Asked) -> list[CellRequest]:
+        """Take the file's cells; RequestError where a named question cannot be asked of one."""
+        cells = asked.experiment.cells()
+        for cell in cells:
+            runs = len(list(removals(cell, _ANY_MODEL)))
+            try:
+                for one in self._asked if self._named else ():
+                    one.refuse(runs)
+            except ValueError as error:
+                raise RequestError(f"{cell.title}: --question: {error}") from None
+        return cells
+
+    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+        """Say what each question took, and what bounds it."""
+        answers, tables, charts, lacking = [], [], [], []
+        races: list[Replayed] = []
+        for subject in subjects:
+            if reason := _unusable(subject):
+                lacking.append(f"{subject.record.title}: {reason}")
+                continue
+            cell = measured(subject)
+            orders = orders_of(len(cell.drops))
+            questions = [one for one in self._asked if one.fits(len(cell.runs))]
+            found = [replayed(cell, one, orders) for one in questions]
+            bounds = [hardest(cell, one) for one in questions]
+            answers.append(_answer(cell, found))
+            answers.append(_bounded(cell, found, bounds))
+            tables += [savings_table(cell, found), bounds_table(cell, found, bounds)]
+            charts.append(passes_chart(cell, found))
+            races += found
+        if races:
+            answers.append(_errors(races))
+        else:
+            answers = ["Nothing could be raced for."]
+        return Said(answers, tables, charts, lacking, _ASSUMED)
+
+
+def _unusable(subject: Subject) -> str:
+    """Say why a cell's outcomes cannot be raced for; empty where they can."""
+    metric = subject.store.views.of(subject.request).metric
+    try:
+        refuse_unbounded(subject.store.identity.benchmark, metric)
+    except ExperimentError:
+        return (
+            f"{metric} is no mean of outcomes between 0 and 1; name another 'metric', such as acc"
+        )
+    cell = measured(subject)
+    if not len(cell.drops) or not cell.runs:
+        return "no document is measured under all runs"
+    if not (np.abs(cell.drops) <= cell.reach).all():
+        return f"{metric} of some document is not between 0 and 1"
+    return ""
+
+
+def _answer(cell: Measured, found: Sequence[Replayed]) -> str:
+    parts = [
+        f"{one.asked}: {points(float(np.median(one.passes)))} % "
+        f"({points(float(np.quantile(one.passes, 0.9)))} %)"
+        for one in found
+    ]
+    cheapest = min(found, key=lambda one: float(np.median(one.passes)))
+    return (
+        f"{cell.title}, {len(cell.drops):,} documents, {len(cell.runs)} runs: what each question "
+        f"takes of all layer passes, in the median of {ORDERS} orders (in nine of ten at most): "
+        f"{'; '.join(parts)}. '{cheapest.asked}' takes {times(cell, cheapest):.3g} times fewer "
+        f"than lm-eval once for each run, of which a factor of {cell.plain / cell.everything:.3g} "
+        "is the sharing of layers."
+    )
+
+
+def _bounded(cell: Measured, found: Sequence[Replayed], bounds: Sequence[Hardest]) -> str:
+    """Say what bounds the dearest question."""
+    dearest = int(np.argmax([np.median(one.passes) for one in found]))
+    one, bound = found[dearest], bounds[dearest]
+    said = f"{cell.title}: the dearest, '{one.asked}', is bounded by {named(bound)}"
+    if bound.documents.value is None:
+        return f"{said}: {bound.documents.reason}."
+    return (
+        f"{said}, where a document has a standard deviation of {points(bound.sd)} pp: a test "
+        f"that looks once, at the number of documents that is right in advance, would need "
+        f"{bound.documents.value:,.0f} of the {len(cell.drops):,}; the race took "
+        f"{float(np.median(one.documents)) * len(cell.drops):,.0f}."
+    )
+
+
+def _errors(races: Sequence[Replayed]) -> str:
+    wrong = sum(int(one.wrong.sum()) for one in races)
+    most = max(float(one.wrong.mean()) for one in races)
+    promised = max(1 - one.asked.level for one in races)
+    return (
+        f"Of {len(races) * ORDERS:,} races {wrong:,} ended with a wrong answer; of one question in "
+        f"one cell at most {points(most)} %, where {points(promised)} % are promised at most."
+    )

@@ -1,0 +1,263 @@
+"""What the study `savings` computes: races over random orders of outcomes that are all measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from tracker.ablations import INTACT, Ablation
+from tracker.engine.streams import plain_passes, plan_streams
+from tracker.ledger.blocks import BLOCK
+from tracker.metrics.accuracy import Estimate
+from tracker.metrics.duels import SAME, Duels
+from tracker.metrics.races import standing
+from tracker.metrics.resampling import SEED
+from tracker.metrics.sequences import MeanSequences
+from tracker.questions import Question
+from tracker.records import RunIdentity
+from tracker.studies.base import Subject
+from tracker.studies.documents import ByDocument
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+ORDERS = 200
+"""Random orders of the documents, each of which is raced through."""
+POWER = 0.8
+"""Of the design with a fixed number of documents."""
+_AT_ONCE = 20
+"""Orders whose bounds are drawn at once."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell whose documents are all measured under all runs.
+
+    Attributes:
+        title: Its name.
+        runs: The runs.
+        drops: `[documents, runs]`, each document's drops by its weight, so that a plain mean over
+            all is the benchmark's drop.
+        reach: How large such a drop can be.
+        passes: Which runs are open → the layer passes of a token, the baseline's with theirs.
+        everything: The same for all runs.
+        plain: The same for the baseline and all runs one after the other, as lm-eval runs them.
+    """
+
+    title: str
+    runs: tuple[RunIdentity, ...]
+    drops: Array
+    reach: float
+    passes: Callable[[Mask], float]
+    everything: float
+    plain: float
+
+
+def measured(subject: Subject) -> Measured:
+    """Take a cell's outcomes."""
+    cell = ByDocument(subject)
+    runs = cell.outcomes.runs
+    ablations = [cell.outcomes.ablation(run) for run in runs]
+    scale = cell.weights * len(cell.tasks)
+    layers = subject.record.model.layers
+    passes = passes_of(ablations, layers)
+    return Measured(
+        subject.record.title,
+        tuple(runs),
+        cell.drops(ablations) * scale[:, None],
+        float(scale.max()),
+        passes,
+        passes(np.ones(len(runs), dtype=bool)),
+        sum(plain_passes([INTACT, *ablations], layers)) / 2,
+    )
+
+
+def passes_of(ablations: Sequence[Ablation], layers: int) -> Callable[[Mask], float]:
+    """Say how many layers a token passes under the baseline and any of some ablations."""
+
+    def planned(some: Sequence[Ablation]) -> float:
+        return plan_streams([INTACT, *some], layers).layer_passes
+
+    baseline = planned([])
+    alone = np.array([planned([one]) - baseline for one in ablations])
+    if baseline + alone.sum() == planned(ablations):
+        # No two ablations share a stream of their own, so that no fewer of them do.
+        return lambda some: float(baseline + alone[some].sum())
+
+    @cache
+    def together(some: tuple[bool, ...]) -> float:
+        return planned([one for one, is_open in zip(ablations, some, strict=True) if is_open])
+
+    return lambda some: together(tuple(some.tolist()))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A question, raced for in many orders: `[orders]` each.
+
+    Attributes:
+        asked: The question.
+        documents: The share of the documents that were looked at.
+        passes: The share of the layer passes that this took.
+        answered: Whether it was answered, at the latest by all documents.
+        wrong: Whether what was said by then contradicts all documents.
+    """
+
+    asked: Question
+    documents: Array
+    passes: Array
+    answered: Mask
+    wrong: Mask
+
+
+def replayed(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> Replayed:
+    """Race through a cell's documents in each of some orders `[orders, documents]`.
+
+    A look follows every block, and runs whose part is settled take no further part: what a `Race`
+    does, without the bounds that its answer does not need.
+    """
+    race = _single_means if asked.count is None else _set
+    looked, passed, answered, wrong = race(cell, asked, orders)
+    documents = orders.shape[1]
+    return Replayed(
+        asked, looked / documents, passed / documents / cell.everything, answered, wrong
+    )
+
+
+_Races = tuple[Array, Array, Mask, Mask]
+
+
+def _set(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
+    assert asked.count is not None
+    values = cell.drops if asked.kind == "top" else -cell.drops
+    population, runs = values.shape
+    means = values.mean(axis=0)
+    last, slack = np.sort(means)[-asked.count], (asked.within or 0.0) + SAME
+    looked, passed = np.zeros(len(orders)), np.zeros(len(orders))
+    answered, wrong = np.zeros(len(orders), dtype=bool), np.zeros(len(orders), dtype=bool)
+    for n, order in enumerate(orders):
+        duels = Duels(
+            population,
+            runs,
+            asked.count,
+            within=asked.within,
+            level=asked.level,
+            reach=2 * cell.reach,
+        )
+        while duels.open.any() and duels.seen < population:
+            block = values[order[duels.seen : duels.seen + BLOCK]]
+            passed[n] += len(block) * cell.passes(duels.open)
+            duels.look(block)
+        looked[n], answered[n] = duels.seen, not duels.open.any()
+        left_out = ~duels.chosen & ~duels.open
+        wrong[n] = (means[duels.chosen] < last - slack).any()
+        wrong[n] |= (means[left_out] > last + slack).any()
+    return looked, passed, answered, wrong
+
+
+def _single_means(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
+    parts = [
+        _some_single_means(cell, asked, orders[start : start + _AT_ONCE])
+        for start in range(0, len(orders), _AT_ONCE)
+    ]
+    looked, passed, answered, wrong = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return looked, passed, answered, wrong
+
+
+def _some_single_means(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
+    """Race in several orders side by side: each mean is a series in each order."""
+    population, runs = cell.drops.shape
+    bounds = MeanSequences(
+        population,
+        len(orders) * runs,
+        level=asked.level,
+        together=runs,
+        lowest=-cell.reach,
+        highest=cell.reach,
+        within=asked.within,
+    )
+    looked, passed = np.zeros(len(orders)), np.zeros(len(orders))
+    stands = standing(asked.kind, bounds.low, bounds.high, asked.within)
+    for start in range(0, population, BLOCK):
+        by_order = stands.open.reshape(-1, runs)
+        going = by_order.any(axis=1)
+        if not going.any():
+            break
+        block = cell.drops[orders[:, start : start + BLOCK]].transpose(1, 0, 2)
+        for n in np.flatnonzero(going):
+            looked[n] += len(block)
+            passed[n] += len(block) * cell.passes(by_order[n])
+        series = np.flatnonzero(stands.open)
+        bounds.add(block.reshape(len(block), -1)[:, series], series)
+        stands = standing(asked.kind, bounds.low, bounds.high, asked.within)
+    means = np.tile(cell.drops.mean(axis=0), len(orders))
+    if asked.kind == "drop":
+        missed = (bounds.low > means + SAME) | (bounds.high < means - SAME)
+    else:
+        said = np.where(bounds.low > SAME, 1, np.where(bounds.high < -SAME, -1, 0))
+        is_so = np.where(means > SAME, 1, np.where(means < -SAME, -1, 0))
+        missed = ~stands.open & (said != is_so)
+    is_open, is_wrong = stands.open.reshape(-1, runs), missed.reshape(-1, runs)
+    return looked, passed, ~np.any(is_open, axis=1), np.any(is_wrong, axis=1)
+
+
+@dataclass(frozen=True)
+class Hardest:
+    """What bounds a question's cost.
+
+    Attributes:
+        runs: Whose drop, or whose difference of two drops, is the hardest to know.
+        distance: How exactly it must be known: for a set, how far the last one in and the first
+            one out are apart, with what is tolerated; for a sign, the drop; else what is asked.
+        sd: The standard deviation of a document's drop, or difference.
+        documents: How many documents a test would need that looks once, at a number of documents
+            that was right in advance, with the same confidence for all, and the power `POWER`.
+    """
+
+    runs: tuple[RunIdentity, ...]
+    distance: float
+    sd: float
+    documents: Estimate
+
+
+def hardest(cell: Measured, asked: Question) -> Hardest:
+    """Find what bounds a question's cost."""
+    drops, chance = cell.drops, 1 - asked.level
+    population, runs = drops.shape
+    means, sds = drops.mean(axis=0), drops.std(axis=0)
+    power = float(stats.norm.ppf(POWER))
+    if asked.count is not None:
+        order = np.argsort(-means if asked.kind == "top" else means, kind="stable")
+        ends = order[asked.count - 1 : asked.count + 1]
+        difference = drops[:, ends[0]] - drops[:, ends[1]]
+        distance = abs(float(difference.mean())) + (asked.within or 0.0)
+        sd, shared = float(difference.std()), asked.count * (runs - asked.count)
+        reach = float(stats.norm.ppf(1 - chance / shared)) + power
+    elif asked.kind == "drop":
+        ends = np.array([np.argmax(sds)])
+        distance, sd = asked.within or 0.0, float(sds[ends[0]])
+        reach = float(stats.norm.ppf(1 - chance / (2 * runs)))
+    else:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            hard = np.where(sds > 0, sds / np.where(abs(means) > SAME, abs(means), np.nan), 0.0)
+        ends = np.array([np.argmax(np.where(np.isnan(hard), np.inf, hard))])
+        distance, sd = abs(float(means[ends[0]])), float(sds[ends[0]])
+        reach = float(stats.norm.ppf(1 - chance / (2 * runs))) + power
+    if distance <= SAME:
+        tie = "two runs tie" if asked.count else "the drop is 0"
+        documents = Estimate(None, reason=f"{tie}, which only all documents show")
+    else:
+        endless = (reach * sd / distance) ** 2
+        documents = Estimate(float(math.ceil(endless / (1 + endless / population))))
+    return Hardest(tuple(cell.runs[n] for n in ends), distance, sd, documents)
+
+
+def orders_of(documents: int) -> NDArray[np.int64]:
+    """Draw random orders of so many documents."""
+    generator = np.random.default_rng(SEED)
+    return np.stack([generator.permutation(documents) for _ in range(ORDERS)])

@@ -1,0 +1,105 @@
+"""The tables of the study `savings`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tracker.findings import FoundTable
+from tracker.reporting.formats import points
+from tracker.studies.layout import estimated, table
+from tracker.studies.savings.figures import ORDERS, POWER, Hardest, Measured, Replayed
+
+
+def times(cell: Measured, one: Replayed) -> float:
+    """How many times fewer layer passes than lm-eval once for the baseline and each run."""
+    return cell.plain / cell.everything / float(np.median(one.passes))
+
+
+def named(bound: Hardest) -> str:
+    """Name what is the hardest to know."""
+    names = [run.label() for run in bound.runs]
+    if len(names) == 2:
+        return f"{names[0]} and {names[1]}, {_fine(bound.distance)} pp to tell apart"
+    return f"{names[0]}, to be known by {_fine(bound.distance)} pp"
+
+
+def _fine(distance: float) -> str:
+    """Write a distance, which may be a small part of a point."""
+    return f"{100 * distance:.2g}"
+
+
+def savings_table(cell: Measured, found: Sequence[Replayed]) -> FoundTable:
+    """List what each question took."""
+    rows = [
+        (
+            str(one.asked),
+            float(np.median(one.documents)),
+            float(np.quantile(one.documents, 0.9)),
+            float(np.median(one.passes)),
+            float(np.quantile(one.passes, 0.9)),
+            times(cell, one),
+            float((one.answered & (one.documents < 1)).mean()),
+            float(one.answered.mean()),
+            float(one.wrong.mean()),
+            1 - one.asked.level,
+        )
+        for one in found
+    ]
+    return table(
+        f"{cell.title}: what each question takes of {len(cell.drops):,} documents",
+        (
+            ("question", "text"),
+            ("documents", "percent"),
+            ("documents, nine of ten", "percent"),
+            ("layer passes", "percent"),
+            ("layer passes, nine of ten", "percent"),
+            ("fewer than lm-eval", "times"),
+            ("answered before the end", "percent"),
+            ("answered by the end", "percent"),
+            ("wrong", "percent"),
+            ("promised", "percent"),
+        ),
+        rows,
+        (
+            f"Documents and layer passes: the median of {ORDERS} random orders, and what nine of "
+            "ten took at most, of those that all documents and runs take. Fewer than lm-eval: the "
+            "layer passes of lm-eval once for the baseline and once for each run, over the "
+            "median. Unanswered by the end are exact ties.",
+        ),
+    )
+
+
+def bounds_table(
+    cell: Measured, found: Sequence[Replayed], bounds: Sequence[Hardest]
+) -> FoundTable:
+    """List what bounds each question."""
+    rows = [
+        (
+            str(one.asked),
+            named(bound),
+            bound.sd,
+            estimated(bound.documents),
+            float(np.median(one.documents)) * len(cell.drops),
+        )
+        for one, bound in zip(found, bounds, strict=True)
+    ]
+    return table(
+        f"{cell.title}: what bounds each question",
+        (
+            ("question", "text"),
+            ("the hardest to know", "text"),
+            ("standard deviation of a document", "points"),
+            ("documents of one look", "count"),
+            ("documents of the race", "count"),
+        ),
+        rows,
+        (
+            "For a set: the last one in and the first one out, with how far they are apart, what "
+            "is tolerated included, and the standard deviation of their difference. One look: "
+            "documents of a test with a fixed number of them, known in advance, with the same "
+            f"confidence for all runs and, for sets and signs, {points(POWER)} % power. The race: "
+            "the median, until nobody is open.",
+        ),
+    )

@@ -1,0 +1,92 @@
+"""Pruned models in MLflow, with its transformers flavour; what stands here runs in a process of its
+own."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, Param
+from typing_extensions import override
+
+from tracker.tracking.base import Models, SavedModel
+from tracker.tracking.figures import metric_name
+from tracker.tracking.mlflow.backend import MlflowBackend
+from tracker.tracking.mlflow.runs import KIND_TAG, made_of_tag
+
+_PARAM = 500
+"""Characters that MLflow 2 takes."""
+
+
+class MlflowModels(Models):
+    """Keeps models in an experiment; the arguments are those of `MlflowBackend`."""
+
+    def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
+        self._backend = MlflowBackend(project, results, tracking_uri)
+
+    @override
+    def add_model(self, model: SavedModel) -> str:
+        from huggingface_hub import ModelCard
+
+        card = (model.folder / "README.md").read_text(encoding="utf-8")
+        tags = {
+            KIND_TAG: "pruned model",
+            "tracker.made_of": made_of_tag(model.made_of),
+            "mlflow.source.name": "tracker",
+            "mlflow.user": self._backend.user(),
+            "mlflow.note.content": ModelCard(card).text,
+        }
+        run_id, uri, location = self._backend.begin(model.name, tags)
+        with self._backend.connected(f"did not take {model.name}") as client:
+            now = int(time.time() * 1000)
+            metrics = [Metric(metric_name(name), v, now, 0) for name, v in model.figures.items()]
+            params = [Param(name, value[:_PARAM]) for name, value in _params(model.facts)]
+            client.log_batch(run_id, metrics=metrics, params=params, synchronous=True)
+            mlflow.set_tracking_uri(uri)
+            with mlflow.start_run(run_id=run_id):
+                mlflow.transformers.log_model(
+                    _parts(model.folder),
+                    name=model.name,
+                    task="text-generation",
+                    model_card=ModelCard(card),
+                    metadata={"tracker": json.dumps(model.facts)},
+                    # Otherwise it loads the model once more, to see what that imports.
+                    pip_requirements=[_pinned(name) for name in ("torch", "transformers")],
+                    registered_model_name=model.register,
+                )
+        return location
+
+    @override
+    def close(self) -> None:
+        self._backend.close()
+
+    def abandon(self) -> None:
+        """Leave the database complete on its own."""
+        self.close()
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    """Load a model and its tokenizer: MLflow 3.17 stumbles over the folder with transformers 5."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(folder, dtype="auto"),
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+    }
+
+
+def _params(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What tells a model from others."""
+    yield "model", facts["base"]["source"]
+    for name in ("removed", "strategy", "calibration"):
+        if facts[name] is not None:
+            yield name, str(facts[name])
+
+
+def _pinned(package: str) -> str:
+    return f"{package}=={version(package).partition('+')[0]}"
