@@ -31,7 +31,7 @@ def answers_of(group: Compared) -> Iterator[str]:
         paired = _against_cosine(group, amount) if group.counted else []
         for each, on in paired:
             paper = f" {_against_paper(each)}" if amount == nearest else ""
-            yield f"At {amount}{on}, {_verdict(each)}.{paper}"
+            yield f"With {amount} removed{on}, {_verdict(each)}.{paper}"
         yield from _unsure(group, amount)
     yield from _cost(group)
 
@@ -124,8 +124,8 @@ def _unsure(group: Compared, amount: str) -> Iterator[str]:
         return
     searches = group.searches(way)
     said = (
-        f"At {amount}, {documents(searches):,.0f} calibration documents a benchmark are too few to "
-        f"separate what accuracy chose from the runner-up at {len(unsure)} of "
+        f"With {amount} removed, {documents(searches):,.0f} calibration documents a benchmark are "
+        f"too few to separate what accuracy chose from the runner-up at {len(unsure)} of "
         f"{counted(compared_, 'step')}"
     )
     level = sum(step.margin == 0 for step in unsure)
