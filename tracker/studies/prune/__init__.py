@@ -94,7 +94,7 @@ class Prune:
             wanted = calibration_of(removing_whole_layers(cell, layers=layers))
             searches = self._searches(wanted, [wanted])
             # Wrong settings are said before anything is measured.
-            refuse_unknown(searches)
+            refuse_unknown(searches, asked.options.trust_remote_code)
             for search in {one.remove: one for one in searches}.values():
                 budget_of(search, lender)
             found.append(wanted)
