@@ -17,7 +17,11 @@ from tracker.ledger.keys import request_key
 
 from .tracking.wandb_double import expand
 
-EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+EXPERIMENTS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+    if path.name != "prune.yaml"  # of another kind: tests/pruning
+]
 WANDB_KEYS = {
     "method",
     "program",

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tracker.findings import FindingRecord
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.facts import Exported
+    from tracker.searched import PruneRecord
 
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
@@ -134,7 +135,8 @@ def _shown(ledger: Ledger, name: str, text: str, outcome: Finished) -> Path | No
 
     page = None
     try:
-        ledger.keep_experiment(name, text)
+        if text:
+            ledger.keep_experiment(name, text)
         page, outcome.damaged = write_report(ledger)
     except WorkError as error:  # what was measured is still to be shown
         outcome.unwritten = str(error)
@@ -207,6 +209,85 @@ def study(
         found = conduct(chosen, Asked(path, asked, ledger, options, progress), publisher)
     page = _shown(ledger, path.name, text, found.outcome)
     return Studied(found.finding, page, found.outcome)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What searches for what to prune found.
+
+    Attributes:
+        records: One a search, and draw where it draws: its steps, tested, and its cost.
+        finding: What they say beside each other.
+        report: The report page of the results folder; None where it could not be written.
+        outcome: Which searches or runs failed, and where the runs can be seen.
+        export: What to type to save the best pruning; empty where there is nothing to save.
+    """
+
+    records: tuple[PruneRecord, ...] = field(repr=False)
+    finding: FindingRecord = field(repr=False)
+    report: Path | None
+    outcome: Finished
+    export: str
+
+
+def prune(
+    experiment: str | os.PathLike[str] | None = None,
+    *,
+    project: str = "tracker",
+    results: str | os.PathLike[str] = RESULTS,
+    track: Sequence[str] | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    memory: int | None = None,
+    publish_documents: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Pruned:
+    """Search for what to prune on some documents, and test what was chosen on others.
+
+    Args:
+        experiment: The YAML file; None for one search, as a trial of a W&B sweep asks for it.
+        project: The tracking backends' project, where there is no file.
+        results: The results folder.
+        track: Tracking backends, as for `run`.
+        device: `auto` (an accelerator if there is one), or a torch device.
+        trust_remote_code: Whether code and pickles from a download may run.
+        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus.
+        progress: Listens to the search; None for silence.
+        **settings: Without a file, what would stand in it: model, benchmark, strategy, remove, ….
+
+    Returns:
+        What was found, the report page, and what failed.
+
+    Raises:
+        RequestError: The request was wrong; nothing was computed or written.
+        CellError: No search could be finished.
+    """
+    from tracker.pruning.asked import load_searches, search_request
+    from tracker.pruning.conduct import conduct
+    from tracker.pruning.saying import export_line
+    from tracker.pruning.trial import trial
+
+    ledger = Ledger(Path(results))
+    options = Options(device, trust_remote_code, memory)
+    targets = default_targets() if track is None else track
+    with trial(targets if experiment is None else (), ledger.root) as joined:
+        if experiment is not None:
+            path = Path(experiment)
+            file, text = load_searches(path)
+            asked, project, name = file.searches(), file.destination, path.name
+        else:
+            asked, text = [search_request(settings)], ""
+            name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
+        publisher = Publisher(targets, project, ledger.root, publish_documents)
+        with closing(publisher):
+            found = conduct(asked, name, ledger, publisher, options, progress or Silent())
+        joined.log(found)
+    page = _shown(ledger, name, text, found.outcome)
+    line = export_line(found.records, found.requests)
+    return Pruned(tuple(found.records), found.finding, page, found.outcome, line)
 
 
 def validate(

@@ -58,12 +58,14 @@ class _Value(Strict):
         return given
 
 
-class _Choice(_Value):
+class Choice(_Value):
+    """One value of a grid, or several."""
+
     value: Any = None
     values: list[Any] | None = None
 
     @model_validator(mode="after")
-    def _one_of(self) -> _Choice:
+    def _one_of(self) -> Choice:
         if ("value" in self.model_fields_set) == ("values" in self.model_fields_set):
             raise ValueError("needs either 'value' or 'values'")
         if self.values is not None:
@@ -125,33 +127,33 @@ def _refuse_empty_or_repeated(values: list[Any]) -> None:
 class Parameters(Strict):
     """The grid: every combination of the values is one run."""
 
-    model: _Choice
-    benchmark: _Choice
+    model: Choice
+    benchmark: Choice
     layer: _Layers
-    component: _Choice | None = None
-    span: _Choice | None = None
-    intervention: _Choice | None = None
-    removed: _Choice | None = None
-    revision: _Choice | None = None
-    dtype: _Choice | None = None
-    num_fewshot: _Choice | None = None
-    part: _Choice | None = None
-    limit: _Choice | None = None
-    sample: _Choice | None = None
-    until: _Choice | None = None
-    metric: _Choice | None = None
-    seed: _Choice | None = None
-    data: _Choice | None = None
-    model_args: _Choice | None = None
-    include_path: _Choice | None = None
-    system_instruction: _Choice | None = None
-    apply_chat_template: _Choice | None = None
-    fewshot_as_multiturn: _Choice | None = None
-    chat_template_args: _Choice | None = None
-    enable_thinking: _Choice | None = None
-    think_end_token: _Choice | None = None
-    gen_kwargs: _Choice | None = None
-    metadata: _Choice | None = None
+    component: Choice | None = None
+    span: Choice | None = None
+    intervention: Choice | None = None
+    removed: Choice | None = None
+    revision: Choice | None = None
+    dtype: Choice | None = None
+    num_fewshot: Choice | None = None
+    part: Choice | None = None
+    limit: Choice | None = None
+    sample: Choice | None = None
+    until: Choice | None = None
+    metric: Choice | None = None
+    seed: Choice | None = None
+    data: Choice | None = None
+    model_args: Choice | None = None
+    include_path: Choice | None = None
+    system_instruction: Choice | None = None
+    apply_chat_template: Choice | None = None
+    fewshot_as_multiturn: Choice | None = None
+    chat_template_args: Choice | None = None
+    enable_thinking: Choice | None = None
+    think_end_token: Choice | None = None
+    gen_kwargs: Choice | None = None
+    metadata: Choice | None = None
 
 
 _TOGETHER = ("layer", "component", "span", "intervention")
@@ -165,11 +167,10 @@ class Goal(Strict):
     goal: Literal["minimize", "maximize"] = "maximize"
 
 
-class Experiment(Strict):
-    """One experiment file."""
+class Sweep(Strict):
+    """What a W&B grid sweep says besides its parameters."""
 
     method: Literal["grid"]
-    parameters: Parameters
     command: list[str] = Field(default_factory=lambda: ["tracker", "evaluate", "${args}"])
     program: Name | None = None
     name: Name | None = None
@@ -179,6 +180,17 @@ class Experiment(Strict):
     metric: Goal | None = None
     run_cap: Positive | None = None
     """So many of the grid's runs, the first ones in W&B's order."""
+
+    @property
+    def destination(self) -> str:
+        """The tracking project, with the W&B entity before it where one is named."""
+        return f"{self.entity}/{self.project}" if self.entity else self.project
+
+
+class Experiment(Sweep):
+    """One experiment file."""
+
+    parameters: Parameters
 
     @property
     def size(self) -> int:
@@ -215,11 +227,6 @@ class Experiment(Strict):
             run: Any = (component or "layer", span or 1, layer, done or "remove")
             found.setdefault(repr(point), []).append(run)
         return found
-
-    @property
-    def destination(self) -> str:
-        """The tracking project, with the W&B entity before it where one is named."""
-        return f"{self.entity}/{self.project}" if self.entity else self.project
 
     def cells(self) -> list[CellRequest]:
         """Expand the grid into cells, each with all its layers, models outermost: each loads once.
@@ -284,8 +291,13 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
         raise ExperimentError(
             f"{path} holds no mapping; an experiment file starts with 'method: grid'"
         )
+    if is_of_searches(raw):
+        raise ExperimentError(
+            f"{path} asks for searches ('remove', 'keep' and 'strategy' say so): "
+            f"tracker prune {path}"
+        )
     try:
-        _refuse_searches(raw)
+        refuse_searches(raw)
         experiment = Experiment.model_validate(raw)
         experiment.cells()
     except ValidationError as error:
@@ -295,7 +307,13 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
     return experiment, text
 
 
-def _refuse_searches(raw: dict[Any, Any]) -> None:
+def is_of_searches(raw: Any) -> bool:
+    """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
+    parameters = raw.get("parameters") if isinstance(raw, dict) else None
+    return isinstance(parameters, dict) and bool({"remove", "keep", "strategy"} & set(parameters))
+
+
+def refuse_searches(raw: dict[Any, Any]) -> None:
     """Refuse what W&B knows and an ablation study does not: ExperimentError with the reason."""
     if raw.get("method") in _SEARCHES:
         raise ExperimentError(

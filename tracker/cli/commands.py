@@ -54,6 +54,7 @@ def main(debug: bool) -> None:
       tracker run experiments/demo.yaml          measure, track, report
       tracker ls                                 what the results folder holds
       tracker study audit experiments/demo.yaml  a question of the paper, answered
+      tracker prune experiments/prune.yaml       which layers can go, tested on other documents
       tracker export MODEL --remove 3,17 …       a lighter model that anybody can load
       tracker report                             the page, from any number of results
       tracker leaderboard                        which layers matter, which models hold up
@@ -322,9 +323,18 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     Example:
       tracker validate experiments/demo.yaml
     """
-    from tracker.experiment import load_experiment
+    from tracker.experiment import is_of_searches, load_experiment
     from tracker.measuring.prepare import validate as check
+    from tracker.safe_yaml import read_yaml
 
+    if is_of_searches(read_yaml(experiment)[0]):
+        from tracker.pruning.asked import load_searches
+        from tracker.pruning.search import refuse_unknown
+
+        searches = load_searches(experiment)[0].searches()
+        refuse_unknown(searches)
+        say(f"{experiment} is valid: {len(searches)} search{'' if len(searches) == 1 else 'es'}")
+        return
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)

@@ -28,7 +28,9 @@ IMPOSSIBLE = -1e4
 """The log-probability of what a model masks out: small enough to be 0 as a probability."""
 
 
-def output_proxies(engine: Engine, document: Document) -> dict[str, Tensor]:
+def output_proxies(
+    engine: Engine, document: Document, only: str | None = None
+) -> dict[str, Tensor]:
     """Measure how each layer of the intact model bears on what the model says of a document.
 
     The model without a layer shares its lower layers with the intact one as far as the engine's
@@ -37,6 +39,7 @@ def output_proxies(engine: Engine, document: Document) -> dict[str, Tensor]:
     Args:
         engine: The engine, with as much sharing as is exact.
         document: The document.
+        only: `loss_increase` or `gate_gradient`, for this one alone with `predicted`; None = all.
 
     Returns:
         Sums over the document's tokens, float64. `tokens` and `predicted` []: the tokens that the
@@ -58,11 +61,14 @@ def output_proxies(engine: Engine, document: Document) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for tokens, measured in measured_texts(document, engine.max_length):
-        sums = {
-            **_divergences(engine, tokens, measured),
-            "lens_changes": _lens_changes(engine, tokens, measured),
-            "gate_gradient": _gate_gradient(engine, tokens, measured),
-        }
+        sums = {"predicted": torch.tensor(float(len(tokens) - max(measured, 1))).double()}
+        if only != "gate_gradient":
+            sums |= _divergences(engine, tokens, measured, only)
+        if only is None:
+            sums["tokens"] = torch.tensor(float(len(tokens) - measured)).double()
+            sums["lens_changes"] = _lens_changes(engine, tokens, measured)
+        if only != "loss_increase":
+            sums["gate_gradient"] = _gate_gradient(engine, tokens, measured)
         found = {name: value + found.get(name, 0) for name, value in sums.items()}
     return found
 
@@ -72,10 +78,12 @@ def _layers(engine: Engine) -> int:
 
 
 @torch.inference_mode()
-def _divergences(engine: Engine, tokens: Sequence[int], measured: int) -> dict[str, Tensor]:
-    """Sum `kl`, `js` and `loss_increase` over a text."""
+def _divergences(
+    engine: Engine, tokens: Sequence[int], measured: int, only: str | None
+) -> dict[str, Tensor]:
+    """Sum `kl`, `js` and `loss_increase` over a text, or the last one alone."""
     layers = _layers(engine)
-    names = ("kl", "js", "loss_increase")
+    names = ("kl", "js", "loss_increase") if only is None else (only,)
     sums = {name: torch.zeros(layers, dtype=torch.float64) for name in names}
     targets = torch.tensor(tokens)
     singles = [Ablation((layer,)) for layer in range(layers)]
@@ -90,15 +98,13 @@ def _divergences(engine: Engine, tokens: Sequence[int], measured: int) -> dict[s
         # One at a time, so that what is in between stays in the cache.
         for ablation, other in zip(group[1:], logits[1:], strict=True):
             (layer,), without = ablation.layers, _logprobs(other)
-            kl, js = _kl_and_js(intact, without)
-            sums["kl"][layer] += float(kl[counted].sum())
-            sums["js"][layer] += float(js[counted].sum())
+            if only is None:
+                kl, js = _kl_and_js(intact, without)
+                sums["kl"][layer] += float(kl[counted].sum())
+                sums["js"][layer] += float(js[counted].sum())
             lost = said - without[: len(own)].gather(1, own).double().sum()
             sums["loss_increase"][layer] += float(lost)
-    return sums | {
-        "tokens": torch.tensor(float(len(tokens) - measured), dtype=torch.float64),
-        "predicted": torch.tensor(float(len(tokens) - max(measured, 1)), dtype=torch.float64),
-    }
+    return sums
 
 
 def _logprobs(logits: Tensor) -> Tensor:

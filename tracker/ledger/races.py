@@ -42,6 +42,7 @@ class CellRace:
             question is answered, or all documents have been looked at. Later blocks may be measured
             before it, under the same ones: who is settled then was measured for nothing.
         looked: Documents that were looked at.
+        order: All documents, as task and number, in the order in which they are looked at.
         population: Documents that there are.
     """
 
@@ -66,16 +67,16 @@ class CellRace:
         self._until, self._store, self._metric = view.until, store, METRIC + view.metric
         self._ablations = [ablation_of(run, view.removed) for run in view.until.runs]
         self._names = [ablation.name for ablation in self._ablations]
-        self._order = shuffled(seed, every)
+        self.order = shuffled(seed, every)
         there = {task: places(task, documents, seed) for task, documents in every.items()}
         begins: dict[Block, int] = {}
-        for position, (task, document) in enumerate(self._order):
+        for position, (task, document) in enumerate(self.order):
             begins.setdefault(Block(task, there[task][document] // BLOCK, seed), position)
         self._blocks = list(begins)
         self._ends = [*begins.values(), self.population][1:]
         self._drops: dict[tuple[str, int], np.ndarray] = {}
         weights = weights_by_task(
-            [task for task, _ in self._order], store.identity.benchmark.weight_by_size
+            [task for task, _ in self.order], store.identity.benchmark.weight_by_size
         )
         # A drop counts by its document's weight, and the mean of all is the benchmark's drop.
         self._scale = weights * self.population
@@ -109,7 +110,7 @@ class CellRace:
             drops = outcomes[:, :1] - outcomes[:, 1:]
             self._drops |= {(block.task, d): row for d, row in zip(documents, drops, strict=True)}
             end = self._ends.pop(0)
-            taken = [self._drops.pop(place) for place in self._order[self.looked : end]]
+            taken = [self._drops.pop(place) for place in self.order[self.looked : end]]
             self.race.look(np.stack(taken) * self._scale[self.looked : end, None])
             self.looked = end
         self.lacking = None

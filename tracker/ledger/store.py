@@ -4,6 +4,7 @@ RESULTS/
   tracker.json              the folder's format
   index/REQUEST.json        what was asked for → its cell, found without loading anything
   studies/STUDY--FILE.json  what studies found
+  searches/NAME.json        what searches for what to prune found
   experiments/NAME.yaml     the user's exact experiment files, each with its SHA-256 beside it
   checks/                   what attacks on architectures have shown
   cells/MODEL--BENCHMARK--KEY/
@@ -41,7 +42,9 @@ from tracker.ledger.files import lock_file, write_text
 from tracker.ledger.findings import findings
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.notes import read_note, reason, write_note
+from tracker.ledger.searches import searches
 from tracker.ledger.views import FORMAT, Asked, CellIdentity
+from tracker.searched import PruneRecord
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ class Contents:
         views: Each view with its cell, sorted by model and benchmark.
         experiments: The kept experiment files: name → exact text.
         findings: What studies found, by name.
+        searches: What searches for what to prune found, by name.
         damaged: File or folder that cannot be used → what to do.
     """
 
     views: list[tuple[CellStore, Asked]] = field(default_factory=list)
     experiments: dict[str, str] = field(default_factory=dict)
     findings: list[FindingRecord] = field(default_factory=list)
+    searches: list[PruneRecord] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
 
 
@@ -132,6 +137,7 @@ class Ledger:
         for cell in self.cells(found.damaged):
             found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
         found.findings.extend(findings(self.root, found.damaged))
+        found.searches.extend(searches(self.root, found.damaged))
         for path in sorted(self.root.glob("experiments/*.yaml")):
             try:
                 content = path.read_bytes()

@@ -16,6 +16,7 @@ _NOTES = (
     "index/*.json",
     "checks/*.json",
     "pulled/*.json",
+    "searches/timing/*.json",
     "cells/*/derived/*.json",
     "cells/*/receipts/*.json",
     "cells/*/verified.json",

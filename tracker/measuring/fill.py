@@ -42,9 +42,16 @@ def open_cell(
     if asked.request.until is not None:
         race = CellRace(store, store.views.of(asked.request))
         return store, at_most(race, store, facts.responses), race
+    return store, lacking(store, facts, extent, names), None
+
+
+def lacking(
+    store: CellStore, facts: Facts, extent: Extent, names: Sequence[str]
+) -> dict[Block, int]:
+    """Say which blocks lack something of what is named, and how many responses each lacks."""
     if store.is_complete(extent, names):
-        return store, {}, None
-    lacking = {
+        return {}
+    found = {
         block: sum(
             facts.responses[block.task, i] * len(absent)
             for absent, indices in store.missing(block, extent, names).items()
@@ -52,7 +59,7 @@ def open_cell(
         )
         for block in store.blocks(extent)
     }
-    return store, {block: count for block, count in lacking.items() if count}, None
+    return {block: count for block, count in found.items() if count}
 
 
 def names_of(job: Job, store: CellStore) -> list[str]:
@@ -106,7 +113,7 @@ def fill_until(race: CellRace, store: CellStore, meter: Meter, progress: Progres
 
 def fill(
     store: CellStore,
-    lacking: Mapping[Block, int],
+    left: Mapping[Block, int],
     meter: Meter,
     extent: Extent,
     progress: Progress,
@@ -116,38 +123,38 @@ def fill(
     A block that another process holds is left to it and looked at again at the end: if that
     process dies, its lock goes with it and the block is computed here.
     """
-    progress.start(store.identity.benchmark.title, sum(lacking.values()))
+    progress.start(store.identity.benchmark.title, sum(left.values()))
     try:
-        _fill(store, lacking, meter, extent, progress)
+        _fill(store, left, meter, extent, progress)
     finally:
         progress.finish()
 
 
 def _fill(
     store: CellStore,
-    lacking: Mapping[Block, int],
+    left: Mapping[Block, int],
     meter: Meter,
     extent: Extent,
     progress: Progress,
 ) -> None:
     names = [ablation.name for ablation in meter.ablations]
-    pending = list(lacking)
+    pending = list(left)
     told = False
     while pending:
-        left = []
+        held = []
         for block in pending:
             try:
                 with store.lock(block).acquire(timeout=0):
                     done = _fill_block(store, block, names, meter, extent, progress)
-                    progress.advance(lacking[block] - done)
+                    progress.advance(left[block] - done)
             except Timeout:
-                left.append(block)
-        if len(left) == len(pending):
+                held.append(block)
+        if len(held) == len(pending):
             if not told:
-                progress.say(f"{len(left)} blocks are being measured by another process")
+                progress.say(f"{len(held)} blocks are being measured by another process")
                 told = True
             time.sleep(WAIT)
-        pending = left
+        pending = held
 
 
 def _fill_block(

@@ -22,7 +22,7 @@ from tracker.provenance import machine, package_versions
 
 if TYPE_CHECKING:
     from tracker.engine.check import Kept
-    from tracker.engine.sweep import DocumentScores
+    from tracker.engine.sweep import DocumentScores, Engine
     from tracker.engine.truth import Comparison
     from tracker.measuring.job import Options
     from tracker.measuring.scorer import Scorer
@@ -110,7 +110,7 @@ class Meter:
         self._scorer: Scorer | None = None
         self._encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
         documents = benchmark.documents(self._encoder, request.extent)
-        self._documents = {(document.task, document.index): document for document in documents}
+        self.documents = {(document.task, document.index): document for document in documents}
         self._watch = watched_documents(documents)
         self.ablations = all_ablations(requests, loaded.identity.layers)
         self._calibration: Calibration | None = None
@@ -121,8 +121,14 @@ class Meter:
             loaded.identity,
             benchmark.identity,
             {**package_versions(), **machine(), "device": str(loaded.device)},
-            {place: Scorer.responses(each) for place, each in self._documents.items()},
+            {place: Scorer.responses(each) for place, each in self.documents.items()},
         )
+
+    @property
+    def engine(self) -> Engine:
+        """What scores the documents, with as much sharing as `check` found exact."""
+        assert self._scorer is not None, "check() comes first"
+        return self._scorer.engine
 
     def check(self, kept: Kept | None = None) -> list[str]:
         """Find out what this model can share exactly; must come before `measure`.
@@ -137,7 +143,7 @@ class Meter:
         self._scorer, lost = checked_scorer(
             engine,
             loaded.tokenizer,
-            list(self._documents.values()),
+            list(self.documents.values()),
             self.ablations,
             kept,
             lambda engine: (
@@ -176,7 +182,7 @@ class Meter:
         # The baseline rides along for free: every other stream forks from it.
         scored = [INTACT, *(named[name] for name in names if name != INTACT.name)]
         start = time.perf_counter()
-        results = scorer.score([self._documents[task, i] for i in indices], scored, advance)
+        results = scorer.score([self.documents[task, i] for i in indices], scored, advance)
         # An answer whose row is not written could not say that it was compared.
         watched = self._watched(results, scored, first=int(INTACT.name not in names))
         rows = [

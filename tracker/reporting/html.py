@@ -26,7 +26,7 @@ from tracker.reporting.downloads import layer_files, packed, packed_json
 from tracker.reporting.leaderboard import rules
 from tracker.reporting.leaderboard.proxies import agreements
 from tracker.reporting.sentences import agreement_sentence, compared_sentence
-from tracker.reporting.studies import study_sections
+from tracker.reporting.studies import is_step, study_sections
 from tracker.text import harmless
 
 _OPEN_CELLS = 12
@@ -88,12 +88,13 @@ def render_page(
     def inlined(name: str) -> Markup:
         return Markup(loader.get_source(environment, name)[0])
 
+    studies = study_sections(findings, cells)
+    cells = [cell for cell in cells if not is_step(cell, findings)]
     models = sections.model_sections(cells, decided)
     across = sections.across_section(cells, models)
     ids = {s.cell.place: s.id for model in models for s in model.cells}
     figures = [figure for model in models for figure in model.figures]
     figures += across.figures if across else ()
-    studies = study_sections(findings, cells)
     figures += [figure for study in studies for figure in study.figures]
     csv, parquet = layer_files(cells) if cells else ("", "")
     return environment.get_template("report.html.j2").render(

@@ -27,6 +27,8 @@ from tracker.reporting.formats import fixed, p_value, points, two_digits
 from tracker.reporting.grid import Column, Table, Value, shown, with_interval
 from tracker.reporting.sections import Figure
 
+SEARCH = "search"
+"""What a finding of `tracker prune` is called."""
 Write = Callable[[float], str]
 _WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
     "text": (str, 1, ""),
@@ -72,6 +74,13 @@ def study_sections(
     )
 
 
+def is_step(cell: CellRecord, findings: Sequence[FindingRecord]) -> bool:
+    """Whether a cell is a step of a search alone: the search's section shows it, in its row."""
+    return bool(cell.removed) and any(
+        cell.place in finding.rests_on for finding in findings if finding.study == SEARCH
+    )
+
+
 def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
     """Say that cells of a finding hold other documents by now; empty where they do not."""
     held = {(key, view): n for key, view, n in places}
@@ -80,7 +89,7 @@ def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
         return ""
     return (
         f"{sum(now)} of its {len(now)} cells hold other documents by now; for today's answer: "
-        f"tracker study {finding.study} {finding.experiment}"
+        f"{finding.again}"
     )
 
 
@@ -185,6 +194,7 @@ def _band(found: LineChart, each: Line, scale: float, colour: str) -> dict[str, 
         "name": f"{each.name}, 95 %",
         "x": [place for place, _, _ in ends] + [place for place, _, _ in reversed(ends)],
         "y": [high for _, _, high in ends] + [low for _, low, _ in reversed(ends)],
+        "mode": "lines",
         "fill": "toself",
         "fillcolor": colour,
         "opacity": 0.15,

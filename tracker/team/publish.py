@@ -272,14 +272,15 @@ class Trial(Picture):
     def close(self) -> None:
         pass  # `log` or `leave` does
 
-    def log(self, cell: CellRecord) -> None:
-        """Log the run that the trial asked for, and end.
+    def log(self, cell: CellRecord, more: Mapping[str, float] = {}) -> None:
+        """Log the run that the trial asked for, with more figures, and end.
 
         TrackingError if W&B refused or could not be reached.
         """
         if self.joins:
             wanted = self._run.order
-            self._done("log", cell, next(run for run in cell.runs if run.order == wanted))
+            run = next(run for run in cell.runs if run.order == wanted)
+            self._done("log", cell, run, dict(more))
 
     def leave(self, note: str, status: Ending = "finished") -> None:
         """End without a measurement, noting why; `status` is how the sweep shows the run.

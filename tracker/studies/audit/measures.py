@@ -15,13 +15,14 @@ from tracker.engine.sweep import Engine
 from tracker.ledger.observations import Arrays
 from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.ledger.tables import OUTER
+from tracker.measuring.observing import Observe, Observed
 from tracker.metrics.budgets import Measure
 from tracker.metrics.correlation import Correlation, correlate, row_coefficients
 from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
 from tracker.records import CellRecord
 from tracker.studies.base import Asked, Subject
 from tracker.studies.documents import ByDocument, a_token
-from tracker.studies.observing import Observe, Observed, observe
+from tracker.studies.observing import observe
 
 Array = NDArray[np.float64]
 KIND = "output-proxies-1"

@@ -14,12 +14,13 @@ from tracker.engine.refusal import refused
 from tracker.engine.sweep import Engine
 from tracker.errors import RequestError
 from tracker.ledger.observations import Arrays
+from tracker.measuring.observing import Observe
 from tracker.metrics.growth import unequal_growth
 from tracker.metrics.multiple import holm
 from tracker.reporting.formats import p_value, points, two_digits
 from tracker.studies.base import SIGNIFICANT, Asked, Said, Subject, grouped
 from tracker.studies.layout import ends, written
-from tracker.studies.observing import Observe, observe
+from tracker.studies.observing import observe
 from tracker.studies.snowball.charts import beside_each_other, charts_of
 from tracker.studies.snowball.figures import ALL, COSINE, END, LATER, Figures, figures
 from tracker.studies.snowball.tables import layer_table, predictors, summary

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.ledger.outcomes import PROXY_SUMS
+from tracker.measuring.observing import Observed
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.correlation import (
     Correlation,
@@ -24,7 +25,6 @@ from tracker.metrics.resampling import SEED
 from tracker.records import CellRecord
 from tracker.studies.base import SIGNIFICANT, Subject
 from tracker.studies.documents import ByDocument, a_token
-from tracker.studies.observing import Observed
 
 Array = NDArray[np.float64]
 ALL, LATER = 0, 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ class WandbTrial:
         with publishing(self._results, "wandb"):
             self._handle.log(dict(figures))
 
-    def log(self, cell: CellRecord, layer: RunRecord) -> None:
-        """Log the run of the cell that the trial asked for, and end."""
+    def log(self, cell: CellRecord, layer: RunRecord, more: Mapping[str, float]) -> None:
+        """Log the run of the cell that the trial asked for, with more figures, and end."""
         run = layer_run(cell, layer)
+        run = replace(run, summary={**run.summary, **more})
         with self._opened("finished", **run.labels) as handle:
             add_config(handle, run)
             write(handle, run, [])

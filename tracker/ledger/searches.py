@@ -1,0 +1,34 @@
+"""What searches found, in the results folder: `searches/NAME.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tracker.ledger.notes import reason, unsealed, write_note
+from tracker.searched import PruneRecord
+
+
+def keep_search(root: Path, record: PruneRecord) -> Path:
+    """Keep a search in a results folder, in place of what it found before; its file."""
+    path = root / "searches" / f"{record.name}.json"
+    write_note(path, record.model_dump(mode="json"))
+    return path
+
+
+def read_search(path: Path) -> PruneRecord:
+    """Read a search's file; ValueError or OSError if it is none, or not what was written."""
+    content, proved = unsealed(path.read_bytes())
+    if not proved:
+        raise ValueError("it states no digest: it was edited or damaged")
+    return PruneRecord.model_validate(content)
+
+
+def searches(root: Path, damaged: dict[str, str]) -> list[PruneRecord]:
+    """List what is kept, by name; `damaged` gets each file that cannot be used → what to do."""
+    found = []
+    for path in sorted(root.glob("searches/*.json")):
+        try:
+            found.append(read_search(path))
+        except (OSError, ValueError) as error:
+            damaged[str(path)] = f"{reason(error)}; run its search again, or delete it"
+    return found

@@ -1,0 +1,105 @@
+"""Observing more of a model than outcomes, block by block, kept beside the cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.ablations import ablations_of
+from tracker.benchmarks.benchmark import open_benchmark
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.config import CellRequest
+from tracker.documents import Document
+from tracker.engine.check import check
+from tracker.engine.sweep import Engine
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
+from tracker.ledger.checks import Checks
+from tracker.ledger.observations import Arrays, read_observations, write_observations
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
+from tracker.measuring.meter import open_model
+from tracker.measuring.progress import Progress
+
+Documents = Mapping[tuple[str, int], Document]
+"""(task, number in its split) → document."""
+Observe = Callable[[Document], Arrays]
+"""Observes one document: arrays of the same names and shapes for every document."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was observed of documents, in the order in which they are measured.
+
+    Attributes:
+        documents: (task, number in its split) of each.
+        arrays: Name → figures, the first axis the documents.
+    """
+
+    documents: list[tuple[str, int]]
+    arrays: Mapping[str, NDArray[np.float64]]
+
+
+def observe(
+    request: CellRequest,
+    store: CellStore,
+    kind: str,
+    begin: Callable[[Engine], Observe],
+    opened: Callable[[], tuple[Engine, Documents]],
+    progress: Progress,
+) -> Observed:
+    """Observe all documents of a cell, just those that were not observed before.
+
+    Args:
+        request: The cell.
+        store: Its place in the ledger.
+        kind: What is observed and how; whatever changes a figure is in it.
+        begin: Makes the observer of a model.
+        opened: Opens the model and its documents, as `open_observed` does, which happens only where
+            something is missing.
+        progress: Told what happens.
+
+    Returns:
+        What was observed.
+    """
+    folder, extent = store.folder, request.extent
+    wanted = {block: list(store.documents(block, extent)) for block in store.blocks(extent)}
+    held = {block: read_observations(folder, kind, block) for block in wanted}
+    lacking = sum(doc not in held[block] for block, docs in wanted.items() for doc in docs)
+    if lacking:
+        engine, documents = opened()
+        watch = begin(engine)
+        progress.start(f"{request.title}: {kind}", lacking, "documents")
+        try:
+            for block, docs in wanted.items():
+                with store.lock(Block(f"{kind}/{block.task}", block.number, block.seed)):
+                    found = dict(read_observations(folder, kind, block))
+                    absent = [doc for doc in docs if doc not in found]
+                    for doc in absent:
+                        found[doc] = watch(documents[block.task, doc])
+                        progress.advance(1)
+                    if absent:
+                        write_observations(folder, kind, block, found)
+                    held[block] = found
+        finally:
+            progress.finish()
+    rows = [held[block][doc] for block, docs in wanted.items() for doc in docs]
+    places = [(block.task, doc) for block, docs in wanted.items() for doc in docs]
+    return Observed(places, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+def open_observed(
+    request: CellRequest, ledger: Ledger, options: Options, progress: Progress
+) -> tuple[Engine, Documents]:
+    """Load the model of a cell, share as much as the self-check finds exact, read its documents."""
+    model = open_model(request, options).loaded
+    encoder = RequestEncoder(model.model, model.tokenizer, request)
+    documents = open_benchmark(request).documents(encoder, request.extent)
+    engine = Engine(model, encoder.max_length, memory=options.memory)
+    progress.say(f"{request.benchmark}: checking that sharing is exact for this model")
+    ablations = ablations_of(request, model.identity.layers)
+    engine = check(engine, documents, ablations, Checks(ledger.root)).engine
+    return engine, {(document.task, document.index): document for document in documents}

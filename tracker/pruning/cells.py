@@ -1,0 +1,240 @@
+"""A cell of which any removals are measured as they are asked for, and what that took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.ablations import INTACT, Ablation
+from tracker.benchmarks.base import Benchmark
+from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
+from tracker.config import CellRequest
+from tracker.engine.streams import plan_streams
+from tracker.engine.sweep import Engine
+from tracker.ledger.cells import CellStore
+from tracker.ledger.checks import Checks
+from tracker.ledger.outcomes import METRIC
+from tracker.ledger.shards import read_shard
+from tracker.ledger.store import Ledger
+from tracker.ledger.viewed import Viewed, gold_logprobs
+from tracker.measuring.fill import fill, lacking, open_cell
+from tracker.measuring.job import Job, Options
+from tracker.measuring.meter import Meter, Model, Place, open_model
+from tracker.measuring.observing import Observe, Observed, observe
+from tracker.measuring.prepare import look_up
+from tracker.measuring.progress import Progress
+from tracker.metrics.accuracy import weights_by_task
+from tracker.views import View
+
+Array = NDArray[np.float64]
+_COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
+
+
+class Lender:
+    """Loads a model once for all cells that ask for it, and says where they are and to whom."""
+
+    def __init__(self, ledger: Ledger, options: Options, progress: Progress) -> None:
+        self.ledger = ledger
+        self.options = options
+        self.progress = progress
+        self.loaded = 0
+        self._model: Model | None = None
+
+    def model(self, request: CellRequest) -> Model:
+        """Load the model of a cell, or hand out the one that is loaded."""
+        if self._model is None or self._model.settings != request.model_settings:
+            self._model = None  # frees the previous model before the next one comes
+            self.progress.say(f"loading {request.model}")
+            self._model = open_model(request, self.options)
+            self.loaded += 1
+        return self._model
+
+
+@dataclass(frozen=True)
+class Known:
+    """What one ablation does to the documents of a cell, in their order.
+
+    Attributes:
+        metric: The metric's value of each; NaN where it has none.
+        gold: The log-probability of each gold answer; NaN where there is none.
+    """
+
+    metric: Array
+    gold: Array
+
+
+_Shape = tuple[int, bool, bool]
+
+
+def _shape(ablation: Ablation) -> _Shape:
+    """What kind of a removal it is."""
+    return (min(len(ablation.layers), 2), bool(ablation.attention), bool(ablation.mlp))
+
+
+class Cell:
+    """A cell whose documents are measured under whatever ablations are asked for.
+
+    What the ledger holds is not measured again, and no model is loaded for it. Nothing is shown or
+    published of what is measured here.
+    """
+
+    def __init__(self, request: CellRequest, lender: Lender) -> None:
+        self.request = request
+        self._lender = lender
+        self._known: dict[Ablation, Known] = {}
+        self._viewed: Viewed | None = None
+        self._checked: set[_Shape] = set()
+
+    @cached_property
+    def _benchmark(self) -> Benchmark:
+        benchmark = open_benchmark(self.request)
+        chosen_metric(benchmark.identity, self.request.metric)
+        return benchmark
+
+    @cached_property
+    def _meter(self) -> Meter:
+        benchmark, model = self._benchmark, self._lender.model(self.request)
+        return Meter([self.request], benchmark, model, self._lender.options)
+
+    @cached_property
+    def store(self) -> CellStore:
+        """The cell in the ledger, made where it is new."""
+        found = look_up(self.request, self._lender.ledger)
+        if found.store is not None:
+            chosen_metric(found.store.identity.benchmark, self.request.metric)
+            return found.store
+        job = Job((found,), self._benchmark)
+        return open_cell(job, self._meter.facts, self._lender.ledger)[0]
+
+    @property
+    def progress(self) -> Progress:
+        """Who is told what happens."""
+        return self._lender.progress
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return self.store.identity.model.layers
+
+    @property
+    def view(self) -> View:
+        """The intact model by the metric that is asked for, on the documents that are."""
+        return self.store.views.of(self.request)
+
+    @property
+    def sign(self) -> float:
+        """1 where more of the metric is better, -1 of a loss."""
+        task = self.store.identity.benchmark.tasks[0]
+        return 1.0 if task.higher_is_better.get(self.view.metric, True) else -1.0
+
+    def measure(self, ablations: Sequence[Ablation]) -> None:
+        """See to it that all documents are measured under some ablations, besides the baseline."""
+        asked = [one for one in dict.fromkeys((INTACT, *ablations)) if one not in self._known]
+        if not asked:
+            return
+        extent, names = self.request.extent, [one.name for one in asked]
+        if not self.store.is_complete(extent, names):
+            meter = self.opened([INTACT, *(one for one in asked if one != INTACT)])
+            left = lacking(self.store, meter.facts, extent, names)
+            fill(self.store, left, meter, extent, self.progress)
+        columns = [*_COLUMNS, METRIC + self.view.metric]
+        view = self.view.model_copy(update={"removed": (), "runs": ()})
+        viewed = Viewed(self.store, view, columns, asked)
+        self._viewed = self._viewed or viewed
+        for one in asked:
+            metric = viewed.metric(one, view.metric)
+            self._known[one] = Known(metric, gold_logprobs(viewed.of(one)))
+
+    def known(self, ablation: Ablation) -> Known:
+        """What an ablation does, which was measured."""
+        return self._known[ablation]
+
+    @cached_property
+    def weights(self) -> Array:
+        """How much each document counts in the metric, summing to 1."""
+        self.measure([])
+        viewed, benchmark = self._viewed, self.store.identity.benchmark
+        assert viewed is not None
+        units = viewed.units(self.view.metric)
+        return weights_by_task(viewed.tasks, benchmark.weight_by_size, units)
+
+    @property
+    def documents(self) -> dict[str, tuple[int, ...]]:
+        """Task → the numbers of the documents that are measured, ascending."""
+        wanted = self.store.wanted(self.request.extent)
+        return {task: tuple(sorted(numbers)) for task, numbers in wanted.items()}
+
+    @property
+    def part(self) -> str | None:
+        """Which part of the benchmark they are of; None = all of it."""
+        return self.request.part
+
+    @property
+    def places(self) -> frozenset[Place]:
+        """The same as pairs of task and number."""
+        return frozenset((task, n) for task, some in self.documents.items() for n in some)
+
+    @property
+    def n(self) -> int:
+        """How many documents are measured."""
+        return sum(map(len, self.documents.values()))
+
+    def observe(self, kind: str, begin: Callable[[Engine], Observe]) -> Observed:
+        """Observe more than outcomes, on the intact model that is opened."""
+        return observe(
+            self.request,
+            self.store,
+            kind,
+            begin,
+            lambda: (self.opened(self._singles).engine, self._meter.documents),
+            self.progress,
+        )
+
+    @property
+    def _singles(self) -> list[Ablation]:
+        return [INTACT, *(Ablation((layer,)) for layer in range(self.layers))]
+
+    def opened(self, ablations: Sequence[Ablation]) -> Meter:
+        """Open what measures some ablations, the baseline among them.
+
+        Sharing is checked when something is removed that was not before: one layer, several,
+        attentions, MLPs. What follows of the same kind is watched while it is measured.
+        """
+        meter = self._meter
+        meter.ablations = list(ablations)
+        shapes = {_shape(one) for one in ablations}
+        if not shapes <= self._checked:
+            self.progress.say(
+                f"{self.request.benchmark}: checking that sharing is exact for this model"
+            )
+            for line in meter.check(Checks(self._lender.ledger.root)):
+                self.progress.say(line)
+            self._checked |= shapes
+        return meter
+
+    def passes(self, ablations: Sequence[Ablation]) -> float:
+        """Price one engine call, the baseline with it, in passes of the intact model."""
+        plan = plan_streams(list(dict.fromkeys((INTACT, *ablations))), self.layers)
+        return plan.layer_passes / self.layers
+
+    def seconds(self, asked: Mapping[str, Collection[Place]]) -> float | None:
+        """Say what measuring took: of each shard, the share of its rows that were asked for.
+
+        Ablation → the documents that it was asked of. None where a shard does not say.
+        """
+        total = 0.0
+        for path in self.store.shards():
+            try:
+                shard = read_shard(path.read_bytes(), ["task", "doc", "ablation"])
+            except (OSError, ValueError):  # said where outcomes are read
+                continue
+            rows = shard.table.to_pylist()
+            own = sum((r["task"], r["doc"]) in asked.get(r["ablation"], ()) for r in rows)
+            if own and not shard.about.get("seconds"):
+                return None
+            total += float(shard.about.get("seconds") or 0) * own / max(1, len(rows))
+        return total
