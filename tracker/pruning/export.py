@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
 from tracker.provenance import machine
 from tracker.pruning.card import write_card
+from tracker.pruning.chosen import chosen
 from tracker.pruning.facts import Accuracy, Exported, Pruning, Size
 from tracker.pruning.proof import Expected, Measured, expected, prove
 from tracker.pruning.publishing import publish
@@ -142,20 +143,23 @@ def export(asked: Asked, progress: Progress) -> Exported:
         release()
         proof = prove(folder, saved.expected, measured, asked.options.trust_remote_code)
         own = () if measured is None else (_accuracy(measured.cell),)
+        pruning = asked.pruning
+        if pruning.strategy is None:
+            pruning = chosen(asked.ledger, saved.base, pruning.removed)
         model = Exported(
             folder=asked.output,
             base=saved.base,
-            pruning=asked.pruning,
+            pruning=pruning,
             kept=saved.kept,
             before=saved.before,
             after=saved.after,
             speed_on=saved.speed_on,
-            accuracy=(*own, *asked.pruning.tested),
+            accuracy=(*own, *(each for each in pruning.tested if not _same(each, own))),
             proof=proof,
             recipes=recipes(source, saved.base.dtype, saved.kept, removed),
         )
         write_card(model, folder)
-    made_of = (*asked.pruning.chosen_by, *(() if measured is None else (measured.cell,)))
+    made_of = (*pruning.chosen_by, *(() if measured is None else (measured.cell,)))
     return publish(model, made_of, asked.track, asked.project, asked.ledger.root, asked.register)
 
 
@@ -232,7 +236,7 @@ def _accuracy(cell: CellRecord) -> Accuracy:
     measure, title = measure_of(cell), cell.benchmark.title
     part = "" if title == cell.benchmark.name else f" of {title}"
     return Accuracy(
-        benchmark=cell.benchmark.name,
+        benchmark=cell.benchmark.title,
         num_fewshot=cell.benchmark.num_fewshot,
         metric=cell.metric,
         documents=f"{cell.documents}{part}",
@@ -241,6 +245,11 @@ def _accuracy(cell: CellRecord) -> Accuracy:
         after=(cell.removed_accuracy, cell.removed_low, cell.removed_high),
         unit=measure.level_unit,
     )
+
+
+def _same(one: Accuracy, others: Sequence[Accuracy]) -> bool:
+    """Whether a benchmark was measured on just these documents again."""
+    return any((one.benchmark, one.n, one.before) == (o.benchmark, o.n, o.before) for o in others)
 
 
 def _refuse_small_disk(folder: Path, size: int) -> None:

@@ -296,21 +296,25 @@ def _frontier(records: Sequence[PruneRecord]) -> LineChart:
     )
 
 
-def export_line(records: Sequence[PruneRecord], requests: Sequence[CellRequest | None]) -> str:
-    """What to type to save the pruning that tests best; empty where none can be saved.
+def best(
+    records: Sequence[PruneRecord], requests: Sequence[CellRequest | None]
+) -> tuple[PruneRecord, CellRequest] | None:
+    """Choose the pruning that tests best, with the request of its last step's run.
 
-    `requests` are those of the runs of the last steps.
+    None where none can be saved.
     """
     some = [
         (one, request)
         for one, request in zip(records, requests, strict=True)
         if one.unit == "layer" and request is not None
     ]
-    if not some:
-        return ""
-    best, asked = min(some, key=lambda each: _rank(each[0]))
+    return min(some, key=lambda each: _rank(each[0]), default=None)
+
+
+def export_line(record: PruneRecord, asked: CellRequest) -> str:
+    """What to type to save a pruning."""
     words = ["tracker", "export", asked.model, "--dtype", asked.dtype]
-    words += ["--remove", ",".join(map(str, best.removed)), "--output", "lighter"]
+    words += ["--remove", ",".join(map(str, record.removed)), "--output", "lighter"]
     words += ["--benchmark", asked.benchmark, "--data", asked.data]
     for option in ("revision", "num_fewshot", "part", "sample", "metric"):
         value = getattr(asked, option)

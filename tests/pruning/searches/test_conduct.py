@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
 
 from tracker import api
 from tracker.cli import main
@@ -15,8 +17,10 @@ from tracker.ledger.searches import read_search, searches
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
+from tracker.models import speed
 from tracker.pruning import cells, saying
 from tracker.pruning.asked import search_request
+from tracker.pruning.chosen import chosen
 from tracker.pruning.search import budget_of, search
 
 from .conftest import DATA, LAYERS
@@ -232,3 +236,40 @@ def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
     for one in asked:
         list(search(one, within, lender, shared))
     assert checked == [{0, 1}, {0, 2}]
+
+
+def test_one_command_saves_the_best_and_its_card_says_how_it_was_chosen(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
+    results, lighter = tmp_path / "results", tmp_path / "lighter"
+    path = write(strategy=["accuracy", "last"])
+    done = type_(path, "--results", results, "--track", "none", "--output", lighter)
+    assert done.exit_code == 0, done.output
+    records = {one.strategy: one for one in searches(results, {})}
+    ends = {name: one.steps[-1].test for name, one in records.items()}
+    best = records[min(ends, key=lambda name: ends[name].drop)]  # type: ignore[union-attr]
+
+    facts = json.loads((lighter / "tracker.json").read_text())
+    assert facts["removed_in_order"] == list(best.order)
+    assert facts["strategy"] == best.strategy
+    assert facts["calibration"] == (
+        "8 documents of arc_easy (calibration)" if best.calibration else None
+    )
+    assert len(facts["chosen_by"]) == len(best.rests_on) > 0
+    # Measured for the search and for the export: one line, not two.
+    (cost,) = facts["accuracy"]
+    assert (cost["n"], cost["after"][0]) == (10, best.steps[-1].test.accuracy)  # type: ignore[union-attr]
+    assert facts["proof"]["documents"] == 10
+    card = (lighter / "README.md").read_text()
+    assert f"Chosen by the strategy `{best.strategy}`" in card
+    assert AutoModelForCausalLM.from_pretrained(lighter).config.num_hidden_layers == LAYERS - 2
+
+    # What was chosen on the way is known too; what nobody chose is not.
+    ledger, base = Ledger(results), best.model
+    first = best.steps[0]
+    assert chosen(ledger, base, first.removed).tested[0].after[0] == first.test.accuracy  # type: ignore[union-attr]
+    assert chosen(ledger, base, (0, 1, 2)).strategy is None
+
+    refused = type_(path, "--results", results, "--output", lighter)
+    assert (refused.exit_code, "holds something" in refused.output) == (2, True)
