@@ -98,7 +98,7 @@ def _pooled(audit: ModelAudit) -> list[tuple[bool, str]]:
     elif high < PAPER[0]:
         verdict = f"less than in any of the paper's models (at least {PAPER[0]})"
     else:
-        verdict = f"which reaches the paper's {PAPER[0]} to {PAPER[1]}"
+        verdict = f"not told apart from the paper's {PAPER[0]} to {PAPER[1]}"
     against = low > PAPER[1] or high < PAPER[0]
     start = "against the paper, " if against else ""
     return [
