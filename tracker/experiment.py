@@ -310,7 +310,9 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
 def is_of_searches(raw: Any) -> bool:
     """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
     parameters = raw.get("parameters") if isinstance(raw, dict) else None
-    return isinstance(parameters, dict) and bool({"remove", "keep", "strategy"} & set(parameters))
+    if not isinstance(parameters, dict) or "layer" in parameters:
+        return False
+    return bool({"remove", "keep", "strategy"} & set(parameters))
 
 
 def refuse_searches(raw: dict[Any, Any]) -> None:

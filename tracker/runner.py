@@ -203,7 +203,7 @@ class _Finisher:
 def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
     """Find every benchmark and its data before a night is spent on half of them.
 
-    Cells that differ in their runs alone become one job.
+    Cells that differ in which layers are removed alone become one job.
     """
     benchmarks: dict[CellRequest, Benchmark] = {}
     jobs: dict[CellRequest, Job] = {}
@@ -215,8 +215,10 @@ def _jobs(todo: Sequence[CellLookup]) -> list[Job]:
         metric = chosen_metric(benchmarks[read].identity, request.metric)
         if request.until is not None:
             refuse_unbounded(benchmarks[read].identity, metric)
-        # A race is over when its own question is answered.
-        alike = request if request.until else request.model_copy(update=_NO_RUNS)
+        # A race is over when its own question is answered; what has to be fitted may fail alone.
+        alike = request
+        if not request.until:
+            alike = request.model_copy(update=_NO_RUNS | {"interventions": request.interventions})
         others = jobs[alike].cells if alike in jobs else ()
         jobs[alike] = Job((*others, cell), benchmarks[read])
     return list(jobs.values())
