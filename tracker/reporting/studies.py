@@ -41,7 +41,7 @@ _WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
     "coefficient": (two_digits, 1, ""),
     "p": (p_value, 1, ""),
     "nats": (partial(fixed, digits=3), 1, "nats"),
-    "times": (lambda figure: f"{figure:.3g}".replace("e-", "e−"), 1, ""),
+    "times": (lambda figure: f"{figure:.3g}".replace("-", "−"), 1, ""),
 }
 """How each unit is written, by what a record's figure is multiplied, and what it is called."""
 
