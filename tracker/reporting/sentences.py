@@ -66,7 +66,10 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     """
     compared = sum(cell.compared for cell in cells)
     if not compared:
-        return "Nothing here was answered again on a really pruned model: an older tracker did not."
+        return (
+            "Nothing that is shown here was answered again on a really pruned model: other "
+            "ablations were drawn for that, or an older tracker measured it."
+        )
     largest = max(cell.compared_difference or 0.0 for cell in cells)
     unsteady = sum(cell.compared_unsteady for cell in cells)
     without = sum(not cell.compared for cell in cells)
@@ -80,7 +83,7 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
             "there, in lm-eval too."
         )
     if without:
-        text += f" {counted(without, 'cell')} come from an older tracker, which compared nothing."
+        text += f" Of {counted(without, 'cell')} none was drawn, or an older tracker measured them."
     return text
 
 
