@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.config import CellRequest
-from tracker.errors import RequestError, TrackingError, WorkError
+from tracker.errors import RequestError, TrackerError, TrackingError, WorkError
 from tracker.experiment import load_experiment
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import Verified, compare, verify
@@ -221,7 +221,8 @@ class Pruned:
         report: The report page of the results folder; None where it could not be written.
         outcome: Which searches or runs failed, and where the runs can be seen.
         export: What to type to save the best pruning; empty where there is nothing to save.
-        exported: The best pruning as it was saved; None where that was not asked for.
+        exported: The best pruning as it was saved; None where that was not asked for, or failed.
+        unsaved: Why it could not be saved; empty otherwise. What was found stands.
     """
 
     records: tuple[PruneRecord, ...] = field(repr=False)
@@ -230,6 +231,12 @@ class Pruned:
     outcome: Finished
     export: str
     exported: Exported | None = field(default=None, repr=False)
+    unsaved: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0 = all done, 1 = some of the work failed."""
+        return 1 if self.unsaved else self.outcome.exit_code
 
 
 def prune(
@@ -289,6 +296,8 @@ def prune(
         else:
             asked, text = [search_request(settings)], ""
             name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
+        if output is not None:
+            exporting.refuse_units({each.unit for each in asked})
         publisher = Publisher(targets, project, ledger.root, publish_documents)
         with closing(publisher):
             found = conduct(asked, name, ledger, publisher, options, progress)
@@ -299,21 +308,22 @@ def prune(
     if chosen is None:
         return pruned
     record, request = chosen
+    pruned = replace(pruned, export=export_line(record, request))
     if output is None:
-        return replace(pruned, export=export_line(record, request))
-    saved = exporting.export(
-        exporting.Asked(
-            pruning=Pruning(record.order),
-            request=request,
-            on_benchmark=True,
-            output=Path(output),
-            ledger=ledger,
-            options=options,
-            project=project,
-        ),
-        progress,
+        return pruned
+    wanted = exporting.Asked(
+        pruning=Pruning(record.order),
+        request=request,
+        on_benchmark=True,
+        output=Path(output),
+        ledger=ledger,
+        options=options,
+        project=project,
     )
-    return replace(pruned, exported=saved)
+    try:
+        return replace(pruned, exported=exporting.export(wanted, progress))
+    except TrackerError as error:
+        return replace(pruned, unsaved=str(error))
 
 
 def validate(

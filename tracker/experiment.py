@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     Field,
@@ -39,6 +39,7 @@ from tracker.extent import Positive
 from tracker.problems import first_problem
 from tracker.safe_yaml import SHOWN, read_yaml, short
 
+S = TypeVar("S", bound=Strict)
 MAX_RUNS = 1_000_000
 """Of one experiment file; a grid of more was not meant."""
 
@@ -287,24 +288,29 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
     raw, text = read_yaml(path)
-    if not isinstance(raw, dict):
-        raise ExperimentError(
-            f"{path} holds no mapping; an experiment file starts with 'method: grid'"
-        )
     if is_of_searches(raw):
         raise ExperimentError(
             f"{path} asks for searches ('remove', 'keep' and 'strategy' say so): "
             f"tracker prune {path}"
         )
+    return checked(path, raw, Experiment, Experiment.cells), text
+
+
+def checked(path: Path, raw: Any, kind: type[S], expand: Callable[[S], object]) -> S:
+    """Check what a file holds, and that its grid expands; ExperimentError names the file."""
+    if not isinstance(raw, dict):
+        raise ExperimentError(
+            f"{path} holds no mapping; an experiment file starts with 'method: grid'"
+        )
     try:
         refuse_searches(raw)
-        experiment = Experiment.model_validate(raw)
-        experiment.cells()
+        file = kind.model_validate(raw)
+        expand(file)
     except ValidationError as error:
-        raise ExperimentError(f"{path}: {first_problem(error, Experiment)}") from None
+        raise ExperimentError(f"{path}: {first_problem(error, kind)}") from None
     except ExperimentError as error:
         raise ExperimentError(f"{path}: {error}") from None
-    return experiment, text
+    return file
 
 
 def is_of_searches(raw: Any) -> bool:

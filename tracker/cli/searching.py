@@ -116,10 +116,12 @@ def prune(
     )
     print_finding(done.finding)
     print_end(done.outcome, done.report)
-    if done.export:
+    if done.export and not done.exported:
         say()
         say(f"to save the best one: {done.export}")
     if done.exported:
         say()
         print_export(done.exported)
-    sys.exit(done.outcome.exit_code)
+    if done.unsaved:
+        say(f"not saved: {done.unsaved}")
+    sys.exit(done.exit_code)

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError, model_val
 
 from tracker.config import CellRequest, Component, Name, Strict
 from tracker.errors import ExperimentError, RequestError, did_you_mean
-from tracker.experiment import Choice, Sweep, refuse_searches
+from tracker.experiment import Choice, Sweep, checked
 from tracker.extent import Positive
 from tracker.problems import first_problem
 from tracker.pruning.budgets import Amount, amount
@@ -264,16 +264,4 @@ def load_searches(path: Path) -> tuple[PruneFile, str]:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
     raw, text = read_yaml(path)
-    if not isinstance(raw, dict):
-        raise ExperimentError(
-            f"{path} holds no mapping; an experiment file starts with 'method: grid'"
-        )
-    try:
-        refuse_searches(raw)
-        file = PruneFile.model_validate(raw)
-        file.searches()
-    except ValidationError as error:
-        raise ExperimentError(f"{path}: {first_problem(error, PruneFile)}") from None
-    except ExperimentError as error:
-        raise ExperimentError(f"{path}: {error}") from None
-    return file, text
+    return checked(path, raw, PruneFile, PruneFile.searches), text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tracker.identities import ModelIdentity
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
@@ -34,13 +36,15 @@ def chosen(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> Pr
     record, step = max(steps, key=lambda each: bool(each[0].calibration))
     order = record.order
     done = order[: len(removed)]
-    places = set(record.rests_on)
+    keys, places = {key for key, *_ in record.rests_on}, set(record.rests_on)
+    views = [each for each in contents.views if each[0].identity.key in keys]
+    cells = all_records(replace(contents, views=views))
     return Pruning(
         removed=done if sorted(done) == sorted(removed) else tuple(sorted(removed)),
         strategy=record.label,
         calibration=_calibration(record),
         tested=() if step.test is None else (_accuracy(record, step.test),),
-        chosen_by=tuple(r for r in all_records(contents) if r.place in places),
+        chosen_by=tuple(cell for cell in cells if cell.place in places),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,16 @@ def refuse_parts(component: Component, layers: tuple[int, ...]) -> None:
         f"{skip_lists(component, layers)}\n"
         "vLLM loads the like as nemotron-nas, whose block_configs say no_op a layer."
     )
+
+
+def refuse_units(units: Collection[Component]) -> None:
+    """Refuse to save what searches for other parts than whole layers find: RequestError."""
+    others = sorted(set(units) - {"layer"})
+    if others:
+        raise RequestError(
+            f"--output saves models without whole layers, and 'unit' is {others[0]}, without which "
+            "plain transformers loads no model; leave --output out"
+        )
 
 
 def refuse_output(output: Path) -> None:

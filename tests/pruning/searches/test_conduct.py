@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from tracker import api
 from tracker.cli import main
+from tracker.errors import WorkError
 from tracker.ledger.searches import read_search, searches
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.models import speed
-from tracker.pruning import cells, saying
+from tracker.pruning import cells, export, saying
 from tracker.pruning.asked import search_request
 from tracker.pruning.chosen import chosen
 from tracker.pruning.search import budget_of, search
@@ -273,3 +274,24 @@ def test_one_command_saves_the_best_and_its_card_says_how_it_was_chosen(
 
     refused = type_(path, "--results", results, "--output", lighter)
     assert (refused.exit_code, "holds something" in refused.output) == (2, True)
+
+
+def test_what_cannot_be_saved_takes_nothing_of_the_search_away(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise WorkError("lighter is not written: the disk is full")
+
+    results, lighter = tmp_path / "results", tmp_path / "lighter"
+    monkeypatch.setattr(export, "export", full)
+    path = write(strategy="last")
+    done = type_(path, "--results", results, "--track", "none", "--output", lighter)
+    assert done.exit_code == 1
+    assert saying.QUESTION in done.output
+    assert "not saved: lighter is not written: the disk is full" in done.output
+    assert "to save the best one: tracker export" in done.output
+
+    attentions = write(strategy="last", unit="attention")
+    refused = type_(attentions, "--results", tmp_path / "none", "--output", lighter)
+    assert (refused.exit_code, "leave --output out" in refused.output) == (2, True)
+    assert not (tmp_path / "none").exists()
