@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from tracker.config import CellRequest
 from tracker.errors import ExperimentError, RequestError
 from tracker.ledger.races import refuse_unbounded
 from tracker.questions import question
-from tracker.reporting.formats import points
+from tracker.reporting.formats import defined, points
 from tracker.studies.base import Asked, Said, Subject
 from tracker.studies.savings.charts import passes_chart
 from tracker.studies.savings.figures import (
@@ -21,10 +22,17 @@ from tracker.studies.savings.figures import (
     Replayed,
     hardest,
     measured,
+    most,
     orders_of,
     replayed,
 )
-from tracker.studies.savings.tables import bounds_table, named, savings_table, times
+from tracker.studies.savings.tables import (
+    bounds_table,
+    extent,
+    named,
+    savings_table,
+    times,
+)
 
 QUESTIONS = (
     "drop within 2 pp",
@@ -43,9 +51,10 @@ _ANY_MODEL = 10**6
 """Layers, before it is known how many a model has: spans that it is too short for count too."""
 
 _ASSUMED = (
-    f"The measured documents are the population: each question is raced for in {ORDERS} random "
-    "orders of them, with a look after every block of 32, and its answer is held against that of "
-    "all of them. What it would take in a larger split is not said.",
+    f"Each question is raced for in {ORDERS} random orders of the measured documents, with a look "
+    "after every block of 32, and its answer is held against that of all of them. The population "
+    "is the benchmark's split: where only a sample of it is measured, a race that is still open "
+    "when the sample ends took more than that, and nobody knows how much more.",
     "Layer passes are those of the baseline and of the runs that are open, with the layers shared "
     "that they share; a document counts as one, whatever its tokens. Running lm-eval once for the "
     "baseline and each run passes all layers each time. That it also reads shared tokens again "
@@ -129,33 +138,42 @@ def _unusable(subject: Subject) -> str:
 
 
 def _answer(cell: Measured, found: Sequence[Replayed]) -> str:
-    parts = [
-        f"{one.asked}: {points(float(np.median(one.passes)))} % "
-        f"({points(float(np.quantile(one.passes, 0.9)))} %)"
-        for one in found
-    ]
-    cheapest = min(found, key=lambda one: float(np.median(one.passes)))
-    return (
-        f"{cell.title}, {len(cell.drops):,} documents, {len(cell.runs)} runs: what each question "
+    parts = [f"{one.asked}: {_share(one, 0.5)} ({_share(one, 0.9)})" for one in found]
+    said = (
+        f"{cell.title}, {extent(cell)}, {len(cell.runs)} runs: what each question "
         f"takes of all layer passes, in the median of {ORDERS} orders (in nine of ten at most): "
-        f"{'; '.join(parts)}. '{cheapest.asked}' takes {times(cell, cheapest):.3g} times fewer "
-        f"than lm-eval once for each run, of which a factor of {cell.plain / cell.everything:.3g} "
-        "is the sharing of layers."
+        f"{'; '.join(parts)}."
     )
+    cheapest = min(found, key=lambda one: most(one.passes, 0.5))
+    if not (fewer := times(cell, cheapest)):
+        return said
+    return (
+        f"{said} '{cheapest.asked}' takes {fewer:.3g} times fewer than lm-eval once for each run, "
+        f"of which a factor of {cell.plain / cell.everything:.3g} is the sharing of layers."
+    )
+
+
+def _share(one: Replayed, part: float) -> str:
+    share = most(one.passes, part)
+    return f"{points(share)} %" if defined(share) else "open"
 
 
 def _bounded(cell: Measured, found: Sequence[Replayed], bounds: Sequence[Hardest]) -> str:
     """Say what bounds the dearest question."""
-    dearest = int(np.argmax([np.median(one.passes) for one in found]))
-    one, bound = found[dearest], bounds[dearest]
+    # Of those that are open after all that are measured, the one that needs the most.
+    one, bound = max(
+        zip(found, bounds, strict=True),
+        key=lambda both: (most(both[0].passes, 0.5), both[1].documents.value or math.inf),
+    )
     said = f"{cell.title}: the dearest, '{one.asked}', is bounded by {named(bound)}"
     if bound.documents.value is None:
         return f"{said}: {bound.documents.reason}."
+    took = most(one.documents, 0.5) * cell.population
+    ended = f"took {took:,.0f}" if defined(took) else "was open after all that are measured"
     return (
         f"{said}, where a document has a standard deviation of {points(bound.sd)} pp: a test "
         f"that looks once, at the number of documents that is right in advance, would need "
-        f"{bound.documents.value:,.0f} of the {len(cell.drops):,}; the race took "
-        f"{float(np.median(one.documents)) * len(cell.drops):,.0f}."
+        f"{bound.documents.value:,.0f} of the {cell.population:,}; the race {ended}."
     )
 
 

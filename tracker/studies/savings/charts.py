@@ -22,7 +22,7 @@ def passes_chart(cell: Measured, found: Sequence[Replayed]) -> LineChart:
 
     return LineChart(
         title=f"{cell.title}: how soon each question is answered",
-        x="layer passes, % of those of all documents and runs",
+        x="layer passes, % of those of all documents of the split and all runs",
         y=f"answered, of {ORDERS} orders",
         unit="percent",
         places=_PLACES,

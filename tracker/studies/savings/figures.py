@@ -1,4 +1,4 @@
-"""What the study `savings` computes: races over random orders of outcomes that are all measured."""
+"""What the study `savings` computes: races over random orders of measured outcomes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ _AT_ONCE = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell whose documents are all measured under all runs.
+    """The documents of a cell that are measured under all runs.
 
     Attributes:
         title: Its name.
         runs: The runs.
         drops: `[documents, runs]`, each document's drops by its weight, so that a plain mean over
             all is the benchmark's drop.
+        population: Documents of the split, which may be more than are measured.
         reach: How large such a drop can be.
         passes: Which runs are open → the layer passes of a token, the baseline's with theirs.
         everything: The same for all runs.
@@ -52,6 +53,7 @@ class Measured:
     title: str
     runs: tuple[RunIdentity, ...]
     drops: Array
+    population: int
     reach: float
     passes: Callable[[Mask], float]
     everything: float
@@ -70,6 +72,7 @@ def measured(subject: Subject) -> Measured:
         subject.record.title,
         tuple(runs),
         cell.drops(ablations) * scale[:, None],
+        sum(subject.store.counts().values()),
         float(scale.max()),
         passes,
         passes(np.ones(len(runs), dtype=bool)),
@@ -102,10 +105,11 @@ class Replayed:
 
     Attributes:
         asked: The question.
-        documents: The share of the documents that were looked at.
-        passes: The share of the layer passes that this took.
-        answered: Whether it was answered, at the latest by all documents.
-        wrong: Whether what was said by then contradicts all documents.
+        documents: The share of the split's documents that were looked at; infinite where the
+            question was open when the measured ones ended before the split did.
+        passes: The share of the layer passes that this took; infinite likewise.
+        answered: Whether it was answered, at the latest by all measured documents.
+        wrong: Whether what was said by then contradicts all measured documents.
     """
 
     asked: Question
@@ -123,10 +127,15 @@ def replayed(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> Repl
     """
     race = _single_means if asked.count is None else _set
     looked, passed, answered, wrong = race(cell, asked, orders)
-    documents = orders.shape[1]
-    return Replayed(
-        asked, looked / documents, passed / documents / cell.everything, answered, wrong
-    )
+    known = answered if orders.shape[1] < cell.population else np.ones_like(answered)
+    documents = np.where(known, looked / cell.population, np.inf)
+    passes = np.where(known, passed / cell.population / cell.everything, np.inf)
+    return Replayed(asked, documents, passes, answered, wrong)
+
+
+def most(shares: Array, of: float) -> float:
+    """Say how much some part `of` all orders took at most: the median at 0.5."""
+    return float(np.quantile(shares, of, method="inverted_cdf"))
 
 
 _Races = tuple[Array, Array, Mask, Mask]
@@ -135,21 +144,21 @@ _Races = tuple[Array, Array, Mask, Mask]
 def _set(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
     assert asked.count is not None
     values = cell.drops if asked.kind == "top" else -cell.drops
-    population, runs = values.shape
+    documents, runs = values.shape
     means = values.mean(axis=0)
     last, slack = np.sort(means)[-asked.count], (asked.within or 0.0) + SAME
     looked, passed = np.zeros(len(orders)), np.zeros(len(orders))
     answered, wrong = np.zeros(len(orders), dtype=bool), np.zeros(len(orders), dtype=bool)
     for n, order in enumerate(orders):
         duels = Duels(
-            population,
+            cell.population,
             runs,
             asked.count,
             within=asked.within,
             level=asked.level,
             reach=2 * cell.reach,
         )
-        while duels.open.any() and duels.seen < population:
+        while duels.open.any() and duels.seen < documents:
             block = values[order[duels.seen : duels.seen + BLOCK]]
             passed[n] += len(block) * cell.passes(duels.open)
             duels.look(block)
@@ -171,9 +180,9 @@ def _single_means(cell: Measured, asked: Question, orders: NDArray[np.int64]) ->
 
 def _some_single_means(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
     """Race in several orders side by side: each mean is a series in each order."""
-    population, runs = cell.drops.shape
+    documents, runs = cell.drops.shape
     bounds = MeanSequences(
-        population,
+        cell.population,
         len(orders) * runs,
         level=asked.level,
         together=runs,
@@ -183,7 +192,7 @@ def _some_single_means(cell: Measured, asked: Question, orders: NDArray[np.int64
     )
     looked, passed = np.zeros(len(orders)), np.zeros(len(orders))
     stands = standing(asked.kind, bounds.low, bounds.high, asked.within)
-    for start in range(0, population, BLOCK):
+    for start in range(0, documents, BLOCK):
         by_order = stands.open.reshape(-1, runs)
         going = by_order.any(axis=1)
         if not going.any():
@@ -227,8 +236,7 @@ class Hardest:
 
 def hardest(cell: Measured, asked: Question) -> Hardest:
     """Find what bounds a question's cost."""
-    drops, chance = cell.drops, 1 - asked.level
-    population, runs = drops.shape
+    drops, chance, runs = cell.drops, 1 - asked.level, cell.drops.shape[1]
     means, sds = drops.mean(axis=0), drops.std(axis=0)
     power = float(stats.norm.ppf(POWER))
     if asked.count is not None:
@@ -253,7 +261,7 @@ def hardest(cell: Measured, asked: Question) -> Hardest:
         documents = Estimate(None, reason=f"{tie}, which only all documents show")
     else:
         endless = (reach * sd / distance) ** 2
-        documents = Estimate(float(math.ceil(endless / (1 + endless / population))))
+        documents = Estimate(float(math.ceil(endless / (1 + endless / cell.population))))
     return Hardest(tuple(cell.runs[n] for n in ends), distance, sd, documents)
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from tracker.findings import FoundTable
 from tracker.reporting.formats import points
-from tracker.studies.layout import estimated, table
-from tracker.studies.savings.figures import ORDERS, POWER, Hardest, Measured, Replayed
+from tracker.studies.layout import entry, estimated, table
+from tracker.studies.savings.figures import ORDERS, POWER, Hardest, Measured, Replayed, most
 
 
 def times(cell: Measured, one: Replayed) -> float:
     """How many times fewer layer passes than lm-eval once for the baseline and each run."""
-    return cell.plain / cell.everything / float(np.median(one.passes))
+    return cell.plain / cell.everything / most(one.passes, 0.5)
+
+
+def extent(cell: Measured) -> str:
+    """Say which documents were raced through, such as `320 of 10,042 documents`."""
+    measured = f"{len(cell.drops):,} of " if len(cell.drops) < cell.population else ""
+    return f"{measured}{cell.population:,} documents"
 
 
 def named(bound: Hardest) -> str:
@@ -25,6 +29,10 @@ def named(bound: Hardest) -> str:
     return f"{names[0]}, to be known by {_fine(bound.distance)} pp"
 
 
+def _ended(cell: Measured) -> str:
+    return f"open after all {len(cell.drops):,} that are measured"
+
+
 def _fine(distance: float) -> str:
     """Write a distance, which may be a small part of a point."""
     return f"{100 * distance:.2g}"
@@ -32,14 +40,15 @@ def _fine(distance: float) -> str:
 
 def savings_table(cell: Measured, found: Sequence[Replayed]) -> FoundTable:
     """List what each question took."""
+    ended = _ended(cell)
     rows = [
         (
             str(one.asked),
-            float(np.median(one.documents)),
-            float(np.quantile(one.documents, 0.9)),
-            float(np.median(one.passes)),
-            float(np.quantile(one.passes, 0.9)),
-            times(cell, one),
+            entry(most(one.documents, 0.5), ended),
+            entry(most(one.documents, 0.9), ended),
+            entry(most(one.passes, 0.5), ended),
+            entry(most(one.passes, 0.9), ended),
+            entry(times(cell, one) or None, ended),
             float((one.answered & (one.documents < 1)).mean()),
             float(one.answered.mean()),
             float(one.wrong.mean()),
@@ -48,7 +57,7 @@ def savings_table(cell: Measured, found: Sequence[Replayed]) -> FoundTable:
         for one in found
     ]
     return table(
-        f"{cell.title}: what each question takes of {len(cell.drops):,} documents",
+        f"{cell.title}: what each question takes, by {extent(cell)}",
         (
             ("question", "text"),
             ("documents", "percent"),
@@ -64,9 +73,10 @@ def savings_table(cell: Measured, found: Sequence[Replayed]) -> FoundTable:
         rows,
         (
             f"Documents and layer passes: the median of {ORDERS} random orders, and what nine of "
-            "ten took at most, of those that all documents and runs take. Fewer than lm-eval: the "
-            "layer passes of lm-eval once for the baseline and once for each run, over the "
-            "median. Unanswered by the end are exact ties.",
+            "ten took at most, of those that all documents of the split and all runs take. Fewer "
+            "than lm-eval: the layer passes of lm-eval once for the baseline and once for each "
+            "run, over the median. The end is that of the measured documents; where it is that of "
+            "the split, unanswered are exact ties.",
         ),
     )
 
@@ -75,13 +85,14 @@ def bounds_table(
     cell: Measured, found: Sequence[Replayed], bounds: Sequence[Hardest]
 ) -> FoundTable:
     """List what bounds each question."""
+    ended = _ended(cell)
     rows = [
         (
             str(one.asked),
             named(bound),
             bound.sd,
             estimated(bound.documents),
-            float(np.median(one.documents)) * len(cell.drops),
+            entry(most(one.documents, 0.5) * cell.population, ended),
         )
         for one, bound in zip(found, bounds, strict=True)
     ]
