@@ -187,6 +187,7 @@ CELLS = {
     "a small gap": ([0.21, 0.2, 0.19, 0.18, 0.17, 0.16], 300),
     "a tie": ([0.3, 0.1, 0.1, 0.1, 0.0, 0.0], 300),
     "one ruined, few documents": ([0.9, 0.05, 0.04, 0.03, 0.02, 0.01], 100),
+    "fifteen thousand": ([0.2, 0.13, 0.1, 0.05, 0.01, 0.0], 15000),
 }
 
 
@@ -211,7 +212,7 @@ def wrong(
 @pytest.mark.parametrize("within", [None, 0.01])
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_more_errors_than_promised(cell: str, within: float | None) -> None:
-    assert wrong(cell, within, level=0.8, races=150) <= 0.2
+    assert wrong(cell, within, level=0.8, races=300) <= 0.2
 
 
 class Naive(Duels):
