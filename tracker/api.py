@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tracker.findings import FindingRecord
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.facts import Exported
+    from tracker.pruning.planning import PlannedSearch, PlannedTest
     from tracker.searched import PruneRecord
 
 RESULTS = Path("results")
@@ -368,6 +369,32 @@ def plan(
 
     asked, _ = load_experiment(Path(experiment))
     return planning.plan(asked.cells(), Ledger(Path(results)), trust_remote_code)
+
+
+def plan_prune(
+    experiment: str | os.PathLike[str],
+    *,
+    results: str | os.PathLike[str] = RESULTS,
+    trust_remote_code: bool = False,
+) -> tuple[list[PlannedSearch], list[PlannedTest]]:
+    """Say what the searches of an experiment will cost, before anything is spent.
+
+    Args:
+        experiment: The YAML file, of `tracker prune`.
+        results: The results folder; only its timings count, not what it has measured.
+        trust_remote_code: Whether code from a download may run.
+
+    Returns:
+        One plan a search, and one for each set of test documents.
+
+    Raises:
+        RequestError: Something that was asked for does not exist or does not fit.
+    """
+    from tracker.pruning import planning
+    from tracker.pruning.asked import load_searches
+
+    asked = load_searches(Path(experiment))[0].searches()
+    return planning.plan_searches(asked, Ledger(Path(results)), trust_remote_code)
 
 
 def evaluate(

@@ -315,10 +315,20 @@ def checked(path: Path, raw: Any, kind: type[S], expand: Callable[[S], object]) 
 
 def is_of_searches(raw: Any) -> bool:
     """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
+    return "layer" not in _said(raw) and bool(_OF_SEARCHES & _said(raw))
+
+
+def is_of_removals(raw: Any) -> bool:
+    """Whether a file says what is removed, which is `tracker run`'s to measure."""
+    return "layer" in _said(raw) and not _OF_SEARCHES & _said(raw)
+
+
+_OF_SEARCHES = {"remove", "keep", "strategy"}
+
+
+def _said(raw: Any) -> set[Any]:
     parameters = raw.get("parameters") if isinstance(raw, dict) else None
-    if not isinstance(parameters, dict) or "layer" in parameters:
-        return False
-    return bool({"remove", "keep", "strategy"} & set(parameters))
+    return set(parameters) if isinstance(parameters, dict) else set()
 
 
 def refuse_searches(raw: dict[Any, Any]) -> None:

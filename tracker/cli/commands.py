@@ -33,6 +33,7 @@ from tracker.cli.printing import (
     print_cell,
     print_end,
     print_plan,
+    print_plan_of_searches,
 )
 from tracker.cli.terminal import Show, quiet, say
 from tracker.distribution import __version__
@@ -362,10 +363,18 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
     Examples:
       tracker plan experiments/demo.yaml
       tracker plan experiments/llama.yaml --gflops 400000
+      tracker plan experiments/prune.yaml
     """
     from tracker import api
-    from tracker.experiment import load_experiment
+    from tracker.experiment import is_of_searches, load_experiment
+    from tracker.safe_yaml import read_yaml
 
+    if is_of_searches(read_yaml(experiment)[0]):
+        searches, tests = api.plan_prune(
+            experiment, results=results, trust_remote_code=trust_remote_code
+        )
+        print_plan_of_searches(searches, tests, gflops)
+        return
     cells = api.plan(experiment, results=results, trust_remote_code=trust_remote_code)
     print_plan(cells, gflops)
     if capped := load_experiment(experiment)[0].capped:

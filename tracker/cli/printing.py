@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tracker.findings import FindingRecord
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.facts import Exported
+    from tracker.pruning.planning import PlannedSearch, PlannedTest
     from tracker.records import CellRecord, RunIdentity
     from tracker.runner import Finished
 
@@ -156,13 +157,9 @@ def runnable(location: str) -> str:
 
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     """Print what an experiment will cost, at a rate or at the one that is measured here."""
-    from tracker.engine.plan import matrix_rate
     from tracker.metrics.power import ALPHA, MEANT, POWER
 
-    if gflops is None:
-        rate, whence = matrix_rate(), "measured here with a float32 matrix product"
-    else:
-        rate, whence = gflops * 1e9, "as stated"
+    rate, whence = _rate(gflops)
     columns = (
         "model",
         "benchmark",
@@ -207,8 +204,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         rows.append(row)
     table([(name, name not in ("model", "benchmark")) for name in columns], rows)
     say(
-        f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at "
-        f"{rate / 1e9:,.0f} GFLOP/s ({whence}); real work reaches a part of that rate. "
+        f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at {whence}; real "
+        "work reaches a part of that rate. "
         "self-check: what the model answers once more, plainly; besides, each architecture is "
         "attacked once on a miniature, which takes some seconds and is kept in the results folder"
     )
@@ -222,6 +219,69 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     )
     if any(cell.observed for cell in cells):
         say("*: if it changes as many as the median removal does that is measured already")
+
+
+def _rate(gflops: float | None) -> tuple[float, str]:
+    """Say how many operations a second are assumed, and in words."""
+    from tracker.engine.plan import matrix_rate
+
+    if gflops is None:
+        rate, whence = matrix_rate(), "measured here with a float32 matrix product"
+    else:
+        rate, whence = gflops * 1e9, "as stated"
+    return rate, f"{rate / 1e9:,.0f} GFLOP/s ({whence})"
+
+
+def print_plan_of_searches(
+    searches: Sequence[PlannedSearch], tests: Sequence[PlannedTest], gflops: float | None
+) -> None:
+    """Print what searches and their tests will cost, at a rate or at the one measured here."""
+    from tracker.reporting.formats import DASH
+
+    rate, whence = _rate(gflops)
+
+    def times(naive: float | None, flops: float) -> str:
+        return f"{naive / flops:.1f} × the TFLOP" if naive and flops else DASH
+
+    rows = [
+        (
+            f"{search.request.cell.benchmark}: {search.request.strategy}, {search.request.asked}",
+            ", ".join(each.benchmark for each in search.request.calibration()) or DASH,
+            f"{search.documents:,}",
+            f"{search.steps:,}",
+            f"{'at most ' if search.at_most else ''}{search.evaluations:,.0f}",
+            f"{search.passes:,.1f}",
+            f"{search.flops / 1e12:,.1f}",
+            times(search.naive_flops, search.flops),
+            _duration(search.flops / rate),
+        )
+        for search in searches
+    ]
+    rows += [
+        (
+            f"{test.request.benchmark}: test",
+            DASH,
+            f"{test.documents:,}",
+            DASH,
+            f"{test.sets:,}",
+            DASH,
+            f"{test.flops / 1e12:,.1f}",
+            times(test.naive_flops, test.flops),
+            _duration(test.flops / rate),
+        )
+        for test in tests
+    ]
+    heads = ("search", "calibrated on", "documents", "steps", "evaluations", "passes", "TFLOP")
+    columns = (*heads, "lm-eval loop", "time at least")
+    table([(name, name not in heads[:2]) for name in columns], rows)
+    seconds = sum(each.flops for each in (*searches, *tests)) / rate
+    say(
+        f"{counted(len(searches), 'search').replace('searchs', 'searches')}, at least "
+        f"{_duration(seconds)} at {whence}; real work reaches a part of that rate. TFLOP: what no "
+        "search above it has asked for, as if nothing were measured yet; evaluations and passes: "
+        "those of the search alone. Which sets are tried is made up, so that passes and TFLOP are "
+        "near what it will be. Besides, sharing is checked before each kind of removal"
+    )
 
 
 def _until(cell: PlannedCell) -> str:

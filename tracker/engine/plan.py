@@ -16,7 +16,7 @@ from tracker.engine.head import LOGITS_BYTES
 from tracker.engine.memory import stream_bytes
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.rows import common_beginning, tree_rows
-from tracker.engine.streams import plain_passes, plan_streams
+from tracker.engine.streams import StreamPlan, plain_passes, plan_streams
 from tracker.engine.sweep import ROW_TOKENS
 from tracker.models.layers import find_layers
 
@@ -54,6 +54,94 @@ class Cost:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What it takes to score some documents under any ablations, with all sharing.
+
+    The operations of attentions and MLPs grow with how often a token passes one, those of the head
+    with the streams: `engine` and `plain` hold those of one.
+
+    Attributes:
+        documents: Documents.
+        requests: (context, continuation) pairs.
+        layers: Layers of the model.
+        tokens: Tokens that the model reads, shared ones once.
+        widest: Tokens of the largest row.
+        naive_tokens: Tokens that lm-eval reads for one evaluation.
+        engine: Operations of one pass of all tokens through an attention, through an MLP, and of
+            one stream through the head.
+        plain: The same for lm-eval.
+    """
+
+    documents: int
+    requests: int
+    layers: int
+    tokens: int
+    widest: int
+    naive_tokens: int
+    engine: tuple[float, float, float]
+    plain: tuple[float, float, float]
+
+    def flops(self, plan: StreamPlan) -> float:
+        """Count the operations of the streams of a plan."""
+        passes = plan.attention_passes, plan.mlp_passes, plan.streams
+        return _product(self.engine, passes)
+
+    def naive_flops(self, ablations: Sequence[Ablation]) -> float:
+        """Count the operations of lm-eval, run once for each ablation."""
+        passes = *plain_passes(ablations, self.layers), len(ablations)
+        return _product(self.plain, passes)
+
+
+def reading(model: Any, documents: Sequence[Document], max_length: int) -> Reading:
+    """Count what it takes to score documents.
+
+    Args:
+        model: The model; its weights may be on the meta device.
+        documents: The documents.
+        max_length: Tokens that the model reads at most.
+
+    Returns:
+        The counts.
+    """
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    head = 2 * model.get_output_embeddings().weight.numel()
+    attention, mlp = _weights(model)
+
+    def attended(tokens: int, keys: int) -> float:
+        """Operations of one attention in which some tokens see so many keys."""
+        return float(tokens * (2 * attention + 4 * keys * hidden))
+
+    tokens = widest = kept = 0
+    attentions = 0.0
+    for together in _by_task(documents):
+        shared = len(common_beginning(together, max_length))
+        prefix = shared if shared >= SHORTEST else 0
+        tokens += prefix
+        attentions += attended(prefix, prefix)
+        for row in tree_rows(together, max_length, ROW_TOKENS, prefix):
+            tokens += row.tokens
+            attentions += attended(row.tokens, prefix + row.tokens)
+            kept += len(row.keep)
+            widest = max(widest, row.tokens)
+    naive = _naive_sequences(documents, max_length)
+    return Reading(
+        documents=len(documents),
+        requests=sum(len(document.requests) for document in documents),
+        layers=config.num_hidden_layers,
+        tokens=tokens,
+        widest=widest,
+        naive_tokens=sum(naive),
+        engine=(attentions, tokens * 2 * mlp, float(head * kept)),
+        plain=(
+            sum(attended(length, length) for length in naive),
+            sum(naive) * 2 * mlp,
+            float(head * sum(naive)),
+        ),
+    )
+
+
 def cost(
     model: Any, documents: Sequence[Document], ablations: Sequence[Ablation], max_length: int
 ) -> Cost:
@@ -68,51 +156,26 @@ def cost(
     Returns:
         The counts.
     """
-    config = model.config.get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    head = model.get_output_embeddings().weight.numel()
-    attention, mlp = _weights(model)
-    plan = plan_streams(ablations, layers)
-
-    def operations(attentions: int, mlps: int, tokens: int, keys: int) -> float:
-        """Floating-point operations of so many passes of some tokens that see so many keys."""
-        seen = 4 * keys * hidden
-        return float(tokens * (attentions * (2 * attention + seen) + mlps * 2 * mlp))
-
-    tokens = widest = 0
-    flops = 0.0
-    for together in _by_task(documents):
-        shared = len(common_beginning(together, max_length))
-        prefix = shared if shared >= SHORTEST else 0
-        tokens += prefix
-        flops += operations(plan.attention_passes, plan.mlp_passes, prefix, prefix)
-        for row in tree_rows(together, max_length, ROW_TOKENS, prefix):
-            keys = prefix + row.tokens
-            tokens += row.tokens
-            flops += operations(plan.attention_passes, plan.mlp_passes, row.tokens, keys)
-            flops += 2 * head * len(row.keep) * plan.streams
-            widest = max(widest, row.tokens)
-
-    naive = _naive_sequences(documents, max_length)
-    attentions, mlps = plain_passes(ablations, layers)
-    naive_flops = sum(
-        operations(attentions, mlps, length, length) + len(ablations) * 2 * head * length
-        for length in naive
-    )
+    found = reading(model, documents, max_length)
+    plan = plan_streams(ablations, found.layers)
     size = int(model.dtype.itemsize)
-    activations = plan.streams * widest * stream_bytes(model)
+    activations = plan.streams * found.widest * stream_bytes(model)
     return Cost(
-        documents=len(documents),
-        requests=sum(len(document.requests) for document in documents),
-        tokens=tokens,
-        layer_passes=tokens * plan.layer_passes,
-        flops=flops,
-        naive_tokens=sum(naive),
-        naive_layer_passes=sum(naive) * (attentions + mlps) / 2,
-        naive_flops=naive_flops,
-        check_layer_passes=float(layers * plain_tokens(documents, ablations)),
+        documents=found.documents,
+        requests=found.requests,
+        tokens=found.tokens,
+        layer_passes=found.tokens * plan.layer_passes,
+        flops=found.flops(plan),
+        naive_tokens=found.naive_tokens,
+        naive_layer_passes=found.naive_tokens * sum(plain_passes(ablations, found.layers)) / 2,
+        naive_flops=found.naive_flops(ablations),
+        check_layer_passes=float(found.layers * plain_tokens(documents, ablations)),
         peak_bytes=size * model.num_parameters() + activations + 2 * LOGITS_BYTES,
     )
+
+
+def _product(each: Sequence[float], counts: Sequence[int]) -> float:
+    return float(sum(one * count for one, count in zip(each, counts, strict=True)))
 
 
 def _by_task(documents: Sequence[Document]) -> list[list[Document]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -178,7 +179,7 @@ def _try(small: Any, removed: Collection[int]) -> None:
         raise ModelError(
             f"{name} does not run without {_named(removed)}: {_first(error)}"
         ) from None
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _no_bars():
         try:
             twin.save_pretrained(folder)
             again, found = AutoModelForCausalLM.from_pretrained(
@@ -196,6 +197,20 @@ def _try(small: Any, removed: Collection[int]) -> None:
             f"{name} without {_named(removed)}, saved and loaded by plain transformers, is another "
             f"model (logits differ by {far:.3g}): {_difference(twin, again)}"
         )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the bars of transformers from being shown for a miniature."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.inference_mode()

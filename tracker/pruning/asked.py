@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError, model_val
 
 from tracker.config import CellRequest, Component, Name, Strict
 from tracker.errors import ExperimentError, RequestError, did_you_mean
-from tracker.experiment import Choice, Sweep, checked
+from tracker.experiment import Choice, Sweep, checked, is_of_removals
 from tracker.extent import Positive
 from tracker.problems import first_problem
 from tracker.pruning.budgets import Amount, amount
@@ -264,4 +264,9 @@ def load_searches(path: Path) -> tuple[PruneFile, str]:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
     raw, text = read_yaml(path)
+    if is_of_removals(raw):
+        raise ExperimentError(
+            f"{path} says itself what is removed ('layer'): tracker run {path}. A search takes "
+            "'remove' or 'keep' in its place, such as remove: {value: 8}"
+        )
     return checked(path, raw, PruneFile, PruneFile.searches), text

@@ -191,8 +191,7 @@ class Scores:
         if (key := f"{cell.store.identity.key}/{kind}") not in self._observed:
             self._observed.add(key)
             left = self.layers - len(removed)
-            price = {"loss_increase": (left + 1) / 2, "gate_gradient": 3.0}.get(name, 1.0)
-            self._passes += price * left / self.layers * cell.n / self.documents
+            self._passes += price_of(name, left) * left / self.layers * cell.n / self.documents
             self._seconds += float(sums["seconds"].sum())
         counted = sums["tokens" if name in TURNING else "predicted"]
         if name == "angular_distance":
@@ -238,6 +237,11 @@ class Scores:
             passes=self._passes,
             seconds=sum(known) + self._seconds if len(known) == len(seconds) else None,
         )
+
+
+def price_of(name: str, layers: int) -> float:
+    """Price a proxy of a model with so many layers, in passes of all documents through it."""
+    return {"loss_increase": (layers + 1) / 2, "gate_gradient": 3.0}.get(name, 1.0)
 
 
 def _stacked(each: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

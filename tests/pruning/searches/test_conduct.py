@@ -174,6 +174,7 @@ def test_a_killed_search_goes_on_after_its_last_block(model: Path, tmp_path: Pat
         ({"rescoring": "race", "sample": None, "strategy": "gold_logprob"}, "is for accuracy"),
         ({"calibrate": [["arc_easy", "nosuchtask"]]}, "nosuchtask"),
         ({"layer": 3}, "unknown key 'parameters.layer'"),
+        ({"layer": 3, "remove": None, "strategy": None}, "says itself what is removed ('layer'): "),
     ],
 )
 def test_what_cannot_be_is_refused(write, tmp_path: Path, settings, words: str) -> None:

@@ -1,0 +1,90 @@
+"""What searches are said to cost, against what they then take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tracker.cli import main
+from tracker.config import CellRequest
+from tracker.ledger.store import Ledger
+from tracker.measuring.planning import plan
+from tracker.pruning.asked import SearchRequest
+from tracker.pruning.cells import Lender
+from tracker.pruning.planning import plan_searches
+from tracker.pruning.search import budget_of, search
+from tracker.pruning.strategies import STRATEGIES
+
+from .conftest import DATA, DOCUMENTS, GO, LAYERS
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_search_takes_what_was_said(
+    ask: Callable[..., SearchRequest],
+    lend: Callable[..., Lender],
+    threads: None,
+    tmp_path: Path,
+    strategy: str,
+) -> None:
+    request, lender = ask(strategy=strategy, remove=GO), lend()
+    ((said,), (test,)) = plan_searches([request], Ledger(tmp_path / "new"))
+    found = list(search(request, budget_of(request, lender), lender, {}))
+    costs = [each.cost for each in found]
+    # Sets that a beam comes to on two ways are scored once.
+    off = 0.1 if strategy == "beam" else 0.0
+    assert said.evaluations == pytest.approx(sum(cost.evaluations for cost in costs), rel=off)
+    # Which layers go decides how much the sets share.
+    assert said.passes == pytest.approx(sum(cost.passes for cost in costs), rel=0.15)
+    assert said.documents == (0 if not request.calibration() else DOCUMENTS)
+    assert (said.steps, said.at_most) == (GO, False)
+    assert (said.naive_flops is None) == (strategy in PROXIES)
+    assert test.documents == DOCUMENTS
+    sets = {step.removed for each in found for step in each.steps}
+    assert abs(test.sets - 1 - len(sets)) <= len(found) - 1
+
+
+PROXIES = [
+    *("cosine", "relative_update", "perplexity", "taylor"),
+    *("cosine_oneshot", "relative_update_oneshot", "perplexity_oneshot", "taylor_oneshot"),
+    "angular",
+]
+
+
+def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(
+    ask: Callable[..., SearchRequest], tmp_path: Path
+) -> None:
+    ledger = Ledger(tmp_path / "new")
+    short, long = ask(strategy="accuracy", remove=1), ask(strategy="accuracy", remove=3)
+    (request,) = short.calibration()
+    sweep = request.model_copy(update={"layers": tuple(range(LAYERS))})
+    (cell,) = plan([CellRequest.model_validate(sweep.model_dump())], ledger)
+    ((first, whole), _) = plan_searches([short, long], ledger)
+    ((alone,), _) = plan_searches([long], ledger)
+    assert first.flops == pytest.approx(cell.cost.flops)
+    assert first.naive_flops == pytest.approx(cell.cost.naive_flops)
+    assert first.flops + whole.flops == pytest.approx(alone.flops)
+    assert whole.evaluations == alone.evaluations == 1 + 5 + 4 + 3
+    ((lazy,), _) = plan_searches([ask(strategy="accuracy", remove=3, rescoring="lazy")], ledger)
+    assert (lazy.evaluations, lazy.at_most) == (alone.evaluations, True)
+
+
+def test_the_command_plans_a_file_of_searches(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prune.yaml"
+    path.write_text(
+        "method: grid\nparameters:\n"
+        f"  model: {{value: '{model}'}}\n  benchmark: {{value: arc_easy}}\n"
+        f"  data: {{value: '{DATA}'}}\n  sample: {{value: 4}}\n  test_sample: {{value: 6}}\n"
+        "  remove: {value: 2}\n  strategy: {values: [accuracy, random]}\n"
+    )
+    done = CliRunner().invoke(main, ["plan", str(path), "--gflops=1", f"--results={tmp_path}/new"])
+    assert done.exit_code == 0, done.output
+    table = [line.split() for line in done.stdout.splitlines()]
+    # 5 + 4 candidates and the intact model; two steps of it, and of three random draws.
+    assert table[1][:8] == ["arc_easy:", "accuracy,", "remove", "2", "arc_easy", "4", "2", "10"]
+    assert table[2][:9] == ["arc_easy:", "random,", "remove", "2", "–", "0", "2", "0", "0.0"]
+    assert table[3][:2] == ["arc_easy:", "test"]
+    assert "2 searches, at least" in done.stdout
+    assert not (tmp_path / "new").exists()
