@@ -274,7 +274,7 @@ def print_plan_of_searches(
     heads = ("search", "calibrated on", "documents", "steps", "evaluations", "passes", "TFLOP")
     columns = (*heads, "lm-eval loop", "time at least")
     table([(name, name not in heads[:2]) for name in columns], rows)
-    seconds = sum(each.flops for each in (*searches, *tests)) / rate
+    seconds = (sum(one.flops for one in searches) + sum(one.flops for one in tests)) / rate
     say(
         f"{counted(len(searches), 'search').replace('searchs', 'searches')}, at least "
         f"{_duration(seconds)} at {whence}; real work reaches a part of that rate. TFLOP: what no "
