@@ -162,10 +162,8 @@ def _reading(request: CellRequest, trust_remote_code: bool) -> Reading:
 class _Counted(Scores):
     """Scores that are made up: a part's cost is drawn at random, and costs add up.
 
-    Attributes:
-        passes: As in `PlannedSearch`, as the others.
-        flops: Operations of what is not among `known`, which all searches share.
-        naive_flops: None once a proxy is scored, which lm-eval does not have.
+    `known` is what earlier searches asked of each cell; `passes`, `flops` and `naive_flops` are as
+    in `PlannedSearch`.
     """
 
     def __init__(
