@@ -89,7 +89,8 @@ def render_page(
         return Markup(loader.get_source(environment, name)[0])
 
     studies = study_sections(findings, cells)
-    cells = [cell for cell in cells if not is_step(cell, findings)]
+    # One that was asked for no run is what an export was held against.
+    cells = [c for c in cells if (c.runs or c.missing) and not is_step(c, findings)]
     models = sections.model_sections(cells, decided)
     across = sections.across_section(cells, models)
     ids = {s.cell.place: s.id for model in models for s in model.cells}

@@ -20,7 +20,7 @@ from tracker.findings import (
     MapChart,
     Unit,
 )
-from tracker.records import CellRecord, Place
+from tracker.records import WHOLE_LAYER, CellRecord, Place
 from tracker.reporting.charts.maps import ROWS, centred_map, short
 from tracker.reporting.charts.style import Chart, chart, finite, layer_axis, line
 from tracker.reporting.formats import fixed, p_value, points, two_digits
@@ -77,10 +77,14 @@ def study_sections(
 
 
 def is_step(cell: CellRecord, findings: Sequence[FindingRecord]) -> bool:
-    """Whether a cell is a step of a search alone: the search's section shows it, in its row."""
-    return bool(cell.removed) and any(
-        cell.place in finding.rests_on for finding in findings if finding.study in _SEARCHING
-    )
+    """Whether a cell holds steps of searches alone: their sections show them, in their rows.
+
+    What lacks layers, or misses some of all runs of one layer, holds nothing else.
+    """
+    searches = [finding for finding in findings if finding.study in _SEARCHING]
+    whole = {run.layer for run in cell.runs if run.kind == WHOLE_LAYER}
+    partial = bool(cell.removed) or len(whole) < cell.model.layers
+    return partial and any(cell.place in finding.rests_on for finding in searches)
 
 
 def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:

@@ -95,6 +95,9 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     page = (results / "report.html").read_text(encoding="utf-8")
     assert saying.QUESTION in page
     assert "what is left, the more goes" in page
+    # The search is all that there is to see: no board of the few layers that its steps took.
+    assert 'id="studies"' in page
+    assert 'id="overview-title"' not in page
 
     # No document that chose is among those that test, and the record names those that chose.
     stores = {store.identity.key: store for store in Ledger(results).cells()}
