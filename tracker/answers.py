@@ -94,9 +94,9 @@ def _said(answer: AnswerRecord) -> str:
         among = f"; {_named(chosen)} {_are(len(chosen) == 1)} among them" if chosen else ""
         size = "largest" if asked.kind == "top" else "smallest"
         which = f"{size} drop is" if asked.count == 1 else f"{asked.count} {size} drops are"
-        return (
-            f"the {which} not separated by all {answer.population:,} documents: {tied} tie{among}"
-        )
+        documents = answer.population
+        every = "the only document" if documents == 1 else f"all {documents:,} documents"
+        return f"the {which} not separated by {every}: {tied} tie{among}"
     if asked.kind == "drop":
         return f"each drop is known within {100 * (asked.within or 0):.10g} pp"
     if asked.kind == "sign":

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import tracker
+from tests.runner.elsewhere import arc
 from tracker.cli import main
 from tracker.config import CellRequest
 from tracker.errors import RequestError
@@ -187,6 +188,19 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
         done = tracker.run(asked, progress=heard, results=results, track=[])
         assert done.outcome.models_loaded == 0
         assert f"copa: {text}: {said}" in heard.said[-1]
+
+
+def test_a_benchmark_of_one_document_is_answered_by_it_or_ties(tiny_llama, experiment, tmp_path):
+    data, results, folder = arc(tmp_path / "data", 1), tmp_path / "results", tiny_llama()
+    for text in ("drop within 2 pp", "top 1"):
+        heard = Heard()
+        file = experiment(folder, data=str(data), limit=None, until=text, layer=[0, 1])
+        (cell,) = tracker.run(file, progress=heard, results=results, track=[]).cells
+        drops = [run.accuracy_drop for run in cell.runs]
+        assert cell.n == 1
+        tie = text == "top 1" and len(set(drops)) == 1
+        assert ("not separated by the only document" in heard.said[-1]) == tie, heard.said[-1]
+        assert "1 of 1 documents, 100 % of the layer passes" in heard.said[-1]
 
 
 @pytest.mark.parametrize(
