@@ -31,7 +31,7 @@ def statement(answer: AnswerRecord) -> str:
 
 
 def took(answer: AnswerRecord) -> str:
-    """Say what was looked at of all there is.
+    """Say what was measured of all there is, and what of that was looked at.
 
     Args:
         answer: How a question stands.
@@ -40,9 +40,12 @@ def took(answer: AnswerRecord) -> str:
         For example `320 of 570 documents, 41 % of the layer passes`.
     """
     share = 100 * answer.passes / answer.passes_of
-    return (
-        f"{answer.looked:,} of {answer.population:,} documents, {share:.0f} % of the layer passes"
+    measured = (
+        f"{answer.measured:,} of {answer.population:,} documents, {share:.0f} % of the layer passes"
     )
+    if answer.looked == answer.measured:
+        return measured
+    return f"{measured}; looked at were {answer.looked:,}, each task in proportion"
 
 
 def interval_name(cell: CellRecord) -> str:

@@ -35,7 +35,7 @@ from tracker.config import (
     Strict,
 )
 from tracker.errors import ExperimentError
-from tracker.extent import Positive
+from tracker.extent import DEFAULT_SEED, Positive
 from tracker.problems import first_problem
 from tracker.safe_yaml import SHOWN, read_yaml, short
 
@@ -252,6 +252,7 @@ class Experiment(Sweep):
             if choice is not None and choice.options != [None]:
                 runs[f"{name}s"] = tuple(choice.options)
         cells: dict[CellRequest, None] = {}
+        questions: dict[CellRequest, CellRequest] = {}
         for values in itertools.product(*(getattr(grid, name).options for name in names)):
             settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
             if first is not None:
@@ -272,6 +273,16 @@ class Experiment(Sweep):
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None
+            # Without few-shot examples a seed says in which order documents come, and no more.
+            drawn = {} if cell.num_fewshot else {"seed": DEFAULT_SEED}
+            other = questions.setdefault(cell.model_copy(update={"until": None, **drawn}), cell)
+            if other is not cell and (cell.until or other.until):
+                raise ExperimentError(
+                    f"'parameters': the grid asks {cell.title} for several answers: "
+                    f"until {other.until}, seed {other.seed}, and until {cell.until}, seed "
+                    f"{cell.seed}. A cell keeps one; ask for the other in a file of its own "
+                    "(nothing is measured twice)"
+                )
         return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
 
 

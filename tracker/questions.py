@@ -35,8 +35,8 @@ class Question:
         kind: `drop`: how large each drop is. `top`: which drops are the largest. `prune`: which
             are the smallest. `sign`: which are not 0.
         count: How many runs `top` and `prune` ask for.
-        within: How far a drop may be from what is said of it (of `drop`), or a run that is chosen
-            from the last place (of `top` and `prune`; None = not at all). A fraction.
+        within: How far a drop may be from the middle of its bounds (of `drop`), or a run that is
+            chosen from the last place (of `top` and `prune`; None = not at all). A fraction.
         level: With which probability the answer is right; all bounds of drops together have it too.
     """
 

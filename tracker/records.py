@@ -137,12 +137,15 @@ class AnswerRecord(Record):
     """Of the random order of the documents."""
     looked: int
     """Documents that were looked at, from the beginning of the order."""
+    measured: int
+    """Documents that had to be measured for that: of a group more, since its tasks are measured in
+    blocks of their own."""
     population: int
     """Documents that there are."""
     over: bool
     """Whether nothing more is to be measured: it is answered, or there are no more documents."""
     passes: int
-    """Passes of a document through a layer that were looked at, the intact model's with them."""
+    """Passes of a document through a layer that this took, the intact model's with them."""
     passes_of: int
     """How many all documents take under all runs."""
     runs: tuple[RunAnswer, ...]

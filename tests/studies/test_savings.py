@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.metrics.test_sequences import drops
 from tracker import api
 from tracker.ablations import INTACT, Ablation
 from tracker.engine.streams import plan_streams
@@ -42,24 +41,23 @@ SPLIT = 570
 SHARES = [0.4, 0.25, 0.22, 0.1, 0.02, 0.0]
 
 
-def cell_of(
-    values: np.ndarray, ablations: list[Ablation] | None = None, population: int | None = None
-) -> Measured:
+def cell_of(values: np.ndarray, ablations: list[Ablation] | None = None) -> Measured:
     """A cell of given drops, under whole layers where nothing else is said."""
     passes = passes_of(ablations or [Ablation((n,)) for n in range(LAYERS)], LAYERS)
     runs = tuple(RunIdentity(layer=n) for n in range(values.shape[1]))
     everything = passes(np.ones(len(runs), dtype=bool))
-    return Measured(
-        "a cell", runs, values, population or len(values), 1.0, passes, everything, 36.0
-    )
+    tasks, counts = ("t",) * len(values), {"t": len(values)}
+    return Measured("a cell", runs, values, tasks, counts, 1.0, passes, everything, 36.0)
 
 
 @pytest.fixture(scope="module")
 def cell() -> Measured:
-    """400 documents under six layers, from harmless to ruinous."""
-    generator = np.random.default_rng(2)
-    columns = [generator.permutation(drops(400, share + 0.03, 0.03)) for share in SHARES]
-    return cell_of(np.stack(columns, axis=1))
+    """400 documents, 240 of them right, under six layers, from harmless to ruinous."""
+    generator, values = np.random.default_rng(2), np.zeros((400, LAYERS))
+    for layer, share in enumerate(SHARES):
+        values[generator.permutation(240)[: int(400 * share) + 12], layer] = 1
+        values[240 + generator.permutation(160)[:12], layer] = -1
+    return cell_of(generator.permutation(values))
 
 
 def by_races(cell: Measured, text: str, orders: np.ndarray) -> Replayed:
@@ -67,13 +65,15 @@ def by_races(cell: Measured, text: str, orders: np.ndarray) -> Replayed:
     asked, found = question(text), []
     means = cell.drops.mean(axis=0)
     for order in orders:
-        race = Race(asked, cell.population, LAYERS)
-        looked, passes = 0, 0.0
+        race = Race(asked, cell.population, LAYERS, apart=1.0)
+        looked, measured, passes = 0, 0, 0.0
         while not race.standing.answered and looked < len(order):
             open_then = np.flatnonzero(race.standing.open)
             plan = plan_streams([INTACT, *(Ablation((int(n),)) for n in open_then)], LAYERS)
             block = cell.drops[order[looked : looked + 32]]
-            passes += len(block) * plan.layer_passes
+            size = min(32, cell.population - looked)  # a block is measured whole
+            passes += size * plan.layer_passes
+            measured += size
             race.look(block)
             looked += len(block)
         standing = race.standing
@@ -92,7 +92,7 @@ def by_races(cell: Measured, text: str, orders: np.ndarray) -> Replayed:
         share = (
             np.inf if looked < cell.population and not standing.answered else 1 / cell.population
         )
-        found.append((looked * share, passes * share / 21, standing.answered, wrong))
+        found.append((measured * share, passes * share / 21, standing.answered, wrong))
     return Replayed(asked, *map(np.array, zip(*found, strict=True)))
 
 
@@ -104,7 +104,7 @@ def by_races(cell: Measured, text: str, orders: np.ndarray) -> Replayed:
 def test_a_replay_is_a_race(cell: Measured, text: str, population: int) -> None:
     orders = orders_of(400)[:4]
     assert cell.everything == 21  # 6 for the baseline, and 5 + 4 + 3 + 2 + 1 + 0
-    cell = replace(cell, population=population)
+    cell = replace(cell, counts={"t": population})
     found, raced = replayed(cell, question(text), orders), by_races(cell, text, orders)
     for name in ("documents", "passes"):
         assert getattr(found, name) == pytest.approx(getattr(raced, name))
@@ -116,7 +116,7 @@ def test_a_replay_is_a_race(cell: Measured, text: str, population: int) -> None:
 def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much(
     cell: Measured,
 ) -> None:
-    sampled, asked = replace(cell, population=1000), question("top 2")
+    sampled, asked = replace(cell, counts={"t": 1000}), question("top 2")
     found = replayed(sampled, asked, orders_of(400)[:8])
     assert not found.answered.any()
     assert not np.isfinite(found.passes).any()
@@ -228,7 +228,7 @@ def test_what_a_cell_saves(study: tuple[Path, Path, FindingRecord]) -> None:
         while not race.standing.answered:
             start = int(race.bounds.seen.max())
             race.look(values[order[start : start + 32]])
-        seen.append(race.bounds.seen.max() / SPLIT)
+        seen.append(-(-race.bounds.seen.max() // 32) * 32 / SPLIT)  # whole blocks are measured
     assert row["documents"].value == np.median(seen)
     assert row_of(bounds, "drop within 30 pp at 60 %")[
         "standard deviation of a document"

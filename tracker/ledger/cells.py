@@ -43,7 +43,7 @@ class CellStore:
     ) -> None:
         self.folder = folder
         self.identity = identity
-        self.views = Views(folder, identity)
+        self.views = Views(folder, identity, self.is_complete)
         self.texts: Texts = Texts(folder, identity, [other.texts for other in others])
         self._others = others
         self._shards = folder / "shards"

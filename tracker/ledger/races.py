@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracker.ablations import INTACT, Ablation, Action, ablation_of
+from tracker.ablations import INTACT, Ablation, Action, ablate, ablation_of
 from tracker.errors import ExperimentError, WorkError
 from tracker.extent import ALL, Extent, shuffled
 from tracker.identities import BenchmarkIdentity
@@ -42,6 +42,8 @@ class CellRace:
             question is answered, or all documents have been looked at. Later blocks may be measured
             before it, under the same ones: who is settled then was measured for nothing.
         looked: Documents that were looked at.
+        measured: Documents that had to be measured for that: a look ends before the first document
+            of a block that is missing, and of a group's other tasks whole blocks are there.
         order: All documents, as task and number, in the order in which they are looked at.
         population: Documents that there are.
     """
@@ -62,18 +64,26 @@ class CellRace:
         every, seed = store.wanted(ALL), view.until.seed
         self.population = sum(map(len, every.values()))
         self.extent = Extent(sample=max(self.population, 1), seed=seed)
-        self.looked = 0
+        self.looked = self.measured = 0
         self.lacking: tuple[Block, tuple[str, ...]] | None = None
         self._until, self._store, self._metric = view.until, store, METRIC + view.metric
         self._ablations = [ablation_of(run, view.removed) for run in view.until.runs]
         self._names = [ablation.name for ablation in self._ablations]
+        self._beneath = [ablate("layer", view.removed)] if view.removed else []
+        layers = store.identity.model.layers
+        self.costs = np.array([passes(ablation, layers) for ablation in self._ablations])
+        self.base = layers + sum(passes(ablation, layers) for ablation in self._beneath)
+        self._passes = 0
         self.order = shuffled(seed, every)
         there = {task: places(task, documents, seed) for task, documents in every.items()}
         begins: dict[Block, int] = {}
         for position, (task, document) in enumerate(self.order):
             begins.setdefault(Block(task, there[task][document] // BLOCK, seed), position)
         self._blocks = list(begins)
-        self._ends = [*begins.values(), self.population][1:]
+        self._all_ends = [*begins.values(), self.population][1:]
+        self._ends = list(self._all_ends)
+        sizes = [len(store.documents(block, self.extent)) for block in self._blocks]
+        self._begun = np.cumsum([0, *sizes])
         self._drops: dict[tuple[str, int], np.ndarray] = {}
         weights = weights_by_task(
             [task for task, _ in self.order], store.identity.benchmark.weight_by_size
@@ -82,8 +92,12 @@ class CellRace:
         self._scale = weights * self.population
         most = float(self._scale.max())
         try:
+            # Two drops of a document share what it was before, and that is between 0 and 1.
             self.race = Race(
-                view.until.asked, self.population, len(self._names), lowest=-most, highest=most
+                *(view.until.asked, self.population, len(self._names)),
+                lowest=-most,
+                highest=most,
+                apart=most,
             )
         except ValueError as error:
             raise ExperimentError(f"'until': {error}") from None
@@ -106,6 +120,8 @@ class CellRace:
                 return
             values = table.reindex(index=documents, columns=[INTACT.name, *self._names])
             outcomes = values.to_numpy(dtype=np.float64)
+            self.measured += len(documents)
+            self._passes += len(documents) * (self.base + int(self.costs[self._open].sum()))
             self._refuse_unusable(outcomes[:, np.isin(values.columns, names)], block)
             drops = outcomes[:, :1] - outcomes[:, 1:]
             self._drops |= {(block.task, d): row for d, row in zip(documents, drops, strict=True)}
@@ -128,8 +144,6 @@ class CellRace:
     def record(self) -> AnswerRecord:
         """Say how it stands."""
         bounds, standing = self.race.bounds, self.race.standing
-        layers = self._store.identity.model.layers
-        costs = [passes(ablation, layers) for ablation in self._ablations]
         # A drop is between -1 and 1, whatever its documents weigh.
         ends = zip(bounds.low.clip(-1, 1), bounds.high.clip(-1, 1), strict=True)
         return AnswerRecord(
@@ -137,10 +151,11 @@ class CellRace:
             level=self._until.asked.level,
             seed=self._until.seed,
             looked=self.looked,
+            measured=self.measured,
             population=self.population,
             over=self.lacking is None,
-            passes=self.looked * layers + int(bounds.seen @ costs),
-            passes_of=self.population * (layers + sum(costs)),
+            passes=self._passes,
+            passes_of=self.population * (self.base + int(self.costs.sum())),
             runs=tuple(
                 RunAnswer(
                     **dict(run),
@@ -156,9 +171,19 @@ class CellRace:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Name the baseline and the runs that are open."""
-        still = zip(self._names, self.race.standing.open, strict=True)
-        return (INTACT.name, *(name for name, is_open in still if is_open))
+        """Name the baseline, the layers beneath alone, and the runs that are open."""
+        still = zip(self._names, self._open, strict=True)
+        always = (INTACT.name, *(ablation.name for ablation in self._beneath))
+        return (*always, *(name for name, is_open in still if is_open))
+
+    @property
+    def _open(self) -> np.ndarray:
+        return self.race.standing.open
+
+    def measured_for(self, looked: np.ndarray) -> np.ndarray:
+        """Say how many documents must be measured before so many can be looked at."""
+        begins = [0, *self._all_ends[:-1]]
+        return np.asarray(self._begun[np.searchsorted(begins, looked, side="left")])
 
     def _refuse_unusable(self, outcomes: np.ndarray, block: Block) -> None:
         wrong = ~((outcomes >= 0) & (outcomes <= 1))

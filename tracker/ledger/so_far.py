@@ -70,10 +70,12 @@ def _until_answered(store: CellStore, view: View) -> SoFar:
         return SoFar(0, None, 0, {})
     outcomes = frame.pivot(index=["task", "doc"], columns="ablation", values=column)
     intact = frame[frame["ablation"] == INTACT.name]
+    by_size = store.identity.benchmark.weight_by_size
     drops = {}
     for run in view.runs:
         name = ablation_of(run, view.removed).name
         if name in outcomes:
-            drop = (outcomes[INTACT.name] - outcomes[name]).mean()  # of the documents with both
-            drops[run] = Estimate(float(drop))
+            both = (outcomes[INTACT.name] - outcomes[name]).dropna()
+            tasks = [str(task) for task in both.index.get_level_values("task")]
+            drops[run] = Estimate(float(weights_by_task(tasks, by_size) @ both.to_numpy()))
     return SoFar(len(intact), None, int(intact["proxy_tokens"].sum()), drops)

@@ -57,6 +57,10 @@ def cell_record(
     if answer is not None and len(outcomes.tasks) < outcomes.wanted:
         order = shuffled(answer.seed, store.wanted(ALL))
         outcomes = _beginning(every, view, answer, order)
+        if len(outcomes.tasks) < outcomes.wanted:
+            outcomes = _beginning(every, view, answer, order[: min(r.n for r in answer.runs)])
+        else:
+            order = []  # All that it is about is measured on all documents.
     n = len(outcomes.tasks)
     is_accuracy = outcomes.higher_is_better(metric)
     reasons = {}
@@ -153,11 +157,11 @@ def cell_record(
 def _beginning(
     outcomes: Viewed, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
 ) -> Viewed:
-    """Leave the beginning of the random order in which nobody who is asked about is settled.
+    """Leave some documents, under the runs that an answer is about.
 
-    What else was asked of the view before is shown where it is measured there too.
+    What else was asked of the view before is shown where it is measured on all of them too.
     """
-    first = {*order[: min(run.n for run in answer.runs)]}
+    first = {*order}
     asked = {run.order for run in answer.runs}
     runs = [
         run

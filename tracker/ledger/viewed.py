@@ -54,7 +54,8 @@ class Viewed:
         self, documents: Collection[tuple[str, int]], runs: Sequence[RunIdentity]
     ) -> Viewed:
         """Line up some runs of the view alone, on some of the documents."""
-        names = [INTACT.name, *(self.ablation(run).name for run in runs)]
+        beneath = ablate("layer", self._removed).name
+        names = [INTACT.name, beneath, *(self.ablation(run).name for run in runs)]
         frame = self._frame[self._frame["ablation"].isin(names)]
         places = zip(frame["task"], frame["doc"], strict=True)
         found = copy(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -10,15 +11,16 @@ from urllib.parse import quote
 from filelock import FileLock
 from pydantic import ValidationError
 
-from tracker.ablations import removals
+from tracker.ablations import ablation_of, removals
 from tracker.config import CellRequest
 from tracker.errors import ResultsError
+from tracker.extent import Extent
 from tracker.identities import BenchmarkIdentity, ModelIdentity, Record
 from tracker.ledger.files import lock_file
 from tracker.ledger.keys import cell_key
 from tracker.ledger.notes import reason, sealed, unsealed, write_note
 from tracker.provenance import content_hash
-from tracker.records import view_name
+from tracker.records import RunIdentity, view_name
 from tracker.views import Until, View
 
 FORMAT = 3
@@ -70,9 +72,15 @@ class _Asked1(Record):
 class Views:
     """The views of one cell on disk."""
 
-    def __init__(self, folder: Path, identity: CellIdentity) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: CellIdentity,
+        is_complete: Callable[[Extent, Collection[str]], bool],
+    ) -> None:
         self.folder = folder
         self.identity = identity
+        self._is_complete = is_complete
 
     def of(self, request: CellRequest) -> View:
         """Say what a request shows of this cell, whatever else was asked of it."""
@@ -98,8 +106,8 @@ class Views:
         """Remember what was asked for, and for which project: what reports and syncs use.
 
         A cell has a view for each metric, each set of removed layers and each seed of a sample. The
-        runs that were asked of the same view before stay, and none but these and the new ones is
-        added; how many documents, and until what, is what was asked last.
+        runs that were asked of the same view before stay (`with_former`), and none but these and
+        the new ones is added; how many documents, and until what, is what was asked last.
         """
         with self._asking():
             view = self.with_former(request)
@@ -107,9 +115,21 @@ class Views:
         return view
 
     def with_former(self, request: CellRequest) -> View:
-        """Say what a request shows together with the runs that were asked of its view before."""
+        """Say what a request shows together with the runs that were asked of its view before.
+
+        Where a question decided what was measured of these, and none does now, only those stay that
+        have all documents: the others would show what their outcomes chose as if it were drawn.
+        """
         view, before = self.of(request), self.former(request)
-        return view if before is None else view.joined(before)
+        if before is None:
+            return view
+        if before.until is not None and view.until is None:
+            whole = [run for run in before.runs if self._is_whole(view, run)]
+            before = before.model_copy(update={"runs": tuple(whole)})
+        return view.joined(before)
+
+    def _is_whole(self, view: View, run: RunIdentity) -> bool:
+        return self._is_complete(view.extent, [ablation_of(run, view.removed).name])
 
     def former(self, request: CellRequest) -> View | None:
         """Recall what was asked before of the view that a request shows; None where it is new."""

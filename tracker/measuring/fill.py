@@ -71,9 +71,9 @@ def at_most(race: CellRace, store: CellStore, responses: Mapping[Place, int]) ->
     """Say how many responses each block takes until a race is over, if nobody leaves it."""
     if race.lacking is None:
         return {}
-    streams = 1 + int(race.race.standing.open.sum())
     return {
-        block: streams * sum(responses[block.task, d] for d in store.documents(block, race.extent))
+        block: len(race.needed)
+        * sum(responses[block.task, d] for d in store.documents(block, race.extent))
         for block in race.left
     }
 

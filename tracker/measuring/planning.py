@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from tracker.config import CellRequest
 from tracker.errors import ModelError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.races import passes, refuse_unbounded
+from tracker.ledger.races import CellRace, refuse_unbounded
 from tracker.ledger.spreads import spreads_of
 from tracker.ledger.store import Ledger
 from tracker.ledger.viewed import Viewed
@@ -139,10 +140,9 @@ def _expected(store: CellStore, view: View) -> Expected | None:
     """Simulate what a view's question will take, from the documents that all its runs share."""
     assert view.until is not None
     outcomes = Viewed(store, view, ["task", "doc", "ablation", METRIC + view.metric])
-    measured = len(outcomes.tasks)
-    if measured < PILOT or outcomes.missing:
+    measured, counts, pilot = len(outcomes.tasks), store.counts(), Counter(outcomes.tasks)
+    if measured < PILOT or outcomes.missing or pilot.keys() < counts.keys():
         return None
-    counts, layers = store.counts(), store.identity.model.layers
     tasks = [task for task, count in counts.items() for _ in range(count)]
     weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size) * len(tasks)
     scale = dict(zip(tasks, weights, strict=True))
@@ -151,12 +151,21 @@ def _expected(store: CellStore, view: View) -> Expected | None:
     drops = np.stack([before - outcomes.metric(a, view.metric) for a in ablations], axis=1)
     drops *= np.array([scale[task] for task in outcomes.tasks])[:, None]
     most = float(weights.max())
-    found = forecast(view.until.asked, drops, len(tasks), lowest=-most, highest=most)
-    costs = np.array([passes(ablation, layers) for ablation in ablations])
-    spent = found.looked * layers + found.seen @ costs
-    share = spent / (len(tasks) * (layers + costs.sum()))
+    # A pilot has as many documents of each task, and the order has each task in proportion.
+    chances = np.array([counts[task] / pilot[task] for task in outcomes.tasks]) / len(tasks)
+    found = forecast(
+        *(view.until.asked, drops, len(tasks)),
+        lowest=-most,
+        highest=most,
+        apart=most,
+        chances=chances,
+    )
+    race = CellRace(store, view)
+    took = race.measured_for(found.looked)
+    spent = took * race.base + race.measured_for(found.seen) @ race.costs
+    share = spent / (len(tasks) * (race.base + race.costs.sum()))
     usual = (0.5, 0.9)
-    middle, high = np.quantile(found.looked, usual, method="higher")
+    middle, high = np.quantile(took, usual, method="higher")
     median, most_of_all = np.quantile(share, usual)
     return Expected(
         measured,

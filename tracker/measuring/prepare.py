@@ -94,13 +94,14 @@ def widened(
     )
     _check_bounds(request, layers)
     why = None if any(removals(request, layers)) else no_run(request, layers)
-    if request.until is not None:
-        before = asked_before(request, asked.store)
-        if before is not None and asked.store is not None and _is_complete(asked.store, before):
-            return before, why
-    elif asked.store is not None and asked.complete:
-        known = _with_runs(request, asked.store.views.with_former(request).runs)
-        return known if _is_complete(asked.store, known) else request, why
+    before = asked_before(request, asked.store)
+    if before is not None and asked.store is not None and _is_complete(asked.store, before):
+        return before, why
+    if asked.store is not None and asked.complete:
+        # Also where it asks a question: all documents answer that.
+        whole = asked.request
+        known = _with_runs(whole, asked.store.views.with_former(whole).runs)
+        return known if _is_complete(asked.store, known) else whole, why
     cell = sweep() if why is None else None
     if cell is None and why is None and request.until is not None:
         raise ExperimentError(

@@ -42,6 +42,8 @@ def forecast(
     *,
     lowest: float = -1.0,
     highest: float = 1.0,
+    apart: float | None = None,
+    chances: Array | None = None,
     draws: int = DRAWS,
 ) -> Forecast:
     """Run a race in populations whose documents are drawn from measured ones, with replacement.
@@ -55,6 +57,8 @@ def forecast(
         population: Documents that there are.
         lowest: The lowest value that a document can have.
         highest: The highest.
+        apart: How far two values of one document can be apart; None = as far as these two.
+        chances: `[documents]`, how likely each is drawn, summing to 1; None = all alike.
         draws: How many populations.
 
     Returns:
@@ -76,11 +80,11 @@ def forecast(
     dice = np.random.default_rng(SEED)
     looked, seen, answered = [], [], []
     for _ in range(draws):
-        race = Race(asked, population, values.shape[1], lowest=lowest, highest=highest)
+        race = Race(asked, population, values.shape[1], lowest=lowest, highest=highest, apart=apart)
         at = 0
         while at < population and not race.standing.answered:
             count = min(LOOK, population - at)
-            race.look(values[dice.integers(len(values), size=count)])
+            race.look(values[dice.choice(len(values), size=count, p=chances)])
             at += count
         looked.append(at)
         seen.append(race.bounds.seen.copy())

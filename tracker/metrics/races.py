@@ -89,6 +89,7 @@ class Race:
         *,
         lowest: float = -1.0,
         highest: float = 1.0,
+        apart: float | None = None,
     ) -> None:
         """Begin before the first document.
 
@@ -98,6 +99,7 @@ class Race:
             runs: How many means.
             lowest: The lowest value that a document can have.
             highest: The highest.
+            apart: How far two runs' values of a document can be apart; None = as far as these two.
 
         Raises:
             ValueError: So many runs cannot answer it.
@@ -121,7 +123,7 @@ class Race:
                 asked.count,
                 within=asked.within,
                 level=asked.level,
-                reach=highest - lowest,
+                reach=highest - lowest if apart is None else apart,
             )
         self.standing = self._stand()
 
@@ -133,7 +135,8 @@ class Race:
                 missing.
 
         Raises:
-            ValueError: A value is not finite or out of range, or there are too many documents.
+            ValueError: A value is not finite or out of range, two are too far apart, or there are
+                too many documents.
         """
         (contending,) = np.nonzero(self.standing.open)
         self.bounds.add(values[:, contending], contending)

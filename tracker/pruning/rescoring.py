@@ -68,10 +68,11 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
         racing = CellRace(cell.store, view)
         sets = [tuple(sorted((*removed, part))) for part in left]
         ablations = [scores.ablation(each) for each in sets]
+        beneath = [scores.ablation(removed)] if removed else []
         if racing.lacking is not None:
-            meter = cell.opened([INTACT, *ablations])
+            meter = cell.opened([INTACT, *beneath, *ablations])
             fill_until(racing, cell.store, meter, cell.progress)
-        scores.raced(cell, ablations, racing.race.bounds.seen, racing.order)
+        scores.raced(cell, beneath, ablations, racing.race.bounds.seen, racing.order)
         step = _decided(racing, sets, removed)
         yield step
         removed = step.removed

@@ -207,17 +207,24 @@ class Scores:
     def raced(
         self,
         cell: Cell,
+        beneath: Sequence[Ablation],
         ablations: Sequence[Ablation],
         seen: NDArray[np.int64],
         order: Sequence[Place],
     ) -> None:
-        """Note what a race asked a cell for: candidates, each on so many documents of an order."""
+        """Note what a race asked a cell for: candidates, each on so many documents of an order.
+
+        `beneath` is what they have in common, alone, where it is something.
+        """
         ends = sorted(set(seen.tolist()))
         for before, end in zip([0, *ends], ends, strict=False):
             open_then = [one for one, n in zip(ablations, seen, strict=True) if n >= end]
-            self._passes += cell.passes(open_then) * (end - before) / cell.n
+            self._passes += cell.passes([*beneath, *open_then]) * (end - before) / cell.n
         self._evaluations += float(seen.sum()) / cell.n + (not self._evaluations)
-        for one, n in zip((INTACT, *ablations), (seen.max(), *seen), strict=True):
+        always = [INTACT, *beneath]
+        for one, n in zip(
+            (*always, *ablations), ([seen.max()] * len(always) + [*seen]), strict=True
+        ):
             self._raced[one.name] = self._raced.get(one.name, frozenset()) | set(order[:n])
 
     def cost(self) -> PruneCost:

@@ -110,9 +110,11 @@ def _run_title(request: CellRequest) -> str:
 
 def _measured(request: CellRequest, ledger: Ledger) -> tuple[CellRecord, RunRecord]:
     """Find what a trial asked for: its cell and run; ResultsError where the ledger lacks it."""
-    store = look_up(request.model_copy(update={"until": None}), ledger).store
-    whole = request if request.until is None else asked_before(request, store)
-    if store is None or whole is None or not look_up(whole, ledger).complete:
+    plain = request.model_copy(update={"until": None})
+    store = look_up(plain, ledger).store
+    raced = asked_before(request, store)
+    whole = raced if raced is not None and look_up(raced, ledger).complete else plain
+    if store is None or not look_up(whole, ledger).complete:
         raise ResultsError(f"{ledger.root} does not hold all of it")
     layers = store.identity.model.layers
     if not any(removals(request, layers)):

@@ -119,7 +119,7 @@ def answer_figures(answer: AnswerRecord) -> dict[str, float | None]:
     """Flatten what an answer took."""
     return {
         "answer/answered": float(answer.answered),
-        "answer/documents": answer.looked,
+        "answer/documents": answer.measured,
         "answer/documents_of": answer.population,
         "answer/layer_passes": answer.passes,
         "answer/layer_passes_of": answer.passes_of,

@@ -56,8 +56,9 @@ _ASSUMED = (
     "is the benchmark's split: where only a sample of it is measured, a race that is still open "
     "when the sample ends took more than that, and nobody knows how much more.",
     "Layer passes are those of the baseline and of the runs that are open, with the layers shared "
-    "that they share; a document counts as one, whatever its tokens. Running lm-eval once for the "
-    "baseline and each run passes all layers each time. That it also reads shared tokens again "
+    "that they share; a document counts as one, whatever its tokens. Of a group each task is "
+    "measured in blocks of 32, which count from their first document on. Running lm-eval once for "
+    "the baseline and each run passes all layers each time. That it also reads shared tokens again "
     "and again is not counted; 'tracker plan' says how many.",
     "A wrong answer is a set that is not that of all documents (with a tolerance: that holds a run "
     "which is more than that below the last place, or lacks one more than that above it), a sign "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,7 +44,8 @@ class Measured:
         runs: The runs.
         drops: `[documents, runs]`, each document's drops by its weight, so that a plain mean over
             all is the benchmark's drop.
-        population: Documents of the split, which may be more than are measured.
+        tasks: `[documents]`, the task of each.
+        counts: Documents of each task in the split, which may be more than are measured.
         reach: How large such a drop can be.
         passes: Which runs are open → the layer passes of a token, the baseline's with theirs.
         everything: The same for all runs.
@@ -53,11 +55,31 @@ class Measured:
     title: str
     runs: tuple[RunIdentity, ...]
     drops: Array
-    population: int
+    tasks: tuple[str, ...]
+    counts: Mapping[str, int]
     reach: float
     passes: Callable[[Mask], float]
     everything: float
     plain: float
+
+    @property
+    def population(self) -> int:
+        """Documents of the split."""
+        return sum(self.counts.values())
+
+    def begun(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Say how many documents must be measured before each of an order can be looked at, anew.
+
+        Tasks are measured in blocks of their own: the first of a block takes all of it.
+        """
+        seen: Counter[str] = Counter()
+        found = np.zeros(len(order), dtype=np.int64)
+        for place, document in enumerate(order):
+            task = self.tasks[document]
+            if seen[task] % BLOCK == 0:
+                found[place] = min(BLOCK, self.counts[task] - seen[task])
+            seen[task] += 1
+        return found
 
 
 def measured(subject: Subject) -> Measured:
@@ -72,7 +94,8 @@ def measured(subject: Subject) -> Measured:
         subject.record.title,
         tuple(runs),
         cell.drops(ablations) * scale[:, None],
-        sum(subject.store.counts().values()),
+        tuple(cell.tasks),
+        subject.store.counts(),
         float(scale.max()),
         passes,
         passes(np.ones(len(runs), dtype=bool)),
@@ -105,7 +128,7 @@ class Replayed:
 
     Attributes:
         asked: The question.
-        documents: The share of the split's documents that were looked at; infinite where the
+        documents: The share of the split's documents that had to be measured; infinite where the
             question was open when the measured ones ended before the split did.
         passes: The share of the layer passes that this took; infinite likewise.
         answered: Whether it was answered, at the latest by all measured documents.
@@ -156,13 +179,14 @@ def _set(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
             asked.count,
             within=asked.within,
             level=asked.level,
-            reach=2 * cell.reach,
+            reach=cell.reach,
         )
+        begun = cell.begun(order)
         while duels.open.any() and duels.seen < documents:
-            block = values[order[duels.seen : duels.seen + BLOCK]]
-            passed[n] += len(block) * cell.passes(duels.open)
-            duels.look(block)
-        looked[n], answered[n] = duels.seen, not duels.open.any()
+            block = slice(duels.seen, duels.seen + BLOCK)
+            passed[n] += begun[block].sum() * cell.passes(duels.open)
+            duels.look(values[order[block]])
+        looked[n], answered[n] = begun[: duels.seen].sum(), not duels.open.any()
         left_out = ~duels.chosen & ~duels.open
         wrong[n] = (means[duels.chosen] < last - slack).any()
         wrong[n] |= (means[left_out] > last + slack).any()
@@ -191,6 +215,7 @@ def _some_single_means(cell: Measured, asked: Question, orders: NDArray[np.int64
         within=asked.within,
     )
     looked, passed = np.zeros(len(orders)), np.zeros(len(orders))
+    begun = np.stack([cell.begun(order) for order in orders])
     stands = standing(asked.kind, bounds.low, bounds.high, asked.within)
     for start in range(0, documents, BLOCK):
         by_order = stands.open.reshape(-1, runs)
@@ -199,8 +224,9 @@ def _some_single_means(cell: Measured, asked: Question, orders: NDArray[np.int64
             break
         block = cell.drops[orders[:, start : start + BLOCK]].transpose(1, 0, 2)
         for n in np.flatnonzero(going):
-            looked[n] += len(block)
-            passed[n] += len(block) * cell.passes(by_order[n])
+            new = begun[n, start : start + BLOCK].sum()
+            looked[n] += new
+            passed[n] += new * cell.passes(by_order[n])
         series = np.flatnonzero(stands.open)
         bounds.add(block.reshape(len(block), -1)[:, series], series)
         stands = standing(asked.kind, bounds.low, bounds.high, asked.within)
