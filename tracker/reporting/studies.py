@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -76,15 +76,22 @@ def study_sections(
     )
 
 
-def is_step(cell: CellRecord, findings: Sequence[FindingRecord]) -> bool:
+def searched(findings: Sequence[FindingRecord]) -> set[Place]:
+    """List the cells that the searches of findings took their steps in."""
+    return {
+        place for finding in findings if finding.study in _SEARCHING for place in finding.rests_on
+    }
+
+
+def is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
     """Whether a cell holds steps of searches alone: their sections show them, in their rows.
 
-    What lacks layers, or misses some of all runs of one layer, holds nothing else.
+    What lacks layers, or misses some of all runs of one layer, holds nothing else. `steps` are
+    the cells of all steps.
     """
-    searches = [finding for finding in findings if finding.study in _SEARCHING]
     whole = {run.layer for run in cell.runs if run.kind == WHOLE_LAYER}
     partial = bool(cell.removed) or len(whole) < cell.model.layers
-    return partial and any(cell.place in finding.rests_on for finding in searches)
+    return partial and cell.place in steps
 
 
 def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
