@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.metrics.across import compared, reliability, sampling_noise, variance_across
+from tracker.metrics.across import (
+    clean_difference,
+    compared,
+    reliability,
+    sampling_noise,
+    variance_across,
+)
 
 
 def test_its_mean_is_one_minus_the_mean_correlation() -> None:
@@ -150,3 +156,72 @@ def test_many_layers_draw_their_signs_and_equal_ones_say_nothing() -> None:
     assert found.block_p == pytest.approx(1 / 10_000)
     same = compared(np.ones(9), np.ones(9))
     assert (same.p_value, same.block_p, same.larger) == (1, 1, 0)
+
+
+def _drops(truth: np.ndarray, documents: int, generator: np.random.Generator) -> list:
+    samples = []
+    for row in truth:
+        lost = generator.random((documents, len(row))) < row
+        samples.append((lost * 1.0, np.ones(documents), None))
+    return samples
+
+
+def _exact(truth: np.ndarray, documents: int) -> list:
+    return [(np.tile(row, (documents, 1)), np.ones(documents), None) for row in truth]
+
+
+@pytest.mark.parametrize("share", [0, 0.7])
+def test_no_more_variance_than_another_measure_is_seldom_called_more_or_less(share: float) -> None:
+    """Right-skewed drops, alike in all benchmarks or not, that vary exactly as the other does."""
+    generator = np.random.default_rng(11)
+    sides = np.zeros(2)
+    for _ in range(40):
+        common = generator.exponential(0.08, 20)
+        own = generator.exponential(0.08, (4, 20))
+        truth = np.minimum((1 - share) * common + share * own, 1)
+        found = clean_difference(_drops(truth, 80, generator), _exact(truth, 80))
+        sides += [found.low > 0, found.high < 0]
+    assert (sides <= 3).all()
+
+
+def test_more_and_less_variance_are_found() -> None:
+    generator = np.random.default_rng(12)
+    truth = generator.exponential(0.1, (4, 20)).clip(max=1)
+    alike = np.tile(truth[0], (4, 1))
+    more = clean_difference(_drops(truth, 100, generator), _exact(alike, 100))
+    less = clean_difference(_drops(alike, 100, generator), _exact(truth, 100))
+    assert more.low > 0
+    assert less.high < 0
+
+
+def test_its_interval_is_as_wide_as_other_documents_move_it() -> None:
+    generator = np.random.default_rng(13)
+    truth = generator.exponential(0.1, (3, 12)).clip(max=1)
+    found = [
+        clean_difference(_drops(truth, 60, generator), _exact(truth[[0, 0, 0]], 60))
+        for _ in range(60)
+    ]
+    wide = np.mean([each.high - each.low for each in found]) / (2 * 1.96)
+    assert wide == pytest.approx(np.std([each.value for each in found]), rel=0.35)
+
+
+def test_more_documents_than_groups_and_tasks_have_an_interval_too(monkeypatch) -> None:
+    generator = np.random.default_rng(14)
+    truth = generator.exponential(0.1, (2, 10)).clip(max=1)
+    samples = [
+        (values, weights, np.repeat(["a", "b", "c"], 40))
+        for values, weights, _ in _drops(truth, 120, generator)
+    ]
+    one_by_one = clean_difference(samples, _exact(truth, 120))
+    monkeypatch.setattr("tracker.metrics.across.GROUPS", 30)
+    grouped = clean_difference(samples, _exact(truth, 120))
+    assert grouped.value == one_by_one.value
+    width = one_by_one.high - one_by_one.low
+    assert grouped.high - grouped.low == pytest.approx(width, rel=0.35)
+
+
+def test_two_documents_have_a_difference_without_an_interval() -> None:
+    values = np.array([[1.0, 0.2, 0.0], [0.9, 0.3, 0.0]])
+    samples = [(values, np.ones(2), None), (values[:, ::-1], np.ones(2), None)]
+    found = clean_difference(samples, samples)
+    assert (found.value, found.low) == (0, None)

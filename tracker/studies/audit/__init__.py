@@ -7,7 +7,7 @@ from tracker.errors import RequestError
 from tracker.findings import FoundChart, FoundTable
 from tracker.metrics.resampling import bias_corrected_interval
 from tracker.records import WHOLE_LAYER, Kind
-from tracker.reporting.formats import p_value, points, two_digits
+from tracker.reporting.formats import counted, p_value, points, two_digits
 from tracker.reporting.wording import benchmark_labels, model_labels
 from tracker.studies.audit.charts import charts_of
 from tracker.studies.audit.figures import ModelAudit, Summary, pooled
@@ -15,7 +15,6 @@ from tracker.studies.audit.measures import DROP, NAMES, audited, passes
 from tracker.studies.audit.tables import tables_of
 from tracker.studies.base import (
     FEWEST,
-    SIGNIFICANT,
     Asked,
     Said,
     Subject,
@@ -93,6 +92,7 @@ def _pooled(audit: ModelAudit) -> list[tuple[bool, str]]:
     if found is None:
         return []
     value, low, high = found
+    benchmarks = sum(bool(c.inner) and c.record.higher_is_better for c in summary.cells)
     if low > PAPER[1]:
         verdict = f"more than in any of the paper's models (at most {PAPER[1]})"
     elif high < PAPER[0]:
@@ -104,8 +104,8 @@ def _pooled(audit: ModelAudit) -> list[tuple[bool, str]]:
     return [
         (
             against,
-            f"{start}over inner layers × benchmarks the cosine score and the accuracy drop "
-            f"correlate at r = {two_digits(value)}{ends(low, high)}, "
+            f"{start}over inner layers × {counted(benchmarks, 'benchmark')} the cosine score and "
+            f"the accuracy drop correlate at r = {two_digits(value)}{ends(low, high)}, "
             f"{verdict}. Benchmark by benchmark, all layers, Spearman is "
             f"{_mean(summary)} on average ({audit.on}; Holm's p over all proxies "
             f"{p_value(audit.adjusted['cosine_score'])}).",
@@ -120,7 +120,7 @@ def _differ(audit: ModelAudit) -> list[tuple[bool, str]]:
     return [
         (
             False,
-            f"cosine score and accuracy drop rank {points(exact.share)} % of layers apart, "
+            f"cosine score and {audit.drop} rank {points(exact.share)} % of layers apart, "
             f"where random orders rank {points(exact.chance)} % apart (the paper: "
             f"{points(PAPER_DIFFER)} %, without a chance level), and "
             f"{points(major.share)} % by more than a quarter of the layers, where random "
@@ -134,32 +134,36 @@ def _differ(audit: ModelAudit) -> list[tuple[bool, str]]:
 def _task(audit: ModelAudit) -> list[tuple[bool, str]]:
     """Claim 3."""
     cosine, drop = (audit.spreads.get(name) for name in ("cosine_score", DROP))
-    if cosine is None or drop is None or cosine.raw_test is None:
+    if cosine is None or drop is None or cosine.test is None:
         return []
-    raw, clean = cosine.raw_test, cosine.clean_test
+    test, every = cosine.test, audit.above_chance
     sentence = (
-        f"from benchmark to benchmark a layer's z-scored accuracy drop varies by "
+        f"over {counted(len(every), 'benchmark')} a layer's z-scored accuracy drop varies by "
         f"{two_digits(drop.raw)}, its cosine score by {two_digits(cosine.raw)} (larger in "
-        f"{raw.larger} of {raw.n} layers, Wilcoxon p = {p_value(raw.p_value)}, in blocks of "
-        f"neighbouring layers {p_value(raw.block_p)})"
+        f"{test.larger} of {test.n} layers, Wilcoxon p = {p_value(test.p_value)}, in blocks of "
+        f"neighbouring layers {p_value(test.block_p)})"
     )
-    if clean is None or drop.clean is None or cosine.clean is None:
+    excess = cosine.excess
+    if drop.clean is None or cosine.clean is None or excess is None or excess.value is None:
         return [(False, f"{sentence}; how much of it is noise of the documents is open.")]
+    where = ""
+    if len(audit.reliable) < len(every):
+        names = ", ".join(cell.label for cell in audit.reliable)
+        where = (
+            f" on the {len(audit.reliable)} whose drops are more signal than noise ({names}), "
+            f"where it varies by {two_digits(drop.noisy or 0.0)} with it,"
+        )
     sentence += (
-        f"; without the noise of the documents the drop varies by {two_digits(drop.clean)}, "
-        f"the cosine score by {two_digits(cosine.clean)} (p = {p_value(clean.p_value)}, in "
-        f"blocks {p_value(clean.block_p)}), so that "
+        f"; without the noise of the documents{where} the drop varies by "
+        f"{two_digits(drop.clean)}, the cosine score by {two_digits(cosine.clean)}, which is "
+        f"{two_digits(excess.value)}{ends(excess.low, excess.high)} more, so that "
     )
-    if clean.smallest_p >= SIGNIFICANT:
-        return [(False, f"{sentence}so few layers leave the paper's third claim open.")]
-    if clean.block_p < SIGNIFICANT:
-        if drop.clean > cosine.clean:
-            return [(False, f"{sentence}relevance depends on the task more than cosine says.")]
+    if excess.low is not None and excess.low > 0:
+        return [(False, f"{sentence}relevance depends on the task more than cosine says.")]
+    if excess.high is not None and excess.high < 0:
         sentence += "relevance depends on the task less than cosine says."
         return [(True, f"against the paper's third claim, {sentence}")]
-    sentence += "relevance is not shown to depend on the task more than cosine says."
-    if raw.block_p < SIGNIFICANT and drop.raw > cosine.raw:
-        return [(True, f"the paper's third claim holds with the noise alone: {sentence}")]
+    sentence += "whether relevance depends on the task more than cosine says is open."
     return [(False, sentence)]
 
 
@@ -179,7 +183,7 @@ def _best(audit: ModelAudit) -> tuple[bool, str]:
 
 def _worth(audit: ModelAudit) -> list[tuple[bool, str]]:
     """Which one to trust, by what there is to spend."""
-    budgets, by_name = audit.at_cost
+    budgets, by_name, halved = audit.at_cost
     stretches: list[tuple[str, float, float, float]] = []
     for i, budget in enumerate(budgets):
         there = {name: row[i] for name, row in by_name.items() if row[i] is not None}
@@ -194,18 +198,17 @@ def _worth(audit: ModelAudit) -> list[tuple[bool, str]]:
     if not stretches:
         return []
     parts = [
-        f"{NAMES.get(name, 'the accuracy drop itself')} "
+        f"{NAMES.get(name, f'the {audit.drop} itself')} "
         f"{'at' if low == high else 'from'} {low:,.0f}"
         f"{'' if low == high else f' to {high:,.0f}'} (Spearman {two_digits(value)} at the end)"
         for name, low, high, value in stretches
     ]
-    itself = next((value for value in reversed(by_name[DROP]) if value is not None), None)
     most = (
         ""
-        if itself is None
+        if halved is None
         else (
             " The drop of half of the documents predicts that of the other half at "
-            f"{two_digits(itself)}: it is noisy, and a proxy with less noise may do better."
+            f"{two_digits(halved)}: it is noisy, and a proxy with less noise may do better."
         )
     )
     return [
@@ -225,6 +228,11 @@ def _mean(summary: Summary) -> str:
 def lacking_of(audit: ModelAudit) -> list[str]:
     """What could not be said, with what to do."""
     said = []
+    if audit.left_out:
+        said.append(
+            f"{audit.name}: means over benchmarks leave out what cannot stand beside the others: "
+            f"{'; '.join(audit.left_out)}; give every benchmark once, with the same layers"
+        )
     if not audit.spreads:
         said.append(
             f"{audit.name}: whether relevance depends on the task (claim 3) {_ONE_BENCHMARK}; "
@@ -234,7 +242,7 @@ def lacking_of(audit: ModelAudit) -> list[str]:
     elif audit.spreads[DROP].clean is None:
         said.append(
             f"{audit.name}: how much of the drop's variance from benchmark to benchmark is "
-            f"noise of the documents: {audit.noisy or 'too few benchmarks'}; raise sample: "
+            f"noise of the documents: {audit.spreads[DROP].reason}; raise sample: "
             "and run the same command again"
         )
     return said
@@ -248,7 +256,8 @@ _ASSUMPTIONS = (
     "the layers of all benchmarks alike. Holm (1979) over proxies, Benjamini-Hochberg (1995) over "
     "proxies × benchmarks.",
     "Noise of the documents is taken off a variance as the sampling variance of each drop, from "
-    "the documents' own drops; benchmarks share no documents.",
+    "the documents' own drops; benchmarks share no documents. The interval of what is left is the "
+    "jackknife over documents (Efron and Tibshirani 1993).",
     "A logit-lens change is a token whose most likely successor by the model's own final norm and "
     "head (nostalgebraist 2020) differs between a layer's input and its output. First-order Taylor "
     "is the size of the derivative of a document's loss by a gate on the layer's update, averaged "

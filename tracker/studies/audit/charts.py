@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tracker.findings import FoundChart, Line, LineChart, MapChart
 from tracker.metrics.orders import midranks
-from tracker.studies.audit.figures import ModelAudit, alike, means
+from tracker.studies.audit.figures import ModelAudit, means
 from tracker.studies.audit.measures import DROP, NAMES
 
 
@@ -14,9 +14,9 @@ def charts_of(audit: ModelAudit) -> list[FoundChart]:
 
 
 def _cost(audit: ModelAudit) -> list[FoundChart]:
-    budgets, found = audit.at_cost
+    budgets, found, _ = audit.at_cost
     lines = [
-        Line(name=NAMES.get(name, name), values=tuple(row))
+        Line(name=NAMES.get(name, audit.drop), values=tuple(row))
         for name, row in found.items()
         if any(value is not None for value in row)
     ]
@@ -40,10 +40,10 @@ def _depth(audit: ModelAudit) -> list[FoundChart]:
     named = [s for s in audit.summaries if s.proxy in shown]
     if not named:
         return []
-    cells = alike([c for c in named[0].cells if all(c in s.cells for s in named)])
+    cells = [c for c in named[0].cells if all(c in s.cells for s in named)]
     if not cells:
         return []
-    profiles = {DROP: means(DROP, cells)}
+    profiles = {audit.drop: means(DROP, cells)}
     profiles |= {NAMES[s.proxy]: means(s.proxy, cells) for s in named}
     return [
         LineChart(
@@ -75,7 +75,7 @@ def _map(audit: ModelAudit) -> list[FoundChart]:
             title=f"{audit.name}: where the cosine score ranks a layer too high or too low",
             x="layer (0-based)",
             y="benchmark",
-            name="ranks by cosine score above those by accuracy drop",
+            name=f"ranks by cosine score above those by {audit.drop}",
             unit="count",
             columns=tuple(columns),
             rows=tuple(cell.label for cell in cells),

@@ -9,7 +9,16 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.metrics.across import Paired, compared, reliability, sampling_noise, variance_across
+from tracker.metrics.accuracy import Estimate
+from tracker.metrics.across import (
+    Paired,
+    Sample,
+    clean_difference,
+    compared,
+    reliability,
+    sampling_noise,
+    variance_across,
+)
 from tracker.metrics.budgets import at_equal_cost
 from tracker.metrics.correlation import row_coefficients
 from tracker.metrics.multiple import holm
@@ -25,7 +34,7 @@ TOP = 5
 MAJOR = 1 / 4
 """Ranks that differ by more than this share of the layers differ majorly."""
 RELIABLE = 0.5
-"""The drops of a benchmark must be as much signal as noise before its noise is taken off."""
+"""The figures of a benchmark must be as much signal as noise before their noise is taken off."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,19 @@ class Spreads:
 
     Attributes:
         raw: Mean over layers of the variance of z-scores.
-        raw_test: The accuracy drop's variance against this one, layer by layer.
-        clean: The same as `raw` with the documents' noise taken off; None where it cannot be.
-        clean_test: The same test of these.
+        test: The accuracy drop's variance against this one, layer by layer.
+        noisy: The same as `raw`, over the benchmarks that `clean` is over.
+        clean: The same with the documents' noise taken off.
+        excess: By how much the accuracy drop's `clean` exceeds this one.
+        reason: Why `clean` is None.
     """
 
     raw: float
-    raw_test: Paired | None
-    clean: float | None
-    clean_test: Paired | None
+    test: Paired | None = None
+    noisy: float | None = None
+    clean: float | None = None
+    excess: Estimate | None = None
+    reason: str = ""
 
 
 class ModelAudit:
@@ -88,8 +101,35 @@ class ModelAudit:
     @property
     def on(self) -> str:
         """What it rests on."""
-        documents = sum(cell.record.n for cell in self.cells)
-        return f"{counted(len(self.cells), 'benchmark')}, {counted(documents, 'document')}"
+        documents = sum(cell.record.n for cell in self.lined_up)
+        return f"{counted(len(self.lined_up), 'benchmark')}, {counted(documents, 'document')}"
+
+    @property
+    def drop(self) -> str:
+        """What removing a layer costs here: accuracy, or loss, or either."""
+        kinds = sorted({cell.record.higher_is_better for cell in self.cells}, reverse=True)
+        return " or ".join(DROP if accuracy else "loss increase" for accuracy in kinds)
+
+    @cached_property
+    def lined_up(self) -> list[Audited]:
+        """What a mean over benchmarks is of: one cell of each, all with the same layers."""
+        return alike(apart(self.cells))
+
+    @property
+    def left_out(self) -> list[str]:
+        """Say which cells no mean over benchmarks holds, and why."""
+        kept, said = apart(self.cells), []
+        for cell in self.cells:
+            if cell not in kept:
+                same = next(each for each in kept if set(each.tasks) & set(cell.tasks))
+                said.append(f"{cell.label} has documents of {same.label}")
+            elif cell not in self.lined_up:
+                others = self.lined_up[0]
+                said.append(
+                    f"{cell.label} removes {counted(len(cell.layers), 'layer')}, not the "
+                    f"{len(others.layers)} that {others.label} does"
+                )
+        return said
 
     @cached_property
     def summaries(self) -> list[Summary]:
@@ -98,7 +138,7 @@ class ModelAudit:
         return sorted(found, key=lambda each: -each.spearman)
 
     def _summary(self, proxy: str) -> Summary | None:
-        cells = [c for c in self.cells if c.found[proxy].spearman.value is not None]
+        cells = [c for c in self.lined_up if c.found[proxy].spearman.value is not None]
         if not cells:
             return None
         found = [cell.found[proxy] for cell in cells]
@@ -114,7 +154,7 @@ class ModelAudit:
             None if high is None else min(high, 1.0),
             float(np.mean(inner)) if inner else None,
             float(np.mean([each.kendall for each in found if each.kendall is not None])),
-            _mean_p(proxy, cells),
+            mean_spearman_p(means(proxy, cells), means(DROP, cells)),
             resampled,
         )
 
@@ -130,9 +170,7 @@ class ModelAudit:
         """Proxy → in how many layers its ranks differ from those of the drop: at all, majorly."""
         found = {}
         for each in self.summaries:
-            # Of cells with equally many layers, so that they can be relabelled alike.
-            cells = alike(each.cells)
-            x, y = means(each.proxy, cells), means(DROP, cells)
+            x, y = means(each.proxy, each.cells), means(DROP, each.cells)
             major = MAJOR * x.shape[1]
             found[each.proxy] = (disagreement(x, y, 0), disagreement(x, y, major))
         return found
@@ -142,11 +180,11 @@ class ModelAudit:
         """Benchmarks in which relevance is defined: the intact model is above chance."""
         cells = [
             cell
-            for cell in self.cells
+            for cell in self.lined_up
             if all(run.accuracy_relevance is not None for run in cell.record.whole_layers)
             and np.ptp(cell.drop.means()) > 0
         ]
-        return alike(cells) if len(cells) > 1 else []
+        return cells if len(cells) > 1 else []
 
     @cached_property
     def reliabilities(self) -> dict[str, float]:
@@ -159,44 +197,64 @@ class ModelAudit:
         }
 
     @cached_property
+    def reliable(self) -> list[Audited]:
+        """The benchmarks above chance of which noise can be taken off."""
+        return [c for c in self.above_chance if self.reliabilities[c.label] >= RELIABLE]
+
+    @cached_property
     def spreads(self) -> dict[str, Spreads]:
         """Measure → how much it varies over benchmarks; empty where it cannot be said."""
         cells = self.above_chance
         if not cells:
             return {}
-        reliable = [cell for cell in cells if self.reliabilities[cell.label] >= RELIABLE]
         raw_drop = variance_across(means(DROP, cells))
-        clean_drop = _clean(DROP, reliable)
         relevance = np.array(
             [[run.accuracy_relevance for run in c.record.whole_layers] for c in cells], float
         )
         found = {}
         if all(np.ptp(row) > 0 for row in relevance):
-            raw = variance_across(relevance)
-            found["relevance"] = Spreads(float(raw.mean()), None, None, None)
-        clean = None if clean_drop is None else float(clean_drop.mean())
-        found[DROP] = Spreads(float(raw_drop.mean()), None, clean, None)
+            raw = float(variance_across(relevance).mean())
+            found["relevance"] = Spreads(raw, reason="its noise is that of the drop")
+        found[DROP] = self._spread(DROP, raw_drop, None)
         for proxy in NAMES:
             if any(cell.found[proxy].spearman.value is None for cell in cells):
                 continue
-            raw, tidy = variance_across(means(proxy, cells)), _clean(proxy, reliable)
-            both = clean_drop is not None and tidy is not None
-            found[proxy] = Spreads(
-                float(raw.mean()),
-                compared(raw_drop, raw),
-                float(tidy.mean()) if tidy is not None else None,
-                compared(clean_drop, tidy) if both else None,  # type: ignore[arg-type]
-            )
+            raw_proxy = variance_across(means(proxy, cells))
+            found[proxy] = self._spread(proxy, raw_proxy, compared(raw_drop, raw_proxy))
         return found
 
+    def _spread(self, name: str, raw: Array, test: Paired | None) -> Spreads:
+        mean, cells = float(raw.mean()), self.reliable
+        if len(cells) < 2:
+            return Spreads(mean, test, reason=self.noisy)
+        samples = [_sample(name, cell) for cell in cells]
+        pairs = [sampling_noise(*each) for each in samples]
+        for cell, pair in zip(cells, pairs, strict=True):
+            if not reliability(*pair) >= RELIABLE:
+                why = f"on {cell.label} it is more noise of the documents than signal"
+                return Spreads(mean, test, reason=why)
+        profiles, noise = (np.array(each) for each in zip(*pairs, strict=True))
+        drops = [_sample(DROP, cell) for cell in cells]
+        return Spreads(
+            mean,
+            test,
+            float(variance_across(profiles).mean()),
+            float(variance_across(profiles, noise).mean()),
+            None if name == DROP else clean_difference(drops, samples),
+        )
+
     @cached_property
-    def at_cost(self) -> tuple[list[float], dict[str, list[float | None]]]:
-        """Budgets in forward passes a benchmark, and measure → mean Spearman for each of them."""
+    def at_cost(self) -> tuple[list[float], dict[str, list[float | None]], float | None]:
+        """What a measure predicts of other documents, for what it costs.
+
+        Budgets in forward passes a benchmark; measure → mean Spearman for each of them; and that
+        of the drop of half of the documents, whatever it costs.
+        """
         dearest = passes(DROP, self.total, shared=True)
-        most = max(len(cell.tasks) for cell in self.cells) // 2 * dearest
+        most = max(len(cell.tasks) for cell in self.lined_up) // 2 * dearest
         budgets = [float(2**i) for i in range(int(np.log2(max(most, 1))) + 1)]
-        by_cell = []
-        for cell in self.cells:
+        by_cell, halves = [], []
+        for cell in self.lined_up:
             if len(cell.tasks) < 4 or np.ptp(cell.drop.means()) == 0:
                 continue
             usable = {
@@ -204,14 +262,16 @@ class ModelAudit:
                 for name, each in cell.measures.items()
                 if cell.found[name].spearman.value is not None
             }
-            by_cell.append(at_equal_cost(usable | {DROP: cell.drop}, cell.drop, budgets))
+            half = len(cell.tasks) // 2 * dearest
+            rows = at_equal_cost(usable | {DROP: cell.drop}, cell.drop, [*budgets, half])
+            halves.append(rows[DROP][-1])
+            by_cell.append({name: row[:-1] for name, row in rows.items()})
         found: dict[str, list[float | None]] = {}
         for name in (*NAMES, DROP):
             mine = [each.get(name, [np.nan] * len(budgets)) for each in by_cell]
             if mine:
-                means = np.mean(mine, axis=0)
-                found[name] = [float(v) if np.isfinite(v) else None for v in means]
-        return budgets, found
+                found[name] = [_finite(value) for value in np.mean(mine, axis=0)]
+        return budgets, found, _finite(float(np.mean(halves))) if halves else None
 
     @property
     def noisy(self) -> str:
@@ -219,7 +279,7 @@ class ModelAudit:
         said = []
         for cell in self.above_chance:
             share = self.reliabilities[cell.label]
-            if share < RELIABLE:
+            if not share >= RELIABLE:
                 need = (
                     f"about {int(np.ceil(cell.record.n * (1 - share) / share)):,} documents"
                     if share > 0
@@ -229,11 +289,25 @@ class ModelAudit:
         return "; ".join(said)
 
 
+def apart(cells: Sequence[Audited]) -> list[Audited]:
+    """One cell a benchmark, none with a task of another: accuracies, layers, documents first."""
+    best = sorted(cells, key=lambda c: (-c.record.higher_is_better, -len(c.layers), -c.record.n))
+    kept: list[Audited] = []
+    for cell in best:
+        if not any(set(cell.tasks) & set(each.tasks) for each in kept):
+            kept.append(cell)
+    return [cell for cell in cells if cell in kept]
+
+
 def alike(cells: Sequence[Audited]) -> list[Audited]:
-    """Those that have as many layers as most: they can be lined up."""
-    counts = [tuple(cell.layers) for cell in cells]
-    most = max(set(counts), key=counts.count, default=())
-    return [cell for cell, layers in zip(cells, counts, strict=True) if layers == most]
+    """Those with the layers that most of them have; of equally many, with the most layers."""
+    of_each = [tuple(cell.layers) for cell in cells]
+    most = max(of_each, key=lambda layers: (of_each.count(layers), len(layers)), default=())
+    return [cell for cell, layers in zip(cells, of_each, strict=True) if layers == most]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def means(name: str, cells: Sequence[Audited]) -> Array:
@@ -241,29 +315,17 @@ def means(name: str, cells: Sequence[Audited]) -> Array:
     return np.array([(c.drop if name == DROP else c.measures[name]).means() for c in cells])
 
 
-def _mean_p(proxy: str, cells: Sequence[Audited]) -> float:
-    lined_up = alike(cells)
-    return mean_spearman_p(means(proxy, lined_up), means(DROP, lined_up))
-
-
-def _clean(name: str, cells: Sequence[Audited]) -> Array | None:
-    """Variance over benchmarks without the documents' noise; None where it is all that there is."""
-    if len(cells) < 2:
-        return None
-    measures = [cell.drop if name == DROP else cell.measures[name] for cell in cells]
-    pairs = [
-        sampling_noise(np.nan_to_num(m.values), m.weights, c.strata)
-        for m, c in zip(measures, cells, strict=True)
-    ]
-    profiles, noise = (np.array(each) for each in zip(*pairs, strict=True))
-    if any(reliability(p, n) <= 0 for p, n in pairs):
-        return None
-    return variance_across(profiles, noise)
+def _sample(name: str, cell: Audited) -> Sample:
+    measure = cell.drop if name == DROP else cell.measures[name]
+    return np.nan_to_num(measure.values), measure.weights, cell.strata
 
 
 def pooled(cells: Sequence[Audited]) -> tuple[float, float, float] | None:
-    """Pearson over inner layers × benchmarks of cosine score and drop, with its interval."""
-    inner = [cell for cell in cells if cell.inner]
+    """Pearson over inner layers × benchmarks of cosine score and accuracy drop, with its interval.
+
+    Losses have units of their own, and no place among accuracies.
+    """
+    inner = [cell for cell in cells if cell.inner and cell.record.higher_is_better]
     if not inner or sum(len(cell.inner) for cell in inner) < FEWEST:
         return None
     x = np.concatenate([c.measures["cosine_score"].means()[c.inner] for c in inner])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from scipy import stats
 
 from tracker.findings import Entry, FoundTable, Unit
@@ -9,7 +11,8 @@ from tracker.metrics.across import BLOCK, Paired
 from tracker.metrics.multiple import holm
 from tracker.reporting.formats import counted, two_digits
 from tracker.studies.audit.figures import MAJOR, RELIABLE, TOP, ModelAudit, overlaps
-from tracker.studies.audit.measures import DROP, NAMES, passes
+from tracker.studies.audit.measures import DROP, NAMES, Audited, passes
+from tracker.studies.base import FEWEST
 from tracker.studies.layout import Row, entry, estimated, table
 
 
@@ -26,7 +29,7 @@ def _proxies(audit: ModelAudit) -> FoundTable:
             (
                 NAMES[each.proxy],
                 entry(each.spearman, low=each.low, high=each.high),
-                entry(each.inner, "fewer than three inner layers"),
+                entry(each.inner, _no_inner(each.cells)),
                 each.kendall,
                 f"{worst.label}: {two_digits(worst.found[each.proxy].spearman.value or 0.0)}",
                 *overlaps(each),
@@ -41,7 +44,7 @@ def _proxies(audit: ModelAudit) -> FoundTable:
         rows.append((NAMES[proxy], *[Entry(reason=why)] * 10))
     dear = passes(DROP, audit.total, shared=True)
     return table(
-        f"{audit.name}: how well each proxy orders the layers by their accuracy drop",
+        f"{audit.name}: how well each proxy orders the layers by their {audit.drop}",
         [
             ("proxy", "text"),
             ("mean Spearman", "coefficient"),
@@ -61,9 +64,15 @@ def _proxies(audit: ModelAudit) -> FoundTable:
             "are; inner layers leave out the first and last two.",
             "Passes are forward passes of the whole model a document, for all layers together: "
             "one by one on pruned models, or sharing the layers below the removed one. The "
-            f"accuracy drop itself takes {dear:g} shared, and once more its other answers.",
+            f"{audit.drop} itself takes {dear:g} shared, and once more its other answers.",
         ],
     )
+
+
+def _no_inner(cells: Sequence[Audited]) -> str:
+    if all(len(cell.inner) < FEWEST for cell in cells):
+        return "fewer than three inner layers"
+    return "the inner layers all have the same drop or the same proxy"
 
 
 def _benchmarks(audit: ModelAudit) -> FoundTable:
@@ -75,7 +84,7 @@ def _benchmarks(audit: ModelAudit) -> FoundTable:
     rows: list[Row] = []
     for cell, proxy, p in tested:
         found = cell.found[proxy]
-        why = found.spearman.reason or "fewer than three inner layers"
+        why = found.spearman.reason or _no_inner([cell])
         rows.append(
             (
                 cell.label,
@@ -89,7 +98,7 @@ def _benchmarks(audit: ModelAudit) -> FoundTable:
             )
         )
     return table(
-        f"{audit.name}: every proxy beside the accuracy drop, benchmark by benchmark",
+        f"{audit.name}: every proxy beside the {audit.drop}, benchmark by benchmark",
         [
             ("benchmark", "text"),
             ("proxy", "text"),
@@ -127,7 +136,11 @@ def _disagreements(audit: ModelAudit) -> FoundTable:
         [
             ("proxy", "text"),
             *zip(words, units, strict=True),
-            *zip(("majorly", "majorly by chance", *words[2:]), units, strict=True),
+            *zip(
+                (f"majorly{end}" for end in ("", " by chance", ": p, shuffled", ": p, as smooth")),
+                units,
+                strict=True,
+            ),
         ],
         rows,
         [
@@ -143,31 +156,21 @@ def _variances(audit: ModelAudit) -> list[FoundTable]:
         return []
     names = {"relevance": "accuracy relevance", DROP: DROP, **NAMES}
     every = list(audit.spreads.values())
-    raw = dict(zip(audit.spreads, holm([_p(s.raw_test) for s in every]), strict=True))
-    clean = dict(zip(audit.spreads, holm([_p(s.clean_test) for s in every]), strict=True))
-    noisy = audit.noisy or "too few benchmarks"
+    tests = [None if spread.test is None else spread.test.p_value for spread in every]
+    adjusted = dict(zip(audit.spreads, holm(tests), strict=True))
     rows: list[Row] = []
     for name, each in audit.spreads.items():
         own = "it is what the proxies are held against"
-        why = "its noise is that of the drop" if name == "relevance" else noisy
         rows.append(
             (
                 names[name],
                 each.raw,
-                *_tested(each.raw_test, raw.get(name), own),
-                entry(each.clean, why),
-                *_tested(
-                    each.clean_test,
-                    clean.get(name),
-                    own if name in ("relevance", DROP) else why,
-                ),
+                *_tested(each.test, adjusted[name], own),
+                entry(each.noisy, each.reason),
+                entry(each.clean, each.reason),
+                estimated(each.excess, each.reason or own),
             )
         )
-    heads: list[tuple[str, Unit]] = [
-        ("drop varies more in", "text"),
-        ("Wilcoxon p (Holm)", "p"),
-        (f"p in blocks of {BLOCK}", "p"),
-    ]
     shares = ", ".join(
         f"{cell.label} {two_digits(audit.reliabilities[cell.label])}" for cell in audit.above_chance
     )
@@ -177,9 +180,12 @@ def _variances(audit: ModelAudit) -> list[FoundTable]:
             [
                 ("measure", "text"),
                 ("variance", "coefficient"),
-                *heads,
+                ("drop varies more in", "text"),
+                ("Wilcoxon p (Holm)", "p"),
+                (f"p in blocks of {BLOCK}", "p"),
+                ("variance where noise can be taken off", "coefficient"),
                 ("variance without noise", "coefficient"),
-                *heads,
+                ("drop's without noise exceeds it by", "coefficient"),
             ],
             rows,
             [
@@ -189,16 +195,14 @@ def _variances(audit: ModelAudit) -> list[FoundTable]:
                 "Relevance is the drop on another scale, but for layers that fall below "
                 "chance, so their z-scores are the same.",
                 "Share of the spread of drops over layers that is not noise of the documents: "
-                f"{shares}. Below {RELIABLE} a benchmark is left out where noise is taken off.",
+                f"{shares}. Below {RELIABLE} a benchmark is left out where noise is taken off, "
+                f"which leaves {counted(len(audit.reliable), 'benchmark')} for the last three "
+                "columns. Their interval is the jackknife over documents.",
                 "Wilcoxon's p takes layers as independent, which they are not: where it and "
                 "the p of signs that change in blocks differ, trust the latter.",
             ],
         )
     ]
-
-
-def _p(test: Paired | None) -> float | None:
-    return None if test is None else test.p_value
 
 
 def _tested(test: Paired | None, adjusted: float | None, why: str) -> Row:
