@@ -209,7 +209,7 @@ def test_where_noise_is_taken_off_of_fewer_benchmarks_they_are_named() -> None:
     assert audit.reliable == cells
     (said,) = (line for line in answers_of(audit) if "z-scored" in line)
     assert "m: over 3 benchmarks" in said
-    assert "on the 2 whose drops are more signal than noise (b0, b1), where it varies by" in said
+    assert "on the 2 of them whose drops are more signal than noise (b0, b1) the drop" in said
     # Over the same two, noise left in.
     assert audit.spreads[DROP].noisy == pytest.approx(ModelAudit("m", cells).spreads[DROP].raw)
     assert "leaves 2 benchmarks" in " ".join(tables_of(audit)[3].notes)

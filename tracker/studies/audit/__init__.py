@@ -146,17 +146,17 @@ def _task(audit: ModelAudit) -> list[tuple[bool, str]]:
     excess = cosine.excess
     if drop.clean is None or cosine.clean is None or excess is None or excess.value is None:
         return [(False, f"{sentence}; how much of it is noise of the documents is open.")]
-    where = ""
+    before = "without the noise of the documents the drop varies"
     if len(audit.reliable) < len(every):
         names = ", ".join(cell.label for cell in audit.reliable)
-        where = (
-            f" on the {len(audit.reliable)} whose drops are more signal than noise ({names}), "
-            f"where it varies by {two_digits(drop.noisy or 0.0)} with it,"
+        before = (
+            f"on the {len(audit.reliable)} of them whose drops are more signal than noise "
+            f"({names}) the drop varies by {two_digits(drop.noisy or 0.0)}, and without the noise "
+            "of the documents"
         )
     sentence += (
-        f"; without the noise of the documents{where} the drop varies by "
-        f"{two_digits(drop.clean)}, the cosine score by {two_digits(cosine.clean)}, which is "
-        f"{two_digits(excess.value)}{ends(excess.low, excess.high)} more, so that "
+        f"; {before} by {two_digits(drop.clean)}, the cosine score by {two_digits(cosine.clean)}, "
+        f"a difference of {two_digits(excess.value)}{ends(excess.low, excess.high)}, so that "
     )
     if excess.low is not None and excess.low > 0:
         return [(False, f"{sentence}relevance depends on the task more than cosine says.")]
