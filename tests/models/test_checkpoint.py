@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -138,6 +140,37 @@ def test_tied_weights_stay_tied_and_are_saved_once(tmp_path):
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert again.num_parameters() == twin.num_parameters()
     assert weight_bytes(again) == weight_bytes(twin) == 4 * twin.num_parameters()
+
+
+@pytest.mark.parametrize("form", ["here", "elsewhere"])
+def test_code_of_a_download_neither_runs_nor_stands_in_the_way(form, tiny_llama, tmp_path):
+    """A native class, whose files name code too: nobody trusted it."""
+    code = tmp_path / "code"
+    code.mkdir()
+    lines = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit('ran')\n"
+    base = tiny_llama(tmp_path / "base")
+    where = "" if form == "here" else f"{code}--"
+    for folder in (code, base):
+        for kind in ("configuration", "modeling", "tokenization"):
+            (folder / f"{kind}_x.py").write_text(lines)
+    named = {
+        "config.json": {
+            "AutoConfig": f"{where}configuration_x.XConfig",
+            "AutoModelForCausalLM": f"{where}modeling_x.XModel",
+        },
+        "tokenizer_config.json": {"AutoTokenizer": [f"{where}tokenization_x.XTokenizer", None]},
+    }
+    for file, names in named.items():
+        said = json.loads((base / file).read_text())
+        (base / file).write_text(json.dumps({**said, "auto_map": names}))
+    source = find_model(str(base))
+    refuse_unsizable(source, [1])
+    loaded = load_model(source, "float32")
+    save(loaded, without(loaded.model, [1]), tmp_path / "saved")
+    for file in named:
+        assert "auto_map" not in json.loads((tmp_path / "saved" / file).read_text())
+    assert loaded.model.config.auto_map, "the model is left alone"
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_no_one_checkpoint_is_refused(tiny_llama, tmp_path):

@@ -28,6 +28,8 @@ ROUNDING = 1e-4
 """Of the largest logit: what two ways of computing a miniature's experts differ by."""
 _IDLE = ("name_or_path", "training")
 """Of a module: what has no bearing on what it computes here."""
+_TRANSFORMERS = "transformers."
+"""Where its own classes are, and those of downloads are not."""
 _COUNTS = ("layer", "dense", "block")
 """Words in the names of numbers that may count the first layers of a kind."""
 
@@ -48,12 +50,17 @@ def without(model: Any, removed: Collection[int]) -> Any:
     kept = [index for index in range(len(find_layers(model))) if index not in removed]
     twin = pruned(model, removed)
     config = twin.config.get_text_config()
+    trusted = _brings_code(model)
+    if not trusted:
+        # It points to code that was not used, and would be where somebody trusts it.
+        for each in (twin.config, config):
+            vars(each).pop("auto_map", None)
     wanted = _shapes(twin)
-    why = _misfit(twin.config, wanted)
+    why = _misfit(twin.config, wanted, trusted)
     for counts in _counts(config, kept) if why else ():
         before = {name: getattr(config, name) for name in counts}
         vars(config).update(counts)
-        if _misfit(twin.config, wanted) is None:
+        if _misfit(twin.config, wanted, trusted) is None:
             return twin
         vars(config).update(before)
     if why:
@@ -62,6 +69,13 @@ def without(model: Any, removed: Collection[int]) -> Any:
             f"{'is' if len(removed) == 1 else 'are'} gone: {why}"
         )
     return twin
+
+
+def _brings_code(model: Any) -> bool:
+    """Whether a download's code made it, which then is trusted; else it must not run."""
+    return not all(
+        type(each).__module__.startswith(_TRANSFORMERS) for each in (model, model.config)
+    )
 
 
 def _counts(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
@@ -90,15 +104,15 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def _misfit(config: Any, wanted: dict[str, tuple[int, ...]]) -> str | None:
+def _misfit(config: Any, wanted: dict[str, tuple[int, ...]], trusted: bool) -> str | None:
     """Say what of a model its configuration, once it is saved and read, does not describe."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with TemporaryDirectory() as folder, torch.device("meta"):
             config.save_pretrained(folder)
-            read = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-            found = _shapes(AutoModelForCausalLM.from_config(read, trust_remote_code=True))
+            read = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+            found = _shapes(AutoModelForCausalLM.from_config(read, trust_remote_code=trusted))
     except Exception as error:  # noqa: BLE001  whatever a class says to lists of another length
         return _first(error)
     for name in sorted(found.keys() | wanted.keys()):
@@ -183,7 +197,10 @@ def _try(small: Any, removed: Collection[int]) -> None:
         try:
             twin.save_pretrained(folder)
             again, found = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=_brings_code(small),
             )
             left = [*found["missing_keys"], *found["unexpected_keys"]]
             heard = _ask(again.eval(), ids)
@@ -261,6 +278,8 @@ def save(loaded: LoadedModel, twin: Any, folder: Path) -> None:
         twin.is_quantized = False
         for config in (twin.config, twin.config.get_text_config()):
             vars(config).pop("quantization_config", None)
+    if type(loaded.tokenizer).__module__.startswith(_TRANSFORMERS):
+        loaded.tokenizer.init_kwargs.pop("auto_map", None)
     twin.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 
