@@ -131,6 +131,36 @@ def test_first_layers_of_a_kind_are_counted_anew():
     assert model.config.first_k_dense_replace == 1
 
 
+def test_windows_begin_at_the_layer_where_they_began():
+    """Qwen2 counts the first layers, which see all; its list by layer says the same."""
+    model = _qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=4)
+    twin = without(model, [1, 3])
+    full, sliding = "full_attention", "sliding_attention"
+    assert twin.config.layer_types == [full, full, sliding, sliding]
+    assert twin.config.max_window_layers == 2
+    assert model.config.max_window_layers == 4
+
+
+def test_labels_are_no_layers():
+    twin = without(_qwen2(id2label={0: "no", 1: "yes"}), [0])
+    assert twin.config.id2label == {0: "no", 1: "yes"}
+    assert twin.config.num_labels == 2
+
+
+def _qwen2(**more):
+    config = transformers.Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **more,
+    )
+    return transformers.Qwen2ForCausalLM(config)
+
+
 def test_tied_weights_stay_tied_and_are_saved_once(tmp_path):
     config = transformers.LlamaConfig(
         **{**make("llama").config.to_dict(), "tie_word_embeddings": True}

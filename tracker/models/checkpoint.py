@@ -19,7 +19,7 @@ from tracker.errors import ModelError
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.miniature import miniature
-from tracker.models.pruned import pruned
+from tracker.models.pruned import FIRST, pruned
 from tracker.models.sources import ModelSource, read_config, unreadable
 
 PROBE = 48
@@ -92,6 +92,7 @@ def _counts(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
         and value != total
         and any(word in name for word in _COUNTS)
         and "hidden_layers" not in name
+        and name != FIRST  # which is counted anew already
     }
     changed = {name: left for name, left in found.items() if left != getattr(config, name)}
     for name, left in changed.items():
