@@ -13,7 +13,7 @@ from tests.engine.registry import families, variants
 from tests.engine.test_registry import ONE_OF_EACH_KIND, find
 from tests.models.test_layers import make
 from tracker.errors import ModelError
-from tracker.models.checkpoint import refuse_unsizable, save, weight_bytes, without
+from tracker.models.checkpoint import refuse_unsizable, resized, save, weight_bytes, without
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, load_model
 from tracker.models.sources import find_model
@@ -139,6 +139,10 @@ def test_windows_begin_at_the_layer_where_they_began():
     assert twin.config.layer_types == [full, full, sliding, sliding]
     assert twin.config.max_window_layers == 2
     assert model.config.max_window_layers == 4
+    # mergekit and llama.cpp would leave both as they are.
+    assert resized(model, twin) == ("layer_types", "max_window_layers")
+    llama = make("llama")
+    assert resized(llama, without(llama, [1])) == ()
 
 
 def test_labels_are_no_layers():

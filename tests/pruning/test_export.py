@@ -135,6 +135,17 @@ def test_what_a_search_knows_is_told(exported, tmp_path):
     assert "| piqa, 0-shot | acc | 40 documents | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
 
 
+def test_no_tool_is_named_that_makes_another_model(exported, capsys):
+    from tracker.cli.printing import print_export
+    from tracker.pruning.card import text
+
+    told = replace(exported, recipes={}, resized=("layer_types", "max_window_layers"))
+    print_export(told)
+    for said in (text(told), capsys.readouterr().out):
+        assert "says more of each: layer_types, max_window_layers." in said
+        assert "llama-quantize" not in said
+
+
 @pytest.mark.parametrize(
     "settings",
     [

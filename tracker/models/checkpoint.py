@@ -71,6 +71,13 @@ def without(model: Any, removed: Collection[int]) -> Any:
     return twin
 
 
+def resized(model: Any, twin: Any) -> tuple[str, ...]:
+    """Name what a copy's configuration says anew besides how many layers there are."""
+    before, after = (each.config.get_text_config().to_dict() for each in (model, twin))
+    idle = ("num_hidden_layers", "auto_map")
+    return tuple(sorted(n for n in after if n not in idle and after[n] != before.get(n)))
+
+
 def _brings_code(model: Any) -> bool:
     """Whether a download's code made it, which then is trusted; else it must not run."""
     return not all(
