@@ -99,6 +99,7 @@ class TestExported:
         assert result.metric_value == exported.accuracy[0].after[0]
         for said in (
             "without 2 of its 4 layers",
+            'AutoModelForCausalLM.from_pretrained("lighter")',
             "Layers 1, 2 (0-based), in the order 2, 1. They were named by hand.",
             "`[0, 3]`",
             f"{SAMPLE} documents drawn at random (seed 1234)",

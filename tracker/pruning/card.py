@@ -74,7 +74,7 @@ def text(model: Exported) -> str:
         f"# {model.name}",
         f"`{base.source}`{revision} ({base.architecture}, {base.dtype}) without "
         f"{len(gone)} of its {model.before.layers} layers, and not trained since.",
-        _USE.format(place=model.name),
+        _USE.format(place=model.folder.absolute().name),
         "## What was removed",
         f"Layers {_listed(gone)} (0-based){order}. {_chosen(model)}",
         "Layer of this model → layer of the base, for healing by distillation:",
