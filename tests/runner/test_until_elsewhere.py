@@ -154,18 +154,19 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked, tmp_path, 
 def test_a_trial_that_asks_of_a_whole_cell_finds_it(tiny_llama, experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "asked_of_cell", lambda *_: pytest.fail("the sweep was asked"))
     model, results = tiny_llama(layers=3), tmp_path / "results"
-    settings = {"data": str(arc(tmp_path / "data", 12)), "limit": None, "layer": [0, 2]}
+    settings = {"data": str(arc(tmp_path / "data", 40)), "limit": None, "layer": [0, 2]}
     file = experiment(model, **settings)
     (whole,) = run(file, results).cells
     assert whole.is_complete
     (cell,) = load_experiment(file)[0].cells()
     known = {name: getattr(cell, name) for name in ("model", "benchmark", "data")}
-    asked = trial_request({**known, "layer": 2, "until": QUESTION})
+    # It is about all runs of the cell: of this one alone it has no answer.
+    asked = trial_request({**known, "layer": 2, "until": "drop within 99 pp at 50 %"})
     record, done = tracker.evaluate(asked, results=results, track=[])
-    assert (done.models_loaded, record.n) == (0, 12)
+    assert (done.models_loaded, record.n) == (0, 40)
     assert record.runs == whole.runs
     found, filled = _measured(asked, Ledger(results))
-    assert (found.is_complete, filled) == (True, whole.runs[1])
+    assert (found.is_complete, found.answer, filled) == (True, None, whole.runs[1])
     # The same where another question was asked before, and where the cell lacks the run.
     run(experiment(model, "other.yaml", **settings, until="top 1"), results)
     record, done = tracker.evaluate(asked, results=results, track=[])

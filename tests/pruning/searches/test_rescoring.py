@@ -105,7 +105,7 @@ def test_a_race_leaves_the_best_of_what_all_documents_say(racing: Cell) -> None:
         numbers = racing.documents["copa"]
         places = [numbers.index(n) for n in _order(racing)]
         drops = found.values[places]
-        race = Race(question(QUESTION), len(drops), len(sets))
+        race = Race(question(QUESTION), len(drops), len(sets), apart=1)
         while not race.standing.answered and race.bounds.seen.max() < len(drops):
             at = int(race.bounds.seen.max())
             race.look(drops[at : at + 32])
@@ -114,7 +114,11 @@ def test_a_race_leaves_the_best_of_what_all_documents_say(racing: Cell) -> None:
         ends = sorted(set(race.bounds.seen.tolist()))
         for before, end in zip([0, *ends], ends, strict=False):
             still = [s for s, n in zip(sets, race.bounds.seen, strict=True) if n >= end]
-            some = [INTACT, *map(scores.ablation, still)]
+            some = [
+                INTACT,
+                *map(scores.ablation, [removed] if removed else []),
+                *map(scores.ablation, still),
+            ]
             passes += racing.passes(some) * (end - before) / len(drops)
         removed = step.removed
     cost = scores.cost()
