@@ -279,8 +279,8 @@ def prune(
     """
     from tracker.pruning import export as exporting
     from tracker.pruning.asked import load_searches, refuse_idle, search_request
+    from tracker.pruning.chosen import chosen_by
     from tracker.pruning.conduct import conduct
-    from tracker.pruning.facts import Pruning
     from tracker.pruning.saying import best, export_line
     from tracker.pruning.trial import trial
 
@@ -311,11 +311,11 @@ def prune(
     if chosen is None:
         return pruned
     record, request = chosen
-    pruned = replace(pruned, export=export_line(record, request))
+    pruned = replace(pruned, export=export_line(record, request, ledger.root))
     if output is None:
         return pruned
     wanted = exporting.Asked(
-        pruning=Pruning(record.order),
+        pruning=chosen_by(ledger, record),
         request=request,
         on_benchmark=True,
         output=Path(output),

@@ -132,7 +132,7 @@ def test_what_a_search_knows_is_told(exported, tmp_path):
     cost = Accuracy("piqa", 0, "acc", "40 documents", 40, (0.5, 0.4, 0.6), (0.45, None, None))
     chosen = Pruning((2, 1), "accuracy", "100 documents of arc_easy", tested=(cost,))
     said = text(replace(exported, pruning=chosen, accuracy=(*exported.accuracy, cost)))
-    assert "Chosen by the strategy `accuracy` on 100 documents of arc_easy." in said
+    assert "The strategy `accuracy` chose them on 100 documents of arc_easy." in said
     assert "| piqa, 0-shot | acc | 40 documents | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
 
 

@@ -21,7 +21,7 @@ from tracker.ledger.store import Ledger
 from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.pruning import cells
 from tracker.pruning.conduct import Answered
-from tracker.reporting.studies import is_step
+from tracker.reporting.studies import is_step, searched
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Pruning, Way
 from tracker.studies.prune.gathering import _at_chance
 from tracker.studies.prune.sentences import _against_paper, _verdict
@@ -203,8 +203,8 @@ def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypat
     # First steps take one layer of all; where every layer was one, it is a cell like any other.
     for cell in held.values():
         whole = not cell.removed and len(cell.runs) == cell.model.layers
-        assert is_step(cell, [finding]) == (not whole)
-    assert any(is_step(cell, [finding]) and not cell.removed for cell in held.values())
+        assert is_step(cell, searched([finding])) == (not whole)
+    assert any(is_step(cell, searched([finding])) and not cell.removed for cell in held.values())
     # `tracker prune` finds the same sets, and the study the same answer, with no model loaded.
     monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
     kept = searches(folder / "results", {})

@@ -44,6 +44,7 @@ from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.notes import read_note, reason, write_note
 from tracker.ledger.searches import searches
 from tracker.ledger.views import FORMAT, Asked, CellIdentity
+from tracker.records import Place
 from tracker.searched import PruneRecord
 
 
@@ -64,6 +65,11 @@ class Contents:
     findings: list[FindingRecord] = field(default_factory=list)
     searches: list[PruneRecord] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def searched(self) -> set[Place]:
+        """The cells that searches took their steps in."""
+        return {place for record in self.searches for place in record.rests_on}
 
 
 class Ledger:

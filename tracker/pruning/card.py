@@ -109,7 +109,7 @@ def _chosen(model: Exported) -> str:
     strategy, by = model.pruning.strategy, model.pruning.calibration
     if strategy is None:
         return "They were named by hand."
-    return f"Chosen by the strategy `{strategy}`" + (f" on {by}." if by else ".")
+    return f"The strategy `{strategy}` chose them" + (f" on {by}." if by else ".")
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -221,7 +221,7 @@ def _record(found: Found, cell: Cell, places: Sequence[Place]) -> PruneRecord:
     ]
     asked, identity = found.asked, cell.store.identity
     return PruneRecord(
-        name=found.name,
+        name=found.name(identity.key),
         model=identity.model,
         benchmark=identity.benchmark,
         metric=cell.view.metric,

@@ -23,12 +23,11 @@ from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
 from tracker.provenance import machine
 from tracker.pruning.card import write_card
-from tracker.pruning.chosen import chosen
+from tracker.pruning.chosen import chosen, that_chose
 from tracker.pruning.facts import Accuracy, Exported, Pruning, Size
 from tracker.pruning.proof import Expected, Measured, expected, prove
 from tracker.pruning.publishing import publish
 from tracker.pruning.recipes import recipes, skip_lists
-from tracker.records import CellRecord
 from tracker.reporting.formats import counted, measure_of
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
@@ -152,10 +151,10 @@ def export(asked: Asked, progress: Progress) -> Exported:
         progress.say("loading it in a fresh process" + (", for lm-eval" if measured else ""))
         release()
         proof = prove(folder, saved.expected, measured, asked.options.trust_remote_code)
-        own = () if measured is None else (_accuracy(measured.cell),)
         pruning = asked.pruning
         if pruning.strategy is None:
             pruning = chosen(asked.ledger, saved.base, pruning.removed)
+        own = () if measured is None else (_accuracy(measured, pruning, asked.ledger),)
         model = Exported(
             folder=asked.output,
             base=saved.base,
@@ -244,15 +243,18 @@ def _speed_on(on: Expected, dtype: str, length: int) -> str:
     )
 
 
-def _accuracy(cell: CellRecord) -> Accuracy:
-    """Say what the removal costs on a cell."""
+def _accuracy(measured: Measured, pruning: Pruning, ledger: Ledger) -> Accuracy:
+    """Say what the removal costs on a cell, and how many of its documents chose the layers."""
+    cell = measured.cell
+    chose = that_chose(ledger, pruning, measured.store, measured.request.extent)
+    among = f", {chose:,} of which chose the layers" if chose else ""
     measure, title = measure_of(cell), cell.benchmark.title
     part = "" if title == cell.benchmark.name else f" of {title}"
     return Accuracy(
         benchmark=cell.benchmark.title,
         num_fewshot=cell.benchmark.num_fewshot,
         metric=cell.metric,
-        documents=f"{cell.documents}{part}",
+        documents=f"{cell.documents}{part}{among}",
         n=cell.n,
         before=(cell.baseline_accuracy, cell.baseline_low, cell.baseline_high),
         after=(cell.removed_accuracy, cell.removed_low, cell.removed_high),

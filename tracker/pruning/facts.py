@@ -8,6 +8,7 @@ from typing import Any
 
 from tracker.identities import ModelIdentity
 from tracker.records import CellRecord
+from tracker.searched import Calibrated
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Pruning:
         calibration: The documents that chose them, in words; None where none did.
         tested: What it cost on documents that chose nothing.
         chosen_by: The cells whose outcomes chose: trackers lead from the model to them.
+        documents: The documents that chose.
     """
 
     removed: tuple[int, ...]
@@ -52,6 +54,7 @@ class Pruning:
     calibration: str | None = None
     tested: tuple[Accuracy, ...] = ()
     chosen_by: tuple[CellRecord, ...] = field(default=(), repr=False)
+    documents: tuple[Calibrated, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

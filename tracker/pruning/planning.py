@@ -20,7 +20,7 @@ from tracker.models.sources import find_model
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.cells import Array, Lender
 from tracker.pruning.scores import Losses, Scores, Set, price_of
-from tracker.pruning.search import budget_of, refuse_mixed, refuse_unknown
+from tracker.pruning.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
 from tracker.pruning.strategies import STRATEGIES, Search
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PlannedSearch:
         passes: What the engine computes for them, in passes of all calibration documents through
             the whole intact model.
         flops: Floating-point operations of what no search before it asked for.
-        naive_flops: Those of lm-eval once for each of these sets; None where proxies are scored.
+        naive_flops: Those of lm-eval once for each set among that; None where proxies are scored.
         at_most: Whether it may take less, since candidates are not all scored again.
     """
 
@@ -108,6 +108,8 @@ def plan_searches(
     for request in asked:
         within = budget_of(request, lender)
         cells = {each: read(each) for each in request.calibration()}
+        for each, there in cells.items():
+            refuse_few(each, there.documents)
         counts = [_Counted(cells, request.unit, len(within.each), known) for _ in request.draws_of]
         steps = 0
         for draw, scores in zip(request.draws_of, counts, strict=True):
@@ -200,7 +202,7 @@ class _Counted(Scores):
                 together = plan_streams(list(dict.fromkeys([INTACT, *lacking])), self.layers)
                 self.flops += reading.flops(together)
             if self.naive_flops is not None:
-                self.naive_flops += reading.naive_flops(new)
+                self.naive_flops += reading.naive_flops(lacking)
         return self._made_up(by, sets)
 
     def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:

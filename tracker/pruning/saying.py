@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from tracker.config import CellRequest
+from tracker.extent import DEFAULT_SEED
 from tracker.findings import Entry, FindingRecord, FoundTable, Heading, Line, LineChart, Unit
 from tracker.metrics.accuracy import accuracy_drop
 from tracker.pruning.cells import Array
@@ -95,11 +99,12 @@ def _answers(records: Sequence[PruneRecord], outcomes: Outcomes) -> Iterator[str
     first = records[0]
     metric = first.metric if first.metric != first.benchmark.primary_metric else "accuracy"
     metric = metric if first.higher_is_better else "loss"
+    labels = _labels(records)
     for amount in dict.fromkeys(one.amount for one in records):
         some = sorted((one for one in records if one.amount == amount), key=_rank)
         best = some[0]
         yield (
-            f"{first.model.name} on {first.benchmark.name}, {amount}: by {best.label} it goes "
+            f"{first.model.name} on {_benchmark(first)}, {amount}: by {labels[best.name]} it goes "
             f"without {first.unit}s {', '.join(map(str, best.removed))} ({len(best.removed)} of "
             f"{first.model.layers}) and has a test {metric} of {_tested(best, _end(best))}, "
             f"unpruned {_tested(best, best.baseline)}, n = {best.baseline.n:,}. It is the best of "
@@ -111,7 +116,7 @@ def _answers(records: Sequence[PruneRecord], outcomes: Outcomes) -> Iterator[str
                 yield _beside(best, others, outcomes)
         for one in some:
             if (said := _unsure(one)) is not None:
-                yield said
+                yield f"{labels[one.name]}: {said}"
 
 
 def _beside(best: PruneRecord, others: Sequence[PruneRecord], outcomes: Outcomes) -> str:
@@ -147,7 +152,7 @@ def _unsure(record: PruneRecord) -> str | None:
     n = sum(each.n for each in record.calibration)
     enough = sorted(step.separates for step in unsure if step.separates is not None)
     text = (
-        f"{record.label}: {counted(n, 'calibration document')} are too few to separate the choice "
+        f"{counted(n, 'calibration document')} are too few to separate the choice "
         f"from the runner-up at {len(unsure)} of {counted(len(compared), 'step')}"
     )
     if enough:
@@ -186,11 +191,12 @@ def _table(records: Sequence[PruneRecord]) -> FoundTable:
             *(Entry(reason="nothing is removed") for _ in range(4)),
         )
     ]
+    labels = _labels(records)
     for one in sorted(records, key=_rank):
         end = _end(one)
         rows.append(
             (
-                Entry(value=one.label),
+                Entry(value=labels[one.name]),
                 Entry(value=one.amount),
                 Entry(value=", ".join(map(str, one.removed))),
                 _entry(end.accuracy, end.low, end.high),
@@ -205,7 +211,7 @@ def _table(records: Sequence[PruneRecord]) -> FoundTable:
     n = first.baseline.n
     part = f" of the {first.part} part" if first.part else ""
     return FoundTable(
-        title=f"{first.model.name} · {first.benchmark.name}: pruned by each strategy, on "
+        title=f"{first.model.name} · {_benchmark(first)}: pruned by each strategy, on "
         f"{counted(n, 'test document')}{part}",
         headings=tuple(Heading(label=label, unit=kind) for label, kind in heads),
         rows=tuple(rows),
@@ -214,18 +220,38 @@ def _table(records: Sequence[PruneRecord]) -> FoundTable:
 
 
 def _chosen_by(record: PruneRecord) -> str:
-    on = ", ".join(
+    return f"calibration documents: {_calibration(record)}"
+
+
+def _calibration(record: PruneRecord) -> str:
+    return ", ".join(
         f"{each.n:,} of {each.benchmark}{f' ({each.part})' if each.part else ''}"
         for each in record.calibration
     )
-    return f"calibration documents: {on}"
+
+
+def _labels(records: Sequence[PruneRecord]) -> dict[str, str]:
+    """Name searches by their strategies, and by what they were calibrated on where that differs."""
+    alike = Counter((one.label, one.amount) for one in records)
+    return {
+        one.name: f"{one.label}, {_calibration(one)}"
+        if alike[one.label, one.amount] > 1 and one.calibration
+        else one.label
+        for one in records
+    }
+
+
+def _benchmark(record: PruneRecord) -> str:
+    """Name the benchmark, with the seed that drew its halves where it is none of the usual."""
+    seed = record.benchmark.seed
+    return record.benchmark.name + ("" if seed in (None, DEFAULT_SEED) else f" (seed {seed})")
 
 
 def _sets(records: Sequence[PruneRecord]) -> FoundTable:
     """A row a step of each search that compared something."""
     first = records[0]
     lost: Unit = "points" if first.higher_is_better else "score"
-    rows = []
+    rows, labels = [], _labels(records)
     for one in records:
         for number, step in enumerate(one.steps, 1):
             test = step.test
@@ -233,7 +259,7 @@ def _sets(records: Sequence[PruneRecord]) -> FoundTable:
             none = step.reasons.get("margin") or "nothing was compared"
             rows.append(
                 (
-                    Entry(value=one.label),
+                    Entry(value=labels[one.name]),
                     Entry(value=number),
                     Entry(value=step.layer)
                     if step.layer is not None
@@ -252,7 +278,7 @@ def _sets(records: Sequence[PruneRecord]) -> FoundTable:
         ("test accuracy lost" if first.higher_is_better else "test loss added", lost),
     ]
     return FoundTable(
-        title=f"{first.model.name} · {first.benchmark.name}: step by step",
+        title=f"{first.model.name} · {_benchmark(first)}: step by step",
         headings=tuple(Heading(label=label, unit=kind) for label, kind in heads),
         rows=tuple(rows),
         notes=("score: what the strategy makes small, on the calibration documents, in its unit",),
@@ -271,23 +297,24 @@ def _frontier(records: Sequence[PruneRecord]) -> LineChart:
     """Test accuracy against how many parts are gone, a line a strategy."""
     first = records[0]
     longest: dict[str, PruneRecord] = {}
+    labels = _labels(records)
     for one in sorted(records, key=lambda each: len(each.removed)):
-        longest[one.label] = one  # several amounts of one strategy: the last has all steps
+        longest[labels[one.name]] = one  # several amounts of one strategy: the last has all steps
     most = max(len(one.removed) for one in records)
     lines = []
-    for one in longest.values():
+    for label, one in longest.items():
         at = {0: one.baseline, **{len(s.removed): s.test for s in one.steps if s.test}}
         tested = [at.get(count) for count in range(most + 1)]
         lines.append(
             Line(
-                name=one.label,
+                name=label,
                 values=tuple(each.accuracy if each else None for each in tested),
                 low=tuple(each.low if each else None for each in tested),
                 high=tuple(each.high if each else None for each in tested),
             )
         )
     return LineChart(
-        title=f"{first.model.name} · {first.benchmark.name}: what is left, the more goes",
+        title=f"{first.model.name} · {_benchmark(first)}: what is left, the more goes",
         x=f"{first.unit}s removed",
         y="test accuracy" if first.higher_is_better else "test loss",
         unit="percent" if first.higher_is_better else "score",
@@ -311,12 +338,23 @@ def best(
     return min(some, key=lambda each: _rank(each[0]), default=None)
 
 
-def export_line(record: PruneRecord, asked: CellRequest) -> str:
-    """What to type to save a pruning."""
+def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:
+    """What to type to save a pruning, held against the documents that tested it."""
     words = ["tracker", "export", asked.model, "--dtype", asked.dtype]
     words += ["--remove", ",".join(map(str, record.removed)), "--output", "lighter"]
-    words += ["--benchmark", asked.benchmark, "--data", asked.data]
-    for option in ("revision", "num_fewshot", "part", "sample", "metric"):
-        value = getattr(asked, option)
-        words += [] if value is None else [f"--{option}", str(value)]
+    for name, field in CellRequest.model_fields.items():
+        value = getattr(asked, name)
+        if name not in _SAID and (value != field.default or name == "benchmark"):
+            words += [f"--{name}", _typed(value)]
+    words += ["--results", str(results)] if results != Path("results") else []
     return shlex.join(words)
+
+
+_SAID = ("model", "dtype", "layers", "components", "spans", "interventions", "only", "removed")
+
+
+def _typed(value: object) -> str:
+    """Write a setting as the command takes it."""
+    if isinstance(value, tuple):
+        return str(value[0]) if len(value) == 1 else json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

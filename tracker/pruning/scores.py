@@ -227,6 +227,17 @@ class Scores:
         ):
             self._raced[one.name] = self._raced.get(one.name, frozenset()) | set(order[:n])
 
+    def looked_at(self, cell: Cell) -> dict[str, tuple[int, ...]]:
+        """List the documents of a cell that chose: task → their numbers, ascending.
+
+        A race's are fewer than there are.
+        """
+        if not self._raced:
+            return cell.documents
+        places = frozenset[Place]().union(*self._raced.values())
+        tasks = dict.fromkeys(task for task, _ in sorted(places))
+        return {task: tuple(sorted(n for one, n in places if one == task)) for task in tasks}
+
     def cost(self) -> PruneCost:
         """Say what it took."""
         names = [one.name for one in self.evaluated]

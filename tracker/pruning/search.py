@@ -44,12 +44,15 @@ class Found:
     calibration: tuple[Calibrated, ...]
     cost: PruneCost
 
-    @property
-    def name(self) -> str:
-        """What tells it from other searches of a results folder."""
+    def name(self, tests: str) -> str:
+        """What tells it from other searches of a results folder.
+
+        `tests` is the key of the cell that tests it: another model at the same place has another.
+        """
         asked = self.asked
         words = [asked.cell.model, asked.cell.benchmark, asked.strategy, self.draw, asked.asked]
-        digest = content_hash([asked.model_dump(mode="json"), self.draw])[:8]
+        chose = [each.key for each in self.calibration]
+        digest = content_hash([asked.model_dump(mode="json"), self.draw, tests, chose])[:8]
         readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "-", str(w)).strip("-") for w in words if w)
         return f"{readable[-100:].lstrip('-')}-{digest}"
 
@@ -148,11 +151,7 @@ def search(
     requests = asked.calibration()
     own = [cells.setdefault(each, Cell(each, lender)) for each in requests]
     for cell in own:
-        if cell.n < FEWEST:
-            raise ExperimentError(
-                f"{cell.request.title}: {cell.n} calibration document tells no layers apart; "
-                f"raise 'sample' to {FEWEST} at least, better 100"
-            )
+        refuse_few(cell.request, cell.n)
     _refuse_mixtures(asked, own)
     for draw in asked.draws_of:
         scores = Scores(own, asked.unit, len(within.each))
@@ -161,8 +160,17 @@ def search(
         for step in STRATEGIES[asked.strategy](given):
             steps.append(step)
             lender.progress.say(_said(asked, draw, step))
-        calibration = tuple(_calibrated(cell) for cell in own)
+        calibration = tuple(_calibrated(cell, scores.looked_at(cell)) for cell in own)
         yield Found(asked, draw, tuple(steps), calibration, scores.cost())
+
+
+def refuse_few(request: CellRequest, documents: int) -> None:
+    """Refuse calibration documents that can compare nothing: ExperimentError."""
+    if documents < FEWEST:
+        raise ExperimentError(
+            f"{request.title}: {documents} calibration document tells no layers apart; raise "
+            f"'sample' to {FEWEST} at least, better 100"
+        )
 
 
 def _refuse_mixtures(asked: SearchRequest, cells: list[Cell]) -> None:
@@ -176,14 +184,14 @@ def _refuse_mixtures(asked: SearchRequest, cells: list[Cell]) -> None:
         )
 
 
-def _calibrated(cell: Cell) -> Calibrated:
+def _calibrated(cell: Cell, documents: dict[str, tuple[int, ...]]) -> Calibrated:
     return Calibrated(
         key=cell.store.identity.key,
         benchmark=cell.request.benchmark,
         metric=cell.view.metric,
-        n=cell.n,
+        n=sum(map(len, documents.values())),
         part=cell.part,
-        documents=cell.documents,
+        documents=documents,
     )
 
 

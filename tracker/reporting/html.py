@@ -7,7 +7,7 @@ The same input gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from tracker.reporting.downloads import layer_files, packed, packed_json
 from tracker.reporting.leaderboard import rules
 from tracker.reporting.leaderboard.proxies import agreements
 from tracker.reporting.sentences import agreement_sentence, compared_sentence
-from tracker.reporting.studies import is_step, study_sections
+from tracker.reporting.studies import is_step, searched, study_sections
 from tracker.text import harmless
 
 _OPEN_CELLS = 12
@@ -41,6 +41,7 @@ def render_report(
     path: Path,
     decided: Mapping[Place, DecisionsRecord] = {},
     findings: Sequence[FindingRecord] = (),
+    searches: Collection[Place] = (),
 ) -> Path:
     """Write the report page of a results folder, and return its path.
 
@@ -52,6 +53,7 @@ def render_report(
         path: Where the page is to be.
         decided: A cell's place → what its runs decide document by document, where it is known.
         findings: What studies found.
+        searches: The cells that searches took their steps in, besides those of findings.
 
     Returns:
         The path.
@@ -59,7 +61,7 @@ def render_report(
     Raises:
         WorkError: The disk is full or refuses; a page that was there stays.
     """
-    write_text(path, render_page(cells, experiments, decided, findings))
+    write_text(path, render_page(cells, experiments, decided, findings, searches))
     return path
 
 
@@ -74,6 +76,7 @@ def render_page(
     experiments: Mapping[str, str],
     decided: Mapping[Place, DecisionsRecord] = {},
     findings: Sequence[FindingRecord] = (),
+    searches: Collection[Place] = (),
 ) -> str:
     """Render the HTML of cells in this order, as `render_report` writes it."""
     loader = PackageLoader("tracker.reporting")
@@ -90,7 +93,8 @@ def render_page(
 
     studies = study_sections(findings, cells)
     # One that was asked for no run is what an export was held against.
-    cells = [c for c in cells if (c.runs or c.missing) and not is_step(c, findings)]
+    steps = searched(findings).union(searches)
+    cells = [c for c in cells if (c.runs or c.missing) and not is_step(c, steps)]
     models = sections.model_sections(cells, decided)
     across = sections.across_section(cells, models)
     ids = {s.cell.place: s.id for model in models for s in model.cells}

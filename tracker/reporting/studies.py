@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -76,15 +76,22 @@ def study_sections(
     )
 
 
-def is_step(cell: CellRecord, findings: Sequence[FindingRecord]) -> bool:
+def searched(findings: Sequence[FindingRecord]) -> set[Place]:
+    """List the cells that the searches of findings took their steps in."""
+    return {
+        place for finding in findings if finding.study in _SEARCHING for place in finding.rests_on
+    }
+
+
+def is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
     """Whether a cell holds steps of searches alone: their sections show them, in their rows.
 
-    What lacks layers, or misses some of all runs of one layer, holds nothing else.
+    What lacks layers, or misses some of all runs of one layer, holds nothing else. `steps` are
+    the cells of all steps.
     """
-    searches = [finding for finding in findings if finding.study in _SEARCHING]
     whole = {run.layer for run in cell.runs if run.kind == WHOLE_LAYER}
     partial = bool(cell.removed) or len(whole) < cell.model.layers
-    return partial and any(cell.place in finding.rests_on for finding in searches)
+    return partial and cell.place in steps
 
 
 def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
@@ -130,7 +137,8 @@ def _set(entry: Entry, unit: Unit) -> Value:
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     """Put the tables of findings into data frames, in the record's own units, by file stem.
 
-    A figure with an interval has columns `… low` and `… high`; an undefined one is empty.
+    A figure with an interval has columns `… low` and `… high`; an undefined one is empty, and its
+    column `… reason` says why.
     """
     return {
         f"{finding.name}-{number}": pd.DataFrame([_plain(table, row) for row in table.rows])
@@ -145,6 +153,8 @@ def _plain(table: FoundTable, row: Sequence[Entry]) -> dict[str, float | str | N
         found[head.label] = entry.value
         if any(each[place].low is not None for each in table.rows):
             found |= {f"{head.label} low": entry.low, f"{head.label} high": entry.high}
+        if any(each[place].reason for each in table.rows):
+            found[f"{head.label} reason"] = entry.reason or None
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Collected:
         failed: Source, or a cell of it → why it is not among the cells.
         findings: What studies found, as the results folders keep it.
         origins: What each record was derived from, by its place.
+        searched: The cells that searches took their steps in.
     """
 
     cells: tuple[CellRecord, ...]
@@ -39,6 +40,7 @@ class Collected:
     failed: dict[str, str] = field(default_factory=dict)
     findings: tuple[FindingRecord, ...] = ()
     origins: dict[Place, tuple[CellStore, View]] = field(default_factory=dict)
+    searched: Collection[Place] = ()
 
     def decisions(self) -> dict[Place, DecisionsRecord]:
         """Derive what the cells' runs decide document by document: a cell's place → that."""
@@ -66,6 +68,7 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
     experiments: dict[str, str] = {}
     failed: dict[str, str] = {}
     findings: dict[FindingRecord, None] = {}
+    searched: set[Place] = set()
     for source, place in opened.items():
         try:
             if isinstance(place, Target):
@@ -77,6 +80,7 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
             failed |= contents.damaged
             views += [(store, asked.view) for store, asked in contents.views]
             findings |= dict.fromkeys(contents.findings)
+            searched |= contents.searched
             for name, text in contents.experiments.items():
                 if experiments.setdefault(name, text) != text:
                     experiments[f"{name} ({masked(source)})"] = text
@@ -91,7 +95,7 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
         except TrackerError as error:
             failed[str(same[0][0].folder)] = str(error)
     shown = tuple(merged(cell for cell in cells if cell.n))
-    return Collected(shown, experiments, failed, tuple(findings), origins)
+    return Collected(shown, experiments, failed, tuple(findings), origins, searched)
 
 
 def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellStore, View]]]:

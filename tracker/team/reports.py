@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from tracker.decided import PRIVATE
+from tracker.decided import PRIVATE, DecisionsRecord
 from tracker.errors import RequestError, TrackerError
 from tracker.ledger.decisions import decisions
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of, every_record
-from tracker.records import CellRecord
+from tracker.records import CellRecord, Place
 from tracker.reporting.export import FORMATS, export, figures
 from tracker.reporting.frames import document_frame
 from tracker.reporting.html import render_report
@@ -46,7 +46,10 @@ def write_report(ledger: Ledger) -> tuple[Path, dict[str, str]]:
             except TrackerError as error:
                 contents.damaged[str(store.folder)] = str(error)
     page = ledger.root / "report.html"
-    path = render_report(records, contents.experiments, page, decided, contents.findings)
+    path = render_report(
+        *(records, contents.experiments, page, decided, contents.findings),
+        searches=contents.searched,
+    )
     return path, contents.damaged
 
 
@@ -57,11 +60,17 @@ def write(found: Collected, form: str, path: Path) -> list[Path]:
     """
     if form == "html":
         decided = found.decisions()
-        return [render_report(found.cells, found.experiments, path, decided, found.findings)]
+        return [_page(found, path, decided)]
     if form not in FORMATS:
         raise RequestError(f"there is no format {form!r}; use one of: html, {', '.join(FORMATS)}")
     more = {"documents": _documents(found)} if form in ("csv", "parquet") else {}
     return export(found.cells, form, path, more, found.findings)
+
+
+def _page(found: Collected, path: Path, decided: Mapping[Place, DecisionsRecord]) -> Path:
+    return render_report(
+        *(found.cells, found.experiments, path, decided, found.findings), searches=found.searched
+    )
 
 
 def _documents(found: Collected, private: bool = True) -> pd.DataFrame:
@@ -92,7 +101,7 @@ def publish(
     for text, to in opened:
         with TemporaryDirectory() as folder, _failures(failed, text), _open(to, results) as backend:
             path = Path(folder) / "report.html"
-            page = render_report(found.cells, found.experiments, path, decided, found.findings)
+            page = _page(found, path, decided)
             more = {"documents": _documents(found, private)}
             files = [page, *export(found.cells, "parquet", Path(folder), more, found.findings)]
             charts = dict(list(figures(found.cells).items())[:_CHARTS])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,15 +15,18 @@ from transformers import AutoModelForCausalLM
 
 from tracker import api
 from tracker.cli import main
+from tracker.cli.pruning import export as exporting
+from tracker.config import cell_request
 from tracker.errors import WorkError
-from tracker.ledger.searches import read_search, searches
+from tracker.extent import ALL, Extent
+from tracker.ledger.searches import keep_search, read_search, searches
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.models import speed
 from tracker.pruning import cells, export, saying
 from tracker.pruning.asked import load_searches, search_request
-from tracker.pruning.chosen import chosen
+from tracker.pruning.chosen import chosen, chosen_by, that_chose
 from tracker.pruning.search import budget_of, search
 
 from .conftest import DATA, LAYERS
@@ -124,6 +129,12 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     assert cost["last"].evaluations == 0
     assert cost["accuracy"].passes < cost["accuracy"].evaluations
     assert (cost["accuracy"].seconds or 0) > 0
+
+    # A file that asks for less: what it asked for before is still no cell like any other.
+    less = type_(write(strategy="last"), "--results", results, "--track", "none")
+    assert less.exit_code == 0, less.output
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert 'id="overview-title"' not in page
 
 
 class Killed(Silent):
@@ -354,7 +365,7 @@ def test_one_command_saves_the_best_and_its_card_says_how_it_was_chosen(
     assert (cost["n"], cost["after"][0]) == (10, best.steps[-1].test.accuracy)  # type: ignore[union-attr]
     assert facts["proof"]["documents"] == 10
     card = (lighter / "README.md").read_text()
-    assert f"Chosen by the strategy `{best.strategy}`" in card
+    assert f"The strategy `{best.strategy}` chose them" in card
     assert AutoModelForCausalLM.from_pretrained(lighter).config.num_hidden_layers == LAYERS - 2
 
     # What was chosen on the way is known too; what nobody chose is not.
@@ -362,9 +373,55 @@ def test_one_command_saves_the_best_and_its_card_says_how_it_was_chosen(
     first = best.steps[0]
     assert chosen(ledger, base, first.removed).tested[0].after[0] == first.test.accuracy  # type: ignore[union-attr]
     assert chosen(ledger, base, (0, 1, 2)).strategy is None
+    assert f"{best.label}, step 1 of 2" in str(chosen(ledger, base, first.removed).strategy)
+    # Another search that ended there takes nothing from it.
+    other = best.model_copy(update={"name": "a", "strategy": "beam", "rests_on": ()})
+    keep_search(results, other)
+    both = chosen(ledger, base, best.removed)
+    assert both.strategy == f"beam, {best.strategy}"
+    own = chosen_by(ledger, best)
+    assert (own.strategy, own.removed) == (best.strategy, best.order)
+    # Of the documents that chose, none tests; all of them are among those that chose.
+    searched = chosen_by(ledger, records["accuracy"])
+    stores = {store.identity.key: store for store in ledger.cells()}
+    (calibration,) = searched.documents
+    assert that_chose(ledger, searched, stores[calibration.key], Extent(sample=8)) == 8
+    assert that_chose(ledger, searched, stores[best.rests_on[0][0]], ALL) == 0
 
     refused = type_(path, "--results", results, "--output", lighter)
     assert (refused.exit_code, "holds something" in refused.output) == (2, True)
+
+
+def test_the_line_that_saves_says_all_that_the_search_was_told(write, tmp_path: Path) -> None:
+    told = {
+        "seed": 7,
+        "apply_chat_template": True,
+        "include_path": "/a b",
+        "model_args": {"attn_implementation": "eager"},
+        "num_fewshot": 0,
+        "part": "test",
+    }
+    asked = cell_request(model="m", benchmark="copa", layers=(3,), removed=(1,), sample=5, **told)
+    record = SimpleNamespace(removed=(1, 3))
+    words = shlex.split(saying.export_line(record, asked, tmp_path))  # type: ignore[arg-type]
+    assert words[:3] == ["tracker", "export", "m"]
+    given = exporting.make_context("export", words[2:]).params
+    assert given["remove"] == (1, 3)
+    assert given["results"] == tmp_path
+    settings = {name: given[name] for name in (*told, "benchmark", "sample", "dtype", "data")}
+    again = cell_request(model="m", layers=(3,), removed=(1,), **settings)
+    assert again == asked
+
+
+def test_searches_that_differ_in_what_chose_are_told_apart(write, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    path = write(strategy="accuracy_oneshot", sample=[8, 12], seed=[1, 2])
+    done = type_(path, "--results", results, "--track", "none")
+    assert done.exit_code == 0, done.output
+    for n in (8, 12):
+        assert f"accuracy_oneshot, {n} of arc_easy (calibration)" in done.output
+    for seed in (1, 2):
+        assert f"tiny on arc_easy (seed {seed}), remove 2: by" in done.output
 
 
 def test_what_cannot_be_saved_takes_nothing_of_the_search_away(

@@ -96,7 +96,7 @@ def test_a_race_leaves_the_best_of_what_all_documents_say(racing: Cell) -> None:
     steps = list(STRATEGIES["accuracy"](search))
     removed: Set = ()
     full = Scores([racing], "layer", LAYERS)
-    passes = evaluations = 0.0
+    passes, evaluations, most = 0.0, 0.0, 0
     for step in steps:
         left = [n for n in range(LAYERS) if n not in removed]
         sets = [tuple(sorted((*removed, n))) for n in left]
@@ -105,7 +105,7 @@ def test_a_race_leaves_the_best_of_what_all_documents_say(racing: Cell) -> None:
         numbers = racing.documents["copa"]
         places = [numbers.index(n) for n in _order(racing)]
         drops = found.values[places]
-        race = Race(question(QUESTION), len(drops), len(sets))
+        race = Race(question(QUESTION), len(drops), len(sets), apart=1.0)
         while not race.standing.answered and race.bounds.seen.max() < len(drops):
             at = int(race.bounds.seen.max())
             race.look(drops[at : at + 32])
@@ -114,10 +114,14 @@ def test_a_race_leaves_the_best_of_what_all_documents_say(racing: Cell) -> None:
         ends = sorted(set(race.bounds.seen.tolist()))
         for before, end in zip([0, *ends], ends, strict=False):
             still = [s for s, n in zip(sets, race.bounds.seen, strict=True) if n >= end]
-            some = [INTACT, *map(scores.ablation, still)]
+            beneath = [scores.ablation(removed)] if removed else []
+            some = [INTACT, *beneath, *map(scores.ablation, still)]
             passes += racing.passes(some) * (end - before) / len(drops)
         removed = step.removed
+        most = max(most, int(race.bounds.seen.max()))
     cost = scores.cost()
+    # What nobody looked at chose nothing.
+    assert scores.looked_at(racing) == {"copa": tuple(sorted(_order(racing)[:most]))}
     assert cost.evaluations == pytest.approx(evaluations + 1)
     assert cost.passes == pytest.approx(passes)
     assert cost.seconds
