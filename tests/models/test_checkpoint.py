@@ -207,6 +207,37 @@ def test_code_of_a_download_neither_runs_nor_stands_in_the_way(form, tiny_llama,
     assert not (tmp_path / "ran").exists()
 
 
+def test_code_that_is_trusted_runs(tiny_llama, tmp_path):
+    base = tiny_llama(tmp_path / "base")
+    (base / "configuration_x.py").write_text(
+        "from transformers import LlamaConfig\n\n"
+        "class XConfig(LlamaConfig):\n    model_type = 'x'\n"
+    )
+    (base / "modeling_x.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_x import XConfig\n\n"
+        "class XModel(LlamaForCausalLM):\n    config_class = XConfig\n"
+    )
+    said = json.loads((base / "config.json").read_text())
+    named = {
+        "AutoConfig": "configuration_x.XConfig",
+        "AutoModelForCausalLM": "modeling_x.XModel",
+    }
+    new = {**said, "model_type": "x", "architectures": ["XModel"], "auto_map": named}
+    (base / "config.json").write_text(json.dumps(new))
+    source = find_model(str(base))
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        refuse_unsizable(source, [1])
+    refuse_unsizable(source, [1], trust_remote_code=True)
+    loaded = load_model(source, "float32", trust_remote_code=True)
+    twin = without(loaded.model, [1])
+    save(loaded, twin, tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", trust_remote_code=True
+    )
+    assert type(again).__name__ == "XModel"
+    assert torch.equal(logits(again), logits(twin))
+
+
 def test_what_is_no_one_checkpoint_is_refused(tiny_llama, tmp_path):
     folder = tiny_llama()
     for removed, why in (

@@ -50,17 +50,17 @@ def without(model: Any, removed: Collection[int]) -> Any:
     kept = [index for index in range(len(find_layers(model))) if index not in removed]
     twin = pruned(model, removed)
     config = twin.config.get_text_config()
-    trusted = _brings_code(model)
-    if not trusted:
+    kind = type(model) if _brings_code(model) else None
+    if kind is None:
         # It points to code that was not used, and would be where somebody trusts it.
         for each in (twin.config, config):
             vars(each).pop("auto_map", None)
     wanted = _shapes(twin)
-    why = _misfit(twin.config, wanted, trusted)
+    why = _misfit(twin.config, wanted, kind)
     for counts in _counts(config, kept) if why else ():
         before = {name: getattr(config, name) for name in counts}
         vars(config).update(counts)
-        if _misfit(twin.config, wanted, trusted) is None:
+        if _misfit(twin.config, wanted, kind) is None:
             return twin
         vars(config).update(before)
     if why:
@@ -112,15 +112,18 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def _misfit(config: Any, wanted: dict[str, tuple[int, ...]], trusted: bool) -> str | None:
-    """Say what of a model its configuration, once it is saved and read, does not describe."""
+def _misfit(config: Any, wanted: dict[str, tuple[int, ...]], kind: type | None) -> str | None:
+    """Say what of a model its configuration, once it is saved and read, does not describe.
+
+    `kind` is its class where that is trusted code; None where transformers is to find it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with TemporaryDirectory() as folder, torch.device("meta"):
             config.save_pretrained(folder)
-            read = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-            found = _shapes(AutoModelForCausalLM.from_config(read, trust_remote_code=trusted))
+            read = AutoConfig.from_pretrained(folder, trust_remote_code=kind is not None)
+            found = _shapes(kind(read) if kind else AutoModelForCausalLM.from_config(read))
     except Exception as error:  # noqa: BLE001  whatever a class says to lists of another length
         return _first(error)
     for name in sorted(found.keys() | wanted.keys()):
