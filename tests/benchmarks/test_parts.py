@@ -294,6 +294,10 @@ class TestCorpora:
             assert half.text(every[mine[0]]).question == f"Animal {mine[0]} has a heart."
             assert half.identity.title == f"corpus:notes.txt ({part} half)"
             assert key(half.identity) != key(whole.identity)
+        copy = tmp_path / "copy.txt"
+        copy.write_text(notes.read_text())
+        other = open_benchmark(ask(f"corpus:{copy}", data="hub"))
+        assert other.rows("corpus:copy.txt") == whole.rows("corpus:notes.txt")
         notes.write_text("One paragraph.")
         with pytest.raises(BenchmarkError, match="has 1 document, which makes no two halves"):
             open_benchmark(ask(name, "calibration", data="hub"))

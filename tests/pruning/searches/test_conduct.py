@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
+from tests.own import write_pair
 from tracker import api
 from tracker.cli import main
 from tracker.cli.pruning import export as exporting
@@ -204,23 +205,6 @@ def test_what_cannot_be_is_refused(write, tmp_path: Path, settings, words: str) 
     assert not list((tmp_path / "results").glob("searches/*"))
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    """A folder of two tasks that ask about the same rows, each in its own words."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    rows = [json.dumps({"q": f"Number {n}", "a": n % 2}) for n in range(20)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    for name, words in (("one", "{{q}}?"), ("other", "{{q}}, or what?")):
-        (folder / f"{name}.yaml").write_text(
-            f"task: {name}\ntag: both\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
-            f"    test: {folder}/rows.jsonl\noutput_type: multiple_choice\ntest_split: test\n"
-            f"doc_to_text: '{words}'\ndoc_to_choice: [red, blue]\ndoc_to_target: a\n"
-            "metric_list:\n  - metric: acc\n"
-        )
-    return folder
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -229,12 +213,11 @@ def tasks(tmp_path: Path) -> Path:
         ({"num_fewshot": 2}, "one draws few-shot examples from its split 'test', which is scored"),
     ],
 )
-def test_no_document_chooses_and_is_tested(
-    write, tasks: Path, tmp_path: Path, settings, words: str
-) -> None:
+def test_no_document_chooses_and_is_tested(write, tmp_path: Path, settings, words: str) -> None:
     """It is refused of a whole file, before anything is measured, and where it is planned."""
+    tasks = str(write_pair(tmp_path))
     path = write(
-        **{"benchmark": "one", "data": "hub", "include_path": str(tasks), **settings},
+        **{"benchmark": "one", "data": "hub", "include_path": tasks, **settings},
         strategy=["accuracy", "last"],
     )
     where = ("--results", tmp_path / "results")
