@@ -89,25 +89,27 @@ def refuse_mixed(
         ExperimentError: Some documents would choose and be tested.
         BenchmarkError: A benchmark cannot be read, or has no such parts.
     """
-    for asked in dict.fromkeys(searches):
+    pairs = {}
+    for asked in searches:
         requests = (*asked.calibration(), asked.test())
         *own, test = (cells.setdefault(each, Cell(each, lender)) for each in requests)
         tested = {task.name for task in test.benchmark.tasks}
         for cell in own:
             names = {task.name for task in cell.benchmark.tasks}
-            if len(names | tested) == 1:
-                continue
-            rows = {name: test.rows(name) for name in sorted(tested)}
-            for name in sorted(names):
-                digest = cell.rows(name)
-                also = next((t for t, d in rows.items() if t != name and d == digest), None)
-                if also is not None:
-                    raise ExperimentError(
-                        f"{asked.title}: {name}, which calibrates, and {also}, which tests, have "
-                        "the same documents, and halves are drawn task by task, so that some would "
-                        f"choose and be tested; calibrate and test on {also} alone, or calibrate "
-                        "on other documents"
-                    )
+            if len(names | tested) > 1:
+                pairs[cell.request, test.request] = (asked, cell, names, test, tested)
+    for asked, cell, names, test, tested in pairs.values():
+        rows = {name: test.rows(name) for name in sorted(tested)}
+        for name in sorted(names):
+            digest = cell.rows(name)
+            also = next((t for t, d in rows.items() if t != name and d == digest), None)
+            if also is not None:
+                raise ExperimentError(
+                    f"{asked.title}: {name}, which calibrates, and {also}, which tests, have "
+                    "the same documents, and halves are drawn task by task, so that some would "
+                    f"choose and be tested; calibrate and test on {also} alone, or calibrate "
+                    "on other documents"
+                )
 
 
 def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
