@@ -68,3 +68,19 @@ def write_tasks(place: Path) -> Path:
     (folder / "asking.py").write_text(ASKING)
     (folder / "words.py").write_text('LEAD = "Which colour has a"\n')
     return folder
+
+
+def write_pair(place: Path) -> Path:
+    """Write two tasks that ask about the same rows, each in its own words; returns the folder."""
+    folder = place / "pair"
+    folder.mkdir()
+    rows = [json.dumps({"q": f"Number {n}", "a": n % 2}) for n in range(20)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    for name, words in (("one", "{{q}}?"), ("other", "{{q}}, or what?")):
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ntag: both\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+            f"    test: {folder}/rows.jsonl\noutput_type: multiple_choice\ntest_split: test\n"
+            f"doc_to_text: '{words}'\ndoc_to_choice: [red, blue]\ndoc_to_target: a\n"
+            "metric_list:\n  - metric: acc\n"
+        )
+    return folder

@@ -21,6 +21,7 @@ def answer(question: str, *runs: RunAnswer, **changes: Any) -> AnswerRecord:
         "level": 0.95,
         "seed": 1234,
         "looked": 1312,
+        "measured": 1312,
         "population": 2000,
         "over": True,
         "passes": 40,
@@ -105,3 +106,13 @@ def test_what_is_answered(question: str, runs: list[RunAnswer], says: str) -> No
         "confidence; 1,312 of 2,000 documents, 40 % of the layer passes)"
     )
     assert took(found) == "1,312 of 2,000 documents, 40 % of the layer passes"
+
+
+def test_of_a_group_more_is_measured_than_looked_at() -> None:
+    found = answer("sign", run(0, "chosen"), looked=1018, measured=1312)
+    said = (
+        "1,312 of 2,000 documents, 40 % of the layer passes; looked at were 1,018, each task in "
+        "proportion"
+    )
+    assert took(found) == said
+    assert statement(found).endswith(f"confidence; {said})")

@@ -176,6 +176,44 @@ def test_a_single_component_span_and_set_of_removed_layers(load) -> None:
     assert (cell.components, cell.spans, cell.removed) == (("layer",), (1,), ())
 
 
+ASKS = "  until: {value: top 1}\n"
+SEEDS = "  seed: {values: [1, 2]}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("  until: {values: [top 1, sign]}\n", "until top 1, seed 1234, and until sign, seed 1234"),
+        ("  until: {values: [top 1, null]}\n", "until top 1, seed 1234, and until null, seed 1234"),
+        ("  until: {values: [null, sign]}\n", "until null, seed 1234, and until sign, seed 1234"),
+        (ASKS + SEEDS, "until top 1, seed 1, and until top 1, seed 2"),
+        (ASKS + SEEDS + "  num_fewshot: {value: 0}\n", "until top 1, seed 1, and"),
+    ],
+)
+def test_a_cell_is_asked_one_question_in_a_file(load, text: str, said: str) -> None:
+    with pytest.raises(ExperimentError) as caught:
+        load(MINIMAL + text).cells()
+    message = str(caught.value)
+    assert f"the grid asks m × b for several answers: {said}" in message
+    assert "ask for the other in a file of its own" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SEEDS,
+        # With examples a seed chooses these, and so is part of the cell.
+        ASKS + SEEDS + "  num_fewshot: {value: 5}\n",
+        ASKS + "  benchmark: {values: [b, c]}\n",
+        ASKS + "  metric: {values: [acc, acc_norm]}\n",
+        ASKS + "  removed: {values: [[], [1]]}\n",
+    ],
+)
+def test_what_is_another_cell_or_view_is_asked_beside_it(load, text: str) -> None:
+    head = MINIMAL.replace(BENCHMARK, "") if "benchmark" in text else MINIMAL
+    assert len(load(head + text).cells()) == 2
+
+
 def test_null_means_the_default(load) -> None:
     cells = load(MINIMAL + "  num_fewshot: {values: [null, 5]}\n  limit: {value: null}\n").cells()
     assert [cell.num_fewshot for cell in cells] == [None, 5]

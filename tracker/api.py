@@ -34,7 +34,7 @@ from tracker.team.publish import Publisher, Synced, Trial
 from tracker.team.result_files import Written, write_result_files
 from tracker.team.sweeps import SweepFilled, asked_of_cell, fill_sweep
 from tracker.text import masked
-from tracker.tracking import default_targets
+from tracker.tracking import default_targets, in_sweep
 from tracker.tracking.base import Ending
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def prune(
         CellError: No search could be finished.
     """
     from tracker.pruning import export as exporting
-    from tracker.pruning.asked import load_searches, search_request
+    from tracker.pruning.asked import load_searches, refuse_idle, search_request
     from tracker.pruning.chosen import chosen_by
     from tracker.pruning.conduct import conduct
     from tracker.pruning.saying import best, export_line
@@ -296,6 +296,8 @@ def prune(
             asked, project, name = file.searches(), file.destination, path.name
         else:
             asked, text = [search_request(settings)], ""
+            if not in_sweep():  # whose grid holds every combination of its values
+                refuse_idle(asked)
             name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
         if output is not None:
             exporting.refuse_units({each.unit for each in asked})

@@ -279,9 +279,9 @@ class Experiment(Sweep):
             if other is not cell and (cell.until or other.until):
                 raise ExperimentError(
                     f"'parameters': the grid asks {cell.title} for several answers: "
-                    f"until {other.until}, seed {other.seed}, and until {cell.until}, seed "
-                    f"{cell.seed}. A cell keeps one; ask for the other in a file of its own "
-                    "(nothing is measured twice)"
+                    f"until {other.until or 'null'}, seed {other.seed}, and until "
+                    f"{cell.until or 'null'}, seed {cell.seed}. A cell keeps one; ask for the "
+                    "other in a file of its own (nothing is measured twice)"
                 )
         return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
 

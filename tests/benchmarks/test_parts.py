@@ -161,6 +161,29 @@ class TestHalves:
             assert len(mine) == 4
             assert contexts(half, encoder) == [every[number] for number in mine]
 
+    @pytest.mark.parametrize("split", ["null", "validation"], ids=["by lm-eval's rule", "stated"])
+    def test_test_documents_are_no_examples_of_calibration(self, encoder, tmp_path, split) -> None:
+        """Without a split of their own, examples are any of the scored documents."""
+        rows = [json.dumps({"q": f"Number {n}?", "a": n % 2}) for n in range(8)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+        task = tmp_path / "own.yaml"
+        task.write_text(
+            "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+            f"    validation: {tmp_path}/rows.jsonl\noutput_type: multiple_choice\n"
+            f"validation_split: validation\nfewshot_split: {split}\ndoc_to_text: '{{{{q}}}}'\n"
+            "doc_to_choice: [red, blue]\ndoc_to_target: a\nmetric_list:\n  - metric: acc\n"
+        )
+        with pytest.raises(
+            BenchmarkError, match=r"own draws .* 'validation', which .*num_fewshot 0"
+        ):
+            open_benchmark(ask(str(task), "calibration", data="hub", num_fewshot=2))
+        assert (
+            len(contexts(open_benchmark(ask(str(task), "calibration", data="hub")), encoder)) == 4
+        )
+        # What says what was lost chooses nothing, and keeps the prompts of a whole run.
+        test = open_benchmark(ask(str(task), "test", data="hub", num_fewshot=2))
+        assert len(contexts(test, encoder)) == 4
+
     def test_one_document_makes_no_halves(self, tmp_path) -> None:
         data = write(tmp_path / "baber/piqa", validation=piqa("pump", 1))
         with pytest.raises(BenchmarkError, match="piqa has 1 document, which makes no two halves"):
@@ -208,6 +231,17 @@ class TestTrainingSplit:
         benchmark = open_benchmark(ask(name, "calibration", data=data, num_fewshot=others))
         for text in contexts(benchmark, encoder):
             assert all(text.count(said.format(number)) == 1 for number in range(others + 1))
+
+    def test_examples_from_the_scored_split_are_refused(self, data, tmp_path) -> None:
+        """The training split calibrates, and the examples before its documents are tested."""
+        task = tmp_path / "own.yaml"
+        task.write_text(
+            f"include: {_installed('piqa/piqa.yaml')}\ntask: own\nfewshot_split: validation\n"
+        )
+        open_benchmark(ask(str(task), "calibration", data=data, num_fewshot=0))
+        open_benchmark(ask(str(task), "test", data=data, num_fewshot=2))
+        with pytest.raises(BenchmarkError, match=r"own draws .*'validation', which is scored"):
+            open_benchmark(ask(str(task), "calibration", data=data, num_fewshot=2))
 
     def test_examples_that_are_read_otherwise_are_refused(self, data, tmp_path) -> None:
         task = tmp_path / "own.yaml"
@@ -260,6 +294,10 @@ class TestCorpora:
             assert half.text(every[mine[0]]).question == f"Animal {mine[0]} has a heart."
             assert half.identity.title == f"corpus:notes.txt ({part} half)"
             assert key(half.identity) != key(whole.identity)
+        copy = tmp_path / "copy.txt"
+        copy.write_text(notes.read_text())
+        other = open_benchmark(ask(f"corpus:{copy}", data="hub"))
+        assert other.rows("corpus:copy.txt") == whole.rows("corpus:notes.txt")
         notes.write_text("One paragraph.")
         with pytest.raises(BenchmarkError, match="has 1 document, which makes no two halves"):
             open_benchmark(ask(name, "calibration", data="hub"))

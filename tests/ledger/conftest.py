@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,20 @@ import pytest
 
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
+from tracker.extent import ALL, Extent
 from tracker.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.ledger import tables
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_row
+from tracker.ledger.races import CellRace
 from tracker.ledger.store import Ledger
 from tracker.records import CellRecord
 
 LAYERS = 4
 Maker = Callable[..., Any]
+Outcomes = Mapping[tuple[str, int], Sequence[float]]
+"""Task and document → whether the intact model is right, and those without layer 0, 1, …"""
 
 
 def cell_record(
@@ -127,3 +132,68 @@ def fill(row: Maker) -> Maker:
         cell.write(block, rows, {"device": "cpu"})
 
     return fill
+
+
+@pytest.fixture
+def cell_of(ledger: Ledger, model_identity: Maker, benchmark_identity: Maker) -> Maker:
+    """A cell of tasks of some sizes, and nothing measured."""
+
+    def make(sizes: Mapping[str, int], **changes: Any) -> CellStore:
+        benchmark = benchmark_identity(sizes, {"acc": "mean", "word": "ratio"}, **changes)
+        return ledger.cell(model_identity(), benchmark, {"numpy": "2.4"})
+
+    return make
+
+
+@pytest.fixture
+def enter(row: Maker) -> Maker:
+    """Enter what a block lacks under some ablations; returns how many outcomes that was.
+
+    What a run removes besides its own layer, the first of its name, changes nothing.
+    """
+
+    def enter(
+        store: CellStore, every: Outcomes, block: Block, extent: Extent, names: Iterable[str]
+    ) -> int:
+        rows = []
+        for absent, documents in store.missing(block, extent, list(names)).items():
+            for doc in documents:
+                known = every[block.task, doc]
+                for name in absent:
+                    number = re.search(r"\d+", name)
+                    acc = known[1 + int(number[0]) if number else 0]
+                    rows.append(row(doc, name, block.task, acc))
+        if rows:
+            store.write(block, rows, {"device": "cpu"})
+        return len(rows)
+
+    return enter
+
+
+@pytest.fixture
+def measure(enter: Maker) -> Maker:
+    """Measure what a race asks for, until it asks no more; returns how many outcomes that was."""
+
+    def measure(store: CellStore, race: CellRace, every: Outcomes, at_most: int = 10**6) -> int:
+        measured = 0
+        while race.lacking and at_most:
+            block, names = race.lacking
+            measured += enter(store, every, block, race.extent, names)
+            at_most -= 1
+            race.advance()
+        return measured
+
+    return measure
+
+
+@pytest.fixture
+def measure_all(enter: Maker) -> Maker:
+    """Measure some ablations on all documents, or on others."""
+
+    def measure_all(
+        store: CellStore, names: Iterable[str], every: Outcomes, extent: Extent = ALL
+    ) -> None:
+        for block in store.blocks(extent):
+            enter(store, every, block, extent, names)
+
+    return measure_all

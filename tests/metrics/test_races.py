@@ -112,3 +112,22 @@ def test_more_certainty_takes_more_documents() -> None:
 def test_a_question_for_more_runs_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="top 4 of 4 runs chooses nothing"):
         Race(question("top 4"), 100, 4)
+
+
+def test_drops_from_one_intact_model_are_half_the_range_apart() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.random((600, 1)) < 0.7
+    values = (base & (generator.random((600, 3)) < [0.8, 0.1, 0.05])).astype(float)
+    for text, sooner in (("top 1", True), ("sign", False)):
+        seen = []
+        for apart in (None, 1.0):
+            found = Race(question(text), 600, 3, apart=apart)
+            for start in range(0, 600, 4):
+                if not found.standing.answered:
+                    found.look(values[start : start + 4])
+            seen.append(int(found.bounds.seen.max()))
+        assert (seen[1] < seen[0]) == sooner
+    far = np.array([[1.0, -1.0, 0.0]])
+    with pytest.raises(ValueError, match="two values of a document are more than 1 apart"):
+        Race(question("top 1"), 600, 3, apart=1.0).look(far)
+    Race(question("top 1"), 600, 3).look(far)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -11,7 +13,7 @@ from tests.engine.registry import families, variants
 from tests.engine.test_registry import ONE_OF_EACH_KIND, find
 from tests.models.test_layers import make
 from tracker.errors import ModelError
-from tracker.models.checkpoint import refuse_unsizable, save, weight_bytes, without
+from tracker.models.checkpoint import refuse_unsizable, resized, save, weight_bytes, without
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, load_model
 from tracker.models.sources import find_model
@@ -129,6 +131,40 @@ def test_first_layers_of_a_kind_are_counted_anew():
     assert model.config.first_k_dense_replace == 1
 
 
+def test_windows_begin_at_the_layer_where_they_began():
+    """Qwen2 counts the first layers, which see all; its list by layer says the same."""
+    model = _qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=4)
+    twin = without(model, [1, 3])
+    full, sliding = "full_attention", "sliding_attention"
+    assert twin.config.layer_types == [full, full, sliding, sliding]
+    assert twin.config.max_window_layers == 2
+    assert model.config.max_window_layers == 4
+    # mergekit and llama.cpp would leave both as they are.
+    assert resized(model, twin) == ("layer_types", "max_window_layers")
+    llama = make("llama")
+    assert resized(llama, without(llama, [1])) == ()
+
+
+def test_labels_are_no_layers():
+    twin = without(_qwen2(id2label={0: "no", 1: "yes"}), [0])
+    assert twin.config.id2label == {0: "no", 1: "yes"}
+    assert twin.config.num_labels == 2
+
+
+def _qwen2(**more):
+    config = transformers.Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **more,
+    )
+    return transformers.Qwen2ForCausalLM(config)
+
+
 def test_tied_weights_stay_tied_and_are_saved_once(tmp_path):
     config = transformers.LlamaConfig(
         **{**make("llama").config.to_dict(), "tie_word_embeddings": True}
@@ -138,6 +174,68 @@ def test_tied_weights_stay_tied_and_are_saved_once(tmp_path):
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert again.num_parameters() == twin.num_parameters()
     assert weight_bytes(again) == weight_bytes(twin) == 4 * twin.num_parameters()
+
+
+@pytest.mark.parametrize("form", ["here", "elsewhere"])
+def test_code_of_a_download_neither_runs_nor_stands_in_the_way(form, tiny_llama, tmp_path):
+    """A native class, whose files name code too: nobody trusted it."""
+    code = tmp_path / "code"
+    code.mkdir()
+    lines = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit('ran')\n"
+    base = tiny_llama(tmp_path / "base")
+    where = "" if form == "here" else f"{code}--"
+    for folder in (code, base):
+        for kind in ("configuration", "modeling", "tokenization"):
+            (folder / f"{kind}_x.py").write_text(lines)
+    named = {
+        "config.json": {
+            "AutoConfig": f"{where}configuration_x.XConfig",
+            "AutoModelForCausalLM": f"{where}modeling_x.XModel",
+        },
+        "tokenizer_config.json": {"AutoTokenizer": [f"{where}tokenization_x.XTokenizer", None]},
+    }
+    for file, names in named.items():
+        said = json.loads((base / file).read_text())
+        (base / file).write_text(json.dumps({**said, "auto_map": names}))
+    source = find_model(str(base))
+    refuse_unsizable(source, [1])
+    loaded = load_model(source, "float32")
+    save(loaded, without(loaded.model, [1]), tmp_path / "saved")
+    for file in named:
+        assert "auto_map" not in json.loads((tmp_path / "saved" / file).read_text())
+    assert loaded.model.config.auto_map, "the model is left alone"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_is_trusted_runs(tiny_llama, tmp_path):
+    base = tiny_llama(tmp_path / "base")
+    (base / "configuration_x.py").write_text(
+        "from transformers import LlamaConfig\n\n"
+        "class XConfig(LlamaConfig):\n    model_type = 'x'\n"
+    )
+    (base / "modeling_x.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_x import XConfig\n\n"
+        "class XModel(LlamaForCausalLM):\n    config_class = XConfig\n"
+    )
+    said = json.loads((base / "config.json").read_text())
+    named = {
+        "AutoConfig": "configuration_x.XConfig",
+        "AutoModelForCausalLM": "modeling_x.XModel",
+    }
+    new = {**said, "model_type": "x", "architectures": ["XModel"], "auto_map": named}
+    (base / "config.json").write_text(json.dumps(new))
+    source = find_model(str(base))
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        refuse_unsizable(source, [1])
+    refuse_unsizable(source, [1], trust_remote_code=True)
+    loaded = load_model(source, "float32", trust_remote_code=True)
+    twin = without(loaded.model, [1])
+    save(loaded, twin, tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", trust_remote_code=True
+    )
+    assert type(again).__name__ == "XModel"
+    assert torch.equal(logits(again), logits(twin))
 
 
 def test_what_is_no_one_checkpoint_is_refused(tiny_llama, tmp_path):

@@ -99,6 +99,7 @@ class TestExported:
         assert result.metric_value == exported.accuracy[0].after[0]
         for said in (
             "without 2 of its 4 layers",
+            'AutoModelForCausalLM.from_pretrained("lighter")',
             "Layers 1, 2 (0-based), in the order 2, 1. They were named by hand.",
             "`[0, 3]`",
             f"{SAMPLE} documents drawn at random (seed 1234)",
@@ -133,6 +134,17 @@ def test_what_a_search_knows_is_told(exported, tmp_path):
     said = text(replace(exported, pruning=chosen, accuracy=(*exported.accuracy, cost)))
     assert "The strategy `accuracy` chose them on 100 documents of arc_easy." in said
     assert "| piqa, 0-shot | acc | 40 documents | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
+
+
+def test_no_tool_is_named_that_makes_another_model(exported, capsys):
+    from tracker.cli.printing import print_export
+    from tracker.pruning.card import text
+
+    told = replace(exported, recipes={}, resized=("layer_types", "max_window_layers"))
+    print_export(told)
+    for said in (text(told), capsys.readouterr().out):
+        assert "says more of each: layer_types, max_window_layers." in said
+        assert "llama-quantize" not in said
 
 
 @pytest.mark.parametrize(

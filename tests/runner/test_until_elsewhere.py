@@ -13,7 +13,7 @@ from tests.runner.elsewhere import Heard, arc, run, shards, wait_for
 from tests.runner.test_handout import Desk
 from tracker import api
 from tracker.answers import statement
-from tracker.errors import ExperimentError
+from tracker.errors import ExperimentError, ResultsError
 from tracker.executors.handout import AHEAD
 from tracker.experiment import load_experiment
 from tracker.ledger.store import Ledger
@@ -149,3 +149,28 @@ def test_a_trial_measures_its_sweeps_cell_until_it_is_answered(asked, tmp_path, 
     with pytest.raises(ExperimentError, match="'sign at 80 %' asks about all runs"):
         tracker.evaluate(other, **settings)
     assert len(calls) == 2
+
+
+def test_a_trial_that_asks_of_a_whole_cell_finds_it(tiny_llama, experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "asked_of_cell", lambda *_: pytest.fail("the sweep was asked"))
+    model, results = tiny_llama(layers=3), tmp_path / "results"
+    settings = {"data": str(arc(tmp_path / "data", 40)), "limit": None, "layer": [0, 2]}
+    file = experiment(model, **settings)
+    (whole,) = run(file, results).cells
+    assert whole.is_complete
+    (cell,) = load_experiment(file)[0].cells()
+    known = {name: getattr(cell, name) for name in ("model", "benchmark", "data")}
+    # It is about all runs of the cell: of this one alone it has no answer.
+    asked = trial_request({**known, "layer": 2, "until": "drop within 99 pp at 50 %"})
+    record, done = tracker.evaluate(asked, results=results, track=[])
+    assert (done.models_loaded, record.n) == (0, 40)
+    assert record.runs == whole.runs
+    found, filled = _measured(asked, Ledger(results))
+    assert (found.is_complete, found.answer, filled) == (True, None, whole.runs[1])
+    # The same where another question was asked before, and where the cell lacks the run.
+    run(experiment(model, "other.yaml", **settings, until="top 1"), results)
+    record, done = tracker.evaluate(asked, results=results, track=[])
+    assert (done.models_loaded, record.runs) == (0, whole.runs)
+    assert _measured(asked, Ledger(results))[1] == whole.runs[1]
+    with pytest.raises(ResultsError, match="does not hold all of it"):
+        _measured(asked.model_copy(update={"layers": (1,)}), Ledger(results))

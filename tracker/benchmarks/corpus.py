@@ -199,6 +199,10 @@ class Corpus:
             for index in sorted(extent.of(self._name, self._numbers))
         ]
 
+    def rows(self, task: str) -> str:
+        """Hash the texts."""
+        return content_hash(self._texts)
+
     def outcomes(
         self, document: Document, responses: Sequence[Response]
     ) -> dict[str, float | str | None]:

@@ -32,6 +32,13 @@ def choose_part(task: Any, request: CellRequest, num_fewshot: int) -> Half | Non
     config, examples = task.config, task.fewshot_cfg
     training = config.training_split
     scored = config.test_split or config.validation_split
+    if num_fewshot and request.part == "calibration" and _examples_from(task) == scored:
+        raise BenchmarkError(
+            f"part: {task.task_name} draws few-shot examples from its split {scored!r}, which is "
+            "scored, so that test documents would stand with their answers in the prompts of "
+            "calibration documents; use num_fewshot 0, or a benchmark whose examples come from a "
+            "split of their own"
+        )
     if training == scored or training not in task.dataset:
         return half_of(request, task.task_name, len(task.eval_docs))
     if request.part == "test":
@@ -47,6 +54,15 @@ def choose_part(task: Any, request: CellRequest, num_fewshot: int) -> Half | Non
             "num_fewshot 0"
         )
     return None
+
+
+def _examples_from(task: Any) -> str | None:
+    """Name the split of a task's few-shot examples, as lm-eval does; None if it states them."""
+    config, examples = task.config, task.fewshot_cfg
+    if examples.split is not None or examples.samples is not None:
+        return None if examples.split is None else str(examples.split)
+    first = config.training_split or config.validation_split or config.test_split
+    return None if first is None else str(first)
 
 
 def half_of(request: CellRequest, task: str, documents: int) -> Half:

@@ -27,6 +27,7 @@ from tracker.documents import Document, DocumentText, Prompt, Request, Response
 from tracker.errors import BenchmarkError
 from tracker.extent import Extent
 from tracker.identities import BenchmarkIdentity
+from tracker.provenance import content_hash
 
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
 """Benchmarks whose field reports acc_norm."""
@@ -145,6 +146,11 @@ class LmEvalBenchmark:
         if chosen is not None:  # lm-eval counts the chosen ones
             by_document = dict(zip(chosen, by_document.values(), strict=True))
         return {i: sorted(by_document[i], key=lambda instance: instance.idx) for i in wanted}
+
+    def rows(self, task: str) -> str:
+        """Hash what the scored split of a task holds."""
+        config, splits = self._tasks[task].config, self._tasks[task].dataset
+        return content_hash(list(splits[config.test_split or config.validation_split]))
 
     def outcomes(
         self, document: Document, responses: Sequence[Response]

@@ -333,7 +333,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
         from tracker.pruning.search import refuse_unknown
 
         searches = load_searches(experiment)[0].searches()
-        refuse_unknown(searches)
+        refuse_unknown(searches, trust_remote_code)
         say(f"{experiment} is valid: {len(searches)} search{'' if len(searches) == 1 else 'es'}")
         return
     asked, _ = load_experiment(experiment)

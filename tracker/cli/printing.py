@@ -334,6 +334,7 @@ def _duration(seconds: float) -> str:
 def print_export(model: Exported) -> None:
     """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
     from tracker.pruning.card import saved, written
+    from tracker.pruning.recipes import why_none
 
     say()
     for each in model.accuracy:
@@ -346,10 +347,13 @@ def print_export(model: Exported) -> None:
     for sentence in model.proof.sentences():
         say(sentence)
     say()
-    say("the same model by mergekit:")
-    say(model.recipes["mergekit"].rstrip())
-    say("and by llama.cpp, on a GGUF file of the base:")
-    say(model.recipes["llama.cpp"])
+    if model.recipes:
+        say("the same model by mergekit:")
+        say(model.recipes["mergekit"].rstrip())
+        say("and by llama.cpp, on a GGUF file of the base:")
+        say(model.recipes["llama.cpp"])
+    else:
+        say(f"the same model by other tools: {why_none(model.resized)}")
     say()
     say(f"saved: {model.folder}")
     for location in model.locations.values():

@@ -80,7 +80,7 @@ def export(
     loads it with plain transformers, where it must say what the really pruned model says here; with
     --benchmark plain lm-eval scores it there, and must find the accuracy that was measured, to the
     digit. The folder also holds a model card and tracker.json: what was removed, what that costs
-    and saves, and how mergekit and llama.cpp make the same model.
+    and saves, and how mergekit and llama.cpp make the same model, where they can.
 
     \b
     Examples:

@@ -33,7 +33,9 @@ _ALONE = ("model", "benchmark", "strategy", "remove", "keep")
 @click.option("--remove", help="What goes at least: 8, 25 %, 25 % parameters, 70 MB, 5 ms, ….")
 @click.option("--keep", help="What stays at most: 22, 100M parameters, 200 MB, ….")
 @click.option("--unit", type=click.Choice(COMPONENTS), help="What goes. Default: layer.")
-@click.option("--calibrate", help="Benchmarks that choose; default: --benchmark itself.")
+@click.option(
+    "--calibrate", help="Benchmarks that choose, comma-separated; default: --benchmark itself."
+)
 @click.option("--sample", type=click.IntRange(min=1), help="Calibration documents of each task.")
 @click.option(
     "--test_sample",

@@ -19,7 +19,7 @@ from tracker.errors import ModelError
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.miniature import miniature
-from tracker.models.pruned import pruned
+from tracker.models.pruned import FIRST, pruned
 from tracker.models.sources import ModelSource, read_config, unreadable
 
 PROBE = 48
@@ -28,6 +28,8 @@ ROUNDING = 1e-4
 """Of the largest logit: what two ways of computing a miniature's experts differ by."""
 _IDLE = ("name_or_path", "training")
 """Of a module: what has no bearing on what it computes here."""
+_TRANSFORMERS = "transformers."
+"""Where its own classes are, and those of downloads are not."""
 _COUNTS = ("layer", "dense", "block")
 """Words in the names of numbers that may count the first layers of a kind."""
 
@@ -48,12 +50,17 @@ def without(model: Any, removed: Collection[int]) -> Any:
     kept = [index for index in range(len(find_layers(model))) if index not in removed]
     twin = pruned(model, removed)
     config = twin.config.get_text_config()
+    kind = type(model) if _brings_code(model) else None
+    if kind is None:
+        # It points to code that was not used, and would be where somebody trusts it.
+        for each in (twin.config, config):
+            vars(each).pop("auto_map", None)
     wanted = _shapes(twin)
-    why = _misfit(twin.config, wanted)
+    why = _misfit(twin.config, wanted, kind)
     for counts in _counts(config, kept) if why else ():
         before = {name: getattr(config, name) for name in counts}
         vars(config).update(counts)
-        if _misfit(twin.config, wanted) is None:
+        if _misfit(twin.config, wanted, kind) is None:
             return twin
         vars(config).update(before)
     if why:
@@ -62,6 +69,20 @@ def without(model: Any, removed: Collection[int]) -> Any:
             f"{'is' if len(removed) == 1 else 'are'} gone: {why}"
         )
     return twin
+
+
+def resized(model: Any, twin: Any) -> tuple[str, ...]:
+    """Name what a copy's configuration says anew besides how many layers there are."""
+    before, after = (each.config.get_text_config().to_dict() for each in (model, twin))
+    idle = ("num_hidden_layers", "auto_map")
+    return tuple(sorted(n for n in after if n not in idle and after[n] != before.get(n)))
+
+
+def _brings_code(model: Any) -> bool:
+    """Whether a download's code made it, which then is trusted; else it must not run."""
+    return not all(
+        type(each).__module__.startswith(_TRANSFORMERS) for each in (model, model.config)
+    )
 
 
 def _counts(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
@@ -78,6 +99,7 @@ def _counts(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
         and value != total
         and any(word in name for word in _COUNTS)
         and "hidden_layers" not in name
+        and name != FIRST  # which is counted anew already
     }
     changed = {name: left for name, left in found.items() if left != getattr(config, name)}
     for name, left in changed.items():
@@ -90,15 +112,18 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def _misfit(config: Any, wanted: dict[str, tuple[int, ...]]) -> str | None:
-    """Say what of a model its configuration, once it is saved and read, does not describe."""
+def _misfit(config: Any, wanted: dict[str, tuple[int, ...]], kind: type | None) -> str | None:
+    """Say what of a model its configuration, once it is saved and read, does not describe.
+
+    `kind` is its class where that is trusted code; None where transformers is to find it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with TemporaryDirectory() as folder, torch.device("meta"):
             config.save_pretrained(folder)
-            read = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-            found = _shapes(AutoModelForCausalLM.from_config(read, trust_remote_code=True))
+            read = AutoConfig.from_pretrained(folder, trust_remote_code=kind is not None)
+            found = _shapes(kind(read) if kind else AutoModelForCausalLM.from_config(read))
     except Exception as error:  # noqa: BLE001  whatever a class says to lists of another length
         return _first(error)
     for name in sorted(found.keys() | wanted.keys()):
@@ -183,7 +208,10 @@ def _try(small: Any, removed: Collection[int]) -> None:
         try:
             twin.save_pretrained(folder)
             again, found = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=_brings_code(small),
             )
             left = [*found["missing_keys"], *found["unexpected_keys"]]
             heard = _ask(again.eval(), ids)
@@ -261,6 +289,8 @@ def save(loaded: LoadedModel, twin: Any, folder: Path) -> None:
         twin.is_quantized = False
         for config in (twin.config, twin.config.get_text_config()):
             vars(config).pop("quantization_config", None)
+    if type(loaded.tokenizer).__module__.startswith(_TRANSFORMERS):
+        loaded.tokenizer.init_kwargs.pop("auto_map", None)
     twin.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 

@@ -20,6 +20,10 @@ State = dict[tuple[str, str], Any]
 """(path of a module, attribute) → value."""
 _ABSENT = "no such attribute"
 """Stands for what a module gets only when it is called."""
+FIRST = "max_window_layers"
+"""Qwen's first so many layers, which see all; no shape depends on it."""
+_LABELS = "id2label"
+"""A configuration's table of a classifier's labels, whose numbers are no layers."""
 SMALL = 4096
 """Elements up to which a buffer is copied: rotary frequencies, which some models change in a call;
 larger ones are masks and the like, of which every copy would take its own."""
@@ -183,9 +187,11 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
         if isinstance(value, (list, tuple)) and len(value) == total
     }
     for name, value in list(vars(config).items()):
-        if name.startswith("_"):
+        if name.startswith("_") or name == _LABELS:
             continue
-        if "layer" in name and isinstance(value, list) and _are_places(value, total):
+        if name == FIRST and type(value) is int:
+            setattr(config, name, sum(layer < value for layer in kept))
+        elif "layer" in name and isinstance(value, list) and _are_places(value, total):
             setattr(config, name, [new for new, place in enumerate(kept) if place in value])
         else:
             setattr(config, name, _cut_entry(value, kept, total))

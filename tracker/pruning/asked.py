@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,12 +43,12 @@ def _known(name: str) -> str:
 
 
 def _several(given: Any) -> Any:
-    """Take one name, or a list of names, also as W&B writes one."""
+    """Take one name, or a list of names, also as W&B writes one, or as lm-eval's `--tasks`."""
     if isinstance(given, str) and given.startswith("["):
         with suppress(ValueError):
             given = json.loads(given.replace("'", '"'))
     if isinstance(given, str):
-        return (given,)
+        return tuple(name.strip() for name in given.split(","))
     return tuple(given) if isinstance(given, list) else given
 
 
@@ -226,6 +227,20 @@ def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> Sea
         raise RequestError(first_problem(error, SearchRequest, prefix)) from None
 
 
+def refuse_idle(searches: Collection[SearchRequest]) -> None:
+    """Refuse what was said of searches none of which does it: RequestError."""
+    chosen = {each.strategy for each in searches}
+    for name, users in (("rescoring", RESCORED), ("draws", DRAWN)):
+        said = {getattr(each, name) for each in searches if name in each.model_fields_set}
+        idle = sorted(map(str, said - {"full"}))
+        if idle and not chosen & set(users):
+            value = f": {', '.join(idle)}" if name == "rescoring" else ""
+            raise RequestError(
+                f"'{name}{value}' is for {' and '.join(users)}, and this is about "
+                f"{', '.join(sorted(chosen))}; leave '{name}' out"
+            )
+
+
 class PruneFile(Sweep):
     """One experiment file of searches."""
 
@@ -247,6 +262,10 @@ class PruneFile(Sweep):
                 found[search_request(settings, "parameters.")] = None
             except RequestError as error:
                 raise ExperimentError(str(error)) from None
+        try:
+            refuse_idle(found)
+        except RequestError as error:
+            raise ExperimentError(str(error)) from None
         capped = list(found)[: self.run_cap]
         return sorted(capped, key=lambda one: [str(part) for part in one.cell.model_settings])
 

@@ -98,7 +98,7 @@ class Budget:
 
     Attributes:
         each: What each part takes: 1, parameters, bytes or seconds.
-        needed: What is to go at least.
+        needed: What is to go at least; `budget` sees to it that a part can stay.
     """
 
     each: tuple[float, ...]
@@ -106,14 +106,30 @@ class Budget:
 
     @property
     def count(self) -> int:
-        """How many parts are enough, whichever they are."""
+        """How many parts are enough, whichever; ExperimentError if not even all but one."""
         smallest = sorted(range(len(self.each)), key=lambda part: self.each[part])
-        return next(n for n in range(1, len(self.each)) if self.enough(smallest[:n]))
+        for n in range(1, len(self.each)):
+            if self.enough(smallest[:n]):
+                return n
+        raise out_of_reach("evolutionary takes so many layers, whichever they are")
 
     def enough(self, removed: Collection[int]) -> bool:
         """Whether it is enough to remove these parts."""
         gone = sum(self.each[part] for part in removed)
         return gone >= self.needed * (1 - 1e-9)
+
+    def reachable(self, removed: Collection[int]) -> bool:
+        """Whether enough can still go once these are gone, and a part stay."""
+        parts = set(range(len(self.each)))
+        return any(self.enough(parts - {stays}) for stays in parts.difference(removed))
+
+
+def out_of_reach(why: str) -> ExperimentError:
+    """Make the error of a strategy that cannot remove enough."""
+    return ExperimentError(
+        f"{why}, and that is not enough, since layers differ in size; let less go, or take a "
+        "strategy that chooses layer by layer, such as accuracy"
+    )
 
 
 def budget(

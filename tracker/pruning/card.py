@@ -9,6 +9,7 @@ from typing import Any
 
 from tracker.hub import check_name
 from tracker.pruning.facts import Accuracy, Exported, Size
+from tracker.pruning.recipes import why_none
 from tracker.reporting.formats import DASH, defined, fixed, interval, points
 
 FACTS = "tracker.json"
@@ -73,7 +74,7 @@ def text(model: Exported) -> str:
         f"# {model.name}",
         f"`{base.source}`{revision} ({base.architecture}, {base.dtype}) without "
         f"{len(gone)} of its {model.before.layers} layers, and not trained since.",
-        _USE.format(place=model.name),
+        _USE.format(place=model.folder.absolute().name),
         "## What was removed",
         f"Layers {_listed(gone)} (0-based){order}. {_chosen(model)}",
         "Layer of this model → layer of the base, for healing by distillation:",
@@ -87,13 +88,21 @@ def text(model: Exported) -> str:
         "\n".join(f"- {sentence}" for sentence in model.proof.sentences()),
         "- With " + ", ".join(f"{n} {v}" for n, v in model.proof.versions.items()) + ".",
         "## The same model by other tools",
+        *_by_other_tools(model),
+        f"`{FACTS}` holds these facts for machines.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_other_tools(model: Exported) -> list[str]:
+    if not model.recipes:
+        return [why_none(model.resized)]
+    return [
         "mergekit:",
         f"```yaml\n{model.recipes['mergekit'].rstrip()}\n```",
         "llama.cpp, on a GGUF file of the base:",
         f"```sh\n{model.recipes['llama.cpp']}\n```",
-        f"`{FACTS}` holds these facts for machines.",
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _chosen(model: Exported) -> str:

@@ -15,6 +15,7 @@ from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.config import CellRequest
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
+from tracker.identities import BenchmarkIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
 from tracker.ledger.outcomes import METRIC
@@ -94,6 +95,16 @@ class Cell:
         benchmark = open_benchmark(self.request)
         chosen_metric(benchmark.identity, self.request.metric)
         return benchmark
+
+    @property
+    def benchmark(self) -> BenchmarkIdentity:
+        """The benchmark, which is opened where the ledger does not hold the cell."""
+        known = look_up(self.request, self._lender.ledger).store
+        return known.identity.benchmark if known is not None else self._benchmark.identity
+
+    def rows(self, task: str) -> str:
+        """Hash what the scored split of a task holds."""
+        return self._benchmark.rows(task)
 
     @cached_property
     def _meter(self) -> Meter:

@@ -20,7 +20,7 @@ from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.cells import Array, Cell, Lender
 from tracker.pruning.saying import finding_of
-from tracker.pruning.search import Found, budget_of, refuse_unknown, search
+from tracker.pruning.search import Found, budget_of, refuse_mixed, refuse_unknown, search
 from tracker.records import CellRecord, Place
 from tracker.runner import Finished, run_cells
 from tracker.searched import PruneRecord, PruneStep, Tested
@@ -134,8 +134,9 @@ def pursue(
     ledger.refuse_unwritable()
     lender = Lender(ledger, options, progress)
     refuse_unknown(asked, options.trust_remote_code)
-    budgets = [budget_of(each, lender) for each in asked]
     cells: dict[CellRequest, Cell] = {}
+    refuse_mixed(asked, lender, cells)
+    budgets = [budget_of(each, lender) for each in asked]
     found: list[Found] = []
     failed: dict[SearchRequest, str] = {}
     for request, within in zip(asked, budgets, strict=True):
@@ -149,7 +150,7 @@ def pursue(
     said = {request.title: why for request, why in failed.items()}
     if not found:
         raise CellError("\n".join(f"{title}: {why}" for title, why in said.items()))
-    tests = {one.asked.test(): Cell(one.asked.test(), lender) for one in found}
+    tests = {test: cells[test] for test in dict.fromkeys(one.asked.test() for one in found)}
     for test, cell in tests.items():
         chosen = [ablations_of(one) for one in found if one.asked.test() == test]
         progress.say(f"{test.title}: testing what was chosen")

@@ -165,7 +165,8 @@ def export(asked: Asked, progress: Progress) -> Exported:
             speed_on=saved.speed_on,
             accuracy=(*own, *(each for each in pruning.tested if not _same(each, own))),
             proof=proof,
-            recipes=recipes(source, saved.base.dtype, saved.kept, removed),
+            recipes=recipes(source, saved.base, saved.kept, removed, saved.resized),
+            resized=saved.resized,
         )
         write_card(model, folder)
     made_of = (*pruning.chosen_by, *(() if measured is None else (measured.cell,)))
@@ -195,6 +196,7 @@ class _Saved:
     after: Size
     speed_on: str
     expected: Expected
+    resized: tuple[str, ...]
 
 
 def _save(asked: Asked, source: ModelSource, folder: Path, progress: Progress) -> _Saved:
@@ -226,7 +228,8 @@ def _save(asked: Asked, source: ModelSource, folder: Path, progress: Progress) -
     )
     wanted = expected(loaded, twin, options.device)
     speed_on = _speed_on(wanted, loaded.identity.dtype, length)
-    return _Saved(loaded.identity, kept, before, after, speed_on, wanted)
+    resized = checkpoint.resized(loaded.model, twin)
+    return _Saved(loaded.identity, kept, before, after, speed_on, wanted, resized)
 
 
 def _speed_on(on: Expected, dtype: str, length: int) -> str:

@@ -135,7 +135,8 @@ class Exported:
         speed_on: On what the speed was measured, in words.
         accuracy: What the removal costs; first what was measured for this export.
         proof: What was proved of the files.
-        recipes: What makes the same model elsewhere, by tool.
+        recipes: What makes the same model elsewhere, by tool; nothing where anything is
+        resized: what the configuration says anew besides how many layers there are.
         locations: Where it was published, by backend.
         unpublished: Backend → why it does not have it.
     """
@@ -150,6 +151,7 @@ class Exported:
     accuracy: tuple[Accuracy, ...]
     proof: Proof
     recipes: dict[str, str]
+    resized: tuple[str, ...] = ()
     locations: dict[str, str] = field(default_factory=dict)
     unpublished: dict[str, str] = field(default_factory=dict)
 
@@ -180,4 +182,5 @@ class Exported:
             "speed_on": self.speed_on,
             "proof": asdict(self.proof),
             "recipes": self.recipes,
+            "resized": list(self.resized),
         }

@@ -20,7 +20,7 @@ from tracker.models.sources import find_model
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.cells import Array, Lender
 from tracker.pruning.scores import Losses, Scores, Set, price_of
-from tracker.pruning.search import budget_of, refuse_few, refuse_unknown
+from tracker.pruning.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
 from tracker.pruning.strategies import STRATEGIES, Search
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def plan_searches(
     """
     refuse_unknown(asked, trust_remote_code)
     lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
+    refuse_mixed(asked, lender, {})
     readings: dict[CellRequest, Reading] = {}
 
     def read(request: CellRequest) -> Reading:

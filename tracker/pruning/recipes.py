@@ -10,21 +10,39 @@ from itertools import pairwise
 import yaml
 
 from tracker.config import Component
+from tracker.identities import ModelIdentity
 from tracker.models.sources import ModelSource
 
 
 def recipes(
-    source: ModelSource, dtype: str, kept: Sequence[int], removed: Sequence[int]
+    source: ModelSource,
+    base: ModelIdentity,
+    kept: Sequence[int],
+    removed: Sequence[int],
+    resized: Sequence[str] = (),
 ) -> dict[str, str]:
     """Say how mergekit and llama.cpp make a model: tool → what it is given.
 
     mergekit reads safetensors, llama.cpp GGUF: the base in the other form is called by its name.
+    There is nothing where a configuration has entries that are `resized`, which neither does.
     """
+    if resized:
+        return {}
     file = source.gguf_file
+    # mergekit's own way to write a revision.
+    path = f"{base.source}@{base.revision}" if base.revision else base.source
     return {
-        "mergekit": mergekit(source.name if file else source.source, dtype, kept),
+        "mergekit": mergekit(source.name if file else path, base.dtype, kept),
         "llama.cpp": llama_quantize(file or f"{source.name}.gguf", removed),
     }
+
+
+def why_none(resized: Sequence[str]) -> str:
+    """Say why no tool is told how to make a model."""
+    return (
+        "None: mergekit and llama.cpp change how many layers there are and nothing else, and this "
+        f"configuration says more of each: {', '.join(resized)}."
+    )
 
 
 def mergekit(base: str, dtype: str, kept: Sequence[int]) -> str:

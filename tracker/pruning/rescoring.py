@@ -32,7 +32,8 @@ def lazy(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
     loss, costs = 0.0, dict.fromkeys(range(scores.layers), -np.inf)
     while not budget.enough(removed):
         fresh: list[Set] = []
-        left = sorted(costs, key=lambda part: (costs[part], -part))
+        parts = [part for part in costs if budget.reachable((*removed, part))]
+        left = sorted(parts, key=lambda part: (costs[part], -part))
         while left:
             # All of them at first: nothing is known.
             size = BATCH if removed else len(left)
@@ -62,6 +63,7 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
     removed: Set = ()
     while not budget.enough(removed):
         left = [part for part in range(scores.layers) if part not in removed]
+        left = [part for part in left if budget.reachable((*removed, part))]
         runs = tuple(RunIdentity(layer=part) for part in left)
         until = Until(question=QUESTION, seed=cell.request.seed, runs=runs)
         view = cell.view.model_copy(update={"removed": removed, "runs": runs, "until": until})

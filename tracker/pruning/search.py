@@ -72,6 +72,46 @@ def refuse_unknown(searches: Sequence[SearchRequest], trust_remote_code: bool = 
             check_benchmark(request)
 
 
+def refuse_mixed(
+    searches: Sequence[SearchRequest], lender: Lender, cells: dict[CellRequest, Cell]
+) -> None:
+    """Refuse searches whose calibration documents are test documents too.
+
+    Halves are drawn task by task: those of two tasks over the same rows overlap. Benchmarks are
+    opened for this, so that what else is wrong with them is said before anything is measured.
+
+    Args:
+        searches: The searches.
+        lender: Who loads the model; not asked to.
+        cells: The cells that were opened so far, which get the others.
+
+    Raises:
+        ExperimentError: Some documents would choose and be tested.
+        BenchmarkError: A benchmark cannot be read, or has no such parts.
+    """
+    pairs = {}
+    for asked in searches:
+        requests = (*asked.calibration(), asked.test())
+        *own, test = (cells.setdefault(each, Cell(each, lender)) for each in requests)
+        tested = {task.name for task in test.benchmark.tasks}
+        for cell in own:
+            names = {task.name for task in cell.benchmark.tasks}
+            if len(names | tested) > 1:
+                pairs[cell.request, test.request] = (asked, cell, names, test, tested)
+    for asked, cell, names, test, tested in pairs.values():
+        rows = {name: test.rows(name) for name in sorted(tested)}
+        for name in sorted(names):
+            digest = cell.rows(name)
+            also = next((t for t, d in rows.items() if t != name and d == digest), None)
+            if also is not None:
+                raise ExperimentError(
+                    f"{asked.title}: {name}, which calibrates, and {also}, which tests, have "
+                    "the same documents, and halves are drawn task by task, so that some would "
+                    f"choose and be tested; calibrate and test on {also} alone, or calibrate "
+                    "on other documents"
+                )
+
+
 def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
     """Say when enough is removed; ExperimentError where nothing would go, or everything."""
     cell, measure = asked.cell, asked.amount.measure

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tracker.pruning.budgets import Budget
+from tracker.pruning.budgets import Budget, out_of_reach
 from tracker.pruning.rescoring import lazy, race
 from tracker.pruning.scores import Losses, Scores, Set
 from tracker.searched import PruneStep, Rescoring
@@ -46,8 +46,13 @@ class Search:
         return range(self.scores.layers)
 
     def left(self, removed: Set) -> list[int]:
-        """The parts that could still go."""
-        return [part for part in self.parts if part not in removed]
+        """The parts that could go next."""
+        parts = [part for part in self.parts if part not in removed]
+        return [part for part in parts if self.budget.reachable((*removed, part))]
+
+    def fitting(self, losses: Losses) -> list[int]:
+        """The order of sets, without those with which the budget could not be met any more."""
+        return [place for place in losses.order if self.budget.reachable(losses.sets[place])]
 
     def lots(self, strategy: str) -> random.Random:
         """Where a strategy draws from: the same for the same seed and draw, everywhere."""
@@ -82,7 +87,8 @@ def by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
     """Remove the layer with the smallest proxy in the model that is left; observe it again."""
     removed: Set = ()
     while not search.budget.enough(removed):
-        step = search.scores.proxy(name, removed).step(removed)
+        losses = search.scores.proxy(name, removed)
+        step = losses.step(removed, search.fitting(losses))
         yield step
         removed = step.removed
 
@@ -98,12 +104,13 @@ def one_shot(
     order = losses.order
     removed: Set = ()
     while not search.budget.enough(removed):
+        left = search.left(removed)
+        order = [place for place in order if losses.sets[place][0] in left]
         step = losses.step((), order)
         (part,) = step.removed
         seconds = tuple(sorted((*removed, *step.runner_up))) if step.runner_up else ()
         removed = grown(removed, part)
         yield step.model_copy(update={"removed": removed, "runner_up": seconds})
-        order = order[1:]
 
 
 def contiguous(search: Search) -> Iterator[PruneStep]:
@@ -116,6 +123,10 @@ def contiguous(search: Search) -> Iterator[PruneStep]:
     while not search.budget.enough(removed):
         length += 1
         spans = [range(n, n + length) for n in range(len(search.parts) - length + 1)]
+        if length == len(search.parts) - 1:
+            spans = [span for span in spans if search.budget.enough(span)]
+        if not spans:
+            raise out_of_reach("angular removes a stretch from the first layer, or to the last")
         losses = search.scores.proxy("angular_distance", (), spans)
         step = losses.step(None)
         nested = set(removed) < set(step.removed)
@@ -126,6 +137,8 @@ def contiguous(search: Search) -> Iterator[PruneStep]:
 
 def last(search: Search) -> Iterator[PruneStep]:
     """Remove from the end, but for the very last part, which speaks to the head."""
+    if not search.budget.enough(search.parts[:-1]):
+        raise out_of_reach("last leaves the very last layer")
     yield from _in_order(search, list(reversed(search.parts[:-1])))
 
 
@@ -133,7 +146,11 @@ def at_random(search: Search) -> Iterator[PruneStep]:
     """Remove in a random order."""
     order = list(search.parts)
     search.lots("random").shuffle(order)
-    yield from _in_order(search, order)
+    fitting: list[int] = []
+    for part in order:
+        if search.budget.reachable((*fitting, part)):
+            fitting.append(part)
+    yield from _in_order(search, fitting)
 
 
 def _in_order(search: Search, order: Sequence[int]) -> Iterator[PruneStep]:

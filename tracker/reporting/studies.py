@@ -137,7 +137,8 @@ def _set(entry: Entry, unit: Unit) -> Value:
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     """Put the tables of findings into data frames, in the record's own units, by file stem.
 
-    A figure with an interval has columns `… low` and `… high`; an undefined one is empty.
+    A figure with an interval has columns `… low` and `… high`; an undefined one is empty, and its
+    column `… reason` says why.
     """
     return {
         f"{finding.name}-{number}": pd.DataFrame([_plain(table, row) for row in table.rows])
@@ -152,6 +153,8 @@ def _plain(table: FoundTable, row: Sequence[Entry]) -> dict[str, float | str | N
         found[head.label] = entry.value
         if any(each[place].low is not None for each in table.rows):
             found |= {f"{head.label} low": entry.low, f"{head.label} high": entry.high}
+        if any(each[place].reason for each in table.rows):
+            found[f"{head.label} reason"] = entry.reason or None
     return found
 
 

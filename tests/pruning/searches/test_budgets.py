@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -13,6 +15,7 @@ from tracker.pruning import timing
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.budgets import Budget, amount, budget
 from tracker.pruning.cells import Cell, Lender
+from tracker.pruning.planning import _Counted
 from tracker.pruning.scores import Scores
 from tracker.pruning.search import budget_of
 from tracker.pruning.strategies import STRATEGIES, Search
@@ -76,6 +79,37 @@ def test_what_leaves_nothing_is_refused() -> None:
         budget(None, amount("8 MB"), [5e6, 1e6, 2e6, 4e6], 20e6, "t")
     with pytest.raises(ExperimentError, match="removes nothing: the model has 4 parts; keep less"):
         budget(None, amount(4), [1.0] * 4, 4, "t")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("rescoring", ["full", "lazy"])
+def test_layers_of_unequal_size_meet_the_budget_and_one_stays(name: str, rescoring: Any) -> None:
+    """Or it is said: by what can take no other set, and not before all such sets are too small."""
+    lots = random.Random(4)
+    for each, needed in (((1.0, 1.0, 10.0), 11.0), *(_sizes(lots) for _ in range(30))):
+        within, parts = Budget(each, needed), range(len(each))
+        search = Search(_Counted({}, "layer", len(each), {}), within, rescoring=rescoring)
+        whole = [tuple(p for p in parts if p != stays) for stays in parts]
+        fits = [sum(each[p] for p in removed) >= needed for removed in whole]
+        possible = {
+            "last": fits[-1],
+            "angular": fits[0] or fits[-1],
+            "evolutionary": sum(sorted(each)[:-1]) >= needed,
+        }.get(name, any(fits))
+        if not possible:
+            with pytest.raises(ExperimentError, match="layers differ in size"):
+                list(STRATEGIES[name](search))
+            continue
+        steps = list(STRATEGIES[name](search))
+        assert len(steps[-1].removed) < len(each)
+        assert sum(each[p] for p in steps[-1].removed) >= needed
+        assert not any(within.enough(step.removed) for step in steps[:-1])
+
+
+def _sizes(lots: random.Random) -> tuple[tuple[float, ...], float]:
+    """Sizes of some parts, and a budget that leaves one of them."""
+    each = tuple(float(lots.choice((1, 2, 3, 9))) for _ in range(lots.randint(3, 6)))
+    return each, float(lots.randint(1, int(sum(each) - min(each))))
 
 
 def test_parameters_bytes_and_seconds_are_those_of_the_model(

@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
+from tests.own import write_pair
 from tracker import api
 from tracker.cli import main
 from tracker.cli.pruning import export as exporting
@@ -25,7 +26,7 @@ from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.models import speed
 from tracker.pruning import cells, export, saying
-from tracker.pruning.asked import search_request
+from tracker.pruning.asked import load_searches, search_request
 from tracker.pruning.chosen import chosen, chosen_by, that_chose
 from tracker.pruning.search import budget_of, search
 
@@ -187,6 +188,11 @@ def test_a_killed_search_goes_on_after_its_last_block(model: Path, tmp_path: Pat
         ({"rescoring": "race"}, "takes as many calibration documents as it needs; leave"),
         ({"rescoring": "race", "sample": None, "strategy": "gold_logprob"}, "is for accuracy"),
         ({"calibrate": [["arc_easy", "nosuchtask"]]}, "nosuchtask"),
+        (
+            {"rescoring": ["full", "lazy"], "strategy": ["beam", "last"]},
+            "lazy' is for accuracy and",
+        ),
+        ({"draws": 2, "strategy": ["beam", "last"]}, "'draws' is for random and evolutionary, and"),
         ({"layer": 3}, "unknown key 'parameters.layer'"),
         ({"layer": 3, "remove": None, "strategy": None}, "says itself what is removed ('layer'): "),
     ],
@@ -197,6 +203,70 @@ def test_what_cannot_be_is_refused(write, tmp_path: Path, settings, words: str) 
     assert done.exit_code == 2, done.output
     assert words in " ".join(done.output.split())
     assert not list((tmp_path / "results").glob("searches/*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"calibrate": "other"}, "other, which calibrates, and one, which tests, have the same"),
+        ({"benchmark": "both"}, "one, which calibrates, and other, which tests, have the same"),
+        ({"num_fewshot": 2}, "one draws few-shot examples from its split 'test', which is scored"),
+    ],
+)
+def test_no_document_chooses_and_is_tested(write, tmp_path: Path, settings, words: str) -> None:
+    """It is refused of a whole file, before anything is measured, and where it is planned."""
+    tasks = str(write_pair(tmp_path))
+    path = write(
+        **{"benchmark": "one", "data": "hub", "include_path": tasks, **settings},
+        strategy=["accuracy", "last"],
+    )
+    where = ("--results", tmp_path / "results")
+    for typed in (["prune", path, *where, "--track", "none"], ["plan", path, *where]):
+        done = CliRunner().invoke(main, list(map(str, typed)))
+        assert done.exit_code == 2, done.output
+        assert words in " ".join(done.output.split())
+    assert not list((tmp_path / "results").rglob("shards/*"))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            {"strategy": "cosine", "rescoring": "race"},
+            "'rescoring: race' is for accuracy and gold_",
+        ),
+        ({"strategy": "accuracy", "draws": 9}, "'draws' is for random and evolutionary, and this"),
+    ],
+)
+def test_a_search_that_does_not_do_what_is_said_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said, words: str
+) -> None:
+    """But where it is a trial: a sweep's grid holds every combination of its values."""
+    given = [f"--{n}={v}" for n, v in {"model": model, **SETTINGS, "sample": None, **said}.items()]
+    given = [word for word in given if not word.endswith("=None")]
+    done = type_(*given, "--results", tmp_path / "results", "--track", "none")
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.split())
+
+    def stop(asked: object, *rest: object) -> None:
+        raise WorkError("it was let through")
+
+    monkeypatch.setattr("tracker.pruning.conduct.conduct", stop)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "q7v2k1ab")
+    done = type_(*given, "--results", tmp_path / "results", "--track", "none")
+    assert (done.exit_code, "it was let through" in done.output) == (1, True)
+
+
+def test_a_file_of_several_strategies_may_say_what_some_do_not_do(write) -> None:
+    path = write(strategy=["accuracy", "beam", "random"], rescoring="lazy", draws=2)
+    first, *_, last = load_searches(path)[0].searches()
+    assert (first.rescored, last.draws_of) == ("lazy", (1, 2))
+
+
+def test_benchmarks_that_calibrate_are_typed_as_lm_eval_takes_them() -> None:
+    said = {"model": "m", "benchmark": "copa", "remove": 1, "strategy": "accuracy"}
+    asked = search_request({**said, "calibrate": "copa, winogrande"})
+    assert [each.benchmark for each in asked.calibration()] == ["copa", "winogrande"]
 
 
 def test_a_file_and_a_trial_are_not_mixed(write, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tracker.findings import FoundChart, FoundTable
 from tracker.pruning.asked import SearchRequest, calibration_of, search_of
 from tracker.pruning.cells import Lender
 from tracker.pruning.conduct import pursue
-from tracker.pruning.search import budget_of, refuse_unknown
+from tracker.pruning.search import budget_of, refuse_mixed, refuse_unknown
 from tracker.studies.base import (
     SIGNIFICANT,
     Asked,
@@ -98,6 +98,7 @@ class Prune:
             for search in {one.remove: one for one in searches}.values():
                 budget_of(search, lender)
             found.append(wanted)
+        refuse_mixed([s for one in found for s in self._searches(one, found)], lender, {})
         return found
 
     def say(self, asked: Asked, subjects: list[Subject]) -> Said:
