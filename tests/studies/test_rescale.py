@@ -145,7 +145,9 @@ def test_a_loss_is_said_in_its_own_unit() -> None:
     assert {each.unit for each in per_layer.headings[1:]} == {"score"}
     assert per_layer.title.endswith("place, bits per byte")
     assert (chart.y, chart.unit) == ("loss increase, bits per byte", "score")
-    assert drop_chart(costs()).unit == "points"
+    head, chart = summary([costs()]).headings[2], drop_chart(costs())
+    assert (head.label, head.unit) == ("mean accuracy drop of a removal", "points")
+    assert (chart.y, chart.unit) == ("accuracy drop", "points")
 
 
 def test_bits_and_fractions_have_no_sum(monkeypatch, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ _ASSUMED = (
     f"Intervals: percentile bootstrap over documents, {RESAMPLES:,} resamples, within "
     "tasks; documents are independent, layers are taken as they are.",
     "Significance: exact McNemar test of each stand-in against nothing in the layer's "
-    "place, over the documents; Holm's adjustment over all layers and cells of a "
-    "stand-in (S. Holm, Scand. J. Statist. 6, 1979).",
+    "place, over the documents, where these are right or wrong; Holm's adjustment over all "
+    "layers and cells of a stand-in that are tested (S. Holm, Scand. J. Statist. 6, 1979).",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tracker.findings import Line, LineChart
 from tracker.studies.layout import gaps
 from tracker.studies.rescale.figures import NAMES, Costs
-from tracker.studies.rescale.tables import drop_unit
+from tracker.studies.rescale.tables import drop_unit, in_unit
 
 
 def drop_chart(cell: Costs) -> LineChart:
@@ -13,7 +13,7 @@ def drop_chart(cell: Costs) -> LineChart:
     return LineChart(
         title=f"{cell.name}: {cell.measure.change} with something in the layer's place",
         x="layer (0-based)",
-        y=f"{cell.measure.change}, {cell.measure.unit}",
+        y=f"{cell.measure.change}{in_unit(cell.measure)}",
         unit=drop_unit(cell.measure),
         places=cell.layers,
         lines=tuple(Line(name=NAMES[way], values=gaps(cell.drops[way])) for way in cell.drops),

@@ -26,6 +26,11 @@ def drop_unit(measure: Measure) -> Unit:
     return "points" if measure.unit == "pp" else "score"
 
 
+def in_unit(measure: Measure) -> str:
+    """Name the unit of a drop behind what it is; nothing where `drop_unit` says it."""
+    return "" if drop_unit(measure) == "points" else f", {measure.unit}"
+
+
 def summary(cells: Sequence[Costs]) -> FoundTable:
     """Say of each cell of one measure how much of the drop each stand-in wins back."""
     measure = cells[0].measure
@@ -46,7 +51,7 @@ def summary(cells: Sequence[Costs]) -> FoundTable:
         [
             ("cell", "text"),
             ("documents", "count"),
-            (f"mean {measure.change} of a removal, {measure.unit}", drop_unit(measure)),
+            (f"mean {measure.change} of a removal{in_unit(measure)}", drop_unit(measure)),
             *won_back,
             ("fitted on", "text"),
         ],
@@ -113,8 +118,8 @@ def layer_table(cell: Costs) -> FoundTable:
             row.append(entry(float(cell.drops[way][place]), _NOT_FINITE, low, high))
         rows.append(tuple(row))
     return table(
-        f"{cell.name}: {cell.measure.change} of each layer with something in its place, "
-        f"{cell.measure.unit}",
+        f"{cell.name}: {cell.measure.change} of each layer with something in its place"
+        f"{in_unit(cell.measure)}",
         [("layer", "count"), *((NAMES[way], drop_unit(cell.measure)) for way in ways)],
         rows,
     )
