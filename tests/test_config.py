@@ -204,6 +204,7 @@ def test_a_cell_is_asked_one_question_in_a_file(load, text: str, said: str) -> N
         SEEDS,
         # With examples a seed chooses these, and so is part of the cell.
         ASKS + SEEDS + "  num_fewshot: {value: 5}\n",
+        ASKS + SEEDS + "  part: {value: test}\n",
         ASKS + "  benchmark: {values: [b, c]}\n",
         ASKS + "  metric: {values: [acc, acc_norm]}\n",
         ASKS + "  removed: {values: [[], [1]]}\n",

@@ -273,8 +273,8 @@ class Experiment(Sweep):
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None
-            # Without few-shot examples a seed says in which order documents come, and no more.
-            drawn = {} if cell.num_fewshot else {"seed": DEFAULT_SEED}
+            # Where a seed draws no examples and no half, it says in which order documents come.
+            drawn = {} if cell.num_fewshot or cell.part else {"seed": DEFAULT_SEED}
             other = questions.setdefault(cell.model_copy(update={"until": None, **drawn}), cell)
             if other is not cell and (cell.until or other.until):
                 raise ExperimentError(

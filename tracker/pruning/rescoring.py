@@ -74,7 +74,8 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
         if racing.lacking is not None:
             meter = cell.opened([INTACT, *beneath, *ablations])
             fill_until(racing, cell.store, meter, cell.progress)
-        scores.raced(cell, beneath, ablations, racing.race.bounds.seen, racing.order)
+        seen = racing.race.bounds.seen
+        scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
         step = _decided(racing, sets, removed)
         yield step
         removed = step.removed

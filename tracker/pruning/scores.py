@@ -210,17 +210,19 @@ class Scores:
         beneath: Sequence[Ablation],
         ablations: Sequence[Ablation],
         seen: NDArray[np.int64],
+        took: NDArray[np.int64],
         order: Sequence[Place],
     ) -> None:
         """Note what a race asked a cell for: candidates, each on so many documents of an order.
 
-        `beneath` is what they have in common, alone, where it is something.
+        `beneath` is what they have in common, alone, where it is something. Of a group a race
+        `took` more documents than it looked at.
         """
-        ends = sorted(set(seen.tolist()))
+        ends = sorted(set(took.tolist()))
         for before, end in zip([0, *ends], ends, strict=False):
-            open_then = [one for one, n in zip(ablations, seen, strict=True) if n >= end]
+            open_then = [one for one, n in zip(ablations, took, strict=True) if n >= end]
             self._passes += cell.passes([*beneath, *open_then]) * (end - before) / cell.n
-        self._evaluations += float(seen.sum()) / cell.n + (not self._evaluations)
+        self._evaluations += float(took.sum()) / cell.n + (not self._evaluations)
         always = [INTACT, *beneath]
         for one, n in zip(
             (*always, *ablations), ([seen.max()] * len(always) + [*seen]), strict=True
