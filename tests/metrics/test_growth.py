@@ -9,7 +9,8 @@ from scipy import stats
 
 from tracker.metrics import growth as module
 from tracker.metrics.accuracy import Estimate
-from tracker.metrics.growth import growths, unequal_growth
+from tracker.metrics.growth import fewest_to_show, growths, unequal_growth
+from tracker.metrics.multiple import holm
 
 
 def growth(first, last, strata=None) -> Estimate:
@@ -141,3 +142,13 @@ def test_groups_that_cannot_be_compared() -> None:
     assert unequal_growth([five, np.array([1, 2, 3, 4, np.nan])]) is None
     assert unequal_growth([np.ones(5), np.ones(6)]) is None
     assert unequal_growth([five, five]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tests", [1, 3, 29])
+def test_with_one_document_fewer_nothing_can_be_shown(tests: int) -> None:
+    fewest = fewest_to_show(tests, 0.05)
+    for documents, shown in ((fewest - 1, False), (fewest, True)):
+        grown = np.exp(np.random.default_rng(0).random((documents, tests)) + 1)
+        found = growths(np.ones_like(grown), grown)
+        adjusted = holm([each.p_value for each in found])
+        assert [p < 0.05 for p in adjusted] == [shown] * tests

@@ -174,7 +174,8 @@ def test_what_is_not_defined_has_no_interval() -> None:
         "it is not defined for all documents together",
     )
     partly = jackknife(lambda chosen: 3.0 if len(chosen) == 20 else np.nan, 20, seed=0)
-    assert (partly.value, partly.low, partly.high) == (3.0, None, None)
+    assert (partly.value, partly.low, partly.high) == (None, None, None)
+    assert partly.reason == "it is not defined in 10 of 10 cases in which 1 in 10 is left out"
 
 
 def test_the_interval_holds_how_many_documents_other_documents_would_ask_for() -> None:

@@ -16,7 +16,8 @@ from tracker.errors import RequestError
 from tracker.findings import Entry, FindingRecord
 from tracker.metrics.reliability import spearman_brown, stratified_orders
 from tracker.metrics.resampling import SEED
-from tracker.studies.calibration.figures import DRAWS
+from tracker.studies.calibration.figures import DRAWS, Curve, Ranked, curve_of
+from tracker.studies.calibration.tables import agreement_table, needed_row
 
 from .conftest import stores
 
@@ -110,12 +111,12 @@ def test_agreement_is_that_of_plain_samples(measured: tuple[Path, Path, FindingR
             assert entry.high == pytest.approx(np.nanquantile(drawn, 0.975))
         assert row[5].value == pytest.approx(np.mean(top))
     assert row[3].value > row[1].value
-    half = _row(finding, "tiny · arc_easy · 0-shot", 15)[1].value
+    half = _row(finding, "tiny · arc_easy · 0-shot", 15)[1]
     predicted = _row(finding, "tiny · arc_easy · 0-shot", 5)[2]
-    if half > 0:
-        assert predicted.value == pytest.approx(spearman_brown(half, 1 / 3))
+    if half.low > 0:
+        assert predicted.value == pytest.approx(spearman_brown(half.value, 1 / 3))
     else:
-        assert "no better than chance" in predicted.reason
+        assert predicted.reason == "two halves agree no surer than chance"
     beyond = _row(finding, "tiny · arc_easy · 0-shot", 20)
     assert beyond[1].value is None
     assert beyond[3].value is not None
@@ -168,6 +169,33 @@ def test_curves_reach_beyond_what_is_measured_only_as_predicted(
     assert {line.values for line in overlap.lines if "chance" in line.name} == {
         (0.25,) * len(overlap.places)
     }
+
+
+def _curve(lost: np.ndarray, seed: int) -> Curve:
+    """Layers that lose and win answers, each by its own share."""
+    luck = np.random.default_rng(seed).random((128, 30))
+    values = np.where(luck < lost, 1.0, np.where(luck < lost + 0.06, -1.0, 0.0))
+    return curve_of(Ranked("accuracy drop", values, np.full(128, 1 / 128), np.zeros(128)), 0.9)
+
+
+def test_of_pure_noise_no_number_of_documents_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers are alike; in each of these sets two halves agree by 0.1 and more by luck."""
+    monkeypatch.setattr("tracker.studies.calibration.figures.SIZES", (10, 20, 50))
+    for seed in (0, 7, 10, 11, 17):
+        curve = _curve(np.full(30, 0.06), seed)
+        assert curve.agreement(64).value > 0.1
+        assert curve.needed.value is None
+        row = needed_row("noise", curve)
+        assert {entry.reason for entry in row[4:]} == {"two halves agree no surer than chance"}
+        agreement = agreement_table("noise", curve).rows[0]
+        assert agreement[2].reason == "two halves agree no surer than chance"
+
+
+def test_of_layers_that_differ_a_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tracker.studies.calibration.figures.SIZES", (10, 20, 50))
+    curve = _curve(np.linspace(0.02, 0.3, 30), 0)
+    assert curve.needed.low < curve.needed.value < curve.needed.high
+    assert curve.predicted(128) == pytest.approx(spearman_brown(curve.agreement(64).value, 2))
 
 
 def test_a_drop_that_is_the_same_everywhere_ranks_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,13 @@ from click.testing import CliRunner
 from tracker import api
 from tracker.cli import main
 from tracker.ledger.outcomes import METRIC
-from tracker.studies.rescale.figures import WAYS
+from tracker.reporting.formats import Measure
+from tracker.studies import rescale as module
+from tracker.studies.base import grouped
+from tracker.studies.rescale import Rescale, _answers
+from tracker.studies.rescale.charts import drop_chart
+from tracker.studies.rescale.figures import EVERY, WAYS, Costs
+from tracker.studies.rescale.tables import layer_table, significant, summary
 
 from .conftest import stores
 
@@ -33,7 +40,7 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
     for place, row in enumerate(per_layer.rows):
         found = [entry.value for entry in row[1:]]
         assert found == pytest.approx([drops[way][place] for way in ("layer", *WAYS)])
-    ((name, n, mean, *shares),) = summary.rows
+    ((name, n, mean, *shares, fitted_on),) = summary.rows
     assert "arc_easy" in name.value
     assert n.value == 24
     assert mean.value == pytest.approx(drops["layer"].mean())
@@ -46,6 +53,7 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
     fitted = [r.fitted_on for r in api.ls(tmp_path / "results") if r.fitted_on]
     assert fitted
     assert "documents from the end of the random order, none of them measured" in fitted[0]
+    assert fitted_on.value == fitted[0]
     page = (tmp_path / "results" / "report.html").read_text()
     assert "Is what a removal costs only missing scale?" in page
     # Another week: nothing is measured twice, and the answer is the same.
@@ -65,3 +73,118 @@ def test_a_linear_map_that_cannot_be_fitted_leaves_the_rest_alone(
     assert "a linear map of 32 dimensions needs 32,000,000" in done.output
     assert "leave 'linear' out of 'intervention'" in done.output
     assert "Is what a removal costs only missing scale?" in done.stdout
+    assert (
+        "not measured; what is lacking says why"
+        in (tmp_path / "results" / "report.html").read_text()
+    )
+
+
+def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The heart is a muscle.\n\nParis is a capital.\n\nWater is wet.\n")
+    path = experiment(
+        tiny_llama(),
+        benchmark=[f"corpus:{text}"],
+        data=None,
+        limit=None,
+        metric="loss",
+        layer=[1],
+    )
+    found = api.study("rescale", path, results=tmp_path / "results", track=[]).finding
+    assert re.match(r"A layer costs \S+ nats a token when it is removed, ", found.answers[0])
+    row = found.tables[1].rows[0]
+    assert [entry.value for entry in row] == ["a factor", 0, None, None]
+    (fitted_on,) = (row[-1].value for row in found.tables[0].rows)
+    assert re.search("of 1 documents from .*, 1 of them among those measured", fitted_on)
+
+
+def test_removed_layers_are_refused(tiny_llama, experiment, refused) -> None:
+    path = experiment(tiny_llama(), removed=[[1]], layer=[0, 2])
+    assert "leave 'removed' out of" in refused("rescale", path)
+
+
+PP = Measure("accuracy", "accuracy drop", "%", "pp", 100, 1)
+BITS = Measure("loss", "loss increase", "bits per byte", "bits per byte", 1, 3)
+
+
+def costs(measure: Measure = PP, scale: float = 0.1, p: float | None = 0.001) -> Costs:
+    """A cell of three layers: nothing costs 2 × `scale` on average, a factor 1.6, and so on."""
+    drops = {
+        way: scale * np.array([1.0, 2, 3]) * share
+        for way, share in zip(EVERY, (1, 0.8, 0.6, 0.3), strict=True)
+    }
+    drawn = {way: np.tile(drop, (100, 1)) for way, drop in drops.items()}
+    better = {way: [p] * 3 for way in WAYS}
+    return Costs(
+        name="a cell",
+        n=50,
+        layers=(0, 1, 2),
+        drops=drops,
+        drawn=drawn,
+        nats=drops,
+        drawn_nats=drawn,
+        better=better,
+        measure=measure,
+        fitted_on="some text",
+    )
+
+
+def test_a_loss_is_said_in_its_own_unit() -> None:
+    """Drops of 1.15 to 3.45 bits per byte are not 230 pp, and no accuracy."""
+    cell = costs(BITS, 1.15, None)
+    cost, won_back, *_ = _answers([cell])
+    assert cost == (
+        "A layer costs 2.300 bits per byte when it is removed, 1.840 bits per byte with a factor, "
+        "1.380 bits per byte with its mean update, 0.690 bits per byte with a linear map; over 1 "
+        "cell (50 documents)."
+    )
+    assert won_back.startswith("Won back of the loss increase: a factor 20 %")
+    head = summary([cell]).headings[2]
+    assert (head.label, head.unit) == ("mean loss increase of a removal, bits per byte", "score")
+    per_layer, chart = layer_table(cell), drop_chart(cell)
+    assert {each.unit for each in per_layer.headings[1:]} == {"score"}
+    assert per_layer.title.endswith("place, bits per byte")
+    assert (chart.y, chart.unit) == ("loss increase, bits per byte", "score")
+    head, chart = summary([costs()]).headings[2], drop_chart(costs())
+    assert (head.label, head.unit) == ("mean accuracy drop of a removal", "points")
+    assert (chart.y, chart.unit) == ("accuracy drop", "points")
+
+
+def test_bits_and_fractions_have_no_sum(monkeypatch, tmp_path: Path) -> None:
+    each = [costs(), costs(BITS, 1.15, None), costs(scale=0.3)]
+    monkeypatch.setattr(module, "costs", lambda mine: mine[0])
+    monkeypatch.setattr(module, "grouped", lambda some, key: regrouped(some, key))
+
+    def regrouped(some, key):
+        return [[one] for one in some] if some is each else grouped(some, key)
+
+    said = Rescale().say(None, each)
+    assert said.answers[0].startswith("By accuracy in pp: A layer costs 40.0 pp when")
+    assert "By loss in bits per byte: A layer costs 2.300 bits per byte when" in said.answers[5]
+    assert [len(table.rows) for table in said.tables[:2]] == [2, 1]
+
+
+def test_a_test_that_was_not_made_shows_nothing_and_costs_nothing() -> None:
+    """Each p of 0.012 is significant among three tests, and would not be among six."""
+    row = significant([costs(p=0.012), costs(BITS, p=None)]).rows[0]
+    assert [entry.value for entry in row[1:]] == [3, 3, 0]
+    row = significant([costs(BITS, p=None)]).rows[0]
+    assert [entry.value for entry in row[1:]] == [0, None, None]
+    assert "outcomes that are right or wrong" in row[2].reason
+
+
+def test_what_is_not_finite_is_said() -> None:
+    cell = costs()
+    cell.drops["linear"][0] = np.nan
+    cost, won_back, *_ = _answers([cell])
+    assert "12.0 pp with its mean update, an undefined amount (not finite for 1 of 3 lay" in cost
+    assert "a linear map undefined (a drop is not a finite number)" in won_back
+    assert drop_chart(cell).lines[3].values == (None, pytest.approx(0.06), pytest.approx(0.09))
+    assert layer_table(cell).rows[0][4].reason == "a drop is not a finite number"
+
+
+def test_a_stand_in_that_failed_is_not_explained_by_a_guess() -> None:
+    cell = costs()
+    for each in (cell.drops, cell.drawn, cell.nats, cell.drawn_nats, cell.better):
+        each.pop("linear", None)
+    assert summary([cell]).rows[0][5].reason == "not measured; what is lacking says why"

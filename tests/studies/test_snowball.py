@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,11 @@ from tracker.engine.refusal import RefusalError
 from tracker.errors import RequestError
 from tracker.findings import FindingRecord, FoundTable, LineChart, MapChart
 from tracker.measuring.observing import Observed
+from tracker.metrics.accuracy import Estimate
+from tracker.metrics.correlation import Correlation
 from tracker.studies import snowball as module
+from tracker.studies.snowball import _between, _explains, _too_few, _whether
+from tracker.studies.snowball.figures import COSINE, END, _tokens
 
 from .conftest import column
 
@@ -175,20 +180,99 @@ def test_where_every_layer_snowballs(conduct: Conduct, drawn: Callable[..., None
 
 
 def test_where_the_paper_is_contradicted(conduct: Conduct, drawn: Callable[..., None]) -> None:
-    drawn(removed=[0.5, 1.0, 2, 1], chance=[1, 1, 1, 1], handed=[0.5, 0.5, 0.5, 1])
+    drawn(removed=[0.5, 0.7, 2, 1], chance=[1, 1, 1, 1], handed=[0.5, 0.5, 0.5, 1])
     finding = conduct(sample=30, benchmark=["arc_easy", "arc_challenge"])
     assert finding.answers[0].startswith(
         "tiny-llama: the snowball effect is the exception and not the rule here, against the "
         "paper. From right behind"
     )
     assert (
-        "grows in 2 of 6 cases and shrinks in 2 (arc_easy 1 grow, 1 shrink, 1 undecided"
+        "grows in 2 of 6 cases and shrinks in 4 (arc_easy 1 grow, 2 shrink, 0 undecided"
         in (finding.answers[0])
     )
-    assert values(finding.tables[1], "verdict") == ["shrinks", "undecided", "grows", None]
+    assert values(finding.tables[1], "verdict") == ["shrinks", "shrinks", "grows", None]
     # Both benchmarks have the same differences.
     (between,) = (line for line in finding.answers if line.startswith("Growth depends"))
     assert "in 0 of 3 layers (arc_easy, arc_challenge" in between
+
+
+def cell(growth: list[list[float]], title: str = "arc_easy", task: str = "") -> SimpleNamespace:
+    """Figures of documents of which each has a factor for each layer but the last."""
+    n, inner = np.shape(growth)
+    differences = np.full((n, inner + 1, inner + 1), 0.1)
+    for layer in range(inner):
+        differences[:, layer, layer + 1 :] = 0.1 * np.array(growth)[:, layer, None]
+    both = np.stack([differences, differences], axis=1)
+    arrays = dict.fromkeys(("removed", "shuffled", "carried"), both)
+    tokens = _tokens(arrays | {"random": both[:, None].swapaxes(1, 2)}, np.zeros(n, dtype=str), 0)
+    benchmark = SimpleNamespace(title=title, tasks=[SimpleNamespace(name=task or title)])
+    model = SimpleNamespace(name="m")
+    return SimpleNamespace(
+        tokens=(tokens, tokens),
+        cell=SimpleNamespace(benchmark=benchmark, model=model, higher_is_better=True),
+        documents=n,
+        layers=inner + 1,
+    )
+
+
+def around(*factors: float, documents: int) -> list[list[float]]:
+    dice = np.random.default_rng(0)
+    return (factors * np.exp(0.05 * dice.normal(size=(documents, len(factors))))).tolist()
+
+
+def test_too_few_documents_contradict_nobody() -> None:
+    """All 29 layers grow fourfold, and eight documents cannot say so."""
+    few = cell(around(*[4.0] * 29, documents=8))
+    said = _whether("m", [few])
+    assert said.startswith("m: whether most layers snowball is open; raise 'sample' or 'limit'. ")
+    assert "grows in 0 of 29 cases" in said
+    assert _too_few(few) == (
+        "so few documents (8) leave all 29 layers undecided, whatever they show; Wilcoxon's test, "
+        "adjusted for so many, needs 11; raise 'sample' or 'limit'"
+    )
+    enough = cell(around(*[4.0] * 29, documents=11))
+    assert _whether("m", [enough]).startswith("m: every layer snowballs")
+    assert _too_few(enough) == ""
+
+
+@pytest.mark.parametrize(
+    ("factors", "verdict"),
+    [
+        ((0.5, 0.5, 2, 1, 1), "the exception and not the rule here, against the paper."),
+        ((0.5, 0.5, 1, 1, 1), "open; raise"),  # most are undecided
+        ((0.5, 0.5, 2, 2, 1), "open; raise"),
+        ((2, 2, 2, 0.5, 1), "there in most layers"),
+    ],
+)
+def test_only_decided_layers_contradict(factors: tuple[float, ...], verdict: str) -> None:
+    growth = np.array(around(*factors, documents=20))
+    growth[:, np.equal(factors, 1)] = 1.5 ** np.array([[1], [-1]] * 10)
+    assert verdict in _whether("m", [cell(growth.tolist())])
+
+
+def test_growth_is_compared_between_documents_of_their_own() -> None:
+    one, other = (cell(around(*[f] * 3, documents=20)) for f in (2.0, 3.0))
+    assert _between([one, other]) == (
+        "Whether growth differs between benchmarks cannot be tested: arc_easy stands in several "
+        "cells, whose documents are not independent; ask for one cell a benchmark."
+    )
+    of_another = cell(around(*[3.0] * 3, documents=20), "piqa")
+    assert "in 3 of 3 layers (arc_easy, piqa" in _between([one, of_another])
+
+
+def test_a_loss_is_not_called_accuracy() -> None:
+    some = Correlation("spearman", 0.5, 0.1, 0.8, None, 5, None)
+    none = Correlation("spearman", None, None, None, None, 3, "few")
+    each = cell(around(2, 2, documents=6))
+    each.explained = SimpleNamespace(
+        predictors={COSINE: some, END: some},
+        better={END: Estimate(0.0, -0.1, 0.1)},
+        partial={"growth after removal": none, "layers that follow": none},
+    )
+    assert "predictor of the accuracy drop than" in next(_explains(each))
+    each.cell.higher_is_better, each.cell.metric = False, "loss"
+    each.cell.benchmark.tasks[0].metrics = {"loss": "ratio"}
+    assert "predictor of the loss increase than" in next(_explains(each))
 
 
 def test_growth_explains_what_it_explains(conduct: Conduct, drawn: Callable[..., None]) -> None:

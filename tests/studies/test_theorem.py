@@ -218,23 +218,38 @@ def test_more_than_a_model_remembers_is_refused(
         api.study("theorem", path, results=tmp_path / "results", track=[])
 
 
+@pytest.mark.parametrize(
+    ("factor", "measured"),
+    [
+        (
+            0,
+            "0 of 4 documents, 0 without layer 2, whose cosine score is 0, off by 1 of "
+            "itself; the lowest other is 0.985.",
+        ),
+        # It decides every answer, but its score is the square of 1.005 times what was asked for.
+        (
+            1.005,
+            "4 of 4 documents, 0 without layer 2, whose cosine score is 0.000101, off by 0.01 of "
+            "itself; the lowest other is 0.969.",
+        ),
+    ],
+)
 def test_a_model_that_does_not_show_it_is_said_not_to(
-    tiny_llama, experiment, tmp_path: Path, monkeypatch
+    factor: float, measured: str, tiny_llama, experiment, tmp_path: Path, monkeypatch
 ) -> None:
     """What is measured is the checkpoint, whatever was meant by it."""
     honest = Counterexample.whispering
 
-    def silent(self: Counterexample, epsilon: float):
+    def off(self: Counterexample, epsilon: float):
         model = honest(self, epsilon)
-        model.model.layers[2].mlp.down_proj.weight.zero_()
+        model.model.layers[2].mlp.down_proj.weight *= factor
         return model
 
-    monkeypatch.setattr(Counterexample, "whispering", torch.inference_mode()(silent))
+    monkeypatch.setattr(Counterexample, "whispering", torch.inference_mode()(off))
     path = experiment(tiny_llama(), limit=4)
     done = api.study("theorem", path, results=tmp_path / "results", track=[], epsilon=(1e-4,))
     assert done.finding.answers == (
-        "The model built for arc_easy and ε = 0.0001 does not show it: it answers 0 of 4 "
-        "documents, 0 without layer 2, whose cosine score is 0; the lowest other is 0.985.",
+        f"The model built for arc_easy and ε = 0.0001 does not show it: it answers {measured}",
     )
 
 

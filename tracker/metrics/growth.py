@@ -74,6 +74,29 @@ def growths(
     return found
 
 
+def fewest_to_show(tests: int, level: float) -> int:
+    """Count the documents without which Wilcoxon's test cannot show the growth of anything.
+
+    All documents grow in one case of 2^n in each direction, so the smallest p-value is 2^(1 - n);
+    Holm's method multiplies the smallest by the number of tests.
+
+    Args:
+        tests: How many columns are tested together.
+        level: An adjusted p-value below this shows growth.
+
+    Returns:
+        The smallest number of documents, 2 or more.
+
+    Examples:
+        >>> fewest_to_show(1, 0.05), fewest_to_show(29, 0.05)
+        (6, 11)
+    """
+    n = 2
+    while tests * 2.0 ** (1 - n) >= level:
+        n += 1
+    return n
+
+
 def unequal_growth(groups: Sequence[NDArray[np.float64]]) -> float | None:
     """Test whether growth differs between groups of independent documents.
 

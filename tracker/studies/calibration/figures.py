@@ -32,7 +32,7 @@ JACKKNIFE_DRAWS = 100
 """The same where a tenth of the documents is left out."""
 SHOWN = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 """The sizes that a table and an answer have, besides half of the documents."""
-DISAGREE = "two halves agree no better than chance, so nothing can be extrapolated"
+DISAGREE = "two halves agree no surer than chance"
 TOO_FEW = "two samples of this size would share documents"
 SIZES = sorted({math.ceil(s * 10**p) for p in range(6) for s in (1, 1.5, 2, 3, 5, 7)})
 """The sizes that are drawn, as far as there are documents."""
@@ -76,7 +76,8 @@ class Curve:
         apart: Two samples without a common document: each statistic of every draw, by name,
             `[draws, sizes]`; NaN for more than half of the documents.
         within: A sample beside all documents, likewise.
-        needed: How many documents reach the wanted reliability.
+        needed: How many documents reach the wanted reliability; undefined where two halves agree no
+            surer than chance.
         extrapolated: Whether these are more than half of the documents.
     """
 
@@ -111,10 +112,18 @@ class Curve:
         low, high = np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975])
         return Entry(value=mean, low=float(low), high=float(high))
 
+    @property
+    def doubt(self) -> str:
+        """Why nothing follows from how well two halves agree; empty where something does."""
+        measured = self.agreement(self.half)
+        if measured.low is None:
+            return measured.reason
+        return "" if measured.low > 0 else DISAGREE
+
     def predicted(self, n: float) -> float | None:
         """The rank correlation of two samples of any size, by Spearman and Brown."""
         measured = self.agreement(self.half).value
-        if not isinstance(measured, float) or measured <= 0:
+        if self.doubt or not isinstance(measured, float):
             return None
         return spearman_brown(measured, n / self.half)
 
@@ -207,7 +216,7 @@ def curve_of(ranked: Ranked, wanted: float) -> Curve:
     _, extrapolated = needed(np.arange(documents), JACKKNIFE_DRAWS)
     if estimate.value is None:
         estimate = Estimate(None, reason=DISAGREE)
-    return Curve(
+    curve = Curve(
         ranked.name,
         documents,
         layers,
@@ -217,6 +226,7 @@ def curve_of(ranked: Ranked, wanted: float) -> Curve:
         estimate,
         extrapolated,
     )
+    return replace(curve, needed=Estimate(None, reason=curve.doubt)) if curve.doubt else curve
 
 
 def _statistic(name: str, first: Array, second: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tracker.findings import FoundTable
-from tracker.studies.calibration.figures import DISAGREE, DRAWS, SHOWN, Curve
+from tracker.studies.calibration.figures import DRAWS, SHOWN, Curve
 from tracker.studies.layout import Row, entry, estimated, table
 
 
@@ -17,9 +17,9 @@ def needed_row(title: str, curve: Curve) -> Row:
         curve.name,
         curve.documents,
         curve.agreement(curve.half),
-        entry(curve.predicted(curve.documents), DISAGREE),
-        estimated(found, DISAGREE),
-        how if found.value is not None else estimated(found, DISAGREE),
+        entry(curve.predicted(curve.documents), curve.doubt),
+        estimated(found),
+        how if found.value is not None else estimated(found),
     )
 
 
@@ -40,7 +40,9 @@ def needed_table(rows: Sequence[Row], wanted: float) -> FoundTable:
         (
             "Agreement is the mean Spearman correlation of two samples; in brackets the middle "
             "95 % of random draws. That of all documents with as many others is extrapolated "
-            "by Spearman-Brown. The interval of the number is a jackknife over documents.",
+            "by Spearman-Brown. The interval of the number is a jackknife over documents. Where "
+            "the brackets of two halves hold 0, or a tenth less of the documents leaves the number "
+            "undefined, two halves agree no surer than chance, and no number is named.",
         ),
     )
 
@@ -51,7 +53,7 @@ def agreement_table(title: str, drop: Curve) -> FoundTable:
         (
             n,
             drop.agreement(n),
-            entry(drop.predicted(n), DISAGREE),
+            entry(drop.predicted(n), drop.doubt),
             drop.agreement(n, apart=False),
             drop.agreement(n, "kendall"),
             *(drop.agreement(n, name) for name, _, _ in drop.tops),

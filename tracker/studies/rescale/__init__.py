@@ -12,24 +12,25 @@ from collections.abc import Sequence
 import numpy as np
 
 from tracker.config import CellRequest, Intervention
+from tracker.errors import RequestError
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.recovered import recovered
 from tracker.metrics.resampling import RESAMPLES
-from tracker.reporting.formats import counted, fixed, points
+from tracker.reporting.formats import counted, fixed
 from tracker.studies.base import Asked, Said, Subject, grouped, removing_whole_layers
 from tracker.studies.rescale.charts import drop_chart
-from tracker.studies.rescale.figures import EVERY, NAMES, WAYS, Costs, costs
-from tracker.studies.rescale.tables import NO_MAP, layer_table, significant, summary
+from tracker.studies.rescale.figures import NAMES, WAYS, Costs, costs
+from tracker.studies.rescale.tables import layer_table, significant, summary
 
 _ASSUMED = (
     "Factors, mean updates and linear maps are fitted by least squares on other "
-    "documents of the benchmark where there are enough (each cell says on which), over "
+    "documents of the benchmark where there are enough (the table says on which), over "
     "all tokens but each text's first; a linear map has a bias.",
     f"Intervals: percentile bootstrap over documents, {RESAMPLES:,} resamples, within "
     "tasks; documents are independent, layers are taken as they are.",
     "Significance: exact McNemar test of each stand-in against nothing in the layer's "
-    "place, over the documents; Holm's adjustment over all layers and cells of a "
-    "stand-in (S. Holm, Scand. J. Statist. 6, 1979).",
+    "place, over the documents, where these are right or wrong; Holm's adjustment over all "
+    "layers and cells of a stand-in that are tested (S. Holm, Scand. J. Statist. 6, 1979).",
 )
 
 
@@ -40,13 +41,19 @@ class Rescale:
     question = "Is what a removal costs only missing scale?"
 
     def requests(self, asked: Asked) -> list[CellRequest]:
-        """Ask for each cell twice: a linear map that cannot be fitted leaves the rest alone."""
+        """Ask for each cell twice: a linear map that cannot be fitted leaves the rest alone.
+
+        RequestError where layers are removed beneath: every term would hold what they cost.
+        """
         ways: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
-        return [
-            removing_whole_layers(cell, interventions=some)
-            for cell in asked.experiment.cells()
-            for some in ways
-        ]
+        cells = asked.experiment.cells()
+        for cell in cells:
+            if cell.removed:
+                raise RequestError(
+                    f"{cell.title}: rescale replaces the layers of the intact model; leave "
+                    f"'removed' out of {asked.file}"
+                )
+        return [removing_whole_layers(cell, interventions=some) for cell in cells for some in ways]
 
     def say(self, asked: Asked, subjects: list[Subject]) -> Said:
         """Answer; see the module."""
@@ -55,33 +62,37 @@ class Rescale:
         found = [cell for mine in parts if (cell := costs(mine)) is not None]
         if not found:
             return Said([], lacking=["no cell was measured with layers removed; run it again"])
-        no_map = any(way not in cell.drops for cell in found for way in WAYS)
+        # Bits and fractions have no sum.
+        alike = grouped(found, lambda cell: cell.measure)
         return Said(
-            answers=_answers(found),
-            tables=[summary(found), significant(found), *map(layer_table, found)],
+            answers=[
+                f"By {cells[0].measure.level} in {cells[0].measure.unit}: {line}"
+                if len(alike) > 1
+                else line
+                for cells in alike
+                for line in _answers(cells)
+            ],
+            tables=[*map(summary, alike), significant(found), *map(layer_table, found)],
             charts=[drop_chart(cell) for cell in found],
-            lacking=[NO_MAP] if no_map else [],
             assumptions=_ASSUMED,
         )
 
 
 def _answers(cells: Sequence[Costs]) -> list[str]:
-    """Say it over all cells, each weighing the same."""
+    """Say it over all cells of one measure, each weighing the same."""
     answers = []
-    mean = {
-        way: float(np.mean([cell.drops[way].mean() for cell in cells]))
-        for way in EVERY
-        if all(way in cell.drops for cell in cells)
-    }
-    said = ", ".join(f"{points(mean[way])} pp with {NAMES[way]}" for way in WAYS if way in mean)
+    measure = cells[0].measure
+    ways = [way for way in WAYS if all(way in cell.drops for cell in cells)]
+    said = "".join(f", {_cost(cells, way)} with {NAMES[way]}" for way in ways)
     documents = sum(cell.n for cell in cells)
     where = f"over {counted(len(cells), 'cell')} ({counted(documents, 'document')})"
-    answers.append(
-        f"A layer costs {points(mean['remove'])} pp when it is removed, {said}; {where}."
-    )
+    answers.append(f"A layer costs {_cost(cells, 'remove')} when it is removed{said}; {where}.")
     shares = {
-        what: {way: _won_back(cells, way, nats) for way in WAYS if way in mean}
-        for what, nats in (("the accuracy drop", False), ("the loss of gold log-probability", True))
+        what: {way: _won_back(cells, way, nats) for way in ways}
+        for what, nats in (
+            (f"the {measure.change}", False),
+            ("the loss of gold log-probability", True),
+        )
     }
     for what, by_way in shares.items():
         text = ", ".join(f"{NAMES[way]} {_share(found)}" for way, found in by_way.items())
@@ -92,6 +103,16 @@ def _answers(cells: Sequence[Costs]) -> list[str]:
             part = "not only" if scale.high < 0.5 else "mostly" if scale.low > 0.5 else "perhaps"
             answers.append(f"So {what} is {part} missing scale.")
     return answers
+
+
+def _cost(cells: Sequence[Costs], way: Intervention) -> str:
+    """The mean drop of a layer, or why there is none."""
+    measure = cells[0].measure
+    if bad := sum(int((~np.isfinite(cell.drops[way])).sum()) for cell in cells):
+        of = sum(len(cell.layers) for cell in cells)
+        return f"an undefined amount (not finite for {bad} of {of} layers)"
+    mean = float(np.mean([cell.drops[way].mean() for cell in cells]))
+    return f"{measure.write(mean)} {measure.unit}"
 
 
 def _won_back(cells: Sequence[Costs], way: Intervention, nats: bool) -> Estimate:

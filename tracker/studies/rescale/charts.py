@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from tracker.findings import Line, LineChart
+from tracker.studies.layout import gaps
 from tracker.studies.rescale.figures import NAMES, Costs
+from tracker.studies.rescale.tables import drop_unit, in_unit
 
 
 def drop_chart(cell: Costs) -> LineChart:
     """Draw the drops of all layers, a line each way."""
     return LineChart(
-        title=f"{cell.name}: accuracy drop with something in the layer's place",
+        title=f"{cell.name}: {cell.measure.change} with something in the layer's place",
         x="layer (0-based)",
-        y="accuracy drop",
-        unit="points",
+        y=f"{cell.measure.change}{in_unit(cell.measure)}",
+        unit=drop_unit(cell.measure),
         places=cell.layers,
-        lines=tuple(
-            Line(name=NAMES[way], values=tuple(cell.drops[way].tolist())) for way in cell.drops
-        ),
+        lines=tuple(Line(name=NAMES[way], values=gaps(cell.drops[way])) for way in cell.drops),
     )

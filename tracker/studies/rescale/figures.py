@@ -10,6 +10,7 @@ from tracker.config import Intervention
 from tracker.ledger.viewed import Array
 from tracker.metrics.accuracy import accuracy_drop
 from tracker.records import RunIdentity
+from tracker.reporting.formats import Measure, measure_of
 from tracker.studies.base import Subject
 from tracker.studies.documents import ByDocument
 
@@ -36,7 +37,10 @@ class Costs:
         drawn: The same in each resample of the documents.
         nats: Way → what each layer takes of the gold answer's log-probability.
         drawn_nats: The same in each resample.
-        better: Way → for each layer, the p-value of doing otherwise than without the layer.
+        better: Way → for each layer, the p-value of doing otherwise than without the layer; None
+            where no test could be made.
+        measure: What a drop is, and its unit.
+        fitted_on: On what the stand-ins were fitted; empty where that is not known.
     """
 
     name: str
@@ -46,7 +50,9 @@ class Costs:
     drawn: dict[Intervention, Array]
     nats: dict[Intervention, Array]
     drawn_nats: dict[Intervention, Array]
-    better: dict[Intervention, list[float]]
+    better: dict[Intervention, list[float | None]]
+    measure: Measure
+    fitted_on: str
 
 
 def costs(subjects: Sequence[Subject]) -> Costs | None:
@@ -63,7 +69,7 @@ def costs(subjects: Sequence[Subject]) -> Costs | None:
     drawn: dict[Intervention, Array] = {}
     nats: dict[Intervention, Array] = {}
     drawn_nats: dict[Intervention, Array] = {}
-    better: dict[Intervention, list[float]] = {}
+    better: dict[Intervention, list[float | None]] = {}
     removed: list[Array] = []
     for way in EVERY:
         runs = [RunIdentity(layer=layer, intervention=way) for layer in layers]
@@ -78,9 +84,20 @@ def costs(subjects: Sequence[Subject]) -> Costs | None:
             removed = after
         else:
             pairs = zip(after, removed, strict=True)
-            found = [accuracy_drop(mine, theirs, weights).p_value for mine, theirs in pairs]
-            better[way] = [1.0 if p is None else p for p in found]
+            better[way] = [accuracy_drop(mine, theirs, weights).p_value for mine, theirs in pairs]
     if "remove" not in drops:
         return None
-    n = len(cell.tasks)
-    return Costs(first.record.title, n, layers, drops, drawn, nats, drawn_nats, better)
+    return Costs(
+        name=first.record.title,
+        n=len(cell.tasks),
+        layers=layers,
+        drops=drops,
+        drawn=drawn,
+        nats=nats,
+        drawn_nats=drawn_nats,
+        better=better,
+        measure=measure_of(first.record),
+        fitted_on="; ".join(
+            dict.fromkeys(filter(None, (one.record.fitted_on for one in subjects)))
+        ),
+    )

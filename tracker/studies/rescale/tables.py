@@ -11,23 +11,39 @@ from tracker.findings import Entry, FoundTable, Unit
 from tracker.ledger.viewed import Array
 from tracker.metrics.multiple import holm
 from tracker.metrics.recovered import recovered
+from tracker.reporting.formats import Measure
 from tracker.studies.base import SIGNIFICANT
 from tracker.studies.layout import Row, entry, estimated, table
 from tracker.studies.rescale.figures import EVERY, NAMES, WAYS, Costs
 
-NO_MAP = "no linear map could be fitted, because the calibration text is short"
+_NOT_MEASURED = "not measured; what is lacking says why"
+_NOT_FINITE = "a drop is not a finite number"
+_NO_TEST = "McNemar's test needs outcomes that are right or wrong, and there are none"
+
+
+def drop_unit(measure: Measure) -> Unit:
+    """Say how a table or chart writes drops."""
+    return "points" if measure.unit == "pp" else "score"
+
+
+def in_unit(measure: Measure) -> str:
+    """Name the unit of a drop behind what it is; nothing where `drop_unit` says it."""
+    return "" if drop_unit(measure) == "points" else f", {measure.unit}"
 
 
 def summary(cells: Sequence[Costs]) -> FoundTable:
-    """Say of each cell how much of the drop each stand-in wins back."""
+    """Say of each cell of one measure how much of the drop each stand-in wins back."""
+    measure = cells[0].measure
     rows: list[Row] = []
     for cell in cells:
         both = ((cell.drops, cell.drawn), (cell.nats, cell.drawn_nats))
         shares = [_recovered(drops, drawn, way) for drops, drawn in both for way in WAYS]
-        rows.append((cell.name, cell.n, float(cell.drops["remove"].mean()), *shares))
+        mean = entry(float(cell.drops["remove"].mean()), _NOT_FINITE)
+        fitted = cell.fitted_on or Entry(reason="it is not known")
+        rows.append((cell.name, cell.n, mean, *shares, fitted))
     won_back: list[tuple[str, Unit]] = [
         (f"{NAMES[way]} wins back, {what}", "percent")
-        for what in ("of the accuracy", "of the gold log-probability")
+        for what in (f"of the {measure.level}", "of the gold log-probability")
         for way in WAYS
     ]
     return table(
@@ -35,8 +51,9 @@ def summary(cells: Sequence[Costs]) -> FoundTable:
         [
             ("cell", "text"),
             ("documents", "count"),
-            ("mean drop of a removal", "points"),
+            (f"mean {measure.change} of a removal{in_unit(measure)}", drop_unit(measure)),
             *won_back,
+            ("fitted on", "text"),
         ],
         rows,
         (
@@ -51,7 +68,7 @@ def _recovered(
     drops: dict[Intervention, Array], drawn: dict[Intervention, Array], way: Intervention
 ) -> Entry:
     if way not in drops:
-        return Entry(reason=NO_MAP)
+        return Entry(reason=_NOT_MEASURED)
     return estimated(recovered(drops["remove"], drops[way], drawn["remove"], drawn[way]))
 
 
@@ -65,24 +82,28 @@ def significant(cells: Sequence[Costs]) -> FoundTable:
         p = holm([value for cell in some for value in cell.better[way]])
         gain = np.concatenate([cell.drops["remove"] - cell.drops[way] for cell in some])
         sure = np.array([value is not None and value < SIGNIFICANT for value in p])
+        made = sum(value is not None for value in p)
+        counts = (int((sure & (gain > 0)).sum()), int((sure & (gain < 0)).sum()))
         rows.append(
             (
                 NAMES[way],
-                len(p),
-                int((sure & (gain > 0)).sum()),
-                int((sure & (gain < 0)).sum()),
+                made,
+                *(entry(count if made else None, _NO_TEST) for count in counts),
             )
         )
     return table(
         "Layers where a stand-in does otherwise than nothing",
         (
             ("stand-in", "text"),
-            ("layers × cells", "count"),
+            ("layers × cells tested", "count"),
             ("significantly better", "count"),
             ("significantly worse", "count"),
         ),
         rows,
-        ("Exact McNemar tests, Holm's adjustment within each row, 5 %.",),
+        (
+            "Exact McNemar tests, Holm's adjustment within each row, 5 %; layers of metrics that "
+            "are not right or wrong a document are not tested.",
+        ),
     )
 
 
@@ -94,10 +115,11 @@ def layer_table(cell: Costs) -> FoundTable:
         row: list[Entry | float] = [layer]
         for way in ways:
             low, high = np.quantile(cell.drawn[way][:, place], [0.025, 0.975])
-            row.append(entry(float(cell.drops[way][place]), low=low, high=high))
+            row.append(entry(float(cell.drops[way][place]), _NOT_FINITE, low, high))
         rows.append(tuple(row))
     return table(
-        f"{cell.name}: accuracy drop of each layer with something in its place",
-        [("layer", "count"), *((NAMES[way], "points") for way in ways)],
+        f"{cell.name}: {cell.measure.change} of each layer with something in its place"
+        f"{in_unit(cell.measure)}",
+        [("layer", "count"), *((NAMES[way], drop_unit(cell.measure)) for way in ways)],
         rows,
     )

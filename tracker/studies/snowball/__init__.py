@@ -15,9 +15,9 @@ from tracker.engine.sweep import Engine
 from tracker.errors import RequestError
 from tracker.ledger.observations import Arrays
 from tracker.measuring.observing import Observe
-from tracker.metrics.growth import unequal_growth
+from tracker.metrics.growth import fewest_to_show, unequal_growth
 from tracker.metrics.multiple import holm
-from tracker.reporting.formats import p_value, points, two_digits
+from tracker.reporting.formats import measure_of, p_value, points, two_digits
 from tracker.studies.base import SIGNIFICANT, Asked, Said, Subject, grouped
 from tracker.studies.layout import ends, written
 from tracker.studies.observing import observe
@@ -89,11 +89,13 @@ class Snowball:
                     f"{title}: {each.left_out} documents are left out, their hidden states are not "
                     "finite or they have one token; try dtype: {value: float32}"
                 )
+            if too_few := _too_few(each):
+                lacking.append(f"{title}: {too_few}")
             absent = each.layers - len(each.explained.layers if each.explained else [])
             if absent:
                 lacking.append(
-                    f"{title}: the accuracy drop of {absent} of {each.layers} layers; add them "
-                    f"to 'layer' in {asked.file}"
+                    f"{title}: the {measure_of(each.cell).change} of {absent} of {each.layers} "
+                    f"layers; add them to 'layer' in {asked.file}"
                 )
         several = grouped(found, lambda each: each.cell.model.key)
         return Said(
@@ -145,13 +147,14 @@ def _whether(model: str, cells: Sequence[Figures]) -> str:
     of = sum(count[1] + count[0] + count[-1] for count in counts)
     if not of:
         return f"{model}: no layer's growth is defined."
-    verdict = (
-        "the snowball effect is the exception and not the rule here, against the paper"
-        if 2 * grow < of
-        else "the snowball effect is there in most layers, as the paper has it"
-        if grow < of
-        else "every layer snowballs, as the paper has it"
-    )
+    if grow == of:
+        verdict = "every layer snowballs, as the paper has it"
+    elif 2 * grow > of:
+        verdict = "the snowball effect is there in most layers, as the paper has it"
+    elif shrink > grow and 2 * (grow + shrink) > of:
+        verdict = "the snowball effect is the exception and not the rule here, against the paper"
+    else:
+        verdict = "whether most layers snowball is open; raise 'sample' or 'limit'"
     parts = [
         f"{each.cell.benchmark.title} {count[1]} grow, {count[-1]} shrink, {count[0]} undecided; "
         f"median ×{_times(each.tokens[ALL].removed.median)} (n = {each.documents})"
@@ -166,6 +169,18 @@ def _whether(model: str, cells: Sequence[Figures]) -> str:
         f"{shrink} ({'; '.join(parts)}). Later layers do add to it: it ends "
         f"{_times(float(np.median(handed)))} times (median) as large as if they had handed it on "
         "as it was; but the stream grows too."
+    )
+
+
+def _too_few(each: Figures) -> str:
+    """Say where so few documents leave every layer undecided, whatever they show; else nothing."""
+    tests = sum(one.value is not None for one in each.tokens[ALL].removed.total)
+    fewest = fewest_to_show(tests, SIGNIFICANT)
+    if each.documents >= fewest:
+        return ""
+    return (
+        f"so few documents ({each.documents}) leave all {tests} layers undecided, whatever they "
+        f"show; Wilcoxon's test, adjusted for so many, needs {fewest}; raise 'sample' or 'limit'"
     )
 
 
@@ -219,8 +234,8 @@ def _explains(each: Figures) -> Iterator[str]:
         verdict = "a better" if better.low > 0 else "a worse"
     yield (
         f"{_where(each)}: how far a removal has moved the stream before the head is {verdict} "
-        f"predictor of the accuracy drop than the cosine score: Spearman {written(end)} "
-        f"against {written(cosine)}, difference {two_digits(better.value or 0)}"
+        f"predictor of the {measure_of(each.cell).change} than the cosine score: Spearman "
+        f"{written(end)} against {written(cosine)}, difference {two_digits(better.value or 0)}"
         f"{ends(better.low, better.high)} over {end.n} layers."
     )
     growth = explained.partial["growth after removal"]
@@ -244,6 +259,13 @@ def _explains(each: Figures) -> Iterator[str]:
 
 
 def _between(cells: Sequence[Figures]) -> str:
+    stand = Counter(task.name for each in cells for task in each.cell.benchmark.tasks)
+    if twice := [name for name, times in stand.items() if times > 1]:
+        return (
+            f"Whether growth differs between benchmarks cannot be tested: {', '.join(twice)} "
+            "stands in several cells, whose documents are not independent; ask for one cell a "
+            "benchmark."
+        )
     layers = range(cells[0].layers - 1)
     adjusted = holm([unequal_growth([e.tokens[ALL].ratios[:, i] for e in cells]) for i in layers])
     defined = [p for p in adjusted if p is not None]

@@ -118,7 +118,8 @@ def _answers(shown: Sequence[Shown]) -> list[str]:
         return [
             f"The model built for {name} and ε = {tiny(one.built.epsilon)} does not show it: it "
             f"answers {one.right:,} of {counted(one.units, noun)}, {one.without:,} without layer "
-            f"{WHISPER}, whose cosine score is {tiny(one.score)}; the lowest other is "
+            f"{WHISPER}, whose cosine score is {tiny(one.score)}, off by {tiny(one.error)} of "
+            "itself; the lowest other is "
             f"{tiny(one.other)}."
         ]
     everything = f"all {counted(last.units, noun)}" if last.units > 1 else f"the one {noun}"

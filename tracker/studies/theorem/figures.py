@@ -12,6 +12,9 @@ from tracker.models.counterexample import WHISPER
 from tracker.studies.base import Subject
 from tracker.studies.theorem.lessons import Lesson
 
+PROMISED = 1e-6
+"""By what share of itself the score of layer 2 may be off, at most."""
+
 
 @dataclass(frozen=True)
 class Built:
@@ -52,7 +55,8 @@ class Shown:
     @property
     def holds(self) -> bool:
         """Whether the theorem's model is this one."""
-        return self.score < self.other and self.right == self.units > 0 == self.without
+        decides = self.right == self.units > 0 == self.without
+        return decides and self.score < self.other and self.error <= PROMISED
 
 
 def measured(subject: Subject, built: Built) -> Shown:
