@@ -25,12 +25,35 @@ def test_counts_draw_each_document_as_often_as_chance_does(
 
 
 def test_strata_keep_their_sizes() -> None:
-    strata = ["b", "a", "b", "c", "b", "a"]
-    (counts,) = document_counts(6, 50, seed=0, strata=strata)
+    strata = ["b", "a", "b", "c", "b", "a", "c"]
+    (counts,) = document_counts(7, 50, seed=0, strata=strata)
     assert (counts[:, [0, 2, 4]].sum(axis=1) == 3).all()
     assert (counts[:, [1, 5]].sum(axis=1) == 2).all()
-    assert (counts[:, 3] == 1).all()
+    assert (counts[:, [3, 6]].sum(axis=1) == 2).all()
     assert counts[:, 0].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("strata", "together"),
+    [
+        ("abcd", [[0, 1, 2, 3]]),  # an mmlu with one document of each task
+        ("aabbcd", [[0, 1], [2, 3], [4, 5]]),
+        ("aaabbc", [[0, 1, 2], [3, 4, 5]]),
+        ("a", [[0]]),
+    ],
+)
+def test_strata_of_one_document_vary_together(strata: str, together: list[list[int]]) -> None:
+    counts = np.concatenate(list(document_counts(len(strata), 200, 0, list(strata))))
+    for places in together:
+        assert (counts[:, places].sum(axis=1) == len(places)).all()
+        assert len(places) == 1 or (counts[:, places].std(axis=0) > 0).all()
+
+
+def test_tasks_of_one_document_each_give_the_interval_of_one_task() -> None:
+    values = np.random.default_rng(4).normal(size=(57, 1))
+    apart = resampled_means(values, 2000, 0, np.arange(57)).std()
+    assert apart == pytest.approx(resampled_means(values, 2000, 0).std())
+    assert apart == pytest.approx(values.std() / np.sqrt(57), rel=0.1)
 
 
 def test_means_against_a_plain_bootstrap() -> None:

@@ -121,6 +121,11 @@ def test_the_terminal_shows_answers_tables_and_what_is_lacking(
     assert "could not be said: piqa: at chance" in said
 
 
+def test_a_table_tells_its_columns_apart() -> None:
+    with pytest.raises(ValueError, match="two columns have one name"):
+        FoundTable(title="t", headings=(HEADS[0], HEADS[0]), rows=())
+
+
 def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:
     (path,) = export([], "md", tmp_path / "report.md", {}, [FINDING])
     text = path.read_text()

@@ -32,7 +32,8 @@ def document_counts(
         documents: How many documents there are; at least one.
         resamples: How many times to draw that many documents.
         seed: Seed of the generator.
-        strata: `[documents]`, e.g. each document's task: every stratum keeps its size.
+        strata: `[documents]`, e.g. each document's task: every stratum keeps its size. Those of one
+            document are collapsed into one, since each alone would never vary.
 
     Yields:
         `[some resamples, documents]`; every row sums to `documents`.
@@ -45,7 +46,7 @@ def document_counts(
     labels = np.zeros(documents) if strata is None else np.asarray(strata)
     if labels.shape != (documents,):
         raise ValueError(f"{documents} documents but strata of the shape {labels.shape}")
-    _, stratum, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    _, stratum, sizes = np.unique(_collapsed(labels), return_inverse=True, return_counts=True)
     order = np.argsort(stratum, kind="stable")
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     limits = np.repeat(sizes, sizes)
@@ -57,6 +58,15 @@ def document_counts(
         drawn += np.arange(rows)[:, None] * documents
         counts = np.bincount(drawn.ravel(), minlength=rows * documents)
         yield counts.reshape(rows, documents).astype(np.float64)
+
+
+def _collapsed(labels: NDArray[np.generic]) -> NDArray[np.int64]:
+    """Number strata, those of one document as one; a single such document joins the smallest."""
+    _, stratum, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    alone = sizes[stratum] == 1
+    if alone.sum() == 1 and len(sizes) > 1:
+        alone |= stratum == np.argmin(np.where(sizes == 1, len(labels) + 1, sizes))
+    return np.where(alone, len(sizes), stratum)
 
 
 def resampled_means(
@@ -77,7 +87,7 @@ def resampled_means(
         resamples: How many times to draw the documents.
         seed: Seed of the generator.
         strata: `[documents]`, e.g. each document's task: resample within it, so that every resample
-            has each task at its size.
+            has each task at its size; as in `document_counts`.
         weights: `[documents]`, 0 or more, of any sum; None for equal weights. A document of weight
             0 does not count, whatever its values.
 
@@ -89,7 +99,8 @@ def resampled_means(
         ValueError: The values are not a table, or not one weight per document.
 
     References:
-        B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 8.
+        B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 8. W. G.
+        Cochran, Sampling Techniques (1977), 5A.12 (collapsed strata).
 
     Examples:
         >>> means = resampled_means(np.array([[0.0, 1.0], [1.0, 0.0]]), resamples=200, seed=0)
