@@ -46,6 +46,8 @@ class CellRace:
             of a block that is missing, and of a group's other tasks whole blocks are there.
         order: All documents, as task and number, in the order in which they are looked at.
         population: Documents that there are.
+        base: Layers that a token passes in what is always measured.
+        costs: `[runs]`, layers that it passes besides in each run.
     """
 
     def __init__(self, store: CellStore, view: View) -> None:
