@@ -49,13 +49,6 @@ class FoundTable(Record):
     rows: tuple[tuple[Entry, ...], ...]
     notes: tuple[Shown, ...] = ()
 
-    @model_validator(mode="after")
-    def _tells_columns_apart(self) -> FoundTable:
-        labels = [heading.label for heading in self.headings]
-        if len(set(labels)) < len(labels):
-            raise ValueError("two columns have one name, and a data frame keeps one of them")
-        return self
-
 
 class Line(Record):
     """One curve: as many figures as the chart has places; None is a gap."""

@@ -21,6 +21,7 @@ from tracker.ledger.findings import findings, keep_finding
 from tracker.reporting.export import export
 from tracker.reporting.html import render_page
 from tracker.reporting.studies import outgrown, study_chart, study_table
+from tracker.studies.layout import table
 
 HEADS = (Heading(label="layer", unit="count"), Heading(label="drop", unit="points"))
 TABLE = FoundTable(
@@ -123,7 +124,7 @@ def test_the_terminal_shows_answers_tables_and_what_is_lacking(
 
 def test_a_table_tells_its_columns_apart() -> None:
     with pytest.raises(ValueError, match="two columns have one name"):
-        FoundTable(title="t", headings=(HEADS[0], HEADS[0]), rows=())
+        table("t", [("layer", "count"), ("layer", "count")], [])
 
 
 def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:

@@ -103,6 +103,10 @@ def test_pairs_are_those_of_models_that_really_lack_both(
     assert measures == {"gold_logprob_drop"} | (set() if at_chance else {"accuracy drop"})
     assert any("nothing to lose" in each for each in done.finding.lacking) == at_chance
 
+    # The section shows the pairs; as cells they would count among those that proxies order.
+    page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
+    assert "1 model, 1 cell;" in page
+
     again = api.study("joint", path, results=tmp_path / "results", track=[])
     assert again.outcome.models_loaded == 0
     assert again.finding == done.finding

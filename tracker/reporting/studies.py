@@ -29,8 +29,8 @@ from tracker.reporting.sections import Figure
 
 SEARCH = "search"
 """What a finding of `tracker prune` is called."""
-_SEARCHING = (SEARCH, "prune")
-"""Findings of which each section stands for the steps of its searches."""
+_IN_SECTIONS = (SEARCH, "prune", "joint")
+"""Findings whose sections show their runs: steps of searches, and the pairs of a first layer."""
 Write = Callable[[float], str]
 _WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
     "text": (str, 1, ""),
@@ -77,17 +77,17 @@ def study_sections(
 
 
 def searched(findings: Sequence[FindingRecord]) -> set[Place]:
-    """List the cells that the searches of findings took their steps in."""
+    """List the cells of searches' steps, and of pairs."""
     return {
-        place for finding in findings if finding.study in _SEARCHING for place in finding.rests_on
+        place for finding in findings if finding.study in _IN_SECTIONS for place in finding.rests_on
     }
 
 
 def is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
-    """Whether a cell holds steps of searches alone: their sections show them, in their rows.
+    """Whether a cell holds steps of searches, or pairs, alone: their sections show them.
 
     What lacks layers, or misses some of all runs of one layer, holds nothing else. `steps` are
-    the cells of all steps.
+    the cells of all of them.
     """
     whole = {run.layer for run in cell.runs if run.kind == WHOLE_LAYER}
     partial = bool(cell.removed) or len(whole) < cell.model.layers

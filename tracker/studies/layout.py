@@ -39,10 +39,16 @@ def table(
     rows: Iterable[Row],
     notes: Sequence[str] = (),
 ) -> FoundTable:
-    """Make a table; each heading is a label and its column's unit."""
+    """Make a table; each heading is a label and its column's unit.
+
+    ValueError where two columns have one name, of which a data frame would keep one.
+    """
+    heads = tuple(Heading(label=label, unit=unit) for label, unit in headings)
+    if len({head.label for head in heads}) < len(heads):
+        raise ValueError(f"{title}: two columns have one name")
     return FoundTable(
         title=title,
-        headings=tuple(Heading(label=label, unit=unit) for label, unit in headings),
+        headings=heads,
         rows=tuple(
             tuple(one if isinstance(one, Entry) else Entry(value=one) for one in row)
             for row in rows
