@@ -334,7 +334,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
 
         searches = load_searches(experiment)[0].searches()
         refuse_unknown(searches, trust_remote_code)
-        say(f"{experiment} is valid: {len(searches)} search{'' if len(searches) == 1 else 'es'}")
+        say(f"{experiment} is valid: {counted(len(searches), 'search')}")
         return
     asked, _ = load_experiment(experiment)
     cells = asked.cells()

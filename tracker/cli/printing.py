@@ -276,7 +276,7 @@ def print_plan_of_searches(
     table([(name, name not in heads[:2]) for name in columns], rows)
     seconds = (sum(one.flops for one in searches) + sum(one.flops for one in tests)) / rate
     say(
-        f"{counted(len(searches), 'search').replace('searchs', 'searches')}, at least "
+        f"{counted(len(searches), 'search')}, at least "
         f"{_duration(seconds)} at {whence}; real work reaches a part of that rate. TFLOP: what no "
         "search above it has asked for, as if nothing were measured yet; evaluations and passes: "
         "those of the search alone. Which sets are tried is made up, so that passes and TFLOP are "

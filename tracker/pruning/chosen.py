@@ -8,7 +8,7 @@ from dataclasses import replace
 from tracker.extent import Extent
 from tracker.identities import ModelIdentity
 from tracker.ledger.cells import CellStore
-from tracker.ledger.store import Ledger
+from tracker.ledger.store import Contents, Ledger
 from tracker.measuring.derive import all_records
 from tracker.pruning.facts import Accuracy, Pruning
 from tracker.records import CellRecord
@@ -27,9 +27,10 @@ def chosen(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> Pr
         What is known of the searches that ended there, or else came by; those that looked at
         documents, where there are any; the layers alone where none did.
     """
+    contents = ledger.contents()
     found = [
         (record, step)
-        for record in ledger.contents().searches
+        for record in contents.searches
         if record.unit == "layer" and record.model.key == model.key
         for step in record.steps
         if step.removed == tuple(sorted(removed))
@@ -38,15 +39,15 @@ def chosen(ledger: Ledger, model: ModelIdentity, removed: tuple[int, ...]) -> Pr
         return Pruning(removed)
     ranks = [(r.steps[-1] == step, bool(r.calibration)) for r, step in found]
     best = [each for each, rank in zip(found, ranks, strict=True) if rank == max(ranks)]
-    return _pruning(ledger, best)
+    return _pruning(contents, best)
 
 
 def chosen_by(ledger: Ledger, record: PruneRecord) -> Pruning:
     """Say what is known of the choice that a search ended with."""
-    return _pruning(ledger, [(record, record.steps[-1])])
+    return _pruning(ledger.contents(), [(record, record.steps[-1])])
 
 
-def _pruning(ledger: Ledger, found: Sequence[tuple[PruneRecord, PruneStep]]) -> Pruning:
+def _pruning(contents: Contents, found: Sequence[tuple[PruneRecord, PruneStep]]) -> Pruning:
     records = [record for record, _ in found]
     record, step = found[0]
     order = record.order[: len(step.removed)]
@@ -55,7 +56,7 @@ def _pruning(ledger: Ledger, found: Sequence[tuple[PruneRecord, PruneStep]]) -> 
         strategy=", ".join(dict.fromkeys(_strategy(*each) for each in found)),
         calibration="; ".join(dict.fromkeys(filter(None, map(_calibration, records)))) or None,
         tested=tuple(_accuracy(r, s.test) for r, s in found if s.test is not None),
-        chosen_by=_cells(ledger, records),
+        chosen_by=_cells(contents, records),
         documents=tuple(each for record in records for each in record.calibration),
     )
 
@@ -66,9 +67,9 @@ def _strategy(record: PruneRecord, step: PruneStep) -> str:
     return record.label if whole else f"{record.label}, step {number} of {len(record.steps)}"
 
 
-def _cells(ledger: Ledger, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
+def _cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellRecord, ...]:
     """The tracked cells of the searches' steps."""
-    contents, places = ledger.contents(), {place for r in records for place in r.rests_on}
+    places = {place for r in records for place in r.rests_on}
     keys = {key for key, *_ in places}
     views = [each for each in contents.views if each[0].identity.key in keys]
     cells = all_records(replace(contents, views=views))

@@ -135,8 +135,8 @@ class Exported:
         speed_on: On what the speed was measured, in words.
         accuracy: What the removal costs; first what was measured for this export.
         proof: What was proved of the files.
-        recipes: What makes the same model elsewhere, by tool; nothing where anything is
-        resized: what the configuration says anew besides how many layers there are.
+        recipes: What makes the same model elsewhere, by tool; nothing where something is resized.
+        resized: What the configuration says anew besides how many layers there are.
         locations: Where it was published, by backend.
         unpublished: Backend → why it does not have it.
     """

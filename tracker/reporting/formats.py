@@ -49,8 +49,9 @@ def interval(low: float | None, high: float | None, write: Callable[[float], str
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number of things, such as `1 layer` or `1,200 layers`; `noun` is one of them."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    """Write a number of things, such as `1 layer` or `1,200 searches`; `noun` is one of them."""
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 # What is measured

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from tracker.config import CellRequest
+from tracker.errors import RequestError
 from tracker.experiment import Experiment
 from tracker.findings import FindingRecord, FoundChart, FoundTable
 from tracker.ledger.cells import CellStore
@@ -91,6 +92,12 @@ def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:
         "only": None,
     }
     return request.model_copy(update=alone | update)
+
+
+def refuse_removed(cell: CellRequest, why: str, asked: Asked) -> None:
+    """Refuse a cell of which layers are removed beneath: RequestError."""
+    if cell.removed:
+        raise RequestError(f"{cell.title}: {why}; leave 'removed' out of {asked.file}")
 
 
 def grouped(each: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:

@@ -11,6 +11,7 @@ from tracker.studies.base import (
     Asked,
     Said,
     Subject,
+    refuse_removed,
     removing_whole_layers,
     whole_layers,
 )
@@ -50,10 +51,7 @@ class Joint:
         """
         found = []
         for cell in asked.experiment.cells():
-            if cell.removed:
-                raise RequestError(
-                    f"{cell.title}: pairs are compared with the intact model; leave 'removed' out"
-                )
+            refuse_removed(cell, "pairs are compared with the intact model", asked)
             layers = whole_layers(cell)
             if len(layers) < 2:
                 raise RequestError(

@@ -12,12 +12,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from tracker.config import CellRequest, Intervention
-from tracker.errors import RequestError
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.recovered import recovered
 from tracker.metrics.resampling import RESAMPLES
 from tracker.reporting.formats import counted, fixed
-from tracker.studies.base import Asked, Said, Subject, grouped, removing_whole_layers
+from tracker.studies.base import (
+    Asked,
+    Said,
+    Subject,
+    grouped,
+    refuse_removed,
+    removing_whole_layers,
+)
 from tracker.studies.rescale.charts import drop_chart
 from tracker.studies.rescale.figures import NAMES, WAYS, Costs, costs
 from tracker.studies.rescale.tables import layer_table, significant, summary
@@ -48,11 +54,7 @@ class Rescale:
         ways: tuple[tuple[Intervention, ...], ...] = (("remove", "scale", "mean"), ("linear",))
         cells = asked.experiment.cells()
         for cell in cells:
-            if cell.removed:
-                raise RequestError(
-                    f"{cell.title}: rescale replaces the layers of the intact model; leave "
-                    f"'removed' out of {asked.file}"
-                )
+            refuse_removed(cell, "rescale replaces the layers of the intact model", asked)
         return [removing_whole_layers(cell, interventions=some) for cell in cells for some in ways]
 
     def say(self, asked: Asked, subjects: list[Subject]) -> Said:

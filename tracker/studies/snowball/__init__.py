@@ -18,7 +18,7 @@ from tracker.measuring.observing import Observe
 from tracker.metrics.growth import fewest_to_show, unequal_growth
 from tracker.metrics.multiple import holm
 from tracker.reporting.formats import measure_of, p_value, points, two_digits
-from tracker.studies.base import SIGNIFICANT, Asked, Said, Subject, grouped
+from tracker.studies.base import SIGNIFICANT, Asked, Said, Subject, grouped, refuse_removed
 from tracker.studies.layout import ends, written
 from tracker.studies.observing import observe
 from tracker.studies.snowball.charts import beside_each_other, charts_of
@@ -47,11 +47,7 @@ class Snowball:
         """List the cells of the file; RequestError where none removes whole single layers."""
         requests = asked.experiment.cells()
         for request in requests:
-            if request.removed:
-                raise RequestError(
-                    f"{request.title}: snowball perturbs the layers of the intact model; leave "
-                    f"'removed' out of {asked.file}"
-                )
+            refuse_removed(request, "snowball perturbs the layers of the intact model", asked)
             whole = "layer" in request.components and 1 in request.spans
             if not whole or "remove" not in request.interventions:
                 raise RequestError(
