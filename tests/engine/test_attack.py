@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.ablations import single_layers
@@ -81,11 +83,21 @@ class TestKey:
                 keys.append(attack_key(model, ABLATIONS, ()))
         assert len(set(keys)) == 4
         tracker = Path(__file__).parents[2] / "tracker"
+        folders = (tracker / "engine", tracker / "models", Path(modeling_llama.__file__).parent)
         assert read == {
-            f"{folder}/{path.name}"
-            for folder in ("engine", "models")
-            for path in (tracker / folder).glob("*.py")
+            f"{folder.name}/{path.name}" for folder in folders for path in folder.glob("*.py")
         }
+
+    def test_code_that_a_checkpoint_brings_counts(self, tiny_model, tmp_path, monkeypatch) -> None:
+        """Its authors change it without changing a name: what was proven no longer holds."""
+        code = tmp_path / "modeling_of_a_checkpoint.py"
+        code.write_text("import transformers\nclass Own(transformers.LlamaForCausalLM): pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        model = importlib.import_module(code.stem).Own(tiny_model("llama").config)
+        key = attack_key(model, ABLATIONS, WINDOW)
+        assert attack_key(model, ABLATIONS, WINDOW) == key
+        code.write_text(code.read_text() + "    scale = 2\n")
+        assert attack_key(model, ABLATIONS, WINDOW) != key
 
 
 def test_a_number_that_no_row_reaches_is_not_experimented_with(tiny_model) -> None:

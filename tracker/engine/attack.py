@@ -8,6 +8,7 @@ shared and on models that were really changed.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,11 +52,13 @@ MAX_LENGTH = 96
 def attack_key(model: Any, ablations: Sequence[Ablation], paths: Sequence[Path]) -> str:
     """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
 
-    That is the configuration, what is removed, the numbers in reach (`paths`), versions, machine
-    and this code; not the weights.
+    That is the configuration, what is removed, the numbers in reach (`paths`), versions, machine,
+    this code and the model's own, which its checkpoint may bring; not the weights.
     """
     here = FilePath(__file__).parents[1]
-    code = file_hash([*(here / "engine").glob("*.py"), *(here / "models").glob("*.py")])
+    its_own = FilePath(inspect.getfile(type(model))).parent
+    folders = (here / "engine", here / "models", its_own)
+    code = file_hash(path for folder in folders for path in folder.glob("*.py"))
     config = model.config.to_dict()
     for name in ("_name_or_path", "quantization_config", "dtype"):
         config.pop(name, None)
