@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tracker.ablations import INTACT, ablations_of, removals
 from tracker.config import CellRequest
+from tracker.documents import Document
 from tracker.errors import ModelError
+from tracker.identities import BenchmarkIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.races import CellRace, refuse_unbounded
@@ -23,7 +25,7 @@ from tracker.measuring.prepare import CellLookup, check_layers, look_up
 from tracker.metrics.accuracy import weights_by_task
 from tracker.metrics.forecast import forecast
 from tracker.metrics.power import UNRELATED, Spread
-from tracker.models.sources import count_layers
+from tracker.models.sources import ModelSource, count_layers
 from tracker.records import AnswerRecord
 from tracker.views import View
 
@@ -83,6 +85,41 @@ class PlannedCell:
     expected: Expected | None = None
 
 
+@dataclass(frozen=True)
+class Texts:
+    """A cell's documents as its model reads them, without the model's weights.
+
+    Attributes:
+        benchmark: What they are of.
+        metric: The metric that is meant.
+        model: The model, whose weights are on no device.
+        documents: The documents, one at least.
+        max_length: How many tokens a request has at most.
+    """
+
+    benchmark: BenchmarkIdentity
+    metric: str
+    model: Any
+    documents: Sequence[Document]
+    max_length: int
+
+
+def texts_of(request: CellRequest, source: ModelSource, trust_remote_code: bool) -> Texts:
+    """Read a cell's documents; RequestError or ModelError if something of it cannot be had."""
+    from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
+    from tracker.benchmarks.encoder import RequestEncoder
+    from tracker.models.load import weightless
+
+    benchmark = open_benchmark(request)
+    metric = chosen_metric(benchmark.identity, request.metric)
+    model, tokenizer = weightless(source, request.dtype, trust_remote_code)
+    encoder = RequestEncoder(model, tokenizer, request)
+    documents = benchmark.documents(encoder, request.extent)
+    if not documents:
+        raise ModelError(f"{request.title} has no documents")
+    return Texts(benchmark.identity, metric, model, documents, encoder.max_length)
+
+
 def plan(
     requests: Sequence[CellRequest], ledger: Ledger, trust_remote_code: bool = False
 ) -> list[PlannedCell]:
@@ -90,10 +127,7 @@ def plan(
 
     RequestError if something that was asked for does not exist or does not fit.
     """
-    from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
-    from tracker.benchmarks.encoder import RequestEncoder
     from tracker.engine.plan import cost
-    from tracker.models.load import weightless
 
     asked = [look_up(request, ledger) for request in requests]
     check_layers(asked, trust_remote_code)
@@ -104,21 +138,16 @@ def plan(
         one = request.model_copy(update={"metric": None})
         shared = one in before
         before.add(one)
-        benchmark = open_benchmark(request)
-        metric = chosen_metric(benchmark.identity, request.metric)
+        texts = texts_of(request, cell.source, trust_remote_code)
+        benchmark, metric = texts.benchmark, texts.metric
         if request.until is not None:
-            refuse_unbounded(benchmark.identity, metric)
+            refuse_unbounded(benchmark, metric)
         layers = count_layers(cell.source, trust_remote_code)
         ablations = ablations_of(request, layers)
-        model, tokenizer = weightless(cell.source, request.dtype, trust_remote_code)
-        encoder = RequestEncoder(model, tokenizer, request)
-        documents = benchmark.documents(encoder, request.extent)
-        if not documents:
-            raise ModelError(f"{request.title} has no documents")
-        found = cost(model, documents, ablations, encoder.max_length)
+        found = cost(texts.model, texts.documents, ablations, texts.max_length)
         runs = len(list(removals(request, layers)))
         known = _observed_spread(cell, metric)
-        is_loss = benchmark.identity.tasks[0].higher_is_better.get(metric, True) is False
+        is_loss = benchmark.tasks[0].higher_is_better.get(metric, True) is False
         spread = known or (None if is_loss else UNRELATED)
         answer = expected = None
         if cell.store is not None and request.until is not None:

@@ -12,9 +12,9 @@ import numpy as np
 from tracker.ablations import INTACT, Ablation
 from tracker.config import CellRequest, Component
 from tracker.engine.streams import plan_streams
-from tracker.errors import ModelError
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
+from tracker.measuring.planning import texts_of
 from tracker.measuring.progress import Silent
 from tracker.models.sources import find_model
 from tracker.pruning.asked import SearchRequest
@@ -145,21 +145,12 @@ def plan_searches(
 
 
 def _reading(request: CellRequest, trust_remote_code: bool) -> Reading:
-    """Count what a cell's documents take, with the tokenizer but without the weights."""
-    from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
-    from tracker.benchmarks.encoder import RequestEncoder
+    """Count what a cell's documents take."""
     from tracker.engine.plan import reading
-    from tracker.models.load import weightless
 
-    benchmark = open_benchmark(request)
-    chosen_metric(benchmark.identity, request.metric)
     source = find_model(request.model, request.revision, request.model_args)
-    model, tokenizer = weightless(source, request.dtype, trust_remote_code)
-    encoder = RequestEncoder(model, tokenizer, request)
-    documents = benchmark.documents(encoder, request.extent)
-    if not documents:
-        raise ModelError(f"{request.title} has no documents")
-    return reading(model, documents, encoder.max_length)
+    texts = texts_of(request, source, trust_remote_code)
+    return reading(texts.model, texts.documents, texts.max_length)
 
 
 class _Counted(Scores):
