@@ -242,8 +242,7 @@ class CellRecord(Record):
     seconds: float | None = None
     """What measuring the outcomes took, of all processes together; None where none says."""
     peak_bytes: int | None = None
-    """The most memory that a process has held by then: the accelerator's, else its own; None where
-    none says."""
+    """The most memory a process has held by then: the accelerator's, else its own; None unknown."""
     compared: int = 0
     """Answers to documents drawn at random that were asked again on a really pruned model."""
     compared_difference: float | None = None
