@@ -292,6 +292,14 @@ def test_a_model_that_is_known_to_be_unsteady_may_contradict_itself_in_plain_pas
     )
 
 
+def test_what_half_precision_moves_is_not_said_of_a_router(tiny_model):
+    found = checked(tiny_model("llama").bfloat16(), Attacked(unsteady=3))
+    assert found.unsteady.startswith("rounding alone moves 3 of ")
+    assert found.unsteady.endswith(
+        " answers by more than 0.1 nats and 2 % in half precision, in lm-eval too"
+    )
+
+
 def test_half_precision_may_differ_by_more(tiny_model):
     found = checked(tiny_model("llama").bfloat16(), Attacked())
     assert found.engine.sharing == FULL

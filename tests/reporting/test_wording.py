@@ -12,6 +12,7 @@ from tracker.reporting import caveats, formats, wording
 from tracker.reporting.export import export, figures, frames
 from tracker.reporting.facts import provenance_table
 from tracker.reporting.html import render_page
+from tracker.reporting.sentences import compared_sentence
 from tracker.reporting.tables import layer_table, overview_table
 
 from .conftest import CONSTANT, build_cell, study
@@ -110,6 +111,19 @@ def test_power_is_undefined_where_nothing_changes() -> None:
         few, few.runs[:1]
     )
     assert wording.power_sentence(cell, []) == ""
+
+
+def test_what_rounding_moves_is_put_down_to_what_it_may_be() -> None:
+    cell = build_cell(compared=8, compared_difference=0.4, compared_unsteady=2)
+    half = cell.model_copy(update={"model": cell.model.model_copy(update={"dtype": "bfloat16"})})
+    steady = half.model_copy(update={"compared_unsteady": 0})
+    for cells, why in (
+        ([cell, steady], "the model is discontinuous there"),
+        ([half], "half precision rounds coarsely, or the model is discontinuous there"),
+    ):
+        assert compared_sentence(cells).endswith(
+            f" 2 of them differ by more than rounding should: {why}, in lm-eval too."
+        )
 
 
 def test_summary_without_a_correlation() -> None:

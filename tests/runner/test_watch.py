@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import tracker
-from tracker.engine.check import watch
+from tests.conftest import lend_tasks
+from tests.runner.elsewhere import Heard, run
+from tracker.engine.check import check, watch
 from tracker.engine.score import score_row
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
@@ -25,6 +27,19 @@ def test_the_record_and_the_page_say_what_was_compared(tiny_llama, experiment, t
         "4 answers to documents drawn at random were asked again of a really pruned model" in page
     )
     assert f"{record.compared_difference:.1e} nats" in page
+
+
+def test_an_unsteady_model_is_not_said_to_share_less(tiny_llama, experiment, tmp_path, monkeypatch):
+    """Was: every line of the check was said of less sharing."""
+    said = ["the model is discontinuous: 3 of 9 answers", "measured with less sharing: of depth"]
+
+    def found(*args):
+        return replace(check(*args), lost="of depth", unsteady=said[0])
+
+    monkeypatch.setattr("tracker.measuring.scorer.check", found)
+    heard = Heard()
+    run(experiment(tiny_llama(), limit=2, layer=[0]), tmp_path / "results", heard)
+    assert {f"tiny-llama: {line}" for line in said} <= set(heard.lines)
 
 
 def test_what_is_asked_later_is_compared_too(tiny_llama, experiment, tmp_path, monkeypatch):
@@ -77,9 +92,11 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
     assert not store.shards(), "the block is not kept"
 
 
-def test_the_attack_is_made_once_a_results_folder(tiny_llama, experiment, tmp_path, monkeypatch):
+def test_the_attack_is_made_once_on_a_machine(tiny_llama, experiment, tmp_path, monkeypatch):
     from tracker.engine import check
 
+    lend_tasks(tmp_path / "cache")
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
     made = []
 
     def counted(*args):
@@ -94,6 +111,10 @@ def test_the_attack_is_made_once_a_results_folder(tiny_llama, experiment, tmp_pa
         assert not done.outcome.failed
     assert made == [1]
     (kept,) = (results / "checks").iterdir()
-    kept.write_bytes(b"\xff\x00")
+    tracker.run(experiment(model, limit=8), results=tmp_path / "next", track=[])
+    assert made == [1]
+    assert (tmp_path / "next" / "checks" / kept.name).read_bytes() == kept.read_bytes()
+    for folder in (results / "checks", tmp_path / "cache" / "checks"):
+        (folder / kept.name).write_bytes(b"\xff\x00")
     tracker.run(experiment(model, limit=48), results=results, track=[])
     assert made == [1, 1]

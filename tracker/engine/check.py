@@ -48,7 +48,7 @@ class Check:
         difference: Largest difference of a log-likelihood between it and the really pruned model,
             in nats, on the miniature and on the model itself.
         lost: One line that says which sharing was lost and why; None when none was.
-        unsteady: One line that says that the model is discontinuous; None where it is not seen.
+        unsteady: One line that says that rounding moves answers far; None where it is not seen.
     """
 
     engine: Engine
@@ -106,7 +106,9 @@ def check(
         engine.with_sharing(sharing),
         max(found.difference, verdict.difference),
         "; ".join(filter(None, (verdict.lost, *reasons))) or None,
-        _unsteady(found + Comparison(verdict.compared, unsteady=verdict.unsteady)),
+        _unsteady(
+            found + Comparison(verdict.compared, unsteady=verdict.unsteady), Truth(engine).is_half
+        ),
     )
 
 
@@ -134,9 +136,15 @@ def reach(engine: Engine, documents: Sequence[Document]) -> int:
     return each + max(engine.most_row_tokens, len(common_beginning(documents, engine.max_length)))
 
 
-def _unsteady(found: Comparison) -> str | None:
+def _unsteady(found: Comparison, is_half: bool) -> str | None:
     if not found.unsteady:
         return None
+    if is_half:
+        nats, share = HALF
+        return (
+            f"rounding alone moves {found.unsteady} of {found.compared} answers by more than "
+            f"{nats} nats and {100 * share:.0f} % in half precision, in lm-eval too"
+        )
     return (
         f"the model is discontinuous: {found.unsteady} of {found.compared} answers move by more "
         "than rounding (a router or a top-k near a tie), in lm-eval too"

@@ -133,14 +133,15 @@ class Meter:
     def check(self, kept: Kept | None = None) -> list[str]:
         """Find out what this model can share exactly; must come before `measure`.
 
-        Verdicts of attacks go into `kept`, if any. One line for each kind of sharing that was lost.
+        Verdicts of attacks go into `kept`, if any. Lines say which sharing was lost, and how steady
+        the model is.
         """
         from tracker.engine.sweep import Engine
         from tracker.measuring.scorer import checked_scorer
 
         loaded = self._model.loaded
         engine = Engine(loaded, self._encoder.max_length, memory=self._memory)
-        self._scorer, lost = checked_scorer(
+        self._scorer, said = checked_scorer(
             engine,
             loaded.tokenizer,
             list(self.documents.values()),
@@ -151,7 +152,7 @@ class Meter:
             ),
         )
         name = loaded.identity.name
-        return [f"{name} is measured with less sharing: {line}" for line in lost]
+        return [f"{name}: {line}" for line in said]
 
     def measure(
         self,

@@ -20,6 +20,7 @@ from tracker.engine.truth import Comparison, shaken
 
 CHECKED_TOKENS = 16
 """Tokens that the check lets every ablation generate."""
+_LESS = "measured with less sharing: "
 DRAWS = 8
 """Times that a text is generated again with embeddings moved by rounding."""
 
@@ -117,16 +118,17 @@ def checked_scorer(
         fit: Fits what stands in for layers.
 
     Returns:
-        The scorer to use, and one line for each kind of sharing that was lost.
+        The scorer to use, and lines that say which sharing was lost, and how steady the model is.
     """
     checked = check(engine, documents, ablations, kept, fit)
-    lost = [line for line in (checked.lost, checked.unsteady) if line]
+    said = [_LESS + checked.lost] if checked.lost else []
+    said += [checked.unsteady] if checked.unsteady else []
     prompts = [document.prompt for document in documents if document.prompt is not None]
     if not prompts:
-        return Scorer(checked.engine), lost
+        return Scorer(checked.engine), said
     generation = Generation(checked.engine, tokenizer, think_end_token=prompts[0].think_end_token)
     generation, why = generation.checked(prompts[0], ablations)
-    return Scorer(checked.engine, generation), [*lost, *([why] if why else [])]
+    return Scorer(checked.engine, generation), [*said, *([_LESS + why] if why else [])]
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,10 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
         f"pruned model: log-likelihoods differ by at most {largest:.1e} nats."
     )
     if unsteady:
-        text += (
-            f" {unsteady} of them differ by more than rounding because the model is discontinuous "
-            "there, in lm-eval too."
-        )
+        why = "the model is discontinuous there"
+        if any(cell.compared_unsteady and cell.model.dtype != "float32" for cell in cells):
+            why = f"half precision rounds coarsely, or {why}"
+        text += f" {unsteady} of them differ by more than rounding should: {why}, in lm-eval too."
     if without:
         text += f" Of {counted(without, 'cell')} none was drawn, or an older tracker measured them."
     return text
