@@ -65,7 +65,11 @@ class TestKey:
             attack_key(tiny_model("qwen2"), ABLATIONS, WINDOW),
         ]
         keys.append(attack_key(Placed(model.config), ABLATIONS, WINDOW))
-        assert len(set(keys)) == 7
+        for kernels, name in (("_attn", "eager"), ("_experts", "grouped_mm")):
+            other = tiny_model("llama")
+            setattr(other.config, f"{kernels}_implementation", name)
+            keys.append(attack_key(other, ABLATIONS, WINDOW))
+        assert len(set(keys)) == 9
 
     def test_the_code_and_what_runs_it_count(self, tiny_model, monkeypatch) -> None:
         model = tiny_model("llama")

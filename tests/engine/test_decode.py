@@ -8,8 +8,9 @@ import torch
 from tests.engine.families import FAMILIES
 from tests.engine.plain import loaded
 from tracker.ablations import INTACT, ablate
+from tracker.documents import Document, Request
 from tracker.engine.decode import decoding
-from tracker.engine.prefix import cache_argument
+from tracker.engine.prefix import SHORTEST, cache_argument
 from tracker.engine.score import read_prefix
 from tracker.engine.sharing import FULL
 from tracker.engine.streams import plan_streams
@@ -49,6 +50,23 @@ def test_every_row_is_the_pruned_model(tiny_model, family, length, begun):
     prefix = read_prefix(parts, plan, tuple(ids[:begun])) if begun else None
     with torch.inference_mode(), decoding(parts, ablations, ids, prefix) as cache:
         rows = generate(model, prompt.repeat(len(ablations), 1), **{cache_argument(model): cache})
+    for ablation, row in zip(ablations, rows, strict=True):
+        assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
+
+
+def test_a_beginning_that_rows_were_scored_behind_serves_generation(tiny_model):
+    """Was: outside inference mode nothing could be written into its buffer."""
+    model, ablations = tiny_model("llama"), ABLATIONS[:3]
+    engine = Engine(loaded(model), 256)
+    beginning = tuple(torch.arange(3, 3 + SHORTEST + 4).tolist())
+    prompts = [(*beginning, 5 + n, 9) for n in range(3)]
+    engine.score(
+        [Document("t", n, (Request(p, (7,)),), 0, 0) for n, p in enumerate(prompts)], ablations
+    )
+    prompt = torch.tensor([prompts[1]])
+    with engine.decoding(ablations, prompts[1]) as cached:
+        rows = generate(model, prompt.repeat(len(ablations), 1), **cached)
+    assert engine._kept[0].begins(prompts[1])
     for ablation, row in zip(ablations, rows, strict=True):
         assert [row] == generate(engine.without(ablation).loaded.model, prompt), ablation
 

@@ -12,6 +12,7 @@ from torch import nn
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded
 from tracker.engine.prefix import MARGIN, GrowingLayer, Prefix, cache_argument, new_cache
+from tracker.engine.rows import ANY_LENGTH, Lengths
 from tracker.engine.score import kept_bytes, read_prefix
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
@@ -84,12 +85,22 @@ class TestPrefix:
     ) -> None:
         other = TOKENS[:shared] + (90,) * (beginning - shared)
         before = prefix.proxies
-        assert prefix.cut_to(other) is (kept is not None)
+        assert prefix.cut_to(other, ANY_LENGTH) is (kept is not None)
         length = 80 if kept is None else kept
         assert prefix.tokens == TOKENS[:length]
         assert torch.equal(prefix.proxies, before[:, :length])
         for layer in prefix.cache.layers:
             assert (layer.kept, layer.get_seq_length()) == (True, length)
+
+    @pytest.mark.parametrize(("threshold", "kept"), [(64, 72), (75, 80), (80, 80), (81, 72)])
+    def test_it_is_not_cut_over_a_length_at_which_the_model_changes(
+        self, prefix: Prefix, threshold: int, kept: int
+    ) -> None:
+        """It stands for the call in which it was read, however much of it was cut off since."""
+        assert prefix.cut_to(TOKENS[:78], Lengths((79,))) is False
+        assert prefix.cut_to(TOKENS[:72], Lengths((threshold,))) is (kept == 72)
+        assert len(prefix.tokens) == kept
+        assert prefix.cut_to(TOKENS[:66], Lengths((70,))) is False
 
     def test_a_prompt_begins_with_it_and_goes_on(self, prefix: Prefix) -> None:
         """All of it would leave no token to predict the next from."""

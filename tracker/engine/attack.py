@@ -62,10 +62,13 @@ def attack_key(model: Any, ablations: Sequence[Ablation], paths: Sequence[Path])
     config = model.config.to_dict()
     for name in ("_name_or_path", "quantization_config", "dtype"):
         config.pop(name, None)
+    # Which kernels compute it; `to_dict` leaves them out.
+    kernels = [
+        getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")
+    ]
     names = [ablation.name for ablation in ablations]
-    return content_hash(
-        [type(model).__name__, config, names, paths, package_versions(), machine(), code]
-    )
+    of_the_model = [type(model).__name__, config, kernels]
+    return content_hash([of_the_model, names, paths, package_versions(), machine(), code])
 
 
 def reachable(model: Any, reach: int) -> tuple[Path, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from tracker.engine.rows import Lengths
 from tracker.engine.streams import StreamPlan
 
 SHORTEST = 48
@@ -88,7 +89,7 @@ class Prefix:
 
     Attributes:
         plan: For which streams it was read.
-        tokens: Its token ids.
+        tokens: Its token ids; of as many as there were when it was read, or the first of them.
         cache: Its keys and values, as the model's base takes them. A layer holds [computed
             attentions, heads, tokens, size]: only streams that pass its attention, in the plan's
             order, so that a row under the same plan meets its own.
@@ -101,18 +102,22 @@ class Prefix:
     proxies: Tensor
 
     def __post_init__(self) -> None:
-        self._keep(len(self.tokens))
+        self._read = len(self.tokens)
+        self._keep(self._read)
 
-    def cut_to(self, beginning: tuple[int, ...]) -> bool:
+    def cut_to(self, beginning: tuple[int, ...], lengths: Lengths) -> bool:
         """Shorten it to what it shares with another beginning, and say whether that was worth it.
 
         It is where nearly all of the other beginning is shared; if not, nothing is changed. Keys
-        and values of the remaining tokens depend on none that is cut off: the model is causal.
+        and values of the remaining tokens depend on none that is cut off, since the model is
+        causal, and on how many there were only where `lengths` says so.
         """
         pairs = enumerate(zip(self.tokens, beginning, strict=False))
         differing = (i for i, (a, b) in pairs if a != b)
         shared = next(differing, min(len(self.tokens), len(beginning)))
         if shared < max(SHORTEST, WORTH * len(beginning)):
+            return False
+        if lengths.side(shared) != lengths.side(self._read):
             return False
         self._keep(shared)
         return True

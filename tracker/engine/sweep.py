@@ -299,8 +299,9 @@ class Engine:
         if plan.repeats or not self.shares_a_prefix(documents):
             return None
         shared = common_beginning(documents, self.max_length)
-        if self._kept and self._kept[0].plan == plan and self._kept[0].cut_to(shared):
-            return self._kept[0]
+        for kept in self._kept:
+            if kept.plan == plan and kept.cut_to(shared, self.habits.lengths):
+                return kept
         self._kept.clear()
         if len(shared) * plan.attention_passes * self._kept_bytes > self._budget // 2:
             return None
@@ -382,7 +383,11 @@ class Engine:
         kept = next((k for k in self._kept if k.plan == plan and k.begins(prompt)), None)
         self._put_back()
         try:
-            with decoding(self.parts(plan), ablations, prompt, kept) as cache:
+            # A kept beginning was read in inference mode: only there it can be added to.
+            with (
+                torch.inference_mode(),
+                decoding(self.parts(plan), ablations, prompt, kept) as cache,
+            ):
                 name = cache_argument(self.loaded.model)
                 yield {} if name is None else {name: cache}
         finally:
