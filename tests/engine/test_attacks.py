@@ -148,11 +148,11 @@ class TestTheCheckSeesWhatItVouchesFor:
         attack(FAMILIES[family].model(), documents, (0, 2))
 
 
-def gpt_neo() -> Any:
-    """GPT-Neo with the window that its configuration has by default."""
+def gpt_neo(**settings: Any) -> Any:
+    """GPT-Neo with the window that its configuration has by default, or others."""
     return tiny(
         "GPTNeoConfig", vocab_size=VOCABULARY, hidden_size=32, num_layers=4, num_heads=4,
-        attention_types=[[["global", "local"], 2]], max_position_embeddings=512,
+        attention_types=[[["global", "local"], 2]], max_position_embeddings=512, **settings,
     )  # fmt: skip
 
 
@@ -167,6 +167,37 @@ class TestWindowsCountPositions:
     def test_later_documents_fill_a_row_that_is_wider_than_the_window(self):
         documents = Draw(2).letters((60,) * 8, shared=12)
         attack(gpt_neo(), documents, (1,), row_tokens=1024)
+
+
+class Gain(torch.nn.Embedding):
+    """Embeddings with a positive gain a dimension, of which the root is taken."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.gain = torch.nn.Parameter(torch.ones(1, width))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.gain.sqrt()
+
+
+class Gained(transformers.GPTNeoForCausalLM):
+    """GPT-Neo with such embeddings."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer.wte = Gain(config.vocab_size, config.hidden_size)
+        self.lm_head.weight = self.transformer.wte.weight
+
+
+class TestAMiniatureSaysNumbers:
+    """Of a gain's root that is drawn as other weights are, everything would be NaN."""
+
+    def test_a_gain_of_two_dimensions(self):
+        torch.manual_seed(1)
+        model = Gained(gpt_neo(window_size=60).config).eval().requires_grad_(False)
+        draw = Draw(1)
+        documents = [*draw.spoken((12, 12, 10), (2, 3)), *draw.spoken((40, 45), (30, 30))]
+        attack(model, documents, (1,), atol=1e-3)
 
 
 TRAINED = 64

@@ -37,7 +37,7 @@ def every(model: Any) -> list[tuple[str, ...]]:
 
 class TestFindings:
     def test_a_model_that_counts_nothing(self, tiny_model) -> None:
-        model = tiny_model("llama")
+        model = miniature(tiny_model("llama"))
         before = {name: value.clone() for name, value in model.state_dict().items()}
         assert find_habits(model, [POSITIONS]) == Findings()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -164,6 +164,19 @@ class TestFindings:
         small.__class__ = Choosy
         found = find_habits(small, [POSITIONS, WINDOW, ("rope_parameters", "rope_theta")])
         assert set(found.matters) == {WINDOW, ("rope_parameters", "rope_theta")} - {refused}
+
+    def test_a_number_with_which_only_narrower_numbers_do(self, tiny_model) -> None:
+        """Float32 is held against float64."""
+        small = miniature(tiny_model("mistral"))
+
+        class Narrow(type(small)):  # type: ignore[misc]
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                if self.config.sliding_window == 6 and self.dtype == torch.float64:
+                    raise ValueError("too wide")
+                return super().forward(*args, **kwargs)
+
+        small.__class__ = Narrow
+        assert find_habits(small, [WINDOW]).matters == (WINDOW,)
 
     def test_what_is_not_a_number_twice_is_the_same(self, tiny_model) -> None:
         model = tiny_model("llama")

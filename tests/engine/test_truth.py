@@ -99,15 +99,30 @@ def test_a_difference_is_allowed_up_to_a_share_and_told_beyond(engine):
         assert found.wrong == said
 
 
-def test_what_is_not_finite_equals_only_what_is_not_finite(engine):
-    found = Truth(engine).compare(math.nan, INTACT, REQUEST, 0.5, 0.01)
+@pytest.mark.parametrize("right", [math.nan, -math.inf])
+@pytest.mark.parametrize("ours", [math.nan, math.inf, -math.inf, -1.0])
+@pytest.mark.parametrize("proof", [False, True])
+def test_what_is_not_finite_equals_only_its_like(engine, right, ours, proof):
+    """A token that is never said is; NaN equals NaN but where something is to be proven."""
+
+    def never_said(head, arguments, logits):
+        logits[..., 8] = right
+        return logits
+
+    engine.loaded.model.lm_head.register_forward_hook(never_said)
+    found = Truth(engine, proof).compare(ours, INTACT, REQUEST, 0.5, 0.01)
+    if ours == right or (math.isnan(ours) and math.isnan(right) and not proof):
+        assert found == Comparison(1)
+    else:
+        assert (found.compared, found.difference, found.unsteady) == (1, math.inf, 0)
+        assert found.wrong == f"{ours:.6g} nats shared, {right:.6g} on the really pruned model"
+
+
+@pytest.mark.parametrize("ours", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_equals_no_number(engine, ours):
+    found = Truth(engine).compare(ours, INTACT, REQUEST, 0.5, 0.01)
     assert found.difference == math.inf
-    assert found.wrong.startswith("nan nats shared")
-    engine.loaded.model.lm_head.weight[:] = math.nan
-    assert Truth(engine).compare(-math.inf, INTACT, REQUEST, 0.5, 0.01) == Comparison(1)
-    found = Truth(engine).compare(-1.0, INTACT, REQUEST, 0.5, 0.01)
-    assert found.difference == math.inf
-    assert "nan on the really pruned model" in found.wrong
+    assert found.wrong.startswith(f"{ours} nats shared")
 
 
 def test_a_model_near_a_tie_is_unsteady_and_not_wrong(engine):

@@ -36,10 +36,32 @@ KINDS = [
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def at_real_size(config) -> nn.Module:
+class Rooted(transformers.LlamaForCausalLM):
+    """With a positive gain a dimension, of which the root is taken."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gain = nn.Parameter(torch.ones(1, config.hidden_size))
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.gain.sqrt().mean()
+        return output
+
+
+class Silent(transformers.LlamaForCausalLM):
+    """Two tokens are never said."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits[..., 5:7] = -torch.inf
+        return output
+
+
+def at_real_size(config, kind=None) -> nn.Module:
     """A model with shapes and no weights."""
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return (kind or transformers.AutoModelForCausalLM.from_config)(config)
 
 
 def said(model) -> torch.Tensor:
@@ -162,6 +184,43 @@ def test_what_cannot_be_built_small_is_none():
     with torch.device("meta"):
         model = Stubborn(transformers.LlamaConfig(num_hidden_layers=2))
     assert miniature(model) is None
+
+
+def test_a_gain_of_two_dimensions_stays_positive():
+    """Its root is taken: of a negative one all logits would be NaN, and agree with anything."""
+    small = miniature(at_real_size(transformers.LlamaConfig(num_hidden_layers=2), Rooted))
+    assert small.dtype == torch.float64
+    assert said(small).isfinite().all()
+    assert (small.gain > 0).all()
+    assert small.gain.std() > 0.01
+
+
+def test_where_wider_numbers_give_none_they_are_narrower():
+    """A window of no token: float64's lowest number is minus infinity in a softmax of float32."""
+    config = transformers.Qwen2MoeConfig(
+        num_hidden_layers=2,
+        layer_types=["full_attention", "sliding_attention"],
+        attn_implementation="eager",
+    )
+    small = miniature(at_real_size(config))
+    assert small.dtype == torch.float32
+    assert said(small).isfinite().all()
+
+
+def test_tokens_that_are_never_said_are_no_reason_to_have_none():
+    small = miniature(at_real_size(transformers.LlamaConfig(num_hidden_layers=2), Silent))
+    assert (said(small) == -torch.inf).all(0).sum() == 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_that_says_no_numbers_is_none(value):
+    class Lost(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits[:, 4:] = value
+            return output
+
+    assert miniature(at_real_size(transformers.LlamaConfig(num_hidden_layers=2), Lost)) is None
 
 
 def test_the_same_configuration_gives_the_same_weights():

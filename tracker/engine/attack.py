@@ -178,7 +178,7 @@ def _attacked(
     else:
         calls = crossing_calls(vocabulary, engine.max_length)
         asked = list(_asked(calls, ablations, WHOLE, SOME))
-    truth = Truth(engine)
+    truth = Truth(engine, proof=verdict.attacked != "the model")
 
     def compare(sharing: Sharing) -> Comparison:
         found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)

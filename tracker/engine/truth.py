@@ -57,11 +57,14 @@ class Comparison:
 class Truth:
     """Answers requests on models that were really changed.
 
-    The engine knows the model, what a call of it leaves behind, and how to take layers out.
+    The engine knows the model, what a call of it leaves behind, and how to take layers out. With
+    `proof`, NaN on both sides is no agreement: of a miniature it would prove anything, while a real
+    model may well say it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, proof: bool = False) -> None:
         self._engine = engine
+        self._proof = proof
         self._made: tuple[Ablation, Engine] | None = None
         self._answers: dict[tuple[Ablation, Request], Response] = {}
 
@@ -110,13 +113,13 @@ class Truth:
             The comparison.
         """
         right = self.answer(ablation, request).loglikelihood
-        if not math.isfinite(right) and not math.isfinite(ours):
+        if ours == right or (math.isnan(ours) and math.isnan(right) and not self._proof):
             return Comparison(1)
         difference = abs(ours - right)
         if math.isnan(difference):
             difference = math.inf
         allowed = nats + share * abs(right)
-        if difference <= allowed:
+        if difference <= allowed and math.isfinite(difference):
             return Comparison(1, difference)
         if self.moves(ablation, request, difference / CALM):
             return Comparison(1, difference, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def build(kind: type, config: Any, shapes: Shapes | None = None) -> Any | None:
     """Build a model of transformers with random weights, the same ones for the same shapes.
 
     It is in float64, or in float32 where its class computes in nothing wider; None where it cannot
-    be built, is large, does not run, or has others than the wanted shapes.
+    be built, is large, says no numbers, or has others than the wanted shapes.
     """
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
@@ -59,14 +59,14 @@ def build(kind: type, config: Any, shapes: Shapes | None = None) -> Any | None:
                 return None
             if shapes is not None and shapes_of(planned) != shapes:
                 return None
-            for dtype in (torch.float64, torch.float32):
+            for positive, dtype in product((False, True), (torch.float64, torch.float32)):
                 torch.manual_seed(0)
                 own = copy.deepcopy(config)
                 if dtype == torch.float64:
                     # The usual one, all experts in one call, knows no wider numbers than float32.
                     own._experts_implementation = "batched_mm"
                 model = kind(own).to(dtype).eval().requires_grad_(False)
-                _draw(model)
+                _draw(model, positive)
                 if _runs(model):
                     return model
     except Exception:  # noqa: BLE001 - whatever a class says to a configuration that is not its own
@@ -75,21 +75,28 @@ def build(kind: type, config: Any, shapes: Shapes | None = None) -> Any | None:
 
 
 def _runs(model: nn.Module) -> bool:
+    """Whether it says numbers, but of tokens that are never said: NaN would agree with anything."""
     try:
         with torch.inference_mode():
-            duplicate(model)(torch.arange(8)[None] + 3, use_cache=False)
+            logits = duplicate(model)(torch.arange(8)[None] + 3, use_cache=False).logits[0]
     except Exception:  # noqa: BLE001 - the same
         return False
-    return True
+    said = logits[:, (logits != -torch.inf).any(0)]
+    return bool(said.numel() and said.isfinite().all())
 
 
 @torch.no_grad()
-def _draw(model: nn.Module) -> None:
-    """Draw weights with which every layer says something and nothing explodes."""
+def _draw(model: nn.Module, positive: bool) -> None:
+    """Draw weights with which every layer says something and nothing explodes.
+
+    With `positive`, matrices that the class makes positive throughout stay so, as gains would.
+    """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if parameter.ndim > 1:
+        if positive and parameter.ndim > 1 and bool((parameter > 0).all()):
+            parameter.mul_((0.1 * noise).exp())
+        elif parameter.ndim > 1:
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)
         else:
             parameter.add_(0.1 * noise)
