@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -176,6 +177,22 @@ def test_what_cannot_be_differentiated_is_no_number(tiny_model) -> None:
     found = output_proxies(engine, document)
     assert found["gate_gradient"].isnan().all()
     assert found["kl"].isfinite().all()
+
+
+class _Output(NamedTuple):
+    state: torch.Tensor
+    weights: str
+
+
+@pytest.mark.parametrize("kind", [tuple, list, _Output._make])
+def test_a_gate_hands_on_all_else_as_it_came(kind) -> None:
+    state, gate = torch.randn(2, 3, requires_grad=True), torch.ones((), requires_grad=True)
+    found = module._gated(lambda hidden: kind((3 * hidden, "weights")), gate)(state)
+    assert type(found) is type(kind((state, "weights")))
+    torch.testing.assert_close(found[0], 3 * state)
+    assert found[1] == "weights"
+    (by_gate,) = torch.autograd.grad(found[0].sum(), gate)
+    torch.testing.assert_close(by_gate, 2 * state.sum())
 
 
 def test_divergences_of_the_textbook() -> None:

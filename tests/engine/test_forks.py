@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,6 +28,20 @@ ABLATIONS = [
 ]
 
 
+class Mixed(NamedTuple):
+    """What attention returns."""
+
+    state: Tensor
+    weights: str
+
+
+class Named(NamedTuple):
+    """What Reformer's layers return, in short."""
+
+    state: Tensor
+    extra: Any
+
+
 class Mixing(nn.Module):
     """Mixes tokens, and takes what layers of several families are given besides."""
 
@@ -42,7 +56,7 @@ class Mixing(nn.Module):
         scale: Tensor | float = 1.0,
         alibi: Tensor | None = None,
         rotary: tuple[Tensor, dict[str, Tensor]] | None = None,
-    ) -> tuple[Tensor, str]:
+    ) -> Mixed:
         mixed = hidden_states.cumsum(1) * self.weight * scale + shift
         if alibi is not None:
             # A row a text and a head.
@@ -50,7 +64,7 @@ class Mixing(nn.Module):
             mixed = mixed + alibi.view(len(mixed), -1, TOKENS).sum(1)[..., None]
         if rotary is not None:
             mixed = mixed * rotary[0] + rotary[1]["sin"]
-        return mixed, "weights"
+        return Mixed(mixed, "weights")
 
 
 class Adding(nn.Module):
@@ -92,8 +106,9 @@ class Layer(nn.Module):
         if self.named and besides:
             named = {**named, "shift": besides[0]}
             besides = ()
-        mixed, weights = self.attention(*given, *besides, **called, **named)
-        assert weights == "weights"
+        attended = self.attention(*given, *besides, **called, **named)
+        assert attended.weights == "weights"
+        mixed = attended.state
         middle = hidden_states if self.silent == "attention" else hidden_states + mixed
         if self.silent == "mlp":
             after = middle
@@ -101,6 +116,8 @@ class Layer(nn.Module):
             after = self.mlp(middle, residual=middle)
         else:
             after = middle + (self.mlp(hidden_states=middle) if self.named else self.mlp(middle))
+        if self.answer is Named:
+            return Named(after, self.extra)
         return after if self.answer is Tensor else self.answer((after, self.extra))
 
 
@@ -120,7 +137,10 @@ def run(layers: Sequence[Any], hidden: Tensor, named: bool, *args: Any, **kwargs
     for layer in layers:
         given = {"hidden_states": hidden, **kwargs} if named else kwargs
         output = layer(*args, **given) if named else layer(hidden, *args, **given)
-        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(output, Named):
+            hidden = output.state
+        else:
+            hidden = output[0] if type(output) in (tuple, list) else output
     return hidden
 
 
@@ -156,7 +176,7 @@ BESIDES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("besides", BESIDES)
-@pytest.mark.parametrize("answer", [Tensor, tuple, list])
+@pytest.mark.parametrize("answer", [Tensor, tuple, list, Named])
 @pytest.mark.parametrize(("named", "adding"), [(True, False), (False, True), (False, False)])
 def test_every_stream_is_the_model_without(
     besides: str, answer: type, named: bool, adding: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tracker.documents import Document, Request
 from tracker.engine.attack import attack
 from tracker.engine.fitting import first_tokens, fit
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN
-from tracker.engine.stand_in import Fitted, MadeUp
+from tracker.engine.stand_in import Fitted, MadeUp, replacements
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError
@@ -154,6 +155,27 @@ def test_an_attack_tries_them_all_and_finds_them_exact(tiny_model):
     assert verdict.lost is None
     assert verdict.sharing == FULL
     assert NO_PREFIX != FULL
+
+
+class _Output(NamedTuple):
+    state: torch.Tensor
+    weights: str
+
+
+class _Answering(nn.Module):
+    def forward(self, hidden_states, kind):
+        return kind((hidden_states.exp(), "weights"))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, _Output._make])
+def test_a_replaced_layer_returns_all_else_as_it_did(kind):
+    layer, state = _Answering(), torch.randn(2, 3, 6)
+    ablation = Ablation(replaced=(("scale", 1),))
+    replacements(ablation, {1: MadeUp(1)}, "Class")[1](layer)
+    found = layer(state, kind)
+    assert type(found) is type(kind((state, "weights")))
+    torch.testing.assert_close(found[0], 0.7 * state)
+    assert found[1] == "weights"
 
 
 def test_what_a_replaced_layer_costs_is_what_it_passes():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -44,6 +46,45 @@ def test_windows_are_seen_layer_by_layer(tiny_model):
     assert sight.tokens == 12
     found = [None if first is None else first.tolist() for first in sight.first]
     assert found == [window if kind == "sliding_attention" else None for kind in MIXED]
+
+
+class Output(NamedTuple):
+    state: torch.Tensor
+    weights: str
+
+
+class Answering(nn.Module):
+    """Returns several things, by their names or not."""
+
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, hidden_states, attention_mask=None):
+        return self.kind((hidden_states, "weights"))
+
+
+class Base(nn.Module):
+    """Makes a causal mask, and takes what its layers return as it comes."""
+
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Answering(kind) for _ in range(2))
+
+    def forward(self, input_ids, use_cache):
+        tokens = input_ids.shape[1]
+        hidden, mask = torch.ones(1, tokens, 4), as_added(CAUSAL[:tokens, :tokens])
+        for layer in self.layers:
+            output = layer(hidden, mask)
+            assert type(output) is type(layer.kind((hidden, "weights")))
+            hidden, weights = output
+            assert weights == "weights"
+
+
+@pytest.mark.parametrize("kind", [tuple, list, Output._make])
+def test_layers_are_looked_at_whatever_they_return(kind):
+    base = Base(kind)
+    assert look(base, base.layers, 5, CPU) == Sight(5, (None, None))
 
 
 def test_a_mask_is_reduced_to_where_each_token_begins_to_see():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -142,9 +143,18 @@ def test_a_copy_has_what_is_fresh_for_its_own_and_shares_the_rest() -> None:
     assert moved.tied_params_map is hook.tied_params_map
 
 
-@pytest.mark.parametrize("output", [("made", "kept", 3), ["made", "kept", 3]])
-def test_a_layer_that_stays_returns_its_input_and_all_else_that_it_made(output) -> None:
-    handed = type(output)((HIDDEN, "kept", 3))
+class Named(NamedTuple):
+    """What Reformer's layers return, in short."""
+
+    state: Any
+    weights: str
+    number: int
+
+
+@pytest.mark.parametrize("kind", [tuple, list, Named._make])
+def test_a_layer_that_stays_returns_its_input_and_all_else_that_it_made(kind) -> None:
+    output, handed = kind(("made", "kept", 3)), kind((HIDDEN, "kept", 3))
+    assert type(_hand_on(nn.Module(), (HIDDEN, "mask"), {}, output)) is type(handed)
     assert _hand_on(nn.Module(), (HIDDEN, "mask"), {}, output) == handed
     assert _hand_on(nn.Module(), ("mask",), {"hidden_states": HIDDEN}, output) == handed
     assert _hand_on(nn.Module(), (HIDDEN,), {}, "made") is HIDDEN
@@ -179,13 +189,14 @@ def test_a_sublayer_that_adds_to_the_stream_itself_hands_it_on(by_name: bool) ->
     assert torch.equal(found, stream)
 
 
-@pytest.mark.parametrize("kind", [tuple, list])
-def test_a_silent_sublayer_keeps_what_else_it_returns(kind: type) -> None:
+@pytest.mark.parametrize("kind", [tuple, list, Named._make])
+def test_a_silent_sublayer_keeps_what_else_it_returns(kind) -> None:
     made = torch.ones(3, 4, 5)
-    found = _add_nothing(nn.Module(), (made,), {}, kind((made, "weights", 3)))
-    assert type(found) is kind
+    output = kind((made, "weights", 3))
+    found = _add_nothing(nn.Module(), (made,), {}, output)
+    assert type(found) is type(output)
     assert torch.equal(found[0], torch.zeros(3, 4, 5))
-    assert found[1:] == kind(("weights", 3))
+    assert found[1:] == output[1:]
     assert torch.equal(_add_nothing(nn.Module(), (made,), {}, made), torch.zeros(3, 4, 5))
 
 

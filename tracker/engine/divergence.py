@@ -22,7 +22,7 @@ from tracker.engine.score import run_base
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
 from tracker.models.pruned import put_back
-from tracker.models.sublayers import replaced_forward
+from tracker.models.sublayers import replaced_forward, with_first
 
 IMPOSSIBLE = -1e4
 """The log-probability of what a model masks out: small enough to be 0 as a probability."""
@@ -222,10 +222,8 @@ def _gated(forward: Callable[..., Any], gate: Tensor) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         output = forward(*args, **kwargs)
-        several = isinstance(output, (tuple, list))
-        after = output[0] if several else output
+        after = output[0] if isinstance(output, (tuple, list)) else output
         update = (after - before.to(after.device)).detach()
-        passed = after + (gate.to(after) - 1) * update
-        return type(output)((passed, *output[1:])) if several else passed
+        return with_first(output, after + (gate.to(after) - 1) * update)
 
     return call

@@ -17,7 +17,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.stand_in import StandIn
 from tracker.engine.streams import LayerStep, StreamPlan
 from tracker.models.quantised import linear_maps, outputs_first, quantised
-from tracker.models.sublayers import Sublayers, nothing, replaced_forward
+from tracker.models.sublayers import Sublayers, nothing, replaced_forward, with_first
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer and the baseline's input and output of it, each [rows, tokens, hidden]."""
@@ -176,8 +176,7 @@ class _LayerFork:
                 after[stream] = self.stand_in.change(action, before[step.origin(stream)])
         if self.observe is not None:
             self.observe(self.index, before[0].to(after.device), after[0])
-        merged = after.flatten(0, 1)
-        return type(output)((merged, *output[1:])) if several else merged
+        return with_first(output, after.flatten(0, 1))
 
     def _passed(
         self, going: Tensor, rest: Any, kwargs: Any, rows: tuple[int, ...], streams: int
@@ -279,7 +278,7 @@ class _SublayerFork:
                 for place, source in enumerate(self.sources)
             ]
         ).flatten(0, 1)
-        return (merged, *output[1:]) if isinstance(output, (tuple, list)) else merged
+        return with_first(output, merged)
 
     def _chosen(self, value: Any, hidden: Tensor, computed: list[int]) -> Any:
         """Cut what has a row a stream and a column a token, as the hidden states have."""

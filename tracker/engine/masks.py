@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Row
-from tracker.models.sublayers import replaced_forward
+from tracker.models.sublayers import replaced_forward, with_first
 
 ARGUMENT = "attention_mask"
 
@@ -58,9 +58,7 @@ def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) ->
         def call(*args: Any, **kwargs: Any) -> Any:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             seen[index] = _given(layers[index], args, kwargs)
-            if isinstance(shape, (tuple, list)):
-                return type(shape)((hidden, *shape[1:]))
-            return hidden
+            return with_first(shape, hidden)
 
         return call
 

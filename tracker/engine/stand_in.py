@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tracker.ablations import Ablation, Action
 from tracker.models.quantised import quantise
+from tracker.models.sublayers import with_first
 
 
 class StandIn(Protocol):
@@ -94,7 +95,6 @@ def _replace(action: Action, stand_in: StandIn | None, name: str, layer: nn.Modu
 
     def instead(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        after = stand_in.change(action, state)
-        return type(output)((after, *output[1:])) if isinstance(output, (tuple, list)) else after
+        return with_first(output, stand_in.change(action, state))
 
     layer.register_forward_hook(instead, with_kwargs=True)

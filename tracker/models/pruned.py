@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.models.layers import find_layers, owner
-from tracker.models.sublayers import nothing
+from tracker.models.sublayers import nothing, with_first
 
 State = dict[tuple[str, str], Any]
 """(path of a module, attribute) → value."""
@@ -234,7 +234,7 @@ def _computed(config: Any) -> Iterator[tuple[str, Any]]:
 def _hand_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Let a layer, which still runs, return its input."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
+    return with_first(output, hidden)
 
 
 def _once_more(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -249,8 +249,7 @@ def _once_more(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 def _add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Let a sublayer, which still runs, add nothing to the residual stream."""
     added = output[0] if isinstance(output, (tuple, list)) else output
-    silent = nothing(module, args, kwargs, added, len(added))
-    return type(output)((silent, *output[1:])) if isinstance(output, (tuple, list)) else silent
+    return with_first(output, nothing(module, args, kwargs, added, len(added)))
 
 
 @torch.no_grad()

@@ -73,9 +73,9 @@ def silenced(modules: Sequence[nn.Module]) -> Iterator[None]:
     """
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        added = output[0] if isinstance(output, tuple) else output
+        added = output[0] if isinstance(output, (tuple, list)) else output
         silent = nothing(module, args, kwargs, added, len(added))
-        return (silent, *output[1:]) if isinstance(output, tuple) else silent
+        return with_first(output, silent)
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
     try:
@@ -83,6 +83,15 @@ def silenced(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def with_first(output: Any, first: Any) -> Any:
+    """Give what a module returned, alone or before others, with something else in its place."""
+    if not isinstance(output, (tuple, list)):
+        return first
+    # A named tuple is not made of one sequence, as others are.
+    make = getattr(type(output), "_make", type(output))
+    return make((first, *output[1:]))
 
 
 def nothing(
