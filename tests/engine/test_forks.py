@@ -202,6 +202,30 @@ def test_what_comes_by_its_place_is_repeated_too() -> None:
         torch.testing.assert_close(streams[stream], without(layers, ablation, hidden, False, shift))
 
 
+class Second(Layer):
+    """Takes the hidden state as its second argument, as Reformer's layers do."""
+
+    def forward(self, shift: Any, hidden_states: Tensor) -> Any:
+        return super().forward(hidden_states, shift)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_hidden_state_that_comes_by_its_name_goes_by_its_name(by_name: bool) -> None:
+    layers, hidden, shift = make(), hidden_states(), torch.tensor(2.0)
+    expected = {a: without(layers, a, hidden, False, shift) for a in ABLATIONS}
+    for layer in layers:
+        layer.__class__ = Second
+    plan = plan_streams(ABLATIONS, 3)
+    found = hidden
+    with forking(layers, plan, parts(layers)):
+        for layer in layers:
+            given = {"shift": shift} if by_name else {}
+            found = layer(*(() if by_name else (shift,)), hidden_states=found, **given)
+    streams = found.unflatten(0, (plan.streams, ROWS))
+    for ablation, stream in zip(ABLATIONS, plan.stream_of, strict=True):
+        torch.testing.assert_close(streams[stream], expected[ablation])
+
+
 def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:
     """As while texts are generated: each stream is a text with positions of its own."""
     layers, count = make(), len(ABLATIONS)

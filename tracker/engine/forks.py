@@ -137,7 +137,7 @@ class _LayerFork:
             args, kwargs = self.masks.put(self.index, self.mask_place, args, kwargs)
         named = "hidden_states" in kwargs
         hidden: Tensor = kwargs.pop("hidden_states") if named else args[0]
-        rest = args[1:]
+        rest = args if named else args[1:]
         if len(hidden) % step.streams:
             raise RefusalError("something between its layers changes the batch")
         before = _by_stream(hidden, step.streams)
@@ -148,7 +148,7 @@ class _LayerFork:
         if self.batched and not everyone:
             rest, kwargs = _cut((rest, kwargs), step.streams, entering)
         rows = tuple(before.shape[1:])
-        output = self._passed(going, rest, kwargs, rows, len(entering))
+        output = self._passed(going, named, rest, kwargs, rows, len(entering))
         several = isinstance(output, (tuple, list))
         passed = output[0] if several else output
         if several:
@@ -160,7 +160,7 @@ class _LayerFork:
                 raise RefusalError("a layer that is passed twice would need two caches")
             self.turn.second = True
             once = passed[repeating].flatten(0, 1)
-            twice = self._passed(once, rest, kwargs, rows, len(repeating))
+            twice = self._passed(once, named, rest, kwargs, rows, len(repeating))
             self.turn.second = False
             twice = twice[0] if several else twice
             passed[repeating] = _by_stream(twice, len(repeating))
@@ -179,13 +179,22 @@ class _LayerFork:
         return with_first(output, after.flatten(0, 1))
 
     def _passed(
-        self, going: Tensor, rest: Any, kwargs: Any, rows: tuple[int, ...], streams: int
+        self,
+        going: Tensor,
+        named: bool,
+        rest: Any,
+        kwargs: Any,
+        rows: tuple[int, ...],
+        streams: int,
     ) -> Any:
         """Let streams pass the layer, and refuse what it returns where that is no hidden state."""
         if streams > 1 and not self.batched:
             rest = tuple(_per_stream("", value, rows, streams) for value in rest)
             kwargs = {n: _per_stream(n, v, rows, streams) for n, v in kwargs.items()}
-        output = self.layer(going, *rest, **kwargs)
+        if named:
+            output = self.layer(*rest, **{**kwargs, "hidden_states": going})
+        else:
+            output = self.layer(going, *rest, **kwargs)
         passed = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(passed, Tensor) or passed.shape != going.shape:
             raise RefusalError(
