@@ -226,6 +226,60 @@ def test_a_hidden_state_that_comes_by_its_name_goes_by_its_name(by_name: bool) -
         torch.testing.assert_close(streams[stream], expected[ablation])
 
 
+class InPlace(nn.Module):
+    """Adds to the residual stream in place, as much remote code does."""
+
+    def __init__(self, number: int, returns_it: bool) -> None:
+        super().__init__()
+        self.number, self.returns_it = number, returns_it
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states += torch.sin(hidden_states + self.number)
+        return hidden_states if self.returns_it else 1.0 * hidden_states
+
+
+@pytest.mark.parametrize("returns_it", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_layer_that_writes_into_its_input_gets_a_copy(returns_it: bool, named: bool) -> None:
+    layers = nn.ModuleList(InPlace(number, returns_it) for number in range(3))
+    ablations = [INTACT, ablate("layer", [1]), ablate("layer", [0]), ablate("layer", [1, 2])]
+    seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def observe(*what: Any) -> None:
+        seen.append(what)
+
+    for ways in (ablations, ablations[:1]):
+        plan, hidden = plan_streams(ways, 3), hidden_states()
+        for _ in range(2):
+            seen.clear()
+            with torch.inference_mode(), forking(layers, plan, observe=observe):
+                found = run(layers, hidden, named).unflatten(0, (plan.streams, ROWS))
+            assert torch.equal(hidden, hidden_states())
+            for number, before, after in seen:
+                state = run(layers[:number], hidden_states(), named)
+                torch.testing.assert_close(before, state)
+                torch.testing.assert_close(after, layers[number](state.clone()))
+            for ablation, stream in zip(ways, plan.stream_of, strict=True):
+                left = [each for n, each in enumerate(layers) if n not in ablation.layers]
+                torch.testing.assert_close(found[stream], run(left, hidden_states(), named))
+
+
+def test_a_layer_that_only_reads_is_copied_for_once() -> None:
+    layers, given = make(), []
+    hidden = hidden_states()
+    honest = layers[0].forward
+
+    def noting(state: Tensor) -> Any:
+        given.append(state)
+        return honest(state)
+
+    layers[0].forward = noting
+    for _ in range(3):
+        with forking(layers, plan_streams([INTACT], 3)):
+            run(layers, hidden, False)
+    assert [each is hidden for each in given] == [False, True, True]
+
+
 def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:
     """As while texts are generated: each stream is a text with positions of its own."""
     layers, count = make(), len(ABLATIONS)

@@ -163,8 +163,10 @@ class _Output(NamedTuple):
 
 
 class _Answering(nn.Module):
+    """Writes into its input, as layers may."""
+
     def forward(self, hidden_states, kind):
-        return kind((hidden_states.exp(), "weights"))
+        return kind((hidden_states.exp_(), "weights"))
 
 
 @pytest.mark.parametrize("kind", [tuple, list, _Output._make])
@@ -172,9 +174,10 @@ def test_a_replaced_layer_returns_all_else_as_it_did(kind):
     layer, state = _Answering(), torch.randn(2, 3, 6)
     ablation = Ablation(replaced=(("scale", 1),))
     replacements(ablation, {1: MadeUp(1)}, "Class")[1](layer)
-    found = layer(state, kind)
+    found = layer(state.clone(), kind)
     assert type(found) is type(kind((state, "weights")))
     torch.testing.assert_close(found[0], 0.7 * state)
+    torch.testing.assert_close(layer(hidden_states=state.clone(), kind=kind)[0], 0.7 * state)
     assert found[1] == "weights"
 
 

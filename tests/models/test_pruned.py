@@ -18,7 +18,6 @@ from tracker.models.pruned import (
 )
 from tracker.models.pruned import (
     _add_nothing,
-    _hand_on,
     changed,
     cut_config,
     duplicate,
@@ -26,6 +25,7 @@ from tracker.models.pruned import (
     put_back,
     remember,
 )
+from tracker.models.sublayers import returning
 
 HIDDEN = torch.tensor([[1.0, 2.0]])
 
@@ -151,14 +151,32 @@ class Named(NamedTuple):
     number: int
 
 
+class Writing(nn.Module):
+    """Writes into its input, as layers may."""
+
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, hidden_states, number):
+        return self.kind((hidden_states.exp_(), "kept", number))
+
+
 @pytest.mark.parametrize("kind", [tuple, list, Named._make])
 def test_a_layer_that_stays_returns_its_input_and_all_else_that_it_made(kind) -> None:
-    output, handed = kind(("made", "kept", 3)), kind((HIDDEN, "kept", 3))
-    assert type(_hand_on(nn.Module(), (HIDDEN, "mask"), {}, output)) is type(handed)
-    assert _hand_on(nn.Module(), (HIDDEN, "mask"), {}, output) == handed
-    assert _hand_on(nn.Module(), ("mask",), {"hidden_states": HIDDEN}, output) == handed
-    assert _hand_on(nn.Module(), (HIDDEN,), {}, "made") is HIDDEN
-    assert _hand_on(nn.Module(), (), {"hidden_states": HIDDEN}, "made") is HIDDEN
+    layer = Writing(kind)
+    returning(layer, lambda state: state)
+    for found in (layer(HIDDEN.clone(), 3), layer(number=3, hidden_states=HIDDEN.clone())):
+        assert type(found) is type(kind((HIDDEN, "kept", 3)))
+        assert torch.equal(found[0], HIDDEN)
+        assert tuple(found[1:]) == ("kept", 3)
+
+
+def test_a_layer_that_stays_and_returns_one_thing_returns_its_input() -> None:
+    layer = Writing(lambda several: several[0])
+    returning(layer, lambda state: state)
+    assert torch.equal(layer(HIDDEN.clone(), 3), HIDDEN)
+    assert torch.equal(layer(hidden_states=HIDDEN.clone(), number=3), HIDDEN)
 
 
 @pytest.mark.parametrize(("part", "last"), [("self_attn", "o_proj"), ("mlp", "down_proj")])

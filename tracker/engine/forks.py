@@ -17,7 +17,14 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.stand_in import StandIn
 from tracker.engine.streams import LayerStep, StreamPlan
 from tracker.models.quantised import linear_maps, outputs_first, quantised
-from tracker.models.sublayers import Sublayers, nothing, replaced_forward, with_first
+from tracker.models.sublayers import (
+    Sublayers,
+    lent,
+    nothing,
+    replaced_forward,
+    returned,
+    with_first,
+)
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called with a layer and the baseline's input and output of it, each [rows, tokens, hidden]."""
@@ -64,6 +71,7 @@ def forking(
             turn = _Turn()
             fork = _LayerFork(
                 index,
+                layer,
                 step,
                 layer.forward,
                 observe,
@@ -115,6 +123,7 @@ class _LayerFork:
     """
 
     index: int
+    module: nn.Module
     step: LayerStep
     layer: Callable[..., Any]
     observe: Observer | None
@@ -144,11 +153,13 @@ class _LayerFork:
         entering = list(step.entering)
         origins = [step.origin(stream) for stream in entering]
         everyone = origins == list(range(step.streams))
-        going = hidden if everyone else before[origins].flatten(0, 1)
+        going = lent(self.module, hidden) if everyone else before[origins].flatten(0, 1)
         if self.batched and not everyone:
             rest, kwargs = _cut((rest, kwargs), step.streams, entering)
         rows = tuple(before.shape[1:])
         output = self._passed(going, named, rest, kwargs, rows, len(entering))
+        if everyone:
+            returned(self.module, going, hidden)
         several = isinstance(output, (tuple, list))
         passed = output[0] if several else output
         if several:

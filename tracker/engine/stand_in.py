@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tracker.ablations import Ablation, Action
 from tracker.models.quantised import quantise
-from tracker.models.sublayers import with_first
+from tracker.models.sublayers import returning
 
 
 class StandIn(Protocol):
@@ -92,9 +92,4 @@ def _replace(action: Action, stand_in: StandIn | None, name: str, layer: nn.Modu
         quantise(layer, 8 if action is Action.INT8 else 4, name)
         return
     assert stand_in is not None
-
-    def instead(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return with_first(output, stand_in.change(action, state))
-
-    layer.register_forward_hook(instead, with_kwargs=True)
+    returning(layer, partial(stand_in.change, action))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.models.layers import find_layers, owner
-from tracker.models.sublayers import nothing, with_first
+from tracker.models.sublayers import nothing, returning, with_first
 
 State = dict[tuple[str, str], Any]
 """(path of a module, attribute) → value."""
@@ -71,9 +71,10 @@ def pruned(
         change(own[index])
     kept = [i for i in range(len(layers)) if i not in removed for _ in range(1 + (i in repeated))]
     if stay:
-        for indices, hook in ((removed, _hand_on), (repeated, _once_more)):
-            for index in indices:
-                own[index].register_forward_hook(hook, with_kwargs=True)
+        for index in removed:
+            returning(own[index], lambda state: state)
+        for index in repeated:
+            own[index].register_forward_hook(_once_more, with_kwargs=True)
     elif kept != list(range(len(layers))):
         _take_out(twin, kept)
     for module in silent:
@@ -229,12 +230,6 @@ def _computed(config: Any) -> Iterator[tuple[str, Any]]:
                     yield name, getattr(config, name)
                 except Exception:  # noqa: BLE001 - a property of transformers that is not for us
                     continue
-
-
-def _hand_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """Let a layer, which still runs, return its input."""
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return with_first(output, hidden)
 
 
 def _once_more(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

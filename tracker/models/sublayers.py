@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,37 @@ def with_first(output: Any, first: Any) -> Any:
     # A named tuple is not made of one sequence, as others are.
     make = getattr(type(output), "_make", type(output))
     return make((first, *output[1:]))
+
+
+def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Let a layer, which still runs, return for good what is made of its input."""
+    given: list[Tensor] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        # Cloned, since the layer may write into it.
+        given[:] = [state.clone()]
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return with_first(output, make(given.pop()))
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(after, with_kwargs=True)
+
+
+_READING: WeakSet[nn.Module] = WeakSet()
+"""Layers that were seen to write nothing into their input."""
+
+
+def lent(layer: nn.Module, state: Tensor) -> Tensor:
+    """Give a layer its input, or a copy for as long as it may write into it (`x += f(x)`)."""
+    return state if layer in _READING else state.clone()
+
+
+def returned(layer: nn.Module, given: Tensor, state: Tensor) -> None:
+    """Look whether a layer wrote into what `lent` gave it; if not, that is known from now on."""
+    if given is not state and torch.equal(given, state):
+        _READING.add(layer)
 
 
 def nothing(
