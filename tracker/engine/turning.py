@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tracker.engine.rows import measured_texts
 from tracker.engine.sweep import Engine
 from tracker.metrics.influence import angular_distance, cosine_similarity, relative_update
 from tracker.models.pruned import put_back
+from tracker.models.sublayers import replaced_forward, undisturbed
 
 
 @torch.inference_mode()
@@ -66,15 +67,17 @@ def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Take down what goes into each layer and what comes out of it, [tokens, width]."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        after = output[0] if isinstance(output, (tuple, list)) else output
-        # Several residual streams side by side are one state.
-        seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))
+    def noting(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before, output = undisturbed(layer, forward, args, kwargs)
+            after = output[0] if isinstance(output, (tuple, list)) else output
+            # Several residual streams side by side are one state.
+            seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))
+            return output
 
-    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
-    try:
+        return call
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, noting(layer, layer.forward)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

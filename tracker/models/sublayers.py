@@ -126,6 +126,21 @@ def returned(layer: nn.Module, given: Tensor, state: Tensor) -> None:
         _READING.add(layer)
 
 
+def undisturbed(
+    layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Any]:
+    """Call a layer's forward pass; its input as it was before, and what it returns."""
+    named = "hidden_states" in kwargs
+    state: Tensor = kwargs["hidden_states"] if named else args[0]
+    given = lent(layer, state)
+    if named:
+        output = forward(*args, **{**kwargs, "hidden_states": given})
+    else:
+        output = forward(given, *args[1:], **kwargs)
+    returned(layer, given, state)
+    return state, output
+
+
 def nothing(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], like: Tensor, batch: int
 ) -> Tensor:
