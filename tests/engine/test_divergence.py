@@ -184,10 +184,24 @@ class _Output(NamedTuple):
     weights: str
 
 
+class _Tripling(torch.nn.Module):
+    def __init__(self, kind, in_place: bool) -> None:
+        super().__init__()
+        self.kind, self.in_place = kind, in_place
+
+    def forward(self, hidden_states):
+        if self.in_place:
+            hidden_states += 2 * hidden_states
+            return self.kind((hidden_states, "weights"))
+        return self.kind((3 * hidden_states, "weights"))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("kind", [tuple, list, _Output._make])
-def test_a_gate_hands_on_all_else_as_it_came(kind) -> None:
+def test_a_gate_hands_on_all_else_as_it_came(kind, in_place: bool) -> None:
     state, gate = torch.randn(2, 3, requires_grad=True), torch.ones((), requires_grad=True)
-    found = module._gated(lambda hidden: kind((3 * hidden, "weights")), gate)(state)
+    layer = _Tripling(kind, in_place)
+    found = module._gated(layer, gate)(1 * state)
     assert type(found) is type(kind((state, "weights")))
     torch.testing.assert_close(found[0], 3 * state)
     assert found[1] == "weights"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
@@ -22,7 +22,7 @@ from tracker.engine.score import run_base
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
 from tracker.models.pruned import put_back
-from tracker.models.sublayers import replaced_forward, with_first
+from tracker.models.sublayers import replaced_forward, undisturbed, with_first
 
 IMPOSSIBLE = -1e4
 """The log-probability of what a model masks out: small enough to be 0 as a probability."""
@@ -204,7 +204,7 @@ def _differentiated(engine: Engine, tokens: Sequence[int], measured: int) -> Ten
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)
         for gate, layer in zip(gates, layers, strict=True):
-            stack.enter_context(replaced_forward(layer, _gated(layer.forward, gate)))
+            stack.enter_context(replaced_forward(layer, _gated(layer, gate)))
         ids = torch.tensor([tokens], device=engine.loaded.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : len(tokens) - 1]
         wanted = ids[0, start:, None].to(logits.device)
@@ -216,12 +216,13 @@ def _differentiated(engine: Engine, tokens: Sequence[int], measured: int) -> Ten
     return gradient.double().cpu()
 
 
-def _gated(forward: Callable[..., Any], gate: Tensor) -> Callable[..., Any]:
+def _gated(layer: nn.Module, gate: Tensor) -> Callable[..., Any]:
     """Let a gate of 1 stand before a layer's update: the same figures, and a derivative by it."""
 
+    forward = layer.forward
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        output = forward(*args, **kwargs)
+        before, output = undisturbed(layer, forward, args, kwargs)
         after = output[0] if isinstance(output, (tuple, list)) else output
         update = (after - before.to(after.device)).detach()
         return with_first(output, after + (gate.to(after) - 1) * update)
