@@ -12,6 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tests.engine.plain import MAX_LENGTH, loaded, make_documents
 from tracker.engine.sweep import Engine
 from tracker.engine.turning import turning
+from tracker.errors import ModelError
+from tracker.models.sublayers import find_sublayers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,6 +26,26 @@ class InPlace(LlamaDecoderLayer):
         hidden_states += self.self_attn(hidden_states=normed, **kwargs)[0]
         hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
+
+
+class Growing(InPlace):
+    """Adds, besides what its two parts say, one."""
+
+    def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+        hidden_states += 1
+        return super().forward(hidden_states, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(InPlace, False), (Growing, True)])
+def test_that_a_layer_adds_what_its_parts_say_is_seen(tiny_model, kind, refused: bool) -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.__class__ = kind
+    if refused:
+        with pytest.raises(ModelError, match="both its first and last part it changes its input"):
+            find_sublayers(model, model.model.layers)
+    else:
+        assert len(find_sublayers(model, model.model.layers)) == 4
 
 
 def test_layers_that_write_into_the_stream_turn_it_as_others_do(tiny_model) -> None:

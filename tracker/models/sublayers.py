@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -194,18 +194,21 @@ def _prove(
     other[0, 0] += 1
     unchanged: list[bool] = []
 
-    def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        after = output[0] if isinstance(output, tuple) else output
-        unchanged.append(torch.equal(before, after.to(before.device)))
+    def comparing(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            before = state.clone()
+            output = forward(*args, **kwargs)
+            after = output[0] if isinstance(output, tuple) else output
+            unchanged.append(torch.equal(before, after.to(before.device)))
+            return output
 
-    handles = [layer.register_forward_hook(compare, with_kwargs=True) for layer in layers]
-    try:
-        with silenced([*attention, *mlp]):
-            model(text, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+        return call
+
+    with silenced([*attention, *mlp]), ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, comparing(layer.forward)))
+        model(text, use_cache=False)
     if not all(unchanged):
         layer = layers[unchanged.index(False)]
         raise _unknown(model, layer, "without both its first and last part it changes its input")
