@@ -82,7 +82,10 @@ def test_what_is_saved_is_the_really_pruned_model_or_refused(family, tmp_path):
     model = variant.model()
     twin = without(model, REMOVED)
     again = reloaded(twin, tmp_path)
-    assert torch.equal(logits(again), logits(twin))
+    kept = twin.state_dict()
+    assert all(torch.equal(weight, kept[name]) for name, weight in again.state_dict().items())
+    # On some processors a matrix product adds up in another order where weights lie otherwise.
+    assert torch.allclose(logits(again), logits(twin), atol=1e-5)
     assert again.config.get_text_config().num_hidden_layers == len(find_layers(model)) - 2
     assert not torch.allclose(logits(again), logits(model), atol=1e-3), "they mattered"
 
