@@ -197,6 +197,7 @@ def _prove(
     def comparing(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            # Not `undisturbed`: with its parts silent a layer that writes seems to read only.
             before = state.clone()
             output = forward(*args, **kwargs)
             after = output[0] if isinstance(output, tuple) else output
