@@ -106,6 +106,12 @@ def test_pairs_are_those_of_models_that_really_lack_both(
     # The section shows the pairs; as cells they would count among those that proxies order.
     page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
     assert "1 model, 1 cell;" in page
+    images = api.report(tmp_path / "results", form="png").files
+    charts = {f"joint--{path.stem}-{n}" for n in range(1, len(done.finding.charts) + 1)}
+    assert charts < {image.stem for image in images}
+    assert not any("without-layer" in image.stem for image in images)
+    (text,) = api.report(tmp_path / "results", form="md").files
+    assert "without layer" not in text.read_text(encoding="utf-8").lower()
 
     again = api.study("joint", path, results=tmp_path / "results", track=[])
     assert again.outcome.models_loaded == 0

@@ -22,7 +22,7 @@ from tracker.ledger.store import Ledger
 from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.pruning import cells
 from tracker.pruning.conduct import Answered
-from tracker.reporting.studies import is_step, searched
+from tracker.reporting.studies import standing_alone
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Pruning, Way
 from tracker.studies.prune.gathering import _at_chance
 from tracker.studies.prune.sentences import _against_paper, _verdict
@@ -202,10 +202,11 @@ def test_it_shares_everything_and_shows_no_step_twice(folder, studied, monkeypat
     page = (folder / "results" / "report.html").read_text(encoding="utf-8")
     assert finding.question in page
     # First steps take one layer of all; where every layer was one, it is a cell like any other.
+    alone = standing_alone(list(held.values()), [finding])
     for cell in held.values():
         whole = not cell.removed and len(cell.runs) == cell.model.layers
-        assert is_step(cell, searched([finding])) == (not whole)
-    assert any(is_step(cell, searched([finding])) and not cell.removed for cell in held.values())
+        assert (cell in alone) == whole
+    assert any(cell not in alone and not cell.removed for cell in held.values())
     # `tracker prune` finds the same sets, and the study the same answer, with no model loaded.
     monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
     kept = searches(folder / "results", {})

@@ -29,7 +29,7 @@ from tracker.reporting.leaderboard.comparable import models_of
 from tracker.reporting.leaderboard.layers import layer_board
 from tracker.reporting.leaderboard.models import model_board
 from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
-from tracker.reporting.studies import study_frames, study_table
+from tracker.reporting.studies import study_chart, study_frames, study_table
 from tracker.reporting.tables import overview_table
 
 More = Mapping[str, pd.DataFrame]
@@ -47,9 +47,13 @@ def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
     }
 
 
-def figures(cells: Sequence[CellRecord]) -> dict[str, go.Figure]:
-    """Draw what stands well alone: each cell's charts and each model's heat map, by file stem."""
-    found: dict[str, go.Figure] = {}
+def figures(cells: Sequence[CellRecord], findings: Found = ()) -> dict[str, go.Figure]:
+    """Draw what stands well alone: studies' charts, heat maps, cells' charts, by file stem."""
+    found = {
+        f"{each.name}-{number}": study_chart(drawn).figure()
+        for each in findings
+        for number, drawn in enumerate(each.charts, 1)
+    }
     groups = models_of(cells)
     names = wording.model_labels([group[0].model for group in groups])
     for name, group in zip(names, groups, strict=True):
@@ -76,7 +80,8 @@ def export(
         form: A key of `FORMATS`.
         place: A file for `md` and `tex`, a folder otherwise.
         more: What `csv` and `parquet` hold besides the records' `frames`, by name.
-        findings: What studies found: in `md` as sections, in `csv` and `parquet` a frame a table.
+        findings: What studies found: in `md` as sections, in `csv` and `parquet` a frame a table,
+            in `png` and `pdf` their charts.
 
     Returns:
         The files.
@@ -213,7 +218,7 @@ def _images(
             f"{end} figures need a package more; type: {install_extra('figures')}"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = figures(cells)
+    drawn = figures(cells, findings)
     paths = [folder / f"{name}.{end}" for name in drawn]
     for figure in drawn.values():
         # Paper is white, and a figure on paper stands alone.

@@ -26,7 +26,7 @@ from tracker.reporting.downloads import layer_files, packed, packed_json
 from tracker.reporting.leaderboard import rules
 from tracker.reporting.leaderboard.proxies import agreements
 from tracker.reporting.sentences import agreement_sentence, compared_sentence
-from tracker.reporting.studies import is_step, searched, study_sections
+from tracker.reporting.studies import standing_alone, study_sections
 from tracker.text import harmless
 
 _OPEN_CELLS = 12
@@ -92,9 +92,7 @@ def render_page(
         return Markup(loader.get_source(environment, name)[0])
 
     studies = study_sections(findings, cells)
-    # One that was asked for no run is what an export was held against.
-    steps = searched(findings).union(searches)
-    cells = [c for c in cells if (c.runs or c.missing) and not is_step(c, steps)]
+    cells = standing_alone(cells, findings, searches)
     models = sections.model_sections(cells, decided)
     across = sections.across_section(cells, models)
     ids = {s.cell.place: s.id for model in models for s in model.cells}

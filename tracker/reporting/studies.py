@@ -76,15 +76,22 @@ def study_sections(
     )
 
 
-def searched(findings: Sequence[FindingRecord]) -> set[Place]:
-    """List the cells of searches' steps, and of pairs."""
-    return {
+def standing_alone(
+    cells: Sequence[CellRecord], findings: Sequence[FindingRecord], searches: Collection[Place] = ()
+) -> list[CellRecord]:
+    """Leave out cells without a run, and those of searches' steps and of pairs.
+
+    The sections of their findings show these. `searches` are steps that no finding names.
+    """
+    steps = {
         place for finding in findings if finding.study in _IN_SECTIONS for place in finding.rests_on
-    }
+    }.union(searches)
+    # One that was asked for no run is what an export was held against.
+    return [cell for cell in cells if (cell.runs or cell.missing) and not _is_step(cell, steps)]
 
 
-def is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
-    """Whether a cell holds steps of searches, or pairs, alone: their sections show them.
+def _is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
+    """Whether a cell holds steps of searches, or pairs, alone.
 
     What lacks layers, or misses some of all runs of one layer, holds nothing else. `steps` are
     the cells of all of them.

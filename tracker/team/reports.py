@@ -19,6 +19,7 @@ from tracker.reporting.export import FORMATS, export, figures
 from tracker.reporting.frames import document_frame
 from tracker.reporting.html import render_report
 from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.reporting.studies import standing_alone
 from tracker.reporting.wording import summary
 from tracker.team.collect import Collected, merged
 from tracker.team.leaderboard import board_tables, publish_board
@@ -63,8 +64,14 @@ def write(found: Collected, form: str, path: Path) -> list[Path]:
         return [_page(found, path, decided)]
     if form not in FORMATS:
         raise RequestError(f"there is no format {form!r}; use one of: html, {', '.join(FORMATS)}")
-    more = {"documents": _documents(found)} if form in ("csv", "parquet") else {}
-    return export(found.cells, form, path, more, found.findings)
+    everything = form in ("csv", "parquet")
+    more = {"documents": _documents(found)} if everything else {}
+    cells = found.cells if everything else _alone(found)
+    return export(cells, form, path, more, found.findings)
+
+
+def _alone(found: Collected) -> list[CellRecord]:
+    return standing_alone(found.cells, found.findings, found.searched)
 
 
 def _page(found: Collected, path: Path, decided: Mapping[Place, DecisionsRecord]) -> Path:
@@ -104,8 +111,9 @@ def publish(
             page = _page(found, path, decided)
             more = {"documents": _documents(found, private)}
             files = [page, *export(found.cells, "parquet", Path(folder), more, found.findings)]
-            charts = dict(list(figures(found.cells).items())[:_CHARTS])
-            says = "\n\n".join((summary(found.cells), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
+            alone = _alone(found)
+            charts = dict(list(figures(alone, found.findings).items())[:_CHARTS])
+            says = "\n\n".join((summary(alone), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
             tables = board_tables(found.cells)
             locations[masked(text)] = backend.add_report(says, files, tables, charts, found.cells)
     return locations, failed, notes
