@@ -27,7 +27,7 @@ from tracker.engine.habits import STEPS, Findings
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Lengths, common_beginning
-from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Sharing
+from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
 from tracker.engine.stand_in import MadeUp
 from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison
@@ -122,14 +122,14 @@ class TestVerdict:
             (("sliding_window",), False),
             (("no_such_number",), False),
         )
-        verdict = Verdict(FULL, None, 0.0, 10, lengths=lengths, unsteady=2, stay=True)
+        verdict = Verdict(FULL, None, 0.0, 10, lengths=lengths, stay=True)
         habits = verdict.habits(model)
         assert habits.lengths == Lengths((256, 5))
-        assert (habits.unsteady, habits.stay) == (True, True)
+        assert habits.stay
         assert habits.leftovers == habits.first == {}
         calm = Verdict(FULL, None, 0.0, 10, lengths=(((), True),)).habits(model)
         assert calm.lengths == Lengths((), each=True)
-        assert (calm.unsteady, calm.stay) == (False, False)
+        assert not calm.stay
 
     def test_what_calls_change_is_remembered_as_it_is_now(self, tiny_model) -> None:
         model = tiny_model("llama")
@@ -192,7 +192,7 @@ class TestMostSharing:
     RIGHT = Comparison(9, 1e-6)
 
     def test_what_is_exact_is_taken_at_once(self) -> None:
-        for start in (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN):
+        for start in (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN, ONE_BY_ONE):
             found = most_sharing(start, "Model", answers({start: self.RIGHT}))
             assert found == (start, self.RIGHT, [])
 
@@ -206,18 +206,20 @@ class TestMostSharing:
                     FULL: RefusalError("no such mask\nat all"),
                     NO_PREFIX: self.WRONG,
                     DEPTH_ONLY: unsteady,
-                    PLAIN: self.RIGHT,
+                    PLAIN: self.WRONG,
+                    ONE_BY_ONE: self.RIGHT,
                 }
             ),
         )
         assert found == (
-            PLAIN,
+            ONE_BY_ONE,
             self.RIGHT,
             [
                 "sharing over documents is refused by the model (no such mask)",
                 "sharing over tokens changes a log-likelihood by 0.123 nats",
                 "sharing over depth changes a log-likelihood by 7 nats, mostly where the model "
                 "is discontinuous (3 answers)",
+                "a call of several texts changes a log-likelihood by 0.123 nats",
             ],
         )
 
@@ -229,7 +231,8 @@ class TestMostSharing:
         assert len(found[2]) == 1
 
     def test_a_model_that_does_not_run_at_all_is_no_loss(self) -> None:
-        given = answers({PLAIN: RefusalError("no such mask")})
+        no = RefusalError("no such mask")
+        given = answers({PLAIN: no, ONE_BY_ONE: no})
         with pytest.raises(
             CellError, match=r"^Model cannot be asked one request at a time: no such mask$"
         ):
@@ -315,11 +318,12 @@ class TestAttack:
         if unsteady == 20:
             assert (verdict.sharing, verdict.lost) == (FULL, None)
             return
-        assert verdict.sharing == PLAIN
+        assert verdict.sharing == ONE_BY_ONE
+        shared = ("documents", "tokens", "depth")
         assert verdict.lost == "; ".join(
-            f"sharing over {what} changes a log-likelihood by 0.5 nats, mostly where the model is "
+            f"{what} changes a log-likelihood by 0.5 nats, mostly where the model is "
             "discontinuous (21 answers)"
-            for what in ("documents", "tokens", "depth")
+            for what in (*(f"sharing over {each}" for each in shared), "a call of several texts")
         )
 
     def test_what_is_not_causal_is_refused(self, tiny_model) -> None:
@@ -487,19 +491,19 @@ class TestMiniatures:
             "sharing over tokens changes a log-likelihood by 0.25 nats"
         )
 
-    def test_what_differs_with_nothing_shared_is_the_miniature(
+    def test_what_differs_with_nothing_shared_is_asked_one_by_one(
         self, tiny_model, monkeypatch
     ) -> None:
-        """Its random weights may be discontinuous; the truth is not held against itself."""
-        watched = Watched(Comparison(3, 0.25, 2, "document 0"))
+        wrong = Comparison(3, 0.25, 2, "-1 nats shared")
+        watched = Watched(wrong, wrong, wrong, wrong, Comparison(100, 0.5, 99))
         monkeypatch.setattr("tracker.engine.attack._compared", watched)
         verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
-        assert (verdict.sharing, verdict.unsteady, verdict.difference) == (PLAIN, 3, 0.25)
-        watched.found = (Comparison(3, 0.25, 0, "document 0"), Comparison(100, 0.5, 99))
-        watched.engines.clear()
-        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
         # However often the model is discontinuous: nothing less is left to share.
-        assert (verdict.sharing, verdict.unsteady) == (PLAIN, 99)
+        assert (verdict.sharing, verdict.unsteady) == (ONE_BY_ONE, 99)
+        watched.found = (wrong,)
+        watched.engines.clear()
+        with pytest.raises(CellError, match=r"^LlamaForCausalLM contradicts itself: -1 nats sh"):
+            attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
 
 
 def disturbed(monkeypatch, when: Callable[[Sequence[Document]], bool]) -> list[list[Document]]:
@@ -764,7 +768,8 @@ class Hidden(Placed):
 class Elsewhere(LlamaForCausalLM):  # type: ignore[misc]
     """Its answers depend on how many layers it has; it reads what lies where it is itself."""
 
-    def forward(self, ids: torch.Tensor, use_cache: bool | None = None) -> Any:
-        if ids.device != self.device or use_cache is not False:
-            raise RuntimeError(f"{ids.device} is not {self.device}, or {use_cache} is not False")
-        return CausalLMOutput(logits=torch.full((*ids.shape, 97), float(len(self.model.layers))))
+    def forward(self, input_ids: torch.Tensor, use_cache: bool | None = None) -> Any:
+        if input_ids.device != self.device or use_cache is not False:
+            raise RuntimeError(f"{input_ids.device}, not {self.device}, or not False: {use_cache}")
+        layers = float(len(self.model.layers))
+        return CausalLMOutput(logits=torch.full((*input_ids.shape, 97), layers))

@@ -27,7 +27,7 @@ from tracker.engine.check import (
 )
 from tracker.engine.habits import find_habits
 from tracker.engine.rows import Lengths, tree_rows
-from tracker.engine.sharing import DEPTH_ONLY, FULL, PLAIN
+from tracker.engine.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.sweep import Engine
 from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
@@ -281,11 +281,36 @@ def test_a_model_that_contradicts_itself_is_not_measured(tiny_model):
         checked(tiny_model("llama"), Attacked())
 
 
-@pytest.mark.usefixtures("one_answer_off")
-def test_a_model_that_is_known_to_be_unsteady_may_contradict_itself_in_plain_passes(tiny_model):
-    found = checked(tiny_model("llama"), Attacked(unsteady=3))
-    assert found.engine.sharing == PLAIN
-    assert found.lost.count("changes a log-likelihood by 1 nats") == 3
+def test_what_several_texts_in_a_call_change_is_asked_one_by_one(tiny_model, monkeypatch):
+    honest = Engine.score
+
+    def off(self, *rest):
+        monkeypatch.setattr(Engine, "score", honest)
+        wrong_by = 1.0 if self.sharing.calls else 0.0
+        scores = [
+            replace(
+                score,
+                responses=[
+                    [one._replace(loglikelihood=one.loglikelihood - wrong_by) for one in each]
+                    for each in score.responses
+                ],
+            )
+            for score in self.score(*rest)
+        ]
+        monkeypatch.setattr(Engine, "score", off)
+        return scores
+
+    monkeypatch.setattr(Engine, "score", off)
+    monkeypatch.setattr(truth, "DRAWS", 1)
+    found = checked(tiny_model("llama"), Attacked())
+    assert found.engine.sharing == ONE_BY_ONE
+    assert found.lost.count("changes a log-likelihood by 1 nats") == 4
+    assert found.lost.endswith("; a call of several texts changes a log-likelihood by 1 nats")
+    assert (found.difference, found.unsteady) == (0, None)
+
+
+def test_a_discontinuous_model_is_said_to_be_one(tiny_model):
+    found = checked(tiny_model("llama"), Attacked(unsteady=4))
     assert found.unsteady.startswith("the model is discontinuous: 4 of ")
     assert found.unsteady.endswith(
         " answers move by more than rounding (a router or a top-k near a tie), in lm-eval too"
@@ -365,13 +390,13 @@ def test_one_document_in_two_hundred_is_watched():
 
 def test_what_is_read_plainly_is_what_was_planned(tiny_model, monkeypatch):
     read, documents = [], make_documents(3)
-    honest = truth.answer
+    honest = Engine.answer
 
     def counted(engine, request):
         read.append(len(request.context) + len(request.continuation))
         return honest(engine, request)
 
-    monkeypatch.setattr(truth, "answer", counted)
+    monkeypatch.setattr(Engine, "answer", counted)
     engine = check(
         Engine(loaded(tiny_model("llama")), MAX_LENGTH), documents, ABLATIONS, Attacked()
     ).engine

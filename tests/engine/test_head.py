@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from tracker.engine import head as module
 from tracker.engine.head import Head, Predictions
+from tracker.engine.refusal import RefusalError
 
 IDS = torch.arange(3 * 7).reshape(3, 7) * 11 % 94 + 3
 
@@ -159,5 +160,5 @@ def test_a_head_that_takes_something_else_is_refused(tiny_model) -> None:
     output = head.base(IDS, use_cache=False)
     model.forward = lambda **_: output
     output.logits = torch.zeros(3, 7, 97)
-    with pytest.raises(RuntimeError, match=r"^the head does not take what the layers return$"):
+    with pytest.raises(RefusalError, match=r"^its head does not take what the layers return$"):
         head.predictions(output, output.last_hidden_state, torch.tensor([0]), torch.tensor([0]))

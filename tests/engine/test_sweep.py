@@ -21,7 +21,7 @@ from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Lengths, flat_rows, tree_rows
 from tracker.engine.score import read_prefix, score_row
-from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Habits
+from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Habits
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import ROW_TOKENS, Engine
 from tracker.errors import CellError
@@ -29,7 +29,9 @@ from tracker.models.pruned import pruned, remember
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2"])
-@pytest.mark.parametrize("sharing", [FULL, DEPTH_ONLY, PLAIN], ids=["full", "depth", "plain"])
+@pytest.mark.parametrize(
+    "sharing", [FULL, DEPTH_ONLY, PLAIN, ONE_BY_ONE], ids=["full", "depth", "plain", "single"]
+)
 def test_every_stream_is_the_pruned_model(tiny_model, family, sharing):
     model = tiny_model(family)
     ablations = [*single_layers((0, 1, 2, 3)), Ablation((1, 2)), Ablation((0, 3))]
@@ -387,7 +389,8 @@ def test_rows_are_packed_by_what_is_shared(tiny_model, monkeypatch):
 def test_what_is_shared_is_named():
     """As it stands in every shard: whoever reads an old one finds the same words."""
     said = {FULL: "depth, tokens, prefix", NO_PREFIX: "depth, tokens", DEPTH_ONLY: "depth"}
-    assert {sharing: str(sharing) for sharing in (*said, PLAIN)} == {**said, PLAIN: "nothing"}
+    said |= {PLAIN: "nothing", ONE_BY_ONE: "nothing"}
+    assert {sharing: str(sharing) for sharing in said} == said
 
 
 def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(tiny_model, monkeypatch):
@@ -551,7 +554,7 @@ class TestLeftovers:
         model = tiny_model("llama")
         return Engine(loaded(model), MAX_LENGTH, row_tokens=20, habits=moody(model))
 
-    @pytest.mark.parametrize("sharing", [FULL, NO_PREFIX, DEPTH_ONLY, PLAIN], ids=str)
+    @pytest.mark.parametrize("sharing", [FULL, NO_PREFIX, DEPTH_ONLY, PLAIN, ONE_BY_ONE])
     def test_no_call_depends_on_the_one_before(self, engine, truth, sharing):
         """Was: the look at the masks left its own behind for the row that was scored next."""
         documents = make_documents(3, seed=2, shared=60)

@@ -10,9 +10,8 @@ import torch
 from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents, pruned
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Request
-from tracker.engine import truth as module
 from tracker.engine.sweep import Engine
-from tracker.engine.truth import Comparison, Truth, answer, shaken
+from tracker.engine.truth import Comparison, Truth, shaken
 
 REQUEST = Request((5, 6, 7), (8, 9))
 WITHOUT = Ablation((1, 2))
@@ -42,18 +41,18 @@ def test_tokens_that_are_the_likeliest_are_counted(engine):
     model, context = engine.loaded.model, (5, 6, 7)
     with torch.inference_mode():
         likeliest = int(model(torch.tensor([context])).logits[0, -1].argmax())
-    right = answer(engine, Request(context, (likeliest,)))
+    right = engine.answer(Request(context, (likeliest,)))
     assert (right.greedy, right.hits) == (True, 1)
     wrong = (likeliest + 1) % 97
-    half = answer(engine, Request(context, (likeliest, wrong)))
-    both = answer(engine, Request((*context, likeliest), (wrong,)))
+    half = engine.answer(Request(context, (likeliest, wrong)))
+    both = engine.answer(Request((*context, likeliest), (wrong,)))
     assert half.hits == 1 + both.hits
     assert half.greedy == (half.hits == 2)
 
 
 def test_each_question_is_asked_once_and_one_copy_is_made_an_ablation(engine, monkeypatch):
     asked, made = [], []
-    honest = Engine.without
+    honest, answer = Engine.without, Engine.answer
 
     def counted(*arguments):
         asked.append(arguments)
@@ -63,7 +62,7 @@ def test_each_question_is_asked_once_and_one_copy_is_made_an_ablation(engine, mo
         made.append(ablation)
         return honest(self, ablation)
 
-    monkeypatch.setattr(module, "answer", counted)
+    monkeypatch.setattr(Engine, "answer", counted)
     monkeypatch.setattr(Engine, "without", noted)
     truth = Truth(engine)
     for ablation in (INTACT, WITHOUT):

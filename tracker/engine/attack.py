@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from tracker.ablations import Ablation
+from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
-from tracker.engine.crossing import crossing_calls
+from tracker.engine.crossing import crossing_calls, reaching_calls
 from tracker.engine.cutting import as_cut
 from tracker.engine.habits import Path, find_habits, shortened
 from tracker.engine.refusal import refused
-from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN, Sharing
+from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
 from tracker.engine.stand_in import MadeUp
 from tracker.engine.sweep import Engine
 from tracker.engine.truth import Comparison, Truth
@@ -35,7 +35,12 @@ from tracker.models.miniature import miniature
 from tracker.models.shrinking import numbers
 from tracker.provenance import content_hash, file_hash, machine, package_versions
 
-WAYS = ((FULL, "documents"), (NO_PREFIX, "tokens"), (DEPTH_ONLY, "depth"))
+WAYS = (
+    (FULL, "sharing over documents"),
+    (NO_PREFIX, "sharing over tokens"),
+    (DEPTH_ONLY, "sharing over depth"),
+    (PLAIN, "a call of several texts"),
+)
 """From the most sharing to the least, with what is lost where it is not exact."""
 TOLERANCE = 2e-4, 1e-5
 """Nats, and share of itself, by which an answer of a miniature may differ."""
@@ -47,13 +52,18 @@ OFTEN = 0.02
 ROW_TOKENS = 40
 """Nodes of a row: several short texts share one, a long one has its own."""
 MAX_LENGTH = 96
+_Place = tuple[int, int, int, int]
+"""Which ablation, call, document and request."""
 
 
-def attack_key(model: Any, ablations: Sequence[Ablation], paths: Sequence[Path]) -> str:
+def attack_key(
+    model: Any, ablations: Sequence[Ablation], paths: Sequence[Path], rows: tuple[int, int] = (0, 0)
+) -> str:
     """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
 
-    That is the configuration, what is removed, the numbers in reach (`paths`), versions, machine,
-    this code and the model's own, which its checkpoint may bring; not the weights.
+    That is the configuration, what is removed, the numbers in reach (`paths`), how long the texts
+    are (`rows`, as in `attack`), versions, machine, this code and the model's own, which its
+    checkpoint may bring; not the weights.
     """
     here = FilePath(__file__).parents[1]
     its_own = FilePath(inspect.getfile(type(model))).parent
@@ -68,7 +78,7 @@ def attack_key(model: Any, ablations: Sequence[Ablation], paths: Sequence[Path])
     ]
     names = [ablation.name for ablation in ablations]
     of_the_model = [type(model).__name__, config, kernels]
-    return content_hash([of_the_model, names, paths, package_versions(), machine(), code])
+    return content_hash([of_the_model, names, paths, rows, package_versions(), machine(), code])
 
 
 def reachable(model: Any, reach: int) -> tuple[Path, ...]:
@@ -77,13 +87,20 @@ def reachable(model: Any, reach: int) -> tuple[Path, ...]:
     return tuple(path for path, value in found if value <= reach)
 
 
-def attack(engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path]) -> Verdict:
+def attack(
+    engine: Engine,
+    ablations: Sequence[Ablation],
+    paths: Sequence[Path],
+    rows: tuple[int, int] = (0, 0),
+) -> Verdict:
     """Attack the architecture of an engine's model.
 
     Args:
         engine: The engine; no call has changed its model yet.
         ablations: All that will be removed, with the baseline.
         paths: Numbers of the configuration that the cell's texts can reach.
+        rows: Up to how many tokens a text of the cell may have, and nodes a row of several texts;
+            0 tokens = none is that long.
 
     Returns:
         What may be shared.
@@ -96,7 +113,7 @@ def attack(engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path])
     if small is None:
         return _attack_itself(engine, ablations, name)
     with _one_thread():
-        return _attack_small(engine, small, ablations, paths, name)
+        return _attack_small(engine, small, ablations, paths, rows, name)
 
 
 @contextmanager
@@ -111,7 +128,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def _attack_small(
-    engine: Engine, small: Any, ablations: Sequence[Ablation], paths: Sequence[Path], name: str
+    engine: Engine,
+    small: Any,
+    ablations: Sequence[Ablation],
+    paths: Sequence[Path],
+    rows: tuple[int, int],
+    name: str,
 ) -> Verdict:
     """Experiment with a miniature, and attack it with long windows and with short ones."""
     found = find_habits(small, paths)
@@ -131,19 +153,36 @@ def _attack_small(
         first=tuple(sorted(found.first)),
     )
     models = [small, *shortened(small, found.matters)]
-    verdict = as_cut(_engine(engine, small, verdict), ablations, verdict, name)
+    verdict = as_cut(
+        _engine(engine, small, verdict, MAX_LENGTH, ROW_TOKENS), ablations, verdict, name
+    )
+    calls = crossing_calls(_vocabulary(small), min(MAX_LENGTH, engine.max_length))
+    asked = list(_asked(calls, ablations, WHOLE, SOME))
     for each in models:
-        verdict = _attacked(_engine(engine, each, verdict), ablations, verdict, name)
+        made = _engine(engine, each, verdict, MAX_LENGTH, ROW_TOKENS)
+        verdict = _attacked(made, ablations, verdict, name, calls, asked)
+    longest, nodes = rows
+    if longest:
+        # Whatever counts tokens that no number of the configuration tells of.
+        some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
+        calls = reaching_calls(_vocabulary(small), min(longest, engine.max_length), nodes)
+        asked = list(_asked(calls, some, len(some), 0))
+        made = _engine(engine, small, verdict, longest, nodes)
+        verdict = _attacked(made, some, verdict, name, calls, asked)
     return verdict
 
 
-def _engine(engine: Engine, model: Any, verdict: Verdict) -> Engine:
-    """An engine for a miniature."""
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def _engine(engine: Engine, model: Any, verdict: Verdict, longest: int, nodes: int) -> Engine:
+    """An engine for a miniature that reads so many tokens, in rows of so many nodes."""
     device = torch.device("cpu")
     loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
-    most = min(MAX_LENGTH, engine.max_length)
+    most = min(longest, engine.max_length)
     habits = verdict.habits(model)
-    return Engine(loaded, most, FULL, ROW_TOKENS, 2**30, habits, _made_up(loaded.layers))
+    return Engine(loaded, most, FULL, nodes, 2**30, habits, _made_up(loaded.layers))
 
 
 def _made_up(layers: torch.nn.ModuleList) -> dict[int, MadeUp]:
@@ -164,32 +203,31 @@ def _attack_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> 
     verdict = as_cut(engine, ablations, verdict, name)
     habits = verdict.habits(engine.loaded.model)
     engine = replace(engine, habits=habits, stand_ins=_made_up(engine.loaded.layers))
-    return _attacked(engine, ablations, verdict, name)
+    calls = [crossing_calls(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
+    asked = list(_asked(calls, ablations, whole=1, some=1))
+    return _attacked(engine, ablations, verdict, name, calls, asked)
 
 
 def _attacked(
-    engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, name: str
+    engine: Engine,
+    ablations: Sequence[Ablation],
+    verdict: Verdict,
+    name: str,
+    calls: Sequence[Sequence[Document]],
+    asked: Sequence[_Place],
 ) -> Verdict:
     """Lower a verdict to what this model computes exactly."""
-    vocabulary = engine.loaded.model.get_input_embeddings().num_embeddings
-    if verdict.attacked == "the model":
-        calls = [crossing_calls(vocabulary, engine.max_length)[0][:4]]
-        asked = list(_asked(calls, ablations, whole=1, some=1))
-    else:
-        calls = crossing_calls(vocabulary, engine.max_length)
-        asked = list(_asked(calls, ablations, WHOLE, SOME))
     truth = Truth(engine, proof=verdict.attacked != "the model")
 
     def compare(sharing: Sharing) -> Comparison:
         found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)
-        if sharing == PLAIN and found.wrong:
-            # Nothing is shared: what differs is the miniature, by the shape of the call.
-            return replace(found, unsteady=found.unsteady + 1, wrong=None)
-        if sharing != PLAIN and found.unsteady > OFTEN * found.compared:
+        if sharing.calls and found.unsteady > OFTEN * found.compared:
             return replace(found, wrong="too often discontinuous")
         return found
 
     sharing, found, reasons = most_sharing(verdict.sharing, name, compare)
+    if found.wrong is not None:
+        raise CellError(f"{name} contradicts itself: {found.wrong}")
     return replace(
         verdict,
         sharing=sharing,
@@ -225,25 +263,21 @@ def most_sharing(
             why = refused(error)
             if why is None:
                 raise
-            reasons.append(f"sharing over {what} is refused by the model ({why})")
+            reasons.append(f"{what} is refused by the model ({why})")
             continue
         if found.wrong is None:
             return sharing, found, reasons
-        said = f"sharing over {what} changes a log-likelihood by {found.difference:.3g} nats"
+        said = f"{what} changes a log-likelihood by {found.difference:.3g} nats"
         if found.unsteady:
             said += f", mostly where the model is discontinuous ({found.unsteady} answers)"
         reasons.append(said)
     try:
-        return PLAIN, compare(PLAIN), reasons
+        return ONE_BY_ONE, compare(ONE_BY_ONE), reasons
     except Exception as error:
         why = refused(error)
         if why is None:
             raise
         raise CellError(f"{name} cannot be asked one request at a time: {why}") from error
-
-
-_Place = tuple[int, int, int, int]
-"""Which ablation, call, document and request."""
 
 
 def _asked(

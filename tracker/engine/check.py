@@ -18,9 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Request
 from tracker.engine.attack import attack, attack_key, most_sharing, reachable
-from tracker.engine.habits import Path
 from tracker.engine.rows import common_beginning, tree_rows
-from tracker.engine.sharing import PLAIN
 from tracker.engine.stand_in import StandIn
 from tracker.engine.sweep import DocumentScores, Engine
 from tracker.engine.truth import Comparison, Truth
@@ -35,6 +33,8 @@ OF_THE_BASELINE = 6
 """Requests that the intact model is asked; each ablation is asked one."""
 SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
 """Nats, and share of itself, by which an answer may differ for rounding."""
+SHORTEST_REACH, LONGEST_REACH = 256, 2048
+"""Tokens of the longest text on a miniature; on one of more, calls would be no cheap matter."""
 RATE = 200
 """One in so many documents is answered plainly as well while a cell is measured."""
 
@@ -93,7 +93,7 @@ def check(
         CellError: The model cannot be measured; says what happened.
     """
     model = engine.loaded.model
-    verdict = _verdict(engine, ablations, reachable(model, reach(engine, documents)), kept)
+    verdict = _verdict(engine, ablations, reach(engine, documents), kept)
     engine = replace(engine, habits=verdict.habits(model))
     engine = replace(engine, stand_ins=fit(engine))
     few, name = _few(documents), type(model).__name__
@@ -113,17 +113,25 @@ def check(
 
 
 def _verdict(
-    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path], kept: Kept | None
+    engine: Engine, ablations: Sequence[Ablation], tokens: int, kept: Kept | None
 ) -> Verdict:
-    """Attack the architecture, or recall what an attack has shown before."""
+    """Attack the architecture, or recall what an attack has shown before.
+
+    Texts of so many `tokens` are in reach.
+    """
+    model = engine.loaded.model
+    paths = reachable(model, tokens)
+    # Of one order of length, texts have one verdict.
+    longest = min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), LONGEST_REACH)
+    rows = longest, engine.most_row_tokens
     if kept is None:
-        return attack(engine, ablations, paths)
-    key = attack_key(engine.loaded.model, ablations, paths)
+        return attack(engine, ablations, paths, rows)
+    key = attack_key(model, ablations, paths, rows)
     text = kept.recall(key)
     if text is not None:
         with suppress(ValidationError):  # damaged: the attack is made again
             return VERDICT.validate_json(text)
-    verdict = attack(engine, ablations, paths)
+    verdict = attack(engine, ablations, paths, rows)
     kept.keep(key, VERDICT.dump_json(verdict).decode())
     return verdict
 
@@ -227,9 +235,6 @@ def _compare(
     )
     if found.wrong is None:
         return found
-    if engine.sharing == PLAIN and engine.habits.unsteady:
-        # Nothing is shared: what differs is the model itself, with ties that nothing breaks.
-        return replace(found, unsteady=1, wrong=None)
     where = f"document {score.document.index} of {score.document.task}, request {request}"
     return replace(found, wrong=f"{where}, {ablation.name}: {found.wrong}")
 

@@ -11,6 +11,8 @@ from tracker.engine.prefix import SHORTEST
 
 _Tokens = Callable[[int], tuple[int, ...]]
 """Draws as many tokens, or as many as a model reads."""
+_Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
+"""A context, and its answers."""
 
 
 def crossing_calls(vocabulary: int, longest: int) -> list[list[Document]]:
@@ -27,6 +29,31 @@ def crossing_calls(vocabulary: int, longest: int) -> list[list[Document]]:
         _branches(tokens),
         _both_sides(tokens),
         *(_shared(tokens, min(kept, longest - 12)) for kept in (SHORTEST + 4, SHORTEST + 1)),
+    ]
+
+
+def reaching_calls(vocabulary: int, longest: int, nodes: int) -> list[list[Document]]:
+    """Draw texts of every order of length up to `longest`, and full rows of so many nodes.
+
+    `vocabulary` is how many token ids there are.
+    """
+    draw = random.Random(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(2, vocabulary) for _ in range(count))
+
+    def doubled(common: tuple[int, ...], context: int) -> _Content:
+        # Asked alone, the one-token answer takes a call half as long as the one that both share.
+        more = tokens(context + 2)
+        return common + tokens(context), [more[:1], more]
+
+    halves = [(longest >> times) - 1 for times in range(1, longest.bit_length() - 1)]
+    beginning = tokens(longest // 2)
+    return [
+        _documents([doubled((), half) for half in halves]),
+        # Short texts alone, so that their places in a full row are beyond all of their positions.
+        _documents([(tokens(5), [tokens(3)]) for _ in range(nodes // 8)]),
+        _documents([doubled(beginning, half) for half in halves[1:]]),
     ]
 
 
@@ -49,9 +76,7 @@ def _shared(tokens: _Tokens, kept: int) -> list[Document]:
     return _documents([(common + tokens(n), [(3,), (4, 5, 6)]) for n in (5, 2, 8)])
 
 
-def _documents(
-    contents: Sequence[tuple[tuple[int, ...], Sequence[tuple[int, ...]]]],
-) -> list[Document]:
+def _documents(contents: Sequence[_Content]) -> list[Document]:
     return [
         Document(
             "attack",

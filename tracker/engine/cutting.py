@@ -10,6 +10,7 @@ import torch
 from tracker.ablations import INTACT, Ablation
 from tracker.engine.refusal import refused
 from tracker.engine.sharing import NO_HABITS, PLAIN
+from tracker.engine.single import logits_of
 from tracker.engine.sweep import Engine
 from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
@@ -65,7 +66,7 @@ def _text_under(engine: Engine, ablation: Ablation) -> tuple[torch.Tensor | None
     ids = torch.arange(12, device=engine.loaded.device)[None] * 5 % 29 + 2
     try:
         with torch.inference_mode():
-            return engine.without(ablation).loaded.model(ids, use_cache=False).logits[0], None
+            return logits_of(engine.without(ablation).loaded.model, ids)[0], None
     except Exception as error:
         why = refused(error)
         if why is None:

@@ -19,6 +19,7 @@ from tracker.engine.head import LOGITS_BYTES
 from tracker.engine.refusal import RefusalError, refused
 from tracker.engine.rows import measured_texts, reading_row
 from tracker.engine.score import run_base
+from tracker.engine.single import logits_of
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
 from tracker.models.pruned import put_back
@@ -206,7 +207,7 @@ def _differentiated(engine: Engine, tokens: Sequence[int], measured: int) -> Ten
         for gate, layer in zip(gates, layers, strict=True):
             stack.enter_context(replaced_forward(layer, _gated(layer, gate)))
         ids = torch.tensor([tokens], device=engine.loaded.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : len(tokens) - 1]
+        logits = logits_of(model, ids)[0, start - 1 : len(tokens) - 1]
         wanted = ids[0, start:, None].to(logits.device)
         loss = -logits.float().log_softmax(-1).gather(1, wanted).sum()
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tracker.engine.single import logits_of
 from tracker.models.miniature import build, shapes_of
 from tracker.models.pruned import changed, duplicate, remember
 from tracker.models.shrinking import numbers, with_numbers
@@ -118,8 +119,7 @@ def _said(model: Any, tokens: int, last: int | None = None) -> Tensor:
     ids = torch.arange(tokens)[None] * 7 % 31 + 3
     if last is not None:
         ids[0, -1] = last
-    logits: Tensor = duplicate(model)(ids, use_cache=False).logits[0]
-    return logits
+    return logits_of(duplicate(model), ids)[0]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

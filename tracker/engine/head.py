@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from tracker.engine.refusal import RefusalError
 from tracker.models.layers import find_base
 from tracker.models.sublayers import replaced_forward
 
@@ -174,9 +175,10 @@ class Head:
             return output
 
         with replaced_forward(self.base, base):
-            logits: Tensor = self._model(input_ids=torch.zeros(1, 1, dtype=torch.long)).logits
-        if not asked or logits.shape[:2] != output.last_hidden_state.shape[:2]:
-            raise RuntimeError("the head does not take what the layers return")
+            said = self._model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+        logits: Tensor | None = getattr(said, "logits", None)
+        if not asked or logits is None or logits.shape[:2] != output.last_hidden_state.shape[:2]:
+            raise RefusalError("its head does not take what the layers return")
         return logits
 
     @torch.inference_mode()
@@ -195,6 +197,6 @@ class Head:
             for start, stop in blocks:
                 with replaced_forward(self._projection, self._block(start, stop)):
                     parts.append(self._logits(output))
-        except (RuntimeError, AttributeError, TypeError):
+        except (RefusalError, RuntimeError, AttributeError, TypeError):
             return False
         return torch.allclose(torch.cat(parts, dim=-1), whole, rtol=1e-4, atol=1e-4)

@@ -16,11 +16,14 @@ class Sharing:
         depth: Layers below the removed one are computed once for all ablations.
         tokens: Tokens that the requests of a row have in common are computed once.
         prefix: What all documents begin with is computed once for all rows.
+        calls: Texts of one length share a call, of which only what predicts something passes the
+            head. Otherwise each request is a call of the model as it is, with all of its logits.
     """
 
     depth: bool = True
     tokens: bool = True
     prefix: bool = True
+    calls: bool = True
 
     def __str__(self) -> str:
         """Name what is shared, as it stands in the ledger and on the page."""
@@ -40,6 +43,10 @@ DEPTH_ONLY = Sharing(tokens=False, prefix=False)
 PLAIN = Sharing(depth=False, tokens=False, prefix=False)
 
 
+ONE_BY_ONE = Sharing(depth=False, tokens=False, prefix=False, calls=False)
+"""The truth itself."""
+
+
 ALONE = DEPTH_ONLY
 """How one model by itself is scored: there is no second stream to share depth with."""
 
@@ -54,14 +61,12 @@ class Habits:
         first: What the first call changes for good, weights among it, as it was before.
         stay: Whether a removed layer stays in its place and hands on its input, because the model
             cannot be cut there.
-        unsteady: Whether the architecture is discontinuous: its top-k or routers may meet ties.
     """
 
     lengths: Lengths = ANY_LENGTH
     leftovers: State = field(default_factory=dict, compare=False)
     first: State = field(default_factory=dict, compare=False)
     stay: bool = False
-    unsteady: bool = False
 
 
 NO_HABITS = Habits()

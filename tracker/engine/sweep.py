@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tracker.ablations import INTACT, Ablation, Action
-from tracker.documents import Document, Response
+from tracker.documents import Document, Request, Response
 from tracker.engine.decode import decoding
 from tracker.engine.head import Head
 from tracker.engine.masks import Sight, look
@@ -23,6 +23,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.score import Parts, RowScores, kept_bytes, read_prefix, score_row
 from tracker.engine.sharing import ALONE, FULL, NO_HABITS, PLAIN, Habits, Sharing
+from tracker.engine.single import answer
 from tracker.engine.stand_in import StandIn, replacements
 from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.errors import CellError
@@ -235,8 +236,24 @@ class Engine:
         for ablation in ablations:
             engine = replace(self.without(ablation), sharing=ALONE)
             for row, _, scores in engine._scored(documents, [INTACT]):
+                if not self.sharing.calls:
+                    scores = engine._one_by_one(documents, row, scores)
                 # The proxies are those of the intact model.
                 yield row if ablation == INTACT else replace(row, gold=[]), [ablation], scores
+
+    def _one_by_one(self, documents: Sequence[Document], row: Row, scores: RowScores) -> RowScores:
+        """Ask for the answers of a row one by one; what else its pass has shown stays."""
+        found = [self.answer(documents[d].requests[r]) for d, r in row.requests]
+        return replace(
+            scores,
+            loglikelihoods=torch.tensor([[each.loglikelihood for each in found]]),
+            hits=torch.tensor([[each.hits for each in found]], dtype=torch.int),
+        )
+
+    def answer(self, request: Request) -> Response:
+        """Ask the intact model for one request, in a call of its own."""
+        self._put_back()
+        return answer(self.loaded, request, self.max_length)
 
     def _halved(
         self, row: Row, documents: Sequence[Document], ablations: Sequence[Ablation], failed: str

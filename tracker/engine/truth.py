@@ -1,7 +1,6 @@
-"""The numbers of the really pruned model, by the shortest way from its tokens to its logits.
+"""The numbers of the really pruned model, asked one request at a time (`single`).
 
-One request a call, read as lm-eval reads it: no row, no stream, no cache, no head of our own. What
-the engine shares is held against this.
+What the engine shares is held against this.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch
 from tracker.ablations import Ablation
 from tracker.documents import Request, Response
 from tracker.engine.sweep import Engine
-from tracker.models.pruned import put_back
 
 CALM = 10.0
 """How many times as far as rounding moves the model itself two ways of computing it may differ."""
@@ -72,7 +70,7 @@ class Truth:
         """Score one request, once, by a model without what the ablation removes."""
         place = (ablation, request)
         if place not in self._answers:
-            self._answers[place] = answer(self._without(ablation), request)
+            self._answers[place] = self._without(ablation).answer(request)
         return self._answers[place]
 
     def moves(self, ablation: Ablation, request: Request, nats: float) -> bool:
@@ -85,7 +83,7 @@ class Truth:
         calm = self.answer(ablation, request).loglikelihood
         for seed in range(DRAWS):
             with shaken(engine.loaded.model, seed):
-                if abs(answer(engine, request).loglikelihood - calm) >= nats:
+                if abs(engine.answer(request).loglikelihood - calm) >= nats:
                     return True
         return False
 
@@ -131,23 +129,6 @@ class Truth:
         if self._made is None or self._made[0] != ablation:
             self._made = (ablation, self._engine.without(ablation))
         return self._made[1]
-
-
-@torch.inference_mode()
-def answer(engine: Engine, request: Request) -> Response:
-    """Score one request by the model's own forward pass, as it is.
-
-    Log-likelihood in nats, greedy flag and hits, as lm-eval computes them.
-    """
-    loaded = engine.loaded
-    put_back(loaded.model, engine.habits.leftovers)
-    tokens = (request.context + request.continuation)[-(engine.max_length + 1) :]
-    ids = torch.tensor([tokens[:-1]], device=loaded.device)
-    logits = loaded.model(input_ids=ids, use_cache=False).logits[0, -len(request.continuation) :]
-    wanted = torch.tensor(request.continuation, device=logits.device)
-    logprobs = logits.log_softmax(-1).gather(1, wanted[:, None]).sum()
-    hits = int((logits.argmax(-1) == wanted).sum())
-    return Response(float(logprobs), hits == len(request.continuation), hits)
 
 
 @contextmanager

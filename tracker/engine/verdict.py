@@ -51,5 +51,4 @@ class Verdict:
             leftovers=remember(model, self.leftovers),
             first={place: first[place] for place in self.first if place in first},
             stay=self.stay,
-            unsteady=bool(self.unsteady),
         )

@@ -102,7 +102,7 @@ def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         # Cloned, since the layer may write into it.
-        given[:] = [state.clone()]
+        given[:] = [state.clone() if isinstance(state, Tensor) else state]
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return with_first(output, make(given.pop()))

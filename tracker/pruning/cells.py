@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.ablations import INTACT, Ablation
+from tracker.ablations import INTACT, Ablation, ablate
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
-from tracker.config import CellRequest
+from tracker.config import CellRequest, Component
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
 from tracker.identities import BenchmarkIdentity
@@ -68,12 +69,29 @@ class Known:
     gold: Array
 
 
-_Shape = tuple[int, bool, bool]
+_ANY = 3
+_COMPONENTS: tuple[Component, ...] = ("layer", "attention", "mlp")
+_Shape = tuple[int, ...]
 
 
 def _shape(ablation: Ablation) -> _Shape:
-    """What kind of a removal it is."""
-    return (min(len(ablation.layers), 2), bool(ablation.attention), bool(ablation.mlp))
+    """What kind of a removal it is: of each component none, one, or several (2)."""
+    return tuple(min(len(gone), 2) for gone in (ablation.layers, ablation.attention, ablation.mlp))
+
+
+def _drawn(shapes: Collection[_Shape], layers: int) -> Iterator[Ablation]:
+    """Draw sets of each component of which several are removed, the same ones each time.
+
+    Of each of some sizes, up to half of the layers, one is of neighbours and three are of any.
+    """
+    draw = random.Random(0)
+    sizes = {min(size, layers // 2) for size in (2, 3, layers // 4, layers // 2)} - {0, 1}
+    for component, most in zip(_COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
+        for size in sorted(sizes) if most > 1 else ():
+            first = draw.randrange(layers - size + 1)
+            yield ablate(component, range(first, first + size))
+            for _ in range(_ANY):
+                yield ablate(component, draw.sample(range(layers), size))
 
 
 class Cell:
@@ -213,18 +231,20 @@ class Cell:
         """Open what measures some ablations, the baseline among them.
 
         Sharing is checked when something is removed that was not before: one layer, several,
-        attentions, MLPs. What follows of the same kind is watched while it is measured.
+        attentions, MLPs; where it is several, on sets drawn at random too, because the check does
+        not see those that are asked for later. These are watched while they are measured.
         """
         meter = self._meter
-        meter.ablations = list(ablations)
         shapes = {_shape(one) for one in ablations}
         if not shapes <= self._checked:
             self.progress.say(
                 f"{self.request.benchmark}: checking that sharing is exact for this model"
             )
+            meter.ablations = list(dict.fromkeys((*ablations, *_drawn(shapes, self.layers))))
             for line in meter.check(Checks(self._lender.ledger.root)):
                 self.progress.say(line)
             self._checked |= shapes
+        meter.ablations = list(ablations)
         return meter
 
     def passes(self, ablations: Sequence[Ablation]) -> float:

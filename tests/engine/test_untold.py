@@ -1,0 +1,216 @@
+"""What no number of a configuration tells of: thresholds in code, and heads of their own kind.
+
+Such a class would be wrong without a word if only the configuration's numbers were crossed. It is
+attacked with texts and rows as long as the cell's, and where nothing else is exact, asked one
+request at a time, which is what everything is held against.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from tests.ablations import single_layers
+from tests.engine.families import SMALL
+from tests.engine.plain import Memory, loaded
+from tests.engine.test_attacks import LONGROPE, Draw, attack, tiny
+from tracker.ablations import INTACT
+from tracker.engine.check import LONGEST_REACH, check
+from tracker.engine.crossing import reaching_calls
+from tracker.engine.rows import tree_rows
+from tracker.engine.sharing import FULL, ONE_BY_ONE
+from tracker.engine.sweep import Engine
+from tracker.errors import CellError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Turned(LlamaForCausalLM):
+    """Positions are taken as its configuration says of the length of a whole call."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.rotary_emb = Rotary(config)
+
+
+class Rotary(LlamaRotaryEmbedding):
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        length = int(position_ids.max()) + 1
+        return super().forward(x, position_ids * self.config.turn(self.config, length))
+
+
+def stages(config: Any, length: int) -> float:
+    return 0.5 ** sum(length > stage for stage in config.stages)
+
+
+def product(config: Any, length: int) -> float:
+    return 0.25 if length > config.trained * config.factor else 1
+
+
+def written(config: Any, length: int) -> float:
+    return 0.25 if length > 67 else 1
+
+
+def doubling(config: Any, length: int) -> float:
+    """Qwen-1's own steps, of powers of two of the length that it was trained with."""
+    return 1 / max(1, 2 ** math.ceil(math.log2(length / 32) + 1) - 1)
+
+
+class NeighbourHead(LlamaForCausalLM):
+    """Mixes each state with the one before it, behind the base."""
+
+    def forward(self, input_ids: Tensor, **more: Any) -> CausalLMOutputWithPast:
+        more.pop("logits_to_keep", None)
+        states = self.model(input_ids=input_ids, **more).last_hidden_state
+        before = torch.nn.functional.pad(states, (0, 0, 1, 0))[:, :-1]
+        return CausalLMOutputWithPast(logits=self.lm_head(states + 0.5 * before))
+
+
+class PlaceHead(LlamaForCausalLM):
+    """Is less sure the later a token stands in a call."""
+
+    def forward(self, input_ids: Tensor, **more: Any) -> CausalLMOutputWithPast:
+        more.pop("logits_to_keep", None)
+        logits = self.lm_head(self.model(input_ids=input_ids, **more).last_hidden_state)
+        heat = 1 + 0.05 * torch.arange(logits.shape[1], dtype=logits.dtype)
+        return CausalLMOutputWithPast(logits=logits / heat[:, None])
+
+
+class FadingLayer(LlamaDecoderLayer):
+    """Halves the tokens from the 150th place of a call on, whatever their positions are."""
+
+    def forward(self, hidden_states: Tensor, **more: Any) -> Tensor:
+        out: Tensor = super().forward(hidden_states, **more).clone()
+        out[:, 150:] *= 0.5
+        return out
+
+
+class Fading(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for number in range(config.num_hidden_layers):
+            self.model.layers[number] = FadingLayer(config, number)
+
+
+def made(kind: type, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, initializer_range=0.3)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return kind(config).float().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("turn", "settings"),
+    [
+        (stages, {"stages": [48, 100]}),
+        (product, {"trained": 8, "factor": 8.0}),
+        (product, {"trained": 1024, "factor": 0.0625}),
+        (written, {}),
+        (doubling, {}),
+    ],
+    ids=["list", "multiple", "share", "code", "doubling"],
+)
+def test_a_threshold_that_no_number_is(monkeypatch, turn: Any, settings: dict[str, Any]) -> None:
+    # Of the class: a function would be no part of a configuration that is written down.
+    monkeypatch.setattr(LlamaConfig, "turn", staticmethod(turn), raising=False)
+    draw = Draw()
+    more = draw.tokens(30)
+    documents = [
+        *draw.spoken((20, 22, 24), (1, 2)),
+        draw.document(draw.tokens(62), [more[:1], more]),
+        *draw.spoken((72, 54, 84, 40, 110), (2, 3)),
+    ]
+    attack(made(Turned, **settings), documents, (1, 2))
+
+
+def test_a_threshold_below_the_smallest_that_is_tried() -> None:
+    rope = {**LONGROPE, "original_max_position_embeddings": 3}
+    documents = [*Draw().spoken((20, 12), (2, 3)), *Draw(1).spoken((1, 2, 1, 3, 2), (1, 2))]
+    attack(tiny("LlamaConfig", **SMALL, rope_parameters=rope), documents, (1, 2))
+
+
+@pytest.mark.parametrize("kind", [NeighbourHead, PlaceHead])
+def test_a_head_that_sees_more_than_one_state(kind: type) -> None:
+    model = made(kind)
+    documents = Draw().spoken((12, 9, 20), (1, 3))
+    attack(model, documents, (1, 2))
+    found = check(Engine(loaded(model), 256), documents, single_layers((1, 2)))
+    assert found.engine.sharing == ONE_BY_ONE
+    assert str(found.engine.sharing) == "nothing"
+    assert found.lost is not None
+    assert found.lost.count("changes a log-likelihood by") == 4
+    assert "; a call of several texts changes a log-likelihood by " in found.lost
+    # It is no discontinuity of the model.
+    assert found.unsteady is None
+
+
+def test_places_beyond_all_positions() -> None:
+    documents = [*Draw().letters((40, 40, 45, 30, 60, 30, 40)), *Draw(1).spoken((12, 9), (1, 3))]
+    attack(made(Fading), documents, (1, 2))
+
+
+def test_what_has_no_such_thing_shares_all() -> None:
+    model = made(LlamaForCausalLM)
+    documents = Draw().spoken((12, 9, 20), (1, 3))
+    assert check(Engine(loaded(model), 256), documents, [INTACT]).engine.sharing == FULL
+
+
+def test_texts_are_asked_on_both_sides_of_every_length() -> None:
+    for longest in (96, 100, 256, 1024):
+        lengths, rows, behind = reaching_calls(97, longest, 192)
+        # Asked alone, a request takes a call as long as all of it but its last token.
+        sides = [
+            (len(d.requests[0].context), len(d.requests[1].context + d.requests[1].continuation))
+            for d in lengths
+        ]
+        assert max(whole for _, whole in sides) <= longest
+        crossed = {n for alone, whole in sides for n in range(alone, whole)}
+        assert crossed >= set(range(2, max(crossed)))
+        assert max(crossed) >= longest - 3
+        row = next(tree_rows(rows, longest, 192))
+        assert row.tokens > 192 - 16
+        assert int(row.positions.max()) < 16
+        for document in behind:
+            assert all(len(r.context + r.continuation) <= longest for r in document.requests)
+
+
+def test_a_text_is_no_longer_than_the_cell_can_make_it() -> None:
+    """Of one order of length there is one verdict, and beyond some length none is longer."""
+    kept = Memory()
+    model = made(LlamaForCausalLM)
+    for contexts, verdicts in (((12, 20), 1), ((9, 30), 1), ((100,), 2)):
+        documents = Draw().spoken(contexts, (1, 3))
+        check(Engine(loaded(copy.deepcopy(model)), 256), documents, single_layers((1,)), kept)
+        assert len(kept) == verdicts
+    assert LONGEST_REACH == 2048
+
+
+class Listing(LlamaForCausalLM):
+    """Returns a tuple, whatever it is asked for."""
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        return super().forward(*args, **more).to_tuple()
+
+
+class Last(LlamaForCausalLM):
+    """Returns what it says of the last token alone, as models made for generating may do."""
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        return super().forward(*args, **{**more, "logits_to_keep": 1})
+
+
+@pytest.mark.parametrize("kind", [Listing, Last])
+def test_what_returns_something_else_is_refused_in_words(kind: type) -> None:
+    said = rf"^{kind.__name__} .*it does not return 'logits' of every token"
+    engine = Engine(loaded(made(kind)), 256)
+    with pytest.raises(CellError, match=said):
+        check(engine, Draw().spoken((12, 9), (1, 3)), single_layers((1, 2)))

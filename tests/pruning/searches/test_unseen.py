@@ -1,0 +1,67 @@
+"""Sets of removals that a search asks for after its check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
+
+from tests.conftest import save_tokenizer
+from tests.engine.truth import truths, without
+from tracker.ablations import INTACT, Ablation
+from tracker.benchmarks.benchmark import open_benchmark
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.measuring.job import Options
+from tracker.measuring.meter import open_model
+from tracker.pruning.cells import Cell, _drawn
+
+FIRST, LATER = Ablation((0, 1)), Ablation((1, 2))
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -> None:
+    """Layer 2 is the one that lends its keys and values to later layers, through a dictionary."""
+    folder = tmp_path / "lending"
+    folder.mkdir()
+    vocabulary = save_tokenizer(folder, bos=False)
+    config = Gemma4TextConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        head_dim=8, global_head_dim=8, num_global_key_value_heads=2, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"] * 3, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=vocabulary,
+        initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (request,) = ask(model=str(folder), strategy="accuracy", remove=3).calibration()
+    cell = Cell(request, lend(tmp_path / "results"))
+    cell.measure([FIRST])
+    cell.measure([LATER])
+
+    loaded = open_model(request, Options("cpu")).loaded
+    encoder = RequestEncoder(loaded.model, loaded.tokenizer, request)
+    documents = sorted(
+        open_benchmark(request).documents(encoder, request.extent), key=lambda each: each.index
+    )
+    removed = [INTACT.layers, FIRST.layers, LATER.layers]
+    plain = truths(loaded.model, documents, removed, encoder.max_length, without)
+    for number, ablation in enumerate((INTACT, FIRST, LATER)):
+        gold = [each[number][d.gold or 0] for each, d in zip(plain, documents, strict=True)]
+        assert np.allclose(cell.known(ablation).gold, gold, atol=1e-3), ablation
+
+
+def test_sets_are_drawn_of_what_is_removed_together() -> None:
+    assert list(_drawn({(0, 0, 0), (1, 0, 0), (0, 1, 0)}, 30)) == []
+    layers = list(_drawn({(0, 0, 0), (2, 0, 0)}, 30))
+    assert [len(each.layers) for each in layers] == [2] * 4 + [3] * 4 + [7] * 4 + [15] * 4
+    for each in layers[::4]:
+        assert each.layers == tuple(range(each.layers[0], each.layers[-1] + 1))
+    assert list(_drawn({(0, 0, 0), (2, 0, 0)}, 30)) == layers
+    both = list(_drawn({(0, 2, 1), (0, 1, 2)}, 8))
+    assert {bool(each.attention) for each in both} == {bool(each.mlp) for each in both}
+    assert {len(each.attention + each.mlp) for each in both} == {2, 3, 4}
+    assert list(_drawn({(2, 0, 0)}, 2)) == []
