@@ -132,7 +132,8 @@ def test_reports_and_leaderboards(cli, tiny_llama, experiment, tmp_path, monkeyp
     markdown = cli("report", results, results, "--format", "md")
     assert markdown.output == "1 cell: report.md\n", "two sources are about no one folder"
     assert "| tiny-llama | 1" in (tmp_path / "report.md").read_text()
-    assert cli("report", "--format", "csv", "--output", "data").exit_code == 0
+    data = cli("report", "--format", "csv", "--output", "data")
+    assert data.output == f"1 cell: {len(list(Path('data').iterdir()))} files in data\n"
     assert len((tmp_path / "data" / "layers.csv").read_text().splitlines()) == 3
 
     board = cli("leaderboard")

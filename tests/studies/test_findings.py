@@ -99,6 +99,19 @@ def test_charts_scale_too_and_leave_gaps() -> None:
     assert list(heat.hovertext[0]) == ["0 · 0: undefined", "0 · 1: 50.0 pp"]
 
 
+def test_a_figure_that_stands_alone_has_its_legend_out_of_its_title_s_way() -> None:
+    """Legends of seven lines have stood across the title."""
+    chart = study_chart(LINES)
+    layout = chart.figure().layout
+    assert (layout.legend.yref, layout.legend.y, layout.legend.yanchor) == (
+        "container",
+        0,
+        "bottom",
+    )
+    assert layout.title.text
+    assert "legend" not in chart.layout, "a page has no title there"
+
+
 def test_the_page_has_a_section_and_says_when_it_is_outgrown() -> None:
     page = render_page([], {}, {}, [FINDING])
     assert "Do layers add up?" in page

@@ -79,7 +79,10 @@ def report(
         results=results,
         progress=Show(error=True),
     )
-    say(f"{counted(len(done.cells), 'cell')}: {', '.join(map(str, done.files))}")
+    written = ", ".join(map(str, done.files))
+    if len(done.files) > 1:
+        written = f"{len(done.files)} files in {done.files[0].parent}"
+    say(f"{counted(len(done.cells), 'cell')}: {written}")
     _end_report(done)
 
 

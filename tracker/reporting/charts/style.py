@@ -90,11 +90,13 @@ class Chart:
     layout: dict[str, Any]
 
     def figure(self) -> go.Figure:
-        """Make a figure that stands alone, with its title in it."""
+        """Make a figure that stands alone, with its title in it and its legend at the bottom."""
         lines = textwrap.wrap(self.title, _TITLE_COLUMNS)
         figure = go.Figure(self.data, self.layout)
         return figure.update_layout(
             template=TEMPLATE,
+            # A legend of several rows above the chart would grow into the title.
+            legend={"y": 0, "yref": "container", "yanchor": "bottom"},
             title={
                 "text": "<br>".join(html.escape(line) for line in lines),
                 "font": {"size": 14},
