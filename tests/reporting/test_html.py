@@ -175,6 +175,16 @@ def test_provenance_holds_the_exact_yaml_and_the_identities(page: str) -> None:
     assert task[:4] == ["arc_easy", "1.0", "test", "2,376"]
 
 
+def test_the_first_picture_promises_intervals_only_where_it_has_some() -> None:
+    """With 8 documents the baseline's own interval reaches down to guessing."""
+    why = "without intervals, because that of the intact model&#39;s accuracy reaches down to"
+    few, many = (render_page([build_cell(n=n)], {}) for n in (8, 160))
+    assert why in few
+    assert "with 95 % intervals. Below: the cheap score" not in few
+    assert "with 95 % intervals. Below: the cheap score" in many
+    assert "without intervals" not in many
+
+
 def test_every_text_is_escaped() -> None:
     cell = build_cell(
         HOSTILE,

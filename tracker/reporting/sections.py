@@ -123,6 +123,11 @@ class ModelSection:
     misjudged: Table | None
 
     @property
+    def has_intervals(self) -> bool:
+        """Whether what some layer costs has one."""
+        return any(one.relevance.low is not None for one in self.board.layers)
+
+    @property
     def figures(self) -> tuple[Figure, ...]:
         """Every chart of the section and of its cells."""
         mine = (self.story, self.relevance, self.proxies, self.heat_map, self.ranks)
