@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from tests.ablations import single_layers
-from tests.engine.families import SMALL
+from tests.engine.families import SMALL, VOCABULARY
 from tests.engine.plain import Memory, loaded
 from tests.engine.test_attacks import LONGROPE, Draw, attack, tiny
 from tracker.ablations import INTACT
@@ -166,7 +166,7 @@ def test_what_has_no_such_thing_shares_all() -> None:
 
 def test_texts_are_asked_on_both_sides_of_every_length() -> None:
     for longest in (96, 100, 256, 1024):
-        lengths, rows, behind = reaching_calls(97, longest, 192)
+        lengths, rows, wide, behind = reaching_calls(97, longest, 192)
         # Asked alone, a request takes a call as long as all of it but its last token.
         sides = [
             (len(d.requests[0].context), len(d.requests[1].context + d.requests[1].continuation))
@@ -179,8 +179,25 @@ def test_texts_are_asked_on_both_sides_of_every_length() -> None:
         row = next(tree_rows(rows, longest, 192))
         assert row.tokens > 192 - 16
         assert int(row.positions.max()) < 16
-        for document in behind:
+        (alone,) = tree_rows(wide, longest, 192)
+        assert alone.tokens > 1.5 * longest
+        for document in (*wide, *behind):
             assert all(len(r.context + r.continuation) <= longest for r in document.requests)
+
+
+def test_no_block_is_without_a_document() -> None:
+    for longest, nodes in ((4, 1), (8, 7), (9, 300)):
+        assert all(reaching_calls(97, longest, nodes))
+
+
+def test_one_text_of_more_nodes_than_the_model_has_places() -> None:
+    """GPT-Neo's own mask is as wide as its places: it refuses such a row, in the attack already."""
+    model = tiny(
+        "GPTNeoConfig", vocab_size=VOCABULARY, hidden_size=32, num_layers=4, num_heads=4,
+        attention_types=[[["global"], 4]], max_position_embeddings=128,
+    )  # fmt: skip
+    documents = [*Draw().spoken((12, 9, 14), (1, 3, 1, 2)), *Draw(1).spoken((70,), (50, 50))]
+    attack(model, documents, (1, 2), row_tokens=100, max_length=128)
 
 
 def test_a_text_is_no_longer_than_the_cell_can_make_it() -> None:

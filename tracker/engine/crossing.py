@@ -49,12 +49,15 @@ def reaching_calls(vocabulary: int, longest: int, nodes: int) -> list[list[Docum
 
     halves = [(longest >> times) - 1 for times in range(1, longest.bit_length() - 1)]
     beginning = tokens(longest // 2)
-    return [
+    wide = tokens(longest // 4), [tokens(longest // 2) for _ in range(3)]
+    calls = [
         _documents([doubled((), half) for half in halves]),
-        # Short texts alone, so that their places in a full row are beyond all of their positions.
+        # Rows of more nodes than any text has tokens, of many texts and of one alone.
         _documents([(tokens(5), [tokens(3)]) for _ in range(nodes // 8)]),
+        _documents([wide]),
         _documents([doubled(beginning, half) for half in halves[1:]]),
     ]
+    return [call for call in calls if call]
 
 
 def _branches(tokens: _Tokens) -> list[Document]:
