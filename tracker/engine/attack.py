@@ -166,7 +166,7 @@ def _attack_small(
         # Whatever counts tokens that no number of the configuration tells of.
         some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
         calls = reaching_calls(_vocabulary(small), min(longest, engine.max_length), nodes)
-        asked = list(_asked(calls, some, len(some), 0))
+        asked = list(_asked(calls, some, 1, SOME))
         made = _engine(engine, small, verdict, longest, nodes)
         verdict = _attacked(made, some, verdict, name, calls, asked)
     return verdict

@@ -53,7 +53,7 @@ def reaching_calls(vocabulary: int, longest: int, nodes: int) -> list[list[Docum
     calls = [
         _documents([doubled((), half) for half in halves]),
         # Rows of more nodes than any text has tokens, of many texts and of one alone.
-        _documents([(tokens(5), [tokens(3)]) for _ in range(nodes // 8)]),
+        _documents([(tokens(13), [tokens(3)]) for _ in range(nodes // 16)]),
         _documents([wide]),
         _documents([doubled(beginning, half) for half in halves[1:]]),
     ]
