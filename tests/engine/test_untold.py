@@ -208,7 +208,7 @@ def test_a_text_is_no_longer_than_the_cell_can_make_it() -> None:
         documents = Draw().spoken(contexts, (1, 3))
         check(Engine(loaded(copy.deepcopy(model)), 256), documents, single_layers((1,)), kept)
         assert len(kept) == verdicts
-    assert LONGEST_REACH == 2048
+    assert LONGEST_REACH == 1024
 
 
 class Listing(LlamaForCausalLM):

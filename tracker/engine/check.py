@@ -33,7 +33,7 @@ OF_THE_BASELINE = 6
 """Requests that the intact model is asked; each ablation is asked one."""
 SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
 """Nats, and share of itself, by which an answer may differ for rounding."""
-SHORTEST_REACH, LONGEST_REACH = 256, 2048
+SHORTEST_REACH, LONGEST_REACH = 256, 1024
 """Tokens of the longest text on a miniature; on one of more, calls would be no cheap matter."""
 RATE = 200
 """One in so many documents is answered plainly as well while a cell is measured."""
