@@ -92,11 +92,13 @@ class Chart:
     def figure(self) -> go.Figure:
         """Make a figure that stands alone, with its title in it and its legend at the bottom."""
         lines = textwrap.wrap(self.title, _TITLE_COLUMNS)
+        named = sum(map(_is_named, self.data))
         figure = go.Figure(self.data, self.layout)
         return figure.update_layout(
             template=TEMPLATE,
             # A legend of several rows above the chart would grow into the title.
             legend={"y": 0, "yref": "container", "yanchor": "bottom"},
+            height=self.layout["height"] + 20 * len(lines) + 12 * named,
             title={
                 "text": "<br>".join(html.escape(line) for line in lines),
                 "font": {"size": 14},
@@ -110,10 +112,14 @@ class Chart:
 
 def chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> Chart:
     """Put a chart together, `height` in pixels; `layout` is what else differs from the template."""
-    # A trace without a word on its legend gets one where it is not alone.
-    legend = any(t.get("showlegend", t.get("type") == "scatter") for t in data)
+    legend = any(map(_is_named, data))
     margin = {"l": 60, "r": 16, "t": 34 if legend else 12, "b": 50} | layout.pop("margin", {})
     return Chart(title, data, {"height": height, "margin": margin, **layout})
+
+
+def _is_named(trace: dict[str, Any]) -> bool:
+    """Whether it stands in a legend: without a word on it, where it is not alone."""
+    return bool(trace.get("showlegend", trace.get("type") == "scatter"))
 
 
 def line(number: int) -> dict[str, Any]:
