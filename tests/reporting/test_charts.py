@@ -114,6 +114,19 @@ def test_no_costly_layer() -> None:
     assert "no removal costs accuracy; 30 of 30 removals raise accuracy" in title
 
 
+def test_what_stands_in_for_a_layer_is_no_removal() -> None:
+    cell = build_cell()
+    drops = (0.3, *[-0.01] * 29)
+    runs = tuple(
+        run.model_copy(update={"accuracy_drop": drop, "intervention": "scale"})
+        for run, drop in zip(cell.runs, drops, strict=True)
+    )
+    title = charts.curve_title(cell.model_copy(update={"runs": runs}))
+    assert "removing" not in title
+    assert f": scale {runs[0].layer} costs most, 30.0 pp" in title
+    assert "; 29 of 30 runs raise accuracy" in title
+
+
 def test_scatter_holds_every_layer_once() -> None:
     cell = with_layer(build_cell(), 4, cosine_score=None)
     figure = charts.proxy_scatter(cell)

@@ -39,15 +39,18 @@ def curve_title(cell: CellRecord) -> str:
     if not drops:
         return f"{cell.title}: no {measure.change} is defined"
     costs, gain = ("costs", "raise") if cell.higher_is_better else ("adds", "lower")
-    says = f"no removal {costs} {measure.level}"
+    # A layer that something else stands in for is not removed.
+    only = all(record.intervention == "remove" for record in records)
+    removing, removal = ("removing ", "removal") if only else ("", "run")
+    says = f"no {removal} {costs} {measure.level}"
     for top in wording.most_critical(records, 1):
         size = measure.write(max(drops))
         between = formats.interval(top.accuracy_drop_low, top.accuracy_drop_high, measure.write)
-        says = f"removing {top.label()} {costs} most, {size} {measure.unit}"
+        says = f"{removing}{top.label()} {costs} most, {size} {measure.unit}"
         says += f" ({interval_name(cell)} {between})" if between else ""
     gains = sum(1 for drop in drops if drop < 0)
     return (
-        f"{cell.title}: {says}; {gains} of {len(drops)} removals {gain} {measure.level} "
+        f"{cell.title}: {says}; {gains} of {len(drops)} {removal}s {gain} {measure.level} "
         f"({cell.metric}, {cell.counted} documents)"
     )
 
