@@ -203,10 +203,10 @@ def test_one_text_of_more_nodes_than_the_model_has_places() -> None:
 def test_a_text_is_no_longer_than_the_cell_can_make_it() -> None:
     """Of one order of length there is one verdict, and beyond some length none is longer."""
     kept = Memory()
-    model = made(LlamaForCausalLM)
-    for contexts, verdicts in (((12, 20), 1), ((9, 30), 1), ((100,), 2)):
+    model = made(LlamaForCausalLM, max_position_embeddings=4096)
+    for contexts, verdicts in (((12, 20), 1), ((9, 30), 1), ((400,), 2)):
         documents = Draw().spoken(contexts, (1, 3))
-        check(Engine(loaded(copy.deepcopy(model)), 256), documents, single_layers((1,)), kept)
+        check(Engine(loaded(copy.deepcopy(model)), 1024), documents, single_layers((1,)), kept)
         assert len(kept) == verdicts
     assert LONGEST_REACH == 1024
 
