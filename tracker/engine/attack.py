@@ -226,8 +226,6 @@ def _attacked(
         return found
 
     sharing, found, reasons = most_sharing(verdict.sharing, name, compare)
-    if found.wrong is not None:
-        raise CellError(f"{name} contradicts itself: {found.wrong}")
     return replace(
         verdict,
         sharing=sharing,
@@ -252,7 +250,7 @@ def most_sharing(
         The sharing, what was compared with it, and why more was lost.
 
     Raises:
-        CellError: The model does not run even with nothing shared.
+        CellError: The model does not run even with nothing shared, or contradicts itself.
     """
     reasons = []
     first = next((i for i, (way, _) in enumerate(WAYS) if way == start), len(WAYS))
@@ -272,12 +270,15 @@ def most_sharing(
             said += f", mostly where the model is discontinuous ({found.unsteady} answers)"
         reasons.append(said)
     try:
-        return ONE_BY_ONE, compare(ONE_BY_ONE), reasons
+        found = compare(ONE_BY_ONE)
     except Exception as error:
         why = refused(error)
         if why is None:
             raise
         raise CellError(f"{name} cannot be asked one request at a time: {why}") from error
+    if found.wrong is not None:
+        raise CellError(f"{name} contradicts itself: {found.wrong}")
+    return ONE_BY_ONE, found, reasons
 
 
 def _asked(

@@ -23,7 +23,6 @@ from tracker.engine.stand_in import StandIn
 from tracker.engine.sweep import DocumentScores, Engine
 from tracker.engine.truth import Comparison, Truth
 from tracker.engine.verdict import Verdict
-from tracker.errors import CellError
 
 VERDICT = TypeAdapter(Verdict)
 """Verdicts as JSON."""
@@ -100,8 +99,6 @@ def check(
     sharing, found, reasons = most_sharing(
         verdict.sharing, name, lambda way: _confirm(engine.with_sharing(way), few, ablations)
     )
-    if found.wrong is not None:
-        raise CellError(f"{name} contradicts itself: {found.wrong}")
     return Check(
         engine.with_sharing(sharing),
         max(found.difference, verdict.difference),
