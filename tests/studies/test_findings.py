@@ -18,7 +18,7 @@ from tracker.findings import (
     MapChart,
 )
 from tracker.ledger.findings import findings, keep_finding
-from tracker.reporting.export import export
+from tracker.reporting.export import export, figures
 from tracker.reporting.html import render_page
 from tracker.reporting.studies import outgrown, study_chart, study_table
 from tracker.studies.layout import table
@@ -152,3 +152,13 @@ def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:
     assert frame["drop reason"].tolist()[1] == "the baseline is at chance"
     assert frame["drop low"].tolist()[0] == 0.1
     assert frame["drop"].isna().tolist() == [False, True]
+
+
+def test_findings_of_two_folders_keep_files_of_their_own(tmp_path: Path) -> None:
+    """Two people's studies of a file of one name: neither takes the other's place, nor a part."""
+    more = FINDING.model_copy(update={"answers": ("Yes.",), "tables": (TABLE, TABLE)})
+    paths = export([], "csv", tmp_path, {}, [FINDING, more])
+    stems = {path.stem for path in paths if path.stem.startswith("joint")}
+    assert stems == {"joint--file-1", "joint--file--2-1", "joint--file--2-2"}
+    drawn = {f"joint--file{second}-{number}" for second in ("", "--2") for number in (1, 2)}
+    assert set(figures([], [FINDING, more])) == drawn

@@ -29,7 +29,7 @@ from tracker.reporting.leaderboard.comparable import models_of
 from tracker.reporting.leaderboard.layers import layer_board
 from tracker.reporting.leaderboard.models import model_board
 from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
-from tracker.reporting.studies import study_chart, study_frames, study_table
+from tracker.reporting.studies import by_stem, study_chart, study_frames, study_table
 from tracker.reporting.tables import overview_table
 
 More = Mapping[str, pd.DataFrame]
@@ -50,8 +50,8 @@ def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
 def figures(cells: Sequence[CellRecord], findings: Found = ()) -> dict[str, go.Figure]:
     """Draw what stands well alone: studies' charts, heat maps, cells' charts, by file stem."""
     found = {
-        f"{each.name}-{number}": study_chart(drawn).figure()
-        for each in findings
+        f"{stem}-{number}": study_chart(drawn).figure()
+        for stem, each in by_stem(findings)
         for number, drawn in enumerate(each.charts, 1)
     }
     groups = models_of(cells)

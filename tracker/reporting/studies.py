@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 
 import pandas as pd
 
@@ -148,10 +149,20 @@ def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     column `… reason` says why.
     """
     return {
-        f"{finding.name}-{number}": pd.DataFrame([_plain(table, row) for row in table.rows])
-        for finding in findings
+        f"{stem}-{number}": pd.DataFrame([_plain(table, row) for row in table.rows])
+        for stem, finding in by_stem(findings)
         for number, table in enumerate(finding.tables, 1)
     }
+
+
+def by_stem(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
+    """Give each finding a stem for its files; those of several folders may have one name."""
+    taken: set[str] = set()
+    for finding in findings:
+        names = (f"{finding.name}--{number}" for number in count(2))
+        stem = next(name for name in chain([finding.name], names) if name not in taken)
+        taken.add(stem)
+        yield stem, finding
 
 
 def _plain(table: FoundTable, row: Sequence[Entry]) -> dict[str, float | str | None]:
