@@ -9,6 +9,7 @@ from dataclasses import replace
 import accelerate
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, agree, loaded, make_documents
@@ -540,6 +541,28 @@ def moody(model):
 
     embeddings.register_forward_hook(spoil)
     return Habits(leftovers=remember(model, ("mood",)))
+
+
+def test_one_by_one_only_the_intact_model_reads_rows_besides(tiny_model):
+    """Was: each pruned model did too, for proxies that nobody kept."""
+    model = tiny_model("llama")
+    documents = make_documents(3, seed=2)
+    requests = sum(len(document.requests) for document in documents)
+    calls = []
+
+    def watch(module, args):
+        if isinstance(module, type(model.model)):
+            calls.append(len(module.layers))
+
+    watching = register_module_forward_pre_hook(watch)
+    engine = Engine(loaded(model), MAX_LENGTH, ONE_BY_ONE, row_tokens=20)
+    try:
+        engine.score(documents, single_layers((1, 3)))
+    finally:
+        watching.remove()
+    whole = len(model.model.layers)
+    assert calls.count(whole - 1) == 2 * requests
+    assert calls.count(whole) > requests
 
 
 class TestLeftovers:

@@ -235,20 +235,32 @@ class Engine:
         """Score rows under each ablation alone, on a model that really lacks it."""
         for ablation in ablations:
             engine = replace(self.without(ablation), sharing=ALONE)
-            for row, _, scores in engine._scored(documents, [INTACT]):
-                if not self.sharing.calls:
-                    scores = engine._one_by_one(documents, row, scores)
-                # The proxies are those of the intact model.
-                yield row if ablation == INTACT else replace(row, gold=[]), [ablation], scores
+            # The proxies are those of the intact model.
+            intact = ablation == INTACT
+            found: Iterator[tuple[Row, RowScores]]
+            if self.sharing.calls:
+                found = ((row, scores) for row, _, scores in engine._scored(documents, [INTACT]))
+            else:
+                found = engine._one_by_one(documents, intact)
+            for row, scores in found:
+                yield row if intact else replace(row, gold=[]), [ablation], scores
 
-    def _one_by_one(self, documents: Sequence[Document], row: Row, scores: RowScores) -> RowScores:
-        """Ask for the answers of a row one by one; what else its pass has shown stays."""
-        found = [self.answer(documents[d].requests[r]) for d, r in row.requests]
-        return replace(
-            scores,
-            loglikelihoods=torch.tensor([[each.loglikelihood for each in found]]),
-            hits=torch.tensor([[each.hits for each in found]], dtype=torch.int),
-        )
+    def _one_by_one(
+        self, documents: Sequence[Document], proxies: bool
+    ) -> Iterator[tuple[Row, RowScores]]:
+        """Ask for the answers of rows one by one; of the rows' own pass only proxies are taken."""
+        layers = len(self.loaded.layers)
+        passed: Iterator[tuple[Row, Tensor]]
+        if proxies:
+            passed = ((row, scores.proxies) for row, _, scores in self._scored(documents, [INTACT]))
+        else:
+            rows = self._rows(documents, plan_streams([INTACT], layers), None)
+            passed = ((row, torch.zeros(0, 3, layers)) for row in rows)
+        for row, sums in passed:
+            found = [self.answer(documents[d].requests[r]) for d, r in row.requests]
+            loglikelihoods = torch.tensor([[each.loglikelihood for each in found]])
+            hits = torch.tensor([[each.hits for each in found]], dtype=torch.int)
+            yield row, RowScores(loglikelihoods, hits, sums)
 
     def answer(self, request: Request) -> Response:
         """Ask the intact model for one request, in a call of its own."""
