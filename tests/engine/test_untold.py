@@ -225,6 +225,53 @@ class Last(LlamaForCausalLM):
         return super().forward(*args, **{**more, "logits_to_keep": 1})
 
 
+class ForGood(LlamaForCausalLM):
+    """A call of a few tokens turns positions for good, as BigBird drops its sparse attention."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.switch: dict[str, float] = {}
+
+    def forward(self, input_ids: Tensor, **more: Any) -> Any:
+        self.count(input_ids.shape[1])
+        places = more.pop("position_ids", None)
+        if places is None:
+            places = torch.arange(input_ids.shape[1])[None]
+        turned = (places * self.switch.get("turn", 1.0)).long()
+        return super().forward(input_ids, position_ids=turned, **more)
+
+    def count(self, tokens: int) -> None:
+        if tokens < 100:
+            self.switch["turn"] = 0.5
+
+
+class Tiring(ForGood):
+    """Counts its calls where nobody looks, and turns positions by how many there were."""
+
+    def count(self, tokens: int) -> None:
+        self.switch["turn"] = self.switch.get("turn", 1.0) * 0.99
+
+
+@pytest.mark.parametrize("kind", [ForGood, Tiring])
+def test_what_the_texts_before_one_matter_to_is_refused(kind: type) -> None:
+    engine = Engine(loaded(made(kind)), 256)
+    said = rf"^{kind.__name__} contradicts itself: it says \S+ nats of a text after shorter ones, "
+    with pytest.raises(CellError, match=said):
+        check(engine, Draw().spoken((110, 120), (1, 3)), single_layers((1, 2)))
+
+
+def test_an_attention_that_a_short_text_switches_off_is_refused() -> None:
+    """BigBird's as a decoder, whose answers hang on whether a short text came before."""
+    model = tiny(
+        "BigBirdConfig", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=300, is_decoder=True,
+        attention_type="block_sparse", block_size=4, num_random_blocks=1,
+    )  # fmt: skip
+    engine = Engine(loaded(model), 200)
+    with pytest.raises(CellError, match="BigBirdForCausalLM contradicts itself: it says "):
+        check(engine, Draw().spoken((40, 45, 60), (1, 3)), single_layers((1, 2)))
+
+
 @pytest.mark.parametrize("kind", [Listing, Last])
 def test_what_returns_something_else_is_refused_in_words(kind: type) -> None:
     said = rf"^{kind.__name__} .*it does not return 'logits' of every token"

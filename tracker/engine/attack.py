@@ -9,6 +9,7 @@ shared and on models that were really changed.
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from tracker.ablations import INTACT, Ablation
-from tracker.documents import Document
+from tracker.documents import Document, Request
 from tracker.engine.crossing import crossing_calls, reaching_calls
 from tracker.engine.cutting import as_cut
 from tracker.engine.habits import Path, find_habits, shortened
@@ -32,6 +33,7 @@ from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
 from tracker.models.layers import find_layers
 from tracker.models.miniature import miniature
+from tracker.models.pruned import duplicate
 from tracker.models.shrinking import numbers
 from tracker.provenance import content_hash, file_hash, machine, package_versions
 
@@ -52,12 +54,14 @@ OFTEN = 0.02
 ROW_TOKENS = 40
 """Nodes of a row: several short texts share one, a long one has its own."""
 MAX_LENGTH = 96
+TEXTS = 5
+"""Texts that are asked in two orders, besides the longest."""
 _Place = tuple[int, int, int, int]
 """Which ablation, call, document and request."""
 
 
 def attack_key(
-    model: Any, ablations: Sequence[Ablation], paths: Sequence[Path], rows: tuple[int, int] = (0, 0)
+    model: Any, ablations: Sequence[Ablation], paths: Sequence[Path], rows: tuple[int, int]
 ) -> str:
     """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
 
@@ -91,7 +95,7 @@ def attack(
     engine: Engine,
     ablations: Sequence[Ablation],
     paths: Sequence[Path],
-    rows: tuple[int, int] = (0, 0),
+    rows: tuple[int, int],
 ) -> Verdict:
     """Attack the architecture of an engine's model.
 
@@ -153,6 +157,7 @@ def _attack_small(
         first=tuple(sorted(found.first)),
     )
     models = [small, *shortened(small, found.matters)]
+    untouched = duplicate(small)
     verdict = as_cut(
         _engine(engine, small, verdict, MAX_LENGTH, ROW_TOKENS), ablations, verdict, name
     )
@@ -167,7 +172,7 @@ def _attack_small(
         some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
         calls = reaching_calls(_vocabulary(small), min(longest, engine.max_length), nodes)
         asked = list(_asked(calls, some, 1, SOME))
-        made = _engine(engine, small, verdict, longest, nodes)
+        made = _engine(engine, untouched, verdict, longest, nodes)
         verdict = _attacked(made, some, verdict, name, calls, asked)
     return verdict
 
@@ -218,6 +223,8 @@ def _attacked(
 ) -> Verdict:
     """Lower a verdict to what this model computes exactly."""
     truth = Truth(engine, proof=verdict.attacked != "the model")
+    if not truth.is_half:  # an accelerator need not add up in one order
+        _refuse_memory(engine, name, calls)
 
     def compare(sharing: Sharing) -> Comparison:
         found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)
@@ -234,6 +241,35 @@ def _attacked(
         compared=verdict.compared + found.compared,
         unsteady=verdict.unsteady + found.unsteady,
     )
+
+
+def _refuse_memory(engine: Engine, name: str, calls: Sequence[Sequence[Document]]) -> None:
+    """Ask one copy of a model texts of rising length, another of falling: do both say the same?
+
+    If not, there is no truth: what the model says of a text depends on the texts before it.
+    """
+    ordered = sorted((d.requests[-1] for call in calls for d in call), key=_length)
+    texts = [*ordered[:: -(-len(ordered) // TEXTS)], ordered[-1]]
+    rising, falling = engine.without(INTACT), engine.without(INTACT)
+    nats, share = TOLERANCE
+    try:
+        after_shorter = [rising.answer(text).loglikelihood for text in texts]
+        after_longer = [falling.answer(text).loglikelihood for text in reversed(texts)][::-1]
+    except Exception as error:
+        if refused(error) is None:
+            raise
+        return  # what it does not say in any way is told of by `most_sharing`
+    for one, other in zip(after_shorter, after_longer, strict=True):
+        both_nan = math.isnan(one) and math.isnan(other)
+        if not both_nan and not math.isclose(one, other, rel_tol=share, abs_tol=nats):
+            raise CellError(
+                f"{name} contradicts itself: it says {one:.6g} nats of a text after shorter ones, "
+                f"and {other:.6g} after longer ones"
+            )
+
+
+def _length(request: Request) -> int:
+    return len(request.context) + len(request.continuation)
 
 
 def most_sharing(
