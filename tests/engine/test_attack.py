@@ -37,56 +37,54 @@ from tracker.models.pruned import put_back
 
 ABLATIONS = single_layers((0, 1, 2, 3))
 WINDOW = (("max_position_embeddings",),)
-NONE_LONG = (0, 0)
-"""Rows that no text of a cell fills: it is attacked on short ones alone."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestKey:
     def test_the_weights_and_where_they_come_from_do_not_count(self, tiny_model) -> None:
-        key = attack_key(tiny_model("llama"), ABLATIONS, WINDOW, NONE_LONG)
+        key = attack_key(tiny_model("llama"), ABLATIONS, WINDOW)
         assert len(key) == 64
         other = tiny_model("llama").bfloat16()
         other.model.norm.weight.mul_(2)
         other.config._name_or_path = "elsewhere"
         other.config.dtype = torch.bfloat16
         other.config.quantization_config = {"bits": 4}
-        assert attack_key(other, ABLATIONS, WINDOW, NONE_LONG) == key
+        assert attack_key(other, ABLATIONS, WINDOW) == key
 
     def test_all_that_the_verdict_follows_from_counts(self, tiny_model) -> None:
         model = tiny_model("llama")
         other = tiny_model("llama")
         other.config.rms_norm_eps = 0.5
         keys = [
-            attack_key(model, ABLATIONS, WINDOW, NONE_LONG),
-            attack_key(model, ABLATIONS[:-1], WINDOW, NONE_LONG),
-            attack_key(model, [*ABLATIONS[:-1], ablate("mlp", [3])], WINDOW, NONE_LONG),
-            attack_key(model, ABLATIONS, (), NONE_LONG),
-            attack_key(other, ABLATIONS, WINDOW, NONE_LONG),
-            attack_key(tiny_model("qwen2"), ABLATIONS, WINDOW, NONE_LONG),
+            attack_key(model, ABLATIONS, WINDOW),
+            attack_key(model, ABLATIONS[:-1], WINDOW),
+            attack_key(model, [*ABLATIONS[:-1], ablate("mlp", [3])], WINDOW),
+            attack_key(model, ABLATIONS, ()),
+            attack_key(other, ABLATIONS, WINDOW),
+            attack_key(tiny_model("qwen2"), ABLATIONS, WINDOW),
         ]
-        keys.append(attack_key(Placed(model.config), ABLATIONS, WINDOW, NONE_LONG))
+        keys.append(attack_key(Placed(model.config), ABLATIONS, WINDOW))
         for kernels, name in (("_attn", "eager"), ("_experts", "grouped_mm")):
             other = tiny_model("llama")
             setattr(other.config, f"{kernels}_implementation", name)
-            keys.append(attack_key(other, ABLATIONS, WINDOW, NONE_LONG))
+            keys.append(attack_key(other, ABLATIONS, WINDOW))
         assert len(set(keys)) == 9
 
     def test_the_code_and_what_runs_it_count(self, tiny_model, monkeypatch) -> None:
         model = tiny_model("llama")
-        keys = [attack_key(model, ABLATIONS, (), NONE_LONG)]
+        keys = [attack_key(model, ABLATIONS, ())]
         read: set[str] = set()
         with monkeypatch.context() as patched:
             patched.setattr(
                 "tracker.engine.attack.file_hash",
                 lambda paths: read.update(f"{p.parent.name}/{p.name}" for p in paths) or "another",
             )
-            keys.append(attack_key(model, ABLATIONS, (), NONE_LONG))
+            keys.append(attack_key(model, ABLATIONS, ()))
         for name in ("package_versions", "machine"):
             with monkeypatch.context() as patched:
                 patched.setattr(f"tracker.engine.attack.{name}", lambda: {"another": "1"})
-                keys.append(attack_key(model, ABLATIONS, (), NONE_LONG))
+                keys.append(attack_key(model, ABLATIONS, ()))
         assert len(set(keys)) == 4
         tracker = Path(__file__).parents[2] / "tracker"
         folders = (tracker / "engine", tracker / "models", Path(modeling_llama.__file__).parent)
@@ -100,10 +98,10 @@ class TestKey:
         code.write_text("import transformers\nclass Own(transformers.LlamaForCausalLM): pass\n")
         monkeypatch.syspath_prepend(tmp_path)
         model = importlib.import_module(code.stem).Own(tiny_model("llama").config)
-        key = attack_key(model, ABLATIONS, WINDOW, NONE_LONG)
-        assert attack_key(model, ABLATIONS, WINDOW, NONE_LONG) == key
+        key = attack_key(model, ABLATIONS, WINDOW)
+        assert attack_key(model, ABLATIONS, WINDOW) == key
         code.write_text(code.read_text() + "    scale = 2\n")
-        assert attack_key(model, ABLATIONS, WINDOW, NONE_LONG) != key
+        assert attack_key(model, ABLATIONS, WINDOW) != key
 
 
 def test_a_number_that_no_row_reaches_is_not_experimented_with(tiny_model) -> None:
@@ -250,7 +248,7 @@ class TestAttack:
     def test_an_architecture_that_shares_all(self, tiny_model) -> None:
         threads = torch.get_num_threads()
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS, (), NONE_LONG)
+        verdict = attack(engine, ABLATIONS, ())
         assert (verdict.sharing, verdict.lost, verdict.unsteady) == (FULL, None, 0)
         assert 0 < verdict.difference < 2e-4
         assert (verdict.lengths, verdict.leftovers, verdict.first) == ((), (), ())
@@ -260,20 +258,20 @@ class TestAttack:
     def test_every_request_of_some_ablations_and_a_few_of_the_others(self, tiny_model) -> None:
         """Both ways round; two ablations are all that there is, and are asked everything."""
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        everything = attack(engine, [INTACT], (), NONE_LONG).compared
+        everything = attack(engine, [INTACT], ()).compared
         assert everything > 50
-        assert attack(engine, ABLATIONS[:2], (), NONE_LONG).compared == 2 * everything
+        assert attack(engine, ABLATIONS[:2], ()).compared == 2 * everything
         many = [*ABLATIONS, *(ablate(part, [n]) for part in ("mlp", "attention") for n in range(4))]
         # Of thirteen, each second one is asked everything, and the others four requests.
-        assert attack(engine, many, (), NONE_LONG).compared == 7 * everything + 6 * 2 * 4
+        assert attack(engine, many, ()).compared == 7 * everything + 6 * 2 * 4
 
     def test_a_model_without_a_miniature_is_attacked_itself(self, tiny_model, monkeypatch) -> None:
         monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
         seen = disturbed(monkeypatch, lambda documents: False)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS, (), NONE_LONG)
+        verdict = attack(engine, ABLATIONS, ())
         # Always with the same texts, the first of those that miniatures are given.
-        assert attack(engine, ABLATIONS, (), NONE_LONG) == verdict
+        assert attack(engine, ABLATIONS, ()) == verdict
         assert seen[2:] == seen[:2] == [seen[0], seen[0][::-1]]
         assert seen[0] == crossing_calls(97, MAX_LENGTH)[0][:4]
         assert verdict.sharing == DEPTH_ONLY
@@ -290,9 +288,7 @@ class TestAttack:
         """It is fitted later, on a model whose habits are known."""
         monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
         fitted = [Ablation(replaced=((done, 2),)) for done in ("mean", "scale", "linear")]
-        verdict = attack(
-            Engine(loaded(tiny_model("llama")), MAX_LENGTH), [INTACT, *fitted], (), NONE_LONG
-        )
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [INTACT, *fitted], ())
         assert (verdict.sharing, verdict.difference < 2e-4) == (DEPTH_ONLY, True)
 
     def test_a_checkpoint_whose_layers_moved_up_is_measured_and_shares_nothing(
@@ -300,14 +296,14 @@ class TestAttack:
     ) -> None:
         """It is what a pruned checkpoint is, and not the model with a layer that is skipped."""
         engine = Engine(loaded(Placed(tiny_model("llama").config).eval()), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS, (), NONE_LONG)
+        verdict = attack(engine, ABLATIONS, ())
         assert verdict.sharing == PLAIN
         assert verdict.lost == (
             "a checkpoint without a layer is not the model that skips it, so nothing is shared"
         )
         assert not verdict.stay
         # Without the last layer, the others stay where they are.
-        assert attack(engine, [INTACT, ablate("layer", [3])], (), NONE_LONG).sharing == FULL
+        assert attack(engine, [INTACT, ablate("layer", [3])], ()).sharing == FULL
 
     @pytest.mark.parametrize("unsteady", [20, 21])
     def test_one_answer_in_fifty_may_be_at_a_discontinuity(
@@ -317,7 +313,7 @@ class TestAttack:
         found = Comparison(1000, 0.5, unsteady)
         monkeypatch.setattr("tracker.engine.attack._compared", lambda *_: found)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS, (), NONE_LONG)
+        verdict = attack(engine, ABLATIONS, ())
         assert (verdict.compared, verdict.unsteady) == (1000, unsteady)
         if unsteady == 20:
             assert (verdict.sharing, verdict.lost) == (FULL, None)
@@ -346,7 +342,7 @@ class TestAttack:
             r"call, so no two ways to ask it agree$"
         )
         with pytest.raises(CellError, match=said):
-            attack(Engine(loaded(model.eval()), MAX_LENGTH), ABLATIONS, (), NONE_LONG)
+            attack(Engine(loaded(model.eval()), MAX_LENGTH), ABLATIONS, ())
 
 
 class TestTexts:
@@ -425,7 +421,7 @@ class TestMiniatures:
     def test_it_is_scored_as_a_model_that_reads_as_much(self, tiny_model, watched) -> None:
         for most, read in ((2048, 96), (50, 50)):
             elsewhere = replace(loaded(tiny_model("llama")), device=torch.device("meta"))
-            attack(Engine(elsewhere, most), ABLATIONS, (), NONE_LONG)
+            attack(Engine(elsewhere, most), ABLATIONS, ())
             engine = watched.engines.pop()
             assert (engine.max_length, engine.row_tokens) == (read, 40)
             assert engine.loaded.device == torch.device("cpu")
@@ -445,7 +441,7 @@ class TestMiniatures:
         )
         watched.found = (RIGHT, Comparison(50, 1e-5, 1))
         engine = Engine(loaded(tiny_model("mistral")), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS, (window,), NONE_LONG)
+        verdict = attack(engine, ABLATIONS, (window,))
         ((small, paths),) = tried
         assert paths == (window,)
         assert [each.loaded.model is small for each in watched.engines] == [True, False]
@@ -461,9 +457,7 @@ class TestMiniatures:
         """Also of the ablations of which only some requests are."""
         many = [*ABLATIONS, *(ablate("mlp", [n]) for n in range(4)), ablate("layer", [1, 2])]
         for _ in range(2):
-            attack(
-                Engine(loaded(tiny_model("llama")), MAX_LENGTH), [*many, *many[1:4]], (), NONE_LONG
-            )
+            attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [*many, *many[1:4]], ())
         one, other = watched.asked
         assert one == other
         assert len(one) < max(number for number, *_ in one) * len([a for a in one if not a[0]])
@@ -475,7 +469,7 @@ class TestMiniatures:
         left = frozenset({"inv_freq", "attention_scaling"})
         found = Findings(every_call=every, leftovers=left)
         monkeypatch.setattr("tracker.engine.attack.find_habits", lambda *_: found)
-        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, (), NONE_LONG)
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
         assert verdict.lengths == ((((), True),) if every else ())
         assert verdict.leftovers == ("attention_scaling", "inv_freq")
         assert watched.engines[0].habits.lengths.each == every
@@ -487,9 +481,7 @@ class TestMiniatures:
         monkeypatch.setattr("tracker.engine.attack._compared", watched)
         found = Findings(matters=(("sliding_window",),))
         monkeypatch.setattr("tracker.engine.attack.find_habits", lambda *_: found)
-        verdict = attack(
-            Engine(loaded(tiny_model("mistral")), MAX_LENGTH), ABLATIONS, (), NONE_LONG
-        )
+        verdict = attack(Engine(loaded(tiny_model("mistral")), MAX_LENGTH), ABLATIONS, ())
         assert [engine.sharing for engine in watched.engines] == [
             FULL, NO_PREFIX, NO_PREFIX, DEPTH_ONLY,
         ]  # fmt: skip
@@ -505,13 +497,13 @@ class TestMiniatures:
         wrong = Comparison(3, 0.25, 2, "-1 nats shared")
         watched = Watched(wrong, wrong, wrong, wrong, Comparison(100, 0.5, 99))
         monkeypatch.setattr("tracker.engine.attack._compared", watched)
-        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, (), NONE_LONG)
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
         # However often the model is discontinuous: nothing less is left to share.
         assert (verdict.sharing, verdict.unsteady) == (ONE_BY_ONE, 99)
         watched.found = (wrong,)
         watched.engines.clear()
         with pytest.raises(CellError, match=r"^LlamaForCausalLM contradicts itself: -1 nats sh"):
-            attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, (), NONE_LONG)
+            attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
 
 
 def disturbed(monkeypatch, when: Callable[[Sequence[Document]], bool]) -> list[list[Document]]:
@@ -534,9 +526,7 @@ def disturbed(monkeypatch, when: Callable[[Sequence[Document]], bool]) -> list[l
 class TestOrder:
     def test_every_call_in_one_order_and_its_reverse(self, tiny_model, monkeypatch) -> None:
         seen = disturbed(monkeypatch, lambda documents: False)
-        verdict = attack(
-            Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS[:1], (), NONE_LONG
-        )
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS[:1], ())
         assert (verdict.sharing, verdict.compared) == (FULL, 2 * sum(map(count, seen[:4])))
         assert seen[4:] == [documents[::-1] for documents in seen[3::-1]]
         vocabulary = max(
@@ -558,7 +548,7 @@ class TestOrder:
             ),
         )
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS[:2], (), NONE_LONG)
+        verdict = attack(engine, ABLATIONS[:2], ())
         assert verdict.sharing == NO_PREFIX
         assert verdict.lost == "sharing over documents changes a log-likelihood by 0.5 nats"
         # What is wrong once is asked no further.
@@ -594,7 +584,7 @@ class TestCut:
 
     def attacked(self, model: Any, *removed: tuple[int, ...]) -> Verdict:
         ablations = [INTACT, *(ablate("layer", layers) for layers in removed)]
-        return attack(Engine(loaded(model), MAX_LENGTH), ablations, (), NONE_LONG)
+        return attack(Engine(loaded(model), MAX_LENGTH), ablations, ())
 
     @pytest.mark.parametrize(("removed", "what"), [((2,), "layer 2"), ((1, 2), "layers 1, 2")])
     def test_it_runs_in_no_way(self, tiny_model, refuse, watched, removed, what) -> None:
@@ -716,7 +706,7 @@ class TestCut:
     def test_sublayers_ask_for_no_cut(self, tiny_model, refuse, watched) -> None:
         refuse(False, True)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        assert attack(engine, [INTACT, ablate("mlp", [2])], (), NONE_LONG).sharing == FULL
+        assert attack(engine, [INTACT, ablate("mlp", [2])], ()).sharing == FULL
 
     def test_an_error_of_ours_is_raised(self, tiny_model, refuse, watched) -> None:
         refuse(False, error=ZeroDivisionError("ours"))

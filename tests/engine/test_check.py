@@ -14,7 +14,7 @@ from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
 from tracker.ablations import INTACT, ablate
 from tracker.documents import Document, Request
 from tracker.engine import truth
-from tracker.engine.attack import attack, reachable
+from tracker.engine.attack import attack, attack_longer, reachable
 from tracker.engine.check import (
     VERDICT,
     _asked,
@@ -84,22 +84,26 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(tiny_model, monkeypat
     model, documents, kept = tiny_model("llama"), make_documents(3), Memory()
     engine = Engine(loaded(model), MAX_LENGTH)
     first = check(engine, documents, ABLATIONS, kept)
-    (key,) = kept
+    keys = list(kept)
     made = []
+    for name, honest in (("attack", attack), ("attack_longer", attack_longer)):
 
-    def counted(*args):
-        made.append(1)
-        return attack(*args)
+        def counted(*args, name=name, honest=honest):
+            made.append(name)
+            return honest(*args)
 
-    monkeypatch.setattr("tracker.engine.check.attack", counted)
+        monkeypatch.setattr(f"tracker.engine.check.{name}", counted)
     assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
     assert not made
-    kept[key] = "{"
-    assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
-    assert made == [1]
-    assert json.loads(kept[key])["sharing"]["depth"] is True
+    # With short texts, and with texts as long as these.
+    for key, name in zip(keys, ("attack", "attack_longer"), strict=True):
+        kept[key] = "{"
+        assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
+        assert made.pop() == name
+        assert not made
+        assert json.loads(kept[key])["sharing"]["depth"] is True
     check(engine, documents, [*ABLATIONS, ablate("mlp", [1])], kept)
-    assert len(kept) == 2, "another ablation is another question"
+    assert len(kept) == 4, "another ablation is another question"
 
 
 def test_every_ablation_is_attacked_and_confirmed(tiny_model, monkeypatch):
@@ -340,7 +344,10 @@ def test_a_verdict_holds_for_the_lengths_that_it_was_made_for(tiny_model):
     few = [Document("task", 0, (Request((1,), (2,)),), 0, 1)]
     for row_tokens in (1, 200, 200):
         check(Engine(loaded(model), MAX_LENGTH, row_tokens=row_tokens), few, ABLATIONS, verdict)
-    assert asked[0] != asked[1] == asked[2]
+    # With short texts, and with texts as long as these.
+    first, second, third = asked[:2], asked[2:4], asked[4:]
+    assert not {*first} & {*second}
+    assert second == third
 
 
 def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document(tiny_model):

@@ -201,14 +201,26 @@ def test_one_text_of_more_nodes_than_the_model_has_places() -> None:
 
 
 def test_a_text_is_no_longer_than_the_cell_can_make_it() -> None:
-    """Of one order of length there is one verdict, and beyond some length none is longer."""
+    """Of one order of length there is one verdict, and of short texts one for all."""
     kept = Memory()
     model = made(LlamaForCausalLM, max_position_embeddings=4096)
-    for contexts, verdicts in (((12, 20), 1), ((9, 30), 1), ((400,), 2)):
+    for contexts, verdicts in (((12, 20), 2), ((9, 30), 2), ((400,), 3)):
         documents = Draw().spoken(contexts, (1, 3))
         check(Engine(loaded(copy.deepcopy(model)), 1024), documents, single_layers((1,)), kept)
         assert len(kept) == verdicts
     assert LONGEST_REACH == 1024
+
+
+class Reader(LlamaForCausalLM):
+    """Reads twice as many tokens as it says; Moshi reads one more."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.embed_tokens = torch.nn.Embedding(2 * config.vocab_size, config.hidden_size)
+
+
+def test_it_is_asked_only_for_what_it_can_say() -> None:
+    attack(made(Reader), Draw().spoken((12, 9, 20), (1, 3)), (1, 2))
 
 
 class Listing(LlamaForCausalLM):

@@ -33,7 +33,6 @@ from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
 from tracker.models.layers import find_layers
 from tracker.models.miniature import miniature
-from tracker.models.pruned import duplicate
 from tracker.models.shrinking import numbers
 from tracker.provenance import content_hash, file_hash, machine, package_versions
 
@@ -61,12 +60,15 @@ _Place = tuple[int, int, int, int]
 
 
 def attack_key(
-    model: Any, ablations: Sequence[Ablation], paths: Sequence[Path], rows: tuple[int, int]
+    model: Any,
+    ablations: Sequence[Ablation],
+    paths: Sequence[Path],
+    rows: tuple[int, int] | None = None,
 ) -> str:
     """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
 
     That is the configuration, what is removed, the numbers in reach (`paths`), how long the texts
-    are (`rows`, as in `attack`), versions, machine, this code and the model's own, which its
+    are (`rows`, of `attack_longer`), versions, machine, this code and the model's own, which its
     checkpoint may bring; not the weights.
     """
     here = FilePath(__file__).parents[1]
@@ -95,16 +97,13 @@ def attack(
     engine: Engine,
     ablations: Sequence[Ablation],
     paths: Sequence[Path],
-    rows: tuple[int, int],
 ) -> Verdict:
-    """Attack the architecture of an engine's model.
+    """Attack the architecture of an engine's model with short texts.
 
     Args:
         engine: The engine; no call has changed its model yet.
         ablations: All that will be removed, with the baseline.
         paths: Numbers of the configuration that the cell's texts can reach.
-        rows: Up to how many tokens a text of the cell may have, and nodes a row of several texts;
-            0 tokens = none is that long.
 
     Returns:
         What may be shared.
@@ -117,7 +116,37 @@ def attack(
     if small is None:
         return _attack_itself(engine, ablations, name)
     with _one_thread():
-        return _attack_small(engine, small, ablations, paths, rows, name)
+        return _attack_small(engine, small, ablations, paths, name)
+
+
+def attack_longer(
+    engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, rows: tuple[int, int]
+) -> Verdict:
+    """Attack it with texts as long as a cell's: some count tokens that no number tells of.
+
+    Args:
+        engine: The engine; no call has changed its model yet.
+        ablations: All that will be removed, with the baseline.
+        verdict: What short texts have shown.
+        rows: Up to how many tokens a text of the cell has, and nodes a row of several texts.
+
+    Returns:
+        What may be shared.
+
+    Raises:
+        CellError: The model cannot be measured.
+    """
+    model = engine.loaded.model
+    if verdict.attacked == "the model":
+        return verdict
+    small = miniature(model)
+    longest, nodes = rows
+    some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
+    calls = reaching_calls(_vocabulary(small), min(longest, engine.max_length), nodes)
+    asked = list(_asked(calls, some, 1, SOME))
+    with _one_thread():
+        made = _engine(engine, small, verdict, longest, nodes)
+        return _attacked(made, some, verdict, type(model).__name__, calls, asked)
 
 
 @contextmanager
@@ -136,7 +165,6 @@ def _attack_small(
     small: Any,
     ablations: Sequence[Ablation],
     paths: Sequence[Path],
-    rows: tuple[int, int],
     name: str,
 ) -> Verdict:
     """Experiment with a miniature, and attack it with long windows and with short ones."""
@@ -157,7 +185,6 @@ def _attack_small(
         first=tuple(sorted(found.first)),
     )
     models = [small, *shortened(small, found.matters)]
-    untouched = duplicate(small)
     verdict = as_cut(
         _engine(engine, small, verdict, MAX_LENGTH, ROW_TOKENS), ablations, verdict, name
     )
@@ -166,19 +193,14 @@ def _attack_small(
     for each in models:
         made = _engine(engine, each, verdict, MAX_LENGTH, ROW_TOKENS)
         verdict = _attacked(made, ablations, verdict, name, calls, asked)
-    longest, nodes = rows
-    if longest:
-        # Whatever counts tokens that no number of the configuration tells of.
-        some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
-        calls = reaching_calls(_vocabulary(small), min(longest, engine.max_length), nodes)
-        asked = list(_asked(calls, some, 1, SOME))
-        made = _engine(engine, untouched, verdict, longest, nodes)
-        verdict = _attacked(made, some, verdict, name, calls, asked)
     return verdict
 
 
 def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().num_embeddings)
+    """How many tokens a model both reads and says: Moshi reads one more."""
+    head = model.get_output_embeddings()
+    read = int(model.get_input_embeddings().num_embeddings)
+    return read if head is None else min(read, int(head.weight.shape[0]))
 
 
 def _engine(engine: Engine, model: Any, verdict: Verdict, longest: int, nodes: int) -> Engine:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Request
-from tracker.engine.attack import attack, attack_key, most_sharing, reachable
+from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
 from tracker.engine.rows import common_beginning, tree_rows
 from tracker.engine.stand_in import StandIn
 from tracker.engine.sweep import DocumentScores, Engine
@@ -121,16 +121,21 @@ def _verdict(
     # Of one order of length, texts have one verdict.
     longest = min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), LONGEST_REACH)
     rows = longest, engine.most_row_tokens
-    if kept is None:
-        return attack(engine, ablations, paths, rows)
-    key = attack_key(model, ablations, paths, rows)
-    text = kept.recall(key)
-    if text is not None:
-        with suppress(ValidationError):  # damaged: the attack is made again
-            return VERDICT.validate_json(text)
-    verdict = attack(engine, ablations, paths, rows)
-    kept.keep(key, VERDICT.dump_json(verdict).decode())
-    return verdict
+
+    def found(make: Callable[[], Verdict], *follows: tuple[int, int]) -> Verdict:
+        if kept is None:
+            return make()
+        key = attack_key(model, ablations, paths, *follows)
+        text = kept.recall(key)
+        if text is not None:
+            with suppress(ValidationError):  # damaged: the attack is made again
+                return VERDICT.validate_json(text)
+        verdict = make()
+        kept.keep(key, VERDICT.dump_json(verdict).decode())
+        return verdict
+
+    short = found(lambda: attack(engine, ablations, paths))
+    return found(lambda: attack_longer(engine, ablations, short, rows), rows)
 
 
 def reach(engine: Engine, documents: Sequence[Document]) -> int:
