@@ -19,6 +19,11 @@ class Request:
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
+    @property
+    def length(self) -> int:
+        """How many tokens both have."""
+        return len(self.context) + len(self.continuation)
+
 
 @dataclass(frozen=True)
 class Prompt:

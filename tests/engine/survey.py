@@ -9,6 +9,7 @@ order with small rows, and all of it backwards with large ones.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import multiprocessing
 import random
@@ -19,7 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from tracker.engine.check import check
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError, ModelError
 from tracker.models.layers import find_layers
+from tracker.provenance import content_hash, file_hash, package_versions
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 MAX_LENGTH = 176
@@ -521,19 +523,53 @@ def _row(family: str, verdicts: Sequence[Verdict]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def _begun() -> Path:
+    """Where verdicts stand until the page is written: those of this code and these versions."""
+    root = PAGE.parents[1]
+    rooms = ("tracker/engine", "tracker/models", "tests/engine")
+    code = file_hash(path for room in rooms for path in (root / room).glob("*.py"))
+    name = content_hash([code, package_versions()])[:16]
+    return root / "build" / f"families-{name}.jsonl"
+
+
+def found_before(todo: Sequence[Variant], begun: Path) -> list[Verdict]:
+    """Look up what a survey that was stopped has found; failures are looked at again."""
+    known = {}
+    for line in begun.read_text().splitlines() if begun.exists() else []:
+        with suppress(ValueError):  # the last line of one that was killed
+            found = json.loads(line)
+            name = found.pop("variant")
+            known[name] = {**found, "idle": tuple(found["idle"])}
+    again = [Verdict(each, **known[str(each)]) for each in todo if str(each) in known]
+    return [each for each in again if each.verdict not in FAILURES]
+
+
+def note(verdict: Verdict, begun: Path) -> None:
+    """Add a verdict to what was found."""
+    begun.parent.mkdir(exist_ok=True)
+    with begun.open("a") as file:
+        file.write(json.dumps({**vars(verdict), "variant": str(verdict.variant)}) + "\n")
+
+
 def main() -> int:
     """Examine every variant, print a line each, and write the page."""
     wanted = sys.argv[1:] or families()
     todo = [variant for family in wanted for variant in variants(family)]
-    verdicts: list[Verdict] = []
+    begun = _begun()
+    verdicts = found_before(todo, begun)
+    if verdicts:
+        print(f"{len(verdicts)} of {len(todo)} were examined before")  # noqa: T201
+    known = {str(each.variant) for each in verdicts}
+    left = [variant for variant in todo if str(variant) not in known]
     with multiprocessing.get_context("spawn").Pool(PROCESSES, prepare) as pool:
         try:
-            for verdict in pool.imap_unordered(examine, todo):
+            for verdict in pool.imap_unordered(examine, left):
                 verdicts.append(verdict)
+                note(verdict, begun)
                 print(f"{len(verdicts)}/{len(todo)} {verdict}", flush=True)  # noqa: T201
         except KeyboardInterrupt:
             pool.terminate()
-            print("stopped; the page stays as it was")  # noqa: T201
+            print("stopped; the same command goes on, and the page stays as it was")  # noqa: T201
     for name, count in Counter(one.verdict for one in verdicts).most_common():
         print(f"{name}: {count}")  # noqa: T201
     if len(verdicts) < len(todo):
@@ -542,6 +578,7 @@ def main() -> int:
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(page(sorted(verdicts, key=lambda one: str(one.variant))))
         write_in_short()
+        begun.unlink(missing_ok=True)
     return int(any(one.verdict in FAILURES for one in verdicts))
 
 

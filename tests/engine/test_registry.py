@@ -170,6 +170,23 @@ def test_the_page_merges_variants():
     assert "| bert | reads in both directions: an encoder |" in text
 
 
+def test_a_survey_that_was_killed_goes_on(tmp_path) -> None:
+    begun = tmp_path / "build" / "families.jsonl"
+    todo = list(survey.variants("llama"))[:4]
+    assert survey.found_before(todo, begun) == []
+    verdicts = [
+        survey.Verdict(todo[0], survey.EXACT, "tokens", 1e-5, "why", (1, 2), 3.0),
+        survey.Verdict(todo[1], survey.CRASH, why="out of memory"),
+        survey.Verdict(todo[2], survey.REFUSED),
+    ]
+    for each in verdicts:
+        survey.note(each, begun)
+    with begun.open("a") as file:
+        file.write('{"variant": "llama, e')
+    # What failed is looked at again.
+    assert survey.found_before(todo, begun) == [verdicts[0], verdicts[2]]
+
+
 def test_the_table_of_the_docs_is_that_of_the_page() -> None:
     """`make families` writes both; neither is edited."""
     text = survey.PAGE.with_name("models.md").read_text()

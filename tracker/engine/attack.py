@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tracker.ablations import INTACT, Ablation
-from tracker.documents import Document, Request
+from tracker.documents import Document
 from tracker.engine.crossing import crossing_calls, reaching_calls
 from tracker.engine.cutting import as_cut
 from tracker.engine.habits import Path, find_habits, shortened
@@ -270,7 +270,7 @@ def _refuse_memory(engine: Engine, name: str, calls: Sequence[Sequence[Document]
 
     If not, there is no truth: what the model says of a text depends on the texts before it.
     """
-    ordered = sorted((d.requests[-1] for call in calls for d in call), key=_length)
+    ordered = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
     texts = [*ordered[:: -(-len(ordered) // TEXTS)], ordered[-1]]
     rising, falling = engine.without(INTACT), engine.without(INTACT)
     nats, share = TOLERANCE
@@ -288,10 +288,6 @@ def _refuse_memory(engine: Engine, name: str, calls: Sequence[Sequence[Document]
                 f"{name} contradicts itself: it says {one:.6g} nats of a text after shorter ones, "
                 f"and {other:.6g} after longer ones"
             )
-
-
-def _length(request: Request) -> int:
-    return len(request.context) + len(request.continuation)
 
 
 def most_sharing(

@@ -16,7 +16,7 @@ from typing import Protocol
 from pydantic import TypeAdapter, ValidationError
 
 from tracker.ablations import INTACT, Ablation
-from tracker.documents import Document, Request
+from tracker.documents import Document
 from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
 from tracker.engine.rows import common_beginning, tree_rows
 from tracker.engine.stand_in import StandIn
@@ -198,19 +198,15 @@ def _asked(
             yield number, d, r
 
 
-def _size(request: Request) -> int:
-    return len(request.context) + len(request.continuation)
-
-
 def plain_tokens(documents: Sequence[Document], ablations: Sequence[Ablation]) -> int:
     """Count the tokens that the model itself reads plainly, before a cell and while it is measured.
 
     Each passes about all layers once.
     """
     few, watched = _few(documents), watched_documents(documents)
-    before = sum(_size(few[d].requests[r]) for _, d, r in _asked(few, ablations))
+    before = sum(few[d].requests[r].length for _, d, r in _asked(few, ablations))
     while_measured = sum(
-        _size(request)
+        request.length
         for document in documents
         if (document.task, document.index) in watched
         for request in document.requests
