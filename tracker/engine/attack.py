@@ -93,11 +93,7 @@ def reachable(model: Any, reach: int) -> tuple[Path, ...]:
     return tuple(path for path, value in found if value <= reach)
 
 
-def attack(
-    engine: Engine,
-    ablations: Sequence[Ablation],
-    paths: Sequence[Path],
-) -> Verdict:
+def attack(engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path]) -> Verdict:
     """Attack the architecture of an engine's model with short texts.
 
     Args:
