@@ -185,6 +185,14 @@ def test_texts_are_asked_on_both_sides_of_every_length() -> None:
             assert all(len(r.context + r.continuation) <= longest for r in document.requests)
 
 
+def test_longer_texts_are_the_same_ones_every_time() -> None:
+    calls = reaching_calls(97, 256, 192)
+    assert calls == reaching_calls(97, 256, 192)
+    # The first two tokens are special in many a vocabulary.
+    tokens = {t for call in calls for d in call for r in d.requests for t in r.context}
+    assert (min(tokens), max(tokens)) == (2, 96)
+
+
 def test_no_block_is_without_a_document() -> None:
     for longest, nodes in ((4, 1), (8, 7), (9, 300)):
         assert all(reaching_calls(97, longest, nodes))
