@@ -607,6 +607,9 @@ class TestCut:
         refuse(True)
         verdict = self.attacked(tiny_model("llama"), (0,), (2,))
         assert (verdict.stay, verdict.sharing) == (False, PLAIN)
+        assert verdict.lost == (
+            "a checkpoint without a layer is not the model that skips it, so nothing is shared"
+        )
 
     def test_some_layers_by_nature_and_others_not_at_all(self, tiny_model, refuse, watched) -> None:
         refuse(False)
