@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,7 @@ class TestKey:
         code = tmp_path / "modeling_of_a_checkpoint.py"
         code.write_text("import transformers\nclass Own(transformers.LlamaForCausalLM): pass\n")
         monkeypatch.syspath_prepend(tmp_path)
+        sys.modules.pop(code.stem, None)  # of a run before, as mutmut makes several in a process
         model = importlib.import_module(code.stem).Own(tiny_model("llama").config)
         key = attack_key(model, ABLATIONS, WINDOW)
         assert attack_key(model, ABLATIONS, WINDOW) == key
