@@ -65,12 +65,13 @@ class TestKey:
             attack_key(other, ABLATIONS, WINDOW),
             attack_key(tiny_model("qwen2"), ABLATIONS, WINDOW),
         ]
-        keys.append(attack_key(Placed(model.config), ABLATIONS, WINDOW))
+        # Two classes of one file, too.
+        keys += [attack_key(kind(model.config), ABLATIONS, WINDOW) for kind in (Placed, NoTwo)]
         for kernels, name in (("_attn", "eager"), ("_experts", "grouped_mm")):
             other = tiny_model("llama")
             setattr(other.config, f"{kernels}_implementation", name)
             keys.append(attack_key(other, ABLATIONS, WINDOW))
-        assert len(set(keys)) == 9
+        assert len(set(keys)) == 10
 
     def test_the_code_and_what_runs_it_count(self, tiny_model, monkeypatch) -> None:
         model = tiny_model("llama")
