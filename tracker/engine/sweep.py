@@ -237,17 +237,14 @@ class Engine:
             engine = replace(self.without(ablation), sharing=ALONE)
             # The proxies are those of the intact model.
             intact = ablation == INTACT
-            found: Iterator[tuple[Row, RowScores]]
             if self.sharing.calls:
-                found = ((row, scores) for row, _, scores in engine._scored(documents, [INTACT]))
+                scored = engine._scored(documents, [INTACT])
             else:
-                found = engine._one_by_one(documents, intact)
-            for row, scores in found:
+                scored = engine._one_by_one(documents, intact)
+            for row, _, scores in scored:
                 yield row if intact else replace(row, gold=[]), [ablation], scores
 
-    def _one_by_one(
-        self, documents: Sequence[Document], proxies: bool
-    ) -> Iterator[tuple[Row, RowScores]]:
+    def _one_by_one(self, documents: Sequence[Document], proxies: bool) -> Iterator[_Scored]:
         """Ask for the answers of rows one by one; of the rows' own pass only proxies are taken."""
         layers = len(self.loaded.layers)
         passed: Iterator[tuple[Row, Tensor]]
@@ -260,7 +257,7 @@ class Engine:
             found = [self.answer(documents[d].requests[r]) for d, r in row.requests]
             loglikelihoods = torch.tensor([[each.loglikelihood for each in found]])
             hits = torch.tensor([[each.hits for each in found]], dtype=torch.int)
-            yield row, RowScores(loglikelihoods, hits, sums)
+            yield row, [INTACT], RowScores(loglikelihoods, hits, sums)
 
     def answer(self, request: Request) -> Response:
         """Ask the intact model for one request, in a call of its own."""
