@@ -68,6 +68,30 @@ def save_tokenizer(folder: Path, bos: bool) -> int:
     return tokenizer.get_vocab_size()
 
 
+def save_llama(
+    folder: Path, seed: int = 0, layers: int = 4, bos: bool = False, **config: Any
+) -> Path:
+    """Make a folder with a random Llama and a real tokenizer, as `save_pretrained` leaves it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True)
+    shape = {
+        "vocab_size": save_tokenizer(folder, bos),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        # Large weights, so that every layer changes what the model says.
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**{**shape, **config})).save_pretrained(folder)
+    return folder
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores, since many tests wait for programs; four fill a memory."""
@@ -111,32 +135,8 @@ def lend_tasks(cache: Path) -> None:
 
 @pytest.fixture
 def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
-    """Make a folder with a random Llama and a real tokenizer, as `save_pretrained` leaves it."""
-
-    def make(
-        name: str = "tiny-llama", seed: int = 0, layers: int = 4, bos: bool = False, **config: Any
-    ) -> Path:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        shape = {
-            "vocab_size": save_tokenizer(folder, bos),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            # Large weights, so that every layer changes what the model says.
-            "initializer_range": 0.3,
-        }
-        torch.manual_seed(seed)
-        LlamaForCausalLM(LlamaConfig(**{**shape, **config})).save_pretrained(folder)
-        return folder
-
-    return make
+    """Make folders with random Llamas."""
+    return lambda name="tiny-llama", **shape: save_llama(tmp_path / name, **shape)
 
 
 @pytest.fixture(scope="session")

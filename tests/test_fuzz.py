@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.conftest import save_llama
 from tests.fuzz import tried
-from tests.fuzz.models import tiny_model
 from tracker.errors import ExperimentError
 from tracker.experiment import load_experiment
 
@@ -14,7 +14,7 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    return save_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.mark.parametrize(

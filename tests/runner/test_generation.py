@@ -63,15 +63,6 @@ Truth = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def one_thread():
-    """Threads that wait for each other cost more than such tiny layers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def data(tmp_path) -> Path:
     """A folder of data, with questions of the form that gsm8k has."""
     place = tmp_path / "DATA/openai/gsm8k/main"

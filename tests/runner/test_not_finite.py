@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import tracker
@@ -15,13 +14,7 @@ from tracker.ledger.store import Ledger
 CHANNEL = 5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other cost more than such tiny layers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

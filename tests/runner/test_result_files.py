@@ -12,7 +12,6 @@ import datasets
 import lm_eval
 import lm_eval.evaluator
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
 from lm_eval.api.task import ConfigurableTask
@@ -26,10 +25,10 @@ from lm_eval.utils import (
     make_table,
     simple_parse_args_string,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
-from tests.conftest import CHAT, save_tokenizer
+from tests.conftest import CHAT, save_llama
 from tracker.ablations import Ablation
 from tracker.benchmarks import factory, results
 from tracker.cli.commands import main
@@ -157,17 +156,8 @@ def study(tmp_path_factory):
     """A model, measured on the four benchmarks; and lm-eval's tasks without tracker."""
     folder = tmp_path_factory.mktemp("study")
     ours, plain = write_tasks(folder / "tasks", folder / "DATA")
-    shape = {
-        "vocab_size": save_tokenizer(folder / "lab" / "tiny", bos=False),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-    }
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / "lab" / "tiny")
+    shape = {"num_key_value_heads": 4, "max_position_embeddings": 64}
+    save_llama(folder / "lab" / "tiny", layers=3, **shape)
     tokenizer = AutoTokenizer.from_pretrained(folder / "lab" / "tiny")
     tokenizer.chat_template = "{% if tone %}<{{ tone }}>{% endif %}" + CHAT
     tokenizer.save_pretrained(folder / "lab" / "tiny")

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from tests.conftest import save_llama
 from tracker import api
 from tracker.errors import RequestError
 from tracker.findings import Entry, FindingRecord
@@ -56,26 +57,8 @@ def _row(finding: FindingRecord, title: str, first: object) -> tuple[Entry, ...]
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, FindingRecord]:
     """A study of a tiny model on two benchmarks."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.conftest import save_tokenizer
-
     folder = tmp_path_factory.mktemp("calibration")
-    model = folder / "tiny"
-    model.mkdir()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=save_tokenizer(model, bos=False),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(model)
+    model = save_llama(folder / "tiny", max_position_embeddings=1024)
     path = folder / "study.yaml"
     path.write_text(
         "method: grid\nparameters:\n"

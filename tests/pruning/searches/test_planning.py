@@ -25,7 +25,7 @@ from .conftest import DATA, DOCUMENTS, GO, LAYERS
 def test_a_search_takes_what_was_said(
     ask: Callable[..., SearchRequest],
     lend: Callable[..., Lender],
-    threads: None,
+    one_thread: None,
     tmp_path: Path,
     strategy: str,
 ) -> None:

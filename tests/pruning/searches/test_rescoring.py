@@ -84,7 +84,9 @@ def test_a_lazy_search_of_a_model(cell: Cell) -> None:
 
 
 @pytest.fixture(scope="module")
-def racing(ask: Callable[..., SearchRequest], lend: Callable[..., Lender], threads: None) -> Cell:
+def racing(
+    ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None
+) -> Cell:
     asked = ask(strategy="accuracy", remove=2, benchmark="copa", rescoring="race", sample=None)
     (request,) = asked.calibration()
     return Cell(request, lend())
@@ -133,7 +135,7 @@ def _order(cell: Cell) -> list[int]:
 
 
 def test_several_benchmarks_count_alike(
-    ask: Callable[..., SearchRequest], lend: Callable[..., Lender], threads: None, tmp_path: Path
+    ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None, tmp_path: Path
 ) -> None:
     """Their mean, and not that of all documents together."""
     lender = lend(tmp_path)

@@ -21,7 +21,7 @@ from tracker.pruning.cells import Cell, _drawn
 FIRST, LATER = Ablation((0, 1)), Ablation((1, 2))
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("one_thread")
 def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -> None:
     """Layer 2 is the one that lends its keys and values to later layers, through a dictionary."""
     folder = tmp_path / "lending"
