@@ -1,8 +1,8 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
 # make test    the same environment plus the test tools, every test, side by side
 # make check   format, lint, types, docstrings, imports
-# make families  every causal model of transformers, tiny, against plain forward passes (an hour or
-#                two; a killed run goes on)
+# make families  every causal model of transformers, tiny, against plain forward passes (three hours;
+#                goes on where it was stopped)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
 # make fuzz      wrong files, commands, configurations, disks and kills, drawn at random (half an hour)
 # make dist    a wheel and a source distribution in dist/
@@ -28,7 +28,7 @@ check: .venv/dev
 	$(BIN)/lint-imports
 
 families: .venv/dev
-	$(BIN)/python -m tests.engine.survey
+	$(BIN)/python -m tests.engine.census
 
 # Of one module only, and thirty of its mutants:
 # make mutants MODULE=tracker/metrics/surrogates.py SAMPLE=30

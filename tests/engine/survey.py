@@ -1,28 +1,22 @@
-"""Every variant of the registry against an independent truth, and the table that comes of it.
+"""A variant of the registry against an independent truth.
 
-`make families` runs the whole and writes `docs/families.md`. The truth shares no code with the
-engine: a fresh copy of the model, the layer's output replaced by its input, one plain forward pass
-a request, on the tokens that lm-eval reads. Two cells are measured: blocks of documents in one
-order with small rows, and all of it backwards with large ones.
+The truth shares no code with the engine: a fresh copy of the model, the layer's output replaced by
+its input, one plain forward pass a request, on the tokens that lm-eval reads. Two cells are
+measured: blocks of documents in one order with small rows, and all of it backwards with large ones.
+What becomes of all variants is kept by `census`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import multiprocessing
 import random
-import re
 import signal
-import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,15 +26,10 @@ from torch import nn
 from tests.ablations import single_layers
 from tests.engine.plain import Memory, loaded, skipped
 from tests.engine.registry import (
-    FAMILY_NAMES,
     LAYERS,
-    NOT_BUILT,
     ORIGINAL,
     VOCABULARY,
     Variant,
-    config_class,
-    families,
-    variants,
 )
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Request
@@ -48,16 +37,13 @@ from tracker.engine.check import check
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError, ModelError
 from tracker.models.layers import find_layers
-from tracker.provenance import content_hash, file_hash, package_versions
 
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 MAX_LENGTH = 176
 ABLATIONS = [*single_layers(tuple(range(LAYERS))), Ablation((1, 2))]
 ROWS = (192, 1024)
 """Tokens of a row on a processor and on an accelerator."""
 SECONDS = 240
 """Of computing that one variant may take."""
-PROCESSES = 2
 MATTERS = 0.02
 """Nats that a layer's removal must move, or its equality says nothing."""
 
@@ -82,6 +68,7 @@ class Verdict:
         why: What is to be said of it: why refused, where wrong, what shares less.
         idle: Layers whose removal moves less than `MATTERS`.
         seconds: Time that it took.
+        state: Which code, torch and transformers it was found with; see `census`.
     """
 
     variant: Variant
@@ -91,6 +78,7 @@ class Verdict:
     why: str = ""
     idle: tuple[int, ...] = ()
     seconds: float = 0.0
+    state: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.seconds:5.1f} s", self.verdict, str(self.variant)]
@@ -417,170 +405,3 @@ def prepare() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def page(verdicts: Sequence[Verdict]) -> str:
-    """Write the table of families, their variants merged."""
-    every = sum(1 for family in families() for _ in variants(family))
-    counts = Counter(one.verdict for one in verdicts)
-    found = ", ".join(f"{name}: {counts[name]}" for name in (EXACT, REFUSED, DISCONTINUOUS))
-    lines = [
-        "# Families",
-        "",
-        "This page is generated: `make families` measures and writes it.",
-        f"It holds {len(verdicts):,} of {every:,} variants.",
-        "",
-        "Every causal language model of the installed transformers",
-        f"({transformers.__version__}), tiny and random, in variants of its windows, chunks, kinds",
-        "of layers, rotary positions and switches. Each is measured by the engine, in two orders",
-        "of documents of many lengths, and compared with one plain forward pass a request of the",
-        "model whose removed layer hands on its input.",
-        "",
-        f"**{found}, silently wrong: {counts[WRONG]}, crashed: {counts[CRASH]}.** Another",
-        f"{counts[NO_VARIANT]} settings are not accepted by their classes.",
-        "",
-        "- *Shared*, exactly: over *documents* (their common beginning is read once), *tokens*",
-        "  (what a document's requests have in common is read once), *depth* (layers below the",
-        "  removed one run once) or *nothing*. Variants are named that share unlike most.",
-        "- *Exact to*: the largest difference from the truth, in nats.",
-        "- *Discontinuous*: a router or a top-k flips within float32's rounding; in float64 the",
-        "  same model is exact.",
-        "",
-        "| family | shared | exact to | else |",
-        "|---|---|---|---|",
-    ]
-    for family in families():
-        own = [one for one in verdicts if one.variant.family == family]
-        if own:
-            lines.append(_row(family, own))
-    lines += ["", "## Not built", "", "| family | why |", "|---|---|"]
-    lines += [
-        f"| {family} | {NOT_BUILT[family]} |" for family in FAMILY_NAMES if family in NOT_BUILT
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def in_short(text: str) -> str:
-    """Say of the page of families which share how far: the table in `docs/models.md`."""
-    far: dict[str, list[str]] = {}
-    table = text[text.index("| family | shared |") : text.index("## Not built")]
-    for line in table.splitlines()[2:]:
-        if line:
-            family, shared, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-            name = re.sub(r" \(.*", "", family).removesuffix("_text")
-            names = far.setdefault(re.split("[;,]", shared)[0].strip(), [])
-            names += [name] if name not in names else []
-    lines = ["| shared | families, most of whose variants share so far |", "|---|---|"]
-    for place, words in IN_SHORT.items():
-        names = far.pop(place, [])
-        lines.append(f"| {words} | {len(names)}: {', '.join(names) or 'none'} |")
-    assert not far, f"the page of families knows {list(far)}"
-    return "\n".join(lines)
-
-
-IN_SHORT = {
-    "documents": "over depth, over tokens, and what documents have in common",
-    "tokens": "over depth and tokens",
-    "depth": "over depth",
-    "nothing": "nothing: one plain pass a request",
-    "–": "refused by name",
-}
-BEGIN, END = "<!-- made by `make families` -->\n", "\n<!-- end -->"
-
-
-def write_in_short() -> None:
-    """Write the table into `docs/models.md`."""
-    path = PAGE.with_name("models.md")
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(before + BEGIN + in_short(PAGE.read_text()) + END + after)
-
-
-def _row(family: str, verdicts: Sequence[Verdict]) -> str:
-    exact = [one for one in verdicts if one.verdict == EXACT]
-    most = Counter(one.shared for one in exact).most_common(1)
-    shared = [
-        how
-        if most and how == most[0][0]
-        else f"{how}: {', '.join(one.variant.name for one in exact if one.shared == how)}"
-        for how in sorted({one.shared for one in exact}, key=lambda how: (how != most[0][0], how))
-    ]
-    besides: dict[str, list[str]] = {}
-    for one in verdicts:
-        if one.verdict not in (EXACT, NO_VARIANT):
-            far = "" if one.verdict == REFUSED else f" by {one.difference:.2g} nats"
-            said = f"{one.verdict}{far}" + (f" ({one.why})" if one.verdict == REFUSED else "")
-            besides.setdefault(said, []).append(one.variant.name)
-    cells = (
-        f"{family} ({config_class(family).__name__})",
-        "; ".join(shared) or "–",
-        f"{max(one.difference for one in exact):.0e}" if exact else "–",
-        "; ".join(
-            f"{said}: {'all' if len(names) == len(verdicts) else ', '.join(names)}"
-            for said, names in besides.items()
-        ),
-    )
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _begun() -> Path:
-    """Where verdicts stand until the page is written: those of this code and these versions."""
-    root = PAGE.parents[1]
-    rooms = ("tracker/engine", "tracker/models", "tests/engine")
-    code = file_hash(path for room in rooms for path in (root / room).glob("*.py"))
-    name = content_hash([code, package_versions()])[:16]
-    return root / "build" / f"families-{name}.jsonl"
-
-
-def found_before(todo: Sequence[Variant], begun: Path) -> list[Verdict]:
-    """Look up what a survey that was stopped has found; failures are looked at again."""
-    known = {}
-    for line in begun.read_text().splitlines() if begun.exists() else []:
-        with suppress(ValueError):  # the last line of one that was killed
-            found = json.loads(line)
-            name = found.pop("variant")
-            known[name] = {**found, "idle": tuple(found["idle"])}
-    again = [Verdict(each, **known[str(each)]) for each in todo if str(each) in known]
-    return [each for each in again if each.verdict not in FAILURES]
-
-
-def note(verdict: Verdict, begun: Path) -> None:
-    """Add a verdict to what was found."""
-    begun.parent.mkdir(exist_ok=True)
-    with begun.open("a") as file:
-        file.write(json.dumps({**vars(verdict), "variant": str(verdict.variant)}) + "\n")
-
-
-def main() -> int:
-    """Examine every variant, print a line each, and write the page."""
-    wanted = sys.argv[1:] or families()
-    todo = [variant for family in wanted for variant in variants(family)]
-    begun = _begun()
-    verdicts = found_before(todo, begun)
-    if verdicts:
-        print(f"{len(verdicts)} of {len(todo)} were examined before")  # noqa: T201
-    known = {str(each.variant) for each in verdicts}
-    left = [variant for variant in todo if str(variant) not in known]
-    with multiprocessing.get_context("spawn").Pool(PROCESSES, prepare) as pool:
-        try:
-            for verdict in pool.imap_unordered(examine, left):
-                verdicts.append(verdict)
-                note(verdict, begun)
-                print(f"{len(verdicts)}/{len(todo)} {verdict}", flush=True)  # noqa: T201
-        except KeyboardInterrupt:
-            pool.terminate()
-            print("stopped; the same command goes on, and the page stays as it was")  # noqa: T201
-    for name, count in Counter(one.verdict for one in verdicts).most_common():
-        print(f"{name}: {count}")  # noqa: T201
-    if len(verdicts) < len(todo):
-        return 130
-    if not sys.argv[1:]:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(sorted(verdicts, key=lambda one: str(one.variant))))
-        write_in_short()
-        begun.unlink(missing_ok=True)
-    return int(any(one.verdict in FAILURES for one in verdicts))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,9 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine import survey
+from tests.engine import census, survey
+from tests.engine.census import keep, left_of, page, read
 from tests.engine.registry import FAMILY_NAMES, NOT_BUILT, families, variants
 from tests.engine.survey import (
+    CRASH,
     DISCONTINUOUS,
     EXACT,
     NO_VARIANT,
@@ -20,7 +22,6 @@ from tests.engine.survey import (
     Verdict,
     blocks,
     examine,
-    page,
 )
 from tracker.ablations import INTACT, Ablation
 
@@ -126,7 +127,7 @@ def test_a_foreign_exception_is_a_crash(monkeypatch):
 
     monkeypatch.setattr(survey, "check", fails)
     verdict = examine(find("llama", "plain"))
-    assert (verdict.verdict, verdict.why) == (survey.CRASH, "ZeroDivisionError: somewhere")
+    assert (verdict.verdict, verdict.why) == (CRASH, "ZeroDivisionError: somewhere")
 
 
 def test_what_takes_too_long_is_stopped(monkeypatch):
@@ -137,7 +138,7 @@ def test_what_takes_too_long_is_stopped(monkeypatch):
     monkeypatch.setattr(survey, "SECONDS", 1)
     monkeypatch.setattr(survey, "check", hangs)
     verdict = examine(find("llama", "plain"))
-    assert verdict.verdict == survey.CRASH
+    assert verdict.verdict == CRASH
     assert verdict.why.endswith("longer than 1 s")
 
 
@@ -161,8 +162,10 @@ def test_the_page_merges_variants():
             Verdict(find("hrm_text", "plain"), REFUSED, why="ModelError: two lists"),
             Verdict(find("phimoe", "plain"), DISCONTINUOUS, "depth", 0.9),
             Verdict(find("gpt2", "eager"), NO_VARIANT),
-        ]
+        ],
+        every=2085,
     )
+    assert "It holds 5 of 2,085 variants, measured with one state" in text
     assert "| llama (LlamaConfig) | documents; depth: eager | 3e-05 |  |" in text
     assert "| hrm_text (HrmTextConfig) | – | – | refused (ModelError: two lists): all |" in text
     assert "discontinuous by 0.9 nats: all" in text
@@ -170,26 +173,39 @@ def test_the_page_merges_variants():
     assert "| bert | reads in both directions: an encoder |" in text
 
 
-def test_a_survey_that_was_killed_goes_on(tmp_path) -> None:
-    begun = tmp_path / "build" / "families.jsonl"
-    todo = list(survey.variants("llama"))[:4]
-    assert survey.found_before(todo, begun) == []
+def test_verdicts_are_read_as_they_were_kept(tmp_path) -> None:
+    path = tmp_path / "families.csv"
+    todo = list(variants("llama"))[:3]
     verdicts = [
-        survey.Verdict(todo[0], survey.EXACT, "tokens", 1e-5, "why", (1, 2), 3.0),
-        survey.Verdict(todo[1], survey.CRASH, why="out of memory"),
-        survey.Verdict(todo[2], survey.REFUSED),
+        Verdict(todo[0], EXACT, "tokens", 1e-5, "why, and how", (1, 2), state="abc"),
+        Verdict(todo[1], CRASH, why="out of memory", state="abc"),
+        Verdict(todo[2], REFUSED, state="def"),
     ]
-    for each in verdicts:
-        survey.note(each, begun)
-    with begun.open("a") as file:
-        file.write('{"variant": "llama, e')
-    # What failed is looked at again.
-    assert survey.found_before(todo, begun) == [verdicts[0], verdicts[2]]
+    assert read(path) == []
+    keep(verdicts[::-1], path)
+    assert [(str(one.variant), one.verdict, one.why) for one in read(path)] == sorted(
+        (str(one.variant), one.verdict, one.why) for one in verdicts
+    )
+    (first,) = (one for one in read(path) if one.verdict == EXACT)
+    assert vars(first) == {**vars(verdicts[0]), "variant": first.variant}
 
 
-def test_the_table_of_the_docs_is_that_of_the_page() -> None:
-    """`make families` writes both; neither is edited."""
-    text = survey.PAGE.with_name("models.md").read_text()
-    table = text.partition(survey.BEGIN)[2].partition(survey.END)[0]
-    assert table == survey.in_short(survey.PAGE.read_text())
-    assert "silently wrong: 0, crashed: 0" in survey.PAGE.read_text()
+def test_a_survey_goes_on_and_looks_again_at_what_failed_and_what_other_code_found() -> None:
+    todo = list(variants("llama"))[:4]
+    known = [
+        Verdict(todo[0], EXACT, "tokens", state="now"),
+        Verdict(todo[1], CRASH, state="now"),
+        Verdict(todo[2], EXACT, "tokens", state="before"),
+    ]
+    assert left_of(todo, known, "now") == todo[1:]
+
+
+def test_the_pages_of_the_docs_are_those_of_the_verdicts() -> None:
+    """`make families` writes all three; none is edited."""
+    verdicts = read()
+    text = census.PAGE.read_text()
+    assert text.endswith(census.table(verdicts))
+    assert f"It holds {len(verdicts):,} of" in text
+    assert not [one for one in verdicts if one.verdict in survey.FAILURES]
+    short = census.IN_SHORT.read_text().partition(census.BEGIN)[2].partition(census.END)[0]
+    assert short == census.in_short(verdicts)
