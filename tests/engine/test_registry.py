@@ -1,7 +1,8 @@
 """The registry names every causal model; of each kind of variant one is measured here.
 
-The whole is `make families`, which takes an hour. DeepSeek V4 and Doge, which compute for a minute
-each, are attacked in `test_attacks.py` alone.
+The whole is `make families`, which takes hours; what it found stands in `docs/families.csv`. What
+`test_attacks.py` attacks (GPT-Neo, MPT, rotary factors that depend on the call, recurrences,
+indices that layers share, DeepSeek V4, Doge) is not measured here again.
 """
 
 from __future__ import annotations
@@ -29,43 +30,28 @@ ONE_OF_EACH_KIND = [
     # Positions: rotary of every kind, learned, alibi.
     ("llama", "plain"),
     ("llama", "eager"),
-    ("llama", "rope yarn"),
-    ("llama", "rope dynamic"),
-    ("llama", "rope longrope"),
-    ("phi3", "rope longrope"),
     ("gemma3_text", "rope longrope"),
-    ("minicpm3", "rope longrope"),
     ("smollm3", "no_rope_layers [0, 1, 0, 1]"),
-    ("granite_swa", "plain"),
     ("opt", "plain"),
     ("gpt2", "scale_attn_by_inverse_layer_idx True"),
     ("gpt_neox", "use_parallel_residual False"),
     ("falcon", "alibi True"),
     ("bloom", "plain"),
-    ("mpt", "plain"),
     # Windows and chunks, in every layer, in some, in both orders.
     ("mistral", "plain"),
     ("qwen2", "use_sliding_window True"),
     ("gemma2", "layer_types full_attention first"),
     ("cohere2", "layer_types sliding_attention first"),
     ("modernbert-decoder", "plain"),
-    ("gpt_neo", "plain"),
     ("llama4_text", "plain"),
     # Experts, low ranks, indices, more than one stream between the layers.
     ("mixtral", "plain"),
     ("phimoe", "plain"),
-    ("deepseek_v3", "plain"),
     ("deepseek_v32", "plain"),
-    ("glm_moe_dsa", "indexer_types all full"),
-    ("glm_moe_dsa", "indexer_types full around shared"),
     ("gemma3n_text", "plain"),
     ("gemma4_text", "plain"),
     # Recurrent, alone and mixed.
     ("mamba", "plain"),
-    ("mamba2", "plain"),
-    ("rwkv", "plain"),
-    ("recurrent_gemma", "plain"),
-    ("jamba", "plain"),
     ("zamba2", "plain"),
     ("qwen3_next", "plain"),
     ("lfm2", "plain"),
