@@ -10,7 +10,7 @@ import transformers
 
 from tests.engine.plain import skipped
 from tests.engine.registry import families, variants
-from tests.engine.test_registry import ONE_OF_EACH_KIND, find
+from tests.engine.test_registry import find
 from tests.models.test_layers import make
 from tracker.errors import ModelError
 from tracker.models.checkpoint import refuse_unsizable, resized, save, weight_bytes, without
@@ -88,6 +88,58 @@ def test_what_is_saved_is_the_really_pruned_model_or_refused(family, tmp_path):
     assert torch.allclose(logits(again), logits(twin), atol=1e-5)
     assert again.config.get_text_config().num_hidden_layers == len(find_layers(model)) - 2
     assert not torch.allclose(logits(again), logits(model), atol=1e-3), "they mattered"
+
+
+ONE_OF_EACH_KIND = [
+    # Positions: rotary of every kind, learned, alibi.
+    ("llama", "plain"),
+    ("llama", "eager"),
+    ("llama", "rope yarn"),
+    ("llama", "rope dynamic"),
+    ("llama", "rope longrope"),
+    ("phi3", "rope longrope"),
+    ("gemma3_text", "rope longrope"),
+    ("minicpm3", "rope longrope"),
+    ("smollm3", "no_rope_layers [0, 1, 0, 1]"),
+    ("granite_swa", "plain"),
+    ("opt", "plain"),
+    ("gpt2", "scale_attn_by_inverse_layer_idx True"),
+    ("gpt_neox", "use_parallel_residual False"),
+    ("falcon", "alibi True"),
+    ("bloom", "plain"),
+    ("mpt", "plain"),
+    # Windows and chunks, in every layer, in some, in both orders.
+    ("mistral", "plain"),
+    ("qwen2", "use_sliding_window True"),
+    ("gemma2", "layer_types full_attention first"),
+    ("cohere2", "layer_types sliding_attention first"),
+    ("modernbert-decoder", "plain"),
+    ("gpt_neo", "plain"),
+    ("llama4_text", "plain"),
+    # Experts, low ranks, indices, more than one stream between the layers.
+    ("mixtral", "plain"),
+    ("phimoe", "plain"),
+    ("deepseek_v3", "plain"),
+    ("deepseek_v32", "plain"),
+    ("glm_moe_dsa", "indexer_types all full"),
+    ("glm_moe_dsa", "indexer_types full around shared"),
+    ("gemma3n_text", "plain"),
+    ("gemma4_text", "plain"),
+    # Recurrent, alone and mixed.
+    ("mamba", "plain"),
+    ("mamba2", "plain"),
+    ("rwkv", "plain"),
+    ("recurrent_gemma", "plain"),
+    ("jamba", "plain"),
+    ("zamba2", "plain"),
+    ("qwen3_next", "plain"),
+    ("lfm2", "plain"),
+    # Blocks of other forms, other parts beside the text, layers that are not one list.
+    ("openai-gpt", "plain"),
+    ("gemma3", "plain"),
+    ("hrm_text", "plain"),
+    ("blt", "plain"),
+]
 
 
 @pytest.mark.parametrize(("family", "name"), ONE_OF_EACH_KIND)
