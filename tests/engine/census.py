@@ -164,7 +164,7 @@ def write_pages(verdicts: Sequence[Verdict], every: int) -> None:
     write_text(PAGE, page(verdicts, every))
     before, _, rest = IN_SHORT.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    write_text(IN_SHORT, before + BEGIN + in_short(verdicts) + END + after)
+    write_text(IN_SHORT, before + BEGIN + in_short(verdicts, every) + END + after)
 
 
 def page(verdicts: Sequence[Verdict], every: int) -> str:
@@ -220,12 +220,19 @@ def _row(family: str, verdicts: Sequence[Verdict]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def in_short(verdicts: Sequence[Verdict]) -> str:
-    """Say which families share how far, for `docs/models.md`."""
+def in_short(verdicts: Sequence[Verdict], every: int) -> str:
+    """Say which families share how far, for `docs/models.md`, and whether some are missing."""
     far: dict[str, dict[str, None]] = {place: {} for place in FAR}
     for family, own in _by_family(verdicts).items():
         far[_most(own) or "–"][family.removesuffix("_text")] = None
-    lines = ["| shared | families, most of whose variants share so far |", "|---|---|"]
+    lines = []
+    if len(verdicts) < every:
+        lines = [
+            f"{len(verdicts):,} of {every:,} variants so far; a family that is not named is held",
+            "against the truth before each cell like all others.",
+            "",
+        ]
+    lines += ["| shared | families, most of whose variants share so far |", "|---|---|"]
     lines += [
         f"| {FAR[place]} | {len(names)}: {', '.join(names) or 'none'} |"
         for place, names in far.items()
