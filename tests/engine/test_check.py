@@ -329,8 +329,19 @@ def test_what_half_precision_moves_is_not_said_of_a_router(tiny_model):
     )
 
 
+class RoundsByLength(torch.nn.SiLU):
+    """Another kernel for rows of many tokens, in which some values are rounded another way."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) * (1 + (hidden.shape[1] > 20) * 2**-9)
+
+
 def test_half_precision_may_differ_by_more(tiny_model):
-    found = checked(tiny_model("llama").bfloat16(), Attacked())
+    """On some machines bfloat16 rounds alike in rows of every length: here it does not."""
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.act_fn = RoundsByLength()
+    assert checked(model, Attacked()).engine.sharing != FULL
+    found = checked(model.bfloat16(), Attacked())
     assert found.engine.sharing == FULL
     assert found.unsteady is None
     assert found.difference > 1e-3

@@ -40,16 +40,6 @@ def test_every_stream_is_the_pruned_model(tiny_model, family, sharing):
     agree(engine.score(make_documents(), ablations), model, ablations)
 
 
-def test_half_precision_keeps_its_sharing(tiny_model):
-    """Rounding alone moves a bfloat16 log-likelihood by far more than 1e-3 nats."""
-    model = tiny_model("llama").bfloat16()
-    checked = check(
-        Engine(loaded(model), MAX_LENGTH), make_documents(), single_layers((0, 1, 2, 3))
-    )
-    assert checked.engine.sharing == FULL
-    assert checked.difference > 1e-3
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wrong_sharing_is_found(tiny_model, monkeypatch, dtype):
     """A mask that lets a choice see its sibling is wrong without an error: it must be noticed."""

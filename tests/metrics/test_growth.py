@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -115,7 +116,10 @@ def test_columns_see_the_same_documents_and_a_broken_one_spoils_no_other() -> No
     broken = last.copy()
     broken[4, 1] = 0
     one, none, same = growths(np.ones((20, 3)), broken)
-    assert one == same == growth(np.ones(20), last[:, 0])
+    alone = growth(np.ones(20), last[:, 0])
+    for found in (one, same):
+        # A product with a matrix of other columns may add up in another order.
+        assert astuple(found)[:4] == pytest.approx(astuple(alone)[:4], rel=1e-12)
     assert none.value is None
 
 

@@ -193,8 +193,8 @@ class TestFingerprints:
         assert source.stamp() != stamp
 
     def test_other_weights_make_another_model(self, tiny_llama) -> None:
-        one, other = (find_model(str(tiny_llama(str(seed), seed))) for seed in (1, 2))
-        again = find_model(str(tiny_llama("again", 1)))
+        one, other = (find_model(str(tiny_llama(str(seed), seed=seed))) for seed in (1, 2))
+        again = find_model(str(tiny_llama("again", seed=1)))
         assert one.fingerprint() != other.fingerprint()
         assert one.fingerprint() == again.fingerprint()
 

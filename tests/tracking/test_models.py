@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
 import tracker
-from tests.pruning.conftest import make_model
+from tests.conftest import save_llama
 from tracker.benchmarks import alone
 from tracker.models import speed
 from tracker.pruning import proof
@@ -52,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     with pytest.MonkeyPatch.context() as there:
         there.setattr(speed, "SECONDS", 0.0)
         there.setattr(proof, "_ask", lambda asked, _: {**alone.main(asked), "ours": []})
-        found = tracker.export(str(make_model(folder / "tiny")), [1, 2], folder / "lighter")
+        found = tracker.export(str(save_llama(folder / "tiny")), [1, 2], folder / "lighter")
     cost = Accuracy("arc_easy", 0, "acc", "24 documents", 24, (0.5, 0.4, 0.6), (0.25, 0.1, 0.4))
     return replace(found, accuracy=(cost,))
 
