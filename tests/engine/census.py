@@ -142,7 +142,7 @@ def main() -> int:
         except KeyboardInterrupt:
             pool.terminate()
             print("stopped; the same command goes on")  # noqa: T201
-    write_pages([*known.values()], len(every))
+    write_pages(read(), len(every))  # as they were kept, so that the file alone makes the pages
     found = [known[name] for name in map(str, todo) if name in known]
     for name, number in Counter(one.verdict for one in found).most_common():
         print(f"{name}: {number}")  # noqa: T201
