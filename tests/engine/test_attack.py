@@ -21,7 +21,7 @@ from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded
 from tracker.ablations import INTACT, Ablation, ablate
 from tracker.documents import Document
-from tracker.engine.attack import attack, attack_key, most_sharing, reachable
+from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
 from tracker.engine.crossing import crossing_calls
 from tracker.engine.cutting import _alike, as_cut
 from tracker.engine.habits import STEPS, Findings
@@ -286,6 +286,8 @@ class TestAttack:
         assert verdict.lost == (
             "no miniature of the model can be built on which sharing over tokens could be proven"
         )
+        # No length is believed of it anyway.
+        assert attack_longer(engine, ABLATIONS, verdict, (256, 192)) is verdict
 
     def test_what_stands_in_for_its_layers_is_made_up(self, tiny_model, monkeypatch) -> None:
         """It is fitted later, on a model whose habits are known."""
