@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded
 from tracker.ablations import INTACT, Ablation, ablate
-from tracker.documents import Document
+from tracker.documents import Document, Request, Response
 from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
 from tracker.engine.crossing import crossing_calls
 from tracker.engine.cutting import _alike, as_cut
@@ -435,6 +436,36 @@ class TestMiniatures:
             assert engine.stand_ins == {layer: MadeUp(layer) for layer in range(4)}
             # What is free on this machine is no matter.
             assert engine.memory == 2**30
+
+    def test_longer_texts_come_in_rows_as_the_cell_has_them(self, tiny_model, watched) -> None:
+        engine = Engine(loaded(tiny_model("llama")), 2048)
+        attack_longer(engine, ABLATIONS, Verdict(FULL, None, 0.0, 0), (300, 77))
+        (made,), (asked,) = watched.engines, watched.asked
+        assert (made.max_length, made.row_tokens) == (300, 77)
+        # The intact model answers all that is asked, one other a part.
+        answered = Counter(number for number, *_ in asked)
+        assert answered[0] > answered[1] == 4
+        assert len(answered) == 2
+
+    def test_one_copy_is_asked_longer_and_longer_texts_and_another_shorter_ones(
+        self, tiny_model, monkeypatch, watched
+    ) -> None:
+        asked: list[tuple[Engine, int]] = []
+
+        def answer(engine: Engine, request: Request) -> Response:
+            asked.append((engine, request.length))
+            return Response(0.0, False, 0)
+
+        monkeypatch.setattr(Engine, "answer", answer)
+        monkeypatch.setattr("tracker.engine.attack.as_cut", lambda *given: given[2])
+        attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+        rising = [length for engine, length in asked if engine is asked[0][0]]
+        falling = [length for engine, length in asked if engine is asked[-1][0]]
+        assert len(asked) == 2 * len(rising)
+        assert rising == sorted(rising) == falling[::-1]
+        calls = crossing_calls(97, MAX_LENGTH)
+        assert rising[-1] == max(d.requests[-1].length for call in calls for d in call)
+        assert 4 < len(rising) < 10
 
     def test_habits_are_found_once_and_hold_for_all(self, tiny_model, monkeypatch, watched) -> None:
         window = ("sliding_window",)
