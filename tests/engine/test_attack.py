@@ -467,6 +467,21 @@ class TestMiniatures:
         assert rising[-1] == max(d.requests[-1].length for call in calls for d in call)
         assert 4 < len(rising) < 10
 
+    def test_what_is_not_said_of_them_is_told_of_later_and_a_bug_of_ours_is_raised(
+        self, tiny_model, monkeypatch, watched
+    ) -> None:
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        monkeypatch.setattr("tracker.engine.attack.as_cut", lambda *given: given[2])
+        errors = iter([RefusalError("it takes no texts"), ZeroDivisionError("ours")])
+
+        def answer(engine: Engine, request: Request) -> Response:
+            raise next(errors)
+
+        monkeypatch.setattr(Engine, "answer", answer)
+        assert attack(engine, ABLATIONS, ()).sharing == FULL
+        with pytest.raises(ZeroDivisionError, match="ours"):
+            attack(engine, ABLATIONS, ())
+
     def test_habits_are_found_once_and_hold_for_all(self, tiny_model, monkeypatch, watched) -> None:
         window = ("sliding_window",)
         places = (("model.rotary_emb", "inv_freq"), ("model.rotary_emb", "original_inv_freq"))
