@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -481,6 +483,23 @@ class TestMiniatures:
         assert attack(engine, ABLATIONS, ()).sharing == FULL
         with pytest.raises(ZeroDivisionError, match="ours"):
             attack(engine, ABLATIONS, ())
+
+    @pytest.mark.parametrize("other", [0.0, math.nan])
+    def test_what_is_no_number_after_shorter_texts_is_none_after_longer_ones(
+        self, tiny_model, monkeypatch, watched, other: float
+    ) -> None:
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        monkeypatch.setattr("tracker.engine.attack.as_cut", lambda *given: given[2])
+        asked: list[Engine] = []
+
+        def answer(engine: Engine, request: Request) -> Response:
+            asked.append(engine)
+            return Response(math.nan if engine is asked[0] else other, False, 0)
+
+        monkeypatch.setattr(Engine, "answer", answer)
+        said = "says nan nats of a text after shorter ones, and 0 after longer ones"
+        with nullcontext() if math.isnan(other) else pytest.raises(CellError, match=said):
+            assert attack(engine, ABLATIONS, ()).sharing == FULL
 
     def test_habits_are_found_once_and_hold_for_all(self, tiny_model, monkeypatch, watched) -> None:
         window = ("sliding_window",)
