@@ -34,7 +34,7 @@ from tracker.engine.rows import Lengths, common_beginning
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
 from tracker.engine.stand_in import MadeUp
 from tracker.engine.sweep import Engine
-from tracker.engine.truth import Comparison
+from tracker.engine.truth import Comparison, Truth
 from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
 from tracker.models.pruned import put_back
@@ -408,11 +408,13 @@ class Watched:
     def __init__(self, *found: Comparison) -> None:
         self.engines: list[Engine] = []
         self.asked: list[Sequence[tuple[int, int, int, int]]] = []
+        self.truths: list[Truth] = []
         self.found = found
 
     def __call__(self, engine: Engine, *rest: Any) -> Comparison:
         self.engines.append(engine)
         self.asked.append(rest[2])
+        self.truths.append(rest[3])
         return self.found[min(len(self.engines), len(self.found)) - 1]
 
 
@@ -484,9 +486,18 @@ class TestMiniatures:
         with pytest.raises(ZeroDivisionError, match="ours"):
             attack(engine, ABLATIONS, ())
 
-    @pytest.mark.parametrize("other", [0.0, math.nan])
-    def test_what_is_no_number_after_shorter_texts_is_none_after_longer_ones(
-        self, tiny_model, monkeypatch, watched, other: float
+    @pytest.mark.parametrize(
+        ("one", "other", "same"),
+        [
+            (math.nan, math.nan, True),
+            (math.nan, 0.0, False),
+            (-1.0, -1.0001, True),
+            (-1.0, -1.001, False),
+            (-1000.0, -1000.005, True),
+        ],
+    )
+    def test_both_copies_say_the_same_but_for_rounding(
+        self, tiny_model, monkeypatch, watched, one: float, other: float, same: bool
     ) -> None:
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         monkeypatch.setattr("tracker.engine.attack.as_cut", lambda *given: given[2])
@@ -494,12 +505,33 @@ class TestMiniatures:
 
         def answer(engine: Engine, request: Request) -> Response:
             asked.append(engine)
-            return Response(math.nan if engine is asked[0] else other, False, 0)
+            return Response(one if engine is asked[0] else other, False, 0)
 
         monkeypatch.setattr(Engine, "answer", answer)
-        said = "says nan nats of a text after shorter ones, and 0 after longer ones"
-        with nullcontext() if math.isnan(other) else pytest.raises(CellError, match=said):
+        said = f"says {one:g} nats of a text after shorter ones, and {other:g} after longer ones"
+        with nullcontext() if same else pytest.raises(CellError, match=said):
             assert attack(engine, ABLATIONS, ()).sharing == FULL
+
+    @pytest.mark.parametrize("itself", [False, True])
+    def test_no_number_proves_nothing_of_a_miniature(
+        self, tiny_model, monkeypatch, watched, itself: bool
+    ) -> None:
+        """A real model may say it."""
+        if itself:
+            monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+        (truth,) = watched.truths
+        monkeypatch.setattr(truth, "answer", lambda *asked: Response(math.nan, False, 0))
+        monkeypatch.setattr(truth, "moves", lambda *asked: False)
+        found = truth.compare(math.nan, INTACT, Request((1,), (2,)), 1.0, 1.0)
+        assert (found.wrong is None) == itself
+
+    def test_a_model_that_names_no_head_is_asked_what_it_reads(
+        self, tiny_model, monkeypatch, watched
+    ) -> None:
+        model = tiny_model("llama")
+        monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+        assert attack(Engine(loaded(model), MAX_LENGTH), ABLATIONS, ()).sharing == FULL
 
     def test_habits_are_found_once_and_hold_for_all(self, tiny_model, monkeypatch, watched) -> None:
         window = ("sliding_window",)
