@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,12 @@ class TestKey:
             setattr(other.config, f"{kernels}_implementation", name)
             keys.append(attack_key(other, ABLATIONS, WINDOW))
         assert len(set(keys)) == 10
+
+    def test_a_configuration_may_name_no_kernels(self) -> None:
+        class Bare:
+            config = SimpleNamespace(to_dict=dict)
+
+        assert attack_key(Bare(), ABLATIONS, ()) != attack_key(Bare(), ABLATIONS, WINDOW)
 
     def test_the_code_and_what_runs_it_count(self, tiny_model, monkeypatch) -> None:
         model = tiny_model("llama")
