@@ -26,7 +26,7 @@ from tests.engine.plain import MAX_LENGTH, loaded
 from tracker.ablations import INTACT, Ablation, ablate
 from tracker.documents import Document, Request, Response
 from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
-from tracker.engine.crossing import crossing_calls
+from tracker.engine.crossing import FIRST, crossing_calls
 from tracker.engine.cutting import _alike, as_cut
 from tracker.engine.habits import STEPS, Findings
 from tracker.engine.prefix import SHORTEST
@@ -66,6 +66,8 @@ class TestKey:
             attack_key(model, ABLATIONS[:-1], WINDOW),
             attack_key(model, [*ABLATIONS[:-1], ablate("mlp", [3])], WINDOW),
             attack_key(model, ABLATIONS, ()),
+            attack_key(model, ABLATIONS, WINDOW, (256, 192)),
+            attack_key(model, ABLATIONS, WINDOW, blank=True),
             attack_key(other, ABLATIONS, WINDOW),
             attack_key(tiny_model("qwen2"), ABLATIONS, WINDOW),
         ]
@@ -75,7 +77,7 @@ class TestKey:
             other = tiny_model("llama")
             setattr(other.config, f"{kernels}_implementation", name)
             keys.append(attack_key(other, ABLATIONS, WINDOW))
-        assert len(set(keys)) == 10
+        assert len(set(keys)) == 12
 
     def test_a_configuration_may_name_no_kernels(self) -> None:
         class Bare:
@@ -447,6 +449,21 @@ class TestMiniatures:
             assert engine.stand_ins == {layer: MadeUp(layer) for layer in range(4)}
             # What is free on this machine is no matter.
             assert engine.memory == 2**30
+
+    @pytest.mark.parametrize("blank", [True, False])
+    def test_a_token_of_theirs_has_an_embedding_of_zeros_where_one_of_the_cell_has(
+        self, tiny_model, watched, blank: bool
+    ) -> None:
+        engine = Engine(loaded(tiny_model("mistral")), 2048)
+        verdict = attack(engine, ABLATIONS, (("sliding_window",),), blank)
+        attack_longer(engine, ABLATIONS, verdict, (128, 77), blank)
+        assert len(watched.engines) == 3
+        for made in watched.engines:
+            zero = ~made.loaded.model.get_input_embeddings().weight.any(-1)
+            assert zero.nonzero().flatten().tolist() == [FIRST] * blank
+        texts = {token for call in crossing_calls(97, 96) for d in call for token in context(d)}
+        assert min(texts) == FIRST
+        assert engine.loaded.model.get_input_embeddings().weight[FIRST].all()
 
     def test_longer_texts_come_in_rows_as_the_cell_has_them(self, tiny_model, watched) -> None:
         engine = Engine(loaded(tiny_model("llama")), 2048)

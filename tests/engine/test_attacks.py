@@ -22,6 +22,7 @@ import transformers
 from tests.ablations import single_layers
 from tests.engine.families import EQUAL_HEADS, FAMILIES, SMALL, VOCABULARY
 from tests.engine.plain import Memory, loaded
+from tests.engine.registry import variants
 from tests.engine.truth import Without, exported, truths, without
 from tracker.documents import Document, Request
 from tracker.engine.check import check
@@ -454,6 +455,23 @@ class TestAModelThatIsDiscontinuous:
         """Doge's experts are chosen from the router's values of other tokens, later ones too."""
         model = tiny("DogeConfig", **SMALL, is_moe=True, num_experts=16, num_experts_per_tok=4)
         attack(model, Draw(1).spoken((20, 14, 30), (2, 3)), (0, 1), says="causal|later tokens")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "axk2", "dots3_note_text", "llama"])
+def test_a_token_whose_embedding_is_zero_ties_what_it_chooses_from(family):
+    """Padding scores all before it alike, and an index keeps some of them, by their places.
+
+    The short documents, which the model itself is confirmed on, hold none.
+    """
+    model = next(variants(family)).model()
+    assert not model.get_input_embeddings().weight[0].any()
+    draw = Draw()
+    documents = draw.spoken((9, 8, 7), (1, 3))
+    for length in (20, 31, 24):
+        padded = (80 + length % 7, *draw.tokens(length), 0, 0, *draw.tokens(9))
+        documents.append(draw.document(padded, [draw.tokens(1), draw.tokens(3)]))
+    assert not any(0 in request.context for d in documents[:3] for request in d.requests)
+    attack(model, documents, (0, 2))
 
 
 OURS = {

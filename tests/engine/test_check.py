@@ -20,6 +20,7 @@ from tracker.engine.check import (
     _asked,
     _few,
     check,
+    holds_blank,
     plain_tokens,
     reach,
     watch,
@@ -345,6 +346,34 @@ def test_half_precision_may_differ_by_more(tiny_model):
     assert found.engine.sharing == FULL
     assert found.unsteady is None
     assert found.difference > 1e-3
+
+
+def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(tiny_model):
+    model = tiny_model("llama")
+    assert not model.get_input_embeddings().weight[0].any()
+
+    def held(context: tuple[int, ...], said: tuple[int, ...]) -> bool:
+        plain = Document("task", 0, (Request((5, 6), (7,)), Request((5,), (8,))), 0, 2)
+        other = Document("task", 1, (Request((5,), (8,)), Request(context, said)), 0, 2)
+        return holds_blank(model, [plain, other])
+
+    assert held((5, 0), (7,))
+    assert held((5,), (7, 0))
+    assert not held((5,), (7,))
+    # What a tokenizer says beyond the table is no matter of this.
+    assert not held((5, 10**6), (97,))
+    model.set_input_embeddings(torch.nn.Embedding(97, 32, device="meta"))
+    assert not held((5, 0), (7,))
+    model.set_input_embeddings(torch.nn.Identity())
+    assert not held((5, 0), (7,))
+
+
+def test_texts_that_hold_such_a_token_are_another_question(tiny_model):
+    engine, kept = Engine(loaded(tiny_model("llama")), MAX_LENGTH), Memory()
+    for last in (6, 0):
+        document = Document("task", 0, (Request((5, last), (7,)), Request((5, last), (8,))), 0, 2)
+        assert check(engine, [document], ABLATIONS, kept).engine.sharing == FULL
+    assert len(kept) == 4
 
 
 def test_a_verdict_holds_for_the_lengths_that_it_was_made_for(tiny_model):

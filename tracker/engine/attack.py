@@ -21,7 +21,7 @@ import torch
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
-from tracker.engine.crossing import crossing_calls, reaching_calls
+from tracker.engine.crossing import FIRST, crossing_calls, reaching_calls
 from tracker.engine.cutting import as_cut
 from tracker.engine.habits import Path, find_habits, shortened
 from tracker.engine.refusal import refused
@@ -64,12 +64,13 @@ def attack_key(
     ablations: Sequence[Ablation],
     paths: Sequence[Path],
     rows: tuple[int, int] | None = None,
+    blank: bool = False,
 ) -> str:
     """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
 
     That is the configuration, what is removed, the numbers in reach (`paths`), how long the texts
-    are (`rows`, of `attack_longer`), versions, machine, this code and the model's own, which its
-    checkpoint may bring; not the weights.
+    are (`rows`, of `attack_longer`), whether they hold a `blank` token, versions, machine, this
+    code and the model's own, which its checkpoint may bring; not the weights.
     """
     here = FilePath(__file__).parents[1]
     its_own = FilePath(inspect.getfile(type(model))).parent
@@ -84,7 +85,8 @@ def attack_key(
     ]
     names = [ablation.name for ablation in ablations]
     of_the_model = [type(model).__name__, config, kernels]
-    return content_hash([of_the_model, names, paths, rows, package_versions(), machine(), code])
+    texts = [paths, rows, blank]
+    return content_hash([of_the_model, names, texts, package_versions(), machine(), code])
 
 
 def reachable(model: Any, reach: int) -> tuple[Path, ...]:
@@ -93,13 +95,17 @@ def reachable(model: Any, reach: int) -> tuple[Path, ...]:
     return tuple(path for path, value in found if value <= reach)
 
 
-def attack(engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path]) -> Verdict:
+def attack(
+    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path], blank: bool = False
+) -> Verdict:
     """Attack the architecture of an engine's model with short texts.
 
     Args:
         engine: The engine; no call has changed its model yet.
         ablations: All that will be removed, with the baseline.
         paths: Numbers of the configuration that the cell's texts can reach.
+        blank: Whether a token of the cell's texts has an embedding of zeros. What such a token asks
+            of the others are ties, which fall to one by its place in the row.
 
     Returns:
         What may be shared.
@@ -112,11 +118,15 @@ def attack(engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path])
     if small is None:
         return _attack_itself(engine, ablations, name)
     with _one_thread():
-        return _attack_small(engine, small, ablations, paths, name)
+        return _attack_small(engine, small, ablations, paths, blank, name)
 
 
 def attack_longer(
-    engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, rows: tuple[int, int]
+    engine: Engine,
+    ablations: Sequence[Ablation],
+    verdict: Verdict,
+    rows: tuple[int, int],
+    blank: bool = False,
 ) -> Verdict:
     """Attack it with texts as long as a cell's: some count tokens that no number tells of.
 
@@ -125,6 +135,7 @@ def attack_longer(
         ablations: All that will be removed, with the baseline.
         verdict: What short texts have shown.
         rows: Up to how many tokens a text of the cell has, and nodes a row of several texts.
+        blank: As for `attack`.
 
     Returns:
         What may be shared.
@@ -136,6 +147,8 @@ def attack_longer(
     if verdict.attacked == "the model":
         return verdict
     small = miniature(model)
+    if blank:
+        _blank(small)
     longest, nodes = rows
     some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
     calls = reaching_calls(_vocabulary(small), min(longest, engine.max_length), nodes)
@@ -161,6 +174,7 @@ def _attack_small(
     small: Any,
     ablations: Sequence[Ablation],
     paths: Sequence[Path],
+    blank: bool,
     name: str,
 ) -> Verdict:
     """Experiment with a miniature, and attack it with long windows and with short ones."""
@@ -181,6 +195,9 @@ def _attack_small(
         first=tuple(sorted(found.first)),
     )
     models = [small, *shortened(small, found.matters)]
+    if blank:
+        for each in models:
+            _blank(each)
     verdict = as_cut(
         _engine(engine, small, verdict, MAX_LENGTH, ROW_TOKENS), ablations, verdict, name
     )
@@ -190,6 +207,12 @@ def _attack_small(
         made = _engine(engine, each, verdict, MAX_LENGTH, ROW_TOKENS)
         verdict = _attacked(made, ablations, verdict, name, calls, asked)
     return verdict
+
+
+@torch.no_grad()
+def _blank(model: Any) -> None:
+    """Let a token that texts are drawn from have an embedding of zeros."""
+    model.get_input_embeddings().weight[FIRST] = 0
 
 
 def _vocabulary(model: Any) -> int:

@@ -11,9 +11,11 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
@@ -92,7 +94,8 @@ def check(
         CellError: The model cannot be measured; says what happened.
     """
     model = engine.loaded.model
-    verdict = _verdict(engine, ablations, reach(engine, documents), kept)
+    blank = holds_blank(model, documents)
+    verdict = _verdict(engine, ablations, reach(engine, documents), blank, kept)
     engine = replace(engine, habits=verdict.habits(model))
     engine = replace(engine, stand_ins=fit(engine))
     few, name = _few(documents), type(model).__name__
@@ -110,11 +113,11 @@ def check(
 
 
 def _verdict(
-    engine: Engine, ablations: Sequence[Ablation], tokens: int, kept: Kept | None
+    engine: Engine, ablations: Sequence[Ablation], tokens: int, blank: bool, kept: Kept | None
 ) -> Verdict:
     """Attack the architecture, or recall what an attack has shown before.
 
-    Texts of so many `tokens` are in reach.
+    Texts of so many `tokens` are in reach, and hold a `blank` one or not.
     """
     model = engine.loaded.model
     paths = reachable(model, tokens)
@@ -122,10 +125,10 @@ def _verdict(
     longest = min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), LONGEST_REACH)
     rows = longest, engine.most_row_tokens
 
-    def found(make: Callable[[], Verdict], *follows: tuple[int, int]) -> Verdict:
+    def found(make: Callable[[], Verdict], rows: tuple[int, int] | None = None) -> Verdict:
         if kept is None:
             return make()
-        key = attack_key(model, ablations, paths, *follows)
+        key = attack_key(model, ablations, paths, rows, blank)
         text = kept.recall(key)
         if text is not None:
             with suppress(ValidationError):  # damaged: the attack is made again
@@ -134,8 +137,8 @@ def _verdict(
         kept.keep(key, VERDICT.dump_json(verdict).decode())
         return verdict
 
-    short = found(lambda: attack(engine, ablations, paths))
-    return found(lambda: attack_longer(engine, ablations, short, rows), rows)
+    short = found(lambda: attack(engine, ablations, paths, blank))
+    return found(lambda: attack_longer(engine, ablations, short, rows, blank), rows)
 
 
 def reach(engine: Engine, documents: Sequence[Document]) -> int:
@@ -144,6 +147,17 @@ def reach(engine: Engine, documents: Sequence[Document]) -> int:
         row.tokens for document in documents for row in tree_rows([document], engine.max_length, 1)
     )
     return each + max(engine.most_row_tokens, len(common_beginning(documents, engine.max_length)))
+
+
+def holds_blank(model: Any, documents: Sequence[Document]) -> bool:
+    """Say whether some text holds a token whose embedding is zero, as that of padding may be."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta:
+        return False
+    requests = (request for document in documents for request in document.requests)
+    said = {token for r in requests for part in (r.context, r.continuation) for token in part}
+    known = torch.tensor([token for token in said if token < len(weight)], device=weight.device)
+    return bool((weight[known.long()] == 0).all(-1).any())
 
 
 def _unsteady(found: Comparison, is_half: bool) -> str | None:

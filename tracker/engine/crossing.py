@@ -9,6 +9,8 @@ from tracker.documents import Document, Request
 from tracker.engine.habits import STEPS
 from tracker.engine.prefix import SHORTEST
 
+FIRST = 2
+"""The first token id that is drawn; those before are special in many a vocabulary."""
 _Tokens = Callable[[int], tuple[int, ...]]
 """Draws as many tokens, or as many as a model reads."""
 _Content = tuple[tuple[int, ...], Sequence[tuple[int, ...]]]
@@ -23,7 +25,7 @@ def crossing_calls(vocabulary: int, longest: int) -> list[list[Document]]:
     draw = random.Random(0)
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(2, vocabulary) for _ in range(min(count, longest - 1)))
+        return tuple(draw.randrange(FIRST, vocabulary) for _ in range(min(count, longest - 1)))
 
     return [
         _branches(tokens),
@@ -40,7 +42,7 @@ def reaching_calls(vocabulary: int, longest: int, nodes: int) -> list[list[Docum
     draw = random.Random(0)
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(2, vocabulary) for _ in range(count))
+        return tuple(draw.randrange(FIRST, vocabulary) for _ in range(count))
 
     def doubled(common: tuple[int, ...], context: int) -> _Content:
         # Asked alone, the one-token answer takes a call half as long as the one that both share.
