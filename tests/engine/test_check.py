@@ -348,7 +348,7 @@ def test_half_precision_may_differ_by_more(tiny_model):
     assert found.difference > 1e-3
 
 
-def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(tiny_model):
+def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(tiny_model, monkeypatch):
     model = tiny_model("llama")
     assert not model.get_input_embeddings().weight[0].any()
 
@@ -365,6 +365,12 @@ def test_a_token_whose_embedding_is_zero_is_looked_for_in_all_that_is_read(tiny_
     model.set_input_embeddings(torch.nn.Embedding(97, 32, device="meta"))
     assert not held((5, 0), (7,))
     model.set_input_embeddings(torch.nn.Identity())
+    assert not held((5, 0), (7,))
+
+    def untold(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(model), "get_input_embeddings", untold)
     assert not held((5, 0), (7,))
 
 
