@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tracker.reporting import tables
+from tracker.reporting.formats import three_digits
 
 from .conftest import build_cell, with_layer
 
@@ -35,3 +38,11 @@ def test_an_overview_without_numbers_says_why() -> None:
         f"{cell.title}: Spearman is undefined: not computed.",
         f"{cell.title}: the baseline accuracy is undefined: no document was scored.",
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(1083.4, "1,083"), (999.6, "1,000"), (999.4, "999"), (12.34, "12.3"), (-0.01234, "−0.0123")],
+)
+def test_thousands_are_written_out(value: float, written: str) -> None:
+    assert three_digits(value) == written

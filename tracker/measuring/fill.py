@@ -151,7 +151,8 @@ def _fill(
                 held.append(block)
         if len(held) == len(pending):
             if not told:
-                progress.say(f"{len(held)} blocks are being measured by another process")
+                what = "1 block is" if len(held) == 1 else f"{len(held)} blocks are"
+                progress.say(f"{what} being measured by another process")
                 told = True
             time.sleep(WAIT)
         pending = held

@@ -25,6 +25,12 @@ def two_digits(value: float) -> str:
     return fixed(value, 2)
 
 
+def three_digits(value: float) -> str:
+    """Round to three significant digits, thousands to whole ones, such as `0.123` or `1,083`."""
+    written = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+    return written.replace("-", MINUS)
+
+
 def points(fraction: float) -> str:
     """Write a fraction as percentage points without the unit: 0.113 is `11.3`."""
     return fixed(100 * fraction, 1)

@@ -24,7 +24,7 @@ from tracker.findings import (
 from tracker.records import WHOLE_LAYER, CellRecord, Place
 from tracker.reporting.charts.maps import ROWS, centred_map, short
 from tracker.reporting.charts.style import Chart, chart, finite, layer_axis, line
-from tracker.reporting.formats import fixed, p_value, points, two_digits
+from tracker.reporting.formats import fixed, p_value, points, three_digits, two_digits
 from tracker.reporting.grid import Column, Table, Value, shown, with_interval
 from tracker.reporting.sections import Figure
 
@@ -42,7 +42,7 @@ _WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
     "coefficient": (two_digits, 1, ""),
     "p": (p_value, 1, ""),
     "nats": (partial(fixed, digits=3), 1, "nats"),
-    "times": (lambda figure: f"{figure:.3g}".replace("-", "−"), 1, ""),
+    "times": (three_digits, 1, ""),
 }
 """How each unit is written, by what a record's figure is multiplied, and what it is called."""
 
