@@ -125,10 +125,10 @@ def _verdict(
     longest = min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), LONGEST_REACH)
     rows = longest, engine.most_row_tokens
 
-    def found(make: Callable[[], Verdict], rows: tuple[int, int] | None = None) -> Verdict:
+    def found(make: Callable[[], Verdict], longer: tuple[int, int] | None = None) -> Verdict:
         if kept is None:
             return make()
-        key = attack_key(model, ablations, paths, rows, blank)
+        key = attack_key(model, ablations, paths, longer, blank)
         text = kept.recall(key)
         if text is not None:
             with suppress(ValidationError):  # damaged: the attack is made again

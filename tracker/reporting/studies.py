@@ -22,7 +22,7 @@ from tracker.findings import (
     Unit,
 )
 from tracker.records import WHOLE_LAYER, CellRecord, Place
-from tracker.reporting.charts.maps import ROWS, centred_map, short
+from tracker.reporting.charts.maps import ROWS, centred_map
 from tracker.reporting.charts.style import Chart, chart, finite, layer_axis, line
 from tracker.reporting.formats import fixed, p_value, points, three_digits, two_digits
 from tracker.reporting.grid import Column, Table, Value, shown, with_interval
@@ -248,7 +248,7 @@ def _map(found: MapChart) -> Chart:
         for row, values in zip(found.rows, found.values, strict=True)
     ]  # fmt: skip
     rows = [html.escape(row) for row in found.rows]
-    ticks = (f"−{short(largest)}", "0", f"{short(largest)} {unit}".strip())
+    ticks = (f"−{three_digits(largest)}", "0", f"{three_digits(largest)} {unit}".strip())
     return chart(
         found.title,
         centred_map(found.name, (found.columns, rows, values, hovers), {}, largest, ticks),

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from tracker.metrics.accuracy import Estimate
 from tracker.reporting.charts.hover import estimate_hover
-from tracker.reporting.charts.maps import ROWS, centred_map, short
+from tracker.reporting.charts.maps import ROWS, centred_map
 from tracker.reporting.charts.style import MANY, Chart, chart, errors, finite, layer_axis, line
-from tracker.reporting.formats import counted, defined, interval, two_digits
+from tracker.reporting.formats import counted, defined, interval, three_digits, two_digits
 from tracker.reporting.layers import relative_depth
 from tracker.reporting.leaderboard.layers import LayerBoard
 from tracker.reporting.leaderboard.pairs import Pair
@@ -151,9 +151,9 @@ def _map(
                 marks["interval excludes 0"].append((layer, label, text))
     largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
     ticks = (
-        f"−{short(largest)} {measure.unit}<br>more to the second",
+        f"−{three_digits(largest)} {measure.unit}<br>more to the second",
         "0<br>alike",
-        f"{short(largest)} {measure.unit}<br>more to the first",
+        f"{three_digits(largest)} {measure.unit}<br>more to the first",
     )
     return chart(
         difference_title(pair),

@@ -144,6 +144,7 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
         hovers.append([text for _, text in row])
         gaps += [(x, str(span), text) for x, (drop, text) in by_layer.items() if drop is None]
     largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
+    most = formats.three_digits(largest)
     labels = [str(span) for span in spans]
     return chart(
         span_title(cell, component),
@@ -152,7 +153,7 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
             (layers, labels, values, hovers),
             {"undefined": gaps},
             largest,
-            (f"−{short(largest)}<br>removal helps", "0<br>no change", f"{short(largest)}"),
+            (f"−{most}<br>removal helps", "0<br>no change", most),
         ),
         165 + 30 * len(spans),
         margin={"b": 105},
@@ -167,11 +168,6 @@ def _spans(cell: CellRecord, component: Component) -> list[int]:
         for kind in cell.kinds
         if kind.component == component and kind.intervention == "remove"
     ]
-
-
-def short(value: float) -> str:
-    """Write a figure below a colour."""
-    return f"{value:.3g}"
 
 
 def centred_map(

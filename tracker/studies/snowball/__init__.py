@@ -17,7 +17,7 @@ from tracker.ledger.observations import Arrays
 from tracker.measuring.observing import Observe
 from tracker.metrics.growth import fewest_to_show, unequal_growth
 from tracker.metrics.multiple import holm
-from tracker.reporting.formats import measure_of, p_value, points, two_digits
+from tracker.reporting.formats import measure_of, p_value, points, three_digits, two_digits
 from tracker.studies.base import SIGNIFICANT, Asked, Said, Subject, grouped, refuse_removed
 from tracker.studies.layout import ends, written
 from tracker.studies.observing import observe
@@ -153,7 +153,7 @@ def _whether(model: str, cells: Sequence[Figures]) -> str:
         verdict = "whether most layers snowball is open; raise 'sample' or 'limit'"
     parts = [
         f"{each.cell.benchmark.title} {count[1]} grow, {count[-1]} shrink, {count[0]} undecided; "
-        f"median ×{_times(each.tokens[ALL].removed.median)} (n = {each.documents})"
+        f"median ×{three_digits(each.tokens[ALL].removed.median)} (n = {each.documents})"
         for each, count in zip(cells, counts, strict=True)
     ]
     handed = [
@@ -163,8 +163,8 @@ def _whether(model: str, cells: Sequence[Figures]) -> str:
         f"{model}: {verdict}. From right behind a removed layer to the last layer, the relative "
         f"difference to the intact residual stream grows in {grow} of {of} cases and shrinks in "
         f"{shrink} ({'; '.join(parts)}). Later layers do add to it: it ends "
-        f"{_times(float(np.median(handed)))} times (median) as large as if they had handed it on "
-        "as it was; but the stream grows too."
+        f"{three_digits(float(np.median(handed)))} times (median) as large as if they had handed "
+        "it on as it was; but the stream grows too."
     )
 
 
@@ -187,15 +187,15 @@ def _most(each: Figures) -> str:
         return f"{_where(each)}: {removed.total[0].reason}."
     order = sorted(defined, key=lambda i: -(removed.total[i].value or 0))
     parts = [
-        f"layer {i} ×{written(removed.total[i], _times)}, from {points(removed.paths[i, i])} % to "
-        f"{points(removed.paths[i, -1])} % of the stream's norm, larger behind "
+        f"layer {i} ×{written(removed.total[i], three_digits)}, from {points(removed.paths[i, i])} "
+        f"% to {points(removed.paths[i, -1])} % of the stream's norm, larger behind "
         f"{removed.growing_steps(i)} of {len(removed.total) - 1 - i} later layers"
         for i in order[:3]
     ]
     least = order[-1]
     return (
         f"{_where(each)}: most after the removal of {'; '.join(parts)}; least of layer {least} "
-        f"×{written(removed.total[least], _times)}."
+        f"×{written(removed.total[least], three_digits)}."
     )
 
 
@@ -210,8 +210,8 @@ def _against_chance(each: Figures, draws: int) -> str:
     return (
         f"{_where(each)}: a removal grows more than random directions of the same norm in "
         f"{signs[1]} of {of} layers, less in {signs[-1]} (median ratio "
-        f"{_times(float(np.median(defined)))}); random directions ({draws} a token) snowball in "
-        f"{snowballs}, other tokens' updates in {Counter(tokens.shuffled.signs)[1]}."
+        f"{three_digits(float(np.median(defined)))}); random directions ({draws} a token) snowball "
+        f"in {snowballs}, other tokens' updates in {Counter(tokens.shuffled.signs)[1]}."
     )
 
 
@@ -280,7 +280,7 @@ def _between(cells: Sequence[Figures]) -> str:
     return (
         f"Growth depends on the benchmark in {len(differ)} of {len(defined)} layers ({names}; "
         f"Kruskal–Wallis over documents, Holm over layers); furthest apart is layer {far}, where "
-        f"the largest factor is {_times(ratios[far])} times the smallest."
+        f"the largest factor is {three_digits(ratios[far])} times the smallest."
     )
 
 
@@ -293,7 +293,7 @@ def _without_the_first(cells: Sequence[Figures]) -> str:
         )
     )
     medians = ", ".join(
-        f"{each.cell.benchmark.title} ×{_times(each.tokens[LATER].removed.median)}"
+        f"{each.cell.benchmark.title} ×{three_digits(each.tokens[LATER].removed.median)}"
         for each in cells
     )
     of = sum(each.layers - 1 for each in cells)
@@ -306,10 +306,6 @@ def _without_the_first(cells: Sequence[Figures]) -> str:
 def _where(each: Figures) -> str:
     several = f"{each.cell.model.name} on {each.cell.benchmark.title}"
     return f"{several} ({each.documents} documents)"
-
-
-def _times(value: float) -> str:
-    return f"{value:.3g}"
 
 
 def _assumptions(draws: int) -> list[str]:
