@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path as FilePath
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,10 +25,11 @@ from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded
 from tracker.ablations import INTACT, Ablation, ablate
 from tracker.documents import Document, Request, Response
-from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
+from tracker.engine import attack as attacking
+from tracker.engine.attack import attack_longer, most_sharing, reachable
 from tracker.engine.crossing import FIRST, crossing_calls
 from tracker.engine.cutting import _alike, as_cut
-from tracker.engine.habits import STEPS, Findings
+from tracker.engine.habits import STEPS, Findings, Path
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import Lengths, common_beginning
@@ -44,6 +45,23 @@ ABLATIONS = single_layers((0, 1, 2, 3))
 WINDOW = (("max_position_embeddings",),)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def attack(
+    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path] = (), blank: bool = False
+) -> Verdict:
+    """Attack with no number in reach, and no token without an embedding."""
+    return attacking.attack(engine, ablations, paths, blank)
+
+
+def attack_key(
+    model: Any,
+    ablations: Sequence[Ablation],
+    paths: Sequence[Path],
+    rows: tuple[int, int] | None = None,
+    blank: bool = False,
+) -> str:
+    return attacking.attack_key(model, ablations, paths, rows, blank)
 
 
 class TestKey:
@@ -100,8 +118,8 @@ class TestKey:
                 patched.setattr(f"tracker.engine.attack.{name}", lambda: {"another": "1"})
                 keys.append(attack_key(model, ABLATIONS, ()))
         assert len(set(keys)) == 4
-        tracker = Path(__file__).parents[2] / "tracker"
-        folders = (tracker / "engine", tracker / "models", Path(modeling_llama.__file__).parent)
+        tracker = FilePath(__file__).parents[2] / "tracker"
+        folders = (tracker / "engine", tracker / "models", FilePath(modeling_llama.__file__).parent)
         assert read == {
             f"{folder.name}/{path.name}" for folder in folders for path in folder.glob("*.py")
         }
@@ -263,7 +281,7 @@ class TestAttack:
     def test_an_architecture_that_shares_all(self, tiny_model) -> None:
         threads = torch.get_num_threads()
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS, ())
+        verdict = attack(engine, ABLATIONS)
         assert (verdict.sharing, verdict.lost, verdict.unsteady) == (FULL, None, 0)
         assert 0 < verdict.difference < 2e-4
         assert (verdict.lengths, verdict.leftovers, verdict.first) == ((), (), ())
@@ -273,20 +291,20 @@ class TestAttack:
     def test_every_request_of_some_ablations_and_a_few_of_the_others(self, tiny_model) -> None:
         """Both ways round; two ablations are all that there is, and are asked everything."""
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        everything = attack(engine, [INTACT], ()).compared
+        everything = attack(engine, [INTACT]).compared
         assert everything > 50
-        assert attack(engine, ABLATIONS[:2], ()).compared == 2 * everything
+        assert attack(engine, ABLATIONS[:2]).compared == 2 * everything
         many = [*ABLATIONS, *(ablate(part, [n]) for part in ("mlp", "attention") for n in range(4))]
         # Of thirteen, each second one is asked everything, and the others four requests.
-        assert attack(engine, many, ()).compared == 7 * everything + 6 * 2 * 4
+        assert attack(engine, many).compared == 7 * everything + 6 * 2 * 4
 
     def test_a_model_without_a_miniature_is_attacked_itself(self, tiny_model, monkeypatch) -> None:
         monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
         seen = disturbed(monkeypatch, lambda documents: False)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS, ())
+        verdict = attack(engine, ABLATIONS)
         # Always with the same texts, the first of those that miniatures are given.
-        assert attack(engine, ABLATIONS, ()) == verdict
+        assert attack(engine, ABLATIONS) == verdict
         assert seen[2:] == seen[:2] == [seen[0], seen[0][::-1]]
         assert seen[0] == crossing_calls(97, MAX_LENGTH)[0][:4]
         assert verdict.sharing == DEPTH_ONLY
@@ -299,13 +317,13 @@ class TestAttack:
             "no miniature of the model can be built on which sharing over tokens could be proven"
         )
         # No length is believed of it anyway.
-        assert attack_longer(engine, ABLATIONS, verdict, (256, 192)) is verdict
+        assert attack_longer(engine, ABLATIONS, verdict, (256, 192), False) is verdict
 
     def test_what_stands_in_for_its_layers_is_made_up(self, tiny_model, monkeypatch) -> None:
         """It is fitted later, on a model whose habits are known."""
         monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
         fitted = [Ablation(replaced=((done, 2),)) for done in ("mean", "scale", "linear")]
-        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [INTACT, *fitted], ())
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [INTACT, *fitted])
         assert (verdict.sharing, verdict.difference < 2e-4) == (DEPTH_ONLY, True)
 
     def test_a_checkpoint_whose_layers_moved_up_is_measured_and_shares_nothing(
@@ -313,14 +331,14 @@ class TestAttack:
     ) -> None:
         """It is what a pruned checkpoint is, and not the model with a layer that is skipped."""
         engine = Engine(loaded(Placed(tiny_model("llama").config).eval()), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS, ())
+        verdict = attack(engine, ABLATIONS)
         assert verdict.sharing == PLAIN
         assert verdict.lost == (
             "a checkpoint without a layer is not the model that skips it, so nothing is shared"
         )
         assert not verdict.stay
         # Without the last layer, the others stay where they are.
-        assert attack(engine, [INTACT, ablate("layer", [3])], ()).sharing == FULL
+        assert attack(engine, [INTACT, ablate("layer", [3])]).sharing == FULL
 
     @pytest.mark.parametrize("unsteady", [20, 21])
     def test_one_answer_in_fifty_may_be_at_a_discontinuity(
@@ -330,7 +348,7 @@ class TestAttack:
         found = Comparison(1000, 0.5, unsteady)
         monkeypatch.setattr("tracker.engine.attack._compared", lambda *_: found)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS, ())
+        verdict = attack(engine, ABLATIONS)
         assert (verdict.compared, verdict.unsteady) == (1000, unsteady)
         if unsteady == 20:
             assert (verdict.sharing, verdict.lost) == (FULL, None)
@@ -359,7 +377,7 @@ class TestAttack:
             r"call, so no two ways to ask it agree$"
         )
         with pytest.raises(CellError, match=said):
-            attack(Engine(loaded(model.eval()), MAX_LENGTH), ABLATIONS, ())
+            attack(Engine(loaded(model.eval()), MAX_LENGTH), ABLATIONS)
 
 
 class TestTexts:
@@ -440,7 +458,7 @@ class TestMiniatures:
     def test_it_is_scored_as_a_model_that_reads_as_much(self, tiny_model, watched) -> None:
         for most, read in ((2048, 96), (50, 50)):
             elsewhere = replace(loaded(tiny_model("llama")), device=torch.device("meta"))
-            attack(Engine(elsewhere, most), ABLATIONS, ())
+            attack(Engine(elsewhere, most), ABLATIONS)
             engine = watched.engines.pop()
             assert (engine.max_length, engine.row_tokens) == (read, 40)
             assert engine.loaded.device == torch.device("cpu")
@@ -467,7 +485,7 @@ class TestMiniatures:
 
     def test_longer_texts_come_in_rows_as_the_cell_has_them(self, tiny_model, watched) -> None:
         engine = Engine(loaded(tiny_model("llama")), 2048)
-        attack_longer(engine, ABLATIONS, Verdict(FULL, None, 0.0, 0), (300, 77))
+        attack_longer(engine, ABLATIONS, Verdict(FULL, None, 0.0, 0), (300, 77), False)
         (made,), (asked,) = watched.engines, watched.asked
         assert (made.max_length, made.row_tokens) == (300, 77)
         # The intact model answers all that is asked, one other a part.
@@ -486,7 +504,7 @@ class TestMiniatures:
 
         monkeypatch.setattr(Engine, "answer", answer)
         monkeypatch.setattr("tracker.engine.attack.as_cut", lambda *given: given[2])
-        attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+        attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS)
         rising = [length for engine, length in asked if engine is asked[0][0]]
         falling = [length for engine, length in asked if engine is asked[-1][0]]
         assert len(asked) == 2 * len(rising)
@@ -506,9 +524,9 @@ class TestMiniatures:
             raise next(errors)
 
         monkeypatch.setattr(Engine, "answer", answer)
-        assert attack(engine, ABLATIONS, ()).sharing == FULL
+        assert attack(engine, ABLATIONS).sharing == FULL
         with pytest.raises(ZeroDivisionError, match="ours"):
-            attack(engine, ABLATIONS, ())
+            attack(engine, ABLATIONS)
 
     @pytest.mark.parametrize(
         ("one", "other", "same"),
@@ -534,7 +552,7 @@ class TestMiniatures:
         monkeypatch.setattr(Engine, "answer", answer)
         said = f"says {one:g} nats of a text after shorter ones, and {other:g} after longer ones"
         with nullcontext() if same else pytest.raises(CellError, match=said):
-            assert attack(engine, ABLATIONS, ()).sharing == FULL
+            assert attack(engine, ABLATIONS).sharing == FULL
 
     @pytest.mark.parametrize("itself", [False, True])
     def test_no_number_proves_nothing_of_a_miniature(
@@ -543,7 +561,7 @@ class TestMiniatures:
         """A real model may say it."""
         if itself:
             monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
-        attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+        attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS)
         (truth,) = watched.truths
         monkeypatch.setattr(truth, "answer", lambda *asked: Response(math.nan, False, 0))
         monkeypatch.setattr(truth, "moves", lambda *asked: False)
@@ -555,7 +573,7 @@ class TestMiniatures:
     ) -> None:
         model = tiny_model("llama")
         monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
-        assert attack(Engine(loaded(model), MAX_LENGTH), ABLATIONS, ()).sharing == FULL
+        assert attack(Engine(loaded(model), MAX_LENGTH), ABLATIONS).sharing == FULL
 
     def test_habits_are_found_once_and_hold_for_all(self, tiny_model, monkeypatch, watched) -> None:
         window = ("sliding_window",)
@@ -583,7 +601,7 @@ class TestMiniatures:
         """Also of the ablations of which only some requests are."""
         many = [*ABLATIONS, *(ablate("mlp", [n]) for n in range(4)), ablate("layer", [1, 2])]
         for _ in range(2):
-            attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [*many, *many[1:4]], ())
+            attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [*many, *many[1:4]])
         one, other = watched.asked
         assert one == other
         assert len(one) < max(number for number, *_ in one) * len([a for a in one if not a[0]])
@@ -595,7 +613,7 @@ class TestMiniatures:
         left = frozenset({"inv_freq", "attention_scaling"})
         found = Findings(every_call=every, leftovers=left)
         monkeypatch.setattr("tracker.engine.attack.find_habits", lambda *_: found)
-        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS)
         assert verdict.lengths == ((((), True),) if every else ())
         assert verdict.leftovers == ("attention_scaling", "inv_freq")
         assert watched.engines[0].habits.lengths.each == every
@@ -607,7 +625,7 @@ class TestMiniatures:
         monkeypatch.setattr("tracker.engine.attack._compared", watched)
         found = Findings(matters=(("sliding_window",),))
         monkeypatch.setattr("tracker.engine.attack.find_habits", lambda *_: found)
-        verdict = attack(Engine(loaded(tiny_model("mistral")), MAX_LENGTH), ABLATIONS, ())
+        verdict = attack(Engine(loaded(tiny_model("mistral")), MAX_LENGTH), ABLATIONS)
         assert [engine.sharing for engine in watched.engines] == [
             FULL, NO_PREFIX, NO_PREFIX, DEPTH_ONLY,
         ]  # fmt: skip
@@ -623,13 +641,13 @@ class TestMiniatures:
         wrong = Comparison(3, 0.25, 2, "-1 nats shared")
         watched = Watched(wrong, wrong, wrong, wrong, Comparison(100, 0.5, 99))
         monkeypatch.setattr("tracker.engine.attack._compared", watched)
-        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS)
         # However often the model is discontinuous: nothing less is left to share.
         assert (verdict.sharing, verdict.unsteady) == (ONE_BY_ONE, 99)
         watched.found = (wrong,)
         watched.engines.clear()
         with pytest.raises(CellError, match=r"^LlamaForCausalLM contradicts itself: -1 nats sh"):
-            attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS, ())
+            attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS)
 
 
 def disturbed(monkeypatch, when: Callable[[Sequence[Document]], bool]) -> list[list[Document]]:
@@ -652,7 +670,7 @@ def disturbed(monkeypatch, when: Callable[[Sequence[Document]], bool]) -> list[l
 class TestOrder:
     def test_every_call_in_one_order_and_its_reverse(self, tiny_model, monkeypatch) -> None:
         seen = disturbed(monkeypatch, lambda documents: False)
-        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS[:1], ())
+        verdict = attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS[:1])
         assert (verdict.sharing, verdict.compared) == (FULL, 2 * sum(map(count, seen[:4])))
         assert seen[4:] == [documents[::-1] for documents in seen[3::-1]]
         vocabulary = max(
@@ -674,7 +692,7 @@ class TestOrder:
             ),
         )
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        verdict = attack(engine, ABLATIONS[:2], ())
+        verdict = attack(engine, ABLATIONS[:2])
         assert verdict.sharing == NO_PREFIX
         assert verdict.lost == "sharing over documents changes a log-likelihood by 0.5 nats"
         # What is wrong once is asked no further.
@@ -710,7 +728,7 @@ class TestCut:
 
     def attacked(self, model: Any, *removed: tuple[int, ...]) -> Verdict:
         ablations = [INTACT, *(ablate("layer", layers) for layers in removed)]
-        return attack(Engine(loaded(model), MAX_LENGTH), ablations, ())
+        return attack(Engine(loaded(model), MAX_LENGTH), ablations)
 
     @pytest.mark.parametrize(("removed", "what"), [((2,), "layer 2"), ((1, 2), "layers 1, 2")])
     def test_it_runs_in_no_way(self, tiny_model, refuse, watched, removed, what) -> None:
@@ -835,7 +853,7 @@ class TestCut:
     def test_sublayers_ask_for_no_cut(self, tiny_model, refuse, watched) -> None:
         refuse(False, True)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
-        assert attack(engine, [INTACT, ablate("mlp", [2])], ()).sharing == FULL
+        assert attack(engine, [INTACT, ablate("mlp", [2])]).sharing == FULL
 
     def test_an_error_of_ours_is_raised(self, tiny_model, refuse, watched) -> None:
         refuse(False, error=ZeroDivisionError("ours"))

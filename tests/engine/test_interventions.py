@@ -151,7 +151,7 @@ def test_a_kept_beginning_serves_all_but_what_passes_a_layer_twice(tiny_model, m
 
 def test_an_attack_tries_them_all_and_finds_them_exact(tiny_model):
     engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, stand_ins=STAND_INS)
-    verdict = attack(engine, ABLATIONS, ())
+    verdict = attack(engine, ABLATIONS, (), blank=False)
     assert verdict.lost is None
     assert verdict.sharing == FULL
     assert NO_PREFIX != FULL

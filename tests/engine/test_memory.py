@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
@@ -9,7 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPT2Config
 
-from tracker.engine.memory import free_memory, keep_freed_memory, stream_bytes
+from tracker.engine.memory import (
+    free_memory,
+    keep_freed_memory,
+    only_new_garbage,
+    stream_bytes,
+)
 
 KEEP = """
 import ctypes
@@ -38,6 +44,15 @@ def test_what_is_freed_is_kept() -> None:
     grown, kept = map(int, said.split())
     assert 360 <= grown < 370
     assert kept >= 295
+
+
+def test_what_was_there_before_is_not_looked_through_meanwhile() -> None:
+    with only_new_garbage():
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(ZeroDivisionError), only_new_garbage():
+        _ = 1 / gc.is_tracked(0)
+    assert gc.get_freeze_count() == 0
 
 
 def test_free_memory_is_what_programs_can_have() -> None:

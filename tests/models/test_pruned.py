@@ -118,6 +118,43 @@ def test_a_duplicate_has_tables_of_its_own() -> None:
     assert torch.equal(twin(given), model(given) + 5)
 
 
+def test_a_module_that_copies_itself_in_its_own_way_does_so() -> None:
+    class Copying(nn.Linear):
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+            return nn.Identity()
+
+    class Leaving(nn.Linear):
+        def __getstate__(self) -> dict[str, Any]:
+            return {**super().__getstate__(), "left": "out"}
+
+    class Arriving(nn.Linear):
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            self.arrived = True
+
+    class Made(nn.Linear):
+        def __reduce__(self) -> Any:
+            return nn.Flatten, (5,)
+
+    class Protocol(nn.Linear):
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return nn.Flatten, (protocol,)
+
+    kinds = (Copying, Leaving, Arriving, Made, nn.Linear, Protocol)
+    model = nn.Sequential(*(kind(2, 2) for kind in kinds))
+    model.compile()  # what is compiled is no copy's, in torch neither
+    twin = duplicate(model)
+    assert [type(each) for each in twin[:2]] == [nn.Identity, Leaving]
+    assert twin[1].left == "out"
+    assert twin[2].arrived
+    assert [each.start_dim for each in (twin[3], twin[5])] == [5, 4]
+    assert torch.equal(twin[4](torch.ones(2)), model[4](torch.ones(2)))
+    assert "_compiled_call_impl" not in vars(twin)
+    weight = model[4].weight
+    assert duplicate(model, {id(model[4]): model[4]})[4] is model[4], "what is named is no copy"
+    assert model[4].weight is weight
+
+
 def test_a_copy_has_what_is_fresh_for_its_own_and_shares_the_rest() -> None:
     model = make("llama")
     for name, size in (("small", SMALL_BUFFER), ("large", SMALL_BUFFER + 1)):

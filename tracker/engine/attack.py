@@ -63,14 +63,14 @@ def attack_key(
     model: Any,
     ablations: Sequence[Ablation],
     paths: Sequence[Path],
-    rows: tuple[int, int] | None = None,
-    blank: bool = False,
+    rows: tuple[int, int] | None,
+    blank: bool,
 ) -> str:
     """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
 
     That is the configuration, what is removed, the numbers in reach (`paths`), how long the texts
-    are (`rows`, of `attack_longer`), whether they hold a `blank` token, versions, machine, this
-    code and the model's own, which its checkpoint may bring; not the weights.
+    are (`rows`, of `attack_longer`; None = short), whether they hold a `blank` token, versions,
+    machine, this code and the model's own, which its checkpoint may bring; not the weights.
     """
     here = FilePath(__file__).parents[1]
     its_own = FilePath(inspect.getfile(type(model))).parent
@@ -96,7 +96,7 @@ def reachable(model: Any, reach: int) -> tuple[Path, ...]:
 
 
 def attack(
-    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path], blank: bool = False
+    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path], blank: bool
 ) -> Verdict:
     """Attack the architecture of an engine's model with short texts.
 
@@ -126,7 +126,7 @@ def attack_longer(
     ablations: Sequence[Ablation],
     verdict: Verdict,
     rows: tuple[int, int],
-    blank: bool = False,
+    blank: bool,
 ) -> Verdict:
     """Attack it with texts as long as a cell's: some count tokens that no number tells of.
 
@@ -153,14 +153,13 @@ def attack_longer(
     some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
     calls = reaching_calls(_vocabulary(small), min(longest, engine.max_length), nodes)
     asked = list(_asked(calls, some, 1, SOME))
-    with _one_thread():
-        made = _engine(engine, small, verdict, longest, nodes)
-        return _attacked(made, some, verdict, type(model).__name__, calls, asked)
+    made = _engine(engine, small, verdict, longest, nodes)
+    return _attacked(made, some, verdict, type(model).__name__, calls, asked)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Models as small as miniatures only wait for a second thread."""
+    """Models as small as miniatures only wait for a second thread, when texts are short."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
 from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
+from tracker.engine.memory import only_new_garbage
 from tracker.engine.rows import common_beginning, tree_rows
 from tracker.engine.stand_in import StandIn
 from tracker.engine.sweep import DocumentScores, Engine
@@ -71,6 +72,7 @@ class Kept(Protocol):
         """Keep a verdict."""
 
 
+@only_new_garbage()
 def check(
     engine: Engine,
     documents: Sequence[Document],
