@@ -25,8 +25,8 @@ from tests.engine.test_attacks import LONGROPE, Draw, attack, tiny
 from tracker.ablations import INTACT
 from tracker.engine.check import LONGEST_REACH, check
 from tracker.engine.crossing import reaching_calls
-from tracker.engine.rows import tree_rows
-from tracker.engine.sharing import FULL, ONE_BY_ONE
+from tracker.engine.rows import common_beginning, tree_rows
+from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError
 
@@ -166,7 +166,7 @@ def test_what_has_no_such_thing_shares_all() -> None:
 
 def test_texts_are_asked_on_both_sides_of_every_length() -> None:
     for longest in (96, 100, 256, 1024):
-        lengths, rows, wide, behind = reaching_calls(97, longest, 192)
+        lengths, rows, wide, behind = reaching_calls(97, longest, 192, FULL)
         # Asked alone, a request takes a call as long as all of it but its last token.
         sides = [
             (len(d.requests[0].context), len(d.requests[1].context + d.requests[1].continuation))
@@ -186,16 +186,25 @@ def test_texts_are_asked_on_both_sides_of_every_length() -> None:
 
 
 def test_longer_texts_are_the_same_ones_every_time() -> None:
-    calls = reaching_calls(97, 256, 192)
-    assert calls == reaching_calls(97, 256, 192)
+    calls = reaching_calls(97, 256, 192, FULL)
+    assert calls == reaching_calls(97, 256, 192, FULL)
     # The first two tokens are special in many a vocabulary.
     tokens = {t for call in calls for d in call for r in d.requests for t in r.context}
     assert (min(tokens), max(tokens)) == (2, 96)
 
 
+def test_no_text_is_asked_for_what_nothing_shares() -> None:
+    lengths, rows, wide, behind = reaching_calls(97, 256, 192, FULL)
+    assert reaching_calls(97, 256, 192, NO_PREFIX) == [lengths, rows, wide]
+    assert reaching_calls(97, 256, 192, DEPTH_ONLY) == [lengths, rows]
+    assert len(common_beginning(behind, 256)) >= 128
+    assert [len(d.requests[0].context) - 128 for d in behind] == [63, 7]
+    assert max(len(r.context + r.continuation) for d in behind for r in d.requests) == 256
+
+
 def test_no_block_is_without_a_document() -> None:
     for longest, nodes in ((4, 1), (8, 7), (9, 300)):
-        assert all(reaching_calls(97, longest, nodes))
+        assert all(reaching_calls(97, longest, nodes, FULL))
 
 
 def test_one_text_of_more_nodes_than_the_model_has_places() -> None:

@@ -151,15 +151,17 @@ def attack_longer(
         _blank(small)
     longest, nodes = rows
     some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
-    calls = reaching_calls(_vocabulary(small), min(longest, engine.max_length), nodes)
+    reached = min(longest, engine.max_length)
+    calls = reaching_calls(_vocabulary(small), reached, nodes, verdict.sharing)
     asked = list(_asked(calls, some, 1, SOME))
-    made = _engine(engine, small, verdict, longest, nodes)
-    return _attacked(made, some, verdict, type(model).__name__, calls, asked)
+    with _one_thread():
+        made = _engine(engine, small, verdict, longest, nodes)
+        return _attacked(made, some, verdict, type(model).__name__, calls, asked)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Models as small as miniatures only wait for a second thread, when texts are short."""
+    """A second thread helps a miniature with long texts only, and where others compute it waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from tracker.documents import Document, Request
 from tracker.engine.habits import STEPS
 from tracker.engine.prefix import SHORTEST
+from tracker.engine.sharing import Sharing
 
 FIRST = 2
 """The first token id that is drawn; those before are special in many a vocabulary."""
@@ -34,10 +35,12 @@ def crossing_calls(vocabulary: int, longest: int) -> list[list[Document]]:
     ]
 
 
-def reaching_calls(vocabulary: int, longest: int, nodes: int) -> list[list[Document]]:
+def reaching_calls(
+    vocabulary: int, longest: int, nodes: int, sharing: Sharing
+) -> list[list[Document]]:
     """Draw texts of every order of length up to `longest`, and full rows of so many nodes.
 
-    `vocabulary` is how many token ids there are.
+    `vocabulary` is how many token ids there are. What `sharing` would not do to a text needs none.
     """
     draw = random.Random(0)
 
@@ -52,14 +55,15 @@ def reaching_calls(vocabulary: int, longest: int, nodes: int) -> list[list[Docum
     halves = [(longest >> times) - 1 for times in range(1, longest.bit_length() - 1)]
     beginning = tokens(longest // 2)
     wide = tokens(longest // 4), [tokens(longest // 2) for _ in range(3)]
-    calls = [
-        _documents([doubled((), half) for half in halves]),
+    contents: list[Sequence[_Content]] = [
+        [doubled((), half) for half in halves],
         # Rows of more nodes than any text has tokens, of many texts and of one alone.
-        _documents([(tokens(13), [tokens(3)]) for _ in range(nodes // 16)]),
-        _documents([wide]),
-        _documents([doubled(beginning, half) for half in halves[1:]]),
+        [(tokens(13), [tokens(3)]) for _ in range(nodes // 16)],
+        [wide] if sharing.tokens else [],
+        # Long and short; all lengths are crossed above.
+        [doubled(beginning, half) for half in halves[1::3]] if sharing.prefix else [],
     ]
-    return [call for call in calls if call]
+    return [_documents(each) for each in contents if each]
 
 
 def _branches(tokens: _Tokens) -> list[Document]:
