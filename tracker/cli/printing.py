@@ -207,7 +207,8 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at {whence}; real "
         "work reaches a part of that rate. "
         "self-check: what the model answers once more, plainly; besides, each architecture is "
-        "attacked once on a miniature, which takes a second or two a layer and is kept"
+        "attacked once on a miniature, which takes a second or two a layer and is kept in the "
+        "results folder"
     )
     for cell in cells:
         if cell.request.until is not None:
