@@ -170,6 +170,13 @@ def test_a_survey_goes_on_and_looks_again_at_what_failed_and_what_other_code_fou
     assert left_of(todo, known, "now") == todo[1:]
 
 
+def test_what_is_said_about_the_code_is_no_other_code() -> None:
+    code = "def add(a, b):\n    return a + b\n"
+    said = 'def add(a, b):\n    """Add."""\n    # Both are numbers.\n    return a + b\n'
+    assert census.without_comments(code) == census.without_comments(said)
+    assert census.without_comments(code) != census.without_comments(code.replace("+", "-"))
+
+
 def test_the_pages_of_the_docs_are_those_of_the_verdicts() -> None:
     """`make families` writes all three; none is edited."""
     verdicts = read()
