@@ -1,4 +1,8 @@
-"""The sweep: every ablation's responses to every document, by the fastest exact way."""
+"""The sweep: every ablation's responses to every document, by the fastest exact way.
+
+It is long because all ways of sharing are one object's: what it keeps between calls (prefixes, what
+layers see, what the last call left behind), each of them reads.
+"""
 
 from __future__ import annotations
 
