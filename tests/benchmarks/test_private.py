@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from lm_eval.utils import apply_template
 from packaging.requirements import Requirement
 
 import tracker
@@ -53,6 +54,19 @@ def test_the_oldest_and_the_newest_that_we_allow_is_this_one() -> None:
 )
 def test_it_is_called_as_we_call_it(function, parameters: list[str]) -> None:
     assert list(inspect.signature(function).parameters) == parameters
+
+
+def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    compile_it = private.env.compile
+    monkeypatch.setattr(
+        private.env,
+        "compile",
+        lambda *given, **named: compiled.append(given) or compile_it(*given, **named),
+    )
+    rendered = [apply_template("of {{n}} test documents", {"n": n}) for n in (3, 4)]
+    assert rendered == ["of 3 test documents", "of 4 test documents"]
+    assert len(compiled) == 1
 
 
 def test_no_other_module_leans_on_a_private_part() -> None:

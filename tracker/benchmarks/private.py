@@ -7,8 +7,14 @@ examples otherwise since 0.4.13, which is why there is an upper bound.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
+from lm_eval.utils import env
 
 __all__ = ["HFLM", "Entry", "Kind", "TaskFactory", "TaskIndex"]
+
+# It compiles a task's templates anew for every judgement, which is most of what one costs.
+env.from_string = lru_cache(maxsize=1024)(env.from_string)
