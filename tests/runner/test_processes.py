@@ -70,8 +70,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp
     assert not list(killed.glob("cells/*/shards/.*.tmp"))
 
 
-def test_two_runs_at_once_share_the_work(study, start, tmp_path):
-    results = tmp_path / "shared"
+def test_two_runs_at_once_share_the_work(tiny_llama, experiment, start, tmp_path):
+    documents = 2 * BLOCK + 5
+    study, results = study_of(tiny_llama, experiment, documents), tmp_path / "shared"
     both = [start("run", study, "--results", results) for _ in range(2)]
     for process in both:
         output = finish(process)
@@ -81,7 +82,7 @@ def test_two_runs_at_once_share_the_work(study, start, tmp_path):
     together = pd.concat(tables)
     # Counted in the files themselves: nothing was computed twice, nothing is missing.
     assert not together.duplicated(["task", "doc", "ablation"]).any()
-    assert len(together) == DOCUMENTS * (LAYERS + 1)
+    assert len(together) == documents * (LAYERS + 1)
 
     from mlflow import MlflowClient
 
