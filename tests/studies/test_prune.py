@@ -21,9 +21,10 @@ from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.pruning import cells
 from tracker.pruning.conduct import Answered
 from tracker.reporting.studies import standing_alone
+from tracker.studies.prune.charts import charts_of
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Pruning, Way
 from tracker.studies.prune.gathering import _at_chance
-from tracker.studies.prune.sentences import _against_paper, _verdict
+from tracker.studies.prune.sentences import _against_paper, _best, _verdict
 
 from .conftest import column, row_of
 
@@ -257,7 +258,7 @@ def test_p_values_are_those_of_all_signs_and_adjusted_over_strategies() -> None:
     assert found["last"].found.value == pytest.approx(0.3)
 
 
-def test_what_is_missing_has_a_reason() -> None:
+def test_what_is_missing_has_a_reason(monkeypatch) -> None:
     group = _compared(KNOWN)
     last, own = Way("last", "1"), Way("accuracy", "1")
     del group.found[last, "b"]
@@ -273,6 +274,12 @@ def test_what_is_missing_has_a_reason() -> None:
     assert group.level_mean(last).value == pytest.approx(0.3)
     group.at_chance["a"] = "at chance"
     assert group.level_mean(last).reason == "no benchmark is above chance unpruned"
+    assert charts_of(group) == []
+    monkeypatch.setattr(Compared, "removed", lambda *_: [1])
+    assert _best(group, "1") == (
+        "tiny, 1 removed (1 of 4 layers): no strategy can be judged (no benchmark is above chance "
+        "unpruned)."
+    )
 
 
 def test_draws_count_by_their_mean_document_by_document() -> None:

@@ -21,7 +21,7 @@ from tracker.studies.base import (
     removing_whole_layers,
     whole_layers,
 )
-from tracker.studies.prune.charts import frontier
+from tracker.studies.prune.charts import charts_of
 from tracker.studies.prune.figures import ACCURACY, COSINES
 from tracker.studies.prune.gathering import compared
 from tracker.studies.prune.sentences import answers_of
@@ -124,7 +124,7 @@ class Prune:
         for group in compared(found, self._text):
             answers += answers_of(group)
             tables += tables_of(group)
-            charts.append(frontier(group))
+            charts += charts_of(group)
         if ACCURACY not in self._strategies:
             lacking.append("differences to pruning by accuracy; add --strategy accuracy")
         elif self._text is None:

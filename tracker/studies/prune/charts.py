@@ -1,4 +1,4 @@
-"""The chart of the study `prune`."""
+"""The charts of the study `prune`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from tracker.studies.layout import line
 from tracker.studies.prune.figures import OWN, Compared, Way
 
 
-def frontier(group: Compared) -> LineChart:
+def charts_of(group: Compared) -> list[LineChart]:
     """Draw what is left of the accuracy, the more layers go, a line a strategy."""
+    if not group.counted:
+        return []
     most = max(count for amount in group.amounts for count in group.removed(amount))
     names = dict.fromkeys(way.strategy for way in group.ways if way.calibration == OWN)
-    return LineChart(
+    frontier = LineChart(
         title=f"{group.title}: what is left, the more goes, {group.over}",
         x="layers removed",
         y="test accuracy",
@@ -22,6 +24,7 @@ def frontier(group: Compared) -> LineChart:
             line(name, [_at(group, name, removed) for removed in range(most + 1)]) for name in names
         ),
     )
+    return [frontier]
 
 
 def _at(group: Compared, strategy: str, removed: int) -> Estimate:

@@ -57,15 +57,15 @@ def _best(group: Compared, amount: str) -> str:
         level = group.level_mean(Way(name, amount))
         if level.value is not None:
             ranked.append((level.value, name, level))
-    said = f"{group.title}, {how_many(group, amount)}, {group.over}: "
+    said = f"{group.title}, {how_many(group, amount)}"
     if not ranked:
         why = group.level_mean(Way(group.strategies(amount)[0], amount)).reason
-        return f"{said}no strategy can be judged ({why})."
+        return f"{said}: no strategy can be judged ({why})."
     value, name, level = max(ranked, key=lambda each: each[0])
     level_too = [other for v, other, _ in ranked if v >= value - _SAME and other != name]
     ties = f", level with {', '.join(level_too)}" if level_too else ""
     said += (
-        f"of {len(ranked)} strategies {name} leaves the most, a test accuracy of "
+        f", {group.over}: of {len(ranked)} strategies {name} leaves the most, a test accuracy of "
         f"{_level(level)}{ties}; unpruned {_level(group.unpruned_mean)}."
     )
     beside = group.beside(amount)
