@@ -1,7 +1,7 @@
 # make demo    everything from nothing: environment, install, a real study, where to look
 # make test    the same environment plus the test tools, every test, side by side
 # make check   format, lint, types, docstrings, imports
-# make families  every causal model of transformers, tiny, against plain forward passes (three to four
+# make families  every causal model of transformers, tiny, against plain forward passes (up to four
 #                hours; goes on where it was stopped)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
 # make fuzz      wrong files, commands, configurations, disks and kills, drawn at random (half an hour)
