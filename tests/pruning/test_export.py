@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def test_what_a_search_knows_is_told(exported, tmp_path):
     said = text(replace(exported, pruning=chosen, accuracy=(*exported.accuracy, cost)))
     assert "The strategy `accuracy` chose them on 100 documents of arc_easy." in said
     assert "| piqa, 0-shot | acc | 40 documents | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
+
+
+def test_a_configuration_that_names_no_class_says_nothing_anew(here, base, tmp_path):
+    """As one that is read from a GGUF file: saving names the class in it."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    done = tracker.export(str(folder), [1], tmp_path / "out", results=tmp_path / "results")
+    assert done.resized == ()
+    assert "--prune-layers 1 " in done.recipes["llama.cpp"]
 
 
 def test_no_tool_is_named_that_makes_another_model(exported, capsys):

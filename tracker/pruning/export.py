@@ -213,6 +213,8 @@ def _save(asked: Asked, source: ModelSource, folder: Path, progress: Progress) -
     loaded = load_model(source, asked.request.dtype, options.device, options.trust_remote_code)
     kept = tuple(layer for layer in range(len(loaded.layers)) if layer not in removed)
     twin = checkpoint.without(loaded.model, removed)
+    # Before it is saved, which names the class in a configuration that does not, as a GGUF file's.
+    resized = checkpoint.resized(loaded.model, twin)
     _refuse_small_disk(folder, checkpoint.weight_bytes(twin))
     progress.say("writing the checkpoint")
     checkpoint.save(loaded, twin, folder)
@@ -228,7 +230,6 @@ def _save(asked: Asked, source: ModelSource, folder: Path, progress: Progress) -
     )
     wanted = expected(loaded, twin, options.device)
     speed_on = _speed_on(wanted, loaded.identity.dtype, length)
-    resized = checkpoint.resized(loaded.model, twin)
     return _Saved(loaded.identity, kept, before, after, speed_on, wanted, resized)
 
 
