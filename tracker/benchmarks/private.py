@@ -16,5 +16,5 @@ from lm_eval.utils import env
 
 __all__ = ["HFLM", "Entry", "Kind", "TaskFactory", "TaskIndex"]
 
-# It compiles a task's templates anew for every judgement, which is most of what one costs.
+# It compiles templates anew for every judgement, most of the cost where answers are templates.
 env.from_string = lru_cache(maxsize=1024)(env.from_string)
