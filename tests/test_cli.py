@@ -60,6 +60,8 @@ def test_every_command_has_an_example(cli, command):
     assert result.exit_code == 0
     assert "Example" in result.output
     assert f"tracker {command}" in result.output
+    named = [each.opts for each in main.commands[command].params if each.name == "results"]
+    assert named in ([["--results"]], [])  # a results folder is named alike everywhere
 
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -154,19 +156,19 @@ def test_reports_and_leaderboards(cli, tiny_llama, experiment, tmp_path, monkeyp
 def test_check(cli, tmp_path):
     root = faults.make(tmp_path / "results")
     copy = shutil.copytree(root, tmp_path / "copy")
-    whole = cli("check", root, "--against", copy)
+    whole = cli("check", "--results", root, "--against", copy)
     assert whole.exit_code == 0, whole.output
     assert f"1 cell, 3 shards: all is as it was written; equal to {copy}" in whole.output
     shard = next(root.glob("cells/*/shards/*.parquet"))
     faults.flip(shard, 999)
     for _ in range(2):  # it stays damage until the file that was set aside is gone
-        found = cli("check", root, "--against", copy)
+        found = cli("check", "--results", root, "--against", copy)
         assert found.exit_code == 1
         assert f"damaged: {shard.with_suffix('.aside')}: it was set aside" in found.output
         assert "1 cell, 2 shards: damaged; it differs from" in found.output
-    old = cli("check", shutil.copytree(faults.OLD, tmp_path / "old"))
+    old = cli("check", "--results", shutil.copytree(faults.OLD, tmp_path / "old"))
     assert (old.exit_code, "unproved: an older tracker wrote them" in old.output) == (0, True)
-    refused(cli("check", tmp_path / "nothing"), "not a results folder")
+    refused(cli("check", "--results", tmp_path / "nothing"), "not a results folder")
 
 
 def test_the_table_is_printed_where_the_page_cannot_be_written(

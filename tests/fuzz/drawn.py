@@ -184,7 +184,7 @@ OPTIONS = {
     "leaderboard": ["--publish", "--results"],
     "sync": ["--to", "--results"],
     "ls": ["--results"],
-    "check": ["--against"],
+    "check": ["--against", "--results"],
     "bench": [
         *("--model", "--benchmark", "--dtype", "--num_fewshot", "--limit", "--data", "--component"),
         *("--scaling", "--output", "--device", "--memory", "--json"),
@@ -207,7 +207,7 @@ RIGHT = {
     "--metric": "acc",
 }
 """What an option may well say."""
-ARGUMENT = {"run": 1, "validate": 1, "plan": 1, "report": 2, "leaderboard": 2, "check": 1}
+ARGUMENT = {"run": 1, "validate": 1, "plan": 1, "report": 2, "leaderboard": 2}
 """How many words that are no options a command takes."""
 
 

@@ -284,7 +284,7 @@ def log_samples(
 
 
 @main.command()
-@click.argument("results", type=Place(), default=Path("results"))
+@results_option
 @click.option(
     "--against",
     type=Place(),
@@ -299,7 +299,7 @@ def check(results: Path, against: Path | None) -> None:
     \b
     Examples:
       tracker check
-      tracker check /archive/llama --against results
+      tracker check --results /archive/llama --against results
     """
     from tracker import api
 
