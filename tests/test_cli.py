@@ -192,6 +192,19 @@ def test_ls_shows_the_others_beside_a_damaged_cell(cli, tmp_path):
     assert f"damaged: {root / 'cells' / 'more'}: its cell.json cannot be used" in found.output
 
 
+def test_ls_names_what_was_begun_and_not_finished(cli, tmp_path):
+    """Was: after a killed run a folder of thousands of outcomes was listed as empty."""
+    root = faults.make(tmp_path / "results")
+    (requests,) = root.glob("cells/*/requests")
+    shutil.rmtree(requests)
+    found = cli("ls", "--results", root)
+    assert found.exit_code == 0
+    assert f"unfinished: {requests.parent}: 6 documents; its run goes" in found.output
+    refused(cli("report", "--results", root), "no finished cell", "goes on with it")
+    shutil.rmtree(requests.parent / "shards")
+    assert "unfinished" not in cli("ls", "--results", root).output
+
+
 def test_a_cell_grows(cli, tiny_llama, experiment, tmp_path):
     results = tmp_path / "results"
     model = tiny_llama()

@@ -640,8 +640,8 @@ def _collected(
         raise TrackingError("\n".join(f"{what}: {why}" for what, why in found.failed.items()))
     if not found.cells:
         raise RequestError(
-            f"there is no measured cell in {masked(', '.join(names))} yet; "
-            "tracker run EXPERIMENT.yaml"
+            f"there is no finished cell in {masked(', '.join(names))} yet; "
+            "tracker run EXPERIMENT.yaml begins one, or goes on with it"
         )
     return found
 
@@ -768,13 +768,17 @@ def check(
 
 
 def ls(
-    results: str | os.PathLike[str] = RESULTS, damaged: dict[str, str] | None = None
+    results: str | os.PathLike[str] = RESULTS,
+    damaged: dict[str, str] | None = None,
+    unfinished: dict[str, int] | None = None,
 ) -> list[CellRecord]:
     """List what a results folder holds.
 
     Args:
         results: The results folder.
         damaged: Gets each file or folder that cannot be used → what to do.
+        unfinished: Gets the folder of each cell whose first run was stopped, or goes on → how many
+            documents are measured.
 
     Returns:
         One record a view: a cell by one metric, and what lies beneath.
@@ -786,4 +790,6 @@ def ls(
     records = all_records(contents)
     if damaged is not None:
         damaged.update(contents.damaged)
+    if unfinished is not None:
+        unfinished.update({str(cell.folder): cell.measured() for cell in contents.unfinished})
     return records

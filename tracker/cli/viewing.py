@@ -195,8 +195,9 @@ def list_cells(results: Path) -> None:
     from tracker import api
 
     damaged: dict[str, str] = {}
+    unfinished: dict[str, int] = {}
     rows = []
-    for cell in api.ls(results, damaged):
+    for cell in api.ls(results, damaged, unfinished):
         measured = len(cell.runs)
         rows.append(
             (
@@ -212,6 +213,11 @@ def list_cells(results: Path) -> None:
         )
     names = ("model", "benchmark", "shots", "documents", "layers", "runs", "baseline", "key")
     table([(name, name in ("shots", "documents", "runs")) for name in names], rows)
+    for folder, documents in unfinished.items():
+        say(
+            f"unfinished: {folder}: {counted(documents, 'document')}; its run goes on, or was "
+            "stopped: then type its command again"
+        )
     print_damage(damaged)
     sys.exit(1 if damaged else 0)
 

@@ -355,6 +355,10 @@ class CellStore:
             with suppress(OSError, ValueError):  # what is damaged is said where it is read
                 yield path.name, shard_about(path)
 
+    def measured(self) -> int:
+        """Count the documents that have any outcome."""
+        return len(self.read(columns=["task", "doc"]).drop_duplicates(["task", "doc"]))
+
     def shards(self) -> list[Path]:
         """List the files of outcomes."""
         return sorted(self._shards.glob("*.parquet"))

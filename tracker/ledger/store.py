@@ -54,6 +54,7 @@ class Contents:
 
     Attributes:
         views: Each view with its cell, sorted by model and benchmark.
+        unfinished: The cells with outcomes and without a view: their run was stopped, or goes on.
         experiments: The kept experiment files: name → exact text.
         findings: What studies found, by name.
         searches: What searches for what to prune found, by name.
@@ -61,6 +62,7 @@ class Contents:
     """
 
     views: list[tuple[CellStore, Asked]] = field(default_factory=list)
+    unfinished: list[CellStore] = field(default_factory=list)
     experiments: dict[str, str] = field(default_factory=dict)
     findings: list[FindingRecord] = field(default_factory=list)
     searches: list[PruneRecord] = field(default_factory=list)
@@ -142,6 +144,8 @@ class Ledger:
         found = Contents()
         for cell in self.cells(found.damaged):
             found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
+            if cell.shards() and not cell.views.files():
+                found.unfinished.append(cell)
         found.findings.extend(findings(self.root, found.damaged))
         found.searches.extend(searches(self.root, found.damaged))
         for path in sorted(self.root.glob("experiments/*.yaml")):

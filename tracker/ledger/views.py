@@ -164,7 +164,7 @@ class Views:
     def upgrade(self) -> None:
         """Write as today what older trackers wrote, with digests; what is damaged stays."""
         with self._asking():
-            for path in list(self.folder.glob("requests/*.json")):
+            for path in self.files():
                 with suppress(OSError, ValueError):
                     text = path.read_bytes()
                     asked = self.read(text)
@@ -176,6 +176,10 @@ class Views:
 
     def _asking(self) -> FileLock:
         return lock_file(self.folder / "locks" / "requests.lock")
+
+    def files(self) -> list[Path]:
+        """List the files of what was asked, be they damaged; none before the cell is finished."""
+        return sorted(self.folder.glob("requests/*.json"))
 
     def asked(self, damaged: dict[str, str] | None = None) -> list[Asked]:
         """Recall what was asked for, one entry a view; the intact model and its own metric first.
@@ -190,7 +194,7 @@ class Views:
             ResultsError: A view is damaged.
         """
         found: dict[str, Asked] = {}
-        for path in sorted(self.folder.glob("requests/*.json")):
+        for path in self.files():
             try:
                 asked = self.read(path.read_bytes())
             except (OSError, ValueError) as error:
