@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 import tracker
 from tests.conftest import TRACKER
 from tests.ledger import faults
+from tracker.cli import terminal
 from tracker.cli.commands import main
 from tracker.ledger.store import Ledger
 from tracker.metrics.power import UNRELATED, Spread
@@ -190,6 +191,19 @@ def test_ls_shows_the_others_beside_a_damaged_cell(cli, tmp_path):
     assert found.exit_code == 1
     assert "tiny-6" in found.output
     assert f"damaged: {root / 'cells' / 'more'}: its cell.json cannot be used" in found.output
+
+
+@pytest.mark.parametrize(("every", "lines"), [(0, [4, 9, 10, 10]), (300, [10])])
+def test_a_log_gets_the_bar_as_a_line_now_and_then(capsys, monkeypatch, every, lines):
+    """Was: nobody could tell from a job's log whether it went on, for hours."""
+    monkeypatch.setattr(terminal, "EVERY", every)
+    show = terminal.Show()
+    show.start("mmlu: measuring", 10)
+    for done in (4, 5, 1):
+        show.advance(done)
+    show.finish()
+    said = capsys.readouterr().out.splitlines()
+    assert all(f"{done}/10 responses" in line for done, line in zip(lines, said, strict=True))
 
 
 def test_ls_names_what_was_begun_and_not_finished(cli, tmp_path):

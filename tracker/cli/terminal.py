@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
+
+EVERY = 300
+"""Seconds between two lines about some work where no terminal shows its bar."""
 
 
 def shown(text: object) -> str:
@@ -62,11 +66,15 @@ def table(
 
 
 class Show:
-    """Shows a run on the terminal: a bar with the remaining time, and lines above it."""
+    """Shows a run: a bar with the remaining time, and lines above it.
+
+    What is written into a file, as a job's log is, gets the bar as a line now and then.
+    """
 
     def __init__(self, error: bool = False) -> None:
         self._console = console(error)
         self._bar: Bar | None = None
+        self._drawn = 0.0
         self._task: TaskID | None = None
 
     def say(self, message: str) -> None:
@@ -97,6 +105,7 @@ class Show:
         )
         self._task = self._bar.add_task(shown(title), total=total)
         self._bar.start()
+        self._drawn = time.monotonic()
 
     def expect(self, more: int) -> None:
         """Let the bar be longer, or shorter."""
@@ -108,6 +117,9 @@ class Show:
         """Move the bar."""
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, responses)
+            if not self._console.is_terminal and time.monotonic() >= self._drawn + EVERY:
+                self._console.print(self._bar.get_renderable())
+                self._drawn = time.monotonic()
 
     def finish(self) -> None:
         """Close the bar."""
