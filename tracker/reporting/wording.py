@@ -315,6 +315,11 @@ def summary(cells: Sequence[CellRecord]) -> str:
             text
             + "No rank correlation of cost and cosine score is defined here; each cell says why."
         )
+    if len(cells) == 1:
+        return (
+            f"{text}The Spearman correlation of cost and cosine score over the layers is "
+            f"{correlation_text(records[0])}; 1 would be the same order."
+        )
     above = sum(1 for r in records if defined(r.value) and r.low is not None and r.low > 0)
     span = (
         f"is {two_digits(values[0])}"
