@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tracker.config import CellRequest
 from tracker.errors import RequestError, TrackerError, TrackingError, WorkError
 from tracker.experiment import load_experiment
-from tracker.ledger.store import Ledger
+from tracker.ledger.store import UNFINISHED, Ledger
 from tracker.ledger.verify import Verified, compare, verify
 from tracker.measuring import prepare
 from tracker.measuring.derive import all_records
@@ -597,6 +597,7 @@ def report(
         raise RequestError(f"--output: {path} is {other}")
     files = reports.write(found, form, path)
     locations, failed, notes = reports.publish(found, publish, Path(results), publish_documents)
+    notes = (*_unfinished(found), *notes)
     return Reported(found.cells, tuple(files), found.failed | failed, locations, notes)
 
 
@@ -626,7 +627,7 @@ def leaderboard(
 
     found = _collected(sources, results, progress)
     cells, locations, failed = reports.join_boards(found.cells, publish, Path(results))
-    return Reported(tuple(cells), (), found.failed | failed, locations)
+    return Reported(*(tuple(cells), (), found.failed | failed, locations), notes=_unfinished(found))
 
 
 def _collected(
@@ -644,6 +645,10 @@ def _collected(
             "tracker run EXPERIMENT.yaml begins one, or goes on with it"
         )
     return found
+
+
+def _unfinished(found: Collected) -> tuple[str, ...]:
+    return tuple(f"not shown yet: {folder}: {UNFINISHED}" for folder in found.unfinished)
 
 
 def _beside(

@@ -193,6 +193,7 @@ def list_cells(results: Path) -> None:
       tracker ls --results results
     """
     from tracker import api
+    from tracker.ledger.store import UNFINISHED
 
     damaged: dict[str, str] = {}
     unfinished: dict[str, int] = {}
@@ -214,10 +215,7 @@ def list_cells(results: Path) -> None:
     names = ("model", "benchmark", "shots", "documents", "layers", "runs", "baseline", "key")
     table([(name, name in ("shots", "documents", "runs")) for name in names], rows)
     for folder, documents in unfinished.items():
-        say(
-            f"unfinished: {folder}: {counted(documents, 'document')}; its run goes on, or was "
-            "stopped: then type its command again"
-        )
+        say(f"unfinished: {folder}: {counted(documents, 'document')}; {UNFINISHED}")
     print_damage(damaged)
     sys.exit(1 if damaged else 0)
 

@@ -47,6 +47,9 @@ from tracker.ledger.views import FORMAT, Asked, CellIdentity
 from tracker.records import Place
 from tracker.searched import PruneRecord
 
+UNFINISHED = "its run goes on, or was stopped: then type its command again"
+"""What is said of a cell that is begun."""
+
 
 @dataclass(frozen=True)
 class Contents:

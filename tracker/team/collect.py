@@ -33,6 +33,7 @@ class Collected:
         findings: What studies found, as the results folders keep it.
         origins: What each record was derived from, by its place.
         searched: The cells that searches took their steps in.
+        unfinished: Folders of cells that are begun, and not among them.
     """
 
     cells: tuple[CellRecord, ...]
@@ -41,6 +42,7 @@ class Collected:
     findings: tuple[FindingRecord, ...] = ()
     origins: dict[Place, tuple[CellStore, View]] = field(default_factory=dict)
     searched: Collection[Place] = ()
+    unfinished: tuple[str, ...] = ()
 
     def decisions(self) -> dict[Place, DecisionsRecord]:
         """Derive what the cells' runs decide document by document: a cell's place → that."""
@@ -69,6 +71,7 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
     failed: dict[str, str] = {}
     findings: dict[FindingRecord, None] = {}
     searched: set[Place] = set()
+    unfinished: list[str] = []
     for source, place in opened.items():
         try:
             if isinstance(place, Target):
@@ -81,6 +84,7 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
             views += [(store, asked.view) for store, asked in contents.views]
             findings |= dict.fromkeys(contents.findings)
             searched |= contents.searched
+            unfinished += [str(cell.folder) for cell in contents.unfinished]
             for name, text in contents.experiments.items():
                 if experiments.setdefault(name, text) != text:
                     experiments[f"{name} ({masked(source)})"] = text
@@ -95,7 +99,9 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
         except TrackerError as error:
             failed[str(same[0][0].folder)] = str(error)
     shown = tuple(merged(cell for cell in cells if cell.n))
-    return Collected(shown, experiments, failed, tuple(findings), origins, searched)
+    return Collected(
+        *(shown, experiments, failed, tuple(findings), origins, searched), tuple(unfinished)
+    )
 
 
 def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellStore, View]]]:
