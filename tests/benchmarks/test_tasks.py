@@ -99,6 +99,16 @@ def text_of(encoder: RequestEncoder, document: Document, request: int = 0) -> st
     return encoder.tokenizer.decode([*asked.context, *asked.continuation])
 
 
+def test_requests_are_made_without_a_bar(encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Was: planning mmlu printed 57 of them where the hub may be asked."""
+    bars = []
+    monkeypatch.setattr(
+        "lm_eval.api.task.tqdm", lambda documents, **_: bars.append(documents) or documents
+    )
+    assert len(shipped("copa").documents(encoder, Extent(limit=2))) == 2
+    assert not bars
+
+
 class TestNames:
     @pytest.mark.parametrize("name", ["arc_easy", "mmlu", "mmlu_anatomy", "ai2_arc"])
     def test_tasks_groups_and_tags_are_known(self, name: str) -> None:

@@ -7,14 +7,31 @@ examples otherwise since 0.4.13, which is why there is an upper bound.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
+from lm_eval.api import task as _task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.utils import env
 
-__all__ = ["HFLM", "Entry", "Kind", "TaskFactory", "TaskIndex"]
+__all__ = ["HFLM", "Entry", "Kind", "TaskFactory", "TaskIndex", "without_bars"]
 
 # It compiles templates anew for every judgement, most of the cost where answers are templates.
 env.from_string = lru_cache(maxsize=1024)(env.from_string)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let lm-eval make a task's requests without a bar, which is a line for each task of a group.
+
+    It can be switched off by an environment variable alone, and downloads' bars with it.
+    """
+    bar = _task.tqdm
+    _task.tqdm = lambda documents, **_: documents
+    try:
+        yield
+    finally:
+        _task.tqdm = bar

@@ -20,6 +20,7 @@ from tracker.benchmarks.factory import UNREADABLE, build, find_task, unreadable
 from tracker.benchmarks.fingerprint import is_own, metric_names, task_identity
 from tracker.benchmarks.own import folders
 from tracker.benchmarks.parts import choose_part, said_part
+from tracker.benchmarks.private import without_bars
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.texts import choice_text, is_public
 from tracker.config import CellRequest
@@ -126,17 +127,18 @@ class LmEvalBenchmark:
         in_turn = bool(task.config.num_fewshot) and not isinstance(task.sampler, FirstNSampler)
         chosen = None if in_turn or extent.sample is None else wanted
         try:
-            task.build_all_requests(
-                limit=wanted[-1] + 1 if wanted else None,
-                samples=chosen,
-                rank=0,
-                world_size=1,
-                system_instruction=self._request.system_instruction,
-                apply_chat_template=chat is not None,
-                fewshot_as_multiturn=chat is not None if multiturn is None else multiturn,
-                chat_template=chat.apply_chat_template if chat else None,
-                tokenizer_name=chat.tokenizer_name if chat else "",
-            )
+            with without_bars():
+                task.build_all_requests(
+                    limit=wanted[-1] + 1 if wanted else None,
+                    samples=chosen,
+                    rank=0,
+                    world_size=1,
+                    system_instruction=self._request.system_instruction,
+                    apply_chat_template=chat is not None,
+                    fewshot_as_multiturn=chat is not None if multiturn is None else multiturn,
+                    chat_template=chat.apply_chat_template if chat else None,
+                    tokenizer_name=chat.tokenizer_name if chat else "",
+                )
             self._rehearse(task)
         except (*UNREADABLE, ArithmeticError, OSError, AssertionError) as error:
             raise unreadable(name, self._source, error) from None
