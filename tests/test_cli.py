@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
@@ -404,6 +405,25 @@ def test_plan_says_what_its_documents_reveal(cli, tiny_llama, experiment, tmp_pa
     assert f" {100 * spread.change(200):.1f} pp* " in known
     assert f"{spread.documents(0.03):,}*" in known
     assert "*: if it changes as many" in known
+
+
+def test_plan_reckons_with_what_a_model_computes_in(
+    cli, tiny_llama, experiment, tmp_path, monkeypatch
+):
+    """Was: the time in bfloat16 was what float32 would take, several times too much."""
+    monkeypatch.setattr(
+        "tracker.engine.plan.matrix_rate", lambda dtype: 4e5 if dtype == torch.bfloat16 else 1e5
+    )
+    model = tiny_llama()
+    half, whole, both = (
+        cli("plan", experiment(model, dtype=dtypes)).output
+        for dtypes in ("bfloat16", "float32", ["bfloat16", "float32"])
+    )
+    hours = [float(re.search(r"at least ([0-9.]+) h", out)[1]) for out in (half, whole, both)]
+    assert hours[1] == pytest.approx(4 * hours[0], rel=0.05)
+    assert hours[2] == pytest.approx(5 * hours[0], rel=0.05)
+    assert "GFLOP/s in bfloat16 (measured here with a matrix product)" in half
+    assert "GFLOP/s in bfloat16 and 0 GFLOP/s in float32 (measured" in both
 
 
 def test_plan_counts_two_metrics_of_a_cell_once(cli, tiny_llama, experiment, tmp_path):

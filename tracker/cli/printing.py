@@ -159,7 +159,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     """Print what an experiment will cost, at a rate or at the one that is measured here."""
     from tracker.metrics.power import ALPHA, MEANT, POWER
 
-    rate, whence = _rate(gflops)
+    rates = _Rates(gflops)
     columns = (
         "model",
         "benchmark",
@@ -179,8 +179,10 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     seconds = 0.0
     for cell in cells:
         cost = cell.cost
-        spent = 0.0 if cell.measured or cell.shared else cost.flops / rate
-        if cell.expected is not None:
+        spent = rates.seconds(cost.flops, cell.dtype)
+        if cell.measured or cell.shared:
+            spent = 0.0
+        elif cell.expected is not None:
             spent *= cell.expected.share[0]
         seconds += spent
         row = (
@@ -204,7 +206,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         rows.append(row)
     table([(name, name not in ("model", "benchmark")) for name in columns], rows)
     say(
-        f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at {whence}; real "
+        f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at {rates}; real "
         "work reaches a part of that rate. "
         "self-check: what the model answers once more, plainly; besides, each architecture is "
         "attacked once on a miniature, which takes a second or two a layer and is kept in the "
@@ -222,15 +224,31 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         say("*: if it changes as many as the median removal does that is measured already")
 
 
-def _rate(gflops: float | None) -> tuple[float, str]:
-    """Say how many operations a second are assumed, and in words."""
-    from tracker.engine.plan import matrix_rate
+class _Rates:
+    """How many operations a second are assumed: what is stated, or measured in each dtype."""
 
-    if gflops is None:
-        rate, whence = matrix_rate(), "measured here with a float32 matrix product"
-    else:
-        rate, whence = gflops * 1e9, "as stated"
-    return rate, f"{rate / 1e9:,.0f} GFLOP/s ({whence})"
+    def __init__(self, gflops: float | None) -> None:
+        self._stated = gflops
+        self._measured: dict[str, float] = {}
+
+    def seconds(self, flops: float, dtype: str) -> float:
+        """Say how long so many operations take at least."""
+        if self._stated is not None:
+            return flops / (self._stated * 1e9)
+        if dtype not in self._measured:
+            import torch
+
+            from tracker.engine.plan import matrix_rate
+
+            self._measured[dtype] = matrix_rate(getattr(torch, dtype))
+        return flops / self._measured[dtype]
+
+    def __str__(self) -> str:
+        """Name the rates of what was asked."""
+        if self._stated is not None:
+            return f"{self._stated:,.0f} GFLOP/s (as stated)"
+        each = (f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in self._measured.items())
+        return f"{' and '.join(each)} (measured here with a matrix product)"
 
 
 def print_plan_of_searches(
@@ -239,7 +257,7 @@ def print_plan_of_searches(
     """Print what searches and their tests will cost, at a rate or at the one measured here."""
     from tracker.reporting.formats import DASH
 
-    rate, whence = _rate(gflops)
+    rates = _Rates(gflops)
 
     def times(naive: float | None, flops: float) -> str:
         return f"{naive / flops:.1f} × the TFLOP" if naive and flops else DASH
@@ -254,7 +272,7 @@ def print_plan_of_searches(
             f"{search.passes:,.1f}",
             f"{search.flops / 1e12:,.1f}",
             times(search.naive_flops, search.flops),
-            _duration(search.flops / rate),
+            _duration(rates.seconds(search.flops, search.dtype)),
         )
         for search in searches
     ]
@@ -268,17 +286,19 @@ def print_plan_of_searches(
             DASH,
             f"{test.flops / 1e12:,.1f}",
             times(test.naive_flops, test.flops),
-            _duration(test.flops / rate),
+            _duration(rates.seconds(test.flops, test.dtype)),
         )
         for test in tests
     ]
     heads = ("search", "calibrated on", "documents", "steps", "evaluations", "passes", "TFLOP")
     columns = (*heads, "lm-eval loop", "time at least")
     table([(name, name not in heads[:2]) for name in columns], rows)
-    seconds = (sum(one.flops for one in searches) + sum(one.flops for one in tests)) / rate
+    spent = [(one.flops, one.dtype) for one in searches]
+    spent += [(one.flops, one.dtype) for one in tests]
+    seconds = sum(rates.seconds(*each) for each in spent)
     say(
         f"{counted(len(searches), 'search')}, at least "
-        f"{_duration(seconds)} at {whence}; real work reaches a part of that rate. TFLOP: what no "
+        f"{_duration(seconds)} at {rates}; real work reaches a part of that rate. TFLOP: what no "
         "search above it has asked for, as if nothing were measured yet; evaluations and passes: "
         "those of the search alone. Which sets are tried is made up, so that passes and TFLOP are "
         "near what it will be. Besides, sharing is checked before each kind of removal"

@@ -64,6 +64,7 @@ class PlannedCell:
         measured: Whether the ledger holds all of it already.
         shared: Whether it is another metric of a cell that stands before it: measured with it.
         cost: The work of the whole cell, measured or not.
+        dtype: What it is computed in, such as `bfloat16`.
         spread: How much the outcome of a document is expected to change under a removal; None for
             a loss of which nothing is measured yet.
         observed: Whether that is what the median removal does that the ledger holds, and no
@@ -79,6 +80,7 @@ class PlannedCell:
     measured: bool
     shared: bool
     cost: Cost
+    dtype: str
     spread: Spread | None
     observed: bool
     answer: AnswerRecord | None = None
@@ -102,6 +104,11 @@ class Texts:
     model: Any
     documents: Sequence[Document]
     max_length: int
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in, such as `bfloat16`."""
+        return str(self.model.dtype).removeprefix("torch.")
 
 
 def texts_of(request: CellRequest, source: ModelSource, trust_remote_code: bool) -> Texts:
@@ -156,7 +163,7 @@ def plan(
             expected = None if cell.complete else _expected(cell.store, view)
         planned.append(
             PlannedCell(
-                *(request, runs, cell.complete, shared, found, spread),
+                *(request, runs, cell.complete, shared, found, texts.dtype, spread),
                 observed=known is not None,
                 answer=answer,
                 expected=expected,

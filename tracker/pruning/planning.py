@@ -38,7 +38,8 @@ class PlannedSearch:
         evaluations: Sets of removals that are scored, as if it were alone.
         passes: What the engine computes for them, in passes of all calibration documents through
             the whole intact model.
-        flops: Floating-point operations of what no search before it asked for.
+        flops: Floating-point operations of what no search before it asked for,
+        dtype: in this type of numbers, such as `bfloat16`.
         naive_flops: Those of lm-eval once for each set among that; None where proxies are scored.
         at_most: Whether it may take less, since candidates are not all scored again.
     """
@@ -49,6 +50,7 @@ class PlannedSearch:
     evaluations: float
     passes: float
     flops: float
+    dtype: str
     naive_flops: float | None
     at_most: bool
 
@@ -61,7 +63,8 @@ class PlannedTest:
         request: The test documents.
         documents: How many they are.
         sets: Sets of removals, the intact model among them.
-        flops: Floating-point operations of the engine.
+        flops: Floating-point operations of the engine,
+        dtype: in this type of numbers, such as `bfloat16`.
         naive_flops: Those of lm-eval once for each set.
     """
 
@@ -69,6 +72,7 @@ class PlannedTest:
     documents: int
     sets: int
     flops: float
+    dtype: str
     naive_flops: float
 
 
@@ -95,12 +99,16 @@ def plan_searches(
     refuse_unknown(asked, trust_remote_code)
     lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
     refuse_mixed(asked, lender, {})
-    readings: dict[CellRequest, Reading] = {}
+    readings: dict[CellRequest, tuple[Reading, str]] = {}
 
     def read(request: CellRequest) -> Reading:
         if request not in readings:
             readings[request] = _reading(request, trust_remote_code)
-        return readings[request]
+        return readings[request][0]
+
+    def dtype_of(request: CellRequest) -> str:
+        read(request)
+        return readings[request][1]
 
     known: dict[CellRequest, set[object]] = {}
     tested: dict[CellRequest, dict[Ablation, None]] = {}
@@ -127,6 +135,7 @@ def plan_searches(
                 evaluations=sum(scores.evaluations for scores in counts),
                 passes=sum(scores.passes for scores in counts),
                 flops=sum(scores.flops for scores in counts),
+                dtype=dtype_of(request.test()),
                 naive_flops=None if None in naive else sum(each or 0.0 for each in naive),
                 at_most=request.rescored != "full",
             )
@@ -137,6 +146,7 @@ def plan_searches(
             documents=read(request).documents,
             sets=len(sets),
             flops=read(request).flops(plan_streams(list(sets), read(request).layers)),
+            dtype=dtype_of(request),
             naive_flops=read(request).naive_flops(list(sets)),
         )
         for request, sets in tested.items()
@@ -144,13 +154,13 @@ def plan_searches(
     return searches, tests
 
 
-def _reading(request: CellRequest, trust_remote_code: bool) -> Reading:
-    """Count what a cell's documents take."""
+def _reading(request: CellRequest, trust_remote_code: bool) -> tuple[Reading, str]:
+    """Count what a cell's documents take, and say in what type of numbers."""
     from tracker.engine.plan import reading
 
     source = find_model(request.model, request.revision, request.model_args)
     texts = texts_of(request, source, trust_remote_code)
-    return reading(texts.model, texts.documents, texts.max_length)
+    return reading(texts.model, texts.documents, texts.max_length), texts.dtype
 
 
 class _Counted(Scores):
