@@ -314,7 +314,7 @@ def prune(
     pruned = replace(pruned, export=export_line(record, request, ledger.root))
     if output is None:
         return pruned
-    wanted = exporting.Asked(
+    wanted = exporting.ExportRequest(
         pruning=chosen_by(ledger, record),
         request=request,
         on_benchmark=True,
@@ -523,7 +523,7 @@ def export(
     removed = tuple(remove)
     exporting.refuse_parts(component, removed)
     return exporting.export(
-        exporting.Asked(
+        exporting.ExportRequest(
             pruning=Pruning(removed),
             request=exporting.request(model, benchmark, **settings),
             on_benchmark=benchmark is not None,

@@ -14,7 +14,7 @@ from tracker.config import CellRequest
 from tracker.errors import ResultsError
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
-from tracker.ledger.views import FORMAT, Asked
+from tracker.ledger.views import FORMAT, AskedView
 from tracker.measuring.derive import all_records
 
 OLD = Path(__file__).parent / "format1"
@@ -73,7 +73,7 @@ def test_a_view_by_another_metric_gets_a_name_of_its_own(old: Ledger) -> None:
     assert [len(asked.view.runs) for asked in old_views(old)] == [1, 10, 2]
 
 
-def old_views(ledger: Ledger) -> list[Asked]:
+def old_views(ledger: Ledger) -> list[AskedView]:
     (cell,) = ledger.cells()
     damaged = cell.folder / "requests" / "without-1.json"
     with pytest.raises(ResultsError, match="damaged"):

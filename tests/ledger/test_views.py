@@ -10,7 +10,7 @@ import pytest
 from tracker.config import CellRequest
 from tracker.ledger.cells import CellStore
 from tracker.ledger.notes import sealed
-from tracker.ledger.views import Asked, CellIdentity, view_file
+from tracker.ledger.views import AskedView, CellIdentity, view_file
 from tracker.provenance import content_hash
 from tracker.records import RunIdentity
 from tracker.views import View
@@ -47,7 +47,7 @@ def test_an_identity_under_the_key_of_another_is_refused(cell: CellStore) -> Non
 def test_a_view_shows_layers_of_the_model(
     cell: CellStore, removed: tuple[int, ...], run: RunIdentity, why: str
 ) -> None:
-    asked = Asked(project="p", view=View(metric="acc", removed=removed, runs=(run,)))
+    asked = AskedView(project="p", view=View(metric="acc", removed=removed, runs=(run,)))
     text = sealed(asked.model_dump(mode="json"))
     if not why:
         assert cell.views.read(text) == asked
@@ -57,7 +57,7 @@ def test_a_view_shows_layers_of_the_model(
 
 
 def test_a_view_shows_a_metric_of_the_benchmark(cell: CellStore) -> None:
-    asked = Asked(project="p", view=View(metric="f1", runs=(RunIdentity(layer=0),)))
+    asked = AskedView(project="p", view=View(metric="f1", runs=(RunIdentity(layer=0),)))
     with pytest.raises(ValueError, match=r"^the benchmark has no metric 'f1'$"):
         cell.views.read(sealed(asked.model_dump(mode="json")))
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.metrics.budgets import Measure, at_equal_cost
+from tracker.metrics.budgets import LayerMeasure, at_equal_cost
 
 TRUTH = np.linspace(0, 1, 12)
 
 
-def _noisy(documents: int, noise: float, price: float, seed: int) -> Measure:
+def _noisy(documents: int, noise: float, price: float, seed: int) -> LayerMeasure:
     generator = np.random.default_rng(seed)
     values = TRUTH + noise * generator.standard_normal((documents, 12))
-    return Measure(values, np.ones(documents), price)
+    return LayerMeasure(values, np.ones(documents), price)
 
 
 def test_a_cheap_measure_sees_more_documents_for_the_same() -> None:
@@ -32,7 +32,7 @@ def test_a_cheap_measure_sees_more_documents_for_the_same() -> None:
 def test_the_figures_are_those_of_plain_halves() -> None:
     truth, measure = _noisy(8, 1.0, 1, 3), _noisy(8, 1.0, 2, 4)
     weights = np.array([1.0, 0, 2, 3, 1, 1, 2, 1])
-    measure = Measure(measure.values, weights, 2)
+    measure = LayerMeasure(measure.values, weights, 2)
     # A document that weighs nothing may hold no number.
     measure.values[1] = np.nan
     (found,) = at_equal_cost({"one": measure}, truth, [7], seed=5)["one"]
@@ -52,7 +52,7 @@ def test_the_truth_never_rests_on_what_a_measure_sees() -> None:
     """Documents that only repeat themselves predict nothing of others."""
     generator, found = np.random.default_rng(6), []
     for _ in range(20):
-        truth = Measure(generator.standard_normal((60, 12)), np.ones(60), 1)
+        truth = LayerMeasure(generator.standard_normal((60, 12)), np.ones(60), 1)
         found += at_equal_cost({"itself": truth}, truth, [30])["itself"]
     # Of one sample, its halves lie on either side of its mean.
     assert abs(np.mean(found)) < 0.15

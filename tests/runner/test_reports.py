@@ -23,7 +23,7 @@ from tracker.measuring.derive import all_records
 from tracker.records import CellRecord
 from tracker.reporting.leaderboard.layers import layer_board
 from tracker.team.collect import merged
-from tracker.team.leaderboard import FORMAT, Board, Entry, merge, publish_board, read_board
+from tracker.team.leaderboard import FORMAT, Board, BoardEntry, merge, publish_board, read_board
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import BOARD_FILE
 
@@ -265,8 +265,8 @@ def test_two_metrics_are_published_and_read_back_apart(
 # The leaderboard
 
 
-def entry(cell: CellRecord, by: str = "ann", at: str = "2026-01-01T00:00:00+00:00") -> Entry:
-    return Entry(cell=cell, by=by, at=at)
+def entry(cell: CellRecord, by: str = "ann", at: str = "2026-01-01T00:00:00+00:00") -> BoardEntry:
+    return BoardEntry(cell=cell, by=by, at=at)
 
 
 def test_merging_does_not_depend_on_the_order() -> None:

@@ -35,7 +35,7 @@ from tracker.cli.commands import main
 from tracker.extent import random_order
 from tracker.identities import ModelIdentity
 from tracker.ledger.store import Ledger
-from tracker.ledger.views import Asked
+from tracker.ledger.views import AskedView
 from tracker.models.pruned import pruned
 from tracker.records import RunIdentity
 from tracker.team.evaluated import changed_args, model_args
@@ -444,7 +444,7 @@ def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
     (store,) = Ledger(measured).cells()
     (asked,) = store.views.asked()
     runs = (*asked.view.runs, RunIdentity(layer=2))
-    store.views.write(Asked(project="p", view=View(metric="acc", runs=runs)))
+    store.views.write(AskedView(project="p", view=View(metric="acc", runs=runs)))
     lab = folder / "lab"
     lab.rename(folder / "away")  # what is written needs no model
     try:

@@ -17,7 +17,7 @@ from tracker.errors import RequestError
 from tracker.findings import FindingRecord
 from tracker.measuring import observing
 from tracker.measuring.derive import record_of
-from tracker.metrics.budgets import Measure, at_equal_cost
+from tracker.metrics.budgets import LayerMeasure, at_equal_cost
 from tracker.records import CellRecord
 from tracker.studies.audit import Audit, answers_of, lacking_of
 from tracker.studies.audit.charts import charts_of
@@ -135,11 +135,13 @@ class Drawn(Audited):
         self.strata = None
         self.inner = self.layers[2:-2]
         ones = np.ones(documents) / documents
-        self.drop = Measure(before[:, None] * 1.0 - after, ones, passes(DROP, layers, shared=True))
+        self.drop = LayerMeasure(
+            before[:, None] * 1.0 - after, ones, passes(DROP, layers, shared=True)
+        )
         # Every proxy is alike in all benchmarks, nearly without noise, and orders layers weakly.
         profile = np.sin(np.arange(layers) * 1.7) + np.linspace(0, 1, layers)
         self.measures = {
-            name: Measure(
+            name: LayerMeasure(
                 profile + 0.01 * generator.standard_normal((documents, layers)),
                 ones,
                 passes(name, layers, shared=True),
@@ -218,7 +220,7 @@ def test_where_noise_is_taken_off_of_fewer_benchmarks_they_are_named() -> None:
 def test_a_proxy_whose_noise_cannot_be_taken_off_says_why() -> None:
     cells = [Drawn(f"b{i}", SAME, 60, i) for i in range(2)]
     noise = np.random.default_rng(3).standard_normal((60, LAYERS))
-    cells[1].measures["kl"] = Measure(noise, np.ones(60), 11.0)
+    cells[1].measures["kl"] = LayerMeasure(noise, np.ones(60), 11.0)
     row = row_of(tables_of(ModelAudit("m", cells))[3], "KL divergence")
     assert "on b1 it is more noise of the documents" in row["variance without noise"].reason
     assert row["drop's without noise exceeds it by"].reason
@@ -247,8 +249,8 @@ def test_too_few_documents_say_how_many_it_takes() -> None:
 def test_a_proxy_that_cannot_be_said_has_its_reason_and_the_others_their_place() -> None:
     cells = [Drawn(f"b{i}", SAME, 60, i) for i in range(2)]
     for cell in cells:
-        cell.measures["gate_gradient"] = Measure(np.full((60, LAYERS), np.nan), np.ones(60), 3)
-        cell.measures["kl"] = Measure(np.ones((60, LAYERS)), np.ones(60), 3)
+        cell.measures["gate_gradient"] = LayerMeasure(np.full((60, LAYERS), np.nan), np.ones(60), 3)
+        cell.measures["kl"] = LayerMeasure(np.ones((60, LAYERS)), np.ones(60), 3)
     audit = ModelAudit("m", cells)
     best, each, *_ = tables_of(audit)
     assert "autograd cannot" in row_of(best, "first-order Taylor")["mean Spearman"].reason
@@ -261,7 +263,7 @@ def test_a_proxy_that_cannot_be_said_has_its_reason_and_the_others_their_place()
 def test_a_layer_order_that_is_the_drops_own_is_called_best() -> None:
     cells = [Drawn(f"b{i}", SAME, 120, i) for i in range(3)]
     for cell in cells:
-        cell.measures["js"] = Measure(np.tile(SAME, (120, 1)), np.ones(120), 6.5)
+        cell.measures["js"] = LayerMeasure(np.tile(SAME, (120, 1)), np.ones(120), 6.5)
     audit = ModelAudit("m", cells)
     assert audit.summaries[0].proxy == "js"
     assert audit.summaries[0].spearman > 0.9

@@ -22,7 +22,7 @@ from tracker.pruning import cells
 from tracker.pruning.conduct import Answered
 from tracker.reporting.studies import standing_alone
 from tracker.studies.prune.charts import charts_of
-from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Pruning, Way
+from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Choices, Compared, Way
 from tracker.studies.prune.gathering import _at_chance
 from tracker.studies.prune.sentences import _against_paper, _best, _verdict
 
@@ -229,7 +229,7 @@ def _compared(each: dict[str, dict[str, list[int]]]) -> Compared:
         for strategy, values in ways.items():
             after = np.array(values, float)
             answered = Answered(after, (after,), np.full(len(after), 1 / len(after)))
-            found.found[Way(strategy, "1"), name] = Pruning((), (answered,))
+            found.found[Way(strategy, "1"), name] = Choices((), (answered,))
     return found
 
 
@@ -286,7 +286,7 @@ def test_draws_count_by_their_mean_document_by_document() -> None:
     weights = np.full(4, 0.25)
     draws = [np.array(each, float) for each in ([1, 1, 0, 0], [1, 0, 0, 0])]
     answered = tuple(Answered(np.ones(4), (each,), weights) for each in draws)
-    drawn = Pruning((), answered)
+    drawn = Choices((), answered)
     assert drawn.outcomes.tolist() == [1, 0.5, 0, 0]
     assert drawn.level == accuracy(np.array([1, 0.5, 0, 0]), weights)
     group = _compared({"a": {"accuracy": [1, 1, 1, 0]}})

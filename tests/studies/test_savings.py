@@ -25,7 +25,7 @@ from tracker.studies.base import Subject
 from tracker.studies.savings import QUESTIONS, Savings
 from tracker.studies.savings.figures import (
     ORDERS,
-    Measured,
+    MeasuredDocuments,
     Replayed,
     hardest,
     orders_of,
@@ -43,17 +43,17 @@ SPLIT = 570
 SHARES = [0.4, 0.25, 0.22, 0.1, 0.02, 0.0]
 
 
-def cell_of(values: np.ndarray, ablations: list[Ablation] | None = None) -> Measured:
+def cell_of(values: np.ndarray, ablations: list[Ablation] | None = None) -> MeasuredDocuments:
     """A cell of given drops, under whole layers where nothing else is said."""
     passes = passes_of(ablations or [Ablation((n,)) for n in range(LAYERS)], LAYERS)
     runs = tuple(RunIdentity(layer=n) for n in range(values.shape[1]))
     everything = passes(np.ones(len(runs), dtype=bool))
     tasks, counts = ("t",) * len(values), {"t": len(values)}
-    return Measured("a cell", runs, values, tasks, counts, 1.0, passes, everything, 36.0)
+    return MeasuredDocuments("a cell", runs, values, tasks, counts, 1.0, passes, everything, 36.0)
 
 
 @pytest.fixture(scope="module")
-def cell() -> Measured:
+def cell() -> MeasuredDocuments:
     """400 documents, 240 of them right, under six layers, from harmless to ruinous."""
     generator, values = np.random.default_rng(2), np.zeros((400, LAYERS))
     for layer, share in enumerate(SHARES):
@@ -62,13 +62,13 @@ def cell() -> Measured:
     return cell_of(generator.permutation(values))
 
 
-def whole_blocks(cell: Measured, order: np.ndarray) -> int:
+def whole_blocks(cell: MeasuredDocuments, order: np.ndarray) -> int:
     """How many documents of whole blocks hold some of each task's."""
     seen = Counter(cell.tasks[number] for number in order)
     return sum(min(cell.counts[task], -(-count // 32) * 32) for task, count in seen.items())
 
 
-def by_races(cell: Measured, text: str, orders: np.ndarray) -> Replayed:
+def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> Replayed:
     """The same by whole races, one document's streams planned at a time."""
     asked, found = question(text), []
     means = cell.drops.mean(axis=0)
@@ -109,7 +109,7 @@ def by_races(cell: Measured, text: str, orders: np.ndarray) -> Replayed:
     "text",
     ["top 2", "top 2 within 4 pp", "prune 2", "prune 3 within 1 pp", "drop within 6 pp", "sign"],
 )
-def test_a_replay_is_a_race(cell: Measured, text: str, population: int) -> None:
+def test_a_replay_is_a_race(cell: MeasuredDocuments, text: str, population: int) -> None:
     orders = orders_of(400)[:4]
     assert cell.everything == 21  # 6 for the baseline, and 5 + 4 + 3 + 2 + 1 + 0
     cell = replace(cell, counts={"t": population})
@@ -124,7 +124,7 @@ def test_a_replay_is_a_race(cell: Measured, text: str, population: int) -> None:
 @pytest.mark.parametrize("text", ["top 2", "prune 2", "drop within 6 pp", "sign"])
 @pytest.mark.parametrize("others", [0, 200])
 def test_of_a_group_whole_blocks_of_each_task_are_measured(
-    cell: Measured, text: str, others: int
+    cell: MeasuredDocuments, text: str, others: int
 ) -> None:
     tasks = tuple("ab"[number % 5 == 0] for number in range(400))
     cell = replace(cell, tasks=tasks, counts={"a": 320 + others, "b": 80})
@@ -138,7 +138,7 @@ def test_of_a_group_whole_blocks_of_each_task_are_measured(
         assert getattr(found, name) == pytest.approx(getattr(raced, name))
 
 
-def test_a_block_is_taken_by_its_first_document(cell: Measured) -> None:
+def test_a_block_is_taken_by_its_first_document(cell: MeasuredDocuments) -> None:
     group = replace(cell, tasks=("a",) * 34 + ("b",) * 3, counts={"a": 70, "b": 3})
     order = np.array([34, *range(33), 35, 33, 36])
     found = group.begun(order)
@@ -147,7 +147,7 @@ def test_a_block_is_taken_by_its_first_document(cell: Measured) -> None:
 
 
 def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much(
-    cell: Measured,
+    cell: MeasuredDocuments,
 ) -> None:
     sampled, asked = replace(cell, counts={"t": 1000}), question("top 2")
     found = replayed(sampled, asked, orders_of(400)[:8])
@@ -162,7 +162,7 @@ def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much
 
 
 def test_an_answer_that_contradicts_all_documents_is_wrong(
-    cell: Measured, monkeypatch: pytest.MonkeyPatch
+    cell: MeasuredDocuments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Orders that hide what layer 4 costs until it is settled, which is no random order.
     first = np.argsort(cell.drops[:, 1] - cell.drops[:, 5], kind="stable")[None]
@@ -180,7 +180,7 @@ def test_streams_that_share_are_planned_together() -> None:
         assert passes(np.array(some)) == plan_streams([INTACT, *chosen], LAYERS).layer_passes
 
 
-def test_what_bounds_a_question(cell: Measured) -> None:
+def test_what_bounds_a_question(cell: MeasuredDocuments) -> None:
     means, sds = cell.drops.mean(axis=0), cell.drops.std(axis=0)
     found = hardest(cell, question("top 2 within 1 pp"))
     assert [run.layer for run in found.runs] == [1, 2]

@@ -24,7 +24,7 @@ BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
-class Curve:
+class TimingCurve:
     """Seconds against a size.
 
     `loop` is lm-eval once per ablation, extrapolated from one evaluation of the intact model at
@@ -49,7 +49,7 @@ class Curves:
     """All curves of one model and benchmark: against documents, layers and ablations."""
 
     title: str
-    curves: tuple[Curve, ...]
+    curves: tuple[TimingCurve, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Give the figures as plain values."""
@@ -82,14 +82,14 @@ def scaling(request: CellRequest, options: Options, progress: Progress) -> Curve
     ablations = ablations_of(every, layers)
     ready.engine.score(ready.documents[:1], ablations)  # first use of memory is slow
 
-    def curve(name: str, whole: int) -> Curve:
+    def curve(name: str, whole: int) -> TimingCurve:
         sizes = tuple(sorted({max(1, round(part * whole)) for part in PARTS}))
         seconds = []
         for size in sizes:
             progress.say(f"{size} {name}")
             seconds.append(_seconds(ready, name, size, ablations))
         engine, loop = zip(*seconds, strict=True)
-        return Curve(name, sizes, engine, loop)
+        return TimingCurve(name, sizes, engine, loop)
 
     return Curves(
         f"{request.model} · {ready.title}, {len(ready.documents)} documents, {layers} layers, "

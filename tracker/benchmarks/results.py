@@ -35,7 +35,7 @@ Place = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Known:
+class Judged:
     """What a model answered about one document, and what its task made of that.
 
     Attributes:
@@ -93,7 +93,7 @@ class Questions:
                 self._prompts[name] = benchmark.prompts(name, extent, encoder)
         self._chat_template = encoder.chat_template(True) if encoder else None
 
-    def write(self, model: Evaluated, known: Mapping[Place, Known], output: Path) -> list[Path]:
+    def write(self, model: Evaluated, known: Mapping[Place, Judged], output: Path) -> list[Path]:
         """Write what lm-eval would have written of a model.
 
         Args:
@@ -208,7 +208,7 @@ class _Asked:
 class _Answering(LM):  # type: ignore[misc]
     """A model of lm-eval's whose answers are known: (task, place among the wanted) → answers."""
 
-    def __init__(self, known: Mapping[Place, Known]) -> None:
+    def __init__(self, known: Mapping[Place, Judged]) -> None:
         super().__init__()
         self._known = known
 
@@ -225,7 +225,7 @@ class _Answering(LM):  # type: ignore[misc]
         """Say what was generated."""
         return [self._of(request).text for request in requests]
 
-    def _of(self, request: Any) -> Known:
+    def _of(self, request: Any) -> Judged:
         return self._known[request.task_name, request.doc_id]
 
 
@@ -237,7 +237,7 @@ class _Timeless(GeneralConfigTracker):  # type: ignore[misc]
 
 
 def _refuse_contradictions(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]], known: Mapping[Place, Known]
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], known: Mapping[Place, Judged]
 ) -> None:
     """Raise CellError where lm-eval makes something else of an answer than the ledger says."""
     for task, rows in samples.items():

@@ -43,7 +43,7 @@ from tracker.ledger.findings import findings
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.notes import read_note, reason, write_note
 from tracker.ledger.searches import searches
-from tracker.ledger.views import FORMAT, Asked, CellIdentity
+from tracker.ledger.views import FORMAT, AskedView, CellIdentity
 from tracker.records import Place
 from tracker.searched import PruneRecord
 
@@ -64,7 +64,7 @@ class Contents:
         damaged: File or folder that cannot be used → what to do.
     """
 
-    views: list[tuple[CellStore, Asked]] = field(default_factory=list)
+    views: list[tuple[CellStore, AskedView]] = field(default_factory=list)
     unfinished: list[CellStore] = field(default_factory=list)
     experiments: dict[str, str] = field(default_factory=dict)
     findings: list[FindingRecord] = field(default_factory=list)

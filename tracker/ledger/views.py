@@ -54,7 +54,7 @@ class CellIdentity(Record):
         return sealed(self.model_dump(mode="json"))
 
 
-class Asked(Record):
+class AskedView(Record):
     """What was asked of one view of a cell, as it stands in `requests/`."""
 
     format: int = FORMAT
@@ -111,7 +111,7 @@ class Views:
         """
         with self._asking():
             view = self.with_former(request)
-            self.write(Asked(project=project, view=view))
+            self.write(AskedView(project=project, view=view))
         return view
 
     def with_former(self, request: CellRequest) -> View:
@@ -138,7 +138,7 @@ class Views:
             return self.read(path.read_bytes()).view
         return None
 
-    def read(self, text: str | bytes) -> Asked:
+    def read(self, text: str | bytes) -> AskedView:
         """Read a view of this cell from its file's text, also as tracker wrote it in format 1.
 
         ValueError if it is damaged.
@@ -147,9 +147,9 @@ class Views:
         try:
             before = _Asked1.model_validate_json(said)
         except ValidationError:
-            asked = Asked.model_validate_json(said)
+            asked = AskedView.model_validate_json(said)
         else:
-            asked = Asked(project=before.project, view=self.of(before.request))
+            asked = AskedView(project=before.project, view=self.of(before.request))
         layers = (*asked.view.removed, *(run.layer + run.span - 1 for run in asked.view.runs))
         if max(layers, default=0) >= self.identity.model.layers:
             raise ValueError(f"the model has no layer {max(layers)}")
@@ -157,7 +157,7 @@ class Views:
             raise ValueError(f"the benchmark has no metric {asked.view.metric!r}")
         return asked
 
-    def write(self, asked: Asked) -> None:
+    def write(self, asked: AskedView) -> None:
         """Keep a view in its place."""
         write_note(self.path(self.name_of(asked.view)), asked.model_dump(mode="json"))
 
@@ -181,7 +181,7 @@ class Views:
         """List the files of what was asked, be they damaged; none before the cell is finished."""
         return sorted(self.folder.glob("requests/*.json"))
 
-    def asked(self, damaged: dict[str, str] | None = None) -> list[Asked]:
+    def asked(self, damaged: dict[str, str] | None = None) -> list[AskedView]:
         """Recall what was asked for, one entry a view; the intact model and its own metric first.
 
         Args:
@@ -193,7 +193,7 @@ class Views:
         Raises:
             ResultsError: A view is damaged.
         """
-        found: dict[str, Asked] = {}
+        found: dict[str, AskedView] = {}
         for path in self.files():
             try:
                 asked = self.read(path.read_bytes())

@@ -42,7 +42,7 @@ class _End(Extent):
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationTexts:
     """Texts that stand-ins are fitted on.
 
     Attributes:
@@ -96,7 +96,7 @@ class Calibration:
         return dict(fit(alone.parts(plan), self.texts, layers, linear))
 
 
-def calibration(benchmark: Benchmark, encoder: RequestEncoder, width: int) -> Calibration:
+def calibration(benchmark: Benchmark, encoder: RequestEncoder, width: int) -> CalibrationTexts:
     """Choose calibration texts: until there are 16 tokens for each of `width` dimensions."""
     from tracker.engine.fitting import first_tokens
 
@@ -115,7 +115,7 @@ def calibration(benchmark: Benchmark, encoder: RequestEncoder, width: int) -> Ca
     numbers: dict[str, list[int]] = {}
     for one in documents:
         numbers.setdefault(one.task, []).append(one.index)
-    return Calibration(texts, numbers, tokens)
+    return CalibrationTexts(texts, numbers, tokens)
 
 
 def _text(document: Document, most: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from tracker.errors import CellError
 from tracker.identities import BenchmarkIdentity, ModelIdentity
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.texts import text_row
-from tracker.measuring.calibrate import Calibration, calibration
+from tracker.measuring.calibrate import CalibrationTexts, calibration
 from tracker.measuring.prepare import check_range
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
@@ -113,7 +113,7 @@ class Meter:
         self.documents = {(document.task, document.index): document for document in documents}
         self._watch = watched_documents(documents)
         self.ablations = all_ablations(requests, loaded.identity.layers)
-        self._calibration: Calibration | None = None
+        self._calibration: CalibrationTexts | None = None
         if any(each.is_fitted for each in self.ablations):
             width = loaded.model.config.get_text_config().hidden_size
             self._calibration = calibration(benchmark, self._encoder, width)

@@ -88,7 +88,7 @@ class PlannedCell:
 
 
 @dataclass(frozen=True)
-class Texts:
+class PlannedTexts:
     """A cell's documents as its model reads them, without the model's weights.
 
     Attributes:
@@ -111,7 +111,7 @@ class Texts:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def texts_of(request: CellRequest, source: ModelSource, trust_remote_code: bool) -> Texts:
+def texts_of(request: CellRequest, source: ModelSource, trust_remote_code: bool) -> PlannedTexts:
     """Read a cell's documents; RequestError or ModelError if something of it cannot be had."""
     from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
@@ -124,7 +124,7 @@ def texts_of(request: CellRequest, source: ModelSource, trust_remote_code: bool)
     documents = benchmark.documents(encoder, request.extent)
     if not documents:
         raise ModelError(f"{request.title} has no documents")
-    return Texts(benchmark.identity, metric, model, documents, encoder.max_length)
+    return PlannedTexts(benchmark.identity, metric, model, documents, encoder.max_length)
 
 
 def plan(

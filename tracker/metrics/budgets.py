@@ -20,7 +20,7 @@ DRAWS = 100
 
 
 @dataclass(frozen=True)
-class Measure:
+class LayerMeasure:
     """Something that orders the layers.
 
     Attributes:
@@ -39,7 +39,10 @@ class Measure:
 
 
 def at_equal_cost(
-    measures: Mapping[str, Measure], truth: Measure, budgets: Sequence[float], seed: int = 0
+    measures: Mapping[str, LayerMeasure],
+    truth: LayerMeasure,
+    budgets: Sequence[float],
+    seed: int = 0,
 ) -> dict[str, list[float]]:
     """Say how well each measure predicts the truth on other documents, for what may be spent.
 
@@ -73,7 +76,7 @@ def at_equal_cost(
     return {name: _means(rows) for name, rows in found.items()}
 
 
-def _running(measure: Measure, order: NDArray[np.int64]) -> Array:
+def _running(measure: LayerMeasure, order: NDArray[np.int64]) -> Array:
     """Weighted means of the first 1, 2, … documents of an order `[documents, layers]`."""
     weights = measure.weights[order]
     sums = np.cumsum(weights[:, None] * _known(measure)[order], axis=0)
@@ -83,7 +86,7 @@ def _running(measure: Measure, order: NDArray[np.int64]) -> Array:
     return means
 
 
-def _known(measure: Measure) -> Array:
+def _known(measure: LayerMeasure) -> Array:
     """The values, where they weigh something."""
     return np.where(measure.weights[:, None] > 0, measure.values, 0.0)
 

@@ -60,7 +60,7 @@ def _amount(given: Any) -> str:
 Written = Annotated[str, BeforeValidator(_amount)]
 
 
-class Parameters(Strict):
+class SearchParameters(Strict):
     """The grid of a file: every combination of the values is one search."""
 
     model: Choice
@@ -244,7 +244,7 @@ def refuse_idle(searches: Collection[SearchRequest]) -> None:
 class PruneFile(Sweep):
     """One experiment file of searches."""
 
-    parameters: Parameters
+    parameters: SearchParameters
 
     def searches(self) -> list[SearchRequest]:
         """Expand the grid, equal models next to each other.
@@ -252,7 +252,9 @@ class PruneFile(Sweep):
         ExperimentError for a value of the wrong kind.
         """
         # As W&B counts: names in alphabetical order, the last one changing fastest.
-        grid = {name: getattr(self.parameters, name) for name in sorted(Parameters.model_fields)}
+        grid = {
+            name: getattr(self.parameters, name) for name in sorted(SearchParameters.model_fields)
+        }
         options = {name: choice.options for name, choice in grid.items() if choice is not None}
         options = dict(sorted({"strategy": list(DEFAULT), **options}.items()))
         found: dict[SearchRequest, None] = {}

@@ -94,7 +94,7 @@ def _drawn(shapes: Collection[_Shape], layers: int) -> Iterator[Ablation]:
                 yield ablate(component, draw.sample(range(layers), size))
 
 
-class Cell:
+class OpenCell:
     """A cell whose documents are measured under whatever ablations are asked for.
 
     What the ledger holds is not measured again, and no model is loaded for it. Nothing is shown or

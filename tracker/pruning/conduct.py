@@ -18,7 +18,7 @@ from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.pruning.asked import SearchRequest
-from tracker.pruning.cells import Array, Cell, Lender
+from tracker.pruning.cells import Array, Lender, OpenCell
 from tracker.pruning.saying import finding_of
 from tracker.pruning.search import Found, budget_of, refuse_mixed, refuse_unknown, search
 from tracker.records import CellRecord, Place
@@ -66,7 +66,7 @@ class Pursued:
 
 
 @dataclass
-class Conducted:
+class ConductedSearches:
     """What became of searches.
 
     Attributes:
@@ -89,7 +89,7 @@ def conduct(
     publisher: Publisher,
     options: Options,
     progress: Progress,
-) -> Conducted:
+) -> ConductedSearches:
     """Pursue the searches of a file, called `name`, and keep what they say beside each other.
 
     As `pursue`: RequestError, CellError.
@@ -102,7 +102,7 @@ def conduct(
     failed = {request.title: why for request, why in found.failed.items()}
     finding = finding_of(name, found.records, outcomes, failed)
     keep_finding(ledger.root, finding)
-    return Conducted(found.records, finding, found.outcome, found.requests)
+    return ConductedSearches(found.records, finding, found.outcome, found.requests)
 
 
 def pursue(
@@ -134,7 +134,7 @@ def pursue(
     ledger.refuse_unwritable()
     lender = Lender(ledger, options, progress)
     refuse_unknown(asked, options.trust_remote_code)
-    cells: dict[CellRequest, Cell] = {}
+    cells: dict[CellRequest, OpenCell] = {}
     refuse_mixed(asked, lender, cells)
     budgets = [budget_of(each, lender) for each in asked]
     found: list[Found] = []
@@ -209,12 +209,12 @@ def _by_request(
     return found
 
 
-def _tests(found: Found, cell: Cell) -> Answered:
+def _tests(found: Found, cell: OpenCell) -> Answered:
     before, *after = (cell.sign * cell.known(one).metric for one in (INTACT, *ablations_of(found)))
     return Answered(before, tuple(after), cell.weights)
 
 
-def _record(found: Found, cell: Cell, places: Sequence[Place]) -> PruneRecord:
+def _record(found: Found, cell: OpenCell, places: Sequence[Place]) -> PruneRecord:
     tested = [
         step.model_copy(update={"test": _tested(cell, ablation)})
         for step, ablation in zip(found.steps, ablations_of(found), strict=True)
@@ -240,7 +240,7 @@ def _record(found: Found, cell: Cell, places: Sequence[Place]) -> PruneRecord:
     )
 
 
-def _tested(cell: Cell, ablation: Ablation) -> Tested:
+def _tested(cell: OpenCell, ablation: Ablation) -> Tested:
     """Say what the test documents say of an ablation."""
     before, after = cell.known(INTACT).metric, cell.known(ablation).metric
     level = accuracy(after, cell.weights)

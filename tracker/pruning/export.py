@@ -25,7 +25,7 @@ from tracker.provenance import machine
 from tracker.pruning.card import write_card
 from tracker.pruning.chosen import chosen, that_chose
 from tracker.pruning.facts import Accuracy, Exported, Pruning, Size
-from tracker.pruning.proof import Expected, Measured, expected, prove
+from tracker.pruning.proof import ExpectedAnswers, MeasuredCell, expected, prove
 from tracker.pruning.publishing import publish
 from tracker.pruning.recipes import recipes, skip_lists
 from tracker.reporting.formats import counted, measure_of
@@ -42,7 +42,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExportRequest:
     """What is to be exported, and how.
 
     Attributes:
@@ -114,7 +114,7 @@ def refuse_output(output: Path) -> None:
         raise RequestError(f"--output: there is no folder {output.absolute().parent}")
 
 
-def export(asked: Asked, progress: Progress) -> Exported:
+def export(asked: ExportRequest, progress: Progress) -> Exported:
     """Save a model without some of its layers.
 
     Args:
@@ -173,7 +173,7 @@ def export(asked: Asked, progress: Progress) -> Exported:
     return publish(model, made_of, asked.track, asked.project, asked.ledger.root, asked.register)
 
 
-def _measure(asked: Asked, removed: tuple[int, ...], progress: Progress) -> Measured:
+def _measure(asked: ExportRequest, removed: tuple[int, ...], progress: Progress) -> MeasuredCell:
     """Measure what the removal costs on the benchmark, or recall it."""
     request = asked.request.model_copy(update={"layers": (), "removed": removed})
     publisher = Publisher(asked.track, asked.project, asked.ledger.root)
@@ -183,7 +183,7 @@ def _measure(asked: Asked, removed: tuple[int, ...], progress: Progress) -> Meas
         raise CellError(next(iter(done.failed.values())))
     store = look_up(request, asked.ledger).store
     assert store is not None  # it has just been measured
-    return Measured(request, store, done.cells[0])
+    return MeasuredCell(request, store, done.cells[0])
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,11 @@ class _Saved:
     before: Size
     after: Size
     speed_on: str
-    expected: Expected
+    expected: ExpectedAnswers
     resized: tuple[str, ...]
 
 
-def _save(asked: Asked, source: ModelSource, folder: Path, progress: Progress) -> _Saved:
+def _save(asked: ExportRequest, source: ModelSource, folder: Path, progress: Progress) -> _Saved:
     """Write the checkpoint.
 
     When this returns, no model is in memory any more: the fresh process may need the room.
@@ -233,7 +233,7 @@ def _save(asked: Asked, source: ModelSource, folder: Path, progress: Progress) -
     return _Saved(loaded.identity, kept, before, after, speed_on, wanted, resized)
 
 
-def _speed_on(on: Expected, dtype: str, length: int) -> str:
+def _speed_on(on: ExpectedAnswers, dtype: str, length: int) -> str:
     """Say on what the speed was measured."""
     here = machine()
     threads = f", {counted(on.threads, 'thread')}" if on.device == "cpu" else ""
@@ -244,7 +244,7 @@ def _speed_on(on: Expected, dtype: str, length: int) -> str:
     )
 
 
-def _accuracy(measured: Measured, pruning: Pruning, ledger: Ledger) -> Accuracy:
+def _accuracy(measured: MeasuredCell, pruning: Pruning, ledger: Ledger) -> Accuracy:
     """Say what the removal costs on a cell, and how many of its documents chose the layers."""
     cell = measured.cell
     chose = that_chose(ledger, pruning, measured.store, measured.request.extent)

@@ -40,7 +40,7 @@ _SAID = 600
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedAnswers:
     """What the really pruned model says, here.
 
     Attributes:
@@ -60,7 +60,7 @@ class Expected:
     threads: int
 
 
-def expected(loaded: LoadedModel, twin: Any, device: str) -> Expected:
+def expected(loaded: LoadedModel, twin: Any, device: str) -> ExpectedAnswers:
     """Ask the really pruned copy of a loaded model."""
     import torch
 
@@ -70,7 +70,7 @@ def expected(loaded: LoadedModel, twin: Any, device: str) -> Expected:
         for ids in tokens:
             asked = torch.tensor([ids], device=loaded.device)
             logits.append(twin(input_ids=asked, use_cache=False).logits[0].float().cpu())
-    return Expected(
+    return ExpectedAnswers(
         tokens,
         logits,
         twin.num_parameters(),
@@ -81,7 +81,7 @@ def expected(loaded: LoadedModel, twin: Any, device: str) -> Expected:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCell:
     """What the engine measured of the pruned model: a cell, and what was asked of it."""
 
     request: CellRequest
@@ -90,7 +90,10 @@ class Measured:
 
 
 def prove(
-    checkpoint: Path, wanted: Expected, measured: Measured | None, trust_remote_code: bool
+    checkpoint: Path,
+    wanted: ExpectedAnswers,
+    measured: MeasuredCell | None,
+    trust_remote_code: bool,
 ) -> Proof:
     """Load a checkpoint in a fresh process, and hold what it says against what is expected.
 
@@ -169,7 +172,7 @@ def _ask(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return answer
 
 
-def _refuse_other_model(answer: Mapping[str, Any], wanted: Expected) -> None:
+def _refuse_other_model(answer: Mapping[str, Any], wanted: ExpectedAnswers) -> None:
     if answer["not_as_saved"]:
         raise WorkError(
             f"plain transformers does not find, or has no place for, {answer['not_as_saved'][0]}"
@@ -184,7 +187,7 @@ def _refuse_other_model(answer: Mapping[str, Any], wanted: Expected) -> None:
             raise WorkError(f"the saved tokenizer makes other tokens of {text!r}")
 
 
-def _same_logits(found: Sequence[torch.Tensor], wanted: Expected) -> float:
+def _same_logits(found: Sequence[torch.Tensor], wanted: ExpectedAnswers) -> float:
     """Refuse logits that differ by more than rounding; gives the largest difference."""
     nats, share = HALF if wanted.half else SINGLE
     far = 0.0
@@ -201,7 +204,7 @@ def _same_logits(found: Sequence[torch.Tensor], wanted: Expected) -> float:
 
 def _same_outcomes(
     answer: Mapping[str, Any],
-    measured: Measured,
+    measured: MeasuredCell,
     documents: Mapping[str, Sequence[int]],
     half: bool,
 ) -> tuple[float, int]:
@@ -235,7 +238,7 @@ def _same_outcomes(
     return far, len(ties)
 
 
-def _figure(answer: Mapping[str, Any], measured: Measured, ties: int) -> dict[str, float]:
+def _figure(answer: Mapping[str, Any], measured: MeasuredCell, ties: int) -> dict[str, float]:
     """Take lm-eval's own figure of one task; refuse another one than was measured."""
     metric, ours = measured.cell.metric, measured.cell.removed_accuracy
     if len(answer["results"]) != 1:

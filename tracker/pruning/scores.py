@@ -24,7 +24,7 @@ from tracker.ledger.observations import Arrays
 from tracker.measuring.meter import Place
 from tracker.measuring.observing import Observe
 from tracker.metrics.accuracy import mean_interval
-from tracker.pruning.cells import Cell
+from tracker.pruning.cells import OpenCell
 from tracker.searched import PruneCost, PruneStep
 
 Array = NDArray[np.float64]
@@ -114,7 +114,7 @@ class Scores:
     Several cells count alike, whatever their sizes.
     """
 
-    def __init__(self, cells: Sequence[Cell], unit: Component, layers: int) -> None:
+    def __init__(self, cells: Sequence[OpenCell], unit: Component, layers: int) -> None:
         self.cells = cells
         self.unit = unit
         self.layers = layers
@@ -151,7 +151,7 @@ class Scores:
         return Losses(sets, *chosen, other[1] @ other[0], whole)
 
     @staticmethod
-    def _drops(cell: Cell, by: str, ablations: Sequence[Ablation]) -> tuple[Array, Array]:
+    def _drops(cell: OpenCell, by: str, ablations: Sequence[Ablation]) -> tuple[Array, Array]:
         before = cell.known(INTACT)
         known = [cell.known(one) for one in ablations]
         if by == "accuracy":
@@ -181,7 +181,7 @@ class Scores:
         return Losses(sets, values, weights, np.zeros(len(sets)))
 
     def _proxy(
-        self, cell: Cell, name: str, removed: Set, spans: Sequence[range]
+        self, cell: OpenCell, name: str, removed: Set, spans: Sequence[range]
     ) -> tuple[Array, Array]:
         """A proxy's mean in each document, and what the document weighs."""
         how = "turning" if name in TURNING else name.replace("_", "-")
@@ -206,7 +206,7 @@ class Scores:
 
     def raced(
         self,
-        cell: Cell,
+        cell: OpenCell,
         beneath: Sequence[Ablation],
         ablations: Sequence[Ablation],
         seen: NDArray[np.int64],
@@ -229,7 +229,7 @@ class Scores:
         ):
             self._raced[one.name] = self._raced.get(one.name, frozenset()) | set(order[:n])
 
-    def looked_at(self, cell: Cell) -> dict[str, tuple[int, ...]]:
+    def looked_at(self, cell: OpenCell) -> dict[str, tuple[int, ...]]:
         """List the documents of a cell that chose: task → their numbers, ascending.
 
         A race's are fewer than there are.

@@ -16,7 +16,7 @@ from tracker.models.sources import ModelSource, count_layers, find_model
 from tracker.provenance import content_hash
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.budgets import Budget, budget
-from tracker.pruning.cells import Cell, Lender
+from tracker.pruning.cells import Lender, OpenCell
 from tracker.pruning.scores import Scores
 from tracker.pruning.strategies import STRATEGIES, Search
 from tracker.pruning.timing import seconds_a_token
@@ -73,7 +73,7 @@ def refuse_unknown(searches: Sequence[SearchRequest], trust_remote_code: bool = 
 
 
 def refuse_mixed(
-    searches: Sequence[SearchRequest], lender: Lender, cells: dict[CellRequest, Cell]
+    searches: Sequence[SearchRequest], lender: Lender, cells: dict[CellRequest, OpenCell]
 ) -> None:
     """Refuse searches whose calibration documents are test documents too.
 
@@ -92,7 +92,7 @@ def refuse_mixed(
     pairs = {}
     for asked in searches:
         requests = (*asked.calibration(), asked.test())
-        *own, test = (cells.setdefault(each, Cell(each, lender)) for each in requests)
+        *own, test = (cells.setdefault(each, OpenCell(each, lender)) for each in requests)
         tested = {task.name for task in test.benchmark.tasks}
         for cell in own:
             names = {task.name for task in cell.benchmark.tasks}
@@ -133,7 +133,7 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
 
 
 def search(
-    asked: SearchRequest, within: Budget, lender: Lender, cells: dict[CellRequest, Cell]
+    asked: SearchRequest, within: Budget, lender: Lender, cells: dict[CellRequest, OpenCell]
 ) -> Iterator[Found]:
     """Choose what goes, once a draw.
 
@@ -151,7 +151,7 @@ def search(
         CellError: No removal has a finite score.
     """
     requests = asked.calibration()
-    own = [cells.setdefault(each, Cell(each, lender)) for each in requests]
+    own = [cells.setdefault(each, OpenCell(each, lender)) for each in requests]
     for cell in own:
         refuse_few(cell.request, cell.n)
     _refuse_mixtures(asked, own)
@@ -175,7 +175,7 @@ def refuse_few(request: CellRequest, documents: int) -> None:
         )
 
 
-def _refuse_mixtures(asked: SearchRequest, cells: list[Cell]) -> None:
+def _refuse_mixtures(asked: SearchRequest, cells: list[OpenCell]) -> None:
     """Refuse losses that have no mean: accuracies and nats; ExperimentError says which."""
     kinds = {cell.sign for cell in cells}
     if len(kinds) > 1:
@@ -186,7 +186,7 @@ def _refuse_mixtures(asked: SearchRequest, cells: list[Cell]) -> None:
         )
 
 
-def _calibrated(cell: Cell, documents: dict[str, tuple[int, ...]]) -> Calibrated:
+def _calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibrated:
     return Calibrated(
         key=cell.store.identity.key,
         benchmark=cell.request.benchmark,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tracker.config import CellRequest
 from tracker.errors import TrackingError
-from tracker.pruning.conduct import Conducted
+from tracker.pruning.conduct import ConductedSearches
 from tracker.searched import PruneRecord
 from tracker.team.publish import Trial
 from tracker.tracking.base import Ending
@@ -23,7 +23,7 @@ class SearchTrial:
         self._track = track
         self._results = results
 
-    def log(self, found: Conducted) -> None:
+    def log(self, found: ConductedSearches) -> None:
         """Log the last step as the trial's run, with the figures of the search, and end.
 
         Of several draws it is the first. Where W&B refuses, `found.outcome` says so.

@@ -26,7 +26,7 @@ FORMAT = 4
 _ROUNDS = 5
 
 
-class Entry(Record):
+class BoardEntry(Record):
     """A cell on the leaderboard, with its provenance; who published it, and when (UTC)."""
 
     cell: CellRecord
@@ -38,7 +38,7 @@ class Entry(Record):
         """Of two entries that hold the same the larger stays: complete, then newer."""
         return (self.cell.is_complete, self.at, content_digest(self))
 
-    def gives_way_to(self, other: Entry) -> bool:
+    def gives_way_to(self, other: BoardEntry) -> bool:
         """Whether another entry shows all that this one does, and is the one to stay."""
         if not other.cell.holds(self.cell):
             return False
@@ -55,7 +55,7 @@ class Board(Record):
     """
 
     format: int = 1
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[BoardEntry, ...] = ()
     holds: tuple[str, ...] = ()
 
     @property
@@ -66,7 +66,7 @@ class Board(Record):
 
 def merge(boards: Iterable[Board]) -> Board:
     """Merge versions; the result does not depend on their order."""
-    views: dict[object, list[Entry]] = {}
+    views: dict[object, list[BoardEntry]] = {}
     holds: set[str] = set()
     for board in boards:
         holds |= set(board.holds)
@@ -123,7 +123,7 @@ def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board,
     """
     at = datetime.now(UTC).isoformat(timespec="seconds")
     by = backend.user()
-    mine = [Entry(cell=cell, by=by, at=at) for cell in cells]
+    mine = [BoardEntry(cell=cell, by=by, at=at) for cell in cells]
     location = ""
     for _ in range(_ROUNDS):
         there, heads = read_board(backend)

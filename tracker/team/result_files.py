@@ -27,7 +27,7 @@ from tracker.views import View
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.benchmarks.results import Known
+    from tracker.benchmarks.results import Judged
     from tracker.benchmarks.tasks import LmEvalBenchmark
 
 
@@ -256,13 +256,13 @@ def _source(model: ModelIdentity) -> ModelSource:
     return find_model(model.source, model.revision, json.dumps(inside) if inside else None)
 
 
-def _known(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], Known]:
+def _known(rows: Sequence[Mapping[Any, Any]]) -> dict[tuple[str, int], Judged]:
     """Turn outcomes of one model into what lm-eval asks for: document → answers."""
-    from tracker.benchmarks.results import Known
+    from tracker.benchmarks.results import Judged
 
     metrics = {name for row in rows for name in row if name.startswith(METRIC)}
     return {
-        (row["task"], int(row["doc"])): Known(
+        (row["task"], int(row["doc"])): Judged(
             row["loglikelihoods"],
             row["greedy"],
             row.get("text"),

@@ -21,7 +21,7 @@ from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, Silent
 from tracker.pruning.asked import SearchRequest, search_request
-from tracker.pruning.cells import Cell, Lender
+from tracker.pruning.cells import Lender, OpenCell
 
 LAYERS = 5
 DOCUMENTS = 8
@@ -111,6 +111,8 @@ def truth(ask: Callable[..., SearchRequest], one_thread: None) -> Truth:
 
 
 @pytest.fixture(scope="module")
-def cell(ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None) -> Cell:
+def cell(
+    ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None
+) -> OpenCell:
     (request,) = ask(strategy="accuracy", remove=3).calibration()
-    return Cell(request, lend())
+    return OpenCell(request, lend())

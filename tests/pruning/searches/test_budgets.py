@@ -14,7 +14,7 @@ from tracker.errors import ExperimentError
 from tracker.pruning import timing
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.budgets import Budget, amount, budget
-from tracker.pruning.cells import Cell, Lender
+from tracker.pruning.cells import Lender, OpenCell
 from tracker.pruning.planning import _Counted
 from tracker.pruning.scores import Scores
 from tracker.pruning.search import budget_of
@@ -159,7 +159,7 @@ def test_a_layer_s_time_is_its_own(
 
 
 def test_another_budget_of_one_shot_scores_measures_nothing(
-    cell: Cell, monkeypatch: pytest.MonkeyPatch
+    cell: OpenCell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def steps(count: int, strategy: str) -> list[int | None]:
         within = Budget((1.0,) * LAYERS, count)
@@ -167,7 +167,7 @@ def test_another_budget_of_one_shot_scores_measures_nothing(
         return [step.layer for step in STRATEGIES[strategy](search)]
 
     one = {name: steps(1, name) for name in ("gold_logprob_oneshot", "cosine_oneshot")}
-    monkeypatch.setattr(Cell, "opened", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(OpenCell, "opened", lambda *given: pytest.fail("measured"))
     for name, first in one.items():
         more = steps(4, name)
         assert more[:1] == first

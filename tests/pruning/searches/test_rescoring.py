@@ -13,7 +13,7 @@ from tracker.extent import random_order
 from tracker.metrics.races import Race
 from tracker.pruning.asked import SearchRequest
 from tracker.pruning.budgets import Budget
-from tracker.pruning.cells import Cell, Lender
+from tracker.pruning.cells import Lender, OpenCell
 from tracker.pruning.rescoring import BATCH, QUESTION
 from tracker.pruning.scores import Losses, Scores
 from tracker.pruning.strategies import STRATEGIES, Search
@@ -70,7 +70,7 @@ def test_a_lazy_search_overlooks_what_became_cheaper() -> None:
     assert chosen(Known(cost), "lazy", 2) == [0, 1]
 
 
-def test_a_lazy_search_of_a_model(cell: Cell) -> None:
+def test_a_lazy_search_of_a_model(cell: OpenCell) -> None:
     """With less than a batch of candidates it is the full one, and asks no more."""
 
     def run(rescoring: str) -> tuple[list[int | None], Scores]:
@@ -86,13 +86,13 @@ def test_a_lazy_search_of_a_model(cell: Cell) -> None:
 @pytest.fixture(scope="module")
 def racing(
     ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None
-) -> Cell:
+) -> OpenCell:
     asked = ask(strategy="accuracy", remove=2, benchmark="copa", rescoring="race", sample=None)
     (request,) = asked.calibration()
-    return Cell(request, lend())
+    return OpenCell(request, lend())
 
 
-def test_a_race_leaves_the_best_of_what_all_documents_say(racing: Cell) -> None:
+def test_a_race_leaves_the_best_of_what_all_documents_say(racing: OpenCell) -> None:
     scores = Scores([racing], "layer", LAYERS)
     search = Search(scores, Budget((1.0,) * LAYERS, 2), rescoring="race")
     steps = list(STRATEGIES["accuracy"](search))
@@ -129,7 +129,7 @@ def test_a_race_leaves_the_best_of_what_all_documents_say(racing: Cell) -> None:
     assert cost.seconds
 
 
-def _order(cell: Cell) -> list[int]:
+def _order(cell: OpenCell) -> list[int]:
     """The random order of the race's documents."""
     return random_order(cell.request.seed, "copa", cell.documents["copa"])
 
@@ -143,7 +143,7 @@ def test_several_benchmarks_count_alike(
     cells = []
     for benchmark, sample in sizes.items():
         asked = ask(strategy="accuracy", remove=2, benchmark=benchmark, sample=sample)
-        cells.append(Cell(asked.calibration()[0], lender))
+        cells.append(OpenCell(asked.calibration()[0], lender))
     both = Scores(cells, "layer", LAYERS)
     sets = [(n,) for n in range(LAYERS)]
     alone = [Scores([cell], "layer", LAYERS) for cell in cells]

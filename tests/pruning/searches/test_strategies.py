@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.engine.truth import exported, layers_of
 from tracker.pruning import strategies
 from tracker.pruning.budgets import Budget
-from tracker.pruning.cells import Cell
+from tracker.pruning.cells import OpenCell
 from tracker.pruning.scores import Losses, Scores
 from tracker.pruning.strategies import STRATEGIES, Search
 from tracker.searched import PruneStep
@@ -24,7 +24,7 @@ WITHIN = Budget((1.0,) * LAYERS, GO)
 Set = tuple[int, ...]
 
 
-def run(cell: Cell, strategy: str, **more: object) -> list[PruneStep]:
+def run(cell: OpenCell, strategy: str, **more: object) -> list[PruneStep]:
     scores = Scores([cell], "layer", LAYERS)
     return list(STRATEGIES[strategy](Search(scores, WITHIN, **more)))  # type: ignore[arg-type]
 
@@ -34,7 +34,7 @@ def grown(removed: Set) -> list[Set]:
 
 
 @pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
-def test_greedy_is_that_of_really_pruned_models(cell: Cell, truth: Truth, by: str) -> None:
+def test_greedy_is_that_of_really_pruned_models(cell: OpenCell, truth: Truth, by: str) -> None:
     removed: Set = ()
     for step in run(cell, by):
         candidates = sorted(grown(removed), key=lambda each: truth.key(by, each))
@@ -49,12 +49,12 @@ def test_greedy_is_that_of_really_pruned_models(cell: Cell, truth: Truth, by: st
 
 
 @pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
-def test_one_shot_is_a_sort(cell: Cell, truth: Truth, by: str) -> None:
+def test_one_shot_is_a_sort(cell: OpenCell, truth: Truth, by: str) -> None:
     order = sorted(range(LAYERS), key=lambda n: truth.key(by, (n,)))
     assert [step.layer for step in run(cell, f"{by}_oneshot")] == order[:GO]
 
 
-def test_a_beam_keeps_the_best_of_all_that_grow(cell: Cell, truth: Truth) -> None:
+def test_a_beam_keeps_the_best_of_all_that_grow(cell: OpenCell, truth: Truth) -> None:
     kept: list[Set] = [()]
     for _ in range(GO):
         sets = {each for one in kept for each in grown(one)}
@@ -65,7 +65,7 @@ def test_a_beam_keeps_the_best_of_all_that_grow(cell: Cell, truth: Truth) -> Non
         assert set(before.removed) < set(after.removed)
 
 
-def test_evolution_finds_the_best_of_few_sets(cell: Cell, truth: Truth) -> None:
+def test_evolution_finds_the_best_of_few_sets(cell: OpenCell, truth: Truth) -> None:
     """There are ten sets of three, and sixteen are drawn at first."""
     best = min(combinations(range(LAYERS), GO), key=lambda each: truth.key("accuracy", each))
     (step,) = run(cell, "evolutionary")
@@ -206,7 +206,9 @@ def gates(model: object, truth: Truth, left: list[int]) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("name", ["cosine", "relative_update", "perplexity", "taylor"])
-def test_proxies_are_those_of_the_model_that_is_left(cell: Cell, truth: Truth, name: str) -> None:
+def test_proxies_are_those_of_the_model_that_is_left(
+    cell: OpenCell, truth: Truth, name: str
+) -> None:
     removed: Set = ()
     for step in run(cell, name)[:2]:
         expected = naive_proxy(name, truth, removed)
@@ -223,7 +225,7 @@ def test_proxies_are_those_of_the_model_that_is_left(cell: Cell, truth: Truth, n
     assert [step.layer for step in run(cell, f"{name}_oneshot")] == order[:GO]
 
 
-def test_the_stretch_that_turns_least_goes(cell: Cell, truth: Truth) -> None:
+def test_the_stretch_that_turns_least_goes(cell: OpenCell, truth: Truth) -> None:
     angles = turned(
         truth.model.model, truth, lambda b, a: torch.arccos(cosine(b, a).clamp(-1, 1)) / torch.pi
     )
@@ -236,13 +238,13 @@ def test_the_stretch_that_turns_least_goes(cell: Cell, truth: Truth) -> None:
         assert step.score == pytest.approx(found[first], rel=1e-3)
 
 
-def test_the_last_layers_go_but_for_the_very_last(cell: Cell) -> None:
+def test_the_last_layers_go_but_for_the_very_last(cell: OpenCell) -> None:
     steps = run(cell, "last")
     assert [step.layer for step in steps] == [LAYERS - 2, LAYERS - 3, LAYERS - 4]
     assert steps[0].reasons["score"] == "the strategy looks at no document"
 
 
-def test_random_is_the_same_for_a_seed_and_another_for_each_draw(cell: Cell) -> None:
+def test_random_is_the_same_for_a_seed_and_another_for_each_draw(cell: OpenCell) -> None:
     orders = {
         tuple(step.layer for step in run(cell, "random", seed=seed, draw=draw))
         for seed in (1, 2)

@@ -16,7 +16,7 @@ from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
-from tracker.pruning.cells import Cell, _drawn
+from tracker.pruning.cells import OpenCell, _drawn
 
 FIRST, LATER = Ablation((0, 1)), Ablation((1, 2))
 
@@ -38,7 +38,7 @@ def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     (request,) = ask(model=str(folder), strategy="accuracy", remove=3).calibration()
-    cell = Cell(request, lend(tmp_path / "results"))
+    cell = OpenCell(request, lend(tmp_path / "results"))
     cell.measure([FIRST])
     cell.measure([LATER])
 

@@ -16,7 +16,7 @@ from tracker.ledger.observations import Arrays
 from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.ledger.tables import OUTER
 from tracker.measuring.observing import Observe, Observed
-from tracker.metrics.budgets import Measure
+from tracker.metrics.budgets import LayerMeasure
 from tracker.metrics.correlation import Correlation, correlate, row_coefficients
 from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
 from tracker.records import CellRecord
@@ -72,7 +72,7 @@ def passes(proxy: str, layers: int, shared: bool) -> float:
 
 
 @dataclass(frozen=True)
-class Found:
+class Ordering:
     """How well a proxy orders the layers of one benchmark.
 
     Attributes:
@@ -102,16 +102,16 @@ class Audited:
         ablations = [cell.outcomes.ablation(run) for run in runs]
         total = subject.record.model.layers
         price = passes(DROP, total, shared=True)
-        self.drop = Measure(cell.drops(ablations), cell.weights, price)
+        self.drop = LayerMeasure(cell.drops(ablations), cell.weights, price)
         self.tasks = cell.tasks
         self.strata = cell.strata
         self.inner = [i for i, at in enumerate(self.layers) if OUTER <= at < total - OUTER]
         self.measures = {
-            name: Measure(values[:, self.layers], weighed, passes(name, total, shared=True))
+            name: LayerMeasure(values[:, self.layers], weighed, passes(name, total, shared=True))
             for name, values, weighed in self._proxies(cell, observed)
         }
         lost = cell.gold_drops(ablations)
-        self.measures["gold_logprob_drop"] = Measure(lost, cell.plain_weights, price)
+        self.measures["gold_logprob_drop"] = LayerMeasure(lost, cell.plain_weights, price)
 
     def _proxies(self, cell: ByDocument, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
         """Each proxy of every layer of the model: a mean a document, and what it weighs."""
@@ -144,11 +144,11 @@ class Audited:
         return resampled_means(each.values, RESAMPLES, SEED, self.strata, each.weights)
 
     @cached_property
-    def found(self) -> dict[str, Found]:
+    def found(self) -> dict[str, Ordering]:
         """How well each proxy orders the layers."""
         return {name: self._found(name) for name in NAMES}
 
-    def _found(self, name: str) -> Found:
+    def _found(self, name: str) -> Ordering:
         x, y = self.measures[name].means(), self.drop.means()
         drawn = self.drawn(name)
         spearman = correlate(
@@ -159,14 +159,14 @@ class Audited:
             if why.startswith("the proxy is undefined"):
                 why = _NO_NUMBER.get(name, "a hidden state or a logit is not finite")
             nothing = np.full(RESAMPLES, np.nan)
-            return Found(
+            return Ordering(
                 Correlation("spearman", None, None, None, None, len(x), why),
                 None, None, None, nothing,
             )  # fmt: skip
         rows = row_coefficients(drawn, self.drawn_drop, "spearman")
         inner = self._coefficient(x[self.inner], y[self.inner], "spearman")
         kendall, pearson = (self._coefficient(x, y, each) for each in ("kendall", "pearson"))
-        return Found(spearman, inner, kendall, pearson, rows)
+        return Ordering(spearman, inner, kendall, pearson, rows)
 
     @staticmethod
     def _coefficient(x: Array, y: Array, name: str) -> float | None:

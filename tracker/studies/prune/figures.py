@@ -35,7 +35,7 @@ class Way(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pruning:
+class Choices:
     """What one way chose for one benchmark, once a draw.
 
     Attributes:
@@ -97,7 +97,7 @@ class Compared:
     n: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)
     at_chance: dict[str, str] = field(default_factory=dict)
-    found: dict[tuple[Way, str], Pruning] = field(default_factory=dict)
+    found: dict[tuple[Way, str], Choices] = field(default_factory=dict)
     failed: dict[tuple[Way, str], str] = field(default_factory=dict)
 
     @cached_property

@@ -10,7 +10,7 @@ from tracker.pruning.conduct import Pursued
 from tracker.records import CellRecord
 from tracker.reporting.formats import points
 from tracker.searched import PruneRecord
-from tracker.studies.prune.figures import OWN, TASKS, TEXT, Compared, Pruning, Way
+from tracker.studies.prune.figures import OWN, TASKS, TEXT, Choices, Compared, Way
 
 
 def compared(pursued: Pursued, text: str | None) -> list[Compared]:
@@ -32,7 +32,7 @@ def compared(pursued: Pursued, text: str | None) -> list[Compared]:
                 group.at_chance[name] = why
         places.setdefault((key, _way(asked, text), name), []).append(number)
     for (key, way, name), numbers in places.items():
-        groups[key].found[way, name] = Pruning(
+        groups[key].found[way, name] = Choices(
             tuple(pursued.records[n] for n in numbers), tuple(pursued.tests[n] for n in numbers)
         )
     for asked, why in pursued.failed.items():

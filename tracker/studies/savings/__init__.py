@@ -18,7 +18,7 @@ from tracker.studies.savings.charts import passes_chart
 from tracker.studies.savings.figures import (
     ORDERS,
     Hardest,
-    Measured,
+    MeasuredDocuments,
     Replayed,
     hardest,
     measured,
@@ -138,7 +138,7 @@ def _unusable(subject: Subject) -> str:
     return ""
 
 
-def _answer(cell: Measured, found: Sequence[Replayed]) -> str:
+def _answer(cell: MeasuredDocuments, found: Sequence[Replayed]) -> str:
     parts = [f"{one.asked}: {_share(one, 0.5)} ({_share(one, 0.9)})" for one in found]
     said = (
         f"{cell.title}, {extent(cell)}, {len(cell.runs)} runs: what each question "
@@ -159,7 +159,7 @@ def _share(one: Replayed, part: float) -> str:
     return f"{points(share)} %" if defined(share) else "open"
 
 
-def _bounded(cell: Measured, found: Sequence[Replayed], bounds: Sequence[Hardest]) -> str:
+def _bounded(cell: MeasuredDocuments, found: Sequence[Replayed], bounds: Sequence[Hardest]) -> str:
     """Say what bounds the dearest question."""
     # Of those that are open after all that are measured, the one that needs the most.
     one, bound = max(

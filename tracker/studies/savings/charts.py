@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from tracker.findings import Line, LineChart
-from tracker.studies.savings.figures import ORDERS, Measured, Replayed
+from tracker.studies.savings.figures import ORDERS, MeasuredDocuments, Replayed
 
 _PLACES = tuple(range(0, 101, 2))
 
 
-def passes_chart(cell: Measured, found: Sequence[Replayed]) -> LineChart:
+def passes_chart(cell: MeasuredDocuments, found: Sequence[Replayed]) -> LineChart:
     """Draw in how many orders each question is answered by which share of the layer passes."""
 
     def line(one: Replayed) -> Line:

@@ -36,7 +36,7 @@ _AT_ONCE = 20
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredDocuments:
     """The documents of a cell that are measured under all runs.
 
     Attributes:
@@ -82,7 +82,7 @@ class Measured:
         return found
 
 
-def measured(subject: Subject) -> Measured:
+def measured(subject: Subject) -> MeasuredDocuments:
     """Take a cell's outcomes."""
     cell = ByDocument(subject)
     runs = cell.outcomes.runs
@@ -90,7 +90,7 @@ def measured(subject: Subject) -> Measured:
     scale = cell.weights * len(cell.tasks)
     layers = subject.record.model.layers
     passes = passes_of(ablations, layers)
-    return Measured(
+    return MeasuredDocuments(
         subject.record.title,
         tuple(runs),
         cell.drops(ablations) * scale[:, None],
@@ -142,7 +142,7 @@ class Replayed:
     wrong: Mask
 
 
-def replayed(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> Replayed:
+def replayed(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]) -> Replayed:
     """Race through a cell's documents in each of some orders `[orders, documents]`.
 
     A look follows every block, and runs whose part is settled take no further part: what a `Race`
@@ -164,7 +164,7 @@ def most(shares: Array, of: float) -> float:
 _Races = tuple[Array, Array, Mask, Mask]
 
 
-def _set(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
+def _set(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]) -> _Races:
     assert asked.count is not None
     values = cell.drops if asked.kind == "top" else -cell.drops
     documents, runs = values.shape
@@ -193,7 +193,7 @@ def _set(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
     return looked, passed, answered, wrong
 
 
-def _single_means(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
+def _single_means(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]) -> _Races:
     parts = [
         _some_single_means(cell, asked, orders[start : start + _AT_ONCE])
         for start in range(0, len(orders), _AT_ONCE)
@@ -202,7 +202,9 @@ def _single_means(cell: Measured, asked: Question, orders: NDArray[np.int64]) ->
     return looked, passed, answered, wrong
 
 
-def _some_single_means(cell: Measured, asked: Question, orders: NDArray[np.int64]) -> _Races:
+def _some_single_means(
+    cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]
+) -> _Races:
     """Race in several orders side by side: each mean is a series in each order."""
     documents, runs = cell.drops.shape
     bounds = MeanSequences(
@@ -260,7 +262,7 @@ class Hardest:
     documents: Estimate
 
 
-def hardest(cell: Measured, asked: Question) -> Hardest:
+def hardest(cell: MeasuredDocuments, asked: Question) -> Hardest:
     """Find what bounds a question's cost."""
     drops, chance, runs = cell.drops, 1 - asked.level, cell.drops.shape[1]
     means, sds = drops.mean(axis=0), drops.std(axis=0)

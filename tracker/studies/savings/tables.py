@@ -7,15 +7,22 @@ from collections.abc import Sequence
 from tracker.findings import FoundTable
 from tracker.reporting.formats import points
 from tracker.studies.layout import entry, estimated, table
-from tracker.studies.savings.figures import ORDERS, POWER, Hardest, Measured, Replayed, most
+from tracker.studies.savings.figures import (
+    ORDERS,
+    POWER,
+    Hardest,
+    MeasuredDocuments,
+    Replayed,
+    most,
+)
 
 
-def times(cell: Measured, one: Replayed) -> float:
+def times(cell: MeasuredDocuments, one: Replayed) -> float:
     """How many times fewer layer passes than lm-eval once for the baseline and each run."""
     return cell.plain / cell.everything / most(one.passes, 0.5)
 
 
-def extent(cell: Measured) -> str:
+def extent(cell: MeasuredDocuments) -> str:
     """Say which documents were raced through, such as `320 of 10,042 documents`."""
     measured = f"{len(cell.drops):,} of " if len(cell.drops) < cell.population else ""
     return f"{measured}{cell.population:,} documents"
@@ -29,7 +36,7 @@ def named(bound: Hardest) -> str:
     return f"{names[0]}, to be known by {_fine(bound.distance)} pp"
 
 
-def _ended(cell: Measured) -> str:
+def _ended(cell: MeasuredDocuments) -> str:
     return f"open after all {len(cell.drops):,} that are measured"
 
 
@@ -38,7 +45,7 @@ def _fine(distance: float) -> str:
     return f"{100 * distance:.2g}"
 
 
-def savings_table(cell: Measured, found: Sequence[Replayed]) -> FoundTable:
+def savings_table(cell: MeasuredDocuments, found: Sequence[Replayed]) -> FoundTable:
     """List what each question took."""
     ended = _ended(cell)
     rows = [
@@ -82,7 +89,7 @@ def savings_table(cell: Measured, found: Sequence[Replayed]) -> FoundTable:
 
 
 def bounds_table(
-    cell: Measured, found: Sequence[Replayed], bounds: Sequence[Hardest]
+    cell: MeasuredDocuments, found: Sequence[Replayed], bounds: Sequence[Hardest]
 ) -> FoundTable:
     """List what bounds each question."""
     ended = _ended(cell)

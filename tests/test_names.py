@@ -1,0 +1,22 @@
+"""One name for one thing: what a reader finds under a name is what the name always means."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import tracker
+
+PACKAGE = Path(tracker.__file__).parent
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    """Was: three `Asked`, three `Measured`. A study's class is named by its folder, as `Prune`."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].append(str(path.relative_to(PACKAGE)))
+    assert len(found) > 200
+    assert {name: where for name, where in found.items() if len(where) > 1} == {}
