@@ -194,14 +194,12 @@ class Paired:
         n: Layers.
         p_value: Of Wilcoxon's signed-rank test, two-sided: layers are taken as independent.
         block_p: The same statistic against signs that change together in blocks of layers.
-        smallest_p: The smallest that `block_p` can be with so many layers.
     """
 
     larger: int
     n: int
     p_value: float
     block_p: float
-    smallest_p: float
 
 
 def compared(one: Array, other: Array) -> Paired:
@@ -228,10 +226,9 @@ def compared(one: Array, other: Array) -> Paired:
     difference = np.round(one - other, 12)
     n = len(difference)
     blocks = -(-n // BLOCK)
-    smallest = 2.0 ** (1 - blocks)
     larger = int((difference > 0).sum())
     if not difference.any():
-        return Paired(larger, n, 1.0, 1.0, smallest)
+        return Paired(larger, n, 1.0, 1.0)
     p_value = float(stats.wilcoxon(difference).pvalue)
     kept = difference != 0
     ranks = np.zeros(n)
@@ -245,4 +242,4 @@ def compared(one: Array, other: Array) -> Paired:
         signs, extra = np.random.default_rng(0).choice((-1, 1), size=(DRAWS, blocks)), 1
     sums = np.abs(signs @ adds)
     as_far = int((sums >= abs(adds.sum()) - _EPS).sum())
-    return Paired(larger, n, p_value, (as_far + extra) / (len(signs) + extra), smallest)
+    return Paired(larger, n, p_value, (as_far + extra) / (len(signs) + extra))
