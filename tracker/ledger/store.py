@@ -147,7 +147,8 @@ class Ledger:
         found = Contents()
         for cell in self.cells(found.damaged):
             found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
-            if cell.shards() and not cell.views.files():
+            # The views first: a finished cell may have thousands of shards.
+            if not cell.views.files() and cell.shards():
                 found.unfinished.append(cell)
         found.findings.extend(findings(self.root, found.damaged))
         found.searches.extend(searches(self.root, found.damaged))

@@ -108,7 +108,10 @@ def _chosen(
 ) -> list[CellStore]:
     """Find the cells of some models and benchmarks; RequestError for a name that is none's."""
     if not stores:
-        raise RequestError("there is no finished cell yet; tracker run EXPERIMENT.yaml")
+        raise RequestError(
+            "there is no finished cell yet; tracker run EXPERIMENT.yaml begins one, or goes on "
+            "with it"
+        )
     typed = {name for store in stores for name in _names(store)}
     known = {store.identity.benchmark.name for store in stores}
     for what, asked, there in (("model", models, typed), ("benchmark", benchmarks, known)):
