@@ -216,6 +216,9 @@ def test_ls_names_what_was_begun_and_not_finished(cli, tmp_path):
     assert found.exit_code == 0
     assert f"unfinished: {requests.parent}: 6 documents; its run goes" in found.output
     refused(cli("report", "--results", root), "no finished cell", "goes on with it")
+    synced = cli("sync", "--results", root)
+    assert (synced.exit_code, synced.output.splitlines()[0]) == (0, "published: 0 cells")
+    assert f"not published yet: {requests.parent}: its run goes on" in synced.output
     finished = faults.make(tmp_path / "finished")
     for command in (("report", "--output", tmp_path / "both.html"), ("leaderboard",)):
         found = cli(*command, root, finished)

@@ -18,7 +18,7 @@ from tracker.config import CellRequest
 from tracker.decided import PRIVATE
 from tracker.errors import TrackerError
 from tracker.ledger.cells import CellStore
-from tracker.ledger.store import Ledger
+from tracker.ledger.store import UNFINISHED, Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.provenance import content_hash
@@ -313,7 +313,8 @@ def sync(ledger: Ledger, to: Sequence[str], texts: bool = False) -> Synced:
     """
     ledger.create()
     contents = ledger.contents()
-    synced = Synced(failed=contents.damaged)
+    begun = [f"not published yet: {cell.folder}: {UNFINISHED}" for cell in contents.unfinished]
+    synced = Synced(failed=contents.damaged, notes=begun)
     publishers: dict[str, Publisher] = {}
     for store, asked in contents.views:
         project = asked.project
