@@ -7,9 +7,10 @@ import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path as FilePath
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from tracker.documents import Document, Request, Response
 from tracker.engine import attack as attacking
 from tracker.engine.attack import attack_longer, most_sharing, reachable
 from tracker.engine.crossing import FIRST, crossing_calls
-from tracker.engine.cutting import _alike, as_cut
+from tracker.engine.cutting import _alike, _handing_on, as_cut
 from tracker.engine.habits import STEPS, Findings, Path
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
@@ -288,15 +289,55 @@ class TestAttack:
         assert (verdict.stay, verdict.attacked) == (False, "a miniature")
         assert torch.get_num_threads() == threads
 
-    def test_every_request_of_some_ablations_and_a_few_of_the_others(self, tiny_model) -> None:
-        """Both ways round; two ablations are all that there is, and are asked everything."""
+    def test_every_answer_of_the_baseline_and_a_few_of_each_ablation(self, tiny_model) -> None:
+        """Both ways round; the fewer ablations there are, the more each is asked."""
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         everything = attack(engine, [INTACT]).compared
         assert everything > 50
         assert attack(engine, ABLATIONS[:2]).compared == 2 * everything
-        many = [*ABLATIONS, *(ablate(part, [n]) for part in ("mlp", "attention") for n in range(4))]
-        # Of thirteen, each second one is asked everything, and the others four requests.
-        assert attack(engine, many).compared == 7 * everything + 6 * 2 * 4
+        parts = [
+            ablate(part, some)
+            for part in ("layer", "mlp", "attention")
+            for count in (1, 2, 3)
+            for some in combinations(range(4), count)
+        ]
+        assert len(parts) == 42
+        for ablations, each in ((parts[:15], 128 // 16), (parts, 4)):
+            found = attack(engine, [INTACT, *ablations]).compared
+            assert found == everything + 2 * each * len(ablations)
+
+    def test_rows_have_all_threads_and_single_texts_one(self, tiny_model, monkeypatch) -> None:
+        threads: dict[str, set[int]] = {"score": set(), "read": set()}
+        for name, seen in threads.items():
+            honest = getattr(Engine, name)
+
+            def noted(*given, honest=honest, seen=seen):
+                seen.add(torch.get_num_threads())
+                return honest(*given)
+
+            monkeypatch.setattr(Engine, name, noted)
+        torch.set_num_threads(2)
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        attack(engine, ABLATIONS)
+        attack_longer(engine, ABLATIONS, Verdict(FULL, None, 0.0, 0), (64, 64, 64), False)
+        assert threads == {"score": {2}, "read": {1}}
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
+        attack(engine, ABLATIONS[:2])
+        assert threads["read"] == {1, 2}
+
+    def test_one_copy_without_each_ablation_says_what_it_is_and_what_is_right(
+        self, tiny_model, monkeypatch
+    ) -> None:
+        made = []
+        honest = Engine.without
+        monkeypatch.setattr(
+            Engine, "without", lambda engine, of: made.append(of) or honest(engine, of)
+        )
+        ablations = [INTACT, *(ablate("layer", [n]) for n in range(4))]
+        attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ablations)
+        # Two more of the whole are asked longer and shorter texts, in one layers stand still.
+        assert Counter(made) == {INTACT: 4, **dict.fromkeys(ablations[1:], 1)}
 
     def test_a_model_without_a_miniature_is_attacked_itself(self, tiny_model, monkeypatch) -> None:
         monkeypatch.setattr("tracker.engine.attack.miniature", lambda model: None)
@@ -317,7 +358,7 @@ class TestAttack:
             "no miniature of the model can be built on which sharing over tokens could be proven"
         )
         # No length is believed of it anyway.
-        assert attack_longer(engine, ABLATIONS, verdict, (256, 192), False) is verdict
+        assert attack_longer(engine, ABLATIONS, verdict, (256, 192, 256), False) is verdict
 
     def test_what_stands_in_for_its_layers_is_made_up(self, tiny_model, monkeypatch) -> None:
         """It is fitted later, on a model whose habits are known."""
@@ -474,7 +515,7 @@ class TestMiniatures:
     ) -> None:
         engine = Engine(loaded(tiny_model("mistral")), 2048)
         verdict = attack(engine, ABLATIONS, (("sliding_window",),), blank)
-        attack_longer(engine, ABLATIONS, verdict, (128, 77), blank)
+        attack_longer(engine, ABLATIONS, verdict, (128, 77, 128), blank)
         assert len(watched.engines) == 3
         for made in watched.engines:
             zero = ~made.loaded.model.get_input_embeddings().weight.any(-1)
@@ -485,13 +526,14 @@ class TestMiniatures:
 
     def test_longer_texts_come_in_rows_as_the_cell_has_them(self, tiny_model, watched) -> None:
         engine = Engine(loaded(tiny_model("llama")), 2048)
-        attack_longer(engine, ABLATIONS, Verdict(FULL, None, 0.0, 0), (300, 77), False)
+        attack_longer(engine, ABLATIONS, Verdict(FULL, None, 0.0, 0), (300, 77, 300), False)
         (made,), (asked,) = watched.engines, watched.asked
         assert (made.max_length, made.row_tokens) == (300, 77)
-        # The intact model answers all that is asked, one other a part.
+        # The intact model answers all that is asked, one other a part: of each call one.
         answered = Counter(number for number, *_ in asked)
         assert answered[0] > answered[1] == 4
         assert len(answered) == 2
+        assert [call for number, call, *_ in asked if number] == [0, 1, 2, 3]
 
     def test_one_copy_is_asked_longer_and_longer_texts_and_another_shorter_ones(
         self, tiny_model, monkeypatch, watched
@@ -596,6 +638,19 @@ class TestMiniatures:
         assert verdict == Verdict(
             FULL, None, 1e-5, 150, 1, ((window, False),), (), tuple(sorted(places))
         )
+
+    def test_each_ablation_is_asked_in_every_call(self, tiny_model, watched) -> None:
+        """Branches, both sides of a threshold, and two kept beginnings."""
+        parts = [
+            ablate("layer", some) for count in (1, 2, 3) for some in combinations(range(4), count)
+        ]
+        attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [INTACT, *parts])
+        (asked,) = watched.asked
+        assert asked == sorted(asked)
+        for number in range(1, len(parts) + 1):
+            calls = Counter(call for of, call, *_ in asked if of == number)
+            assert set(calls) == {0, 1, 2, 3}
+            assert max(calls.values()) - min(calls.values()) <= 1
 
     def test_the_same_is_asked_every_time(self, tiny_model, watched) -> None:
         """Also of the ablations of which only some requests are."""
@@ -722,7 +777,21 @@ class TestCut:
                     raise error or RefusalError(f"no such model {self.habits.stay:d}")
                 return honest(self, ablation)
 
+            def refusing(*_: Any) -> None:
+                raise error or RefusalError("no such model 1")
+
+            @contextmanager
+            def handing_on(engine: Engine, ablation: Ablation) -> Iterator[None]:
+                with _handing_on(engine, ablation):
+                    if 2 not in ablation.layers or True not in stay:
+                        yield
+                        return
+                    handle = engine.loaded.layers[2].register_forward_pre_hook(refusing)
+                    yield
+                    handle.remove()
+
             monkeypatch.setattr(Engine, "without", without)
+            monkeypatch.setattr("tracker.engine.cutting._handing_on", handing_on)
 
         return refuse
 
@@ -800,7 +869,7 @@ class TestCut:
         model = Elsewhere(tiny_model("llama").config).to(device).eval()
         engine = Engine(replace(loaded(model), device=device), MAX_LENGTH)
         ablations = [INTACT, ablate("layer", [0])]
-        verdict = as_cut(engine, ablations, Verdict(FULL, None, 0.0, 0), "Elsewhere")
+        verdict = as_cut(Truth(engine), ablations, Verdict(FULL, None, 0.0, 0), "Elsewhere")
         assert (verdict.sharing, verdict.stay) == (PLAIN, False)
 
     @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_what_the_model_reads_plainly_is_a_small_part():
         for document in documents
         for request in document.requests
     )
-    assert plain_tokens(documents, single_layers(range(30))) < 0.5 * tokens
+    assert plain_tokens(documents, single_layers(range(30)), MAX_LENGTH) < 0.5 * tokens
 
 
 @pytest.mark.parametrize(
@@ -402,8 +402,8 @@ def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document(tiny_mod
     documents = make_documents(3, shared=30)
     longest = max(row.tokens for each in documents for row in tree_rows([each], MAX_LENGTH, 1000))
     model = loaded(tiny_model("llama"))
-    assert reach(Engine(model, MAX_LENGTH, row_tokens=50), documents) == longest + 50
-    assert reach(Engine(model, MAX_LENGTH, row_tokens=10), documents) == longest + 30
+    assert reach(Engine(model, MAX_LENGTH, row_tokens=50), documents).row == longest + 50
+    assert reach(Engine(model, MAX_LENGTH, row_tokens=10), documents).row == longest + 30
 
 
 def test_the_shortest_of_the_documents_with_most_answers_are_confirmed():
@@ -445,20 +445,20 @@ def test_one_document_in_two_hundred_is_watched():
 
 def test_what_is_read_plainly_is_what_was_planned(tiny_model, monkeypatch):
     read, documents = [], make_documents(3)
-    honest = Engine.answer
+    honest = Engine.read
 
-    def counted(engine, request):
-        read.append(len(request.context) + len(request.continuation))
-        return honest(engine, request)
+    def counted(engine, tokens):
+        read.append(len(tokens))
+        return honest(engine, tokens)
 
-    monkeypatch.setattr(Engine, "answer", counted)
+    monkeypatch.setattr(Engine, "read", counted)
     engine = check(
         Engine(loaded(tiny_model("llama")), MAX_LENGTH), documents, ABLATIONS, Attacked()
     ).engine
     watched = watched_documents(documents)
     some = [d for d in documents if (d.task, d.index) in watched]
     list(watch(engine, engine.score(some, ABLATIONS), ABLATIONS, "seed"))
-    assert sum(read) == plain_tokens(documents, ABLATIONS)
+    assert sum(read) == plain_tokens(documents, ABLATIONS, MAX_LENGTH)
 
 
 def test_a_second_cell_finds_the_model_as_the_first_one_did(tiny_model):

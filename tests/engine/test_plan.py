@@ -80,7 +80,7 @@ def test_the_sweep_costs_what_was_said(tiny_model, shared: int) -> None:
     assert said.tokens == found["tokens"]
     assert said.layer_passes == found["sublayers"] / 2
     assert said.flops == pytest.approx(found["flops"], rel=0.005)
-    assert said.check_layer_passes == 4 * plain_tokens(documents, ABLATIONS)
+    assert said.check_layer_passes == 4 * plain_tokens(documents, ABLATIONS, MAX_LENGTH)
     assert found["flops"] > 0
 
 

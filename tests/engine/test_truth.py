@@ -51,25 +51,52 @@ def test_tokens_that_are_the_likeliest_are_counted(engine):
 
 
 def test_each_question_is_asked_once_and_one_copy_is_made_an_ablation(engine, monkeypatch):
-    asked, made = [], []
-    honest, answer = Engine.without, Engine.answer
+    read, made = [], []
+    honest, reading = Engine.without, Engine.read
 
-    def counted(*arguments):
-        asked.append(arguments)
-        return answer(*arguments)
+    def counted(engine, tokens):
+        read.append(tokens)
+        return reading(engine, tokens)
 
     def noted(self, ablation):
         made.append(ablation)
         return honest(self, ablation)
 
-    monkeypatch.setattr(Engine, "answer", counted)
+    monkeypatch.setattr(Engine, "read", counted)
     monkeypatch.setattr(Engine, "without", noted)
     truth = Truth(engine)
     for ablation in (INTACT, WITHOUT):
         for request in (REQUEST, Request((1, 2), (3,)), REQUEST):
             truth.answer(ablation, request)
-    assert len(asked) == 4
+    assert len(read) == 4
     assert made == [INTACT, WITHOUT]
+    truth.without(INTACT)
+    assert made == [INTACT, WITHOUT, INTACT]
+
+
+def test_of_a_miniature_every_copy_is_kept(engine):
+    truth = Truth(engine, miniature=True)
+    one, other = truth.without(INTACT), truth.without(WITHOUT)
+    assert truth.without(INTACT) is one
+    assert truth.without(WITHOUT) is other
+
+
+def test_answers_of_one_token_are_read_in_one_call(engine, monkeypatch):
+    """As lm-eval reads them: what precedes them is one text. Another model reads it anew."""
+    read = []
+    reading = Engine.read
+    monkeypatch.setattr(
+        Engine, "read", lambda engine, tokens: read.append(tokens) or reading(engine, tokens)
+    )
+    truth = Truth(engine)
+    context, letters = REQUEST.context, [Request(REQUEST.context, (n,)) for n in (3, 4, 5)]
+    long = Request(context, (3, 4))
+    for ablation in (INTACT, WITHOUT):
+        for request in (*letters, long):
+            alone = engine.without(ablation).answer(request)
+            read.pop()
+            assert truth.answer(ablation, request) == alone
+    assert read == 2 * [context, (*context, 3)]
 
 
 @pytest.mark.parametrize(
@@ -100,8 +127,8 @@ def test_a_difference_is_allowed_up_to_a_share_and_told_beyond(engine):
 
 @pytest.mark.parametrize("right", [math.nan, -math.inf])
 @pytest.mark.parametrize("ours", [math.nan, math.inf, -math.inf, -1.0])
-@pytest.mark.parametrize("proof", [False, True])
-def test_what_is_not_finite_equals_only_its_like(engine, right, ours, proof):
+@pytest.mark.parametrize("miniature", [False, True])
+def test_what_is_not_finite_equals_only_its_like(engine, right, ours, miniature):
     """A token that is never said is; NaN equals NaN but where something is to be proven."""
 
     def never_said(head, arguments, logits):
@@ -109,8 +136,8 @@ def test_what_is_not_finite_equals_only_its_like(engine, right, ours, proof):
         return logits
 
     engine.loaded.model.lm_head.register_forward_hook(never_said)
-    found = Truth(engine, proof).compare(ours, INTACT, REQUEST, 0.5, 0.01)
-    if ours == right or (math.isnan(ours) and math.isnan(right) and not proof):
+    found = Truth(engine, miniature).compare(ours, INTACT, REQUEST, 0.5, 0.01)
+    if ours == right or (math.isnan(ours) and math.isnan(right) and not miniature):
         assert found == Comparison(1)
     else:
         assert (found.compared, found.difference, found.unsteady) == (1, math.inf, 0)

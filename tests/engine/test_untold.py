@@ -166,7 +166,7 @@ def test_what_has_no_such_thing_shares_all() -> None:
 
 def test_texts_are_asked_on_both_sides_of_every_length() -> None:
     for longest in (96, 100, 256, 1024):
-        lengths, rows, wide, behind = reaching_calls(97, longest, 192, FULL)
+        lengths, rows, wide, behind = reaching_calls(97, longest, 192, longest, FULL)
         # Asked alone, a request takes a call as long as all of it but its last token.
         sides = [
             (len(d.requests[0].context), len(d.requests[1].context + d.requests[1].continuation))
@@ -180,31 +180,42 @@ def test_texts_are_asked_on_both_sides_of_every_length() -> None:
         assert row.tokens > 192 - 16
         assert int(row.positions.max()) < 24
         (alone,) = tree_rows(wide, longest, 192)
-        assert alone.tokens > 1.5 * longest
+        assert alone.tokens > 1.2 * longest
         for document in (*wide, *behind):
             assert all(len(r.context + r.continuation) <= longest for r in document.requests)
 
 
+def test_a_row_of_one_document_is_as_wide_as_a_cell_s() -> None:
+    for widest in (64, 300, 1000):
+        *_, wide, behind = reaching_calls(97, 128, 192, widest, FULL)
+        (alone,) = tree_rows(wide, 128, 192)
+        assert alone.tokens >= widest
+        assert int(alone.positions.max()) < 128
+        # Behind a kept beginning, rows are as full as without one.
+        rows = list(tree_rows(behind, 128, 192, 64))
+        assert max(row.tokens for row in rows) > 192 - 16
+
+
 def test_longer_texts_are_the_same_ones_every_time() -> None:
-    calls = reaching_calls(97, 256, 192, FULL)
-    assert calls == reaching_calls(97, 256, 192, FULL)
+    calls = reaching_calls(97, 256, 192, 256, FULL)
+    assert calls == reaching_calls(97, 256, 192, 256, FULL)
     # The first two tokens are special in many a vocabulary.
     tokens = {t for call in calls for d in call for r in d.requests for t in r.context}
     assert (min(tokens), max(tokens)) == (2, 96)
 
 
 def test_no_text_is_asked_for_what_nothing_shares() -> None:
-    lengths, rows, wide, behind = reaching_calls(97, 256, 192, FULL)
-    assert reaching_calls(97, 256, 192, NO_PREFIX) == [lengths, rows, wide]
-    assert reaching_calls(97, 256, 192, DEPTH_ONLY) == [lengths, rows]
+    lengths, rows, wide, behind = reaching_calls(97, 256, 192, 256, FULL)
+    assert reaching_calls(97, 256, 192, 256, NO_PREFIX) == [lengths, rows, wide]
+    assert reaching_calls(97, 256, 192, 256, DEPTH_ONLY) == [lengths, rows]
     assert len(common_beginning(behind, 256)) >= 128
-    assert [len(d.requests[0].context) - 128 for d in behind] == [63, 7]
+    assert [len(d.requests[0].context) - 128 for d in behind] == [63, 7, *[13] * 12]
     assert max(len(r.context + r.continuation) for d in behind for r in d.requests) == 256
 
 
 def test_no_block_is_without_a_document() -> None:
     for longest, nodes in ((4, 1), (8, 7), (9, 300)):
-        assert all(reaching_calls(97, longest, nodes, FULL))
+        assert all(reaching_calls(97, longest, nodes, longest, FULL))
 
 
 def test_one_text_of_more_nodes_than_the_model_has_places() -> None:

@@ -211,9 +211,12 @@ def test_a_layer_that_stays_returns_its_input_and_all_else_that_it_made(kind) ->
 
 def test_a_layer_that_stays_and_returns_one_thing_returns_its_input() -> None:
     layer = Writing(lambda several: several[0])
-    returning(layer, lambda state: state)
+    handles = returning(layer, lambda state: state)
     assert torch.equal(layer(HIDDEN.clone(), 3), HIDDEN)
     assert torch.equal(layer(hidden_states=HIDDEN.clone(), number=3), HIDDEN)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(layer(HIDDEN.clone(), 3), HIDDEN.exp())
 
 
 @pytest.mark.parametrize(("part", "last"), [("self_attn", "o_proj"), ("mlp", "down_proj")])

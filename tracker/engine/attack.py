@@ -12,8 +12,9 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -45,9 +46,10 @@ WAYS = (
 """From the most sharing to the least, with what is lost where it is not exact."""
 TOLERANCE = 2e-4, 1e-5
 """Nats, and share of itself, by which an answer of a miniature may differ."""
-WHOLE = 6
-"""Ablations besides the baseline that are compared on every text; the others on `SOME`."""
+ANSWERS = 128
+"""How many answers are compared besides the baseline's, which are all."""
 SOME = 4
+"""How many of each ablation at least."""
 OFTEN = 0.02
 """Share of answers at a discontinuity of the model from which sharing is left alone."""
 ROW_TOKENS = 40
@@ -63,7 +65,7 @@ def attack_key(
     model: Any,
     ablations: Sequence[Ablation],
     paths: Sequence[Path],
-    rows: tuple[int, int] | None,
+    rows: tuple[int, int, int] | None,
     blank: bool,
 ) -> str:
     """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
@@ -117,15 +119,14 @@ def attack(
     small = miniature(engine.loaded.model)
     if small is None:
         return _attack_itself(engine, ablations, name)
-    with _one_thread():
-        return _attack_small(engine, small, ablations, paths, blank, name)
+    return _attack_small(engine, small, ablations, paths, blank, name)
 
 
 def attack_longer(
     engine: Engine,
     ablations: Sequence[Ablation],
     verdict: Verdict,
-    rows: tuple[int, int],
+    rows: tuple[int, int, int],
     blank: bool,
 ) -> Verdict:
     """Attack it with texts as long as a cell's: some count tokens that no number tells of.
@@ -134,7 +135,8 @@ def attack_longer(
         engine: The engine; no call has changed its model yet.
         ablations: All that will be removed, with the baseline.
         verdict: What short texts have shown.
-        rows: Up to how many tokens a text of the cell has, and nodes a row of several texts.
+        rows: Up to how many tokens a text of the cell has, and nodes a row of several texts, and
+            one document.
         blank: As for `attack`.
 
     Returns:
@@ -149,19 +151,18 @@ def attack_longer(
     small = miniature(model)
     if blank:
         _blank(small)
-    longest, nodes = rows
+    longest, nodes, widest = rows
     some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
     reached = min(longest, engine.max_length)
-    calls = reaching_calls(_vocabulary(small), reached, nodes, verdict.sharing)
-    asked = list(_asked(calls, some, 1, SOME))
-    with _one_thread():
-        made = _engine(engine, small, verdict, longest, nodes)
-        return _attacked(made, some, verdict, type(model).__name__, calls, asked)
+    calls = reaching_calls(_vocabulary(small), reached, nodes, widest, verdict.sharing)
+    asked = list(_asked(calls, some, SOME))
+    truth = Truth(_engine(engine, small, verdict, longest, nodes), miniature=True)
+    return _attacked(truth, some, verdict, type(model).__name__, calls, asked)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A second thread helps a miniature with long texts only, and where others compute it waits."""
+    """A second thread hardly helps a miniature with one text, and where others compute it waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -179,7 +180,8 @@ def _attack_small(
     name: str,
 ) -> Verdict:
     """Experiment with a miniature, and attack it with long windows and with short ones."""
-    found = find_habits(small, paths)
+    with _one_thread():
+        found = find_habits(small, paths)
     if not found.causal:
         raise CellError(
             f"{name} is not causal: what it says of a token depends on later tokens of the same "
@@ -199,14 +201,16 @@ def _attack_small(
     if blank:
         for each in models:
             _blank(each)
-    verdict = as_cut(
-        _engine(engine, small, verdict, MAX_LENGTH, ROW_TOKENS), ablations, verdict, name
-    )
+    truth = Truth(_engine(engine, small, verdict, MAX_LENGTH, ROW_TOKENS), miniature=True)
+    with _one_thread():
+        verdict = as_cut(truth, ablations, verdict, name)
     calls = crossing_calls(_vocabulary(small), min(MAX_LENGTH, engine.max_length))
-    asked = list(_asked(calls, ablations, WHOLE, SOME))
+    asked = list(_asked(calls, ablations, max(SOME, ANSWERS // len(ablations))))
     for each in models:
-        made = _engine(engine, each, verdict, MAX_LENGTH, ROW_TOKENS)
-        verdict = _attacked(made, ablations, verdict, name, calls, asked)
+        if each is not small or verdict.stay:
+            made = _engine(engine, each, verdict, MAX_LENGTH, ROW_TOKENS)
+            truth = Truth(made, miniature=True)
+        verdict = _attacked(truth, ablations, verdict, name, calls, asked)
     return verdict
 
 
@@ -247,29 +251,31 @@ def _attack_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> 
         lengths=(((), True),),
         attacked="the model",
     )
-    verdict = as_cut(engine, ablations, verdict, name)
+    verdict = as_cut(Truth(engine), ablations, verdict, name)
     habits = verdict.habits(engine.loaded.model)
     engine = replace(engine, habits=habits, stand_ins=_made_up(engine.loaded.layers))
     calls = [crossing_calls(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
-    asked = list(_asked(calls, ablations, whole=1, some=1))
-    return _attacked(engine, ablations, verdict, name, calls, asked)
+    asked = list(_asked(calls, ablations, 1))
+    return _attacked(Truth(engine), ablations, verdict, name, calls, asked)
 
 
 def _attacked(
-    engine: Engine,
+    truth: Truth,
     ablations: Sequence[Ablation],
     verdict: Verdict,
     name: str,
     calls: Sequence[Sequence[Document]],
     asked: Sequence[_Place],
 ) -> Verdict:
-    """Lower a verdict to what this model computes exactly."""
-    truth = Truth(engine, proof=verdict.attacked != "the model")
+    """Lower a verdict to what the truth's model computes exactly."""
+    engine = truth.engine
+    threads = _one_thread if truth.miniature else nullcontext
     if not truth.is_half:  # an accelerator need not add up in one order
-        _refuse_memory(engine, name, calls)
+        with threads():
+            _refuse_memory(engine, name, calls)
 
     def compare(sharing: Sharing) -> Comparison:
-        found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth)
+        found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth, threads)
         if sharing.calls and found.unsteady > OFTEN * found.compared:
             return replace(found, wrong="too often discontinuous")
         return found
@@ -356,20 +362,22 @@ def most_sharing(
 
 
 def _asked(
-    calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation], whole: int, some: int
+    calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation], some: int
 ) -> Iterator[_Place]:
-    """What is compared: of `whole` ablations every request, of each other `some`."""
+    """What is compared: every answer of the baseline, and `some` of each other ablation.
+
+    They are drawn from one call after the other, since each is made to break something else.
+    """
     every = [
-        (c, d, r)
-        for c, documents in enumerate(calls)
-        for d, document in enumerate(documents)
-        for r in range(len(document.requests))
+        [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]
+        for c, call in enumerate(calls)
     ]
     draw = random.Random(0)
-    step = max(1, len(ablations) // whole)
-    for number in range(len(ablations)):
-        chosen = every if number % step == 0 else draw.sample(every, some)
-        for place in chosen:
+    for number, ablation in enumerate(ablations):
+        drawn = zip_longest(*(draw.sample(places, len(places)) for places in every))
+        chosen = [place for places in drawn for place in places if place is not None]
+        # In order, so that answers to one text stand together.
+        for place in sorted(chosen if ablation == INTACT else chosen[:some]):
             yield (number, *place)
 
 
@@ -379,16 +387,18 @@ def _compared(
     ablations: Sequence[Ablation],
     asked: Sequence[_Place],
     truth: Truth,
+    threads: Callable[[], AbstractContextManager[None]],
 ) -> Comparison:
-    """Score all calls in order and then in reverse, and compare."""
+    """Score all calls in order and then in reverse, and compare; `threads` are for the truth."""
     found = Comparison()
     for step in (1, -1):
         scores = {
             c: engine.score(calls[c][::step], ablations)[::step] for c in range(len(calls))[::step]
         }
-        for number, c, d, r in asked:
-            ours = scores[c][d].responses[number][r].loglikelihood
-            found += truth.compare(ours, ablations[number], calls[c][d].requests[r], *TOLERANCE)
-            if found.wrong:
-                return found
+        with threads():
+            for number, c, d, r in asked:
+                ours = scores[c][d].responses[number][r].loglikelihood
+                found += truth.compare(ours, ablations[number], calls[c][d].requests[r], *TOLERANCE)
+                if found.wrong:
+                    return found
     return found

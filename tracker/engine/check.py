@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from tracker.documents import Document
 from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
 from tracker.engine.memory import only_new_garbage
 from tracker.engine.rows import common_beginning, tree_rows
+from tracker.engine.single import read_for
 from tracker.engine.stand_in import StandIn
 from tracker.engine.sweep import DocumentScores, Engine
 from tracker.engine.truth import Comparison, Truth
@@ -35,7 +37,7 @@ OF_THE_BASELINE = 6
 """Requests that the intact model is asked; each ablation is asked one."""
 SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
 """Nats, and share of itself, by which an answer may differ for rounding."""
-SHORTEST_REACH, LONGEST_REACH = 256, 1024
+SHORTEST_REACH, LONGEST_REACH = 128, 1024
 """Tokens of the longest text on a miniature; on one of more, calls would be no cheap matter."""
 RATE = 200
 """One in so many documents is answered plainly as well while a cell is measured."""
@@ -57,6 +59,15 @@ class Check:
     difference: float
     lost: str | None
     unsteady: str | None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How many tokens a cell's longest text, widest document alone and longest row have."""
+
+    text: int
+    document: int
+    row: int
 
 
 Fit = Callable[[Engine], Mapping[int, StandIn]]
@@ -115,19 +126,17 @@ def check(
 
 
 def _verdict(
-    engine: Engine, ablations: Sequence[Ablation], tokens: int, blank: bool, kept: Kept | None
+    engine: Engine, ablations: Sequence[Ablation], reached: Reach, blank: bool, kept: Kept | None
 ) -> Verdict:
     """Attack the architecture, or recall what an attack has shown before.
 
-    Texts of so many `tokens` are in reach, and hold a `blank` one or not.
+    The cell's texts hold a `blank` token or not.
     """
     model = engine.loaded.model
-    paths = reachable(model, tokens)
-    # Of one order of length, texts have one verdict.
-    longest = min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), LONGEST_REACH)
-    rows = longest, engine.most_row_tokens
+    paths = reachable(model, reached.row)
+    rows = _order(reached.text), engine.most_row_tokens, _order(reached.document)
 
-    def found(make: Callable[[], Verdict], longer: tuple[int, int] | None = None) -> Verdict:
+    def found(make: Callable[[], Verdict], longer: tuple[int, int, int] | None = None) -> Verdict:
         if kept is None:
             return make()
         key = attack_key(model, ablations, paths, longer, blank)
@@ -143,12 +152,18 @@ def _verdict(
     return found(lambda: attack_longer(engine, ablations, short, rows, blank), rows)
 
 
-def reach(engine: Engine, documents: Sequence[Document]) -> int:
-    """Count the tokens of the longest row of a cell, its kept beginning included."""
-    each = max(
-        row.tokens for document in documents for row in tree_rows([document], engine.max_length, 1)
-    )
-    return each + max(engine.most_row_tokens, len(common_beginning(documents, engine.max_length)))
+def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
+    """Count how far a cell's texts and rows reach; of a row with its kept beginning."""
+    most = engine.max_length
+    text = max(request.length for document in documents for request in document.requests)
+    each = max(row.tokens for document in documents for row in tree_rows([document], most, 1))
+    row = each + max(engine.most_row_tokens, len(common_beginning(documents, most)))
+    return Reach(min(text, most), each, row)
+
+
+def _order(tokens: int) -> int:
+    """Round a length up to a power of two: of one order of length, texts have one verdict."""
+    return min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), LONGEST_REACH)
 
 
 def holds_blank(model: Any, documents: Sequence[Document]) -> bool:
@@ -217,20 +232,23 @@ def _asked(
             yield number, d, r
 
 
-def plain_tokens(documents: Sequence[Document], ablations: Sequence[Ablation]) -> int:
+def plain_tokens(
+    documents: Sequence[Document], ablations: Sequence[Ablation], max_length: int
+) -> int:
     """Count the tokens that the model itself reads plainly, before a cell and while it is measured.
 
     Each passes about all layers once.
     """
     few, watched = _few(documents), watched_documents(documents)
-    before = sum(few[d].requests[r].length for _, d, r in _asked(few, ablations))
-    while_measured = sum(
-        request.length
+    before = ((number, few[d].requests[r]) for number, d, r in _asked(few, ablations))
+    while_measured = (
+        ((document.task, document.index), request)
         for document in documents
         if (document.task, document.index) in watched
         for request in document.requests
     )
-    return before + while_measured
+    texts = ((of, read_for(request, max_length)) for of, request in (*before, *while_measured))
+    return sum(len(text) for (_, text), _ in groupby(texts))
 
 
 def _compare(

@@ -36,11 +36,13 @@ def crossing_calls(vocabulary: int, longest: int) -> list[list[Document]]:
 
 
 def reaching_calls(
-    vocabulary: int, longest: int, nodes: int, sharing: Sharing
+    vocabulary: int, longest: int, nodes: int, widest: int, sharing: Sharing
 ) -> list[list[Document]]:
-    """Draw texts of every order of length up to `longest`, and full rows of so many nodes.
+    """Draw texts of every order of length up to `longest`, and rows of so many nodes.
 
-    `vocabulary` is how many token ids there are. What `sharing` would not do to a text needs none.
+    `vocabulary` is how many token ids there are. Rows of several texts have up to so many `nodes`,
+    those of one document up to `widest`, and more than any text has tokens. What `sharing` would
+    not do to a text needs none.
     """
     draw = random.Random(0)
 
@@ -54,14 +56,18 @@ def reaching_calls(
 
     halves = [(longest >> times) - 1 for times in range(1, longest.bit_length() - 1)]
     beginning = tokens(longest // 2)
-    wide = tokens(longest // 4), [tokens(longest // 2) for _ in range(3)]
+    branches = max(2, -(-(widest - longest // 4) // max(1, longest // 2)))
+    wide = tokens(longest // 4), [tokens(longest // 2) for _ in range(branches)]
+    full = [(tokens(13), [tokens(3)]) for _ in range(nodes // 16)]
     contents: list[Sequence[_Content]] = [
         [doubled((), half) for half in halves],
-        # Rows of more nodes than any text has tokens, of many texts and of one alone.
-        [(tokens(13), [tokens(3)]) for _ in range(nodes // 16)],
+        full,
         [wide] if sharing.tokens else [],
         # Long and short; all lengths are crossed above.
-        [doubled(beginning, half) for half in halves[1::3]] if sharing.prefix else [],
+        [doubled(beginning, half) for half in halves[1::3]]
+        + [(beginning + context, answers) for context, answers in full]
+        if sharing.prefix
+        else [],
     ]
     return [_documents(each) for each in contents if each]
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from tracker.ablations import INTACT, Ablation
 from tracker.engine.refusal import refused
 from tracker.engine.sharing import NO_HABITS, PLAIN
-from tracker.engine.single import logits_of
 from tracker.engine.sweep import Engine
+from tracker.engine.truth import Truth
 from tracker.engine.verdict import Verdict
 from tracker.errors import CellError
+from tracker.models.sublayers import returning
 
+TEXT = tuple(5 * place % 29 + 2 for place in range(12))
+"""What is read to see what a model is."""
 LARGEST = 10**8
 """Parameters up to which a second model of the same class is made, to see what it says."""
 
 
-def as_cut(engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, name: str) -> Verdict:
+def as_cut(truth: Truth, ablations: Sequence[Ablation], verdict: Verdict, name: str) -> Verdict:
     """Find out what the model without a layer is; raises CellError where it does not run.
 
     It is what a checkpoint without the layer would be. Nearly always that is the model whose layer
@@ -28,12 +34,14 @@ def as_cut(engine: Engine, ablations: Sequence[Ablation], verdict: Verdict, name
     configuration and weights make of it. Where no checkpoint can be cut, the layer stays in its
     place and hands on its input.
     """
-    still = replace(engine, habits=replace(engine.habits, stay=True))
+    engine = truth.engine
+    still = engine.without(INTACT)
     wrong: list[tuple[Ablation, str]] = []
     by_nature = False
     for ablation in dict.fromkeys(Ablation(a.layers) for a in ablations if a.layers):
-        one, why = _text_under(engine, ablation)
-        other, _ = _text_under(still, ablation)
+        one, why = _text_of(partial(truth.without, ablation))
+        with _handing_on(still, ablation):
+            other, _ = _text_of(lambda: still)
         if one is not None and other is not None and _alike(one, other):
             continue
         if one is not None and _is_its_own_checkpoint(engine, ablation, one):
@@ -61,12 +69,10 @@ def _named(ablation: Ablation) -> str:
     return f"layer{plural} {', '.join(map(str, ablation.layers))}"
 
 
-def _text_under(engine: Engine, ablation: Ablation) -> tuple[torch.Tensor | None, str | None]:
+def _text_of(make: Callable[[], Engine]) -> tuple[Tensor | None, str | None]:
     """What a changed model says of a text [tokens, vocabulary], or why it says nothing."""
-    ids = torch.arange(12, device=engine.loaded.device)[None] * 5 % 29 + 2
     try:
-        with torch.inference_mode():
-            return logits_of(engine.without(ablation).loaded.model, ids)[0], None
+        return make().read(TEXT), None
     except Exception as error:
         why = refused(error)
         if why is None:
@@ -74,14 +80,26 @@ def _text_under(engine: Engine, ablation: Ablation) -> tuple[torch.Tensor | None
         return None, why
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+@contextmanager
+def _handing_on(engine: Engine, ablation: Ablation) -> Iterator[None]:
+    """Let the layers of an ablation stay in their places and hand on their input."""
+    layers = (engine.loaded.layers[layer] for layer in ablation.layers)
+    handles = [handle for layer in layers for handle in returning(layer, lambda state: state)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
     within = 1e-6 if one.dtype == torch.float64 else 1e-3 if one.dtype == torch.float32 else 0.5
     return one.shape == other.shape and torch.allclose(
         one, other, rtol=within, atol=within, equal_nan=True
     )
 
 
-def _is_its_own_checkpoint(engine: Engine, ablation: Ablation, said: torch.Tensor) -> bool:
+def _is_its_own_checkpoint(engine: Engine, ablation: Ablation, said: Tensor) -> bool:
     """Whether a model made of the cut configuration, given the cut weights, says the same."""
     model = engine.without(ablation).loaded.model
     if sum(p.numel() for p in model.parameters()) > LARGEST:
@@ -93,5 +111,5 @@ def _is_its_own_checkpoint(engine: Engine, ablation: Ablation, said: torch.Tenso
         return False
     # What the first call changes is known of the whole model's layers, not of these.
     fresh = replace(engine, loaded=replace(engine.loaded, model=again), habits=NO_HABITS)
-    found, _ = _text_under(fresh, INTACT)
+    found, _ = _text_of(lambda: fresh)
     return found is not None and _alike(found, said)

@@ -16,6 +16,7 @@ from tracker.engine.head import LOGITS_BYTES
 from tracker.engine.memory import stream_bytes
 from tracker.engine.prefix import SHORTEST
 from tracker.engine.rows import common_beginning, tree_rows
+from tracker.engine.single import read_for
 from tracker.engine.streams import StreamPlan, plain_passes, plan_streams
 from tracker.engine.sweep import ROW_TOKENS
 from tracker.models.layers import find_layers
@@ -169,7 +170,7 @@ def cost(
         naive_tokens=found.naive_tokens,
         naive_layer_passes=found.naive_tokens * sum(plain_passes(ablations, found.layers)) / 2,
         naive_flops=found.naive_flops(ablations),
-        check_layer_passes=float(found.layers * plain_tokens(documents, ablations)),
+        check_layer_passes=float(found.layers * plain_tokens(documents, ablations, max_length)),
         peak_bytes=size * model.num_parameters() + activations + 2 * LOGITS_BYTES,
     )
 
@@ -204,9 +205,7 @@ def _weights(model: Any) -> tuple[float, float]:
 def _naive_sequences(documents: Sequence[Document], max_length: int) -> list[int]:
     """Lengths of the sequences that lm-eval's Hugging Face model reads."""
     seen = {
-        (request.context + request.continuation[:-1])[-max_length:]
-        for document in documents
-        for request in document.requests
+        read_for(request, max_length) for document in documents for request in document.requests
     }
     return [len(sequence) for sequence in seen]
 

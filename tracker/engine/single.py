@@ -5,6 +5,7 @@ No row, no stream, no cache, no head of our own: it is read as lm-eval reads it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,15 +28,24 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def answer(loaded: LoadedModel, request: Request, max_length: int) -> Response:
-    """Score one request by the model's own forward pass.
+def read(loaded: LoadedModel, tokens: Sequence[int]) -> Tensor:
+    """Ask a model for one text in a call of its own: logits [tokens, vocabulary]."""
+    return logits_of(loaded.model, torch.tensor([tokens], device=loaded.device))[0]
+
+
+def read_for(request: Request, max_length: int) -> tuple[int, ...]:
+    """The tokens that lm-eval lets a model read to score a request."""
+    return (request.context + request.continuation)[-(max_length + 1) :][:-1]
+
+
+@torch.inference_mode()
+def scored(logits: Tensor, continuation: Sequence[int]) -> Response:
+    """Score a continuation by the logits of the text that ends before its last token.
 
     Log-likelihood in nats, greedy flag and hits, as lm-eval computes them.
     """
-    tokens = (request.context + request.continuation)[-(max_length + 1) :]
-    ids = torch.tensor([tokens[:-1]], device=loaded.device)
-    logits = logits_of(loaded.model, ids)[0, -len(request.continuation) :]
-    wanted = torch.tensor(request.continuation, device=logits.device)
+    logits = logits[-len(continuation) :]
+    wanted = torch.tensor(continuation, device=logits.device)
     logprobs = logits.log_softmax(-1).gather(1, wanted[:, None]).sum()
     hits = int((logits.argmax(-1) == wanted).sum())
-    return Response(float(logprobs), hits == len(request.continuation), hits)
+    return Response(float(logprobs), hits == len(continuation), hits)

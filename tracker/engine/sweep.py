@@ -27,7 +27,7 @@ from tracker.engine.refusal import RefusalError
 from tracker.engine.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
 from tracker.engine.score import Parts, RowScores, kept_bytes, read_prefix, score_row
 from tracker.engine.sharing import ALONE, FULL, NO_HABITS, PLAIN, Habits, Sharing
-from tracker.engine.single import answer
+from tracker.engine.single import read, read_for, scored
 from tracker.engine.stand_in import StandIn, replacements
 from tracker.engine.streams import StreamPlan, plan_streams
 from tracker.errors import CellError
@@ -265,8 +265,12 @@ class Engine:
 
     def answer(self, request: Request) -> Response:
         """Ask the intact model for one request, in a call of its own."""
+        return scored(self.read(read_for(request, self.max_length)), request.continuation)
+
+    def read(self, tokens: Sequence[int]) -> Tensor:
+        """Ask the intact model for a text in a call of its own: logits [tokens, vocabulary]."""
         self._put_back()
-        return answer(self.loaded, request, self.max_length)
+        return read(self.loaded, tokens)
 
     def _halved(
         self, row: Row, documents: Sequence[Document], ablations: Sequence[Ablation], failed: str

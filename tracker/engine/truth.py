@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tracker.ablations import Ablation
 from tracker.documents import Request, Response
+from tracker.engine.single import read_for, scored
 from tracker.engine.sweep import Engine
 
 CALM = 10.0
@@ -55,22 +57,36 @@ class Comparison:
 class Truth:
     """Answers requests on models that were really changed.
 
-    The engine knows the model, what a call of it leaves behind, and how to take layers out. With
-    `proof`, NaN on both sides is no agreement: of a miniature it would prove anything, while a real
-    model may well say it.
+    The engine knows the model, what a call of it leaves behind, and how to take layers out. Of a
+    `miniature` every copy is kept, and NaN on both sides is no agreement: it would prove anything,
+    while a real model may well say it.
     """
 
-    def __init__(self, engine: Engine, proof: bool = False) -> None:
-        self._engine = engine
-        self._proof = proof
-        self._made: tuple[Ablation, Engine] | None = None
+    def __init__(self, engine: Engine, miniature: bool = False) -> None:
+        self.engine = engine
+        self.miniature = miniature
+        self._made: dict[Ablation, Engine] = {}
+        self._read: tuple[tuple[Ablation, tuple[int, ...]], Tensor] | None = None
         self._answers: dict[tuple[Ablation, Request], Response] = {}
+
+    def without(self, ablation: Ablation) -> Engine:
+        """Make an engine for a copy from which the ablation is taken out, or use the one made."""
+        if ablation not in self._made:
+            if not self.miniature:  # requests come ablation by ablation
+                self._made.clear()
+            self._made[ablation] = self.engine.without(ablation)
+        return self._made[ablation]
 
     def answer(self, ablation: Ablation, request: Request) -> Response:
         """Score one request, once, by a model without what the ablation removes."""
         place = (ablation, request)
         if place not in self._answers:
-            self._answers[place] = self._without(ablation).answer(request)
+            engine = self.without(ablation)
+            text = ablation, read_for(request, engine.max_length)
+            if self._read is None or self._read[0] != text:
+                self._read = None  # logits of a long text are large: never two at a time
+                self._read = text, engine.read(text[1])
+            self._answers[place] = scored(self._read[1], request.continuation)
         return self._answers[place]
 
     def moves(self, ablation: Ablation, request: Request, nats: float) -> bool:
@@ -79,7 +95,7 @@ class Truth:
         Where a router or a top-k is near a tie, it may in one of `DRAWS` draws: the model is
         discontinuous there, and no two ways to compute it agree.
         """
-        engine = self._without(ablation)
+        engine = self.without(ablation)
         calm = self.answer(ablation, request).loglikelihood
         for seed in range(DRAWS):
             with shaken(engine.loaded.model, seed):
@@ -90,7 +106,7 @@ class Truth:
     @property
     def is_half(self) -> bool:
         """Whether the model computes in half precision."""
-        return self._engine.loaded.model.dtype not in (torch.float32, torch.float64)
+        return self.engine.loaded.model.dtype not in (torch.float32, torch.float64)
 
     def compare(
         self, ours: float, ablation: Ablation, request: Request, nats: float, share: float
@@ -111,7 +127,7 @@ class Truth:
             The comparison.
         """
         right = self.answer(ablation, request).loglikelihood
-        if ours == right or (math.isnan(ours) and math.isnan(right) and not self._proof):
+        if ours == right or (math.isnan(ours) and math.isnan(right) and not self.miniature):
             return Comparison(1)
         difference = abs(ours - right)
         if math.isnan(difference):
@@ -123,12 +139,6 @@ class Truth:
             return Comparison(1, difference, 1)
         wrong = f"{ours:.6g} nats shared, {right:.6g} on the really pruned model"
         return Comparison(1, difference, wrong=wrong)
-
-    def _without(self, ablation: Ablation) -> Engine:
-        # One copy is kept: requests come ablation by ablation.
-        if self._made is None or self._made[0] != ablation:
-            self._made = (ablation, self._engine.without(ablation))
-        return self._made[1]
 
 
 @contextmanager

@@ -33,8 +33,8 @@ _USUAL = {
     for name in ("__deepcopy__", "__reduce_ex__", "__reduce__", "__setstate__")
 }
 """How a module is copied unless its class has a way of its own."""
-_ATOMS = (bool, int, float, str, type(None))
-_TABLES = (OrderedDict, dict, set)
+_ATOMS = frozenset((bool, int, float, str, type(None)))
+_TABLES = frozenset((OrderedDict, dict, set))
 
 
 def pruned(
@@ -74,7 +74,7 @@ def pruned(
             memo[id(old)] = nn.Parameter(value.clone(), requires_grad=False)
     twin = duplicate(model, memo)
     put_back(twin, fresh)
-    own = list(find_layers(twin))
+    own = find_layers(twin)
     for index, change in changes.items():
         change(own[index])
     kept = [i for i in range(len(layers)) if i not in removed for _ in range(1 + (i in repeated))]
@@ -84,7 +84,7 @@ def pruned(
         for index in repeated:
             own[index].register_forward_hook(_once_more, with_kwargs=True)
     elif kept != list(range(len(layers))):
-        _take_out(twin, kept)
+        _take_out(twin, own, kept)
     for module in silent:
         if id(module) in memo:
             memo[id(module)].register_forward_hook(_add_nothing, with_kwargs=True)
@@ -106,35 +106,34 @@ def duplicate(model: Any, memo: dict[int, Any] | None = None) -> Any:
             memo[id(module)] = kind.__new__(kind)
             twins.append((module, memo[id(module)]))
     for module, twin in twins:
+        own = vars(twin)
         for name, value in module.__getstate__().items():
-            vars(twin)[name] = _duplicate(value, memo)
+            kind = type(value)
+            if kind in _ATOMS:
+                own[name] = value
+            elif kind in _TABLES and not value:
+                own[name] = memo.setdefault(id(value), kind())
+            else:
+                own[name] = copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)
-
-
-def _duplicate(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if kind in _TABLES and not value:
-        return memo.setdefault(id(value), kind())
-    return copy.deepcopy(value, memo)
 
 
 def _shared(model: Any) -> Iterator[Any]:
     """All that a copy has in common with the model: weights, large buffers, what lies on disk."""
-    yield from model.parameters()
-    yield from (buffer for buffer in model.buffers() if buffer.numel() > SMALL)
     for module in model.modules():
+        yield from (held for held in module._parameters.values() if held is not None)
+        buffers = module._buffers.values()
+        yield from (held for held in buffers if held is not None and held.numel() > SMALL)
         # accelerate's, of a model that is spread over devices
+        hook = getattr(module, "_hf_hook", None)
         for name in ("weights_map", "tied_params_map"):
-            held = getattr(getattr(module, "_hf_hook", None), name, None)
+            held = getattr(hook, name, None)
             if held is not None:
                 yield held
 
 
-def _take_out(twin: Any, kept: Sequence[int]) -> None:
+def _take_out(twin: Any, layers: nn.ModuleList, kept: Sequence[int]) -> None:
     """Leave only the kept layers in a copy, which nobody else uses; one may be kept twice."""
-    layers = find_layers(twin)
     total = len(layers)
     parent, name = owner(twin, layers)
     places = _places(layers)
@@ -148,10 +147,12 @@ def _take_out(twin: Any, kept: Sequence[int]) -> None:
         for new, index in enumerate(kept):
             if index in holders:
                 setattr(own[new].get_submodule(path), attribute, new)
+    inside = set(layers.modules())
     layers = nn.ModuleList(own)
     setattr(parent, name, layers)
     # What holds the layers may have lists with an entry for each, what is in them tables by place.
-    around = [m for m in twin.modules() if any(each is parent for each in m.modules())]
+    outside = [module for module in twin.modules() if module not in inside]
+    around = [m for m in outside if any(each is parent for each in m.modules())]
     for module in around:
         for attribute, value in _own(module):
             if type(value) is int and value == total and "layer" in attribute:

@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tracker.errors import ModelError
 
@@ -95,8 +96,8 @@ def with_first(output: Any, first: Any) -> Any:
     return make((first, *output[1:]))
 
 
-def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Let a layer, which still runs, return for good what is made of its input."""
+def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+    """Let a layer, which still runs, return what is made of its input; the handles end it."""
     given: list[Tensor] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -107,8 +108,10 @@ def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return with_first(output, make(given.pop()))
 
-    layer.register_forward_pre_hook(before, with_kwargs=True)
-    layer.register_forward_hook(after, with_kwargs=True)
+    return [
+        layer.register_forward_pre_hook(before, with_kwargs=True),
+        layer.register_forward_hook(after, with_kwargs=True),
+    ]
 
 
 _READING: WeakSet[nn.Module] = WeakSet()
