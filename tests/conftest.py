@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -17,10 +18,15 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tracker.cli.boundary import NEW_OBJECTS
+
 # Workers side by side and what they start share the cores; torch reads this when it is imported.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // int(workers))))
+
+# As a command does: what is imported for all tests stays.
+gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
 
 # An example that a busy machine computes late is no failure.
 settings.register_profile("tracker", deadline=None)
