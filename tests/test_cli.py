@@ -44,6 +44,12 @@ def refused(result, *words: str) -> None:
     assert "Traceback" not in result.output
 
 
+def printed_by(code: str) -> str:
+    """What a program in a process of its own prints."""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom tracker.cli import main\n"
@@ -52,12 +58,11 @@ def test_help_imports_nothing_heavy():
         " 'submitit'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert printed_by(code) == "[]"
 
 
 def test_what_is_imported_is_not_looked_through_for_garbage(tmp_path):
-    """Was: seven times at the start of a run, which took a fifth of it."""
+    """Was: seven times while a run's modules were imported, which took a sixth of that."""
     code = (
         "import gc, sys\nfrom click.testing import CliRunner\nfrom tracker.cli import main\n"
         "before, full = gc.get_threshold(), []\n"
@@ -66,8 +71,7 @@ def test_what_is_imported_is_not_looked_through_for_garbage(tmp_path):
         "assert 'tracker.api' in sys.modules\n"
         "print(len(full), gc.get_threshold() == before)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "0 True"
+    assert printed_by(code) == "0 True"
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))
@@ -121,8 +125,7 @@ def test_run_then_run_again(cli, tiny_llama, experiment, tmp_path):
         "assert done.outcome.models_loaded == 0 and len(done.cells) == 1\n"
         "print(sorted({'torch', 'transformers', 'lm_eval', 'mlflow', 'ray'} & set(sys.modules)))"
     )
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert again.stdout.strip() == "[]"
+    assert printed_by(code) == "[]"
     assert {path: path.stat().st_mtime_ns for path in results.glob("cells/*/shards/*")} == before
     second = cli("run", file, "--results", results)
     assert second.exit_code == 0
@@ -303,8 +306,7 @@ def test_evaluate_fills_the_cell_for_all_layers(cli, tiny_llama, tmp_path):
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "print(sorted({'torch', 'transformers', 'lm_eval'} & set(sys.modules)))"
     )
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert again.stdout.splitlines()[-1] == "[]"
+    assert printed_by(code).splitlines()[-1] == "[]"
     assert sorted((tmp_path / "results").glob("cells/*/shards/*")) == before
     refused(cli("evaluate", *settings, "--layer=4"), "has 4 layers, 0 to 3")
 
