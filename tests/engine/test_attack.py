@@ -290,7 +290,7 @@ class TestAttack:
         assert torch.get_num_threads() == threads
 
     def test_every_answer_of_the_baseline_and_a_few_of_each_ablation(self, tiny_model) -> None:
-        """Both ways round; the fewer ablations there are, the more each is asked."""
+        """The fewer ablations there are, the more each is asked; a few in both orders."""
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         everything = attack(engine, [INTACT]).compared
         assert everything > 50
@@ -302,9 +302,29 @@ class TestAttack:
             for some in combinations(range(4), count)
         ]
         assert len(parts) == 42
-        for ablations, each in ((parts[:15], 128 // 16), (parts, 4)):
+        for ablations, each in ((parts[:8], 2 * 128 // 9), (parts[:15], 128 // 16), (parts, 4)):
             found = attack(engine, [INTACT, *ablations]).compared
-            assert found == everything + 2 * each * len(ablations)
+            assert found == everything + each * len(ablations)
+
+    def test_of_many_ablations_every_second_is_asked_in_each_order(
+        self, tiny_model, monkeypatch
+    ) -> None:
+        honest, seen = Engine.score, []
+        monkeypatch.setattr(
+            Engine, "score", lambda *given: seen.append(given[1:3]) or honest(*given)
+        )
+        several = [INTACT, *(ablate(part, [n]) for part in ("layer", "mlp") for n in range(4))]
+        many = [*several, ablate("attention", [1]), ablate("attention", [3])]
+        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        calls = crossing_calls(97, 96)
+        for ablations, orders in (
+            (several, (several, several)),
+            (many, ([INTACT, *many[1::2]], [INTACT, *many[2::2]])),
+        ):
+            seen.clear()
+            attack(engine, ablations)
+            assert [scored for _, scored in seen] == [o for o in orders for _ in calls]
+            assert [d for d, _ in seen] == [*calls, *(call[::-1] for call in calls[::-1])]
 
     def test_rows_have_all_threads_and_single_texts_one(self, tiny_model, monkeypatch) -> None:
         threads: dict[str, set[int]] = {"score": set(), "read": set()}
@@ -530,10 +550,11 @@ class TestMiniatures:
         (made,), (asked,) = watched.engines, watched.asked
         assert (made.max_length, made.row_tokens) == (300, 77)
         # The intact model answers all that is asked, one other a part: of each call one.
-        answered = Counter(number for number, *_ in asked)
-        assert answered[0] > answered[1] == 4
-        assert len(answered) == 2
-        assert [call for number, call, *_ in asked if number] == [0, 1, 2, 3]
+        answered = Counter(of for of, *_ in asked)
+        other = ABLATIONS[len(ABLATIONS) // 2]
+        assert set(answered) == {INTACT, other}
+        assert answered[INTACT] > answered[other] == 4
+        assert [call for of, call, *_ in asked if of == other] == [0, 1, 2, 3]
 
     def test_one_copy_is_asked_longer_and_longer_texts_and_another_shorter_ones(
         self, tiny_model, monkeypatch, watched
@@ -646,9 +667,11 @@ class TestMiniatures:
         ]
         attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [INTACT, *parts])
         (asked,) = watched.asked
-        assert asked == sorted(asked)
-        for number in range(1, len(parts) + 1):
-            calls = Counter(call for of, call, *_ in asked if of == number)
+        assert asked == sorted(
+            asked, key=lambda place: ([INTACT, *parts].index(place[0]), place[1:])
+        )
+        for part in parts:
+            calls = Counter(call for of, call, *_ in asked if of == part)
             assert set(calls) == {0, 1, 2, 3}
             assert max(calls.values()) - min(calls.values()) <= 1
 
@@ -659,7 +682,7 @@ class TestMiniatures:
             attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), [*many, *many[1:4]])
         one, other = watched.asked
         assert one == other
-        assert len(one) < max(number for number, *_ in one) * len([a for a in one if not a[0]])
+        assert len(one) < len(many) * len([of for of, *_ in one if of == INTACT])
 
     @pytest.mark.parametrize("every", [True, False])
     def test_a_model_to_which_every_length_is_another(

@@ -407,15 +407,24 @@ def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document(tiny_mod
 
 
 def test_the_shortest_of_the_documents_with_most_answers_are_confirmed():
-    def document(index, answers, context):
-        request = Request((1,) * context, (2,))
-        return Document("task", index, (request,) * answers, 0, answers)
+    def document(index, answers, context, longest=1):
+        requests = [Request((1,) * context, (2,))] * (answers - 1)
+        last = Request((1,) * context, (2,) * longest)
+        return Document("task", index, (*requests, last), 0, answers)
 
     documents = [
-        document(0, 1, 1), document(1, 5, 9), document(2, 4, 3), document(3, 2, 2),
-        document(4, 4, 5),
+        document(0, 1, 1), document(1, 5, 9), document(2, 4, 3, 16), document(3, 2, 2),
+        document(4, 4, 5), document(5, 4, 4),
     ]  # fmt: skip
-    assert [each.index for each in _few(documents)] == [2, 4, 1]
+    assert [each.index for each in _few(documents)] == [5, 4]
+
+
+def test_what_the_baseline_is_asked_of_one_text_stands_together():
+    letters = tuple(Request((1,) * 9, (n,)) for n in range(4))
+    documents = [Document("task", index, letters, 0, 4) for index in range(2)]
+    places = [place for number, *place in _asked(documents, ABLATIONS) if number == 0]
+    assert ABLATIONS[0] == INTACT
+    assert places == sorted(places)
 
 
 def test_each_ablation_is_asked_one_request_and_the_baseline_six():

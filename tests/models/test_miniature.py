@@ -147,8 +147,8 @@ def test_rotary_factors_are_cut_as_the_heads_are():
     )
     small = miniature(at_real_size(config)).config
     size = small.hidden_size // small.num_attention_heads
-    assert len(small.rope_parameters["short_factor"]) == size // 2 == 8
-    assert small.rope_parameters["long_factor"] == rope["long_factor"][::6]
+    assert len(small.rope_parameters["short_factor"]) == size // 2 == 4
+    assert small.rope_parameters["long_factor"] == rope["long_factor"][::12]
     assert small.rope_parameters["original_max_position_embeddings"] == 4096
 
 

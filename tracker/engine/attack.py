@@ -50,6 +50,8 @@ ANSWERS = 128
 """How many answers are compared besides the baseline's, which are all."""
 SOME = 4
 """How many of each ablation at least."""
+FEW = 8
+"""Up to how many ablations are asked in both orders."""
 OFTEN = 0.02
 """Share of answers at a discontinuity of the model from which sharing is left alone."""
 ROW_TOKENS = 40
@@ -57,8 +59,8 @@ ROW_TOKENS = 40
 MAX_LENGTH = 96
 TEXTS = 5
 """Texts that are asked in two orders, besides the longest."""
-_Place = tuple[int, int, int, int]
-"""Which ablation, call, document and request."""
+_Place = tuple[Ablation, int, int, int]
+"""Which ablation, and the number of a call, a document and a request."""
 
 
 def attack_key(
@@ -373,12 +375,12 @@ def _asked(
         for c, call in enumerate(calls)
     ]
     draw = random.Random(0)
-    for number, ablation in enumerate(ablations):
+    for ablation in ablations:
         drawn = zip_longest(*(draw.sample(places, len(places)) for places in every))
         chosen = [place for places in drawn for place in places if place is not None]
         # In order, so that answers to one text stand together.
         for place in sorted(chosen if ablation == INTACT else chosen[:some]):
-            yield (number, *place)
+            yield (ablation, *place)
 
 
 def _compared(
@@ -389,16 +391,25 @@ def _compared(
     truth: Truth,
     threads: Callable[[], AbstractContextManager[None]],
 ) -> Comparison:
-    """Score all calls in order and then in reverse, and compare; `threads` are for the truth."""
+    """Score all calls in order and then in reverse, and compare; `threads` are for the truth.
+
+    Of more than `FEW` ablations every second is scored in order, those between in reverse, since
+    what order may change is what all of them are made of; the baseline is scored both times.
+    """
     found = Comparison()
-    for step in (1, -1):
+    removed = [ablation for ablation in ablations if ablation != INTACT]
+    orders = (removed, removed) if len(removed) <= FEW else (removed[::2], removed[1::2])
+    for step, some in zip((1, -1), orders, strict=True):
+        scored = [INTACT, *some]
         scores = {
-            c: engine.score(calls[c][::step], ablations)[::step] for c in range(len(calls))[::step]
+            c: engine.score(calls[c][::step], scored)[::step] for c in range(len(calls))[::step]
         }
         with threads():
-            for number, c, d, r in asked:
-                ours = scores[c][d].responses[number][r].loglikelihood
-                found += truth.compare(ours, ablations[number], calls[c][d].requests[r], *TOLERANCE)
+            for ablation, c, d, r in asked:
+                if ablation not in scored:
+                    continue
+                ours = scores[c][d].responses[scored.index(ablation)][r].loglikelihood
+                found += truth.compare(ours, ablation, calls[c][d].requests[r], *TOLERANCE)
                 if found.wrong:
                     return found
     return found

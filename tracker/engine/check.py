@@ -31,7 +31,7 @@ from tracker.engine.verdict import Verdict
 
 VERDICT = TypeAdapter(Verdict)
 """Verdicts as JSON."""
-DOCUMENTS = 3
+DOCUMENTS = 2
 """Real documents that the model itself is confirmed on."""
 OF_THE_BASELINE = 6
 """Requests that the intact model is asked; each ablation is asked one."""
@@ -199,7 +199,7 @@ def _few(documents: Sequence[Document]) -> list[Document]:
     """The shortest documents, which share rows, with as many answers as there are."""
 
     def size(document: Document) -> tuple[int, int]:
-        return -min(len(document.requests), 4), len(document.requests[0].context)
+        return -min(len(document.requests), 4), sum(each.length for each in document.requests)
 
     return sorted(documents, key=size)[:DOCUMENTS]
 
@@ -228,7 +228,8 @@ def _asked(
     ]
     for number, ablation in enumerate(ablations):
         draw.shuffle(requests)
-        for d, r in requests[: OF_THE_BASELINE if ablation == INTACT else 1]:
+        # In order, so that answers to one text stand together.
+        for d, r in sorted(requests[: OF_THE_BASELINE if ablation == INTACT else 1]):
             yield number, d, r
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -83,13 +83,11 @@ def _text_of(make: Callable[[], Engine]) -> tuple[Tensor | None, str | None]:
 @contextmanager
 def _handing_on(engine: Engine, ablation: Ablation) -> Iterator[None]:
     """Let the layers of an ablation stay in their places and hand on their input."""
-    layers = (engine.loaded.layers[layer] for layer in ablation.layers)
-    handles = [handle for layer in layers for handle in returning(layer, lambda state: state)]
-    try:
+    with ExitStack() as stack:
+        for layer in ablation.layers:
+            for handle in returning(engine.loaded.layers[layer], lambda state: state):
+                stack.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,12 +243,10 @@ def _after_each(layers: nn.ModuleList, look: Any) -> Iterator[None]:
 
         return called
 
-    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
-    try:
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(layer.register_forward_hook(hook(index)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _plain(

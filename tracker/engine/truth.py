@@ -155,8 +155,5 @@ def shaken(model: Any, seed: int) -> Iterator[None]:
         eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
         return output * (1 + SHAKE * eps * noise)
 
-    handle = model.get_input_embeddings().register_forward_hook(shake)
-    try:
+    with model.get_input_embeddings().register_forward_hook(shake):
         yield
-    finally:
-        handle.remove()

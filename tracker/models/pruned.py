@@ -66,7 +66,7 @@ def pruned(
     """
     layers = find_layers(model)
     shared = _shared(model)
-    memo = {id(each): each for each in shared}
+    memo: dict[int, Any] = {id(each): each for each in shared}
     fresh = fresh or {}
     for (path, name), value in fresh.items():
         old = model.get_submodule(path)._parameters.get(name)
@@ -74,7 +74,7 @@ def pruned(
             memo[id(old)] = nn.Parameter(value.clone(), requires_grad=False)
     twin = duplicate(model, memo)
     put_back(twin, fresh)
-    own = find_layers(twin)
+    own: nn.ModuleList = memo[id(layers)]
     for index, change in changes.items():
         change(own[index])
     kept = [i for i in range(len(layers)) if i not in removed for _ in range(1 + (i in repeated))]
@@ -147,12 +147,11 @@ def _take_out(twin: Any, layers: nn.ModuleList, kept: Sequence[int]) -> None:
         for new, index in enumerate(kept):
             if index in holders:
                 setattr(own[new].get_submodule(path), attribute, new)
-    inside = set(layers.modules())
+    setattr(parent, name, nn.ModuleList())  # so that only what holds the layers is looked at
+    around = [m for m in twin.modules() if any(each is parent for each in m.modules())]
     layers = nn.ModuleList(own)
     setattr(parent, name, layers)
     # What holds the layers may have lists with an entry for each, what is in them tables by place.
-    outside = [module for module in twin.modules() if module not in inside]
-    around = [m for m in outside if any(each is parent for each in m.modules())]
     for module in around:
         for attribute, value in _own(module):
             if type(value) is int and value == total and "layer" in attribute:
@@ -160,8 +159,8 @@ def _take_out(twin: Any, layers: nn.ModuleList, kept: Sequence[int]) -> None:
             else:
                 setattr(module, attribute, _cut(value, kept, total))
     for module in layers.modules():
-        for attribute, value in _own(module):
-            if isinstance(value, dict):
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, dict) and not attribute.startswith("_"):
                 setattr(module, attribute, _cut(value, kept, total))
     cut_config(twin.config.get_text_config(), kept)
 

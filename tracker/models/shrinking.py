@@ -16,7 +16,7 @@ VOCABULARY = 128
 HEADS = 4
 
 
-HEAD = 16
+HEAD = 8
 """How wide the widest head is at least, where it was wider."""
 
 
@@ -197,7 +197,7 @@ def _at_most(most: int, *names: str) -> Callable[[Any], None]:
 
 
 def _heads(config: Any) -> None:
-    """Four heads of queries; as many of keys and values, or two, or one; each about 16 wide."""
+    """Four heads of queries; as many of keys and values, or two, or one; each about 8 wide."""
     before = copy.copy(config)
     sizes = [each for name in HEAD_SIZES for each in _sizes(config, name)]
     hidden = (_sizes(config, "hidden_size") or [0])[0]

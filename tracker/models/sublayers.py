@@ -79,12 +79,10 @@ def silenced(modules: Sequence[nn.Module]) -> Iterator[None]:
         silent = nothing(module, args, kwargs, added, len(added))
         return with_first(output, silent)
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def with_first(output: Any, first: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -65,13 +65,11 @@ def _timed(layers: nn.ModuleList) -> Iterator[list[float]]:
     def tick(*given: Any) -> None:
         ticks.append(_now())
 
-    handles = [layer.register_forward_pre_hook(tick) for layer in layers]
-    handles += [layer.register_forward_hook(tick) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(tick))
+            stack.enter_context(layer.register_forward_hook(tick))
         yield ticks
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _now() -> float:
