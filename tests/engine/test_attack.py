@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.ablations import single_layers
+from tests.engine.families import SMALL
 from tests.engine.plain import MAX_LENGTH, loaded
 from tracker.ablations import INTACT, Ablation, ablate
 from tracker.documents import Document, Request, Response
@@ -302,29 +303,38 @@ class TestAttack:
             for some in combinations(range(4), count)
         ]
         assert len(parts) == 42
-        for ablations, each in ((parts[:8], 2 * 128 // 9), (parts[:15], 128 // 16), (parts, 4)):
+        for ablations, each in ((parts[:15], 2 * 128 // 16), (parts, 4)):
             found = attack(engine, [INTACT, *ablations]).compared
             assert found == everything + each * len(ablations)
 
-    def test_of_many_ablations_every_second_is_asked_in_each_order(
-        self, tiny_model, monkeypatch
+    def test_a_few_ablations_are_asked_in_both_orders_and_of_many_half_in_each(
+        self, monkeypatch
     ) -> None:
         honest, seen = Engine.score, []
         monkeypatch.setattr(
             Engine, "score", lambda *given: seen.append(given[1:3]) or honest(*given)
         )
-        several = [INTACT, *(ablate(part, [n]) for part in ("layer", "mlp") for n in range(4))]
-        many = [*several, ablate("attention", [1]), ablate("attention", [3])]
-        engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+        model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 22})).eval()
+        engine = Engine(loaded(model), MAX_LENGTH)
         calls = crossing_calls(97, 96)
-        for ablations, orders in (
-            (several, (several, several)),
-            (many, ([INTACT, *many[1::2]], [INTACT, *many[2::2]])),
-        ):
+        for count in (16, 17, 22):
             seen.clear()
-            attack(engine, ablations)
-            assert [scored for _, scored in seen] == [o for o in orders for _ in calls]
+            attack(engine, single_layers(tuple(range(count))))
             assert [d for d, _ in seen] == [*calls, *(call[::-1] for call in calls[::-1])]
+            removed = [{a.layers[0] for a in scored if a != INTACT} for _, scored in seen]
+            assert all(INTACT in scored for _, scored in seen)
+            forth, back = removed[0], removed[-1]
+            assert removed == [forth] * len(calls) + [back] * len(calls)
+            assert forth | back == set(range(count))
+            if count == 16:
+                assert forth == back
+                continue
+            assert not forth & back
+            assert len(back) - len(forth) in (0, 1)
+        # In many a model every second layer, up to every sixth, is of another kind.
+        for every in (2, 3, 4, 5, 6):
+            kinds = [{layer % every for layer in some} for some in (forth, back)]
+            assert kinds == [set(range(every))] * 2
 
     def test_rows_have_all_threads_and_single_texts_one(self, tiny_model, monkeypatch) -> None:
         threads: dict[str, set[int]] = {"score": set(), "read": set()}

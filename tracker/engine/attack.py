@@ -50,7 +50,7 @@ ANSWERS = 128
 """How many answers are compared besides the baseline's, which are all."""
 SOME = 4
 """How many of each ablation at least."""
-FEW = 8
+FEW = 16
 """Up to how many ablations are asked in both orders."""
 OFTEN = 0.02
 """Share of answers at a discontinuity of the model from which sharing is left alone."""
@@ -393,12 +393,16 @@ def _compared(
 ) -> Comparison:
     """Score all calls in order and then in reverse, and compare; `threads` are for the truth.
 
-    Of more than `FEW` ablations every second is scored in order, those between in reverse, since
-    what order may change is what all of them are made of; the baseline is scored both times.
+    Of more than `FEW` ablations half are scored in order and half in reverse, since what order may
+    change is what all of them are made of; the baseline is scored both times. Which are is drawn:
+    kinds of layers may alternate.
     """
     found = Comparison()
     removed = [ablation for ablation in ablations if ablation != INTACT]
-    orders = (removed, removed) if len(removed) <= FEW else (removed[::2], removed[1::2])
+    drawn = random.Random(0).sample(removed, len(removed) // 2)
+    orders = removed, removed
+    if len(removed) > FEW:
+        orders = drawn, [ablation for ablation in removed if ablation not in drawn]
     for step, some in zip((1, -1), orders, strict=True):
         scored = [INTACT, *some]
         scores = {
