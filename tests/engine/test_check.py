@@ -18,6 +18,7 @@ from tracker.engine.attack import attack, attack_longer, reachable
 from tracker.engine.check import (
     VERDICT,
     _asked,
+    _confirm,
     _few,
     check,
     holds_blank,
@@ -27,7 +28,7 @@ from tracker.engine.check import (
     watched_documents,
 )
 from tracker.engine.habits import find_habits
-from tracker.engine.rows import Lengths, tree_rows
+from tracker.engine.rows import Lengths, common_beginning, tree_rows
 from tracker.engine.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
 from tracker.engine.sweep import Engine
 from tracker.engine.verdict import Verdict
@@ -425,6 +426,36 @@ def test_what_the_baseline_is_asked_of_one_text_stands_together():
     places = [place for number, *place in _asked(documents, ABLATIONS) if number == 0]
     assert ABLATIONS[0] == INTACT
     assert places == sorted(places)
+
+
+def test_of_long_documents_every_ablation_is_asked_both_ends_and_the_baseline_all(
+    tiny_model, monkeypatch
+):
+    """Thirty plain passes over texts of a thousand tokens would be most of the check."""
+    common, seen = tuple(3 + n % 90 for n in range(130)), []
+
+    def document(index):
+        own = tuple(3 + (index + n) % 90 for n in range(200))
+        letters = tuple(Request(common + own, (n,)) for n in (5, 6, 7))
+        return Document("task", index, letters, 0, 3)
+
+    honest = Engine.score
+    monkeypatch.setattr(Engine, "score", lambda *given: seen.append(given[1:3]) or honest(*given))
+    documents, engine = [document(n) for n in range(2)], Engine(loaded(tiny_model("llama")), 1024)
+    found = _confirm(engine, documents, ABLATIONS)
+    assert (found.wrong, found.compared) == (None, 6 + 6 + 4)
+    (whole, alone), (short, everything) = seen
+    assert (whole, alone, everything) == (documents, [INTACT], ABLATIONS)
+    for long, cut in zip(whole, short, strict=True):
+        for one, other in zip(long.requests, cut.requests, strict=True):
+            assert other.context == one.context[:128] + one.context[-128:]
+            assert other.continuation == one.continuation
+    assert len(common_beginning(short, 1024)) >= 128
+    assert plain_tokens(documents, ABLATIONS, 1024) == 2 * 330 + (2 + 4) * 256 + 330
+    # What is short is asked once, as it is.
+    seen.clear()
+    _confirm(engine, make_documents(2), ABLATIONS)
+    assert [(len(some), removed) for some, removed in seen] == [(2, ABLATIONS)]
 
 
 def test_each_ablation_is_asked_one_request_and_the_baseline_six():

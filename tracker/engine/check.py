@@ -33,6 +33,8 @@ VERDICT = TypeAdapter(Verdict)
 """Verdicts as JSON."""
 DOCUMENTS = 2
 """Real documents that the model itself is confirmed on."""
+HALF_OF_A_TEXT = 128
+"""Tokens at both ends that are left of a longer context, where every ablation is asked."""
 OF_THE_BASELINE = 6
 """Requests that the intact model is asked; each ablation is asked one."""
 SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
@@ -156,9 +158,17 @@ def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
     """Count how far a cell's texts and rows reach; of a row with its kept beginning."""
     most = engine.max_length
     text = max(request.length for document in documents for request in document.requests)
-    each = max(row.tokens for document in documents for row in tree_rows([document], most, 1))
+    each = max(_width(document, most) for document in documents)
     row = each + max(engine.most_row_tokens, len(common_beginning(documents, most)))
     return Reach(min(text, most), each, row)
+
+
+def _width(document: Document, most: int) -> int:
+    """Count the nodes of a document alone; a text that all answers share is counted quickly."""
+    texts = {read_for(request, most) for request in document.requests}
+    if len(texts) == 1:
+        return len(texts.pop())
+    return max(row.tokens for row in tree_rows([document], most, 1))
 
 
 def _order(tokens: int) -> int:
@@ -208,11 +218,37 @@ def _confirm(
     engine: Engine, documents: Sequence[Document], ablations: Sequence[Ablation]
 ) -> Comparison:
     """Let the model itself answer some requests under every ablation, both ways."""
-    scores = engine.score(documents, ablations)
     truth, found = Truth(engine), Comparison()
-    for number, d, r in _asked(documents, ablations):
-        found += _compare(engine, truth, scores[d], number, ablations[number], r)
+    for few, some in _questions(documents, ablations):
+        scores = engine.score(few, some)
+        for number, d, r in _asked(few, some):
+            found += _compare(engine, truth, scores[d], number, some[number], r)
     return found
+
+
+def _questions(
+    documents: Sequence[Document], ablations: Sequence[Ablation]
+) -> Iterator[tuple[Sequence[Document], Sequence[Ablation]]]:
+    """Documents and what is removed: all from short ones, nothing from long ones as they are.
+
+    What long texts may change was attacked on the miniature, and the watch meets them whole.
+    """
+    short = [_shortened(document) for document in documents]
+    if short != list(documents):
+        yield documents, [INTACT]
+    yield short, ablations
+
+
+def _shortened(document: Document) -> Document:
+    """Leave the beginning of each context, which others may share, and its end."""
+    requests = tuple(
+        replace(
+            each,
+            context=each.context[:HALF_OF_A_TEXT] + each.context[HALF_OF_A_TEXT:][-HALF_OF_A_TEXT:],
+        )
+        for each in document.requests
+    )
+    return replace(document, requests=requests)
 
 
 def _asked(
@@ -241,7 +277,11 @@ def plain_tokens(
     Each passes about all layers once.
     """
     few, watched = _few(documents), watched_documents(documents)
-    before = ((number, few[d].requests[r]) for number, d, r in _asked(few, ablations))
+    before = (
+        (some[number], asked[d].requests[r])
+        for asked, some in _questions(few, ablations)
+        for number, d, r in _asked(asked, some)
+    )
     while_measured = (
         ((document.task, document.index), request)
         for document in documents
