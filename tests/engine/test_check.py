@@ -407,6 +407,15 @@ def test_a_row_reaches_as_far_as_its_beginning_and_the_longest_document(tiny_mod
     assert reach(Engine(model, MAX_LENGTH, row_tokens=10), documents).row == longest + 30
 
 
+def test_a_document_of_letters_is_as_wide_as_its_row(tiny_model):
+    """The right one is read too, for the proxies."""
+    letters = tuple(Request((3,) * 128, (n,)) for n in (5, 6, 7))
+    document = Document("task", 0, letters, 0, 3)
+    (row,) = tree_rows([document], 1024, 1)
+    found = reach(Engine(loaded(tiny_model("llama")), 1024), [document])
+    assert found.document == row.tokens == 129
+
+
 def test_the_shortest_of_the_documents_with_most_answers_are_confirmed():
     def document(index, answers, context, longest=1):
         requests = [Request((1,) * context, (2,))] * (answers - 1)

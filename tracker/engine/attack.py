@@ -399,20 +399,21 @@ def _compared(
     """
     found = Comparison()
     removed = [ablation for ablation in ablations if ablation != INTACT]
-    drawn = random.Random(0).sample(removed, len(removed) // 2)
     orders = removed, removed
     if len(removed) > FEW:
-        orders = drawn, [ablation for ablation in removed if ablation not in drawn]
+        drawn = random.Random(0).sample(removed, len(removed))
+        orders = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
     for step, some in zip((1, -1), orders, strict=True):
-        scored = [INTACT, *some]
+        places = {ablation: place for place, ablation in enumerate((INTACT, *some))}
         scores = {
-            c: engine.score(calls[c][::step], scored)[::step] for c in range(len(calls))[::step]
+            c: engine.score(calls[c][::step], list(places))[::step]
+            for c in range(len(calls))[::step]
         }
         with threads():
             for ablation, c, d, r in asked:
-                if ablation not in scored:
+                if ablation not in places:
                     continue
-                ours = scores[c][d].responses[scored.index(ablation)][r].loglikelihood
+                ours = scores[c][d].responses[places[ablation]][r].loglikelihood
                 found += truth.compare(ours, ablation, calls[c][d].requests[r], *TOLERANCE)
                 if found.wrong:
                     return found

@@ -22,7 +22,7 @@ from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
 from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
 from tracker.engine.memory import only_new_garbage
-from tracker.engine.rows import common_beginning, tree_rows
+from tracker.engine.rows import common_beginning, tree_size
 from tracker.engine.single import read_for
 from tracker.engine.stand_in import StandIn
 from tracker.engine.sweep import DocumentScores, Engine
@@ -158,17 +158,9 @@ def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
     """Count how far a cell's texts and rows reach; of a row with its kept beginning."""
     most = engine.max_length
     text = max(request.length for document in documents for request in document.requests)
-    each = max(_width(document, most) for document in documents)
+    each = max(tree_size(document, most) for document in documents)
     row = each + max(engine.most_row_tokens, len(common_beginning(documents, most)))
     return Reach(min(text, most), each, row)
-
-
-def _width(document: Document, most: int) -> int:
-    """Count the nodes of a document alone; a text that all answers share is counted quickly."""
-    texts = {read_for(request, most) for request in document.requests}
-    if len(texts) == 1:
-        return len(texts.pop())
-    return max(row.tokens for row in tree_rows([document], most, 1))
 
 
 def _order(tokens: int) -> int:

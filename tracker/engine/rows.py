@@ -213,6 +213,14 @@ def tree_rows(
         yield _tree_row(tree, packed, begun)
 
 
+def tree_size(document: Document, max_length: int) -> int:
+    """Count the nodes of the row that `tree_rows` makes of a document alone."""
+    tree = Tree()
+    for sequence in _sequences([document], max_length, ANY_LENGTH)[0]:
+        tree.insert(sequence.path)
+    return len(tree.tokens)
+
+
 def common_beginning(documents: Sequence[Document], max_length: int) -> tuple[int, ...]:
     """Find the tokens with which all requests begin, up to what predicts something.
 

@@ -66,7 +66,7 @@ def pruned(
     """
     layers = find_layers(model)
     shared = _shared(model)
-    memo: dict[int, Any] = {id(each): each for each in shared}
+    memo = {id(each): each for each in shared}
     fresh = fresh or {}
     for (path, name), value in fresh.items():
         old = model.get_submodule(path)._parameters.get(name)
@@ -74,7 +74,7 @@ def pruned(
             memo[id(old)] = nn.Parameter(value.clone(), requires_grad=False)
     twin = duplicate(model, memo)
     put_back(twin, fresh)
-    own: nn.ModuleList = memo[id(layers)]
+    own = find_layers(twin)
     for index, change in changes.items():
         change(own[index])
     kept = [i for i in range(len(layers)) if i not in removed for _ in range(1 + (i in repeated))]
