@@ -5,6 +5,7 @@ No W&B server was available: see `wandb_double` for what that proves.
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 import time
@@ -25,32 +26,40 @@ from .mlflow_server import free_port
 from .wandb_client import Client
 from .wandb_double import Run, WandbDouble
 
-PUBLISH = """
-import json, sys
-from pathlib import Path
-from tracker.errors import TrackingError
-from tracker.records import CellRecord
-from tracker.reporting.charts.cells import cell_charts
-from tracker.tracking import open_backend
-from tracker.tracking.base import LoggedTable
-cell, results, *files = map(Path, sys.argv[1:])
-backend = open_backend("wandb", "team/layers", results)
-try:
+Said = dict[str, Any]
+
+
+def published(cell: Path, results: Path, *files: Path) -> Said:
+    """Publish a cell, and say what came of it."""
+    from tracker.errors import TrackingError
+    from tracker.records import CellRecord
+    from tracker.reporting.charts.cells import cell_charts
+    from tracker.tracking import open_backend
+    from tracker.tracking.base import LoggedTable
+
+    backend = open_backend("wandb", "team/layers", results)
     record = CellRecord.model_validate_json(cell.read_text())
     asked = LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)), ("task",))
-    done = vars(backend.publish(record, files, cell_charts(record), {"documents": asked}))
-except TrackingError as error:
-    done = {"error": str(error)}
-print(json.dumps(done))
-"""
+    try:
+        done = backend.publish(record, files, cell_charts(record), {"documents": asked})
+    except TrackingError as error:
+        return {"error": str(error)}
+    finally:
+        backend.close()
+    return vars(done)
+
 
 IN_A_NOTEBOOK = f"""
-import os, wandb
+import json, os, sys, wandb
+from pathlib import Path
+from typing import Any
+Said = dict[str, Any]
 quiet = wandb.Settings(x_disable_stats=True, console="off", silent=True)
 mine = wandb.init(entity="team", project="mine", id="mine", settings=quiet)
 mine.log({{"loss": 2}})
 session = {{name: value for name, value in os.environ.items() if name.startswith("WANDB")}}
-{PUBLISH}
+{inspect.getsource(published)}
+print(json.dumps(published(*map(Path, sys.argv[1:]))))
 assert wandb.run is mine
 now = {{name: value for name, value in os.environ.items() if name.startswith("WANDB")}}
 assert now == session, set(now.items()) ^ set(session.items())
@@ -58,7 +67,6 @@ mine.log({{"loss": 1}})
 mine.finish()
 """
 
-Said = dict[str, Any]
 INTACT = {
     "n": 160,
     "accuracy": 0.5,
@@ -71,7 +79,7 @@ INTACT = {
 
 
 class Publisher:
-    """Publishes in processes of their own, as every `tracker` does."""
+    """Publishes anew, as every `tracker` does: the SDK has a process of its own."""
 
     def __init__(self, client: Client, folder: Path) -> None:
         self.client = client
@@ -80,12 +88,21 @@ class Publisher:
         self.outcomes = folder / "outcomes.parquet"
         self.outcomes.write_bytes(bytes(range(256)) * 4)
 
-    def __call__(self, cell: CellRecord, program: str = PUBLISH, **environment: str) -> Said:
+    def __call__(self, cell: CellRecord, **environment: str) -> Said:
+        with pytest.MonkeyPatch.context() as there:
+            for name, value in {**self.client.environment, **environment}.items():
+                there.setenv(name, value)
+            return published(*self._paths(cell))
+
+    def in_a_notebook(self, cell: CellRecord, **environment: str) -> Said:
+        paths = map(str, self._paths(cell))
+        said: Said = json.loads(self.client.python(IN_A_NOTEBOOK, *paths, **environment))
+        return said
+
+    def _paths(self, cell: CellRecord) -> tuple[Path, Path, Path]:
         record = self.folder / "cell.json"
         record.write_text(cell.model_dump_json())
-        paths = map(str, (record, self.results, self.outcomes))
-        said: Said = json.loads(self.client.python(program, *paths, **environment))
-        return said
+        return record, self.results, self.outcomes
 
 
 @pytest.fixture
@@ -364,7 +381,7 @@ def test_a_run_that_the_user_has_open_is_not_touched(
 ) -> None:
     if fails:
         double.fail_with(500, holding='"layers"')
-    said = publish(make_cell(), IN_A_NOTEBOOK, **IMPATIENT)
+    said = publish.in_a_notebook(make_cell(), **IMPATIENT)
     assert ("error" in said) == fails
     mine = double.run("mine", "mine")
     assert [row["loss"] for row in mine.history] == [2, 1]

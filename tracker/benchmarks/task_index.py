@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -36,11 +37,12 @@ def known_tasks() -> dict[str, Any]:
     versions = package_versions()
     key = content_hash([stamp, versions["lm-eval"], versions["tracker"]])
     note = cache_folder() / "tasks" / f"{key[:32]}.json"
-    known = read_note(note)
+    # As one string: proving a digest writes everything once more, which of 14,000 values is slow.
+    known = json.loads(read_note(note).get("tasks", "{}"))
     if not known:
         known = {name: _row(entry, folder) for name, entry in TaskManager().task_index.items()}
         with suppress(WorkError):
-            write_note(note, known)
+            write_note(note, {"tasks": json.dumps(known)})
     return {name: _entry(name, folder, *row) for name, row in known.items()}
 
 

@@ -62,17 +62,18 @@ def at_equal_cost(
     count = len(truth.values)
     half = count // 2
     generator = np.random.default_rng(seed)
+    orders = [generator.permutation(count) for _ in range(DRAWS)]
+    targets = np.array([_running(truth, order[half:])[-1] for order in orders])
     found = {name: np.full((DRAWS, len(budgets)), np.nan) for name in measures}
-    for draw in range(DRAWS):
-        order = generator.permutation(count)
-        seen, other = order[:half], order[half:]
-        target = _running(truth, other)[-1:]
-        for name, measure in measures.items():
-            paid = [int(budget / measure.price) for budget in budgets]
-            fits = [i for i, documents in enumerate(paid) if 1 <= documents <= half]
-            if fits:
-                rows = _running(measure, seen)[[paid[i] - 1 for i in fits]]
-                found[name][draw, fits] = row_coefficients(rows, target, "spearman")
+    for name, measure in measures.items():
+        paid = [int(budget / measure.price) for budget in budgets]
+        fits = [i for i, documents in enumerate(paid) if 1 <= documents <= half]
+        if fits:
+            last = [paid[i] - 1 for i in fits]
+            rows = np.concatenate([_running(measure, order[:half])[last] for order in orders])
+            # In one call: ranking a table takes hardly longer than ranking a row.
+            values = row_coefficients(rows, targets.repeat(len(fits), axis=0), "spearman")
+            found[name][:, fits] = values.reshape(DRAWS, len(fits))
     return {name: _means(rows) for name, rows in found.items()}
 
 
