@@ -10,6 +10,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
+# Else each of the hundreds of programs that tests start compiles tracker anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check families mutants fuzz dist dist-demo clean
 .DEFAULT_GOAL := demo

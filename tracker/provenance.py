@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ _STACK = ("tracker", *PACKAGES, "platform", "device")
 
 def package_versions() -> dict[str, str]:
     """Look up the versions of the packages that can change a number; `not installed` if none."""
-    found = {"tracker": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"tracker": __version__, **{name: _version(name) for name in PACKAGES}}
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def machine() -> dict[str, str]:

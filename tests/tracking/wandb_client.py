@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import lend_tasks
-
 from .wandb_double import WandbDouble
 
 BIN = Path(sys.executable).parent
@@ -24,7 +22,7 @@ cli()
 
 
 class Client:
-    """Runs programs that know of a double and of a folder, and of nothing else of this machine."""
+    """Runs programs that know of a double, a folder and the tests' cache, and of nothing else."""
 
     def __init__(self, double: WandbDouble, folder: Path) -> None:
         self.folder = folder
@@ -43,9 +41,8 @@ class Client:
         # digit.
         same = ("PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_")
         self.environment |= {n: value for n, value in os.environ.items() if n.startswith(same)}
-        cache = folder / "tracker_cache"
-        self.environment["TRACKER_CACHE"] = str(cache)
-        lend_tasks(cache)
+        # What any process of this run of the tests has found out, none finds out again.
+        self.environment["TRACKER_CACHE"] = os.environ["TRACKER_CACHE"]
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
             self.environment[f"WANDB_{name}"] = str(folder / name.lower())
             (folder / name.lower()).mkdir()

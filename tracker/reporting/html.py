@@ -66,6 +66,18 @@ def render_report(
 
 
 @cache
+def _templates() -> Environment:
+    """What is compiled once for all pages of a process."""
+    return Environment(
+        loader=PackageLoader("tracker.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@cache
 def _plotly() -> str:
     """Plotly's script, packed: two fifths of its size."""
     return packed(get_plotlyjs())
@@ -79,17 +91,11 @@ def render_page(
     searches: Collection[Place] = (),
 ) -> str:
     """Render the HTML of cells in this order, as `render_report` writes it."""
-    loader = PackageLoader("tracker.reporting")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = _templates()
 
     def inlined(name: str) -> Markup:
-        return Markup(loader.get_source(environment, name)[0])
+        assert environment.loader is not None
+        return Markup(environment.loader.get_source(environment, name)[0])
 
     studies = study_sections(findings, cells)
     cells = standing_alone(cells, findings, searches)
