@@ -26,7 +26,7 @@ def study(tiny_llama, experiment):
 
 
 def study_of(tiny_llama, experiment, documents: int) -> Path:
-    model = tiny_llama(layers=LAYERS, hidden_size=128, intermediate_size=256)
+    model = tiny_llama(layers=LAYERS)
     return experiment(model, layer=list(range(LAYERS)), limit=None, sample=documents)
 
 

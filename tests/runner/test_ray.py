@@ -126,7 +126,7 @@ def test_two_nodes_give_what_one_process_gives(cluster, here, tiny_llama, experi
 
 
 def test_what_a_killed_worker_did_is_done_again(cluster, here, tiny_llama, experiment):
-    model = tiny_llama(layers=8, hidden_size=128, intermediate_size=256)
+    model = tiny_llama(layers=8)
     file = experiment(model, layer=list(range(8)), limit=4 * BLOCK + 5)
     run(file, here / "local")
     killed: list[int] = []

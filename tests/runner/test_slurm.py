@@ -44,7 +44,7 @@ def cli(tmp_path):
 @pytest.fixture
 def long(tiny_llama, experiment):
     """A study that takes long enough to be interrupted."""
-    model = tiny_llama(layers=8, hidden_size=128, intermediate_size=256)
+    model = tiny_llama(layers=8)
     return experiment(model, layer=list(range(8)), limit=4 * BLOCK + 5)
 
 

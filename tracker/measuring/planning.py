@@ -134,10 +134,11 @@ def plan(
 
     RequestError if something that was asked for does not exist or does not fit.
     """
-    from tracker.engine.plan import cost
-
     asked = [look_up(request, ledger) for request in requests]
     check_layers(asked, trust_remote_code)
+    # What is refused is so without torch.
+    from tracker.engine.plan import cost
+
     planned = []
     before: set[CellRequest] = set()
     for cell in asked:
