@@ -61,6 +61,18 @@ def test_help_imports_nothing_heavy():
     assert printed_by(code) == "[]"
 
 
+def test_a_plan_is_refused_without_torch(cli, tiny_llama, experiment, tmp_path):
+    file = experiment(tiny_llama(), layer=99)
+    refused(cli("validate", file), "99 is out of range")  # how many there are is known now
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom tracker.cli import main\n"
+        f"asked = ['plan', {str(file)!r}, '--results', {str(tmp_path)!r}]\n"
+        "found = CliRunner().invoke(main, asked)\n"
+        "print(found.exit_code, '99 is out of range' in found.output, 'torch' in sys.modules)"
+    )
+    assert printed_by(code) == "2 True False"
+
+
 def test_what_is_imported_is_not_looked_through_for_garbage(tmp_path):
     """Was: seven times while a run's modules were imported, which took a sixth of that."""
     code = (
