@@ -54,3 +54,16 @@ def test_a_file_that_changes_is_read_again(tmp_path, monkeypatch) -> None:
     for note in (tmp_path / "cache").rglob("*.json"):
         note.write_text(note.read_text().replace("own", "oww"))
     assert set(again()) == {"own", "more"}
+
+
+def test_builds_that_write_it_otherwise_do_not_read_each_others(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("task: own\n")
+    monkeypatch.setattr(lm_eval.tasks, "__file__", str(folder / "__init__.py"))
+    plain = partial(TaskManager, include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr(task_index, "TaskManager", plain)
+    for form in (1, 2):
+        monkeypatch.setattr(task_index, "_FORMAT", form, raising=False)
+        assert set(again()) == {"own"}
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 2

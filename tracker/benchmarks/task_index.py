@@ -20,6 +20,8 @@ from tracker.ledger.notes import read_note, write_note
 from tracker.provenance import content_hash, file_stamp, package_versions
 
 _DATA = ("dataset_path", "dataset_name")
+_FORMAT = 2
+"""Of the note: another build of the same version, in the same cache, may write another."""
 
 
 @cache
@@ -35,7 +37,7 @@ def known_tasks() -> dict[str, Any]:
     folder = Path(lm_eval.tasks.__file__).parent
     stamp = file_stamp(_files(folder))
     versions = package_versions()
-    key = content_hash([stamp, versions["lm-eval"], versions["tracker"]])
+    key = content_hash([stamp, versions["lm-eval"], versions["tracker"], _FORMAT])
     note = cache_folder() / "tasks" / f"{key[:32]}.json"
     # As one string: proving a digest writes everything once more, which of 14,000 values is slow.
     known = json.loads(read_note(note).get("tasks", "{}"))
