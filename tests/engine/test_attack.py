@@ -303,7 +303,11 @@ class TestAttack:
             for some in combinations(range(4), count)
         ]
         assert len(parts) == 42
-        for ablations, each in ((parts[:15], 2 * 128 // 16), (parts, 4)):
+        for ablations, each in (
+            (parts[:8], 2 * 128 // 9),
+            (parts[:15], 2 * 128 // 16),
+            (parts, 4),
+        ):
             found = attack(engine, [INTACT, *ablations]).compared
             assert found == everything + each * len(ablations)
 

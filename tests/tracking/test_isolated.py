@@ -25,9 +25,7 @@ def test_a_call_whose_process_ends_is_a_tracking_error(
     monkeypatch: pytest.MonkeyPatch,
     how: str,
 ) -> None:
-    for name, value in client.environment.items():
-        if name.startswith("WANDB"):
-            monkeypatch.setenv(name, value)
+    client.lend(monkeypatch)
     before = set(psutil.Process().children(recursive=True))
     backend = open_backend("wandb", "team/layers", tmp_path)
 

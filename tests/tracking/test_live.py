@@ -117,9 +117,7 @@ def test_the_run_of_mlflow_is_there_killed_continued_and_ended(measured: Measure
 def test_the_run_of_wandb_is_there_killed_continued_and_ended(
     measured: Measured, double: WandbDouble, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in client.environment.items():
-        if name.startswith("WANDB"):
-            monkeypatch.setenv(name, value)
+    client.lend(monkeypatch)
 
     def run() -> Any:
         project = double.projects.get(("team", "layers"))
@@ -156,9 +154,7 @@ def test_the_run_of_wandb_is_there_killed_continued_and_ended(
 def test_the_run_of_a_trial_is_there_and_ends_with_its_figures(
     measured: Measured, double: WandbDouble, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in client.environment.items():
-        if name.startswith("WANDB"):
-            monkeypatch.setenv(name, value)
+    client.lend(monkeypatch)
     (client.folder / "sweep.json").write_text('{"wandb_version": 1, "layer": {"value": 1}}')
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(client.folder / "sweep.json"))
     for name, value in (("SWEEP_ID", "s1"), ("RUN_ID", "t1"), ("ENTITY", "team")):

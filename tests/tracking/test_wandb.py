@@ -30,7 +30,7 @@ Said = dict[str, Any]
 
 
 def published(cell: Path, results: Path, *files: Path) -> Said:
-    """Publish a cell, and say what came of it."""
+    """Publish a cell, and say what came of it; a notebook runs this text, so it imports all."""
     from tracker.errors import TrackingError
     from tracker.records import CellRecord
     from tracker.reporting.charts.cells import cell_charts
@@ -90,8 +90,7 @@ class Publisher:
 
     def __call__(self, cell: CellRecord, **environment: str) -> Said:
         with pytest.MonkeyPatch.context() as there:
-            for name, value in {**self.client.environment, **environment}.items():
-                there.setenv(name, value)
+            self.client.lend(there, **environment)
             return published(*self._paths(cell))
 
     def in_a_notebook(self, cell: CellRecord, **environment: str) -> Said:
@@ -422,9 +421,7 @@ def test_a_leaderboard_leads_to_the_outcomes_that_it_is_made_of(
     double: WandbDouble, publish: Publisher, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell, elsewhere = make_cell(layers=(0,)), make_cell(key="another")
-    for name, value in publish.client.environment.items():
-        if name.startswith("WANDB"):
-            monkeypatch.setenv(name, value)
+    publish.client.lend(monkeypatch)
     board = publish.folder / "leaderboard.json"
     board.write_text("{}")
     backend = open_backend("wandb", "team/layers", publish.results)

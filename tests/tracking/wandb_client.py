@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from .wandb_double import WandbDouble
 
 BIN = Path(sys.executable).parent
@@ -46,6 +48,14 @@ class Client:
         for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
             self.environment[f"WANDB_{name}"] = str(folder / name.lower())
             (folder / name.lower()).mkdir()
+
+    def lend(self, patch: pytest.MonkeyPatch, **environment: str) -> None:
+        """Let this process know of the double and of no other W&B, as the programs do."""
+        for name in [name for name in os.environ if name.startswith("WANDB")]:
+            patch.delenv(name)
+        for name, value in {**self.environment, **environment}.items():
+            if name.startswith("WANDB") or name == "HOME":
+                patch.setenv(name, value)
 
     def call(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
