@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import lm_eval.tasks
@@ -9,6 +10,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from tracker.benchmarks import task_index
+from tracker.ledger.notes import read_note, write_note
 
 DATA = ("dataset_path", "dataset_name")
 
@@ -67,3 +69,22 @@ def test_builds_that_write_it_otherwise_do_not_read_each_others(tmp_path, monkey
         monkeypatch.setattr(task_index, "_FORMAT", form, raising=False)
         assert set(again()) == {"own"}
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("path", ["{tmp_path}/evil.yaml", "../evil.yaml"])
+def test_a_planted_note_leads_to_no_file_outside(tmp_path, monkeypatch, path: str) -> None:
+    """Was: an absolute path was taken, and lm-eval runs what `!function` of such a file names."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("task: own\n")
+    (tmp_path / "evil.yaml").write_text("task: own\n")
+    monkeypatch.setattr(lm_eval.tasks, "__file__", str(folder / "__init__.py"))
+    plain = partial(TaskManager, include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr(task_index, "TaskManager", plain)
+    again()
+    (note,) = (tmp_path / "cache").rglob("*.json")
+    tasks = json.loads(read_note(note)["tasks"])
+    tasks["own"][1] = path.format(tmp_path=tmp_path)
+    write_note(note, {"tasks": json.dumps(tasks)})
+    assert again()["own"].yaml_path == folder / "own.yaml"
+    assert json.loads(read_note(note)["tasks"])["own"][1] == "own.yaml"

@@ -11,7 +11,8 @@ import platformdirs
 import pytest
 
 from tracker.errors import WorkError
-from tracker.ledger.files import cache_folder, write_atomically, write_text
+from tracker.ledger.cache import cache_folder
+from tracker.ledger.files import write_atomically, write_text
 
 
 def names(folder: Path) -> set[str]:

@@ -11,6 +11,7 @@ import pytest
 
 from tracker.distribution import pip_install
 from tracker.errors import ModelError
+from tracker.ledger.notes import write_note
 from tracker.models import sources
 from tracker.models.sources import (
     ModelSource,
@@ -19,6 +20,7 @@ from tracker.models.sources import (
     find_model,
     read_config,
 )
+from tracker.provenance import content_hash
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -168,6 +170,23 @@ class TestFingerprints:
         assert not read
         os.utime(source.files()[0], ns=(1, 1))
         assert source.fingerprint() == "0" * 64
+
+    # Was: a hash without a digest, whoever had written it, made two models one.
+    @pytest.mark.parametrize("planted", ["without a digest", "in a folder that others write"])
+    def test_a_planted_hash_is_not_believed(
+        self, tiny_llama, tmp_path, monkeypatch, planted: str
+    ) -> None:
+        source, cache = find_model(str(tiny_llama())), tmp_path / "cache"
+        monkeypatch.setenv("TRACKER_CACHE", str(cache))
+        fingerprint = source.fingerprint()
+        (note,) = (cache / "fingerprints").iterdir()
+        if planted == "without a digest":
+            note.write_text('{"sha256": "0"}')
+            (cache / "fingerprints" / content_hash(source.stamp())).write_text("0" * 64)
+        else:
+            write_note(note, {"sha256": "0" * 64})
+            cache.chmod(0o777)
+        assert source.fingerprint() == fingerprint
 
     @pytest.mark.parametrize("damage", ["is a file", "holds nonsense"])
     def test_a_cache_that_cannot_be_used_does_no_harm(

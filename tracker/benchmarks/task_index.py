@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
 from tracker.benchmarks.private import Entry, Kind
-from tracker.errors import WorkError
-from tracker.ledger.files import cache_folder
-from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.cache import keep, recall
 from tracker.provenance import content_hash, file_stamp, package_versions
 
 _DATA = ("dataset_path", "dataset_name")
@@ -38,13 +35,11 @@ def known_tasks() -> dict[str, Any]:
     stamp = file_stamp(_files(folder))
     versions = package_versions()
     key = content_hash([stamp, versions["lm-eval"], versions["tracker"], _FORMAT])
-    note = cache_folder() / "tasks" / f"{key[:32]}.json"
     # As one string: proving a digest writes everything once more, which of 14,000 values is slow.
-    known = json.loads(read_note(note).get("tasks", "{}"))
-    if not known:
+    known = json.loads(recall("tasks", key).get("tasks", "{}"))
+    if not known or not all(_is_inside(path) for _, path, *_ in known.values()):
         known = {name: _row(entry, folder) for name, entry in TaskManager().task_index.items()}
-        with suppress(WorkError):
-            write_note(note, {"tasks": json.dumps(known)})
+        keep("tasks", key, {"tasks": json.dumps(known)})
     return {name: _entry(name, folder, *row) for name, row in known.items()}
 
 
@@ -62,6 +57,11 @@ def _row(entry: Any, folder: Path) -> list[Any]:
     path = entry.yaml_path and str(entry.yaml_path.relative_to(folder))
     data = {key: entry.cfg[key] for key in _DATA if key in (entry.cfg or {})}
     return [entry.kind.name, path, sorted(entry.tags), data]
+
+
+def _is_inside(path: str | None) -> bool:
+    """Say whether a path stays in the folder that it is of: a task's file runs code."""
+    return path is None or not (Path(path).is_absolute() or ".." in Path(path).parts)
 
 
 def _entry(

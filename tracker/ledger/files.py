@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees all of a file or none of it, and where the cache is."""
+"""Writing files so that a reader sees all of a file or none of it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
 from tracker.errors import WorkError
-
-
-def cache_folder() -> Path:
-    """Say where is kept what can be had again: `TRACKER_CACHE`, else the user's cache folder."""
-    chosen = os.environ.get("TRACKER_CACHE")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("tracker")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -186,7 +186,7 @@ class Ledger:
     def find(self, request_key: str) -> CellStore | None:
         """Find the cell that a request led to before; None when it is new."""
         name = read_note(self.root / "index" / f"{request_key[:32]}.json").get("cell")
-        if name is None:
+        if name is None or Path(name).name != name:
             return None
         try:
             return self._open(self.root / "cells" / name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 from tracker.arguments import decoded
 from tracker.config import MAX_LAYERS
 from tracker.distribution import pip_install
-from tracker.errors import ModelError, UnreachableError, WorkError, did_you_mean
+from tracker.errors import ModelError, UnreachableError, did_you_mean
 from tracker.hub import ask, check_name, refusal, unreachable
-from tracker.ledger.files import cache_folder, write_text
-from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.cache import keep, recall
 from tracker.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.safe_yaml import short
 
@@ -155,15 +153,13 @@ class ModelSource:
 def _remembered_hash(files: Sequence[Path]) -> str:
     """Hash files, or recall the hash of files whose paths, sizes and times are the same."""
     stamp = file_stamp(files)
-    note = cache_folder() / "fingerprints" / content_hash(stamp)
-    with suppress(OSError, ValueError):
-        known = note.read_text(encoding="ascii")
-        if re.fullmatch("[0-9a-f]{64}", known):
-            return known
+    key = content_hash(stamp)
+    known = recall("fingerprints", key).get("sha256")
+    if known is not None:
+        return str(known)
     found = file_hash(files)
     if file_stamp(files) == stamp:
-        with suppress(WorkError):  # a cache that cannot be written costs time alone
-            write_text(note, found)
+        keep("fingerprints", key, {"sha256": found})
     return found
 
 
@@ -308,13 +304,11 @@ def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
         return int(read_config(model, trust_remote_code).num_hidden_layers)
     # What this version of transformers read before, it reads again.
     key = content_hash([stamp, package_versions()["transformers"], trust_remote_code])
-    note = cache_folder() / "layers" / f"{key[:32]}.json"
-    known = read_note(note).get("layers")
+    known = recall("layers", key).get("layers")
     if known is None:
         known = _layers_of_gguf(model) if model.gguf_file else None
         known = known or read_config(model, trust_remote_code).num_hidden_layers
-        with suppress(WorkError):
-            write_note(note, {"layers": known})
+        keep("layers", key, {"layers": known})
     return int(known)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from filelock import FileLock
 
 from tracker.errors import TrackerError, TrackingError
+from tracker.ledger.cache import own_folder
 from tracker.ledger.cells import CellStore
-from tracker.ledger.files import cache_folder, write_text
+from tracker.ledger.files import write_text
 from tracker.ledger.keys import folder_name
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.store import Ledger
@@ -49,7 +50,7 @@ def pull(
     """
     setting = "MLFLOW_TRACKING_URI" if source.backend == "mlflow" else "WANDB_BASE_URL"
     where = source.server or os.environ.get(setting)
-    root = cache_folder() / f"{source.backend}-{content_hash([where, source.project])[:16]}"
+    root = own_folder(f"{source.backend}-{content_hash([where, source.project])[:16]}")
     ledger = Ledger(root)
     ledger.create()
     backend = open_backend(source.backend, source.project or "", root, source.server)

@@ -1,0 +1,158 @@
+"""What is kept on a machine is believed where nobody else can have written it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tracker.ledger import cache as caching
+from tracker.ledger.cache import keep, note_path, only_mine, own_folder, recall
+from tracker.ledger.checks import Checks
+
+KEY = "0123456789abcdef" * 4
+SAID = {"what": "was found"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache that is not there yet, as a process finds it that has said nothing."""
+    monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "home" / "cache"))
+    caching._say.cache_clear()
+    caching._for_this_process.cache_clear()
+    return tmp_path / "home" / "cache"
+
+
+@pytest.fixture
+def give_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Make a file another user's: really, or for whoever is not root, all of them."""
+
+    def give(path: Path) -> None:
+        if os.geteuid() == 0:
+            os.chown(path, 4321, -1)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: 4321)
+
+    return give
+
+
+def test_what_is_kept_is_recalled_and_nobody_else_comes_to_it(cache: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        keep("tasks", KEY, SAID)
+        assert recall("tasks", KEY) == SAID
+        assert recall("tasks", "f" * 64) == {}
+        for folder in (cache, cache.parent, cache / "tasks"):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        # A user's own, made by an older tracker or by hand.
+        cache.chmod(0o755)
+        (cache / "tasks").chmod(0o755)
+        note_path(cache, "tasks", KEY).chmod(0o644)
+        assert recall("tasks", KEY) == SAID
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+@pytest.mark.parametrize("what", ["the cache", "a folder of it", "the note"])
+def test_what_others_may_write_is_not_used_and_that_is_said_once(
+    cache: Path, what: str, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Was: whatever stood there was believed."""
+    keep("tasks", KEY, SAID)
+    for folder in (cache, cache / "tasks"):
+        folder.chmod(0o755)
+    note = note_path(cache, "tasks", KEY)
+    place = {"the cache": cache, "a folder of it": note.parent, "the note": note}[what]
+    place.chmod(mode)
+    with caplog.at_level(logging.WARNING):
+        assert recall("tasks", KEY) == recall("tasks", KEY) == {}
+    (said,) = caplog.messages
+    assert f"chmod -R go-w {cache}" in said
+    if what == "the note":  # it is written anew, in a folder that is the user's alone
+        keep("tasks", KEY, SAID)
+        assert recall("tasks", KEY) == SAID
+    else:
+        before = note.read_bytes()
+        keep("tasks", KEY, {"what": "else"})
+        assert note.read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["the cache", "a folder of it", "the note"])
+def test_what_is_another_users_is_not_used(
+    cache: Path, what: str, give_away: Callable[[Path], None]
+) -> None:
+    keep("tasks", KEY, SAID)
+    note = note_path(cache, "tasks", KEY)
+    give_away({"the cache": cache, "a folder of it": note.parent, "the note": note}[what])
+    assert recall("tasks", KEY) == {}
+
+
+def test_what_is_roots_is_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep("tasks", KEY, SAID)
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    assert recall("tasks", KEY) == SAID
+
+
+def test_a_link_inside_leads_nowhere_and_the_cache_may_be_one(cache: Path, tmp_path: Path) -> None:
+    keep("tasks", KEY, SAID)
+    (cache / "tasks").rename(tmp_path / "elsewhere")
+    (cache / "tasks").symlink_to(tmp_path / "elsewhere")
+    assert recall("tasks", KEY) == {}
+    (cache / "tasks").unlink()
+    (tmp_path / "elsewhere").rename(cache / "tasks")
+    cache.rename(tmp_path / "scratch")
+    cache.symlink_to(tmp_path / "scratch")
+    assert recall("tasks", KEY) == SAID
+
+
+def test_a_system_without_owners_believes_its_user(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    assert not only_mine(cache, cache)
+    monkeypatch.delattr(os, "geteuid")
+    assert only_mine(cache, cache)
+
+
+def test_what_is_exact_is_not_believed_from_a_folder_that_others_write(
+    tmp_path: Path, cache: Path
+) -> None:
+    """Was: one user's verdict, or a planted one, decided for all who share a results folder."""
+    shared, checks = tmp_path / "shared", Checks(tmp_path / "shared")
+    checks.keep(KEY, "sound")
+    for place in (shared, shared / "checks"):
+        place.chmod(0o2775)
+    assert Checks(shared).recall(KEY) == "sound"  # this user's own cache has it
+    note_path(cache, "checks", KEY).unlink()
+    assert Checks(shared).recall(KEY) is None
+    checks.keep(KEY, "unsound")
+    assert Checks(shared).recall(KEY) == "unsound"
+
+
+def test_a_folder_of_the_cache_is_taken_where_all_of_it_is_the_users(
+    cache: Path, give_away: Callable[[Path], None]
+) -> None:
+    folder = own_folder("project")
+    assert folder == cache / "project"
+    (folder / "cells").mkdir()
+    (folder / "cells" / "shard").write_text("")
+    assert own_folder("project") == folder
+    give_away(folder / "cells" / "shard")
+    other = own_folder("project")
+    assert other != folder
+    assert not list(other.iterdir())
+    assert own_folder("project") == other  # for the time of a process
+
+
+def test_a_folder_is_had_where_there_can_be_no_cache(cache: Path) -> None:
+    cache.parent.write_text("a file in its place")
+    folder = own_folder("project")
+    assert folder.is_dir()
+    assert cache not in folder.parents
