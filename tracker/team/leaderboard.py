@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -90,14 +90,14 @@ def read_board(backend: Backend) -> tuple[Board, int]:
     TrackingError if the backend could not be reached; ResultsError if a version is damaged, or of a
     newer tracker.
     """
-    heads: list[Board] = []
+    read: dict[str, Board] = {}
     held: set[str] = set()
-    for version in reversed(backend.boards()):
-        if version in held:
-            continue
-        board = _read(backend.read_board(version), version)
-        heads.append(board.model_copy(update={"holds": (*board.holds, version)}))
-        held |= {*board.holds, version}
+    for version in reversed(backend.boards()):  # the newest holds most, where clocks agree
+        if version not in held:
+            board = _read(backend.read_board(version), version)
+            held |= {*board.holds}
+            read[version] = board.model_copy(update={"holds": (*board.holds, version)})
+    heads = [board for version, board in read.items() if version not in held]
     return merge(heads), len(heads)
 
 
@@ -121,14 +121,16 @@ def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board,
     leaderboard comes where to look, empty when nothing was added. TrackingError if the backend
     could not be reached.
     """
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    by = backend.user()
-    mine = [BoardEntry(cell=cell, by=by, at=at) for cell in cells]
+    by, cells = backend.user(), list(cells)
     location = ""
     for _ in range(_ROUNDS):
         there, heads = read_board(backend)
         known = {content_digest(entry.cell) for entry in there.entries}
-        new = [entry for entry in mine if content_digest(entry.cell) not in known]
+        new = [
+            BoardEntry(cell=cell, by=by, at=_after(there, cell))
+            for cell in cells
+            if content_digest(cell) not in known
+        ]
         whole = merge([there, Board(entries=tuple(new))])
         if heads < 2 and whole.entries == there.entries:
             return whole, location
@@ -137,6 +139,15 @@ def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board,
             file.write_text(whole.model_dump_json(), encoding="utf-8")
             location = backend.add_board(file, board_tables(whole.cells), whole.cells)
     return whole, location
+
+
+def _after(board: Board, cell: CellRecord) -> str:
+    """Give the present, or what is later than all that a board has of a cell: clocks differ."""
+    now = datetime.now(UTC)
+    for entry in board.entries:
+        if entry.cell.holds(cell):
+            now = max(now, datetime.fromisoformat(entry.at) + timedelta(seconds=1))
+    return now.isoformat(timespec="seconds")
 
 
 def board_tables(cells: Sequence[CellRecord]) -> Mapping[str, LoggedTable]:

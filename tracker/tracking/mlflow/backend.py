@@ -41,10 +41,12 @@ from tracker.tracking.base import (
 )
 from tracker.tracking.identity import files_digest, run_key
 from tracker.tracking.mlflow.database import artifact_folder, create_database
+from tracker.tracking.mlflow.ranked import ranked
 from tracker.tracking.mlflow.runs import (
     FILES_TAG,
     KEY_TAG,
     KIND_TAG,
+    MlflowRun,
     cell_run,
     child_links,
     intact_run,
@@ -52,7 +54,14 @@ from tracker.tracking.mlflow.runs import (
     made_of_tag,
     tables_tag,
 )
-from tracker.tracking.mlflow.writing import DIGEST_TAG, attach, stated_digests, write
+from tracker.tracking.mlflow.writing import (
+    DIGEST_TAG,
+    attach,
+    lacks,
+    later,
+    stated_digests,
+    write,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -111,6 +120,7 @@ class MlflowBackend(Backend):
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
+            models = ranked(client, experiment, existing.values())
             # First, for its children; its figures come last, and with them where its children are.
             parent = run_key(cell, "cell")
             is_new = parent not in existing
@@ -118,12 +128,14 @@ class MlflowBackend(Backend):
             # MLflow lists the newest run first: the intact model, then layer 0, then layer 1, ...
             runs = [layer_run(cell, layer, parent_id) for layer in reversed(cell.runs)]
             children = (*runs, intact_run(cell, parent_id))
-            outcomes = [write(client, experiment, run, existing) for run in children]
+            outcomes = [write(client, experiment, run, existing, models) for run in children]
             ids = {key: found.info.run_id for key, found in existing.items()}
             links = child_links(cell, experiment, ids)
             whole = cell_run(cell, artifacts, charts, tables, links)
-            outcome = write(client, experiment, whole, existing)
+            outcome = write(client, experiment, whole, existing, models)
             outcomes.append("created" if is_new else outcome)
+            if set(outcomes) != {"unchanged"}:
+                _confirm(client, experiment, cell, (*children, whole))
             location = self._location(experiment)
         return Published(
             created=outcomes.count("created"),
@@ -132,20 +144,21 @@ class MlflowBackend(Backend):
             location=location,
         )
 
-    def open(self, cell: CellRecord) -> tuple[str, str]:
+    def open(self, cell: CellRecord) -> tuple[Any, str]:
         """Open the run of a cell that is about to be measured, or continue it.
 
         Args:
             cell: What is known of it.
 
         Returns:
-            The run's id, and the tracking URI.
+            The run, and the tracking URI.
         """
         with self.connected("does not show what is measured") as client, self._one_publisher():
             _, experiment = self._connect()
-            run_id = _opened(client, experiment, cell, _runs_of_cell(client, experiment, cell.key))
+            existing = _runs_of_cell(client, experiment, cell.key)
+            run_id = _opened(client, experiment, cell, existing)
             client.update_run(run_id, status="RUNNING")
-            return run_id, self._uri
+            return existing[run_key(cell, "cell")], self._uri
 
     def begin(self, name: str, tags: Mapping[str, str]) -> tuple[str, str, str]:
         """Open a run of its own: its id, the tracking URI, and what a person opens."""
@@ -253,11 +266,14 @@ class MlflowBackend(Backend):
                 "mlflow.loggedArtifacts": tables_tag(tables),
                 "mlflow.note.content": note,
             }
-            run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+            # The newest of its kind is the first in MLflow's list, whatever the clock says.
+            others = _search(client, experiment, f"tags.`{KIND_TAG}` = '{kind}'")
+            start = later(max((run.info.start_time for run in others), default=0))
+            run_id = client.create_run(experiment, start, tags, name).info.run_id
             attach(client, run_id, tables, charts)
             for file in files:
                 client.log_artifact(run_id, str(file))
-            client.set_terminated(run_id, "FINISHED")
+            client.set_terminated(run_id, "FINISHED", later(start))
             return self._location(experiment)
 
     @override
@@ -374,6 +390,24 @@ def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]
     for run in _search(client, experiment, f"tags.`tracker.cell` = '{cell_key}'"):
         found.setdefault(run.data.tags.get(KEY_TAG, run.info.run_id), run)
     return found
+
+
+def _confirm(client: Any, experiment: str, cell: CellRecord, runs: Sequence[MlflowRun]) -> None:
+    """Read back what MLflow shows of runs that were written, and write once more what is not that.
+
+    TrackingError if it is still shown otherwise.
+    """
+    for tried in (False, True):
+        there = _runs_of_cell(client, experiment, cell.key)
+        models = ranked(client, experiment, there.values())
+        wrong = [(run, why) for run in runs if (why := lacks(there.get(run.key), run, models))]
+        if tried and wrong:
+            run, why = wrong[0]
+            raise TrackingError(f"of the run {run.name!r}, {why}")
+        for run, _ in wrong:
+            write(client, experiment, run, there, models)
+        if not wrong:
+            return
 
 
 def _opened(client: Any, experiment: str, cell: CellRecord, existing: dict[str, Any]) -> str:

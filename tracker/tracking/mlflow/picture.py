@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlflow.entities import Metric
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -16,8 +17,18 @@ from tracker.tracking.base import Ending, Picture
 from tracker.tracking.figures import metric_name
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend
+from tracker.tracking.mlflow.writing import later
 
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A run that is open, and the last value of each metric that it has, by name."""
+
+    run: Any
+    monitor: SystemMetricsMonitor
+    last: dict[str, Any]
 
 
 class MlflowPicture(Picture):
@@ -25,29 +36,36 @@ class MlflowPicture(Picture):
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._backend = MlflowBackend(project, results, tracking_uri)
-        self._runs: dict[str, tuple[str, SystemMetricsMonitor]] = {}
+        self._runs: dict[str, _Shown] = {}
 
     @override
     def begin(self, cell: CellRecord) -> None:
-        run_id, uri = self._backend.open(cell)
-        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
+        run, uri = self._backend.open(cell)
+        monitor = SystemMetricsMonitor(run.info.run_id, resume_logging=True, tracking_uri=uri)
         monitor.start()
-        self._runs[run_key(cell, "cell")] = run_id, monitor
+        last = {metric.key: metric for metric in run.data.to_proto().metrics}
+        self._runs[run_key(cell, "cell")] = _Shown(run, monitor, last)
 
     @override
     def update(self, key: str, figures: Mapping[str, float], step: int) -> None:
-        run_id, _ = self._runs[key]
-        now = int(time.time() * 1000)
-        metrics = [Metric(metric_name(n), value, now, step) for n, value in figures.items()]
+        shown = self._runs[key]
+        now = later(max((metric.timestamp for metric in shown.last.values()), default=0))
+        for name, value in figures.items():
+            before = shown.last.get(metric_name(name))
+            # MLflow shows the latest step, also where what was measured before had come further.
+            at = max(step, before.step) if before else step
+            shown.last[metric_name(name)] = Metric(metric_name(name), value, now, at)
+        metrics = [shown.last[metric_name(name)] for name in figures]
         with self._backend.connected("does not show what is measured") as client:
-            client.log_batch(run_id, metrics=metrics, synchronous=True)
+            client.log_batch(shown.run.info.run_id, metrics=metrics, synchronous=True)
 
     @override
     def end(self, key: str, status: Ending) -> None:
-        run_id, monitor = self._runs.pop(key)
-        monitor.finish()
+        shown = self._runs.pop(key)
+        shown.monitor.finish()
+        info = shown.run.info
         with self._backend.connected("does not show what is measured") as client:
-            client.set_terminated(run_id, status.upper())
+            client.set_terminated(info.run_id, status.upper(), later(info.start_time))
 
     def abandon(self) -> None:
         """Show what is still open as killed."""

@@ -39,7 +39,7 @@ from tracker.tracking.notes import cell_note, intact_note, layer_note
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "5"
+FORMAT = "6"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 KEY_TAG = "tracker.run_key"

@@ -1,19 +1,19 @@
 """Writes one run of MLflow: metrics, params, tags, tables, charts, files, and its digest last.
 
-The run of an ablation is a logged model too, with its weights elsewhere: so MLflow ranks ablations.
+The run of an ablation is a logged model too (`ranked`).
 
 MLflow never lets a param change, so params hold identity only; whatever may change is a metric or a
-tag.
+tag. Of a metric it shows the value with the latest timestamp, and those come from whoever writes:
+so ours continue after the run's last one, whatever the clock says.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,27 +27,35 @@ from mlflow.entities import (
     Param,
     RunTag,
 )
-from mlflow.exceptions import MlflowException
 
 from tracker.provenance import file_hash
 from tracker.tracking.base import PROGRESS, LoggedTable
 from tracker.tracking.figures import is_curve
 from tracker.tracking.identity import kept_name
-from tracker.tracking.mlflow.runs import KEY_TAG, MlflowRun
+from tracker.tracking.mlflow.ranked import Ranked, log_model
+from tracker.tracking.mlflow.runs import MlflowRun
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 DIGEST_TAG = "tracker.digest"
 MODEL_TAG = "tracker.logged_model"
-_OF_MODELS = ("model", "benchmark", "ablation")
-"""Params that a logged model has too; its run has them all."""
-_NOT_IN_NAMES = r"[/:.%\"']"
 _DIGESTS = "digests/files.json"
 """The digests of the attached files, by name: what has not changed is not uploaded again."""
 
 
-def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]) -> str:
+def later(last: int) -> int:
+    """Give the present as a timestamp, in milliseconds, that is after another one."""
+    return max(int(time.time() * 1000), last + 1)
+
+
+def write(
+    client: Any,
+    experiment: str,
+    run: MlflowRun,
+    existing: dict[str, Any],
+    models: Mapping[str, Sequence[Ranked]],
+) -> str:
     """Bring one run to what it should be.
 
     Args:
@@ -55,31 +63,42 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
         experiment: The experiment's id.
         run: What it should be.
         existing: The cell's runs by run key; it learns of a run that is created.
+        models: The logged models of runs, by the run's id.
 
     Returns:
         `created`, `updated` or `unchanged`.
     """
     found = existing.get(run.key)
+    known: dict[tuple[str, int], float] = {}
     if found is None:
         found = client.create_run(experiment, tags=run.tags, run_name=run.name)
         existing[run.key] = found
-        known, tags, outcome = {}, {}, "created"
-    elif found.data.tags.get(DIGEST_TAG) == run.digest and found.info.status == "FINISHED":
+        last, tags, outcome = 0, {}, "created"
+    elif not lacks(found, run, models):
         return "unchanged"
     else:
-        known, tags, outcome = _known_points(client, found, run), run.tags, "updated"
+        known, last = _known_points(client, found, run)
+        tags, outcome = run.tags, "updated"
 
     run_id = found.info.run_id
     at_once = not (run.tables or run.charts or run.files or run.data)
-    model = None if run.measured_on is None else _model_of(client, experiment, run, found)
+    before = models.get(run_id, ()) if run.measured_on else ()
+    fitting = [one for one in before if one.fits(run)]
+    model = min(fitting, key=lambda one: len(one.lacks(run)), default=None)
+    if run.measured_on and model is None:
+        model = log_model(client, experiment, run, run_id)
+    changes = _changes(known, run.points)
     if model is not None:
-        tags = {**tags, MODEL_TAG: model}
+        missing = model.lacks(run)
+        changes |= {at: value for at, value in run.points.items() if at[0] in missing}
+        last = max([last, *(metric.timestamp for metric in model.figures.values())])
+        tags = {**tags, MODEL_TAG: model.id}
     if at_once:
         # It counts once the run is finished; a request of its own would be one more for each layer.
         tags = {**tags, DIGEST_TAG: run.digest}
     client.log_batch(
         run_id,
-        metrics=_metrics(run, _changes(known, run.points), model),
+        metrics=_metrics(run, changes, model, later(last)),
         params=[
             Param(name, value)
             for name, value in run.params.items()
@@ -88,6 +107,9 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
         tags=[RunTag(name, value) for name, value in tags.items()],
         synchronous=True,
     )
+    for other in before:
+        if other is not model:
+            client.delete_logged_model(other.id)
     for tag in found.data.tags:
         if tag.startswith("tracker.") and tag not in {*run.tags, DIGEST_TAG, MODEL_TAG}:
             client.delete_tag(run_id, tag)
@@ -101,39 +123,55 @@ def write(client: Any, experiment: str, run: MlflowRun, existing: dict[str, Any]
     if found.info.run_name != run.name:
         client.update_run(run_id, name=run.name)
     if found.info.status != "FINISHED":
-        client.set_terminated(run_id, "FINISHED")
+        client.set_terminated(run_id, "FINISHED", later(found.info.start_time))
     if not at_once:
         client.set_tag(run_id, DIGEST_TAG, run.digest, synchronous=True)
     return outcome
 
 
-def _model_of(client: Any, experiment: str, run: MlflowRun, found: Any) -> str | None:
-    """Find the logged model of a run, or log it; None where the server, of MLflow 2, has none."""
-    known: str | None = found.data.tags.get(MODEL_TAG)
-    if known is not None:
-        return known
-    try:
-        model = client.create_logged_model(
-            experiment,
-            name=re.sub(_NOT_IN_NAMES, "-", run.name),
-            source_run_id=found.info.run_id,
-            tags={"mlflow.model.isExternal": "true", KEY_TAG: run.key},
-            params={n: value for n, value in run.params.items() if n in _OF_MODELS},
-            model_type="ablation",
-        )
-    except MlflowException as error:
-        if error.error_code != "ENDPOINT_NOT_FOUND":
-            raise
-        return None
-    client.finalize_logged_model(model.model_id, "READY")
-    return str(model.model_id)
+def lacks(found: Any | None, run: MlflowRun, models: Mapping[str, Sequence[Ranked]]) -> str:
+    """Say what of a run MLflow does not show as it should be.
+
+    Args:
+        found: The run as MLflow has it; None = it has none.
+        run: What it should be.
+        models: The logged models of runs, by the run's id.
+
+    Returns:
+        The first thing that was found; empty where there is none.
+    """
+    if found is None:
+        return "there is nothing"
+    if found.data.tags.get(DIGEST_TAG) != run.digest or found.info.status != "FINISHED":
+        return "it is not written whole"
+    shown = {metric.key: metric for metric in _latest(found)}
+    steps = {name: metric.step for name, metric in shown.items()}
+    for name, step in run.points:
+        steps[name] = max(step, steps.get(name, step))
+    for name, step in steps.items():
+        wanted, metric = run.points.get((name, step), math.nan), shown.get(name)
+        value = math.nan if metric is None or metric.step != step else metric.value
+        if value != wanted and not (math.isnan(value) and math.isnan(wanted)):
+            return f"it shows {name} = {value:.6g} instead of {wanted:.6g}"
+    of_run = models.get(found.info.run_id, ())
+    for model in of_run:
+        if len(of_run) > 1 or not model.fits(run) or model.lacks(run):
+            return "its logged model has other figures"
+    return ""
+
+
+def _latest(found: Any) -> Iterator[Any]:
+    """Give the metrics of a run as MLflow shows them, each with its step and timestamp."""
+    for metric in found.data.to_proto().metrics:
+        # What the run showed while it was measured is history.
+        if not metric.key.startswith((PROGRESS, "system/")):
+            yield metric
 
 
 def _metrics(
-    run: MlflowRun, values: Mapping[tuple[str, int], float], model: str | None
+    run: MlflowRun, values: Mapping[tuple[str, int], float], model: Ranked | None, now: int
 ) -> list[Metric]:
     """Lay values out as metrics of a run, and of its model where it is one of a model."""
-    now = int(time.time() * 1000)
     if model is None or run.measured_on is None:
         return [Metric(name, value, now, step) for (name, step), value in values.items()]
     data, digest = run.measured_on
@@ -141,7 +179,7 @@ def _metrics(
         # Of a model, MLflow keeps a value that is no number as zero.
         Metric(name, value, now, step)
         if math.isnan(value)
-        else Metric(name, value, now, step, model, data, digest)
+        else Metric(name, value, now, step, model.id, data, digest)
         for (name, step), value in values.items()
     ]
 
@@ -191,19 +229,21 @@ def _attach_files(client: Any, run_id: str, files: Sequence[Path]) -> None:
     client.log_text(run_id, json.dumps(digests), _DIGESTS)
 
 
-def _known_points(client: Any, found: Any, run: MlflowRun) -> dict[tuple[str, int], float]:
-    """Read back the newest value of every metric at every step."""
+def _known_points(
+    client: Any, found: Any, run: MlflowRun
+) -> tuple[dict[tuple[str, int], float], int]:
+    """Read back the newest value of every metric at every step, and the last timestamp of all."""
     known: dict[tuple[str, int], float] = {}
-    for name, value in found.data.metrics.items():
-        if name.startswith((PROGRESS, "system/")):
-            continue  # what the run showed while it was measured is history
-        if run.has_curves and is_curve(name):
-            history = client.get_metric_history(found.info.run_id, name)
-            for point in sorted(history, key=lambda point: point.timestamp):
-                known[name, point.step] = point.value
-        else:
-            known[name, run.step] = value
-    return known
+    last = 0
+    for metric in _latest(found):
+        points = [metric]
+        if run.has_curves and is_curve(metric.key):
+            history = client.get_metric_history(found.info.run_id, metric.key)
+            points = sorted(history, key=lambda point: point.timestamp)
+        for point in points:
+            known[metric.key, point.step] = point.value
+            last = max(last, point.timestamp)
+    return known, last
 
 
 def _changes(

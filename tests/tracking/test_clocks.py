@@ -1,0 +1,222 @@
+"""MLflow believes the clocks of whoever writes, tracker none: what is written last is shown."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tracker.errors import TrackingError
+from tracker.records import CellRecord
+from tracker.team.leaderboard import publish_board, read_board
+from tracker.tracking.figures import CURVES, flat_metrics
+from tracker.tracking.mlflow import runs, writing
+from tracker.tracking.mlflow.backend import MlflowBackend
+from tracker.tracking.mlflow.picture import MlflowPicture
+
+from .conftest import CellMaker
+from .test_mlflow import Store, local
+
+BEHIND = 120.0
+
+
+@pytest.fixture
+def turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Turn this machine's clock by some seconds from what it is."""
+    clock = time.time
+
+    def turned(seconds: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: clock() + seconds)
+
+    return turned
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def uri(request: pytest.FixtureRequest, results: Path) -> str:
+    return local(results) if request.param == "sqlite" else request.getfixturevalue("server")
+
+
+def other_figures(cell: CellRecord) -> CellRecord:
+    """The same cell on more documents: every drop is another, one is larger than before, and what
+    was defined of layer 1 is not any more."""
+    layers = [
+        run.model_copy(
+            update={
+                "n": 320,
+                "accuracy_drop": run.accuracy_drop + (0.1 if run.layer == 0 else -0.03),
+                "accuracy_relevance": None if run.layer == 1 else run.accuracy_relevance,
+            }
+        )
+        for run in cell.runs
+    ]
+    return cell.model_copy(update={"n": 320, "runs": tuple(layers), "baseline_accuracy": 0.52})
+
+
+def is_shown(uri: str, project: str, cell: CellRecord) -> None:
+    """MLflow shows these figures and no others: of runs, of curves, of the models it ranks."""
+    store = Store(uri, project)
+    assert store.cell(cell).data.metrics["n"] == cell.n
+    assert store.cell(cell).data.metrics["baseline_accuracy"] == cell.baseline_accuracy
+    for row in cell.runs:
+        run = store.layer(cell, row.layer)
+        shown = {n: value for n, value in run.data.metrics.items() if not math.isnan(value)}
+        assert shown == flat_metrics(row)
+        assert run.info.end_time >= run.info.start_time
+    for name in CURVES:
+        history = store.client.get_metric_history(store.cell(cell).info.run_id, name)
+        newest = {p.step: p.value for p in sorted(history, key=lambda point: point.timestamp)}
+        wanted = {row.layer: getattr(row, name) for row in cell.runs}
+        assert {at: None if math.isnan(v) else v for at, v in newest.items()} == {
+            at: value for at, value in wanted.items() if value is not None or at in newest
+        }
+    for name in ("accuracy_drop", "accuracy_relevance"):
+        known = [row for row in cell.runs if getattr(row, name) is not None]
+        wanted = [row.ablation for row in sorted(known, key=lambda row: -getattr(row, name))]
+        models = store.client.search_logged_models(
+            [store.experiment.experiment_id],
+            order_by=[{"field_name": f"metrics.{name}", "ascending": False}],
+        )
+        assert len(models) == 1 + len(cell.runs)
+        ranked = [m for m in models if any(point.key == name for point in m.metrics)]
+        order = [model.params["ablation"] for model in ranked]
+        assert [ablation for ablation in order if ablation != "baseline"] == wanted
+
+
+# Was: 16 documents were shown for ever, where 48 were written by a clock that is 120 s behind.
+def test_what_a_clock_that_is_behind_writes_is_shown(
+    uri: str, results: Path, make_cell: CellMaker, turn: Callable[[float], None]
+) -> None:
+    project = f"behind-{uri.partition(':')[0]}"
+    backend = MlflowBackend(project, results, uri)
+    cell = make_cell()
+    backend.publish(cell, [], {})
+    is_shown(uri, project, cell)
+    turn(-BEHIND)
+    backend.publish(other_figures(cell), [], {})
+    is_shown(uri, project, other_figures(cell))
+    backend.publish(cell, [], {})
+    is_shown(uri, project, cell)
+    assert backend.publish(cell, [], {}).unchanged == 6
+
+
+def test_a_project_that_shows_old_figures_is_repaired(
+    uri: str,
+    results: Path,
+    make_cell: CellMaker,
+    turn: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the tracker of before left it, and as whoever writes beside tracker may leave it."""
+    project = f"repaired-{uri.partition(':')[0]}"
+    cell, grown = make_cell(), other_figures(make_cell())
+    backend = MlflowBackend(project, results, uri)
+    with monkeypatch.context() as before:
+        before.setattr(writing, "later", lambda _: int(time.time() * 1000))
+        before.setattr(runs, "FORMAT", "5")
+        backend.publish(cell, [], {})
+        turn(-BEHIND)
+        with pytest.raises(TrackingError, match="shows"):
+            backend.publish(grown, [], {})
+    assert backend.publish(grown, [], {}).created == 0
+    is_shown(uri, project, grown)
+
+    store = Store(uri, project)
+    run_id = store.layer(cell, 2).info.run_id
+    ahead = int(time.time() * 1000) + 10**9
+    store.client.log_metric(run_id, "accuracy_drop", 0.5, ahead, step=2)
+    assert backend.publish(grown, [], {}).updated == 1
+    is_shown(uri, project, grown)
+
+
+def test_what_is_shown_otherwise_is_an_error_that_names_the_run(
+    results: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = MlflowBackend("layers", results)
+    cell = make_cell(layers=(0, 1))
+    written = MlflowClient.log_batch
+
+    def loses(client: MlflowClient, run_id: str, metrics: list, **rest: object) -> None:
+        kept = [m for m in metrics if (m.key, m.step) != ("accuracy", 1) or m.model_id is None]
+        written(client, run_id, metrics=kept, **rest)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "log_batch", loses)
+        with pytest.raises(TrackingError) as caught:
+            backend.publish(cell, [], {})
+    said = str(caught.value)
+    assert "'layer 01 · arc_easy · SmolLM2-135M-Instruct'" in said
+    assert "it shows accuracy = nan instead of 0.405" in said
+    assert f"tracker sync --to mlflow:layers --results {results}" in said
+    backend.publish(cell, [], {})
+    is_shown(local(results), "layers", cell)
+
+
+# Was: a program that was killed between the two left a model without figures, and made a second.
+def test_the_model_of_a_run_that_was_killed_is_completed(
+    results: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = MlflowBackend("layers", results)
+    cell = make_cell(layers=(0, 1))
+    with monkeypatch.context() as killed:
+        killed.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+        with pytest.raises(TrackingError):
+            backend.publish(cell, [], {})
+    backend.publish(cell, [], {})
+    is_shown(local(results), "layers", cell)
+
+    store = Store(local(results))
+    run = store.layer(cell, 1)
+    store.client.create_logged_model(
+        store.experiment.experiment_id,
+        source_run_id=run.info.run_id,
+        tags={"tracker.run_key": run.data.tags["tracker.run_key"]},
+    )
+    assert backend.publish(cell, [], {}).updated == 1
+    is_shown(local(results), "layers", cell)
+
+
+def test_the_run_that_is_measured_shows_the_latest(
+    results: Path, make_cell: CellMaker, turn: Callable[[float], None]
+) -> None:
+    """Also where what was measured before had come further."""
+    cell = make_cell(n=0)
+    key = f"{cell.key}/cell"
+
+    def shown() -> dict[str, float]:
+        return Store(local(results)).cell(cell).data.metrics
+
+    for seconds, documents in ((0.0, (32, 64)), (-BEHIND, (32, 64)), (-2 * BEHIND, (0, 32))):
+        turn(seconds)
+        picture = MlflowPicture("layers", results)
+        picture.begin(cell)
+        for count in documents:
+            figures = {"progress/documents": float(count), "progress/seconds_left": seconds - count}
+            picture.update(key, figures, count)
+            assert shown()["progress/documents"] == count
+            assert shown()["progress/seconds_left"] == seconds - count
+        picture.end(key, "finished")
+        info = Store(local(results)).cell(cell).info
+        assert info.end_time >= info.start_time
+
+
+# Was: each leaderboard of a clock that is behind was another version of which nothing was held.
+def test_the_leaderboard_of_a_clock_that_is_behind_is_the_latest(
+    results: Path, make_cell: CellMaker, turn: Callable[[float], None]
+) -> None:
+    backend = MlflowBackend("layers", results)
+    publish_board(backend, [make_cell()])
+    turn(-BEHIND)
+    publish_board(backend, [make_cell(key="another")])
+    assert len(backend.boards()) == 2
+    board, heads = read_board(backend)
+    assert (len(board.entries), heads) == (2, 1)
+    assert publish_board(backend, [make_cell()])[1] == "", "nothing was added"
+
+    other = make_cell().model_copy(update={"baseline_accuracy": 0.6})
+    publish_board(backend, [other])
+    board, _ = read_board(backend)
+    assert [c.baseline_accuracy for c in board.cells if c.key == other.key] == [0.6]

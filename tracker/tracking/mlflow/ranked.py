@@ -1,0 +1,92 @@
+"""The logged models of runs, by which MLflow ranks ablations; their weights are elsewhere.
+
+MLflow takes no figure of a model back, and keeps one that is no number as zero: where a figure is
+no longer defined, the run's model is logged anew.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow.entities import LoggedModelStatus, Metric
+from mlflow.exceptions import MlflowException
+
+from tracker.tracking.mlflow.runs import KEY_TAG, MlflowRun
+
+_OF_MODELS = ("model", "benchmark", "ablation")
+"""Params that a logged model has too; its run has them all."""
+_NOT_IN_NAMES = r"[/:.%\"']"
+_AT_ONCE = 50
+_NO_MODELS = "ENDPOINT_NOT_FOUND"
+"""What a server of MLflow 2 says."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A logged model as MLflow has it, with the newest of its figures by name."""
+
+    id: str
+    figures: Mapping[str, Metric]
+    is_ready: bool = True
+
+    def fits(self, run: MlflowRun) -> bool:
+        """Say whether it can become its run's: it has no figure that the run has not."""
+        return self.is_ready and self.figures.keys() <= _figures(run).keys()
+
+    def lacks(self, run: MlflowRun) -> dict[str, float]:
+        """Say which figures of its run are not its newest."""
+        mine = {name: metric.value for name, metric in self.figures.items()}
+        return {name: value for name, value in _figures(run).items() if mine.get(name) != value}
+
+
+def ranked(client: Any, experiment: str, runs: Iterable[Any]) -> dict[str, list[Ranked]]:
+    """Find the logged models of runs, by the run's id; more than one where a program was killed."""
+    found: dict[str, list[Ranked]] = {}
+    every = [run.info.run_id for run in runs]
+    for first in range(0, len(every), _AT_ONCE):
+        ids = ", ".join(f"'{one}'" for one in every[first : first + _AT_ONCE])
+        wanted = f"source_run_id IN ({ids})"
+        token = None
+        while True:
+            try:
+                page = client.search_logged_models([experiment], wanted, page_token=token)
+            except MlflowException as error:
+                if error.error_code != _NO_MODELS:
+                    raise
+                return {}
+            for model in (one for one in page if KEY_TAG in one.tags):
+                points = sorted(model.metrics or (), key=lambda m: (m.timestamp, m.step))
+                newest = {point.key: point for point in points}
+                mine = Ranked(model.model_id, newest, model.status == LoggedModelStatus.READY)
+                found.setdefault(model.source_run_id, []).append(mine)
+            token = page.token
+            if not token:
+                break
+    return found
+
+
+def log_model(client: Any, experiment: str, run: MlflowRun, run_id: str) -> Ranked | None:
+    """Log the model of a run, without figures; None where the server, of MLflow 2, has none."""
+    try:
+        model = client.create_logged_model(
+            experiment,
+            name=re.sub(_NOT_IN_NAMES, "-", run.name),
+            source_run_id=run_id,
+            tags={"mlflow.model.isExternal": "true", KEY_TAG: run.key},
+            params={n: value for n, value in run.params.items() if n in _OF_MODELS},
+            model_type="ablation",
+        )
+    except MlflowException as error:
+        if error.error_code != _NO_MODELS:
+            raise
+        return None
+    client.finalize_logged_model(model.model_id, "READY")
+    return Ranked(str(model.model_id), {})
+
+
+def _figures(run: MlflowRun) -> dict[str, float]:
+    return {name: value for (name, _), value in run.points.items() if math.isfinite(value)}
