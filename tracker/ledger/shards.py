@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 
 ASIDE = ".aside"
 """What the name of a file of this kind ends with that is not what was written."""
+LARGEST = 2**32
+"""Bytes of a block's outcomes, unpacked: thousands of ablations, each with generated texts."""
 _UNKNOWN = "0" * 64
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
@@ -88,11 +90,16 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
         # One flipped bit does not make a file look as if it were of format 1.
         if not proved and (about.get("format") != 1 or about.keys() & {"key", "digest"}):
             raise ValueError("its digest is not that of its content")
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        if (unpacked := sum(group.total_byte_size for group in groups)) > LARGEST:
+            raise ValueError(f"it holds {unpacked} bytes, which no block of documents has")
         table = file.read(columns=columns)
     except ValueError:
         raise
+    except MemoryError:
+        raise ValueError("unpacked it takes more memory than there is") from None
     # Whatever the reader stumbles over in a damaged file.
-    except (pa.ArrowException, OSError, TypeError, LookupError, ArithmeticError, MemoryError) as e:
+    except (pa.ArrowException, OSError, TypeError, LookupError, ArithmeticError) as e:
         raise ValueError(f"it is no shard: {type(e).__name__}: {e}") from None
     return Shard(table, about, digest, proved)
 

@@ -27,9 +27,13 @@ from tracker.ledger.views import FORMAT, CellIdentity
 from tracker.measuring.progress import Progress
 from tracker.provenance import content_hash
 from tracker.text import masked
-from tracker.tracking import Target, open_backend
+from tracker.tracking import Target, open_backend, open_foreign_files
 from tracker.tracking.base import Backend, RemoteCell
+from tracker.tracking.isolated import Isolated
 from tracker.views import View
+
+_LARGEST_NOTE = 2**24
+"""Bytes of `cell.json`, and of what was asked: a run takes some hundred."""
 
 
 def pull(
@@ -54,6 +58,7 @@ def pull(
     ledger = Ledger(root)
     ledger.create()
     backend = open_backend(source.backend, source.project or "", root, source.server)
+    files = open_foreign_files()
     failed: dict[str, str] = {}
     try:
         there = backend.cells()
@@ -64,12 +69,13 @@ def pull(
                 progress.start(f"downloading {masked(name)}", len(stale), "cells")
             for cell in stale:
                 try:
-                    _fetch(backend, cell, root)
+                    _fetch(backend, files, cell, root)
                 except TrackerError as error:
                     failed[f"{cell.name} of {masked(name)}"] = masked(str(error))
                 progress.advance(1)
             progress.finish()
     finally:
+        files.close()
         backend.close()
     wanted = {(note.get("cell"), note.get("view")) for note in (_note(root, c) for c in there)}
     views = [
@@ -100,7 +106,7 @@ def _is_here(root: Path, cell: RemoteCell, sound: Mapping[str, CellStore]) -> bo
     return note["view"] in views and set(note["shards"]) <= shards
 
 
-def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
+def _fetch(backend: Backend, files: Isolated, cell: RemoteCell, root: Path) -> None:
     if not cell.version:
         raise TrackingError(
             "it was published without its outcomes, by an older tracker; "
@@ -111,6 +117,8 @@ def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
         backend.fetch(cell, folder)
         try:
             (file,) = (path for path in folder.glob("*.json") if path.name != "cell.json")
+            if max(note.stat().st_size for note in folder.glob("*.json")) > _LARGEST_NOTE:
+                raise ValueError("what describes it is longer than any description")
             view = file.read_text(encoding="utf-8")
             found = json.loads(view).get("format", 1)
             if found > FORMAT:
@@ -124,11 +132,12 @@ def _fetch(backend: Backend, cell: RemoteCell, root: Path) -> None:
             name = folder_name(identity.model.name, identity.benchmark.name, identity.key)
             store = CellStore(root / "cells" / name, identity)
             asked = store.views.read(view)
-            files = sorted(folder.glob("*.parquet"))
-            shards = [store.adopt(path) for path in files if not is_texts(path)]
-            for path in filter(is_texts, files):
+            parquet = sorted(folder.glob("*.parquet"))
+            files.refuse_bombs(parquet)
+            shards = [store.adopt(path) for path in parquet if not is_texts(path)]
+            for path in filter(is_texts, parquet):
                 store.texts.adopt(path)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise TrackingError(f"its files are not what tracker writes: {error}") from None
         write_text(store.folder / "cell.json", identity.sealed())
         store.views.write(asked)

@@ -165,6 +165,11 @@ def open_trial(results: Path) -> Isolated:
     return Isolated("WandbTrial", results)
 
 
+def open_foreign_files() -> Isolated:
+    """Open what reads downloaded files: `ForeignFiles` in a process with little memory."""
+    return Isolated("ForeignFiles")
+
+
 def open_sweep(path: str, results: Path) -> Isolated:
     """Open a W&B sweep: a `WandbSweep` in a process of its own.
 

@@ -25,6 +25,7 @@ from tracker.errors import TrackerError, TrackingError
 
 _PROGRAM = "from tracker.tracking.isolated import serve; serve()"
 _KINDS = {
+    "ForeignFiles": "tracker.tracking.foreign",
     "MlflowModels": "tracker.tracking.mlflow.models",
     "MlflowPicture": "tracker.tracking.mlflow.picture",
     "WandbBackend": "tracker.tracking.wandb.backend",
@@ -33,6 +34,7 @@ _KINDS = {
     "WandbTrial": "tracker.tracking.wandb.trial",
 }
 """What may live there, and in which module it is."""
+_SDKS = {"Mlflow": "MLflow", "Foreign": "what reads downloaded files"}
 _SESSION = "WANDB_SERVICE"
 """By this a process finds the session of its parent."""
 _PATIENCE = 10.0
@@ -55,7 +57,7 @@ class Isolated:
 
     def __init__(self, kind: str, *arguments: object, without: Collection[str] = ()) -> None:
         self._object = kind, arguments
-        self._sdk = "MLflow" if kind.startswith("Mlflow") else "W&B"
+        self._sdk = next((sdk for name, sdk in _SDKS.items() if kind.startswith(name)), "W&B")
         self._without = {_SESSION, *without}
         self._process: subprocess.Popen[bytes] | None = None
         self._patience = _PATIENCE

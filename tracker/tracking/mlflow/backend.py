@@ -39,6 +39,7 @@ from tracker.tracking.base import (
     RemoteCell,
     sync_command,
 )
+from tracker.tracking.foreign import downloading, refuse_lies
 from tracker.tracking.identity import files_digest, run_key
 from tracker.tracking.mlflow.database import artifact_folder, create_database
 from tracker.tracking.mlflow.ranked import ranked
@@ -203,10 +204,13 @@ class MlflowBackend(Backend):
     def fetch(self, cell: RemoteCell, folder: Path) -> None:
         with self._failures_explained("could not be read"):
             client, _ = self._existing()
-            there = stated_digests(client, cell.place)
-            for artifact in client.list_artifacts(cell.place):
-                if artifact.path in there or not (there or artifact.is_dir):
-                    client.download_artifacts(cell.place, artifact.path, str(folder))
+            with downloading(folder):
+                there = stated_digests(client, cell.place)
+                listed = {a.path: a for a in client.list_artifacts(cell.place)}
+                mine = [n for n, a in listed.items() if n in there or not (there or a.is_dir)]
+                refuse_lies({name: listed[name].file_size for name in mine})
+                for name in mine:
+                    client.download_artifacts(cell.place, name, str(folder))
             if files_digest(folder.iterdir()) != cell.version:
                 raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
 
@@ -221,7 +225,8 @@ class MlflowBackend(Backend):
     def read_board(self, version: str) -> str:
         with self._failures_explained("could not be read"), TemporaryDirectory() as folder:
             client, _ = self._existing()
-            path = client.download_artifacts(version, BOARD_FILE, folder)
+            with downloading(Path(folder)):
+                path = client.download_artifacts(version, BOARD_FILE, folder)
             return Path(path).read_text(encoding="utf-8")
 
     @override

@@ -35,6 +35,7 @@ from tracker.tracking.base import (
     RemoteCell,
     SavedModel,
 )
+from tracker.tracking.foreign import downloading, refuse_lies
 from tracker.tracking.wandb.runs import (
     WandbRun,
     artifact_name,
@@ -374,5 +375,10 @@ def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[
 
 def _download(artifact: Any, folder: Path) -> None:
     """Download an artifact; it checks each file against the digest in the manifest."""
-    artifact.download(root=str(folder))
+    entries = artifact.manifest.entries
+    refuse_lies({name: entry.size for name, entry in entries.items()})
+    if elsewhere := next((name for name, entry in entries.items() if entry.ref is not None), None):
+        raise TrackingError(f"the server keeps {elsewhere!r} elsewhere; nothing is downloaded")
+    with downloading(folder):
+        artifact.download(root=str(folder))
     artifact.verify(root=str(folder))

@@ -1,0 +1,170 @@
+"""Servers that lie about a cell's files: nothing lands elsewhere, nothing fills disk or memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from tracker.errors import TrackingError
+from tracker.tracking import foreign, open_backend
+from tracker.tracking.base import RemoteCell
+
+from .conftest import CellMaker
+from .wandb_client import Client
+from .wandb_double import MANIFEST, WandbDouble
+
+CELL = RemoteCell("key/cell", "the cell", "0" * 64, "abc")
+
+
+class Lying(BaseHTTPRequestHandler):
+    """As much of MLflow's REST as reading a cell takes, with whatever files a test names."""
+
+    files: ClassVar[list[dict[str, Any]]] = []
+    content: ClassVar[bytes] = b"{}"
+    packed: ClassVar[bool] = False
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        if url.path.endswith("/experiments/get-by-name"):
+            self._answer({"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}})
+        elif url.path.endswith("/runs/get"):
+            place = f"http://127.0.0.1:{self.server.server_address[1]}/api/2.0/mlflow-artifacts"
+            info = {"run_id": "abc", "experiment_id": "1", "artifact_uri": f"{place}/artifacts/abc"}
+            self._answer({"run": {"info": info, "data": {}}})
+        elif url.path.endswith("/artifacts"):
+            wanted = parse_qs(url.query).get("path", [""])[0]
+            self._answer({"files": self.files if wanted == "abc" else []})
+        elif "/artifacts/abc/" in url.path:
+            self.send_response(200)
+            if self.packed:
+                self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(self.content)))
+            self.end_headers()
+            self.wfile.write(self.content)
+        else:
+            self.send_error(404)
+
+    def _answer(self, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server that says what `Lying` holds."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(Lying, "packed", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Lying) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def fetched(address: str, tmp_path: Path) -> str:
+    """Fetch the cell; what was said of it."""
+    folder = tmp_path / "within" / "folder"
+    folder.mkdir(parents=True)
+    backend = open_backend("mlflow", "layers", tmp_path / "results", address)
+    with pytest.raises(TrackingError) as caught:
+        backend.fetch(CELL, folder)
+    backend.close()
+    assert not [path for path in tmp_path.rglob("*evil*") if folder not in path.parents]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "../../evil.json", "{tmp_path}/evil.json", "..%2Fevil.json", "a/evil"]
+)
+def test_a_name_that_leads_elsewhere_is_refused(
+    lying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    name = name.format(tmp_path=tmp_path)
+    monkeypatch.setattr(Lying, "files", [{"path": name, "is_dir": False, "file_size": 2}])
+    said = fetched(lying, tmp_path)
+    assert re.search("no plain name; it is not downloaded|Invalid path", said)
+
+
+def test_a_file_that_is_said_to_be_vast_is_not_downloaded(
+    lying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = [{"path": "cell.json", "is_dir": False, "file_size": 10**10}]
+    monkeypatch.setattr(Lying, "files", listed)
+    said = fetched(lying, tmp_path)
+    assert "says that 'cell.json' has 10000000000 bytes" in said
+    assert "no file of tracker's has more than 256 MiB" in said
+    assert not (tmp_path / "within" / "folder" / "cell.json").exists()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_file_that_has_more_bytes_than_was_said_ends_at_the_limit(
+    lying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """Packed it is short: the client unpacks what it downloads."""
+    monkeypatch.setattr(foreign, "LARGEST", 2**20)
+    monkeypatch.setattr(Lying, "files", [{"path": "x.json", "is_dir": False, "file_size": 2}])
+    zeros = bytes(2**23)
+    monkeypatch.setattr(Lying, "content", gzip.compress(zeros) if packed else zeros)
+    monkeypatch.setattr(Lying, "packed", packed)
+    assert "the server sends a file without end" in fetched(lying, tmp_path)
+    kept = tmp_path / "within" / "folder" / "x.json"
+    assert not kept.exists() or kept.stat().st_size <= 2**20
+    (tmp_path / "large").write_bytes(zeros)  # what else is written is not limited
+
+
+LIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    r"'../../evil.json', which is no plain name": lambda file: {"../../evil.json": file},
+    r"'/tmp/evil.json', which is no plain name": lambda file: {"/tmp/evil.json": file},
+    "has 10000000000 bytes": lambda file: {"results.json": {**file, "size": 10**10}},
+    "keeps 'results.json' elsewhere": lambda file: {
+        "results.json": {**file, "ref": "file:///etc/passwd"}
+    },
+}
+"""What is said of each → what a manifest says of a file that is otherwise as it was sent."""
+
+
+def test_what_wandb_is_said_to_hold(
+    double: WandbDouble,
+    client: Client,
+    make_cell: CellMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client.lend(monkeypatch)
+    file = tmp_path / "results.json"
+    file.write_text('{"what": "was measured"}')
+    folder = tmp_path / "within" / "folder"
+    folder.mkdir(parents=True)
+    backend = open_backend("wandb", "team/layers", tmp_path / "results")
+    backend.publish(make_cell(layers=(0,)), [file], {})
+    (cell,) = backend.cells()
+    backend.fetch(cell, folder)
+    (folder / "results.json").unlink()
+    collections = double.projects["team", "layers"].artifacts.values()
+    versions = [version for each in collections for version in each.versions]
+    (version,) = (each for each in versions if "results.json" in each.manifest["contents"])
+    before = version.manifest
+    for words, lie in LIES.items():
+        lied = {**before, "contents": lie(before["contents"]["results.json"])}
+        version.own[MANIFEST] = json.dumps(lied).encode()
+        with pytest.raises(TrackingError, match=words):
+            backend.fetch(cell, folder)
+        assert not list(folder.iterdir())
+    backend.close()
+    assert not list(tmp_path.rglob("*evil*"))
