@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from click.testing import CliRunner
 
 from tests.conftest import save_llama
 from tests.fuzz import tried
+from tracker import experiment, safe_yaml
+from tracker.cli import main
 from tracker.errors import ExperimentError
 from tracker.experiment import load_experiment
 
@@ -42,7 +45,7 @@ HEAD = "method: grid\nparameters:\n  model: {value: m}\n  benchmark: {value: b}\
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (BOMB, "it holds more than 100,000 values"),
+        (BOMB, "it holds more than 30,000 values"),
         ("a: &a [*a]\n", "it holds itself, by an anchor"),
         ("a: &a {b: *a}\n", "it holds itself, by an anchor"),
         ("x: " + "[" * 20_000, "it is nested too deeply"),
@@ -54,7 +57,7 @@ HEAD = "method: grid\nparameters:\n  model: {value: m}\n  benchmark: {value: b}\
         ("x: !!python/object/apply:os.system [x]\n", "could not determine a constructor"),
         ("? [a]\n: 1\n", "found unhashable key"),
         (HEAD + "  layer: {value: 2024-01-01}\n", "'parameters.layer.value': input should be"),
-        (HEAD + '  layer: {value: 0}\n  data: {value: "\\ud800"}\n', "a valid string"),
+        (HEAD + '  layer: {value: 0}\n  data: {value: "\\ud800"}\n', "holds half of a character"),
         (HEAD + '  layer: {value: 0}\n  data: {value: "a\\0b"}\n', "cannot be written"),
         (HEAD + "  layer: {min: 0, max: 999999}\n", "no model has a layer 999,999"),
         (
@@ -64,11 +67,31 @@ HEAD = "method: grid\nparameters:\n  model: {value: m}\n  benchmark: {value: b}\
                 f"  {name}: {{values: {list(range(1, 1001))}}}\n"
                 for name in ("span", "num_fewshot", "limit", "seed")
             ),
-            "the grid has 1,000,000,000,000 runs; one file may have 1,000,000",
+            "the grid has 1,000,000,000,000 runs; one file may have 100,000",
         ),
         (HEAD + f"  layer: {{value: {'x' * 5000}}}\n", "(got 'xxx"),
+        (HEAD + '  layer: {value: 0}\n  removed: "\\ud83d"\n', "holds half of a character"),
+        (HEAD + '  layer: {value: 0}\n  "\\ud83d\\ude00": {value: 1}\n', "half of a character"),
+        (
+            HEAD + '  layer: {value: 0}\n  metadata: {value: \'{"a": "\\ud83d"}\'}\n',
+            "holds half of a character",
+        ),
+        (
+            HEAD + f"  layer: {{value: 0}}\n  removed: {{value: {list(range(20_000))}}}\n",
+            "no model has 20,000 layers",
+        ),
+        (
+            HEAD + f"  layer: {{value: 0}}\n  removed: {{value: {list(range(100_000))}}}\n",
+            "it holds more than 30,000 values",
+        ),
+        (
+            HEAD
+            + f"  layer: {{value: 0}}\n  seed: {{values: {list(range(300))}}}\n"
+            + f"  limit: {{values: {list(range(1, 101))}}}\n",
+            "the grid has 30,000 cells",
+        ),
     ],
-    ids=range(17),
+    ids=range(23),
 )
 def test_yaml_that_means_no_good_is_refused_in_one_line(tmp_path, text, said):
     """Was: tracebacks; and a bomb of 371 bytes made an error of 28 MB."""
@@ -80,6 +103,52 @@ def test_yaml_that_means_no_good_is_refused_in_one_line(tmp_path, text, said):
     assert said in message
     assert len(message.splitlines()) == 1
     assert len(message) < len(str(path)) + 400
+
+
+def test_what_was_not_meant_is_refused_before_it_is_read_through(tmp_path, monkeypatch):
+    """Was: 100,000 entries, or a million runs, were taken apart first, for half a minute."""
+    made = []
+    monkeypatch.setattr(experiment, "CellRequest", lambda **said: made.append(said))
+    composed = []
+    compose = safe_yaml._Loader.compose_node
+    monkeypatch.setattr(
+        safe_yaml._Loader,
+        "compose_node",
+        lambda loader, *where: composed.append(where) or compose(loader, *where),
+    )
+    path = tmp_path / "x.yaml"
+    removed = ",".join(map(str, range(100_000)))
+    for text in (
+        f"{HEAD}  layer: {{value: 0}}\n  removed: {{value: [{removed}]}}\n",
+        f"{HEAD}  layer: {{min: 0, max: 999}}\n  seed: {{values: {list(range(1000))}}}\n",
+    ):
+        path.write_text(text)
+        with pytest.raises(ExperimentError):
+            load_experiment(path)
+    assert not made
+    assert len(composed) < 40_000
+
+
+def test_what_is_typed_is_text():
+    """Was: a bug of tracker's, from the first hash that it came to."""
+    done = CliRunner().invoke(main, ["evaluate", "--model", "a\udcff", "--benchmark", "b"])
+    assert done.exit_code == 2
+    assert "is no UTF-8 text" in done.output
+
+
+@pytest.mark.parametrize("size", ["13", "1,3,", "0", "1e3", "4GiBx", "0.5KB"])
+def test_a_memory_that_no_model_runs_in_was_not_meant(size):
+    """Was: 13 bytes, and of 1,3, one byte."""
+    done = CliRunner().invoke(main, ["run", "x.yaml", "--memory", size])
+    assert done.exit_code == 2
+    assert "write 4GiB or 500MB" in done.output
+
+
+def test_a_comma_too_many_is_no_list_of_layers():
+    given = ["evaluate", "--model", "a", "--benchmark", "b", "--layer", "0", "--removed", "1,3,"]
+    done = CliRunner().invoke(main, given)
+    assert done.exit_code == 2
+    assert "'1,3,' is no list of layers" in done.output
 
 
 def test_a_large_grid_is_expanded_once_a_cell(tmp_path):

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from tracker.text import HALF, is_writable
+
 FORM = "write {key: value, …}, or key=value,key=value as for lm-eval"
 
 
@@ -21,9 +23,12 @@ def _canonical(given: Any) -> Any:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ValueError(f"it is no set of settings; {FORM}")
     try:
-        return json.dumps(given, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        said = json.dumps(given, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
         raise ValueError("it holds what JSON cannot say; write texts, numbers, lists") from None
+    if not is_writable(said):
+        raise ValueError(f"it holds {HALF}")
+    return said
 
 
 def _typed(text: str) -> Any:

@@ -24,13 +24,14 @@ from tracker.extent import DEFAULT_SEED, EVERY, Extent, Part, Positive
 from tracker.problems import first_problem
 from tracker.questions import Question, question
 from tracker.safe_yaml import short
+from tracker.text import is_writable
 
 T = TypeVar("T")
 
 
 def _written(name: str) -> str:
     """Refuse what no file system holds."""
-    if "\0" in name:
+    if "\0" in name or not is_writable(name):
         raise ValueError("it holds a character that cannot be written")
     return name
 
@@ -60,6 +61,8 @@ def _ascending(given: Any) -> Any:
     """Take a list of layers as YAML and JSON give it."""
     if not isinstance(given, list | tuple):
         raise ValueError(f"each value is a list of layers, such as [3, 17], not {short(given)}")
+    if len(given) > MAX_LAYERS:
+        raise ValueError(f"no model has {len(given):,} layers")
     if len(set(map(str, given))) < len(given):
         raise ValueError("a layer stands twice in it")
     whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given)

@@ -40,8 +40,10 @@ from tracker.problems import first_problem
 from tracker.safe_yaml import SHOWN, read_yaml, short
 
 S = TypeVar("S", bound=Strict)
-MAX_RUNS = 1_000_000
+MAX_RUNS = 100_000
 """Of one experiment file; a grid of more was not meant."""
+MAX_CELLS = 20_000
+"""Of one experiment file, each a model and a benchmark that are measured together."""
 
 
 class _Value(Strict):
@@ -245,6 +247,12 @@ class Experiment(Sweep):
             for name in Parameters.model_fields
             if name not in _TOGETHER and getattr(grid, name) is not None
         ]
+        count = math.prod(len(getattr(grid, name).options) for name in names)
+        if count > MAX_CELLS:
+            raise ExperimentError(
+                f"'parameters': the grid has {count:,} cells (all but layers, components, spans "
+                f"and interventions); one file may have {MAX_CELLS:,}. Split it into several"
+            )
         first = self._first()
         runs: dict[str, Any] = {"layers": tuple(sorted(grid.layer.options))}
         for name in ("component", "span", "intervention"):

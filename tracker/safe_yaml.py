@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from tracker.errors import ExperimentError, did_you_mean
+from tracker.text import HALF, is_writable
 
-_MAX_BYTES = 10_000_000
-_MAX_NODES = 100_000
-"""Values in one experiment file, each as often as an anchor repeats it."""
-
+_MAX_BYTES = 1_000_000
+_MAX_NODES = 30_000
+"""Values in one experiment file, each as often as an anchor repeats it: more were not meant, and
+take long to read."""
 
 SHOWN = 80
 """Characters of a wrong value that a message repeats."""
@@ -61,6 +62,7 @@ def _parse(text: str) -> Any:
         if root is None:
             return None
         _refuse_bombs(root, {})
+        _refuse_halves(root)
         return loader.construct_document(root)
     finally:
         loader.dispose()
@@ -79,11 +81,31 @@ def _refuse_bombs(node: yaml.Node, sizes: dict[int, int]) -> int:
     inside = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
     count = 1 + sum(_refuse_bombs(each, sizes) for each in inside)
     if count > _MAX_NODES:
-        raise yaml.constructor.ConstructorError(
-            problem=f"it holds more than {_MAX_NODES:,} values", problem_mark=node.start_mark
-        )
+        raise _too_many(node.start_mark)
     sizes[id(node)] = count
     return count
+
+
+def _too_many(mark: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(
+        problem=f"it holds more than {_MAX_NODES:,} values", problem_mark=mark
+    )
+
+
+def _refuse_halves(node: yaml.Node) -> None:
+    r"""Refuse texts with a half of a character, `"\ud83d"`: no file and no hash takes it.
+
+    Python reads one where JSON writes a character as two halves, so that it is not meant.
+    """
+    nodes = [node]
+    for each in nodes:  # it grows; what holds itself was refused before
+        if isinstance(each, yaml.CollectionNode):
+            for part in each.value:
+                nodes.extend(part if isinstance(part, tuple) else (part,))
+        elif not is_writable(each.value):
+            raise yaml.constructor.ConstructorError(
+                problem=f"{short(each.value)} holds {HALF}", problem_mark=each.start_mark
+            )
 
 
 def short(value: object) -> str:
@@ -100,7 +122,15 @@ def _repr(value: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that is given twice."""
+    """The safe loader, which also refuses a key that is given twice, and too many values."""
+
+    composed = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        self.composed += 1
+        if self.composed > _MAX_NODES:
+            raise _too_many(self.get_mark())
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

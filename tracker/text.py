@@ -21,6 +21,19 @@ def harmless(text: str) -> str:
     return _OBEYED.sub("\ufffd", text)
 
 
+HALF = "half of a character; write the character itself"
+"""What is said of a text that is not writable."""
+
+
+def is_writable(text: str) -> bool:
+    """Say whether a text can be written and hashed: it holds no half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def masked(text: str, secrets: Sequence[str | None] = ()) -> str:
     """Hide passwords before a text is shown or kept.
 

@@ -16,7 +16,7 @@ import click
 from tracker.cli.terminal import say
 from tracker.distribution import __version__
 from tracker.errors import TrackerError
-from tracker.text import masked
+from tracker.text import is_writable, masked
 
 ISSUES = "https://github.com/layer-tracker/layer-tracker/issues"
 NEW_OBJECTS = 10_000
@@ -29,6 +29,13 @@ class Boundary(click.Group):
     Errors of tracker say themselves what to do. What the system refuses (a full disk, a folder
     that may not be read) is its own message. All else is a bug of tracker, and is called so.
     """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse what no file, no hash and no tracker can hold, wherever it is typed."""
+        for word in args:
+            if not is_writable(word):
+                raise click.UsageError(f"{word!r} is no UTF-8 text", ctx)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ PARTS = ("calibration", "test")
 INTERVENTIONS = ("remove", "mean", "scale", "linear", "int8", "int4", "repeat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTORS = ("local", "ray", "slurm")
+_LEAST = 2**20
 FORMATS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
 
 
@@ -61,11 +63,18 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         from pydantic import ByteSize, TypeAdapter, ValidationError
 
         try:
+            if not re.fullmatch(r"(\d+|\d*\.\d+)\s*[A-Za-z]*", str(value).strip(), re.ASCII):
+                raise ValueError
             size = TypeAdapter(ByteSize).validate_python(value)
-        except ValidationError:
+        except (ValidationError, ValueError, OverflowError):
             self.fail(f"{value!r} is no size; write 4GiB or 500MB", param, ctx)
-        if size <= 0:
-            self.fail("it must be more than nothing", param, ctx)
+        if size < _LEAST:
+            self.fail(
+                f"{value!r} is {int(size)} bytes, and no model runs in less than 1MiB; "
+                "write 4GiB or 500MB",
+                param,
+                ctx,
+            )
         return int(size)
 
 
@@ -79,10 +88,11 @@ class Layers(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         inside = value.strip()
-        if inside[:1] + inside[-1:] in ("[]", "()"):
+        listed = inside[:1] + inside[-1:] in ("[]", "()")
+        if listed:
             inside = inside[1:-1]
         words = [word.strip() for word in inside.split(",")]
-        if words[-1] == "":  # nothing at all, or Python's (3,)
+        if words[-1] == "" and (listed or len(words) == 1):  # nothing at all, or Python's (3,)
             words.pop()
         if not all(word.isdecimal() for word in words):
             self.fail(f"{value!r} is no list of layers; write 3,17 or [3, 17]", param, ctx)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError, model_val
 
 from tracker.config import CellRequest, Component, Name, Strict
 from tracker.errors import ExperimentError, RequestError, did_you_mean
-from tracker.experiment import Choice, Sweep, checked, is_of_removals
+from tracker.experiment import MAX_CELLS, Choice, Sweep, checked, is_of_removals
 from tracker.extent import Positive
 from tracker.problems import first_problem
 from tracker.pruning.budgets import Amount, amount
@@ -257,6 +258,12 @@ class PruneFile(Sweep):
         }
         options = {name: choice.options for name, choice in grid.items() if choice is not None}
         options = dict(sorted({"strategy": list(DEFAULT), **options}.items()))
+        count = math.prod(map(len, options.values()))
+        if count > MAX_CELLS:
+            raise ExperimentError(
+                f"'parameters': the grid has {count:,} searches; one file may have {MAX_CELLS:,}. "
+                "Split it into several"
+            )
         found: dict[SearchRequest, None] = {}
         for values in itertools.product(*options.values()):
             settings = dict(zip(options, values, strict=True))
