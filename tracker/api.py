@@ -669,8 +669,9 @@ def sync(
     """Publish from the ledger what the backends do not have yet, asking the backends themselves.
 
     Args:
-        to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; None for MLflow. Where no
-            project is named, each cell goes to the one that it was run for.
+        to: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; where no project is named,
+            each cell goes to the one that it was run for. None for every place that a cell was
+            published to, and MLflow for one that was published nowhere.
         results: The results folder.
         publish_documents: Whether the texts of documents are published too where they are not of
             the hub or a package: those of a folder or a corpus.
@@ -682,8 +683,7 @@ def sync(
         RequestError: There is no such backend.
         ResultsError: There are no results.
     """
-    targets = default_targets() if to is None else to
-    return publishing.sync(Ledger.existing(Path(results)), targets, publish_documents)
+    return publishing.sync(Ledger.existing(Path(results)), to, publish_documents)
 
 
 def log_samples(

@@ -54,7 +54,7 @@ class Finished:
         cells: The finished cells' records, in the order of the request.
         failed: Cell title → what went wrong.
         unpublished: Cell title → why a backend does not have it.
-        locations: Where the runs can be seen, by backend.
+        locations: Where the runs can be seen, by place.
         models_loaded: How many times a model was loaded.
         unwritten: Why the report page or the experiment's copy could not be written; empty when
             they were.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_the_next_cell_is_measured_meanwhile_and_what_breaks_is_unpublished(
     # Nor does a receipt that cannot be read.
     monkeypatch.setattr(publishing, "cell_charts", charts)
     (store,) = (s for s in Ledger(results).cells() if s.identity.benchmark.name == "arc_easy")
+    shutil.rmtree(store.folder / "receipts")
     (store.folder / "receipts").write_text("in the way")
     ((_, why),) = api.run(study, results=results).outcome.unpublished.items()
     assert "receipts" in why

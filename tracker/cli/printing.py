@@ -130,7 +130,7 @@ def print_end(outcome: Finished, page: Path | None) -> None:
     say()
     if page is not None:
         say(f"report: {page}")
-    for location in outcome.locations.values():
+    for location in dict.fromkeys(outcome.locations.values()):
         say(f"runs:   {runnable(location)}")
     for title, why in outcome.failed.items():
         say(f"failed: {title}: {why}", error=True)

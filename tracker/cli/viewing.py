@@ -123,7 +123,8 @@ def _end_report(done: Reported) -> None:
 @click.option(
     "--to",
     help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT. Without "
-    "a project, each cell goes to that of its experiment.  [default: mlflow]",
+    "a project, each cell goes to that of its experiment.  [default: wherever each cell was "
+    "published before, else mlflow]",
 )
 @click.option(
     "--sweep",
@@ -156,7 +157,14 @@ def sync(to: str | None, sweep: str | None, publish_documents: bool, results: Pa
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
     done = api.sync(targets, results=results, publish_documents=publish_documents)
     say(f"published: {counted(len(done.published), 'cell')}")
-    for location in done.locations.values():
+    for place, cells in done.places.items():
+        new, changed, same = (
+            sum(getattr(cell, what) for cell in cells)
+            for what in ("created", "updated", "unchanged")
+        )
+        said = f"{counted(len(cells), 'cell')}; {new} runs are new, {changed} changed, {same} not"
+        say(f"{place}: {said}")
+    for location in dict.fromkeys(done.locations.values()):
         say(f"see them: {runnable(location)}")
     for note in done.notes:
         say(note, error=True)

@@ -392,7 +392,17 @@ class CellStore:
         found = read_note(self.folder / "receipts" / f"{destination[:32]}.json")
         return found if {"record", "location"} <= set(found) else {}
 
-    def add_receipt(self, destination: str, digest: str, location: str) -> None:
-        """Remember what a backend has."""
+    def add_receipt(
+        self, destination: str, digest: str, location: str, place: str = "", view: str = ""
+    ) -> None:
+        """Remember what a backend has: which `view`, and by which name its `place` is kept."""
         receipt = {"record": digest, "location": location}
+        if place:
+            receipt |= {"place": place, "view": view}
         write_note(self.folder / "receipts" / f"{destination[:32]}.json", receipt)
+
+    def places(self, view: str) -> list[str]:
+        """Name the places that have a view, or should have it."""
+        notes = map(read_note, sorted(self.folder.glob("receipts/*.json")))
+        found = [note.get("place") for note in notes if note.get("view") == view]
+        return list(dict.fromkeys(name for name in found if name))

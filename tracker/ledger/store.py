@@ -7,6 +7,7 @@ RESULTS/
   searches/NAME.json        what searches for what to prune found
   experiments/NAME.yaml     the user's exact experiment files, each with its SHA-256 beside it
   checks/                   what attacks on architectures have shown
+  places/PLACE.json         where cells were published to: each is kept until its file is deleted
   cells/MODEL--BENCHMARK--KEY/
     cell.json               the model, the benchmark, and who made the cell
     requests/VIEW.json      every run that was asked of a view, its metric and documents: to show
@@ -14,7 +15,7 @@ RESULTS/
     shards/*.parquet        per-document outcomes, each with who measured it
     texts/*.parquet         what the documents say, each with its digest
     verified.json           which shards were found to be what was written
-    receipts/               what a tracking backend has
+    receipts/               what a place has, or should have
     locks/                  one a block of documents
   slurm/                    the logs of SLURM jobs
 

@@ -15,6 +15,7 @@ from tracker.ledger.store import Ledger
 _NOTES = (
     "index/*.json",
     "checks/*.json",
+    "places/*.json",
     "pulled/*.json",
     "searches/timing/*.json",
     "cells/*/derived/*.json",

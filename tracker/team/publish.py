@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
@@ -16,7 +17,7 @@ from typing_extensions import override
 from tracker.ablations import first_run
 from tracker.config import CellRequest
 from tracker.decided import PRIVATE
-from tracker.errors import TrackerError
+from tracker.errors import TrackerError, TrackingError, WorkError
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import UNFINISHED, Ledger
 from tracker.ledger.texts import is_texts
@@ -25,9 +26,19 @@ from tracker.provenance import content_hash
 from tracker.records import INTACT_VIEW, CellRecord
 from tracker.reporting.charts.cells import cell_charts
 from tracker.team.live import Live
+from tracker.team.places import (
+    file_of,
+    is_kept_here,
+    place_of,
+    places_of,
+    remember,
+    target_of,
+    title_of,
+)
 from tracker.text import masked
 from tracker.tracking import (
     Target,
+    default_targets,
     destination,
     in_sweep,
     open_backend,
@@ -35,7 +46,14 @@ from tracker.tracking import (
     open_trial,
     target,
 )
-from tracker.tracking.base import Backend, Ending, LoggedTable, Picture, sync_command
+from tracker.tracking.base import (
+    Backend,
+    Ending,
+    LoggedTable,
+    Picture,
+    Published,
+    sync_command,
+)
 from tracker.tracking.figures import logged_documents
 from tracker.tracking.identity import content_digest
 
@@ -51,12 +69,14 @@ class Publication:
     """What became of publishing a cell.
 
     Attributes:
-        places: Backend → where the runs can be seen.
-        failed: Why other backends do not have it; empty when all do.
+        places: Place → where the runs can be seen.
+        done: Place → what was done there.
+        failed: Why other places do not have it; empty when all do.
         notes: What else a person should know.
     """
 
     places: dict[str, str] = field(default_factory=dict)
+    done: dict[str, Published] = field(default_factory=dict)
     failed: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -66,15 +86,17 @@ class Synced:
     """What a sync did.
 
     Attributes:
-        published: Titles of the cells that the backends now have.
-        failed: Cell title → why a backend does not have it.
-        locations: Backend → where the runs can be seen.
+        published: Titles of the cells that all their places now have.
+        failed: Cell title → why a place does not have it.
+        locations: Place → where the runs can be seen.
+        places: Place → what was done there, a cell at a time.
         notes: What else a person should know.
     """
 
     published: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     locations: dict[str, str] = field(default_factory=dict)
+    places: dict[str, list[Published]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -99,9 +121,10 @@ class Publisher:
     """Publishes cells to some backends, each opened when it is first needed.
 
     `track` holds the backends, each as `BACKEND` or `BACKEND:PROJECT`; those that name no project
-    get `project`. In a sweep the `trial` is W&B's picture of the cell. What documents say is
-    published where it is public, and elsewhere if `texts` says so. RequestError if there is no such
-    backend.
+    get `project`. Where else a cell was published before is kept in step, unless nothing is tracked
+    or `others` says otherwise; a sweep's trial leaves that to others. In a sweep the `trial` is
+    W&B's picture of the cell. What documents say is published where it is public, and elsewhere if
+    `texts` says so. RequestError if there is no such backend.
     """
 
     def __init__(
@@ -111,8 +134,11 @@ class Publisher:
         results: Path,
         texts: bool = False,
         trial: Trial | None = None,
+        others: bool | None = None,
     ) -> None:
         self.project = project
+        self._others = (bool(track) if others is None else others) and not in_sweep()
+        self._away: dict[Target, str] = {}
         self._texts = texts
         self._said: set[str] = set()
         self._targets = {text: target(text) for text in track}
@@ -184,32 +210,85 @@ class Publisher:
     def _publish(
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
-        """Publish a cell; what one backend refuses does not keep the others from it."""
+        """Publish a cell; what one place refuses does not keep the others from it."""
         outcome, errors = Publication(), []
+        asked = {place_of(to, self.project): to for to in self._targets.values()}
         parts: _Parts | None = None
-        for text, to in self._targets.items():
+        for place in [*asked, *self._left(store, record, asked)]:
+            title = title_of(place)
             try:
+                if trust_receipts and place in self._away:
+                    raise TrackingError(self._away[place])
+                to = asked.get(place) or target_of(place, self._results)
                 parts = parts or self._parts(store, record, files)
                 digest = content_digest(record, *parts.texts)
                 receipt = store.receipt(self._receipt(to, record))
                 if trust_receipts and receipt.get("record") == digest:
-                    outcome.places[to.backend] = receipt["location"]
+                    outcome.places[title] = receipt["location"]
+                    if not receipt.get("place"):  # an older tracker's
+                        self._keep(store, record, to, place, digest, receipt["location"])
                     continue
                 published = self._backend(to).publish(
                     record, parts.files, cell_charts(record), parts.tables
                 )
-                outcome.places[to.backend] = published.location
+                outcome.places[title] = published.location
+                outcome.done[title] = published
                 outcome.notes += published.notes
                 if parts.note and parts.note not in self._said:
                     self._said.add(parts.note)
                     outcome.notes.append(parts.note)
+                whole = replace(place, project=published.project or place.project)
                 # Named after publishing: the first publish makes the database.
-                store.add_receipt(self._receipt(to, record), digest, published.location)
+                self._keep(store, record, to, whole, digest, published.location)
             except (Exception, SystemExit) as error:
-                log.debug("%s: %s failed", record.title, text, exc_info=True)
-                errors.append(self._why(error, text))
+                log.debug("%s: %s failed", record.title, title, exc_info=True)
+                if place in asked:
+                    errors.append(self._why(error, _typed(asked[place])))
+                    self._owe(store, record, asked[place], place)
+                else:
+                    why = self._why(error, f"{place.backend}:{place.project}")
+                    self._away[place] = why
+                    errors.append(
+                        f"{title}, where it was published before: {why}\nTo leave that place as it "
+                        f"is from now on, delete {file_of(place, self._results)}"
+                    )
         outcome.failed = "\n".join(errors)
         return outcome
+
+    def _left(
+        self, store: CellStore, record: CellRecord, asked: Mapping[Target, Target]
+    ) -> list[Target]:
+        """Find the places that a view was published to before, and is not now."""
+        if not self._others:
+            return []
+        known = places_of(store, record.view, self._results)
+        # W&B completes a project's name; the receipt knows it.
+        receipts = [store.receipt(self._receipt(to, record)) for to in asked.values()]
+        same = {receipt.get("place") for receipt in receipts}
+        return [
+            place
+            for name, place in known.items()
+            if name not in same and place not in asked and is_kept_here(place)
+        ]
+
+    def _keep(
+        self,
+        store: CellStore,
+        record: CellRecord,
+        to: Target,
+        place: Target,
+        digest: str,
+        location: str,
+    ) -> None:
+        """Remember that a place has a view, or none of it yet where there is no digest."""
+        name = remember(place, self._results)
+        store.add_receipt(self._receipt(to, record), digest, location, name, record.view)
+
+    def _owe(self, store: CellStore, record: CellRecord, to: Target, place: Target) -> None:
+        """Remember a place that does not have a view yet, and should."""
+        with suppress(OSError, WorkError):
+            if not store.receipt(self._receipt(to, record)).get("place"):
+                self._keep(store, record, to, place, "", "")
 
     def _why(self, error: BaseException, to: str) -> str:
         known = isinstance(error, TrackerError)
@@ -305,27 +384,36 @@ def _files(store: CellStore, record: CellRecord) -> list[Path]:
     return [store.folder / "cell.json", view, *store.shards(), *store.texts.files()]
 
 
-def sync(ledger: Ledger, to: Sequence[str], texts: bool = False) -> Synced:
-    """Publish every view of a cell that a backend lacks, asking the backends themselves.
+def sync(ledger: Ledger, to: Sequence[str] | None, texts: bool = False) -> Synced:
+    """Publish every view of a cell that a place lacks, asking the backends themselves.
 
     Each of `to` is `BACKEND` or `BACKEND:PROJECT`; without a project, cells go to the one that
-    they were measured for. What documents say is published as by a `Publisher`.
+    they were measured for. None = every place that a view was published to; the default where there
+    is none, and where the environment names a server. What documents say is published as by a
+    `Publisher`.
     """
     ledger.create()
     contents = ledger.contents()
     begun = [f"not published yet: {cell.folder}: {UNFINISHED}" for cell in contents.unfinished]
     synced = Synced(failed=contents.damaged, notes=begun)
-    publishers: dict[str, Publisher] = {}
+    publishers: dict[tuple[str, bool], Publisher] = {}
     for store, asked in contents.views:
-        project = asked.project
-        publisher = publishers.setdefault(project, Publisher(to, project, ledger.root, texts))
         try:
             record = record_of(store, asked.view)
         except TrackerError as error:
             synced.failed[str(store.folder)] = str(error)
             continue
+        known = any(map(is_kept_here, places_of(store, record.view, ledger.root).values()))
+        anew = to is not None or not known or bool(os.environ.get("MLFLOW_TRACKING_URI"))
+        targets = (default_targets() if to is None else to) if anew else ()
+        publisher = publishers.get((asked.project, anew))
+        if publisher is None:
+            publisher = Publisher(targets, asked.project, ledger.root, texts, others=to is None)
+            publishers[asked.project, anew] = publisher
         outcome = publisher.publish(store, record)
         synced.locations.update(outcome.places)
+        for place, done in outcome.done.items():
+            synced.places.setdefault(place, []).append(done)
         synced.notes += [f"{record.title}: {note}" for note in outcome.notes]
         if outcome.failed:
             synced.failed[record.title] = outcome.failed
@@ -334,3 +422,9 @@ def sync(ledger: Ledger, to: Sequence[str], texts: bool = False) -> Synced:
     for publisher in publishers.values():
         publisher.close()
     return synced
+
+
+def _typed(to: Target) -> str:
+    """Say how a target was typed."""
+    server = f"{to.server}/" if to.server else ""
+    return f"{to.backend}:{server}{to.project}" if to.project else to.backend

@@ -34,6 +34,8 @@ class Published:
     """What a person opens: an address, or the command that shows the runs."""
     notes: tuple[str, ...] = ()
     """What else a person should know."""
+    project: str = ""
+    """The project's whole name, where the backend completes it."""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,9 @@ class WandbBackend(Backend):
             if changed and not offline:
                 self._confirm(cell, runs)
             notes = (_RENEWED,) if deleted else ()
-            return Published(**outcomes, location=self._location(offline), notes=notes)
+            project = "" if offline else self._path()
+            location = self._location(offline)
+            return Published(**outcomes, location=location, notes=notes, project=project)
 
     @override
     def cells(self) -> list[RemoteCell]:

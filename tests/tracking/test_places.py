@@ -1,0 +1,177 @@
+"""Every place that a results folder was published to is kept in step, until it is forgotten."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from mlflow import MlflowClient
+
+from tracker import api
+from tracker.cli import main
+from tracker.runner import Finished
+from tracker.tracking.figures import flat_metrics
+
+from .mlflow_server import PASSWORD, USER, Gate, free_port
+from .test_wandb import figures, runs
+from .wandb_client import Client
+from .wandb_double import WandbDouble
+
+Ran = Callable[..., Finished]
+
+
+@pytest.fixture
+def ran(tiny_llama: Callable[..., Path], experiment: Callable[..., Path], results: Path) -> Ran:
+    """Measure two layers on some documents for a project, and publish them."""
+    model = tiny_llama(layers=2)
+
+    def run(project: str, documents: int, *track: str) -> Finished:
+        file = experiment(model, limit=documents, layer=[0, 1])
+        file.write_text(f"project: {project}\n{file.read_text()}")
+        return api.run(file, results=results, track=track).outcome
+
+    return run
+
+
+def synced(results: Path, *more: str) -> Result:
+    return CliRunner().invoke(main, ["sync", "--results", str(results), *more])
+
+
+def shown(results: Path, project: str, uri: str = "") -> int:
+    """Say on how many documents a project shows the cell, after comparing all that it shows."""
+    client = MlflowClient(uri or f"sqlite:///{results / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(project)
+    if experiment is None:
+        return 0
+    (cell,) = api.ls(results)
+    there = {
+        run.data.tags["tracker.run_key"]: run.data.metrics
+        for run in client.search_runs([experiment.experiment_id])
+    }
+    assert len(there) == 2 + len(cell.runs)
+    documents = int(there[f"{cell.key}/cell"]["n"])
+    if documents == cell.n:
+        for run in cell.runs:
+            found = there[f"{cell.key}/{run.ablation}"]
+            assert {n: v for n, v in found.items() if not math.isnan(v)} == flat_metrics(run)
+    return documents
+
+
+# Was: only the project of the last run was completed, and the one that was left was stale for ever.
+def test_a_project_that_was_left_is_kept_by_runs_and_by_sync(ran: Ran, results: Path) -> None:
+    assert ran("lab", 3, "mlflow").exit_code == 0
+    done = ran("other", 6, "mlflow")
+    assert done.exit_code == 0
+    assert [shown(results, name) for name in ("lab", "other")] == [6, 6]
+    assert list(done.locations) == ["mlflow:other", "mlflow:lab"]
+
+    ran("third", 9)
+    assert [shown(results, name) for name in ("lab", "other")] == [6, 6]
+    only = synced(results, "--to", "mlflow:other")
+    assert "mlflow:other: 1 cell; 0 runs are new, 4 changed, 0 not" in only.output
+    assert "lab" not in only.output
+    assert [shown(results, name) for name in ("lab", "other")] == [6, 9]
+    every = synced(results)
+    assert every.exit_code == 0
+    assert "mlflow:lab: 1 cell; 0 runs are new, 4 changed, 0 not" in every.output
+    assert "mlflow:other: 1 cell; 0 runs are new, 0 changed, 4 not" in every.output
+    assert [shown(results, name) for name in ("lab", "other", "third")] == [9, 9, 0]
+
+
+def test_a_place_that_is_away_fails_alone_until_it_is_back_or_forgotten(
+    ran: Ran, results: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Gate(server) as gate:
+        there = f"mlflow:{gate.address}/left"
+        assert ran("lab", 3, there, "mlflow").exit_code == 0
+        gate.status = 401
+        done = ran("lab", 6, "mlflow")
+        assert done.exit_code == 1
+        ((_, why),) = done.unpublished.items()
+        assert f"{there}, where it was published before" in why
+        assert f"MLFLOW_TRACKING_URI={gate.address} tracker sync --to mlflow:left --res" in why
+        failed = synced(results)
+        assert failed.exit_code == 1
+        assert "mlflow:lab: 1 cell; 0 runs are new, 0 changed, 4 not" in failed.output
+        assert (shown(results, "lab"), shown(results, "left", server)) == (6, 3)
+
+        gate.status = None
+        # A login is for the server that the environment names, and for no other.
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", PASSWORD)
+        asked = gate.seen
+        failed = synced(results)
+        assert (failed.exit_code, gate.seen) == (1, asked)
+        assert "would get the login" in failed.output
+        assert f"MLFLOW_TRACKING_URI={gate.address} tracker sync --to mlf" in failed.output
+        monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
+        assert synced(results).exit_code == 0
+        assert shown(results, "left", server) == 6
+
+        gate.status = 500
+        (place,) = results.glob("places/*left*.json")
+        assert f"delete {place}" in synced(results).output
+        place.unlink()
+        assert synced(results).exit_code == 0
+    assert api.check(results)[0].damaged == {}
+
+
+def test_what_a_place_did_not_get_is_owed_to_it(
+    ran: Ran, results: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server of the environment is away at the first run; no login is written anywhere."""
+    address = server.replace("://", f"://{USER}:{PASSWORD}@")
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", f"http://{USER}:{PASSWORD}@127.0.0.1:{free_port()}")
+        assert ran("owed", 3, "mlflow").exit_code == 1
+    (place,) = results.glob("places/*.json")
+    assert f"delete {place}" in synced(results).output
+    place.write_text(place.read_text().replace("127.0.0.1", "localhost"))
+    assert "places" in str(api.check(results)[0].damaged)
+    shutil.rmtree(place.parent)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert ran("owed", 6, "mlflow").exit_code == 0
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    ran("owed", 9)
+    assert synced(results).exit_code == 0
+    assert shown(results, "owed", server) == 9
+    assert shown(results, "owed") == 0, "nobody asked for a file"
+    for path in results.rglob("*.json"):
+        assert PASSWORD not in path.read_text()
+
+
+def test_wandb_is_kept_by_whoever_is_logged_in(
+    ran: Ran,
+    results: Path,
+    client: Client,
+    double: WandbDouble,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client.lend(monkeypatch)
+    assert ran("layers", 3, "wandb").exit_code == 0
+    done = ran("layers", 6, "mlflow", "wandb")
+    assert list(done.locations) == ["mlflow:layers", "wandb:layers"]
+    done = ran("other", 9, "mlflow")
+    assert done.exit_code == 0, done.unpublished
+    assert list(done.locations) == ["mlflow:other", "mlflow:layers", "wandb:team/layers"]
+    assert [shown(results, name) for name in ("layers", "other")] == [9, 9]
+    (cell,) = api.ls(results)
+    there = runs(double)
+    assert len(there) == 4
+    for run in cell.runs:
+        assert figures(there[f"{cell.key}/{run.ablation}"].summary) == flat_metrics(run)
+
+    # Another person, whose W&B is another one: what can be done is done, the rest is said.
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    ran("other", 12)
+    theirs = synced(results)
+    assert theirs.exit_code == 1
+    assert f"WANDB_BASE_URL={double.url} tracker sync --to wandb:team/layers" in theirs.output
+    assert [shown(results, name) for name in ("layers", "other")] == [12, 12]
+    # Offline runs go wherever they are sent.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert synced(results).exit_code == 0
