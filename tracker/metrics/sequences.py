@@ -93,7 +93,7 @@ def horizons(population: int) -> Array:
         [32, 128, 512, 2048, 8192]
     """
     steps = max(0, math.ceil(math.log(8 * population / 32, 4)))
-    return 32 * 4.0 ** np.arange(steps + 1)
+    return np.asarray(32 * 4.0 ** np.arange(steps + 1), dtype=np.float64)
 
 
 class MeanSequences:
