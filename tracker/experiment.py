@@ -288,8 +288,8 @@ class Experiment(Sweep):
                 raise ExperimentError(
                     f"'parameters': the grid asks {cell.title} for several answers: "
                     f"until {other.until or 'null'}, seed {other.seed}, and until "
-                    f"{cell.until or 'null'}, seed {cell.seed}. A cell keeps one; ask for the "
-                    "other in a file of its own (nothing is measured twice)"
+                    f"{cell.until or 'null'}, seed {cell.seed}. One file asks one; ask for "
+                    "the other in a file of its own (nothing is measured twice)"
                 )
         return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
 

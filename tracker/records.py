@@ -177,16 +177,23 @@ class CorrelationRecord(Record):
 
 
 def view_name(
-    removed: tuple[int, ...], metric: str, benchmark: BenchmarkIdentity, seed: int | None = None
+    removed: tuple[int, ...],
+    metric: str,
+    benchmark: BenchmarkIdentity,
+    seed: int | None = None,
+    beside: str = "",
 ) -> str:
     """Name a view of a cell: the layers that every run lacks, ascending, the sample, the metric.
 
-    For example `intact`, `without-3-17`, `intact-sample-1234` (documents drawn with that seed) or
-    `intact--acc_norm`: the benchmark's own metric goes without saying.
+    For example `intact`, `without-3-17`, `intact-sample-1234` (documents drawn with that seed),
+    `intact-64-documents` (beside the first that was asked for) or `intact--acc_norm`: the
+    benchmark's own metric goes without saying.
     """
     name = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
     if seed is not None:
         name += f"-sample-{seed}"
+    if beside:
+        name += f"-{beside.replace(' ', '-')}"
     return name if metric == benchmark.primary_metric else f"{name}--{metric}"
 
 
@@ -209,6 +216,8 @@ class CellRecord(Record):
     """Documents measured (all tasks of a group together)."""
     sample_seed: int | None = None
     """The seed with which they were drawn at random; None where they are the first ones, or all."""
+    beside: str = Field("", exclude_if=lambda text: not text)
+    """What tells it from the view of the same name that was there first, e.g. `64 documents`."""
     tokens: int
     """Tokens behind the proxies: each document's context and gold continuation, once; of a corpus
     or a rolling task the predicted tokens, without the last of a full window, which is not read."""
@@ -254,7 +263,7 @@ class CellRecord(Record):
     @property
     def title(self) -> str:
         """The cell's name where people read it, with how its documents were chosen."""
-        return " · ".join(filter(None, (self.heading, self.drawn)))
+        return " · ".join(filter(None, (self.heading, self.drawn, self.beside)))
 
     @property
     def heading(self) -> str:
@@ -304,7 +313,8 @@ class CellRecord(Record):
     @property
     def view(self) -> str:
         """The name of the view that it shows."""
-        return view_name(self.removed, self.metric, self.benchmark, self.sample_seed)
+        named = (self.removed, self.metric, self.benchmark, self.sample_seed)
+        return view_name(*named, self.beside)
 
     @property
     def place(self) -> Place:
@@ -316,9 +326,13 @@ class CellRecord(Record):
 
         Documents that are not yet as many as were asked for are any, not the first ones.
         """
-        if other.answer not in (None, self.answer) and not self.is_complete:
+        answer = other.answer
+        everything = self.is_complete and (answer is None or self.n == answer.population)
+        if answer not in (None, self.answer) and not everything:
             return False
-        mine, theirs = ((one.key, one.view) for one in (self, other))
+        mine, theirs = (
+            (one.key, one.removed, one.metric, one.sample_seed) for one in (self, other)
+        )
         growing = "n" in other.reasons
         enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
         runs = {run.order for run in self.runs}

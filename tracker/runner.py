@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from tracker.measuring.prepare import CellLookup, check_layers, check_range, loo
 from tracker.measuring.progress import Progress
 from tracker.records import CellRecord
 from tracker.team.publish import Publication, Publisher
+from tracker.views import View
 
 log = logging.getLogger(__name__)
 _ANY_MODEL: dict[str, Any] = {
@@ -33,15 +35,14 @@ _ANY_MODEL: dict[str, Any] = {
     "model_args": None,
 }
 _ANY_EXTENT: dict[str, Any] = {"limit": None, "sample": None, "until": None}
-_NO_RUNS: dict[str, Any] = {
+_WHICH_RUNS: dict[str, Any] = {
     "layers": (),
     "components": (),
     "spans": (),
     "interventions": (),
     "only": None,
-    "removed": (),
-    "metric": None,
 }
+_NO_RUNS: dict[str, Any] = {**_WHICH_RUNS, "removed": (), "metric": None}
 """Neither the model, nor how many documents, nor what is removed or shown changes what a benchmark
 reads."""
 
@@ -115,7 +116,7 @@ def run_cells(
         if cell.store is not None:
             chosen_metric(cell.store.identity.benchmark, cell.request.metric)
             check_range(cell.request, cell.store.identity.model.layers)
-    finisher = _Finisher(publisher, progress, alone=len(asked) == 1)
+    finisher = _Finisher(publisher, progress, requests)
     if todo:
         progress.say("checking models and benchmarks")
         check_layers(todo, options.trust_remote_code)
@@ -142,17 +143,21 @@ def run_cells(
 class _Finisher:
     """Records and publishes cells as they are finished, in whatever order that is."""
 
-    def __init__(self, publisher: Publisher, progress: Progress, alone: bool) -> None:
+    def __init__(
+        self, publisher: Publisher, progress: Progress, requests: Sequence[CellRequest]
+    ) -> None:
         self.report = Finished()
         self.records: dict[CellRequest, CellRecord] = {}
         self._publishing: deque[tuple[str, Future[Publication]]] = deque()
         self._publisher = publisher
         self._progress = progress
-        self._alone = alone
+        self._alone = len(requests) == 1
+        self._named = named_beside(requests)
 
     def begun(self, cell: CellLookup, store: CellStore) -> None:
         """Show a cell while it is measured."""
-        self._publisher.live.begin(cell.request, store, store.views.of(cell.request))
+        view = store.views.named_of(cell.request, cell.request in self._named)
+        self._publisher.live.begin(cell.request, store, view)
 
     def done(self, cell: CellLookup, outcome: CellStore | Exception) -> None:
         """Record and publish a finished cell; keep a failure in its cell."""
@@ -162,11 +167,13 @@ class _Finisher:
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            shown = outcome.views.ask(cell.request, self._publisher.project)
-            view = outcome.views.of(cell.request)
+            named = cell.request in self._named
+            shown = outcome.views.ask(cell.request, self._publisher.project, named)
+            view = outcome.views.of(cell.request).model_copy(update={"beside": shown.beside})
             record = record_of(outcome, view)
             # A backend shows all that was asked of the cell, not only what was asked now.
             whole = record if shown == view else record_of(outcome, shown)
+            note = "" if named else _shown_otherwise(view, shown, outcome.views.known(cell.request))
         except Exception as error:
             # Whatever breaks one cell, the others go on; only a lone wrong request is refused.
             if isinstance(error, RequestError) and self._alone:
@@ -179,6 +186,8 @@ class _Finisher:
         self.records[cell.request] = record
         if record.answer is not None:
             self._progress.say(f"{title}: {statement(record.answer)}")
+        if note:
+            self._progress.say(f"{title}: {note}")
         self._publishing.append((title, self._publisher.begin(outcome, whole, left)))
         while self._publishing and self._publishing[0][1].done():
             self._take()
@@ -198,6 +207,40 @@ class _Finisher:
         if outcome.failed:
             self.report.unpublished[title] = outcome.failed
             self._progress.say(f"{title} is measured but not published: {outcome.failed}")
+
+
+def named_beside(requests: Collection[CellRequest]) -> set[CellRequest]:
+    """Find the requests beside which more documents of the same are asked for, in the same order.
+
+    Who lists both numbers wants to see both.
+    """
+    most: dict[CellRequest, float] = {}
+    sizes = {each: each.sample or each.limit or math.inf for each in requests if not each.until}
+    for each, size in sizes.items():
+        most[_in_order(each)] = max(size, most.get(_in_order(each), 0))
+    return {each for each, size in sizes.items() if size < most[_in_order(each)]}
+
+
+def _in_order(request: CellRequest) -> CellRequest:
+    """Leave out which runs are asked for, and on how many documents in their order."""
+    sample = request.sample and 1
+    return request.model_copy(update=_WHICH_RUNS | {"limit": None, "sample": sample})
+
+
+def _shown_otherwise(asked: View, shown: View, known: Sequence[View]) -> str:
+    """Say where what a file asked for is not shown as it asked; empty where it is."""
+    if asked.until is None and shown.size > asked.size:
+        key, count = ("limit", asked.limit) if asked.seed is None else ("sample", asked.sample)
+        all_of = shown.limit or shown.sample
+        said = "all documents are" if all_of is None else f"{all_of} documents are"
+        return (
+            f"{said} known of these runs, and stay shown; to show {count} beside them, list both: "
+            f"{key}: {{values: [{count}, {all_of or 'null'}]}}"
+        )
+    if shown.beside:
+        others = [each.documents_asked for each in known if each.beside != shown.beside]
+        return f"shown beside what was asked for before: {'; '.join(others)}"
+    return ""
 
 
 def _jobs(todo: Sequence[CellLookup]) -> list[Job]:

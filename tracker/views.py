@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from pydantic import Field, field_validator
@@ -58,7 +59,12 @@ class View(Record):
     runs: tuple[RunIdentity, ...]
     """Each run that was asked for, once, in the order of `RunIdentity.order`."""
     until: Until | None = Field(None, exclude_if=lambda asked: asked is None)
-    """The question that was asked last of it; None where all of its documents were."""
+    """The question that was asked of it; None where all of its documents were."""
+    beside: str = Field("", max_length=200, exclude_if=lambda text: not text)
+    """What tells it from the view of the same name that was there first, e.g. `64 documents`; empty
+    for that one."""
+    named: bool = Field(False, exclude_if=lambda named: not named)
+    """Whether it was asked for beside a larger one, and so stays beside it."""
 
     @field_validator("runs")
     @classmethod
@@ -70,6 +76,22 @@ class View(Record):
         """Which documents are shown."""
         drawn = {} if self.seed is None else {"sample": self.sample, "seed": self.seed}
         return Extent(limit=self.limit, **drawn)
+
+    @property
+    def size(self) -> float:
+        """How many documents of each task are shown; infinite for all, in whatever order."""
+        return self.sample or self.limit or math.inf
+
+    @property
+    def documents_asked(self) -> str:
+        """Say what is shown, e.g. `6 runs on 64 documents`."""
+        count = len(self.runs)
+        runs = "1 run" if count == 1 else f"{count} runs"
+        if self.until is not None:
+            return f"{runs} until {self.until.question} is answered"
+        if self.size == math.inf:
+            return f"{runs} on all documents"
+        return f"{runs} on {self.size} document{'s' if self.size > 1 else ''}"
 
     def joined(self, *others: View) -> View:
         """Show the runs of other views too; all else stays as it is here."""

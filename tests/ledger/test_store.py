@@ -726,15 +726,15 @@ class TestNotes:
         runs = (RunIdentity(layer=0), RunIdentity(layer=3))
         assert asked.view == View(metric="acc", limit=5, runs=runs)
 
-    def test_runs_of_one_view_add_up_one_by_one_and_the_rest_is_the_newest(self, cell) -> None:
+    def test_runs_of_one_view_add_up_one_by_one(self, cell) -> None:
         """Was: layers, components and spans were united axis by axis, and the runs of their product
         that nobody had asked for were missing for ever."""
-        common = {"model": "m", "benchmark": "b"}
-        cell.views.ask(CellRequest(**common, layers=(3, 0), components=("mlp",), limit=5), "first")
+        common = {"model": "m", "benchmark": "b", "limit": 5}
+        cell.views.ask(CellRequest(**common, layers=(3, 0), components=("mlp",)), "first")
         cell.views.ask(CellRequest(**common, layers=(1,), spans=(3, 1), metric="acc"), "second")
         (asked,) = cell.views.asked()
         assert asked.project == "second"
-        assert (asked.view.limit, asked.view.metric) == (None, "acc")
+        assert (asked.view.limit, asked.view.metric) == (5, "acc")
         assert [run.label() for run in asked.view.runs] == [
             "layer 1", "layers 1–3", "mlp 0", "mlp 3",
         ]  # fmt: skip

@@ -83,8 +83,10 @@ def test_a_question_that_all_documents_answer_leaves_ordinary_figures(
     assert (found.is_raced, found.is_stopped) == (False, False)
     assert found.answer is not None
     assert found.answer.over
-    assert [run.layer for run in found.missing] == [0, 1, 3]
-    assert not found.is_complete, "the older runs lack documents"
+    assert ([run.layer for run in found.runs], found.missing) == ([2], ())
+    first, second = (asked.view for asked in store.views.asked())
+    assert [run.layer for run in first.runs] == [0, 1, 2, 3], "the first question keeps its answer"
+    assert second.beside == "until drop within 0.01 pp, 1 run"
     assert interval_name(found) == "95 % interval"
 
     # As a run of which all documents were asked at once.

@@ -80,6 +80,7 @@ def cell_record(
         "higher_is_better": is_accuracy,
         "n": n,
         "sample_seed": view.seed,
+        "beside": view.beside,
         "removed": view.removed,
         "missing": tuple(outcomes.missing),
         "answer": answer,

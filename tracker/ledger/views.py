@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -85,9 +87,12 @@ class Views:
     def of(self, request: CellRequest) -> View:
         """Say what a request shows of this cell, whatever else was asked of it."""
         benchmark = self.identity.benchmark
-        # A sample that leaves nothing out is the whole benchmark, whatever its seed.
+        # What leaves nothing out is the whole benchmark, whatever its seed.
         every = max(task.documents for task in benchmark.tasks)
-        sample = None if request.sample is None or request.sample >= every else request.sample
+        limit, sample = (
+            None if count is None or count >= every else count
+            for count in (request.limit, request.sample)
+        )
         runs = tuple(removals(request, self.identity.model.layers))
         until = None
         if request.until is not None:
@@ -95,48 +100,128 @@ class Views:
         return View(
             metric=request.metric or benchmark.primary_metric,
             removed=request.removed,
-            limit=request.limit,
+            limit=limit,
             sample=sample,
             seed=None if sample is None else request.seed,
             runs=runs,
             until=until,
         )
 
-    def ask(self, request: CellRequest, project: str) -> View:
+    def ask(self, request: CellRequest, project: str, named: bool = False) -> View:
         """Remember what was asked for, and for which project: what reports and syncs use.
 
-        A cell has a view for each metric, each set of removed layers and each seed of a sample. The
-        runs that were asked of the same view before stay (`with_former`), and none but these and
-        the new ones is added; how many documents, and until what, is what was asked last.
+        Args:
+            request: What was asked for, and is measured.
+            project: Whose it is.
+            named: Whether it was asked for beside more documents of the same, and stays.
+
+        Returns:
+            The view that shows it: `shown_in`.
         """
         with self._asking():
-            view = self.with_former(request)
+            view, replaced = self._found(self.of(request), named)
             self.write(AskedView(project=project, view=view))
+            for name in {*map(self.name_of, replaced)} - {self.name_of(view)}:
+                self.path(name).unlink(missing_ok=True)
         return view
 
-    def with_former(self, request: CellRequest) -> View:
-        """Say what a request shows together with the runs that were asked of its view before.
+    def shown_in(self, request: CellRequest, named: bool = False) -> View:
+        """Say which view will show a request once that is measured.
 
-        Where a question decided what was measured of these, and none does now, only those stay that
-        have all documents: the others would show what their outcomes chose as if it were drawn.
+        A cell has a view for each metric, each set of removed layers and each seed of a sample. A
+        run that a view shows stays in it, on as many documents: a request adds its own runs, and
+        takes nothing away. So fewer documents of runs that are shown add nothing, and more
+        documents make a view grow that is then measured on them as a whole. What fits no view, more
+        documents of some of its runs, fewer of other runs, or another question, is a view beside.
         """
-        view, before = self.of(request), self.former(request)
-        if before is None:
-            return view
-        if before.until is not None and view.until is None:
-            whole = [run for run in before.runs if self._is_whole(view, run)]
-            before = before.model_copy(update={"runs": tuple(whole)})
-        return view.joined(before)
+        return self._found(self.of(request), named)[0]
 
-    def _is_whole(self, view: View, run: RunIdentity) -> bool:
-        return self._is_complete(view.extent, [ablation_of(run, view.removed).name])
+    def named_of(self, request: CellRequest, named: bool = False) -> View:
+        """Say what a request shows alone, under the name of the view that shows it."""
+        beside = self.shown_in(request, named).beside
+        return self.of(request).model_copy(update={"beside": beside})
 
-    def former(self, request: CellRequest) -> View | None:
-        """Recall what was asked before of the view that a request shows; None where it is new."""
-        path = self.path(self.name_of(self.of(request)))
-        with suppress(OSError, ValueError):  # damaged: what is asked now replaces it
-            return self.read(path.read_bytes()).view
-        return None
+    def known(self, request: CellRequest) -> list[View]:
+        """Recall what was asked before of a request's metric, removed layers and seed.
+
+        The view that was there first comes first; what is damaged is left out.
+        """
+        return self._known(self.of(request))
+
+    def _known(self, new: View) -> list[View]:
+        alike = ("metric", "removed", "seed")
+        found: list[View] = [asked.view for asked in self.asked(damaged={})]
+        mine = [v for v in found if all(getattr(v, one) == getattr(new, one) for one in alike)]
+        return sorted(mine, key=lambda view: (view.beside != "", view.beside))
+
+    def _found(self, new: View, named: bool) -> tuple[View, list[View]]:
+        """Find the view that shows what is new, and those that it makes superfluous."""
+        known = self._known(new)
+        if named:
+            same = [view for view in known if view.beside and _alike(view, new)]
+            return self._beside(new.joined(*same), known, named=True), same
+        first = next((view for view in known if not view.beside), None)
+        growing = [view for view in known if not view.named]
+        grown = next((view.joined(new) for view in growing if _alike(view, new)), None)
+        if grown is None:
+            for view in known:
+                # What a question decided, and all documents have settled, grows with others.
+                if view.until is None and new.until is None and self._holds(view, new):
+                    return view, []
+                if view.named and _alike(view, new):
+                    return view.joined(new), []
+            both = (self._grown(view, new) for view in growing)
+            grown = next(filter(None, both), new)
+        held = [view for view in known if not view.named and self._holds(grown, view)]
+        if grown.until is None:
+            asked = next((view.until for view in held if view.until), None)
+            grown = grown.model_copy(update={"until": asked})
+        if first is None or first in held:
+            return grown.model_copy(update={"beside": ""}), held
+        if grown is not new and any(_alike(grown, view) for view in known):
+            return grown, held
+        return self._beside(grown, known), held
+
+    def _grown(self, view: View, new: View) -> View | None:
+        """Join a view and what is new on the more documents of the two; None where some lack them.
+
+        Documents that a question chose are not shown as if they had been drawn.
+        """
+        larger, smaller = (view, new) if view.size > new.size else (new, view)
+        until = new.until or view.until
+        grown = view.joined(new).model_copy(
+            update={"limit": larger.limit, "sample": larger.sample, "until": until}
+        )
+        rest = grown.runs if until else {*smaller.runs} - {*larger.runs}
+        return grown if self._are_whole(grown, rest) else None
+
+    def _holds(self, view: View, other: View) -> bool:
+        """Whether a view shows all that another does."""
+        if other.size > view.size or not {*other.runs} <= {*view.runs}:
+            return False
+        if view.until is None and other.until is None:
+            return True
+        return view.size == math.inf and self.is_whole(view)
+
+    def is_whole(self, view: View) -> bool:
+        """Whether no question decided which documents a view shows, or all are measured."""
+        return view.until is None or self._are_whole(view, view.runs)
+
+    def _are_whole(self, view: View, runs: Collection[RunIdentity]) -> bool:
+        names = [ablation_of(run, view.removed).name for run in runs]
+        return not names or self._is_complete(view.extent, names)
+
+    def _beside(self, view: View, known: Collection[View], named: bool = False) -> View:
+        """Tell a view from those that were there before."""
+        several = " a task" if len(self.identity.benchmark.tasks) > 1 else ""
+        text = "all documents" if view.size == math.inf else f"{view.size} documents{several}"
+        if view.until is not None:
+            count = len(view.until.runs)
+            text = f"until {view.until.question}, {count} run{'s' if count > 1 else ''}"
+        taken = {each.beside for each in known if not _alike(each, view)}
+        names = (text if n == 1 else f"{text} ({n})" for n in itertools.count(1))
+        beside = next(name for name in names if name not in taken)
+        return view.model_copy(update={"beside": beside, "named": named or view.named})
 
     def read(self, text: str | bytes) -> AskedView:
         """Read a view of this cell from its file's text, also as tracker wrote it in format 1.
@@ -215,11 +300,17 @@ class Views:
 
     def name_of(self, view: View) -> str:
         """Name a view by what tells it from the others of the cell."""
-        return view_name(view.removed, view.metric, self.identity.benchmark, view.seed)
+        named = (view.removed, view.metric, self.identity.benchmark, view.seed)
+        return view_name(*named, view.beside)
 
     def path(self, name: str) -> Path:
         """Say where it stands what was asked of a view."""
         return self.folder / "requests" / f"{view_file(name)}.json"
+
+
+def _alike(view: View, other: View) -> bool:
+    """Whether two views are on the same documents, for the same reason."""
+    return (view.extent, view.until) == (other.extent, other.until)
 
 
 def view_file(name: str) -> str:

@@ -100,7 +100,7 @@ def widened(
     if asked.store is not None and asked.complete:
         # Also where it asks a question: all documents answer that.
         whole = asked.request
-        known = _with_runs(whole, asked.store.views.with_former(whole).runs)
+        known = _with_runs(whole, asked.store.views.shown_in(whole).runs)
         return known if _is_complete(asked.store, known) else whole, why
     cell = sweep() if why is None else None
     if cell is None and why is None and request.until is not None:
@@ -123,13 +123,14 @@ def asked_before(request: CellRequest, store: CellStore | None) -> CellRequest |
     """
     if store is None:
         return None
-    before, now = store.views.former(request), store.views.of(request).until
-    if before is None or before.until is None or now is None:
-        return None
-    alike = (before.until.question, before.until.seed) == (now.question, now.seed)
-    if not alike or not {*now.runs} <= {*before.until.runs}:
-        return None
-    return _with_runs(request, before.until.runs)
+    now = store.views.of(request).until
+    for before in (view.until for view in store.views.known(request)):
+        if before is None or now is None:
+            continue
+        alike = (before.question, before.seed) == (now.question, now.seed)
+        if alike and {*now.runs} <= {*before.runs}:
+            return _with_runs(request, before.runs)
+    return None
 
 
 def _with_runs(request: CellRequest, runs: Sequence[RunIdentity]) -> CellRequest:

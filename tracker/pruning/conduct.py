@@ -203,7 +203,7 @@ def _by_request(
     for run in runs:
         store = look_up(run, ledger).store
         if store is not None:
-            key = (store.identity.key, store.views.name_of(store.views.of(run)))
+            key = (store.identity.key, store.views.name_of(store.views.named_of(run)))
             if key in places:
                 found[run] = places[key]
     return found

@@ -42,7 +42,7 @@ def conduct(study: Study, asked: Asked) -> Conducted:
     for request in requests:
         found = look_up(request, asked.ledger)
         if (store := found.store) is not None and found.complete:
-            record = record_of(store, store.views.of(request))
+            record = record_of(store, store.views.named_of(request))
             subjects.append(Subject(request, store, record))
     if not subjects:
         raise CellError("\n".join(f"{title}: {why}" for title, why in outcome.failed.items()))

@@ -109,14 +109,15 @@ def _same(views: Iterable[tuple[CellStore, View]]) -> Iterable[list[tuple[CellSt
     groups: dict[object, list[tuple[CellStore, View]]] = {}
     for store, view in views:
         documents = tuple(store.counts(view.extent).values())
-        place = (store.identity.key, view.removed, view.metric, documents, view.seed)
+        until = None if store.views.is_whole(view) else view.until
+        place = (store.identity.key, view.removed, view.metric, documents, view.seed, until)
         groups.setdefault(place, []).append((store, view))
     return groups.values()
 
 
 def _joined(same: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
     """Join the outcomes that several folders hold of one view."""
-    (store, view), *rest = same
+    (store, view), *rest = sorted(same, key=lambda one: one[1].beside != "")
     if rest:
         by_folder = {one.folder.resolve(): one for one, _ in same}
         store, *others = sorted(
@@ -126,7 +127,8 @@ def _joined(same: Sequence[tuple[CellStore, View]]) -> tuple[CellStore, View]:
         # Equal names hold the same documents and ablations, and equal keys mean equal outcomes.
         more = [one for one in others if not {path.name for path in one.shards()} <= held]
         store = CellStore(store.folder, store.identity, more)
-        view = view.joined(*(each for _, each in rest))
+        until = next((each.until for _, each in same if each.until), None)
+        view = view.joined(*(each for _, each in rest)).model_copy(update={"until": until})
     return store, view
 
 

@@ -194,6 +194,7 @@ def _unmeasured(store: CellStore, view: View) -> CellRecord:
         chance_accuracy=None,
         baseline_metrics={},
         sample_seed=view.seed,
+        beside=view.beside,
         removed=view.removed,
         layers=(),
         correlations=(),

@@ -49,7 +49,7 @@ def intact_name(cell: CellRecord) -> str:
 
 def _name(what: str, cell: CellRecord) -> str:
     drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
-    parts = (what, cell.benchmark.title, cell.other_metric, drawn, cell.model.name)
+    parts = (what, cell.benchmark.title, cell.other_metric, drawn, cell.beside, cell.model.name)
     return " · ".join(filter(None, parts))
 
 

@@ -1,0 +1,149 @@
+"""One results folder, used for a month: nothing that is known is shown as less, by anybody."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+import tracker
+from tracker.cli import main
+from tracker.ledger.store import Ledger
+from tracker.measuring.derive import record_of
+from tracker.measuring.progress import Silent
+from tracker.records import CellRecord
+from tracker.tracking.identity import run_key
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIX = [0, 1, 2, 3, 4, 5]
+Best = Mapping[tuple[str, ...], int]
+
+
+class Heard(Silent):
+    """Remembers what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+class Month:
+    """A results folder with its MLflow database, and what was known in it before."""
+
+    def __init__(self, results: Path, experiment: Any, model: Path) -> None:
+        self.results, self._write, self.model = results, experiment, model
+        self._best: Best = {}
+
+    def file(self, name: str, **settings: Any) -> Path:
+        """Write an experiment file."""
+        return self._write(self.model, f"{name}.yaml", **{"limit": None, **settings})
+
+    def run(self, name: str, **settings: Any) -> tuple[tuple[CellRecord, ...], list[str]]:
+        """Run a file; what it measured, and what was said."""
+        heard = Heard()
+        file = self.file(name, **settings)
+        done = tracker.run(file, results=self.results, track=["mlflow"], progress=heard)
+        assert done.outcome.exit_code == 0, (done.outcome.failed, done.outcome.unpublished)
+        self.agree()
+        again = tracker.run(file, results=self.results, track=["mlflow"])
+        assert again.outcome.models_loaded == 0, "it measures nothing twice"
+        assert again.cells == done.cells
+        self.agree()
+        return done.cells, heard.said
+
+    def type(self, *arguments: object) -> str:
+        """Type a command, and return what it prints."""
+        said = CliRunner().invoke(main, [*map(str, arguments), "--results", str(self.results)])
+        assert said.exit_code == 0, said.output
+        return said.output
+
+    def records(self) -> list[CellRecord]:
+        """All that is shown, as the ledger has it."""
+        return [
+            record_of(store, asked.view) for store, asked in Ledger(self.results).contents().views
+        ]
+
+    def agree(self) -> None:
+        """See that list, page and MLflow show what the ledger knows, and no less than before."""
+        records = self.records()
+        assert not [record.lacks for record in records if record.lacks]
+        best: dict[tuple[str, ...], int] = {}
+        for record in records:
+            for run in record.runs:
+                known = (record.key, record.metric, str(record.sample_seed), run.ablation)
+                best[known] = max(best.get(known, 0), run.n)
+        fewer = {key: (n, best.get(key)) for key, n in self._best.items() if best.get(key, 0) < n}
+        assert not fewer, "what was known before is not shown any more"
+        self._best = best
+        # The list.
+        listed = self.type("ls")
+        assert "unfinished" not in listed
+        rows = listed.splitlines()[1:]
+        assert len(set(rows)) == len(rows) == len(records), listed
+        for record in records:
+            assert [row for row in rows if record.key[:12] in row and f" {record.n} " in row], (
+                listed
+            )
+        # MLflow.
+        client = MlflowClient(f"sqlite:///{self.results / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("tracker")
+        runs = client.search_runs([experiment.experiment_id], max_results=5000)
+        there = {run.data.tags["tracker.run_key"]: run for run in runs}
+        assert len(there) == len(runs), "a run was created twice"
+        for record in records:
+            for run in record.runs:
+                metrics = there[run_key(record, run.ablation)].data.metrics
+                assert metrics["n"] == run.n
+                assert metrics["accuracy_drop"] == pytest.approx(run.accuracy_drop, abs=1e-12)
+            cell = there[run_key(record, "cell")]
+            assert cell.data.metrics["n"] == record.n
+        names = [run.info.run_name for run in runs if run.data.tags["tracker.kind"] == "cell"]
+        assert len(set(names)) == len(names), names
+        # The page.
+        assert "not shown yet" not in self.type("report")
+        page = (self.results / "report.html").read_text()
+        for record in records:
+            assert record.counted in page
+
+
+@pytest.fixture
+def month(tmp_path: Path, experiment: Any, tiny_llama: Any, template: Path) -> Month:
+    results = tmp_path / "results"
+    results.mkdir()
+    shutil.copy(template, results / "mlflow.db")
+    return Month(results, experiment, tiny_llama(layers=6))
+
+
+def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
+    """Was: layers 0 and 3 on 16 documents, and all six were shown on 16."""
+    name = f"{month.model} × arc_easy"
+    (large,), said = month.run("large", sample=64, layer=SIX)
+    assert not [line for line in said if " shown" in line]
+    (small,), said = month.run("small", sample=16, layer=[0, 3])
+    assert ([run.layer for run in small.runs], small.n) == ([0, 3], 16), "what the file asked"
+    assert (
+        f"{name}: 64 documents are known of these runs, and stay shown; to show 16 beside them, "
+        "list both: sample: {values: [16, 64]}"
+    ) in said
+    assert month.records() == [large]
+    # By name, it stands beside the larger one.
+    _, said = month.run("both", sample=[16, 64], layer=[0, 3])
+    assert not [line for line in said if " shown" in line]
+    assert month.records() == [large, small.model_copy(update={"beside": "16 documents"})]
+    assert " 16 drawn at random (seed 1234) " in month.type("ls")
+    # What is more of some runs alone stands beside, until it is known of all.
+    _, said = month.run("more", sample=96, layer=[1, 2])
+    assert (
+        f"{name}: shown beside what was asked for before: 6 runs on 64 documents; "
+        "2 runs on 16 documents"
+    ) in said
+    assert [(len(each.runs), each.n) for each in month.records()] == [(6, 64), (2, 16), (2, 96)]
+    month.run("rest", sample=96, layer=[0, 3, 4, 5])
+    assert [(len(each.runs), each.n) for each in month.records()] == [(6, 96), (2, 16)]
