@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tracker.config import CellRequest
 from tracker.errors import RequestError, TrackerError, TrackingError, WorkError
 from tracker.experiment import load_experiment
-from tracker.ledger.store import UNFINISHED, Ledger
+from tracker.ledger.store import Ledger
 from tracker.ledger.verify import Verified, compare, verify
 from tracker.measuring import prepare
 from tracker.measuring.derive import all_records
@@ -303,7 +303,8 @@ def prune(
             exporting.refuse_units({each.unit for each in asked})
         publisher = Publisher(targets, project, ledger.root, publish_documents)
         with closing(publisher):
-            found = conduct(asked, name, ledger, publisher, options, progress)
+            typed = () if experiment is None else ("tracker", "prune", os.fspath(experiment))
+            found = conduct(asked, name, ledger, publisher, options, progress, typed)
         joined.log(found)
     page = _shown(ledger, name, text, found.outcome)
     pruned = Pruned(tuple(found.records), found.finding, page, found.outcome, "")
@@ -648,7 +649,7 @@ def _collected(
 
 
 def _unfinished(found: Collected) -> tuple[str, ...]:
-    return tuple(f"not shown yet: {folder}: {UNFINISHED}" for folder in found.unfinished)
+    return tuple(f"not shown yet: {each}" for each in found.unfinished)
 
 
 def _beside(
@@ -775,15 +776,15 @@ def check(
 def ls(
     results: str | os.PathLike[str] = RESULTS,
     damaged: dict[str, str] | None = None,
-    unfinished: dict[str, int] | None = None,
+    unfinished: dict[str, tuple[int, str]] | None = None,
 ) -> list[CellRecord]:
     """List what a results folder holds.
 
     Args:
         results: The results folder.
         damaged: Gets each file or folder that cannot be used → what to do.
-        unfinished: Gets the folder of each cell whose first run was stopped, or goes on → how many
-            documents are measured.
+        unfinished: Gets the folder of each cell whose first run, or whose search, was stopped or
+            goes on → how many documents are measured, and what to do.
 
     Returns:
         One record a view: a cell by one metric, and what lies beneath.
@@ -796,5 +797,6 @@ def ls(
     if damaged is not None:
         damaged.update(contents.damaged)
     if unfinished is not None:
-        unfinished.update({str(cell.folder): cell.measured() for cell in contents.unfinished})
+        begun = contents.unfinished
+        unfinished.update({str(cell.folder): (cell.measured(), why) for cell, why in begun})
     return records

@@ -64,9 +64,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp
         assert all(path.read_bytes() == content for path, content in kept.items())
         kept = {path: path.read_bytes() for path in shards(killed)}
 
-    begun: dict[str, int] = {}
+    begun: dict[str, tuple[int, str]] = {}
     assert tracker.ls(killed, unfinished=begun) == []
-    assert [0 < documents < DOCUMENTS for documents in begun.values()] == [True]
+    assert [0 < documents < DOCUMENTS for documents, _ in begun.values()] == [True]
     assert not tracker.run(study, results=killed, track=[]).outcome.failed
     assert all(path.read_bytes() == content for path, content in kept.items())
     pd.testing.assert_frame_equal(outcomes(killed), outcomes(undisturbed), check_exact=True)

@@ -201,10 +201,9 @@ def list_cells(results: Path) -> None:
       tracker ls --results results
     """
     from tracker import api
-    from tracker.ledger.store import UNFINISHED
 
     damaged: dict[str, str] = {}
-    unfinished: dict[str, int] = {}
+    unfinished: dict[str, tuple[int, str]] = {}
     rows = []
     for cell in api.ls(results, damaged, unfinished):
         measured = len(cell.runs)
@@ -222,8 +221,8 @@ def list_cells(results: Path) -> None:
         )
     names = ("model", "benchmark", "shots", "documents", "layers", "runs", "baseline", "key")
     table([(name, name in ("shots", "documents", "runs")) for name in names], rows)
-    for folder, documents in unfinished.items():
-        say(f"unfinished: {folder}: {counted(documents, 'document')}; {UNFINISHED}")
+    for folder, (documents, why) in unfinished.items():
+        say(f"unfinished: {folder}: {counted(documents, 'document')}; {why}")
     print_damage(damaged)
     sys.exit(1 if damaged else 0)
 

@@ -16,6 +16,7 @@ RESULTS/
     texts/*.parquet         what the documents say, each with its digest
     verified.json           which shards were found to be what was written
     receipts/               what a place has, or should have
+    begun/                  which searches are at it
     locks/                  one a block of documents
   slurm/                    the logs of SLURM jobs
 
@@ -28,9 +29,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock
 
@@ -38,6 +42,7 @@ from tracker.distribution import upgrade
 from tracker.errors import ResultsError, WorkError
 from tracker.findings import FindingRecord
 from tracker.identities import BenchmarkIdentity, ModelIdentity
+from tracker.ledger.begun import begun_searches
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import lock_file, write_text
 from tracker.ledger.findings import findings
@@ -52,13 +57,22 @@ UNFINISHED = "its run goes on, or was stopped: then type its command again"
 """What is said of a cell that is begun."""
 
 
+class Unfinished(NamedTuple):
+    """A cell that is begun."""
+
+    store: CellStore
+    why: str
+    """What is said of it, and what to type."""
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a results folder holds.
 
     Attributes:
         views: Each view with its cell, sorted by model and benchmark.
-        unfinished: The cells with outcomes and without a view: their run was stopped, or goes on.
+        unfinished: The cells with outcomes and without a view, and those that a search is at: it
+            was stopped, or goes on. What a search that is over measured is shown by what it found.
         experiments: The kept experiment files: name → exact text.
         findings: What studies found, by name.
         searches: What searches for what to prune found, by name.
@@ -66,7 +80,7 @@ class Contents:
     """
 
     views: list[tuple[CellStore, AskedView]] = field(default_factory=list)
-    unfinished: list[CellStore] = field(default_factory=list)
+    unfinished: list[Unfinished] = field(default_factory=list)
     experiments: dict[str, str] = field(default_factory=dict)
     findings: list[FindingRecord] = field(default_factory=list)
     searches: list[PruneRecord] = field(default_factory=list)
@@ -146,13 +160,19 @@ class Ledger:
     def contents(self) -> Contents:
         """List everything that can be shown; what is damaged keeps nothing else away."""
         found = Contents()
-        for cell in self.cells(found.damaged):
-            found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
-            # The views first: a finished cell may have thousands of shards.
-            if not cell.views.files() and cell.shards():
-                found.unfinished.append(cell)
         found.findings.extend(findings(self.root, found.damaged))
         found.searches.extend(searches(self.root, found.damaged))
+        searched = {each.key for record in found.searches for each in record.calibration}
+        searched |= {cell_key(record.model, record.benchmark) for record in found.searches}
+        for cell in self.cells(found.damaged):
+            found.views.extend((cell, asked) for asked in cell.views.asked(found.damaged))
+            begun = begun_searches(cell)
+            found.unfinished.extend(Unfinished(cell, self._stopped(command)) for command in begun)
+            if begun or cell.identity.key in searched:
+                continue
+            # The views first: a finished cell may have thousands of shards.
+            if not cell.views.files() and cell.shards():
+                found.unfinished.append(Unfinished(cell, UNFINISHED))
         for path in sorted(self.root.glob("experiments/*.yaml")):
             try:
                 content = path.read_bytes()
@@ -163,6 +183,11 @@ class Ledger:
             except (OSError, ValueError) as error:
                 found.damaged[str(path)] = f"{reason(error)}; run it again, or delete it"
         return found
+
+    def _stopped(self, command: Sequence[str]) -> str:
+        """Say what to do about a search; a trial's command is its sweep's."""
+        said = UNFINISHED.replace("run", "search", 1)
+        return f"{said}: {shlex.join([*command, '--results', str(self.root)])}" if command else said
 
     def cell(
         self, model: ModelIdentity, benchmark: BenchmarkIdentity, provenance: dict[str, str]

@@ -17,6 +17,7 @@ from tracker.config import CellRequest, Component
 from tracker.engine.streams import plan_streams
 from tracker.engine.sweep import Engine
 from tracker.identities import BenchmarkIdentity
+from tracker.ledger.begun import begin_search, end_search
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
 from tracker.ledger.outcomes import METRIC
@@ -37,10 +38,16 @@ _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
 
 
 class Lender:
-    """Loads a model once for all cells that ask for it, and says where they are and to whom."""
+    """Loads a model once for all cells that ask for it, and says where they are and to whom.
 
-    def __init__(self, ledger: Ledger, options: Options, progress: Progress) -> None:
+    `typed` is the command that goes on with what was stopped.
+    """
+
+    def __init__(
+        self, ledger: Ledger, options: Options, progress: Progress, typed: Sequence[str] = ()
+    ) -> None:
         self.ledger = ledger
+        self.typed = typed
         self.options = options
         self.progress = progress
         self.loaded = 0
@@ -168,6 +175,7 @@ class OpenCell:
         extent, names = self.request.extent, [one.name for one in asked]
         if not self.store.is_complete(extent, names):
             meter = self.opened([INTACT, *(one for one in asked if one != INTACT)])
+            begin_search(self.store, self._lender.typed)
             left = lacking(self.store, meter.facts, extent, names)
             fill(self.store, left, meter, extent, self.progress)
         columns = [*_COLUMNS, METRIC + self.view.metric]
@@ -177,6 +185,11 @@ class OpenCell:
         for one in asked:
             metric = viewed.metric(one, view.metric)
             self._known[one] = Known(metric, gold_logprobs(viewed.of(one)))
+
+    def end(self) -> None:
+        """Hear that the search is over that measured it."""
+        if self._known:
+            end_search(self.store, self._lender.typed)
 
     def known(self, ablation: Ablation) -> Known:
         """What an ablation does, which was measured."""

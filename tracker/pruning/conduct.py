@@ -89,12 +89,13 @@ def conduct(
     publisher: Publisher,
     options: Options,
     progress: Progress,
+    typed: Sequence[str] = (),
 ) -> ConductedSearches:
     """Pursue the searches of a file, called `name`, and keep what they say beside each other.
 
     As `pursue`: RequestError, CellError.
     """
-    found = pursue(asked, ledger, publisher, options, progress)
+    found = pursue(asked, ledger, publisher, options, progress, typed)
     outcomes = {
         record.name: (test.after[-1], test.weights)
         for record, test in zip(found.records, found.tests, strict=True)
@@ -111,6 +112,7 @@ def pursue(
     publisher: Publisher,
     options: Options,
     progress: Progress,
+    typed: Sequence[str] = (),
 ) -> Pursued:
     """Search, measure each step on the test documents, publish it as a run of its own, keep it all.
 
@@ -122,6 +124,7 @@ def pursue(
         publisher: Hands the steps' runs to the tracking backends.
         options: How to run; always in this process.
         progress: Told what happens.
+        typed: The command, without the results folder; empty for a trial's.
 
     Returns:
         What was found.
@@ -132,7 +135,7 @@ def pursue(
         CellError: No search could be finished.
     """
     ledger.refuse_unwritable()
-    lender = Lender(ledger, options, progress)
+    lender = Lender(ledger, options, progress, typed)
     refuse_unknown(asked, options.trust_remote_code)
     cells: dict[CellRequest, OpenCell] = {}
     refuse_mixed(asked, lender, cells)
@@ -166,6 +169,9 @@ def pursue(
         places = tuple(shown[run] for run in asked_for if run in shown)
         records.append(_record(one, tests[one.asked.test()], places))
         keep_search(ledger.root, records[-1])
+    if not failed:
+        for cell in cells.values():
+            cell.end()
     return Pursued(
         searches=[one.asked for one in found],
         records=records,

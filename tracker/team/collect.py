@@ -33,7 +33,7 @@ class Collected:
         findings: What studies found, as the results folders keep it.
         origins: What each record was derived from, by its place.
         searched: The cells that searches took their steps in.
-        unfinished: Folders of cells that are begun, and not among them.
+        unfinished: Folders of cells that are begun, and not among them, with what to do.
     """
 
     cells: tuple[CellRecord, ...]
@@ -84,7 +84,7 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
             views += [(store, asked.view) for store, asked in contents.views]
             findings |= dict.fromkeys(contents.findings)
             searched |= contents.searched
-            unfinished += [str(cell.folder) for cell in contents.unfinished]
+            unfinished += [f"{cell.folder}: {why}" for cell, why in contents.unfinished]
             for name, text in contents.experiments.items():
                 if experiments.setdefault(name, text) != text:
                     experiments[f"{name} ({masked(source)})"] = text

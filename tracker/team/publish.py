@@ -19,7 +19,7 @@ from tracker.config import CellRequest
 from tracker.decided import PRIVATE
 from tracker.errors import TrackerError, TrackingError, WorkError
 from tracker.ledger.cells import CellStore
-from tracker.ledger.store import UNFINISHED, Ledger
+from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.provenance import content_hash
@@ -394,7 +394,7 @@ def sync(ledger: Ledger, to: Sequence[str] | None, texts: bool = False) -> Synce
     """
     ledger.create()
     contents = ledger.contents()
-    begun = [f"not published yet: {cell.folder}: {UNFINISHED}" for cell in contents.unfinished]
+    begun = [f"not published yet: {cell.folder}: {why}" for cell, why in contents.unfinished]
     synced = Synced(failed=contents.damaged, notes=begun)
     publishers: dict[tuple[str, bool], Publisher] = {}
     for store, asked in contents.views:

@@ -67,7 +67,8 @@ class Prune:
         text: Path | None = None,
         test_sample: int | None = None,
     ) -> None:
-        self._amounts = tuple(remove) or AMOUNTS
+        self._said_amounts = tuple(remove)
+        self._amounts = self._said_amounts or AMOUNTS
         self._strategies = tuple(dict.fromkeys(strategy or STRATEGIES))
         self._text = None if text is None else f"corpus:{text}"
         self._test_sample = test_sample
@@ -117,6 +118,7 @@ class Prune:
             asked.publisher,
             asked.options,
             asked.progress,
+            self._typed(asked.file),
         )
         tables: list[FoundTable] = []
         charts: list[FoundChart] = []
@@ -134,6 +136,18 @@ class Prune:
             )
         places = [place for record in found.records for place in record.rests_on]
         return Said(answers, tables, charts, lacking, _ASSUMED, found.outcome, places)
+
+    def _typed(self, file: Path) -> list[str]:
+        """Write the command, with what was said besides the file."""
+        words = ["tracker", "study", self.name, str(file)]
+        words += [word for amount in self._said_amounts for word in ("--remove", amount)]
+        if self._strategies != STRATEGIES:
+            words += [word for name in self._strategies for word in ("--strategy", name)]
+        if self._text is not None:
+            words += ["--text", self._text.removeprefix("corpus:")]
+        if self._test_sample is not None:
+            words += ["--test-sample", str(self._test_sample)]
+        return words
 
     def _searches(self, cell: CellRequest, cells: Sequence[CellRequest]) -> list[SearchRequest]:
         """List the searches for one benchmark, of a file with these cells."""
