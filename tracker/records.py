@@ -105,6 +105,11 @@ class RunRecord(RunIdentity):
     cosine_score: float | None
     angular_distance: float | None
     relative_update: float | None
+    rounded: int | None = Field(None, exclude_if=lambda count: count is None)
+    """Documents whose judgement is within rounding: another way of computing the same model may
+    turn it round. None in single precision, where that is not measured."""
+    drop_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
+    """By how much that moves `accuracy_drop` on these documents, up or down, in 95 of 100 cases."""
     gold_logprob_drop: float | None
     """Mean log-probability of the gold answer, baseline minus ablated, in nats. A document of a
     corpus or a rolling task has no gold answer: the whole text's log-probability stands for it."""
@@ -225,6 +230,10 @@ class CellRecord(Record):
     baseline_low: float | None
     baseline_high: float | None
     """Both ends of the 95 % interval of the baseline accuracy."""
+    baseline_rounded: int | None = Field(None, exclude_if=lambda count: count is None)
+    """Documents whose judgement is within rounding, as `RunRecord.rounded`."""
+    baseline_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
+    """By how much that moves `baseline_accuracy`, as `RunRecord.drop_rounding`."""
     chance_accuracy: float | None
     """Expected accuracy of a random predictor; None while nothing is measured, and where lower is
     better."""

@@ -36,7 +36,7 @@ def print_damage(damaged: Mapping[str, str]) -> None:
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     """Print a cell's runs, or one of them."""
     from tracker.answers import interval_name, statement
-    from tracker.reporting.caveats import looks_note
+    from tracker.reporting.caveats import looks_note, rounding_note
     from tracker.reporting.formats import DASH, fixed, interval, measure_of
     from tracker.reporting.tables import run_columns
     from tracker.reporting.wording import power_sentence, sentence
@@ -44,23 +44,26 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     measure = measure_of(cell)
     own_metric = "" if cell.other_metric else cell.metric
     names = run_columns(cell)
+    shown = [
+        run for run in cell.runs if only is None or (run.kind, run.layer) == (only.kind, only.layer)
+    ]
+    rounded = any(run.rounded is not None for run in shown)
     heads = (
         *names.labels,
         *(("documents",) if cell.is_raced else ()),
         f"{measure.change} ({measure.unit})",
         interval_name(cell),
+        *(("decided by rounding",) if rounded else ()),
         "accuracy relevance",
         "cosine score (1 − cos)",
     )
-    shown = [
-        run for run in cell.runs if only is None or (run.kind, run.layer) == (only.kind, only.layer)
-    ]
     rows = [
         (
             *names.of(run),
             *((f"{run.n:,}",) if cell.is_raced else ()),
             DASH if run.accuracy_drop is None else measure.write(run.accuracy_drop),
             interval(run.accuracy_drop_low, run.accuracy_drop_high, measure.write) or DASH,
+            *((DASH if run.rounded is None else f"{run.rounded:,}",) if rounded else ()),
             DASH if run.accuracy_relevance is None else fixed(run.accuracy_relevance, 2),
             DASH if run.cosine_score is None else fixed(run.cosine_score, 3),
         )
@@ -72,13 +75,16 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
         rows,
         " · ".join(filter(None, (cell.heading, own_metric, cell.documents))),
     )
-    reasons = {why for run in shown for name, why in run.reasons.items() if name != "mcnemar_p"}
-    said = ("n", "baseline_low") if cell.is_raced else ()
+    elsewhere = {"mcnemar_p", "rounded", "drop_rounding"}
+    reasons = {why for run in shown for name, why in run.reasons.items() if name not in elsewhere}
+    said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
     reasons |= {why for name, why in cell.reasons.items() if name not in said}
     for why in sorted(reasons):
         say(f"{DASH} {why}")
     if note := looks_note(cell):
         say(note)
+    if rounding := rounding_note(cell):
+        say(rounding)
     if power := power_sentence(cell, shown):
         say(power)
     if only is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from tracker.ablations import INTACT, Ablation
 from tracker.decided import DecidedDocument, DecisionsRecord, RunDecisions, ShownDocument
 from tracker.documents import DocumentText
 from tracker.ledger.cells import CellStore
+from tracker.ledger.options import divisors, side_by_side
 from tracker.ledger.texts import KeptText
 from tracker.ledger.viewed import Array, Viewed, gold_logprobs
 from tracker.metrics.decisions import choices, margins, shares
@@ -25,12 +26,6 @@ _CUT = 300
 _CHOICE_CUT = 200
 """Characters of an option, or of an answer."""
 _NO_TEXTS = "measured by a tracker that kept no texts of documents"
-_LENGTHS: dict[str, Callable[[str], int]] = {
-    "acc_norm": len,
-    "acc_bytes": lambda choice: len(choice.encode()),
-}
-"""By what lm-eval divides an option's log-likelihood, by metric."""
-_OTHERWISE = ("acc_mutual_info",)
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     options = int(counts.max())
     gold = base["gold"].to_numpy(dtype=np.float64)
     gold = np.where(gold < counts, gold, np.nan)  # also where there are no options
-    divisors, why = _divisors(view.metric, counts, texts)
+    lengths, why = divisors(view.metric, counts, texts)
     reasons = {}
     if all(text is None for text in texts):
         reasons["texts"] = _NO_TEXTS
@@ -118,7 +113,7 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
         if not options:
             none = np.full(len(rows), np.nan)
             return Decided(sign * score, none, gold_logprobs(rows), text)
-        scores = _padded(rows["loglikelihoods"], counts) / divisors
+        scores = side_by_side(rows["loglikelihoods"], counts) / lengths
         return Decided(sign * score, choices(scores), margins(scores, gold), text)
 
     def of(ablation: Ablation) -> Decided:
@@ -131,32 +126,6 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     if not binary:
         reasons["agreement"] = f"{view.metric} is not right or wrong for every document"
     return Decisions(documents, texts, gold, options, baseline, runs, binary, reasons)
-
-
-def _divisors(metric: str, counts: Array, texts: Sequence[KeptText | None]) -> tuple[Array, str]:
-    """Say by what each option's log-likelihood is divided, NaN where unknown, and why it is."""
-    name = metric.partition(",")[0]
-    shape = (len(counts), int(counts.max()))
-    if name in _OTHERWISE:
-        return np.full(shape, np.nan), f"{metric} compares more than the options"
-    length = _LENGTHS.get(name)
-    if length is None:
-        return np.ones(shape), ""
-    found = np.full(shape, np.nan)
-    for row, text in enumerate(texts):
-        if text is not None and len(text.text.choices) == counts[row]:
-            found[row, : counts[row]] = [length(choice) for choice in text.text.choices]
-    lacking = int(np.isnan(found[:, :1]).sum())
-    why = f"{metric} divides by the lengths of options, which are not known of {lacking} documents"
-    return found, why if lacking else ""
-
-
-def _padded(rows: Iterable[Sequence[float]], counts: Array) -> Array:
-    """Set the log-likelihoods of the options side by side, NaN where a document has fewer."""
-    found = np.full((len(counts), int(counts.max())), np.nan)
-    for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        found[number, :count] = row[:count]
-    return found
 
 
 def decisions_record(found: Decisions, shown: int = SHOWN) -> DecisionsRecord:

@@ -14,6 +14,8 @@ PROVENANCE = "provenance"
 """What `CellStore.read` adds: who measured the outcome, as JSON; it stands in a shard once."""
 COMPARED = ("compared", "difference", "unsteady")
 """What is known of the outcomes that were answered again on a really pruned model."""
+AGAIN = "again"
+"""Log-likelihoods of the outcomes that were computed twice, as they came out the second time."""
 PROXY_SUMS = ("cosine_similarity_sum", "angular_distance_sum", "relative_update_sum")
 """Per layer, summed over `proxy_tokens` tokens; only in the baseline's rows."""
 
@@ -25,6 +27,7 @@ def outcome_row(
     metrics: Mapping[str, float | str | None],
     proxies: tuple[int, Sequence[Sequence[float]]] | None,
     compared: tuple[int, float, int] | None = None,
+    again: Sequence[Response] | None = None,
 ) -> dict[str, object]:
     """Lay out one outcome.
 
@@ -36,6 +39,7 @@ def outcome_row(
         proxies: For the baseline: tokens, and the sums [3][layers] in the order of `PROXY_SUMS`.
         compared: Of an outcome that was answered again on a really pruned model: how many answers,
             the largest difference in nats, and how many differ where the model is discontinuous.
+        again: The responses of an outcome that was computed twice, in another way.
 
     Returns:
         Column → value.
@@ -57,6 +61,8 @@ def outcome_row(
     row["proxy_tokens"] = tokens
     row.update(zip(PROXY_SUMS, sums, strict=True))
     row.update(zip(COMPARED, compared or (None,) * len(COMPARED), strict=True))
+    if again is not None:
+        row[AGAIN] = [response.loglikelihood for response in again]
     return row
 
 
@@ -68,6 +74,7 @@ _SCHEMA = {
     "gold": pa.int32(),
     "rolling": pa.bool_(),
     "loglikelihoods": pa.list_(pa.float32()),
+    AGAIN: pa.list_(pa.float32()),
     "greedy": pa.list_(pa.bool_()),
     "text": pa.string(),
     "proxy_tokens": pa.int32(),
@@ -98,5 +105,7 @@ def refuse_misfits(table: pa.Table, layers: int) -> None:
     for row in table.to_pylist():
         if len(row.get("loglikelihoods") or ()) != len(row.get("greedy") or ()):
             raise ValueError("its log-likelihoods and greedy flags are not as many")
+        if row.get(AGAIN) is not None and len(row[AGAIN]) != len(row.get("loglikelihoods") or ()):
+            raise ValueError("its log-likelihoods came out as others the second time")
         if any(row.get(name) is not None and len(row[name]) != layers for name in PROXY_SUMS):
             raise ValueError("a proxy is not one number a layer")

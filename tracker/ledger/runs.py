@@ -10,6 +10,7 @@ import pandas as pd
 
 from tracker.ablations import INTACT, Ablation
 from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.rounding import Judged, Texts, judged
 from tracker.ledger.viewed import Array, Viewed, gold_logprobs, pairs
 from tracker.metrics.accuracy import (
     Estimate,
@@ -22,6 +23,7 @@ from tracker.metrics.accuracy import (
 )
 from tracker.metrics.proxies import cosine_score
 from tracker.metrics.ratios import RATIO, ratio_of_sums
+from tracker.metrics.rounding import shift, within
 from tracker.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
@@ -39,13 +41,14 @@ class Intact:
     `chance` is None for a loss.
     """
 
-    def __init__(self, outcomes: Viewed, metric: str) -> None:
+    def __init__(self, outcomes: Viewed, metric: str, texts: Texts) -> None:
         by_size = outcomes.identity.benchmark.weight_by_size
-        self.outcomes, self.metric = outcomes, metric
+        self.outcomes, self.metric, self.texts = outcomes, metric, texts
         self.weights = weights_by_task(outcomes.tasks, by_size, outcomes.units(metric))
         self.by_document = weights_by_task(outcomes.tasks, by_size)
         self.before = outcomes.metric(INTACT, metric)
         self.baseline = accuracy(self.before, self.weights)
+        self.judged = judged(outcomes, INTACT, metric, texts)
         self.gold = gold_logprobs(outcomes.of(INTACT))
         choices = outcomes.of(INTACT)["choices"].to_numpy(dtype=np.float64)
         is_accuracy = outcomes.higher_is_better(metric)
@@ -72,11 +75,14 @@ def run_record(
     gold_drop = _mean_drop(intact.gold, gold_logprobs(outcomes.of(ablation)), intact.by_document)
     proxies = {**proxies, "cosine_score": cosine_score(proxies["cosine_similarity"])}
     metrics = metric_values(outcomes, ablation, aggregate)
+    mine = judged(outcomes, ablation, metric, intact.texts)
     undefined = {
         "accuracy": accurate.reason,
         "accuracy_drop": drop.reason,
         "drop_sd": spread.reason,
         "accuracy_relevance": relevance.reason,
+        "rounded": mine.reason,
+        "drop_rounding": mine.reason or intact.judged.reason,
         "gold_logprob_drop": gold_drop.reason,
         "mcnemar_p": None
         if drop.p_value is not None
@@ -101,10 +107,20 @@ def run_record(
         mcnemar_p=drop.p_value,
         accuracy_relevance=relevance.value,
         gold_logprob_drop=gold_drop.value,
+        rounded=None if mine.chances is None else within(mine.chances),
+        drop_rounding=moved_by_rounding(intact.weights, intact.judged, mine),
         metrics=metrics,
         reasons={name: reason for name, reason in undefined.items() if reason},
         **proxies,
     )
+
+
+def moved_by_rounding(weights: Array, *models: Judged) -> float | None:
+    """How far rounding moves the accuracy of a model, or what one has more than another."""
+    every = [model.chances for model in models if model.chances is not None]
+    if len(every) < len(models):
+        return None
+    return math.hypot(*(shift(chances, weights) for chances in every))
 
 
 def at_all_looks(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from tracker.ledger.runs import (
     at_all_looks,
     finite,
     metric_values,
+    moved_by_rounding,
     run_record,
 )
 from tracker.ledger.viewed import Array, Viewed
@@ -27,6 +29,7 @@ from tracker.metrics.accuracy import (
 from tracker.metrics.correlation import COEFFICIENTS, correlate
 from tracker.metrics.proxies import PROXIES, proxy_means
 from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
+from tracker.metrics.rounding import within
 from tracker.provenance import differences, united
 from tracker.records import WHOLE_LAYER, AnswerRecord, CellRecord, CorrelationRecord
 from tracker.views import View
@@ -102,10 +105,13 @@ def cell_record(
             correlations=(),
             reasons=reasons,
         )
-    intact = Intact(outcomes, metric)
+    texts = cache(store.texts.read)
+    intact = Intact(outcomes, metric, texts)
     baseline, base = intact.baseline, outcomes.of(INTACT)
     if baseline.reason:
         reasons["baseline_accuracy"] = baseline.reason
+    if intact.judged.reason:
+        reasons["baseline_rounded"] = intact.judged.reason
     if not is_accuracy:
         reasons["chance_accuracy"] = f"{metric} is no accuracy"
     beneath = _beneath(outcomes, view, intact.weights)
@@ -122,7 +128,7 @@ def cell_record(
     for run in outcomes.runs:
         own, bounds = intact, looked.get(run.order)
         if bounds is not None:
-            own = Intact(every.of_documents({*order[: bounds.n]}, [run]), metric)
+            own = Intact(every.of_documents({*order[: bounds.n]}, [run]), metric, texts)
         proxies = {
             name.removesuffix("_sum"): finite(values[run.layer])
             if run.kind == WHOLE_LAYER
@@ -144,6 +150,8 @@ def cell_record(
         baseline_accuracy=baseline.value,
         baseline_low=baseline.low,
         baseline_high=baseline.high,
+        baseline_rounded=None if intact.judged.chances is None else within(intact.judged.chances),
+        baseline_rounding=moved_by_rounding(intact.weights, intact.judged),
         chance_accuracy=intact.chance,
         baseline_metrics=metric_values(outcomes, INTACT, aggregate),
         removed_accuracy=beneath.value,

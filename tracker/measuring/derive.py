@@ -20,7 +20,7 @@ from tracker.views import View
 
 def record_of(store: CellStore, view: View) -> CellRecord:
     """Derive the record of a cell's view, or recall it where nothing has changed since."""
-    state, name = _state(store, view), store.views.name_of(view)
+    state, name = _state(store, view, *store.texts.names()), store.views.name_of(view)
     record = store.derived(state, name, CellRecord)
     if record is None:
         record = cell_record(store, view, _aggregate, answer_of(store, view))

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from tracker.ablations import INTACT, Ablation, all_ablations
 from tracker.benchmarks.base import Benchmark
 from tracker.config import CellRequest
+from tracker.documents import Response
 from tracker.errors import CellError
 from tracker.identities import BenchmarkIdentity, ModelIdentity
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration
 from tracker.measuring.prepare import check_range
+from tracker.measuring.twice import computed_twice
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
 
@@ -112,6 +114,8 @@ class Meter:
         documents = benchmark.documents(self._encoder, request.extent)
         self.documents = {(document.task, document.index): document for document in documents}
         self._watch = watched_documents(documents)
+        is_half = loaded.identity.is_half
+        self._twice = computed_twice(documents, request.extent.seed) if is_half else set()
         self.ablations = all_ablations(requests, loaded.identity.layers)
         self._calibration: CalibrationTexts | None = None
         if any(each.is_fitted for each in self.ablations):
@@ -186,10 +190,18 @@ class Meter:
         results = scorer.score([self.documents[task, i] for i in indices], scored, advance)
         # An answer whose row is not written could not say that it was compared.
         watched = self._watched(results, scored, first=int(INTACT.name not in names))
+        some = [self.documents[task, i] for i in indices if (task, i) in self._twice]
+        again = {each.document.index: each.responses for each in scorer.again(some, scored)}
         rows = [
             row
             for result in results
-            for row in self._rows(result, scored, watched, keep_baseline=INTACT.name in names)
+            for row in self._rows(
+                result,
+                scored,
+                watched,
+                again.get(result.document.index, [None] * len(scored)),
+                keep_baseline=INTACT.name in names,
+            )
         ]
         metadata: dict[str, object] = {
             "measured": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -228,10 +240,11 @@ class Meter:
         result: DocumentScores,
         scored: Sequence[Ablation],
         watched: Mapping[tuple[Place, Ablation], Comparison],
+        again: Sequence[Sequence[Response] | None],
         keep_baseline: bool,
     ) -> list[dict[str, object]]:
         rows = []
-        for ablation, responses in zip(scored, result.responses, strict=True):
+        for ablation, responses, twice in zip(scored, result.responses, again, strict=True):
             if ablation == INTACT and not keep_baseline:
                 continue
             proxies = None
@@ -241,6 +254,8 @@ class Meter:
             both = watched.get(((result.document.task, result.document.index), ablation))
             compared = (both.compared, both.difference, both.unsteady) if both else None
             rows.append(
-                outcome_row(result.document, ablation.name, responses, metrics, proxies, compared)
+                outcome_row(
+                    result.document, ablation.name, responses, metrics, proxies, compared, twice
+                )
             )
         return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from tracker.ablations import INTACT, ablations_of, removals
 from tracker.config import CellRequest
 from tracker.documents import Document
 from tracker.errors import ModelError
-from tracker.identities import BenchmarkIdentity
+from tracker.identities import HALF, BenchmarkIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.races import CellRace, refuse_unbounded
@@ -22,6 +22,7 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.viewed import Viewed
 from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up
+from tracker.measuring.twice import computed_twice
 from tracker.metrics.accuracy import weights_by_task
 from tracker.metrics.forecast import forecast
 from tracker.metrics.power import UNRELATED, Spread
@@ -153,6 +154,8 @@ def plan(
         layers = count_layers(cell.source, trust_remote_code)
         ablations = ablations_of(request, layers)
         found = cost(texts.model, texts.documents, ablations, texts.max_length)
+        if texts.dtype in HALF:
+            found = _with_second_times(found, texts, request.extent.seed)
         runs = len(list(removals(request, layers)))
         known = _observed_spread(cell, metric)
         is_loss = benchmark.tasks[0].higher_is_better.get(metric, True) is False
@@ -171,6 +174,19 @@ def plan(
             )
         )
     return planned
+
+
+def _with_second_times(found: Cost, texts: PlannedTexts, seed: int) -> Cost:
+    """Add what documents cost that are computed twice, the second time as lm-eval reads them."""
+    from tracker.engine.plan import reading
+
+    places = computed_twice(texts.documents, seed)
+    some = [each for each in texts.documents if (each.task, each.index) in places]
+    if not some:
+        return found
+    read = reading(texts.model, some, texts.max_length).naive_tokens
+    passes = read * found.layer_passes / found.tokens
+    return replace(found, check_layer_passes=found.check_layer_passes + passes)
 
 
 def _expected(store: CellStore, view: View) -> Expected | None:

@@ -15,12 +15,14 @@ from tracker.benchmarks.generation import TextGenerator
 from tracker.documents import Document, Prompt
 from tracker.engine.check import Fit, Kept, check, watch
 from tracker.engine.refusal import refused
+from tracker.engine.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.sweep import DocumentScores, Engine
 from tracker.engine.truth import Comparison, shaken
 
 CHECKED_TOKENS = 16
 """Tokens that the check lets every ablation generate."""
 _LESS = "measured with less sharing: "
+_FINER = "; 'dtype: float32' rounds finely, and what rounding decides here stands with the results"
 DRAWS = 8
 """Times that a text is generated again with embeddings moved by rounding."""
 
@@ -93,6 +95,24 @@ class Scorer:
                 found += self.generation.compare(prompt, ablation, text)
             yield result, ablation, found
 
+    def again(
+        self, documents: Sequence[Document], ablations: Sequence[Ablation]
+    ) -> list[DocumentScores]:
+        """Score documents in another way, equal but for rounding: sharing less, as lm-eval does.
+
+        Args:
+            documents: The documents; of their prompts nothing is made.
+            ablations: Under which ablations, the baseline among them.
+
+        Returns:
+            One result a document; none where nothing is shared, and there is no other way.
+        """
+        sharing = self.engine.sharing
+        less = DEPTH_ONLY if sharing.tokens else PLAIN if sharing.depth else ONE_BY_ONE
+        if not documents or less == sharing:
+            return []
+        return self.engine.with_sharing(less).score(documents, ablations)
+
     @staticmethod
     def responses(document: Document) -> int:
         """Count the requests to score and texts to generate of a document under one ablation."""
@@ -122,7 +142,9 @@ def checked_scorer(
     """
     checked = check(engine, documents, ablations, kept, fit)
     said = [_LESS + checked.lost] if checked.lost else []
-    said += [checked.unsteady] if checked.unsteady else []
+    if checked.unsteady:
+        finer = _FINER if checked.engine.loaded.identity.is_half else ""
+        said.append(f"{checked.unsteady}{finer}")
     prompts = [document.prompt for document in documents if document.prompt is not None]
     if not prompts:
         return Scorer(checked.engine), said

@@ -8,6 +8,7 @@ from tracker.answers import interval_name
 from tracker.records import (
     NOT_MEASURED,
     CellRecord,
+    RunRecord,
 )
 from tracker.reporting.formats import (
     counted,
@@ -59,6 +60,56 @@ def looks_note(cell: CellRecord) -> str:
     )
 
 
+def rounding_note(cell: CellRecord) -> str:
+    """Say how many documents half precision decides by rounding, and what that moves.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Some sentences; none in single precision.
+    """
+    dtype, count, moved = cell.model.dtype, cell.baseline_rounded, cell.baseline_rounding
+    measure = measure_of(cell)
+    if count is None or moved is None:
+        why = cell.reasons.get("baseline_rounded") if cell.higher_is_better else None
+        return f"How many documents {dtype} decides by rounding is not known: {why}." if why else ""
+    text = (
+        f"{dtype} decides up to {count:,} of {cell.n:,} documents of the intact model by rounding"
+    )
+    if count:
+        text += (
+            ": computed in another way, in lm-eval’s other batch sizes too, some of these are "
+            f"judged otherwise, and the baseline moves (± {measure.write(moved)} {measure.unit}, "
+            "95 %)"
+        )
+    text += "."
+    known = [run for run in cell.runs if run.rounded is not None]
+    if known:
+        least, most = (pick(run.rounded or 0 for run in known) for pick in (min, max))
+        span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        text += f" Under the runs it decides up to {span}."
+    small = [run for run in known if is_rounding(run) and sure(run)]
+    if small:
+        text += (
+            f" What {run_list(small, cell)} {'cost' if len(small) > 1 else 'costs'} is no more "
+            "than rounding moves, whatever the interval over documents says."
+        )
+    return f"{text} ‘dtype: float32’ leaves next to nothing to rounding."
+
+
+def sure(run: RunRecord) -> bool:
+    """Say whether a run's interval does not hold zero."""
+    low, high = run.accuracy_drop_low, run.accuracy_drop_high
+    return low is not None and high is not None and not low <= 0 <= high
+
+
+def is_rounding(run: RunRecord) -> bool:
+    """Say whether a run's drop is no larger than what rounding moves."""
+    drop, moved = run.accuracy_drop, run.drop_rounding
+    return drop is not None and moved is not None and abs(drop) <= moved
+
+
 def warnings(cell: CellRecord) -> tuple[str, ...]:
     """Say what a reader must know before trusting the cell's numbers.
 
@@ -79,8 +130,8 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
         if field == "n":
             found.append(f"Incomplete: {reason}.")
             continue
-        if field == "baseline_low":
-            continue  # said with the documents
+        if field in ("baseline_low", "baseline_rounded"):
+            continue  # said with the documents, and with what rounding decides
         if field == "provenance":
             found.append(f"{reason[:1].upper()}{reason[1:]}.{_mismatched(cell)}")
             continue
@@ -88,6 +139,8 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
             continue  # a loss has none, and nothing is wrong
         words = (field[:1].upper() + field[1:]).replace("_", " ")
         found.append(f"{words} is undefined: {reason}.")
+    if note := rounding_note(cell):
+        found.append(note)
     chance = cell.chance_accuracy
     if chance is None:
         return tuple(found)

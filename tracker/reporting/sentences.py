@@ -55,10 +55,6 @@ def ranks_differ(cells: Sequence[CellRecord]) -> str:
     return f"rank by cosine score against true rank; {_differ(found)}"
 
 
-HALF = ("bfloat16", "float16")
-"""Names of half precision, as models state their dtype."""
-
-
 def compared_sentence(cells: Sequence[CellRecord]) -> str:
     """Say what was answered both ways while it was measured, and how far the answers differ.
 
@@ -83,7 +79,7 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     )
     if unsteady:
         why = "the model is discontinuous there"
-        if any(cell.compared_unsteady and cell.model.dtype in HALF for cell in cells):
+        if any(cell.compared_unsteady and cell.model.is_half for cell in cells):
             why = f"half precision rounds coarsely, or {why}"
         text += f" {unsteady} of them differ by more than rounding should: {why}, in lm-eval too."
     if without:

@@ -232,6 +232,13 @@ def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
         low, high = r.accuracy_drop_low, r.accuracy_drop_high
         return between(low, high, measure.write, reason, measure.scale)
 
+    moved = field("drop_rounding", measure.write, measure.scale)
+    rounded: list[tuple[str, _Show]] = []
+    if any(run.rounded is not None for run in cell.runs):
+        rounded = [
+            ("documents within rounding", field("rounded", "{:,.0f}".format)),
+            (f"± by rounding ({measure.unit})", moved),
+        ]
     columns: list[tuple[str, _Show]] = [
         ("documents", lambda r: Value(f"{r.n:,}")),
         (
@@ -243,6 +250,7 @@ def _layer_columns(cell: CellRecord) -> list[tuple[str, _Show]]:
             field("accuracy_drop", measure.write, measure.scale),
         ),
         (f"{interval_name(cell)} ({measure.unit})", ends),
+        *rounded,
         ("McNemar p", field("mcnemar_p", p_value)),
         ("accuracy relevance", field("accuracy_relevance", _three)),
         ("cosine score (1 − cos)", field("cosine_score", _four)),

@@ -28,7 +28,7 @@ CURVES = (
 """Fields of a `RunRecord` that a cell's run shows as curves over the layers."""
 _KINDS = "|".join(f"{word}/" for word in (*get_args(Component), *REPLACED_BY) if word != "layer")
 _CURVE = re.compile(rf"({_KINDS})?(span\d+/)?({'|'.join(CURVES)})")
-_LAYER_VALUES = (*CURVES, "mcnemar_p")
+_LAYER_VALUES = (*CURVES, "mcnemar_p", "rounded", "drop_rounding")
 
 
 def metric_name(name: str) -> str:
@@ -108,6 +108,8 @@ def cell_figures(cell: CellRecord) -> dict[str, float | None]:
         "baseline_accuracy": cell.baseline_accuracy,
         "baseline_low": cell.baseline_low,
         "baseline_high": cell.baseline_high,
+        "baseline_rounded": cell.baseline_rounded,
+        "baseline_rounding": cell.baseline_rounding,
         "chance_accuracy": cell.chance_accuracy,
         **(answer_figures(cell.answer) if cell.answer else {}),
         **{f"baseline_metric/{name}": value for name, value in cell.baseline_metrics.items()},
