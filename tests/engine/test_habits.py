@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tracker.engine.habits import Findings, find_habits, shortened
+from tracker.engine.habits import Findings, find_habits, find_switches, shortened
+from tracker.engine.refusal import RefusalError
+from tracker.engine.rows import ANY_LENGTH, Lengths
 from tracker.models.miniature import miniature
 from tracker.models.shrinking import numbers
 
@@ -234,3 +236,76 @@ class TestShortened:
         model.__class__ = Choosy
         (small,) = shortened(model, [WINDOW, POSITIONS])
         assert (small.config.sliding_window, small.config.max_position_embeddings) == (200, 9)
+
+
+class TestSwitches:
+    """Lengths of a call at which a model computes otherwise, found by asking for two."""
+
+    def found(
+        self, tiny_model, lengths: tuple[int, ...], known: Lengths = ANY_LENGTH, **settings: Any
+    ) -> Lengths:
+        return find_switches(turning(tiny_model("llama").config, **settings), known, lengths)
+
+    def turning_at(self, *places: int, each: bool = False, longest: int = 10**6) -> Any:
+        """What a model says of a text is how many places the call has reached."""
+
+        def said(model: Any, tokens: int) -> torch.Tensor:
+            if tokens > longest:
+                raise RefusalError("no such place")
+            asked.append(tokens)
+            reached = sum(tokens >= place for place in places)
+            return torch.full((tokens, 3), reached + each * reached * tokens * 1.0)
+
+        asked: list[int] = []
+        return said, asked
+
+    @pytest.mark.parametrize("place", [65, 100, 127, 128, 129, 200, 256])
+    def test_its_place_is_found_wherever_it_is(self, monkeypatch, place: int) -> None:
+        said, asked = self.turning_at(place)
+        monkeypatch.setattr("tracker.engine.habits._said", said)
+        assert find_switches(None, Lengths(), (256, 64, 128)) == Lengths((place,))
+        assert len(asked) == len(set(asked)) < 14
+
+    def test_where_there_is_none_each_length_is_asked_once(self, monkeypatch) -> None:
+        said, asked = self.turning_at(64, 257)
+        monkeypatch.setattr("tracker.engine.habits._said", said)
+        assert find_switches(None, Lengths(), (64, 128, 256)) == Lengths()
+        assert asked == [64, 128, 256]
+
+    def test_several_and_all(self, monkeypatch) -> None:
+        monkeypatch.setattr("tracker.engine.habits._said", self.turning_at(70, 90, 200)[0])
+        assert find_switches(None, Lengths(), (64, 256)) == Lengths((70, 90, 200))
+        many = self.turning_at(70, 90, 110, 130, 150, 170)[0]
+        monkeypatch.setattr("tracker.engine.habits._said", many)
+        assert find_switches(None, Lengths(), (64, 256)) == Lengths((70, 90, 110, 130), each=True)
+        every = self.turning_at(70, each=True)[0]
+        monkeypatch.setattr("tracker.engine.habits._said", every)
+        assert find_switches(None, Lengths(), (64, 256)) == Lengths((70,), each=True)
+
+    def test_what_is_known_is_not_looked_for(self, monkeypatch) -> None:
+        said, asked = self.turning_at(100, 200)
+        monkeypatch.setattr("tracker.engine.habits._said", said)
+        assert find_switches(None, Lengths((100,)), (64, 256)) == Lengths((100, 200))
+        for known in (Lengths((100, 200)), Lengths((60,), each=True)):
+            asked.clear()
+            assert find_switches(None, known, (64, 256)) == known
+            assert len(asked) <= 6
+
+    def test_up_to_what_is_refused(self, monkeypatch) -> None:
+        monkeypatch.setattr("tracker.engine.habits._said", self.turning_at(100, longest=180)[0])
+        assert find_switches(None, Lengths(), (64, 128, 256)) == Lengths((100,))
+        monkeypatch.setattr("tracker.engine.habits._said", self.turning_at(200, longest=180)[0])
+        assert find_switches(None, Lengths(), (64, 128, 256)) == Lengths()
+
+        def broken(model: Any, tokens: int) -> torch.Tensor:
+            raise KeyError("ours")
+
+        monkeypatch.setattr("tracker.engine.habits._said", broken)
+        with pytest.raises(KeyError):
+            find_switches(None, Lengths(), (64, 128))
+
+    def test_of_a_model(self, tiny_model) -> None:
+        """Rotary factors that are chosen by the length of the call."""
+        assert self.found(tiny_model, (32, 96), **LONGROPE) == Lengths((65,))
+        assert self.found(tiny_model, (32, 96), Lengths((64,)), **LONGROPE) == Lengths((64,))
+        assert self.found(tiny_model, (32, 96)) == Lengths()

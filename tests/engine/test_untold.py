@@ -23,7 +23,8 @@ from tests.engine.families import SMALL, VOCABULARY
 from tests.engine.plain import Memory, loaded
 from tests.engine.test_attacks import LONGROPE, Draw, attack, tiny
 from tracker.ablations import INTACT
-from tracker.engine.check import LONGEST_REACH, check
+from tracker.engine.attack import LONGEST_REACH
+from tracker.engine.check import check, watch, watched_documents
 from tracker.engine.crossing import reaching_calls
 from tracker.engine.rows import common_beginning, tree_rows
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE
@@ -87,9 +88,11 @@ class PlaceHead(LlamaForCausalLM):
 class FadingLayer(LlamaDecoderLayer):
     """Halves the tokens from the 150th place of a call on, whatever their positions are."""
 
+    place = 150
+
     def forward(self, hidden_states: Tensor, **more: Any) -> Tensor:
         out: Tensor = super().forward(hidden_states, **more).clone()
-        out[:, 150:] *= 0.5
+        out[:, self.place :] *= 0.5
         return out
 
 
@@ -130,6 +133,76 @@ def test_a_threshold_that_no_number_is(monkeypatch, turn: Any, settings: dict[st
         *draw.spoken((72, 54, 84, 40, 110), (2, 3)),
     ]
     attack(made(Turned, **settings), documents, (1, 2))
+
+
+LATE = [
+    (product, {"trained": 16, "factor": 75.0}),
+    (lambda config, length: 0.25 if length > 1200 else 1, {}),
+    (lambda config, length: 1 - length / 10**5 if length > 1200 else 1, {}),
+]
+
+
+@pytest.mark.parametrize(("turn", "settings"), LATE, ids=["multiple", "code", "every length"])
+def test_a_threshold_beyond_the_lengths_that_are_all_asked(
+    monkeypatch, turn: Any, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(LlamaConfig, "turn", staticmethod(turn), raising=False)
+    draw = Draw()
+    more = draw.tokens(30)
+    documents = [
+        draw.document(draw.tokens(1190), [more[:1], more]),
+        *draw.spoken((1208, 20, 22), (2, 1)),
+    ]
+    attack(made(Turned, **{"num_hidden_layers": 2, **settings}), documents, (1,), max_length=1400)
+
+
+def test_a_threshold_that_only_one_wide_document_reaches() -> None:
+    """Its nodes are many and its texts are short: the call is longer than any of them."""
+    draw = Draw()
+    answers = [draw.tokens(400), draw.tokens(390)]
+    documents = [draw.document(draw.tokens(600), answers), *draw.spoken((20, 22), (2, 1))]
+    attack(made(Counting, num_hidden_layers=2), documents, (1,), max_length=1400)
+
+
+class Counting(LlamaForCausalLM):
+    """Turns positions by how many tokens a call has, whatever their positions are."""
+
+    def forward(self, input_ids: Tensor, **more: Any) -> Any:
+        places = more.pop("position_ids", None)
+        if places is None:
+            places = torch.arange(input_ids.shape[1])[None]
+        turned = (places * (0.25 if input_ids.shape[1] > 1200 else 1.0)).long()
+        return super().forward(input_ids, position_ids=turned, **more)
+
+
+class LateFadingLayer(FadingLayer):
+    place = 1400
+
+
+class LateFading(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for number in range(config.num_hidden_layers):
+            self.model.layers[number] = LateFadingLayer(config, number)
+
+
+def test_what_only_code_counts_so_late_is_seen_in_the_longest_document() -> None:
+    """A place in the call that is no position, which no miniature's row has: the watch is asked."""
+    model = made(LateFading, num_hidden_layers=2)
+    draw = Draw()
+    documents = [
+        *draw.spoken([20] * 50, (1,)),
+        draw.document(draw.tokens(700), [draw.tokens(400), draw.tokens(390)]),
+    ]
+    ablations = single_layers((1,))
+    found = check(Engine(loaded(model), 1400), documents, ablations)
+    assert found.engine.sharing == FULL
+    watched = watched_documents(documents)
+    some = [document for document in documents if (document.task, document.index) in watched]
+    scores = found.engine.score(some, ablations)
+    wrong = [compared.wrong for *_, compared in watch(found.engine, scores, ablations, "seed")]
+    (said,) = filter(None, wrong)
+    assert "document 50 of task" in said
 
 
 def test_a_threshold_below_the_smallest_that_is_tried() -> None:
@@ -313,6 +386,19 @@ def test_an_attention_that_a_short_text_switches_off_is_refused() -> None:
     engine = Engine(loaded(model), 200)
     with pytest.raises(CellError, match="BigBirdForCausalLM contradicts itself: it says "):
         check(engine, Draw().spoken((40, 45, 60), (1, 3)), single_layers((1, 2)))
+
+
+@pytest.mark.parametrize("contexts", [(1200, 1240), (1240, 1200), (1240,)])
+def test_also_where_that_is_a_product_beyond_the_lengths_that_are_all_asked(contexts) -> None:
+    """(5 + 2 · 3) · 112 = 1,232 tokens; from its 2,017th on this one cannot be asked at all."""
+    model = tiny(
+        "BigBirdConfig", vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=2048, is_decoder=True,
+        attention_type="block_sparse", block_size=112, num_random_blocks=3,
+    )  # fmt: skip
+    engine = Engine(loaded(model), 2048)
+    with pytest.raises(CellError, match="BigBirdForCausalLM contradicts itself: it says "):
+        check(engine, Draw().spoken(contexts, (1, 3)), single_layers((1,)))
 
 
 @pytest.mark.parametrize("kind", [Listing, Last])

@@ -22,9 +22,9 @@ import torch
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
-from tracker.engine.crossing import FIRST, crossing_calls, reaching_calls
+from tracker.engine.crossing import FIRST, crossing_calls, reaching_calls, switching_calls
 from tracker.engine.cutting import as_cut
-from tracker.engine.habits import Path, find_habits, shortened
+from tracker.engine.habits import Path, find_habits, find_switches, shortened
 from tracker.engine.refusal import refused
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
 from tracker.engine.stand_in import MadeUp
@@ -57,6 +57,8 @@ OFTEN = 0.02
 ROW_TOKENS = 40
 """Nodes of a row: several short texts share one, a long one has its own."""
 MAX_LENGTH = 96
+LONGEST_REACH = 1024
+"""Tokens up to which a miniature is asked every length: of more, calls would be no cheap matter."""
 TEXTS = 5
 """Texts that are asked in two orders, besides the longest."""
 _Place = tuple[Ablation, int, int, int]
@@ -155,11 +157,37 @@ def attack_longer(
         _blank(small)
     longest, nodes, widest = rows
     some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
+
+    def attacked(calls: Sequence[Sequence[Document]], tokens: int) -> Verdict:
+        asked = list(_asked(calls, some, SOME))
+        truth = Truth(_engine(engine, small, verdict, tokens, nodes), miniature=True)
+        return _attacked(truth, some, verdict, type(model).__name__, calls, asked)
+
+    switches, each = _switches(engine, small, verdict, max(longest, widest))
+    if switches:
+        verdict = replace(verdict, switches=tuple((tokens, each) for tokens in switches))
+        calls = switching_calls(_vocabulary(small), switches, widest)
+        verdict = attacked(calls, 2 * max(switches))
+    longest, widest = (min(tokens, LONGEST_REACH) for tokens in (longest, widest))
     reached = min(longest, engine.max_length)
     calls = reaching_calls(_vocabulary(small), reached, nodes, widest, verdict.sharing)
-    asked = list(_asked(calls, some, SOME))
-    truth = Truth(_engine(engine, small, verdict, longest, nodes), miniature=True)
-    return _attacked(truth, some, verdict, type(model).__name__, calls, asked)
+    return attacked(calls, longest)
+
+
+def _switches(
+    engine: Engine, small: Any, verdict: Verdict, longest: int
+) -> tuple[tuple[int, ...], bool]:
+    """Find at which lengths of a call, beyond those that are all asked, something changes.
+
+    With them comes whether every length from the first one on is another.
+    """
+    if longest <= LONGEST_REACH:
+        return (), False
+    doubled = (LONGEST_REACH << times for times in range(longest.bit_length()))
+    lengths = {t for t in (*doubled, engine.max_length) if LONGEST_REACH <= t < longest}
+    known = verdict.habits(small).lengths
+    found = find_switches(small, known, {*lengths, longest})
+    return found.thresholds[len(known.thresholds) :], found.each
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Trust, then verify: whether sharing gives the numbers of the really pruned model.
 
 The architecture is attacked on a miniature with every ablation (`attack`); then the model itself
-answers a few real requests both ways; and while it is measured, documents drawn at random are
-answered both ways again (`watch`).
+answers a few real requests both ways; and while it is measured, documents drawn at random and the
+longest one are answered both ways again (`watch`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from torch import Tensor
 
 from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document
-from tracker.engine.attack import attack, attack_key, attack_longer, most_sharing, reachable
+from tracker.engine.attack import (
+    LONGEST_REACH,
+    attack,
+    attack_key,
+    attack_longer,
+    most_sharing,
+    reachable,
+)
 from tracker.engine.memory import only_new_garbage
 from tracker.engine.rows import common_beginning, tree_size
 from tracker.engine.single import read_for
@@ -39,8 +46,8 @@ OF_THE_BASELINE = 6
 """Requests that the intact model is asked; each ablation is asked one."""
 SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
 """Nats, and share of itself, by which an answer may differ for rounding."""
-SHORTEST_REACH, LONGEST_REACH = 128, 1024
-"""Tokens of the longest text on a miniature; on one of more, calls would be no cheap matter."""
+SHORTEST_REACH, FARTHEST = 128, 8 * LONGEST_REACH
+"""Tokens of the longest text on a miniature; one of more would take it a minute and longer."""
 RATE = 200
 """One in so many documents is answered plainly as well while a cell is measured."""
 
@@ -136,7 +143,8 @@ def _verdict(
     """
     model = engine.loaded.model
     paths = reachable(model, reached.row)
-    rows = _order(reached.text), engine.most_row_tokens, _order(reached.document)
+    longest = min(_order(reached.text), engine.max_length)
+    rows = longest, engine.most_row_tokens, _order(reached.document)
 
     def found(make: Callable[[], Verdict], longer: tuple[int, int, int] | None = None) -> Verdict:
         if kept is None:
@@ -165,7 +173,7 @@ def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
 
 def _order(tokens: int) -> int:
     """Round a length up to a power of two: of one order of length, texts have one verdict."""
-    return min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), LONGEST_REACH)
+    return min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), FARTHEST)
 
 
 def holds_blank(model: Any, documents: Sequence[Document]) -> bool:
@@ -310,7 +318,8 @@ def _compare(
 def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
     """Draw the documents, as (task, index), that are answered both ways while a cell is measured.
 
-    They are one in `RATE`, and of each task one at least; the same ones each time, and more of them
+    They are one in `RATE`, of each task one at least, and the one with the longest text of all,
+    which reaches whatever only code counts tokens by; the same ones each time, and more of them
     when there are more documents.
     """
 
@@ -321,7 +330,12 @@ def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
     for document in documents:
         first[document.task] = min(first.get(document.task, document), document, key=drawn)
     some = [document for document in documents if drawn(document) < 1 / RATE]
-    return {(document.task, document.index) for document in (*some, *first.values())}
+    longest = sorted(documents, key=lambda d: (-_longest(d), drawn(d)))[:1]
+    return {(document.task, document.index) for document in (*some, *first.values(), *longest)}
+
+
+def _longest(document: Document) -> int:
+    return max((request.length for request in document.requests), default=0)
 
 
 def watch(

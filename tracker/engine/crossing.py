@@ -72,6 +72,24 @@ def reaching_calls(
     return [_documents(each) for each in contents if each]
 
 
+def switching_calls(vocabulary: int, switches: Sequence[int], widest: int) -> list[list[Document]]:
+    """Draw texts on both sides of some lengths, of a document's nodes too where it has so many.
+
+    `vocabulary` is how many token ids there are, and `widest` how many nodes a document has.
+    """
+    draw = random.Random(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(FIRST, vocabulary) for _ in range(count))
+
+    contents: list[_Content] = []
+    for switch in switches:
+        contents.append((tokens(switch - 3), [tokens(1), tokens(6)]))
+        branches = [tokens(switch // 3) for _ in range(2 if switch <= widest else 1)]
+        contents.append((tokens(switch // 2), branches))
+    return [_documents(contents)]
+
+
 def _branches(tokens: _Tokens) -> list[Document]:
     """Branches and single letters, long before short."""
     letters = [(tokens(n), [(3,), (4,)]) for n in (44, 33, 12, 26, 9)]

@@ -7,13 +7,16 @@ matter here), later tokens (a window, a chunk, a floor), or earlier ones when th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tracker.engine.refusal import refused
+from tracker.engine.rows import Lengths
 from tracker.engine.single import logits_of
 from tracker.models.miniature import build, shapes_of
 from tracker.models.pruned import changed, duplicate, remember
@@ -28,6 +31,10 @@ STEPS = (6, 9, 12, 16, 20, 24, 28, 32)
 """What several numbers become, so that they stay apart and in order."""
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Up to which logits are the same; some models compute parts of them in float32."""
+MOVED = 1e-3
+"""From which on logits of a long text are others: what rounding adds up to is far below."""
+MANY = 4
+"""So many lengths at which something changes are taken for a change at every length."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,54 @@ def find_habits(small: Any, paths: Collection[Path]) -> Findings:
     )
 
 
+def find_switches(small: Any, known: Lengths, lengths: Iterable[int]) -> Lengths:
+    """Find where between some lengths of a call a model begins to compute otherwise.
+
+    Of its first tokens a text says the same in a call of any length; where it does not, there is a
+    threshold between, wherever it comes from (a product of numbers, a list, code), and halving the
+    distance finds its place. Beyond a length that the model refuses is nothing to find.
+
+    Args:
+        small: A miniature that no call has changed yet.
+        known: The lengths at which something changes, as far as they are known.
+        lengths: Between which ones to look; the model runs at the first.
+
+    Returns:
+        What is known then.
+    """
+    said: dict[int, Tensor | None] = {}
+
+    def ask(tokens: int) -> Tensor | None:
+        if tokens not in said:
+            try:
+                said[tokens] = _said(small, tokens)
+            except Exception as error:
+                if refused(error) is None:
+                    raise
+                said[tokens] = None
+        return said[tokens]
+
+    def alike(one: int, other: int) -> bool:
+        short, long = ask(one), ask(other)
+        return short is not None and long is not None and _near(short, long[:one], MOVED)
+
+    ends = sorted(lengths)
+    around = {t + d for t in known.thresholds for d in (-1, 0, 1)}
+    found: list[int] = []
+    each = known.each
+    for start, stop in pairwise(sorted({*ends, *(n for n in around if ends[0] < n < ends[-1])})):
+        while known.side(start) == known.side(stop) and not each and not alike(start, stop):
+            same, other = start, stop
+            while other - same > 1:
+                middle = (same + other) // 2
+                same, other = (middle, other) if alike(start, middle) else (same, middle)
+            if ask(other) is None:
+                return Lengths((*known.thresholds, *found), each)
+            found.append(start := other)
+            each = len(found) == MANY or not alike(start, start + 1)
+    return Lengths((*known.thresholds, *found), each)
+
+
 def shortened(small: Any, paths: Collection[Path]) -> list[Any]:
     """Make miniatures whose windows, chunks and thresholds are crossed by short texts.
 
@@ -124,7 +179,10 @@ def _said(model: Any, tokens: int, last: int | None = None) -> Tensor:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     # With another number a miniature may say something in float32 only.
-    within = max(SAME[one.dtype], SAME[other.dtype])
+    return _near(one, other, max(SAME[one.dtype], SAME[other.dtype]))
+
+
+def _near(one: Tensor, other: Tensor, within: float) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=within, atol=within, equal_nan=True)
 
 

@@ -24,6 +24,7 @@ class Verdict:
         unsteady: How many of them differ by more, while the model itself moves as far by rounding.
         lengths: Numbers of the configuration at which the length of a call matters, with whether
             beyond it every length is another; the empty path for a model to which it always does.
+        switches: Lengths of a call at which it matters too, found by trying; True as in `lengths`.
         leftovers: Names of attributes that one call leaves changed for the next.
         first: Where in the model is what the first call changes for good: module, attribute.
         stay: Whether removed layers stay in their places, because the model cannot be cut.
@@ -36,6 +37,7 @@ class Verdict:
     compared: int
     unsteady: int = 0
     lengths: tuple[tuple[Path, bool], ...] = ()
+    switches: tuple[tuple[int, bool], ...] = ()
     leftovers: tuple[str, ...] = ()
     first: tuple[tuple[str, str], ...] = ()
     stay: bool = False
@@ -44,10 +46,15 @@ class Verdict:
     def habits(self, model: Any) -> Habits:
         """Say what the engine must know of such a model, one that no call has changed yet."""
         values = dict(numbers(model.config.get_text_config()))
-        thresholds = tuple(int(values[path]) for path, _ in self.lengths if path in values)
+        thresholds = (
+            *(int(values[path]) for path, _ in self.lengths if path in values),
+            *(tokens for tokens, _ in self.switches),
+        )
         first = remember(model, {name for _, name in self.first})
         return Habits(
-            lengths=Lengths(thresholds, each=any(each for _, each in self.lengths)),
+            lengths=Lengths(
+                thresholds, each=any(each for _, each in (*self.lengths, *self.switches))
+            ),
             leftovers=remember(model, self.leftovers),
             first={place: first[place] for place in self.first if place in first},
             stay=self.stay,

@@ -74,8 +74,8 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     unsteady = sum(cell.compared_unsteady for cell in cells)
     without = sum(not cell.compared for cell in cells)
     text = (
-        f"{counted(compared, 'answer')} to documents drawn at random were asked again of a really "
-        f"pruned model: log-likelihoods differ by at most {largest:.1e} nats."
+        f"{counted(compared, 'answer')} to documents drawn at random and to the longest were asked "
+        f"again of a really pruned model: log-likelihoods differ by at most {largest:.1e} nats."
     )
     if unsteady:
         why = "the model is discontinuous there"
