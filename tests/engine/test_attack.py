@@ -222,48 +222,58 @@ def answers(given: dict[Sharing, Comparison | Exception]) -> Callable[[Sharing],
     return compare
 
 
+class Model:
+    """It is only named."""
+
+
+MODEL = Model()
+
+
+def copy() -> None:
+    """What tells no reason is not copied to look for one."""
+    pytest.fail("a copy was made")
+
+
+WRONG = Comparison(9, 0.123456, 0, "document 0")
+UNSTEADY = Comparison(9, 7.0, 3, "document 0")
+
+
 class TestMostSharing:
-    WRONG = Comparison(9, 0.123456, 0, "document 0")
     RIGHT = Comparison(9, 1e-6)
 
     def test_what_is_exact_is_taken_at_once(self) -> None:
         for start in (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN, ONE_BY_ONE):
-            found = most_sharing(start, "Model", answers({start: self.RIGHT}))
-            assert found == (start, self.RIGHT, [])
+            found = most_sharing(start, MODEL, answers({start: self.RIGHT}), copy)
+            assert found == (start, self.RIGHT, None)
 
-    def test_each_loss_has_its_reason(self) -> None:
-        unsteady = Comparison(9, 7.0, 3, "document 0")
-        found = most_sharing(
-            FULL,
-            "Model",
-            answers(
-                {
-                    FULL: RefusalError("no such mask\nat all"),
-                    NO_PREFIX: self.WRONG,
-                    DEPTH_ONLY: unsteady,
-                    PLAIN: self.WRONG,
-                    ONE_BY_ONE: self.RIGHT,
-                }
+    @pytest.mark.parametrize(
+        ("lost", "said"),
+        [
+            ([WRONG], "sharing more changes a log-likelihood by 0.123 nats"),
+            ([WRONG, RefusalError("no such mask")], "no such mask"),
+            (
+                [RefusalError("no such mask"), WRONG, UNSTEADY],
+                "sharing more changes a log-likelihood by 7 nats, mostly where the model is "
+                "discontinuous "
+                "(3 answers)",
             ),
+            ([UNSTEADY] * 3 + [WRONG], "a call of several texts changes a log-likelihood by 0.123"),
+        ],
+    )
+    def test_what_was_lost_last_says_why(self, lost, said: str) -> None:
+        """It is the least, so that its reason holds for all that was lost before."""
+        given = dict(zip((FULL, NO_PREFIX, DEPTH_ONLY, PLAIN), lost, strict=False))
+        left = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN, ONE_BY_ONE)[len(lost)]
+        sharing, found, why = most_sharing(
+            FULL, MODEL, answers({**given, left: self.RIGHT}), lambda: None
         )
-        assert found == (
-            ONE_BY_ONE,
-            self.RIGHT,
-            [
-                "sharing over documents is refused by the model (no such mask)",
-                "sharing over tokens changes a log-likelihood by 0.123 nats",
-                "sharing over depth changes a log-likelihood by 7 nats, mostly where the model "
-                "is discontinuous (3 answers)",
-                "a call of several texts changes a log-likelihood by 0.123 nats",
-            ],
-        )
+        assert (sharing, found) == (left, self.RIGHT)
+        assert why.startswith(said)
 
     def test_less_than_was_lost_before_is_not_tried(self) -> None:
-        found = most_sharing(
-            DEPTH_ONLY, "Model", answers({DEPTH_ONLY: self.WRONG, PLAIN: self.RIGHT})
-        )
-        assert found[0] == PLAIN
-        assert len(found[2]) == 1
+        given = answers({DEPTH_ONLY: WRONG, PLAIN: self.RIGHT})
+        found = most_sharing(DEPTH_ONLY, MODEL, given, copy)
+        assert found == (PLAIN, self.RIGHT, "sharing more changes a log-likelihood by 0.123 nats")
 
     def test_a_model_that_does_not_run_at_all_is_no_loss(self) -> None:
         no = RefusalError("no such mask")
@@ -271,12 +281,12 @@ class TestMostSharing:
         with pytest.raises(
             CellError, match=r"^Model cannot be asked one request at a time: no such mask$"
         ):
-            most_sharing(PLAIN, "Model", given)
+            most_sharing(PLAIN, MODEL, given, copy)
 
     @pytest.mark.parametrize("where", [FULL, PLAIN])
     def test_a_full_memory_is_no_loss_either(self, where: Sharing) -> None:
         with pytest.raises(torch.OutOfMemoryError):
-            most_sharing(where, "Model", answers({where: torch.OutOfMemoryError("full")}))
+            most_sharing(where, MODEL, answers({where: torch.OutOfMemoryError("full")}), copy)
 
 
 class TestAttack:
@@ -429,11 +439,10 @@ class TestAttack:
             assert (verdict.sharing, verdict.lost) == (FULL, None)
             return
         assert verdict.sharing == ONE_BY_ONE
-        shared = ("documents", "tokens", "depth")
-        assert verdict.lost == "; ".join(
-            f"{what} changes a log-likelihood by 0.5 nats, mostly where the model is "
-            "discontinuous (21 answers)"
-            for what in (*(f"sharing over {each}" for each in shared), "a call of several texts")
+        assert verdict.lost == (
+            "nothing is shared, and each request is asked alone, because a call of several texts "
+            "changes a log-likelihood by 0.5 nats, mostly where the model is discontinuous "
+            "(21 answers)"
         )
 
     def test_what_is_not_causal_is_refused(self, tiny_model) -> None:
@@ -723,8 +732,8 @@ class TestMiniatures:
         ]  # fmt: skip
         assert (verdict.sharing, verdict.difference, verdict.compared) == (DEPTH_ONLY, 1e-3, 110)
         assert verdict.lost == (
-            "sharing over documents changes a log-likelihood by 0.25 nats; "
-            "sharing over tokens changes a log-likelihood by 0.25 nats"
+            "shared over depth alone, and not over tokens or documents, because sharing more "
+            "changes a log-likelihood by 0.25 nats"
         )
 
     def test_what_differs_with_nothing_shared_is_asked_one_by_one(
@@ -786,7 +795,10 @@ class TestOrder:
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         verdict = attack(engine, ABLATIONS[:2])
         assert verdict.sharing == NO_PREFIX
-        assert verdict.lost == "sharing over documents changes a log-likelihood by 0.5 nats"
+        assert verdict.lost == (
+            "shared over depth and tokens, and not what documents begin with, because sharing more "
+            "changes a log-likelihood by 0.5 nats"
+        )
         # What is wrong once is asked no further.
         assert len(seen) == (8 if reverse else 4) + 8
 

@@ -231,15 +231,18 @@ def test_no_more_is_shared_than_the_attack_allows(tiny_model):
     assert 0 <= nothing.difference < 1e-3
 
 
-def test_what_the_model_refuses_is_lost_with_its_reason(tiny_model):
+def test_what_the_model_refuses_is_lost_with_its_reason(tiny_model, caplog):
+    """In words; what its code said is in the log."""
+    caplog.set_level("DEBUG")
     model = tiny_model("llama")
     when_masked(model, fail)
     found = checked(model, Attacked())
     assert found.engine.sharing == DEPTH_ONLY
     assert found.lost == (
-        "sharing over documents is refused by the model (no such mask); "
-        "sharing over tokens is refused by the model (no such mask)"
+        "shared over depth alone, and not over tokens or documents, because it refuses a row of "
+        "several texts with a mask of their own"
     )
+    assert "no such mask" in caplog.text
 
 
 def test_what_changes_an_answer_is_lost_with_how_far(tiny_model, monkeypatch):
@@ -248,12 +251,13 @@ def test_what_changes_an_answer_is_lost_with_how_far(tiny_model, monkeypatch):
     when_masked(model, lambda output: (3 * output[0], *output[1:]))
     found = checked(model, Attacked())
     assert found.engine.sharing == DEPTH_ONLY
-    documents, tokens = found.lost.split("; ")
-    for line, what in ((documents, "documents"), (tokens, "tokens")):
-        before, nats, after = line.partition(line.split()[-2])
-        assert before == f"sharing over {what} changes a log-likelihood by "
-        assert 1e-3 < float(nats) < 100
-        assert after == " nats"
+    before, nats, after = found.lost.partition(found.lost.split()[-2])
+    assert before == (
+        "shared over depth alone, and not over tokens or documents, because sharing more changes a "
+        "log-likelihood by "
+    )
+    assert 1e-3 < float(nats) < 100
+    assert after == " nats"
 
 
 def test_a_model_that_does_not_run_says_why(tiny_model):
@@ -310,8 +314,10 @@ def test_what_several_texts_in_a_call_change_is_asked_one_by_one(tiny_model, mon
     monkeypatch.setattr(truth, "DRAWS", 1)
     found = checked(tiny_model("llama"), Attacked())
     assert found.engine.sharing == ONE_BY_ONE
-    assert found.lost.count("changes a log-likelihood by 1 nats") == 4
-    assert found.lost.endswith("; a call of several texts changes a log-likelihood by 1 nats")
+    assert found.lost == (
+        "nothing is shared, and each request is asked alone, because a call of several texts "
+        "changes a log-likelihood by 1 nats"
+    )
     assert (found.difference, found.unsteady) == (0, None)
 
 

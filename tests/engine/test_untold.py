@@ -220,8 +220,8 @@ def test_a_head_that_sees_more_than_one_state(kind: type) -> None:
     assert found.engine.sharing == ONE_BY_ONE
     assert str(found.engine.sharing) == "nothing"
     assert found.lost is not None
-    assert found.lost.count("changes a log-likelihood by") == 4
-    assert "; a call of several texts changes a log-likelihood by " in found.lost
+    assert found.lost.count("changes a log-likelihood by") == 1
+    assert "because a call of several texts changes a log-likelihood by " in found.lost
     # It is no discontinuity of the model.
     assert found.unsteady is None
 

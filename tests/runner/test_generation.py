@@ -234,7 +234,7 @@ def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, exper
 @pytest.mark.parametrize(
     ("family", "why"),
     # Mamba keeps a state, not keys and values; Bloom builds its ALiBi for the whole batch.
-    [("mamba", "generating together is refused"), ("bloom", "generating together is refused")],
+    [("mamba", "generates alone, because"), ("bloom", "generates alone, because")],
 )
 def test_a_model_that_refuses_is_generated_apart(family, why, sums, data, tmp_path, experiment):
     truth = sums(["Question:", "!"], 12)

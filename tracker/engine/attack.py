@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path as FilePath
 from typing import Any
@@ -25,6 +26,7 @@ from tracker.documents import Document
 from tracker.engine.crossing import FIRST, crossing_calls, reaching_calls, switching_calls
 from tracker.engine.cutting import as_cut
 from tracker.engine.habits import Path, find_habits, find_switches, shortened
+from tracker.engine.reasons import in_words, less, of_difference, of_refusal
 from tracker.engine.refusal import refused
 from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
 from tracker.engine.stand_in import MadeUp
@@ -37,13 +39,8 @@ from tracker.models.miniature import miniature
 from tracker.models.shrinking import numbers
 from tracker.provenance import content_hash, file_hash, machine, package_versions
 
-WAYS = (
-    (FULL, "sharing over documents"),
-    (NO_PREFIX, "sharing over tokens"),
-    (DEPTH_ONLY, "sharing over depth"),
-    (PLAIN, "a call of several texts"),
-)
-"""From the most sharing to the least, with what is lost where it is not exact."""
+WAYS = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN)
+"""From the most sharing to the least."""
 TOLERANCE = 2e-4, 1e-5
 """Nats, and share of itself, by which an answer of a miniature may differ."""
 ANSWERS = 128
@@ -310,11 +307,14 @@ def _attacked(
             return replace(found, wrong="too often discontinuous")
         return found
 
-    sharing, found, reasons = most_sharing(verdict.sharing, name, compare)
+    model = engine.loaded.model
+    sharing, found, why = most_sharing(
+        verdict.sharing, model, compare, lambda: engine.without(INTACT).loaded.model
+    )
     return replace(
         verdict,
         sharing=sharing,
-        lost="; ".join(dict.fromkeys(filter(None, (verdict.lost, *reasons)))) or None,
+        lost=less(verdict.lost, sharing, why),
         difference=max(found.difference, verdict.difference),
         compared=verdict.compared + found.compared,
         unsteady=verdict.unsteady + found.unsteady,
@@ -347,48 +347,45 @@ def _refuse_memory(engine: Engine, name: str, calls: Sequence[Sequence[Document]
 
 
 def most_sharing(
-    start: Sharing, name: str, compare: Callable[[Sharing], Comparison]
-) -> tuple[Sharing, Comparison, list[str]]:
+    start: Sharing, model: Any, compare: Callable[[Sharing], Comparison], copy: Callable[[], Any]
+) -> tuple[Sharing, Comparison, str | None]:
     """Find the most sharing that gives the numbers of the really pruned model.
 
     Args:
         start: The most that is tried.
-        name: The model's class.
+        model: The model; it is only named.
         compare: Compares some answers that are computed with such sharing.
+        copy: Makes a copy of the model, which may be called to see why something is lost.
 
     Returns:
-        The sharing, what was compared with it, and why more was lost.
+        The sharing, what was compared with it, and why more was lost, if it was.
 
     Raises:
         CellError: The model does not run even with nothing shared, or contradicts itself.
     """
-    reasons = []
-    first = next((i for i, (way, _) in enumerate(WAYS) if way == start), len(WAYS))
-    for sharing, what in WAYS[first:]:
+    name, why = type(model).__name__, None
+    first = next((i for i, way in enumerate(WAYS) if way == start), len(WAYS))
+    for sharing in WAYS[first:]:
         try:
             found = compare(sharing)
         except Exception as error:
-            why = refused(error)
-            if why is None:
+            if refused(error) is None:
                 raise
-            reasons.append(f"{what} is refused by the model ({why})")
+            why = partial(of_refusal, sharing, in_words(error, sharing, name), copy)
             continue
         if found.wrong is None:
-            return sharing, found, reasons
-        said = f"{what} changes a log-likelihood by {found.difference:.3g} nats"
-        if found.unsteady:
-            said += f", mostly where the model is discontinuous ({found.unsteady} answers)"
-        reasons.append(said)
+            return sharing, found, why and why()
+        why = partial(of_difference, sharing, found, copy)
     try:
         found = compare(ONE_BY_ONE)
     except Exception as error:
-        why = refused(error)
-        if why is None:
+        said = refused(error)
+        if said is None:
             raise
-        raise CellError(f"{name} cannot be asked one request at a time: {why}") from error
+        raise CellError(f"{name} cannot be asked one request at a time: {said}") from error
     if found.wrong is not None:
         raise CellError(f"{name} contradicts itself: {found.wrong}")
-    return ONE_BY_ONE, found, reasons
+    return ONE_BY_ONE, found, why and why()
 
 
 def _asked(

@@ -29,6 +29,7 @@ from tracker.engine.attack import (
     reachable,
 )
 from tracker.engine.memory import only_new_garbage
+from tracker.engine.reasons import less
 from tracker.engine.rows import common_beginning, tree_size
 from tracker.engine.single import read_for
 from tracker.engine.stand_in import StandIn
@@ -120,14 +121,17 @@ def check(
     verdict = _verdict(engine, ablations, reach(engine, documents), blank, kept)
     engine = replace(engine, habits=verdict.habits(model))
     engine = replace(engine, stand_ins=fit(engine))
-    few, name = _few(documents), type(model).__name__
-    sharing, found, reasons = most_sharing(
-        verdict.sharing, name, lambda way: _confirm(engine.with_sharing(way), few, ablations)
+    few = _few(documents)
+    sharing, found, why = most_sharing(
+        verdict.sharing,
+        model,
+        lambda way: _confirm(engine.with_sharing(way), few, ablations),
+        lambda: engine.without(INTACT).loaded.model,
     )
     return Check(
         engine.with_sharing(sharing),
         max(found.difference, verdict.difference),
-        "; ".join(filter(None, (verdict.lost, *reasons))) or None,
+        less(verdict.lost, sharing, why),
         _unsteady(
             found + Comparison(verdict.compared, unsteady=verdict.unsteady), Truth(engine).is_half
         ),

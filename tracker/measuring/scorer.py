@@ -14,6 +14,7 @@ from tracker.ablations import Ablation
 from tracker.benchmarks.generation import TextGenerator
 from tracker.documents import Document, Prompt
 from tracker.engine.check import Fit, Kept, check, watch
+from tracker.engine.reasons import in_words
 from tracker.engine.refusal import refused
 from tracker.engine.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN
 from tracker.engine.sweep import DocumentScores, Engine
@@ -217,10 +218,11 @@ class Generation:
         try:
             found = self.texts(short, ablations)
         except Exception as error:
-            why = refused(error)
-            if why is None:
+            if refused(error) is None:
                 raise
-            return apart, f"generating together is refused by the model ({why})"
+            name = type(self.engine.loaded.model).__name__
+            why = in_words(error, DEPTH_ONLY, name)
+            return apart, f"each ablation generates alone, because {why}"
         differing = [
             ablation
             for ablation, ours, theirs in zip(ablations, found, truth, strict=True)

@@ -3,7 +3,7 @@
 Symmetric and rounded to nearest, as torchao's weight-only configurations do it: int8 with a scale a
 row of the weight (an output), int4 with one for each `GROUP` inputs of a row. The rounding is
 torch's own `fake_quantize_per_channel_affine`, and the weights are those of torchao 0.18's
-`IntxWeightOnlyConfig` to the bit; activations are left as they are.
+`IntxWeightOnlyConfig` to the bit in float32; activations are left as they are.
 """
 
 from __future__ import annotations

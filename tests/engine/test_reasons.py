@@ -1,0 +1,80 @@
+"""Why a model shares no more than it does: one sentence, in words that people know."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.ablations import single_layers
+from tests.engine.families import FAMILIES
+from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
+from tests.engine.registry import variants
+from tests.engine.test_attacks import DECODER, tiny
+from tracker.engine.check import check
+from tracker.engine.reasons import keeps_a_state, less
+from tracker.engine.sharing import DEPTH_ONLY, NO_PREFIX, ONE_BY_ONE, PLAIN
+from tracker.engine.sweep import Engine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STATE = "because it keeps a state of its own for each text"
+BATCH = "nothing is shared, because its layers refuse the states of several ablations as one batch"
+CACHE = "its cache cannot be rewound"
+FAMILY = {
+    "nemotron_h": STATE, "qwen3_next": STATE, "kimi_linear": STATE, "zamba2": STATE,
+    "minimax": STATE, "gpt_bigcode": BATCH, "xglm": BATCH, "trocr": BATCH, "xmod": BATCH,
+    "deepseek_v4": BATCH, "dots3_note": CACHE,
+}  # fmt: skip
+
+
+def xmod() -> Any:
+    """X-MOD, whose layers part a batch by language."""
+    return tiny("XmodConfig", **DECODER, default_language="en_XX")
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_it_is_one_sentence_without_what_the_model_s_code_raised(family: str) -> None:
+    model = xmod() if family == "xmod" else next(variants(family)).model()
+    # A token whose embedding is zero would be a question of its own.
+    model.get_input_embeddings().weight[0] = 1
+    engine = Engine(loaded(model), MAX_LENGTH)
+    said = check(engine, make_documents(3), single_layers((1,)), Memory()).lost
+    assert said is not None
+    assert FAMILY[family] in said
+    assert not re.search(r"tensor|[Ss]ize|dimension|torch|\w_\w|_\w|['`]", said)
+    assert "; " not in said
+    assert said.count("because") == 1
+    clauses = [clause.strip() for clause in re.split(r"[,:]", said)]
+    assert len(clauses) == len(set(clauses))
+
+
+@pytest.mark.parametrize(
+    ("family", "state"),
+    [("llama", False), ("mistral", False), ("bloom", False), ("mamba", True), ("jamba", True)],
+)
+def test_a_state_does_not_grow_with_its_text(family: str, state: bool) -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES[family].config()).eval()
+    assert keeps_a_state(model) is state
+
+
+def test_what_was_lost_last_says_it_all() -> None:
+    first = less(None, NO_PREFIX, "it is so")
+    assert (
+        first == "shared over depth and tokens, and not what documents begin with, because it is so"
+    )
+    assert less(first, NO_PREFIX, None) == first
+    second = less(first, DEPTH_ONLY, "it is worse")
+    assert second == (
+        "shared over depth alone, and not over tokens or documents, because it is worse"
+    )
+    assert less(second, ONE_BY_ONE, "so") == (
+        "nothing is shared, and each request is asked alone, because so"
+    )
+    # What is no loss of sharing alone stands.
+    assert less("it is another model", PLAIN, "so") == (
+        "it is another model; nothing is shared, because so"
+    )
+    assert less(None, PLAIN, None) is None
