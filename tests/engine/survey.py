@@ -289,7 +289,8 @@ def _compare(model: nn.Module, truth: Truth) -> _Compared:
         largest=max(cell.largest for cell in cells),
         shared=max((cell.shared for cell in cells), key=ORDER.index),
         said=all(cell.said for cell in cells),
-        note="; ".join(dict.fromkeys(cell.note for cell in cells if cell.note)),
+        # One sentence: of the cell that is wrong or shares less.
+        note=max(cells, key=lambda cell: (not cell.agrees, ORDER.index(cell.shared))).note,
         differing={a: r for cell in cells for a, r in cell.differing.items()},
     )
 
