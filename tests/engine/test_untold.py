@@ -187,10 +187,10 @@ class LateFading(LlamaForCausalLM):
 
 def test_what_only_code_counts_so_late_is_seen_in_the_longest_document() -> None:
     """A place in the call that is no position, which no miniature's row has: the watch is asked."""
-    model = made(LateFading, num_hidden_layers=2)
+    model = made(LateFading, num_hidden_layers=3)
     draw = Draw()
     documents = [
-        *draw.spoken([20] * 50, (1,)),
+        *draw.spoken([20] * 50, (1, 2)),
         draw.document(draw.tokens(700), [draw.tokens(400), draw.tokens(390)]),
     ]
     ablations = single_layers((1,))
