@@ -162,6 +162,8 @@ class TestVerdict:
         assert habits.lengths == Lengths((256, 5))
         assert habits.stay
         assert habits.leftovers == habits.first == {}
+        found = replace(verdict, switches=((1233, True),)).habits(model)
+        assert found.lengths == Lengths((256, 5, 1233), each=True)
         calm = Verdict(FULL, None, 0.0, 10, lengths=(((), True),)).habits(model)
         assert calm.lengths == Lengths((), each=True)
         assert not calm.stay

@@ -24,11 +24,11 @@ class Verdict:
         unsteady: How many of them differ by more, while the model itself moves as far by rounding.
         lengths: Numbers of the configuration at which the length of a call matters, with whether
             beyond it every length is another; the empty path for a model to which it always does.
-        switches: Lengths of a call at which it matters too, found by trying; True as in `lengths`.
         leftovers: Names of attributes that one call leaves changed for the next.
         first: Where in the model is what the first call changes for good: module, attribute.
         stay: Whether removed layers stay in their places, because the model cannot be cut.
         attacked: `a miniature`, or `the model` where none can be built.
+        switches: Lengths of a call at which it matters too, found by trying; True as in `lengths`.
     """
 
     sharing: Sharing
@@ -37,11 +37,11 @@ class Verdict:
     compared: int
     unsteady: int = 0
     lengths: tuple[tuple[Path, bool], ...] = ()
-    switches: tuple[tuple[int, bool], ...] = ()
     leftovers: tuple[str, ...] = ()
     first: tuple[tuple[str, str], ...] = ()
     stay: bool = False
     attacked: str = "a miniature"
+    switches: tuple[tuple[int, bool], ...] = ()
 
     def habits(self, model: Any) -> Habits:
         """Say what the engine must know of such a model, one that no call has changed yet."""
