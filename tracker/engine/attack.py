@@ -363,7 +363,8 @@ def most_sharing(
     Raises:
         CellError: The model does not run even with nothing shared, or contradicts itself.
     """
-    name, why = type(model).__name__, None
+    name = type(model).__name__
+    why: Callable[[], str] | None = None
     first = next((i for i, way in enumerate(WAYS) if way == start), len(WAYS))
     for sharing in WAYS[first:]:
         try:
@@ -374,7 +375,7 @@ def most_sharing(
             why = partial(of_refusal, sharing, in_words(error, sharing, name), copy)
             continue
         if found.wrong is None:
-            return sharing, found, why and why()
+            return sharing, found, None if why is None else why()
         why = partial(of_difference, sharing, found, copy)
     try:
         found = compare(ONE_BY_ONE)
@@ -385,7 +386,7 @@ def most_sharing(
         raise CellError(f"{name} cannot be asked one request at a time: {said}") from error
     if found.wrong is not None:
         raise CellError(f"{name} contradicts itself: {found.wrong}")
-    return ONE_BY_ONE, found, why and why()
+    return ONE_BY_ONE, found, None if why is None else why()
 
 
 def _asked(
