@@ -77,6 +77,11 @@ class Ablation:
         """Whether it removes less than whole layers somewhere."""
         return bool(self.attention or self.mlp)
 
+    @property
+    def repeated(self) -> tuple[int, ...]:
+        """The layers that are passed twice."""
+        return tuple(at for done, at in self.replaced if Action(done) is Action.REPEAT)
+
     def at(self, layer: int) -> Action:
         """Say what it does at a layer."""
         attention, mlp = layer in self.attention, layer in self.mlp

@@ -35,6 +35,8 @@ Place = tuple[str, str, int]
 """What several records are told apart by: the cell, the view of it, how many documents."""
 NO_REASON = "no reason was recorded"
 NOT_MEASURED = "not measured yet"
+WHICH = "checkpoint"
+"""Under what name it is said where the model that was measured is no saved checkpoint."""
 
 
 class RunIdentity(Record):

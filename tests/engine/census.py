@@ -60,7 +60,8 @@ of the code, of torch and of transformers ({version}).
 Every causal language model of the installed transformers, tiny and random, in variants of its
 windows, chunks, kinds of layers, rotary positions and switches. Each is measured by the engine, in
 two orders of documents of many lengths, and compared with one plain forward pass a request of the
-model whose removed layer hands on its input.
+checkpoint without the layer that `tracker export` writes, as transformers loads it; where there is
+none, which [families.csv](families.csv) says, of the model whose layer hands on its input.
 
 **{counts}.** Another {others} settings are not accepted by their classes.
 

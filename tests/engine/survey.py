@@ -1,9 +1,10 @@
 """A variant of the registry against an independent truth.
 
-The truth shares no code with the engine: a fresh copy of the model, the layer's output replaced by
-its input, one plain forward pass a request, on the tokens that lm-eval reads. Two cells are
-measured: blocks of documents in one order with small rows, and all of it backwards with large ones.
-What becomes of all variants is kept by `census`.
+The truth shares no code with the engine: the checkpoint without the layer that `tracker export`
+writes, as transformers loads it, one plain forward pass a request, on the tokens that lm-eval
+reads. Where there is no such checkpoint, it is a fresh copy of the model with the layer's output
+replaced by its input. Two cells are measured: blocks of documents in one order with small rows, and
+all of it backwards with large ones. What becomes of all variants is kept by `census`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from tracker.documents import Document, Request
 from tracker.engine.check import check
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError, ModelError
+from tracker.models.checkpoint import without
 from tracker.models.layers import find_layers
 
 MAX_LENGTH = 176
@@ -44,6 +47,11 @@ ROWS = (192, 1024)
 """Tokens of a row on a processor and on an accelerator."""
 SECONDS = 240
 """Of computing that one variant may take."""
+NO_FILE = {
+    "skipped": "tracker export writes no checkpoint; the layer hands on its input",
+    "deleted": "as the model with these layers deleted",
+}
+"""Where what is measured is not what is saved and loaded."""
 MATTERS = 0.02
 """Nats that a layer's removal must move, or its equality says nothing."""
 
@@ -52,6 +60,9 @@ WRONG, CRASH, NO_VARIANT = "SILENTLY WRONG", "CRASH", "not accepted"
 FAILURES = (WRONG, CRASH)
 ORDER = ("documents", "tokens", "depth", "nothing")
 """How far is shared, the furthest first."""
+
+SAVED, SKIPPED, DELETED = "saved and loaded", "skipped", "deleted"
+"""What the model without a layer is."""
 
 _Responses = Sequence[tuple[float, Document, Request]]
 
@@ -127,42 +138,61 @@ class Truth:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._changes_itself: bool | None = None
-        self._said: dict[tuple[bool, Ablation, tuple[int, ...]], torch.Tensor] = {}
-        self._copies: dict[tuple[bool, Ablation], nn.Module] = {}
+        self._said: dict[tuple[str, Ablation, tuple[int, ...]], torch.Tensor] = {}
+        self._copies: dict[tuple[str, Ablation], nn.Module] = {}
+        self._loaded: dict[Ablation, nn.Module | None] = {}
 
     def of(
         self,
         ablation: Ablation,
         request: Request,
-        deleted: bool = False,
+        way: str | None = None,
         first: int | None = None,
     ) -> float:
         """Sum the log-probabilities of a continuation, or of its first tokens."""
         tokens = (request.context + request.continuation)[-(MAX_LENGTH + 1) :][:-1]
-        key = (deleted, ablation, tokens)
+        if way is None:
+            way = SAVED if self.loads(ablation) else SKIPPED
+        key = (way, ablation, tokens)
         if key not in self._said:
-            self._said[key] = self._forward(ablation, tokens, deleted)
+            self._said[key] = self._forward(ablation, tokens, way)
         target = torch.tensor(request.continuation)
         said = self._said[key][-len(request.continuation) :]
         return float(said.gather(1, target[:, None])[:first].sum())
 
-    def _forward(self, ablation: Ablation, tokens: tuple[int, ...], deleted: bool) -> torch.Tensor:
-        model = self._copy(ablation, deleted)
+    def loads(self, ablation: Ablation) -> bool:
+        """Say whether there is a checkpoint without the layers, which runs."""
+        if not ablation.layers:
+            return False
+        if ablation not in self._loaded:
+            try:
+                self._loaded[ablation] = saved_and_loaded(self.model, ablation.layers)
+                self._forward(ablation, (5, 6, 7), SAVED)
+            except TimeoutError:
+                raise
+            except Exception:  # noqa: BLE001 - whatever a class says where a layer is missing
+                self._loaded[ablation] = None
+        return self._loaded[ablation] is not None
+
+    def _forward(self, ablation: Ablation, tokens: tuple[int, ...], way: str) -> torch.Tensor:
+        model = self._copy(ablation, way)
         ids = torch.tensor([tokens])
         # A model whose layers cannot be told has a baseline nevertheless.
-        skip = skipped(model, ablation.layers) if ablation.layers and not deleted else nullcontext()
+        skips = ablation.layers and way == SKIPPED
+        skip = skipped(model, ablation.layers) if skips else nullcontext()
         with skip, torch.inference_mode():
             said = model(ids, use_cache=False).logits[0].double().log_softmax(-1)
-        if self._changes_itself is None:
+        if self._changes_itself is None and way != SAVED:
             before, now = _tensors(self.model), _tensors(model)
             self._changes_itself = any(not _same(before[name], now[name]) for name in before)
         return said
 
-    def _copy(self, ablation: Ablation, deleted: bool) -> nn.Module:
-        key = (deleted, ablation)
+    def _copy(self, ablation: Ablation, way: str) -> nn.Module:
+        key = (way, ablation)
         if self._changes_itself is not False or key not in self._copies:
-            self._copies[key] = copy.deepcopy(self.model)
-            if deleted:
+            loaded = self._loaded[ablation] if way == SAVED else None
+            self._copies[key] = copy.deepcopy(self.model if loaded is None else loaded)
+            if way == DELETED:
                 delete_layers(self._copies[key], ablation.layers)
         return self._copies[key]
 
@@ -174,6 +204,22 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)))
+
+
+def saved_and_loaded(model: Any, removed: Sequence[int]) -> nn.Module:
+    """Write the checkpoint without layers as `tracker export` does, and load it by transformers."""
+    with TemporaryDirectory() as folder:
+        without(copy.deepcopy(model), removed).save_pretrained(folder)
+        loaded, found = type(model).from_pretrained(
+            folder,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            experts_implementation=model.config._experts_implementation,
+            output_loading_info=True,
+        )
+    if found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]:
+        raise ModelError("it asks for other weights")
+    return loaded.eval().requires_grad_(False)
 
 
 def delete_layers(model: nn.Module, removed: Sequence[int]) -> None:
@@ -302,7 +348,8 @@ def _compare_cell(
     engine = Engine(loaded(copy.deepcopy(model)), MAX_LENGTH, row_tokens=rows)
     checked = check(engine, documents, ABLATIONS, kept)
     scores = [one for block in ordered for one in checked.engine.score(block, ABLATIONS)]
-    largest, wrong, deleted, where = 0.0, [], [], set()
+    largest, wrong, where = 0.0, [], set()
+    others: dict[str, list[str]] = {}
     differing: dict[Ablation, list[Request]] = {}
     for column, ablation in enumerate(ABLATIONS):
         responses = [
@@ -313,32 +360,41 @@ def _compare_cell(
             )
         ]
         far, off = _furthest(responses, ablation, truth)
-        if off and ablation.layers and (other := _as_if_deleted(responses, ablation, truth)):
-            far, off = other
-            deleted.append(ablation.name)
+        # What loads is the truth, but where it is said that something else is measured.
+        is_saved = not ablation.layers or truth.loads(ablation)
+        way = SAVED if is_saved else SKIPPED
+        other = None if is_saved and not checked.which else SKIPPED if is_saved else DELETED
+        if off and other and (found := _in_a_way(responses, ablation, truth, other)):
+            (far, off), way = found, other
+        if way != SAVED:
+            others.setdefault(way, []).append(ablation.name)
         largest = max(largest, far)
         if off:
             wrong.append(f"{ablation.name} by {far:.2g}")
             where |= {document.index for document, _ in off}
             differing[ablation] = [request for _, request in off]
     shared = _shared(checked.engine.sharing)
-    note = "; ".join(line for line in (checked.lost, checked.unsteady) if line)
+    said = (checked.which, checked.lost, checked.unsteady)
+    note = "; ".join(line for line in said if line)
     if wrong:
         note = (
             f"rows of {rows} shared over {shared}: {', '.join(wrong)}; "
             f"documents {', '.join(map(str, sorted(where)))}"
         )
-    elif deleted:
-        note = f"{', '.join(deleted)}: as the model with these layers deleted"
+    elif others and not checked.which:
+        note = "; ".join(
+            [f"{', '.join(names)}: {NO_FILE[way]}" for way, names in others.items()]
+            + ([note] if note else [])
+        )
     return _Compared(not wrong, largest, shared, bool(note), note, differing)
 
 
-def _as_if_deleted(
-    responses: _Responses, ablation: Ablation, truth: Truth
+def _in_a_way(
+    responses: _Responses, ablation: Ablation, truth: Truth, way: str
 ) -> tuple[float, list[tuple[Document, Request]]] | None:
-    """Compare with a re-indexed model, where that says something else by nature."""
+    """Compare with another model, which the one without a layer may be instead."""
     try:
-        far, off = _furthest(responses, ablation, truth, deleted=True)
+        far, off = _furthest(responses, ablation, truth, way)
     except TimeoutError:
         raise
     except Exception:  # noqa: BLE001 - a model need not run with layers deleted
@@ -347,13 +403,13 @@ def _as_if_deleted(
 
 
 def _furthest(
-    responses: _Responses, ablation: Ablation, truth: Truth, deleted: bool = False
+    responses: _Responses, ablation: Ablation, truth: Truth, way: str | None = None
 ) -> tuple[float, list[tuple[Document, Request]]]:
     """Find the largest difference, and the requests whose responses differ beyond rounding."""
     far: float = 0.0
     off: list[tuple[Document, Request]] = []
     for ours, document, request in responses:
-        theirs = truth.of(ablation, request, deleted)
+        theirs = truth.of(ablation, request, way)
         if not math.isfinite(ours) and not math.isfinite(theirs):
             continue
         difference = abs(ours - theirs)
@@ -405,4 +461,5 @@ def prepare() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -877,35 +877,40 @@ class TestCut:
             "a checkpoint without a layer is not the model that skips it, so nothing is shared"
         )
 
-    def test_some_layers_by_nature_and_others_not_at_all(self, tiny_model, refuse, watched) -> None:
-        refuse(False)
+    def test_some_layers_by_nature_and_others_not_at_all(self, tiny_model, watched) -> None:
         said = (
-            r"^Placed cannot be cut to be without layer 2 \(no such model 0\); "
+            r"^Fussy cannot be cut to be without layers 0, 1 \(two are too few to run\); "
             "leave it out of 'layer'$"
         )
         with pytest.raises(CellError, match=said):
-            self.attacked(Placed(tiny_model("llama").config).eval(), (2,), (0,))
+            self.attacked(Fussy(tiny_model("llama").config).eval(), (0, 1), (0,))
 
     def test_what_no_checkpoint_is_stays_in_its_place(self, tiny_model, watched) -> None:
         """The class cannot be made of two layers, so that it is nothing by its own nature."""
         model = NoTwo(tiny_model("llama").config).eval()
         assert self.attacked(model, (3,)).stay is False
-        assert self.attacked(model, (0, 1)).stay is True
-        with pytest.raises(CellError, match=r"without layers 0, 1 \(it is not the model that it"):
-            self.attacked(model, (0,), (0, 1))
+        alone = self.attacked(model, (0, 1))
+        assert (alone.stay, alone.loaded, alone.sharing) == (True, False, FULL)
+        said = (
+            "what is measured is the model whose layer hands on its input, not a saved checkpoint "
+            "(two are too few)"
+        )
+        assert alone.which == f"whatever is removed, {said}"
+        # Beside a layer without which there is one, each is what it can be.
+        both = self.attacked(model, (0,), (0, 1))
+        assert (both.stay, both.loaded, both.sharing) == (True, True, PLAIN)
+        assert both.which == f"without layers 0, 1, {said}"
+
+    def test_a_model_that_is_another_when_it_is_loaded_has_no_checkpoint(
+        self, tiny_model, watched
+    ) -> None:
+        verdict = self.attacked(Hidden(tiny_model("llama").config).eval(), (0,))
+        assert "(the model itself, saved and loaded, is another one)" in verdict.which
 
     def test_other_weights_are_another_model(self, tiny_model, watched) -> None:
         """What a class makes of a configuration alone is no proof."""
         model = Hidden(tiny_model("llama").config).eval()
         assert self.attacked(model, (0,)).stay is True
-
-    def test_no_second_model_is_made_of_a_large_one(self, tiny_model, monkeypatch, watched) -> None:
-        """One that is its own checkpoint stays whole then, as if no checkpoint were that."""
-        model = Placed(tiny_model("llama").config).eval()
-        assert self.attacked(model, (0,)).sharing == PLAIN
-        monkeypatch.setattr("tracker.engine.cutting.LARGEST", 1000)
-        verdict = self.attacked(model, (0,))
-        assert (verdict.sharing, verdict.stay) == (FULL, True)
 
     def test_a_checkpoint_begins_as_no_call_has_changed_it(
         self, tiny_model, monkeypatch, watched
@@ -1022,6 +1027,15 @@ class NoTwo(Placed):
         if config.num_hidden_layers == 2:
             raise ValueError("two are too few")
         super().__init__(config)
+
+
+class Fussy(Placed):
+    """A model of two layers can be made, and does not run."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.config.num_hidden_layers == 2:
+            raise ValueError("two are too few to run")
+        return super().forward(*args, **kwargs)
 
 
 class Hidden(Placed):

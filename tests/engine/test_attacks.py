@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from tracker.engine.check import check
 from tracker.engine.rows import tree_rows
 from tracker.engine.sweep import Engine
 from tracker.errors import CellError, ModelError
+from tracker.models import checkpoint
 
 MAX_LENGTH = 256
 LETTERS = ((3,), (4,), (5,), (6,))
@@ -288,6 +290,28 @@ class TestThePlainPathIsThePrunedCheckpoint:
         )  # fmt: skip
         says = "weights|rescale"
         attack(model, Draw().spoken((9, 9, 7), (1, 3)), (1, 2, 3), ablate=exported, says=says)
+
+
+def written(model: Any, removed: Collection[int]) -> Any:
+    """What transformers loads of the checkpoint that `tracker export` writes."""
+    with TemporaryDirectory() as folder:
+        checkpoint.without(model, removed).save_pretrained(folder)
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return again.eval().requires_grad_(False)
+
+
+class TestWhatIsMeasuredIsTheCheckpointThatLoads:
+    """Their classes compute factors from a layer's place, or from how many layers there are."""
+
+    @pytest.mark.parametrize("kind", ["diffllama", "minicpm3", "gpt2"])
+    def test_a_factor_that_no_file_holds(self, kind):
+        name = "scale_attn_by_inverse_layer_idx True" if kind == "gpt2" else "plain"
+        model = next(one for one in variants(kind) if one.name == name).model()
+        documents = Draw().spoken((9, 9, 7), (1, 3))
+        # The two kinds of truth are apart, or this would say nothing.
+        both = [truths(model, documents[:1], [(0,)], MAX_LENGTH, way) for way in (written, without)]
+        assert max(abs(a - b) for a, b in zip(both[0][0][0], both[1][0][0], strict=True)) > 0.05
+        attack(model, documents, (0, 2), ablate=written)
 
 
 SPARSE = {

@@ -16,6 +16,7 @@ from tests.engine.census import keep, left_of, page, read
 from tests.engine.registry import FAMILY_NAMES, NOT_BUILT, families, variants
 from tests.engine.survey import (
     CRASH,
+    DELETED,
     DISCONTINUOUS,
     EXACT,
     NO_VARIANT,
@@ -119,7 +120,7 @@ def test_both_truths_agree_where_layers_know_no_numbers():
         truth = Truth(find(family, "plain").model())
         for ablation in (Ablation((0,)), Ablation((1, 2))):
             kept = truth.of(ablation, request)
-            assert truth.of(ablation, request, deleted=True) == pytest.approx(kept, abs=1e-4)
+            assert truth.of(ablation, request, DELETED) == pytest.approx(kept, abs=1e-4)
             assert abs(truth.of(INTACT, request) - kept) > 0.02
 
 

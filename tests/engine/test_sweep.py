@@ -387,9 +387,9 @@ def test_what_is_shared_is_named():
 def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(tiny_model, monkeypatch):
     model, asked = tiny_model("llama"), []
 
-    def noted(*given):
-        asked.append(given)
-        return pruned(*given)
+    def noted(*given, **named):
+        asked.append((given, named))
+        return pruned(*given, **named)
 
     monkeypatch.setattr("tracker.engine.sweep.pruned", noted)
     first, leftovers = (remember(model, (name,)) for name in ("inv_freq", "attention_scaling"))
@@ -397,9 +397,9 @@ def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(tiny_model, 
         loaded(model), MAX_LENGTH, habits=Habits(first=first, leftovers=leftovers, stay=True)
     )
     copy = engine.with_sharing(NO_PREFIX).without(ablate("mlp", [2], removed=[1]))
-    ((of, layers, silent, fresh, stay, changes, repeated),) = asked
-    assert (changes, repeated) == ({}, [])
-    assert (of, layers, silent, stay) == (model, (1,), [model.model.layers[2].mlp], True)
+    (((of, layers, silent, fresh), named),) = asked
+    assert named == {"stay": True, "changes": {}, "repeated": ()}
+    assert (of, layers, silent) == (model, (1,), [model.model.layers[2].mlp])
     assert fresh is first
     assert (copy.sharing, copy.max_length, copy.habits.stay) == (PLAIN, MAX_LENGTH, True)
     # Of its own state, taken down anew; its first call is behind it.

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
-from tests.conftest import save_llama
+from tests.conftest import save_llama, save_tokenizer
 from tests.own import write_tasks
 from tests.plain import evaluate
 from tests.pruning.conftest import SAMPLE
@@ -189,6 +189,23 @@ def test_every_kind_of_benchmark_is_given_to_plain_lm_eval(
     assert done.proof.documents == done.accuracy[0].n > 0
     assert done.proof.loglikelihood < 1e-3, "the same prompts"
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("family", ["diffllama", "minicpm3", "gpt2"])
+def test_what_a_class_computes_of_places_is_measured_as_it_is_loaded(here, family, tmp_path):
+    """Plain lm-eval on what was saved finds what `run` measured."""
+    from tests.engine.test_registry import find
+
+    switch = "scale_attn_by_inverse_layer_idx True"
+    config = find(family, switch if family == "gpt2" else "plain").config()
+    config.vocab_size = save_tokenizer(tmp_path / "base", bos=False)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    settings = {"benchmark": "arc_easy", "data": DATA, "limit": 6}
+    model, results = str(tmp_path / "base"), tmp_path / "results"
+    done = tracker.export(model, [0], tmp_path / "out", results=results, **settings)
+    assert done.proof.documents == 6
+    assert done.proof.loglikelihood < 1e-3
 
 
 class TestNothingIsLeft:

@@ -122,3 +122,19 @@ def test_the_attack_is_made_once_on_a_machine(tiny_llama, experiment, tmp_path, 
             (folder / each.name).write_bytes(b"\xff\x00")
     tracker.run(experiment(model, limit=48), results=results, track=[])
     assert made == [1, 1]
+
+
+def test_which_model_is_measured_is_said_where_it_is_no_checkpoint(
+    tiny_llama, experiment, tmp_path, monkeypatch
+):
+    """The terminal says it, the record keeps it, the page shows it."""
+    said = "without layer 0, what is measured is the model whose layer hands on its input"
+    monkeypatch.setattr(
+        "tracker.measuring.scorer.check", lambda *args: replace(check(*args), which=said)
+    )
+    heard, results = Heard(), tmp_path / "results"
+    run(experiment(tiny_llama(), limit=2, layer=[0]), results, heard)
+    assert f"tiny-llama: {said}" in heard.lines
+    (record,) = all_records(Ledger(results).contents())
+    assert record.reasons["checkpoint"] == said
+    assert f"W{said[1:]}." in (results / "report.html").read_text()

@@ -234,7 +234,7 @@ def _attack_small(
     calls = crossing_calls(_vocabulary(small), min(MAX_LENGTH, engine.max_length))
     asked = list(_asked(calls, ablations, max(SOME, ANSWERS // len(ablations))))
     for each in models:
-        if each is not small or verdict.stay:
+        if each is not small or verdict.stay or verdict.loaded:
             made = _engine(engine, each, verdict, MAX_LENGTH, ROW_TOKENS)
             truth = Truth(made, miniature=True)
         verdict = _attacked(truth, ablations, verdict, name, calls, asked)

@@ -63,12 +63,14 @@ class Check:
             in nats, on the miniature and on the model itself.
         lost: One line that says which sharing was lost and why; None when none was.
         unsteady: One line that says that rounding moves answers far; None where it is not seen.
+        which: One line that says where what is measured is no saved checkpoint; None where all is.
     """
 
     engine: Engine
     difference: float
     lost: str | None
     unsteady: str | None
+    which: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def check(
         _unsteady(
             found + Comparison(verdict.compared, unsteady=verdict.unsteady), Truth(engine).is_half
         ),
+        verdict.which,
     )
 
 

@@ -61,12 +61,15 @@ class Habits:
         first: What the first call changes for good, weights among it, as it was before.
         stay: Whether a removed layer stays in its place and hands on its input, because the model
             cannot be cut there.
+        loaded: Whether a copy without layers gets what its class computes when it is loaded, where
+            it can be; otherwise the layers stay in their places, if `stay` says so.
     """
 
     lengths: Lengths = ANY_LENGTH
     leftovers: State = field(default_factory=dict, compare=False)
     first: State = field(default_factory=dict, compare=False)
     stay: bool = False
+    loaded: bool = False
 
 
 NO_HABITS = Habits()

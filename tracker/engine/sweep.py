@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tracker.ablations import INTACT, Ablation, Action
+from tracker.ablations import INTACT, Ablation
 from tracker.documents import Document, Request, Response
 from tracker.engine.decode import decoding
 from tracker.engine.head import Head
@@ -30,10 +30,11 @@ from tracker.engine.sharing import ALONE, FULL, NO_HABITS, PLAIN, Habits, Sharin
 from tracker.engine.single import read, read_for, scored
 from tracker.engine.stand_in import StandIn, replacements
 from tracker.engine.streams import StreamPlan, plan_streams
-from tracker.errors import CellError
+from tracker.errors import CellError, ModelError
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
-from tracker.models.pruned import pruned, put_back, remember
+from tracker.models.pruned import left, pruned, put_back, remember
+from tracker.models.reloaded import as_loaded
 from tracker.models.sublayers import Sublayers, find_sublayers
 
 ROW_TOKENS = 192
@@ -106,15 +107,21 @@ class Engine:
             *(parts[layer].mlp for layer in ablation.mlp),
         ]
         habits = self.habits
-        model = pruned(
+        make = partial(
+            pruned,
             self.loaded.model,
             ablation.layers,
             silent,
             habits.first,
-            habits.stay,
-            replacements(ablation, self.stand_ins, type(self.loaded.model).__name__),
-            [layer for done, layer in ablation.replaced if Action(done) is Action.REPEAT],
+            changes=replacements(ablation, self.stand_ins, type(self.loaded.model).__name__),
+            repeated=ablation.repeated,
         )
+        model = make(stay=habits.stay and not habits.loaded)
+        if habits.loaded:
+            try:
+                as_loaded(self.loaded.model, model, self.left(ablation))
+            except ModelError:  # of such layers there is no checkpoint
+                model = make(stay=habits.stay)
         changing = {name for _, name in habits.leftovers}
         return replace(
             self,
@@ -122,6 +129,10 @@ class Engine:
             sharing=PLAIN,
             habits=replace(habits, leftovers=remember(model, changing), first={}),
         )
+
+    def left(self, ablation: Ablation) -> list[int]:
+        """List which layers a copy has, in order; a repeated one twice."""
+        return left(len(self.loaded.layers), ablation.layers, ablation.repeated)
 
     def _put_back(self) -> None:
         """Undo what the last call left behind, so that no call depends on the one before."""

@@ -27,6 +27,8 @@ class Verdict:
         leftovers: Names of attributes that one call leaves changed for the next.
         first: Where in the model is what the first call changes for good: module, attribute.
         stay: Whether removed layers stay in their places, because the model cannot be cut.
+        loaded: Whether copies get what their class computes when they are loaded without layers.
+        which: One line that says where the numbers are those of no checkpoint; None where all are.
         attacked: `a miniature`, or `the model` where none can be built.
         switches: Lengths of a call at which it matters too, found by trying; True as in `lengths`.
     """
@@ -40,6 +42,8 @@ class Verdict:
     leftovers: tuple[str, ...] = ()
     first: tuple[tuple[str, str], ...] = ()
     stay: bool = False
+    loaded: bool = False
+    which: str | None = None
     attacked: str = "a miniature"
     switches: tuple[tuple[int, bool], ...] = ()
 
@@ -58,4 +62,5 @@ class Verdict:
             leftovers=remember(model, self.leftovers),
             first={place: first[place] for place in self.first if place in first},
             stay=self.stay,
+            loaded=self.loaded,
         )

@@ -25,7 +25,7 @@ from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_f
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
 from tracker.provenance import content_hash
-from tracker.records import CellRecord
+from tracker.records import WHICH, CellRecord
 
 Derived = TypeVar("Derived", bound=Record)
 log = logging.getLogger(__name__)
@@ -342,6 +342,11 @@ class CellStore:
             "seconds": sum(seconds) if seconds else None,
             "peak_bytes": max(peaks, default=None),
         }
+
+    def which(self) -> list[str]:
+        """Say where what was measured is no saved checkpoint."""
+        abouts = (about for store in (self, *self._others) for _, about in store._abouts())
+        return sorted({about[WHICH] for about in abouts if WHICH in about})
 
     def calibrations(self) -> list[dict[str, Any]]:
         """Say what layers' stand-ins were fitted on: documents and tokens, each text once."""

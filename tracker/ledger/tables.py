@@ -31,7 +31,13 @@ from tracker.metrics.proxies import PROXIES, proxy_means
 from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
 from tracker.metrics.rounding import within
 from tracker.provenance import differences, united
-from tracker.records import WHOLE_LAYER, AnswerRecord, CellRecord, CorrelationRecord
+from tracker.records import (
+    WHICH,
+    WHOLE_LAYER,
+    AnswerRecord,
+    CellRecord,
+    CorrelationRecord,
+)
 from tracker.views import View
 
 OUTER = 2
@@ -71,6 +77,8 @@ def cell_record(
         reasons["n"] = _why_fewer(n, outcomes.wanted, answer)
     if differing := differences(outcomes.stacks):
         reasons[PROVENANCE] = f"measured by different versions or devices: {differing}"
+    if which := store.which():
+        reasons[WHICH] = "; ".join(which)
     if not n:
         fields = ["baseline_accuracy", "chance_accuracy"]
         fields += ["removed_accuracy"] if view.removed else []

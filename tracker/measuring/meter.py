@@ -21,6 +21,7 @@ from tracker.measuring.prepare import check_range
 from tracker.measuring.twice import computed_twice
 from tracker.models.sources import find_model
 from tracker.provenance import machine, package_versions
+from tracker.records import WHICH
 
 if TYPE_CHECKING:
     from tracker.engine.check import Kept
@@ -210,6 +211,8 @@ class Meter:
             "provenance": self.facts.provenance,
             "sharing": str(scorer.engine.sharing),
         }
+        if scorer.which:
+            metadata[WHICH] = scorer.which
         if self._calibration and any(each.is_fitted for each in scored):
             metadata["calibration"] = self._calibration.about
         texts = [

@@ -32,11 +32,13 @@ DRAWS = 8
 class Scorer:
     """Scores documents, and continues the prompts of those that have one.
 
-    `generation` is None where no document has one.
+    `generation` is None where no document has one; `which` says where what is measured is no saved
+    checkpoint.
     """
 
     engine: Engine
     generation: Generation | None = None
+    which: str | None = None
 
     def score(
         self,
@@ -139,19 +141,22 @@ def checked_scorer(
         fit: Fits what stands in for layers.
 
     Returns:
-        The scorer to use, and lines that say which sharing was lost, and how steady the model is.
+        The scorer to use, and lines that say which sharing was lost, which model is measured where
+        it is no saved checkpoint, and how steady the model is.
     """
     checked = check(engine, documents, ablations, kept, fit)
     said = [_LESS + checked.lost] if checked.lost else []
+    said += [checked.which] if checked.which else []
     if checked.unsteady:
         finer = _FINER if checked.engine.loaded.identity.is_half else ""
         said.append(f"{checked.unsteady}{finer}")
     prompts = [document.prompt for document in documents if document.prompt is not None]
     if not prompts:
-        return Scorer(checked.engine), said
+        return Scorer(checked.engine, which=checked.which), said
     generation = Generation(checked.engine, tokenizer, think_end_token=prompts[0].think_end_token)
     generation, why = generation.checked(prompts[0], ablations)
-    return Scorer(checked.engine, generation), [*said, *([_LESS + why] if why else [])]
+    scorer = Scorer(checked.engine, generation, checked.which)
+    return scorer, [*said, *([_LESS + why] if why else [])]
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,8 @@ class Generation:
         In half precision rounding differs with the size of a batch, also within lm-eval, so half of
         the texts may differ there. With what to use comes one line on what was lost and why, if so.
         """
+        if not self.engine.sharing.depth:  # each ablation is another model, as was said
+            return replace(self, together=False), None
         # Stop strings would leave little to compare where a text begins with one.
         settings = {**prompt.limited_to(CHECKED_TOKENS).settings, "until": []}
         short = replace(prompt, settings=settings)

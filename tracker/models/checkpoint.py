@@ -7,8 +7,8 @@ the configuration says in numbers and lists all that the model is, or the model 
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,8 @@ from tracker.errors import ModelError
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.miniature import miniature
-from tracker.models.pruned import FIRST, pruned
+from tracker.models.pruned import pruned
+from tracker.models.reloaded import Shapes, as_loaded, first_line, misfit, shapes
 from tracker.models.sources import ModelSource, read_config, unreadable
 
 PROBE = 48
@@ -30,8 +31,6 @@ _IDLE = ("name_or_path", "training")
 """Of a module: what has no bearing on what it computes here."""
 _TRANSFORMERS = "transformers."
 """Where its own classes are, and those of downloads are not."""
-_COUNTS = ("layer", "dense", "block")
-"""Words in the names of numbers that may count the first layers of a kind."""
 
 
 def without(model: Any, removed: Collection[int]) -> Any:
@@ -55,14 +54,9 @@ def without(model: Any, removed: Collection[int]) -> Any:
         # It points to code that was not used, and would be where somebody trusts it.
         for each in (twin.config, config):
             vars(each).pop("auto_map", None)
-    wanted = _shapes(twin)
-    why = _misfit(twin.config, wanted, kind)
-    for counts in _counts(config, kept) if why else ():
-        before = {name: getattr(config, name) for name in counts}
-        vars(config).update(counts)
-        if _misfit(twin.config, wanted, kind) is None:
-            return twin
-        vars(config).update(before)
+    with suppress(ModelError):  # what follows says why
+        as_loaded(model, twin, kept)
+    why = _misfit(twin.config, shapes(twin), kind)
     if why:
         raise ModelError(
             f"{type(model).__name__}: its configuration cannot say that {_named(removed)} "
@@ -85,34 +79,7 @@ def _brings_code(model: Any) -> bool:
     )
 
 
-def _counts(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Numbers that count the first layers of a kind, as of the kept ones: each alone, and all.
-
-    Such as `first_k_dense_replace`: the first so many layers have no experts.
-    """
-    total = len(kept)
-    found = {
-        name: sum(layer < value for layer in kept)
-        for name, value in vars(config).items()
-        if type(value) is int
-        and value > 0
-        and value != total
-        and any(word in name for word in _COUNTS)
-        and "hidden_layers" not in name
-        and name != FIRST  # which is counted anew already
-    }
-    changed = {name: left for name, left in found.items() if left != getattr(config, name)}
-    for name, left in changed.items():
-        yield {name: left}
-    if len(changed) > 1:
-        yield changed
-
-
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
-
-
-def _misfit(config: Any, wanted: dict[str, tuple[int, ...]], kind: type | None) -> str | None:
+def _misfit(config: Any, wanted: Shapes, kind: type | None) -> str | None:
     """Say what of a model its configuration, once it is saved and read, does not describe.
 
     `kind` is its class where that is trusted code; None where transformers is to find it.
@@ -123,17 +90,10 @@ def _misfit(config: Any, wanted: dict[str, tuple[int, ...]], kind: type | None) 
         with TemporaryDirectory() as folder, torch.device("meta"):
             config.save_pretrained(folder)
             read = AutoConfig.from_pretrained(folder, trust_remote_code=kind is not None)
-            found = _shapes(kind(read) if kind else AutoModelForCausalLM.from_config(read))
+            found = shapes(kind(read) if kind else AutoModelForCausalLM.from_config(read))
     except Exception as error:  # noqa: BLE001  whatever a class says to lists of another length
-        return _first(error)
-    for name in sorted(found.keys() | wanted.keys()):
-        if name not in wanted:
-            return f"it asks for {name}, which is not left"
-        if name not in found:
-            return f"it has no place for {name}"
-        if found[name] != wanted[name]:
-            return f"{name} is {list(wanted[name])}, and it says {list(found[name])}"
-    return None
+        return first_line(error)
+    return misfit(found, wanted)
 
 
 def refuse_unsizable(
@@ -202,7 +162,7 @@ def _try(small: Any, removed: Collection[int]) -> None:
         said = _ask(twin, ids)
     except Exception as error:  # noqa: BLE001  whatever a class says where a layer is missing
         raise ModelError(
-            f"{name} does not run without {_named(removed)}: {_first(error)}"
+            f"{name} does not run without {_named(removed)}: {first_line(error)}"
         ) from None
     with TemporaryDirectory() as folder, _no_bars():
         try:
@@ -217,7 +177,7 @@ def _try(small: Any, removed: Collection[int]) -> None:
             heard = _ask(again.eval(), ids)
         except Exception as error:  # noqa: BLE001  the same
             raise ModelError(
-                f"{name} without {_named(removed)} cannot be saved and loaded: {_first(error)}"
+                f"{name} without {_named(removed)} cannot be saved and loaded: {first_line(error)}"
             ) from None
     far = float((said - heard)[..., tokens].abs().max())
     if left or not far <= ROUNDING * max(1.0, float(said.abs().max())):
@@ -263,13 +223,6 @@ def _difference(one: Any, other: Any) -> str:
 def _named(removed: Collection[int]) -> str:
     layers = ", ".join(map(str, sorted(removed)))
     return f"layer{'s' if len(removed) > 1 else ''} {layers}"
-
-
-def _first(error: Exception) -> str:
-    """Say in a line what was raised; what ends with a colon goes on in the next line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return said[:300] or type(error).__name__
 
 
 def save(loaded: LoadedModel, twin: Any, folder: Path) -> None:

@@ -22,6 +22,8 @@ _ABSENT = "no such attribute"
 """Stands for what a module gets only when it is called."""
 FIRST = "max_window_layers"
 """Qwen's first so many layers, which see all; no shape depends on it."""
+_CUT = "_cut_from"
+"""Of a configuration's class that computes what is left: the class that it was."""
 _LABELS = "id2label"
 """A configuration's table of a classifier's labels, whose numbers are no layers."""
 SMALL = 4096
@@ -77,7 +79,7 @@ def pruned(
     own = find_layers(twin)
     for index, change in changes.items():
         change(own[index])
-    kept = [i for i in range(len(layers)) if i not in removed for _ in range(1 + (i in repeated))]
+    kept = left(len(layers), removed, repeated)
     if stay:
         for index in removed:
             returning(own[index], lambda state: state)
@@ -89,6 +91,11 @@ def pruned(
         if id(module) in memo:
             memo[id(module)].register_forward_hook(_add_nothing, with_kwargs=True)
     return twin
+
+
+def left(total: int, removed: Collection[int] = (), repeated: Collection[int] = ()) -> list[int]:
+    """List which of so many layers a copy has, in order; a repeated one twice."""
+    return [i for i in range(total) if i not in removed for _ in range(1 + (i in repeated))]
 
 
 def duplicate(model: Any, memo: dict[int, Any] | None = None) -> Any:
@@ -223,7 +230,13 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
     if computed:
         # Computed by the class from how many layers there are, as if the last ones were removed.
         own = type(config)
-        config.__class__ = type(own.__name__, (own,), computed)
+        config.__class__ = type(own.__name__, (own,), {**computed, _CUT: class_of(config)})
+
+
+def class_of(config: Any) -> type[Any]:
+    """Say of which class a configuration is, as it is read from a file."""
+    own: type[Any] = getattr(type(config), _CUT, type(config))
+    return own
 
 
 def _cut_entry(value: Any, kept: Sequence[int], total: int) -> Any:

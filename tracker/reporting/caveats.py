@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tracker.answers import interval_name
 from tracker.records import (
     NOT_MEASURED,
+    WHICH,
     CellRecord,
     RunRecord,
 )
@@ -134,6 +135,9 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
             continue  # said with the documents, and with what rounding decides
         if field == "provenance":
             found.append(f"{reason[:1].upper()}{reason[1:]}.{_mismatched(cell)}")
+            continue
+        if field == WHICH:
+            found.append(f"{reason[:1].upper()}{reason[1:]}.")
             continue
         if field == "chance_accuracy" and not cell.higher_is_better:
             continue  # a loss has none, and nothing is wrong
