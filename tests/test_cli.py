@@ -21,6 +21,7 @@ from tests.conftest import TRACKER
 from tests.ledger import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
+from tracker.errors import ExperimentError
 from tracker.ledger.store import Ledger
 from tracker.metrics.power import UNRELATED, Spread
 
@@ -71,6 +72,28 @@ def test_a_plan_is_refused_without_torch(cli, tiny_llama, experiment, tmp_path):
         "print(found.exit_code, '99 is out of range' in found.output, 'torch' in sys.modules)"
     )
     assert printed_by(code) == "2 True False"
+
+
+@pytest.mark.parametrize(
+    ("asked", "computes"),
+    [
+        (("plan",), "tracker.api.plan"),
+        (("prune",), "tracker.api.prune"),
+        (("study", "audit"), "tracker.api.study"),
+        (("bench", "--model", "any", "--benchmark", "arc_easy"), "tracker.bench.compare.bench"),
+        (("log-samples", "--output", "lm-eval"), "tracker.api.log_samples"),
+    ],
+)
+def test_a_word_comes_before_whatever_takes_long(cli, experiment, monkeypatch, asked, computes):
+    """Was: nothing until all was read, a minute later for a model of 262,144 tokens."""
+
+    def stop(*_given, **_named):
+        raise ExperimentError("far enough")
+
+    monkeypatch.setattr(computes, stop)
+    file = [] if "--output" in asked or "bench" in asked else [experiment("any")]
+    said = cli(*asked, *file).output.splitlines()
+    assert said == ["reading models and benchmarks", "tracker: far enough"]
 
 
 def test_what_is_imported_is_not_looked_through_for_garbage(tmp_path):

@@ -39,8 +39,9 @@ def test_every_task_is_found_where_lm_eval_finds_it(monkeypatch) -> None:
             assert found.cfg == {k: entry.cfg[k] for k in DATA if k in (entry.cfg or {})}
 
 
-def test_a_file_that_changes_is_read_again(tmp_path, monkeypatch) -> None:
+def test_a_file_that_changes_is_read_again(tmp_path, monkeypatch, caplog) -> None:
     """A template too, which has no suffix; a damaged note is made again."""
+    caplog.set_level("INFO", "tracker")
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "_template").write_text("dataset_path: one/home\n")
@@ -49,6 +50,8 @@ def test_a_file_that_changes_is_read_again(tmp_path, monkeypatch) -> None:
     plain = partial(TaskManager, include_path=str(folder), include_defaults=False)
     monkeypatch.setattr(task_index, "TaskManager", plain)
     assert again()["own"].cfg == {"dataset_path": "one/home"}
+    assert again().keys() == {"own"}
+    assert caplog.messages == ["reading lm-eval's list of tasks, once"]  # was: ten silent seconds
     (folder / "_template").write_text("dataset_path: another/home\n")
     assert again()["own"].cfg == {"dataset_path": "another/home"}
     (folder / "more.yaml").write_text("task: more\n")

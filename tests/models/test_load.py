@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -171,7 +172,7 @@ def test_a_model_without_weights_has_the_shape_of_the_real_one(tiny_llama) -> No
     assert tokenizer("Paris")["input_ids"] == loaded.tokenizer("Paris")["input_ids"]
 
 
-def write_gguf(path: Path) -> Path:
+def write_gguf(path: Path, more: Sequence[str] = ()) -> Path:
     """Write a Llama of two layers as llama.cpp does, with the alphabet for a tokenizer."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
@@ -181,10 +182,11 @@ def write_gguf(path: Path) -> Path:
     writer.add_head_count(4)
     writer.add_head_count_kv(4)
     writer.add_layer_norm_rms_eps(1e-5)
-    tokens = ["<s>", "</s>", *string.ascii_lowercase, "ab"]
+    tokens = ["<s>", "</s>", *string.ascii_lowercase, "ab", *more]
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
+    writer.add_token_scores([-float(place) for place in range(len(tokens))])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
@@ -233,6 +235,52 @@ def test_a_gguf_file_is_read_as_its_library_reads_it(tmp_path) -> None:
         type(one.data) is np.ndarray and np.array_equal(one.data, other.data)
         for one, other in zip(ours.tensors, theirs.tensors, strict=True)
     )
+
+
+def test_a_large_vocabulary_is_not_read_token_by_token(tmp_path, monkeypatch) -> None:
+    """Was: eight calls of the library for each of its arrays' elements, millions for Gemma's."""
+    asked = []
+    real = gguf.GGUFReader._get
+    count = lambda self, *given, **named: asked.append(1) or real(self, *given, **named)  # noqa: E731
+    monkeypatch.setattr(gguf.GGUFReader, "_get", count)
+    calls = []
+    for more in ((), [f"t{place}" for place in range(3000)]):
+        asked.clear()
+        path = write_gguf(tmp_path / f"{len(more)}.gguf", more)
+        read = gguf_file.Reader(path)
+        calls.append(len(asked))
+        assert read.get_field("tokenizer.ggml.tokens").contents()[29:] == list(more)
+        assert read.get_field("tokenizer.ggml.scores").contents(-1) == -28 - len(more)
+    assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize("kept", [60, 700, 900])
+def test_a_gguf_file_that_ends_too_early(tmp_path, kept: int) -> None:
+    path = write_gguf(tmp_path / "small.gguf")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ModelError, match="truncated or no GGUF file"):
+        load(path)
+
+
+def test_a_plan_reads_a_model_s_tokenizer_once(tmp_path, monkeypatch, caplog) -> None:
+    """Was: for each benchmark again, and the file twice each time: a minute for Gemma's 262,144
+    tokens, before a word was printed."""
+    calls = []
+    places = ((gguf_file, "Reader"), (transformers.integrations.gguf, "convert_gguf_tokenizer"))
+    for module, name in places:
+        real = getattr(module, name)
+        counted = lambda *given, real=real, name=name: calls.append(name) or real(*given)  # noqa: E731
+        monkeypatch.setattr(module, name, counted)
+    caplog.set_level("INFO", "tracker")
+    path = write_gguf(tmp_path / "small.gguf")
+    plans = [weightless(find_model(str(path)), "float32") for _ in range(2)]
+    assert calls == ["Reader", "convert_gguf_tokenizer"]
+    assert caplog.messages == ["reading the tokenizer of small"]
+    assert [tokenizer("cab")["input_ids"] for _, tokenizer in plans] == [[4, 28]] * 2
+    write_gguf(path, ["ca"])
+    _, other = weightless(find_model(str(path)), "float32")
+    assert len(other) == len(plans[0][1]) + 1
+    assert calls == ["Reader", "convert_gguf_tokenizer"] * 2
 
 
 def test_a_trained_model_from_a_package(smollm2) -> None:

@@ -188,6 +188,14 @@ class TestFingerprints:
             cache.chmod(0o777)
         assert source.fingerprint() == fingerprint
 
+    def test_a_large_model_is_said_to_be_read(self, tiny_llama, tmp_path, monkeypatch, caplog):
+        monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(sources, "_LONG_TO_READ", 1)
+        caplog.set_level("INFO", "tracker")
+        source = find_model(str(tiny_llama()))
+        assert source.fingerprint() == source.fingerprint()
+        assert caplog.messages == ["reading 0.0 GB of weights, once, to know them again"]
+
     @pytest.mark.parametrize("damage", ["is a file", "holds nonsense"])
     def test_a_cache_that_cannot_be_used_does_no_harm(
         self, tiny_llama, tmp_path, monkeypatch, damage: str

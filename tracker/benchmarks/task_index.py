@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -16,6 +17,7 @@ from tracker.benchmarks.private import Entry, Kind
 from tracker.ledger.cache import keep, recall
 from tracker.provenance import content_hash, file_stamp, package_versions
 
+log = logging.getLogger(__name__)
 _DATA = ("dataset_path", "dataset_name")
 _FORMAT = 2
 """Of the note: another build of the same version, in the same cache, may write another."""
@@ -38,6 +40,7 @@ def known_tasks() -> dict[str, Any]:
     # As one string: proving a digest writes everything once more, which of 14,000 values is slow.
     known = json.loads(recall("tasks", key).get("tasks", "{}"))
     if not known or not all(_is_inside(path) for _, path, *_ in known.values()):
+        log.info("reading lm-eval's list of tasks, once")
         known = {name: _row(entry, folder) for name, entry in TaskManager().task_index.items()}
         keep("tasks", key, {"tasks": json.dumps(known)})
     return {name: _entry(name, folder, *row) for name, row in known.items()}

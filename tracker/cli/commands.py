@@ -35,7 +35,7 @@ from tracker.cli.printing import (
     print_plan,
     print_plan_of_searches,
 )
-from tracker.cli.terminal import Show, quiet, say
+from tracker.cli.terminal import Show, begin, quiet, say
 from tracker.distribution import __version__
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ def bench(
       tracker bench --component layer --component attention --component mlp …
       tracker bench --scaling --output scaling.html …
     """
-
+    begin()
     from tracker.bench.compare import bench as measure
     from tracker.config import cell_request
     from tracker.measuring.job import Options
@@ -365,6 +365,7 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
       tracker plan experiments/llama.yaml --gflops 400000
       tracker plan experiments/prune.yaml
     """
+    begin()
     from tracker import api
     from tracker.experiment import is_of_searches, load_experiment
     from tracker.safe_yaml import read_yaml

@@ -19,7 +19,7 @@ from tracker.cli.options import (
     running,
 )
 from tracker.cli.printing import print_end, print_export, print_finding
-from tracker.cli.terminal import Show, say
+from tracker.cli.terminal import Show, begin, say
 
 RESCORING = ("full", "lazy", "race")
 _ALONE = ("model", "benchmark", "strategy", "remove", "keep")
@@ -103,6 +103,7 @@ def prune(
             f"give an experiment file, or --{missing[0]} for one search; such as "
             "tracker prune experiments/prune.yaml"
         )
+    begin()
     done = api.prune(
         experiment,
         output=output,

@@ -12,7 +12,7 @@ import click
 from tracker.cli.commands import main
 from tracker.cli.options import Place, running
 from tracker.cli.printing import print_end, print_finding
-from tracker.cli.terminal import Show
+from tracker.cli.terminal import Show, begin
 
 
 @main.group()
@@ -50,6 +50,7 @@ def _study(name: str, help_text: str, *options: Callable[[Any], Any]) -> None:
         trust_remote_code: bool,
         **settings: Any,
     ) -> None:
+        begin()
         from tracker import api
 
         done = api.study(

@@ -34,6 +34,11 @@ def say(text: object = "", error: bool = False) -> None:
     click.echo(shown(text), err=error)
 
 
+def begin() -> None:
+    """Say at once what a command does first: what it imports for that takes seconds."""
+    say("reading models and benchmarks", error=True)
+
+
 def table(
     columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[object]], title: str = ""
 ) -> None:
@@ -150,7 +155,7 @@ def quiet(debug: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Shown("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.WARNING)
+    logging.getLogger("tracker").setLevel(logging.DEBUG if debug else logging.INFO)
     for name in (
         "lm_eval",
         "lm-eval",

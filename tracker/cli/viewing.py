@@ -21,7 +21,7 @@ from tracker.cli.options import (
     trust,
 )
 from tracker.cli.printing import counted, print_boards, print_damage, runnable
-from tracker.cli.terminal import Show, say, table
+from tracker.cli.terminal import Show, begin, say, table
 
 if TYPE_CHECKING:
     from tracker.api import Reported
@@ -274,6 +274,7 @@ def log_samples(
       tracker log-samples --output lm-eval --benchmark arc_easy --layer 3 --layer 11
       tracker log-samples --results /scratch/llama --output lm-eval --model Llama-3.2-1B
     """
+    begin()
     from tracker import api
 
     done = api.log_samples(

@@ -1,4 +1,4 @@
-"""Reading a GGUF file four times as fast as its library does."""
+"""Reading a GGUF file many times as fast as its library does."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf import GGUFValueType
 
 
 class Reader(gguf.GGUFReader):  # type: ignore[misc]
     """A parsed file.
 
-    Each of its half a million slices would be a map of the file again; of the plain array that the
+    The library asks for each element of an array, a vocabulary's 262,144 tokens too, in several
+    calls, and each of their slices would be a map of the file again; of the plain array that the
     map is, it is only a view.
     """
 
@@ -23,3 +25,40 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
     @data.setter
     def data(self, mapped: Any) -> None:
         self._bytes = mapped.view(np.ndarray)
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
+        if raw_type != GGUFValueType.ARRAY:
+            found: tuple[int, list[Any], list[int], list[GGUFValueType]]
+            found = super()._get_field_parts(orig_offs, raw_type)
+            return found
+        start = orig_offs + 12
+        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        kind, count = GGUFValueType(head[0][0]), int(head[1][0])
+        types = [GGUFValueType.ARRAY, *([kind] if count else [])]
+        if kind == GGUFValueType.STRING:
+            parts, end = self._strings(start, count)
+            return end - orig_offs, [*head, *parts], [*range(3, 3 + 2 * count, 2)], types
+        if kind in self.gguf_scalar_to_np:
+            values = self._get(start, self.gguf_scalar_to_np[kind], count)
+            if len(values) < count:
+                raise ValueError("an array reaches beyond the end of the file")
+            end = start + values.nbytes
+            return end - orig_offs, [*head, *values.reshape(-1, 1)], [*range(2, 2 + count)], types
+        nested: tuple[int, list[Any], list[int], list[GGUFValueType]]
+        nested = super()._get_field_parts(orig_offs, raw_type)
+        return nested
+
+    def _strings(self, start: int, count: int) -> tuple[list[Any], int]:
+        """Find an array's strings, each with its length before it, and where they end."""
+        data, parts, place = self.data, [], start
+        order = self.endianess.name.lower()
+        for _ in range(count):
+            length = data[place : place + 8]
+            end = place + 8 + int.from_bytes(length, order)
+            if end > len(data):
+                raise ValueError("a string reaches beyond the end of the file")
+            parts += [length, data[place + 8 : end]]
+            place = end
+        return parts, place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from tracker.errors import ModelError
 from tracker.identities import ModelIdentity
 from tracker.models.layers import find_layers
 from tracker.models.sources import ModelSource, read_config, require, unreadable
+from tracker.provenance import content_hash
+
+log = logging.getLogger(__name__)
 
 SPREAD = "spread"
 _QUANTISERS = {
@@ -177,18 +181,18 @@ def _adapted(model: Any, source: ModelSource, tokenizer: Any) -> Any:
     return PeftModel.from_pretrained(model, place).get_base_model()
 
 
+@_one_parse()
 def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Make a model on the meta device and its tokenizer, to plan with; no weight is read.
 
     ModelError if the configuration or the tokenizer cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     config = read_config(source, trust_remote_code)
     kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
     try:
-        arguments = source.load_arguments(trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
+        tokenizer = _tokenizer(source, trust_remote_code, content_hash(source.stamp()))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
@@ -196,6 +200,17 @@ def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False)
     except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
         raise unreadable(source, error) from None
     return model, tokenizer
+
+
+@cache
+def _tokenizer(source: ModelSource, trust_remote_code: bool, stamp: str) -> Any:
+    """Read a tokenizer, once in a process as long as its files are the same: a GGUF file's is made
+    of its vocabulary, which takes seconds where that is large."""
+    from transformers import AutoTokenizer
+
+    log.info("reading the tokenizer of %s", source.name)
+    arguments = source.load_arguments(trust_remote_code)
+    return AutoTokenizer.from_pretrained(source.location, **arguments)
 
 
 def find_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ Nothing here imports torch: `tracker validate` and the ledger's fast path use it
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from tracker.ledger.cache import keep, recall
 from tracker.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.safe_yaml import short
 
+log = logging.getLogger(__name__)
 PACKAGE = "package:"
 _ARGUMENTS = {
     "attn_implementation": "a name, such as eager or sdpa",
@@ -44,6 +46,8 @@ _SAID_ELSEWHERE = {
     "think_end_token": "think_end_token: {value: …}",
     "chat_template_args": "chat_template_args: {value: …}",
 }
+_LONG_TO_READ = 2e9
+"""From how many bytes on it is said that files are read: a second or two of them."""
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")
 
 
@@ -157,6 +161,9 @@ def _remembered_hash(files: Sequence[Path]) -> str:
     known = recall("fingerprints", key).get("sha256")
     if known is not None:
         return str(known)
+    size = sum(path.stat().st_size for path in files)
+    if size >= _LONG_TO_READ:
+        log.info("reading %.1f GB of weights, once, to know them again", size / 1e9)
     found = file_hash(files)
     if file_stamp(files) == stamp:
         keep("fingerprints", key, {"sha256": found})
