@@ -281,7 +281,7 @@ def test_a_plan_reads_a_model_s_tokenizer_once(tmp_path, monkeypatch, caplog) ->
     write_gguf(path, ["ca"])
     _, other = weightless(find_model(str(path)), "float32")
     assert len(other) == len(plans[0][1]) + 1
-    assert calls == ["Reader", "from_pretrained"] * 2
+    assert sorted(calls) == ["Reader"] * 2 + ["from_pretrained"] * 2
 
 
 def test_a_trained_model_from_a_package(smollm2) -> None:
