@@ -12,6 +12,7 @@ from tracker.reporting.caveats import warnings
 from tracker.reporting.frames import layer_frame
 from tracker.reporting.tables import layer_table
 from tracker.tracking.figures import cell_figures, flat_metrics, logged_layers
+from tracker.tracking.notes import intact_note, layer_note
 
 from .conftest import build_cell
 
@@ -55,6 +56,10 @@ def test_each_run_has_its_count_in_tables_and_trackers() -> None:
     assert flat_metrics(cell.runs[3])["rounded"] == 12
     assert flat_metrics(cell.runs[3])["drop_rounding"] == 0.05
     assert cell_figures(cell)["baseline_rounded"] == 7
+    said = "bfloat16 decides up to 12 of these 160 documents by rounding"
+    assert f"{said}: another batch size moves the fall by ± 5.0" in layer_note(cell, cell.runs[3])
+    assert "up to 7 of these 160 documents" in intact_note(cell)
+    assert "rounding" not in layer_note(build_cell(), build_cell().runs[3])
     logged = logged_layers(cell)
     assert logged.rows[3][logged.columns.index("rounded")] == 12
 

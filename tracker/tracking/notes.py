@@ -42,6 +42,7 @@ def intact_note(cell: CellRecord) -> str:
     return (
         f"**{intact_name(cell)}**: `{cell.metric}` of the whole model on {on}: what "
         "the runs without some of its layers are compared with."
+        + _rounding(cell, cell.baseline_rounded, cell.n, cell.baseline_rounding, "it")
     )
 
 
@@ -67,7 +68,20 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     if run.accuracy_drop_low is None or run.accuracy_drop_high is None:
         return f"{what}; it falls by {drop}."
     low, high = 100 * run.accuracy_drop_low, 100 * run.accuracy_drop_high
-    return f"{what}; it falls by {drop} ({interval_name(cell)} {low:.1f} to {high:.1f})."
+    text = f"{what}; it falls by {drop} ({interval_name(cell)} {low:.1f} to {high:.1f})."
+    return text + _rounding(cell, run.rounded, run.n, run.drop_rounding, "the fall")
+
+
+def _rounding(
+    cell: CellRecord, count: int | None, documents: int, moved: float | None, what: str
+) -> str:
+    """Say how many documents half precision decides by rounding; begins with a space."""
+    if count is None or moved is None:
+        return ""
+    return (
+        f" {cell.model.dtype} decides up to {count:,} of these {documents:,} documents by "
+        f"rounding: another batch size moves {what} by ± {100 * moved:.1f} percentage points."
+    )
 
 
 def _what_is_removed(cell: CellRecord) -> str:
