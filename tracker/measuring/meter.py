@@ -89,7 +89,8 @@ class Measured:
 class Meter:
     """Measures the documents of one cell under all ablations that requests ask for, baseline first.
 
-    The requests differ in their runs alone. RequestError for layers that do not fit the model, or
+    The requests differ in their runs alone. `twice` are the documents that are computed twice, to
+    see what rounding decides. RequestError for layers that do not fit the model, or
     a document that lacks what is read of it.
     """
 
@@ -116,7 +117,7 @@ class Meter:
         self.documents = {(document.task, document.index): document for document in documents}
         self._watch = watched_documents(documents)
         is_half = loaded.identity.is_half
-        self._twice = computed_twice(documents, request.extent.seed) if is_half else set()
+        self.twice = computed_twice(documents, request.extent.seed) if is_half else set()
         self.ablations = all_ablations(requests, loaded.identity.layers)
         self._calibration: CalibrationTexts | None = None
         if any(each.is_fitted for each in self.ablations):
@@ -191,7 +192,7 @@ class Meter:
         results = scorer.score([self.documents[task, i] for i in indices], scored, advance)
         # An answer whose row is not written could not say that it was compared.
         watched = self._watched(results, scored, first=int(INTACT.name not in names))
-        some = [self.documents[task, i] for i in indices if (task, i) in self._twice]
+        some = [self.documents[task, i] for i in indices if (task, i) in self.twice]
         again = {each.document.index: each.responses for each in scorer.again(some, scored)}
         rows = [
             row

@@ -167,8 +167,14 @@ class OpenCell:
         task = self.store.identity.benchmark.tasks[0]
         return 1.0 if task.higher_is_better.get(self.view.metric, True) else -1.0
 
-    def measure(self, ablations: Sequence[Ablation]) -> None:
-        """See to it that all documents are measured under some ablations, besides the baseline."""
+    def measure(self, ablations: Sequence[Ablation], candidates: bool = False) -> None:
+        """See to it that all documents are measured under some ablations, besides the baseline.
+
+        Args:
+            ablations: The ablations.
+            candidates: Whether most of them will be forgotten: what rounding decides of them is
+                not measured then.
+        """
         asked = [one for one in dict.fromkeys((INTACT, *ablations)) if one not in self._known]
         if not asked:
             return
@@ -176,6 +182,8 @@ class OpenCell:
         if not self.store.is_complete(extent, names):
             meter = self.opened([INTACT, *(one for one in asked if one != INTACT)])
             begin_search(self.store, self._lender.typed)
+            if candidates:
+                meter.twice = set()
             left = lacking(self.store, meter.facts, extent, names)
             fill(self.store, left, meter, extent, self.progress)
         columns = [*_COLUMNS, METRIC + self.view.metric]

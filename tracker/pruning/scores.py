@@ -140,7 +140,7 @@ class Scores:
         for cell in self.cells:
             if new or not self.evaluated:
                 self._passes += cell.passes(new) * cell.n / self.documents
-            cell.measure(ablations)
+            cell.measure(ablations, candidates=True)
         self.evaluated |= {INTACT, *ablations}
         metric, gold = (
             _stacked([self._drops(cell, which, ablations) for cell in self.cells])

@@ -14,8 +14,10 @@ from tests.engine.truth import truths, without
 from tracker.ablations import INTACT, Ablation
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
+from tracker.ledger.outcomes import AGAIN
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
+from tracker.measuring.twice import LEAST
 from tracker.pruning.cells import OpenCell, _drawn
 
 FIRST, LATER = Ablation((0, 1)), Ablation((1, 2))
@@ -65,3 +67,19 @@ def test_sets_are_drawn_of_what_is_removed_together() -> None:
     assert {bool(each.attention) for each in both} == {bool(each.mlp) for each in both}
     assert {len(each.attention + each.mlp) for each in both} == {2, 3, 4}
     assert list(_drawn({(2, 0, 0)}, 2)) == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_of_candidates_nothing_is_computed_twice_and_of_what_is_tested_some_is(
+    ask, lend, tmp_path: Path
+) -> None:
+    asked = ask(strategy="accuracy", remove=2, dtype="bfloat16")
+    (request,), test = asked.calibration(), asked.test()
+    chosen, tested = (OpenCell(each, lend(tmp_path / "results")) for each in (request, test))
+    chosen.measure([FIRST], candidates=True)
+    tested.measure([FIRST])
+    assert AGAIN not in chosen.store.read()
+    twice = tested.store.read()
+    twice = twice[twice[AGAIN].notna()]
+    assert set(twice["ablation"]) == {INTACT.name, FIRST.name}
+    assert twice["doc"].nunique() == LEAST
