@@ -128,6 +128,7 @@ class Gate:
         status: What it answers instead of the server; None = it passes everything on.
         delay: Seconds before each answer.
         at: What happens before the request of a number, counted from 1.
+        before: What happens before the first request whose path holds a text.
         seen: How many requests there were.
         unknown: Part of the paths that it answers with 404.
     """
@@ -137,6 +138,7 @@ class Gate:
         self.status: int | None = None
         self.delay = 0.0
         self.at: dict[int, Callable[[], None]] = {}
+        self.before: dict[str, Callable[[], None]] = {}
         self.seen = 0
         self.unknown = ""
         gate = self
@@ -171,6 +173,8 @@ class Gate:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         self.seen += 1
         self.at.pop(self.seen, lambda: None)()
+        for text in [text for text in self.before if text in request.path]:
+            self.before.pop(text)()
         time.sleep(self.delay)
         status, kind, content = self.status, "text/html", b"<html>" + b"<p>no</p> " * 5000
         if self.unknown and self.unknown in request.path:

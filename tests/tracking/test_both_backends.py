@@ -15,7 +15,7 @@ from tracker import api
 from tracker.tracking.figures import flat_metrics
 
 from .mlflow_server import free_port
-from .test_wandb import figures, runs
+from .test_wandb import IMPATIENT, figures, runs
 from .wandb_client import BIN, Client
 from .wandb_double import WandbDouble
 
@@ -60,6 +60,39 @@ def test_one_is_away_and_no_secret_is_anywhere(
         assert secret not in said
         assert not [p for p in written if secret.encode() in p.read_bytes()]
         assert not [request for request in double.requests if secret in request.body]
+
+
+@pytest.mark.parametrize("of", ["/file_stream", "/storage/"], ids=["figures", "files"])
+def test_what_dropped_connections_kept_from_wandb_is_completed_by_sync(
+    client: Client,
+    double: WandbDouble,
+    tiny_llama: Callable[..., Path],
+    experiment: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    of: str,
+) -> None:
+    client.lend(monkeypatch, **IMPATIENT)
+    results = client.folder / "results"
+    file = experiment(tiny_llama(layers=2), limit=6, layer=[0, 1])
+    double.dropped = of.encode()
+    broken = api.run(file, results=results, track=["wandb:team/layers"]).outcome
+    assert broken.exit_code == 1
+    ((_, why),) = broken.unpublished.items()
+    assert f"tracker sync --to wandb:team/layers --results {results}" in why
+    double.dropped = b""
+    whole = api.sync(results=results)
+    assert not whole.failed
+    assert list(whole.places) == ["wandb:team/layers"]
+    (again,) = api.sync(results=results).places["wandb:team/layers"]
+    assert again.unchanged == 4
+
+    there = runs(double)
+    assert len(there) == 4
+    cells = api.ls(results)
+    for layer in cells[0].runs:
+        assert figures(there[f"{cells[0].key}/{layer.ablation}"].summary) == flat_metrics(layer)
+    done = api.report("wandb:team/layers", output=client.folder / "page.html")
+    assert (done.failed, list(done.cells)) == ({}, cells)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["sigterm", "sigkill"])

@@ -14,6 +14,7 @@ import pytest
 
 from tracker import api
 from tracker.errors import TrackingError
+from tracker.ledger.store import Ledger
 from tracker.records import CellRecord
 from tracker.tracking.figures import CURVES, flat_metrics
 from tracker.tracking.mlflow.backend import MlflowBackend
@@ -199,6 +200,7 @@ def test_a_server_that_asks_who_calls(
     assert PASSWORD not in published.location
 
 
+@pytest.mark.parametrize("when", [MIDDLE, "between figures and files"])
 def test_a_run_whose_server_dies_is_completed_by_sync(
     own: MlflowServer,
     tiny_llama: Callable[..., Path],
@@ -206,32 +208,41 @@ def test_a_run_whose_server_dies_is_completed_by_sync(
     start: Callable[..., subprocess.Popen[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    when: int | str,
 ) -> None:
     """The real program; the server is killed while the first of two cells is published."""
     study = experiment(
         tiny_llama(layers=2), limit=6, layer=[0, 1], benchmark=["arc_easy", "arc_challenge"]
     )
-    results = tmp_path / "results"
+    results, project = tmp_path / "results", f"dies-{when}".replace(" ", "-")
     with Gate(own.address) as gate:
-        gate.at[MIDDLE] = own.stop
+        if isinstance(when, int):
+            gate.at[when] = own.stop
+        else:
+            gate.before["/mlflow-artifacts/"] = own.stop
         monkeypatch.setenv("MLFLOW_TRACKING_URI", gate.address)
-        run = start("run", study, "--results", results, "--track", "mlflow:dies")
+        run = start("run", study, "--results", results, "--track", f"mlflow:{project}")
         said, _ = run.communicate(timeout=300)
         assert run.returncode == 1, said
         assert "Traceback" not in said
-        assert f"tracker sync --to mlflow:dies --results {results}" in said.replace("\n", " ")
+        assert f"tracker sync --to mlflow:{project} --results {results}" in said.replace("\n", " ")
         cells = api.ls(results)
         assert [cell.n for cell in cells] == [6, 6], "the measurement goes on"
 
         own.start()
-        sync = start("sync", "--to", "mlflow:dies", "--results", results)
-        said, _ = sync.communicate(timeout=300)
-        assert sync.returncode == 0, said
-    store = Store(own.address, "dies")
+        # What is owed is known without being named again, and whatever the environment says.
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        assert not api.sync(results=results).failed
+    store = Store(own.address, project)
     assert len(store.runs) == 2 * (2 + 2)
+    assert not (results / "mlflow.db").exists()
     for cell in cells:
         for row in cell.runs:
             assert store.layer(cell, row.layer).data.metrics == flat_metrics(row)
+    for kept in Ledger(results).cells():
+        run_id = store.by_key[f"{kept.identity.key}/cell"]
+        for shard in kept.shards():
+            assert store.bytes_of(run_id, shard.name, tmp_path) == shard.read_bytes()
 
 
 def test_a_server_without_logged_models_gets_the_runs(

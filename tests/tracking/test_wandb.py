@@ -344,7 +344,11 @@ def test_offline_runs_are_whole_and_sync_later(
     assert figures(runs(double)[run.key].summary) == flat_metrics(cell.runs[0])
 
 
-IMPATIENT = {"WANDB__GRAPHQL_RETRY_MAX": "1", "WANDB__FILE_STREAM_RETRY_MAX": "1"}
+IMPATIENT = {
+    "WANDB__GRAPHQL_RETRY_MAX": "1",
+    "WANDB__FILE_STREAM_RETRY_MAX": "1",
+    "WANDB__FILE_TRANSFER_RETRY_MAX": "1",
+}
 
 
 @pytest.mark.parametrize("how", ["stop", 500, 401])

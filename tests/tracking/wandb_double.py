@@ -232,6 +232,8 @@ class WandbDouble:
         self.delay = 0.0
         self._status: int | None = None
         self._failing = b""
+        self.dropped = b""
+        """Requests that hold this get no answer: their connections are dropped."""
         self._lock = threading.RLock()
         self._stores: dict[str, dict[str, bytes]] = {}
         self._numbers = itertools.count(1)
@@ -859,7 +861,7 @@ def http_handler(double: WandbDouble) -> type[BaseHTTPRequestHandler]:
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             authorization = self.headers.get("Authorization", "")
-            if double.stopped:
+            if double.stopped or (double.dropped and double.dropped in self.path.encode() + body):
                 self.close_connection = True
                 return
             status, answer = double.answer(self.command, self.path, authorization, body)

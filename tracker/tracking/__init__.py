@@ -198,8 +198,8 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
         server: MLflow's tracking URI; None for that of the environment.
 
     Returns:
-        A hash that changes with the project, the server, or a new local store; it gives away
-        neither address nor password.
+        A hash that changes with the project, the server, or a local store that is new or was moved;
+        it gives away neither address nor password.
     """
     if name == "mlflow":
         server = server or os.environ.get("MLFLOW_TRACKING_URI")
@@ -208,5 +208,7 @@ def destination(name: str, project: str, results: Path, server: str | None = Non
         names = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_MODE", "WANDB_SWEEP_ID")
         server = " ".join(os.environ.get(setting, "") for setting in names)
         local = results / "wandb" if os.environ.get("WANDB_MODE") == "offline" else None
-    made = local.stat().st_ino if local is not None and local.exists() else None
+    made = None
+    if local is not None and local.exists():
+        made = [local.stat().st_ino, str(local.absolute())]
     return content_hash([name, project, server, made])

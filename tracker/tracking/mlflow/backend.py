@@ -41,7 +41,7 @@ from tracker.tracking.base import (
 )
 from tracker.tracking.foreign import downloading, refuse_lies
 from tracker.tracking.identity import files_digest, run_key
-from tracker.tracking.mlflow.database import artifact_folder, create_database
+from tracker.tracking.mlflow.database import artifact_folder, create_database, follow_folder
 from tracker.tracking.mlflow.ranked import ranked
 from tracker.tracking.mlflow.runs import (
     FILES_TAG,
@@ -303,6 +303,9 @@ class MlflowBackend(Backend):
         if self._connection is None:
             if self._database and not self._database.exists():
                 raise TrackingError("there is no such file")
+            if self._database:
+                with suppress(sqlite3.Error):  # nobody may write it, or it is none
+                    follow_folder(self._database)
             client = MlflowClient(tracking_uri=self._uri)
             found = client.get_experiment_by_name(self._project)
             if found is None:

@@ -7,6 +7,8 @@ import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import psutil
 
@@ -16,11 +18,21 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 _NETWORK_FILE_SYSTEMS = re.compile(
     r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|afs|orangefs|pvfs|9p|fuse\.sshfs", re.IGNORECASE
 )
+_FILES = "mlartifacts"
+_OF_TRACKER = re.compile(rf"(file:.*/{_FILES})(?:/.*)?")
+_ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Where MLflow keeps addresses of files: tables and columns."""
 
 
 def artifact_folder(database: Path) -> Path:
     """Say where the files of its runs lie: beside it."""
-    return database.parent / "mlartifacts"
+    return database.parent / _FILES
 
 
 def create_database(path: Path) -> None:
@@ -30,8 +42,7 @@ def create_database(path: Path) -> None:
     on a draft that is renamed when it is complete. The caller holds the lock.
     """
     if path.exists() and path.stat().st_size:
-        with closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA schema_version")
+        follow_folder(path)
         return
 
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -46,6 +57,36 @@ def create_database(path: Path) -> None:
     store = SqlAlchemyStore(f"sqlite:///{draft}", artifact_folder(path).as_uri())
     store.engine.dispose()
     draft.replace(path)
+
+
+def follow_folder(path: Path) -> None:
+    """Let the files of runs be those beside the database, where the two were moved or copied.
+
+    MLflow knows files by absolute addresses, and would go on writing to where they were: a folder
+    that is gone, or, beside a copy, the original's.
+    """
+    here = artifact_folder(path)
+    with closing(sqlite3.connect(path)) as database:
+        there = {
+            (table, column)
+            for table, column in _ADDRESSES
+            if any(row[1] == column for row in database.execute(f"PRAGMA table_info({table})"))
+        }
+        if _ADDRESSES[0] not in there:
+            return
+        rows = database.execute("SELECT artifact_location FROM experiments").fetchall()
+        found = (_OF_TRACKER.fullmatch(address or "") for (address,) in rows)
+        for old in {match[1] for match in found if match}:
+            before = Path(url2pathname(urlsplit(old).path))
+            if before.is_dir() and (not here.is_dir() or before.samefile(here)):
+                continue
+            with database:
+                for table, column in there:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                        (here.as_uri(), len(old) + 1, old, len(old) + 1, f"{old}/"),
+                    )
 
 
 def _on_local_disk(folder: Path) -> bool:

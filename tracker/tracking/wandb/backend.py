@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class WandbBackend(Backend):
             deleted = 0
             for run in runs:
                 found = known.get(run.key)
-                if found and found.digest == run.digest:
+                if found and found.digest == run.digest and (offline or self._has_files(run)):
                     outcomes["unchanged"] += 1
                     continue
                 # A refused id takes the client 15 s, and who deletes one run may delete them all.
@@ -274,13 +275,39 @@ class WandbBackend(Backend):
             if found is None or found.digest != run.digest:
                 raise TrackingError(f"the run {run.name!r} did not arrive whole")
 
+    def _has_files(self, run: WandbRun) -> bool:
+        """Say whether the artifact of a run is there, where it has one.
+
+        `wandb sync` leaves out, without a word, what offline runs had where they were moved from.
+        """
+        if run.outcomes is None:
+            return True
+        try:
+            there = wandb.Api().artifact(f"{self._path()}/{run.outcomes.name}:latest")
+        except (ValueError, wandb.Error):
+            return False
+        files = run.outcomes.metadata["files"]
+        return bool(there.metadata.get("files", files) == files)
+
     def _write(self, run: WandbRun, found: _Known | None, offline: bool, deleted: int) -> int:
         """Bring one run to what it should be; say how many ids of its series are gone."""
         points = self._points(found) if found and run.curves and not offline else []
         handle, deleted = self._open(run, found, offline, deleted)
         with finished(handle):
             write(handle, run, points)
+        if offline:
+            self._drop_former(Path(handle.dir).parent, handle.id)
         return deleted
+
+    def _drop_former(self, whole: Path, run_id: str) -> None:
+        """Remove what was written of an offline run before, unless it was sent.
+
+        The run that was written `whole` holds all of it; sent after it, the former would be shown:
+        `wandb sync` goes by their names, which begin with what the clock said.
+        """
+        for former in self._folder.glob(f"offline-run-*-{run_id}"):
+            if former != whole and not any(former.glob("*.sync*")):
+                shutil.rmtree(former)
 
     def _open(
         self,
@@ -352,10 +379,15 @@ class WandbBackend(Backend):
     def _read_notes(self) -> dict[str, _Known]:
         if not self._notes.exists():
             return {}
-        return {key: _Known(**note) for key, note in json.loads(self._notes.read_text()).items()}
+        kept = json.loads(self._notes.read_text())
+        # Moved, they are written anew: W&B knows the files of an artifact by absolute paths.
+        if kept.get("folder", str(self._folder)) != str(self._folder):
+            return {}
+        return {key: _Known(**note) for key, note in kept.get("runs", kept).items()}
 
     def _write_notes(self, known: Mapping[str, _Known]) -> None:
-        write_text(self._notes, json.dumps({key: vars(note) for key, note in known.items()}))
+        runs = {key: vars(note) for key, note in known.items()}
+        write_text(self._notes, json.dumps({"folder": str(self._folder), "runs": runs}))
 
     @contextmanager
     def _one_publisher(self) -> Iterator[None]:

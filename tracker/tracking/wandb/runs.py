@@ -154,13 +154,13 @@ def cell_run(
         known = flat_metrics(layer)
         points = {curve_name(layer, name): known[name] for name in CURVES if name in known}
         rows.append({"layer": layer.layer, **points})
-    artifact = artifact_name(cell)
+    artifact, files = artifact_name(cell), files_digest(artifacts)
     return _run(
         cell,
         "cell",
         name=cell.title,
         job_type="cell",
-        digest=content_digest(cell, FORMAT, files_digest(artifacts)),
+        digest=content_digest(cell, FORMAT, files),
         own={},
         reasons={**not_finite(figures), **cell.reasons},
         note=cell_note(cell),
@@ -176,6 +176,7 @@ def cell_run(
             name=artifact,
             aliases=_aliases(cell),
             metadata={
+                "files": files,
                 "missing": list(cell.lacks),
                 "provenance": _nested(cell.provenance),
                 **_facts(cell),

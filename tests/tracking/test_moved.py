@@ -1,0 +1,126 @@
+"""A results folder that is moved or copied goes on: its MLflow file and its offline W&B runs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow.tracking._tracking_service import utils as mlflow_cache
+
+from tracker import api
+from tracker.ledger.store import Ledger
+from tracker.tracking.figures import flat_metrics
+
+from .conftest import CellMaker
+from .test_mlflow import Store, local
+from .test_wandb import Publisher, counts, figures, publish, runs
+from .wandb_double import WandbDouble
+
+__all__ = ["publish"]
+
+
+# Was: files went on to where the folder had been, and a copy wrote into its original's.
+def test_a_folder_with_its_mlflow_file(
+    tiny_llama: Callable[..., Path],
+    experiment: Callable[..., Path],
+    start: Callable[..., subprocess.Popen[str]],
+    results: Path,
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama(layers=2)
+    study = experiment(model, limit=3, layer=[0, 1])
+    first = start("run", study, "--results", results)
+    assert first.wait(300) == 0
+    moved, copied = tmp_path / "moved", tmp_path / "copied"
+    results.rename(moved)
+    assert [cell.n for cell in api.ls(moved)] == [3]
+    again = api.run(study, results=moved).outcome
+    assert list(again.locations.values()) == [
+        f"mlflow ui --backend-store-uri sqlite:///{moved}/mlflow.db --port 5000"
+    ]
+    grown = api.run(experiment(model, limit=6, layer=[0, 1]), results=moved)
+    assert (grown.outcome.exit_code, grown.report) == (0, moved / "report.html")
+    assert not api.sync(results=moved).failed
+    assert not results.exists(), "nothing is written where it was"
+    whole(moved)
+
+    shutil.copytree(moved, copied)
+    files = {path: path.read_bytes() for path in moved.rglob("mlartifacts/**/*.*")}
+    mlflow_cache._artifact_repos_cache.clear()  # another process
+    api.run(experiment(model, limit=9, layer=[0, 1]), results=copied)
+    whole(copied)
+    assert {path: path.read_bytes() for path in moved.rglob("mlartifacts/**/*.*")} == files
+
+
+def whole(results: Path) -> None:
+    """MLflow shows what the ledger says, and the files that it leads to are the ledger's."""
+    (cell,) = api.ls(results)
+    store = Store(local(results), "tracker")
+    assert len(store.runs) == 2 + len(cell.runs)
+    for row in cell.runs:
+        assert flat_metrics(row).items() <= store.layer(cell, row.layer).data.metrics.items()
+    (kept,) = Ledger(results).cells()
+    for shard in kept.shards():
+        assert store.bytes_of(store.cell(cell), shard.name, results) == shard.read_bytes()
+
+
+# Was: `wandb sync` left tables and outcomes out without a word, and `tracker sync` missed nothing.
+@pytest.mark.parametrize("how", ["sent and completed", "written anew and sent"])
+def test_offline_runs(
+    double: WandbDouble, publish: Publisher, make_cell: CellMaker, how: str
+) -> None:
+    del publish.client.environment["WANDB_DATA_DIR"]  # by default it lies in the folder
+    cell = make_cell(layers=(0, 1))
+    assert counts(publish(cell, WANDB_MODE="offline")) == (4, 0, 0)
+    moved = publish.results.with_name("moved")
+    publish.results.rename(moved)
+    publish.results = moved
+    if how == "written anew and sent":
+        assert counts(publish(cell, WANDB_MODE="offline")) == (4, 0, 0)
+    folders = sorted(moved.glob("wandb/offline-run-*"))
+    assert len(folders) == 4
+    publish.client.cli("sync", *map(str, folders))
+    assert len(runs(double)) == 4
+    if how == "sent and completed":
+        assert counts(publish(cell)) == (0, 1, 3)
+    assert counts(publish(cell)) == (0, 0, 4)
+    kinds: dict[str, int] = {}
+    for (kind, _), collection in double.projects["team", "layers"].artifacts.items():
+        kinds[kind] = kinds.get(kind, 0) + len([one for one in collection.versions if one.files])
+    assert kinds == {"run_table": 3, "outcomes": 1}
+
+
+BEHIND = """
+import time
+clock = time.time
+time.time = lambda: clock() - 3600
+"""
+
+
+# Was: what was measured first was sent last, and shown, where the clock had been set back.
+def test_offline_runs_that_grew_are_sent_as_they_are_now(
+    double: WandbDouble,
+    publish: Publisher,
+    make_cell: CellMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publish(make_cell(layers=(0, 1)), WANDB_MODE="offline")
+    cell = make_cell(layers=(0, 1), n=320)
+    with monkeypatch.context() as behind:
+        (tmp_path / "behind").mkdir()
+        (tmp_path / "behind" / "sitecustomize.py").write_text(BEHIND)
+        behind.syspath_prepend(tmp_path / "behind")  # the SDK's process has the path of this one
+        assert counts(publish(cell, WANDB_MODE="offline")) == (0, 4, 0)
+    folders = sorted(publish.results.glob("wandb/offline-run-*"))
+    publish.client.cli("sync", *map(str, folders))
+    there = runs(double)
+    for row in cell.runs:
+        assert figures(there[f"{cell.key}/{row.ablation}"].summary) == flat_metrics(row)
+    assert len(there[f"{cell.key}/cell"].history) == 3
+    # What was sent stays, and what has grown since is sent beside it.
+    publish(make_cell(layers=(0, 1), n=480), WANDB_MODE="offline")
+    assert set(folders) < set(publish.results.glob("wandb/offline-run-*"))
