@@ -136,3 +136,14 @@ def test_weights_may_be_its_own() -> None:
     assert shared.state_dict()[name].data_ptr() == there
     assert own.state_dict()[name].data_ptr() != there
     assert torch.equal(logits(shared), logits(own))
+
+
+def test_a_list_of_another_length_is_not_read_by_places() -> None:
+    """Was: Granite got the rotary table of another theta, and was refused."""
+    model = find("granite_swa", "plain").model()
+    for gone in range(4):
+        twin, kept = pruned(model, (gone,)), left(4, (gone,))
+        before = logits(twin)
+        as_loaded(model, twin, kept)
+        assert torch.equal(logits(twin), before)
+        assert torch.allclose(before, logits(reloaded(twin, kept)), atol=1e-4)

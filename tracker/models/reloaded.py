@@ -121,10 +121,16 @@ def lacking(model: Any, whole: Any, twin: Any, cut: Any, kept: Sequence[int]) ->
     computed = dict(_moved(dict(whole.named_modules()), prefix, kept))
     its = dict(twin.named_modules())
     found: list[Lacking] = []
+    # A list of another length (Granite's rotary tables, one for each theta) is not read by places.
+    lists = {
+        f"{place}."
+        for place, anew in cut.named_modules()
+        if isinstance(anew, nn.ModuleList) and len(anew) != len(its.get(place, anew))
+    }
     for place, anew in cut.named_modules():
         # Another class is a weight that is packed, or has an adapter.
-        if isinstance(anew, nn.Linear):
-            continue  # all that it has is its shape
+        if isinstance(anew, nn.Linear) or place.startswith(tuple(lists)):
+            continue  # all that a linear map has is its shape
         if place in was and place in its and its[place].__class__ is anew.__class__:
             found += _lacking(its[place], was[place], computed[place], anew)
     return found
