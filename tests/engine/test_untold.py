@@ -160,18 +160,21 @@ def test_a_threshold_that_only_one_wide_document_reaches() -> None:
     draw = Draw()
     answers = [draw.tokens(400), draw.tokens(390)]
     documents = [draw.document(draw.tokens(600), answers), *draw.spoken((20, 22), (2, 1))]
-    attack(made(Counting, num_hidden_layers=2), documents, (1,), max_length=1400)
+    # Of an answer of 400 tokens a thousandth of a nat is rounding.
+    attack(made(Counting, num_hidden_layers=2), documents, (1,), max_length=1400, atol=5e-3)
 
 
 class Counting(LlamaForCausalLM):
     """Turns positions by how many tokens a call has, whatever their positions are."""
 
-    def forward(self, input_ids: Tensor, **more: Any) -> Any:
-        places = more.pop("position_ids", None)
-        if places is None:
-            places = torch.arange(input_ids.shape[1])[None]
-        turned = (places * (0.25 if input_ids.shape[1] > 1200 else 1.0)).long()
-        return super().forward(input_ids, position_ids=turned, **more)
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.rotary_emb = CountingRotary(config)
+
+
+class CountingRotary(LlamaRotaryEmbedding):
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        return super().forward(x, position_ids * (0.25 if x.shape[1] > 1200 else 1))
 
 
 class LateFadingLayer(FadingLayer):
