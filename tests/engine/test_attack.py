@@ -892,8 +892,8 @@ class TestCut:
         alone = self.attacked(model, (0, 1))
         assert (alone.stay, alone.loaded, alone.sharing) == (True, False, FULL)
         said = (
-            "what is measured is the model whose layer hands on its input, not a saved checkpoint "
-            "(two are too few)"
+            "what is measured is the model whose layer stays in its place and hands on its input, "
+            "not a saved checkpoint (no configuration describes what is left)"
         )
         assert alone.which == f"whatever is removed, {said}"
         # Beside a layer without which there is one, each is what it can be.

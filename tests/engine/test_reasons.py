@@ -30,6 +30,19 @@ FAMILY = {
 }  # fmt: skip
 
 
+def test_where_a_layer_stays_in_its_place_it_is_said() -> None:
+    """Gemma 4, whose last layers take the keys of others."""
+    own = (each for each in variants("gemma4_text") if each.name == "num_kv_shared_layers 2")
+    model = next(own).model()
+    engine = Engine(loaded(model), MAX_LENGTH)
+    found = check(engine, make_documents(2), single_layers((0, 1)), Memory())
+    assert found.which == (
+        "whatever is removed, what is measured is the model whose layer stays in its place and "
+        "hands on its input, not a saved checkpoint (no configuration describes what is left)"
+    )
+    assert found.lost == BATCH
+
+
 def xmod() -> Any:
     """X-MOD, whose layers part a batch by language."""
     return tiny("XmodConfig", **DECODER, default_language="en_XX")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,11 +22,14 @@ from tracker.errors import CellError, ModelError
 from tracker.models.reloaded import as_made, lacking, reloaded
 from tracker.models.sublayers import returning
 
+log = logging.getLogger(__name__)
 TEXT = tuple(5 * place % 29 + 2 for place in range(12))
 """What is read to see what a model is."""
 SHOWN = 3
 """How many of the layers that no checkpoint lacks are named."""
 _ITSELF = "the model itself, saved and loaded, is another one"
+_OTHER = "no configuration describes what is left"
+_NOT = "what is left does not run"
 _COMPUTED = "what its class computes when it is loaded cannot be given to a model in memory"
 
 
@@ -141,11 +145,13 @@ def _loading(engine: Engine, still: Engine) -> _Loading:
     try:
         whole, again = as_made(model), found.of(engine, still, INTACT)
     except ModelError as error:
-        return replace(found, why=str(error))
+        log.debug("%s is not loaded as it is: %s", type(model).__name__, error)
+        return replace(found, why=_ITSELF)
     said, why = _text_of(lambda: again)
     if _alike(said, _text_of(lambda: still)[0]):
         return replace(found, whole=whole)
-    return replace(found, why=why or _ITSELF)
+    log.debug("%s, saved and loaded, says: %s", type(model).__name__, why)
+    return replace(found, why=_ITSELF)
 
 
 def _see(truth: Truth, still: Engine, ablation: Ablation, loading: _Loading) -> _Seen:
@@ -156,11 +162,15 @@ def _see(truth: Truth, still: Engine, ablation: Ablation, loading: _Loading) -> 
         try:
             again = loading.of(engine, copied, ablation)
         except ModelError as error:
-            unsaved = str(error)
+            unsaved = _OTHER
+            log.debug("no checkpoint without %s: %s", _named(ablation), error)
         else:
             model, twin, made = (each.loaded.model for each in (engine, copied, again))
             lacks = bool(lacking(model, loading.whole, twin, made, engine.left(ablation)))
-            saved, unsaved = _text_of(lambda: again)
+            saved, why = _text_of(lambda: again)
+            if saved is None:
+                unsaved = _NOT
+                log.debug("loaded without %s, it does not run: %s", _named(ablation), why)
     copy = None
     if copied is not None:
         copy, refusal = _text_of(lambda: copied)
@@ -168,7 +178,7 @@ def _see(truth: Truth, still: Engine, ablation: Ablation, loading: _Loading) -> 
     if not ablation.repeated:
         with _handing_on(still, ablation):
             skip, _ = _text_of(lambda: still)
-    return _Seen(copy, skip, saved, lacks, refusal, unsaved or refusal)
+    return _Seen(copy, skip, saved, lacks, refusal, unsaved or _NOT)
 
 
 def _others(engine: Engine, seen: Mapping[Ablation, _Seen]) -> Iterator[Ablation]:
@@ -188,8 +198,8 @@ def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
     some += [f"{len(without) - SHOWN} more"] if len(without) > SHOWN else []
     where = f"without {' or '.join(some)}" if len(without) < len(seen) else "whatever is removed"
     return (
-        f"{where}, what is measured is the model whose layer hands on its input, not a saved "
-        f"checkpoint ({seen[without[0]].unsaved})"
+        f"{where}, what is measured is the model whose layer stays in its place and hands on its "
+        f"input, not a saved checkpoint ({seen[without[0]].unsaved})"
     )
 
 
