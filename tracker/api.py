@@ -590,7 +590,9 @@ def report(
     """
     from tracker.team import reports
 
-    found = _collected(sources, results, progress)
+    # These show documents as they stand in the outcomes, besides what was derived from them.
+    everything = bool(publish) or form in ("csv", "parquet")
+    found = _collected(sources, results, progress, anew=everything)
     path = Path(output) if output is not None else _beside(sources, results, form)
     in_folder = form in FOLDER_FORMS
     if path.exists() and path.is_dir() != in_folder:
@@ -635,9 +637,10 @@ def _collected(
     sources: Sequence[str | os.PathLike[str]],
     results: str | os.PathLike[str],
     progress: Progress | None,
+    anew: bool = False,
 ) -> Collected:
     names = [os.fspath(source) for source in sources] or [os.fspath(results)]
-    found = collect(names, progress or Silent())
+    found = collect(names, progress or Silent(), anew)
     if not found.cells and found.failed:
         raise TrackingError("\n".join(f"{what}: {why}" for what, why in found.failed.items()))
     if not found.cells:

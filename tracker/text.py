@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 from urllib.parse import quote, unquote
@@ -32,6 +33,11 @@ def is_writable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def as_markdown(text: str) -> str:
+    """Write a text so that Markdown shows it instead of obeying it: no HTML, no end of a cell."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def masked(text: str, secrets: Sequence[str | None] = ()) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.studies.test_findings import FINDING
 from tracker.distribution import install_extra
 from tracker.errors import RequestError
 from tracker.records import CellRecord
 from tracker.reporting.export import FORMATS, boards, export, figures, frames
 from tracker.reporting.formats import fixed, points
 from tracker.reporting.leaderboard.layers import layer_board
+from tracker.tracking.notes import cell_note
 
 from .conftest import LAYERS, build_cell
 
@@ -66,6 +68,25 @@ def test_markdown_and_latex_say_the_leaderboard(
     assert "instruct\\_50\\%" in source
     assert relevance.replace("−", "$-$") in source
     assert "−" not in source.split("\\begin", 1)[1]
+
+
+def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    """Was: a page that shows Markdown ran what a name said."""
+    name = "<img src=x onerror=alert(1)>\n# a|b"
+    cells = [build_cell(b, model=m) for m in (name, "other") for b in (name, "b")]
+    one = FINDING.model_copy(update={"answers": (name,), "experiment": name, "lacking": (name,)})
+    (markdown,) = export(cells, "md", tmp_path / "r.md", findings=[one])
+    text = markdown.read_text()
+    assert "<img" not in text
+    assert "&lt;img src=x onerror=alert(1)&gt; # a\\|b" in text
+    assert "\n# a" not in text
+    (latex,) = export(cells, "tex", tmp_path / "r.tex")
+    comments, _, tables = latex.read_text().partition("\\begin")
+    assert all(line.startswith("%") for line in comments.splitlines() if line)
+    assert "\n# a" not in tables
+    note = cell_note(cells[0])
+    assert "<img" not in note
+    assert "&lt;img" in note
 
 
 def test_what_does_not_count_is_said(two_models: list[CellRecord], tmp_path: Path) -> None:

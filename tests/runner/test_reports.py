@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
 
 import tracker
@@ -17,6 +19,7 @@ from tests.tracking.mlflow_server import MlflowServer
 from tests.tracking.wandb_client import Client
 from tests.tracking.wandb_double import WandbDouble
 from tracker import api
+from tracker.cli import main
 from tracker.errors import RequestError, ResultsError
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
@@ -92,6 +95,36 @@ def test_a_record_is_derived_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> 
     assert content(api.report(results).cells) == content(first)
     ran(limit=9)
     assert [cell.n for cell in api.ls(results)] == [9]
+
+
+def test_a_report_of_damaged_outcomes_says_what_is_missing(ran: Ran, tmp_path: Path) -> None:
+    """Was: exit code 0, and documents that the records still counted were gone from their table."""
+    results = ran(limit=40)
+    shard = min(results.glob("cells/*/shards/*.parquet"))
+    before, content = shard.stat(), bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk that forgets
+
+    done = CliRunner().invoke(main, ["report", "--results", str(results), "--format", "csv"])
+    assert done.exit_code == 1
+    assert f"failed: {shard.with_suffix('.aside')}: it is not what was written" in done.output
+    documents = pd.read_csv(results / "report" / "documents.csv")
+    layers = pd.read_csv(results / "report" / "layers.csv")
+    assert list(layers["n"]) == [8, 8]
+    assert set(layers["reasons"].str[:20]) == {"n: 8 of 40 documents"}
+    missing = documents[documents["change"] == "missing"]
+    assert list(missing["doc"]) == list(range(32))
+    assert missing["layer"].isna().all()
+    assert set(documents["doc"]) - set(missing["doc"]) <= set(range(32, 40))
+
+    for command in ("ls", "leaderboard", "report"):
+        done = CliRunner().invoke(main, [command, "--results", str(results)])
+        assert (command, done.exit_code) == (command, 1)
+    ran(limit=40)
+    for command in ("ls", "leaderboard", "report"):
+        done = CliRunner().invoke(main, [command, "--results", str(results)])
+        assert (command, done.exit_code) == (command, 0)
 
 
 def test_an_mlflow_project_is_read_verified_and_cached(

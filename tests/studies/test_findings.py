@@ -71,9 +71,21 @@ def test_what_is_kept_comes_back_and_an_edit_is_noticed(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("No.", "Yes"))
     assert findings(tmp_path, damaged) == []
     assert damaged == {
-        str(path): "its digest is not that of what it says: it was edited or damaged; run its "
-        "study again, or delete it"
+        str(path): "its digest is not that of what it says: it was edited or damaged; type "
+        f"`tracker study {FINDING.study} {FINDING.experiment}`, or delete it"
     }
+
+
+def test_a_damaged_finding_names_the_command_that_finds_it(tmp_path: Path) -> None:
+    """Was: that of a search was said to be a study's."""
+    (tmp_path / "studies").mkdir()
+    for name in ("search--p", "joint--my%20own"):
+        (tmp_path / "studies" / f"{name}.json").write_text("{}")
+    damaged: dict[str, str] = {}
+    assert findings(tmp_path, damaged) == []
+    joint, search = damaged.values()
+    assert "`tracker prune p.yaml`" in search
+    assert "`tracker study joint my own.yaml`" in joint
 
 
 def test_an_undefined_entry_needs_a_reason() -> None:

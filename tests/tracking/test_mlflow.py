@@ -668,3 +668,16 @@ def test_an_existing_database_is_left_alone(template: Path) -> None:
     before = template.read_bytes()
     create_database(template)
     assert template.read_bytes() == before
+
+
+def test_a_server_that_is_away_leaves_no_folder(
+    tmp_path: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Was: a lock, in a folder of results where there are none."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    results = tmp_path / "results"
+    backend = MlflowBackend(PROJECT, results, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(TrackingError):
+        backend.add_report("", [], {}, {}, [make_cell()])
+    backend.close()
+    assert not results.exists()

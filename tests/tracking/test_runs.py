@@ -127,6 +127,14 @@ def test_what_lies_beneath_makes_other_runs(results: Path, make_cell: CellMaker)
     assert {"layers 01–02" + ends, "layer 01 without 2" + ends, "mlp 03 without 2" + ends} <= set(
         runs
     )
+    # Was: the cells of a search had as many runs called intact, with the intact model's figures.
+    assert runs["intact" + ends].data.metrics["accuracy"] == 0.5
+    first = runs["without 2" + ends].data
+    assert first.metrics == {"n": 160, "accuracy": 0.25, "accuracy_drop": 0.25}
+    assert first.params["removed"] == "2"
+    assert "its drop, as theirs, is from the intact model" in first.tags["mlflow.note.content"]
+    assert wandb_runs.intact_run(without).name == "without 2" + ends
+    assert wandb_runs.intact_run(without).summary == first.metrics
     parent = runs["SmolLM2-135M-Instruct · arc_easy · 0-shot · without layer 2"]
     assert parent.data.params["removed"] == "2"
     assert parent.data.metrics["removed_accuracy"] == 0.25

@@ -47,6 +47,7 @@ class CellStore:
         self.texts: Texts = Texts(folder, identity, [other.texts for other in others])
         self._others = others
         self._shards = folder / "shards"
+        self._unread: set[Path] = set()
 
     def wanted(self, extent: Extent) -> dict[str, Sequence[int]]:
         """List the documents of each task that are meant, in the order of their blocks."""
@@ -267,6 +268,7 @@ class CellStore:
         except ValueError as error:
             why = str(error).splitlines()[0]
         aside = path.with_suffix(ASIDE)
+        self._unread.add(aside)
         try:
             path.replace(aside)
             done = f"it is set aside as {aside.name} and computed again"
@@ -275,17 +277,28 @@ class CellStore:
         log.warning("the shard %s is not what was written (%s); %s", path, why, done)
         return None
 
-    def proofs(self) -> list[tuple[str, str]]:
+    def damage(self) -> dict[str, str]:
+        """Say which shards count for nothing and are not measured again yet: file → what to do."""
+        there = {path.stem for path in self.shards()}
+        aside = {path for path in self._shards.glob(f"*{ASIDE}") if path.stem not in there}
+        mine = {
+            str(path): "it is not what was written, and what it held is not shown; run its "
+            "experiment again, which measures what is missing, and delete it"
+            for path in sorted(aside | self._unread)
+        }
+        return mine | {path: why for each in self._others for path, why in each.damage().items()}
+
+    def proofs(self, anew: bool = False) -> list[tuple[str, str]]:
         """Say which outcomes there are: (name, SHA-256) of every file that `read` reads.
 
-        Files are verified again only where their size or time has changed.
+        Files are verified again only where their size or time has changed, or `anew`.
         """
         note, known, found = self._verified, read_note(self._verified), {}
         for path in self.shards():
             with suppress(OSError):  # gone, or a link that leads nowhere
                 stat = path.stat()
                 state = [stat.st_size, stat.st_mtime_ns]
-                if known.get(path.name, [])[:2] == state:
+                if known.get(path.name, [])[:2] == state and not anew:
                     found[path.name] = known[path.name]
                     continue
             if (shard := self.shard(path)) is not None:
@@ -294,7 +307,7 @@ class CellStore:
             with suppress(WorkError):  # a colleague's folder
                 write_note(note, found | {name: known[name] for name in self.lost()})
         mine = [(name, str(digest)) for name, (*_, digest) in found.items()]
-        return mine + [each for other in self._others for each in other.proofs()]
+        return mine + [each for other in self._others for each in other.proofs(anew)]
 
     def lost(self) -> list[str]:
         """List the shards that were there once, and are neither there nor set aside."""

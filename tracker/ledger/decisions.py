@@ -60,6 +60,7 @@ class Decisions:
         runs: The runs.
         binary: Whether every document is either right or wrong.
         reasons: Why there are no `texts`, `margin` or `agreement`.
+        missing: Documents that were asked for and are not measured; none where a question decides.
     """
 
     documents: Sequence[tuple[str, int]]
@@ -70,6 +71,7 @@ class Decisions:
     runs: Sequence[tuple[RunIdentity, Decided]]
     binary: bool
     reasons: dict[str, str]
+    missing: Sequence[tuple[str, int]] = ()
 
     def lost(self, run: Decided) -> np.ndarray:
         """Say which documents a run makes worse than the intact model does."""
@@ -125,7 +127,12 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     binary = all(bool(np.isin(one.score, (0, 1)).all()) for one in every)
     if not binary:
         reasons["agreement"] = f"{view.metric} is not right or wrong for every document"
-    return Decisions(documents, texts, gold, options, baseline, runs, binary, reasons)
+    missing: list[tuple[str, int]] = []
+    if view.until is None:
+        wanted = store.wanted(view.extent)
+        held = {*documents}
+        missing = [(t, d) for t, docs in wanted.items() for d in docs if (t, d) not in held]
+    return Decisions(documents, texts, gold, options, baseline, runs, binary, reasons, missing)
 
 
 def decisions_record(found: Decisions, shown: int = SHOWN) -> DecisionsRecord:

@@ -59,10 +59,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda temporary: _write(temporary, content))
 
 
-def lock_file(path: Path) -> FileLock:
+def lock_file(path: Path, patience: float = -1) -> FileLock:
     """Make a lock that processes share, not held yet; its folder is made where there is none.
 
-    WorkError if there is no place for it.
+    WorkError if there is no place for it. `patience` is how many seconds it is waited for; below 0
+    without end.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def lock_file(path: Path) -> FileLock:
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
     except OSError as error:
         raise WorkError(f"{path} cannot be made: {error.strerror}") from None
-    return FileLock(path)
+    return FileLock(path, timeout=patience)
 
 
 def _flush(folders: Iterable[Path]) -> None:

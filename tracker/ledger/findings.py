@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from tracker.findings import FindingRecord
 from tracker.ledger.notes import reason, unsealed, write_note
@@ -25,5 +25,12 @@ def findings(root: Path, damaged: dict[str, str]) -> list[FindingRecord]:
                 raise ValueError("it states no digest: it was edited or damaged")
             found.append(FindingRecord.model_validate(content))
         except (OSError, ValueError) as error:
-            damaged[str(path)] = f"{reason(error)}; run its study again, or delete it"
+            again = _again(*unquote(path.stem).split("--", 1))
+            damaged[str(path)] = f"{reason(error)}; type {again}, or delete it"
     return found
+
+
+def _again(study: str, experiment: str = "FILE") -> str:
+    """Say what finds it again, as far as a file's name tells it."""
+    command = "prune" if study == "search" else f"study {study}"
+    return f"`tracker {command} {experiment}.yaml`"

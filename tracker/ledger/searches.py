@@ -30,5 +30,5 @@ def searches(root: Path, damaged: dict[str, str]) -> list[PruneRecord]:
         try:
             found.append(read_search(path))
         except (OSError, ValueError) as error:
-            damaged[str(path)] = f"{reason(error)}; run its search again, or delete it"
+            damaged[str(path)] = f"{reason(error)}; type its `tracker prune` again, or delete it"
     return found

@@ -99,3 +99,4 @@ def every_record(contents: Contents) -> Iterator[tuple[CellRecord, CellStore, Vi
             yield record_of(store, asked.view), store, asked.view
         except TrackerError as error:
             contents.damaged[str(store.folder)] = str(error)
+        contents.damaged.update(store.damage())

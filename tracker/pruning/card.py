@@ -11,6 +11,7 @@ from tracker.hub import check_name
 from tracker.pruning.facts import Accuracy, Exported, Size
 from tracker.pruning.recipes import why_none
 from tracker.reporting.formats import DASH, defined, fixed, interval, points
+from tracker.text import as_markdown
 
 FACTS = "tracker.json"
 _USE = """```python
@@ -71,7 +72,7 @@ def text(model: Exported) -> str:
     order = "" if chosen == gone else f", in the order {_listed(chosen)}"
     revision = f" at revision `{base.revision}`" if base.revision else ""
     parts = [
-        f"# {model.name}",
+        f"# {as_markdown(model.name)}",
         f"`{base.source}`{revision} ({base.architecture}, {base.dtype}) without "
         f"{len(gone)} of its {model.before.layers} layers, and not trained since.",
         _USE.format(place=model.folder.absolute().name),
@@ -123,7 +124,8 @@ def accuracy_table(rows: Sequence[Accuracy]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {each.benchmark}, {each.num_fewshot}-shot | {each.metric} | {each.documents} | "
+        f"| {as_markdown(each.benchmark)}, {each.num_fewshot}-shot | {as_markdown(each.metric)} "
+        f"| {as_markdown(each.documents)} | "
         f"{written(each, each.before)} | {written(each, each.after)} |"
         for each in rows
     ]

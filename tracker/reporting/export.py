@@ -31,6 +31,7 @@ from tracker.reporting.leaderboard.models import model_board
 from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 from tracker.reporting.studies import by_stem, study_chart, study_frames, study_table
 from tracker.reporting.tables import overview_table
+from tracker.text import as_markdown
 
 More = Mapping[str, pd.DataFrame]
 Found = Sequence[FindingRecord]
@@ -97,12 +98,14 @@ def _markdown(cells: Sequence[CellRecord], path: Path, more: More, findings: Fou
     parts = ["# Which layers matter", wording.summary(cells)]
     parts += ["## Leaderboards", LAYER_RULE, MODEL_RULE, INTERVAL_RULE]
     tables, notes = boards(cells)
-    parts += [*map(_markdown_table, tables), *notes]
+    parts += [*map(_markdown_table, tables), *map(as_markdown, notes)]
     parts += ["## Benchmarks", _pipes(overview_table(cells))]
     for each in findings:
-        parts += [f"## {each.question}", f"`{each.study}` over `{each.experiment}`", *each.answers]
+        parts += [as_markdown(f"## {each.question}")]
+        parts += [f"`{each.study}` over {as_markdown(each.experiment)}"]
+        parts += map(as_markdown, each.answers)
         parts += map(_pipes, map(study_table, each.tables))
-        parts += [f"Could not be said: {line}" for line in each.lacking]
+        parts += [as_markdown(f"Could not be said: {line}") for line in each.lacking]
     write_text(path, "\n\n".join(parts) + "\n")
     return [path]
 
@@ -116,7 +119,7 @@ def _latex(cells: Sequence[CellRecord], path: Path, more: More, findings: Found)
 
     tables, notes = boards(cells)
     comments = ["needs \\usepackage{booktabs}", LAYER_RULE, INTERVAL_RULE, MODEL_RULE, *notes]
-    text = "\n".join(f"% {comment}" for comment in comments)
+    text = "\n".join(f"% {' '.join(comment.split())}" for comment in comments)
     write_text(path, "\n\n".join([text, *map(table, tables)]) + "\n")
     return [path]
 
@@ -145,7 +148,7 @@ def boards(cells: Sequence[CellRecord]) -> tuple[list[pd.DataFrame], list[str]]:
 
 
 def _markdown_table(frame: pd.DataFrame) -> str:
-    escaped = frame.map(lambda value: str(value).replace("|", "\\|"))
+    escaped = frame.map(lambda value: as_markdown(str(value))).rename(columns=as_markdown)
     return escaped.to_markdown(index=False, disable_numparse=True)
 
 
@@ -189,7 +192,8 @@ def _pipes(table: Table) -> str:
     """Write a display table as Markdown."""
     rows = [[value.text for value in row] for row in table.rows]
     frame = pd.DataFrame(rows, columns=[column.label for column in table.columns])
-    return "\n\n".join((table.caption, _markdown_table(frame), *table.notes))
+    notes = map(as_markdown, table.notes)
+    return "\n\n".join((as_markdown(table.caption), _markdown_table(frame), *notes))
 
 
 def _data(

@@ -21,6 +21,8 @@ _CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed"
 _RUN_COLUMNS = ("component", "layer", "span", "intervention")
 _NOT_FIGURES = {*_RUN_COLUMNS, "ablation", "n", "metrics", "reasons"}
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
+_NUMBERS = ("num_fewshot", "sample_seed", "layer", "span", "doc")
+_MARGINS = ("margin_intact", "margin")
 _TEXT_COLUMNS = ("question", "choices", "answer", "text_intact", "text")
 _DOCUMENT_COLUMNS = (
     *("task", "doc", "change", "question", "choices", "gold", "answer", "choice_intact"),
@@ -37,8 +39,9 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     `intervention` says is done to the layer.
     `sample_seed` drew the documents; it is missing for the first ones, or all. `until` is the
     question that the cell was measured for, `interval` what the ends of the drop are.
-    Accuracies and drops are fractions; an undefined value is NaN and `reasons` says why. lm-eval's
-    own metrics stand in columns `metric_NAME`.
+    Accuracies and drops are fractions; an undefined value is NaN and `reasons` says why, and of `n`
+    why there are fewer documents than were asked for. lm-eval's own metrics stand in columns
+    `metric_NAME`.
     """
     reported = [
         m for cell in cells for m in (cell.baseline_metrics, *(r.metrics for r in cell.runs))
@@ -56,13 +59,19 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
             "chance_accuracy": cell.chance_accuracy,
             **{field: getattr(record, field) for field in _FIGURES},
             **{f"metric_{name}": value for name, value in record.metrics.items()},
-            "reasons": "; ".join(f"{name}: {why}" for name, why in record.reasons.items()),
+            "reasons": "; ".join(f"{name}: {why}" for name, why in _reasons(cell, record)),
         }
         for cell in cells
         for record in cell.runs
     ]
     columns = [*_CELL_COLUMNS, *_RUN_COLUMNS, "n", "until", "interval", *numbers, "reasons"]
     return _counts(_frame(rows, columns, numbers), "sample_seed")
+
+
+def _reasons(cell: CellRecord, record: RunRecord) -> Iterator[tuple[str, str]]:
+    if "n" in cell.reasons and "n" not in record.reasons:
+        yield "n", cell.reasons["n"]
+    yield from record.reasons.items()
 
 
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
@@ -91,15 +100,17 @@ def document_frame(
         private: Whether texts that are not of the hub or a package are among them.
 
     Returns:
-        One row for each model, benchmark, run and document: `change` is `lost` or `won`; `choices`
+        One row for each model, benchmark, run and document: `change` is `lost` or `won`, and
+        `missing`, without a run, of a document that was asked for and is not measured; `choices`
         is a JSON list; `gold`, `choice_intact` and `choice` are options, 0-based; margins are in
         nats, for a metric that is divided by lengths in nats a character or byte, and without
         options the log-probability of the answer.
     """
     frames = [frame for cell, decided in found for frame in _changed(cell, decided, private)]
     columns = [*_CELL_COLUMNS, *_RUN_COLUMNS, *_DOCUMENT_COLUMNS]
-    frame = pd.concat(frames) if frames else pd.DataFrame(columns=columns)
-    return frame.reset_index(drop=True).astype(dict.fromkeys(_OPTION_COLUMNS, "Int64"))
+    frame = pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
+    whole = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBERS), "Int64")
+    return frame.reset_index(drop=True).astype(whole | dict.fromkeys(_MARGINS, "float64"))
 
 
 def _changed(cell: CellRecord, decided: Decisions, private: bool) -> Iterator[pd.DataFrame]:
@@ -135,6 +146,12 @@ def _changed(cell: CellRecord, decided: Decisions, private: bool) -> Iterator[pd
             frame.insert(place, name, value)
         # An object column keeps its type, also where it holds nothing.
         yield frame.astype(dict.fromkeys(_TEXT_COLUMNS, "object"))
+    if decided.missing:
+        rows = [
+            {**_cell_columns(cell), "task": task, "doc": doc, "change": "missing"}
+            for task, doc in decided.missing
+        ]
+        yield pd.DataFrame(rows, dtype="object")
 
 
 def _cell_columns(cell: CellRecord) -> dict[str, object]:

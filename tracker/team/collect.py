@@ -51,13 +51,15 @@ class Collected:
         return {place: record for place, record in found.items() if record is not None}
 
 
-def collect(sources: Sequence[str], progress: Progress) -> Collected:
+def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> Collected:
     """Gather cells.
 
     Args:
         sources: Results folders, `mlflow:URI/EXPERIMENT`, `mlflow:EXPERIMENT` (at
             `MLFLOW_TRACKING_URI`) or `wandb:ENTITY/PROJECT`.
         progress: Told what is downloaded.
+        anew: Whether every outcome is read and verified first, whatever was verified before: for
+            what shows more than the records.
 
     Returns:
         The cells; a source, or a cell of it, that cannot be read does not keep the others away.
@@ -94,10 +96,13 @@ def collect(sources: Sequence[str], progress: Progress) -> Collected:
     for same in _same(views):
         try:
             origin = _joined(same)
+            if anew:
+                origin[0].proofs(anew=True)
             cells.append(record_of(*origin))
             origins[cells[-1].place] = origin
         except TrackerError as error:
             failed[str(same[0][0].folder)] = str(error)
+        failed |= same[0][0].damage()
     shown = tuple(merged(cell for cell in cells if cell.n))
     return Collected(
         *(shown, experiments, failed, tuple(findings), origins, searched), tuple(unfinished)

@@ -403,6 +403,7 @@ def sync(ledger: Ledger, to: Sequence[str] | None, texts: bool = False) -> Synce
         except TrackerError as error:
             synced.failed[str(store.folder)] = str(error)
             continue
+        synced.failed.update(store.damage())
         known = any(map(is_kept_here, places_of(store, record.view, ledger.root).values()))
         anew = to is not None or not known or bool(os.environ.get("MLFLOW_TRACKING_URI"))
         targets = (default_targets() if to is None else to) if anew else ()

@@ -75,11 +75,16 @@ def flat_metrics(layer: RunRecord) -> dict[str, float]:
 
 
 def intact_metrics(cell: CellRecord) -> dict[str, float]:
-    """Flatten the figures of the intact model, under the names that a run's have.
+    """Flatten the figures of the model that a cell's runs begin with, as those of a run.
 
-    It costs itself nothing, by definition; what is not defined for it is not there.
+    The intact one costs itself nothing, by definition; what is not defined is not there.
     """
     base, chance = cell.baseline_accuracy, cell.chance_accuracy
+    if cell.removed:
+        left = cell.removed_accuracy
+        sign = 1 if cell.higher_is_better else -1
+        drop = None if base is None or left is None else sign * (base - left)
+        return {"n": float(cell.n), **only_defined({"accuracy": left, "accuracy_drop": drop})}
     values = {
         "accuracy": base,
         "accuracy_drop": None if base is None else 0.0,

@@ -42,9 +42,18 @@ def run_name(cell: CellRecord, layer: RunIdentity) -> str:
     return _name(f"{layer.label(max(2, len(str(cell.model.layers - 1))))}{beneath}", cell)
 
 
+def first_label(cell: CellRecord) -> str:
+    """Say what of the model a cell's runs begin with: `intact`, or `without 3, 17`."""
+    return f"without {', '.join(map(str, cell.removed))}" if cell.removed else "intact"
+
+
 def intact_name(cell: CellRecord) -> str:
-    """Name the run of the intact model beside those of its cell: `intact · arc_easy · …`."""
-    return _name("intact", cell)
+    """Name the run of the model that a cell's runs begin with, beside them: `intact · arc_easy`.
+
+    That model is intact, or lacks the layers that are removed in every run: such cells, as searches
+    make them, have no run of the intact model besides.
+    """
+    return _name(first_label(cell), cell)
 
 
 def _name(what: str, cell: CellRecord) -> str:
@@ -54,12 +63,11 @@ def _name(what: str, cell: CellRecord) -> str:
 
 
 def intact_part(cell: CellRecord) -> CellRecord:
-    """Leave of a cell what its intact model alone decides: more runs do not change it."""
+    """Leave of a cell what is known without its runs: more runs do not change it."""
     without: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     without |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
-    beneath = ("compared_difference", "removed_accuracy", "removed_low", "removed_high")
-    costs = ("seconds", "peak_bytes")
-    return cell.model_copy(update=without | dict.fromkeys((*beneath, *costs)))
+    costs = ("compared_difference", "seconds", "peak_bytes")
+    return cell.model_copy(update=without | dict.fromkeys(costs))
 
 
 def content_digest(record: Record, *also: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tracker.answers import interval_name, statement
 from tracker.config import REPLACED_BY
 from tracker.records import WHOLE_LAYER, CellRecord, RunRecord
+from tracker.text import as_markdown
 from tracker.tracking.identity import intact_name, run_name
 
 
@@ -22,7 +23,7 @@ def cell_note(cell: CellRecord) -> str:
         measured = "loss gains"
         values = "`accuracy` is the loss and `accuracy_drop` its increase, in the metric's own unit"
     return (
-        f"**{cell.heading}**: what the benchmark's {measured} (`{cell.metric}`, "
+        f"**{as_markdown(cell.heading)}**: what the benchmark's {measured} (`{cell.metric}`, "
         f"{cell.documents}) when {_what_is_removed(cell)}, beside the cheap proxies. The step "
         f"of every curve is the 0-based layer. {values}; `gold_logprob_drop` is in nats."
         + (f"\n\n{statement(cell.answer)}." if cell.answer else "")
@@ -39,8 +40,13 @@ def intact_note(cell: CellRecord) -> str:
         A paragraph.
     """
     on = cell.documents_of(f"{cell.n:,}")
+    if cell.removed:
+        return (
+            f"**{as_markdown(intact_name(cell))}**: `{cell.metric}` on {on} of the model that "
+            "every run of the cell takes more of; its drop, as theirs, is from the intact model."
+        )
     return (
-        f"**{intact_name(cell)}**: `{cell.metric}` of the whole model on {on}: what "
+        f"**{as_markdown(intact_name(cell))}**: `{cell.metric}` of the whole model on {on}: what "
         "the runs without some of its layers are compared with."
         + _rounding(cell, cell.baseline_rounded, cell.n, cell.baseline_rounding, "it")
     )
@@ -59,7 +65,7 @@ def layer_note(cell: CellRecord, run: RunRecord) -> str:
     done = REPLACED_BY.get(run.intervention)
     how = f"with the layer replaced by {done}" if done else "without it"
     on = cell.documents_of(f"{run.n:,}")
-    what = f"**{run_name(cell, run)}**: `{cell.metric}` on {on} {how}"
+    what = f"**{as_markdown(run_name(cell, run))}**: `{cell.metric}` on {on} {how}"
     if run.accuracy_drop is None:
         return f"{what}; its drop is not defined: {run.reasons.get('accuracy_drop', 'no reason')}."
     if not cell.higher_is_better:

@@ -321,7 +321,7 @@ def test_a_changed_file_of_a_search_is_noticed(model: Path, tmp_path: Path) -> N
     path.write_text(path.read_text().replace('"last"', '"best"'))
     damaged = api.check(tmp_path / "results")[0].damaged
     assert Ledger(tmp_path / "results").contents().searches == []
-    assert "edited or damaged; run its search again" in damaged[str(path)]
+    assert "edited or damaged; type its `tracker prune` again" in damaged[str(path)]
 
 
 def test_sharing_is_checked_whenever_another_kind_of_removal_comes(

@@ -22,12 +22,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from typing_extensions import override
 
 from tracker.errors import TrackingError
+from tracker.ledger.cache import own_folder
+from tracker.ledger.files import lock_file
+from tracker.provenance import content_hash
 from tracker.records import CellRecord
 from tracker.text import masked
 from tracker.tracking.base import (
@@ -353,8 +355,10 @@ class MlflowBackend(Backend):
         processes run them at once.
         """
         path = self._database or self._results / "mlflow"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
+        if not self._database and not self._results.is_dir():
+            # Nothing is kept there, so no folder is made there.
+            path = own_folder("locks") / content_hash(self._uri)[:16]
+        with lock_file(path.with_name(f"{path.name}.lock"), _LOCK_SECONDS):
             yield
 
     @contextmanager

@@ -29,6 +29,7 @@ from tracker.tracking.figures import (
 from tracker.tracking.identity import (
     content_digest,
     files_digest,
+    first_label,
     intact_name,
     intact_part,
     run_key,
@@ -169,7 +170,7 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
 
 
 def intact_run(cell: CellRecord, parent_id: str) -> MlflowRun:
-    """Describe the run of the intact model, nested beside those that remove something of it."""
+    """Describe the run of the model that a cell's runs begin with, nested beside them."""
     name = intact_name(cell)
     note = {"mlflow.parentRunId": parent_id, "mlflow.note.content": intact_note(cell)}
     tags = {**_until_tags(cell), **note}
@@ -177,7 +178,7 @@ def intact_run(cell: CellRecord, parent_id: str) -> MlflowRun:
         key=run_key(cell, BASELINE),
         name=name,
         digest=content_digest(intact_part(cell), FORMAT, name, parent_id),
-        params=_texts({**_identity(cell), "ablation": BASELINE, "removed": "none"}),
+        params=_texts({**_identity(cell), "ablation": BASELINE}),
         tags=_tags(cell, BASELINE, tags, {}),
         points={(metric_name(name), 0): value for name, value in intact_metrics(cell).items()},
         step=0,
@@ -188,7 +189,7 @@ def intact_run(cell: CellRecord, parent_id: str) -> MlflowRun:
 def child_links(cell: CellRecord, experiment: str, ids: Mapping[str, str]) -> str:
     """Link a cell's runs, as many as its note has room for; `ids` are MLflow's, by run key."""
     digits = max(2, len(str(cell.model.layers - 1)))
-    labels = {BASELINE: "intact", **{run.ablation: run.label(digits) for run in cell.runs}}
+    labels = {BASELINE: first_label(cell), **{run.ablation: run.label(digits) for run in cell.runs}}
     room = _TAG_CHARACTERS - len(cell_note(cell)) - 100
     text = "\n\nRuns:"
     for ablation, label in labels.items():

@@ -127,14 +127,17 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
 
 
 def intact_run(cell: CellRecord) -> WandbRun:
-    """Describe the run of the intact model: what W&B compares the others of its group with."""
+    """Describe the run of the model that a cell's runs begin with.
+
+    W&B compares the others of its group with it.
+    """
     return _run(
         cell,
         BASELINE,
         name=intact_name(cell),
         job_type=BASELINE,
         digest=content_digest(intact_part(cell), FORMAT, group_of(cell)),
-        own={"removed": []},
+        own={},
         reasons={},
         note=intact_note(cell),
         summary={metric_name(name): value for name, value in intact_metrics(cell).items()},
