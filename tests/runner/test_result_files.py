@@ -519,6 +519,22 @@ def test_an_lm_eval_that_judges_otherwise_is_not_believed(study, monkeypatch):
     assert not done.files
 
 
+# Was: readers, who take the latest, went on reading what a clock that is ahead had written.
+def test_what_is_written_last_has_the_latest_date(study):
+    folder, _ = study
+    done = tracker.log_samples(folder / "later", benchmark=["words"], layer=[1])
+    for path in done.files:
+        kind, _, end = path.name.rpartition("_")
+        path.rename(path.with_name(f"{kind}_2999-12-31T23-59-59.5{end[end.rindex('.') :]}"))
+    again = tracker.log_samples(folder / "later", benchmark=["words"], layer=[1])
+    assert not again.failed
+    for where in (folder / "later").iterdir():
+        for kind in ("results_*.json", "samples_words_*.jsonl"):
+            (_, latest) = sorted(where.glob(kind))
+            assert latest.name.rpartition("_")[2].startswith("3000-01-01T00-00-00.5")
+            assert latest in again.files
+
+
 def test_what_cannot_be_written_is_said(study):
     folder, _ = study
     (folder / "full").mkdir()

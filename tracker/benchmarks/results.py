@@ -9,8 +9,9 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ BOOTSTRAP_ITERS = 100_000
 """lm-eval's own default."""
 _LONGEST = 200
 """Of a folder's name; file systems take no more than 255 characters."""
+_DATE = "%Y-%m-%dT%H-%M-%S.%f"
+"""In the names of lm-eval's files."""
 Place = tuple[str, int]
 """A document: its task, and its number in the task's split."""
 
@@ -160,7 +163,11 @@ class Questions:
         folder = output / name
         if not hasattr(writer, "date_id"):
             raise WorkError(f"{output}: lm-eval could not make the results of {model.name}")
+        path = folder / f"results_{writer.date_id}.json"
+        writer.date_id = _later(writer.date_id, folder)
         files = {folder / f"results_{writer.date_id}.json": 0}
+        with suppress(OSError):  # it is looked for below
+            path.rename(*files)
         for task, rows in samples.items():
             writer.save_results_samples(task_name=task, samples=rows)
             files[folder / f"samples_{task}_{writer.date_id}.jsonl"] = len(rows)
@@ -173,6 +180,19 @@ class Questions:
             if not whole:
                 raise WorkError(f"{path} could not be written; is there room on the disk?")
         return list(files)
+
+
+def _later(date: str, folder: Path) -> str:
+    """Give the date of files that are written, or one after those that are there already.
+
+    Readers take the latest, and who wrote before may have had a clock that is ahead.
+    """
+    names = {path.stem.removeprefix("results_") for path in folder.glob("results_*.json")}
+    last = max(names - {date}, default="")
+    if last > date:
+        with suppress(ValueError):  # whole seconds, or not of lm-eval
+            return (datetime.strptime(last, _DATE) + timedelta(seconds=1)).strftime(_DATE)
+    return date
 
 
 def folder_name(model: str) -> str:
