@@ -7,15 +7,24 @@ missing, and under `provenance` that not all was measured by the same versions a
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from datetime import UTC, datetime
+from typing import Annotated, Literal, NamedTuple, get_args
 
-from pydantic import AliasChoices, Field
+from pydantic import AfterValidator, AliasChoices, Field
 
 from tracker.config import Component, Count, Intervention
 from tracker.extent import Positive
 from tracker.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
 
 BASELINE = "baseline"
+
+
+def utc(date: str) -> str:
+    """Write a date as all are written, to the second; ValueError if it is none."""
+    try:
+        return datetime.fromisoformat(date).astimezone(UTC).isoformat(timespec="seconds")
+    except OverflowError as error:
+        raise ValueError(f"{date} is no date") from error
 
 
 class Kind(NamedTuple):
@@ -225,6 +234,8 @@ class CellRecord(Record):
     """The seed with which they were drawn at random; None where they are the first ones, or all."""
     beside: str = Field("", exclude_if=lambda text: not text)
     """What tells it from the view of the same name that was there first, e.g. `64 documents`."""
+    apart: Shown = Field("", exclude_if=lambda text: not text)
+    """What tells it, where it is published, from others that read the same; mostly nothing."""
     tokens: int
     """Tokens behind the proxies: each document's context and gold continuation, once; of a corpus
     or a rolling task the predicted tokens, without the last of a full window, which is not read."""
@@ -263,6 +274,10 @@ class CellRecord(Record):
     """What measuring the outcomes took, of all processes together; None where none says."""
     peak_bytes: int | None = None
     """The most memory a process has held by then: the accelerator's, else its own; None unknown."""
+    measured: Annotated[str, AfterValidator(utc)] | None = Field(
+        None, exclude_if=lambda when: when is None
+    )
+    """When the last of its outcomes was measured (UTC, ISO 8601); None where none says."""
     compared: int = 0
     """Answers to documents drawn at random that were asked again on a really pruned model."""
     compared_difference: float | None = None
@@ -274,7 +289,7 @@ class CellRecord(Record):
     @property
     def title(self) -> str:
         """The cell's name where people read it, with how its documents were chosen."""
-        return " · ".join(filter(None, (self.heading, self.drawn, self.beside)))
+        return " · ".join(filter(None, (self.heading, self.drawn, self.beside, self.apart)))
 
     @property
     def heading(self) -> str:

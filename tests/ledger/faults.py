@@ -85,7 +85,7 @@ MADE_AGAIN = ("index", "receipts", "checks", "derived", "verified.json")
 
 
 def _but_what_it_took(text: str) -> str:
-    unknown = {"seconds": None, "peak_bytes": None}
+    unknown = dict.fromkeys(("seconds", "peak_bytes", "measured"))
     return CellRecord.model_validate_json(text).model_copy(update=unknown).model_dump_json()
 
 

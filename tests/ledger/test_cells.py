@@ -53,6 +53,25 @@ def test_a_shards_name_is_what_any_tracker_gave_it(cell, row) -> None:
     assert [path.name for path in cell.shards()] == [f"arc_easy.00000.{held[:12]}.parquet"]
 
 
+def test_what_is_measured_after_another_edition_is_so_by_its_date(
+    ledger, cell, row, model_identity, benchmark_identity
+) -> None:
+    """A clock that is behind would make the edition that was measured last the outdated one."""
+    dates = [f"2026-11-28T0{hour}:00:00+00:00" for hour in range(3)]
+    cell.write(BLOCK, [row(1)], {"measured": dates[2]})
+    later = ledger.cell(model_identity(), benchmark_identity(task={"fingerprint": "b" * 64}), {})
+    other = ledger.cell(model_identity(), benchmark_identity({"arc_easy": 70}, name="arc"), {})
+    later.write(BLOCK, [row(1)], {"measured": dates[0]})
+    later.write(BLOCK, [row(2)], {"measured": dates[1]})
+    other.write(BLOCK, [row(1)], {"measured": dates[0]})
+    assert later.costs()["measured"] == "2026-11-28T02:00:01+00:00"
+    assert (cell.costs()["measured"], other.costs()["measured"]) == (dates[2], dates[0])
+    # The first one again, on more documents, by a clock that is right.
+    again = CellStore(cell.folder, cell.identity)
+    again.write(BLOCK, [row(3)], {"measured": "2026-11-28T09:00:00+00:00"})
+    assert again.costs()["measured"] == "2026-11-28T09:00:00+00:00"
+
+
 class TestAdopt:
     def test_its_content_decides_its_place(self, cell, row, tmp_path: Path) -> None:
         rows = [row(32, "layer:0"), row(33)]

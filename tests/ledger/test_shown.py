@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tracker.config import CellRequest
 from tracker.documents import Document, Response
@@ -290,3 +294,53 @@ def known_now(
         and (raced or not record_of(store, each).is_raced)
         and layer in {run.layer for run in each.runs}
     )
+
+
+def asks_of(sizes: Sequence[int]) -> st.SearchStrategy[Asked]:
+    """Draw what a file may ask: of which documents, or until what, and of which layers."""
+    count = st.sampled_from(sizes)
+    how = st.one_of(
+        st.builds(lambda n, seed: {"sample": n, "seed": seed}, count, st.sampled_from([SEED, 7])),
+        st.builds(lambda n: {"limit": n}, st.one_of(st.none(), count)),
+        st.builds(lambda n: {"sample": n, "seed": SEED, "named": True}, count),
+        st.sampled_from([{"until": "top 1"}, {"until": "drop within 30 pp"}]),
+    )
+    layers = st.lists(st.sampled_from(range(4)), min_size=2, max_size=4, unique=True)
+    return st.tuples(how, layers.map(sorted))
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(asks_of([8, 40, 64, 96]), min_size=2, max_size=6))
+def test_whatever_is_asked_nothing_is_taken_away(
+    steps: list[Asked], model_identity, benchmark_identity
+) -> None:
+    with TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "results")
+        benchmark = benchmark_identity({"arc_easy": 96}, {"acc": "mean", "acc_norm": "mean"})
+        store = ledger.cell(model_identity(layers=len(COSTS)), benchmark, {})
+        best: dict[tuple[int | None, int], float] = {}
+        for how, layers in steps:
+            view = run(store, how, layers)
+            views = [asked.view for asked in store.views.asked()]
+            assert view in views
+            records = [record_of(store, each) for each in views]
+            assert all(each.is_raced or each.is_complete for each in records)
+            assert len({each.place for each in records}) == len(records)
+            asked, until = store.views.of(asks(how, layers)), how.get("until")
+            shown_in = record_of(store, view)
+            if until is None:
+                assert {*layers} <= {one.layer for one in shown_in.runs}
+                assert view.size >= asked.size
+            else:
+                assert shown_in.answer is not None
+                assert shown_in.answer.question.startswith(until)
+            now: dict[tuple[int | None, int], float] = {}
+            for each, record in zip(views, records, strict=True):
+                for one in record.runs:
+                    key = (each.seed, one.layer)
+                    if not record.is_raced:
+                        now[key] = max(now.get(key, 0), each.size)
+            assert all(now.get(key, 0) >= size for key, size in best.items())
+            best = now
+            assert run(store, how, layers) == view, "asked again"
+            assert [asked.view for asked in store.views.asked()] == views

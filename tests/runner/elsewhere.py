@@ -52,7 +52,7 @@ def same(one: Path, other: Path) -> None:
         order = ["task", "doc", "ablation"]
         frames = [s.read().sort_values(order, ignore_index=True) for s in (ours, theirs)]
         pd.testing.assert_frame_equal(*frames, check_exact=True, check_like=True)
-    own = {"provenance", "seconds", "peak_bytes"}
+    own = {"provenance", "seconds", "peak_bytes", "measured"}
     records = [
         [each.model_dump_json(exclude=own) for each in tracker.api.ls(folder)]
         for folder in (one, other)

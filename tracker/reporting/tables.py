@@ -45,6 +45,7 @@ from tracker.reporting.wording import (
     correlation,
     most_critical,
     power_sentence,
+    row_labels,
     run_list,
 )
 
@@ -76,13 +77,16 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         *texts(critical_label, "highest cosine score, layers 0-based (1 − cos)"),
         *numbers(f"Spearman of cosine score and {drop} (95 % interval)"),
     )
-    rows, notes = tuple(_overview_row(cell) for cell in cells), []
-    for cell, (*_, baseline, _, _, _, spearman) in zip(cells, rows, strict=True):
+    labels = row_labels(cells)
+    rows, notes = tuple(map(_overview_row, cells, labels)), []
+    for cell, (_, extra), row in zip(cells, labels, rows, strict=True):
+        *_, baseline, _, _, _, spearman = row
+        title = " · ".join(filter(None, (cell.title, extra)))
         if spearman.reason:
-            notes.append(f"{cell.title}: Spearman is undefined: {spearman.reason}.")
+            notes.append(f"{title}: Spearman is undefined: {spearman.reason}.")
         if baseline.reason:
             level = measure_of(cell).level
-            notes.append(f"{cell.title}: the baseline {level} is undefined: {baseline.reason}.")
+            notes.append(f"{title}: the baseline {level} is undefined: {baseline.reason}.")
     notes += provenance_notes(cells)
     caption = (
         "Most critical: the layers whose removal, each alone, costs most accuracy. The next "
@@ -91,7 +95,8 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
     return Table(caption, columns, rows, tuple(notes))
 
 
-def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
+def _overview_row(cell: CellRecord, label: tuple[str, str]) -> tuple[Value, ...]:
+    model, extra = label
     measure = measure_of(cell)
     costly = (
         f"{r.layer}\u00a0({measure.write(r.accuracy_drop or 0)})"
@@ -113,12 +118,12 @@ def _overview_row(cell: CellRecord) -> tuple[Value, ...]:
         rank = with_interval(rank, found.low, found.high, two_digits)
     metric = cell.metric if cell.higher_is_better else f"{cell.metric} ({measure.unit})"
     shots = f"{cell.benchmark.num_fewshot}-shot"
-    which = (cell.benchmark.title, shots, metric, cell.beneath, cell.drawn)
+    which = (cell.benchmark.title, shots, metric, cell.beneath, cell.drawn, extra)
     no_drop = f"no layer has a positive {measure.change}"
     if cell.runs and not cell.whole_layers:
         no_drop = "no whole single layer was removed"
     return (
-        Value(cell.model.name),
+        Value(model),
         Value(" · ".join(filter(None, which))),
         Value(cell.counted),
         with_interval(

@@ -18,6 +18,7 @@ from tracker.records import (
     RunRecord,
     layers_of,
 )
+from tracker.reporting.editions import edition_labels
 from tracker.reporting.formats import (
     counted,
     defined,
@@ -105,8 +106,9 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
         cells: Cells of one model.
 
     Returns:
-        For example `arc_easy · 0-shot`, with the metric, the documents, the data, the seed, other
-        settings, the cell's key or the number of runs where these tell them apart.
+        For example `arc_easy · 0-shot`, with the metric, the edition of its task, the documents,
+        the data, the seed, other settings, the cell's key or the number of runs where these tell
+        them apart.
     """
     return _told_apart(
         [
@@ -117,17 +119,54 @@ def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
             for cell in cells
         ],
         [
-            (
-                cell.metric,
-                cell.documents,
-                cell.benchmark.data,
-                "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
-                cell.benchmark.said,
-                cell.key[:8],
-                counted(len(cell.runs), "run"),
-            )
-            for cell in cells
+            (cell.metric, edition, cell.documents, *_details(cell))
+            for cell, edition in zip(cells, edition_labels(cells), strict=True)
         ],
+    )
+
+
+def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tuple[str, str]]:
+    """Tell rows apart that show model, benchmark, shots, metric and what lies beneath.
+
+    Args:
+        cells: The cell of each row.
+        documents: Whether the rows show how many documents there are, too.
+
+    Returns:
+        The name of each row's model, and what else tells it from rows that read the same: mostly
+        nothing.
+    """
+    models = list(dict.fromkeys(cell.model.key for cell in cells))
+    each = {cell.model.key: cell.model for cell in cells}
+    names = dict(zip(models, model_labels([each[key] for key in models]), strict=True))
+    rows = [
+        " · ".join(
+            (
+                *(names[cell.model.key], cell.benchmark.title, str(cell.benchmark.num_fewshot)),
+                *(cell.metric, cell.beneath, cell.drawn, cell.counted if documents else ""),
+            )
+        )
+        for cell in cells
+    ]
+    told = _told_apart(
+        rows,
+        [
+            ("chat" * cell.benchmark.apply_chat_template, edition, cell.beside, *_details(cell))
+            for cell, edition in zip(cells, edition_labels(cells), strict=True)
+        ],
+    )
+    extra = (now.removeprefix(row).removeprefix(" · ") for row, now in zip(rows, told, strict=True))
+    return [(names[cell.model.key], more) for cell, more in zip(cells, extra, strict=True)]
+
+
+def _details(cell: CellRecord) -> tuple[str, ...]:
+    """What else may tell a cell from another of one model, the plainest first."""
+    return (
+        cell.benchmark.data,
+        "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
+        cell.benchmark.said,
+        cell.key[:8],
+        counted(len(cell.runs), "run"),
     )
 
 

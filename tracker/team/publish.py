@@ -25,6 +25,7 @@ from tracker.measuring.derive import decisions_of, record_of
 from tracker.provenance import content_hash
 from tracker.records import INTACT_VIEW, CellRecord
 from tracker.reporting.charts.cells import cell_charts
+from tracker.reporting.wording import row_labels
 from tracker.team.live import Live
 from tracker.team.places import (
     file_of,
@@ -211,6 +212,7 @@ class Publisher:
         self, store: CellStore, record: CellRecord, files: Sequence[Path], trust_receipts: bool
     ) -> Publication:
         """Publish a cell; what one place refuses does not keep the others from it."""
+        record = _told_apart(store, record)
         outcome, errors = Publication(), []
         asked = {place_of(to, self.project): to for to in self._targets.values()}
         parts: _Parts | None = None
@@ -376,6 +378,19 @@ class Trial(Picture):
             self._trial.close()  # it hangs: another process ends the run
         with closing(self._trial), self._busy:
             getattr(self._trial, method)(*arguments)
+
+
+def _told_apart(store: CellStore, record: CellRecord) -> CellRecord:
+    """Tell a record from others of its folder that would have its name in a list of runs."""
+    alike = [record]
+    for one in store.siblings():
+        if one.views.path(record.view).exists():
+            about = {name: getattr(one.identity, name) for name in ("key", "model", "benchmark")}
+            about["measured"] = one.costs()["measured"]
+            alike.append(record.model_copy(update=about))
+    model, more = row_labels(alike, documents=False)[0]
+    words = (model.removeprefix(record.model.name).removeprefix(" · "), more)
+    return record.model_copy(update={"apart": " · ".join(filter(None, words))})
 
 
 def _files(store: CellStore, record: CellRecord) -> list[Path]:

@@ -58,15 +58,15 @@ def intact_name(cell: CellRecord) -> str:
 
 def _name(what: str, cell: CellRecord) -> str:
     drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
-    parts = (what, cell.benchmark.title, cell.other_metric, drawn, cell.beside, cell.model.name)
-    return " · ".join(filter(None, parts))
+    which = (cell.benchmark.title, cell.other_metric, drawn, cell.beside)
+    return " · ".join(filter(None, (what, *which, cell.model.name, cell.apart)))
 
 
 def intact_part(cell: CellRecord) -> CellRecord:
     """Leave of a cell what is known without its runs: more runs do not change it."""
     without: dict[str, object] = {"runs": (), "missing": (), "correlations": (), "provenance": {}}
     without |= dict.fromkeys(("compared", "compared_unsteady"), 0) | {"reasons": {}}
-    costs = ("compared_difference", "seconds", "peak_bytes")
+    costs = ("compared_difference", "seconds", "peak_bytes", "measured")
     return cell.model_copy(update=without | dict.fromkeys(costs))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
 
 from tracker.provenance import content_hash
 from tracker.records import CellRecord
+from tracker.reporting.editions import outdated
 from tracker.reporting.wording import benchmark_labels
 
 DECIMALS = 12
@@ -44,8 +45,9 @@ def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, 
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
     left_out: dict[str, str] = {}
     best: dict[str, CellRecord] = {}
+    later = outdated(cell for cell in cells if not unusable(cell))
     for cell in cells:
-        if why := unusable(cell):
+        if why := unusable(cell) or _why_outdated(cell, later, labels):
             left_out[labels[id(cell)]] = why
         elif (known := best.get(cell.benchmark.name)) is None or worth(known) < worth(cell):
             best[cell.benchmark.name] = cell
@@ -54,6 +56,17 @@ def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, 
         if counts is not None and counts is not cell and labels[id(cell)] not in left_out:
             left_out[labels[id(cell)]] = f"the benchmark counts once, as {labels[id(counts)]}"
     return [cell for cell in cells if best.get(cell.benchmark.name) is cell], left_out
+
+
+def _why_outdated(
+    cell: CellRecord, later: Mapping[int, CellRecord], labels: Mapping[int, str]
+) -> str:
+    """Say that a cell's benchmark was edited since; empty where it was not."""
+    if id(cell) not in later:
+        return ""
+    return (
+        f"its task was edited since: what was measured last counts, {labels[id(later[id(cell)])]}"
+    )
 
 
 def worth(cell: CellRecord) -> tuple[int, int, bool, bool]:

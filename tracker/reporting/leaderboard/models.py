@@ -13,6 +13,7 @@ from tracker.identities import ModelIdentity
 from tracker.metrics.accuracy import Estimate
 from tracker.metrics.combined import mean
 from tracker.records import CellRecord
+from tracker.reporting.editions import outdated
 from tracker.reporting.leaderboard.comparable import models_of, ranks, setting, unusable, worth
 from tracker.reporting.leaderboard.layers import layer_board
 from tracker.reporting.wording import benchmark_labels, model_labels
@@ -110,9 +111,12 @@ def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[
 
     def common(places: Sequence[int]) -> list[str]:
         best: dict[str, str] = {}
-        for key in holders:
+        mine = known[places[0]]
+        shared = [key for key in holders if set(places) <= set(holders[key])]
+        later = outdated(mine[key] for key in shared)
+        for key in shared:
             name = every[key].benchmark.name
-            if set(places) <= set(holders[key]) and (
+            if id(mine[key]) not in later and (
                 name not in best or worth(every[best[name]]) < worth(every[key])
             ):
                 best[name] = key
@@ -131,6 +135,8 @@ def _not_shared(
     key: str, known: Sequence[Mapping[str, CellRecord]], names: Sequence[str], ranked: Sequence[int]
 ) -> str:
     lacking = [place for place in ranked or range(len(known)) if key not in known[place]]
+    if not lacking and id(known[ranked[0]][key]) in outdated(known[ranked[0]].values()):
+        return "its task was edited since: what was measured last counts"
     if not lacking:
         return "the benchmark counts once, by its larger cells"
     return f"not measured, or otherwise, for {', '.join(names[place] for place in lacking)}"
