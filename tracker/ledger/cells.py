@@ -22,7 +22,7 @@ from tracker.errors import WorkError
 from tracker.extent import ALL, Extent
 from tracker.identities import Record
 from tracker.ledger.blocks import BLOCK, Block, places
-from tracker.ledger.files import lock_file, write_bytes
+from tracker.ledger.files import lock_file, make_folder, write_bytes
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
 from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_file
@@ -176,7 +176,7 @@ class CellStore:
             raise ValueError(f"{path.name} is no shard of this cell: {error}") from None
         held = shard.table.select(["doc", "ablation"]).to_pydict()
         place = self._shard_path(block, zip(held["doc"], held["ablation"], strict=True))
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         path.replace(place)
         return place.name
 

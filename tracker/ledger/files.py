@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import shlex
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -30,8 +32,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         changed = [path.parent]
         while not changed[-1].exists():
             changed.append(changed[-1].parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write(temporary)
+        share(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -39,6 +42,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         why = "the disk is full" if full else error.strerror or str(error)
+        if isinstance(error, PermissionError):
+            why = f"{path.parent} is {owner_of(path.parent)}'s, and you may not write it"
         raise WorkError(
             f"{path} cannot be written: {why}. What was measured before is safe; "
             "mend it and type the same command to continue."
@@ -66,12 +71,81 @@ def lock_file(path: Path, patience: float = -1) -> FileLock:
     without end.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        mode = 0o644 | _opened(path.parent.stat())
     except OSError as error:
         raise WorkError(f"{path} cannot be made: {error.strerror}") from None
-    return FileLock(path, timeout=patience)
+    if not os.access(path if path.exists() else path.parent, os.R_OK | os.W_OK):
+        raise WorkError(
+            f"{path} is {owner_of(path)}'s, and you may not write it. Who shares a folder lets a "
+            f"group write it: chmod -R g+rwX {shlex.quote(str(path.parent))}"
+        )
+    return FileLock(path, timeout=patience, mode=mode)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, open to whom the folder above them is open."""
+    if not path.is_dir():
+        if path.parent != path:
+            make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        share(path)
+
+
+def share(path: Path) -> None:
+    """Open what this user made to whom its folder is open to write, whatever the umask says.
+
+    Otherwise the second of several people is stopped by the locks and notes of the first.
+    """
+    with suppress(OSError):  # another user's
+        own, above = path.stat(), path.parent.stat()
+        more = _opened(above) if own.st_gid == above.st_gid else _opened(above) & 0o006
+        if stat.S_ISDIR(own.st_mode) and more:
+            more |= (more & 0o022) >> 1 | above.st_mode & stat.S_ISGID
+        if more & ~own.st_mode:
+            path.chmod(stat.S_IMODE(own.st_mode) | more)
+
+
+@contextmanager
+def as_shared(folder: Path) -> Iterator[None]:
+    """Let what is made meanwhile be open to whom a folder is open to write; of all threads."""
+    before = os.umask(0)
+    opened = _opened(folder.stat())
+    os.umask(before & ~(opened | (opened & 0o022) >> 1))
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _opened(folder: os.stat_result) -> int:
+    """Say as bits of a file's mode who else may read and write what lies in a folder."""
+    more = 0o060 if folder.st_mode & stat.S_IWGRP else 0
+    everybody = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
+    return more | (0o006 if everybody else 0)
+
+
+def owner_of(path: Path) -> str:
+    """Name whose a file or folder is, or that which would hold it."""
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    try:
+        return there.owner()
+    except (KeyError, NotImplementedError, OSError):
+        return f"user {there.lstat().st_uid}"
+
+
+def closed(folder: Path) -> str:
+    """Say what to do about what is there and may not be read; empty where it may."""
+    if not os.path.lexists(folder):
+        return ""
+    if os.access(folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)):
+        return ""
+    return (
+        f"it is {owner_of(folder)}'s, and you may not read it; ask for: "
+        f"chmod -R g+rX {shlex.quote(str(folder))}"
+    )
 
 
 def _flush(folders: Iterable[Path]) -> None:

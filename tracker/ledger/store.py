@@ -44,7 +44,7 @@ from tracker.findings import FindingRecord
 from tracker.identities import BenchmarkIdentity, ModelIdentity
 from tracker.ledger.begun import begun_searches
 from tracker.ledger.cells import CellStore
-from tracker.ledger.files import lock_file, write_text
+from tracker.ledger.files import closed, lock_file, owner_of, write_text
 from tracker.ledger.findings import findings
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.notes import read_note, reason, write_note
@@ -53,6 +53,10 @@ from tracker.ledger.views import FORMAT, AskedView, CellIdentity
 from tracker.records import Place
 from tracker.searched import PruneRecord
 
+_WRITTEN = ("cells", "experiments", "index", "locks")
+"""Folders that a measurement writes."""
+_READ = ("cells", "experiments", "searches", "studies")
+"""Folders that are shown."""
 UNFINISHED = "its run goes on, or was stopped: then type its command again"
 """What is said of a cell that is begun."""
 
@@ -103,9 +107,9 @@ class Ledger:
         try:
             if self.root.exists() and not self.root.is_dir():
                 raise ResultsError(f"{self.root} is a file, not a results folder")
+            self._format()
         except OSError as error:  # too long a name, a folder above that may not be looked into
             raise ResultsError(f"{self.root} cannot be used: {error.strerror}") from None
-        self._format()
 
     @classmethod
     def existing(cls, root: Path) -> Ledger:
@@ -128,8 +132,12 @@ class Ledger:
         )
         if not there.is_dir():
             raise ResultsError(f"{self.root} cannot be made: {there} is a file")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ResultsError(f"{self.root} cannot be written: {there} is not yours to write")
+        for place in (there, *(self.root / name for name in _WRITTEN)):
+            if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+                raise ResultsError(
+                    f"{self.root} cannot be written: {place} is {owner_of(place)}'s, and not yours "
+                    "to write"
+                )
 
     def create(self) -> None:
         """Make the folder a results folder of today's format, or do nothing where it is one."""
@@ -149,6 +157,9 @@ class Ledger:
         found = []
         for folder in sorted(self.root.glob("cells/*")):
             try:
+                for inside in (folder, folder / "requests", folder / "shards"):
+                    if why := closed(inside):
+                        raise ResultsError(why)
                 found.append(self._open(folder))
             except ResultsError as error:
                 if damaged is not None:
@@ -160,6 +171,9 @@ class Ledger:
     def contents(self) -> Contents:
         """List everything that can be shown; what is damaged keeps nothing else away."""
         found = Contents()
+        for name in _READ:
+            if why := closed(self.root / name):
+                found.damaged[str(self.root / name)] = why
         found.findings.extend(findings(self.root, found.damaged))
         found.searches.extend(searches(self.root, found.damaged))
         searched = {each.key for record in found.searches for each in record.calibration}
@@ -241,6 +255,8 @@ class Ledger:
             # What stands before it in the folder's name is for people.
             if folder.name[-12:] != identity.key[:12]:
                 raise ValueError("it belongs to another folder")
+        except PermissionError:
+            raise ResultsError(closed(path)) from None
         except (OSError, ValueError) as error:
             raise ResultsError(
                 f"its cell.json cannot be used ({reason(error)}); run its experiment again, which "
@@ -253,6 +269,8 @@ class Ledger:
         path = self.root / "tracker.json"
         if not path.is_file():
             return None
+        if why := closed(path):
+            raise ResultsError(f"{path}: {why}")
         try:
             found = int(json.loads(path.read_bytes())["format"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):

@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from tracker.errors import TrackingError
 from tracker.ledger.cache import own_folder
-from tracker.ledger.files import lock_file
+from tracker.ledger.files import as_shared, lock_file
 from tracker.provenance import content_hash
 from tracker.records import CellRecord
 from tracker.text import masked
@@ -359,7 +359,11 @@ class MlflowBackend(Backend):
             # Nothing is kept there, so no folder is made there.
             path = own_folder("locks") / content_hash(self._uri)[:16]
         with lock_file(path.with_name(f"{path.name}.lock"), _LOCK_SECONDS):
-            yield
+            if not self._database:
+                yield
+                return
+            with as_shared(path.parent):
+                yield
 
     @contextmanager
     def _failures_explained(self, problem: str, advice: str = "") -> Iterator[None]:

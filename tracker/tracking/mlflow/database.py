@@ -12,6 +12,8 @@ from urllib.request import url2pathname
 
 import psutil
 
+from tracker.ledger.files import share
+
 # "Creating initial MLflow database tables...": nothing that a user of tracker must read.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
@@ -57,6 +59,7 @@ def create_database(path: Path) -> None:
     store = SqlAlchemyStore(f"sqlite:///{draft}", artifact_folder(path).as_uri())
     store.engine.dispose()
     draft.replace(path)
+    share(path)
 
 
 def follow_folder(path: Path) -> None:

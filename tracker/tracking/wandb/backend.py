@@ -20,12 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import wandb
-from filelock import FileLock
 from typing_extensions import override
 
 from tracker.distribution import install_extra
 from tracker.errors import TrackingError
-from tracker.ledger.files import write_text
+from tracker.ledger.files import lock_file, make_folder, write_text
 from tracker.records import CellRecord
 from tracker.tracking.base import (
     BOARD,
@@ -392,8 +391,8 @@ class WandbBackend(Backend):
     @contextmanager
     def _one_publisher(self) -> Iterator[None]:
         """Hold off other processes: W&B has no "create unless it exists" by run key."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self._folder}.lock", timeout=_LOCK_SECONDS):
+        make_folder(self._folder)
+        with lock_file(self._folder.with_name("wandb.lock"), _LOCK_SECONDS):
             yield
 
 
