@@ -52,7 +52,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
 ):
     model, results = tiny_llama(seed=6), tmp_path / "results"
     settings, all_of = {"results": results, "track": []}, {"benchmark": "openbookqa", "limit": None}
-    until = experiment(model, **all_of, until="drop within 14 pp at 80 %")
+    until = experiment(model, **all_of, until="drop within 10 pp at 80 %")
     heard = Heard()
     done = tracker.run(until, progress=heard, **settings)
     (cell,) = done.cells
@@ -62,11 +62,11 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert not cell.is_complete
     most = max(run.n for run in cell.runs)
     assert cell.lacks == (
-        f"stopped at the answer to 'drop within 14 pp at 80 %': {cell.n} to {most} of {total} "
+        f"stopped at the answer to 'drop within 10 pp at 80 %': {cell.n} to {most} of {total} "
         "documents were looked at, run by run",
     )
     assert heard.came == heard.expected
-    assert "the drops of layers 0 and 1 are not known within 14 pp; 96 documents" in heard.said
+    assert "the drops of layers 0 and 1 are not known within 10 pp; 96 documents" in heard.said
 
     # What was measured: a beginning of the random order, of some runs more than of others.
     (store,) = Ledger(results).cells()
@@ -89,7 +89,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert {drop.low for drop in far.drops.values()} == {None}
     assert "seconds_left" not in str(progress_figures(far, far, 1.0, cell))
     listed = CliRunner().invoke(main, ["ls", "--results", str(results)])
-    assert f" stopped at the answer to 'drop within 14 pp at 80 %': {cell.n} to" in listed.output
+    assert f" stopped at the answer to 'drop within 10 pp at 80 %': {cell.n} to" in listed.output
 
     # The same as a race over the outcomes of a whole run.
     whole = tracker.run(experiment(model, "whole.yaml", **all_of), **settings)
@@ -99,7 +99,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     right = frame.pivot(index="doc", columns="ablation", values="metric/acc_norm").loc[order]
     names = [f"layer:{number}" for number in range(4)]
     drops = right[["baseline"]].to_numpy() - right[names].to_numpy()
-    race = Race(question("drop within 14 pp at 80 %"), total, 4)
+    race = Race(question("drop within 10 pp at 80 %"), total, 4)
     while not race.standing.answered:
         at = int(race.bounds.seen.max())
         race.look(drops[at : at + 32])
@@ -113,8 +113,8 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     looked = 4 * race.bounds.seen.max() + race.bounds.seen @ [3, 2, 1, 0]
     share = looked / (10 * total)
     said = (
-        f"{cell.model.source} × openbookqa: drop within 14 pp at 80 %: each drop is known within "
-        f"14 pp (80 % confidence; {race.bounds.seen.max()} of {total} documents, "
+        f"{cell.model.source} × openbookqa: drop within 10 pp at 80 %: each drop is known within "
+        f"10 pp (80 % confidence; {race.bounds.seen.max()} of {total} documents, "
         f"{100 * share:.0f} % of the layer passes)"
     )
     assert heard.said[-1] == said
