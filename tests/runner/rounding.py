@@ -2,7 +2,8 @@
 
     python -m tests.runner.rounding MODEL DOCUMENTS LAYER [LAYER …]
 
-prints how many documents of arc_easy are judged otherwise, and how many of these were counted.
+prints how many documents of arc_easy are judged otherwise, and how many of these were counted;
+with `sums` before MODEL, how far rounding moves with a head, softmax and sums in float32.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import tracker
 from tracker.ablations import Ablation, ablations_of
 from tracker.bench.compare import prepare
 from tracker.config import CellRequest
+from tracker.engine.sharing import DEPTH_ONLY, FULL, Sharing
+from tracker.ledger.options import side_by_side
 from tracker.ledger.rounding import judged
 from tracker.ledger.store import Ledger
 from tracker.ledger.viewed import Viewed
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
-from tracker.metrics.rounding import LEAST_CHANCE
+from tracker.metrics.rounding import LEAST_CHANCE, movement
 from tracker.records import CellRecord
 
 BATCH_SIZES = (1, 4, 16)
@@ -38,12 +42,14 @@ class Found:
         right: Which documents tracker has right.
         chances: How likely rounding judges each otherwise, as tracker says.
         plain: Batch size → which documents plain lm-eval has right.
+        apart: How far its single answers are from tracker's at most: nats, and share of itself.
     """
 
     ablation: Ablation
     right: np.ndarray
     chances: np.ndarray
     plain: dict[int, np.ndarray]
+    apart: tuple[float, float]
 
     @property
     def turned(self) -> np.ndarray:
@@ -74,10 +80,9 @@ def measure(model: str, documents: int, layers: list[int], folder: Path) -> Cell
     return done.cells[0]
 
 
-def compare(model: str, documents: int, layers: list[int], folder: Path) -> list[Found]:
-    """Hold what was measured in a folder against plain lm-eval on really pruned models."""
-    (store,) = Ledger(folder / "results").cells()
-    request = CellRequest(
+def requested(model: str, documents: int, layers: list[int]) -> CellRequest:
+    """The cell that `measure` measures."""
+    return CellRequest(
         model=model,
         dtype="bfloat16",
         benchmark="arc_easy",
@@ -85,24 +90,66 @@ def compare(model: str, documents: int, layers: list[int], folder: Path) -> list
         limit=documents,
         layers=tuple(layers),
     )
+
+
+def compare(model: str, documents: int, layers: list[int], folder: Path) -> list[Found]:
+    """Hold what was measured in a folder against plain lm-eval on really pruned models."""
+    (store,) = Ledger(folder / "results").cells()
+    request = requested(model, documents, layers)
     ready = prepare(request, Options(), Silent())
     outcomes = Viewed(store, store.views.of(request))
     gold = [document.gold for document in ready.documents]
 
-    def plainly(ablation: Ablation, size: int) -> np.ndarray:
+    def plainly(ablation: Ablation, size: int) -> list[list[float]]:
         _, answers = ready.plainly(ablation, size, ready.documents)
         said = iter(loglikelihood for loglikelihood, _ in answers)
-        taken = [np.argmax([next(said) for _ in each.requests]) for each in ready.documents]
-        return np.array(taken) == gold
+        return [[next(said) for _ in each.requests] for each in ready.documents]
 
     found = []
     for ablation in ablations_of(request, store.identity.model.layers):
         chances = judged(outcomes, ablation, "acc", store.texts.read).chances
         assert chances is not None
         right = outcomes.metric(ablation, "acc") == 1
-        plain = {size: plainly(ablation, size) for size in BATCH_SIZES}
-        found.append(Found(ablation, right, chances, plain))
+        said = {size: plainly(ablation, size) for size in BATCH_SIZES}
+        plain = {
+            size: np.array([np.argmax(each) for each in answers]) == gold
+            for size, answers in said.items()
+        }
+        theirs = np.array([np.concatenate(answers) for answers in said.values()])
+        far = np.abs(theirs - np.concatenate(list(outcomes.of(ablation)["loglikelihoods"])))
+        apart = (float(far.max()), float((far / np.abs(theirs)).max()))
+        found.append(Found(ablation, right, chances, plain, apart))
     return found
+
+
+class Finer(torch.nn.Module):
+    """A head in float32: what it says of each token is, and so are softmax and sums after it."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(states.float(), self.weight)
+
+
+def sums(model: str, documents: int, layers: list[int]) -> None:
+    """Print how far rounding moves the differences between options, and what float32 sums leave."""
+    request = requested(model, documents, layers)
+    ready = prepare(request, Options(), Silent())
+    loaded = ready.engine.loaded
+    ablations = ablations_of(request, loaded.identity.layers)
+
+    def scores(sharing: Sharing, number: int) -> np.ndarray:
+        found = ready.engine.with_sharing(sharing).score(ready.documents, ablations)
+        rows = [[each.loglikelihood for each in one.responses[number]] for one in found]
+        return side_by_side(rows, np.array([len(row) for row in rows]))
+
+    for name in ("bfloat16", "float32 head, softmax and sums"):
+        for number, ablation in enumerate(ablations):
+            moved = movement(scores(FULL, number), scores(DEPTH_ONLY, number))
+            sys.stdout.write(f"{name}, {ablation.name}: {100 * (moved or 0):.2f} %\n")
+        loaded.model.lm_head = Finer(loaded.model.lm_head)
 
 
 def main(model: str, documents: int, layers: list[int]) -> None:
@@ -116,9 +163,12 @@ def main(model: str, documents: int, layers: list[int]) -> None:
                 f"judged otherwise by some {each.turned.sum()}, counted {each.within.sum()}, "
                 f"of those {(each.turned & each.within).sum()}; "
                 f"expected between two ways {each.chances.sum():.1f}, found "
-                f"{np.mean([(each.right != of).sum() for of in each.plain.values()]):.1f}\n"
+                f"{np.mean([(each.right != of).sum() for of in each.plain.values()]):.1f}; "
+                f"answers apart by at most {each.apart[0]:.2g} nats, {100 * each.apart[1]:.1f} %\n"
             )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), [int(layer) for layer in sys.argv[3:]])
+    finer = sys.argv[1] == "sums"
+    what, count, *numbers = sys.argv[1 + finer :]
+    (sums if finer else main)(what, int(count), [int(layer) for layer in numbers])
