@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import math
@@ -28,6 +29,10 @@ from tracker.views import Until, View
 FORMAT = 3
 """Of a results folder and of each file in it. Format 2 knew no random order: a tracker of then
 would take a block of drawn documents for a damaged one, and set it aside."""
+
+
+_READABLE = 80
+"""Characters of a long name that its file's name keeps."""
 
 
 class CellIdentity(Record):
@@ -150,7 +155,12 @@ class Views:
 
     def _known(self, new: View) -> list[View]:
         alike = ("metric", "removed", "seed")
-        found: list[View] = [asked.view for asked in self.asked(damaged={})]
+        # A search has thousands of views, each over other layers beneath.
+        name = view_name(
+            new.removed, self.identity.benchmark.primary_metric, self.identity.benchmark, new.seed
+        )
+        pattern = f"{glob.escape(quote(name, safe=',')[:_READABLE])}*.json"
+        found = [asked.view for asked in self.asked(damaged={}, pattern=pattern)]
         mine = [v for v in found if all(getattr(v, one) == getattr(new, one) for one in alike)]
         return sorted(mine, key=lambda view: (view.beside != "", view.beside))
 
@@ -266,11 +276,14 @@ class Views:
         """List the files of what was asked, be they damaged; none before the cell is finished."""
         return sorted(self.folder.glob("requests/*.json"))
 
-    def asked(self, damaged: dict[str, str] | None = None) -> list[AskedView]:
+    def asked(
+        self, damaged: dict[str, str] | None = None, pattern: str = "*.json"
+    ) -> list[AskedView]:
         """Recall what was asked for, one entry a view; the intact model and its own metric first.
 
         Args:
             damaged: Gets each file that cannot be used → what to do; None = raise an error.
+            pattern: Which files are read, by name.
 
         Returns:
             The views; none when the cell was never finished.
@@ -279,7 +292,7 @@ class Views:
             ResultsError: A view is damaged.
         """
         found: dict[str, AskedView] = {}
-        for path in self.files():
+        for path in sorted(self.folder.glob(f"requests/{pattern}")):
             try:
                 asked = self.read(path.read_bytes())
             except (OSError, ValueError) as error:
@@ -316,4 +329,4 @@ def _alike(view: View, other: View) -> bool:
 def view_file(name: str) -> str:
     """Name a view's file; file systems take no more than 255 characters."""
     name = quote(name, safe=",")
-    return name if len(name) <= 100 else f"{name[:80]}--{content_hash(name)[:12]}"
+    return name if len(name) <= 100 else f"{name[:_READABLE]}--{content_hash(name)[:12]}"
