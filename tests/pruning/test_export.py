@@ -101,7 +101,7 @@ class TestExported:
         assert result.metric_value == exported.accuracy[0].after[0]
         for said in (
             "without 2 of its 4 layers",
-            'AutoModelForCausalLM.from_pretrained("lighter")',
+            'AutoModelForCausalLM.from_pretrained(".")',
             "Layers 1, 2 (0-based), in the order 2, 1. They were named by hand.",
             "`[0, 3]`",
             f"{SAMPLE} documents drawn at random (seed 1234)",
@@ -121,7 +121,7 @@ class TestExported:
         weights = sum(f.stat().st_size for f in exported.folder.glob("*.safetensors"))
         assert facts["after"]["bytes"] == pytest.approx(weights, abs=8192), "but for a header"
         assert facts["before"]["parameters"] > facts["after"]["parameters"]
-        assert facts["after"]["tokens_per_second"] > 0
+        assert facts["faster"] is None or min(facts["faster"]) > 0
 
     def test_nothing_lies_beside_it(self, exported):
         assert sorted(p.name for p in exported.folder.parent.iterdir()) == ["lighter", "results"]
@@ -136,6 +136,16 @@ def test_what_a_search_knows_is_told(exported, tmp_path):
     said = text(replace(exported, pruning=chosen, accuracy=(*exported.accuracy, cost)))
     assert "The strategy `accuracy` chose them on 100 documents of arc_easy." in said
     assert "| piqa, 0-shot | acc | 40 documents | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
+
+
+def test_how_much_faster_it_reads_is_said_or_is_not(exported):
+    """Was: 190 tokens a second, then 49, whatever else the machine did."""
+    from tracker.pruning.card import text
+
+    said = text(replace(exported, faster=(1.271, 1.249, 1.3)))
+    assert "It reads 1.27 times as fast as the base" in said
+    assert "1.25 to 1.30 (both by turns in one process" in said
+    assert "How fast it reads is not said" in text(replace(exported, faster=None))
 
 
 def test_a_configuration_that_names_no_class_says_nothing_anew(here, base, tmp_path):

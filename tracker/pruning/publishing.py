@@ -62,8 +62,9 @@ def _figures(model: Exported) -> dict[str, float]:
             f"{name}/layers": size.layers,
             f"{name}/parameters": size.parameters,
             f"{name}/bytes": size.bytes,
-            f"{name}/tokens_per_second": size.tokens_per_second,
         }
+    if model.faster is not None:
+        found["pruned/times_as_fast"] = model.faster[0]
     for each in model.accuracy:
         found |= _accuracy(each)
     return found

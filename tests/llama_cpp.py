@@ -1,0 +1,71 @@
+"""llama.cpp's own library, from the wheel llama-cpp-py-sync: its quantiser and its logits."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FLOAT32, COPY = 0, "COPY"
+"""Of `llama_ftype`: all in float32; and what llama-quantize calls changing nothing."""
+
+
+@cache
+def _library() -> tuple[Any, Any, Any]:
+    from llama_cpp_py_sync import _cffi_bindings as bindings
+
+    silent = bindings.ffi.callback(
+        "void(enum ggml_log_level, const char *, void *)", lambda *_: None
+    )
+    library = bindings.get_lib()
+    library.llama_log_set(silent, bindings.ffi.NULL)
+    return bindings.ffi, library, silent  # which must live as long as the library
+
+
+def quantize(source: Path, made: Path, layers: Sequence[int] = (), to: int | str = COPY) -> None:
+    """Do what llama-quantize does (tools/quantize/quantize.cpp), with its --prune-layers."""
+    ffi, library, _ = _library()
+    asked = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
+    asked.nthread, asked.only_copy, asked.allow_requantize = 1, to == COPY, to != COPY
+    asked.ftype = FLOAT32 if to == COPY else to
+    gone = ffi.new("int32_t[]", [*layers, -1])
+    asked.prune_layers = gone if layers else ffi.NULL
+    assert library.llama_model_quantize(str(source).encode(), str(made).encode(), asked) == 0
+
+
+def obey(line: str, folder: Path) -> Path:
+    """Obey a line that calls llama-quantize in a folder; says what it made."""
+    program, option, layers, source, made, how = shlex.split(line)
+    assert (program, option, how) == ("llama-quantize", "--prune-layers", COPY)
+    quantize(folder / source, folder / made, [int(layer) for layer in layers.split(",")])
+    return folder / made
+
+
+def logits(file: Path, tokens: Sequence[int]) -> np.ndarray:
+    """Read tokens in one go: the logits after each."""
+    ffi, library, _ = _library()
+    model = library.llama_model_load_from_file(
+        str(file).encode(), library.llama_model_default_params()
+    )
+    assert model != ffi.NULL
+    asked, count = library.llama_context_default_params(), len(tokens)
+    asked.n_ctx = asked.n_batch = asked.n_ubatch = max(64, count)
+    asked.n_threads = asked.n_threads_batch = 1
+    context = library.llama_init_from_model(model, asked)
+    batch = library.llama_batch_init(count, 0, 1)
+    batch.n_tokens = count
+    for place, token in enumerate(tokens):
+        batch.token[place], batch.pos[place], batch.logits[place] = token, place, 1
+        batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+    assert library.llama_decode(context, batch) == 0
+    width = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    there = ffi.buffer(library.llama_get_logits(context), 4 * count * width)
+    found = np.frombuffer(there, dtype=np.float32).reshape(count, width).copy()
+    library.llama_batch_free(batch)
+    library.llama_free(context)
+    library.llama_model_free(model)
+    return found

