@@ -212,14 +212,14 @@ def saved_and_loaded(model: Any, removed: Sequence[int]) -> nn.Module:
         without(copy.deepcopy(model), removed).save_pretrained(folder)
         loaded, found = type(model).from_pretrained(
             folder,
-            dtype=model.dtype,
+            dtype=torch.float32,  # tables too, as in the model before it became a double
             attn_implementation=model.config._attn_implementation,
             experts_implementation=model.config._experts_implementation,
             output_loading_info=True,
         )
     if found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]:
         raise ModelError("it asks for other weights")
-    return loaded.eval().requires_grad_(False)
+    return loaded.eval().requires_grad_(False).to(model.dtype)
 
 
 def delete_layers(model: nn.Module, removed: Sequence[int]) -> None:
