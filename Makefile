@@ -4,7 +4,7 @@
 # make families  every causal model of transformers, tiny, against plain forward passes (up to four
 #                hours; goes on where it was stopped)
 # make mutants   changes tracker's code, a mutant at a time: what do the tests not notice? (hours)
-# make fuzz      wrong files, commands, configurations, disks and kills, drawn at random (half an hour)
+# make fuzz      wrong files, commands, configurations, disks, caches, clocks, users, kills: at random (an hour)
 # make dist    a wheel and a source distribution in dist/
 # make dist-demo  that wheel in an environment of its own, and the demo with it
 PYTHON ?= python3

