@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ GONE = (5, 12, 20)
 TEXT = "The capital of France is Paris, and the heart pumps the blood through the body."
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder that goes at once: what is made here takes gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 def follow(folder: Path, *command: str) -> None:
