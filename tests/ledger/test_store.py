@@ -709,7 +709,8 @@ class TestLedger:
             finally:
                 if me == 0:
                     os.setresuid(0, 0, 0)
-        said = f"{root} cannot be written: {folder} is not yours to write"
+            whose = Path(folder).owner()
+        said = f"{root} cannot be written: {folder} is {whose}'s, and you may not write it"
         assert str(caught.value) == said
 
 

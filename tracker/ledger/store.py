@@ -135,8 +135,8 @@ class Ledger:
         for place in (there, *(self.root / name for name in _WRITTEN)):
             if place.exists() and not os.access(place, os.W_OK | os.X_OK):
                 raise ResultsError(
-                    f"{self.root} cannot be written: {place} is {owner_of(place)}'s, and not yours "
-                    "to write"
+                    f"{self.root} cannot be written: {place} is {owner_of(place)}'s, and you may "
+                    "not write it"
                 )
 
     def create(self) -> None:
