@@ -291,6 +291,8 @@ def bench(
       tracker bench --component layer --component attention --component mlp …
       tracker bench --scaling --output scaling.html …
     """
+    if scaling and not output.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
     begin()
     from tracker.bench.compare import bench as measure
     from tracker.config import cell_request
@@ -300,8 +302,6 @@ def bench(
     options = Options(device, trust_remote_code, memory)
     show = Show(error=True)
     if scaling:
-        if not output.absolute().parent.is_dir():
-            raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
         from tracker.bench.scaling import scaling as grow
         from tracker.reporting.scaling import draw
 

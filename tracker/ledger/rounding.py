@@ -19,7 +19,7 @@ Texts = Callable[[], Mapping[tuple[str, int], KeptText]]
 """Reads what a cell's documents say."""
 
 
-class Judged(NamedTuple):
+class Chances(NamedTuple):
     """How likely rounding judges each document otherwise; None with a reason where not known.
 
     In single precision there is neither: rounding decides next to nothing, and it is not measured.
@@ -29,7 +29,7 @@ class Judged(NamedTuple):
     reason: str = ""
 
 
-def judged(outcomes: Viewed, ablation: Ablation, metric: str, texts: Texts) -> Judged:
+def judged(outcomes: Viewed, ablation: Ablation, metric: str, texts: Texts) -> Chances:
     """Hold the margins of an ablation's documents against how far rounding moves them.
 
     Args:
@@ -42,25 +42,25 @@ def judged(outcomes: Viewed, ablation: Ablation, metric: str, texts: Texts) -> J
         The chances, in the documents' order.
     """
     if not outcomes.identity.model.is_half:
-        return Judged(None)
+        return Chances(None)
     rows = outcomes.of(ablation)
     if AGAIN not in rows or rows[AGAIN].isna().all():
-        return Judged(None, "none of these documents was computed twice")
+        return Chances(None, "none of these documents was computed twice")
     counts = rows["choices"].to_numpy(dtype=int)
     if not counts.max():
-        return Judged(None, "there are no options that a margin could lie between")
+        return Chances(None, "there are no options that a margin could lie between")
     places = zip(rows["task"], rows["doc"], strict=True)
     kept = texts() if needs_texts(metric) else {}
     lengths, why = divisors(metric, counts, [kept.get((str(t), int(d))) for t, d in places])
     if why:
-        return Judged(None, why)
+        return Chances(None, why)
     scores = side_by_side(rows["loglikelihoods"], counts) / lengths
     gold = rows["gold"].to_numpy(dtype=np.float64)
     if not np.array_equal(choices(scores) == gold, outcomes.metric(ablation, metric)):
-        return Judged(None, f"{metric} is not whether the best option is the gold one")
+        return Chances(None, f"{metric} is not whether the best option is the gold one")
     twice = rows[AGAIN].notna().to_numpy()
     again = side_by_side(rows[AGAIN].where(twice, rows["loglikelihoods"]), counts) / lengths
     moved = movement(scores[twice], again[twice])
     if moved is None:
-        return Judged(None, "what was computed twice came out the same, to the last bit")
-    return Judged(turning(scores, gold, moved))
+        return Chances(None, "what was computed twice came out the same, to the last bit")
+    return Chances(turning(scores, gold, moved))

@@ -10,7 +10,7 @@ import pandas as pd
 
 from tracker.ablations import INTACT, Ablation
 from tracker.ledger.outcomes import METRIC, PROVENANCE
-from tracker.ledger.rounding import Judged, Texts, judged
+from tracker.ledger.rounding import Chances, Texts, judged
 from tracker.ledger.viewed import Array, Viewed, gold_logprobs, pairs
 from tracker.metrics.accuracy import (
     Estimate,
@@ -115,7 +115,7 @@ def run_record(
     )
 
 
-def moved_by_rounding(weights: Array, *models: Judged) -> float | None:
+def moved_by_rounding(weights: Array, *models: Chances) -> float | None:
     """How far rounding moves the accuracy of a model, or what one has more than another."""
     every = [model.chances for model in models if model.chances is not None]
     if len(every) < len(models):

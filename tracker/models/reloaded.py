@@ -65,6 +65,10 @@ def reloaded(twin: Any, kept: Sequence[int], known: dict[str, Any] | None = None
     """
     again = _made(twin, kept, shapes(twin), known)
     its = dict(twin.named_modules())
+    if not {place for place, _ in again.named_modules()} <= its.keys():
+        raise ModelError(
+            "its class makes it of other parts than it has"
+        )  # since a call, as BigBird
     for place, module in again.named_modules():
         for held, own in (
             (module._parameters, its[place]._parameters),

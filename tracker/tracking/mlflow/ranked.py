@@ -26,7 +26,7 @@ _NO_MODELS = "ENDPOINT_NOT_FOUND"
 
 
 @dataclass(frozen=True)
-class Ranked:
+class ShownModel:
     """A logged model as MLflow has it, with the newest of its figures by name."""
 
     id: str
@@ -43,9 +43,9 @@ class Ranked:
         return {name: value for name, value in _figures(run).items() if mine.get(name) != value}
 
 
-def ranked(client: Any, experiment: str, runs: Iterable[Any]) -> dict[str, list[Ranked]]:
+def ranked(client: Any, experiment: str, runs: Iterable[Any]) -> dict[str, list[ShownModel]]:
     """Find the logged models of runs, by the run's id; more than one where a program was killed."""
-    found: dict[str, list[Ranked]] = {}
+    found: dict[str, list[ShownModel]] = {}
     every = [run.info.run_id for run in runs]
     for first in range(0, len(every), _AT_ONCE):
         ids = ", ".join(f"'{one}'" for one in every[first : first + _AT_ONCE])
@@ -61,7 +61,7 @@ def ranked(client: Any, experiment: str, runs: Iterable[Any]) -> dict[str, list[
             for model in (one for one in page if KEY_TAG in one.tags):
                 points = sorted(model.metrics or (), key=lambda m: (m.timestamp, m.step))
                 newest = {point.key: point for point in points}
-                mine = Ranked(model.model_id, newest, model.status == LoggedModelStatus.READY)
+                mine = ShownModel(model.model_id, newest, model.status == LoggedModelStatus.READY)
                 found.setdefault(model.source_run_id, []).append(mine)
             token = page.token
             if not token:
@@ -69,7 +69,7 @@ def ranked(client: Any, experiment: str, runs: Iterable[Any]) -> dict[str, list[
     return found
 
 
-def log_model(client: Any, experiment: str, run: MlflowRun, run_id: str) -> Ranked | None:
+def log_model(client: Any, experiment: str, run: MlflowRun, run_id: str) -> ShownModel | None:
     """Log the model of a run, without figures; None where the server, of MLflow 2, has none."""
     try:
         model = client.create_logged_model(
@@ -85,7 +85,7 @@ def log_model(client: Any, experiment: str, run: MlflowRun, run_id: str) -> Rank
             raise
         return None
     client.finalize_logged_model(model.model_id, "READY")
-    return Ranked(str(model.model_id), {})
+    return ShownModel(str(model.model_id), {})
 
 
 def _figures(run: MlflowRun) -> dict[str, float]:

@@ -32,7 +32,7 @@ from tracker.provenance import file_hash
 from tracker.tracking.base import PROGRESS, LoggedTable
 from tracker.tracking.figures import is_curve
 from tracker.tracking.identity import kept_name
-from tracker.tracking.mlflow.ranked import Ranked, log_model
+from tracker.tracking.mlflow.ranked import ShownModel, log_model
 from tracker.tracking.mlflow.runs import MlflowRun
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def write(
     experiment: str,
     run: MlflowRun,
     existing: dict[str, Any],
-    models: Mapping[str, Sequence[Ranked]],
+    models: Mapping[str, Sequence[ShownModel]],
 ) -> str:
     """Bring one run to what it should be.
 
@@ -129,7 +129,7 @@ def write(
     return outcome
 
 
-def lacks(found: Any | None, run: MlflowRun, models: Mapping[str, Sequence[Ranked]]) -> str:
+def lacks(found: Any | None, run: MlflowRun, models: Mapping[str, Sequence[ShownModel]]) -> str:
     """Say what of a run MLflow does not show as it should be.
 
     Args:
@@ -169,7 +169,10 @@ def _latest(found: Any) -> Iterator[Any]:
 
 
 def _metrics(
-    run: MlflowRun, values: Mapping[tuple[str, int], float], model: Ranked | None, now: int
+    run: MlflowRun,
+    values: Mapping[tuple[str, int], float],
+    model: ShownModel | None,
+    now: int,
 ) -> list[Metric]:
     """Lay values out as metrics of a run, and of its model where it is one of a model."""
     if model is None or run.measured_on is None:
