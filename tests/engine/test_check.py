@@ -233,7 +233,7 @@ def test_no_more_is_shared_than_the_attack_allows(tiny_model):
 
 def test_what_the_model_refuses_is_lost_with_its_reason(tiny_model, caplog):
     """In words; what its code said is in the log."""
-    caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", logger="tracker")
     model = tiny_model("llama")
     when_masked(model, fail)
     found = checked(model, Attacked())
