@@ -235,26 +235,27 @@ BY_LENGTH = {
 }  # fmt: skip
 
 
+def told(family: str) -> dict[str, Any]:
+    """How a family is held against the truth; MiniCPM3 scales by how many layers there are."""
+    return {
+        "says": "length" if family == "dynamic" else None,
+        "atol": 1e-3 if family == "minicpm3" else 2e-4,
+        "ablate": exported if family == "minicpm3" else without,
+    }
+
+
 @pytest.mark.parametrize("family", ROTARY)
 class TestRotaryFactorsThatDependOnTheCall:
     """They are chosen by the largest position of the call, so that sharing mixes two of them."""
 
     @pytest.mark.parametrize("case", BY_LENGTH)
     def test_whatever_stands_beside_a_request(self, family, case):
-        says = "length" if family == "dynamic" else None
-        atol = 1e-3 if family == "minicpm3" else 2e-4
-        ablate = exported if family == "minicpm3" else without  # it counts its layers
-        attack(
-            ROTARY[family](), BY_LENGTH[case](Draw(1)), (1,), says=says, atol=atol, ablate=ablate
-        )
+        attack(ROTARY[family](), BY_LENGTH[case](Draw(1)), (1,), **told(family))
 
     def test_in_blocks_that_share_a_beginning(self, family):
         """The kept beginning is short, and a later block is long."""
         documents = BY_LENGTH["prefix_below"](Draw(1))
-        says = "length" if family == "dynamic" else None
-        atol = 1e-3 if family == "minicpm3" else 2e-4
-        ablate = exported if family == "minicpm3" else without
-        attack(ROTARY[family](), documents, (1,), block=2, says=says, atol=atol, ablate=ablate)
+        attack(ROTARY[family](), documents, (1,), block=2, **told(family))
 
     def test_in_blocks_that_share_less_and_less(self, family):
         """The kept beginning was read beyond the threshold, and a later block needs less of it."""
@@ -264,10 +265,7 @@ class TestRotaryFactorsThatDependOnTheCall:
             draw.document(common[:shared] + draw.tokens(more), LETTERS)
             for shared, more in ((70, 5), (70, 8), (70, 6), (58, 3), (58, 4), (58, 3))
         ]
-        says = "length" if family == "dynamic" else None
-        atol = 1e-3 if family == "minicpm3" else 2e-4
-        ablate = exported if family == "minicpm3" else without
-        attack(ROTARY[family](), documents, (1, 2), block=3, says=says, atol=atol, ablate=ablate)
+        attack(ROTARY[family](), documents, (1, 2), block=3, **told(family))
 
 
 class TestThePlainPathIsThePrunedCheckpoint:

@@ -9,13 +9,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from tests.conftest import save_llama
+from tests.fuzz.folders import ANN, BOB, TEAM, user
 from tracker.benchmarks.task_index import known_tasks
 from tracker.cli import main
 
@@ -25,7 +25,6 @@ pytestmark = [
     ),
     pytest.mark.usefixtures("one_thread"),
 ]
-ANN, BOB, TEAM = 60_001, 60_002, 60_000
 Typed = Callable[..., tuple[int, str]]
 
 
@@ -52,21 +51,6 @@ def place() -> Iterator[Path]:
     assert done.exit_code == 0, done.output
     yield folder
     shutil.rmtree(folder)
-
-
-@contextmanager
-def user(uid: int, umask: int) -> Iterator[None]:
-    before, groups = os.umask(umask), os.getgroups()
-    os.setgroups([TEAM])
-    os.setresgid(uid, uid, 0)
-    os.setresuid(uid, uid, 0)
-    try:
-        yield
-    finally:
-        os.setresuid(0, 0, 0)
-        os.setresgid(0, 0, 0)
-        os.setgroups(groups)
-        os.umask(before)
 
 
 @pytest.fixture
