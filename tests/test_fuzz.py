@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from tests.conftest import save_llama
 from tests.fuzz import folders, tried
-from tracker import experiment, safe_yaml
+from tracker import api, experiment, safe_yaml
 from tracker.cli import main
-from tracker.errors import ExperimentError
+from tracker.config import CellRequest
+from tracker.errors import ExperimentError, RequestError
 from tracker.experiment import load_experiment
+from tracker.measuring.job import Options
+from tracker.pruning.asked import load_searches
 
 SEED = 7
 
@@ -136,6 +142,17 @@ def test_what_was_not_meant_is_refused_before_it_is_read_through(tmp_path, monke
     assert len(composed) < 40_000
 
 
+def test_a_grid_of_searches_is_refused_before_it_is_expanded(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"{HEAD}  remove: {{value: 1}}\n  seed: {{values: {list(range(300))}}}\n"
+        f"  sample: {{values: {list(range(1, 101))}}}\n"
+    )
+    # Three strategies, where none is said.
+    with pytest.raises(ExperimentError, match="the grid has 90,000 searches; one file may have 20"):
+        load_searches(path)
+
+
 def test_what_is_typed_is_text():
     """Was: a bug of tracker's, from the first hash that it came to."""
     done = CliRunner().invoke(main, ["evaluate", "--model", "a\udcff", "--benchmark", "b"])
@@ -143,12 +160,66 @@ def test_what_is_typed_is_text():
     assert "is no UTF-8 text" in done.output
 
 
-@pytest.mark.parametrize("size", ["13", "1,3,", "0", "1e3", "4GiBx", "0.5KB"])
-def test_a_memory_that_no_model_runs_in_was_not_meant(size):
+@pytest.fixture
+def file(tmp_path):
+    """An experiment file that is right but for its model, which nobody looks for."""
+    path = tmp_path / "x.yaml"
+    path.write_text(HEAD + "  layer: {value: 0}\n")
+    return path
+
+
+SMALL = "is {} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB"
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("13", SMALL.format(13)),
+        ("0", SMALL.format(0)),
+        ("0.5KB", SMALL.format(500)),
+        *((size, f"{size!r} is no size; write 4GiB or 500MB") for size in ("1,3,", "1e3", "4GiBx")),
+    ],
+)
+def test_a_memory_that_no_model_runs_in_was_not_meant(size, said, file):
     """Was: 13 bytes, and of 1,3, one byte."""
-    done = CliRunner().invoke(main, ["run", "x.yaml", "--memory", size])
+    given = ["run", str(file), "--results", str(file.parent / "results"), "--memory", size]
+    done = CliRunner().invoke(main, given)
     assert done.exit_code == 2
-    assert "write 4GiB or 500MB" in done.output
+    assert said in done.output
+    assert list(file.parent.iterdir()) == [file]
+
+
+CALLS = {
+    "run": lambda file, **said: api.run(file, **said),
+    "study": lambda file, **said: api.study("audit", file, **said),
+    "prune": lambda file, **said: api.prune(
+        model="m", benchmark="b", strategy="accuracy", remove="1", **said
+    ),
+    "evaluate": lambda file, **said: api.evaluate(
+        CellRequest(model="m", benchmark="b", layers=(0,)), **said
+    ),
+    "export": lambda file, **said: api.export("m", [0], file.parent / "lighter", **said),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        *((few, SMALL.format(few)) for few in (13, 0, -(2**30), True)),
+        ("1,3,", "memory is '1,3,', which is no whole number of bytes; write 4 * 2**30 for 4GiB"),
+        (float("nan"), "memory is nan, which is no whole number of bytes"),
+    ],
+)
+def test_nor_was_it_from_python(call, memory, said, file):
+    """Was: taken without a word; the command line alone refused it."""
+    with pytest.raises(RequestError, match=re.escape(said)):
+        CALLS[call](file, memory=memory, results=file.parent / "results", track=())
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_size_of_a_library_is_a_size():
+    assert Options(memory=np.int64(2**30)).memory == 2**30
 
 
 def test_a_comma_too_many_is_no_list_of_layers():

@@ -436,6 +436,7 @@ def evaluate(
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
     """
+    options = Options(device, trust_remote_code, memory)
     ledger = Ledger(Path(results))
     progress = progress or Silent()
     track = default_targets() if track is None else track
@@ -451,9 +452,7 @@ def evaluate(
             return None, Finished()
         publisher = Publisher(track, project, ledger.root, publish_documents, trial)
         try:
-            outcome = run_cells(
-                [request], ledger, publisher, Options(device, trust_remote_code, memory), progress
-            )
+            outcome = run_cells([request], ledger, publisher, options, progress)
         finally:
             publisher.close()
     except BaseException as error:

@@ -17,7 +17,6 @@ PARTS = ("calibration", "test")
 INTERVENTIONS = ("remove", "mean", "scale", "linear", "int8", "int4", "repeat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTORS = ("local", "ray", "slurm")
-_LEAST = 2**20
 FORMATS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
 
 
@@ -68,13 +67,6 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
             size = TypeAdapter(ByteSize).validate_python(value)
         except (ValidationError, ValueError, OverflowError):
             self.fail(f"{value!r} is no size; write 4GiB or 500MB", param, ctx)
-        if size < _LEAST:
-            self.fail(
-                f"{value!r} is {int(size)} bytes, and no model runs in less than 1MiB; "
-                "write 4GiB or 500MB",
-                param,
-                ctx,
-            )
         return int(size)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from tracker.benchmarks.base import Benchmark
@@ -14,6 +15,7 @@ from tracker.measuring.prepare import CellLookup
 
 EXECUTORS = ("local", "ray", "slurm")
 """Where cells may be measured."""
+_LEAST = 2**20
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Options:
         slurm: What each SLURM job asks for, in submitit's words.
 
     Raises:
-        RequestError: There is no such executor, or SLURM is told what it is not asked to do.
+        RequestError: There is no such executor, SLURM is told what it is not asked to do, or the
+            memory was not meant.
     """
 
     device: str = "auto"
@@ -45,6 +48,21 @@ class Options:
             )
         if self.slurm and self.executor != "slurm":
             raise RequestError("--slurm says what SLURM jobs ask for; add --executor slurm")
+        if self.memory is not None:
+            _refuse_absurd(self.memory)
+
+
+def _refuse_absurd(memory: Any) -> None:
+    """Refuse a memory that was not meant, whoever says it: a notebook's is of any type."""
+    if not isinstance(memory, Integral):
+        raise RequestError(
+            f"memory is {memory!r}, which is no whole number of bytes; write 4 * 2**30 for 4GiB"
+        )
+    if int(memory) < _LEAST:
+        raise RequestError(
+            f"memory is {memory} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB "
+            "(4 * 2**30 in Python)"
+        )
 
 
 @dataclass(frozen=True)
