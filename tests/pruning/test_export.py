@@ -138,6 +138,19 @@ def test_what_a_search_knows_is_told(exported, tmp_path):
     assert "| piqa, 0-shot | acc | 40 documents | 50.0 % (40.0 to 60.0) | 45.0 % |" in said
 
 
+def test_names_are_shown_in_the_card_and_not_obeyed(exported):
+    """Was: a page that shows Markdown ran what a name said."""
+    from tracker.pruning.card import text
+
+    name = "<img src=x onerror=alert(1)>|"
+    cost = Accuracy(name, 0, name, name, 40, (0.5, 0.4, 0.6), (0.45, None, None))
+    base = exported.base.model_copy(update={"name": name})
+    chosen = Pruning((2, 1), "accuracy", name)
+    said = text(replace(exported, base=base, pruning=chosen, accuracy=(cost,)))
+    assert "<img" not in said
+    assert said.count("&lt;img src=x onerror=alert(1)&gt;\\|") == 5
+
+
 def test_how_much_faster_it_reads_is_said_or_is_not(exported):
     """Was: 190 tokens a second, then 49, whatever else the machine did."""
     from tracker.pruning.card import text

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from tracker.cli import main
 from tracker.ledger.cells import _dates
 from tracker.records import CellRecord
 from tracker.reporting.editions import outdated
@@ -47,6 +49,17 @@ def test_rows_that_read_the_same_are_told_apart() -> None:
     assert benchmark_labels(cells) == [f"our_sums · 0-shot · {each}" for each in says]
     rows = [row[1].text for row in overview_table(cells).rows]
     assert rows == [f"our_sums · 0-shot · acc · {each}" for each in says]
+
+
+def test_the_list_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By more than the key."""
+    monkeypatch.setattr("tracker.api.ls", lambda *args: [ONE, TWO, THREE])
+    done = CliRunner().invoke(main, ["ls"])
+    assert done.exit_code == 0
+    for (_, says), row in zip(
+        row_labels([ONE, TWO, THREE]), done.output.splitlines()[1:], strict=True
+    ):
+        assert f"our_sums (acc) · {says}" in row
 
 
 def test_nothing_is_said_where_nothing_must() -> None:

@@ -16,7 +16,7 @@ from tracker.records import CellRecord
 from tracker.reporting.export import FORMATS, boards, export, figures, frames
 from tracker.reporting.formats import fixed, points
 from tracker.reporting.leaderboard.layers import layer_board
-from tracker.tracking.notes import cell_note
+from tracker.tracking.notes import cell_note, intact_note, layer_note
 
 from .conftest import LAYERS, build_cell
 
@@ -74,6 +74,7 @@ def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     """Was: a page that shows Markdown ran what a name said."""
     name = "<img src=x onerror=alert(1)>\n# a|b"
     cells = [build_cell(b, model=m) for m in (name, "other") for b in (name, "b")]
+    cells.append(build_cell(f"{name} c", model=name, correlations=()))  # of which a note is made
     one = FINDING.model_copy(update={"answers": (name,), "experiment": name, "lacking": (name,)})
     (markdown,) = export(cells, "md", tmp_path / "r.md", findings=[one])
     text = markdown.read_text()
@@ -84,9 +85,15 @@ def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     comments, _, tables = latex.read_text().partition("\\begin")
     assert all(line.startswith("%") for line in comments.splitlines() if line)
     assert "\n# a" not in tables
-    note = cell_note(cells[0])
-    assert "<img" not in note
-    assert "&lt;img" in note
+    without = cells[0].model_copy(update={"removed": (3,)})
+    for note in (
+        cell_note(cells[0]),
+        intact_note(cells[0]),
+        intact_note(without),
+        layer_note(cells[0], cells[0].runs[0]),
+    ):
+        assert "<img" not in note
+        assert "&lt;img" in note
 
 
 def test_what_does_not_count_is_said(two_models: list[CellRecord], tmp_path: Path) -> None:

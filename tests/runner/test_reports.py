@@ -121,7 +121,9 @@ def test_a_report_of_damaged_outcomes_says_what_is_missing(ran: Ran, tmp_path: P
     for command in ("ls", "leaderboard", "report"):
         done = CliRunner().invoke(main, [command, "--results", str(results)])
         assert (command, done.exit_code) == (command, 1)
+    assert list(api.sync((), results=results).failed) == [str(shard.with_suffix(".aside"))]
     ran(limit=40)
+    assert api.sync((), results=results).failed == {}
     for command in ("ls", "leaderboard", "report"):
         done = CliRunner().invoke(main, [command, "--results", str(results)])
         assert (command, done.exit_code) == (command, 0)

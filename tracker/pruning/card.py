@@ -110,7 +110,7 @@ def _chosen(model: Exported) -> str:
     strategy, by = model.pruning.strategy, model.pruning.calibration
     if strategy is None:
         return "They were named by hand."
-    return f"The strategy `{strategy}` chose them" + (f" on {by}." if by else ".")
+    return f"The strategy `{strategy}` chose them" + (f" on {as_markdown(by)}." if by else ".")
 
 
 def _listed(layers: Sequence[int]) -> str:
