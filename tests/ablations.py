@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tracker.ablations import INTACT, Ablation
+from tracker.core.ablations import INTACT, Ablation
 
 
 def single_layers(layers: Iterable[int]) -> list[Ablation]:

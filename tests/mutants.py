@@ -33,7 +33,9 @@ OUTCOMES = {"killed": "killed", "survived": "survived", "no tests": "survived"}
 def tests_of(module: str, chosen: dict[str, list[str]]) -> list[str]:
     """Look up the tests of a module: its own, or else those of its folder."""
     if not Path(module).is_file():
-        raise SystemExit(f"there is no module {module}; one is called tracker/engine/rows.py")
+        raise SystemExit(
+            f"there is no module {module}; one is called tracker/engine/scoring/rows.py"
+        )
     try:
         return chosen.get(module) or chosen[str(Path(module).parent)]
     except KeyError:
@@ -81,7 +83,7 @@ def main(modules: list[str], sample: int | None) -> None:
         modules = sorted(
             str(path)
             for name in chosen
-            for path in ([Path(name)] if name.endswith(".py") else Path(name).glob("*.py"))
+            for path in ([Path(name)] if name.endswith(".py") else Path(name).rglob("*.py"))
             if path.name != "__init__.py"
         )
     table = [f"{'module':32}{'mutants':>9}{'killed':>9}{'survived':>9}{'timeout':>9}"]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tracker.ablations import (
+from tracker.core.ablations import (
     INTACT,
     Ablation,
     Action,
@@ -11,10 +11,10 @@ from tracker.ablations import (
     ablations_of,
     removals,
 )
-from tracker.config import CellRequest
-from tracker.errors import ExperimentError
+from tracker.core.config import CellRequest
+from tracker.core.errors import ExperimentError
+from tracker.core.records import RunIdentity
 from tracker.measuring.prepare import check_range
-from tracker.records import RunIdentity
 
 
 def request(**settings: object) -> CellRequest:

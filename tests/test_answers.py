@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tracker.answers import contending, statement, took
-from tracker.records import AnswerRecord, RunAnswer
+from tracker.core.answers import contending, statement, took
+from tracker.core.records import AnswerRecord, RunAnswer
 
 
 def run(layer: int, said: str = "", **changes: Any) -> RunAnswer:

@@ -21,9 +21,9 @@ from tests.conftest import TRACKER
 from tests.ledger import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
-from tracker.errors import ExperimentError
+from tracker.core.errors import ExperimentError
 from tracker.ledger.store import Ledger
-from tracker.metrics.power import UNRELATED, Spread
+from tracker.stats.power import UNRELATED, OutcomeVariance
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -428,7 +428,7 @@ def test_plan_counts_what_is_executed(cli, tiny_llama, experiment, tmp_path):
     assert "as stated" in result.output
     assert not (tmp_path / "results").exists()
 
-    from tracker.experiment import load_experiment
+    from tracker.core.experiment import load_experiment
     from tracker.ledger.store import Ledger
     from tracker.measuring.planning import plan
 
@@ -455,7 +455,7 @@ def test_plan_says_what_its_documents_reveal(cli, tiny_llama, experiment, tmp_pa
         run.drop_sd**2 * 39 / 40 + run.accuracy_drop**2 for run in done.cells[0].runs
     )
     known = cli("plan", experiment(model, limit=200), "--gflops", 100, *settings).output
-    spread = Spread(median, binary=True)
+    spread = OutcomeVariance(median, binary=True)
     assert f" {100 * spread.change(200):.1f} pp* " in known
     assert f"{spread.documents(0.03):,}*" in known
     assert "*: if it changes as many" in known

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import tracker.api
 from tracker.cli.commands import main
-from tracker.config import CellRequest
+from tracker.core.config import CellRequest
 from tracker.runner import Finished
 
 COMMON = ["evaluate", "--model=m", "--benchmark=b", "--layer=3"]

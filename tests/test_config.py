@@ -8,11 +8,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tracker.ablations import removals
-from tracker.config import CellRequest
-from tracker.errors import ExperimentError, did_you_mean
-from tracker.experiment import Experiment, load_experiment
-from tracker.extent import DEFAULT_SEED
+from tracker.core.ablations import removals
+from tracker.core.config import CellRequest
+from tracker.core.errors import ExperimentError, did_you_mean
+from tracker.core.experiment import Experiment, load_experiment
+from tracker.core.extent import DEFAULT_SEED
 from tracker.ledger.keys import request_key
 
 from .tracking.wandb_double import expand

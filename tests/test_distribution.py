@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import tracker
-from tracker import distribution
+from tracker.core import distribution
 
 ROOT = Path(__file__).parents[1]
 PARTS = (
@@ -76,7 +76,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
     about = f"layer_tracker-{tracker.__version__}.dist-info/"
     names = set(wheel.namelist())
     assert {name for name in names if not name.startswith(about)} == files("tracker")
-    assert {"tracker/py.typed", "tracker/reporting/templates/report.html.j2"} <= names
+    assert {"tracker/py.typed", "tracker/report/page/templates/report.html.j2"} <= names
     assert wheel.read(f"{about}licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     scripts = wheel.read(f"{about}entry_points.txt").decode()
     assert scripts.split() == ["[console_scripts]", "tracker", "=", "tracker.cli:main"]

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
-from tracker.config import cell_request
-from tracker.errors import RequestError
-from tracker.extent import ALL, Extent, random_order, shuffled
+from tracker.core.config import cell_request
+from tracker.core.errors import RequestError
+from tracker.core.extent import ALL, Extent, random_order, shuffled
 
 
 def test_the_order_is_the_same_for_ever() -> None:

@@ -10,13 +10,14 @@ from click.testing import CliRunner
 
 from tests.conftest import save_llama
 from tests.fuzz import folders, tried
-from tracker import api, experiment, safe_yaml
+from tracker import api
 from tracker.cli import main
-from tracker.config import CellRequest
-from tracker.errors import ExperimentError, RequestError
-from tracker.experiment import load_experiment
+from tracker.core import experiment, safe_yaml
+from tracker.core.config import CellRequest
+from tracker.core.errors import ExperimentError, RequestError
+from tracker.core.experiment import load_experiment
 from tracker.measuring.job import Options
-from tracker.pruning.asked import load_searches
+from tracker.pruning.search.request import load_searches
 
 SEED = 7
 

@@ -12,7 +12,7 @@ PACKAGE = Path(tracker.__file__).parent
 
 
 def test_no_two_public_classes_have_one_name() -> None:
-    """Was: three `Asked`, three `Measured`. A study's class is named by its folder, as `Prune`."""
+    """Was: three `Measured`. A study's class is named by its folder, as `Prune`."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

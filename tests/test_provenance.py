@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import tracker
-from tracker import provenance
-from tracker.provenance import (
+from tracker.core import provenance
+from tracker.core.provenance import (
     content_hash,
     differences,
     file_hash,

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from tracker import questions as module
-from tracker.questions import EXAMPLES, Question, question
+from tracker.core import questions as module
+from tracker.core.questions import EXAMPLES, Question, question
 
 
 def test_docstring_examples() -> None:

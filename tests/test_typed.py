@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from tests.ledger import faults
 from tracker.cli import boundary, viewing
 from tracker.cli.commands import main
-from tracker.text import harmless, masked
+from tracker.core.text import harmless, masked
 
 LONG = "a" * 300
 SECRET = "hunter2-not-to-be-seen"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tracker.distribution import __version__
+from tracker.core.distribution import __version__
 
 if TYPE_CHECKING:
     from tracker.api import (

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.config import CellRequest
-from tracker.errors import RequestError, TrackerError, TrackingError, WorkError
-from tracker.experiment import load_experiment
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError
+from tracker.core.experiment import load_experiment
+from tracker.core.records import CellRecord
+from tracker.core.text import masked
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import Verified, compare, verify
 from tracker.measuring import prepare
@@ -26,26 +28,24 @@ from tracker.measuring.derive import all_records
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import widened
 from tracker.measuring.progress import Progress, Silent
-from tracker.records import CellRecord
 from tracker.runner import Finished, run_cells
 from tracker.team import publish as publishing
 from tracker.team.collect import Collected, collect
 from tracker.team.publish import Publisher, Synced, Trial
 from tracker.team.result_files import Written, write_result_files
 from tracker.team.sweeps import SweepFilled, asked_of_cell, fill_sweep
-from tracker.text import masked
 from tracker.tracking import default_targets, in_sweep
 from tracker.tracking.base import Ending
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tracker.config import Component
-    from tracker.findings import FindingRecord
+    from tracker.core.config import Component
+    from tracker.core.findings import FindingRecord
+    from tracker.core.prune_records import PruneRecord
     from tracker.measuring.planning import PlannedCell
-    from tracker.pruning.facts import Exported
-    from tracker.pruning.planning import PlannedSearch, PlannedTest
-    from tracker.searched import PruneRecord
+    from tracker.pruning.export.facts import Exported
+    from tracker.pruning.search.planning import PlannedSearch, PlannedTest
 
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
@@ -69,14 +69,14 @@ class Results:
     @property
     def layers(self) -> pd.DataFrame:
         """One row a (model, benchmark, run): fractions; `layer` is its first layer, 0-based."""
-        from tracker.reporting.frames import layer_frame
+        from tracker.report.frames import layer_frame
 
         return layer_frame(self.cells)
 
     @property
     def correlations(self) -> pd.DataFrame:
         """One row a (model, benchmark, proxy, coefficient, subset of layers)."""
-        from tracker.reporting.frames import correlation_frame
+        from tracker.report.frames import correlation_frame
 
         return correlation_frame(self.cells)
 
@@ -194,7 +194,7 @@ def study(
         RequestError: The request was wrong; nothing was computed or written.
         CellError: No cell could be measured.
     """
-    from tracker.studies.base import Asked
+    from tracker.studies.base import StudyContext
     from tracker.studies.conduct import conduct
     from tracker.studies.registry import open_study
 
@@ -207,7 +207,7 @@ def study(
     targets = default_targets() if track is None else track
     publisher = Publisher(targets, asked.destination, ledger.root, publish_documents)
     with closing(publisher):
-        found = conduct(chosen, Asked(path, asked, ledger, options, progress, publisher))
+        found = conduct(chosen, StudyContext(path, asked, ledger, options, progress, publisher))
     page = _shown(ledger, path.name, text, found.outcome)
     return Studied(found.finding, page, found.outcome)
 
@@ -277,16 +277,16 @@ def prune(
         RequestError: The request was wrong; nothing was computed or written.
         CellError: No search could be finished.
     """
-    from tracker.pruning import export as exporting
-    from tracker.pruning.asked import load_searches, refuse_idle, search_request
-    from tracker.pruning.chosen import chosen_by
-    from tracker.pruning.conduct import conduct
-    from tracker.pruning.saying import best, export_line
-    from tracker.pruning.trial import trial
+    from tracker.pruning.export import checkpoint
+    from tracker.pruning.export.chosen import chosen_by
+    from tracker.pruning.search.conduct import conduct
+    from tracker.pruning.search.report import best, export_line
+    from tracker.pruning.search.request import load_searches, refuse_idle, search_request
+    from tracker.pruning.search.trial import trial
 
     ledger, progress = Ledger(Path(results)), progress or Silent()
     if output is not None:
-        exporting.refuse_output(Path(output))
+        checkpoint.refuse_output(Path(output))
     options = Options(device, trust_remote_code, memory)
     targets = default_targets() if track is None else track
     with trial(targets if experiment is None else (), ledger.root) as joined:
@@ -300,7 +300,7 @@ def prune(
                 refuse_idle(asked)
             name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
         if output is not None:
-            exporting.refuse_units({each.unit for each in asked})
+            checkpoint.refuse_units({each.unit for each in asked})
         publisher = Publisher(targets, project, ledger.root, publish_documents)
         with closing(publisher):
             typed = () if experiment is None else ("tracker", "prune", os.fspath(experiment))
@@ -315,7 +315,7 @@ def prune(
     pruned = replace(pruned, export=export_line(record, request, ledger.root))
     if output is None:
         return pruned
-    wanted = exporting.ExportRequest(
+    wanted = checkpoint.ExportRequest(
         pruning=chosen_by(ledger, record),
         request=request,
         on_benchmark=True,
@@ -325,7 +325,7 @@ def prune(
         project=project,
     )
     try:
-        return replace(pruned, exported=exporting.export(wanted, progress))
+        return replace(pruned, exported=checkpoint.export(wanted, progress))
     except TrackerError as error:
         return replace(pruned, unsaved=str(error))
 
@@ -393,8 +393,8 @@ def plan_prune(
     Raises:
         RequestError: Something that was asked for does not exist or does not fit.
     """
-    from tracker.pruning import planning
-    from tracker.pruning.asked import load_searches
+    from tracker.pruning.search import planning
+    from tracker.pruning.search.request import load_searches
 
     asked = load_searches(Path(experiment))[0].searches()
     return planning.plan_searches(asked, Ledger(Path(results)), trust_remote_code)
@@ -507,7 +507,7 @@ def export(
         memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         progress: Told what happens.
         **settings: What else a model and a benchmark are told: `dtype`, `revision`, `sample`,
-            `data`, … as `tracker.config.CellRequest` names them.
+            `data`, … as `tracker.core.config.CellRequest` names them.
 
     Returns:
         What was saved, and what is known of it.
@@ -517,15 +517,15 @@ def export(
         WorkError: What was saved is not what was measured, or cannot be written; nothing of it is
             left.
     """
-    from tracker.pruning import export as exporting
-    from tracker.pruning.facts import Pruning
+    from tracker.pruning.export import checkpoint
+    from tracker.pruning.export.facts import Pruning
 
     removed = tuple(remove)
-    exporting.refuse_parts(component, removed)
-    return exporting.export(
-        exporting.ExportRequest(
+    checkpoint.refuse_parts(component, removed)
+    return checkpoint.export(
+        checkpoint.ExportRequest(
             pruning=Pruning(removed),
-            request=exporting.request(model, benchmark, **settings),
+            request=checkpoint.request(model, benchmark, **settings),
             on_benchmark=benchmark is not None,
             output=Path(output),
             ledger=Ledger(Path(results)),
@@ -571,7 +571,7 @@ def report(
     Args:
         *sources: Results folders, `mlflow:URI/EXPERIMENT` or `wandb:ENTITY/PROJECT`; none for
             `results`.
-        form: `html` for the page, or one of `tracker.reporting.export.FORMATS`.
+        form: `html` for the page, or one of `tracker.report.export.FORMATS`.
         output: A file for `html`, `md` and `tex`, a folder otherwise; by default beside the
             source, or here where there are several.
         publish: Tracking projects that get the page as well, as `BACKEND:PROJECT`.
@@ -619,7 +619,7 @@ def leaderboard(
 
     Returns:
         The cells that are ranked: those of the sources, and those of the leaderboards that they
-        joined. `tracker.reporting.leaderboard` ranks them.
+        joined. `tracker.report.leaderboard` ranks them.
 
     Raises:
         RequestError: A source or a target is none, or no source holds a measured cell.

@@ -10,22 +10,22 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracker.answers import statement
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
-from tracker.config import CellRequest
-from tracker.errors import RequestError, TrackerError
+from tracker.core.answers import statement
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError, TrackerError
+from tracker.core.records import CellRecord
+from tracker.core.views import View
 from tracker.executors.registry import open_executor
 from tracker.ledger.cells import CellStore
-from tracker.ledger.races import refuse_unbounded
+from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.measuring.job import Job, Options
 from tracker.measuring.prepare import CellLookup, check_layers, check_range, look_up
 from tracker.measuring.progress import Progress
-from tracker.records import CellRecord
 from tracker.team.publish import Publication, Publisher
-from tracker.views import View
 
 log = logging.getLogger(__name__)
 _ANY_MODEL: dict[str, Any] = {

@@ -20,11 +20,11 @@ from tracker.benchmarks.benchmark import (
 )
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.config import CellRequest
-from tracker.documents import Document, Response
-from tracker.errors import BenchmarkError
-from tracker.extent import ALL, Extent
-from tracker.provenance import content_hash
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, Response
+from tracker.core.errors import BenchmarkError
+from tracker.core.extent import ALL, Extent
+from tracker.core.provenance import content_hash
 
 LENGTH = 16
 """Tokens that the model reads."""

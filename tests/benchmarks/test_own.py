@@ -19,11 +19,11 @@ from tests.plain import evaluate
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.config import CellRequest, cell_request
-from tracker.documents import Document
-from tracker.errors import BenchmarkError, RequestError
-from tracker.extent import ALL
-from tracker.identities import BenchmarkIdentity
+from tracker.core.config import CellRequest, cell_request
+from tracker.core.documents import Document
+from tracker.core.errors import BenchmarkError, RequestError
+from tracker.core.extent import ALL
+from tracker.core.identities import BenchmarkIdentity
 from tracker.ledger.keys import request_key
 
 

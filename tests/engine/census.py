@@ -40,8 +40,8 @@ from tests.engine.survey import (
     examine,
     prepare,
 )
+from tracker.core.provenance import content_hash
 from tracker.ledger.files import write_text
-from tracker.provenance import content_hash
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "docs" / "families.csv"
@@ -86,7 +86,7 @@ BEGIN, END = "<!-- made by `make families` -->\n", "\n<!-- end -->"
 def state() -> str:
     """Name the code that measures and is measured, and what computes."""
     measured = [
-        path for room in ("engine", "models") for path in (ROOT / "tracker" / room).glob("*.py")
+        path for room in ("engine", "models") for path in (ROOT / "tracker" / room).rglob("*.py")
     ]
     measuring = [Path(__file__).with_name(f"{name}.py") for name in ("survey", "registry", "plain")]
     code = {

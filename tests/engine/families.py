@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from tracker.engine.sharing import DEPTH_ONLY, FULL, Sharing
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, Sharing
 
 VOCABULARY = 97
 LAYERS = 4

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tracker.documents import Document, Request
-from tracker.identities import ModelIdentity
+from tracker.core.documents import Document, Request
+from tracker.core.identities import ModelIdentity
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 

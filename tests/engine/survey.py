@@ -33,11 +33,11 @@ from tests.engine.registry import (
     VOCABULARY,
     Variant,
 )
-from tracker.ablations import INTACT, Ablation
-from tracker.documents import Document, Request
-from tracker.engine.check import check
-from tracker.engine.sweep import Engine
-from tracker.errors import CellError, ModelError
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.documents import Document, Request
+from tracker.core.errors import CellError, ModelError
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.check import check
 from tracker.models.checkpoint import without
 from tracker.models.layers import find_layers
 

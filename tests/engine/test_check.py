@@ -11,11 +11,14 @@ import torch
 
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
-from tracker.ablations import INTACT, ablate
-from tracker.documents import Document, Request
-from tracker.engine import truth
-from tracker.engine.attack import attack, attack_longer, reachable
-from tracker.engine.check import (
+from tracker.core.ablations import INTACT, ablate
+from tracker.core.documents import Document, Request
+from tracker.core.errors import CellError
+from tracker.engine.scoring.rows import Lengths, common_beginning, tree_rows
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck import reference
+from tracker.engine.selfcheck.check import (
     VERDICT,
     _asked,
     _confirm,
@@ -27,12 +30,9 @@ from tracker.engine.check import (
     watch,
     watched_documents,
 )
-from tracker.engine.habits import find_habits
-from tracker.engine.rows import Lengths, common_beginning, tree_rows
-from tracker.engine.sharing import DEPTH_ONLY, FULL, ONE_BY_ONE, PLAIN
-from tracker.engine.sweep import Engine
-from tracker.engine.verdict import Verdict
-from tracker.errors import CellError
+from tracker.engine.selfcheck.miniature_check import check_longer_texts, check_miniature, reachable
+from tracker.engine.selfcheck.quirks import find_quirks
+from tracker.engine.selfcheck.verdict import Verdict
 from tracker.models.miniature import miniature
 
 ABLATIONS = single_layers((0, 1, 2, 3))
@@ -88,17 +88,20 @@ def test_a_verdict_is_kept_and_a_damaged_one_is_made_again(tiny_model, monkeypat
     first = check(engine, documents, ABLATIONS, kept)
     keys = list(kept)
     made = []
-    for name, honest in (("attack", attack), ("attack_longer", attack_longer)):
+    for name, honest in (
+        ("check_miniature", check_miniature),
+        ("check_longer_texts", check_longer_texts),
+    ):
 
         def counted(*args, name=name, honest=honest):
             made.append(name)
             return honest(*args)
 
-        monkeypatch.setattr(f"tracker.engine.check.{name}", counted)
+        monkeypatch.setattr(f"tracker.engine.selfcheck.check.{name}", counted)
     assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
     assert not made
     # With short texts, and with texts as long as these.
-    for key, name in zip(keys, ("attack", "attack_longer"), strict=True):
+    for key, name in zip(keys, ("check_miniature", "check_longer_texts"), strict=True):
         kept[key] = "{"
         assert check(engine, documents, ABLATIONS, kept).engine.sharing == first.engine.sharing
         assert made.pop() == name
@@ -151,7 +154,7 @@ def test_what_the_length_of_a_call_decides_is_found(tiny_model, settings, length
     config = tiny_model("llama").config
     config.rope_parameters = {"rope_theta": 1e4, "rope_type": "default", **settings}
     model = AutoModelForCausalLM.from_config(config).eval()
-    found = find_habits(miniature(model), reachable(model, 300))
+    found = find_quirks(miniature(model), reachable(model, 300))
     assert found.by_call == lengths
     assert found.causal
     assert not found.every_call
@@ -185,8 +188,8 @@ def test_a_model_that_no_call_changes_has_no_habits(tiny_model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     checked = check(engine, make_documents(3), ABLATIONS)
     assert checked.engine.sharing == FULL
-    assert not checked.engine.habits.leftovers
-    assert not checked.engine.habits.first
+    assert not checked.engine.quirks.leftovers
+    assert not checked.engine.quirks.first
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -219,7 +222,7 @@ def test_no_more_is_shared_than_the_attack_allows(tiny_model):
     verdict = Attacked(DEPTH_ONLY, "tokens were lost", 0.5, unsteady=3, stay=True)
     found = checked(tiny_model("llama"), verdict)
     assert found.engine.sharing == DEPTH_ONLY
-    assert found.engine.habits.stay
+    assert found.engine.quirks.stay
     assert found.lost == "tokens were lost"
     assert found.difference == 0.5
     unsteady, compared = (int(word) for word in found.unsteady.split() if word.isdigit())
@@ -246,7 +249,7 @@ def test_what_the_model_refuses_is_lost_with_its_reason(tiny_model, caplog):
 
 
 def test_what_changes_an_answer_is_lost_with_how_far(tiny_model, monkeypatch):
-    monkeypatch.setattr(truth, "DRAWS", 1)
+    monkeypatch.setattr(reference, "DRAWS", 1)
     model = tiny_model("llama")
     when_masked(model, lambda output: (3 * output[0], *output[1:]))
     found = checked(model, Attacked())
@@ -281,7 +284,7 @@ def one_answer_off(monkeypatch):
         return [replace(first, responses=wrong), *others]
 
     monkeypatch.setattr(Engine, "score", off)
-    monkeypatch.setattr(truth, "DRAWS", 1)
+    monkeypatch.setattr(reference, "DRAWS", 1)
 
 
 @pytest.mark.usefixtures("one_answer_off")
@@ -311,7 +314,7 @@ def test_what_several_texts_in_a_call_change_is_asked_one_by_one(tiny_model, mon
         return scores
 
     monkeypatch.setattr(Engine, "score", off)
-    monkeypatch.setattr(truth, "DRAWS", 1)
+    monkeypatch.setattr(reference, "DRAWS", 1)
     found = checked(tiny_model("llama"), Attacked())
     assert found.engine.sharing == ONE_BY_ONE
     assert found.lost == (
@@ -527,6 +530,6 @@ def test_a_second_cell_finds_the_model_as_the_first_one_did(tiny_model):
     documents = make_documents(4, shared=20)
     before = model.model.rotary_emb.inv_freq.clone()
     first = check(Engine(loaded(model), MAX_LENGTH), documents, ABLATIONS)
-    assert first.engine.habits.leftovers
+    assert first.engine.quirks.leftovers
     first.engine.score(documents, ABLATIONS)
     assert torch.equal(model.model.rotary_emb.inv_freq, before)

@@ -7,14 +7,14 @@ import torch
 
 from tests.engine.families import FAMILIES
 from tests.engine.plain import loaded
-from tracker.ablations import INTACT, ablate
-from tracker.documents import Document, Request
-from tracker.engine.decode import decoding
-from tracker.engine.prefix import SHORTEST, cache_argument
-from tracker.engine.score import read_prefix
-from tracker.engine.sharing import FULL
-from tracker.engine.streams import plan_streams
-from tracker.engine.sweep import Engine
+from tracker.core.ablations import INTACT, ablate
+from tracker.core.documents import Document, Request
+from tracker.engine.scoring.decode import decoding
+from tracker.engine.scoring.prefix import SHORTEST, cache_argument
+from tracker.engine.scoring.score import read_prefix
+from tracker.engine.scoring.sharing import FULL
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.scoring.sweep import Engine
 
 ABLATIONS = [
     INTACT,

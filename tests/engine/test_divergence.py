@@ -14,11 +14,11 @@ from scipy.special import softmax
 from scipy.stats import entropy
 
 from tests.engine.plain import MAX_LENGTH, loaded, make_documents, pruned, skipped
-from tracker.documents import Document, Request
-from tracker.engine import divergence as module
-from tracker.engine.divergence import output_proxies
-from tracker.engine.sharing import PLAIN
-from tracker.engine.sweep import Engine
+from tracker.core.documents import Document, Request
+from tracker.engine.observers import divergence as module
+from tracker.engine.observers.divergence import output_proxies
+from tracker.engine.scoring.sharing import PLAIN
+from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
 
 LAYERS = 4

@@ -11,12 +11,12 @@ import pytest
 from tests.ablations import single_layers
 from tests.engine.families import FAMILIES, LAYERS
 from tests.engine.plain import MAX_LENGTH, agree, answers, loaded, make_documents, skipped
-from tracker.ablations import INTACT, Ablation
-from tracker.engine.check import check
-from tracker.engine.prefix import SHORTEST
-from tracker.engine.sharing import FULL, PLAIN
-from tracker.engine.sweep import Engine
-from tracker.errors import CellError, ModelError
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.errors import CellError, ModelError
+from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.scoring.sharing import FULL, PLAIN
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.check import check
 from tracker.models.layers import find_layers
 from tracker.models.sublayers import find_sublayers, silenced
 

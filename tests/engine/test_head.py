@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from tracker.engine import head as module
-from tracker.engine.head import Head, Predictions
 from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring import head as module
+from tracker.engine.scoring.head import Head, Predictions
 
 IDS = torch.arange(3 * 7).reshape(3, 7) * 11 % 94 + 3
 

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents
-from tracker.ablations import INTACT, Ablation
-from tracker.documents import Document, Request
-from tracker.engine.attack import attack
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.documents import Document, Request
+from tracker.core.errors import CellError
 from tracker.engine.fitting import first_tokens, fit
-from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN
-from tracker.engine.stand_in import Fitted, MadeUp, replacements
-from tracker.engine.streams import plan_streams
-from tracker.engine.sweep import Engine
-from tracker.errors import CellError
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, PLAIN
+from tracker.engine.scoring.stand_in import Fitted, MadeUp, replacements
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.miniature_check import check_miniature
 from tracker.models.layers import find_layers
 
 WAYS = ("mean", "scale", "linear", "int8", "int4", "repeat")
@@ -151,7 +151,7 @@ def test_a_kept_beginning_serves_all_but_what_passes_a_layer_twice(tiny_model, m
 
 def test_an_attack_tries_them_all_and_finds_them_exact(tiny_model):
     engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, stand_ins=STAND_INS)
-    verdict = attack(engine, ABLATIONS, (), blank=False)
+    verdict = check_miniature(engine, ABLATIONS, (), blank=False)
     assert verdict.lost is None
     assert verdict.sharing == FULL
     assert NO_PREFIX != FULL
@@ -226,7 +226,7 @@ class TestFit:
 
     def test_a_stand_in_keeps_the_type_and_shape_of_a_state(self):
         fitted = Fitted(torch.ones(6), 0.5)
-        from tracker.ablations import Action
+        from tracker.core.ablations import Action
 
         state = torch.zeros(2, 3, 2, 3, dtype=torch.bfloat16)
         changed = fitted.change(Action.MEAN, state)

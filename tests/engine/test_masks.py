@@ -10,9 +10,9 @@ from torch import nn
 
 from tests.engine.families import MIXED, WINDOW
 from tests.engine.plain import make_documents
-from tracker.engine.masks import Masks, Sight, _first_seen, look, mask_place
 from tracker.engine.refusal import RefusalError
-from tracker.engine.rows import reading_row, tree_rows
+from tracker.engine.scoring.masks import Masks, Sight, _first_seen, look, mask_place
+from tracker.engine.scoring.rows import reading_row, tree_rows
 from tracker.models.layers import find_base, find_layers
 
 CPU = torch.device("cpu")

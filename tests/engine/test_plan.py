@@ -16,16 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded, make_documents
-from tracker.ablations import INTACT, Ablation, ablate
-from tracker.documents import Document, Request
+from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.documents import Document, Request
 from tracker.engine import plan
-from tracker.engine.check import plain_tokens
-from tracker.engine.head import LOGITS_BYTES
 from tracker.engine.memory import stream_bytes
 from tracker.engine.plan import cost, matrix_rate
-from tracker.engine.prefix import SHORTEST
-from tracker.engine.rows import common_beginning
-from tracker.engine.sweep import Engine
+from tracker.engine.scoring.head import LOGITS_BYTES
+from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.scoring.rows import common_beginning
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.check import plain_tokens
 
 ABLATIONS = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, loaded
-from tracker.engine.prefix import MARGIN, GrowingLayer, Prefix, cache_argument, new_cache
-from tracker.engine.rows import ANY_LENGTH, Lengths
-from tracker.engine.score import kept_bytes, read_prefix
-from tracker.engine.streams import plan_streams
-from tracker.engine.sweep import Engine
+from tracker.engine.scoring.prefix import MARGIN, GrowingLayer, Prefix, cache_argument, new_cache
+from tracker.engine.scoring.rows import ANY_LENGTH, Lengths
+from tracker.engine.scoring.score import kept_bytes, read_prefix
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.scoring.sweep import Engine
 
 TOKENS = tuple(range(3, 83))
 

@@ -12,11 +12,11 @@ from tests.ablations import single_layers
 from tests.engine.families import FAMILIES
 from tests.engine.plain import MAX_LENGTH, Memory, loaded, make_documents
 from tests.engine.registry import variants
-from tests.engine.test_attacks import DECODER, tiny
-from tracker.engine.check import check
-from tracker.engine.reasons import keeps_a_state, less
-from tracker.engine.sharing import DEPTH_ONLY, NO_PREFIX, ONE_BY_ONE, PLAIN
-from tracker.engine.sweep import Engine
+from tests.engine.test_probe_texts import DECODER, tiny
+from tracker.engine.scoring.sharing import DEPTH_ONLY, NO_PREFIX, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.check import check
+from tracker.engine.selfcheck.reasons import keeps_a_state, less
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,12 +21,12 @@ from tests.engine.survey import (
     EXACT,
     NO_VARIANT,
     REFUSED,
-    Truth,
+    Reference,
     Verdict,
     blocks,
     examine,
 )
-from tracker.ablations import INTACT, Ablation
+from tracker.core.ablations import INTACT, Ablation
 
 MEASURED = [
     # Positions by the kind of layer, a scale by its place, a window of other kinds of layers.
@@ -117,7 +117,7 @@ def test_both_truths_agree_where_layers_know_no_numbers():
     """The layer that hands its input on, and the layer that is deleted."""
     request = blocks()[1][0].requests[2]
     for family in ("llama", "gemma2", "granite_swa"):
-        truth = Truth(find(family, "plain").model())
+        truth = Reference(find(family, "plain").model())
         for ablation in (Ablation((0,)), Ablation((1, 2))):
             kept = truth.of(ablation, request)
             assert truth.of(ablation, request, DELETED) == pytest.approx(kept, abs=1e-4)

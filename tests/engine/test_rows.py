@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.engine.plain import MAX_LENGTH, make_documents
-from tracker.documents import Document, Request
-from tracker.engine.rows import (
+from tracker.core.documents import Document, Request
+from tracker.core.errors import CellError
+from tracker.engine.scoring.rows import (
     ANY_LENGTH,
     Lengths,
     Row,
@@ -18,7 +19,6 @@ from tracker.engine.rows import (
     reading_row,
     tree_rows,
 )
-from tracker.errors import CellError
 
 Tokens = tuple[int, ...]
 

@@ -11,14 +11,14 @@ import torch
 
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents
-from tracker.ablations import INTACT, ablate
-from tracker.engine.masks import Sight
-from tracker.engine.prefix import cache_argument, new_cache
+from tracker.core.ablations import INTACT, ablate
 from tracker.engine.refusal import RefusalError
-from tracker.engine.rows import flat_rows, reading_row, tree_rows
-from tracker.engine.score import Parts, kept_bytes, read_prefix, run_base, score_row
-from tracker.engine.streams import plan_streams
-from tracker.engine.sweep import Engine
+from tracker.engine.scoring.masks import Sight
+from tracker.engine.scoring.prefix import cache_argument, new_cache
+from tracker.engine.scoring.rows import flat_rows, reading_row, tree_rows
+from tracker.engine.scoring.score import Parts, kept_bytes, read_prefix, run_base, score_row
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.scoring.sweep import Engine
 
 PLAN = plan_streams(single_layers((1, 3)), 4)
 TOKENS = tuple(range(3, 9))
@@ -157,7 +157,7 @@ def test_several_residual_streams_are_one_state(parts: Parts, monkeypatch) -> No
         observed.extend((tuple(before.shape), tuple(after.shape)))
         return torch.ones(len(before))
 
-    monkeypatch.setattr("tracker.engine.score.cosine_similarity", noted)
+    monkeypatch.setattr("tracker.engine.scoring.score.cosine_similarity", noted)
     run_base(parts, PLAN, reading_row(TOKENS), None)
     assert observed == [(6, 32)] * 8
 

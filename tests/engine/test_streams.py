@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.ablations import single_layers
-from tracker.ablations import INTACT, Ablation, ablate
-from tracker.engine.forks import forking
-from tracker.engine.streams import plan_streams
+from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.scoring.streams import plan_streams
 from tracker.models.sublayers import find_sublayers
 
 

@@ -13,19 +13,19 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, agree, loaded, make_documents
-from tracker.ablations import INTACT, Ablation, ablate
-from tracker.documents import Document, Request
-from tracker.engine.check import check
-from tracker.engine.masks import look
+from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.documents import Document, Request
+from tracker.core.errors import CellError
 from tracker.engine.memory import stream_bytes
-from tracker.engine.prefix import SHORTEST
 from tracker.engine.refusal import RefusalError
-from tracker.engine.rows import Lengths, flat_rows, tree_rows
-from tracker.engine.score import read_prefix, score_row
-from tracker.engine.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Habits
-from tracker.engine.streams import plan_streams
-from tracker.engine.sweep import ROW_TOKENS, Engine
-from tracker.errors import CellError
+from tracker.engine.scoring.masks import look
+from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.scoring.rows import Lengths, flat_rows, tree_rows
+from tracker.engine.scoring.score import read_prefix, score_row
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Quirks
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.scoring.sweep import ROW_TOKENS, Engine
+from tracker.engine.selfcheck.check import check
 from tracker.models.pruned import pruned, remember
 
 
@@ -52,7 +52,7 @@ def test_wrong_sharing_is_found(tiny_model, monkeypatch, dtype):
             leaked.append(row)
             yield row
 
-    monkeypatch.setattr("tracker.engine.sweep.tree_rows", leaky)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.tree_rows", leaky)
     checked = check(
         Engine(loaded(model), MAX_LENGTH), make_documents(), single_layers((0, 1, 2, 3))
     )
@@ -65,7 +65,7 @@ def test_a_bug_of_ours_is_no_loss_of_sharing(tiny_model, monkeypatch):
     def broken(documents):
         raise AssertionError("never called with these arguments")
 
-    monkeypatch.setattr("tracker.engine.sweep.tree_rows", broken)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.tree_rows", broken)
     with pytest.raises(TypeError, match="positional argument"):
         check(Engine(loaded(tiny_model("llama")), MAX_LENGTH), make_documents(), single_layers([0]))
 
@@ -165,7 +165,7 @@ def test_a_long_common_beginning_is_read_once_for_all_rows(tiny_model, monkeypat
         read.append(len(tokens))
         return read_prefix(parts, plan, tokens)
 
-    monkeypatch.setattr("tracker.engine.sweep.read_prefix", counted)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.read_prefix", counted)
     model = tiny_model("llama")
     engine = Engine(loaded(model), MAX_LENGTH, row_tokens=20)
     ablations = [*single_layers((0, 1, 2, 3)), ablate("attention", [1]), ablate("mlp", [2])]
@@ -194,7 +194,7 @@ def test_a_small_budget_means_smaller_rows_and_fewer_ablations_at_a_time(tiny_mo
         sizes.append((plan.streams, row.tokens))
         return score_row(parts, plan, row, prefix)
 
-    monkeypatch.setattr("tracker.engine.sweep.score_row", noted)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", noted)
     model = tiny_model("llama")
     documents = make_documents(6)
     ablations = [*single_layers((0, 1, 2, 3)), Ablation((1, 2)), Ablation((0, 3))]
@@ -232,7 +232,7 @@ def test_running_out_of_memory_halves_the_row_and_goes_on(tiny_model, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
         return score_row(parts, plan, row, prefix)
 
-    monkeypatch.setattr("tracker.engine.sweep.score_row", small)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", small)
     counted = []
     scores = Engine(loaded(model), MAX_LENGTH).score(documents, ablations, counted.append)
     same(scores, plenty)
@@ -243,7 +243,7 @@ def test_out_of_memory_with_nothing_left_to_halve_fails_clearly(tiny_model, monk
     def never(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("tracker.engine.sweep.score_row", never)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", never)
     said = (
         r"^out of memory with a single document and a single ablation: CUDA out of memory\. "
         r"Use a smaller dtype or a larger device$"
@@ -303,9 +303,9 @@ def test_out_of_memory_where_lengths_matter_names_the_way_out(tiny_model, monkey
     def never(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("tracker.engine.sweep.score_row", never)
-    habits = Habits(lengths=Lengths((10,)))
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, habits=habits)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", never)
+    quirks = Quirks(lengths=Lengths((10,)))
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, quirks=quirks)
     said = r"^out of memory: CUDA out of memory\. Use --memory, or a smaller dtype$"
     with pytest.raises(CellError, match=said):
         engine.score(make_documents(4), [INTACT])
@@ -340,7 +340,7 @@ def test_as_many_ablations_at_a_time_as_the_budget_holds(tiny_model, monkeypatch
         used.append(plan.streams)
         return score_row(parts, plan, row, prefix)
 
-    monkeypatch.setattr("tracker.engine.sweep.score_row", noted)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", noted)
     model = tiny_model("llama")
     document = Document("task", 0, (Request((5, 6, 7), (8, 9)),), 0, 1)
     budget = streams * 5 * stream_bytes(model)
@@ -362,9 +362,9 @@ def test_rows_are_packed_by_what_is_shared(tiny_model, monkeypatch):
             packed.append((pack, *how))
             return pack(documents, *how)
 
-        monkeypatch.setattr(f"tracker.engine.sweep.{pack.__name__}", noted)
+        monkeypatch.setattr(f"tracker.engine.scoring.sweep.{pack.__name__}", noted)
     lengths = Lengths((1000,))
-    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, habits=Habits(lengths=lengths))
+    engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH, quirks=Quirks(lengths=lengths))
     documents = make_documents(2, seed=2, shared=60)
     for sharing, ablations, how in (
         (FULL, single_layers((1,)), (tree_rows, MAX_LENGTH, ROW_TOKENS, 60, lengths)),
@@ -391,22 +391,22 @@ def test_a_copy_lacks_what_is_taken_out_and_begins_as_the_model_did(tiny_model, 
         asked.append((given, named))
         return pruned(*given, **named)
 
-    monkeypatch.setattr("tracker.engine.sweep.pruned", noted)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.pruned", noted)
     first, leftovers = (remember(model, (name,)) for name in ("inv_freq", "attention_scaling"))
     engine = Engine(
-        loaded(model), MAX_LENGTH, habits=Habits(first=first, leftovers=leftovers, stay=True)
+        loaded(model), MAX_LENGTH, quirks=Quirks(first=first, leftovers=leftovers, stay=True)
     )
     copy = engine.with_sharing(NO_PREFIX).without(ablate("mlp", [2], removed=[1]))
     (((of, layers, silent, fresh), named),) = asked
     assert named == {"stay": True, "changes": {}, "repeated": ()}
     assert (of, layers, silent) == (model, (1,), [model.model.layers[2].mlp])
     assert fresh is first
-    assert (copy.sharing, copy.max_length, copy.habits.stay) == (PLAIN, MAX_LENGTH, True)
+    assert (copy.sharing, copy.max_length, copy.quirks.stay) == (PLAIN, MAX_LENGTH, True)
     # Of its own state, taken down anew; its first call is behind it.
-    assert copy.habits.first == {}
+    assert copy.quirks.first == {}
     place = ("model.rotary_emb", "attention_scaling")
-    assert copy.habits.leftovers[place] == leftovers[place]
-    assert {name for _, name in copy.habits.leftovers} == {"attention_scaling"}
+    assert copy.quirks.leftovers[place] == leftovers[place]
+    assert {name for _, name in copy.quirks.leftovers} == {"attention_scaling"}
     assert list(copy.loaded.layers) == list(copy.loaded.model.model.layers)
     (score,) = copy.score(make_documents(1), [INTACT])
     assert score.proxy_sums.dtype == torch.float64
@@ -427,7 +427,7 @@ class TestKeptBeginning:
             read.append(len(args[2]))
             return read_prefix(*args)
 
-        monkeypatch.setattr("tracker.engine.sweep.read_prefix", reading)
+        monkeypatch.setattr("tracker.engine.scoring.sweep.read_prefix", reading)
         return read
 
     @pytest.mark.parametrize(("spare", "times"), [(0, 1), (-2, 0)])
@@ -452,7 +452,7 @@ class TestKeptBeginning:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         expected = Engine(loaded(tiny_model("llama")), MAX_LENGTH, NO_PREFIX)
-        monkeypatch.setattr("tracker.engine.sweep.read_prefix", never)
+        monkeypatch.setattr("tracker.engine.scoring.sweep.read_prefix", never)
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         same(engine.score(self.DOCUMENTS, [INTACT]), expected.score(self.DOCUMENTS, [INTACT]))
 
@@ -469,7 +469,7 @@ class TestKeptBeginning:
             begun.append(None if prefix is None else len(prefix.tokens))
             yield "a cache"
 
-        monkeypatch.setattr("tracker.engine.sweep.decoding", noted)
+        monkeypatch.setattr("tracker.engine.scoring.sweep.decoding", noted)
         for prompt in ([*shared, 5, 6], [5, *shared, 6]):
             with engine.decoding(ablations, prompt) as given:
                 assert given == {"cache": "a cache"}
@@ -486,7 +486,7 @@ def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(tiny_model, 
         looked.append(tokens)
         return look(base, layers, tokens, device)
 
-    monkeypatch.setattr("tracker.engine.sweep.look", looking)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.look", looking)
     for most, asked, expected in (
         (1000, (2, 256, 257, 3, 990, 1000), [256, 512, 1000]),
         (96, (2, 96), [96]),
@@ -501,7 +501,7 @@ def test_masks_are_looked_at_in_steps_and_never_beyond_what_is_read(tiny_model, 
 
 
 def test_a_model_without_a_cache_continues_no_prompt(tiny_model, monkeypatch):
-    monkeypatch.setattr("tracker.engine.sweep.cache_argument", lambda base: None)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.cache_argument", lambda base: None)
     engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
     assert not engine.shares_a_prefix(make_documents(3, shared=60))
     with pytest.raises(RefusalError, match=r"^it takes no cache of keys and values$"):
@@ -530,7 +530,7 @@ def moody(model):
         return output * module.mood
 
     embeddings.register_forward_hook(spoil)
-    return Habits(leftovers=remember(model, ("mood",)))
+    return Quirks(leftovers=remember(model, ("mood",)))
 
 
 def test_one_by_one_only_the_intact_model_reads_rows_besides(tiny_model):
@@ -565,7 +565,7 @@ class TestLeftovers:
     @pytest.fixture
     def engine(self, tiny_model):
         model = tiny_model("llama")
-        return Engine(loaded(model), MAX_LENGTH, row_tokens=20, habits=moody(model))
+        return Engine(loaded(model), MAX_LENGTH, row_tokens=20, quirks=moody(model))
 
     @pytest.mark.parametrize("sharing", [FULL, NO_PREFIX, DEPTH_ONLY, PLAIN, ONE_BY_ONE])
     def test_no_call_depends_on_the_one_before(self, engine, truth, sharing):

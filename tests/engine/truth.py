@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tracker.documents import Document, Request
+from tracker.core.documents import Document, Request
 
 Without = Callable[[Any, Collection[int]], Any]
 """Makes a copy of a model that lacks some layers."""

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from tracker.config import CellRequest
-from tracker.documents import Document, Response
-from tracker.extent import ALL, Extent
-from tracker.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, Response
+from tracker.core.extent import ALL, Extent
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tracker.core.records import CellRecord
 from tracker.ledger import tables
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
+from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.outcomes import outcome_row
-from tracker.ledger.races import CellRace
 from tracker.ledger.store import Ledger
-from tracker.records import CellRecord
 
 LAYERS = 4
 Maker = Callable[..., Any]

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tracker.errors import TrackerError
+from tracker.core.errors import TrackerError
+from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
-from tracker.records import CellRecord
 
 OLD = Path(__file__).parent / "format1"
 """A folder of two views over three shards, as tracker wrote it before there were digests."""

@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tracker.config import CellRequest
-from tracker.errors import WorkError
-from tracker.extent import Extent
+from tracker.core.config import CellRequest
+from tracker.core.errors import WorkError
+from tracker.core.extent import Extent
+from tracker.core.provenance import content_hash
+from tracker.core.records import CellRecord
 from tracker.ledger import cells
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
@@ -25,8 +27,6 @@ from tracker.ledger.outcomes import outcome_table
 from tracker.ledger.shards import read_shard, shard_file
 from tracker.ledger.tables import cell_record
 from tracker.ledger.views import FORMAT
-from tracker.provenance import content_hash
-from tracker.records import CellRecord
 
 BLOCK = Block("arc_easy", 0)
 Rows = list[dict[str, object]]

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tracker.config import CellRequest
-from tracker.decided import DecisionsRecord
-from tracker.documents import Document, DocumentText, Response
-from tracker.extent import ALL
+from tracker.core.config import CellRequest
+from tracker.core.decision_records import DecisionsRecord
+from tracker.core.documents import Document, DocumentText, Response
+from tracker.core.extent import ALL
+from tracker.core.views import View
 from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore
 from tracker.ledger.decisions import Decisions, decisions, decisions_record
 from tracker.ledger.outcomes import PROXY_SUMS, outcome_row
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import text_row
-from tracker.views import View
 
 LAYERS = 4
 SIZES = {"geography": 40, "history": 9}

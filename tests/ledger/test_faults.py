@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ledger import faults
-from tracker.extent import ALL
+from tracker.core.extent import ALL
 from tracker.ledger.keys import cell_key
 from tracker.ledger.shards import ASIDE
 from tracker.ledger.store import Ledger

@@ -10,7 +10,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from tracker.errors import WorkError
+from tracker.core.errors import WorkError
 from tracker.ledger.cache import cache_folder
 from tracker.ledger.files import write_atomically, write_text
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tracker.config import CellRequest
-from tracker.errors import ResultsError
+from tracker.core.config import CellRequest
+from tracker.core.errors import ResultsError
 from tracker.ledger.keys import cell_key
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import FORMAT, AskedView

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tracker.config import CellRequest
+from tracker.core.config import CellRequest
 from tracker.ledger.keys import cell_key, folder_name, request_key
 
 ASKED = CellRequest(model="m", benchmark="b", layers=(0, 1))

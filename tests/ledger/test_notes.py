@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tracker.core.provenance import content_hash
 from tracker.ledger.notes import read_note, sealed, unsealed, write_note
-from tracker.provenance import content_hash
 
 CONTENT = {"who": "größe", "numbers": [1, 2.5, None]}
 

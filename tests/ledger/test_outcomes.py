@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tracker.documents import Document, Prompt, Response
+from tracker.core.documents import Document, Prompt, Response
 from tracker.ledger.outcomes import outcome_row, outcome_table, refuse_misfits
 
 RESPONSES = [Response(-1.5, False, 0, "one"), Response(-0.25, True, 2, "two")]

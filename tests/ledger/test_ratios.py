@@ -12,13 +12,13 @@ import pytest
 from scipy import stats
 
 from tracker.benchmarks.tasks import aggregate
-from tracker.config import CellRequest
-from tracker.documents import Document, Response
-from tracker.identities import TaskIdentity
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, Response
+from tracker.core.identities import TaskIdentity
+from tracker.core.records import CellRecord
 from tracker.ledger.blocks import BLOCK, Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import outcome_row
-from tracker.records import CellRecord
 
 from .conftest import cell_record
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from tests.ledger.conftest import LAYERS, cell_record
-from tracker.config import CellRequest
-from tracker.documents import Document, DocumentText, Response
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, DocumentText, Response
+from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import AGAIN, outcome_row, outcome_table, refuse_misfits
 from tracker.ledger.texts import text_row
-from tracker.metrics.rounding import movement, shift, turning, within
-from tracker.records import CellRecord
+from tracker.stats.rounding import movement, shift, turning, within
 
 NAMES = ("baseline", "layer:0")
 DOCUMENTS, TWICE = 30, 6

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tracker.config import CellRequest
-from tracker.extent import Extent
+from tracker.core.config import CellRequest
+from tracker.core.extent import Extent
 from tracker.ledger.cells import CellStore
-from tracker.metrics.correlation import COEFFICIENTS
-from tracker.metrics.proxies import PROXIES
+from tracker.stats.correlation import COEFFICIENTS
+from tracker.stats.proxies import PROXIES
 
 from .conftest import cell_record
 

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tracker.config import CellRequest
-from tracker.documents import Document, Response
-from tracker.extent import Extent
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, Response
+from tracker.core.extent import Extent
+from tracker.core.views import View
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
+from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.outcomes import outcome_row
-from tracker.ledger.races import CellRace
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.team.collect import _joined, _same, merged
-from tracker.views import View
 
 SEED = 5
 SIZES = {"arc_easy": 320}

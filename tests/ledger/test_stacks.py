@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tracker.config import CellRequest
+from tracker.core.config import CellRequest
+from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.records import CellRecord
-from tracker.reporting.caveats import warnings
-from tracker.reporting.tables import layer_table, overview_table
+from tracker.report.caveats import warnings
+from tracker.report.tables import layer_table, overview_table
 from tracker.tracking.mlflow.runs import cell_run, layer_run
 
 from .conftest import cell_record
@@ -106,4 +106,4 @@ def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(
     assert tags["tracker.reason.provenance"] == why
     tags = cell_run(found, [], {}).tags
     assert DIFFERENT in tags["tracker.reason.provenance"]
-    assert tags["tracker.provenance.torch"] == "2.12.0, 2.13.0"
+    assert tags["tracker.core.provenance.torch"] == "2.12.0, 2.13.0"

@@ -15,20 +15,20 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import Timeout
 
-from tracker.ablations import ablations_of
-from tracker.config import CellRequest
-from tracker.distribution import upgrade
-from tracker.errors import ResultsError
-from tracker.experiment import load_experiment
-from tracker.extent import ALL, Extent, random_order
+from tracker.core.ablations import ablations_of
+from tracker.core.config import CellRequest
+from tracker.core.distribution import upgrade
+from tracker.core.errors import ResultsError
+from tracker.core.experiment import load_experiment
+from tracker.core.extent import ALL, Extent, random_order
+from tracker.core.records import CellRecord, RunIdentity
+from tracker.core.views import View
 from tracker.ledger.blocks import BLOCK, Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.shards import read_shard, shard_digest
 from tracker.ledger.store import Ledger
 from tracker.ledger.tables import cell_record
 from tracker.ledger.views import FORMAT
-from tracker.records import CellRecord, RunIdentity
-from tracker.views import View
 
 STRANGE = ["a/b::c", "a%2Fb", "*[x]?", "Größe", "dots.in.00001", ".hidden"]
 NAMES = ("baseline", "layer:0", "layer:1")

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.config import CellRequest
-from tracker.documents import Document, Response
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, Response
+from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.blocks import BLOCK, Block
 from tracker.ledger.cells import CellStore
+from tracker.ledger.outcome_variance import outcome_variance
 from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row
 from tracker.ledger.shards import read_shard
-from tracker.ledger.spreads import spread_of
-from tracker.metrics.correlation import correlate
-from tracker.metrics.power import Spread
-from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
-from tracker.records import CellRecord, RunRecord
+from tracker.stats.correlation import correlate
+from tracker.stats.power import OutcomeVariance
+from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
 from .conftest import cell_record
 
@@ -230,7 +230,7 @@ def test_the_intervals_of_a_single_task(store) -> None:
         assert layer.accuracy_drop_high == pytest.approx(lost - won + half)
         # The share that changes is all that a smaller drop depends on.
         changed = sum(before != after for before, after in pairs) / n
-        assert spread_of(layer) == Spread(pytest.approx(changed), binary=True)
+        assert outcome_variance(layer) == OutcomeVariance(pytest.approx(changed), binary=True)
 
 
 @pytest.mark.parametrize("by_size", [True, False])
@@ -524,7 +524,7 @@ def test_what_lies_beneath_is_weighted_as_all_else(
 
 
 # Was: no reason stands under cosine_score, mcnemar_p, the ends of the
-# interval, metrics, nor under the empty record's baseline_accuracy; records.py promises one.
+# interval, metrics, nor under the empty record's baseline_accuracy; core/records.py promises one.
 class TestReasons:
     """`records`: a value that is not defined is None, and `reasons` says why under its name."""
 

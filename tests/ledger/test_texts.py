@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tracker.documents import Document, DocumentText
-from tracker.extent import Extent
+from tracker.core.documents import Document, DocumentText
+from tracker.core.extent import Extent
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import LONGEST, KeptText, is_texts, text_row

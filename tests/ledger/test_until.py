@@ -7,22 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tracker.answers import interval_name
-from tracker.config import CellRequest
-from tracker.extent import Extent, random_order, shuffled
+from tracker.core.answers import interval_name
+from tracker.core.config import CellRequest
+from tracker.core.extent import Extent, random_order, shuffled
+from tracker.core.questions import question
+from tracker.core.records import CellRecord
+from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.races import CellRace
-from tracker.ledger.so_far import so_far
+from tracker.ledger.early_stopping import CellRace
+from tracker.ledger.interim import interim_estimates
 from tracker.measuring import planning
 from tracker.measuring.derive import record_of
-from tracker.metrics.accuracy import weights_by_task
-from tracker.metrics.forecast import Forecast
-from tracker.metrics.races import Race
-from tracker.questions import question
-from tracker.records import CellRecord
-from tracker.views import View
+from tracker.stats.accuracy import weights_by_task
+from tracker.stats.sequential.forecast import Forecast
+from tracker.stats.sequential.stopping import Race
 
-from .test_races import LOST, RUNS, SEED, begun, outcomes
+from .test_early_stopping import LOST, RUNS, SEED, begun, outcomes
 
 SIZES = {"arc_easy": 320}
 ORDER = random_order(SEED, "arc_easy", range(320))
@@ -141,7 +141,7 @@ def test_what_is_known_so_far_of_a_group_is_weighted_as_the_benchmark(
     drops = (right["baseline"] - right["layer:0"]).groupby("task")
     assert drops.size().min() >= 32
     exact = drops.mean().mean() if not by_size else drops.sum().sum() / drops.size().sum()
-    found = so_far(store, view)
+    found = interim_estimates(store, view)
     assert found.drops[view.runs[0]].value == pytest.approx(exact)
 
 

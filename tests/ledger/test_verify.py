@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tracker.config import CellRequest
+from tracker.core.config import CellRequest
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks

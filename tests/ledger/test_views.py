@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tracker.config import CellRequest
+from tracker.core.config import CellRequest
+from tracker.core.provenance import content_hash
+from tracker.core.records import RunIdentity
+from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.notes import sealed
 from tracker.ledger.views import AskedView, CellIdentity, view_file
-from tracker.provenance import content_hash
-from tracker.records import RunIdentity
-from tracker.views import View
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.engine.plain import skipped
 from tests.engine.registry import families, variants
 from tests.engine.test_registry import find
 from tests.models.test_layers import make
-from tracker.errors import ModelError
+from tracker.core.errors import ModelError
 from tracker.models.checkpoint import refuse_unsizable, resized, save, weight_bytes, without
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel, load_model

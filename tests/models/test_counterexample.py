@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tracker.errors import CellError
+from tracker.core.errors import CellError
 from tracker.models.counterexample import (
     AMPLIFY,
     LAYERS,

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from tests.engine.families import FAMILIES as WITH_KINDS
-from tracker.errors import ModelError
+from tracker.core.errors import ModelError
 from tracker.models.layers import find_base, find_layers
 from tracker.models.pruned import cut_config, pruned
 

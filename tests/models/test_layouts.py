@@ -15,10 +15,10 @@ import transformers
 
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, agree, skipped
-from tracker.ablations import Ablation
-from tracker.documents import Document, Request
-from tracker.engine.sharing import FULL
-from tracker.engine.sweep import Engine
+from tracker.core.ablations import Ablation
+from tracker.core.documents import Document, Request
+from tracker.engine.scoring.sharing import FULL
+from tracker.engine.scoring.sweep import Engine
 from tracker.models.layers import find_layers
 
 SENTENCE = "The capital of France is Paris, and the heart pumps the blood through the body."

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tests.conftest import save_tokenizer
-from tracker.errors import ModelError
+from tracker.core.errors import ModelError
 from tracker.models import gguf_file
 from tracker.models.load import LoadedModel, load_model, weightless
 from tracker.models.sources import find_model

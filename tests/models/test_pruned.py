@@ -13,9 +13,7 @@ from torch import nn
 
 from tests.models.test_layers import SMALL, logits, make
 from tracker.models.layers import find_layers
-from tracker.models.pruned import (
-    SMALL as SMALL_BUFFER,
-)
+from tracker.models.pruned import SMALL as SMALL_BUFFER
 from tracker.models.pruned import (
     _add_nothing,
     changed,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.engine.test_registry import find
-from tracker.errors import ModelError
+from tracker.core.errors import ModelError
 from tracker.models.layers import find_layers
 from tracker.models.pruned import left, pruned
 from tracker.models.reloaded import as_loaded, as_made, lacking, reloaded

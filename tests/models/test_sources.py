@@ -9,8 +9,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from tracker.distribution import pip_install
-from tracker.errors import ModelError
+from tracker.core.distribution import pip_install
+from tracker.core.errors import ModelError
+from tracker.core.provenance import content_hash
 from tracker.ledger.notes import write_note
 from tracker.models import sources
 from tracker.models.sources import (
@@ -20,7 +21,6 @@ from tracker.models.sources import (
     find_model,
     read_config,
 )
-from tracker.provenance import content_hash
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

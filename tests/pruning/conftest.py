@@ -10,7 +10,7 @@ import pytest
 import tracker
 from tests.conftest import save_llama
 from tracker.models import checkpoint, speed
-from tracker.pruning.facts import Exported
+from tracker.pruning.export.facts import Exported
 
 SAMPLE = 40
 

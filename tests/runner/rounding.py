@@ -17,18 +17,18 @@ import numpy as np
 import torch
 
 import tracker
-from tracker.ablations import Ablation, ablations_of
 from tracker.bench.compare import prepare
-from tracker.config import CellRequest
-from tracker.engine.sharing import DEPTH_ONLY, FULL, Sharing
+from tracker.core.ablations import Ablation, ablations_of
+from tracker.core.config import CellRequest
+from tracker.core.records import CellRecord
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, Sharing
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.options import side_by_side
 from tracker.ledger.rounding import judged
 from tracker.ledger.store import Ledger
-from tracker.ledger.viewed import Viewed
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
-from tracker.metrics.rounding import LEAST_CHANCE, movement
-from tracker.records import CellRecord
+from tracker.stats.rounding import LEAST_CHANCE, movement
 
 BATCH_SIZES = (1, 4, 16)
 
@@ -97,7 +97,7 @@ def compare(model: str, documents: int, layers: list[int], folder: Path) -> list
     (store,) = Ledger(folder / "results").cells()
     request = requested(model, documents, layers)
     ready = prepare(request, Options(), Silent())
-    outcomes = Viewed(store, store.views.of(request))
+    outcomes = AlignedOutcomes(store, store.views.of(request))
     gold = [document.gold for document in ready.documents]
 
     def plainly(ablation: Ablation, size: int) -> list[list[float]]:

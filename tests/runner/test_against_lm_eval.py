@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 import tracker
 from tests.plain import evaluate
-from tracker.extent import random_order
+from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model

@@ -23,9 +23,9 @@ from tests.plain import evaluate
 from tracker.benchmarks import factory
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.config import CellRequest
-from tracker.engine.sweep import Engine
-from tracker.extent import Extent
+from tracker.core.config import CellRequest
+from tracker.core.extent import Extent
+from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.store import Ledger
 from tracker.measuring.scorer import Generation
 from tracker.models.pruned import pruned as without

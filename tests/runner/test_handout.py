@@ -10,10 +10,10 @@ from filelock import Timeout
 
 from tests.runner.elsewhere import Heard, arc
 from tracker.benchmarks.benchmark import open_benchmark
+from tracker.core.experiment import load_experiment
+from tracker.core.extent import random_order
 from tracker.executors.handout import ATTEMPTS, Cell, Handout, Task
 from tracker.executors.worker import Worker
-from tracker.experiment import load_experiment
-from tracker.extent import random_order
 from tracker.ledger.blocks import BLOCK, Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger

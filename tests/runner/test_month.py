@@ -14,10 +14,10 @@ from mlflow import MlflowClient
 
 import tracker
 from tracker.cli import main
+from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.measuring.progress import Silent
-from tracker.records import CellRecord
 from tracker.tracking.identity import run_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")

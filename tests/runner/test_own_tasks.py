@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tracker
 from tests.own import write_tasks
 from tests.plain import evaluate
-from tracker.ablations import Ablation
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.engine.sweep import Engine
-from tracker.errors import ModelError, RequestError
-from tracker.extent import ALL
+from tracker.core.ablations import Ablation
+from tracker.core.errors import ModelError, RequestError
+from tracker.core.extent import ALL
+from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.scorer import Generation
 from tracker.models.load import load_model
 from tracker.models.sources import find_model

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
 from tracker.cli.commands import main
-from tracker.distribution import install_extra
+from tracker.core.distribution import install_extra
 from tracker.ledger.blocks import BLOCK
 
 

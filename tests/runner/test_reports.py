@@ -20,11 +20,11 @@ from tests.tracking.wandb_client import Client
 from tests.tracking.wandb_double import WandbDouble
 from tracker import api
 from tracker.cli import main
-from tracker.errors import RequestError, ResultsError
+from tracker.core.errors import RequestError, ResultsError
+from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
-from tracker.records import CellRecord
-from tracker.reporting.leaderboard.layers import layer_board
+from tracker.report.leaderboard.layers import layer_board
 from tracker.team.collect import merged
 from tracker.team.leaderboard import FORMAT, Board, BoardEntry, merge, publish_board, read_board
 from tracker.tracking import open_backend, target

@@ -29,17 +29,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.conftest import CHAT, save_llama
-from tracker.ablations import Ablation
 from tracker.benchmarks import factory, results
 from tracker.cli.commands import main
-from tracker.extent import random_order
-from tracker.identities import ModelIdentity
+from tracker.core.ablations import Ablation
+from tracker.core.extent import random_order
+from tracker.core.identities import ModelIdentity
+from tracker.core.records import RunIdentity
+from tracker.core.views import View
 from tracker.ledger.store import Ledger
 from tracker.ledger.views import AskedView
 from tracker.models.pruned import pruned
-from tracker.records import RunIdentity
 from tracker.team.evaluated import changed_args, model_args
-from tracker.views import View
 
 FACTS = """\
 task: facts_{name}

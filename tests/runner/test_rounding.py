@@ -7,12 +7,12 @@ import pytest
 
 import tracker
 from tests.runner.rounding import compare, measure
-from tracker.config import CellRequest
-from tracker.engine.single import read_for
+from tracker.core.config import CellRequest
+from tracker.engine.scoring.plain_call import read_for
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan, texts_of
-from tracker.measuring.twice import LEAST, computed_twice
+from tracker.measuring.rounding_sample import LEAST, computed_twice
 from tracker.models.sources import find_model
 
 
@@ -49,7 +49,7 @@ def test_a_run_in_bfloat16_computes_some_documents_twice(tiny_llama, experiment,
 
 
 def test_the_same_documents_are_drawn_again_and_more_of_more():
-    from tracker.documents import Document
+    from tracker.core.documents import Document
 
     documents = [
         Document(task, index, (), 0, 4) for task in ("one", "other") for index in range(2000)

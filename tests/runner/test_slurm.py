@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
 from tracker.cli.commands import main
-from tracker.distribution import install_extra
+from tracker.core.distribution import install_extra
+from tracker.core.experiment import load_experiment
 from tracker.executors import slurm_job as job
-from tracker.experiment import load_experiment
 from tracker.ledger.blocks import BLOCK
 from tracker.measuring.job import Options
 

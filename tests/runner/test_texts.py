@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.plain import evaluate
-from tracker.errors import BenchmarkError
+from tracker.core.errors import BenchmarkError
 
 LENGTH = 48
 """Tokens that the model reads."""

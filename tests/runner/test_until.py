@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 import tracker
 from tests.runner.elsewhere import arc
 from tracker.cli import main
-from tracker.config import CellRequest
-from tracker.errors import RequestError
-from tracker.extent import random_order
-from tracker.ledger.races import CellRace
-from tracker.ledger.so_far import so_far
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError
+from tracker.core.extent import random_order
+from tracker.core.questions import question
+from tracker.ledger.early_stopping import CellRace
+from tracker.ledger.interim import interim_estimates
 from tracker.ledger.store import Ledger
 from tracker.measuring import derive
 from tracker.measuring.progress import Silent
-from tracker.metrics.races import Race
-from tracker.questions import question
+from tracker.stats.sequential.stopping import Race
 from tracker.team.live import progress_figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +81,7 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
 
     # What is said while it is measured holds no interval of a single look.
     request = CellRequest(model="m", benchmark="openbookqa", layers=(0, 1, 2, 3), until="sign")
-    far = so_far(store, store.views.of(request))
+    far = interim_estimates(store, store.views.of(request))
     assert (far.documents, far.wanted) == (sizes["baseline"], None)
     assert [drop.value for drop in far.drops.values()] == pytest.approx(
         [run.accuracy_drop for run in cell.runs]

@@ -12,10 +12,10 @@ import tracker
 from tests.runner.elsewhere import Heard, arc, run, shards, wait_for
 from tests.runner.test_handout import Desk
 from tracker import api
-from tracker.answers import statement
-from tracker.errors import ExperimentError, ResultsError
+from tracker.core.answers import statement
+from tracker.core.errors import ExperimentError, ResultsError
+from tracker.core.experiment import load_experiment
 from tracker.executors.handout import AHEAD
-from tracker.experiment import load_experiment
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.team.sweeps import _measured, trial_request

@@ -9,8 +9,8 @@ import pytest
 import tracker
 from tests.conftest import lend_tasks
 from tests.runner.elsewhere import Heard, run
-from tracker.engine.check import check, watch
-from tracker.engine.score import score_row
+from tracker.engine.scoring.score import score_row
+from tracker.engine.selfcheck.check import check, watch
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
 from tracker.measuring.meter import Meter
@@ -86,7 +86,7 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
         return replace(scores, loglikelihoods=scores.loglikelihoods + 0.05 * bool(measuring))
 
     monkeypatch.setattr(Meter, "measure", measure)
-    monkeypatch.setattr("tracker.engine.sweep.score_row", shifted)
+    monkeypatch.setattr("tracker.engine.scoring.sweep.score_row", shifted)
     published = []
     monkeypatch.setattr(
         "tracker.team.publish.Publisher.begin", lambda *args: published.append(args)
@@ -102,8 +102,8 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
     assert not store.shards(), "the block is not kept"
 
 
-def test_the_attack_is_made_once_on_a_machine(tiny_llama, experiment, tmp_path, monkeypatch):
-    from tracker.engine import check
+def test_a_miniature_is_checked_once_on_a_machine(tiny_llama, experiment, tmp_path, monkeypatch):
+    from tracker.engine.selfcheck import check
 
     lend_tasks(tmp_path / "cache")
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
@@ -113,8 +113,8 @@ def test_the_attack_is_made_once_on_a_machine(tiny_llama, experiment, tmp_path, 
         made.append(1)
         return honest(*args)
 
-    honest = check.attack
-    monkeypatch.setattr(check, "attack", counted)
+    honest = check.check_miniature
+    monkeypatch.setattr(check, "check_miniature", counted)
     model, results = tiny_llama(), tmp_path / "results"
     # Their texts are of one order of length.
     for limit in (40, 44):

@@ -8,22 +8,22 @@ import pytest
 from click.testing import CliRunner
 
 from tracker.cli import main
-from tracker.experiment import load_experiment
-from tracker.findings import Entry, FoundTable
+from tracker.core.experiment import load_experiment
+from tracker.core.findings import Entry, FoundTable
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Silent
-from tracker.studies.base import Asked
+from tracker.studies.base import StudyContext
 from tracker.team.publish import Publisher
 
 
-def asked_for(path: Path, results: Path) -> Asked:
+def asked_for(path: Path, results: Path) -> StudyContext:
     """What a study is asked over an experiment file."""
     experiment, _ = load_experiment(path)
     publisher = Publisher([], experiment.destination, results)
-    return Asked(path, experiment, Ledger(results), Options("cpu"), Silent(), publisher)
+    return StudyContext(path, experiment, Ledger(results), Options("cpu"), Silent(), publisher)
 
 
 def stores(path: Path, results: Path) -> list[CellStore]:

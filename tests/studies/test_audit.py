@@ -12,13 +12,13 @@ import pytest
 
 from tests.ablations import single_layers
 from tracker import api
-from tracker.engine.streams import plan_streams
-from tracker.errors import RequestError
-from tracker.findings import FindingRecord
+from tracker.core.errors import RequestError
+from tracker.core.findings import FindingRecord
+from tracker.core.records import CellRecord
+from tracker.engine.scoring.streams import plan_streams
 from tracker.measuring import observing
 from tracker.measuring.derive import record_of
-from tracker.metrics.budgets import LayerMeasure, at_equal_cost
-from tracker.records import CellRecord
+from tracker.stats.budgets import LayerMeasure, at_equal_cost
 from tracker.studies.audit import Audit, answers_of, lacking_of
 from tracker.studies.audit.charts import charts_of
 from tracker.studies.audit.figures import ModelAudit, pooled

@@ -13,10 +13,10 @@ from scipy import stats
 
 from tests.conftest import save_llama
 from tracker import api
-from tracker.errors import RequestError
-from tracker.findings import Entry, FindingRecord
-from tracker.metrics.reliability import spearman_brown, stratified_orders
-from tracker.metrics.resampling import SEED
+from tracker.core.errors import RequestError
+from tracker.core.findings import Entry, FindingRecord
+from tracker.stats.reliability import spearman_brown, stratified_orders
+from tracker.stats.resampling import SEED
 from tracker.studies.calibration.figures import DRAWS, Curve, Ranked, curve_of
 from tracker.studies.calibration.tables import agreement_table, needed_row
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from tracker.cli.printing import print_finding
-from tracker.findings import (
+from tracker.core.findings import (
     Entry,
     FindingRecord,
     FoundTable,
@@ -18,9 +18,9 @@ from tracker.findings import (
     MapChart,
 )
 from tracker.ledger.findings import findings, keep_finding
-from tracker.reporting.export import export, figures
-from tracker.reporting.html import render_page
-from tracker.reporting.studies import outgrown, study_chart, study_table
+from tracker.report.export import export, figures
+from tracker.report.page.html import render_page
+from tracker.report.page.studies import outgrown, study_chart, study_table
 from tracker.studies.layout import table
 
 HEADS = (Heading(label="layer", unit="count"), Heading(label="drop", unit="points"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tracker.documents import Document, Request
+from tracker.core.documents import Document, Request
 from tracker.models.counterexample import Place, Wanted, places
 from tracker.studies.theorem.lessons import CLASH, LONGER, NO_GOLD, SAME, Lesson, lesson
 

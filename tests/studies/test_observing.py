@@ -6,19 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from tracker.engine.sweep import Engine
+from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.observations import Arrays
 from tracker.measuring.derive import record_of
 from tracker.measuring.observing import Observed
 from tracker.runner import run_cells
-from tracker.studies.base import Asked, Subject
+from tracker.studies.base import StudyContext, Subject
 from tracker.studies.observing import observe
 from tracker.team.publish import Publisher
 
 from .conftest import asked_for, stores
 
 
-def _subject(path: Path, results: Path) -> tuple[Asked, Subject]:
+def _subject(path: Path, results: Path) -> tuple[StudyContext, Subject]:
     asked = asked_for(path, results)
     (request,) = asked.experiment.cells()
     publisher = Publisher((), "tracker", results)

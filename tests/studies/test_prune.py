@@ -13,14 +13,14 @@ import yaml
 from tests.conftest import save_llama
 from tests.own import write_pair
 from tracker import api
-from tracker.ablations import ablate
+from tracker.core.ablations import ablate
 from tracker.ledger.outcomes import METRIC
 from tracker.ledger.searches import searches
 from tracker.ledger.store import Ledger
-from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
-from tracker.pruning import cells
-from tracker.pruning.conduct import Answered
-from tracker.reporting.studies import standing_alone
+from tracker.pruning.search import cells
+from tracker.pruning.search.conduct import Answered
+from tracker.report.page.studies import standing_alone
+from tracker.stats.accuracy import Estimate, accuracy, accuracy_drop
 from tracker.studies.prune.charts import charts_of
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Choices, Compared, Way
 from tracker.studies.prune.gathering import _at_chance

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from tracker import api
 from tracker.cli import main
 from tracker.ledger.outcomes import METRIC
-from tracker.reporting.formats import Measure
+from tracker.report.formats import Measure
 from tracker.studies import rescale as module
 from tracker.studies.base import grouped
 from tracker.studies.rescale import Rescale, _answers

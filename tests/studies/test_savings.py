@@ -13,14 +13,14 @@ import pytest
 
 from tests.conftest import save_llama
 from tracker import api
-from tracker.ablations import INTACT, Ablation
-from tracker.engine.streams import plan_streams
-from tracker.errors import RequestError
-from tracker.findings import FindingRecord
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.errors import RequestError
+from tracker.core.findings import FindingRecord
+from tracker.core.questions import question
+from tracker.core.records import RunIdentity
+from tracker.engine.scoring.streams import plan_streams
 from tracker.measuring.derive import record_of
-from tracker.metrics.races import Race
-from tracker.questions import question
-from tracker.records import RunIdentity
+from tracker.stats.sequential.stopping import Race
 from tracker.studies.base import Subject
 from tracker.studies.savings import QUESTIONS, Savings
 from tracker.studies.savings.figures import (

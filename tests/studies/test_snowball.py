@@ -15,12 +15,12 @@ from scipy import stats
 
 from tracker import api
 from tracker.cli import main
+from tracker.core.errors import RequestError
+from tracker.core.findings import FindingRecord, FoundTable, LineChart, MapChart
 from tracker.engine.refusal import RefusalError
-from tracker.errors import RequestError
-from tracker.findings import FindingRecord, FoundTable, LineChart, MapChart
 from tracker.measuring.observing import Observed
-from tracker.metrics.accuracy import Estimate
-from tracker.metrics.correlation import Correlation
+from tracker.stats.accuracy import Estimate
+from tracker.stats.correlation import Correlation
 from tracker.studies import snowball as module
 from tracker.studies.snowball import _between, _explains, _too_few, _whether
 from tracker.studies.snowball.figures import COSINE, END, _tokens

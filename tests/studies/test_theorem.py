@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tracker import api
 from tracker.benchmarks.sources import find_data
 from tracker.cli import main
-from tracker.errors import RequestError
+from tracker.core.errors import RequestError
 from tracker.models.counterexample import Counterexample
 from tracker.studies.theorem import Theorem
 

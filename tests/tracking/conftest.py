@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tracker.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
-from tracker.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tracker.core.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
 
 from .mlflow_server import MlflowServer
 from .wandb_client import Client

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tracker.errors import TrackingError
-from tracker.records import CellRecord
+from tracker.core.errors import TrackingError
+from tracker.core.records import CellRecord
 from tracker.team.leaderboard import publish_board, read_board
 from tracker.tracking.figures import CURVES, flat_metrics
 from tracker.tracking.mlflow import runs, writing
 from tracker.tracking.mlflow.backend import MlflowBackend
-from tracker.tracking.mlflow.picture import MlflowPicture
+from tracker.tracking.mlflow.live_run import MlflowPicture
 
 from .conftest import CellMaker
 from .test_mlflow import Store, local

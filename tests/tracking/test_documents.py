@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from tracker import api
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.cli.commands import main
-from tracker.config import CellRequest
-from tracker.decided import PRIVATE
+from tracker.core.config import CellRequest
+from tracker.core.decision_records import PRIVATE
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of
 from tracker.measuring.progress import Silent

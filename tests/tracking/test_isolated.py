@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tracker.errors import TrackingError
+from tracker.core.errors import TrackingError
 from tracker.tracking import open_backend
 
 from .wandb_client import Client

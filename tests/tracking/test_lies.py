@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tracker.errors import TrackingError
+from tracker.core.errors import TrackingError
 from tracker.tracking import foreign, open_backend
 from tracker.tracking.base import RemoteCell
 

@@ -12,19 +12,19 @@ import pytest
 from mlflow import MlflowClient
 
 from tracker import api
-from tracker.errors import TrackingError
-from tracker.experiment import load_experiment
+from tracker.core.errors import TrackingError
+from tracker.core.experiment import load_experiment
+from tracker.core.records import CellRecord
+from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.so_far import so_far
+from tracker.ledger.interim import interim_estimates
 from tracker.ledger.store import Ledger
-from tracker.records import CellRecord
 from tracker.team import live
 from tracker.team.live import Live, progress_figures
 from tracker.team.publish import Trial
-from tracker.tracking import open_backend, open_picture
-from tracker.tracking.base import Picture
+from tracker.tracking import open_backend, open_live_run
+from tracker.tracking.base import LiveRun
 from tracker.tracking.figures import cell_figures, flat_metrics
-from tracker.views import View
 
 from .wandb_client import Client
 from .wandb_double import WandbDouble
@@ -42,7 +42,7 @@ class Measured:
         self.view = self.store.views.of(self.request)
         self.results = results
 
-    def begin(self, picture: Picture) -> Live:
+    def begin(self, picture: LiveRun) -> Live:
         shown = Live((picture,))
         shown.begin(NAME, self.store, self.view)
         return shown
@@ -80,8 +80,8 @@ def test_the_run_of_mlflow_is_there_killed_continued_and_ended(measured: Measure
     def status() -> str:
         return run().info.status
 
-    def picture() -> Picture:
-        return open_picture("mlflow", "layers", measured.results)
+    def picture() -> LiveRun:
+        return open_live_run("mlflow", "layers", measured.results)
 
     first = measured.begin(picture())
     until(lambda: run() and "progress/documents" in run().data.metrics)
@@ -123,8 +123,8 @@ def test_the_run_of_wandb_is_there_killed_continued_and_ended(
         project = double.projects.get(("team", "layers"))
         return next(iter(project.runs.values()), None) if project else None
 
-    def picture() -> Picture:
-        return open_picture("wandb", "team/layers", measured.results)
+    def picture() -> LiveRun:
+        return open_live_run("wandb", "team/layers", measured.results)
 
     first = measured.begin(picture())
     until(lambda: run() and run().history)
@@ -209,7 +209,7 @@ def test_the_measurement_waits_for_no_picture(measured: Measured) -> None:
 
 def test_what_is_known_so_far_is_what_the_record_says(measured: Measured) -> None:
     store, view, record = measured.store, measured.view, measured.record
-    found = so_far(store, view)
+    found = interim_estimates(store, view)
     assert (found.documents, found.wanted, found.tokens) == (record.n, 6, record.tokens)
     assert [(d.value, d.low, d.high) for d in found.drops.values()] == [
         (run.accuracy_drop, run.accuracy_drop_low, run.accuracy_drop_high) for run in record.runs
@@ -222,9 +222,9 @@ def test_what_is_known_so_far_is_what_the_record_says(measured: Measured) -> Non
     shown = cell_figures(record)
     assert (shown["seconds"], shown["peak_bytes"]) == (record.seconds, record.peak_bytes)
     grown = view.model_copy(update={"limit": 12})
-    half = so_far(store, grown)
+    half = interim_estimates(store, grown)
     assert (half.documents, half.wanted) == (6, 12)
-    nothing = so_far(*lacking(store, view))
+    nothing = interim_estimates(*lacking(store, view))
     assert (nothing.documents, nothing.drops) == (0, {})
     figures = progress_figures(nothing, half, 3.0, record)
     assert figures["progress/seconds_left"] == 3.0

@@ -20,9 +20,9 @@ import plotly.graph_objects as go
 import pytest
 from mlflow import MlflowClient
 
-from tracker.errors import RequestError, TrackingError
-from tracker.records import CellRecord
-from tracker.text import masked
+from tracker.core.errors import RequestError, TrackingError
+from tracker.core.records import CellRecord
+from tracker.core.text import masked
 from tracker.tracking import open_backend, target
 from tracker.tracking.base import Published
 from tracker.tracking.figures import CURVES, flat_metrics, intact_metrics
@@ -129,7 +129,7 @@ def test_everything_is_read_back(
     assert parent.data.metrics["n"] == 160
     assert parent.data.metrics["spearman/cosine_score/all"] == 0.66
     assert "spearman/angular_distance/all" not in parent.data.metrics
-    assert parent.data.tags["tracker.provenance.host"] == "node-7"
+    assert parent.data.tags["tracker.core.provenance.host"] == "node-7"
     assert "tracker.missing" not in parent.data.tags
     for name in CURVES:
         expected = [(row.layer, getattr(row, name)) for row in cell.runs]

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from tracker import api
-from tracker.errors import TrackingError
+from tracker.core.errors import TrackingError
+from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
-from tracker.records import CellRecord
 from tracker.tracking.figures import CURVES, flat_metrics
 from tracker.tracking.mlflow.backend import MlflowBackend
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import tracker
 from tests.conftest import save_llama
-from tracker.benchmarks import alone
+from tracker.benchmarks import reference_process
 from tracker.models import speed
-from tracker.pruning import proof
-from tracker.pruning.facts import Accuracy, Exported
-from tracker.pruning.publishing import publish
+from tracker.pruning.export import proof
+from tracker.pruning.export.facts import Accuracy, Exported
+from tracker.pruning.export.publishing import publish
 from tracker.tracking.mlflow.runs import KIND_TAG, made_of_tag
 
 from .conftest import CellMaker
@@ -51,7 +51,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as there:
         there.setattr(speed, "SECONDS", 0.0)
-        there.setattr(proof, "_ask", lambda asked, _: {**alone.main(asked), "ours": []})
+        there.setattr(proof, "_ask", lambda asked, _: {**reference_process.main(asked), "ours": []})
         found = tracker.export(str(save_llama(folder / "tiny")), [1, 2], folder / "lighter")
     cost = Accuracy("arc_easy", 0, "acc", "24 documents", 24, (0.5, 0.4, 0.6), (0.25, 0.1, 0.4))
     return replace(found, accuracy=(cost,))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tracker.identities import Half
-from tracker.records import CellRecord, RunRecord
-from tracker.reporting.html import render_page
+from tracker.core.identities import Half
+from tracker.core.records import CellRecord, RunRecord
+from tracker.report.page.html import render_page
 from tracker.tracking.figures import curve_name, is_curve, logged_layers
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow import runs as mlflow_runs

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tracker.records import CellRecord
+from tracker.core.records import CellRecord
 from tracker.tracking import open_backend
 from tracker.tracking.figures import CURVES, flat_metrics
 from tracker.tracking.notes import cell_note, layer_note
@@ -31,9 +31,9 @@ Said = dict[str, Any]
 
 def published(cell: Path, results: Path, *files: Path) -> Said:
     """Publish a cell, and say what came of it; a notebook runs this text, so it imports all."""
-    from tracker.errors import TrackingError
-    from tracker.records import CellRecord
-    from tracker.reporting.charts.cells import cell_charts
+    from tracker.core.errors import TrackingError
+    from tracker.core.records import CellRecord
+    from tracker.report.charts.cells import cell_charts
     from tracker.tracking import open_backend
     from tracker.tracking.base import LoggedTable
 

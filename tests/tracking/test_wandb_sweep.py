@@ -12,7 +12,7 @@ import yaml
 
 from tests.own import write_tasks
 from tracker import api
-from tracker.errors import RequestError
+from tracker.core.errors import RequestError
 from tracker.ledger.store import Ledger
 from tracker.tracking.figures import flat_metrics
 from tracker.tracking.identity import run_key

@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tracker.ablations import Ablation, ablations_of
-from tracker.config import CellRequest
-from tracker.errors import BenchmarkError
+from tracker.core.ablations import Ablation, ablations_of
+from tracker.core.config import CellRequest
+from tracker.core.errors import BenchmarkError
+from tracker.core.provenance import machine, package_versions
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
 from tracker.models.sources import find_model
-from tracker.provenance import machine, package_versions
 
 if TYPE_CHECKING:
-    from tracker.documents import Document
-    from tracker.engine.sweep import Engine
+    from tracker.core.documents import Document
+    from tracker.engine.scoring.sweep import Engine
 
 T = TypeVar("T")
 BATCH_SIZES = (1, 4, 8, 16, 32)
@@ -140,7 +140,7 @@ def prepare(request: CellRequest, options: Options, progress: Progress) -> Prepa
     from tracker.benchmarks.benchmark import open_benchmark
     from tracker.benchmarks.encoder import RequestEncoder
     from tracker.engine.memory import keep_freed_memory
-    from tracker.engine.sweep import Engine
+    from tracker.engine.scoring.sweep import Engine
     from tracker.models.load import load_model
 
     keep_freed_memory()
@@ -165,8 +165,8 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     Of the request's runs only the components count: all layers are removed. RequestError for
     something that does not exist.
     """
-    from tracker.engine.check import check
     from tracker.engine.plan import cost, matrix_rate
+    from tracker.engine.selfcheck.check import check
 
     ready = prepare(request, options, progress)
     documents, loaded = ready.documents, ready.engine.loaded

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tracker.ablations import INTACT, Ablation, ablations_of
 from tracker.bench.compare import Prepared, prepare, timed
-from tracker.config import CellRequest
+from tracker.core.ablations import INTACT, Ablation, ablations_of
+from tracker.core.config import CellRequest
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
 
 if TYPE_CHECKING:
-    from tracker.documents import Document
+    from tracker.core.documents import Document
 
 PARTS = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
 """Parts of the documents, layers and ablations that are timed."""

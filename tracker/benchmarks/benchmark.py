@@ -12,10 +12,10 @@ from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, is_corpus, locate
 from tracker.benchmarks.own import check_own, folders, own_stamp
 from tracker.benchmarks.sources import find_data
-from tracker.config import CellRequest
-from tracker.errors import BenchmarkError, did_you_mean
-from tracker.identities import BenchmarkIdentity
-from tracker.metrics.ratios import SCALES
+from tracker.core.config import CellRequest
+from tracker.core.errors import BenchmarkError, did_you_mean
+from tracker.core.identities import BenchmarkIdentity
+from tracker.stats.ratios import SCALES
 
 if TYPE_CHECKING:
     pass

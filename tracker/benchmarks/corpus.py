@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from tracker.benchmarks.parts import half_of, said_part
 from tracker.benchmarks.sources import find_data
-from tracker.config import CellRequest
-from tracker.documents import Document, DocumentText, Response
-from tracker.errors import BenchmarkError, did_you_mean
-from tracker.extent import Extent
-from tracker.hub import check_name
-from tracker.identities import BenchmarkIdentity, TaskIdentity
-from tracker.metrics.ratios import RATIO
-from tracker.provenance import content_hash, file_stamp
-from tracker.safe_yaml import short
-from tracker.text import harmless
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, DocumentText, Response
+from tracker.core.errors import BenchmarkError, did_you_mean
+from tracker.core.extent import Extent
+from tracker.core.hub import check_name
+from tracker.core.identities import BenchmarkIdentity, TaskIdentity
+from tracker.core.provenance import content_hash, file_stamp
+from tracker.core.safe_yaml import short
+from tracker.core.text import harmless
+from tracker.stats.ratios import RATIO
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder

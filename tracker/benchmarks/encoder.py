@@ -8,11 +8,11 @@ from typing import Any
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 
-from tracker.arguments import decoded
 from tracker.benchmarks.private import HFLM
-from tracker.config import CellRequest
-from tracker.documents import Request
-from tracker.errors import BenchmarkError
+from tracker.core.arguments import decoded
+from tracker.core.config import CellRequest
+from tracker.core.documents import Request
+from tracker.core.errors import BenchmarkError
 
 
 class RequestEncoder(HFLM):  # type: ignore[misc]

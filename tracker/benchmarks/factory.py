@@ -18,7 +18,7 @@ from tracker.benchmarks.own import as_file, read_task
 from tracker.benchmarks.private import Entry, Kind, TaskFactory, TaskIndex
 from tracker.benchmarks.sources import HUB, DataSource, unreachable
 from tracker.benchmarks.task_index import known_tasks
-from tracker.errors import BenchmarkError, did_you_mean
+from tracker.core.errors import BenchmarkError, did_you_mean
 
 UNREADABLE = (KeyError, ValueError, TypeError, IndexError, AttributeError, TemplateError)
 """What a task raises over documents that are not as it expects."""

@@ -12,8 +12,8 @@ from typing import Any
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 
 from tracker.benchmarks.factory import is_installed
-from tracker.identities import Half, TaskIdentity
-from tracker.provenance import content_hash
+from tracker.core.identities import Half, TaskIdentity
+from tracker.core.provenance import content_hash
 
 _NOT_CONTENT = (
     *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "metadata"),

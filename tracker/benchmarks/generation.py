@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tracker.benchmarks.private import HFLM
-from tracker.documents import Prompt
-from tracker.errors import CellError
+from tracker.core.documents import Prompt
+from tracker.core.errors import CellError
 
 Decoding = Callable[[Sequence[int]], AbstractContextManager[Mapping[str, Any]]]
 """Opens the model for several rows of one prompt (its token ids); gives what `generate` takes."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from tracker.config import CellRequest
-from tracker.errors import BenchmarkError
-from tracker.provenance import file_stamp
+from tracker.core.config import CellRequest
+from tracker.core.errors import BenchmarkError
+from tracker.core.provenance import file_stamp
 
 _SUFFIXES = (".yaml", ".yml")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tracker.config import CellRequest
-from tracker.errors import BenchmarkError
-from tracker.identities import Half
+from tracker.core.config import CellRequest
+from tracker.core.errors import BenchmarkError
+from tracker.core.identities import Half
 
 
 def choose_part(task: Any, request: CellRequest, num_fewshot: int) -> Half | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tracker.benchmarks.private import HFLM
-from tracker.documents import Document
+from tracker.core.documents import Document
 
 
 def score_with_lm_eval(

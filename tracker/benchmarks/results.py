@@ -23,9 +23,9 @@ from lm_eval.utils import sanitize_model_name
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark, plain
-from tracker.errors import CellError, WorkError
-from tracker.extent import Extent
-from tracker.provenance import content_hash
+from tracker.core.errors import CellError, WorkError
+from tracker.core.extent import Extent
+from tracker.core.provenance import content_hash
 
 BOOTSTRAP_ITERS = 100_000
 """lm-eval's own default."""

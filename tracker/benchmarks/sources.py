@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracker.distribution import pip_install
-from tracker.errors import BenchmarkError, did_you_mean
-from tracker.hub import ask, refusal
-from tracker.hub import unreachable as away
-from tracker.provenance import file_stamp
+from tracker.core.distribution import pip_install
+from tracker.core.errors import BenchmarkError, did_you_mean
+from tracker.core.hub import ask, refusal
+from tracker.core.hub import unreachable as away
+from tracker.core.provenance import file_stamp
 
 HUB = "hub"
 PACKAGE = "package:"

@@ -13,14 +13,14 @@ from typing import Any
 import yaml
 from lm_eval.api.samplers import FirstNSampler
 
-from tracker.arguments import decoded
 from tracker.benchmarks.corpus import is_corpus
 from tracker.benchmarks.factory import SourcedFactory, entries, find_task
 from tracker.benchmarks.own import folders
 from tracker.benchmarks.parts import choose_part
 from tracker.benchmarks.sources import find_data
-from tracker.config import CellRequest
-from tracker.errors import BenchmarkError
+from tracker.core.arguments import decoded
+from tracker.core.config import CellRequest
+from tracker.core.errors import BenchmarkError
 
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 BATCH = 8
@@ -60,7 +60,7 @@ def write_tasks(
         folder: Where; it is made.
 
     Returns:
-        What `alone.py` is asked.
+        What `reference_process.py` is asked.
 
     Raises:
         BenchmarkError: A task is in no file of its own, which plain lm-eval could read.

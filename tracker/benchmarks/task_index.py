@@ -14,8 +14,8 @@ import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
 from tracker.benchmarks.private import Entry, Kind
+from tracker.core.provenance import content_hash, file_stamp, package_versions
 from tracker.ledger.cache import keep, recall
-from tracker.provenance import content_hash, file_stamp, package_versions
 
 log = logging.getLogger(__name__)
 _DATA = ("dataset_path", "dataset_name")

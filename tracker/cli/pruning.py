@@ -26,7 +26,7 @@ from tracker.cli.printing import print_export
 from tracker.cli.terminal import Show
 
 if TYPE_CHECKING:
-    from tracker.config import Component
+    from tracker.core.config import Component
 
 
 @main.command()

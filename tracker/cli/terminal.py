@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tracker.text import harmless, masked
+from tracker.core.text import harmless, masked
 
 if TYPE_CHECKING:
     from rich.console import Console

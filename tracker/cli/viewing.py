@@ -25,7 +25,7 @@ from tracker.cli.terminal import Show, begin, say, table
 
 if TYPE_CHECKING:
     from tracker.api import Reported
-    from tracker.records import CellRecord
+    from tracker.core.records import CellRecord
 
 
 @main.command()
@@ -201,7 +201,7 @@ def list_cells(results: Path) -> None:
       tracker ls --results results
     """
     from tracker import api
-    from tracker.reporting.wording import row_labels
+    from tracker.report.wording import row_labels
 
     damaged: dict[str, str] = {}
     unfinished: dict[str, tuple[int, str]] = {}

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tracker.ablations import INTACT
-from tracker.engine.forks import forking
-from tracker.engine.score import Parts
-from tracker.engine.stand_in import Fitted
-from tracker.engine.streams import plan_streams
+from tracker.core.ablations import INTACT
+from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.scoring.score import Parts
+from tracker.engine.scoring.stand_in import Fitted
+from tracker.engine.scoring.streams import plan_streams
 
 
 @dataclass

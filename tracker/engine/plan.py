@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from tracker.ablations import Ablation
-from tracker.documents import Document
-from tracker.engine.check import plain_tokens
-from tracker.engine.head import LOGITS_BYTES
+from tracker.core.ablations import Ablation
+from tracker.core.documents import Document
 from tracker.engine.memory import stream_bytes
-from tracker.engine.prefix import SHORTEST
-from tracker.engine.rows import common_beginning, tree_rows
-from tracker.engine.single import read_for
-from tracker.engine.streams import StreamPlan, plain_passes, plan_streams
-from tracker.engine.sweep import ROW_TOKENS
+from tracker.engine.scoring.head import LOGITS_BYTES
+from tracker.engine.scoring.plain_call import read_for
+from tracker.engine.scoring.prefix import SHORTEST
+from tracker.engine.scoring.rows import common_beginning, tree_rows
+from tracker.engine.scoring.streams import StreamPlan, plain_passes, plan_streams
+from tracker.engine.scoring.sweep import ROW_TOKENS
+from tracker.engine.selfcheck.check import plain_tokens
 from tracker.models.layers import find_layers
 
 SECONDS = 0.5

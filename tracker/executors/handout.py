@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 from filelock import FileLock, Timeout
 
-from tracker.config import CellRequest
-from tracker.errors import CellError
+from tracker.core.config import CellRequest
+from tracker.core.errors import CellError
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
+from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.keys import cell_key
-from tracker.ledger.races import CellRace
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import look, names_of, open_cell
 from tracker.measuring.job import Begun, Done, Job

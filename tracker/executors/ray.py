@@ -16,7 +16,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tracker.errors import RequestError
+from tracker.core.errors import RequestError
 from tracker.executors.handout import Cell, Handout, Task
 from tracker.executors.worker import Worker, environment
 from tracker.ledger.store import Ledger

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tracker.distribution import install_extra
-from tracker.errors import RequestError
+from tracker.core.distribution import install_extra
+from tracker.core.errors import RequestError
 from tracker.executors.base import Executor
 from tracker.measuring.job import Options
 

@@ -17,8 +17,8 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import Checkpointable
 
-from tracker.config import CellRequest
-from tracker.errors import CellError, RequestError, did_you_mean
+from tracker.core.config import CellRequest
+from tracker.core.errors import CellError, RequestError, did_you_mean
 from tracker.executors.slurm_job import CellJob, JobEnd, shards
 from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.config import CellRequest
-from tracker.errors import CellError, TrackerError
+from tracker.core.config import CellRequest
+from tracker.core.errors import CellError, TrackerError
 from tracker.executors.local import measure_cell
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger

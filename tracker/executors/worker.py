@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from tracker.benchmarks.benchmark import open_benchmark
-from tracker.config import CellRequest
+from tracker.core.config import CellRequest
 from tracker.measuring.job import Options
 from tracker.measuring.meter import Facts, Measured, Meter, Model, open_model
 

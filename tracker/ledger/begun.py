@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tracker.core.provenance import content_hash
 from tracker.ledger.cells import CellStore
 from tracker.ledger.notes import read_note, write_note
-from tracker.provenance import content_hash
 
 NOTES = "begun/*.json"
 """Where they stand in a cell's folder."""

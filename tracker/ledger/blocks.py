@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import quote
 
-from tracker.extent import random_order
+from tracker.core.extent import random_order
 
 BLOCK = 32
 """Documents that are computed, locked and written together."""

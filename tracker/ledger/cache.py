@@ -23,7 +23,7 @@ from typing import Any
 
 import platformdirs
 
-from tracker.errors import WorkError
+from tracker.core.errors import WorkError
 from tracker.ledger.notes import read_note, write_note
 
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH

@@ -18,9 +18,11 @@ import pandas as pd
 from filelock import FileLock
 from pydantic import ValidationError
 
-from tracker.errors import WorkError
-from tracker.extent import ALL, Extent
-from tracker.identities import Record
+from tracker.core.errors import WorkError
+from tracker.core.extent import ALL, Extent
+from tracker.core.identities import Record
+from tracker.core.provenance import content_hash
+from tracker.core.records import WHICH, CellRecord, utc
 from tracker.ledger.blocks import BLOCK, Block, places
 from tracker.ledger.files import lock_file, make_folder, write_bytes
 from tracker.ledger.notes import read_note, write_note
@@ -28,8 +30,6 @@ from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
 from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_file
 from tracker.ledger.texts import Texts
 from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
-from tracker.provenance import content_hash
-from tracker.records import WHICH, CellRecord, utc
 
 Derived = TypeVar("Derived", bound=Record)
 log = logging.getLogger(__name__)

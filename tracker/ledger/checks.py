@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from tracker.errors import WorkError
+from tracker.core.errors import WorkError
 from tracker.ledger.cache import believed_note, cache_folder, keep, note_path
 from tracker.ledger.notes import write_note
 

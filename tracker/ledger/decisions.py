@@ -8,16 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from tracker.ablations import INTACT, Ablation
-from tracker.decided import DecidedDocument, DecisionsRecord, RunDecisions, ShownDocument
-from tracker.documents import DocumentText
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.decision_records import (
+    DecidedDocument,
+    DecisionsRecord,
+    RunDecisions,
+    ShownDocument,
+)
+from tracker.core.documents import DocumentText
+from tracker.core.records import WHOLE_LAYER, RunIdentity
+from tracker.core.views import View
+from tracker.ledger.aligned import AlignedOutcomes, Array, gold_logprobs
 from tracker.ledger.cells import CellStore
 from tracker.ledger.options import divisors, side_by_side
 from tracker.ledger.texts import KeptText
-from tracker.ledger.viewed import Array, Viewed, gold_logprobs
-from tracker.metrics.decisions import choices, margins, shares
-from tracker.records import WHOLE_LAYER, RunIdentity
-from tracker.views import View
+from tracker.stats.decisions import choices, margins, shares
 
 SHOWN = 30
 """Documents that a run loses, and as many that it wins, of which a record holds the texts."""
@@ -89,7 +94,7 @@ class Decisions:
 
 def decisions(store: CellStore, view: View) -> Decisions | None:
     """Derive what each run of a view decides; None where no document is measured yet."""
-    outcomes = Viewed(store, view)
+    outcomes = AlignedOutcomes(store, view)
     if not outcomes.tasks:
         return None
     base = outcomes.of(INTACT)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from tracker.errors import WorkError
+from tracker.core.errors import WorkError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from tracker.findings import FindingRecord
+from tracker.core.findings import FindingRecord
 from tracker.ledger.notes import reason, unsealed, write_note
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from tracker.config import CellRequest
-from tracker.identities import BenchmarkIdentity, ModelIdentity
-from tracker.provenance import content_hash
+from tracker.core.config import CellRequest
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity
+from tracker.core.provenance import content_hash
 
 _LATER = {
     *("include_path", "system_instruction", "fewshot_as_multiturn", "chat_template_args"),

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tracker.core.provenance import content_hash
 from tracker.ledger.files import write_text
-from tracker.provenance import content_hash
 
 _DIGEST = "digest"
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from tracker.ledger.aligned import Array
 from tracker.ledger.texts import KeptText
-from tracker.ledger.viewed import Array
 
 _LENGTHS: dict[str, Callable[[str], int]] = {
     "acc_norm": len,

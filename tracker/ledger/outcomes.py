@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from tracker.documents import Document, Response
+from tracker.core.documents import Document, Response
 
 METRIC = "metric/"
 """Columns that start so hold the task's metrics under lm-eval's names."""

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tracker.ablations import Ablation
+from tracker.core.ablations import Ablation
+from tracker.ledger.aligned import AlignedOutcomes, Array
 from tracker.ledger.options import divisors, needs_texts, side_by_side
 from tracker.ledger.outcomes import AGAIN
 from tracker.ledger.texts import KeptText
-from tracker.ledger.viewed import Array, Viewed
-from tracker.metrics.decisions import choices
-from tracker.metrics.rounding import movement, turning
+from tracker.stats.decisions import choices
+from tracker.stats.rounding import movement, turning
 
 Texts = Callable[[], Mapping[tuple[str, int], KeptText]]
 """Reads what a cell's documents say."""
@@ -29,7 +29,7 @@ class Chances(NamedTuple):
     reason: str = ""
 
 
-def judged(outcomes: Viewed, ablation: Ablation, metric: str, texts: Texts) -> Chances:
+def judged(outcomes: AlignedOutcomes, ablation: Ablation, metric: str, texts: Texts) -> Chances:
     """Hold the margins of an ablation's documents against how far rounding moves them.
 
     Args:

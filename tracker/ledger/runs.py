@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from tracker.ablations import INTACT, Ablation
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
+from tracker.ledger.aligned import AlignedOutcomes, Array, gold_logprobs, pairs
 from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.rounding import Chances, Texts, judged
-from tracker.ledger.viewed import Array, Viewed, gold_logprobs, pairs
-from tracker.metrics.accuracy import (
+from tracker.stats.accuracy import (
     Estimate,
     accuracy,
     accuracy_drop,
@@ -21,10 +22,9 @@ from tracker.metrics.accuracy import (
     drop_sd,
     weights_by_task,
 )
-from tracker.metrics.proxies import cosine_score
-from tracker.metrics.ratios import RATIO, ratio_of_sums
-from tracker.metrics.rounding import shift, within
-from tracker.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
+from tracker.stats.proxies import cosine_score
+from tracker.stats.ratios import RATIO, ratio_of_sums
+from tracker.stats.rounding import shift, within
 
 Aggregate = Callable[[str, Sequence[float | str]], float | None]
 ONE_LOOK = "it holds for one look, and how many documents there are was decided by many"
@@ -41,7 +41,7 @@ class Intact:
     `chance` is None for a loss.
     """
 
-    def __init__(self, outcomes: Viewed, metric: str, texts: Texts) -> None:
+    def __init__(self, outcomes: AlignedOutcomes, metric: str, texts: Texts) -> None:
         by_size = outcomes.identity.benchmark.weight_by_size
         self.outcomes, self.metric, self.texts = outcomes, metric, texts
         self.weights = weights_by_task(outcomes.tasks, by_size, outcomes.units(metric))
@@ -139,7 +139,7 @@ def at_all_looks(run: RunRecord, bounds: RunAnswer | None) -> RunRecord:
 
 
 def metric_values(
-    outcomes: Viewed, ablation: Ablation, aggregate: Aggregate
+    outcomes: AlignedOutcomes, ablation: Ablation, aggregate: Aggregate
 ) -> dict[str, float | None]:
     """Every metric of the benchmark, aggregated as lm-eval does."""
     rows = outcomes.of(ablation)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tracker.core.prune_records import PruneRecord
 from tracker.ledger.notes import reason, unsealed, write_note
-from tracker.searched import PruneRecord
 
 
 def keep_search(root: Path, record: PruneRecord) -> Path:

@@ -38,10 +38,12 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from tracker.distribution import upgrade
-from tracker.errors import ResultsError, WorkError
-from tracker.findings import FindingRecord
-from tracker.identities import BenchmarkIdentity, ModelIdentity
+from tracker.core.distribution import upgrade
+from tracker.core.errors import ResultsError, WorkError
+from tracker.core.findings import FindingRecord
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity
+from tracker.core.prune_records import PruneRecord
+from tracker.core.records import Place
 from tracker.ledger.begun import begun_searches
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import closed, lock_file, owner_of, write_text
@@ -50,8 +52,6 @@ from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.notes import read_note, reason, write_note
 from tracker.ledger.searches import searches
 from tracker.ledger.views import FORMAT, AskedView, CellIdentity
-from tracker.records import Place
-from tracker.searched import PruneRecord
 
 _WRITTEN = ("cells", "experiments", "index", "locks")
 """Folders that a measurement writes."""

@@ -7,8 +7,12 @@ from functools import cache
 
 import numpy as np
 
-from tracker.ablations import INTACT, ablate, ablation_of
-from tracker.extent import ALL, shuffled
+from tracker.core.ablations import INTACT, ablate, ablation_of
+from tracker.core.extent import ALL, shuffled
+from tracker.core.provenance import differences, united
+from tracker.core.records import WHICH, WHOLE_LAYER, AnswerRecord, CellRecord, CorrelationRecord
+from tracker.core.views import View
+from tracker.ledger.aligned import AlignedOutcomes, Array
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import PROVENANCE, PROXY_SUMS
 from tracker.ledger.runs import (
@@ -21,24 +25,11 @@ from tracker.ledger.runs import (
     moved_by_rounding,
     run_record,
 )
-from tracker.ledger.viewed import Array, Viewed
-from tracker.metrics.accuracy import (
-    Estimate,
-    accuracy,
-)
-from tracker.metrics.correlation import COEFFICIENTS, correlate
-from tracker.metrics.proxies import PROXIES, proxy_means
-from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
-from tracker.metrics.rounding import within
-from tracker.provenance import differences, united
-from tracker.records import (
-    WHICH,
-    WHOLE_LAYER,
-    AnswerRecord,
-    CellRecord,
-    CorrelationRecord,
-)
-from tracker.views import View
+from tracker.stats.accuracy import Estimate, accuracy
+from tracker.stats.correlation import COEFFICIENTS, correlate
+from tracker.stats.proxies import PROXIES, proxy_means
+from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
+from tracker.stats.rounding import within
 
 OUTER = 2
 """Layers at each end that the subset `inner` leaves out, as the paper leaves out its outliers."""
@@ -60,7 +51,7 @@ def cell_record(
         The record, over the documents that every shown run is measured on. Where these are as many
         as an answer takes, what is said of a run rests on those that were looked at for it.
     """
-    every = outcomes = Viewed(store, view)
+    every = outcomes = AlignedOutcomes(store, view)
     identity, metric = store.identity, view.metric
     order: list[tuple[str, int]] = []
     if answer is not None and len(outcomes.tasks) < outcomes.wanted:
@@ -172,8 +163,8 @@ def cell_record(
 
 
 def _beginning(
-    outcomes: Viewed, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
-) -> Viewed:
+    outcomes: AlignedOutcomes, view: View, answer: AnswerRecord, order: Sequence[tuple[str, int]]
+) -> AlignedOutcomes:
     """Leave some documents, under the runs that an answer is about.
 
     What else was asked of the view before is shown where it is measured on all of them too.
@@ -217,7 +208,7 @@ def _fitted_on(store: CellStore, view: View) -> str | None:
     return "; ".join(said) or None
 
 
-def _beneath(outcomes: Viewed, view: View, weights: Array) -> Estimate:
+def _beneath(outcomes: AlignedOutcomes, view: View, weights: Array) -> Estimate:
     """The metric with the layers taken out that every run lacks, and nothing else."""
     if not view.removed:
         return Estimate(None)
@@ -228,7 +219,7 @@ def _beneath(outcomes: Viewed, view: View, weights: Array) -> Estimate:
 
 
 def _correlations(
-    outcomes: Viewed, metric: str, weights: Array, sums: Mapping[str, Array], tokens: Array
+    outcomes: AlignedOutcomes, metric: str, weights: Array, sums: Mapping[str, Array], tokens: Array
 ) -> list[CorrelationRecord]:
     """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
     runs = [run for run in outcomes.runs if run.kind == WHOLE_LAYER]

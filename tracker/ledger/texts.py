@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from tracker.documents import Document, DocumentText
+from tracker.core.documents import Document, DocumentText
+from tracker.core.provenance import content_hash
 from tracker.ledger.blocks import places
 from tracker.ledger.files import write_bytes
 from tracker.ledger.shards import ASIDE, read_shard, shard_file
 from tracker.ledger.views import FORMAT, CellIdentity
-from tracker.provenance import content_hash
 
 LONGEST = 4000
 """Characters of a question that are kept: its first and its last ones."""

@@ -14,17 +14,17 @@ from urllib.parse import quote
 from filelock import FileLock
 from pydantic import ValidationError
 
-from tracker.ablations import ablation_of, removals
-from tracker.config import CellRequest
-from tracker.errors import ResultsError
-from tracker.extent import Extent
-from tracker.identities import BenchmarkIdentity, ModelIdentity, Record
+from tracker.core.ablations import ablation_of, removals
+from tracker.core.config import CellRequest
+from tracker.core.errors import ResultsError
+from tracker.core.extent import Extent
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
+from tracker.core.provenance import content_hash
+from tracker.core.records import RunIdentity, view_name
+from tracker.core.views import Until, View
 from tracker.ledger.files import lock_file
 from tracker.ledger.keys import cell_key
 from tracker.ledger.notes import reason, sealed, unsealed, write_note
-from tracker.provenance import content_hash
-from tracker.records import RunIdentity, view_name
-from tracker.views import Until, View
 
 FORMAT = 3
 """Of a results folder and of each file in it. Format 2 knew no random order: a tracker of then

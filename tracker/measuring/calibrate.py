@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from tracker.ablations import INTACT, Ablation, Action
 from tracker.benchmarks.base import Benchmark
-from tracker.documents import Document
-from tracker.errors import CellError
-from tracker.extent import Extent, random_order
-from tracker.provenance import content_hash
+from tracker.core.ablations import INTACT, Ablation, Action
+from tracker.core.documents import Document
+from tracker.core.errors import CellError
+from tracker.core.extent import Extent, random_order
+from tracker.core.provenance import content_hash
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder
-    from tracker.engine.stand_in import StandIn
-    from tracker.engine.sweep import Engine
+    from tracker.engine.scoring.stand_in import StandIn
+    from tracker.engine.scoring.sweep import Engine
 
 LEAST = 4
 """Tokens a dimension that a linear map needs at least: with fewer, it explains noise."""
@@ -69,7 +69,7 @@ class CalibrationTexts:
         """Fit what some ablations put in the place of layers.
 
         Args:
-            engine: The model, whose habits are known.
+            engine: The model, whose quirks are known.
             ablations: What will be done to it.
 
         Returns:
@@ -79,7 +79,7 @@ class CalibrationTexts:
             CellError: The text is too short for a linear map.
         """
         from tracker.engine.fitting import fit
-        from tracker.engine.streams import plan_streams
+        from tracker.engine.scoring.streams import plan_streams
 
         asked = [(Action(done), layer) for each in ablations for done, layer in each.replaced]
         layers = {layer for action, layer in asked if action.is_fitted}

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from tracker.decided import DecisionsRecord
-from tracker.errors import TrackerError
+from tracker.core.decision_records import DecisionsRecord
+from tracker.core.errors import TrackerError
+from tracker.core.provenance import content_hash, file_hash
+from tracker.core.records import AnswerRecord, CellRecord
+from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.decisions import decisions, decisions_record
-from tracker.ledger.races import CellRace
+from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.store import Contents
 from tracker.ledger.tables import cell_record
-from tracker.provenance import content_hash, file_hash
-from tracker.records import AnswerRecord, CellRecord
-from tracker.views import View
 
 
 def record_of(store: CellStore, view: View) -> CellRecord:
@@ -69,10 +69,8 @@ def _state(store: CellStore, view: View, *also: str) -> str:
 def _code() -> str:
     """Hash the code that turns outcomes into records: another formula is another record."""
     here = Path(__file__).parents[1]
-    words = ("ablations", "config", "decided", "documents", "extent", "identities", "provenance")
-    names = [f"{word}.py" for word in (*words, "questions", "records", "views")]
-    folders = (*(here / "ledger").glob("*.py"), *(here / "metrics").glob("*.py"))
-    return file_hash([*(here / name for name in names), *folders])
+    rooms = ("core", "ledger", "stats")
+    return file_hash(path for room in rooms for path in (here / room).rglob("*.py"))
 
 
 def _aggregate(how: str, values: Sequence[float | str]) -> float | None:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from filelock import Timeout
 
-from tracker.ablations import all_ablations
-from tracker.answers import contending
-from tracker.extent import Extent
+from tracker.core.ablations import all_ablations
+from tracker.core.answers import contending
+from tracker.core.extent import Extent
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.races import CellRace
+from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Job
 from tracker.measuring.meter import Facts, Meter, Place

@@ -8,8 +8,8 @@ from numbers import Integral
 from typing import Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.config import CellRequest
-from tracker.errors import RequestError, did_you_mean
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError, did_you_mean
 from tracker.ledger.cells import CellStore
 from tracker.measuring.prepare import CellLookup
 

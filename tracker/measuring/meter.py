@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tracker.ablations import INTACT, Ablation, all_ablations
 from tracker.benchmarks.base import Benchmark
-from tracker.config import CellRequest
-from tracker.documents import Response
-from tracker.errors import CellError
-from tracker.identities import BenchmarkIdentity, ModelIdentity
+from tracker.core.ablations import INTACT, Ablation, all_ablations
+from tracker.core.config import CellRequest
+from tracker.core.documents import Response
+from tracker.core.errors import CellError
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity
+from tracker.core.provenance import machine, package_versions
+from tracker.core.records import WHICH
 from tracker.ledger.outcomes import outcome_row
 from tracker.ledger.texts import text_row
 from tracker.measuring.calibrate import CalibrationTexts, calibration
 from tracker.measuring.prepare import check_range
-from tracker.measuring.twice import computed_twice
+from tracker.measuring.rounding_sample import computed_twice
 from tracker.models.sources import find_model
-from tracker.provenance import machine, package_versions
-from tracker.records import WHICH
 
 if TYPE_CHECKING:
-    from tracker.engine.check import Kept
-    from tracker.engine.sweep import DocumentScores, Engine
-    from tracker.engine.truth import Comparison
+    from tracker.engine.scoring.sweep import DocumentScores, Engine
+    from tracker.engine.selfcheck.check import Kept
+    from tracker.engine.selfcheck.reference import Comparison
     from tracker.measuring.job import Options
     from tracker.measuring.scorer import Scorer
     from tracker.models.load import LoadedModel
@@ -102,7 +102,7 @@ class Meter:
         options: Options,
     ) -> None:
         from tracker.benchmarks.encoder import RequestEncoder
-        from tracker.engine.check import watched_documents
+        from tracker.engine.selfcheck.check import watched_documents
         from tracker.measuring.scorer import Scorer
 
         loaded, request = model.loaded, requests[0]
@@ -142,7 +142,7 @@ class Meter:
         Verdicts of attacks go into `kept`, if any. Lines say which sharing was lost, and how steady
         the model is.
         """
-        from tracker.engine.sweep import Engine
+        from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.scorer import checked_scorer
 
         loaded = self._model.loaded

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.ablations import ablations_of
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.config import CellRequest
-from tracker.documents import Document
-from tracker.engine.check import check
-from tracker.engine.sweep import Engine
+from tracker.core.ablations import ablations_of
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.check import check
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tracker.ablations import INTACT, ablations_of, removals
-from tracker.config import CellRequest
-from tracker.documents import Document
-from tracker.errors import ModelError
-from tracker.identities import HALF, BenchmarkIdentity
+from tracker.core.ablations import INTACT, ablations_of, removals
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document
+from tracker.core.errors import ModelError
+from tracker.core.identities import HALF, BenchmarkIdentity
+from tracker.core.records import AnswerRecord
+from tracker.core.views import View
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
+from tracker.ledger.early_stopping import CellRace, refuse_unbounded
+from tracker.ledger.outcome_variance import spreads_of
 from tracker.ledger.outcomes import METRIC
-from tracker.ledger.races import CellRace, refuse_unbounded
-from tracker.ledger.spreads import spreads_of
 from tracker.ledger.store import Ledger
-from tracker.ledger.viewed import Viewed
 from tracker.measuring.derive import answer_of, record_of
 from tracker.measuring.prepare import CellLookup, check_layers, look_up
-from tracker.measuring.twice import computed_twice
-from tracker.metrics.accuracy import weights_by_task
-from tracker.metrics.forecast import forecast
-from tracker.metrics.power import UNRELATED, Spread
+from tracker.measuring.rounding_sample import computed_twice
 from tracker.models.sources import ModelSource, count_layers
-from tracker.records import AnswerRecord
-from tracker.views import View
+from tracker.stats.accuracy import weights_by_task
+from tracker.stats.power import UNRELATED, OutcomeVariance
+from tracker.stats.sequential.forecast import forecast
 
 if TYPE_CHECKING:
     from tracker.engine.plan import Cost
@@ -82,7 +82,7 @@ class PlannedCell:
     shared: bool
     cost: Cost
     dtype: str
-    spread: Spread | None
+    spread: OutcomeVariance | None
     observed: bool
     answer: AnswerRecord | None = None
     expected: Expected | None = None
@@ -192,7 +192,7 @@ def _with_second_times(found: Cost, texts: PlannedTexts, seed: int) -> Cost:
 def _expected(store: CellStore, view: View) -> Expected | None:
     """Simulate what a view's question will take, from the documents that all its runs share."""
     assert view.until is not None
-    outcomes = Viewed(store, view, ["task", "doc", "ablation", METRIC + view.metric])
+    outcomes = AlignedOutcomes(store, view, ["task", "doc", "ablation", METRIC + view.metric])
     measured, counts, pilot = len(outcomes.tasks), store.counts(), Counter(outcomes.tasks)
     if measured < PILOT or outcomes.missing or pilot.keys() < counts.keys():
         return None
@@ -228,7 +228,7 @@ def _expected(store: CellStore, view: View) -> Expected | None:
     )
 
 
-def _observed_spread(cell: CellLookup, metric: str) -> Spread | None:
+def _observed_spread(cell: CellLookup, metric: str) -> OutcomeVariance | None:
     """Find what the median removal changes, in the view of the cell with the most documents."""
     if cell.store is None:
         return None

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tracker.ablations import ablations_of, removals
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
-from tracker.config import CellRequest
-from tracker.errors import ExperimentError, UnreachableError
+from tracker.core.ablations import ablations_of, removals
+from tracker.core.config import CellRequest
+from tracker.core.errors import ExperimentError, UnreachableError
+from tracker.core.provenance import package_versions
+from tracker.core.records import RunIdentity
 from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import request_key
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import answer_of
 from tracker.models.sources import ModelSource, count_layers, find_model
-from tracker.provenance import package_versions
-from tracker.records import RunIdentity
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from tracker.ablations import Ablation
 from tracker.benchmarks.generation import TextGenerator
-from tracker.documents import Document, Prompt
-from tracker.engine.check import Fit, Kept, check, watch
-from tracker.engine.reasons import in_words
+from tracker.core.ablations import Ablation
+from tracker.core.documents import Document, Prompt
 from tracker.engine.refusal import refused
-from tracker.engine.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN
-from tracker.engine.sweep import DocumentScores, Engine
-from tracker.engine.truth import Comparison, shaken
+from tracker.engine.scoring.sharing import DEPTH_ONLY, ONE_BY_ONE, PLAIN
+from tracker.engine.scoring.sweep import DocumentScores, Engine
+from tracker.engine.selfcheck.check import Fit, Kept, check, watch
+from tracker.engine.selfcheck.reasons import in_words
+from tracker.engine.selfcheck.reference import Comparison, shaken
 
 CHECKED_TOKENS = 16
 """Tokens that the check lets every ablation generate."""
@@ -180,7 +180,7 @@ class Generation:
         """Continue a prompt under ablations, the baseline among them: one text each, in order."""
         tokens = len(self._generator.tok_encode(prompt.text))
         tokens = min(tokens, self._generator.max_length - prompt.longest)  # longer ones are cut
-        lengths = self.engine.habits.lengths
+        lengths = self.engine.quirks.lengths
         # The prompt is read in several calls, which must all be computed as the one of lm-eval.
         if not self.together or lengths.side(tokens) != lengths.side(1):
             return [self.text_apart(prompt, ablation) for ablation in ablations]

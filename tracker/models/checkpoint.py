@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tracker.errors import ModelError
+from tracker.core.errors import ModelError
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.miniature import miniature

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.errors import CellError
+from tracker.core.errors import CellError
 
 LAYERS = 5
 READ, RECALL, WHISPER, AMPLIFY, SPEAK = range(LAYERS)

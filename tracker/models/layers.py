@@ -6,7 +6,7 @@ import inspect
 
 from torch import nn
 
-from tracker.errors import ModelError
+from tracker.core.errors import ModelError
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracker.errors import ModelError
-from tracker.identities import ModelIdentity
+from tracker.core.errors import ModelError
+from tracker.core.identities import ModelIdentity
+from tracker.core.provenance import content_hash
 from tracker.models.layers import find_layers
 from tracker.models.sources import ModelSource, read_config, require, unreadable
-from tracker.provenance import content_hash
 
 log = logging.getLogger(__name__)
 

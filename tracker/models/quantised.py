@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tracker.errors import CellError
+from tracker.core.errors import CellError
 
 GROUP = 32
 """Inputs that share a scale in int4."""

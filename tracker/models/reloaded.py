@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.errors import ModelError
+from tracker.core.errors import ModelError
 from tracker.models.layers import find_layers, owner
 from tracker.models.pruned import FIRST, class_of
 

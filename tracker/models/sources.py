@@ -14,14 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tracker.arguments import decoded
-from tracker.config import MAX_LAYERS
-from tracker.distribution import pip_install
-from tracker.errors import ModelError, UnreachableError, did_you_mean
-from tracker.hub import ask, check_name, refusal, unreachable
+from tracker.core.arguments import decoded
+from tracker.core.config import MAX_LAYERS
+from tracker.core.distribution import pip_install
+from tracker.core.errors import ModelError, UnreachableError, did_you_mean
+from tracker.core.hub import ask, check_name, refusal, unreachable
+from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
+from tracker.core.safe_yaml import short
 from tracker.ledger.cache import keep, recall
-from tracker.provenance import content_hash, file_hash, file_stamp, package_versions
-from tracker.safe_yaml import short
 
 log = logging.getLogger(__name__)
 PACKAGE = "package:"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracker.errors import ModelError
+from tracker.core.errors import ModelError
 
 TOKENS = 6
 """Length of the text that the proof runs on."""

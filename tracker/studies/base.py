@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from tracker.config import CellRequest
-from tracker.errors import RequestError
-from tracker.experiment import Experiment
-from tracker.findings import FindingRecord, FoundChart, FoundTable
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError
+from tracker.core.experiment import Experiment
+from tracker.core.findings import FindingRecord, FoundChart, FoundTable
+from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, Place
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Progress
-from tracker.records import WHOLE_LAYER, CellRecord, Kind, Place
 from tracker.runner import Finished
 from tracker.team.publish import Publisher
 
@@ -30,7 +30,7 @@ FEWEST = 3
 
 
 @dataclass(frozen=True)
-class Asked:
+class StudyContext:
     """What a study was asked.
 
     Attributes:
@@ -94,7 +94,7 @@ def removing_whole_layers(request: CellRequest, **update: Any) -> CellRequest:
     return request.model_copy(update=alone | update)
 
 
-def refuse_removed(cell: CellRequest, why: str, asked: Asked) -> None:
+def refuse_removed(cell: CellRequest, why: str, asked: StudyContext) -> None:
     """Refuse a cell of which layers are removed beneath: RequestError."""
     if cell.removed:
         raise RequestError(f"{cell.title}: {why}; leave 'removed' out of {asked.file}")
@@ -109,7 +109,7 @@ def grouped(each: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 
 
 @dataclass(frozen=True)
-class Said:
+class StudyResult:
     """What a study says; see `FindingRecord`.
 
     Beside it stand what became of cells that it ran itself, and places of them on which it rests.
@@ -123,7 +123,7 @@ class Said:
     ran: Finished = field(default_factory=Finished)
     rests_on: Sequence[Place] = ()
 
-    def recorded(self, study: Study, asked: Asked, on: Sequence[Subject]) -> FindingRecord:
+    def recorded(self, study: Study, asked: StudyContext, on: Sequence[Subject]) -> FindingRecord:
         """Make the record that is kept and shown, of a study over some cells."""
         return FindingRecord(
             study=study.name,
@@ -151,14 +151,14 @@ class Study(Protocol):
     name: str
     question: str
 
-    def requests(self, asked: Asked) -> list[CellRequest]:
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells that it needs measured, equal models next to each other.
 
         RequestError where the experiment file is not enough for the question.
         """
         ...
 
-    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Answer from the cells that could be measured, in the order of the requests.
 
         What else it must observe of a model it measures here, block by block, and keeps in the

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tracker.errors import CellError, ExperimentError
-from tracker.findings import FindingRecord
+from tracker.core.errors import CellError, ExperimentError
+from tracker.core.findings import FindingRecord
 from tracker.ledger.findings import keep_finding
 from tracker.measuring.derive import record_of
 from tracker.measuring.prepare import look_up
 from tracker.runner import Finished, run_cells
-from tracker.studies.base import Asked, Study, Subject
+from tracker.studies.base import Study, StudyContext, Subject
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Conducted:
     outcome: Finished
 
 
-def conduct(study: Study, asked: Asked) -> Conducted:
+def conduct(study: Study, asked: StudyContext) -> Conducted:
     """Measure and publish the cells of a study as `run_cells` does, and keep what it finds.
 
     RequestError if the file is not enough for it, CellError where no cell could be measured.

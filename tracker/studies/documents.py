@@ -8,13 +8,13 @@ from copy import copy
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.ablations import INTACT, Ablation
-from tracker.ledger.viewed import Array, Viewed, gold_logprobs
-from tracker.metrics.accuracy import weights_by_task
-from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
-from tracker.records import WHOLE_LAYER, RunIdentity
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.records import WHOLE_LAYER, RunIdentity
+from tracker.core.views import View
+from tracker.ledger.aligned import AlignedOutcomes, Array, gold_logprobs
+from tracker.stats.accuracy import weights_by_task
+from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import Subject
-from tracker.views import View
 
 Strata = NDArray[np.str_]
 
@@ -30,7 +30,7 @@ class ByDocument:
         self, subject: Subject, view: View | None = None, besides: Sequence[Ablation] = ()
     ) -> None:
         view = view or subject.store.views.of(subject.request)
-        self.outcomes = Viewed(subject.store, view, besides=besides)
+        self.outcomes = AlignedOutcomes(subject.store, view, besides=besides)
         self.metric = view.metric
         self.tasks = self.outcomes.tasks
         self.whole_layers: list[RunIdentity] = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from tracker.findings import Entry, FoundTable, Heading, Line, Unit
-from tracker.metrics.accuracy import Estimate
-from tracker.metrics.correlation import Correlation
-from tracker.reporting.formats import defined, interval, two_digits
+from tracker.core.findings import Entry, FoundTable, Heading, Line, Unit
+from tracker.report.formats import defined, interval, two_digits
+from tracker.stats.accuracy import Estimate
+from tracker.stats.correlation import Correlation
 
 Row = tuple[Entry | float | str, ...]
 """A table's row: entries, and plain values that are defined and have no interval."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tracker.engine.sweep import Engine
+from tracker.engine.scoring.sweep import Engine
 from tracker.measuring import observing
 from tracker.measuring.observing import Observe, Observed
-from tracker.studies.base import Asked, Subject
+from tracker.studies.base import StudyContext, Subject
 
 
 def observe(
-    subject: Subject, kind: str, asked: Asked, begin: Callable[[Engine], Observe]
+    subject: Subject, kind: str, asked: StudyContext, begin: Callable[[Engine], Observe]
 ) -> Observed:
     """Observe all documents of a study's cell, as `tracker.measuring.observing` does."""
     request = subject.request

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from tracker.errors import RequestError, did_you_mean
+from tracker.core.errors import RequestError, did_you_mean
 from tracker.studies.base import Study
 
 STUDIES: Mapping[str, str] = {

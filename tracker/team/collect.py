@@ -7,18 +7,18 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tracker.decided import DecisionsRecord
-from tracker.errors import RequestError, TrackerError
-from tracker.findings import FindingRecord
+from tracker.core.decision_records import DecisionsRecord
+from tracker.core.errors import RequestError, TrackerError
+from tracker.core.findings import FindingRecord
+from tracker.core.records import CellRecord, Place
+from tracker.core.text import masked
+from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.measuring.progress import Progress
-from tracker.records import CellRecord, Place
 from tracker.team.pull import pull
-from tracker.text import masked
 from tracker.tracking import Target, target
-from tracker.views import View
 
 
 @dataclass(frozen=True)

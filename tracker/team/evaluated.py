@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tracker.ablations import INTACT, Ablation
-from tracker.arguments import decoded
-from tracker.distribution import __version__
-from tracker.extent import DEFAULT_SEED, Extent
-from tracker.identities import ModelIdentity
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.arguments import decoded
+from tracker.core.distribution import __version__
+from tracker.core.extent import DEFAULT_SEED, Extent
+from tracker.core.identities import ModelIdentity
+from tracker.core.provenance import united
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import PROVENANCE
-from tracker.provenance import united
 
 if TYPE_CHECKING:
     from tracker.benchmarks.results import Evaluated

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from tracker.errors import ResultsError
-from tracker.identities import Record, Shown
-from tracker.records import CellRecord
-from tracker.reporting.export import frames
+from tracker.core.errors import ResultsError
+from tracker.core.identities import Record, Shown
+from tracker.core.records import CellRecord
+from tracker.report.export import frames
 from tracker.tracking.base import BOARD_FILE, Backend, LoggedTable
 from tracker.tracking.identity import content_digest
 

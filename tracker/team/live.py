@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
-from tracker.errors import TrackerError
+from tracker.core.errors import TrackerError
+from tracker.core.records import CellRecord
+from tracker.core.views import View
 from tracker.ledger.cells import CellStore
-from tracker.ledger.so_far import SoFar, so_far
-from tracker.records import CellRecord
-from tracker.tracking.base import PROGRESS, Ending, Picture
+from tracker.ledger.interim import Interim, interim_estimates
+from tracker.tracking.base import PROGRESS, Ending, LiveRun
 from tracker.tracking.figures import only_defined
 from tracker.tracking.identity import run_key
-from tracker.views import View
 
 GRACE = 5.0
 """Seconds after which a cell's run opens: what is done before needs no picture."""
@@ -46,16 +46,16 @@ class _Cell:
     record: CellRecord
     began: float
     due: float
-    first: SoFar | None = None
+    first: Interim | None = None
     """How far it was when its run was opened."""
-    shown: tuple[Picture, ...] = ()
+    shown: tuple[LiveRun, ...] = ()
     """Where its run is open."""
 
 
 class Live:
     """Shows cells in some pictures while they are measured; what a picture costs is only itself."""
 
-    def __init__(self, pictures: tuple[Picture, ...]) -> None:
+    def __init__(self, pictures: tuple[LiveRun, ...]) -> None:
         self._pictures = pictures
         self._said: SimpleQueue[tuple[Hashable, _Cell | Ending, Event] | None] = SimpleQueue()
         self._cells: dict[Hashable, _Cell] = {}
@@ -122,7 +122,7 @@ class Live:
         """Show how far a cell is; a picture that fails is gone for the rest of it."""
         start = time.monotonic()
         try:
-            found = so_far(cell.store, cell.view)
+            found = interim_estimates(cell.store, cell.view)
         except Exception:
             log.debug("%s: no estimate yet", cell.record.title, exc_info=True)
             cell.due = time.monotonic() + EVERY
@@ -146,7 +146,7 @@ class Live:
 
 
 def progress_figures(
-    first: SoFar, now: SoFar, seconds: float, record: CellRecord
+    first: Interim, now: Interim, seconds: float, record: CellRecord
 ) -> Mapping[str, float]:
     """Name what is known of a cell that is being measured.
 

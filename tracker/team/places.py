@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from tracker.errors import TrackingError
+from tracker.core.errors import TrackingError
+from tracker.core.provenance import content_hash
+from tracker.core.text import masked
 from tracker.ledger.cells import CellStore
 from tracker.ledger.notes import read_note, write_note
-from tracker.provenance import content_hash
-from tracker.text import masked
 from tracker.tracking import BACKENDS, Target
 from tracker.tracking.base import sync_command
 

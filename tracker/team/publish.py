@@ -14,18 +14,19 @@ from threading import Event, Lock, Thread
 
 from typing_extensions import override
 
-from tracker.ablations import first_run
-from tracker.config import CellRequest
-from tracker.decided import PRIVATE
-from tracker.errors import TrackerError, TrackingError, WorkError
+from tracker.core.ablations import first_run
+from tracker.core.config import CellRequest
+from tracker.core.decision_records import PRIVATE
+from tracker.core.errors import TrackerError, TrackingError, WorkError
+from tracker.core.provenance import content_hash
+from tracker.core.records import INTACT_VIEW, CellRecord
+from tracker.core.text import masked
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.measuring.derive import decisions_of, record_of
-from tracker.provenance import content_hash
-from tracker.records import INTACT_VIEW, CellRecord
-from tracker.reporting.charts.cells import cell_charts
-from tracker.reporting.wording import row_labels
+from tracker.report.charts.cells import cell_charts
+from tracker.report.wording import row_labels
 from tracker.team.live import Live
 from tracker.team.places import (
     file_of,
@@ -36,22 +37,21 @@ from tracker.team.places import (
     target_of,
     title_of,
 )
-from tracker.text import masked
 from tracker.tracking import (
     Target,
     default_targets,
     destination,
     in_sweep,
     open_backend,
-    open_picture,
+    open_live_run,
     open_trial,
     target,
 )
 from tracker.tracking.base import (
     Backend,
     Ending,
+    LiveRun,
     LoggedTable,
-    Picture,
     Published,
     sync_command,
 )
@@ -149,11 +149,11 @@ class Publisher:
             SimpleQueue()
         )
         self._thread: Thread | None = None
-        pictures: list[Picture] = [trial] if trial is not None and trial.joins else []
+        pictures: list[LiveRun] = [trial] if trial is not None and trial.joins else []
         for to in self._targets.values():
             if not (pictures and to.backend == "wandb"):
                 place = (to.backend, to.project or project, results, to.server)
-                pictures.append(open_picture(*place))
+                pictures.append(open_live_run(*place))
         self.live = Live(tuple(pictures))
 
     def begin(
@@ -322,7 +322,7 @@ class Publisher:
             backend.close()
 
 
-class Trial(Picture):
+class Trial(LiveRun):
     """The run that a W&B agent opened for this process, where it did and W&B is tracked.
 
     It is joined when there is something to show: a server that is away never stops a measurement.

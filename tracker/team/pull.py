@@ -15,7 +15,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from tracker.errors import TrackerError, TrackingError
+from tracker.core.errors import TrackerError, TrackingError
+from tracker.core.provenance import content_hash
+from tracker.core.text import masked
+from tracker.core.views import View
 from tracker.ledger.cache import own_folder
 from tracker.ledger.cells import CellStore
 from tracker.ledger.files import write_text
@@ -25,12 +28,9 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.ledger.views import FORMAT, CellIdentity
 from tracker.measuring.progress import Progress
-from tracker.provenance import content_hash
-from tracker.text import masked
 from tracker.tracking import Target, open_backend, open_foreign_files
 from tracker.tracking.base import Backend, RemoteCell
 from tracker.tracking.isolated import Isolated
-from tracker.views import View
 
 _LARGEST_NOTE = 2**24
 """Bytes of `cell.json`, and of what was asked: a run takes some hundred."""

@@ -9,21 +9,21 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from tracker.decided import PRIVATE, DecisionsRecord
-from tracker.errors import RequestError, TrackerError
+from tracker.core.decision_records import PRIVATE, DecisionsRecord
+from tracker.core.errors import RequestError, TrackerError
+from tracker.core.records import CellRecord, Place
+from tracker.core.text import masked
 from tracker.ledger.decisions import decisions
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of, every_record
-from tracker.records import CellRecord, Place
-from tracker.reporting.export import FORMATS, export, figures
-from tracker.reporting.frames import document_frame
-from tracker.reporting.html import render_report
-from tracker.reporting.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
-from tracker.reporting.studies import standing_alone
-from tracker.reporting.wording import summary
+from tracker.report.export import FORMATS, export, figures
+from tracker.report.frames import document_frame
+from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.report.page.html import render_report
+from tracker.report.page.studies import standing_alone
+from tracker.report.wording import summary
 from tracker.team.collect import Collected, merged
 from tracker.team.leaderboard import board_tables, publish_board
-from tracker.text import masked
 from tracker.tracking import Target, open_backend, target
 from tracker.tracking.base import Backend
 

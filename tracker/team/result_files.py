@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tracker.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.benchmarks.corpus import is_corpus
-from tracker.config import CellRequest, cell_request
-from tracker.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
-from tracker.extent import DEFAULT_SEED
-from tracker.identities import ModelIdentity
+from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
+from tracker.core.config import CellRequest, cell_request
+from tracker.core.errors import BenchmarkError, RequestError, TrackerError, did_you_mean
+from tracker.core.extent import DEFAULT_SEED
+from tracker.core.identities import ModelIdentity
+from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.keys import cell_key
 from tracker.ledger.outcomes import METRIC
@@ -23,7 +24,6 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Progress
 from tracker.models.sources import ModelSource, find_model
 from tracker.team.evaluated import Part, evaluated, started
-from tracker.views import View
 
 if TYPE_CHECKING:
     from tracker.benchmarks.encoder import RequestEncoder

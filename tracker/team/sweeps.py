@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tracker.ablations import first_run, removals
-from tracker.config import IN_THE_FILE, CellRequest, cell_request
-from tracker.errors import ResultsError, TrackerError
-from tracker.experiment import Experiment, Parameters
+from tracker.core.ablations import first_run, removals
+from tracker.core.config import IN_THE_FILE, CellRequest, cell_request
+from tracker.core.errors import ResultsError, TrackerError
+from tracker.core.experiment import Experiment, Parameters
+from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.measuring.prepare import asked_before, look_up, no_run
-from tracker.records import CellRecord, RunRecord
 from tracker.tracking import open_sweep
 from tracker.tracking.base import SweepTrial
 

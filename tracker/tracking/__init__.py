@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from tracker.errors import RequestError, did_you_mean
-from tracker.provenance import content_hash
-from tracker.text import masked
-from tracker.tracking.base import Backend, Models, Picture
+from tracker.core.errors import RequestError, did_you_mean
+from tracker.core.provenance import content_hash
+from tracker.core.text import masked
+from tracker.tracking.base import Backend, LiveRun, Models
 from tracker.tracking.isolated import Isolated
 
 _SWEEP = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
@@ -124,7 +124,7 @@ def open_backend(name: str, project: str, results: Path, server: str | None = No
     return BACKENDS[name](project, results, server)
 
 
-def open_picture(name: str, project: str, results: Path, server: str | None = None) -> Picture:
+def open_live_run(name: str, project: str, results: Path, server: str | None = None) -> LiveRun:
     """Open what a backend shows while cells are measured, in a process of its own.
 
     Args:
@@ -137,8 +137,8 @@ def open_picture(name: str, project: str, results: Path, server: str | None = No
         The picture; nothing is contacted before it is used.
     """
     if name == "mlflow":
-        return cast(Picture, Isolated("MlflowPicture", project, results, server))
-    return cast(Picture, Isolated("WandbPicture", project, results, without=_SWEEP))
+        return cast(LiveRun, Isolated("MlflowPicture", project, results, server))
+    return cast(LiveRun, Isolated("WandbPicture", project, results, without=_SWEEP))
 
 
 def open_models(name: str, project: str, results: Path, server: str | None = None) -> Models:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from tracker.records import CellRecord
+from tracker.core.records import CellRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -110,7 +110,7 @@ class Models(Protocol):
         """Release what the backend holds; it never raises."""
 
 
-class Picture(Protocol):
+class LiveRun(Protocol):
     """The runs that a backend shows while their cells are measured; nothing rests on it."""
 
     def begin(self, cell: CellRecord) -> None:

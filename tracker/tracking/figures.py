@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import get_args
 
-from tracker.answers import interval_name, statement
-from tracker.config import REPLACED_BY, Component
-from tracker.decided import DecisionsRecord
-from tracker.records import AnswerRecord, CellRecord, RunIdentity, RunRecord
+from tracker.core.answers import interval_name, statement
+from tracker.core.config import REPLACED_BY, Component
+from tracker.core.decision_records import DecisionsRecord
+from tracker.core.records import AnswerRecord, CellRecord, RunIdentity, RunRecord
 from tracker.tracking.base import LoggedTable, Scalar
 
 CURVES = (

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from tracker.errors import TrackingError
+from tracker.core.errors import TrackingError
 from tracker.ledger.shards import read_shard
 
 try:

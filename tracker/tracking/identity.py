@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tracker.identities import Record
-from tracker.records import INTACT_VIEW, CellRecord, RunIdentity
+from tracker.core.identities import Record
+from tracker.core.records import INTACT_VIEW, CellRecord, RunIdentity
 
 DIGITS = 10
 """Significant digits by which a published figure is another one."""

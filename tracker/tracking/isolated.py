@@ -21,15 +21,15 @@ from typing import Any
 
 import psutil
 
-from tracker.errors import TrackerError, TrackingError
+from tracker.core.errors import TrackerError, TrackingError
 
 _PROGRAM = "from tracker.tracking.isolated import serve; serve()"
 _KINDS = {
     "ForeignFiles": "tracker.tracking.foreign",
     "MlflowModels": "tracker.tracking.mlflow.models",
-    "MlflowPicture": "tracker.tracking.mlflow.picture",
+    "MlflowPicture": "tracker.tracking.mlflow.live_run",
     "WandbBackend": "tracker.tracking.wandb.backend",
-    "WandbPicture": "tracker.tracking.wandb.picture",
+    "WandbPicture": "tracker.tracking.wandb.live_run",
     "WandbSweep": "tracker.tracking.wandb.sweep",
     "WandbTrial": "tracker.tracking.wandb.trial",
 }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tracker.answers import interval_name, statement
-from tracker.config import REPLACED_BY
-from tracker.records import WHOLE_LAYER, CellRecord, RunRecord
-from tracker.text import as_markdown
+from tracker.core.answers import interval_name, statement
+from tracker.core.config import REPLACED_BY
+from tracker.core.records import WHOLE_LAYER, CellRecord, RunRecord
+from tracker.core.text import as_markdown
 from tracker.tracking.identity import intact_name, run_name
 
 

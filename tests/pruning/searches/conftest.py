@@ -14,14 +14,14 @@ from tests.conftest import save_llama
 from tests.engine.truth import exported, truths
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.config import CellRequest
-from tracker.documents import Document
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
 from tracker.measuring.progress import Progress, Silent
-from tracker.pruning.asked import SearchRequest, search_request
-from tracker.pruning.cells import Lender, OpenCell
+from tracker.pruning.search.cells import Lender, OpenCell
+from tracker.pruning.search.request import SearchRequest, search_request
 
 LAYERS = 5
 DOCUMENTS = 8

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tracker.errors import ExperimentError
-from tracker.pruning import timing
-from tracker.pruning.asked import SearchRequest
-from tracker.pruning.budgets import Budget, amount, budget
-from tracker.pruning.cells import Lender, OpenCell
-from tracker.pruning.planning import _Counted
-from tracker.pruning.scores import Scores
-from tracker.pruning.search import budget_of
-from tracker.pruning.strategies import STRATEGIES, Search
+from tracker.core.errors import ExperimentError
+from tracker.pruning.search import timing
+from tracker.pruning.search.budgets import Budget, amount, budget
+from tracker.pruning.search.cells import Lender, OpenCell
+from tracker.pruning.search.planning import _Counted
+from tracker.pruning.search.request import SearchRequest
+from tracker.pruning.search.scores import Scores
+from tracker.pruning.search.search import budget_of
+from tracker.pruning.search.strategies import STRATEGIES, Search
 
 from .conftest import LAYERS
 

@@ -17,18 +17,19 @@ from tests.own import write_pair
 from tracker import api
 from tracker.cli import main
 from tracker.cli.pruning import export as exporting
-from tracker.config import cell_request
-from tracker.errors import WorkError
-from tracker.extent import ALL, Extent
+from tracker.core.config import cell_request
+from tracker.core.errors import WorkError
+from tracker.core.extent import ALL, Extent
 from tracker.ledger.searches import keep_search, read_search, searches
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
 from tracker.models import speed
-from tracker.pruning import cells, export, saying
-from tracker.pruning.asked import load_searches, search_request
-from tracker.pruning.chosen import chosen, chosen_by, that_chose
-from tracker.pruning.search import budget_of, search
+from tracker.pruning.export import checkpoint
+from tracker.pruning.export.chosen import chosen, chosen_by, that_chose
+from tracker.pruning.search import cells, report
+from tracker.pruning.search.request import load_searches, search_request
+from tracker.pruning.search.search import budget_of, search
 
 from .conftest import DATA, LAYERS
 
@@ -100,7 +101,7 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     assert "to save the best one: tracker export" in done.output
     assert "--part test --sample 10" in done.output
     page = (results / "report.html").read_text(encoding="utf-8")
-    assert saying.QUESTION in page
+    assert report.QUESTION in page
     assert "what is left, the more goes" in page
     # The search is all that there is to see: no board of the few layers that its steps took.
     assert 'id="studies"' in page
@@ -274,7 +275,7 @@ def test_a_search_that_does_not_do_what_is_said_is_refused(
     def stop(asked: object, *rest: object) -> None:
         raise WorkError("it was let through")
 
-    monkeypatch.setattr("tracker.pruning.conduct.conduct", stop)
+    monkeypatch.setattr("tracker.pruning.search.conduct.conduct", stop)
     monkeypatch.setenv("WANDB_SWEEP_ID", "q7v2k1ab")
     done = type_(*given, "--results", tmp_path / "results", "--track", "none")
     assert (done.exit_code, "it was let through" in done.output) == (1, True)
@@ -409,7 +410,7 @@ def test_the_line_that_saves_says_all_that_the_search_was_told(write, tmp_path: 
     }
     asked = cell_request(model="m", benchmark="copa", layers=(3,), removed=(1,), sample=5, **told)
     record = SimpleNamespace(removed=(1, 3))
-    words = shlex.split(saying.export_line(record, asked, tmp_path))  # type: ignore[arg-type]
+    words = shlex.split(report.export_line(record, asked, tmp_path))  # type: ignore[arg-type]
     assert words[:3] == ["tracker", "export", "m"]
     given = exporting.make_context("export", words[2:]).params
     assert given["remove"] == (1, 3)
@@ -437,11 +438,11 @@ def test_what_cannot_be_saved_takes_nothing_of_the_search_away(
         raise WorkError("lighter is not written: the disk is full")
 
     results, lighter = tmp_path / "results", tmp_path / "lighter"
-    monkeypatch.setattr(export, "export", full)
+    monkeypatch.setattr(checkpoint, "export", full)
     path = write(strategy="last")
     done = type_(path, "--results", results, "--track", "none", "--output", lighter)
     assert done.exit_code == 1
-    assert saying.QUESTION in done.output
+    assert report.QUESTION in done.output
     assert "not saved: lighter is not written: the disk is full" in done.output
     assert "to save the best one: tracker export" in done.output
 

@@ -9,14 +9,14 @@ import pytest
 from click.testing import CliRunner
 
 from tracker.cli import main
-from tracker.config import CellRequest
+from tracker.core.config import CellRequest
 from tracker.ledger.store import Ledger
 from tracker.measuring.planning import plan
-from tracker.pruning.asked import SearchRequest
-from tracker.pruning.cells import Lender
-from tracker.pruning.planning import plan_searches
-from tracker.pruning.search import budget_of, search
-from tracker.pruning.strategies import STRATEGIES
+from tracker.pruning.search.cells import Lender
+from tracker.pruning.search.planning import plan_searches
+from tracker.pruning.search.request import SearchRequest
+from tracker.pruning.search.search import budget_of, search
+from tracker.pruning.search.strategies import STRATEGIES
 
 from .conftest import DATA, DOCUMENTS, GO, LAYERS
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tracker.ablations import INTACT
-from tracker.extent import random_order
-from tracker.metrics.races import Race
-from tracker.pruning.asked import SearchRequest
-from tracker.pruning.budgets import Budget
-from tracker.pruning.cells import Lender, OpenCell
-from tracker.pruning.rescoring import BATCH, QUESTION
-from tracker.pruning.scores import Losses, Scores
-from tracker.pruning.strategies import STRATEGIES, Search
-from tracker.questions import question
+from tracker.core.ablations import INTACT
+from tracker.core.extent import random_order
+from tracker.core.questions import question
+from tracker.pruning.search.budgets import Budget
+from tracker.pruning.search.cells import Lender, OpenCell
+from tracker.pruning.search.request import SearchRequest
+from tracker.pruning.search.rescoring import BATCH, QUESTION
+from tracker.pruning.search.scores import Losses, Scores
+from tracker.pruning.search.strategies import STRATEGIES, Search
+from tracker.stats.sequential.stopping import Race
 
 from .conftest import LAYERS
 

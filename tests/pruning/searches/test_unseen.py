@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from tests.conftest import save_tokenizer
 from tests.engine.truth import truths, without
-from tracker.ablations import INTACT, Ablation
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
+from tracker.core.ablations import INTACT, Ablation
 from tracker.ledger.outcomes import AGAIN
 from tracker.measuring.job import Options
 from tracker.measuring.meter import open_model
-from tracker.measuring.twice import LEAST
-from tracker.pruning.cells import OpenCell, _drawn
+from tracker.measuring.rounding_sample import LEAST
+from tracker.pruning.search.cells import OpenCell, _drawn
 
 FIRST, LATER = Ablation((0, 1)), Ablation((1, 2))
 

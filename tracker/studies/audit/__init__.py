@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from tracker.config import CellRequest
-from tracker.errors import RequestError
-from tracker.findings import FoundChart, FoundTable
-from tracker.metrics.resampling import bias_corrected_interval
-from tracker.records import WHOLE_LAYER, Kind
-from tracker.reporting.formats import counted, p_value, points, two_digits
-from tracker.reporting.wording import benchmark_labels, model_labels
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError
+from tracker.core.findings import FoundChart, FoundTable
+from tracker.core.records import WHOLE_LAYER, Kind
+from tracker.report.formats import counted, p_value, points, two_digits
+from tracker.report.wording import benchmark_labels, model_labels
+from tracker.stats.resampling import bias_corrected_interval
 from tracker.studies.audit.charts import charts_of
 from tracker.studies.audit.figures import ModelAudit, Summary, pooled
 from tracker.studies.audit.measures import DROP, NAMES, audited, passes
 from tracker.studies.audit.tables import tables_of
 from tracker.studies.base import (
     FEWEST,
-    Asked,
-    Said,
+    StudyContext,
+    StudyResult,
     Subject,
     grouped,
     removing_whole_layers,
@@ -39,7 +39,7 @@ class Audit:
         "worth its compute?"
     )
 
-    def requests(self, asked: Asked) -> list[CellRequest]:
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells of the file, each with its whole single layers of the intact model."""
         cells: dict[CellRequest, None] = {}
         for cell in asked.experiment.cells():
@@ -56,7 +56,7 @@ class Audit:
             )
         return list(cells)
 
-    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Compare, model by model."""
         by_model = grouped(subjects, lambda subject: subject.record.model.key)
         names = model_labels([mine[0].record.model for mine in by_model])
@@ -71,7 +71,7 @@ class Audit:
             tables += tables_of(audit)
             charts += charts_of(audit)
             lacking += lacking_of(audit)
-        return Said(answers, tables, charts, lacking, _ASSUMPTIONS)
+        return StudyResult(answers, tables, charts, lacking, _ASSUMPTIONS)
 
 
 def answers_of(audit: ModelAudit) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tracker.findings import FoundChart, Line, LineChart, MapChart
-from tracker.metrics.orders import midranks
+from tracker.core.findings import FoundChart, Line, LineChart, MapChart
+from tracker.stats.orders import midranks
 from tracker.studies.audit.figures import ModelAudit, means
 from tracker.studies.audit.measures import DROP, NAMES
 

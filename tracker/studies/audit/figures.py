@@ -9,8 +9,14 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.metrics.accuracy import Estimate
-from tracker.metrics.across import (
+from tracker.report.formats import counted
+from tracker.stats.accuracy import Estimate
+from tracker.stats.budgets import at_equal_cost
+from tracker.stats.correlation import row_coefficients
+from tracker.stats.multiple import holm
+from tracker.stats.orders import Disagreement, disagreement, mean_spearman_p, overlap
+from tracker.stats.resampling import bias_corrected_interval
+from tracker.stats.task_dependence import (
     Paired,
     Sample,
     clean_difference,
@@ -19,12 +25,6 @@ from tracker.metrics.across import (
     sampling_noise,
     variance_across,
 )
-from tracker.metrics.budgets import at_equal_cost
-from tracker.metrics.correlation import row_coefficients
-from tracker.metrics.multiple import holm
-from tracker.metrics.orders import Disagreement, disagreement, mean_spearman_p, overlap
-from tracker.metrics.resampling import bias_corrected_interval
-from tracker.reporting.formats import counted
 from tracker.studies.audit.measures import DROP, NAMES, Audited, passes
 from tracker.studies.base import FEWEST
 

@@ -9,18 +9,18 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.documents import Document
-from tracker.engine.divergence import output_proxies
-from tracker.engine.sweep import Engine
+from tracker.core.documents import Document
+from tracker.core.records import CellRecord
+from tracker.engine.observers.divergence import output_proxies
+from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.observations import Arrays
 from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.ledger.tables import OUTER
 from tracker.measuring.observing import Observe, Observed
-from tracker.metrics.budgets import LayerMeasure
-from tracker.metrics.correlation import Correlation, correlate, row_coefficients
-from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
-from tracker.records import CellRecord
-from tracker.studies.base import Asked, Subject
+from tracker.stats.budgets import LayerMeasure
+from tracker.stats.correlation import Correlation, correlate, row_coefficients
+from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
+from tracker.studies.base import StudyContext, Subject
 from tracker.studies.documents import ByDocument, a_token
 from tracker.studies.observing import observe
 
@@ -176,7 +176,9 @@ class Audited:
         return value if np.isfinite(value) else None
 
 
-def audited(asked: Asked, subjects: Sequence[Subject], labels: Sequence[str]) -> list[Audited]:
+def audited(
+    asked: StudyContext, subjects: Sequence[Subject], labels: Sequence[str]
+) -> list[Audited]:
     """Observe what the ledger lacks, and line everything up."""
     return [
         Audited(subject, label, observe(subject, KIND, asked, _begin))

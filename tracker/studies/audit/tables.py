@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from scipy import stats
 
-from tracker.findings import Entry, FoundTable, Unit
-from tracker.metrics.across import BLOCK, Paired
-from tracker.metrics.multiple import holm
-from tracker.reporting.formats import counted, two_digits
+from tracker.core.findings import Entry, FoundTable, Unit
+from tracker.report.formats import counted, two_digits
+from tracker.stats.multiple import holm
+from tracker.stats.task_dependence import BLOCK, Paired
 from tracker.studies.audit.figures import MAJOR, RELIABLE, TOP, ModelAudit, overlaps
 from tracker.studies.audit.measures import DROP, NAMES, Audited, passes
 from tracker.studies.base import FEWEST

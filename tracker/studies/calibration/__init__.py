@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tracker.config import CellRequest
-from tracker.errors import RequestError
-from tracker.reporting.formats import interval, two_digits
-from tracker.studies.base import FEWEST, Asked, Said, Subject, grouped, whole_layers
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError
+from tracker.report.formats import interval, two_digits
+from tracker.studies.base import FEWEST, StudyContext, StudyResult, Subject, grouped, whole_layers
 from tracker.studies.calibration.charts import agreement_chart, overlap_chart
 from tracker.studies.calibration.figures import SHOWN, Curve, curve_of, joined, measures
 from tracker.studies.calibration.tables import agreement_table, needed_row, needed_table
@@ -45,7 +45,7 @@ class Calibration:
             )
         self._wanted = reliability
 
-    def requests(self, asked: Asked) -> list[CellRequest]:
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Take the file's cells; RequestError where they rank fewer than three whole layers."""
         cells = asked.experiment.cells()
         for cell in cells:
@@ -63,7 +63,7 @@ class Calibration:
                 )
         return cells
 
-    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Say how well samples agree, by the drop and by what could stand in for it."""
         measured = [measures(subject) for subject in subjects]
         alone = [(subject.record.title, [n]) for n, subject in enumerate(subjects)]
@@ -83,7 +83,7 @@ class Calibration:
             answers = ["Nothing could be ranked."]
         if rows:
             tables.insert(0, needed_table(rows, self._wanted))
-        return Said(answers, tables, charts, lacking, _ASSUMED)
+        return StudyResult(answers, tables, charts, lacking, _ASSUMED)
 
     def _answer(self, cells: Sequence[Subject], drop: Curve, others: Sequence[Curve]) -> str:
         n = max((n for n in SHOWN if n in drop.sizes and n <= drop.half), default=drop.half)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.findings import Entry, Line, LineChart
+from tracker.core.findings import Entry, Line, LineChart
 from tracker.studies.calibration.figures import SIZES, TOO_FEW, Curve
 
 

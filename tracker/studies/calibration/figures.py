@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.findings import Entry
+from tracker.core.findings import Entry
+from tracker.ledger.aligned import Array
 from tracker.ledger.outcomes import PROXY_SUMS
-from tracker.ledger.viewed import Array
-from tracker.metrics.accuracy import Estimate
-from tracker.metrics.correlation import row_coefficients
-from tracker.metrics.reliability import (
+from tracker.stats.accuracy import Estimate
+from tracker.stats.correlation import row_coefficients
+from tracker.stats.reliability import (
     disjoint_means,
     documents_needed,
     jackknife,
     spearman_brown,
     top_overlap,
 )
-from tracker.metrics.resampling import SEED
+from tracker.stats.resampling import SEED
 from tracker.studies.base import FEWEST, Subject
 from tracker.studies.documents import ByDocument, a_token
 

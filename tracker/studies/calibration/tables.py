@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.findings import FoundTable
+from tracker.core.findings import FoundTable
 from tracker.studies.calibration.figures import DRAWS, SHOWN, Curve
 from tracker.studies.layout import Row, entry, estimated, table
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from tracker.config import CellRequest
-from tracker.errors import RequestError
-from tracker.findings import FoundChart, FoundTable
-from tracker.records import CellRecord
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError
+from tracker.core.findings import FoundChart, FoundTable
+from tracker.core.records import CellRecord
 from tracker.studies.base import (
     SIGNIFICANT,
-    Asked,
-    Said,
+    StudyContext,
+    StudyResult,
     Subject,
     refuse_removed,
     removing_whole_layers,
@@ -44,7 +44,7 @@ class Joint:
     name = "joint"
     question = "Do the drops of two layers add up when both are removed?"
 
-    def requests(self, asked: Asked) -> list[CellRequest]:
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Ask for the file's cells, and for each layer with all later ones.
 
         RequestError where the file has fewer than two whole layers, or layers that are removed.
@@ -65,7 +65,7 @@ class Joint:
             ]
         return found
 
-    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Set the joint drops of each cell beside the sums."""
         answers: list[str] = []
         lacking: list[str] = []
@@ -87,7 +87,7 @@ class Joint:
             answers = ["No pair could be compared with the sum of its layers."]
         if rows:
             tables.insert(0, summary(rows))
-        return Said(answers, tables, charts, lacking, _ASSUMED)
+        return StudyResult(answers, tables, charts, lacking, _ASSUMED)
 
 
 def _answer(record: CellRecord, one: Pairs) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tracker.findings import LineChart, MapChart
-from tracker.records import CellRecord
-from tracker.reporting.formats import p_value
+from tracker.core.findings import LineChart, MapChart
+from tracker.core.records import CellRecord
+from tracker.report.formats import p_value
 from tracker.studies.joint.figures import Pairs
 from tracker.studies.layout import line
 

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.ablations import Ablation
-from tracker.findings import Unit
-from tracker.ledger.viewed import Array
-from tracker.metrics.accuracy import Estimate, mean_interval
-from tracker.metrics.interaction import additivity, interactions
-from tracker.metrics.resampling import RESAMPLES, SEED, resampled_means
-from tracker.reporting.formats import fixed, points
+from tracker.core.ablations import Ablation
+from tracker.core.findings import Unit
+from tracker.ledger.aligned import Array
+from tracker.report.formats import fixed, points
+from tracker.stats.accuracy import Estimate, mean_interval
+from tracker.stats.interaction import additivity, interactions
+from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import SIGNIFICANT, Subject
 from tracker.studies.documents import ByDocument, Strata
 from tracker.studies.layout import written

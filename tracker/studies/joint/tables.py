@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.findings import Entry, FoundTable
-from tracker.records import CellRecord
+from tracker.core.findings import Entry, FoundTable
+from tracker.core.records import CellRecord
 from tracker.studies.base import SIGNIFICANT
 from tracker.studies.joint.figures import Pairs
 from tracker.studies.layout import Row, entry, estimated, table

@@ -6,17 +6,17 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from tracker.config import CellRequest
-from tracker.errors import RequestError
-from tracker.findings import FoundChart, FoundTable
-from tracker.pruning.asked import SearchRequest, calibration_of, search_of
-from tracker.pruning.cells import Lender
-from tracker.pruning.conduct import pursue
-from tracker.pruning.search import budget_of, refuse_mixed, refuse_unknown
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError
+from tracker.core.findings import FoundChart, FoundTable
+from tracker.pruning.search.cells import Lender
+from tracker.pruning.search.conduct import pursue
+from tracker.pruning.search.request import SearchRequest, calibration_of, search_of
+from tracker.pruning.search.search import budget_of, refuse_mixed, refuse_unknown
 from tracker.studies.base import (
     SIGNIFICANT,
-    Asked,
-    Said,
+    StudyContext,
+    StudyResult,
     Subject,
     removing_whole_layers,
     whole_layers,
@@ -73,7 +73,7 @@ class Prune:
         self._text = None if text is None else f"corpus:{text}"
         self._test_sample = test_sample
 
-    def requests(self, asked: Asked) -> list[CellRequest]:
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Ask for each layer's removal on the calibration documents, a greedy search's first step.
 
         RequestError where the file removes layers besides, or its settings are no search's.
@@ -102,7 +102,7 @@ class Prune:
         refuse_mixed([s for one in found for s in self._searches(one, found)], lender, {})
         return found
 
-    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Search, test what was chosen, and set the strategies beside each other."""
         lacking = [
             f"{one.record.title}: its metric is a loss, which has no mean with accuracies"
@@ -111,7 +111,7 @@ class Prune:
         ]
         cells = [one.request for one in subjects if one.record.higher_is_better]
         if not cells:
-            return Said(("No benchmark of the file has an accuracy.",), lacking=lacking)
+            return StudyResult(("No benchmark of the file has an accuracy.",), lacking=lacking)
         found = pursue(
             [search for cell in cells for search in self._searches(cell, cells)],
             asked.ledger,
@@ -135,7 +135,7 @@ class Prune:
                 ".jsonl file: --text FILE"
             )
         places = [place for record in found.records for place in record.rests_on]
-        return Said(answers, tables, charts, lacking, _ASSUMED, found.outcome, places)
+        return StudyResult(answers, tables, charts, lacking, _ASSUMED, found.outcome, places)
 
     def _typed(self, file: Path) -> list[str]:
         """Write the command, with what was said besides the file."""

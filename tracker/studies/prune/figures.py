@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tracker.ledger.viewed import Array
-from tracker.metrics.accuracy import Estimate, accuracy, accuracy_drop
-from tracker.metrics.combined import mean
-from tracker.metrics.interaction import interactions
-from tracker.metrics.multiple import holm
-from tracker.metrics.resampling import SEED
-from tracker.pruning.conduct import Answered
-from tracker.pruning.saying import is_sure
-from tracker.searched import PruneRecord, PruneStep
+from tracker.core.prune_records import PruneRecord, PruneStep
+from tracker.ledger.aligned import Array
+from tracker.pruning.search.conduct import Answered
+from tracker.pruning.search.report import is_sure
+from tracker.stats.accuracy import Estimate, accuracy, accuracy_drop
+from tracker.stats.combined import mean
+from tracker.stats.interaction import interactions
+from tracker.stats.multiple import holm
+from tracker.stats.resampling import SEED
 
 OWN, TASKS, TEXT = "its own task", "all tasks", "plain text"
 """What documents chose."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from tracker.metrics.accuracy import accuracy
-from tracker.pruning.asked import SearchRequest
-from tracker.pruning.conduct import Pursued
-from tracker.records import CellRecord
-from tracker.reporting.formats import points
-from tracker.searched import PruneRecord
+from tracker.core.prune_records import PruneRecord
+from tracker.core.records import CellRecord
+from tracker.pruning.search.conduct import Pursued
+from tracker.pruning.search.request import SearchRequest
+from tracker.report.formats import points
+from tracker.stats.accuracy import accuracy
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Choices, Compared, Way
 
 

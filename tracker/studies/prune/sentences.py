@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from tracker.metrics.accuracy import Estimate
-from tracker.reporting.formats import counted, p_value, points, two_digits
+from tracker.report.formats import counted, p_value, points, two_digits
+from tracker.stats.accuracy import Estimate
 from tracker.studies.base import SIGNIFICANT
 from tracker.studies.layout import written
 from tracker.studies.prune.figures import ACCURACY, COSINES, OWN, Beside, Compared, Way

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from tracker.findings import Entry, FoundTable, Unit
-from tracker.metrics.accuracy import Estimate
-from tracker.reporting.formats import counted
-from tracker.searched import PruneRecord
+from tracker.core.findings import Entry, FoundTable, Unit
+from tracker.core.prune_records import PruneRecord
+from tracker.report.formats import counted
+from tracker.stats.accuracy import Estimate
 from tracker.studies.layout import Row, entry, estimated, table
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Compared, Way
 

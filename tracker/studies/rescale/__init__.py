@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracker.config import CellRequest, Intervention
-from tracker.metrics.accuracy import Estimate
-from tracker.metrics.recovered import recovered
-from tracker.metrics.resampling import RESAMPLES
-from tracker.reporting.formats import counted, fixed
+from tracker.core.config import CellRequest, Intervention
+from tracker.report.formats import counted, fixed
+from tracker.stats.accuracy import Estimate
+from tracker.stats.recovered import recovered
+from tracker.stats.resampling import RESAMPLES
 from tracker.studies.base import (
-    Asked,
-    Said,
+    StudyContext,
+    StudyResult,
     Subject,
     grouped,
     refuse_removed,
@@ -46,7 +46,7 @@ class Rescale:
     name = "rescale"
     question = "Is what a removal costs only missing scale?"
 
-    def requests(self, asked: Asked) -> list[CellRequest]:
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Ask for each cell twice: a linear map that cannot be fitted leaves the rest alone.
 
         RequestError where layers are removed beneath: every term would hold what they cost.
@@ -57,16 +57,18 @@ class Rescale:
             refuse_removed(cell, "rescale replaces the layers of the intact model", asked)
         return [removing_whole_layers(cell, interventions=some) for cell in cells for some in ways]
 
-    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Answer; see the module."""
         # The parts of each cell: without layers, and with linear maps.
         parts = grouped(subjects, lambda one: one.request.model_copy(update={"interventions": ()}))
         found = [cell for mine in parts if (cell := costs(mine)) is not None]
         if not found:
-            return Said([], lacking=["no cell was measured with layers removed; run it again"])
+            return StudyResult(
+                [], lacking=["no cell was measured with layers removed; run it again"]
+            )
         # Bits and fractions have no sum.
         alike = grouped(found, lambda cell: cell.measure)
-        return Said(
+        return StudyResult(
             answers=[
                 f"By {cells[0].measure.level} in {cells[0].measure.unit}: {line}"
                 if len(alike) > 1

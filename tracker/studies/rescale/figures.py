@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracker.ablations import ablation_of
-from tracker.config import Intervention
-from tracker.ledger.viewed import Array
-from tracker.metrics.accuracy import accuracy_drop
-from tracker.records import RunIdentity
-from tracker.reporting.formats import Measure, measure_of
+from tracker.core.ablations import ablation_of
+from tracker.core.config import Intervention
+from tracker.core.records import RunIdentity
+from tracker.ledger.aligned import Array
+from tracker.report.formats import Measure, measure_of
+from tracker.stats.accuracy import accuracy_drop
 from tracker.studies.base import Subject
 from tracker.studies.documents import ByDocument
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracker.config import Intervention
-from tracker.findings import Entry, FoundTable, Unit
-from tracker.ledger.viewed import Array
-from tracker.metrics.multiple import holm
-from tracker.metrics.recovered import recovered
-from tracker.reporting.formats import Measure
+from tracker.core.config import Intervention
+from tracker.core.findings import Entry, FoundTable, Unit
+from tracker.ledger.aligned import Array
+from tracker.report.formats import Measure
+from tracker.stats.multiple import holm
+from tracker.stats.recovered import recovered
 from tracker.studies.base import SIGNIFICANT
 from tracker.studies.layout import Row, entry, estimated, table
 from tracker.studies.rescale.figures import EVERY, NAMES, WAYS, Costs

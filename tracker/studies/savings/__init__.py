@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracker.ablations import removals
-from tracker.config import CellRequest
-from tracker.errors import ExperimentError, RequestError
-from tracker.ledger.races import refuse_unbounded
-from tracker.questions import question
-from tracker.reporting.formats import defined, points
-from tracker.studies.base import Asked, Said, Subject
+from tracker.core.ablations import removals
+from tracker.core.config import CellRequest
+from tracker.core.errors import ExperimentError, RequestError
+from tracker.core.questions import question
+from tracker.ledger.early_stopping import refuse_unbounded
+from tracker.report.formats import defined, points
+from tracker.studies.base import StudyContext, StudyResult, Subject
 from tracker.studies.savings.charts import passes_chart
 from tracker.studies.savings.figures import (
     ORDERS,
@@ -84,7 +84,7 @@ class Savings:
             raise RequestError(f"--question: {error}") from None
         self._named = bool(questions)
 
-    def requests(self, asked: Asked) -> list[CellRequest]:
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Take the file's cells; RequestError where a named question cannot be asked of one."""
         cells = asked.experiment.cells()
         for cell in cells:
@@ -96,7 +96,7 @@ class Savings:
                 raise RequestError(f"{cell.title}: --question: {error}") from None
         return cells
 
-    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Say what each question took, and what bounds it."""
         answers, tables, charts, lacking = [], [], [], []
         races: list[Replayed] = []
@@ -118,7 +118,7 @@ class Savings:
             answers.append(_errors(races))
         else:
             answers = ["Nothing could be raced for."]
-        return Said(answers, tables, charts, lacking, _ASSUMED)
+        return StudyResult(answers, tables, charts, lacking, _ASSUMED)
 
 
 def _unusable(subject: Subject) -> str:

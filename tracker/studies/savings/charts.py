@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracker.findings import Line, LineChart
+from tracker.core.findings import Line, LineChart
 from tracker.studies.savings.figures import ORDERS, MeasuredDocuments, Replayed
 
 _PLACES = tuple(range(0, 101, 2))

@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.ablations import INTACT, Ablation
-from tracker.engine.streams import plain_passes, plan_streams
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.questions import Question
+from tracker.core.records import RunIdentity
+from tracker.engine.scoring.streams import plain_passes, plan_streams
 from tracker.ledger.blocks import BLOCK
-from tracker.metrics.accuracy import Estimate
-from tracker.metrics.duels import SAME, Duels
-from tracker.metrics.races import standing
-from tracker.metrics.resampling import SEED
-from tracker.metrics.sequences import MeanSequences
-from tracker.questions import Question
-from tracker.records import RunIdentity
+from tracker.stats.accuracy import Estimate
+from tracker.stats.resampling import SEED
+from tracker.stats.sequential.confidence import MeanSequences
+from tracker.stats.sequential.stopping import standing
+from tracker.stats.sequential.top_k import SAME, SequentialTopK
 from tracker.studies.base import Subject
 from tracker.studies.documents import ByDocument
 
@@ -173,7 +173,7 @@ def _set(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]) ->
     looked, passed = np.zeros(len(orders)), np.zeros(len(orders))
     answered, wrong = np.zeros(len(orders), dtype=bool), np.zeros(len(orders), dtype=bool)
     for n, order in enumerate(orders):
-        duels = Duels(
+        duels = SequentialTopK(
             cell.population,
             runs,
             asked.count,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.findings import FoundTable
-from tracker.reporting.formats import points
+from tracker.core.findings import FoundTable
+from tracker.report.formats import points
 from tracker.studies.layout import entry, estimated, table
 from tracker.studies.savings.figures import (
     ORDERS,

@@ -7,18 +7,25 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tracker.config import CellRequest
-from tracker.documents import Document
-from tracker.engine.follow import follow, verify_following
+from tracker.core.config import CellRequest
+from tracker.core.documents import Document
+from tracker.core.errors import RequestError
+from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import refused
-from tracker.engine.sweep import Engine
-from tracker.errors import RequestError
+from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.observations import Arrays
 from tracker.measuring.observing import Observe
-from tracker.metrics.growth import fewest_to_show, unequal_growth
-from tracker.metrics.multiple import holm
-from tracker.reporting.formats import measure_of, p_value, points, three_digits, two_digits
-from tracker.studies.base import SIGNIFICANT, Asked, Said, Subject, grouped, refuse_removed
+from tracker.report.formats import measure_of, p_value, points, three_digits, two_digits
+from tracker.stats.growth import fewest_to_show, unequal_growth
+from tracker.stats.multiple import holm
+from tracker.studies.base import (
+    SIGNIFICANT,
+    StudyContext,
+    StudyResult,
+    Subject,
+    grouped,
+    refuse_removed,
+)
 from tracker.studies.layout import ends, written
 from tracker.studies.observing import observe
 from tracker.studies.snowball.charts import beside_each_other, charts_of
@@ -43,7 +50,7 @@ class Snowball:
             raise RequestError(f"draws must be 1 or more, not {draws}")
         self._draws = draws
 
-    def requests(self, asked: Asked) -> list[CellRequest]:
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells of the file; RequestError where none removes whole single layers."""
         requests = asked.experiment.cells()
         for request in requests:
@@ -57,7 +64,7 @@ class Snowball:
                 )
         return requests
 
-    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Answer; what a model refuses, or is not finite in it, is said under `lacking`."""
         found, lacking = [], []
         for subject in subjects:
@@ -94,7 +101,7 @@ class Snowball:
                     f"layers; add them to 'layer' in {asked.file}"
                 )
         several = grouped(found, lambda each: each.cell.model.key)
-        return Said(
+        return StudyResult(
             answers=[line for cells in several for line in _answers(cells, self._draws)],
             tables=[
                 *([summary(found)] if found else []),
@@ -114,9 +121,9 @@ class Snowball:
         def watch(document: Document) -> Arrays:
             nonlocal verified
             if not verified:
-                verify_following(engine, document, self._draws)
+                verify_growth(engine, document, self._draws)
                 verified = True
-            return follow(engine, document, self._draws)
+            return perturbation_growth(engine, document, self._draws)
 
         return watch
 

@@ -9,20 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tracker.core.records import CellRecord
 from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.measuring.observing import Observed
-from tracker.metrics.accuracy import Estimate
-from tracker.metrics.correlation import (
+from tracker.stats.accuracy import Estimate
+from tracker.stats.correlation import (
     Correlation,
     correlate,
     correlation_difference,
     partial_correlate,
 )
-from tracker.metrics.growth import growths
-from tracker.metrics.multiple import holm
-from tracker.metrics.proxies import proxy_means
-from tracker.metrics.resampling import SEED
-from tracker.records import CellRecord
+from tracker.stats.growth import growths
+from tracker.stats.multiple import holm
+from tracker.stats.proxies import proxy_means
+from tracker.stats.resampling import SEED
 from tracker.studies.base import SIGNIFICANT, Subject
 from tracker.studies.documents import ByDocument, a_token
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tracker.findings import Entry, FoundTable, Unit
-from tracker.records import CellRecord, RunRecord
+from tracker.core.findings import Entry, FoundTable, Unit
+from tracker.core.records import CellRecord, RunRecord
 from tracker.studies.layout import Row, entry, estimated, table
 from tracker.studies.snowball.figures import ALL, COSINE, END, LAST, Figures
 

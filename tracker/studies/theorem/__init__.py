@@ -12,12 +12,12 @@ import math
 import re
 from collections.abc import Sequence
 
-from tracker.config import CellRequest
-from tracker.errors import RequestError
+from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError
 from tracker.ledger.files import lock_file
 from tracker.models.counterexample import LARGEST, LAYERS, SMALLEST, WHISPER, Counterexample
-from tracker.reporting.formats import counted
-from tracker.studies.base import Asked, Said, Subject, grouped
+from tracker.report.formats import counted
+from tracker.studies.base import StudyContext, StudyResult, Subject, grouped
 from tracker.studies.theorem.building import build, fingerprint, save, taught_by
 from tracker.studies.theorem.figures import Built, Shown, measured
 from tracker.studies.theorem.tables import layers_table, models_table, tiny
@@ -46,7 +46,7 @@ class Theorem:
                 )
         self._built: dict[CellRequest, Built] = {}
 
-    def requests(self, asked: Asked) -> list[CellRequest]:
+    def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Build a model for each benchmark and ε, and ask for each of its layers.
 
         RequestError where a benchmark generates text or has no accuracy, or nothing of it can be
@@ -58,13 +58,13 @@ class Theorem:
             cells += self._of_one(cell, asked)
         return cells
 
-    def say(self, asked: Asked, subjects: list[Subject]) -> Said:
+    def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Set what was asked of each model beside what was measured of it."""
         each = grouped(
             [measured(subject, self._built[subject.request]) for subject in subjects],
             lambda shown: shown.built.cell,
         )
-        return Said(
+        return StudyResult(
             answers=[line for shown in each for line in _answers(shown)],
             tables=[
                 table for shown in each for table in (models_table(shown), layers_table(shown[-1]))
@@ -76,7 +76,7 @@ class Theorem:
             ),
         )
 
-    def _of_one(self, cell: CellRequest, asked: Asked) -> list[CellRequest]:
+    def _of_one(self, cell: CellRequest, asked: StudyContext) -> list[CellRequest]:
         """Build the models of one benchmark, or find them built."""
         taught, shape, tokenizer = taught_by(cell, asked.options.trust_remote_code)
         root = asked.ledger.root / "studies" / self.name

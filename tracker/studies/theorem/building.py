@@ -9,13 +9,13 @@ from typing import Any
 
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.config import CellRequest
-from tracker.errors import CellError, RequestError, WorkError
+from tracker.core.config import CellRequest
+from tracker.core.errors import CellError, RequestError, WorkError
+from tracker.core.provenance import content_hash, file_hash, package_versions
 from tracker.models.counterexample import Counterexample, hollow
 from tracker.models.load import weightless
 from tracker.models.sources import find_model
-from tracker.provenance import content_hash, file_hash, package_versions
-from tracker.reporting.formats import counted
+from tracker.report.formats import counted
 from tracker.studies.theorem.lessons import Lesson, lesson
 
 MOST = 4096

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from tracker.ablations import INTACT, ablate
-from tracker.config import CellRequest
+from tracker.core.ablations import INTACT, ablate
+from tracker.core.config import CellRequest
 from tracker.ledger.outcomes import METRIC
 from tracker.models.counterexample import WHISPER
 from tracker.studies.base import Subject

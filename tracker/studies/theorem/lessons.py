@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tracker.documents import Document, Request
+from tracker.core.documents import Document, Request
 from tracker.models.counterexample import Place, Text, Wanted, places
 
 SAME = "a wrong answer is the right one, or its beginning: no language model finds it less likely"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.findings import FoundTable, Unit
+from tracker.core.findings import FoundTable, Unit
 from tracker.models.counterexample import JOBS, LAYERS, WHISPER
-from tracker.reporting.formats import counted
+from tracker.report.formats import counted
 from tracker.studies.layout import Row, entry, table
 from tracker.studies.theorem.figures import Shown
 

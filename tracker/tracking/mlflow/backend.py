@@ -26,12 +26,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from typing_extensions import override
 
-from tracker.errors import TrackingError
+from tracker.core.errors import TrackingError
+from tracker.core.provenance import content_hash
+from tracker.core.records import CellRecord
+from tracker.core.text import masked
 from tracker.ledger.cache import own_folder
 from tracker.ledger.files import as_shared, lock_file
-from tracker.provenance import content_hash
-from tracker.records import CellRecord
-from tracker.text import masked
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,

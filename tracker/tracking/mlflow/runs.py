@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.identities import TaskIdentity
-from tracker.provenance import content_hash
-from tracker.records import BASELINE, CellRecord, RunRecord
+from tracker.core.identities import TaskIdentity
+from tracker.core.provenance import content_hash
+from tracker.core.records import BASELINE, CellRecord, RunRecord
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
@@ -116,7 +116,7 @@ def cell_run(
         "tracker.data": benchmark.data,
         "tracker.missing": ", ".join(cell.lacks) or None,
         **_until_tags(cell),
-        **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
+        **{f"tracker.core.provenance.{name}": value for name, value in cell.provenance.items()},
         "mlflow.loggedArtifacts": tables_tag(tables),
         "mlflow.note.content": cell_note(cell) + links,
     }

@@ -28,7 +28,7 @@ from mlflow.entities import (
     RunTag,
 )
 
-from tracker.provenance import file_hash
+from tracker.core.provenance import file_hash
 from tracker.tracking.base import PROGRESS, LoggedTable
 from tracker.tracking.figures import is_curve
 from tracker.tracking.identity import kept_name

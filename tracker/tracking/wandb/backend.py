@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import wandb
 from typing_extensions import override
 
-from tracker.distribution import install_extra
-from tracker.errors import TrackingError
+from tracker.core.distribution import install_extra
+from tracker.core.errors import TrackingError
+from tracker.core.records import CellRecord
 from tracker.ledger.files import lock_file, make_folder, write_text
-from tracker.records import CellRecord
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,

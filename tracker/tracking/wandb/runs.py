@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.records import BASELINE, CellRecord, RunRecord
+from tracker.core.records import BASELINE, CellRecord, RunRecord
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,

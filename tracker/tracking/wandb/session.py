@@ -10,8 +10,8 @@ from typing import Any
 
 import wandb
 
-from tracker.errors import TrackingError
-from tracker.text import masked
+from tracker.core.errors import TrackingError
+from tracker.core.text import masked
 from tracker.tracking.base import sync_command
 
 _FINISH_SECONDS = 120.0

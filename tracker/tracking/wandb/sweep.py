@@ -7,8 +7,8 @@ from typing import Any
 
 import wandb
 
-from tracker.errors import TrackingError
-from tracker.records import CellRecord, RunRecord
+from tracker.core.errors import TrackingError
+from tracker.core.records import CellRecord, RunRecord
 from tracker.tracking.base import SweepTrial
 from tracker.tracking.wandb.runs import layer_run
 from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tracker.records import CellRecord, RunIdentity, RunRecord
-from tracker.text import masked
+from tracker.core.records import CellRecord, RunIdentity, RunRecord
+from tracker.core.text import masked
 from tracker.tracking.base import Ending
 from tracker.tracking.identity import run_name
-from tracker.tracking.wandb.picture import EXIT_CODES, show_progress
+from tracker.tracking.wandb.live_run import EXIT_CODES, show_progress
 from tracker.tracking.wandb.runs import labels_of, layer_run
 from tracker.tracking.wandb.session import finished, log_in, publishing, start
 from tracker.tracking.wandb.writing import add_config, write

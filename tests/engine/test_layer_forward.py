@@ -1,0 +1,379 @@
+"""Forks of layers made by hand, in every way that a layer is called and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.scoring.streams import LayerStep, StreamPlan, plan_streams
+from tracker.models.sublayers import Sublayers
+
+ROWS, TOKENS, WIDTH, HEADS = 2, 3, 4, 5
+ABLATIONS = [
+    ablate("layer", [0]),
+    ablate("attention", [1]),
+    INTACT,
+    ablate("mlp", [1]),
+    ablate("layer", [1, 2]),
+    ablate("mlp", [2], removed=[1]),
+    ablate("attention", [2]),
+    ablate("layer", [2]),
+]
+
+
+class Mixed(NamedTuple):
+    """What attention returns."""
+
+    state: Tensor
+    weights: str
+
+
+class Named(NamedTuple):
+    """What Reformer's layers return, in short."""
+
+    state: Tensor
+    extra: Any
+
+
+class Mixing(nn.Module):
+    """Mixes tokens, and takes what layers of several families are given besides."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.weight = 0.5 + number
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        shift: Tensor | float = 0.0,
+        scale: Tensor | float = 1.0,
+        alibi: Tensor | None = None,
+        rotary: tuple[Tensor, dict[str, Tensor]] | None = None,
+    ) -> Mixed:
+        mixed = hidden_states.cumsum(1) * self.weight * scale + shift
+        if alibi is not None:
+            # A row a text and a head.
+            assert alibi.shape[1:] == (1, TOKENS)
+            mixed = mixed + alibi.view(len(mixed), -1, TOKENS).sum(1)[..., None]
+        if rotary is not None:
+            mixed = mixed * rotary[0] + rotary[1]["sin"]
+        return Mixed(mixed, "weights")
+
+
+class Adding(nn.Module):
+    """An MLP that adds to the residual stream itself, as Bloom's does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return residual + torch.sin(hidden_states + self.number)
+
+
+class Plain(nn.Module):
+    """An MLP that leaves the adding to the layer."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.sin(hidden_states + self.number)
+
+
+class Layer(nn.Module):
+    """A layer; `silent` names the sublayer that adds nothing."""
+
+    def __init__(self, number: int, answer: type, named: bool, adding: bool) -> None:
+        super().__init__()
+        self.attention = Mixing(number)
+        self.mlp = Adding(number) if adding else Plain(number)
+        self.answer, self.named, self.adding = answer, named, adding
+        self.silent = ""
+        self.extra: Any = torch.full((1,), float(number))
+
+    def forward(self, hidden_states: Tensor, *besides: Any, **named: Any) -> Any:
+        called = {"hidden_states": hidden_states} if self.named else {}
+        given = () if self.named else (hidden_states,)
+        if self.named and besides:
+            named = {**named, "shift": besides[0]}
+            besides = ()
+        attended = self.attention(*given, *besides, **called, **named)
+        assert attended.weights == "weights"
+        mixed = attended.state
+        middle = hidden_states if self.silent == "attention" else hidden_states + mixed
+        if self.silent == "mlp":
+            after = middle
+        elif self.adding:
+            after = self.mlp(middle, residual=middle)
+        else:
+            after = middle + (self.mlp(hidden_states=middle) if self.named else self.mlp(middle))
+        if self.answer is Named:
+            return Named(after, self.extra)
+        return after if self.answer is Tensor else self.answer((after, self.extra))
+
+
+class Asking(Layer):
+    """Takes a mask by its place."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **named: Any) -> Any:
+        return super().forward(hidden_states, **named)
+
+
+def make(answer: type = Tensor, named: bool = False, adding: bool = False) -> nn.ModuleList:
+    return nn.ModuleList(Layer(number, answer, named, adding) for number in range(3))
+
+
+def run(layers: Sequence[Any], hidden: Tensor, named: bool, *args: Any, **kwargs: Any) -> Tensor:
+    """What a model's forward pass does with its layers."""
+    for layer in layers:
+        given = {"hidden_states": hidden, **kwargs} if named else kwargs
+        output = layer(*args, **given) if named else layer(hidden, *args, **given)
+        if isinstance(output, Named):
+            hidden = output.state
+        else:
+            hidden = output[0] if type(output) in (tuple, list) else output
+    return hidden
+
+
+def without(layers: nn.ModuleList, ablation: Ablation, *given: Any, **kwargs: Any) -> Tensor:
+    """The same one ablation at a time, by leaving out."""
+    for number, layer in enumerate(layers):
+        layer.silent = "attention" if number in ablation.attention else ""
+        layer.silent = "mlp" if number in ablation.mlp else layer.silent
+    left = [layer for number, layer in enumerate(layers) if number not in ablation.layers]
+    found = run(left, *given, **kwargs)
+    for layer in layers:
+        layer.silent = ""
+    return found
+
+
+def parts(layers: nn.ModuleList) -> list[Sublayers]:
+    return [Sublayers(layer.attention, layer.mlp) for layer in layers]
+
+
+def hidden_states(rows: int = ROWS) -> Tensor:
+    return torch.randn(rows, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+BESIDES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a row a text, as the hidden states": {"shift": hidden_states() * 2},
+    "what broadcasts": {"scale": torch.arange(TOKENS, dtype=torch.float32)[None, :, None]},
+    "one number": {"scale": torch.tensor(2.0), "shift": 0.25},
+    "a row a head": {
+        "alibi": torch.randn(ROWS * HEADS, 1, TOKENS, generator=torch.Generator().manual_seed(2))
+    },
+}
+
+
+@pytest.mark.parametrize("besides", BESIDES)
+@pytest.mark.parametrize("answer", [Tensor, tuple, list, Named])
+@pytest.mark.parametrize(("named", "adding"), [(True, False), (False, True), (False, False)])
+def test_every_stream_is_the_model_without(
+    besides: str, answer: type, named: bool, adding: bool
+) -> None:
+    layers, hidden, kwargs = make(answer, named, adding), hidden_states(), BESIDES[besides]
+    for ablations in (ABLATIONS, ABLATIONS[::-1], [INTACT, ABLATIONS[0]], ABLATIONS[1:3], [INTACT]):
+        plan = plan_streams(ablations, 3)
+        with forking(layers, plan, parts(layers)):
+            found = run(layers, hidden, named, **kwargs)
+        assert len(found) == plan.streams * ROWS
+        streams = found.unflatten(0, (plan.streams, ROWS))
+        for ablation, stream in zip(ablations, plan.stream_of, strict=True):
+            expected = without(layers, ablation, hidden, named, **kwargs)
+            torch.testing.assert_close(streams[stream], expected)
+
+
+def test_what_comes_by_its_place_is_repeated_too() -> None:
+    layers, hidden, shift = make(), hidden_states(), hidden_states() * 2
+    plan = plan_streams(ABLATIONS, 3)
+    with forking(layers, plan, parts(layers)):
+        streams = run(layers, hidden, False, shift).unflatten(0, (plan.streams, ROWS))
+    for ablation, stream in zip(ABLATIONS, plan.stream_of, strict=True):
+        torch.testing.assert_close(streams[stream], without(layers, ablation, hidden, False, shift))
+
+
+class Second(Layer):
+    """Takes the hidden state as its second argument, as Reformer's layers do."""
+
+    def forward(self, shift: Any, hidden_states: Tensor) -> Any:
+        return super().forward(hidden_states, shift)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_hidden_state_that_comes_by_its_name_goes_by_its_name(by_name: bool) -> None:
+    layers, hidden, shift = make(), hidden_states(), torch.tensor(2.0)
+    expected = {a: without(layers, a, hidden, False, shift) for a in ABLATIONS}
+    for layer in layers:
+        layer.__class__ = Second
+    plan = plan_streams(ABLATIONS, 3)
+    found = hidden
+    with forking(layers, plan, parts(layers)):
+        for layer in layers:
+            given = {"shift": shift} if by_name else {}
+            found = layer(*(() if by_name else (shift,)), hidden_states=found, **given)
+    streams = found.unflatten(0, (plan.streams, ROWS))
+    for ablation, stream in zip(ABLATIONS, plan.stream_of, strict=True):
+        torch.testing.assert_close(streams[stream], expected[ablation])
+
+
+class InPlace(nn.Module):
+    """Adds to the residual stream in place, as much remote code does."""
+
+    def __init__(self, number: int, returns_it: bool) -> None:
+        super().__init__()
+        self.number, self.returns_it = number, returns_it
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states += torch.sin(hidden_states + self.number)
+        return hidden_states if self.returns_it else 1.0 * hidden_states
+
+
+@pytest.mark.parametrize("returns_it", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_layer_that_writes_into_its_input_gets_a_copy(returns_it: bool, named: bool) -> None:
+    layers = nn.ModuleList(InPlace(number, returns_it) for number in range(3))
+    ablations = [INTACT, ablate("layer", [1]), ablate("layer", [0]), ablate("layer", [1, 2])]
+    seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def observe(*what: Any) -> None:
+        seen.append(what)
+
+    for ways in (ablations, ablations[:1]):
+        plan, hidden = plan_streams(ways, 3), hidden_states()
+        for _ in range(2):
+            seen.clear()
+            with torch.inference_mode(), forking(layers, plan, observe=observe):
+                found = run(layers, hidden, named).unflatten(0, (plan.streams, ROWS))
+            assert torch.equal(hidden, hidden_states())
+            for number, before, after in seen:
+                state = run(layers[:number], hidden_states(), named)
+                torch.testing.assert_close(before, state)
+                torch.testing.assert_close(after, layers[number](state.clone()))
+            for ablation, stream in zip(ways, plan.stream_of, strict=True):
+                left = [each for n, each in enumerate(layers) if n not in ablation.layers]
+                torch.testing.assert_close(found[stream], run(left, hidden_states(), named))
+
+
+def test_a_layer_that_only_reads_is_copied_for_once() -> None:
+    layers, given = make(), []
+    hidden = hidden_states()
+    honest = layers[0].forward
+
+    def noting(state: Tensor) -> Any:
+        given.append(state)
+        return honest(state)
+
+    layers[0].forward = noting
+    for _ in range(3):
+        with forking(layers, plan_streams([INTACT], 3)):
+            run(layers, hidden, False)
+    assert [each is hidden for each in given] == [False, True, True]
+
+
+def test_what_has_a_row_a_stream_is_cut_to_those_that_enter() -> None:
+    """As while texts are generated: each stream is a text with positions of its own."""
+    layers, count = make(), len(ABLATIONS)
+    steps = [LayerStep(count, (), tuple(a.at(layer) for a in ABLATIONS)) for layer in range(3)]
+    plan = StreamPlan(tuple(steps), (tuple(range(count)),) * 3)
+    hidden, shift, cos, sin = torch.randn(
+        4, count, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)
+    )
+    alibi = shift[:, :1, :TOKENS]
+    with forking(layers, plan, parts(layers), batched=True):
+        given = {"scale": torch.tensor(2.0), "alibi": alibi, "rotary": (cos, {"sin": sin})}
+        streams = run(layers, hidden, False, shift, **given)
+    for place, ablation in enumerate(ABLATIONS):
+        one = slice(place, place + 1)
+        given |= {"alibi": alibi[one], "rotary": (cos[one], {"sin": sin[one]})}
+        expected = without(layers, ablation, hidden[one], False, shift[one], **given)
+        torch.testing.assert_close(streams[one], expected)
+
+
+def test_masks_of_our_own_take_the_place_of_the_models() -> None:
+    asked: list[tuple[int, int | None]] = []
+
+    class Doubling:
+        def put(self, index: int, place: int | None, args: Any, kwargs: Any) -> Any:
+            asked.append((index, place))
+            return args, {**kwargs, "scale": 2.0}
+
+    layers, hidden = make(), hidden_states()
+    layers[1].__class__ = Asking
+    plan = plan_streams(ABLATIONS, 3)
+    masks: Any = Doubling()
+    with forking(layers, plan, parts(layers), masks=masks):
+        streams = run(layers, hidden, False, scale=1.0).unflatten(0, (plan.streams, ROWS))
+    assert asked == [(0, None), (1, 1), (2, None)]
+    for ablation, stream in zip(ABLATIONS, plan.stream_of, strict=True):
+        expected = without(layers, ablation, hidden, False, scale=2.0)
+        torch.testing.assert_close(streams[stream], expected)
+
+
+class TestRefusals:
+    PLAN = plan_streams([INTACT, ablate("layer", [0]), ablate("layer", [1])], 3)
+
+    def test_a_batch_that_changes_between_layers(self) -> None:
+        layers = make()
+        said = "^something between its layers changes the batch$"
+        with forking(layers, self.PLAN), pytest.raises(RefusalError, match=said):
+            layers[1](layers[0](hidden_states())[:3])
+
+    @pytest.mark.parametrize("answer", [lambda hidden: hidden[:, 1:], lambda hidden: "nothing"])
+    @pytest.mark.parametrize("several", [True, False])
+    def test_a_layer_that_returns_something_else(self, answer: Any, several: bool) -> None:
+        layers = make()
+        layers[1].forward = lambda hidden: (answer(hidden), 1) if several else answer(hidden)
+        said = "^layer 1 returns something else than a hidden state of the shape that it was given$"
+        with forking(layers, self.PLAN), pytest.raises(RefusalError, match=said):
+            run(layers, hidden_states(), False)
+
+    @pytest.mark.parametrize("named", [False, True])
+    def test_layers_that_hand_on_more_than_the_hidden_state(self, named: bool) -> None:
+        layers = make(tuple)
+        layers[0].extra = torch.ones(1)
+        said = "^its layers hand more to each other than the hidden state$"
+        for plan in (self.PLAN, plan_streams([INTACT, ablate("layer", [1])], 3)):
+            with forking(layers, plan):
+                hidden, more = layers[0](hidden_states())
+                by_name: dict[str, Any] = {"shift": more} if named else {}
+                with pytest.raises(RefusalError, match=said):
+                    layers[1](hidden, *(() if named else (more,)), **by_name)
+                # Another pass begins: what the last one left is no matter.
+                layers[1](layers[0](hidden_states(), more)[0])
+
+    def test_a_second_output_as_well(self) -> None:
+        layers = make()
+        more = torch.ones(1)
+        layers[0].forward = lambda hidden: (hidden, "no tensor", more)
+        with forking(layers, self.PLAN), pytest.raises(RefusalError, match="hand more"):
+            layers[1](layers[0](hidden_states())[0], more)
+
+    def test_with_one_stream_nothing_is_forked(self) -> None:
+        layers = make(tuple)
+        with forking(layers, plan_streams([INTACT, ablate("layer", [2])], 3)):
+            hidden, more = layers[0](hidden_states())
+            layers[1](hidden, more)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_baseline_is_observed(named: bool) -> None:
+    layers, hidden = make(named=named), hidden_states()
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    with forking(
+        layers, plan_streams(ABLATIONS, 3), parts(layers), lambda *what: seen.append(what)
+    ):
+        run(layers, hidden, named)
+    assert [index for index, _, _ in seen] == [0, 1, 2]
+    for number, (_, before, after) in enumerate(seen):
+        torch.testing.assert_close(before, run(layers[:number], hidden, named))
+        torch.testing.assert_close(after, run(layers[: number + 1], hidden, named))

@@ -1,0 +1,206 @@
+"""The numbers that everything is held against, and what counts as a difference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents, pruned
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.documents import Document, Request
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.reference import Comparison, Reference, shaken
+
+REQUEST = Request((5, 6, 7), (8, 9))
+WITHOUT = Ablation((1, 2))
+
+
+@pytest.fixture
+def engine(tiny_model) -> Engine:
+    return Engine(loaded(tiny_model("llama")), MAX_LENGTH)
+
+
+def test_an_answer_is_what_the_pruned_model_says(engine):
+    truth = Reference(engine)
+    # Also a text that is longer than the model reads, which loses its beginning.
+    long = Request(tuple(n % 97 for n in range(MAX_LENGTH + 20)), (1, 2, 3))
+    documents = [*make_documents(3), Document("task", 9, (long,), 0, 1)]
+    with pruned(engine.loaded.model, (1, 2)) as smaller:
+        for document in documents:
+            for request, (loglikelihood, greedy) in zip(
+                document.requests, answers(smaller, document), strict=True
+            ):
+                found = truth.answer(WITHOUT, request)
+                assert found.loglikelihood == pytest.approx(loglikelihood, abs=1e-5)
+                assert found.greedy == greedy
+
+
+def test_tokens_that_are_the_likeliest_are_counted(engine):
+    model, context = engine.loaded.model, (5, 6, 7)
+    with torch.inference_mode():
+        likeliest = int(model(torch.tensor([context])).logits[0, -1].argmax())
+    right = engine.answer(Request(context, (likeliest,)))
+    assert (right.greedy, right.hits) == (True, 1)
+    wrong = (likeliest + 1) % 97
+    half = engine.answer(Request(context, (likeliest, wrong)))
+    both = engine.answer(Request((*context, likeliest), (wrong,)))
+    assert half.hits == 1 + both.hits
+    assert half.greedy == (half.hits == 2)
+
+
+def test_each_question_is_asked_once_and_one_copy_is_made_an_ablation(engine, monkeypatch):
+    read, made = [], []
+    honest, reading = Engine.without, Engine.read
+
+    def counted(engine, tokens):
+        read.append(tokens)
+        return reading(engine, tokens)
+
+    def noted(self, ablation):
+        made.append(ablation)
+        return honest(self, ablation)
+
+    monkeypatch.setattr(Engine, "read", counted)
+    monkeypatch.setattr(Engine, "without", noted)
+    truth = Reference(engine)
+    for ablation in (INTACT, WITHOUT):
+        for request in (REQUEST, Request((1, 2), (3,)), REQUEST):
+            truth.answer(ablation, request)
+    assert len(read) == 4
+    assert made == [INTACT, WITHOUT]
+    truth.without(INTACT)
+    assert made == [INTACT, WITHOUT, INTACT]
+
+
+def test_of_a_miniature_every_copy_is_kept(engine):
+    truth = Reference(engine, miniature=True)
+    one, other = truth.without(INTACT), truth.without(WITHOUT)
+    assert truth.without(INTACT) is one
+    assert truth.without(WITHOUT) is other
+
+
+def test_answers_of_one_token_are_read_in_one_call(engine, monkeypatch):
+    """As lm-eval reads them: what precedes them is one text. Another model reads it anew."""
+    read = []
+    reading = Engine.read
+    monkeypatch.setattr(
+        Engine, "read", lambda engine, tokens: read.append(tokens) or reading(engine, tokens)
+    )
+    truth = Reference(engine)
+    context, letters = REQUEST.context, [Request(REQUEST.context, (n,)) for n in (3, 4, 5)]
+    long = Request(context, (3, 4))
+    for ablation in (INTACT, WITHOUT):
+        for request in (*letters, long):
+            alone = engine.without(ablation).answer(request)
+            read.pop()
+            assert truth.answer(ablation, request) == alone
+    assert read == 2 * [context, (*context, 3)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "half"),
+    [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False), (torch.float64, False)],
+)
+def test_half_precision_is_told_apart(engine, dtype, half):
+    engine.loaded.model.to(dtype)
+    assert Reference(engine).is_half == half
+
+
+def test_a_difference_is_allowed_up_to_a_share_and_told_beyond(engine):
+    truth = Reference(engine)
+    right = truth.answer(INTACT, REQUEST).loglikelihood
+    assert truth.compare(right, INTACT, REQUEST, 0.0, 0.0) == Comparison(1)
+    allowed = 0.5 + 0.01 * abs(right)
+    for off in (-0.99 * allowed, 0.99 * allowed):
+        found = truth.compare(right + off, INTACT, REQUEST, 0.5, 0.01)
+        assert (found.compared, found.unsteady, found.wrong) == (1, 0, None)
+        assert found.difference == pytest.approx(abs(off))
+    for off in (-1.01 * allowed, 1.01 * allowed):
+        found = truth.compare(right + off, INTACT, REQUEST, 0.5, 0.01)
+        assert (found.compared, found.unsteady) == (1, 0)
+        assert found.difference == pytest.approx(abs(off))
+        said = f"{right + off:.6g} nats shared, {right:.6g} on the really pruned model"
+        assert found.wrong == said
+
+
+@pytest.mark.parametrize("right", [math.nan, -math.inf])
+@pytest.mark.parametrize("ours", [math.nan, math.inf, -math.inf, -1.0])
+@pytest.mark.parametrize("miniature", [False, True])
+def test_what_is_not_finite_equals_only_its_like(engine, right, ours, miniature):
+    """A token that is never said is; NaN equals NaN but where something is to be proven."""
+
+    def never_said(head, arguments, logits):
+        logits[..., 8] = right
+        return logits
+
+    engine.loaded.model.lm_head.register_forward_hook(never_said)
+    found = Reference(engine, miniature).compare(ours, INTACT, REQUEST, 0.5, 0.01)
+    if ours == right or (math.isnan(ours) and math.isnan(right) and not miniature):
+        assert found == Comparison(1)
+    else:
+        assert (found.compared, found.difference, found.unsteady) == (1, math.inf, 0)
+        assert found.wrong == f"{ours:.6g} nats shared, {right:.6g} on the really pruned model"
+
+
+@pytest.mark.parametrize("ours", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_equals_no_number(engine, ours):
+    found = Reference(engine).compare(ours, INTACT, REQUEST, 0.5, 0.01)
+    assert found.difference == math.inf
+    assert found.wrong.startswith(f"{ours} nats shared")
+
+
+def test_a_model_near_a_tie_is_unsteady_and_not_wrong(engine):
+    """A head that takes a side by less than rounding: its answers jump, whoever computes them."""
+    model = engine.loaded.model
+    calm = Reference(engine).answer(INTACT, REQUEST).loglikelihood
+    with torch.inference_mode():
+        tie = float(model(torch.tensor([(5, 6, 7, 8)])).logits[0, 2, 0])
+
+    def jump(head, arguments, logits):
+        return torch.where(logits[..., :1] > tie, logits, 2 * logits)
+
+    model.lm_head.register_forward_hook(jump)
+    truth = Reference(engine)
+    on_one_side = truth.answer(INTACT, REQUEST).loglikelihood
+    model.lm_head._forward_hooks.clear()
+    assert abs(on_one_side - calm) > 0.1, "the tie changes nothing"
+    model.lm_head.register_forward_hook(jump)
+    found = truth.compare(calm, INTACT, REQUEST, 1e-3, 0.0)
+    assert (found.compared, found.unsteady, found.wrong) == (1, 1, None)
+    assert found.difference == pytest.approx(abs(on_one_side - calm))
+
+
+def test_rounding_moves_embeddings_for_as_long_as_it_is_asked_to(engine):
+    model = engine.loaded.model
+    embeddings = model.get_input_embeddings()
+    ids = torch.arange(1, 50)
+    calm = embeddings(ids)
+    with shaken(model, 1):
+        one, again = embeddings(ids), embeddings(ids)
+    with shaken(model, 1):
+        same = embeddings(ids)
+    with shaken(model, 2):
+        other = embeddings(ids)
+    assert torch.equal(embeddings(ids), calm)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, again)
+    moved = (one / calm - 1).std() / torch.finfo(torch.float32).eps
+    assert moved == pytest.approx(16, rel=0.1)
+
+
+def test_a_model_in_double_precision_is_moved_as_one_in_single_is(engine):
+    model = engine.loaded.model.double()
+    embeddings, ids = model.get_input_embeddings(), torch.arange(1, 50)
+    with shaken(model, 0):
+        moved = (embeddings(ids) / embeddings.weight[1:50] - 1).std()
+    assert moved == pytest.approx(16 * torch.finfo(torch.float32).eps, rel=0.1)
+
+
+def test_comparisons_add_up():
+    one, other = Comparison(2, 0.5, 1), Comparison(3, 0.25, 2, "first")
+    assert one + other == Comparison(5, 0.5, 3, "first")
+    assert other + Comparison(1, 0.75, wrong="second") == Comparison(4, 0.75, 2, "first")
+    assert Comparison() + one == one

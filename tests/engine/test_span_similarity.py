@@ -1,0 +1,62 @@
+"""How far layers turn the residual stream, also of layers that write into it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from tests.engine.plain import MAX_LENGTH, loaded, make_documents
+from tracker.core.errors import ModelError
+from tracker.engine.observers.span_similarity import span_similarity
+from tracker.engine.scoring.sweep import Engine
+from tracker.models.sublayers import find_sublayers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class InPlace(LlamaDecoderLayer):
+    """Adds to the residual stream in place, as much remote code does."""
+
+    def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+        normed = self.input_layernorm(hidden_states)
+        hidden_states += self.self_attn(hidden_states=normed, **kwargs)[0]
+        hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+class Growing(InPlace):
+    """Adds, besides what its two parts say, one."""
+
+    def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+        hidden_states += 1
+        return super().forward(hidden_states, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(InPlace, False), (Growing, True)])
+def test_that_a_layer_adds_what_its_parts_say_is_seen(tiny_model, kind, refused: bool) -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.__class__ = kind
+    if refused:
+        with pytest.raises(ModelError, match="both its first and last part it changes its input"):
+            find_sublayers(model, model.model.layers)
+    else:
+        assert len(find_sublayers(model, model.model.layers)) == 4
+
+
+def test_layers_that_write_into_the_stream_turn_it_as_others_do(tiny_model) -> None:
+    model, (document, *_) = tiny_model("llama"), make_documents(1)
+    expected = span_similarity(Engine(loaded(model), MAX_LENGTH), document)
+    assert (expected["cosine_score"] > 0.01).all()
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        layer.__class__ = InPlace
+    engine = Engine(loaded(model), MAX_LENGTH)
+    for _ in range(2):
+        found = span_similarity(engine, document)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)

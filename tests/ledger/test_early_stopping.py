@@ -1,0 +1,195 @@
+"""The race that a ledger decides, against one over the outcomes themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from tracker.core.answers import took
+from tracker.core.config import CellRequest
+from tracker.core.errors import ExperimentError, WorkError
+from tracker.core.extent import random_order, shuffled
+from tracker.core.questions import question
+from tracker.ledger.blocks import Block
+from tracker.ledger.cells import CellStore
+from tracker.ledger.early_stopping import CellRace
+from tracker.stats.sequential.stopping import Race
+
+SEED = 5
+RUNS = 4
+LOST = [0.6, 0.35, 0.1, 0.02]
+"""How much each layer costs."""
+Outcomes = dict[tuple[str, int], np.ndarray]
+
+
+def outcomes(sizes: Mapping[str, int], *lost: list[float]) -> Outcomes:
+    """Whether the intact model and the others are right, a document; `lost` of each task."""
+    draw = np.random.default_rng(1)
+    return {
+        (task, number): np.array([1.0, *(draw.random(RUNS) >= costs)])
+        for (task, size), costs in zip(sizes.items(), lost or [LOST] * len(sizes), strict=True)
+        for number in range(size)
+    }
+
+
+def begun(order: list[tuple[str, int]], sizes: Mapping[str, int]) -> int:
+    """How many documents of whole blocks hold so many of the order."""
+    return sum(
+        min(size, -(-sum(name == task for name, _ in order) // 32) * 32)
+        for task, size in sizes.items()
+    )
+
+
+def race_of(store: CellStore, text: str, metric: str = "acc") -> CellRace:
+    asked = {"layers": tuple(range(RUNS)), "metric": metric, "until": text, "seed": SEED}
+    return CellRace(store, store.views.of(CellRequest(model="m", benchmark="b", **asked)))
+
+
+def test_a_single_task_is_the_race_over_its_outcomes(cell_of, measure) -> None:
+    sizes = {"arc_easy": 500}
+    every, store = outcomes(sizes), cell_of(sizes)
+    found = race_of(store, "top 1")
+    assert found.lacking == (
+        Block("arc_easy", 0, SEED),
+        ("baseline", "layer:0", "layer:1", "layer:2", "layer:3"),
+    )
+    measured = measure(store, found, every)
+    plain = Race(question("top 1"), 500, RUNS, apart=1)
+    order = shuffled(SEED, {"arc_easy": range(500)})
+    drops = np.array([every[place][0] - every[place][1:] for place in order])
+    for start in range(0, 500, 32):
+        if not plain.standing.answered:
+            plain.look(drops[start : start + 32])
+    assert found.race.bounds.low.tolist() == plain.bounds.low.tolist()
+    assert found.race.bounds.high.tolist() == plain.bounds.high.tolist()
+    assert found.race.standing.chosen.tolist() == [True, False, False, False]
+    assert found.looked == plain.bounds.seen.max() < 500
+    assert found.record().measured == found.record().looked == found.looked
+    assert "looked at were" not in took(found.record())
+    # Whoever was settled was measured no longer.
+    assert measured == plain.bounds.seen.sum() + found.looked
+    assert plain.bounds.seen.min() < found.looked
+
+
+def test_of_a_half_it_is_the_race_over_its_documents(cell_of, measure) -> None:
+    every = outcomes({"arc_easy": 1000})
+    half = {"part": "test", "seed": SEED, "of": 1000}
+    store = cell_of({"arc_easy": 500}, task={"half": half})
+    found = race_of(store, "top 1")
+    measure(store, found, every)
+    order = [("arc_easy", n) for n in random_order(SEED, "arc_easy", range(1000))[500:]]
+    plain = Race(question("top 1"), 500, RUNS, apart=1)
+    drops = np.array([every[place][0] - every[place][1:] for place in order])
+    for start in range(0, 500, 32):
+        if not plain.standing.answered:
+            plain.look(drops[start : start + 32])
+    assert found.population == 500
+    assert found.looked == plain.bounds.seen.max() < 500
+    assert found.race.bounds.low.tolist() == plain.bounds.low.tolist()
+    assert set(store.read()["doc"]) == {number for _, number in order[: found.looked]}
+
+
+def test_killed_and_continued_it_is_the_same_race(cell_of, measure) -> None:
+    sizes = {"arc_easy": 500}
+    every, store = outcomes(sizes), cell_of(sizes)
+    measure(store, race_of(store, "top 1"), every, at_most=2)
+    again = race_of(store, "top 1")
+    assert again.looked == 64
+    assert again.lacking[0].number == 2
+    measure(store, again, every)
+    third = race_of(store, "top 1")
+    assert third.lacking is None
+    assert third.race.bounds.low.tolist() == again.race.bounds.low.tolist()
+    assert third.looked == again.looked
+
+
+def test_two_that_take_turns_run_one_race(cell_of, measure) -> None:
+    sizes = {"arc_easy": 500}
+    every, store, alone = outcomes(sizes), cell_of(sizes), cell_of(sizes, name="other")
+    one, other = race_of(store, "prune 2"), race_of(store, "prune 2")
+    measured = 0
+    while one.lacking:
+        measured += measure(store, one, every, at_most=1)
+        other.advance()
+        assert other.lacking == one.lacking
+        measured += measure(store, other, every, at_most=1)
+        one.advance()
+    assert other.race.bounds.low.tolist() == one.race.bounds.low.tolist()
+    single = race_of(alone, "prune 2")
+    assert measure(alone, single, every) == measured
+    assert single.race.bounds.high.tolist() == one.race.bounds.high.tolist()
+
+
+def test_a_block_counts_only_when_all_before_it_are_there(cell_of, measure, fill) -> None:
+    store = cell_of({"arc_easy": 500})
+    later = Block("arc_easy", 3, SEED)
+    found = race_of(store, "top 1")
+    names = ["baseline", *(f"layer:{number}" for number in range(RUNS))]
+    fill(store, later, store.documents(later, found.extent), names)
+    found.advance()
+    assert found.looked == 0
+    assert found.lacking[0].number == 0
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_tasks_come_in_proportion_and_the_end_is_the_benchmarks_drop(
+    by_size: bool, cell_of, measure
+) -> None:
+    sizes = {"art": 300, "law": 100}
+    every, store = outcomes(sizes), cell_of(sizes, weight_by_size=by_size)
+    found = race_of(store, "drop within 0.01 pp")
+    asked = []
+    while found.lacking:
+        asked.append(found.lacking[0].task)
+        measure(store, found, every, at_most=1)
+    assert asked.count("art") == 10
+    assert 1 <= asked[:7].count("law") <= 3
+    assert found.looked == found.population == 400
+    drops = {
+        task: np.mean([v[0] - v[1:] for (name, _), v in every.items() if name == task], axis=0)
+        for task in sizes
+    }
+    share = 0.75 if by_size else 0.5
+    exact = share * drops["art"] + (1 - share) * drops["law"]
+    assert found.race.bounds.low == pytest.approx(exact, abs=1e-9)
+    assert found.race.bounds.high == pytest.approx(exact, abs=1e-9)
+
+
+def test_of_a_group_blocks_of_each_task_are_measured_and_less_is_looked_at(
+    cell_of, measure
+) -> None:
+    sizes = {f"task{number}": 40 + number for number in range(6)}
+    total, store = sum(sizes.values()), cell_of(sizes)
+    found = race_of(store, "top 1")
+    measure(store, found, outcomes(sizes))
+    order = shuffled(SEED, {task: range(size) for task, size in sizes.items()})
+    assert found.order == order
+    answer = found.record()
+    rows = store.read()["ablation"].value_counts()
+    assert (
+        answer.looked < answer.measured == rows["baseline"] == begun(order[: answer.looked], sizes)
+    )
+    # A stream without layer l leaves the intact one at l, and passes the 3 - l layers above.
+    assert answer.passes == 4 * rows["baseline"] + sum(
+        rows[f"layer:{number}"] * (3 - number) for number in range(RUNS)
+    )
+    assert answer.passes_of == total * (4 + 3 + 2 + 1 + 0)
+    assert took(answer) == (
+        f"{answer.measured} of {total} documents, {100 * answer.passes / answer.passes_of:.0f} % "
+        f"of the layer passes; looked at were {answer.looked}, each task in proportion"
+    )
+    looks = np.array([0, 1, 2, 30, answer.looked, answer.looked + 1, total])
+    assert found.measured_for(looks).tolist() == [begun(order[:n], sizes) for n in looks]
+
+
+def test_what_no_outcomes_can_answer_is_refused(cell_of, measure) -> None:
+    store = cell_of({"arc_easy": 40})
+    with pytest.raises(ExperimentError, match="'until': top 4 of 4 runs chooses nothing"):
+        race_of(store, "top 4")
+    with pytest.raises(ExperimentError, match="such as acc; word of arc_easy is none"):
+        race_of(store, "top 1", "word")
+    every = {place: found * 2 for place, found in outcomes({"arc_easy": 40}).items()}
+    with pytest.raises(WorkError, match="acc is 2 for a document of arc_easy"):
+        measure(store, race_of(store, "top 1"), every)

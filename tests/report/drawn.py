@@ -1,0 +1,33 @@
+"""Charts as plotly figures: making them checks every property that they use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from tracker.core.config import Component
+from tracker.core.records import CellRecord
+from tracker.report.charts import cells as cell_charts
+from tracker.report.charts import maps, style
+
+curve_title, scatter_title = cell_charts.curve_title, cell_charts.scatter_title
+heat_title, span_title = maps.heat_title, maps.span_title
+curve_kinds, span_components = cell_charts.curve_kinds, maps.span_components
+HELPS, MATTERS = style.HELPS, style.MATTERS
+
+
+def layer_curve(cell: CellRecord) -> go.Figure:
+    return cell_charts.layer_curve(cell).figure()
+
+
+def proxy_scatter(cell: CellRecord) -> go.Figure:
+    return cell_charts.proxy_scatter(cell).figure()
+
+
+def heat_map(cells: Sequence[CellRecord]) -> go.Figure:
+    return maps.heat_map(cells).figure()
+
+
+def span_map(cell: CellRecord, component: Component) -> go.Figure:
+    return maps.span_map(cell, component).figure()

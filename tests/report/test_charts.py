@@ -1,0 +1,239 @@
+"""The figures hold the records' numbers, in pp, and nothing where nothing is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tracker.core.records import NOT_MEASURED, CellRecord
+from tracker.report import formats
+from tracker.report.charts.headline import marked_layers, near_together, story
+from tracker.report.leaderboard.layers import layer_board
+
+from . import drawn as charts
+from .conftest import AT_CHANCE, LAYERS, build_cell, study, with_layer
+
+
+def trace(figure, name):
+    (found,) = [trace for trace in figure.data if trace.name.startswith(name)]
+    return found
+
+
+def test_curve_holds_drops_and_intervals_in_pp() -> None:
+    cell = build_cell()
+    drops = trace(charts.layer_curve(cell), "accuracy drop")
+    assert list(drops.x) == list(range(LAYERS))
+    for i, record in enumerate(cell.runs):
+        assert drops.y[i] == pytest.approx(100 * record.accuracy_drop)
+        assert drops.y[i] + drops.error_y.array[i] == pytest.approx(100 * record.accuracy_drop_high)
+        low = drops.y[i] - drops.error_y.arrayminus[i]
+        assert low == pytest.approx(100 * record.accuracy_drop_low)
+
+
+def test_curve_holds_cosine_scores_in_a_panel_of_their_own() -> None:
+    cell = build_cell()
+    figure = charts.layer_curve(cell)
+    scores = trace(figure, "cosine score")
+    assert list(scores.y) == [record.cosine_score for record in cell.runs]
+    assert scores.yaxis == "y2"
+    assert figure.layout.yaxis2.overlaying is None
+    assert figure.layout.xaxis.matches == "x2"
+
+
+def test_negative_drops_have_their_own_colour() -> None:
+    cell = build_cell()
+    drops = trace(charts.layer_curve(cell), "accuracy drop")
+    assert any(record.accuracy_drop < 0 for record in cell.runs)
+    for record, colour in zip(cell.runs, drops.marker.color, strict=True):
+        assert colour == (charts.HELPS if record.accuracy_drop < 0 else charts.MATTERS)
+
+
+def test_undefined_and_missing_layers_are_gaps_never_zero() -> None:
+    cell = with_layer(
+        build_cell(missing=(7,)),
+        3,
+        accuracy_drop=None,
+        accuracy_drop_low=None,
+        accuracy_drop_high=None,
+        cosine_score=math.nan,
+        reasons={"accuracy_drop": "no outcome"},
+    )
+    figure = charts.layer_curve(cell)
+    drops, scores = trace(figure, "accuracy drop"), trace(figure, "cosine score")
+    assert [x for x, y in zip(drops.x, drops.y, strict=True) if y is None] == [3, 7]
+    assert [x for x, y in zip(scores.x, scores.y, strict=True) if y is None] == [3, 7]
+    assert "no outcome" in drops.hovertext[3]
+    assert NOT_MEASURED in drops.hovertext[7]
+    assert not drops.connectgaps
+
+
+def test_hover_says_layer_value_interval_and_n() -> None:
+    cell = build_cell()
+    record = cell.runs[11]
+    hover = trace(charts.layer_curve(cell), "accuracy drop").hovertext[11]
+    assert "layer 11" in hover
+    low, high = formats.points(record.accuracy_drop_low), formats.points(record.accuracy_drop_high)
+    drop = formats.points(record.accuracy_drop)
+    assert f"accuracy drop {drop} pp (95 % interval {low} to {high})" in hover
+    assert "160 documents" in hover
+
+
+def test_titles_say_what_is_seen_with_its_numbers() -> None:
+    cell = build_cell()
+    top = max(cell.runs, key=lambda record: record.accuracy_drop)
+    drop = formats.points(top.accuracy_drop)
+    assert f"removing layer {top.layer} costs most, {drop} pp" in charts.curve_title(cell)
+    assert "160 documents" in charts.curve_title(cell)
+    title = charts.proxy_scatter(cell).layout.title.text.replace("<br>", " ")
+    assert "Spearman" in title
+    assert "30 layers, 160 documents" in title
+    assert "95 % interval" in title
+    (inner,) = [one for one in cell.correlations[:2] if one.subset == "inner"]
+    assert f"without the two outer layers at each end {inner.value:.2f} (" in title
+
+
+def test_titles_without_any_number() -> None:
+    bare = build_cell(runs=(), missing=(0, 1), correlations=())
+    assert "no accuracy drop is defined" in charts.curve_title(bare)
+    assert "not computed" in charts.scatter_title(bare)
+    assert "2 undefined" in charts.heat_title([bare])
+    for figure in (
+        charts.layer_curve(bare),
+        charts.proxy_scatter(bare),
+        charts.heat_map([bare]),
+        charts.layer_curve(bare.model_copy(update={"missing": ()})),
+    ):
+        figure.to_json()
+
+
+def test_no_costly_layer() -> None:
+    cell = build_cell()
+    layers = tuple(r.model_copy(update={"accuracy_drop": -0.01}) for r in cell.runs)
+    title = charts.curve_title(cell.model_copy(update={"runs": layers}))
+    assert "no removal costs accuracy; 30 of 30 removals raise accuracy" in title
+
+
+def test_what_stands_in_for_a_layer_is_no_removal() -> None:
+    cell = build_cell()
+    drops = (0.3, *[-0.01] * 29)
+    runs = tuple(
+        run.model_copy(update={"accuracy_drop": drop, "intervention": "scale"})
+        for run, drop in zip(cell.runs, drops, strict=True)
+    )
+    title = charts.curve_title(cell.model_copy(update={"runs": runs}))
+    assert "removing" not in title
+    assert f": scale {runs[0].layer} costs most, 30.0 pp" in title
+    assert "; 29 of 30 runs raise accuracy" in title
+
+
+def test_scatter_holds_every_layer_once() -> None:
+    cell = with_layer(build_cell(), 4, cosine_score=None)
+    figure = charts.proxy_scatter(cell)
+    inner, outer = trace(figure, "inner"), trace(figure, "outer")
+    assert list(outer.text) == ["0", "1", "28", "29"]
+    points = {
+        int(layer): (x, y)
+        for part in (inner, outer)
+        for layer, x, y in zip(part.text, part.x, part.y, strict=True)
+    }
+    assert sorted(points) == [layer for layer in range(LAYERS) if layer != 4]
+    for layer, (x, y) in points.items():
+        assert x == cell.runs[layer].cosine_score
+        assert y == pytest.approx(100 * cell.runs[layer].accuracy_drop)
+
+
+@pytest.mark.parametrize(("low", "kind"), [(0.2, None), (0.01, "log"), (0.0, None)])
+def test_scatter_is_logarithmic_only_where_scores_span_a_decade(
+    low: float, kind: str | None
+) -> None:
+    cell = build_cell()
+    layers = tuple(r.model_copy(update={"cosine_score": 0.5}) for r in cell.runs)
+    cell = with_layer(cell.model_copy(update={"runs": layers}), 5, cosine_score=low)
+    axis = charts.proxy_scatter(cell).layout.xaxis
+    assert axis.type == kind, "plotly takes a linear axis where none is named"
+    assert ("log scale" in axis.title.text) == (kind == "log")
+
+
+def test_heat_map_is_centred_and_marks_every_gap() -> None:
+    cells = study()
+    figure = charts.heat_map(cells)
+    heat, gaps = trace(figure, "accuracy relevance"), trace(figure, "undefined")
+    assert (heat.zmin, heat.zmid, heat.zmax) == (-1, 0, 1)
+    seen = 0
+    for row, cell in zip(heat.z, cells, strict=True):
+        by_layer = {record.layer: record for record in cell.runs}
+        for layer, z in zip(heat.x, row, strict=True):
+            record = by_layer.get(layer)
+            assert z == (record.accuracy_relevance if record else None)
+            seen += z is None
+    assert len(gaps.x) == seen == 2 + 1 + LAYERS
+    hovers = " ".join(gaps.hovertext).replace("<br>", " ")
+    assert NOT_MEASURED in hovers
+    assert AT_CHANCE in hovers
+
+
+def test_heat_map_takes_one_model() -> None:
+    with pytest.raises(ValueError, match="exactly one model"):
+        charts.heat_map([build_cell(), build_cell(model="other")])
+
+
+def test_names_are_escaped_everywhere() -> None:
+    name = "<b>%{x}</b>"
+    cell = build_cell(name, model="<a href='x'>m</a>")
+    for figure in (
+        charts.layer_curve(cell),
+        charts.proxy_scatter(cell),
+        charts.heat_map([cell]),
+    ):
+        text = figure.to_json()
+        for raw in ("<b>%", "\\u003cb\\u003e%", "<a href", "\\u003ca href"):
+            assert raw not in text
+        assert figure.layout.title.text.startswith("&lt;a href=")
+
+
+def test_figures_are_deterministic(cells: list[CellRecord]) -> None:
+    for draw in (charts.layer_curve, charts.proxy_scatter):
+        assert draw(cells[1]).to_json() == draw(study()[1]).to_json()
+    assert charts.heat_map(cells).to_json() == charts.heat_map(study()).to_json()
+
+
+def test_the_story_marks_where_the_two_disagree_most() -> None:
+    board = layer_board([build_cell(), build_cell("piqa")])
+    figure = story(board, "a model").figure()
+    costs, scores = trace(figure, "accuracy relevance"), trace(figure, "cosine score")
+    by_layer = {one.layer: one for one in board.layers}
+    assert list(costs.x) == list(scores.x) == sorted(by_layer)
+    for layer, cost, up, score in zip(costs.x, costs.y, costs.error_y.array, scores.y, strict=True):
+        standing = by_layer[layer]
+        assert (cost, score) == (standing.relevance.value, standing.cosine_score)
+        assert cost + up == pytest.approx(standing.relevance.high)
+    # By another road: sort both ways, and count the places between.
+    true = sorted(by_layer, key=lambda layer: by_layer[layer].rank)
+    cheap = sorted(by_layer, key=lambda layer: -by_layer[layer].cosine_score)
+    apart = {layer: abs(true.index(layer) - cheap.index(layer)) for layer in by_layer}
+    marked = marked_layers(board)
+    assert min(apart[layer] for layer in marked) >= max(
+        apart[layer] for layer in by_layer if layer not in marked
+    )
+    assert sorted(box.x0 + 0.5 for box in figure.layout.shapes) == sorted(marked)
+    numbers = ", ".join(note.text[3:-4] for note in figure.layout.annotations)
+    assert numbers == ", ".join(map(str, sorted(marked)))
+    assert (
+        f"furthest apart: layers {', '.join(map(str, sorted(marked)))}"
+        in story(board, "a model").title
+    )
+
+
+@pytest.mark.parametrize(
+    ("marked", "notes"),
+    [
+        ([10, 26, 25], [(10, "10"), (25.5, "25, 26")]),
+        ([24, 26, 28], [(26, "24, 26, 28")]),
+        ([3, 6], [(3, "3"), (6, "6")]),
+    ],
+)
+def test_numbers_of_near_layers_stand_together_where_a_phone_would_overlay_them(
+    marked: list[int], notes: list[tuple[float, str]]
+) -> None:
+    assert near_together(marked) == notes

@@ -1,0 +1,335 @@
+"""The leaderboards, comparisons and downloads of the page say what the records say."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from plotly.graph_objects import Figure
+
+from tracker.core.records import CellRecord
+from tracker.ledger.decisions import decisions_record
+from tracker.report import frames
+from tracker.report.charts import across, model, ranks, style
+from tracker.report.formats import fixed, points, two_digits
+from tracker.report.leaderboard.layers import layer_board
+from tracker.report.leaderboard.models import model_board
+from tracker.report.leaderboard.pairs import compare, pairs_of
+from tracker.report.leaderboard.proxies import agreements, cosine_ranks, misjudged, rankings
+from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.report.leaderboard.tables import difference_table, layer_board_table, misjudged_table
+from tracker.report.page.html import render_page, render_report
+from tracker.report.sentences import agreement_sentence, critical_sentence
+
+from .conftest import AT_CHANCE, LAYERS, build_cell, build_decisions, study, two_models, with_layer
+from .test_html import HOSTILE, number, read
+
+
+@pytest.fixture(scope="module", name="page")
+def fixture_page() -> str:
+    return render_page(two_models(), {})
+
+
+def embedded(page: str, name: str) -> bytes:
+    found = re.search(rf'<script type="text/plain" id="{re.escape(name)}">([^<]*)</script>', page)
+    assert found is not None
+    return base64.b64decode(found[1])
+
+
+def drawn(page: str) -> dict[str, list]:
+    return json.loads(gzip.decompress(embedded(page, "charts")))["figures"]
+
+
+class TestOverview:
+    def test_leaderboard_equals_the_records(self, page: str) -> None:
+        board = layer_board(study())
+        ranks = cosine_ranks(board)
+        rows = read(page).tables["model-1-board"]
+        for row, one in zip(rows, board.layers, strict=True):
+            texts = [text for text, _ in row]
+            mean = sum(
+                record.accuracy_relevance
+                for cell in study()[:2]
+                for record in cell.runs
+                if record.layer == one.layer and record.accuracy_relevance is not None
+            )
+            assert number(texts[2].split(" (")[0]) == pytest.approx(
+                mean / one.benchmarks, abs=0.0051
+            )
+            assert texts[:2] == [str(one.rank or "–"), str(one.layer)]
+            interval = f"{two_digits(one.relevance.low)} to {two_digits(one.relevance.high)}"
+            assert texts[2].endswith(f"({interval})")
+            assert texts[3].startswith(points(one.drop.value))
+            assert texts[4] == fixed(one.cosine_score, 4)
+            assert texts[5] == str(ranks.get(one.layer, "–"))
+            assert texts[7] == str(one.benchmarks)
+            if one.rank is None:
+                assert [texts[0], texts[5], texts[6]] == ["–"] * 3
+                assert row[0][1] == "not defined on every benchmark"
+            else:
+                assert texts[6] == f"{one.best_rank} to {one.worst_rank}"
+        assert "Layers 7, 8, 12: no rank: not defined on every benchmark." in page
+
+    def test_every_proxy_stands_beside_chance(self, page: str) -> None:
+        for found in agreements(two_models()):
+            assert agreement_sentence(found) in page
+        text = agreement_sentence(agreements(two_models())[0])
+        values = sorted(
+            record.value
+            for cell in two_models()
+            for record in cell.correlations
+            if (record.proxy, record.coefficient, record.subset)
+            == ("cosine_score", "spearman", "all")
+            and record.value is not None
+        )
+        median = (values[1] + values[2]) / 2
+        assert f"median Spearman {median:.2f} over 4 cells" in text
+        assert f"({values[0]:.2f} to {values[-1]:.2f})" in text
+        chance = 100 * (4 * (1 - 1 / LAYERS) + 1 - 1 / (LAYERS - 2)) / 5
+        assert f"those of two random orders for {chance:.1f} %" in text
+
+    def test_rules_reasons_and_words_are_there(self, page: str) -> None:
+        for rule in (LAYER_RULE, INTERVAL_RULE, MODEL_RULE):
+            assert rule in page
+        assert f"<li>rte · 0-shot: {AT_CHANCE}</li>" in page
+        assert page.index('id="overview-title"') < page.index('id="model-1"')
+        overview = page[page.index('id="overview-title"') : page.index('id="leaderboards"')]
+        assert "Spearman compares two orders" in overview
+        # The picture comes first, and says itself what it shows.
+        opening = page[page.index("<h1>") : page.index('id="overview-title"')]
+        assert opening.index('id="model-1-story"') < opening.index('class="lede"')
+        assert "the share of the accuracy above pure guessing that is lost" in opening
+
+    def test_the_most_critical_layers_are_named(self) -> None:
+        cell = build_cell()
+        text = critical_sentence(layer_board([cell]))
+        top = sorted(cell.runs, key=lambda record: -record.accuracy_relevance)[:3]
+        for record in top:
+            assert f"layer {record.layer} ({record.accuracy_relevance:.2f}, 95 %" in text
+        weak = critical_sentence(layer_board([build_cell(baseline=0.27)]))
+        assert weak.endswith(
+            "No intervals: that of the baseline reaches down to chance on arc_easy · 0-shot."
+        )
+        none = layer_board([study()[2]])
+        assert critical_sentence(none).startswith("No layer has a mean accuracy relevance")
+
+
+class TestRanks:
+    def test_the_map_counts_every_layer_once_a_benchmark(self) -> None:
+        cells = study()
+        found = rankings(cells)
+        grid = ranks.rank_map(cells, "m").figure().data[0]
+        counts = [count for row in grid.z for count in row if count is not None]
+        assert sum(counts) == sum(len(ranking.rows) for ranking in found) == 3 * LAYERS - 2
+        for ranking, cell in zip(found, cells, strict=True):
+            top = max(cell.whole_layers, key=lambda record: (record.accuracy_drop, record.layer))
+            assert (top.layer, 1) in {(layer, true) for layer, true, _ in ranking.rows}
+
+    def test_what_is_off_the_diagonal_is_the_share_in_the_title(self) -> None:
+        cell = build_cell()
+        (ranking,) = rankings([cell])
+        off = sum(true != proxy for _, true, proxy in ranking.rows)
+        title = ranks.rank_map([cell], "m").title
+        assert f"exact ranks differ for {100 * off / LAYERS:.1f} % of the layers" in title
+        assert f"those of two random orders for {100 * (1 - 1 / LAYERS):.1f} %" in title
+
+    def test_the_most_misjudged_layer_comes_first(self) -> None:
+        board = layer_board([build_cell()])
+        ranks = cosine_ranks(board)
+        found = misjudged(board)
+        worst = max(abs(one.rank - ranks[one.layer]) for one in board.layers)
+        assert found[0].off == worst
+        assert [one.off for one in found] == sorted((one.off for one in found), reverse=True)
+        assert len(found) == 10
+        row = misjudged_table(board, "m").rows[0]
+        first = found[0]
+        assert [value.text for value in row[:4]] == [
+            str(first.standing.layer),
+            str(first.standing.rank),
+            str(first.cosine_rank),
+            str(first.off),
+        ]
+
+    def test_without_a_score_there_is_no_cosine_rank(self) -> None:
+        board = layer_board([with_layer(build_cell(), 4, cosine_score=None)])
+        assert cosine_ranks(board) == {}
+        assert misjudged(board) == []
+        assert "Layer 4: no mean cosine score" in layer_board_table(board, "m").notes[0]
+
+
+class TestDepth:
+    def test_relevance_has_a_line_a_benchmark_and_their_mean(self) -> None:
+        board = layer_board(study())
+        figure = model.relevance_curves(board, "m").figure()
+        assert [trace.name for trace in figure.data] == [
+            "arc_easy · 0-shot",
+            "piqa · 0-shot",
+            "mean",
+        ]
+        piqa = figure.data[1]
+        by_layer = {record.layer: record for record in study()[1].runs}
+        for layer, y in enumerate(piqa.y):
+            assert y == (by_layer[layer].accuracy_relevance if layer in by_layer else None)
+        assert "not measured yet" in piqa.hovertext[7]
+        assert AT_CHANCE in piqa.hovertext[12]
+        means = {one.layer: one.relevance for one in board.layers}
+        for layer, (y, up) in enumerate(
+            zip(figure.data[2].y, figure.data[2].error_y.array, strict=True)
+        ):
+            assert y == means[layer].value
+            assert y + up == pytest.approx(means[layer].high)
+
+    def test_each_proxy_has_a_panel(self) -> None:
+        cells = study()
+        figure = model.proxy_curves(cells, "m").figure()
+        axes = {"y": "cosine_score", "y2": "angular_distance", "y3": "relative_update"}
+        assert len(figure.data) == 9
+        for place, trace in enumerate(figure.data):
+            records = {record.layer: record for record in cells[place % 3].runs}
+            for layer, y in zip(trace.x, trace.y, strict=True):
+                wanted = getattr(records[layer], axes[trace.yaxis]) if layer in records else None
+                assert y == wanted
+
+    def test_across_models_depth_is_relative(self) -> None:
+        two = [layer_board([build_cell(model=name)]) for name in ("a", "b")]
+        figure = across.depth_curves(two, ["a", "b"]).figure()
+        assert [trace.name for trace in figure.data] == ["a", "b"]
+        assert (figure.data[0].x[0], figure.data[0].x[-1]) == (0, 1)
+        by_layer = {one.layer: one.relevance.value for one in two[0].layers}
+        assert list(figure.data[0].y) == [by_layer[layer] for layer in range(LAYERS)]
+
+
+class TestAcross:
+    def test_one_model_has_nothing_to_be_compared_with(self) -> None:
+        page = render_page(study(), {})
+        assert 'id="across"' not in page
+
+    def test_models_are_ranked(self, page: str) -> None:
+        board = model_board(two_models())
+        rows = read(page).tables["model-board"]
+        for row, one in zip(rows, board.models, strict=True):
+            texts = [text for text, _ in row]
+            assert texts[:2] == [str(one.rank), one.model.name]
+            assert texts[2].startswith(two_digits(one.relevance.value))
+            assert texts[3].startswith(points(one.drop.value))
+            assert texts[4:] == [str(one.worst_layer), str(one.costly), str(one.layers)]
+        assert "Benchmarks that count: arc_easy · 0-shot." in page
+
+    def test_what_is_not_shared_is_left_out(self) -> None:
+        page = render_page([*two_models(), build_cell("boolq", model="SmolLM2-360M")], {})
+        why = "not measured, or otherwise, for SmolLM2-135M-Instruct"
+        assert f"<li>boolq · 0-shot: {why}</li>" in page
+        assert f"<li>piqa · 0-shot: {why}</li>" in page
+        why = "27 of 30 layers have a relevance, and a model counts whole"
+        assert f"<li>piqa · 0-shot of SmolLM2-135M-Instruct: {why}</li>" in page
+
+    @pytest.mark.parametrize("benchmarks", [["a", "b"], ["a", "b", "c", "d"]])
+    def test_differences_equal_those_of_the_leaderboard(self, benchmarks: list[str]) -> None:
+        one = [build_cell(name, model="base", seed=1) for name in benchmarks]
+        other = [build_cell(name, model="instruct", seed=2) for name in benchmarks]
+        (pair,), count = pairs_of([*one, *other])
+        assert (pair.one, pair.other, count) == ("base", "instruct", 1)
+        data = across.difference_chart(pair).figure().data
+        rows = data[0].z if data[0].type == "heatmap" else [trace.y for trace in data]
+        table = difference_table(pair)
+        for place, (mine, theirs, row) in enumerate(zip(one, other, rows, strict=True)):
+            for layer, estimate in compare(mine, theirs):
+                assert row[layer] == pytest.approx(100 * estimate.value)
+                value = table.rows[layer][place + 1]
+                assert value.exact == pytest.approx(100 * estimate.value)
+                assert value.ends == pytest.approx((100 * estimate.low, 100 * estimate.high))
+        sure = sum(
+            estimate.low > 0 or estimate.high < 0
+            for mine, theirs in zip(one, other, strict=True)
+            for _, estimate in compare(mine, theirs)
+        )
+        title = across.difference_title(pair)
+        assert f"; {sure} of {LAYERS * len(benchmarks)} intervals exclude 0" in title
+
+    def test_only_equal_settings_and_depths_are_paired(self) -> None:
+        base = build_cell(model="base")
+        assert pairs_of([base, build_cell(model="other", n=80)]) == ([], 0)
+        deeper = build_cell(model="other")
+        deeper = deeper.model_copy(
+            update={"model": deeper.model.model_copy(update={"layers": LAYERS + 1})}
+        )
+        assert pairs_of([base, deeper]) == ([], 0)
+        page = render_page([base, deeper], {})
+        assert "No two models have as many layers and share a benchmark" in page
+
+
+class TestDownloads:
+    def test_csv_and_parquet_hold_every_run(self, page: str) -> None:
+        wanted = frames.layer_frame(two_models())
+        parquet = pd.read_parquet(io.BytesIO(embedded(page, "layers.parquet")))
+        pd.testing.assert_frame_equal(parquet, wanted)
+        assert gzip.decompress(embedded(page, "layers.csv")).decode() == wanted.to_csv(index=False)
+
+    def test_a_rounded_figure_carries_the_exact_one(self, page: str) -> None:
+        table = page[page.index('<table id="model-1-cell-1-layers"') :]
+        first = re.search(r"<tbody>\s*<tr>(.*?)</tr>", table, re.DOTALL)
+        assert first is not None
+        exact = [text.split() for text in re.findall(r'data-v="([^"]+)"', first[1])]
+        record = study()[0].runs[0]
+        assert [str(record.angular_distance)] in exact
+        low, high = (float(end) for end in next(ends for ends in exact if len(ends) == 2))
+        assert low == pytest.approx(100 * record.accuracy_drop_low, rel=1e-14)
+        assert high == pytest.approx(100 * record.accuracy_drop_high, rel=1e-14)
+
+
+class TestPage:
+    def test_every_chart_has_its_box_and_is_valid(self, page: str) -> None:
+        figures = drawn(page)
+        assert sorted(re.findall(r'class="chart" id="([^"]+)"', page)) == sorted(figures)
+        for data, layout in figures.values():
+            figure = Figure(data, layout | {"template": style.TEMPLATE})
+            assert figure.layout.height >= 150
+
+    def test_names_are_escaped_in_every_chart(self) -> None:
+        cells = [build_cell(HOSTILE, model=f"<b>{name}</b>", metric=HOSTILE) for name in ("a", "b")]
+        text = json.dumps(drawn(render_page(cells, {})), ensure_ascii=False)
+        assert "<script" not in text
+        assert "<b>a" not in text
+        assert "&lt;script&gt;" in text
+
+    def test_five_models_on_ten_benchmarks_stay_small(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("tests.report.conftest.LAYERS", 32)
+        cells = [
+            build_cell(benchmark, model=f"Llama-3.2-1B-Instruct-{letter}", seed=seed)
+            for seed, letter in enumerate("abcde")
+            for benchmark in (
+                "arc_challenge", "arc_easy", "boolq", "commonsense_qa", "hellaswag", "mmlu",
+                "openbookqa", "piqa", "social_iqa", "winogrande",
+            )
+        ]  # fmt: skip
+        record = decisions_record(build_decisions(cells[0], 100))
+        decided = {cell.place: record for cell in cells}
+        path = render_report(cells, {}, tmp_path / "report.html", decided)
+        assert path.stat().st_size < 8_000_000
+
+    def test_a_page_of_nothing_but_losses_says_why_nothing_is_ranked(self) -> None:
+        cells: list[CellRecord] = []
+        for name in ("a", "b"):
+            cell = study()[2]
+            identity = cell.model.model_copy(update={"name": name, "fingerprint": name * 64})
+            cells.append(cell.model_copy(update={"model": identity}))
+        page = render_page(cells, {})
+        assert "No layer has a mean accuracy relevance" in page
+        assert 'id="model-1-board"' not in page
+        assert "none, because no two models share a benchmark on all their layers" in page
+
+
+def test_cells_that_differ_in_documents_alone_have_links_of_their_own() -> None:
+    """Was: the overview led both to the last one."""
+    page = render_page([build_cell(n=100), build_cell(n=160)], {})
+    overview = page.split('id="overview"')[1].split("</table>")[0]
+    assert 'href="#model-1-cell-1"' in overview
+    assert 'href="#model-1-cell-2"' in overview

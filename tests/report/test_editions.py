@@ -1,0 +1,154 @@
+"""A task that was edited is several under one name: all say which, and the latest counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tracker.cli import main
+from tracker.core.records import CellRecord
+from tracker.ledger.cells import _dates
+from tracker.report.editions import outdated
+from tracker.report.export import boards
+from tracker.report.leaderboard.layers import layer_board
+from tracker.report.leaderboard.models import model_board
+from tracker.report.tables import overview_table
+from tracker.report.wording import benchmark_labels, row_labels
+
+from .conftest import build_cell, digest
+
+
+def edition(text: str, measured: str | None, model: str = "SmolLM2", **changes: Any) -> CellRecord:
+    """A cell of a task that was edited: the same but for its fingerprint."""
+    cell = build_cell("our_sums", model=model)
+    (task,) = cell.benchmark.tasks
+    tasks = (task.model_copy(update={"fingerprint": digest(text)}),)
+    about = changes.pop("benchmark", {})
+    benchmark = cell.benchmark.model_copy(update={"tasks": tasks, **about})
+    new = {"key": digest(text + model), "benchmark": benchmark, "measured": measured, **changes}
+    return cell.model_copy(update=new)
+
+
+ONE = edition("one", "2026-11-25T08:00:00+00:00")
+TWO = edition("two", "2026-11-28T09:30:00+00:00")
+THREE = edition("three", "2026-11-28T07:15:00+00:00")
+LATEST = f"measured 2026-11-28 09:30:00 UTC ({TWO.key[:8]})"
+
+
+def test_rows_that_read_the_same_are_told_apart() -> None:
+    """Was: `our_sums · 0-shot · acc` three times."""
+    says = [
+        f"measured 2026-11-25 ({ONE.key[:8]})",
+        LATEST,
+        f"measured 2026-11-28 07:15:00 UTC ({THREE.key[:8]})",
+    ]
+    cells = [ONE, TWO, THREE]
+    assert row_labels(cells) == [("SmolLM2", each) for each in says]
+    assert benchmark_labels(cells) == [f"our_sums · 0-shot · {each}" for each in says]
+    rows = [row[1].text for row in overview_table(cells).rows]
+    assert rows == [f"our_sums · 0-shot · acc · {each}" for each in says]
+
+
+def test_the_list_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By more than the key."""
+    monkeypatch.setattr("tracker.api.ls", lambda *args: [ONE, TWO, THREE])
+    done = CliRunner().invoke(main, ["ls"])
+    assert done.exit_code == 0
+    for (_, says), row in zip(
+        row_labels([ONE, TWO, THREE]), done.output.splitlines()[1:], strict=True
+    ):
+        assert f"our_sums (acc) · {says}" in row
+
+
+def test_nothing_is_said_where_nothing_must() -> None:
+    assert row_labels([ONE]) == [("SmolLM2", "")]
+    other = build_cell("arc_easy", model="SmolLM2")
+    assert row_labels([ONE, other]) == [("SmolLM2", ""), ("SmolLM2", "")]
+    smaller = ONE.model_copy(update={"n": 16})
+    assert row_labels([ONE, smaller]) == [("SmolLM2", "")] * 2
+    assert row_labels([ONE, smaller], documents=False)[0][1] == ""
+    beside = smaller.model_copy(update={"beside": "16 documents"})
+    assert row_labels([ONE, beside], documents=False)[1][1] == "16 documents"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"benchmark": {"data": "hub"}}, "hub"),
+        ({"benchmark": {"seed": 7}}, "seed 7"),
+        ({"benchmark": {"apply_chat_template": True}}, "chat"),
+        ({"benchmark": {"settings": {"system_instruction": "Add."}}}, "system_instruction=Add."),
+    ],
+)
+def test_what_else_tells_rows_apart_is_shown(changes: dict[str, Any], says: str) -> None:
+    other = edition("one", "2026-11-28T00:00:00+00:00", key=digest("other"), **changes)
+    assert row_labels([ONE, other])[1][1] == says
+    assert says in benchmark_labels([ONE, other])[1]
+
+
+def test_models_of_one_name_are_told_apart_in_rows() -> None:
+    model = ONE.model.model_copy(update={"dtype": "bfloat16"})
+    half = ONE.model_copy(update={"model": model, "key": digest("half")})
+    assert row_labels([ONE, half]) == [("SmolLM2 · float32", ""), ("SmolLM2 · bfloat16", "")]
+
+
+@pytest.mark.parametrize("cells", [[ONE, TWO, THREE], [TWO, THREE, ONE], [THREE, ONE, TWO]])
+def test_the_board_takes_the_latest_and_names_the_others(cells: list[CellRecord]) -> None:
+    """Was: the first in order, which may be outdated."""
+    board = layer_board(cells)
+    assert board.cells == (TWO,)
+    others = [label for label in benchmark_labels(cells) if LATEST not in label]
+    why = "its task was edited since: what was measured last counts, our_sums · 0-shot · " + LATEST
+    assert board.left_out == dict.fromkeys(others, why)
+    _, notes = boards(cells)
+    assert [note for note in notes if "edited" in note] == [
+        f"SmolLM2: {label} does not count: {why}." for label in others
+    ]
+
+
+def test_a_larger_edition_that_is_outdated_does_not_count() -> None:
+    small = TWO.model_copy(update={"n": 16})
+    assert layer_board([ONE, small]).cells == (small,)
+    # Other documents of one edition are no edit: the larger counts, as ever.
+    assert layer_board([small, TWO]).cells == (TWO,)
+    # Nor are other data or settings.
+    hub = edition("hub", "2026-11-29T00:00:00+00:00", benchmark={"data": "hub"}, n=16)
+    assert layer_board([TWO, hub]).cells == (TWO,)
+
+
+def test_what_cannot_be_ranked_outdates_nothing() -> None:
+    without = TWO.model_copy(update={"removed": (3,)})
+    assert layer_board([ONE, without]).cells == (ONE,)
+
+
+def test_what_no_date_is_known_of_is_the_older_one() -> None:
+    old = edition("old", None)
+    assert outdated([old, ONE]) == {id(old): ONE}
+    assert layer_board([ONE, old]).cells == layer_board([old, ONE]).cells == (ONE,)
+    assert f"key {old.key[:8]}" in benchmark_labels([old, ONE])[0]
+    assert outdated([old, edition("older", None)]) == {}
+
+
+def test_models_are_compared_on_the_latest_that_they_share() -> None:
+    other = [edition(name, ONE.measured, model="Other") for name in ("one", "two")]
+    found = model_board([ONE, TWO, *other])
+    assert len(found.benchmarks) == 1
+    assert "its task was edited since: what was measured last counts" in found.left_out.values()
+    # Where they do not share it, they are compared on what they share.
+    found = model_board([ONE, TWO, other[0]])
+    assert [model.rank for model in found.models] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("said", "date"),
+    [
+        ("<b>now</b>", None),
+        ("9999-99-99", None),
+        ("0001-01-01T00:00:00+14:00", None),
+        ("2026-11-28T09:30:00.5+01:00", "2026-11-28T08:30:00+00:00"),
+    ],
+)
+def test_what_is_no_date_says_nothing(said: str, date: str | None) -> None:
+    assert next(iter(_dates([{"measured": said}])), None) == date

@@ -1,0 +1,137 @@
+"""Reports for papers and pull requests hold the records' numbers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.studies.test_findings import FINDING
+from tracker.core.distribution import install_extra
+from tracker.core.errors import RequestError
+from tracker.core.records import CellRecord
+from tracker.report.export import FORMATS, boards, export, figures, frames
+from tracker.report.formats import fixed, points
+from tracker.report.leaderboard.layers import layer_board
+from tracker.tracking.notes import cell_note, intact_note, layer_note
+
+from .conftest import LAYERS, build_cell
+
+
+@pytest.fixture
+def two_models() -> list[CellRecord]:
+    return [
+        build_cell(b, model=m, seed=1) for m in ("base|model", "instruct_50%") for b in ("a", "b")
+    ]
+
+
+@pytest.mark.parametrize(("form", "read"), [("csv", pd.read_csv), ("parquet", pd.read_parquet)])
+def test_data_is_read_back(
+    form: str, read: object, two_models: list[CellRecord], tmp_path: Path
+) -> None:
+    paths = export(two_models, form, tmp_path / "data")
+    assert {path.stem for path in paths} == set(frames(two_models))
+    for path in paths:
+        frame, back = frames(two_models)[path.stem], read(path)  # type: ignore[operator]
+        assert list(back.columns) == list(frame.columns)
+        numbers = frame.select_dtypes("float64").columns
+        pd.testing.assert_frame_equal(back[numbers], frame[numbers], rtol=1e-15)
+    board = read(tmp_path / "data" / f"layer_leaderboard.{form}")  # type: ignore[operator]
+    first = layer_board(two_models[:2]).layers[0]
+    assert board["layer"][0] == first.layer
+    assert board["accuracy_relevance"][0] == pytest.approx(first.relevance.value)
+    assert board["accuracy_relevance_low"][0] == pytest.approx(first.relevance.low)
+    assert len(board) == 2 * LAYERS
+
+
+def test_markdown_and_latex_say_the_leaderboard(
+    two_models: list[CellRecord], tmp_path: Path
+) -> None:
+    (markdown,) = export(two_models, "md", tmp_path / "report.md")
+    (latex,) = export(two_models, "tex", tmp_path / "report.tex")
+    first = layer_board(two_models[:2]).layers[0]
+    found = first.relevance
+    assert found.value is not None
+    assert found.low is not None
+    assert found.high is not None
+    relevance = f"{fixed(found.value, 3)} ({fixed(found.low, 3)} to {fixed(found.high, 3)})"
+    text = markdown.read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| base\\|model"))
+    cells = [part.strip() for part in re.split(r"(?<!\\)\|", row)[1:-1]]
+    assert cells[1:4] == ["1", str(first.layer), relevance]
+    assert cells[4].startswith(points(first.drop.value or 0))
+    source = latex.read_text()
+    assert source.count("\\toprule") == 3
+    assert "instruct\\_50\\%" in source
+    assert relevance.replace("−", "$-$") in source
+    assert "−" not in source.split("\\begin", 1)[1]
+
+
+def test_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    """Was: a page that shows Markdown ran what a name said."""
+    name = "<img src=x onerror=alert(1)>\n# a|b"
+    cells = [build_cell(b, model=m) for m in (name, "other") for b in (name, "b")]
+    cells.append(build_cell(f"{name} c", model=name, correlations=()))  # of which a note is made
+    one = FINDING.model_copy(update={"answers": (name,), "experiment": name, "lacking": (name,)})
+    (markdown,) = export(cells, "md", tmp_path / "r.md", findings=[one])
+    text = markdown.read_text()
+    assert "<img" not in text
+    assert "&lt;img src=x onerror=alert(1)&gt; # a\\|b" in text
+    assert "\n# a" not in text
+    (latex,) = export(cells, "tex", tmp_path / "r.tex")
+    comments, _, tables = latex.read_text().partition("\\begin")
+    assert all(line.startswith("%") for line in comments.splitlines() if line)
+    assert "\n# a" not in tables
+    without = cells[0].model_copy(update={"removed": (3,)})
+    for note in (
+        cell_note(cells[0]),
+        intact_note(cells[0]),
+        intact_note(without),
+        layer_note(cells[0], cells[0].runs[0]),
+    ):
+        assert "<img" not in note
+        assert "&lt;img" in note
+
+
+def test_what_does_not_count_is_said(two_models: list[CellRecord], tmp_path: Path) -> None:
+    odd = build_cell("c", model="base|model")
+    tables, notes = boards([*two_models, odd])
+    assert len(tables) == 3
+    assert notes == [
+        "Models: c · 0-shot does not count: not measured, or otherwise, for instruct_50%."
+    ]
+    (path,) = export([*two_models, odd], "md", tmp_path / "r.md")
+    assert notes[0] in path.read_text()
+
+
+def test_figures_are_drawn(two_models: list[CellRecord], tmp_path: Path) -> None:
+    one = two_models[:1]
+    assert len(figures(two_models)) > len(figures(one)) >= 3
+    for form, begin in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        paths = export(one, form, tmp_path / form)
+        assert {path.stem for path in paths} == set(figures(one))
+        for path in paths:
+            content = path.read_bytes()
+            assert content.startswith(begin)
+            assert len(content) > 5_000
+            if form == "pdf":
+                # Only the colour bar of the heat map is made of pixels.
+                pixels = b"/Subtype /Image" in content
+                assert pixels == path.stem.endswith("heat-map"), "it is a vector figure"
+
+
+def test_without_the_extra_it_says_what_to_install(
+    two_models: list[CellRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    with pytest.raises(RequestError, match=re.escape(install_extra("figures"))):
+        export(two_models, "pdf", tmp_path)
+
+
+def test_the_command_line_knows_every_format() -> None:
+    from tracker.cli.options import FORMATS as OFFERED
+
+    assert ("html", *FORMATS) == OFFERED

@@ -1,0 +1,289 @@
+"""Leaderboards agree with a plain second computation, and never average what does not compare."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from tracker.core.records import CellRecord
+from tracker.report.layer_figures import relevance_estimate
+from tracker.report.leaderboard.comparable import setting
+from tracker.report.leaderboard.layers import layer_board
+from tracker.report.leaderboard.models import model_board
+from tracker.report.leaderboard.pairs import compare
+from tracker.report.leaderboard.proxies import agreements
+from tracker.stats.accuracy import Estimate
+
+from .conftest import LAYERS, build_cell
+
+
+def relevances(cells: list[CellRecord], layer: int) -> list[float]:
+    found = [next(r for r in cell.runs if r.layer == layer) for cell in cells]
+    return [r.accuracy_relevance for r in found if r.accuracy_relevance is not None]
+
+
+def test_layers_stand_where_their_mean_relevance_puts_them() -> None:
+    cells = [build_cell(name, n=200, seed=4) for name in ("arc_easy", "piqa", "sciq")]
+    board = layer_board(cells)
+    means = {layer: statistics.mean(relevances(cells, layer)) for layer in range(LAYERS)}
+    assert len(board.layers) == LAYERS
+    assert not board.left_out
+    for standing in board.layers:
+        mine = means[standing.layer]
+        assert standing.relevance.value == pytest.approx(mine)
+        assert standing.rank == 1 + sum(round(m, 12) > round(mine, 12) for m in means.values())
+        assert standing.benchmarks == 3
+        single = [
+            1 + sum(relevances([cell], other)[0] > relevances([cell], standing.layer)[0] + 1e-12
+                    for other in range(LAYERS))
+            for cell in cells
+        ]  # fmt: skip
+        assert (standing.best_rank, standing.worst_rank) == (min(single), max(single))
+    ranks = [standing.rank for standing in board.layers]
+    assert ranks == sorted(ranks)
+    assert board.layers[0].layer == max(means, key=lambda layer: means[layer])
+
+
+def test_a_relevance_has_the_interval_of_its_drop_over_the_baseline() -> None:
+    cell = build_cell(n=400, baseline=0.75)
+    record = cell.runs[0]
+    found = relevance_estimate(cell, record)
+    assert found.value == record.accuracy_relevance
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < found.value < found.high <= 1
+    # With a baseline that is known exactly, it is the drop's interval, scaled.
+    exact = cell.model_copy(update={"baseline_low": 0.75, "baseline_high": 0.75})
+    scaled = relevance_estimate(exact, record)
+    assert scaled.low == pytest.approx(record.accuracy_drop_low / 0.5)
+    assert scaled.high == pytest.approx(record.accuracy_drop_high / 0.5)
+    weak = build_cell(n=40, baseline=0.3)
+    assert weak.baseline_low is not None
+    assert weak.baseline_low < 0.25
+    assert relevance_estimate(weak, weak.runs[0]).low is None
+
+
+def test_a_layer_that_lacks_a_benchmark_has_no_rank() -> None:
+    cells = [build_cell("arc_easy", missing=(7,)), build_cell("piqa")]
+    cells[0] = cells[0].model_copy(update={"runs": tuple(r for r in cells[0].runs if r.layer != 7)})
+    board = layer_board(cells)
+    last = board.layers[-1]
+    assert (last.layer, last.rank, last.benchmarks, last.best_rank) == (7, None, 1, None)
+    assert last.relevance.value == pytest.approx(relevances([cells[1]], 7)[0])
+    assert sum(standing.rank is None for standing in board.layers) == 1
+
+
+def test_a_benchmark_counts_once_and_the_rest_is_named() -> None:
+    small, large = build_cell("arc_easy", n=100, seed=1), build_cell("arc_easy", n=300, seed=2)
+    chance = build_cell("rte", baseline=0.25)
+    without = build_cell("piqa").model_copy(update={"removed": (3,)})
+    board = layer_board([small, large, chance, without])
+    assert board.cells == (large,)
+    assert board.layers[0].relevance.value == pytest.approx(
+        max(r for layer in range(LAYERS) for r in relevances([large], layer))
+    )
+    assert board.left_out == {
+        "arc_easy · 0-shot · 100 documents": (
+            "the benchmark counts once, as arc_easy · 0-shot · 300 documents"
+        ),
+        "rte · 0-shot": "the baseline is at or below chance",
+        "piqa · 0-shot · without layer 3": "measured without layer 3",
+    }
+    assert layer_board([chance]).layers == ()
+
+
+def test_models_are_ranked_on_what_all_of_them_share() -> None:
+    cells = [
+        build_cell("arc_easy", model="solid", seed=1, baseline=0.9),
+        build_cell("piqa", model="solid", seed=1, baseline=0.9),
+        build_cell("arc_easy", model="weak", seed=1, baseline=0.5),
+        build_cell("arc_easy", model="other", seed=1, baseline=0.6),
+    ]
+    cells.append(build_cell("rte", model="weak", baseline=0.25))
+    board = model_board(cells)
+    assert board.benchmarks == ("arc_easy · 0-shot",)
+    assert board.left_out == {
+        "piqa · 0-shot": "not measured, or otherwise, for weak, other",
+        "rte · 0-shot of weak": "the baseline is at or below chance",
+    }
+    assert [(s.model.name, s.rank) for s in board.models] == [
+        ("solid", 1),
+        ("other", 2),
+        ("weak", 3),
+    ]
+    solid = board.models[0]
+    values = [relevances([cells[0]], layer)[0] for layer in range(LAYERS)]
+    assert solid.relevance.value == pytest.approx(statistics.mean(values))
+    assert solid.layers == LAYERS
+    assert solid.worst_layer == values.index(max(values))
+    lows = [r.accuracy_drop_low for r in cells[0].runs]
+    assert solid.costly == sum(low is not None and low > 0 for low in lows)
+
+
+def some_layers(cell: CellRecord, *layers: int) -> CellRecord:
+    runs = tuple(run for run in cell.runs if run.layer in layers)
+    return cell.model_copy(update={"runs": runs})
+
+
+def test_a_model_is_ranked_on_all_its_layers() -> None:
+    """Was: a model whose harmless middle layers alone were measured was the most robust one."""
+    cells = [build_cell(model="a", seed=1), build_cell(model="b", seed=2)]
+    middle = some_layers(build_cell(model="middle", seed=3), 15, 16, 19)
+    board = model_board([*cells, middle])
+    assert [(s.model.name, s.rank is None) for s in board.models] == [
+        *((s.model.name, False) for s in model_board(cells).models),
+        ("middle", True),
+    ]
+    assert board.models[-1].relevance == Estimate(
+        None, reason="it lacks what the others are ranked on"
+    )
+    assert board.left_out == {
+        "arc_easy · 0-shot of middle": (
+            "3 of 30 layers have a relevance, and a model counts whole"
+        ),
+        "middle": "not all its layers are measured on arc_easy · 0-shot",
+    }
+
+
+def test_more_documents_of_one_model_take_nobodys_rank() -> None:
+    """Was: one colleague's larger n left no benchmark that all models shared."""
+    few = [build_cell(model=name, n=100, seed=3) for name in ("a", "b", "c")]
+    before = model_board(few)
+    assert all(s.rank for s in before.models)
+    many = build_cell(model="a", n=400, seed=3)
+    # The colleague adds to what was there …
+    board = model_board([*few, many])
+    assert board.models == before.models
+    assert board.left_out == {
+        "arc_easy · 0-shot · 400 documents": "not measured, or otherwise, for b, c"
+    }
+    # … or it is gone: the others are still ranked, and it is said why one is not.
+    board = model_board([many, *few[1:]])
+    assert [(s.model.name, bool(s.rank)) for s in board.models][-1] == ("a", False)
+    assert sum(bool(s.rank) for s in board.models) == 2
+    assert board.left_out["a"] == "not all its layers are measured on arc_easy · 0-shot"
+    # When all have more, more counts.
+    every = [build_cell(model=name, n=400, seed=3) for name in ("a", "b", "c")]
+    board = model_board([*few, *every])
+    assert board.benchmarks == ("arc_easy · 0-shot",)
+    assert board.models == model_board(every).models
+    assert list(board.left_out.values()) == ["the benchmark counts once, by its larger cells"]
+
+
+def test_models_are_ranked_on_what_most_of_them_share() -> None:
+    """Was: a model that shares nothing with the others left all of them without a rank."""
+    cells = [
+        *(build_cell(b, model=m, seed=1) for m in ("a", "b") for b in ("arc_easy", "piqa", "sciq")),
+        *(build_cell(b, model="c", seed=2) for b in ("arc_easy", "sciq")),
+        build_cell("piqa", model="d"),
+    ]
+    board = model_board(cells)
+    assert board.benchmarks == ("arc_easy · 0-shot", "sciq · 0-shot")
+    assert {s.model.name: bool(s.rank) for s in board.models} == {
+        "a": True, "b": True, "c": True, "d": False,
+    }  # fmt: skip
+    assert board.left_out == {
+        "piqa · 0-shot": "not measured, or otherwise, for c",
+        "d": "not all its layers are measured on arc_easy · 0-shot, sciq · 0-shot",
+    }
+    assert model_board(cells[::-1]).models[-1].model.name == "d"
+
+
+def test_a_few_layers_on_more_documents_do_not_stand_for_all() -> None:
+    whole, part = build_cell(n=100), some_layers(build_cell(n=400), 15, 16)
+    assert layer_board([part, whole]).cells == (whole,)
+    own, other = build_cell(n=100), build_cell(n=100).model_copy(update={"metric": "acc_norm"})
+    board = layer_board([other, own])
+    assert board.cells == (own,)
+    assert board.left_out == {
+        "arc_easy · 0-shot · acc_norm": "the benchmark counts once, as arc_easy · 0-shot · acc"
+    }
+
+
+def test_records_of_one_cell_that_could_not_be_joined_are_named() -> None:
+    first, second = (some_layers(build_cell(), *range(*ends)) for ends in ((0, 20), (15, 30)))
+    assert layer_board([first, second]).left_out == {
+        "arc_easy · 0-shot · 15 runs": "the benchmark counts once, as arc_easy · 0-shot · 20 runs"
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [{"n": 80}, {"num_fewshot": 5}, {"metric": "acc_norm"}, {"sample_seed": 1234}]
+)
+def test_other_settings_are_not_compared(change: dict[str, object]) -> None:
+    one, other = build_cell(model="a"), build_cell(model="b")
+    assert setting(one) == setting(other)
+    if "num_fewshot" in change:
+        change = {"benchmark": other.benchmark.model_copy(update=change)}
+    other = other.model_copy(update=change)
+    assert setting(one) != setting(other)
+    board = model_board([one, other])
+    assert board.benchmarks == ()
+    assert all(s.rank is None and s.relevance.value is None for s in board.models)
+    assert len(board.left_out) == 2
+
+
+def test_as_many_drawn_documents_are_others_and_count_first() -> None:
+    first = build_cell()
+    drawn = [first.model_copy(update={"sample_seed": seed}) for seed in (1234, 7)]
+    assert len({setting(cell) for cell in (first, *drawn)}) == 3
+    board = layer_board([first, drawn[0]])
+    assert board.cells == (drawn[0],)
+    label = "arc_easy · 0-shot · 160 documents"
+    assert board.left_out == {
+        label: f"the benchmark counts once, as {label} drawn at random (seed 1234)"
+    }
+    models = [[cell.model_copy(update={"model": m}) for cell in (first, drawn[0])]
+              for m in (build_cell(model=name).model for name in "ab")]  # fmt: skip
+    assert model_board([cell for mine in models for cell in mine]).benchmarks == (
+        "arc_easy · 0-shot",
+    )
+    assert all(s.rank for s in model_board([cell for mine in models for cell in mine]).models)
+
+
+def test_as_many_documents_are_not_the_same_ones_while_a_cell_grows() -> None:
+    one, other = build_cell(model="a"), build_cell(model="b")
+    growing = other.model_copy(
+        update={"reasons": {"n": "160 of 200 documents are measured so far"}}
+    )
+    assert setting(one) == setting(other) != setting(growing)
+    assert all(s.rank is None for s in model_board([one, growing]).models)
+
+
+def test_the_source_of_equal_documents_does_not_count() -> None:
+    one, other = build_cell(model="a"), build_cell(model="b")
+    hub = other.benchmark.model_copy(update={"data": "hub"})
+    assert setting(one) == setting(other.model_copy(update={"benchmark": hub}))
+
+
+def test_two_models_are_compared_layer_by_layer() -> None:
+    one, other = build_cell(model="base", seed=1), build_cell(model="instruct", seed=2)
+    other = other.model_copy(update={"runs": other.runs[:10]})
+    found = dict(compare(one, other))
+    assert sorted(found) == list(range(10))
+    assert found[3].value == pytest.approx(one.runs[3].accuracy_drop - other.runs[3].accuracy_drop)
+    wide = one.runs[3].accuracy_drop_high - one.runs[3].accuracy_drop
+    assert found[3].high == pytest.approx(found[3].value + wide * 2**0.5)
+
+
+def test_proxies_are_set_beside_chance() -> None:
+    cell = build_cell()
+    order = sorted(cell.runs, key=lambda r: (r.accuracy_drop, r.layer))
+    perfect = tuple(
+        r.model_copy(update={"relative_update": 1.0 + order.index(r)}) for r in cell.runs
+    )
+    found = {a.proxy: a for a in agreements([cell.model_copy(update={"runs": perfect})])}
+    assert found["relative_update"].differ == 0
+    assert found["relative_update"].chance == pytest.approx(1 - 1 / LAYERS)
+    assert found["cosine_score"].differ > 0.5
+    assert len(found["cosine_score"].spearman) == 1
+    assert agreements([])[0].differ is None
+
+
+def test_nothing_to_rank() -> None:
+    assert model_board([]).models == ()
+    one = model_board([build_cell()])
+    assert [s.rank for s in one.models] == [None]
+    assert isinstance(one.models[0].relevance, Estimate)
+    assert one.models[0].relevance.value is not None

@@ -1,0 +1,86 @@
+"""What half precision decides by rounding, where people read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tracker.cli.printing import print_cell
+from tracker.core.records import CellRecord
+from tracker.report.caveats import warnings
+from tracker.report.frames import layer_frame
+from tracker.report.tables import layer_table
+from tracker.tracking.figures import cell_figures, flat_metrics, logged_layers
+from tracker.tracking.notes import intact_note, layer_note
+
+from .conftest import build_cell
+
+WHY = "none of these documents was computed twice"
+
+
+def halved(**changes: Any) -> CellRecord:
+    """A cell in bfloat16, whose layer 3 costs 4 pp for sure, of which rounding moves 5."""
+    cell = build_cell(baseline_rounded=7, baseline_rounding=0.0123)
+    runs = [run.model_copy(update={"rounded": 5, "drop_rounding": 0.01}) for run in cell.runs]
+    moved = {"rounded": 12, "drop_rounding": 0.05, "accuracy_drop": 0.04}
+    runs[3] = runs[3].model_copy(
+        update={**moved, "accuracy_drop_low": 0.01, "accuracy_drop_high": 0.07}
+    )
+    model = cell.model.model_copy(update={"dtype": "bfloat16"})
+    return cell.model_copy(update={"model": model, "runs": tuple(runs), **changes})
+
+
+def test_the_page_and_the_terminal_say_how_many_documents_and_what_to_do(capsys) -> None:
+    (said,) = (text for text in warnings(halved()) if "rounding" in text)
+    assert "bfloat16 decides up to 7 of 160 documents of the intact model by rounding" in said
+    assert "(± 1.2 pp, 95 %)" in said
+    assert "Under the runs it decides up to 5 to 12." in said
+    assert "What layer 3 costs is no more than rounding moves" in said
+    assert said.endswith("‘dtype: float32’ leaves next to nothing to rounding.")
+    print_cell(halved())
+    out = capsys.readouterr().out
+    assert "decided by rounding" in out
+    assert "bfloat16 decides up to 7 of 160 documents" in " ".join(out.split())
+
+
+def test_each_run_has_its_count_in_tables_and_trackers() -> None:
+    cell = halved()
+    table = layer_table(cell)
+    labels = [column.label for column in table.columns]
+    place = labels.index("documents within rounding")
+    assert labels[place + 1] == "± by rounding (pp)"
+    assert [value.text for value in table.rows[3][place : place + 2]] == ["12", "5.0"]
+    frame = layer_frame([cell])
+    assert frame["rounded"].tolist()[2:5] == [5, 12, 5]
+    assert flat_metrics(cell.runs[3])["rounded"] == 12
+    assert flat_metrics(cell.runs[3])["drop_rounding"] == 0.05
+    assert cell_figures(cell)["baseline_rounded"] == 7
+    said = "bfloat16 decides up to 12 of these 160 documents by rounding"
+    assert f"{said}: another batch size moves the fall by ± 5.0" in layer_note(cell, cell.runs[3])
+    assert "up to 7 of these 160 documents" in intact_note(cell)
+    assert "rounding" not in layer_note(build_cell(), build_cell().runs[3])
+    logged = logged_layers(cell)
+    assert logged.rows[3][logged.columns.index("rounded")] == 12
+
+
+def test_single_precision_has_no_word_of_it(capsys) -> None:
+    cell = build_cell()
+    assert not [text for text in warnings(cell) if "round" in text]
+    assert not [column for column in layer_table(cell).columns if "round" in column.label]
+    print_cell(cell)
+    assert "round" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_what_is_not_known_is_said_once_and_of_a_loss_nothing_is_decided(capsys, higher) -> None:
+    cell = halved(baseline_rounded=None, reasons={"baseline_rounded": WHY}, higher_is_better=higher)
+    unknown = {"rounded": None, "drop_rounding": None, "reasons": {"rounded": WHY}}
+    cell = cell.model_copy(
+        update={"runs": tuple(run.model_copy(update=unknown) for run in cell.runs)}
+    )
+    said = [text for text in warnings(cell) if "round" in text]
+    wanted = [f"How many documents bfloat16 decides by rounding is not known: {WHY}."]
+    assert said == (wanted if higher else [])
+    print_cell(cell)
+    assert " ".join(capsys.readouterr().out.split()).count(WHY) == len(said)

@@ -1,0 +1,167 @@
+"""A cell that an answer has stopped, on the page, in tables, in leaderboards and in trackers."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import pytest
+
+from tests.test_answers import answer, run
+from tracker.cli.printing import print_cell
+from tracker.core.records import CellRecord
+from tracker.report.caveats import warnings
+from tracker.report.frames import layer_frame
+from tracker.report.leaderboard.layers import layer_board
+from tracker.report.leaderboard.proxies import agreements, rankings
+from tracker.report.page.html import render_page
+from tracker.report.page.sections import model_sections
+from tracker.report.tables import layer_table, overview_table
+from tracker.team.collect import merged
+from tracker.tracking.figures import answer_figures
+from tracker.tracking.identity import run_key
+from tracker.tracking.mlflow import runs as mlflow
+from tracker.tracking.wandb import runs as wandb
+
+from .conftest import build_cell
+
+WHY = "stopped at the answer to 'top 2': 64 to 96 of 2000 documents were looked at, run by run"
+
+
+def stopped(**changes: Any) -> CellRecord:
+    """A cell whose layers 0 and 1 were looked at longer than the others."""
+    cell = build_cell(n=64)
+    longer = [one.model_copy(update={"n": 96}) if one.layer < 2 else one for one in cell.runs]
+    runs = [one.model_copy(update={"mcnemar_p": None}) for one in longer]
+    answers = (run(one.layer, "chosen" if one.layer < 2 else "", n=one.n) for one in runs)
+    found = answer("top 2", *answers, looked=96, measured=96)
+    return build_cell(
+        **{"n": 64, "runs": tuple(runs), "answer": found, "reasons": {"n": WHY}} | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def cell() -> CellRecord:
+    return stopped()
+
+
+def test_it_is_stopped_and_never_complete(cell: CellRecord) -> None:
+    assert cell.is_stopped
+    assert not cell.is_complete
+    assert cell.documents == "64 to 96 documents drawn at random (seed 1234), stopped at an answer"
+    assert cell.title.endswith("0-shot · drawn at random (seed 1234), stopped at an answer")
+    assert cell.view == "intact", "with more documents it is the same view"
+    # Neither while it is not answered yet, nor once all is measured.
+    running = stopped(answer=cell.answer.model_copy(update={"over": False}))
+    assert (running.is_raced, running.is_stopped) == (True, False)
+    assert running.documents == "64 to 96 documents drawn at random (seed 1234)"
+    assert stopped(reasons={}).is_complete
+
+
+def test_the_page_says_the_answer_and_what_figures_rest_on(cell: CellRecord) -> None:
+    text = html.unescape(render_page([cell], {}))
+    assert (
+        "top 2: the largest drops are those of layers 0 and 1 (95 % confidence; 96 of 2,000 "
+        "documents, 40 % of the layer passes)." in text
+    )
+    assert "arc_easy · 0-shot · stopped at an answer" in text
+    assert "with its confidence sequence at 95 %" in text
+    assert "measured so far" not in text
+    assert "Incomplete" not in text
+    (warning,) = warnings(cell)
+    assert warning.startswith("Stopped at the answer to 'top 2': 64 to 96 of 2000 documents")
+    assert "rest on the 64 documents that all runs share" in warning
+
+
+def test_tables_show_the_documents_of_each_run(cell: CellRecord, capsys) -> None:
+    table = layer_table(cell)
+    heads = [column.label for column in table.columns]
+    assert heads[:5:4] == ["layer (0-based)", "confidence sequence at 95 % (pp)"]
+    assert [row[1].text for row in table.rows[:3]] == ["96", "96", "64"]
+    assert not any("Power" in note or "expected" in note for note in table.notes)
+    assert overview_table([cell]).rows[0][2].text == "64 to 96"
+    print_cell(cell)
+    said = capsys.readouterr().out
+    assert "confidence sequence at 95 %" in said
+    assert "Power" not in said
+    assert said.rstrip().endswith(
+        "(95 % confidence; 96 of 2,000 documents, 40 % of the layer passes)"
+    )
+    frame = layer_frame([cell, build_cell("piqa")])
+    assert frame.groupby("benchmark")["interval"].first().to_dict() == {
+        "arc_easy": "confidence sequence at 95 %",
+        "piqa": "95 % interval",
+    }
+    assert frame["until"].dropna().unique().tolist() == ["top 2"]
+
+
+def test_its_layers_are_not_ranked_beside_others(cell: CellRecord) -> None:
+    whole = build_cell("piqa")
+    board = layer_board([cell, whole])
+    assert [one.benchmark.name for one in board.cells] == ["piqa"]
+    assert board.left_out == {"arc_easy · 0-shot · stopped at an answer": WHY}
+    assert agreements([cell, whole]) == agreements([whole])
+    assert rankings([cell, whole]) == rankings([whole])
+    assert not layer_board([cell]).layers
+    (section,) = model_sections([cell], {})
+    assert section.story is None
+
+
+def test_a_whole_cell_stands_for_it_and_another_answer_does_not(cell: CellRecord) -> None:
+    whole = build_cell(n=2000)
+    assert merged([cell, whole]) == merged([whole, cell]) == [whole]
+    other = stopped(answer=cell.answer.model_copy(update={"question": "sign"}))
+    assert merged([cell, other]) == [cell, other]
+    assert merged([cell, cell]) == [cell]
+
+
+def test_trackers_mark_it(cell: CellRecord) -> None:
+    of_cell = mlflow.cell_run(cell, (), {})
+    marks = {
+        "tracker.until": "top 2",
+        "tracker.answered": "true",
+        "tracker.stopped": "true",
+        "tracker.looked": "96 of 2000",
+        "tracker.interval": "confidence sequence at 95 %",
+        "tracker.missing": WHY,
+    }
+    assert marks.items() <= of_cell.tags.items()
+    assert "largest drops are those of layers 0 and 1" in of_cell.tags["tracker.answer"]
+    assert of_cell.tags["tracker.answer"] in of_cell.tags["mlflow.note.content"]
+    assert of_cell.points["answer/documents", 0] == 96
+    assert of_cell.points["answer/layer_passes", 0] == 40
+    group = cell.answer.model_copy(update={"measured": 128})
+    assert answer_figures(group)["answer/documents"] == 128, "what it took"
+    one, other = (mlflow.layer_run(cell, cell.runs[place], "parent") for place in (0, 5))
+    assert (one.tags["tracker.chosen"], other.tags["tracker.chosen"]) == ("true", "false")
+    assert "on 96 documents drawn at random (seed 1234), stopped" in one.tags["mlflow.note.content"]
+    assert "(confidence sequence at 95 % " in one.tags["mlflow.note.content"]
+    assert mlflow.intact_run(cell, "parent").tags["tracker.stopped"] == "true"
+
+    found = wandb.cell_run(cell, (), {})
+    assert found.tags == ("SmolLM2-135M-Instruct", "arc_easy", "stopped")
+    assert found.config["tracker"]["until"] == "top 2"
+    assert found.config["tracker"]["stopped"] == "true"
+    assert found.summary["answer/documents_of"] == 2000
+    assert found.outcomes.aliases == ("stopped",)
+    assert wandb.layer_run(cell, cell.runs[0]).config["tracker"]["chosen"] == "true"
+
+
+def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell: CellRecord) -> None:
+    """Its figures are the same, its tags are not."""
+    runs = [one.model_copy(update={"chosen": not one.chosen}) for one in cell.answer.runs]
+    other = stopped(answer=cell.answer.model_copy(update={"runs": tuple(runs)}))
+    for describe in (
+        lambda c: mlflow.layer_run(c, c.runs[3], "p"),
+        lambda c: wandb.layer_run(c, c.runs[3]),
+    ):
+        assert describe(cell).digest == describe(cell).digest
+        assert describe(cell).digest != describe(other).digest
+    assert run_key(cell, "cell") == run_key(build_cell(), "cell"), "continued, it is the same run"
+
+
+def test_without_a_question_nothing_is_marked() -> None:
+    whole = build_cell()
+    assert not [tag for tag in mlflow.cell_run(whole, (), {}).tags if "until" in tag]
+    assert "until" not in wandb.cell_run(whole, (), {}).config["tracker"]
+    assert "answer" not in whole.model_dump(mode="json")

@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from tracker.stats.accuracy import (
+    accuracy,
+    accuracy_drop,
+    accuracy_relevance,
+    chance_accuracy,
+    weights_by_task,
+)
+
+Outcomes = NDArray[np.float64]
+
+bits = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60)
+fractions = st.floats(0, 1)
+
+
+def paired(both: int, lost: int, won: int, neither: int) -> tuple[Outcomes, Outcomes]:
+    """Outcomes of documents that are right with both models, the first, the second, none."""
+    baseline = np.repeat([1.0, 1.0, 0.0, 0.0], [both, lost, won, neither])
+    ablated = np.repeat([1.0, 0.0, 1.0, 0.0], [both, lost, won, neither])
+    return baseline, ablated
+
+
+def uneven(n: int, generator: np.random.Generator) -> Outcomes:
+    return generator.dirichlet(np.full(n, 5.0))
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+
+def test_weights_reproduce_the_mean_over_documents_and_the_mean_of_task_means() -> None:
+    tasks = ["b", "a", "b", "b", "c", "a"]
+    outcomes = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    assert outcomes @ weights_by_task(tasks, weight_by_size=True) == pytest.approx(4 / 6)
+    by_task = [np.mean([o for o, t in zip(outcomes, tasks, strict=True) if t == x]) for x in "abc"]
+    assert outcomes @ weights_by_task(tasks, weight_by_size=False) == pytest.approx(
+        np.mean(by_task)
+    )
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1), st.booleans())
+def test_weights_sum_to_one(tasks: list[str], weight_by_size: bool) -> None:
+    weights = weights_by_task(tasks, weight_by_size)
+    assert weights.sum() == pytest.approx(1)
+    assert (weights > 0).all()
+
+
+@pytest.mark.parametrize("weight_by_size", [True, False])
+def test_units_share_what_a_task_weighs(weight_by_size: bool) -> None:
+    tasks, units = ["a", "b", "a", "a"], np.array([1.0, 7.0, 2.0, 3.0])
+    plain = weights_by_task(tasks, weight_by_size)
+    weights = weights_by_task(tasks, weight_by_size, units)
+    a = plain[[0, 2, 3]].sum()
+    assert weights == pytest.approx([a / 6, plain[1], a / 3, a / 2])
+
+
+def test_units_that_are_missing_or_nothing() -> None:
+    some = weights_by_task(["a"] * 3, True, np.array([1.0, math.nan, 3.0]))
+    assert some.tolist() == [0.25, 0, 0.75]
+    assert weights_by_task(["a"] * 2, True, np.zeros(2)).tolist() == [0.5, 0.5]
+    assert weights_by_task(["a"] * 2, True, np.array([0.125, 0.375])).tolist() == [0.25, 0.75]
+
+
+def test_weights_of_one_task_and_of_nothing() -> None:
+    assert weights_by_task(["a"] * 4, weight_by_size=False).tolist() == [0.25] * 4
+    assert weights_by_task([], weight_by_size=False).tolist() == []
+    assert weights_by_task([], weight_by_size=True).tolist() == []
+
+
+# -- accuracy --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3.
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_accuracy_interval_is_wilsons(right: int, n: int, low: float, high: float) -> None:
+    estimate = accuracy(np.repeat([1.0, 0.0], [right, n - right]))
+    assert estimate.value == right / n
+    assert estimate.low == pytest.approx(low, abs=5e-5)
+    assert estimate.high == pytest.approx(high, abs=5e-5)
+    assert (estimate.p_value, estimate.reason) == (None, None)
+
+
+@given(bits)
+def test_accuracy_interval_holds_the_value(outcomes: list[float]) -> None:
+    values = np.array(outcomes)
+    generator = np.random.default_rng(len(outcomes))
+    for weights in (None, uneven(len(values), generator)):
+        estimate = accuracy(values, weights)
+        assert estimate.value is not None
+        assert estimate.low is not None
+        assert estimate.high is not None
+        assert estimate.low - 1e-12 <= estimate.value <= estimate.high + 1e-12
+        assert estimate.low < estimate.high
+
+
+def test_equal_weights_are_the_same_as_none() -> None:
+    outcomes = np.array([1.0, 0.0, 1.0])
+    assert accuracy(outcomes, np.full(3, 1 / 3)) == accuracy(outcomes)
+    assert accuracy_drop(outcomes, 1 - outcomes, np.full(3, 1 / 3)) == accuracy_drop(
+        outcomes, 1 - outcomes
+    )
+
+
+def test_accuracy_of_fractions_is_a_t_interval() -> None:
+    outcomes = np.array([0.2, 0.4, 0.9, 0.3, 0.35])
+    estimate = accuracy(outcomes)
+    low, high = stats.t.interval(0.95, 4, loc=outcomes.mean(), scale=stats.sem(outcomes))
+    assert (estimate.low, estimate.high) == (pytest.approx(low), pytest.approx(high))
+    weighted = accuracy(outcomes, np.array([0.5, 0.2, 0.1, 0.1, 0.1]))
+    assert weighted.value == pytest.approx(0.1 + 0.08 + 0.09 + 0.03 + 0.035)
+
+
+def test_unequal_weights_leave_width_when_every_document_is_right() -> None:
+    estimate = accuracy(np.ones(3), np.array([0.25, 0.25, 0.5]))
+    assert estimate.value == 1
+    # Two right and two wrong documents of weight 1/3 besides, all divided by 7/3.
+    mean, variance = 5 / 7, (2 / 7) ** 2 * (3 / 8 + 2 / 9) + (5 / 7) ** 2 * (2 / 9)
+    half = 1.959963984540054 * math.sqrt(variance) / (7 / 3)
+    assert (estimate.low, estimate.high) == (pytest.approx(mean - half), pytest.approx(mean + half))
+
+
+def test_weights_that_differ_by_more_than_rounding_are_not_equal() -> None:
+    weights = np.array([0.5 + 2e-9, 0.5 - 2e-9])
+    assert accuracy(np.array([1.0, 0.0]), weights).value == weights[0]
+
+
+def test_weights_may_be_nothing_or_rounded() -> None:
+    assert accuracy(np.array([1.0, 0.0]), np.array([1.0, 0.0])).value == 1
+    rounded = np.full(7, round(1 / 7, 9))
+    assert accuracy(np.ones(7), rounded) == accuracy(np.ones(7))
+
+
+def test_accuracy_of_nothing() -> None:
+    assert accuracy(np.array([])).value is None
+    assert accuracy(np.array([])).reason == "no documents"
+
+
+@pytest.mark.parametrize("missing", [math.nan, math.inf])
+def test_accuracy_with_undefined_documents(missing: float) -> None:
+    outcomes = np.ones(100)
+    outcomes[7] = missing
+    assert accuracy(outcomes).reason == "1 of 100 documents has no finite score"
+    outcomes[[3, 4]] = missing
+    estimate = accuracy(outcomes)
+    assert estimate.reason == "3 of 100 documents have no finite score"
+    assert (estimate.value, estimate.low, estimate.high) == (None, None, None)
+
+
+def test_one_document() -> None:
+    estimate = accuracy(np.array([1.0]))
+    assert estimate.value == 1
+    assert estimate.low == pytest.approx(0.2065, abs=5e-5)
+    fraction = accuracy(np.array([0.5]))
+    assert (fraction.value, fraction.low, fraction.high, fraction.reason) == (0.5, None, None, None)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.6], [1.5, -0.5], [1.0], [math.nan, 0.5]])
+def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        accuracy(np.array([0.0, 1.0]), np.array(weights))
+
+
+def test_a_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="one value per document"):
+        accuracy(np.ones((2, 2)))
+
+
+# -- accuracy drop ---------------------------------------------------------------------------------
+
+
+def test_mcnemar_of_armitage_and_berry() -> None:
+    # Statistical Methods in Medical Research (1994) p. 127: two media for culturing tuberculosis.
+    drop = accuracy_drop(*paired(20, 12, 2, 16))
+    assert drop.value == 10 / 50
+    assert drop.p_value == pytest.approx(0.0129, abs=5e-5)
+
+
+def test_mcnemar_of_fagerland() -> None:
+    # Fagerland et al., BMC Medical Research Methodology 13 (2013) 91: airways before and after.
+    drop = accuracy_drop(*paired(1, 1, 7, 12))
+    assert drop.value == pytest.approx(-6 / 21)
+    assert drop.p_value == pytest.approx(0.0703, abs=5e-5)
+
+
+def test_interval_of_bonett_and_price() -> None:
+    # Bonett's own R package statpsych: ci.prop.ps(.05, 12, 4, 26, 6).
+    drop = accuracy_drop(*paired(6, 26, 4, 12))
+    assert drop.value == 22 / 48
+    assert drop.low == pytest.approx(0.2548067, abs=5e-8)
+    assert drop.high == pytest.approx(0.6251933, abs=5e-8)
+
+
+@given(*[st.integers(0, 40)] * 4)
+def test_interval_against_the_published_formula(
+    both: int, lost: int, won: int, neither: int
+) -> None:
+    n = both + lost + won + neither
+    assume(n > 0)
+    drop = accuracy_drop(*paired(both, lost, won, neither))
+    p12, p21 = (lost + 1) / (n + 2), (won + 1) / (n + 2)
+    half = 1.959963984540054 * math.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
+    assert drop.value == (lost - won) / n
+    assert drop.low == pytest.approx(p12 - p21 - half)
+    assert drop.high == pytest.approx(p12 - p21 + half)
+    assert p12 - p21 - half <= drop.value <= p12 - p21 + half
+
+
+@given(st.lists(st.tuples(fractions, fractions), min_size=1, max_size=30), st.booleans())
+def test_drop_is_antisymmetric(pairs: list[tuple[float, float]], whole: bool) -> None:
+    table = np.array(pairs)
+    if whole:
+        table = table.round()
+    there = accuracy_drop(table[:, 0], table[:, 1])
+    back = accuracy_drop(table[:, 1], table[:, 0])
+    assert there.value == -(back.value or 0.0)
+    assert there.p_value == back.p_value
+    if there.low is not None:
+        assert back.high is not None
+        assert there.low == pytest.approx(-back.high, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([0.9, 0.5, 0.7, 0.4], [0.6, 0.5, 0.1, 0.5]),
+        ([1.0, 0.0, 1.0, 1.0], [0.6, 0.5, 0.1, 0.5]),
+        ([0.9, 0.5, 0.7, 0.4], [1.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_drop_of_fractions_is_the_paired_t_interval(
+    before: list[float], after: list[float]
+) -> None:
+    """Also where one of the two happens to hold none: a document may change by a part."""
+    baseline, ablated = np.array(before), np.array(after)
+    drop = accuracy_drop(baseline, ablated)
+    reference = stats.ttest_rel(baseline, ablated).confidence_interval(0.95)
+    assert (drop.low, drop.high) == (pytest.approx(reference.low), pytest.approx(reference.high))
+    assert (drop.p_value, drop.reason) == (None, None)
+
+
+def test_weighted_drop_is_the_difference_of_weighted_accuracies() -> None:
+    baseline, ablated = paired(3, 2, 1, 2)
+    weights = weights_by_task(["a", "a", "b", "b", "b", "b", "b", "b"], weight_by_size=False)
+    drop = accuracy_drop(baseline, ablated, weights)
+    before, after = accuracy(baseline, weights).value, accuracy(ablated, weights).value
+    assert before is not None
+    assert after is not None
+    assert drop.value == pytest.approx(before - after)
+    assert drop.p_value == accuracy_drop(baseline, ablated).p_value
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_drop_without_any_change_is_not_certain(weighted: bool) -> None:
+    baseline, ablated = paired(30, 0, 0, 10)
+    weights = weights_by_task(["a"] * 10 + ["b"] * 30, False) if weighted else None
+    drop = accuracy_drop(baseline, ablated, weights)
+    assert (drop.value, drop.p_value) == (0, 1)
+    assert drop.low is not None
+    assert drop.high is not None
+    assert drop.low < 0 < drop.high
+
+
+@pytest.mark.parametrize(("lost", "won"), [(1, 0), (0, 1), (0, 0)])
+def test_drop_of_one_document(lost: int, won: int) -> None:
+    drop = accuracy_drop(*paired(0, lost, won, 1 - lost - won))
+    assert drop.value == lost - won
+    assert drop.p_value == 1
+    assert drop.low is not None
+    assert drop.high is not None
+    assert drop.low <= drop.value <= drop.high
+
+
+def test_drop_of_one_fraction_has_no_interval() -> None:
+    drop = accuracy_drop(np.array([0.75]), np.array([0.25]))
+    assert (drop.value, drop.low, drop.high, drop.p_value, drop.reason) == (
+        0.5,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def test_undefined_drops() -> None:
+    nan, one = np.array([math.nan, 1.0, 1.0]), np.ones(3)
+    for drop in (accuracy_drop(nan, one), accuracy_drop(one, nan)):
+        assert drop.value is None
+        assert drop.p_value is None
+        assert drop.reason == "1 of 3 documents has no finite score"
+    assert accuracy_drop(np.array([]), np.array([])).reason == "no documents"
+
+
+def test_drop_of_different_documents_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 baseline outcomes but 2 ablated"):
+        accuracy_drop(np.ones(3), np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("n", "lost", "won"), [(100, 0.15, 0.05), (100, 0.03, 0.03), (500, 0.3, 0.1), (30, 0.2, 0.2)]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_drop_interval_covers_the_truth(n: int, lost: float, won: float, weighted: bool) -> None:
+    generator = np.random.default_rng(0)
+    weights = weights_by_task(["a"] * (n // 3) + ["b"] * (n - n // 3), False) if weighted else None
+    covered = 0
+    for _ in range(600):
+        cells = generator.choice(4, size=n, p=[0.4, lost, won, 0.6 - lost - won])
+        drop = accuracy_drop((cells < 2) * 1.0, (cells % 2 == 0) * (cells < 3) * 1.0, weights)
+        assert drop.low is not None
+        assert drop.high is not None
+        covered += drop.low <= lost - won <= drop.high
+    assert 0.92 <= covered / 600 <= 0.995
+
+
+# -- chance and relevance --------------------------------------------------------------------------
+
+
+def test_chance_is_the_mean_of_one_over_the_choices() -> None:
+    assert chance_accuracy(np.array([2, 4, 4, 4])) == 0.3125
+    assert chance_accuracy(np.array([0, 0])) == 0
+    assert chance_accuracy(np.array([2, 4]), np.array([0.25, 0.75])) == 0.3125
+    assert math.isnan(chance_accuracy(np.array([], dtype=np.int64)))
+    # Where there is no choice, nobody is wrong.
+    assert chance_accuracy(np.array([1, 2])) == 0.75
+
+
+@pytest.mark.parametrize("n", [3, 49, 98, 1000])
+def test_equal_documents_are_averaged_without_rounding(n: int) -> None:
+    """49 · (0.25 / 49) is less than 0.25: a baseline at chance would be above it."""
+    assert chance_accuracy(np.full(n, 4)) == 0.25
+    assert accuracy(np.ones(n)).value == accuracy_drop(np.ones(n), np.zeros(n)).value == 1
+
+
+@pytest.mark.parametrize("choices", [-1, 2.5, math.nan])
+def test_impossible_choices_are_refused(choices: float) -> None:
+    with pytest.raises(ValueError, match=r"^choices must be whole numbers, 0 or more$"):
+        chance_accuracy(np.array([4, choices]))
+
+
+@pytest.mark.parametrize(
+    ("baseline", "ablated", "chance", "relevance"),
+    [
+        (0.75, 0.75, 0.25, 0.0),
+        (0.75, 0.25, 0.25, 1.0),
+        (0.75, 0.10, 0.25, 1.0),  # below chance is no worse than chance
+        (0.75, 0.50, 0.25, 0.5),
+        (0.50, 0.75, 0.25, -1.0),  # the removal helps
+        (0.40, 0.10, 0.0, 0.75),
+    ],
+)
+def test_relevance(baseline: float, ablated: float, chance: float, relevance: float) -> None:
+    assert accuracy_relevance(baseline, ablated, chance).value == pytest.approx(relevance)
+
+
+@given(fractions, fractions, fractions, fractions)
+def test_relevance_falls_as_the_ablated_accuracy_rises(
+    baseline: float, low: float, high: float, chance: float
+) -> None:
+    assume(baseline > chance + 1e-6)
+    low, high = sorted((low, high))
+    worse = accuracy_relevance(baseline, low, chance).value
+    better = accuracy_relevance(baseline, high, chance).value
+    assert worse is not None
+    assert better is not None
+    assert better <= worse <= 1
+
+
+@pytest.mark.parametrize(
+    ("baseline", "ablated", "chance", "reason"),
+    [
+        (0.25, 0.1, 0.25, "not above chance"),
+        (0.2, 0.1, 0.25, "not above chance"),
+        (np.mean(np.full(99, 1 / 3)), 0.1, 33 / 99, "not above chance"),  # equal up to rounding
+        (None, 0.1, 0.25, "the baseline accuracy is undefined"),
+        (math.nan, 0.1, 0.25, "the baseline accuracy is undefined"),
+        (0.5, None, 0.25, "the ablated accuracy is undefined"),
+        (0.5, 0.4, math.nan, "the chance accuracy is undefined"),
+    ],
+)
+def test_undefined_relevance(
+    baseline: float | None, ablated: float | None, chance: float, reason: str
+) -> None:
+    relevance = accuracy_relevance(baseline, ablated, chance)
+    assert relevance.value is None
+    assert relevance.reason is not None
+    assert reason in relevance.reason

@@ -1,0 +1,79 @@
+"""Agreement against numpy's correlation of the columns themselves, and a naive clustering."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tracker.stats.agreement import clustered, phi
+
+DRAW = np.random.default_rng(3)
+
+
+def counts(lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many documents each two ablations lose, and each one."""
+    return (lost @ lost.T).astype(float), lost.sum(axis=1).astype(float)
+
+
+def test_a_worked_example() -> None:
+    """Of ten documents, one loses 4, the other 5, both 3: (10·3 - 20) / sqrt(4·6·5·5)."""
+    found = phi(np.array([[4.0, 3.0], [3.0, 5.0]]), np.array([4.0, 5.0]), 10)
+    assert found[0, 1] == pytest.approx(10 / np.sqrt(600))
+    assert found.diagonal().tolist() == pytest.approx([1, 1])
+
+
+def test_it_is_the_correlation_of_the_columns() -> None:
+    lost = (DRAW.random((6, 80)) < np.linspace(0.05, 0.9, 6)[:, None]).astype(int)
+    both, each = counts(lost)
+    assert phi(both, each, 80) == pytest.approx(np.corrcoef(lost))
+
+
+def test_losing_none_or_all_says_nothing() -> None:
+    lost = np.array([[0, 0, 0], [1, 1, 1], [1, 0, 0]])
+    found = phi(*counts(lost), 3)
+    assert np.isnan(found[0]).all()
+    assert np.isnan(found[1]).all()
+    assert found[2, 2] == pytest.approx(1)
+
+
+def average_linkage(agreement: np.ndarray, alike: float) -> set[frozenset[int]]:
+    """Join the two groups whose members agree most on average, until none agrees enough."""
+    groups = [frozenset([number]) for number in range(len(agreement))]
+
+    def mean(pair: tuple[frozenset[int], frozenset[int]]) -> float:
+        return float(np.mean([agreement[i, j] for i, j in itertools.product(*pair)]))
+
+    while len(groups) > 1:
+        best = max(itertools.combinations(groups, 2), key=mean)
+        if mean(best) < alike:
+            break
+        groups = [group for group in groups if group not in best] + [best[0] | best[1]]
+    return {group for group in groups if len(group) > 1}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_those_of_a_naive_clustering(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    base = draw.random((3, 60)) < 0.4
+    lost = np.array([base[n % 3] ^ (draw.random(60) < 0.12) for n in range(9)]).astype(int)
+    agreement = phi(*counts(lost), 60)
+    order, groups = clustered(agreement, 0.5)
+    assert {frozenset(group) for group in groups} == average_linkage(agreement, 0.5)
+    assert groups
+    assert sorted(order) == list(range(9))
+    # What is one group stands together.
+    for group in groups:
+        places = sorted(order.index(member) for member in group)
+        assert places == list(range(places[0], places[0] + len(group)))
+
+
+def test_what_is_exactly_alike_is_one_group() -> None:
+    ((*group,),) = clustered(np.full((3, 3), 0.5), 0.5)[1]
+    assert sorted(group) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_alone_is_no_group(count: int) -> None:
+    assert clustered(np.ones((count, count)), 0.5) == (list(range(count)), [])

@@ -1,0 +1,464 @@
+"""Confidence sequences against the definition, all orders of a population, and simulation."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+from tracker.stats.sequential import confidence as module
+from tracker.stats.sequential.confidence import (
+    BOLD,
+    BOLD_ON,
+    BOLDEST,
+    EARLY,
+    EARLY_SHARE,
+    MeanSequences,
+    horizons,
+)
+
+Array = NDArray[np.float64]
+BLOCK = 32
+STEPS = 250
+
+
+def test_docstring_examples() -> None:
+    assert doctest.testmod(module).failed == 0
+
+
+def looks(sequence: MeanSequences, values: Array, block: int = BLOCK) -> Iterator[int]:
+    """Look after every block; yields how many documents were seen."""
+    for start in range(0, len(values), block):
+        sequence.add(values[start : start + block])
+        yield min(start + block, len(values))
+
+
+def shuffled(values: Array, count: int, seed: int = 0) -> Array:
+    """`count` random orders of one population, as columns."""
+    generator = np.random.default_rng(seed)
+    return np.stack([generator.permutation(values) for _ in range(count)], axis=1)
+
+
+def drops(documents: int, lost: float, won: float) -> Array:
+    """Paired differences of so many documents: shares lost and won, the rest ties."""
+    found = np.zeros(documents)
+    lose, win = round(documents * lost), round(documents * won)
+    found[:lose], found[lose : lose + win] = 1, -1
+    return found
+
+
+# -- the definition --------------------------------------------------------------------------------
+
+
+class Book:
+    """The games of one series in [0, 1], one candidate, bet and document at a time."""
+
+    def __init__(self, population: int, chance: float, within: float | None = None) -> None:
+        self.population, self.chance, self.within = population, chance, within
+        self.x: list[float] = []
+        self.horizons = [float(each) for each in horizons(population)]
+        self.shares = [1 / len(self.horizons)] * len(self.horizons)
+        if within is not None:
+            self.horizons = self.horizons[:EARLY]
+            self.shares = [*[EARLY_SHARE / len(self.horizons)] * len(self.horizons)]
+            self.shares.append(1 - EARLY_SHARE)
+        self.boldness = 2 * (math.log(2 / chance) + math.log(len(self.shares)))
+        self.games = {
+            (step / STEPS, side): list(self.shares) for step in range(STEPS + 1) for side in (1, -1)
+        }
+        self.low, self.high = 0.0, 1.0
+
+    def look(self, x: list[float], low: float, high: float) -> None:
+        """Bet on further documents, while candidates from low to high are left."""
+        for value in x:
+            seen, total = len(self.x), sum(self.x)
+            mean = (total + 0.5) / (seen + 1)
+            variance = (sum(v * v for v in self.x) + 0.5) / (seen + 1) - mean**2
+            left = self.population - seen
+            scale = self.population / left
+            ends = [(self.population * bound - total) / left for bound in (low, high)]
+            worst = min(1.0, max(0.5, ends[1], 1 - ends[0]))
+            bets = [math.sqrt(self.boldness / variance / tau) * scale for tau in self.horizons]
+            if self.within is not None:
+                bets.append(self.within / variance * scale)
+            for (candidate, side), stakes in self.games.items():
+                rest = (self.population * candidate - total) / left
+                if not 0 <= rest <= 1:
+                    continue
+                room = rest if side == 1 else 1 - rest
+                for n, bet in enumerate(bets):
+                    if n < BOLD and seen >= BOLD_ON:
+                        stakes[n] = 0.0
+                        continue
+                    cut = min(bet, BOLDEST / max(1e-9, room if n < BOLD else worst))
+                    stakes[n] *= 1 + side * cut * (value - rest)
+            self.x.append(value)
+        rejected: dict[int, list[float]] = {1: [], -1: []}
+        for (candidate, side), stakes in self.games.items():
+            if low <= candidate <= high and sum(stakes) >= 2 / self.chance:
+                rejected[side].append(candidate)
+        least = sum(self.x) / self.population
+        most = least + 1 - len(self.x) / self.population
+        self.low = max([self.low, least, *rejected[1]])
+        self.high = min([self.high, most, *rejected[-1]])
+
+
+@pytest.mark.parametrize("within", [None, 0.04])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_candidate_and_one_bet_at_a_time(seed: int, within: float | None) -> None:
+    generator = np.random.default_rng(seed)
+    share = [0.5, 0.95, 0.02, 0.3][seed]
+    values = generator.random(320) ** 3 if seed == 3 else generator.random(320) < share
+    x = np.asarray(values, dtype=np.float64)[:, None]
+    sequence = MeanSequences(320, 1, level=0.9, together=3, lowest=0, highest=1, within=within)
+    book = Book(320, 0.1 / 3, within)
+    for start in range(0, 320, 29):
+        part = x[start : start + 29]
+        book.look(part[:, 0].tolist(), float(sequence.low[0]), float(sequence.high[0]))
+        sequence.add(part)
+        # Never more than the games allow, and little less.
+        slack = 0.03 * (book.high - book.low) + 1e-12
+        assert book.low - slack < sequence.low[0] < book.low + 1 / STEPS
+        assert book.high - 1 / STEPS < sequence.high[0] < book.high + slack
+    assert sequence.low[0] == pytest.approx(sequence.high[0], abs=1e-12)
+
+
+def test_the_bound_of_documents_that_are_all_right() -> None:
+    # Among a billion documents each draw is the same; then 30 right ones, looked at once, leave
+    # a product of 1 + λ (1 - m) of each stake, where no λ risks more than BOLDEST.
+    sequence = MeanSequences(10**9, 1, lowest=0, highest=1)
+    sequence.add(np.ones((30, 1)))
+    right = (np.arange(30) + 0.5) / (np.arange(30) + 1)
+    tau = horizons(10**9)[:, None]
+    bets = np.sqrt(2 * math.log(2 / 0.05 * len(tau)) / (right * (1 - right) * tau))
+
+    def lacking(mean: float) -> float:
+        cut = np.minimum(bets, BOLDEST / np.where(np.arange(len(tau)) < BOLD, mean, 1)[:, None])
+        return float(np.mean(np.prod(1 + cut * (1 - mean), axis=1)) - 2 / 0.05)
+
+    exact = optimize.brentq(lacking, 0.01, 0.99)
+    assert 0.99 * exact < sequence.low[0] <= exact
+    assert sequence.high[0] == 1
+
+
+def made(sequence: MeanSequences, mean: float, side: int) -> Array:
+    """What each bet above (1) or below (-1) a mean in [0, 1] made of 1, [bets, series]."""
+    which = np.arange(len(sequence.low))
+    candidates = np.full((2, len(which)), mean)
+    logs = [
+        stakes(which)(candidates) for stakes in (sequence._bold_stakes, sequence._cautious_stakes)
+    ]
+    return np.exp(np.concatenate(logs))[:, 0 if side == 1 else 1]
+
+
+@pytest.mark.parametrize("within", [None, 0.2])
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize(
+    "values", [(1, 1, -1, -1, 0, 0), (1, 0, 0, 0, 0, -0.7), (1, 1, 1, 1, 1, -1)]
+)
+def test_over_all_orders_no_bet_against_the_true_mean_is_more_than_fair(
+    values: tuple[float, ...], side: int, within: float | None
+) -> None:
+    # All 720 orders, one a series.
+    orders = np.array(list(itertools.permutations(values)), dtype=np.float64).T
+    sequence = MeanSequences(6, 720, within=within)
+    true = (np.mean(values) + 1) / 2
+    for _ in looks(sequence, orders, 1):
+        means = made(sequence, float(true), side).mean(axis=1)
+        # A cut that is the same in all orders so far keeps a bet fair; the others are worth more.
+        bold = len(sequence._bold)
+        assert means[:bold] == pytest.approx(np.ones(bold), abs=1e-9)
+        assert (means < 1 + 1e-9).all()
+
+
+def test_over_many_orders_no_bet_against_the_true_mean_is_more_than_fair() -> None:
+    # Longer than the bold bets play; they are given up, and are worth nothing then.
+    values = drops(300, 0.1, 0.04)
+    sequence = MeanSequences(300, 1000)
+    for seen in looks(sequence, shuffled(values, 1000)):
+        for side in (1, -1):
+            each = made(sequence, (values.mean() + 1) / 2, side)
+            error = each.std(axis=1) / math.sqrt(1000)
+            assert (each.mean(axis=1) < 1 + 4 * error + 1e-9).all()
+            assert (each[:BOLD] == 0).all() == (seen > BOLD_ON)
+
+
+def test_a_bet_above_earns_less_against_a_higher_mean() -> None:
+    sequence = MeanSequences(400, 3)
+    for seen in looks(sequence, shuffled(drops(400, 0.3, 0.1), 3)):
+        if seen not in (96, 384):
+            continue
+        low, high = (sequence.low.min() + 1) / 2, (sequence.high.max() + 1) / 2
+        above, below = (
+            np.array([made(sequence, mean, side) for mean in np.linspace(low, high, 50)])
+            for side in (1, -1)
+        )
+        bold = 0 if seen < BOLD_ON else BOLD
+        assert (np.diff(above, axis=0)[:, bold:] < 0).all()
+        assert (np.diff(below, axis=0)[:, bold:] > 0).all()
+
+
+@given(st.floats(-BOLDEST, 50))
+def test_what_is_said_of_a_logarithm_is_never_too_much(y: float) -> None:
+    bound = sum(weight * y**power for power, weight in enumerate(module._WEIGHTS))
+    assert bound <= math.log1p(y) + 1e-12
+
+
+# -- what is promised ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("documents", [1, 5, 31, 32, 33, 570])
+def test_at_the_end_they_are_the_mean(documents: int) -> None:
+    values = shuffled(drops(documents, 0.25, 0.1), 4)
+    sequence = MeanSequences(documents, 4)
+    widths = [sequence.high - sequence.low for _ in looks(sequence, values)]
+    assert sequence.low.tolist() == sequence.high.tolist()
+    assert sequence.low == pytest.approx(values.mean(axis=0), abs=1e-12)
+    assert (np.diff(widths, axis=0) <= 0).all()
+
+
+def test_who_is_left_out_keeps_its_bounds_and_changes_no_other() -> None:
+    values = shuffled(drops(320, 0.2, 0.05), 3)
+    alone, one_leaves = MeanSequences(320, 2, together=3), MeanSequences(320, 3)
+    stay, both = np.array([0, 2]), np.array([0, 1])
+    for start in range(0, 320, BLOCK):
+        rows = slice(start, start + BLOCK)
+        alone.add(values[rows][:, stay], both)
+        if start < 96:
+            one_leaves.add(values[rows])
+            left = one_leaves.low[1], one_leaves.high[1]
+        else:
+            one_leaves.add(values[rows][:, stay], stay)
+        assert one_leaves.low[stay].tolist() == alone.low.tolist()
+        assert one_leaves.high[stay].tolist() == alone.high.tolist()
+    assert (one_leaves.low[1], one_leaves.high[1]) == left
+    assert one_leaves.seen.tolist() == [320, 96, 320]
+    # It comes back: as if it had never been away.
+    whole = MeanSequences(320, 1, together=3)
+    for start in range(0, 320, BLOCK):
+        rows = slice(start, start + BLOCK)
+        whole.add(values[rows][:, 1:2])
+        if start >= 96:
+            one_leaves.add(values[rows][:, 1:2], np.array([1]))
+    assert one_leaves.low[1] == whole.low[0] == one_leaves.high[1]
+
+
+def test_more_certainty_and_more_company_make_them_wider() -> None:
+    values = shuffled(drops(1000, 0.2, 0.1), 1)[:320]
+
+    def width(**said: float) -> float:
+        sequence = MeanSequences(1000, 1, **said)
+        sequence.add(values)
+        return float(sequence.high[0] - sequence.low[0])
+
+    assert width() < width(level=0.99) < width(level=0.999)
+    assert width() < width(together=30)
+    assert width(together=50, level=0.95) == width(level=0.999)
+
+
+def test_not_much_wider_than_an_interval_that_is_looked_at_once() -> None:
+    values = shuffled(drops(2000, 0.06, 0.04), 20)
+    sequence = MeanSequences(2000, 20, together=1)
+    for seen in looks(sequence, values):
+        once = stats.norm.ppf(0.975) * values[:, 0].std() * math.sqrt(1 / seen - 1 / 2000)
+        if 500 < seen < 1500:
+            assert 1 < float((sequence.high - sequence.low).mean()) / (2 * once) < 1.9
+
+
+@pytest.mark.parametrize("bad", [1.5, -1.1, math.nan, math.inf])
+def test_a_value_that_cannot_be_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="a value is not from -1 to 1"):
+        MeanSequences(10, 1).add(np.array([[0.5], [bad]]))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 documents"):
+        MeanSequences(0, 1)
+    with pytest.raises(ValueError, match="from 1 to 1"):
+        MeanSequences(5, 1, lowest=1, highest=1)
+    with pytest.raises(ValueError, match="for 2 series"):
+        MeanSequences(5, 2).add(np.zeros((1, 3)))
+    sequence = MeanSequences(5, 1)
+    sequence.add(np.zeros((3, 1)))
+    with pytest.raises(ValueError, match="more than all 5 documents"):
+        sequence.add(np.zeros((3, 1)))
+
+
+# -- beside plain betting --------------------------------------------------------------------------
+
+ARC_EASY = [
+    *((188, 41), (169, 47), (86, 42), (33, 15), (62, 28), (45, 30), (51, 31), (40, 32), (61, 21)),
+    *((63, 27), (59, 33), (134, 61), (47, 28), (48, 20), (45, 34), (48, 20), (52, 20), (37, 20)),
+    *((34, 26), (29, 29), (48, 23), (57, 36), (64, 21), (72, 24), (72, 40), (27, 24), (31, 21)),
+    *((60, 29), (107, 32), (118, 51)),
+]
+"""Of 570 documents of arc_easy, how many SmolLM2 (bfloat16) loses and wins without each layer."""
+
+
+def arc_easy(documents: int, seed: int = 0) -> Array:
+    """As many documents that are lost and won in these shares, in random order."""
+    generator = np.random.default_rng(seed)
+    layers = [drops(documents, lost / 570, won / 570) for lost, won in ARC_EASY]
+    return np.stack([generator.permutation(layer) for layer in layers], axis=1)
+
+
+def plug_in(drawn: Array, looked: list[int], level: float = 0.95) -> dict[int, float]:
+    """Mean widths of the hedged bets of Waudby-Smith and Ramdas, candidate by candidate.
+
+    Without replacement (section 5), with the plug-in bets of their equation 26, cut at 1/2.
+    """
+    (population, count), widths = drawn.shape, {}
+    x, grid = (drawn + 1) / 2, np.linspace(0, 1, 1001)
+    chance = (1 - level) / count
+    logs = np.zeros((2, count, len(grid)))
+    total, spread, low, high = (
+        np.zeros(count),
+        np.full(count, 0.25),
+        np.zeros(count),
+        np.ones(count),
+    )
+    for t in range(1, max(looked) + 1):
+        # √(2 log(2/α) / (σ² t log(t + 1))) with the variance spread / t
+        bet = np.sqrt(2 * math.log(2 / chance) / (spread * math.log(t + 1)))[:, None]
+        rest = (population * grid - total[:, None]) / (population - t + 1)
+        for side, logs_of, room in ((1, logs[0], rest), (-1, logs[1], 1 - rest)):
+            cut = np.minimum(bet, 0.5 / np.maximum(room, 1e-9))
+            logs_of += np.log(np.maximum(1 + side * cut * (x[t - 1][:, None] - rest), 1e-300))
+        total += x[t - 1]
+        spread += (x[t - 1] - (0.5 + total) / (t + 1)) ** 2
+        if t in looked:
+            rich = logs >= math.log(2 / chance)
+            low = np.maximum(low, np.where(rich[0], grid, 0).max(axis=1))
+            high = np.minimum(high, np.where(rich[1], grid, 1).min(axis=1))
+            low, high = (
+                np.maximum(low, total / population),
+                np.minimum(high, (total + population - t) / population),
+            )
+            widths[t] = 200 * float((high - low).mean())
+    return widths
+
+
+def ours(drawn: Array, looked: list[int], within: float | None = None) -> dict[int, float]:
+    """Mean widths of ours."""
+    sequence = MeanSequences(*drawn.shape, within=within)
+    found = {
+        seen: 100 * float((sequence.high - sequence.low).mean())
+        for seen in looks(sequence, drawn[: max(looked)])
+    }
+    return {seen: found[seen] for seen in looked}
+
+
+BEFORE = {
+    (400, None): {64: 86.1, 128: 35.7, 192: 20.9, 352: 7.2},
+    (400, 0.05): {64: 134.4, 128: 42.9, 192: 22.0, 352: 7.0},
+    (2000, None): {64: 92.2, 128: 42.5, 256: 21.8, 512: 12.8, 1024: 7.4},
+    (2000, 0.05): {64: 151.4, 128: 53.6, 256: 23.9, 512: 12.4, 1024: 7.3},
+}
+"""What five cautious bets of any size, or one for a width, came to until 2026-11-28."""
+
+
+def widths_table() -> Iterator[str]:
+    """Write the table of docs/statistics.md."""
+    for (documents, within), before in BEFORE.items():
+        drawn = arc_easy(documents)
+        rows = {"before": before, "now": ours(drawn, list(before), within)}
+        if within is None:
+            rows["plug-in"] = plug_in(drawn, list(before))
+        for name, row in rows.items():
+            widths = ", ".join(f"{seen}: {width:.1f}" for seen, width in row.items())
+            yield f"{documents} documents, within {within}, {name}: {widths}"
+
+
+@pytest.mark.parametrize("documents", [400, 2000])
+def test_at_every_look_as_sharp_as_plain_betting_and_as_before(documents: int) -> None:
+    drawn, before = arc_easy(documents), BEFORE[documents, None]
+    plain = plug_in(drawn, list(before))
+    widths = ours(drawn, list(before))
+    for seen, width in widths.items():
+        assert width < 1.02 * min(plain[seen], before[seen])
+    wanted = ours(drawn, list(before), within=0.05)
+    for seen, width in wanted.items():
+        assert width < min(1.1 * widths[seen], BEFORE[documents, 0.05][seen] * 1.01)
+
+
+# -- coverage --------------------------------------------------------------------------------------
+
+
+def errors(values: Array, level: float, within: float | None = None) -> float:
+    """The share of series whose mean some look's interval missed."""
+    n, count = values.shape
+    sequence = MeanSequences(n, count, level=level, together=1, within=within)
+    missed = np.zeros(count, dtype=bool)
+    mean = values.mean(axis=0)
+    for _ in looks(sequence, values):
+        missed |= (sequence.low > mean + 1e-9) | (sequence.high < mean - 1e-9)
+    return float(missed.mean())
+
+
+def naive_errors(values: Array, level: float) -> float:
+    """The same for an interval that is right when it is looked at once."""
+    n, count = values.shape
+    missed, mean = np.zeros(count, dtype=bool), values.mean(axis=0)
+    far = stats.norm.ppf((1 + level) / 2)
+    for seen in range(BLOCK, n, BLOCK):
+        sd = values[:seen].std(axis=0, ddof=1)
+        half = far * sd * math.sqrt(1 / seen - 1 / n)
+        missed |= abs(values[:seen].mean(axis=0) - mean) > half + 1e-9
+    return float(missed.mean())
+
+
+CELLS = {
+    "no drop": drops(2000, 0.06, 0.06),
+    "a drop of 1 pp": drops(1500, 0.05, 0.04),
+    "a drop near 1": drops(1000, 0.97, 0),
+    "ties but for a few": drops(1000, 0.004, 0.002),
+    "one document is lost": drops(100, 0.01, 0),
+    "all the same": drops(100, 0, 0),
+    "half lost, half won": drops(570, 0.5, 0.5),
+    "twenty documents": drops(20, 0.35, 0.2),
+    "all lost but one": drops(40, 0.975, 0.025),
+    "parts of a point": np.random.default_rng(1).beta(0.3, 0.4, 1200) - 0.5,
+    "fifteen thousand": drops(15000, 0.06, 0.05),
+}
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_more_errors_than_promised(cell: str, level: float) -> None:
+    assert errors(shuffled(CELLS[cell], 400), level) <= 1 - level
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if len(CELLS[cell]) <= 2000])
+def test_no_more_errors_where_one_width_is_wanted(cell: str) -> None:
+    assert errors(shuffled(CELLS[cell], 400), 0.8, within=0.05) <= 0.2
+
+
+@pytest.mark.parametrize("cell", ["no drop", "a drop of 1 pp", "half lost, half won"])
+def test_an_interval_for_one_look_makes_more(cell: str) -> None:
+    values = shuffled(CELLS[cell], 600)
+    assert naive_errors(values, level=0.95) > 0.15
+
+
+def test_all_layers_together() -> None:
+    # 40 cells of 12 layers on the same documents in the same order, from harmless to ruinous.
+    generator, wrong = np.random.default_rng(5), 0
+    population = np.stack(
+        [generator.permutation(drops(600, lost, 0.03)) for lost in np.linspace(0.03, 0.9, 12)],
+        axis=1,
+    )
+    mean = population.mean(axis=0)
+    for _ in range(40):
+        values, missed = generator.permutation(population), False
+        sequence = MeanSequences(600, 12, level=0.8)
+        for _ in looks(sequence, values):
+            missed |= bool(((sequence.low > mean + 1e-9) | (sequence.high < mean - 1e-9)).any())
+        wrong += missed
+    assert wrong <= 8

@@ -1,0 +1,440 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from tracker.stats import correlation as module
+from tracker.stats.correlation import (
+    COEFFICIENTS,
+    correlate,
+    correlation_difference,
+    partial_correlate,
+    rank_disagreement,
+    row_coefficients,
+)
+from tracker.stats.resampling import resampled_means
+from tracker.stats.surrogates import surrogate_series
+
+Values = NDArray[np.float64]
+SCIPY = {"spearman": stats.spearmanr, "kendall": stats.kendalltau, "pearson": stats.pearsonr}
+
+# Multiples of 0.25: ties are common, and exact.
+few = st.integers(-4, 4).map(lambda k: k / 4)
+columns = st.integers(3, 9).flatmap(
+    lambda n: st.tuples(*[st.lists(few, min_size=n, max_size=n)] * 2)
+)
+
+
+def naive_tau_b(x: list[float], y: list[float]) -> float:
+    """Kendall's tau-b over the pairs, as Kendall defines it."""
+    balance = untied_x = untied_y = 0
+    for i, j in itertools.combinations(range(len(x)), 2):
+        a, b = (x[i] > x[j]) - (x[i] < x[j]), (y[i] > y[j]) - (y[i] < y[j])
+        balance += a * b
+        untied_x += a != 0
+        untied_y += b != 0
+    return balance / math.sqrt(untied_x * untied_y) if untied_x and untied_y else math.nan
+
+
+def test_spearman_of_the_textbook() -> None:
+    # IQ and hours of television of ten people: rho = -29/165, p = 0.63.
+    iq = np.array([106, 100, 86, 101, 99, 103, 97, 113, 112, 110], dtype=float)
+    hours = np.array([7, 27, 2, 50, 28, 29, 20, 12, 6, 17], dtype=float)
+    correlation = correlate(iq, hours, coefficient="spearman")
+    assert correlation.value == pytest.approx(-29 / 165)
+    # Nearly the textbook's p: ten people are no series, and look like none.
+    assert correlation.p_value == pytest.approx(0.627, abs=0.05)
+    assert (correlation.n, correlation.reason) == (10, None)
+    assert (correlation.low, correlation.high) == (None, None)
+
+
+@given(columns)
+def test_rows_against_scipy_and_the_definition(pair: tuple[list[float], list[float]]) -> None:
+    x, y = (np.array(column) for column in pair)
+    constant = np.ptp(x) == 0 or np.ptp(y) == 0
+    for coefficient in COEFFICIENTS:
+        (row,) = row_coefficients(x[None], y[None], coefficient)
+        if constant:
+            assert math.isnan(row)
+        else:
+            assert row == pytest.approx(SCIPY[coefficient](x, y).statistic, abs=1e-12)
+        if coefficient == "kendall":
+            assert row == pytest.approx(naive_tau_b(*pair), abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_many_rows_in_chunks(coefficient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAIRS", 100)
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 6, (37, 8)) / 6, generator.integers(0, 6, (37, 8)) / 6
+    y[3], x[4], y[5, 2], x[6, 1] = 0.5, 0.25, np.nan, np.inf
+    rows = row_coefficients(x, y, coefficient)
+    assert np.flatnonzero(np.isnan(rows)).tolist() == [3, 4, 5, 6]
+    expected = [SCIPY[coefficient](a, b).statistic for a, b in zip(x[7:], y[7:], strict=True)]
+    assert rows[7:] == pytest.approx(expected, abs=1e-12)
+    single = row_coefficients(x[:1], y, coefficient)
+    assert single == pytest.approx(
+        row_coefficients(np.repeat(x[:1], 37, axis=0), y, coefficient), nan_ok=True
+    )
+
+
+@given(columns)
+def test_correlation_is_symmetric_and_odd(pair: tuple[list[float], list[float]]) -> None:
+    x, y = (np.array(column) for column in pair)
+    for coefficient in COEFFICIENTS:
+        there, back, mirrored = (
+            correlate(a, b, coefficient=coefficient, surrogates=49)
+            for a, b in ((x, y), (y, x), (x, -y))
+        )
+        if there.value is None:
+            assert back.value is None
+            assert there.reason is not None
+        else:
+            assert there.value == pytest.approx(back.value, abs=1e-12)
+            assert there.p_value == back.p_value
+            assert there.value == pytest.approx(-(mirrored.value or 0.0), abs=1e-12)
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_a_constant_row_has_no_coefficient_whatever_its_mean_rounds_to(coefficient: str) -> None:
+    """Ten times 0.7, less their mean, is not nothing: without a look at the row, it correlates."""
+    for layers, value in itertools.product(range(3, 20), (0.1, 0.7, 1 / 3)):
+        constant, other = np.full((1, layers), value), np.arange(float(layers))[None]
+        for x, y in ((constant, other), (other, constant), (constant, constant)):
+            assert np.isnan(row_coefficients(x, y, coefficient)).all()
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_two_layers_agree_or_not(coefficient: str) -> None:
+    """Their one pair is all that there is."""
+    rows = np.array([[1.0, 2.0], [5.0, 3.0]])
+    found = row_coefficients(rows, np.array([[7.0, 9.0]]), coefficient)
+    assert found == pytest.approx([1, -1])
+
+
+def test_rounding_errors_are_ties() -> None:
+    drop = np.array([0.1 + 0.2, 0.3, 0.1, 0.4])
+    proxy = np.array([1.0, 2.0, 0.5, 3.0])
+    exact = correlate(proxy, np.array([0.3, 0.3, 0.1, 0.4]), coefficient="kendall")
+    assert correlate(proxy, drop, coefficient="kendall") == exact
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+@pytest.mark.parametrize(
+    ("proxy", "drop", "reason"),
+    [
+        ([], [], "0 layers, and a correlation needs at least 3"),
+        ([1.0], [1.0], "1 layer, and a correlation needs at least 3"),
+        ([1.0, 2.0], [1.0, 2.0], "2 layers, and a correlation needs at least 3"),
+        ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], "the proxy is the same in all 3 layers"),
+        ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], "the accuracy drop is the same in all 3 layers"),
+        ([1.0, math.nan, 3.0], [1.0, 2.0, 3.0], "the proxy is undefined in 1 of 3 layers"),
+        ([1.0, 2.0, 3.0], [None, None, 3.0], "the accuracy drop is undefined in 2 of 3 layers"),
+        ([1.0, math.inf, 3.0], [1.0, 2.0, 3.0], "the proxy is undefined in 1 of 3 layers"),
+    ],
+)
+def test_undefined_correlations(
+    coefficient: str, proxy: list[float], drop: list[float], reason: str
+) -> None:
+    correlation = correlate(
+        np.array(proxy), np.array(drop), coefficient=coefficient, resampled_drop=np.ones((9, 3))
+    )
+    assert correlation.value is None
+    assert correlation.p_value is None
+    assert correlation.low is None
+    assert correlation.high is None
+    assert correlation.n == len(proxy)
+    assert correlation.coefficient == coefficient
+    assert correlation.reason == reason
+
+
+def test_requests_that_make_no_sense_are_refused() -> None:
+    values = np.arange(4.0)
+    with pytest.raises(ValueError, match="one of spearman, kendall, pearson"):
+        correlate(values, values, coefficient="spearmen")
+    with pytest.raises(ValueError, match="surrogates"):
+        correlate(values, values, coefficient="kendall", surrogates=0)
+    for proxy, drop in ((values, values[:3]), (np.ones((2, 4)), np.ones((2, 4)))):
+        with pytest.raises(ValueError, match=r"^a proxy of the shape"):
+            correlate(proxy, drop, coefficient="kendall")
+    for rows in (np.ones((9, 3)), np.ones(4)):
+        with pytest.raises(ValueError, match="do not match"):
+            correlate(values, values, coefficient="kendall", resampled_drop=rows)
+    with pytest.raises(ValueError, match="do not match"):
+        row_coefficients(np.ones((2, 4)), np.ones((3, 4)), "pearson")
+
+
+# -- the p-value -----------------------------------------------------------------------------------
+
+
+def ar1(generator: np.random.Generator, rho: float, count: int, layers: int) -> Values:
+    """Stationary Gaussian series of first order, variance 1."""
+    series = generator.normal(size=(count, layers))
+    for layer in range(1, layers):
+        series[:, layer] = rho * series[:, layer - 1] + math.sqrt(1 - rho**2) * series[:, layer]
+    return series
+
+
+def rejected(x: Values, y: Values, coefficient: str) -> float:
+    """The share of the pairs that are called significant at 5 %."""
+    p_values = [
+        correlate(a, b, coefficient=coefficient, surrogates=199, seed=seed).p_value
+        for seed, (a, b) in enumerate(zip(x, y, strict=True))
+    ]
+    return float(np.mean(np.array(p_values) <= 0.05))
+
+
+def rejected_by_free_shuffles(x: Values, y: Values) -> float:
+    generator = np.random.default_rng(0)
+    p_values = []
+    for a, b in zip(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1), strict=True):
+        shuffled = generator.permuted(np.tile(b, (199, 1)), axis=1)
+        observed, *others = np.abs(row_coefficients(a[None], np.vstack([b, shuffled]), "pearson"))
+        p_values.append((np.sum(np.array(others) >= observed - 1e-9) + 1) / 200)
+    return float(np.mean(np.array(p_values) <= 0.05))
+
+
+@pytest.mark.parametrize(
+    ("rho_x", "rho_y", "layers", "coefficient"),
+    [
+        (0.0, 0.0, 30, "spearman"),
+        (0.5, 0.5, 30, "spearman"),
+        (0.9, 0.9, 30, "spearman"),
+        (0.9, 0.9, 30, "kendall"),
+        (0.9, 0.9, 30, "pearson"),
+        (0.9, 0.0, 30, "spearman"),
+        (0.9, 0.9, 12, "spearman"),
+    ],
+)
+def test_unrelated_series_are_significant_as_often_as_said(
+    rho_x: float, rho_y: float, layers: int, coefficient: str
+) -> None:
+    generator = np.random.default_rng(12)
+    x, y = ar1(generator, rho_x, 400, layers), ar1(generator, rho_y, 400, layers)
+    # Two standard errors of 5 % in 400 pairs.
+    assert rejected(x, y, coefficient) <= 0.072
+
+
+def test_why_layers_are_not_shuffled_freely() -> None:
+    generator = np.random.default_rng(12)
+    x, y = ar1(generator, 0.9, 400, 30), ar1(generator, 0.9, 400, 30)
+    assert rejected_by_free_shuffles(x, y) > 0.3
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.2])
+def test_a_true_correlation_is_found_nearly_as_often_as_by_free_shuffles(rho: float) -> None:
+    generator = np.random.default_rng(1)
+    x, noise = ar1(generator, rho, 400, 30), ar1(generator, rho, 400, 30)
+    y = 0.5 * x + math.sqrt(0.75) * noise
+    free = rejected_by_free_shuffles(x, y)
+    assert free > 0.7
+    assert rejected(x, y, "spearman") > free - 0.06
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_the_p_value_against_a_count_by_scipy(coefficient: str) -> None:
+    """Kendall's and Pearson's are of the values, Spearman's is of the ranks; the larger stands."""
+    generator = np.random.default_rng(5)
+    for layers in (5, 9, 20):
+        x = np.exp(2 * generator.normal(size=layers))
+        y = x + 3 * np.exp(2 * generator.normal(size=layers))
+        found = correlate(x, y, coefficient=coefficient, surrogates=99, seed=layers)
+        assert found.coefficient == coefficient
+        if coefficient == "spearman":
+            x, y = stats.rankdata(x), stats.rankdata(y)
+        statistic = SCIPY[coefficient]
+        observed = abs(statistic(x, y).statistic) - 1e-9
+        counts = [
+            sum(abs(statistic(kept, other).statistic) >= observed for other in others)
+            for kept, others in (
+                (x, surrogate_series(y, 99, layers)),
+                (y, surrogate_series(x, 99, layers)),
+            )
+        ]
+        assert found.p_value == (max(counts) + 1) / 100
+
+
+def test_the_p_value_is_never_0() -> None:
+    values = np.random.default_rng(0).normal(size=30)
+    perfect = correlate(values, values, coefficient="spearman", surrogates=99)
+    assert perfect.value == pytest.approx(1)
+    assert perfect.p_value == 0.01  # (0 + 1) / (99 + 1)
+
+
+# -- the interval ----------------------------------------------------------------------------------
+
+
+def layers_and_documents(generator: np.random.Generator) -> tuple[Values, Values]:
+    """A proxy for 20 layers and the outcomes of 400 documents that really lose accuracy."""
+    loss = np.linspace(0.0, 0.3, 20)
+    proxy = loss + 0.03 * np.sin(7 * np.arange(20.0))
+    right = generator.random((400, 1)) < 0.7
+    kept = np.where(right, generator.random((400, 20)) > loss, generator.random((400, 20)) < 0.05)
+    return proxy, right.astype(float) - kept
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_interval_covers_the_coefficient_of_other_documents(coefficient: str) -> None:
+    generator = np.random.default_rng(0)
+    found = []
+    for seed in range(120):
+        proxy, differences = layers_and_documents(generator)
+        found.append(
+            correlate(
+                proxy,
+                differences.mean(axis=0),
+                coefficient=coefficient,
+                resampled_drop=resampled_means(differences, 200, seed),
+                surrogates=1,
+            )
+        )
+    expected = np.mean([correlation.value for correlation in found if correlation.value])
+    covered = [
+        correlation.low <= expected <= correlation.high
+        for correlation in found
+        if correlation.low is not None and correlation.high is not None
+    ]
+    assert len(covered) == 120
+    assert np.mean(covered) > 0.85
+
+
+def test_interval_resamples_proxy_and_drop_together() -> None:
+    # One and the same quantity on both sides: the same resampled documents always agree.
+    values = np.random.default_rng(0).normal(size=(50, 6))
+    resampled = resampled_means(values, 100, seed=0)
+    means = values.mean(axis=0)
+    both = correlate(
+        means, means, coefficient="spearman", resampled_proxy=resampled, resampled_drop=resampled
+    )
+    assert (both.low, both.high) == (pytest.approx(1), pytest.approx(1))
+    one = correlate(means, means, coefficient="spearman", resampled_proxy=resampled)
+    assert one.low is not None
+    assert one.low < 0.9
+    assert one.high == 1  # clipped
+    mirrored = correlate(means, -means, coefficient="spearman", resampled_proxy=resampled)
+    assert mirrored.low == -1
+
+
+def test_constant_resamples_leave_the_value_without_an_interval() -> None:
+    values = np.arange(4.0)
+    correlation = correlate(values, values, coefficient="kendall", resampled_drop=np.zeros((50, 4)))
+    assert correlation.value == pytest.approx(1)
+    assert (correlation.low, correlation.high, correlation.reason) == (None, None, None)
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+def test_rank_disagreement() -> None:
+    order = np.arange(30.0)
+    assert rank_disagreement(order, 3 * order) == (0, pytest.approx(29 / 30))
+    assert rank_disagreement(order, np.roll(order, 1))[0] == 1
+    assert rank_disagreement(np.array([1.0]), np.array([7.0])) == (0, 0)
+
+
+def test_rank_disagreement_of_random_orders_is_the_chance_level() -> None:
+    generator = np.random.default_rng(0)
+    shares = [rank_disagreement(generator.random(10), generator.random(10))[0] for _ in range(2000)]
+    assert np.mean(shares) == pytest.approx(0.9, abs=0.01)
+
+
+def test_equal_values_rank_by_layer() -> None:
+    assert rank_disagreement(np.array([1.0, 1.0, 2.0]), np.array([3.0, 4.0, 5.0]))[0] == 0
+    assert rank_disagreement(np.array([3.0, 4.0, 5.0]), np.array([1.0, 1.0, 2.0]))[0] == 0
+
+
+def test_undefined_ranks() -> None:
+    share, chance = rank_disagreement(np.array([1.0, math.nan]), np.array([1.0, 2.0]))
+    assert (math.isnan(share), chance) == (True, 0.5)
+    assert all(math.isnan(number) for number in rank_disagreement(np.array([]), np.array([])))
+    for proxy, drop in ((np.ones(2), np.ones(3)), (np.ones((2, 2)), np.ones((2, 2)))):
+        with pytest.raises(ValueError, match=r"^a proxy of the shape"):
+            rank_disagreement(proxy, drop)
+
+
+@given(st.integers(0, 10_000))
+def test_partial_ranks_against_residuals_of_a_regression(seed: int) -> None:
+    x, y, z = np.random.default_rng(seed).integers(0, 12, (3, 15)).astype(float)
+    ranks = [stats.rankdata(each) for each in (x, y, z)]
+    one, other = (each - np.polyval(np.polyfit(ranks[2], each, 1), ranks[2]) for each in ranks[:2])
+    found = partial_correlate(x, y, z, surrogates=1)
+    assert found.value == pytest.approx(stats.pearsonr(one, other).statistic, abs=1e-9)
+    assert (found.coefficient, found.n, found.low) == ("partial spearman", 15, None)
+
+
+def test_what_a_third_series_does_to_two_unrelated_ones() -> None:
+    generator = np.random.default_rng(0)
+    common = generator.normal(size=200)
+    x, y = common + generator.normal(0, 0.5, (2, 200))
+    assert stats.spearmanr(x, y).statistic > 0.7
+    found = partial_correlate(x, y, common, surrogates=199)
+    assert abs(found.value) < 0.15
+    assert found.p_value > 0.05
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.8])
+def test_unrelated_partial_series_are_significant_as_often_as_said(rho: float) -> None:
+    generator = np.random.default_rng(5)
+    times, wrong = 300, 0
+    for _ in range(times):
+        z, x, y = generator.normal(size=(3, 30))
+        for series in (z, x, y):
+            for layer in range(1, 30):
+                series[layer] = rho * series[layer - 1] + (1 - rho**2) ** 0.5 * series[layer]
+        found = partial_correlate(z + x, y - z, z, surrogates=199)
+        wrong += found.p_value < 0.05
+    assert wrong / times <= 0.08
+
+
+def test_a_partial_correlation_is_found_and_its_interval_holds_it() -> None:
+    generator = np.random.default_rng(2)
+    z, x = generator.normal(size=(2, 30))
+    y = z + x
+    drawn = [each + generator.normal(0, 0.1, (500, 30)) for each in (x, y, z)]
+    found = partial_correlate(x, y, z, resampled=(drawn[0], drawn[1], drawn[2]), surrogates=999)
+    assert found.value > 0.9
+    assert found.low < found.value <= found.high <= 1
+    assert found.p_value == 1 / 1000
+    fixed = partial_correlate(x, y, z, resampled=(x[None], drawn[1], z[None]), surrogates=9)
+    assert fixed.high - fixed.low < found.high - found.low
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "z", "reason"),
+    [
+        ([1, 2, 3], [1, 3, 2], [2, 1, 3], "3 layers, and a partial correlation needs at least 4"),
+        ([1, 2, 3, 4], [1, 3, 2, math.nan], [2, 1, 3, 4], "undefined in 1 of 4 layers"),
+        ([1, 2, 3, 4], [1, 3, 2, 4], [2, 2, 2, 2], "a series is the same in all 4 layers"),
+        ([1, 2, 3, 4], [1, 3, 2, 4], [4, 3, 2, 1], "has the ranks of what is held fixed"),
+    ],
+)
+def test_undefined_partial_correlations(x, y, z, reason: str) -> None:
+    found = partial_correlate(*(np.array(each, dtype=float) for each in (x, y, z)))
+    assert (found.value, found.low, found.p_value) == (None, None, None)
+    assert reason in found.reason
+
+
+def test_the_difference_of_two_coefficients_is_paired() -> None:
+    # Two proxies that share their noise: their difference is surer than either.
+    generator = np.random.default_rng(0)
+    truth, drop = np.arange(30.0), np.arange(30.0) + generator.normal(0, 8, 30)
+    noise = generator.normal(0, 6, (500, 30))
+    drops = drop + noise
+    one = (drop, drop + noise)
+    other = (truth, truth + generator.normal(0, 6, (500, 30)))
+    found = correlation_difference(one, other, (drop, drops), "spearman")
+    assert found.value == pytest.approx(1 - stats.spearmanr(truth, drop).statistic)
+    assert found.low <= found.value <= found.high <= 2
+    same = correlation_difference(one, one, (drop, drops), "spearman")
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    flat = (np.ones(30), np.ones((500, 30)))
+    assert correlation_difference(one, flat, (drop, drops), "spearman").reason == (
+        "the proxy is the same in all 30 layers"
+    )

@@ -1,0 +1,68 @@
+"""Forecasts of what a race takes, against races over the population itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tracker.core.questions import question
+from tracker.stats.sequential.forecast import forecast
+from tracker.stats.sequential.stopping import Race
+
+COSTS = [0.5, 0.3, 0.12, 0.05, 0.02]
+
+
+def lost(documents: int) -> np.ndarray:
+    """Documents that five layers lose, each its share, and win: 3 %."""
+    dice = np.random.default_rng(3)
+    draw = dice.random((documents, len(COSTS)))
+    return (draw < COSTS).astype(float) - (draw > 0.97)
+
+
+def raced(text: str, values: np.ndarray) -> tuple[int, np.ndarray]:
+    race, at = Race(question(text), *values.shape), 0
+    while at < len(values) and not race.standing.answered:
+        race.look(values[at : at + 32])
+        at += 32
+    return min(at, len(values)), race.bounds.seen
+
+
+@pytest.mark.parametrize("text", ["top 2", "drop within 8 pp"])
+def test_from_all_documents_it_is_what_random_orders_take(text: str) -> None:
+    values = lost(800)
+    found = forecast(question(text), values, 800)
+    dice = np.random.default_rng(0)
+    orders = [raced(text, dice.permutation(values)) for _ in range(24)]
+    looked, seen = (np.array(each) for each in zip(*orders, strict=True))
+    assert 32 < np.median(looked) < 800
+    assert np.median(found.looked) == pytest.approx(np.median(looked), rel=0.2)
+    assert found.seen.mean(axis=0) == pytest.approx(seen.mean(axis=0), rel=0.25)
+    assert found.answered.all()
+
+
+def test_a_few_documents_stand_for_many() -> None:
+    """From a pilot, what is taken grows no further than the answer needs."""
+    pilot = lost(64)
+    small, large = (forecast(question("top 2"), pilot, size, draws=8) for size in (400, 4000))
+    assert np.median(small.looked) <= 400
+    assert np.median(large.looked) < 1000
+
+
+def test_an_exact_tie_is_left_open_by_all_documents() -> None:
+    tie = np.zeros((40, 2))
+    found = forecast(question("top 1"), tie, 100, draws=3)
+    assert found.looked.tolist() == [100] * 3
+    assert found.seen.tolist() == [[100, 100]] * 3
+    assert not found.answered.any()
+
+
+def test_bounds_of_weighted_documents_are_those_that_are_said() -> None:
+    values = 2 * lost(60)
+    with pytest.raises(ValueError, match="not from -1 to 1"):
+        forecast(question("top 1"), values, 100)
+    assert len(forecast(question("top 1"), values, 100, lowest=-2, highest=2, draws=2).looked) == 2
+
+
+def test_nothing_measured_says_nothing() -> None:
+    with pytest.raises(ValueError, match="nothing is measured"):
+        forecast(question("top 1"), np.zeros((0, 2)), 100)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tracker.stats import growth as module
+from tracker.stats.accuracy import Estimate
+from tracker.stats.growth import fewest_to_show, growths, unequal_growth
+from tracker.stats.multiple import holm
+
+
+def growth(first, last, strata=None) -> Estimate:
+    """The growth of a single column."""
+    (found,) = growths(first[:, None], last[:, None], strata)
+    return found
+
+
+def test_darwins_plants() -> None:
+    # Fisher (1935), chapter 3: heights of 15 pairs of maize, crossed against self-fertilised, in
+    # eighths of an inch. Signed ranks of the log ratios by hand: two negative pairs.
+    crossed = np.array([188, 96, 168, 176, 153, 172, 177, 163, 146, 173, 186, 168, 177, 184, 96.0])
+    own = np.array([139, 163, 160, 160, 147, 149, 149, 122, 132, 144, 130, 144, 102, 124, 144.0])
+    found = growth(own, crossed)
+    assert found.value == pytest.approx(stats.gmean(crossed) / stats.gmean(own))
+    logs = np.log(crossed / own)
+    ranks = stats.rankdata(abs(logs))
+    least = min(ranks[logs < 0].sum(), ranks[logs > 0].sum())
+    as_far = sum(
+        min(total, 120 - total) <= least
+        for signs in itertools.product((0, 1), repeat=15)
+        for total in [np.dot(signs, range(1, 16))]
+    )
+    assert found.p_value == pytest.approx(as_far / 2**15)
+
+
+def test_how_it_turns_around() -> None:
+    generator = np.random.default_rng(0)
+    first, last = np.exp(generator.normal(size=(2, 40)))
+    up, down = growth(first, last), growth(last, first)
+    assert up.value == pytest.approx(1 / down.value)
+    assert up.p_value == pytest.approx(down.p_value)
+    assert up.low == pytest.approx(1 / down.high, rel=0.05)
+    assert up.low < up.value < up.high
+
+
+def coverage(draw, n: int, times: int = 300) -> float:
+    """How often the interval holds the factor 1 where the mean log ratio is 0."""
+    generator = np.random.default_rng(n)
+    held = 0
+    for _ in range(times):
+        found = growth(np.ones(n), np.exp(draw(generator, n)))
+        held += found.low <= 1 <= found.high
+    return held / times
+
+
+@pytest.mark.parametrize(("n", "covers"), [(5, 0.92), (12, 0.95), (24, 0.95), (100, 0.95)])
+def test_the_interval_covers_as_often_as_it_says(n, covers, monkeypatch) -> None:
+    monkeypatch.setattr(module, "RESAMPLES", 500)
+    found = coverage(lambda generator, k: generator.normal(0, 0.3, k), n)
+    # Of 300 draws: four standard deviations to either side.
+    assert found == pytest.approx(covers, abs=4 * (covers * (1 - covers) / 300) ** 0.5)
+
+
+@pytest.mark.parametrize(("n", "covers"), [(24, 0.92), (150, 0.95)])
+def test_what_skewed_ratios_do_to_the_interval(n, covers, monkeypatch) -> None:
+    # Log ratios as skewed as an exponential distribution: too narrow for few documents.
+    monkeypatch.setattr(module, "RESAMPLES", 500)
+    found = coverage(lambda generator, k: generator.exponential(0.3, k) - 0.3, n)
+    assert found == pytest.approx(covers, abs=4 * (covers * (1 - covers) / 300) ** 0.5)
+
+
+def test_ties_and_the_test_level() -> None:
+    # Ratios in steps of 10 %, as likely above as below: called significant in 5 % or less.
+    generator = np.random.default_rng(1)
+    p = [
+        growth(np.ones(24), np.exp(0.1 * generator.integers(-3, 4, 24))).p_value for _ in range(400)
+    ]
+    assert 0.02 <= np.mean(np.array(p) < 0.05) <= 0.075
+
+
+def test_strata_take_the_spread_between_tasks_out() -> None:
+    last = np.exp(np.repeat([0.0, 2.0], 20) + np.random.default_rng(0).normal(0, 0.1, 40))
+    tasks = np.repeat(["a", "b"], 20)
+    together, apart = growth(np.ones(40), last), growth(np.ones(40), last, tasks)
+    assert together.value == apart.value
+    assert apart.high / apart.low < 1.1 < 1.5 < together.high / together.low
+
+
+def test_without_any_growth() -> None:
+    found = growth(np.array([1.0, 3, 0.1]), np.array([1.0, 3, 0.1 + 1e-15]))
+    assert (found.value, found.p_value) == (pytest.approx(1), 1)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_undefined_growth_has_a_reason(bad: float) -> None:
+    fine, broken = np.array([1.0, 2, 3]), np.array([1.0, bad, 3])
+    for pair in ((fine, broken), (broken, fine)):
+        found = growth(*pair)
+        assert (found.value, found.low, found.p_value) == (None, None, None)
+        assert found.reason == "nothing to grow, or not finite, in 1 of 3 documents"
+    assert growth(fine[:1], fine[:1]).reason == "1 document, and growth needs two"
+    assert growth(fine[:0], fine[:0]).reason == "0 documents, and growth needs two"
+    for misfit in (fine[:2, None], fine):
+        with pytest.raises(ValueError, match="of the same documents"):
+            growths(fine[:, None], misfit)
+
+
+def test_columns_see_the_same_documents_and_a_broken_one_spoils_no_other() -> None:
+    last = np.exp(np.random.default_rng(0).normal(size=(20, 3)))
+    last[:, 2] = last[:, 0]
+    broken = last.copy()
+    broken[4, 1] = 0
+    one, none, same = growths(np.ones((20, 3)), broken)
+    alone = growth(np.ones(20), last[:, 0])
+    for found in (one, same):
+        # A product with a matrix of other columns may add up in another order.
+        assert astuple(found)[:4] == pytest.approx(astuple(alone)[:4], rel=1e-12)
+    assert none.value is None
+
+
+def test_kruskal_and_walliss_own_example() -> None:
+    # Bottles from three machines (Kruskal & Wallis 1952, table 1.1): H = 5.66 without the
+    # correction, p = 0.059; the third has too few bottles for the approximation, so it is doubled.
+    one, two = [340, 345, 330, 342, 338.0], [339, 333, 344.0]
+    three = [347, 343, 349, 355.0]
+    assert unequal_growth([np.array(x) for x in (one, two, three)]) is None
+    groups = [np.array(2 * x) for x in (one, two, three)]
+    assert unequal_growth(groups) == pytest.approx(stats.kruskal(*groups).pvalue)
+    ranks = stats.rankdata(np.concatenate(groups))
+    means = [ranks[:10].mean(), ranks[10:16].mean(), ranks[16:].mean()]
+    spread = sum(size * (mean - 12.5) ** 2 for size, mean in zip((10, 6, 8), means, strict=True))
+    # Twelve pairs of ties take 12 (2³ − 2) / (24³ − 24) of the variance.
+    statistic = 12 / (24 * 25) * spread / (1 - 12 * 6 / (24**3 - 24))
+    assert unequal_growth(groups) == pytest.approx(stats.chi2.sf(statistic, 2))
+
+
+def test_groups_that_cannot_be_compared() -> None:
+    five = np.arange(1.0, 6)
+    assert unequal_growth([five]) is None
+    assert unequal_growth([five, five[:4]]) is None
+    assert unequal_growth([five, np.array([1, 2, 3, 4, np.nan])]) is None
+    assert unequal_growth([np.ones(5), np.ones(6)]) is None
+    assert unequal_growth([five, five]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tests", [1, 3, 29])
+def test_with_one_document_fewer_nothing_can_be_shown(tests: int) -> None:
+    fewest = fewest_to_show(tests, 0.05)
+    for documents, shown in ((fewest - 1, False), (fewest, True)):
+        grown = np.exp(np.random.default_rng(0).random((documents, tests)) + 1)
+        found = growths(np.ones_like(grown), grown)
+        adjusted = holm([each.p_value for each in found])
+        assert [p < 0.05 for p in adjusted] == [shown] * tests

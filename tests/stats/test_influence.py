@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tracker.stats.influence import angular_distance, cosine_similarity, relative_update
+
+
+def test_against_torch_in_double_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(2, 3, 5, 64, generator=generator)
+    after = before + 0.3 * torch.randn(2, 3, 5, 64, generator=generator)
+    cosine = cosine_similarity(before, after)
+    update = relative_update(before, after)
+    wide, wider = before.double(), after.double()
+    assert cosine.shape == update.shape == (2, 3, 5)
+    expected = torch.nn.functional.cosine_similarity(wide, wider, dim=-1)
+    torch.testing.assert_close(cosine, expected, rtol=0, atol=1e-14)
+    expected = (wider - wide).norm(dim=-1) / wide.norm(dim=-1)
+    torch.testing.assert_close(update.double(), expected, rtol=1e-6, atol=0)
+    angle = angular_distance(cosine)
+    assert angle[0, 0, 0].item() == pytest.approx(
+        math.acos(cosine[0, 0, 0].item()) / math.pi, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_is_computed_in_wide_numbers(dtype: torch.dtype) -> None:
+    before = torch.full((1, 4096), 16.0, dtype=dtype)  # float16 would overflow in the square
+    after = before.clone()
+    after[:, ::2] = -16
+    assert cosine_similarity(before, after).dtype == torch.float64
+    assert relative_update(before, after).dtype == torch.float32
+    assert cosine_similarity(before, after).item() == pytest.approx(0, abs=1e-6)
+    assert relative_update(before, after).item() == pytest.approx(math.sqrt(2))
+    assert angular_distance(cosine_similarity(before, after)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("score", [0.5, 1e-4, 1e-8, 1e-10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_hardly_turns_its_input(score: float, dtype: torch.dtype) -> None:
+    """An update at a right angle to the input turns it by an angle that is known exactly."""
+    before = torch.randn(6, 512, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    before[:, 7] = 0
+    after = before.clone()
+    after[:, 7] = before.double().norm(dim=1) * math.sqrt(score * (2 - score)) / (1 - score)
+    found = 1 - cosine_similarity(before, after)
+    assert found.tolist() == pytest.approx([score] * 6, rel=2e-6 if score < 1e-9 else 3e-7)
+    angles = angular_distance(cosine_similarity(before, after)) * math.pi
+    assert angles.tolist() == pytest.approx([2 * math.asin(math.sqrt(score / 2))] * 6, rel=2e-6)
+
+
+@given(st.floats(1e-15, 1e15))
+def test_cosine_does_not_see_magnitude_and_the_update_does(scale: float) -> None:
+    before = torch.tensor([[1.0, 2.0, -2.0]])
+    assert cosine_similarity(before, before * scale).item() == pytest.approx(1, abs=1e-6)
+    assert relative_update(before, before * scale).item() == pytest.approx(
+        abs(scale - 1), rel=1e-5, abs=1e-6
+    )
+
+
+def test_known_directions() -> None:
+    before = torch.tensor([[1.0, 0.0]] * 3)
+    after = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    cosine = cosine_similarity(before, after)
+    assert cosine.tolist() == [1, 0, -1]
+    assert angular_distance(cosine).tolist() == pytest.approx([0, 0.5, 1])
+    assert relative_update(before, after).tolist() == pytest.approx([1, math.sqrt(2), 2])
+
+
+def test_rounding_past_one_is_no_nan() -> None:
+    assert angular_distance(torch.tensor([1 + 2e-7, -1 - 2e-7])).tolist() == [0, 1]
+
+
+def test_a_skipped_layer_changes_nothing() -> None:
+    state = torch.randn(4, 576, generator=torch.Generator().manual_seed(1))
+    assert relative_update(state, state).tolist() == [0] * 4
+    assert cosine_similarity(state, state).tolist() == [1] * 4
+    assert angular_distance(cosine_similarity(state, state)).tolist() == [0] * 4
+
+
+def test_a_zero_vector_is_undefined_and_leaves_the_others_alone() -> None:
+    before = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    after = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    cosine, update = cosine_similarity(before, after), relative_update(before, after)
+    assert cosine.isnan().tolist() == [True, True, True, False]
+    assert update.isnan().tolist() == [True, False, True, False]
+    assert update[1].item() == 1
+    assert angular_distance(cosine).isnan().tolist() == [True, True, True, False]
+
+
+def test_a_vector_too_small_for_float32_to_square_has_a_direction() -> None:
+    tiny = torch.full((1, 4), 1e-30)
+    assert cosine_similarity(tiny, torch.ones(1, 4)).item() == pytest.approx(1)
+    assert relative_update(tiny, torch.ones(1, 4)).isnan().item()
+
+
+def test_a_device_without_float64_computes_in_float32() -> None:
+    """Apple's; torch's `meta` has no such limit, so the device is named by a stand-in."""
+
+    class Apple(torch.Tensor):
+        device = torch.device("mps")
+
+    state = torch.randn(3, 8).as_subclass(Apple)
+    assert cosine_similarity(state, state).dtype == torch.float32
+
+
+def test_no_tokens() -> None:
+    assert cosine_similarity(torch.empty(0, 8), torch.empty(0, 8)).shape == (0,)
+
+
+@pytest.mark.parametrize("measure", [cosine_similarity, relative_update])
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4), (4,)])
+def test_shapes_that_do_not_match_are_refused(measure, shape) -> None:  # type: ignore[no-untyped-def]
+    after = torch.ones(3, 4) if len(shape) > 1 else torch.ones(shape)
+    with pytest.raises(ValueError, match="must share one shape"):
+        measure(torch.ones(shape), after)

@@ -1,0 +1,108 @@
+"""Orders beside chance: by counting every permutation, and by simulation."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tracker.stats import orders as module
+from tracker.stats.correlation import row_coefficients
+from tracker.stats.orders import disagreement, mean_spearman_p, midranks, overlap, smooth_orders
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 2.5])
+@pytest.mark.parametrize("drop", [[3, 1, 4, 2, 5, 6], [1, 1, 4, 2, 2, 2], [1, 1, 1, 1, 1, 2]])
+def test_chance_and_p_are_those_of_all_permutations(drop: list[float], beyond: float) -> None:
+    """Two benchmarks whose layers are relabelled alike; ties in one of them."""
+    x = np.array([[1.0, 2, 3, 4, 5, 6], [2, 1, 3, 3, 5, 6]])
+    y = np.array([drop, [6.0, 5, 4, 3, 2, 1]])
+    a, b = (stats.rankdata(each, axis=1) for each in (x, y))
+    every = [
+        float((np.abs(a - b[:, order]) > beyond).mean())
+        for order in map(list, itertools.permutations(range(6)))
+    ]
+    found = disagreement(x, y, beyond)
+    assert found.share == every[0]
+    assert found.chance == pytest.approx(np.mean(every), abs=1e-12)
+    as_few = np.mean(np.array(every) <= found.share + 1e-12)
+    assert found.shuffled_p == pytest.approx(as_few, abs=0.025)
+
+
+def test_the_papers_chance_levels() -> None:
+    """Thirty layers: 96.7 % of ranks apart, and by more than a quarter of them 56.2 %."""
+    layers, other = np.arange(30.0)[None], np.random.default_rng(0).permutation(30)[None] * 1.0
+    assert disagreement(layers, other, 0).chance == pytest.approx(29 / 30)
+    far = sum(abs(i - j) > 7.5 for i in range(30) for j in range(30)) / 900
+    assert far == pytest.approx(0.562, abs=5e-4)
+    assert disagreement(layers, other, 7.5).chance == pytest.approx(far)
+
+
+def test_smooth_series_are_not_called_alike_too_often(monkeypatch) -> None:
+    """Unrelated AR(1) series of 30 layers: free shuffles are fooled, smooth relabellings less."""
+    monkeypatch.setattr(module, "DRAWS", 299)
+    generator = np.random.default_rng(1)
+    shuffled, smooth, spearman = [], [], []
+    for seed in range(200):
+        series = generator.standard_normal((2, 30))
+        for layer in range(1, 30):
+            series[:, layer] = 0.9 * series[:, layer - 1] + series[:, layer] * np.sqrt(1 - 0.81)
+        x, y = series[:1], series[1:]
+        found = disagreement(x, y, 7.5, seed)
+        shuffled.append(found.shuffled_p)
+        smooth.append(found.smooth_p)
+        spearman.append(mean_spearman_p(x, y, seed))
+    rates = [np.mean(np.array(p) < 0.1) for p in (shuffled, smooth, spearman)]
+    assert rates[0] > 0.15
+    assert rates[1] < 0.12
+    assert rates[2] < 0.15
+
+
+def test_the_mean_over_benchmarks_finds_what_each_shows_weakly() -> None:
+    generator = np.random.default_rng(2)
+    truth = generator.standard_normal(20)
+    x = np.tile(truth, (6, 1)) + 0.1 * generator.standard_normal((6, 20))
+    y = truth + 2.5 * generator.standard_normal((6, 20))
+    apart = [mean_spearman_p(x[i : i + 1], y[i : i + 1]) for i in range(6)]
+    together = mean_spearman_p(x, y)
+    assert together < 0.02 < np.median(apart)
+    assert mean_spearman_p(x, -y) == pytest.approx(together, abs=0.01)
+    # Of one benchmark it is nearly the p of a free permutation, where nothing is smooth.
+    free = stats.permutation_test(
+        (x[0],),
+        lambda v: row_coefficients(v[None], y[:1], "spearman")[0],
+        permutation_type="pairings",
+        n_resamples=999,
+        rng=generator,
+    ).pvalue
+    assert apart[0] == pytest.approx(free, abs=0.1)
+
+
+def test_drawn_orders_are_permutations_that_keep_a_series_smooth() -> None:
+    values = np.sin(np.arange(25) / 4)
+    orders = smooth_orders(values, 200, 0)
+    assert (np.sort(orders, axis=1) == np.arange(25)).all()
+    drawn = np.abs(np.diff(values[orders], axis=1)).mean()
+    free = np.abs(np.diff(np.random.default_rng(0).permutation(values)))
+    assert drawn < 0.75 * free.mean()
+
+
+def test_ties_share_ranks_and_places() -> None:
+    assert midranks(np.array([[1.0, 1.0 + 1e-15, 0.0]])).tolist() == [[2.5, 2.5, 1.0]]
+    # All tie: any two of four.
+    assert overlap(np.arange(4.0), np.zeros(4), 2) == pytest.approx(0.5)
+    assert overlap(np.arange(4.0), np.arange(4.0), 2) == 1
+    assert overlap(np.arange(4.0), -np.arange(4.0), 2) == 0
+
+
+def test_chance_alone_overlaps_by_the_hypergeometric_mean() -> None:
+    x, y = np.array([5.0, 4, 4, 2, 1]), np.array([3.0, 3, 3, 1, 0])
+    every = [overlap(x, y[list(order)], 2) for order in itertools.permutations(range(5))]
+    assert np.mean(every) == pytest.approx(2 / 5)
+
+
+def test_shapes_must_match() -> None:
+    with pytest.raises(ValueError, match="do not match"):
+        disagreement(np.zeros((1, 3)), np.zeros((2, 3)), 0)

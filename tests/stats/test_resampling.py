@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tracker.stats import resampling as module
+from tracker.stats.resampling import bias_corrected_interval, document_counts, resampled_means
+
+
+def test_counts_draw_each_document_as_often_as_chance_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 700)
+    chunks = list(document_counts(7, 4050, seed=1))
+    counts = np.concatenate(chunks)
+    assert len(chunks) == 41
+    assert counts.shape == (4050, 7)
+    assert (counts.sum(axis=1) == 7).all()
+    assert counts.mean(axis=0) == pytest.approx(np.ones(7), abs=0.06)
+    # Each count is binomial(7, 1/7).
+    observed = np.bincount(counts[:, 0].astype(int), minlength=8)[:5]
+    expected = 4050 * stats.binom.pmf(np.arange(5), 7, 1 / 7)
+    assert observed == pytest.approx(expected, abs=4 * np.sqrt(expected).max())
+
+
+def test_strata_keep_their_sizes() -> None:
+    strata = ["b", "a", "b", "c", "b", "a", "c"]
+    (counts,) = document_counts(7, 50, seed=0, strata=strata)
+    assert (counts[:, [0, 2, 4]].sum(axis=1) == 3).all()
+    assert (counts[:, [1, 5]].sum(axis=1) == 2).all()
+    assert (counts[:, [3, 6]].sum(axis=1) == 2).all()
+    assert counts[:, 0].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("strata", "together"),
+    [
+        ("abcd", [[0, 1, 2, 3]]),  # an mmlu with one document of each task
+        ("aabbcd", [[0, 1], [2, 3], [4, 5]]),
+        ("aaabbc", [[0, 1, 2], [3, 4, 5]]),
+        ("a", [[0]]),
+    ],
+)
+def test_strata_of_one_document_vary_together(strata: str, together: list[list[int]]) -> None:
+    counts = np.concatenate(list(document_counts(len(strata), 200, 0, list(strata))))
+    for places in together:
+        assert (counts[:, places].sum(axis=1) == len(places)).all()
+        assert len(places) == 1 or (counts[:, places].std(axis=0) > 0).all()
+
+
+def test_tasks_of_one_document_each_give_the_interval_of_one_task() -> None:
+    values = np.random.default_rng(4).normal(size=(57, 1))
+    apart = resampled_means(values, 2000, 0, np.arange(57)).std()
+    assert apart == pytest.approx(resampled_means(values, 2000, 0).std())
+    assert apart == pytest.approx(values.std() / np.sqrt(57), rel=0.1)
+
+
+def test_means_against_a_plain_bootstrap() -> None:
+    generator = np.random.default_rng(3)
+    values, weights = generator.normal(size=(40, 3)), generator.uniform(size=40)
+    fast = resampled_means(values, 4000, seed=0, weights=weights)
+    slow = []
+    for _ in range(4000):
+        drawn = generator.choice(40, size=40)
+        slow.append(np.average(values[drawn], axis=0, weights=weights[drawn]))
+    assert fast.shape == (4000, 3)
+    assert fast.mean(axis=0) == pytest.approx(np.mean(slow, axis=0), abs=0.02)
+    assert np.cov(fast.T) == pytest.approx(np.cov(np.array(slow).T), abs=0.004)
+
+
+def test_means_are_the_means_of_the_drawn_documents() -> None:
+    values = np.random.default_rng(0).normal(size=(9, 2))
+    strata = np.arange(9) % 2
+    counts = np.concatenate(list(document_counts(9, 20, 5, strata)))
+    expected = [np.repeat(values, row.astype(int), axis=0).mean(axis=0) for row in counts]
+    assert resampled_means(values, 20, 5, strata) == pytest.approx(np.array(expected))
+
+
+def test_equal_means_stay_exactly_equal() -> None:
+    outcomes = np.random.default_rng(0).integers(0, 2, size=(300, 1)).astype(float)
+    means = resampled_means(np.hstack([outcomes, outcomes[:, [0]]]), 50, seed=0)
+    assert (means[:, 0] == means[:, 1]).all()
+
+
+def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    whole = resampled_means(values, 100, seed=9)
+    monkeypatch.setattr(module, "_CHUNK", 77)
+    assert (resampled_means(values, 100, seed=9) == pytest.approx(whole)) is True
+    assert not np.allclose(resampled_means(values, 100, seed=10), whole)
+
+
+def test_a_document_without_weight_does_not_count() -> None:
+    values = np.array([[1.0], [1.0], [np.nan]])
+    means = resampled_means(values, 200, seed=0, weights=np.array([1.0, 2.0, 0.0]))
+    undefined = np.isnan(means[:, 0])
+    assert 0 < undefined.sum() < 30  # only the third document was drawn, 1 in 27
+    assert means[~undefined, 0] == pytest.approx(1)
+
+
+def test_nan_stays_in_its_column() -> None:
+    means = resampled_means(np.array([[np.nan, 1.0], [0.0, 1.0]]), 20, seed=0)
+    assert np.isnan(means[:, 0]).all()
+    assert (means[:, 1] == 1).all()
+
+
+def test_no_documents_is_nan_and_one_document_is_constant() -> None:
+    assert np.isnan(resampled_means(np.empty((0, 2)), 5, seed=0)).all()
+    assert resampled_means(np.array([[0.5, 2.0]]), 3, seed=0).tolist() == [[0.5, 2.0]] * 3
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="documents, k"):
+        resampled_means(np.ones(3), 5, seed=0)
+    with pytest.raises(ValueError, match="weights"):
+        resampled_means(np.ones((3, 1)), 5, seed=0, weights=np.ones(2))
+    with pytest.raises(ValueError, match="weights"):
+        resampled_means(np.ones((3, 1)), 5, seed=0, weights=np.array([1.0, -1.0, 1.0]))
+    with pytest.raises(ValueError, match="strata"):
+        resampled_means(np.ones((3, 1)), 5, seed=0, strata=["a"])
+    with pytest.raises(ValueError, match="0 resamples"):
+        next(document_counts(3, 0, seed=0))
+    with pytest.raises(ValueError, match="0 documents"):
+        next(document_counts(0, 3, seed=0))
+    assert [counts.sum() for counts in document_counts(3, 1, seed=0)] == [3]
+
+
+# -- interval --------------------------------------------------------------------------------------
+
+
+def test_without_bias_it_is_the_percentile_interval() -> None:
+    resampled = np.linspace(-1, 1, 2001)
+    assert bias_corrected_interval(0.0, resampled) == pytest.approx((-0.95, 0.95))
+
+
+def test_the_interval_holds_the_value_however_large_the_bias() -> None:
+    resampled = np.random.default_rng(0).beta(30, 5, size=999)
+    for value in (-1.0, 0.0, 0.99, 1.0):
+        interval = bias_corrected_interval(value, resampled)
+        assert interval is not None
+        assert interval[0] < value < interval[1]
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        assert interval[1] - interval[0] == pytest.approx(high - low)
+
+
+def test_undefined_resamples_are_dropped_up_to_a_half() -> None:
+    defined = np.linspace(0, 1, 50)
+    half = np.concatenate([defined, np.full(50, np.nan)])
+    assert bias_corrected_interval(0.5, half) == bias_corrected_interval(0.5, defined)
+    assert bias_corrected_interval(0.5, np.append(half, np.nan)) is None
+
+
+def test_undefined_intervals() -> None:
+    assert bias_corrected_interval(0.5, np.array([])) is None
+    assert bias_corrected_interval(0.5, np.full(9, np.nan)) is None
+    assert bias_corrected_interval(np.nan, np.linspace(0, 1, 9)) is None
+    assert bias_corrected_interval(0.5, np.full(9, 0.25)) == (0.5, 0.5)

@@ -1,0 +1,226 @@
+"""Variance over benchmarks: what noise adds to it, and what is left when that is taken off."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tracker.stats.task_dependence import (
+    clean_difference,
+    compared,
+    reliability,
+    sampling_noise,
+    variance_across,
+)
+
+
+def test_its_mean_is_one_minus_the_mean_correlation() -> None:
+    profiles = np.random.default_rng(0).standard_normal((5, 12)) * np.arange(1, 6)[:, None]
+    pairs = [np.corrcoef(a, b)[0, 1] for a, b in itertools.combinations(profiles, 2)]
+    assert variance_across(profiles).mean() == pytest.approx(1 - np.mean(pairs))
+    z = stats.zscore(profiles, axis=1)
+    assert variance_across(profiles) == pytest.approx(z.var(axis=0, ddof=1))
+
+
+def _measured(
+    truth: np.ndarray, documents: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Drops of 0/1 outcomes by layer: profiles and noise of each benchmark."""
+    pairs = []
+    for row in truth:
+        before = generator.random(documents) < 0.6
+        # A document that is right without a layer keeps it with 1 - twice the drop.
+        lost = generator.random((documents, len(row))) < row / 0.6
+        after = before[:, None] & ~lost
+        pairs.append(sampling_noise(before[:, None] * 1.0 - after, np.ones(documents)))
+    profiles, noise = zip(*pairs, strict=True)
+    return np.array(profiles), np.array(noise)
+
+
+def test_noise_alone_makes_benchmarks_differ_and_is_taken_off() -> None:
+    """Layers that matter alike in every benchmark, on few documents."""
+    generator = np.random.default_rng(3)
+    profile = np.linspace(0, 0.3, 20)
+    raw, clean = [], []
+    for _ in range(150):
+        profiles, noise = _measured(np.tile(profile, (4, 1)), 80, generator)
+        raw.append(variance_across(profiles).mean())
+        clean.append(variance_across(profiles, noise).mean())
+    assert np.mean(raw) > 0.1
+    assert abs(np.mean(clean)) < 0.02
+
+
+def test_what_differs_is_found_again_as_if_there_were_no_noise() -> None:
+    generator = np.random.default_rng(4)
+    truth = generator.random((4, 20)) * 0.3
+    right = variance_across(truth)
+    raw, clean = [], []
+    for _ in range(150):
+        profiles, noise = _measured(truth, 80, generator)
+        raw.append(variance_across(profiles))
+        clean.append(variance_across(profiles, noise))
+    assert np.mean(clean) == pytest.approx(right.mean(), abs=0.05)
+    # Layer by layer too.
+    error = np.abs(np.mean(clean, axis=0) - right).mean()
+    assert error < np.abs(np.mean(raw, axis=0) - right).mean()
+
+
+def test_noise_is_what_other_documents_change() -> None:
+    """Against the spread of means over drawn documents, weighted and in strata."""
+    generator = np.random.default_rng(5)
+    population = generator.random((4000, 6)) * np.arange(1, 7)
+    weights = generator.integers(1, 9, 4000).astype(float)
+    means, said = [], []
+    for _ in range(400):
+        drawn = generator.integers(0, 4000, 60)
+        profile, noise = sampling_noise(population[drawn], weights[drawn])
+        means.append(profile)
+        said.append(noise)
+    assert np.mean(said, axis=0) == pytest.approx(np.var(means, axis=0), rel=0.2)
+
+    level = np.where(np.arange(4000) % 2, 10.0, 0.0)[:, None] * np.arange(6)
+    strata = [str(i % 2) for i in range(4000)]
+    means, said = [], []
+    for _ in range(400):
+        drawn = np.concatenate(
+            [generator.choice(np.arange(start, 4000, 2), 30) for start in (0, 1)]
+        )
+        some = [strata[i] for i in drawn]
+        profile, noise = sampling_noise((population + level)[drawn], np.ones(60), some)
+        means.append(profile)
+        said.append(noise)
+    assert np.mean(said, axis=0) == pytest.approx(np.var(means, axis=0), rel=0.25)
+
+
+def test_one_document_has_no_noise_to_see() -> None:
+    assert np.isnan(sampling_noise(np.ones((1, 3)), np.ones(1))[1]).all()
+    # Of one document a stratum, how far it is from all others stands for it.
+    values = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    alone = sampling_noise(values, np.ones(3), ["a", "b", "c"])[1]
+    assert alone == pytest.approx(sampling_noise(values, np.ones(3))[1] * 2 / 3)
+
+
+def test_how_much_of_a_profile_is_no_noise() -> None:
+    assert reliability(np.array([1.0, -1.0]), np.array([0.25, 0.25])) == 0.75
+    assert reliability(np.array([1.0, -1.0]), np.array([2.0, 2.0])) == -1
+    assert np.isnan(reliability(np.zeros(2), np.ones(2)))
+
+
+def test_nothing_but_noise_is_refused() -> None:
+    with pytest.raises(ValueError, match="no larger than its noise"):
+        variance_across(np.array([[1.0, -1.0], [1.0, -1.0]]), np.ones((2, 2)))
+    with pytest.raises(ValueError, match="at least two"):
+        variance_across(np.array([[1.0, -1.0]]))
+
+
+def test_signed_ranks_of_the_textbook() -> None:
+    """Siegel, Nonparametric Statistics (1956), p. 79: eight twins, T = 4."""
+    nursery, home = [82, 69, 73, 43, 58, 56, 76, 65], [63, 42, 74, 37, 51, 43, 80, 62]
+    found = compared(np.array(nursery, float), np.array(home, float))
+    assert found.p_value == pytest.approx(stats.wilcoxon(nursery, home).pvalue)
+    assert found.p_value == pytest.approx(0.055, abs=0.001)
+    assert (found.larger, found.n) == (6, 8)
+
+
+def test_blocks_against_every_choice_of_signs() -> None:
+    difference = np.random.default_rng(6).standard_normal(11) + 0.4
+    ranks = stats.rankdata(np.abs(difference)) * np.sign(difference)
+    sums = [
+        abs(sum(sign * ranks[i] for i, sign in enumerate(np.repeat(signs, 3)[:11])))
+        for signs in itertools.product((1, -1), repeat=4)
+    ]
+    found = compared(difference, np.zeros(11))
+    assert found.block_p == np.mean([each >= sums[0] - 1e-9 for each in sums])
+
+
+def test_layers_that_resemble_each_other_fool_the_plain_test_more() -> None:
+    generator = np.random.default_rng(7)
+    plain, blocks = [], []
+    for _ in range(300):
+        series = generator.standard_normal(30)
+        for layer in range(1, 30):
+            series[layer] = 0.7 * series[layer - 1] + series[layer] * np.sqrt(1 - 0.49)
+        found = compared(series, np.zeros(30))
+        plain.append(found.p_value < 0.05)
+        blocks.append(found.block_p < 0.05)
+    assert np.mean(plain) > 0.2
+    assert np.mean(blocks) < np.mean(plain) * 0.75
+
+
+def test_many_layers_draw_their_signs_and_equal_ones_say_nothing() -> None:
+    found = compared(np.ones(90), np.zeros(90))
+    assert found.block_p == pytest.approx(1 / 10_000)
+    same = compared(np.ones(9), np.ones(9))
+    assert (same.p_value, same.block_p, same.larger) == (1, 1, 0)
+
+
+def _drops(truth: np.ndarray, documents: int, generator: np.random.Generator) -> list:
+    samples = []
+    for row in truth:
+        lost = generator.random((documents, len(row))) < row
+        samples.append((lost * 1.0, np.ones(documents), None))
+    return samples
+
+
+def _exact(truth: np.ndarray, documents: int) -> list:
+    return [(np.tile(row, (documents, 1)), np.ones(documents), None) for row in truth]
+
+
+@pytest.mark.parametrize("share", [0, 0.7])
+def test_no_more_variance_than_another_measure_is_seldom_called_more_or_less(share: float) -> None:
+    """Right-skewed drops, alike in all benchmarks or not, that vary exactly as the other does."""
+    generator = np.random.default_rng(11)
+    sides = np.zeros(2)
+    for _ in range(40):
+        common = generator.exponential(0.08, 20)
+        own = generator.exponential(0.08, (4, 20))
+        truth = np.minimum((1 - share) * common + share * own, 1)
+        found = clean_difference(_drops(truth, 80, generator), _exact(truth, 80))
+        sides += [found.low > 0, found.high < 0]
+    assert (sides <= 3).all()
+
+
+def test_more_and_less_variance_are_found() -> None:
+    generator = np.random.default_rng(12)
+    truth = generator.exponential(0.1, (4, 20)).clip(max=1)
+    alike = np.tile(truth[0], (4, 1))
+    more = clean_difference(_drops(truth, 100, generator), _exact(alike, 100))
+    less = clean_difference(_drops(alike, 100, generator), _exact(truth, 100))
+    assert more.low > 0
+    assert less.high < 0
+
+
+def test_its_interval_is_as_wide_as_other_documents_move_it() -> None:
+    generator = np.random.default_rng(13)
+    truth = generator.exponential(0.1, (3, 12)).clip(max=1)
+    found = [
+        clean_difference(_drops(truth, 60, generator), _exact(truth[[0, 0, 0]], 60))
+        for _ in range(60)
+    ]
+    wide = np.mean([each.high - each.low for each in found]) / (2 * 1.96)
+    assert wide == pytest.approx(np.std([each.value for each in found]), rel=0.35)
+
+
+def test_more_documents_than_groups_and_tasks_have_an_interval_too(monkeypatch) -> None:
+    generator = np.random.default_rng(14)
+    truth = generator.exponential(0.1, (2, 10)).clip(max=1)
+    samples = [
+        (values, weights, np.repeat(["a", "b", "c"], 40))
+        for values, weights, _ in _drops(truth, 120, generator)
+    ]
+    one_by_one = clean_difference(samples, _exact(truth, 120))
+    monkeypatch.setattr("tracker.stats.task_dependence.GROUPS", 30)
+    grouped = clean_difference(samples, _exact(truth, 120))
+    assert grouped.value == one_by_one.value
+    width = one_by_one.high - one_by_one.low
+    assert grouped.high - grouped.low == pytest.approx(width, rel=0.35)
+
+
+def test_two_documents_have_a_difference_without_an_interval() -> None:
+    values = np.array([[1.0, 0.2, 0.0], [0.9, 0.3, 0.0]])
+    samples = [(values, np.ones(2), None), (values[:, ::-1], np.ones(2), None)]
+    found = clean_difference(samples, samples)
+    assert (found.value, found.low) == (0, None)

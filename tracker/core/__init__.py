@@ -1,0 +1,1 @@
+"""The words that all speak: what is asked for, what is found, and what goes wrong."""

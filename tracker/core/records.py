@@ -1,0 +1,440 @@
+"""The frozen records that every part of tracker exchanges.
+
+Fractions, never percentage points; `layer` is 0-based. A value that is not defined is `None`, and
+the record's `reasons` says why under the name of the field. Under `n` it says that documents are
+missing, and under `provenance` that not all was measured by the same versions and devices.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal, NamedTuple, get_args
+
+from pydantic import AfterValidator, AliasChoices, Field
+
+from tracker.core.config import Component, Count, Intervention
+from tracker.core.extent import Positive
+from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
+
+BASELINE = "baseline"
+
+
+def utc(date: str) -> str:
+    """Write a date as all are written, to the second; ValueError if it is none."""
+    try:
+        return datetime.fromisoformat(date).astimezone(UTC).isoformat(timespec="seconds")
+    except OverflowError as error:
+        raise ValueError(f"{date} is no date") from error
+
+
+class Kind(NamedTuple):
+    """What a run does, but for the layer."""
+
+    component: Component = "layer"
+    span: int = 1
+    intervention: Intervention = "remove"
+
+    @property
+    def word(self) -> str:
+        """What it is called beside others of one layer: `layer`, `attention`, `mean`."""
+        return self.component if self.intervention == "remove" else self.intervention
+
+
+Place = tuple[str, str, int]
+"""What several records are told apart by: the cell, the view of it, how many documents."""
+NO_REASON = "no reason was recorded"
+NOT_MEASURED = "not measured yet"
+WHICH = "checkpoint"
+"""Under what name it is said where the model that was measured is no saved checkpoint."""
+
+
+class RunIdentity(Record):
+    """Which run of a cell: what is changed, besides the layers that the whole cell lacks."""
+
+    component: Component = "layer"
+    """What of the layers is removed."""
+    layer: Count
+    """The first changed layer."""
+    span: Positive = 1
+    """How many layers, from `layer` on."""
+    intervention: Intervention = Field("remove", exclude_if=lambda done: done == "remove")
+    """What is done to the layer; written where it is not removed."""
+
+    @property
+    def kind(self) -> Kind:
+        """Component, span and intervention: runs of one kind form a curve over the layers."""
+        return Kind(self.component, self.span, self.intervention)
+
+    @property
+    def order(self) -> tuple[int, int, int, int]:
+        """What runs are sorted by: components outermost (layer, attention, mlp), interventions,
+        spans."""
+        component = get_args(Component).index(self.component)
+        return (component, get_args(Intervention).index(self.intervention), self.span, self.layer)
+
+    def label(self, digits: int = 1) -> str:
+        """Name the run where people read it: `layers 3–6`, `attention 3`, `mlp 3–6`, `mean 3`.
+
+        A layer's number is filled up with zeros to `digits`.
+        """
+        word = "layers" if self.component == "layer" and self.span > 1 else self.kind.word
+        first, last = (f"{n:0{digits}d}" for n in (self.layer, self.layer + self.span - 1))
+        return f"{word} {first}" if self.span == 1 else f"{word} {first}–{last}"
+
+
+WHOLE_LAYER = Kind()
+"""The kind of the runs that remove one whole layer: the proxies are measured for these alone."""
+
+
+class RunRecord(RunIdentity):
+    """One run: what its removal did to the model on one benchmark.
+
+    Every drop is relative to the intact model, also where the whole cell lacks layers: it holds
+    what these cost too.
+    """
+
+    ablation: str
+    """The ablation's name, e.g. `layer:3`; it names the layers that the whole cell lacks too."""
+    n: int
+    """Documents that the figures rest on."""
+    accuracy: float | None
+    """The cell's metric under the ablation."""
+    accuracy_drop: float | None
+    """Baseline minus ablated, or ablated minus baseline where lower is better; positive = what was
+    removed mattered."""
+    accuracy_drop_low: float | None
+    accuracy_drop_high: float | None
+    """Both ends of the 95 % interval of `accuracy_drop`."""
+    drop_sd: float | None = None
+    """Standard deviation of the documents' own drops: how many of them reveal a smaller drop."""
+    mcnemar_p: float | None
+    """Exact McNemar p-value of the paired outcomes."""
+    accuracy_relevance: float | None
+    """Share of the accuracy above chance that is lost; None where lower is better."""
+    # The proxies are those of the layer in the intact model, and of whole single layers only.
+    cosine_similarity: float | None
+    cosine_score: float | None
+    angular_distance: float | None
+    relative_update: float | None
+    rounded: int | None = Field(None, exclude_if=lambda count: count is None)
+    """Documents whose judgement is within rounding: another way of computing the same model may
+    turn it round. None in single precision, where that is not measured."""
+    drop_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
+    """By how much that moves `accuracy_drop` on these documents, up or down, in 95 of 100 cases."""
+    gold_logprob_drop: float | None
+    """Mean log-probability of the gold answer, baseline minus ablated, in nats. A document of a
+    corpus or a rolling task has no gold answer: the whole text's log-probability stands for it."""
+    metrics: dict[str, float | None]
+    """Every metric of the benchmark, under lm-eval's names, under the ablation."""
+    reasons: dict[str, str] = Field(default_factory=dict)
+
+
+class RunAnswer(RunIdentity):
+    """What the looks at a cell say of one run, all of them and of all runs together."""
+
+    n: int
+    """Documents that were looked at until its part was settled."""
+    low: float
+    high: float
+    """Both ends of the confidence sequence of its accuracy drop, over all documents there are."""
+    open: bool
+    """Whether its part of the answer is not settled."""
+    chosen: bool
+    """Whether it is in the set that is asked for; of `sign`, whether its drop is not 0."""
+
+
+class AnswerRecord(Record):
+    """What a cell answers to the question that it was measured for, and what that took."""
+
+    question: str
+    level: float
+    """The probability with which the answer is right, and that with which all bounds hold."""
+    seed: int
+    """Of the random order of the documents."""
+    looked: int
+    """Documents that were looked at, from the beginning of the order."""
+    measured: int
+    """Documents that had to be measured for that: of a group more, since its tasks are measured in
+    blocks of their own."""
+    population: int
+    """Documents that there are."""
+    over: bool
+    """Whether nothing more is to be measured: it is answered, or there are no more documents."""
+    passes: int
+    """Passes of a document through a layer that this took, the intact model's with them."""
+    passes_of: int
+    """How many all documents take under all runs."""
+    runs: tuple[RunAnswer, ...]
+
+    @property
+    def answered(self) -> bool:
+        """Whether no run is open."""
+        return not any(run.open for run in self.runs)
+
+
+class CorrelationRecord(Record):
+    """How well one proxy ranks the whole single layers by the accuracy that they really cost."""
+
+    proxy: str
+    """`cosine_score`, `angular_distance` or `relative_update`."""
+    coefficient: Literal["spearman", "kendall", "pearson"]
+    subset: Literal["all", "inner"]
+    """Which layers: all of them, or all but the first two and the last two."""
+    value: float | None
+    low: float | None
+    high: float | None
+    """95 % interval from resampling the documents."""
+    p_value: float | None
+    """Two-sided, against series that are as smooth over depth but unrelated."""
+    n: int
+    """Layers."""
+    documents: int
+    reason: str | None = None
+
+
+def view_name(
+    removed: tuple[int, ...],
+    metric: str,
+    benchmark: BenchmarkIdentity,
+    seed: int | None = None,
+    beside: str = "",
+) -> str:
+    """Name a view of a cell: the layers that every run lacks, ascending, the sample, the metric.
+
+    For example `intact`, `without-3-17`, `intact-sample-1234` (documents drawn with that seed),
+    `intact-64-documents` (beside the first that was asked for) or `intact--acc_norm`: the
+    benchmark's own metric goes without saying.
+    """
+    name = "-".join(["without", *map(str, removed)]) if removed else INTACT_VIEW
+    if seed is not None:
+        name += f"-sample-{seed}"
+    if beside:
+        name += f"-{beside.replace(' ', '-')}"
+    return name if metric == benchmark.primary_metric else f"{name}--{metric}"
+
+
+INTACT_VIEW = "intact"
+"""The view of the whole model by the benchmark's own metric, on the first documents or all."""
+
+
+class CellRecord(Record):
+    """One (model, benchmark), as it is or without some layers: everything that its outcomes say."""
+
+    key: str
+    """The ledger's key: the hash of what decides a document's outcome."""
+    model: ModelIdentity
+    benchmark: BenchmarkIdentity
+    metric: str
+    """The metric behind every `accuracy` in this record, in the metric's own unit."""
+    higher_is_better: bool = True
+    """False for a loss: it is no accuracy, and a drop is its increase."""
+    n: int
+    """Documents measured (all tasks of a group together)."""
+    sample_seed: int | None = None
+    """The seed with which they were drawn at random; None where they are the first ones, or all."""
+    beside: str = Field("", exclude_if=lambda text: not text)
+    """What tells it from the view of the same name that was there first, e.g. `64 documents`."""
+    apart: Shown = Field("", exclude_if=lambda text: not text)
+    """What tells it, where it is published, from others that read the same; mostly nothing."""
+    tokens: int
+    """Tokens behind the proxies: each document's context and gold continuation, once; of a corpus
+    or a rolling task the predicted tokens, without the last of a full window, which is not read."""
+    baseline_accuracy: float | None
+    baseline_low: float | None
+    baseline_high: float | None
+    """Both ends of the 95 % interval of the baseline accuracy."""
+    baseline_rounded: int | None = Field(None, exclude_if=lambda count: count is None)
+    """Documents whose judgement is within rounding, as `RunRecord.rounded`."""
+    baseline_rounding: float | None = Field(None, exclude_if=lambda moved: moved is None)
+    """By how much that moves `baseline_accuracy`, as `RunRecord.drop_rounding`."""
+    chance_accuracy: float | None
+    """Expected accuracy of a random predictor; None while nothing is measured, and where lower is
+    better."""
+    baseline_metrics: dict[str, float | None]
+    removed: tuple[int, ...] = ()
+    """Layers that are removed as a whole beneath every run, ascending; the baseline has them."""
+    removed_accuracy: float | None = None
+    """The metric with `removed` alone taken out; None where nothing is removed beneath."""
+    removed_low: float | None = None
+    removed_high: float | None = None
+    """Both ends of the 95 % interval of `removed_accuracy`."""
+    runs: tuple[RunRecord, ...] = Field(validation_alias=AliasChoices("runs", "layers"))
+    """Components outermost, then spans, then layers; boards of formats 1 and 2 call it `layers`."""
+    answer: AnswerRecord | None = Field(None, exclude_if=lambda answer: answer is None)
+    """What it was measured for; None where that was all of its documents."""
+    correlations: tuple[CorrelationRecord, ...]
+    """Over the runs that remove one whole layer; none where there is no such run."""
+    missing: tuple[RunIdentity, ...]
+    """Runs that are part of what was asked for and are not measured yet."""
+    fitted_on: Shown | None = Field(None, exclude_if=lambda text: text is None)
+    """What the stand-ins of layers were fitted on; None where no run has one."""
+    provenance: dict[str, Shown]
+    """Package versions, machine and device that measured the outcomes; where they differ, each."""
+    seconds: float | None = None
+    """What measuring the outcomes took, of all processes together; None where none says."""
+    peak_bytes: int | None = None
+    """The most memory a process has held by then: the accelerator's, else its own; None unknown."""
+    measured: Annotated[str, AfterValidator(utc)] | None = Field(
+        None, exclude_if=lambda when: when is None
+    )
+    """When the last of its outcomes was measured (UTC, ISO 8601); None where none says."""
+    compared: int = 0
+    """Answers to documents drawn at random that were asked again on a really pruned model."""
+    compared_difference: float | None = None
+    """The largest difference of a log-likelihood among them, in nats."""
+    compared_unsteady: int = 0
+    """How many of them differ by more than rounding because the model itself is discontinuous."""
+    reasons: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The cell's name where people read it, with how its documents were chosen."""
+        return " · ".join(filter(None, (self.heading, self.drawn, self.beside, self.apart)))
+
+    @property
+    def heading(self) -> str:
+        """The cell's name beside which it is said on which documents it was measured."""
+        name = f"{self.model.name} · {self.benchmark.title} · {self.benchmark.num_fewshot}-shot"
+        return " · ".join(filter(None, (name, self.other_metric, self.beneath)))
+
+    @property
+    def drawn(self) -> str:
+        """How the documents were chosen, where it was at random; empty for the first ones, or all.
+
+        For example `drawn at random (seed 1234)`.
+        """
+        seed = self.answer.seed if self.answer and self.is_raced else self.sample_seed
+        drawn = "" if seed is None else f"drawn at random (seed {seed})"
+        return f"{drawn}, stopped at an answer" if self.is_stopped else drawn
+
+    @property
+    def documents(self) -> str:
+        """What it was measured on, e.g. `200 documents drawn at random (seed 1234)`."""
+        return self.documents_of(self.counted)
+
+    def documents_of(self, count: str) -> str:
+        """Say the same of so many documents."""
+        noun = "document" if count == "1" else "documents"
+        return " ".join(filter(None, (count, noun, self.drawn)))
+
+    @property
+    def counted(self) -> str:
+        """How many documents its runs rest on, e.g. `200`, or `64 to 320` where they differ."""
+        most = max([self.n, *(run.n for run in self.runs)])
+        return f"{self.n:,}" if most == self.n else f"{self.n:,} to {most:,}"
+
+    @property
+    def other_metric(self) -> str:
+        """The metric; empty where it is the benchmark's own, which goes without saying."""
+        return "" if self.metric == self.benchmark.primary_metric else self.metric
+
+    @property
+    def beneath(self) -> str:
+        """What lies beneath every run, e.g. `without layers 3, 17`; empty for the intact model."""
+        if not self.removed:
+            return ""
+        plural = "s" if len(self.removed) > 1 else ""
+        return f"without layer{plural} {', '.join(map(str, self.removed))}"
+
+    @property
+    def view(self) -> str:
+        """The name of the view that it shows."""
+        named = (self.removed, self.metric, self.benchmark, self.sample_seed)
+        return view_name(*named, self.beside)
+
+    @property
+    def place(self) -> Place:
+        """What several records are told apart by: the cell, the view of it, how many documents."""
+        return (self.key, self.view, self.n)
+
+    def holds(self, other: CellRecord) -> bool:
+        """Whether it shows all that another record does: as many documents, and every run.
+
+        Documents that are not yet as many as were asked for are any, not the first ones.
+        """
+        answer = other.answer
+        everything = self.is_complete and (answer is None or self.n == answer.population)
+        if answer not in (None, self.answer) and not everything:
+            return False
+        mine, theirs = (
+            (one.key, one.removed, one.metric, one.sample_seed) for one in (self, other)
+        )
+        growing = "n" in other.reasons
+        enough = self.n >= other.n if growing else self.n == other.n and "n" not in self.reasons
+        runs = {run.order for run in self.runs}
+        return mine == theirs and enough and runs >= {run.order for run in other.runs}
+
+    @property
+    def is_raced(self) -> bool:
+        """Whether an answer decides how many documents each run has: then one look’s intervals are
+        left out, and those of drops are confidence sequences."""
+        return self.answer is not None and "n" in self.reasons
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether an answer ended it before its documents did."""
+        return self.answer is not None and self.answer.over and self.is_raced
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every run and every document that was asked for is measured."""
+        return not self.lacks
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """What was asked for and is not measured yet: documents, and runs by their labels."""
+        documents = (self.reasons["n"],) if "n" in self.reasons else ()
+        return (*documents, *(run.label() for run in self.missing))
+
+    @property
+    def whole_layers(self) -> tuple[RunRecord, ...]:
+        """The runs that remove one whole layer."""
+        return tuple(run for run in self.runs if run.kind == WHOLE_LAYER)
+
+    @property
+    def all_runs(self) -> list[RunIdentity]:
+        """The runs, measured or missing: components outermost, then spans, then layers."""
+        return sorted((*self.runs, *self.missing), key=lambda run: run.order)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of runs, measured or missing, in the order of the runs."""
+        return list(dict.fromkeys(run.kind for run in self.all_runs))
+
+    def runs_of(self, kind: Kind = WHOLE_LAYER) -> dict[int, RunRecord]:
+        """Find the measured runs of a kind: first layer → run."""
+        return {run.layer: run for run in self.runs if run.kind == kind}
+
+    def absence(self, run: RunIdentity) -> str:
+        """Say why there is no record of a run."""
+        if set(self.removed) & set(range(run.layer, run.layer + run.span)):
+            return "removed already, beneath every run"
+        missing = any((r.kind, r.layer) == (run.kind, run.layer) for r in self.missing)
+        return NOT_MEASURED if missing else "not asked for"
+
+    def reason_of(self, field: str, run: RunRecord | None = None) -> str:
+        """Say why a field or metric of a run, or of the cell where `run` is None, is undefined.
+
+        The reason recorded for the run, else for the cell, else that there is none.
+        """
+        for reasons in (run.reasons if run else {}, self.reasons):
+            found = reasons.get(field) or reasons.get(f"metrics.{field}")
+            if found:
+                return found
+        return NO_REASON
+
+    def relevance_of(self, run: RunRecord) -> tuple[float | None, str]:
+        """Find a run's accuracy relevance, and the reason when it is None."""
+        if run.accuracy_relevance is not None:
+            return run.accuracy_relevance, ""
+        return None, self.reason_of("accuracy_relevance", run)
+
+    def relevance(self, layer: int) -> tuple[float | None, str]:
+        """Find the accuracy relevance of one whole layer, measured or not, as `relevance_of`."""
+        run = self.runs_of().get(layer)
+        return self.relevance_of(run) if run else (None, self.absence(RunIdentity(layer=layer)))
+
+
+def layers_of(kind: Kind, *cells: CellRecord) -> list[int]:
+    """List the layers that the runs of a kind start from in some cells, measured or missing."""
+    return sorted({run.layer for cell in cells for run in cell.all_runs if run.kind == kind})

@@ -1,0 +1,143 @@
+"""YAML that is no larger than it looks, and wrong values in messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tracker.core.errors import ExperimentError, did_you_mean
+from tracker.core.text import HALF, is_writable
+
+_MAX_BYTES = 1_000_000
+_MAX_NODES = 30_000
+"""Values in one experiment file, each as often as an anchor repeats it: more were not meant, and
+take long to read."""
+
+SHOWN = 80
+"""Characters of a wrong value that a message repeats."""
+
+
+def read_yaml(path: Path) -> tuple[Any, str]:
+    """Read what stands in an experiment file, and its exact text.
+
+    ExperimentError if it is missing, cannot be read, or is not YAML.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ExperimentError(f"{path} is larger than any experiment file")
+        text = content.decode("utf-8")
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise ExperimentError(f"there is no experiment file {path}.{near}") from None
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ExperimentError(f"{path} cannot be read: it is no UTF-8 text") from None
+    try:
+        raw = _parse(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None)
+        raise ExperimentError(
+            f"{path}{line}: not valid YAML: {problem or 'it cannot be parsed'}"
+        ) from None
+    except RecursionError:
+        raise ExperimentError(f"{path}: not valid YAML: it is nested too deeply") from None
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        # What YAML's constructors make of '!!int abc' or of a month 13.
+        raise ExperimentError(f"{path}: not valid YAML: {short(error)}") from None
+    return raw, text
+
+
+def _parse(text: str) -> Any:
+    """Read YAML that is not larger than it looks: anchors can make a few lines endless."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _refuse_bombs(root, {})
+        _refuse_halves(root)
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _refuse_bombs(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Count the values that a node stands for, each as often as an anchor repeats it."""
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise yaml.constructor.ConstructorError(
+                problem="it holds itself, by an anchor", problem_mark=node.start_mark
+            )
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # until it is counted
+    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+    inside = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
+    count = 1 + sum(_refuse_bombs(each, sizes) for each in inside)
+    if count > _MAX_NODES:
+        raise _too_many(node.start_mark)
+    sizes[id(node)] = count
+    return count
+
+
+def _too_many(mark: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(
+        problem=f"it holds more than {_MAX_NODES:,} values", problem_mark=mark
+    )
+
+
+def _refuse_halves(node: yaml.Node) -> None:
+    r"""Refuse texts with a half of a character, `"\ud83d"`: no file and no hash takes it.
+
+    Python reads one where JSON writes a character as two halves, so that it is not meant.
+    """
+    nodes = [node]
+    for each in nodes:  # it grows; what holds itself was refused before
+        if isinstance(each, yaml.CollectionNode):
+            for part in each.value:
+                nodes.extend(part if isinstance(part, tuple) else (part,))
+        elif not is_writable(each.value):
+            raise yaml.constructor.ConstructorError(
+                problem=f"{short(each.value)} holds {HALF}", problem_mark=each.start_mark
+            )
+
+
+def short(value: object) -> str:
+    """Show a wrong value in a message, however long it is."""
+    text = str(value) if isinstance(value, Exception) else _repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _repr(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which also refuses a key that is given twice, and too many values."""
+
+    composed = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        self.composed += 1
+        if self.composed > _MAX_NODES:
+            raise _too_many(self.get_mark())
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

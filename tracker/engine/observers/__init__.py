@@ -1,0 +1,1 @@
+"""What else is seen of a layer in forward passes: divergences, perturbations, turns."""

@@ -1,0 +1,231 @@
+"""Proxies that look at what the model says: divergences, loss, logit lens, first-order Taylor.
+
+All of one document, on the tokens of the other proxies: context and gold continuation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.documents import Document
+from tracker.engine.refusal import RefusalError, refused
+from tracker.engine.scoring.head import LOGITS_BYTES
+from tracker.engine.scoring.plain_call import logits_of
+from tracker.engine.scoring.rows import measured_texts, reading_row
+from tracker.engine.scoring.score import run_base
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.scoring.sweep import Engine
+from tracker.models.pruned import put_back
+from tracker.models.sublayers import replaced_forward, undisturbed, with_first
+
+IMPOSSIBLE = -1e4
+"""The log-probability of what a model masks out: small enough to be 0 as a probability."""
+
+
+def output_proxies(
+    engine: Engine, document: Document, only: str | None = None
+) -> dict[str, Tensor]:
+    """Measure how each layer of the intact model bears on what the model says of a document.
+
+    The model without a layer shares its lower layers with the intact one as far as the engine's
+    sharing says, and is a really pruned copy where it says no.
+
+    Args:
+        engine: The engine, with as much sharing as is exact.
+        document: The document.
+        only: `loss_increase` or `gate_gradient`, for this one alone with `predicted`; None = all.
+
+    Returns:
+        Sums over the document's tokens, float64. `tokens` and `predicted` []: the tokens that the
+        proxies are measured on, and those of them that have a token before them. Of each layer
+        [layers]: `kl` and `js`, the divergence of the next token's distribution without the layer
+        from that of the intact model, in nats; `loss_increase`, by how much the log-likelihood of
+        the predicted tokens falls without it, in nats; `lens_changes`, at how many tokens the most
+        likely next token differs between the logit lens at the layer's output and that at its
+        input; `gate_gradient`, the derivative of the predicted tokens' negative log-likelihood by a
+        gate on the layer's update, at 1; NaN where the model cannot be differentiated.
+
+    References:
+        S. Kullback, R. A. Leibler, Annals of Mathematical Statistics 22 (1951) 79-86. J. Lin, IEEE
+        Transactions on Information Theory 37 (1991) 145-151 (Jensen-Shannon). nostalgebraist,
+        interpreting GPT: the logit lens (2020): the model's own final norm and head on the residual
+        stream between layers, which is the model without all later layers; N. Belrose et al.,
+        arXiv 2303.08112, for where it misleads. P. Molchanov et al., arXiv 1906.10771, and
+        P. Michel et al., arXiv 1905.10650: the first-order Taylor term of a gate.
+    """
+    found: dict[str, Tensor] = {}
+    for tokens, measured in measured_texts(document, engine.max_length):
+        sums = {"predicted": torch.tensor(float(len(tokens) - max(measured, 1))).double()}
+        if only != "gate_gradient":
+            sums |= _divergences(engine, tokens, measured, only)
+        if only is None:
+            sums["tokens"] = torch.tensor(float(len(tokens) - measured)).double()
+            sums["lens_changes"] = _lens_changes(engine, tokens, measured)
+        if only != "loss_increase":
+            sums["gate_gradient"] = _gate_gradient(engine, tokens, measured)
+        found = {name: value + found.get(name, 0) for name, value in sums.items()}
+    return found
+
+
+def _layers(engine: Engine) -> int:
+    return len(engine.loaded.layers)
+
+
+@torch.inference_mode()
+def _divergences(
+    engine: Engine, tokens: Sequence[int], measured: int, only: str | None
+) -> dict[str, Tensor]:
+    """Sum `kl`, `js` and `loss_increase` over a text, or the last one alone."""
+    layers = _layers(engine)
+    names = ("kl", "js", "loss_increase") if only is None else (only,)
+    sums = {name: torch.zeros(layers, dtype=torch.float64) for name in names}
+    targets = torch.tensor(tokens)
+    singles = [Ablation((layer,)) for layer in range(layers)]
+    # A token is predicted at the one before it, also the first that is measured.
+    first = max(measured - 1, 0)
+    for group, places, logits in _logits(engine, [INTACT, *singles], tokens, first):
+        counted = torch.tensor(places, device=logits.device) >= measured
+        following = targets[[place + 1 for place in places if place + 1 < len(tokens)]]
+        own = following.to(logits.device)[:, None]
+        intact = _logprobs(logits[0])
+        said = intact[: len(own)].gather(1, own).double().sum()
+        # One at a time, so that what is in between stays in the cache.
+        for ablation, other in zip(group[1:], logits[1:], strict=True):
+            (layer,), without = ablation.layers, _logprobs(other)
+            if only is None:
+                kl, js = _kl_and_js(intact, without)
+                sums["kl"][layer] += float(kl[counted].sum())
+                sums["js"][layer] += float(js[counted].sum())
+            lost = said - without[: len(own)].gather(1, own).double().sum()
+            sums["loss_increase"][layer] += float(lost)
+    return sums
+
+
+def _logprobs(logits: Tensor) -> Tensor:
+    """Log-probabilities, of what is masked out as well: 0 times their logarithm is then 0."""
+    return logits.float().log_softmax(-1).clamp_(min=IMPOSSIBLE)
+
+
+def _kl_and_js(intact: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(intact ‖ other) and Jensen-Shannon of two distributions at each place, float64 [places].
+
+    From log-probabilities [places, vocabulary]. Jensen-Shannon is the entropy of the mixture less
+    the mean entropy, which rounding leaves about 1e-6 off.
+    """
+    p, mixture = intact.exp(), other.exp()
+    of_p, of_q = torch.linalg.vecdot(p, intact), torch.linalg.vecdot(mixture, other)
+    kl = of_p - torch.linalg.vecdot(p, other)
+    mixture.add_(p).div_(2)
+    of_both = torch.linalg.vecdot(mixture, mixture.clamp(min=torch.finfo(p.dtype).tiny).log())
+    return kl.double(), ((of_p + of_q) / 2 - of_both).double()
+
+
+@torch.inference_mode()
+def _lens_changes(engine: Engine, tokens: Sequence[int], measured: int) -> Tensor:
+    """Count, layer by layer, the tokens at which the lens says another token behind the layer."""
+    layers = _layers(engine)
+    # What the lens shows at a layer's input is the model without that layer and all above it.
+    lenses = [Ablation(tuple(range(layer, layers))) for layer in range(layers)]
+    top = torch.zeros(layers + 1, len(tokens) - measured, dtype=torch.long)
+    for group, places, logits in _logits(engine, [INTACT, *lenses], tokens, measured):
+        which = [layers - len(ablation.layers) for ablation in group]
+        for place, tops in zip(places, logits.argmax(-1).cpu().unbind(1), strict=True):
+            top[which, place - measured] = tops
+    return (top[1:] != top[:-1]).sum(1).double()
+
+
+def _logits(
+    engine: Engine, ablations: Sequence[Ablation], tokens: Sequence[int], first: int
+) -> Iterator[tuple[list[Ablation], list[int], Tensor]]:
+    """Compute logits under ablations from a token on, as many at a time as memory should hold.
+
+    Yields some ablations, the baseline first, some places, and [ablations, places, vocabulary].
+    """
+    head = engine.head
+    for group, output, states in _states(engine, ablations, tokens):
+        vocabulary = engine.loaded.model.get_output_embeddings().weight.shape[0]
+        size = max(1, LOGITS_BYTES // (4 * vocabulary * len(group)))
+        for start in range(first, len(tokens), size):
+            places = list(range(start, min(start + size, len(tokens))))
+            yield group, places, head.logits(output, states[:, places])
+
+
+def _states(
+    engine: Engine, ablations: Sequence[Ablation], tokens: Sequence[int]
+) -> Iterator[tuple[list[Ablation], Any, Tensor]]:
+    """Run the base under ablations: some of them, what it returned, [ablations, tokens, hidden]."""
+    # One sequence, whose mask the model makes itself.
+    row = replace(reading_row(tokens), ancestors=None)
+
+    def run(engine: Engine, group: Sequence[Ablation]) -> tuple[Any, Tensor]:
+        plan = plan_streams(group, _layers(engine))
+        put_back(engine.loaded.model, engine.quirks.leftovers)
+        output, _ = run_base(engine.parts(plan), plan, row, None)
+        return output, output.last_hidden_state[list(plan.stream_of)]
+
+    if engine.sharing.depth:
+        for group in engine.groups(ablations, len(tokens)):
+            yield group, *run(engine, group)
+        return
+    output, intact = run(engine, [INTACT])
+    for ablation in ablations:
+        if ablation != INTACT:
+            _, other = run(_apart(engine, ablation), [INTACT])
+            yield [INTACT, ablation], output, torch.cat([intact, other])
+
+
+def _apart(engine: Engine, ablation: Ablation) -> Engine:
+    """The engine of a copy without some layers; without any layer it cannot be cut."""
+    if len(ablation.layers) == _layers(engine):
+        engine = replace(engine, quirks=replace(engine.quirks, stay=True))
+    return engine.without(ablation)
+
+
+def _gate_gradient(engine: Engine, tokens: Sequence[int], measured: int) -> Tensor:
+    """Differentiate a text's negative log-likelihood by gates on the updates of the layers."""
+    try:
+        return _differentiated(engine, tokens, measured)
+    except Exception as error:
+        if refused(error) is None:
+            raise
+        return torch.full((_layers(engine),), torch.nan, dtype=torch.float64)
+
+
+def _differentiated(engine: Engine, tokens: Sequence[int], measured: int) -> Tensor:
+    model, layers = engine.loaded.model, engine.loaded.layers
+    put_back(model, engine.quirks.leftovers)
+    start = max(measured, 1)
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        gates = torch.ones(len(layers), device=engine.loaded.device, requires_grad=True)
+        for gate, layer in zip(gates, layers, strict=True):
+            stack.enter_context(replaced_forward(layer, _gated(layer, gate)))
+        ids = torch.tensor([tokens], device=engine.loaded.device)
+        logits = logits_of(model, ids)[0, start - 1 : len(tokens) - 1]
+        wanted = ids[0, start:, None].to(logits.device)
+        loss = -logits.float().log_softmax(-1).gather(1, wanted).sum()
+        try:
+            (gradient,) = torch.autograd.grad(loss, gates)
+        except RuntimeError as error:
+            raise RefusalError(f"it cannot be differentiated: {error}") from None
+    return gradient.double().cpu()
+
+
+def _gated(layer: nn.Module, gate: Tensor) -> Callable[..., Any]:
+    """Let a gate of 1 stand before a layer's update: the same figures, and a derivative by it."""
+
+    forward = layer.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before, output = undisturbed(layer, forward, args, kwargs)
+        after = output[0] if isinstance(output, (tuple, list)) else output
+        update = (after - before.to(after.device)).detach()
+        return with_first(output, after + (gate.to(after) - 1) * update)
+
+    return call

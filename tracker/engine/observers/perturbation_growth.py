@@ -1,0 +1,293 @@
+"""Following what a perturbed layer does to the residual stream of every later layer.
+
+The perturbations are streams of one forward pass, as ablations are: each forks off behind the layer
+that it perturbs, so that all of them cost n · L(L−1)/2 layer passes instead of n · L².
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tracker.core.ablations import Action
+from tracker.core.documents import Document
+from tracker.engine.memory import free_memory, stream_bytes
+from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.scoring.rows import measured_texts
+from tracker.engine.scoring.streams import LayerStep, StreamPlan
+from tracker.engine.scoring.sweep import Engine
+from tracker.models.pruned import put_back
+
+REMOVED, SHUFFLED, RANDOM = 0, 1, 2
+"""Places of the perturbations of a layer; random directions are the last, one a draw."""
+_CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_IN_HALVES = 0.1
+"""By what share of the largest difference two ways of computing may differ, by precision."""
+
+
+def perturbation_growth(
+    engine: Engine, document: Document, draws: int, seed: int = 0
+) -> dict[str, NDArray[np.float64]]:
+    """Follow the perturbations of every layer through all later ones, in one document.
+
+    With h the intact residual stream behind each of the L layers and f a layer's update, the stream
+    behind the layer is perturbed in each token by the norm of its update, in one of these ways:
+
+    - *removed*: h − f, the layer's output is its input;
+    - *random*: h + a direction that is uniform on the sphere, drawn for each token;
+    - *shuffled*: h − the update of another token of the text, scaled to the token's own norm.
+
+    Behind every later layer m the relative difference ‖h′ₘ − hₘ‖ / ‖hₘ‖ is taken in each token, and
+    averaged over the tokens on which the proxies are measured. *carried* is what it would be if the
+    later layers handed the perturbation on as it is: ‖f‖ / ‖hₘ‖.
+
+    Directions are drawn in float32 on the CPU, by seed, document, layer and draw, and added in the
+    precision of the model.
+
+    Args:
+        engine: The model.
+        document: What it reads: context and gold continuation, or the windows of a rolling text.
+        draws: Random directions for each layer.
+        seed: Decides the directions.
+
+    Returns:
+        `removed`, `shuffled` and `carried` [2, layers, layers] and `random` [2, draws, layers,
+        layers]: the perturbed layer, then the layer behind which the difference is taken, NaN where
+        that comes earlier. First the mean over all tokens, then without the first one of the text,
+        which often has a norm far beyond the others'; NaN where no token is left, or where a
+        hidden state is not finite or all zeros.
+
+    Raises:
+        RefusalError: The model is not built the way that this needs.
+    """
+    total = len(engine.loaded.layers)
+    sums = torch.zeros(2, RANDOM + draws + 1, total, total, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.float64)
+    for number, (tokens, measured) in enumerate(measured_texts(document, engine.max_length)):
+        name = f"{seed}/{document.task}/{document.index}/{number}"
+        found = _followed(engine, tokens, _Directions(name, draws), range(total))
+        for place, first in enumerate((measured, max(1, measured))):
+            sums[place] += found[..., first:].double().sum(-1)
+            counts[place] += len(tokens) - first
+    means = np.asarray((sums / counts[:, None, None, None]).numpy())
+    later = np.arange(total) >= np.arange(total)[:, None]
+    means = np.where(later, means, np.nan)
+    return {
+        "removed": means[:, REMOVED],
+        "shuffled": means[:, SHUFFLED],
+        "random": means[:, RANDOM:-1],
+        "carried": means[:, -1],
+    }
+
+
+@torch.inference_mode()
+def verify_growth(engine: Engine, document: Document, draws: int, seed: int = 0) -> None:
+    """Follow the middle layer's perturbations once more, each in a plain forward pass of its own.
+
+    Arguments are those of `follow`; RefusalError if the two ways differ by more than rounding.
+    """
+    loaded, layer = engine.loaded, len(engine.loaded.layers) // 2
+    if layer == 0:
+        return
+    tokens, _ = next(iter(measured_texts(document, engine.max_length)))
+    name = f"{seed}/{document.task}/{document.index}/0"
+    directions = _Directions(name, draws)
+    found = _followed(engine, tokens, directions, range(layer, layer + 1))
+    shared = found[:-1, layer, layer:]
+    ids = torch.tensor([tokens], device=loaded.device)
+    intact = _plain(engine, ids)
+    perturbed = directions.perturbed(layer, intact[layer - 1], intact[layer])
+    plain = torch.stack(
+        [
+            torch.stack(
+                [
+                    _relative(one - other, other)
+                    for one, other in zip(
+                        _plain(engine, ids, layer, state)[layer:], intact[layer:], strict=True
+                    )
+                ]
+            )
+            for state in perturbed
+        ]
+    )
+    within = _CLOSE.get(loaded.model.dtype, _IN_HALVES) * float(plain.max())
+    if not torch.allclose(shared, plain, rtol=0, atol=within, equal_nan=True):
+        raise RefusalError("its layers compute something else for several streams than for one")
+
+
+def _followed(
+    engine: Engine, tokens: Sequence[int], directions: _Directions, layers: range
+) -> Tensor:
+    """Follow some layers' perturbations [perturbations + carried, layers, layers, tokens].
+
+    Zeros stand where there is no difference yet, or none is asked for.
+    """
+    loaded = engine.loaded
+    total, each = len(loaded.layers), RANDOM + directions.draws
+    budget = engine.memory or free_memory(loaded.device) // 2
+    streams = budget // (len(tokens) * stream_bytes(loaded.model))
+    size = max(1, (streams - 1) // each)
+    found = torch.zeros(each + 1, total, total, len(tokens))
+    for start in range(layers.start, layers.stop, size):
+        group = range(start, min(start + size, layers.stop))
+        put_back(loaded.model, engine.quirks.leftovers)
+        _Pass(engine, group, directions, found).run(tokens)
+    return found
+
+
+@dataclass(frozen=True)
+class _Directions:
+    """How the layers of one text are perturbed, the same ones for the same name."""
+
+    name: str
+    draws: int
+
+    def perturbed(self, layer: int, before: Tensor, after: Tensor) -> list[Tensor]:
+        """Perturb the stream behind a layer in each way; all states [tokens, …]."""
+        update = _wide(after) - _wide(before)
+        size = _norm(update)
+        states = [before, _wide(after) - _directed(update[self._others(layer, len(after))], size)]
+        for draw in range(self.draws):
+            noise = torch.randn(after.shape, generator=self._generator(f"{layer}/{draw}"))
+            states.append(_wide(after) + _directed(noise.to(update), size))
+        return [state.to(after.dtype) for state in states]
+
+    def _others(self, layer: int, tokens: int) -> Tensor:
+        """Name another token for each: all of them in one random circle."""
+        circle = torch.randperm(tokens, generator=self._generator(f"{layer}/shuffled"))
+        others = torch.empty_like(circle)
+        others[circle] = circle.roll(1)
+        return others
+
+    def _generator(self, what: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.name}/{what}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+@dataclass
+class _Pass:
+    """One forward pass in which some layers are perturbed; differences are added to `found`.
+
+    Behind the layers perturbed so far stand [streams, tokens, …]: the intact stream, then for each
+    of these layers its perturbations.
+    """
+
+    engine: Engine
+    group: range
+    directions: _Directions
+    found: Tensor
+    _sizes: dict[int, Tensor] = field(default_factory=dict)
+    _seen: int = 0
+
+    def run(self, tokens: Sequence[int]) -> None:
+        """Read a text."""
+        loaded = self.engine.loaded
+        base: Any = self.engine.head.base
+        with (
+            torch.inference_mode(),
+            forking(loaded.layers, self._plan()),
+            _after_each(loaded.layers, self._behind),
+        ):
+            base(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False)
+        if self._seen != len(loaded.layers):
+            raise RefusalError(f"its {len(loaded.layers)} layers run {self._seen} times in a pass")
+
+    @property
+    def _each(self) -> int:
+        return RANDOM + self.directions.draws
+
+    def _plan(self) -> StreamPlan:
+        """All perturbations begin as streams that skip the layer."""
+        steps, streams = [], 1
+        for layer in range(len(self.engine.loaded.layers)):
+            new = self._each if layer in self.group else 0
+            actions = (*[Action.PASS] * streams, *[Action.SKIP] * new)
+            steps.append(LayerStep(streams, (0,) * new, actions))
+            streams += new
+        return StreamPlan(tuple(steps), ())
+
+    def _behind(self, layer: int, states: Tensor) -> None:
+        """Perturb the stream behind a layer, and measure how far all streams are from it."""
+        self._seen += 1
+        if states.shape[1] != self.found.shape[-1]:
+            raise RefusalError(f"its layers pass on {tuple(states.shape)}, not [texts, tokens, …]")
+        intact = states[0]
+        if layer in self.group:
+            before = states[-self._each].clone()
+            states[-self._each :] = torch.stack(self.directions.perturbed(layer, before, intact))
+            self._sizes[layer] = _norm(_wide(intact) - _wide(before))
+        norm = _norm(intact)
+        for place, origin in enumerate(self._sizes):
+            streams = states[1 + place * self._each :][: self._each]
+            self.found[:-1, origin, layer] = _relative(streams - intact, intact).cpu()
+            carried = self._sizes[origin].to(norm.device) / norm
+            self.found[-1, origin, layer] = carried.flatten(1)[:, 0].cpu()
+
+
+@contextmanager
+def _after_each(layers: nn.ModuleList, look: Any) -> Iterator[None]:
+    """Call `look` with each layer's number and what it returned, which it may change in place."""
+
+    def hook(index: int) -> Any:
+        def called(module: nn.Module, args: Any, output: Any) -> None:
+            look(index, output[0] if isinstance(output, (tuple, list)) else output)
+
+        return called
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(layer.register_forward_hook(hook(index)))
+        yield
+
+
+def _plain(
+    engine: Engine, ids: Tensor, layer: int | None = None, state: Tensor | None = None
+) -> list[Tensor]:
+    """The stream behind each layer [tokens, …], behind one of them replaced by another."""
+    behind: list[Tensor] = []
+
+    def look(index: int, states: Tensor) -> None:
+        if index == layer and state is not None:
+            states[0] = state
+        behind.append(states[0].clone())
+
+    put_back(engine.loaded.model, engine.quirks.leftovers)
+    with _after_each(engine.loaded.layers, look):
+        engine.loaded.model(input_ids=ids, use_cache=False)
+    return behind
+
+
+def _wide(state: Tensor) -> Tensor:
+    """In float32 at least."""
+    return state.to(torch.promote_types(state.dtype, torch.float32))
+
+
+def _norm(state: Tensor) -> Tensor:
+    """Each token's norm [tokens, 1, …]; several residual streams side by side are one state."""
+    over = tuple(range(1, state.ndim))
+    norm: Tensor = torch.linalg.vector_norm(_wide(state), dim=over, keepdim=True)
+    return norm
+
+
+def _directed(direction: Tensor, size: Tensor) -> Tensor:
+    """Each token's direction at a size; nothing where it has none."""
+    norm = _norm(direction)
+    scaled: Tensor = direction * torch.where(norm > 0, size / norm, 0)
+    return scaled
+
+
+def _relative(difference: Tensor, intact: Tensor) -> Tensor:
+    """‖difference‖ / ‖intact‖ [..., tokens]; NaN where the intact stream is all zeros."""
+    over = tuple(range(-intact.ndim + 1, 0))
+    size = torch.linalg.vector_norm(_wide(intact), dim=over)
+    share = torch.linalg.vector_norm(_wide(difference), dim=over) / size
+    return torch.where(size > 0, share, torch.nan)

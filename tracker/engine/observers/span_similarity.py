@@ -1,0 +1,83 @@
+"""How far the residual stream turns over any stretch of layers, in one plain forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.core.documents import Document
+from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.rows import measured_texts
+from tracker.engine.scoring.sweep import Engine
+from tracker.models.pruned import put_back
+from tracker.models.sublayers import replaced_forward, undisturbed
+from tracker.stats.influence import angular_distance, cosine_similarity, relative_update
+
+
+@torch.inference_mode()
+def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
+    """Measure how layers, and stretches of layers, turn the residual stream in a document.
+
+    Args:
+        engine: The engine, whose model reads.
+        document: What it reads: context and gold continuation, or the windows of a rolling text.
+
+    Returns:
+        Sums over the document's tokens, float64. `tokens` []: how many there are. Of each layer
+        [layers]: `cosine_score`, 1 − the cosine of input and output, and `relative_update`. Of each
+        stretch [layers, layers]: `angular_distance` between the input of the first layer and the
+        output of the last one, which is the second index; 0 where it comes before the first.
+
+    Raises:
+        RefusalError: The model's layers do not hand on one state a token.
+    """
+    layers = len(engine.loaded.layers)
+    found = {
+        "tokens": torch.zeros((), dtype=torch.float64),
+        "cosine_score": torch.zeros(layers, dtype=torch.float64),
+        "relative_update": torch.zeros(layers, dtype=torch.float64),
+        "angular_distance": torch.zeros(layers, layers, dtype=torch.float64),
+    }
+    for tokens, measured in measured_texts(document, engine.max_length):
+        put_back(engine.loaded.model, engine.quirks.leftovers)
+        with _watched(engine.loaded.layers) as seen:
+            ids = torch.tensor([tokens], device=engine.loaded.device)
+            engine.head.base(input_ids=ids, use_cache=False)
+        if len(seen) != layers or any(len(each) != len(tokens) for pair in seen for each in pair):
+            raise RefusalError("its layers do not run once each, on one state a token")
+        states = [[state[measured:] for state in pair] for pair in seen]
+        found["tokens"] += len(tokens) - measured
+        for first, (before, after) in enumerate(states):
+            found["relative_update"][first] += relative_update(before, after).double().sum().cpu()
+            for last in range(first, layers):
+                cosine = cosine_similarity(before, states[last][1])
+                if last == first:
+                    found["cosine_score"][first] += (1 - cosine).double().sum().cpu()
+                angle = angular_distance(cosine).double().sum().cpu()
+                found["angular_distance"][first, last] += angle
+    return found
+
+
+@contextmanager
+def _watched(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Take down what goes into each layer and what comes out of it, [tokens, width]."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def noting(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before, output = undisturbed(layer, forward, args, kwargs)
+            after = output[0] if isinstance(output, (tuple, list)) else output
+            # Several residual streams side by side are one state.
+            seen.append((before.flatten(0, 1).flatten(1), after.flatten(0, 1).flatten(1)))
+            return output
+
+        return call
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, noting(layer, layer.forward)))
+        yield seen

@@ -1,0 +1,76 @@
+"""Generating under every ablation at once: the streams are the batch, each through its own layers.
+
+The prompt is read once for all ablations, as in scoring; then each layer's keys and values are
+handed to every stream that passes its attention, and the model's own generation goes on with one
+row an ablation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from transformers.cache_utils import Cache
+
+from tracker.core.ablations import Ablation
+from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.scoring.prefix import GrowingLayer, Prefix, new_cache
+from tracker.engine.scoring.rows import reading_row
+from tracker.engine.scoring.score import Parts, run_base
+from tracker.engine.scoring.streams import LayerStep, StreamPlan, plan_streams
+
+
+@contextmanager
+def decoding(
+    parts: Parts, ablations: Sequence[Ablation], prompt: Sequence[int], prefix: Prefix | None
+) -> Iterator[Cache]:
+    """Let a model continue one prompt under every ablation, while the context is open.
+
+    Reading the prompt forks as scoring does. After it nothing is shared, because the texts soon
+    differ: each ablation has its own row of the batch in every layer, and a layer computes just the
+    rows that it does not skip, each against its own keys and values.
+
+    Args:
+        parts: The model.
+        ablations: The rows of the batch; the baseline must be among them.
+        prompt: The prompt's token ids.
+        prefix: A beginning of the prompt that was read for these ablations.
+
+    Yields:
+        Keys and values of all but the prompt's last token, as the model takes them. A forward pass
+        must have one row an ablation, in their order.
+    """
+    plan = plan_streams(ablations, len(parts.layers))
+    begun = 0 if prefix is None else len(prefix.tokens)
+    rest = prompt[begun:-1]
+    cache = new_cache() if prefix is None else prefix.cache
+    if rest:
+        run_base(parts, plan, reading_row(rest, begun), cache)
+    actions = [tuple(a.at(layer) for a in ablations) for layer in range(len(parts.layers))]
+    together = StreamPlan(
+        tuple(LayerStep(len(ablations), (), each) for each in actions),
+        (tuple(range(len(ablations))),) * len(parts.layers),
+    )
+    own = _handed_out(cache, plan, len(prompt) - 1)
+    stand_ins = parts.stand_ins
+    with forking(parts.layers, together, parts.sublayers, batched=True, stand_ins=stand_ins):
+        yield own
+
+
+def _handed_out(cache: Cache, plan: StreamPlan, tokens: int) -> Cache:
+    """Give every ablation its own keys and values of the prompt, layer by layer.
+
+    The prompt was read with a row for each attention that differs in the layer, [computed, heads,
+    tokens, size]; `plan.attention_of` says which one an ablation took. These rows are copied out to
+    [ablations that pass the attention, heads, tokens, size], in the order of the ablations: just
+    the rows that reach the layer's attention while texts are generated.
+    """
+    if not cache.layers:
+        return new_cache(GrowingLayer)
+    layers = []
+    for held, sources in zip(cache.layers, plan.attention_of, strict=True):
+        index = [source for source in sources if source is not None]
+        layer = GrowingLayer()
+        layer.update(held.keys[index, :, :tokens], held.values[index, :, :tokens])
+        layers.append(layer)
+    return Cache(layers=layers)

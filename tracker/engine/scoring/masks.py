@@ -1,0 +1,167 @@
+"""The attention masks of a row: a token sees its ancestors, as far as its layer lets it.
+
+How far that is, each layer's window or chunk, is not read from the configuration: the model is
+given a plain text, and each layer's own mask is looked at as it arrives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.rows import Row
+from tracker.models.sublayers import replaced_forward, with_first
+
+ARGUMENT = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How far each layer sees.
+
+    Attributes:
+        tokens: Up to which length of text this is known.
+        first: For each layer the first position that each position sees [tokens]; None where it
+            sees all before it, or where the model gives the layer no such mask.
+    """
+
+    tokens: int
+    first: tuple[Tensor | None, ...]
+
+
+@torch.inference_mode()
+def look(base: Any, layers: nn.ModuleList, tokens: int, device: torch.device) -> Sight:
+    """See which mask a model gives to each of its layers for a plain text of some length.
+
+    The layers themselves do not run: each hands on the hidden state that it got, beside what else
+    it returned for two tokens, so that the model goes on. What arrives at a layer is its mask [1,
+    1, tokens, tokens], or nothing.
+    """
+    shapes: dict[int, Any] = {}
+    seen: list[Any] = [None] * len(layers)
+
+    def noting(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            shapes[index] = forward(*args, **kwargs)
+            return shapes[index]
+
+        return call
+
+    def passing(index: int, shape: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            seen[index] = _given(layers[index], args, kwargs)
+            return with_first(shape, hidden)
+
+        return call
+
+    def text(length: int) -> dict[str, Any]:
+        return {"input_ids": torch.zeros(1, length, dtype=torch.long, device=device)}
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(replaced_forward(layer, noting(index, layer.forward)))
+        base(**text(2), use_cache=False)
+    if len(shapes) < len(layers):
+        raise RefusalError(f"only {len(shapes)} of its {len(layers)} layers run on plain text")
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(replaced_forward(layer, passing(index, shapes[index])))
+        base(**text(tokens), use_cache=False)
+    known: dict[int, Tensor | None] = {}
+    return Sight(
+        tokens,
+        tuple(known.setdefault(id(mask), _first_seen(mask, tokens)) for mask in seen),
+    )
+
+
+def _given(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The mask among a layer's arguments."""
+    if ARGUMENT in kwargs:
+        return kwargs[ARGUMENT]
+    place = mask_place(layer)
+    return args[place] if place is not None and place < len(args) else None
+
+
+def mask_place(layer: nn.Module) -> int | None:
+    """Say which positional argument of a layer, `self` not counted, is its mask; None if none."""
+    names = list(inspect.signature(type(layer).forward).parameters)[1:]
+    return names.index(ARGUMENT) if ARGUMENT in names else None
+
+
+def _first_seen(mask: Any, tokens: int) -> Tensor | None:
+    """Reduce a causal mask in which each token sees an unbroken stretch to where that begins.
+
+    [1, 1, tokens, tokens] becomes [tokens]; None where every token sees all before it, or the layer
+    has no such mask. A mask that says more (a bias, a gap) is refused: its tree would be unknown.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
+        return None
+    shown = mask[0, 0].cpu()
+    if shown.dtype != torch.bool:
+        if ((shown != 0) & (shown > -1e4)).any():
+            raise RefusalError("its attention masks say more than which token is seen")
+        shown = shown == 0
+    first = shown.int().argmax(-1)
+    places = torch.arange(tokens)
+    stretch = (places[None, :] >= first[:, None]) & (places[None, :] <= places[:, None])
+    if not torch.equal(shown, stretch):
+        raise RefusalError("a token sees others than an unbroken stretch before it")
+    return first if first.any() else None
+
+
+class Masks:
+    """The masks of one row, [1, 1, tokens, prefix + tokens], one for each kind of layer.
+
+    A row holds a tree of requests, flattened: node i is a token, and `row.ancestors[i, j]` says
+    that j stands on the way to i. In place of the model's triangle a layer gets a mask in which a
+    node sees the kept prefix and its ancestors, itself included, and nothing of its sisters: to a
+    node that is exactly the text it ends, at the positions of that text. A layer with a window or
+    chunks sees less of it. `Sight.first` says from which position p a token at some depth sees in a
+    plain text, so ancestors before p are hidden too: depth, not place in the row, is what counts.
+    Masked entries are the lowest number of the dtype, as in transformers. The same object goes to
+    all layers with the same `first`.
+
+    `sight` must be known as far as the row is deep, and `row.ancestors` be there: a row without
+    them needs no mask.
+    """
+
+    def __init__(self, row: Row, sight: Sight, dtype: torch.dtype, device: torch.device) -> None:
+        assert row.ancestors is not None
+        depth = row.positions[0]
+        before = torch.ones(len(row.ancestors), row.prefix, dtype=torch.bool)
+        ancestors = torch.cat([before, row.ancestors], dim=1)
+        places = torch.cat([torch.arange(row.prefix), depth])
+        made: dict[bytes | None, Tensor] = {}
+        self._of_layer = []
+        for first in sight.first:
+            key = None if first is None else first.numpy().tobytes()
+            if key not in made:
+                seen = ancestors
+                if first is not None:
+                    seen = ancestors & (places[None, :] >= first[depth][:, None])
+                mask = torch.zeros(seen.shape, dtype=dtype)
+                mask.masked_fill_(~seen, torch.finfo(dtype).min)
+                made[key] = mask[None, None].to(device)
+            self._of_layer.append(made[key])
+
+    def put(
+        self, layer: int, place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give a layer its mask in place of the one that the model made; arguments with the mask.
+
+        `place` is the layer's `mask_place`.
+        """
+        mask = self._of_layer[layer]
+        if place is not None and place < len(args):
+            return (*args[:place], mask, *args[place + 1 :]), kwargs
+        if place is not None or ARGUMENT in kwargs:
+            return args, {**kwargs, ARGUMENT: mask}
+        return args, kwargs

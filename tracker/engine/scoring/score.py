@@ -1,0 +1,167 @@
+"""Scoring one row: the model's own forward pass, its own head, lm-eval's log-likelihoods."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracker.core.ablations import INTACT
+from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.head import Head
+from tracker.engine.scoring.layer_forward import forking
+from tracker.engine.scoring.masks import Masks, Sight
+from tracker.engine.scoring.prefix import Prefix, cache_argument, new_cache
+from tracker.engine.scoring.rows import Row, reading_row
+from tracker.engine.scoring.stand_in import StandIn
+from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.models.sublayers import Sublayers
+from tracker.stats.influence import angular_distance, cosine_similarity, relative_update
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """What one row says.
+
+    Attributes:
+        loglikelihoods: Summed log-probability of each continuation [streams, requests], nats.
+        hits: How many of its tokens are the most likely ones [streams, requests].
+        proxies: Sums over the measured tokens of each of the row's gold paths
+            [gold paths, 3, layers]: cosine similarity, angular distance, relative update.
+    """
+
+    loglikelihoods: Tensor
+    hits: Tensor
+    proxies: Tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model, taken apart.
+
+    Attributes:
+        model: A causal language model of transformers, in evaluation mode.
+        layers: The decoder layers that are there.
+        sublayers: Their attentions and MLPs; None where they are not asked for.
+        head: What is behind its base.
+        device: Where its inputs go.
+        sight: How far each layer sees in a text of some length.
+        stand_ins: What stands in for layers, where that is asked for.
+    """
+
+    model: Any
+    layers: nn.ModuleList
+    sublayers: Sequence[Sublayers] | None
+    head: Head
+    device: torch.device
+    sight: Callable[[int], Sight]
+    stand_ins: Mapping[int, StandIn] | None = None
+
+    @property
+    def base(self) -> Any:
+        """The submodule that returns `last_hidden_state`."""
+        return self.head.base
+
+
+@torch.inference_mode()
+def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = None) -> RowScores:
+    """Score a row for every stream of a plan; the scores are on the CPU.
+
+    The base leaves [streams × rows, tokens, hidden]. Rows and tokens become one axis, [streams, N,
+    hidden], of which only the `kept` places predict something and pass the head. Of each place the
+    log-probability of each token that is predicted there is taken, [streams, predicted], and added
+    up by the request that it belongs to, [streams, requests]: in a tree one place may predict for
+    many requests, and is computed once.
+
+    `prefix` is the beginning that the row continues, read for the same streams.
+    """
+    output, observed = run_base(parts, plan, row, None if prefix is None else prefix.cache)
+    before = 0 if prefix is None else prefix.proxies.sum(1)
+    sums = [observed[:, path].double().sum(1) + before for _, path in row.gold]
+    proxies = torch.stack(sums) if sums else torch.zeros(0, 3, len(parts.layers))
+    if not row.requests:
+        none = torch.zeros(plan.streams, 0)
+        return RowScores(none, none.int(), proxies)
+    states = output.last_hidden_state
+    kept, predictor, predicted, owner = (
+        index.to(states.device) for index in (row.keep, row.predictor, row.predicted, row.owner)
+    )
+    hidden = states.unflatten(0, (plan.streams, -1)).flatten(1, 2)[:, kept]
+    found = parts.head.predictions(output, hidden, predictor, predicted)
+    owner = owner.to(found.logprobs.device)
+    none = torch.zeros(plan.streams, len(row.requests), device=found.logprobs.device)
+    # Summed in float32 and rounded once, as the sum of a half-precision tensor is in lm-eval.
+    totals = none.index_add(1, owner, found.logprobs.float()).to(found.logprobs.dtype)
+    hits = none.index_add(1, owner, found.greedy.float())
+    return RowScores(totals.float().cpu(), hits.int().cpu(), proxies)
+
+
+@torch.inference_mode()
+def read_prefix(parts: Parts, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
+    """Read the common beginning of some documents once for every stream; rows continue it."""
+    cache = new_cache()
+    _, observed = run_base(parts, plan, reading_row(tokens), cache)
+    return Prefix(plan, tokens, cache, observed.double())
+
+
+def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any, Tensor]:
+    """Run a model's base over a row for every stream.
+
+    Args:
+        parts: The model.
+        plan: Which streams there are.
+        row: What to read.
+        cache: Keys and values that the row continues and is added to; None for none.
+
+    Returns:
+        What the base returned, with the states of all streams [streams × rows, tokens, hidden],
+        and the proxies of each of the N tokens [3, N, layers].
+    """
+    observed: list[Tensor] = []
+
+    def observe(layer: int, before: Tensor, after: Tensor) -> None:
+        if before.shape[:2] != row.input_ids.shape:
+            raise RefusalError(
+                f"its layers pass on {tuple(before.shape)}, and not [texts, tokens, width]"
+            )
+        # Some models carry several residual streams side by side: together they are the state.
+        before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
+        cosine = cosine_similarity(before, after)
+        observed.append(
+            torch.stack([cosine, angular_distance(cosine), relative_update(before, after)])
+        )
+
+    device = parts.device
+    name = None if cache is None else cache_argument(parts.base)
+    cached = {} if name is None else {name: cache}
+    masks = None
+    if row.ancestors is not None:
+        taken = inspect.signature(parts.base.forward).parameters
+        if "position_ids" not in taken:
+            raise RefusalError("it takes no positions")
+        cached["position_ids"] = row.positions.to(device)
+        sight = parts.sight(int(row.positions.max()) + 1)
+        masks = Masks(row, sight, parts.model.dtype, device)
+    stand_ins = parts.stand_ins
+    with forking(parts.layers, plan, parts.sublayers, observe, masks=masks, stand_ins=stand_ins):
+        output = parts.base(
+            input_ids=row.input_ids.to(device), use_cache=name is not None, **cached
+        )
+    if len(observed) != len(parts.layers):
+        raise RefusalError(f"its {len(parts.layers)} layers run {len(observed)} times in a pass")
+    return output, torch.stack([each.cpu() for each in observed], dim=-1)
+
+
+@torch.inference_mode()
+def kept_bytes(parts: Parts) -> int:
+    """Measure what the keys and values of one token take in one attention, on average, in bytes."""
+    cache = new_cache()
+    alone = plan_streams([INTACT], len(parts.layers))
+    run_base(parts, alone, reading_row((0, 0)), cache)
+    kept = [layer for layer in cache.layers if layer.is_initialized]
+    size = sum(t.numel() * t.itemsize for layer in kept for t in (layer.keys, layer.values))
+    return max(1, int(size) // (2 * max(1, len(kept))))

@@ -1,0 +1,95 @@
+"""What stands in for a layer: its mean update, a factor or a linear map of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tracker.core.ablations import Ablation, Action
+from tracker.models.quantised import quantise
+from tracker.models.sublayers import returning
+
+
+class StandIn(Protocol):
+    """Computes what stands in for one layer."""
+
+    def change(self, action: Action, state: Tensor) -> Tensor:
+        """Compute it of a state [rows, tokens, …], in the state's own type."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted in place of one layer; float32, whatever the model computes in.
+
+    Attributes:
+        mean: The mean update [width].
+        scale: The factor.
+        linear: Weight [width, width] and bias [width]; None where it was not asked for.
+    """
+
+    mean: Tensor
+    scale: float
+    linear: tuple[Tensor, Tensor] | None = None
+
+    def change(self, action: Action, state: Tensor) -> Tensor:
+        """Compute x + m, s·x or W·x + b; several residual streams side by side are one x."""
+        flat = state.flatten(2).float()
+        if action is Action.MEAN:
+            after = flat + self.mean.to(state.device)
+        elif action is Action.SCALE:
+            after = flat * self.scale
+        else:
+            assert self.linear is not None
+            weight, bias = (each.to(state.device) for each in self.linear)
+            after = flat @ weight.T + bias
+        return after.to(state.dtype).reshape(state.shape)
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """What was fitted on nothing, drawn for a layer of a model that is only to be attacked."""
+
+    layer: int
+
+    def change(self, action: Action, state: Tensor) -> Tensor:
+        """Change a state of any width as `Fitted` would."""
+        width = state.flatten(2).shape[-1]
+        draw = torch.Generator().manual_seed(self.layer)
+        weight = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
+        mean, bias = 0.3 * torch.randn(2, width, generator=draw)
+        return Fitted(mean, 0.7, (weight, bias)).change(action, state)
+
+
+def replacements(
+    ablation: Ablation, stand_ins: Mapping[int, StandIn], name: str
+) -> dict[int, Callable[[nn.Module], None]]:
+    """List what really changes the layers that an ablation replaces, but for those it repeats.
+
+    Args:
+        ablation: What is done.
+        stand_ins: Layer → what stands in for it.
+        name: The model's class.
+
+    Returns:
+        Layer → what changes the layer of a copy: its weights, or what it returns.
+    """
+    return {
+        layer: partial(_replace, Action(done), stand_ins.get(layer), f"layer {layer} of {name}")
+        for done, layer in ablation.replaced
+        if Action(done) is not Action.REPEAT
+    }
+
+
+def _replace(action: Action, stand_in: StandIn | None, name: str, layer: nn.Module) -> None:
+    """Change a layer; one that something stands in for still runs, and its output is dropped."""
+    if action.is_quantised:
+        quantise(layer, 8 if action is Action.INT8 else 4, name)
+        return
+    assert stand_in is not None
+    returning(layer, partial(stand_in.change, action))

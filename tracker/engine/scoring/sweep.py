@@ -1,0 +1,445 @@
+"""The sweep: every ablation's responses to every document, by the fastest exact way.
+
+It is long because all ways of sharing are one object's: what it keeps between calls (prefixes, what
+layers see, what the last call left behind), each of them reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.documents import Document, Request, Response
+from tracker.core.errors import CellError, ModelError
+from tracker.engine.memory import free_memory, stream_bytes
+from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.decode import decoding
+from tracker.engine.scoring.head import Head
+from tracker.engine.scoring.masks import Sight, look
+from tracker.engine.scoring.plain_call import read, read_for, scored
+from tracker.engine.scoring.prefix import SHORTEST, Prefix, cache_argument
+from tracker.engine.scoring.rows import ANY_LENGTH, Row, common_beginning, flat_rows, tree_rows
+from tracker.engine.scoring.score import Parts, RowScores, kept_bytes, read_prefix, score_row
+from tracker.engine.scoring.sharing import ALONE, FULL, NO_HABITS, PLAIN, Quirks, Sharing
+from tracker.engine.scoring.stand_in import StandIn, replacements
+from tracker.engine.scoring.streams import StreamPlan, plan_streams
+from tracker.models.layers import find_layers
+from tracker.models.load import LoadedModel
+from tracker.models.pruned import left, pruned, put_back, remember
+from tracker.models.reloaded import as_loaded
+from tracker.models.sublayers import Sublayers, find_sublayers
+
+ROW_TOKENS = 192
+"""Nodes of a prefix tree on a CPU: enough to keep a matrix product busy, few enough for a dense
+mask."""
+ROW_TOKENS_ACCELERATOR = 1024
+SIGHT = 256
+"""Lengths of text at which layers' masks are looked at are multiples of this."""
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """What all ablations say about one document.
+
+    Attributes:
+        document: The document.
+        responses: For every ablation, in order, one response a request.
+        proxy_tokens: Tokens that the proxies were measured on: context and gold continuation, or
+            the whole text.
+        proxy_sums: Sums over those tokens [3, layers]: cosine similarity, angular distance and
+            relative update of the intact model.
+    """
+
+    document: Document
+    responses: list[list[Response]]
+    proxy_tokens: int
+    proxy_sums: Tensor
+
+
+_Scored = tuple[Row, Sequence[Ablation], RowScores]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Scores documents for many ablations of one model.
+
+    Attributes:
+        loaded: The model.
+        max_length: Tokens that it reads at most, as lm-eval determines it.
+        sharing: What is shared; `check` lowers it where sharing is not exact.
+        row_tokens: Largest size of a row of several documents; None = by the device.
+        memory: Bytes that hidden states and kept prefixes may take; None = half of what is free.
+        quirks: What a call of the model does beside its answer.
+        stand_ins: What stands in for layers, where an ablation asks for it: layer → that.
+    """
+
+    loaded: LoadedModel
+    max_length: int
+    sharing: Sharing = FULL
+    row_tokens: int | None = None
+    memory: int | None = None
+    quirks: Quirks = NO_HABITS
+    stand_ins: Mapping[int, StandIn] = field(default_factory=dict, repr=False, compare=False)
+    _kept: list[Prefix] = field(default_factory=list, init=False, repr=False, compare=False)
+    _sights: list[Sight] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def with_sharing(self, sharing: Sharing) -> Engine:
+        """Make the same engine with other sharing."""
+        return replace(self, sharing=sharing)
+
+    def without(self, ablation: Ablation) -> Engine:
+        """Make an engine for a copy of the model from which an ablation is really taken out.
+
+        The copy shares the weights; sublayers stay where they are and add nothing.
+        """
+        self._put_back()
+        parts = self._sublayers if ablation.has_sublayers else []
+        silent = [
+            *(parts[layer].attention for layer in ablation.attention),
+            *(parts[layer].mlp for layer in ablation.mlp),
+        ]
+        quirks = self.quirks
+        make = partial(
+            pruned,
+            self.loaded.model,
+            ablation.layers,
+            silent,
+            quirks.first,
+            changes=replacements(ablation, self.stand_ins, type(self.loaded.model).__name__),
+            repeated=ablation.repeated,
+        )
+        model = make(stay=quirks.stay and not quirks.loaded)
+        if quirks.loaded:
+            try:
+                as_loaded(self.loaded.model, model, self.left(ablation))
+            except ModelError:  # of such layers there is no checkpoint
+                model = make(stay=quirks.stay)
+        changing = {name for _, name in quirks.leftovers}
+        return replace(
+            self,
+            loaded=replace(self.loaded, model=model, layers=find_layers(model)),
+            sharing=PLAIN,
+            quirks=replace(quirks, leftovers=remember(model, changing), first={}),
+        )
+
+    def left(self, ablation: Ablation) -> list[int]:
+        """List which layers a copy has, in order; a repeated one twice."""
+        return left(len(self.loaded.layers), ablation.layers, ablation.repeated)
+
+    def _put_back(self) -> None:
+        """Undo what the last call left behind, so that no call depends on the one before."""
+        if self.quirks.leftovers:
+            put_back(self.loaded.model, self.quirks.leftovers)
+
+    def score(
+        self,
+        documents: Sequence[Document],
+        ablations: Sequence[Ablation],
+        progress: Callable[[int], None] = lambda responses: None,
+    ) -> list[DocumentScores]:
+        """Score documents, one result a document, in the same order.
+
+        Args:
+            documents: What to score.
+            ablations: What to remove; must include the baseline, and nothing twice.
+            progress: Called with the responses of each finished row: requests times ablations.
+
+        Returns:
+            One result a document.
+        """
+        layers = len(self.loaded.layers)
+        shape = (len(ablations), max(len(document.requests) for document in documents))
+        # What never arrives is not a number, and no zero.
+        loglikelihoods = torch.full((len(documents), *shape), math.nan)
+        hits = torch.zeros(len(documents), *shape, dtype=torch.int)
+        sums = torch.zeros(len(documents), 3, layers, dtype=torch.float64)
+        tokens = [0] * len(documents)
+        places = {ablation: place for place, ablation in enumerate(ablations)}
+        try:
+            for row, ablated, scores in self._in_groups(documents, ablations):
+                which = torch.tensor([places[ablation] for ablation in ablated])
+                for number, (document, request) in enumerate(row.requests):
+                    loglikelihoods[document, which, request] = scores.loglikelihoods[:, number]
+                    hits[document, which, request] = scores.hits[:, number]
+                for (document, path), proxies in zip(row.gold, scores.proxies, strict=False):
+                    sums[document] += proxies
+                    tokens[document] += row.prefix + len(path)
+                progress(len(row.requests) * len(ablated))
+        finally:
+            # The next cell on this model takes down its state as that of a fresh one.
+            self._put_back()
+        return [
+            DocumentScores(
+                document=document,
+                responses=[
+                    [
+                        Response(loglikelihood, right == len(request.continuation), right)
+                        for request, loglikelihood, right in zip(
+                            document.requests, lls, rights, strict=False
+                        )
+                    ]
+                    for lls, rights in zip(
+                        loglikelihoods[number].tolist(), hits[number].tolist(), strict=True
+                    )
+                ],
+                proxy_tokens=tokens[number],
+                proxy_sums=sums[number],
+            )
+            for number, document in enumerate(documents)
+        ]
+
+    def shares_a_prefix(self, documents: Sequence[Document]) -> bool:
+        """Say whether what some documents begin with would be read apart.
+
+        It is where the common beginning is long enough, and the model takes one.
+        """
+        long = len(common_beginning(documents, self.max_length)) >= SHORTEST
+        return long and cache_argument(self.head.base) is not None
+
+    def _in_groups(
+        self, documents: Sequence[Document], ablations: Sequence[Ablation]
+    ) -> Iterator[_Scored]:
+        """Score as many ablations at a time as the budget allows for the largest document."""
+        for number, group in enumerate(self.groups(ablations, max(map(_tokens, documents)))):
+            for row, ablated, scores in self._scored(documents, group):
+                yield row if number == 0 else replace(row, gold=[]), ablated, scores
+
+    def groups(self, ablations: Sequence[Ablation], tokens: int) -> Iterator[list[Ablation]]:
+        """Part ablations into groups whose streams fit into memory, with so many tokens each.
+
+        The baseline comes first in each group; without depth sharing all are one group.
+        """
+        removed = [ablation for ablation in ablations if ablation != INTACT]
+        streams = self._budget // (tokens * stream_bytes(self.loaded.model))
+        size = max(1, streams - 1) if self.sharing.depth else max(1, len(removed))
+        for start in range(0, max(1, len(removed)), size):
+            yield [INTACT, *removed[start : start + size]]
+
+    def _scored(
+        self, documents: Sequence[Document], ablations: Sequence[Ablation]
+    ) -> Iterator[_Scored]:
+        """Score rows; one that does not fit into memory is halved."""
+        if not self.sharing.depth:
+            yield from self._scored_apart(documents, ablations)
+            return
+        plan = plan_streams(ablations, len(self.loaded.layers))
+        prefix = self._prefix(documents, plan) if self.sharing.prefix else None
+        for row in self._rows(documents, plan, prefix):
+            try:
+                scores = self._score_row(row, plan, prefix)
+            except torch.OutOfMemoryError as error:
+                failed = str(error)
+            else:
+                yield row, ablations, scores
+                continue
+            # Outside the handler, so that the failed row's tensors are free.
+            torch.cuda.empty_cache()
+            yield from self._halved(row, documents, ablations, failed)
+
+    def _scored_apart(
+        self, documents: Sequence[Document], ablations: Sequence[Ablation]
+    ) -> Iterator[_Scored]:
+        """Score rows under each ablation alone, on a model that really lacks it."""
+        for ablation in ablations:
+            engine = replace(self.without(ablation), sharing=ALONE)
+            # The proxies are those of the intact model.
+            intact = ablation == INTACT
+            if self.sharing.calls:
+                scored = engine._scored(documents, [INTACT])
+            else:
+                scored = engine._one_by_one(documents, intact)
+            for row, _, scores in scored:
+                yield row if intact else replace(row, gold=[]), [ablation], scores
+
+    def _one_by_one(self, documents: Sequence[Document], proxies: bool) -> Iterator[_Scored]:
+        """Ask for the answers of rows one by one; of the rows' own pass only proxies are taken."""
+        layers = len(self.loaded.layers)
+        passed: Iterator[tuple[Row, Tensor]]
+        if proxies:
+            passed = ((row, scores.proxies) for row, _, scores in self._scored(documents, [INTACT]))
+        else:
+            rows = self._rows(documents, plan_streams([INTACT], layers), None)
+            passed = ((row, torch.zeros(0, 3, layers)) for row in rows)
+        for row, sums in passed:
+            found = [self.answer(documents[d].requests[r]) for d, r in row.requests]
+            loglikelihoods = torch.tensor([[each.loglikelihood for each in found]])
+            hits = torch.tensor([[each.hits for each in found]], dtype=torch.int)
+            yield row, [INTACT], RowScores(loglikelihoods, hits, sums)
+
+    def answer(self, request: Request) -> Response:
+        """Ask the intact model for one request, in a call of its own."""
+        return scored(self.read(read_for(request, self.max_length)), request.continuation)
+
+    def read(self, tokens: Sequence[int]) -> Tensor:
+        """Ask the intact model for a text in a call of its own: logits [tokens, vocabulary]."""
+        self._put_back()
+        return read(self.loaded, tokens)
+
+    def _halved(
+        self, row: Row, documents: Sequence[Document], ablations: Sequence[Ablation], failed: str
+    ) -> Iterator[_Scored]:
+        """Score the documents of a row in two halves; a single one with half of the ablations."""
+        if self.quirks.lengths != ANY_LENGTH:
+            # Its rows may hold some requests of a document, and others not.
+            raise CellError(f"out of memory: {failed}. Use --memory, or a smaller dtype")
+        numbers = sorted({document for document, _ in row.requests})
+        middle = len(numbers) // 2
+        if middle:
+            for half in (numbers[:middle], numbers[middle:]):
+                for part, ablated, scores in self._scored([documents[i] for i in half], ablations):
+                    yield part.renumbered(half), ablated, scores
+            return
+        removed = [ablation for ablation in ablations if ablation != INTACT]
+        middle = len(removed) // 2
+        if not middle:
+            raise CellError(
+                f"out of memory with a single document and a single ablation: {failed}. "
+                "Use a smaller dtype or a larger device"
+            )
+        for first in (True, False):
+            some = [INTACT, *(removed[:middle] if first else removed[middle:])]
+            for part, ablated, scores in self._scored([documents[numbers[0]]], some):
+                part = part.renumbered(numbers)
+                yield part if first else replace(part, gold=[]), ablated, scores
+
+    def _rows(
+        self, documents: Sequence[Document], plan: StreamPlan, prefix: Prefix | None
+    ) -> Iterator[Row]:
+        """Pack documents the way this engine scores them."""
+        size = self._row_size(plan)
+        lengths = self.quirks.lengths
+        if self.sharing.tokens:
+            length = 0 if prefix is None else len(prefix.tokens)
+            return tree_rows(documents, self.max_length, size, length, lengths)
+        # While streams fork, a mask that a model builds itself must broadcast: one sequence a row.
+        return flat_rows(documents, self.max_length, 1 if plan.streams > 1 else size, lengths)
+
+    @property
+    def most_row_tokens(self) -> int:
+        """Nodes of a row of several documents, where memory is no matter."""
+        on_cpu = self.loaded.device.type == "cpu"
+        return self.row_tokens or (ROW_TOKENS if on_cpu else ROW_TOKENS_ACCELERATOR)
+
+    def _row_size(self, plan: StreamPlan) -> int:
+        """Nodes of a row that the budget allows."""
+        return min(
+            self.most_row_tokens, self._budget // (plan.streams * stream_bytes(self.loaded.model))
+        )
+
+    @cached_property
+    def _budget(self) -> int:
+        return self.memory or free_memory(self.loaded.device) // 2
+
+    def _prefix(self, documents: Sequence[Document], plan: StreamPlan) -> Prefix | None:
+        """Read what all documents begin with, or use what was read for earlier ones."""
+        # A layer that is passed twice would need two caches.
+        if plan.repeats or not self.shares_a_prefix(documents):
+            return None
+        shared = common_beginning(documents, self.max_length)
+        for kept in self._kept:
+            if kept.plan == plan and kept.cut_to(shared, self.quirks.lengths):
+                return kept
+        self._kept.clear()
+        if len(shared) * plan.attention_passes * self._kept_bytes > self._budget // 2:
+            return None
+        self._put_back()
+        try:
+            self._kept.append(read_prefix(self.parts(plan), plan, shared))
+        except torch.OutOfMemoryError:
+            return None
+        return self._kept[0]
+
+    def parts(self, plan: StreamPlan) -> Parts:
+        """Take the model apart for a plan."""
+        sublayers = self._sublayers if plan.has_sublayers else None
+        model, layers, device = self.loaded.model, self.loaded.layers, self.loaded.device
+        return Parts(model, layers, sublayers, self.head, device, self._sight, self.stand_ins)
+
+    def _sight(self, tokens: int) -> Sight:
+        """How far each layer sees in a text of so many tokens."""
+        if not self._sights or self._sights[0].tokens < tokens:
+            loaded = self.loaded
+            longest = max(self.max_length, tokens)
+            asked = min(-(-tokens // SIGHT) * SIGHT, longest)
+            self._put_back()
+            self._sights[:] = [look(self.head.base, loaded.layers, asked, loaded.device)]
+            # It is asked for in the middle of a call, which is to begin as every other.
+            self._put_back()
+        return self._sights[0]
+
+    @cached_property
+    def _kept_bytes(self) -> int:
+        """What the keys and values of one token take in one attention."""
+        self._put_back()
+        return kept_bytes(self.parts(plan_streams([INTACT], len(self.loaded.layers))))
+
+    @cached_property
+    def head(self) -> Head:
+        """What is behind the model's base."""
+        return Head(self.loaded.model)
+
+    @cached_property
+    def _sublayers(self) -> list[Sublayers]:
+        return find_sublayers(self.loaded.model, self.loaded.layers, self.loaded.device)
+
+    def _score_row(self, row: Row, plan: StreamPlan, prefix: Prefix | None) -> RowScores:
+        """Score one row for every ablation, in the order of the ablations."""
+        self._put_back()
+        scores = score_row(self.parts(plan), plan, row, prefix if row.prefix else None)
+        order = torch.tensor(plan.stream_of)
+        return replace(scores, loglikelihoods=scores.loglikelihoods[order], hits=scores.hits[order])
+
+    def decoding_groups(
+        self, ablations: Sequence[Ablation], tokens: int
+    ) -> Iterator[list[Ablation]]:
+        """Split ablations so that the texts of each group fit into half of the budget.
+
+        Each group has the baseline; `tokens` is the longest text, the prompt included. RefusalError
+        if the model takes no keys and values.
+        """
+        if cache_argument(self.loaded.model) is None:
+            raise RefusalError("it takes no cache of keys and values")
+        if plan_streams(ablations, len(self.loaded.layers)).repeats:
+            raise RefusalError("a layer that is passed twice would need two caches")
+        each = tokens * len(self.loaded.layers) * self._kept_bytes
+        size = max(1, self._budget // 2 // each - 1)
+        removed = [ablation for ablation in ablations if ablation != INTACT]
+        for start in range(0, max(1, len(removed)), size):
+            yield [INTACT, *removed[start : start + size]]
+
+    @contextmanager
+    def decoding(
+        self, ablations: Sequence[Ablation], prompt: Sequence[int]
+    ) -> Iterator[dict[str, Any]]:
+        """Let the model continue one prompt under every ablation, a row each, in the open context.
+
+        Yields what transformers' `generate` takes besides: the prompt's keys and values; nothing
+        for a model that takes none.
+        """
+        plan = plan_streams(ablations, len(self.loaded.layers))
+        kept = next((k for k in self._kept if k.plan == plan and k.begins(prompt)), None)
+        self._put_back()
+        try:
+            # A kept beginning was read in inference mode: only there it can be added to.
+            with (
+                torch.inference_mode(),
+                decoding(self.parts(plan), ablations, prompt, kept) as cache,
+            ):
+                name = cache_argument(self.loaded.model)
+                yield {} if name is None else {name: cache}
+        finally:
+            self._put_back()
+
+
+def _tokens(document: Document) -> int:
+    """At most how many nodes a document's tree has."""
+    contexts = {request.context for request in document.requests}
+    return sum(map(len, contexts)) + sum(len(r.continuation) for r in document.requests)

@@ -1,0 +1,376 @@
+"""Trust, then verify: whether sharing gives the numbers of the really pruned model.
+
+The architecture is attacked on a miniature with every ablation (`attack`); then the model itself
+answers a few real requests both ways; and while it is measured, documents drawn at random and the
+longest one are answered both ways again (`watch`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.documents import Document
+from tracker.engine.memory import only_new_garbage
+from tracker.engine.scoring.plain_call import read_for
+from tracker.engine.scoring.rows import common_beginning, tree_size
+from tracker.engine.scoring.stand_in import StandIn
+from tracker.engine.scoring.sweep import DocumentScores, Engine
+from tracker.engine.selfcheck.miniature_check import (
+    LONGEST_REACH,
+    check_longer_texts,
+    check_miniature,
+    miniature_key,
+    most_sharing,
+    reachable,
+)
+from tracker.engine.selfcheck.reasons import less
+from tracker.engine.selfcheck.reference import Comparison, Reference
+from tracker.engine.selfcheck.verdict import Verdict
+
+VERDICT = TypeAdapter(Verdict)
+"""Verdicts as JSON."""
+DOCUMENTS = 2
+"""Real documents that the model itself is confirmed on."""
+HALF_OF_A_TEXT = 128
+"""Tokens at both ends that are left of a longer context, where every ablation is asked."""
+OF_THE_BASELINE = 6
+"""Requests that the intact model is asked; each ablation is asked one."""
+SINGLE, HALF = (1e-3, 1e-4), (0.1, 0.02)
+"""Nats, and share of itself, by which an answer may differ for rounding."""
+SHORTEST_REACH, FARTHEST = 128, 8 * LONGEST_REACH
+"""Tokens of the longest text on a miniature; one of more would take it a minute and longer."""
+RATE = 200
+"""One in so many documents is answered plainly as well while a cell is measured."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the self-check found.
+
+    Attributes:
+        engine: The engine with as much sharing as is exact.
+        difference: Largest difference of a log-likelihood between it and the really pruned model,
+            in nats, on the miniature and on the model itself.
+        lost: One line that says which sharing was lost and why; None when none was.
+        unsteady: One line that says that rounding moves answers far; None where it is not seen.
+        which: One line that says where what is measured is no saved checkpoint; None where all is.
+    """
+
+    engine: Engine
+    difference: float
+    lost: str | None
+    unsteady: str | None
+    which: str | None = None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How many tokens a cell's longest text, widest document alone and longest row have."""
+
+    text: int
+    document: int
+    row: int
+
+
+Fit = Callable[[Engine], Mapping[int, StandIn]]
+
+
+class Kept(Protocol):
+    """Where verdicts are kept from one check to the next."""
+
+    def recall(self, key: str) -> str | None:
+        """Recall a verdict."""
+
+    def keep(self, key: str, verdict: str) -> None:
+        """Keep a verdict."""
+
+
+@only_new_garbage()
+def check(
+    engine: Engine,
+    documents: Sequence[Document],
+    ablations: Sequence[Ablation],
+    kept: Kept | None = None,
+    fit: Fit = lambda engine: {},
+) -> Check:
+    """Find out how much sharing is exact.
+
+    Args:
+        engine: The engine, with full sharing; no call has changed its model yet.
+        documents: The cell's documents.
+        ablations: All that will be removed, with the baseline.
+        kept: Where the attack's verdict is kept; None = nowhere.
+        fit: Fits what stands in for layers, on the model whose quirks are known.
+
+    Returns:
+        The engine to use.
+
+    Raises:
+        CellError: The model cannot be measured; says what happened.
+    """
+    model = engine.loaded.model
+    blank = holds_blank(model, documents)
+    verdict = _verdict(engine, ablations, reach(engine, documents), blank, kept)
+    engine = replace(engine, quirks=verdict.quirks(model))
+    engine = replace(engine, stand_ins=fit(engine))
+    few = _few(documents)
+    sharing, found, why = most_sharing(
+        verdict.sharing,
+        model,
+        lambda way: _confirm(engine.with_sharing(way), few, ablations),
+        lambda: engine.without(INTACT).loaded.model,
+    )
+    return Check(
+        engine.with_sharing(sharing),
+        max(found.difference, verdict.difference),
+        less(verdict.lost, sharing, why),
+        _unsteady(
+            found + Comparison(verdict.compared, unsteady=verdict.unsteady),
+            Reference(engine).is_half,
+        ),
+        verdict.which,
+    )
+
+
+def _verdict(
+    engine: Engine, ablations: Sequence[Ablation], reached: Reach, blank: bool, kept: Kept | None
+) -> Verdict:
+    """Attack the architecture, or recall what an attack has shown before.
+
+    The cell's texts hold a `blank` token or not.
+    """
+    model = engine.loaded.model
+    paths = reachable(model, reached.row)
+    longest = min(_order(reached.text), engine.max_length)
+    rows = longest, engine.most_row_tokens, _order(reached.document)
+
+    def found(make: Callable[[], Verdict], longer: tuple[int, int, int] | None = None) -> Verdict:
+        if kept is None:
+            return make()
+        key = miniature_key(model, ablations, paths, longer, blank)
+        text = kept.recall(key)
+        if text is not None:
+            with suppress(ValidationError):  # damaged: the attack is made again
+                return VERDICT.validate_json(text)
+        verdict = make()
+        kept.keep(key, VERDICT.dump_json(verdict).decode())
+        return verdict
+
+    short = found(lambda: check_miniature(engine, ablations, paths, blank))
+    return found(lambda: check_longer_texts(engine, ablations, short, rows, blank), rows)
+
+
+def reach(engine: Engine, documents: Sequence[Document]) -> Reach:
+    """Count how far a cell's texts and rows reach; of a row with its kept beginning."""
+    most = engine.max_length
+    text = max(request.length for document in documents for request in document.requests)
+    each = max(tree_size(document, most) for document in documents)
+    row = each + max(engine.most_row_tokens, len(common_beginning(documents, most)))
+    return Reach(min(text, most), each, row)
+
+
+def _order(tokens: int) -> int:
+    """Round a length up to a power of two: of one order of length, texts have one verdict."""
+    return min(max(SHORTEST_REACH, 1 << (tokens - 1).bit_length()), FARTHEST)
+
+
+def holds_blank(model: Any, documents: Sequence[Document]) -> bool:
+    """Say whether some text holds a token whose embedding is zero, as that of padding may be."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # a checkpoint's own code need not say where they are
+        return False
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta:
+        return False
+    requests = (request for document in documents for request in document.requests)
+    said = {token for r in requests for part in (r.context, r.continuation) for token in part}
+    known = torch.tensor([token for token in said if token < len(weight)], device=weight.device)
+    return bool((weight[known.long()] == 0).all(-1).any())
+
+
+def _unsteady(found: Comparison, is_half: bool) -> str | None:
+    if not found.unsteady:
+        return None
+    if is_half:
+        nats, share = HALF
+        return (
+            f"rounding alone moves {found.unsteady} of {found.compared} answers by more than "
+            f"{nats} nats and {100 * share:.0f} % in half precision, in lm-eval too"
+        )
+    return (
+        f"the model is discontinuous: {found.unsteady} of {found.compared} answers move by more "
+        "than rounding (a router or a top-k near a tie), in lm-eval too"
+    )
+
+
+def _few(documents: Sequence[Document]) -> list[Document]:
+    """The shortest documents, which share rows, with as many answers as there are."""
+
+    def size(document: Document) -> tuple[int, int]:
+        return -min(len(document.requests), 4), sum(each.length for each in document.requests)
+
+    return sorted(documents, key=size)[:DOCUMENTS]
+
+
+def _confirm(
+    engine: Engine, documents: Sequence[Document], ablations: Sequence[Ablation]
+) -> Comparison:
+    """Let the model itself answer some requests under every ablation, both ways."""
+    truth, found = Reference(engine), Comparison()
+    for few, some in _questions(documents, ablations):
+        scores = engine.score(few, some)
+        for number, d, r in _asked(few, some):
+            found += _compare(engine, truth, scores[d], number, some[number], r)
+    return found
+
+
+def _questions(
+    documents: Sequence[Document], ablations: Sequence[Ablation]
+) -> Iterator[tuple[Sequence[Document], Sequence[Ablation]]]:
+    """Documents and what is removed: all from short ones, nothing from long ones as they are.
+
+    What long texts may change was attacked on the miniature, and the watch meets them whole.
+    """
+    short = [_shortened(document) for document in documents]
+    if short != list(documents):
+        yield documents, [INTACT]
+    yield short, ablations
+
+
+def _shortened(document: Document) -> Document:
+    """Leave the beginning of each context, which others may share, and its end."""
+    requests = tuple(
+        replace(
+            each,
+            context=each.context[:HALF_OF_A_TEXT] + each.context[HALF_OF_A_TEXT:][-HALF_OF_A_TEXT:],
+        )
+        for each in document.requests
+    )
+    return replace(document, requests=requests)
+
+
+def _asked(
+    documents: Sequence[Document], ablations: Sequence[Ablation]
+) -> Iterator[tuple[int, int, int]]:
+    """What each ablation is asked, as (ablation, document, request): one, the baseline more.
+
+    A single short request costs nearly as much as a long one: all weights are read once.
+    """
+    draw = random.Random(0)
+    requests = [
+        (d, r) for d, document in enumerate(documents) for r in range(len(document.requests))
+    ]
+    for number, ablation in enumerate(ablations):
+        draw.shuffle(requests)
+        # In order, so that answers to one text stand together.
+        for d, r in sorted(requests[: OF_THE_BASELINE if ablation == INTACT else 1]):
+            yield number, d, r
+
+
+def plain_tokens(
+    documents: Sequence[Document], ablations: Sequence[Ablation], max_length: int
+) -> int:
+    """Count the tokens that the model itself reads plainly, before a cell and while it is measured.
+
+    Each passes about all layers once.
+    """
+    few, watched = _few(documents), watched_documents(documents)
+    before = (
+        (some[number], asked[d].requests[r])
+        for asked, some in _questions(few, ablations)
+        for number, d, r in _asked(asked, some)
+    )
+    while_measured = (
+        ((document.task, document.index), request)
+        for document in documents
+        if (document.task, document.index) in watched
+        for request in document.requests
+    )
+    texts = ((of, read_for(request, max_length)) for of, request in (*before, *while_measured))
+    return sum(len(text) for (_, text), _ in groupby(texts))
+
+
+def _compare(
+    engine: Engine,
+    truth: Reference,
+    score: DocumentScores,
+    number: int,
+    ablation: Ablation,
+    request: int,
+) -> Comparison:
+    """Compare one answer of the model itself with that of the really pruned model.
+
+    In float32 it may differ by 1e-3 nats and 1e-4 of itself; in half precision, where the order of
+    summation alone moves single values by per cents, by 0.1 nats and 2 %.
+    """
+    ours = score.responses[number][request].loglikelihood
+    found = truth.compare(
+        ours, ablation, score.document.requests[request], *(HALF if truth.is_half else SINGLE)
+    )
+    if found.wrong is None:
+        return found
+    where = f"document {score.document.index} of {score.document.task}, request {request}"
+    return replace(found, wrong=f"{where}, {ablation.name}: {found.wrong}")
+
+
+def watched_documents(documents: Sequence[Document]) -> set[tuple[str, int]]:
+    """Draw the documents, as (task, index), that are answered both ways while a cell is measured.
+
+    They are one in `RATE`, of each task one at least, and the one with the longest text of all,
+    which reaches whatever only code counts tokens by; the same ones each time, and more of them
+    when there are more documents.
+    """
+
+    def drawn(document: Document) -> float:
+        return random.Random(f"{document.task}/{document.index}").random()
+
+    first: dict[str, Document] = {}
+    for document in documents:
+        first[document.task] = min(first.get(document.task, document), document, key=drawn)
+    some = [document for document in documents if drawn(document) < 1 / RATE]
+    longest = sorted(documents, key=lambda d: (-_longest(d), drawn(d)))[:1]
+    return {(document.task, document.index) for document in (*some, *first.values(), *longest)}
+
+
+def _longest(document: Document) -> int:
+    return max((request.length for request in document.requests), default=0)
+
+
+def watch(
+    engine: Engine,
+    scores: Sequence[DocumentScores],
+    ablations: Sequence[Ablation],
+    seed: str,
+    first: int = 0,
+) -> Iterator[tuple[DocumentScores, int, Comparison]]:
+    """Answer measured documents again on a really pruned model, each under one ablation.
+
+    Args:
+        engine: What measured them.
+        scores: What it found.
+        ablations: Under which ablations it did.
+        seed: Decides which ablation,
+        first: from this one on.
+
+    Yields:
+        Each document's scores, which ablation it was, and the comparison of all its requests.
+    """
+    truth = Reference(engine)
+    for score in scores:
+        number = random.Random(f"{seed}/{score.document.task}/{score.document.index}").randrange(
+            first, len(ablations)
+        )
+        found = Comparison()
+        for request in range(len(score.document.requests)):
+            found += _compare(engine, truth, score, number, ablations[number], request)
+        yield score, number, found

@@ -1,0 +1,451 @@
+"""An attack on the sharing of an architecture, before anything of a model is believed.
+
+Texts of random tokens are made to cross whatever the model's configuration counts tokens by: short
+and long ones in one row, branches, a beginning that is kept, answers longer than a window, lengths
+on both sides of each threshold, in one order and its reverse. They are scored with every ablation,
+shared and on models that were really changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.documents import Document
+from tracker.core.errors import CellError
+from tracker.core.provenance import content_hash, file_hash, machine, package_versions
+from tracker.engine.refusal import refused
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
+from tracker.engine.scoring.stand_in import MadeUp
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.probe_texts import (
+    FIRST,
+    probe_calls,
+    reaching_calls,
+    switching_calls,
+)
+from tracker.engine.selfcheck.quirks import Path, find_quirks, find_switches, shortened
+from tracker.engine.selfcheck.reasons import in_words, less, of_difference, of_refusal
+from tracker.engine.selfcheck.reference import Comparison, Reference
+from tracker.engine.selfcheck.removability import as_removed
+from tracker.engine.selfcheck.verdict import Verdict
+from tracker.models.layers import find_layers
+from tracker.models.miniature import miniature
+from tracker.models.shrinking import numbers
+
+WAYS = (FULL, NO_PREFIX, DEPTH_ONLY, PLAIN)
+"""From the most sharing to the least."""
+TOLERANCE = 2e-4, 1e-5
+"""Nats, and share of itself, by which an answer of a miniature may differ."""
+ANSWERS = 128
+"""How many answers are compared besides the baseline's, which are all."""
+SOME = 4
+"""How many of each ablation at least."""
+FEW = 16
+"""Up to how many ablations are asked in both orders."""
+OFTEN = 0.02
+"""Share of answers at a discontinuity of the model from which sharing is left alone."""
+ROW_TOKENS = 40
+"""Nodes of a row: several short texts share one, a long one has its own."""
+MAX_LENGTH = 96
+LONGEST_REACH = 1024
+"""Tokens up to which a miniature is asked every length: of more, calls would be no cheap matter."""
+TEXTS = 5
+"""Texts that are asked in two orders, besides the longest."""
+_Place = tuple[Ablation, int, int, int]
+"""Which ablation, and the number of a call, a document and a request."""
+
+
+def miniature_key(
+    model: Any,
+    ablations: Sequence[Ablation],
+    paths: Sequence[Path],
+    rows: tuple[int, int, int] | None,
+    blank: bool,
+) -> str:
+    """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
+
+    That is the configuration, what is removed, the numbers in reach (`paths`), how long the texts
+    are (`rows`, of `attack_longer`; None = short), whether they hold a `blank` token, versions,
+    machine, this code and the model's own, which its checkpoint may bring; not the weights.
+    """
+    here = FilePath(__file__).parents[2]
+    its_own = FilePath(inspect.getfile(type(model))).parent
+    ours = (path for room in ("engine", "models") for path in (here / room).rglob("*.py"))
+    code = file_hash([*ours, *its_own.glob("*.py")])
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "quantization_config", "dtype"):
+        config.pop(name, None)
+    # Which kernels compute it; `to_dict` leaves them out.
+    kernels = [
+        getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts")
+    ]
+    names = [ablation.name for ablation in ablations]
+    of_the_model = [type(model).__name__, config, kernels]
+    texts = [paths, rows, blank]
+    return content_hash([of_the_model, names, texts, package_versions(), machine(), code])
+
+
+def reachable(model: Any, reach: int) -> tuple[Path, ...]:
+    """List the paths of a configuration's numbers that rows of up to `reach` tokens can reach."""
+    found = numbers(model.config.get_text_config())
+    return tuple(path for path, value in found if value <= reach)
+
+
+def check_miniature(
+    engine: Engine, ablations: Sequence[Ablation], paths: Sequence[Path], blank: bool
+) -> Verdict:
+    """Attack the architecture of an engine's model with short texts.
+
+    Args:
+        engine: The engine; no call has changed its model yet.
+        ablations: All that will be removed, with the baseline.
+        paths: Numbers of the configuration that the cell's texts can reach.
+        blank: Whether a token of the cell's texts has an embedding of zeros. What such a token asks
+            of the others are ties, which fall to one by its place in the row.
+
+    Returns:
+        What may be shared.
+
+    Raises:
+        CellError: The model cannot be measured: it is not causal, or not without some layer.
+    """
+    name = type(engine.loaded.model).__name__
+    small = miniature(engine.loaded.model)
+    if small is None:
+        return _check_itself(engine, ablations, name)
+    return _check_small(engine, small, ablations, paths, blank, name)
+
+
+def check_longer_texts(
+    engine: Engine,
+    ablations: Sequence[Ablation],
+    verdict: Verdict,
+    rows: tuple[int, int, int],
+    blank: bool,
+) -> Verdict:
+    """Attack it with texts as long as a cell's: some count tokens that no number tells of.
+
+    Args:
+        engine: The engine; no call has changed its model yet.
+        ablations: All that will be removed, with the baseline.
+        verdict: What short texts have shown.
+        rows: Up to how many tokens a text of the cell has, and nodes a row of several texts, and
+            one document.
+        blank: As for `attack`.
+
+    Returns:
+        What may be shared.
+
+    Raises:
+        CellError: The model cannot be measured.
+    """
+    model = engine.loaded.model
+    if verdict.attacked == "the model":
+        return verdict
+    small = miniature(model)
+    if blank:
+        _blank(small)
+    longest, nodes, widest = rows
+    some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
+
+    def attacked(calls: Sequence[Sequence[Document]], tokens: int) -> Verdict:
+        asked = list(_asked(calls, some, SOME))
+        truth = Reference(_engine(engine, small, verdict, tokens, nodes), miniature=True)
+        return _checked(truth, some, verdict, type(model).__name__, calls, asked)
+
+    switches, each = _switches(engine, small, verdict, max(longest, widest))
+    if switches:
+        verdict = replace(verdict, switches=tuple((tokens, each) for tokens in switches))
+        calls = switching_calls(_vocabulary(small), switches, widest)
+        verdict = attacked(calls, 2 * max(switches))
+    longest, widest = (min(tokens, LONGEST_REACH) for tokens in (longest, widest))
+    reached = min(longest, engine.max_length)
+    calls = reaching_calls(_vocabulary(small), reached, nodes, widest, verdict.sharing)
+    return attacked(calls, longest)
+
+
+def _switches(
+    engine: Engine, small: Any, verdict: Verdict, longest: int
+) -> tuple[tuple[int, ...], bool]:
+    """Find at which lengths of a call, beyond those that are all asked, something changes.
+
+    With them comes whether every length from the first one on is another.
+    """
+    if longest <= LONGEST_REACH:
+        return (), False
+    doubled = (LONGEST_REACH << times for times in range(longest.bit_length()))
+    lengths = {t for t in (*doubled, engine.max_length) if LONGEST_REACH <= t < longest}
+    known = verdict.quirks(small).lengths
+    found = find_switches(small, known, {*lengths, longest})
+    return found.thresholds[len(known.thresholds) :], found.each
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A second thread hardly helps a miniature with one text, and where others compute it waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_small(
+    engine: Engine,
+    small: Any,
+    ablations: Sequence[Ablation],
+    paths: Sequence[Path],
+    blank: bool,
+    name: str,
+) -> Verdict:
+    """Experiment with a miniature, and attack it with long windows and with short ones."""
+    with _one_thread():
+        found = find_quirks(small, paths)
+    if not found.causal:
+        raise CellError(
+            f"{name} is not causal: what it says of a token depends on later tokens of the same "
+            "call, so no two ways to ask it agree"
+        )
+    lengths = (*found.by_call, *([((), True)] if found.every_call else []))
+    verdict = Verdict(
+        FULL,
+        None,
+        0.0,
+        0,
+        lengths=lengths,
+        leftovers=tuple(sorted(found.leftovers)),
+        first=tuple(sorted(found.first)),
+    )
+    models = [small, *shortened(small, found.matters)]
+    if blank:
+        for each in models:
+            _blank(each)
+    truth = Reference(_engine(engine, small, verdict, MAX_LENGTH, ROW_TOKENS), miniature=True)
+    with _one_thread():
+        verdict = as_removed(truth, ablations, verdict, name)
+    calls = probe_calls(_vocabulary(small), min(MAX_LENGTH, engine.max_length))
+    asked = list(_asked(calls, ablations, max(SOME, ANSWERS // len(ablations))))
+    for each in models:
+        if each is not small or verdict.stay or verdict.loaded:
+            made = _engine(engine, each, verdict, MAX_LENGTH, ROW_TOKENS)
+            truth = Reference(made, miniature=True)
+        verdict = _checked(truth, ablations, verdict, name, calls, asked)
+    return verdict
+
+
+@torch.no_grad()
+def _blank(model: Any) -> None:
+    """Let a token that texts are drawn from have an embedding of zeros."""
+    model.get_input_embeddings().weight[FIRST] = 0
+
+
+def _vocabulary(model: Any) -> int:
+    """How many tokens a model both reads and says: Moshi reads one more."""
+    head = model.get_output_embeddings()
+    read = int(model.get_input_embeddings().num_embeddings)
+    return read if head is None else min(read, int(head.weight.shape[0]))
+
+
+def _engine(engine: Engine, model: Any, verdict: Verdict, longest: int, nodes: int) -> Engine:
+    """An engine for a miniature that reads so many tokens, in rows of so many nodes."""
+    device = torch.device("cpu")
+    loaded = replace(engine.loaded, model=model, layers=find_layers(model), device=device)
+    most = min(longest, engine.max_length)
+    quirks = verdict.quirks(model)
+    return Engine(loaded, most, FULL, nodes, 2**30, quirks, _made_up(loaded.layers))
+
+
+def _made_up(layers: torch.nn.ModuleList) -> dict[int, MadeUp]:
+    """What stands in for layers before anything is fitted, which takes a model that is known."""
+    return {layer: MadeUp(layer) for layer in range(len(layers))}
+
+
+def _check_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> Verdict:
+    """Attack a model that has no miniature: every length is taken for a matter of its own."""
+    verdict = Verdict(
+        DEPTH_ONLY,
+        "no miniature of the model can be built on which sharing over tokens could be proven",
+        0.0,
+        0,
+        lengths=(((), True),),
+        attacked="the model",
+    )
+    verdict = as_removed(Reference(engine), ablations, verdict, name)
+    quirks = verdict.quirks(engine.loaded.model)
+    engine = replace(engine, quirks=quirks, stand_ins=_made_up(engine.loaded.layers))
+    calls = [probe_calls(_vocabulary(engine.loaded.model), engine.max_length)[0][:4]]
+    asked = list(_asked(calls, ablations, 1))
+    return _checked(Reference(engine), ablations, verdict, name, calls, asked)
+
+
+def _checked(
+    truth: Reference,
+    ablations: Sequence[Ablation],
+    verdict: Verdict,
+    name: str,
+    calls: Sequence[Sequence[Document]],
+    asked: Sequence[_Place],
+) -> Verdict:
+    """Lower a verdict to what the truth's model computes exactly."""
+    engine = truth.engine
+    threads = _one_thread if truth.miniature else nullcontext
+    if not truth.is_half:  # an accelerator need not add up in one order
+        with threads():
+            _refuse_memory(engine, name, calls)
+
+    def compare(sharing: Sharing) -> Comparison:
+        found = _compared(engine.with_sharing(sharing), calls, ablations, asked, truth, threads)
+        if sharing.calls and found.unsteady > OFTEN * found.compared:
+            return replace(found, wrong="too often discontinuous")
+        return found
+
+    model = engine.loaded.model
+    sharing, found, why = most_sharing(
+        verdict.sharing, model, compare, lambda: engine.without(INTACT).loaded.model
+    )
+    return replace(
+        verdict,
+        sharing=sharing,
+        lost=less(verdict.lost, sharing, why),
+        difference=max(found.difference, verdict.difference),
+        compared=verdict.compared + found.compared,
+        unsteady=verdict.unsteady + found.unsteady,
+    )
+
+
+def _refuse_memory(engine: Engine, name: str, calls: Sequence[Sequence[Document]]) -> None:
+    """Ask one copy of a model texts of rising length, another of falling: do both say the same?
+
+    If not, there is no truth: what the model says of a text depends on the texts before it.
+    """
+    ordered = sorted((d.requests[-1] for call in calls for d in call), key=lambda r: r.length)
+    texts = [*ordered[:: -(-len(ordered) // TEXTS)], ordered[-1]]
+    rising, falling = engine.without(INTACT), engine.without(INTACT)
+    nats, share = TOLERANCE
+    try:
+        after_shorter = [rising.answer(text).loglikelihood for text in texts]
+        after_longer = [falling.answer(text).loglikelihood for text in reversed(texts)][::-1]
+    except Exception as error:
+        if refused(error) is None:
+            raise
+        return  # what it does not say in any way is told of by `most_sharing`
+    for one, other in zip(after_shorter, after_longer, strict=True):
+        both_nan = math.isnan(one) and math.isnan(other)
+        if not both_nan and not math.isclose(one, other, rel_tol=share, abs_tol=nats):
+            raise CellError(
+                f"{name} contradicts itself: it says {one:.6g} nats of a text after shorter ones, "
+                f"and {other:.6g} after longer ones"
+            )
+
+
+def most_sharing(
+    start: Sharing, model: Any, compare: Callable[[Sharing], Comparison], copy: Callable[[], Any]
+) -> tuple[Sharing, Comparison, str | None]:
+    """Find the most sharing that gives the numbers of the really pruned model.
+
+    Args:
+        start: The most that is tried.
+        model: The model; it is only named.
+        compare: Compares some answers that are computed with such sharing.
+        copy: Makes a copy of the model, which may be called to see why something is lost.
+
+    Returns:
+        The sharing, what was compared with it, and why more was lost, if it was.
+
+    Raises:
+        CellError: The model does not run even with nothing shared, or contradicts itself.
+    """
+    name = type(model).__name__
+    why: Callable[[], str] | None = None
+    first = next((i for i, way in enumerate(WAYS) if way == start), len(WAYS))
+    for sharing in WAYS[first:]:
+        try:
+            found = compare(sharing)
+        except Exception as error:
+            if refused(error) is None:
+                raise
+            why = partial(of_refusal, sharing, in_words(error, sharing, name), copy)
+            continue
+        if found.wrong is None:
+            return sharing, found, None if why is None else why()
+        why = partial(of_difference, sharing, found, copy)
+    try:
+        found = compare(ONE_BY_ONE)
+    except Exception as error:
+        said = refused(error)
+        if said is None:
+            raise
+        raise CellError(f"{name} cannot be asked one request at a time: {said}") from error
+    if found.wrong is not None:
+        raise CellError(f"{name} contradicts itself: {found.wrong}")
+    return ONE_BY_ONE, found, None if why is None else why()
+
+
+def _asked(
+    calls: Sequence[Sequence[Document]], ablations: Sequence[Ablation], some: int
+) -> Iterator[_Place]:
+    """What is compared: every answer of the baseline, and `some` of each other ablation.
+
+    They are drawn from one call after the other, since each is made to break something else.
+    """
+    every = [
+        [(c, d, r) for d, document in enumerate(call) for r in range(len(document.requests))]
+        for c, call in enumerate(calls)
+    ]
+    draw = random.Random(0)
+    for ablation in ablations:
+        drawn = zip_longest(*(draw.sample(places, len(places)) for places in every))
+        chosen = [place for places in drawn for place in places if place is not None]
+        # In order, so that answers to one text stand together.
+        for place in sorted(chosen if ablation == INTACT else chosen[:some]):
+            yield (ablation, *place)
+
+
+def _compared(
+    engine: Engine,
+    calls: Sequence[Sequence[Document]],
+    ablations: Sequence[Ablation],
+    asked: Sequence[_Place],
+    truth: Reference,
+    threads: Callable[[], AbstractContextManager[None]],
+) -> Comparison:
+    """Score all calls in order and then in reverse, and compare; `threads` are for the truth.
+
+    Of more than `FEW` ablations half are scored in order and half in reverse, since what order may
+    change is what all of them are made of; the baseline is scored both times. Which are is drawn:
+    kinds of layers may alternate.
+    """
+    found = Comparison()
+    removed = [ablation for ablation in ablations if ablation != INTACT]
+    orders = removed, removed
+    if len(removed) > FEW:
+        drawn = random.Random(0).sample(removed, len(removed))
+        orders = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+    for step, some in zip((1, -1), orders, strict=True):
+        places = {ablation: place for place, ablation in enumerate((INTACT, *some))}
+        scores = {
+            c: engine.score(calls[c][::step], list(places))[::step]
+            for c in range(len(calls))[::step]
+        }
+        with threads():
+            for ablation, c, d, r in asked:
+                if ablation not in places:
+                    continue
+                ours = scores[c][d].responses[places[ablation]][r].loglikelihood
+                found += truth.compare(ours, ablation, calls[c][d].requests[r], *TOLERANCE)
+                if found.wrong:
+                    return found
+    return found

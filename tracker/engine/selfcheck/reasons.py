@@ -1,0 +1,104 @@
+"""Why a model shares no more than it does, in one sentence for people.
+
+Which experiment failed says why; what the model's own code raised then goes to the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracker.engine.refusal import RefusalError
+from tracker.engine.scoring.sharing import DEPTH_ONLY, FULL, NO_PREFIX, ONE_BY_ONE, PLAIN, Sharing
+from tracker.engine.selfcheck.reference import Comparison
+
+log = logging.getLogger(__name__)
+LEFT = {
+    NO_PREFIX: "shared over depth and tokens, and not what documents begin with",
+    DEPTH_ONLY: "shared over depth alone, and not over tokens or documents",
+    PLAIN: "nothing is shared",
+    ONE_BY_ONE: "nothing is shared, and each request is asked alone",
+}
+"""What is left, and what is not."""
+REFUSED = {
+    FULL: "it does not go on from a beginning that was read before: its cache cannot be rewound",
+    NO_PREFIX: "it refuses a row of several texts with a mask of their own",
+    DEPTH_ONLY: "its layers refuse the states of several ablations as one batch",
+    PLAIN: "it refuses several texts in one call",
+}
+"""What a way of sharing asks of a model, where its own code refused."""
+STATE = "it keeps a state of its own for each text"
+MOVED = {PLAIN: "a call of several texts"}
+"""What moves an answer, where it is not the sharing itself."""
+
+
+def less(before: str | None, sharing: Sharing, why: str | None) -> str | None:
+    """Say what is shared less, and why; what was said `before` where nothing more was lost."""
+    if why is None:
+        return before
+    said = f"{LEFT[sharing]}, because {why}"
+    # What was lost later is more, and its reason holds for what was lost before.
+    return (
+        said if before is None or before.startswith(tuple(LEFT.values())) else f"{before}; {said}"
+    )
+
+
+def in_words(error: Exception, way: Sharing, name: str) -> str:
+    """Say what a model refuses, in words of ours; what its own code said goes to the log."""
+    log.debug("%s, shared over %s: %s", name, way, error)
+    return str(error) if isinstance(error, RefusalError) else REFUSED[way]
+
+
+def of_refusal(way: Sharing, said: str, copy: Callable[[], Any]) -> str:
+    """Say why a model runs in no such way; `copy` makes one that may be called to see that."""
+    return STATE if way == NO_PREFIX and keeps_a_state(copy()) else said
+
+
+def of_difference(way: Sharing, found: Comparison, copy: Callable[[], Any]) -> str:
+    """Say why what a model says in some way is not what it is to say."""
+    said = (
+        f"{MOVED.get(way, 'sharing more')} changes a log-likelihood by {found.difference:.3g} nats"
+    )
+    if found.unsteady:
+        return f"{said}, mostly where the model is discontinuous ({found.unsteady} answers)"
+    return f"{STATE}: {said}" if way == NO_PREFIX and keeps_a_state(copy()) else said
+
+
+@torch.inference_mode()
+def keeps_a_state(model: Any) -> bool:
+    """Whether a model keeps something of a text whose size does not grow with it.
+
+    Keys and values do; what recurrent layers and convolutions keep does not, and there each token
+    writes over what others have left: texts in one row would too.
+    """
+    kept = []
+    for tokens in (2, 3):
+        ids = torch.arange(tokens, device=model.device)[None] + 3
+        try:
+            said = model(input_ids=ids, use_cache=True)
+        except Exception as error:  # noqa: BLE001  it is asked only to tell why it refused before
+            log.debug("%s keeps nothing: %s", type(model).__name__, error)
+            return False
+        kept.append(list(_shapes(said if isinstance(said, dict) else {})))
+    return len(kept[0]) == len(kept[1]) and any(
+        one == other and len(one) > 2 and 0 not in one for one, other in zip(*kept, strict=True)
+    )
+
+
+def _shapes(kept: Any) -> Iterator[torch.Size]:
+    """The shapes of all tensors in what a call returns, and in caches among it."""
+    if isinstance(kept, Tensor):
+        yield kept.shape
+    elif isinstance(kept, dict):
+        for name, value in kept.items():
+            if name != "logits":
+                yield from _shapes(value)
+    elif isinstance(kept, (list, tuple)):
+        for value in kept:
+            yield from _shapes(value)
+    elif type(kept).__module__.startswith("transformers."):
+        yield from _shapes(vars(kept))

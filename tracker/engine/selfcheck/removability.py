@@ -1,0 +1,251 @@
+"""What a model without a layer is, and whether it can be cut to be that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.errors import CellError, ModelError
+from tracker.engine.refusal import refused
+from tracker.engine.scoring.sharing import NO_HABITS, PLAIN
+from tracker.engine.scoring.sweep import Engine
+from tracker.engine.selfcheck.reference import Reference
+from tracker.engine.selfcheck.verdict import Verdict
+from tracker.models.reloaded import as_made, lacking, reloaded
+from tracker.models.sublayers import returning
+
+log = logging.getLogger(__name__)
+TEXT = tuple(5 * place % 29 + 2 for place in range(12))
+"""What is read to see what a model is."""
+SHOWN = 3
+"""How many of the layers that no checkpoint lacks are named."""
+_ITSELF = "the model itself, saved and loaded, is another one"
+_OTHER = "no configuration describes what is left"
+_NOT = "what is left does not run"
+_COMPUTED = "what its class computes when it is loaded cannot be given to a model in memory"
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a model says of a text without some layers, and why where it says nothing.
+
+    Attributes:
+        copy: A copy in memory.
+        skip: The model whose layers stay in their places and hand on their input.
+        saved: What is loaded of the copy once it is saved.
+        lacks: Whether the copy has not all that its class computes when it is loaded.
+        refusal: Why the copy says nothing.
+        unsaved: Why nothing is loaded.
+    """
+
+    copy: Tensor | None
+    skip: Tensor | None
+    saved: Tensor | None
+    lacks: bool
+    refusal: str | None
+    unsaved: str | None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the checkpoint is another model than the one that skips the layers."""
+        return self.saved is not None and not _alike(self.saved, self.skip)
+
+    @property
+    def is_anew(self) -> bool:
+        """Whether the checkpoint is another model than the copy."""
+        return self.saved is not None and (self.lacks or not _alike(self.saved, self.copy))
+
+    @property
+    def stays(self) -> bool:
+        """Whether the layers must stay in their places."""
+        return self.saved is None and not _alike(self.copy, self.skip)
+
+
+def as_removed(
+    truth: Reference, ablations: Sequence[Ablation], verdict: Verdict, name: str
+) -> Verdict:
+    """Find out what the model without a layer is; raises CellError where it does not run.
+
+    It is what a checkpoint without the layer is when it is loaded. Nearly always that is the model
+    whose layer hands on its input, and streams that skip the layer compute it. Where it is another
+    model (what layers do depends on their places), nothing is shared over depth; where the class
+    computes something from their places when it is loaded, copies get that. Where there is no such
+    checkpoint, the layer stays in its place and hands on its input, and that is said.
+    """
+    engine = truth.engine
+    still = engine.without(INTACT)
+    loading = _loading(engine, still)
+    seen: dict[Ablation, _Seen] = {}
+    for ablation in ablations:
+        changed = Ablation(
+            ablation.layers, replaced=tuple(("repeat", layer) for layer in ablation.repeated)
+        )
+        if changed != INTACT and changed not in seen:
+            seen[changed] = found = _see(truth, still, changed, loading)
+            if found.copy is None and found.skip is None and found.saved is None:
+                raise CellError(
+                    f"{name} does not run without {_named(changed)} ({found.refusal}); leave it "
+                    "out of 'layer'"
+                )
+    for _ in range(2):
+        stay = any(found.stays for found in seen.values())
+        apart = any(found.is_apart for found in seen.values())
+        loaded = any(found.is_anew for found in seen.values()) or (stay and apart)
+        quirks = replace(engine.quirks, stay=stay, loaded=loaded)
+        other = list(_others(replace(engine, quirks=quirks), seen) if loaded else ())
+        if not other:
+            break
+        for ablation in other:
+            seen[ablation] = replace(seen[ablation], saved=None, unsaved=_COMPUTED)
+    else:
+        why = seen[other[0]].refusal or seen[other[0]].unsaved
+        raise CellError(
+            f"{name} cannot be cut to be without {_named(other[0])} ({why}); leave it out of "
+            "'layer'"
+        )
+    verdict = replace(verdict, stay=stay, loaded=loaded, which=_which(seen))
+    if apart:
+        lost = "a checkpoint without a layer is not the model that skips it, so nothing is shared"
+        return replace(verdict, sharing=PLAIN, lost=lost)
+    return verdict
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """What is needed to see what is loaded of copies.
+
+    Attributes:
+        whole: What the class makes of the whole model's configuration; None where that is another
+            model.
+        why: Why there is none.
+        known: What it made of other configurations; None for a model whose calls change it.
+    """
+
+    whole: Any
+    why: str | None
+    known: dict[str, Any] | None
+
+    def of(self, engine: Engine, copied: Engine, ablation: Ablation) -> Engine:
+        """Make an engine for what is loaded of a copy once it is saved; ModelError for nothing."""
+        again = reloaded(copied.loaded.model, engine.left(ablation), self.known)
+        # What the first call changes is known of the whole model's layers, not of these.
+        return replace(copied, loaded=replace(copied.loaded, model=again), quirks=NO_HABITS)
+
+
+def _loading(engine: Engine, still: Engine) -> _Loading:
+    """See whether the whole model, saved and loaded, is itself."""
+    model, quirks = engine.loaded.model, engine.quirks
+    found = _Loading(None, None, None if quirks.first or quirks.leftovers else {})
+    try:
+        whole, again = as_made(model), found.of(engine, still, INTACT)
+    except ModelError as error:
+        log.debug("%s is not loaded as it is: %s", type(model).__name__, error)
+        return replace(found, why=_ITSELF)
+    said, why = _text_of(lambda: again)
+    if _alike(said, _text_of(lambda: still)[0]):
+        return replace(found, whole=whole)
+    log.debug("%s, saved and loaded, says: %s", type(model).__name__, why)
+    return replace(found, why=_ITSELF)
+
+
+def _see(truth: Reference, still: Engine, ablation: Ablation, loading: _Loading) -> _Seen:
+    """Ask a model for a text without some layers, in each way."""
+    engine, saved, lacks, unsaved = truth.engine, None, False, loading.why
+    copied, refusal = _made(partial(truth.without, ablation))
+    if copied is not None and loading.whole is not None:
+        try:
+            again = loading.of(engine, copied, ablation)
+        except ModelError as error:
+            unsaved = _OTHER
+            log.debug("no checkpoint without %s: %s", _named(ablation), error)
+        else:
+            model, twin, made = (each.loaded.model for each in (engine, copied, again))
+            lacks = bool(lacking(model, loading.whole, twin, made, engine.left(ablation)))
+            saved, why = _text_of(lambda: again)
+            if saved is None:
+                unsaved = _NOT
+                log.debug("loaded without %s, it does not run: %s", _named(ablation), why)
+    copy = None
+    if copied is not None:
+        copy, refusal = _text_of(lambda: copied)
+    skip = copy
+    if not ablation.repeated:
+        with _handing_on(still, ablation):
+            skip, _ = _text_of(lambda: still)
+    return _Seen(copy, skip, saved, lacks, refusal, unsaved or _NOT)
+
+
+def _others(engine: Engine, seen: Mapping[Ablation, _Seen]) -> Iterator[Ablation]:
+    """List what copies are not the models that they are to be."""
+    for ablation, found in seen.items():
+        said, _ = _text_of(partial(engine.without, ablation))
+        if not _alike(said, found.skip if found.saved is None else found.saved):
+            yield ablation
+
+
+def _which(seen: Mapping[Ablation, _Seen]) -> str | None:
+    """Say where a number is not that of a checkpoint."""
+    without = [ablation for ablation, found in seen.items() if found.saved is None]
+    if not without:
+        return None
+    some = [_named(ablation) for ablation in without[:SHOWN]]
+    some += [f"{len(without) - SHOWN} more"] if len(without) > SHOWN else []
+    where = f"without {' or '.join(some)}" if len(without) < len(seen) else "whatever is removed"
+    return (
+        f"{where}, what is measured is the model whose layer stays in its place and hands on its "
+        f"input, not a saved checkpoint ({seen[without[0]].unsaved})"
+    )
+
+
+def _named(ablation: Ablation) -> str:
+    plural = "s" if len(ablation.layers) > 1 else ""
+    return f"layer{plural} {', '.join(map(str, ablation.layers))}"
+
+
+def _made(make: Callable[[], Engine]) -> tuple[Engine | None, str | None]:
+    """Make a changed model, or say why there is none."""
+    try:
+        return make(), None
+    except Exception as error:
+        why = refused(error)
+        if why is None:
+            raise
+        return None, why
+
+
+def _text_of(make: Callable[[], Engine]) -> tuple[Tensor | None, str | None]:
+    """What a changed model says of a text [tokens, vocabulary], or why it says nothing."""
+    try:
+        return make().read(TEXT), None
+    except Exception as error:
+        why = refused(error)
+        if why is None:
+            raise
+        return None, why
+
+
+@contextmanager
+def _handing_on(engine: Engine, ablation: Ablation) -> Iterator[None]:
+    """Let the layers of an ablation stay in their places and hand on their input."""
+    with ExitStack() as stack:
+        for layer in ablation.layers:
+            for handle in returning(engine.loaded.layers[layer], lambda state: state):
+                stack.enter_context(handle)
+        yield
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return False
+    within = 1e-6 if one.dtype == torch.float64 else 1e-3 if one.dtype == torch.float32 else 0.5
+    return one.shape == other.shape and torch.allclose(
+        one, other, rtol=within, atol=within, equal_nan=True
+    )

@@ -1,0 +1,173 @@
+"""The outcomes of a view: the documents that all its runs share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
+from tracker.core.provenance import differences
+from tracker.core.records import RunIdentity
+from tracker.core.views import View
+from tracker.ledger.cells import CellStore
+from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.views import CellIdentity
+from tracker.stats.ratios import SCALES, document_ratios
+
+Array = NDArray[np.float64]
+
+
+class AlignedOutcomes:
+    """A cell's outcomes for a view, lined up: every ablation has the same documents in order.
+
+    `columns` are the ones to read; without them it is all, with who measured it besides. `besides`
+    are ablations that are lined up with the view's runs, whatever it removes beneath them.
+    """
+
+    def __init__(
+        self,
+        store: CellStore,
+        view: View,
+        columns: list[str] | None = None,
+        besides: Sequence[Ablation] = (),
+    ) -> None:
+        self.identity: CellIdentity = store.identity
+        self._removed = view.removed
+        self._counts = store.counts(view.extent)
+        self.wanted = sum(self._counts.values())
+        frame = store.read_documents(view.extent, columns)
+        shown = [INTACT, ablate("layer", view.removed), *map(self.ablation, view.runs), *besides]
+        names = {ablation.name for ablation in shown}
+        if len(frame):
+            frame = frame[frame["ablation"].isin(names)]
+        self._frame, self._with_stacks = frame, columns is None
+        self._line_up(frame, view.runs)
+
+    def of_documents(
+        self, documents: Collection[tuple[str, int]], runs: Sequence[RunIdentity]
+    ) -> AlignedOutcomes:
+        """Line up some runs of the view alone, on some of the documents."""
+        beneath = ablate("layer", self._removed).name
+        names = [INTACT.name, beneath, *(self.ablation(run).name for run in runs)]
+        frame = self._frame[self._frame["ablation"].isin(names)]
+        places = zip(frame["task"], frame["doc"], strict=True)
+        found = copy(self)
+        found._line_up(frame[[place in documents for place in places]], runs)
+        return found
+
+    def _line_up(self, frame: pd.DataFrame, runs: Sequence[RunIdentity]) -> None:
+        """Leave the documents that all ablations share."""
+        measured = set(frame["ablation"]) if len(frame) else set()
+        if INTACT.name in measured:
+            # A document counts when nothing that is shown lacks it.
+            present = frame.groupby(["task", "doc"])["ablation"].transform("size")
+            frame = frame[present == len(measured)]
+        else:
+            frame = frame.iloc[:0]
+        order = pd.Categorical(frame["task"], categories=list(self._counts)) if len(frame) else None
+        frame = frame.assign(order=order).sort_values(["order", "doc"]) if len(frame) else frame
+        self._rows = (
+            {str(name): rows for name, rows in frame.groupby("ablation")} if len(frame) else {}
+        )
+        self.stacks = (
+            [json.loads(each) for each in frame[PROVENANCE].unique()]
+            if len(frame) and self._with_stacks
+            else []
+        )
+        self.runs = [run for run in runs if self.has(self.ablation(run))]
+        self.missing = [run for run in runs if not self.has(self.ablation(run))]
+        self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
+
+    def comparisons(self) -> dict[str, Any]:
+        """What is known of outcomes that were answered again on a really pruned model."""
+        rows = pd.concat(self._rows.values()) if self._rows else pd.DataFrame()
+        # Shards from before lack the columns.
+        counted = rows["compared"].dropna() if "compared" in rows else pd.Series(dtype=float)
+        if not len(counted):
+            return {}
+        return {
+            "compared": int(counted.sum()),
+            "compared_difference": float(rows["difference"].max()),
+            "compared_unsteady": int(rows["unsteady"].sum()),
+        }
+
+    def ablation(self, run: RunIdentity) -> Ablation:
+        """What a run removes, with all that lies beneath."""
+        return ablation_of(run, self._removed)
+
+    def has(self, ablation: Ablation) -> bool:
+        """Whether an ablation is measured."""
+        return ablation.name in self._rows
+
+    def of(self, ablation: Ablation) -> pd.DataFrame:
+        """The rows of one ablation."""
+        return self._rows[ablation.name]
+
+    def mismatch(self, ablation: Ablation) -> str:
+        """Say where the baseline of a document was measured otherwise than an ablation of it."""
+        pairs = list(zip(self.of(INTACT)[PROVENANCE], self.of(ablation)[PROVENANCE], strict=True))
+        how = {pair: differences([*map(json.loads, pair)]) for pair in set(pairs)}
+        count = sum(bool(how[pair]) for pair in pairs)
+        if not count:
+            return ""
+        every = differences([json.loads(one) for pair in how if how[pair] for one in pair])
+        return (
+            f"baseline and ablation of {count} of {len(pairs)} documents were measured by "
+            f"different versions or devices: {every}"
+        )
+
+    def metric(self, ablation: Ablation, name: str) -> Array:
+        """A metric's value of every document; NaN where it has none."""
+        column = self.of(ablation)[METRIC + name]
+        how = self._how(name)
+        if how not in SCALES:
+            return column.to_numpy(dtype=np.float64)
+        both = pairs(column)
+        return document_ratios(how, both[:, 0], both[:, 1])
+
+    def units(self, name: str) -> Array | None:
+        """How many units of a ratio each document brings; None for a mean over documents."""
+        if self._how(name) not in SCALES:
+            return None
+        return pairs(self.of(INTACT)[METRIC + name])[:, 1]
+
+    def higher_is_better(self, name: str) -> bool:
+        """Whether a metric is an accuracy or the like, and not a loss."""
+        return self.identity.benchmark.tasks[0].higher_is_better.get(name, True)
+
+    def _how(self, name: str) -> str:
+        return self.identity.benchmark.tasks[0].metrics.get(name, "mean")
+
+
+def pairs(column: pd.Series[Any]) -> Array:
+    """Read a metric that is kept as JSON pairs [documents, 2]; NaN where a document has none."""
+    missing = (math.nan, math.nan)
+    return np.array(
+        [json.loads(value) if isinstance(value, str) else missing for value in column],
+        dtype=np.float64,
+    )
+
+
+def gold_logprobs(rows: pd.DataFrame) -> Array:
+    """Log-probability of every document's gold answer; NaN where lm-eval names none.
+
+    A rolling document has no gold answer: all its windows together stand for one.
+    """
+    # Shards from before there were rolling documents lack the column.
+    rolling = rows["rolling"] if "rolling" in rows else [False] * len(rows)
+    return np.array(
+        [
+            math.fsum(lls)
+            if whole is True
+            else (lls[int(gold)] if gold == gold and gold is not None else math.nan)
+            for lls, gold, whole in zip(rows["loglikelihoods"], rows["gold"], rolling, strict=True)
+        ],
+        dtype=np.float64,
+    )

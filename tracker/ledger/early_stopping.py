@@ -1,0 +1,204 @@
+"""What the outcomes of a cell answer, block after block in the random order, and what is next."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tracker.core.ablations import INTACT, Ablation, Action, ablate, ablation_of
+from tracker.core.errors import ExperimentError, WorkError
+from tracker.core.extent import ALL, Extent, shuffled
+from tracker.core.identities import BenchmarkIdentity
+from tracker.core.records import AnswerRecord, RunAnswer
+from tracker.core.views import View
+from tracker.ledger.blocks import BLOCK, Block, places
+from tracker.ledger.cells import CellStore
+from tracker.ledger.outcomes import METRIC
+from tracker.stats.accuracy import weights_by_task
+from tracker.stats.sequential.stopping import Race
+
+
+def refuse_unbounded(benchmark: BenchmarkIdentity, metric: str) -> None:
+    """Raise ExperimentError for a metric whose outcomes are not between 0 and 1."""
+    task = benchmark.tasks[0]
+    if task.metrics.get(metric) != "mean" or not task.higher_is_better.get(metric, True):
+        raise ExperimentError(
+            f"'until' needs a metric that is a mean of outcomes between 0 and 1, such as acc; "
+            f"{metric} of {benchmark.name} is none. Leave 'until' out, or name another "
+            "'metric'"
+        )
+
+
+class CellRace:
+    """The race that a cell's outcomes decide; the same one in every process, and after a kill.
+
+    All documents of the benchmark come in one random order, in which each task is in proportion. A
+    look follows every block, at the documents before which nothing is missing. Blocks lack only
+    those runs that are still open then: what else the ledger holds of later documents counts
+    for nothing, because it may be there for a reason.
+
+    Attributes:
+        race: How it stands, one mean for each run that the question is about.
+        lacking: Which block is to be measured next, and under which ablations; None once the
+            question is answered, or all documents have been looked at. Later blocks may be measured
+            before it, under the same ones: who is settled then was measured for nothing.
+        looked: Documents that were looked at.
+        measured: Documents that had to be measured for that: a look ends before the first document
+            of a block that is missing, and of a group's other tasks whole blocks are there.
+        order: All documents, as task and number, in the order in which they are looked at.
+        population: Documents that there are.
+        base: Layers that a token passes in what is always measured.
+        costs: `[runs]`, layers that it passes besides in each run.
+    """
+
+    def __init__(self, store: CellStore, view: View) -> None:
+        """Look at what the cell holds already.
+
+        Args:
+            store: The cell.
+            view: Its metric, and its question.
+
+        Raises:
+            ExperimentError: The metric has no bounds, or so many runs cannot answer the question.
+            WorkError: As `advance`.
+        """
+        assert view.until is not None
+        refuse_unbounded(store.identity.benchmark, view.metric)
+        every, seed = store.wanted(ALL), view.until.seed
+        self.population = sum(map(len, every.values()))
+        self.extent = Extent(sample=max(self.population, 1), seed=seed)
+        self.looked = self.measured = 0
+        self.lacking: tuple[Block, tuple[str, ...]] | None = None
+        self._until, self._store, self._metric = view.until, store, METRIC + view.metric
+        self._ablations = [ablation_of(run, view.removed) for run in view.until.runs]
+        self._names = [ablation.name for ablation in self._ablations]
+        self._beneath = [ablate("layer", view.removed)] if view.removed else []
+        layers = store.identity.model.layers
+        self.costs = np.array([passes(ablation, layers) for ablation in self._ablations])
+        self.base = layers + sum(passes(ablation, layers) for ablation in self._beneath)
+        self._passes = 0
+        self.order = shuffled(seed, every)
+        there = {task: places(task, documents, seed) for task, documents in every.items()}
+        begins: dict[Block, int] = {}
+        for position, (task, document) in enumerate(self.order):
+            begins.setdefault(Block(task, there[task][document] // BLOCK, seed), position)
+        self._blocks = list(begins)
+        self._all_ends = [*begins.values(), self.population][1:]
+        self._ends = list(self._all_ends)
+        sizes = [len(store.documents(block, self.extent)) for block in self._blocks]
+        self._begun = np.cumsum([0, *sizes])
+        self._drops: dict[tuple[str, int], np.ndarray] = {}
+        weights = weights_by_task(
+            [task for task, _ in self.order], store.identity.benchmark.weight_by_size
+        )
+        # A drop counts by its document's weight, and the mean of all is the benchmark's drop.
+        self._scale = weights * self.population
+        most = float(self._scale.max())
+        try:
+            # Two drops of a document share what it was before, and that is between 0 and 1.
+            self.race = Race(
+                *(view.until.asked, self.population, len(self._names)),
+                lowest=-most,
+                highest=most,
+                apart=most,
+            )
+        except ValueError as error:
+            raise ExperimentError(f"'until': {error}") from None
+        self.advance()
+
+    def advance(self) -> None:
+        """Look at what was measured meanwhile, as far as it goes.
+
+        WorkError where a document has no finite score, or one that is not between 0 and 1.
+        """
+        while not self.race.standing.answered and self._ends:
+            block = self.left[0]
+            names = self.needed
+            frame = self._store.read_block(block, self.extent, ["doc", "ablation", self._metric])
+            table = frame.pivot(index="doc", columns="ablation", values=self._metric)
+            documents = list(self._store.documents(block, self.extent))
+            present = set(zip(frame["doc"], frame["ablation"], strict=True))
+            if not all((doc, name) in present for doc in documents for name in names):
+                self.lacking = block, names
+                return
+            values = table.reindex(index=documents, columns=[INTACT.name, *self._names])
+            outcomes = values.to_numpy(dtype=np.float64)
+            self.measured += len(documents)
+            self._passes += len(documents) * (self.base + int(self.costs[self._open].sum()))
+            self._refuse_unusable(outcomes[:, np.isin(values.columns, names)], block)
+            drops = outcomes[:, :1] - outcomes[:, 1:]
+            self._drops |= {(block.task, d): row for d, row in zip(documents, drops, strict=True)}
+            end = self._ends.pop(0)
+            taken = [self._drops.pop(place) for place in self.order[self.looked : end]]
+            self.race.look(np.stack(taken) * self._scale[self.looked : end, None])
+            self.looked = end
+        self.lacking = None
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self._blocks)
+
+    @property
+    def left(self) -> list[Block]:
+        """The blocks that were not looked at, in the order in which they come."""
+        return self._blocks[len(self._blocks) - len(self._ends) :]
+
+    def record(self) -> AnswerRecord:
+        """Say how it stands."""
+        bounds, standing = self.race.bounds, self.race.standing
+        # A drop is between -1 and 1, whatever its documents weigh.
+        ends = zip(bounds.low.clip(-1, 1), bounds.high.clip(-1, 1), strict=True)
+        return AnswerRecord(
+            question=self._until.question,
+            level=self._until.asked.level,
+            seed=self._until.seed,
+            looked=self.looked,
+            measured=self.measured,
+            population=self.population,
+            over=self.lacking is None,
+            passes=self._passes,
+            passes_of=self.population * (self.base + int(self.costs.sum())),
+            runs=tuple(
+                RunAnswer(
+                    **dict(run),
+                    n=int(bounds.seen[place]),
+                    low=float(low),
+                    high=float(high),
+                    open=bool(standing.open[place]),
+                    chosen=bool(standing.chosen[place]),
+                )
+                for place, (run, (low, high)) in enumerate(zip(self._until.runs, ends, strict=True))
+            ),
+        )
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Name the baseline, the layers beneath alone, and the runs that are open."""
+        still = zip(self._names, self._open, strict=True)
+        always = (INTACT.name, *(ablation.name for ablation in self._beneath))
+        return (*always, *(name for name, is_open in still if is_open))
+
+    @property
+    def _open(self) -> np.ndarray:
+        return self.race.standing.open
+
+    def measured_for(self, looked: np.ndarray) -> np.ndarray:
+        """Say how many documents must be measured before so many can be looked at."""
+        begins = [0, *self._all_ends[:-1]]
+        return np.asarray(self._begun[np.searchsorted(begins, looked, side="left")])
+
+    def _refuse_unusable(self, outcomes: np.ndarray, block: Block) -> None:
+        wrong = ~((outcomes >= 0) & (outcomes <= 1))
+        if wrong.any():
+            raise WorkError(
+                f"'until' cannot be answered: {self._metric.removeprefix(METRIC)} is "
+                f"{outcomes[wrong][0]:g} for a document of {block.task}, and not between 0 and 1. "
+                "Leave 'until' out"
+            )
+
+
+def passes(ablation: Ablation, layers: int) -> int:
+    """Count the layers that a stream passes which leaves the intact one where it first differs."""
+    actions = [ablation.at(layer) for layer in range(layers)]
+    first = next(layer for layer, action in enumerate(actions) if action is not Action.PASS)
+    return sum(action.enters for action in actions[first:]) + actions.count(Action.REPEAT)

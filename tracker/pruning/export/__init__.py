@@ -1,0 +1,1 @@
+"""A pruned model as a checkpoint: written, proved, described, handed to others."""

@@ -1,0 +1,306 @@
+"""Saves a model without some of its layers, once it is proved to be the one that was measured."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tracker.benchmarks.benchmark import check_benchmark
+from tracker.benchmarks.standalone import refuse_alone
+from tracker.core.config import CellRequest, Component, cell_request
+from tracker.core.errors import CellError, RequestError, TrackerError, WorkError
+from tracker.core.identities import ModelIdentity
+from tracker.core.provenance import machine
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
+from tracker.measuring.prepare import look_up
+from tracker.measuring.progress import Progress
+from tracker.models.sources import ModelSource, find_model
+from tracker.pruning.export.card import write_card
+from tracker.pruning.export.chosen import chosen, that_chose
+from tracker.pruning.export.facts import Accuracy, Exported, Pruning, Size
+from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
+from tracker.pruning.export.publishing import publish
+from tracker.pruning.export.recipes import recipes, skip_lists, windows_of
+from tracker.report.formats import counted, measure_of
+from tracker.runner import run_cells
+from tracker.team.publish import Publisher
+from tracker.tracking import target
+
+BATCH, LENGTH = 1, 256
+"""What the models read while they are timed."""
+_OF_BENCHMARKS = ("part", "limit", "sample", "num_fewshot", "metric")
+_SPARE = 64 * 2**20
+"""Bytes of a disk that a tokenizer, configurations and a card may take."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is to be exported, and how.
+
+    Attributes:
+        pruning: The layers, and what is known of the choice.
+        request: The model; with a benchmark, on which the export is proved and measured.
+        on_benchmark: Whether the request's benchmark counts.
+        output: The folder that is made.
+        ledger: The results folder.
+        options: On what device, and whether a download's code may run.
+        track: The tracking backends that get it.
+        project: Their project, where they name none.
+        register: The name under which MLflow's registry keeps it; None for none.
+    """
+
+    pruning: Pruning
+    request: CellRequest
+    on_benchmark: bool
+    output: Path
+    ledger: Ledger
+    options: Options
+    track: tuple[str, ...] = ()
+    project: str = "tracker"
+    register: str | None = None
+
+
+def request(model: str, benchmark: str | None, **settings: Any) -> CellRequest:
+    """Make a request for a model and, perhaps, a benchmark; RequestError for what does not fit."""
+    idle = [name for name in _OF_BENCHMARKS if settings.get(name) is not None]
+    if benchmark is None and idle:
+        raise RequestError(
+            f"--{idle[0]} is about a benchmark; name one, as in --benchmark arc_easy"
+        )
+    return cell_request(model=model, benchmark=benchmark or "none", layers=(), **settings)
+
+
+def refuse_parts(component: Component, layers: tuple[int, ...]) -> None:
+    """Refuse to save a model without some attentions or MLPs: RequestError."""
+    if component == "layer":
+        return
+    what = "attentions" if component == "attention" else "MLPs"
+    raise RequestError(
+        f"a checkpoint without some {what} is none that plain transformers can load: its classes "
+        "give every layer both. Export whole layers (--remove), or give the base to code that "
+        "leaves them out: the model classes of LLM-Drop "
+        "(https://github.com/CASE-Lab-UMD/LLM-Drop) read this from config.json:\n"
+        f"{skip_lists(component, layers)}\n"
+        "vLLM loads the like as nemotron-nas, whose block_configs say no_op a layer."
+    )
+
+
+def refuse_units(units: Collection[Component]) -> None:
+    """Refuse to save what searches for other parts than whole layers find: RequestError."""
+    others = sorted(set(units) - {"layer"})
+    if others:
+        raise RequestError(
+            f"--output saves models without whole layers, and 'unit' is {others[0]}, without which "
+            "plain transformers loads no model; leave --output out"
+        )
+
+
+def refuse_output(output: Path) -> None:
+    """Refuse a place that holds something, or cannot hold a folder: RequestError."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        what = "is a folder that holds something" if output.is_dir() else "is a file"
+        raise RequestError(f"--output: {output} {what}; name a new folder")
+    if not output.absolute().parent.is_dir():
+        raise RequestError(f"--output: there is no folder {output.absolute().parent}")
+
+
+def export(asked: ExportRequest, progress: Progress) -> Exported:
+    """Save a model without some of its layers.
+
+    Args:
+        asked: What, and how.
+        progress: Told what happens.
+
+    Returns:
+        What was saved, and what is known of it.
+
+    Raises:
+        RequestError: The request was wrong; nothing was computed or written.
+        WorkError: What was saved is not what was measured, or cannot be written; nothing of it is
+            left.
+    """
+    from tracker.models.checkpoint import refuse_unsizable, release
+
+    request, removed = asked.request, tuple(sorted(asked.pruning.removed))
+    if not removed:
+        raise RequestError("nothing is to be removed; name layers, as in --remove 3,17")
+    for text in asked.track:
+        target(text)
+    refuse_output(asked.output)
+    if asked.register and not any(target(text).backend == "mlflow" for text in asked.track):
+        raise RequestError("--register is a name in MLflow's registry; add --track mlflow")
+    source = find_model(request.model, request.revision, request.model_args)
+    if asked.on_benchmark:
+        refuse_alone(request)
+        check_benchmark(request)
+    progress.say("checking that the configuration can say what is left")
+    refuse_unsizable(source, removed, asked.options.trust_remote_code)
+    measured = _measure(asked, removed, progress) if asked.on_benchmark else None
+    with _beside(asked.output) as folder:
+        saved = _save(asked, source, folder, progress)
+        progress.say("loading it in a fresh process" + (", for lm-eval" if measured else ""))
+        release()
+        proof = prove(folder, saved.expected, measured, asked.options.trust_remote_code)
+        pruning = asked.pruning
+        if pruning.strategy is None:
+            pruning = chosen(asked.ledger, saved.base, pruning.removed)
+        own = () if measured is None else (_accuracy(measured, pruning, asked.ledger),)
+        model = Exported(
+            folder=asked.output,
+            base=saved.base,
+            pruning=pruning,
+            kept=saved.kept,
+            before=saved.before,
+            after=saved.after,
+            faster=saved.faster,
+            speed_on=saved.speed_on,
+            accuracy=(*own, *(each for each in pruning.tested if not _same(each, own))),
+            proof=proof,
+            recipes=recipes(
+                *(source, saved.base, saved.kept, removed, saved.resized, saved.windows)
+            ),
+            resized=saved.resized,
+        )
+        write_card(model, folder)
+    made_of = (*pruning.chosen_by, *(() if measured is None else (measured.cell,)))
+    return publish(model, made_of, asked.track, asked.project, asked.ledger.root, asked.register)
+
+
+def _measure(asked: ExportRequest, removed: tuple[int, ...], progress: Progress) -> MeasuredCell:
+    """Measure what the removal costs on the benchmark, or recall it."""
+    request = asked.request.model_copy(update={"layers": (), "removed": removed})
+    publisher = Publisher(asked.track, asked.project, asked.ledger.root)
+    with closing(publisher):
+        done = run_cells([request], asked.ledger, publisher, asked.options, progress)
+    if done.failed:
+        raise CellError(next(iter(done.failed.values())))
+    store = look_up(request, asked.ledger).store
+    assert store is not None  # it has just been measured
+    return MeasuredCell(request, store, done.cells[0])
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What is known of a checkpoint that was written."""
+
+    base: ModelIdentity
+    kept: tuple[int, ...]
+    before: Size
+    after: Size
+    faster: tuple[float, float, float] | None
+    speed_on: str
+    windows: tuple[str, list[bool]] | None
+    expected: ExpectedAnswers
+    resized: tuple[str, ...]
+
+
+def _save(asked: ExportRequest, source: ModelSource, folder: Path, progress: Progress) -> _Saved:
+    """Write the checkpoint.
+
+    When this returns, no model is in memory any more: the fresh process may need the room.
+    """
+    from tracker.models import checkpoint
+    from tracker.models.load import load_model
+    from tracker.models.speed import times_as_fast
+
+    options, removed = asked.options, asked.pruning.removed
+    progress.say(f"loading {source.name}")
+    loaded = load_model(source, asked.request.dtype, options.device, options.trust_remote_code)
+    kept = tuple(layer for layer in range(len(loaded.layers)) if layer not in removed)
+    twin = checkpoint.without(loaded.model, removed)
+    # Before it is saved, which names the class in a configuration that does not, as a GGUF file's.
+    resized = checkpoint.resized(loaded.model, twin)
+    _refuse_small_disk(folder, checkpoint.weight_bytes(twin))
+    progress.say("writing the checkpoint")
+    checkpoint.save(loaded, twin, folder)
+    progress.say("measuring how fast both read")
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(LENGTH, longest or LENGTH)
+    faster = times_as_fast(twin, loaded.model, BATCH, length)
+    before, after = (
+        Size(layers, model.num_parameters(), checkpoint.weight_bytes(model))
+        for model, layers in ((loaded.model, len(loaded.layers)), (twin, len(kept)))
+    )
+    wanted = expected(loaded, twin, options.device)
+    speed_on = _speed_on(wanted, loaded.identity.dtype, length)
+    said = twin.config.get_text_config()
+    windows = windows_of(said.model_type, getattr(said, "layer_types", None) or ())
+    return _Saved(
+        *(loaded.identity, kept, before, after, faster, speed_on, windows, wanted, resized)
+    )
+
+
+def _speed_on(on: ExpectedAnswers, dtype: str, length: int) -> str:
+    """Say on what the speed was measured."""
+    here = machine()
+    threads = f", {counted(on.threads, 'thread')}" if on.device == "cpu" else ""
+    cores = counted(int(here["cores"]), "core")
+    return (
+        f"both by turns in one process, batch {BATCH}, {length} tokens, {dtype}, on {on.device}"
+        f"{threads} ({here['platform']}, {cores})"
+    )
+
+
+def _accuracy(measured: MeasuredCell, pruning: Pruning, ledger: Ledger) -> Accuracy:
+    """Say what the removal costs on a cell, and how many of its documents chose the layers."""
+    cell = measured.cell
+    chose = that_chose(ledger, pruning, measured.store, measured.request.extent)
+    among = f", {chose:,} of which chose the layers" if chose else ""
+    measure, title = measure_of(cell), cell.benchmark.title
+    part = "" if title == cell.benchmark.name else f" of {title}"
+    return Accuracy(
+        benchmark=cell.benchmark.title,
+        num_fewshot=cell.benchmark.num_fewshot,
+        metric=cell.metric,
+        documents=f"{cell.documents}{part}{among}",
+        n=cell.n,
+        before=(cell.baseline_accuracy, cell.baseline_low, cell.baseline_high),
+        after=(cell.removed_accuracy, cell.removed_low, cell.removed_high),
+        unit=measure.level_unit,
+    )
+
+
+def _same(one: Accuracy, others: Sequence[Accuracy]) -> bool:
+    """Whether a benchmark was measured on just these documents again."""
+    return any((one.benchmark, one.n, one.before) == (o.benchmark, o.n, o.before) for o in others)
+
+
+def _refuse_small_disk(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder.parent).free
+    if free < size + _SPARE:
+        raise WorkError(
+            f"{folder.parent} has room for {free:,} bytes, and the checkpoint takes {size:,} and "
+            "some more; nothing was written"
+        )
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """Give a folder beside another, which takes its place at the end, or is gone."""
+    folder = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        folder.mkdir()
+        yield folder
+        folder.replace(output)
+    except TrackerError as error:
+        raise type(error)(f"{output} is not written: {error}") from None
+    except OSError as error:
+        why = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
+        raise WorkError(f"{output} is not written: {why}. Nothing of it is left.") from None
+    except Exception as error:
+        if "os error" not in str(error).lower():
+            raise
+        # safetensors says so of a disk: "I/O error: No space left on device (os error 28)"
+        raise WorkError(f"{output} is not written: {error}. Nothing of it is left.") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

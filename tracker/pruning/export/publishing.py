@@ -1,0 +1,76 @@
+"""Hands a saved model to the tracking backends, beside the cells that say why it is as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from tracker.core.errors import TrackerError
+from tracker.core.records import CellRecord
+from tracker.pruning.export.facts import Accuracy, Exported
+from tracker.tracking import open_models, target
+from tracker.tracking.base import SavedModel
+
+
+def publish(
+    model: Exported,
+    made_of: Sequence[CellRecord],
+    track: Sequence[str],
+    project: str,
+    results: Path,
+    register: str | None = None,
+) -> Exported:
+    """Publish a model; what one backend refuses does not keep the others from it.
+
+    Args:
+        model: What was saved.
+        made_of: The cells that chose it, or say what it costs.
+        track: The backends, each as `BACKEND` or `BACKEND:PROJECT`.
+        project: Where none is named.
+        results: The results folder.
+        register: The name under which MLflow's registry keeps it; None for none.
+
+    Returns:
+        The model, with where it is and what went wrong.
+    """
+    shown = SavedModel(
+        model.folder.absolute(),
+        model.name,
+        model.as_json(),
+        _figures(model),
+        tuple(made_of),
+        register,
+    )
+    locations, unpublished = {}, {}
+    for text in track:
+        to = target(text)
+        with closing(open_models(to.backend, to.project or project, results, to.server)) as models:
+            try:
+                locations[to.backend] = models.add_model(shown)
+            except TrackerError as error:
+                unpublished[text] = str(error)
+    return replace(model, locations=locations, unpublished=unpublished)
+
+
+def _figures(model: Exported) -> dict[str, float]:
+    """Numbers of a model, by names that every backend takes."""
+    found: dict[str, float] = {}
+    for name, size in (("base", model.before), ("pruned", model.after)):
+        found |= {
+            f"{name}/layers": size.layers,
+            f"{name}/parameters": size.parameters,
+            f"{name}/bytes": size.bytes,
+        }
+    if model.faster is not None:
+        found["pruned/times_as_fast"] = model.faster[0]
+    for each in model.accuracy:
+        found |= _accuracy(each)
+    return found
+
+
+def _accuracy(each: Accuracy) -> dict[str, float]:
+    name = f"{each.benchmark}/{each.metric.replace(',', ' ')}"
+    values = {f"base/{name}": each.before[0], f"pruned/{name}": each.after[0]}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,1 @@
+"""Searching which parts to take out, and telling what was found."""

@@ -1,0 +1,292 @@
+"""A cell of which any removals are measured as they are asked for, and what that took."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.benchmarks.base import Benchmark
+from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
+from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.config import CellRequest, Component
+from tracker.core.identities import BenchmarkIdentity
+from tracker.core.views import View
+from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.scoring.sweep import Engine
+from tracker.ledger.aligned import AlignedOutcomes, gold_logprobs
+from tracker.ledger.begun import begin_search, end_search
+from tracker.ledger.cells import CellStore
+from tracker.ledger.checks import Checks
+from tracker.ledger.outcomes import METRIC
+from tracker.ledger.shards import read_shard
+from tracker.ledger.store import Ledger
+from tracker.measuring.fill import fill, lacking, open_cell
+from tracker.measuring.job import Job, Options
+from tracker.measuring.meter import Meter, Model, Place, open_model
+from tracker.measuring.observing import Observe, Observed, observe
+from tracker.measuring.prepare import look_up
+from tracker.measuring.progress import Progress
+from tracker.stats.accuracy import weights_by_task
+
+Array = NDArray[np.float64]
+_COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
+
+
+class Lender:
+    """Loads a model once for all cells that ask for it, and says where they are and to whom.
+
+    `typed` is the command that goes on with what was stopped.
+    """
+
+    def __init__(
+        self, ledger: Ledger, options: Options, progress: Progress, typed: Sequence[str] = ()
+    ) -> None:
+        self.ledger = ledger
+        self.typed = typed
+        self.options = options
+        self.progress = progress
+        self.loaded = 0
+        self._model: Model | None = None
+
+    def model(self, request: CellRequest) -> Model:
+        """Load the model of a cell, or hand out the one that is loaded."""
+        if self._model is None or self._model.settings != request.model_settings:
+            self._model = None  # frees the previous model before the next one comes
+            self.progress.say(f"loading {request.model}")
+            self._model = open_model(request, self.options)
+            self.loaded += 1
+        return self._model
+
+
+@dataclass(frozen=True)
+class Known:
+    """What one ablation does to the documents of a cell, in their order.
+
+    Attributes:
+        metric: The metric's value of each; NaN where it has none.
+        gold: The log-probability of each gold answer; NaN where there is none.
+    """
+
+    metric: Array
+    gold: Array
+
+
+_ANY = 3
+_COMPONENTS: tuple[Component, ...] = ("layer", "attention", "mlp")
+_Shape = tuple[int, ...]
+
+
+def _shape(ablation: Ablation) -> _Shape:
+    """What kind of a removal it is: of each component none, one, or several (2)."""
+    return tuple(min(len(gone), 2) for gone in (ablation.layers, ablation.attention, ablation.mlp))
+
+
+def _drawn(shapes: Collection[_Shape], layers: int) -> Iterator[Ablation]:
+    """Draw sets of each component of which several are removed, the same ones each time.
+
+    Of each of some sizes, up to half of the layers, one is of neighbours and three are of any.
+    """
+    draw = random.Random(0)
+    sizes = {min(size, layers // 2) for size in (2, 3, layers // 4, layers // 2)} - {0, 1}
+    for component, most in zip(_COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
+        for size in sorted(sizes) if most > 1 else ():
+            first = draw.randrange(layers - size + 1)
+            yield ablate(component, range(first, first + size))
+            for _ in range(_ANY):
+                yield ablate(component, draw.sample(range(layers), size))
+
+
+class OpenCell:
+    """A cell whose documents are measured under whatever ablations are asked for.
+
+    What the ledger holds is not measured again, and no model is loaded for it. Nothing is shown or
+    published of what is measured here.
+    """
+
+    def __init__(self, request: CellRequest, lender: Lender) -> None:
+        self.request = request
+        self._lender = lender
+        self._known: dict[Ablation, Known] = {}
+        self._viewed: AlignedOutcomes | None = None
+        self._checked: set[_Shape] = set()
+
+    @cached_property
+    def _benchmark(self) -> Benchmark:
+        benchmark = open_benchmark(self.request)
+        chosen_metric(benchmark.identity, self.request.metric)
+        return benchmark
+
+    @property
+    def benchmark(self) -> BenchmarkIdentity:
+        """The benchmark, which is opened where the ledger does not hold the cell."""
+        known = look_up(self.request, self._lender.ledger).store
+        return known.identity.benchmark if known is not None else self._benchmark.identity
+
+    def rows(self, task: str) -> str:
+        """Hash what the scored split of a task holds."""
+        return self._benchmark.rows(task)
+
+    @cached_property
+    def _meter(self) -> Meter:
+        benchmark, model = self._benchmark, self._lender.model(self.request)
+        return Meter([self.request], benchmark, model, self._lender.options)
+
+    @cached_property
+    def store(self) -> CellStore:
+        """The cell in the ledger, made where it is new."""
+        found = look_up(self.request, self._lender.ledger)
+        if found.store is not None:
+            chosen_metric(found.store.identity.benchmark, self.request.metric)
+            return found.store
+        job = Job((found,), self._benchmark)
+        return open_cell(job, self._meter.facts, self._lender.ledger)[0]
+
+    @property
+    def progress(self) -> Progress:
+        """Who is told what happens."""
+        return self._lender.progress
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return self.store.identity.model.layers
+
+    @property
+    def view(self) -> View:
+        """The intact model by the metric that is asked for, on the documents that are."""
+        return self.store.views.of(self.request)
+
+    @property
+    def sign(self) -> float:
+        """1 where more of the metric is better, -1 of a loss."""
+        task = self.store.identity.benchmark.tasks[0]
+        return 1.0 if task.higher_is_better.get(self.view.metric, True) else -1.0
+
+    def measure(self, ablations: Sequence[Ablation], candidates: bool = False) -> None:
+        """See to it that all documents are measured under some ablations, besides the baseline.
+
+        Args:
+            ablations: The ablations.
+            candidates: Whether most of them will be forgotten: what rounding decides of them is
+                not measured then.
+        """
+        asked = [one for one in dict.fromkeys((INTACT, *ablations)) if one not in self._known]
+        if not asked:
+            return
+        extent, names = self.request.extent, [one.name for one in asked]
+        if not self.store.is_complete(extent, names):
+            meter = self.opened([INTACT, *(one for one in asked if one != INTACT)])
+            begin_search(self.store, self._lender.typed)
+            if candidates:
+                meter.twice = set()
+            left = lacking(self.store, meter.facts, extent, names)
+            fill(self.store, left, meter, extent, self.progress)
+        columns = [*_COLUMNS, METRIC + self.view.metric]
+        view = self.view.model_copy(update={"removed": (), "runs": ()})
+        viewed = AlignedOutcomes(self.store, view, columns, asked)
+        self._viewed = self._viewed or viewed
+        for one in asked:
+            metric = viewed.metric(one, view.metric)
+            self._known[one] = Known(metric, gold_logprobs(viewed.of(one)))
+
+    def end(self) -> None:
+        """Hear that the search is over that measured it."""
+        if self._known:
+            end_search(self.store, self._lender.typed)
+
+    def known(self, ablation: Ablation) -> Known:
+        """What an ablation does, which was measured."""
+        return self._known[ablation]
+
+    @cached_property
+    def weights(self) -> Array:
+        """How much each document counts in the metric, summing to 1."""
+        self.measure([])
+        viewed, benchmark = self._viewed, self.store.identity.benchmark
+        assert viewed is not None
+        units = viewed.units(self.view.metric)
+        return weights_by_task(viewed.tasks, benchmark.weight_by_size, units)
+
+    @property
+    def documents(self) -> dict[str, tuple[int, ...]]:
+        """Task → the numbers of the documents that are measured, ascending."""
+        wanted = self.store.wanted(self.request.extent)
+        return {task: tuple(sorted(numbers)) for task, numbers in wanted.items()}
+
+    @property
+    def part(self) -> str | None:
+        """Which part of the benchmark they are of; None = all of it."""
+        return self.request.part
+
+    @property
+    def places(self) -> frozenset[Place]:
+        """The same as pairs of task and number."""
+        return frozenset((task, n) for task, some in self.documents.items() for n in some)
+
+    @property
+    def n(self) -> int:
+        """How many documents are measured."""
+        return sum(map(len, self.documents.values()))
+
+    def observe(self, kind: str, begin: Callable[[Engine], Observe]) -> Observed:
+        """Observe more than outcomes, on the intact model that is opened."""
+        return observe(
+            self.request,
+            self.store,
+            kind,
+            begin,
+            lambda: (self.opened(self._singles).engine, self._meter.documents),
+            self.progress,
+        )
+
+    @property
+    def _singles(self) -> list[Ablation]:
+        return [INTACT, *(Ablation((layer,)) for layer in range(self.layers))]
+
+    def opened(self, ablations: Sequence[Ablation]) -> Meter:
+        """Open what measures some ablations, the baseline among them.
+
+        Sharing is checked when something is removed that was not before: one layer, several,
+        attentions, MLPs; where it is several, on sets drawn at random too, because the check does
+        not see those that are asked for later. These are watched while they are measured.
+        """
+        meter = self._meter
+        shapes = {_shape(one) for one in ablations}
+        if not shapes <= self._checked:
+            self.progress.say(
+                f"{self.request.benchmark}: checking that sharing is exact for this model"
+            )
+            meter.ablations = list(dict.fromkeys((*ablations, *_drawn(shapes, self.layers))))
+            for line in meter.check(Checks(self._lender.ledger.root)):
+                self.progress.say(line)
+            self._checked |= shapes
+        meter.ablations = list(ablations)
+        return meter
+
+    def passes(self, ablations: Sequence[Ablation]) -> float:
+        """Price one engine call, the baseline with it, in passes of the intact model."""
+        plan = plan_streams(list(dict.fromkeys((INTACT, *ablations))), self.layers)
+        return plan.layer_passes / self.layers
+
+    def seconds(self, asked: Mapping[str, Collection[Place]]) -> float | None:
+        """Say what measuring took: of each shard, the share of its rows that were asked for.
+
+        Ablation → the documents that it was asked of. None where a shard does not say.
+        """
+        total = 0.0
+        for path in self.store.shards():
+            try:
+                shard = read_shard(path.read_bytes(), ["task", "doc", "ablation"])
+            except (OSError, ValueError):  # said where outcomes are read
+                continue
+            rows = shard.table.to_pylist()
+            own = sum((r["task"], r["doc"]) in asked.get(r["ablation"], ()) for r in rows)
+            if own and not shard.about.get("seconds"):
+                return None
+            total += float(shard.about.get("seconds") or 0) * own / max(1, len(rows))
+        return total

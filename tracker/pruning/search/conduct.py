@@ -1,0 +1,271 @@
+"""Searches from the file to the section: choose, test, publish each step, keep what was found."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.config import CellRequest
+from tracker.core.errors import CellError, RequestError, TrackerError
+from tracker.core.findings import FindingRecord
+from tracker.core.prune_records import PruneRecord, PruneStep, Tested
+from tracker.core.records import CellRecord, Place
+from tracker.ledger.findings import keep_finding
+from tracker.ledger.searches import keep_search
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
+from tracker.measuring.prepare import look_up
+from tracker.measuring.progress import Progress
+from tracker.pruning.search.cells import Array, Lender, OpenCell
+from tracker.pruning.search.report import finding_of
+from tracker.pruning.search.request import SearchRequest
+from tracker.pruning.search.search import (
+    Found,
+    budget_of,
+    refuse_mixed,
+    refuse_unknown,
+    search,
+)
+from tracker.runner import Finished, run_cells
+from tracker.stats.accuracy import Estimate, accuracy, accuracy_drop
+from tracker.team.publish import Publisher
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the test documents say of a search, more being better, in one order for all searches.
+
+    Attributes:
+        before: `[documents]`, the metric of each with nothing gone.
+        after: The same after each step.
+        weights: `[documents]`, summing to 1.
+    """
+
+    before: Array
+    after: tuple[Array, ...]
+    weights: Array
+
+
+@dataclass
+class Pursued:
+    """What searches found, before anything is said of it.
+
+    Attributes:
+        searches: What was asked; of each record, in their order.
+        records: What was found, one a draw.
+        tests: Of each record, what its test documents say.
+        requests: Of each record, the request of its last step's run; None where it has none.
+        failed: What was asked and not found → why; `outcome` says it too.
+        outcome: What became of the runs of the steps.
+    """
+
+    searches: list[SearchRequest]
+    records: list[PruneRecord]
+    tests: list[Answered]
+    requests: list[CellRequest | None]
+    failed: dict[SearchRequest, str]
+    outcome: Finished
+
+
+@dataclass
+class ConductedSearches:
+    """What became of searches.
+
+    Attributes:
+        records: What was found, in the order of the searches.
+        finding: What it says, beside each other.
+        outcome: What became of the runs of the steps, and which searches failed.
+        requests: For each record, the request of its last step's run; None where it has none.
+    """
+
+    records: list[PruneRecord]
+    finding: FindingRecord
+    outcome: Finished
+    requests: list[CellRequest | None] = field(default_factory=list)
+
+
+def conduct(
+    asked: Sequence[SearchRequest],
+    name: str,
+    ledger: Ledger,
+    publisher: Publisher,
+    options: Options,
+    progress: Progress,
+    typed: Sequence[str] = (),
+) -> ConductedSearches:
+    """Pursue the searches of a file, called `name`, and keep what they say beside each other.
+
+    As `pursue`: RequestError, CellError.
+    """
+    found = pursue(asked, ledger, publisher, options, progress, typed)
+    outcomes = {
+        record.name: (test.after[-1], test.weights)
+        for record, test in zip(found.records, found.tests, strict=True)
+    }
+    failed = {request.title: why for request, why in found.failed.items()}
+    finding = finding_of(name, found.records, outcomes, failed)
+    keep_finding(ledger.root, finding)
+    return ConductedSearches(found.records, finding, found.outcome, found.requests)
+
+
+def pursue(
+    asked: Sequence[SearchRequest],
+    ledger: Ledger,
+    publisher: Publisher,
+    options: Options,
+    progress: Progress,
+    typed: Sequence[str] = (),
+) -> Pursued:
+    """Search, measure each step on the test documents, publish it as a run of its own, keep it all.
+
+    A search that was killed goes on where it was: all that it asked is in the ledger.
+
+    Args:
+        asked: The searches, equal models next to each other.
+        ledger: The results folder.
+        publisher: Hands the steps' runs to the tracking backends.
+        options: How to run; always in this process.
+        progress: Told what happens.
+        typed: The command, without the results folder; empty for a trial's.
+
+    Returns:
+        What was found.
+
+    Raises:
+        RequestError: Something that was asked for does not exist or does not fit; nothing was
+            measured.
+        CellError: No search could be finished.
+    """
+    ledger.refuse_unwritable()
+    lender = Lender(ledger, options, progress, typed)
+    refuse_unknown(asked, options.trust_remote_code)
+    cells: dict[CellRequest, OpenCell] = {}
+    refuse_mixed(asked, lender, cells)
+    budgets = [budget_of(each, lender) for each in asked]
+    found: list[Found] = []
+    failed: dict[SearchRequest, str] = {}
+    for request, within in zip(asked, budgets, strict=True):
+        try:
+            found += search(request, within, lender, cells)
+        except TrackerError as error:
+            if isinstance(error, RequestError) and len(asked) == 1:
+                raise
+            log.debug("%s failed", request.title, exc_info=True)
+            failed[request] = str(error)
+    said = {request.title: why for request, why in failed.items()}
+    if not found:
+        raise CellError("\n".join(f"{title}: {why}" for title, why in said.items()))
+    tests = {test: cells[test] for test in dict.fromkeys(one.asked.test() for one in found)}
+    for test, cell in tests.items():
+        chosen = [ablations_of(one) for one in found if one.asked.test() == test]
+        progress.say(f"{test.title}: testing what was chosen")
+        cell.measure([ablation for sets in chosen for ablation in sets])
+    steps = [[_run(one, step) for step in one.steps] for one in found]
+    runs = list(dict.fromkeys(run for each in steps for run in each if run is not None))
+    outcome = run_cells(runs, ledger, publisher, options, progress) if runs else Finished()
+    outcome.failed |= said
+    outcome.models_loaded += lender.loaded
+    shown = _by_request(runs, outcome.cells, ledger)
+    records = []
+    for one, asked_for in zip(found, steps, strict=True):
+        places = tuple(shown[run] for run in asked_for if run in shown)
+        records.append(_record(one, tests[one.asked.test()], places))
+        keep_search(ledger.root, records[-1])
+    if not failed:
+        for cell in cells.values():
+            cell.end()
+    return Pursued(
+        searches=[one.asked for one in found],
+        records=records,
+        tests=[_tests(one, tests[one.asked.test()]) for one in found],
+        requests=[each[-1] for each in steps],
+        failed=failed,
+        outcome=outcome,
+    )
+
+
+def ablations_of(found: Found) -> list[Ablation]:
+    """What the test documents are measured under: the set after each step."""
+    return [ablate(found.asked.unit, step.removed) for step in found.steps]
+
+
+def _run(found: Found, step: PruneStep) -> CellRequest | None:
+    """Ask for a step as a run: what it removed, beneath what was gone.
+
+    None for attentions and MLPs, of which only one may be missing in a run.
+    """
+    last = step.layer if step.layer is not None else max(step.removed)
+    beneath = tuple(layer for layer in step.removed if layer != last)
+    if found.asked.unit != "layer" and beneath:
+        return None
+    more = {"removed": beneath, "layers": (last,), "components": (found.asked.unit,)}
+    return found.asked.test().model_copy(update=more)
+
+
+def _by_request(
+    runs: Sequence[CellRequest], cells: Iterable[CellRecord], ledger: Ledger
+) -> dict[CellRequest, Place]:
+    """Find the tracked cell of each step."""
+    places = {cell.place[:2]: cell.place for cell in cells}
+    found = {}
+    for run in runs:
+        store = look_up(run, ledger).store
+        if store is not None:
+            key = (store.identity.key, store.views.name_of(store.views.named_of(run)))
+            if key in places:
+                found[run] = places[key]
+    return found
+
+
+def _tests(found: Found, cell: OpenCell) -> Answered:
+    before, *after = (cell.sign * cell.known(one).metric for one in (INTACT, *ablations_of(found)))
+    return Answered(before, tuple(after), cell.weights)
+
+
+def _record(found: Found, cell: OpenCell, places: Sequence[Place]) -> PruneRecord:
+    tested = [
+        step.model_copy(update={"test": _tested(cell, ablation)})
+        for step, ablation in zip(found.steps, ablations_of(found), strict=True)
+    ]
+    asked, identity = found.asked, cell.store.identity
+    return PruneRecord(
+        name=found.name(identity.key),
+        model=identity.model,
+        benchmark=identity.benchmark,
+        metric=cell.view.metric,
+        higher_is_better=cell.sign > 0,
+        part=cell.part,
+        unit=asked.unit,
+        strategy=asked.strategy,
+        draw=found.draw,
+        rescoring=asked.rescored,
+        amount=asked.asked,
+        calibration=found.calibration,
+        steps=tuple(tested),
+        baseline=_tested(cell, INTACT),
+        cost=found.cost,
+        rests_on=tuple(places),
+    )
+
+
+def _tested(cell: OpenCell, ablation: Ablation) -> Tested:
+    """Say what the test documents say of an ablation."""
+    before, after = cell.known(INTACT).metric, cell.known(ablation).metric
+    level = accuracy(after, cell.weights)
+    drop = Estimate(None)
+    if ablation != INTACT:
+        pair = (before, after) if cell.sign > 0 else (after, before)
+        drop = accuracy_drop(*pair, cell.weights)
+    return Tested(
+        n=len(after),
+        accuracy=level.value,
+        low=level.low,
+        high=level.high,
+        drop=drop.value,
+        drop_low=drop.low,
+        drop_high=drop.high,
+    )

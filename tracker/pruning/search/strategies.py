@@ -1,0 +1,265 @@
+"""How to choose what goes: each strategy takes a search and yields its steps, one after the other.
+
+All of them make a loss small. Of level sets the one with the smaller loss by the other measure goes
+first (of `accuracy` that is `gold_logprob`, and the reverse), then the one whose parts are later.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from tracker.core.prune_records import PruneStep, Rescoring
+from tracker.pruning.search.budgets import Budget, out_of_reach
+from tracker.pruning.search.rescoring import lazy, race
+from tracker.pruning.search.scores import Losses, Scores, Set
+
+WIDTH = 4
+"""Sets that `beam` keeps after each step."""
+POPULATION, GENERATIONS = 16, 8
+"""Sets that `evolutionary` keeps, and how often it makes as many new ones of them."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a strategy is given.
+
+    Attributes:
+        scores: What the calibration documents say.
+        budget: When enough is removed.
+        seed: Decides what is drawn at random.
+        draw: Which draw.
+        rescoring: How greedy searches by outcomes score candidates again.
+    """
+
+    scores: Scores
+    budget: Budget
+    seed: int = 0
+    draw: int = 1
+    rescoring: Rescoring = "full"
+
+    @property
+    def parts(self) -> range:
+        """The parts that there are."""
+        return range(self.scores.layers)
+
+    def left(self, removed: Set) -> list[int]:
+        """The parts that could go next."""
+        parts = [part for part in self.parts if part not in removed]
+        return [part for part in parts if self.budget.reachable((*removed, part))]
+
+    def fitting(self, losses: Losses) -> list[int]:
+        """The order of sets, without those with which the budget could not be met any more."""
+        return [place for place in losses.order if self.budget.reachable(losses.sets[place])]
+
+    def lots(self, strategy: str) -> random.Random:
+        """Where a strategy draws from: the same for the same seed and draw, everywhere."""
+        return random.Random(f"{strategy}/{self.seed}/{self.draw}")
+
+
+Strategy = Callable[[Search], Iterator[PruneStep]]
+
+
+def grown(removed: Set, part: int) -> Set:
+    """A set, and one part more."""
+    return tuple(sorted((*removed, part)))
+
+
+def by_outcomes(search: Search, by: str) -> Iterator[PruneStep]:
+    """Remove what costs least together with all that is gone; score again after each removal."""
+    if search.rescoring == "race":
+        yield from race(search.scores, search.budget)
+        return
+    if search.rescoring == "lazy":
+        yield from lazy(search.scores, search.budget, by)
+        return
+    removed: Set = ()
+    while not search.budget.enough(removed):
+        sets = [grown(removed, part) for part in search.left(removed)]
+        step = search.scores.losses(by, sets).step(removed)
+        yield step
+        removed = step.removed
+
+
+def by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
+    """Remove the layer with the smallest proxy in the model that is left; observe it again."""
+    removed: Set = ()
+    while not search.budget.enough(removed):
+        losses = search.scores.proxy(name, removed)
+        step = losses.step(removed, search.fitting(losses))
+        yield step
+        removed = step.removed
+
+
+def one_shot(
+    search: Search, score: Callable[[Search, Sequence[Set]], Losses]
+) -> Iterator[PruneStep]:
+    """Score each part once, alone, and remove the smallest scores.
+
+    As if they added up. Parts of unequal size are ordered by score alone too.
+    """
+    losses = score(search, [(part,) for part in search.parts])
+    order = losses.order
+    removed: Set = ()
+    while not search.budget.enough(removed):
+        left = search.left(removed)
+        order = [place for place in order if losses.sets[place][0] in left]
+        step = losses.step((), order)
+        (part,) = step.removed
+        seconds = tuple(sorted((*removed, *step.runner_up))) if step.runner_up else ()
+        removed = grown(removed, part)
+        yield step.model_copy(update={"removed": removed, "runner_up": seconds})
+
+
+def contiguous(search: Search) -> Iterator[PruneStep]:
+    """Remove the stretch of layers over which the residual stream turns least (PruneMe).
+
+    For each length the best stretch of all; they need not lie within each other.
+    """
+    length = 0
+    removed: Set = ()
+    while not search.budget.enough(removed):
+        length += 1
+        spans = [range(n, n + length) for n in range(len(search.parts) - length + 1)]
+        if length == len(search.parts) - 1:
+            spans = [span for span in spans if search.budget.enough(span)]
+        if not spans:
+            raise out_of_reach("angular removes a stretch from the first layer, or to the last")
+        losses = search.scores.proxy("angular_distance", (), spans)
+        step = losses.step(None)
+        nested = set(removed) < set(step.removed)
+        added = next(iter(set(step.removed) - set(removed))) if nested else None
+        removed = step.removed
+        yield step.model_copy(update={"layer": added})
+
+
+def last(search: Search) -> Iterator[PruneStep]:
+    """Remove from the end, but for the very last part, which speaks to the head."""
+    if not search.budget.enough(search.parts[:-1]):
+        raise out_of_reach("last leaves the very last layer")
+    yield from _in_order(search, list(reversed(search.parts[:-1])))
+
+
+def at_random(search: Search) -> Iterator[PruneStep]:
+    """Remove in a random order."""
+    order = list(search.parts)
+    search.lots("random").shuffle(order)
+    fitting: list[int] = []
+    for part in order:
+        if search.budget.reachable((*fitting, part)):
+            fitting.append(part)
+    yield from _in_order(search, fitting)
+
+
+def _in_order(search: Search, order: Sequence[int]) -> Iterator[PruneStep]:
+    removed: Set = ()
+    reasons = {"score": "the strategy looks at no document", "margin": "it compares nothing"}
+    for part in order:
+        if search.budget.enough(removed):
+            return
+        removed = grown(removed, part)
+        yield PruneStep(removed=removed, layer=part, reasons=reasons)
+
+
+def beam(search: Search) -> Iterator[PruneStep]:
+    """Keep the four best sets by accuracy, let each grow by each part, and keep the best again.
+
+    Its steps are those that led to the best set of the last one.
+    """
+    kept: list[tuple[Set, list[PruneStep]]] = [((), [])]
+    while not search.budget.enough(kept[0][0]):
+        origins: dict[Set, int] = {}
+        for number, (removed, _) in enumerate(kept):
+            for part in search.left(removed):
+                origins.setdefault(grown(removed, part), number)
+        sets = list(origins)
+        losses = search.scores.losses("accuracy", sets)
+        order = losses.order
+        found = []
+        for place in range(min(WIDTH, len(sets))):
+            removed, steps = kept[origins[sets[order[place]]]]
+            step = losses.step(removed, [order[place]])
+            step = step.model_copy(update={"reasons": {"margin": "a beam keeps several sets"}})
+            found.append((step.removed, [*steps, step]))
+        kept = found
+    yield from kept[0][1]
+
+
+def evolutionary(search: Search) -> Iterator[PruneStep]:
+    """Let a population of sets of one size mutate, and keep the best by accuracy.
+
+    A mutation puts one part back and removes another one; a third of them do it twice.
+    """
+    lots, size = search.lots("evolutionary"), search.budget.count
+    parts = list(search.parts)
+
+    def drawn(seen: set[Set], make: Callable[[], Set]) -> list[Set]:
+        """Make up to a population of sets that are new; fewer where there are no more."""
+        found: list[Set] = []
+        for _ in range(20 * POPULATION):
+            if len(found) == POPULATION:
+                break
+            one = make()
+            if one not in seen:
+                seen.add(one)
+                found.append(one)
+        return found
+
+    def mutant() -> Set:
+        one = set(lots.choice(population))
+        for _ in range(1 + (lots.random() < 1 / 3)):
+            back, out = lots.choice(sorted(one)), lots.choice(sorted(set(parts) - one))
+            one = (one - {back}) | {out}
+        return tuple(sorted(one))
+
+    seen: set[Set] = set()
+    population = drawn(seen, lambda: tuple(sorted(lots.sample(parts, size))))
+    for generation in range(GENERATIONS + 1):
+        losses = search.scores.losses("accuracy", population)
+        order = losses.order
+        population = [population[place] for place in order[:POPULATION]]
+        if generation < GENERATIONS:
+            population += drawn(seen, mutant)
+    yield losses.step(None)
+
+
+def _proxy_once(name: str) -> Callable[[Search, Sequence[Set]], Losses]:
+    return lambda search, sets: search.scores.proxy(name, ())
+
+
+def _outcome_once(by: str) -> Callable[[Search, Sequence[Set]], Losses]:
+    return lambda search, sets: search.scores.losses(by, sets)
+
+
+_BY_PROXY = {
+    "cosine": "cosine_score",
+    "relative_update": "relative_update",
+    "perplexity": "loss_increase",
+    "taylor": "gate_gradient",
+}
+OUTCOMES = ("accuracy", "gold_logprob")
+STRATEGIES: Mapping[str, Strategy] = {
+    **{name: partial(by_outcomes, by=name) for name in OUTCOMES},
+    **{f"{name}_oneshot": partial(one_shot, score=_outcome_once(name)) for name in OUTCOMES},
+    **{name: partial(by_proxy, name=proxy) for name, proxy in _BY_PROXY.items()},
+    **{
+        f"{name}_oneshot": partial(one_shot, score=_proxy_once(proxy))
+        for name, proxy in _BY_PROXY.items()
+    },
+    "angular": contiguous,
+    "last": last,
+    "random": at_random,
+    "beam": beam,
+    "evolutionary": evolutionary,
+}
+"""Every strategy by its name."""
+OF_LAYERS = (*_BY_PROXY, *(f"{name}_oneshot" for name in _BY_PROXY), "angular")
+"""Strategies by figures that only whole layers have."""
+BLIND = ("last", "random")
+"""Strategies that look at no document."""
+DRAWN = ("random", "evolutionary")
+"""Strategies that draw."""
+RESCORED = OUTCOMES
+"""Strategies that `rescoring` is about."""

@@ -1,0 +1,148 @@
+"""What to know before a figure is believed: other versions, devices, missing documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tracker.core.answers import interval_name
+from tracker.core.records import NOT_MEASURED, WHICH, CellRecord, RunRecord
+from tracker.report.formats import counted, defined, measure_of
+from tracker.report.wording import run_list
+
+
+def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
+    """Name the cells that were not measured by the same versions and devices throughout.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        One sentence for each.
+    """
+    found = ((cell, cell.reasons.get("provenance")) for cell in cells)
+    return [f"{cell.title}: {why}.{_mismatched(cell)}" for cell, why in found if why]
+
+
+def _mismatched(cell: CellRecord) -> str:
+    """Say which drops compare what was measured differently; begins with a space."""
+    which = [run for run in cell.runs if "provenance" in run.reasons]
+    if not which:
+        return f" Each {measure_of(cell).change} compares what was measured alike."
+    return f" Baseline and ablation differ in this for {run_list(which, cell)}."
+
+
+def looks_note(cell: CellRecord) -> str:
+    """Say what the figures of a cell rest on whose documents are as many as an answer takes.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Some sentences; none where its documents are as many as were asked for.
+    """
+    if not cell.is_raced:
+        return ""
+    reason = cell.reasons["n"]
+    return (
+        f"{reason[:1].upper()}{reason[1:]}. Each run’s figures rest on its own documents, and its "
+        f"interval is a {interval_name(cell)}, which holds at every look and for all runs "
+        "together; what holds for one look is left out. The baseline, the proxies and the "
+        f"correlations rest on the {counted(cell.n, 'document')} that all runs share. Without "
+        "‘until’ the same experiment measures the rest."
+    )
+
+
+def rounding_note(cell: CellRecord) -> str:
+    """Say how many documents half precision decides by rounding, and what that moves.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Some sentences; none in single precision.
+    """
+    dtype, count, moved = cell.model.dtype, cell.baseline_rounded, cell.baseline_rounding
+    measure = measure_of(cell)
+    if count is None or moved is None:
+        why = cell.reasons.get("baseline_rounded") if cell.higher_is_better else None
+        return f"How many documents {dtype} decides by rounding is not known: {why}." if why else ""
+    text = (
+        f"{dtype} decides up to {count:,} of {cell.n:,} documents of the intact model by rounding"
+    )
+    if count:
+        text += (
+            ": computed in another way, in lm-eval’s other batch sizes too, some of these are "
+            f"judged otherwise, and the baseline moves (± {measure.write(moved)} {measure.unit}, "
+            "95 %)"
+        )
+    text += "."
+    known = [run for run in cell.runs if run.rounded is not None]
+    if known:
+        least, most = (pick(run.rounded or 0 for run in known) for pick in (min, max))
+        span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        text += f" Under the runs it decides up to {span}."
+    small = [run for run in known if is_rounding(run) and sure(run)]
+    if small:
+        text += (
+            f" What {run_list(small, cell)} {'cost' if len(small) > 1 else 'costs'} is no more "
+            "than rounding moves, whatever the interval over documents says."
+        )
+    return f"{text} ‘dtype: float32’ leaves next to nothing to rounding."
+
+
+def sure(run: RunRecord) -> bool:
+    """Say whether a run's interval does not hold zero."""
+    low, high = run.accuracy_drop_low, run.accuracy_drop_high
+    return low is not None and high is not None and not low <= 0 <= high
+
+
+def is_rounding(run: RunRecord) -> bool:
+    """Say whether a run's drop is no larger than what rounding moves."""
+    drop, moved = run.accuracy_drop, run.drop_rounding
+    return drop is not None and moved is not None and abs(drop) <= moved
+
+
+def warnings(cell: CellRecord) -> tuple[str, ...]:
+    """Say what a reader must know before trusting the cell's numbers.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        One sentence for each: missing runs, several versions or devices, undefined values of the
+        cell, a weak baseline.
+    """
+    found = []
+    if cell.missing:
+        found.append(f"Incomplete: {run_list(cell.missing, cell)}: {NOT_MEASURED}.")
+    for field, reason in cell.reasons.items():
+        if field == "n" and cell.is_raced:
+            found.append(looks_note(cell))
+            continue
+        if field == "n":
+            found.append(f"Incomplete: {reason}.")
+            continue
+        if field in ("baseline_low", "baseline_rounded"):
+            continue  # said with the documents, and with what rounding decides
+        if field == "provenance":
+            found.append(f"{reason[:1].upper()}{reason[1:]}.{_mismatched(cell)}")
+            continue
+        if field == WHICH:
+            found.append(f"{reason[:1].upper()}{reason[1:]}.")
+            continue
+        if field == "chance_accuracy" and not cell.higher_is_better:
+            continue  # a loss has none, and nothing is wrong
+        words = (field[:1].upper() + field[1:]).replace("_", " ")
+        found.append(f"{words} is undefined: {reason}.")
+    if note := rounding_note(cell):
+        found.append(note)
+    chance = cell.chance_accuracy
+    if chance is None:
+        return tuple(found)
+    if defined(cell.baseline_accuracy) and cell.baseline_accuracy <= chance:
+        found.append("The intact model is at or below chance: its layers have little to lose.")
+    elif defined(cell.baseline_low) and cell.baseline_low <= chance:
+        found.append(
+            "The 95 % interval of the baseline reaches down to chance: the drops say little."
+        )
+    return tuple(found)

@@ -1,0 +1,144 @@
+"""Charts of what runs decide: margins over layers, and which layers break the same documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tracker.core.decision_records import DecisionsRecord
+from tracker.core.records import CellRecord, layers_of
+from tracker.report import wording
+from tracker.report.charts.maps import ROWS, centred_map
+from tracker.report.charts.style import FAINT, GREY, KINDS, Chart, chart, errors, layer_axis, line
+from tracker.report.formats import counted, two_digits
+from tracker.stats.accuracy import Estimate
+from tracker.stats.agreement import clustered, phi
+from tracker.stats.ratios import SCALES
+
+ALIKE = 0.5
+"""Layers break the same documents where their mean correlation is at least this."""
+
+
+def margin_name(cell: CellRecord, decided: DecisionsRecord) -> str:
+    """Say what a margin is in nats of: the gold option over the best other one, or the answer."""
+    name = cell.metric.partition(",")[0]
+    if not decided.options:
+        whole = cell.benchmark.tasks[0].metrics.get(cell.metric) in SCALES
+        return f"log-probability of the {'text' if whole else 'answer'} (nats)"
+    per = {"acc_norm": "nats a character", "acc_bytes": "nats a byte"}.get(name, "nats")
+    return f"margin of the gold option ({per})"
+
+
+def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
+    """Draw the median margin of every run with its quartiles, beside the intact model's.
+
+    None where no margin is defined.
+    """
+    if decided.margins is None or not any(run.margins for run in decided.runs):
+        return None
+    kinds = [kind for kind in cell.kinds if any(run.run.kind == kind for run in decided.runs)]
+    layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})
+    low, middle, high = decided.margins
+    traces = []
+    for number, kind in enumerate(kinds):
+        mine = [run for run in decided.runs if run.run.kind == kind and run.margins]
+        found = [Estimate(m[1], m[0], m[2]) for run in mine if (m := run.margins)]
+        colour, symbol = KINDS[kind.word]
+        look = {"color": colour} if len(kinds) == 1 else line(number)
+        traces.append(
+            {
+                "type": "scatter",
+                "name": wording.kind_words(kind),
+                "x": [run.run.layer for run in mine],
+                "y": [one.value for one in found],
+                "error_y": errors(found),
+                "mode": "markers" if len(kinds) == 1 else "lines+markers",
+                "line": look,
+                "marker": {"color": look["color"], "size": 7, "symbol": symbol},
+                "hovertext": [
+                    f"{run.run.label()}: median {two_digits(one.value or 0)}, half of the "
+                    f"documents from {two_digits(one.low or 0)} to {two_digits(one.high or 0)}"
+                    for run, one in zip(mine, found, strict=True)
+                ],
+                "hoverinfo": "text",
+                "showlegend": len(kinds) > 1,
+            }
+        )
+    across = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": low, "y1": high}
+    shapes = [
+        {**across, "fillcolor": FAINT, "line": {"width": 0}, "layer": "below"},
+        {**across, "type": "line", "y0": middle, "y1": middle, "line": {"color": GREY, "width": 1}},
+    ]
+    return chart(
+        f"{cell.title}: median {margin_name(cell, decided)} without each layer",
+        traces,
+        320,
+        shapes=shapes,
+        xaxis=layer_axis(layers),
+        yaxis={"title": {"text": margin_name(cell, decided)}},
+    )
+
+
+def agreement(decided: DecisionsRecord) -> tuple[list[int], np.ndarray, list[list[int]]]:
+    """Correlate which documents the layers lose, and cluster them.
+
+    Args:
+        decided: What the runs decide.
+
+    Returns:
+        The layers that can be compared, those that agree beside each other; their correlations in
+        this order; and the groups of layers that break the same documents.
+    """
+    both = np.array(decided.both, dtype=np.float64).reshape((len(decided.both),) * 2)
+    found = phi(both, np.diag(both), decided.right)
+    (known,) = np.nonzero(~np.isnan(np.diag(found)))
+    square = found[np.ix_(known, known)]
+    order, groups = clustered(square, ALIKE)
+    layers = [decided.compared[number] for number in known]
+    named = [sorted(layers[number] for number in group) for group in groups]
+    return [layers[number] for number in order], square[np.ix_(order, order)], named
+
+
+def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
+    """Draw which layers break the same documents, clustered; None for fewer than two layers."""
+    layers, found, _ = agreement(decided)
+    if len(layers) < 2:
+        return None
+    labels = [str(layer) for layer in layers]
+    left_out = len(decided.compared) - len(layers)
+    title = f"{cell.title}: which layers break the same documents"
+    if left_out:
+        title += f"; {counted(left_out, 'layer')} left out, which lose none or all"
+    values = [[round(float(value), 2) for value in row] for row in found]
+    traces = centred_map(
+        "agreement",
+        (labels, labels, values, []),
+        {},
+        1,
+        ("−1<br>never the same", "0<br>as by chance", "1<br>the same"),
+    )
+    # Not a text for each pair: there are as many as the square of the layers.
+    traces[0] |= {
+        "hovertext": None,
+        "hoverinfo": None,
+        "hovertemplate": "layers %{y} and %{x}: φ %{z:.2f}<extra></extra>",
+    }
+    axis: dict[str, Any] = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
+    return chart(
+        title,
+        traces,
+        170 + 15 * len(layers),
+        margin={"b": 105},
+        xaxis={**axis, "title": {"text": "layer (0-based), clustered"}},
+        yaxis=ROWS,
+    )
+
+
+def groups_sentence(groups: Sequence[Sequence[int]]) -> str:
+    """Say which layers break the same documents."""
+    if not groups:
+        return "No two layers break the same documents much more often than by chance."
+    named = "; ".join(f"layers {', '.join(map(str, group))}" for group in groups)
+    return f"These break the same documents (mean φ of at least {ALIKE}): {named}."

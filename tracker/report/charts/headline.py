@@ -1,0 +1,149 @@
+"""The picture that a page opens with: what each layer costs, above what the cosine score says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tracker.report.charts.hover import estimate_hover
+from tracker.report.charts.style import (
+    FAINT,
+    GREY,
+    HELPS,
+    MATTERS,
+    PROXY,
+    Chart,
+    chart,
+    errors,
+    finite,
+    layer_axis,
+)
+from tracker.report.formats import counted, defined, fixed, two_digits
+from tracker.report.leaderboard.layers import LayerBoard
+from tracker.report.leaderboard.proxies import misjudged
+from tracker.report.wording import benchmark_labels
+
+MARKED = 3
+"""So many layers, on which the two disagree most, carry their number."""
+
+
+def story(board: LayerBoard, label: str) -> Chart:
+    """Draw the real cost of every layer above the cosine score of the same layer.
+
+    Bars of the mean accuracy relevance with its interval stand above bars of the mean cosine score;
+    the layers on which the two disagree most are marked by number.
+    """
+    standings = sorted(board.layers, key=lambda standing: standing.layer)
+    layers = [standing.layer for standing in standings]
+    costs = [standing.relevance for standing in standings]
+    over = counted(len(board.cells), "benchmark")
+    marked = marked_layers(board)
+    data: list[dict[str, Any]] = [
+        {
+            "type": "bar",
+            "name": "accuracy relevance",
+            "x": layers,
+            "y": [finite(cost.value) for cost in costs],
+            "error_y": errors(costs),
+            "marker": {
+                "color": [
+                    HELPS if defined(cost.value) and cost.value < 0 else MATTERS for cost in costs
+                ]
+            },
+            "hovertext": [
+                estimate_hover(
+                    f"layer {layer} · mean over {over}", "accuracy relevance", cost, two_digits, ""
+                )
+                for layer, cost in zip(layers, costs, strict=True)
+            ],
+            "hoverinfo": "text",
+        },
+        {
+            "type": "bar",
+            "name": "cosine score",
+            "x": layers,
+            "y": [finite(standing.cosine_score) for standing in standings],
+            "yaxis": "y2",
+            "marker": {"color": PROXY},
+            "hovertext": [
+                f"layer {one.layer}<br>cosine score "
+                + (fixed(one.cosine_score, 3) if defined(one.cosine_score) else "undefined")
+                for one in standings
+            ],
+            "hoverinfo": "text",
+        },
+    ]
+    return chart(
+        story_title(board, label),
+        data,
+        380,
+        xaxis=layer_axis(layers) | {"anchor": "y2"},
+        yaxis={"domain": [0.38, 1], "zeroline": True, "title": {"text": "what it really costs"}},
+        yaxis2={"domain": [0, 0.29], "title": {"text": "cosine score"}, "zeroline": True},
+        showlegend=False,
+        bargap=0.25,
+        shapes=[
+            {
+                "type": "rect",
+                "xref": "x",
+                "yref": "paper",
+                "x0": layer - 0.5,
+                "x1": layer + 0.5,
+                "y0": 0,
+                "y1": 1,
+                "fillcolor": FAINT,
+                "line": {"width": 0},
+                "layer": "below",
+            }
+            for layer in marked
+        ],
+        annotations=[
+            {
+                "x": middle,
+                "xref": "x",
+                "y": 1,
+                "yref": "paper",
+                "yanchor": "bottom",
+                "text": f"<b>{numbers}</b>",
+                "showarrow": False,
+                "font": {"color": GREY, "size": 13},
+            }
+            for middle, numbers in near_together(marked)
+        ],
+        margin={"t": 26},
+    )
+
+
+def marked_layers(board: LayerBoard) -> list[int]:
+    """Find the layers on which the cosine score is furthest from the truth, by ranks."""
+    return [one.standing.layer for one in misjudged(board)[:MARKED] if one.off]
+
+
+def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
+    """Gather the numbers of neighbours: on a phone, a number is as wide as two layers.
+
+    Args:
+        layers: The marked layers.
+
+    Returns:
+        Where each note stands, and what it says.
+    """
+    groups: list[list[int]] = []
+    for layer in sorted(layers):
+        if groups and layer - groups[-1][-1] <= 2:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return [((one[0] + one[-1]) / 2, ", ".join(map(str, one))) for one in groups]
+
+
+def story_title(board: LayerBoard, label: str) -> str:
+    """Say in a line of plain text what the picture shows."""
+    where = ", ".join(benchmark_labels(board.cells)) if len(board.cells) <= 2 else ""
+    where = where or counted(len(board.cells), "benchmark")
+    text = f"{label}: what each layer really costs, above what the cosine score says, on {where}"
+    marked = sorted(marked_layers(board))
+    if not marked:
+        return text
+    plural = "s" if len(marked) > 1 else ""
+    return f"{text}; furthest apart: layer{plural} {', '.join(map(str, marked))}"

@@ -1,0 +1,91 @@
+"""The map of rank against rank: where the cosine score puts a layer, and where it belongs."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from tracker.core.records import CellRecord
+from tracker.report.charts.maps import COLOUR_BAR
+from tracker.report.charts.style import GREY, Chart, chart
+from tracker.report.leaderboard.proxies import rankings
+from tracker.report.sentences import ranks_differ
+
+_COUNTS = [[0.0, "rgba(61,116,168,0.25)"], [1.0, "rgba(61,116,168,1)"]]
+_NAMED = 6
+"""So many layers are named in one hover box."""
+
+
+def rank_map(cells: Sequence[CellRecord], label: str) -> Chart:
+    """Draw each layer's rank by cosine score against its true rank, over the benchmarks.
+
+    How many benchmarks put a layer at each place (trace `layers`), 1 = matters most on both axes;
+    on the diagonal (trace `equal ranks`) the cosine score is right.
+    """
+    found = rankings(cells)
+    count = max((len(ranking.rows) for ranking in found), default=0)
+    there: dict[tuple[int, int], list[str]] = {}
+    for ranking in found:
+        for layer, true, proxy in ranking.rows:
+            there.setdefault((true, proxy), []).append(f"layer {layer} · {ranking.benchmark}")
+    places = range(1, count + 1)
+    most = max(map(len, there.values()), default=1)
+    data = [
+        {
+            "type": "heatmap",
+            "name": "layers",
+            "x": [*places],
+            "y": [*places],
+            "z": [[len(there.get((y, x), ())) or None for x in places] for y in places],
+            "zmin": 0,
+            "zmax": most,
+            "colorscale": _COUNTS,
+            "showscale": len(found) > 1,
+            "colorbar": {
+                **COLOUR_BAR,
+                "title": {"text": "benchmarks", "side": "top"},
+                "dtick": 1 if most <= 10 else None,
+            },
+            "hovertext": [
+                [_rank_hover(y, x, there.get((y, x), [])) for x in places] for y in places
+            ],
+            "hoverinfo": "text",
+            "hoverongaps": False,
+        },
+        {
+            "type": "scatter",
+            "name": "equal ranks",
+            "x": [0.5, count + 0.5],
+            "y": [0.5, count + 0.5],
+            "mode": "lines",
+            "line": {"color": GREY, "width": 1, "dash": "dot"},
+            "hoverinfo": "skip",
+            "showlegend": False,
+        },
+    ]
+    axis = {"showgrid": False, "zeroline": False, "constrain": "domain", "tickangle": 0}
+    axis |= {"tick0": 1, "dtick": 1} if count <= 12 else {"tick0": 0, "dtick": 5}
+    return chart(
+        f"{label}: {ranks_differ(cells)}",
+        data,
+        520,
+        margin={"b": 105 if len(found) > 1 else 50},
+        xaxis=axis
+        | {"range": [0.5, count + 0.5], "title": {"text": "rank by cosine score (1 = highest)"}},
+        yaxis=axis
+        | {
+            "range": [count + 0.5, 0.5],
+            "scaleanchor": "x",
+            "constraintoward": "top",
+            "title": {"text": "rank by accuracy drop (1 = largest)"},
+        },
+    )
+
+
+def _rank_hover(true: int, proxy: int, who: Sequence[str]) -> str:
+    if not who:
+        return ""
+    lines = [f"<b>rank {true} by accuracy drop, {proxy} by cosine score</b>"]
+    lines += [html.escape(one) for one in who[:_NAMED]]
+    lines += [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
+    return "<br>".join(lines)

@@ -1,0 +1,198 @@
+"""The look that all charts share, and the small parts that several of them are made of.
+
+A chart is plotly's own JSON, not a `go.Figure`: plotly checks every property of a figure, which is
+most of the time that a page of many cells takes. Tests make the figures, so they do the checking.
+Backgrounds are transparent and text is grey, so that a chart is legible on light and dark pages.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tracker.report.formats import defined
+from tracker.stats.accuracy import Estimate
+
+MATTERS = "#3d74a8"
+HELPS = "#c4762f"
+PROXY = "#8a8a8a"
+GREY = "#808080"
+FAINT = "rgba(128,128,128,0.22)"
+KINDS = {
+    "layer": (MATTERS, "circle"),
+    "attention": ("#a8558f", "square"),
+    "mlp": ("#5f8a3a", "diamond"),
+    "mean": ("#2f8f8f", "triangle-up"),
+    "scale": ("#8c7a2e", "triangle-down"),
+    "linear": ("#7a6bc0", "pentagon"),
+    "int8": ("#6b7f8f", "hexagon"),
+    "int4": ("#b5483f", "star"),
+    "repeat": ("#b0607a", "cross"),
+}
+"""Colour and symbol of each kind of single layers where several share a chart."""
+LINES = (
+    "#c4762f", "#5f8a3a", "#a8558f", "#2f8f8f", "#b5483f",
+    "#7a6bc0", "#8c7a2e", "#6b7f8f", "#b0607a", "#4f8f5f",
+)  # fmt: skip
+"""Colours of lines side by side; all are mid-tones, legible on white and on black."""
+_DASHES = ("solid", "dash", "dot")
+MANY = 20
+"""With more lines than this, a legend would be larger than its chart; hover boxes name them."""
+_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+_TITLE_COLUMNS = 95
+_AXIS = {
+    "gridcolor": FAINT,
+    "linecolor": GREY,
+    "zerolinecolor": GREY,
+    "zerolinewidth": 1,
+    "automargin": True,
+    "title": {"standoff": 8},
+    "showline": False,
+}
+TEMPLATE: dict[str, Any] = {
+    "layout": {
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": _FONT, "size": 12, "color": GREY},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)"},
+        "hoverlabel": {
+            "bgcolor": "#23272e",
+            "bordercolor": "#23272e",
+            "font": {"color": "#f2f2f2", "size": 12, "family": _FONT},
+            "align": "left",
+        },
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "xaxis": {**_AXIS, "ticks": "outside", "tickcolor": GREY, "ticklen": 4},
+        "yaxis": _AXIS,
+    }
+}
+"""What every chart looks like; a page holds it once."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart as plotly's JSON.
+
+    Attributes:
+        title: What is seen, as plain text; a page sets it as a caption, which can wrap.
+        data: The traces.
+        layout: The axes, the height and whatever else differs from the template.
+    """
+
+    title: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+
+    def figure(self) -> go.Figure:
+        """Make a figure that stands alone, with its title in it and its legend at the bottom."""
+        lines = textwrap.wrap(self.title, _TITLE_COLUMNS)
+        named = sum(map(_is_named, self.data))
+        figure = go.Figure(self.data, self.layout)
+        return figure.update_layout(
+            template=TEMPLATE,
+            # A legend of several rows above the chart would grow into the title.
+            legend={"y": 0, "yref": "container", "yanchor": "bottom"},
+            height=self.layout["height"] + 20 * len(lines) + 12 * named,
+            title={
+                "text": "<br>".join(html.escape(line) for line in lines),
+                "font": {"size": 14},
+                "x": 0,
+                "xref": "paper",
+                "xanchor": "left",
+            },
+            margin_t=40 + 20 * len(lines),
+        )
+
+
+def chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> Chart:
+    """Put a chart together, `height` in pixels; `layout` is what else differs from the template."""
+    legend = any(map(_is_named, data))
+    margin = {"l": 60, "r": 16, "t": 34 if legend else 12, "b": 50} | layout.pop("margin", {})
+    return Chart(title, data, {"height": height, "margin": margin, **layout})
+
+
+def _is_named(trace: dict[str, Any]) -> bool:
+    """Whether it stands in a legend: without a word on it, where it is not alone."""
+    return bool(trace.get("showlegend", trace.get("type") == "scatter"))
+
+
+def line(number: int) -> dict[str, Any]:
+    """Give the line with this number (from 0) a look of its own, as plotly's `line`."""
+    turn, colour = divmod(number, len(LINES))
+    return {"color": LINES[colour], "width": 1.4, "dash": _DASHES[turn % len(_DASHES)]}
+
+
+def layer_axis(layers: Sequence[int], title: str = "layer (0-based)") -> dict[str, Any]:
+    """Tick whole layers only, few enough to be read on a phone."""
+    first, last = (layers[0], layers[-1]) if layers else (0, 1)
+    count = last - first + 1
+    return {
+        "range": [first - 0.7, last + 0.7],
+        "tick0": 0,
+        "dtick": 1 if count <= 12 else 5 if count <= 50 else 10,
+        "minor": {"tick0": 0, "dtick": 1, "ticks": "outside", "ticklen": 2, "tickcolor": GREY},
+        "tickangle": 0,
+        "zeroline": False,
+        "showgrid": False,
+        "title": {"text": title},
+    }
+
+
+def value_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
+    """Make an axis of positive figures logarithmic when they span more than a factor of ten.
+
+    A few large ones would otherwise press all others together. Ranks are not changed by it.
+    """
+    found = [value for value in values if value is not None]
+    wide = bool(found) and min(found) > 0 and max(found) > 10 * min(found)
+    if not wide:
+        return {"title": {"text": title}, "zeroline": False}
+    exponents = range(math.floor(math.log10(min(found))), math.ceil(math.log10(max(found))) + 1)
+    ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
+    return {
+        "type": "log",
+        "tickvals": ticks,
+        "title": {"text": f"{title}, log scale"},
+        "zeroline": False,
+    }
+
+
+def finite(value: float | None, scale: float = 1) -> float | None:
+    """Scale a figure; a gap (None) where it is undefined."""
+    return scale * value if defined(value) else None
+
+
+def errors(figures: Sequence[Estimate | None], scale: float = 1, **look: Any) -> dict[str, Any]:
+    """Reach from each figure to both ends of its interval (plotly's `error_y`), if it has one.
+
+    `look` is whatever differs from a thin grey line.
+    """
+    up: list[float | None] = []
+    down: list[float | None] = []
+    for found in figures:
+        value = finite(found.value, scale) if found else None
+        low = finite(found.low, scale) if found else None
+        high = finite(found.high, scale) if found else None
+        up.append(None if value is None or high is None else high - value)
+        down.append(None if value is None or low is None else value - low)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up,
+        "arrayminus": down,
+        "width": 0,
+        "thickness": 1.2,
+        "color": GREY,
+        **look,
+    }
+
+
+def wrap(text: str, columns: int = 48) -> str:
+    """Escape a plain text for plotly, which reads a subset of HTML, and wrap it."""
+    return "<br>".join(html.escape(part) for part in textwrap.wrap(text, columns))

@@ -1,0 +1,251 @@
+"""Writes a report for papers and pull requests: tables as text or data, charts as figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from tracker.core.distribution import install_extra
+from tracker.core.errors import RequestError
+from tracker.core.findings import FindingRecord
+from tracker.core.records import CellRecord
+from tracker.core.text import as_markdown
+from tracker.ledger.files import write_atomically, write_text
+from tracker.report import caveats, formats, wording
+from tracker.report.charts.cells import cell_charts
+from tracker.report.charts.maps import heat_map
+from tracker.report.frames import (
+    correlation_frame,
+    layer_board_frame,
+    layer_frame,
+    model_board_frame,
+)
+from tracker.report.leaderboard.comparable import models_of
+from tracker.report.leaderboard.layers import layer_board
+from tracker.report.leaderboard.models import model_board
+from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
+from tracker.report.page.studies import by_stem, study_chart, study_frames, study_table
+from tracker.report.table import Table
+from tracker.report.tables import overview_table
+
+More = Mapping[str, pd.DataFrame]
+Found = Sequence[FindingRecord]
+Write = Callable[[Sequence[CellRecord], Path, More, Found], list[Path]]
+
+
+def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
+    """Make the frames `layers`, `correlations`, `layer_leaderboard` and `model_leaderboard`."""
+    return {
+        "layers": layer_frame(cells),
+        "correlations": correlation_frame(cells),
+        "layer_leaderboard": layer_board_frame([layer_board(group) for group in models_of(cells)]),
+        "model_leaderboard": model_board_frame(model_board(cells)),
+    }
+
+
+def figures(cells: Sequence[CellRecord], findings: Found = ()) -> dict[str, go.Figure]:
+    """Draw what stands well alone: studies' charts, heat maps, cells' charts, by file stem."""
+    found = {
+        f"{stem}-{number}": study_chart(drawn).figure()
+        for stem, each in by_stem(findings)
+        for number, drawn in enumerate(each.charts, 1)
+    }
+    groups = models_of(cells)
+    names = wording.model_labels([group[0].model for group in groups])
+    for name, group in zip(names, groups, strict=True):
+        mapped = [cell for cell in group if cell.whole_layers]
+        if mapped:
+            found[_file_name(name, "heat map")] = heat_map(mapped).figure()
+        for cell, label in zip(group, wording.benchmark_labels(group), strict=True):
+            for kind, figure in cell_charts(cell).items():
+                found[_file_name(name, label, kind)] = figure
+    return found
+
+
+def export(
+    cells: Sequence[CellRecord],
+    form: str,
+    place: Path,
+    more: Mapping[str, pd.DataFrame] = {},
+    findings: Found = (),
+) -> list[Path]:
+    """Write a report in one of `FORMATS`, and list the files.
+
+    Args:
+        cells: The cells.
+        form: A key of `FORMATS`.
+        place: A file for `md` and `tex`, a folder otherwise.
+        more: What `csv` and `parquet` hold besides the records' `frames`, by name.
+        findings: What studies found: in `md` as sections, in `csv` and `parquet` a frame a table,
+            in `png` and `pdf` their charts.
+
+    Returns:
+        The files.
+
+    Raises:
+        RequestError: What draws figures is not installed.
+        WorkError: The disk is full or refuses.
+    """
+    return FORMATS[form](cells, place, more, findings)
+
+
+def _markdown(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
+    parts = ["# Which layers matter", wording.summary(cells)]
+    parts += ["## Leaderboards", LAYER_RULE, MODEL_RULE, INTERVAL_RULE]
+    tables, notes = boards(cells)
+    parts += [*map(_markdown_table, tables), *map(as_markdown, notes)]
+    parts += ["## Benchmarks", _pipes(overview_table(cells))]
+    for each in findings:
+        parts += [as_markdown(f"## {each.question}")]
+        parts += [f"`{each.study}` over {as_markdown(each.experiment)}"]
+        parts += map(as_markdown, each.answers)
+        parts += map(_pipes, map(study_table, each.tables))
+        parts += [as_markdown(f"Could not be said: {line}") for line in each.lacking]
+    write_text(path, "\n\n".join(parts) + "\n")
+    return [path]
+
+
+def _latex(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
+    def table(frame: pd.DataFrame) -> str:
+        styled = frame.style.hide(axis="index").format(escape="latex")
+        styled = styled.format_index(escape="latex", axis="columns")
+        text = styled.to_latex(hrules=True, position_float="centering")
+        return text.replace(formats.MINUS, "$-$")  # pdflatex does not know the sign
+
+    tables, notes = boards(cells)
+    comments = ["needs \\usepackage{booktabs}", LAYER_RULE, INTERVAL_RULE, MODEL_RULE, *notes]
+    text = "\n".join(f"% {' '.join(comment.split())}" for comment in comments)
+    write_text(path, "\n\n".join([text, *map(table, tables)]) + "\n")
+    return [path]
+
+
+def boards(cells: Sequence[CellRecord]) -> tuple[list[pd.DataFrame], list[str]]:
+    """Lay the leaderboards out as people read them: rounded, drops in percentage points.
+
+    One table of texts a model, and one of the models where there are several; and what does not
+    count, and why.
+    """
+    found = [layer_board(group) for group in models_of(cells)]
+    names = wording.model_labels([board.model for board in found])
+    layers = layer_board_frame(found)
+    shown = [_readable(mine) for _, mine in layers.groupby("model", sort=False)]
+    notes = [
+        f"{name}: {benchmark} does not count: {why}."
+        for name, board in zip(names, found, strict=True)
+        for benchmark, why in board.left_out.items()
+    ]
+    notes += caveats.provenance_notes([cell for board in found for cell in board.cells])
+    if len(found) > 1:
+        models = model_board(cells)
+        shown.append(_readable(model_board_frame(models)))
+        notes += [f"Models: {b} does not count: {why}." for b, why in models.left_out.items()]
+    return shown, notes
+
+
+def _markdown_table(frame: pd.DataFrame) -> str:
+    escaped = frame.map(lambda value: as_markdown(str(value))).rename(columns=as_markdown)
+    return escaped.to_markdown(index=False, disable_numparse=True)
+
+
+def _readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """Round, put intervals beside their figures, and write drops in percentage points."""
+    shown = pd.DataFrame({"model": frame["model"]})
+
+    def text(write: Callable[[float], str], column: str) -> list[str]:
+        return [formats.DASH if pd.isna(x) else write(x) for x in frame[column]]
+
+    def beside(write: Callable[[float], str], column: str) -> list[str]:
+        ends = zip(
+            text(write, column), text(write, f"{column}_low"), text(write, f"{column}_high"),
+            strict=True,
+        )  # fmt: skip
+        return [
+            value if formats.DASH in (low, high) else f"{value} ({low} to {high})"
+            for value, low, high in ends
+        ]
+
+    for column in frame.columns:
+        if column.endswith(("_low", "_high", "model")):
+            continue
+        title = column.replace("_", " ")
+        if column == "accuracy_relevance":
+            shown[f"mean {title} (95 % interval)"] = beside(
+                partial(formats.fixed, digits=3), column
+            )
+        elif column == "accuracy_drop":
+            shown[f"mean {title}, pp (95 % interval)"] = beside(formats.points, column)
+        elif column == "cosine_score":
+            shown["mean cosine score (1 − cos)"] = text(partial(formats.fixed, digits=3), column)
+        else:
+            shown[f"{title}, 0-based" if column in ("layer", "worst_layer") else title] = text(
+                lambda number: f"{int(number)}", column
+            )
+    return shown
+
+
+def _pipes(table: Table) -> str:
+    """Write a display table as Markdown."""
+    rows = [[value.text for value in row] for row in table.rows]
+    frame = pd.DataFrame(rows, columns=[column.label for column in table.columns])
+    notes = map(as_markdown, table.notes)
+    return "\n\n".join((as_markdown(table.caption), _markdown_table(frame), *notes))
+
+
+def _data(
+    write: Callable[[pd.DataFrame, Path], None],
+    end: str,
+    cells: Sequence[CellRecord],
+    folder: Path,
+    more: More,
+    findings: Found,
+) -> list[Path]:
+    paths = []
+    for name, frame in {**frames(cells), **more, **study_frames(findings)}.items():
+        path = folder / f"{name}.{end}"
+        write_atomically(path, partial(write, frame))
+        paths.append(path)
+    return paths
+
+
+def _images(
+    end: str, cells: Sequence[CellRecord], folder: Path, more: More, findings: Found
+) -> list[Path]:
+    try:
+        import kaleido
+    except ImportError:
+        raise RequestError(
+            f"{end} figures need a package more; type: {install_extra('figures')}"
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = figures(cells, findings)
+    paths = [folder / f"{name}.{end}" for name in drawn]
+    for figure in drawn.values():
+        # Paper is white, and a figure on paper stands alone.
+        figure.update_layout(paper_bgcolor="white", plot_bgcolor="white", font_color="black")
+    kaleido.write_fig_from_object_sync(
+        [
+            {"fig": figure, "path": path, "opts": {"format": end, "width": 900, "scale": 2}}
+            for figure, path in zip(drawn.values(), paths, strict=True)
+        ]
+    )
+    return paths
+
+
+FORMATS: Mapping[str, Write] = {
+    "md": _markdown,
+    "tex": _latex,
+    "csv": partial(_data, partial(pd.DataFrame.to_csv, index=False), "csv"),
+    "parquet": partial(_data, partial(pd.DataFrame.to_parquet, index=False), "parquet"),
+    "png": partial(_images, "png"),
+    "pdf": partial(_images, "pdf"),
+}
+"""How a report can be written, besides the page."""
+
+
+def _file_name(*parts: str) -> str:
+    return re.sub(r"[^\w.]+", "-", " ".join(parts)).strip("-").lower()

@@ -1,0 +1,70 @@
+"""Figures of one whole layer, or why they are undefined."""
+
+from __future__ import annotations
+
+from tracker.core.records import CellRecord, RunIdentity, RunRecord
+from tracker.report.formats import defined
+from tracker.stats.accuracy import Estimate
+from tracker.stats.combined import ratio
+
+PANELS = {
+    "cosine_score": "cosine score (1 − cos)",
+    "angular_distance": "angular distance (÷ π)",
+    "relative_update": "relative update",
+}
+"""Each proxy with its unit."""
+
+
+def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
+    """Find the accuracy relevance of one whole layer with its interval, or why it is undefined."""
+    record = cell.runs_of().get(layer)
+    found = relevance_estimate(cell, record) if record else Estimate(None)
+    if defined(found.value):
+        return found
+    return Estimate(None, reason=why_undefined(cell, layer, "accuracy_relevance"))
+
+
+def why_undefined(cell: CellRecord, layer: int, field: str) -> str:
+    """Say why a field of one whole layer, measured or not, is undefined."""
+    record = cell.runs_of().get(layer)
+    return cell.reason_of(field, record) if record else cell.absence(RunIdentity(layer=layer))
+
+
+def relative_depth(layer: int, layers: int) -> float:
+    """Place a layer between the first (0) and the last (1); 0 in a model of one layer."""
+    return layer / (layers - 1) if layers > 1 else 0.0
+
+
+def relevance_estimate(cell: CellRecord, record: RunRecord) -> Estimate:
+    """Give a run's accuracy relevance its interval.
+
+    The drop's interval is divided by that of the baseline above chance, as independent figures:
+    they share their documents, so the interval is rather too wide than too narrow. There is none
+    where the baseline's reaches down to chance.
+    """
+    value, chance = record.accuracy_relevance, cell.chance_accuracy
+    if value is None:
+        return Estimate(None, reason=record.reasons.get("accuracy_relevance", "not recorded"))
+    if (
+        chance is None
+        or cell.baseline_accuracy is None
+        or cell.baseline_low is None
+        or cell.baseline_high is None
+    ):
+        return Estimate(value)
+    baseline = (cell.baseline_accuracy, cell.baseline_low, cell.baseline_high)
+    value_above, low_above, high_above = (figure - chance for figure in baseline)
+    found = ratio(drop_estimate(record), Estimate(value_above, low_above, high_above))
+    if found.low is None or found.high is None:
+        return Estimate(value)
+    return Estimate(value, min(found.low, 1.0), min(found.high, 1.0))
+
+
+def drop_estimate(record: RunRecord) -> Estimate:
+    """Take a run's accuracy drop and its interval together."""
+    return Estimate(
+        record.accuracy_drop,
+        record.accuracy_drop_low,
+        record.accuracy_drop_high,
+        reason=record.reasons.get("accuracy_drop"),
+    )

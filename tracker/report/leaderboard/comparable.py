@@ -1,0 +1,97 @@
+"""What may be ranked together, and what counts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+from tracker.core.provenance import content_hash
+from tracker.core.records import CellRecord
+from tracker.report.editions import outdated
+from tracker.report.wording import benchmark_labels
+
+DECIMALS = 12
+"""Figures that agree to here differ by rounding alone."""
+
+
+def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
+    """Group cells by model: name, weights and dtype."""
+    groups: dict[tuple[str, str, str], list[CellRecord]] = {}
+    for cell in cells:
+        groups.setdefault(cell.model.key, []).append(cell)
+    return list(groups.values())
+
+
+def setting(cell: CellRecord) -> str:
+    """Make a key of all that must be equal before two models' figures may be compared.
+
+    How documents are put to the model, the metric, how many documents, and which were drawn.
+    """
+    benchmark = cell.benchmark.model_dump(
+        mode="json", exclude={"data", "primary_metric", "found_by"}
+    )
+    # As many documents as others have are not theirs while they are not all that was asked for.
+    growing = cell.key if "n" in cell.reasons else ""
+    return content_hash([benchmark, cell.metric, cell.n, cell.sample_seed, cell.removed, growing])
+
+
+def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, str]]:
+    """Choose the cells of one model that count, one a benchmark, in their order.
+
+    Besides: benchmark → why it, or another cell of it, does not count.
+    """
+    labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
+    left_out: dict[str, str] = {}
+    best: dict[str, CellRecord] = {}
+    later = outdated(cell for cell in cells if not unusable(cell))
+    for cell in cells:
+        if why := unusable(cell) or _why_outdated(cell, later, labels):
+            left_out[labels[id(cell)]] = why
+        elif (known := best.get(cell.benchmark.name)) is None or worth(known) < worth(cell):
+            best[cell.benchmark.name] = cell
+    for cell in cells:
+        counts = best.get(cell.benchmark.name)
+        if counts is not None and counts is not cell and labels[id(cell)] not in left_out:
+            left_out[labels[id(cell)]] = f"the benchmark counts once, as {labels[id(counts)]}"
+    return [cell for cell in cells if best.get(cell.benchmark.name) is cell], left_out
+
+
+def _why_outdated(
+    cell: CellRecord, later: Mapping[int, CellRecord], labels: Mapping[int, str]
+) -> str:
+    """Say that a cell's benchmark was edited since; empty where it was not."""
+    if id(cell) not in later:
+        return ""
+    return (
+        f"its task was edited since: what was measured last counts, {labels[id(later[id(cell)])]}"
+    )
+
+
+def worth(cell: CellRecord) -> tuple[int, int, bool, bool]:
+    """Of two cells on one benchmark the larger counts: layers, documents, its own metric.
+
+    Of as many documents those that were drawn at random: the first ones are no sample.
+    """
+    return len(cell.whole_layers), cell.n, not cell.other_metric, bool(cell.drawn)
+
+
+def unusable(cell: CellRecord) -> str | None:
+    """Say why a cell has no place in a ranking; None where it has one."""
+    if cell.removed:
+        return f"measured {cell.beneath}"
+    if cell.is_raced:
+        return cell.reasons["n"]
+    if not cell.whole_layers:
+        return "no whole single layer was removed"
+    if all(run.accuracy_relevance is None for run in cell.whole_layers):
+        return cell.reason_of("accuracy_relevance", cell.whole_layers[0])
+    return None
+
+
+def ranks(values: Sequence[float | None], lowest_first: bool = False) -> list[int]:
+    """Rank figures from 1, the largest unless `lowest_first`; equal ones share the better rank."""
+    numbers = np.round(np.array(values, dtype=np.float64), DECIMALS)
+    found = stats.rankdata(numbers if lowest_first else -numbers, method="min")
+    return [int(rank) for rank in found]

@@ -1,0 +1,97 @@
+"""Ranks the layers of one model by what their removal costs.
+
+Only what is comparable is averaged: a benchmark counts once in a model's mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tracker.core.identities import ModelIdentity
+from tracker.core.records import CellRecord
+from tracker.report.layer_figures import drop_estimate, relevance_estimate
+from tracker.report.leaderboard.comparable import countable, ranks
+from tracker.stats.accuracy import Estimate
+from tracker.stats.combined import mean
+
+
+@dataclass(frozen=True)
+class LayerStanding:
+    """Where one layer of a model stands.
+
+    Attributes:
+        relevance: Mean accuracy relevance over the benchmarks.
+        drop: Mean accuracy drop over the benchmarks, a fraction.
+        cosine_score: Mean cosine score over the benchmarks; None where one is undefined.
+        benchmarks: How many benchmarks define its relevance.
+        rank: 1 = matters most; None where a benchmark is lacking.
+        best_rank: Its best rank on a single benchmark; `worst_rank` its worst.
+    """
+
+    layer: int
+    relevance: Estimate
+    drop: Estimate
+    cosine_score: float | None
+    benchmarks: int
+    rank: int | None = None
+    best_rank: int | None = None
+    worst_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerBoard:
+    """The layers of one model: by rank, then those without one.
+
+    Attributes:
+        cells: The cells that count, in the order of the page.
+        left_out: Benchmark → why it does not count.
+    """
+
+    model: ModelIdentity
+    cells: tuple[CellRecord, ...]
+    layers: tuple[LayerStanding, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
+    """Rank the layers of one model; none where no benchmark counts."""
+    counted, left_out = countable(cells)
+    layers = sorted({run.layer for cell in counted for run in cell.whole_layers})
+    by_cell = [{run.layer: run for run in cell.whole_layers} for cell in counted]
+    relevances = {
+        layer: [
+            relevance_estimate(cell, runs[layer])
+            for cell, runs in zip(counted, by_cell, strict=True)
+            if layer in runs
+        ]
+        for layer in layers
+    }
+    full = [
+        layer
+        for layer in layers
+        if sum(found.value is not None for found in relevances[layer]) == len(counted)
+    ]
+    means = {layer: mean(relevances[layer]) for layer in layers}
+    rank = dict(zip(full, ranks([means[layer].value for layer in full]), strict=True))
+    single = [
+        ranks([relevances[layer][place].value for layer in full]) for place in range(len(counted))
+    ]
+    standings = []
+    for layer in layers:
+        runs = [found[layer] for found in by_cell if layer in found]
+        scores = [run.cosine_score for run in runs if run.cosine_score is not None]
+        mine = [ranks[full.index(layer)] for ranks in single] if layer in rank else []
+        standings.append(
+            LayerStanding(
+                layer=layer,
+                relevance=means[layer],
+                drop=mean([drop_estimate(run) for run in runs]),
+                cosine_score=sum(scores) / len(scores) if len(scores) == len(runs) else None,
+                benchmarks=sum(found.value is not None for found in relevances[layer]),
+                rank=rank.get(layer),
+                best_rank=min(mine, default=None),
+                worst_rank=max(mine, default=None),
+            )
+        )
+    standings.sort(key=lambda s: (s.rank is None, s.rank, s.layer))
+    return LayerBoard(cells[0].model, tuple(counted), tuple(standings), left_out)

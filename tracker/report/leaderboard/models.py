@@ -1,0 +1,174 @@
+"""Ranks models by how much the removal of one layer hurts.
+
+Models are ranked on all their layers and on the same benchmarks, documents and settings alike: on
+those that most models share. A model that lacks one has no rank, and the others keep theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tracker.core.identities import ModelIdentity
+from tracker.core.records import CellRecord
+from tracker.report.editions import outdated
+from tracker.report.leaderboard.comparable import models_of, ranks, setting, unusable, worth
+from tracker.report.leaderboard.layers import layer_board
+from tracker.report.wording import benchmark_labels, model_labels
+from tracker.stats.accuracy import Estimate
+from tracker.stats.combined import mean
+
+_NOTHING_SHARED = "no two models share a benchmark on all their layers"
+
+
+@dataclass(frozen=True)
+class ModelStanding:
+    """How much the removal of one layer hurts a model.
+
+    Attributes:
+        model: The model.
+        relevance: Mean accuracy relevance over layers and common benchmarks.
+        drop: Mean accuracy drop over the same, a fraction.
+        worst_layer: The layer of the largest mean relevance; None without any.
+        costly: Layers whose drop is surely positive (interval above 0) on some common benchmark;
+            None without any benchmark.
+        layers: Layers behind these figures.
+        rank: 1 = hurt least; None where it lacks what counts, or there is nobody to compare with.
+    """
+
+    model: ModelIdentity
+    relevance: Estimate
+    drop: Estimate
+    worst_layer: int | None
+    costly: int | None
+    layers: int
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelBoard:
+    """The models, the most robust first.
+
+    Attributes:
+        benchmarks: The benchmarks that count: all ranked models share them.
+        left_out: Benchmark → why it does not count; model → why it has no rank.
+    """
+
+    models: tuple[ModelStanding, ...]
+    benchmarks: tuple[str, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
+    """Rank models by how much the removal of one layer hurts.
+
+    Nobody has a rank where no two models share a benchmark, or there is one model.
+    """
+    groups = models_of(cells)
+    names = model_labels([group[0].model for group in groups])
+    left_out: dict[str, str] = {}
+    known: list[dict[str, CellRecord]] = []
+    for name, group in zip(names, groups, strict=True):
+        labels = benchmark_labels(group)
+        known.append({})
+        for cell, label in zip(group, labels, strict=True):
+            if why := unusable(cell) or _lacking_layers(cell):
+                left_out[f"{label} of {name}"] = why
+            else:
+                known[-1].setdefault(setting(cell), cell)
+    shared, ranked = _shared(known)
+    labels = benchmark_labels([known[ranked[0]][key] for key in shared]) if shared else []
+    every = {key: cell for mine in known for key, cell in mine.items()}
+    for key, label in zip(every, benchmark_labels([*every.values()]), strict=True):
+        if key not in shared:
+            left_out[label] = _not_shared(key, known, names, ranked)
+    standings = []
+    for place, (group, mine) in enumerate(zip(groups, known, strict=True)):
+        lacking = [label for key, label in zip(shared, labels, strict=True) if key not in mine]
+        if shared and lacking:
+            left_out[names[place]] = f"not all its layers are measured on {', '.join(lacking)}"
+        counted = [] if lacking else [mine[key] for key in shared]
+        why = "it lacks what the others are ranked on" if lacking else _NOTHING_SHARED
+        standings.append(_model_standing(group[0].model, counted, why))
+    if len(ranked) > 1:
+        # From the lowest relevance: what is hurt least comes first.
+        values = [standings[place].relevance.value for place in ranked]
+        for place, rank in zip(ranked, ranks(values, lowest_first=True), strict=True):
+            standings[place] = replace(standings[place], rank=rank)
+    standings.sort(key=lambda s: (s.rank is None, s.rank or 0))
+    return ModelBoard(tuple(standings), tuple(labels), left_out)
+
+
+def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[int]]:
+    """Choose the settings that most models share, one a benchmark; and say who has them all."""
+    holders: dict[str, list[int]] = {}
+    for place, mine in enumerate(known):
+        for key in mine:
+            holders.setdefault(key, []).append(place)
+    every = {key: cell for mine in known for key, cell in mine.items()}
+    if len(known) > 1:  # a model alone is shown on all that it has
+        holders = {key: places for key, places in holders.items() if len(places) > 1}
+
+    def common(places: Sequence[int]) -> list[str]:
+        best: dict[str, str] = {}
+        mine = known[places[0]]
+        shared = [key for key in holders if set(places) <= set(holders[key])]
+        later = outdated(mine[key] for key in shared)
+        for key in shared:
+            name = every[key].benchmark.name
+            if id(mine[key]) not in later and (
+                name not in best or worth(every[best[name]]) < worth(every[key])
+            ):
+                best[name] = key
+        return [key for key in holders if key in best.values()]
+
+    def preference(key: str) -> tuple[int, int, tuple[int, int, bool, bool], str]:
+        return len(holders[key]), len(common(holders[key])), worth(every[key]), key
+
+    if not holders:
+        return [], []
+    ranked = holders[max(holders, key=preference)]
+    return common(ranked), ranked
+
+
+def _not_shared(
+    key: str, known: Sequence[Mapping[str, CellRecord]], names: Sequence[str], ranked: Sequence[int]
+) -> str:
+    lacking = [place for place in ranked or range(len(known)) if key not in known[place]]
+    if not lacking and id(known[ranked[0]][key]) in outdated(known[ranked[0]].values()):
+        return "its task was edited since: what was measured last counts"
+    if not lacking:
+        return "the benchmark counts once, by its larger cells"
+    return f"not measured, or otherwise, for {', '.join(names[place] for place in lacking)}"
+
+
+def _lacking_layers(cell: CellRecord) -> str | None:
+    """Say which layers of the model have no relevance: the mean of the others is not its own."""
+    known = {run.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
+    lacking = [layer for layer in range(cell.model.layers) if layer not in known]
+    if not lacking:
+        return None
+    return f"{len(known)} of {cell.model.layers} layers have a relevance, and a model counts whole"
+
+
+def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str) -> ModelStanding:
+    if not cells:
+        nothing = Estimate(None, reason=why)
+        return ModelStanding(model, nothing, nothing, None, None, 0)
+    board = layer_board(cells)
+    layers = [standing for standing in board.layers if standing.rank is not None]
+    costly = {
+        run.layer
+        for cell in cells
+        for run in cell.whole_layers
+        if run.accuracy_drop_low is not None and run.accuracy_drop_low > 0
+    }
+    return ModelStanding(
+        model=model,
+        # All layers are measured on the same documents.
+        relevance=mean([standing.relevance for standing in layers], independent=False),
+        drop=mean([standing.drop for standing in layers], independent=False),
+        worst_layer=layers[0].layer if layers else None,
+        costly=len(costly),
+        layers=len(layers),
+    )

@@ -1,0 +1,87 @@
+"""Finds pairs of models that can be compared layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from tracker.core.records import CellRecord
+from tracker.report.formats import Measure, measure_of
+from tracker.report.layer_figures import drop_estimate
+from tracker.report.leaderboard.comparable import models_of, setting
+from tracker.report.wording import benchmark_labels, model_labels
+from tracker.stats.accuracy import Estimate
+from tracker.stats.combined import difference
+
+MOST = 10
+"""So many pairs are shown at most."""
+
+
+@dataclass(frozen=True)
+class SharedBenchmark:
+    """Two models on one benchmark of `n` documents each.
+
+    `differences`: layer → drop of the one minus drop of the other, a fraction or the loss's unit.
+    """
+
+    benchmark: str
+    n: int
+    differences: dict[int, Estimate]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models with as many layers, on the benchmarks that they share in one unit.
+
+    `other` is the label of the model that is subtracted.
+    """
+
+    one: str
+    other: str
+    measure: Measure
+    comparisons: tuple[SharedBenchmark, ...]
+
+
+def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
+    """Pair up models with as many layers that share a benchmark, documents and settings alike.
+
+    The first pairs (at most `MOST`), in the order of the page, and how many there are in all.
+    Accuracies and losses of the same two models are pairs of their own.
+    """
+    groups = models_of(cells)
+    labels = model_labels([group[0].model for group in groups])
+    known = [{setting(cell): cell for cell in group if cell.whole_layers} for group in groups]
+    found: list[Pair] = []
+    total = 0
+    for i, j in combinations(range(len(groups)), 2):
+        shared = [key for key in known[i] if key in known[j]]
+        if groups[i][0].model.layers != groups[j][0].model.layers or not shared:
+            continue
+        mine = [known[i][key] for key in shared]
+        measures = list(dict.fromkeys(measure_of(cell) for cell in mine))
+        total += len(measures)
+        if len(found) >= MOST:
+            continue
+        names = benchmark_labels(mine)
+        for measure in measures:
+            comparisons = tuple(
+                SharedBenchmark(name, cell.n, dict(compare(cell, known[j][key])))
+                for key, cell, name in zip(shared, mine, names, strict=True)
+                if measure_of(cell) == measure
+            )
+            found.append(Pair(labels[i], labels[j], measure, comparisons))
+    return found[:MOST], total
+
+
+def compare(one: CellRecord, other: CellRecord) -> list[tuple[int, Estimate]]:
+    """Subtract the accuracy drops of another model (or precision) from those of one.
+
+    Both have as many layers; the differences are of the whole layers that both measured.
+    """
+    theirs = {run.layer: run for run in other.whole_layers}
+    return [
+        (run.layer, difference(drop_estimate(run), drop_estimate(theirs[run.layer])))
+        for run in one.whole_layers
+        if run.layer in theirs
+    ]

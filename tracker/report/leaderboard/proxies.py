@@ -1,0 +1,153 @@
+"""How well each proxy orders the layers, and which ones the cosine score gets most wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from tracker.core.records import CellRecord
+from tracker.report.formats import defined
+from tracker.report.leaderboard.comparable import DECIMALS, ranks
+from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
+from tracker.report.wording import benchmark_labels
+from tracker.stats.correlation import rank_disagreement
+from tracker.stats.proxies import PROXIES
+
+MOST = 10
+"""So many misjudged layers are shown at most."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The layers of one cell by two orders.
+
+    A row is a layer, its rank by accuracy drop (or loss increase), its rank by cosine score; 1 =
+    largest.
+    """
+
+    benchmark: str
+    rows: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Misjudged:
+    """A layer that the cosine score puts in the wrong place.
+
+    `cosine_rank` is the rank that its mean cosine score would give, `off` places from its
+    standing's.
+    """
+
+    standing: LayerStanding
+    cosine_rank: int
+    off: int
+
+
+def rankings(cells: Sequence[CellRecord]) -> list[Ranking]:
+    """Rank the whole layers of a model's cells by what their removal costs, and by cosine score.
+
+    Equal figures are ranked in the order of the layers, as a pruner that goes through the list
+    would: these are the ranks behind `agreements`. A cell needs three layers where both are
+    defined.
+    """
+    found = []
+    cells = _on_the_same_documents(cells)
+    for cell, label in zip(cells, benchmark_labels(cells), strict=True):
+        runs = [
+            run
+            for run in cell.whole_layers
+            if defined(run.cosine_score) and defined(run.accuracy_drop)
+        ]
+        if len(runs) > 2:
+            true = _from_the_largest([run.accuracy_drop for run in runs])
+            proxy = _from_the_largest([run.cosine_score for run in runs])
+            layers = [run.layer for run in runs]
+            found.append(Ranking(label, tuple(zip(layers, true, proxy, strict=True))))
+    return found
+
+
+def cosine_ranks(board: LayerBoard) -> dict[int, int]:
+    """Rank the layers of a leaderboard by their mean cosine score: layer → rank, 1 = largest.
+
+    Equal ones share the better rank. Only layers that have a rank of their own have one, and none
+    where one of their scores is undefined.
+    """
+    ranked = [standing for standing in board.layers if standing.rank is not None]
+    scores = [standing.cosine_score for standing in ranked if defined(standing.cosine_score)]
+    if not scores or len(scores) < len(ranked):
+        return {}
+    return {standing.layer: rank for standing, rank in zip(ranked, ranks(scores), strict=True)}
+
+
+def misjudged(board: LayerBoard) -> list[Misjudged]:
+    """Find the layers whose rank the cosine score gets most wrong, the largest difference first.
+
+    There are `MOST` at most; layers in their right place are not among them.
+    """
+    by_cosine = cosine_ranks(board)
+    found = [
+        Misjudged(one, by_cosine[one.layer], abs(one.rank - by_cosine[one.layer]))
+        for one in board.layers
+        if one.rank is not None and one.layer in by_cosine
+    ]
+    wrong = [one for one in found if one.off]
+    return sorted(wrong, key=lambda one: (-one.off, one.standing.rank, one.standing.layer))[:MOST]
+
+
+def _from_the_largest(values: Sequence[float | None]) -> list[int]:
+    ascending = stats.rankdata(np.round(np.array(values, float), DECIMALS), method="ordinal")
+    return [len(values) + 1 - int(rank) for rank in ascending]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well one proxy orders the layers of some cells.
+
+    Attributes:
+        proxy: Its field's name.
+        spearman: Spearman with the accuracy drop in every cell where it is defined.
+        differ: Mean share of layers whose exact rank differs between proxy and drop.
+        chance: The share that two random orders would give.
+        cells: Cells behind `differ`.
+    """
+
+    proxy: str
+    spearman: tuple[float, ...]
+    differ: float | None
+    chance: float | None
+    cells: int
+
+
+def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
+    """Say how well each proxy orders the layers of cells of any models, with chance beside it."""
+    compared = _on_the_same_documents(cells)
+    return [_agreement(proxy, compared) for proxy in PROXIES]
+
+
+def _on_the_same_documents(cells: Sequence[CellRecord]) -> list[CellRecord]:
+    """Leave out cells whose layers were not looked at on the same documents: they have no order."""
+    return [cell for cell in cells if not cell.is_raced]
+
+
+def _agreement(proxy: str, cells: Sequence[CellRecord]) -> Agreement:
+    spearman = [
+        found.value
+        for cell in cells
+        for found in cell.correlations
+        if (found.proxy, found.coefficient, found.subset) == (proxy, "spearman", "all")
+        and found.value is not None
+    ]
+    shares = []
+    for cell in cells:
+        pairs = [
+            (getattr(run, proxy), run.accuracy_drop)
+            for run in cell.whole_layers
+            if getattr(run, proxy) is not None and run.accuracy_drop is not None
+        ]
+        if len(pairs) > 2:
+            table = np.array(pairs, dtype=np.float64)
+            shares.append(rank_disagreement(table[:, 0], table[:, 1]))
+    differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)
+    return Agreement(proxy, tuple(spearman), differ, chance, len(shares))

@@ -1,0 +1,1 @@
+"""The one HTML page: its sections, files within it, templates."""

@@ -1,0 +1,144 @@
+"""Renders a results folder's cells as one self-contained HTML page.
+
+The page needs no network: plotly.js is in it once, packed; styles and scripts stand in the file,
+and a content security policy forbids everything else. Charts are drawn when they come into view.
+The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from tracker.core.decision_records import DecisionsRecord
+from tracker.core.findings import FindingRecord
+from tracker.core.records import CellRecord, Place
+from tracker.core.text import harmless
+from tracker.ledger.files import write_text
+from tracker.report import tables, wording
+from tracker.report.charts.style import TEMPLATE
+from tracker.report.leaderboard import rules
+from tracker.report.leaderboard.proxies import agreements
+from tracker.report.page import sections
+from tracker.report.page.decisions import packed_documents
+from tracker.report.page.downloads import layer_files, packed, packed_json
+from tracker.report.page.studies import standing_alone, study_sections
+from tracker.report.sentences import agreement_sentence, compared_sentence
+
+_OPEN_CELLS = 12
+"""With more cells than this, their sections are closed at first."""
+_OPEN_BOARDS = 3
+"""With more models than this, only the first one's leaderboard is open at first."""
+
+
+def render_report(
+    cells: Sequence[CellRecord],
+    experiments: Mapping[str, str],
+    path: Path,
+    decided: Mapping[Place, DecisionsRecord] = {},
+    findings: Sequence[FindingRecord] = (),
+    searches: Collection[Place] = (),
+) -> Path:
+    """Write the report page of a results folder, and return its path.
+
+    The file appears at once or not at all: it is written beside its place and then renamed.
+
+    Args:
+        cells: The cells, in this order.
+        experiments: The experiment files: name → exact YAML text.
+        path: Where the page is to be.
+        decided: A cell's place → what its runs decide document by document, where it is known.
+        findings: What studies found.
+        searches: The cells that searches took their steps in, besides those of findings.
+
+    Returns:
+        The path.
+
+    Raises:
+        WorkError: The disk is full or refuses; a page that was there stays.
+    """
+    write_text(path, render_page(cells, experiments, decided, findings, searches))
+    return path
+
+
+@cache
+def _templates() -> Environment:
+    """What is compiled once for all pages of a process."""
+    return Environment(
+        loader=PackageLoader("tracker.report.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's script, packed: two fifths of its size."""
+    return packed(get_plotlyjs())
+
+
+def render_page(
+    cells: Sequence[CellRecord],
+    experiments: Mapping[str, str],
+    decided: Mapping[Place, DecisionsRecord] = {},
+    findings: Sequence[FindingRecord] = (),
+    searches: Collection[Place] = (),
+) -> str:
+    """Render the HTML of cells in this order, as `render_report` writes it."""
+    environment = _templates()
+
+    def inlined(name: str) -> Markup:
+        assert environment.loader is not None
+        return Markup(environment.loader.get_source(environment, name)[0])
+
+    studies = study_sections(findings, cells)
+    cells = standing_alone(cells, findings, searches)
+    models = sections.model_sections(cells, decided)
+    across = sections.across_section(cells, models)
+    ids = {s.cell.place: s.id for model in models for s in model.cells}
+    figures = [figure for model in models for figure in model.figures]
+    figures += across.figures if across else ()
+    figures += [figure for study in studies for figure in study.figures]
+    csv, parquet = layer_files(cells) if cells else ("", "")
+    return environment.get_template("report.html.j2").render(
+        style=inlined("report.css"),
+        script=inlined("report.js"),
+        plotly=_plotly() if figures else "",
+        charts=packed_json(
+            {
+                "template": TEMPLATE,
+                "figures": {one.id: [one.chart.data, one.chart.layout] for one in figures},
+            }
+        ),
+        documents=packed_documents(
+            {
+                f"{one.id}-documents": (one.cell, one.decisions.record)
+                for model in models
+                for one in model.cells
+                if one.decisions
+            }
+        ),
+        csv=csv,
+        parquet=parquet,
+        summary=wording.summary(cells),
+        compared=compared_sentence(cells),
+        agreements=[agreement_sentence(one) for one in agreements(cells)],
+        rules=rules,
+        overview=tables.overview_table(cells),
+        overview_links=[ids[cell.place] for cell in cells],
+        models=models,
+        across=across,
+        studies=studies,
+        cells=cells,
+        open_cells=len(cells) <= _OPEN_CELLS,
+        open_boards=len(models) <= _OPEN_BOARDS,
+        experiments={harmless(name): harmless(text) for name, text in experiments.items()},
+        heading=models[0].label if len(models) == 1 else "",
+    )

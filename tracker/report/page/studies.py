@@ -1,0 +1,263 @@
+"""What studies found, laid out: tables, charts, sections of the page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, count
+
+import pandas as pd
+
+from tracker.core.findings import (
+    Entry,
+    FindingRecord,
+    FoundChart,
+    FoundTable,
+    Heading,
+    Line,
+    LineChart,
+    MapChart,
+    Unit,
+)
+from tracker.core.records import WHOLE_LAYER, CellRecord, Place
+from tracker.report.charts.maps import ROWS, centred_map
+from tracker.report.charts.style import Chart, chart, finite, layer_axis, line
+from tracker.report.formats import fixed, p_value, points, three_digits, two_digits
+from tracker.report.page.sections import Figure
+from tracker.report.table import Column, Table, Value, shown, with_interval
+
+SEARCH = "search"
+"""What a finding of `tracker prune` is called."""
+_IN_SECTIONS = (SEARCH, "prune", "joint")
+"""Findings whose sections show their runs: steps of searches, and the pairs of a first layer."""
+Write = Callable[[float], str]
+_WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
+    "text": (str, 1, ""),
+    "count": (lambda figure: f"{figure:,.0f}", 1, ""),
+    "points": (points, 100, "pp"),
+    "percent": (points, 100, "%"),
+    "score": (partial(fixed, digits=3), 1, ""),
+    "coefficient": (two_digits, 1, ""),
+    "p": (p_value, 1, ""),
+    "nats": (partial(fixed, digits=3), 1, "nats"),
+    "times": (three_digits, 1, ""),
+}
+"""How each unit is written, by what a record's figure is multiplied, and what it is called."""
+
+
+@dataclass(frozen=True)
+class StudySection:
+    """What the page shows of one finding."""
+
+    id: str
+    finding: FindingRecord
+    tables: tuple[Table, ...]
+    figures: tuple[Figure, ...]
+    outgrown: str
+
+
+def study_sections(
+    findings: Sequence[FindingRecord], cells: Sequence[CellRecord]
+) -> tuple[StudySection, ...]:
+    """Lay findings out, beside the cells that the folder holds now."""
+    return tuple(
+        StudySection(
+            id=f"study-{number}",
+            finding=finding,
+            tables=tuple(map(study_table, finding.tables)),
+            figures=tuple(
+                Figure(f"study-{number}-chart-{i}", each.title, study_chart(each))
+                for i, each in enumerate(finding.charts, 1)
+            ),
+            outgrown=outgrown(finding, [cell.place for cell in cells]),
+        )
+        for number, finding in enumerate(findings, 1)
+    )
+
+
+def standing_alone(
+    cells: Sequence[CellRecord], findings: Sequence[FindingRecord], searches: Collection[Place] = ()
+) -> list[CellRecord]:
+    """Leave out cells without a run, and those of searches' steps and of pairs.
+
+    The sections of their findings show these. `searches` are steps that no finding names.
+    """
+    steps = {
+        place for finding in findings if finding.study in _IN_SECTIONS for place in finding.rests_on
+    }.union(searches)
+    # One that was asked for no run is what an export was held against.
+    return [cell for cell in cells if (cell.runs or cell.missing) and not _is_step(cell, steps)]
+
+
+def _is_step(cell: CellRecord, steps: Collection[Place]) -> bool:
+    """Whether a cell holds steps of searches, or pairs, alone.
+
+    What lacks layers, or misses some of all runs of one layer, holds nothing else. `steps` are
+    the cells of all of them.
+    """
+    whole = {run.layer for run in cell.runs if run.kind == WHOLE_LAYER}
+    partial = bool(cell.removed) or len(whole) < cell.model.layers
+    return partial and cell.place in steps
+
+
+def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
+    """Say that cells of a finding hold other documents by now; empty where they do not."""
+    held = {(key, view): n for key, view, n in places}
+    now = [held.get((key, view), n) != n for key, view, n in finding.rests_on]
+    if not any(now):
+        return ""
+    return (
+        f"{sum(now)} of its {len(now)} cells hold other documents by now; for today's answer: "
+        f"{finding.again}"
+    )
+
+
+def study_table(table: FoundTable) -> Table:
+    """Set a table of a finding."""
+    return Table(
+        caption=table.title,
+        columns=tuple(
+            Column(_with_unit(each), numeric=each.unit != "text") for each in table.headings
+        ),
+        rows=tuple(
+            tuple(_set(entry, head.unit) for entry, head in zip(row, table.headings, strict=True))
+            for row in table.rows
+        ),
+        notes=table.notes,
+    )
+
+
+def _with_unit(heading: Heading) -> str:
+    unit = _WRITTEN[heading.unit][2]
+    return f"{heading.label} ({unit})" if unit else heading.label
+
+
+def _set(entry: Entry, unit: Unit) -> Value:
+    write, scale, _ = _WRITTEN[unit]
+    if isinstance(entry.value, str):
+        return Value(entry.value)
+    value = shown(entry.value, write, entry.reason, scale)
+    return with_interval(value, entry.low, entry.high, write, scale)
+
+
+def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
+    """Put the tables of findings into data frames, in the record's own units, by file stem.
+
+    A figure with an interval has columns `… low` and `… high`; an undefined one is empty, and its
+    column `… reason` says why.
+    """
+    return {
+        f"{stem}-{number}": pd.DataFrame([_plain(table, row) for row in table.rows])
+        for stem, finding in by_stem(findings)
+        for number, table in enumerate(finding.tables, 1)
+    }
+
+
+def by_stem(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRecord]]:
+    """Give each finding a stem for its files; those of several folders may have one name."""
+    taken: set[str] = set()
+    for finding in findings:
+        names = (f"{finding.name}--{number}" for number in count(2))
+        stem = next(name for name in chain([finding.name], names) if name not in taken)
+        taken.add(stem)
+        yield stem, finding
+
+
+def _plain(table: FoundTable, row: Sequence[Entry]) -> dict[str, float | str | None]:
+    found: dict[str, float | str | None] = {}
+    for place, (head, entry) in enumerate(zip(table.headings, row, strict=True)):
+        found[head.label] = entry.value
+        if any(each[place].low is not None for each in table.rows):
+            found |= {f"{head.label} low": entry.low, f"{head.label} high": entry.high}
+        if any(each[place].reason for each in table.rows):
+            found[f"{head.label} reason"] = entry.reason or None
+    return found
+
+
+def study_chart(found: FoundChart) -> Chart:
+    """Draw a chart of a finding."""
+    return _lines(found) if isinstance(found, LineChart) else _map(found)
+
+
+def _lines(found: LineChart) -> Chart:
+    scale, unit = _WRITTEN[found.unit][1:]
+    data = []
+    for number, each in enumerate(found.lines):
+        look = line(number)
+        if each.low:
+            data.append(_band(found, each, scale, look["color"]))
+        data.append(
+            {
+                "type": "scatter",
+                "name": each.name,
+                "x": list(found.places),
+                "y": [finite(value, scale) for value in each.values],
+                "mode": "lines+markers",
+                "line": look,
+                "marker": {"size": 5},
+                "hovertemplate": f"{html.escape(each.name)}<br>%{{x}}: %{{y:.4g}} {unit}"
+                "<extra></extra>",
+            }
+        )
+    title = f"{found.y} ({unit})" if unit else found.y
+    whole = all(float(place).is_integer() for place in found.places)
+    layers = whole and not found.log_x and "layer" in found.x
+    places = [int(place) for place in found.places] if layers else []
+    return chart(
+        found.title,
+        data,
+        380,
+        xaxis=layer_axis(places, found.x)
+        if layers
+        else {"title": {"text": found.x}, **({"type": "log"} if found.log_x else {})},
+        yaxis={"title": {"text": title}, **({"type": "log"} if found.log_y else {})},
+    )
+
+
+def _band(found: LineChart, each: Line, scale: float, colour: str) -> dict[str, object]:
+    """Shade between the ends of a line's intervals."""
+    ends = [
+        (place, finite(low, scale), finite(high, scale))
+        for place, low, high in zip(found.places, each.low, each.high, strict=True)
+        if low is not None and high is not None
+    ]
+    return {
+        "type": "scatter",
+        "name": f"{each.name}, 95 %",
+        "x": [place for place, _, _ in ends] + [place for place, _, _ in reversed(ends)],
+        "y": [high for _, _, high in ends] + [low for _, low, _ in reversed(ends)],
+        "mode": "lines",
+        "fill": "toself",
+        "fillcolor": colour,
+        "opacity": 0.15,
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+
+
+def _map(found: MapChart) -> Chart:
+    write, scale, unit = _WRITTEN[found.unit]
+    values = [[finite(value, scale) for value in row] for row in found.values]
+    largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
+    hovers = [list(row) for row in found.hovers] or [
+        [f"{row} · {column}: {_worded(v, write, unit)}" for column, v in zip(
+            found.columns, values, strict=True)]
+        for row, values in zip(found.rows, found.values, strict=True)
+    ]  # fmt: skip
+    rows = [html.escape(row) for row in found.rows]
+    ticks = (f"−{three_digits(largest)}", "0", f"{three_digits(largest)} {unit}".strip())
+    return chart(
+        found.title,
+        centred_map(found.name, (found.columns, rows, values, hovers), {}, largest, ticks),
+        165 + max(16, 480 // max(1, len(rows))) * len(rows),
+        margin={"b": 105},
+        xaxis=layer_axis(found.columns, found.x),
+        yaxis=ROWS | {"title": {"text": found.y}},
+    )
+
+
+def _worded(value: float | None, write: Write, unit: str) -> str:
+    return "undefined" if value is None else f"{write(value)} {unit}".strip()

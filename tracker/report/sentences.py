@@ -1,0 +1,127 @@
+"""Sentences about leaderboards: which layers matter, and how well the proxies find them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from tracker.core.records import CellRecord
+from tracker.report.formats import counted, defined, interval, points, two_digits
+from tracker.report.leaderboard.layers import LayerBoard
+from tracker.report.leaderboard.proxies import Agreement, agreements
+from tracker.report.wording import benchmark_labels
+
+PROXY_NAMES = {
+    "cosine_score": "cosine score",
+    "angular_distance": "angular distance",
+    "relative_update": "relative update",
+}
+
+
+def agreement_sentence(found: Agreement) -> str:
+    """Say how well one proxy orders the layers, with chance beside it.
+
+    Args:
+        found: What was counted.
+
+    Returns:
+        The median Spearman and its range; the share of exact ranks that differ, and the share
+        that two random orders would give.
+    """
+    name = PROXY_NAMES.get(found.proxy, found.proxy)
+    values = found.spearman
+    if not values:
+        says = f"The {name}: no rank correlation with the accuracy drop is defined"
+    elif len(values) == 1:
+        says = f"The {name}: Spearman {two_digits(values[0])} (one cell)"
+    else:
+        says = (
+            f"The {name}: median Spearman {two_digits(median(values))} over {len(values)} cells "
+            f"({two_digits(min(values))} to {two_digits(max(values))})"
+        )
+    return f"{says}; {_differ(found)}."
+
+
+def ranks_differ(cells: Sequence[CellRecord]) -> str:
+    """Say how often the cosine score gives a layer of these cells the wrong rank.
+
+    Args:
+        cells: Cells of one model.
+
+    Returns:
+        The share, with that of two random orders beside it.
+    """
+    (found,) = (one for one in agreements(cells) if one.proxy == "cosine_score")
+    return f"rank by cosine score against true rank; {_differ(found)}"
+
+
+def compared_sentence(cells: Sequence[CellRecord]) -> str:
+    """Say what was answered both ways while it was measured, and how far the answers differ.
+
+    Args:
+        cells: The cells of a page.
+
+    Returns:
+        A sentence.
+    """
+    compared = sum(cell.compared for cell in cells)
+    if not compared:
+        return (
+            "Nothing that is shown here was answered again on a really pruned model: other "
+            "ablations were drawn for that, or an older tracker measured it."
+        )
+    largest = max(cell.compared_difference or 0.0 for cell in cells)
+    unsteady = sum(cell.compared_unsteady for cell in cells)
+    without = sum(not cell.compared for cell in cells)
+    text = (
+        f"{counted(compared, 'answer')} to documents drawn at random and to the longest were asked "
+        f"again of a really pruned model: log-likelihoods differ by at most {largest:.1e} nats."
+    )
+    if unsteady:
+        why = "the model is discontinuous there"
+        if any(cell.compared_unsteady and cell.model.is_half for cell in cells):
+            why = f"half precision rounds coarsely, or {why}"
+        text += f" {unsteady} of them differ by more than rounding should: {why}, in lm-eval too."
+    if without:
+        text += f" Of {counted(without, 'cell')} none was drawn, or an older tracker measured them."
+    return text
+
+
+def critical_sentence(board: LayerBoard) -> str:
+    """Name the layers that matter most to a model.
+
+    Args:
+        board: The layers' leaderboard.
+
+    Returns:
+        The mean relevance of each and its interval, or why there is none.
+    """
+    ranked = [one for one in board.layers if one.rank is not None and defined(one.relevance.value)]
+    if not ranked:
+        return "No layer has a mean accuracy relevance: no benchmark defines it for every layer."
+    named = []
+    for one in ranked[:3]:
+        value = one.relevance.value or 0.0
+        between = interval(one.relevance.low, one.relevance.high, two_digits)
+        named.append(
+            f"layer {one.layer} ({two_digits(value)}"
+            + (f", 95 % interval {between})" if between else ")")
+        )
+    text = f"Most critical: {'; '.join(named)}."
+    weak = [
+        label
+        for label, cell in zip(benchmark_labels(board.cells), board.cells, strict=True)
+        if defined(cell.baseline_low) and cell.baseline_low <= (cell.chance_accuracy or 0.0)
+    ]
+    if not weak:
+        return text
+    return f"{text} No intervals: that of the baseline reaches down to chance on {', '.join(weak)}."
+
+
+def _differ(found: Agreement) -> str:
+    if not defined(found.differ) or not defined(found.chance):
+        return "ranks cannot be compared"
+    return (
+        f"exact ranks differ for {points(found.differ)} % of the layers, those of two random "
+        f"orders for {points(found.chance)} %"
+    )

@@ -1,0 +1,392 @@
+"""Words for cell records: labels that tell them apart, and sentences for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tracker.core.config import REPLACED_BY
+from tracker.core.identities import ModelIdentity
+from tracker.core.records import (
+    NO_REASON,
+    WHOLE_LAYER,
+    CellRecord,
+    CorrelationRecord,
+    Kind,
+    RunIdentity,
+    RunRecord,
+    layers_of,
+)
+from tracker.ledger.outcome_variance import spreads_of
+from tracker.report.editions import edition_labels
+from tracker.report.formats import counted, defined, interval, layer_list, measure_of, two_digits
+from tracker.stats.power import ALPHA, MEANT, POWER
+
+
+def kind_words(kind: Kind) -> str:
+    """Name a kind of runs.
+
+    Args:
+        kind: Component, span and intervention.
+
+    Returns:
+        For example `layer`, `attention`, `mlp, 4 at a time` or `mean`.
+    """
+    return kind.word if kind.span == 1 else f"{kind.word}, {kind.span} at a time"
+
+
+def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
+    """Name runs in a sentence.
+
+    Args:
+        runs: The runs.
+        cell: The cell that they belong to.
+
+    Returns:
+        For example `layers 3, 5`, or `layer 3; attention: layers 3, 5` where there are several
+        kinds.
+    """
+    parts = []
+    for kind in dict.fromkeys(run.kind for run in runs):
+        mine = [run.layer for run in runs if run.kind == kind]
+        total = len(layers_of(kind, cell))
+        prefix = "" if kind == WHOLE_LAYER else f"{kind_words(kind)}: "
+        parts.append(prefix + layer_list(mine, total))
+    return "; ".join(parts)
+
+
+def most_critical(records: Iterable[RunRecord], count: int = 3) -> list[RunRecord]:
+    """Find the runs whose removal costs most accuracy, or adds most loss.
+
+    Args:
+        records: The runs.
+        count: How many at most.
+
+    Returns:
+        Runs with a positive accuracy drop, the largest first; ties in layer order.
+    """
+    drops = [(r.accuracy_drop, r) for r in records if defined(r.accuracy_drop)]
+    costly = [(drop, r) for drop, r in drops if drop > 0]
+    return [r for _, r in sorted(costly, key=lambda pair: (-pair[0], pair[1].layer))[:count]]
+
+
+def model_labels(models: Sequence[ModelIdentity]) -> list[str]:
+    """Name models so that no two names are equal.
+
+    Args:
+        models: The models.
+
+    Returns:
+        Their names, with the dtype, revision, weights or source where these tell them apart.
+    """
+    return _told_apart(
+        [model.name for model in models],
+        [
+            (
+                model.dtype,
+                f"revision {model.revision[:8]}" if model.revision else "",
+                f"weights {model.fingerprint[:8]}",
+                model.source,
+            )
+            for model in models
+        ],
+    )
+
+
+def benchmark_labels(cells: Sequence[CellRecord]) -> list[str]:
+    """Name the benchmark of each cell of one model, so that no two names are equal.
+
+    Args:
+        cells: Cells of one model.
+
+    Returns:
+        For example `arc_easy · 0-shot`, with the metric, the edition of its task, the documents,
+        the data, the seed, other settings, the cell's key or the number of runs where these tell
+        them apart.
+    """
+    return _told_apart(
+        [
+            f"{cell.benchmark.title} · {cell.benchmark.num_fewshot}-shot"
+            + (" · chat" if cell.benchmark.apply_chat_template else "")
+            + (f" · {cell.beneath}" if cell.removed else "")
+            + (" · stopped at an answer" if cell.is_stopped else "")
+            for cell in cells
+        ],
+        [
+            (cell.metric, edition, cell.documents, *_details(cell))
+            for cell, edition in zip(cells, edition_labels(cells), strict=True)
+        ],
+    )
+
+
+def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tuple[str, str]]:
+    """Tell rows apart that show model, benchmark, shots, metric and what lies beneath.
+
+    Args:
+        cells: The cell of each row.
+        documents: Whether the rows show how many documents there are, too.
+
+    Returns:
+        The name of each row's model, and what else tells it from rows that read the same: mostly
+        nothing.
+    """
+    models = list(dict.fromkeys(cell.model.key for cell in cells))
+    each = {cell.model.key: cell.model for cell in cells}
+    names = dict(zip(models, model_labels([each[key] for key in models]), strict=True))
+    rows = [
+        " · ".join(
+            (
+                *(names[cell.model.key], cell.benchmark.title, str(cell.benchmark.num_fewshot)),
+                *(cell.metric, cell.beneath, cell.drawn, cell.counted if documents else ""),
+            )
+        )
+        for cell in cells
+    ]
+    told = _told_apart(
+        rows,
+        [
+            ("chat" * cell.benchmark.apply_chat_template, edition, cell.beside, *_details(cell))
+            for cell, edition in zip(cells, edition_labels(cells), strict=True)
+        ],
+    )
+    extra = (now.removeprefix(row).removeprefix(" · ") for row, now in zip(rows, told, strict=True))
+    return [(names[cell.model.key], more) for cell, more in zip(cells, extra, strict=True)]
+
+
+def _details(cell: CellRecord) -> tuple[str, ...]:
+    """What else may tell a cell from another of one model, the plainest first."""
+    return (
+        cell.benchmark.data,
+        "" if cell.benchmark.seed is None else f"seed {cell.benchmark.seed}",
+        cell.benchmark.said,
+        cell.key[:8],
+        counted(len(cell.runs), "run"),
+    )
+
+
+def _told_apart(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> list[str]:
+    """Add to equal labels the details in which their bearers differ, until all are told apart."""
+    found = list(labels)
+    for place in range(len(details[0]) if details else 0):
+        groups: dict[str, set[str]] = {}
+        for label, detail in zip(found, details, strict=True):
+            groups.setdefault(label, set()).add(detail[place])
+        found = [
+            f"{label} · {detail[place]}" if len(groups[label]) > 1 and detail[place] else label
+            for label, detail in zip(found, details, strict=True)
+        ]
+    return found
+
+
+# Sentences
+
+
+def correlation(
+    cell: CellRecord, subset: str = "all", coefficient: str = "spearman"
+) -> CorrelationRecord | None:
+    """Find a correlation of cosine score and accuracy drop (or loss increase).
+
+    Args:
+        cell: The cell.
+        subset: `all` or `inner`.
+        coefficient: `spearman`, `kendall` or `pearson`.
+
+    Returns:
+        The record, or None when the cell does not hold it.
+    """
+    wanted = ("cosine_score", coefficient, subset)
+    found = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == wanted)
+    return next(found, None)
+
+
+def correlation_text(record: CorrelationRecord | None) -> str:
+    """Write one correlation with its interval, its samples and its p-value.
+
+    Args:
+        record: The correlation, or None when the cell does not hold it.
+
+    Returns:
+        For example `0.66 (95 % interval 0.41 to 0.80; 30 layers, 100 documents; p < 0.001)`, or why
+        it is undefined.
+    """
+    if record is None:
+        return "not computed"
+    samples = f"{counted(record.n, 'layer')}, {counted(record.documents, 'document')}"
+    if not defined(record.value):
+        return f"undefined ({record.reason or NO_REASON}; {samples})"
+    between = interval(record.low, record.high, two_digits)
+    parts = [
+        f"95 % interval {between}" if between else f"no interval: {record.reason or NO_REASON}",
+        samples,
+    ]
+    if defined(record.p_value):
+        p = "< 0.001" if record.p_value < 0.001 else f"= {record.p_value:.3f}"
+        parts.append(f"p {p}")
+    return f"{two_digits(record.value)} ({'; '.join(parts)})"
+
+
+def short_correlation(record: CorrelationRecord) -> str:
+    """Write one correlation with its interval alone.
+
+    Args:
+        record: The correlation.
+
+    Returns:
+        For example `0.48 (0.30 to 0.60)`, or `undefined`.
+    """
+    if not defined(record.value):
+        return "undefined"
+    between = interval(record.low, record.high, two_digits)
+    return two_digits(record.value) + (f" ({between})" if between else "")
+
+
+def sentence(cell: CellRecord) -> str:
+    """Say in one line how well the cosine score ranks the layers.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        What the layers that every run lacks cost alone; and the Spearman correlation of cosine
+        score and accuracy drop (or loss increase) over all layers and over the inner ones, or why
+        it is undefined.
+    """
+    if cell.runs and not cell.whole_layers:
+        return f"{beneath(cell)}No whole single layer was removed, so nothing is correlated."
+    return (
+        f"{beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
+        f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
+        f"{correlation_text(correlation(cell, 'inner'))}."
+    )
+
+
+def beneath(cell: CellRecord) -> str:
+    """Say what the layers cost that every run lacks.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        Sentences that end in a space; empty where no layer is gone from the start.
+    """
+    if not cell.removed:
+        return ""
+    measure = measure_of(cell)
+
+    def level(field: str, low: str, high: str) -> str:
+        value = getattr(cell, field)
+        if not defined(value):
+            return f"undefined ({cell.reason_of(field)})"
+        between = interval(getattr(cell, low), getattr(cell, high), measure.write)
+        unit = measure.level_unit
+        return f"{measure.write(value)} {unit}" + (f" (95 % interval {between})" if between else "")
+
+    alone = level("removed_accuracy", "removed_low", "removed_high")
+    intact = level("baseline_accuracy", "baseline_low", "baseline_high")
+    plural = len(cell.removed) > 1
+    return (
+        f"Every run here lacks {layer_list(cell.removed, 0)} as well. Without "
+        f"{'these' if plural else 'this one'} alone, {measure.level} is {alone}; intact, it is "
+        f"{intact}. Every {measure.change} is relative to the intact model, so it holds what "
+        f"{'these layers cost' if plural else 'this layer costs'} too. "
+    )
+
+
+def power_sentence(cell: CellRecord, runs: Sequence[RunRecord]) -> str:
+    """Say how small a drop the documents of a cell reveal, and how many reveal three points.
+
+    Args:
+        cell: The cell.
+        runs: Some of its runs.
+
+    Returns:
+        A sentence, also where it is undefined; empty without any run, and where an answer decides
+        how many documents there are.
+    """
+    if not runs or cell.is_raced:  # the power of one look
+        return ""
+    measure = measure_of(cell)
+    head = f"Power ({POWER:.0%}, two-sided {ALPHA:.0%}, paired)".replace("%", " %")
+    found = spreads_of(runs)
+    if found is None:
+        why = next((r.reasons["drop_sd"] for r in runs if "drop_sd" in r.reasons), "")
+        return f"{head}: undefined ({why or 'no outcome of a document has changed'})."
+    under = (" under the median removal", " under the one that changes most")
+    named = [(found[0], "")] if len(runs) == 1 else [*zip(found, under, strict=True)]
+    changes = [(spread.change(cell.n), which) for spread, which in named]
+    smallest = ", ".join(
+        ("none" if change is None else f"{measure.write(change)} {measure.unit}") + which
+        for change, which in changes
+    )
+    text = (
+        f"{head}: the smallest {measure.change} that {counted(cell.n, 'document')} reveal is "
+        f"{smallest}"
+    )
+    if cell.higher_is_better:
+        needed = " and ".join(f"{spread.documents(MEANT):,}" for spread, _ in named)
+        text += f"; {100 * MEANT:.0f} pp would take {needed} documents"
+    return f"{text}."
+
+
+def summary(cells: Sequence[CellRecord]) -> str:
+    """Say in a few sentences what these cells show.
+
+    Args:
+        cells: The cells of one page.
+
+    Returns:
+        A paragraph of plain text.
+    """
+    if not cells:
+        return "No cell is measured yet, so there is nothing to show."
+    models = len({cell.model.key for cell in cells})
+    text = f"{counted(models, 'model')}, {counted(len(cells), 'cell')}; {_turns(cells)}. "
+    records = [record for cell in cells if (record := correlation(cell))]
+    values = sorted(record.value for record in records if defined(record.value))
+    if not values:
+        return (
+            text
+            + "No rank correlation of cost and cosine score is defined here; each cell says why."
+        )
+    if len(cells) == 1:
+        return (
+            f"{text}The Spearman correlation of cost and cosine score over the layers is "
+            f"{correlation_text(records[0])}; 1 would be the same order."
+        )
+    above = sum(1 for r in records if defined(r.value) and r.low is not None and r.low > 0)
+    span = (
+        f"is {two_digits(values[0])}"
+        if len(values) == 1
+        else f"runs from {two_digits(values[0])} to {two_digits(values[-1])}"
+    )
+    text += (
+        f"The Spearman correlation of cost and cosine score over the layers {span} (1 = the same "
+        "order); in "
+        f"{above} of {counted(len(cells), 'cell')} its 95 % interval lies above 0"
+    )
+    without = len(cells) - len(values)
+    return f"{text}, in {without} it is undefined." if without else f"{text}."
+
+
+def _turns(cells: Sequence[CellRecord]) -> str:
+    """Say what was changed in turn."""
+    found = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
+    shown = {
+        "each layer": WHOLE_LAYER in found,
+        "each layer’s attention": Kind("attention") in found,
+        "each layer’s MLP": Kind("mlp") in found,
+        "each span of layers": any(k.component == "layer" and k.span > 1 for k in found),
+        "the attention or MLP of each span": any(
+            k.component != "layer" and k.span > 1 for k in found
+        ),
+    }
+    removed = _listed([words for words, there in shown.items() if there])
+    replaced = _listed([w for done, w in REPLACED_BY.items() if Kind(intervention=done) in found])
+    clauses = [f"{removed} was removed in turn"] if removed else []
+    clauses += [f"each layer was replaced by {replaced} in turn"] if replaced else []
+    return "; ".join(clauses)
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Put words in a row: `a, b and c`."""
+    *others, last = words or [""]
+    return f"{', '.join(others)} and {last}" if others else last

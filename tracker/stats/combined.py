@@ -1,0 +1,111 @@
+"""Intervals of ratios, differences and means of figures that have intervals of their own.
+
+They need the figures and their intervals alone, so results of other people can be combined without
+their documents. The method of variance estimates recovery (MOVER) takes each interval's two halves
+as the figure's uncertainty in either direction.
+
+A. Donner, G. Y. Zou, Statistical Methods in Medical Research 21 (2012) 347-359.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tracker.stats.accuracy import Estimate
+
+
+def ratio(over: Estimate, under: Estimate) -> Estimate:
+    """Divide one figure by another that is surely positive.
+
+    The two are taken as independent. Figures of the same documents rise and fall together, which
+    makes the true interval of their ratio narrower: this one is then too wide, never too narrow.
+
+    Args:
+        over: The numerator, with its interval.
+        under: The denominator, with its interval.
+
+    Returns:
+        The ratio and its interval; no interval where one of the two has none, or where the
+        denominator's reaches 0. None where the denominator is not positive.
+
+    Examples:
+        >>> found = ratio(Estimate(0.1, 0.05, 0.15), Estimate(0.5, 0.4, 0.6))
+        >>> found.value, round(found.low, 3), round(found.high, 3)
+        (0.2, 0.098, 0.319)
+    """
+    a, b = over.value, under.value
+    if a is None or b is None:
+        return Estimate(None, reason=over.reason or under.reason)
+    if b <= 0:
+        return Estimate(None, reason="a share of nothing")
+    if over.low is None or over.high is None or under.low is None or under.high is None:
+        return Estimate(a / b)
+    if under.low <= 0 or under.high >= 2 * b:
+        return Estimate(a / b)
+
+    def end(of_a: float, of_b: float, sign: int) -> float:
+        spread = (a * b) ** 2 - of_a * of_b * (2 * a - of_a) * (2 * b - of_b)
+        return (a * b + sign * math.sqrt(max(spread, 0.0))) / (of_b * (2 * b - of_b))
+
+    return Estimate(a / b, end(over.low, under.high, -1), end(over.high, under.low, 1))
+
+
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """Subtract one figure from another that was measured independently.
+
+    Args:
+        one: A figure with its interval.
+        other: What is subtracted, with its interval.
+
+    Returns:
+        one - other and its interval (None where one of the two has none). Of two models on the
+        same documents it is too wide rather than too narrow, because the documents are shared.
+
+    Examples:
+        >>> found = difference(Estimate(0.3, 0.2, 0.4), Estimate(0.1, 0.0, 0.2))
+        >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
+        (0.2, 0.059, 0.341)
+    """
+    if one.value is None or other.value is None:
+        return Estimate(None, reason=one.reason or other.reason)
+    value = one.value - other.value
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return Estimate(value)
+    return Estimate(
+        value,
+        value - math.hypot(one.value - one.low, other.high - other.value),
+        value + math.hypot(one.high - one.value, other.value - other.low),
+    )
+
+
+def mean(figures: Sequence[Estimate], independent: bool = True) -> Estimate:
+    """Average figures, each with its interval.
+
+    The interval says what other documents would give for the same benchmarks (or layers); it says
+    nothing about other benchmarks.
+
+    Args:
+        figures: What is averaged; those without a value are left out.
+        independent: Whether they rest on different documents. Otherwise their errors are added up,
+            as if all went the same way, which is the widest that they can be together.
+
+    Returns:
+        The plain mean, and its interval where every figure has one; None without a figure.
+
+    Examples:
+        >>> four = [Estimate(0.2, 0.1, 0.3)] * 4
+        >>> found, shared = mean(four), mean(four, independent=False)
+        >>> round(found.low, 3), round(found.high, 3), round(shared.low, 3)
+        (0.15, 0.25, 0.1)
+    """
+    there = [(f.value, f.low, f.high) for f in figures if f.value is not None]
+    if not there:
+        return Estimate(None, reason=next((f.reason for f in figures if f.reason), "no figures"))
+    value = math.fsum(v for v, _, _ in there) / len(there)
+    if any(low is None or high is None for _, low, high in there):
+        return Estimate(value)
+    together = math.hypot if independent else lambda *parts: math.fsum(parts)
+    below = together(*(v - low for v, low, _ in there if low is not None)) / len(there)
+    above = together(*(high - v for v, _, high in there if high is not None)) / len(there)
+    return Estimate(value, value - below, value + above)

@@ -1,0 +1,243 @@
+"""How well samples of documents agree on the order of the layers, and how many make them agree.
+
+A layer's figure is a weighted mean over documents. Two samples that share no document give two
+orders of the same layers; their rank correlation is the order's reliability at that sample size. A
+sample beside the whole that it was taken from agrees better than that, because it is a part of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from tracker.stats.accuracy import LEVEL, Estimate
+
+Array = NDArray[np.float64]
+_DECIMALS = 12
+"""Figures that agree to so many are ties: means of the same outcomes may differ by rounding."""
+_GROUPS = 10
+"""Parts of the documents that are left out in turn, for an interval."""
+
+
+def stratified_orders(
+    strata: Sequence[str] | NDArray[np.generic], draws: int, seed: int
+) -> Iterator[NDArray[np.int64]]:
+    """Shuffle documents so that every stretch of the order holds each stratum by its share.
+
+    Within a stratum all orders are equally likely. The strata are interleaved evenly: a stretch
+    holds of each its share of the documents, rounded up or down. With one stratum it is a plain
+    shuffle.
+
+    Args:
+        strata: `[documents]`, e.g. each document's task.
+        draws: How many orders.
+        seed: Seed of the generator.
+
+    Yields:
+        `[documents]`, the documents' numbers in a new order.
+    """
+    _, stratum, sizes = np.unique(np.asarray(strata), return_inverse=True, return_counts=True)
+    starts = np.cumsum(sizes) - sizes
+    generator = np.random.default_rng(seed)
+    for _ in range(draws):
+        shuffled = np.lexsort((generator.random(len(stratum)), stratum))
+        within = np.arange(len(stratum)) - starts[stratum[shuffled]]
+        offsets = generator.random(len(sizes))[stratum[shuffled]]
+        yield shuffled[np.argsort((within + offsets) / sizes[stratum[shuffled]], kind="stable")]
+
+
+def disjoint_means(
+    values: Array,
+    weights: Array,
+    strata: Sequence[str] | NDArray[np.generic],
+    sizes: Sequence[int],
+    draws: int,
+    seed: int,
+) -> tuple[Array, Array]:
+    """Average the layers' figures over two samples that share no document.
+
+    Args:
+        values: `[documents, layers]`.
+        weights: `[documents]`, 0 or more.
+        strata: `[documents]`, e.g. each document's task; see `stratified_orders`.
+        sizes: How many documents each of the two samples has, 1 or more.
+        draws: How many times to draw the two.
+        seed: Seed of the generator; equal seeds draw equal documents.
+
+    Returns:
+        Both samples' weighted means, `[draws, sizes, layers]` each. The second is NaN where there
+        are not twice as many documents; either is where its documents weigh nothing.
+
+    Raises:
+        ValueError: A sample is empty or larger than what it is taken from.
+    """
+    documents = len(values)
+    if min(sizes) < 1 or max(sizes) > documents:
+        raise ValueError(f"cannot draw {min(sizes)} to {max(sizes)} of {documents} documents")
+    bounds = sorted({0, *sizes, *(2 * n for n in sizes if 2 * n <= documents)})
+    at = {bound: place for place, bound in enumerate(bounds)}
+    table = np.column_stack([np.where(weights[:, None] > 0, values * weights[:, None], 0), weights])
+    both = np.full((2, draws, len(sizes), values.shape[1]), np.nan)
+    for draw, order in enumerate(stratified_orders(strata, draws, seed)):
+        pieces = np.add.reduceat(table[order], bounds[:-1], axis=0)
+        # The last piece reaches to the end of the table, beyond the last bound.
+        pieces[-1] = table[order[bounds[-2] : bounds[-1]]].sum(axis=0)
+        sums = np.vstack([np.zeros(table.shape[1]), np.cumsum(pieces, axis=0)])
+        for place, n in enumerate(sizes):
+            parts = [sums[at[n]]]
+            if 2 * n in at:
+                parts.append(sums[at[2 * n]] - sums[at[n]])
+            for sample, part in zip(both, parts, strict=False):
+                if part[-1] > 0:
+                    sample[draw, place] = part[:-1] / part[-1]
+    return both[0], both[1]
+
+
+def top_overlap(first: Array, second: Array, k: int) -> Array:
+    """Say which share of the `k` layers with the largest figures two rankings have in common.
+
+    Ties are broken at random, in each ranking for itself, and what is returned is the expected
+    overlap: of m layers that are tied for the last j of the k places, each has one with the
+    probability j / m. Rankings in which all layers are tied therefore overlap by k / layers, which
+    is also what two random orders overlap by.
+
+    Args:
+        first: `[rows, layers]`.
+        second: The same layers, `[rows, layers]` or `[1, layers]`.
+        k: How many layers, at least 1 and at most as many as there are.
+
+    Returns:
+        `[rows]`, in [0, 1]; NaN where a figure is.
+
+    Examples:
+        >>> one = np.array([[4.0, 3.0, 2.0, 1.0]])
+        >>> top_overlap(one, np.array([[4.0, 1.0, 3.0, 2.0]]), k=2).tolist()
+        [0.5]
+    """
+    shared = (_places(first, k) * _places(second, k)).sum(axis=1) / k
+    defined = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
+    return np.where(defined, shared, np.nan)
+
+
+def _places(rows: Array, k: int) -> Array:
+    """Say how likely each layer is among the `k` largest of its row, ties broken at random."""
+    rounded = np.round(rows, _DECIMALS)
+    last = np.sort(rounded, axis=1)[:, -k][:, None]
+    above, tied = rounded > last, rounded == last
+    left = k - above.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN is equal to nothing
+        return np.asarray(above + tied * left / tied.sum(axis=1, keepdims=True))
+
+
+def spearman_brown(reliability: float, factor: float) -> float:
+    """Predict the reliability of a sample that is `factor` times as large.
+
+    Exact for the covariance ratio of means over exchangeable documents (documents drawn alike, so
+    that each adds noise of the same variance): r' = f · r / (1 + (f - 1) · r). For a mean of rank
+    correlations, whose figures are tied and bounded, it is an approximation.
+
+    Args:
+        reliability: The correlation of two samples of the size that was measured.
+        factor: How many times as large, above 0.
+
+    Returns:
+        The predicted correlation.
+
+    References:
+        C. Spearman, British Journal of Psychology 3 (1910) 271-295. W. Brown, the same, 296-322.
+
+    Examples:
+        >>> round(spearman_brown(0.6, 2), 4)
+        0.75
+    """
+    return factor * reliability / (1 + (factor - 1) * reliability)
+
+
+def documents_for(target: float, documents: float, reliability: float) -> float:
+    """Turn the formula of Spearman and Brown around: how many documents reach a reliability.
+
+    Args:
+        target: The reliability that is wanted, between 0 and 1.
+        documents: How many were measured.
+        reliability: The reliability of these.
+
+    Returns:
+        How many, not rounded; NaN where the reliability is not between 0 and 1.
+
+    Examples:
+        >>> round(documents_for(0.9, 100, 0.6))
+        600
+    """
+    if not 0 < reliability < 1:
+        return math.nan
+    return documents * target / (1 - target) * (1 - reliability) / reliability
+
+
+def documents_needed(
+    sizes: Sequence[int], reliabilities: Sequence[float], target: float
+) -> tuple[float, bool]:
+    """Find how many documents reach a reliability for good.
+
+    Args:
+        sizes: Numbers of documents, ascending.
+        reliabilities: What was measured at each; NaN where it is undefined.
+        target: The reliability that is wanted, between 0 and 1.
+
+    Returns:
+        The number, and whether it is extrapolated: measured, it lies between two sizes by its
+        logarithm, or is the smallest size where that is enough; where the last size is not enough,
+        it follows from that one by the formula of Spearman and Brown, NaN where that has no answer.
+
+    Examples:
+        >>> documents, extrapolated = documents_needed([10, 100, 1000], [0.5, 0.8, 0.9], 0.85)
+        >>> round(documents), extrapolated
+        (316, False)
+    """
+    known = [(n, r) for n, r in zip(sizes, reliabilities, strict=True) if math.isfinite(r)]
+    below = [place for place, (_, r) in enumerate(known) if r < target]
+    if not known or (below and below[-1] == len(known) - 1):
+        last = known[-1] if known else (0, math.nan)
+        return documents_for(target, *last), True
+    if not below:
+        return float(known[0][0]), False
+    (n, r), (m, s) = known[below[-1]], known[below[-1] + 1]
+    return float(n * (m / n) ** ((target - r) / (s - r))), False
+
+
+def jackknife(figure: Callable[[NDArray[np.int64]], float], documents: int, seed: int) -> Estimate:
+    """Estimate a positive figure of documents by leaving out a tenth of them in turn.
+
+    The interval is on the logarithm, with Student's t of as many degrees of freedom as there are
+    groups less one: what other documents of the same benchmark would have given. The tests draw
+    benchmarks and count how often it holds the number of documents that fresh ones ask for.
+
+    Args:
+        figure: Gets the numbers of some documents; NaN where it is not defined for them.
+        documents: How many there are, two or more.
+        seed: Decides which documents form a group.
+
+    Returns:
+        The figure with its 95 % interval; None where it is undefined, also with a tenth less: then
+        it was defined by luck.
+
+    References:
+        M. H. Quenouille, Biometrika 43 (1956) 353-360. J. Shao, D. Tu, The Jackknife and Bootstrap
+        (1995), section 2.2.
+    """
+    everything = np.arange(documents)
+    value = figure(everything)
+    if not math.isfinite(value):
+        return Estimate(None, reason="it is not defined for all documents together")
+    groups = min(_GROUPS, documents)
+    group = np.random.default_rng(seed).permutation(everything) % groups
+    logs = np.log([figure(everything[group != left_out]) for left_out in range(groups)])
+    if bad := int((~np.isfinite(logs)).sum()):
+        why = f"it is not defined in {bad} of {groups} cases in which 1 in {groups} is left out"
+        return Estimate(None, reason=why)
+    error = math.sqrt((groups - 1) / groups * float(((logs - logs.mean()) ** 2).sum()))
+    factor = math.exp(float(stats.t.ppf((1 + LEVEL) / 2, groups - 1)) * error)
+    return Estimate(value, value / factor, value * factor)

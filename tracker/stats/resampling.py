@@ -1,0 +1,165 @@
+"""The bootstrap over documents: the same resampled documents for every layer and every proxy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.stats.accuracy import LEVEL
+
+RESAMPLES = 2000
+"""How many times documents are drawn for an interval, unless said otherwise."""
+SEED = 0
+"""The seed of all draws, so that two figures of the same documents stay paired."""
+_CHUNK = 1_000_000
+"""Draws that are held in memory at once."""
+
+
+def document_counts(
+    documents: int,
+    resamples: int,
+    seed: int,
+    strata: Sequence[str] | NDArray[np.generic] | None = None,
+) -> Iterator[NDArray[np.float64]]:
+    """Draw documents with replacement and yield how often each was drawn, a few resamples a time.
+
+    The same arguments give the same documents, so two quantities that are resampled apart are
+    still paired.
+
+    Args:
+        documents: How many documents there are; at least one.
+        resamples: How many times to draw that many documents.
+        seed: Seed of the generator.
+        strata: `[documents]`, e.g. each document's task: every stratum keeps its size. Those of one
+            document are collapsed into one, since each alone would never vary.
+
+    Yields:
+        `[some resamples, documents]`; every row sums to `documents`.
+
+    Raises:
+        ValueError: There are no documents or no resamples, or not one stratum per document.
+    """
+    if documents < 1 or resamples < 1:
+        raise ValueError(f"cannot draw {resamples} resamples from {documents} documents")
+    labels = np.zeros(documents) if strata is None else np.asarray(strata)
+    if labels.shape != (documents,):
+        raise ValueError(f"{documents} documents but strata of the shape {labels.shape}")
+    _, stratum, sizes = np.unique(_collapsed(labels), return_inverse=True, return_counts=True)
+    order = np.argsort(stratum, kind="stable")
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    limits = np.repeat(sizes, sizes)
+    generator = np.random.default_rng(seed)
+    step = max(1, _CHUNK // documents)
+    for first in range(0, resamples, step):
+        rows = min(step, resamples - first)
+        drawn = order[starts + generator.integers(0, limits, size=(rows, documents))]
+        drawn += np.arange(rows)[:, None] * documents
+        counts = np.bincount(drawn.ravel(), minlength=rows * documents)
+        yield counts.reshape(rows, documents).astype(np.float64)
+
+
+def _collapsed(labels: NDArray[np.generic]) -> NDArray[np.int64]:
+    """Number strata, those of one document as one; a single such document joins the smallest."""
+    _, stratum, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    alone = sizes[stratum] == 1
+    if alone.sum() == 1 and len(sizes) > 1:
+        alone |= stratum == np.argmin(np.where(sizes == 1, len(labels) + 1, sizes))
+    return np.where(alone, len(sizes), stratum)
+
+
+def resampled_means(
+    values: NDArray[np.float64],
+    resamples: int,
+    seed: int,
+    strata: Sequence[str] | NDArray[np.generic] | None = None,
+    weights: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """Bootstrap the weighted means of columns that were measured on the same documents.
+
+    All columns see the same resampled documents, so differences between columns stay paired; so do
+    two calls with the same number of documents, seed and strata. A proxy is resampled per document
+    with its tokens as weights: `values` = sums / tokens, `weights` = tokens.
+
+    Args:
+        values: `[documents, k]`, e.g. each document's accuracy drop for k layers.
+        resamples: How many times to draw the documents.
+        seed: Seed of the generator.
+        strata: `[documents]`, e.g. each document's task: resample within it, so that every resample
+            has each task at its size; as in `document_counts`.
+        weights: `[documents]`, 0 or more, of any sum; None for equal weights. A document of weight
+            0 does not count, whatever its values.
+
+    Returns:
+        `[resamples, k]`: sum(count · weight · value) / sum(count · weight). NaN in a column with a
+        NaN, in a resample whose documents all weigh nothing, and everywhere without documents.
+
+    Raises:
+        ValueError: The values are not a table, or not one weight per document.
+
+    References:
+        B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 8. W. G.
+        Cochran, Sampling Techniques (1977), 5A.12 (collapsed strata).
+
+    Examples:
+        >>> means = resampled_means(np.array([[0.0, 1.0], [1.0, 0.0]]), resamples=200, seed=0)
+        >>> means.shape, sorted({float(mean) for mean in means[:, 0]})
+        ((200, 2), [0.0, 0.5, 1.0])
+        >>> bool((means.sum(axis=1) == 1).all())
+        True
+    """
+    if values.ndim != 2:
+        raise ValueError(f"expected values [documents, k], got the shape {values.shape}")
+    documents, columns = values.shape
+    weighed = np.ones(documents) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weighed.shape != (documents,) or (weighed < 0).any():
+        raise ValueError(f"expected {documents} weights of 0 or more, got {weighed.shape}")
+    if not documents:
+        return np.full((resamples, columns), np.nan)
+    weighted = np.where(weighed[:, None] > 0, values * weighed[:, None], 0.0)
+    means = np.empty((resamples, columns))
+    done = 0
+    for counts in document_counts(documents, resamples, seed, strata):
+        total = (counts @ weighed)[:, None]
+        part = means[done : done + len(counts)]
+        np.divide(counts @ weighted, total, out=part, where=total > 0)
+        part[total[:, 0] == 0] = np.nan
+        done += len(counts)
+    return means
+
+
+def bias_corrected_interval(
+    value: float, resampled: NDArray[np.float64]
+) -> tuple[float, float] | None:
+    """Return the 95 % percentile interval, moved so that its median is the value itself.
+
+    Resampling documents adds the measurement noise a second time. A rank correlation that noise
+    pulls towards 0 is pulled once more in every resample, so the plain percentile interval lies too
+    near 0 and may not even hold the value. Moving it by the median bias undoes the second pull.
+
+    What the interval covers is the value that as many other documents would give on average. The
+    first pull is still in it: it is no interval for the value without measurement noise.
+
+    Efron's bias-corrected (BC) interval mends the median as well, but it reads its ends from the
+    far tail of the resamples and collapses there: for Spearman's coefficient of 30 simulated layers
+    on 500 documents it held the expected coefficient in 40-90 % of the cases, this one in 85-99 %.
+
+    Args:
+        value: The figure from the documents themselves.
+        resampled: `[resamples]`, the figure from each resample; NaN where it is undefined.
+
+    Returns:
+        Both ends, not clipped to the range of the figure; None when fewer than half of the
+        resamples are defined.
+
+    Examples:
+        >>> low, high = bias_corrected_interval(0.9, np.linspace(0.6, 0.8, 201))
+        >>> round(low, 3), round(high, 3)
+        (0.805, 0.995)
+    """
+    defined = resampled[np.isfinite(resampled)]
+    if not np.isfinite(value) or not len(defined) or 2 * len(defined) < len(resampled):
+        return None
+    low, median, high = np.quantile(defined, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
+    return float(value + low - median), float(value + high - median)

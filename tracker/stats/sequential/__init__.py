@@ -1,0 +1,1 @@
+"""Tests that may look after every block: intervals, the largest of many, when to stop."""

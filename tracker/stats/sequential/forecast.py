@@ -1,0 +1,92 @@
+"""How many documents a question will take, from some that were measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.core.questions import Question
+from tracker.stats.resampling import SEED
+from tracker.stats.sequential.stopping import Race
+
+DRAWS = 24
+"""Populations that are simulated."""
+
+LOOK = 32
+"""Documents between two looks."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a race took in simulated populations.
+
+    Attributes:
+        looked: `[draws]`, documents that were looked at.
+        seen: `[draws, runs]`, the documents of each run.
+        answered: `[draws]`, whether the question was answered by the last of them.
+    """
+
+    looked: NDArray[np.int64]
+    seen: NDArray[np.int64]
+    answered: NDArray[np.bool_]
+
+
+def forecast(
+    asked: Question,
+    values: Array,
+    population: int,
+    *,
+    lowest: float = -1.0,
+    highest: float = 1.0,
+    apart: float | None = None,
+    chances: Array | None = None,
+    draws: int = DRAWS,
+) -> Forecast:
+    """Run a race in populations whose documents are drawn from measured ones, with replacement.
+
+    It knows no more than these: where there are few, runs differ by more among them than among all,
+    and the forecast is too low.
+
+    Args:
+        asked: The question.
+        values: `[documents, runs]`, what was measured.
+        population: Documents that there are.
+        lowest: The lowest value that a document can have.
+        highest: The highest.
+        apart: How far two values of one document can be apart; None = as far as these two.
+        chances: `[documents]`, how likely each is drawn, summing to 1; None = all alike.
+        draws: How many populations.
+
+    Returns:
+        What each took.
+
+    Raises:
+        ValueError: So many runs cannot answer it, or nothing is measured.
+
+    Examples:
+        A run that loses half of the documents among two that lose few: how many of 2,000 show it.
+
+        >>> lost = np.array([[1, 0, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]] * 20, dtype=float)
+        >>> found = forecast(Question("top", 1), lost, 2000)
+        >>> bool(found.looked.max() < 500), bool(found.answered.all())
+        (True, True)
+    """
+    if not len(values):
+        raise ValueError("nothing is measured")
+    dice = np.random.default_rng(SEED)
+    looked, seen, answered = [], [], []
+    for _ in range(draws):
+        race = Race(asked, population, values.shape[1], lowest=lowest, highest=highest, apart=apart)
+        at = 0
+        while at < population and not race.standing.answered:
+            count = min(LOOK, population - at)
+            race.look(values[dice.choice(len(values), size=count, p=chances)])
+            at += count
+        looked.append(at)
+        seen.append(race.bounds.seen.copy())
+        answered.append(race.standing.answered)
+    return Forecast(np.array(looked), np.array(seen), np.array(answered))

@@ -1,0 +1,150 @@
+"""What is asked of several means of one population, and who is still needed for its answer.
+
+How large a drop is, and whether it differs from 0, is read from bounds of each mean. Which are the
+largest is read from differences, two by two (`duels`). Neither takes an answer back: a run whose
+part is settled stays settled when only others are measured on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.core.questions import Kind, Question
+from tracker.stats.sequential.confidence import MeanSequences
+from tracker.stats.sequential.top_k import SAME, SequentialTopK
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a question stands.
+
+    Attributes:
+        open: `[runs]`, whose part of the answer is not settled.
+        chosen: `[runs]`, who is in the set that is asked for, as far as it is settled: for `sign`
+            whose mean is not 0; for `drop` nobody.
+    """
+
+    open: Mask
+    chosen: Mask
+
+    @property
+    def answered(self) -> bool:
+        """Whether nothing is open."""
+        return not self.open.any()
+
+
+def standing(kind: Kind, low: Array, high: Array, within: float | None = None) -> Standing:
+    """Say how a question about single means stands.
+
+    Args:
+        kind: `drop`: each mean is to be known within ± `within`. `sign`: which means are not 0.
+        low: `[runs]`, lower bounds that hold together.
+        high: `[runs]`, upper bounds.
+        within: The tolerance, in the unit of the means.
+
+    Returns:
+        Who is open, and who is chosen.
+
+    Raises:
+        ValueError: It is about other than single means, or lacks a number.
+
+    Examples:
+        >>> low, high = np.array([0.1, -0.3, 0.0]), np.array([0.35, 0.4, 0.05])
+        >>> standing("drop", low, high, within=0.1).open.tolist()
+        [True, True, False]
+        >>> standing("sign", low, high).chosen.tolist()
+        [True, False, False]
+    """
+    if kind == "drop" and within is not None:
+        return Standing(high - low > 2 * within + SAME, np.zeros(len(low), dtype=bool))
+    if kind == "sign":
+        differs = (low > SAME) | (high < -SAME)
+        return Standing(~differs & (high - low > SAME), differs)
+    raise ValueError(f"{kind}: within what?" if kind == "drop" else f"{kind} compares means")
+
+
+class Race:
+    """Several means of one population, looked at until a question is answered.
+
+    The documents must come in random order. A run whose part of the answer is settled takes no
+    further part.
+
+    Attributes:
+        bounds: What is known of each mean, all of it together with the question's confidence.
+            The answer has that confidence too, each for itself.
+        standing: How the question stands.
+    """
+
+    def __init__(
+        self,
+        asked: Question,
+        population: int,
+        runs: int,
+        *,
+        lowest: float = -1.0,
+        highest: float = 1.0,
+        apart: float | None = None,
+    ) -> None:
+        """Begin before the first document.
+
+        Args:
+            asked: The question.
+            population: Documents that there are.
+            runs: How many means.
+            lowest: The lowest value that a document can have.
+            highest: The highest.
+            apart: How far two runs' values of a document can be apart; None = as far as these two.
+
+        Raises:
+            ValueError: So many runs cannot answer it.
+        """
+        asked.refuse(runs)
+        self._asked = asked
+        self.bounds = MeanSequences(
+            population,
+            runs,
+            level=asked.level,
+            lowest=lowest,
+            highest=highest,
+            within=asked.within if asked.kind == "drop" else None,
+        )
+        self._sign = -1.0 if asked.kind == "prune" else 1.0
+        self._duels = None
+        if asked.count is not None:
+            self._duels = SequentialTopK(
+                population,
+                runs,
+                asked.count,
+                within=asked.within,
+                level=asked.level,
+                reach=highest - lowest if apart is None else apart,
+            )
+        self.standing = self._stand()
+
+    def look(self, values: Array) -> None:
+        """Look at further documents.
+
+        Args:
+            values: `[documents, runs]`; of runs that are not open they do not count, and may be
+                missing.
+
+        Raises:
+            ValueError: A value is not finite or out of range, two are too far apart, or there are
+                too many documents.
+        """
+        (contending,) = np.nonzero(self.standing.open)
+        self.bounds.add(values[:, contending], contending)
+        if self._duels is not None:
+            self._duels.look(self._sign * values)
+        self.standing = self._stand()
+
+    def _stand(self) -> Standing:
+        if self._duels is not None:
+            return Standing(self._duels.open.copy(), self._duels.chosen.copy())
+        return standing(self._asked.kind, self.bounds.low, self.bounds.high, self._asked.within)
