@@ -21,7 +21,7 @@ from tests.engine.survey import (
     EXACT,
     NO_VARIANT,
     REFUSED,
-    Reference,
+    Truth,
     Verdict,
     blocks,
     examine,
@@ -117,7 +117,7 @@ def test_both_truths_agree_where_layers_know_no_numbers():
     """The layer that hands its input on, and the layer that is deleted."""
     request = blocks()[1][0].requests[2]
     for family in ("llama", "gemma2", "granite_swa"):
-        truth = Reference(find(family, "plain").model())
+        truth = Truth(find(family, "plain").model())
         for ablation in (Ablation((0,)), Ablation((1, 2))):
             kept = truth.of(ablation, request)
             assert truth.of(ablation, request, DELETED) == pytest.approx(kept, abs=1e-4)

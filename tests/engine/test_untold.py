@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from tests.ablations import single_layers
 from tests.engine.families import SMALL, VOCABULARY
 from tests.engine.plain import Memory, loaded
-from tests.engine.test_probe_texts import LONGROPE, Draw, check_miniature, tiny
+from tests.engine.test_probe_texts import LONGROPE, Draw, attack, tiny
 from tracker.core.ablations import INTACT
 from tracker.core.errors import CellError
 from tracker.engine.scoring.rows import common_beginning, tree_rows
@@ -132,7 +132,7 @@ def test_a_threshold_that_no_number_is(monkeypatch, turn: Any, settings: dict[st
         draw.document(draw.tokens(62), [more[:1], more]),
         *draw.spoken((72, 54, 84, 40, 110), (2, 3)),
     ]
-    check_miniature(made(Turned, **settings), documents, (1, 2))
+    attack(made(Turned, **settings), documents, (1, 2))
 
 
 LATE = [
@@ -152,9 +152,7 @@ def test_a_threshold_beyond_the_lengths_that_are_all_asked(
         draw.document(draw.tokens(1190), [more[:1], more]),
         *draw.spoken((1208, 20, 22), (2, 1)),
     ]
-    check_miniature(
-        made(Turned, **{"num_hidden_layers": 2, **settings}), documents, (1,), max_length=1400
-    )
+    attack(made(Turned, **{"num_hidden_layers": 2, **settings}), documents, (1,), max_length=1400)
 
 
 def test_a_threshold_that_only_one_wide_document_reaches() -> None:
@@ -163,9 +161,7 @@ def test_a_threshold_that_only_one_wide_document_reaches() -> None:
     answers = [draw.tokens(400), draw.tokens(390)]
     documents = [draw.document(draw.tokens(600), answers), *draw.spoken((20, 22), (2, 1))]
     # Of an answer of 400 tokens a thousandth of a nat is rounding.
-    check_miniature(
-        made(Counting, num_hidden_layers=2), documents, (1,), max_length=1400, atol=5e-3
-    )
+    attack(made(Counting, num_hidden_layers=2), documents, (1,), max_length=1400, atol=5e-3)
 
 
 class Counting(LlamaForCausalLM):
@@ -214,14 +210,14 @@ def test_what_only_code_counts_so_late_is_seen_in_the_longest_document() -> None
 def test_a_threshold_below_the_smallest_that_is_tried() -> None:
     rope = {**LONGROPE, "original_max_position_embeddings": 3}
     documents = [*Draw().spoken((20, 12), (2, 3)), *Draw(1).spoken((1, 2, 1, 3, 2), (1, 2))]
-    check_miniature(tiny("LlamaConfig", **SMALL, rope_parameters=rope), documents, (1, 2))
+    attack(tiny("LlamaConfig", **SMALL, rope_parameters=rope), documents, (1, 2))
 
 
 @pytest.mark.parametrize("kind", [NeighbourHead, PlaceHead])
 def test_a_head_that_sees_more_than_one_state(kind: type) -> None:
     model = made(kind)
     documents = Draw().spoken((12, 9, 20), (1, 3))
-    check_miniature(model, documents, (1, 2))
+    attack(model, documents, (1, 2))
     found = check(Engine(loaded(model), 256), documents, single_layers((1, 2)))
     assert found.engine.sharing == ONE_BY_ONE
     assert str(found.engine.sharing) == "nothing"
@@ -234,7 +230,7 @@ def test_a_head_that_sees_more_than_one_state(kind: type) -> None:
 
 def test_places_beyond_all_positions() -> None:
     documents = [*Draw().letters((40, 40, 45, 30, 60, 30, 40)), *Draw(1).spoken((12, 9), (1, 3))]
-    check_miniature(made(Fading), documents, (1, 2))
+    attack(made(Fading), documents, (1, 2))
 
 
 def test_what_has_no_such_thing_shares_all() -> None:
@@ -305,7 +301,7 @@ def test_one_text_of_more_nodes_than_the_model_has_places() -> None:
         attention_types=[[["global"], 4]], max_position_embeddings=128,
     )  # fmt: skip
     documents = [*Draw().spoken((12, 9, 14), (1, 3, 1, 2)), *Draw(1).spoken((70,), (50, 50))]
-    check_miniature(model, documents, (1, 2), row_tokens=100, max_length=128)
+    attack(model, documents, (1, 2), row_tokens=100, max_length=128)
 
 
 def test_a_text_is_no_longer_than_the_cell_can_make_it() -> None:
@@ -330,7 +326,7 @@ class Reader(LlamaForCausalLM):
 
 
 def test_it_is_asked_only_for_what_it_can_say() -> None:
-    check_miniature(made(Reader), Draw().spoken((12, 9, 20), (1, 3)), (1, 2))
+    attack(made(Reader), Draw().spoken((12, 9, 20), (1, 3)), (1, 2))
 
 
 class Listing(LlamaForCausalLM):

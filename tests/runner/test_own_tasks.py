@@ -137,7 +137,7 @@ class TestArguments:
         base, lora = adapter
 
         def identity(**arguments: Any) -> tuple[str, object]:
-            request = tracker.config.cell_request(
+            request = tracker.core.config.cell_request(
                 model=str(base), benchmark="b", layers=(0,), model_args=arguments or None
             )
             source = find_model(request.model, None, request.model_args)
@@ -181,7 +181,7 @@ class TestArguments:
     def test_nonsense(
         self, tiny_llama: Callable[..., Path], arguments: dict[str, Any], said: str
     ) -> None:
-        request = tracker.config.cell_request(
+        request = tracker.core.config.cell_request(
             model=str(tiny_llama()), benchmark="b", layers=(0,), model_args=arguments
         )
         with pytest.raises(RequestError, match=said):
@@ -204,7 +204,7 @@ class TestArguments:
         settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
         model.save_pretrained(tmp_path / "prompt")
-        request = tracker.config.cell_request(
+        request = tracker.core.config.cell_request(
             model=str(base),
             benchmark="b",
             layers=(0,),
@@ -217,7 +217,7 @@ class TestArguments:
 def test_what_follows_a_thought_is_lm_evals(folder: Path, tiny_llama: Callable[..., Path]) -> None:
     """Under every layer's removal; the thought ends where such a model happens to say so."""
     loaded = load_model(find_model(str(tiny_llama())), device="cpu")
-    request = tracker.config.cell_request(
+    request = tracker.core.config.cell_request(
         model="m",
         benchmark="says",
         layers=(0,),

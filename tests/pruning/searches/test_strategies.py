@@ -18,7 +18,7 @@ from tracker.pruning.search.cells import OpenCell
 from tracker.pruning.search.scores import Losses, Scores
 from tracker.pruning.search.strategies import STRATEGIES, Search
 
-from .conftest import GO, LAYERS, Reference
+from .conftest import GO, LAYERS, Truth
 
 WITHIN = Budget((1.0,) * LAYERS, GO)
 Set = tuple[int, ...]
@@ -34,7 +34,7 @@ def grown(removed: Set) -> list[Set]:
 
 
 @pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
-def test_greedy_is_that_of_really_pruned_models(cell: OpenCell, truth: Reference, by: str) -> None:
+def test_greedy_is_that_of_really_pruned_models(cell: OpenCell, truth: Truth, by: str) -> None:
     removed: Set = ()
     for step in run(cell, by):
         candidates = sorted(grown(removed), key=lambda each: truth.key(by, each))
@@ -49,12 +49,12 @@ def test_greedy_is_that_of_really_pruned_models(cell: OpenCell, truth: Reference
 
 
 @pytest.mark.parametrize("by", ["accuracy", "gold_logprob"])
-def test_one_shot_is_a_sort(cell: OpenCell, truth: Reference, by: str) -> None:
+def test_one_shot_is_a_sort(cell: OpenCell, truth: Truth, by: str) -> None:
     order = sorted(range(LAYERS), key=lambda n: truth.key(by, (n,)))
     assert [step.layer for step in run(cell, f"{by}_oneshot")] == order[:GO]
 
 
-def test_a_beam_keeps_the_best_of_all_that_grow(cell: OpenCell, truth: Reference) -> None:
+def test_a_beam_keeps_the_best_of_all_that_grow(cell: OpenCell, truth: Truth) -> None:
     kept: list[Set] = [()]
     for _ in range(GO):
         sets = {each for one in kept for each in grown(one)}
@@ -65,7 +65,7 @@ def test_a_beam_keeps_the_best_of_all_that_grow(cell: OpenCell, truth: Reference
         assert set(before.removed) < set(after.removed)
 
 
-def test_evolution_finds_the_best_of_few_sets(cell: OpenCell, truth: Reference) -> None:
+def test_evolution_finds_the_best_of_few_sets(cell: OpenCell, truth: Truth) -> None:
     """There are ten sets of three, and sixteen are drawn at first."""
     best = min(combinations(range(LAYERS), GO), key=lambda each: truth.key("accuracy", each))
     (step,) = run(cell, "evolutionary")
@@ -107,7 +107,7 @@ def test_evolution_mutates_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None
     assert known.asked[0] != list(known.asked[1])
 
 
-def texts(truth: Reference) -> Iterator[tuple[Tensor, int]]:
+def texts(truth: Truth) -> Iterator[tuple[Tensor, int]]:
     """What the proxies read of each document."""
     for document in truth.documents:
         request = document.requests[document.gold or 0]
@@ -132,7 +132,7 @@ def states(model: object, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def turned(
-    model: object, truth: Reference, of: Callable[[Tensor, Tensor], Tensor]
+    model: object, truth: Truth, of: Callable[[Tensor, Tensor], Tensor]
 ) -> list[list[float]]:
     """A figure of each stretch of layers, averaged over all tokens."""
     total = len(layers_of(model))
@@ -150,7 +150,7 @@ def cosine(before: Tensor, after: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(before, after, dim=-1)
 
 
-def losses(model: object, truth: Reference) -> float:
+def losses(model: object, truth: Truth) -> float:
     """The mean negative log-likelihood of a predicted token."""
     total, tokens = 0.0, 0
     for ids, count in texts(truth):
@@ -161,7 +161,7 @@ def losses(model: object, truth: Reference) -> float:
     return total / tokens
 
 
-def naive_proxy(name: str, truth: Reference, removed: Set) -> dict[int, float]:
+def naive_proxy(name: str, truth: Truth, removed: Set) -> dict[int, float]:
     """A proxy of each layer of a really pruned model, by its place in the intact one."""
     intact = truth.model.model
     model = exported(intact, removed)
@@ -180,7 +180,7 @@ def naive_proxy(name: str, truth: Reference, removed: Set) -> dict[int, float]:
     return gates(model, truth, left)
 
 
-def gates(model: object, truth: Reference, left: list[int]) -> dict[int, float]:
+def gates(model: object, truth: Truth, left: list[int]) -> dict[int, float]:
     """The size of each document's derivative by a gate on a layer's update: by small steps."""
     step, sums = 1e-3, dict.fromkeys(left, 0.0)
     model = model.double()  # type: ignore[attr-defined]
@@ -207,7 +207,7 @@ def gates(model: object, truth: Reference, left: list[int]) -> dict[int, float]:
 
 @pytest.mark.parametrize("name", ["cosine", "relative_update", "perplexity", "taylor"])
 def test_proxies_are_those_of_the_model_that_is_left(
-    cell: OpenCell, truth: Reference, name: str
+    cell: OpenCell, truth: Truth, name: str
 ) -> None:
     removed: Set = ()
     for step in run(cell, name)[:2]:
@@ -225,7 +225,7 @@ def test_proxies_are_those_of_the_model_that_is_left(
     assert [step.layer for step in run(cell, f"{name}_oneshot")] == order[:GO]
 
 
-def test_the_stretch_that_turns_least_goes(cell: OpenCell, truth: Reference) -> None:
+def test_the_stretch_that_turns_least_goes(cell: OpenCell, truth: Truth) -> None:
     angles = turned(
         truth.model.model, truth, lambda b, a: torch.arccos(cosine(b, a).clamp(-1, 1)) / torch.pi
     )
