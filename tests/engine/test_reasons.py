@@ -30,12 +30,15 @@ FAMILY = {
 }  # fmt: skip
 
 
-def test_where_a_layer_stays_in_its_place_it_is_said() -> None:
-    """Gemma 4, whose last layers take the keys of others."""
-    own = (each for each in variants("gemma4_text") if each.name == "num_kv_shared_layers 2")
-    model = next(own).model()
+@pytest.mark.parametrize(
+    ("family", "variant", "layers"),
+    [("gemma4_text", "num_kv_shared_layers 2", (0, 1)), ("inkling2_text", "plain", (0,))],
+)
+def test_where_a_layer_stays_in_its_place_it_is_said(family, variant, layers) -> None:
+    """Gemma 4, whose last layers take the keys of others, and Inkling2's first layer."""
+    model = next(each for each in variants(family) if each.name == variant).model()
     engine = Engine(loaded(model), MAX_LENGTH)
-    found = check(engine, make_documents(2), single_layers((0, 1)), Memory())
+    found = check(engine, make_documents(2), single_layers(layers), Memory())
     assert found.which == (
         "whatever is removed, what is measured is the model whose layer stays in its place and "
         "hands on its input, not a saved checkpoint (no configuration describes what is left)"
