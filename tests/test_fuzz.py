@@ -102,7 +102,7 @@ HEAD = "method: grid\nparameters:\n  model: {value: m}\n  benchmark: {value: b}\
             HEAD
             + f"  layer: {{value: 0}}\n  seed: {{values: {list(range(300))}}}\n"
             + f"  limit: {{values: {list(range(1, 101))}}}\n",
-            "the grid has 30,000 cells",
+            "the grid has 30,000 pairs of a model and a benchmark",
         ),
     ],
     ids=range(23),

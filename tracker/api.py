@@ -644,7 +644,7 @@ def _collected(
         raise TrackingError("\n".join(f"{what}: {why}" for what, why in found.failed.items()))
     if not found.cells:
         raise RequestError(
-            f"there is no finished cell in {masked(', '.join(names))} yet; "
+            f"there is no finished benchmark in {masked(', '.join(names))} yet; "
             "tracker run EXPERIMENT.yaml begins one, or goes on with it"
         )
     return found

@@ -90,14 +90,14 @@ class TestAdopt:
     @pytest.mark.parametrize(
         ("about", "tasks_and_documents", "why"),
         [
-            ({"key": "0" * 64}, [("arc_easy", 0)], "it belongs to another cell"),
+            ({"key": "0" * 64}, [("arc_easy", 0)], "it belongs to another benchmark"),
             ({"format": FORMAT + 1}, [("arc_easy", 0)], "a newer tracker wrote it"),
             ({}, [("arc_easy", 0), ("b", 0)], "it holds more or less than one block"),
             ({}, [("arc_easy", 31), ("arc_easy", 32)], "it holds more or less than one block"),
             ({}, [], "it holds more or less than one block"),
-            ({}, [("arc_easy", 70)], "the cell has no such document"),
-            ({}, [("arc_easy", -1)], "the cell has no such document"),
-            ({}, [("b", 0)], "the cell has no such document"),
+            ({}, [("arc_easy", 70)], "the benchmark has no such document"),
+            ({}, [("arc_easy", -1)], "the benchmark has no such document"),
+            ({}, [("b", 0)], "the benchmark has no such document"),
         ],
     )
     def test_what_is_no_block_of_the_cell_is_refused(
@@ -109,7 +109,7 @@ class TestAdopt:
         path.write_bytes(shard_file(table, {"key": cell.identity.key, "format": FORMAT, **about}))
         with pytest.raises(ValueError, match=r"it\.parquet") as caught:
             cell.adopt(path)
-        assert str(caught.value) == f"it.parquet is no shard of this cell: {why}"
+        assert str(caught.value) == f"it.parquet is no shard of this benchmark: {why}"
         assert path.exists()
         assert cell.shards() == []
 
@@ -121,10 +121,12 @@ class TestAdopt:
         assert sorted(cell.read()["doc"]) == [0, 69]
 
     def test_what_cannot_be_read_is_refused(self, cell, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"^gone\.parquet is no shard of this cell: .*No such"):
+        with pytest.raises(
+            ValueError, match=r"^gone\.parquet is no shard of this benchmark: .*No such"
+        ):
             cell.adopt(tmp_path / "gone.parquet")
         (tmp_path / "text.parquet").write_text("text")
-        with pytest.raises(ValueError, match=r"^text\.parquet is no shard of this cell: "):
+        with pytest.raises(ValueError, match=r"^text\.parquet is no shard of this benchmark: "):
             cell.adopt(tmp_path / "text.parquet")
 
     def test_parts_that_do_not_fit_are_seen_without_a_digest(self, cell, row, tmp_path) -> None:

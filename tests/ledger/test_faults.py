@@ -113,7 +113,7 @@ def test_shards_of_another_model_are_set_aside(root: Path, caplog) -> None:
     (block, *_) = cell.blocks(ALL)
     assert cell.missing(block, ALL, ["baseline"])
     assert not cell.is_complete(ALL, ["baseline"])
-    assert "it belongs to another cell" in caplog.text
+    assert "it belongs to another benchmark" in caplog.text
     assert not len(cell.read())
     assert len(list(mine.glob(f"shards/*{ASIDE}"))) == 3
 

@@ -310,7 +310,7 @@ class TestHalves:
         cell.write(Block("arc_easy", 0), [row(foreign)], {})
         cell.write(Block("arc_easy", 0), [row(self.NUMBERS[0])], {})
         assert list(cell.read()["doc"]) == [self.NUMBERS[0]]
-        assert "the cell has no such document" in caplog.text
+        assert "the benchmark has no such document" in caplog.text
 
 
 class TestMissing:

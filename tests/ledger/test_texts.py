@@ -97,7 +97,9 @@ class TestDamage:
         other = ledger.cell(model_identity(fingerprint="0" * 64), benchmark_identity(), {})
         other.texts.add(BLOCK, rows(0))
         (path,) = other.texts.files()
-        with pytest.raises(ValueError, match="holds no texts of this cell: it belongs to another"):
+        with pytest.raises(
+            ValueError, match="holds no texts of this benchmark: it belongs to another"
+        ):
             cell.texts.adopt(path)
         cell.texts.add(BLOCK, rows(70))
         (beyond,) = cell.texts.files()

@@ -168,7 +168,7 @@ def test_more_documents_of_one_model_take_nobodys_rank() -> None:
     board = model_board([*few, *every])
     assert board.benchmarks == ("arc_easy · 0-shot",)
     assert board.models == model_board(every).models
-    assert list(board.left_out.values()) == ["the benchmark counts once, by its larger cells"]
+    assert list(board.left_out.values()) == ["the benchmark counts once, by its larger sample"]
 
 
 def test_models_are_ranked_on_what_most_of_them_share() -> None:

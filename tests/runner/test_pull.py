@@ -131,7 +131,7 @@ def test_a_shard_of_another_cell_is_refused(project: Project, change: dict[str, 
     rows = pq.read_table(path).to_pylist()
     rows[0].update(change)
     pq.write_table(pa.Table.from_pylist(rows if change else [{"a": 1}]), path)
-    assert f"{path.name} is no shard of this cell" in pull()[1]
+    assert f"{path.name} is no shard of this benchmark" in pull()[1]
 
 
 @pytest.mark.parametrize(

@@ -509,9 +509,12 @@ def test_a_report_in_wandb_is_replaced_and_not_repeated(
     project = double.projects["team", "layers"]
     report, view = sorted(project.views, key=lambda found: found["type"] != "runs")
     assert len(project.views) == 2
-    assert (report["displayName"], view["displayName"]) == ("Which layers matter", "Layers by cell")
+    assert (report["displayName"], view["displayName"]) == (
+        "Which layers matter",
+        "Layers by benchmark",
+    )
     blocks = json.loads(report["spec"])["blocks"]
-    assert "1 model, 1 cell" in json.dumps(blocks)
+    assert "1 model, 1 benchmark" in json.dumps(blocks)
     grids = [block for block in blocks if block["type"] == "panel-grid"]
     assert len(grids) == 2
     keys = json.dumps(grids)

@@ -74,9 +74,9 @@ def main(debug: bool) -> None:
     type=click.Choice(EXECUTORS),
     default="local",
     show_default=True,
-    help="Where cells are measured. local: in this process. ray: on the Ray cluster that "
+    help="Where benchmarks are measured. local: in this process. ray: on the Ray cluster that "
     "RAY_ADDRESS names, or that 'ray start' made on this machine; where there is neither, on one "
-    "that lives as long as the run. slurm: in a job array, one job a cell; Ctrl-C cancels it.",
+    "that lives as long as the run. slurm: in a job array, one job a benchmark; Ctrl-C cancels it.",
 )
 @click.option(
     "--slurm",
@@ -169,8 +169,8 @@ def run(
 @documents
 @click.option(
     "--until",
-    help="A question, such as 'top 5', about all runs that the trial's sweep asks of the cell; its "
-    "answer ends the measuring.",
+    help="A question, such as 'top 5', about all runs that the trial's sweep asks of the "
+    "benchmark; its answer ends the measuring.",
 )
 @click.option("--metric", help="Default: the metric that the benchmark's field reports.")
 @click.option(
@@ -339,7 +339,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)
-    say(f"{experiment} is valid: {counted(len(cells), 'cell')}, {counted(runs, 'run')}")
+    say(f"{experiment} is valid: {counted(len(cells), 'benchmark')}, {counted(runs, 'run')}")
     if asked.capped:
         say(asked.capped)
     for note in notes:

@@ -215,7 +215,7 @@ def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
         f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at {rates}; real "
         "work reaches a part of that rate. "
         "self-check: what the model answers once more, plainly; besides, each architecture is "
-        "attacked once on a miniature, which takes a fraction of a second a layer and is kept in "
+        "checked once on a miniature, which takes a fraction of a second a layer and is kept in "
         "the results folder"
     )
     for cell in cells:

@@ -183,7 +183,7 @@ _study(
     Random samples are drawn from the measured documents, and two of them that share none are asked
     for the order of the layers: how well they agree is how far a ranking by so many documents can
     be trusted. This is said of the accuracy drop and of the proxies, with the number of documents
-    that it takes. Nothing is measured but the cells in EXPERIMENT; the more documents, the better
+    that it takes. Nothing is measured but the runs in EXPERIMENT; the more documents, the better
     the answer.
 
     \b
@@ -204,11 +204,11 @@ _study(
     "savings",
     """How much less has to be measured where a question is enough?
 
-    'until' in an experiment file ends a cell when its question is answered. This study measures the
-    cells in EXPERIMENT in full, draws their documents in 200 random orders, and says how many of
-    them, and of the layer passes, each question would have taken, whether its answer is that of all
-    documents, and what bounds it: how far the runs in question are apart, and how much documents
-    differ. Leave 'until' out of the file.
+    'until' in an experiment file ends a benchmark when its question is answered. This study
+    measures the runs in EXPERIMENT in full, draws their documents in 200 random orders, and says
+    how many of them, and of the layer passes, each question would have taken, whether its answer
+    is that of all documents, and what bounds it: how far the runs in question are apart, and how
+    much documents differ. Leave 'until' out of the file.
 
     \b
     Examples:

@@ -82,13 +82,13 @@ def report(
     written = ", ".join(map(str, done.files))
     if len(done.files) > 1:
         written = f"{len(done.files)} files in {done.files[0].parent}"
-    say(f"{counted(len(done.cells), 'cell')}: {written}")
+    say(f"{counted(len(done.cells), 'benchmark')}: {written}")
     _end_report(done)
 
 
 @main.command()
 @sources_argument
-@publish_option("these cells, on the leaderboard that its team shares")
+@publish_option("these results, on the leaderboard that its team shares")
 @results_option
 def leaderboard(sources: tuple[str, ...], publish: tuple[str, ...], results: Path) -> None:
     """Rank layers within models, and models by how much a removal hurts.
@@ -123,7 +123,7 @@ def _end_report(done: Reported) -> None:
 @click.option(
     "--to",
     help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT. Without "
-    "a project, each cell goes to that of its experiment.  [default: wherever each cell was "
+    "a project, each benchmark goes to that of its experiment.  [default: wherever each was "
     "published before, else mlflow]",
 )
 @click.option(
@@ -156,13 +156,15 @@ def sync(to: str | None, sweep: str | None, publish_documents: bool, results: Pa
     if targets == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
     done = api.sync(targets, results=results, publish_documents=publish_documents)
-    say(f"published: {counted(len(done.published), 'cell')}")
+    say(f"published: {counted(len(done.published), 'benchmark')}")
     for place, cells in done.places.items():
         new, changed, same = (
             sum(getattr(cell, what) for cell in cells)
             for what in ("created", "updated", "unchanged")
         )
-        said = f"{counted(len(cells), 'cell')}; {new} runs are new, {changed} changed, {same} not"
+        said = (
+            f"{counted(len(cells), 'benchmark')}; {new} runs are new, {changed} changed, {same} not"
+        )
         say(f"{place}: {said}")
     for location in dict.fromkeys(done.locations.values()):
         say(f"see them: {runnable(location)}")
@@ -319,9 +321,9 @@ def check(results: Path, against: Path | None) -> None:
     from tracker import api
 
     found, differences = api.check(results, against, Show(error=True))
-    columns = ("cell", "shards", "unproved", "documents", "outcomes", "set aside")
+    columns = ("benchmark", "shards", "unproved", "documents", "outcomes", "set aside")
     table(
-        [(name, name != "cell") for name in columns],
+        [(name, name != "benchmark") for name in columns],
         [
             (
                 cell.store.folder.name,
@@ -345,5 +347,5 @@ def check(results: Path, against: Path | None) -> None:
     shards = counted(sum(cell.shards for cell in found.cells), "shard")
     verdict = "damaged" if found.damaged else "all is as it was written"
     copies = f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""
-    say(f"{counted(len(found.cells), 'cell')}, {shards}: {verdict}{copies}")
+    say(f"{counted(len(found.cells), 'benchmark')}, {shards}: {verdict}{copies}")
     sys.exit(1 if found.damaged or differences else 0)

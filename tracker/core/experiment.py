@@ -250,8 +250,9 @@ class Experiment(Sweep):
         count = math.prod(len(getattr(grid, name).options) for name in names)
         if count > MAX_CELLS:
             raise ExperimentError(
-                f"'parameters': the grid has {count:,} cells (all but layers, components, spans "
-                f"and interventions); one file may have {MAX_CELLS:,}. Split it into several"
+                f"'parameters': the grid has {count:,} pairs of a model and a benchmark "
+                f"(all but layers, components, spans and interventions); one file may have "
+                f"{MAX_CELLS:,}. Split it into several"
             )
         first = self._first()
         runs: dict[str, Any] = {"layers": tuple(sorted(grid.layer.options))}

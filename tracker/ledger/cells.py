@@ -173,7 +173,7 @@ class CellStore:
             shard = read_shard(path.read_bytes())
             block = self._block_of(shard)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path.name} is no shard of this cell: {error}") from None
+            raise ValueError(f"{path.name} is no shard of this benchmark: {error}") from None
         held = shard.table.select(["doc", "ablation"]).to_pydict()
         place = self._shard_path(block, zip(held["doc"], held["ablation"], strict=True))
         make_folder(place.parent)
@@ -186,7 +186,7 @@ class CellStore:
         It needs the columns task, doc and ablation.
         """
         if shard.about.get("key", self.identity.key) != self.identity.key:
-            raise ValueError("it belongs to another cell")
+            raise ValueError("it belongs to another benchmark")
         if shard.about.get("format", 1) > FORMAT:
             raise ValueError("a newer tracker wrote it")
         held = shard.table.select(["task", "doc"]).to_pydict()
@@ -196,7 +196,7 @@ class CellStore:
         (task,), seed = tasks, shard.about.get("seed")
         there = places(task, self.wanted(ALL).get(task, ()), seed)
         if not all(document in there for document in documents):
-            raise ValueError("the cell has no such document")
+            raise ValueError("the benchmark has no such document")
         numbers = {there[document] // BLOCK for document in documents}
         if len(numbers) != 1:
             raise ValueError("it holds more or less than one block")

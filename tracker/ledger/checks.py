@@ -1,7 +1,7 @@
-"""What attacks on architectures have shown, kept so that each is made once on a machine.
+"""What checks of architectures have shown, kept so that each is made once on a machine.
 
 In the results folder, whose figures rest on them, and in the user's cache, for the next folder. A
-results folder that others can write is not believed: there the cache decides, or the attack again.
+results folder that others can write is not believed: there the cache decides, or the check again.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ RESULTS/
   studies/STUDY--FILE.json  what studies found
   searches/NAME.json        what searches for what to prune found
   experiments/NAME.yaml     the user's exact experiment files, each with its SHA-256 beside it
-  checks/                   what attacks on architectures have shown
+  checks/                   what was found out of architectures
   places/PLACE.json         where cells were published to: each is kept until its file is deleted
   cells/MODEL--BENCHMARK--KEY/
     cell.json               the model, the benchmark, and who made the cell

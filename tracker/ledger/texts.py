@@ -118,7 +118,7 @@ class Texts:
         try:
             table, block = self._table(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path.name} holds no texts of this cell: {error}") from None
+            raise ValueError(f"{path.name} holds no texts of this benchmark: {error}") from None
         return self._write(block, table).name
 
     def read(self) -> dict[tuple[str, int], KeptText]:
@@ -152,7 +152,7 @@ class Texts:
     def _table(self, path: Path) -> tuple[pa.Table, str]:
         shard = read_shard(path.read_bytes())
         if not shard.proved or shard.about.get("key") != self._identity.key:
-            raise ValueError("it belongs to another cell")
+            raise ValueError("it belongs to another benchmark")
         if not shard.table.schema.equals(_SCHEMA):
             raise ValueError("it holds other columns")
         tasks = {
@@ -161,7 +161,7 @@ class Texts:
         }
         for row in shard.table.select(["task", "doc"]).to_pylist():
             if row["doc"] not in tasks.get(row["task"], ()):
-                raise ValueError("the cell has no such document")
+                raise ValueError("the benchmark has no such document")
         block = str(shard.about.get("block"))
         if Path(block).name != block:
             raise ValueError("its block is no name")

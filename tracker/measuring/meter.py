@@ -139,8 +139,8 @@ class Meter:
     def check(self, kept: Kept | None = None) -> list[str]:
         """Find out what this model can share exactly; must come before `measure`.
 
-        Verdicts of attacks go into `kept`, if any. Lines say which sharing was lost, and how steady
-        the model is.
+        Verdicts on architectures go into `kept`, if any. Lines say which sharing was lost, and how
+        steady the model is.
         """
         from tracker.engine.scoring.sweep import Engine
         from tracker.measuring.scorer import checked_scorer
@@ -234,7 +234,7 @@ class Meter:
             if comparison.wrong is not None:
                 raise CellError(
                     f"stopped, because sharing is not exact here: {comparison.wrong}. What was "
-                    "measured of this cell is not to be trusted; please report this line"
+                    "measured of this benchmark is not to be trusted; please report this line"
                 )
             found[(result.document.task, result.document.index), ablation] = comparison
         return found

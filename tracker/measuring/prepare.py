@@ -105,7 +105,7 @@ def widened(
     cell = sweep() if why is None else None
     if cell is None and why is None and request.until is not None:
         raise ExperimentError(
-            f"'until': {request.until!r} asks about all runs of a cell, and a trial is one; "
+            f"'until': {request.until!r} asks about all runs of a benchmark, and a trial is one; "
             "which others there are says its sweep, and that cannot be read here. Give the "
             "experiment file to tracker run, or leave 'until' out of it"
         )

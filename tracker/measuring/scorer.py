@@ -137,7 +137,7 @@ def checked_scorer(
         tokenizer: The model's tokenizer.
         documents: The cell's documents.
         ablations: What will be removed.
-        kept: Where the verdicts of attacks are kept.
+        kept: Where the verdicts on architectures are kept.
         fit: Fits what stands in for layers.
 
     Returns:

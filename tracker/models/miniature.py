@@ -1,7 +1,7 @@
 """A miniature of a model: its own class, layers and pattern, with small widths and random weights.
 
 What sharing may break lies in the code of an architecture and in the pattern of its layers, not in
-its weights; so it can be attacked on a model that costs nearly nothing.
+its weights; so it can be checked on a model that costs nearly nothing.
 """
 
 from __future__ import annotations

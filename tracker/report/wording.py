@@ -337,15 +337,15 @@ def summary(cells: Sequence[CellRecord]) -> str:
         A paragraph of plain text.
     """
     if not cells:
-        return "No cell is measured yet, so there is nothing to show."
+        return "No benchmark is measured yet, so there is nothing to show."
     models = len({cell.model.key for cell in cells})
-    text = f"{counted(models, 'model')}, {counted(len(cells), 'cell')}; {_turns(cells)}. "
+    text = f"{counted(models, 'model')}, {counted(len(cells), 'benchmark')}; {_turns(cells)}. "
     records = [record for cell in cells if (record := correlation(cell))]
     values = sorted(record.value for record in records if defined(record.value))
     if not values:
         return (
-            text
-            + "No rank correlation of cost and cosine score is defined here; each cell says why."
+            f"{text}No rank correlation of cost and cosine score is defined here; each benchmark "
+            "says why."
         )
     if len(cells) == 1:
         return (
@@ -361,7 +361,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
     text += (
         f"The Spearman correlation of cost and cosine score over the layers {span} (1 = the same "
         "order); in "
-        f"{above} of {counted(len(cells), 'cell')} its 95 % interval lies above 0"
+        f"{above} of {counted(len(cells), 'benchmark')} its 95 % interval lies above 0"
     )
     without = len(cells) - len(values)
     return f"{text}, in {without} it is undefined." if without else f"{text}."

@@ -109,8 +109,8 @@ def _chosen(
     """Find the cells of some models and benchmarks; RequestError for a name that is none's."""
     if not stores:
         raise RequestError(
-            "there is no finished cell yet; tracker run EXPERIMENT.yaml begins one, or goes on "
-            "with it"
+            "there is no finished benchmark yet; tracker run EXPERIMENT.yaml begins one, or goes "
+            "on with it"
         )
     typed = {name for store in stores for name in _names(store)}
     known = {store.identity.benchmark.name for store in stores}

@@ -49,7 +49,7 @@ def refuse_lies(sizes: Mapping[str, int | None]) -> None:
         if (size or 0) > LARGEST:
             raise TrackingError(f"the server says that {name!r} has {size} bytes; {_SO_MANY}")
     if len(sizes) > MANY:
-        raise TrackingError(f"the server names {len(sizes)} files; a cell has at most {MANY}")
+        raise TrackingError(f"the server names {len(sizes)} files; a benchmark has at most {MANY}")
 
 
 _SO_MANY = f"no file of tracker's has more than {LARGEST // 2**20} MiB, and it is not downloaded"
@@ -103,7 +103,7 @@ class ForeignFiles:
                 table = read_shard(path.read_bytes()).table
                 held.append((table, table.to_pandas()))
             except ValueError as error:
-                what = f"{what} {path.name} is no shard of this cell: {error}"
+                what = f"{what} {path.name} is no shard of this benchmark: {error}"
                 raise TrackingError(what) from None
             except MemoryError:
                 what = f"{what} with {path.name} they take more than {UNPACKED // 2**30} GiB"

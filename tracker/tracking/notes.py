@@ -43,7 +43,8 @@ def intact_note(cell: CellRecord) -> str:
     if cell.removed:
         return (
             f"**{as_markdown(intact_name(cell))}**: `{cell.metric}` on {on} of the model that "
-            "every run of the cell takes more of; its drop, as theirs, is from the intact model."
+            "every run of the benchmark takes more of; its drop, as theirs, is from the intact "
+            "model."
         )
     return (
         f"**{as_markdown(intact_name(cell))}**: `{cell.metric}` of the whole model on {on}: what "

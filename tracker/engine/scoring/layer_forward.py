@@ -48,7 +48,7 @@ def forking(
     what it came with. Behind the last layer stand [streams × rows, tokens, hidden], stream by
     stream: block s of `rows` rows is stream s. Each is what the pruned model computes, because a
     layer treats the rows of a batch apart and everything between layers is in the hidden state;
-    where either is not so, the pass is refused here or the attack finds it.
+    where either is not so, the pass is refused here or the check on a miniature finds it.
 
     What else a layer is given (masks, rotary embeddings, positions) is made by the model for `rows`
     rows, so it must broadcast over the batch, or with `batched` may have a row a stream.

@@ -53,7 +53,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class MadeUp:
-    """What was fitted on nothing, drawn for a layer of a model that is only to be attacked."""
+    """What was fitted on nothing, drawn for a layer of a model that is only to be checked."""
 
     layer: int
 

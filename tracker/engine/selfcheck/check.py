@@ -1,8 +1,8 @@
 """Trust, then verify: whether sharing gives the numbers of the really pruned model.
 
-The architecture is attacked on a miniature with every ablation (`attack`); then the model itself
-answers a few real requests both ways; and while it is measured, documents drawn at random and the
-longest one are answered both ways again (`watch`).
+The architecture is checked on a miniature with every ablation (`miniature_check`); then the model
+itself answers a few real requests both ways; and while it is measured, documents drawn at random
+and the longest one are answered both ways again (`watch`).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def check(
         engine: The engine, with full sharing; no call has changed its model yet.
         documents: The cell's documents.
         ablations: All that will be removed, with the baseline.
-        kept: Where the attack's verdict is kept; None = nowhere.
+        kept: Where the verdict on the architecture is kept; None = nowhere.
         fit: Fits what stands in for layers, on the model whose quirks are known.
 
     Returns:
@@ -145,7 +145,7 @@ def check(
 def _verdict(
     engine: Engine, ablations: Sequence[Ablation], reached: Reach, blank: bool, kept: Kept | None
 ) -> Verdict:
-    """Attack the architecture, or recall what an attack has shown before.
+    """Check the architecture on a miniature, or recall what such a check has shown before.
 
     The cell's texts hold a `blank` token or not.
     """
@@ -160,7 +160,7 @@ def _verdict(
         key = miniature_key(model, ablations, paths, longer, blank)
         text = kept.recall(key)
         if text is not None:
-            with suppress(ValidationError):  # damaged: the attack is made again
+            with suppress(ValidationError):  # damaged: it is made again
                 return VERDICT.validate_json(text)
         verdict = make()
         kept.keep(key, VERDICT.dump_json(verdict).decode())
@@ -239,7 +239,7 @@ def _questions(
 ) -> Iterator[tuple[Sequence[Document], Sequence[Ablation]]]:
     """Documents and what is removed: all from short ones, nothing from long ones as they are.
 
-    What long texts may change was attacked on the miniature, and the watch meets them whole.
+    What long texts may change was tried on the miniature, and the watch meets them whole.
     """
     short = [_shortened(document) for document in documents]
     if short != list(documents):

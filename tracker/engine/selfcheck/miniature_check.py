@@ -1,4 +1,4 @@
-"""An attack on the sharing of an architecture, before anything of a model is believed.
+"""A check of an architecture's sharing on a small model, before anything of it is believed.
 
 Texts of random tokens are made to cross whatever the model's configuration counts tokens by: short
 and long ones in one row, branches, a beginning that is kept, answers longer than a window, lengths
@@ -74,11 +74,12 @@ def miniature_key(
     rows: tuple[int, int, int] | None,
     blank: bool,
 ) -> str:
-    """Name an attack by all that its verdict follows from, as SHA-256 in hexadecimal.
+    """Name a check by all that its verdict follows from, as SHA-256 in hexadecimal.
 
     That is the configuration, what is removed, the numbers in reach (`paths`), how long the texts
-    are (`rows`, of `attack_longer`; None = short), whether they hold a `blank` token, versions,
-    machine, this code and the model's own, which its checkpoint may bring; not the weights.
+    are (`rows`, of `check_longer_texts`; None = short), whether they hold a `blank` token,
+    versions, machine, this code and the model's own, which its checkpoint may bring; not the
+    weights.
     """
     here = FilePath(__file__).parents[2]
     its_own = FilePath(inspect.getfile(type(model))).parent
@@ -143,7 +144,7 @@ def check_longer_texts(
         verdict: What short texts have shown.
         rows: Up to how many tokens a text of the cell has, and nodes a row of several texts, and
             one document.
-        blank: As for `attack`.
+        blank: As for `check_miniature`.
 
     Returns:
         What may be shared.
@@ -152,7 +153,7 @@ def check_longer_texts(
         CellError: The model cannot be measured.
     """
     model = engine.loaded.model
-    if verdict.attacked == "the model":
+    if verdict.tried_on == "the model":
         return verdict
     small = miniature(model)
     if blank:
@@ -160,7 +161,7 @@ def check_longer_texts(
     longest, nodes, widest = rows
     some = list(dict.fromkeys((INTACT, ablations[len(ablations) // 2])))
 
-    def attacked(calls: Sequence[Sequence[Document]], tokens: int) -> Verdict:
+    def tried(calls: Sequence[Sequence[Document]], tokens: int) -> Verdict:
         asked = list(_asked(calls, some, SOME))
         truth = Reference(_engine(engine, small, verdict, tokens, nodes), miniature=True)
         return _checked(truth, some, verdict, type(model).__name__, calls, asked)
@@ -169,11 +170,11 @@ def check_longer_texts(
     if switches:
         verdict = replace(verdict, switches=tuple((tokens, each) for tokens in switches))
         calls = switching_calls(_vocabulary(small), switches, widest)
-        verdict = attacked(calls, 2 * max(switches))
+        verdict = tried(calls, 2 * max(switches))
     longest, widest = (min(tokens, LONGEST_REACH) for tokens in (longest, widest))
     reached = min(longest, engine.max_length)
     calls = reaching_calls(_vocabulary(small), reached, nodes, widest, verdict.sharing)
-    return attacked(calls, longest)
+    return tried(calls, longest)
 
 
 def _switches(
@@ -211,7 +212,7 @@ def _check_small(
     blank: bool,
     name: str,
 ) -> Verdict:
-    """Experiment with a miniature, and attack it with long windows and with short ones."""
+    """Experiment with a miniature, and check it with long windows and with short ones."""
     with _one_thread():
         found = find_quirks(small, paths)
     if not found.causal:
@@ -281,7 +282,7 @@ def _check_itself(engine: Engine, ablations: Sequence[Ablation], name: str) -> V
         0.0,
         0,
         lengths=(((), True),),
-        attacked="the model",
+        tried_on="the model",
     )
     verdict = as_removed(Reference(engine), ablations, verdict, name)
     quirks = verdict.quirks(engine.loaded.model)

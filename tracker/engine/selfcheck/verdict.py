@@ -1,4 +1,4 @@
-"""What an attack has shown of an architecture."""
+"""What a check on a miniature has shown of an architecture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tracker.models.shrinking import numbers
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an attack has shown of an architecture.
+    """What a check on a miniature has shown of an architecture.
 
     Attributes:
         sharing: As much as is exact.
@@ -29,7 +29,7 @@ class Verdict:
         stay: Whether removed layers stay in their places, because the model cannot be cut.
         loaded: Whether copies get what their class computes when they are loaded without layers.
         which: One line that says where the numbers are those of no checkpoint; None where all are.
-        attacked: `a miniature`, or `the model` where none can be built.
+        tried_on: `a miniature`, or `the model` where none can be built.
         switches: Lengths of a call at which it matters too, found by trying; True as in `lengths`.
     """
 
@@ -44,7 +44,7 @@ class Verdict:
     stay: bool = False
     loaded: bool = False
     which: str | None = None
-    attacked: str = "a miniature"
+    tried_on: str = "a miniature"
     switches: tuple[tuple[int, bool], ...] = ()
 
     def quirks(self, model: Any) -> Quirks:

@@ -67,7 +67,7 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
     belong to several models.
     """
     if len({cell.model.key for cell in cells}) != 1:
-        raise ValueError("heat_map takes the cells of exactly one model")
+        raise ValueError("heat_map takes benchmarks of exactly one model")
     layers = layers_of(WHOLE_LAYER, *cells)
     labels = [
         html.escape(label).replace(" · ", "<br>", 1) for label in wording.benchmark_labels(cells)

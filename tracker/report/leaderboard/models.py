@@ -138,7 +138,7 @@ def _not_shared(
     if not lacking and id(known[ranked[0]][key]) in outdated(known[ranked[0]].values()):
         return "its task was edited since: what was measured last counts"
     if not lacking:
-        return "the benchmark counts once, by its larger cells"
+        return "the benchmark counts once, by its larger sample"
     return f"not measured, or otherwise, for {', '.join(names[place] for place in lacking)}"
 
 

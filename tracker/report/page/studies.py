@@ -109,7 +109,7 @@ def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
     if not any(now):
         return ""
     return (
-        f"{sum(now)} of its {len(now)} cells hold other documents by now; for today's answer: "
+        f"{sum(now)} of its {len(now)} benchmarks hold other documents by now; for today's answer: "
         f"{finding.again}"
     )
 

@@ -28,7 +28,7 @@ def needed_table(rows: Sequence[Row], wanted: float) -> FoundTable:
     return table(
         f"How many documents rank the layers with a reliability of {wanted:g}",
         (
-            ("cell", "text"),
+            ("model and benchmark", "text"),
             ("ranked by", "text"),
             ("documents", "count"),
             ("two halves agree", "coefficient"),

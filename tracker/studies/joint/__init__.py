@@ -32,7 +32,7 @@ _ASSUMED = (
     "summaries Student's t over documents' own means; of coefficients from resampled documents. "
     "They hold the layers, and which pairs are at the floor, as they are.",
     "Tests: sign flips of the documents' interactions (exact where they are whole numbers), as if "
-    "each were as likely to be x as −x; over all pairs of a cell that are not at the floor, "
+    "each were as likely to be x as −x; over all pairs of a benchmark that are not at the floor, "
     f"Benjamini-Hochberg at a false discovery rate of {SIGNIFICANT:.0%}.",
     "R² is that of the sum itself as the prediction of the joint drop; no line is fitted.",
 )

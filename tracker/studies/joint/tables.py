@@ -37,7 +37,7 @@ def summary(rows: Sequence[Row]) -> FoundTable:
     return table(
         "How well the drops of two layers add up",
         (
-            ("cell", "text"),
+            ("model and benchmark", "text"),
             ("measure", "text"),
             ("documents", "count"),
             ("pairs", "count"),

@@ -64,7 +64,7 @@ class Rescale:
         found = [cell for mine in parts if (cell := costs(mine)) is not None]
         if not found:
             return StudyResult(
-                [], lacking=["no cell was measured with layers removed; run it again"]
+                [], lacking=["no benchmark was measured with layers removed; run it again"]
             )
         # Bits and fractions have no sum.
         alike = grouped(found, lambda cell: cell.measure)
@@ -89,7 +89,7 @@ def _answers(cells: Sequence[Costs]) -> list[str]:
     ways = [way for way in WAYS if all(way in cell.drops for cell in cells)]
     said = "".join(f", {_cost(cells, way)} with {NAMES[way]}" for way in ways)
     documents = sum(cell.n for cell in cells)
-    where = f"over {counted(len(cells), 'cell')} ({counted(documents, 'document')})"
+    where = f"over {counted(len(cells), 'benchmark')} ({counted(documents, 'document')})"
     answers.append(f"A layer costs {_cost(cells, 'remove')} when it is removed{said}; {where}.")
     shares = {
         what: {way: _won_back(cells, way, nats) for way in ways}

@@ -49,7 +49,7 @@ def summary(cells: Sequence[Costs]) -> FoundTable:
     return table(
         "What stands in for a layer, and how much of the drop it wins back",
         [
-            ("cell", "text"),
+            ("model and benchmark", "text"),
             ("documents", "count"),
             (f"mean {measure.change} of a removal{in_unit(measure)}", drop_unit(measure)),
             *won_back,
@@ -95,7 +95,7 @@ def significant(cells: Sequence[Costs]) -> FoundTable:
         "Layers where a stand-in does otherwise than nothing",
         (
             ("stand-in", "text"),
-            ("layers × cells tested", "count"),
+            ("layers × benchmarks tested", "count"),
             ("significantly better", "count"),
             ("significantly worse", "count"),
         ),

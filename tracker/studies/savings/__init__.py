@@ -184,5 +184,5 @@ def _errors(races: Sequence[Replayed]) -> str:
     promised = max(1 - one.asked.level for one in races)
     return (
         f"Of {len(races) * ORDERS:,} races {wrong:,} ended with a wrong answer; of one question in "
-        f"one cell at most {points(most)} %, where {points(promised)} % are promised at most."
+        f"one benchmark at most {points(most)} %, where {points(promised)} % are promised at most."
     )

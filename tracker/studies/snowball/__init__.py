@@ -266,8 +266,7 @@ def _between(cells: Sequence[Figures]) -> str:
     if twice := [name for name, times in stand.items() if times > 1]:
         return (
             f"Whether growth differs between benchmarks cannot be tested: {', '.join(twice)} "
-            "stands in several cells, whose documents are not independent; ask for one cell a "
-            "benchmark."
+            "stands in several, whose documents are not independent; ask for one of each."
         )
     layers = range(cells[0].layers - 1)
     adjusted = holm([unequal_growth([e.tokens[ALL].ratios[:, i] for e in cells]) for i in layers])
@@ -326,8 +325,8 @@ def _assumptions(draws: int) -> list[str]:
         "Growth: relative difference before the head over that right behind the layer; documents "
         "are independent. It snowballs where the factor is above 1 by Wilcoxon's signed rank test "
         "of the documents' log ratios (Wilcoxon 1945; symmetric where nothing grows), adjusted "
-        "over the layers of a cell by Holm's method (1979) to 5 %, and its interval excludes 1. "
-        "Intervals: expanded percentiles of resampled documents (Hesterberg 2015).",
+        "over the layers of a benchmark by Holm's method (1979) to 5 %, and its interval "
+        "excludes 1. Intervals: expanded percentiles of resampled documents (Hesterberg 2015).",
         "Layers are a series and no independent sample: p-values of correlations are against "
         "surrogate series as smooth over depth. Intervals of correlations keep the layers and draw "
         "the documents anew; the partial coefficient is Spearman's, linear in ranks.",

@@ -56,8 +56,8 @@ _DELETED = "previously created and deleted"
 """What the server says, with 409, to the id of a run that was deleted."""
 _IDS = 10  # that are tried
 _RENEWED = (
-    "runs of this cell had been deleted in W&B, which never frees an id; they are there again, "
-    "under other ids"
+    "runs of this benchmark had been deleted in W&B, which never frees an id; they are there "
+    "again, under other ids"
 )
 
 

@@ -10,7 +10,7 @@ import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces.workspaces.internal import get_view_dict
 
 TITLE = "Which layers matter"
-VIEW_TITLE = "Layers by cell"
+VIEW_TITLE = "Layers by benchmark"
 _VIEW = "trackercells"
 """The view's name in addresses; W&B takes letters and digits only."""
 
