@@ -2,17 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from tracker.core.ablations import (
-    INTACT,
-    Ablation,
-    Action,
-    ablate,
-    ablation_of,
-    ablations_of,
-    removals,
-)
+from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of, ablations_of, removals
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError
+from tracker.core.kinds import Action
 from tracker.core.records import RunIdentity
 from tracker.measuring.prepare import check_range
 

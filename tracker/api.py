@@ -40,8 +40,8 @@ from tracker.tracking.base import Ending
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tracker.core.config import Component
     from tracker.core.findings import FindingRecord
+    from tracker.core.kinds import Component
     from tracker.core.prune_records import PruneRecord
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.export.facts import Exported

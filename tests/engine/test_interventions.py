@@ -226,7 +226,7 @@ class TestFit:
 
     def test_a_stand_in_keeps_the_type_and_shape_of_a_state(self):
         fitted = Fitted(torch.ones(6), 0.5)
-        from tracker.core.ablations import Action
+        from tracker.core.kinds import Action
 
         state = torch.zeros(2, 3, 2, 3, dtype=torch.bfloat16)
         changed = fitted.change(Action.MEAN, state)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from tracker.core.config import Component
+from tracker.core.kinds import Component
 from tracker.core.records import CellRecord
 from tracker.report.charts import cells as cell_charts
 from tracker.report.charts import maps, style

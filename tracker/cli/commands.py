@@ -11,10 +11,8 @@ import click
 
 from tracker.cli.boundary import Boundary
 from tracker.cli.options import (
-    COMPONENTS,
     DTYPES,
     EXECUTORS,
-    INTERVENTIONS,
     Layers,
     Place,
     Setting,
@@ -37,9 +35,10 @@ from tracker.cli.printing import (
 )
 from tracker.cli.terminal import Show, begin, quiet, say
 from tracker.core.distribution import __version__
+from tracker.core.kinds import COMPONENTS, INTERVENTIONS
 
 if TYPE_CHECKING:
-    from tracker.core.config import Component, Intervention
+    from tracker.core.kinds import Component, Intervention
 
 
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,9 +12,7 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
-COMPONENTS = ("layer", "attention", "mlp")
 PARTS = ("calibration", "test")
-INTERVENTIONS = ("remove", "mean", "scale", "linear", "int8", "int4", "repeat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTORS = ("local", "ray", "slurm")
 FORMATS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")

@@ -10,7 +10,6 @@ import click
 
 from tracker.cli.commands import main
 from tracker.cli.options import (
-    COMPONENTS,
     DTYPES,
     Layers,
     Place,
@@ -24,9 +23,10 @@ from tracker.cli.options import (
 )
 from tracker.cli.printing import print_export
 from tracker.cli.terminal import Show
+from tracker.core.kinds import COMPONENTS
 
 if TYPE_CHECKING:
-    from tracker.core.config import Component
+    from tracker.core.kinds import Component
 
 
 @main.command()

@@ -10,7 +10,6 @@ import click
 
 from tracker.cli.commands import main
 from tracker.cli.options import (
-    COMPONENTS,
     DTYPES,
     Place,
     TrialCommand,
@@ -20,6 +19,7 @@ from tracker.cli.options import (
 )
 from tracker.cli.printing import print_end, print_export, print_finding
 from tracker.cli.terminal import Show, begin, say
+from tracker.core.kinds import COMPONENTS
 
 RESCORING = ("full", "lazy", "race")
 _ALONE = ("model", "benchmark", "strategy", "remove", "keep")

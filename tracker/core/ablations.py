@@ -4,41 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from itertools import chain, product
 
-from tracker.core.config import CellRequest, Component, Intervention
+from tracker.core.config import CellRequest
+from tracker.core.kinds import Action, Component, Intervention
 from tracker.core.records import BASELINE, RunIdentity
-
-
-class Action(Enum):
-    """What an ablation does at one layer."""
-
-    PASS = "pass"
-    SKIP = "skip"
-    NO_ATTENTION = "no attention"
-    NO_MLP = "no mlp"
-    MEAN = "mean"
-    SCALE = "scale"
-    LINEAR = "linear"
-    INT8 = "int8"
-    INT4 = "int4"
-    REPEAT = "repeat"
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether something that was fitted on calibration text stands in for the layer."""
-        return self in (Action.MEAN, Action.SCALE, Action.LINEAR)
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether the layer computes with quantised weights."""
-        return self in (Action.INT8, Action.INT4)
-
-    @property
-    def enters(self) -> bool:
-        """Whether the layer's own modules compute it."""
-        return self is not Action.SKIP and not self.is_fitted
 
 
 @dataclass(frozen=True)

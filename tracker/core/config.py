@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,6 +20,7 @@ from pydantic import (
 from tracker.core.arguments import Arguments
 from tracker.core.errors import RequestError
 from tracker.core.extent import DEFAULT_SEED, EVERY, Extent, Part, Positive
+from tracker.core.kinds import Component, Intervention
 from tracker.core.problems import first_problem
 from tracker.core.questions import Question, question
 from tracker.core.safe_yaml import short
@@ -39,20 +39,6 @@ Name = Annotated[
     str, StringConstraints(min_length=1, strip_whitespace=True), AfterValidator(_written)
 ]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Component = Literal["layer", "attention", "mlp"]
-"""What of a layer is removed: all of it, or one of its two sublayers."""
-Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
-"""What is done to a layer: it is removed; or replaced by its mean update, by a factor, by a linear
-map of its input, by itself with quantised weights, or by itself twice."""
-REPLACED_BY: Mapping[Intervention, str] = {
-    "mean": "its mean update",
-    "scale": "a factor",
-    "linear": "a linear map",
-    "int8": "itself in int8",
-    "int4": "itself in int4",
-    "repeat": "itself twice",
-}
-"""What stands in a layer's place where it is not removed."""
 Count = Annotated[int, Field(ge=0)]
 
 

@@ -24,18 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from tracker.core.config import (
-    IN_THE_FILE,
-    MAX_LAYERS,
-    CellRequest,
-    Component,
-    Count,
-    Intervention,
-    Name,
-    Strict,
-)
+from tracker.core.config import IN_THE_FILE, MAX_LAYERS, CellRequest, Count, Name, Strict
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
+from tracker.core.kinds import Component, Intervention
 from tracker.core.problems import first_problem
 from tracker.core.safe_yaml import SHOWN, read_yaml, short
 

@@ -10,9 +10,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tracker.core.config import Component, Layers
+from tracker.core.config import Layers
 from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
+from tracker.core.kinds import Component
 from tracker.core.records import Place
 
 Rescoring = Literal["full", "lazy", "race"]

@@ -8,13 +8,14 @@ missing, and under `provenance` that not all was measured by the same versions a
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, AliasChoices, Field
 
-from tracker.core.config import Component, Count, Intervention
+from tracker.core.config import Count
 from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
+from tracker.core.kinds import COMPONENTS, INTERVENTIONS, Component, Intervention
 
 BASELINE = "baseline"
 
@@ -69,8 +70,8 @@ class RunIdentity(Record):
     def order(self) -> tuple[int, int, int, int]:
         """What runs are sorted by: components outermost (layer, attention, mlp), interventions,
         spans."""
-        component = get_args(Component).index(self.component)
-        return (component, get_args(Intervention).index(self.intervention), self.span, self.layer)
+        component = COMPONENTS.index(self.component)
+        return (component, INTERVENTIONS.index(self.intervention), self.span, self.layer)
 
     def label(self, digits: int = 1) -> str:
         """Name the run where people read it: `layers 3–6`, `attention 3`, `mlp 3–6`, `mean 3`.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracker.core.ablations import INTACT, Ablation, Action, ablate, ablation_of
+from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.core.errors import ExperimentError, WorkError
 from tracker.core.extent import ALL, Extent, shuffled
 from tracker.core.identities import BenchmarkIdentity
+from tracker.core.kinds import Action
 from tracker.core.records import AnswerRecord, RunAnswer
 from tracker.core.views import View
 from tracker.ledger.blocks import BLOCK, Block, places

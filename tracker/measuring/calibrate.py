@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.ablations import INTACT, Ablation, Action
+from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.extent import Extent, random_order
+from tracker.core.kinds import Action
 from tracker.core.provenance import content_hash
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tracker.core.config import REPLACED_BY
 from tracker.core.identities import ModelIdentity
+from tracker.core.kinds import REPLACED_BY
 from tracker.core.records import (
     NO_REASON,
     WHOLE_LAYER,

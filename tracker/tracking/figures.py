@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import get_args
 
 from tracker.core.answers import interval_name, statement
-from tracker.core.config import REPLACED_BY, Component
 from tracker.core.decision_records import DecisionsRecord
+from tracker.core.kinds import KINDS
 from tracker.core.records import AnswerRecord, CellRecord, RunIdentity, RunRecord
 from tracker.tracking.base import LoggedTable, Scalar
 
@@ -26,7 +25,7 @@ CURVES = (
     "gold_logprob_drop",
 )
 """Fields of a `RunRecord` that a cell's run shows as curves over the layers."""
-_KINDS = "|".join(f"{word}/" for word in (*get_args(Component), *REPLACED_BY) if word != "layer")
+_KINDS = "|".join(f"{word}/" for word in KINDS if word != "layer")
 _CURVE = re.compile(rf"({_KINDS})?(span\d+/)?({'|'.join(CURVES)})")
 _LAYER_VALUES = (*CURVES, "mcnemar_p", "rounded", "drop_rounding")
 

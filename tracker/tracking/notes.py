@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tracker.core.answers import interval_name, statement
-from tracker.core.config import REPLACED_BY
+from tracker.core.kinds import REPLACED_BY
 from tracker.core.records import WHOLE_LAYER, CellRecord, RunRecord
 from tracker.core.text import as_markdown
 from tracker.tracking.identity import intact_name, run_name

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tracker.core.ablations import Action
 from tracker.core.documents import Document
+from tracker.core.kinds import Action
 from tracker.engine.memory import free_memory, stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.layer_forward import forking

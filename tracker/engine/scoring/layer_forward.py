@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tracker.core.ablations import Action
+from tracker.core.kinds import Action
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Masks, mask_place
 from tracker.engine.scoring.stand_in import StandIn
@@ -91,7 +91,7 @@ def forking(
             for module, sources in inside:
                 part = _SublayerFork(module, sources, module.forward, batched, turn)
                 stack.enter_context(replaced_forward(module, part))
-            if any(action.is_quantised for action in step.actions):
+            if any(action.bits for action in step.actions):
                 for each in linear_maps(layer, f"layer {index}"):
                     mine = [s for module, s in inside if any(m is each for m in module.modules())]
                     own = _QuantisedFork(each, step, mine[0] if mine else None, each.forward, turn)
@@ -242,8 +242,10 @@ class _QuantisedFork:
         if len(given) % len(computed):
             raise RefusalError("a linear map of its layers has no row a stream")
         ours, found = _by_stream(given, len(computed)), _by_stream(output, len(computed))
-        for action, bits in ((Action.INT8, 8), (Action.INT4, 4)):
-            if places := [computed.index(place) for place in self.step.places(action)]:
+        actions = [self.step.actions[stream] for stream in self.step.entering]
+        for bits in {action.bits for action in actions if action.bits is not None}:
+            places = [computed.index(i) for i, action in enumerate(actions) if action.bits == bits]
+            if places:
                 weight = quantised(outputs_first(self.module), bits)
                 bias = cast("Tensor | None", self.module.bias)
                 found[places] = linear(ours[places], weight, bias)

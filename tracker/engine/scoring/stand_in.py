@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tracker.core.ablations import Ablation, Action
+from tracker.core.ablations import Ablation
+from tracker.core.kinds import Action
 from tracker.models.quantised import quantise
 from tracker.models.sublayers import returning
 
@@ -88,8 +89,8 @@ def replacements(
 
 def _replace(action: Action, stand_in: StandIn | None, name: str, layer: nn.Module) -> None:
     """Change a layer; one that something stands in for still runs, and its output is dropped."""
-    if action.is_quantised:
-        quantise(layer, 8 if action is Action.INT8 else 4, name)
+    if action.bits is not None:
+        quantise(layer, action.bits, name)
         return
     assert stand_in is not None
     returning(layer, partial(stand_in.change, action))

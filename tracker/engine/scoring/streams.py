@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tracker.core.ablations import INTACT, Ablation, Action
+from tracker.core.ablations import INTACT, Ablation
+from tracker.core.kinds import Action
 
 _OF_PARTS = (Action.PASS, Action.NO_ATTENTION, Action.NO_MLP)
 

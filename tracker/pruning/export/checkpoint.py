@@ -13,9 +13,10 @@ from typing import Any
 
 from tracker.benchmarks.benchmark import check_benchmark
 from tracker.benchmarks.standalone import refuse_alone
-from tracker.core.config import CellRequest, Component, cell_request
+from tracker.core.config import CellRequest, cell_request
 from tracker.core.errors import CellError, RequestError, TrackerError, WorkError
 from tracker.core.identities import ModelIdentity
+from tracker.core.kinds import Component
 from tracker.core.provenance import machine
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options

@@ -11,8 +11,8 @@ from string import Template
 
 import yaml
 
-from tracker.core.config import Component
 from tracker.core.identities import ModelIdentity
+from tracker.core.kinds import Component
 from tracker.models.sources import PACKAGE, ModelSource
 
 WINDOWS = "llama.cpp, windows"

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.core.ablations import INTACT, Ablation, ablate
-from tracker.core.config import CellRequest, Component
+from tracker.core.config import CellRequest
 from tracker.core.identities import BenchmarkIdentity
+from tracker.core.kinds import COMPONENTS
 from tracker.core.views import View
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.scoring.sweep import Engine
@@ -77,7 +78,6 @@ class Known:
 
 
 _ANY = 3
-_COMPONENTS: tuple[Component, ...] = ("layer", "attention", "mlp")
 _Shape = tuple[int, ...]
 
 
@@ -93,7 +93,7 @@ def _drawn(shapes: Collection[_Shape], layers: int) -> Iterator[Ablation]:
     """
     draw = random.Random(0)
     sizes = {min(size, layers // 2) for size in (2, 3, layers // 4, layers // 2)} - {0, 1}
-    for component, most in zip(_COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
+    for component, most in zip(COMPONENTS, map(max, zip(*shapes, strict=True)), strict=True):
         for size in sorted(sizes) if most > 1 else ():
             first = draw.randrange(layers - size + 1)
             yield ablate(component, range(first, first + size))

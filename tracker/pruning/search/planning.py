@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tracker.core.ablations import INTACT, Ablation
-from tracker.core.config import CellRequest, Component
+from tracker.core.config import CellRequest
+from tracker.core.kinds import Component
 from tracker.engine.scoring.streams import plan_streams
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options

@@ -21,10 +21,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ValidationError, model_validator
 
-from tracker.core.config import CellRequest, Component, Name, Strict
+from tracker.core.config import CellRequest, Name, Strict
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
 from tracker.core.experiment import MAX_CELLS, Choice, Sweep, checked, is_of_removals
 from tracker.core.extent import Positive
+from tracker.core.kinds import Component
 from tracker.core.problems import first_problem
 from tracker.core.prune_records import Rescoring
 from tracker.core.safe_yaml import read_yaml

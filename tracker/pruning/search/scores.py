@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.core.ablations import INTACT, Ablation, ablate
-from tracker.core.config import Component
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
+from tracker.core.kinds import Component
 from tracker.core.prune_records import PruneCost, PruneStep
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.observers.span_similarity import span_similarity

@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tracker.core.answers import interval_name
+from tracker.core.kinds import KINDS
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind
 from tracker.report import formats, wording
 from tracker.report.charts.hover import along_layers, run_hover
@@ -15,7 +16,6 @@ from tracker.report.charts.style import (
     FAINT,
     GREY,
     HELPS,
-    KINDS,
     MATTERS,
     PROXY,
     Chart,
@@ -103,7 +103,7 @@ def layer_curve(cell: CellRecord) -> Chart:
         aside = min(0.2, 0.8 / len(kinds)) * (number - (len(kinds) - 1) / 2)
         axis.update(layers)
         drops = [finite(r.accuracy_drop, measure.scale) if r else None for r in records]
-        colour, symbol = KINDS[kind.word]
+        look = KINDS[kind.word]
         signs = [HELPS if drop is not None and drop < 0 else MATTERS for drop in drops]
         figures = [drop_estimate(record) if record else None for record in records]
         data.append(
@@ -112,11 +112,12 @@ def layer_curve(cell: CellRecord) -> Chart:
                 "name": measure.change if single else kind.word,
                 "x": layers if single else [layer + aside for layer in layers],
                 "y": drops,
-                "error_y": errors(figures, measure.scale) | ({} if single else {"color": colour}),
+                "error_y": errors(figures, measure.scale)
+                | ({} if single else {"color": look.colour}),
                 "mode": "lines+markers",
-                "line": {"color": FAINT if single else colour, "width": 1},
+                "line": {"color": FAINT if single else look.colour, "width": 1},
                 "marker": {"size": 7}
-                | ({"color": signs} if single else {"color": colour, "symbol": symbol}),
+                | ({"color": signs} if single else {"color": look.colour, "symbol": look.mark}),
                 "hovertext": hover,
                 "hoverinfo": "text",
                 "showlegend": not single,

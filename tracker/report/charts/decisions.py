@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from tracker.core.decision_records import DecisionsRecord
+from tracker.core.kinds import KINDS
 from tracker.core.records import CellRecord, layers_of
 from tracker.report import wording
 from tracker.report.charts.maps import ROWS, centred_map
-from tracker.report.charts.style import FAINT, GREY, KINDS, Chart, chart, errors, layer_axis, line
+from tracker.report.charts.style import FAINT, GREY, Chart, chart, errors, layer_axis, line
 from tracker.report.formats import counted, two_digits
 from tracker.stats.accuracy import Estimate
 from tracker.stats.agreement import clustered, phi
@@ -45,8 +46,8 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     for number, kind in enumerate(kinds):
         mine = [run for run in decided.runs if run.run.kind == kind and run.margins]
         found = [Estimate(m[1], m[0], m[2]) for run in mine if (m := run.margins)]
-        colour, symbol = KINDS[kind.word]
-        look = {"color": colour} if len(kinds) == 1 else line(number)
+        mark = KINDS[kind.word].mark
+        look = {"color": KINDS[kind.word].colour} if len(kinds) == 1 else line(number)
         traces.append(
             {
                 "type": "scatter",
@@ -56,7 +57,7 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
                 "error_y": errors(found),
                 "mode": "markers" if len(kinds) == 1 else "lines+markers",
                 "line": look,
-                "marker": {"color": look["color"], "size": 7, "symbol": symbol},
+                "marker": {"color": look["color"], "size": 7, "symbol": mark},
                 "hovertext": [
                     f"{run.run.label()}: median {two_digits(one.value or 0)}, half of the "
                     f"documents from {two_digits(one.low or 0)} to {two_digits(one.high or 0)}"

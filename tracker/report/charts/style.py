@@ -16,26 +16,15 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from tracker.core.kinds import KINDS
 from tracker.report.formats import defined
 from tracker.stats.accuracy import Estimate
 
-MATTERS = "#3d74a8"
+MATTERS = KINDS["layer"].colour
 HELPS = "#c4762f"
 PROXY = "#8a8a8a"
 GREY = "#808080"
 FAINT = "rgba(128,128,128,0.22)"
-KINDS = {
-    "layer": (MATTERS, "circle"),
-    "attention": ("#a8558f", "square"),
-    "mlp": ("#5f8a3a", "diamond"),
-    "mean": ("#2f8f8f", "triangle-up"),
-    "scale": ("#8c7a2e", "triangle-down"),
-    "linear": ("#7a6bc0", "pentagon"),
-    "int8": ("#6b7f8f", "hexagon"),
-    "int4": ("#b5483f", "star"),
-    "repeat": ("#b0607a", "cross"),
-}
-"""Colour and symbol of each kind of single layers where several share a chart."""
 LINES = (
     "#c4762f", "#5f8a3a", "#a8558f", "#2f8f8f", "#b5483f",
     "#7a6bc0", "#8c7a2e", "#6b7f8f", "#b0607a", "#4f8f5f",

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracker.core.config import CellRequest, Intervention
+from tracker.core.config import CellRequest
+from tracker.core.kinds import Intervention
 from tracker.report.formats import counted, fixed
 from tracker.stats.accuracy import Estimate
 from tracker.stats.recovered import recovered

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracker.core.ablations import ablation_of
-from tracker.core.config import Intervention
+from tracker.core.kinds import Intervention
 from tracker.core.records import RunIdentity
 from tracker.ledger.aligned import Array
 from tracker.report.formats import Measure, measure_of

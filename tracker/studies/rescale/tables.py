@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracker.core.config import Intervention
 from tracker.core.findings import Entry, FoundTable, Unit
+from tracker.core.kinds import Intervention
 from tracker.ledger.aligned import Array
 from tracker.report.formats import Measure
 from tracker.stats.multiple import holm

@@ -1,0 +1,85 @@
+"""What can be done to a layer: each way with its word, what it is, and its look in charts.
+
+A new way of changing a layer is a word of `Intervention`, an `Action` and an entry of `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, get_args
+
+Component = Literal["layer", "attention", "mlp"]
+"""What of a layer is removed: all of it, or one of its two sublayers."""
+Intervention = Literal["remove", "mean", "scale", "linear", "int8", "int4", "repeat"]
+"""What is done to a layer: it is removed, or something stands in its place."""
+COMPONENTS: tuple[Component, ...] = get_args(Component)
+INTERVENTIONS: tuple[Intervention, ...] = get_args(Intervention)
+
+
+class Action(Enum):
+    """What an ablation does at one layer: nothing, a removal, or an `Intervention` by its word."""
+
+    PASS = "pass"
+    SKIP = "skip"
+    NO_ATTENTION = "no attention"
+    NO_MLP = "no mlp"
+    MEAN = "mean"
+    SCALE = "scale"
+    LINEAR = "linear"
+    INT8 = "int8"
+    INT4 = "int4"
+    REPEAT = "repeat"
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether something that was fitted on calibration text stands in for the layer."""
+        return self.value in KINDS and KINDS[self.value].fitted
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the layer's weights where they are quantised."""
+        return KINDS[self.value].bits if self.value in KINDS else None
+
+    @property
+    def enters(self) -> bool:
+        """Whether the layer's own modules compute it."""
+        return self is not Action.SKIP and not self.is_fitted
+
+
+@dataclass(frozen=True)
+class KindLook:
+    """Runs of one kind, as they are called and drawn.
+
+    Attributes:
+        what: What is removed, or what stands in the layer's place, where people read it.
+        colour: Of its points; a mid-tone, legible on white and on black.
+        mark: Their symbol, one of plotly's.
+        fitted: Whether what stands in was fitted on calibration text.
+        bits: Bits of the layer's weights where they are quantised.
+    """
+
+    what: str
+    colour: str
+    mark: str
+    fitted: bool = False
+    bits: int | None = None
+
+
+KINDS: Mapping[str, KindLook] = {
+    "layer": KindLook("the layer", "#3d74a8", "circle"),
+    "attention": KindLook("its attention", "#a8558f", "square"),
+    "mlp": KindLook("its MLP", "#5f8a3a", "diamond"),
+    "mean": KindLook("its mean update", "#2f8f8f", "triangle-up", fitted=True),
+    "scale": KindLook("a factor", "#8c7a2e", "triangle-down", fitted=True),
+    "linear": KindLook("a linear map", "#7a6bc0", "pentagon", fitted=True),
+    "int8": KindLook("itself in int8", "#6b7f8f", "hexagon", bits=8),
+    "int4": KindLook("itself in int4", "#b5483f", "star", bits=4),
+    "repeat": KindLook("itself twice", "#b0607a", "cross"),
+}
+"""Every component that is removed and every intervention by its word."""
+REPLACED_BY: Mapping[Intervention, str] = {
+    word: KINDS[word].what for word in INTERVENTIONS if word != "remove"
+}
+"""What stands in a layer's place where it is not removed."""
