@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -24,7 +25,9 @@ from tracker.benchmarks import factory
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.config import CellRequest
+from tracker.core.documents import Prompt
 from tracker.core.extent import Extent
+from tracker.engine.scoring.sharing import FULL
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.store import Ledger
 from tracker.measuring.scorer import Generation
@@ -257,6 +260,26 @@ def test_a_model_that_refuses_is_generated_apart(family, why, sums, data, tmp_pa
         removed = [] if name == "baseline" else [int(name.split(":")[1])]
         expected = truth(without(model, removed), tokenizer, num_fewshot=1, limit=2)
         assert found == expected["texts"], name
+
+
+def test_why_each_generates_alone_is_said_in_words(monkeypatch):
+    """Was: what the model's own code raised."""
+    head = torch.nn.Linear(2, 2)
+
+    def texts(self, prompt, ablations):
+        if self.together:
+            head(torch.zeros(1, 3))
+        return [""] * len(ablations)
+
+    monkeypatch.setattr(Generation, "texts", texts)
+    engine = SimpleNamespace(sharing=FULL, loaded=SimpleNamespace(model=head))
+    prompt = Prompt("Question:", {"until": ["!"], "max_gen_toks": 4})
+    apart, why = Generation(engine, None).checked(prompt, single_layers([0]))
+    assert not apart.together
+    assert why == (
+        "each ablation generates alone, because its layers refuse the states of several ablations "
+        "as one batch"
+    )
 
 
 def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(
