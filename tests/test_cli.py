@@ -184,12 +184,12 @@ def test_reports_and_leaderboards(cli, tiny_llama, experiment, tmp_path, monkeyp
     assert cli("run", file, "--results", results, "--track", "none").exit_code == 0
     monkeypatch.chdir(tmp_path)
     written = cli("report")
-    assert (written.exit_code, written.output) == (0, "1 benchmark: results/report.html\n")
+    assert (written.exit_code, written.output) == (0, "1 measurement: results/report.html\n")
     markdown = cli("report", results, results, "--format", "md")
-    assert markdown.output == "1 benchmark: report.md\n", "two sources are about no one folder"
+    assert markdown.output == "1 measurement: report.md\n", "two sources are about no one folder"
     assert "| tiny-llama | 1" in (tmp_path / "report.md").read_text()
     data = cli("report", "--format", "csv", "--output", "data")
-    assert data.output == f"1 benchmark: {len(list(Path('data').iterdir()))} files in data\n"
+    assert data.output == f"1 measurement: {len(list(Path('data').iterdir()))} files in data\n"
     assert len((tmp_path / "data" / "layers.csv").read_text().splitlines()) == 3
 
     board = cli("leaderboard")
@@ -212,14 +212,14 @@ def test_check(cli, tmp_path):
     copy = shutil.copytree(root, tmp_path / "copy")
     whole = cli("check", "--results", root, "--against", copy)
     assert whole.exit_code == 0, whole.output
-    assert f"1 benchmark, 3 shards: all is as it was written; equal to {copy}" in whole.output
+    assert f"1 measurement, 3 shards: all is as it was written; equal to {copy}" in whole.output
     shard = next(root.glob("cells/*/shards/*.parquet"))
     faults.flip(shard, 999)
     for _ in range(2):  # it stays damage until the file that was set aside is gone
         found = cli("check", "--results", root, "--against", copy)
         assert found.exit_code == 1
         assert f"damaged: {shard.with_suffix('.aside')}: it was set aside" in found.output
-        assert "1 benchmark, 2 shards: damaged; it differs from" in found.output
+        assert "1 measurement, 2 shards: damaged; it differs from" in found.output
     old = cli("check", "--results", shutil.copytree(faults.OLD, tmp_path / "old"))
     assert (old.exit_code, "unproved: an older tracker wrote them" in old.output) == (0, True)
     refused(cli("check", "--results", tmp_path / "nothing"), "not a results folder")
@@ -269,7 +269,7 @@ def test_ls_names_what_was_begun_and_not_finished(cli, tmp_path):
     assert f"unfinished: {requests.parent}: 6 documents; its run goes" in found.output
     refused(cli("report", "--results", root), "no finished cell", "goes on with it")
     synced = cli("sync", "--results", root)
-    assert (synced.exit_code, synced.output.splitlines()[0]) == (0, "published: 0 benchmarks")
+    assert (synced.exit_code, synced.output.splitlines()[0]) == (0, "published: 0 measurements")
     assert f"not published yet: {requests.parent}: its run goes on" in synced.output
     finished = faults.make(tmp_path / "finished")
     for command in (("report", "--output", tmp_path / "both.html"), ("leaderboard",)):

@@ -767,7 +767,7 @@ def check(
     ledger = Ledger.existing(Path(results))
     other = None if against is None else Ledger.existing(Path(against))
     progress = progress or Silent()
-    progress.start("verifying", len(ledger.cells()), "cells")
+    progress.start("verifying", len(ledger.cells()), "measurements")
     try:
         found = verify(ledger, progress.advance)
     finally:

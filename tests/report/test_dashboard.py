@@ -89,7 +89,7 @@ class TestOverview:
             and record.value is not None
         )
         median = (values[1] + values[2]) / 2
-        assert f"median Spearman {median:.2f} over 4 benchmarks" in text
+        assert f"median Spearman {median:.2f} over 4 measurements" in text
         assert f"({values[0]:.2f} to {values[-1]:.2f})" in text
         chance = 100 * (4 * (1 - 1 / LAYERS) + 1 - 1 / (LAYERS - 2)) / 5
         assert f"those of two random orders for {chance:.1f} %" in text

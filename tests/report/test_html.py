@@ -250,7 +250,7 @@ def test_models_and_equal_labels_stay_apart() -> None:
     page = render_page([one, third, other], {})
     assert "arc_easy · 0-shot · ffffffff" in page
     assert 'id="model-2-cell-1"' in page
-    assert "2 models, 3 benchmarks" in page
+    assert "2 models, 3 measurements" in page
     assert "tasks weighted by their documents" in page
     links = re.findall(r'<td class="text"><a href="#([^"]+)"', page)
     assert links == ["model-1-cell-1", "model-2-cell-1", "model-1-cell-2"]

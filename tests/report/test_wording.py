@@ -131,8 +131,8 @@ def test_one_cell_is_summed_up_by_its_own_interval() -> None:
     (record,) = [r for r in (wording.correlation(cell),) if r is not None]
     said = wording.summary([cell])
     assert said.endswith(f" is {wording.correlation_text(record)}; 1 would be the same order.")
-    assert "1 of 1 benchmark" not in said
-    assert "in 2 of 2 benchmarks its 95 % interval lies above 0." in wording.summary([cell, cell])
+    assert "1 of 1 measurement" not in said
+    assert "in 2 of 2 measurements its 95 % interval lies above 0." in wording.summary([cell, cell])
 
 
 def test_summary_without_a_correlation() -> None:

@@ -514,7 +514,7 @@ def test_a_report_in_wandb_is_replaced_and_not_repeated(
         "Layers by benchmark",
     )
     blocks = json.loads(report["spec"])["blocks"]
-    assert "1 model, 1 benchmark" in json.dumps(blocks)
+    assert "1 model, 1 measurement" in json.dumps(blocks)
     grids = [block for block in blocks if block["type"] == "panel-grid"]
     assert len(grids) == 2
     keys = json.dumps(grids)

@@ -132,7 +132,7 @@ def test_the_page_has_a_section_and_says_when_it_is_outgrown() -> None:
     assert "12.5 (10.0 to 15.0)" in page
     assert outgrown(FINDING, [("key", "intact", 10)]) == ""
     assert outgrown(FINDING, [("key", "intact", 12)]) == (
-        "1 of its 1 benchmarks hold other documents by now; for today's answer: tracker study "
+        "1 of its 1 measurements hold other documents by now; for today's answer: tracker study "
         "joint file.yaml"
     )
 

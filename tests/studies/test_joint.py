@@ -105,7 +105,7 @@ def test_pairs_are_those_of_models_that_really_lack_both(
 
     # The section shows the pairs; as cells they would count among those that proxies order.
     page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
-    assert "1 model, 1 benchmark;" in page
+    assert "1 model, 1 measurement;" in page
     images = api.report(tmp_path / "results", form="png").files
     charts = {f"joint--{path.stem}-{n}" for n in range(1, len(done.finding.charts) + 1)}
     assert charts < {image.stem for image in images}

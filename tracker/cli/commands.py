@@ -338,7 +338,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     asked, _ = load_experiment(experiment)
     cells = asked.cells()
     runs, notes = check(cells, trust_remote_code)
-    say(f"{experiment} is valid: {counted(len(cells), 'benchmark')}, {counted(runs, 'run')}")
+    say(f"{experiment} is valid: {counted(len(cells), 'measurement')}, {counted(runs, 'run')}")
     if asked.capped:
         say(asked.capped)
     for note in notes:

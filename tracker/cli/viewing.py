@@ -82,7 +82,7 @@ def report(
     written = ", ".join(map(str, done.files))
     if len(done.files) > 1:
         written = f"{len(done.files)} files in {done.files[0].parent}"
-    say(f"{counted(len(done.cells), 'benchmark')}: {written}")
+    say(f"{counted(len(done.cells), 'measurement')}: {written}")
     _end_report(done)
 
 
@@ -156,16 +156,14 @@ def sync(to: str | None, sweep: str | None, publish_documents: bool, results: Pa
     if targets == ():
         raise click.BadParameter("'none' is nothing to publish to; write mlflow or wandb")
     done = api.sync(targets, results=results, publish_documents=publish_documents)
-    say(f"published: {counted(len(done.published), 'benchmark')}")
+    say(f"published: {counted(len(done.published), 'measurement')}")
     for place, cells in done.places.items():
         new, changed, same = (
             sum(getattr(cell, what) for cell in cells)
             for what in ("created", "updated", "unchanged")
         )
-        said = (
-            f"{counted(len(cells), 'benchmark')}; {new} runs are new, {changed} changed, {same} not"
-        )
-        say(f"{place}: {said}")
+        runs = f"{new} runs are new, {changed} changed, {same} not"
+        say(f"{place}: {counted(len(cells), 'measurement')}; {runs}")
     for location in dict.fromkeys(done.locations.values()):
         say(f"see them: {runnable(location)}")
     for note in done.notes:
@@ -321,9 +319,9 @@ def check(results: Path, against: Path | None) -> None:
     from tracker import api
 
     found, differences = api.check(results, against, Show(error=True))
-    columns = ("benchmark", "shards", "unproved", "documents", "outcomes", "set aside")
+    columns = ("measurement", "shards", "unproved", "documents", "outcomes", "set aside")
     table(
-        [(name, name != "benchmark") for name in columns],
+        [(name, name != "measurement") for name in columns],
         [
             (
                 cell.store.folder.name,
@@ -347,5 +345,5 @@ def check(results: Path, against: Path | None) -> None:
     shards = counted(sum(cell.shards for cell in found.cells), "shard")
     verdict = "damaged" if found.damaged else "all is as it was written"
     copies = f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""
-    say(f"{counted(len(found.cells), 'benchmark')}, {shards}: {verdict}{copies}")
+    say(f"{counted(len(found.cells), 'measurement')}, {shards}: {verdict}{copies}")
     sys.exit(1 if found.damaged or differences else 0)

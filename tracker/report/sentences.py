@@ -33,11 +33,11 @@ def agreement_sentence(found: Agreement) -> str:
     if not values:
         says = f"The {name}: no rank correlation with the accuracy drop is defined"
     elif len(values) == 1:
-        says = f"The {name}: Spearman {two_digits(values[0])} (one benchmark)"
+        says = f"The {name}: Spearman {two_digits(values[0])} (one measurement)"
     else:
         says = (
             f"The {name}: median Spearman {two_digits(median(values))} over {len(values)} "
-            f"benchmarks ({two_digits(min(values))} to {two_digits(max(values))})"
+            f"measurements ({two_digits(min(values))} to {two_digits(max(values))})"
         )
     return f"{says}; {_differ(found)}."
 
@@ -83,7 +83,7 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
             why = f"half precision rounds coarsely, or {why}"
         text += f" {unsteady} of them differ by more than rounding should: {why}, in lm-eval too."
     if without:
-        text += f" Of {counted(without, 'benchmark')} none was drawn."
+        text += f" Of {counted(without, 'measurement')} none was drawn."
     return text
 
 

@@ -339,7 +339,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
     if not cells:
         return "No benchmark is measured yet, so there is nothing to show."
     models = len({cell.model.key for cell in cells})
-    text = f"{counted(models, 'model')}, {counted(len(cells), 'benchmark')}; {_turns(cells)}. "
+    text = f"{counted(models, 'model')}, {counted(len(cells), 'measurement')}; {_turns(cells)}. "
     records = [record for cell in cells if (record := correlation(cell))]
     values = sorted(record.value for record in records if defined(record.value))
     if not values:
@@ -361,7 +361,7 @@ def summary(cells: Sequence[CellRecord]) -> str:
     text += (
         f"The Spearman correlation of cost and cosine score over the layers {span} (1 = the same "
         "order); in "
-        f"{above} of {counted(len(cells), 'benchmark')} its 95 % interval lies above 0"
+        f"{above} of {counted(len(cells), 'measurement')} its 95 % interval lies above 0"
     )
     without = len(cells) - len(values)
     return f"{text}, in {without} it is undefined." if without else f"{text}."

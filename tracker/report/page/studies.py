@@ -109,8 +109,8 @@ def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
     if not any(now):
         return ""
     return (
-        f"{sum(now)} of its {len(now)} benchmarks hold other documents by now; for today's answer: "
-        f"{finding.again}"
+        f"{sum(now)} of its {len(now)} measurements hold other documents by now; for today's "
+        f"answer: {finding.again}"
     )
 
 
