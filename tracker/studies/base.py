@@ -140,16 +140,45 @@ class StudyResult:
         )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What one study alone can be told, on the command line and as an argument of its class.
+
+    Attributes:
+        name: The argument's name.
+        kind: Of which type it is.
+        help: What it means, in a sentence.
+        default: What holds where it is not said.
+        repeated: Whether it may be given again; the argument is a sequence then.
+        least: The smallest number that is allowed; None where the study says it itself.
+        most: The largest one.
+        flag: How it is typed, where that is not its name.
+    """
+
+    name: str
+    kind: type[int] | type[float] | type[str] | type[Path]
+    help: str
+    default: int | float | None = None
+    repeated: bool = False
+    least: int | None = None
+    most: int | None = None
+    flag: str = ""
+
+
 class Study(Protocol):
     """One question. A folder of this package has one, and `registry` names it.
 
     Attributes:
         name: What it is called on the command line.
         question: What it asks, as a sentence that heads its section.
+        about: What `--help` says below what it asks: how it goes about it, and examples.
+        settings: What it alone can be told.
     """
 
     name: str
     question: str
+    about: str
+    settings: tuple[Setting, ...]
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells that it needs measured, equal models next to each other.

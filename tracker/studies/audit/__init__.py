@@ -38,6 +38,21 @@ class Audit:
         "Which proxy of a layer's relevance tells what removing the layer costs, and which is "
         "worth its compute?"
     )
+    about = """
+    A proxy is a figure that stands in for the accuracy drop, as the cosine score does.
+    This study removes each whole layer in EXPERIMENT, measures the accuracy that it costs, and sets
+    nine proxies beside it: cosine score, angular distance, relative update, first-order Taylor,
+    logit-lens changes, perplexity, KL and Jensen-Shannon divergence, the gold answer's
+    log-probability. It says how well each orders the layers, beside chance, and for how many
+    forward passes; with two benchmarks or more also whether relevance depends on the task. At
+    least three layers; better all of them.
+
+    \b
+    Examples:
+      tracker study audit experiments/demo.yaml
+      tracker study audit experiments/demo.yaml --results results --track none
+    """
+    settings = ()
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells of the file, each with its whole single layers of the intact model."""

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.report.formats import interval, two_digits
-from tracker.studies.base import FEWEST, StudyContext, StudyResult, Subject, grouped, whole_layers
+from tracker.studies.base import (
+    FEWEST,
+    Setting,
+    StudyContext,
+    StudyResult,
+    Subject,
+    grouped,
+    whole_layers,
+)
 from tracker.studies.calibration.charts import agreement_chart, overlap_chart
 from tracker.studies.calibration.figures import SHOWN, Curve, curve_of, joined, measures
 from tracker.studies.calibration.tables import agreement_table, needed_row, needed_table
@@ -37,6 +45,23 @@ class Calibration:
 
     name = "calibration"
     question = "How many documents until the ranking of layers is stable?"
+    about = """
+    Random samples are drawn from the measured documents, and two of them that share none are asked
+    for the order of the layers: how well they agree is how far a ranking by so many documents can
+    be trusted. This is said of the accuracy drop and of the proxies, with the number of documents
+    that it takes. Nothing is measured but the runs in EXPERIMENT; the more documents, the better
+    the answer.
+
+    \b
+    Examples:
+      tracker study calibration experiments/demo.yaml
+      tracker study calibration experiments/demo.yaml --reliability 0.8
+    """
+    settings = (
+        Setting(
+            "reliability", float, "The rank correlation of two samples that is wanted.", default=0.9
+        ),
+    )
 
     def __init__(self, reliability: float = RELIABILITY) -> None:
         if not 0 < reliability < 1:

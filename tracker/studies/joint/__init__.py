@@ -43,6 +43,18 @@ class Joint:
 
     name = "joint"
     question = "Do the drops of two layers add up when both are removed?"
+    about = """
+    Every two of the layers in EXPERIMENT are removed together, and what both cost is set beside the
+    sum of what each costs alone: more is called redundant, less sub-additive. 30 layers have 435
+    pairs, about ten times the work of the file itself. Name fewer layers or documents for a
+    first look.
+
+    \b
+    Examples:
+      tracker study joint experiments/demo.yaml
+      tracker study joint experiments/demo.yaml --track none
+    """
+    settings = ()
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Ask for the file's cells, and for each layer with all later ones.

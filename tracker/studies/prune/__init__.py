@@ -15,6 +15,7 @@ from tracker.pruning.search.request import SearchRequest, calibration_of, search
 from tracker.pruning.search.search import budget_of, refuse_mixed, refuse_unknown
 from tracker.studies.base import (
     SIGNIFICANT,
+    Setting,
     StudyContext,
     StudyResult,
     Subject,
@@ -59,6 +60,44 @@ class Prune:
 
     name = "prune"
     question = "Does pruning by measured accuracy beat pruning by proxies, and what does it cost?"
+    about = """
+    Layers are searched, for each benchmark in EXPERIMENT, by several strategies: by the accuracy
+    that is left, by proxies, from the end, at random. As many documents as 'sample' says choose;
+    others test what was chosen. Accuracy and the cosine score are also calibrated on all
+    benchmarks together, and on plain text. The study says which strategy leaves the most, with
+    paired intervals, and what each search cost. It shares all that is measured with 'tracker
+    prune', and goes on where it was stopped.
+
+    \b
+    Examples:
+      tracker study prune experiments/study.yaml
+      tracker study prune experiments/study.yaml --remove "25 %" --text c4.txt
+      tracker study prune experiments/demo.yaml --strategy accuracy --strategy cosine_oneshot
+    """
+    settings = (
+        Setting(
+            "remove",
+            str,
+            "How much goes, as in 'tracker prune'; may be given again. Default: 25 % and 50 %.",
+            repeated=True,
+        ),
+        Setting(
+            "strategy",
+            str,
+            "How to choose, as in 'tracker prune'; may be given again. Default: accuracy, "
+            "gold_logprob, taylor, perplexity, cosine_oneshot, relative_update, last and random.",
+            repeated=True,
+        ),
+        Setting(
+            "text",
+            Path,
+            "Plain text to calibrate on too: a .txt file with blank lines between documents, or "
+            "a .jsonl file.",
+        ),
+        Setting(
+            "test_sample", int, "Test documents of each task. Default: as many as choose.", least=1
+        ),
+    )
 
     def __init__(
         self,

@@ -46,6 +46,19 @@ class Rescale:
 
     name = "rescale"
     question = "Is what a removal costs only missing scale?"
+    about = """
+    Each layer in EXPERIMENT is removed, and replaced by a factor of its input, by its mean update
+    and by a linear map of its input, all fitted on other documents. The study says how much of the
+    drop each of these wins back, whatever 'intervention' the file names: if a factor does, the
+    layer was missed for the size of the hidden state alone. About four times the work of removing
+    the layers.
+
+    \b
+    Examples:
+      tracker study rescale experiments/replaced.yaml
+      tracker study rescale experiments/demo.yaml --results results --track none
+    """
+    settings = ()
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """Ask for each cell twice: a linear map that cannot be fitted leaves the rest alone.

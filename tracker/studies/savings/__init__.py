@@ -13,7 +13,7 @@ from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.questions import question
 from tracker.ledger.early_stopping import refuse_unbounded
 from tracker.report.formats import defined, points
-from tracker.studies.base import StudyContext, StudyResult, Subject
+from tracker.studies.base import Setting, StudyContext, StudyResult, Subject
 from tracker.studies.savings.charts import passes_chart
 from tracker.studies.savings.figures import (
     ORDERS,
@@ -76,6 +76,27 @@ class Savings:
 
     name = "savings"
     question = "How much less has to be measured where a question is enough?"
+    about = """
+    'until' in an experiment file ends a benchmark when its question is answered. This study
+    measures the runs in EXPERIMENT in full, draws their documents in 200 random orders, and says
+    how many of them, and of the layer passes, each question would have taken, whether its answer
+    is that of all documents, and what bounds it: how far the runs in question are apart, and how
+    much documents differ. Leave 'until' out of the file.
+
+    \b
+    Examples:
+      tracker study savings experiments/demo.yaml
+      tracker study savings experiments/demo.yaml --question "top 3" --question "prune 10 at 99 %"
+    """
+    settings = (
+        Setting(
+            "questions",
+            str,
+            "A question as 'until' takes it; may be given again. Default: nine, such as 'top 5'.",
+            repeated=True,
+            flag="--question",
+        ),
+    )
 
     def __init__(self, questions: Sequence[str] = ()) -> None:
         try:

@@ -20,6 +20,7 @@ from tracker.stats.growth import fewest_to_show, unequal_growth
 from tracker.stats.multiple import holm
 from tracker.studies.base import (
     SIGNIFICANT,
+    Setting,
     StudyContext,
     StudyResult,
     Subject,
@@ -44,6 +45,28 @@ class Snowball:
 
     name = "snowball"
     question = "Do later layers amplify what the removal of a layer changes?"
+    about = """
+    Each layer is removed, and perturbed by as much in random directions. The difference to the
+    intact residual stream, relative to it, is followed behind every later layer: where it is larger
+    at the end than right behind the layer, it snowballs. The study says in which layers it does, by
+    what factor, and whether that explains what the cosine score misjudges. Let 'layer' in
+    EXPERIMENT hold every layer: the accuracy that each removal costs is set beside the growth.
+
+    \b
+    Examples:
+      tracker study snowball experiments/demo.yaml
+      tracker study snowball experiments/demo.yaml --draws 8
+    """
+    settings = (
+        Setting(
+            "draws",
+            int,
+            "Random directions for each layer and token; each costs as much as all removals.",
+            default=2,
+            least=1,
+            most=1000,
+        ),
+    )
 
     def __init__(self, draws: int = DRAWS) -> None:
         if draws < 1:

@@ -17,7 +17,7 @@ from tracker.core.errors import RequestError
 from tracker.ledger.files import lock_file
 from tracker.models.counterexample import LARGEST, LAYERS, SMALLEST, WHISPER, Counterexample
 from tracker.report.formats import counted
-from tracker.studies.base import StudyContext, StudyResult, Subject, grouped
+from tracker.studies.base import Setting, StudyContext, StudyResult, Subject, grouped
 from tracker.studies.theorem.building import build, fingerprint, save, taught_by
 from tracker.studies.theorem.figures import Built, Shown, measured
 from tracker.studies.theorem.tables import layers_table, models_table, tiny
@@ -34,6 +34,27 @@ class Theorem:
 
     name = "theorem"
     question = "Can the layer with the lowest cosine score decide every answer?"
+    about = """
+    The paper proves that it can; this study builds the model that shows it. For the documents of
+    EXPERIMENT's benchmarks and each ε, a transformer of five layers is written down (the file's
+    model gives the tokenizer alone) and measured as any model is: layer 2 has the cosine score ε,
+    the lowest; the model answers every document, and none without layer 2. The checkpoints stay in
+    the results folder, in studies/theorem, for transformers or lm_eval.
+
+    \b
+    Examples:
+      tracker study theorem experiments/demo.yaml
+      tracker study theorem experiments/demo.yaml --epsilon 1e-3 --epsilon 1e-8
+    """
+    settings = (
+        Setting(
+            "epsilon",
+            float,
+            "Cosine score of the deciding layer; may be given again. Default: 1e-1, 1e-2, 1e-4, "
+            "1e-6 and 1e-8.",
+            repeated=True,
+        ),
+    )
 
     def __init__(self, epsilon: Sequence[float] = EPSILONS) -> None:
         self._epsilons = tuple(sorted(set(epsilon), reverse=True)) or EPSILONS
