@@ -6,6 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from playwright.sync_api import Browser
 from tracker.core.documents import DocumentText
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, TaskIdentity
 from tracker.core.records import CellRecord, CorrelationRecord, RunIdentity, RunRecord
+from tracker.core.tables import Table, headed, written
 from tracker.ledger.decisions import Decided, Decisions
 from tracker.ledger.texts import KeptText
 from tracker.stats.decisions import choices, margins
@@ -251,3 +253,11 @@ def build_decisions(cell: CellRecord, n: int = 60, public: bool = True, seed: in
     task = cell.benchmark.tasks[0].name
     places = [(task, number) for number in range(n)]
     return Decisions(places, texts, gold, 4, decided(0.6, base), runs, True, {})
+
+
+def as_read(table: Table) -> SimpleNamespace:
+    """A table as people read it: `labels`, and `rows` of texts with their reasons."""
+    rows = [[written(e, h) for e, h in zip(r, table.headings, strict=True)] for r in table.rows]
+    return SimpleNamespace(
+        labels=list(map(headed, table.headings)), rows=rows, notes=table.notes, title=table.title
+    )

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from tracker.core import formats
 from tracker.core.records import NOT_MEASURED, CellRecord
-from tracker.report import formats
 from tracker.report.charts.headline import marked_layers, near_together, story
 from tracker.report.leaderboard.layers import layer_board
 

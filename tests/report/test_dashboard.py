@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from plotly.graph_objects import Figure
 
+from tracker.core.formats import fixed, points, two_digits
 from tracker.core.records import CellRecord
 from tracker.ledger.decisions import decisions_record
 from tracker.report import frames
 from tracker.report.charts import across, model, ranks, style
-from tracker.report.formats import fixed, points, two_digits
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
 from tracker.report.leaderboard.pairs import compare, pairs_of
@@ -27,7 +27,16 @@ from tracker.report.leaderboard.tables import difference_table, layer_board_tabl
 from tracker.report.page.html import render_page, render_report
 from tracker.report.sentences import agreement_sentence, critical_sentence
 
-from .conftest import AT_CHANCE, LAYERS, build_cell, build_decisions, study, two_models, with_layer
+from .conftest import (
+    AT_CHANCE,
+    LAYERS,
+    as_read,
+    build_cell,
+    build_decisions,
+    study,
+    two_models,
+    with_layer,
+)
 from .test_html import HOSTILE, number, read
 
 
@@ -147,7 +156,7 @@ class TestRanks:
         assert found[0].off == worst
         assert [one.off for one in found] == sorted((one.off for one in found), reverse=True)
         assert len(found) == 10
-        row = misjudged_table(board, "m").rows[0]
+        row = as_read(misjudged_table(board, "m")).rows[0]
         first = found[0]
         assert [value.text for value in row[:4]] == [
             str(first.standing.layer),
@@ -242,8 +251,8 @@ class TestAcross:
             for layer, estimate in compare(mine, theirs):
                 assert row[layer] == pytest.approx(100 * estimate.value)
                 value = table.rows[layer][place + 1]
-                assert value.exact == pytest.approx(100 * estimate.value)
-                assert value.ends == pytest.approx((100 * estimate.low, 100 * estimate.high))
+                figures = (estimate.value, estimate.low, estimate.high)
+                assert (value.value, value.low, value.high) == pytest.approx(figures)
         sure = sum(
             estimate.low > 0 or estimate.high < 0
             for mine, theirs in zip(one, other, strict=True)

@@ -20,7 +20,7 @@ from tracker.report.page import decisions as shown
 from tracker.report.page.decisions import BUDGET, decision_table, packed_documents
 from tracker.report.page.html import render_page, render_report
 
-from .conftest import build_cell, build_decisions
+from .conftest import as_read, build_cell, build_decisions
 from .test_html import HOSTILE, number, read
 from .visit import Visit
 
@@ -64,15 +64,15 @@ class TestTable:
     def test_many_options_share_a_column(self, record) -> None:
         many = record.model_copy(update={"options": (0.1,) * 10, "gold": (0.1,) * 10})
         runs = tuple(run.model_copy(update={"options": (0.1,) * 10}) for run in record.runs)
-        table = decision_table(CELL, many.model_copy(update={"runs": runs}))
-        assert [c.label for c in table.columns][-2:] == ["F taken (%)", "later ones (%)"]
+        table = as_read(decision_table(CELL, many.model_copy(update={"runs": runs})))
+        assert table.labels[-2:] == ["F taken (%)", "later ones (%)"]
         assert [value.text for value in table.rows[1]][-2:] == ["10.0", "40.0"]
 
     def test_what_is_undefined_says_why(self, record) -> None:
         why = "acc_norm divides by the lengths of options"
         none = {"margins": None, "reasons": {"margin": why}}
         runs = tuple(run.model_copy(update={"margins": None}) for run in record.runs)
-        table = decision_table(CELL, record.model_copy(update={**none, "runs": runs}))
+        table = as_read(decision_table(CELL, record.model_copy(update={**none, "runs": runs})))
         assert (table.rows[1][3].text, table.rows[1][3].reason) == ("–", why)
         assert f"Margins: {why}." in table.notes
 

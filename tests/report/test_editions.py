@@ -47,7 +47,7 @@ def test_rows_that_read_the_same_are_told_apart() -> None:
     cells = [ONE, TWO, THREE]
     assert row_labels(cells) == [("SmolLM2", each) for each in says]
     assert benchmark_labels(cells) == [f"our_sums · 0-shot · {each}" for each in says]
-    rows = [row[1].text for row in overview_table(cells).rows]
+    rows = [row[1] for row in overview_table(cells).rows]
     assert rows == [f"our_sums · 0-shot · acc · {each}" for each in says]
 
 

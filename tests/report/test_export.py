@@ -12,9 +12,9 @@ import pytest
 from tests.studies.test_findings import FINDING
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
+from tracker.core.formats import fixed, points
 from tracker.core.records import CellRecord
 from tracker.report.export import FORMATS, boards, export, figures, frames
-from tracker.report.formats import fixed, points
 from tracker.report.leaderboard.layers import layer_board
 from tracker.tracking.notes import cell_note, intact_note, layer_note
 
@@ -57,12 +57,13 @@ def test_markdown_and_latex_say_the_leaderboard(
     assert found.value is not None
     assert found.low is not None
     assert found.high is not None
-    relevance = f"{fixed(found.value, 3)} ({fixed(found.low, 3)} to {fixed(found.high, 3)})"
+    relevance = f"{fixed(found.value, 2)} ({fixed(found.low, 2)} to {fixed(found.high, 2)})"
     text = markdown.read_text()
-    row = next(line for line in text.splitlines() if line.startswith("| base\\|model"))
+    text = text.partition("base\\|model: its layers")[2]
+    row = next(line for line in text.splitlines() if line.startswith("| 1"))
     cells = [part.strip() for part in re.split(r"(?<!\\)\|", row)[1:-1]]
-    assert cells[1:4] == ["1", str(first.layer), relevance]
-    assert cells[4].startswith(points(first.drop.value or 0))
+    assert cells[:3] == ["1", str(first.layer), relevance]
+    assert cells[3].startswith(points(first.drop.value or 0))
     source = latex.read_text()
     assert source.count("\\toprule") == 3
     assert "instruct\\_50\\%" in source

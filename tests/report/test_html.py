@@ -94,12 +94,12 @@ def test_layer_table_equals_the_records(page: str) -> None:
         low, high = (number(end) for end in row["95 % interval (pp)"][0].split(" to "))
         assert low == pytest.approx(100 * record.accuracy_drop_low, abs=0.051)
         assert high == pytest.approx(100 * record.accuracy_drop_high, abs=0.051)
-        assert shown("accuracy relevance") == pytest.approx(record.accuracy_relevance, abs=6e-4)
+        assert shown("accuracy relevance") == pytest.approx(record.accuracy_relevance, abs=6e-3)
         assert shown("McNemar p") == pytest.approx(record.mcnemar_p, abs=6e-4)
-        assert shown("cosine score (1 − cos)") == pytest.approx(record.cosine_score, abs=6e-5)
-        assert shown("angular distance (÷ π)") == pytest.approx(record.angular_distance, abs=6e-5)
+        assert shown("cosine score (1 − cos)") == pytest.approx(record.cosine_score, abs=6e-4)
+        assert shown("angular distance (÷ π)") == pytest.approx(record.angular_distance, abs=6e-4)
         update = shown("relative update (ratio of norms)")
-        assert update == pytest.approx(record.relative_update, abs=6e-5)
+        assert update == pytest.approx(record.relative_update, abs=6e-4)
         assert shown("gold log-prob drop (nats)") == pytest.approx(
             record.gold_logprob_drop, abs=6e-4
         )

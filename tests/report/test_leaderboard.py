@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.report.layer_figures import relevance_estimate
 from tracker.report.leaderboard.comparable import setting
@@ -13,7 +14,6 @@ from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
 from tracker.report.leaderboard.pairs import compare
 from tracker.report.leaderboard.proxies import agreements
-from tracker.stats.accuracy import Estimate
 
 from .conftest import LAYERS, build_cell
 

@@ -6,12 +6,14 @@ import re
 
 import pytest
 
+from tracker.core import formats
 from tracker.core.records import CellRecord
-from tracker.report import caveats, formats, tables, wording
+from tracker.core.tables import Written
+from tracker.report import caveats, tables, wording
 from tracker.report.page import html
 
 from . import drawn as charts
-from .conftest import build_cell
+from .conftest import as_read, build_cell
 
 REASON = "bits_per_byte is no accuracy"
 
@@ -69,8 +71,8 @@ def test_the_unit_is_the_metrics_own(loss) -> None:
 
 
 def test_tables(loss) -> None:
-    table = tables.layer_table(loss)
-    labels = [column.label for column in table.columns]
+    table = as_read(tables.layer_table(loss))
+    labels = table.labels
     assert labels[1:4] == [
         "loss without layer (bits per byte)",
         "loss increase (bits per byte)",
@@ -79,14 +81,14 @@ def test_tables(loss) -> None:
     first = loss.runs[0]
     assert table.rows[0][1].text == f"{first.accuracy:.3f}"
     assert table.rows[0][2].text == formats.fixed(first.accuracy_drop, 3)
-    overview = tables.overview_table([loss, build_cell()])
+    overview = as_read(tables.overview_table([loss, build_cell()]))
     row, other = overview.rows
     assert row[1].text.endswith("bits_per_byte (bits per byte)")
     assert row[3].text == "3.250 (3.100 to 3.400)"
-    assert row[4] == tables.Value("–", REASON)
+    assert row[4] == Written("–", REASON)
     assert other[3].text.startswith("50.0 (")
-    assert "or loss" in overview.columns[3].label
-    assert "loss increase" in tables.correlation_table(loss).caption
+    assert "or loss" in overview.labels[3]
+    assert "loss increase" in tables.correlation_table(loss).title
 
 
 def test_charts(loss) -> None:

@@ -14,7 +14,7 @@ from tracker.report.tables import layer_table
 from tracker.tracking.figures import cell_figures, flat_metrics, logged_layers
 from tracker.tracking.notes import intact_note, layer_note
 
-from .conftest import build_cell
+from .conftest import as_read, build_cell
 
 WHY = "none of these documents was computed twice"
 
@@ -46,8 +46,8 @@ def test_the_page_and_the_terminal_say_how_many_documents_and_what_to_do(capsys)
 
 def test_each_run_has_its_count_in_tables_and_trackers() -> None:
     cell = halved()
-    table = layer_table(cell)
-    labels = [column.label for column in table.columns]
+    table = as_read(layer_table(cell))
+    labels = table.labels
     place = labels.index("documents within rounding")
     assert labels[place + 1] == "± by rounding (pp)"
     assert [value.text for value in table.rows[3][place : place + 2]] == ["12", "5.0"]
@@ -67,7 +67,7 @@ def test_each_run_has_its_count_in_tables_and_trackers() -> None:
 def test_single_precision_has_no_word_of_it(capsys) -> None:
     cell = build_cell()
     assert not [text for text in warnings(cell) if "round" in text]
-    assert not [column for column in layer_table(cell).columns if "round" in column.label]
+    assert not [label for label in as_read(layer_table(cell)).labels if "round" in label]
     print_cell(cell)
     assert "round" not in capsys.readouterr().out
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from html import unescape
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tracker.core import formats
 from tracker.core.records import NOT_MEASURED, CellRecord, Kind, RunIdentity, RunRecord
-from tracker.report import caveats, formats, frames, tables, wording
+from tracker.core.run_table import pick, run_columns, telling_apart
+from tracker.core.tables import Written
+from tracker.report import caveats, frames, tables, wording
 from tracker.report.page import html
 
 from . import drawn as charts
-from .conftest import LAYERS, build_cell
+from .conftest import LAYERS, as_read, build_cell
 
 WHOLE_ONLY = "measured for whole single layers only"
 PROXIES = ("cosine_similarity", "cosine_score", "angular_distance", "relative_update")
@@ -60,8 +64,8 @@ def without(*removed: int, **changes: Any) -> CellRecord:
     return several(("layer",), (1,), removed=removed, **{**beneath, **changes})
 
 
-def column(table: tables.Table, label: str) -> list[tables.Value]:
-    number = [found.label for found in table.columns].index(label)
+def column(table: SimpleNamespace, label: str) -> list[Written]:
+    number = table.labels.index(label)
     return [row[number] for row in table.rows]
 
 
@@ -81,8 +85,8 @@ def test_a_run_has_a_name(run: RunIdentity, label: str) -> None:
 class TestTable:
     def test_component_and_span_stand_beside_the_layer_where_there_are_several(self) -> None:
         cell = several()
-        table = tables.layer_table(cell)
-        assert [c.label for c in table.columns[:3]] == [
+        table = as_read(tables.layer_table(cell))
+        assert table.labels[:3] == [
             "first layer (0-based)", "component", "span (layers)",
         ]  # fmt: skip
         shown = [tuple(value.text for value in row[:3]) for row in table.rows]
@@ -93,16 +97,18 @@ class TestTable:
     @pytest.mark.parametrize(
         ("components", "spans", "labels"),
         [
-            (("layer",), (1,), ("layer (0-based)",)),
-            (("attention",), (1,), ("layer (0-based)", "component")),
-            (("layer",), (4,), ("first layer (0-based)", "span (layers)")),
+            (("layer",), (1,), ["layer (0-based)"]),
+            (("attention",), (1,), ["layer (0-based)", "component"]),
+            (("layer",), (4,), ["first layer (0-based)", "span (layers)"]),
         ],
     )
     def test_only_what_tells_runs_apart_has_a_column(self, components, spans, labels) -> None:
-        assert tables.run_columns(several(components, spans)).labels == labels
+        cell = several(components, spans)
+        chosen = pick(run_columns(cell), *telling_apart(cell))
+        assert [column.label for column in chosen] == labels
 
     def test_one_note_says_where_a_proxy_is_undefined(self) -> None:
-        notes = tables.layer_table(several(("layer", "attention"), (1, 2))).notes
+        notes = as_read(tables.layer_table(several(("layer", "attention"), (1, 2)))).notes
         assert (
             "cosine score (1 − cos): undefined for layer, 2 at a time: all 29 layers; attention: "
             "all 30 layers; attention, 2 at a time: all 29 layers: measured for whole single "
@@ -114,17 +120,20 @@ class TestTable:
         missing = tuple(RunIdentity(component="attention", layer=layer) for layer in (5, 6))
         left = tuple(r for r in cell.runs if r.component == "layer" or r.layer not in (5, 6))
         cell = cell.model_copy(update={"runs": left, "missing": missing})
-        table = tables.layer_table(cell)
+        table = as_read(tables.layer_table(cell))
         assert len(table.rows) == 2 * LAYERS
         assert column(table, "accuracy drop (pp)")[5].reason == ""
         assert column(table, "accuracy drop (pp)")[LAYERS + 5].reason == NOT_MEASURED
         assert caveats.warnings(cell) == ("Incomplete: attention: layers 5, 6: not measured yet.",)
 
     def test_the_overview_compares_whole_layers_with_their_cosine(self) -> None:
-        assert tables.overview_table([several()]).rows == tables.overview_table([build_cell()]).rows
+        assert (
+            as_read(tables.overview_table([several()])).rows
+            == as_read(tables.overview_table([build_cell()])).rows
+        )
         bare = several(("attention",), (1,), correlations=())
-        row = tables.overview_table([bare]).rows[0]
-        assert row[5] == tables.Value("–", "no whole single layer was removed")
+        row = as_read(tables.overview_table([bare])).rows[0]
+        assert row[5] == Written("–", "no whole single layer was removed")
 
 
 class TestCharts:
@@ -208,9 +217,9 @@ class TestBeneath:
         _, gaps = charts.heat_map([build_cell(), without(3, 17)]).data
         assert list(gaps.x) == [3, 17]
         assert all("removed already, beneath every run" in text for text in gaps.hovertext)
-        table = tables.relevance_table([build_cell(), without(3, 17)])
-        assert table.rows[3][2] == tables.Value("–", "removed already, beneath every run")
-        assert table.columns[2].label == "arc_easy · 0-shot · without layers 3, 17"
+        table = as_read(tables.relevance_table([build_cell(), without(3, 17)]))
+        assert table.rows[3][2] == Written("–", "removed already, beneath every run")
+        assert table.labels[2] == "arc_easy · 0-shot · without layers 3, 17"
 
 
 def test_the_page_shows_each_view_and_leaves_out_what_has_no_runs() -> None:

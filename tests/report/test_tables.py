@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import pytest
 
+from tracker.core.formats import three_digits
+from tracker.core.tables import Written
 from tracker.report import tables
-from tracker.report.formats import three_digits
 
-from .conftest import build_cell, with_layer
+from .conftest import as_read, build_cell, with_layer
 
 
 def test_layers_with_different_documents_show_them() -> None:
-    table = tables.layer_table(with_layer(build_cell(), 3, n=80))
-    column = [column.label for column in table.columns].index("documents")
+    table = as_read(tables.layer_table(with_layer(build_cell(), 3, n=80)))
+    column = table.labels.index("documents")
     assert [row[column].text for row in table.rows[2:5]] == ["160", "80", "160"]
 
 
 def test_nan_is_a_dash_with_a_reason() -> None:
-    table = tables.layer_table(with_layer(build_cell(), 0, cosine_score=float("nan")))
-    column = [column.label for column in table.columns].index("cosine score (1 − cos)")
-    assert table.rows[0][column] == tables.Value("–", "not a finite number (nan)")
+    table = as_read(tables.layer_table(with_layer(build_cell(), 0, cosine_score=float("nan"))))
+    column = table.labels.index("cosine score (1 − cos)")
+    assert table.rows[0][column] == Written("–", "not a finite number (nan)")
     assert (
         "cosine score (1 − cos): undefined for layer 0: not a finite number (nan)." in table.notes
     )
@@ -32,7 +33,7 @@ def test_an_overview_without_numbers_says_why() -> None:
         correlations=(),
         reasons={"baseline_accuracy": "no document was scored"},
     )
-    table = tables.overview_table([cell])
+    table = as_read(tables.overview_table([cell]))
     assert [value.text for value in table.rows[0][3:]] == ["–", "25.0", "–", "–", "–"]
     assert table.notes == (
         f"{cell.title}: Spearman is undefined: not computed.",

@@ -23,7 +23,7 @@ from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow import runs as mlflow
 from tracker.tracking.wandb import runs as wandb
 
-from .conftest import build_cell
+from .conftest import as_read, build_cell
 
 WHY = "stopped at the answer to 'top 2': 64 to 96 of 2000 documents were looked at, run by run"
 
@@ -74,12 +74,12 @@ def test_the_page_says_the_answer_and_what_figures_rest_on(cell: CellRecord) -> 
 
 
 def test_tables_show_the_documents_of_each_run(cell: CellRecord, capsys) -> None:
-    table = layer_table(cell)
-    heads = [column.label for column in table.columns]
+    table = as_read(layer_table(cell))
+    heads = table.labels
     assert heads[:5:4] == ["layer (0-based)", "confidence sequence at 95 % (pp)"]
     assert [row[1].text for row in table.rows[:3]] == ["96", "96", "64"]
     assert not any("Power" in note or "expected" in note for note in table.notes)
-    assert overview_table([cell]).rows[0][2].text == "64 to 96"
+    assert as_read(overview_table([cell])).rows[0][2].text == "64 to 96"
     print_cell(cell)
     said = capsys.readouterr().out
     assert "confidence sequence at 95 %" in said

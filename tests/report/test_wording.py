@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from tracker.core import formats
 from tracker.core.records import NO_REASON
-from tracker.report import caveats, formats, wording
+from tracker.report import caveats, wording
 from tracker.report.export import export, figures, frames
 from tracker.report.page.facts import provenance_table
 from tracker.report.page.html import render_page
 from tracker.report.sentences import compared_sentence
 from tracker.report.tables import layer_table, overview_table
 
-from .conftest import CONSTANT, build_cell, study
+from .conftest import CONSTANT, as_read, build_cell, study
 
 
 def test_numbers_in_front_of_people() -> None:
@@ -54,9 +55,15 @@ def test_drawn_documents_are_named_wherever_cells_are(tmp_path: Path) -> None:
         "arc_easy · 0-shot · 160 documents",
         f"arc_easy · 0-shot · 160 documents {says}",
     ]
-    facts = [{row[0].text: row[1].text for row in provenance_table(c).rows} for c in (first, drawn)]
+    facts = [
+        {row[0].text: row[1].text for row in as_read(provenance_table(c)).rows}
+        for c in (first, drawn)
+    ]
     assert [f["documents measured"] for f in facts] == ["160", f"160 {says}"]
-    for text in (layer_table(drawn).caption, overview_table([drawn]).rows[0][1].text):
+    for text in (
+        as_read(layer_table(drawn)).title,
+        as_read(overview_table([drawn])).rows[0][1].text,
+    ):
         assert says in text
     assert first.place != drawn.place
     page = render_page([first, drawn], {})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tracker.stats.accuracy import Estimate, accuracy, accuracy_drop
+from tracker.core.estimates import Estimate
+from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.stats.combined import difference, mean, ratio
 
 DRAWS = 400

@@ -51,7 +51,7 @@ def test_spearman_of_the_textbook() -> None:
     assert correlation.value == pytest.approx(-29 / 165)
     # Nearly the textbook's p: ten people are no series, and look like none.
     assert correlation.p_value == pytest.approx(0.627, abs=0.05)
-    assert (correlation.n, correlation.reason) == (10, None)
+    assert correlation.reason is None
     assert (correlation.low, correlation.high) == (None, None)
 
 
@@ -150,8 +150,6 @@ def test_undefined_correlations(
     assert correlation.p_value is None
     assert correlation.low is None
     assert correlation.high is None
-    assert correlation.n == len(proxy)
-    assert correlation.coefficient == coefficient
     assert correlation.reason == reason
 
 
@@ -246,7 +244,6 @@ def test_the_p_value_against_a_count_by_scipy(coefficient: str) -> None:
         x = np.exp(2 * generator.normal(size=layers))
         y = x + 3 * np.exp(2 * generator.normal(size=layers))
         found = correlate(x, y, coefficient=coefficient, surrogates=99, seed=layers)
-        assert found.coefficient == coefficient
         if coefficient == "spearman":
             x, y = stats.rankdata(x), stats.rankdata(y)
         statistic = SCIPY[coefficient]
@@ -366,7 +363,7 @@ def test_partial_ranks_against_residuals_of_a_regression(seed: int) -> None:
     one, other = (each - np.polyval(np.polyfit(ranks[2], each, 1), ranks[2]) for each in ranks[:2])
     found = partial_correlate(x, y, z, surrogates=1)
     assert found.value == pytest.approx(stats.pearsonr(one, other).statistic, abs=1e-9)
-    assert (found.coefficient, found.n, found.low) == ("partial spearman", 15, None)
+    assert found.low is None
 
 
 def test_what_a_third_series_does_to_two_unrelated_ones() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tracker.core.estimates import Estimate
 from tracker.stats import growth as module
-from tracker.stats.accuracy import Estimate
 from tracker.stats.growth import fewest_to_show, growths, unequal_growth
 from tracker.stats.multiple import holm
 

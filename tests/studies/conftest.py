@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 
 from tracker.cli import main
 from tracker.core.experiment import load_experiment
-from tracker.core.findings import Entry, FoundTable
+from tracker.core.tables import Entry, Table
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -34,16 +35,20 @@ def stores(path: Path, results: Path) -> list[CellStore]:
     return [store for store in found if store is not None]
 
 
-def column(table: FoundTable, label: str) -> list[Entry]:
+def column(table: Table, label: str) -> list[Entry]:
     """A column by its heading."""
-    place = [heading.label for heading in table.headings].index(label)
-    return [row[place] for row in table.rows]
+    return list(table.column(label))
 
 
-def row_of(table: FoundTable, *first: object) -> dict[str, Entry]:
+def plain(entries: Sequence[Entry]) -> list[object]:
+    """The figures and texts of entries."""
+    return [entry if isinstance(entry, str) else entry.value for entry in entries]
+
+
+def row_of(table: Table, *first: object) -> dict[str, Entry]:
     """The row that begins with these values: heading → entry."""
     heads = [heading.label for heading in table.headings]
-    (row,) = (r for r in table.rows if tuple(e.value for e in r[: len(first)]) == first)
+    (row,) = (r for r in table.rows if plain(r[: len(first)]) == [*first])
     return dict(zip(heads, row, strict=True))
 
 

@@ -53,7 +53,7 @@ def test_a_file_is_measured_observed_once_and_said(
     results = tmp_path / "results"
     said = _study(path, results)
     best, each, apart = said.tables[:3]
-    assert {row[0].value for row in best.rows} == set(NAMES.values())
+    assert {row[0] for row in best.rows} == set(NAMES.values())
     assert len(each.rows) == 2 * len(NAMES), said.lacking
     # The page's own correlations are the same figures.
     for record in _records(path, results):
@@ -68,7 +68,7 @@ def test_a_file_is_measured_observed_once_and_said(
             if known.coefficient == "spearman":
                 ends = (row["Spearman"].low, row["Spearman"].high, row["p"].value)
                 assert ends == (known.low, known.high, known.p_value)
-    mean = np.mean([row[2].value for row in each.rows if row[1].value == "KL divergence"])
+    mean = np.mean([row[2].value for row in each.rows if row[1] == "KL divergence"])
     assert row_of(best, "KL divergence")["mean Spearman"].value == pytest.approx(mean)
     assert row_of(best, "KL divergence")["passes, shared"].value == 4
     assert row_of(apart, "KL divergence")["by chance"].value == pytest.approx(6 / 7, abs=0.15)
@@ -288,7 +288,7 @@ def test_cells_of_other_layers_are_left_out_of_every_mean_and_named() -> None:
     assert answers_of(audit)
     assert charts_of(audit)
     # Each still has its own rows.
-    assert {row[0].value for row in tables_of(audit)[1].rows} == {"long", "short"}
+    assert {row[0] for row in tables_of(audit)[1].rows} == {"long", "short"}
 
 
 def test_most_cells_say_which_layers_are_lined_up() -> None:

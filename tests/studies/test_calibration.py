@@ -14,13 +14,14 @@ from scipy import stats
 from tests.conftest import save_llama
 from tracker import api
 from tracker.core.errors import RequestError
-from tracker.core.findings import Entry, FindingRecord
+from tracker.core.findings import FindingRecord
+from tracker.core.tables import Entry
 from tracker.stats.reliability import spearman_brown, stratified_orders
 from tracker.stats.resampling import SEED
 from tracker.studies.calibration.figures import DRAWS, Curve, Ranked, curve_of
 from tracker.studies.calibration.tables import agreement_table, needed_row
 
-from .conftest import stores
+from .conftest import plain, stores
 
 N = 30
 
@@ -50,7 +51,7 @@ def _plain(first: np.ndarray, second: np.ndarray) -> float:
 
 def _row(finding: FindingRecord, title: str, first: object) -> tuple[Entry, ...]:
     (table,) = (each for each in finding.tables if title in each.title)
-    (row,) = (each for each in table.rows if each[0].value == first)
+    (row,) = (each for each in table.rows if plain(each[:1]) == [first])
     return row
 
 
@@ -113,14 +114,12 @@ def test_a_proxy_counts_every_token_once(measured: tuple[Path, Path, FindingReco
         pair = [sums[docs].sum(axis=0) / tokens[docs].sum() for docs in (order[:15], order[15:])]
         drawn.append(_plain(*pair))
     (row,) = (
-        row
-        for row in finding.tables[0].rows
-        if "arc_easy" in row[0].value and row[1].value == "cosine_score"
+        row for row in finding.tables[0].rows if "arc_easy" in row[0] and row[1] == "cosine_score"
     )
     assert row[3].value == pytest.approx(np.mean(drawn))
     # A rank correlation of a proxy is high with few documents already.
     assert row[5].value <= 15
-    assert row[6].value == "measured"
+    assert row[6] == "measured"
 
 
 def test_benchmarks_together_count_alike(measured: tuple[Path, Path, FindingRecord]) -> None:
@@ -133,7 +132,7 @@ def test_benchmarks_together_count_alike(measured: tuple[Path, Path, FindingReco
         assert all((docs < N).sum() == N // 2 for docs in halves)
         drawn.append(_plain(*(both[docs].mean(axis=0) for docs in halves)))
     row = finding.tables[0].rows[0]
-    assert row[0].value == "tiny · mean of 2 benchmarks"
+    assert row[0] == "tiny · mean of 2 benchmarks"
     assert row[2].value == 2 * N
     assert row[3].value == pytest.approx(np.nanmean(drawn))
     assert finding.answers[0].startswith("With n = 20 documents of 2 benchmarks together")

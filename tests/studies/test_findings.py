@@ -8,28 +8,21 @@ import pandas as pd
 import pytest
 
 from tracker.cli.printing import print_finding
-from tracker.core.findings import (
-    Entry,
-    FindingRecord,
-    FoundTable,
-    Heading,
-    Line,
-    LineChart,
-    MapChart,
-)
+from tracker.core.estimates import Estimate
+from tracker.core.findings import FindingRecord, Line, LineChart, MapChart
+from tracker.core.tables import Column, Heading, Table, Written, headed, table, written
 from tracker.ledger.findings import findings, keep_finding
 from tracker.report.export import export, figures
 from tracker.report.page.html import render_page
-from tracker.report.page.studies import outgrown, study_chart, study_table
-from tracker.studies.layout import table
+from tracker.report.page.studies import outgrown, study_chart
 
 HEADS = (Heading(label="layer", unit="count"), Heading(label="drop", unit="points"))
-TABLE = FoundTable(
+TABLE = Table(
     title="What each layer costs",
     headings=HEADS,
     rows=(
-        (Entry(value=3), Entry(value=0.125, low=0.1, high=0.15)),
-        (Entry(value=4), Entry(reason="the baseline is at chance")),
+        (Estimate(3), Estimate(0.125, low=0.1, high=0.15)),
+        (Estimate(4), Estimate(None, reason="the baseline is at chance")),
     ),
 )
 LINES = LineChart(
@@ -90,15 +83,22 @@ def test_a_damaged_finding_names_the_command_that_finds_it(tmp_path: Path) -> No
 
 def test_an_undefined_entry_needs_a_reason() -> None:
     with pytest.raises(ValueError, match="an undefined value needs a reason"):
-        Entry()
+        Table(title="t", headings=HEADS[:1], rows=((Estimate(None),),))
 
 
 def test_figures_are_scaled_and_dashes_carry_reasons() -> None:
-    table = study_table(TABLE)
-    assert [column.label for column in table.columns] == ["layer", "drop (pp)"]
-    assert [value.text for value in table.rows[0]] == ["3", "12.5 (10.0 to 15.0)"]
-    assert table.rows[1][1].text == "–"
-    assert table.rows[1][1].reason == "the baseline is at chance"
+    assert [headed(heading) for heading in HEADS] == ["layer", "drop (pp)"]
+    texts = [written(entry, head) for entry, head in zip(TABLE.rows[0], HEADS, strict=True)]
+    assert texts == [Written("3"), Written("12.5 (10.0 to 15.0)", figures="12.5 10.0 15.0")]
+    assert written(TABLE.rows[1][1], HEADS[1]) == Written("–", "the baseline is at chance")
+
+
+def test_what_kept_texts_as_figures_are_is_read_too() -> None:
+    kept = {"value": "3 of 4", "low": None, "high": None, "reason": ""}
+    heads = [{"label": "steps", "unit": "text"}]
+    assert Table.model_validate({"title": "t", "headings": heads, "rows": [[kept]]}).rows == (
+        ("3 of 4",),
+    )
 
 
 def test_charts_scale_too_and_leave_gaps() -> None:
@@ -148,8 +148,9 @@ def test_the_terminal_shows_answers_tables_and_what_is_lacking(
 
 
 def test_a_table_tells_its_columns_apart() -> None:
+    twice = table("t", [Column("layer", "count", float), Column("layer", "count", float)], [])
     with pytest.raises(ValueError, match="two columns have one name"):
-        table("t", [("layer", "count"), ("layer", "count")], [])
+        twice.plain()
 
 
 def test_reports_for_papers_hold_the_tables_too(tmp_path: Path) -> None:

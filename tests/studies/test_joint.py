@@ -98,7 +98,7 @@ def test_pairs_are_those_of_models_that_really_lack_both(
         *(f"layer:{n}" for n in range(4)),
         *(f"layers:{i},{j}" for i, j in pairs),
     }
-    measures = {row[1].value for row in done.finding.tables[0].rows}
+    measures = {row[1] for row in done.finding.tables[0].rows}
     at_chance = accuracy[()] <= 0.25
     assert measures == {"gold_logprob_drop"} | (set() if at_chance else {"accuracy drop"})
     assert any("nothing to lose" in each for each in done.finding.lacking) == at_chance

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from tracker import api
 from tracker.cli import main
+from tracker.core.formats import Measure
 from tracker.ledger.outcomes import METRIC
-from tracker.report.formats import Measure
 from tracker.studies import rescale as module
 from tracker.studies.base import grouped
 from tracker.studies.rescale import Rescale, _answers
@@ -20,7 +20,7 @@ from tracker.studies.rescale.charts import drop_chart
 from tracker.studies.rescale.figures import EVERY, WAYS, Costs
 from tracker.studies.rescale.tables import layer_table, significant, summary
 
-from .conftest import stores
+from .conftest import plain, stores
 
 
 def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_path: Path):
@@ -41,7 +41,7 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
         found = [entry.value for entry in row[1:]]
         assert found == pytest.approx([drops[way][place] for way in ("layer", *WAYS)])
     ((name, n, mean, *shares, fitted_on),) = summary.rows
-    assert "arc_easy" in name.value
+    assert "arc_easy" in name
     assert n.value == 24
     assert mean.value == pytest.approx(drops["layer"].mean())
     for way, entry in zip(WAYS, shares, strict=False):
@@ -53,7 +53,7 @@ def test_what_is_won_back_follows_from_the_ledger(tiny_llama, experiment, tmp_pa
     fitted = [r.fitted_on for r in api.ls(tmp_path / "results") if r.fitted_on]
     assert fitted
     assert "documents from the end of the random order, none of them measured" in fitted[0]
-    assert fitted_on.value == fitted[0]
+    assert fitted_on == fitted[0]
     page = (tmp_path / "results" / "report.html").read_text()
     assert "Is what a removal costs only missing scale?" in page
     # Another week: nothing is measured twice, and the answer is the same.
@@ -93,8 +93,8 @@ def test_a_corpus_has_no_outcomes_to_test(tiny_llama, experiment, tmp_path: Path
     found = api.study("rescale", path, results=tmp_path / "results", track=[]).finding
     assert re.match(r"A layer costs \S+ nats a token when it is removed, ", found.answers[0])
     row = found.tables[1].rows[0]
-    assert [entry.value for entry in row] == ["a factor", 0, None, None]
-    (fitted_on,) = (row[-1].value for row in found.tables[0].rows)
+    assert plain(row) == ["a factor", 0, None, None]
+    (fitted_on,) = (row[-1] for row in found.tables[0].rows)
     assert re.search("of 1 documents from .*, 1 of them among those measured", fitted_on)
 
 

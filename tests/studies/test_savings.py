@@ -227,7 +227,7 @@ def test_what_a_cell_saves(study: tuple[Path, Path, FindingRecord]) -> None:
     path, results, finding = study
     savings, bounds = finding.tables
     questions = ["top 1 within 5 pp", "drop within 30 pp at 60 %"]
-    assert [entry.value for entry in column(savings, "question")] == questions
+    assert column(savings, "question") == questions
     (rows,) = (store.read() for store in stores(path, results))
     acc = rows.pivot(index="doc", columns="ablation", values="metric/acc")
     values = acc["baseline"].to_numpy()[:, None] - acc.drop(columns="baseline").to_numpy()

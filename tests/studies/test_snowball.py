@@ -16,16 +16,16 @@ from scipy import stats
 from tracker import api
 from tracker.cli import main
 from tracker.core.errors import RequestError
-from tracker.core.findings import FindingRecord, FoundTable, LineChart, MapChart
+from tracker.core.estimates import Estimate
+from tracker.core.findings import FindingRecord, LineChart, MapChart
+from tracker.core.tables import Table
 from tracker.engine.refusal import RefusalError
 from tracker.measuring.observing import Observed
-from tracker.stats.accuracy import Estimate
-from tracker.stats.correlation import Correlation
 from tracker.studies import snowball as module
 from tracker.studies.snowball import _between, _explains, _too_few, _whether
 from tracker.studies.snowball.figures import COSINE, END, _tokens
 
-from .conftest import column
+from .conftest import column, plain
 
 Conduct = Callable[..., FindingRecord]
 
@@ -44,8 +44,8 @@ def conduct(tiny_llama, experiment, tmp_path: Path) -> Conduct:
     return run
 
 
-def values(table: FoundTable, label: str) -> list[object]:
-    return [entry.value for entry in column(table, label)]
+def values(table: Table, label: str) -> list[object]:
+    return plain(column(table, label))
 
 
 def differences(documents: int, factors: list[float], noise: float = 0.0) -> np.ndarray:
@@ -261,8 +261,8 @@ def test_growth_is_compared_between_documents_of_their_own() -> None:
 
 
 def test_a_loss_is_not_called_accuracy() -> None:
-    some = Correlation("spearman", 0.5, 0.1, 0.8, None, 5, None)
-    none = Correlation("spearman", None, None, None, None, 3, "few")
+    some = Estimate(0.5, 0.1, 0.8)
+    none = Estimate(None, reason="few")
     each = cell(around(2, 2, documents=6))
     each.explained = SimpleNamespace(
         predictors={COSINE: some, END: some},

@@ -14,6 +14,7 @@ from tracker.cli.terminal import say, table
 if TYPE_CHECKING:
     from tracker.core.findings import FindingRecord
     from tracker.core.records import CellRecord, RunIdentity
+    from tracker.core.tables import Table
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.export.facts import Exported
     from tracker.pruning.search.planning import PlannedSearch, PlannedTest
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def counted(number: int, noun: str) -> str:
     """Write a number of things, as `1 cell` or `1,200 cells`."""
-    from tracker.report import formats
+    from tracker.core import formats
 
     return formats.counted(number, noun)
 
@@ -33,48 +34,42 @@ def print_damage(damaged: Mapping[str, str]) -> None:
         say(f"damaged: {path}: {what}", error=True)
 
 
+def print_table(made: Table) -> None:
+    """Print a table, without its notes."""
+    from tracker.core.tables import headed, written
+
+    rows = [
+        [written(entry, heading) for entry, heading in zip(row, made.headings, strict=True)]
+        for row in made.rows
+    ]
+    columns = [(headed(heading), heading.unit != "text") for heading in made.headings]
+    table(columns, [[value.text for value in row] for row in rows], made.title)
+
+
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     """Print a cell's runs, or one of them."""
-    from tracker.core.answers import interval_name, statement
+    from tracker.core import run_table, tables
+    from tracker.core.answers import statement
+    from tracker.core.formats import DASH
     from tracker.report.caveats import looks_note, rounding_note
-    from tracker.report.formats import DASH, fixed, interval, measure_of
-    from tracker.report.tables import run_columns
     from tracker.report.wording import power_sentence, sentence
 
-    measure = measure_of(cell)
     own_metric = "" if cell.other_metric else cell.metric
-    names = run_columns(cell)
     shown = [
         run for run in cell.runs if only is None or (run.kind, run.layer) == (only.kind, only.layer)
     ]
     rounded = any(run.rounded is not None for run in shown)
-    heads = (
-        *names.labels,
-        *(("documents",) if cell.is_raced else ()),
-        f"{measure.change} ({measure.unit})",
-        interval_name(cell),
-        *(("decided by rounding",) if rounded else ()),
-        "accuracy relevance",
-        "cosine score (1 − cos)",
+    columns = run_table.pick(
+        run_table.run_columns(cell),
+        *run_table.telling_apart(cell),
+        *(["n"] if cell.is_raced else []),
+        *("accuracy_drop", "drop_interval"),
+        *(["rounded"] if rounded else []),
+        *("accuracy_relevance", "cosine_score"),
     )
-    rows = [
-        (
-            *names.of(run),
-            *((f"{run.n:,}",) if cell.is_raced else ()),
-            DASH if run.accuracy_drop is None else measure.write(run.accuracy_drop),
-            interval(run.accuracy_drop_low, run.accuracy_drop_high, measure.write) or DASH,
-            *((DASH if run.rounded is None else f"{run.rounded:,}",) if rounded else ()),
-            DASH if run.accuracy_relevance is None else fixed(run.accuracy_relevance, 2),
-            DASH if run.cosine_score is None else fixed(run.cosine_score, 3),
-        )
-        for run in shown
-    ]
+    title = " · ".join(filter(None, (cell.heading, own_metric, cell.documents)))
     say()
-    table(
-        [(head, True) for head in heads],
-        rows,
-        " · ".join(filter(None, (cell.heading, own_metric, cell.documents))),
-    )
+    print_table(tables.table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
     elsewhere = {"mcnemar_p", "rounded", "drop_rounding"}
     reasons = {why for run in shown for name, why in run.reasons.items() if name not in elsewhere}
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
@@ -95,19 +90,19 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
 
 def print_finding(finding: FindingRecord) -> None:
     """Print what a study found: answers, tables, and what could not be said."""
-    from tracker.report.formats import DASH
-    from tracker.report.page.studies import study_table
+    from tracker.core.estimates import Estimate
+    from tracker.core.formats import DASH
 
     say()
     say(finding.question)
     for answer in finding.answers:
         say(f"  {answer}")
-    for each in map(study_table, finding.tables):
+    for made in finding.tables:
         say()
-        columns = [(column.label, column.numeric) for column in each.columns]
-        table(columns, [[value.text for value in row] for row in each.rows], each.caption)
-        reasons = {value.reason for row in each.rows for value in row if value.reason}
-        for line in (*each.notes, *(f"{DASH} {why}" for why in sorted(reasons))):
+        print_table(made)
+        entries = (entry for row in made.rows for entry in row if isinstance(entry, Estimate))
+        reasons = {entry.reason for entry in entries if entry.reason}
+        for line in (*made.notes, *(f"{DASH} {why}" for why in sorted(reasons))):
             say(line)
     for line in finding.lacking:
         say(f"could not be said: {line}")
@@ -118,16 +113,13 @@ def print_boards(cells: Sequence[CellRecord]) -> None:
     from tracker.report.export import boards
     from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
 
-    found, notes = boards(cells)
-    for frame in found:
-        title = ""
-        if "layer, 0-based" in frame.columns:
-            title = frame["model"].iloc[0]
-            frame = frame.drop(columns="model")
-        columns = [(str(name), name != "model") for name in frame.columns]
-        table(columns, frame.itertuples(index=False, name=None), title)
+    boards_of, notes = boards(cells)
+    for made in boards_of:
+        print_table(made)
+        for note in made.notes:
+            say(note)
         say()
-    for note in (LAYER_RULE, *((MODEL_RULE,) if len(found) > 1 else ()), INTERVAL_RULE, *notes):
+    for note in (LAYER_RULE, *((MODEL_RULE,) if len(boards_of) > 1 else ()), INTERVAL_RULE, *notes):
         say(note)
 
 
@@ -261,7 +253,7 @@ def print_plan_of_searches(
     searches: Sequence[PlannedSearch], tests: Sequence[PlannedTest], gflops: float | None
 ) -> None:
     """Print what searches and their tests will cost, at a rate or at the one measured here."""
-    from tracker.report.formats import DASH
+    from tracker.core.formats import DASH
 
     rates = _Rates(gflops)
 
@@ -339,7 +331,7 @@ def _until(cell: PlannedCell) -> str:
 
 def _revealed(cell: PlannedCell) -> tuple[str, str]:
     """Say which drop a planned cell would reveal, and how many documents the one that is meant."""
-    from tracker.report.formats import DASH
+    from tracker.core.formats import DASH
     from tracker.stats.power import MEANT
 
     if cell.spread is None:

@@ -1,53 +1,18 @@
 """What a study found, as data that any page, terminal or file can set: answers, tables, charts.
 
-Values are in the record's own units (fractions, nats); who shows them scales and rounds. A value
-that is undefined is `None` with its reason.
+Values are in the record's own units (fractions, nats); who shows them scales and rounds.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from tracker.core.estimates import Unit
 from tracker.core.identities import Record, Shown
 from tracker.core.records import Place
-
-Unit = Literal["text", "count", "points", "percent", "score", "coefficient", "p", "nats", "times"]
-"""How a figure is written: `points` and `percent` are fractions that people read as percentage
-points and per cent; `score` has three digits, `coefficient` two, `times` two significant ones."""
-
-
-class Entry(Record):
-    """One figure or text of a table, with its interval where it has one."""
-
-    value: float | Shown | None = None
-    low: float | None = None
-    high: float | None = None
-    reason: Shown = ""
-    """Why the value is undefined; empty where it is defined."""
-
-    @model_validator(mode="after")
-    def _is_said(self) -> Entry:
-        if self.value is None and not self.reason:
-            raise ValueError("an undefined value needs a reason")
-        return self
-
-
-class Heading(Record):
-    """The head of a table's column."""
-
-    label: str
-    unit: Unit = "text"
-
-
-class FoundTable(Record):
-    """A table: one entry for each heading in each row."""
-
-    title: Shown
-    headings: tuple[Heading, ...]
-    rows: tuple[tuple[Entry, ...], ...]
-    notes: tuple[Shown, ...] = ()
+from tracker.core.tables import Table
 
 
 class Line(Record):
@@ -106,7 +71,7 @@ class FindingRecord(Record):
     question: str
     answers: tuple[Shown, ...]
     """Sentences, the most important one first."""
-    tables: tuple[FoundTable, ...] = ()
+    tables: tuple[Table, ...] = ()
     charts: tuple[FoundChart, ...] = Field(default=())
     lacking: tuple[Shown, ...] = ()
     """What could not be said, and how to get it."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracker.core.ablations import INTACT, ablation_of
+from tracker.core.estimates import Estimate
 from tracker.core.records import RunIdentity
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
-from tracker.stats.accuracy import Estimate, accuracy_drop, weights_by_task
+from tracker.stats.accuracy import accuracy_drop, weights_by_task
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from tracker.core.ablations import INTACT, Ablation
+from tracker.core.estimates import Estimate
 from tracker.core.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
 from tracker.ledger.aligned import AlignedOutcomes, Array, gold_logprobs, pairs
 from tracker.ledger.outcomes import METRIC, PROVENANCE
 from tracker.ledger.rounding import Chances, Texts, judged
 from tracker.stats.accuracy import (
-    Estimate,
     accuracy,
     accuracy_drop,
     accuracy_relevance,

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 
 from tracker.core.ablations import INTACT, ablate, ablation_of
+from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, shuffled
 from tracker.core.provenance import differences, united
 from tracker.core.records import WHICH, WHOLE_LAYER, AnswerRecord, CellRecord, CorrelationRecord
@@ -25,7 +26,7 @@ from tracker.ledger.runs import (
     moved_by_rounding,
     run_record,
 )
-from tracker.stats.accuracy import Estimate, accuracy
+from tracker.stats.accuracy import accuracy
 from tracker.stats.correlation import COEFFICIENTS, correlate
 from tracker.stats.proxies import PROXIES, proxy_means
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
@@ -258,13 +259,13 @@ def _correlations(
                 records.append(
                     CorrelationRecord(
                         proxy=proxy,
-                        coefficient=found.coefficient,
+                        coefficient=coefficient,
                         subset=subset,
                         value=found.value,
                         low=found.low,
                         high=found.high,
                         p_value=found.p_value,
-                        n=found.n,
+                        n=len(chosen),
                         documents=len(before),
                         reason=found.reason,
                     )

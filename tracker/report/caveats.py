@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tracker.core.answers import interval_name
+from tracker.core.formats import counted, defined, measure_of
 from tracker.core.records import NOT_MEASURED, WHICH, CellRecord, RunRecord
-from tracker.report.formats import counted, defined, measure_of
 from tracker.report.wording import run_list
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
+from tracker.core import formats
 from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError
 from tracker.core.findings import FindingRecord
 from tracker.core.records import CellRecord
+from tracker.core.tables import Table, headed, written
 from tracker.core.text import as_markdown
 from tracker.ledger.files import write_atomically, write_text
-from tracker.report import caveats, formats, wording
+from tracker.report import wording
 from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
 from tracker.report.frames import (
@@ -29,10 +31,15 @@ from tracker.report.leaderboard.comparable import models_of
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
 from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
-from tracker.report.page.studies import by_stem, study_chart, study_frames, study_table
-from tracker.report.table import Table
+from tracker.report.leaderboard.tables import layer_board_table, model_board_table
+from tracker.report.page.studies import by_stem, study_chart, study_frames
 from tracker.report.tables import overview_table
 
+_LATEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\n": " "}
+)
+"""What LaTeX would obey, and how it is written."""
 More = Mapping[str, pd.DataFrame]
 Found = Sequence[FindingRecord]
 Write = Callable[[Sequence[CellRecord], Path, More, Found], list[Path]]
@@ -98,102 +105,71 @@ def _markdown(cells: Sequence[CellRecord], path: Path, more: More, findings: Fou
     parts = ["# Which layers matter", wording.summary(cells)]
     parts += ["## Leaderboards", LAYER_RULE, MODEL_RULE, INTERVAL_RULE]
     tables, notes = boards(cells)
-    parts += [*map(_markdown_table, tables), *map(as_markdown, notes)]
+    parts += [*map(_pipes, tables), *map(as_markdown, notes)]
     parts += ["## Benchmarks", _pipes(overview_table(cells))]
     for each in findings:
         parts += [as_markdown(f"## {each.question}")]
         parts += [f"`{each.study}` over {as_markdown(each.experiment)}"]
         parts += map(as_markdown, each.answers)
-        parts += map(_pipes, map(study_table, each.tables))
+        parts += map(_pipes, each.tables)
         parts += [as_markdown(f"Could not be said: {line}") for line in each.lacking]
     write_text(path, "\n\n".join(parts) + "\n")
     return [path]
 
 
 def _latex(cells: Sequence[CellRecord], path: Path, more: More, findings: Found) -> list[Path]:
-    def table(frame: pd.DataFrame) -> str:
-        styled = frame.style.hide(axis="index").format(escape="latex")
+    def table(made: Table) -> str:
+        styled = _texts(made).style.hide(axis="index").format(escape="latex")
         styled = styled.format_index(escape="latex", axis="columns")
-        text = styled.to_latex(hrules=True, position_float="centering")
+        text = styled.to_latex(
+            hrules=True, position_float="centering", caption=made.title.translate(_LATEX)
+        )
         return text.replace(formats.MINUS, "$-$")  # pdflatex does not know the sign
 
     tables, notes = boards(cells)
+    notes += [note for made in tables for note in made.notes]
     comments = ["needs \\usepackage{booktabs}", LAYER_RULE, INTERVAL_RULE, MODEL_RULE, *notes]
     text = "\n".join(f"% {' '.join(comment.split())}" for comment in comments)
     write_text(path, "\n\n".join([text, *map(table, tables)]) + "\n")
     return [path]
 
 
-def boards(cells: Sequence[CellRecord]) -> tuple[list[pd.DataFrame], list[str]]:
-    """Lay the leaderboards out as people read them: rounded, drops in percentage points.
+def boards(cells: Sequence[CellRecord]) -> tuple[list[Table], list[str]]:
+    """Set the leaderboard of each model's layers, and that of the models where there are several.
 
-    One table of texts a model, and one of the models where there are several; and what does not
-    count, and why.
+    With them comes what does not count, and why.
     """
-    found = [layer_board(group) for group in models_of(cells)]
-    names = wording.model_labels([board.model for board in found])
-    layers = layer_board_frame(found)
-    shown = [_readable(mine) for _, mine in layers.groupby("model", sort=False)]
+    groups = [layer_board(group) for group in models_of(cells)]
+    names = wording.model_labels([board.model for board in groups])
+    labelled = list(zip(names, groups, strict=True))
+    tables = [layer_board_table(board, name) for name, board in labelled if board.layers]
     notes = [
         f"{name}: {benchmark} does not count: {why}."
-        for name, board in zip(names, found, strict=True)
+        for name, board in labelled
         for benchmark, why in board.left_out.items()
     ]
-    notes += caveats.provenance_notes([cell for board in found for cell in board.cells])
-    if len(found) > 1:
+    if len(groups) > 1:
         models = model_board(cells)
-        shown.append(_readable(model_board_frame(models)))
+        labels = wording.model_labels([one.model for one in models.models])
+        tables.append(model_board_table(models, labels))
         notes += [f"Models: {b} does not count: {why}." for b, why in models.left_out.items()]
-    return shown, notes
+    return tables, notes
 
 
-def _markdown_table(frame: pd.DataFrame) -> str:
-    escaped = frame.map(lambda value: as_markdown(str(value))).rename(columns=as_markdown)
-    return escaped.to_markdown(index=False, disable_numparse=True)
+def _texts(made: Table) -> pd.DataFrame:
+    """Write a table for people."""
+    rows = [
+        [written(entry, heading).text for entry, heading in zip(row, made.headings, strict=True)]
+        for row in made.rows
+    ]
+    return pd.DataFrame(rows, columns=list(map(headed, made.headings)))
 
 
-def _readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Round, put intervals beside their figures, and write drops in percentage points."""
-    shown = pd.DataFrame({"model": frame["model"]})
-
-    def text(write: Callable[[float], str], column: str) -> list[str]:
-        return [formats.DASH if pd.isna(x) else write(x) for x in frame[column]]
-
-    def beside(write: Callable[[float], str], column: str) -> list[str]:
-        ends = zip(
-            text(write, column), text(write, f"{column}_low"), text(write, f"{column}_high"),
-            strict=True,
-        )  # fmt: skip
-        return [
-            value if formats.DASH in (low, high) else f"{value} ({low} to {high})"
-            for value, low, high in ends
-        ]
-
-    for column in frame.columns:
-        if column.endswith(("_low", "_high", "model")):
-            continue
-        title = column.replace("_", " ")
-        if column == "accuracy_relevance":
-            shown[f"mean {title} (95 % interval)"] = beside(
-                partial(formats.fixed, digits=3), column
-            )
-        elif column == "accuracy_drop":
-            shown[f"mean {title}, pp (95 % interval)"] = beside(formats.points, column)
-        elif column == "cosine_score":
-            shown["mean cosine score (1 − cos)"] = text(partial(formats.fixed, digits=3), column)
-        else:
-            shown[f"{title}, 0-based" if column in ("layer", "worst_layer") else title] = text(
-                lambda number: f"{int(number)}", column
-            )
-    return shown
-
-
-def _pipes(table: Table) -> str:
-    """Write a display table as Markdown."""
-    rows = [[value.text for value in row] for row in table.rows]
-    frame = pd.DataFrame(rows, columns=[column.label for column in table.columns])
-    notes = map(as_markdown, table.notes)
-    return "\n\n".join((as_markdown(table.caption), _markdown_table(frame), *notes))
+def _pipes(made: Table) -> str:
+    """Write a table as Markdown."""
+    escaped = _texts(made).map(as_markdown).rename(columns=as_markdown)
+    text = escaped.to_markdown(index=False, disable_numparse=True)
+    return "\n\n".join((as_markdown(made.title), text, *map(as_markdown, made.notes)))
 
 
 def _data(

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tracker.core.answers import interval_name
-from tracker.core.records import CellRecord, CorrelationRecord, RunRecord
+from tracker.core.records import CellRecord
+from tracker.core.run_table import (
+    CELL,
+    WHICH_RUN,
+    CellRun,
+    cell_columns,
+    correlation_columns,
+    metric_columns,
+    pick,
+    run_columns,
+    runs_of,
+)
+from tracker.core.tables import Column, Table, table
 from tracker.ledger.decisions import Decided, Decisions
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.models import ModelBoard
+from tracker.report.leaderboard.tables import (
+    LAYER_BOARD,
+    MODEL_BOARD,
+    layer_board_columns,
+    layer_board_rows,
+    model_board_columns,
+    model_board_rows,
+)
 from tracker.report.wording import model_labels
-from tracker.stats.accuracy import Estimate
 
-_CELL_COLUMNS = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
-_RUN_COLUMNS = ("component", "layer", "span", "intervention")
-_NOT_FIGURES = {*_RUN_COLUMNS, "ablation", "n", "metrics", "reasons"}
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
 _NUMBERS = ("num_fewshot", "sample_seed", "layer", "span", "doc")
 _MARGINS = ("margin_intact", "margin")
@@ -28,7 +43,31 @@ _DOCUMENT_COLUMNS = (
     *("task", "doc", "change", "question", "choices", "gold", "answer", "choice_intact"),
     *("margin_intact", "text_intact", "choice", "margin", "text"),
 )
-_FIGURES = tuple(name for name in RunRecord.model_fields if name not in _NOT_FIGURES)
+_CELL: dict[str, Column[CellRecord]] = cell_columns(lambda cell: cell)
+RUN = (
+    *(*CELL, *WHICH_RUN, "n", "until", "interval", "baseline_accuracy", "chance_accuracy"),
+    *("accuracy", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "drop_sd"),
+    *("mcnemar_p", "accuracy_relevance", "cosine_similarity", "cosine_score"),
+    *("angular_distance", "relative_update", "rounded", "drop_rounding", "gold_logprob_drop"),
+)
+"""Names of the columns of a frame of runs, before the metrics."""
+CORRELATION = (
+    *(*CELL, "proxy", "coefficient", "subset", "value", "low", "high", "p_value", "n"),
+    *("documents", "reason"),
+)
+
+
+def frame_of(made: Table) -> pd.DataFrame:
+    """Put a table into a data frame, as `Table.plain` lays it out."""
+    names, rows = made.plain()
+    frame = pd.DataFrame(rows, columns=list(names))
+    # A column that is undefined everywhere would otherwise hold Python objects.
+    kinds = {
+        heading.name: "Int64" if heading.unit == "count" else "float64"
+        for heading in made.headings
+        if heading.name and heading.unit != "text"
+    }
+    return frame.astype(kinds)
 
 
 def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
@@ -43,35 +82,9 @@ def layer_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     why there are fewer documents than were asked for. lm-eval's own metrics stand in columns
     `metric_NAME`.
     """
-    reported = [
-        m for cell in cells for m in (cell.baseline_metrics, *(r.metrics for r in cell.runs))
-    ]
-    extra = sorted({f"metric_{name}" for metrics in reported for name in metrics})
-    numbers = ["baseline_accuracy", "chance_accuracy", *_FIGURES, *extra]
-    rows = [
-        {
-            **_cell_columns(cell),
-            **{field: getattr(record, field) for field in _RUN_COLUMNS},
-            "n": record.n,
-            "until": cell.answer.question if cell.answer else None,
-            "interval": interval_name(cell),
-            "baseline_accuracy": cell.baseline_accuracy,
-            "chance_accuracy": cell.chance_accuracy,
-            **{field: getattr(record, field) for field in _FIGURES},
-            **{f"metric_{name}": value for name, value in record.metrics.items()},
-            "reasons": "; ".join(f"{name}: {why}" for name, why in _reasons(cell, record)),
-        }
-        for cell in cells
-        for record in cell.runs
-    ]
-    columns = [*_CELL_COLUMNS, *_RUN_COLUMNS, "n", "until", "interval", *numbers, "reasons"]
-    return _counts(_frame(rows, columns, numbers), "sample_seed")
-
-
-def _reasons(cell: CellRecord, record: RunRecord) -> Iterator[tuple[str, str]]:
-    if "n" in cell.reasons and "n" not in record.reasons:
-        yield "n", cell.reasons["n"]
-    yield from record.reasons.items()
+    columns = run_columns()
+    picked = [*pick(columns, *RUN), *metric_columns(cells), columns["reasons"]]
+    return frame_of(table("", picked, runs_of(cells)))
 
 
 def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
@@ -80,14 +93,30 @@ def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     One row for each model, benchmark, proxy, coefficient and subset; `n` counts layers. An
     undefined value is NaN and `reason` says why.
     """
-    fields = list(CorrelationRecord.model_fields)
-    rows = [
-        {**_cell_columns(cell), **record.model_dump()}
-        for cell in cells
-        for record in cell.correlations
-    ]
-    frame = _frame(rows, [*_CELL_COLUMNS, *fields], ["value", "low", "high", "p_value"])
-    return _counts(frame, "sample_seed")
+    rows = [(cell, record) for cell in cells for record in cell.correlations]
+    return frame_of(table("", pick(correlation_columns(), *CORRELATION), rows))
+
+
+def layer_board_frame(boards: Sequence[LayerBoard]) -> pd.DataFrame:
+    """Put the leaderboards of layers, one a model, into a data frame.
+
+    One row for each model and layer (0-based), the most relevant first: means over `benchmarks`
+    benchmarks, fractions; `rank` is missing where a benchmark is lacking.
+    """
+    names = model_labels([board.model for board in boards])
+    labelled = zip(boards, names, strict=True)
+    rows = [row for board, name in labelled for row in layer_board_rows(board, name)]
+    return frame_of(table("", pick(layer_board_columns(), *LAYER_BOARD), rows))
+
+
+def model_board_frame(board: ModelBoard) -> pd.DataFrame:
+    """Put the leaderboard of models into a data frame.
+
+    One row a model, the most robust first: means over `layers` layers and the `benchmarks` that the
+    ranked models share, fractions; `rank` is missing where a model lacks them.
+    """
+    rows = model_board_rows(board, model_labels([one.model for one in board.models]))
+    return frame_of(table("", pick(model_board_columns(), *MODEL_BOARD), rows))
 
 
 def document_frame(
@@ -107,7 +136,7 @@ def document_frame(
         options the log-probability of the answer.
     """
     frames = [frame for cell, decided in found for frame in _changed(cell, decided, private)]
-    columns = [*_CELL_COLUMNS, *_RUN_COLUMNS, *_DOCUMENT_COLUMNS]
+    columns = [*CELL, *WHICH_RUN, *_DOCUMENT_COLUMNS]
     frame = pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
     whole = dict.fromkeys((*_OPTION_COLUMNS, *_NUMBERS), "Int64")
     return frame.reset_index(drop=True).astype(whole | dict.fromkeys(_MARGINS, "float64"))
@@ -141,93 +170,18 @@ def _changed(cell: CellRecord, decided: Decisions, private: bool) -> Iterator[pd
         frame = shared.assign(**columns(decided.baseline, "_intact"), **columns(one, ""))
         frame["change"] = np.where(lost, "lost", "won")
         frame = frame[lost | won]
-        about = {**_cell_columns(cell), **{name: getattr(run, name) for name in _RUN_COLUMNS}}
+        about = {
+            column.name: column.value(CellRun(cell, run))
+            for column in pick(run_columns(), *CELL, *WHICH_RUN)
+        }
         for place, (name, value) in enumerate(about.items()):
             frame.insert(place, name, value)
         # An object column keeps its type, also where it holds nothing.
         yield frame.astype(dict.fromkeys(_TEXT_COLUMNS, "object"))
     if decided.missing:
+        which = {name: column.value(cell) for name, column in _CELL.items()}
         rows = [
-            {**_cell_columns(cell), "task": task, "doc": doc, "change": "missing"}
+            {**which, "task": task, "doc": doc, "change": "missing"}
             for task, doc in decided.missing
         ]
         yield pd.DataFrame(rows, dtype="object")
-
-
-def _cell_columns(cell: CellRecord) -> dict[str, object]:
-    benchmark = cell.benchmark
-    shown = (cell.key, cell.model.name, benchmark.name, benchmark.num_fewshot, cell.metric)
-    removed = ",".join(map(str, cell.removed))
-    return dict(zip(_CELL_COLUMNS, (*shown, removed, cell.sample_seed), strict=True))
-
-
-def _frame(
-    rows: Sequence[Mapping[str, object]], columns: list[str], numbers: Sequence[str]
-) -> pd.DataFrame:
-    frame = pd.DataFrame(list(rows), columns=columns)
-    # A column that is undefined everywhere would otherwise hold Python objects.
-    return frame.astype(dict.fromkeys(numbers, "float64"))
-
-
-def layer_board_frame(boards: Sequence[LayerBoard]) -> pd.DataFrame:
-    """Put the leaderboards of layers, one a model, into a data frame.
-
-    One row for each model and layer (0-based), the most relevant first: means over `benchmarks`
-    benchmarks, fractions; `rank` is missing where a benchmark is lacking.
-    """
-    names = model_labels([board.model for board in boards])
-    rows = [
-        {
-            "model": name,
-            "rank": standing.rank,
-            "layer": standing.layer,
-            **_estimate("accuracy_relevance", standing.relevance),
-            **_estimate("accuracy_drop", standing.drop),
-            "cosine_score": standing.cosine_score,
-            "best_rank": standing.best_rank,
-            "worst_rank": standing.worst_rank,
-            "benchmarks": standing.benchmarks,
-        }
-        for name, board in zip(names, boards, strict=True)
-        for standing in board.layers
-    ]
-    numbers = [*_estimates("accuracy_relevance", "accuracy_drop"), "cosine_score"]
-    columns = ["model", "rank", "layer", *numbers, "best_rank", "worst_rank", "benchmarks"]
-    return _counts(_frame(rows, columns, numbers), "rank", "best_rank", "worst_rank")
-
-
-def model_board_frame(board: ModelBoard) -> pd.DataFrame:
-    """Put the leaderboard of models into a data frame.
-
-    One row a model, the most robust first: means over `layers` layers and the `benchmarks` that the
-    ranked models share, fractions; `rank` is missing where a model lacks them.
-    """
-    names = model_labels([standing.model for standing in board.models])
-    rows = [
-        {
-            "model": name,
-            "rank": standing.rank,
-            **_estimate("accuracy_relevance", standing.relevance),
-            **_estimate("accuracy_drop", standing.drop),
-            "worst_layer": standing.worst_layer,
-            "costly_layers": standing.costly,
-            "layers": standing.layers,
-            "benchmarks": len(board.benchmarks),
-        }
-        for name, standing in zip(names, board.models, strict=True)
-    ]
-    numbers = _estimates("accuracy_relevance", "accuracy_drop")
-    counts = ["worst_layer", "costly_layers", "layers", "benchmarks"]
-    return _counts(_frame(rows, ["model", "rank", *numbers, *counts], numbers), "rank", *counts)
-
-
-def _estimates(*names: str) -> list[str]:
-    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-
-
-def _estimate(name: str, found: Estimate) -> dict[str, float | None]:
-    return dict(zip(_estimates(name), (found.value, found.low, found.high), strict=True))
-
-
-def _counts(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    return frame.astype(dict.fromkeys(columns, "Int64"))

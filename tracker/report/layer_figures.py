@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from tracker.core.estimates import Estimate
+from tracker.core.formats import defined
 from tracker.core.records import CellRecord, RunIdentity, RunRecord
-from tracker.report.formats import defined
-from tracker.stats.accuracy import Estimate
 from tracker.stats.combined import ratio
 
 PANELS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from tracker.core.formats import counted, defined, interval, points, two_digits
 from tracker.core.records import CellRecord
-from tracker.report.formats import counted, defined, interval, points, two_digits
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.proxies import Agreement, agreements
 from tracker.report.wording import benchmark_labels

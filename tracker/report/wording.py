@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tracker.core.formats import counted, defined, interval, layer_list, measure_of, two_digits
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.records import (
@@ -18,7 +19,6 @@ from tracker.core.records import (
 )
 from tracker.ledger.outcome_variance import spreads_of
 from tracker.report.editions import edition_labels
-from tracker.report.formats import counted, defined, interval, layer_list, measure_of, two_digits
 from tracker.stats.power import ALPHA, MEANT, POWER
 
 

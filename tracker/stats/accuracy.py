@@ -10,29 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+
+from tracker.core.estimates import Estimate
 
 LEVEL = 0.95
 """The confidence level of every interval in this module."""
 
 _SAME = 1e-9
 """Accuracies and weights that are nearer to each other than this differ by rounding alone."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure, its 95 % interval, and its p-value where a test belongs to it."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    p_value: float | None = None
-    reason: str | None = None
-    """Why `value` is None; None whenever there is a value."""
 
 
 def weights_by_task(

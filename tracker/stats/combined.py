@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tracker.stats.accuracy import Estimate
+from tracker.core.estimates import Estimate
 
 
 def ratio(over: Estimate, under: Estimate) -> Estimate:

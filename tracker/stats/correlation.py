@@ -7,13 +7,12 @@ decimals are ties, because means of the same outcomes may differ by rounding and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from tracker.stats.accuracy import Estimate
+from tracker.core.estimates import Estimate
 from tracker.stats.resampling import bias_corrected_interval
 from tracker.stats.surrogates import surrogate_series
 
@@ -30,23 +29,6 @@ _PAIRS = 2_000_000
 """Pairs of layers that are compared at once."""
 
 
-@dataclass(frozen=True)
-class Correlation:
-    """One coefficient, how sure the documents make us of it, and how likely chance alone is."""
-
-    coefficient: str
-    value: float | None
-    low: float | None
-    high: float | None
-    """Both ends of the 95 % interval from resampling the documents."""
-    p_value: float | None
-    """Two-sided, against series that are as smooth over depth but unrelated."""
-    n: int
-    """Layers."""
-    reason: str | None
-    """Why `value` is None; None whenever there is a value."""
-
-
 def correlate(
     proxy: NDArray[np.float64],
     drop: NDArray[np.float64],
@@ -56,7 +38,7 @@ def correlate(
     resampled_drop: NDArray[np.float64] | None = None,
     surrogates: int = 4999,
     seed: int = 0,
-) -> Correlation:
+) -> Estimate:
     """Correlate a proxy with the accuracy drop over layers.
 
     The interval and the p-value answer different questions. The interval keeps the layers and draws
@@ -99,8 +81,8 @@ def correlate(
     Examples:
         >>> proxy, drop = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.1, 0.3, 0.2, 0.4])
         >>> correlation = correlate(proxy, drop, coefficient="kendall")
-        >>> round(correlation.value, 4), round(correlation.p_value, 2), correlation.n
-        (0.6667, 0.37, 4)
+        >>> round(correlation.value, 4), round(correlation.p_value, 2)
+        (0.6667, 0.37)
     """
     if coefficient not in COEFFICIENTS:
         raise ValueError(f"unknown coefficient {coefficient!r}; one of {', '.join(COEFFICIENTS)}")
@@ -110,7 +92,7 @@ def correlate(
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(f"a proxy of the shape {x.shape} but drops of the shape {y.shape}")
     if reason := _undefined(x, y):
-        return Correlation(coefficient, None, None, None, None, len(x), reason)
+        return Estimate(None, reason=reason)
     value = float(_STATISTICS[coefficient](x, y).statistic)
     low = high = None
     if resampled_proxy is not None or resampled_drop is not None:
@@ -122,7 +104,7 @@ def correlate(
         if interval := bias_corrected_interval(value, rows):
             low, high = max(interval[0], -1.0), min(interval[1], 1.0)
     p_value = _surrogate_p(x, y, coefficient, surrogates, seed)
-    return Correlation(coefficient, value, low, high, p_value, len(x), None)
+    return Estimate(value, low, high, p_value)
 
 
 def correlation_difference(
@@ -172,7 +154,7 @@ def partial_correlate(
     resampled: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None = None,
     surrogates: int = 4999,
     seed: int = 0,
-) -> Correlation:
+) -> Estimate:
     """Correlate the ranks of two series over layers, a third one held fixed.
 
     Spearman's partial coefficient: what of both ranks is linear in the third's is taken out first.
@@ -191,7 +173,7 @@ def partial_correlate(
         seed: Seed of these series.
 
     Returns:
-        The coefficient `partial spearman`; the value is None with a reason for fewer than four
+        The coefficient; the value is None with a reason for fewer than four
         layers, a NaN, a series that is the same in every layer, or one whose ranks are those of
         the third, forwards or backwards.
 
@@ -208,25 +190,24 @@ def partial_correlate(
         >>> round(partial_correlate(first, second, given, surrogates=99).value, 4)
         0.7456
     """
-    name = "partial spearman"
     x, y, z = _rounded(first), _rounded(second), _rounded(given)
     if x.ndim != 1 or not x.shape == y.shape == z.shape:
         raise ValueError(f"series of the shapes {x.shape}, {y.shape} and {z.shape}")
     n = len(x)
     if n < 4:
         reason = f"{n} layer{'' if n == 1 else 's'}, and a partial correlation needs at least 4"
-        return Correlation(name, None, None, None, None, n, reason)
+        return Estimate(None, reason=reason)
     for values in (x, y, z):
         if missing := int((~np.isfinite(values)).sum()):
             reason = f"a series is undefined in {missing} of {n} layers"
-            return Correlation(name, None, None, None, None, n, reason)
+            return Estimate(None, reason=reason)
         if np.ptp(values) == 0:
             reason = f"a series is the same in all {n} layers"
-            return Correlation(name, None, None, None, None, n, reason)
+            return Estimate(None, reason=reason)
     (value,) = _partial_rows(x[None], y[None], z[None])
     if not np.isfinite(value):
         reason = "a series has the ranks of what is held fixed"
-        return Correlation(name, None, None, None, None, n, reason)
+        return Estimate(None, reason=reason)
     low = high = None
     if resampled is not None:
         rows = _partial_rows(*resampled)
@@ -240,7 +221,7 @@ def partial_correlate(
         by_chance = np.abs(_pearson_rows(kept[None], series))
         as_strong = max(as_strong, int((by_chance >= abs(value) - 1e-9).sum()))
     p_value = (as_strong + 1) / (surrogates + 1)
-    return Correlation(name, float(value), low, high, p_value, n, None)
+    return Estimate(float(value), low, high, p_value)
 
 
 def _partial_rows(

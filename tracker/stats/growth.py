@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.stats.accuracy import LEVEL, Estimate
+from tracker.core.estimates import Estimate
+from tracker.stats.accuracy import LEVEL
 from tracker.stats.resampling import RESAMPLES, resampled_means
 
 

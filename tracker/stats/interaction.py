@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.stats.accuracy import Estimate, mean_interval
+from tracker.core.estimates import Estimate
+from tracker.stats.accuracy import mean_interval
 from tracker.stats.correlation import row_coefficients
 from tracker.stats.resampling import bias_corrected_interval
 

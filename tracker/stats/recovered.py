@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.stats.accuracy import LEVEL, Estimate
+from tracker.core.estimates import Estimate
+from tracker.stats.accuracy import LEVEL
 
 
 def recovered(

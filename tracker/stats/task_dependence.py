@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.stats.accuracy import LEVEL, Estimate
+from tracker.core.estimates import Estimate
+from tracker.stats.accuracy import LEVEL
 
 Array = NDArray[np.float64]
 Sample = tuple[Array, Array, Sequence[str] | NDArray[np.generic] | None]

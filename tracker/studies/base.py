@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.experiment import Experiment
-from tracker.core.findings import FindingRecord, FoundChart, FoundTable
+from tracker.core.findings import FindingRecord, FoundChart
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, Place
+from tracker.core.tables import Table
 from tracker.ledger.cells import CellStore
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -116,7 +117,7 @@ class StudyResult:
     """
 
     answers: Sequence[str]
-    tables: Sequence[FoundTable] = ()
+    tables: Sequence[Table] = ()
     charts: Sequence[FoundChart] = ()
     lacking: Sequence[str] = ()
     assumptions: Sequence[str] = ()

@@ -5,28 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from tracker.core.findings import Entry, FoundTable, Heading, Line, Unit
-from tracker.report.formats import defined, interval, two_digits
-from tracker.stats.accuracy import Estimate
-from tracker.stats.correlation import Correlation
+from tracker.core.estimates import Estimate, Unit
+from tracker.core.findings import Line
+from tracker.core.formats import interval, two_digits
+from tracker.core.tables import Column, Table, estimate
+from tracker.core.tables import table as of_columns
 
-Row = tuple[Entry | float | str, ...]
+Row = tuple[Estimate | float | str, ...]
 """A table's row: entries, and plain values that are defined and have no interval."""
 
 
-def entry(
-    value: float | None,
-    reason: str | None = None,
-    low: float | None = None,
-    high: float | None = None,
-) -> Entry:
-    """Make an entry of a figure, or of the reason why it is None or not finite."""
-    if not defined(value):
-        return Entry(reason=reason or "undefined")
-    return Entry(value=value, low=low, high=high)
+entry = estimate
 
 
-def estimated(found: Estimate | Correlation | None, reason: str | None = None) -> Entry:
+def estimated(found: Estimate | None, reason: str | None = None) -> Estimate:
     """Make an entry with its interval; `reason` where what was found has none of its own."""
     if found is None:
         return entry(None, reason)
@@ -38,23 +30,14 @@ def table(
     headings: Iterable[tuple[str, Unit]],
     rows: Iterable[Row],
     notes: Sequence[str] = (),
-) -> FoundTable:
-    """Make a table; each heading is a label and its column's unit.
+) -> Table:
+    """Make a table; each heading is a label and its column's unit."""
 
-    ValueError where two columns have one name, of which a data frame would keep one.
-    """
-    heads = tuple(Heading(label=label, unit=unit) for label, unit in headings)
-    if len({head.label for head in heads}) < len(heads):
-        raise ValueError(f"{title}: two columns have one name")
-    return FoundTable(
-        title=title,
-        headings=heads,
-        rows=tuple(
-            tuple(one if isinstance(one, Entry) else Entry(value=one) for one in row)
-            for row in rows
-        ),
-        notes=tuple(notes),
-    )
+    def column(place: int, label: str, unit: Unit) -> Column[Row]:
+        return Column(label, unit, lambda row: row[place])
+
+    columns = [column(place, *heading) for place, heading in enumerate(headings)]
+    return of_columns(title, columns, rows, notes)
 
 
 def line(name: str, found: Sequence[Estimate]) -> Line:
@@ -78,9 +61,7 @@ def ends(low: float | None, high: float | None, write: Callable[[float], str] = 
     return f" ({between})" if between else ""
 
 
-def written(
-    found: Estimate | Correlation, write: Callable[[float], str] = two_digits, unit: str = ""
-) -> str:
+def written(found: Estimate, write: Callable[[float], str] = two_digits, unit: str = "") -> str:
     """Write a defined figure with its unit, and its interval, such as `0.66 (0.41 to 0.80)`."""
     assert found.value is not None
     return f"{write(found.value)}{unit}{ends(found.low, found.high, write)}"

@@ -10,6 +10,14 @@ from tracker.core.answers import interval_name, statement
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.kinds import KINDS
 from tracker.core.records import AnswerRecord, CellRecord, RunIdentity, RunRecord
+from tracker.core.run_table import (
+    correlation_columns,
+    metric_columns,
+    pick,
+    run_columns,
+    runs_of,
+)
+from tracker.core.tables import Table, table
 from tracker.tracking.base import LoggedTable, Scalar
 
 CURVES = (
@@ -166,11 +174,6 @@ def _yes(value: bool) -> str:
     return "true" if value else "false"
 
 
-def absent_reasons(layer: RunRecord) -> dict[str, str]:
-    """Say why figures are absent from `flat_metrics`."""
-    return {**not_finite(_layer_values(layer)), **layer.reasons}
-
-
 def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
     """Give a reason for every value that is a number but not a finite one."""
     return {
@@ -180,33 +183,29 @@ def not_finite(values: Mapping[str, float | None]) -> dict[str, str]:
     }
 
 
+def logged(made: Table) -> LoggedTable:
+    """Lay a table out for backends."""
+    names, rows = made.plain()
+    return LoggedTable(names, tuple(rows))
+
+
 def logged_layers(cell: CellRecord) -> LoggedTable:
     """Lay the runs out, one a row.
 
     `layer` is a run's first layer, 0-based, and `reasons` explains what is not defined.
     """
-    benchmark_metrics = sorted({f"metric/{name}" for row in cell.runs for name in row.metrics})
-    names = (*_LAYER_VALUES, *benchmark_metrics)
-    rows: list[tuple[Scalar, ...]] = []
-    for layer in cell.runs:
-        values = flat_metrics(layer)
-        reasons = "; ".join(f"{name}: {why}" for name, why in absent_reasons(layer).items())
-        figures = (values.get(name) for name in names)
-        which = (layer.layer, layer.component, layer.span, layer.intervention, layer.ablation)
-        rows.append((*which, layer.n, *figures, reasons or None))
-    columns = ("layer", "component", "span", "intervention", "ablation", "n", *names, "reasons")
-    return LoggedTable(columns, tuple(rows))
+    columns = run_columns(cell)
+    which = ("layer", "component", "span", "intervention", "ablation", "n")
+    metrics = metric_columns([cell], "metric/")
+    picked = [*pick(columns, *which, *_LAYER_VALUES), *metrics, columns["reasons"]]
+    return logged(table(cell.title, picked, runs_of([cell])))
 
 
 def logged_correlations(cell: CellRecord) -> LoggedTable:
     """Lay the correlations out: one row per proxy, coefficient and subset of layers."""
-    rows: list[tuple[Scalar, ...]] = []
-    for c in cell.correlations:
-        found = only_defined({"value": c.value, "low": c.low, "high": c.high, "p": c.p_value})
-        figures = (found.get(name) for name in ("value", "low", "high", "p"))
-        rows.append((c.proxy, c.coefficient, c.subset, *figures, c.n, c.documents, c.reason))
-    columns = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
-    return LoggedTable((*columns, "n", "documents", "reason"), tuple(rows))
+    names = ("proxy", "coefficient", "subset", "value", "low", "high", "p_value")
+    columns = pick(correlation_columns(), *names, "n", "documents", "reason")
+    return logged(table(cell.title, columns, [(cell, record) for record in cell.correlations]))
 
 
 def logged_documents(decided: DecisionsRecord) -> LoggedTable:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tracker.core.formats import DASH, defined, fixed, interval, points
 from tracker.core.hub import check_name
 from tracker.core.text import as_markdown
 from tracker.pruning.export.facts import Accuracy, Exported, Size
 from tracker.pruning.export.recipes import by_other_tools, why_none
-from tracker.report.formats import DASH, defined, fixed, interval, points
 
 FACTS = "tracker.json"
 _USE = """In the folder of this card, or with its path or its name on the hub instead of the dot:

@@ -15,6 +15,7 @@ from tracker.benchmarks.benchmark import check_benchmark
 from tracker.benchmarks.standalone import refuse_alone
 from tracker.core.config import CellRequest, cell_request
 from tracker.core.errors import CellError, RequestError, TrackerError, WorkError
+from tracker.core.formats import counted, measure_of
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import Component
 from tracker.core.provenance import machine
@@ -29,7 +30,6 @@ from tracker.pruning.export.facts import Accuracy, Exported, Pruning, Size
 from tracker.pruning.export.proof import ExpectedAnswers, MeasuredCell, expected, prove
 from tracker.pruning.export.publishing import publish
 from tracker.pruning.export.recipes import recipes, skip_lists, windows_of
-from tracker.report.formats import counted, measure_of
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
 from tracker.tracking import target

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.config import CellRequest
 from tracker.core.errors import CellError, RequestError, TrackerError
+from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
@@ -29,7 +30,7 @@ from tracker.pruning.search.search import (
     search,
 )
 from tracker.runner import Finished, run_cells
-from tracker.stats.accuracy import Estimate, accuracy, accuracy_drop
+from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.team.publish import Publisher
 
 log = logging.getLogger(__name__)

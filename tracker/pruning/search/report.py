@@ -8,13 +8,16 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tracker.core.config import CellRequest
+from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
-from tracker.core.findings import Entry, FindingRecord, FoundTable, Heading, Line, LineChart, Unit
+from tracker.core.findings import FindingRecord, Line, LineChart
+from tracker.core.formats import counted, fixed, interval, points
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
+from tracker.core.tables import Column, Table, estimate, table
 from tracker.pruning.search.cells import Array
-from tracker.report.formats import counted, fixed, interval, points
 from tracker.report.page.studies import SEARCH
 from tracker.stats.accuracy import accuracy_drop
 
@@ -35,7 +38,7 @@ def finding_of(
         command="tracker prune",
         question=QUESTION,
         answers=tuple(line for each in groups for line in _answers(each, outcomes)),
-        tables=tuple(table for each in groups for table in (_table(each), _sets(each))),
+        tables=tuple(made for each in groups for made in (_table(each), _sets(each))),
         charts=tuple(_frontier(each) for each in groups),
         lacking=tuple(f"{title}: {why}" for title, why in failed.items()),
         assumptions=ASSUMED,
@@ -168,55 +171,51 @@ def is_sure(step: PruneStep) -> bool:
     return step.margin_low is not None and step.margin_low > 0
 
 
-def _table(records: Sequence[PruneRecord]) -> FoundTable:
+def _table(records: Sequence[PruneRecord]) -> Table:
     first = records[0]
-    unit: Unit = "percent" if first.higher_is_better else "score"
-    lost: Unit = "points" if first.higher_is_better else "score"
-    heads: list[tuple[str, Unit]] = [
-        ("strategy", "text"),
-        ("amount", "text"),
-        ("removed", "text"),
-        ("test accuracy" if first.higher_is_better else "test loss", unit),
-        ("lost", lost),
-        ("evaluations", "count"),
-        ("passes", "times"),
-        ("seconds", "count"),
-    ]
-    rows = [
-        (
-            Entry(value="unpruned"),
-            Entry(value=""),
-            Entry(value=""),
-            _entry(first.baseline.accuracy, first.baseline.low, first.baseline.high),
-            *(Entry(reason="nothing is removed") for _ in range(4)),
-        )
-    ]
-    labels = _labels(records)
-    for one in sorted(records, key=_rank):
-        end = _end(one)
-        rows.append(
-            (
-                Entry(value=labels[one.name]),
-                Entry(value=one.amount),
-                Entry(value=", ".join(map(str, one.removed))),
-                _entry(end.accuracy, end.low, end.high),
-                _entry(end.drop, end.drop_low, end.drop_high),
-                Entry(value=one.cost.evaluations),
-                Entry(value=one.cost.passes),
-                Entry(value=one.cost.seconds)
-                if one.cost.seconds is not None
-                else Entry(reason="measured by a tracker that did not say"),
-            )
-        )
-    n = first.baseline.n
     part = f" of the {first.part} part" if first.part else ""
-    return FoundTable(
-        title=f"{first.model.name} · {_benchmark(first)}: pruned by each strategy, on "
-        f"{counted(n, 'test document')}{part}",
-        headings=tuple(Heading(label=label, unit=kind) for label, kind in heads),
-        rows=tuple(rows),
-        notes=tuple(dict.fromkeys(_chosen_by(one) for one in records if one.calibration)),
+    labels = _labels(records)
+    gone = "nothing is removed"
+
+    def level(one: PruneRecord | None) -> Estimate:
+        tested = _end(one) if one else first.baseline
+        return estimate(tested.accuracy, _NO_SCORE, tested.low, tested.high)
+
+    def lost(one: PruneRecord | None) -> Estimate:
+        if one is None:
+            return Estimate(None, reason=gone)
+        end = _end(one)
+        return estimate(end.drop, _NO_SCORE, end.drop_low, end.drop_high)
+
+    def seconds(one: PruneRecord | None) -> Estimate:
+        why = "measured by a tracker that did not say" if one else gone
+        return estimate(one.cost.seconds if one else None, why)
+
+    columns: tuple[Column[PruneRecord | None], ...] = (
+        Column("strategy", "text", lambda one: labels[one.name] if one else "unpruned"),
+        Column("amount", "text", lambda one: one.amount if one else ""),
+        Column("removed", "text", lambda one: ", ".join(map(str, one.removed)) if one else ""),
+        Column("test accuracy" if first.higher_is_better else "test loss", _unit(first), level),
+        Column("lost", _unit(first, "points"), lost),
+        Column("evaluations", "count", lambda one: one.cost.evaluations if one else None, gone),
+        Column("passes", "times", lambda one: one.cost.passes if one else None, gone),
+        Column("seconds", "count", seconds),
     )
+    return table(
+        f"{first.model.name} · {_benchmark(first)}: pruned by each strategy, on "
+        f"{counted(first.baseline.n, 'test document')}{part}",
+        columns,
+        [None, *sorted(records, key=_rank)],
+        dict.fromkeys(_chosen_by(one) for one in records if one.calibration),
+    )
+
+
+_NO_SCORE = "a document has no finite score"
+
+
+def _unit(record: PruneRecord, unit: Unit = "percent") -> Unit:
+    """Say how a level, or a change in `points`, is written."""
+    return unit if record.higher_is_better else "score"
 
 
 def _chosen_by(record: PruneRecord) -> str:
@@ -247,50 +246,50 @@ def _benchmark(record: PruneRecord) -> str:
     return record.benchmark.name + ("" if seed in (None, DEFAULT_SEED) else f" (seed {seed})")
 
 
-def _sets(records: Sequence[PruneRecord]) -> FoundTable:
+class _Step(NamedTuple):
+    """A row: a step of a search, from 1."""
+
+    search: PruneRecord
+    number: int
+    step: PruneStep
+
+
+def _sets(records: Sequence[PruneRecord]) -> Table:
     """A row a step of each search that compared something."""
-    first = records[0]
-    lost: Unit = "points" if first.higher_is_better else "score"
-    rows, labels = [], _labels(records)
-    for one in records:
-        for number, step in enumerate(one.steps, 1):
-            test = step.test
-            assert test is not None
-            none = step.reasons.get("margin") or "nothing was compared"
-            rows.append(
-                (
-                    Entry(value=labels[one.name]),
-                    Entry(value=number),
-                    Entry(value=step.layer)
-                    if step.layer is not None
-                    else Entry(reason="the step chose all of its set"),
-                    _entry(step.score, reason=step.reasons.get("score", "")),
-                    _entry(step.margin, step.margin_low, step.margin_high, none),
-                    _entry(test.drop, test.drop_low, test.drop_high),
-                )
-            )
-    heads: list[tuple[str, Unit]] = [
-        ("strategy", "text"),
-        ("step", "count"),
-        (first.unit, "count"),
-        ("score", "times"),
-        ("runner-up worse by", "times"),
-        ("test accuracy lost" if first.higher_is_better else "test loss added", lost),
-    ]
-    return FoundTable(
-        title=f"{first.model.name} · {_benchmark(first)}: step by step",
-        headings=tuple(Heading(label=label, unit=kind) for label, kind in heads),
-        rows=tuple(rows),
-        notes=("score: what the strategy makes small, on the calibration documents, in its unit",),
+    first, labels = records[0], _labels(records)
+
+    def score(row: _Step) -> Estimate:
+        return estimate(row.step.score, row.step.reasons.get("score") or _NO_SCORE)
+
+    def margin(row: _Step) -> Estimate:
+        step = row.step
+        why = step.reasons.get("margin") or "nothing was compared"
+        return estimate(step.margin, why, step.margin_low, step.margin_high)
+
+    def lost(row: _Step) -> Estimate:
+        test = row.step.test
+        assert test is not None
+        return estimate(test.drop, _NO_SCORE, test.drop_low, test.drop_high)
+
+    columns: tuple[Column[_Step], ...] = (
+        Column("strategy", "text", lambda row: labels[row.search.name]),
+        Column("step", "count", lambda row: row.number),
+        Column(
+            *(first.unit, "count", lambda row: row.step.layer, "the step chose all of its set"),
+        ),
+        Column("score", "times", score),
+        Column("runner-up worse by", "times", margin),
+        Column(
+            "test accuracy lost" if first.higher_is_better else "test loss added",
+            *(_unit(first, "points"), lost),
+        ),
     )
-
-
-def _entry(
-    value: float | None, low: float | None = None, high: float | None = None, reason: str = ""
-) -> Entry:
-    if value is None:
-        return Entry(reason=reason or "a document has no finite score")
-    return Entry(value=value, low=low, high=high)
+    return table(
+        f"{first.model.name} · {_benchmark(first)}: step by step",
+        columns,
+        [_Step(one, number, step) for one in records for number, step in enumerate(one.steps, 1)],
+        ["score: what the strategy makes small, on the calibration documents, in its unit"],
+    )
 
 
 def _frontier(records: Sequence[PruneRecord]) -> LineChart:

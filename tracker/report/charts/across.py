@@ -5,14 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, defined, interval, three_digits, two_digits
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.maps import ROWS, centred_map
 from tracker.report.charts.style import MANY, Chart, chart, errors, finite, layer_axis, line
-from tracker.report.formats import counted, defined, interval, three_digits, two_digits
 from tracker.report.layer_figures import relative_depth
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.pairs import Pair
-from tracker.stats.accuracy import Estimate
 
 _FEW = 3
 """So many lines can carry their intervals and still be told apart."""

@@ -6,10 +6,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from tracker.core import formats
 from tracker.core.answers import interval_name
 from tracker.core.kinds import KINDS
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind
-from tracker.report import formats, wording
+from tracker.report import wording
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import span_components, span_map
 from tracker.report.charts.style import (

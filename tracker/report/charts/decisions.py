@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from tracker.core.decision_records import DecisionsRecord
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, two_digits
 from tracker.core.kinds import KINDS
 from tracker.core.records import CellRecord, layers_of
 from tracker.report import wording
 from tracker.report.charts.maps import ROWS, centred_map
 from tracker.report.charts.style import FAINT, GREY, Chart, chart, errors, layer_axis, line
-from tracker.report.formats import counted, two_digits
-from tracker.stats.accuracy import Estimate
 from tracker.stats.agreement import clustered, phi
 from tracker.stats.ratios import SCALES
 

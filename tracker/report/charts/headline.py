@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tracker.core.formats import counted, defined, two_digits, write
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.style import (
     FAINT,
@@ -18,7 +19,6 @@ from tracker.report.charts.style import (
     finite,
     layer_axis,
 )
-from tracker.report.formats import counted, defined, fixed, two_digits
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.proxies import misjudged
 from tracker.report.wording import benchmark_labels
@@ -67,7 +67,7 @@ def story(board: LayerBoard, label: str) -> Chart:
             "marker": {"color": PROXY},
             "hovertext": [
                 f"layer {one.layer}<br>cosine score "
-                + (fixed(one.cosine_score, 3) if defined(one.cosine_score) else "undefined")
+                + (write("proxy", one.cosine_score) if defined(one.cosine_score) else "undefined")
                 for one in standings
             ],
             "hoverinfo": "text",

@@ -9,10 +9,10 @@ import html
 from collections.abc import Callable
 
 from tracker.core.answers import interval_name
+from tracker.core.estimates import Estimate
+from tracker.core.formats import defined, interval, measure_of, p_value, write
 from tracker.core.records import CellRecord, Kind, RunIdentity, RunRecord, layers_of
 from tracker.report.charts.style import wrap
-from tracker.report.formats import defined, fixed, interval, measure_of, p_value
-from tracker.stats.accuracy import Estimate
 
 
 def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> str:
@@ -37,11 +37,11 @@ def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> s
     if relevance[0] is None:
         lines.append(f"accuracy relevance undefined: {wrap(relevance[1])}")
     else:
-        lines.append(f"accuracy relevance {fixed(relevance[0], 3)}")
+        lines.append(f"accuracy relevance {write('relevance', relevance[0])}")
     if record.cosine_score is None:
         lines.append(f"cosine score undefined: {wrap(cell.reason_of('cosine_score', record))}")
     else:
-        lines.append(f"cosine score {fixed(record.cosine_score, 4)}")
+        lines.append(f"cosine score {write('proxy', record.cosine_score)}")
     lines.append(" ".join(filter(None, (f"{record.n:,} documents", cell.drawn))))
     return "<br>".join(lines)
 

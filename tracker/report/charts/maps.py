@@ -6,9 +6,10 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tracker.core import formats
 from tracker.core.kinds import Component
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
-from tracker.report import formats, wording
+from tracker.report import wording
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.style import GREY, Chart, chart, finite, layer_axis
 

@@ -6,6 +6,8 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, defined, interval, two_digits, write
 from tracker.core.records import WHOLE_LAYER, CellRecord, layers_of
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.style import (
@@ -20,11 +22,9 @@ from tracker.report.charts.style import (
     value_axis,
     wrap,
 )
-from tracker.report.formats import counted, defined, fixed, interval, two_digits
 from tracker.report.layer_figures import PANELS, layer_relevance, why_undefined
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.wording import benchmark_labels
-from tracker.stats.accuracy import Estimate
 from tracker.stats.proxies import PROXIES
 
 _FEW = 3
@@ -188,7 +188,7 @@ def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
         return f"{text}; no cosine score is defined"
     means = {layer: sum(found) / len(found) for layer, found in scores.items()}
     top = max(means, key=lambda layer: (means[layer], -layer))
-    return f"{text}; the cosine score is highest in layer {top} (mean {two_digits(means[top])})"
+    return f"{text}; the cosine score is highest in layer {top} (mean {write('proxy', means[top])})"
 
 
 def _trace(
@@ -218,7 +218,7 @@ def _proxy(
         says = (
             f"undefined: {wrap(why_undefined(cell, layer, proxy))}"
             if value is None
-            else fixed(value, 4)
+            else write("proxy", value)
         )
         values.append(value)
         hover.append(

@@ -16,9 +16,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from tracker.core.estimates import Estimate
+from tracker.core.formats import defined
 from tracker.core.kinds import KINDS
-from tracker.report.formats import defined
-from tracker.stats.accuracy import Estimate
 
 MATTERS = KINDS["layer"].colour
 HELPS = "#c4762f"

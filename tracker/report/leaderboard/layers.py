@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
 from tracker.report.layer_figures import drop_estimate, relevance_estimate
 from tracker.report.leaderboard.comparable import countable, ranks
-from tracker.stats.accuracy import Estimate
 from tracker.stats.combined import mean
 
 

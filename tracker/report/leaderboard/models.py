@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
 from tracker.report.editions import outdated
 from tracker.report.leaderboard.comparable import models_of, ranks, setting, unusable, worth
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.wording import benchmark_labels, model_labels
-from tracker.stats.accuracy import Estimate
 from tracker.stats.combined import mean
 
 _NOTHING_SHARED = "no two models share a benchmark on all their layers"

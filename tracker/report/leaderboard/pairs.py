@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from tracker.core.estimates import Estimate
+from tracker.core.formats import Measure, measure_of
 from tracker.core.records import CellRecord
-from tracker.report.formats import Measure, measure_of
 from tracker.report.layer_figures import drop_estimate
 from tracker.report.leaderboard.comparable import models_of, setting
 from tracker.report.wording import benchmark_labels, model_labels
-from tracker.stats.accuracy import Estimate
 from tracker.stats.combined import difference
 
 MOST = 10

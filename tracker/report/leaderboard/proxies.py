@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from tracker.core.formats import defined
 from tracker.core.records import CellRecord
-from tracker.report.formats import defined
 from tracker.report.leaderboard.comparable import DECIMALS, ranks
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.report.wording import benchmark_labels

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tracker.core.decision_records import DecisionsRecord, RunDecisions
+from tracker.core.estimates import Estimate
+from tracker.core.formats import DASH, counted, points
 from tracker.core.records import CellRecord
+from tracker.core.run_table import CellRun, pick, run_columns, telling_apart
+from tracker.core.tables import Column, Table, table
 from tracker.ledger.decisions import SHOWN
 from tracker.report.charts.decisions import margin_name
-from tracker.report.formats import DASH, counted, points, two_digits
 from tracker.report.page.downloads import packed_json
-from tracker.report.table import Table, Value, numbers, shown
-from tracker.report.tables import run_columns
 
 BUDGET = 2_000_000
 """Characters that the documents of all cells may take of a page."""
@@ -25,51 +26,70 @@ def letter(option: int) -> str:
     return chr(ord("A") + option) if option < 26 else str(option + 1)
 
 
+class _Decided(NamedTuple):
+    """A row: what a run decides, or None and the intact model."""
+
+    run: RunDecisions | None
+    margins: Sequence[float] | None
+    options: Sequence[float]
+
+
 def decision_table(cell: CellRecord, decided: DecisionsRecord) -> Table:
     """Set one row a run: documents lost and won, its margin, and how often each option is taken."""
-    names = run_columns(cell)
     options = len(decided.options)
     several = min(options, _OPTIONS)
-    heads = [f"{letter(number)} taken (%)" for number in range(several)]
-    if options > _OPTIONS:
-        heads.append("later ones (%)")
-    columns = (
-        *numbers(*names.labels),
-        *numbers("documents lost", "documents won", f"median {margin_name(cell, decided)}"),
-        *numbers(*heads),
-    )
     why = decided.reasons.get("margin", "no margin is defined")
 
-    def figures(lost: str, won: str, run: Any, taken: Sequence[float]) -> tuple[Value, ...]:
-        median = shown(run[1] if run else None, two_digits, why)
-        shares = [*taken[:several], *([sum(taken[several:])] if options > _OPTIONS else [])]
-        known = [shown(share, points, "", 100) for share in shares] or [Value(DASH, why)] * len(
-            heads
-        )
-        return (Value(lost), Value(won), median, *known)
+    def name(column: Column[CellRun]) -> Column[_Decided]:
+        first = "none" if column.name == "layer" else ""
 
-    def name(*parts: str) -> tuple[Value, ...]:
-        return tuple(Value(part) for part in (*parts, *[""] * (len(names.labels) - len(parts))))
+        def value(row: _Decided) -> Estimate | str | float | None:
+            return column.value(CellRun(cell, row.run.run)) if row.run else first
 
-    rows = [(*name("none"), *figures(DASH, DASH, decided.margins, decided.options))]
-    rows += [
-        (
-            *name(*names.of(one.run)),
-            *figures(f"{one.lost:,}", f"{one.won:,}", one.margins, one.options),
+        return Column(column.label, column.unit, value)
+
+    def taken(number: int) -> Column[_Decided]:
+        return Column(
+            *(f"{letter(number)} taken", "percent"),
+            lambda row: row.options[number] if row.options else None,
+            why,
         )
-        for one in decided.runs
+
+    columns = [
+        *map(name, pick(run_columns(cell), *telling_apart(cell))),
+        Column("documents lost", "count", lambda row: row.run.lost if row.run else DASH),
+        Column("documents won", "count", lambda row: row.run.won if row.run else DASH),
+        Column(
+            f"median {margin_name(cell, decided)}",
+            *("coefficient", lambda row: row.margins[1] if row.margins else None, why),
+        ),
+        *map(taken, range(several)),
     ]
-    caption = (
-        f"{cell.title}: what the model decides without each layer, and in its first row intact. "
-        f"{counted(decided.n, 'document')}; lost: worse than intact, won: better."
-    )
+    if options > _OPTIONS:
+        columns.append(
+            Column(
+                "later ones",
+                "percent",
+                lambda row: sum(row.options[several:]) if row.options else None,
+                why,
+            )
+        )
     notes = []
     if options:
         gold = ", ".join(f"{letter(n)} {points(share)} %" for n, share in enumerate(decided.gold))
         notes.append(f"How often each option is the right one: {gold}.")
     if "margin" in decided.reasons:
         notes.append(f"Margins: {why}.")
-    return Table(caption, columns, tuple(rows), tuple(notes))
+    return table(
+        f"{cell.title}: what the model decides without each layer, and in its first row intact. "
+        f"{counted(decided.n, 'document')}; lost: worse than intact, won: better.",
+        columns,
+        [
+            _Decided(None, decided.margins, decided.options),
+            *(_Decided(run, run.margins, run.options) for run in decided.runs),
+        ],
+        notes,
+    )
 
 
 def packed_documents(decided: Mapping[str, tuple[CellRecord, DecisionsRecord]]) -> dict[str, str]:

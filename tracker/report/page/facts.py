@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tracker.core.identities import TaskIdentity
 from tracker.core.records import CellRecord
-from tracker.report.table import Table, Value, numbers, texts
-from tracker.report.tables import _is_corpus
+from tracker.core.tables import Column, Table, table
+from tracker.report.tables import is_corpus
 
 
 def provenance_table(cell: CellRecord) -> Table:
@@ -40,9 +40,12 @@ def provenance_table(cell: CellRecord) -> Table:
             else "every task weighs the same"
         )
     facts["ledger key"] = cell.key
+    columns: tuple[Column[tuple[str, str]], ...] = (
+        Column("what", "text", lambda fact: fact[0]),
+        Column("value", "text", lambda fact: fact[1]),
+    )
     pairs = [*facts.items(), *cell.provenance.items()]
-    rows = [(Value(name), Value(text)) for name, text in pairs]
-    return Table(f"{cell.title}: what the numbers depend on.", texts("what", "value"), tuple(rows))
+    return table(f"{cell.title}: what the numbers depend on.", columns, pairs)
 
 
 def _compared(cell: CellRecord) -> str:
@@ -60,21 +63,17 @@ def _split(task: TaskIdentity) -> str:
 
 def task_table(cell: CellRecord) -> Table:
     """Set the lm-eval tasks of a cell, or its corpus, with version, split and fingerprint."""
-    columns = (
-        *texts("task", "version", "split"),
-        *numbers("documents in all"),
-        *texts("metrics (aggregation)", "fingerprint"),
+    columns: tuple[Column[TaskIdentity], ...] = (
+        Column("task", "text", lambda task: task.name),
+        Column("version", "text", lambda task: task.version),
+        Column("split", "text", _split),
+        Column("documents in all", "count", lambda task: task.documents),
+        Column("metrics (aggregation)", "text", _aggregated),
+        Column("fingerprint", "text", lambda task: task.fingerprint),
     )
-    rows = tuple(
-        (
-            Value(task.name),
-            Value(task.version),
-            Value(_split(task)),
-            Value(f"{task.documents:,}"),
-            Value(", ".join(f"{name} ({how})" for name, how in sorted(task.metrics.items()))),
-            Value(task.fingerprint),
-        )
-        for task in cell.benchmark.tasks
-    )
-    ours = _is_corpus(cell)
-    return Table(f"{cell.title}: {'corpus' if ours else 'lm-eval tasks'}.", columns, rows)
+    what = "corpus" if is_corpus(cell) else "lm-eval tasks"
+    return table(f"{cell.title}: {what}.", columns, cell.benchmark.tasks)
+
+
+def _aggregated(task: TaskIdentity) -> str:
+    return ", ".join(f"{name} ({how})" for name, how in sorted(task.metrics.items()))

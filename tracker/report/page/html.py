@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.findings import FindingRecord
 from tracker.core.records import CellRecord, Place
+from tracker.core.tables import headed, written
 from tracker.core.text import harmless
 from tracker.ledger.files import write_text
 from tracker.report import tables, wording
@@ -69,13 +70,15 @@ def render_report(
 @cache
 def _templates() -> Environment:
     """What is compiled once for all pages of a process."""
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("tracker.report.page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"headed": headed, "written": written}
+    return environment
 
 
 @cache

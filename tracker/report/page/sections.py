@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tracker.core import answers
+from tracker.core import answers, formats
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import WHOLE_LAYER, CellRecord, Place
-from tracker.report import caveats, formats, tables, wording
+from tracker.core.run_table import only_layers
+from tracker.core.tables import Table
+from tracker.report import caveats, tables, wording
 from tracker.report.charts.across import depth_curves, difference_chart
 from tracker.report.charts.cells import curve_kinds, layer_curve, proxy_scatter
 from tracker.report.charts.decisions import agreement, agreement_map, groups_sentence, margin_chart
@@ -35,7 +37,6 @@ from tracker.report.leaderboard.tables import (
 from tracker.report.page import facts
 from tracker.report.page.decisions import decision_table
 from tracker.report.sentences import critical_sentence
-from tracker.report.table import Table
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,6 @@ def _has_whole_layers(cell: CellRecord) -> bool:
 def _cell_section(
     cell: CellRecord, decided: DecisionsRecord | None, label: str, name: str
 ) -> CellSection:
-    only_layers = tables.run_columns(cell).only_layers
     lines = curve_kinds(cell)
     return CellSection(
         id=name,
@@ -282,7 +282,7 @@ def _cell_section(
             for component in span_components(cell)
         ),
         layers=tables.layer_table(cell),
-        layers_heading="Layers" if only_layers else "Runs",
+        layers_heading="Layers" if only_layers(cell) else "Runs",
         correlations=tables.correlation_table(cell),
         provenance=facts.provenance_table(cell),
         tasks=facts.task_table(cell),

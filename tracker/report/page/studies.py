@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, count
 
 import pandas as pd
 
-from tracker.core.findings import (
-    Entry,
-    FindingRecord,
-    FoundChart,
-    FoundTable,
-    Heading,
-    Line,
-    LineChart,
-    MapChart,
-    Unit,
-)
+from tracker.core.findings import FindingRecord, FoundChart, Line, LineChart, MapChart
+from tracker.core.formats import WRITTEN, three_digits
 from tracker.core.records import WHOLE_LAYER, CellRecord, Place
+from tracker.core.tables import Table
 from tracker.report.charts.maps import ROWS, centred_map
 from tracker.report.charts.style import Chart, chart, finite, layer_axis, line
-from tracker.report.formats import fixed, p_value, points, three_digits, two_digits
+from tracker.report.frames import frame_of
 from tracker.report.page.sections import Figure
-from tracker.report.table import Column, Table, Value, shown, with_interval
 
 SEARCH = "search"
 """What a finding of `tracker prune` is called."""
 _IN_SECTIONS = (SEARCH, "prune", "joint")
 """Findings whose sections show their runs: steps of searches, and the pairs of a first layer."""
-Write = Callable[[float], str]
-_WRITTEN: Mapping[Unit, tuple[Write, float, str]] = {
-    "text": (str, 1, ""),
-    "count": (lambda figure: f"{figure:,.0f}", 1, ""),
-    "points": (points, 100, "pp"),
-    "percent": (points, 100, "%"),
-    "score": (partial(fixed, digits=3), 1, ""),
-    "coefficient": (two_digits, 1, ""),
-    "p": (p_value, 1, ""),
-    "nats": (partial(fixed, digits=3), 1, "nats"),
-    "times": (three_digits, 1, ""),
-}
-"""How each unit is written, by what a record's figure is multiplied, and what it is called."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +43,7 @@ def study_sections(
         StudySection(
             id=f"study-{number}",
             finding=finding,
-            tables=tuple(map(study_table, finding.tables)),
+            tables=finding.tables,
             figures=tuple(
                 Figure(f"study-{number}-chart-{i}", each.title, study_chart(each))
                 for i, each in enumerate(finding.charts, 1)
@@ -114,34 +91,6 @@ def outgrown(finding: FindingRecord, places: Sequence[Place]) -> str:
     )
 
 
-def study_table(table: FoundTable) -> Table:
-    """Set a table of a finding."""
-    return Table(
-        caption=table.title,
-        columns=tuple(
-            Column(_with_unit(each), numeric=each.unit != "text") for each in table.headings
-        ),
-        rows=tuple(
-            tuple(_set(entry, head.unit) for entry, head in zip(row, table.headings, strict=True))
-            for row in table.rows
-        ),
-        notes=table.notes,
-    )
-
-
-def _with_unit(heading: Heading) -> str:
-    unit = _WRITTEN[heading.unit][2]
-    return f"{heading.label} ({unit})" if unit else heading.label
-
-
-def _set(entry: Entry, unit: Unit) -> Value:
-    write, scale, _ = _WRITTEN[unit]
-    if isinstance(entry.value, str):
-        return Value(entry.value)
-    value = shown(entry.value, write, entry.reason, scale)
-    return with_interval(value, entry.low, entry.high, write, scale)
-
-
 def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     """Put the tables of findings into data frames, in the record's own units, by file stem.
 
@@ -149,7 +98,7 @@ def study_frames(findings: Sequence[FindingRecord]) -> dict[str, pd.DataFrame]:
     column `… reason` says why.
     """
     return {
-        f"{stem}-{number}": pd.DataFrame([_plain(table, row) for row in table.rows])
+        f"{stem}-{number}": frame_of(table)
         for stem, finding in by_stem(findings)
         for number, table in enumerate(finding.tables, 1)
     }
@@ -165,24 +114,14 @@ def by_stem(findings: Sequence[FindingRecord]) -> Iterator[tuple[str, FindingRec
         yield stem, finding
 
 
-def _plain(table: FoundTable, row: Sequence[Entry]) -> dict[str, float | str | None]:
-    found: dict[str, float | str | None] = {}
-    for place, (head, entry) in enumerate(zip(table.headings, row, strict=True)):
-        found[head.label] = entry.value
-        if any(each[place].low is not None for each in table.rows):
-            found |= {f"{head.label} low": entry.low, f"{head.label} high": entry.high}
-        if any(each[place].reason for each in table.rows):
-            found[f"{head.label} reason"] = entry.reason or None
-    return found
-
-
 def study_chart(found: FoundChart) -> Chart:
     """Draw a chart of a finding."""
     return _lines(found) if isinstance(found, LineChart) else _map(found)
 
 
 def _lines(found: LineChart) -> Chart:
-    scale, unit = _WRITTEN[found.unit][1:]
+    form = WRITTEN[found.unit]
+    scale, unit = form.scale, form.name
     data = []
     for number, each in enumerate(found.lines):
         look = line(number)
@@ -239,7 +178,8 @@ def _band(found: LineChart, each: Line, scale: float, colour: str) -> dict[str, 
 
 
 def _map(found: MapChart) -> Chart:
-    write, scale, unit = _WRITTEN[found.unit]
+    form = WRITTEN[found.unit]
+    write, scale, unit = form.write, form.scale, form.name
     values = [[finite(value, scale) for value in row] for row in found.values]
     largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
     hovers = [list(row) for row in found.hovers] or [
@@ -259,5 +199,5 @@ def _map(found: MapChart) -> Chart:
     )
 
 
-def _worded(value: float | None, write: Write, unit: str) -> str:
+def _worded(value: float | None, write: Callable[[float], str], unit: str) -> str:
     return "undefined" if value is None else f"{write(value)} {unit}".strip()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.findings import FoundChart, FoundTable
+from tracker.core.findings import FoundChart
+from tracker.core.formats import counted, p_value, points, two_digits
 from tracker.core.records import WHOLE_LAYER, Kind
-from tracker.report.formats import counted, p_value, points, two_digits
+from tracker.core.tables import Table
 from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.resampling import bias_corrected_interval
 from tracker.studies.audit.charts import charts_of
@@ -76,7 +77,7 @@ class Audit:
         by_model = grouped(subjects, lambda subject: subject.record.model.key)
         names = model_labels([mine[0].record.model for mine in by_model])
         answers: list[str] = []
-        tables: list[FoundTable] = []
+        tables: list[Table] = []
         charts: list[FoundChart] = []
         lacking: list[str] = []
         for name, mine in zip(names, by_model, strict=True):

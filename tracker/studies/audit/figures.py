@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.report.formats import counted
-from tracker.stats.accuracy import Estimate
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted
 from tracker.stats.budgets import at_equal_cost
 from tracker.stats.correlation import row_coefficients
 from tracker.stats.multiple import holm

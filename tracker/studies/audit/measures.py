@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.core.documents import Document
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.scoring.sweep import Engine
@@ -18,7 +19,7 @@ from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.ledger.tables import OUTER
 from tracker.measuring.observing import Observe, Observed
 from tracker.stats.budgets import LayerMeasure
-from tracker.stats.correlation import Correlation, correlate, row_coefficients
+from tracker.stats.correlation import correlate, row_coefficients
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import StudyContext, Subject
 from tracker.studies.documents import ByDocument, a_token
@@ -83,7 +84,7 @@ class Ordering:
         resampled: Spearman of each resample of the documents.
     """
 
-    spearman: Correlation
+    spearman: Estimate
     inner: float | None
     kendall: float | None
     pearson: float | None
@@ -159,10 +160,7 @@ class Audited:
             if why.startswith("the proxy is undefined"):
                 why = _NO_NUMBER.get(name, "a hidden state or a logit is not finite")
             nothing = np.full(RESAMPLES, np.nan)
-            return Ordering(
-                Correlation("spearman", None, None, None, None, len(x), why),
-                None, None, None, nothing,
-            )  # fmt: skip
+            return Ordering(Estimate(None, reason=why), None, None, None, nothing)
         rows = row_coefficients(drawn, self.drawn_drop, "spearman")
         inner = self._coefficient(x[self.inner], y[self.inner], "spearman")
         kendall, pearson = (self._coefficient(x, y, each) for each in ("kendall", "pearson"))

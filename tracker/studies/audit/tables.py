@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from scipy import stats
 
-from tracker.core.findings import Entry, FoundTable, Unit
-from tracker.report.formats import counted, two_digits
+from tracker.core.estimates import Estimate, Unit
+from tracker.core.formats import counted, two_digits
+from tracker.core.tables import Table
 from tracker.stats.multiple import holm
 from tracker.stats.task_dependence import BLOCK, Paired
 from tracker.studies.audit.figures import MAJOR, RELIABLE, TOP, ModelAudit, overlaps
@@ -16,12 +17,12 @@ from tracker.studies.base import FEWEST
 from tracker.studies.layout import Row, entry, estimated, table
 
 
-def tables_of(audit: ModelAudit) -> list[FoundTable]:
+def tables_of(audit: ModelAudit) -> list[Table]:
     """Every table of the model."""
     return [_proxies(audit), _benchmarks(audit), _disagreements(audit), *_variances(audit)]
 
 
-def _proxies(audit: ModelAudit) -> FoundTable:
+def _proxies(audit: ModelAudit) -> Table:
     rows: list[Row] = []
     for each in audit.summaries:
         worst = each.worst
@@ -41,7 +42,7 @@ def _proxies(audit: ModelAudit) -> FoundTable:
     for proxy in (p for p in NAMES if all(p != s.proxy for s in audit.summaries)):
         reasons = (cell.found[proxy].spearman.reason for cell in audit.cells)
         why = next(filter(None, reasons), "undefined")
-        rows.append((NAMES[proxy], *[Entry(reason=why)] * 10))
+        rows.append((NAMES[proxy], *[Estimate(None, reason=why)] * 10))
     dear = passes(DROP, audit.total, shared=True)
     return table(
         f"{audit.name}: how well each proxy orders the layers by their {audit.drop}",
@@ -75,7 +76,7 @@ def _no_inner(cells: Sequence[Audited]) -> str:
     return "the inner layers all have the same drop or the same proxy"
 
 
-def _benchmarks(audit: ModelAudit) -> FoundTable:
+def _benchmarks(audit: ModelAudit) -> Table:
     tested = [
         (cell, proxy, cell.found[proxy].spearman.p_value) for cell in audit.cells for proxy in NAMES
     ]
@@ -117,7 +118,7 @@ def _benchmarks(audit: ModelAudit) -> FoundTable:
     )
 
 
-def _disagreements(audit: ModelAudit) -> FoundTable:
+def _disagreements(audit: ModelAudit) -> Table:
     rows: list[Row] = [
         (
             NAMES[proxy],
@@ -151,7 +152,7 @@ def _disagreements(audit: ModelAudit) -> FoundTable:
     )
 
 
-def _variances(audit: ModelAudit) -> list[FoundTable]:
+def _variances(audit: ModelAudit) -> list[Table]:
     if not audit.spreads:
         return []
     names = {"relevance": "accuracy relevance", DROP: DROP, **NAMES}
@@ -207,5 +208,5 @@ def _variances(audit: ModelAudit) -> list[FoundTable]:
 
 def _tested(test: Paired | None, adjusted: float | None, why: str) -> Row:
     if test is None:
-        return (Entry(reason=why),) * 3
+        return (Estimate(None, reason=why),) * 3
     return (f"{test.larger} of {test.n} layers", entry(adjusted, why), test.block_p)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.report.formats import interval, two_digits
+from tracker.core.formats import interval, two_digits
 from tracker.studies.base import (
     FEWEST,
     Setting,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.core.findings import Entry, Line, LineChart
+from tracker.core.estimates import Estimate
+from tracker.core.findings import Line, LineChart
 from tracker.studies.calibration.figures import SIZES, TOO_FEW, Curve
 
 
@@ -17,7 +18,7 @@ def agreement_chart(title: str, curves: Sequence[Curve]) -> LineChart:
 
     def line(curve: Curve, name: str, apart: bool, band: bool) -> Line:
         entries = [
-            curve.agreement(n, apart=apart) if n in curve.sizes else Entry(reason=TOO_FEW)
+            curve.agreement(n, apart=apart) if n in curve.sizes else Estimate(None, reason=TOO_FEW)
             for n in places
         ]
         return Line(
@@ -72,5 +73,5 @@ def overlap_chart(title: str, drop: Curve) -> LineChart:
     )
 
 
-def _values(entries: Sequence[Entry]) -> tuple[float | None, ...]:
+def _values(entries: Sequence[Estimate]) -> tuple[float | None, ...]:
     return tuple(each.value if isinstance(each.value, float) else None for each in entries)

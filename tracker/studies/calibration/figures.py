@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.core.findings import Entry
+from tracker.core.estimates import Estimate
 from tracker.ledger.aligned import Array
 from tracker.ledger.outcomes import PROXY_SUMS
-from tracker.stats.accuracy import Estimate
 from tracker.stats.correlation import row_coefficients
 from tracker.stats.reliability import (
     disjoint_means,
@@ -101,23 +100,23 @@ class Curve:
         parted = ((name, *name.split()) for name in self.apart if " " in name)
         return [(name, end, int(k)) for name, end, k in parted]
 
-    def agreement(self, n: int, statistic: str = "spearman", apart: bool = True) -> Entry:
+    def agreement(self, n: int, statistic: str = "spearman", apart: bool = True) -> Estimate:
         """The mean statistic at a size, with the middle 95 % of the draws."""
         if apart and n > self.half:
-            return Entry(reason=TOO_FEW)
+            return Estimate(None, reason=TOO_FEW)
         drawn = (self.apart if apart else self.within)[statistic][:, self.sizes.index(n)]
         mean = _mean(drawn)
         if math.isnan(mean):
-            return Entry(reason=_TIED)
+            return Estimate(None, reason=_TIED)
         low, high = np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975])
-        return Entry(value=mean, low=float(low), high=float(high))
+        return Estimate(mean, low=float(low), high=float(high))
 
     @property
     def doubt(self) -> str:
         """Why nothing follows from how well two halves agree; empty where something does."""
         measured = self.agreement(self.half)
         if measured.low is None:
-            return measured.reason
+            return measured.reason or ""
         return "" if measured.low > 0 else DISAGREE
 
     def predicted(self, n: float) -> float | None:

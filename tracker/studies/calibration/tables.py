@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.core.findings import FoundTable
+from tracker.core.tables import Table
 from tracker.studies.calibration.figures import DRAWS, SHOWN, Curve
 from tracker.studies.layout import Row, entry, estimated, table
 
@@ -23,7 +23,7 @@ def needed_row(title: str, curve: Curve) -> Row:
     )
 
 
-def needed_table(rows: Sequence[Row], wanted: float) -> FoundTable:
+def needed_table(rows: Sequence[Row], wanted: float) -> Table:
     """Set out the rows of all rankings."""
     return table(
         f"How many documents rank the layers with a reliability of {wanted:g}",
@@ -47,7 +47,7 @@ def needed_table(rows: Sequence[Row], wanted: float) -> FoundTable:
     )
 
 
-def agreement_table(title: str, drop: Curve) -> FoundTable:
+def agreement_table(title: str, drop: Curve) -> Table:
     """List how well samples of each size agree."""
     rows: list[Row] = [
         (

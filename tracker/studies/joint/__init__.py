@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.findings import FoundChart, FoundTable
+from tracker.core.findings import FoundChart
 from tracker.core.records import CellRecord
+from tracker.core.tables import Table
 from tracker.studies.base import (
     SIGNIFICANT,
     StudyContext,
@@ -81,7 +82,7 @@ class Joint:
         """Set the joint drops of each cell beside the sums."""
         answers: list[str] = []
         lacking: list[str] = []
-        tables: list[FoundTable] = []
+        tables: list[Table] = []
         charts: list[FoundChart] = []
         rows: list[Row] = []
         for subject in subjects:

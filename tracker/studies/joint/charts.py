@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tracker.core.findings import LineChart, MapChart
+from tracker.core.formats import p_value
 from tracker.core.records import CellRecord
-from tracker.report.formats import p_value
 from tracker.studies.joint.figures import Pairs
 from tracker.studies.layout import line
 

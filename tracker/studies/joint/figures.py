@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.core.ablations import Ablation
-from tracker.core.findings import Unit
+from tracker.core.estimates import Estimate, Unit
+from tracker.core.formats import fixed, points
 from tracker.ledger.aligned import Array
-from tracker.report.formats import fixed, points
-from tracker.stats.accuracy import Estimate, mean_interval
+from tracker.stats.accuracy import mean_interval
 from tracker.stats.interaction import additivity, interactions
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import SIGNIFICANT, Subject

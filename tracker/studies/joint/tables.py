@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.core.findings import Entry, FoundTable
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
+from tracker.core.tables import Table
 from tracker.studies.base import SIGNIFICANT
 from tracker.studies.joint.figures import Pairs
 from tracker.studies.layout import Row, entry, estimated, table
@@ -24,7 +25,9 @@ def summary_row(record: CellRecord, one: Pairs) -> Row:
         record.n,
         len(one.pairs),
         int(one.floor.sum()),
-        one.said(mean) if mean.value is not None else Entry(reason=mean.reason or "undefined"),
+        one.said(mean)
+        if mean.value is not None
+        else Estimate(None, reason=mean.reason or "undefined"),
         len(one.significant(1)),
         len(one.significant(-1)),
         estimated(one.rank),
@@ -32,7 +35,7 @@ def summary_row(record: CellRecord, one: Pairs) -> Row:
     )
 
 
-def summary(rows: Sequence[Row]) -> FoundTable:
+def summary(rows: Sequence[Row]) -> Table:
     """Set out the rows of all cells and measures."""
     return table(
         "How well the drops of two layers add up",
@@ -57,7 +60,7 @@ def summary(rows: Sequence[Row]) -> FoundTable:
     )
 
 
-def strongest(record: CellRecord, one: Pairs, sign: int) -> FoundTable:
+def strongest(record: CellRecord, one: Pairs, sign: int) -> Table:
     """List the pairs whose interaction of a sign is the largest."""
     values = [(sign * (one.value(n) or 0), n) for n in range(len(one.pairs))]
     chosen = sorted((each for each in values if each[0] > 0), reverse=True)[:STRONGEST]

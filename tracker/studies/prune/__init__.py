@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
-from tracker.core.findings import FoundChart, FoundTable
+from tracker.core.findings import FoundChart
+from tracker.core.tables import Table
 from tracker.pruning.search.cells import Lender
 from tracker.pruning.search.conduct import pursue
 from tracker.pruning.search.request import SearchRequest, calibration_of, search_of
@@ -159,7 +160,7 @@ class Prune:
             asked.progress,
             self._typed(asked.file),
         )
-        tables: list[FoundTable] = []
+        tables: list[Table] = []
         charts: list[FoundChart] = []
         answers: list[str] = []
         for group in compared(found, self._text):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tracker.core.estimates import Estimate
 from tracker.core.findings import LineChart
-from tracker.stats.accuracy import Estimate
 from tracker.studies.layout import line
 from tracker.studies.prune.figures import OWN, Compared, Way
 

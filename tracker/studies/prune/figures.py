@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tracker.core.estimates import Estimate
 from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.ledger.aligned import Array
 from tracker.pruning.search.conduct import Answered
 from tracker.pruning.search.report import is_sure
-from tracker.stats.accuracy import Estimate, accuracy, accuracy_drop
+from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.stats.combined import mean
 from tracker.stats.interaction import interactions
 from tracker.stats.multiple import holm

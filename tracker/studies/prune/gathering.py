@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+from tracker.core.formats import points
 from tracker.core.prune_records import PruneRecord
 from tracker.core.records import CellRecord
 from tracker.pruning.search.conduct import Pursued
 from tracker.pruning.search.request import SearchRequest
-from tracker.report.formats import points
 from tracker.stats.accuracy import accuracy
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Choices, Compared, Way
 

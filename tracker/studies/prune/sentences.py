@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from tracker.report.formats import counted, p_value, points, two_digits
-from tracker.stats.accuracy import Estimate
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, p_value, points, two_digits
 from tracker.studies.base import SIGNIFICANT
 from tracker.studies.layout import written
 from tracker.studies.prune.figures import ACCURACY, COSINES, OWN, Beside, Compared, Way

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from tracker.core.findings import Entry, FoundTable, Unit
+from tracker.core.estimates import Estimate, Unit
+from tracker.core.formats import counted
 from tracker.core.prune_records import PruneRecord
-from tracker.report.formats import counted
-from tracker.stats.accuracy import Estimate
+from tracker.core.tables import Table
 from tracker.studies.layout import Row, entry, estimated, table
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Compared, Way
 
@@ -20,7 +20,7 @@ OF_THE_PAPER = {OWN: (0.6749, 0.5954), TASKS: (0.6504, 0.6010), TEXT: (0.5023, 0
 _NO_MEAN = "a mean needs two benchmarks that are above chance unpruned"
 
 
-def tables_of(group: Compared) -> list[FoundTable]:
+def tables_of(group: Compared) -> list[Table]:
     """Every table of the model."""
     found = []
     for amount in group.amounts:
@@ -41,12 +41,12 @@ def _columns(group: Compared, unit: Unit) -> list[tuple[str, Unit]]:
     return [*((name, unit) for name in group.benchmarks), ("mean", unit)]
 
 
-def _with_mean(group: Compared, each: Iterable[Estimate], mean: Estimate) -> list[Entry]:
-    last = estimated(mean) if len(group.counted) > 1 else Entry(reason=_NO_MEAN)
+def _with_mean(group: Compared, each: Iterable[Estimate], mean: Estimate) -> list[Estimate]:
+    last = estimated(mean) if len(group.counted) > 1 else Estimate(None, reason=_NO_MEAN)
     return [*map(estimated, each), last]
 
 
-def _accuracies(group: Compared, amount: str) -> FoundTable:
+def _accuracies(group: Compared, amount: str) -> Table:
     rows: list[Row] = [
         ("unpruned", *_with_mean(group, group.unpruned.values(), group.unpruned_mean))
     ]
@@ -79,7 +79,7 @@ def _draws(group: Compared, amount: str) -> list[str]:
     return [f"{name}: the mean of {counted(times, 'draw')}" for name, times in drawn.items()]
 
 
-def _differences(group: Compared, amount: str) -> list[FoundTable]:
+def _differences(group: Compared, amount: str) -> list[Table]:
     rows: list[Row] = []
     for each in group.beside(amount):
         apart = [group.apart(each.one, each.other, name) for name in group.benchmarks]
@@ -104,7 +104,7 @@ def _differences(group: Compared, amount: str) -> list[FoundTable]:
     return [found]
 
 
-def _calibrations(group: Compared, amount: str) -> list[FoundTable]:
+def _calibrations(group: Compared, amount: str) -> list[Table]:
     pairs = group.calibrated(amount)
     if not any(each.one.calibration != OWN for each in pairs):
         return []
@@ -137,7 +137,7 @@ def _calibrations(group: Compared, amount: str) -> list[FoundTable]:
     return [found]
 
 
-def _costs(group: Compared) -> FoundTable:
+def _costs(group: Compared) -> Table:
     rows = [_cost(group, way) for way in group.ways if group.searches(way)]
     return table(
         f"{group.title}: what a search cost",
@@ -178,10 +178,10 @@ def _cost(group: Compared, way: Way) -> Row:
         statistics.fmean(record.cost.passes for record in searches),
         statistics.fmean(known)
         if len(known) == len(seconds)
-        else Entry(reason="measured by a tracker that did not say"),
+        else Estimate(None, reason="measured by a tracker that did not say"),
         f"{len(unsure)} of {compared}"
         if compared
-        else Entry(reason="nothing was compared document by document"),
+        else Estimate(None, reason="nothing was compared document by document"),
     )
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tracker.core.config import CellRequest
+from tracker.core.estimates import Estimate
+from tracker.core.formats import counted, fixed
 from tracker.core.kinds import Intervention
-from tracker.report.formats import counted, fixed
-from tracker.stats.accuracy import Estimate
 from tracker.stats.recovered import recovered
 from tracker.stats.resampling import RESAMPLES
 from tracker.studies.base import (

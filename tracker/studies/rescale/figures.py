@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracker.core.ablations import ablation_of
+from tracker.core.formats import Measure, measure_of
 from tracker.core.kinds import Intervention
 from tracker.core.records import RunIdentity
 from tracker.ledger.aligned import Array
-from tracker.report.formats import Measure, measure_of
 from tracker.stats.accuracy import accuracy_drop
 from tracker.studies.base import Subject
 from tracker.studies.documents import ByDocument

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracker.core.findings import Entry, FoundTable, Unit
+from tracker.core.estimates import Estimate, Unit
+from tracker.core.formats import Measure
 from tracker.core.kinds import Intervention
+from tracker.core.tables import Table
 from tracker.ledger.aligned import Array
-from tracker.report.formats import Measure
 from tracker.stats.multiple import holm
 from tracker.stats.recovered import recovered
 from tracker.studies.base import SIGNIFICANT
@@ -31,7 +32,7 @@ def in_unit(measure: Measure) -> str:
     return "" if drop_unit(measure) == "points" else f", {measure.unit}"
 
 
-def summary(cells: Sequence[Costs]) -> FoundTable:
+def summary(cells: Sequence[Costs]) -> Table:
     """Say of each cell of one measure how much of the drop each stand-in wins back."""
     measure = cells[0].measure
     rows: list[Row] = []
@@ -39,7 +40,7 @@ def summary(cells: Sequence[Costs]) -> FoundTable:
         both = ((cell.drops, cell.drawn), (cell.nats, cell.drawn_nats))
         shares = [_recovered(drops, drawn, way) for drops, drawn in both for way in WAYS]
         mean = entry(float(cell.drops["remove"].mean()), _NOT_FINITE)
-        fitted = cell.fitted_on or Entry(reason="it is not known")
+        fitted = cell.fitted_on or Estimate(None, reason="it is not known")
         rows.append((cell.name, cell.n, mean, *shares, fitted))
     won_back: list[tuple[str, Unit]] = [
         (f"{NAMES[way]} wins back, {what}", "percent")
@@ -66,13 +67,13 @@ def summary(cells: Sequence[Costs]) -> FoundTable:
 
 def _recovered(
     drops: dict[Intervention, Array], drawn: dict[Intervention, Array], way: Intervention
-) -> Entry:
+) -> Estimate:
     if way not in drops:
-        return Entry(reason=_NOT_MEASURED)
+        return Estimate(None, reason=_NOT_MEASURED)
     return estimated(recovered(drops["remove"], drops[way], drawn["remove"], drawn[way]))
 
 
-def significant(cells: Sequence[Costs]) -> FoundTable:
+def significant(cells: Sequence[Costs]) -> Table:
     """Count the layers where a stand-in does significantly better, or worse, than nothing."""
     rows: list[Row] = []
     for way in WAYS:
@@ -107,12 +108,12 @@ def significant(cells: Sequence[Costs]) -> FoundTable:
     )
 
 
-def layer_table(cell: Costs) -> FoundTable:
+def layer_table(cell: Costs) -> Table:
     """List what each layer costs with something in its place."""
     ways = [way for way in EVERY if way in cell.drops]
     rows: list[Row] = []
     for place, layer in enumerate(cell.layers):
-        row: list[Entry | float] = [layer]
+        row: list[Estimate | float] = [layer]
         for way in ways:
             low, high = np.quantile(cell.drawn[way][:, place], [0.025, 0.975])
             row.append(entry(float(cell.drops[way][place]), _NOT_FINITE, low, high))

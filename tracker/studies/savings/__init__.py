@@ -10,9 +10,9 @@ import numpy as np
 from tracker.core.ablations import removals
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, RequestError
+from tracker.core.formats import defined, points
 from tracker.core.questions import question
 from tracker.ledger.early_stopping import refuse_unbounded
-from tracker.report.formats import defined, points
 from tracker.studies.base import Setting, StudyContext, StudyResult, Subject
 from tracker.studies.savings.charts import passes_chart
 from tracker.studies.savings.figures import (

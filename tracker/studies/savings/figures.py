@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.core.ablations import INTACT, Ablation
+from tracker.core.estimates import Estimate
 from tracker.core.questions import Question
 from tracker.core.records import RunIdentity
 from tracker.engine.scoring.streams import plain_passes, plan_streams
 from tracker.ledger.blocks import BLOCK
-from tracker.stats.accuracy import Estimate
 from tracker.stats.resampling import SEED
 from tracker.stats.sequential.confidence import MeanSequences
 from tracker.stats.sequential.stopping import standing

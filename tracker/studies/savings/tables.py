@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.core.findings import FoundTable
-from tracker.report.formats import points
+from tracker.core.formats import points
+from tracker.core.tables import Table
 from tracker.studies.layout import entry, estimated, table
 from tracker.studies.savings.figures import (
     ORDERS,
@@ -45,7 +45,7 @@ def _fine(distance: float) -> str:
     return f"{100 * distance:.2g}"
 
 
-def savings_table(cell: MeasuredDocuments, found: Sequence[Replayed]) -> FoundTable:
+def savings_table(cell: MeasuredDocuments, found: Sequence[Replayed]) -> Table:
     """List what each question took."""
     ended = _ended(cell)
     rows = [
@@ -90,7 +90,7 @@ def savings_table(cell: MeasuredDocuments, found: Sequence[Replayed]) -> FoundTa
 
 def bounds_table(
     cell: MeasuredDocuments, found: Sequence[Replayed], bounds: Sequence[Hardest]
-) -> FoundTable:
+) -> Table:
     """List what bounds each question."""
     ended = _ended(cell)
     rows = [

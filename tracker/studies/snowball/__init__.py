@@ -10,12 +10,12 @@ import numpy as np
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import RequestError
+from tracker.core.formats import measure_of, p_value, points, three_digits, two_digits
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.observations import Arrays
 from tracker.measuring.observing import Observe
-from tracker.report.formats import measure_of, p_value, points, three_digits, two_digits
 from tracker.stats.growth import fewest_to_show, unequal_growth
 from tracker.stats.multiple import holm
 from tracker.studies.base import (
@@ -262,7 +262,7 @@ def _explains(each: Figures) -> Iterator[str]:
         f"{_where(each)}: how far a removal has moved the stream before the head is {verdict} "
         f"predictor of the {measure_of(each.cell).change} than the cosine score: Spearman "
         f"{written(end)} against {written(cosine)}, difference {two_digits(better.value or 0)}"
-        f"{ends(better.low, better.high)} over {end.n} layers."
+        f"{ends(better.low, better.high)} over {len(explained.layers)} layers."
     )
     growth = explained.partial["growth after removal"]
     depth = explained.partial["layers that follow"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tracker.core.estimates import Estimate
 from tracker.core.findings import FoundChart, Line, LineChart, MapChart
-from tracker.stats.accuracy import Estimate
 from tracker.studies.layout import gaps, line
 from tracker.studies.snowball.figures import ALL, Figures, Tokens, underrated
 

@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
 from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.measuring.observing import Observed
-from tracker.stats.accuracy import Estimate
 from tracker.stats.correlation import (
-    Correlation,
     correlate,
     correlation_difference,
     partial_correlate,
@@ -114,14 +113,16 @@ class Explained:
         better: Name → by how much its coefficient is above that of the cosine score.
         partial: Name → its correlation with the drop, the cosine score held fixed, over the layers
             that others follow.
+        followed: How many these are.
     """
 
     layers: list[int]
     drops: Array
     cosine: Array
-    predictors: Mapping[str, Correlation]
+    predictors: Mapping[str, Estimate]
     better: Mapping[str, Estimate]
-    partial: Mapping[str, Correlation]
+    partial: Mapping[str, Estimate]
+    followed: int
 
     def ranks(self, values: Array) -> dict[int, int]:
         """Layer → its place from the largest value; equal ones share the first of theirs."""
@@ -285,7 +286,7 @@ def _explained(cell: ByDocument, arrays: Mapping[str, Array]) -> Explained | Non
         )
         for name, (value, rows) in pairs.items()
     }
-    return Explained(layers, drop, cosine, predictors, better, partial)
+    return Explained(layers, drop, cosine, predictors, better, partial, len(inner))
 
 
 def underrated(explained: Explained, most: int) -> Sequence[int]:

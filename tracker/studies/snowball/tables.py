@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tracker.core.findings import Entry, FoundTable, Unit
+from tracker.core.estimates import Estimate, Unit
 from tracker.core.records import CellRecord, RunRecord
+from tracker.core.tables import Table
 from tracker.studies.layout import Row, entry, estimated, table
 from tracker.studies.snowball.figures import ALL, COSINE, END, LAST, Figures
 
@@ -14,7 +15,7 @@ NOT_MEASURED = "its removal is not measured; add the layer to 'layer' in the fil
 _VERDICTS = {1: "grows", -1: "shrinks", 0: "undecided"}
 
 
-def layer_table(each: Figures) -> FoundTable:
+def layer_table(each: Figures) -> Table:
     """One row a layer: where the difference begins and ends, and what its removal costs."""
     tokens, explained, runs = each.tokens[ALL], each.explained, each.cell.runs_of()
     removed = tokens.removed
@@ -31,14 +32,14 @@ def layer_table(each: Figures) -> FoundTable:
                 entry(removed.paths[layer, -1], "not finite"),
                 estimated(total),
                 entry(removed.a_layer(layer), why),
-                Entry(reason=why)
+                Estimate(None, reason=why)
                 if total.value is None
                 else f"{removed.growing_steps(layer)} of {steps}",
-                Entry(reason=why) if sign is None else _VERDICTS[sign],
+                Estimate(None, reason=why) if sign is None else _VERDICTS[sign],
                 entry(tokens.random.total[layer].value, why),
                 entry(tokens.shuffled.total[layer].value, why),
                 entry(tokens.handed_on[layer].value, why),
-                _drop(each.cell, run) if run else Entry(reason=NOT_MEASURED),
+                _drop(each.cell, run) if run else Estimate(None, reason=NOT_MEASURED),
                 entry(by_cosine.get(layer), NOT_MEASURED),
                 entry(by_drop.get(layer), NOT_MEASURED),
             )
@@ -73,7 +74,7 @@ def layer_table(each: Figures) -> FoundTable:
     )
 
 
-def _drop(cell: CellRecord, run: RunRecord) -> Entry:
+def _drop(cell: CellRecord, run: RunRecord) -> Estimate:
     low, high = run.accuracy_drop_low, run.accuracy_drop_high
     return entry(run.accuracy_drop, cell.reason_of("accuracy_drop", run), low, high)
 
@@ -82,7 +83,7 @@ def _drop_unit(each: Figures) -> Unit:
     return "points" if each.cell.higher_is_better else "score"
 
 
-def predictors(each: Figures) -> FoundTable:
+def predictors(each: Figures) -> Table:
     """What orders the layers as their drops do, and what cosine leaves over."""
     explained = each.explained
     rows: list[Row] = []
@@ -96,7 +97,7 @@ def predictors(each: Figures) -> FoundTable:
                     estimated(found),
                     entry(found.p_value, found.reason),
                     estimated(better, "it is the one compared with"),
-                    found.n,
+                    len(explained.layers),
                 )
             )
         for name, found in explained.partial.items():
@@ -106,8 +107,8 @@ def predictors(each: Figures) -> FoundTable:
                     "drop, cosine score held fixed",
                     estimated(found),
                     entry(found.p_value, found.reason),
-                    Entry(reason="a partial correlation is compared with none"),
-                    found.n,
+                    Estimate(None, reason="a partial correlation is compared with none"),
+                    explained.followed,
                 )
             )
     return table(
@@ -128,7 +129,7 @@ def predictors(each: Figures) -> FoundTable:
     )
 
 
-def summary(found: Sequence[Figures]) -> FoundTable:
+def summary(found: Sequence[Figures]) -> Table:
     """One row a cell."""
     rows: list[Row] = []
     for each in found:

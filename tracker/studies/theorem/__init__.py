@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
+from tracker.core.formats import counted
 from tracker.ledger.files import lock_file
 from tracker.models.counterexample import LARGEST, LAYERS, SMALLEST, WHISPER, Counterexample
-from tracker.report.formats import counted
 from tracker.studies.base import Setting, StudyContext, StudyResult, Subject, grouped
 from tracker.studies.theorem.building import build, fingerprint, save, taught_by
 from tracker.studies.theorem.figures import Built, Shown, measured

@@ -11,11 +11,11 @@ from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.config import CellRequest
 from tracker.core.errors import CellError, RequestError, WorkError
+from tracker.core.formats import counted
 from tracker.core.provenance import content_hash, file_hash, package_versions
 from tracker.models.counterexample import Counterexample, hollow
 from tracker.models.load import weightless
 from tracker.models.sources import find_model
-from tracker.report.formats import counted
 from tracker.studies.theorem.lessons import Lesson, lesson
 
 MOST = 4096

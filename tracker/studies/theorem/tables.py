@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.core.findings import FoundTable, Unit
+from tracker.core.estimates import Unit
+from tracker.core.formats import counted
+from tracker.core.tables import Table
 from tracker.models.counterexample import JOBS, LAYERS, WHISPER
-from tracker.report.formats import counted
 from tracker.studies.layout import Row, entry, table
 from tracker.studies.theorem.figures import Shown
 
 _NOT_FINITE = "a figure of the model is not finite"
 
 
-def models_table(shown: Sequence[Shown]) -> FoundTable:
+def models_table(shown: Sequence[Shown]) -> Table:
     """Set what was asked of each model of a benchmark beside what it was measured to be."""
     record = shown[0].subject.record
     lost = len(shown[0].built.lesson.left_out)
@@ -58,7 +59,7 @@ def models_table(shown: Sequence[Shown]) -> FoundTable:
     )
 
 
-def layers_table(shown: Shown) -> FoundTable:
+def layers_table(shown: Shown) -> Table:
     """What each layer of one model does, and what it seems to be worth."""
     record = shown.subject.record
     heads: tuple[tuple[str, Unit], ...] = (

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from tracker.core.identities import TaskIdentity
 from tracker.core.provenance import content_hash
 from tracker.core.records import BASELINE, CellRecord, RunRecord
+from tracker.core.run_table import reasons_of
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
-    absent_reasons,
     cell_figures,
     curve_name,
     flat_metrics,
@@ -162,7 +162,7 @@ def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
                 **_identity(cell),
             }
         ),
-        tags=_tags(cell, layer.ablation, tags, absent_reasons(layer)),
+        tags=_tags(cell, layer.ablation, tags, reasons_of(layer)),
         points={(metric_name(name), layer.layer): value for name, value in figures.items()},
         step=layer.layer,
         measured_on=_measured_on(cell),

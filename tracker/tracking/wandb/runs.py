@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracker.core.records import BASELINE, CellRecord, RunRecord
+from tracker.core.run_table import reasons_of
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
-    absent_reasons,
     cell_figures,
     curve_name,
     flat_metrics,
@@ -119,7 +119,7 @@ def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
             "span": layer.span,
             "intervention": layer.intervention,
         },
-        reasons=absent_reasons(layer),
+        reasons=reasons_of(layer),
         run=layer,
         note=layer_note(cell, layer),
         summary=figures,

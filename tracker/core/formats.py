@@ -1,12 +1,14 @@
-"""How figures are written for people: numbers, intervals, p-values, and the unit of a change."""
+"""How figures are written for people, each unit once: numbers, intervals, p-values, changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeGuard
 
+from tracker.core.estimates import Unit
 from tracker.core.records import CellRecord
 
 DASH = "–"
@@ -54,6 +56,48 @@ def interval(low: float | None, high: float | None, write: Callable[[float], str
     return f"{write(low)} to {write(high)}" if defined(low) and defined(high) else ""
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a unit is written.
+
+    Attributes:
+        write: Writes a record's figure, without the name.
+        scale: By what a record's figure is multiplied.
+        name: What stands in a column's head; empty where that says it.
+    """
+
+    write: Callable[[float], str]
+    scale: float = 1
+    name: str = ""
+
+    def scaled(self, figure: float) -> float:
+        """Give a record's figure in the unit, unrounded."""
+        # The 16th digit of a product is rounding: 100 × 0.07 is 7.000000000000001.
+        return figure if self.scale == 1 else float(f"{self.scale * figure:.15g}")
+
+
+WRITTEN: Mapping[Unit, Form] = {
+    "text": Form(str),
+    "count": Form("{:,.0f}".format),
+    "points": Form(points, 100, "pp"),
+    "percent": Form(points, 100, "%"),
+    "score": Form(partial(fixed, digits=3)),
+    "coefficient": Form(two_digits),
+    "relevance": Form(two_digits),
+    "proxy": Form(partial(fixed, digits=3)),
+    "metric": Form(partial(fixed, digits=4)),
+    "p": Form(p_value),
+    "nats": Form(partial(fixed, digits=3), name="nats"),
+    "times": Form(three_digits),
+}
+"""Every unit."""
+
+
+def write(unit: Unit, figure: float) -> str:
+    """Write a record's figure, without the unit's name."""
+    return WRITTEN[unit].write(figure)
+
+
 def counted(number: int, noun: str) -> str:
     """Write a number of things, such as `1 layer` or `1,200 searches`; `noun` is one of them."""
     plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
@@ -70,34 +114,43 @@ class Measure:
     Attributes:
         level: What the metric is.
         change: What a removal does to it, positive where what was removed mattered.
-        level_unit: The unit of the level.
-        unit: The unit of the change.
-        scale: By what a record's figure is multiplied.
-        digits: Digits after the decimal point.
+        level_unit: What the unit of the level is called.
+        unit: What the unit of the change is called.
+        level_form: The unit of the level.
+        form: The unit of the change, written as the level is.
     """
 
     level: str
     change: str
     level_unit: str
     unit: str
-    scale: float
-    digits: int
+    level_form: Unit
+    form: Unit
+
+    @property
+    def scale(self) -> float:
+        """By what a record's figure is multiplied."""
+        return WRITTEN[self.form].scale
 
     def write(self, figure: float) -> str:
         """Write a level or a change of the record, without the unit."""
-        return fixed(self.scale * figure, self.digits)
+        return WRITTEN[self.form].write(figure)
+
+    def head(self, label: str) -> str:
+        """Head a column of levels or changes; the unit of a loss is a part of its label."""
+        return label if WRITTEN[self.form].name else f"{label} ({self.unit})"
 
 
-_ACCURACY = Measure("accuracy", "accuracy drop", "%", "pp", 100, 1)
+ACCURACY = Measure("accuracy", "accuracy drop", "%", "pp", "percent", "points")
 
 
 def measure_of(cell: CellRecord) -> Measure:
     """Say what a cell measures: accuracy in percentage points, or a loss in its own unit."""
     if cell.higher_is_better:
-        return _ACCURACY
+        return ACCURACY
     how = cell.benchmark.tasks[0].metrics.get(cell.metric, "")
     unit = _LOSS_UNITS.get(how, cell.metric)
-    return Measure("loss", "loss increase", unit, unit, 1, 3)
+    return Measure("loss", "loss increase", unit, unit, "score", "score")
 
 
 # Layers and reasons

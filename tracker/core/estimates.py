@@ -1,0 +1,39 @@
+"""A figure with its uncertainty, the one shape of it everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal[
+    "text",
+    "count",
+    "points",
+    "percent",
+    "score",
+    "coefficient",
+    "relevance",
+    "proxy",
+    "metric",
+    "p",
+    "nats",
+    "times",
+]
+"""What a figure is, which says how it is written; `WRITTEN` of `core/formats.py` says how."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, its 95 % interval, and its p-value where a test belongs to it.
+
+    It is in the record's own units: fractions, nats.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    reason: str | None = None
+    """Why `value` is None; None whenever there is a value."""
+    unit: Unit | None = None
+    """How it is written, where a column holds figures of several units; else its column says."""

@@ -1,0 +1,255 @@
+"""The columns of a cell's runs and of its correlations, each stated once.
+
+Pages, terminals, data frames and trackers pick from them by name; `core/tables.py` says what a
+column is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
+
+from tracker.core.answers import interval_name
+from tracker.core.estimates import Estimate, Unit
+from tracker.core.formats import ACCURACY, defined, measure_of
+from tracker.core.records import (
+    NO_REASON,
+    WHOLE_LAYER,
+    CellRecord,
+    CorrelationRecord,
+    RunIdentity,
+    RunRecord,
+)
+from tracker.core.tables import Column
+
+Row = TypeVar("Row")
+Value = Estimate | str | float | None
+CELL = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
+"""Names of the columns that say which cell a row is of."""
+WHICH_RUN = ("component", "layer", "span", "intervention")
+"""Names of the columns that say which of its runs."""
+
+
+class CellRun(NamedTuple):
+    """A row: a run of a cell, measured or missing."""
+
+    cell: CellRecord
+    run: RunIdentity
+
+
+def runs_of(cells: Iterable[CellRecord]) -> list[CellRun]:
+    """List the measured runs of some cells."""
+    return [CellRun(cell, run) for cell in cells for run in cell.runs]
+
+
+def pick(columns: Mapping[str, Column[Row]], *names: str) -> list[Column[Row]]:
+    """Choose columns by name."""
+    return [columns[name] for name in names]
+
+
+def named(columns: Iterable[Column[Row]]) -> dict[str, Column[Row]]:
+    """Find columns by name."""
+    return {column.name: column for column in columns}
+
+
+def cell_columns(find: Callable[[Row], CellRecord]) -> dict[str, Column[Row]]:
+    """State the columns that say which cell a row is of."""
+
+    def column(name: str, unit: Unit, value: Callable[[CellRecord], Value]) -> Column[Row]:
+        return Column(name.replace("_", " "), unit, lambda row: value(find(row)), name=name)
+
+    return named(
+        (
+            column("key", "text", lambda cell: cell.key),
+            column("model", "text", lambda cell: cell.model.name),
+            column("benchmark", "text", lambda cell: cell.benchmark.name),
+            column("num_fewshot", "count", lambda cell: cell.benchmark.num_fewshot),
+            column("metric", "text", lambda cell: cell.metric),
+            column("removed", "text", lambda cell: ",".join(map(str, cell.removed))),
+            column("sample_seed", "count", lambda cell: cell.sample_seed),
+        )
+    )
+
+
+def only_layers(cell: CellRecord) -> bool:
+    """Whether every run removes one whole layer."""
+    return set(cell.kinds) <= {WHOLE_LAYER}
+
+
+def telling_apart(cell: CellRecord) -> list[str]:
+    """Choose the columns that name the runs of a cell: as few as tell them apart.
+
+    The layer; the component and the span where something else than one whole layer is removed; the
+    intervention where one is replaced.
+    """
+    kinds = cell.kinds
+    return [
+        "layer",
+        *(["component"] if any(kind.component != "layer" for kind in kinds) else []),
+        *(["span"] if any(kind.span != 1 for kind in kinds) else []),
+        *(["intervention"] if any(kind.intervention != "remove" for kind in kinds) else []),
+    ]
+
+
+def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
+    """State every column of runs, in the words of one cell's metric, or of accuracy."""
+    measure = measure_of(cell) if cell else ACCURACY
+    without = "layer" if cell is None or only_layers(cell) else "it"
+    first = "first layer" if cell and any(kind.span != 1 for kind in cell.kinds) else "layer"
+    between = interval_name(cell) if cell else "95 % interval"
+    return named(
+        (
+            *cell_columns(lambda row: row.cell).values(),
+            Column("component", "text", lambda row: row.run.component, name="component"),
+            Column(f"{first} (0-based)", "count", lambda row: row.run.layer, name="layer"),
+            Column("span (layers)", "count", lambda row: row.run.span, name="span"),
+            Column("intervention", "text", lambda row: row.run.intervention, name="intervention"),
+            _figure("ablation", "ablation", "text"),
+            _figure("n", "documents", "count"),
+            Column("until", "text", _until, name="until"),
+            Column("interval", "text", lambda row: interval_name(row.cell), name="interval"),
+            _of_cell("baseline_accuracy", "baseline", measure.level_form),
+            _of_cell("chance_accuracy", "chance", "percent"),
+            _figure(
+                "accuracy", measure.head(f"{measure.level} without {without}"), measure.level_form
+            ),
+            _figure("accuracy_drop", measure.head(measure.change), measure.form),
+            _figure("accuracy_drop_low", measure.head("low"), measure.form),
+            _figure("accuracy_drop_high", measure.head("high"), measure.form),
+            Column(
+                *(measure.head(between), measure.form, _between),
+                name="drop_interval",
+                interval=True,
+            ),
+            _figure("drop_sd", measure.head("standard deviation of a document"), measure.form),
+            _figure("mcnemar_p", "McNemar p", "p"),
+            _figure("accuracy_relevance", "accuracy relevance", "relevance"),
+            _figure("cosine_similarity", "cosine similarity", "proxy"),
+            _figure("cosine_score", "cosine score (1 − cos)", "proxy"),
+            _figure("angular_distance", "angular distance (÷ π)", "proxy"),
+            _figure("relative_update", "relative update (ratio of norms)", "proxy"),
+            _figure("rounded", "documents within rounding", "count"),
+            _figure("drop_rounding", measure.head("± by rounding"), measure.form),
+            _figure("gold_logprob_drop", "gold log-prob drop", "nats"),
+            Column("reasons", "text", lambda row: _reasons(row) or None, name="reasons"),
+        )
+    )
+
+
+def metric_columns(cells: Iterable[CellRecord], begin: str = "metric_") -> list[Column[CellRun]]:
+    """State a column for each metric of the benchmarks; `begin` is how its name for code begins."""
+    names = {name for cell in cells for run in cell.runs for name in run.metrics}
+    names |= {name for cell in cells for name in cell.baseline_metrics}
+
+    def column(name: str) -> Column[CellRun]:
+        def value(row: CellRun) -> Estimate:
+            if not isinstance(row.run, RunRecord):
+                return Estimate(None, reason=row.cell.absence(row.run))
+            return _said(row, name, row.run.metrics.get(name))
+
+        return Column(name, "metric", value, name=f"{begin}{name}")
+
+    return [column(name) for name in sorted(names)]
+
+
+def layer_column() -> Column[int]:
+    """State the column of a table whose rows are layers."""
+    return Column("layer (0-based)", "count", lambda layer: layer)
+
+
+def correlation_columns() -> dict[str, Column[tuple[CellRecord, CorrelationRecord]]]:
+    """State every column of correlations."""
+
+    def column(
+        label: str,
+        unit: Unit,
+        value: Callable[[CorrelationRecord], Value],
+        name: str,
+        interval: bool = False,
+    ) -> Column[tuple[CellRecord, CorrelationRecord]]:
+        def entry(row: tuple[CellRecord, CorrelationRecord]) -> Value:
+            found = value(row[1])
+            return Estimate(None, reason=row[1].reason or NO_REASON) if found is None else found
+
+        return Column(label, unit, entry, name=name, interval=interval)
+
+    def between(record: CorrelationRecord) -> Estimate | None:
+        if not defined(record.low) or not defined(record.high):
+            return None
+        return Estimate(record.value, record.low, record.high)
+
+    return cell_columns(lambda row: row[0]) | named(
+        (
+            column("proxy", "text", lambda r: r.proxy, "proxy"),
+            column("coefficient", "text", lambda r: r.coefficient, "coefficient"),
+            column("layers used", "text", lambda r: r.subset, "subset"),
+            column("value", "coefficient", lambda r: r.value, "value"),
+            column("low", "coefficient", lambda r: r.low, "low"),
+            column("high", "coefficient", lambda r: r.high, "high"),
+            column("95 % interval", "coefficient", between, "between", interval=True),
+            column("p", "p", lambda r: r.p_value, "p_value"),
+            column("layers", "count", lambda r: r.n, "n"),
+            column("documents", "count", lambda r: r.documents, "documents"),
+            Column("reason", "text", lambda row: row[1].reason, name="reason"),
+        )
+    )
+
+
+def reasons_of(run: RunRecord) -> dict[str, str]:
+    """Say why figures of a run are undefined, by name; a number that is not finite is none."""
+    odd = {
+        name: f"not a finite number: {value}"
+        for name, value in _figures_of(run)
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    return {**odd, **run.reasons}
+
+
+def _figures_of(run: RunRecord) -> Iterator[tuple[str, object]]:
+    yield from ((name, value) for name, value in run if name != "metrics")
+    yield from ((f"metric/{name}", value) for name, value in run.metrics.items())
+
+
+def _figure(name: str, label: str, unit: Unit) -> Column[CellRun]:
+    def value(row: CellRun) -> Value:
+        if not isinstance(row.run, RunRecord):
+            return Estimate(None, reason=row.cell.absence(row.run))
+        found = getattr(row.run, name)
+        return found if isinstance(found, str) else _said(row, name, found)
+
+    return Column(label, unit, value, name=name)
+
+
+def _said(row: CellRun, name: str, value: float | None) -> Estimate:
+    """Take a run's figure, or why it has none."""
+    assert isinstance(row.run, RunRecord)
+    return Estimate(value, reason=row.cell.reason_of(name, row.run) if value is None else None)
+
+
+def _between(row: CellRun) -> Estimate:
+    if not isinstance(row.run, RunRecord):
+        return Estimate(None, reason=row.cell.absence(row.run))
+    low, high = row.run.accuracy_drop_low, row.run.accuracy_drop_high
+    if defined(low) and defined(high):
+        return Estimate(row.run.accuracy_drop, low, high)
+    why = row.run.reasons.get("accuracy_drop_low")
+    return Estimate(None, reason=why or row.cell.reason_of("accuracy_drop", row.run))
+
+
+def _of_cell(name: str, label: str, unit: Unit) -> Column[CellRun]:
+    def value(row: CellRun) -> Estimate:
+        return Estimate(getattr(row.cell, name), reason=row.cell.reason_of(name))
+
+    return Column(label, unit, value, name=name)
+
+
+def _until(row: CellRun) -> str | None:
+    return row.cell.answer.question if row.cell.answer else None
+
+
+def _reasons(row: CellRun) -> str:
+    reasons = reasons_of(row.run) if isinstance(row.run, RunRecord) else {}
+    if "n" in row.cell.reasons:
+        reasons = {"n": row.cell.reasons["n"], **reasons}
+    return "; ".join(f"{name}: {why}" for name, why in reasons.items())
