@@ -75,7 +75,7 @@ class TestOverview:
             interval = f"{two_digits(one.relevance.low)} to {two_digits(one.relevance.high)}"
             assert texts[2].endswith(f"({interval})")
             assert texts[3].startswith(points(one.drop.value))
-            assert texts[4] == fixed(one.cosine_score, 4)
+            assert texts[4] == fixed(one.cosine_score, 3)
             assert texts[5] == str(ranks.get(one.layer, "–"))
             assert texts[7] == str(one.benchmarks)
             if one.rank is None:

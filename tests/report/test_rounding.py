@@ -40,7 +40,7 @@ def test_the_page_and_the_terminal_say_how_many_documents_and_what_to_do(capsys)
     assert said.endswith("‘dtype: float32’ leaves next to nothing to rounding.")
     print_cell(halved())
     out = capsys.readouterr().out
-    assert "decided by rounding" in out
+    assert "documents within rounding" in out
     assert "bfloat16 decides up to 7 of 160 documents" in " ".join(out.split())
 
 

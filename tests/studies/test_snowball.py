@@ -265,6 +265,7 @@ def test_a_loss_is_not_called_accuracy() -> None:
     none = Estimate(None, reason="few")
     each = cell(around(2, 2, documents=6))
     each.explained = SimpleNamespace(
+        layers=[0, 1],
         predictors={COSINE: some, END: some},
         better={END: Estimate(0.0, -0.1, 0.1)},
         partial={"growth after removal": none, "layers that follow": none},
