@@ -10,8 +10,8 @@ import pytest
 from tracker.core.config import CellRequest
 from tracker.core.extent import Extent
 from tracker.ledger.cells import CellStore
-from tracker.stats.correlation import COEFFICIENTS
 from tracker.stats.proxies import PROXIES
+from tracker.stats.rank_agreement import COEFFICIENTS
 
 from .conftest import cell_record
 

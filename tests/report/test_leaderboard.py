@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 
 import pytest
 
@@ -269,13 +270,14 @@ def test_two_models_are_compared_layer_by_layer() -> None:
 
 def test_proxies_are_set_beside_chance() -> None:
     cell = build_cell()
-    order = sorted(cell.runs, key=lambda r: (r.accuracy_drop, r.layer))
     perfect = tuple(
-        r.model_copy(update={"relative_update": 1.0 + order.index(r)}) for r in cell.runs
+        r.model_copy(update={"relative_update": 1.0 + r.accuracy_drop}) for r in cell.runs
     )
     found = {a.proxy: a for a in agreements([cell.model_copy(update={"runs": perfect})])}
     assert found["relative_update"].differ == 0
-    assert found["relative_update"].chance == pytest.approx(1 - 1 / LAYERS)
+    level = Counter(r.accuracy_drop for r in cell.runs).values()
+    by_chance = 1 - sum(count**2 for count in level) / LAYERS**2
+    assert found["relative_update"].chance == pytest.approx(by_chance)
     assert found["cosine_score"].differ > 0.5
     assert len(found["cosine_score"].spearman) == 1
     assert agreements([])[0].differ is None

@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from tracker.stats import correlation as module
+from tracker.stats import rank_agreement
 from tracker.stats.correlation import (
-    COEFFICIENTS,
     correlate,
     correlation_difference,
     partial_correlate,
-    rank_disagreement,
-    row_coefficients,
 )
+from tracker.stats.rank_agreement import COEFFICIENTS, row_coefficients
 from tracker.stats.resampling import resampled_means
 from tracker.stats.surrogates import surrogate_series
 
@@ -71,7 +69,7 @@ def test_rows_against_scipy_and_the_definition(pair: tuple[list[float], list[flo
 
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
 def test_many_rows_in_chunks(coefficient: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PAIRS", 100)
+    monkeypatch.setattr(rank_agreement, "_PAIRS", 100)
     generator = np.random.default_rng(0)
     x, y = generator.integers(0, 6, (37, 8)) / 6, generator.integers(0, 6, (37, 8)) / 6
     y[3], x[4], y[5, 2], x[6, 1] = 0.5, 0.25, np.nan, np.inf
@@ -327,33 +325,6 @@ def test_constant_resamples_leave_the_value_without_an_interval() -> None:
 
 
 # -- ranks -----------------------------------------------------------------------------------------
-
-
-def test_rank_disagreement() -> None:
-    order = np.arange(30.0)
-    assert rank_disagreement(order, 3 * order) == (0, pytest.approx(29 / 30))
-    assert rank_disagreement(order, np.roll(order, 1))[0] == 1
-    assert rank_disagreement(np.array([1.0]), np.array([7.0])) == (0, 0)
-
-
-def test_rank_disagreement_of_random_orders_is_the_chance_level() -> None:
-    generator = np.random.default_rng(0)
-    shares = [rank_disagreement(generator.random(10), generator.random(10))[0] for _ in range(2000)]
-    assert np.mean(shares) == pytest.approx(0.9, abs=0.01)
-
-
-def test_equal_values_rank_by_layer() -> None:
-    assert rank_disagreement(np.array([1.0, 1.0, 2.0]), np.array([3.0, 4.0, 5.0]))[0] == 0
-    assert rank_disagreement(np.array([3.0, 4.0, 5.0]), np.array([1.0, 1.0, 2.0]))[0] == 0
-
-
-def test_undefined_ranks() -> None:
-    share, chance = rank_disagreement(np.array([1.0, math.nan]), np.array([1.0, 2.0]))
-    assert (math.isnan(share), chance) == (True, 0.5)
-    assert all(math.isnan(number) for number in rank_disagreement(np.array([]), np.array([])))
-    for proxy, drop in ((np.ones(2), np.ones(3)), (np.ones((2, 2)), np.ones((2, 2)))):
-        with pytest.raises(ValueError, match=r"^a proxy of the shape"):
-            rank_disagreement(proxy, drop)
 
 
 @given(st.integers(0, 10_000))

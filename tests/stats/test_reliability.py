@@ -1,22 +1,21 @@
-"""Agreement of samples: against plain sampling, every way of breaking ties, and drawn documents."""
+"""Agreement of samples: against plain sampling, and drawn documents."""
 
 from __future__ import annotations
 
-from itertools import pairwise, permutations, product
+from itertools import permutations
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.stats.correlation import row_coefficients
+from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.reliability import (
     disjoint_means,
     documents_for,
     documents_needed,
-    jackknife,
+    positive_estimate,
     spearman_brown,
     stratified_orders,
-    top_overlap,
 )
 
 
@@ -70,38 +69,6 @@ def test_a_sample_is_not_larger_than_what_it_is_of() -> None:
         disjoint_means(np.zeros((3, 2)), np.ones(3), np.zeros(3), [1, 4], 5, 0)
 
 
-def _all_tops(figures: np.ndarray, k: int) -> list[set[int]]:
-    """The top k under every order of all layers, ties standing in each possible order."""
-    orders = [
-        order
-        for order in permutations(range(len(figures)))
-        if all(figures[a] >= figures[b] for a, b in pairwise(order))
-    ]
-    return [set(order[:k]) for order in orders]
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_ties_are_broken_in_every_way(k: int) -> None:
-    dice = np.random.default_rng(k)
-    one, other = dice.integers(0, 3, size=(2, 40, 5)).astype(float)
-    for a, b, found in zip(one, other, top_overlap(one, other, k), strict=True):
-        pairs = list(product(_all_tops(a, k), _all_tops(b, k)))
-        assert found == pytest.approx(np.mean([len(x & y) / k for x, y in pairs]))
-
-
-def test_overlap_of_what_is_tied_is_chance_and_of_what_is_undefined_nothing() -> None:
-    tied, clear = np.zeros((1, 10)), np.arange(10.0)[None]
-    assert top_overlap(tied, clear, 4).tolist() == [pytest.approx(0.4)]
-    assert top_overlap(clear, clear, 4).tolist() == [1.0]
-    # Means that differ by rounding alone are tied.
-    assert top_overlap(1e-15 * clear, clear, 4)[0] == pytest.approx(0.4)
-    holed = clear.copy()
-    holed[0, 3] = np.nan
-    assert np.isnan(top_overlap(holed, clear, 4)).all()
-    drawn = np.random.default_rng(0).random((20_000, 2, 10))
-    assert top_overlap(drawn[:, 0], drawn[:, 1], 3).mean() == pytest.approx(0.3, abs=0.01)
-
-
 def test_the_textbook() -> None:
     """A. Anastasi, S. Urbina, Psychological Testing (7th ed.), chapter 4: doubling 0.70, and 25
     to 100 items."""
@@ -151,7 +118,7 @@ def test_a_curve_is_read_where_it_stays_above() -> None:
 
 def test_leaving_out_a_tenth_of_a_mean_gives_its_standard_error() -> None:
     values = np.random.default_rng(0).lognormal(3, 0.1, size=4000)
-    found = jackknife(lambda chosen: float(values[chosen].mean()), 4000, seed=0)
+    found = positive_estimate(lambda chosen: float(values[chosen].mean()), ["a"] * 4000, seed=0)
     assert found.value == pytest.approx(values.mean())
     half = stats.t.ppf(0.975, 9) * values.std(ddof=1) / 4000**0.5
     assert found.high - found.value == pytest.approx(half, rel=0.4)
@@ -162,20 +129,17 @@ def test_leaving_out_covers_the_mean_of_other_documents() -> None:
     dice, inside = np.random.default_rng(0), 0
     for _ in range(400):
         values = dice.gamma(2, size=60)
-        found = jackknife(lambda chosen, v=values: float(v[chosen].mean()), 60, seed=0)
+        found = positive_estimate(lambda chosen, v=values: float(v[chosen].mean()), ["a"] * 60, 0)
         inside += found.low < 2 < found.high
     assert inside / 400 == pytest.approx(0.95, abs=0.03)
 
 
 def test_what_is_not_defined_has_no_interval() -> None:
-    undefined = jackknife(lambda chosen: np.nan, 20, seed=0)
-    assert (undefined.value, undefined.reason) == (
-        None,
-        "it is not defined for all documents together",
-    )
-    partly = jackknife(lambda chosen: 3.0 if len(chosen) == 20 else np.nan, 20, seed=0)
+    undefined = positive_estimate(lambda chosen: np.nan, ["a"] * 20, seed=0)
+    partly = positive_estimate(lambda kept: 3.0 if len(kept) == 20 else np.nan, ["a"] * 20, seed=0)
     assert (partly.value, partly.low, partly.high) == (None, None, None)
-    assert partly.reason == "it is not defined in 10 of 10 cases in which 1 in 10 is left out"
+    assert undefined == partly
+    assert partly.reason == "it is not defined for all documents, or without some of them"
 
 
 def test_the_interval_holds_how_many_documents_other_documents_would_ask_for() -> None:
@@ -205,6 +169,6 @@ def test_the_interval_holds_how_many_documents_other_documents_would_ask_for() -
             )
             return documents_for(0.9, n, agreement(one[:, 0], other[:, 0]))
 
-        found = jackknife(needed, documents, seed=0)
+        found = positive_estimate(needed, ["a"] * documents, seed=0)
         inside.append(found.low is None or found.low < truth < found.high)
     assert sum(inside) >= 10

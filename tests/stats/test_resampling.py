@@ -5,7 +5,12 @@ import pytest
 from scipy import stats
 
 from tracker.stats import resampling as module
-from tracker.stats.resampling import bias_corrected_interval, document_counts, resampled_means
+from tracker.stats.resampling import (
+    bias_corrected_interval,
+    document_counts,
+    jackknife_error,
+    resampled_means,
+)
 
 
 def test_counts_draw_each_document_as_often_as_chance_does(
@@ -156,3 +161,20 @@ def test_undefined_intervals() -> None:
     assert bias_corrected_interval(0.5, np.full(9, np.nan)) is None
     assert bias_corrected_interval(np.nan, np.linspace(0, 1, 9)) is None
     assert bias_corrected_interval(0.5, np.full(9, 0.25)) == (0.5, 0.5)
+
+
+def test_each_document_is_left_out_once_with_its_share_of_every_task() -> None:
+    tasks, kept = np.repeat(["a", "b", "c"], [20, 15, 5]), []
+    figures = np.random.default_rng(0).normal(size=5)
+
+    def figure(documents: np.ndarray) -> float:
+        kept.append(documents.tolist())
+        return float(figures[len(kept) - 1])
+
+    error = jackknife_error(figure, tasks, 5)
+    without = [sorted(set(range(40)) - set(documents)) for documents in kept]
+    assert sorted(place for group in without for place in group) == list(range(40))
+    for group in without:
+        assert [int((tasks[group] == task).sum()) for task in "abc"] == [4, 3, 1]
+    assert error == pytest.approx((0.8 * sum((figures - figures.mean()) ** 2)) ** 0.5)
+    assert np.isnan(jackknife_error(lambda documents: np.nan, tasks, 5))

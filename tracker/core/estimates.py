@@ -8,6 +8,7 @@ from typing import Literal
 Unit = Literal[
     "text",
     "count",
+    "rank",
     "points",
     "percent",
     "score",

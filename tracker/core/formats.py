@@ -79,6 +79,7 @@ class Form:
 WRITTEN: Mapping[Unit, Form] = {
     "text": Form(str),
     "count": Form("{:,.0f}".format),
+    "rank": Form("{:g}".format),
     "points": Form(points, 100, "pp"),
     "percent": Form(points, 100, "%"),
     "score": Form(partial(fixed, digits=3)),

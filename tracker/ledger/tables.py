@@ -27,8 +27,9 @@ from tracker.ledger.runs import (
     run_record,
 )
 from tracker.stats.accuracy import accuracy
-from tracker.stats.correlation import COEFFICIENTS, correlate
+from tracker.stats.correlation import correlate
 from tracker.stats.proxies import PROXIES, proxy_means
+from tracker.stats.rank_agreement import COEFFICIENTS
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.stats.rounding import within
 

@@ -25,7 +25,7 @@ def agreement_sentence(found: Agreement) -> str:
         found: What was counted.
 
     Returns:
-        The median Spearman and its range; the share of exact ranks that differ, and the share
+        The median Spearman and its range; the share of ranks that differ, and the share
         that two random orders would give.
     """
     name = PROXY_NAMES.get(found.proxy, found.proxy)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tracker.stats.correlation import row_coefficients
+from tracker.stats.rank_agreement import row_coefficients
 
 Array = NDArray[np.float64]
 DRAWS = 100

@@ -1,32 +1,23 @@
 """How well a proxy orders the layers by the accuracy that they really cost.
 
-The layers are the sample: one proxy value and one accuracy drop each. Values that agree to twelve
-decimals are ties, because means of the same outcomes may differ by rounding and ranks would see it.
+The layers are the sample: one proxy value and one accuracy drop each. What ties are, and the
+coefficients, are those of `rank_agreement`.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
+from tracker.stats.rank_agreement import (
+    COEFFICIENTS,
+    midranks,
+    rounded,
+    row_coefficients,
+)
 from tracker.stats.resampling import bias_corrected_interval
 from tracker.stats.surrogates import surrogate_series
-
-COEFFICIENTS = ("spearman", "kendall", "pearson")
-"""Spearman's rho, Kendall's tau-b, and Pearson's r."""
-
-_STATISTICS = {
-    "spearman": stats.spearmanr,
-    "kendall": stats.kendalltau,
-    "pearson": stats.pearsonr,
-}
-_DECIMALS = 12
-_PAIRS = 2_000_000
-"""Pairs of layers that are compared at once."""
 
 
 def correlate(
@@ -88,12 +79,12 @@ def correlate(
         raise ValueError(f"unknown coefficient {coefficient!r}; one of {', '.join(COEFFICIENTS)}")
     if surrogates < 1:
         raise ValueError(f"surrogates must be 1 or more, not {surrogates}")
-    x, y = _rounded(proxy), _rounded(drop)
+    x, y = rounded(proxy), rounded(drop)
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(f"a proxy of the shape {x.shape} but drops of the shape {y.shape}")
     if reason := _undefined(x, y):
         return Estimate(None, reason=reason)
-    value = float(_STATISTICS[coefficient](x, y).statistic)
+    (value,) = row_coefficients(x[None], y[None], coefficient).tolist()
     low = high = None
     if resampled_proxy is not None or resampled_drop is not None:
         rows = row_coefficients(
@@ -137,7 +128,7 @@ def correlation_difference(
     """
     values, rows = [], []
     for value, resampled in (one, other):
-        if reason := _undefined(_rounded(value), _rounded(drop[0])):
+        if reason := _undefined(rounded(value), rounded(drop[0])):
             return Estimate(None, reason=reason)
         values.append(float(row_coefficients(value[None], drop[0][None], coefficient)[0]))
         rows.append(row_coefficients(resampled, drop[1], coefficient))
@@ -190,7 +181,7 @@ def partial_correlate(
         >>> round(partial_correlate(first, second, given, surrogates=99).value, 4)
         0.7456
     """
-    x, y, z = _rounded(first), _rounded(second), _rounded(given)
+    x, y, z = rounded(first), rounded(second), rounded(given)
     if x.ndim != 1 or not x.shape == y.shape == z.shape:
         raise ValueError(f"series of the shapes {x.shape}, {y.shape} and {z.shape}")
     n = len(x)
@@ -213,12 +204,12 @@ def partial_correlate(
         rows = _partial_rows(*resampled)
         if interval := bias_corrected_interval(float(value), rows):
             low, high = max(interval[0], -1.0), min(interval[1], 1.0)
-    about = stats.rankdata(z)
-    one, other = (_without(stats.rankdata(each)[None], about)[0] for each in (x, y))
+    about = midranks(z)
+    one, other = (_without(midranks(each)[None], about)[0] for each in (x, y))
     as_strong = 0
     for kept, redrawn in ((one, other), (other, one)):
         series = _without(surrogate_series(redrawn, surrogates, seed), about)
-        by_chance = np.abs(_pearson_rows(kept[None], series))
+        by_chance = np.abs(row_coefficients(kept[None], series, "pearson"))
         as_strong = max(as_strong, int((by_chance >= abs(value) - 1e-9).sum()))
     p_value = (as_strong + 1) / (surrogates + 1)
     return Estimate(float(value), low, high, p_value)
@@ -243,79 +234,6 @@ def _without(rows: NDArray[np.float64], about: NDArray[np.float64]) -> NDArray[n
     return np.asarray(rows - np.outer(rows @ centred, centred) / (centred @ centred))
 
 
-def row_coefficients(
-    x: NDArray[np.float64], y: NDArray[np.float64], coefficient: str
-) -> NDArray[np.float64]:
-    """Correlate each row of one table with the same row of another.
-
-    Args:
-        x: `[rows, layers]`, or `[1, layers]` to set one row beside all of the other table.
-        y: `[rows, layers]`, or `[1, layers]`.
-        coefficient: One of `COEFFICIENTS`.
-
-    Returns:
-        `[rows]`; NaN where a row is constant or holds a NaN.
-
-    Raises:
-        ValueError: The tables' shapes do not belong together.
-    """
-    x, y = _rounded(x), _rounded(y)
-    if (
-        x.ndim != 2
-        or y.ndim != 2
-        or x.shape[1] != y.shape[1]
-        or (len(x) != len(y) and 1 not in (len(x), len(y)))
-    ):
-        raise ValueError(f"tables of the shapes {x.shape} and {y.shape} do not match")
-    if coefficient == "kendall":
-        values = _kendall_rows(x, y)
-    elif coefficient == "spearman":
-        values = _pearson_rows(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1))
-    else:
-        values = _pearson_rows(x, y)
-    usable = _varies(x) & _varies(y)
-    return np.where(usable, values, np.nan)
-
-
-def rank_disagreement(proxy: NDArray[np.float64], drop: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the share of layers whose two ranks differ, and the share that chance would give.
-
-    Ranks are a pruner's order: from the smallest value, equal values by layer.
-
-    Args:
-        proxy: `[layers]`.
-        drop: `[layers]`, of the same layers.
-
-    Returns:
-        The share whose exact ranks differ (NaN when a value is NaN or there are no layers), and
-        the share expected of two random orders, 1 - 1 / layers.
-
-    Raises:
-        ValueError: The inputs do not belong to the same layers.
-
-    Examples:
-        >>> rank_disagreement(np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.0, 0.2, 0.1, 0.5]))
-        (0.5, 0.75)
-    """
-    x, y = _rounded(proxy), _rounded(drop)
-    if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"a proxy of the shape {x.shape} but drops of the shape {y.shape}")
-    if not len(x):
-        return math.nan, math.nan
-    chance = 1 - 1 / len(x)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return math.nan, chance
-    differ = stats.rankdata(x, method="ordinal") != stats.rankdata(y, method="ordinal")
-    return float(differ.mean()), chance
-
-
-def _rounded(values: ArrayLike) -> NDArray[np.float64]:
-    """Return the values with rounding errors gone and everything undefined as NaN."""
-    numbers = np.asarray(values, dtype=np.float64)
-    finite = np.where(np.isfinite(numbers), numbers, np.nan)
-    return np.asarray(np.round(finite, _DECIMALS), dtype=np.float64)
-
-
 def _undefined(proxy: NDArray[np.float64], drop: NDArray[np.float64]) -> str | None:
     """Say why the two cannot be correlated, or nothing when they can."""
     n = len(proxy)
@@ -329,47 +247,12 @@ def _undefined(proxy: NDArray[np.float64], drop: NDArray[np.float64]) -> str | N
     return None
 
 
-def _varies(rows: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which rows are finite and not constant."""
-    finite = np.isfinite(rows).all(axis=1)
-    return np.asarray(finite & (rows.max(axis=1) > rows.min(axis=1)), dtype=np.bool_)
-
-
-def _pearson_rows(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    x = x - x.mean(axis=1, keepdims=True)
-    y = y - y.mean(axis=1, keepdims=True)
-    spread = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    products = np.broadcast_to((x * y).sum(axis=1), spread.shape)
-    values = np.full(spread.shape, np.nan)
-    np.divide(products, spread, out=values, where=spread > 0)
-    return values
-
-
-def _kendall_rows(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return tau-b: the sum of concordance signs over the pairs, divided by the untied pairs."""
-    first, second = np.triu_indices(x.shape[1], k=1)
-    rows = max(len(x), len(y))
-    values = np.full(rows, np.nan)
-    step = max(1, _PAIRS // max(len(first), 1))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        signs = []
-        for table in (x, y):
-            block = table if len(table) == 1 else table[part]
-            signs.append(np.sign(block[:, first] - block[:, second]).astype(np.float32))
-        balance = np.einsum("ij,ij->i", *np.broadcast_arrays(*signs))
-        pairs = [np.abs(sign).sum(axis=1, dtype=np.float64) for sign in signs]
-        untied = np.sqrt(pairs[0] * pairs[1])
-        np.divide(balance, untied, out=values[part], where=untied > 0)
-    return values
-
-
 def _surrogate_p(
     x: NDArray[np.float64], y: NDArray[np.float64], coefficient: str, surrogates: int, seed: int
 ) -> float:
     if coefficient == "spearman":
         # Ranks move with their layers: ranking once is ranking every order.
-        x, y, coefficient = stats.rankdata(x), stats.rankdata(y), "pearson"
+        x, y, coefficient = midranks(x), midranks(y), "pearson"
     observed = abs(float(row_coefficients(x[None], y[None], coefficient)[0]))
     as_strong = 0
     for kept, redrawn in ((x, y), (y, x)):

@@ -16,7 +16,7 @@ from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import mean_interval
-from tracker.stats.correlation import row_coefficients
+from tracker.stats.rank_agreement import rounded, row_coefficients
 from tracker.stats.resampling import bias_corrected_interval
 
 Array = NDArray[np.float64]
@@ -177,6 +177,6 @@ def _all(table: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _explained(sums: Array, joint: Array) -> Array:
     rest = ((joint - sums) ** 2).sum(axis=1)
     spread = ((joint - joint.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
-    varies = np.ptp(np.round(joint, 12), axis=1) > 0
+    varies = np.ptp(rounded(joint), axis=1) > 0
     shares = np.divide(rest, spread, out=np.full(len(rest), np.nan), where=varies)
     return np.asarray(1 - shares, dtype=np.float64)

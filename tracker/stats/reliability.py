@@ -16,10 +16,9 @@ from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
+from tracker.stats.resampling import jackknife_error
 
 Array = NDArray[np.float64]
-_DECIMALS = 12
-"""Figures that agree to so many are ties: means of the same outcomes may differ by rounding."""
 _GROUPS = 10
 """Parts of the documents that are left out in turn, for an interval."""
 
@@ -98,42 +97,6 @@ def disjoint_means(
     return both[0], both[1]
 
 
-def top_overlap(first: Array, second: Array, k: int) -> Array:
-    """Say which share of the `k` layers with the largest figures two rankings have in common.
-
-    Ties are broken at random, in each ranking for itself, and what is returned is the expected
-    overlap: of m layers that are tied for the last j of the k places, each has one with the
-    probability j / m. Rankings in which all layers are tied therefore overlap by k / layers, which
-    is also what two random orders overlap by.
-
-    Args:
-        first: `[rows, layers]`.
-        second: The same layers, `[rows, layers]` or `[1, layers]`.
-        k: How many layers, at least 1 and at most as many as there are.
-
-    Returns:
-        `[rows]`, in [0, 1]; NaN where a figure is.
-
-    Examples:
-        >>> one = np.array([[4.0, 3.0, 2.0, 1.0]])
-        >>> top_overlap(one, np.array([[4.0, 1.0, 3.0, 2.0]]), k=2).tolist()
-        [0.5]
-    """
-    shared = (_places(first, k) * _places(second, k)).sum(axis=1) / k
-    defined = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
-    return np.where(defined, shared, np.nan)
-
-
-def _places(rows: Array, k: int) -> Array:
-    """Say how likely each layer is among the `k` largest of its row, ties broken at random."""
-    rounded = np.round(rows, _DECIMALS)
-    last = np.sort(rounded, axis=1)[:, -k][:, None]
-    above, tied = rounded > last, rounded == last
-    left = k - above.sum(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):  # NaN is equal to nothing
-        return np.asarray(above + tied * left / tied.sum(axis=1, keepdims=True))
-
-
 def spearman_brown(reliability: float, factor: float) -> float:
     """Predict the reliability of a sample that is `factor` times as large.
 
@@ -209,7 +172,11 @@ def documents_needed(
     return float(n * (m / n) ** ((target - r) / (s - r))), False
 
 
-def jackknife(figure: Callable[[NDArray[np.int64]], float], documents: int, seed: int) -> Estimate:
+def positive_estimate(
+    figure: Callable[[NDArray[np.int64]], float],
+    strata: Sequence[str] | NDArray[np.generic],
+    seed: int,
+) -> Estimate:
     """Estimate a positive figure of documents by leaving out a tenth of them in turn.
 
     The interval is on the logarithm, with Student's t of as many degrees of freedom as there are
@@ -218,27 +185,16 @@ def jackknife(figure: Callable[[NDArray[np.int64]], float], documents: int, seed
 
     Args:
         figure: Gets the numbers of some documents; NaN where it is not defined for them.
-        documents: How many there are, two or more.
-        seed: Decides which documents form a group.
+        strata: `[documents]`, e.g. each document's task; two documents or more.
+        seed: Decides which documents form a group; see `jackknife_error`.
 
     Returns:
-        The figure with its 95 % interval; None where it is undefined, also with a tenth less: then
-        it was defined by luck.
-
-    References:
-        M. H. Quenouille, Biometrika 43 (1956) 353-360. J. Shao, D. Tu, The Jackknife and Bootstrap
-        (1995), section 2.2.
+        The figure with its 95 % interval; None where it is undefined, also with a tenth less.
     """
-    everything = np.arange(documents)
-    value = figure(everything)
-    if not math.isfinite(value):
-        return Estimate(None, reason="it is not defined for all documents together")
-    groups = min(_GROUPS, documents)
-    group = np.random.default_rng(seed).permutation(everything) % groups
-    logs = np.log([figure(everything[group != left_out]) for left_out in range(groups)])
-    if bad := int((~np.isfinite(logs)).sum()):
-        why = f"it is not defined in {bad} of {groups} cases in which 1 in {groups} is left out"
-        return Estimate(None, reason=why)
-    error = math.sqrt((groups - 1) / groups * float(((logs - logs.mean()) ** 2).sum()))
-    factor = math.exp(float(stats.t.ppf((1 + LEVEL) / 2, groups - 1)) * error)
+    value = figure(np.arange(len(strata)))
+    error = jackknife_error(lambda kept: float(np.log(figure(kept))), strata, _GROUPS, seed)
+    if not (math.isfinite(value) and math.isfinite(error)):
+        return Estimate(None, reason="it is not defined for all documents, or without some of them")
+    freedom = min(_GROUPS, len(strata)) - 1
+    factor = math.exp(float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error)
     return Estimate(value, value / factor, value * factor)

@@ -26,10 +26,13 @@ from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
+from tracker.stats.rank_agreement import rounded
+from tracker.stats.resampling import jackknife_error
 
 Array = NDArray[np.float64]
 Sample = tuple[Array, Array, Sequence[str] | NDArray[np.generic] | None]
 """Values, weights and strata of one benchmark, as `sampling_noise` takes them."""
+_Both = tuple[Sample, Sample]
 BLOCK = 3
 """Neighbouring layers whose differences change their signs together in the check of the test."""
 MOST_BLOCKS = 14
@@ -144,16 +147,13 @@ def clean_difference(ones: Sequence[Sample], others: Sequence[Sample]) -> Estima
 
     Raises:
         ValueError: Fewer than two benchmarks, or the spread of one is all noise.
-
-    References:
-        B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapter 11.
     """
     pairs = [[sampling_noise(*sample) for sample in side] for side in (ones, others)]
     value = _mean_variance(pairs[0]) - _mean_variance(pairs[1])
     squares = 0.0
     for place, samples in enumerate(zip(ones, others, strict=True)):
-        without = []
-        for kept in _leaving_out(samples[0]):
+
+        def without(kept: NDArray[np.int64], place: int = place, samples: _Both = samples) -> float:
             means = []
             for side, (values, weights, strata) in zip(pairs, samples, strict=True):
                 labels = None if strata is None else np.asarray(strata)[kept]
@@ -161,9 +161,12 @@ def clean_difference(ones: Sequence[Sample], others: Sequence[Sample]) -> Estima
                 try:
                     means.append(_mean_variance([*side[:place], fewer, *side[place + 1 :]]))
                 except ValueError:
-                    means.append(np.nan)
-            without.append(means[0] - means[1])
-        squares += float(np.var(without)) * (len(without) - 1)
+                    return float("nan")
+            return means[0] - means[1]
+
+        values, _, strata = samples[0]
+        labels = np.zeros(len(values)) if strata is None else strata
+        squares += jackknife_error(without, labels, GROUPS) ** 2
     if not np.isfinite(squares):
         return Estimate(value)
     off = float(stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt(squares))
@@ -173,17 +176,6 @@ def clean_difference(ones: Sequence[Sample], others: Sequence[Sample]) -> Estima
 def _mean_variance(pairs: Sequence[tuple[Array, Array]]) -> float:
     profiles, noise = (np.array(each) for each in zip(*pairs, strict=True))
     return float(variance_across(profiles, noise).mean())
-
-
-def _leaving_out(sample: Sample) -> list[NDArray[np.bool_]]:
-    """Which documents are kept each time; a group has as many of each stratum as it can."""
-    values, _, strata = sample
-    count = len(values)
-    order = np.arange(count) if strata is None else np.argsort(np.asarray(strata), kind="stable")
-    groups = min(count, GROUPS)
-    dealt = np.empty(count, int)
-    dealt[order] = np.arange(count) % groups
-    return [dealt != group for group in range(groups)]
 
 
 @dataclass(frozen=True)
@@ -224,7 +216,7 @@ def compared(one: Array, other: Array) -> Paired:
         >>> found.larger, round(found.p_value, 4), found.block_p
         (9, 0.0039, 0.25)
     """
-    difference = np.round(one - other, 12)
+    difference = rounded(one - other)
     n = len(difference)
     blocks = -(-n // BLOCK)
     larger = int((difference > 0).sum())

@@ -14,6 +14,7 @@ from tracker.ledger.early_stopping import CellRace
 from tracker.measuring.fill import fill_until
 from tracker.pruning.search.budgets import Budget
 from tracker.pruning.search.scores import Scores, Set
+from tracker.stats.rank_agreement import rounded
 
 BATCH = 6
 """Candidates that a lazy search scores in one engine call."""
@@ -86,7 +87,7 @@ def _decided(racing: CellRace, sets: Sequence[Set], removed: Set) -> PruneStep:
     bounds, standing = racing.race.bounds, racing.race.standing
     # Where all documents leave several open, they are level.
     places = np.flatnonzero(standing.chosen if standing.chosen.any() else standing.open).tolist()
-    means = np.round((bounds.low + bounds.high) / 2, 12)
+    means = rounded((bounds.low + bounds.high) / 2)
     best = min(places, key=lambda place: (means[place], -(set(sets[place]) - set(removed)).pop()))
     (part,) = set(sets[best]) - set(removed)
     reason = "a race does not look at every candidate on all documents"

@@ -26,6 +26,7 @@ from tracker.measuring.meter import Place
 from tracker.measuring.observing import Observe
 from tracker.pruning.search.cells import OpenCell
 from tracker.stats.accuracy import mean_interval
+from tracker.stats.rank_agreement import rounded
 
 Array = NDArray[np.float64]
 Set = tuple[int, ...]
@@ -34,8 +35,6 @@ Set = tuple[int, ...]
 TURNING = ("cosine_score", "relative_update", "angular_distance")
 """Proxies that one plain pass shows."""
 PROXIES = (*TURNING, "loss_increase", "gate_gradient")
-_SAME = 12
-"""Digits to which scores are compared: what differs later is rounding."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ class Losses:
     @property
     def means(self) -> Array:
         """The loss of each set; infinite where a document has none that is finite."""
-        means = np.round(self.weights @ self.values, _SAME)
-        return np.where(np.isfinite(means), means, np.inf)
+        return np.nan_to_num(rounded(self.weights @ self.values), nan=np.inf)
 
     @property
     def order(self) -> list[int]:
@@ -68,7 +66,7 @@ class Losses:
 
         Level ones by `ties`, and then the one whose parts are later.
         """
-        ties = np.where(np.isfinite(self.ties), np.round(self.ties, _SAME), np.inf)
+        ties = np.nan_to_num(rounded(self.ties), nan=np.inf)
         keys = zip(self.means, ties, ([-p for p in reversed(s)] for s in self.sets), strict=True)
         by = [(mean, tie, place) for mean, tie, place in keys]
         return sorted(range(len(by)), key=lambda i: by[i])

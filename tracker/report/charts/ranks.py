@@ -24,18 +24,20 @@ def rank_map(cells: Sequence[CellRecord], label: str) -> Chart:
     """
     found = rankings(cells)
     count = max((len(ranking.rows) for ranking in found), default=0)
-    there: dict[tuple[int, int], list[str]] = {}
+    there: dict[tuple[float, float], list[str]] = {}
     for ranking in found:
         for layer, true, proxy in ranking.rows:
             there.setdefault((true, proxy), []).append(f"layer {layer} · {ranking.benchmark}")
-    places = range(1, count + 1)
+    # Layers that tie share the mean of their ranks, which may be half a rank.
+    step = 1 if all(rank % 1 == 0 for both in there for rank in both) else 2
+    places = [rank / step for rank in range(step, step * count + 1)]
     most = max(map(len, there.values()), default=1)
     data = [
         {
             "type": "heatmap",
             "name": "layers",
-            "x": [*places],
-            "y": [*places],
+            "x": places,
+            "y": places,
             "z": [[len(there.get((y, x), ())) or None for x in places] for y in places],
             "zmin": 0,
             "zmax": most,
@@ -82,10 +84,10 @@ def rank_map(cells: Sequence[CellRecord], label: str) -> Chart:
     )
 
 
-def _rank_hover(true: int, proxy: int, who: Sequence[str]) -> str:
+def _rank_hover(true: float, proxy: float, who: Sequence[str]) -> str:
     if not who:
         return ""
-    lines = [f"<b>rank {true} by accuracy drop, {proxy} by cosine score</b>"]
+    lines = [f"<b>rank {true:g} by accuracy drop, {proxy:g} by cosine score</b>"]
     lines += [html.escape(one) for one in who[:_NAMED]]
     lines += [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
     return "<br>".join(lines)

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-from scipy import stats
-
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.report.editions import outdated
 from tracker.report.wording import benchmark_labels
-
-DECIMALS = 12
-"""Figures that agree to here differ by rounding alone."""
 
 
 def models_of(cells: Iterable[CellRecord]) -> list[list[CellRecord]]:
@@ -88,10 +82,3 @@ def unusable(cell: CellRecord) -> str | None:
     if all(run.accuracy_relevance is None for run in cell.whole_layers):
         return cell.reason_of("accuracy_relevance", cell.whole_layers[0])
     return None
-
-
-def ranks(values: Sequence[float | None], lowest_first: bool = False) -> list[int]:
-    """Rank figures from 1, the largest unless `lowest_first`; equal ones share the better rank."""
-    numbers = np.round(np.array(values, dtype=np.float64), DECIMALS)
-    found = stats.rankdata(numbers if lowest_first else -numbers, method="min")
-    return [int(rank) for rank in found]

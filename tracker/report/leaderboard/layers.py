@@ -11,8 +11,9 @@ from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
 from tracker.report.layer_figures import drop_estimate, relevance_estimate
-from tracker.report.leaderboard.comparable import countable, ranks
+from tracker.report.leaderboard.comparable import countable
 from tracker.stats.combined import mean
+from tracker.stats.rank_agreement import places
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
         if sum(found.value is not None for found in relevances[layer]) == len(counted)
     ]
     means = {layer: mean(relevances[layer]) for layer in layers}
-    rank = dict(zip(full, ranks([means[layer].value for layer in full]), strict=True))
+    rank = dict(zip(full, places([means[layer].value for layer in full]), strict=True))
     single = [
-        ranks([relevances[layer][place].value for layer in full]) for place in range(len(counted))
+        places([relevances[layer][place].value for layer in full]) for place in range(len(counted))
     ]
     standings = []
     for layer in layers:

@@ -13,10 +13,11 @@ from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
 from tracker.report.editions import outdated
-from tracker.report.leaderboard.comparable import models_of, ranks, setting, unusable, worth
+from tracker.report.leaderboard.comparable import models_of, setting, unusable, worth
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.combined import mean
+from tracker.stats.rank_agreement import places
 
 _NOTHING_SHARED = "no two models share a benchmark on all their layers"
 
@@ -93,7 +94,7 @@ def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
     if len(ranked) > 1:
         # From the lowest relevance: what is hurt least comes first.
         values = [standings[place].relevance.value for place in ranked]
-        for place, rank in zip(ranked, ranks(values, lowest_first=True), strict=True):
+        for place, rank in zip(ranked, places(values, lowest_first=True), strict=True):
             standings[place] = replace(standings[place], rank=rank)
     standings.sort(key=lambda s: (s.rank is None, s.rank or 0))
     return ModelBoard(tuple(standings), tuple(labels), left_out)

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from numpy.typing import NDArray
 
 from tracker.core.formats import defined
 from tracker.core.records import CellRecord
-from tracker.report.leaderboard.comparable import DECIMALS, ranks
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.report.wording import benchmark_labels
-from tracker.stats.correlation import rank_disagreement
 from tracker.stats.proxies import PROXIES
+from tracker.stats.rank_agreement import midranks, places, ranks_apart
 
+Array = NDArray[np.float64]
 MOST = 10
 """So many misjudged layers are shown at most."""
 
@@ -25,11 +25,11 @@ class Ranking:
     """The layers of one cell by two orders.
 
     A row is a layer, its rank by accuracy drop (or loss increase), its rank by cosine score; 1 =
-    largest.
+    largest, and equal figures share the mean of their ranks.
     """
 
     benchmark: str
-    rows: tuple[tuple[int, int, int], ...]
+    rows: tuple[tuple[int, float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,15 @@ class Misjudged:
 def rankings(cells: Sequence[CellRecord]) -> list[Ranking]:
     """Rank the whole layers of a model's cells by what their removal costs, and by cosine score.
 
-    Equal figures are ranked in the order of the layers, as a pruner that goes through the list
-    would: these are the ranks behind `agreements`. A cell needs three layers where both are
-    defined.
+    These are the ranks behind `agreements`. A cell needs three layers where both are defined.
     """
+    compared = _on_the_same_documents(cells)
     found = []
-    cells = _on_the_same_documents(cells)
-    for cell, label in zip(cells, benchmark_labels(cells), strict=True):
-        runs = [
-            run
-            for run in cell.whole_layers
-            if defined(run.cosine_score) and defined(run.accuracy_drop)
-        ]
-        if len(runs) > 2:
-            true = _from_the_largest([run.accuracy_drop for run in runs])
-            proxy = _from_the_largest([run.cosine_score for run in runs])
-            layers = [run.layer for run in runs]
-            found.append(Ranking(label, tuple(zip(layers, true, proxy, strict=True))))
+    for cell, label in zip(compared, benchmark_labels(compared), strict=True):
+        layers, *both = _figures(cell, "cosine_score")
+        if len(layers) > 2:
+            ranks = (midranks(-figures).tolist() for figures in both)
+            found.append(Ranking(label, tuple(zip(layers, *ranks, strict=True))))
     return found
 
 
@@ -78,7 +70,7 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
     scores = [standing.cosine_score for standing in ranked if defined(standing.cosine_score)]
     if not scores or len(scores) < len(ranked):
         return {}
-    return {standing.layer: rank for standing, rank in zip(ranked, ranks(scores), strict=True)}
+    return {standing.layer: rank for standing, rank in zip(ranked, places(scores), strict=True)}
 
 
 def misjudged(board: LayerBoard) -> list[Misjudged]:
@@ -96,9 +88,15 @@ def misjudged(board: LayerBoard) -> list[Misjudged]:
     return sorted(wrong, key=lambda one: (-one.off, one.standing.rank, one.standing.layer))[:MOST]
 
 
-def _from_the_largest(values: Sequence[float | None]) -> list[int]:
-    ascending = stats.rankdata(np.round(np.array(values, float), DECIMALS), method="ordinal")
-    return [len(values) + 1 - int(rank) for rank in ascending]
+def _figures(cell: CellRecord, proxy: str) -> tuple[list[int], Array, Array]:
+    """The layers where a proxy and the drop are defined, their drops, and the proxy's figures."""
+    known = [
+        (run.layer, run.accuracy_drop, getattr(run, proxy))
+        for run in cell.whole_layers
+        if defined(run.accuracy_drop) and defined(getattr(run, proxy))
+    ]
+    _, drops, figures = np.array(known, dtype=np.float64).reshape(-1, 3).T
+    return [layer for layer, *_ in known], drops, figures
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class Agreement:
     Attributes:
         proxy: Its field's name.
         spearman: Spearman with the accuracy drop in every cell where it is defined.
-        differ: Mean share of layers whose exact rank differs between proxy and drop.
+        differ: Mean share of layers whose rank differs between proxy and drop.
         chance: The share that two random orders would give.
         cells: Cells behind `differ`.
     """
@@ -141,13 +139,8 @@ def _agreement(proxy: str, cells: Sequence[CellRecord]) -> Agreement:
     ]
     shares = []
     for cell in cells:
-        pairs = [
-            (getattr(run, proxy), run.accuracy_drop)
-            for run in cell.whole_layers
-            if getattr(run, proxy) is not None and run.accuracy_drop is not None
-        ]
-        if len(pairs) > 2:
-            table = np.array(pairs, dtype=np.float64)
-            shares.append(rank_disagreement(table[:, 0], table[:, 1]))
+        layers, drops, figures = _figures(cell, proxy)
+        if len(layers) > 2:
+            shares.append(ranks_apart(figures[None], drops[None]))
     differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)
     return Agreement(proxy, tuple(spearman), differ, chance, len(shares))

@@ -210,8 +210,8 @@ def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
 def rank_table(cells: Sequence[CellRecord], label: str) -> Table:
     """Set the numbers behind the map of rank against rank: both ranks on each benchmark."""
 
-    def column(ranks: dict[int, int], head: str) -> Column[int]:
-        return Column(head, "count", ranks.get, "the drop or the cosine score is undefined")
+    def column(ranks: dict[int, float], head: str) -> Column[int]:
+        return Column(head, "rank", ranks.get, "the drop or the cosine score is undefined")
 
     columns: list[Column[int]] = []
     for ranking in rankings(cells):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tracker.core.findings import FoundChart, Line, LineChart, MapChart
-from tracker.stats.orders import midranks
+from tracker.stats.rank_agreement import midranks
 from tracker.studies.audit.figures import ModelAudit, means
 from tracker.studies.audit.measures import DROP, NAMES
 

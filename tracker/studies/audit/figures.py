@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted
 from tracker.stats.budgets import at_equal_cost
-from tracker.stats.correlation import row_coefficients
 from tracker.stats.multiple import holm
-from tracker.stats.orders import Disagreement, disagreement, mean_spearman_p, overlap
+from tracker.stats.rank_agreement import (
+    Disagreement,
+    disagreement,
+    mean_spearman_p,
+    overlap,
+    row_coefficients,
+)
 from tracker.stats.resampling import bias_corrected_interval
 from tracker.stats.task_dependence import (
     Paired,
@@ -342,7 +347,8 @@ def overlaps(summary: Summary) -> tuple[float, float, float]:
     found = []
     for cell in summary.cells:
         count = min(TOP, len(cell.layers))
-        x, y = cell.measures[summary.proxy].means(), cell.drop.means()
-        found.append((overlap(x, y, count), overlap(-x, -y, count), count / len(cell.layers)))
+        x, y = cell.measures[summary.proxy].means()[None], cell.drop.means()[None]
+        top, bottom = (float(overlap(sign * x, sign * y, count)[0]) for sign in (1, -1))
+        found.append((top, bottom, count / len(cell.layers)))
     top, bottom, chance = np.mean(found, axis=0).tolist()
     return top, bottom, chance

@@ -19,7 +19,8 @@ from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.ledger.tables import OUTER
 from tracker.measuring.observing import Observe, Observed
 from tracker.stats.budgets import LayerMeasure
-from tracker.stats.correlation import correlate, row_coefficients
+from tracker.stats.correlation import correlate
+from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import StudyContext, Subject
 from tracker.studies.documents import ByDocument, a_token

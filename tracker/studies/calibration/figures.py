@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from tracker.core.estimates import Estimate
 from tracker.ledger.aligned import Array
 from tracker.ledger.outcomes import PROXY_SUMS
-from tracker.stats.correlation import row_coefficients
+from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
 from tracker.stats.reliability import (
     disjoint_means,
     documents_needed,
-    jackknife,
+    positive_estimate,
     spearman_brown,
-    top_overlap,
 )
 from tracker.stats.resampling import SEED
 from tracker.studies.base import FEWEST, Subject
@@ -155,7 +154,7 @@ def _unusable(ranked: Ranked) -> str:
         return f"{bad} of {len(ranked.values)} documents have no finite figure"
     if not len(counted):
         return "no document counts"
-    if np.ptp(np.round(_mean_figures(ranked), 12)) == 0:
+    if np.ptp(rounded(_mean_figures(ranked))) == 0:
         return f"it is the same in all {ranked.values.shape[1]} layers"
     return ""
 
@@ -211,7 +210,9 @@ def curve_of(ranked: Ranked, wanted: float) -> Curve:
         means = [_mean(each) for each in _statistic("spearman", *pair).T]
         return documents_needed(sorted(set(few)), means, wanted)
 
-    estimate = jackknife(lambda chosen: needed(chosen, JACKKNIFE_DRAWS)[0], documents, SEED)
+    estimate = positive_estimate(
+        lambda chosen: needed(chosen, JACKKNIFE_DRAWS)[0], ranked.strata, SEED
+    )
     _, extrapolated = needed(np.arange(documents), JACKKNIFE_DRAWS)
     if estimate.value is None:
         estimate = Estimate(None, reason=DISAGREE)
@@ -234,7 +235,7 @@ def _statistic(name: str, first: Array, second: Array) -> Array:
     end, _, k = name.partition(" ")
     if k:
         sign = 1 if end == "top" else -1
-        return top_overlap(sign * a, sign * b, int(k)).reshape(first.shape[:2])
+        return overlap(sign * a, sign * b, int(k)).reshape(first.shape[:2])
     return row_coefficients(a, b, name).reshape(first.shape[:2])
 
 

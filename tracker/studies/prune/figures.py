@@ -18,6 +18,7 @@ from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.stats.combined import mean
 from tracker.stats.interaction import interactions
 from tracker.stats.multiple import holm
+from tracker.stats.rank_agreement import rounded
 from tracker.stats.resampling import SEED
 
 OWN, TASKS, TEXT = "its own task", "all tasks", "plain text"
@@ -188,7 +189,7 @@ class Compared:
         values = [(a.outcomes - b.outcomes) * a.weights for a, b in pairs]
         together = np.concatenate(values) / len(pairs)
         # Documents of equal weight are whole numbers then, of which the test is exact.
-        scaled = np.round(together * len(together), 12)
+        scaled = rounded(together * len(together))
         (tested,) = interactions(scaled[:, None], seed=SEED)
         return Estimate(found.value, found.low, found.high, tested.p_value)
 

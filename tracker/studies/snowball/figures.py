@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
@@ -21,6 +20,7 @@ from tracker.stats.correlation import (
 from tracker.stats.growth import growths
 from tracker.stats.multiple import holm
 from tracker.stats.proxies import proxy_means
+from tracker.stats.rank_agreement import places
 from tracker.stats.resampling import SEED
 from tracker.studies.base import SIGNIFICANT, Subject
 from tracker.studies.documents import ByDocument, a_token
@@ -126,8 +126,7 @@ class Explained:
 
     def ranks(self, values: Array) -> dict[int, int]:
         """Layer → its place from the largest value; equal ones share the first of theirs."""
-        places = stats.rankdata(-np.round(values, 12), method="min")
-        return {layer: int(place) for layer, place in zip(self.layers, places, strict=True)}
+        return dict(zip(self.layers, places(values), strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,24 @@
-"""Orders beside chance: by counting every permutation, and by simulation."""
+"""Orders beside chance: by every permutation, every way of breaking ties, and simulation."""
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from tracker.stats import orders as module
-from tracker.stats.correlation import row_coefficients
-from tracker.stats.orders import disagreement, mean_spearman_p, midranks, overlap, smooth_orders
+from tracker.stats import rank_agreement as module
+from tracker.stats.rank_agreement import (
+    disagreement,
+    mean_spearman_p,
+    midranks,
+    overlap,
+    places,
+    ranks_apart,
+    row_coefficients,
+    smooth_orders,
+)
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 2.5])
@@ -22,7 +30,7 @@ def test_chance_and_p_are_those_of_all_permutations(drop: list[float], beyond: f
     a, b = (stats.rankdata(each, axis=1) for each in (x, y))
     every = [
         float((np.abs(a - b[:, order]) > beyond).mean())
-        for order in map(list, itertools.permutations(range(6)))
+        for order in map(list, permutations(range(6)))
     ]
     found = disagreement(x, y, beyond)
     assert found.share == every[0]
@@ -91,15 +99,58 @@ def test_drawn_orders_are_permutations_that_keep_a_series_smooth() -> None:
 
 def test_ties_share_ranks_and_places() -> None:
     assert midranks(np.array([[1.0, 1.0 + 1e-15, 0.0]])).tolist() == [[2.5, 2.5, 1.0]]
-    # All tie: any two of four.
-    assert overlap(np.arange(4.0), np.zeros(4), 2) == pytest.approx(0.5)
-    assert overlap(np.arange(4.0), np.arange(4.0), 2) == 1
-    assert overlap(np.arange(4.0), -np.arange(4.0), 2) == 0
+    assert places([2.0, 5.0, 2.0 + 1e-15, 1.0]) == [2, 1, 2, 4]
+    assert places([2.0, 5.0, 2.0 + 1e-15, 1.0], lowest_first=True) == [2, 4, 2, 1]
+
+
+def test_ranks_that_tie_differ_whichever_layer_is_counted_first() -> None:
+    one, other = np.array([[1.0, 1.0, 2.0]]), np.array([[3.0, 4.0, 5.0]])
+    assert ranks_apart(one, other) == ranks_apart(one, other[:, [1, 0, 2]])
+    assert ranks_apart(one, other) == (pytest.approx(2 / 3), pytest.approx(8 / 9))
+    assert ranks_apart(other, 3 * other) == (0, pytest.approx(2 / 3))
+
+
+def test_random_orders_differ_as_often_as_chance_says() -> None:
+    generator = np.random.default_rng(3)
+    shares = [ranks_apart(*generator.random((2, 1, 10)))[0] for _ in range(2000)]
+    assert np.mean(shares) == pytest.approx(0.9, abs=0.01)
+
+
+def _all_tops(figures: np.ndarray, k: int) -> list[set[int]]:
+    """The top k under every order of all layers, ties standing in each possible order."""
+    orders = [
+        order
+        for order in permutations(range(len(figures)))
+        if all(figures[a] >= figures[b] for a, b in pairwise(order))
+    ]
+    return [set(order[:k]) for order in orders]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_ties_are_broken_in_every_way(k: int) -> None:
+    dice = np.random.default_rng(k)
+    one, other = dice.integers(0, 3, size=(2, 40, 5)).astype(float)
+    for a, b, found in zip(one, other, overlap(one, other, k), strict=True):
+        pairs = list(product(_all_tops(a, k), _all_tops(b, k)))
+        assert found == pytest.approx(np.mean([len(x & y) / k for x, y in pairs]))
+
+
+def test_overlap_of_what_is_tied_is_chance_and_of_what_is_undefined_nothing() -> None:
+    tied, clear = np.zeros((1, 10)), np.arange(10.0)[None]
+    assert overlap(tied, clear, 4).tolist() == [pytest.approx(0.4)]
+    assert overlap(clear, clear, 4).tolist() == [1.0]
+    # Means that differ by rounding alone are tied.
+    assert overlap(1e-15 * clear, clear, 4)[0] == pytest.approx(0.4)
+    holed = clear.copy()
+    holed[0, 3] = np.nan
+    assert np.isnan(overlap(holed, clear, 4)).all()
+    drawn = np.random.default_rng(0).random((20_000, 2, 10))
+    assert overlap(drawn[:, 0], drawn[:, 1], 3).mean() == pytest.approx(0.3, abs=0.01)
 
 
 def test_chance_alone_overlaps_by_the_hypergeometric_mean() -> None:
-    x, y = np.array([5.0, 4, 4, 2, 1]), np.array([3.0, 3, 3, 1, 0])
-    every = [overlap(x, y[list(order)], 2) for order in itertools.permutations(range(5))]
+    x, y = np.array([[5.0, 4, 4, 2, 1]]), np.array([[3.0, 3, 3, 1, 0]])
+    every = overlap(x, y[:, list(permutations(range(5)))][0], 2)
     assert np.mean(every) == pytest.approx(2 / 5)
 
 

@@ -1,0 +1,287 @@
+"""How far two orders of the layers agree: ranks, ties, coefficients, overlaps, and chance.
+
+Figures that agree to twelve decimals are ties, because means of the same outcomes may differ by
+rounding and ranks would see it. Ties share the mean of their ranks (midranks), so that no figure
+depends on which layer is counted first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from tracker.stats.surrogates import surrogate_series
+
+Array = NDArray[np.float64]
+DECIMALS = 12
+"""Figures that agree to so many decimals are ties."""
+COEFFICIENTS = ("spearman", "kendall", "pearson")
+"""Spearman's rho, Kendall's tau-b, and Pearson's r."""
+DRAWS = 4999
+_EPS = 1e-9
+_PAIRS = 2_000_000
+"""Pairs of layers that are compared at once."""
+
+
+def rounded(values: ArrayLike) -> Array:
+    """Return the values with rounding errors gone and everything undefined as NaN."""
+    numbers = np.asarray(values, dtype=np.float64)
+    finite = np.where(np.isfinite(numbers), numbers, np.nan)
+    return np.asarray(np.round(finite, DECIMALS), dtype=np.float64)
+
+
+def midranks(rows: ArrayLike) -> Array:
+    """Rank each row from the smallest value, 1, ties sharing the mean of their ranks."""
+    return np.asarray(stats.rankdata(rounded(rows), axis=-1), dtype=np.float64)
+
+
+def places(values: Sequence[float | None] | Array, lowest_first: bool = False) -> list[int]:
+    """Place figures as a leaderboard does, from 1, the largest unless `lowest_first`.
+
+    Equal ones share the better place.
+    """
+    numbers = rounded(np.array(values, dtype=np.float64))
+    found = stats.rankdata(numbers if lowest_first else -numbers, method="min")
+    return [int(place) for place in found]
+
+
+def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
+    """Correlate each row of one table with the same row of another.
+
+    Args:
+        x: `[rows, layers]`, or `[1, layers]` to set one row beside all of the other table.
+        y: `[rows, layers]`, or `[1, layers]`.
+        coefficient: One of `COEFFICIENTS`.
+
+    Returns:
+        `[rows]`; NaN where a row is constant or holds a NaN.
+
+    Raises:
+        ValueError: The tables' shapes do not belong together.
+    """
+    x, y = rounded(x), rounded(y)
+    if (
+        x.ndim != 2
+        or y.ndim != 2
+        or x.shape[1] != y.shape[1]
+        or (len(x) != len(y) and 1 not in (len(x), len(y)))
+    ):
+        raise ValueError(f"tables of the shapes {x.shape} and {y.shape} do not match")
+    if coefficient == "kendall":
+        values = _kendall_rows(x, y)
+    elif coefficient == "spearman":
+        values = _pearson_rows(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1))
+    else:
+        values = _pearson_rows(x, y)
+    usable = _varies(x) & _varies(y)
+    return np.where(usable, values, np.nan)
+
+
+def _varies(rows: Array) -> NDArray[np.bool_]:
+    """Return which rows are finite and not constant."""
+    finite = np.isfinite(rows).all(axis=1)
+    return np.asarray(finite & (rows.max(axis=1) > rows.min(axis=1)), dtype=np.bool_)
+
+
+def _pearson_rows(x: Array, y: Array) -> Array:
+    x = x - x.mean(axis=1, keepdims=True)
+    y = y - y.mean(axis=1, keepdims=True)
+    spread = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    products = np.broadcast_to((x * y).sum(axis=1), spread.shape)
+    values = np.full(spread.shape, np.nan)
+    np.divide(products, spread, out=values, where=spread > 0)
+    return np.clip(values, -1, 1)
+
+
+def _kendall_rows(x: Array, y: Array) -> Array:
+    """Return tau-b: the sum of concordance signs over the pairs, divided by the untied pairs."""
+    first, second = np.triu_indices(x.shape[1], k=1)
+    rows = max(len(x), len(y))
+    values = np.full(rows, np.nan)
+    step = max(1, _PAIRS // max(len(first), 1))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        signs = []
+        for table in (x, y):
+            block = table if len(table) == 1 else table[part]
+            signs.append(np.sign(block[:, first] - block[:, second]).astype(np.float32))
+        balance = np.einsum("ij,ij->i", *np.broadcast_arrays(*signs))
+        pairs = [np.abs(sign).sum(axis=1, dtype=np.float64) for sign in signs]
+        untied = np.sqrt(pairs[0] * pairs[1])
+        np.divide(balance, untied, out=values[part], where=untied > 0)
+    return values
+
+
+def overlap(first: Array, second: Array, k: int) -> Array:
+    """Say which share of the `k` layers with the largest figures two rankings have in common.
+
+    Ties are broken at random, in each ranking for itself, and what is returned is the expected
+    overlap: of m layers that are tied for the last j of the k places, each has one with the
+    probability j / m. Rankings in which all layers are tied therefore overlap by k / layers, which
+    is also what two random orders overlap by.
+
+    Args:
+        first: `[rows, layers]`.
+        second: The same layers, `[rows, layers]` or `[1, layers]`.
+        k: How many layers, at least 1 and at most as many as there are.
+
+    Returns:
+        `[rows]`, in [0, 1]; NaN where a figure is.
+
+    Examples:
+        >>> one = np.array([[4.0, 3.0, 2.0, 1.0]])
+        >>> overlap(one, np.array([[4.0, 1.0, 3.0, 2.0]]), k=2).tolist()
+        [0.5]
+    """
+    shared = (_places(first, k) * _places(second, k)).sum(axis=1) / k
+    defined = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
+    return np.where(defined, shared, np.nan)
+
+
+def _places(rows: Array, k: int) -> Array:
+    """Say how likely each layer is among the `k` largest of its row, ties broken at random."""
+    figures = rounded(rows)
+    last = np.sort(figures, axis=1)[:, -k][:, None]
+    above, tied = figures > last, figures == last
+    left = k - above.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN is equal to nothing
+        return np.asarray(above + tied * left / tied.sum(axis=1, keepdims=True))
+
+
+def ranks_apart(proxy: Array, drop: Array, beyond: float = 0) -> tuple[float, float]:
+    """Say in which share of the layers two ranks differ, and what chance gives.
+
+    The chance level is exact under the uniform permutation: any rank meets any other with the
+    probability 1 / layers, so it is the share of all layers × layers pairs of ranks that differ by
+    more. For ranks without ties and the threshold 0 it is 1 - 1 / layers.
+
+    Args:
+        proxy: `[benchmarks, layers]`, finite.
+        drop: `[benchmarks, layers]`, finite.
+        beyond: Ranks that differ by no more than this agree; 0 = exact ranks.
+
+    Returns:
+        The share, and its mean over random orders of these values, both over all benchmarks.
+
+    Raises:
+        ValueError: The tables' shapes differ.
+
+    Examples:
+        >>> ranks_apart(np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.0, 0.2, 0.1, 0.5]]))
+        (0.5, 0.75)
+    """
+    x, y = midranks(proxy), midranks(drop)
+    if x.shape != y.shape:
+        raise ValueError(f"tables of the shapes {x.shape} and {y.shape} do not match")
+    pairs = np.abs(x[:, :, None] - y[:, None, :]) > beyond + _EPS
+    return float((np.abs(x - y) > beyond + _EPS).mean()), float(pairs.mean())
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """In how many layers two ranks differ, on average over benchmarks.
+
+    Attributes:
+        share: The share of layers.
+        chance: The share that random orders of these values give on average, exactly.
+        shuffled_p: How often freely shuffled layers disagree as rarely.
+        smooth_p: How often layers do that are shuffled as smoothly over depth as they are; the
+            larger p-value of redrawing either series.
+    """
+
+    share: float
+    chance: float
+    shuffled_p: float
+    smooth_p: float
+
+
+def disagreement(proxy: Array, drop: Array, beyond: float, seed: int = 0) -> Disagreement:
+    """Say in how many layers the two ranks differ by more than a threshold.
+
+    Share and chance are those of `ranks_apart`. The p-values relabel the layers of one series, the
+    same way in every benchmark, because a layer's figures in several benchmarks belong together; (k
+    + 1) / (m + 1) for k of m relabellings.
+
+    Args:
+        proxy: `[benchmarks, layers]`, finite.
+        drop: `[benchmarks, layers]`, finite, no row constant.
+        beyond: Ranks that differ by no more than this agree; 0 = exact ranks.
+        seed: Seed of the relabellings.
+
+    Returns:
+        The share, its chance level, and one-sided p-values of agreeing better than chance.
+
+    Examples:
+        Two random orders of 30 layers have 96.7 % of their exact ranks apart.
+
+        >>> layers = np.arange(30.0)[None]
+        >>> found = disagreement(layers, layers, 0)
+        >>> found.share, round(found.chance, 3), found.shuffled_p
+        (0.0, 0.967, 0.0002)
+    """
+    share, chance = ranks_apart(proxy, drop, beyond)
+    x, y = midranks(proxy), midranks(drop)
+    generator = np.random.default_rng(seed)
+    free = generator.permuted(np.tile(np.arange(x.shape[1]), (DRAWS, 1)), axis=1)
+    # Relabelling x by an order is relabelling y by its inverse.
+    by_drop, by_proxy = (smooth_orders(each.mean(axis=0), DRAWS, seed) for each in (y, x))
+
+    def p_value(orders: NDArray[np.int64]) -> float:
+        drawn = np.moveaxis(y[:, orders], 0, 1)
+        shares = (np.abs(drawn - x) > beyond + _EPS).mean(axis=(1, 2))
+        return float(((shares <= share + _EPS).sum() + 1) / (len(orders) + 1))
+
+    smooth = max(p_value(by_drop), p_value(by_proxy.argsort(axis=1)))
+    return Disagreement(share, chance, p_value(free), smooth)
+
+
+def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
+    """Test that a proxy and the drop have nothing to do with each other in any benchmark.
+
+    The statistic is the mean over benchmarks of Spearman's coefficient, two-sided. As in
+    `correlation.correlate`, each series in turn is redrawn as smooth over depth as it is, and the
+    larger p-value stands; here the redrawn order is that of the mean ranks over the benchmarks,
+    and relabels the layers of every benchmark alike.
+
+    Args:
+        proxy: `[benchmarks, layers]`, finite, no row constant.
+        drop: `[benchmarks, layers]`, the same.
+        seed: Seed of the relabellings.
+
+    Returns:
+        (k + 1) / (m + 1) for k of m relabellings that correlate as strongly.
+    """
+    x, y = (_standardised(midranks(each)) for each in (proxy, drop))
+    count = x.shape[0] * x.shape[1]
+    observed = abs(float((x * y).sum() / count))
+    worst = 0
+    for kept, redrawn in ((x, y), (y, x)):
+        orders = smooth_orders(redrawn.mean(axis=0), DRAWS, seed)
+        drawn = np.einsum("bl,bml->m", kept, redrawn[:, orders]) / count
+        worst = max(worst, int((np.abs(drawn) >= observed - _EPS).sum()))
+    return (worst + 1) / (DRAWS + 1)
+
+
+def smooth_orders(values: Array, draws: int, seed: int) -> NDArray[np.int64]:
+    """Draw orders of the layers in which a series stays as smooth over depth as it is.
+
+    Args:
+        values: `[layers]` in the order of depth, finite; equal ones count as ascending.
+        draws: How many orders.
+        seed: Seed of the generator.
+
+    Returns:
+        `[draws, layers]`: the layer whose value stands at each depth; see `surrogate_series`.
+    """
+    ranks = stats.rankdata(values, method="ordinal").astype(np.float64)
+    positions = surrogate_series(ranks, draws, seed).astype(np.int64) - 1
+    return np.asarray(ranks.argsort()[positions], dtype=np.int64)
+
+
+def _standardised(rows: Array) -> Array:
+    spread = rows.std(axis=1, keepdims=True)
+    return np.asarray((rows - rows.mean(axis=1, keepdims=True)) / spread, dtype=np.float64)
