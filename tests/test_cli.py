@@ -267,7 +267,7 @@ def test_ls_names_what_was_begun_and_not_finished(cli, tmp_path):
     found = cli("ls", "--results", root)
     assert found.exit_code == 0
     assert f"unfinished: {requests.parent}: 6 documents; its run goes" in found.output
-    refused(cli("report", "--results", root), "no finished cell", "goes on with it")
+    refused(cli("report", "--results", root), "no finished benchmark", "goes on with it")
     synced = cli("sync", "--results", root)
     assert (synced.exit_code, synced.output.splitlines()[0]) == (0, "published: 0 measurements")
     assert f"not published yet: {requests.parent}: its run goes on" in synced.output

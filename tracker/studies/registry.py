@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracker.core.errors import RequestError, did_you_mean
-from tracker.studies.base import Study
+
+if TYPE_CHECKING:
+    from tracker.studies.base import Study
 
 STUDIES: Mapping[str, str] = {
     "audit": "Which proxy tells what a layer's removal costs?",
