@@ -12,6 +12,7 @@ import torch
 from tests.ablations import single_layers
 from tests.engine.plain import MAX_LENGTH, answers, loaded, make_documents
 from tracker.core.ablations import INTACT, ablate
+from tracker.core.proxies import OBSERVED
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.masks import Sight
 from tracker.engine.scoring.prefix import cache_argument, new_cache
@@ -157,7 +158,8 @@ def test_several_residual_streams_are_one_state(parts: Parts, monkeypatch) -> No
         observed.extend((tuple(before.shape), tuple(after.shape)))
         return torch.ones(len(before))
 
-    monkeypatch.setattr("tracker.engine.scoring.score.cosine_similarity", noted)
+    proxy = replace(OBSERVED[0], observe=noted)
+    monkeypatch.setattr("tracker.engine.scoring.score.OBSERVED", (proxy,))
     run_base(parts, PLAN, reading_row(TOKENS), None)
     assert observed == [(6, 32)] * 8
 

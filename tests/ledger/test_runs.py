@@ -9,8 +9,8 @@ import pytest
 
 from tracker.core.config import CellRequest
 from tracker.core.extent import Extent
+from tracker.core.proxies import OBSERVED
 from tracker.ledger.cells import CellStore
-from tracker.stats.proxies import PROXIES
 from tracker.stats.rank_agreement import COEFFICIENTS
 
 from .conftest import cell_record
@@ -91,7 +91,7 @@ def test_proxies_and_correlations_rest_on_whole_single_layers(measure: Measure) 
     record = cell_record(store, request, "acc", mean)
     assert record.whole_layers == alone.runs
     assert record.correlations == alone.correlations
-    assert len(alone.correlations) == len(PROXIES) * len(COEFFICIENTS) * 2
+    assert len(alone.correlations) == len(OBSERVED) * len(COEFFICIENTS) * 2
     proxies = ("cosine_similarity", "cosine_score", "angular_distance", "relative_update")
     for run in record.runs:
         whole = (run.component, run.span) == ("layer", 1)

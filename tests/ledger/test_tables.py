@@ -15,11 +15,13 @@ from scipy import stats
 
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Response
+from tracker.core.proxies import OBSERVED, Proxy, relative_update
 from tracker.core.records import CellRecord, RunRecord
+from tracker.ledger import runs, tables
 from tracker.ledger.blocks import BLOCK, Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcome_variance import outcome_variance
-from tracker.ledger.outcomes import COMPARED, PROXY_SUMS, outcome_row
+from tracker.ledger.outcomes import COMPARED, outcome_row
 from tracker.ledger.shards import read_shard
 from tracker.stats.correlation import correlate
 from tracker.stats.power import OutcomeVariance
@@ -475,6 +477,20 @@ def test_a_hidden_state_that_is_not_finite(store) -> None:
     assert record.runs[6].reasons["angular_distance"] == said
 
 
+def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(store, monkeypatch) -> None:
+    """Shards from before there was the proxy lack its column."""
+    later = Proxy("later", "later", "ratio", observe=relative_update)
+    for module in (runs, tables):
+        monkeypatch.setattr(module, "OBSERVED", (*OBSERVED, later))
+    sizes = {"arc_easy": 10}
+    record = cell_record(store(make_items(sizes), sizes), ask(), "acc", aggregate)
+    said = "not observed when 10 of 10 documents were measured"
+    assert all(run.figure("later") is None and run.reasons["later"] == said for run in record.runs)
+    correlations = [one for one in record.correlations if one.proxy == "later"]
+    assert [(one.value, one.reason) for one in correlations] == [(None, said)] * 6
+    assert all(run.cosine_score is not None for run in record.runs)
+
+
 def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell, row) -> None:
     """Shards from before there was a watch lack the columns, and most outcomes the values."""
     request = CellRequest(model="m", benchmark="b", layers=(0,), limit=4)
@@ -663,7 +679,3 @@ class TestCorrelations:
             store(items, {"a": 40, "b": 12}, weight_by_size=False), ask(), "acc", aggregate
         )
         assert again == record
-
-
-def test_the_proxies_are_named_in_the_order_of_their_sums() -> None:
-    assert PROXY_SUMS == ("cosine_similarity_sum", "angular_distance_sum", "relative_update_sum")

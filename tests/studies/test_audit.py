@@ -14,6 +14,7 @@ from tests.ablations import single_layers
 from tracker import api
 from tracker.core.errors import RequestError
 from tracker.core.findings import FindingRecord
+from tracker.core.proxies import PROXIES, passes
 from tracker.core.records import CellRecord
 from tracker.engine.scoring.streams import plan_streams
 from tracker.measuring import observing
@@ -22,7 +23,7 @@ from tracker.stats.budgets import LayerMeasure, at_equal_cost
 from tracker.studies.audit import Audit, answers_of, lacking_of
 from tracker.studies.audit.charts import charts_of
 from tracker.studies.audit.figures import ModelAudit, pooled
-from tracker.studies.audit.measures import DROP, NAMES, Audited, passes
+from tracker.studies.audit.measures import DROP, Audited
 from tracker.studies.audit.tables import tables_of
 
 from .conftest import asked_for, row_of, stores
@@ -53,12 +54,12 @@ def test_a_file_is_measured_observed_once_and_said(
     results = tmp_path / "results"
     said = _study(path, results)
     best, each, apart = said.tables[:3]
-    assert {row[0] for row in best.rows} == set(NAMES.values())
-    assert len(each.rows) == 2 * len(NAMES), said.lacking
+    assert {row[0] for row in best.rows} == {proxy.label for proxy in PROXIES.values()}
+    assert len(each.rows) == 2 * len(PROXIES), said.lacking
     # The page's own correlations are the same figures.
     for record in _records(path, results):
         for known in record.correlations:
-            row = row_of(each, f"{record.benchmark.name} · 0-shot", NAMES[known.proxy])
+            row = row_of(each, f"{record.benchmark.name} · 0-shot", PROXIES[known.proxy].label)
             column = known.coefficient.capitalize()
             if known.subset == "inner":
                 if known.coefficient == "spearman":
@@ -146,7 +147,7 @@ class Drawn(Audited):
                 ones,
                 passes(name, layers, shared=True),
             )
-            for name in NAMES
+            for name in PROXIES
         }
         lost = self.drop.means() / (before.mean() - 0.25)
         runs: Any = [SimpleNamespace(accuracy_relevance=float(each)) for each in lost]

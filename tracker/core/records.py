@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, AliasChoices, Field
+from pydantic import AfterValidator, AliasChoices, ConfigDict, Field
 
 from tracker.core.config import Count
 from tracker.core.extent import Positive
@@ -91,8 +91,12 @@ class RunRecord(RunIdentity):
     """One run: what its removal did to the model on one benchmark.
 
     Every drop is relative to the intact model, also where the whole cell lacks layers: it holds
-    what these cost too.
+    what these cost too. What else it has are proxies, each by its name: those of the layer in the
+    intact model, of whole single layers only.
     """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None] = Field(init=False)
 
     ablation: str
     """The ablation's name, e.g. `layer:3`; it names the layers that the whole cell lacks too."""
@@ -112,11 +116,6 @@ class RunRecord(RunIdentity):
     """Exact McNemar p-value of the paired outcomes."""
     accuracy_relevance: float | None
     """Share of the accuracy above chance that is lost; None where lower is better."""
-    # The proxies are those of the layer in the intact model, and of whole single layers only.
-    cosine_similarity: float | None
-    cosine_score: float | None
-    angular_distance: float | None
-    relative_update: float | None
     rounded: int | None = Field(None, exclude_if=lambda count: count is None)
     """Documents whose judgement is within rounding: another way of computing the same model may
     turn it round. None in single precision, where that is not measured."""
@@ -128,6 +127,16 @@ class RunRecord(RunIdentity):
     metrics: dict[str, float | None]
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
     reasons: dict[str, str] = Field(default_factory=dict)
+
+    def figure(self, name: str) -> float | None:
+        """Find a figure by its name, a field or a proxy; None where it is undefined."""
+        value: float | None = getattr(self, name, None)
+        return value
+
+    @property
+    def cosine_score(self) -> float | None:
+        """The proxy that the field uses, which pages set beside every drop."""
+        return self.__pydantic_extra__.get("cosine_score")
 
 
 class RunAnswer(RunIdentity):
@@ -177,7 +186,7 @@ class CorrelationRecord(Record):
     """How well one proxy ranks the whole single layers by the accuracy that they really cost."""
 
     proxy: str
-    """`cosine_score`, `angular_distance` or `relative_update`."""
+    """Its name, e.g. `cosine_score`."""
     coefficient: Literal["spearman", "kendall", "pearson"]
     subset: Literal["all", "inner"]
     """Which layers: all of them, or all but the first two and the last two."""

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 from tracker.core.answers import interval_name
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import ACCURACY, defined, measure_of
+from tracker.core.proxies import OBSERVED
 from tracker.core.records import (
     NO_REASON,
     WHOLE_LAYER,
@@ -125,10 +126,11 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
             _figure("drop_sd", measure.head("standard deviation of a document"), measure.form),
             _figure("mcnemar_p", "McNemar p", "p"),
             _figure("accuracy_relevance", "accuracy relevance", "relevance"),
-            _figure("cosine_similarity", "cosine similarity", "proxy"),
-            _figure("cosine_score", "cosine score (1 − cos)", "proxy"),
-            _figure("angular_distance", "angular distance (÷ π)", "proxy"),
-            _figure("relative_update", "relative update (ratio of norms)", "proxy"),
+            *(
+                _figure(name, label, "proxy")
+                for proxy in OBSERVED
+                for name, label in proxy.headings.items()
+            ),
             _figure("rounded", "documents within rounding", "count"),
             _figure("drop_rounding", measure.head("± by rounding"), measure.form),
             _figure("gold_logprob_drop", "gold log-prob drop", "nats"),
@@ -215,7 +217,7 @@ def _figure(name: str, label: str, unit: Unit) -> Column[CellRun]:
     def value(row: CellRun) -> Value:
         if not isinstance(row.run, RunRecord):
             return Estimate(None, reason=row.cell.absence(row.run))
-        found = getattr(row.run, name)
+        found = getattr(row.run, name, None)
         return found if isinstance(found, str) else _said(row, name, found)
 
     return Column(label, unit, value, name=name)

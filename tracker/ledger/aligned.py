@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.core.provenance import differences
+from tracker.core.proxies import Proxy
 from tracker.core.records import RunIdentity
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
@@ -131,6 +132,25 @@ class AlignedOutcomes:
             return column.to_numpy(dtype=np.float64)
         both = pairs(column)
         return document_ratios(how, both[:, 0], both[:, 1])
+
+    def proxy_sums(self, proxy: Proxy) -> Array:
+        """What is observed of a proxy, summed over each document's tokens [documents, layers].
+
+        NaN where it was not observed when a document was measured.
+        """
+        nothing = np.full(self.identity.model.layers, np.nan)
+        return np.stack([nothing if each is None else each for each in self._sums(proxy)])
+
+    def not_observed(self, proxy: Proxy) -> str:
+        """Say so where a proxy was not observed of each document: it was measured before."""
+        sums = self._sums(proxy)
+        lacking = sum(each is None for each in sums)
+        return f"not observed when {lacking} of {len(sums)} documents were measured" * bool(lacking)
+
+    def _sums(self, proxy: Proxy) -> list[Array | None]:
+        rows = self.of(INTACT)
+        kept = rows[proxy.column] if proxy.column in rows else [None] * len(rows)
+        return [each if isinstance(each, np.ndarray) else None for each in kept]
 
     def units(self, name: str) -> Array | None:
         """How many units of a ratio each document brings; None for a mean over documents."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from tracker.core.documents import Document, Response
+from tracker.core.proxies import OBSERVED
 
 METRIC = "metric/"
 """Columns that start so hold the task's metrics under lm-eval's names."""
@@ -16,7 +17,7 @@ COMPARED = ("compared", "difference", "unsteady")
 """What is known of the outcomes that were answered again on a really pruned model."""
 AGAIN = "again"
 """Log-likelihoods of the outcomes that were computed twice, as they came out the second time."""
-PROXY_SUMS = ("cosine_similarity_sum", "angular_distance_sum", "relative_update_sum")
+PROXY_SUMS = tuple(proxy.column for proxy in OBSERVED)
 """Per layer, summed over `proxy_tokens` tokens; only in the baseline's rows."""
 
 
@@ -36,7 +37,7 @@ def outcome_row(
         ablation: The ablation's name.
         responses: The model's responses to the document's requests.
         metrics: What the task makes of them.
-        proxies: For the baseline: tokens, and the sums [3][layers] in the order of `PROXY_SUMS`.
+        proxies: For the baseline: tokens, and the sums [proxies][layers], as `PROXY_SUMS`.
         compared: Of an outcome that was answered again on a really pruned model: how many answers,
             the largest difference in nats, and how many differ where the model is discontinuous.
         again: The responses of an outcome that was computed twice, in another way.

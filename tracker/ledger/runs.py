@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.estimates import Estimate
+from tracker.core.proxies import OBSERVED
 from tracker.core.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
 from tracker.ledger.aligned import AlignedOutcomes, Array, gold_logprobs, pairs
 from tracker.ledger.outcomes import METRIC, PROVENANCE
@@ -22,7 +23,7 @@ from tracker.stats.accuracy import (
     drop_sd,
     weights_by_task,
 )
-from tracker.stats.proxies import cosine_score
+from tracker.stats.proxies import proxy_means
 from tracker.stats.ratios import RATIO, ratio_of_sums
 from tracker.stats.rounding import shift, within
 
@@ -55,10 +56,44 @@ class Intact:
         self.chance = chance_accuracy(choices, self.weights) if is_accuracy else None
 
 
+class LayerProxies:
+    """What was observed of the layers of the intact model on some documents.
+
+    Args:
+        outcomes: The documents.
+
+    Attributes:
+        tokens: `[documents]`, how many tokens are behind each sum.
+        sums: Proxy → its sums `[documents, layers]`.
+        reasons: Proxy → why it is undefined in every layer; empty where it is not.
+    """
+
+    def __init__(self, outcomes: AlignedOutcomes) -> None:
+        self.tokens = outcomes.of(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
+        self.sums = {proxy.name: outcomes.proxy_sums(proxy) for proxy in OBSERVED}
+        self.reasons = {proxy.name: outcomes.not_observed(proxy) for proxy in OBSERVED}
+        self._figures = {
+            name: (proxy, figures)
+            for proxy in OBSERVED
+            for name, figures in proxy.figures(proxy_means(self.sums[proxy.name], self.tokens))
+        }
+
+    def of(self, run: RunIdentity) -> dict[str, Estimate]:
+        """List the proxies of a run's layer, each with why it is undefined."""
+        if run.kind != WHOLE_LAYER:
+            return dict.fromkeys(self._figures, Estimate(None, reason=_WHOLE_ONLY))
+        found = {}
+        for name, (proxy, figures) in self._figures.items():
+            value = finite(figures[run.layer])
+            why = self.reasons[proxy.name] or _NOT_FINITE
+            found[name] = Estimate(value, reason=why if value is None else None)
+        return found
+
+
 def run_record(
-    intact: Intact, run: RunIdentity, proxies: dict[str, float | None], aggregate: Aggregate
+    intact: Intact, run: RunIdentity, proxies: Mapping[str, Estimate], aggregate: Aggregate
 ) -> RunRecord:
-    """Derive what is said of one run, `proxies` but for the cosine score."""
+    """Derive what is said of one run."""
     outcomes, metric = intact.outcomes, intact.metric
     ablation = outcomes.ablation(run)
     after = outcomes.metric(ablation, metric)
@@ -73,7 +108,6 @@ def run_record(
         else accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
     )
     gold_drop = _mean_drop(intact.gold, gold_logprobs(outcomes.of(ablation)), intact.by_document)
-    proxies = {**proxies, "cosine_score": cosine_score(proxies["cosine_similarity"])}
     metrics = metric_values(outcomes, ablation, aggregate)
     mine = judged(outcomes, ablation, metric, intact.texts)
     undefined = {
@@ -87,11 +121,7 @@ def run_record(
         "mcnemar_p": None
         if drop.p_value is not None
         else drop.reason or "the outcomes are not all right or wrong",
-        **{
-            name: _NOT_FINITE if run.kind == WHOLE_LAYER else _WHOLE_ONLY
-            for name, value in proxies.items()
-            if value is None
-        },
+        **{name: proxy.reason for name, proxy in proxies.items()},
         **{f"metrics.{name}": _NO_METRIC for name, value in metrics.items() if value is None},
         PROVENANCE: outcomes.mismatch(ablation),
     }
@@ -111,7 +141,7 @@ def run_record(
         drop_rounding=moved_by_rounding(intact.weights, intact.judged, mine),
         metrics=metrics,
         reasons={name: reason for name, reason in undefined.items() if reason},
-        **proxies,
+        **{name: proxy.value for name, proxy in proxies.items()},
     )
 
 

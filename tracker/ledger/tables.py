@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -11,24 +11,25 @@ from tracker.core.ablations import INTACT, ablate, ablation_of
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, shuffled
 from tracker.core.provenance import differences, united
+from tracker.core.proxies import OBSERVED
 from tracker.core.records import WHICH, WHOLE_LAYER, AnswerRecord, CellRecord, CorrelationRecord
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes, Array
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import PROVENANCE, PROXY_SUMS
+from tracker.ledger.outcomes import PROVENANCE
 from tracker.ledger.runs import (
     ONE_LOOK,
     Aggregate,
     Intact,
+    LayerProxies,
     at_all_looks,
-    finite,
     metric_values,
     moved_by_rounding,
     run_record,
 )
 from tracker.stats.accuracy import accuracy
 from tracker.stats.correlation import correlate
-from tracker.stats.proxies import PROXIES, proxy_means
+from tracker.stats.proxies import proxy_means
 from tracker.stats.rank_agreement import COEFFICIENTS
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.stats.rounding import within
@@ -108,7 +109,7 @@ def cell_record(
         )
     texts = cache(store.texts.read)
     intact = Intact(outcomes, metric, texts)
-    baseline, base = intact.baseline, outcomes.of(INTACT)
+    baseline = intact.baseline
     if baseline.reason:
         reasons["baseline_accuracy"] = baseline.reason
     if intact.judged.reason:
@@ -121,24 +122,16 @@ def cell_record(
     if order:
         baseline, beneath = Estimate(baseline.value), Estimate(beneath.value)
         reasons["baseline_low"] = ONE_LOOK
-    tokens = base["proxy_tokens"].to_numpy(dtype=np.float64)
-    sums = {name: np.stack(base[name].to_list()) for name in PROXY_SUMS}
-    means = {name: proxy_means(values, tokens) for name, values in sums.items()}
+    proxies = LayerProxies(outcomes)
     looked = {run.order: run for run in answer.runs} if answer and order else {}
     layers = []
     for run in outcomes.runs:
         own, bounds = intact, looked.get(run.order)
         if bounds is not None:
             own = Intact(every.of_documents({*order[: bounds.n]}, [run]), metric, texts)
-        proxies = {
-            name.removesuffix("_sum"): finite(values[run.layer])
-            if run.kind == WHOLE_LAYER
-            else None
-            for name, values in means.items()
-        }
-        record = run_record(own, run, proxies, aggregate)
+        record = run_record(own, run, proxies.of(run), aggregate)
         layers.append(at_all_looks(record, bounds) if order else record)
-    correlations = _correlations(outcomes, metric, intact.weights, sums, tokens)
+    correlations = _correlations(outcomes, metric, intact.weights, proxies)
     if order:
         less = {"low": None, "high": None, "p_value": None}
         correlations = [
@@ -147,7 +140,7 @@ def cell_record(
         ]
     return CellRecord(
         **common,
-        tokens=int(tokens.sum()),
+        tokens=int(proxies.tokens.sum()),
         baseline_accuracy=baseline.value,
         baseline_low=baseline.low,
         baseline_high=baseline.high,
@@ -221,7 +214,7 @@ def _beneath(outcomes: AlignedOutcomes, view: View, weights: Array) -> Estimate:
 
 
 def _correlations(
-    outcomes: AlignedOutcomes, metric: str, weights: Array, sums: Mapping[str, Array], tokens: Array
+    outcomes: AlignedOutcomes, metric: str, weights: Array, proxies: LayerProxies
 ) -> list[CorrelationRecord]:
     """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
     runs = [run for run in outcomes.runs if run.kind == WHOLE_LAYER]
@@ -239,15 +232,13 @@ def _correlations(
     drop = weights @ drops
     drawn_drop = resampled_means(drops, RESAMPLES, SEED, strata, weights)
     records = []
-    for proxy in PROXIES:
-        name = "cosine_similarity" if proxy == "cosine_score" else proxy
-        per_document = sums[f"{name}_sum"][:, layers]
-        value = proxy_means(per_document, tokens)
+    tokens = proxies.tokens
+    for proxy in OBSERVED:
+        per_document = proxies.sums[proxy.name][:, layers]
+        value = proxy.of(proxy_means(per_document, tokens))
         # An empty text has no tokens, and therefore no weight.
         means = per_document / np.maximum(tokens, 1)[:, None]
-        drawn = resampled_means(means, RESAMPLES, SEED, strata, tokens)
-        if proxy == "cosine_score":
-            value, drawn = 1 - value, 1 - drawn
+        drawn = proxy.of(resampled_means(means, RESAMPLES, SEED, strata, tokens))
         for coefficient in COEFFICIENTS:
             for subset, chosen in (("all", list(range(len(layers)))), ("inner", inner)):
                 found = correlate(
@@ -259,7 +250,7 @@ def _correlations(
                 )
                 records.append(
                     CorrelationRecord(
-                        proxy=proxy,
+                        proxy=proxy.name,
                         coefficient=coefficient,
                         subset=subset,
                         value=found.value,
@@ -268,7 +259,7 @@ def _correlations(
                         p_value=found.p_value,
                         n=len(chosen),
                         documents=len(before),
-                        reason=found.reason,
+                        reason=proxies.reasons[proxy.name] or found.reason,
                     )
                 )
     return records

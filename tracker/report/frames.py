@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tracker.core.proxies import FIGURES
 from tracker.core.records import CellRecord
 from tracker.core.run_table import (
     CELL,
@@ -47,8 +48,8 @@ _CELL: dict[str, Column[CellRecord]] = cell_columns(lambda cell: cell)
 RUN = (
     *(*CELL, *WHICH_RUN, "n", "until", "interval", "baseline_accuracy", "chance_accuracy"),
     *("accuracy", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "drop_sd"),
-    *("mcnemar_p", "accuracy_relevance", "cosine_similarity", "cosine_score"),
-    *("angular_distance", "relative_update", "rounded", "drop_rounding", "gold_logprob_drop"),
+    *("mcnemar_p", "accuracy_relevance", *FIGURES),
+    *("rounded", "drop_rounding", "gold_logprob_drop"),
 )
 """Names of the columns of a frame of runs, before the metrics."""
 CORRELATION = (

@@ -7,13 +7,6 @@ from tracker.core.formats import defined
 from tracker.core.records import CellRecord, RunIdentity, RunRecord
 from tracker.stats.combined import ratio
 
-PANELS = {
-    "cosine_score": "cosine score (1 − cos)",
-    "angular_distance": "angular distance (÷ π)",
-    "relative_update": "relative update",
-}
-"""Each proxy with its unit."""
-
 
 def layer_relevance(cell: CellRecord, layer: int) -> Estimate:
     """Find the accuracy relevance of one whole layer with its interval, or why it is undefined."""

@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from statistics import median
 
 from tracker.core.formats import counted, defined, interval, points, two_digits
+from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.proxies import Agreement, agreements
 from tracker.report.wording import benchmark_labels
-
-PROXY_NAMES = {
-    "cosine_score": "cosine score",
-    "angular_distance": "angular distance",
-    "relative_update": "relative update",
-}
 
 
 def agreement_sentence(found: Agreement) -> str:
@@ -28,7 +23,7 @@ def agreement_sentence(found: Agreement) -> str:
         The median Spearman and its range; the share of ranks that differ, and the share
         that two random orders would give.
     """
-    name = PROXY_NAMES.get(found.proxy, found.proxy)
+    name = PROXIES[found.proxy].label
     values = found.spearman
     if not values:
         says = f"The {name}: no rank correlation with the accuracy drop is defined"

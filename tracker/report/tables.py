@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, counted, defined, measure_of, write
+from tracker.core.proxies import OBSERVED, PROXIES
 from tracker.core.records import (
     NO_REASON,
     NOT_MEASURED,
@@ -28,7 +29,6 @@ from tracker.core.run_table import (
 )
 from tracker.core.tables import Column, Entry, Table, table
 from tracker.report.caveats import provenance_notes
-from tracker.report.sentences import PROXY_NAMES
 from tracker.report.wording import (
     benchmark_labels,
     correlation,
@@ -39,7 +39,6 @@ from tracker.report.wording import (
 )
 from tracker.stats.ratios import RATIO
 
-PROXIES = {**PROXY_NAMES, "cosine_score": "cosine score (1 − cos)"}
 COEFFICIENTS = {"spearman": "Spearman", "kendall": "Kendall tau-b", "pearson": "Pearson"}
 SUBSETS = {"all": "all layers", "inner": "without the two outer layers at each end"}
 _Labelled = tuple[CellRecord, tuple[str, str]]
@@ -154,7 +153,7 @@ def layer_table(cell: CellRecord) -> Table:
         *("accuracy", "accuracy_drop", "drop_interval"),
         *(["rounded", "drop_rounding"] if rounded else []),
         *("mcnemar_p", "accuracy_relevance"),
-        *("cosine_score", "angular_distance", "relative_update", "gold_logprob_drop"),
+        *(*(proxy.name for proxy in OBSERVED), "gold_logprob_drop"),
     )
     runs = [CellRun(cell, run) for run in cell.all_runs]
     made = table("", [*pick(run_columns(cell), *named), *figures, *metrics], runs)
@@ -221,7 +220,7 @@ def correlation_table(cell: CellRecord) -> Table:
 
 
 def _proxy(record: CorrelationRecord) -> str:
-    return PROXIES.get(record.proxy, record.proxy)
+    return PROXIES[record.proxy].heading if record.proxy in PROXIES else record.proxy
 
 
 def relevance_table(cells: Sequence[CellRecord]) -> Table:

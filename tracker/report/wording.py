@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from tracker.core.formats import counted, defined, interval, layer_list, measure_of, two_digits
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import REPLACED_BY
+from tracker.core.proxies import OBSERVED
 from tracker.core.records import (
     NO_REASON,
     WHOLE_LAYER,
@@ -181,19 +182,23 @@ def _told_apart(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> li
 
 
 def correlation(
-    cell: CellRecord, subset: str = "all", coefficient: str = "spearman"
+    cell: CellRecord,
+    subset: str = "all",
+    coefficient: str = "spearman",
+    proxy: str = "cosine_score",
 ) -> CorrelationRecord | None:
-    """Find a correlation of cosine score and accuracy drop (or loss increase).
+    """Find a correlation of a proxy and accuracy drop (or loss increase).
 
     Args:
         cell: The cell.
         subset: `all` or `inner`.
         coefficient: `spearman`, `kendall` or `pearson`.
+        proxy: Its name.
 
     Returns:
         The record, or None when the cell does not hold it.
     """
-    wanted = ("cosine_score", coefficient, subset)
+    wanted = (proxy, coefficient, subset)
     found = (r for r in cell.correlations if (r.proxy, r.coefficient, r.subset) == wanted)
     return next(found, None)
 
@@ -240,7 +245,7 @@ def short_correlation(record: CorrelationRecord) -> str:
 
 
 def sentence(cell: CellRecord) -> str:
-    """Say in one line how well the cosine score ranks the layers.
+    """Say in one line how well the proxies rank the layers, the cosine score first.
 
     Args:
         cell: The cell.
@@ -248,14 +253,17 @@ def sentence(cell: CellRecord) -> str:
     Returns:
         What the layers that every run lacks cost alone; and the Spearman correlation of cosine
         score and accuracy drop (or loss increase) over all layers and over the inner ones, or why
-        it is undefined.
+        it is undefined; and that of every other proxy over all layers.
     """
     if cell.runs and not cell.whole_layers:
         return f"{beneath(cell)}No whole single layer was removed, so nothing is correlated."
+    found = ((p.label, correlation(cell, proxy=p.name)) for p in OBSERVED[1:])
+    others = ", ".join(f"{name} {short_correlation(record)}" for name, record in found if record)
+    others = f" Of other proxies: {others}." if others else ""
     return (
         f"{beneath(cell)}Spearman of cosine score and {measure_of(cell).change}: "
         f"{correlation_text(correlation(cell))}; without the two outer layers at each end "
-        f"{correlation_text(correlation(cell, 'inner'))}."
+        f"{correlation_text(correlation(cell, 'inner'))}.{others}"
     )
 
 

@@ -1,34 +1,9 @@
-"""The cheap proxies' names, and how their per-document sums become one figure per layer.
-
-The figures per token come from `tracker.stats.influence`; nothing here needs torch.
-"""
+"""How what is observed of each document becomes one figure a layer."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-
-PROXIES = ("cosine_score", "angular_distance", "relative_update")
-"""Every proxy that is set beside the accuracy drop; larger = the layer changes more."""
-
-
-def cosine_score(cosine_similarity: float | None) -> float | None:
-    """Turn a layer's mean cosine similarity into Block Influence, 1 - cosine.
-
-    Args:
-        cosine_similarity: Mean over tokens of the cosine between layer input and output.
-
-    Returns:
-        0 = the layer turns nothing; at most 2. None when the similarity is None.
-
-    References:
-        ShortGPT, arXiv 2403.03853.
-
-    Examples:
-        >>> cosine_score(0.75)
-        0.25
-    """
-    return None if cosine_similarity is None else 1 - cosine_similarity
 
 
 def proxy_means(

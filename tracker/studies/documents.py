@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.core.ablations import INTACT, Ablation
+from tracker.core.proxies import Proxy
 from tracker.core.records import WHOLE_LAYER, RunIdentity
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes, Array, gold_logprobs
@@ -90,9 +91,9 @@ class ByDocument:
         tokens = self.outcomes.of(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
         return np.asarray(tokens[self._kept])
 
-    def proxy_sums(self, column: str) -> Array:
-        """A proxy summed over each document's tokens [documents, layers of the model]."""
-        return np.stack(self.outcomes.of(INTACT)[column].to_list())[self._kept]
+    def proxy_sums(self, proxy: Proxy) -> Array:
+        """What is observed of a proxy, summed over each document's tokens [documents, layers]."""
+        return np.asarray(self.outcomes.proxy_sums(proxy)[self._kept])
 
     def resampled(self, values: Array, weights: Array | None = None) -> Array:
         """The means of columns in each resample of the documents, the same ones in every call."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from tracker.core.answers import interval_name, statement
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.kinds import KINDS
+from tracker.core.proxies import FIGURES
 from tracker.core.records import AnswerRecord, CellRecord, RunIdentity, RunRecord
 from tracker.core.run_table import (
     correlation_columns,
@@ -26,13 +27,10 @@ CURVES = (
     "accuracy_drop_low",
     "accuracy_drop_high",
     "accuracy_relevance",
-    "cosine_score",
-    "cosine_similarity",
-    "angular_distance",
-    "relative_update",
+    *FIGURES,
     "gold_logprob_drop",
 )
-"""Fields of a `RunRecord` that a cell's run shows as curves over the layers."""
+"""Figures of a `RunRecord` that a cell's run shows as curves over the layers."""
 _KINDS = "|".join(f"{word}/" for word in KINDS if word != "layer")
 _CURVE = re.compile(rf"({_KINDS})?(span\d+/)?({'|'.join(CURVES)})")
 _LAYER_VALUES = (*CURVES, "mcnemar_p", "rounded", "drop_rounding")
@@ -243,5 +241,5 @@ def logged_documents(decided: DecisionsRecord) -> LoggedTable:
 
 
 def _layer_values(layer: RunRecord) -> dict[str, float | None]:
-    values: dict[str, float | None] = {name: getattr(layer, name) for name in _LAYER_VALUES}
+    values: dict[str, float | None] = {name: layer.figure(name) for name in _LAYER_VALUES}
     return values | {f"metric/{name}": value for name, value in layer.metrics.items()}

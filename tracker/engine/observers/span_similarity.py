@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.documents import Document
+from tracker.core.proxies import OBSERVED, angular_distance
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.rows import measured_texts
 from tracker.engine.scoring.sweep import Engine
 from tracker.models.pruned import put_back
 from tracker.models.sublayers import replaced_forward, undisturbed
-from tracker.stats.influence import angular_distance, cosine_similarity, relative_update
 
 
 @torch.inference_mode()
@@ -28,18 +28,18 @@ def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
 
     Returns:
         Sums over the document's tokens, float64. `tokens` []: how many there are. Of each layer
-        [layers]: `cosine_score`, 1 − the cosine of input and output, and `relative_update`. Of each
-        stretch [layers, layers]: `angular_distance` between the input of the first layer and the
+        [layers]: every proxy of its input and output by which a strategy prunes. Of each stretch
+        [layers, layers]: `angular_distance` between the input of the first layer and the
         output of the last one, which is the second index; 0 where it comes before the first.
 
     Raises:
         RefusalError: The model's layers do not hand on one state a token.
     """
     layers = len(engine.loaded.layers)
+    observed = {proxy.name: proxy for proxy in OBSERVED if proxy.strategy}
     found = {
         "tokens": torch.zeros((), dtype=torch.float64),
-        "cosine_score": torch.zeros(layers, dtype=torch.float64),
-        "relative_update": torch.zeros(layers, dtype=torch.float64),
+        **{name: torch.zeros(layers, dtype=torch.float64) for name in observed},
         "angular_distance": torch.zeros(layers, layers, dtype=torch.float64),
     }
     for tokens, measured in measured_texts(document, engine.max_length):
@@ -52,12 +52,10 @@ def span_similarity(engine: Engine, document: Document) -> dict[str, Tensor]:
         states = [[state[measured:] for state in pair] for pair in seen]
         found["tokens"] += len(tokens) - measured
         for first, (before, after) in enumerate(states):
-            found["relative_update"][first] += relative_update(before, after).double().sum().cpu()
+            for name, proxy in observed.items():
+                found[name][first] += proxy.of_token(before, after).double().sum().cpu()
             for last in range(first, layers):
-                cosine = cosine_similarity(before, states[last][1])
-                if last == first:
-                    found["cosine_score"][first] += (1 - cosine).double().sum().cpu()
-                angle = angular_distance(cosine).double().sum().cpu()
+                angle = angular_distance(before, states[last][1]).double().sum().cpu()
                 found["angular_distance"][first, last] += angle
     return found
 

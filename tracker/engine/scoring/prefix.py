@@ -93,7 +93,7 @@ class Prefix:
         cache: Its keys and values, as the model's base takes them. A layer holds [computed
             attentions, heads, tokens, size]: only streams that pass its attention, in the plan's
             order, so that a row under the same plan meets its own.
-        proxies: Of each of its tokens [3, tokens, layers].
+        proxies: Of each of its tokens [`OBSERVED`, tokens, layers].
     """
 
     plan: StreamPlan

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.ablations import INTACT
+from tracker.core.proxies import OBSERVED
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.layer_forward import forking
@@ -20,7 +21,6 @@ from tracker.engine.scoring.rows import Row, reading_row
 from tracker.engine.scoring.stand_in import StandIn
 from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.models.sublayers import Sublayers
-from tracker.stats.influence import angular_distance, cosine_similarity, relative_update
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class RowScores:
     Attributes:
         loglikelihoods: Summed log-probability of each continuation [streams, requests], nats.
         hits: How many of its tokens are the most likely ones [streams, requests].
-        proxies: Sums over the measured tokens of each of the row's gold paths
-            [gold paths, 3, layers]: cosine similarity, angular distance, relative update.
+        proxies: What is observed of the layers, summed over the measured tokens of each of the
+            row's gold paths [gold paths, `OBSERVED`, layers].
     """
 
     loglikelihoods: Tensor
@@ -82,7 +82,7 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
     output, observed = run_base(parts, plan, row, None if prefix is None else prefix.cache)
     before = 0 if prefix is None else prefix.proxies.sum(1)
     sums = [observed[:, path].double().sum(1) + before for _, path in row.gold]
-    proxies = torch.stack(sums) if sums else torch.zeros(0, 3, len(parts.layers))
+    proxies = torch.stack(sums) if sums else torch.zeros(0, len(OBSERVED), len(parts.layers))
     if not row.requests:
         none = torch.zeros(plan.streams, 0)
         return RowScores(none, none.int(), proxies)
@@ -119,7 +119,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
 
     Returns:
         What the base returned, with the states of all streams [streams × rows, tokens, hidden],
-        and the proxies of each of the N tokens [3, N, layers].
+        and what is observed of each of the N tokens [`OBSERVED`, N, layers].
     """
     observed: list[Tensor] = []
 
@@ -130,10 +130,8 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
             )
         # Some models carry several residual streams side by side: together they are the state.
         before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
-        cosine = cosine_similarity(before, after)
-        observed.append(
-            torch.stack([cosine, angular_distance(cosine), relative_update(before, after)])
-        )
+        figures = [proxy.observe(before, after) for proxy in OBSERVED if proxy.observe]
+        observed.append(torch.stack(figures))
 
     device = parts.device
     name = None if cache is None else cache_argument(parts.base)

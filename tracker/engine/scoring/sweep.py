@@ -19,6 +19,7 @@ from torch import Tensor
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.documents import Document, Request, Response
 from tracker.core.errors import CellError, ModelError
+from tracker.core.proxies import OBSERVED
 from tracker.engine.memory import free_memory, stream_bytes
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.decode import decoding
@@ -54,8 +55,8 @@ class DocumentScores:
         responses: For every ablation, in order, one response a request.
         proxy_tokens: Tokens that the proxies were measured on: context and gold continuation, or
             the whole text.
-        proxy_sums: Sums over those tokens [3, layers]: cosine similarity, angular distance and
-            relative update of the intact model.
+        proxy_sums: What is observed of the intact model's layers, summed over those tokens
+            [`OBSERVED`, layers].
     """
 
     document: Document
@@ -160,7 +161,7 @@ class Engine:
         # What never arrives is not a number, and no zero.
         loglikelihoods = torch.full((len(documents), *shape), math.nan)
         hits = torch.zeros(len(documents), *shape, dtype=torch.int)
-        sums = torch.zeros(len(documents), 3, layers, dtype=torch.float64)
+        sums = torch.zeros(len(documents), len(OBSERVED), layers, dtype=torch.float64)
         tokens = [0] * len(documents)
         places = {ablation: place for place, ablation in enumerate(ablations)}
         try:
@@ -267,7 +268,7 @@ class Engine:
             passed = ((row, scores.proxies) for row, _, scores in self._scored(documents, [INTACT]))
         else:
             rows = self._rows(documents, plan_streams([INTACT], layers), None)
-            passed = ((row, torch.zeros(0, 3, layers)) for row in rows)
+            passed = ((row, torch.zeros(0, len(OBSERVED), layers)) for row in rows)
         for row, sums in passed:
             found = [self.answer(documents[d].requests[r]) for d, r in row.requests]
             loglikelihoods = torch.tensor([[each.loglikelihood for each in found]])

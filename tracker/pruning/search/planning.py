@@ -12,6 +12,7 @@ import numpy as np
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.config import CellRequest
 from tracker.core.kinds import Component
+from tracker.core.proxies import passes
 from tracker.engine.scoring.streams import plan_streams
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
@@ -20,7 +21,7 @@ from tracker.measuring.progress import Silent
 from tracker.models.sources import find_model
 from tracker.pruning.search.cells import Array, Lender
 from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.scores import Losses, Scores, Set, price_of
+from tracker.pruning.search.scores import Losses, Scores, Set
 from tracker.pruning.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
 from tracker.pruning.search.strategies import STRATEGIES, Search
 
@@ -214,7 +215,7 @@ class _Counted(Scores):
         self.naive_flops = None
         if (key := f"{name}/{removed}") not in self._observed:
             self._observed.add(key)
-            price = price_of(name, len(left)) * len(left) / self.layers
+            price = passes(name, len(left), shared=True) * len(left) / self.layers
             self.passes += price
             for request, reading in self._readings.items():
                 known = self._known.setdefault(request, set())

@@ -17,6 +17,7 @@ from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.documents import Document
 from tracker.core.errors import CellError
 from tracker.core.kinds import Component
+from tracker.core.proxies import PROXIES, passes
 from tracker.core.prune_records import PruneCost, PruneStep
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.observers.span_similarity import span_similarity
@@ -32,9 +33,8 @@ Array = NDArray[np.float64]
 Set = tuple[int, ...]
 """Parts that are removed together, ascending."""
 
-TURNING = ("cosine_score", "relative_update", "angular_distance")
-"""Proxies that one plain pass shows."""
-PROXIES = (*TURNING, "loss_increase", "gate_gradient")
+_TURNING = ("cosine_score", "relative_update", "angular_distance")
+"""Proxies that are kept together, as one kind of observation."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Scores:
         """Score parts that could go next by a proxy, in the model that lacks some already.
 
         Args:
-            name: One of `PROXIES`.
+            name: One of `PROXIES` that has a strategy, or `angular_distance`.
             removed: What it lacks.
             spans: Stretches of layers that could go together, of the intact model; None = each
                 layer alone.
@@ -182,16 +182,18 @@ class Scores:
         self, cell: OpenCell, name: str, removed: Set, spans: Sequence[range]
     ) -> tuple[Array, Array]:
         """A proxy's mean in each document, and what the document weighs."""
-        how = "turning" if name in TURNING else name.replace("_", "-")
+        how = "turning" if name in _TURNING else name.replace("_", "-")
         without = f"-without-{'-'.join(map(str, removed))}" if removed else ""
         kind = f"{how}-1{without}"
         sums = cell.observe(kind, partial(_observer, name=name, removed=removed)).arrays
         if (key := f"{cell.store.identity.key}/{kind}") not in self._observed:
             self._observed.add(key)
             left = self.layers - len(removed)
-            self._passes += price_of(name, left) * left / self.layers * cell.n / self.documents
+            self._passes += (
+                passes(name, left, shared=True) * left / self.layers * cell.n / self.documents
+            )
             self._seconds += float(sums["seconds"].sum())
-        counted = sums["tokens" if name in TURNING else "predicted"]
+        counted = sums["tokens" if PROXIES[name].observe else "predicted"]
         if name == "angular_distance":
             chosen = np.stack([sums[name][:, s.start, s.stop - 1] for s in spans], axis=1)
         else:
@@ -257,11 +259,6 @@ class Scores:
         )
 
 
-def price_of(name: str, layers: int) -> float:
-    """Price a proxy of a model with so many layers, in passes of all documents through it."""
-    return {"loss_increase": (layers + 1) / 2, "gate_gradient": 3.0}.get(name, 1.0)
-
-
 def _stacked(each: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     """Put the documents of several cells below each other, each cell counting alike."""
     values = np.concatenate([values for values, _ in each])
@@ -281,7 +278,7 @@ def _observer(engine: Engine, name: str, removed: Set) -> Observe:
     there = left if len(engine.loaded.layers) == layers else list(range(len(left)))
     watched: Callable[[Document], Mapping[str, object]] = (
         partial(span_similarity, engine)
-        if name in TURNING
+        if PROXIES[name].observe
         else partial(output_proxies, engine, only=name)
     )
 

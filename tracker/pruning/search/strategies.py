@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from tracker.core.proxies import PROXIES
 from tracker.core.prune_records import PruneStep, Rescoring
 from tracker.pruning.search.budgets import Budget, out_of_reach
 from tracker.pruning.search.rescoring import lazy, race
@@ -233,12 +234,7 @@ def _outcome_once(by: str) -> Callable[[Search, Sequence[Set]], Losses]:
     return lambda search, sets: search.scores.losses(by, sets)
 
 
-_BY_PROXY = {
-    "cosine": "cosine_score",
-    "relative_update": "relative_update",
-    "perplexity": "loss_increase",
-    "taylor": "gate_gradient",
-}
+_BY_PROXY = {proxy.strategy: proxy.name for proxy in PROXIES.values() if proxy.strategy}
 OUTCOMES = ("accuracy", "gold_logprob")
 STRATEGIES: Mapping[str, Strategy] = {
     **{name: partial(by_outcomes, by=name) for name in OUTCOMES},

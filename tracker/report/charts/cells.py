@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from tracker.core import formats
 from tracker.core.answers import interval_name
 from tracker.core.kinds import KINDS
+from tracker.core.proxies import PROXIES
 from tracker.core.records import WHOLE_LAYER, CellRecord, Kind
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers, run_hover
@@ -226,6 +227,6 @@ def proxy_scatter(cell: CellRecord) -> Chart:
         scatter_title(cell),
         data,
         460,
-        xaxis=value_axis("cosine score (1 − cos)", [r.cosine_score for r in records]),
+        xaxis=value_axis(PROXIES["cosine_score"].heading, [r.cosine_score for r in records]),
         yaxis={"title": {"text": f"{measure.change} ({measure.unit})"}, "zeroline": True},
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, interval, two_digits, write
+from tracker.core.proxies import OBSERVED, Proxy
 from tracker.core.records import WHOLE_LAYER, CellRecord, layers_of
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.style import (
@@ -22,13 +23,14 @@ from tracker.report.charts.style import (
     value_axis,
     wrap,
 )
-from tracker.report.layer_figures import PANELS, layer_relevance, why_undefined
+from tracker.report.layer_figures import layer_relevance, why_undefined
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.wording import benchmark_labels
-from tracker.stats.proxies import PROXIES
 
 _FEW = 3
 """So many lines can carry their intervals and still be told apart."""
+_TOP = 0.96
+"""Where the first panel ends: its title stands above it."""
 
 
 def relevance_curves(board: LayerBoard, label: str) -> Chart:
@@ -115,7 +117,7 @@ def relevance_title(board: LayerBoard, label: str) -> str:
 
 
 def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
-    """Draw every proxy over depth: three panels with one layer axis, a line a benchmark.
+    """Draw every proxy over depth: a panel each with one layer axis, a line a benchmark.
 
     Undefined and missing layers are gaps.
     """
@@ -124,7 +126,9 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
     data: list[dict[str, Any]] = []
     axes: dict[str, dict[str, Any]] = {}
     heads = []
-    for panel, proxy in enumerate(PROXIES, 1):
+    gap = 0.225 / len(OBSERVED)
+    step = (_TOP + gap) / len(OBSERVED)
+    for panel, proxy in enumerate(OBSERVED, 1):
         drawn: list[float | None] = []
         for number, (cell, name) in enumerate(zip(cells, labels, strict=True)):
             values, hover = _proxy(cell, proxy, name, layers)
@@ -145,16 +149,17 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
                     "hoverinfo": "text",
                 }
             )
-        top = 0.96 - (panel - 1) * 0.345
-        axis = value_axis(PANELS[proxy], drawn) | {"domain": [top - 0.27, top]}
+        top = _TOP - (panel - 1) * step
+        domain = [max(top - step + gap, 0), top]
+        axis = value_axis(proxy.heading, drawn) | {"domain": domain}
         # Above its panel, where a phone has room for it.
         heads.append(_head(axis.pop("title")["text"], panel))
         axes[f"yaxis{panel}" if panel > 1 else "yaxis"] = axis
-    along = layer_axis(layers) | {"anchor": f"y{len(PROXIES)}"}
+    along = layer_axis(layers) | {"anchor": f"y{len(OBSERVED)}"}
     return chart(
         proxy_title(cells, label),
         data,
-        600,
+        200 * len(OBSERVED),
         xaxis=along,
         **axes,
         annotations=heads,
@@ -206,7 +211,7 @@ def _trace(
 
 
 def _proxy(
-    cell: CellRecord, proxy: str, name: str, layers: Sequence[int]
+    cell: CellRecord, proxy: Proxy, name: str, layers: Sequence[int]
 ) -> tuple[list[float | None], list[str]]:
     """Line up one proxy over the layers, with hover boxes."""
     records = cell.runs_of()
@@ -214,15 +219,15 @@ def _proxy(
     hover = []
     for layer in layers:
         record = records.get(layer)
-        value = finite(getattr(record, proxy)) if record else None
+        value = finite(record.figure(proxy.name)) if record else None
         says = (
-            f"undefined: {wrap(why_undefined(cell, layer, proxy))}"
+            f"undefined: {wrap(why_undefined(cell, layer, proxy.name))}"
             if value is None
             else write("proxy", value)
         )
         values.append(value)
         hover.append(
-            f"<b>{wrap(f'layer {layer} · {name}')}</b><br>{PANELS[proxy]} {says}"
+            f"<b>{wrap(f'layer {layer} · {name}')}</b><br>{proxy.heading} {says}"
             f"<br>{cell.tokens:,} tokens"
         )
     return values, hover

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.core.formats import defined
+from tracker.core.proxies import OBSERVED
 from tracker.core.records import CellRecord
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.report.wording import benchmark_labels
-from tracker.stats.proxies import PROXIES
 from tracker.stats.rank_agreement import midranks, places, ranks_apart
 
 Array = NDArray[np.float64]
@@ -91,9 +91,9 @@ def misjudged(board: LayerBoard) -> list[Misjudged]:
 def _figures(cell: CellRecord, proxy: str) -> tuple[list[int], Array, Array]:
     """The layers where a proxy and the drop are defined, their drops, and the proxy's figures."""
     known = [
-        (run.layer, run.accuracy_drop, getattr(run, proxy))
+        (run.layer, run.accuracy_drop, run.figure(proxy))
         for run in cell.whole_layers
-        if defined(run.accuracy_drop) and defined(getattr(run, proxy))
+        if defined(run.accuracy_drop) and defined(run.figure(proxy))
     ]
     _, drops, figures = np.array(known, dtype=np.float64).reshape(-1, 3).T
     return [layer for layer, *_ in known], drops, figures
@@ -121,7 +121,7 @@ class Agreement:
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
     """Say how well each proxy orders the layers of cells of any models, with chance beside it."""
     compared = _on_the_same_documents(cells)
-    return [_agreement(proxy, compared) for proxy in PROXIES]
+    return [_agreement(proxy.name, compared) for proxy in OBSERVED]
 
 
 def _on_the_same_documents(cells: Sequence[CellRecord]) -> list[CellRecord]:

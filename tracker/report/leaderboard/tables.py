@@ -10,23 +10,23 @@ from typing import NamedTuple
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, layer_list
+from tracker.core.proxies import OBSERVED, PROXIES, Proxy
 from tracker.core.records import NO_REASON, WHOLE_LAYER, CellRecord, layers_of
 from tracker.core.run_table import layer_column, named, pick
 from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
-from tracker.report.layer_figures import PANELS, layer_relevance, relative_depth, why_undefined
+from tracker.report.layer_figures import layer_relevance, relative_depth, why_undefined
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.report.leaderboard.models import ModelBoard, ModelStanding
 from tracker.report.leaderboard.pairs import Pair, SharedBenchmark
 from tracker.report.leaderboard.proxies import Misjudged, cosine_ranks, misjudged, rankings
 from tracker.report.wording import benchmark_labels
-from tracker.stats.proxies import PROXIES
 
 _NO_RANK = "not defined on every benchmark"
 _NO_SCORE = "undefined on a benchmark, or in a layer that has a rank"
 _RELEVANCE = "mean relevance with 95 % interval"
 _DROP = "mean accuracy drop with 95 % interval"
-_SCORE = "mean cosine score (1 − cos)"
+_SCORE = f"mean {PROXIES['cosine_score'].heading}"
 LAYER_BOARD = (
     *("model", "rank", "layer"),
     *("accuracy_relevance", "accuracy_relevance_low", "accuracy_relevance_high"),
@@ -187,21 +187,21 @@ def _layer(standing: LayerStanding) -> int:
 def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
     """Set the numbers behind the proxy curves: every proxy of each layer on each benchmark."""
 
-    def column(cell: CellRecord, name: str, proxy: str) -> Column[int]:
+    def column(cell: CellRecord, name: str, proxy: Proxy) -> Column[int]:
         runs = cell.runs_of()
 
         def value(layer: int) -> Estimate:
-            figure = getattr(runs.get(layer), proxy, None)
-            return Estimate(figure, reason=why_undefined(cell, layer, proxy))
+            figure = runs[layer].figure(proxy.name) if layer in runs else None
+            return Estimate(figure, reason=why_undefined(cell, layer, proxy.name))
 
-        return Column(f"{PANELS[proxy]}: {name}", "proxy", value)
+        return Column(f"{proxy.heading}: {name}", "proxy", value)
 
     labelled = list(zip(cells, benchmark_labels(cells), strict=True))
     return table(
         f"{label}: the proxies of every layer.",
         [
             layer_column(),
-            *(column(cell, name, proxy) for proxy in PROXIES for cell, name in labelled),
+            *(column(cell, name, proxy) for proxy in OBSERVED for cell, name in labelled),
         ],
         layers_of(WHOLE_LAYER, *cells),
     )

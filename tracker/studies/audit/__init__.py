@@ -6,13 +6,14 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.findings import FoundChart
 from tracker.core.formats import counted, p_value, points, two_digits
+from tracker.core.proxies import PROXIES, passes
 from tracker.core.records import WHOLE_LAYER, Kind
 from tracker.core.tables import Table
 from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.resampling import bias_corrected_interval
 from tracker.studies.audit.charts import charts_of
 from tracker.studies.audit.figures import ModelAudit, Summary, pooled
-from tracker.studies.audit.measures import DROP, NAMES, audited, passes
+from tracker.studies.audit.measures import DROP, audited
 from tracker.studies.audit.tables import tables_of
 from tracker.studies.base import (
     FEWEST,
@@ -185,7 +186,9 @@ def _task(audit: ModelAudit) -> list[tuple[bool, str]]:
 
 def _best(audit: ModelAudit) -> tuple[bool, str]:
     best = audit.summaries[0]
-    sentence = f"{NAMES[best.proxy]} orders the layers best, with a mean Spearman of {_mean(best)}"
+    sentence = (
+        f"{PROXIES[best.proxy].label} orders the layers best, with a mean Spearman of {_mean(best)}"
+    )
     cosine = next((s for s in audit.summaries if s.proxy == "cosine_score"), None)
     if cosine is not None and cosine is not best and cosine.cells == best.cells:
         value = best.spearman - cosine.spearman
@@ -214,7 +217,7 @@ def _worth(audit: ModelAudit) -> list[tuple[bool, str]]:
     if not stretches:
         return []
     parts = [
-        f"{NAMES.get(name, f'the {audit.drop} itself')} "
+        f"{PROXIES[name].label if name in PROXIES else f'the {audit.drop} itself'} "
         f"{'at' if low == high else 'from'} {low:,.0f}"
         f"{'' if low == high else f' to {high:,.0f}'} (Spearman {two_digits(value)} at the end)"
         for name, low, high, value in stretches

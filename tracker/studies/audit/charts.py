@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tracker.core.findings import FoundChart, Line, LineChart, MapChart
+from tracker.core.proxies import PROXIES
 from tracker.stats.rank_agreement import midranks
 from tracker.studies.audit.figures import ModelAudit, means
-from tracker.studies.audit.measures import DROP, NAMES
+from tracker.studies.audit.measures import DROP
 
 
 def charts_of(audit: ModelAudit) -> list[FoundChart]:
@@ -16,7 +17,7 @@ def charts_of(audit: ModelAudit) -> list[FoundChart]:
 def _cost(audit: ModelAudit) -> list[FoundChart]:
     budgets, found, _ = audit.at_cost
     lines = [
-        Line(name=NAMES.get(name, audit.drop), values=tuple(row))
+        Line(name=PROXIES[name].label if name in PROXIES else audit.drop, values=tuple(row))
         for name, row in found.items()
         if any(value is not None for value in row)
     ]
@@ -44,7 +45,7 @@ def _depth(audit: ModelAudit) -> list[FoundChart]:
     if not cells:
         return []
     profiles = {audit.drop: means(DROP, cells)}
-    profiles |= {NAMES[s.proxy]: means(s.proxy, cells) for s in named}
+    profiles |= {PROXIES[s.proxy].label: means(s.proxy, cells) for s in named}
     return [
         LineChart(
             title=f"{audit.name}: ranks of the layers over depth, mean over benchmarks",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted
+from tracker.core.proxies import PROXIES, passes
 from tracker.stats.budgets import at_equal_cost
 from tracker.stats.multiple import holm
 from tracker.stats.rank_agreement import (
@@ -30,7 +31,7 @@ from tracker.stats.task_dependence import (
     sampling_noise,
     variance_across,
 )
-from tracker.studies.audit.measures import DROP, NAMES, Audited, passes
+from tracker.studies.audit.measures import DROP, Audited
 from tracker.studies.base import FEWEST
 
 Array = NDArray[np.float64]
@@ -47,7 +48,7 @@ class Summary:
     """How well one proxy orders the layers, over all benchmarks where it can be said.
 
     Attributes:
-        proxy: Its name in `NAMES`.
+        proxy: Its name in `PROXIES`.
         cells: The benchmarks.
         spearman: Mean coefficient.
         low: Lower end of its interval from the documents; None where there is none.
@@ -139,7 +140,7 @@ class ModelAudit:
     @cached_property
     def summaries(self) -> list[Summary]:
         """The proxies that can be compared, the best one first."""
-        found = [s for s in map(self._summary, NAMES) if s is not None]
+        found = [s for s in map(self._summary, PROXIES) if s is not None]
         return sorted(found, key=lambda each: -each.spearman)
 
     def _summary(self, proxy: str) -> Summary | None:
@@ -221,7 +222,7 @@ class ModelAudit:
             raw = float(variance_across(relevance).mean())
             found["relevance"] = Spreads(raw, reason="its noise is that of the drop")
         found[DROP] = self._spread(DROP, raw_drop, None)
-        for proxy in NAMES:
+        for proxy in PROXIES:
             if any(cell.found[proxy].spearman.value is None for cell in cells):
                 continue
             raw_proxy = variance_across(means(proxy, cells))
@@ -272,7 +273,7 @@ class ModelAudit:
             halves.append(rows[DROP][-1])
             by_cell.append({name: row[:-1] for name, row in rows.items()})
         found: dict[str, list[float | None]] = {}
-        for name in (*NAMES, DROP):
+        for name in (*PROXIES, DROP):
             mine = [each.get(name, [np.nan] * len(budgets)) for each in by_cell]
             if mine:
                 found[name] = [_finite(value) for value in np.mean(mine, axis=0)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from tracker.core.documents import Document
 from tracker.core.estimates import Estimate
+from tracker.core.proxies import OBSERVED, PROXIES, passes
 from tracker.core.records import CellRecord
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.observations import Arrays
-from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.ledger.tables import OUTER
 from tracker.measuring.observing import Observe, Observed
 from tracker.stats.budgets import LayerMeasure
@@ -30,47 +30,10 @@ Array = NDArray[np.float64]
 KIND = "output-proxies-1"
 """What is observed besides outcomes: the sums of `output_proxies`."""
 DROP = "accuracy drop"
-NAMES: Mapping[str, str] = {
-    "cosine_score": "cosine score",
-    "angular_distance": "angular distance",
-    "relative_update": "relative update",
-    "gate_gradient": "first-order Taylor",
-    "lens_changes": "logit-lens change",
-    "loss_increase": "log-perplexity increase",
-    "kl": "KL divergence",
-    "js": "Jensen–Shannon divergence",
-    "gold_logprob_drop": "gold log-prob drop",
-}
-"""The proxies, cheapest first, and what people call them."""
-ONE_PASS = ("cosine_score", "angular_distance", "relative_update", "lens_changes")
-BACKWARD = 3.0
-"""A forward and a backward pass: the latter multiplies twice as much."""
 _NO_NUMBER = {
     "gate_gradient": "autograd cannot differentiate this model, or its loss is not finite",
     "gold_logprob_drop": "a document has no gold answer, or none of a finite score",
 }
-
-
-def passes(proxy: str, layers: int, shared: bool) -> float:
-    """Price a proxy of all layers: forward passes through the whole model, a document.
-
-    A model without one of L layers passes L - 1, so intact and ablated ones together pass L²: L
-    passes one by one, and (L + 1) / 2 where each ablation shares the layers below with the intact
-    model (`StreamPlan.layer_passes`). The head is not counted.
-
-    Args:
-        proxy: One of `NAMES`, or `DROP`.
-        layers: L.
-        shared: Whether layers below a removed one are computed once.
-
-    Returns:
-        The price.
-    """
-    if proxy in ONE_PASS:
-        return 1.0
-    if proxy == "gate_gradient":
-        return BACKWARD
-    return (layers + 1) / 2 if shared else float(layers)
 
 
 @dataclass(frozen=True)
@@ -112,18 +75,15 @@ class Audited:
             name: LayerMeasure(values[:, self.layers], weighed, passes(name, total, shared=True))
             for name, values, weighed in self._proxies(cell, observed)
         }
+        self._not_observed = {proxy.name: cell.outcomes.not_observed(proxy) for proxy in OBSERVED}
         lost = cell.gold_drops(ablations)
         self.measures["gold_logprob_drop"] = LayerMeasure(lost, cell.plain_weights, price)
 
     def _proxies(self, cell: ByDocument, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
         """Each proxy of every layer of the model: a mean a document, and what it weighs."""
-        for column in PROXY_SUMS:
-            name = column.removesuffix("_sum")
-            means = a_token(cell.proxy_sums(column), cell.tokens)
-            if name == "cosine_similarity":
-                yield "cosine_score", 1 - means, cell.tokens
-            else:
-                yield name, means, cell.tokens
+        for proxy in OBSERVED:
+            means = a_token(cell.proxy_sums(proxy), cell.tokens)
+            yield proxy.name, proxy.of(means), cell.tokens
         place = {document: i for i, document in enumerate(observed.documents)}
         mine = [place[document] for document in cell.documents]
         sums = {name: values[mine] for name, values in observed.arrays.items()}
@@ -148,7 +108,7 @@ class Audited:
     @cached_property
     def found(self) -> dict[str, Ordering]:
         """How well each proxy orders the layers."""
-        return {name: self._found(name) for name in NAMES}
+        return {name: self._found(name) for name in PROXIES}
 
     def _found(self, name: str) -> Ordering:
         x, y = self.measures[name].means(), self.drop.means()
@@ -159,7 +119,9 @@ class Audited:
         if spearman.value is None:
             why = spearman.reason or ""
             if why.startswith("the proxy is undefined"):
-                why = _NO_NUMBER.get(name, "a hidden state or a logit is not finite")
+                why = self._not_observed.get(name) or _NO_NUMBER.get(
+                    name, "a hidden state or a logit is not finite"
+                )
             nothing = np.full(RESAMPLES, np.nan)
             return Ordering(Estimate(None, reason=why), None, None, None, nothing)
         rows = row_coefficients(drawn, self.drawn_drop, "spearman")

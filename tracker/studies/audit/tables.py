@@ -8,11 +8,12 @@ from scipy import stats
 
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import counted, two_digits
+from tracker.core.proxies import PROXIES, passes
 from tracker.core.tables import Table
 from tracker.stats.multiple import holm
 from tracker.stats.task_dependence import BLOCK, Paired
 from tracker.studies.audit.figures import MAJOR, RELIABLE, TOP, ModelAudit, overlaps
-from tracker.studies.audit.measures import DROP, NAMES, Audited, passes
+from tracker.studies.audit.measures import DROP, Audited
 from tracker.studies.base import FEWEST
 from tracker.studies.layout import Row, entry, estimated, table
 
@@ -28,7 +29,7 @@ def _proxies(audit: ModelAudit) -> Table:
         worst = each.worst
         rows.append(
             (
-                NAMES[each.proxy],
+                PROXIES[each.proxy].label,
                 entry(each.spearman, low=each.low, high=each.high),
                 entry(each.inner, _no_inner(each.cells)),
                 each.kendall,
@@ -39,10 +40,10 @@ def _proxies(audit: ModelAudit) -> Table:
                 audit.adjusted[each.proxy],
             )
         )
-    for proxy in (p for p in NAMES if all(p != s.proxy for s in audit.summaries)):
+    for proxy in (p for p in PROXIES if all(p != s.proxy for s in audit.summaries)):
         reasons = (cell.found[proxy].spearman.reason for cell in audit.cells)
         why = next(filter(None, reasons), "undefined")
-        rows.append((NAMES[proxy], *[Estimate(None, reason=why)] * 10))
+        rows.append((PROXIES[proxy].label, *[Estimate(None, reason=why)] * 10))
     dear = passes(DROP, audit.total, shared=True)
     return table(
         f"{audit.name}: how well each proxy orders the layers by their {audit.drop}",
@@ -66,6 +67,9 @@ def _proxies(audit: ModelAudit) -> Table:
             "Passes are forward passes of the whole model a document, for all layers together: "
             "one by one on pruned models, or sharing the layers below the removed one. The "
             f"{audit.drop} itself takes {dear:g} shared, and once more its other answers.",
+            "Sources: "
+            + "; ".join(f"{p.label}: {p.source}" for p in PROXIES.values() if p.source)
+            + ".",
         ],
     )
 
@@ -78,7 +82,9 @@ def _no_inner(cells: Sequence[Audited]) -> str:
 
 def _benchmarks(audit: ModelAudit) -> Table:
     tested = [
-        (cell, proxy, cell.found[proxy].spearman.p_value) for cell in audit.cells for proxy in NAMES
+        (cell, proxy, cell.found[proxy].spearman.p_value)
+        for cell in audit.cells
+        for proxy in PROXIES
     ]
     given = [p for _, _, p in tested if p is not None]
     adjusted = iter(stats.false_discovery_control(given) if given else [])
@@ -89,7 +95,7 @@ def _benchmarks(audit: ModelAudit) -> Table:
         rows.append(
             (
                 cell.label,
-                NAMES[proxy],
+                PROXIES[proxy].label,
                 estimated(found.spearman, why),
                 entry(found.inner, why),
                 entry(found.kendall, why),
@@ -121,7 +127,7 @@ def _benchmarks(audit: ModelAudit) -> Table:
 def _disagreements(audit: ModelAudit) -> Table:
     rows: list[Row] = [
         (
-            NAMES[proxy],
+            PROXIES[proxy].label,
             *(
                 value
                 for each in found
@@ -155,7 +161,8 @@ def _disagreements(audit: ModelAudit) -> Table:
 def _variances(audit: ModelAudit) -> list[Table]:
     if not audit.spreads:
         return []
-    names = {"relevance": "accuracy relevance", DROP: DROP, **NAMES}
+    names = {"relevance": "accuracy relevance", DROP: DROP}
+    names |= {name: proxy.label for name, proxy in PROXIES.items()}
     every = list(audit.spreads.values())
     tests = [None if spread.test is None else spread.test.p_value for spread in every]
     adjusted = dict(zip(audit.spreads, holm(tests), strict=True))

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
+from tracker.core.proxies import OBSERVED
 from tracker.ledger.aligned import Array
-from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
 from tracker.stats.reliability import (
     disjoint_means,
@@ -34,12 +34,6 @@ DISAGREE = "two halves agree no surer than chance"
 TOO_FEW = "two samples of this size would share documents"
 SIZES = sorted({math.ceil(s * 10**p) for p in range(6) for s in (1, 1.5, 2, 3, 5, 7)})
 """The sizes that are drawn, as far as there are documents."""
-_PROXIES = {
-    # A mean of 1 - cosine ranks as that of -cosine does.
-    "cosine_score": (PROXY_SUMS[0], -1.0),
-    "angular_distance": (PROXY_SUMS[1], 1.0),
-    "relative_update": (PROXY_SUMS[2], 1.0),
-}
 _TIED = "in most samples of this size all layers are tied"
 
 
@@ -136,16 +130,21 @@ def measures(subject: Subject) -> list[Ranked]:
     if len(strata) < 2 or len(layers) < FEWEST:
         why = f"{len(strata)} documents and {len(layers)} layers are measured: too few to rank"
         none = np.empty((0, 0))
-        return [Ranked(name, none, none, strata, why) for name in (*names, *_PROXIES)]
+        return [
+            Ranked(name, none, none, strata, why)
+            for name in (*names, *(proxy.name for proxy in OBSERVED))
+        ]
     ablations = [cell.outcomes.ablation(run) for run in cell.whole_layers]
     found = [
         Ranked(names[0], cell.drops(ablations), cell.weights, strata),
         Ranked(names[1], cell.gold_drops(ablations), cell.plain_weights, strata),
     ]
-    for name, (column, sign) in _PROXIES.items():
-        means = sign * a_token(cell.proxy_sums(column)[:, layers], cell.tokens)
-        found.append(Ranked(name, means, cell.tokens / max(cell.tokens.sum(), 1), strata))
-    return [replace(each, reason=_unusable(each)) for each in found]
+    for proxy in OBSERVED:
+        means = proxy.of(a_token(cell.proxy_sums(proxy)[:, layers], cell.tokens))
+        weights = cell.tokens / max(cell.tokens.sum(), 1)
+        why = cell.outcomes.not_observed(proxy)
+        found.append(Ranked(proxy.name, means, weights, strata, why))
+    return [replace(each, reason=each.reason or _unusable(each)) for each in found]
 
 
 def _unusable(ranked: Ranked) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
+from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
-from tracker.ledger.outcomes import PROXY_SUMS
 from tracker.measuring.observing import Observed
 from tracker.stats.correlation import (
     correlate,
@@ -235,11 +235,12 @@ def _explained(cell: ByDocument, arrays: Mapping[str, Array]) -> Explained | Non
         return None
     layers = [run.layer for run in cell.whole_layers]
     drops = cell.drops([cell.outcomes.ablation(run) for run in cell.whole_layers])
-    sums = cell.proxy_sums(PROXY_SUMS[0])[:, layers]
-    cosine = 1 - proxy_means(sums, cell.tokens)
+    proxy = PROXIES["cosine_score"]
+    sums = cell.proxy_sums(proxy)[:, layers]
+    cosine = proxy.of(proxy_means(sums, cell.tokens))
     drop = cell.weights @ drops
     drawn_drop = cell.resampled(drops, cell.weights)
-    drawn_cosine = 1 - cell.resampled(a_token(sums, cell.tokens), cell.tokens)
+    drawn_cosine = proxy.of(cell.resampled(a_token(sums, cell.tokens), cell.tokens))
     with np.errstate(divide="ignore", invalid="ignore"):
         removed = np.log(arrays["removed"][:, ALL])[:, layers]
         drawn = np.log(arrays["random"][:, ALL].mean(axis=1))[:, layers]

@@ -9,6 +9,8 @@ import wandb_workspaces.reports.v2 as reports
 import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces.workspaces.internal import get_view_dict
 
+from tracker.core.proxies import OBSERVED, PROXIES
+
 TITLE = "Which layers matter"
 VIEW_TITLE = "Layers by benchmark"
 _VIEW = "trackercells"
@@ -82,7 +84,7 @@ def _curves() -> list[reports.LinePlot]:
         for title, name, unit in (
             ("Accuracy that a layer's removal costs", "accuracy_drop", "accuracy drop (fraction)"),
             ("Share above chance that it costs", "accuracy_relevance", "accuracy relevance"),
-            ("What the cheap proxy says instead", "cosine_score", "cosine score (1 − cos)"),
+            ("What the cheap proxy says instead", "cosine_score", PROXIES["cosine_score"].heading),
         )
     ]
 
@@ -90,14 +92,10 @@ def _curves() -> list[reports.LinePlot]:
 def _scatters() -> list[reports.ScatterPlot]:
     return [
         reports.ScatterPlot(
-            title=f"Accuracy drop against {title}",
-            x=reports.SummaryMetric(name),
+            title=f"Accuracy drop against {proxy.label}",
+            x=reports.SummaryMetric(proxy.name),
             y=reports.SummaryMetric("accuracy_drop"),
             regression=False,
         )
-        for title, name in (
-            ("cosine score", "cosine_score"),
-            ("angular distance", "angular_distance"),
-            ("relative update", "relative_update"),
-        )
+        for proxy in OBSERVED
     ]

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.stats.influence import angular_distance, cosine_similarity, relative_update
+from tracker.core.proxies import angle, angular_distance, cosine_similarity, relative_update
+from tracker.stats.proxies import proxy_means
 
 
 def test_against_torch_in_double_precision() -> None:
@@ -22,8 +26,8 @@ def test_against_torch_in_double_precision() -> None:
     torch.testing.assert_close(cosine, expected, rtol=0, atol=1e-14)
     expected = (wider - wide).norm(dim=-1) / wide.norm(dim=-1)
     torch.testing.assert_close(update.double(), expected, rtol=1e-6, atol=0)
-    angle = angular_distance(cosine)
-    assert angle[0, 0, 0].item() == pytest.approx(
+    turned = angle(cosine)
+    assert turned[0, 0, 0].item() == pytest.approx(
         math.acos(cosine[0, 0, 0].item()) / math.pi, abs=1e-6
     )
 
@@ -37,7 +41,7 @@ def test_every_dtype_is_computed_in_wide_numbers(dtype: torch.dtype) -> None:
     assert relative_update(before, after).dtype == torch.float32
     assert cosine_similarity(before, after).item() == pytest.approx(0, abs=1e-6)
     assert relative_update(before, after).item() == pytest.approx(math.sqrt(2))
-    assert angular_distance(cosine_similarity(before, after)).dtype == torch.float64
+    assert angular_distance(before, after).dtype == torch.float64
 
 
 @pytest.mark.parametrize("score", [0.5, 1e-4, 1e-8, 1e-10])
@@ -50,7 +54,7 @@ def test_a_layer_that_hardly_turns_its_input(score: float, dtype: torch.dtype) -
     after[:, 7] = before.double().norm(dim=1) * math.sqrt(score * (2 - score)) / (1 - score)
     found = 1 - cosine_similarity(before, after)
     assert found.tolist() == pytest.approx([score] * 6, rel=2e-6 if score < 1e-9 else 3e-7)
-    angles = angular_distance(cosine_similarity(before, after)) * math.pi
+    angles = angular_distance(before, after) * math.pi
     assert angles.tolist() == pytest.approx([2 * math.asin(math.sqrt(score / 2))] * 6, rel=2e-6)
 
 
@@ -68,19 +72,19 @@ def test_known_directions() -> None:
     after = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     cosine = cosine_similarity(before, after)
     assert cosine.tolist() == [1, 0, -1]
-    assert angular_distance(cosine).tolist() == pytest.approx([0, 0.5, 1])
+    assert angle(cosine).tolist() == pytest.approx([0, 0.5, 1])
     assert relative_update(before, after).tolist() == pytest.approx([1, math.sqrt(2), 2])
 
 
 def test_rounding_past_one_is_no_nan() -> None:
-    assert angular_distance(torch.tensor([1 + 2e-7, -1 - 2e-7])).tolist() == [0, 1]
+    assert angle(torch.tensor([1 + 2e-7, -1 - 2e-7])).tolist() == [0, 1]
 
 
 def test_a_skipped_layer_changes_nothing() -> None:
     state = torch.randn(4, 576, generator=torch.Generator().manual_seed(1))
     assert relative_update(state, state).tolist() == [0] * 4
     assert cosine_similarity(state, state).tolist() == [1] * 4
-    assert angular_distance(cosine_similarity(state, state)).tolist() == [0] * 4
+    assert angular_distance(state, state).tolist() == [0] * 4
 
 
 def test_a_zero_vector_is_undefined_and_leaves_the_others_alone() -> None:
@@ -90,7 +94,7 @@ def test_a_zero_vector_is_undefined_and_leaves_the_others_alone() -> None:
     assert cosine.isnan().tolist() == [True, True, True, False]
     assert update.isnan().tolist() == [True, False, True, False]
     assert update[1].item() == 1
-    assert angular_distance(cosine).isnan().tolist() == [True, True, True, False]
+    assert angle(cosine).isnan().tolist() == [True, True, True, False]
 
 
 def test_a_vector_too_small_for_float32_to_square_has_a_direction() -> None:
@@ -119,3 +123,36 @@ def test_shapes_that_do_not_match_are_refused(measure, shape) -> None:  # type: 
     after = torch.ones(3, 4) if len(shape) > 1 else torch.ones(shape)
     with pytest.raises(ValueError, match="must share one shape"):
         measure(torch.ones(shape), after)
+
+
+def test_every_token_counts_once() -> None:
+    tokens = [np.array([[0.1, 0.4], [0.3, 0.2]]), np.array([[0.8, 0.6]])]
+    sums = np.array([document.sum(axis=0) for document in tokens])
+    expected = np.concatenate(tokens).mean(axis=0)
+    assert proxy_means(sums, np.array([2, 1])) == pytest.approx(expected)
+
+
+def test_no_documents_and_no_tokens_are_nan() -> None:
+    assert np.isnan(proxy_means(np.empty((0, 3)), np.array([]))).tolist() == [True] * 3
+    assert np.isnan(proxy_means(np.zeros((2, 3)), np.array([0, 0]))).tolist() == [True] * 3
+
+
+def test_nan_stays_in_its_layer() -> None:
+    means = proxy_means(np.array([[np.nan, 1.0], [1.0, 1.0]]), np.array([2, 2]))
+    assert np.isnan(means).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("sums", "tokens"), [((3,), (3,)), ((3, 2), (2,))])
+def test_sums_and_tokens_of_other_documents_are_refused(
+    sums: tuple[int, ...], tokens: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match="sums of the shape"):
+        proxy_means(np.ones(sums), np.ones(tokens))
+
+
+def test_who_only_reads_the_list_needs_no_torch() -> None:
+    modules = (
+        "import tracker.core.proxies; from tracker.stats import accuracy, correlation, proxies"
+    )
+    code = f"import sys; {modules}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

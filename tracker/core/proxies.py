@@ -1,0 +1,247 @@
+"""The proxies: cheap figures that are to tell what removing a layer costs, and their list.
+
+A proxy with `observe` is measured while the intact model answers: it takes the residual stream
+before and after a layer and answers per token, whatever the model computes in: the update in
+float32, the cosine in float64 (in float32 on a device that knows nothing wider, Apple's), since a
+layer that turns a token by 1e-4 has a cosine of 1 - 5e-9, which float32 calls 1. Which tokens are
+averaged is the caller's: each document's context plus gold continuation, once, never padding. A
+token whose hidden state is all zeros has no direction, so its figures are NaN and so is every mean
+that includes it; torch's own cosine would call it 0, "turned by a right angle".
+
+The functions call nothing but methods of the tensors that they are given, so the list is read
+without torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Tensor = Any
+"""A tensor of torch."""
+Array = Any
+"""An array, a tensor or a number."""
+
+
+def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
+    """Return the cosine of the angle between each token's layer input and output.
+
+    It is taken from the distance between both directions, 1 - ‖u - v‖² / 2: the sum of products
+    u · v would lose 1 - cosine to rounding where a layer hardly turns its input. Two inputs of
+    float32 give 1 - cosine to about 1e-7 of itself, 1e-16 apart. Rounding may carry it below -1 by
+    1e-15.
+
+    Args:
+        before: `[..., tokens, hidden]`, the layer's input.
+        after: `[..., tokens, hidden]`, the layer's output in the residual stream, before any final
+            norm.
+
+    Returns:
+        `[..., tokens]`, float64; NaN where either is all zeros.
+
+    Examples:
+        >>> cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
+        tensor([0.9600], dtype=torch.float64)
+    """
+    _check(before, after)
+    if before.device.type == "mps":
+        before, after = before.float(), after.float()
+    else:
+        before, after = before.double(), after.double()
+    apart = _directions(before).sub_(_directions(after))
+    return 1 - apart.square_().sum(-1) / 2
+
+
+def angle(cosine: Tensor) -> Tensor:
+    """Return the angle between layer input and output as a fraction of a half turn.
+
+    arccos is steep at 1: a cosine that rounding leaves 1e-16 short of 1 reads as 5e-9.
+
+    Args:
+        cosine: Cosine similarities of any shape; clamped to [-1, 1].
+
+    Returns:
+        arccos(cosine) / π, of the same shape: 0 = same direction, 0.5 = orthogonal, 1 = opposite.
+
+    Examples:
+        >>> angle(torch.tensor([1.0, 0.0, -1.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    return cosine.clamp(-1, 1).arccos() / math.pi
+
+
+def angular_distance(before: Tensor, after: Tensor) -> Tensor:
+    """Return the angle between each token's layer input and output, as `angle` of their cosine."""
+    return angle(cosine_similarity(before, after))
+
+
+def relative_update(before: Tensor, after: Tensor) -> Tensor:
+    """Return how large the layer's update is beside its input: ‖after - before‖ / ‖before‖.
+
+    It sees what cosine cannot: a change of magnitude along the input's own direction.
+
+    Args:
+        before: `[..., tokens, hidden]`, the layer's input.
+        after: `[..., tokens, hidden]`, the layer's output in the residual stream.
+
+    Returns:
+        `[..., tokens]`, float32; 0 = unchanged; NaN where the input is all zeros.
+
+    Examples:
+        >>> relative_update(torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]]))
+        tensor([1.])
+    """
+    _check(before, after)
+    first, second = before.float(), after.float()
+    size = first.norm(2, dim=-1)
+    update = (second - first).norm(2, dim=-1) / size
+    return update.where(size > 0, math.nan)
+
+
+def _directions(states: Tensor) -> Tensor:
+    """Return the states at length 1, NaN where they have none."""
+    length = states.norm(2, dim=-1, keepdim=True)
+    return states / length.where(length > 0, math.nan)
+
+
+def _check(before: Tensor, after: Tensor) -> None:
+    if before.shape != after.shape or before.ndim < 2:
+        raise ValueError(
+            "before and after must share one shape [..., tokens, hidden], "
+            f"not {list(before.shape)} and {list(after.shape)}"
+        )
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A cheap figure of a layer; larger = the layer is to matter more.
+
+    Attributes:
+        name: Its name in code: of the field, the column, the metric.
+        label: What people call it.
+        unit: Its unit, or what it is in short.
+        source: Where it comes from; empty where nobody claims it.
+        passes: Forward passes through the whole model, a document, that it takes of all layers
+            together; None where every layer is removed for it, as for the drop itself.
+        observe: Each token's figure `[..., tokens]`, of a layer's input and output
+            `[..., tokens, hidden]`; None where it takes more than these.
+        complement_of: The name of what `observe` gives, where the proxy is 1 minus its mean.
+        strategy: The strategy that prunes by it; empty where there is none.
+    """
+
+    name: str
+    label: str
+    unit: str
+    source: str = ""
+    passes: float | None = 1.0
+    observe: Callable[[Tensor, Tensor], Tensor] | None = None
+    complement_of: str = ""
+    strategy: str = ""
+
+    @property
+    def heading(self) -> str:
+        """The label with the unit."""
+        return f"{self.label} ({self.unit})"
+
+    @property
+    def headings(self) -> dict[str, str]:
+        """What is shown of it, by name: itself, and before it what it is 1 minus of."""
+        observed = self.complement_of
+        return ({observed: observed.replace("_", " ")} if observed else {}) | {
+            self.name: self.heading
+        }
+
+    @property
+    def column(self) -> str:
+        """What of it is kept of a document: what is observed, summed over its tokens."""
+        return f"{self.complement_of or self.name}_sum"
+
+    def of(self, means: Array) -> Array:
+        """The proxy, of means of what is observed."""
+        return 1 - means if self.complement_of else means
+
+    def of_token(self, before: Tensor, after: Tensor) -> Tensor:
+        """The proxy of each token, of a layer's input and output."""
+        assert self.observe is not None
+        figures = self.observe(before, after)
+        return 1 - figures if self.complement_of else figures
+
+    def figures(self, means: Array) -> Iterator[tuple[str, Array]]:
+        """Name what is shown of it: itself, and before it what it is 1 minus of."""
+        if self.complement_of:
+            yield self.complement_of, means
+        yield self.name, self.of(means)
+
+
+PROXIES: Mapping[str, Proxy] = {
+    proxy.name: proxy
+    for proxy in (
+        Proxy(
+            "cosine_score",
+            "cosine score",
+            "1 − cos",
+            source="Block Influence of ShortGPT, arXiv 2403.03853",
+            observe=cosine_similarity,
+            complement_of="cosine_similarity",
+            strategy="cosine",
+        ),
+        Proxy(
+            "angular_distance",
+            "angular distance",
+            "÷ π",
+            source="Gromov et al., arXiv 2403.17887",
+            observe=angular_distance,
+        ),
+        Proxy(
+            "relative_update",
+            "relative update",
+            "ratio of norms",
+            observe=relative_update,
+            strategy="relative_update",
+        ),
+        Proxy(
+            "gate_gradient",
+            "first-order Taylor",
+            "nats",
+            source="Molchanov et al., arXiv 1906.10771",
+            # A forward and a backward pass: the latter multiplies twice as much.
+            passes=3.0,
+            strategy="taylor",
+        ),
+        Proxy("lens_changes", "logit-lens change", "share of tokens", source="nostalgebraist 2020"),
+        Proxy(
+            "loss_increase", "log-perplexity increase", "nats", passes=None, strategy="perplexity"
+        ),
+        Proxy("kl", "KL divergence", "nats", passes=None),
+        Proxy("js", "Jensen–Shannon divergence", "nats", passes=None),
+        Proxy("gold_logprob_drop", "gold log-prob drop", "nats", passes=None),
+    )
+}
+"""Every proxy that is set beside the accuracy drop, by its name."""
+OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
+"""Those of a layer's input and output: every cell has them of its intact model."""
+FIGURES = tuple(name for proxy in OBSERVED for name in proxy.headings)
+"""What a run shows of these."""
+
+
+def passes(proxy: str, layers: int, shared: bool) -> float:
+    """Price a proxy of all layers: forward passes through the whole model, a document.
+
+    A model without one of L layers passes L - 1, so intact and ablated ones together pass L²: L
+    passes one by one, and (L + 1) / 2 where each ablation shares the layers below with the intact
+    model (`StreamPlan.layer_passes`). The head is not counted.
+
+    Args:
+        proxy: One of `PROXIES`; any other name is that of the drop.
+        layers: L.
+        shared: Whether layers below a removed one are computed once.
+
+    Returns:
+        The price.
+    """
+    own = PROXIES[proxy].passes if proxy in PROXIES else None
+    if own is not None:
+        return own
+    return (layers + 1) / 2 if shared else float(layers)
