@@ -8,7 +8,7 @@ import pytest
 
 from tracker.core import formats
 from tracker.core.records import NOT_MEASURED, CellRecord
-from tracker.report.charts.headline import marked_layers, near_together, story
+from tracker.report.charts.headline import headline, marked_layers, near_together
 from tracker.report.leaderboard.layers import layer_board
 
 from . import drawn as charts
@@ -198,9 +198,9 @@ def test_figures_are_deterministic(cells: list[CellRecord]) -> None:
     assert charts.heat_map(cells).to_json() == charts.heat_map(study()).to_json()
 
 
-def test_the_story_marks_where_the_two_disagree_most() -> None:
+def test_the_headline_marks_where_the_two_disagree_most() -> None:
     board = layer_board([build_cell(), build_cell("piqa")])
-    figure = story(board, "a model").figure()
+    figure = headline(board, "a model").figure()
     costs, scores = trace(figure, "accuracy relevance"), trace(figure, "cosine score")
     by_layer = {one.layer: one for one in board.layers}
     assert list(costs.x) == list(scores.x) == sorted(by_layer)
@@ -221,7 +221,7 @@ def test_the_story_marks_where_the_two_disagree_most() -> None:
     assert numbers == ", ".join(map(str, sorted(marked)))
     assert (
         f"furthest apart: layers {', '.join(map(str, sorted(marked)))}"
-        in story(board, "a model").title
+        in headline(board, "a model").title
     )
 
 

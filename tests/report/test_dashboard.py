@@ -119,7 +119,7 @@ class TestOverview:
         assert "Spearman compares two orders" in overview
         # The picture comes first, and says itself what it shows.
         opening = page[page.index("<h1>") : page.index('id="overview-title"')]
-        assert opening.index('id="model-1-story"') < opening.index('class="lede"')
+        assert opening.index('id="model-1-headline"') < opening.index('class="lede"')
         assert "the share of the accuracy above pure guessing that is lost" in opening
 
     def test_the_most_critical_layers_are_named(self) -> None:

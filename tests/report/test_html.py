@@ -11,6 +11,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from tracker.core.errors import WorkError
+from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
 from tracker.report import tables, wording
 from tracker.report.page.downloads import packed
@@ -110,7 +111,7 @@ def test_layer_table_equals_the_records(page: str) -> None:
 def test_correlation_table_equals_the_records(page: str) -> None:
     rows = read(page).tables["model-1-cell-1-correlations"]
     for row, record in zip(rows, study()[0].correlations, strict=True):
-        assert row[0][0] == tables.PROXIES[record.proxy]
+        assert row[0][0] == PROXIES[record.proxy].heading
         assert row[1][0] == tables.COEFFICIENTS[record.coefficient]
         assert row[2][0] == record.subset
         assert number(row[3][0]) == pytest.approx(record.value, abs=0.0051)

@@ -122,6 +122,7 @@ class Proxy:
         name: Its name in code: of the field, the column, the metric.
         label: What people call it.
         unit: Its unit, or what it is in short.
+        formula: What is averaged, of a layer's input x_in and output x_out.
         source: Where it comes from; empty where nobody claims it.
         passes: Forward passes through the whole model, a document, that it takes of all layers
             together; None where every layer is removed for it, as for the drop itself.
@@ -134,6 +135,7 @@ class Proxy:
     name: str
     label: str
     unit: str
+    formula: str = ""
     source: str = ""
     passes: float | None = 1.0
     observe: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -182,6 +184,7 @@ PROXIES: Mapping[str, Proxy] = {
             "cosine_score",
             "cosine score",
             "1 − cos",
+            formula="1 − mean over tokens of cos(x_in, x_out)",
             source="Block Influence of ShortGPT, arXiv 2403.03853",
             observe=cosine_similarity,
             complement_of="cosine_similarity",
@@ -191,6 +194,7 @@ PROXIES: Mapping[str, Proxy] = {
             "angular_distance",
             "angular distance",
             "÷ π",
+            formula="mean over tokens of arccos(cos(x_in, x_out)) / π",
             source="Gromov et al., arXiv 2403.17887",
             observe=angular_distance,
         ),
@@ -198,6 +202,7 @@ PROXIES: Mapping[str, Proxy] = {
             "relative_update",
             "relative update",
             "ratio of norms",
+            formula="mean over tokens of ‖x_out − x_in‖ / ‖x_in‖",
             observe=relative_update,
             strategy="relative_update",
         ),

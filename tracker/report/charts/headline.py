@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tracker.core.formats import counted, defined, two_digits, write
@@ -27,7 +28,7 @@ MARKED = 3
 """So many layers, on which the two disagree most, carry their number."""
 
 
-def story(board: LayerBoard, label: str) -> Chart:
+def headline(board: LayerBoard, label: str) -> Chart:
     """Draw the real cost of every layer above the cosine score of the same layer.
 
     Bars of the mean accuracy relevance with its interval stand above bars of the mean cosine score;
@@ -73,8 +74,8 @@ def story(board: LayerBoard, label: str) -> Chart:
             "hoverinfo": "text",
         },
     ]
-    return chart(
-        story_title(board, label),
+    drawn = chart(
+        _title(board, label),
         data,
         380,
         xaxis=layer_axis(layers) | {"anchor": "y2"},
@@ -112,6 +113,7 @@ def story(board: LayerBoard, label: str) -> Chart:
         ],
         margin={"t": 26},
     )
+    return replace(drawn, explains=_explains(board))
 
 
 def marked_layers(board: LayerBoard) -> list[int]:
@@ -137,7 +139,22 @@ def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
     return [((one[0] + one[-1]) / 2, ", ".join(map(str, one))) for one in groups]
 
 
-def story_title(board: LayerBoard, label: str) -> str:
+def _explains(board: LayerBoard) -> str:
+    """Say how the picture is read."""
+    intervals = (
+        "with 95 % intervals"
+        if any(one.relevance.low is not None for one in board.layers)
+        else "without intervals, because that of the intact model's accuracy reaches down to "
+        "guessing"
+    )
+    return (
+        "Above: the share of the accuracy above pure guessing that is lost without the layer "
+        f"(below 0: the model does better), {intervals}. Below: the cheap score that often stands "
+        "in for it. Shaded: where the two disagree most."
+    )
+
+
+def _title(board: LayerBoard, label: str) -> str:
     """Say in a line of plain text what the picture shows."""
     where = ", ".join(benchmark_labels(board.cells)) if len(board.cells) <= 2 else ""
     where = where or counted(len(board.cells), "benchmark")

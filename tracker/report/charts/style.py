@@ -72,11 +72,13 @@ class Chart:
         title: What is seen, as plain text; a page sets it as a caption, which can wrap.
         data: The traces.
         layout: The axes, the height and whatever else differs from the template.
+        explains: How it is read, in plain text below the title.
     """
 
     title: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
+    explains: str = ""
 
     def figure(self) -> go.Figure:
         """Make a figure that stands alone, with its title in it and its legend at the bottom."""

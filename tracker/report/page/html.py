@@ -17,6 +17,8 @@ from plotly.offline import get_plotlyjs
 
 from tracker.core.decision_records import DecisionsRecord
 from tracker.core.findings import FindingRecord
+from tracker.core.kinds import REPLACED_BY
+from tracker.core.proxies import OBSERVED
 from tracker.core.records import CellRecord, Place
 from tracker.core.tables import headed, written
 from tracker.core.text import harmless
@@ -134,6 +136,8 @@ def render_page(
         compared=compared_sentence(cells),
         agreements=[agreement_sentence(one) for one in agreements(cells)],
         rules=rules,
+        proxies=OBSERVED,
+        replaced_by=REPLACED_BY,
         overview=tables.overview_table(cells),
         overview_links=[ids[cell.place] for cell in cells],
         models=models,

@@ -15,7 +15,7 @@ from tracker.report import caveats, tables, wording
 from tracker.report.charts.across import depth_curves, difference_chart
 from tracker.report.charts.cells import curve_kinds, layer_curve, proxy_scatter
 from tracker.report.charts.decisions import agreement, agreement_map, groups_sentence, margin_chart
-from tracker.report.charts.headline import story
+from tracker.report.charts.headline import headline
 from tracker.report.charts.maps import heat_map, span_components, span_map
 from tracker.report.charts.model import proxy_curves, relevance_curves
 from tracker.report.charts.ranks import rank_map
@@ -112,7 +112,7 @@ class ModelSection:
     leaderboard: Table | None
     critical: str
     cells: tuple[CellSection, ...]
-    story: Figure | None
+    headline: Figure | None
     relevance: Figure | None
     proxies: Figure | None
     heat_map: Figure | None
@@ -120,14 +120,9 @@ class ModelSection:
     misjudged: Table | None
 
     @property
-    def has_intervals(self) -> bool:
-        """Whether what some layer costs has one."""
-        return any(one.relevance.low is not None for one in self.board.layers)
-
-    @property
     def figures(self) -> tuple[Figure, ...]:
         """Every chart of the section and of its cells."""
-        mine = (self.story, self.relevance, self.proxies, self.heat_map, self.ranks)
+        mine = (self.headline, self.relevance, self.proxies, self.heat_map, self.ranks)
         return (*(one for one in mine if one), *(f for cell in self.cells for f in cell.figures))
 
 
@@ -209,7 +204,7 @@ def _model_section(
             _cell_section(cell, decided.get(cell.place), benchmark, f"{name}-cell-{index}")
             for index, (cell, benchmark) in enumerate(zip(cells, benchmarks, strict=True), 1)
         ),
-        story=_figure(story(board, label), f"{name}-story", None, label if alone else "")
+        headline=_figure(headline(board, label), f"{name}-headline", None, label if alone else "")
         if board.layers
         else None,
         relevance=_figure(
