@@ -19,7 +19,7 @@ from tracker.core.tables import Entry
 from tracker.stats.reliability import spearman_brown, stratified_orders
 from tracker.stats.resampling import SEED
 from tracker.studies.calibration.figures import DRAWS, Curve, Ranked, curve_of
-from tracker.studies.calibration.tables import agreement_table, needed_row
+from tracker.studies.calibration.tables import agreement_table, needed_table
 
 from .conftest import plain, stores
 
@@ -167,7 +167,7 @@ def test_of_pure_noise_no_number_of_documents_is_named(monkeypatch: pytest.Monke
         curve = _curve(np.full(30, 0.06), seed)
         assert curve.agreement(64).value > 0.1
         assert curve.needed.value is None
-        row = needed_row("noise", curve)
+        row = needed_table([("noise", curve)], 0.9).rows[0]
         assert {entry.reason for entry in row[4:]} == {"two halves agree no surer than chance"}
         agreement = agreement_table("noise", curve).rows[0]
         assert agreement[2].reason == "two halves agree no surer than chance"

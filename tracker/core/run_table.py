@@ -22,10 +22,9 @@ from tracker.core.records import (
     RunIdentity,
     RunRecord,
 )
-from tracker.core.tables import Column
+from tracker.core.tables import Column, Value
 
 Row = TypeVar("Row")
-Value = Estimate | str | float | None
 CELL = ("key", "model", "benchmark", "num_fewshot", "metric", "removed", "sample_seed")
 """Names of the columns that say which cell a row is of."""
 WHICH_RUN = ("component", "layer", "span", "intervention")

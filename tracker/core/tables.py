@@ -99,6 +99,10 @@ def _number(value: float | None, whole: bool) -> float | None:
     return int(value) if whole and value is not None and value == int(value) else value
 
 
+Value = Estimate | str | float | None
+"""What a column finds in a row; None is undefined."""
+
+
 @dataclass(frozen=True)
 class Column(Generic[Row]):
     """What stands in a table's column.
@@ -114,7 +118,7 @@ class Column(Generic[Row]):
 
     label: str
     unit: Unit
-    value: Callable[[Row], Estimate | str | float | None]
+    value: Callable[[Row], Value]
     otherwise: str = ""
     name: str = ""
     interval: bool = False

@@ -5,39 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from tracker.core.estimates import Estimate, Unit
+from tracker.core.estimates import Estimate
 from tracker.core.findings import Line
 from tracker.core.formats import interval, two_digits
-from tracker.core.tables import Column, Table, estimate
-from tracker.core.tables import table as of_columns
-
-Row = tuple[Estimate | float | str, ...]
-"""A table's row: entries, and plain values that are defined and have no interval."""
-
-
-entry = estimate
-
-
-def estimated(found: Estimate | None, reason: str | None = None) -> Estimate:
-    """Make an entry with its interval; `reason` where what was found has none of its own."""
-    if found is None:
-        return entry(None, reason)
-    return entry(found.value, found.reason or reason, found.low, found.high)
-
-
-def table(
-    title: str,
-    headings: Iterable[tuple[str, Unit]],
-    rows: Iterable[Row],
-    notes: Sequence[str] = (),
-) -> Table:
-    """Make a table; each heading is a label and its column's unit."""
-
-    def column(place: int, label: str, unit: Unit) -> Column[Row]:
-        return Column(label, unit, lambda row: row[place])
-
-    columns = [column(place, *heading) for place, heading in enumerate(headings)]
-    return of_columns(title, columns, rows, notes)
 
 
 def line(name: str, found: Sequence[Estimate]) -> Line:

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tracker.core.decision_records import DecisionsRecord, RunDecisions
-from tracker.core.estimates import Estimate
 from tracker.core.formats import DASH, counted, points
 from tracker.core.records import CellRecord
 from tracker.core.run_table import CellRun, pick, run_columns, telling_apart
-from tracker.core.tables import Column, Table, table
+from tracker.core.tables import Column, Table, Value, table
 from tracker.ledger.decisions import SHOWN
 from tracker.report.charts.decisions import margin_name
 from tracker.report.page.downloads import packed_json
@@ -43,7 +42,7 @@ def decision_table(cell: CellRecord, decided: DecisionsRecord) -> Table:
     def name(column: Column[CellRun]) -> Column[_Decided]:
         first = "none" if column.name == "layer" else ""
 
-        def value(row: _Decided) -> Estimate | str | float | None:
+        def value(row: _Decided) -> Value:
             return column.value(CellRun(cell, row.run.run)) if row.run else first
 
         return Column(column.label, column.unit, value)

@@ -19,7 +19,7 @@ from tracker.studies.base import (
 )
 from tracker.studies.calibration.charts import agreement_chart, overlap_chart
 from tracker.studies.calibration.figures import SHOWN, Curve, curve_of, joined, measures
-from tracker.studies.calibration.tables import agreement_table, needed_row, needed_table
+from tracker.studies.calibration.tables import agreement_table, needed_table
 
 RELIABILITY = 0.9
 _ASSUMED = (
@@ -98,7 +98,7 @@ class Calibration:
             rankings = [joined(each) for each in zip(*(measured[n] for n in members), strict=True)]
             lacking += [f"{title}, by {one.name}: {one.reason}" for one in rankings if one.reason]
             curves = [curve_of(one, self._wanted) for one in rankings if not one.reason]
-            rows += [needed_row(title, curve) for curve in curves]
+            rows += [(title, curve) for curve in curves]
             if not rankings[0].reason:
                 cells = [subjects[n] for n in members]
                 answers.append(self._answer(cells, curves[0], curves[1:]))

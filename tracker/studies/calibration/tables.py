@@ -4,38 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.core.tables import Table
+from tracker.core.estimates import Estimate
+from tracker.core.tables import Column, Table, estimate, table
 from tracker.studies.calibration.figures import DRAWS, SHOWN, Curve
-from tracker.studies.layout import Row, entry, estimated, table
 
 
-def needed_row(title: str, curve: Curve) -> Row:
-    """Say how many documents one ranking needs."""
-    found, how = curve.needed, "extrapolated" if curve.extrapolated else "measured"
-    return (
-        title,
-        curve.name,
-        curve.documents,
-        curve.agreement(curve.half),
-        entry(curve.predicted(curve.documents), curve.doubt),
-        estimated(found),
-        how if found.value is not None else estimated(found),
+def needed_table(rows: Sequence[tuple[str, Curve]], wanted: float) -> Table:
+    """Say how many documents each ranking needs, of a title and a curve each."""
+
+    def alike(row: tuple[str, Curve]) -> Estimate:
+        curve = row[1]
+        return estimate(curve.predicted(curve.documents), curve.doubt)
+
+    def how(row: tuple[str, Curve]) -> Estimate | str:
+        if row[1].needed.value is None:
+            return row[1].needed
+        return "extrapolated" if row[1].extrapolated else "measured"
+
+    columns: tuple[Column[tuple[str, Curve]], ...] = (
+        Column("cell", "text", lambda row: row[0]),
+        Column("ranked by", "text", lambda row: row[1].name),
+        Column("documents", "count", lambda row: row[1].documents),
+        Column("two halves agree", "coefficient", lambda row: row[1].agreement(row[1].half)),
+        Column("all agree with as many others", "coefficient", alike),
+        Column(f"documents for {wanted:g}", "count", lambda row: row[1].needed),
+        Column("how", "text", how),
     )
-
-
-def needed_table(rows: Sequence[Row], wanted: float) -> Table:
-    """Set out the rows of all rankings."""
     return table(
         f"How many documents rank the layers with a reliability of {wanted:g}",
-        (
-            ("model and benchmark", "text"),
-            ("ranked by", "text"),
-            ("documents", "count"),
-            ("two halves agree", "coefficient"),
-            ("all agree with as many others", "coefficient"),
-            (f"documents for {wanted:g}", "count"),
-            ("how", "text"),
-        ),
+        columns,
         rows,
         (
             "Agreement is the mean Spearman correlation of two samples; in brackets the middle "
@@ -49,32 +46,27 @@ def needed_table(rows: Sequence[Row], wanted: float) -> Table:
 
 def agreement_table(title: str, drop: Curve) -> Table:
     """List how well samples of each size agree."""
-    rows: list[Row] = [
-        (
-            n,
-            drop.agreement(n),
-            entry(drop.predicted(n), drop.doubt),
-            drop.agreement(n, apart=False),
-            drop.agreement(n, "kendall"),
-            *(drop.agreement(n, name) for name, _, _ in drop.tops),
-        )
-        for n in drop.sizes
-        if n in SHOWN or n == drop.half
-    ]
+
+    def shared(name: str) -> Column[int]:
+        return Column(f"{name} shared", "percent", lambda n: drop.agreement(n, name))
+
+    def all_of_them(n: int) -> Estimate:
+        return drop.agreement(n, apart=False)
+
     chance = ", ".join(
         f"{k / drop.layers:.0%} of the {name}" for name, end, k in drop.tops if end == "top"
     )
     return table(
         f"{title}: agreement of random samples on the order by {drop.name}",
         (
-            ("n", "count"),
-            ("two samples", "coefficient"),
-            ("by Spearman-Brown", "coefficient"),
-            (f"a sample with all {drop.documents:,}", "coefficient"),
-            ("two samples, Kendall", "coefficient"),
-            *((f"{name} shared", "percent") for name, _, _ in drop.tops),
+            Column("n", "count", lambda n: n),
+            Column("two samples", "coefficient", drop.agreement),
+            Column("by Spearman-Brown", "coefficient", drop.predicted, drop.doubt),
+            Column(f"a sample with all {drop.documents:,}", "coefficient", all_of_them),
+            Column("two samples, Kendall", "coefficient", lambda n: drop.agreement(n, "kendall")),
+            *(shared(name) for name, _, _ in drop.tops),
         ),
-        rows,
+        [n for n in drop.sizes if n in SHOWN or n == drop.half],
         (
             f"In brackets the middle 95 % of {DRAWS} random draws. By chance two orders share "
             f"{chance}, and as many of the bottom. A sample is part of all documents, which is why "

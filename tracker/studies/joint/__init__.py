@@ -18,8 +18,8 @@ from tracker.studies.base import (
 )
 from tracker.studies.joint.charts import distance_chart, interaction_map
 from tracker.studies.joint.figures import Pairs, measured
-from tracker.studies.joint.tables import strongest, summary, summary_row
-from tracker.studies.layout import Row, written
+from tracker.studies.joint.tables import strongest, summary
+from tracker.studies.layout import written
 
 _ASSUMED = (
     "Interaction of i and j: drop(i, j) − drop(i) − drop(j), from the same documents. Above 0 the "
@@ -84,7 +84,7 @@ class Joint:
         lacking: list[str] = []
         tables: list[Table] = []
         charts: list[FoundChart] = []
-        rows: list[Row] = []
+        rows: list[tuple[CellRecord, Pairs]] = []
         for subject in subjects:
             record = subject.record
             if record.removed:
@@ -92,7 +92,7 @@ class Joint:
             measures, why = measured(subject)
             lacking += [f"{record.title}: {each}" for each in why]
             for one in measures:
-                rows.append(summary_row(record, one))
+                rows.append((record, one))
                 charts += [interaction_map(record, one), distance_chart(record, one)]
                 tables += [strongest(record, one, sign) for sign in (1, -1)]
                 answers.append(_answer(record, one))

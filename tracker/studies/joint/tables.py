@@ -6,51 +6,37 @@ from collections.abc import Sequence
 
 from tracker.core.estimates import Estimate
 from tracker.core.records import CellRecord
-from tracker.core.tables import Table
+from tracker.core.tables import Column, Table, table
 from tracker.studies.base import SIGNIFICANT
 from tracker.studies.joint.figures import Pairs
-from tracker.studies.layout import Row, entry, estimated, table
 
 STRONGEST = 10
 """Pairs of each sign that a table lists."""
 
 
-def summary_row(record: CellRecord, one: Pairs) -> Row:
-    """Sum a cell up by one measure."""
-    # Nats and percentage points stand in one column, as text.
-    mean = one.mean
-    return (
-        record.title,
-        one.measure,
-        record.n,
-        len(one.pairs),
-        int(one.floor.sum()),
-        one.said(mean)
-        if mean.value is not None
-        else Estimate(None, reason=mean.reason or "undefined"),
-        len(one.significant(1)),
-        len(one.significant(-1)),
-        estimated(one.rank),
-        estimated(one.explained),
+def summary(rows: Sequence[tuple[CellRecord, Pairs]]) -> Table:
+    """Sum up each cell by each measure."""
+
+    def mean(row: tuple[CellRecord, Pairs]) -> Estimate | str:
+        # Nats and percentage points stand in one column, as text.
+        pairs = row[1]
+        return pairs.mean if pairs.mean.value is None else pairs.said(pairs.mean)
+
+    columns: tuple[Column[tuple[CellRecord, Pairs]], ...] = (
+        Column("cell", "text", lambda row: row[0].title),
+        Column("measure", "text", lambda row: row[1].measure),
+        Column("documents", "count", lambda row: row[0].n),
+        Column("pairs", "count", lambda row: len(row[1].pairs)),
+        Column("at the floor", "count", lambda row: int(row[1].floor.sum())),
+        Column("mean interaction", "text", mean),
+        Column("redundant", "count", lambda row: len(row[1].significant(1))),
+        Column("sub-additive", "count", lambda row: len(row[1].significant(-1))),
+        Column("Spearman of sum and joint drop", "coefficient", lambda row: row[1].rank),
+        Column("R² of the sum", "coefficient", lambda row: row[1].explained),
     )
-
-
-def summary(rows: Sequence[Row]) -> Table:
-    """Set out the rows of all cells and measures."""
     return table(
         "How well the drops of two layers add up",
-        (
-            ("model and benchmark", "text"),
-            ("measure", "text"),
-            ("documents", "count"),
-            ("pairs", "count"),
-            ("at the floor", "count"),
-            ("mean interaction", "text"),
-            ("redundant", "count"),
-            ("sub-additive", "count"),
-            ("Spearman of sum and joint drop", "coefficient"),
-            ("R² of the sum", "coefficient"),
-        ),
+        columns,
         rows,
         (
             "Interaction: drop of both minus the sum of both drops, over pairs that are not at the "
@@ -64,35 +50,21 @@ def strongest(record: CellRecord, one: Pairs, sign: int) -> Table:
     """List the pairs whose interaction of a sign is the largest."""
     values = [(sign * (one.value(n) or 0), n) for n in range(len(one.pairs))]
     chosen = sorted((each for each in values if each[0] > 0), reverse=True)[:STRONGEST]
-    rows: list[Row] = []
-    for _, n in chosen:
-        found, (i, j) = one.found[n], one.pairs[n]
-        rows.append(
-            (
-                f"{i}, {j}",
-                j - i,
-                estimated(found),
-                float(one.together[n]),
-                one.alone[i],
-                one.alone[j],
-                entry(found.p_value),
-                float(one.q[n]),
-            )
-        )
     word = "redundant: together they cost more" if sign > 0 else "sub-additive: they cost less"
+    columns: tuple[Column[int], ...] = (
+        Column("layers", "text", lambda n: "{}, {}".format(*one.pairs[n])),
+        Column("apart", "count", lambda n: one.pairs[n][1] - one.pairs[n][0]),
+        Column("interaction", one.unit, lambda n: one.found[n]),
+        Column("both", one.unit, lambda n: float(one.together[n])),
+        Column("the first", one.unit, lambda n: one.alone[one.pairs[n][0]]),
+        Column("the second", one.unit, lambda n: one.alone[one.pairs[n][1]]),
+        Column("p", "p", lambda n: one.found[n].p_value),
+        Column("p, Benjamini-Hochberg", "p", lambda n: float(one.q[n])),
+    )
     return table(
         f"{record.title}: the most {word} than the sum, by {one.measure}",
-        (
-            ("layers", "text"),
-            ("apart", "count"),
-            ("interaction", one.unit),
-            ("both", one.unit),
-            ("the first", one.unit),
-            ("the second", one.unit),
-            ("p", "p"),
-            ("p, Benjamini-Hochberg", "p"),
-        ),
-        rows,
+        columns,
+        [n for _, n in chosen],
         (
             f"The largest of {int((~one.floor).sum()):,} interactions, which are therefore larger "
             "here than other documents would show.",

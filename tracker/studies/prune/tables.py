@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import counted
-from tracker.core.prune_records import PruneRecord
-from tracker.core.tables import Table
-from tracker.studies.layout import Row, entry, estimated, table
-from tracker.studies.prune.figures import OWN, TASKS, TEXT, Compared, Way
+from tracker.core.prune_records import PruneCost, PruneRecord
+from tracker.core.tables import Column, Table, Value, estimate, table
+from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Way
 
 PAPER = "LLaMA3-8B, 25 % removed, in arXiv 2605.14075"
 SHARE_OF_THE_PAPER = 0.25
 HOURS_OF_THE_PAPER = 4.6
 OF_THE_PAPER = {OWN: (0.6749, 0.5954), TASKS: (0.6504, 0.6010), TEXT: (0.5023, 0.5969)}
 """Mean test accuracies there, chosen by accuracy and by cosine; the plain text is C4."""
-_NO_MEAN = "a mean needs two benchmarks that are above chance unpruned"
+Row = TypeVar("Row")
 
 
 def tables_of(group: Compared) -> list[Table]:
@@ -37,23 +37,32 @@ def how_many(group: Compared, amount: str) -> str:
     return f"{amount} removed ({layers} of {group.layers} layers)"
 
 
-def _columns(group: Compared, unit: Unit) -> list[tuple[str, Unit]]:
-    return [*((name, unit) for name in group.benchmarks), ("mean", unit)]
+def _with_mean(
+    group: Compared,
+    unit: Unit,
+    of: Callable[[Row, str], Estimate],
+    mean: Callable[[Row], Estimate],
+) -> Iterator[Column[Row]]:
+    """State a column for each benchmark, and the mean."""
 
+    def column(name: str) -> Column[Row]:
+        return Column(name, unit, lambda row: of(row, name))
 
-def _with_mean(group: Compared, each: Iterable[Estimate], mean: Estimate) -> list[Estimate]:
-    last = estimated(mean) if len(group.counted) > 1 else Estimate(None, reason=_NO_MEAN)
-    return [*map(estimated, each), last]
+    yield from map(column, group.benchmarks)
+    none = Estimate(None, reason="a mean needs two benchmarks that are above chance unpruned")
+    yield Column("mean", unit, lambda row: mean(row) if len(group.counted) > 1 else none)
 
 
 def _accuracies(group: Compared, amount: str) -> Table:
-    rows: list[Row] = [
-        ("unpruned", *_with_mean(group, group.unpruned.values(), group.unpruned_mean))
-    ]
-    for name in group.strategies(amount):
-        way = Way(name, amount)
-        levels = [group.level(way, each) for each in group.benchmarks]
-        rows.append((name, *_with_mean(group, levels, group.level_mean(way))))
+    def level(way: Way | None, name: str) -> Estimate:
+        return group.level(way, name) if way else group.unpruned[name]
+
+    def mean(way: Way | None) -> Estimate:
+        return group.level_mean(way) if way else group.unpruned_mean
+
+    strategy: Column[Way | None] = Column(
+        "strategy", "text", lambda way: way.strategy if way else "unpruned"
+    )
     measured = ", ".join(
         f"{name} {group.metrics[name]} (n = {group.n[name]:,})" for name in group.benchmarks
     )
@@ -64,8 +73,8 @@ def _accuracies(group: Compared, amount: str) -> Table:
     return table(
         f"{group.title}: test accuracy, {how_many(group, amount)}, each benchmark pruned for by "
         "its own calibration documents",
-        [("strategy", "text"), *_columns(group, "percent")],
-        rows,
+        [strategy, *_with_mean(group, "percent", level, mean)],
+        [None, *(Way(name, amount) for name in group.strategies(amount))],
         [f"Test documents: {measured}.", *left_out, *_draws(group, amount)],
     )
 
@@ -80,79 +89,100 @@ def _draws(group: Compared, amount: str) -> list[str]:
 
 
 def _differences(group: Compared, amount: str) -> list[Table]:
-    rows: list[Row] = []
-    for each in group.beside(amount):
-        apart = [group.apart(each.one, each.other, name) for name in group.benchmarks]
-        rows.append(
-            (
-                each.other.strategy,
-                *_with_mean(group, apart, each.found),
-                entry(each.p, each.found.reason),
-            )
-        )
-    if not rows:
+    pairs = group.beside(amount)
+    if not pairs:
         return []
-    found = table(
-        f"{group.title}: by how much pruning by accuracy answers more, {how_many(group, amount)}",
-        [("than by", "text"), *_columns(group, "points"), ("p (Holm)", "p")],
-        rows,
-        [
-            f"p: of the difference on {group.over}, by sign flips of the test documents, adjusted "
-            "over the rows. Intervals are not adjusted."
-        ],
-    )
-    return [found]
+
+    def apart(row: Beside, name: str) -> Estimate:
+        return group.apart(row.one, row.other, name)
+
+    return [
+        table(
+            f"{group.title}: by how much pruning by accuracy answers more, "
+            f"{how_many(group, amount)}",
+            [
+                Column("than by", "text", lambda row: row.other.strategy),
+                *_with_mean(group, "points", apart, lambda row: row.found),
+                Column("p (Holm)", "p", _p),
+            ],
+            pairs,
+            [
+                f"p: of the difference on {group.over}, by sign flips of the test documents, "
+                "adjusted over the rows. Intervals are not adjusted."
+            ],
+        )
+    ]
+
+
+def _p(row: Beside) -> Estimate:
+    return estimate(row.p, row.found.reason)
 
 
 def _calibrations(group: Compared, amount: str) -> list[Table]:
     pairs = group.calibrated(amount)
     if not any(each.one.calibration != OWN for each in pairs):
         return []
-    rows: list[Row] = [
-        (
-            each.one.calibration,
-            estimated(group.level_mean(each.one)),
-            estimated(group.level_mean(each.other)),
-            estimated(each.found),
-            entry(each.p, each.found.reason),
-        )
-        for each in pairs
-    ]
     theirs = ", ".join(
         f"on {name} {100 * ours:.2f} and {100 * cosine:.2f}"
         for name, (ours, cosine) in OF_THE_PAPER.items()
     )
-    found = table(
-        f"{group.title}: what calibrates, {how_many(group, amount)}, {group.over}",
-        [
-            ("calibrated on", "text"),
-            ("by accuracy", "percent"),
-            (f"by {pairs[0].other.strategy}", "percent"),
-            ("difference", "points"),
-            ("p (Holm)", "p"),
-        ],
-        rows,
-        [f"{PAPER}: {theirs} %, by accuracy and by cosine; plain text there is C4."],
+    columns: tuple[Column[Beside], ...] = (
+        Column("calibrated on", "text", lambda row: row.one.calibration),
+        Column("by accuracy", "percent", lambda row: group.level_mean(row.one)),
+        Column(
+            *(f"by {pairs[0].other.strategy}", "percent"), lambda row: group.level_mean(row.other)
+        ),
+        Column("difference", "points", lambda row: row.found),
+        Column("p (Holm)", "p", _p),
     )
-    return [found]
+    return [
+        table(
+            f"{group.title}: what calibrates, {how_many(group, amount)}, {group.over}",
+            columns,
+            pairs,
+            [f"{PAPER}: {theirs} %, by accuracy and by cosine; plain text there is C4."],
+        )
+    ]
 
 
 def _costs(group: Compared) -> Table:
-    rows = [_cost(group, way) for way in group.ways if group.searches(way)]
+    def column(
+        label: str, unit: Unit, of: Callable[[Sequence[PruneRecord]], Value], otherwise: str = ""
+    ) -> Column[Way]:
+        return Column(label, unit, lambda way: of(group.searches(way)), otherwise)
+
+    def mean(of: Callable[[PruneCost], float]) -> Callable[[Sequence[PruneRecord]], float]:
+        return lambda searches: statistics.fmean(of(one.cost) for one in searches)
+
+    def seconds(searches: Sequence[PruneRecord]) -> float | None:
+        known = [one.cost.seconds for one in searches if one.cost.seconds is not None]
+        return statistics.fmean(known) if len(known) == len(searches) else None
+
+    def unsure(way: Way) -> str | None:
+        steps, compared = group.unsure(way)
+        return f"{len(steps)} of {compared}" if compared else None
+
+    def calibrated_on(way: Way) -> str:
+        return way.calibration if documents(group.searches(way)) else "no documents"
+
+    columns = [
+        Column("strategy", "text", lambda way: way.strategy),
+        Column("amount", "text", lambda way: way.amount),
+        Column("calibrated on", "text", calibrated_on),
+        column("searches", "count", len),
+        column("documents", "count", documents),
+        column("evaluations", "count", mean(lambda cost: cost.evaluations)),
+        column("passes", "times", mean(lambda cost: cost.passes)),
+        column("seconds", "times", seconds, "measured by a tracker that did not say"),
+        Column(
+            *("choices not told apart", "text", unsure),
+            "nothing was compared document by document",
+        ),
+    ]
     return table(
         f"{group.title}: what a search cost",
-        [
-            ("strategy", "text"),
-            ("amount", "text"),
-            ("calibrated on", "text"),
-            ("searches", "count"),
-            ("documents", "count"),
-            ("evaluations", "count"),
-            ("passes", "times"),
-            ("seconds", "times"),
-            ("choices not told apart", "text"),
-        ],
-        rows,
+        columns,
+        [way for way in group.ways if group.searches(way)],
         [
             "Means of the searches: one a benchmark and draw, or one for all of them. "
             "Evaluations and passes are of all of a search's calibration documents; not told "
@@ -160,28 +190,6 @@ def _costs(group: Compared) -> Table:
             f"{PAPER}, by accuracy: 228 evaluations in about {HOURS_OF_THE_PAPER} h, another model "
             "on another machine.",
         ],
-    )
-
-
-def _cost(group: Compared, way: Way) -> Row:
-    searches = group.searches(way)
-    unsure, compared = group.unsure(way)
-    seconds = [record.cost.seconds for record in searches]
-    known = [each for each in seconds if each is not None]
-    return (
-        way.strategy,
-        way.amount,
-        way.calibration if documents(searches) else "no documents",
-        len(searches),
-        documents(searches),
-        statistics.fmean(record.cost.evaluations for record in searches),
-        statistics.fmean(record.cost.passes for record in searches),
-        statistics.fmean(known)
-        if len(known) == len(seconds)
-        else Estimate(None, reason="measured by a tracker that did not say"),
-        f"{len(unsure)} of {compared}"
-        if compared
-        else Estimate(None, reason="nothing was compared document by document"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tracker.core.findings import Line, LineChart
 from tracker.studies.layout import gaps
 from tracker.studies.rescale.figures import NAMES, Costs
-from tracker.studies.rescale.tables import drop_unit, in_unit
+from tracker.studies.rescale.tables import in_unit
 
 
 def drop_chart(cell: Costs) -> LineChart:
@@ -14,7 +14,7 @@ def drop_chart(cell: Costs) -> LineChart:
         title=f"{cell.name}: {cell.measure.change} with something in the layer's place",
         x="layer (0-based)",
         y=f"{cell.measure.change}{in_unit(cell.measure)}",
-        unit=drop_unit(cell.measure),
+        unit=cell.measure.form,
         places=cell.layers,
         lines=tuple(Line(name=NAMES[way], values=gaps(cell.drops[way])) for way in cell.drops),
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tracker.core.estimates import Estimate
 from tracker.core.formats import points
-from tracker.core.tables import Table
-from tracker.studies.layout import entry, estimated, table
+from tracker.core.tables import Column, Table, estimate, table
 from tracker.studies.savings.figures import (
     ORDERS,
     POWER,
@@ -45,39 +45,29 @@ def _fine(distance: float) -> str:
     return f"{100 * distance:.2g}"
 
 
+def _early(one: Replayed) -> float:
+    return float((one.answered & (one.documents < 1)).mean())
+
+
 def savings_table(cell: MeasuredDocuments, found: Sequence[Replayed]) -> Table:
     """List what each question took."""
     ended = _ended(cell)
-    rows = [
-        (
-            str(one.asked),
-            entry(most(one.documents, 0.5), ended),
-            entry(most(one.documents, 0.9), ended),
-            entry(most(one.passes, 0.5), ended),
-            entry(most(one.passes, 0.9), ended),
-            entry(times(cell, one) or None, ended),
-            float((one.answered & (one.documents < 1)).mean()),
-            float(one.answered.mean()),
-            float(one.wrong.mean()),
-            1 - one.asked.level,
-        )
-        for one in found
-    ]
+    columns: tuple[Column[Replayed], ...] = (
+        Column("question", "text", lambda one: str(one.asked)),
+        Column("documents", "percent", lambda one: most(one.documents, 0.5), ended),
+        Column("documents, nine of ten", "percent", lambda one: most(one.documents, 0.9), ended),
+        Column("layer passes", "percent", lambda one: most(one.passes, 0.5), ended),
+        Column("layer passes, nine of ten", "percent", lambda one: most(one.passes, 0.9), ended),
+        Column("fewer than lm-eval", "times", lambda one: times(cell, one) or None, ended),
+        Column("answered before the end", "percent", _early),
+        Column("answered by the end", "percent", lambda one: float(one.answered.mean())),
+        Column("wrong", "percent", lambda one: float(one.wrong.mean())),
+        Column("promised", "percent", lambda one: 1 - one.asked.level),
+    )
     return table(
         f"{cell.title}: what each question takes, by {extent(cell)}",
-        (
-            ("question", "text"),
-            ("documents", "percent"),
-            ("documents, nine of ten", "percent"),
-            ("layer passes", "percent"),
-            ("layer passes, nine of ten", "percent"),
-            ("fewer than lm-eval", "times"),
-            ("answered before the end", "percent"),
-            ("answered by the end", "percent"),
-            ("wrong", "percent"),
-            ("promised", "percent"),
-        ),
-        rows,
+        columns,
+        found,
         (
             f"Documents and layer passes: the median of {ORDERS} random orders, and what nine of "
             "ten took at most, of those that all documents of the split and all runs take. Fewer "
@@ -93,26 +83,21 @@ def bounds_table(
 ) -> Table:
     """List what bounds each question."""
     ended = _ended(cell)
-    rows = [
-        (
-            str(one.asked),
-            named(bound),
-            bound.sd,
-            estimated(bound.documents),
-            entry(most(one.documents, 0.5) * cell.population, ended),
-        )
-        for one, bound in zip(found, bounds, strict=True)
-    ]
+
+    def raced(row: tuple[Replayed, Hardest]) -> Estimate:
+        return estimate(most(row[0].documents, 0.5) * cell.population, ended)
+
+    columns: tuple[Column[tuple[Replayed, Hardest]], ...] = (
+        Column("question", "text", lambda row: str(row[0].asked)),
+        Column("the hardest to know", "text", lambda row: named(row[1])),
+        Column("standard deviation of a document", "points", lambda row: row[1].sd),
+        Column("documents of one look", "count", lambda row: row[1].documents),
+        Column("documents of the race", "count", raced),
+    )
     return table(
         f"{cell.title}: what bounds each question",
-        (
-            ("question", "text"),
-            ("the hardest to know", "text"),
-            ("standard deviation of a document", "points"),
-            ("documents of one look", "count"),
-            ("documents of the race", "count"),
-        ),
-        rows,
+        columns,
+        zip(found, bounds, strict=True),
         (
             "For a set: the last one in and the first one out, with how far they are apart, what "
             "is tolerated included, and the standard deviation of their difference. One look: "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from tracker.core.estimates import Estimate, Unit
-from tracker.core.records import CellRecord, RunRecord
-from tracker.core.tables import Table
-from tracker.studies.layout import Row, entry, estimated, table
-from tracker.studies.snowball.figures import ALL, COSINE, END, LAST, Figures
+from tracker.core.formats import measure_of
+from tracker.core.tables import Column, Table, Value, estimate, table
+from tracker.studies.snowball.figures import ALL, COSINE, END, LAST, Explained, Figures, Tokens
 
 NOT_MEASURED = "its removal is not measured; add the layer to 'layer' in the file"
 _VERDICTS = {1: "grows", -1: "shrinks", 0: "undecided"}
@@ -21,47 +21,52 @@ def layer_table(each: Figures) -> Table:
     removed = tokens.removed
     by_cosine = explained.ranks(explained.cosine) if explained else {}
     by_drop = explained.ranks(explained.drops) if explained else {}
-    rows: list[Row] = []
-    for layer, (total, sign) in enumerate(zip(removed.total, removed.signs, strict=True)):
-        run, why = runs.get(layer), total.reason or LAST
-        steps = len(removed.total) - 1 - layer
-        rows.append(
-            (
-                layer,
-                entry(removed.paths[layer, layer], "not finite"),
-                entry(removed.paths[layer, -1], "not finite"),
-                estimated(total),
-                entry(removed.a_layer(layer), why),
-                Estimate(None, reason=why)
-                if total.value is None
-                else f"{removed.growing_steps(layer)} of {steps}",
-                Estimate(None, reason=why) if sign is None else _VERDICTS[sign],
-                entry(tokens.random.total[layer].value, why),
-                entry(tokens.shuffled.total[layer].value, why),
-                entry(tokens.handed_on[layer].value, why),
-                _drop(each.cell, run) if run else Estimate(None, reason=NOT_MEASURED),
-                entry(by_cosine.get(layer), NOT_MEASURED),
-                entry(by_drop.get(layer), NOT_MEASURED),
-            )
-        )
+
+    def beside(label: str, value: Callable[[int], Value], unit: Unit = "times") -> Column[int]:
+        """State a column that is undefined where the growth is not, for the same reason."""
+
+        def entry(layer: int) -> Value:
+            why = removed.total[layer].reason or LAST
+            found = value(layer)
+            return estimate(found, why) if found is None or isinstance(found, float) else found
+
+        return Column(label, unit, entry)
+
+    def steps(layer: int) -> str | None:
+        if removed.total[layer].value is None:
+            return None
+        return f"{removed.growing_steps(layer)} of {len(removed.total) - 1 - layer}"
+
+    def verdict(layer: int) -> str | None:
+        sign = removed.signs[layer]
+        return None if sign is None else _VERDICTS[sign]
+
+    def drop(layer: int) -> Estimate:
+        run = runs.get(layer)
+        if run is None:
+            return Estimate(None, reason=NOT_MEASURED)
+        why = each.cell.reason_of("accuracy_drop", run)
+        return estimate(run.accuracy_drop, why, run.accuracy_drop_low, run.accuracy_drop_high)
+
+    columns: tuple[Column[int], ...] = (
+        Column("layer", "count", lambda layer: layer),
+        Column("behind it", "percent", lambda i: removed.paths[i, i], "not finite"),
+        Column("before the head", "percent", lambda i: removed.paths[i, -1], "not finite"),
+        Column("growth", "times", removed.total.__getitem__),
+        beside("a layer", removed.a_layer),
+        beside("growing steps", steps, "text"),
+        beside("verdict", verdict, "text"),
+        beside("random", lambda layer: tokens.random.total[layer].value),
+        beside("other tokens'", lambda layer: tokens.shuffled.total[layer].value),
+        beside("as handed on", lambda layer: tokens.handed_on[layer].value),
+        Column("drop", measure_of(each.cell).form, drop),
+        Column("cosine rank", "count", by_cosine.get, NOT_MEASURED),
+        Column("drop rank", "count", by_drop.get, NOT_MEASURED),
+    )
     return table(
         f"{each.cell.heading}: the relative difference after each layer's removal",
-        (
-            ("layer", "count"),
-            ("behind it", "percent"),
-            ("before the head", "percent"),
-            ("growth", "times"),
-            ("a layer", "times"),
-            ("growing steps", "text"),
-            ("verdict", "text"),
-            ("random", "times"),
-            ("other tokens'", "times"),
-            ("as handed on", "times"),
-            ("drop", _drop_unit(each)),
-            ("cosine rank", "count"),
-            ("drop rank", "count"),
-        ),
-        rows,
+        columns,
+        range(len(removed.total)),
         (
             f"{each.documents} documents; geometric means over them, growth with 95 % intervals "
             "from resampling them. Verdict: Wilcoxon's signed rank test, Holm over layers, 5 %, "
@@ -74,53 +79,49 @@ def layer_table(each: Figures) -> Table:
     )
 
 
-def _drop(cell: CellRecord, run: RunRecord) -> Estimate:
-    low, high = run.accuracy_drop_low, run.accuracy_drop_high
-    return entry(run.accuracy_drop, cell.reason_of("accuracy_drop", run), low, high)
+class _Predictor(NamedTuple):
+    """A row: what orders the layers, beside what, how well, and by how much better than cosine."""
 
-
-def _drop_unit(each: Figures) -> Unit:
-    return "points" if each.cell.higher_is_better else "score"
+    name: str
+    beside: str
+    found: Estimate
+    better: Estimate
+    layers: int
 
 
 def predictors(each: Figures) -> Table:
     """What orders the layers as their drops do, and what cosine leaves over."""
     explained = each.explained
-    rows: list[Row] = []
+    rows: list[_Predictor] = []
     if explained is not None:
-        for name, found in explained.predictors.items():
-            better = explained.better.get(name)
-            rows.append(
-                (
-                    name,
-                    "drop",
-                    estimated(found),
-                    entry(found.p_value, found.reason),
-                    estimated(better, "it is the one compared with"),
-                    len(explained.layers),
-                )
+        itself = Estimate(None, reason="it is the one compared with")
+        none = Estimate(None, reason="a partial correlation is compared with none")
+        rows = [
+            _Predictor(
+                name, "drop", found, explained.better.get(name, itself), len(explained.layers)
             )
-        for name, found in explained.partial.items():
-            rows.append(
-                (
-                    name,
-                    "drop, cosine score held fixed",
-                    estimated(found),
-                    entry(found.p_value, found.reason),
-                    Estimate(None, reason="a partial correlation is compared with none"),
-                    explained.followed,
-                )
-            )
+            for name, found in explained.predictors.items()
+        ]
+        held = "drop, cosine score held fixed"
+        rows += [
+            _Predictor(name, held, found, none, explained.followed)
+            for name, found in explained.partial.items()
+        ]
+
+    def p(row: _Predictor) -> Estimate:
+        return estimate(row.found.p_value, row.found.reason)
+
+    columns: tuple[Column[_Predictor], ...] = (
+        Column("of each layer", "text", lambda row: row.name),
+        Column("beside", "text", lambda row: row.beside),
+        Column("Spearman", "coefficient", lambda row: row.found),
+        Column("p", "p", p),
+        Column("better than cosine by", "coefficient", lambda row: row.better),
+        Column("layers", "count", lambda row: row.layers),
+    )
     return table(
         f"{each.cell.heading}: what orders the layers as their drops do",
-        (
-            ("of each layer", "text"),
-            ("beside", "text"),
-            ("Spearman", "coefficient"),
-            ("p", "p"),
-            ("better than cosine by", "coefficient"),
-            ("layers", "count"),
-        ),
+        columns,
         rows,
         (
             "Intervals: documents drawn anew. p: against series as smooth over depth that are "
@@ -131,47 +132,46 @@ def predictors(each: Figures) -> Table:
 
 def summary(found: Sequence[Figures]) -> Table:
     """One row a cell."""
-    rows: list[Row] = []
-    for each in found:
-        tokens = each.tokens[ALL]
-        signs, beside = Counter(tokens.removed.signs), Counter(tokens.beside_signs)
-        explained = each.explained
-        rows.append(
-            (
-                each.cell.model.name,
-                each.cell.benchmark.title,
-                each.documents,
-                signs[1],
-                signs[-1],
-                signs[0],
-                entry(tokens.removed.median, "no layer's growth is defined"),
-                entry(tokens.random.median, "no layer's growth is defined"),
-                beside[1],
-                beside[-1],
-                estimated(explained.predictors[COSINE] if explained else None, NOT_MEASURED),
-                estimated(explained.predictors[END] if explained else None, NOT_MEASURED),
-                estimated(
-                    explained.partial["growth after removal"] if explained else None, NOT_MEASURED
-                ),
-            )
-        )
+
+    def signs(of: Callable[[Tokens], Iterable[int | None]], sign: int) -> Callable[[Figures], int]:
+        return lambda each: Counter(of(each.tokens[ALL]))[sign]
+
+    def explains(find: Callable[[Explained], Estimate]) -> Callable[[Figures], Estimate | None]:
+        return lambda each: find(each.explained) if each.explained else None
+
+    def removed(tokens: Tokens) -> Iterable[int | None]:
+        return tokens.removed.signs
+
+    def beside(tokens: Tokens) -> Iterable[int | None]:
+        return tokens.beside_signs
+
+    none, unmeasured = "no layer's growth is defined", NOT_MEASURED
+    growth = explains(lambda explained: explained.partial["growth after removal"])
+    columns: tuple[Column[Figures], ...] = (
+        Column("model", "text", lambda each: each.cell.model.name),
+        Column("benchmark", "text", lambda each: each.cell.benchmark.title),
+        Column("documents", "count", lambda each: each.documents),
+        Column("layers that grow", "count", signs(removed, 1)),
+        Column("shrink", "count", signs(removed, -1)),
+        Column("undecided", "count", signs(removed, 0)),
+        Column("median growth", "times", lambda each: each.tokens[ALL].removed.median, none),
+        Column("of random directions", "times", lambda each: each.tokens[ALL].random.median, none),
+        Column("removal grows more", "count", signs(beside, 1)),
+        Column("less", "count", signs(beside, -1)),
+        Column(
+            "cosine ~ drop", "coefficient", explains(lambda e: e.predictors[COSINE]), unmeasured
+        ),
+        Column(
+            "before the head ~ drop",
+            "coefficient",
+            explains(lambda e: e.predictors[END]),
+            unmeasured,
+        ),
+        Column("growth ~ drop given cosine", "coefficient", growth, unmeasured),
+    )
     return table(
         "Does it snowball?",
-        (
-            ("model", "text"),
-            ("benchmark", "text"),
-            ("documents", "count"),
-            ("layers that grow", "count"),
-            ("shrink", "count"),
-            ("undecided", "count"),
-            ("median growth", "times"),
-            ("of random directions", "times"),
-            ("removal grows more", "count"),
-            ("less", "count"),
-            ("cosine ~ drop", "coefficient"),
-            ("before the head ~ drop", "coefficient"),
-            ("growth ~ drop given cosine", "coefficient"),
-        ),
-        rows,
+        columns,
+        found,
         ("~: Spearman's coefficient over layers, with 95 % intervals over documents.",),
     )
