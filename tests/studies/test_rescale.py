@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tracker import api
 from tracker.cli import main
-from tracker.core.formats import Measure
+from tracker.core.formats import ACCURACY, Measure
 from tracker.ledger.outcomes import METRIC
 from tracker.studies import rescale as module
 from tracker.studies.base import grouped
@@ -103,11 +103,10 @@ def test_removed_layers_are_refused(tiny_llama, experiment, refused) -> None:
     assert "leave 'removed' out of" in refused("rescale", path)
 
 
-PP = Measure("accuracy", "accuracy drop", "%", "pp", 100, 1)
-BITS = Measure("loss", "loss increase", "bits per byte", "bits per byte", 1, 3)
+BITS = Measure("loss", "loss increase", "bits per byte", "bits per byte", "score", "score")
 
 
-def costs(measure: Measure = PP, scale: float = 0.1, p: float | None = 0.001) -> Costs:
+def costs(measure: Measure = ACCURACY, scale: float = 0.1, p: float | None = 0.001) -> Costs:
     """A cell of three layers: nothing costs 2 × `scale` on average, a factor 1.6, and so on."""
     drops = {
         way: scale * np.array([1.0, 2, 3]) * share
