@@ -135,7 +135,7 @@ def test_a_loss_is_said_in_its_own_unit() -> None:
     assert cost == (
         "A layer costs 2.300 bits per byte when it is removed, 1.840 bits per byte with a factor, "
         "1.380 bits per byte with its mean update, 0.690 bits per byte with a linear map; over 1 "
-        "cell (50 documents)."
+        "benchmark (50 documents)."
     )
     assert won_back.startswith("Won back of the loss increase: a factor 20 %")
     head = summary([cell]).headings[2]
