@@ -105,11 +105,11 @@ def test_the_csv_of_a_table_holds_exact_figures(
         rows = read_csv(visit, box.get_by_role("button", name="CSV"))
         for row, one in zip(rows, board.layers, strict=True):
             assert row["rank"] == ("" if one.rank is None else str(one.rank))
-            relevance = "mean relevance (95 % interval)"
+            relevance = "mean relevance with 95 % interval"
             assert float(row[relevance]) == one.relevance.value
             assert float(row[f"{relevance}: low"]) == one.relevance.low
             assert float(row[f"{relevance}: high"]) == one.relevance.high
-            drop = float(row["mean accuracy drop (95 % interval), pp"])
+            drop = float(row["mean accuracy drop with 95 % interval (pp)"])
             assert drop == pytest.approx(100 * one.drop.value, rel=1e-14)
             assert float(row["mean cosine score (1 − cos)"]) == one.cosine_score
 
@@ -137,7 +137,7 @@ def test_all_layers_are_downloaded_unrounded(
             path = tmp_path / download.value.suggested_filename
             download.value.save_as(path)
             # CSV knows no whole numbers of which some are missing.
-            frame = read(path).astype({"sample_seed": "Int64"})
+            frame = read(path).astype(wanted.select_dtypes("number").dtypes)
             assert list(frame.columns) == list(wanted.columns)
             numbers = wanted.select_dtypes("number").columns
             pd.testing.assert_frame_equal(frame[numbers], wanted[numbers], check_exact=True)

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracker.cli.terminal import say, table
+from tracker.cli.terminal import print_table, say
 
 if TYPE_CHECKING:
     from tracker.core.findings import FindingRecord
     from tracker.core.records import CellRecord, RunIdentity
-    from tracker.core.tables import Table
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.export.facts import Exported
     from tracker.pruning.search.planning import PlannedSearch, PlannedTest
@@ -32,18 +31,6 @@ def print_damage(damaged: Mapping[str, str]) -> None:
     """Say what of a results folder cannot be used, and what to do."""
     for path, what in damaged.items():
         say(f"damaged: {path}: {what}", error=True)
-
-
-def print_table(made: Table) -> None:
-    """Print a table, without its notes."""
-    from tracker.core.tables import headed, written
-
-    rows = [
-        [written(entry, heading) for entry, heading in zip(row, made.headings, strict=True)]
-        for row in made.rows
-    ]
-    columns = [(headed(heading), heading.unit != "text") for heading in made.headings]
-    table(columns, [[value.text for value in row] for row in rows], made.title)
 
 
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
@@ -155,57 +142,49 @@ def runnable(location: str) -> str:
 
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     """Print what an experiment will cost, at a rate or at the one that is measured here."""
+    from tracker.core.tables import Column, table
     from tracker.stats.power import ALPHA, MEANT, POWER
 
     rates = _Rates(gflops)
-    columns = (
-        "model",
-        "benchmark",
-        "runs",
-        "documents",
-        "tokens",
-        "layer passes",
-        "TFLOP",
-        "lm-eval loop",
-        "self-check",
-        "memory",
-        "time at least",
-        "reveals",
-        f"for {100 * MEANT:.0f} pp",
-    )
-    rows = []
-    seconds = 0.0
-    for cell in cells:
-        cost = cell.cost
-        spent = rates.seconds(cost.flops, cell.dtype)
+
+    def seconds(cell: PlannedCell) -> float:
         if cell.measured or cell.shared:
-            spent = 0.0
-        elif cell.expected is not None:
-            spent *= cell.expected.share[0]
-        seconds += spent
-        row = (
-            cell.request.model,
-            " ".join(filter(None, (cell.request.benchmark, cell.request.part))),
-            cell.runs,
-            f"{cost.documents:,}",
-            f"{cost.tokens:,}",
-            f"{cost.layer_passes:,.0f}",
-            f"{cost.flops / 1e12:,.1f}",
-            f"{cost.naive_flops / cost.flops:.1f} × the TFLOP",
-            f"{100 * cost.check_layer_passes / cost.layer_passes:.1f} %",
-            f"{cost.peak_bytes / 2**30:.1f} GiB",
-            "measured already"
-            if cell.measured
-            else "as above"
-            if cell.shared
-            else _duration(spent),
-            *_revealed(cell),
-        )
-        rows.append(row)
-    table([(name, name not in ("model", "benchmark")) for name in columns], rows)
+            return 0.0
+        share = 1.0 if cell.expected is None else cell.expected.share[0]
+        return share * rates.seconds(cell.cost.flops, cell.dtype)
+
+    def benchmark(cell: PlannedCell) -> str:
+        return " ".join(filter(None, (cell.request.benchmark, cell.request.part)))
+
+    def at_least(cell: PlannedCell) -> str:
+        taken = "as above" if cell.shared else _duration(seconds(cell))
+        return "measured already" if cell.measured else taken
+
+    def loop(cell: PlannedCell) -> str:
+        return f"{cell.cost.naive_flops / cell.cost.flops:.1f} × the TFLOP"
+
+    def check(cell: PlannedCell) -> str:
+        return f"{100 * cell.cost.check_layer_passes / cell.cost.layer_passes:.1f} %"
+
+    columns: tuple[Column[PlannedCell], ...] = (
+        Column("model", "text", lambda cell: cell.request.model),
+        Column("benchmark", "text", benchmark),
+        Column("runs", "count", lambda cell: str(cell.runs)),
+        Column("documents", "count", lambda cell: cell.cost.documents),
+        Column("tokens", "count", lambda cell: cell.cost.tokens),
+        Column("layer passes", "count", lambda cell: cell.cost.layer_passes),
+        Column("TFLOP", "count", lambda cell: f"{cell.cost.flops / 1e12:,.1f}"),
+        Column("lm-eval loop", "count", loop),
+        Column("self-check", "count", check),
+        Column("memory", "count", lambda cell: f"{cell.cost.peak_bytes / 2**30:.1f} GiB"),
+        Column("time at least", "count", at_least),
+        Column("reveals", "count", lambda cell: _revealed(cell)[0]),
+        Column(f"for {100 * MEANT:.0f} pp", "count", lambda cell: _revealed(cell)[1]),
+    )
+    print_table(table("", columns, cells))
     say(
-        f"{sum(cell.runs for cell in cells)} runs, at least {_duration(seconds)} at {rates}; real "
-        "work reaches a part of that rate. "
+        f"{sum(cell.runs for cell in cells)} runs, at least "
+        f"{_duration(sum(map(seconds, cells)))} at {rates}; real work reaches a part of that rate. "
         "self-check: what the model answers once more, plainly; besides, each architecture is "
         "checked once on a miniature, which takes a fraction of a second a layer and is kept in "
         "the results folder"
@@ -254,43 +233,49 @@ def print_plan_of_searches(
 ) -> None:
     """Print what searches and their tests will cost, at a rate or at the one measured here."""
     from tracker.core.formats import DASH
+    from tracker.core.tables import Column, table
+    from tracker.pruning.search.planning import PlannedTest
 
     rates = _Rates(gflops)
 
-    def times(naive: float | None, flops: float) -> str:
-        return f"{naive / flops:.1f} × the TFLOP" if naive and flops else DASH
+    def name(row: PlannedSearch | PlannedTest) -> str:
+        if isinstance(row, PlannedTest):
+            return f"{row.request.benchmark}: test"
+        return f"{row.request.cell.benchmark}: {row.request.strategy}, {row.request.asked}"
 
-    rows = [
-        (
-            f"{search.request.cell.benchmark}: {search.request.strategy}, {search.request.asked}",
-            ", ".join(each.benchmark for each in search.request.calibration()) or DASH,
-            f"{search.documents:,}",
-            f"{search.steps:,}",
-            f"{'at most ' if search.at_most else ''}{search.evaluations:,.0f}",
-            f"{search.passes:,.1f}",
-            f"{search.flops / 1e12:,.1f}",
-            times(search.naive_flops, search.flops),
-            _duration(rates.seconds(search.flops, search.dtype)),
-        )
-        for search in searches
-    ]
-    rows += [
-        (
-            f"{test.request.benchmark}: test",
-            DASH,
-            f"{test.documents:,}",
-            DASH,
-            f"{test.sets:,}",
-            DASH,
-            f"{test.flops / 1e12:,.1f}",
-            times(test.naive_flops, test.flops),
-            _duration(rates.seconds(test.flops, test.dtype)),
-        )
-        for test in tests
-    ]
-    heads = ("search", "calibrated on", "documents", "steps", "evaluations", "passes", "TFLOP")
-    columns = (*heads, "lm-eval loop", "time at least")
-    table([(name, name not in heads[:2]) for name in columns], rows)
+    def calibrated_on(row: PlannedSearch | PlannedTest) -> str:
+        if isinstance(row, PlannedTest):
+            return DASH
+        return ", ".join(each.benchmark for each in row.request.calibration()) or DASH
+
+    def evaluations(row: PlannedSearch | PlannedTest) -> str:
+        if isinstance(row, PlannedTest):
+            return f"{row.sets:,}"
+        return f"{'at most ' if row.at_most else ''}{row.evaluations:,.0f}"
+
+    def loop(row: PlannedSearch | PlannedTest) -> str:
+        known = row.naive_flops and row.flops
+        return f"{(row.naive_flops or 0) / row.flops:.1f} × the TFLOP" if known else DASH
+
+    columns: tuple[Column[PlannedSearch | PlannedTest], ...] = (
+        Column("search", "text", name),
+        Column("calibrated on", "text", calibrated_on),
+        Column("documents", "count", lambda row: row.documents),
+        Column("steps", "count", lambda row: DASH if isinstance(row, PlannedTest) else row.steps),
+        Column("evaluations", "count", evaluations),
+        Column(
+            *("passes", "count"),
+            lambda row: DASH if isinstance(row, PlannedTest) else f"{row.passes:,.1f}",
+        ),
+        Column("TFLOP", "count", lambda row: f"{row.flops / 1e12:,.1f}"),
+        Column("lm-eval loop", "count", loop),
+        Column(
+            *("time at least", "count"),
+            lambda row: _duration(rates.seconds(row.flops, row.dtype)),
+        ),
+    )
+    rows: list[PlannedSearch | PlannedTest] = [*searches, *tests]
+    print_table(table("", columns, rows))
     spent = [(one.flops, one.dtype) for one in searches]
     spent += [(one.flops, one.dtype) for one in tests]
     seconds = sum(rates.seconds(*each) for each in spent)

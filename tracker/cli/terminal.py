@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
+
+    from tracker.core.tables import Table
 
 EVERY = 300
 """Seconds between two lines about some work where no terminal shows its bar."""
@@ -39,35 +40,36 @@ def begin() -> None:
     say("reading models and benchmarks", error=True)
 
 
-def table(
-    columns: Iterable[tuple[str, bool]], rows: Iterable[Iterable[object]], title: str = ""
-) -> None:
-    """Print a table; figures never wrap.
-
-    A column is its head and whether it holds numbers, which stand at the right.
-    """
-    from rich.table import Table
+def print_table(made: Table) -> None:
+    """Print a table, without its notes; figures never wrap and stand at the right."""
+    from rich.table import Table as Printed
     from rich.text import Text
 
-    found = Table(
-        title=Text(shown(title), style="bold") if title else None,
+    from tracker.core.tables import headed, written
+
+    printed = Printed(
+        title=Text(shown(made.title), style="bold") if made.title else None,
         title_justify="left",
         box=None,
         pad_edge=False,
         header_style="bold",
     )
-    lines = [[Text(shown(cell)) for cell in row] for row in rows]
-    for place, (head, number) in enumerate(columns):
+    lines = [
+        [Text(shown(written(e, h).text)) for e, h in zip(row, made.headings, strict=True)]
+        for row in made.rows
+    ]
+    for place, heading in enumerate(made.headings):
+        number = heading.unit != "text"
         widest = max((line[place].cell_len for line in lines), default=0)
-        found.add_column(
-            Text(shown(head)),
+        printed.add_column(
+            Text(shown(headed(heading))),
             justify="right" if number else "left",
             min_width=widest * number,
             overflow="fold",
         )
     for line in lines:
-        found.add_row(*line)
-    console().print(found)
+        printed.add_row(*line)
+    console().print(printed)
 
 
 class Show:

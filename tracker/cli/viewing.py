@@ -21,11 +21,12 @@ from tracker.cli.options import (
     trust,
 )
 from tracker.cli.printing import counted, print_boards, print_damage, runnable
-from tracker.cli.terminal import Show, begin, say, table
+from tracker.cli.terminal import Show, begin, print_table, say
 
 if TYPE_CHECKING:
     from tracker.api import Reported
     from tracker.core.records import CellRecord
+    from tracker.ledger.verify import VerifiedCell
 
 
 @main.command()
@@ -201,29 +202,40 @@ def list_cells(results: Path) -> None:
       tracker ls --results results
     """
     from tracker import api
+    from tracker.core.tables import Column, table
     from tracker.report.wording import row_labels
 
     damaged: dict[str, str] = {}
     unfinished: dict[str, tuple[int, str]] = {}
-    rows = []
     cells = api.ls(results, damaged, unfinished)
-    for cell, (model, extra) in zip(cells, row_labels(cells), strict=True):
-        measured = len(cell.runs)
+    labels = dict(zip(map(id, cells), row_labels(cells), strict=True))
+
+    def benchmark(cell: CellRecord) -> str:
+        extra = labels[id(cell)][1]
         which = (cell.benchmark.title, cell.beneath, f"({cell.metric})", extra and f"· {extra}")
-        rows.append(
-            (
-                model,
-                " ".join(filter(None, which)),
-                cell.benchmark.num_fewshot,
-                _documents(cell),
-                f"{len({run.layer for run in cell.runs})} of {cell.model.layers}",
-                " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing))))),
-                "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}",
-                cell.key[:12],
-            )
-        )
-    names = ("model", "benchmark", "shots", "documents", "layers", "runs", "baseline", "key")
-    table([(name, name in ("shots", "documents", "runs")) for name in names], rows)
+        return " ".join(filter(None, which))
+
+    def layers(cell: CellRecord) -> str:
+        return f"{len({run.layer for run in cell.runs})} of {cell.model.layers}"
+
+    def runs(cell: CellRecord) -> str:
+        measured = len(cell.runs)
+        return " of ".join(dict.fromkeys((str(measured), str(measured + len(cell.missing)))))
+
+    def baseline(cell: CellRecord) -> str:
+        return "–" if cell.baseline_accuracy is None else f"{cell.baseline_accuracy:.3f}"
+
+    columns: tuple[Column[CellRecord], ...] = (
+        Column("model", "text", lambda cell: labels[id(cell)][0]),
+        Column("benchmark", "text", benchmark),
+        Column("shots", "count", lambda cell: cell.benchmark.num_fewshot),
+        Column("documents", "count", _documents),
+        Column("layers", "text", layers),
+        Column("runs", "count", runs),
+        Column("baseline", "text", baseline),
+        Column("key", "text", lambda cell: cell.key[:12]),
+    )
+    print_table(table("", columns, cells))
     for folder, (documents, why) in unfinished.items():
         say(f"unfinished: {folder}: {counted(documents, 'document')}; {why}")
     print_damage(damaged)
@@ -317,23 +329,18 @@ def check(results: Path, against: Path | None) -> None:
       tracker check --results /archive/llama --against results
     """
     from tracker import api
+    from tracker.core.tables import Column, table
 
     found, differences = api.check(results, against, Show(error=True))
-    columns = ("measurement", "shards", "unproved", "documents", "outcomes", "set aside")
-    table(
-        [(name, name != "measurement") for name in columns],
-        [
-            (
-                cell.store.folder.name,
-                cell.shards,
-                cell.unproved,
-                cell.documents,
-                cell.outcomes,
-                cell.aside,
-            )
-            for cell in found.cells
-        ],
+    columns: tuple[Column[VerifiedCell], ...] = (
+        Column("measurement", "text", lambda cell: cell.store.folder.name),
+        Column("shards", "count", lambda cell: cell.shards),
+        Column("unproved", "count", lambda cell: cell.unproved),
+        Column("documents", "count", lambda cell: cell.documents),
+        Column("outcomes", "count", lambda cell: cell.outcomes),
+        Column("set aside", "count", lambda cell: cell.aside),
     )
+    print_table(table("", columns, found.cells))
     print_damage(found.damaged)
     for difference in differences:
         say(f"differs: {difference}", error=True)

@@ -226,6 +226,6 @@ def written(entry: Entry, heading: Heading) -> Written:
         text = f"{text} ({between})"
     if heading.interval:
         text, exact = between, exact[1:]
-    whole = heading.unit == "count"
+    whole = heading.unit in ("count", "times")
     figures = " ".join(str(_number(form.scaled(figure), whole)) for figure in exact)
     return Written(text, figures="" if figures == text else figures)
