@@ -172,7 +172,7 @@ import resource, sys
 from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tracker.errors import WorkError
+from tracker.core.errors import WorkError
 from tracker.ledger.files import write_atomically, write_text
 
 folder = Path(sys.argv[1])

@@ -13,7 +13,8 @@ from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.report.caveats import warnings
 from tracker.report.tables import layer_table, overview_table
-from tracker.tracking.mlflow.runs import cell_run, layer_run
+from tracker.tracking.mlflow.runs import mlflow_run
+from tracker.tracking.runs import cell_run, layer_run
 
 from .conftest import cell_record
 
@@ -102,8 +103,8 @@ def test_a_baseline_is_not_compared_with_another_stacks_ablation_in_silence(
     assert f"Layer 1: {why}." in layer_table(found).notes
     assert any(DIFFERENT in note for note in overview_table([found]).notes)
     # … and in the runs.
-    tags = layer_run(found, mixed, "parent").tags
+    tags = mlflow_run(layer_run(found, mixed), "parent").tags
     assert tags["tracker.reason.provenance"] == why
-    tags = cell_run(found, [], {}).tags
+    tags = mlflow_run(cell_run(found)).tags
     assert DIFFERENT in tags["tracker.reason.provenance"]
-    assert tags["tracker.core.provenance.torch"] == "2.12.0, 2.13.0"
+    assert tags["tracker.provenance.torch"] == "2.12.0, 2.13.0"

@@ -383,7 +383,7 @@ EXHAUST = """
 import os, resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tracker.errors import TrackerError
+from tracker.core.errors import TrackerError
 from tracker.ledger.store import Ledger
 
 (cell,) = Ledger(Path(sys.argv[1])).cells()

@@ -20,8 +20,9 @@ from tracker.report.tables import layer_table, overview_table
 from tracker.team.collect import merged
 from tracker.tracking.figures import answer_figures
 from tracker.tracking.identity import run_key
-from tracker.tracking.mlflow import runs as mlflow
-from tracker.tracking.wandb import runs as wandb
+from tracker.tracking.mlflow.runs import mlflow_run
+from tracker.tracking.runs import cell_run, intact_run, layer_run
+from tracker.tracking.wandb.runs import wandb_run
 
 from .conftest import as_read, build_cell
 
@@ -116,7 +117,7 @@ def test_a_whole_cell_stands_for_it_and_another_answer_does_not(cell: CellRecord
 
 
 def test_trackers_mark_it(cell: CellRecord) -> None:
-    of_cell = mlflow.cell_run(cell, (), {})
+    of_cell = mlflow_run(cell_run(cell))
     marks = {
         "tracker.until": "top 2",
         "tracker.answered": "true",
@@ -132,19 +133,19 @@ def test_trackers_mark_it(cell: CellRecord) -> None:
     assert of_cell.points["answer/layer_passes", 0] == 40
     group = cell.answer.model_copy(update={"measured": 128})
     assert answer_figures(group)["answer/documents"] == 128, "what it took"
-    one, other = (mlflow.layer_run(cell, cell.runs[place], "parent") for place in (0, 5))
+    one, other = (mlflow_run(layer_run(cell, cell.runs[place]), "parent") for place in (0, 5))
     assert (one.tags["tracker.chosen"], other.tags["tracker.chosen"]) == ("true", "false")
     assert "on 96 documents drawn at random (seed 1234), stopped" in one.tags["mlflow.note.content"]
     assert "(confidence sequence at 95 % " in one.tags["mlflow.note.content"]
-    assert mlflow.intact_run(cell, "parent").tags["tracker.stopped"] == "true"
+    assert mlflow_run(intact_run(cell), "parent").tags["tracker.stopped"] == "true"
 
-    found = wandb.cell_run(cell, (), {})
+    found = wandb_run(cell_run(cell))
     assert found.tags == ("SmolLM2-135M-Instruct", "arc_easy", "stopped")
     assert found.config["tracker"]["until"] == "top 2"
     assert found.config["tracker"]["stopped"] == "true"
     assert found.summary["answer/documents_of"] == 2000
     assert found.outcomes.aliases == ("stopped",)
-    assert wandb.layer_run(cell, cell.runs[0]).config["tracker"]["chosen"] == "true"
+    assert wandb_run(layer_run(cell, cell.runs[0])).config["tracker"]["chosen"] == "true"
 
 
 def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell: CellRecord) -> None:
@@ -152,8 +153,8 @@ def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell: CellRecord) 
     runs = [one.model_copy(update={"chosen": not one.chosen}) for one in cell.answer.runs]
     other = stopped(answer=cell.answer.model_copy(update={"runs": tuple(runs)}))
     for describe in (
-        lambda c: mlflow.layer_run(c, c.runs[3], "p"),
-        lambda c: wandb.layer_run(c, c.runs[3]),
+        lambda c: mlflow_run(layer_run(c, c.runs[3]), "p"),
+        lambda c: wandb_run(layer_run(c, c.runs[3])),
     ):
         assert describe(cell).digest == describe(cell).digest
         assert describe(cell).digest != describe(other).digest
@@ -162,6 +163,6 @@ def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell: CellRecord) 
 
 def test_without_a_question_nothing_is_marked() -> None:
     whole = build_cell()
-    assert not [tag for tag in mlflow.cell_run(whole, (), {}).tags if "until" in tag]
-    assert "until" not in wandb.cell_run(whole, (), {}).config["tracker"]
+    assert not [tag for tag in mlflow_run(cell_run(whole)).tags if "until" in tag]
+    assert "until" not in wandb_run(cell_run(whole)).config["tracker"]
     assert "answer" not in whole.model_dump(mode="json")

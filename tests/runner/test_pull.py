@@ -17,8 +17,7 @@ from tracker.ledger.views import FORMAT
 from tracker.measuring.derive import record_of
 from tracker.measuring.progress import Silent
 from tracker.team import pull as pulling
-from tracker.tracking import Target
-from tracker.tracking.base import RemoteCell
+from tracker.tracking.base import RemoteCell, Target
 
 (CELL,) = (Path(__file__).parents[1] / "ledger" / "format1" / "cells").iterdir()
 KEY = json.loads((CELL / "cell.json").read_text())["key"]

@@ -16,7 +16,7 @@ from tracker.team.leaderboard import publish_board, read_board
 from tracker.tracking.figures import CURVES, flat_metrics
 from tracker.tracking.mlflow import runs, writing
 from tracker.tracking.mlflow.backend import MlflowBackend
-from tracker.tracking.mlflow.live_run import MlflowPicture
+from tracker.tracking.mlflow.live_run import MlflowLiveRun
 
 from .conftest import CellMaker
 from .test_mlflow import Store, local
@@ -191,7 +191,7 @@ def test_the_run_that_is_measured_shows_the_latest(
 
     for seconds, documents in ((0.0, (32, 64)), (-BEHIND, (32, 64)), (-2 * BEHIND, (0, 32))):
         turn(seconds)
-        picture = MlflowPicture("layers", results)
+        picture = MlflowLiveRun("layers", results)
         picture.begin(cell)
         for count in documents:
             figures = {"progress/documents": float(count), "progress/seconds_left": seconds - count}

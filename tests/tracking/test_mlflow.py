@@ -129,7 +129,7 @@ def test_everything_is_read_back(
     assert parent.data.metrics["n"] == 160
     assert parent.data.metrics["spearman/cosine_score/all"] == 0.66
     assert "spearman/angular_distance/all" not in parent.data.metrics
-    assert parent.data.tags["tracker.core.provenance.host"] == "node-7"
+    assert parent.data.tags["tracker.provenance.host"] == "node-7"
     assert "tracker.missing" not in parent.data.tags
     for name in CURVES:
         expected = [(row.layer, getattr(row, name)) for row in cell.runs]
@@ -514,7 +514,7 @@ def test_the_location_of_a_server_is_its_page(
 PUBLISHER = """
 import sys, time
 from pathlib import Path
-from tracker.records import CellRecord
+from tracker.core.records import CellRecord
 from tracker.tracking.mlflow.backend import MlflowBackend
 results, uri, cell, number = sys.argv[1:]
 cell = CellRecord.model_validate_json(Path(cell).read_text())

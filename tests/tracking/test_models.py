@@ -29,7 +29,7 @@ from .wandb_double import WandbDouble
 ONLINE = """
 import json, sys
 from pathlib import Path
-from tracker.records import CellRecord
+from tracker.core.records import CellRecord
 from tracker.tracking import open_backend, open_models
 from tracker.tracking.base import SavedModel
 results, cell, model, outcomes = map(Path, sys.argv[1:])

@@ -10,9 +10,10 @@ from tracker.core.records import CellRecord, RunRecord
 from tracker.report.page.html import render_page
 from tracker.tracking.figures import curve_name, is_curve, logged_layers
 from tracker.tracking.identity import run_key
-from tracker.tracking.mlflow import runs as mlflow_runs
 from tracker.tracking.mlflow.backend import MlflowBackend
-from tracker.tracking.wandb import runs as wandb_runs
+from tracker.tracking.mlflow.runs import mlflow_run
+from tracker.tracking.runs import cell_run, intact_run, layer_run
+from tracker.tracking.wandb.runs import wandb_run
 
 from .conftest import CellMaker, layer_record
 from .test_mlflow import PROJECT, Store, local
@@ -96,7 +97,7 @@ def test_a_layer_that_is_replaced_has_a_run_and_a_curve_of_its_own(
     assert [step for step, _ in store.curve(cell, "accuracy_drop")] == [0, 1]
     assert is_curve("mean/accuracy_drop")
     assert not is_curve("meen/accuracy_drop")
-    config = wandb_runs.layer_run(cell, mean).config
+    config = wandb_run(layer_run(cell, mean)).config
     assert (config["layer"], config["component"], config["intervention"]) == (1, "layer", "mean")
     page = render_page([cell], {})
     assert "each layer was replaced by its mean update in turn" in page
@@ -133,8 +134,8 @@ def test_what_lies_beneath_makes_other_runs(results: Path, make_cell: CellMaker)
     assert first.metrics == {"n": 160, "accuracy": 0.25, "accuracy_drop": 0.25}
     assert first.params["removed"] == "2"
     assert "its drop, as theirs, is from the intact model" in first.tags["mlflow.note.content"]
-    assert wandb_runs.intact_run(without).name == "without 2" + ends
-    assert wandb_runs.intact_run(without).summary == first.metrics
+    assert wandb_run(intact_run(without)).name == "without 2" + ends
+    assert wandb_run(intact_run(without)).summary == first.metrics
     parent = runs["SmolLM2-135M-Instruct · arc_easy · 0-shot · without layer 2"]
     assert parent.data.params["removed"] == "2"
     assert parent.data.metrics["removed_accuracy"] == 0.25
@@ -178,7 +179,7 @@ def test_drawn_documents_make_other_runs(results: Path, make_cell: CellMaker) ->
         assert {r.data.params.get("sample_seed") for r in (nested, parent)} == {seed}
     note = runs[drawn.title].data.tags["mlflow.note.content"]
     assert "160 documents drawn at random (seed 1234)" in note
-    ours, theirs = (wandb_runs.cell_run(each, [], {}) for each in (cell, drawn))
+    ours, theirs = (wandb_run(cell_run(each)) for each in (cell, drawn))
     assert ours.group != theirs.group
     assert ours.outcomes.name != theirs.outcomes.name
     assert theirs.outcomes.metadata["sample_seed"] == 1234
@@ -186,7 +187,7 @@ def test_drawn_documents_make_other_runs(results: Path, make_cell: CellMaker) ->
         None,
         1234,
     }
-    layers = [wandb_runs.layer_run(each, each.runs[0]) for each in (cell, drawn)]
+    layers = [wandb_run(layer_run(each, each.runs[0])) for each in (cell, drawn)]
     assert len({run.id() for run in (ours, theirs, *layers)}) == 4
 
 
@@ -197,9 +198,9 @@ def test_what_was_published_before_metrics_were_told_apart_is_found_again(
     assert run_key(cell, "layer:3") == f"{cell.key}/layer:3"
     without = cell.model_copy(update={"removed": (3, 17)})
     assert run_key(without, "cell") == f"{cell.key}/without-3-17/cell"
-    found = [wandb_runs.cell_run(each, [], {}) for each in (cell, without)]
+    found = [wandb_run(cell_run(each)) for each in (cell, without)]
     found += [
-        wandb_runs.cell_run(each.model_copy(update={"metric": "acc_norm"}), [], {})
+        wandb_run(cell_run(each.model_copy(update={"metric": "acc_norm"})))
         for each in (cell, without)
     ]
     assert found[0].id() == hashlib.sha256(f"{cell.key}/cell".encode()).hexdigest()[:16]
@@ -223,11 +224,11 @@ def test_complete_means_all_runs_and_all_documents(make_cell: CellMaker) -> None
         (both, [documents, "layer 2", "layer 3"]),
     ):
         assert cell.is_complete == (not lacks)
-        outcomes = wandb_runs.cell_run(cell, [], {}).outcomes
+        outcomes = wandb_run(cell_run(cell)).outcomes
         assert ("complete" in outcomes.aliases) == (not lacks)
         assert ("incomplete" in outcomes.aliases) == bool(lacks)
         assert outcomes.metadata["missing"] == lacks
-        tags = mlflow_runs.cell_run(cell, [], {}).tags
+        tags = mlflow_run(cell_run(cell)).tags
         assert tags.get("tracker.missing", "") == ", ".join(lacks)
         page = render_page([cell], {})
         assert ("Nothing of what is shown: every run" in page) == (not lacks)
@@ -244,13 +245,13 @@ def test_curves_are_told_from_other_metrics(make_cell: CellMaker) -> None:
 def test_two_halves_of_a_benchmark_are_told_apart(make_cell: CellMaker) -> None:
     """They have one fingerprint, that of the whole split."""
     whole = make_cell(layers=(0,))
-    made = [(mlflow_runs.cell_run(whole, [], {}), wandb_runs.layer_run(whole, whole.runs[0]))]
+    made = [(mlflow_run(cell_run(whole)), wandb_run(layer_run(whole, whole.runs[0])))]
     for part in ("calibration", "test"):
         (task,) = whole.benchmark.tasks
         half = Half(part=part, seed=1234, of=2 * task.documents)
         changes = {"tasks": (task.model_copy(update={"half": half}),), "settings": {"part": part}}
         cell = whole.model_copy(update={"benchmark": whole.benchmark.model_copy(update=changes)})
-        made.append((mlflow_runs.cell_run(cell, [], {}), wandb_runs.layer_run(cell, cell.runs[0])))
+        made.append((mlflow_run(cell_run(cell)), wandb_run(layer_run(cell, cell.runs[0]))))
         theirs, ours = made[-1]
         assert f"arc_easy ({part} half)" in theirs.name
         assert f"arc_easy ({part} half)" in ours.name

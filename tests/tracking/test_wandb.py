@@ -19,7 +19,8 @@ from tracker.core.records import CellRecord
 from tracker.tracking import open_backend
 from tracker.tracking.figures import CURVES, flat_metrics
 from tracker.tracking.notes import cell_note, layer_note
-from tracker.tracking.wandb.runs import cell_run, layer_run
+from tracker.tracking.runs import cell_run, layer_run
+from tracker.tracking.wandb.runs import wandb_run
 
 from .conftest import CellMaker
 from .mlflow_server import free_port
@@ -182,10 +183,10 @@ def test_everything_is_read_back(
         name: [(run.layer, value) for run in cell.runs if (value := getattr(run, name)) is not None]
         for name in CURVES
     }
-    assert figures(parent.summary) == cell_run(cell, [], {}).summary
+    assert figures(parent.summary) == cell_run(cell).figures
     for name in ("tables/layers", "tables/correlations"):
         table = json.loads(parent.files[parent.summary[name]["path"]])
-        wanted = cell_run(cell, [], {}).tables[name]
+        wanted = cell_run(cell).tables[name.removeprefix("tables/")]
         assert table["columns"] == list(wanted.columns)
         assert table["data"] == [list(row) for row in wanted.rows]
     # Without weave, the documents come as a plain table.
@@ -334,7 +335,7 @@ def test_offline_runs_are_whole_and_sync_later(
     folders = sorted((publish.results / "wandb").glob("offline-run-*"))
     assert said["location"] == f"wandb sync {publish.results / 'wandb'}/offline-run-*"
     assert len(folders) == 6
-    run = layer_run(cell, cell.runs[0])
+    run = wandb_run(layer_run(cell, cell.runs[0]))
     (file,) = (publish.results / "wandb").glob(f"offline-run-*-{run.id()}/*.wandb")
     shown = publish.client.cli("leet", "inspect", "--json", "--summary", str(file))
     assert figures(flat_metrics(cell.runs[0])).items() <= json.loads(shown)["summary"].items()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tracker.core.decision_records import DecisionsRecord
-from tracker.core.errors import RequestError, TrackerError
+from tracker.core.errors import TrackerError
 from tracker.core.findings import FindingRecord
 from tracker.core.records import CellRecord, Place
 from tracker.core.text import masked
@@ -18,7 +17,8 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.derive import decisions_of, record_of
 from tracker.measuring.progress import Progress
 from tracker.team.pull import pull
-from tracker.tracking import Target, target
+from tracker.tracking import service, target
+from tracker.tracking.base import Target
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,4 @@ def _opened(source: str) -> Ledger | Target:
     if ":" not in source or path.exists():
         return Ledger.existing(path)
     to = target(source)
-    if to.backend == "mlflow" and not to.server and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise RequestError(
-            f"{masked(source)!r} does not say on which server; write mlflow:URI/EXPERIMENT, or set "
-            "MLFLOW_TRACKING_URI"
-        )
-    if to.backend == "wandb" and "/" not in (to.project or "") and "WANDB_ENTITY" not in os.environ:
-        raise RequestError(f"{masked(source)!r} names no entity; write wandb:ENTITY/PROJECT")
-    return to
+    return service(to.backend).source(to, source)

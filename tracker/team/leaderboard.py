@@ -19,7 +19,7 @@ from tracker.core.errors import ResultsError
 from tracker.core.identities import Record, Shown
 from tracker.core.records import CellRecord
 from tracker.report.export import frames
-from tracker.tracking.base import BOARD_FILE, Backend, LoggedTable
+from tracker.tracking.base import BOARD_FILE, LoggedTable, Pages
 from tracker.tracking.identity import content_digest
 
 FORMAT = 4
@@ -84,7 +84,7 @@ def merge(boards: Iterable[Board]) -> Board:
     )
 
 
-def read_board(backend: Backend) -> tuple[Board, int]:
+def read_board(backend: Pages) -> tuple[Board, int]:
     """Read the leaderboard of a project, and how many versions no other version holds.
 
     TrackingError if the backend could not be reached; ResultsError if a version is damaged, or of a
@@ -114,7 +114,7 @@ def _read(text: str, version: str) -> Board:
         raise ResultsError(f"version {version} of the leaderboard is damaged") from None
 
 
-def publish_board(backend: Backend, cells: Iterable[CellRecord]) -> tuple[Board, str]:
+def publish_board(backend: Pages, cells: Iterable[CellRecord]) -> tuple[Board, str]:
     """Add cells to the leaderboard of a project.
 
     A cell that is there already, with the same figures, stays its first publisher's. With the

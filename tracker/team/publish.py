@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
@@ -28,23 +27,13 @@ from tracker.measuring.derive import decisions_of, record_of
 from tracker.report.charts.cells import cell_charts
 from tracker.report.wording import row_labels
 from tracker.team.live import Live
-from tracker.team.places import (
-    file_of,
-    is_kept_here,
-    place_of,
-    places_of,
-    remember,
-    target_of,
-    title_of,
-)
+from tracker.team.places import file_of, places_of, remember, title_of
 from tracker.tracking import (
-    Target,
     default_targets,
     destination,
-    in_sweep,
     open_backend,
     open_live_run,
-    open_trial,
+    service,
     target,
 )
 from tracker.tracking.base import (
@@ -53,10 +42,12 @@ from tracker.tracking.base import (
     LiveRun,
     LoggedTable,
     Published,
+    Target,
     sync_command,
 )
 from tracker.tracking.figures import logged_documents
 from tracker.tracking.identity import content_digest
+from tracker.tracking.wandb.service import in_sweep, open_trial
 
 _PATIENCE = 60.0
 """Seconds that the end of a run waits for what showed it while it was measured."""
@@ -151,7 +142,8 @@ class Publisher:
         self._thread: Thread | None = None
         pictures: list[LiveRun] = [trial] if trial is not None and trial.joins else []
         for to in self._targets.values():
-            if not (pictures and to.backend == "wandb"):
+            known = service(to.backend)
+            if "live runs" in known.can and not (pictures and known.runs_sweeps):
                 place = (to.backend, to.project or project, results, to.server)
                 pictures.append(open_live_run(*place))
         self.live = Live(tuple(pictures))
@@ -214,14 +206,16 @@ class Publisher:
         """Publish a cell; what one place refuses does not keep the others from it."""
         record = _told_apart(store, record)
         outcome, errors = Publication(), []
-        asked = {place_of(to, self.project): to for to in self._targets.values()}
+        asked = {
+            service(to.backend).place_of(to, self.project): to for to in self._targets.values()
+        }
         parts: _Parts | None = None
         for place in [*asked, *self._left(store, record, asked)]:
             title = title_of(place)
             try:
                 if trust_receipts and place in self._away:
                     raise TrackingError(self._away[place])
-                to = asked.get(place) or target_of(place, self._results)
+                to = asked.get(place) or service(place.backend).target_of(place, self._results)
                 parts = parts or self._parts(store, record, files)
                 digest = content_digest(record, *parts.texts)
                 receipt = store.receipt(self._receipt(to, record))
@@ -270,7 +264,9 @@ class Publisher:
         return [
             place
             for name, place in known.items()
-            if name not in same and place not in asked and is_kept_here(place)
+            if name not in same
+            and place not in asked
+            and service(place.backend).is_kept_here(place)
         ]
 
     def _keep(
@@ -330,7 +326,7 @@ class Trial(LiveRun):
     """
 
     def __init__(self, track: Sequence[str], results: Path, request: CellRequest) -> None:
-        self.joins = in_sweep() and any(target(text).backend == "wandb" for text in track)
+        self.joins = in_sweep() and any(service(target(text).backend).runs_sweeps for text in track)
         self._run = first_run(request)
         self._trial = open_trial(results)
         self._busy = Lock()
@@ -409,6 +405,7 @@ def sync(ledger: Ledger, to: Sequence[str] | None, texts: bool = False) -> Synce
     """
     ledger.create()
     contents = ledger.contents()
+    named = any(service(target(text).backend).server() for text in default_targets())
     begun = [f"not published yet: {cell.folder}: {why}" for cell, why in contents.unfinished]
     synced = Synced(failed=contents.damaged, notes=begun)
     publishers: dict[tuple[str, bool], Publisher] = {}
@@ -419,8 +416,11 @@ def sync(ledger: Ledger, to: Sequence[str] | None, texts: bool = False) -> Synce
             synced.failed[str(store.folder)] = str(error)
             continue
         synced.failed.update(store.damage())
-        known = any(map(is_kept_here, places_of(store, record.view, ledger.root).values()))
-        anew = to is not None or not known or bool(os.environ.get("MLFLOW_TRACKING_URI"))
+        known = any(
+            service(place.backend).is_kept_here(place)
+            for place in places_of(store, record.view, ledger.root).values()
+        )
+        anew = to is not None or not known or named
         targets = (default_targets() if to is None else to) if anew else ()
         publisher = publishers.get((asked.project, anew))
         if publisher is None:

@@ -7,7 +7,6 @@ is computed again, and no name in it becomes a path here.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,8 +27,8 @@ from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
 from tracker.ledger.views import FORMAT, CellIdentity
 from tracker.measuring.progress import Progress
-from tracker.tracking import Target, open_backend, open_foreign_files
-from tracker.tracking.base import Backend, RemoteCell
+from tracker.tracking import open_backend, open_foreign_files, service
+from tracker.tracking.base import Backend, RemoteCell, Target
 from tracker.tracking.isolated import Isolated
 
 _LARGEST_NOTE = 2**24
@@ -52,8 +51,7 @@ def pull(
     Raises:
         TrackingError: There is no such project, or the backend could not be reached.
     """
-    setting = "MLFLOW_TRACKING_URI" if source.backend == "mlflow" else "WANDB_BASE_URL"
-    where = source.server or os.environ.get(setting)
+    where = source.server or service(source.backend).server()
     root = own_folder(f"{source.backend}-{content_hash([where, source.project])[:16]}")
     ledger = Ledger(root)
     ledger.create()

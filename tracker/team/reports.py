@@ -24,8 +24,8 @@ from tracker.report.page.studies import standing_alone
 from tracker.report.wording import summary
 from tracker.team.collect import Collected, merged
 from tracker.team.leaderboard import board_tables, publish_board
-from tracker.tracking import Target, open_backend, target
-from tracker.tracking.base import Backend
+from tracker.tracking import open_pages, target
+from tracker.tracking.base import Pages, Target
 
 _CHARTS = 60
 """A page of a tracking backend with more charts than this is not looked at."""
@@ -140,15 +140,15 @@ def join_boards(
 
 
 def _target(text: str) -> Target:
-    to = target(text)
+    to = target(text, "pages")
     if to.project is None:
         raise RequestError(f"{masked(text)!r} names no project; write {masked(text)}:PROJECT")
     return to
 
 
 @contextmanager
-def _open(to: Target, results: Path) -> Iterator[Backend]:
-    backend = open_backend(to.backend, to.project or "", results, to.server)
+def _open(to: Target, results: Path) -> Iterator[Pages]:
+    backend = open_pages(to.backend, to.project or "", results, to.server)
     try:
         yield backend
     finally:

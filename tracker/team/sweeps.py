@@ -19,8 +19,8 @@ from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
 from tracker.measuring.prepare import asked_before, look_up, no_run
-from tracker.tracking import open_sweep
 from tracker.tracking.base import SweepTrial
+from tracker.tracking.wandb.service import open_sweep
 
 _OF_A_GRID = ("method", "parameters", "run_cap")
 _ANY_RUN: dict[str, Any] = {

@@ -6,13 +6,17 @@ pure functions: which run it is and whether it changed in `identity`, what it sh
 
 from __future__ import annotations
 
+import re
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
+from tracker.core.text import masked
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -21,6 +25,25 @@ Ending = Literal["finished", "failed", "killed"]
 PROGRESS = "progress/"
 """How the names of figures begin that a run shows while its cell is measured."""
 Scalar = str | int | float | None
+
+
+Ability = Literal["live runs", "pages", "pruned models", "registered models"]
+"""What a backend may show besides the runs of cells; `pages` are reports and leaderboards."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where runs go, or come from.
+
+    Attributes:
+        backend: A name that the registry knows.
+        project: The project, in the backend's words; None = that of the experiment file.
+        server: The server or the folder; None = that of the environment, or the backend's own.
+    """
+
+    backend: str
+    project: str | None = None
+    server: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,8 +176,6 @@ class LiveRun(Protocol):
 class Backend(Protocol):
     """Where runs are browsed. It may be unreachable; the ledger never depends on it."""
 
-    name: str
-
     def publish(
         self,
         cell: CellRecord,
@@ -201,6 +222,13 @@ class Backend(Protocol):
         Raises:
             TrackingError: The backend could not be reached, or the files are not what was attached.
         """
+
+    def close(self) -> None:
+        """Release what the backend holds; it never raises."""
+
+
+class Pages(Protocol):
+    """Where what is made of several cells is browsed: reports, and the project's leaderboard."""
 
     def boards(self) -> list[str]:
         """List the versions of the project's leaderboard, the oldest first.
@@ -252,6 +280,85 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release what the backend holds; it never raises."""
+
+
+class Service(ABC):
+    """What a backend is to everybody else: what it can, and where its runs are.
+
+    It imports no SDK. Where not overridden, it is a store on this machine that needs no login.
+    """
+
+    name: ClassVar[str]
+    """What a user types."""
+    title: ClassVar[str]
+    """What people call it."""
+    can: ClassVar[frozenset[Ability]] = frozenset()
+    runs_sweeps: ClassVar[bool] = False
+    """Whether its agents start trials, each with a run of its own."""
+
+    @abstractmethod
+    def open(self, project: str, results: Path, server: str | None) -> Backend:
+        """Open it; nothing is contacted before it is used."""
+
+    def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
+        """Open what it shows while cells are measured, where it can."""
+        raise NotImplementedError(self.name, project, results, server)
+
+    def open_models(self, project: str, results: Path, server: str | None) -> Models:
+        """Open where it keeps pruned models, where it can."""
+        raise NotImplementedError(self.name, project, results, server)
+
+    def target(self, project: str) -> Target:
+        """Read what a user typed after its name and a colon; RequestError if it cannot be."""
+        return Target(self.name, project or None)
+
+    def source(self, to: Target, typed: str) -> Target:
+        """Say where cells are read; RequestError if what was typed does not say where."""
+        del typed
+        return to
+
+    @abstractmethod
+    def server(self) -> str | None:
+        """Name the server or folder of this environment, without a login; None for its own."""
+
+    def place_of(self, to: Target, project: str) -> Target:
+        """Say where a target is in the environment of now, so that it is found from another one."""
+        return Target(self.name, masked(to.project or project), to.server or self.server())
+
+    def target_of(self, place: Target, results: Path) -> Target:
+        """Say how a place is reached from the environment of now.
+
+        TrackingError, with what to type, where its server would get a login that is not for it.
+        """
+        del results
+        return place
+
+    def is_kept_here(self, place: Target) -> bool:
+        """Say whether the environment of now is one in which a place is kept in step."""
+        del place
+        return True
+
+    def title_of(self, place: Target) -> str:
+        """Name a place as it is typed after `--to`."""
+        return masked(f"{self.name}:{place.project}")
+
+    @abstractmethod
+    def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
+        """Say what tells its store from others: a setting, and a local file or folder."""
+
+
+def other_login(place: Target, setting: str, results: Path) -> TrackingError:
+    """Say that a place would get another server's login, and what to type with its own."""
+    again = sync_command(results.absolute(), f"{place.backend}:{place.project}")
+    return TrackingError(
+        "its server is another than this environment names, and would get the login that is "
+        f"for that one. With the login for it: {setting}={place.server or ''} {again}"
+    )
+
+
+def without_login(uri: str | None) -> str | None:
+    """Take the login out of an address."""
+    return None if uri is None else masked(re.sub(r"://[^/\s]*@", "://", uri)).rstrip("/")
 
 
 BOARD = "layer-leaderboard"

@@ -56,6 +56,16 @@ def intact_name(cell: CellRecord) -> str:
     return _name(first_label(cell), cell)
 
 
+def group_name(cell: CellRecord) -> str:
+    """Name what holds the runs of a cell together, alike on every machine."""
+    return f"{cell.title} · {cell.key[:8]}"
+
+
+def filter_words(cell: CellRecord) -> tuple[str, ...]:
+    """Give the words by which people pick the runs of a cell from others."""
+    return (cell.model.name, cell.benchmark.name, *(("stopped",) if cell.is_stopped else ()))
+
+
 def _name(what: str, cell: CellRecord) -> str:
     drawn = "" if cell.sample_seed is None else f"sample {cell.sample_seed}"
     which = (cell.benchmark.title, cell.other_metric, drawn, cell.beside)

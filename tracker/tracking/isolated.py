@@ -14,7 +14,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -24,17 +24,6 @@ import psutil
 from tracker.core.errors import TrackerError, TrackingError
 
 _PROGRAM = "from tracker.tracking.isolated import serve; serve()"
-_KINDS = {
-    "ForeignFiles": "tracker.tracking.foreign",
-    "MlflowModels": "tracker.tracking.mlflow.models",
-    "MlflowPicture": "tracker.tracking.mlflow.live_run",
-    "WandbBackend": "tracker.tracking.wandb.backend",
-    "WandbPicture": "tracker.tracking.wandb.live_run",
-    "WandbSweep": "tracker.tracking.wandb.sweep",
-    "WandbTrial": "tracker.tracking.wandb.trial",
-}
-"""What may live there, and in which module it is."""
-_SDKS = {"Mlflow": "MLflow", "Foreign": "what reads downloaded files"}
 _SESSION = "WANDB_SERVICE"
 """By this a process finds the session of its parent."""
 _PATIENCE = 10.0
@@ -48,17 +37,25 @@ class Isolated:
     call begins another.
 
     Args:
-        kind: The object's class: a key of `_KINDS`.
+        whose: What people call what lives there.
+        kind: The object's class, as `MODULE:CLASS`.
         *arguments: What makes it.
         without: Environment variables that the process does not get.
+        also: Environment variables that it gets besides.
     """
 
-    name = "wandb"
-
-    def __init__(self, kind: str, *arguments: object, without: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        whose: str,
+        kind: str,
+        *arguments: object,
+        without: Collection[str] = (),
+        also: Mapping[str, str] = {},
+    ) -> None:
         self._object = kind, arguments
-        self._sdk = next((sdk for name, sdk in _SDKS.items() if kind.startswith(name)), "W&B")
+        self._whose = whose
         self._without = {_SESSION, *without}
+        self._also = also
         self._process: subprocess.Popen[bytes] | None = None
         self._patience = _PATIENCE
 
@@ -79,7 +76,7 @@ class Isolated:
         except (EOFError, OSError, pickle.UnpicklingError):
             self.close()
             raise TrackingError(
-                f"the process of {self._sdk} has ended ({process.returncode})"
+                f"the process of {self._whose} has ended ({process.returncode})"
             ) from None
         except BaseException:
             self.close()
@@ -92,6 +89,7 @@ class Isolated:
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {k: v for k, v in os.environ.items() if k not in self._without}
+        environment |= self._also
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         return subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM],
@@ -135,7 +133,8 @@ def serve() -> None:
             kind, made_of, method, arguments = pickle.load(sys.stdin.buffer)
             try:
                 if made is None:
-                    made = getattr(importlib.import_module(_KINDS[kind]), kind)(*made_of)
+                    module, _, name = kind.partition(":")
+                    made = getattr(importlib.import_module(module), name)(*made_of)
                 answer = False, getattr(made, method)(*arguments)
             except TrackerError as error:
                 answer = True, error

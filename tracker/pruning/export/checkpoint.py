@@ -32,7 +32,7 @@ from tracker.pruning.export.publishing import publish
 from tracker.pruning.export.recipes import recipes, skip_lists, windows_of
 from tracker.runner import run_cells
 from tracker.team.publish import Publisher
-from tracker.tracking import target
+from tracker.tracking import service, target
 
 BATCH, LENGTH = 1, 256
 """What the models read while they are timed."""
@@ -135,10 +135,9 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
     request, removed = asked.request, tuple(sorted(asked.pruning.removed))
     if not removed:
         raise RequestError("nothing is to be removed; name layers, as in --remove 3,17")
-    for text in asked.track:
-        target(text)
+    opened = [target(text, "pruned models") for text in asked.track]
     refuse_output(asked.output)
-    if asked.register and not any(target(text).backend == "mlflow" for text in asked.track):
+    if asked.register and not any("registered models" in service(to.backend).can for to in opened):
         raise RequestError("--register is a name in MLflow's registry; add --track mlflow")
     source = find_model(request.model, request.revision, request.model_args)
     if asked.on_benchmark:

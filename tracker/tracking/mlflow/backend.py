@@ -37,6 +37,7 @@ from tracker.tracking.base import (
     BOARD_FILE,
     Backend,
     LoggedTable,
+    Pages,
     Published,
     RemoteCell,
     sync_command,
@@ -50,11 +51,9 @@ from tracker.tracking.mlflow.runs import (
     KEY_TAG,
     KIND_TAG,
     MlflowRun,
-    cell_run,
     child_links,
-    intact_run,
-    layer_run,
     made_of_tag,
+    mlflow_run,
     tables_tag,
 )
 from tracker.tracking.mlflow.writing import (
@@ -65,6 +64,7 @@ from tracker.tracking.mlflow.writing import (
     stated_digests,
     write,
 )
+from tracker.tracking.runs import cell_run, described
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -83,7 +83,7 @@ _SECRET_SETTINGS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
 
 
-class MlflowBackend(Backend):
+class MlflowBackend(Backend, Pages):
     """Keeps an MLflow experiment in step with the ledger.
 
     A version of the leaderboard is a run, and so is a report.
@@ -94,8 +94,6 @@ class MlflowBackend(Backend):
         tracking_uri: Where MLflow stores runs; by default `MLFLOW_TRACKING_URI`, else a SQLite
             file in the results folder.
     """
-
-    name = "mlflow"
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
         self._project = project
@@ -118,7 +116,7 @@ class MlflowBackend(Backend):
         charts: Mapping[str, Figure],
         tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
-        again = self._again + sync_command(self._results, f"{self.name}:{self._project}")
+        again = self._again + sync_command(self._results, f"mlflow:{self._project}")
         advice = f"The results are on disk; when it is back: {again}"
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
             client, experiment = self._connect()
@@ -128,13 +126,12 @@ class MlflowBackend(Backend):
             parent = run_key(cell, "cell")
             is_new = parent not in existing
             parent_id = _opened(client, experiment, cell, existing)
-            # MLflow lists the newest run first: the intact model, then layer 0, then layer 1, ...
-            runs = [layer_run(cell, layer, parent_id) for layer in reversed(cell.runs)]
-            children = (*runs, intact_run(cell, parent_id))
+            *nested, own = described(cell, artifacts, charts, tables)
+            children = [mlflow_run(run, parent_id) for run in nested]
             outcomes = [write(client, experiment, run, existing, models) for run in children]
             ids = {key: found.info.run_id for key, found in existing.items()}
             links = child_links(cell, experiment, ids)
-            whole = cell_run(cell, artifacts, charts, tables, links)
+            whole = mlflow_run(own, None, links)
             outcome = write(client, experiment, whole, existing, models)
             outcomes.append("created" if is_new else outcome)
             if set(outcomes) != {"unchanged"}:
@@ -430,7 +427,7 @@ def _opened(client: Any, experiment: str, cell: CellRecord, existing: dict[str, 
     """Find the run of a cell, or create it; `existing` learns of it."""
     key = run_key(cell, "cell")
     if key not in existing:
-        run = cell_run(cell, [], {})
+        run = mlflow_run(cell_run(cell))
         existing[key] = client.create_run(experiment, tags=run.tags, run_name=run.name)
     return str(existing[key].info.run_id)
 

@@ -31,7 +31,7 @@ class _Shown:
     last: dict[str, Any]
 
 
-class MlflowPicture(LiveRun):
+class MlflowLiveRun(LiveRun):
     """Shows cells of an experiment; the arguments are those of `MlflowBackend`."""
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:

@@ -1,46 +1,25 @@
-"""Describes the MLflow runs of a cell as they should be; needs no MLflow."""
+"""Says in MLflow's words how the runs of a cell should be; needs no MLflow."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracker.core.identities import TaskIdentity
 from tracker.core.provenance import content_hash
-from tracker.core.records import BASELINE, CellRecord, RunRecord
-from tracker.core.run_table import reasons_of
+from tracker.core.records import BASELINE, CellRecord
 from tracker.tracking.base import LoggedTable
-from tracker.tracking.figures import (
-    CURVES,
-    cell_figures,
-    curve_name,
-    flat_metrics,
-    intact_metrics,
-    logged_correlations,
-    logged_layers,
-    metric_name,
-    not_finite,
-    only_defined,
-    until_marks,
-)
-from tracker.tracking.identity import (
-    content_digest,
-    files_digest,
-    first_label,
-    intact_name,
-    intact_part,
-    run_key,
-    run_name,
-)
-from tracker.tracking.notes import cell_note, intact_note, layer_note
+from tracker.tracking.identity import first_label, run_key
+from tracker.tracking.notes import cell_note
+from tracker.tracking.runs import DescribedRun
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "6"
+FORMAT = "7"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 KEY_TAG = "tracker.run_key"
@@ -62,11 +41,9 @@ class MlflowRun:
     tags: dict[str, str]
     points: dict[tuple[str, int], float]
     """Metric values by name and step."""
-    step: int
-    """The step of every metric that is not a curve."""
     has_curves: bool = False
     """Whether the metrics that `is_curve` names have a step of their own for every layer."""
-    tables: dict[str, LoggedTable] = field(default_factory=dict)
+    tables: Mapping[str, LoggedTable] = field(default_factory=dict)
     charts: Mapping[str, Figure] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     data: tuple[dict[str, str], ...] = ()
@@ -75,114 +52,37 @@ class MlflowRun:
     """Name and digest of the data of a model's figures; None where the run is of no one model."""
 
 
-def cell_run(
-    cell: CellRecord,
-    artifacts: Sequence[Path],
-    charts: Mapping[str, Figure],
-    more: Mapping[str, LoggedTable] = {},
-    links: str = "",
-) -> MlflowRun:
-    """Describe the run of a cell, with the layers' figures as curves over the layers.
+def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "") -> MlflowRun:
+    """Say how a run should be.
 
-    `links` is what its note says of where its runs are.
+    Args:
+        run: The run.
+        parent_id: MLflow's name of the cell's run that it is nested in; None for that itself.
+        links: What the cell's note says of where its runs are.
+
+    Returns:
+        The run in MLflow's words.
     """
-    model, benchmark = cell.model, cell.benchmark
-    params = {
-        "architecture": model.architecture,
-        "layers": model.layers,
-        "parameters": model.parameters,
-        "apply_chat_template": benchmark.apply_chat_template,
-        "seed": benchmark.seed,
-        "tasks": len(benchmark.tasks),
-        **_identity(cell),
-    }
-    single = cell_figures(cell)
-    points = {(metric_name(name), 0): value for name, value in only_defined(single).items()}
-    for layer in cell.runs:
-        figures = flat_metrics(layer)
-        points |= {
-            (curve_name(layer, name), layer.layer): figures[name]
-            for name in CURVES
-            if name in figures
-        }
-    tables = {
-        "layers": logged_layers(cell),
-        "correlations": logged_correlations(cell),
-        **more,
-    }
-    files = files_digest(artifacts)
-    tags = {
-        FILES_TAG: files,
-        "tracker.data": benchmark.data,
-        "tracker.missing": ", ".join(cell.lacks) or None,
-        **_until_tags(cell),
-        **{f"tracker.core.provenance.{name}": value for name, value in cell.provenance.items()},
-        "mlflow.loggedArtifacts": tables_tag(tables),
-        "mlflow.note.content": cell_note(cell) + links,
-    }
+    cell, of_cell = run.cell, run.kind == "cell"
+    points = {(name, run.step): value for name, value in run.figures.items()}
+    points |= {(name, at): value for at, values in run.curves for name, value in values.items()}
+    params: dict[str, object] = {**_identity(cell), **run.which}
+    params |= _of_cell(cell) if of_cell else {"ablation": run.ablation}
     return MlflowRun(
-        key=run_key(cell, "cell"),
-        name=cell.title,
-        digest=content_digest(cell, FORMAT, files, links),
+        key=run.key,
+        name=run.name,
+        digest=run.digest(FORMAT, parent_id or "", links),
         params=_texts(params),
-        tags=_tags(cell, "cell", tags, {**not_finite(single), **cell.reasons}),
+        tags=_tags(run, parent_id, links),
         points=points,
-        step=0,
-        has_curves=True,
-        tables=tables,
-        charts=charts,
-        files=tuple(artifacts),
-        data=tuple(_data_set(task, benchmark.data) for task in benchmark.tasks),
-    )
-
-
-def layer_run(cell: CellRecord, layer: RunRecord, parent_id: str) -> MlflowRun:
-    """Describe one run of a cell, nested in the cell's own, which MLflow knows as `parent_id`."""
-    name = run_name(cell, layer)
-    tags = {
-        "tracker.layer": str(layer.layer),
-        **_until_tags(cell, layer),
-        "mlflow.parentRunId": parent_id,
-        "mlflow.note.content": layer_note(cell, layer),
-    }
-    figures = flat_metrics(layer)
-    return MlflowRun(
-        key=run_key(cell, layer.ablation),
-        name=name,
-        digest=content_digest(
-            layer, FORMAT, name, cell.metric, parent_id, *until_marks(cell, layer).values()
-        ),
-        params=_texts(
-            {
-                "layer": layer.layer,
-                "component": layer.component,
-                "span": layer.span,
-                "intervention": layer.intervention,
-                "ablation": layer.ablation,
-                **_identity(cell),
-            }
-        ),
-        tags=_tags(cell, layer.ablation, tags, reasons_of(layer)),
-        points={(metric_name(name), layer.layer): value for name, value in figures.items()},
-        step=layer.layer,
-        measured_on=_measured_on(cell),
-    )
-
-
-def intact_run(cell: CellRecord, parent_id: str) -> MlflowRun:
-    """Describe the run of the model that a cell's runs begin with, nested beside them."""
-    name = intact_name(cell)
-    note = {"mlflow.parentRunId": parent_id, "mlflow.note.content": intact_note(cell)}
-    tags = {**_until_tags(cell), **note}
-    return MlflowRun(
-        key=run_key(cell, BASELINE),
-        name=name,
-        digest=content_digest(intact_part(cell), FORMAT, name, parent_id),
-        params=_texts({**_identity(cell), "ablation": BASELINE}),
-        tags=_tags(cell, BASELINE, tags, {}),
-        points={(metric_name(name), 0): value for name, value in intact_metrics(cell).items()},
-        step=0,
-        measured_on=_measured_on(cell),
+        has_curves=of_cell,
+        tables=run.tables,
+        charts=run.charts,
+        files=run.files,
+        data=tuple(_data_set(task, cell.benchmark.data) for task in cell.benchmark.tasks)
+        if of_cell
+        else (),
+        measured_on=None if of_cell else _measured_on(cell),
     )
 
 
@@ -224,6 +124,18 @@ def tables_tag(names: Iterable[str]) -> str:
     return json.dumps([{"path": f"tables/{name}.json", "type": "table"} for name in names])
 
 
+def _of_cell(cell: CellRecord) -> dict[str, object]:
+    model, benchmark = cell.model, cell.benchmark
+    return {
+        "architecture": model.architecture,
+        "layers": model.layers,
+        "parameters": model.parameters,
+        "apply_chat_template": benchmark.apply_chat_template,
+        "seed": benchmark.seed,
+        "tasks": len(benchmark.tasks),
+    }
+
+
 def _identity(cell: CellRecord) -> dict[str, object]:
     return {
         "model": cell.model.name,
@@ -237,10 +149,6 @@ def _identity(cell: CellRecord) -> dict[str, object]:
     }
 
 
-def _until_tags(cell: CellRecord, run: RunRecord | None = None) -> dict[str, str | None]:
-    return {f"tracker.{name}": value for name, value in until_marks(cell, run).items()}
-
-
 def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
     source = {"data": data, "task": task.name, "version": task.version, "split": task.split}
     return {
@@ -252,15 +160,11 @@ def _data_set(task: TaskIdentity, data: str) -> dict[str, str]:
     }
 
 
-def _tags(
-    cell: CellRecord,
-    ablation: str,
-    own: Mapping[str, str | None],
-    reasons: Mapping[str, str],
-) -> dict[str, str]:
-    tags = {
-        KEY_TAG: run_key(cell, ablation),
-        KIND_TAG: ablation if ablation in ("cell", BASELINE) else "layer",
+def _tags(run: DescribedRun, parent_id: str | None, links: str) -> dict[str, str]:
+    cell = run.cell
+    tags: dict[str, object] = {
+        KEY_TAG: run.key,
+        KIND_TAG: run.kind,
         "tracker.cell": cell.key,
         "tracker.model": cell.model.name,
         "tracker.model_source": cell.model.source,
@@ -268,10 +172,21 @@ def _tags(
         "tracker.benchmark": cell.benchmark.name,
         "tracker.metric": cell.metric,
         "tracker.lower_is_better": None if cell.higher_is_better else "true",
+        "tracker.layer": run.which.get("layer"),
+        **{f"tracker.{name}": value for name, value in run.marks.items()},
         "mlflow.source.name": "tracker",
-        **own,
-        **{f"tracker.reason.{metric_name(name)}": reason for name, reason in reasons.items()},
+        "mlflow.parentRunId": parent_id,
+        "mlflow.note.content": run.note + links,
     }
+    if run.kind == "cell":
+        tags |= {
+            FILES_TAG: run.version,
+            "tracker.data": cell.benchmark.data,
+            "tracker.missing": ", ".join(cell.lacks) or None,
+            **{f"tracker.provenance.{name}": value for name, value in cell.provenance.items()},
+            "mlflow.loggedArtifacts": tables_tag(run.tables),
+        }
+    tags |= {f"tracker.reason.{name}": reason for name, reason in run.reasons.items()}
     return {name: text[:_TAG_CHARACTERS] for name, text in _texts(tags).items()}
 
 

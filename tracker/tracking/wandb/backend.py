@@ -31,19 +31,19 @@ from tracker.tracking.base import (
     BOARD_FILE,
     Backend,
     LoggedTable,
+    Pages,
     Published,
     RemoteCell,
     SavedModel,
 )
 from tracker.tracking.foreign import downloading, refuse_lies
+from tracker.tracking.runs import described
 from tracker.tracking.wandb.runs import (
     WandbRun,
     artifact_name,
-    cell_run,
-    group_of,
-    intact_run,
-    layer_run,
+    labels_of,
     model_name,
+    wandb_run,
 )
 from tracker.tracking.wandb.session import finished, is_offline, log_in, publishing, session, start
 from tracker.tracking.wandb.writing import attach, wandb_table, write
@@ -69,7 +69,7 @@ class _Known:
     digest: str | None
 
 
-class WandbBackend(Backend):
+class WandbBackend(Backend, Pages):
     """Keeps a W&B project in step with the ledger.
 
     In a sweep each layer's run is its trial's, so there the cell's own run and the intact model's
@@ -81,8 +81,6 @@ class WandbBackend(Backend):
         results: The results folder; the files of runs, also of offline ones, lie in its `wandb`.
         in_sweep: Whether a W&B agent asked for this.
     """
-
-    name = "wandb"
 
     def __init__(self, project: str, results: Path, in_sweep: bool) -> None:
         entity, _, self._project = project.rpartition("/")
@@ -99,10 +97,8 @@ class WandbBackend(Backend):
         charts: Mapping[str, Figure],
         tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
-        # W&B lists the newest run first: the cell, the intact model, then layer 0, layer 1, ...
-        layers = () if self._in_sweep else reversed(cell.runs)
-        runs = [layer_run(cell, layer) for layer in layers]
-        runs += [intact_run(cell), cell_run(cell, artifacts, charts, tables)]
+        every = described(cell, artifacts, charts, tables)
+        runs = [wandb_run(run) for run in every if not (self._in_sweep and run.kind == "layer")]
         with publishing(self._results, self._to), self._one_publisher():
             offline = is_offline()
             if not offline:
@@ -258,7 +254,7 @@ class WandbBackend(Backend):
     def _ask(self, cell: CellRecord) -> dict[str, _Known]:
         """Find the runs that the cell has, by run key."""
         found: dict[str, _Known] = {}
-        for run in _runs(self._path(), {"group": group_of(cell)}):
+        for run in _runs(self._path(), {"group": labels_of(cell, "", "")["group"]}):
             mine = run.config.get("tracker")
             if isinstance(mine, Mapping) and "run_key" in mine:
                 # A run that never ended may lack points that were sent before its digest.

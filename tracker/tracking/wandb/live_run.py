@@ -12,15 +12,16 @@ from typing_extensions import override
 from tracker.core.records import CellRecord
 from tracker.tracking.base import PROGRESS, Ending, LiveRun
 from tracker.tracking.identity import run_key
+from tracker.tracking.runs import cell_run
 from tracker.tracking.wandb.backend import WandbBackend
-from tracker.tracking.wandb.runs import cell_run
+from tracker.tracking.wandb.runs import wandb_run
 from tracker.tracking.wandb.session import session
 
 EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "killed": 255}
 """As W&B's own hooks end a run: 255 is shown as killed."""
 
 
-class WandbPicture(LiveRun):
+class WandbLiveRun(LiveRun):
     """Shows cells of a project; the arguments are those of `WandbBackend`."""
 
     def __init__(self, project: str, results: Path) -> None:
@@ -31,7 +32,7 @@ class WandbPicture(LiveRun):
     @override
     def begin(self, cell: CellRecord) -> None:
         with self._session():
-            handle = self._backend.open(cell_run(cell, [], {}), cell, watched=os.getppid())
+            handle = self._backend.open(wandb_run(cell_run(cell)), cell, watched=os.getppid())
             if handle is not None:
                 show_progress(handle)
                 self._runs[run_key(cell, "cell")] = handle

@@ -1,44 +1,23 @@
-"""Describes the W&B runs of a cell as they should be; needs no wandb."""
+"""Says in W&B's words how the runs of a cell should be; needs no wandb."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracker.core.records import BASELINE, CellRecord, RunRecord
-from tracker.core.run_table import reasons_of
+from tracker.core.records import CellRecord
 from tracker.tracking.base import LoggedTable
-from tracker.tracking.figures import (
-    CURVES,
-    cell_figures,
-    curve_name,
-    flat_metrics,
-    intact_metrics,
-    logged_correlations,
-    logged_layers,
-    metric_name,
-    not_finite,
-    only_defined,
-    until_marks,
-)
-from tracker.tracking.identity import (
-    content_digest,
-    files_digest,
-    intact_name,
-    intact_part,
-    run_key,
-    run_name,
-)
-from tracker.tracking.notes import cell_note, intact_note, layer_note
+from tracker.tracking.identity import filter_words, group_name
+from tracker.tracking.runs import DescribedRun
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FORMAT = "4"
+FORMAT = "5"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
 
 # What W&B takes; counted in bytes, of which there are never fewer than characters.
@@ -89,163 +68,58 @@ class WandbRun:
         return hashlib.sha256(nth.encode()).hexdigest()[:16]
 
 
-def group_of(cell: CellRecord) -> str:
-    """Name the group that holds the runs of a cell, alike on every machine."""
-    return _fitting(f"{cell.title} · {cell.key[:8]}", _GROUP)
-
-
 def labels_of(cell: CellRecord, name: str, job_type: str) -> dict[str, Any]:
     """Say what W&B lists a run of a cell by, in the words of `wandb.init`."""
-    words = (cell.model.name, cell.benchmark.name, *(("stopped",) if cell.is_stopped else ()))
-    tags = tuple(_fitting(word, _TAG) for word in words)
-    labels = {"name": _fitting(name, _NAME), "job_type": job_type, "tags": tags}
-    return {**labels, "group": group_of(cell)}
-
-
-def layer_run(cell: CellRecord, layer: RunRecord) -> WandbRun:
-    """Describe one run of a cell."""
-    figures = {metric_name(name): value for name, value in flat_metrics(layer).items()}
-    return _run(
-        cell,
-        layer.ablation,
-        name=run_name(cell, layer),
-        job_type="layer",
-        digest=content_digest(
-            layer, FORMAT, group_of(cell), cell.metric, *until_marks(cell, layer).values()
-        ),
-        own={
-            "layer": layer.layer,
-            "component": layer.component,
-            "span": layer.span,
-            "intervention": layer.intervention,
-        },
-        reasons=reasons_of(layer),
-        run=layer,
-        note=layer_note(cell, layer),
-        summary=figures,
-    )
-
-
-def intact_run(cell: CellRecord) -> WandbRun:
-    """Describe the run of the model that a cell's runs begin with.
-
-    W&B compares the others of its group with it.
-    """
-    return _run(
-        cell,
-        BASELINE,
-        name=intact_name(cell),
-        job_type=BASELINE,
-        digest=content_digest(intact_part(cell), FORMAT, group_of(cell)),
-        own={},
-        reasons={},
-        note=intact_note(cell),
-        summary={metric_name(name): value for name, value in intact_metrics(cell).items()},
-    )
-
-
-def cell_run(
-    cell: CellRecord,
-    artifacts: Sequence[Path],
-    charts: Mapping[str, Figure],
-    more: Mapping[str, LoggedTable] = {},
-) -> WandbRun:
-    """Describe the run of a cell, with the figures of its runs as curves over the layers."""
-    figures = cell_figures(cell)
-    rows = []
-    for layer in cell.runs:
-        known = flat_metrics(layer)
-        points = {curve_name(layer, name): known[name] for name in CURVES if name in known}
-        rows.append({"layer": layer.layer, **points})
-    artifact, files = artifact_name(cell), files_digest(artifacts)
-    return _run(
-        cell,
-        "cell",
-        name=cell.title,
-        job_type="cell",
-        digest=content_digest(cell, FORMAT, files),
-        own={},
-        reasons={**not_finite(figures), **cell.reasons},
-        note=cell_note(cell),
-        summary={metric_name(name): value for name, value in only_defined(figures).items()},
-        curves=tuple(rows),
-        tables={
-            "tables/layers": logged_layers(cell),
-            "tables/correlations": logged_correlations(cell),
-            **{f"tables/{name}": table for name, table in more.items()},
-        },
-        charts=charts,
-        outcomes=OutcomesArtifact(
-            name=artifact,
-            aliases=_aliases(cell),
-            metadata={
-                "files": files,
-                "missing": list(cell.lacks),
-                "provenance": _nested(cell.provenance),
-                **_facts(cell),
-            },
-            files=tuple(artifacts),
-        ),
-    )
-
-
-def _aliases(cell: CellRecord) -> tuple[str, ...]:
-    if cell.is_complete:
-        return ("complete", f"documents-{cell.n}")
-    return ("stopped",) if cell.is_stopped and not cell.missing else ("incomplete",)
-
-
-def _run(
-    cell: CellRecord,
-    ablation: str,
-    *,
-    name: str,
-    job_type: str,
-    own: Mapping[str, object],
-    reasons: Mapping[str, str],
-    run: RunRecord | None = None,
-    **parts: Any,
-) -> WandbRun:
-    key = run_key(cell, ablation)
-    outcomes: OutcomesArtifact | None = parts.get("outcomes")
-    config = {
-        # The names that a sweep gives its trials, so that both kinds of run filter alike.
-        "model": cell.model.source,
-        "benchmark": cell.benchmark.name,
-        "num_fewshot": cell.benchmark.num_fewshot,
-        **cell.benchmark.settings,
-        "dtype": cell.model.dtype,
-        "removed": list(cell.removed),
-        **own,
-        "tracker": {
-            "run_key": key,
-            "ablation": ablation,
-            **({"outcomes": outcomes.name} if outcomes else {}),
-            **_facts(cell),
-            "provenance": _nested(cell.provenance),
-            **until_marks(cell, run),
-            "reasons": _nested({metric_name(name): why for name, why in reasons.items()}),
-        },
-    }
-    return WandbRun(
-        key=key,
-        config=config,
-        **labels_of(cell, name, job_type),
-        **parts,
-    )
-
-
-def _facts(cell: CellRecord) -> dict[str, Any]:
-    """Name what the cell's figures depend on."""
     return {
-        "cell": cell.key,
-        "metric": cell.metric,
-        "lower_is_better": not cell.higher_is_better,
-        "documents": cell.n,
-        "sample_seed": cell.sample_seed,
-        "model": cell.model.model_dump(mode="json"),
-        "benchmark": cell.benchmark.model_dump(mode="json", exclude={"tasks"}),
+        "name": _fitting(name, _NAME),
+        "group": _fitting(group_name(cell), _GROUP),
+        "job_type": job_type,
+        "tags": tuple(_fitting(word, _TAG) for word in filter_words(cell)),
     }
+
+
+def wandb_run(run: DescribedRun) -> WandbRun:
+    """Say how a run should be."""
+    outcomes = _outcomes(run) if run.kind == "cell" else None
+    return WandbRun(
+        key=run.key,
+        **labels_of(run.cell, run.name, run.kind),
+        digest=run.digest(FORMAT),
+        config={
+            **run.settings,
+            "tracker": {
+                "run_key": run.key,
+                "ablation": run.ablation,
+                **({"outcomes": outcomes.name} if outcomes else {}),
+                **run.facts,
+                "provenance": _nested(run.cell.provenance),
+                **run.marks,
+                "reasons": _nested(run.reasons),
+            },
+        },
+        note=run.note,
+        summary=dict(run.figures),
+        curves=tuple({"layer": layer, **points} for layer, points in run.curves),
+        tables={f"tables/{name}": table for name, table in run.tables.items()},
+        charts=run.charts,
+        outcomes=outcomes,
+    )
+
+
+def _outcomes(run: DescribedRun) -> OutcomesArtifact:
+    cell = run.cell
+    aliases = ("stopped",) if cell.is_stopped and not cell.missing else ("incomplete",)
+    return OutcomesArtifact(
+        name=artifact_name(cell),
+        aliases=("complete", f"documents-{cell.n}") if cell.is_complete else aliases,
+        metadata={
+            "files": run.version,
+            "missing": list(cell.lacks),
+            "provenance": _nested(cell.provenance),
+            **run.facts,
+        },
+        files=run.files,
+    )
 
 
 def _nested(values: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,8 @@ import wandb
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord, RunRecord
 from tracker.tracking.base import SweepTrial
-from tracker.tracking.wandb.runs import layer_run
+from tracker.tracking.runs import layer_run
+from tracker.tracking.wandb.runs import wandb_run
 from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
 from tracker.tracking.wandb.writing import add_config, write
 
@@ -45,7 +46,7 @@ class WandbSweep:
 
     def fill(self, trial: str, cell: CellRecord, layer: RunRecord) -> None:
         """Write the run of a trial that left without it; TrackingError if that is impossible."""
-        run = layer_run(cell, layer)
+        run = wandb_run(layer_run(cell, layer))
         with self._session("did not take a run"):
             log_in()
             place: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial}

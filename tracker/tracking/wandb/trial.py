@@ -13,8 +13,9 @@ from tracker.core.records import CellRecord, RunIdentity, RunRecord
 from tracker.core.text import masked
 from tracker.tracking.base import Ending
 from tracker.tracking.identity import run_name
+from tracker.tracking.runs import layer_run
 from tracker.tracking.wandb.live_run import EXIT_CODES, show_progress
-from tracker.tracking.wandb.runs import labels_of, layer_run
+from tracker.tracking.wandb.runs import labels_of, wandb_run
 from tracker.tracking.wandb.session import finished, log_in, publishing, start
 from tracker.tracking.wandb.writing import add_config, write
 
@@ -41,7 +42,7 @@ class WandbTrial:
 
     def log(self, cell: CellRecord, layer: RunRecord, more: Mapping[str, float]) -> None:
         """Log the run of the cell that the trial asked for, with more figures, and end."""
-        run = layer_run(cell, layer)
+        run = wandb_run(layer_run(cell, layer))
         run = replace(run, summary={**run.summary, **more})
         with self._opened("finished", **run.labels) as handle:
             add_config(handle, run)

@@ -1,0 +1,128 @@
+"""What MLflow is to the rest of the house."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import cast
+from urllib.parse import urlsplit
+
+from typing_extensions import override
+
+from tracker.core.errors import RequestError
+from tracker.core.text import masked
+from tracker.tracking.base import (
+    Backend,
+    LiveRun,
+    Models,
+    Service,
+    Target,
+    other_login,
+    without_login,
+)
+from tracker.tracking.isolated import Isolated
+
+_LOGINS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_AUTH",
+    "MLFLOW_TRACKING_AWS_SIGV4",
+)
+_LOGIN_FILE = Path("~/.mlflow/credentials")
+
+
+class MlflowService(Service):
+    """MLflow: an experiment on a server, or in a SQLite file in the results folder."""
+
+    name = "mlflow"
+    title = "MLflow"
+    can = frozenset({"live runs", "pages", "pruned models", "registered models"})
+
+    @override
+    def open(self, project: str, results: Path, server: str | None) -> Backend:
+        from tracker.tracking.mlflow.backend import MlflowBackend
+
+        return MlflowBackend(project, results, server)
+
+    @override
+    def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
+        kind = "tracker.tracking.mlflow.live_run:MlflowLiveRun"
+        return cast(LiveRun, Isolated(self.title, kind, project, results, server))
+
+    @override
+    def open_models(self, project: str, results: Path, server: str | None) -> Models:
+        # Its flavours write to whatever run is active, which may be a notebook's.
+        kind = "tracker.tracking.mlflow.models:MlflowModels"
+        return cast(Models, Isolated(self.title, kind, project, results, server))
+
+    @override
+    def target(self, project: str) -> Target:
+        if "://" not in project:
+            return Target(self.name, project or None)
+        server, experiment = _server_and_experiment(project)
+        if not experiment:
+            typed = masked(f"{self.name}:{project}")
+            raise RequestError(f"{typed!r} names no experiment; write mlflow:URI/EXPERIMENT")
+        return Target(self.name, experiment, server)
+
+    @override
+    def source(self, to: Target, typed: str) -> Target:
+        if not to.server and not self.server():
+            raise RequestError(
+                f"{masked(typed)!r} does not say on which server; write mlflow:URI/EXPERIMENT, or "
+                "set MLFLOW_TRACKING_URI"
+            )
+        return to
+
+    @override
+    def server(self) -> str | None:
+        return without_login(os.environ.get("MLFLOW_TRACKING_URI") or None)
+
+    @override
+    def place_of(self, to: Target, project: str) -> Target:
+        server = without_login(to.server) or self.server()
+        return Target(self.name, masked(to.project or project), server)
+
+    @override
+    def target_of(self, place: Target, results: Path) -> Target:
+        here = self.server()
+        if place.server is None:
+            own = f"sqlite:///{results.absolute() / 'mlflow.db'}" if here else None
+            return Target(self.name, place.project, own)
+        if place.server == here:
+            return Target(self.name, place.project)
+        if _is_remote(place.server) and _has_login():
+            raise other_login(place, "MLFLOW_TRACKING_URI", results)
+        return place
+
+    @override
+    def title_of(self, place: Target) -> str:
+        server = f"{place.server}/" if place.server else ""
+        return masked(f"{self.name}:{server}{place.project}")
+
+    @override
+    def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
+        server = server or os.environ.get("MLFLOW_TRACKING_URI")
+        return server, None if server else results / "mlflow.db"
+
+
+def _server_and_experiment(text: str) -> tuple[str, str]:
+    """Split an address: a `#` says where, else a server ends at its port, a file at its name."""
+    if "#" in text:
+        server, _, project = text.partition("#")
+    elif text.startswith(("http://", "https://")):
+        scheme, _, rest = text.partition("://")
+        host, _, project = rest.partition("/")
+        server = f"{scheme}://{host}"
+    else:
+        server, _, project = text.rpartition("/")
+    return server, project.strip("/")
+
+
+def _is_remote(uri: str) -> bool:
+    return urlsplit(uri).scheme not in ("sqlite", "file", "")
+
+
+def _has_login() -> bool:
+    return any(map(os.environ.get, _LOGINS)) or _LOGIN_FILE.expanduser().exists()

@@ -1,0 +1,212 @@
+"""Describes the runs of a cell as every backend should have them; each writes them in its words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tracker.core.identities import Record
+from tracker.core.records import BASELINE, CellRecord, RunRecord
+from tracker.core.run_table import reasons_of
+from tracker.tracking.base import LoggedTable
+from tracker.tracking.figures import (
+    CURVES,
+    cell_figures,
+    curve_name,
+    flat_metrics,
+    intact_metrics,
+    logged_correlations,
+    logged_layers,
+    metric_name,
+    not_finite,
+    only_defined,
+    until_marks,
+)
+from tracker.tracking.identity import (
+    content_digest,
+    files_digest,
+    intact_name,
+    intact_part,
+    run_key,
+    run_name,
+)
+from tracker.tracking.notes import cell_note, intact_note, layer_note
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True)
+class DescribedRun:
+    """One run as it should be.
+
+    Attributes:
+        cell: The cell that it belongs to.
+        kind: What it is of: the cell itself, the model that its runs begin with, or one of them.
+        name: What lists of runs show.
+        note: What it says of itself, in Markdown.
+        known: All that it shows follows from this, its name and `files`.
+        figures: Its defined figures, by names that every backend takes.
+        reasons: Why others are not defined.
+        run: The cell's run that it shows, if it is one of them.
+        curves: The figures of the cell's runs: layers, and what each has by the name of its curve.
+        tables: Its tables.
+        charts: Its charts.
+        files: What is attached to it.
+    """
+
+    cell: CellRecord
+    kind: Literal["cell", "baseline", "layer"]
+    name: str
+    note: str
+    known: Record
+    figures: Mapping[str, float]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    run: RunRecord | None = None
+    curves: tuple[tuple[int, dict[str, float]], ...] = ()
+    tables: Mapping[str, LoggedTable] = field(default_factory=dict)
+    charts: Mapping[str, Figure] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+    @property
+    def ablation(self) -> str:
+        """What was removed or replaced; the kind, where it is of no run of the cell."""
+        return self.run.ablation if self.run else self.kind
+
+    @property
+    def key(self) -> str:
+        """The same on every machine and every day."""
+        return run_key(self.cell, self.ablation)
+
+    @property
+    def step(self) -> int:
+        """Where its figures stand on the axis of layers."""
+        return self.run.layer if self.run else 0
+
+    @property
+    def which(self) -> dict[str, str | int]:
+        """Which run of the cell it is."""
+        names = ("layer", "component", "span", "intervention") if self.run else ()
+        return {name: getattr(self.run, name) for name in names}
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """What became of a question, where one was asked."""
+        return until_marks(self.cell, self.run)
+
+    @property
+    def version(self) -> str:
+        """Digest its files; empty where it has none."""
+        return files_digest(self.files) if self.kind == "cell" else ""
+
+    def digest(self, *also: str) -> str:
+        """Digest all that it shows, and what else its backend makes of it."""
+        marks, cell = self.marks.values(), self.cell
+        return content_digest(
+            self.known, self.name, cell.title, cell.metric, self.version, *marks, *also
+        )
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Name what the cell's figures depend on."""
+        return {
+            "cell": self.cell.key,
+            "metric": self.cell.metric,
+            "lower_is_better": not self.cell.higher_is_better,
+            "documents": self.cell.n,
+            "sample_seed": self.cell.sample_seed,
+            "model": self.cell.model.model_dump(mode="json"),
+            "benchmark": self.cell.benchmark.model_dump(mode="json", exclude={"tasks"}),
+        }
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What was asked, by the names that a sweep gives its trials: both filter alike."""
+        return {
+            "model": self.cell.model.source,
+            "benchmark": self.cell.benchmark.name,
+            "num_fewshot": self.cell.benchmark.num_fewshot,
+            **self.cell.benchmark.settings,
+            "dtype": self.cell.model.dtype,
+            "removed": list(self.cell.removed),
+            **self.which,
+        }
+
+
+def described(
+    cell: CellRecord,
+    files: Sequence[Path],
+    charts: Mapping[str, Figure],
+    tables: Mapping[str, LoggedTable] = {},
+) -> list[DescribedRun]:
+    """Describe all runs of a cell, its own last: the newest stands first in a backend's list.
+
+    Before it come the model that its runs begin with, and before that the runs, the last one first.
+    """
+    runs = [layer_run(cell, run) for run in reversed(cell.runs)]
+    return [*runs, intact_run(cell), cell_run(cell, files, charts, tables)]
+
+
+def layer_run(cell: CellRecord, run: RunRecord) -> DescribedRun:
+    """Describe one run of a cell."""
+    return DescribedRun(
+        cell=cell,
+        kind="layer",
+        name=run_name(cell, run),
+        note=layer_note(cell, run),
+        known=run,
+        figures=_named(flat_metrics(run)),
+        reasons={metric_name(name): why for name, why in reasons_of(run).items()},
+        run=run,
+    )
+
+
+def intact_run(cell: CellRecord) -> DescribedRun:
+    """Describe the run of the model that a cell's runs begin with."""
+    return DescribedRun(
+        cell=cell,
+        kind=BASELINE,
+        name=intact_name(cell),
+        note=intact_note(cell),
+        known=intact_part(cell),
+        figures=_named(intact_metrics(cell)),
+    )
+
+
+def cell_run(
+    cell: CellRecord,
+    files: Sequence[Path] = (),
+    charts: Mapping[str, Figure] = {},
+    tables: Mapping[str, LoggedTable] = {},
+) -> DescribedRun:
+    """Describe the run of a cell, with the figures of its runs as curves over the layers."""
+    figures = cell_figures(cell)
+    reasons = {**not_finite(figures), **cell.reasons}
+    curves = []
+    for run in cell.runs:
+        known = flat_metrics(run)
+        points = {curve_name(run, name): known[name] for name in CURVES if name in known}
+        curves.append((run.layer, points))
+    return DescribedRun(
+        cell=cell,
+        kind="cell",
+        name=cell.title,
+        note=cell_note(cell),
+        known=cell,
+        figures=_named(only_defined(figures)),
+        reasons={metric_name(name): why for name, why in reasons.items()},
+        curves=tuple(curves),
+        tables={
+            "layers": logged_layers(cell),
+            "correlations": logged_correlations(cell),
+            **tables,
+        },
+        charts=charts,
+        files=tuple(files),
+    )
+
+
+def _named(figures: Mapping[str, float]) -> dict[str, float]:
+    return {metric_name(name): value for name, value in figures.items()}
