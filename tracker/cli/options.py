@@ -228,7 +228,8 @@ def running(function: F) -> F:
 
     @click.option(
         "--track",
-        help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, or 'none'. "
+        help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or "
+        "'none'. "
         "Default: mlflow; in the trial of a W&B sweep: wandb.",
     )
     @documents_option

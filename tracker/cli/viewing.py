@@ -123,9 +123,9 @@ def _end_report(done: Reported) -> None:
 @main.command()
 @click.option(
     "--to",
-    help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT. Without "
-    "a project, each benchmark goes to that of its experiment.  [default: wherever each was "
-    "published before, else mlflow]",
+    help="Backends, comma-separated: mlflow, mlflow:PROJECT, wandb, wandb:ENTITY/PROJECT, trackio. "
+    "Without a project, each benchmark goes to that of its experiment.  [default: wherever each "
+    "was published before, else mlflow]",
 )
 @click.option(
     "--sweep",

@@ -21,6 +21,7 @@ from tracker.tracking.wandb.service import in_sweep
 BACKENDS = {
     "mlflow": "tracker.tracking.mlflow.service:MlflowService",
     "wandb": "tracker.tracking.wandb.service:WandbService",
+    "trackio": "tracker.tracking.trackio.service:TrackioService",
 }
 """What a user may ask for, and what says all of it to the rest; imported when it is asked for."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tracker.core.identities import Record
-from tracker.core.records import BASELINE, CellRecord, RunRecord
+from tracker.core.records import CellRecord, RunRecord
 from tracker.core.run_table import reasons_of
 from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
@@ -36,6 +38,20 @@ from tracker.tracking.notes import cell_note, intact_note, layer_note
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+
+ARTIFACT_NAME = 128  # wandb/sdk/artifacts/_validators.py, NAME_MAXLEN
+NOT_IN_NAMES = r"[^A-Za-z0-9_.-]+"
+
+
+@dataclass(frozen=True)
+class OutcomesArtifact:
+    """The artifact of a cell: everything its figures were computed from."""
+
+    name: str
+    aliases: tuple[str, ...]
+    metadata: dict[str, Any]
+    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -109,30 +125,49 @@ class DescribedRun:
         )
 
     @property
-    def facts(self) -> dict[str, object]:
-        """Name what the cell's figures depend on."""
+    def config(self) -> dict[str, Any]:
+        """Say which run it is in one nested dictionary; no name in it has a period.
+
+        What was asked has the names that a sweep gives its trials, so that both filter alike.
+        """
+        cell, outcomes = self.cell, self.outcomes
         return {
-            "cell": self.cell.key,
-            "metric": self.cell.metric,
-            "lower_is_better": not self.cell.higher_is_better,
-            "documents": self.cell.n,
-            "sample_seed": self.cell.sample_seed,
-            "model": self.cell.model.model_dump(mode="json"),
-            "benchmark": self.cell.benchmark.model_dump(mode="json", exclude={"tasks"}),
+            "model": cell.model.source,
+            "benchmark": cell.benchmark.name,
+            "num_fewshot": cell.benchmark.num_fewshot,
+            **cell.benchmark.settings,
+            "dtype": cell.model.dtype,
+            "removed": list(cell.removed),
+            **self.which,
+            "tracker": {
+                "run_key": self.key,
+                "ablation": self.ablation,
+                **({"outcomes": outcomes.name} if outcomes else {}),
+                **_facts(cell),
+                "provenance": _nested(cell.provenance),
+                **self.marks,
+                "reasons": _nested(self.reasons),
+            },
         }
 
     @property
-    def settings(self) -> dict[str, object]:
-        """What was asked, by the names that a sweep gives its trials: both filter alike."""
-        return {
-            "model": self.cell.model.source,
-            "benchmark": self.cell.benchmark.name,
-            "num_fewshot": self.cell.benchmark.num_fewshot,
-            **self.cell.benchmark.settings,
-            "dtype": self.cell.model.dtype,
-            "removed": list(self.cell.removed),
-            **self.which,
-        }
+    def outcomes(self) -> OutcomesArtifact | None:
+        """Say what its files are kept as; None where it has none of its own."""
+        if self.kind != "cell":
+            return None
+        cell = self.cell
+        aliases = ("stopped",) if cell.is_stopped and not cell.missing else ("incomplete",)
+        return OutcomesArtifact(
+            name=artifact_name(cell),
+            aliases=("complete", f"documents-{cell.n}") if cell.is_complete else aliases,
+            metadata={
+                "files": self.version,
+                "missing": list(cell.lacks),
+                "provenance": _nested(cell.provenance),
+                **_facts(cell),
+            },
+            files=self.files,
+        )
 
 
 def described(
@@ -167,7 +202,7 @@ def intact_run(cell: CellRecord) -> DescribedRun:
     """Describe the run of the model that a cell's runs begin with."""
     return DescribedRun(
         cell=cell,
-        kind=BASELINE,
+        kind="baseline",
         name=intact_name(cell),
         note=intact_note(cell),
         known=intact_part(cell),
@@ -210,3 +245,39 @@ def cell_run(
 
 def _named(figures: Mapping[str, float]) -> dict[str, float]:
     return {metric_name(name): value for name, value in figures.items()}
+
+
+def _facts(cell: CellRecord) -> dict[str, Any]:
+    """Name what the cell's figures depend on."""
+    return {
+        "cell": cell.key,
+        "metric": cell.metric,
+        "lower_is_better": not cell.higher_is_better,
+        "documents": cell.n,
+        "sample_seed": cell.sample_seed,
+        "model": cell.model.model_dump(mode="json"),
+        "benchmark": cell.benchmark.model_dump(mode="json", exclude={"tasks"}),
+    }
+
+
+def _nested(values: Mapping[str, str]) -> dict[str, str]:
+    """Keep a period in a name from being taken for nesting."""
+    return {name.replace(".", "_"): value for name, value in values.items()}
+
+
+def artifact_name(cell: CellRecord) -> str:
+    """Name the artifact alike on every machine, with the key last, which tells cells apart."""
+    key = re.sub(NOT_IN_NAMES, "-", f"{cell.view}-{cell.key[:12]}")
+    name = re.sub(NOT_IN_NAMES, "-", f"outcomes-{cell.model.name}-{cell.benchmark.name}")
+    if len(key) > ARTIFACT_NAME // 2:
+        return fitting(f"{name}-{key}", ARTIFACT_NAME)
+    return f"{name[: ARTIFACT_NAME - len(key) - 1]}-{key}"
+
+
+def fitting(text: str, limit: int) -> str:
+    """Cut what is too long, and end it with a hash of the whole, which tells texts apart."""
+    whole = text.encode()
+    if len(whole) <= limit:
+        return text
+    end = f"-{hashlib.sha256(whole).hexdigest()[:12]}"
+    return whole[: limit - len(end)].decode(errors="ignore") + end

@@ -37,10 +37,9 @@ from tracker.tracking.base import (
     SavedModel,
 )
 from tracker.tracking.foreign import downloading, refuse_lies
-from tracker.tracking.runs import described
+from tracker.tracking.runs import artifact_name, described
 from tracker.tracking.wandb.runs import (
     WandbRun,
-    artifact_name,
     labels_of,
     model_name,
     wandb_run,

@@ -1,0 +1,470 @@
+"""What every backend keeps: whoever adds one adds a `Held` of it to `HELD`, and passes this."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from tracker.core.errors import RequestError
+from tracker.core.identities import Half
+from tracker.core.records import CellRecord, RunRecord
+from tracker.tracking import BACKENDS, open_backend, service, target
+from tracker.tracking.base import Backend, LoggedTable
+from tracker.tracking.figures import cell_figures, flat_metrics, intact_metrics, only_defined
+from tracker.tracking.identity import group_name, run_key, run_name
+from tracker.tracking.isolated import Isolated
+from tracker.tracking.mlflow.writing import DIGEST_TAG
+from tracker.tracking.runs import cell_run, layer_run
+
+from .conftest import CellMaker, layer_record
+from .wandb_client import Client
+from .wandb_double import WandbDouble
+
+PROJECT = "contract"
+WHOLE = {
+    "documents": LoggedTable(("task", "choice"), (("arc_easy", 1), ("arc_easy", None)), ("task",))
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run as a reader sees it; figures that are shown as undefined are not there."""
+
+    name: str
+    group: object
+    figures: dict[str, float]
+    which: tuple[str, ...]
+    reasons: dict[str, str]
+    note: str
+    curves: dict[str, list[tuple[int, float]]]
+
+
+class Held(ABC):
+    """A project of a backend, and what its own tools read of it."""
+
+    name: str
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+
+    def open(self) -> Backend:
+        return open_backend(self.name, PROJECT, self.results)
+
+    def publish(self, cell: CellRecord, *files: Path) -> tuple[int, int, int]:
+        with closing(self.open()) as backend:
+            done = backend.publish(cell, files, {}, WHOLE)
+        return done.created, done.updated, done.unchanged
+
+    def by_key(self) -> dict[str, Seen]:
+        found = list(self.seen())
+        assert len({key for key, _ in found}) == len(found), "a run was created twice"
+        return dict(found)
+
+    @abstractmethod
+    def seen(self) -> Iterator[tuple[str, Seen]]:
+        """Read every run, with its key."""
+
+    @abstractmethod
+    def table(self, key: str, name: str) -> list[dict[str, Any]]:
+        """Read a table of a run, a row a dictionary."""
+
+    @abstractmethod
+    def break_off(self, key: str) -> None:
+        """Leave a run as a publisher leaves it that was killed in the middle, or worse."""
+
+
+class HeldByMlflow(Held):
+    name = "mlflow"
+
+    def __init__(self, results: Path, uri: str = "") -> None:
+        super().__init__(results)
+        self.uri = uri or f"sqlite:///{results / 'mlflow.db'}"
+
+    def open(self) -> Backend:
+        return open_backend(self.name, PROJECT, self.results, self.uri)
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    def runs(self) -> list[Any]:
+        place = self.client.get_experiment_by_name(PROJECT)
+        return list(self.client.search_runs([place.experiment_id], max_results=1000))
+
+    def seen(self) -> Iterator[tuple[str, Seen]]:
+        runs = self.runs()
+        groups = {run.info.run_id: run.data.tags["tracker.cell"] for run in runs}
+        for run in runs:
+            tags, metrics = run.data.tags, run.data.metrics
+            is_cell = tags["tracker.kind"] == "cell"
+            history = {
+                name: self.client.get_metric_history(run.info.run_id, name)
+                for name in (metrics if is_cell else ())
+            }
+            curves = {
+                name: [
+                    (point.step, point.value)
+                    for point in sorted(points, key=lambda p: (p.step, p.timestamp))
+                ]
+                for name, points in history.items()
+            }
+            figures = {name: value for name, value in metrics.items() if not math.isnan(value)}
+            names = ("layer", "component", "span", "intervention")
+            reasons = {n: why for n, why in tags.items() if n.startswith("tracker.reason.")}
+            assert tags["tracker.cell"] == groups[tags.get("mlflow.parentRunId", run.info.run_id)]
+            yield (
+                tags["tracker.run_key"],
+                Seen(
+                    run.info.run_name,
+                    tags.get("mlflow.parentRunId", run.info.run_id),
+                    figures,
+                    tuple(run.data.params[n] for n in names if n in run.data.params),
+                    {name.removeprefix("tracker.reason."): why for name, why in reasons.items()},
+                    tags["mlflow.note.content"].partition("\n\nRuns:")[0],
+                    curves,
+                ),
+            )
+
+    def table(self, key: str, name: str) -> list[dict[str, Any]]:
+        (run,) = (run for run in self.runs() if run.data.tags["tracker.run_key"] == key)
+        path = self.client.download_artifacts(run.info.run_id, f"tables/{name}.json")
+        return rows(json.loads(Path(path).read_text()))
+
+    def break_off(self, key: str) -> None:
+        (run,) = (run for run in self.runs() if run.data.tags["tracker.run_key"] == key)
+        self.client.delete_tag(run.info.run_id, DIGEST_TAG)
+
+
+class HeldByWandb(Held):
+    name = "wandb"
+
+    def __init__(self, results: Path, double: WandbDouble) -> None:
+        super().__init__(results)
+        self.double = double
+
+    def runs(self) -> list[Any]:
+        return list(self.double.projects["team", PROJECT].runs.values())
+
+    def open(self) -> Backend:
+        return open_backend(self.name, f"team/{PROJECT}", self.results)
+
+    def seen(self) -> Iterator[tuple[str, Seen]]:
+        for run in self.runs():
+            names = {name for row in run.history for name in row if name[0] != "_"}
+            assert run.state == "finished"
+            yield (
+                run.values["tracker"]["run_key"],
+                Seen(
+                    run.name,
+                    run.group,
+                    {n: v for n, v in run.summary.items() if n[0] != "_" and numeric(v)},
+                    which(run.values),
+                    run.values["tracker"]["reasons"],
+                    run.notes,
+                    {
+                        name: [(row["layer"], row[name]) for row in run.history if name in row]
+                        for name in names
+                        if all("layer" in row for row in run.history if name in row)
+                    },
+                ),
+            )
+
+    def table(self, key: str, name: str) -> list[dict[str, Any]]:
+        (run,) = (run for run in self.runs() if run.values["tracker"]["run_key"] == key)
+        return rows(json.loads(run.files[run.summary[f"tables/{name}"]["path"]]))
+
+    def break_off(self, key: str) -> None:
+        (run,) = (run for run in self.runs() if run.values["tracker"]["run_key"] == key)
+        del run.config["tracker"]["value"]["digest"]
+        run.summary = {}
+
+
+class HeldByTrackio(Held):
+    name = "trackio"
+
+    def __init__(self, results: Path, folder: Path) -> None:
+        super().__init__(results)
+        kind, also = "tests.tracking.trackio_reader:TrackioReader", {"TRACKIO_DIR": str(folder)}
+        self.reader = Isolated("Trackio", kind, PROJECT, also=also)
+
+    def seen(self) -> Iterator[tuple[str, Seen]]:
+        for run in self.reader.runs():
+            config, step = run["config"], run["config"].get("layer", 0)
+            names = {name for row in run["logs"] for name in row if numeric(row[name])} - {"step"}
+            yield (
+                config["tracker"]["run_key"],
+                Seen(
+                    run["name"],
+                    config["_Group"],
+                    {
+                        n: v
+                        for row in run["logs"]
+                        if row["step"] == step
+                        for n, v in row.items()
+                        if n in names
+                    },
+                    which(config),
+                    config["tracker"]["reasons"],
+                    config["note"],
+                    {n: [(row["step"], row[n]) for row in run["logs"] if n in row] for n in names},
+                ),
+            )
+
+    def table(self, key: str, name: str) -> list[dict[str, Any]]:
+        runs = self.reader.runs()
+        (run,) = (run for run in runs if run["config"]["tracker"]["run_key"] == key)
+        (table,) = (row[f"tables/{name}"] for row in run["logs"] if f"tables/{name}" in row)
+        return list(table["_value"])
+
+    def break_off(self, key: str) -> None:
+        (name,) = (seen.name for found, seen in self.seen() if found == key)
+        assert self.reader.delete(name)
+
+
+def numeric(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def which(config: dict[str, Any]) -> tuple[str, ...]:
+    names = ("layer", "component", "span", "intervention")
+    return tuple(str(config[name]) for name in names if name in config)
+
+
+def rows(table: dict[str, Any]) -> list[dict[str, Any]]:
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+@pytest.fixture(params=["mlflow", "mlflow server", "wandb", "trackio"])
+def held(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Held]:
+    results = tmp_path / "held"
+    results.mkdir()
+    if request.param == "wandb":
+        double: WandbDouble = request.getfixturevalue("double")
+        Client(double, tmp_path).lend(monkeypatch)
+        yield HeldByWandb(results, double)
+    elif request.param == "trackio":
+        monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+        kept = HeldByTrackio(results, tmp_path / "trackio")
+        yield kept
+        kept.reader.close()
+    else:
+        server = request.param == "mlflow server"
+        if not server:
+            results = request.getfixturevalue("results")
+        uri = request.getfixturevalue("server") if server else ""
+        monkeypatch.setattr(f"{__name__}.PROJECT", f"{PROJECT}-{tmp_path.name}")
+        yield HeldByMlflow(results, uri)
+
+
+def of_kind(component: str, layer: int, span: int, ablation: str, **more: object) -> RunRecord:
+    changes = {"component": component, "layer": layer, "span": span, "ablation": ablation}
+    return layer_record(layer, 160).model_copy(update={**changes, "cosine_score": None, **more})
+
+
+def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
+    """Hold all that is shown of a cell against its record."""
+    mine = {key: seen for key, seen in held.by_key().items() if key.startswith(cell.key)}
+    keys = [run_key(cell, run.ablation) for run in cell.runs]
+    assert set(mine) >= {*keys, run_key(cell, "baseline"), run_key(cell, "cell")}
+    for run in cell.runs:
+        seen = mine[run_key(cell, run.ablation)]
+        assert seen.figures == layer_run(cell, run).figures
+        assert seen.name == run_name(cell, run)
+        assert seen.note == layer_run(cell, run).note
+        assert seen.reasons == layer_run(cell, run).reasons
+        assert seen.which == (str(run.layer), run.component, str(run.span), run.intervention)
+    assert mine[run_key(cell, "baseline")].figures == intact_metrics(cell)
+    whole = mine[run_key(cell, "cell")]
+    assert only_defined(cell_figures(cell)).items() <= whole.figures.items()
+    assert (whole.name, whole.note) == (cell.title, cell_run(cell).note)
+    assert whole.reasons == cell_run(cell).reasons
+    assert len({mine[key].group for key in (*keys, run_key(cell, "cell"))}) == 1
+    if held.name != "mlflow":
+        assert whole.group == group_name(cell)
+    for name in ("accuracy_drop", "accuracy_relevance", "gold_logprob_drop"):
+        wanted = [
+            (run.layer, getattr(run, name))
+            for run in cell.runs
+            if run.kind.word == "layer" and run.span == 1 and getattr(run, name) is not None
+        ]
+        assert whole.curves.get(name, []) == wanted
+    return mine
+
+
+def test_what_is_published_is_read_back_and_not_doubled(
+    held: Held, make_cell: CellMaker, tmp_path: Path
+) -> None:
+    cell = make_cell()
+    odd = {"gold_logprob_drop": math.inf, "metrics": {"exact_match,strict": 0.25, "größe": 0.5}}
+    cell = cell.model_copy(update={"runs": (*cell.runs[:3], cell.runs[3].model_copy(update=odd))})
+    files = [tmp_path / "outcomes.parquet", tmp_path / "view.json"]
+    for file in files:
+        file.write_bytes(file.name.encode() * 99)
+    assert held.publish(cell, *files) == (6, 0, 0)
+    first = shows(held, cell)
+    two, three = (first[run_key(cell, f"layer:{n}")] for n in (2, 3))
+    assert two.reasons["accuracy_relevance"] == "the baseline is at or below chance"
+    assert "accuracy_relevance" not in two.figures
+    assert three.reasons["gold_logprob_drop"] == "not a finite number: inf"
+    assert three.figures["accuracy_drop"] == cell.runs[3].accuracy_drop
+    assert three.figures["metric/exact_match/strict"] == 0.25
+    assert three.figures["metric/gr__e"] == 0.5
+
+    key = run_key(cell, "cell")
+    layers = pd.DataFrame(held.table(key, "layers"))
+    assert layers["layer"].tolist() == [0, 1, 2, 3]
+    assert layers["accuracy_drop"].tolist() == [run.accuracy_drop for run in cell.runs]
+    assert "at or below chance" in layers["reasons"][2]
+    assert held.table(key, "correlations")[1]["reason"].startswith("the angular distance is the")
+    assert held.table(key, "documents") == [
+        {"task": "arc_easy", "choice": 1},
+        {"task": "arc_easy", "choice": None},
+    ]
+
+    with closing(held.open()) as backend:
+        (remote,) = backend.cells()
+        assert (remote.key, remote.name) == (key, cell.title)
+        folder = tmp_path / "fetched"
+        folder.mkdir()
+        backend.fetch(remote, folder)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == {
+        file.name: file.read_bytes() for file in files
+    }
+    assert held.publish(cell, *files) == (0, 0, 6)
+    assert held.by_key() == first
+
+
+def test_what_grows_is_brought_up_to_date_and_what_broke_off_completed(
+    held: Held, make_cell: CellMaker
+) -> None:
+    part, whole = make_cell(layers=(0, 1)), make_cell()
+    assert held.publish(part) == (4, 0, 0)
+    assert held.publish(whole) == (2, 1, 3)
+    shows(held, whole)
+    more = make_cell(n=320)
+    gone = {"accuracy_relevance": None, "reasons": {"accuracy_relevance": "undefined now"}}
+    changed = {"accuracy_drop": 0.08, **gone}
+    more = more.model_copy(
+        update={"runs": (more.runs[0], more.runs[1].model_copy(update=changed), *more.runs[2:])}
+    )
+    assert held.publish(more) == (0, 6, 0)
+    seen = shows_newest(held, more)
+    assert seen[run_key(more, "layer:1")].figures["n"] == 320
+    assert seen[run_key(more, "layer:1")].reasons["accuracy_relevance"] == "undefined now"
+    assert len(held.by_key()) == 6
+
+    held.break_off(run_key(more, "layer:3"))
+    created, updated, unchanged = held.publish(more)
+    assert (created + updated, unchanged) == (1, 5)
+    shows_newest(held, more)
+    assert held.publish(more) == (0, 0, 6)
+
+
+def shows_newest(held: Held, cell: CellRecord) -> dict[str, Seen]:
+    """As `shows`, but for the curves, where what is not defined any more was once."""
+    mine = held.by_key()
+    for run in cell.runs:
+        assert mine[run_key(cell, run.ablation)].figures == flat_metrics(run)
+    whole = mine[run_key(cell, "cell")]
+    assert only_defined(cell_figures(cell)).items() <= whole.figures.items()
+    # A backend that takes no point back has several of a layer, the newest last.
+    assert dict(whole.curves["accuracy_drop"]) == {
+        run.layer: run.accuracy_drop for run in cell.runs
+    }
+    return mine
+
+
+def test_every_kind_of_run_has_a_name_and_a_curve_of_its_own(
+    held: Held, make_cell: CellMaker
+) -> None:
+    cell = make_cell(layers=(0, 1))
+    kinds = (
+        of_kind("layer", 1, 4, "layers:1,2,3,4"),
+        of_kind("attention", 1, 1, "attention:1"),
+        of_kind("mlp", 1, 4, "mlp:1,2,3,4"),
+        of_kind("layer", 1, 1, "mean:1", intervention="mean"),
+    )
+    cell = cell.model_copy(update={"runs": (*cell.runs, *kinds)})
+    assert held.publish(cell) == (8, 0, 0)
+    mine = held.by_key()
+    ends = " · arc_easy · SmolLM2-135M-Instruct"
+    names = {mine[run_key(cell, run.ablation)].name.removesuffix(ends) for run in cell.runs}
+    assert names == {
+        *("layer 00", "layer 01", "layers 01–04", "attention 01", "mlp 01–04", "mean 01")
+    }
+    for run in kinds:
+        seen = mine[run_key(cell, run.ablation)]
+        assert seen.which == (str(run.layer), run.component, str(run.span), run.intervention)
+    curves = mine[run_key(cell, "cell")].curves
+    drop = cell.runs[1].accuracy_drop
+    assert [layer for layer, _ in curves["accuracy_drop"]] == [0, 1]
+    for kind in ("span4", "attention", "mlp/span4", "mean"):
+        assert curves[f"{kind}/accuracy_drop"] == [(1, drop)]
+    assert "attention/cosine_score" not in curves
+
+
+# Was: one ablation had one run a cell, whatever it stood for, and cells overwrote each other's.
+def test_other_questions_have_other_runs_beside_each_other(
+    held: Held, make_cell: CellMaker
+) -> None:
+    cell = make_cell(layers=(0,))
+    (task,) = cell.benchmark.tasks
+    half = task.model_copy(update={"half": Half(part="test", seed=1234, of=2 * task.documents)})
+    settings = {"tasks": (half,), "settings": {"part": "test"}}
+    beneath = (of_kind("layer", 1, 1, "layers:1,2"), of_kind("mlp", 3, 1, "layer:2+mlp:3"))
+    cells = [
+        cell.model_copy(update={"runs": (*cell.runs, of_kind("layer", 1, 2, "layers:1,2"))}),
+        cell.model_copy(update={"runs": beneath, "removed": (2,), "removed_accuracy": 0.25}),
+        cell.model_copy(update={"metric": "acc_norm"}),
+        cell.model_copy(update={"sample_seed": 1234}),
+        make_cell(layers=(0,), key="half").model_copy(
+            update={"benchmark": cell.benchmark.model_copy(update=settings)}
+        ),
+    ]
+    for one in cells:
+        assert held.publish(one) == (2 + len(one.runs), 0, 0)
+    for one in cells:
+        assert held.publish(one) == (0, 0, 2 + len(one.runs))
+    mine = held.by_key()
+    assert len(mine) == sum(2 + len(one.runs) for one in cells)
+    assert len({seen.name for seen in mine.values()}) == len(mine)
+    assert len({seen.group for seen in mine.values()}) == len(cells)
+    first = mine[run_key(cells[1], "baseline")]
+    assert first.name.startswith("without 2 · ")
+    assert first.figures == {"n": 160, "accuracy": 0.25, "accuracy_drop": 0.25}
+    assert "its drop, as theirs, is from the intact model" in first.note
+    assert mine[run_key(cells[1], "cell")].figures["removed_accuracy"] == 0.25
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_says_what_it_can_and_refuses_the_rest_by_name(name: str, tmp_path: Path) -> None:
+    known = service(name)
+    assert known.name == name
+    assert target(f"{name}:layers").project == "layers"
+    open_backend(name, PROJECT, tmp_path).close()
+    for ability in ("pages", "pruned models", "registered models"):
+        if ability in known.can:
+            assert target(name, ability).backend == name
+        else:
+            with pytest.raises(RequestError, match=f"{known.title} takes no {ability}; use one of"):
+                target(name, ability)
+
+
+def test_a_name_that_is_none_is_refused_with_the_list() -> None:
+    for text in ("neptune", "neptune:team/layers"):
+        with pytest.raises(RequestError, match="use one of: mlflow, wandb, trackio"):
+            target(text)
+    with pytest.raises(RequestError, match="Did you mean 'mlflow'"):
+        target("mlfow")

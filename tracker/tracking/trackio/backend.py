@@ -1,0 +1,215 @@
+"""Publishes cells to Trackio: a run per cell, one for its intact model, one for each run.
+
+What stands here runs in a process of its own: `isolated` calls it. A run is found again by
+`tracker.run_key` in its config. Trackio takes no figure back, so a run that has changed is deleted
+and written anew; it warns where others raise, so what was written is read back.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trackio
+from huggingface_hub.constants import HF_HOME
+from trackio import cas, utils
+from trackio.sqlite_storage import SQLiteStorage
+from typing_extensions import override
+
+from tracker.core.errors import TrackingError
+from tracker.core.records import CellRecord
+from tracker.ledger.files import lock_file
+from tracker.tracking.base import Backend, LoggedTable, Published, RemoteCell, sync_command
+from tracker.tracking.foreign import refuse_lies
+from tracker.tracking.identity import files_digest, filter_words, group_name
+from tracker.tracking.runs import DescribedRun, described
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+FORMAT = "1"
+"""Part of every digest: raise it when runs are written differently, and all are updated once."""
+_LOCK_SECONDS = 600.0
+
+
+class TrackioBackend(Backend):
+    """Keeps a Trackio project in step with the ledger.
+
+    It has no charts of ours: Trackio draws the curves, and keeps what is drawn when a run goes.
+
+    Args:
+        project: The project.
+        results: The results folder.
+        ignored: Settings of the environment that it does not follow.
+    """
+
+    def __init__(self, project: str, results: Path, ignored: Sequence[str] = ()) -> None:
+        self._project = project
+        self._results = results.absolute()
+        self._ignored = ignored
+
+    @override
+    def publish(
+        self,
+        cell: CellRecord,
+        artifacts: Sequence[Path],
+        charts: Mapping[str, Figure],
+        tables: Mapping[str, LoggedTable] = {},
+    ) -> Published:
+        again = sync_command(self._results, f"trackio:{self._project}")
+        advice = f"The results are on disk; when it is mended: {again}"
+        counts = {"created": 0, "updated": 0, "unchanged": 0}
+        with self._failures_explained("did not take the runs", advice), self._one_publisher():
+            SQLiteStorage.validate_project_name(self._project)
+            if utils.get_storage_mode() != "sqlite":
+                raise TrackingError(
+                    "it cannot be asked what it has where it appends to files, as on a network "
+                    "filesystem; set TRACKIO_DIR to a folder of this machine"
+                )
+            known = self._known()
+            for run in described(cell, artifacts, {}, tables):
+                there = known.get(run.key, [])
+                if len(there) == 1 and self._is_whole(there[0], run):
+                    counts["unchanged"] += 1
+                    continue
+                for former in there:
+                    former.delete()
+                self._write(run)
+                counts["updated" if there else "created"] += 1
+        location, notes = self._location(), self._notes()
+        return Published(**counts, location=location, notes=notes, project="")
+
+    @override
+    def cells(self) -> list[RemoteCell]:
+        with self._failures_explained("could not be read"):
+            configs = (run.config or {} for run in trackio.Api().runs(self._project))
+            mine = (config.get("tracker", {}) for config in configs)
+            return [
+                RemoteCell(one["run_key"], one["name"], one["files"], one["outcomes"])
+                for one in mine
+                if one.get("ablation") == "cell"
+            ]
+
+    @override
+    def fetch(self, cell: RemoteCell, folder: Path) -> None:
+        with self._failures_explained("could not be read"):
+            there = self._files(cell.place)
+            refuse_lies({name: entry["size"] for name, entry in there.items()})
+            for name, entry in there.items():
+                blob = cas.blob_path(self._project, cas.validate_digest(entry["digest"]))
+                shutil.copyfile(blob, folder / name)
+            if files_digest(folder.iterdir()) != cell.version:
+                raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
+
+    @override
+    def close(self) -> None:
+        pass  # every run is finished when it is written
+
+    def _known(self) -> dict[str, list[Any]]:
+        """Find the project's runs that are tracker's, by run key."""
+        found: dict[str, list[Any]] = {}
+        if SQLiteStorage.get_project_db_path(self._project).exists():
+            for run in trackio.Api().runs(self._project):
+                key = (run.config or {}).get("tracker", {}).get("run_key")
+                found.setdefault(key, []).append(run)
+        return found
+
+    def _is_whole(self, found: Any, run: DescribedRun) -> bool:
+        """Say whether a run is there as it was written last, and that is what it should be."""
+        if found.config["tracker"].get("digest") != run.digest(FORMAT):
+            return False
+        logs = SQLiteStorage.get_logs(self._project, found.name, run_id=found.id)
+        shown = {(row["step"], name) for row in logs for name in row if name != "timestamp"}
+        wanted = {(at, name) for at, row in _rows(run).items() for name in (*row, "step")}
+        files = {file.name for file in run.files}
+        return shown == wanted and (not files or set(self._files(_outcomes(run))) == files)
+
+    def _write(self, run: DescribedRun) -> None:
+        digest = {"digest": run.digest(FORMAT), "name": run.name, "files": run.version}
+        config = {
+            **run.config,
+            "kind": run.kind,
+            "tags": list(filter_words(run.cell)),
+            "note": run.note,
+            "tracker": {**run.config["tracker"], **digest},
+        }
+        handle = trackio.init(
+            self._project,
+            name=run.name,
+            group=group_name(run.cell),
+            config=config,
+            embed=False,
+            auto_log_cpu=False,
+            auto_log_gpu=False,
+        )
+        try:
+            if run.outcomes and run.files:
+                made = run.outcomes
+                artifact = trackio.Artifact(made.name, "outcomes", metadata=made.metadata)
+                for file in run.files:
+                    artifact.add_file(file, name=file.name)
+                handle.log_artifact(artifact, aliases=list(made.aliases))
+            for step, row in _rows(run).items():
+                handle.log(row, step=step)
+        finally:
+            trackio.finish()
+        (found,) = (one for one in trackio.Api().runs(self._project) if one.id == handle.id)
+        if not self._is_whole(found, run):
+            raise TrackingError(f"the run {run.name!r} did not arrive whole")
+
+    def _files(self, artifact: str) -> dict[str, dict[str, Any]]:
+        """Name the files of an artifact's latest version, with their digests and sizes."""
+        found = SQLiteStorage.get_artifact_manifest(self._project, artifact, None)
+        return {entry["path"]: entry for entry in found["manifest"]} if found else {}
+
+    def _location(self) -> str:
+        project = SQLiteStorage.get_project_db_path(self._project).stem
+        usual = Path(HF_HOME).absolute() / "trackio"
+        folder = "" if usual == utils.TRACKIO_DIR else shlex.quote(str(utils.TRACKIO_DIR))
+        return f"{folder and f'TRACKIO_DIR={folder} '}trackio show --project {shlex.quote(project)}"
+
+    def _notes(self) -> tuple[str, ...]:
+        if not self._ignored:
+            return ()
+        names = ", ".join(self._ignored)
+        return (f"{names} is not followed: runs are on this machine, and trackio sync sends them",)
+
+    @contextmanager
+    def _one_publisher(self) -> Iterator[None]:
+        """Hold off other processes: Trackio has no "create unless it exists" by run key."""
+        name = f"{utils.canonical_project_name(self._project)}.tracker.lock"
+        with lock_file(utils.TRACKIO_DIR / name, _LOCK_SECONDS):
+            yield
+
+    @contextmanager
+    def _failures_explained(self, problem: str, advice: str = "") -> Iterator[None]:
+        try:
+            # It says of every run that it began and ended.
+            with redirect_stdout(StringIO()):
+                yield
+        except Exception as error:  # noqa: BLE001  the SDK raises many kinds
+            said = str(error) or type(error).__name__
+            text = f"Trackio in {utils.TRACKIO_DIR} {problem}: {said}"
+            raise TrackingError("\n".join(filter(None, (text, advice)))) from None
+
+
+def _outcomes(run: DescribedRun) -> str:
+    return run.outcomes.name if run.outcomes else ""
+
+
+def _rows(run: DescribedRun) -> dict[int, dict[str, Any]]:
+    """Lay out what is logged at each step; figures and tables stand where a run's layer does."""
+    rows: dict[int, dict[str, Any]] = {}
+    for layer, points in run.curves:
+        rows.setdefault(layer, {}).update(points)
+    tables = {
+        f"tables/{name}": trackio.Table(list(table.columns), [list(row) for row in table.rows])
+        for name, table in run.tables.items()
+    }
+    rows.setdefault(run.step, {}).update({**run.figures, **tables})
+    return rows
