@@ -169,7 +169,7 @@ class HeldByWandb(Held):
                     run.group,
                     {n: v for n, v in run.summary.items() if n[0] != "_" and numeric(v)},
                     which(run.values),
-                    run.values["tracker"]["reasons"],
+                    run.values["tracker"].get("reasons", {}),  # it keeps no empty ones
                     run.notes,
                     {
                         name: [(row["layer"], row[name]) for row in run.history if name in row]
@@ -295,9 +295,9 @@ def shows(held: Held, cell: CellRecord) -> dict[str, Seen]:
         assert whole.group == group_name(cell)
     for name in ("accuracy_drop", "accuracy_relevance", "gold_logprob_drop"):
         wanted = [
-            (run.layer, getattr(run, name))
+            (run.layer, value)
             for run in cell.runs
-            if run.kind.word == "layer" and run.span == 1 and getattr(run, name) is not None
+            if (value := getattr(run, name)) is not None and math.isfinite(value)
         ]
         assert whole.curves.get(name, []) == wanted
     return mine
