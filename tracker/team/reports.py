@@ -140,7 +140,7 @@ def join_boards(
 
 
 def _target(text: str) -> Target:
-    to = target(text, "pages")
+    to = target(text, "reports and leaderboards")
     if to.project is None:
         raise RequestError(f"{masked(text)!r} names no project; write {masked(text)}:PROJECT")
     return to

@@ -27,8 +27,8 @@ PROGRESS = "progress/"
 Scalar = str | int | float | None
 
 
-Ability = Literal["live runs", "pages", "pruned models", "registered models"]
-"""What a backend may show besides the runs of cells; `pages` are reports and leaderboards."""
+Ability = Literal["live runs", "reports and leaderboards", "lighter models", "registered models"]
+"""What a backend may show besides the runs of cells."""
 
 
 @dataclass(frozen=True)

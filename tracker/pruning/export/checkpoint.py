@@ -135,7 +135,7 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
     request, removed = asked.request, tuple(sorted(asked.pruning.removed))
     if not removed:
         raise RequestError("nothing is to be removed; name layers, as in --remove 3,17")
-    opened = [target(text, "pruned models") for text in asked.track]
+    opened = [target(text, "lighter models") for text in asked.track]
     refuse_output(asked.output)
     if asked.register and not any("registered models" in service(to.backend).can for to in opened):
         raise RequestError("--register is a name in MLflow's registry; add --track mlflow")

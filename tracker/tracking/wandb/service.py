@@ -32,7 +32,7 @@ class WandbService(Service):
 
     name = "wandb"
     title = "W&B"
-    can = frozenset({"live runs", "pages", "pruned models"})
+    can = frozenset({"live runs", "reports and leaderboards", "lighter models"})
     runs_sweeps = True
 
     @override

@@ -1,0 +1,86 @@
+"""What Trackio alone has: files on this machine, and settings that would send runs elsewhere."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tracker import api
+from tracker.core.errors import RequestError, TrackingError
+from tracker.tracking import open_backend, target
+from tracker.tracking.trackio import service
+
+from .conftest import CellMaker
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    return tmp_path / "trackio"
+
+
+def test_measured_published_and_reported_from_there(
+    folder: Path, tmp_path: Path, tiny_llama: Callable[..., Path], experiment: Callable[..., Path]
+) -> None:
+    file = experiment(tiny_llama(layers=2), limit=6, layer=[0, 1])
+    results = tmp_path / "results"
+    done = api.run(file, results=results, track=["trackio:lab/layers"]).outcome
+    assert (done.exit_code, dict(done.unpublished)) == (0, {})
+    shown = f"TRACKIO_DIR={folder} trackio show --project lablayers"
+    assert list(done.locations.items()) == [("trackio:lab/layers", shown)]
+    (again,) = api.sync(results=results).places["trackio:lab/layers"]
+    assert (again.created, again.updated, again.unchanged) == (0, 0, 4)
+    report = api.report("trackio:lab/layers", output=tmp_path / "page.html")
+    assert (report.failed, list(report.cells)) == ({}, api.ls(results))
+    with pytest.raises(
+        RequestError, match="Trackio takes no reports and leaderboards; use one of: mlflow, wandb"
+    ):
+        api.leaderboard(results, publish=["trackio:lab/layers"])
+
+
+def test_neither_a_hub_nor_a_server_hears_of_it(
+    tmp_path: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub, monkeypatch.context() as there:
+        address = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        for name, value in {
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": "hf_planted",
+            "HF_HUB_OFFLINE": "0",
+            "TRACKIO_SPACE_ID": "ann/space",
+            "TRACKIO_SERVER_URL": f"{address}/?write_token=planted",
+        }.items():
+            there.setenv(name, value)
+        with closing(open_backend("trackio", "layers", tmp_path)) as backend:
+            done = backend.publish(make_cell(layers=(0,)), [], {})
+        assert done.created == 3
+        (note,) = done.notes
+        assert note.startswith("TRACKIO_SPACE_ID, TRACKIO_SERVER_URL is not followed")
+        hub.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            hub.accept()
+
+
+def test_a_folder_that_is_only_appended_to_is_refused(
+    tmp_path: Path, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_STORAGE_MODE", "jsonl")
+    with closing(open_backend("trackio", "layers", tmp_path)) as backend:
+        with pytest.raises(TrackingError, match="set TRACKIO_DIR to a folder of this machine"):
+            backend.publish(make_cell(), [], {})
+        with pytest.raises(TrackingError, match=r"could not be read.*'layers' does not exist"):
+            backend.cells()
+
+
+def test_without_the_extra_it_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "find_spec", lambda _: None)
+    with pytest.raises(RequestError, match=r"Trackio is not installed; type: .*\[trackio\]"):
+        target("trackio")
+    with pytest.raises(TrackingError, match="Trackio is not installed"):
+        open_backend("trackio", "layers", tmp_path)
