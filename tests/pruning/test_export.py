@@ -28,6 +28,7 @@ from tracker.benchmarks import reference_process
 from tracker.cli import main
 from tracker.core.config import cell_request
 from tracker.core.errors import RequestError, WorkError
+from tracker.core.estimates import Estimate
 from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.measuring.prepare import look_up
@@ -76,7 +77,7 @@ class TestExported:
             said = evaluate(lm, tasks=["plain"], samples={"plain": wanted}, task_manager=tasks)
             found.append(said["results"]["plain"]["acc,none"])
         (accuracy,) = exported.accuracy
-        assert [accuracy.before[0], accuracy.after[0]] == found
+        assert [accuracy.before.value, accuracy.after.value] == found
         assert len(set(found)) == 2, "they tell the models apart"
         assert exported.proof.figure == {"acc": found[1]}
         assert (accuracy.n, exported.proof.documents, exported.proof.ties) == (SAMPLE, SAMPLE, 0)
@@ -100,7 +101,7 @@ class TestExported:
         assert card.data.library_name == "transformers"
         assert card.data.base_model is None, "a folder is no name on the hub"
         (result,) = card.data.eval_results
-        assert result.metric_value == exported.accuracy[0].after[0]
+        assert result.metric_value == exported.accuracy[0].after.value
         for said in (
             "without 2 of its 4 layers",
             'AutoModelForCausalLM.from_pretrained(".")',
@@ -109,7 +110,7 @@ class TestExported:
             f"{SAMPLE} documents drawn at random (seed 1234)",
             "bit by bit",
             "llama-quantize --prune-layers 1,2 tiny.gguf pruned.gguf COPY",
-            f"is judged as was measured: acc {exported.accuracy[0].after[0]!r}",
+            f"is judged as was measured: acc {exported.accuracy[0].after.value!r}",
         ):
             assert said in card.text
         start = card.text.index("```yaml\n") + len("```yaml\n")
@@ -133,7 +134,9 @@ def test_what_a_search_knows_is_told(exported, tmp_path):
     """The seam for whoever chooses layers: `Pruning`."""
     from tracker.pruning.export.card import text
 
-    cost = Accuracy("piqa", 0, "acc", "40 documents", 40, (0.5, 0.4, 0.6), (0.45, None, None))
+    cost = Accuracy(
+        "piqa", 0, "acc", "40 documents", 40, Estimate(0.5, 0.4, 0.6), Estimate(0.45, None, None)
+    )
     chosen = Pruning((2, 1), "accuracy", "100 documents of arc_easy", tested=(cost,))
     said = text(replace(exported, pruning=chosen, accuracy=(*exported.accuracy, cost)))
     assert "The strategy `accuracy` chose them on 100 documents of arc_easy." in said
@@ -145,7 +148,7 @@ def test_names_are_shown_in_the_card_and_not_obeyed(exported):
     from tracker.pruning.export.card import text
 
     name = "<img src=x onerror=alert(1)>|"
-    cost = Accuracy(name, 0, name, name, 40, (0.5, 0.4, 0.6), (0.45, None, None))
+    cost = Accuracy(name, 0, name, name, 40, Estimate(0.5, 0.4, 0.6), Estimate(0.45, None, None))
     base = exported.base.model_copy(update={"name": name})
     chosen = Pruning((2, 1), "accuracy", name)
     said = text(replace(exported, base=base, pruning=chosen, accuracy=(cost,)))

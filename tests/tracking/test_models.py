@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import tracker
 from tests.conftest import save_llama
 from tracker.benchmarks import reference_process
+from tracker.core.estimates import Estimate
 from tracker.models import speed
 from tracker.pruning.export import proof
 from tracker.pruning.export.facts import Accuracy, Exported
@@ -53,7 +54,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         there.setattr(speed, "SECONDS", 0.0)
         there.setattr(proof, "_ask", lambda asked, _: {**reference_process.main(asked), "ours": []})
         found = tracker.export(str(save_llama(folder / "tiny")), [1, 2], folder / "lighter")
-    cost = Accuracy("arc_easy", 0, "acc", "24 documents", 24, (0.5, 0.4, 0.6), (0.25, 0.1, 0.4))
+    cost = Accuracy(
+        "arc_easy", 0, "acc", "24 documents", 24, Estimate(0.5, 0.4, 0.6), Estimate(0.25, 0.1, 0.4)
+    )
     return replace(found, accuracy=(cost,))
 
 

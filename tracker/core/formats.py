@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard
 
-from tracker.core.estimates import Unit
+from tracker.core.estimates import Estimate, Unit
 from tracker.core.records import CellRecord
 
 DASH = "–"
@@ -97,6 +97,24 @@ WRITTEN: Mapping[Unit, Form] = {
 def write(unit: Unit, figure: float) -> str:
     """Write a record's figure, without the unit's name."""
     return WRITTEN[unit].write(figure)
+
+
+def with_interval(
+    found: Estimate, write: Callable[[float], str] = two_digits, unit: str = ""
+) -> str:
+    """Write a figure with its unit, and its interval, such as `0.66 (0.41 to 0.80)`.
+
+    A dash where it is undefined.
+    """
+    if not defined(found.value):
+        return DASH
+    return f"{write(found.value)}{unit}{ends(found.low, found.high, write)}"
+
+
+def ends(low: float | None, high: float | None, write: Callable[[float], str] = two_digits) -> str:
+    """Write an interval behind a figure, such as ` (0.41 to 0.80)`; nothing without one."""
+    between = interval(low, high, write)
+    return f" ({between})" if between else ""
 
 
 def counted(number: int, noun: str) -> str:

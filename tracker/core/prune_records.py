@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from tracker.core.config import Layers
+from tracker.core.estimates import Estimate
 from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
 from tracker.core.kinds import Component
@@ -33,6 +34,16 @@ class Tested(Record):
     """What is lost to the intact model; positive = worse."""
     drop_low: float | None = None
     drop_high: float | None = None
+
+    @property
+    def level(self) -> Estimate:
+        """The metric with its interval."""
+        return Estimate(self.accuracy, self.low, self.high)
+
+    @property
+    def lost(self) -> Estimate:
+        """What is lost, with its interval."""
+        return Estimate(self.drop, self.drop_low, self.drop_high)
 
 
 class PruneStep(Record):

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AfterValidator, AliasChoices, ConfigDict, Field
 
 from tracker.core.config import Count
+from tracker.core.estimates import Estimate
 from tracker.core.extent import Positive
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record, Shown
 from tracker.core.kinds import COMPONENTS, INTERVENTIONS, Component, Intervention
@@ -127,6 +128,12 @@ class RunRecord(RunIdentity):
     metrics: dict[str, float | None]
     """Every metric of the benchmark, under lm-eval's names, under the ablation."""
     reasons: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def drop(self) -> Estimate:
+        """The accuracy drop with its interval."""
+        ends = (self.accuracy_drop_low, self.accuracy_drop_high)
+        return Estimate(self.accuracy_drop, *ends, reason=self.reasons.get("accuracy_drop"))
 
     def figure(self, name: str) -> float | None:
         """Find a figure by its name, a field or a proxy; None where it is undefined."""
@@ -295,6 +302,18 @@ class CellRecord(Record):
     compared_unsteady: int = 0
     """How many of them differ by more than rounding because the model itself is discontinuous."""
     reasons: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def baseline(self) -> Estimate:
+        """The intact model's accuracy, or loss, with its interval."""
+        why = self.reasons.get("baseline_accuracy")
+        return Estimate(self.baseline_accuracy, self.baseline_low, self.baseline_high, reason=why)
+
+    @property
+    def remaining(self) -> Estimate:
+        """The same with `removed` alone taken out."""
+        why = self.reasons.get("removed_accuracy")
+        return Estimate(self.removed_accuracy, self.removed_low, self.removed_high, reason=why)
 
     @property
     def title(self) -> str:

@@ -38,26 +38,11 @@ def relevance_estimate(cell: CellRecord, record: RunRecord) -> Estimate:
     value, chance = record.accuracy_relevance, cell.chance_accuracy
     if value is None:
         return Estimate(None, reason=record.reasons.get("accuracy_relevance", "not recorded"))
-    if (
-        chance is None
-        or cell.baseline_accuracy is None
-        or cell.baseline_low is None
-        or cell.baseline_high is None
-    ):
+    intact = cell.baseline
+    if chance is None or intact.value is None or intact.low is None or intact.high is None:
         return Estimate(value)
-    baseline = (cell.baseline_accuracy, cell.baseline_low, cell.baseline_high)
-    value_above, low_above, high_above = (figure - chance for figure in baseline)
-    found = ratio(drop_estimate(record), Estimate(value_above, low_above, high_above))
+    above = Estimate(intact.value - chance, intact.low - chance, intact.high - chance)
+    found = ratio(record.drop, above)
     if found.low is None or found.high is None:
         return Estimate(value)
     return Estimate(value, min(found.low, 1.0), min(found.high, 1.0))
-
-
-def drop_estimate(record: RunRecord) -> Estimate:
-    """Take a run's accuracy drop and its interval together."""
-    return Estimate(
-        record.accuracy_drop,
-        record.accuracy_drop_low,
-        record.accuracy_drop_high,
-        reason=record.reasons.get("accuracy_drop"),
-    )

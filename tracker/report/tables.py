@@ -54,7 +54,7 @@ def overview_table(cells: Sequence[CellRecord]) -> Table:
         Column("model", "text", lambda row: row[1][0]),
         Column("benchmark", "text", _which),
         Column("documents", "count", lambda row: row[0].counted),
-        Column(baseline, "score" if losses else "percent", _baseline),
+        Column(baseline, "score" if losses else "percent", _baseline, NO_REASON),
         Column("chance", "percent", _chance),
         Column(f"most critical layers, 0-based ({critical})", "text", _costly),
         Column(
@@ -91,10 +91,7 @@ def _which(row: _Labelled) -> str:
 
 
 def _baseline(row: _Labelled) -> Estimate:
-    cell, form = row[0], measure_of(row[0]).level_form
-    if cell.baseline_accuracy is None:
-        return Estimate(None, reason=cell.reason_of("baseline_accuracy"))
-    return Estimate(cell.baseline_accuracy, cell.baseline_low, cell.baseline_high, unit=form)
+    return replace(row[0].baseline, unit=measure_of(row[0]).level_form)
 
 
 def _chance(row: _Labelled) -> Estimate:

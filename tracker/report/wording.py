@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, interval, layer_list, measure_of, two_digits
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import REPLACED_BY
@@ -280,16 +281,14 @@ def beneath(cell: CellRecord) -> str:
         return ""
     measure = measure_of(cell)
 
-    def level(field: str, low: str, high: str) -> str:
-        value = getattr(cell, field)
-        if not defined(value):
-            return f"undefined ({cell.reason_of(field)})"
-        between = interval(getattr(cell, low), getattr(cell, high), measure.write)
-        unit = measure.level_unit
-        return f"{measure.write(value)} {unit}" + (f" (95 % interval {between})" if between else "")
+    def level(found: Estimate) -> str:
+        if not defined(found.value):
+            return f"undefined ({found.reason or NO_REASON})"
+        between = interval(found.low, found.high, measure.write)
+        text = f"{measure.write(found.value)} {measure.level_unit}"
+        return text + (f" (95 % interval {between})" if between else "")
 
-    alone = level("removed_accuracy", "removed_low", "removed_high")
-    intact = level("baseline_accuracy", "baseline_low", "baseline_high")
+    alone, intact = level(cell.remaining), level(cell.baseline)
     plural = len(cell.removed) > 1
     return (
         f"Every run here lacks {layer_list(cell.removed, 0)} as well. Without "

@@ -378,7 +378,7 @@ def test_one_command_saves_the_best_and_its_card_says_how_it_was_chosen(
     # What was chosen on the way is known too; what nobody chose is not.
     ledger, base = Ledger(results), best.model
     first = best.steps[0]
-    assert chosen(ledger, base, first.removed).tested[0].after[0] == first.test.accuracy  # type: ignore[union-attr]
+    assert chosen(ledger, base, first.removed).tested[0].after.value == first.test.accuracy  # type: ignore[union-attr]
     assert chosen(ledger, base, (0, 1, 2)).strategy is None
     assert f"{best.label}, step 1 of 2" in str(chosen(ledger, base, first.removed).strategy)
     # Another search that ended there takes nothing from it.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tracker.core.formats import DASH, defined, fixed, interval, points
+from tracker.core.estimates import Estimate
+from tracker.core.formats import WRITTEN, with_interval
 from tracker.core.hub import check_name
 from tracker.core.text import as_markdown
 from tracker.pruning.export.facts import Accuracy, Exported, Size
@@ -44,10 +45,10 @@ def _front_matter(model: Exported) -> Any:
             dataset_type=each.benchmark,
             dataset_name=f"{each.benchmark}, {each.num_fewshot}-shot, {each.documents}",
             metric_type=each.metric,
-            metric_value=each.after[0],
+            metric_value=each.after.value,
         )
         for each in model.accuracy
-        if each.after[0] is not None
+        if each.after.value is not None
     ]
     return ModelCardData(
         base_model=model.base.source if _is_on_the_hub(model) else None,
@@ -132,17 +133,10 @@ def accuracy_table(rows: Sequence[Accuracy]) -> str:
     return "\n".join(lines)
 
 
-def written(of: Accuracy, value: tuple[float | None, float | None, float | None]) -> str:
+def written(of: Accuracy, level: Estimate) -> str:
     """Write a level with its interval and unit, such as `41.7 % (31.1 to 53.1)`."""
-    middle, low, high = value
-    if not defined(middle):
-        return DASH
-
-    def write(level: float) -> str:
-        return points(level) if of.unit == "%" else fixed(level, 3)
-
-    ends = interval(low, high, write)
-    return f"{write(middle)} {of.unit}" + (f" ({ends})" if ends else "")
+    form = WRITTEN["percent" if of.unit == "%" else "score"]
+    return with_interval(level, form.write, f" {of.unit}" if of.unit else "")
 
 
 def size_table(model: Exported) -> str:

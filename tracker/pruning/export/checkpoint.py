@@ -264,8 +264,8 @@ def _accuracy(measured: MeasuredCell, pruning: Pruning, ledger: Ledger) -> Accur
         metric=cell.metric,
         documents=f"{cell.documents}{part}{among}",
         n=cell.n,
-        before=(cell.baseline_accuracy, cell.baseline_low, cell.baseline_high),
-        after=(cell.removed_accuracy, cell.removed_low, cell.removed_high),
+        before=cell.baseline,
+        after=cell.remaining,
         unit=measure.level_unit,
     )
 

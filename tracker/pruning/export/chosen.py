@@ -85,15 +85,14 @@ def _calibration(record: PruneRecord) -> str | None:
 
 
 def _accuracy(record: PruneRecord, tested: Tested) -> Accuracy:
-    base = record.baseline
     return Accuracy(
         benchmark=record.benchmark.title,
         num_fewshot=record.benchmark.num_fewshot,
         metric=record.metric,
         documents=f"{tested.n:,} documents that chose nothing",
         n=tested.n,
-        before=(base.accuracy, base.low, base.high),
-        after=(tested.accuracy, tested.low, tested.high),
+        before=record.baseline.level,
+        after=tested.level,
         unit="%" if record.higher_is_better else "",
     )
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
 from tracker.core.prune_records import Calibrated
 from tracker.core.records import CellRecord
@@ -21,8 +22,8 @@ class Accuracy:
         metric: The metric's name.
         documents: Which documents, in words.
         n: How many.
-        before: Of the intact model, and the ends of its 95 % interval.
-        after: Of the pruned model, and the ends of its 95 % interval.
+        before: Of the intact model.
+        after: Of the pruned model.
         unit: `%` for an accuracy, else that of the loss.
     """
 
@@ -31,8 +32,8 @@ class Accuracy:
     metric: str
     documents: str
     n: int
-    before: tuple[float | None, float | None, float | None]
-    after: tuple[float | None, float | None, float | None]
+    before: Estimate
+    after: Estimate
     unit: str = "%"
 
 

@@ -72,5 +72,5 @@ def _figures(model: Exported) -> dict[str, float]:
 
 def _accuracy(each: Accuracy) -> dict[str, float]:
     name = f"{each.benchmark}/{each.metric.replace(',', ' ')}"
-    values = {f"base/{name}": each.before[0], f"pruned/{name}": each.after[0]}
+    values = {f"base/{name}": each.before.value, f"pruned/{name}": each.after.value}
     return {name: value for name, value in values.items() if value is not None}

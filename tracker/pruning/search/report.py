@@ -14,7 +14,7 @@ from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.findings import FindingRecord, Line, LineChart
-from tracker.core.formats import counted, fixed, interval, points
+from tracker.core.formats import WRITTEN, counted, fixed, interval, points, with_interval
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.tables import Column, Table, estimate, table
 from tracker.pruning.search.cells import Array
@@ -82,8 +82,8 @@ def _level(record: PruneRecord, value: float | None) -> str:
 
 
 def _tested(record: PruneRecord, tested: Tested) -> str:
-    between = interval(tested.low, tested.high, lambda v: _level(record, v).removesuffix(" %"))
-    return _level(record, tested.accuracy) + (f" ({between})" if between else "")
+    write, unit = (points, " %") if record.higher_is_better else (WRITTEN["score"].write, "")
+    return with_interval(tested.level, write, unit) if tested.accuracy is not None else "undefined"
 
 
 def _end(record: PruneRecord) -> Tested:
@@ -178,14 +178,10 @@ def _table(records: Sequence[PruneRecord]) -> Table:
     gone = "nothing is removed"
 
     def level(one: PruneRecord | None) -> Estimate:
-        tested = _end(one) if one else first.baseline
-        return estimate(tested.accuracy, _NO_SCORE, tested.low, tested.high)
+        return (_end(one) if one else first.baseline).level
 
     def lost(one: PruneRecord | None) -> Estimate:
-        if one is None:
-            return Estimate(None, reason=gone)
-        end = _end(one)
-        return estimate(end.drop, _NO_SCORE, end.drop_low, end.drop_high)
+        return _end(one).lost if one else Estimate(None, reason=gone)
 
     def seconds(one: PruneRecord | None) -> Estimate:
         why = "measured by a tracker that did not say" if one else gone
@@ -195,8 +191,13 @@ def _table(records: Sequence[PruneRecord]) -> Table:
         Column("strategy", "text", lambda one: labels[one.name] if one else "unpruned"),
         Column("amount", "text", lambda one: one.amount if one else ""),
         Column("removed", "text", lambda one: ", ".join(map(str, one.removed)) if one else ""),
-        Column("test accuracy" if first.higher_is_better else "test loss", _unit(first), level),
-        Column("lost", _unit(first, "points"), lost),
+        Column(
+            "test accuracy" if first.higher_is_better else "test loss",
+            _unit(first),
+            level,
+            _NO_SCORE,
+        ),
+        Column("lost", _unit(first, "points"), lost, _NO_SCORE),
         Column("evaluations", "count", lambda one: one.cost.evaluations if one else None, gone),
         Column("passes", "times", lambda one: one.cost.passes if one else None, gone),
         Column("seconds", "count", seconds),
@@ -269,7 +270,7 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
     def lost(row: _Step) -> Estimate:
         test = row.step.test
         assert test is not None
-        return estimate(test.drop, _NO_SCORE, test.drop_low, test.drop_high)
+        return test.lost
 
     columns: tuple[Column[_Step], ...] = (
         Column("strategy", "text", lambda row: labels[row.search.name]),
@@ -281,7 +282,7 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
         Column("runner-up worse by", "times", margin),
         Column(
             "test accuracy lost" if first.higher_is_better else "test loss added",
-            *(_unit(first, "points"), lost),
+            *(_unit(first, "points"), lost, _NO_SCORE),
         ),
     )
     return table(

@@ -27,7 +27,6 @@ from tracker.report.charts.style import (
     layer_axis,
     value_axis,
 )
-from tracker.report.layer_figures import drop_estimate
 
 # Neighbours along the proxy axis write their labels to different sides.
 _SIDES = ("top left", "bottom right", "bottom left", "top right")
@@ -107,7 +106,7 @@ def layer_curve(cell: CellRecord) -> Chart:
         drops = [finite(r.accuracy_drop, measure.scale) if r else None for r in records]
         look = KINDS[kind.word]
         signs = [HELPS if drop is not None and drop < 0 else MATTERS for drop in drops]
-        figures = [drop_estimate(record) if record else None for record in records]
+        figures = [record.drop if record else None for record in records]
         data.append(
             {
                 "type": "scatter",
@@ -200,7 +199,7 @@ def proxy_scatter(cell: CellRecord) -> Chart:
             "name": name,
             "x": [r.cosine_score for r in group],
             "y": [finite(r.accuracy_drop, measure.scale) for r in group],
-            "error_y": errors([drop_estimate(r) for r in group], measure.scale, color=FAINT),
+            "error_y": errors([r.drop for r in group], measure.scale, color=FAINT),
             "mode": "markers+text",
             "text": [str(r.layer) for r in group],
             "textposition": [side[r.layer] for r in group],

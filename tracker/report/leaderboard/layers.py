@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
 from tracker.core.records import CellRecord
-from tracker.report.layer_figures import drop_estimate, relevance_estimate
+from tracker.report.layer_figures import relevance_estimate
 from tracker.report.leaderboard.comparable import countable
 from tracker.stats.combined import mean
 from tracker.stats.rank_agreement import places
@@ -86,7 +86,7 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
             LayerStanding(
                 layer=layer,
                 relevance=means[layer],
-                drop=mean([drop_estimate(run) for run in runs]),
+                drop=mean([run.drop for run in runs]),
                 cosine_score=sum(scores) / len(scores) if len(scores) == len(runs) else None,
                 benchmarks=sum(found.value is not None for found in relevances[layer]),
                 rank=rank.get(layer),

@@ -9,7 +9,6 @@ from itertools import combinations
 from tracker.core.estimates import Estimate
 from tracker.core.formats import Measure, measure_of
 from tracker.core.records import CellRecord
-from tracker.report.layer_figures import drop_estimate
 from tracker.report.leaderboard.comparable import models_of, setting
 from tracker.report.wording import benchmark_labels, model_labels
 from tracker.stats.combined import difference
@@ -81,7 +80,7 @@ def compare(one: CellRecord, other: CellRecord) -> list[tuple[int, Estimate]]:
     """
     theirs = {run.layer: run for run in other.whole_layers}
     return [
-        (run.layer, difference(drop_estimate(run), drop_estimate(theirs[run.layer])))
+        (run.layer, difference(run.drop, theirs[run.layer].drop))
         for run in one.whole_layers
         if run.layer in theirs
     ]

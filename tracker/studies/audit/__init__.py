@@ -5,7 +5,7 @@ from __future__ import annotations
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.findings import FoundChart
-from tracker.core.formats import counted, p_value, points, two_digits
+from tracker.core.formats import counted, ends, p_value, points, two_digits
 from tracker.core.proxies import PROXIES, passes
 from tracker.core.records import WHOLE_LAYER, Kind
 from tracker.core.tables import Table
@@ -23,7 +23,6 @@ from tracker.studies.base import (
     grouped,
     removing_whole_layers,
 )
-from tracker.studies.layout import ends
 
 PAPER = (0.15, 0.46)
 """The paper's coefficients over inner layers and benchmarks, without their minus: y is the accuracy

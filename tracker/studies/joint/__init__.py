@@ -5,6 +5,7 @@ from __future__ import annotations
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.findings import FoundChart
+from tracker.core.formats import with_interval
 from tracker.core.records import CellRecord
 from tracker.core.tables import Table
 from tracker.studies.base import (
@@ -19,7 +20,6 @@ from tracker.studies.base import (
 from tracker.studies.joint.charts import distance_chart, interaction_map
 from tracker.studies.joint.figures import Pairs, measured
 from tracker.studies.joint.tables import strongest, summary
-from tracker.studies.layout import written
 
 _ASSUMED = (
     "Interaction of i and j: drop(i, j) − drop(i) − drop(j), from the same documents. Above 0 the "
@@ -112,7 +112,8 @@ def _answer(record: CellRecord, one: Pairs) -> str:
     if one.rank.value is not None and one.explained.value is not None:
         said += (
             f"the sum of single drops ranks the joint drops of {len(inside):,} pairs with Spearman "
-            f"{written(one.rank)}, and as a prediction has R² {written(one.explained)}. "
+            f"{with_interval(one.rank)}, and as a prediction has R² "
+            f"{with_interval(one.explained)}. "
         )
     if one.mean.value is not None:
         more = "more" if one.mean.value >= 0 else "less"

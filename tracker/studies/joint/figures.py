@@ -12,14 +12,13 @@ from scipy import stats
 
 from tracker.core.ablations import Ablation
 from tracker.core.estimates import Estimate, Unit
-from tracker.core.formats import fixed, points
+from tracker.core.formats import fixed, points, with_interval
 from tracker.ledger.aligned import Array
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.interaction import additivity, interactions
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import SIGNIFICANT, Subject
 from tracker.studies.documents import ByDocument, Strata
-from tracker.studies.layout import written
 
 Pair = tuple[int, int]
 
@@ -63,7 +62,9 @@ class Pairs:
     def said(self, found: Estimate | float) -> str:
         """Write a drop with its unit, and its interval where it has one."""
         unit = {"points": " pp", "nats": " nats"}.get(self.unit, "")
-        return written(Estimate(found) if isinstance(found, float) else found, self.write, unit)
+        return with_interval(
+            Estimate(found) if isinstance(found, float) else found, self.write, unit
+        )
 
     def significant(self, sign: int) -> list[int]:
         """Which interactions of a sign are significant, by their places."""

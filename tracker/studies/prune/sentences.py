@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Iterator
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, p_value, points, two_digits
+from tracker.core.formats import counted, p_value, points, two_digits, with_interval
 from tracker.studies.base import SIGNIFICANT
-from tracker.studies.layout import written
 from tracker.studies.prune.figures import ACCURACY, COSINES, OWN, Beside, Compared, Way
 from tracker.studies.prune.tables import (
     HOURS_OF_THE_PAPER,
@@ -48,7 +47,7 @@ def _against_cosine(group: Compared, amount: str) -> list[tuple[Beside, str]]:
 
 
 def _level(found: Estimate) -> str:
-    return f"{written(found, points, ' %')}"
+    return f"{with_interval(found, points, ' %')}"
 
 
 def _best(group: Compared, amount: str) -> str:
@@ -92,7 +91,7 @@ def _verdict(each: Beside) -> str:
     one, other = each.one.strategy, each.other.strategy
     if each.found.value is None:
         return f"{one} and {other} cannot be compared ({each.found.reason})"
-    by = written(each.found, points, " pp")
+    by = with_interval(each.found, points, " pp")
     p = f"; p = {p_value(each.p)} after Holm" if each.p is not None else ""
     if not _is_significant(each):
         return f"{one} and {other} are not told apart, their difference is {by}{p}"
@@ -103,7 +102,7 @@ def _verdict(each: Beside) -> str:
         None if each.found.high is None else -each.found.high,
         None if each.found.low is None else -each.found.low,
     )
-    return f"{other} beats {one} by {written(turned, points, ' pp')}{p}"
+    return f"{other} beats {one} by {with_interval(turned, points, ' pp')}{p}"
 
 
 def _against_paper(each: Beside) -> str:

@@ -10,7 +10,15 @@ import numpy as np
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import RequestError
-from tracker.core.formats import measure_of, p_value, points, three_digits, two_digits
+from tracker.core.formats import (
+    ends,
+    measure_of,
+    p_value,
+    points,
+    three_digits,
+    two_digits,
+    with_interval,
+)
 from tracker.engine.observers.perturbation_growth import perturbation_growth, verify_growth
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.sweep import Engine
@@ -27,7 +35,6 @@ from tracker.studies.base import (
     grouped,
     refuse_removed,
 )
-from tracker.studies.layout import ends, written
 from tracker.studies.observing import observe
 from tracker.studies.snowball.charts import beside_each_other, charts_of
 from tracker.studies.snowball.figures import ALL, COSINE, END, LATER, Figures, figures
@@ -217,7 +224,8 @@ def _most(each: Figures) -> str:
         return f"{_where(each)}: {removed.total[0].reason}."
     order = sorted(defined, key=lambda i: -(removed.total[i].value or 0))
     parts = [
-        f"layer {i} ×{written(removed.total[i], three_digits)}, from {points(removed.paths[i, i])} "
+        f"layer {i} ×{with_interval(removed.total[i], three_digits)}, "
+        f"from {points(removed.paths[i, i])} "
         f"% to {points(removed.paths[i, -1])} % of the stream's norm, larger behind "
         f"{removed.growing_steps(i)} of {len(removed.total) - 1 - i} later layers"
         for i in order[:3]
@@ -225,7 +233,7 @@ def _most(each: Figures) -> str:
     least = order[-1]
     return (
         f"{_where(each)}: most after the removal of {'; '.join(parts)}; least of layer {least} "
-        f"×{written(removed.total[least], three_digits)}."
+        f"×{with_interval(removed.total[least], three_digits)}."
     )
 
 
@@ -261,7 +269,8 @@ def _explains(each: Figures) -> Iterator[str]:
     yield (
         f"{_where(each)}: how far a removal has moved the stream before the head is {verdict} "
         f"predictor of the {measure_of(each.cell).change} than the cosine score: Spearman "
-        f"{written(end)} against {written(cosine)}, difference {two_digits(better.value or 0)}"
+        f"{with_interval(end)} against {with_interval(cosine)}, "
+        f"difference {two_digits(better.value or 0)}"
         f"{ends(better.low, better.high)} over {len(explained.layers)} layers."
     )
     growth = explained.partial["growth after removal"]
@@ -274,10 +283,10 @@ def _explains(each: Figures) -> Iterator[str]:
     yield (
         f"{_where(each)}: growth {'explains part of' if does else 'is not shown to explain'} what "
         f"the cosine score misjudges: with it held fixed, growth and drop correlate by "
-        f"{written(growth)}"
+        f"{with_interval(growth)}"
         + (f", p = {p_value(p)}" if p is not None else "")
         + (
-            f"; for comparison, how many layers follow correlates by {written(depth)}."
+            f"; for comparison, how many layers follow correlates by {with_interval(depth)}."
             if depth.value is not None
             else "."
         )

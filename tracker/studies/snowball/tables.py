@@ -43,10 +43,7 @@ def layer_table(each: Figures) -> Table:
 
     def drop(layer: int) -> Estimate:
         run = runs.get(layer)
-        if run is None:
-            return Estimate(None, reason=NOT_MEASURED)
-        why = each.cell.reason_of("accuracy_drop", run)
-        return estimate(run.accuracy_drop, why, run.accuracy_drop_low, run.accuracy_drop_high)
+        return run.drop if run else Estimate(None, reason=NOT_MEASURED)
 
     columns: tuple[Column[int], ...] = (
         Column("layer", "count", lambda layer: layer),
