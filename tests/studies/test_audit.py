@@ -133,7 +133,7 @@ class Drawn(Audited):
         before = generator.random(documents) < 0.7
         after = before[:, None] & (generator.random((documents, layers)) >= truth / 0.7)
         self.label, self.layers, self.tasks = label, list(range(layers)), [label] * documents
-        self.strata = None
+        self.strata, self.not_observed = None, {}
         self.inner = self.layers[2:-2]
         ones = np.ones(documents) / documents
         self.drop = LayerMeasure(

@@ -42,7 +42,7 @@ class Audit:
     about = """
     A proxy is a figure that stands in for the accuracy drop, as the cosine score does.
     This study removes each whole layer in EXPERIMENT, measures the accuracy that it costs, and sets
-    nine proxies beside it: cosine score, angular distance, relative update, first-order Taylor,
+    the proxies beside it: cosine score, angular distance, relative update, first-order Taylor,
     logit-lens changes, perplexity, KL and Jensen-Shannon divergence, the gold answer's
     log-probability. It says how well each orders the layers, beside chance, and for how many
     forward passes; with two benchmarks or more also whether relevance depends on the task. At

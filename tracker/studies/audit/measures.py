@@ -75,7 +75,7 @@ class Audited:
             name: LayerMeasure(values[:, self.layers], weighed, passes(name, total, shared=True))
             for name, values, weighed in self._proxies(cell, observed)
         }
-        self._not_observed = {proxy.name: cell.outcomes.not_observed(proxy) for proxy in OBSERVED}
+        self.not_observed = {proxy.name: cell.outcomes.not_observed(proxy) for proxy in OBSERVED}
         lost = cell.gold_drops(ablations)
         self.measures["gold_logprob_drop"] = LayerMeasure(lost, cell.plain_weights, price)
 
@@ -119,7 +119,7 @@ class Audited:
         if spearman.value is None:
             why = spearman.reason or ""
             if why.startswith("the proxy is undefined"):
-                why = self._not_observed.get(name) or _NO_NUMBER.get(
+                why = self.not_observed.get(name) or _NO_NUMBER.get(
                     name, "a hidden state or a logit is not finite"
                 )
             nothing = np.full(RESAMPLES, np.nan)
