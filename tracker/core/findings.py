@@ -5,11 +5,13 @@ Values are in the record's own units (fractions, nats); who shows them scales an
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
 
-from tracker.core.estimates import Unit
+from tracker.core.estimates import Estimate, Unit
 from tracker.core.identities import Record, Shown
 from tracker.core.records import Place
 from tracker.core.tables import Table
@@ -23,6 +25,22 @@ class Line(Record):
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
     """Both ends of the intervals; empty without any."""
+
+    @classmethod
+    def of(cls, name: str, figures: Iterable[Estimate | None], band: bool = True) -> Line:
+        """Make a curve of figures, with a band of their intervals; what is None is a gap."""
+        found = [figure or Estimate(None) for figure in figures]
+        return cls(
+            name=name,
+            values=tuple(one.value for one in found),
+            low=tuple(one.low for one in found) if band else (),
+            high=tuple(one.high for one in found) if band else (),
+        )
+
+
+def gaps(values: Iterable[float]) -> tuple[float | None, ...]:
+    """Make a chart's values of figures: what is not finite is a gap."""
+    return tuple(float(value) if math.isfinite(value) else None for value in values)
 
 
 class LineChart(Record):

@@ -23,9 +23,10 @@ from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
 from tracker.report.frames import (
     correlation_frame,
-    layer_board_frame,
+    frame_of,
+    layer_board_data,
     layer_frame,
-    model_board_frame,
+    model_board_data,
 )
 from tracker.report.leaderboard.comparable import models_of
 from tracker.report.leaderboard.layers import layer_board
@@ -45,14 +46,18 @@ Found = Sequence[FindingRecord]
 Write = Callable[[Sequence[CellRecord], Path, More, Found], list[Path]]
 
 
+def board_data(cells: Sequence[CellRecord]) -> dict[str, Table]:
+    """Lay `layer_leaderboard` and `model_leaderboard` out for code."""
+    return {
+        "layer_leaderboard": layer_board_data([layer_board(group) for group in models_of(cells)]),
+        "model_leaderboard": model_board_data(model_board(cells)),
+    }
+
+
 def frames(cells: Sequence[CellRecord]) -> dict[str, pd.DataFrame]:
     """Make the frames `layers`, `correlations`, `layer_leaderboard` and `model_leaderboard`."""
-    return {
-        "layers": layer_frame(cells),
-        "correlations": correlation_frame(cells),
-        "layer_leaderboard": layer_board_frame([layer_board(group) for group in models_of(cells)]),
-        "model_leaderboard": model_board_frame(model_board(cells)),
-    }
+    boards = {name: frame_of(made) for name, made in board_data(cells).items()}
+    return {"layers": layer_frame(cells), "correlations": correlation_frame(cells)} | boards
 
 
 def figures(cells: Sequence[CellRecord], findings: Found = ()) -> dict[str, go.Figure]:

@@ -98,8 +98,8 @@ def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     return frame_of(table("", pick(correlation_columns(), *CORRELATION), rows))
 
 
-def layer_board_frame(boards: Sequence[LayerBoard]) -> pd.DataFrame:
-    """Put the leaderboards of layers, one a model, into a data frame.
+def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
+    """Lay the leaderboards of layers, one a model, out for code.
 
     One row for each model and layer (0-based), the most relevant first: means over `benchmarks`
     benchmarks, fractions; `rank` is missing where a benchmark is lacking.
@@ -107,17 +107,17 @@ def layer_board_frame(boards: Sequence[LayerBoard]) -> pd.DataFrame:
     names = model_labels([board.model for board in boards])
     labelled = zip(boards, names, strict=True)
     rows = [row for board, name in labelled for row in layer_board_rows(board, name)]
-    return frame_of(table("", pick(layer_board_columns(), *LAYER_BOARD), rows))
+    return table("", pick(layer_board_columns(), *LAYER_BOARD), rows)
 
 
-def model_board_frame(board: ModelBoard) -> pd.DataFrame:
-    """Put the leaderboard of models into a data frame.
+def model_board_data(board: ModelBoard) -> Table:
+    """Lay the leaderboard of models out for code.
 
     One row a model, the most robust first: means over `layers` layers and the `benchmarks` that the
     ranked models share, fractions; `rank` is missing where a model lacks them.
     """
     rows = model_board_rows(board, model_labels([one.model for one in board.models]))
-    return frame_of(table("", pick(model_board_columns(), *MODEL_BOARD), rows))
+    return table("", pick(model_board_columns(), *MODEL_BOARD), rows)
 
 
 def document_frame(

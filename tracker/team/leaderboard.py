@@ -13,13 +13,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pandas as pd
-
 from tracker.core.errors import ResultsError
 from tracker.core.identities import Record, Shown
 from tracker.core.records import CellRecord
-from tracker.report.export import frames
+from tracker.report.export import board_data
 from tracker.tracking.base import BOARD_FILE, LoggedTable, Pages
+from tracker.tracking.figures import logged
 from tracker.tracking.identity import content_digest
 
 FORMAT = 4
@@ -151,11 +150,5 @@ def _after(board: Board, cell: CellRecord) -> str:
 
 
 def board_tables(cells: Sequence[CellRecord]) -> Mapping[str, LoggedTable]:
-    """Lay out `layer_leaderboard` and `model_leaderboard` for the page of a tracking backend."""
-    found = frames(cells)
-    return {name: _table(found[name]) for name in ("layer_leaderboard", "model_leaderboard")}
-
-
-def _table(frame: pd.DataFrame) -> LoggedTable:
-    rows = frame.astype(object).where(frame.notna(), None)
-    return LoggedTable(tuple(frame.columns), tuple(rows.itertuples(index=False, name=None)))
+    """Lay `layer_leaderboard` and `model_leaderboard` out for the page of a tracking backend."""
+    return {name: logged(made) for name, made in board_data(cells).items()}

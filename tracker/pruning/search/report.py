@@ -305,14 +305,7 @@ def _frontier(records: Sequence[PruneRecord]) -> LineChart:
     for label, one in longest.items():
         at = {0: one.baseline, **{len(s.removed): s.test for s in one.steps if s.test}}
         tested = [at.get(count) for count in range(most + 1)]
-        lines.append(
-            Line(
-                name=label,
-                values=tuple(each.accuracy if each else None for each in tested),
-                low=tuple(each.low if each else None for each in tested),
-                high=tuple(each.high if each else None for each in tested),
-            )
-        )
+        lines.append(Line.of(label, (each.level if each else None for each in tested)))
     return LineChart(
         title=f"{first.model.name} · {_benchmark(first)}: what is left, the more goes",
         x=f"{first.unit}s removed",

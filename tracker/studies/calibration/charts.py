@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracker.core.estimates import Estimate
 from tracker.core.findings import Line, LineChart
-from tracker.studies.calibration.figures import SIZES, TOO_FEW, Curve
+from tracker.studies.calibration.figures import SIZES, Curve
 
 
 def agreement_chart(title: str, curves: Sequence[Curve]) -> LineChart:
@@ -17,16 +16,8 @@ def agreement_chart(title: str, curves: Sequence[Curve]) -> LineChart:
     places = sorted({*drop.sizes, *(n for n in SIZES if n <= 2 * end)})
 
     def line(curve: Curve, name: str, apart: bool, band: bool) -> Line:
-        entries = [
-            curve.agreement(n, apart=apart) if n in curve.sizes else Estimate(None, reason=TOO_FEW)
-            for n in places
-        ]
-        return Line(
-            name=name,
-            values=_values(entries),
-            low=tuple(e.low for e in entries) if band else (),
-            high=tuple(e.high for e in entries) if band else (),
-        )
+        figures = (curve.agreement(n, apart=apart) if n in curve.sizes else None for n in places)
+        return Line.of(name, figures, band)
 
     predicted = Line(
         name=f"{drop.name}, Spearman-Brown from two halves",
@@ -53,9 +44,10 @@ def overlap_chart(title: str, drop: Curve) -> LineChart:
     """Draw how many of the most and least relevant layers two samples share."""
     places = [n for n in drop.sizes if n <= drop.half]
     lines = [
-        Line(
-            name=f"the {k} that matter {'most' if end == 'top' else 'least'}",
-            values=_values([drop.agreement(n, name) for n in places]),
+        Line.of(
+            f"the {k} that matter {'most' if end == 'top' else 'least'}",
+            (drop.agreement(n, name) for n in places),
+            band=False,
         )
         for name, end, k in drop.tops
     ]
@@ -71,7 +63,3 @@ def overlap_chart(title: str, drop: Curve) -> LineChart:
         lines=tuple(lines),
         log_x=True,
     )
-
-
-def _values(entries: Sequence[Estimate]) -> tuple[float | None, ...]:
-    return tuple(each.value if isinstance(each.value, float) else None for each in entries)

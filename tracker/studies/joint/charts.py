@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tracker.core.findings import LineChart, MapChart
+from tracker.core.findings import Line, LineChart, MapChart
 from tracker.core.formats import p_value
 from tracker.core.records import CellRecord
 from tracker.studies.joint.figures import Pairs
-from tracker.studies.layout import line
 
 
 def interaction_map(record: CellRecord, one: Pairs) -> MapChart:
@@ -56,5 +55,7 @@ def distance_chart(record: CellRecord, one: Pairs) -> LineChart:
         y="interaction",
         unit=one.unit,
         places=tuple(distances),
-        lines=(line("pairs that are not at the floor" if one.floor.any() else "all pairs", means),),
+        lines=(
+            Line.of("pairs that are not at the floor" if one.floor.any() else "all pairs", means),
+        ),
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from tracker.core.estimates import Estimate
-from tracker.core.findings import LineChart
-from tracker.studies.layout import line
+from tracker.core.findings import Line, LineChart
 from tracker.studies.prune.figures import OWN, Compared, Way
 
 
@@ -21,7 +20,8 @@ def charts_of(group: Compared) -> list[LineChart]:
         unit="percent",
         places=tuple(range(most + 1)),
         lines=tuple(
-            line(name, [_at(group, name, removed) for removed in range(most + 1)]) for name in names
+            Line.of(name, [_at(group, name, removed) for removed in range(most + 1)])
+            for name in names
         ),
     )
     return [frontier]

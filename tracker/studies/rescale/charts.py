@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tracker.core.findings import Line, LineChart
-from tracker.studies.layout import gaps
+from tracker.core.findings import Line, LineChart, gaps
 from tracker.studies.rescale.figures import NAMES, Costs
 from tracker.studies.rescale.tables import in_unit
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tracker.core.estimates import Estimate
-from tracker.core.findings import FoundChart, Line, LineChart, MapChart
-from tracker.studies.layout import gaps, line
+from tracker.core.findings import FoundChart, Line, LineChart, MapChart, gaps
 from tracker.studies.snowball.figures import ALL, Figures, Tokens, underrated
 
 SHOWN = 6
@@ -17,7 +16,7 @@ SHOWN = 6
 
 def _line(name: str, totals: Sequence[Estimate]) -> Line:
     # The last layer has none, and no place on these charts.
-    return line(name, totals[:-1])
+    return Line.of(name, totals[:-1])
 
 
 def beside_each_other(cells: Sequence[Figures]) -> LineChart:
