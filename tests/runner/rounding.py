@@ -109,7 +109,7 @@ def compare(model: str, documents: int, layers: list[int], folder: Path) -> list
     for ablation in ablations_of(request, store.identity.model.layers):
         chances = judged(outcomes, ablation, "acc", store.texts.read).chances
         assert chances is not None
-        right = outcomes.metric(ablation, "acc") == 1
+        right = outcomes.values(ablation) == 1
         said = {size: plainly(ablation, size) for size in BATCH_SIZES}
         plain = {
             size: np.array([np.argmax(each) for each in answers]) == gold

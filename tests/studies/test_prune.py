@@ -16,10 +16,10 @@ from tracker import api
 from tracker.core.ablations import ablate
 from tracker.core.estimates import Estimate
 from tracker.ledger.outcomes import METRIC
+from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.searches import searches
 from tracker.ledger.store import Ledger
 from tracker.pruning.search import cells
-from tracker.pruning.search.conduct import Answered
 from tracker.report.page.studies import standing_alone
 from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.studies.prune.charts import charts_of
@@ -229,7 +229,7 @@ def _compared(each: dict[str, dict[str, list[int]]]) -> Compared:
         found.unpruned[name] = Estimate(0.9)
         for strategy, values in ways.items():
             after = np.array(values, float)
-            answered = Answered(after, (after,), np.full(len(after), 1 / len(after)))
+            answered = PairedOutcomes(after, after[:, None], np.full(len(after), 1 / len(after)))
             found.found[Way(strategy, "1"), name] = Choices((), (answered,))
     return found
 
@@ -286,7 +286,7 @@ def test_what_is_missing_has_a_reason(monkeypatch) -> None:
 def test_draws_count_by_their_mean_document_by_document() -> None:
     weights = np.full(4, 0.25)
     draws = [np.array(each, float) for each in ([1, 1, 0, 0], [1, 0, 0, 0])]
-    answered = tuple(Answered(np.ones(4), (each,), weights) for each in draws)
+    answered = tuple(PairedOutcomes(np.ones(4), each[:, None], weights) for each in draws)
     drawn = Choices((), answered)
     assert drawn.outcomes.tolist() == [1, 0.5, 0, 0]
     assert drawn.level == accuracy(np.array([1, 0.5, 0, 0]), weights)

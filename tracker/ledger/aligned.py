@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from typing import Any
 
@@ -15,18 +15,21 @@ from numpy.typing import NDArray
 from tracker.core.ablations import INTACT, Ablation, ablate, ablation_of
 from tracker.core.provenance import differences
 from tracker.core.proxies import Proxy
-from tracker.core.records import RunIdentity
+from tracker.core.records import WHOLE_LAYER, RunIdentity
 from tracker.core.views import View
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.ledger.views import CellIdentity
+from tracker.stats.accuracy import weights_by_task
 from tracker.stats.ratios import SCALES, document_ratios
+from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 
-Array = NDArray[np.float64]
+Strata = NDArray[np.str_]
 
 
 class AlignedOutcomes:
-    """A cell's outcomes for a view, lined up: every ablation has the same documents in order.
+    """A cell's outcomes for a view, lined up: everything here has the same documents in one order.
 
     `columns` are the ones to read; without them it is all, with who measured it besides. `besides`
     are ablations that are lined up with the view's runs, whatever it removes beneath them.
@@ -40,6 +43,7 @@ class AlignedOutcomes:
         besides: Sequence[Ablation] = (),
     ) -> None:
         self.identity: CellIdentity = store.identity
+        self.metric = view.metric
         self._removed = view.removed
         self._counts = store.counts(view.extent)
         self.wanted = sum(self._counts.values())
@@ -52,15 +56,19 @@ class AlignedOutcomes:
         self._line_up(frame, view.runs)
 
     def of_documents(
-        self, documents: Collection[tuple[str, int]], runs: Sequence[RunIdentity]
+        self, documents: Collection[tuple[str, int]] | None, runs: Sequence[RunIdentity]
     ) -> AlignedOutcomes:
-        """Line up some runs of the view alone, on some of the documents."""
+        """Line up some runs of the view alone, on some of the documents; None for all of theirs."""
         beneath = ablate("layer", self._removed).name
         names = [INTACT.name, beneath, *(self.ablation(run).name for run in runs)]
-        frame = self._frame[self._frame["ablation"].isin(names)]
-        places = zip(frame["task"], frame["doc"], strict=True)
+        frame = self._frame
+        if len(frame):
+            frame = frame[frame["ablation"].isin(names)]
+        if documents is not None and len(frame):
+            places = zip(frame["task"], frame["doc"], strict=True)
+            frame = frame[[place in documents for place in places]]
         found = copy(self)
-        found._line_up(frame[[place in documents for place in places]], runs)
+        found._line_up(frame, runs)
         return found
 
     def _line_up(self, frame: pd.DataFrame, runs: Sequence[RunIdentity]) -> None:
@@ -85,6 +93,69 @@ class AlignedOutcomes:
         self.runs = [run for run in runs if self.has(self.ablation(run))]
         self.missing = [run for run in runs if not self.has(self.ablation(run))]
         self.tasks = [str(task) for task in self.of(INTACT)["task"]] if self._rows else []
+        self._read: dict[str, Array] = {}
+
+    def only(self, kept: NDArray[np.bool_]) -> AlignedOutcomes:
+        """The same without some of the documents."""
+        fewer = copy(self)
+        fewer._rows = {name: rows[kept] for name, rows in self._rows.items()}
+        fewer.tasks = [task for task, keep in zip(self.tasks, kept, strict=True) if keep]
+        fewer._read = {}
+        return fewer
+
+    @property
+    def documents(self) -> list[tuple[str, int]]:
+        """(task, number in its split) of each document."""
+        return list(zip(self.tasks, map(int, self.of(INTACT)["doc"]), strict=True))
+
+    @property
+    def whole_layers(self) -> list[RunIdentity]:
+        """The runs that lack one whole layer."""
+        return [run for run in self.runs if run.kind == WHOLE_LAYER]
+
+    @property
+    def strata(self) -> Strata | None:
+        """What resamples keep at its size: the tasks of a group; None where there is one."""
+        return np.array(self.tasks) if len(set(self.tasks)) > 1 else None
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the metric is an accuracy or the like, and not a loss."""
+        return self.identity.benchmark.tasks[0].higher_is_better.get(self.metric, True)
+
+    @property
+    def weights(self) -> Array:
+        """How much each document counts in the benchmark's metric, summing to 1."""
+        return self._once("weights", lambda: self._weights(self._units()))
+
+    @property
+    def plain_weights(self) -> Array:
+        """The same where each document has one figure, and no units that it is a ratio of."""
+        return self._once("plain weights", lambda: self._weights(None))
+
+    def by_metric(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
+        """What each document comes to by the view's metric."""
+        before, after = self._beside(self.values, ablations)
+        return PairedOutcomes(before, after, self.weights, self.higher_is_better)
+
+    def by_gold_logprob(self, ablations: Sequence[Ablation]) -> PairedOutcomes:
+        """The log-probability of each document's gold answer."""
+        return PairedOutcomes(*self._beside(self.gold, ablations), self.plain_weights)
+
+    def _beside(
+        self, figure: Callable[[Ablation], Array], ablations: Sequence[Ablation]
+    ) -> tuple[Array, Array]:
+        after = [figure(ablation) for ablation in ablations]
+        return figure(INTACT), np.stack(after, axis=1) if after else np.empty((len(self.tasks), 0))
+
+    @property
+    def tokens(self) -> Array:
+        """Tokens behind each document's proxies."""
+        return self.of(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
+
+    def resampled(self, values: Array, weights: Array | None = None) -> Array:
+        """The means of columns in each resample of the documents, the same ones in every call."""
+        return resampled_means(values, RESAMPLES, SEED, self.strata, weights)
 
     def comparisons(self) -> dict[str, Any]:
         """What is known of outcomes that were answered again on a really pruned model."""
@@ -124,14 +195,21 @@ class AlignedOutcomes:
             f"different versions or devices: {every}"
         )
 
-    def metric(self, ablation: Ablation, name: str) -> Array:
-        """A metric's value of every document; NaN where it has none."""
-        column = self.of(ablation)[METRIC + name]
-        how = self._how(name)
-        if how not in SCALES:
-            return column.to_numpy(dtype=np.float64)
-        both = pairs(column)
-        return document_ratios(how, both[:, 0], both[:, 1])
+    def values(self, ablation: Ablation) -> Array:
+        """The view's metric of every document under an ablation."""
+
+        def read() -> Array:
+            column = self.of(ablation)[METRIC + self.metric]
+            if self._how not in SCALES:
+                return column.to_numpy(dtype=np.float64)
+            both = pairs(column)
+            return document_ratios(self._how, both[:, 0], both[:, 1])
+
+        return self._once(f"metric {ablation.name}", read)
+
+    def gold(self, ablation: Ablation) -> Array:
+        """The log-probability of every document's gold answer under an ablation."""
+        return self._once(f"gold {ablation.name}", lambda: gold_logprobs(self.of(ablation)))
 
     def proxy_sums(self, proxy: Proxy) -> Array:
         """What is observed of a proxy, summed over each document's tokens [documents, layers].
@@ -152,18 +230,23 @@ class AlignedOutcomes:
         kept = rows[proxy.column] if proxy.column in rows else [None] * len(rows)
         return [each if isinstance(each, np.ndarray) else None for each in kept]
 
-    def units(self, name: str) -> Array | None:
+    def _units(self) -> Array | None:
         """How many units of a ratio each document brings; None for a mean over documents."""
-        if self._how(name) not in SCALES:
+        if self._how not in SCALES:
             return None
-        return pairs(self.of(INTACT)[METRIC + name])[:, 1]
+        return pairs(self.of(INTACT)[METRIC + self.metric])[:, 1]
 
-    def higher_is_better(self, name: str) -> bool:
-        """Whether a metric is an accuracy or the like, and not a loss."""
-        return self.identity.benchmark.tasks[0].higher_is_better.get(name, True)
+    def _weights(self, units: Array | None) -> Array:
+        return weights_by_task(self.tasks, self.identity.benchmark.weight_by_size, units)
 
-    def _how(self, name: str) -> str:
-        return self.identity.benchmark.tasks[0].metrics.get(name, "mean")
+    @property
+    def _how(self) -> str:
+        return self.identity.benchmark.tasks[0].metrics.get(self.metric, "mean")
+
+    def _once(self, name: str, read: Callable[[], Array]) -> Array:
+        if name not in self._read:
+            self._read[name] = read()
+        return self._read[name]
 
 
 def pairs(column: pd.Series[Any]) -> Array:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from tracker.core.ablations import INTACT, Ablation
 from tracker.core.decision_records import (
@@ -18,9 +17,10 @@ from tracker.core.decision_records import (
 from tracker.core.documents import DocumentText
 from tracker.core.records import WHOLE_LAYER, RunIdentity
 from tracker.core.views import View
-from tracker.ledger.aligned import AlignedOutcomes, Array, gold_logprobs
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.options import divisors, side_by_side
+from tracker.ledger.paired import Array
 from tracker.ledger.texts import KeptText
 from tracker.stats.decisions import choices, margins, shares
 
@@ -97,11 +97,9 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     outcomes = AlignedOutcomes(store, view)
     if not outcomes.tasks:
         return None
-    base = outcomes.of(INTACT)
-    documents = [(str(task), int(doc)) for task, doc in zip(base["task"], base["doc"], strict=True)]
+    base, documents = outcomes.of(INTACT), outcomes.documents
     kept = store.texts.read()
     texts = [kept.get(place) for place in documents]
-    sign = 1 if outcomes.higher_is_better(view.metric) else -1
     counts = base["choices"].to_numpy(dtype=int)
     options = int(counts.max())
     gold = base["gold"].to_numpy(dtype=np.float64)
@@ -115,19 +113,21 @@ def decisions(store: CellStore, view: View) -> Decisions | None:
     if why:
         reasons["margin"] = why
 
-    def decided(rows: pd.DataFrame, score: Array) -> Decided:
+    def decided(ablation: Ablation, score: Array) -> Decided:
+        rows = outcomes.of(ablation)
         text = rows["text"].tolist() if "text" in rows else [None] * len(rows)
         if not options:
-            none = np.full(len(rows), np.nan)
-            return Decided(sign * score, none, gold_logprobs(rows), text)
+            return Decided(score, np.full(len(rows), np.nan), outcomes.gold(ablation), text)
         scores = side_by_side(rows["loglikelihoods"], counts) / lengths
-        return Decided(sign * score, choices(scores), margins(scores, gold), text)
+        return Decided(score, choices(scores), margins(scores, gold), text)
 
-    def of(ablation: Ablation) -> Decided:
-        return decided(outcomes.of(ablation), outcomes.metric(ablation, view.metric))
-
-    baseline = of(INTACT)
-    runs = [(run, of(outcomes.ablation(run))) for run in outcomes.runs]
+    ablations = [outcomes.ablation(run) for run in outcomes.runs]
+    paired = outcomes.by_metric(ablations).scores
+    baseline = decided(INTACT, paired.baseline)
+    runs = [
+        (run, decided(ablation, score))
+        for run, ablation, score in zip(outcomes.runs, ablations, paired.ablated.T, strict=True)
+    ]
     every = [baseline, *(one for _, one in runs)]
     binary = all(bool(np.isin(one.score, (0, 1)).all()) for one in every)
     if not binary:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from tracker.core.ablations import INTACT, ablation_of
 from tracker.core.estimates import Estimate
 from tracker.core.records import RunIdentity
 from tracker.core.views import View
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
-from tracker.stats.accuracy import accuracy_drop, weights_by_task
 
 
 @dataclass(frozen=True)
@@ -44,41 +40,26 @@ def interim_estimates(store: CellStore, view: View) -> Interim:
     Returns:
         The estimates; none where a run lacks every document.
     """
+    columns = ["task", "doc", "ablation", "proxy_tokens", METRIC + view.metric]
+    outcomes = AlignedOutcomes(store, view, columns)
     if view.until is not None:
-        return _until_answered(store, view)
-    metric = view.metric
-    outcomes = AlignedOutcomes(
-        store, view, ["task", "doc", "ablation", "proxy_tokens", METRIC + metric]
-    )
+        return _until_answered(outcomes, view)
     n = len(outcomes.tasks)
     if not n or outcomes.missing:
         return Interim(0, outcomes.wanted, 0, {})
-    by_size = store.identity.benchmark.weight_by_size
-    weights = weights_by_task(outcomes.tasks, by_size, outcomes.units(metric))
-    before = outcomes.metric(INTACT, metric)
-    drops = {}
-    for run in outcomes.runs:
-        after = outcomes.metric(outcomes.ablation(run), metric)
-        pair = (before, after) if outcomes.higher_is_better(metric) else (after, before)
-        drops[run] = accuracy_drop(*pair, weights)
-    tokens = outcomes.of(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
-    return Interim(n, outcomes.wanted, int(tokens.sum()), drops)
+    paired = outcomes.by_metric([outcomes.ablation(run) for run in outcomes.runs])
+    drops = {run: paired.drop(place) for place, run in enumerate(outcomes.runs)}
+    return Interim(n, outcomes.wanted, int(outcomes.tokens.sum()), drops)
 
 
-def _until_answered(store: CellStore, view: View) -> Interim:
+def _until_answered(outcomes: AlignedOutcomes, view: View) -> Interim:
     """Estimate each run's drop from its own documents, without the interval of a single look."""
-    column = METRIC + view.metric
-    frame = store.read_documents(view.extent, ["task", "doc", "ablation", "proxy_tokens", column])
-    if not len(frame):
+    intact = outcomes.of_documents(None, [])
+    if not intact.tasks:
         return Interim(0, None, 0, {})
-    outcomes = frame.pivot(index=["task", "doc"], columns="ablation", values=column)
-    intact = frame[frame["ablation"] == INTACT.name]
-    by_size = store.identity.benchmark.weight_by_size
     drops = {}
     for run in view.runs:
-        name = ablation_of(run, view.removed).name
-        if name in outcomes:
-            both = (outcomes[INTACT.name] - outcomes[name]).dropna()
-            tasks = [str(task) for task in both.index.get_level_values("task")]
-            drops[run] = Estimate(float(weights_by_task(tasks, by_size) @ both.to_numpy()))
-    return Interim(len(intact), None, int(intact["proxy_tokens"].sum()), drops)
+        alone = outcomes.of_documents(None, [run])
+        if alone.runs:
+            drops[run] = Estimate(alone.by_metric([alone.ablation(run)]).drop(0).value)
+    return Interim(len(intact.tasks), None, int(intact.tokens.sum()), drops)

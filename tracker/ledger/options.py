@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from tracker.ledger.aligned import Array
+from tracker.ledger.paired import Array
 from tracker.ledger.texts import KeptText
 
 _LENGTHS: dict[str, Callable[[str], int]] = {

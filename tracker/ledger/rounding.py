@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from tracker.core.ablations import Ablation
-from tracker.ledger.aligned import AlignedOutcomes, Array
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.options import divisors, needs_texts, side_by_side
 from tracker.ledger.outcomes import AGAIN
+from tracker.ledger.paired import Array
 from tracker.ledger.texts import KeptText
 from tracker.stats.decisions import choices
 from tracker.stats.rounding import movement, turning
@@ -29,13 +30,12 @@ class Chances(NamedTuple):
     reason: str = ""
 
 
-def judged(outcomes: AlignedOutcomes, ablation: Ablation, metric: str, texts: Texts) -> Chances:
+def judged(outcomes: AlignedOutcomes, ablation: Ablation, texts: Texts) -> Chances:
     """Hold the margins of an ablation's documents against how far rounding moves them.
 
     Args:
         outcomes: The documents.
         ablation: The ablation.
-        metric: What judges them.
         texts: What they say; read where the metric divides by that.
 
     Returns:
@@ -50,13 +50,14 @@ def judged(outcomes: AlignedOutcomes, ablation: Ablation, metric: str, texts: Te
     if not counts.max():
         return Chances(None, "there are no options that a margin could lie between")
     places = zip(rows["task"], rows["doc"], strict=True)
+    metric = outcomes.metric
     kept = texts() if needs_texts(metric) else {}
     lengths, why = divisors(metric, counts, [kept.get((str(t), int(d))) for t, d in places])
     if why:
         return Chances(None, why)
     scores = side_by_side(rows["loglikelihoods"], counts) / lengths
     gold = rows["gold"].to_numpy(dtype=np.float64)
-    if not np.array_equal(choices(scores) == gold, outcomes.metric(ablation, metric)):
+    if not np.array_equal(choices(scores) == gold, outcomes.values(ablation)):
         return Chances(None, f"{metric} is not whether the best option is the gold one")
     twice = rows[AGAIN].notna().to_numpy()
     again = side_by_side(rows[AGAIN].where(twice, rows["loglikelihoods"]), counts) / lengths

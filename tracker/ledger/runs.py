@@ -12,16 +12,14 @@ from tracker.core.ablations import INTACT, Ablation
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import WHOLE_LAYER, RunAnswer, RunIdentity, RunRecord
-from tracker.ledger.aligned import AlignedOutcomes, Array, gold_logprobs, pairs
+from tracker.ledger.aligned import AlignedOutcomes, pairs
 from tracker.ledger.outcomes import METRIC, PROVENANCE
+from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.ledger.rounding import Chances, Texts, judged
 from tracker.stats.accuracy import (
     accuracy,
-    accuracy_drop,
     accuracy_relevance,
     chance_accuracy,
-    drop_sd,
-    weights_by_task,
 )
 from tracker.stats.proxies import proxy_means
 from tracker.stats.ratios import RATIO, ratio_of_sums
@@ -42,17 +40,12 @@ class Intact:
     `chance` is None for a loss.
     """
 
-    def __init__(self, outcomes: AlignedOutcomes, metric: str, texts: Texts) -> None:
-        by_size = outcomes.identity.benchmark.weight_by_size
-        self.outcomes, self.metric, self.texts = outcomes, metric, texts
-        self.weights = weights_by_task(outcomes.tasks, by_size, outcomes.units(metric))
-        self.by_document = weights_by_task(outcomes.tasks, by_size)
-        self.before = outcomes.metric(INTACT, metric)
-        self.baseline = accuracy(self.before, self.weights)
-        self.judged = judged(outcomes, INTACT, metric, texts)
-        self.gold = gold_logprobs(outcomes.of(INTACT))
+    def __init__(self, outcomes: AlignedOutcomes, texts: Texts) -> None:
+        self.outcomes, self.texts, self.weights = outcomes, texts, outcomes.weights
+        self.baseline = accuracy(outcomes.values(INTACT), self.weights)
+        self.judged = judged(outcomes, INTACT, texts)
         choices = outcomes.of(INTACT)["choices"].to_numpy(dtype=np.float64)
-        is_accuracy = outcomes.higher_is_better(metric)
+        is_accuracy = outcomes.higher_is_better
         self.chance = chance_accuracy(choices, self.weights) if is_accuracy else None
 
 
@@ -69,7 +62,7 @@ class LayerProxies:
     """
 
     def __init__(self, outcomes: AlignedOutcomes) -> None:
-        self.tokens = outcomes.of(INTACT)["proxy_tokens"].to_numpy(dtype=np.float64)
+        self.tokens = outcomes.tokens
         self.sums = {proxy.name: outcomes.proxy_sums(proxy) for proxy in OBSERVED}
         self.reasons = {proxy.name: outcomes.not_observed(proxy) for proxy in OBSERVED}
         self._figures = {
@@ -94,22 +87,18 @@ def run_record(
     intact: Intact, run: RunIdentity, proxies: Mapping[str, Estimate], aggregate: Aggregate
 ) -> RunRecord:
     """Derive what is said of one run."""
-    outcomes, metric = intact.outcomes, intact.metric
+    outcomes = intact.outcomes
     ablation = outcomes.ablation(run)
-    after = outcomes.metric(ablation, metric)
-    before = intact.before
-    pair = (before, after) if outcomes.higher_is_better(metric) else (after, before)
-    drop = accuracy_drop(*pair, intact.weights)
-    spread = drop_sd(*pair, intact.weights)
-    accurate = accuracy(after, intact.weights)
+    paired = outcomes.by_metric([ablation])
+    drop, spread, accurate = paired.drop(0), paired.drop_sd(0), paired.level(0)
     relevance = (
-        Estimate(None, reason=f"{metric} is no accuracy")
+        Estimate(None, reason=f"{outcomes.metric} is no accuracy")
         if intact.chance is None
         else accuracy_relevance(intact.baseline.value, accurate.value, intact.chance)
     )
-    gold_drop = _mean_drop(intact.gold, gold_logprobs(outcomes.of(ablation)), intact.by_document)
+    gold_drop = _mean_drop(outcomes.by_gold_logprob([ablation]))
     metrics = metric_values(outcomes, ablation, aggregate)
-    mine = judged(outcomes, ablation, metric, intact.texts)
+    mine = judged(outcomes, ablation, intact.texts)
     undefined = {
         "accuracy": accurate.reason,
         "accuracy_drop": drop.reason,
@@ -201,12 +190,11 @@ def _aggregated(
     return aggregate(how, rows[column].to_list())
 
 
-def _mean_drop(before: Array, after: Array, weights: Array) -> Estimate:
-    drop = before - after
-    bad = int((~np.isfinite(drop)).sum())
-    if bad:
-        return Estimate(None, reason=f"{bad} of {len(drop)} documents have no finite gold score")
-    return Estimate(float(weights @ drop))
+def _mean_drop(gold: PairedOutcomes) -> Estimate:
+    if bad := int((~np.isfinite(gold.drops)).sum()):
+        why = f"{bad} of {len(gold.drops)} documents have no finite gold score"
+        return Estimate(None, reason=why)
+    return Estimate(float(gold.mean_drops[0]))
 
 
 def finite(value: float) -> float | None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
-
 from tracker.core.ablations import INTACT, ablate, ablation_of
 from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, shuffled
 from tracker.core.provenance import differences, united
 from tracker.core.proxies import OBSERVED
-from tracker.core.records import WHICH, WHOLE_LAYER, AnswerRecord, CellRecord, CorrelationRecord
+from tracker.core.records import WHICH, AnswerRecord, CellRecord, CorrelationRecord
 from tracker.core.views import View
-from tracker.ledger.aligned import AlignedOutcomes, Array
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import PROVENANCE
 from tracker.ledger.runs import (
@@ -29,9 +27,8 @@ from tracker.ledger.runs import (
 )
 from tracker.stats.accuracy import accuracy
 from tracker.stats.correlation import correlate
-from tracker.stats.proxies import proxy_means
+from tracker.stats.proxies import per_token, proxy_means
 from tracker.stats.rank_agreement import COEFFICIENTS
-from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.stats.rounding import within
 
 OUTER = 2
@@ -65,7 +62,7 @@ def cell_record(
         else:
             order = []  # All that it is about is measured on all documents.
     n = len(outcomes.tasks)
-    is_accuracy = outcomes.higher_is_better(metric)
+    is_accuracy = outcomes.higher_is_better
     reasons = {}
     if n < outcomes.wanted:
         reasons["n"] = _why_fewer(n, outcomes.wanted, answer)
@@ -108,7 +105,7 @@ def cell_record(
             reasons=reasons,
         )
     texts = cache(store.texts.read)
-    intact = Intact(outcomes, metric, texts)
+    intact = Intact(outcomes, texts)
     baseline = intact.baseline
     if baseline.reason:
         reasons["baseline_accuracy"] = baseline.reason
@@ -116,7 +113,7 @@ def cell_record(
         reasons["baseline_rounded"] = intact.judged.reason
     if not is_accuracy:
         reasons["chance_accuracy"] = f"{metric} is no accuracy"
-    beneath = _beneath(outcomes, view, intact.weights)
+    beneath = _beneath(outcomes, view)
     if beneath.reason:
         reasons["removed_accuracy"] = beneath.reason
     if order:
@@ -128,10 +125,10 @@ def cell_record(
     for run in outcomes.runs:
         own, bounds = intact, looked.get(run.order)
         if bounds is not None:
-            own = Intact(every.of_documents({*order[: bounds.n]}, [run]), metric, texts)
+            own = Intact(every.of_documents({*order[: bounds.n]}, [run]), texts)
         record = run_record(own, run, proxies.of(run), aggregate)
         layers.append(at_all_looks(record, bounds) if order else record)
-    correlations = _correlations(outcomes, metric, intact.weights, proxies)
+    correlations = _correlations(outcomes, proxies)
     if order:
         less = {"low": None, "high": None, "p_value": None}
         correlations = [
@@ -203,42 +200,33 @@ def _fitted_on(store: CellStore, view: View) -> str | None:
     return "; ".join(said) or None
 
 
-def _beneath(outcomes: AlignedOutcomes, view: View, weights: Array) -> Estimate:
+def _beneath(outcomes: AlignedOutcomes, view: View) -> Estimate:
     """The metric with the layers taken out that every run lacks, and nothing else."""
     if not view.removed:
         return Estimate(None)
     ablation = ablate("layer", view.removed)
     if not outcomes.has(ablation):
         return Estimate(None, reason="not measured yet")
-    return accuracy(outcomes.metric(ablation, view.metric), weights)
+    return accuracy(outcomes.values(ablation), outcomes.weights)
 
 
-def _correlations(
-    outcomes: AlignedOutcomes, metric: str, weights: Array, proxies: LayerProxies
-) -> list[CorrelationRecord]:
+def _correlations(outcomes: AlignedOutcomes, proxies: LayerProxies) -> list[CorrelationRecord]:
     """Set every proxy beside the accuracy drop, over all layers and without the outer ones."""
-    runs = [run for run in outcomes.runs if run.kind == WHOLE_LAYER]
+    runs = outcomes.whole_layers
     if not runs:
         return []
     layers = [run.layer for run in runs]
-    before = outcomes.metric(INTACT, metric)
-    ablations = map(outcomes.ablation, runs)
-    drops = np.stack([before - outcomes.metric(each, metric) for each in ablations], axis=1)
-    if not outcomes.higher_is_better(metric):
-        drops = -drops
-    strata = None if len(set(outcomes.tasks)) == 1 else np.array(outcomes.tasks)
+    paired = outcomes.by_metric([outcomes.ablation(run) for run in runs])
     total = outcomes.identity.model.layers
     inner = [i for i, layer in enumerate(layers) if OUTER <= layer < total - OUTER]
-    drop = weights @ drops
-    drawn_drop = resampled_means(drops, RESAMPLES, SEED, strata, weights)
+    drop = paired.mean_drops
+    drawn_drop = outcomes.resampled(paired.drops, paired.weights)
     records = []
     tokens = proxies.tokens
     for proxy in OBSERVED:
         per_document = proxies.sums[proxy.name][:, layers]
         value = proxy.of(proxy_means(per_document, tokens))
-        # An empty text has no tokens, and therefore no weight.
-        means = per_document / np.maximum(tokens, 1)[:, None]
-        drawn = proxy.of(resampled_means(means, RESAMPLES, SEED, strata, tokens))
+        drawn = proxy.of(outcomes.resampled(per_token(per_document, tokens), tokens))
         for coefficient in COEFFICIENTS:
             for subset, chosen in (("all", list(range(len(layers)))), ("inner", inner)):
                 found = correlate(
@@ -258,7 +246,7 @@ def _correlations(
                         high=found.high,
                         p_value=found.p_value,
                         n=len(chosen),
-                        documents=len(before),
+                        documents=len(outcomes.tasks),
                         reason=proxies.reasons[proxy.name] or found.reason,
                     )
                 )

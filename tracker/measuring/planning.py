@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tracker.core.ablations import INTACT, ablations_of, removals
+from tracker.core.ablations import ablations_of, removals
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import ModelError
@@ -200,9 +200,8 @@ def _expected(store: CellStore, view: View) -> Expected | None:
     weights = weights_by_task(tasks, store.identity.benchmark.weight_by_size) * len(tasks)
     scale = dict(zip(tasks, weights, strict=True))
     ablations = [outcomes.ablation(run) for run in view.until.runs]
-    before = outcomes.metric(INTACT, view.metric)
-    drops = np.stack([before - outcomes.metric(a, view.metric) for a in ablations], axis=1)
-    drops *= np.array([scale[task] for task in outcomes.tasks])[:, None]
+    by_task = np.array([scale[task] for task in outcomes.tasks])
+    drops = outcomes.by_metric(ablations).drops * by_task[:, None]
     most = float(weights.max())
     # A pilot has as many documents of each task, and the order has each task in proportion.
     chances = np.array([counts[task] / pilot[task] for task in outcomes.tasks]) / len(tasks)

@@ -6,6 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def per_token(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Average a proxy over each document's tokens `[documents, layers]`; 0 without any.
+
+    An empty text has no tokens, and therefore no weight.
+    """
+    return sums / np.maximum(tokens, 1)[:, None]
+
+
 def proxy_means(
     sums: NDArray[np.float64], tokens: NDArray[np.int64] | NDArray[np.float64]
 ) -> NDArray[np.float64]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.benchmark import chosen_metric, open_benchmark
@@ -19,11 +18,12 @@ from tracker.core.kinds import COMPONENTS
 from tracker.core.views import View
 from tracker.engine.scoring.streams import plan_streams
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.aligned import AlignedOutcomes, gold_logprobs
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.begun import begin_search, end_search
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
 from tracker.ledger.outcomes import METRIC
+from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.ledger.shards import read_shard
 from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, lacking, open_cell
@@ -32,9 +32,7 @@ from tracker.measuring.meter import Meter, Model, Place, open_model
 from tracker.measuring.observing import Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
-from tracker.stats.accuracy import weights_by_task
 
-Array = NDArray[np.float64]
 _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
 
 
@@ -62,19 +60,6 @@ class Lender:
             self._model = open_model(request, self.options)
             self.loaded += 1
         return self._model
-
-
-@dataclass(frozen=True)
-class Known:
-    """What one ablation does to the documents of a cell, in their order.
-
-    Attributes:
-        metric: The metric's value of each; NaN where it has none.
-        gold: The log-probability of each gold answer; NaN where there is none.
-    """
-
-    metric: Array
-    gold: Array
 
 
 _ANY = 3
@@ -111,8 +96,8 @@ class OpenCell:
     def __init__(self, request: CellRequest, lender: Lender) -> None:
         self.request = request
         self._lender = lender
-        self._known: dict[Ablation, Known] = {}
-        self._viewed: AlignedOutcomes | None = None
+        self._known: dict[str, dict[Ablation, Array]] = {"accuracy": {}, "gold_logprob": {}}
+        self._paired: dict[str, PairedOutcomes] = {}
         self._checked: set[_Shape] = set()
 
     @cached_property
@@ -162,10 +147,10 @@ class OpenCell:
         return self.store.views.of(self.request)
 
     @property
-    def sign(self) -> float:
-        """1 where more of the metric is better, -1 of a loss."""
+    def higher_is_better(self) -> bool:
+        """Whether the metric is an accuracy or the like, and not a loss."""
         task = self.store.identity.benchmark.tasks[0]
-        return 1.0 if task.higher_is_better.get(self.view.metric, True) else -1.0
+        return task.higher_is_better.get(self.view.metric, True)
 
     def measure(self, ablations: Sequence[Ablation], candidates: bool = False) -> None:
         """See to it that all documents are measured under some ablations, besides the baseline.
@@ -175,7 +160,8 @@ class OpenCell:
             candidates: Whether most of them will be forgotten: what rounding decides of them is
                 not measured then.
         """
-        asked = [one for one in dict.fromkeys((INTACT, *ablations)) if one not in self._known]
+        known = self._known["accuracy"]
+        asked = [one for one in dict.fromkeys((INTACT, *ablations)) if one not in known]
         if not asked:
             return
         extent, names = self.request.extent, [one.name for one in asked]
@@ -188,29 +174,35 @@ class OpenCell:
             fill(self.store, left, meter, extent, self.progress)
         columns = [*_COLUMNS, METRIC + self.view.metric]
         view = self.view.model_copy(update={"removed": (), "runs": ()})
-        viewed = AlignedOutcomes(self.store, view, columns, asked)
-        self._viewed = self._viewed or viewed
-        for one in asked:
-            metric = viewed.metric(one, view.metric)
-            self._known[one] = Known(metric, gold_logprobs(viewed.of(one)))
+        lined_up = AlignedOutcomes(self.store, view, columns, asked)
+        by_both = {
+            "accuracy": lined_up.by_metric(asked),
+            "gold_logprob": lined_up.by_gold_logprob(asked),
+        }
+        for by, paired in by_both.items():
+            self._known[by] |= zip(asked, paired.ablated.T, strict=True)
+        self._paired = by_both
 
     def end(self) -> None:
         """Hear that the search is over that measured it."""
-        if self._known:
+        if self._paired:
             end_search(self.store, self._lender.typed)
 
-    def known(self, ablation: Ablation) -> Known:
-        """What an ablation does, which was measured."""
-        return self._known[ablation]
+    def paired(self, ablations: Sequence[Ablation], by: str = "accuracy") -> PairedOutcomes:
+        """What the documents come to under some ablations, which are measured where they are not.
 
-    @cached_property
-    def weights(self) -> Array:
-        """How much each document counts in the metric, summing to 1."""
-        self.measure([])
-        viewed, benchmark = self._viewed, self.store.identity.benchmark
-        assert viewed is not None
-        units = viewed.units(self.view.metric)
-        return weights_by_task(viewed.tasks, benchmark.weight_by_size, units)
+        Args:
+            ablations: The ablations.
+            by: `accuracy`, the metric that is asked for, or `gold_logprob`.
+
+        Returns:
+            The outcomes, in the documents' order.
+        """
+        self.measure(ablations)
+        paired, known = self._paired[by], self._known[by]
+        after = [known[one] for one in ablations]
+        none = np.empty((len(paired.baseline), 0))
+        return replace(paired, ablated=np.stack(after, axis=1) if after else none)
 
     @property
     def documents(self) -> dict[str, tuple[int, ...]]:

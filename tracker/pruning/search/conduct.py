@@ -14,12 +14,13 @@ from tracker.core.findings import FindingRecord
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord, Place
 from tracker.ledger.findings import keep_finding
+from tracker.ledger.paired import PairedOutcomes
 from tracker.ledger.searches import keep_search
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
-from tracker.pruning.search.cells import Array, Lender, OpenCell
+from tracker.pruning.search.cells import Lender, OpenCell
 from tracker.pruning.search.report import finding_of
 from tracker.pruning.search.request import SearchRequest
 from tracker.pruning.search.search import (
@@ -30,25 +31,9 @@ from tracker.pruning.search.search import (
     search,
 )
 from tracker.runner import Finished, run_cells
-from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.team.publish import Publisher
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What the test documents say of a search, more being better, in one order for all searches.
-
-    Attributes:
-        before: `[documents]`, the metric of each with nothing gone.
-        after: The same after each step.
-        weights: `[documents]`, summing to 1.
-    """
-
-    before: Array
-    after: tuple[Array, ...]
-    weights: Array
 
 
 @dataclass
@@ -58,7 +43,7 @@ class Pursued:
     Attributes:
         searches: What was asked; of each record, in their order.
         records: What was found, one a draw.
-        tests: Of each record, what its test documents say.
+        tests: Of each record, what its test documents come to after each step, more being better.
         requests: Of each record, the request of its last step's run; None where it has none.
         failed: What was asked and not found → why; `outcome` says it too.
         outcome: What became of the runs of the steps.
@@ -66,7 +51,7 @@ class Pursued:
 
     searches: list[SearchRequest]
     records: list[PruneRecord]
-    tests: list[Answered]
+    tests: list[PairedOutcomes]
     requests: list[CellRequest | None]
     failed: dict[SearchRequest, str]
     outcome: Finished
@@ -104,7 +89,7 @@ def conduct(
     """
     found = pursue(asked, ledger, publisher, options, progress, typed)
     outcomes = {
-        record.name: (test.after[-1], test.weights)
+        record.name: (test.ablated[:, -1], test.weights)
         for record, test in zip(found.records, found.tests, strict=True)
     }
     failed = {request.title: why for request, why in found.failed.items()}
@@ -182,7 +167,7 @@ def pursue(
     return Pursued(
         searches=[one.asked for one in found],
         records=records,
-        tests=[_tests(one, tests[one.asked.test()]) for one in found],
+        tests=[tests[one.asked.test()].paired(ablations_of(one)).scores for one in found],
         requests=[each[-1] for each in steps],
         failed=failed,
         outcome=outcome,
@@ -222,11 +207,6 @@ def _by_request(
     return found
 
 
-def _tests(found: Found, cell: OpenCell) -> Answered:
-    before, *after = (cell.sign * cell.known(one).metric for one in (INTACT, *ablations_of(found)))
-    return Answered(before, tuple(after), cell.weights)
-
-
 def _record(found: Found, cell: OpenCell, places: Sequence[Place]) -> PruneRecord:
     tested = [
         step.model_copy(update={"test": _tested(cell, ablation)})
@@ -238,7 +218,7 @@ def _record(found: Found, cell: OpenCell, places: Sequence[Place]) -> PruneRecor
         model=identity.model,
         benchmark=identity.benchmark,
         metric=cell.view.metric,
-        higher_is_better=cell.sign > 0,
+        higher_is_better=cell.higher_is_better,
         part=cell.part,
         unit=asked.unit,
         strategy=asked.strategy,
@@ -255,14 +235,11 @@ def _record(found: Found, cell: OpenCell, places: Sequence[Place]) -> PruneRecor
 
 def _tested(cell: OpenCell, ablation: Ablation) -> Tested:
     """Say what the test documents say of an ablation."""
-    before, after = cell.known(INTACT).metric, cell.known(ablation).metric
-    level = accuracy(after, cell.weights)
-    drop = Estimate(None)
-    if ablation != INTACT:
-        pair = (before, after) if cell.sign > 0 else (after, before)
-        drop = accuracy_drop(*pair, cell.weights)
+    paired = cell.paired([ablation])
+    level = paired.level(0)
+    drop = Estimate(None) if ablation == INTACT else paired.drop(0)
     return Tested(
-        n=len(after),
+        n=len(paired.baseline),
         accuracy=level.value,
         low=level.low,
         high=level.high,

@@ -14,12 +14,13 @@ from tracker.core.config import CellRequest
 from tracker.core.kinds import Component
 from tracker.core.proxies import passes
 from tracker.engine.scoring.streams import plan_streams
+from tracker.ledger.paired import Array
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.planning import texts_of
 from tracker.measuring.progress import Silent
 from tracker.models.sources import find_model
-from tracker.pruning.search.cells import Array, Lender
+from tracker.pruning.search.cells import Lender
 from tracker.pruning.search.request import SearchRequest
 from tracker.pruning.search.scores import Losses, Scores, Set
 from tracker.pruning.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown

@@ -17,7 +17,7 @@ from tracker.core.findings import FindingRecord, Line, LineChart
 from tracker.core.formats import WRITTEN, counted, fixed, interval, points, with_interval
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.tables import Column, Table, estimate, table
-from tracker.pruning.search.cells import Array
+from tracker.ledger.paired import Array
 from tracker.report.page.studies import SEARCH
 from tracker.stats.accuracy import accuracy_drop
 

@@ -27,6 +27,7 @@ from tracker.measuring.meter import Place
 from tracker.measuring.observing import Observe
 from tracker.pruning.search.cells import OpenCell
 from tracker.stats.accuracy import mean_interval
+from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import rounded
 
 Array = NDArray[np.float64]
@@ -141,23 +142,15 @@ class Scores:
             cell.measure(ablations, candidates=True)
         self.evaluated |= {INTACT, *ablations}
         metric, gold = (
-            _stacked([self._drops(cell, which, ablations) for cell in self.cells])
-            for which in ("accuracy", "gold_logprob")
+            _stacked([(paired.drops, paired.weights) for paired in each])
+            for each in (
+                [cell.paired(ablations, which) for cell in self.cells]
+                for which in ("accuracy", "gold_logprob")
+            )
         )
         chosen, other = (metric, gold) if by == "accuracy" else (gold, metric)
         whole = bool((chosen[0] == np.rint(chosen[0])).all())
         return Losses(sets, *chosen, other[1] @ other[0], whole)
-
-    @staticmethod
-    def _drops(cell: OpenCell, by: str, ablations: Sequence[Ablation]) -> tuple[Array, Array]:
-        before = cell.known(INTACT)
-        known = [cell.known(one) for one in ablations]
-        if by == "accuracy":
-            drops = [cell.sign * (before.metric - each.metric) for each in known]
-            return np.stack(drops, axis=1), cell.weights
-        drops = [before.gold - each.gold for each in known]
-        n = len(before.gold)
-        return np.stack(drops, axis=1), np.full(n, 1 / n)
 
     def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
         """Score parts that could go next by a proxy, in the model that lacks some already.
@@ -198,7 +191,7 @@ class Scores:
             chosen = np.stack([sums[name][:, s.start, s.stop - 1] for s in spans], axis=1)
         else:
             chosen = np.stack([sums[name][:, s.start] for s in spans], axis=1)
-        means = chosen / np.maximum(counted, 1)[:, None]
+        means = per_token(chosen, counted)
         if name == "gate_gradient":
             # Of each document the size, so that opposite ones do not cancel.
             return np.abs(means), np.full(len(means), 1 / len(means))

@@ -177,7 +177,7 @@ def refuse_few(request: CellRequest, documents: int) -> None:
 
 def _refuse_mixtures(asked: SearchRequest, cells: list[OpenCell]) -> None:
     """Refuse losses that have no mean: accuracies and nats; ExperimentError says which."""
-    kinds = {cell.sign for cell in cells}
+    kinds = {cell.higher_is_better for cell in cells}
     if len(kinds) > 1:
         names = ", ".join(cell.request.benchmark for cell in cells)
         raise ExperimentError(

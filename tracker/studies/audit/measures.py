@@ -15,15 +15,16 @@ from tracker.core.proxies import OBSERVED, PROXIES, passes
 from tracker.core.records import CellRecord
 from tracker.engine.observers.divergence import output_proxies
 from tracker.engine.scoring.sweep import Engine
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.observations import Arrays
 from tracker.ledger.tables import OUTER
 from tracker.measuring.observing import Observe, Observed
 from tracker.stats.budgets import LayerMeasure
 from tracker.stats.correlation import correlate
+from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import row_coefficients
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import StudyContext, Subject
-from tracker.studies.documents import ByDocument, a_token
 from tracker.studies.observing import observe
 
 Array = NDArray[np.float64]
@@ -61,13 +62,14 @@ class Audited:
     def __init__(self, subject: Subject, label: str, observed: Observed) -> None:
         self.record: CellRecord = subject.record
         self.label = label
-        cell = ByDocument(subject)
+        cell = AlignedOutcomes(subject.store, subject.store.views.of(subject.request))
         runs = cell.whole_layers
         self.layers = [run.layer for run in runs]
-        ablations = [cell.outcomes.ablation(run) for run in runs]
+        ablations = [cell.ablation(run) for run in runs]
         total = subject.record.model.layers
         price = passes(DROP, total, shared=True)
-        self.drop = LayerMeasure(cell.drops(ablations), cell.weights, price)
+        paired = cell.by_metric(ablations)
+        self.drop = LayerMeasure(paired.drops, paired.weights, price)
         self.tasks = cell.tasks
         self.strata = cell.strata
         self.inner = [i for i, at in enumerate(self.layers) if OUTER <= at < total - OUTER]
@@ -75,24 +77,26 @@ class Audited:
             name: LayerMeasure(values[:, self.layers], weighed, passes(name, total, shared=True))
             for name, values, weighed in self._proxies(cell, observed)
         }
-        self.not_observed = {proxy.name: cell.outcomes.not_observed(proxy) for proxy in OBSERVED}
-        lost = cell.gold_drops(ablations)
-        self.measures["gold_logprob_drop"] = LayerMeasure(lost, cell.plain_weights, price)
+        self.not_observed = {proxy.name: cell.not_observed(proxy) for proxy in OBSERVED}
+        gold = cell.by_gold_logprob(ablations)
+        self.measures["gold_logprob_drop"] = LayerMeasure(gold.drops, gold.weights, price)
 
-    def _proxies(self, cell: ByDocument, observed: Observed) -> Iterator[tuple[str, Array, Array]]:
+    def _proxies(
+        self, cell: AlignedOutcomes, observed: Observed
+    ) -> Iterator[tuple[str, Array, Array]]:
         """Each proxy of every layer of the model: a mean a document, and what it weighs."""
         for proxy in OBSERVED:
-            means = a_token(cell.proxy_sums(proxy), cell.tokens)
+            means = per_token(cell.proxy_sums(proxy), cell.tokens)
             yield proxy.name, proxy.of(means), cell.tokens
         place = {document: i for i, document in enumerate(observed.documents)}
         mine = [place[document] for document in cell.documents]
         sums = {name: values[mine] for name, values in observed.arrays.items()}
         tokens, predicted = sums["tokens"], sums["predicted"]
         for name in ("lens_changes", "kl", "js"):
-            yield name, a_token(sums[name], tokens), tokens
-        yield "loss_increase", a_token(sums["loss_increase"], predicted), predicted
+            yield name, per_token(sums[name], tokens), tokens
+        yield "loss_increase", per_token(sums["loss_increase"], predicted), predicted
         # Of each document the size of its derivative, so that opposite ones do not cancel.
-        derivatives = np.abs(a_token(sums["gate_gradient"], predicted))
+        derivatives = np.abs(per_token(sums["gate_gradient"], predicted))
         yield "gate_gradient", derivatives, cell.plain_weights
 
     @cached_property

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import OBSERVED
-from tracker.ledger.aligned import Array
+from tracker.ledger.aligned import AlignedOutcomes
+from tracker.ledger.paired import Array
+from tracker.stats.proxies import per_token
 from tracker.stats.rank_agreement import overlap, rounded, row_coefficients
 from tracker.stats.reliability import (
     disjoint_means,
@@ -21,7 +23,6 @@ from tracker.stats.reliability import (
 )
 from tracker.stats.resampling import SEED
 from tracker.studies.base import FEWEST, Subject
-from tracker.studies.documents import ByDocument, a_token
 
 Documents = NDArray[np.int64]
 DRAWS = 400
@@ -122,7 +123,7 @@ class Curve:
 
 def measures(subject: Subject) -> list[Ranked]:
     """What can rank the layers of a cell; the drop comes first."""
-    cell = ByDocument(subject)
+    cell = AlignedOutcomes(subject.store, subject.store.views.of(subject.request))
     layers = [run.layer for run in cell.whole_layers]
     strata = np.array(cell.tasks)
     better = subject.record.higher_is_better
@@ -134,15 +135,16 @@ def measures(subject: Subject) -> list[Ranked]:
             Ranked(name, none, none, strata, why)
             for name in (*names, *(proxy.name for proxy in OBSERVED))
         ]
-    ablations = [cell.outcomes.ablation(run) for run in cell.whole_layers]
+    ablations = [cell.ablation(run) for run in cell.whole_layers]
+    measured = (cell.by_metric(ablations), cell.by_gold_logprob(ablations))
     found = [
-        Ranked(names[0], cell.drops(ablations), cell.weights, strata),
-        Ranked(names[1], cell.gold_drops(ablations), cell.plain_weights, strata),
+        Ranked(name, paired.drops, paired.weights, strata)
+        for name, paired in zip(names, measured, strict=True)
     ]
     for proxy in OBSERVED:
-        means = proxy.of(a_token(cell.proxy_sums(proxy)[:, layers], cell.tokens))
+        means = proxy.of(per_token(cell.proxy_sums(proxy)[:, layers], cell.tokens))
         weights = cell.tokens / max(cell.tokens.sum(), 1)
-        why = cell.outcomes.not_observed(proxy)
+        why = cell.not_observed(proxy)
         found.append(Ranked(proxy.name, means, weights, strata, why))
     return [replace(each, reason=each.reason or _unusable(each)) for each in found]
 

@@ -13,12 +13,12 @@ from scipy import stats
 from tracker.core.ablations import Ablation
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import fixed, points, with_interval
-from tracker.ledger.aligned import Array
+from tracker.ledger.aligned import AlignedOutcomes, Strata
+from tracker.ledger.paired import Array
 from tracker.stats.accuracy import mean_interval
 from tracker.stats.interaction import additivity, interactions
 from tracker.stats.resampling import RESAMPLES, SEED, resampled_means
 from tracker.studies.base import SIGNIFICANT, Subject
-from tracker.studies.documents import ByDocument, Strata
 
 Pair = tuple[int, int]
 
@@ -80,16 +80,17 @@ class Pairs:
 def measured(subject: Subject) -> tuple[list[Pairs], list[str]]:
     """Derive the interactions of a cell by every measure, and say what is lacking."""
     record = subject.record
-    layers = [run.layer for run in subject.store.views.of(subject.request).runs]
+    view = subject.store.views.of(subject.request)
+    layers = [run.layer for run in view.runs]
     wanted = list(combinations(layers, 2))
-    cell = ByDocument(subject, besides=[Ablation(pair) for pair in wanted])
+    outcomes = AlignedOutcomes(subject.store, view, besides=[Ablation(pair) for pair in wanted])
     pairs = [
         pair
-        for pair in combinations([run.layer for run in cell.outcomes.runs], 2)
-        if cell.outcomes.has(Ablation(pair))
+        for pair in combinations([run.layer for run in outcomes.runs], 2)
+        if outcomes.has(Ablation(pair))
     ]
-    if not pairs or len(cell.tasks) < 2:
-        return [], [f"{len(pairs)} pairs on {len(cell.tasks)} documents are measured"]
+    if not pairs or len(outcomes.tasks) < 2:
+        return [], [f"{len(pairs)} pairs on {len(outcomes.tasks)} documents are measured"]
     why = []
     if len(pairs) < len(wanted):
         why.append(f"{len(wanted) - len(pairs)} of {len(wanted)} pairs are not measured")
@@ -101,16 +102,12 @@ def measured(subject: Subject) -> tuple[list[Pairs], list[str]]:
     name = "accuracy drop" if record.higher_is_better else "loss increase"
     found = []
     unit: Unit
-    for measure, unit, drops, weights, room in (
-        (
-            name,
-            "points" if record.higher_is_better else "score",
-            cell.drops(shown),
-            cell.weights,
-            left,
-        ),
-        ("gold_logprob_drop", "nats", cell.gold_drops(shown), cell.plain_weights, None),
+    own: Unit = "points" if record.higher_is_better else "score"
+    for measure, unit, paired, room in (
+        (name, own, outcomes.by_metric(shown), left),
+        ("gold_logprob_drop", "nats", outcomes.by_gold_logprob(shown), None),
     ):
+        drops = paired.drops
         if bad := int((~np.isfinite(drops).all(axis=1)).sum()):
             why.append(f"{measure}: {bad} of {len(drops)} documents have no finite score")
         elif room is not None and room <= 0:
@@ -120,7 +117,9 @@ def measured(subject: Subject) -> tuple[list[Pairs], list[str]]:
             )
         else:
             found.append(
-                pairs_of((measure, unit), drops, (layers, pairs), weights, cell.strata, room)
+                pairs_of(
+                    (measure, unit), drops, (layers, pairs), paired.weights, outcomes.strata, room
+                )
             )
     return found, why
 

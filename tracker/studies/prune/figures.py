@@ -11,8 +11,7 @@ import numpy as np
 
 from tracker.core.estimates import Estimate
 from tracker.core.prune_records import PruneRecord, PruneStep
-from tracker.ledger.aligned import Array
-from tracker.pruning.search.conduct import Answered
+from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.pruning.search.report import is_sure
 from tracker.stats.accuracy import accuracy, accuracy_drop
 from tracker.stats.combined import mean
@@ -42,11 +41,11 @@ class Choices:
 
     Attributes:
         records: The searches; several where the strategy draws.
-        answered: What the test documents say of each.
+        answered: What the test documents come to after each of its steps, more being better.
     """
 
     records: tuple[PruneRecord, ...]
-    answered: tuple[Answered, ...]
+    answered: tuple[PairedOutcomes, ...]
 
     @property
     def weights(self) -> Array:
@@ -56,7 +55,7 @@ class Choices:
     @property
     def outcomes(self) -> Array:
         """The outcome of each test document in the end, averaged over draws."""
-        found: Array = np.stack([one.after[-1] for one in self.answered]).mean(axis=0)
+        found: Array = np.stack([one.ablated[:, -1] for one in self.answered]).mean(axis=0)
         return found
 
     @property
@@ -68,9 +67,9 @@ class Choices:
         """The test accuracy with so many layers gone; None where no step removes just so many."""
         found = []
         for record, one in zip(self.records, self.answered, strict=True):
-            known = {0: one.before} | {
+            known = {0: one.baseline} | {
                 len(step.removed): after
-                for step, after in zip(record.steps, one.after, strict=True)
+                for step, after in zip(record.steps, one.ablated.T, strict=True)
             }
             if removed not in known:
                 return Estimate(None, reason="no step removes so many")

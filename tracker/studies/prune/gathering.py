@@ -24,7 +24,7 @@ def compared(pursued: Pursued, text: str | None) -> list[Compared]:
         name = asked.cell.benchmark
         if name not in group.unpruned:
             answered = pursued.tests[number]
-            group.unpruned[name] = accuracy(answered.before, answered.weights)
+            group.unpruned[name] = accuracy(answered.baseline, answered.weights)
             group.n[name] = record.baseline.n
             group.metrics[name] = record.metric
             tested = next((cells[place] for place in record.rests_on if place in cells), None)

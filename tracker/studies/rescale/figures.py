@@ -9,10 +9,10 @@ from tracker.core.ablations import ablation_of
 from tracker.core.formats import Measure, measure_of
 from tracker.core.kinds import Intervention
 from tracker.core.records import RunIdentity
-from tracker.ledger.aligned import Array
+from tracker.ledger.aligned import AlignedOutcomes
+from tracker.ledger.paired import Array
 from tracker.stats.accuracy import accuracy_drop
 from tracker.studies.base import Subject
-from tracker.studies.documents import ByDocument
 
 WAYS: tuple[Intervention, ...] = ("scale", "mean", "linear")
 """What stands in for a layer, from the least to the most that it can do."""
@@ -60,8 +60,7 @@ def costs(subjects: Sequence[Subject]) -> Costs | None:
     first, *rest = subjects
     view = first.store.views.of(first.request)
     view = view.joined(*(one.store.views.of(one.request) for one in rest))
-    cell = ByDocument(first, view)
-    outcomes, weights = cell.outcomes, cell.weights
+    outcomes = AlignedOutcomes(first.store, view)
     layers = tuple(sorted({run.layer for run in outcomes.runs if run.intervention == "remove"}))
     if not layers:
         return None
@@ -76,10 +75,13 @@ def costs(subjects: Sequence[Subject]) -> Costs | None:
         ablations = [ablation_of(run, view.removed) for run in runs]
         if not all(map(outcomes.has, ablations)):
             continue
-        each, lost = cell.drops(ablations), cell.gold_drops(ablations)
-        drops[way], drawn[way] = weights @ each, cell.resampled(each, weights)
-        nats[way], drawn_nats[way] = weights @ lost, cell.resampled(lost, weights)
-        after = [outcomes.metric(ablation, cell.metric) for ablation in ablations]
+        paired, gold = outcomes.by_metric(ablations), outcomes.by_gold_logprob(ablations)
+        weights = paired.weights
+        drops[way] = paired.mean_drops
+        drawn[way] = outcomes.resampled(paired.drops, weights)
+        nats[way] = gold.mean_drops
+        drawn_nats[way] = outcomes.resampled(gold.drops, gold.weights)
+        after = list(paired.ablated.T)
         if way == "remove":
             removed = after
         else:
@@ -89,7 +91,7 @@ def costs(subjects: Sequence[Subject]) -> Costs | None:
         return None
     return Costs(
         name=first.record.title,
-        n=len(cell.tasks),
+        n=len(outcomes.tasks),
         layers=layers,
         drops=drops,
         drawn=drawn,

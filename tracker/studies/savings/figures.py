@@ -17,13 +17,13 @@ from tracker.core.estimates import Estimate
 from tracker.core.questions import Question
 from tracker.core.records import RunIdentity
 from tracker.engine.scoring.streams import plain_passes, plan_streams
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.blocks import BLOCK
 from tracker.stats.resampling import SEED
 from tracker.stats.sequential.confidence import MeanSequences
 from tracker.stats.sequential.stopping import standing
 from tracker.stats.sequential.top_k import SAME, SequentialTopK
 from tracker.studies.base import Subject
-from tracker.studies.documents import ByDocument
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -84,17 +84,17 @@ class MeasuredDocuments:
 
 def measured(subject: Subject) -> MeasuredDocuments:
     """Take a cell's outcomes."""
-    cell = ByDocument(subject)
-    runs = cell.outcomes.runs
-    ablations = [cell.outcomes.ablation(run) for run in runs]
-    scale = cell.weights * len(cell.tasks)
+    outcomes = AlignedOutcomes(subject.store, subject.store.views.of(subject.request))
+    runs = outcomes.runs
+    ablations = [outcomes.ablation(run) for run in runs]
+    scale = outcomes.weights * len(outcomes.tasks)
     layers = subject.record.model.layers
     passes = passes_of(ablations, layers)
     return MeasuredDocuments(
         subject.record.title,
         tuple(runs),
-        cell.drops(ablations) * scale[:, None],
-        tuple(cell.tasks),
+        outcomes.by_metric(ablations).drops * scale[:, None],
+        tuple(outcomes.tasks),
         subject.store.counts(),
         float(scale.max()),
         passes,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tracker.core.estimates import Estimate
 from tracker.core.proxies import PROXIES
 from tracker.core.records import CellRecord
+from tracker.ledger.aligned import AlignedOutcomes
 from tracker.measuring.observing import Observed
 from tracker.stats.correlation import (
     correlate,
@@ -19,11 +20,10 @@ from tracker.stats.correlation import (
 )
 from tracker.stats.growth import growths
 from tracker.stats.multiple import holm
-from tracker.stats.proxies import proxy_means
+from tracker.stats.proxies import per_token, proxy_means
 from tracker.stats.rank_agreement import places
 from tracker.stats.resampling import SEED
 from tracker.studies.base import SIGNIFICANT, Subject
-from tracker.studies.documents import ByDocument, a_token
 
 Array = NDArray[np.float64]
 ALL, LATER = 0, 1
@@ -155,9 +155,9 @@ class Figures:
 
 def figures(subject: Subject, observed: Observed) -> Figures | None:
     """Compute everything of a cell; None where fewer than two documents are left."""
-    by_document = ByDocument(subject)
+    outcomes = AlignedOutcomes(subject.store, subject.store.views.of(subject.request))
     measured = {place: row for row, place in enumerate(observed.documents)}
-    rows = [measured.get(place) for place in by_document.documents]
+    rows = [measured.get(place) for place in outcomes.documents]
     later = np.triu(np.ones(observed.arrays["removed"].shape[-2:], dtype=bool))
     usable = np.array(
         [
@@ -170,13 +170,13 @@ def figures(subject: Subject, observed: Observed) -> Figures | None:
         return None
     chosen = [row for row, use in zip(rows, usable, strict=True) if use and row is not None]
     arrays = {name: array[chosen] for name, array in observed.arrays.items()}
-    strata = np.array(by_document.tasks)[usable]
+    strata = np.array(outcomes.tasks)[usable]
     return Figures(
         cell=subject.record,
         documents=len(chosen),
         left_out=len(rows) - len(chosen),
         tokens=(_tokens(arrays, strata, ALL), _tokens(arrays, strata, LATER)),
-        explained=_explained(by_document.only(usable), arrays),
+        explained=_explained(outcomes.only(usable), arrays),
     )
 
 
@@ -229,18 +229,18 @@ def _sign(one: Estimate, p_value: float | None) -> int | None:
     return int(np.sign(one.value - 1)) if sure else 0
 
 
-def _explained(cell: ByDocument, arrays: Mapping[str, Array]) -> Explained | None:
+def _explained(cell: AlignedOutcomes, arrays: Mapping[str, Array]) -> Explained | None:
     """Set differences and growth beside the drops, on the same resampled documents."""
     if not cell.whole_layers:
         return None
     layers = [run.layer for run in cell.whole_layers]
-    drops = cell.drops([cell.outcomes.ablation(run) for run in cell.whole_layers])
+    paired = cell.by_metric([cell.ablation(run) for run in cell.whole_layers])
     proxy = PROXIES["cosine_score"]
     sums = cell.proxy_sums(proxy)[:, layers]
     cosine = proxy.of(proxy_means(sums, cell.tokens))
-    drop = cell.weights @ drops
-    drawn_drop = cell.resampled(drops, cell.weights)
-    drawn_cosine = proxy.of(cell.resampled(a_token(sums, cell.tokens), cell.tokens))
+    drop = paired.mean_drops
+    drawn_drop = cell.resampled(paired.drops, paired.weights)
+    drawn_cosine = proxy.of(cell.resampled(per_token(sums, cell.tokens), cell.tokens))
     with np.errstate(divide="ignore", invalid="ignore"):
         removed = np.log(arrays["removed"][:, ALL])[:, layers]
         drawn = np.log(arrays["random"][:, ALL].mean(axis=1))[:, layers]

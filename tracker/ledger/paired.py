@@ -1,0 +1,70 @@
+"""The same documents with and without something removed, by one measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tracker.core.estimates import Estimate
+from tracker.stats.accuracy import accuracy, accuracy_drop, drop_sd
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PairedOutcomes:
+    """What each document comes to in the intact model, and under each of some ablations.
+
+    An outcome is NaN where there is none (lm-eval gives no finite score, or names no gold answer);
+    so is then each drop of its document, and what is estimated is None with a reason. No such
+    document is left out, and none counts as 0.
+
+    Attributes:
+        baseline: `[documents]`, the intact model's outcomes.
+        ablated: `[documents, ablations]`, those of the same documents under each ablation.
+        weights: `[documents]`, how much each counts in the measure's mean, summing to 1.
+        higher_is_better: Whether more is better, as of an accuracy; a loss is the other way round.
+    """
+
+    baseline: Array
+    ablated: Array
+    weights: Array
+    higher_is_better: bool = True
+
+    @property
+    def scores(self) -> PairedOutcomes:
+        """The same as figures of which more is better: losses with their sign turned."""
+        if self.higher_is_better:
+            return self
+        turned = {"baseline": -self.baseline, "ablated": -self.ablated}
+        return replace(self, **turned, higher_is_better=True)
+
+    @property
+    def drops(self) -> Array:
+        """How much worse each ablation makes each document `[documents, ablations]`."""
+        better = self.scores
+        return better.baseline[:, None] - better.ablated
+
+    @property
+    def mean_drops(self) -> Array:
+        """The measure's drop under each ablation `[ablations]`."""
+        return np.asarray(self.weights @ self.drops)
+
+    def level(self, place: int) -> Estimate:
+        """Estimate the measure under one of the ablations, by its place."""
+        return accuracy(self.ablated[:, place], self.weights)
+
+    def drop(self, place: int) -> Estimate:
+        """Estimate what one of the ablations costs."""
+        return accuracy_drop(*self._pair(place), self.weights)
+
+    def drop_sd(self, place: int) -> Estimate:
+        """Estimate how far the drops of single documents are apart under one of them."""
+        return drop_sd(*self._pair(place), self.weights)
+
+    def _pair(self, place: int) -> tuple[Array, Array]:
+        """The two of which the first less the second is the drop; right and wrong stay 0 and 1."""
+        before, after = self.baseline, self.ablated[:, place]
+        return (before, after) if self.higher_is_better else (after, before)
