@@ -88,12 +88,8 @@ def conduct(
     As `pursue`: RequestError, CellError.
     """
     found = pursue(asked, ledger, publisher, options, progress, typed)
-    outcomes = {
-        record.name: (test.ablated[:, -1], test.weights)
-        for record, test in zip(found.records, found.tests, strict=True)
-    }
     failed = {request.title: why for request, why in found.failed.items()}
-    finding = finding_of(name, found.records, outcomes, failed)
+    finding = finding_of(name, found.records, found.tests, failed)
     keep_finding(ledger.root, finding)
     return ConductedSearches(found.records, finding, found.outcome, found.requests)
 

@@ -6,46 +6,60 @@ import json
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.findings import FindingRecord, Line, LineChart
 from tracker.core.formats import WRITTEN, counted, fixed, interval, points, with_interval
-from tracker.core.prune_records import PruneRecord, PruneStep, Tested
+from tracker.core.prune_records import PruneCost, PruneRecord, PruneStep, Tested
 from tracker.core.tables import Column, Table, estimate, table
-from tracker.ledger.paired import Array
+from tracker.ledger.paired import PairedOutcomes
+from tracker.pruning.search.figures import (
+    Choices,
+    calibration_documents,
+    end,
+    lost,
+    mean_seconds,
+    separated,
+)
 from tracker.report.page.studies import SEARCH
-from tracker.stats.accuracy import accuracy_drop
 
-Outcomes = Mapping[str, tuple[Array, Array]]
-"""Name of a search → what each test document says without all that went (more is better), and its
-weight."""
+Row = TypeVar("Row")
 QUESTION = "What can go, and what does the model answer without it?"
 
 
 def finding_of(
-    name: str, records: Sequence[PruneRecord], outcomes: Outcomes, failed: Mapping[str, str]
+    name: str,
+    records: Sequence[PruneRecord],
+    tests: Sequence[PairedOutcomes],
+    failed: Mapping[str, str],
 ) -> FindingRecord:
-    """Say what searches of one file found."""
+    """Say what searches of one file found; `tests` is what the test documents say of each."""
     groups = list(grouped(records))
+    answered = {record.name: test for record, test in zip(records, tests, strict=True)}
     return FindingRecord(
         study=SEARCH,
         experiment=name,
         command="tracker prune",
         question=QUESTION,
-        answers=tuple(line for each in groups for line in _answers(each, outcomes)),
+        answers=tuple(line for each in groups for line in _answers(each, answered)),
         tables=tuple(made for each in groups for made in (_table(each), _sets(each))),
-        charts=tuple(_frontier(each) for each in groups),
+        charts=tuple(_frontier_of(each) for each in groups),
         lacking=tuple(f"{title}: {why}" for title, why in failed.items()),
         assumptions=ASSUMED,
         rests_on=tuple(dict.fromkeys(place for r in records for place in r.rests_on)),
     )
 
 
+COST = (
+    "Cost: what a search needed, as if it had been alone. Evaluations: sets of removals, each on "
+    "all calibration documents, which is what a loop over pruned models would run. Passes: what "
+    "was computed for them, in passes of the intact model over these documents."
+)
 ASSUMED = (
     "What chose and what tests are different documents, so that accuracy after pruning is not "
     "flattered by the choice; the intervals of a step are those of the test documents.",
@@ -53,9 +67,7 @@ ASSUMED = (
     "(Bonett and Price 2012).",
     "A runner-up is told apart where the 95 % interval of its paired loss to what was chosen, on "
     "the calibration documents, is above 0; of the best of many candidates it is rather hopeful.",
-    "Cost: what a search needed, as if it had been alone. Evaluations: sets of removals, each on "
-    "all calibration documents, which is what a loop over pruned models would run. Passes: what "
-    "was computed for them, in passes of the intact model over these documents.",
+    COST,
 )
 
 
@@ -86,106 +98,124 @@ def _tested(record: PruneRecord, tested: Tested) -> str:
     return with_interval(tested.level, write, unit) if tested.accuracy is not None else "undefined"
 
 
-def _end(record: PruneRecord) -> Tested:
-    tested = record.steps[-1].test
-    assert tested is not None
-    return tested
-
-
-def _rank(record: PruneRecord) -> float:
-    """The larger, the worse the pruned model."""
-    lost = _end(record).drop
-    return float("inf") if lost is None else lost
-
-
-def _answers(records: Sequence[PruneRecord], outcomes: Outcomes) -> Iterator[str]:
+def _answers(
+    records: Sequence[PruneRecord], answered: Mapping[str, PairedOutcomes]
+) -> Iterator[str]:
     first = records[0]
     metric = first.metric if first.metric != first.benchmark.primary_metric else "accuracy"
     metric = metric if first.higher_is_better else "loss"
     labels = _labels(records)
     for amount in dict.fromkeys(one.amount for one in records):
-        some = sorted((one for one in records if one.amount == amount), key=_rank)
+        some = sorted((one for one in records if one.amount == amount), key=lost)
         best = some[0]
         yield (
             f"{first.model.name} on {_benchmark(first)}, {amount}: by {labels[best.name]} it goes "
             f"without {first.unit}s {', '.join(map(str, best.removed))} ({len(best.removed)} of "
-            f"{first.model.layers}) and has a test {metric} of {_tested(best, _end(best))}, "
+            f"{first.model.layers}) and has a test {metric} of {_tested(best, end(best))}, "
             f"unpruned {_tested(best, best.baseline)}, n = {best.baseline.n:,}. It is the best of "
             f"{counted(len(some), 'pruning')} by these documents."
         )
         for name in ("cosine_oneshot", "cosine", "random"):
             others = [one for one in some if one.strategy == name and one is not best]
             if others:
-                yield _beside(best, others, outcomes)
+                yield _beside(best, others, answered)
         for one in some:
-            if (said := _unsure(one)) is not None:
-                yield f"{labels[one.name]}: {said}"
+            for sentence in unsure_sentence([one], "the choice"):
+                yield f"{labels[one.name]}: {sentence}"
 
 
-def _beside(best: PruneRecord, others: Sequence[PruneRecord], outcomes: Outcomes) -> str:
+def _beside(
+    best: PruneRecord, others: Sequence[PruneRecord], answered: Mapping[str, PairedOutcomes]
+) -> str:
     """Say how much better a pruning is than those of another strategy."""
-    levels = [_end(one).accuracy for one in others]
+    levels = [end(one).accuracy for one in others]
     defined = [value for value in levels if value is not None]
-    what = others[0].strategy
     mean = statistics.fmean(defined) if defined else None
     draws = f", the mean of {counted(len(others), 'draw')}" if len(others) > 1 else ""
-    text = f"By {what} it is {_level(best, mean)}{draws}"
-    if len(others) == 1:
-        (after, weights), (other, _) = outcomes[best.name], outcomes[others[0].name]
-        apart = accuracy_drop(after, other, weights)
-        if apart.value is not None:
-            write = points if best.higher_is_better else (lambda v: fixed(v, 3))
-            unit = " pp" if best.higher_is_better else ""
-            between = interval(apart.low, apart.high, write)
-            text += (
-                f", {write(apart.value)}{unit} less"
-                if best.higher_is_better
-                else (f", {write(apart.value)} more")
-            )
-            text += f" ({between})" if between else ""
+    text = f"By {others[0].strategy} it is {_level(best, mean)}{draws}"
+    mine, theirs = (
+        Choices(tuple(some), tuple(answered[one.name] for one in some)) for some in ([best], others)
+    )
+    apart = mine.above(theirs)
+    if len(others) == 1 and apart.value is not None:
+        write = points if best.higher_is_better else (lambda v: fixed(v, 3))
+        between = interval(apart.low, apart.high, write)
+        text += f", {write(apart.value)}{' pp less' if best.higher_is_better else ' more'}"
+        text += f" ({between})" if between else ""
     return f"{text}."
 
 
-def _unsure(record: PruneRecord) -> str | None:
-    """Say where the calibration documents were too few to choose."""
-    compared = [step for step in record.steps if step.margin is not None]
-    unsure = [step for step in compared if not is_sure(step)]
-    if not unsure:
-        return None
-    n = sum(each.n for each in record.calibration)
-    enough = sorted(step.separates for step in unsure if step.separates is not None)
+def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = "") -> Iterator[str]:
+    """Say where the calibration documents were too few to choose; nothing where they were not.
+
+    `chosen` is what they had to tell from the runner-up, and `each` what has so many of them.
+    """
+    found = separated(searches)
+    if not found.unsure:
+        return
     text = (
-        f"{counted(n, 'calibration document')} are too few to separate the choice "
-        f"from the runner-up at {len(unsure)} of {counted(len(compared), 'step')}"
+        f"{calibration_documents(searches):,.0f} calibration documents{each} are too few to "
+        f"separate {chosen} from the runner-up at {len(found.unsure)} of "
+        f"{counted(found.compared, 'step')}"
     )
-    if enough:
-        text += f"; about {enough[len(enough) // 2]:,} would at half of these"
-    level = sum(step.margin == 0 for step in unsure)
-    if level:
-        text += f"; at {level} both are level"
-    return text + "."
+    if found.level:
+        text += f", at {found.level} of which both are level"
+    if found.enough is not None:
+        half = "the others" if found.level else "these"
+        text += f"; about {found.enough:,} would at half of {half}"
+    yield text + "."
 
 
-def is_sure(step: PruneStep) -> bool:
-    """Whether the calibration documents tell the choice from the runner-up."""
-    return step.margin_low is not None and step.margin_low > 0
+def cost_columns(
+    searches: Callable[[Row], Sequence[PruneRecord]],
+) -> tuple[Column[Row], ...]:
+    """State the columns of what a row's searches cost on average; nothing without any."""
+    gone = "nothing is removed"
+
+    def mean(of: Callable[[PruneCost], float]) -> Callable[[Row], Estimate]:
+        def read(row: Row) -> Estimate:
+            costs = [of(one.cost) for one in searches(row)]
+            return estimate(statistics.fmean(costs) if costs else None, gone)
+
+        return read
+
+    def seconds(row: Row) -> Estimate:
+        return mean_seconds(searches(row)) if searches(row) else Estimate(None, reason=gone)
+
+    return (
+        Column("evaluations", "count", mean(lambda cost: cost.evaluations)),
+        Column("passes", "times", mean(lambda cost: cost.passes)),
+        Column("seconds", "count", seconds),
+    )
+
+
+def frontier(
+    title: str, unit: str, better: bool, levels: Mapping[str, Sequence[Estimate | None]]
+) -> LineChart:
+    """Draw what is left, the more goes: a line a strategy, of its level with 0, 1, … parts gone.
+
+    `unit` is what goes, and `better` whether more of the level is.
+    """
+    return LineChart(
+        title=title,
+        x=f"{unit}s removed",
+        y="test accuracy" if better else "test loss",
+        unit="percent" if better else "score",
+        places=tuple(range(max(map(len, levels.values())))),
+        lines=tuple(Line.of(name, each) for name, each in levels.items()),
+    )
 
 
 def _table(records: Sequence[PruneRecord]) -> Table:
     first = records[0]
     part = f" of the {first.part} part" if first.part else ""
     labels = _labels(records)
-    gone = "nothing is removed"
 
     def level(one: PruneRecord | None) -> Estimate:
-        return (_end(one) if one else first.baseline).level
+        return (end(one) if one else first.baseline).level
 
-    def lost(one: PruneRecord | None) -> Estimate:
-        return _end(one).lost if one else Estimate(None, reason=gone)
-
-    def seconds(one: PruneRecord | None) -> Estimate:
-        why = "measured by a tracker that did not say" if one else gone
-        return estimate(one.cost.seconds if one else None, why)
+    def drop(one: PruneRecord | None) -> Estimate:
+        return end(one).lost if one else Estimate(None, reason="nothing is removed")
 
     columns: tuple[Column[PruneRecord | None], ...] = (
         Column("strategy", "text", lambda one: labels[one.name] if one else "unpruned"),
@@ -197,16 +227,14 @@ def _table(records: Sequence[PruneRecord]) -> Table:
             level,
             _NO_SCORE,
         ),
-        Column("lost", _unit(first, "points"), lost, _NO_SCORE),
-        Column("evaluations", "count", lambda one: one.cost.evaluations if one else None, gone),
-        Column("passes", "times", lambda one: one.cost.passes if one else None, gone),
-        Column("seconds", "count", seconds),
+        Column("lost", _unit(first, "points"), drop, _NO_SCORE),
+        *cost_columns(lambda one: [one] if one else []),
     )
     return table(
         f"{first.model.name} · {_benchmark(first)}: pruned by each strategy, on "
         f"{counted(first.baseline.n, 'test document')}{part}",
         columns,
-        [None, *sorted(records, key=_rank)],
+        [None, *sorted(records, key=lost)],
         dict.fromkeys(_chosen_by(one) for one in records if one.calibration),
     )
 
@@ -293,27 +321,19 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
     )
 
 
-def _frontier(records: Sequence[PruneRecord]) -> LineChart:
-    """Test accuracy against how many parts are gone, a line a strategy."""
+def _frontier_of(records: Sequence[PruneRecord]) -> LineChart:
     first = records[0]
     longest: dict[str, PruneRecord] = {}
     labels = _labels(records)
     for one in sorted(records, key=lambda each: len(each.removed)):
         longest[labels[one.name]] = one  # several amounts of one strategy: the last has all steps
     most = max(len(one.removed) for one in records)
-    lines = []
+    levels: dict[str, list[Estimate | None]] = {}
     for label, one in longest.items():
         at = {0: one.baseline, **{len(s.removed): s.test for s in one.steps if s.test}}
-        tested = [at.get(count) for count in range(most + 1)]
-        lines.append(Line.of(label, (each.level if each else None for each in tested)))
-    return LineChart(
-        title=f"{first.model.name} · {_benchmark(first)}: what is left, the more goes",
-        x=f"{first.unit}s removed",
-        y="test accuracy" if first.higher_is_better else "test loss",
-        unit="percent" if first.higher_is_better else "score",
-        places=tuple(range(most + 1)),
-        lines=tuple(lines),
-    )
+        levels[label] = [at[n].level if n in at else None for n in range(most + 1)]
+    title = f"{first.model.name} · {_benchmark(first)}: what is left, the more goes"
+    return frontier(title, first.unit, first.higher_is_better, levels)
 
 
 def best(
@@ -328,7 +348,7 @@ def best(
         for one, request in zip(records, requests, strict=True)
         if one.unit == "layer" and request is not None
     ]
-    return min(some, key=lambda each: _rank(each[0]), default=None)
+    return min(some, key=lambda each: lost(each[0]), default=None)
 
 
 def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:

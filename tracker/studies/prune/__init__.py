@@ -12,6 +12,7 @@ from tracker.core.findings import FoundChart
 from tracker.core.tables import Table
 from tracker.pruning.search.cells import Lender
 from tracker.pruning.search.conduct import pursue
+from tracker.pruning.search.report import COST
 from tracker.pruning.search.request import SearchRequest, calibration_of, search_of
 from tracker.pruning.search.search import budget_of, refuse_mixed, refuse_unknown
 from tracker.studies.base import (
@@ -46,9 +47,7 @@ _ASSUMED = (
     "Tests: sign flips of the documents' differences, as if each were as likely to be x as −x; "
     f"called significant where p, adjusted by Holm (1979), is below {SIGNIFICANT:.0%}.",
     "A strategy that draws at random counts, document by document, by the mean of its draws.",
-    "Cost: what a search needed, as if it had been alone. Evaluations: sets of removals that were "
-    "scored, what a loop over pruned models would run. Passes: what was computed for them, in "
-    "passes of the intact model. Every candidate is scored again after each removal.",
+    f"{COST} Every candidate is scored again after each removal.",
 )
 
 

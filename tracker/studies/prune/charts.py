@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tracker.core.estimates import Estimate
-from tracker.core.findings import Line, LineChart
+from tracker.core.findings import LineChart
+from tracker.pruning.search.report import frontier
 from tracker.studies.prune.figures import OWN, Compared, Way
 
 
@@ -13,18 +14,10 @@ def charts_of(group: Compared) -> list[LineChart]:
         return []
     most = max(count for amount in group.amounts for count in group.removed(amount))
     names = dict.fromkeys(way.strategy for way in group.ways if way.calibration == OWN)
-    frontier = LineChart(
-        title=f"{group.title}: what is left, the more goes, {group.over}",
-        x="layers removed",
-        y="test accuracy",
-        unit="percent",
-        places=tuple(range(most + 1)),
-        lines=tuple(
-            Line.of(name, [_at(group, name, removed) for removed in range(most + 1)])
-            for name in names
-        ),
-    )
-    return [frontier]
+    levels = {name: [_at(group, name, removed) for removed in range(most + 1)] for name in names}
+    return [
+        frontier(f"{group.title}: what is left, the more goes, {group.over}", "layer", True, levels)
+    ]
 
 
 def _at(group: Compared, strategy: str, removed: int) -> Estimate:

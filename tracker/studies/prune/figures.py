@@ -10,10 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tracker.core.estimates import Estimate
-from tracker.core.prune_records import PruneRecord, PruneStep
-from tracker.ledger.paired import Array, PairedOutcomes
-from tracker.pruning.search.report import is_sure
-from tracker.stats.accuracy import accuracy, accuracy_drop
+from tracker.core.prune_records import PruneRecord
+from tracker.pruning.search.figures import Choices
 from tracker.stats.combined import mean
 from tracker.stats.interaction import interactions
 from tracker.stats.multiple import holm
@@ -33,48 +31,6 @@ class Way(NamedTuple):
     strategy: str
     amount: str
     calibration: str = OWN
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What one way chose for one benchmark, once a draw.
-
-    Attributes:
-        records: The searches; several where the strategy draws.
-        answered: What the test documents come to after each of its steps, more being better.
-    """
-
-    records: tuple[PruneRecord, ...]
-    answered: tuple[PairedOutcomes, ...]
-
-    @property
-    def weights(self) -> Array:
-        """What the test documents weigh."""
-        return self.answered[0].weights
-
-    @property
-    def outcomes(self) -> Array:
-        """The outcome of each test document in the end, averaged over draws."""
-        found: Array = np.stack([one.ablated[:, -1] for one in self.answered]).mean(axis=0)
-        return found
-
-    @property
-    def level(self) -> Estimate:
-        """The test accuracy in the end."""
-        return accuracy(self.outcomes, self.weights)
-
-    def at(self, removed: int) -> Estimate:
-        """The test accuracy with so many layers gone; None where no step removes just so many."""
-        found = []
-        for record, one in zip(self.records, self.answered, strict=True):
-            known = {0: one.baseline} | {
-                len(step.removed): after
-                for step, after in zip(record.steps, one.ablated.T, strict=True)
-            }
-            if removed not in known:
-                return Estimate(None, reason="no step removes so many")
-            found.append(known[removed])
-        return accuracy(np.stack(found).mean(axis=0), self.weights)
 
 
 @dataclass
@@ -177,7 +133,7 @@ class Compared:
             if (level := self.level(way, benchmark)).value is None:
                 return level
         first, second = (self.found[way, benchmark] for way in (one, other))
-        return accuracy_drop(first.outcomes, second.outcomes, first.weights)
+        return first.above(second)
 
     def apart_mean(self, one: Way, other: Way) -> Estimate:
         """How much more a way answers than another on average, tested by the signs of documents."""
@@ -223,12 +179,6 @@ class Compared:
                 chosen_by = tuple(one.model_dump_json() for one in record.calibration)
                 unique.setdefault((chosen_by, record.draw), record)
         return list(unique.values())
-
-    def unsure(self, way: Way) -> tuple[list[PruneStep], int]:
-        """List the steps whose runner-up was not told apart, and say of how many that is."""
-        steps = [step for record in self.searches(way) for step in record.steps]
-        compared = [step for step in steps if step.margin is not None]
-        return [step for step in compared if not is_sure(step)], len(compared)
 
     def share(self, amount: str) -> float:
         """Which share of the layers goes."""

@@ -8,9 +8,10 @@ from tracker.core.formats import points
 from tracker.core.prune_records import PruneRecord
 from tracker.core.records import CellRecord
 from tracker.pruning.search.conduct import Pursued
+from tracker.pruning.search.figures import Choices
 from tracker.pruning.search.request import SearchRequest
 from tracker.stats.accuracy import accuracy
-from tracker.studies.prune.figures import OWN, TASKS, TEXT, Choices, Compared, Way
+from tracker.studies.prune.figures import OWN, TASKS, TEXT, Compared, Way
 
 
 def compared(pursued: Pursued, text: str | None) -> list[Compared]:

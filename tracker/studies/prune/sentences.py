@@ -6,7 +6,10 @@ import statistics
 from collections.abc import Iterator
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, p_value, points, two_digits, with_interval
+from tracker.core.formats import p_value, points, two_digits, with_interval
+from tracker.pruning.search.figures import calibration_documents, mean_seconds
+from tracker.pruning.search.report import unsure_sentence
+from tracker.stats.rank_agreement import rounded
 from tracker.studies.base import SIGNIFICANT
 from tracker.studies.prune.figures import ACCURACY, COSINES, OWN, Beside, Compared, Way
 from tracker.studies.prune.tables import (
@@ -14,12 +17,8 @@ from tracker.studies.prune.tables import (
     OF_THE_PAPER,
     PAPER,
     SHARE_OF_THE_PAPER,
-    documents,
     how_many,
 )
-
-_SAME = 1e-12
-"""Accuracies that are nearer to each other differ by rounding alone."""
 
 
 def answers_of(group: Compared) -> Iterator[str]:
@@ -61,7 +60,7 @@ def _best(group: Compared, amount: str) -> str:
         why = group.level_mean(Way(group.strategies(amount)[0], amount)).reason
         return f"{said}: no strategy can be judged ({why})."
     value, name, level = max(ranked, key=lambda each: each[0])
-    level_too = [other for v, other, _ in ranked if v >= value - _SAME and other != name]
+    level_too = [o for v, o, _ in ranked if rounded(v) == rounded(value) and o != name]
     ties = f", level with {', '.join(level_too)}" if level_too else ""
     said += (
         f", {group.over}: of {len(ranked)} strategies {name} leaves the most, a test accuracy of "
@@ -117,23 +116,10 @@ def _against_paper(each: Beside) -> str:
 
 def _unsure(group: Compared, amount: str) -> Iterator[str]:
     """Say where the calibration documents were too few to choose by accuracy."""
-    way = Way(ACCURACY, amount)
-    unsure, compared_ = group.unsure(way)
-    if not unsure:
-        return
-    searches = group.searches(way)
-    said = (
-        f"With {amount} removed, {documents(searches):,.0f} calibration documents a benchmark are "
-        f"too few to separate what accuracy chose from the runner-up at {len(unsure)} of "
-        f"{counted(compared_, 'step')}"
-    )
-    level = sum(step.margin == 0 for step in unsure)
-    if level:
-        said += f", at {level} of which both are level"
-    enough = [step.separates for step in unsure if step.separates is not None]
-    if enough:
-        said += f"; about {statistics.median_high(enough):,} would at half of the others"
-    yield said + "."
+    searches = group.searches(Way(ACCURACY, amount))
+    if searches:
+        for sentence in unsure_sentence(searches, "what accuracy chose", " a benchmark"):
+            yield f"With {amount} removed, {sentence}"
 
 
 def _cost(group: Compared) -> Iterator[str]:
@@ -141,14 +127,14 @@ def _cost(group: Compared) -> Iterator[str]:
     said = []
     for amount in group.amounts:
         searches = group.searches(Way(ACCURACY, amount))
-        seconds = [one.cost.seconds for one in searches if one.cost.seconds is not None]
-        if searches and len(seconds) == len(searches):
+        seconds = mean_seconds(searches).value if searches else None
+        if seconds is not None:
             evaluations = statistics.fmean(one.cost.evaluations for one in searches)
             passes = statistics.fmean(one.cost.passes for one in searches)
             said.append(
-                f"{statistics.fmean(seconds):,.0f} s for {amount} ({evaluations:,.0f} evaluations "
-                f"for the price of {passes:,.0f} passes through {documents(searches):,.0f} "
-                "documents)"
+                f"{seconds:,.0f} s for {amount} ({evaluations:,.0f} evaluations "
+                f"for the price of {passes:,.0f} passes through "
+                f"{calibration_documents(searches):,.0f} documents)"
             )
     if said:
         yield (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import counted
-from tracker.core.prune_records import PruneCost, PruneRecord
-from tracker.core.tables import Column, Table, Value, estimate, table
+from tracker.core.tables import Column, Table, estimate, table
+from tracker.pruning.search.figures import calibration_documents, separated
+from tracker.pruning.search.report import cost_columns
 from tracker.studies.prune.figures import OWN, TASKS, TEXT, Beside, Compared, Way
 
 PAPER = "LLaMA3-8B, 25 % removed, in arXiv 2605.14075"
@@ -146,34 +146,23 @@ def _calibrations(group: Compared, amount: str) -> list[Table]:
 
 
 def _costs(group: Compared) -> Table:
-    def column(
-        label: str, unit: Unit, of: Callable[[Sequence[PruneRecord]], Value], otherwise: str = ""
-    ) -> Column[Way]:
-        return Column(label, unit, lambda way: of(group.searches(way)), otherwise)
-
-    def mean(of: Callable[[PruneCost], float]) -> Callable[[Sequence[PruneRecord]], float]:
-        return lambda searches: statistics.fmean(of(one.cost) for one in searches)
-
-    def seconds(searches: Sequence[PruneRecord]) -> float | None:
-        known = [one.cost.seconds for one in searches if one.cost.seconds is not None]
-        return statistics.fmean(known) if len(known) == len(searches) else None
-
     def unsure(way: Way) -> str | None:
-        steps, compared = group.unsure(way)
-        return f"{len(steps)} of {compared}" if compared else None
+        found = separated(group.searches(way))
+        return f"{len(found.unsure)} of {found.compared}" if found.compared else None
 
-    def calibrated_on(way: Way) -> str:
-        return way.calibration if documents(group.searches(way)) else "no documents"
+    def documents(way: Way) -> float:
+        return calibration_documents(group.searches(way))
 
-    columns = [
+    columns: list[Column[Way]] = [
         Column("strategy", "text", lambda way: way.strategy),
         Column("amount", "text", lambda way: way.amount),
-        Column("calibrated on", "text", calibrated_on),
-        column("searches", "count", len),
-        column("documents", "count", documents),
-        column("evaluations", "count", mean(lambda cost: cost.evaluations)),
-        column("passes", "times", mean(lambda cost: cost.passes)),
-        column("seconds", "times", seconds, "measured by a tracker that did not say"),
+        Column(
+            *("calibrated on", "text"),
+            lambda way: way.calibration if documents(way) else "no documents",
+        ),
+        Column("searches", "count", lambda way: len(group.searches(way))),
+        Column("documents", "count", documents),
+        *cost_columns(group.searches),
         Column(
             *("choices not told apart", "text", unsure),
             "nothing was compared document by document",
@@ -191,8 +180,3 @@ def _costs(group: Compared) -> Table:
             "on another machine.",
         ],
     )
-
-
-def documents(searches: Sequence[PruneRecord]) -> float:
-    """How many calibration documents a search has on average."""
-    return statistics.fmean(sum(each.n for each in one.calibration) for one in searches)

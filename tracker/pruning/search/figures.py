@@ -1,0 +1,118 @@
+"""What prunings come to beside each other: levels, differences, costs, and how sure choices are."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracker.core.estimates import Estimate
+from tracker.core.prune_records import PruneRecord, PruneStep, Tested
+from tracker.ledger.paired import Array, PairedOutcomes
+from tracker.stats.accuracy import accuracy, accuracy_drop
+
+
+def end(record: PruneRecord) -> Tested:
+    """What the test documents say of all that a search removed."""
+    tested = record.steps[-1].test
+    assert tested is not None
+    return tested
+
+
+def lost(record: PruneRecord) -> float:
+    """What it costs in the end; infinite where that is undefined, so that it comes last."""
+    drop = end(record).drop
+    return float("inf") if drop is None else drop
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one way of choosing removed for one benchmark, once a draw.
+
+    Attributes:
+        records: The searches; several where the strategy draws.
+        answered: What the test documents come to after each step of each, more being better.
+    """
+
+    records: tuple[PruneRecord, ...]
+    answered: tuple[PairedOutcomes, ...]
+
+    @property
+    def weights(self) -> Array:
+        """What the test documents weigh."""
+        return self.answered[0].weights
+
+    @property
+    def outcomes(self) -> Array:
+        """The outcome of each test document in the end, averaged over draws."""
+        found: Array = np.stack([one.ablated[:, -1] for one in self.answered]).mean(axis=0)
+        return found
+
+    @property
+    def level(self) -> Estimate:
+        """The test accuracy in the end."""
+        return accuracy(self.outcomes, self.weights)
+
+    def at(self, removed: int) -> Estimate:
+        """The test accuracy with so many layers gone; None where no step removes just so many."""
+        found = []
+        for record, one in zip(self.records, self.answered, strict=True):
+            known = {0: one.baseline} | {
+                len(step.removed): after
+                for step, after in zip(record.steps, one.ablated.T, strict=True)
+            }
+            if removed not in known:
+                return Estimate(None, reason="no step removes so many")
+            found.append(known[removed])
+        return accuracy(np.stack(found).mean(axis=0), self.weights)
+
+    def above(self, other: Choices) -> Estimate:
+        """Estimate how much more these answer than others, on the same documents."""
+        return accuracy_drop(self.outcomes, other.outcomes, self.weights)
+
+
+@dataclass(frozen=True)
+class Separated:
+    """Whether the calibration documents tell what was chosen from the runner-up.
+
+    Attributes:
+        compared: How many steps had a runner-up.
+        unsure: Those at which the 95 % interval of its margin reaches 0.
+    """
+
+    compared: int
+    unsure: tuple[PruneStep, ...]
+
+    @property
+    def level(self) -> int:
+        """At how many of the unsure steps both score the same."""
+        return sum(step.margin == 0 for step in self.unsure)
+
+    @property
+    def enough(self) -> int | None:
+        """About how many documents would tell at half of the others; None where there are none."""
+        needed = [step.separates for step in self.unsure if step.separates is not None]
+        return statistics.median_high(needed) if needed else None
+
+
+def separated(searches: Sequence[PruneRecord]) -> Separated:
+    """Count the steps of some searches at which their documents are too few to choose."""
+    compared = [s for one in searches for s in one.steps if s.margin is not None]
+    unsure = [s for s in compared if s.margin_low is None or s.margin_low <= 0]
+    return Separated(len(compared), tuple(unsure))
+
+
+def calibration_documents(searches: Sequence[PruneRecord]) -> float:
+    """How many calibration documents a search has on average."""
+    return statistics.fmean(sum(each.n for each in one.calibration) for one in searches)
+
+
+def mean_seconds(searches: Sequence[PruneRecord]) -> Estimate:
+    """How long a search took on average."""
+    seconds = [one.cost.seconds for one in searches]
+    known = [each for each in seconds if each is not None]
+    if len(known) < len(seconds):
+        return Estimate(None, reason="measured by a tracker that did not say")
+    return Estimate(statistics.fmean(known))
