@@ -15,7 +15,7 @@ without torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,31 +150,22 @@ class Proxy:
     @property
     def headings(self) -> dict[str, str]:
         """What is shown of it, by name: itself, and before it what it is 1 minus of."""
-        observed = self.complement_of
-        return ({observed: observed.replace("_", " ")} if observed else {}) | {
-            self.name: self.heading
-        }
+        before = {self.complement_of: self.complement_of.replace("_", " ")}
+        return (before if self.complement_of else {}) | {self.name: self.heading}
 
     @property
     def column(self) -> str:
         """What of it is kept of a document: what is observed, summed over its tokens."""
         return f"{self.complement_of or self.name}_sum"
 
-    def of(self, means: Array) -> Array:
-        """The proxy, of means of what is observed."""
-        return 1 - means if self.complement_of else means
+    def of(self, observed: Array) -> Array:
+        """The proxy, of what is observed or of means of it."""
+        return 1 - observed if self.complement_of else observed
 
     def of_token(self, before: Tensor, after: Tensor) -> Tensor:
         """The proxy of each token, of a layer's input and output."""
         assert self.observe is not None
-        figures = self.observe(before, after)
-        return 1 - figures if self.complement_of else figures
-
-    def figures(self, means: Array) -> Iterator[tuple[str, Array]]:
-        """Name what is shown of it: itself, and before it what it is 1 minus of."""
-        if self.complement_of:
-            yield self.complement_of, means
-        yield self.name, self.of(means)
+        return self.of(self.observe(before, after))
 
 
 PROXIES: Mapping[str, Proxy] = {

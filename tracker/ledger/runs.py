@@ -65,10 +65,11 @@ class LayerProxies:
         self.tokens = outcomes.tokens
         self.sums = {proxy.name: outcomes.proxy_sums(proxy) for proxy in OBSERVED}
         self.reasons = {proxy.name: outcomes.not_observed(proxy) for proxy in OBSERVED}
+        means = {name: proxy_means(sums, self.tokens) for name, sums in self.sums.items()}
         self._figures = {
-            name: (proxy, figures)
+            name: (proxy, proxy.of(means[proxy.name]) if name == proxy.name else means[proxy.name])
             for proxy in OBSERVED
-            for name, figures in proxy.figures(proxy_means(self.sums[proxy.name], self.tokens))
+            for name in proxy.headings
         }
 
     def of(self, run: RunIdentity) -> dict[str, Estimate]:
