@@ -220,8 +220,6 @@ def test_check(cli, tmp_path):
         assert found.exit_code == 1
         assert f"damaged: {shard.with_suffix('.aside')}: it was set aside" in found.output
         assert "1 measurement, 2 shards: damaged; it differs from" in found.output
-    old = cli("check", "--results", shutil.copytree(faults.OLD, tmp_path / "old"))
-    assert (old.exit_code, "unproved: an older tracker wrote them" in old.output) == (0, True)
     refused(cli("check", "--results", tmp_path / "nothing"), "not a results folder")
 
 

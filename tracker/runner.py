@@ -124,7 +124,6 @@ def run_cells(
         executor = open_executor(options)
     for cell in asked:
         if cell.complete and cell.store is not None:
-            ledger.create()  # it may be of an older format
             finisher.done(cell, cell.store)
     report = finisher.report
     if todo:

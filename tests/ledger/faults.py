@@ -17,14 +17,14 @@ from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import all_records
 
-OLD = Path(__file__).parent / "format1"
-"""A folder of two views over three shards, as tracker wrote it before there were digests."""
+KEPT = Path(__file__).parent / "kept"
+"""A folder of two views over three shards, as tracker wrote it, and the records that follow."""
 EXPERIMENT = "method: grid  # as it was run\n"
 
 
 def make(root: Path) -> Path:
-    """Make a results folder of today's format, with everything in it that a folder may hold."""
-    shutil.copytree(OLD, root, ignore=shutil.ignore_patterns("records.json"))
+    """Make a results folder with everything in it that a folder may hold."""
+    shutil.copytree(KEPT, root, ignore=shutil.ignore_patterns("records.json"))
     ledger = Ledger.existing(root)
     ledger.keep_experiment("demo.yaml", EXPERIMENT)
     (cell,) = ledger.cells()

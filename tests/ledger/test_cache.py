@@ -48,7 +48,7 @@ def test_what_is_kept_is_recalled_and_nobody_else_comes_to_it(cache: Path) -> No
         assert recall("tasks", "f" * 64) == {}
         for folder in (cache, cache.parent, cache / "tasks"):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        # A user's own, made by an older tracker or by hand.
+        # A user's own, made by hand.
         cache.chmod(0o755)
         (cache / "tasks").chmod(0o755)
         note_path(cache, "tasks", KEY).chmod(0o644)

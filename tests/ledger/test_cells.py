@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tracker.core.config import CellRequest
+from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import WorkError
 from tracker.core.extent import Extent
 from tracker.core.provenance import content_hash
@@ -26,7 +25,6 @@ from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.outcomes import outcome_table
 from tracker.ledger.shards import read_shard, shard_file
 from tracker.ledger.tables import cell_record
-from tracker.ledger.views import FORMAT
 
 BLOCK = Block("arc_easy", 0)
 Rows = list[dict[str, object]]
@@ -34,16 +32,6 @@ Rows = list[dict[str, object]]
 
 def shard(rows: Rows, **about: Any) -> bytes:
     return shard_file(outcome_table(rows), about)
-
-
-def of_format_1(rows: Rows, **about: Any) -> bytes:
-    """Write a shard as older trackers did: it states neither its cell nor a digest."""
-    table = outcome_table(rows)
-    metadata = {"tracker": json.dumps({"format": 1, **about})}
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.cast(table.schema.with_metadata(metadata)), sink)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
 
 
 def test_a_shards_name_is_what_any_tracker_gave_it(cell, row) -> None:
@@ -91,7 +79,7 @@ class TestAdopt:
         ("about", "tasks_and_documents", "why"),
         [
             ({"key": "0" * 64}, [("arc_easy", 0)], "it belongs to another benchmark"),
-            ({"format": FORMAT + 1}, [("arc_easy", 0)], "a newer tracker wrote it"),
+            ({"format": FORMAT + 1}, [("arc_easy", 0)], f"it {other_format(FORMAT + 1)}"),
             ({}, [("arc_easy", 0), ("b", 0)], "it holds more or less than one block"),
             ({}, [("arc_easy", 31), ("arc_easy", 32)], "it holds more or less than one block"),
             ({}, [], "it holds more or less than one block"),
@@ -116,7 +104,7 @@ class TestAdopt:
     def test_the_first_and_the_last_document_are_the_cells(self, cell, row, tmp_path) -> None:
         for doc in (0, 69):
             path = tmp_path / "it.parquet"
-            path.write_bytes(shard([row(doc)], key=cell.identity.key))
+            path.write_bytes(shard([row(doc)], key=cell.identity.key, format=FORMAT))
             cell.adopt(path)
         assert sorted(cell.read()["doc"]) == [0, 69]
 
@@ -128,15 +116,6 @@ class TestAdopt:
         (tmp_path / "text.parquet").write_text("text")
         with pytest.raises(ValueError, match=r"^text\.parquet is no shard of this benchmark: "):
             cell.adopt(tmp_path / "text.parquet")
-
-    def test_parts_that_do_not_fit_are_seen_without_a_digest(self, cell, row, tmp_path) -> None:
-        path = tmp_path / "it.parquet"
-        path.write_bytes(of_format_1([{**row(0), "greedy": [True]}]))
-        with pytest.raises(ValueError, match=r"are not as many$"):
-            cell.adopt(path)
-        path.write_bytes(of_format_1([{**row(0), "angular_distance_sum": [1.0]}]))
-        with pytest.raises(ValueError, match=r"a proxy is not one number a layer$"):
-            cell.adopt(path)
 
 
 class TestProofs:
@@ -304,38 +283,12 @@ def test_what_is_missing_is_told_without_reading_everything(
 
 
 def test_who_measured_is_said_of_every_outcome(cell, row) -> None:
-    """Older shards know their device alone, some not even that: then it is who made the cell."""
-    paths = []
-    for doc, about in enumerate(({"device": "cuda"}, {}, {"provenance": {"numpy": "1"}})):
-        cell.write(BLOCK, [row(doc)], {})
-        (path,) = set(cell.shards()) - set(paths)
-        path.write_bytes(of_format_1([row(doc)], **about))
-        paths.append(path)
+    """By the shard, whoever made the cell."""
+    stacks = [{"numpy": "1"}, {"numpy": "1", "device": "cuda"}]
+    for doc, stack in enumerate(stacks):
+        cell.write(BLOCK, [row(doc)], {"provenance": stack})
     found = cell.read().set_index("doc")["provenance"].map(json.loads)
-    expected = [{"numpy": "2.4", "device": "cuda"}, {"numpy": "2.4"}, {"numpy": "1"}]
-    assert [found[doc] for doc in range(3)] == expected
-    cell.upgrade()
-    for doc, path in enumerate(paths):
-        shard = read_shard(path.read_bytes())
-        assert shard.proved
-        assert {k: v for k, v in shard.about.items() if k not in ("digest", "device")} == {
-            "format": FORMAT,
-            "key": cell.identity.key,
-            "task": "arc_easy",
-            "provenance": expected[doc],
-        }
-        assert list(shard.table["doc"].to_pylist()) == [doc]
-
-
-def test_an_upgrade_leaves_what_is_proved_and_what_is_damaged(cell, row) -> None:
-    cell.write(BLOCK, [row(0)], {"seconds": "1"})
-    cell.write(BLOCK, [row(1)], {})
-    kept, damaged = cell.shards()
-    before = kept.stat()
-    damaged.write_bytes(b"")
-    cell.upgrade()
-    assert kept.stat().st_ino == before.st_ino
-    assert not damaged.exists()
+    assert [found[doc] for doc in range(2)] == stacks
 
 
 class TestNotesOfACell:

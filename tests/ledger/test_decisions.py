@@ -132,7 +132,7 @@ class TestDecisions:
         study = Study()
         study.write(two_tasks, texts=False)
         plain = decisions(two_tasks, view(two_tasks, "acc"))
-        assert plain.reasons == {"texts": "measured by a tracker that kept no texts of documents"}
+        assert plain.reasons == {"texts": "what the documents say is not kept here"}
         assert not np.isnan(plain.baseline.margin).any()
         divided = decisions(two_tasks, view(two_tasks, "acc_norm"))
         assert np.isnan(divided.baseline.margin).all()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,7 +150,7 @@ def test_a_damaged_identity_is_written_anew_and_nothing_is_measured_twice(root: 
 def test_an_identity_of_other_weights_is_refused(root: Path) -> None:
     """Its key is computed again; edited and sealed again, it belongs to another folder."""
     path = cell_folder(root) / "cell.json"
-    identity, _ = CellIdentity.read(path.read_bytes())
+    identity = CellIdentity.read(path.read_bytes())
     model = identity.model.model_copy(update={"fingerprint": "0" * 64})
     for key in (identity.key, cell_key(model, identity.benchmark)):
         edited = identity.model_copy(update={"model": model, "key": key})
@@ -163,41 +165,32 @@ def test_an_edited_experiment_is_not_shown_as_what_was_run(root: Path) -> None:
     assert "not the text that was run" in "".join(contents.damaged.values())
 
 
-class TestUnproved:
-    """What an older tracker wrote states no digest, until something is written."""
+def test_every_number_of_a_kept_folder_is_what_it_was(root: Path) -> None:
+    """By a key that nothing but the content decides, today as then."""
+    ledger = Ledger.existing(root)
+    (cell,) = ledger.cells()
+    assert cell_key(cell.identity.model, cell.identity.benchmark) == cell.identity.key
+    then = json.loads((faults.KEPT / "records.json").read_text())
+    for before, now in zip(then, all_records(ledger.contents()), strict=True):
+        assert as_then(now.model_dump(mode="json"), before) == before
 
-    @pytest.fixture
-    def old(self, tmp_path: Path) -> Ledger:
-        return Ledger.existing(Path(shutil.copytree(faults.OLD, tmp_path / "old")))
 
-    def test_it_is_said_and_proved_by_the_first_write(self, old: Ledger) -> None:
-        before = verify(old)
-        assert [cell.unproved for cell in before.cells] == [3]
-        assert not before.damaged
-        numbers = [record.runs for record in all_records(old.contents())]
-        old.create()
-        assert [cell.unproved for cell in verify(old).cells] == [0]
-        assert [record.runs for record in all_records(old.contents())] == numbers
-
-    def test_parts_that_do_not_fit_are_noticed(self, old: Ledger, caplog) -> None:
-        (cell,) = old.cells()
-        path = cell.shards()[0]
-        shard = cell.shard(path)
-        rows = shard.table.to_pylist()
-        rows[0]["greedy"] = rows[0]["greedy"][:-1]
-        table = type(shard.table).from_pylist(rows, schema=shard.table.schema)
-        import pyarrow.parquet as pq
-
-        pq.write_table(table, path)
-        cell.read()
-        assert "are not as many" in caplog.text
+def as_then(now: Any, then: Any) -> Any:
+    """Leave out the last bits of weighted sums: they depend on where arrays lie in memory."""
+    if isinstance(then, float) and isinstance(now, float):
+        return then if math.isclose(now, then, rel_tol=1e-14) else now
+    if isinstance(then, dict):
+        return {name: as_then(value, then.get(name)) for name, value in now.items()}
+    if isinstance(then, list):
+        return [as_then(*both) for both in zip(now, then, strict=True)]
+    return now
 
 
 class TestVerify:
     def test_a_whole_folder(self, root: Path) -> None:
         found = verify(Ledger.existing(root))
         (cell,) = found.cells
-        assert (cell.shards, cell.unproved, cell.aside) == (3, 0, 0)
+        assert (cell.shards, cell.aside) == (3, 0)
         assert cell.outcomes == len(cell.store.read())
         assert not found.damaged
 

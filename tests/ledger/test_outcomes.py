@@ -2,11 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from tracker.core.documents import Document, Prompt, Response
-from tracker.ledger.outcomes import outcome_row, outcome_table, refuse_misfits
+from tracker.ledger.outcomes import outcome_row, outcome_table
 
 RESPONSES = [Response(-1.5, False, 0, "one"), Response(-0.25, True, 2, "two")]
 PROXIES = (5, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -103,31 +102,3 @@ def test_types_are_fixed_whatever_the_rows_hold() -> None:
         {**dict.fromkeys(table.column_names), **first},
         {**dict.fromkeys(table.column_names), **second},
     ]
-
-
-FITTING = {"loglikelihoods": [1.0], "greedy": [True], "angular_distance_sum": [1.0, 2.0]}
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"greedy": [True, False]}, "its log-likelihoods and greedy flags are not as many"),
-        ({"greedy": None}, "its log-likelihoods and greedy flags are not as many"),
-        ({"loglikelihoods": None}, "its log-likelihoods and greedy flags are not as many"),
-        ({"angular_distance_sum": [1.0]}, "a proxy is not one number a layer"),
-        ({"relative_update_sum": [1.0] * 3}, "a proxy is not one number a layer"),
-    ],
-)
-def test_parts_that_do_not_fit_are_refused(changes: dict[str, object], why: str) -> None:
-    """Also in one row of many: the first and the last are as they should be."""
-    rows = [FITTING, {**FITTING, **changes}, FITTING]
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = pa.Table.from_pylist([{**dict.fromkeys(names), **row} for row in rows])
-    with pytest.raises(ValueError, match=f"^{why}$"):
-        refuse_misfits(table, 2)
-
-
-def test_parts_that_fit_are_not_refused() -> None:
-    """Whatever columns were read, and proxies stand in the rows of the baseline only."""
-    for row in (FITTING, {**FITTING, "angular_distance_sum": None}, {"doc": 1}):
-        refuse_misfits(pa.Table.from_pylist([row]), 2)

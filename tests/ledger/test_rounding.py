@@ -13,7 +13,7 @@ from tracker.core.documents import Document, DocumentText, Response
 from tracker.core.records import CellRecord
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
-from tracker.ledger.outcomes import AGAIN, outcome_row, outcome_table, refuse_misfits
+from tracker.ledger.outcomes import AGAIN, outcome_row
 from tracker.ledger.texts import text_row
 from tracker.stats.rounding import movement, shift, turning, within
 
@@ -175,11 +175,3 @@ def test_single_precision_says_nothing_of_it(
     identity = benchmark_identity({"arc_easy": DOCUMENTS}, {"acc": "mean", "acc_norm": "mean"})
     record = record_of(ledger.cell(model_identity(), identity, {}), answers.rows())
     assert "round" not in record.model_dump_json()
-
-
-def test_a_shard_whose_second_times_are_not_as_many_is_refused(answers) -> None:
-    rows = answers.rows()
-    refuse_misfits(outcome_table(rows), LAYERS)
-    rows[0][AGAIN] = rows[0][AGAIN][:-1]
-    with pytest.raises(ValueError, match="second time"):
-        refuse_misfits(outcome_table(rows), LAYERS)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pyarrow as pa
@@ -18,7 +17,7 @@ def test_a_file_is_read_back_whole_or_by_columns() -> None:
     table, about = shard.table, shard.about
     assert table.equals(TABLE)
     assert about == {"key": "k", "digest": shard_digest(content)}
-    assert (shard.digest, shard.proved) == (shard_digest(content), True)
+    assert shard.digest == shard_digest(content)
     assert read_shard(content, ["doc"]).table.column_names == ["doc"]
 
 
@@ -47,28 +46,10 @@ def test_what_states_no_digest_has_none() -> None:
         read_shard(content)
 
 
-def stating(about: dict[str, object]) -> bytes:
-    """Write a file as older trackers did: what its metadata says is in the schema, undigested."""
+@pytest.mark.parametrize("about", [{}, {"format": 1}, {"digest": "0"}, {"digest": "0" * 64}])
+def test_a_file_that_is_not_proved_is_refused(about: dict[str, object]) -> None:
     schema = TABLE.schema.with_metadata({"tracker": json.dumps(about)})
     sink = pa.BufferOutputStream()
     pq.write_table(TABLE.cast(schema), sink)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
-
-
-def test_a_file_of_format_1_is_read_and_called_unproved() -> None:
-    content = stating({"format": 1, "seconds": "2"})
-    shard = read_shard(content)
-    assert shard.table.to_pylist() == TABLE.to_pylist()
-    assert shard.about == {"format": 1, "seconds": "2"}
-    assert (shard.digest, shard.proved) == (hashlib.sha256(content).hexdigest(), False)
-
-
-@pytest.mark.parametrize(
-    "about",
-    [{}, {"format": 2}, {"format": 1, "key": "k"}, {"format": 1, "digest": "0"}],
-)
-def test_only_a_whole_file_of_format_1_may_state_no_digest(about: dict[str, object]) -> None:
-    """One flipped bit in the word `digest`, or in the format's number, makes no proof needless."""
     with pytest.raises(ValueError, match=r"^its digest is not that of its content$"):
-        read_shard(stating(about))
+        read_shard(sink.getvalue().to_pybytes())

@@ -11,15 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tracker.core.distribution import FORMAT
 from tracker.ledger import shards
+from tracker.ledger.notes import sealed
 from tracker.ledger.shards import read_shard, shard_digest, shard_file
-from tracker.ledger.views import FORMAT
 from tracker.measuring.derive import record_of
 from tracker.measuring.progress import Silent
 from tracker.team import pull as pulling
 from tracker.tracking.base import RemoteCell, Target
 
-(CELL,) = (Path(__file__).parents[1] / "ledger" / "format1" / "cells").iterdir()
+(CELL,) = (Path(__file__).parents[1] / "ledger" / "kept" / "cells").iterdir()
 KEY = json.loads((CELL / "cell.json").read_text())["key"]
 
 
@@ -46,7 +47,8 @@ class Project:
     def change(self, name: str, change: Callable[[dict[str, object]], object]) -> None:
         found = json.loads((self.folder / name).read_text())
         change(found)
-        (self.folder / name).write_text(json.dumps(found))
+        found.pop("digest")
+        (self.folder / name).write_text(sealed(found))
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def test_a_view_that_the_cell_cannot_have_is_refused(
     project: Project, change: dict[str, object]
 ) -> None:
     view = {"metric": "acc", "runs": [], **change}
-    text = json.dumps({"format": FORMAT, "project": "p", "view": view})
+    text = sealed({"format": FORMAT, "project": "p", "view": view})
     (project.folder / "intact.json").write_text(text)
     found, why = pull()
     assert found == []
@@ -158,7 +160,7 @@ def test_a_view_that_the_cell_cannot_have_is_refused(
 
 def test_a_newer_trackers_cell_asks_for_an_upgrade(project: Project) -> None:
     project.change("intact.json", lambda found: found.update(format=FORMAT + 1, more="fields"))
-    said = f"newer tracker (format {FORMAT + 1}; this one knows {FORMAT}); upgrade"
+    said = f"newer tracker (format {FORMAT + 1}; this one knows {FORMAT}). Upgrade"
     assert said in pull()[1]
 
 

@@ -89,7 +89,7 @@ def cell_record(
         baseline_high=0.58,
         chance_accuracy=0.25,
         baseline_metrics={"acc": 0.5, "acc_norm": 0.45},
-        layers=tuple(layer_record(layer, n) for layer in layers),
+        runs=tuple(layer_record(layer, n) for layer in layers),
         correlations=(
             CorrelationRecord(
                 proxy="cosine_score",

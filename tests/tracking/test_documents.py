@@ -123,7 +123,7 @@ def test_what_is_public_is_published_and_what_is_ones_own_when_asked(
     pulled = {cell.benchmark.name: theirs.decisions()[cell.place] for cell in theirs.cells}
     assert pulled["arc_easy"] == decided
     assert all(one.question is None for one in pulled[corpus].documents)
-    assert "kept no texts" in pulled[corpus].reasons["texts"]
+    assert "not kept here" in pulled[corpus].reasons["texts"]
 
     # Nor does a published report or what goes with it say more.
     target = f"mlflow:sqlite:///{results / 'mlflow.db'}/reports"

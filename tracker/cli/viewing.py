@@ -335,7 +335,6 @@ def check(results: Path, against: Path | None) -> None:
     columns: tuple[Column[VerifiedCell], ...] = (
         Column("measurement", "text", lambda cell: cell.store.folder.name),
         Column("shards", "count", lambda cell: cell.shards),
-        Column("unproved", "count", lambda cell: cell.unproved),
         Column("documents", "count", lambda cell: cell.documents),
         Column("outcomes", "count", lambda cell: cell.outcomes),
         Column("set aside", "count", lambda cell: cell.aside),
@@ -344,11 +343,6 @@ def check(results: Path, against: Path | None) -> None:
     print_damage(found.damaged)
     for difference in differences:
         say(f"differs: {difference}", error=True)
-    if any(cell.unproved for cell in found.cells):
-        say(
-            "unproved: an older tracker wrote them without a digest; they get one when something "
-            "is written into the folder"
-        )
     shards = counted(sum(cell.shards for cell in found.cells), "shard")
     verdict = "damaged" if found.damaged else "all is as it was written"
     copies = f"; {'it differs from' if differences else 'equal to'} {against}" if against else ""

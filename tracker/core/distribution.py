@@ -12,6 +12,8 @@ from pathlib import Path
 
 NAME = "layer-tracker"
 __version__ = "0.1.0"
+FORMAT = 3
+"""Of a results folder and of each file in it: the only one that is read and written."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +39,21 @@ def upgrade() -> str:
         pull = shlex.join(["git", "-C", str(_ROOT), "pull"])
         return f"{pull} && {pip_install('--editable', str(_ROOT))}"
     return pip_install("--upgrade", NAME)
+
+
+def other_format(found: object, known: int = FORMAT) -> str:
+    """Say what to do about what is of another format than the one that is read; empty if it is."""
+    if found == known:
+        return ""
+    if isinstance(found, int) and found > known:
+        return (
+            f"was written by a newer tracker (format {found}; this one knows {known}). "
+            f"Upgrade ({upgrade()})"
+        )
+    return (
+        f"was written by an older tracker (format {found}; this one knows {known}). Read it with "
+        "that one"
+    )
 
 
 def _is_checkout() -> bool:

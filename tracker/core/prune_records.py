@@ -92,8 +92,8 @@ class PruneCost(Record):
     passes: float
     """What the engine computed for them, in passes of all calibration documents through the whole
     intact model."""
-    seconds: float | None
-    """What measuring took; None where something was measured by a tracker that did not say."""
+    seconds: float
+    """What measuring took."""
 
 
 class PruneRecord(Record):

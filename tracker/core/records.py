@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, AliasChoices, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from tracker.core.config import Count
 from tracker.core.estimates import Estimate
@@ -275,8 +275,8 @@ class CellRecord(Record):
     removed_low: float | None = None
     removed_high: float | None = None
     """Both ends of the 95 % interval of `removed_accuracy`."""
-    runs: tuple[RunRecord, ...] = Field(validation_alias=AliasChoices("runs", "layers"))
-    """Components outermost, then spans, then layers; boards of formats 1 and 2 call it `layers`."""
+    runs: tuple[RunRecord, ...]
+    """Components outermost, then spans, then layers."""
     answer: AnswerRecord | None = Field(None, exclude_if=lambda answer: answer is None)
     """What it was measured for; None where that was all of its documents."""
     correlations: tuple[CorrelationRecord, ...]

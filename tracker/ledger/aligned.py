@@ -159,9 +159,10 @@ class AlignedOutcomes:
 
     def comparisons(self) -> dict[str, Any]:
         """What is known of outcomes that were answered again on a really pruned model."""
-        rows = pd.concat(self._rows.values()) if self._rows else pd.DataFrame()
-        # Shards from before lack the columns.
-        counted = rows["compared"].dropna() if "compared" in rows else pd.Series(dtype=float)
+        if not self._rows:
+            return {}
+        rows = pd.concat(self._rows.values())
+        counted = rows["compared"].dropna()
         if not len(counted):
             return {}
         return {
@@ -263,14 +264,14 @@ def gold_logprobs(rows: pd.DataFrame) -> Array:
 
     A rolling document has no gold answer: all its windows together stand for one.
     """
-    # Shards from before there were rolling documents lack the column.
-    rolling = rows["rolling"] if "rolling" in rows else [False] * len(rows)
     return np.array(
         [
             math.fsum(lls)
             if whole is True
             else (lls[int(gold)] if gold == gold and gold is not None else math.nan)
-            for lls, gold, whole in zip(rows["loglikelihoods"], rows["gold"], rolling, strict=True)
+            for lls, gold, whole in zip(
+                rows["loglikelihoods"], rows["gold"], rows["rolling"], strict=True
+            )
         ],
         dtype=np.float64,
     )

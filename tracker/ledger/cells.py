@@ -18,6 +18,7 @@ import pandas as pd
 from filelock import FileLock
 from pydantic import ValidationError
 
+from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import WorkError
 from tracker.core.extent import ALL, Extent
 from tracker.core.identities import Record
@@ -26,10 +27,10 @@ from tracker.core.records import WHICH, CellRecord, utc
 from tracker.ledger.blocks import BLOCK, Block, places
 from tracker.ledger.files import lock_file, make_folder, write_bytes
 from tracker.ledger.notes import read_note, write_note
-from tracker.ledger.outcomes import PROVENANCE, outcome_table, refuse_misfits
+from tracker.ledger.outcomes import PROVENANCE, outcome_table
 from tracker.ledger.shards import ASIDE, Shard, read_shard, shard_about, shard_file
 from tracker.ledger.texts import Texts
-from tracker.ledger.views import FORMAT, CellIdentity, Views, view_file
+from tracker.ledger.views import CellIdentity, Views, view_file
 
 Derived = TypeVar("Derived", bound=Record)
 log = logging.getLogger(__name__)
@@ -185,10 +186,10 @@ class CellStore:
 
         It needs the columns task, doc and ablation.
         """
-        if shard.about.get("key", self.identity.key) != self.identity.key:
+        if why := other_format(shard.about.get("format")):
+            raise ValueError(f"it {why}")
+        if shard.about.get("key") != self.identity.key:
             raise ValueError("it belongs to another benchmark")
-        if shard.about.get("format", 1) > FORMAT:
-            raise ValueError("a newer tracker wrote it")
         held = shard.table.select(["task", "doc"]).to_pydict()
         tasks, documents = set(held["task"]), set(held["doc"])
         if len(tasks) != 1:
@@ -201,8 +202,6 @@ class CellStore:
         if len(numbers) != 1:
             raise ValueError("it holds more or less than one block")
         (number,) = numbers
-        if not shard.proved:
-            refuse_misfits(shard.table, self.identity.model.layers)
         return Block(task, number, seed)
 
     def _shard_path(self, block: Block, held: Iterable[tuple[object, object]]) -> Path:
@@ -248,7 +247,7 @@ class CellStore:
             return None
         frame: pd.DataFrame = shard.table.to_pandas()
         if columns is None:
-            frame[PROVENANCE] = json.dumps(self._provenance(shard.about))
+            frame[PROVENANCE] = json.dumps(shard.about.get(PROVENANCE, {}))
         return frame
 
     def shard(self, path: Path, columns: list[str] | None = None) -> Shard | None:
@@ -328,29 +327,6 @@ class CellStore:
     def _verified(self) -> Path:
         return self.folder / "verified.json"
 
-    def _provenance(self, about: Mapping[str, Any]) -> dict[str, str]:
-        """Say who measured a shard; those of format 1 know the device alone."""
-        device = {"device": about["device"]} if "device" in about else {}
-        found: dict[str, str] = about.get(PROVENANCE, {**self.identity.provenance, **device})
-        return found
-
-    def upgrade(self) -> None:
-        """Write as today what older trackers wrote, with digests; what is damaged stays."""
-        self.views.upgrade()
-        for path in self.shards():
-            shard = self.shard(path)
-            if shard is not None and not shard.proved:
-                (task,) = set(shard.table["task"].to_pylist())
-                about = {
-                    **shard.about,
-                    "format": FORMAT,
-                    "key": self.identity.key,
-                    "task": task,
-                    PROVENANCE: self._provenance(shard.about),
-                }
-                content = shard_file(shard.table.replace_schema_metadata(None), about)
-                write_bytes(path, content)
-
     def costs(self) -> dict[str, float | int | str | None]:
         """Say what measuring took, and until when, as far as the shards say.
 
@@ -377,7 +353,7 @@ class CellStore:
         found = []
         for folder in sorted(self.folder.parent.glob(f"{glob.escape(here)}*")):
             with suppress(OSError, ValueError):  # what is damaged is said where it is shown
-                identity, _ = CellIdentity.read((folder / "cell.json").read_bytes())
+                identity = CellIdentity.read((folder / "cell.json").read_bytes())
                 if identity.key != self.identity.key:
                     found.append(CellStore(folder, identity))
         return found

@@ -30,7 +30,7 @@ _CUT = 300
 """Characters of a question that a record holds."""
 _CHOICE_CUT = 200
 """Characters of an option, or of an answer."""
-_NO_TEXTS = "measured by a tracker that kept no texts of documents"
+_NO_TEXTS = "what the documents say is not kept here"
 
 
 @dataclass(frozen=True)

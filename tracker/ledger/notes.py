@@ -20,21 +20,17 @@ def sealed(content: Mapping[str, Any]) -> str:
     return json.dumps({**content, _DIGEST: content_hash(content)}, indent=2)
 
 
-def unsealed(text: str | bytes) -> tuple[dict[str, Any], bool]:
-    """Read a note's text, and whether a digest proves it: older trackers wrote none.
-
-    ValueError if it is no note, or says something else than what was written.
-    """
+def unsealed(text: str | bytes) -> dict[str, Any]:
+    """Read a note's text; ValueError if it is no note, or not what was written."""
     try:
         content = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
-    stated = content.pop(_DIGEST, None)
-    if stated is not None and stated != content_hash(content):
+    if content.pop(_DIGEST, None) != content_hash(content):
         raise ValueError("its digest is not that of what it says: it was edited or damaged")
-    return content, stated is not None
+    return content
 
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
@@ -43,12 +39,11 @@ def write_note(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """Read a note that can be made again: empty when missing, damaged, or proved by no digest."""
+    """Read a note that can be made again: empty when missing or damaged."""
     try:
-        content, proved = unsealed(path.read_bytes())
+        return unsealed(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return content if proved else {}
 
 
 def reason(error: OSError | ValueError) -> str:

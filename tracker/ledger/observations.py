@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tracker.core.distribution import FORMAT
 from tracker.ledger.blocks import Block
 from tracker.ledger.files import write_bytes
 from tracker.ledger.shards import read_shard, shard_file
 
-FORMAT = 2
 Arrays = Mapping[str, NDArray[np.float64]]
 """Name → figures of one document, of the same shape for every document."""
 

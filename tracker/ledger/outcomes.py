@@ -95,18 +95,3 @@ def outcome_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
         text = any(isinstance(row.get(name), str) for row in rows)
         fields.append(pa.field(name, _SCHEMA.get(name, pa.string() if text else pa.float64())))
     return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(fields))
-
-
-def refuse_misfits(table: pa.Table, layers: int) -> None:
-    """Refuse outcomes whose parts do not fit each other: all that is to be seen without a digest.
-
-    ValueError if two columns that belong together differ in length, or a proxy has another number
-    of layers than the model.
-    """
-    for row in table.to_pylist():
-        if len(row.get("loglikelihoods") or ()) != len(row.get("greedy") or ()):
-            raise ValueError("its log-likelihoods and greedy flags are not as many")
-        if row.get(AGAIN) is not None and len(row[AGAIN]) != len(row.get("loglikelihoods") or ()):
-            raise ValueError("its log-likelihoods came out as others the second time")
-        if any(row.get(name) is not None and len(row[name]) != layers for name in PROXY_SUMS):
-            raise ValueError("a proxy is not one number a layer")

@@ -17,10 +17,7 @@ def keep_search(root: Path, record: PruneRecord) -> Path:
 
 def read_search(path: Path) -> PruneRecord:
     """Read a search's file; ValueError or OSError if it is none, or not what was written."""
-    content, proved = unsealed(path.read_bytes())
-    if not proved:
-        raise ValueError("it states no digest: it was edited or damaged")
-    return PruneRecord.model_validate(content)
+    return PruneRecord.model_validate(unsealed(path.read_bytes()))
 
 
 def searches(root: Path, damaged: dict[str, str]) -> list[PruneRecord]:

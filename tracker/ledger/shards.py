@@ -2,7 +2,7 @@
 
 The file's metadata holds JSON under `tracker`:
 
-    format      how the file is written; 1 says nothing of what follows but how it was measured
+    format      how the file is written
     key, task   the cell and the task that the outcomes are of
     provenance  versions, machine and device that measured them
     digest      SHA-256 of the whole file, every byte of it, with 64 zeros in the digest's place
@@ -58,13 +58,11 @@ class Shard:
     Attributes:
         about: What the metadata says.
         digest: SHA-256 of the file, as the metadata states it.
-        proved: Whether the metadata states it; that of format 1 does not.
     """
 
     table: pa.Table
     about: dict[str, Any]
     digest: str
-    proved: bool
 
 
 def shard_about(path: Path) -> dict[str, Any]:
@@ -82,13 +80,11 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
     ValueError if it is no shard, or not as it was written.
     """
     stated = _DIGEST.findall(content)
-    digest = shard_digest(content) or hashlib.sha256(content).hexdigest()
-    proved = bool(stated) and stated[-1].decode() == digest
+    digest = shard_digest(content)
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         about = dict(json.loads((file.metadata.metadata or {})[b"tracker"]))
-        # One flipped bit does not make a file look as if it were of format 1.
-        if not proved and (about.get("format") != 1 or about.keys() & {"key", "digest"}):
+        if not stated or stated[-1].decode() != digest:
             raise ValueError("its digest is not that of its content")
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         if (unpacked := sum(group.total_byte_size for group in groups)) > LARGEST:
@@ -101,7 +97,7 @@ def read_shard(content: bytes, columns: Sequence[str] | None = None) -> Shard:
     # Whatever the reader stumbles over in a damaged file.
     except (pa.ArrowException, OSError, TypeError, LookupError, ArithmeticError) as e:
         raise ValueError(f"it is no shard: {type(e).__name__}: {e}") from None
-    return Shard(table, about, digest, proved)
+    return Shard(table, about, digest)
 
 
 def _with_digest(content: bytes, digest: str) -> bytes:

@@ -31,15 +31,14 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
 
-from tracker.core.distribution import upgrade
-from tracker.core.errors import ResultsError, WorkError
+from tracker.core.distribution import FORMAT, other_format
+from tracker.core.errors import ResultsError
 from tracker.core.findings import FindingRecord
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.core.prune_records import PruneRecord
@@ -51,7 +50,7 @@ from tracker.ledger.findings import findings
 from tracker.ledger.keys import cell_key, folder_name
 from tracker.ledger.notes import read_note, reason, write_note
 from tracker.ledger.searches import searches
-from tracker.ledger.views import FORMAT, AskedView, CellIdentity
+from tracker.ledger.views import AskedView, CellIdentity
 
 _WRITTEN = ("cells", "experiments", "index", "locks")
 """Folders that a measurement writes."""
@@ -99,7 +98,7 @@ class Contents:
 class Ledger:
     """A results folder; nothing is made at `root` before `create`.
 
-    ResultsError if it is a file, is damaged, or was written by a newer tracker.
+    ResultsError if it is a file, is damaged, or is of another format.
     """
 
     def __init__(self, root: Path) -> None:
@@ -107,7 +106,7 @@ class Ledger:
         try:
             if self.root.exists() and not self.root.is_dir():
                 raise ResultsError(f"{self.root} is a file, not a results folder")
-            self._format()
+            self._is_there()
         except OSError as error:  # too long a name, a folder above that may not be looked into
             raise ResultsError(f"{self.root} cannot be used: {error.strerror}") from None
 
@@ -115,7 +114,7 @@ class Ledger:
     def existing(cls, root: Path) -> Ledger:
         """Open a results folder that must be there.
 
-        ResultsError if it holds no results, or is of a newer version.
+        ResultsError if it holds no results, or is of another format.
         """
         ledger = cls(root)
         if not (root / "tracker.json").is_file():
@@ -140,13 +139,8 @@ class Ledger:
                 )
 
     def create(self) -> None:
-        """Make the folder a results folder of today's format, or do nothing where it is one."""
-        if self._format() == FORMAT:
-            return
-        with self._lock("format"):
-            for cell in self.cells():
-                with suppress(OSError, WorkError):  # one cell keeps nobody from the others
-                    cell.upgrade()
+        """Make the folder a results folder, or do nothing where it is one."""
+        if not self._is_there():
             write_text(self.root / "tracker.json", json.dumps({"format": FORMAT}))
 
     def cells(self, damaged: dict[str, str] | None = None) -> list[CellStore]:
@@ -213,13 +207,11 @@ class Ledger:
         path = folder / "cell.json"
         with self._lock(folder.name):
             try:
-                identity, proved = CellIdentity.read(path.read_bytes())
+                CellIdentity.read(path.read_bytes())
             except (OSError, ValueError):  # new, or damaged; its shards are its own
-                identity, proved = (
-                    CellIdentity(key=key, model=model, benchmark=benchmark, provenance=provenance),
-                    False,
+                identity = CellIdentity(
+                    key=key, model=model, benchmark=benchmark, provenance=provenance
                 )
-            if not proved:
                 write_text(path, identity.sealed())
         return self._open(folder)
 
@@ -251,7 +243,7 @@ class Ledger:
     def _open(self, folder: Path) -> CellStore:
         path = folder / "cell.json"
         try:
-            identity, _ = CellIdentity.read(path.read_bytes())
+            identity = CellIdentity.read(path.read_bytes())
             # What stands before it in the folder's name is for people.
             if folder.name[-12:] != identity.key[:12]:
                 raise ValueError("it belongs to another folder")
@@ -264,11 +256,11 @@ class Ledger:
             ) from None
         return CellStore(folder, identity)
 
-    def _format(self) -> int | None:
-        """Say in which format the folder was written last; None where it is new."""
+    def _is_there(self) -> bool:
+        """Say whether the folder is a results folder; ResultsError where it cannot be used."""
         path = self.root / "tracker.json"
         if not path.is_file():
-            return None
+            return False
         if why := closed(path):
             raise ResultsError(f"{path}: {why}")
         try:
@@ -277,12 +269,9 @@ class Ledger:
             raise ResultsError(
                 f"{path} is damaged; it should hold {{'format': {FORMAT}}}"
             ) from None
-        if found > FORMAT:
-            raise ResultsError(
-                f"{self.root} was written by a newer tracker (format {found}; this one knows "
-                f"{FORMAT}). Upgrade ({upgrade()}), or choose another --results."
-            )
-        return found
+        if why := other_format(found):
+            raise ResultsError(f"{self.root} {why}, or choose another --results.")
+        return True
 
 
 def _proof_of(experiment: Path) -> Path:

@@ -100,7 +100,7 @@ def cell_record(
             baseline_high=None,
             chance_accuracy=None,
             baseline_metrics={},
-            layers=(),
+            runs=(),
             correlations=(),
             reasons=reasons,
         )
@@ -148,7 +148,7 @@ def cell_record(
         removed_accuracy=beneath.value,
         removed_low=beneath.low,
         removed_high=beneath.high,
-        layers=tuple(layers),
+        runs=tuple(layers),
         correlations=tuple(correlations),
         reasons=reasons,
     )

@@ -1,7 +1,7 @@
 """What the documents of a cell say: kept once, beside the shards of their outcomes.
 
 No figure rests on them but the margins of accuracies that lm-eval divides by the length of an
-option. Cells that an older tracker measured have none.
+option.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from tracker.core.distribution import FORMAT
 from tracker.core.documents import Document, DocumentText
 from tracker.core.provenance import content_hash
 from tracker.ledger.blocks import places
 from tracker.ledger.files import write_bytes
 from tracker.ledger.shards import ASIDE, read_shard, shard_file
-from tracker.ledger.views import FORMAT, CellIdentity
+from tracker.ledger.views import CellIdentity
 
 LONGEST = 4000
 """Characters of a question that are kept: its first and its last ones."""
@@ -151,7 +152,7 @@ class Texts:
 
     def _table(self, path: Path) -> tuple[pa.Table, str]:
         shard = read_shard(path.read_bytes())
-        if not shard.proved or shard.about.get("key") != self._identity.key:
+        if shard.about.get("key") != self._identity.key:
             raise ValueError("it belongs to another benchmark")
         if not shard.table.schema.equals(_SCHEMA):
             raise ValueError("it holds other columns")

@@ -33,7 +33,6 @@ class VerifiedCell:
 
     Attributes:
         shards: How many of its shards are what was written.
-        unproved: How many of these state no digest, since an older tracker wrote them.
         documents: How many documents they hold outcomes of.
         outcomes: How many outcomes: one a document and ablation.
         aside: Shards that were set aside, now or before.
@@ -41,7 +40,6 @@ class VerifiedCell:
 
     store: CellStore
     shards: int
-    unproved: int
     documents: int
     outcomes: int
     aside: int
@@ -73,7 +71,6 @@ def verify(ledger: Ledger, progress: Callable[[int], None] = lambda cells: None)
             VerifiedCell(
                 store,
                 len(shards),
-                sum(not shard.proved for shard in shards),
                 len({(task, doc) for task, doc, _ in held}),
                 len(held),
                 len(aside),

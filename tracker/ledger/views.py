@@ -7,15 +7,14 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from filelock import FileLock
-from pydantic import ValidationError
 
 from tracker.core.ablations import ablation_of, removals
 from tracker.core.config import CellRequest
+from tracker.core.distribution import FORMAT, other_format
 from tracker.core.errors import ResultsError
 from tracker.core.extent import Extent
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity, Record
@@ -25,11 +24,6 @@ from tracker.core.views import Until, View
 from tracker.ledger.files import lock_file
 from tracker.ledger.keys import cell_key
 from tracker.ledger.notes import reason, sealed, unsealed, write_note
-
-FORMAT = 3
-"""Of a results folder and of each file in it. Format 2 knew no random order: a tracker of then
-would take a block of drawn documents for a damaged one, and set it aside."""
-
 
 _READABLE = 80
 """Characters of a long name that its file's name keeps."""
@@ -42,19 +36,15 @@ class CellIdentity(Record):
     model: ModelIdentity
     benchmark: BenchmarkIdentity
     provenance: dict[str, str]
-    """Versions and machine of whoever made the cell: shards of format 1 do not say theirs."""
+    """Versions and machine of whoever made the cell."""
 
     @classmethod
-    def read(cls, text: str | bytes) -> tuple[CellIdentity, bool]:
-        """Read the text of a `cell.json`, and whether a digest proves it besides its key.
-
-        ValueError if it is damaged, or its key is another's.
-        """
-        content, proved = unsealed(text)
-        identity = cls.model_validate(content)
+    def read(cls, text: str | bytes) -> CellIdentity:
+        """Read the text of a `cell.json`; ValueError if it is damaged, or its key is another's."""
+        identity = cls.model_validate(unsealed(text))
         if cell_key(identity.model, identity.benchmark) != identity.key:
             raise ValueError("its key is not that of what it describes")
-        return identity, proved
+        return identity
 
     def sealed(self) -> str:
         """Write the text of a `cell.json`."""
@@ -67,13 +57,6 @@ class AskedView(Record):
     format: int = FORMAT
     project: str
     view: View
-
-
-class _Asked1(Record):
-    """The same in format 1: a product of layers, components and spans."""
-
-    project: str
-    request: CellRequest
 
 
 class Views:
@@ -234,17 +217,11 @@ class Views:
         return view.model_copy(update={"beside": beside, "named": named or view.named})
 
     def read(self, text: str | bytes) -> AskedView:
-        """Read a view of this cell from its file's text, also as tracker wrote it in format 1.
-
-        ValueError if it is damaged.
-        """
-        said = json.dumps(unsealed(text)[0])
-        try:
-            before = _Asked1.model_validate_json(said)
-        except ValidationError:
-            asked = AskedView.model_validate_json(said)
-        else:
-            asked = AskedView(project=before.project, view=self.of(before.request))
+        """Read a view of this cell from its file's text; ValueError if it is damaged."""
+        content = unsealed(text)
+        if why := other_format(content.get("format")):
+            raise ValueError(f"it {why}")
+        asked = AskedView.model_validate_json(json.dumps(content))
         layers = (*asked.view.removed, *(run.layer + run.span - 1 for run in asked.view.runs))
         if max(layers, default=0) >= self.identity.model.layers:
             raise ValueError(f"the model has no layer {max(layers)}")
@@ -255,19 +232,6 @@ class Views:
     def write(self, asked: AskedView) -> None:
         """Keep a view in its place."""
         write_note(self.path(self.name_of(asked.view)), asked.model_dump(mode="json"))
-
-    def upgrade(self) -> None:
-        """Write as today what older trackers wrote, with digests; what is damaged stays."""
-        with self._asking():
-            for path in self.files():
-                with suppress(OSError, ValueError):
-                    text = path.read_bytes()
-                    asked = self.read(text)
-                    if not unsealed(text)[1]:
-                        self.write(asked)
-                    # Format 1 did not name the metric.
-                    if path != self.path(self.name_of(asked.view)):
-                        path.unlink()
 
     def _asking(self) -> FileLock:
         return lock_file(self.folder / "locks" / "requests.lock")

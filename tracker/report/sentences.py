@@ -63,7 +63,7 @@ def compared_sentence(cells: Sequence[CellRecord]) -> str:
     if not compared:
         return (
             "Nothing that is shown here was answered again on a really pruned model: other "
-            "ablations were drawn for that, or an older tracker measured it."
+            "ablations were drawn for that."
         )
     largest = max(cell.compared_difference or 0.0 for cell in cells)
     unsteady = sum(cell.compared_unsteady for cell in cells)

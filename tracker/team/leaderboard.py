@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tracker.core.distribution import other_format
 from tracker.core.errors import ResultsError
 from tracker.core.identities import Record, Shown
 from tracker.core.records import CellRecord
@@ -48,12 +49,12 @@ class Board(Record):
     """One version of the leaderboard.
 
     Attributes:
-        format: How it is written; boards from before there was a number are of format 1.
+        format: How it is written.
         entries: What no other entry holds too, sorted by place.
         holds: The versions whose entries are among these.
     """
 
-    format: int = 1
+    format: int = FORMAT
     entries: tuple[BoardEntry, ...] = ()
     holds: tuple[str, ...] = ()
 
@@ -78,16 +79,14 @@ def merge(boards: Iterable[Board]) -> Board:
         for entry in view
         if not any(entry.gives_way_to(other) for other in view)
     }
-    return Board(
-        format=FORMAT, entries=tuple(kept[p] for p in sorted(kept)), holds=tuple(sorted(holds))
-    )
+    return Board(entries=tuple(kept[p] for p in sorted(kept)), holds=tuple(sorted(holds)))
 
 
 def read_board(backend: Pages) -> tuple[Board, int]:
     """Read the leaderboard of a project, and how many versions no other version holds.
 
-    TrackingError if the backend could not be reached; ResultsError if a version is damaged, or of a
-    newer tracker.
+    TrackingError if the backend could not be reached; ResultsError if a version is damaged, or of
+    another format.
     """
     read: dict[str, Board] = {}
     held: set[str] = set()
@@ -102,12 +101,8 @@ def read_board(backend: Pages) -> tuple[Board, int]:
 
 def _read(text: str, version: str) -> Board:
     try:
-        found = json.loads(text).get("format", 1)
-        if found > FORMAT:
-            raise ResultsError(
-                f"version {version} of the leaderboard was written by a newer tracker (format "
-                f"{found}; this one knows {FORMAT}); upgrade tracker"
-            )
+        if why := other_format(json.loads(text).get("format"), FORMAT):
+            raise ResultsError(f"version {version} of the leaderboard {why}")
         return Board.model_validate_json(text)
     except (ValueError, TypeError, AttributeError):
         raise ResultsError(f"version {version} of the leaderboard is damaged") from None

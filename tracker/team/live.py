@@ -196,7 +196,7 @@ def _unmeasured(store: CellStore, view: View) -> CellRecord:
         sample_seed=view.seed,
         beside=view.beside,
         removed=view.removed,
-        layers=(),
+        runs=(),
         correlations=(),
         missing=view.runs,
         provenance=identity.provenance,

@@ -221,8 +221,6 @@ class Publisher:
                 receipt = store.receipt(self._receipt(to, record))
                 if trust_receipts and receipt.get("record") == digest:
                     outcome.places[title] = receipt["location"]
-                    if not receipt.get("place"):  # an older tracker's
-                        self._keep(store, record, to, place, digest, receipt["location"])
                     continue
                 published = self._backend(to).publish(
                     record, parts.files, cell_charts(record), parts.tables

@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from tracker.core.distribution import other_format
 from tracker.core.errors import TrackerError, TrackingError
 from tracker.core.provenance import content_hash
 from tracker.core.text import masked
@@ -25,7 +26,7 @@ from tracker.ledger.keys import folder_name
 from tracker.ledger.notes import read_note, write_note
 from tracker.ledger.store import Ledger
 from tracker.ledger.texts import is_texts
-from tracker.ledger.views import FORMAT, CellIdentity
+from tracker.ledger.views import CellIdentity
 from tracker.measuring.progress import Progress
 from tracker.tracking import open_backend, open_foreign_files, service
 from tracker.tracking.base import Backend, RemoteCell, Target
@@ -107,7 +108,7 @@ def _is_here(root: Path, cell: RemoteCell, sound: Mapping[str, CellStore]) -> bo
 def _fetch(backend: Backend, files: Isolated, cell: RemoteCell, root: Path) -> None:
     if not cell.version:
         raise TrackingError(
-            "it was published without its outcomes, by an older tracker; "
+            "it was published without its outcomes; "
             "tracker sync, from the results folder that it came from"
         )
     with TemporaryDirectory(dir=root) as temporary:
@@ -118,13 +119,9 @@ def _fetch(backend: Backend, files: Isolated, cell: RemoteCell, root: Path) -> N
             if max(note.stat().st_size for note in folder.glob("*.json")) > _LARGEST_NOTE:
                 raise ValueError("what describes it is longer than any description")
             view = file.read_text(encoding="utf-8")
-            found = json.loads(view).get("format", 1)
-            if found > FORMAT:
-                raise TrackingError(
-                    f"it was published by a newer tracker (format {found}; this one knows "
-                    f"{FORMAT}); upgrade tracker"
-                )
-            identity, _ = CellIdentity.read((folder / "cell.json").read_bytes())
+            if why := other_format(json.loads(view).get("format")):
+                raise TrackingError(f"it {why}")
+            identity = CellIdentity.read((folder / "cell.json").read_bytes())
             if identity.key != cell.key.partition("/")[0]:
                 raise ValueError("its key is not that of what it describes")
             name = folder_name(identity.model.name, identity.benchmark.name, identity.key)

@@ -265,10 +265,10 @@ class OpenCell:
         plan = plan_streams(list(dict.fromkeys((INTACT, *ablations))), self.layers)
         return plan.layer_passes / self.layers
 
-    def seconds(self, asked: Mapping[str, Collection[Place]]) -> float | None:
+    def seconds(self, asked: Mapping[str, Collection[Place]]) -> float:
         """Say what measuring took: of each shard, the share of its rows that were asked for.
 
-        Ablation → the documents that it was asked of. None where a shard does not say.
+        Ablation → the documents that it was asked of.
         """
         total = 0.0
         for path in self.store.shards():
@@ -278,7 +278,5 @@ class OpenCell:
                 continue
             rows = shard.table.to_pylist()
             own = sum((r["task"], r["doc"]) in asked.get(r["ablation"], ()) for r in rows)
-            if own and not shard.about.get("seconds"):
-                return None
             total += float(shard.about.get("seconds") or 0) * own / max(1, len(rows))
         return total

@@ -236,19 +236,17 @@ class Scores:
     def cost(self) -> PruneCost:
         """Say what it took."""
         names = [one.name for one in self.evaluated]
-        seconds = [
-            cell.seconds(self._raced | dict.fromkeys(names, cell.places))
-            if names or self._raced
-            else 0.0
-            for cell in self.cells
-        ]
-        known = [each for each in seconds if each is not None]
+        seconds = 0.0
+        if names or self._raced:
+            seconds = sum(
+                cell.seconds(self._raced | dict.fromkeys(names, cell.places)) for cell in self.cells
+            )
         return PruneCost(
             evaluations=len(self.evaluated)
             + len(self._observed) / max(1, len(self.cells))
             + self._evaluations,
             passes=self._passes,
-            seconds=sum(known) + self._seconds if len(known) == len(seconds) else None,
+            seconds=seconds + self._seconds,
         )
 
 

@@ -51,7 +51,7 @@ def provenance_table(cell: CellRecord) -> Table:
 def _compared(cell: CellRecord) -> str:
     """Say how many answers were compared, and how far they differ."""
     if cell.compared_difference is None:
-        return "nothing (an older tracker)"
+        return "nothing"
     return f"{cell.compared:,} answers, at most {cell.compared_difference:.1e} nats apart"
 
 

@@ -200,10 +200,7 @@ def attach(
 
 
 def stated_digests(client: Any, run_id: str) -> dict[str, str]:
-    """Read which files a run states to have: digests by name, of those that are there.
-
-    A run of an older tracker states none.
-    """
+    """Read which files a run states to have: digests by name, of those that are there."""
     there = {artifact.path for artifact in client.list_artifacts(run_id)}
     if _DIGESTS.split("/")[0] not in there:
         return {}
