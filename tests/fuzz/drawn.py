@@ -187,7 +187,7 @@ OPTIONS = {
     "check": ["--against", "--results"],
     "bench": [
         *("--model", "--benchmark", "--dtype", "--num_fewshot", "--limit", "--data", "--component"),
-        *("--scaling", "--output", "--device", "--memory", "--json"),
+        *("--device", "--memory", "--json"),
     ],
 }
 RIGHT = {

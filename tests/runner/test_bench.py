@@ -38,19 +38,6 @@ def test_the_engine_is_set_beside_lm_eval(bench):
     assert 0 < found["engine_peak_gib"] < 16
 
 
-def test_the_curves_grow_and_are_drawn(bench, tmp_path):
-    page = tmp_path / "curves.html"
-    found = bench(*ARC, "--scaling", "--output", str(page))
-    assert [curve["size"] for curve in found["curves"]] == ["documents", "layers", "ablations"]
-    for curve in found["curves"]:
-        assert list(curve["sizes"]) == sorted(set(curve["sizes"]))
-        assert len(curve["engine"]) == len(curve["loop"]) == len(curve["sizes"])
-        assert all(seconds > 0 for seconds in (*curve["engine"], *curve["loop"]))
-    text = page.read_text(encoding="utf-8")
-    assert "lm-eval loop, extrapolated" in text
-    assert 'src="http' not in text
-
-
 def test_generation_is_not_timed(tiny_llama, tmp_path):
     folder = tmp_path / "openai" / "gsm8k" / "main"
     folder.mkdir(parents=True)

