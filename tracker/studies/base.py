@@ -169,6 +169,8 @@ class Setting:
 class Study(Protocol):
     """One question. A folder of this package has one, and `registry` names it.
 
+    It keeps nothing from one call to the next: each may be asked alone.
+
     Attributes:
         name: What it is called on the command line.
         question: What it asks, as a sentence that heads its section.
@@ -187,6 +189,12 @@ class Study(Protocol):
         RequestError where the experiment file is not enough for the question.
         """
         ...
+
+    def prepare(self, asked: StudyContext) -> None:
+        """Make what its cells are about and is not there: a model that is built, for most nothing.
+
+        RequestError where that cannot be made.
+        """
 
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Answer from the cells that could be measured, in the order of the requests.

@@ -37,6 +37,7 @@ def conduct(study: Study, asked: StudyContext) -> Conducted:
             "'until' stops at the answer to another question than a study's; leave it out of the "
             "file, or write 'sample' for fewer documents"
         )
+    study.prepare(asked)
     outcome = run_cells(requests, asked.ledger, asked.publisher, asked.options, asked.progress)
     subjects = []
     for request in requests:

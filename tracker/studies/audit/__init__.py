@@ -17,6 +17,7 @@ from tracker.studies.audit.measures import DROP, audited
 from tracker.studies.audit.tables import tables_of
 from tracker.studies.base import (
     FEWEST,
+    Study,
     StudyContext,
     StudyResult,
     Subject,
@@ -31,7 +32,7 @@ PAPER_DIFFER, PAPER_MAJORLY = 0.938, 0.536
 _ONE_BENCHMARK = "needs two benchmarks of this model above chance"
 
 
-class Audit:
+class Audit(Study):
     """Sets every proxy beside the accuracy drop, per model and benchmark, with what each costs."""
 
     name = "audit"

@@ -11,6 +11,7 @@ from tracker.core.formats import interval, two_digits
 from tracker.studies.base import (
     FEWEST,
     Setting,
+    Study,
     StudyContext,
     StudyResult,
     Subject,
@@ -40,7 +41,7 @@ _ASSUMED = (
 )
 
 
-class Calibration:
+class Calibration(Study):
     """Ranks layers by parts of the documents, again and again; `reliability` is what is wanted."""
 
     name = "calibration"

@@ -10,6 +10,7 @@ from tracker.core.records import CellRecord
 from tracker.core.tables import Table
 from tracker.studies.base import (
     SIGNIFICANT,
+    Study,
     StudyContext,
     StudyResult,
     Subject,
@@ -39,7 +40,7 @@ _ASSUMED = (
 )
 
 
-class Joint:
+class Joint(Study):
     """Removes every two layers of a file together."""
 
     name = "joint"

@@ -18,6 +18,7 @@ from tracker.pruning.search.search import budget_of, refuse_mixed, refuse_unknow
 from tracker.studies.base import (
     SIGNIFICANT,
     Setting,
+    Study,
     StudyContext,
     StudyResult,
     Subject,
@@ -51,7 +52,7 @@ _ASSUMED = (
 )
 
 
-class Prune:
+class Prune(Study):
     """Prunes by each strategy, on each benchmark of a file, by several calibrations.
 
     `remove` are the amounts, `strategy` the strategies, `text` a file of plain text to calibrate

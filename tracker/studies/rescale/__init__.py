@@ -18,6 +18,7 @@ from tracker.core.kinds import Intervention
 from tracker.stats.recovered import recovered
 from tracker.stats.resampling import RESAMPLES
 from tracker.studies.base import (
+    Study,
     StudyContext,
     StudyResult,
     Subject,
@@ -41,7 +42,7 @@ _ASSUMED = (
 )
 
 
-class Rescale:
+class Rescale(Study):
     """See the module."""
 
     name = "rescale"

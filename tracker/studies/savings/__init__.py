@@ -13,7 +13,7 @@ from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.formats import defined, points
 from tracker.core.questions import question
 from tracker.ledger.early_stopping import refuse_unbounded
-from tracker.studies.base import Setting, StudyContext, StudyResult, Subject
+from tracker.studies.base import Setting, Study, StudyContext, StudyResult, Subject
 from tracker.studies.savings.charts import passes_chart
 from tracker.studies.savings.figures import (
     ORDERS,
@@ -71,7 +71,7 @@ _ASSUMED = (
 )
 
 
-class Savings:
+class Savings(Study):
     """Replays how 'until' would have ended a cell, for `questions`, or those above."""
 
     name = "savings"

@@ -29,6 +29,7 @@ from tracker.stats.multiple import holm
 from tracker.studies.base import (
     SIGNIFICANT,
     Setting,
+    Study,
     StudyContext,
     StudyResult,
     Subject,
@@ -43,7 +44,7 @@ from tracker.studies.snowball.tables import layer_table, predictors, summary
 DRAWS = 2
 
 
-class Snowball:
+class Snowball(Study):
     """Each layer removed, and perturbed as much at random, followed through all later layers.
 
     Args:

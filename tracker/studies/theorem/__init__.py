@@ -7,17 +7,17 @@ measured as any model is.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.formats import counted
 from tracker.ledger.files import lock_file
 from tracker.models.counterexample import LARGEST, LAYERS, SMALLEST, WHISPER, Counterexample
-from tracker.studies.base import Setting, StudyContext, StudyResult, Subject, grouped
+from tracker.studies.base import Setting, Study, StudyContext, StudyResult, Subject, grouped
 from tracker.studies.theorem.building import build, fingerprint, save, taught_by
 from tracker.studies.theorem.figures import Built, Shown, measured
 from tracker.studies.theorem.tables import layers_table, models_table, tiny
@@ -25,7 +25,7 @@ from tracker.studies.theorem.tables import layers_table, models_table, tiny
 EPSILONS = (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
 
 
-class Theorem:
+class Theorem(Study):
     """Builds the transformer of the theorem for each benchmark and ε, and measures it.
 
     Args:
@@ -65,24 +65,34 @@ class Theorem:
                     f"results' float64 does not hold it to 1e-6) to {LARGEST:g} (above, other "
                     "layers' scores would be lower); for example --epsilon 1e-6"
                 )
-        self._built: dict[CellRequest, Built] = {}
+        self._taught_by = cache(taught_by)  # it reads benchmarks
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
-        """Build a model for each benchmark and ε, and ask for each of its layers.
+        """Ask for each layer of the model of each benchmark and ε.
 
         RequestError where a benchmark generates text or has no accuracy, or nothing of it can be
         taught.
         """
-        cells = []
-        for cell in dict.fromkeys(map(_of_documents, asked.experiment.cells())):
+        return [one.request for cell in _cells(asked) for one in self._models(cell, asked)]
+
+    def prepare(self, asked: StudyContext) -> None:
+        """Build and save the models that are not there."""
+        for cell in _cells(asked):
             asked.progress.say(f"building for {cell.benchmark}")
-            cells += self._of_one(cell, asked)
-        return cells
+            taught, shape, tokenizer = self._taught_by(cell, asked.options.trust_remote_code)
+            built: Counterexample | None = None
+            for one in self._models(cell, asked):
+                with lock_file(one.folder.parent / "locks" / one.folder.name):
+                    if not (one.folder / "config.json").is_file():
+                        built = built or build(cell, taught, shape)
+                        save(built.whispering(one.epsilon), tokenizer, one.folder)
 
     def say(self, asked: StudyContext, subjects: list[Subject]) -> StudyResult:
         """Set what was asked of each model beside what was measured of it."""
+        models = [one for cell in _cells(asked) for one in self._models(cell, asked)]
+        built = {one.request: one for one in models}
         each = grouped(
-            [measured(subject, self._built[subject.request]) for subject in subjects],
+            [measured(subject, built[subject.request]) for subject in subjects],
             lambda shown: shown.built.cell,
         )
         return StudyResult(
@@ -97,28 +107,21 @@ class Theorem:
             ),
         )
 
-    def _of_one(self, cell: CellRequest, asked: StudyContext) -> list[CellRequest]:
-        """Build the models of one benchmark, or find them built."""
-        taught, shape, tokenizer = taught_by(cell, asked.options.trust_remote_code)
-        root = asked.ledger.root / "studies" / self.name
+    def _models(self, cell: CellRequest, asked: StudyContext) -> list[Built]:
+        """The models of one benchmark, built or not."""
+        taught, shape, _ = self._taught_by(cell, asked.options.trust_remote_code)
+        name = re.sub(r"[^a-zA-Z0-9_-]+", "_", cell.benchmark)
         known = fingerprint(cell, taught, shape)[:8]
-        built: Counterexample | None = None
-        requests = []
-        for epsilon in self._epsilons:
-            name = f"{re.sub(r'[^a-zA-Z0-9_-]+', '_', cell.benchmark)}-{epsilon:g}-{known}"
-            folder = root / f"theorem-{name}"
-            with lock_file(root / "locks" / name):
-                if not (folder / "config.json").is_file():
-                    built = built or build(cell, taught, shape)
-                    save(built.whispering(epsilon), tokenizer, folder)
-            model = {"model": str(folder), "revision": None, "model_args": None}
-            request = cell.model_copy(
-                update={**model, "dtype": "float32", "layers": tuple(range(LAYERS))}
-            )
-            width = json.loads((folder / "config.json").read_text())["hidden_size"]
-            self._built[request] = Built(cell, epsilon, width, taught)
-            requests.append(request)
-        return requests
+        root = asked.ledger.root / "studies" / self.name
+        return [
+            Built(cell, epsilon, root / f"theorem-{name}-{epsilon:g}-{known}", taught)
+            for epsilon in self._epsilons
+        ]
+
+
+def _cells(asked: StudyContext) -> list[CellRequest]:
+    """What is built for: each benchmark and tokenizer once."""
+    return list(dict.fromkeys(map(_of_documents, asked.experiment.cells())))
 
 
 def _of_documents(cell: CellRequest) -> CellRequest:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from tracker.core.ablations import INTACT, ablate
 from tracker.core.config import CellRequest
 from tracker.ledger.outcomes import METRIC
-from tracker.models.counterexample import WHISPER
+from tracker.models.counterexample import LAYERS, WHISPER
 from tracker.studies.base import Subject
 from tracker.studies.theorem.lessons import Lesson
 
@@ -18,12 +19,24 @@ PROMISED = 1e-6
 
 @dataclass(frozen=True)
 class Built:
-    """What is known of a built model beside what is measured."""
+    """What is known of a built model beside what is measured: `folder` is where it is, or goes."""
 
     cell: CellRequest
     epsilon: float
-    width: int
+    folder: Path
     lesson: Lesson
+
+    @property
+    def request(self) -> CellRequest:
+        """What is measured of it."""
+        model = {"model": str(self.folder), "revision": None, "model_args": None}
+        runs = {"dtype": "float32", "layers": tuple(range(LAYERS))}
+        return self.cell.model_copy(update=model | runs)
+
+    @property
+    def width(self) -> int:
+        """The size of its hidden states."""
+        return int(json.loads((self.folder / "config.json").read_text())["hidden_size"])
 
     @property
     def is_open(self) -> bool:
