@@ -12,7 +12,7 @@ from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, WorkError
 from tracker.core.extent import random_order, shuffled
 from tracker.core.questions import question
-from tracker.ledger.blocks import Block
+from tracker.ledger.blocks import Block, turns
 from tracker.ledger.cells import CellStore
 from tracker.ledger.early_stopping import CellRace
 from tracker.stats.sequential.stopping import Race
@@ -71,6 +71,12 @@ def test_a_single_task_is_the_race_over_its_outcomes(cell_of, measure) -> None:
     # Whoever was settled was measured no longer.
     assert measured == plain.bounds.seen.sum() + found.looked
     assert plain.bounds.seen.min() < found.looked
+
+
+def test_a_block_is_taken_by_its_first_document() -> None:
+    """And one can look up to the first document of the next one."""
+    order = ["b", *33 * "a", "b", "a", "b"]
+    assert turns(order, {"a": 70, "b": 3}) == [("b", 0, 3, 1), ("a", 0, 32, 33), ("a", 1, 32, 37)]
 
 
 def test_of_a_half_it_is_the_race_over_its_documents(cell_of, measure) -> None:

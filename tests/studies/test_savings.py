@@ -62,10 +62,14 @@ def cell() -> MeasuredDocuments:
     return cell_of(generator.permutation(values))
 
 
-def whole_blocks(cell: MeasuredDocuments, order: np.ndarray) -> int:
-    """How many documents of whole blocks hold some of each task's."""
-    seen = Counter(cell.tasks[number] for number in order)
-    return sum(min(cell.counts[task], -(-count // 32) * 32) for task, count in seen.items())
+def blocks_of(cell: MeasuredDocuments, order: np.ndarray) -> list[tuple[str, int]]:
+    """The block of 32 of its task that each document is in."""
+    seen: Counter[str] = Counter()
+    found = []
+    for task in (cell.tasks[number] for number in order):
+        found.append((task, seen[task] // 32))
+        seen[task] += 1
+    return found
 
 
 def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> Replayed:
@@ -75,15 +79,19 @@ def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> Replayed
     for order in orders:
         race = Race(asked, cell.population, LAYERS, apart=1.0)
         looked, measured, passes = 0, 0, 0.0
+        block_of, there = blocks_of(cell, order), set()
         while not race.standing.answered and looked < len(order):
             open_then = np.flatnonzero(race.standing.open)
             plan = plan_streams([INTACT, *(Ablation((int(n),)) for n in open_then)], LAYERS)
-            block = cell.drops[order[looked : looked + 32]]
-            looked += len(block)
-            size = whole_blocks(cell, order[:looked]) - measured
+            task, number = block_of[looked]
+            there.add((task, number))
+            size = min(32, cell.counts[task] - 32 * number)
             passes += size * plan.layer_passes
             measured += size
-            race.look(block)
+            lacking = [n for n, block in enumerate(block_of) if block not in there]
+            end = min(lacking, default=len(order))
+            race.look(cell.drops[order[looked:end]])
+            looked = end
         standing = race.standing
         if asked.kind == "drop":
             low, high = race.bounds.low, race.bounds.high
@@ -129,21 +137,9 @@ def test_of_a_group_whole_blocks_of_each_task_are_measured(
     tasks = tuple("ab"[number % 5 == 0] for number in range(400))
     cell = replace(cell, tasks=tasks, counts={"a": 320 + others, "b": 80})
     orders = orders_of(400)[:4]
-    for order in orders:
-        begun = np.cumsum(cell.begun(order))
-        assert begun.tolist() == [whole_blocks(cell, order[: n + 1]) for n in range(400)]
-        assert begun[-1] == 400
     found, raced = replayed(cell, question(text), orders), by_races(cell, text, orders)
     for name in ("documents", "passes"):
         assert getattr(found, name) == pytest.approx(getattr(raced, name))
-
-
-def test_a_block_is_taken_by_its_first_document(cell: MeasuredDocuments) -> None:
-    group = replace(cell, tasks=("a",) * 34 + ("b",) * 3, counts={"a": 70, "b": 3})
-    order = np.array([34, *range(33), 35, 33, 36])
-    found = group.begun(order)
-    assert np.flatnonzero(found).tolist() == [0, 1, 33]
-    assert found[[0, 1, 33]].tolist() == [3, 32, 32]
 
 
 def test_what_is_open_when_the_measured_documents_end_took_nobody_knows_how_much(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import quote
 
 from tracker.core.extent import random_order
@@ -32,6 +34,43 @@ class Block:
         """The block's name in file names; no quoted task holds a plus."""
         order = "" if self.seed is None else f"+{self.seed}"
         return f"{quote(self.task, safe='')}{order}.{self.number:05d}"
+
+
+class Turn(NamedTuple):
+    """A block of a task, 0-based, and so many documents, which are measured together.
+
+    `end` is how far one can look then: to the first document of the next block.
+    """
+
+    task: str
+    number: int
+    size: int
+    end: int
+
+
+def turns(order: Sequence[str], counts: Mapping[str, int]) -> list[Turn]:
+    """Say in which order blocks are measured, so that documents can be looked at in an order.
+
+    Tasks are measured in blocks of their own: the first document of one takes all of it.
+
+    Args:
+        order: The task of each document.
+        counts: Documents that each task has, which may be more than are in the order.
+
+    Returns:
+        The blocks.
+    """
+    seen: Counter[str] = Counter()
+    begins: list[tuple[int, str, int]] = []
+    for place, task in enumerate(order):
+        if seen[task] % BLOCK == 0:
+            begins.append((place, task, seen[task] // BLOCK))
+        seen[task] += 1
+    ends = [*(place for place, _, _ in begins[1:]), len(order)]
+    return [
+        Turn(task, number, min(BLOCK, counts[task] - number * BLOCK), end)
+        for (_, task, number), end in zip(begins, ends, strict=True)
+    ]
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ from tracker.core.identities import BenchmarkIdentity
 from tracker.core.kinds import Action
 from tracker.core.records import AnswerRecord, RunAnswer
 from tracker.core.views import View
-from tracker.ledger.blocks import BLOCK, Block, places
+from tracker.ledger.blocks import Block, turns
 from tracker.ledger.cells import CellStore
 from tracker.ledger.outcomes import METRIC
 from tracker.stats.accuracy import weights_by_task
@@ -78,15 +78,11 @@ class CellRace:
         self.base = layers + sum(passes(ablation, layers) for ablation in self._beneath)
         self._passes = 0
         self.order = shuffled(seed, every)
-        there = {task: places(task, documents, seed) for task, documents in every.items()}
-        begins: dict[Block, int] = {}
-        for position, (task, document) in enumerate(self.order):
-            begins.setdefault(Block(task, there[task][document] // BLOCK, seed), position)
-        self._blocks = list(begins)
-        self._all_ends = [*begins.values(), self.population][1:]
+        found = turns([task for task, _ in self.order], store.counts())
+        self._blocks = [Block(turn.task, turn.number, seed) for turn in found]
+        self._all_ends = [turn.end for turn in found]
         self._ends = list(self._all_ends)
-        sizes = [len(store.documents(block, self.extent)) for block in self._blocks]
-        self._begun = np.cumsum([0, *sizes])
+        self._begun = np.cumsum([0, *(turn.size for turn in found)])
         self._drops: dict[tuple[str, int], np.ndarray] = {}
         weights = weights_by_task(
             [task for task, _ in self.order], store.identity.benchmark.weight_by_size
@@ -162,7 +158,7 @@ class CellRace:
             runs=tuple(
                 RunAnswer(
                     **dict(run),
-                    n=int(bounds.seen[place]),
+                    n=int(self.race.seen[place]),
                     low=float(low),
                     high=float(high),
                     open=bool(standing.open[place]),

@@ -75,7 +75,7 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
         if racing.lacking is not None:
             meter = cell.opened([INTACT, *beneath, *ablations])
             fill_until(racing, cell.store, meter, cell.progress)
-        seen = racing.race.bounds.seen
+        seen = racing.race.seen
         scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
         step = _decided(racing, sets, removed)
         yield step

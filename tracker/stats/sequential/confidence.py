@@ -198,19 +198,24 @@ class MeanSequences:
                 the population has.
         """
         which = np.arange(len(self.low)) if series is None else np.asarray(series)
-        scaled = (np.asarray(values, dtype=np.float64) - self._lowest) / self._range
+        scaled = self.scaled(values)
         if scaled.shape[1:] != which.shape:
             raise ValueError(f"values of the shape {scaled.shape} for {len(which)} series")
-        if not ((scaled >= 0) & (scaled <= 1)).all():
-            raise ValueError(
-                f"a value is not from {self._lowest:g} to {self._lowest + self._range:g}"
-            )
         if not scaled.size:
             return
         if (self.seen[which] + len(scaled)).max() > self.population:
             raise ValueError(f"more than all {self.population} documents")
         self._bet(scaled, which)
         self._narrow(which)
+
+    def scaled(self, values: Array) -> Array:
+        """Write values as parts of the range; ValueError for one that is not in it."""
+        scaled = (np.asarray(values, dtype=np.float64) - self._lowest) / self._range
+        if not ((scaled >= 0) & (scaled <= 1)).all():
+            raise ValueError(
+                f"a value is not from {self._lowest:g} to {self._lowest + self._range:g}"
+            )
+        return scaled
 
     def _bet(self, values: Array, which: NDArray[np.int64]) -> None:
         """Bet on a few documents."""

@@ -87,6 +87,6 @@ def forecast(
             race.look(values[dice.choice(len(values), size=count, p=chances)])
             at += count
         looked.append(at)
-        seen.append(race.bounds.seen.copy())
+        seen.append(race.seen)
         answered.append(race.standing.answered)
     return Forecast(np.array(looked), np.array(seen), np.array(answered))

@@ -76,9 +76,8 @@ class Race:
     further part.
 
     Attributes:
-        bounds: What is known of each mean, all of it together with the question's confidence.
-            The answer has that confidence too, each for itself.
         standing: How the question stands.
+        seen: `[runs]`, the documents of each run.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class Race:
         """
         asked.refuse(runs)
         self._asked = asked
-        self.bounds = MeanSequences(
+        self._bounds = MeanSequences(
             population,
             runs,
             level=asked.level,
@@ -125,7 +124,20 @@ class Race:
                 level=asked.level,
                 reach=highest - lowest if apart is None else apart,
             )
+        self.seen = np.zeros(runs, dtype=np.int64)
+        self._unread: list[tuple[Array, NDArray[np.int64]]] = []
         self.standing = self._stand()
+
+    @property
+    def bounds(self) -> MeanSequences:
+        """What is known of each mean, all of it together with the question's confidence.
+
+        The answer has that confidence too, each for itself: the largest means are found without
+        these bounds, which are drawn when they are asked for.
+        """
+        while self._unread:
+            self._bounds.add(*self._unread.pop(0))
+        return self._bounds
 
     def look(self, values: Array) -> None:
         """Look at further documents.
@@ -139,9 +151,11 @@ class Race:
                 too many documents.
         """
         (contending,) = np.nonzero(self.standing.open)
-        self.bounds.add(values[:, contending], contending)
+        self._bounds.scaled(values[:, contending])
+        self._unread.append((values[:, contending], contending))
         if self._duels is not None:
             self._duels.look(self._sign * values)
+        self.seen[contending] += len(values)
         self.standing = self._stand()
 
     def _stand(self) -> Standing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,11 +17,10 @@ from tracker.core.questions import Question
 from tracker.core.records import RunIdentity
 from tracker.engine.scoring.streams import plain_passes, plan_streams
 from tracker.ledger.aligned import AlignedOutcomes
-from tracker.ledger.blocks import BLOCK
+from tracker.ledger.blocks import turns
 from tracker.stats.resampling import SEED
-from tracker.stats.sequential.confidence import MeanSequences
-from tracker.stats.sequential.stopping import standing
-from tracker.stats.sequential.top_k import SAME, SequentialTopK
+from tracker.stats.sequential.stopping import Race
+from tracker.stats.sequential.top_k import SAME
 from tracker.studies.base import Subject
 
 Array = NDArray[np.float64]
@@ -31,8 +29,6 @@ ORDERS = 200
 """Random orders of the documents, each of which is raced through."""
 POWER = 0.8
 """Of the design with a fixed number of documents."""
-_AT_ONCE = 20
-"""Orders whose bounds are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +62,6 @@ class MeasuredDocuments:
     def population(self) -> int:
         """Documents of the split."""
         return sum(self.counts.values())
-
-    def begun(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Say how many documents must be measured before each of an order can be looked at, anew.
-
-        Tasks are measured in blocks of their own: the first of a block takes all of it.
-        """
-        seen: Counter[str] = Counter()
-        found = np.zeros(len(order), dtype=np.int64)
-        for place, document in enumerate(order):
-            task = self.tasks[document]
-            if seen[task] % BLOCK == 0:
-                found[place] = min(BLOCK, self.counts[task] - seen[task])
-            seen[task] += 1
-        return found
 
 
 def measured(subject: Subject) -> MeasuredDocuments:
@@ -143,104 +125,53 @@ class Replayed:
 
 
 def replayed(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]) -> Replayed:
-    """Race through a cell's documents in each of some orders `[orders, documents]`.
+    """Race through a cell's documents in each of some orders `[orders, documents]`, as `until`."""
+    answered, wrong = np.zeros((2, len(orders)), dtype=bool)
+    documents, passed = np.full((2, len(orders)), np.inf)
+    for n, order in enumerate(orders):
+        race = Race(
+            asked,
+            cell.population,
+            len(cell.runs),
+            lowest=-cell.reach,
+            highest=cell.reach,
+            apart=cell.reach,
+        )
+        looked, measured, passes = 0, 0, 0.0
+        for turn in turns([cell.tasks[document] for document in order], cell.counts):
+            if race.standing.answered:
+                break
+            measured += turn.size
+            passes += turn.size * cell.passes(race.standing.open)
+            race.look(cell.drops[order[looked : turn.end]])
+            looked = turn.end
+        answered[n], wrong[n] = race.standing.answered, _contradicts(cell, asked, race)
+        if answered[n] or len(order) == cell.population:
+            documents[n] = measured / cell.population
+            passed[n] = passes / cell.population / cell.everything
+    return Replayed(asked, documents, passed, answered, wrong)
 
-    A look follows every block, and runs whose part is settled take no further part: what a `Race`
-    does, without the bounds that its answer does not need.
-    """
-    race = _single_means if asked.count is None else _set
-    looked, passed, answered, wrong = race(cell, asked, orders)
-    known = answered if orders.shape[1] < cell.population else np.ones_like(answered)
-    documents = np.where(known, looked / cell.population, np.inf)
-    passes = np.where(known, passed / cell.population / cell.everything, np.inf)
-    return Replayed(asked, documents, passes, answered, wrong)
+
+def _contradicts(cell: MeasuredDocuments, asked: Question, race: Race) -> bool:
+    """Whether what a race has said contradicts all measured documents."""
+    means, standing = cell.drops.mean(axis=0), race.standing
+    if asked.count is not None:
+        values = means if asked.kind == "top" else -means
+        last, slack = np.sort(values)[-asked.count], (asked.within or 0.0) + SAME
+        left_out = ~standing.chosen & ~standing.open
+        missed = (values[standing.chosen] < last - slack).any()
+        return bool(missed or (values[left_out] > last + slack).any())
+    low, high = race.bounds.low, race.bounds.high
+    if asked.kind == "drop":
+        return bool(((low > means + SAME) | (high < means - SAME)).any())
+    said = np.where(low > SAME, 1, np.where(high < -SAME, -1, 0))
+    is_so = np.where(means > SAME, 1, np.where(means < -SAME, -1, 0))
+    return bool((~standing.open & (said != is_so)).any())
 
 
 def most(shares: Array, of: float) -> float:
     """Say how much some part `of` all orders took at most: the median at 0.5."""
     return float(np.quantile(shares, of, method="inverted_cdf"))
-
-
-_Races = tuple[Array, Array, Mask, Mask]
-
-
-def _set(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]) -> _Races:
-    assert asked.count is not None
-    values = cell.drops if asked.kind == "top" else -cell.drops
-    documents, runs = values.shape
-    means = values.mean(axis=0)
-    last, slack = np.sort(means)[-asked.count], (asked.within or 0.0) + SAME
-    looked, passed = np.zeros(len(orders)), np.zeros(len(orders))
-    answered, wrong = np.zeros(len(orders), dtype=bool), np.zeros(len(orders), dtype=bool)
-    for n, order in enumerate(orders):
-        duels = SequentialTopK(
-            cell.population,
-            runs,
-            asked.count,
-            within=asked.within,
-            level=asked.level,
-            reach=cell.reach,
-        )
-        begun = cell.begun(order)
-        while duels.open.any() and duels.seen < documents:
-            block = slice(duels.seen, duels.seen + BLOCK)
-            passed[n] += begun[block].sum() * cell.passes(duels.open)
-            duels.look(values[order[block]])
-        looked[n], answered[n] = begun[: duels.seen].sum(), not duels.open.any()
-        left_out = ~duels.chosen & ~duels.open
-        wrong[n] = (means[duels.chosen] < last - slack).any()
-        wrong[n] |= (means[left_out] > last + slack).any()
-    return looked, passed, answered, wrong
-
-
-def _single_means(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]) -> _Races:
-    parts = [
-        _some_single_means(cell, asked, orders[start : start + _AT_ONCE])
-        for start in range(0, len(orders), _AT_ONCE)
-    ]
-    looked, passed, answered, wrong = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return looked, passed, answered, wrong
-
-
-def _some_single_means(
-    cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]
-) -> _Races:
-    """Race in several orders side by side: each mean is a series in each order."""
-    documents, runs = cell.drops.shape
-    bounds = MeanSequences(
-        cell.population,
-        len(orders) * runs,
-        level=asked.level,
-        together=runs,
-        lowest=-cell.reach,
-        highest=cell.reach,
-        within=asked.within,
-    )
-    looked, passed = np.zeros(len(orders)), np.zeros(len(orders))
-    begun = np.stack([cell.begun(order) for order in orders])
-    stands = standing(asked.kind, bounds.low, bounds.high, asked.within)
-    for start in range(0, documents, BLOCK):
-        by_order = stands.open.reshape(-1, runs)
-        going = by_order.any(axis=1)
-        if not going.any():
-            break
-        block = cell.drops[orders[:, start : start + BLOCK]].transpose(1, 0, 2)
-        for n in np.flatnonzero(going):
-            new = begun[n, start : start + BLOCK].sum()
-            looked[n] += new
-            passed[n] += new * cell.passes(by_order[n])
-        series = np.flatnonzero(stands.open)
-        bounds.add(block.reshape(len(block), -1)[:, series], series)
-        stands = standing(asked.kind, bounds.low, bounds.high, asked.within)
-    means = np.tile(cell.drops.mean(axis=0), len(orders))
-    if asked.kind == "drop":
-        missed = (bounds.low > means + SAME) | (bounds.high < means - SAME)
-    else:
-        said = np.where(bounds.low > SAME, 1, np.where(bounds.high < -SAME, -1, 0))
-        is_so = np.where(means > SAME, 1, np.where(means < -SAME, -1, 0))
-        missed = ~stands.open & (said != is_so)
-    is_open, is_wrong = stands.open.reshape(-1, runs), missed.reshape(-1, runs)
-    return looked, passed, ~np.any(is_open, axis=1), np.any(is_wrong, axis=1)
 
 
 @dataclass(frozen=True)
