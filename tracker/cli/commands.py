@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from tracker.cli.boundary import Boundary
 from tracker.cli.options import (
-    DTYPES,
-    EXECUTORS,
-    Layers,
+    DOCUMENTS,
     Place,
     Setting,
     TrialCommand,
     Word,
-    as_in_lm_eval,
-    documents,
     finite,
+    keys,
     machine,
     results_option,
     running,
@@ -34,11 +31,9 @@ from tracker.cli.printing import (
     print_plan_of_searches,
 )
 from tracker.cli.terminal import Show, begin, quiet, say
+from tracker.core.config import EXECUTORS, KEYS, CellRequest, cell_request, run_request
 from tracker.core.distribution import __version__
-from tracker.core.kinds import COMPONENTS, INTERVENTIONS
-
-if TYPE_CHECKING:
-    from tracker.core.kinds import Component, Intervention
+from tracker.core.kinds import COMPONENTS
 
 
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
@@ -129,68 +124,12 @@ def run(
 
 
 @main.command(cls=TrialCommand)
-@click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
-@click.option("--benchmark", required=True, help="lm-eval's task or group, a YAML file, corpus:…")
-@click.option("--layer", required=True, type=click.IntRange(min=0), help="The layer, 0-based.")
-@click.option(
-    "--component",
-    type=click.Choice(COMPONENTS),
-    default="layer",
-    show_default=True,
-    help="What of the layer is removed: all of it, or one of its sublayers.",
-)
-@click.option(
-    "--span",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="How many layers are removed together, from --layer on.",
-)
-@click.option(
-    "--intervention",
-    type=click.Choice(INTERVENTIONS),
-    default="remove",
-    show_default=True,
-    help="What is done to the layer: it is removed; or replaced by its mean update, a factor or a "
-    "linear map of its input (fitted on calibration text); has its weights quantised; or runs "
-    "twice.",
-)
-@click.option(
-    "--removed",
-    type=Layers(),
-    default="[]",
-    show_default=True,
-    help="Layers that are removed as a whole besides: 3,17 or [3, 17].",
-)
-@click.option("--revision", help="The hub's branch, tag or commit.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
-@click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@documents
-@click.option(
-    "--until",
-    help="A question, such as 'top 5', about all runs that the trial's sweep asks of the "
-    "benchmark; its answer ends the measuring.",
-)
-@click.option("--metric", help="Default: the metric that the benchmark's field reports.")
-@click.option(
-    "--seed",
-    type=int,
-    default=1234,
-    show_default=True,
-    help="Of the few-shot examples, and of --sample.",
-)
-@click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
-@as_in_lm_eval
+@keys(CellRequest, *KEYS)
 @click.option(
     "--project", type=Word(), envvar="WANDB_PROJECT", default="tracker", show_default=True
 )
 @running
 def evaluate(
-    layer: int,
-    component: Component,
-    span: int,
-    intervention: Intervention,
-    removed: tuple[int, ...],
     project: str,
     results: Path,
     track: tuple[str, ...] | None,
@@ -214,16 +153,8 @@ def evaluate(
     """
     from tracker import api
     from tracker.core.ablations import first_run
-    from tracker.core.config import cell_request
 
-    request = cell_request(
-        layers=(layer,),
-        components=(component,),
-        spans=(span,),
-        interventions=(intervention,),
-        removed=removed,
-        **settings,
-    )
+    request = run_request(settings)
     record, outcome = api.evaluate(
         request,
         project=project,
@@ -242,12 +173,7 @@ def evaluate(
 
 
 @main.command()
-@click.option("--model", required=True, help="Hub id, folder, .gguf file, or package:NAME.")
-@click.option("--benchmark", required=True, help="A task or a group of lm-eval, or corpus:FILE.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
-@click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@documents
-@click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
+@keys(CellRequest, *("model", "benchmark", "dtype", "num_fewshot", *DOCUMENTS, "data"))
 @click.option(
     "--component",
     "components",
@@ -281,7 +207,6 @@ def bench(
     """
     begin()
     from tracker.bench.compare import bench as measure
-    from tracker.core.config import cell_request
     from tracker.measuring.job import Options
 
     request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)

@@ -7,14 +7,20 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
+from pydantic import BaseModel
+
+from tracker.core import config
+from tracker.core.arguments import Arguments
+from tracker.core.config import IN_THE_FILE, KEYS, CellRequest, Count, Name
+from tracker.core.extent import Positive
 
 F = TypeVar("F", bound=Callable[..., Any])
-PARTS = ("calibration", "test")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-EXECUTORS = ("local", "ray", "slurm")
+DOCUMENTS = ("part", "limit", "sample")
+"""Keys that say which documents are measured."""
 FORMATS = ("html", "md", "tex", "csv", "parquet", "png", "pdf")
 
 
@@ -136,43 +142,61 @@ class TrialCommand(click.Command):
         return super().parse_args(ctx, said)
 
 
-def as_in_lm_eval(function: F) -> F:
-    """Add what lm-eval's own command takes, under its names."""
-    options = (
-        click.option(
-            "--model_args",
-            "--model-args",
-            metavar="SETTINGS",
-            help="How the model is loaded: peft=ADAPTER, load_in_4bit=True, ….",
-        ),
-        click.option(
-            "--include_path",
-            "--include-path",
-            help="A folder with tasks of your own, or a list of folders; their code runs.",
-        ),
-        click.option("--system_instruction", "--system-instruction", help="The system prompt."),
-        click.option(
-            "--apply_chat_template",
-            "--apply-chat-template",
-            type=Named(),
-            default=False,
-            help="true, or the template's name.",
-        ),
-        click.option("--fewshot_as_multiturn", "--fewshot-as-multiturn", type=bool),
-        click.option("--chat_template_args", "--chat-template-args", metavar="SETTINGS"),
-        click.option("--enable_thinking", "--enable-thinking", type=bool),
-        click.option("--think_end_token", "--think-end-token"),
-        click.option(
-            "--gen_kwargs",
-            "--gen-kwargs",
-            metavar="SETTINGS",
-            help="max_gen_toks=64,until=… or JSON, as all SETTINGS.",
-        ),
-        click.option("--metadata", metavar="SETTINGS", help="For tasks that make their documents."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+def keys(model: type[BaseModel], *names: str, defaults: bool = True) -> Callable[[F], F]:
+    """Add the options of some keys of a schema, in order.
+
+    Args:
+        model: The schema: its fields have types, defaults and, below them, what is the help here.
+        *names: The keys.
+        defaults: Whether what is not said is the default, and needed keys are needed here.
+
+    Returns:
+        A decorator.
+    """
+    hints = get_type_hints(model, include_extras=True)
+
+    def add(function: F) -> F:
+        for name in reversed(names):
+            field = KEYS.get(name, name) if model is CellRequest else name
+            about = model.model_fields[field]
+            told: dict[str, Any] = {"help": " ".join((about.description or "").split())}
+            told |= _kind_of(hints[field])
+            default = about.default
+            if field in IN_THE_FILE and not about.is_required():
+                (default,) = default
+            if about.is_required():
+                told["required"] = defaults
+            elif default not in (None, (), False):
+                if defaults:
+                    told |= {"default": default, "show_default": True}
+                else:
+                    told["help"] += f" Default: {default}."
+            spelled = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+            function = click.option(*spelled, **told)(function)
+        return function
+
+    return add
+
+
+def _kind_of(hint: Any) -> dict[str, Any]:
+    """Say what is typed for a field of this type."""
+    kinds = [*get_args(hint)] if get_origin(hint) in (Union, UnionType) else [hint]
+    kinds = [get_args(kind)[0] if get_origin(kind) is tuple else kind for kind in kinds]
+    if bool in kinds:
+        return {"type": click.BOOL if Name not in kinds else Named()}
+    if Arguments in kinds:
+        return {"metavar": "SETTINGS"}
+    types: list[tuple[Any, Any]] = [
+        (config.Layers, Layers()),
+        (Count, click.IntRange(min=0)),
+        (Positive, click.IntRange(min=1)),
+    ]
+    for kind, typed in types:
+        if kind in kinds:
+            return {"type": typed}
+    if get_origin(kinds[0]) is Literal:
+        return {"type": click.Choice(get_args(kinds[0]))}
+    return {"type": click.INT if kinds == [int] else click.STRING}
 
 
 def results_option(function: F) -> F:
@@ -184,26 +208,6 @@ def results_option(function: F) -> F:
         show_default=True,
         help="The results folder; several processes may share it.",
     )(function)
-
-
-def documents(function: F) -> F:
-    """Add the options that say which documents are measured."""
-    part = click.option(
-        "--part",
-        type=click.Choice(PARTS),
-        help="calibration or test documents, which never meet; default: all that lm-eval scores.",
-    )
-    limit = click.option(
-        "--limit",
-        type=click.IntRange(min=1),
-        help="The first documents of each task; default: all.",
-    )
-    sample = click.option(
-        "--sample",
-        type=click.IntRange(min=1),
-        help="So many documents of each task, drawn at random with the seed; not beside --limit.",
-    )
-    return part(limit(sample(function)))
 
 
 def machine(function: F) -> F:

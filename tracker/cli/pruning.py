@@ -10,23 +10,27 @@ import click
 
 from tracker.cli.commands import main
 from tracker.cli.options import (
-    DTYPES,
     Layers,
     Place,
     Word,
-    as_in_lm_eval,
     backends,
-    documents,
+    keys,
     machine,
     results_option,
     trust,
 )
 from tracker.cli.printing import print_export
 from tracker.cli.terminal import Show
+from tracker.core.config import KEYS, CellRequest
 from tracker.core.kinds import COMPONENTS
 
 if TYPE_CHECKING:
     from tracker.core.kinds import Component
+
+_OF_RUNS = ("layer", "component", "span", "intervention", "removed", "until")
+_OF_BENCHMARKS = [
+    key for key in KEYS if key not in ("model", "benchmark", "revision", "dtype", *_OF_RUNS)
+]
 
 
 @main.command()
@@ -41,19 +45,13 @@ if TYPE_CHECKING:
     help="Whole layers alone can be loaded by plain transformers; anything else is refused, with "
     "the lists for code that skips attentions or MLPs.",
 )
-@click.option("--revision", help="The hub's branch, tag or commit.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@keys(CellRequest, "revision", "dtype", defaults=False)
 @click.option(
     "--benchmark",
     help="What the removal is measured on and the export proved, by plain lm-eval: a task or a "
     "group. Default: none, and the logits of a few texts are the proof.",
 )
-@click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@documents
-@click.option("--metric", help="Default: the metric that the benchmark's field reports.")
-@click.option("--seed", type=int, help="Of the few-shot examples, and of --sample; default: 1234.")
-@click.option("--data", default="hub", show_default=True, help="hub, package:NAME or a folder.")
-@as_in_lm_eval
+@keys(CellRequest, *_OF_BENCHMARKS, defaults=False)
 @click.option(
     "--project", type=Word(), envvar="WANDB_PROJECT", default="tracker", show_default=True
 )

@@ -10,53 +10,25 @@ import click
 
 from tracker.cli.commands import main
 from tracker.cli.options import (
-    DTYPES,
     Place,
     TrialCommand,
     Word,
-    as_in_lm_eval,
+    keys,
     running,
 )
 from tracker.cli.printing import print_end, print_export, print_finding
 from tracker.cli.terminal import Show, begin, say
-from tracker.core.kinds import COMPONENTS
+from tracker.core.config import CellRequest
+from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 
-RESCORING = ("full", "lazy", "race")
 _ALONE = ("model", "benchmark", "strategy", "remove", "keep")
 
 
 @main.command(cls=TrialCommand)
 @click.argument("experiment", type=Place(), required=False)
-@click.option("--model", help="Without EXPERIMENT: hub id, folder, .gguf file, or package:NAME.")
-@click.option("--benchmark", help="lm-eval's task or group, a YAML file, corpus:…")
-@click.option("--strategy", help="How to choose, e.g. accuracy, cosine_oneshot, last, random.")
-@click.option("--remove", help="What goes at least: 8, 25 %, 25 % parameters, 70 MB, 5 ms, ….")
-@click.option("--keep", help="What stays at most: 22, 100M parameters, 200 MB, ….")
-@click.option("--unit", type=click.Choice(COMPONENTS), help="What goes. Default: layer.")
-@click.option(
-    "--calibrate", help="Benchmarks that choose, comma-separated; default: --benchmark itself."
-)
-@click.option("--sample", type=click.IntRange(min=1), help="Calibration documents of each task.")
-@click.option(
-    "--test_sample",
-    "--test-sample",
-    type=click.IntRange(min=1),
-    help="Test documents of each task.",
-)
-@click.option(
-    "--rescoring",
-    type=click.Choice(RESCORING),
-    help="How greedy searches score candidates after each removal: all of them (full), only those "
-    "that can still win (lazy), or on no more documents than it takes (race). Default: full.",
-)
-@click.option("--draws", type=click.IntRange(min=1), help="How often random strategies draw.")
-@click.option("--revision", help="The hub's branch, tag or commit.")
-@click.option("--dtype", type=click.Choice(DTYPES))
-@click.option("--num_fewshot", "--num-fewshot", type=click.IntRange(min=0), help="As in lm-eval.")
-@click.option("--metric", help="Default: the metric that the benchmark's field reports.")
-@click.option("--seed", type=int, help="Of few-shot examples, samples and random strategies.")
-@click.option("--data", help="hub, package:NAME or a folder.")
-@as_in_lm_eval
+@keys(CellRequest, "model", "benchmark", defaults=False)
+@keys(SearchSettings, *SearchSettings.model_fields, defaults=False)
+@keys(CellRequest, *OF_CELLS[2:], defaults=False)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -71,6 +72,8 @@ def _asked(text: str) -> str:
 
 Folders = Annotated[tuple[Name, ...], BeforeValidator(_folders)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
+EXECUTORS = ("local", "ray", "slurm")
+"""Where cells may be measured."""
 MAX_LAYERS = 10_000
 """Of a model; no model has a tenth of it."""
 
@@ -82,54 +85,75 @@ class Strict(BaseModel):
 
 
 class CellRequest(Strict):
-    """One (model, benchmark) as it was asked for, with all its layers."""
+    """One (model, benchmark) as it was asked for, with all its layers.
+
+    The one place that says what may be asked: keys of experiment files and options of the command
+    line are made of its fields, and `docs/experiments.md` is held against them. What stands below a
+    field is the option's help.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     model: Name
+    """Hub id, folder, .gguf file, or package:NAME."""
     benchmark: Name
-    layers: tuple[int, ...]
+    """lm-eval's task or group, a YAML file, corpus:…"""
+    layers: tuple[Count, ...]
+    """The layer, 0-based."""
     components: tuple[Component, ...] = ("layer",)
-    """What of the layers is removed, one after the other."""
+    """What of the layer is removed: all of it, or one of its sublayers."""
     spans: tuple[Positive, ...] = (1,)
-    """How many layers are removed together, from each of `layers` on."""
+    """How many layers are removed together, from that layer on."""
     interventions: tuple[Intervention, ...] = ("remove",)
-    """What is done to them, one after the other; only whole single layers are replaced."""
+    """What is done to the layer: it is removed; or replaced by its mean update, a factor or a
+    linear map of its input (fitted on calibration text); has its weights quantised; or runs
+    twice."""
     only: tuple[tuple[Component, int, int, Intervention], ...] | None = None
     """Which (component, span, layer, intervention) of these are asked for; None = every
     combination."""
     removed: Layers = ()
-    """Layers that are removed as a whole besides, in every run; ascending."""
+    """Layers that are removed as a whole besides: 3,17 or [3, 17]."""
     revision: Name | None = None
+    """The hub's branch, tag or commit."""
     dtype: Dtype = "auto"
+    """Of the weights; auto: the checkpoint's own."""
     num_fewshot: Count | None = None
-    """None = what the task itself asks for, as in lm-eval."""
+    """As in lm-eval; default: the task's own."""
     part: Part | None = None
-    """Of two sets of documents that never meet: the training split and the scored one, or else two
-    halves of the scored one, drawn with `seed`; None = all that lm-eval scores."""
+    """calibration or test documents, which never meet: the training split and the scored one, or
+    else two halves of the scored one, drawn with the seed; default: all that lm-eval scores."""
     limit: Positive | None = None
-    """Documents per task, from the first; None = all, as in lm-eval."""
+    """The first documents of each task; default: all."""
     sample: Positive | None = None
-    """Documents per task, drawn at random with `seed`; None = not drawn."""
+    """So many documents of each task, drawn at random with the seed; not beside a limit."""
     until: Annotated[Name, AfterValidator(_asked)] | None = None
-    """A question: documents come in the random order of `seed` until it is answered."""
+    """A question, such as 'top 5', about all runs that are asked of the benchmark; its answer ends
+    the measuring."""
     metric: Name | None = None
-    """None = the metric that the benchmark's field reports."""
+    """Default: the metric that the benchmark's field reports."""
     seed: int = DEFAULT_SEED
+    """Of few-shot examples, samples, and random strategies of searches."""
     data: Name = "hub"
+    """hub, package:NAME or a folder."""
     # What follows has lm-eval's names and meanings.
     model_args: Arguments | None = None
-    """How the model is loaded: peft, load_in_4bit, attn_implementation, subfolder."""
+    """How the model is loaded: peft=ADAPTER, load_in_4bit=True, …."""
     include_path: Folders = ()
-    """Folders with tasks of one's own: YAML files, and the Python that they name."""
+    """A folder with tasks of your own, or a list of folders; their code runs."""
     system_instruction: Name | None = None
+    """The system prompt."""
     apply_chat_template: bool | Name = False
-    """Whether, or the name of the template."""
+    """true, or the template's name."""
     fewshot_as_multiturn: bool | None = None
-    """None = lm-eval's default: yes, with a chat template."""
+    """As in lm-eval; default: yes, with a chat template."""
     chat_template_args: Arguments | None = None
+    """What the chat template is told."""
     enable_thinking: bool | None = None
+    """Whether a text is thought over before its answer."""
     think_end_token: int | Name | None = None
     """What of a generated text comes before it is no answer."""
     gen_kwargs: Arguments | None = None
+    """max_gen_toks=64,until=… or JSON, as all SETTINGS."""
     metadata: Arguments | None = None
     """For tasks that make their documents, such as RULER's."""
 
@@ -187,9 +211,21 @@ def cell_request(**settings: Any) -> CellRequest:
         raise RequestError(first_problem(error, CellRequest, "--", IN_THE_FILE)) from None
 
 
+def run_request(settings: Mapping[str, Any]) -> CellRequest:
+    """Make a request of one run, under the names of `KEYS`; RequestError as `cell_request`."""
+    said = {field: settings.get(key) for field, key in IN_THE_FILE.items()}
+    runs = {field: None if value is None else (value,) for field, value in said.items()}
+    return cell_request(**{n: v for n, v in settings.items() if n not in said.values()} | runs)
+
+
 IN_THE_FILE = {
     "layers": "layer",
     "components": "component",
     "spans": "span",
     "interventions": "intervention",
 }
+"""Fields that hold several values, and the keys of files and options that give one."""
+KEYS: Mapping[str, str] = {
+    IN_THE_FILE.get(field, field): field for field in CellRequest.model_fields if field != "only"
+}
+"""What may be said in an experiment file, on the command line and in Python → its field."""

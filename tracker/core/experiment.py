@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import (
-    Field,
-    ValidationError,
-    model_validator,
+from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
+
+from tracker.core.config import (
+    IN_THE_FILE,
+    KEYS,
+    MAX_LAYERS,
+    CellRequest,
+    Count,
+    Name,
+    Strict,
 )
-
-from tracker.core.config import IN_THE_FILE, MAX_LAYERS, CellRequest, Count, Name, Strict
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
 from tracker.core.kinds import Component, Intervention
@@ -119,36 +124,31 @@ def _refuse_empty_or_repeated(values: list[Any]) -> None:
         seen.add(repr(value))
 
 
-class Parameters(Strict):
-    """The grid: every combination of the values is one run."""
+class Grid(Strict):
+    """Keys with their values: every combination is one run, or one search."""
 
-    model: Choice
-    benchmark: Choice
-    layer: _Layers
-    component: Choice | None = None
-    span: Choice | None = None
-    intervention: Choice | None = None
-    removed: Choice | None = None
-    revision: Choice | None = None
-    dtype: Choice | None = None
-    num_fewshot: Choice | None = None
-    part: Choice | None = None
-    limit: Choice | None = None
-    sample: Choice | None = None
-    until: Choice | None = None
-    metric: Choice | None = None
-    seed: Choice | None = None
-    data: Choice | None = None
-    model_args: Choice | None = None
-    include_path: Choice | None = None
-    system_instruction: Choice | None = None
-    apply_chat_template: Choice | None = None
-    fewshot_as_multiturn: Choice | None = None
-    chat_template_args: Choice | None = None
-    enable_thinking: Choice | None = None
-    think_end_token: Choice | None = None
-    gen_kwargs: Choice | None = None
-    metadata: Choice | None = None
+    @property
+    def options(self) -> dict[str, Sequence[Any]]:
+        """List each key's values, the names in alphabetical order, as W&B counts."""
+        grid = {name: getattr(self, name) for name in sorted(type(self).model_fields)}
+        return {name: choice.options for name, choice in grid.items() if choice is not None}
+
+
+def grid_of(name: str, keys: Mapping[str, FieldInfo]) -> type[Grid]:
+    """Make the grid of what may be asked: each key takes a value of its field, or several."""
+    fields: dict[str, Any] = {}
+    for key, field in keys.items():
+        kind = _Layers if key == "layer" else Choice
+        fields[key] = (kind, ...) if field.is_required() else (kind | None, None)
+    return create_model(name, __base__=Grid, **fields)
+
+
+if TYPE_CHECKING:  # which takes no class that is made
+    Parameters = Grid
+else:
+    Parameters = grid_of(
+        "Parameters", {key: CellRequest.model_fields[field] for key, field in KEYS.items()}
+    )
 
 
 _TOGETHER = ("layer", "component", "span", "intervention")
@@ -190,7 +190,7 @@ class Experiment(Sweep):
     @property
     def size(self) -> int:
         """How many runs the whole grid has."""
-        return math.prod(len(options) for options in self._options().values())
+        return math.prod(len(options) for options in self.parameters.options.values())
 
     @property
     def capped(self) -> str:
@@ -201,11 +201,6 @@ class Experiment(Sweep):
             f"run_cap: the first {self.run_cap:,} of the grid's {self.size:,} runs, as W&B counts"
         )
 
-    def _options(self) -> dict[str, Sequence[Any]]:
-        """List each parameter's values, the names in alphabetical order."""
-        grid = {name: getattr(self.parameters, name) for name in sorted(Parameters.model_fields)}
-        return {name: choice.options for name, choice in grid.items() if choice is not None}
-
     def _first(self) -> dict[str, list[tuple[Component, int, int, Intervention]]] | None:
         """List the runs within the cap: settings of a cell → what tells its runs apart.
 
@@ -214,7 +209,7 @@ class Experiment(Sweep):
         """
         if not self.capped:
             return None
-        options = self._options()
+        options = self.parameters.options
         found: dict[str, list[tuple[Component, int, int, Intervention]]] = {}
         for values in itertools.islice(itertools.product(*options.values()), self.run_cap):
             point = dict(zip(options, values, strict=True))
@@ -228,18 +223,14 @@ class Experiment(Sweep):
 
         ExperimentError for a value of the wrong kind.
         """
-        grid = self.parameters
+        grid = self.parameters.options
         if self.size > MAX_RUNS:
             raise ExperimentError(
                 f"'parameters': the grid has {self.size:,} runs; one file may have {MAX_RUNS:,}. "
                 "Split it into several"
             )
-        names = [
-            name
-            for name in Parameters.model_fields
-            if name not in _TOGETHER and getattr(grid, name) is not None
-        ]
-        count = math.prod(len(getattr(grid, name).options) for name in names)
+        names = [name for name in KEYS if name not in _TOGETHER and name in grid]
+        count = math.prod(len(grid[name]) for name in names)
         if count > MAX_CELLS:
             raise ExperimentError(
                 f"'parameters': the grid has {count:,} pairs of a model and a benchmark "
@@ -247,14 +238,13 @@ class Experiment(Sweep):
                 f"{MAX_CELLS:,}. Split it into several"
             )
         first = self._first()
-        runs: dict[str, Any] = {"layers": tuple(sorted(grid.layer.options))}
+        runs: dict[str, Any] = {"layers": tuple(sorted(grid["layer"]))}
         for name in ("component", "span", "intervention"):
-            choice = getattr(grid, name)
-            if choice is not None and choice.options != [None]:
-                runs[f"{name}s"] = tuple(choice.options)
+            if grid.get(name, [None]) != [None]:
+                runs[f"{name}s"] = tuple(grid[name])
         cells: dict[CellRequest, None] = {}
         questions: dict[CellRequest, CellRequest] = {}
-        for values in itertools.product(*(getattr(grid, name).options for name in names)):
+        for values in itertools.product(*(grid[name] for name in names)):
             settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
             if first is not None:
                 some = first.get(repr(dict(sorted(zip(names, values, strict=True)))), [])

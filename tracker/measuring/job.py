@@ -8,13 +8,11 @@ from numbers import Integral
 from typing import Any
 
 from tracker.benchmarks.base import Benchmark
-from tracker.core.config import CellRequest
+from tracker.core.config import EXECUTORS, CellRequest
 from tracker.core.errors import RequestError, did_you_mean
 from tracker.ledger.cells import CellStore
 from tracker.measuring.prepare import CellLookup
 
-EXECUTORS = ("local", "ray", "slurm")
-"""Where cells may be measured."""
 _LEAST = 2**20
 
 

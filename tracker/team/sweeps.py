@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tracker.core.ablations import first_run, removals
-from tracker.core.config import IN_THE_FILE, CellRequest, cell_request
+from tracker.core.config import IN_THE_FILE, KEYS, CellRequest, run_request
 from tracker.core.errors import ResultsError, TrackerError
-from tracker.core.experiment import Experiment, Parameters
+from tracker.core.experiment import Experiment
 from tracker.core.records import CellRecord, RunRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
@@ -51,11 +51,7 @@ class SweepFilled:
 
 def trial_request(settings: dict[str, Any]) -> CellRequest:
     """Say what a sweep asks of a trial; RequestError where that is no request."""
-    known = {name: settings[name] for name in Parameters.model_fields if name in settings}
-    for several, name in IN_THE_FILE.items():
-        if (value := known.pop(name, None)) is not None:
-            known[several] = (value,)
-    return cell_request(**known)
+    return run_request({key: settings[key] for key in KEYS if key in settings})
 
 
 def asked_of_cell(request: CellRequest, results: Path) -> CellRequest | None:

@@ -109,10 +109,3 @@ def calibration_documents(searches: Sequence[PruneRecord]) -> float:
     return statistics.fmean(sum(each.n for each in one.calibration) for one in searches)
 
 
-def mean_seconds(searches: Sequence[PruneRecord]) -> Estimate:
-    """How long a search took on average."""
-    seconds = [one.cost.seconds for one in searches]
-    known = [each for each in seconds if each is not None]
-    if len(known) < len(seconds):
-        return Estimate(None, reason="measured by a tracker that did not say")
-    return Estimate(statistics.fmean(known))

@@ -23,7 +23,6 @@ from tracker.pruning.search.figures import (
     calibration_documents,
     end,
     lost,
-    mean_seconds,
     separated,
 )
 from tracker.report.page.studies import SEARCH
@@ -179,13 +178,10 @@ def cost_columns(
 
         return read
 
-    def seconds(row: Row) -> Estimate:
-        return mean_seconds(searches(row)) if searches(row) else Estimate(None, reason=gone)
-
     return (
         Column("evaluations", "count", mean(lambda cost: cost.evaluations)),
         Column("passes", "times", mean(lambda cost: cost.passes)),
-        Column("seconds", "count", seconds),
+        Column("seconds", "count", mean(lambda cost: cost.seconds)),
     )
 
 

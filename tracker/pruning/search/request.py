@@ -12,29 +12,25 @@ parameters:
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ValidationError, model_validator
+from pydantic import AfterValidator, ValidationError, model_validator
 
-from tracker.core.config import CellRequest, Name, Strict
+from tracker.core.config import CellRequest, Name
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
-from tracker.core.experiment import MAX_CELLS, Choice, Sweep, checked, is_of_removals
-from tracker.core.extent import Positive
-from tracker.core.kinds import Component
+from tracker.core.experiment import MAX_CELLS, Grid, Sweep, checked, grid_of, is_of_removals
 from tracker.core.problems import first_problem
 from tracker.core.prune_records import Rescoring
 from tracker.core.safe_yaml import read_yaml
 from tracker.pruning.search.budgets import Amount, amount
+from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 from tracker.pruning.search.strategies import BLIND, DRAWN, OF_LAYERS, RESCORED, STRATEGIES
 
 DEFAULT = ("accuracy", "cosine_oneshot", "random")
 """Strategies where none is named: what really counts, beside the usual proxy and chance."""
-DRAWS = 3
 
 
 def _known(name: str) -> str:
@@ -44,81 +40,12 @@ def _known(name: str) -> str:
     return name
 
 
-def _several(given: Any) -> Any:
-    """Take one name, or a list of names, also as W&B writes one, or as lm-eval's `--tasks`."""
-    if isinstance(given, str) and given.startswith("["):
-        with suppress(ValueError):
-            given = json.loads(given.replace("'", '"'))
-    if isinstance(given, str):
-        return tuple(name.strip() for name in given.split(","))
-    return tuple(given) if isinstance(given, list) else given
-
-
-def _amount(given: Any) -> str:
-    """Read an amount, and leave it as it was written."""
-    return amount(given).text
-
-
-Written = Annotated[str, BeforeValidator(_amount)]
-
-
-class SearchParameters(Strict):
-    """The grid of a file: every combination of the values is one search."""
-
-    model: Choice
-    benchmark: Choice
-    remove: Choice | None = None
-    keep: Choice | None = None
-    strategy: Choice | None = None
-    unit: Choice | None = None
-    calibrate: Choice | None = None
-    sample: Choice | None = None
-    test_sample: Choice | None = None
-    rescoring: Choice | None = None
-    draws: Choice | None = None
-    revision: Choice | None = None
-    dtype: Choice | None = None
-    num_fewshot: Choice | None = None
-    metric: Choice | None = None
-    seed: Choice | None = None
-    data: Choice | None = None
-    model_args: Choice | None = None
-    include_path: Choice | None = None
-    system_instruction: Choice | None = None
-    apply_chat_template: Choice | None = None
-    fewshot_as_multiturn: Choice | None = None
-    chat_template_args: Choice | None = None
-    gen_kwargs: Choice | None = None
-    metadata: Choice | None = None
-
-
-_OF_SEARCH = (
-    *("remove", "keep", "strategy", "unit", "calibrate", "sample", "test_sample"),
-    *("rescoring", "draws"),
-)
-"""What is said of a search, and not of its cells."""
-
-
-class SearchRequest(Strict):
+class SearchRequest(SearchSettings):
     """One search for what to prune: of one model, for one benchmark, by one strategy."""
 
     cell: CellRequest
     """The model and the benchmark that it is for."""
     strategy: Annotated[Name, AfterValidator(_known)] = DEFAULT[0]
-    remove: Written | None = None
-    """What is to go at least, as an amount."""
-    keep: Written | None = None
-    """What may be left at most."""
-    unit: Component = "layer"
-    calibrate: Annotated[tuple[Name, ...], BeforeValidator(_several)] = ()
-    """Benchmarks that choose; empty for the one that it is for."""
-    sample: Positive | None = None
-    """Calibration documents of each task; None = all."""
-    test_sample: Positive | None = None
-    """Test documents of each task; None = all."""
-    rescoring: Rescoring = "full"
-    draws: Positive = DRAWS
-    """How often a strategy draws that draws."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> SearchRequest:
@@ -197,6 +124,16 @@ class SearchRequest(Strict):
         return test_of(self.cell.model_copy(update={"sample": self.test_sample}))
 
 
+if TYPE_CHECKING:  # which takes no class that is made
+    SearchParameters = Grid
+else:
+    SearchParameters = grid_of(
+        "SearchParameters",
+        {key: CellRequest.model_fields[key] for key in OF_CELLS}
+        | {key: SearchRequest.model_fields[key] for key in SearchSettings.model_fields},
+    )
+
+
 def calibration_of(request: CellRequest) -> CellRequest:
     """Ask for the documents that choose."""
     return request.model_copy(update={"part": "calibration"})
@@ -210,7 +147,7 @@ def test_of(request: CellRequest) -> CellRequest:
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
     """Make a request of settings (None = not said); RequestError for a value of the wrong kind."""
     said = {name: value for name, value in settings.items() if value is not None}
-    own = {name: said.pop(name) for name in _OF_SEARCH if name in said}
+    own = {name: said.pop(name) for name in SearchSettings.model_fields if name in said}
     try:
         cell = CellRequest(layers=(), **said)
     except ValidationError as error:
@@ -253,12 +190,8 @@ class PruneFile(Sweep):
 
         ExperimentError for a value of the wrong kind.
         """
-        # As W&B counts: names in alphabetical order, the last one changing fastest.
-        grid = {
-            name: getattr(self.parameters, name) for name in sorted(SearchParameters.model_fields)
-        }
-        options = {name: choice.options for name, choice in grid.items() if choice is not None}
-        options = dict(sorted({"strategy": list(DEFAULT), **options}.items()))
+        grid = {"strategy": list(DEFAULT), **self.parameters.options}
+        options = dict(sorted(grid.items()))
         count = math.prod(map(len, options.values()))
         if count > MAX_CELLS:
             raise ExperimentError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import p_value, points, two_digits, with_interval
-from tracker.pruning.search.figures import calibration_documents, mean_seconds
+from tracker.pruning.search.figures import calibration_documents
 from tracker.pruning.search.report import unsure_sentence
 from tracker.stats.rank_agreement import rounded
 from tracker.studies.base import SIGNIFICANT
@@ -127,8 +127,8 @@ def _cost(group: Compared) -> Iterator[str]:
     said = []
     for amount in group.amounts:
         searches = group.searches(Way(ACCURACY, amount))
-        seconds = mean_seconds(searches).value if searches else None
-        if seconds is not None:
+        if searches:
+            seconds = statistics.fmean(one.cost.seconds for one in searches)
             evaluations = statistics.fmean(one.cost.evaluations for one in searches)
             passes = statistics.fmean(one.cost.passes for one in searches)
             said.append(

@@ -1,0 +1,118 @@
+"""What may be asked stands in one place; files, options, Python and docs say the same."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import pytest
+from pydantic import ConfigDict, ValidationError
+
+from tracker import api
+from tracker.cli.commands import main
+from tracker.cli.options import keys
+from tracker.core.config import KEYS, CellRequest
+from tracker.core.experiment import Parameters, grid_of
+from tracker.measuring.job import Options
+from tracker.pruning.search.request import SearchParameters, SearchRequest
+from tracker.pruning.search.settings import OF_CELLS, SearchSettings
+
+DOCS = Path(__file__).parents[1] / "docs"
+RUNNING = {"results", "track", "device", "memory", "publish_documents", "trust_remote_code"}
+
+
+def rows(page: str, *headings: str) -> dict[str, str]:
+    """Read the tables of keys of a page: key → the row's last column."""
+    found, inside = {}, False
+    for line in (DOCS / page).read_text().splitlines():
+        inside = line.startswith("| key |") or (inside and line.startswith("|"))
+        if inside and not line.startswith(("| key |", "|---")):
+            first, *_, last = line.strip("|").split(" | ")
+            found |= dict.fromkeys(re.findall(r"`(\w+)[`:]", first), last.strip())
+    return found
+
+
+def test_the_docs_say_every_key_and_its_default() -> None:
+    said = rows("experiments.md")
+    assert set(said) == set(KEYS) == set(Parameters.model_fields)
+    for key, field in KEYS.items():
+        about = CellRequest.model_fields[field]
+        default = about.default[0] if field in ("components", "spans", "interventions") else None
+        default = default or about.default
+        if about.is_required():
+            assert said[key] == "needed"
+        elif default not in (None, (), False):
+            assert str(default) in said[key].replace("`", ""), key
+    searched = rows("pruning.md")
+    assert set(searched) == set(SearchSettings.model_fields)
+    for key, about in SearchRequest.model_fields.items():
+        if about.default not in (None, ()) and not about.is_required():
+            assert str(about.default) in searched[key], key
+    assert set(SearchParameters.model_fields) == {*OF_CELLS, *SearchSettings.model_fields}
+
+
+def test_each_field_says_what_it_is() -> None:
+    for model in (CellRequest, SearchSettings):
+        assert all(about.description for about in model.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        ("evaluate", {*KEYS, "project"} | RUNNING),
+        (
+            "prune",
+            {*OF_CELLS, *SearchSettings.model_fields, "project", "experiment", "output"} | RUNNING,
+        ),
+        ("export", set(inspect.signature(api.export).parameters) - {"settings", "progress"}),
+    ],
+)
+def test_the_command_line_takes_every_key(command: str, asked: set[str]) -> None:
+    taken = {parameter.name for parameter in main.commands[command].params}
+    assert asked <= taken
+    assert taken - asked <= set(KEYS)
+    assert command == "export" or taken == asked
+
+
+def test_python_and_the_command_line_have_the_same_defaults() -> None:
+    """Of what says how work is done; what is asked has its defaults in the schema alone."""
+    defaults: dict[str, set[Any]] = {field.name: {field.default} for field in fields(Options)}
+    defaults["slurm"] = {None}  # nothing that could be changed is a default
+    defaults["results"] = {api.RESULTS}
+    for name in ("run", "prune", "evaluate", "export"):
+        signature = inspect.signature(getattr(api, name)).parameters
+        for option in main.commands[name].params:
+            if option.name in defaults:
+                default = option.to_info_dict()["default"]
+                default = default or (False if getattr(option, "is_flag", False) else None)
+                defaults[option.name] |= {default, signature[option.name].default}
+    assert {name: found for name, found in defaults.items() if len(found) != 1} == {}
+
+
+def test_a_new_field_is_a_key_and_an_option() -> None:
+    class More(CellRequest):
+        model_config = ConfigDict(use_attribute_docstrings=True)
+
+        far_colour: Literal["red", "blue"] = "red"
+        """Of the paint."""
+
+    grid = grid_of("Grid", {"far_colour": More.model_fields["far_colour"]})
+    assert grid.model_validate({"far_colour": {"values": ["red"]}}).options == {
+        "far_colour": ["red"]
+    }
+    with pytest.raises(ValidationError):
+        grid.model_validate({"far_color": {"value": "red"}})
+
+    @click.command()
+    @keys(More, "far_colour")
+    def command(far_colour: str) -> None:
+        """Paint."""
+
+    (option,) = command.params
+    assert option.opts == ["--far_colour", "--far-colour"]
+    assert (option.default, option.type.choices) == ("red", ("red", "blue"))
+    assert option.help == "Of the paint."

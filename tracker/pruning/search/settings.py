@@ -1,0 +1,70 @@
+"""What may be asked of a search: keys of a file, and options of `tracker prune`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict
+
+from tracker.core.config import KEYS, Name, Strict
+from tracker.core.extent import Positive
+from tracker.core.kinds import Component
+from tracker.core.prune_records import Rescoring
+from tracker.pruning.search.budgets import amount
+
+DRAWS = 3
+
+
+def _several(given: Any) -> Any:
+    """Take one name, or a list of names, also as W&B writes one, or as lm-eval's `--tasks`."""
+    if isinstance(given, str) and given.startswith("["):
+        with suppress(ValueError):
+            given = json.loads(given.replace("'", '"'))
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(","))
+    return tuple(given) if isinstance(given, list) else given
+
+
+def _amount(given: Any) -> str:
+    """Read an amount, and leave it as it was written."""
+    return amount(given).text
+
+
+Written = Annotated[str, BeforeValidator(_amount)]
+
+
+class SearchSettings(Strict):
+    """What is said of a search, and not of its benchmarks; as `CellRequest` is of those."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    strategy: Name
+    """How to choose, e.g. accuracy, cosine_oneshot, last, random."""
+    remove: Written | None = None
+    """What goes at least: 8, 25 %, 25 % parameters, 70 MB, 5 ms, …."""
+    keep: Written | None = None
+    """What stays at most: 22, 100M parameters, 200 MB, …."""
+    unit: Component = "layer"
+    """What goes."""
+    calibrate: Annotated[tuple[Name, ...], BeforeValidator(_several)] = ()
+    """Benchmarks that choose, comma-separated; default: the benchmark itself."""
+    sample: Positive | None = None
+    """Calibration documents of each task; default: all."""
+    test_sample: Positive | None = None
+    """Test documents of each task; default: all."""
+    rescoring: Rescoring = "full"
+    """How greedy searches score candidates after each removal: all of them (full), only those that
+    can still win (lazy), or on no more documents than it takes (race)."""
+    draws: Positive = DRAWS
+    """How often random strategies draw."""
+
+
+OF_CELLS = tuple(
+    key
+    for key in KEYS
+    if key not in ("layer", "component", "span", "intervention", "removed")
+    and key not in ("part", "limit", "sample", "until")
+)
+"""What is said of the benchmarks of a search, which removes and draws documents itself."""
