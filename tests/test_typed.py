@@ -14,6 +14,7 @@ from tests.ledger import faults
 from tracker.cli import boundary, viewing
 from tracker.cli.commands import main
 from tracker.core.text import harmless, masked
+from tracker.ledger.notes import sealed
 
 LONG = "a" * 300
 SECRET = "hunter2-not-to-be-seen"
@@ -133,7 +134,7 @@ def test_what_a_terminal_obeys_is_shown_and_not_obeyed(cli, tmp_path):
     identity.pop("digest")
     identity["model"]["name"] = f"[bold]{ESCAPES}[/x]"
     identity["benchmark"]["data"] = ESCAPES
-    path.write_text(json.dumps(identity))
+    path.write_text(sealed(identity))
     shutil.rmtree(path.parent / "derived")
     for arguments in (("ls",), ("leaderboard",), ("report",), ("check",)):
         found = cli(*arguments)

@@ -13,6 +13,7 @@ from tracker.core.config import CellRequest
 from tracker.ledger.blocks import Block
 from tracker.ledger.cells import CellStore
 from tracker.ledger.checks import Checks
+from tracker.ledger.notes import write_note
 from tracker.ledger.store import Ledger
 from tracker.ledger.verify import VerifiedCell, compare, verify
 
@@ -26,7 +27,7 @@ class TestVerify:
         told: list[int] = []
         found = verify(ledger, told.append)
         (held,) = found.cells
-        assert held == VerifiedCell(held.store, 2, 0, 3, 5, 0)
+        assert held == VerifiedCell(held.store, 2, 3, 5, 0)
         assert held.store.folder == cell.folder
         assert found.damaged == {}
         assert told == [1]
@@ -48,7 +49,7 @@ class TestVerify:
         for _ in range(2):
             found = verify(ledger)
             (held,) = found.cells
-            assert held == VerifiedCell(held.store, 1, 0, 1, 1, 1)
+            assert held == VerifiedCell(held.store, 1, 1, 1, 1)
             assert found.damaged == {
                 str(aside): "it was set aside as damaged; run its experiment again, which "
                 "measures what is missing, and delete it"
@@ -74,7 +75,7 @@ class TestVerify:
         Checks(ledger.root).keep("0" * 64, "sound")
         for made in (ledger.root / "pulled" / "one.json", cell.folder / "derived" / "intact.json"):
             made.parent.mkdir()
-            made.write_text("{}")
+            write_note(made, {})
         assert verify(ledger).damaged == {}
         notes = [
             path

@@ -76,15 +76,6 @@ def test_what_is_whole_is_believed(project: Project) -> None:
     assert files(project) == {path.name for path in CELL.glob("shards/*")}
 
 
-def test_what_an_older_tracker_published_by_another_metric_is_still_shown(
-    project: Project,
-) -> None:
-    """It stands there under the key of the benchmark's own metric."""
-    project.change("intact.json", lambda found: found["request"].update(metric="acc_norm"))
-    (record,), why = pull()
-    assert (why, record.metric, record.view) == ("", "acc_norm", "intact--acc_norm")
-
-
 @pytest.mark.parametrize(
     "field", [("model", "fingerprint"), ("model", "dtype"), ("benchmark", "num_fewshot"), ("key",)]
 )

@@ -213,9 +213,8 @@ def cell_request(**settings: Any) -> CellRequest:
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:
     """Make a request of one run, under the names of `KEYS`; RequestError as `cell_request`."""
-    said = {field: settings.get(key) for field, key in IN_THE_FILE.items()}
-    runs = {field: None if value is None else (value,) for field, value in said.items()}
-    return cell_request(**{n: v for n, v in settings.items() if n not in said.values()} | runs)
+    said = {KEYS.get(key, key): value for key, value in settings.items() if value is not None}
+    return cell_request(**{f: (v,) if f in IN_THE_FILE else v for f, v in said.items()})
 
 
 IN_THE_FILE = {
