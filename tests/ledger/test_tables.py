@@ -207,7 +207,6 @@ def test_every_figure_of_a_single_task(store) -> None:
     check(record, items, True, range(LAYERS))
     assert record.key == cell.identity.key
     assert (record.model, record.benchmark) == (cell.identity.model, cell.identity.benchmark)
-    assert record.provenance == {"a": "b"}
     assert record.missing == ()
     assert record.reasons == {}
 
@@ -492,14 +491,13 @@ def test_a_proxy_that_was_not_observed_then_is_undefined_and_not_zero(store, mon
 
 
 def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell, row) -> None:
-    """Shards from before there was a watch lack the columns, and most outcomes the values."""
+    """Most outcomes are not."""
     request = CellRequest(model="m", benchmark="b", layers=(0,), limit=4)
     names = ("baseline", "layer:0", "layer:1")
     compared = {(0, "baseline"): (2, 0.25, 1), (3, "layer:0"): (5, 0.125, 0)}
     hidden = {(2, "layer:1"): (9, 9.0, 9)}
     rows = [row(doc, name) for doc in range(4) for name in names]
-    old = [{k: v for k, v in each.items() if k not in COMPARED} for each in rows]
-    cell.write(Block("arc_easy", 0), old[: 3 * 2], {})
+    cell.write(Block("arc_easy", 0), rows[: 3 * 2], {})
     record = cell_record(cell, request, "acc", aggregate)
     assert (record.compared, record.compared_difference, record.compared_unsteady) == (0, None, 0)
     for each in rows:
@@ -510,18 +508,6 @@ def test_what_was_answered_again_is_counted_over_all_that_is_shown(cell, row) ->
     cell.write(Block("arc_easy", 0), rows, {})
     record = cell_record(cell, request, "acc", aggregate)
     assert (record.compared, record.compared_difference, record.compared_unsteady) == (7, 0.25, 1)
-
-
-def test_shards_from_before_rolling_documents_have_gold_answers(cell, row) -> None:
-    request = CellRequest(model="m", benchmark="b", layers=(0,), limit=2)
-    rows = [row(doc, name) for doc in range(2) for name in ("baseline", "layer:0")]
-    for each in rows:
-        if each["ablation"] == "layer:0":
-            each["loglikelihoods"] = [-2.0, -1.0]
-        del each["rolling"]
-    cell.write(Block("arc_easy", 0), rows, {})
-    (layer,) = cell_record(cell, request, "acc", aggregate).runs
-    assert layer.gold_logprob_drop == -0.25 - -1
 
 
 def test_what_lies_beneath_is_weighted_as_all_else(
