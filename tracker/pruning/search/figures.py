@@ -107,5 +107,3 @@ def separated(searches: Sequence[PruneRecord]) -> Separated:
 def calibration_documents(searches: Sequence[PruneRecord]) -> float:
     """How many calibration documents a search has on average."""
     return statistics.fmean(sum(each.n for each in one.calibration) for one in searches)
-
-
