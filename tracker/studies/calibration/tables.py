@@ -22,7 +22,7 @@ def needed_table(rows: Sequence[tuple[str, Curve]], wanted: float) -> Table:
         return "extrapolated" if row[1].extrapolated else "measured"
 
     columns: tuple[Column[tuple[str, Curve]], ...] = (
-        Column("cell", "text", lambda row: row[0]),
+        Column("model and benchmark", "text", lambda row: row[0]),
         Column("ranked by", "text", lambda row: row[1].name),
         Column("documents", "count", lambda row: row[1].documents),
         Column("two halves agree", "coefficient", lambda row: row[1].agreement(row[1].half)),

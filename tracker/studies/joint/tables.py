@@ -23,7 +23,7 @@ def summary(rows: Sequence[tuple[CellRecord, Pairs]]) -> Table:
         return pairs.mean if pairs.mean.value is None else pairs.said(pairs.mean)
 
     columns: tuple[Column[tuple[CellRecord, Pairs]], ...] = (
-        Column("cell", "text", lambda row: row[0].title),
+        Column("model and benchmark", "text", lambda row: row[0].title),
         Column("measure", "text", lambda row: row[1].measure),
         Column("documents", "count", lambda row: row[0].n),
         Column("pairs", "count", lambda row: len(row[1].pairs)),

@@ -48,7 +48,7 @@ def summary(cells: Sequence[Costs]) -> Table:
     return table(
         "What stands in for a layer, and how much of the drop it wins back",
         [
-            Column("cell", "text", lambda cell: cell.name),
+            Column("model and benchmark", "text", lambda cell: cell.name),
             Column("documents", "count", lambda cell: cell.n),
             Column(label, measure.form, mean),
             *(won_back(way, nats) for nats in (False, True) for way in WAYS),
@@ -87,7 +87,7 @@ def significant(cells: Sequence[Costs]) -> Table:
         rows.append(_Tested(way, made, *counts))
     columns: tuple[Column[_Tested], ...] = (
         Column("stand-in", "text", lambda row: NAMES[row.way]),
-        Column("layers × cells tested", "count", lambda row: row.made),
+        Column("layers × benchmarks tested", "count", lambda row: row.made),
         Column(
             "significantly better", "count", lambda row: row.better if row.made else None, _NO_TEST
         ),
