@@ -1,40 +1,25 @@
 """The double serves the real W&B client and CLI; nothing of ours is in these tests.
 
-What passed is not asked again until the double, the client or these tests change. When they have,
-and pass, `python -m tests.tracking.test_wandb_double` writes that down.
+They run with all others until they have passed for this double and this wandb, which
+`python -m tests.tracking.test_wandb_double` finds out and writes down; then when they are named.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .conftest import PROVED, double_state
 from .wandb_client import Client
 from .wandb_double import RefusedError, Run, WandbDouble, expand
-
-PROVED = Path(__file__).with_name("wandb_double.proved")
-
-
-def state() -> str:
-    """Name the double, the real client and these tests as they are."""
-    files = [Path(__file__).with_name(f"{name}.py") for name in ("wandb_client", "wandb_double")]
-    found = hashlib.sha256(b"".join(file.read_bytes() for file in (Path(__file__), *files)))
-    return f"wandb {version('wandb')} {found.hexdigest()}"
-
-
-pytestmark = pytest.mark.skipif(
-    state() in PROVED.read_text().splitlines(), reason="it passed with this double and client"
-)
 
 QUIET = "settings=wandb.Settings(x_disable_stats=True, console='off')"
 
@@ -350,4 +335,6 @@ def test_a_run_outlives_an_outage(double: WandbDouble, client: Client) -> None:
 
 
 if __name__ == "__main__":
-    PROVED.write_text(f"{state()}\n")
+    if not (failed := pytest.main(["-q", __file__])):
+        PROVED.write_text(f"{double_state()}\n")
+    sys.exit(failed)
