@@ -151,8 +151,8 @@ def test_a_second_answer_runs_nothing(conduct: Conduct, monkeypatch: pytest.Monk
     def never(*args: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(module, "follow", never)
-    monkeypatch.setattr(module, "verify_following", never)
+    monkeypatch.setattr(module, "perturbation_growth", never)
+    monkeypatch.setattr(module, "verify_growth", never)
     assert conduct() == first
 
 
@@ -295,7 +295,7 @@ def test_a_model_that_refuses_is_lacking(conduct: Conduct, monkeypatch: pytest.M
     def refuse(*args: object) -> None:
         raise RefusalError("its layers see the batch")
 
-    monkeypatch.setattr(module, "verify_following", refuse)
+    monkeypatch.setattr(module, "verify_growth", refuse)
     finding = conduct()
     assert (finding.answers, finding.tables, finding.charts) == ((), (), ())
     (lacks,) = finding.lacking
@@ -307,7 +307,7 @@ def test_a_model_that_refuses_is_lacking(conduct: Conduct, monkeypatch: pytest.M
     def broken(*args: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(module, "verify_following", broken)
+    monkeypatch.setattr(module, "verify_growth", broken)
     with pytest.raises(ZeroDivisionError):
         conduct()
 
@@ -315,7 +315,7 @@ def test_a_model_that_refuses_is_lacking(conduct: Conduct, monkeypatch: pytest.M
 def test_documents_that_are_not_finite_are_left_out(
     conduct: Conduct, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, seen = module.follow, []
+    honest, seen = module.perturbation_growth, []
 
     def spoiled(engine, document, draws):
         found = honest(engine, document, draws)
@@ -324,7 +324,7 @@ def test_documents_that_are_not_finite_are_left_out(
             found["random"][0, 0, 1, 2] = np.nan
         return found
 
-    monkeypatch.setattr(module, "follow", spoiled)
+    monkeypatch.setattr(module, "perturbation_growth", spoiled)
     spoil = {2, 5}
     finding = conduct()
     assert values(finding.tables[0], "documents") == [6]
