@@ -107,7 +107,7 @@ def compare(model: str, documents: int, layers: list[int], folder: Path) -> list
 
     found = []
     for ablation in ablations_of(request, store.identity.model.layers):
-        chances = judged(outcomes, ablation, "acc", store.texts.read).chances
+        chances = judged(outcomes, ablation, store.texts.read).chances
         assert chances is not None
         right = outcomes.values(ablation) == 1
         said = {size: plainly(ablation, size) for size in BATCH_SIZES}
