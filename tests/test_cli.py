@@ -187,7 +187,7 @@ def test_reports_and_leaderboards(cli, tiny_llama, experiment, tmp_path, monkeyp
     assert (written.exit_code, written.output) == (0, "1 measurement: results/report.html\n")
     markdown = cli("report", results, results, "--format", "md")
     assert markdown.output == "1 measurement: report.md\n", "two sources are about no one folder"
-    assert "| tiny-llama | 1" in (tmp_path / "report.md").read_text()
+    assert "tiny-llama: its layers, ranked" in (tmp_path / "report.md").read_text()
     data = cli("report", "--format", "csv", "--output", "data")
     assert data.output == f"1 measurement: {len(list(Path('data').iterdir()))} files in data\n"
     assert len((tmp_path / "data" / "layers.csv").read_text().splitlines()) == 3

@@ -601,7 +601,7 @@ class TestMiniatures:
 
         monkeypatch.setattr(Engine, "answer", answer)
         monkeypatch.setattr(
-            "tracker.engine.selfcheck.miniature_check.as_cut", lambda *given: given[2]
+            "tracker.engine.selfcheck.miniature_check.as_removed", lambda *given: given[2]
         )
         attack(Engine(loaded(tiny_model("llama")), MAX_LENGTH), ABLATIONS)
         rising = [length for engine, length in asked if engine is asked[0][0]]
@@ -617,7 +617,7 @@ class TestMiniatures:
     ) -> None:
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         monkeypatch.setattr(
-            "tracker.engine.selfcheck.miniature_check.as_cut", lambda *given: given[2]
+            "tracker.engine.selfcheck.miniature_check.as_removed", lambda *given: given[2]
         )
         errors = iter([RefusalError("it takes no texts"), ZeroDivisionError("ours")])
 
@@ -644,7 +644,7 @@ class TestMiniatures:
     ) -> None:
         engine = Engine(loaded(tiny_model("llama")), MAX_LENGTH)
         monkeypatch.setattr(
-            "tracker.engine.selfcheck.miniature_check.as_cut", lambda *given: given[2]
+            "tracker.engine.selfcheck.miniature_check.as_removed", lambda *given: given[2]
         )
         asked: list[Engine] = []
 
@@ -868,7 +868,7 @@ class TestCut:
 
         return refuse
 
-    def attacked(self, model: Any, *removed: tuple[int, ...]) -> Verdict:
+    def checked(self, model: Any, *removed: tuple[int, ...]) -> Verdict:
         ablations = [INTACT, *(ablate("layer", layers) for layers in removed)]
         return attack(Engine(loaded(model), MAX_LENGTH), ablations)
 
@@ -880,18 +880,18 @@ class TestCut:
             "leave it out of 'layer'$"
         )
         with pytest.raises(CellError, match=said):
-            self.tried_on(tiny_model("llama"), (0,), removed)
+            self.checked(tiny_model("llama"), (0,), removed)
 
     def test_it_cannot_be_cut(self, tiny_model, refuse, watched) -> None:
         refuse(False)
-        verdict = self.tried_on(tiny_model("llama"), (0,), (2,))
+        verdict = self.checked(tiny_model("llama"), (0,), (2,))
         assert (verdict.stay, verdict.sharing, verdict.lost) == (True, FULL, None)
         assert watched.engines[0].quirks.stay
 
     def test_it_can_only_be_cut(self, tiny_model, refuse, watched) -> None:
         """Then it is a checkpoint, of which nothing proves that it is the model that skips."""
         refuse(True)
-        verdict = self.tried_on(tiny_model("llama"), (0,), (2,))
+        verdict = self.checked(tiny_model("llama"), (0,), (2,))
         assert (verdict.stay, verdict.sharing) == (False, PLAIN)
         assert verdict.lost == (
             "a checkpoint without a layer is not the model that skips it, so nothing is shared"
@@ -903,13 +903,13 @@ class TestCut:
             "leave it out of 'layer'$"
         )
         with pytest.raises(CellError, match=said):
-            self.tried_on(Fussy(tiny_model("llama").config).eval(), (0, 1), (0,))
+            self.checked(Fussy(tiny_model("llama").config).eval(), (0, 1), (0,))
 
     def test_what_no_checkpoint_is_stays_in_its_place(self, tiny_model, watched) -> None:
         """The class cannot be made of two layers, so that it is nothing by its own nature."""
         model = NoTwo(tiny_model("llama").config).eval()
-        assert self.tried_on(model, (3,)).stay is False
-        alone = self.tried_on(model, (0, 1))
+        assert self.checked(model, (3,)).stay is False
+        alone = self.checked(model, (0, 1))
         assert (alone.stay, alone.loaded, alone.sharing) == (True, False, FULL)
         said = (
             "what is measured is the model whose layer stays in its place and hands on its input, "
@@ -917,20 +917,20 @@ class TestCut:
         )
         assert alone.which == f"whatever is removed, {said}"
         # Beside a layer without which there is one, each is what it can be.
-        both = self.tried_on(model, (0,), (0, 1))
+        both = self.checked(model, (0,), (0, 1))
         assert (both.stay, both.loaded, both.sharing) == (True, True, PLAIN)
         assert both.which == f"without layers 0, 1, {said}"
 
     def test_a_model_that_is_another_when_it_is_loaded_has_no_checkpoint(
         self, tiny_model, watched
     ) -> None:
-        verdict = self.tried_on(Hidden(tiny_model("llama").config).eval(), (0,))
+        verdict = self.checked(Hidden(tiny_model("llama").config).eval(), (0,))
         assert "(the model itself, saved and loaded, is another one)" in verdict.which
 
     def test_other_weights_are_another_model(self, tiny_model, watched) -> None:
         """What a class makes of a configuration alone is no proof."""
         model = Hidden(tiny_model("llama").config).eval()
-        assert self.tried_on(model, (0,)).stay is True
+        assert self.checked(model, (0,)).stay is True
 
     def test_a_checkpoint_begins_as_no_call_has_changed_it(
         self, tiny_model, monkeypatch, watched
@@ -940,7 +940,7 @@ class TestCut:
         monkeypatch.setattr(
             "tracker.engine.selfcheck.miniature_check.find_quirks", lambda *_: found
         )
-        verdict = self.tried_on(Placed(tiny_model("llama").config).eval(), (0,))
+        verdict = self.checked(Placed(tiny_model("llama").config).eval(), (0,))
         assert (verdict.sharing, verdict.stay) == (PLAIN, False)
 
     def test_all_of_it_happens_where_the_model_is(self, tiny_model) -> None:
@@ -980,14 +980,14 @@ class TestCut:
         )
         model = tiny_model("llama")
         refuse(False)
-        assert self.tried_on(model, (2,)).stay is True
+        assert self.checked(model, (2,)).stay is True
         (engine,) = watched.engines
         assert engine.loaded.model is model
         assert engine.quirks.stay
         assert engine.quirks.lengths == Lengths((), each=True)
         refuse(True)
         with pytest.raises(CellError, match=r"^LlamaForCausalLM does not run without layer 2 "):
-            self.tried_on(model, (2,))
+            self.checked(model, (2,))
 
     @pytest.mark.parametrize("small", [True, False])
     def test_a_model_may_not_run_at_all(self, tiny_model, monkeypatch, small: bool) -> None:
@@ -1001,7 +1001,7 @@ class TestCut:
         monkeypatch.setattr("tracker.engine.selfcheck.miniature_check._compared", compared)
         said = r"^LlamaForCausalLM cannot be asked one request at a time: no such mask$"
         with pytest.raises(CellError, match=said):
-            self.tried_on(tiny_model("llama"), (2,))
+            self.checked(tiny_model("llama"), (2,))
 
     def test_sublayers_ask_for_no_cut(self, tiny_model, refuse, watched) -> None:
         refuse(False, True)
@@ -1011,7 +1011,7 @@ class TestCut:
     def test_an_error_of_ours_is_raised(self, tiny_model, refuse, watched) -> None:
         refuse(False, error=ZeroDivisionError("ours"))
         with pytest.raises(ZeroDivisionError, match="ours"):
-            self.tried_on(tiny_model("llama"), (2,))
+            self.checked(tiny_model("llama"), (2,))
 
     @pytest.mark.parametrize(
         ("dtype", "scale", "sharing"),
@@ -1035,7 +1035,7 @@ class TestCut:
             monkeypatch.setattr(
                 "tracker.engine.selfcheck.miniature_check.miniature", lambda model: None
             )
-        verdict = self.tried_on(model, (0,))
+        verdict = self.checked(model, (0,))
         assert (verdict.sharing, verdict.stay) == (sharing, False)
 
     def test_what_is_not_finite_either_way_is_the_same(
@@ -1046,7 +1046,7 @@ class TestCut:
         )
         model = tiny_model("llama")
         model.lm_head.weight[7] = torch.nan
-        verdict = self.tried_on(model, (1,))
+        verdict = self.checked(model, (1,))
         assert (verdict.sharing, verdict.stay) == (DEPTH_ONLY, False)
 
 

@@ -62,7 +62,7 @@ def test_tables_and_charts_show_the_records_numbers(chromium: Browser, report: P
             shown = [part.replace("−", "-") for part in re.split(r"\t+", row)]
             assert int(shown[0]) == record.layer
             assert float(shown[2]) == pytest.approx(100 * record.accuracy_drop, abs=0.051)
-            assert float(shown[6]) == pytest.approx(record.cosine_score, abs=6e-5)
+            assert float(shown[6]) == pytest.approx(record.cosine_score, abs=6e-4)
             assert drop == pytest.approx(100 * record.accuracy_drop)
 
 

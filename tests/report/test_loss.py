@@ -8,7 +8,7 @@ import pytest
 
 from tracker.core import formats
 from tracker.core.records import CellRecord
-from tracker.core.tables import Written
+from tracker.core.tables import EntryText
 from tracker.report import caveats, tables, wording
 from tracker.report.page import html
 
@@ -85,7 +85,7 @@ def test_tables(loss) -> None:
     row, other = overview.rows
     assert row[1].text.endswith("bits_per_byte (bits per byte)")
     assert row[3].text == "3.250 (3.100 to 3.400)"
-    assert row[4] == Written("–", REASON)
+    assert row[4] == EntryText("–", REASON)
     assert other[3].text.startswith("50.0 (")
     assert "or loss" in overview.labels[3]
     assert "loss increase" in tables.correlation_table(loss).title

@@ -11,7 +11,7 @@ import pytest
 from tracker.core import formats
 from tracker.core.records import NOT_MEASURED, CellRecord, Kind, RunIdentity, RunRecord
 from tracker.core.run_table import pick, run_columns, telling_apart
-from tracker.core.tables import Written
+from tracker.core.tables import EntryText
 from tracker.report import caveats, frames, tables, wording
 from tracker.report.page import html
 
@@ -64,7 +64,7 @@ def without(*removed: int, **changes: Any) -> CellRecord:
     return several(("layer",), (1,), removed=removed, **{**beneath, **changes})
 
 
-def column(table: SimpleNamespace, label: str) -> list[Written]:
+def column(table: SimpleNamespace, label: str) -> list[EntryText]:
     number = table.labels.index(label)
     return [row[number] for row in table.rows]
 
@@ -133,7 +133,7 @@ class TestTable:
         )
         bare = several(("attention",), (1,), correlations=())
         row = as_read(tables.overview_table([bare])).rows[0]
-        assert row[5] == Written("–", "no whole single layer was removed")
+        assert row[5] == EntryText("–", "no whole single layer was removed")
 
 
 class TestCharts:
@@ -218,7 +218,7 @@ class TestBeneath:
         assert list(gaps.x) == [3, 17]
         assert all("removed already, beneath every run" in text for text in gaps.hovertext)
         table = as_read(tables.relevance_table([build_cell(), without(3, 17)]))
-        assert table.rows[3][2] == Written("–", "removed already, beneath every run")
+        assert table.rows[3][2] == EntryText("–", "removed already, beneath every run")
         assert table.labels[2] == "arc_easy · 0-shot · without layers 3, 17"
 
 

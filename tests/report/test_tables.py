@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tracker.core.formats import three_digits
-from tracker.core.tables import Written
+from tracker.core.tables import EntryText
 from tracker.report import tables
 
 from .conftest import as_read, build_cell, with_layer
@@ -20,7 +20,7 @@ def test_layers_with_different_documents_show_them() -> None:
 def test_nan_is_a_dash_with_a_reason() -> None:
     table = as_read(tables.layer_table(with_layer(build_cell(), 0, cosine_score=float("nan"))))
     column = table.labels.index("cosine score (1 − cos)")
-    assert table.rows[0][column] == Written("–", "not a finite number (nan)")
+    assert table.rows[0][column] == EntryText("–", "not a finite number (nan)")
     assert (
         "cosine score (1 − cos): undefined for layer 0: not a finite number (nan)." in table.notes
     )

@@ -37,7 +37,8 @@ def test_sentence() -> None:
         f"{found['all'].high:.2f}; 30 layers, 160 documents; p < 0.001); "
         f"without the two outer layers at each end {found['inner'].value:.2f} (95 % interval "
         f"{formats.fixed(found['inner'].low, 2)} to {found['inner'].high:.2f}; 26 layers, "
-        "160 documents; p = 0.210)."
+        "160 documents; p = 0.210). Of other proxies: angular distance 0.67 (0.42 to 0.84), "
+        "relative update 0.55 (0.30 to 0.72)."
     )
     assert f"undefined ({CONSTANT}; 30 layers, 160 documents)" in wording.sentence(study()[2])
     assert "not computed" in wording.sentence(cell.model_copy(update={"correlations": ()}))

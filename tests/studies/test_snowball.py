@@ -253,8 +253,8 @@ def test_only_decided_layers_contradict(factors: tuple[float, ...], verdict: str
 def test_growth_is_compared_between_documents_of_their_own() -> None:
     one, other = (cell(around(*[f] * 3, documents=20)) for f in (2.0, 3.0))
     assert _between([one, other]) == (
-        "Whether growth differs between benchmarks cannot be tested: arc_easy stands in several "
-        "cells, whose documents are not independent; ask for one cell a benchmark."
+        "Whether growth differs between benchmarks cannot be tested: arc_easy stands in several, "
+        "whose documents are not independent; ask for one of each."
     )
     of_another = cell(around(*[3.0] * 3, documents=20), "piqa")
     assert "in 3 of 3 layers (arc_easy, piqa" in _between([one, of_another])

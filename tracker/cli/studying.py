@@ -16,7 +16,7 @@ from tracker.cli.terminal import Show, begin
 from tracker.studies.registry import STUDIES, study_class
 
 if TYPE_CHECKING:
-    from tracker.studies.base import Setting
+    from tracker.studies.base import StudySetting
 
 
 class _Studies(click.Group):
@@ -95,7 +95,7 @@ def _command(name: str) -> click.Command:
     return click.command(name)(click.argument("experiment", type=Place())(wrapped))
 
 
-def _option(setting: Setting) -> Any:
+def _option(setting: StudySetting) -> Any:
     """Make the option of a setting."""
     kind: Any = {int: int, float: float, str: str, Path: Place()}[setting.kind]
     if (setting.least, setting.most) != (None, None):

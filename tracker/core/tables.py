@@ -197,7 +197,7 @@ def headed(heading: Heading) -> str:
 
 
 @dataclass(frozen=True)
-class Written:
+class EntryText:
     """An entry as people read it.
 
     Attributes:
@@ -212,12 +212,12 @@ class Written:
     figures: str = ""
 
 
-def written(entry: Entry, heading: Heading) -> Written:
+def written(entry: Entry, heading: Heading) -> EntryText:
     """Write an entry for people, as in `0.66 (0.41 to 0.80)`."""
     if isinstance(entry, str):
-        return Written(entry)
+        return EntryText(entry)
     if entry.value is None:
-        return Written(DASH, entry.reason or "")
+        return EntryText(DASH, entry.reason or "")
     form = WRITTEN[entry.unit or heading.unit]
     between = interval(entry.low, entry.high, form.write)
     text, exact = form.write(entry.value), [entry.value]
@@ -228,4 +228,4 @@ def written(entry: Entry, heading: Heading) -> Written:
         text, exact = between, exact[1:]
     whole = heading.unit in ("count", "times")
     figures = " ".join(str(_number(form.scaled(figure), whole)) for figure in exact)
-    return Written(text, figures="" if figures == text else figures)
+    return EntryText(text, figures="" if figures == text else figures)

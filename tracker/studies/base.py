@@ -142,7 +142,7 @@ class StudyResult:
 
 
 @dataclass(frozen=True)
-class Setting:
+class StudySetting:
     """What one study alone can be told, on the command line and as an argument of its class.
 
     Attributes:
@@ -181,7 +181,7 @@ class Study(Protocol):
     name: str
     question: str
     about: str
-    settings: tuple[Setting, ...]
+    settings: tuple[StudySetting, ...]
 
     def requests(self, asked: StudyContext) -> list[CellRequest]:
         """List the cells that it needs measured, equal models next to each other.

@@ -369,7 +369,7 @@ def test_one_command_saves_the_best_and_its_card_says_how_it_was_chosen(
     assert len(facts["chosen_by"]) == len(best.rests_on) > 0
     # Measured for the search and for the export: one line, not two.
     (cost,) = facts["accuracy"]
-    assert (cost["n"], cost["after"][0]) == (10, best.steps[-1].test.accuracy)  # type: ignore[union-attr]
+    assert (cost["n"], cost["after"]["value"]) == (10, best.steps[-1].test.accuracy)  # type: ignore[union-attr]
     assert facts["proof"]["documents"] == 10
     card = (lighter / "README.md").read_text()
     assert f"The strategy `{best.strategy}` chose them" in card

@@ -10,10 +10,10 @@ from tracker.core.errors import RequestError
 from tracker.core.formats import interval, two_digits
 from tracker.studies.base import (
     FEWEST,
-    Setting,
     Study,
     StudyContext,
     StudyResult,
+    StudySetting,
     Subject,
     grouped,
     whole_layers,
@@ -59,7 +59,7 @@ class Calibration(Study):
       tracker study calibration experiments/demo.yaml --reliability 0.8
     """
     settings = (
-        Setting(
+        StudySetting(
             "reliability", float, "The rank correlation of two samples that is wanted.", default=0.9
         ),
     )

@@ -17,10 +17,10 @@ from tracker.pruning.search.request import SearchRequest, calibration_of, search
 from tracker.pruning.search.search import budget_of, refuse_mixed, refuse_unknown
 from tracker.studies.base import (
     SIGNIFICANT,
-    Setting,
     Study,
     StudyContext,
     StudyResult,
+    StudySetting,
     Subject,
     removing_whole_layers,
     whole_layers,
@@ -76,26 +76,26 @@ class Prune(Study):
       tracker study prune experiments/demo.yaml --strategy accuracy --strategy cosine_oneshot
     """
     settings = (
-        Setting(
+        StudySetting(
             "remove",
             str,
             "How much goes, as in 'tracker prune'; may be given again. Default: 25 % and 50 %.",
             repeated=True,
         ),
-        Setting(
+        StudySetting(
             "strategy",
             str,
             "How to choose, as in 'tracker prune'; may be given again. Default: accuracy, "
             "gold_logprob, taylor, perplexity, cosine_oneshot, relative_update, last and random.",
             repeated=True,
         ),
-        Setting(
+        StudySetting(
             "text",
             Path,
             "Plain text to calibrate on too: a .txt file with blank lines between documents, or "
             "a .jsonl file.",
         ),
-        Setting(
+        StudySetting(
             "test_sample", int, "Test documents of each task. Default: as many as choose.", least=1
         ),
     )

@@ -13,7 +13,7 @@ from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.formats import defined, points
 from tracker.core.questions import question
 from tracker.ledger.early_stopping import refuse_unbounded
-from tracker.studies.base import Setting, Study, StudyContext, StudyResult, Subject
+from tracker.studies.base import Study, StudyContext, StudyResult, StudySetting, Subject
 from tracker.studies.savings.charts import passes_chart
 from tracker.studies.savings.figures import (
     ORDERS,
@@ -89,7 +89,7 @@ class Savings(Study):
       tracker study savings experiments/demo.yaml --question "top 3" --question "prune 10 at 99 %"
     """
     settings = (
-        Setting(
+        StudySetting(
             "questions",
             str,
             "A question as 'until' takes it; may be given again. Default: nine, such as 'top 5'.",

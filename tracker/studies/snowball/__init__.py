@@ -28,10 +28,10 @@ from tracker.stats.growth import fewest_to_show, unequal_growth
 from tracker.stats.multiple import holm
 from tracker.studies.base import (
     SIGNIFICANT,
-    Setting,
     Study,
     StudyContext,
     StudyResult,
+    StudySetting,
     Subject,
     grouped,
     refuse_removed,
@@ -66,7 +66,7 @@ class Snowball(Study):
       tracker study snowball experiments/demo.yaml --draws 8
     """
     settings = (
-        Setting(
+        StudySetting(
             "draws",
             int,
             "Random directions for each layer and token; each costs as much as all removals.",

@@ -17,7 +17,7 @@ from tracker.core.errors import RequestError
 from tracker.core.formats import counted
 from tracker.ledger.files import lock_file
 from tracker.models.counterexample import LARGEST, LAYERS, SMALLEST, WHISPER, Counterexample
-from tracker.studies.base import Setting, Study, StudyContext, StudyResult, Subject, grouped
+from tracker.studies.base import Study, StudyContext, StudyResult, StudySetting, Subject, grouped
 from tracker.studies.theorem.building import build, fingerprint, save, taught_by
 from tracker.studies.theorem.figures import Built, Shown, measured
 from tracker.studies.theorem.tables import layers_table, models_table, tiny
@@ -47,7 +47,7 @@ class Theorem(Study):
       tracker study theorem experiments/demo.yaml --epsilon 1e-3 --epsilon 1e-8
     """
     settings = (
-        Setting(
+        StudySetting(
             "epsilon",
             float,
             "Cosine score of the deciding layer; may be given again. Default: 1e-1, 1e-2, 1e-4, "
