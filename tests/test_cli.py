@@ -194,7 +194,7 @@ def test_reports_and_leaderboards(cli, tiny_llama, experiment, tmp_path, monkeyp
 
     board = cli("leaderboard")
     assert board.exit_code == 0
-    assert board.output.startswith("tiny-llama\n")
+    assert board.output.startswith("tiny-llama: its layers, ranked")
     assert "Layers are ranked by their mean accuracy relevance" in board.output
 
     refused(cli("report", "--format", "docx"), "docx", "html")

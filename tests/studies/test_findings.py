@@ -10,7 +10,7 @@ import pytest
 from tracker.cli.printing import print_finding
 from tracker.core.estimates import Estimate
 from tracker.core.findings import FindingRecord, Line, LineChart, MapChart
-from tracker.core.tables import Column, Heading, Table, Written, headed, table, written
+from tracker.core.tables import Column, EntryText, Heading, Table, headed, table, written
 from tracker.ledger.findings import findings, keep_finding
 from tracker.report.export import export, figures
 from tracker.report.page.html import render_page
@@ -89,8 +89,8 @@ def test_an_undefined_entry_needs_a_reason() -> None:
 def test_figures_are_scaled_and_dashes_carry_reasons() -> None:
     assert [headed(heading) for heading in HEADS] == ["layer", "drop (pp)"]
     texts = [written(entry, head) for entry, head in zip(TABLE.rows[0], HEADS, strict=True)]
-    assert texts == [Written("3"), Written("12.5 (10.0 to 15.0)", figures="12.5 10.0 15.0")]
-    assert written(TABLE.rows[1][1], HEADS[1]) == Written("–", "the baseline is at chance")
+    assert texts == [EntryText("3"), EntryText("12.5 (10.0 to 15.0)", figures="12.5 10.0 15.0")]
+    assert written(TABLE.rows[1][1], HEADS[1]) == EntryText("–", "the baseline is at chance")
 
 
 def test_what_kept_texts_as_figures_are_is_read_too() -> None:
