@@ -15,10 +15,17 @@ from tracker.core.formats import ACCURACY, Measure
 from tracker.ledger.outcomes import METRIC
 from tracker.studies import rescale as module
 from tracker.studies.base import grouped
-from tracker.studies.rescale import Rescale, _answers
-from tracker.studies.rescale.charts import drop_chart
-from tracker.studies.rescale.figures import EVERY, WAYS, Costs
-from tracker.studies.rescale.tables import layer_table, significant, summary
+from tracker.studies.rescale import (
+    EVERY,
+    WAYS,
+    Costs,
+    Rescale,
+    _answers,
+    drop_chart,
+    layer_table,
+    significant,
+    summary,
+)
 
 from .conftest import plain, stores
 
