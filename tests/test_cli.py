@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import statistics
@@ -21,6 +22,7 @@ from tests.conftest import TRACKER
 from tests.ledger import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
+from tracker.cli.printing import runnable
 from tracker.core.errors import ExperimentError
 from tracker.ledger.store import Ledger
 from tracker.stats.power import UNRELATED, OutcomeVariance
@@ -595,3 +597,18 @@ def test_what_a_library_ignores_is_not_shown(cli):
     # Of no module of its own, which would then find a logger that lacks what it adds to them.
     drawing = logging.getLogger("choreographer.any")
     assert not drawing.isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize(
+    "begin", ["", "TRACKIO_DIR=/some/where ", "TRACKIO_DIR='/a folder' OTHER=1 "]
+)
+def test_a_printed_command_works_without_an_activated_environment(begin, monkeypatch) -> None:
+    """Was: an error of tracker's own where the command began with a setting."""
+    monkeypatch.setenv("PATH", "")
+    beside = os.path.relpath(TRACKER)
+    assert runnable(f"{begin}tracker show --all") == f"{begin}{beside} show --all"
+
+
+@pytest.mark.parametrize("location", ["https://lab:5000/#/1", "no-such-program x", "/a b/c d"])
+def test_what_is_no_program_of_ours_is_printed_as_it_is(location: str) -> None:
+    assert runnable(location) == location

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -131,13 +132,17 @@ def print_end(outcome: Finished, page: Path | None) -> None:
     print_damage(outcome.damaged)
 
 
+_COMMAND = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL)
+"""Settings of the environment, the program, its arguments."""
+
+
 def runnable(location: str) -> str:
     """Let a printed command work as it stands, also where the environment is not activated."""
-    program, space, rest = location.partition(" ")
-    if not space or shutil.which(program):
+    settings, program, rest = _COMMAND.fullmatch(location).groups()  # type: ignore[union-attr]
+    beside = Path(sys.executable).parent / program
+    if not rest or shutil.which(program) or not beside.is_file():
         return location  # an address, or a command that works
-    beside = Path(sys.executable).with_name(program)
-    return f"{os.path.relpath(beside)} {rest}" if beside.is_file() else location
+    return f"{settings}{os.path.relpath(beside)}{rest}"
 
 
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
