@@ -65,7 +65,7 @@ def pull(
             sound = {store.identity.key: store for store in ledger.cells()}
             stale = [cell for cell in there if not _is_here(root, cell, sound)]
             if stale:
-                progress.start(f"downloading {masked(name)}", len(stale), "cells")
+                progress.start(f"downloading {masked(name)}", len(stale), "measurements")
             for cell in stale:
                 try:
                     _fetch(backend, files, cell, root)
