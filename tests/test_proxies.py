@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.core.proxies import angle, angular_distance, cosine_similarity, relative_update
+from tracker.core import proxies
+from tracker.core.proxies import (
+    OBSERVED,
+    angle,
+    angular_distance,
+    cosine_similarity,
+    observed,
+    relative_update,
+)
 from tracker.stats.proxies import proxy_means
 
 
@@ -156,3 +165,27 @@ def test_who_only_reads_the_list_needs_no_torch() -> None:
     )
     code = f"import sys; {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_several_proxies_take_is_computed_once(monkeypatch) -> None:
+    """Was: the cosine, in float64, once for each."""
+    before, after = torch.randn(2, 5, 8)
+    alone = [one.averaged(one.observe(before, after)) for one in OBSERVED]
+    made = []
+
+    def counted(observe):
+        def call(*states):
+            made.append(observe)
+            return observe(*states)
+
+        return call
+
+    counting = {one.observe: counted(one.observe) for one in OBSERVED}
+    several = tuple(replace(one, observe=counting[one.observe]) for one in OBSERVED)
+    monkeypatch.setattr(proxies, "OBSERVED", several)
+    together = observed(before, after)
+    assert len(made) == len(counting) < len(OBSERVED)
+    for figure, expected in zip(together, alone, strict=True):
+        assert torch.equal(figure, expected)
+    angular = [one.name for one in OBSERVED].index("angular_distance")
+    assert torch.equal(together[angular], angular_distance(before, after))

@@ -159,7 +159,7 @@ def test_several_residual_streams_are_one_state(parts: Parts, monkeypatch) -> No
         return torch.ones(len(before))
 
     proxy = replace(OBSERVED[0], observe=noted)
-    monkeypatch.setattr("tracker.engine.scoring.score.OBSERVED", (proxy,))
+    monkeypatch.setattr("tracker.core.proxies.OBSERVED", (proxy,))
     run_base(parts, PLAN, reading_row(TOKENS), None)
     assert observed == [(6, 32)] * 8
 

@@ -128,6 +128,7 @@ class Proxy:
             together; None where every layer is removed for it, as for the drop itself.
         observe: Each token's figure `[..., tokens]`, of a layer's input and output
             `[..., tokens, hidden]`; None where it takes more than these.
+        per_token: What is made of that before it is averaged; None where it is averaged itself.
         complement_of: The name of what `observe` gives, where the proxy is 1 minus its mean.
         strategy: The strategy that prunes by it; empty where there is none.
     """
@@ -139,6 +140,7 @@ class Proxy:
     source: str = ""
     passes: float | None = 1.0
     observe: Callable[[Tensor, Tensor], Tensor] | None = None
+    per_token: Callable[[Tensor], Tensor] | None = None
     complement_of: str = ""
     strategy: str = ""
 
@@ -162,10 +164,14 @@ class Proxy:
         """The proxy, of what is observed or of means of it."""
         return 1 - observed if self.complement_of else observed
 
+    def averaged(self, seen: Tensor) -> Tensor:
+        """What is averaged over tokens, of what `observe` gives."""
+        return seen if self.per_token is None else self.per_token(seen)
+
     def of_token(self, before: Tensor, after: Tensor) -> Tensor:
         """The proxy of each token, of a layer's input and output."""
         assert self.observe is not None
-        return self.of(self.observe(before, after))
+        return self.of(self.averaged(self.observe(before, after)))
 
 
 PROXIES: Mapping[str, Proxy] = {
@@ -187,7 +193,8 @@ PROXIES: Mapping[str, Proxy] = {
             "÷ π",
             formula="mean over tokens of arccos(cos(x_in, x_out)) / π",
             source="Gromov et al., arXiv 2403.17887",
-            observe=angular_distance,
+            observe=cosine_similarity,
+            per_token=angle,
         ),
         Proxy(
             "relative_update",
@@ -218,6 +225,20 @@ PROXIES: Mapping[str, Proxy] = {
 """Every proxy that is set beside the accuracy drop, by its name."""
 OBSERVED = tuple(proxy for proxy in PROXIES.values() if proxy.observe)
 """Those of a layer's input and output: every cell has them of its intact model."""
+
+
+def observed(before: Tensor, after: Tensor) -> list[Tensor]:
+    """Observe what each of `OBSERVED` averages, of a layer's input and output.
+
+    What several take, as the cosine in float64, is computed once.
+    """
+    seen: dict[Any, Tensor] = {}
+    for proxy in OBSERVED:
+        if proxy.observe and proxy.observe not in seen:
+            seen[proxy.observe] = proxy.observe(before, after)
+    return [proxy.averaged(seen[proxy.observe]) for proxy in OBSERVED]
+
+
 FIGURES = tuple(name for proxy in OBSERVED for name in proxy.headings)
 """What a run shows of these."""
 

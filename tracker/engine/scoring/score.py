@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.core.ablations import INTACT
-from tracker.core.proxies import OBSERVED
+from tracker.core.proxies import OBSERVED, observed
 from tracker.engine.refusal import RefusalError
 from tracker.engine.scoring.head import Head
 from tracker.engine.scoring.layer_forward import forking
@@ -79,9 +79,9 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
 
     `prefix` is the beginning that the row continues, read for the same streams.
     """
-    output, observed = run_base(parts, plan, row, None if prefix is None else prefix.cache)
+    output, seen = run_base(parts, plan, row, None if prefix is None else prefix.cache)
     before = 0 if prefix is None else prefix.proxies.sum(1)
-    sums = [observed[:, path].double().sum(1) + before for _, path in row.gold]
+    sums = [seen[:, path].double().sum(1) + before for _, path in row.gold]
     proxies = torch.stack(sums) if sums else torch.zeros(0, len(OBSERVED), len(parts.layers))
     if not row.requests:
         none = torch.zeros(plan.streams, 0)
@@ -104,8 +104,8 @@ def score_row(parts: Parts, plan: StreamPlan, row: Row, prefix: Prefix | None = 
 def read_prefix(parts: Parts, plan: StreamPlan, tokens: tuple[int, ...]) -> Prefix:
     """Read the common beginning of some documents once for every stream; rows continue it."""
     cache = new_cache()
-    _, observed = run_base(parts, plan, reading_row(tokens), cache)
-    return Prefix(plan, tokens, cache, observed.double())
+    _, seen = run_base(parts, plan, reading_row(tokens), cache)
+    return Prefix(plan, tokens, cache, seen.double())
 
 
 def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any, Tensor]:
@@ -121,7 +121,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         What the base returned, with the states of all streams [streams × rows, tokens, hidden],
         and what is observed of each of the N tokens [`OBSERVED`, N, layers].
     """
-    observed: list[Tensor] = []
+    figures: list[Tensor] = []
 
     def observe(layer: int, before: Tensor, after: Tensor) -> None:
         if before.shape[:2] != row.input_ids.shape:
@@ -130,8 +130,7 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
             )
         # Some models carry several residual streams side by side: together they are the state.
         before, after = (state.flatten(0, 1).flatten(1) for state in (before, after))
-        figures = [proxy.observe(before, after) for proxy in OBSERVED if proxy.observe]
-        observed.append(torch.stack(figures))
+        figures.append(torch.stack(observed(before, after)))
 
     device = parts.device
     name = None if cache is None else cache_argument(parts.base)
@@ -149,9 +148,9 @@ def run_base(parts: Parts, plan: StreamPlan, row: Row, cache: Any) -> tuple[Any,
         output = parts.base(
             input_ids=row.input_ids.to(device), use_cache=name is not None, **cached
         )
-    if len(observed) != len(parts.layers):
-        raise RefusalError(f"its {len(parts.layers)} layers run {len(observed)} times in a pass")
-    return output, torch.stack([each.cpu() for each in observed], dim=-1)
+    if len(figures) != len(parts.layers):
+        raise RefusalError(f"its {len(parts.layers)} layers run {len(figures)} times in a pass")
+    return output, torch.stack([each.cpu() for each in figures], dim=-1)
 
 
 @torch.inference_mode()
