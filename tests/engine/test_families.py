@@ -17,6 +17,7 @@ from tracker.engine.scoring.prefix import SHORTEST
 from tracker.engine.scoring.sharing import FULL, PLAIN
 from tracker.engine.scoring.sweep import Engine
 from tracker.engine.selfcheck.check import check
+from tracker.engine.selfcheck.reasons import LEFT
 from tracker.models.layers import find_layers
 from tracker.models.sublayers import find_sublayers, silenced
 
@@ -43,6 +44,8 @@ class TestFamilies:
             assert checked.lost is None
         else:
             assert ", because " in checked.lost
+            assert LEFT[checked.engine.sharing] in checked.lost
+            assert "tokens" in checked.lost
             assert "\n" not in checked.lost
         assert checked.difference < 1e-4
         agree(checked.engine.score(documents, ABLATIONS), model, ABLATIONS, skipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise, permutations, product
 
 import numpy as np
@@ -157,3 +158,11 @@ def test_chance_alone_overlaps_by_the_hypergeometric_mean() -> None:
 def test_shapes_must_match() -> None:
     with pytest.raises(ValueError, match="do not match"):
         disagreement(np.zeros((1, 3)), np.zeros((2, 3)), 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_ranks_of_what_is_not_finite_are_undefined(value: float) -> None:
+    """Was: a layer without a figure agreed with every rank."""
+    known, lacking = np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, value, 2.0]])
+    for tables in ((known, lacking), (lacking, known)):
+        assert np.isnan(ranks_apart(*tables)).all()

@@ -445,7 +445,14 @@ def test_other_questions_have_other_runs_beside_each_other(
     assert first.name.startswith("without 2 · ")
     assert first.figures == {"n": 160, "accuracy": 0.25, "accuracy_drop": 0.25}
     assert "its drop, as theirs, is from the intact model" in first.note
-    assert mine[run_key(cells[1], "cell")].figures["removed_accuracy"] == 0.25
+    own = mine[run_key(cells[1], "cell")]
+    assert own.figures["removed_accuracy"] == 0.25
+    assert "without layer 2" in own.name
+    names = {mine[run_key(cells[1], run.ablation)].name for run in cells[1].runs}
+    assert {name.split(" · ")[0] for name in names} == {
+        "layer 01 without 2",
+        "mlp 03 without 2",
+    }
 
 
 @pytest.mark.parametrize("name", BACKENDS)

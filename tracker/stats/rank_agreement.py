@@ -7,6 +7,7 @@ depends on which layer is counted first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -160,12 +161,13 @@ def ranks_apart(proxy: Array, drop: Array, beyond: float = 0) -> tuple[float, fl
     more. For ranks without ties and the threshold 0 it is 1 - 1 / layers.
 
     Args:
-        proxy: `[benchmarks, layers]`, finite.
-        drop: `[benchmarks, layers]`, finite.
+        proxy: `[benchmarks, layers]`.
+        drop: `[benchmarks, layers]`.
         beyond: Ranks that differ by no more than this agree; 0 = exact ranks.
 
     Returns:
-        The share, and its mean over random orders of these values, both over all benchmarks.
+        The share, and its mean over random orders of these values, both over all benchmarks; NaN
+        where a value is not finite, since nobody knows its rank.
 
     Raises:
         ValueError: The tables' shapes differ.
@@ -177,6 +179,8 @@ def ranks_apart(proxy: Array, drop: Array, beyond: float = 0) -> tuple[float, fl
     x, y = midranks(proxy), midranks(drop)
     if x.shape != y.shape:
         raise ValueError(f"tables of the shapes {x.shape} and {y.shape} do not match")
+    if not (np.isfinite(proxy).all() and np.isfinite(drop).all()):
+        return math.nan, math.nan
     pairs = np.abs(x[:, :, None] - y[:, None, :]) > beyond + _EPS
     return float((np.abs(x - y) > beyond + _EPS).mean()), float(pairs.mean())
 
