@@ -129,6 +129,18 @@ def test_a_report_of_damaged_outcomes_says_what_is_missing(ran: Ran, tmp_path: P
         assert (command, done.exit_code) == (command, 0)
 
 
+def test_damage_is_said_of_every_folder(ran: Ran, tmp_path: Path) -> None:
+    """Was: of two folders that hold one cell only the first was asked."""
+    results, other = ran(limit=40), tmp_path / "other"
+    shutil.copytree(results, other)
+    shard = min(other.glob("cells/*/shards/*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    for sources in ((results, other), (other, results)):
+        asked = ["report", *map(str, sources), "--format", "csv", "--output", str(tmp_path / "csv")]
+        done = CliRunner().invoke(main, asked)
+        assert (done.exit_code, str(shard.with_suffix(".aside")) in done.output) == (1, True)
+
+
 def test_an_mlflow_project_is_read_verified_and_cached(
     ran: Ran, template: Path, tmp_path: Path, cache: Path
 ) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.tracking._tracking_service import utils as mlflow_cache
 
 from tracker import api
 from tracker.ledger.store import Ledger
 from tracker.tracking.figures import flat_metrics
+from tracker.tracking.mlflow.database import create_database, follow_folder
 
 from .conftest import CellMaker
 from .test_mlflow import Store, local
@@ -53,6 +55,22 @@ def test_a_folder_with_its_mlflow_file(
     api.run(experiment(model, limit=9, layer=[0, 1]), results=copied)
     whole(copied)
     assert {path: path.read_bytes() for path in moved.rglob("mlartifacts/**/*.*")} == files
+
+
+# Was: artifacts that a server keeps elsewhere were sought beside the database from then on.
+def test_a_folder_of_somebody_elses_is_left_alone(results: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "data" / "mlartifacts"
+    for folder in (theirs, results / "mlartifacts"):
+        folder.mkdir(parents=True)
+    create_database(results / "mlflow.db")
+    client = MlflowClient(local(results))
+    kept = client.create_experiment("theirs", artifact_location=f"{theirs.as_uri()}/7")
+    follow_folder(results / "mlflow.db")
+    assert client.get_experiment(kept).artifact_location == f"{theirs.as_uri()}/7"
+    (theirs.parent / "mlflow.db").touch()  # now it is what a copy's original looks like
+    follow_folder(results / "mlflow.db")
+    here = (results / "mlartifacts").as_uri()
+    assert MlflowClient(local(results)).get_experiment(kept).artifact_location == f"{here}/7"
 
 
 def whole(results: Path) -> None:

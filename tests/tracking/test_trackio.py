@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -84,3 +87,20 @@ def test_without_the_extra_it_is_refused_before_anything_is_measured(
         target("trackio")
     with pytest.raises(TrackingError, match="Trackio is not installed"):
         open_backend("trackio", "layers", tmp_path)
+
+
+# Was: one run of another program, whose configuration has a word there, and nothing was published.
+@pytest.mark.parametrize("theirs", ["mine", {"version": 1}, None])
+def test_runs_of_other_programs_stand_beside_ours(
+    folder: Path, tmp_path: Path, make_cell: CellMaker, theirs: object
+) -> None:
+    other = (
+        "import json, sys, trackio\n"
+        "trackio.init('layers', config={'tracker': json.loads(sys.argv[1])}, embed=False)\n"
+        "trackio.log({'loss': 1})\ntrackio.finish()"
+    )
+    subprocess.run([sys.executable, "-c", other, json.dumps(theirs)], check=True)
+    with closing(open_backend("trackio", "layers", tmp_path)) as backend:
+        assert backend.publish(make_cell(layers=(0,)), [], {}).created == 3
+        assert backend.publish(make_cell(layers=(0,)), [], {}).unchanged == 3
+        assert len(backend.cells()) == 1

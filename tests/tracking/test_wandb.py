@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -372,3 +373,21 @@ def test_a_leaderboard_leads_to_the_outcomes_that_it_is_made_of(
     backend.close()
     (run,) = (run for run in runs_of(double) if run.job_type == "report")
     assert run.used == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]
+
+
+# Was: the run of a cell has one id in every project, and the second deleted what the first wrote.
+def test_an_offline_project_keeps_its_files_when_another_is_written(
+    publish: Publisher, make_cell: CellMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.client.lend(monkeypatch, WANDB_MODE="offline")
+    there = []
+    for project, n in (("layers", 160), ("other", 160), ("layers", 320)):
+        with closing(open_backend("wandb", f"team/{project}", publish.results)) as backend:
+            done = backend.publish(make_cell(layers=(0,), n=n), [], {})
+        assert done.created + done.updated == 3
+        there.append(set(publish.results.glob("wandb/offline-run-*")))
+    first, both, grown = there
+    assert (len(first), len(both), len(grown)) == (3, 6, 6)
+    assert first < both, "both are to be sent"
+    assert both - first < grown
+    assert not first & grown, "what it was is what it is no more"

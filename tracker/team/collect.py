@@ -56,7 +56,7 @@ def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> C
 
     Args:
         sources: Results folders, `mlflow:URI/EXPERIMENT`, `mlflow:EXPERIMENT` (at
-            `MLFLOW_TRACKING_URI`) or `wandb:ENTITY/PROJECT`.
+            `MLFLOW_TRACKING_URI`), `wandb:ENTITY/PROJECT` or `trackio:PROJECT`.
         progress: Told what is downloaded.
         anew: Whether every outcome is read and verified first, whatever was verified before: for
             what shows more than the records.
@@ -93,16 +93,20 @@ def collect(sources: Sequence[str], progress: Progress, anew: bool = False) -> C
         except TrackerError as error:
             failed[masked(source)] = masked(str(error))
     cells, origins = [], {}
+    asked = {id(store): store for store, _ in views}
+    if anew:
+        for store in {store.folder: store for store in asked.values()}.values():
+            store.proofs(anew=True)
     for same in _same(views):
         try:
             origin = _joined(same)
-            if anew:
-                origin[0].proofs(anew=True)
+            asked[id(origin[0])] = origin[0]
             cells.append(record_of(*origin))
             origins[cells[-1].place] = origin
         except TrackerError as error:
             failed[str(same[0][0].folder)] = str(error)
-        failed |= same[0][0].damage()
+    for store in asked.values():
+        failed |= store.damage()
     shown = tuple(merged(cell for cell in cells if cell.n))
     return Collected(
         *(shown, experiments, failed, tuple(findings), origins, searched), tuple(unfinished)

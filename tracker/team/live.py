@@ -25,7 +25,7 @@ from tracker.tracking.figures import only_defined
 from tracker.tracking.identity import run_key
 
 GRACE = 5.0
-"""Seconds after which a cell's run opens: what is done before needs no picture."""
+"""Seconds after which a cell's run opens: what is done before is not shown."""
 EVERY = 10.0
 """Seconds between two looks at the ledger, at least."""
 _SHARE = 20
@@ -53,17 +53,17 @@ class _Cell:
 
 
 class Live:
-    """Shows cells in some pictures while they are measured; what a picture costs is only itself."""
+    """Shows cells in some live runs while they are measured; what one costs is only itself."""
 
-    def __init__(self, pictures: tuple[LiveRun, ...]) -> None:
-        self._pictures = pictures
+    def __init__(self, live_runs: tuple[LiveRun, ...]) -> None:
+        self._live_runs = live_runs
         self._said: SimpleQueue[tuple[Hashable, _Cell | Ending, Event] | None] = SimpleQueue()
         self._cells: dict[Hashable, _Cell] = {}
         self._thread: Thread | None = None
 
     def begin(self, name: Hashable, store: CellStore, view: View) -> None:
         """Hear that a cell begins, under whatever name."""
-        if not self._pictures:
+        if not self._live_runs:
             return
         now = time.monotonic()
         cell = _Cell(store, view, _unmeasured(store, view), now, now + GRACE)
@@ -87,8 +87,8 @@ class Live:
         if self._thread is not None:
             # Whoever is cut off in the middle of a call cannot say that it was killed.
             self._thread.join(_PATIENCE)
-        for picture in self._pictures:
-            picture.close()
+        for live_run in self._live_runs:
+            live_run.close()
 
     def _work(self) -> None:
         while True:
@@ -114,12 +114,12 @@ class Live:
         """End the runs of a cell, where there are any."""
         if cell is None:
             return
-        for picture in cell.shown:
+        for live_run in cell.shown:
             with suppress(TrackerError):
-                picture.end(run_key(cell.record, "cell"), status)
+                live_run.end(run_key(cell.record, "cell"), status)
 
     def _look(self, cell: _Cell) -> None:
-        """Show how far a cell is; a picture that fails is gone for the rest of it."""
+        """Show how far a cell is; one that fails is gone for the rest of it."""
         start = time.monotonic()
         try:
             found = interim_estimates(cell.store, cell.view)
@@ -130,15 +130,15 @@ class Live:
         taken = time.monotonic() - start
         opening = cell.first is None
         if opening:
-            cell.first, cell.shown = found, self._pictures
+            cell.first, cell.shown = found, self._live_runs
         figures = progress_figures(cell.first or found, found, start - cell.began, cell.record)
         key, kept = run_key(cell.record, "cell"), []
-        for picture in cell.shown:
+        for live_run in cell.shown:
             try:
                 if opening:
-                    picture.begin(cell.record)
-                picture.update(key, figures, found.documents)
-                kept.append(picture)
+                    live_run.begin(cell.record)
+                live_run.update(key, figures, found.documents)
+                kept.append(live_run)
             except TrackerError:
                 log.debug("%s is not shown any more", cell.record.title, exc_info=True)
         cell.shown = tuple(kept)

@@ -115,7 +115,7 @@ class Publisher:
     `track` holds the backends, each as `BACKEND` or `BACKEND:PROJECT`; those that name no project
     get `project`. Where else a cell was published before is kept in step, unless nothing is tracked
     or `others` says otherwise; a sweep's trial leaves that to others. In a sweep the `trial` is
-    W&B's picture of the cell. What documents say is published where it is public, and elsewhere if
+    W&B's run of the cell. What documents say is published where it is public, and elsewhere if
     `texts` says so. RequestError if there is no such backend.
     """
 
@@ -140,13 +140,14 @@ class Publisher:
             SimpleQueue()
         )
         self._thread: Thread | None = None
-        pictures: list[LiveRun] = [trial] if trial is not None and trial.joins else []
+        live_runs: list[LiveRun] = [trial] if trial is not None and trial.joins else []
+        is_shown = bool(live_runs)
         for to in self._targets.values():
             known = service(to.backend)
-            if "live runs" in known.can and not (pictures and known.runs_sweeps):
+            if "live runs" in known.can and not (is_shown and known.runs_sweeps):
                 place = (to.backend, to.project or project, results, to.server)
-                pictures.append(open_live_run(*place))
-        self.live = Live(tuple(pictures))
+                live_runs.append(open_live_run(*place))
+        self.live = Live(tuple(live_runs))
 
     def begin(
         self, store: CellStore, record: CellRecord, after: Event | None = None
@@ -210,6 +211,7 @@ class Publisher:
             service(to.backend).place_of(to, self.project): to for to in self._targets.values()
         }
         parts: _Parts | None = None
+        charts = None
         for place in [*asked, *self._left(store, record, asked)]:
             title = title_of(place)
             try:
@@ -222,9 +224,8 @@ class Publisher:
                 if trust_receipts and receipt.get("record") == digest:
                     outcome.places[title] = receipt["location"]
                     continue
-                published = self._backend(to).publish(
-                    record, parts.files, cell_charts(record), parts.tables
-                )
+                charts = cell_charts(record) if charts is None else charts
+                published = self._backend(to).publish(record, parts.files, charts, parts.tables)
                 outcome.places[title] = published.location
                 outcome.done[title] = published
                 outcome.notes += published.notes
@@ -240,7 +241,7 @@ class Publisher:
                     errors.append(self._why(error, _typed(asked[place])))
                     self._owe(store, record, asked[place], place)
                 else:
-                    why = self._why(error, f"{place.backend}:{place.project}")
+                    why = self._why(error, title)
                     self._away[place] = why
                     errors.append(
                         f"{title}, where it was published before: {why}\nTo leave that place as it "

@@ -323,7 +323,8 @@ class Service(ABC):
 
     def place_of(self, to: Target, project: str) -> Target:
         """Say where a target is in the environment of now, so that it is found from another one."""
-        return Target(self.name, masked(to.project or project), to.server or self.server())
+        server = without_login(to.server) or self.server()
+        return Target(self.name, masked(to.project or project), server)
 
     def target_of(self, place: Target, results: Path) -> Target:
         """Say how a place is reached from the environment of now.

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,7 +113,7 @@ class DescribedRun:
         """What became of a question, where one was asked."""
         return until_marks(self.cell, self.run)
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Digest its files; empty where it has none."""
         return files_digest(self.files) if self.kind == "cell" else ""
@@ -150,7 +151,7 @@ class DescribedRun:
             },
         }
 
-    @property
+    @cached_property
     def outcomes(self) -> OutcomesArtifact | None:
         """Say what its files are kept as; None where it has none of its own."""
         if self.kind != "cell":

@@ -81,7 +81,12 @@ def follow_folder(path: Path) -> None:
         found = (_OF_TRACKER.fullmatch(address or "") for (address,) in rows)
         for old in {match[1] for match in found if match}:
             before = Path(url2pathname(urlsplit(old).path))
-            if before.is_dir() and (not here.is_dir() or before.samefile(here)):
+            if before.is_dir() and (
+                not here.is_dir()
+                or before.samefile(here)
+                # Where the original's database is not, the folder is somebody else's.
+                or not before.with_name(path.name).exists()
+            ):
                 continue
             with database:
                 for table, column in there:

@@ -82,11 +82,6 @@ class MlflowService(Service):
         return without_login(os.environ.get("MLFLOW_TRACKING_URI") or None)
 
     @override
-    def place_of(self, to: Target, project: str) -> Target:
-        server = without_login(to.server) or self.server()
-        return Target(self.name, masked(to.project or project), server)
-
-    @override
     def target_of(self, place: Target, results: Path) -> Target:
         here = self.server()
         if place.server is None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trackio
-from huggingface_hub.constants import HF_HOME
 from trackio import cas, utils
 from trackio.sqlite_storage import SQLiteStorage
 from typing_extensions import override
@@ -28,6 +27,7 @@ from tracker.tracking.base import Backend, LoggedTable, Published, RemoteCell, s
 from tracker.tracking.foreign import refuse_lies
 from tracker.tracking.identity import files_digest, filter_words, group_name
 from tracker.tracking.runs import DescribedRun, described
+from tracker.tracking.trackio.service import usual_folder
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -61,7 +61,7 @@ class TrackioBackend(Backend):
         charts: Mapping[str, Figure],
         tables: Mapping[str, LoggedTable] = {},
     ) -> Published:
-        again = sync_command(self._results, f"trackio:{self._project}")
+        again = self._setting + sync_command(self._results, f"trackio:{self._project}")
         advice = f"The results are on disk; when it is mended: {again}"
         counts = {"created": 0, "updated": 0, "unchanged": 0}
         with self._failures_explained("did not take the runs", advice), self._one_publisher():
@@ -87,12 +87,10 @@ class TrackioBackend(Backend):
     @override
     def cells(self) -> list[RemoteCell]:
         with self._failures_explained("could not be read"):
-            configs = (run.config or {} for run in trackio.Api().runs(self._project))
-            mine = (config.get("tracker", {}) for config in configs)
             return [
                 RemoteCell(one["run_key"], one["name"], one["files"], one["outcomes"])
-                for one in mine
-                if one.get("ablation") == "cell"
+                for _, one in self._mine()
+                if one["ablation"] == "cell"
             ]
 
     @override
@@ -114,10 +112,17 @@ class TrackioBackend(Backend):
         """Find the project's runs that are tracker's, by run key."""
         found: dict[str, list[Any]] = {}
         if SQLiteStorage.get_project_db_path(self._project).exists():
-            for run in trackio.Api().runs(self._project):
-                key = (run.config or {}).get("tracker", {}).get("run_key")
-                found.setdefault(key, []).append(run)
+            for run, mine in self._mine():
+                found.setdefault(mine["run_key"], []).append(run)
         return found
+
+    def _mine(self) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+        """Find the project's runs that are tracker's, each with what it says of itself."""
+        configs = SQLiteStorage.get_all_run_configs(self._project)  # each run asks by itself
+        for run in trackio.Api().runs(self._project):
+            mine = (configs.get(run.id) or {}).get("tracker")
+            if isinstance(mine, Mapping) and "run_key" in mine:
+                yield run, mine
 
     def _is_whole(self, found: Any, run: DescribedRun) -> bool:
         """Say whether a run is there as it was written last, and that is what it should be."""
@@ -169,9 +174,14 @@ class TrackioBackend(Backend):
 
     def _location(self) -> str:
         project = SQLiteStorage.get_project_db_path(self._project).stem
-        usual = Path(HF_HOME).absolute() / "trackio"
-        folder = "" if usual == utils.TRACKIO_DIR else shlex.quote(str(utils.TRACKIO_DIR))
-        return f"{folder and f'TRACKIO_DIR={folder} '}trackio show --project {shlex.quote(project)}"
+        return f"{self._setting}trackio show --project {shlex.quote(project)}"
+
+    @property
+    def _setting(self) -> str:
+        """Say in a command which folder is meant, where it is not the usual one."""
+        if usual_folder() == utils.TRACKIO_DIR:
+            return ""
+        return f"TRACKIO_DIR={shlex.quote(str(utils.TRACKIO_DIR))} "
 
     def _notes(self) -> tuple[str, ...]:
         if not self._ignored:

@@ -56,14 +56,19 @@ class TrackioService(Service):
         """Name Trackio's folder."""
         if folder := os.environ.get("TRACKIO_DIR"):
             return str(Path(folder).absolute())
-        from huggingface_hub.constants import HF_HOME
-
-        return str(Path(HF_HOME).absolute() / "trackio")
+        return str(usual_folder())
 
     @override
     def store(self, results: Path, server: str | None) -> tuple[str | None, Path | None]:
         folder = server or self.server()
         return folder, Path(folder)
+
+
+def usual_folder() -> Path:
+    """Find where Trackio keeps runs when nothing is said."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME).absolute() / "trackio"
 
 
 _MISSING = f"Trackio is not installed; type: {install_extra('trackio')}"

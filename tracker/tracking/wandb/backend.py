@@ -14,7 +14,7 @@ import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ from tracker.tracking.foreign import downloading, refuse_lies
 from tracker.tracking.runs import artifact_name, described
 from tracker.tracking.wandb.runs import (
     WandbRun,
-    labels_of,
+    group_of,
     model_name,
     wandb_run,
 )
@@ -66,6 +66,8 @@ class _Known:
 
     id: str
     digest: str | None
+    folder: str = ""
+    """The name of the folder that it was written to offline."""
 
 
 class WandbBackend(Backend, Pages):
@@ -111,10 +113,12 @@ class WandbBackend(Backend, Pages):
                     outcomes["unchanged"] += 1
                     continue
                 # A refused id takes the client 15 s, and who deletes one run may delete them all.
-                deleted = self._write(run, found, offline, deleted)
-                outcomes["updated" if found else "created"] += 1
+                folder, deleted = self._write(run, found, offline, deleted)
+                is_there = found is not None and not (offline and found.digest is None)
+                outcomes["updated" if is_there else "created"] += 1
                 if offline:
-                    known[run.key] = _Known(run.id(), run.digest)
+                    self._drop_former(found)
+                    known[run.key] = _Known(run.id(), run.digest, folder)
                     self._write_notes(known)
             changed = outcomes["created"] + outcomes["updated"]
             if changed and not offline:
@@ -253,7 +257,7 @@ class WandbBackend(Backend, Pages):
     def _ask(self, cell: CellRecord) -> dict[str, _Known]:
         """Find the runs that the cell has, by run key."""
         found: dict[str, _Known] = {}
-        for run in _runs(self._path(), {"group": labels_of(cell, "", "")["group"]}):
+        for run in _runs(self._path(), {"group": group_of(cell)}):
             mine = run.config.get("tracker")
             if isinstance(mine, Mapping) and "run_key" in mine:
                 # A run that never ended may lack points that were sent before its digest.
@@ -281,27 +285,28 @@ class WandbBackend(Backend, Pages):
         except (ValueError, wandb.Error):
             return False
         files = run.outcomes.metadata["files"]
-        return bool(there.metadata.get("files", files) == files)
+        return bool(there.metadata.get("files") == files)
 
-    def _write(self, run: WandbRun, found: _Known | None, offline: bool, deleted: int) -> int:
-        """Bring one run to what it should be; say how many ids of its series are gone."""
+    def _write(
+        self, run: WandbRun, found: _Known | None, offline: bool, deleted: int
+    ) -> tuple[str, int]:
+        """Bring one run to what it should be; say in which folder, and how many ids are gone."""
         points = self._points(found) if found and run.curves and not offline else []
         handle, deleted = self._open(run, found, offline, deleted)
         with finished(handle):
             write(handle, run, points)
-        if offline:
-            self._drop_former(Path(handle.dir).parent, handle.id)
-        return deleted
+        return Path(handle.dir).parent.name, deleted
 
-    def _drop_former(self, whole: Path, run_id: str) -> None:
+    def _drop_former(self, found: _Known | None) -> None:
         """Remove what was written of an offline run before, unless it was sent.
 
-        The run that was written `whole` holds all of it; sent after it, the former would be shown:
-        `wandb sync` goes by their names, which begin with what the clock said.
+        The run that was written since holds all of it; sent after it, the former would be shown:
+        `wandb sync` goes by their names, which begin with what the clock said. Another project's
+        run of the same cell has the same id, so the note alone says which folder was this one's.
         """
-        for former in self._folder.glob(f"offline-run-*-{run_id}"):
-            if former != whole and not any(former.glob("*.sync*")):
-                shutil.rmtree(former)
+        former = self._folder / found.folder if found and found.folder else None
+        if former and former.is_dir() and not any(former.glob("*.sync*")):
+            shutil.rmtree(former)
 
     def _open(
         self,
@@ -374,10 +379,11 @@ class WandbBackend(Backend, Pages):
         if not self._notes.exists():
             return {}
         kept = json.loads(self._notes.read_text())
+        known = {key: _Known(**note) for key, note in kept.get("runs", kept).items()}
+        if kept.get("folder", str(self._folder)) == str(self._folder):
+            return known
         # Moved, they are written anew: W&B knows the files of an artifact by absolute paths.
-        if kept.get("folder", str(self._folder)) != str(self._folder):
-            return {}
-        return {key: _Known(**note) for key, note in kept.get("runs", kept).items()}
+        return {key: replace(note, digest=None) for key, note in known.items()}
 
     def _write_notes(self, known: Mapping[str, _Known]) -> None:
         runs = {key: vars(note) for key, note in known.items()}

@@ -61,11 +61,16 @@ class WandbRun:
         return hashlib.sha256(nth.encode()).hexdigest()[:16]
 
 
+def group_of(cell: CellRecord) -> str:
+    """Name what W&B groups the runs of a cell by."""
+    return fitting(group_name(cell), _GROUP)
+
+
 def labels_of(cell: CellRecord, name: str, job_type: str) -> dict[str, Any]:
     """Say what W&B lists a run of a cell by, in the words of `wandb.init`."""
     return {
         "name": fitting(name, _NAME),
-        "group": fitting(group_name(cell), _GROUP),
+        "group": group_of(cell),
         "job_type": job_type,
         "tags": tuple(fitting(word, _TAG) for word in filter_words(cell)),
     }
