@@ -22,7 +22,7 @@ from tracker.tracking.figures import answer_figures
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.runs import mlflow_run
 from tracker.tracking.runs import cell_run, intact_run, layer_run
-from tracker.tracking.wandb.runs import wandb_run
+from tracker.tracking.wandb.runs import labels_of
 
 from .conftest import as_read, build_cell
 
@@ -139,30 +139,31 @@ def test_trackers_mark_it(cell: CellRecord) -> None:
     assert "(confidence sequence at 95 % " in one.tags["mlflow.note.content"]
     assert mlflow_run(intact_run(cell), "parent").tags["tracker.stopped"] == "true"
 
-    found = wandb_run(cell_run(cell))
-    assert found.tags == ("SmolLM2-135M-Instruct", "arc_easy", "stopped")
+    found = cell_run(cell)
+    labels = labels_of(cell, found.name, found.kind)
+    assert labels["tags"] == ("SmolLM2-135M-Instruct", "arc_easy", "stopped")
     assert found.config["tracker"]["until"] == "top 2"
     assert found.config["tracker"]["stopped"] == "true"
-    assert found.summary["answer/documents_of"] == 2000
+    assert found.figures["answer/documents_of"] == 2000
     assert found.outcomes.aliases == ("stopped",)
-    assert wandb_run(layer_run(cell, cell.runs[0])).config["tracker"]["chosen"] == "true"
+    assert layer_run(cell, cell.runs[0]).config["tracker"]["chosen"] == "true"
 
 
 def test_a_run_is_updated_when_its_part_of_the_answer_changes(cell: CellRecord) -> None:
     """Its figures are the same, its tags are not."""
     runs = [one.model_copy(update={"chosen": not one.chosen}) for one in cell.answer.runs]
     other = stopped(answer=cell.answer.model_copy(update={"runs": tuple(runs)}))
-    for describe in (
-        lambda c: mlflow_run(layer_run(c, c.runs[3]), "p"),
-        lambda c: wandb_run(layer_run(c, c.runs[3])),
+    for digest in (
+        lambda c: mlflow_run(layer_run(c, c.runs[3]), "p").digest,
+        lambda c: layer_run(c, c.runs[3]).digest(),
     ):
-        assert describe(cell).digest == describe(cell).digest
-        assert describe(cell).digest != describe(other).digest
+        assert digest(cell) == digest(cell)
+        assert digest(cell) != digest(other)
     assert run_key(cell, "cell") == run_key(build_cell(), "cell"), "continued, it is the same run"
 
 
 def test_without_a_question_nothing_is_marked() -> None:
     whole = build_cell()
     assert not [tag for tag in mlflow_run(cell_run(whole)).tags if "until" in tag]
-    assert "until" not in wandb_run(cell_run(whole)).config["tracker"]
+    assert "until" not in cell_run(whole).config["tracker"]
     assert "answer" not in whole.model_dump(mode="json")

@@ -28,7 +28,7 @@ from tracker.report.leaderboard.layers import layer_board
 from tracker.team.collect import merged
 from tracker.team.leaderboard import FORMAT, Board, BoardEntry, merge, publish_board, read_board
 from tracker.tracking import open_backend, target
-from tracker.tracking.base import BOARD_FILE
+from tracker.tracking.base import BOARD_FILE, Page
 
 Ran = Callable[..., Path]
 
@@ -345,10 +345,10 @@ class Crowd:
     def read_board(self, version: str) -> str:
         return self.versions[int(version)].model_dump_json()
 
-    def add_board(self, file: Path, tables: object, made_of: object) -> str:
+    def add_page(self, page: Page) -> str:
         if self.others:
             self.versions.append(self.others.pop())
-        self.versions.append(Board.model_validate_json(file.read_text()))
+        self.versions.append(Board.model_validate_json(page.files[0].read_text()))
         return "there"
 
 
@@ -424,7 +424,7 @@ def test_a_damaged_version_is_named(template: Path, tmp_path: Path) -> None:
     backend = open_backend("mlflow", "layers", tmp_path)
     file = tmp_path / BOARD_FILE
     file.write_text("{")
-    backend.add_board(file, {}, [])
+    backend.add_page(Page("leaderboard", [file], {}, []))
     with pytest.raises(ResultsError, match="of the leaderboard is damaged"):
         publish_board(backend, [cell_record()])
 

@@ -19,8 +19,14 @@ from tracker.core.errors import RequestError
 from tracker.core.identities import Half
 from tracker.core.records import CellRecord, RunRecord
 from tracker.tracking import BACKENDS, open_backend, service, target
-from tracker.tracking.base import Backend, LoggedTable
-from tracker.tracking.figures import cell_figures, flat_metrics, intact_metrics, only_defined
+from tracker.tracking.base import Backend
+from tracker.tracking.figures import (
+    LoggedTable,
+    cell_figures,
+    flat_metrics,
+    intact_metrics,
+    only_defined,
+)
 from tracker.tracking.identity import group_name, run_key, run_name
 from tracker.tracking.isolated import Isolated
 from tracker.tracking.mlflow.writing import DIGEST_TAG
@@ -46,7 +52,7 @@ class Seen:
     which: tuple[str, ...]
     reasons: dict[str, str]
     note: str
-    curves: dict[str, list[tuple[int, float]]]
+    curves: dict[str, list[tuple[int, float | None]]]
 
 
 class Held(ABC):
@@ -54,11 +60,11 @@ class Held(ABC):
 
     name: str
 
-    def __init__(self, results: Path) -> None:
-        self.results = results
+    def __init__(self, results: Path, project: str = PROJECT, server: str | None = None) -> None:
+        self.results, self.project, self.server = results, project, server
 
     def open(self) -> Backend:
-        return open_backend(self.name, PROJECT, self.results)
+        return open_backend(self.name, self.project, self.results, self.server)
 
     def publish(self, cell: CellRecord, *files: Path) -> tuple[int, int, int]:
         with closing(self.open()) as backend:
@@ -66,13 +72,23 @@ class Held(ABC):
         return done.created, done.updated, done.unchanged
 
     def by_key(self) -> dict[str, Seen]:
-        found = list(self.seen())
+        found = [(self.key_of(run), self.seen(run)) for run in self.runs()]
         assert len({key for key, _ in found}) == len(found), "a run was created twice"
         return dict(found)
 
+    def run(self, key: str) -> Any:
+        (found,) = (run for run in self.runs() if self.key_of(run) == key)
+        return found
+
     @abstractmethod
-    def seen(self) -> Iterator[tuple[str, Seen]]:
-        """Read every run, with its key."""
+    def runs(self) -> list[Any]:
+        """Read every run."""
+
+    @abstractmethod
+    def key_of(self, run: Any) -> str: ...
+
+    @abstractmethod
+    def seen(self, run: Any) -> Seen: ...
 
     @abstractmethod
     def table(self, key: str, name: str) -> list[dict[str, Any]]:
@@ -86,107 +102,89 @@ class Held(ABC):
 class HeldByMlflow(Held):
     name = "mlflow"
 
-    def __init__(self, results: Path, uri: str = "") -> None:
-        super().__init__(results)
-        self.uri = uri or f"sqlite:///{results / 'mlflow.db'}"
-
-    def open(self) -> Backend:
-        return open_backend(self.name, PROJECT, self.results, self.uri)
-
     @property
     def client(self) -> MlflowClient:
-        return MlflowClient(self.uri)
+        return MlflowClient(self.server or f"sqlite:///{self.results / 'mlflow.db'}")
 
     def runs(self) -> list[Any]:
-        place = self.client.get_experiment_by_name(PROJECT)
+        place = self.client.get_experiment_by_name(self.project)
         return list(self.client.search_runs([place.experiment_id], max_results=1000))
 
-    def seen(self) -> Iterator[tuple[str, Seen]]:
-        runs = self.runs()
-        groups = {run.info.run_id: run.data.tags["tracker.cell"] for run in runs}
-        for run in runs:
-            tags, metrics = run.data.tags, run.data.metrics
-            is_cell = tags["tracker.kind"] == "cell"
-            history = {
-                name: self.client.get_metric_history(run.info.run_id, name)
-                for name in (metrics if is_cell else ())
-            }
-            curves = {
-                name: [
-                    (point.step, point.value)
-                    for point in sorted(points, key=lambda p: (p.step, p.timestamp))
-                ]
-                for name, points in history.items()
-            }
-            figures = {name: value for name, value in metrics.items() if not math.isnan(value)}
-            names = ("layer", "component", "span", "intervention")
-            reasons = {n: why for n, why in tags.items() if n.startswith("tracker.reason.")}
-            assert tags["tracker.cell"] == groups[tags.get("mlflow.parentRunId", run.info.run_id)]
-            yield (
-                tags["tracker.run_key"],
-                Seen(
-                    run.info.run_name,
-                    tags.get("mlflow.parentRunId", run.info.run_id),
-                    figures,
-                    tuple(run.data.params[n] for n in names if n in run.data.params),
-                    {name.removeprefix("tracker.reason."): why for name, why in reasons.items()},
-                    tags["mlflow.note.content"].partition("\n\nRuns:")[0],
-                    curves,
-                ),
-            )
+    def key_of(self, run: Any) -> str:
+        return run.data.tags["tracker.run_key"]
+
+    def seen(self, run: Any) -> Seen:
+        tags, metrics = run.data.tags, run.data.metrics
+        parent = tags.get("mlflow.parentRunId", run.info.run_id)
+        assert self.client.get_run(parent).data.tags["tracker.cell"] == tags["tracker.cell"]
+        curves = {}
+        for name in metrics if parent == run.info.run_id else ():
+            points = self.client.get_metric_history(run.info.run_id, name)
+            points = sorted(points, key=lambda point: (point.step, point.timestamp))
+            curves[name] = [
+                (point.step, None if math.isnan(point.value) else point.value) for point in points
+            ]
+        reason = "tracker.reason."
+        return Seen(
+            run.info.run_name,
+            parent,
+            {name: value for name, value in metrics.items() if not math.isnan(value)},
+            which(run.data.params),
+            {n.removeprefix(reason): why for n, why in tags.items() if n.startswith(reason)},
+            tags["mlflow.note.content"].partition("\n\nRuns:")[0],
+            curves,
+        )
 
     def table(self, key: str, name: str) -> list[dict[str, Any]]:
-        (run,) = (run for run in self.runs() if run.data.tags["tracker.run_key"] == key)
-        path = self.client.download_artifacts(run.info.run_id, f"tables/{name}.json")
+        run_id = self.run(key).info.run_id
+        path = self.client.download_artifacts(run_id, f"tables/{name}.json")
         return rows(json.loads(Path(path).read_text()))
 
     def break_off(self, key: str) -> None:
-        (run,) = (run for run in self.runs() if run.data.tags["tracker.run_key"] == key)
-        self.client.delete_tag(run.info.run_id, DIGEST_TAG)
+        self.client.delete_tag(self.run(key).info.run_id, DIGEST_TAG)
 
 
 class HeldByWandb(Held):
     name = "wandb"
 
     def __init__(self, results: Path, double: WandbDouble) -> None:
-        super().__init__(results)
+        super().__init__(results, f"team/{PROJECT}")
         self.double = double
 
     def runs(self) -> list[Any]:
         return list(self.double.projects["team", PROJECT].runs.values())
 
-    def open(self) -> Backend:
-        return open_backend(self.name, f"team/{PROJECT}", self.results)
+    def key_of(self, run: Any) -> str:
+        return run.values["tracker"]["run_key"]
 
-    def seen(self) -> Iterator[tuple[str, Seen]]:
-        for run in self.runs():
-            names = {name for row in run.history for name in row if name[0] != "_"}
-            assert run.state == "finished"
-            yield (
-                run.values["tracker"]["run_key"],
-                Seen(
-                    run.name,
-                    run.group,
-                    {n: v for n, v in run.summary.items() if n[0] != "_" and numeric(v)},
-                    which(run.values),
-                    run.values["tracker"].get("reasons", {}),  # it keeps no empty ones
-                    run.notes,
-                    {
-                        name: [(row["layer"], row[name]) for row in run.history if name in row]
-                        for name in names
-                        if all("layer" in row for row in run.history if name in row)
-                    },
-                ),
-            )
+    def seen(self, run: Any) -> Seen:
+        names = {name for row in run.history for name in row if name[0] != "_"}
+        assert run.state == "finished"
+        return Seen(
+            run.name,
+            run.group,
+            {n: v for n, v in run.summary.items() if n[0] != "_" and numeric(v)},
+            which(run.values),
+            run.values["tracker"].get("reasons", {}),  # it keeps no empty ones
+            run.notes,
+            {
+                name: [(row["layer"], row[name]) for row in run.history if name in row]
+                for name in names
+                if all("layer" in row for row in run.history if name in row)
+            },
+        )
 
     def table(self, key: str, name: str) -> list[dict[str, Any]]:
-        (run,) = (run for run in self.runs() if run.values["tracker"]["run_key"] == key)
+        run = self.run(key)
         return rows(json.loads(run.files[run.summary[f"tables/{name}"]["path"]]))
 
     def break_off(self, key: str) -> None:
-        (run,) = (run for run in self.runs() if run.values["tracker"]["run_key"] == key)
-        del run.config["tracker"]["value"]["digest"]
-        run.summary = {}
+        run = self.run(key)
+        if key.endswith("/cell"):
+            run.state = "crashed"
+        else:
+            del run.config["tracker"]["value"]["digest"]
+            run.summary = {}
 
 
 class HeldByTrackio(Held):
@@ -197,38 +195,33 @@ class HeldByTrackio(Held):
         kind, also = "tests.tracking.trackio_reader:TrackioReader", {"TRACKIO_DIR": str(folder)}
         self.reader = Isolated("Trackio", kind, PROJECT, also=also)
 
-    def seen(self) -> Iterator[tuple[str, Seen]]:
-        for run in self.reader.runs():
-            config, step = run["config"], run["config"].get("layer", 0)
-            names = {name for row in run["logs"] for name in row if numeric(row[name])} - {"step"}
-            yield (
-                config["tracker"]["run_key"],
-                Seen(
-                    run["name"],
-                    config["_Group"],
-                    {
-                        n: v
-                        for row in run["logs"]
-                        if row["step"] == step
-                        for n, v in row.items()
-                        if n in names
-                    },
-                    which(config),
-                    config["tracker"]["reasons"],
-                    config["note"],
-                    {n: [(row["step"], row[n]) for row in run["logs"] if n in row] for n in names},
-                ),
-            )
+    def runs(self) -> list[Any]:
+        return list(self.reader.runs())
+
+    def key_of(self, run: Any) -> str:
+        return run["config"]["tracker"]["run_key"]
+
+    def seen(self, run: Any) -> Seen:
+        config, logs = run["config"], run["logs"]
+        names = {name for row in logs for name in row if numeric(row[name])} - {"step"}
+        own = [row for row in logs if row["step"] == config.get("layer", 0)]
+        return Seen(
+            run["name"],
+            config["_Group"],
+            {name: value for row in own for name, value in row.items() if name in names},
+            which(config),
+            config["tracker"]["reasons"],
+            config["note"],
+            {name: [(row["step"], row[name]) for row in logs if name in row] for name in names},
+        )
 
     def table(self, key: str, name: str) -> list[dict[str, Any]]:
-        runs = self.reader.runs()
-        (run,) = (run for run in runs if run["config"]["tracker"]["run_key"] == key)
-        (table,) = (row[f"tables/{name}"] for row in run["logs"] if f"tables/{name}" in row)
+        logs = self.run(key)["logs"]
+        (table,) = (row[f"tables/{name}"] for row in logs if f"tables/{name}" in row)
         return list(table["_value"])
 
     def break_off(self, key: str) -> None:
-        (name,) = (seen.name for found, seen in self.seen() if found == key)
-        assert self.reader.delete(name)
+        assert self.reader.delete(self.run(key)["name"])
 
 
 def numeric(value: object) -> bool:
@@ -260,12 +253,12 @@ def held(
         yield kept
         kept.reader.close()
     else:
-        server = request.param == "mlflow server"
-        if not server:
+        server = None
+        if request.param == "mlflow":
             results = request.getfixturevalue("results")
-        uri = request.getfixturevalue("server") if server else ""
-        monkeypatch.setattr(f"{__name__}.PROJECT", f"{PROJECT}-{tmp_path.name}")
-        yield HeldByMlflow(results, uri)
+        else:
+            server = request.getfixturevalue("server")
+        yield HeldByMlflow(results, f"{PROJECT}-{tmp_path.name}", server)
 
 
 def of_kind(component: str, layer: int, span: int, ablation: str, **more: object) -> RunRecord:
@@ -355,35 +348,45 @@ def test_what_grows_is_brought_up_to_date_and_what_broke_off_completed(
     shows(held, whole)
     more = make_cell(n=320)
     gone = {"accuracy_relevance": None, "reasons": {"accuracy_relevance": "undefined now"}}
-    changed = {"accuracy_drop": 0.08, **gone}
-    more = more.model_copy(
-        update={"runs": (more.runs[0], more.runs[1].model_copy(update=changed), *more.runs[2:])}
-    )
+    known = {"accuracy_relevance": 0.5, "reasons": {}}
+    changed = [{}, {"accuracy_drop": 0.08, **gone}, known, {}]
+    runs = [run.model_copy(update=new) for run, new in zip(more.runs, changed, strict=True)]
+    more = more.model_copy(update={"runs": tuple(runs)})
     assert held.publish(more) == (0, 6, 0)
-    seen = shows_newest(held, more)
-    assert seen[run_key(more, "layer:1")].figures["n"] == 320
-    assert seen[run_key(more, "layer:1")].reasons["accuracy_relevance"] == "undefined now"
-    assert len(held.by_key()) == 6
-
-    held.break_off(run_key(more, "layer:3"))
-    created, updated, unchanged = held.publish(more)
-    assert (created + updated, unchanged) == (1, 5)
     shows_newest(held, more)
+    own = run_key(more, "cell")
+    grown = held.by_key()
+    assert len(grown) == 6
+    # What takes no point back has two of what has changed, W&B of its whole row; none has more.
+    points = {"mlflow": (5, 4), "wandb": (6, 6), "trackio": (4, 4)}[held.name]
+    curves = grown[own].curves
+    assert (len(curves["accuracy_drop"]), len(curves["cosine_score"])) == points
+    table = held.table(own, "layers")
+    assert [(row["layer"], row["accuracy_drop"]) for row in table] == [
+        (run.layer, run.accuracy_drop) for run in more.runs
+    ]
+
+    for key in (run_key(more, "layer:3"), own):
+        held.break_off(key)
+    created, updated, unchanged = held.publish(more)
+    assert (created + updated, unchanged) == (2, 4)
+    assert held.by_key() == grown
     assert held.publish(more) == (0, 0, 6)
 
 
-def shows_newest(held: Held, cell: CellRecord) -> dict[str, Seen]:
+def shows_newest(held: Held, cell: CellRecord) -> None:
     """As `shows`, but for the curves, where what is not defined any more was once."""
     mine = held.by_key()
     for run in cell.runs:
-        assert mine[run_key(cell, run.ablation)].figures == flat_metrics(run)
+        seen = mine[run_key(cell, run.ablation)]
+        assert seen.figures == flat_metrics(run)
+        assert seen.reasons == layer_run(cell, run).reasons
     whole = mine[run_key(cell, "cell")]
     assert only_defined(cell_figures(cell)).items() <= whole.figures.items()
     # A backend that takes no point back has several of a layer, the newest last.
     assert dict(whole.curves["accuracy_drop"]) == {
         run.layer: run.accuracy_drop for run in cell.runs
     }
-    return mine
 
 
 def test_every_kind_of_run_has_a_name_and_a_curve_of_its_own(

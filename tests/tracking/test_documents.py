@@ -23,8 +23,7 @@ from tracker.measuring.derive import decisions_of
 from tracker.measuring.progress import Silent
 from tracker.team.collect import collect
 from tracker.team.publish import TEXTS_ASKED, TEXTS_PUBLIC
-from tracker.tracking.base import LoggedTable
-from tracker.tracking.figures import logged_documents
+from tracker.tracking.figures import LoggedTable, logged_documents
 
 SECRET = "the merger with the heart company is planned for May"
 

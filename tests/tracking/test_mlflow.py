@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.core.text import masked
-from tracker.tracking.base import Published
+from tracker.tracking.base import Page, Published
 from tracker.tracking.figures import CURVES, flat_metrics, intact_metrics
 from tracker.tracking.identity import content_digest
 from tracker.tracking.mlflow.backend import MlflowBackend
@@ -554,6 +554,6 @@ def test_a_server_that_is_away_leaves_no_folder(
     results = tmp_path / "results"
     backend = MlflowBackend(PROJECT, results, f"http://127.0.0.1:{free_port()}")
     with pytest.raises(TrackingError):
-        backend.add_report("", [], {}, {}, [make_cell()])
+        backend.add_page(Page("report", [], {}, [make_cell()]))
     backend.close()
     assert not results.exists()

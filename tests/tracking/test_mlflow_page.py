@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 from plotly.offline import get_plotlyjs
 
+from tracker.tracking.base import Page as Kept
 from tracker.tracking.mlflow.backend import MlflowBackend
 
 from .conftest import CellMaker
@@ -69,7 +70,7 @@ def test_a_cell_its_layers_and_a_report(
 
     file = tmp_path / "report.html"
     file.write_text("<!doctype html><title>r</title><h1>Which layers matter</h1>")
-    backend.add_report("Two sentences.", [file], {}, {}, [])
+    backend.add_page(Kept("report", [file], {}, [], "Two sentences."))
     (report,) = store.client.search_runs([run.experiment_id], "tags.`tracker.kind` = 'report'")
     address = f"{server}/#/experiments/{run.experiment_id}/runs/{report.info.run_id}"
     page.goto(address)

@@ -18,9 +18,11 @@ import pytest
 
 from tracker.core.records import CellRecord
 from tracker.tracking import open_backend
+from tracker.tracking.base import Page
 from tracker.tracking.figures import flat_metrics
-from tracker.tracking.runs import cell_run, layer_run
-from tracker.tracking.wandb.runs import wandb_run
+from tracker.tracking.identity import run_key
+from tracker.tracking.runs import cell_run
+from tracker.tracking.wandb.runs import run_id
 
 from .conftest import CellMaker
 from .mlflow_server import free_port
@@ -36,7 +38,7 @@ def published(cell: Path, results: Path, *files: Path) -> Said:
     from tracker.core.records import CellRecord
     from tracker.report.charts.cells import cell_charts
     from tracker.tracking import open_backend
-    from tracker.tracking.base import LoggedTable
+    from tracker.tracking.figures import LoggedTable
 
     backend = open_backend("wandb", "team/layers", results)
     record = CellRecord.model_validate_json(cell.read_text())
@@ -223,8 +225,8 @@ def test_a_deleted_run_is_written_again_under_another_id(
     cell = make_cell(layers=(0, 1))
     publish(cell)
     gone = [run.id for run in runs_of(double)][1:]
-    for run_id in gone:
-        double.delete(run_id, "layers")
+    for deleted in gone:
+        double.delete(deleted, "layers")
     said = publish(cell, **IMPATIENT)
     assert counts(said) == (3, 0, 1)
     (note,) = said["notes"]
@@ -273,14 +275,14 @@ def test_offline_runs_are_whole_and_sync_later(
     folders = sorted((publish.results / "wandb").glob("offline-run-*"))
     assert said["location"] == f"wandb sync {publish.results / 'wandb'}/offline-run-*"
     assert len(folders) == 6
-    run = wandb_run(layer_run(cell, cell.runs[0]))
-    (file,) = (publish.results / "wandb").glob(f"offline-run-*-{run.id()}/*.wandb")
+    key = run_key(cell, "layer:0")
+    (file,) = (publish.results / "wandb").glob(f"offline-run-*-{run_id(key)}/*.wandb")
     shown = publish.client.cli("leet", "inspect", "--json", "--summary", str(file))
     assert figures(flat_metrics(cell.runs[0])).items() <= json.loads(shown)["summary"].items()
 
     publish.client.cli("sync", *map(str, folders))
     assert counts(publish(cell)) == (0, 0, 6)
-    assert figures(runs(double)[run.key].summary) == flat_metrics(cell.runs[0])
+    assert figures(runs(double)[key].summary) == flat_metrics(cell.runs[0])
 
 
 IMPATIENT = {
@@ -369,7 +371,7 @@ def test_a_leaderboard_leads_to_the_outcomes_that_it_is_made_of(
     board.write_text("{}")
     backend = open_backend("wandb", "team/layers", publish.results)
     backend.publish(cell, [publish.outcomes], {})
-    backend.add_board(board, {}, [cell, elsewhere])
+    backend.add_page(Page("leaderboard", [board], {}, [cell, elsewhere]))
     backend.close()
     (run,) = (run for run in runs_of(double) if run.job_type == "report")
     assert run.used == [f"outcomes-SmolLM2-135M-Instruct-arc_easy-intact-{cell.key}:v0"]

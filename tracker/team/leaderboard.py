@@ -18,8 +18,8 @@ from tracker.core.errors import ResultsError
 from tracker.core.identities import Record, Shown
 from tracker.core.records import CellRecord
 from tracker.report.export import board_data
-from tracker.tracking.base import BOARD_FILE, LoggedTable, Pages
-from tracker.tracking.figures import logged
+from tracker.tracking.base import BOARD_FILE, Page, Pages
+from tracker.tracking.figures import LoggedTable, logged
 from tracker.tracking.identity import content_digest
 
 FORMAT = 4
@@ -131,7 +131,8 @@ def publish_board(backend: Pages, cells: Iterable[CellRecord]) -> tuple[Board, s
         with TemporaryDirectory() as folder:
             file = Path(folder) / BOARD_FILE
             file.write_text(whole.model_dump_json(), encoding="utf-8")
-            location = backend.add_board(file, board_tables(whole.cells), whole.cells)
+            tables = board_tables(whole.cells)
+            location = backend.add_page(Page("leaderboard", [file], tables, whole.cells))
     return whole, location
 
 

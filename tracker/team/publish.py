@@ -40,12 +40,12 @@ from tracker.tracking.base import (
     Backend,
     Ending,
     LiveRun,
-    LoggedTable,
     Published,
     Target,
     sync_command,
+    when_mended,
 )
-from tracker.tracking.figures import logged_documents
+from tracker.tracking.figures import LoggedTable, logged_documents
 from tracker.tracking.identity import content_digest
 from tracker.tracking.wandb.service import in_sweep, open_trial
 
@@ -293,7 +293,7 @@ class Publisher:
         if "tracker sync" in said:
             return said
         again = masked(sync_command(self._results.absolute(), to))
-        return f"{said}\nThe results are on disk; when it is mended: {again}"
+        return f"{said}\n{when_mended(again)}"
 
     def _backend(self, to: Target) -> Backend:
         if to not in self._open:

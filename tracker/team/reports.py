@@ -25,7 +25,7 @@ from tracker.report.wording import summary
 from tracker.team.collect import Collected, merged
 from tracker.team.leaderboard import board_tables, publish_board
 from tracker.tracking import open_pages, target
-from tracker.tracking.base import Pages, Target
+from tracker.tracking.base import Page, Pages, Target
 
 _CHARTS = 60
 """A page of a tracking backend with more charts than this is not looked at."""
@@ -115,7 +115,8 @@ def publish(
             charts = dict(list(figures(alone, found.findings).items())[:_CHARTS])
             says = "\n\n".join((summary(alone), LAYER_RULE, MODEL_RULE, INTERVAL_RULE))
             tables = board_tables(found.cells)
-            locations[masked(text)] = backend.add_report(says, files, tables, charts, found.cells)
+            report = Page("report", files, tables, found.cells, says, charts)
+            locations[masked(text)] = backend.add_page(report)
     return locations, failed, notes
 
 

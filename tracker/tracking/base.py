@@ -2,21 +2,32 @@
 
 A backend receives frozen records and files, nothing else. What every backend must agree on is in
 pure functions: which run it is and whether it changed in `identity`, what it shows in `figures`.
+How a cell is published is the same for all and stands here; a backend has the verbs.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from typing_extensions import override
 
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
 from tracker.core.text import masked
+from tracker.ledger.files import lock_file
+from tracker.tracking.figures import LoggedTable
+from tracker.tracking.identity import files_digest
+from tracker.tracking.isolated import Isolated
+from tracker.tracking.runs import DescribedRun, described
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -24,8 +35,7 @@ if TYPE_CHECKING:
 Ending = Literal["finished", "failed", "killed"]
 PROGRESS = "progress/"
 """How the names of figures begin that a run shows while its cell is measured."""
-Scalar = str | int | float | None
-
+_LOCK_SECONDS = 600.0
 
 Ability = Literal["live runs", "reports and leaderboards", "lighter models", "registered models"]
 """What a backend may show besides the runs of cells."""
@@ -59,18 +69,6 @@ class Published:
     """What else a person should know."""
     project: str = ""
     """The project's whole name, where the backend completes it."""
-
-
-@dataclass(frozen=True)
-class LoggedTable:
-    """Rows that a backend shows as a table; a value that is not defined is None."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Scalar, ...], ...]
-    asked: tuple[str, ...] = ()
-    """Columns that say what was asked: by these, rows of several runs can be set side by side."""
-    scores: tuple[str, ...] = ()
-    """Columns that say how good the answers are."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,23 @@ class Models(Protocol):
         """Release what the backend holds; it never raises."""
 
 
+@dataclass(frozen=True)
+class Page:
+    """What is made of several cells for a backend to keep: a report, a leaderboard's version."""
+
+    kind: Literal["report", "leaderboard"]
+    files: Sequence[Path]
+    """All of a leaderboard, named `BOARD_FILE`; a report and what goes with it."""
+    tables: Mapping[str, LoggedTable]
+    """What people browse, by name."""
+    made_of: Sequence[CellRecord]
+    """The cells that it shows: the backend leads from it to their outcomes."""
+    text: str = ""
+    """What it says in a few paragraphs."""
+    charts: Mapping[str, Figure] = field(default_factory=dict)
+    """Plotly figures, by name."""
+
+
 class LiveRun(Protocol):
     """The runs that a backend shows while their cells are measured; nothing rests on it."""
 
@@ -170,11 +185,36 @@ class LiveRun(Protocol):
         """
 
     def close(self) -> None:
-        """Show what is still open as killed; it never raises."""
+        """Show what is still open as killed; it never raises where it is called."""
 
 
-class Backend(Protocol):
-    """Where runs are browsed. It may be unreachable; the ledger never depends on it."""
+class OpenRuns(LiveRun):
+    """Live runs where they are open, each by its run key."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, Any] = {}
+
+    @override
+    def close(self) -> None:
+        for key in list(self._runs):
+            self.end(key, "killed")
+
+
+class Backend(ABC):
+    """Where runs are browsed. It may be unreachable; the ledger never depends on it.
+
+    Args:
+        project: The project, in the backend's words.
+        results: The results folder.
+    """
+
+    name: ClassVar[str]
+    """What a user types."""
+
+    def __init__(self, project: str, results: Path) -> None:
+        self._project = project
+        self._results = results.absolute()
+        self._to = f"{self.name}:{project}"
 
     def publish(
         self,
@@ -201,6 +241,17 @@ class Backend(Protocol):
         Raises:
             TrackingError: The backend refused or could not be reached.
         """
+        advice = when_mended(self._setting() + sync_command(self._results, self._to))
+        with self._one_writer("did not take the runs", advice):
+            outcomes = Counter(self._write(described(cell, artifacts, charts, tables)))
+            return Published(
+                created=outcomes["created"],
+                updated=outcomes["updated"],
+                unchanged=outcomes["unchanged"],
+                location=self._location(),
+                notes=self._notes(),
+                project=self._whole_name(),
+            )
 
     def cells(self) -> list[RemoteCell]:
         """List the cells of the project.
@@ -211,6 +262,8 @@ class Backend(Protocol):
         Raises:
             TrackingError: There is no such project, or the backend could not be reached.
         """
+        with self._explained("could not be read"):
+            return list(self._cells())
 
     def fetch(self, cell: RemoteCell, folder: Path) -> None:
         """Download the files that were attached to a cell's run.
@@ -222,9 +275,77 @@ class Backend(Protocol):
         Raises:
             TrackingError: The backend could not be reached, or the files are not what was attached.
         """
+        with self._explained("could not be read"):
+            self._download(cell, folder)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most hold nothing: a run is finished when it is written
         """Release what the backend holds; it never raises."""
+
+    @abstractmethod
+    def _explained(self, problem: str, advice: str = "") -> AbstractContextManager[None]:
+        """Say what the backend did not do where anything is raised inside: a TrackingError."""
+
+    @contextmanager
+    def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
+        """Hold off other processes: no backend has "create unless it exists" for a run key."""
+        with self._explained(problem, advice), lock_file(self._lock(), _LOCK_SECONDS):
+            yield
+
+    @abstractmethod
+    def _lock(self) -> Path:
+        """Say which file whoever writes to the project locks."""
+
+    @abstractmethod
+    def _write(self, runs: Sequence[DescribedRun]) -> Iterable[str]:
+        """Bring the runs of a cell to what they should be, and prove that they are.
+
+        What became of each is `created`, `updated` or `unchanged`.
+        """
+
+    @abstractmethod
+    def _location(self) -> str:
+        """Say what a person opens."""
+
+    @abstractmethod
+    def _cells(self) -> Iterable[RemoteCell]: ...
+
+    @abstractmethod
+    def _download(self, cell: RemoteCell, folder: Path) -> None: ...
+
+    def _setting(self) -> str:
+        """Say what a command begins with so that it finds the project."""
+        return ""
+
+    def _notes(self) -> tuple[str, ...]:
+        """Say what else a person should know after `_write`."""
+        return ()
+
+    def _whole_name(self) -> str:
+        """Name the project where the backend completes what was asked for."""
+        return ""
+
+
+def refuse_others(cell: RemoteCell, folder: Path) -> None:
+    """Refuse files that are not those that were attached to a cell's run."""
+    if files_digest(folder.iterdir()) != cell.version:
+        raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
+
+
+def explained(
+    what: str,
+    error: Exception,
+    advice: str,
+    secrets: Sequence[str | None] = (),
+    characters: int | None = None,
+) -> TrackingError:
+    """Say what did not work, why, in so many characters, and what to do; no secret is shown.
+
+    Raise it from None: a traceback would print the cause too, which may show a password.
+    """
+    text = masked(str(error) or type(error).__name__, secrets)
+    if characters is not None:
+        text = textwrap.shorten(text, characters, placeholder=" …")
+    return TrackingError("\n".join(filter(None, (f"{what}: {text}", advice))))
 
 
 class Pages(Protocol):
@@ -238,42 +359,10 @@ class Pages(Protocol):
         """
 
     def read_board(self, version: str) -> str:
-        """Read one version of the leaderboard, as it was given to `add_board`."""
+        """Read one version of the leaderboard, as it was given to `add_page`."""
 
-    def add_board(
-        self, file: Path, tables: Mapping[str, LoggedTable], made_of: Sequence[CellRecord]
-    ) -> str:
-        """Add a version of the leaderboard.
-
-        Args:
-            file: All of it, named `BOARD_FILE`.
-            tables: What people browse.
-            made_of: The cells that it ranks: the backend leads from it to their outcomes.
-
-        Returns:
-            What a person opens.
-        """
-
-    def add_report(
-        self,
-        text: str,
-        files: Sequence[Path],
-        tables: Mapping[str, LoggedTable],
-        charts: Mapping[str, Figure],
-        made_of: Sequence[CellRecord],
-    ) -> str:
-        """Add a report.
-
-        Args:
-            text: What it says in a few paragraphs.
-            files: The page, and what goes with it, each under its own file name.
-            tables: What people browse.
-            charts: Plotly figures, by name.
-            made_of: The cells that it shows: the backend leads from it to their outcomes.
-
-        Returns:
-            What a person opens.
-        """
+    def add_page(self, page: Page) -> str:
+        """Add a report, or a version of the leaderboard; say what a person opens."""
 
     def user(self) -> str:
         """Say as whom the backend knows this user."""
@@ -299,6 +388,11 @@ class Service(ABC):
     @abstractmethod
     def open(self, project: str, results: Path, server: str | None) -> Backend:
         """Open it; nothing is contacted before it is used."""
+
+    def _isolated(self, kind: str, *arguments: object, **environment: Any) -> Isolated:
+        """Open a class of the backend's folder, as `MODULE:CLASS`, in a process of its own."""
+        kind = f"tracker.tracking.{self.name}.{kind}"
+        return Isolated(self.title, kind, *arguments, **environment)
 
     def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
         """Open what it shows while cells are measured, where it can."""
@@ -370,3 +464,8 @@ BOARD_FILE = "leaderboard.json"
 def sync_command(results: Path, to: str) -> str:
     """Say what to type when a backend is back; `to` is `BACKEND` or `BACKEND:PROJECT`."""
     return f"tracker sync --to {shlex.quote(to)} --results {shlex.quote(str(results))}"
+
+
+def when_mended(command: str) -> str:
+    """Say what to type where a backend did not take what is on disk."""
+    return f"The results are on disk; when it is mended: {command}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from tracker.core.answers import interval_name, statement
 from tracker.core.decision_records import DecisionsRecord
@@ -19,7 +20,6 @@ from tracker.core.run_table import (
     runs_of,
 )
 from tracker.core.tables import Table, table
-from tracker.tracking.base import LoggedTable, Scalar
 
 CURVES = (
     "accuracy",
@@ -34,6 +34,19 @@ CURVES = (
 _KINDS = "|".join(f"{word}/" for word in KINDS if word != "layer")
 _CURVE = re.compile(rf"({_KINDS})?(span\d+/)?({'|'.join(CURVES)})")
 _LAYER_VALUES = (*CURVES, "mcnemar_p", "rounded", "drop_rounding")
+Scalar = str | int | float | None
+
+
+@dataclass(frozen=True)
+class LoggedTable:
+    """Rows that a backend shows as a table; a value that is not defined is None."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Scalar, ...], ...]
+    asked: tuple[str, ...] = ()
+    """Columns that say what was asked: by these, rows of several runs can be set side by side."""
+    scores: tuple[str, ...] = ()
+    """Columns that say how good the answers are."""
 
 
 def metric_name(name: str) -> str:

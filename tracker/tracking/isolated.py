@@ -121,7 +121,7 @@ class Isolated:
 
 
 def serve() -> None:
-    """Answer the calls of an `Isolated` until it ends, then abandon what the object has open."""
+    """Answer the calls of an `Isolated` until it ends, then close the object."""
     # What the SDK prints must not get among the answers; signals are for the other process.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -142,6 +142,6 @@ def serve() -> None:
                 answer = True, TrackingError(f"{type(error).__name__}: {error}")
             pickle.dump(answer, answers)
             answers.flush()
-    if made is not None and hasattr(made, "abandon"):
+    if hasattr(made, "close"):
         with suppress(TrackerError):
-            made.abandon()
+            made.close()

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from tracker.core.identities import Record
 from tracker.core.records import CellRecord, RunRecord
 from tracker.core.run_table import reasons_of
-from tracker.tracking.base import LoggedTable
 from tracker.tracking.figures import (
     CURVES,
+    LoggedTable,
     cell_figures,
     curve_name,
     flat_metrics,
@@ -52,7 +52,6 @@ class OutcomesArtifact:
     name: str
     aliases: tuple[str, ...]
     metadata: dict[str, Any]
-    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,6 @@ class DescribedRun:
                 "provenance": _nested(cell.provenance),
                 **_facts(cell),
             },
-            files=self.files,
         )
 
 

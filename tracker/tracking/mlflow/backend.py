@@ -14,12 +14,12 @@ import os
 import re
 import shlex
 import sqlite3
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
@@ -31,21 +31,21 @@ from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
 from tracker.core.text import masked
 from tracker.ledger.cache import own_folder
-from tracker.ledger.files import as_shared, lock_file
+from tracker.ledger.files import as_shared
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,
     Backend,
-    LoggedTable,
+    Page,
     Pages,
-    Published,
     RemoteCell,
-    sync_command,
+    explained,
+    refuse_others,
 )
 from tracker.tracking.foreign import downloading, refuse_lies
-from tracker.tracking.identity import files_digest, run_key
+from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.database import artifact_folder, create_database, follow_folder
-from tracker.tracking.mlflow.ranked import ranked
+from tracker.tracking.mlflow.ranked import every_page, ranked
 from tracker.tracking.mlflow.runs import (
     FILES_TAG,
     KEY_TAG,
@@ -64,15 +64,10 @@ from tracker.tracking.mlflow.writing import (
     stated_digests,
     write,
 )
-from tracker.tracking.runs import cell_run, described
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
+from tracker.tracking.runs import DescribedRun, cell_run
 
 _RUNS_FIRST = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow's page opens such an experiment with its runs, not with the traces of an agent."""
-_LOCK_SECONDS = 600.0
 _SAID_CHARACTERS = 500  # a proxy's error page is longer
 _REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 _WHO = (
@@ -95,13 +90,12 @@ class MlflowBackend(Backend, Pages):
             file in the results folder.
     """
 
+    name = "mlflow"
+
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
-        self._project = project
-        self._results = results.absolute()
-        elsewhere = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        self._uri = elsewhere or f"sqlite:///{self._results / 'mlflow.db'}"
-        # Without it, the command that is told would publish into the results folder.
-        self._again = f"MLFLOW_TRACKING_URI={shlex.quote(masked(elsewhere))} " if elsewhere else ""
+        super().__init__(project, results)
+        self._elsewhere = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._uri = self._elsewhere or f"sqlite:///{self._results / 'mlflow.db'}"
         sqlite = _SQLITE.fullmatch(self._uri)
         self._database = Path(sqlite["path"]).absolute() if sqlite else None
         if self._database:
@@ -109,40 +103,24 @@ class MlflowBackend(Backend, Pages):
         self._connection: tuple[Any, str] | None = None
 
     @override
-    def publish(
-        self,
-        cell: CellRecord,
-        artifacts: Sequence[Path],
-        charts: Mapping[str, Figure],
-        tables: Mapping[str, LoggedTable] = {},
-    ) -> Published:
-        again = self._again + sync_command(self._results, f"mlflow:{self._project}")
-        advice = f"The results are on disk; when it is back: {again}"
-        with self._failures_explained("did not take the runs", advice), self._one_publisher():
-            client, experiment = self._connect()
-            existing = _runs_of_cell(client, experiment, cell.key)
-            models = ranked(client, experiment, existing.values())
-            # First, for its children; its figures come last, and with them where its children are.
-            parent = run_key(cell, "cell")
-            is_new = parent not in existing
-            parent_id = _opened(client, experiment, cell, existing)
-            *nested, own = described(cell, artifacts, charts, tables)
-            children = [mlflow_run(run, parent_id) for run in nested]
-            outcomes = [write(client, experiment, run, existing, models) for run in children]
-            ids = {key: found.info.run_id for key, found in existing.items()}
-            links = child_links(cell, experiment, ids)
-            whole = mlflow_run(own, None, links)
-            outcome = write(client, experiment, whole, existing, models)
-            outcomes.append("created" if is_new else outcome)
-            if set(outcomes) != {"unchanged"}:
-                _confirm(client, experiment, cell, (*children, whole))
-            location = self._location(experiment)
-        return Published(
-            created=outcomes.count("created"),
-            updated=outcomes.count("updated"),
-            unchanged=outcomes.count("unchanged"),
-            location=location,
-        )
+    def _write(self, runs: Sequence[DescribedRun]) -> list[str]:
+        client, experiment = self._connect()
+        *nested, own = runs
+        cell = own.cell
+        existing = _runs_of_cell(client, experiment, cell.key)
+        models = ranked(client, experiment, existing.values())
+        # First, for its children; its figures come last, and with them where its children are.
+        is_new = own.key not in existing
+        parent_id = _opened(client, experiment, cell, existing)
+        children = [mlflow_run(run, parent_id) for run in nested]
+        outcomes = [write(client, experiment, run, existing, models) for run in children]
+        ids = {key: found.info.run_id for key, found in existing.items()}
+        whole = mlflow_run(own, None, child_links(cell, experiment, ids))
+        outcome = write(client, experiment, whole, existing, models)
+        outcomes.append("created" if is_new else outcome)
+        if set(outcomes) != {"unchanged"}:
+            _confirm(client, experiment, cell, (*children, whole))
+        return outcomes
 
     def open(self, cell: CellRecord) -> tuple[Any, str]:
         """Open the run of a cell that is about to be measured, or continue it.
@@ -153,8 +131,8 @@ class MlflowBackend(Backend, Pages):
         Returns:
             The run, and the tracking URI.
         """
-        with self.connected("does not show what is measured") as client, self._one_publisher():
-            _, experiment = self._connect()
+        with self._one_writer("does not show what is measured"):
+            client, experiment = self._connect()
             existing = _runs_of_cell(client, experiment, cell.key)
             run_id = _opened(client, experiment, cell, existing)
             client.update_run(run_id, status="RUNNING")
@@ -162,123 +140,78 @@ class MlflowBackend(Backend, Pages):
 
     def begin(self, name: str, tags: Mapping[str, str]) -> tuple[str, str, str]:
         """Open a run of its own: its id, the tracking URI, and what a person opens."""
-        with self.connected(f"did not take {name}") as client, self._one_publisher():
-            _, experiment = self._connect()
+        with self._one_writer(f"did not take {name}"):
+            client, experiment = self._connect()
             run = client.create_run(experiment, tags=dict(tags), run_name=name)
-            return str(run.info.run_id), self._uri, self._location(experiment)
+            return str(run.info.run_id), self._uri, self._location()
 
     @contextmanager
     def connected(self, problem: str) -> Iterator[Any]:
-        """Give MLflow's client, and say what did not work where it fails.
-
-        Args:
-            problem: The words for that.
-
-        Yields:
-            The client.
-        """
-        with self._failures_explained(problem):
-            if self._connection is None:
-                with self._one_publisher():
-                    self._connect()
+        """Give MLflow's client after `open` or `begin`; `problem` is what is said if it fails."""
+        with self._explained(problem):
             yield self._connect()[0]
 
     @override
-    def cells(self) -> list[RemoteCell]:
-        with self._failures_explained("could not be read"):
-            client, experiment = self._existing()
-            runs = _search(client, experiment, f"tags.`{KIND_TAG}` = 'cell'")
-            return [
-                RemoteCell(
-                    key=run.data.tags[KEY_TAG],
-                    name=run.info.run_name,
-                    version=run.data.tags.get(FILES_TAG, ""),
-                    place=run.info.run_id,
-                )
-                for run in runs
-                if DIGEST_TAG in run.data.tags
-            ]
+    def _cells(self) -> Iterator[RemoteCell]:
+        client, experiment = self._existing()
+        for run in _search(client, experiment, f"tags.`{KIND_TAG}` = 'cell'"):
+            tags, info = run.data.tags, run.info
+            if DIGEST_TAG in tags:
+                yield RemoteCell(tags[KEY_TAG], info.run_name, tags.get(FILES_TAG, ""), info.run_id)
 
     @override
-    def fetch(self, cell: RemoteCell, folder: Path) -> None:
-        with self._failures_explained("could not be read"):
-            client, _ = self._existing()
-            with downloading(folder):
-                there = stated_digests(client, cell.place)
-                listed = {a.path: a for a in client.list_artifacts(cell.place)}
-                mine = [n for n, a in listed.items() if n in there or not (there or a.is_dir)]
-                refuse_lies({name: listed[name].file_size for name in mine})
-                for name in mine:
-                    client.download_artifacts(cell.place, name, str(folder))
-            if files_digest(folder.iterdir()) != cell.version:
-                raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
+    def _download(self, cell: RemoteCell, folder: Path) -> None:
+        client, _ = self._existing()
+        with downloading(folder):
+            there = stated_digests(client, cell.place)
+            listed = {a.path: a for a in client.list_artifacts(cell.place)}
+            mine = [n for n, a in listed.items() if n in there or not (there or a.is_dir)]
+            refuse_lies({name: listed[name].file_size for name in mine})
+            for name in mine:
+                client.download_artifacts(cell.place, name, str(folder))
+        refuse_others(cell, folder)
 
     @override
     def boards(self) -> list[str]:
-        with self._failures_explained("could not be read"):
+        with self._explained("could not be read"):
             client, experiment = self._connect()
             runs = _search(client, experiment, f"tags.`{KIND_TAG}` = '{BOARD}'")
             return [run.info.run_id for run in runs if run.info.status == "FINISHED"]
 
     @override
     def read_board(self, version: str) -> str:
-        with self._failures_explained("could not be read"), TemporaryDirectory() as folder:
+        with self._explained("could not be read"), TemporaryDirectory() as folder:
             client, _ = self._existing()
             with downloading(Path(folder)):
                 path = client.download_artifacts(version, BOARD_FILE, folder)
             return Path(path).read_text(encoding="utf-8")
 
     @override
-    def add_board(
-        self, file: Path, tables: Mapping[str, LoggedTable], made_of: Sequence[CellRecord]
-    ) -> str:
-        return self._add("leaderboard", BOARD, [file], tables, {}, made_of)
-
-    @override
-    def add_report(
-        self,
-        text: str,
-        files: Sequence[Path],
-        tables: Mapping[str, LoggedTable],
-        charts: Mapping[str, Figure],
-        made_of: Sequence[CellRecord],
-    ) -> str:
-        return self._add("report", "report", files, tables, charts, made_of, text)
-
-    @override
-    def user(self) -> str:
-        return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
-
-    def _add(
-        self,
-        name: str,
-        kind: str,
-        files: Sequence[Path],
-        tables: Mapping[str, LoggedTable],
-        charts: Mapping[str, Figure],
-        made_of: Sequence[CellRecord],
-        note: str = "",
-    ) -> str:
-        """Log files, tables and charts in a run of their own."""
-        with self._failures_explained(f"did not take the {name}"), self._one_publisher():
+    def add_page(self, page: Page) -> str:
+        kind = BOARD if page.kind == "leaderboard" else page.kind
+        with self._one_writer(f"did not take the {page.kind}"):
             client, experiment = self._connect()
             tags = {
                 KIND_TAG: kind,
-                "tracker.made_of": made_of_tag(made_of),
+                "tracker.made_of": made_of_tag(page.made_of),
                 "mlflow.source.name": "tracker",
                 "mlflow.user": self.user(),
-                "mlflow.loggedArtifacts": tables_tag(tables),
-                "mlflow.note.content": note,
+                "mlflow.loggedArtifacts": tables_tag(page.tables),
+                "mlflow.note.content": page.text,
             }
             # The newest of its kind is the first in MLflow's list, whatever the clock says.
             others = _search(client, experiment, f"tags.`{KIND_TAG}` = '{kind}'")
             start = later(max((run.info.start_time for run in others), default=0))
-            run_id = client.create_run(experiment, start, tags, name).info.run_id
-            attach(client, run_id, tables, charts)
-            for file in files:
+            run_id = client.create_run(experiment, start, tags, page.kind).info.run_id
+            attach(client, run_id, page.tables, page.charts)
+            for file in page.files:
                 client.log_artifact(run_id, str(file))
             client.set_terminated(run_id, "FINISHED", later(start))
-            return self._location(experiment)
+            return self._location()
+
+    @override
+    def user(self) -> str:
+        return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
 
     @override
     def close(self) -> None:
@@ -337,64 +270,51 @@ class MlflowBackend(Backend, Pages):
             return None
         return artifact_folder(self._database or self._results / "mlflow.db").as_uri()
 
-    def _location(self, experiment: str) -> str:
+    @override
+    def _location(self) -> str:
         if self._uri.startswith(("http://", "https://")):
             server = masked(self._uri).replace("***@", "").rstrip("/")
-            return f"{server}/#/experiments/{experiment}/runs"
+            return f"{server}/#/experiments/{self._connect()[1]}/runs"
         uri = shlex.quote(masked(self._uri))
         return f"mlflow ui --backend-store-uri {uri} --port 5000"
 
-    @contextmanager
-    def _one_publisher(self) -> Iterator[None]:
-        """Hold off other processes: MLflow has no "create unless it exists" for runs.
+    @override
+    def _setting(self) -> str:
+        # Without it, the command that is told would publish into the results folder.
+        elsewhere = self._elsewhere
+        return f"MLFLOW_TRACKING_URI={shlex.quote(masked(elsewhere))} " if elsewhere else ""
 
-        The same lock guards the first use of a SQLite file, whose migrations break when two
-        processes run them at once.
-        """
+    @override
+    def _lock(self) -> Path:
         path = self._database or self._results / "mlflow"
         if not self._database and not self._results.is_dir():
             # Nothing is kept there, so no folder is made there.
             path = own_folder("locks") / content_hash(self._uri)[:16]
-        with lock_file(path.with_name(f"{path.name}.lock"), _LOCK_SECONDS):
-            if not self._database:
-                yield
-                return
-            with as_shared(path.parent):
-                yield
+        return path.with_name(f"{path.name}.lock")
 
     @contextmanager
-    def _failures_explained(self, problem: str, advice: str = "") -> Iterator[None]:
+    def _one_writer(self, problem: str, advice: str = "") -> Iterator[None]:
+        # The lock guards the first use of a SQLite file too, whose migrations break when two
+        # processes run them at once.
+        shared = as_shared(self._database.parent) if self._database else nullcontext()
+        with super()._one_writer(problem, advice), shared:
+            yield
+
+    @contextmanager
+    def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
         try:
             yield
         except Exception as error:  # noqa: BLE001  the SDK raises requests, SQL, cloud errors, ...
-            secrets = _secrets(self._uri)
-            said = str(error) or type(error).__name__
-            text = masked(said, secrets)
-            hidden = any(secrets) or text != said
-            text = textwrap.shorten(text, _SAID_CHARACTERS, placeholder=" …")
-            text = f"MLflow at {masked(self._uri)} {problem}: {text}"
             if getattr(error, "error_code", None) in _REFUSED:
                 advice = f"{_WHO}\n{advice}"
-            # A traceback prints the cause too, so it is dropped where it could show a password.
-            raise TrackingError("\n".join(filter(None, (text, advice)))) from (
-                None if hidden else error
-            )
+            what = f"MLflow at {masked(self._uri)} {problem}"
+            raise explained(what, error, advice, _secrets(self._uri), _SAID_CHARACTERS) from None
 
 
 def _search(client: Any, experiment: str, wanted: str) -> Iterator[Any]:
     """Find runs, the oldest first; deleted ones do not count."""
-    token: str | None = None
-    while True:
-        page = client.search_runs(
-            [experiment],
-            filter_string=wanted,
-            order_by=["attributes.start_time ASC"],
-            page_token=token,
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
+    order = ["attributes.start_time ASC"]
+    return every_page(partial(client.search_runs, [experiment], wanted, order_by=order))
 
 
 def _runs_of_cell(client: Any, experiment: str, cell_key: str) -> dict[str, Any]:
@@ -413,10 +333,11 @@ def _confirm(client: Any, experiment: str, cell: CellRecord, runs: Sequence[Mlfl
     for tried in (False, True):
         there = _runs_of_cell(client, experiment, cell.key)
         models = ranked(client, experiment, there.values())
-        wrong = [(run, why) for run in runs if (why := lacks(there.get(run.key), run, models))]
+        lacking = ((run, lacks(there.get(run.of.key), run, models)) for run in runs)
+        wrong = [(run, why) for run, why in lacking if why]
         if tried and wrong:
             run, why = wrong[0]
-            raise TrackingError(f"of the run {run.name!r}, {why}")
+            raise TrackingError(f"of the run {run.of.name!r}, {why}")
         for run, _ in wrong:
             write(client, experiment, run, there, models)
         if not wrong:
@@ -428,7 +349,7 @@ def _opened(client: Any, experiment: str, cell: CellRecord, existing: dict[str, 
     key = run_key(cell, "cell")
     if key not in existing:
         run = mlflow_run(cell_run(cell))
-        existing[key] = client.create_run(experiment, tags=run.tags, run_name=run.name)
+        existing[key] = client.create_run(experiment, tags=run.tags, run_name=run.of.name)
     return str(existing[key].info.run_id)
 
 

@@ -13,7 +13,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from typing_extensions import override
 
 from tracker.core.records import CellRecord
-from tracker.tracking.base import Ending, LiveRun
+from tracker.tracking.base import Ending, OpenRuns
 from tracker.tracking.figures import metric_name
 from tracker.tracking.identity import run_key
 from tracker.tracking.mlflow.backend import MlflowBackend
@@ -31,12 +31,12 @@ class _Shown:
     last: dict[str, Any]
 
 
-class MlflowLiveRun(LiveRun):
+class MlflowLiveRun(OpenRuns):
     """Shows cells of an experiment; the arguments are those of `MlflowBackend`."""
 
     def __init__(self, project: str, results: Path, tracking_uri: str | None = None) -> None:
+        super().__init__()
         self._backend = MlflowBackend(project, results, tracking_uri)
-        self._runs: dict[str, _Shown] = {}
 
     @override
     def begin(self, cell: CellRecord) -> None:
@@ -66,12 +66,3 @@ class MlflowLiveRun(LiveRun):
         info = shown.run.info
         with self._backend.connected("does not show what is measured") as client:
             client.set_terminated(info.run_id, status.upper(), later(info.start_time))
-
-    def abandon(self) -> None:
-        """Show what is still open as killed."""
-        for key in list(self._runs):
-            self.end(key, "killed")
-
-    @override
-    def close(self) -> None:
-        self.abandon()

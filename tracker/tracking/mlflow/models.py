@@ -65,10 +65,6 @@ class MlflowModels(Models):
     def close(self) -> None:
         self._backend.close()
 
-    def abandon(self) -> None:
-        """Leave the database complete on its own."""
-        self.close()
-
 
 def _parts(folder: Path) -> dict[str, Any]:
     """Load a model and its tokenizer: MLflow 3.17 stumbles over the folder with transformers 5."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mlflow.entities import LoggedModelStatus, Metric
@@ -48,25 +49,31 @@ def ranked(client: Any, experiment: str, runs: Iterable[Any]) -> dict[str, list[
     found: dict[str, list[ShownModel]] = {}
     every = [run.info.run_id for run in runs]
     for first in range(0, len(every), _AT_ONCE):
-        ids = ", ".join(f"'{one}'" for one in every[first : first + _AT_ONCE])
+        ids = ", ".join(f"'{run_id}'" for run_id in every[first : first + _AT_ONCE])
         wanted = f"source_run_id IN ({ids})"
-        token = None
-        while True:
-            try:
-                page = client.search_logged_models([experiment], wanted, page_token=token)
-            except MlflowException as error:
-                if error.error_code != _NO_MODELS:
-                    raise
-                return {}
-            for model in (one for one in page if KEY_TAG in one.tags):
-                points = sorted(model.metrics or (), key=lambda m: (m.timestamp, m.step))
-                newest = {point.key: point for point in points}
-                mine = ShownModel(model.model_id, newest, model.status == LoggedModelStatus.READY)
-                found.setdefault(model.source_run_id, []).append(mine)
-            token = page.token
-            if not token:
-                break
+        try:
+            models = list(every_page(partial(client.search_logged_models, [experiment], wanted)))
+        except MlflowException as error:
+            if error.error_code != _NO_MODELS:
+                raise
+            return {}
+        for model in (model for model in models if KEY_TAG in model.tags):
+            points = sorted(model.metrics or (), key=lambda m: (m.timestamp, m.step))
+            newest = {point.key: point for point in points}
+            mine = ShownModel(model.model_id, newest, model.status == LoggedModelStatus.READY)
+            found.setdefault(model.source_run_id, []).append(mine)
     return found
+
+
+def every_page(search: Callable[..., Any]) -> Iterator[Any]:
+    """Give all that a search of MLflow's finds."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def log_model(client: Any, experiment: str, run: MlflowRun, run_id: str) -> ShownModel | None:
@@ -74,9 +81,9 @@ def log_model(client: Any, experiment: str, run: MlflowRun, run_id: str) -> Show
     try:
         model = client.create_logged_model(
             experiment,
-            name=re.sub(_NOT_IN_NAMES, "-", run.name),
+            name=re.sub(_NOT_IN_NAMES, "-", run.of.name),
             source_run_id=run_id,
-            tags={"mlflow.model.isExternal": "true", KEY_TAG: run.key},
+            tags={"mlflow.model.isExternal": "true", KEY_TAG: run.of.key},
             params={n: value for n, value in run.params.items() if n in _OF_MODELS},
             model_type="ablation",
         )

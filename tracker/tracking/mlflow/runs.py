@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from tracker.core.identities import TaskIdentity
 from tracker.core.provenance import content_hash
 from tracker.core.records import BASELINE, CellRecord
-from tracker.tracking.base import LoggedTable
 from tracker.tracking.identity import first_label, run_key
 from tracker.tracking.notes import cell_note
 from tracker.tracking.runs import DescribedRun
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 FORMAT = "7"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
@@ -34,18 +28,12 @@ _DIGEST_CHARACTERS = 36
 class MlflowRun:
     """One MLflow run as it should be."""
 
-    key: str
-    name: str
+    of: DescribedRun
     digest: str
     params: dict[str, str]
     tags: dict[str, str]
     points: dict[tuple[str, int], float]
     """Metric values by name and step."""
-    has_curves: bool = False
-    """Whether the metrics that `is_curve` names have a step of their own for every layer."""
-    tables: Mapping[str, LoggedTable] = field(default_factory=dict)
-    charts: Mapping[str, Figure] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
     data: tuple[dict[str, str], ...] = ()
     """The data sets that it used, in the fields of MLflow's `Dataset`."""
     measured_on: tuple[str, str] | None = None
@@ -68,20 +56,14 @@ def mlflow_run(run: DescribedRun, parent_id: str | None = None, links: str = "")
     points |= {(name, at): value for at, values in run.curves for name, value in values.items()}
     params: dict[str, object] = {**_identity(cell), **run.which}
     params |= _of_cell(cell) if of_cell else {"ablation": run.ablation}
+    data = [_data_set(task, cell.benchmark.data) for task in cell.benchmark.tasks if of_cell]
     return MlflowRun(
-        key=run.key,
-        name=run.name,
+        of=run,
         digest=run.digest(FORMAT, parent_id or "", links),
         params=_texts(params),
         tags=_tags(run, parent_id, links),
         points=points,
-        has_curves=of_cell,
-        tables=run.tables,
-        charts=run.charts,
-        files=run.files,
-        data=tuple(_data_set(task, cell.benchmark.data) for task in cell.benchmark.tasks)
-        if of_cell
-        else (),
+        data=tuple(data),
         measured_on=None if of_cell else _measured_on(cell),
     )
 

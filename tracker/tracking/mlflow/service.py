@@ -20,7 +20,6 @@ from tracker.tracking.base import (
     other_login,
     without_login,
 )
-from tracker.tracking.isolated import Isolated
 
 _LOGINS = (
     "MLFLOW_TRACKING_USERNAME",
@@ -49,14 +48,12 @@ class MlflowService(Service):
 
     @override
     def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
-        kind = "tracker.tracking.mlflow.live_run:MlflowLiveRun"
-        return cast(LiveRun, Isolated(self.title, kind, project, results, server))
+        return cast(LiveRun, self._isolated("live_run:MlflowLiveRun", project, results, server))
 
     @override
     def open_models(self, project: str, results: Path, server: str | None) -> Models:
         # Its flavours write to whatever run is active, which may be a notebook's.
-        kind = "tracker.tracking.mlflow.models:MlflowModels"
-        return cast(Models, Isolated(self.title, kind, project, results, server))
+        return cast(Models, self._isolated("models:MlflowModels", project, results, server))
 
     @override
     def target(self, project: str) -> Target:

@@ -19,18 +19,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    Metric,
-    Param,
-    RunTag,
-)
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from tracker.core.provenance import file_hash
-from tracker.tracking.base import PROGRESS, LoggedTable
-from tracker.tracking.figures import is_curve
+from tracker.tracking.base import PROGRESS
+from tracker.tracking.figures import LoggedTable, is_curve
 from tracker.tracking.identity import kept_name
 from tracker.tracking.mlflow.ranked import ShownModel, log_model
 from tracker.tracking.mlflow.runs import MlflowRun
@@ -68,11 +61,11 @@ def write(
     Returns:
         `created`, `updated` or `unchanged`.
     """
-    found = existing.get(run.key)
+    of, found = run.of, existing.get(run.of.key)
     known: dict[tuple[str, int], float] = {}
     if found is None:
-        found = client.create_run(experiment, tags=run.tags, run_name=run.name)
-        existing[run.key] = found
+        found = client.create_run(experiment, tags=run.tags, run_name=of.name)
+        existing[of.key] = found
         last, tags, outcome = 0, {}, "created"
     elif not lacks(found, run, models):
         return "unchanged"
@@ -81,10 +74,10 @@ def write(
         tags, outcome = run.tags, "updated"
 
     run_id = found.info.run_id
-    at_once = not (run.tables or run.charts or run.files or run.data)
+    at_once = not (of.tables or of.charts or of.files or run.data)
     before = models.get(run_id, ()) if run.measured_on else ()
-    fitting = [one for one in before if one.fits(run)]
-    model = min(fitting, key=lambda one: len(one.lacks(run)), default=None)
+    fitting = [model for model in before if model.fits(run)]
+    model = min(fitting, key=lambda model: len(model.lacks(run)), default=None)
     if run.measured_on and model is None:
         model = log_model(client, experiment, run, run_id)
     changes = _changes(known, run.points)
@@ -96,14 +89,11 @@ def write(
     if at_once:
         # It counts once the run is finished; a request of its own would be one more for each layer.
         tags = {**tags, DIGEST_TAG: run.digest}
+    new = [Param(n, value) for n, value in run.params.items() if n not in found.data.params]
     client.log_batch(
         run_id,
         metrics=_metrics(run, changes, model, later(last)),
-        params=[
-            Param(name, value)
-            for name, value in run.params.items()
-            if name not in found.data.params
-        ],
+        params=new,
         tags=[RunTag(name, value) for name, value in tags.items()],
         synchronous=True,
     )
@@ -113,15 +103,15 @@ def write(
     for tag in found.data.tags:
         if tag.startswith("tracker.") and tag not in {*run.tags, DIGEST_TAG, MODEL_TAG}:
             client.delete_tag(run_id, tag)
-    attach(client, run_id, run.tables, run.charts)
-    if run.files:
-        _attach_files(client, run_id, run.files)
+    attach(client, run_id, of.tables, of.charts)
+    if of.files:
+        _attach_files(client, run_id, of.files)
     if run.data:
         # A data set that the run has already is not added again.
         context = [InputTag("mlflow.data.context", "evaluation")]
         client.log_inputs(run_id, [DatasetInput(Dataset(**data), context) for data in run.data])
-    if found.info.run_name != run.name:
-        client.update_run(run_id, name=run.name)
+    if found.info.run_name != of.name:
+        client.update_run(run_id, name=of.name)
     if found.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED", later(found.info.start_time))
     if not at_once:
@@ -237,7 +227,7 @@ def _known_points(
     last = 0
     for metric in _latest(found):
         points = [metric]
-        if run.has_curves and is_curve(metric.key):
+        if run.of.kind == "cell" and is_curve(metric.key):
             history = client.get_metric_history(found.info.run_id, metric.key)
             points = sorted(history, key=lambda point: point.timestamp)
         for point in points:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trackio
 from trackio import cas, utils
@@ -21,20 +21,14 @@ from trackio.sqlite_storage import SQLiteStorage
 from typing_extensions import override
 
 from tracker.core.errors import TrackingError
-from tracker.core.records import CellRecord
-from tracker.ledger.files import lock_file
-from tracker.tracking.base import Backend, LoggedTable, Published, RemoteCell, sync_command
+from tracker.tracking.base import Backend, RemoteCell, explained, refuse_others
 from tracker.tracking.foreign import refuse_lies
-from tracker.tracking.identity import files_digest, filter_words, group_name
-from tracker.tracking.runs import DescribedRun, described
+from tracker.tracking.identity import filter_words, group_name
+from tracker.tracking.runs import DescribedRun
 from tracker.tracking.trackio.service import usual_folder
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 FORMAT = "1"
 """Part of every digest: raise it when runs are written differently, and all are updated once."""
-_LOCK_SECONDS = 600.0
 
 
 class TrackioBackend(Backend):
@@ -48,65 +42,45 @@ class TrackioBackend(Backend):
         ignored: Settings of the environment that it does not follow.
     """
 
+    name = "trackio"
+
     def __init__(self, project: str, results: Path, ignored: Sequence[str] = ()) -> None:
-        self._project = project
-        self._results = results.absolute()
+        super().__init__(project, results)
         self._ignored = ignored
 
     @override
-    def publish(
-        self,
-        cell: CellRecord,
-        artifacts: Sequence[Path],
-        charts: Mapping[str, Figure],
-        tables: Mapping[str, LoggedTable] = {},
-    ) -> Published:
-        again = self._setting + sync_command(self._results, f"trackio:{self._project}")
-        advice = f"The results are on disk; when it is mended: {again}"
-        counts = {"created": 0, "updated": 0, "unchanged": 0}
-        with self._failures_explained("did not take the runs", advice), self._one_publisher():
-            SQLiteStorage.validate_project_name(self._project)
-            if utils.get_storage_mode() != "sqlite":
-                raise TrackingError(
-                    "it cannot be asked what it has where it appends to files, as on a network "
-                    "filesystem; set TRACKIO_DIR to a folder of this machine"
-                )
-            known = self._known()
-            for run in described(cell, artifacts, {}, tables):
-                there = known.get(run.key, [])
-                if len(there) == 1 and self._is_whole(there[0], run):
-                    counts["unchanged"] += 1
-                    continue
-                for former in there:
-                    former.delete()
-                self._write(run)
-                counts["updated" if there else "created"] += 1
-        location, notes = self._location(), self._notes()
-        return Published(**counts, location=location, notes=notes, project="")
+    def _write(self, runs: Sequence[DescribedRun]) -> Iterator[str]:
+        SQLiteStorage.validate_project_name(self._project)
+        if utils.get_storage_mode() != "sqlite":
+            raise TrackingError(
+                "it cannot be asked what it has where it appends to files, as on a network "
+                "filesystem; set TRACKIO_DIR to a folder of this machine"
+            )
+        known = self._known()
+        for run in runs:
+            there = known.get(run.key, [])
+            if len(there) == 1 and self._is_whole(there[0], run):
+                yield "unchanged"
+                continue
+            for former in there:
+                former.delete()
+            self._write_one(run)
+            yield "updated" if there else "created"
 
     @override
-    def cells(self) -> list[RemoteCell]:
-        with self._failures_explained("could not be read"):
-            return [
-                RemoteCell(one["run_key"], one["name"], one["files"], one["outcomes"])
-                for _, one in self._mine()
-                if one["ablation"] == "cell"
-            ]
+    def _cells(self) -> Iterator[RemoteCell]:
+        for _, mine in self._mine():
+            if mine["ablation"] == "cell":
+                yield RemoteCell(mine["run_key"], mine["name"], mine["files"], mine["outcomes"])
 
     @override
-    def fetch(self, cell: RemoteCell, folder: Path) -> None:
-        with self._failures_explained("could not be read"):
-            there = self._files(cell.place)
-            refuse_lies({name: entry["size"] for name, entry in there.items()})
-            for name, entry in there.items():
-                blob = cas.blob_path(self._project, cas.validate_digest(entry["digest"]))
-                shutil.copyfile(blob, folder / name)
-            if files_digest(folder.iterdir()) != cell.version:
-                raise TrackingError(f"the files of {cell.name!r} are not those that were attached")
-
-    @override
-    def close(self) -> None:
-        pass  # every run is finished when it is written
+    def _download(self, cell: RemoteCell, folder: Path) -> None:
+        there = self._files(cell.place)
+        refuse_lies({name: entry["size"] for name, entry in there.items()})
+        for name, entry in there.items():
+            blob = cas.blob_path(self._project, cas.validate_digest(entry["digest"]))
+            shutil.copyfile(blob, folder / name)
+        refuse_others(cell, folder)
 
     def _known(self) -> dict[str, list[Any]]:
         """Find the project's runs that are tracker's, by run key."""
@@ -134,7 +108,7 @@ class TrackioBackend(Backend):
         files = {file.name for file in run.files}
         return shown == wanted and (not files or set(self._files(_outcomes(run))) == files)
 
-    def _write(self, run: DescribedRun) -> None:
+    def _write_one(self, run: DescribedRun) -> None:
         digest = {"digest": run.digest(FORMAT), "name": run.name, "files": run.version}
         config = {
             **run.config,
@@ -172,40 +146,38 @@ class TrackioBackend(Backend):
         found = SQLiteStorage.get_artifact_manifest(self._project, artifact, None)
         return {entry["path"]: entry for entry in found["manifest"]} if found else {}
 
+    @override
     def _location(self) -> str:
         project = SQLiteStorage.get_project_db_path(self._project).stem
-        return f"{self._setting}trackio show --project {shlex.quote(project)}"
+        return f"{self._setting()}trackio show --project {shlex.quote(project)}"
 
-    @property
+    @override
     def _setting(self) -> str:
-        """Say in a command which folder is meant, where it is not the usual one."""
         if usual_folder() == utils.TRACKIO_DIR:
             return ""
         return f"TRACKIO_DIR={shlex.quote(str(utils.TRACKIO_DIR))} "
 
+    @override
     def _notes(self) -> tuple[str, ...]:
         if not self._ignored:
             return ()
         names = ", ".join(self._ignored)
         return (f"{names} is not followed: runs are on this machine, and trackio sync sends them",)
 
-    @contextmanager
-    def _one_publisher(self) -> Iterator[None]:
-        """Hold off other processes: Trackio has no "create unless it exists" by run key."""
+    @override
+    def _lock(self) -> Path:
         name = f"{utils.canonical_project_name(self._project)}.tracker.lock"
-        with lock_file(utils.TRACKIO_DIR / name, _LOCK_SECONDS):
-            yield
+        return Path(utils.TRACKIO_DIR / name)
 
     @contextmanager
-    def _failures_explained(self, problem: str, advice: str = "") -> Iterator[None]:
+    def _explained(self, problem: str, advice: str = "") -> Iterator[None]:
         try:
             # It says of every run that it began and ended.
             with redirect_stdout(StringIO()):
                 yield
         except Exception as error:  # noqa: BLE001  the SDK raises many kinds
-            said = str(error) or type(error).__name__
-            text = f"Trackio in {utils.TRACKIO_DIR} {problem}: {said}"
-            raise TrackingError("\n".join(filter(None, (text, advice)))) from None
+            what = f"Trackio in {utils.TRACKIO_DIR} {problem}"
+            raise explained(what, error, advice) from None
 
 
 def _outcomes(run: DescribedRun) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from typing_extensions import override
 
@@ -13,7 +13,6 @@ from tracker.core.distribution import install_extra
 from tracker.core.errors import RequestError, TrackingError
 from tracker.core.text import masked
 from tracker.tracking.base import Backend, Service, Target
-from tracker.tracking.isolated import Isolated
 
 _ELSEWHERE = ("SPACE_ID", "SERVER_URL", "BUCKET_ID", "DATASET_ID")
 """Settings that would send runs to a hub or a server."""
@@ -41,15 +40,13 @@ class TrackioService(Service):
     def open(self, project: str, results: Path, server: str | None) -> Backend:
         if find_spec("trackio") is None:
             raise TrackingError(_MISSING)
-        kind = "tracker.tracking.trackio.backend:TrackioBackend"
         elsewhere = [f"TRACKIO_{name}" for name in _ELSEWHERE]
         ignored = [name for name in elsewhere if os.environ.get(name)]
         # Otherwise it asks the hub who the user is, for each run.
         also = {"HF_HUB_OFFLINE": "1", "TRACKIO_DIR": server or self.server()}
-        isolated = Isolated(
-            self.title, kind, project, results, ignored, without=elsewhere, also=also
-        )
-        return cast(Backend, isolated)
+        there: dict[str, Any] = {"without": elsewhere, "also": also}
+        kind = "backend:TrackioBackend"
+        return cast(Backend, self._isolated(kind, project, results, ignored, **there))
 
     @override
     def server(self) -> str:

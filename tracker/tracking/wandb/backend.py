@@ -13,11 +13,12 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import wandb
 from typing_extensions import override
@@ -25,32 +26,22 @@ from typing_extensions import override
 from tracker.core.distribution import install_extra
 from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord
-from tracker.ledger.files import lock_file, make_folder, write_text
+from tracker.ledger.files import make_folder, write_text
 from tracker.tracking.base import (
     BOARD,
     BOARD_FILE,
     Backend,
-    LoggedTable,
+    Page,
     Pages,
-    Published,
     RemoteCell,
     SavedModel,
 )
 from tracker.tracking.foreign import downloading, refuse_lies
-from tracker.tracking.runs import artifact_name, described
-from tracker.tracking.wandb.runs import (
-    WandbRun,
-    group_of,
-    model_name,
-    wandb_run,
-)
-from tracker.tracking.wandb.session import finished, is_offline, log_in, publishing, session, start
+from tracker.tracking.runs import DescribedRun, artifact_name
+from tracker.tracking.wandb.runs import FORMAT, group_of, labels_of, model_name, run_id
+from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
 from tracker.tracking.wandb.writing import attach, wandb_table, write
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
-_LOCK_SECONDS = 600.0
 _DELETED = "previously created and deleted"
 """What the server says, with 409, to the id of a run that was deleted."""
 _IDS = 10  # that are tried
@@ -83,71 +74,61 @@ class WandbBackend(Backend, Pages):
         in_sweep: Whether a W&B agent asked for this.
     """
 
+    name = "wandb"
+
     def __init__(self, project: str, results: Path, in_sweep: bool) -> None:
+        super().__init__(project, results)
         entity, _, self._project = project.rpartition("/")
         self._entity = entity or os.environ.get("WANDB_ENTITY") or None
-        self._results = results.absolute()
-        self._to = f"wandb:{project}"
         self._in_sweep = in_sweep
+        self._deleted = 0
+        """Ids of runs of the cell that is written, and that W&B does not give again."""
 
     @override
-    def publish(
-        self,
-        cell: CellRecord,
-        artifacts: Sequence[Path],
-        charts: Mapping[str, Figure],
-        tables: Mapping[str, LoggedTable] = {},
-    ) -> Published:
-        every = described(cell, artifacts, charts, tables)
-        runs = [wandb_run(run) for run in every if not (self._in_sweep and run.kind == "layer")]
-        with publishing(self._results, self._to), self._one_publisher():
-            offline = is_offline()
-            if not offline:
-                log_in()
-            known = self._read_notes() if offline else self._ask(cell)
-            outcomes = {"created": 0, "updated": 0, "unchanged": 0}
-            deleted = 0
-            for run in runs:
-                found = known.get(run.key)
-                if found and found.digest == run.digest and (offline or self._has_files(run)):
-                    outcomes["unchanged"] += 1
-                    continue
-                # A refused id takes the client 15 s, and who deletes one run may delete them all.
-                folder, deleted = self._write(run, found, offline, deleted)
-                is_there = found is not None and not (offline and found.digest is None)
-                outcomes["updated" if is_there else "created"] += 1
-                if offline:
-                    self._drop_former(found)
-                    known[run.key] = _Known(run.id(), run.digest, folder)
-                    self._write_notes(known)
-            changed = outcomes["created"] + outcomes["updated"]
-            if changed and not offline:
-                self._confirm(cell, runs)
-            notes = (_RENEWED,) if deleted else ()
-            project = "" if offline else self._path()
-            location = self._location(offline)
-            return Published(**outcomes, location=location, notes=notes, project=project)
+    def _write(self, runs: Sequence[DescribedRun]) -> Iterator[str]:
+        make_folder(self._folder)
+        self._deleted = 0
+        cell, offline = runs[-1].cell, is_offline()
+        if not offline:
+            log_in()
+        known = self._read_notes() if offline else self._ask(cell)
+        runs = [run for run in runs if not (self._in_sweep and run.kind == "layer")]
+        written = False
+        for run in runs:
+            found, digest = known.get(run.key), run.digest(FORMAT)
+            if found and found.digest == digest and (offline or self._has_files(run)):
+                yield "unchanged"
+                continue
+            points = self._points(found) if found and run.curves and not offline else []
+            with finished(self._open(run, found, offline)) as handle:
+                write(handle, run, points)
+            if offline:
+                folder = Path(handle.dir).parent.name
+                self._drop_former(found, folder)
+                known[run.key] = _Known(run_id(run.key), digest, folder)
+                self._write_notes(known)
+            written = True
+            is_there = found is not None and not (offline and found.digest is None)
+            yield "updated" if is_there else "created"
+        if written and not offline:
+            self._confirm(cell, runs)
 
     @override
-    def cells(self) -> list[RemoteCell]:
-        found = []
-        with self._reading():
-            for run in _runs(self._path(), {"jobType": "cell"}, must_exist=True):
-                mine = run.config.get("tracker")
-                if run.state == "finished" and isinstance(mine, Mapping) and "digest" in mine:
-                    place = str(mine.get("outcomes", ""))
-                    version = str(mine["digest"]) if place else ""
-                    found.append(RemoteCell(str(mine["run_key"]), run.name, version, place))
-        return found
+    def _cells(self) -> Iterator[RemoteCell]:
+        for run in _runs(self._path(), {"jobType": "cell"}, must_exist=True):
+            mine = run.config.get("tracker")
+            if run.state == "finished" and isinstance(mine, Mapping) and "digest" in mine:
+                place = str(mine.get("outcomes", ""))
+                version = str(mine["digest"]) if place else ""
+                yield RemoteCell(str(mine["run_key"]), run.name, version, place)
 
     @override
-    def fetch(self, cell: RemoteCell, folder: Path) -> None:
-        with self._reading():
-            _download(wandb.Api().artifact(f"{self._path()}/{cell.place}:latest"), folder)
+    def _download(self, cell: RemoteCell, folder: Path) -> None:
+        _download(wandb.Api().artifact(f"{self._path()}/{cell.place}:latest"), folder)
 
     @override
     def boards(self) -> list[str]:
-        with self._reading():
+        with self._explained("could not be read"):
             collection = f"{self._path()}/{BOARD}"
             if not wandb.Api().artifact_collection_exists(collection, "leaderboard"):
                 return []
@@ -158,89 +139,53 @@ class WandbBackend(Backend, Pages):
 
     @override
     def read_board(self, version: str) -> str:
-        with self._reading(), TemporaryDirectory() as folder:
+        with self._explained("could not be read"), TemporaryDirectory() as folder:
             _download(wandb.Api().artifact(f"{self._path()}/{BOARD}:{version}"), Path(folder))
             return (Path(folder) / BOARD_FILE).read_text(encoding="utf-8")
 
     @override
-    def add_board(
-        self, file: Path, tables: Mapping[str, LoggedTable], made_of: Sequence[CellRecord]
-    ) -> str:
-        self._add("leaderboard", BOARD, "leaderboard", [file], tables, {}, made_of)
-        return f"{self._home()}/artifacts/leaderboard/{BOARD}"
-
-    @override
-    def add_report(
-        self,
-        text: str,
-        files: Sequence[Path],
-        tables: Mapping[str, LoggedTable],
-        charts: Mapping[str, Figure],
-        made_of: Sequence[CellRecord],
-    ) -> str:
-        try:
-            from tracker.tracking.wandb import views
-        except ImportError:
-            raise TrackingError(
-                f"a W&B Report needs a package more; type: {install_extra('reports')}"
-            ) from None
-        self._add("report", "layer-report", "report", files, tables, charts, made_of)
-        with self._reading("W&B did not take the report"):
+    def add_page(self, page: Page) -> str:
+        views = _views() if page.kind == "report" else None
+        with self._explained(f"did not take the {page.kind}"):
+            log_in()
+            with self._run_made_of(page.made_of, name=page.kind, job_type="report") as handle:
+                handle.log({f"tables/{n}": wandb_table(table) for n, table in page.tables.items()})
+                handle.log({f"charts/{n}": figure for n, figure in page.charts.items()})
+                name = BOARD if views is None else "layer-report"
+                attach(handle, wandb.Artifact(name, type=page.kind), page.files)
+            if views is None:
+                return f"{self._home()}/artifacts/leaderboard/{BOARD}"
             entity, _, project = self._path().rpartition("/")
             there = wandb.Api().reports(self._path())
-            known = (one.id for one in there if one.display_name == views.TITLE)
+            known = (report.id for report in there if report.display_name == views.TITLE)
             views.save_view(entity, project)
-            return views.save_report(entity, project, text, next(known, None))
+            return str(views.save_report(entity, project, page.text, next(known, None)))
 
     def add_model(self, model: SavedModel) -> str:
         """Add a version of a pruned model, the best one by now, made of the outcomes of cells."""
-        with self._reading("W&B did not take the model"):
-            offline = is_offline()
-            if not offline:
+        with self._explained("did not take the model"):
+            if not is_offline():
                 log_in()
-            place: dict[str, Any] = {"entity": self._entity, "project": self._project}
             facts = dict(model.facts)
-            handle = start(
-                self._results, **place, name=model.name, job_type="model", config={"tracker": facts}
-            )
-            with finished(handle):
-                for outcomes in [] if handle.offline else self._outcomes(model.made_of):
-                    handle.use_artifact(outcomes)
+            about = {"name": model.name, "job_type": "model", "config": {"tracker": facts}}
+            with self._run_made_of(model.made_of, **about) as handle:
                 handle.summary.update(dict(model.figures))
                 artifact = wandb.Artifact(model_name(model.name), type="model", metadata=facts)
                 attach(handle, artifact, sorted(model.folder.iterdir()), ["best"])
-            return self._location(offline)
+            return self._location()
 
     @override
     def user(self) -> str:
-        with self._reading():
+        with self._explained("could not be read"):
             return str(wandb.Api().viewer.username)
 
-    @override
-    def close(self) -> None:
-        pass  # every run is finished when it is written
-
-    def _add(
-        self,
-        name: str,
-        artifact: str,
-        kind: str,
-        files: Sequence[Path],
-        tables: Mapping[str, LoggedTable],
-        charts: Mapping[str, Figure],
-        made_of: Sequence[CellRecord],
-    ) -> None:
-        """Log files, tables and charts in a run of their own, which uses the cells' outcomes."""
-        with self._reading(f"W&B did not take the {name}"):
-            log_in()
-            place: dict[str, Any] = {"entity": self._entity, "project": self._project}
-            handle = start(self._results, **place, name=name, job_type="report")
-            with finished(handle):
-                for outcomes in [] if handle.offline else self._outcomes(made_of):
-                    handle.use_artifact(outcomes)
-                handle.log({f"tables/{n}": wandb_table(table) for n, table in tables.items()})
-                handle.log({f"charts/{n}": figure for n, figure in charts.items()})
-                attach(handle, wandb.Artifact(artifact, type=kind), files)
+    @contextmanager
+    def _run_made_of(self, cells: Iterable[CellRecord], **run: Any) -> Iterator[Any]:
+        """Open a run of its own, which uses the outcomes of cells."""
+        with finished(self._start(**run)) as handle:
+            for outcomes in [] if handle.offline else self._outcomes(cells):
+                handle.use_artifact(outcomes)
+            yield handle
 
     def _outcomes(self, cells: Iterable[CellRecord]) -> list[Any]:
         """Find the outcomes of cells, as far as this project has them."""
@@ -248,11 +193,6 @@ class WandbBackend(Backend, Pages):
         names = [f"{path}/{artifact_name(cell)}" for cell in cells]
         there = [name for name in names if api.artifact_collection_exists(name, "outcomes")]
         return [api.artifact(f"{name}:latest") for name in there]
-
-    @contextmanager
-    def _reading(self, problem: str = "W&B could not be read") -> Iterator[None]:
-        with session(self._results, f"{problem} ({self._to})"):
-            yield
 
     def _ask(self, cell: CellRecord) -> dict[str, _Known]:
         """Find the runs that the cell has, by run key."""
@@ -265,15 +205,15 @@ class WandbBackend(Backend, Pages):
                 found.setdefault(str(mine["run_key"]), _Known(run.id, digest))
         return found
 
-    def _confirm(self, cell: CellRecord, runs: Sequence[WandbRun]) -> None:
+    def _confirm(self, cell: CellRecord, runs: Sequence[DescribedRun]) -> None:
         """Read back: the client reports an upload that was given up only where it logs."""
         there = self._ask(cell)
         for run in runs:
             found = there.get(run.key)
-            if found is None or found.digest != run.digest:
+            if found is None or found.digest != run.digest(FORMAT):
                 raise TrackingError(f"the run {run.name!r} did not arrive whole")
 
-    def _has_files(self, run: WandbRun) -> bool:
+    def _has_files(self, run: DescribedRun) -> bool:
         """Say whether the artifact of a run is there, where it has one.
 
         `wandb sync` leaves out, without a word, what offline runs had where they were moved from.
@@ -287,59 +227,43 @@ class WandbBackend(Backend, Pages):
         files = run.outcomes.metadata["files"]
         return bool(there.metadata.get("files") == files)
 
-    def _write(
-        self, run: WandbRun, found: _Known | None, offline: bool, deleted: int
-    ) -> tuple[str, int]:
-        """Bring one run to what it should be; say in which folder, and how many ids are gone."""
-        points = self._points(found) if found and run.curves and not offline else []
-        handle, deleted = self._open(run, found, offline, deleted)
-        with finished(handle):
-            write(handle, run, points)
-        return Path(handle.dir).parent.name, deleted
-
-    def _drop_former(self, found: _Known | None) -> None:
+    def _drop_former(self, found: _Known | None, now: str) -> None:
         """Remove what was written of an offline run before, unless it was sent.
 
         The run that was written since holds all of it; sent after it, the former would be shown:
         `wandb sync` goes by their names, which begin with what the clock said. Another project's
         run of the same cell has the same id, so the note alone says which folder was this one's.
         """
-        former = self._folder / found.folder if found and found.folder else None
-        if former and former.is_dir() and not any(former.glob("*.sync*")):
+        if found is None or found.folder in ("", now):
+            return
+        former = self._folder / found.folder
+        if former.is_dir() and not any(former.glob("*.sync*")):
             shutil.rmtree(former)
 
-    def _open(
-        self,
-        run: WandbRun,
-        found: _Known | None,
-        offline: bool,
-        deleted: int,
-        watched: int | None = None,
-    ) -> tuple[Any, int]:
-        """Open one run, under the first id of its series that is not gone; say how many are."""
-        try:
-            handle = start(
-                self._results,
-                watched,
-                entity=self._entity,
-                project=self._project,
-                id=found.id if found else run.id(deleted),
-                config=run.config,
-                resume=None if offline else "allow",
-                **run.labels,
-            )
-        except wandb.Error as error:
-            if found or _DELETED not in str(error) or deleted == _IDS:
-                raise
-            return self._open(run, found, offline, deleted + 1, watched)
-        return handle, deleted
+    def _start(self, watched: int | None = None, **run: Any) -> Any:
+        return start(self._results, watched, entity=self._entity, project=self._project, **run)
 
-    def open(self, run: WandbRun, cell: CellRecord, watched: int) -> Any:
+    def _open(
+        self, run: DescribedRun, found: _Known | None, offline: bool, watched: int | None = None
+    ) -> Any:
+        """Open one run, under the first id of its series that is not gone."""
+        about = labels_of(run.cell, run.name, run.kind) | {"config": run.config}
+        about["resume"] = None if offline else "allow"
+        while True:
+            try:
+                name = found.id if found else run_id(run.key, self._deleted)
+                return self._start(watched, id=name, **about)
+            except wandb.Error as error:
+                if found or _DELETED not in str(error) or self._deleted == _IDS:
+                    raise
+            # A refused id takes the client 15 s, and who deletes one run may delete them all.
+            self._deleted += 1
+
+    def open(self, run: DescribedRun, watched: int) -> Any:
         """Open a run of a cell while it is measured by the process `watched`.
 
         Args:
             run: The run as it is at the beginning.
-            cell: The cell.
             watched: The process.
 
         Returns:
@@ -348,7 +272,8 @@ class WandbBackend(Backend, Pages):
         if is_offline():
             return None
         log_in()
-        return self._open(run, self._ask(cell).get(run.key), False, 0, watched)[0]
+        self._deleted = 0
+        return self._open(run, self._ask(run.cell).get(run.key), False, watched)
 
     def _points(self, found: _Known) -> list[dict[str, Any]]:
         """Read the curves that a run has."""
@@ -359,10 +284,19 @@ class WandbBackend(Backend, Pages):
         entity = self._entity or wandb.Api().default_entity
         return f"{entity}/{self._project}" if entity else self._project
 
-    def _location(self, offline: bool) -> str:
-        if offline:
+    @override
+    def _location(self) -> str:
+        if is_offline():
             return f"wandb sync {shlex.quote(str(self._folder))}/offline-run-*"
         return self._home()
+
+    @override
+    def _notes(self) -> tuple[str, ...]:
+        return (_RENEWED,) if self._deleted else ()
+
+    @override
+    def _whole_name(self) -> str:
+        return "" if is_offline() else self._path()
 
     def _home(self) -> str:
         return f"{wandb.setup().settings.app_url}/{self._path()}"
@@ -372,29 +306,40 @@ class WandbBackend(Backend, Pages):
         return self._results / "wandb"
 
     @property
-    def _notes(self) -> Path:
+    def _published(self) -> Path:
         return self._folder / f"published-{self._entity or 'default'}-{self._project}.json"
 
     def _read_notes(self) -> dict[str, _Known]:
-        if not self._notes.exists():
+        if not self._published.exists():
             return {}
-        kept = json.loads(self._notes.read_text())
-        known = {key: _Known(**note) for key, note in kept.get("runs", kept).items()}
-        if kept.get("folder", str(self._folder)) == str(self._folder):
+        kept = json.loads(self._published.read_text())
+        known = {key: _Known(**note) for key, note in kept["runs"].items()}
+        if kept["folder"] == str(self._folder):
             return known
         # Moved, they are written anew: W&B knows the files of an artifact by absolute paths.
         return {key: replace(note, digest=None) for key, note in known.items()}
 
     def _write_notes(self, known: Mapping[str, _Known]) -> None:
         runs = {key: vars(note) for key, note in known.items()}
-        write_text(self._notes, json.dumps({"folder": str(self._folder), "runs": runs}))
+        write_text(self._published, json.dumps({"folder": str(self._folder), "runs": runs}))
 
-    @contextmanager
-    def _one_publisher(self) -> Iterator[None]:
-        """Hold off other processes: W&B has no "create unless it exists" by run key."""
-        make_folder(self._folder)
-        with lock_file(self._folder.with_name("wandb.lock"), _LOCK_SECONDS):
-            yield
+    @override
+    def _lock(self) -> Path:
+        return self._folder.with_name("wandb.lock")
+
+    @override
+    def _explained(self, problem: str, advice: str = "") -> AbstractContextManager[None]:
+        return session(self._results, f"W&B {problem} ({self._to})", advice)
+
+
+def _views() -> ModuleType:
+    try:
+        from tracker.tracking.wandb import views
+    except ImportError:
+        raise TrackingError(
+            f"a W&B Report needs a package more; type: {install_extra('reports')}"
+        ) from None
+    return views
 
 
 def _runs(path: str, filters: dict[str, Any], must_exist: bool = False) -> list[Any]:

@@ -10,32 +10,31 @@ from typing import Any
 from typing_extensions import override
 
 from tracker.core.records import CellRecord
-from tracker.tracking.base import PROGRESS, Ending, LiveRun
-from tracker.tracking.identity import run_key
+from tracker.tracking.base import PROGRESS, Ending, OpenRuns
 from tracker.tracking.runs import cell_run
 from tracker.tracking.wandb.backend import WandbBackend
-from tracker.tracking.wandb.runs import wandb_run
 from tracker.tracking.wandb.session import session
 
 EXIT_CODES: dict[Ending, int] = {"finished": 0, "failed": 1, "killed": 255}
 """As W&B's own hooks end a run: 255 is shown as killed."""
 
 
-class WandbLiveRun(LiveRun):
+class WandbLiveRun(OpenRuns):
     """Shows cells of a project; the arguments are those of `WandbBackend`."""
 
     def __init__(self, project: str, results: Path) -> None:
+        super().__init__()
         self._backend = WandbBackend(project, results, in_sweep=False)
         self._results = results.absolute()
-        self._runs: dict[str, Any] = {}
 
     @override
     def begin(self, cell: CellRecord) -> None:
         with self._session():
-            handle = self._backend.open(wandb_run(cell_run(cell)), cell, watched=os.getppid())
+            run = cell_run(cell)
+            handle = self._backend.open(run, watched=os.getppid())
             if handle is not None:
                 show_progress(handle)
-                self._runs[run_key(cell, "cell")] = handle
+                self._runs[run.key] = handle
 
     @override
     def update(self, key: str, figures: Mapping[str, float], step: int) -> None:
@@ -48,15 +47,6 @@ class WandbLiveRun(LiveRun):
         with self._session():
             if (handle := self._runs.pop(key, None)) is not None:
                 handle.finish(exit_code=EXIT_CODES[status])
-
-    def abandon(self) -> None:
-        """Show what is still open as killed."""
-        for key in list(self._runs):
-            self.end(key, "killed")
-
-    @override
-    def close(self) -> None:
-        self.abandon()
 
     def _session(self) -> Any:
         return session(self._results, "W&B does not show what is measured")

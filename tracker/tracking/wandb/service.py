@@ -37,15 +37,13 @@ class WandbService(Service):
 
     @override
     def open(self, project: str, results: Path, server: str | None) -> Backend:
-        kind = "tracker.tracking.wandb.backend:WandbBackend"
-        return cast(
-            Backend, Isolated(self.title, kind, project, results, in_sweep(), without=_SWEEP)
-        )
+        arguments = (project, results, in_sweep())
+        return cast(Backend, self._isolated("backend:WandbBackend", *arguments, without=_SWEEP))
 
     @override
     def open_live_run(self, project: str, results: Path, server: str | None) -> LiveRun:
-        kind = "tracker.tracking.wandb.live_run:WandbLiveRun"
-        return cast(LiveRun, Isolated(self.title, kind, project, results, without=_SWEEP))
+        isolated = self._isolated("live_run:WandbLiveRun", project, results, without=_SWEEP)
+        return cast(LiveRun, isolated)
 
     @override
     def open_models(self, project: str, results: Path, server: str | None) -> Models:

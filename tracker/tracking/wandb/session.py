@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import wandb
 
 from tracker.core.errors import TrackingError
-from tracker.core.text import masked
-from tracker.tracking.base import sync_command
+from tracker.tracking.base import explained
 
 _FINISH_SECONDS = 120.0
 _ENVIRONMENT = {
@@ -25,7 +24,6 @@ _ENVIRONMENT = {
     "WANDB__GRAPHQL_RETRY_MAX": "3",
 }
 """What W&B reads when it is set up; a user's own setting wins."""
-_SECRETS = ("WANDB_API_KEY",)
 
 
 @contextmanager
@@ -50,15 +48,7 @@ def session(results: Path, problem: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001  the SDK raises many kinds
-        text = masked(str(error) or type(error).__name__, [os.environ.get(n) for n in _SECRETS])
-        raise TrackingError("\n".join(filter(None, (f"{problem}: {text}", advice)))) from None
-
-
-def publishing(results: Path, to: str) -> AbstractContextManager[None]:
-    """Make a `session` whose runs can be sent again, to `wandb` or `wandb:PROJECT`."""
-    again = sync_command(results, to)
-    advice = f"The results are on disk; when it is back: {again}"
-    return session(results, "W&B did not take the runs", advice)
+        raise explained(problem, error, advice, [os.environ.get("WANDB_API_KEY")]) from None
 
 
 def is_offline() -> bool:
@@ -105,10 +95,10 @@ def start(results: Path, /, watched: int | None = None, **run: Any) -> Any:
 
 
 @contextmanager
-def finished(handle: Any, exit_code: int = 0) -> Iterator[None]:
-    """End a run, as failed where it was not written whole."""
+def finished(handle: Any, exit_code: int = 0) -> Iterator[Any]:
+    """Give a run and end it, as failed where it was not written whole."""
     try:
-        yield
+        yield handle
     except BaseException:
         handle.finish(exit_code=1)
         raise

@@ -11,7 +11,7 @@ from tracker.core.errors import TrackingError
 from tracker.core.records import CellRecord, RunRecord
 from tracker.tracking.base import SweepTrial
 from tracker.tracking.runs import layer_run
-from tracker.tracking.wandb.runs import wandb_run
+from tracker.tracking.wandb.runs import labels_of
 from tracker.tracking.wandb.session import finished, is_offline, log_in, session, start
 from tracker.tracking.wandb.writing import add_config, write
 
@@ -46,12 +46,12 @@ class WandbSweep:
 
     def fill(self, trial: str, cell: CellRecord, layer: RunRecord) -> None:
         """Write the run of a trial that left without it; TrackingError if that is impossible."""
-        run = wandb_run(layer_run(cell, layer))
+        run = layer_run(cell, layer)
+        place: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial}
         with self._session("did not take a run"):
             log_in()
-            place: dict[str, Any] = {"entity": self._entity, "project": self._project, "id": trial}
-            handle = start(self._results, **place, resume="must", **run.labels)
-            with finished(handle):
+            labels = labels_of(cell, run.name, run.kind)
+            with finished(start(self._results, **place, resume="must", **labels)) as handle:
                 add_config(handle, run)
                 write(handle, run, [])
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tracker.core.records import CellRecord, RunIdentity, RunRecord
 from tracker.core.text import masked
-from tracker.tracking.base import Ending
+from tracker.tracking.base import Ending, sync_command, when_mended
 from tracker.tracking.identity import run_name
 from tracker.tracking.runs import layer_run
 from tracker.tracking.wandb.live_run import EXIT_CODES, show_progress
-from tracker.tracking.wandb.runs import labels_of, wandb_run
-from tracker.tracking.wandb.session import finished, log_in, publishing, start
+from tracker.tracking.wandb.runs import labels_of
+from tracker.tracking.wandb.session import finished, log_in, session, start
 from tracker.tracking.wandb.writing import add_config, write
 
 
@@ -29,7 +29,7 @@ class WandbTrial:
 
     def begin(self, cell: CellRecord, layer: RunIdentity) -> None:
         """Open the run while what the trial asked for, a run of the cell, is measured."""
-        with publishing(self._results, "wandb"):
+        with self._session():
             log_in()
             labels = labels_of(cell, run_name(cell, layer), "layer")
             self._handle = start(self._results, os.getppid(), **labels)
@@ -37,14 +37,14 @@ class WandbTrial:
 
     def update(self, figures: Mapping[str, float]) -> None:
         """Show how far the measurement is."""
-        with publishing(self._results, "wandb"):
+        with self._session():
             self._handle.log(dict(figures))
 
     def log(self, cell: CellRecord, layer: RunRecord, more: Mapping[str, float]) -> None:
         """Log the run of the cell that the trial asked for, with more figures, and end."""
-        run = wandb_run(layer_run(cell, layer))
-        run = replace(run, summary={**run.summary, **more})
-        with self._opened("finished", **run.labels) as handle:
+        run = layer_run(cell, layer)
+        run = replace(run, figures={**run.figures, **more})
+        with self._opened("finished", **labels_of(cell, run.name, run.kind)) as handle:
             add_config(handle, run)
             write(handle, run, [])
 
@@ -53,7 +53,7 @@ class WandbTrial:
         with self._opened(status) as handle:
             handle.config.update({"tracker": {"note": masked(note)}})
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Show the run as killed, where it is still open."""
         handle, self._handle = self._handle, None
         if handle is not None:
@@ -61,10 +61,14 @@ class WandbTrial:
 
     @contextmanager
     def _opened(self, status: Ending, **names: Any) -> Iterator[Any]:
-        with publishing(self._results, "wandb"):
+        with self._session():
             handle, self._handle = self._handle, None
             if handle is None:
                 log_in()
                 handle = start(self._results, **names)
             with finished(handle, EXIT_CODES[status]):
                 yield handle
+
+    def _session(self) -> AbstractContextManager[None]:
+        advice = when_mended(sync_command(self._results, "wandb"))
+        return session(self._results, "W&B did not take the runs", advice)

@@ -13,13 +13,14 @@ from typing import Any
 
 import wandb
 
-from tracker.tracking.base import LoggedTable
-from tracker.tracking.wandb.runs import WandbRun
+from tracker.tracking.figures import LoggedTable
+from tracker.tracking.runs import DescribedRun
+from tracker.tracking.wandb.runs import FORMAT
 
 log = logging.getLogger(__name__)
 
 
-def write(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> None:
+def write(handle: Any, run: DescribedRun, known: Sequence[Mapping[str, Any]]) -> None:
     """Log what a run says, the digest last.
 
     Args:
@@ -30,29 +31,31 @@ def write(handle: Any, run: WandbRun, known: Sequence[Mapping[str, Any]]) -> Non
     handle.notes = run.note
     if run.curves:
         handle.define_metric("layer", hidden=True, summary="none")
-        for name in dict.fromkeys(name for row in run.curves for name in row if name != "layer"):
+        for name in dict.fromkeys(name for _, points in run.curves for name in points):
             handle.define_metric(name, step_metric="layer", summary="none")
-        for row in run.curves:
+        for layer, points in run.curves:
+            row = {"layer": layer, **points}
             if row not in known:
                 handle.log(row)
-        plain = {n: t for n, t in run.tables.items() if not (t.asked and log_aligned(handle, n, t))}
-        tables = {name: wandb_table(table) for name, table in plain.items()}
-        handle.log({**tables, **{f"charts/{name}": c for name, c in run.charts.items()}})
+        tables = {f"tables/{name}": table for name, table in run.tables.items()}
+        plain = {n: t for n, t in tables.items() if not (t.asked and log_aligned(handle, n, t))}
+        charts = {f"charts/{name}": chart for name, chart in run.charts.items()}
+        handle.log({**{name: wandb_table(table) for name, table in plain.items()}, **charts})
     else:
-        handle.log(run.summary)
+        handle.log(run.figures)
     for name, value in dict(handle.summary).items():
-        if name not in run.summary and isinstance(value, int | float) and name[0] != "_":
+        if name not in run.figures and isinstance(value, int | float) and name[0] != "_":
             del handle.summary[name]  # it was defined once
-    handle.summary.update(run.summary)
+    handle.summary.update(run.figures)
     if run.outcomes:
         made = run.outcomes
         artifact = wandb.Artifact(made.name, type="outcomes", metadata=made.metadata)
-        attach(handle, artifact, made.files, made.aliases)
-    mine = {**run.config["tracker"], "digest": run.digest}
+        attach(handle, artifact, run.files, made.aliases)
+    mine = {**run.config["tracker"], "digest": run.digest(FORMAT)}
     handle.config.update({"tracker": mine}, allow_val_change=True)
 
 
-def add_config(handle: Any, run: WandbRun) -> None:
+def add_config(handle: Any, run: DescribedRun) -> None:
     """Add to the configuration of a sweep's trial; the sweep's own values stand: W&B locks them."""
     handle.config.update({n: value for n, value in run.config.items() if n not in handle.config})
 
