@@ -8,14 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lm_eval
-import lm_eval.tasks
 import pytest
-from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.own import ASKING, YAML, write_tasks
-from tests.plain import evaluate
+from tests.plain import Asked, evaluate, parts, tasks_in, tokens_of
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
@@ -36,11 +32,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def make(benchmark: str, folder: Path | None = None, **settings: Any) -> LmEvalBenchmark:
+def ask(benchmark: str, folder: Path | None = None, **settings: Any) -> CellRequest:
     own = {} if folder is None else {"include_path": [str(folder)]}
-    return LmEvalBenchmark(
-        cell_request(model="m", benchmark=benchmark, layers=(0,), **own, **settings)
-    )
+    return cell_request(model="m", benchmark=benchmark, layers=(0,), **own, **settings)
+
+
+def make(benchmark: str, folder: Path | None = None, **settings: Any) -> LmEvalBenchmark:
+    return LmEvalBenchmark(ask(benchmark, folder, **settings))
+
+
+def documents_of(parts: tuple[Any, Any], *asked: Any, **settings: Any) -> list[Document]:
+    """What a benchmark asks of a model, with the settings of the request."""
+    request = ask(*asked, **settings)
+    return LmEvalBenchmark(request).documents(RequestEncoder(*parts, request), ALL)
 
 
 def same(identity: BenchmarkIdentity) -> BenchmarkIdentity:
@@ -55,50 +59,31 @@ def refusal(benchmark: str, folder: Path | None = None, **settings: Any) -> str:
     return str(caught.value)
 
 
-def parts(folder: Path) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
-class Asked(HFLM):  # type: ignore[misc]
-    """Plain lm-eval, which also writes down what it is asked."""
-
-    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        self.tokens = [(tuple(context), tuple(answer)) for _, context, answer in requests]
-        return [(0.0, False)] * len(requests)
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        self.prompts = [(each.args[0], each.args[1]) for each in requests]
-        return [""] * len(requests)
-
-
 def asked(model: Any, tokenizer: Any, task: str, folder: Path, **settings: Any) -> Asked:
     """What plain lm-eval asks, given the same arguments."""
     own = {name: settings.pop(name) for name in ("metadata",) if name in settings}
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False, **own)
     names = ("chat_template_args", "enable_thinking", "think_end_token")
     of_model = {name: settings.pop(name) for name in names if name in settings}
-    plain = Asked(model, tokenizer=tokenizer, backend="causal", batch_size=1, **of_model)
-    evaluate(plain, tasks=[task], task_manager=manager, **settings)
+    plain = Asked(model, tokenizer, **of_model)
+    evaluate(plain, tasks=[task], task_manager=tasks_in(folder, **own), **settings)
     return plain
 
 
-def tokens_of(documents: list[Document]) -> list[tuple[Any, Any]]:
-    return [(r.context, r.continuation) for d in documents for r in d.requests]
+@pytest.fixture
+def loaded(tiny_llama: Callable[..., Path]) -> tuple[Any, Any]:
+    return parts(tiny_llama())
 
 
 class TestTheirTasks:
-    def test_its_documents_are_lm_evals(
-        self, folder: Path, tiny_llama: Callable[..., Path]
-    ) -> None:
-        model, tokenizer = parts(tiny_llama())
+    def test_its_documents_are_lm_evals(self, folder: Path, loaded: tuple[Any, Any]) -> None:
+        model, tokenizer = loaded
         ours = make("paint", folder)
         documents = ours.documents(RequestEncoder(model, tokenizer), ALL)
         assert tokens_of(documents) == asked(model, tokenizer, "paint", folder).tokens
         # Its own code leaves the bolt out.
         assert [document.choices for document in documents] == [2, 3, 2]
-        assert "Which colour has a pump? It is" in tokenizer.decode(
-            documents[0].requests[0].context
-        )
+        text = tokenizer.decode(documents[0].requests[0].context)
+        assert "Which colour has a pump? It is" in text
         assert ours.identity.tasks[0].documents == 3
 
     def test_by_its_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,17 +123,16 @@ class TestTheirTasks:
         assert make(task, folder).identity.tasks[0].fingerprint != before
 
     def test_a_change_is_noticed_before_anything_is_loaded(self, folder: Path) -> None:
-        def stamp(benchmark: str, **settings: Any) -> str:
-            request = cell_request(model="m", benchmark=benchmark, layers=(0,), **settings)
+        def stamp(*asked: Any) -> str:
+            request = ask(*asked)
             return request_key(request, "m", data_stamp(request), {})
 
-        own = {"include_path": [str(folder)]}
-        for benchmark, settings in (("paint", own), (str(folder / "says.yaml"), {})):
-            before = stamp(benchmark, **settings)
-            assert stamp(benchmark, **settings) == before
+        for asked in (("paint", folder), (str(folder / "says.yaml"),)):
+            before = stamp(*asked)
+            assert stamp(*asked) == before
             for path in (folder / "words.py", folder.parent / "paint.jsonl"):
                 path.write_text(path.read_text() + "\n")
-                after = stamp(benchmark, **settings)
+                after = stamp(*asked)
                 assert after != before
                 before = after
 
@@ -159,22 +143,24 @@ class TestTheirTasks:
 
 
 class TestRefusals:
-    def test_no_such_folder(self, folder: Path) -> None:
-        def check(**settings: Any) -> str:
-            with pytest.raises(BenchmarkError) as caught:
-                check_benchmark(cell_request(model="m", layers=(0,), **settings))
-            return str(caught.value)
-
-        assert "include_path: nowhere is no folder" in check(
-            benchmark="paint", include_path="nowhere"
-        )
-        file = str(folder / "paint.yaml")
-        assert "is a file; name its folder" in check(benchmark="paint", include_path=[file])
-        assert "there is no task file" in check(benchmark=str(folder / "pain.yaml"))
+    @pytest.mark.parametrize(
+        ("benchmark", "include_path", "said"),
+        [
+            ("paint", "nowhere", "include_path: nowhere is no folder"),
+            ("paint", "{}/paint.yaml", "is a file; name its folder"),
+            ("{}/pain.yaml", None, "there is no task file"),
+            ("{}/empty.yaml", None, "names no task"),
+            ("{}/wrong.yaml", None, r"wrong\.yaml, line 3: not valid YAML"),
+        ],
+    )
+    def test_no_such_folder_or_file(
+        self, folder: Path, benchmark: str, include_path: str | None, said: str
+    ) -> None:
         (folder / "empty.yaml").write_text("output_type: multiple_choice\n")
-        assert "names no task" in check(benchmark=str(folder / "empty.yaml"))
         (folder / "wrong.yaml").write_text("task: wrong\ndoc_to_text: [\n")
-        assert "wrong.yaml, line 3: not valid YAML" in check(benchmark=str(folder / "wrong.yaml"))
+        own = None if include_path is None else Path(include_path.format(folder))
+        with pytest.raises(BenchmarkError, match=said):
+            check_benchmark(ask(benchmark.format(folder), own))
 
     def test_a_name_that_is_nowhere(self, folder: Path) -> None:
         message = refusal("paimt", folder)
@@ -192,12 +178,11 @@ class TestRefusals:
         ],
     )
     def test_code_that_fails(
-        self, folder: Path, tiny_llama: Callable[..., Path], code: str, said: str
+        self, folder: Path, loaded: tuple[Any, Any], code: str, said: str
     ) -> None:
         (folder / "asking.py").write_text(code)
-        with pytest.raises(BenchmarkError) as caught:
-            make("paint", folder).documents(RequestEncoder(*parts(tiny_llama())), ALL)
-        assert said in str(caught.value)
+        with pytest.raises(BenchmarkError, match=said):
+            documents_of(loaded, "paint", folder)
 
     @pytest.mark.parametrize(
         ("result", "said"),
@@ -208,23 +193,23 @@ class TestRefusals:
         ],
     )
     def test_a_judge_that_lies(
-        self, folder: Path, tiny_llama: Callable[..., Path], result: str, said: str | None
+        self, folder: Path, loaded: tuple[Any, Any], result: str, said: str | None
     ) -> None:
         (folder / "asking.py").write_text(
             f"{ASKING}\ndef judge(doc, results):\n    return {result}\n"
         )
         with (folder / "paint.yaml").open("a") as file:
             file.write("process_results: !function asking.judge\n")
-        benchmark = make("paint", folder)
-        encoder = RequestEncoder(*parts(tiny_llama()))
         if said is None:
-            assert benchmark.documents(encoder, ALL)
+            assert documents_of(loaded, "paint", folder)
             return
         with pytest.raises(BenchmarkError, match=said):
-            benchmark.documents(encoder, ALL)
+            documents_of(loaded, "paint", folder)
 
 
 SYSTEM = "You are a painter."
+CHAT = {"apply_chat_template": True}
+APART = {"fewshot_as_multiturn": False}
 THINK = {"enable_thinking": True, "think_end_token": "</think>"}
 
 
@@ -234,22 +219,18 @@ class TestSettings:
         [
             ("paint", {"system_instruction": SYSTEM}, True),
             ("paint", {"system_instruction": SYSTEM, "num_fewshot": 2}, True),
-            ("paint", {"system_instruction": SYSTEM, "apply_chat_template": True}, True),
-            ("paint", {"apply_chat_template": True, "fewshot_as_multiturn": True}, False),
-            ("paint", {"apply_chat_template": True, "fewshot_as_multiturn": False}, False),
-            (
-                "paint",
-                {"apply_chat_template": True, "fewshot_as_multiturn": False, "num_fewshot": 2},
-                True,
-            ),
-            ("paint", {"apply_chat_template": True, "num_fewshot": 2}, False),
-            ("paint", {"fewshot_as_multiturn": False, "num_fewshot": 2}, False),
-            ("paint", {"apply_chat_template": True, "chat_template_args": {"mood": "dull"}}, True),
+            ("paint", {"system_instruction": SYSTEM, **CHAT}, True),
+            ("paint", {**CHAT, "fewshot_as_multiturn": True}, False),
+            ("paint", {**CHAT, **APART}, False),
+            ("paint", {**CHAT, **APART, "num_fewshot": 2}, True),
+            ("paint", {**CHAT, "num_fewshot": 2}, False),
+            ("paint", {**APART, "num_fewshot": 2}, False),
+            ("paint", {**CHAT, "chat_template_args": {"mood": "dull"}}, True),
             ("paint", {"chat_template_args": {"mood": "dull"}}, False),
-            ("paint", {"apply_chat_template": True, "enable_thinking": False}, True),
+            ("paint", {**CHAT, "enable_thinking": False}, True),
             ("paint", {"gen_kwargs": {"max_gen_toks": 2}}, False),
-            ("says", {"system_instruction": SYSTEM, "apply_chat_template": True}, True),
-            ("says", {"apply_chat_template": True, **THINK}, True),
+            ("says", {"system_instruction": SYSTEM, **CHAT}, True),
+            ("says", {**CHAT, **THINK}, True),
             ("says", {"think_end_token": "</think>"}, True),
             ("says", {"gen_kwargs": {"max_gen_toks": 2, "until": ["!"]}}, True),
             ("says", {"gen_kwargs": "max_gen_toks=2,temperature=0"}, True),
@@ -259,12 +240,12 @@ class TestSettings:
     def test_the_model_is_asked_what_lm_eval_asks(
         self,
         folder: Path,
-        tiny_llama: Callable[..., Path],
+        loaded: tuple[Any, Any],
         task: str,
         settings: dict[str, Any],
         in_the_key: bool,
     ) -> None:
-        model, tokenizer = parts(tiny_llama())
+        model, tokenizer = loaded
         tokenizer.chat_template = (
             "{% if enable_thinking is defined %}[{{ enable_thinking }}]{% endif %}"
             "{% if mood is defined %}({{ mood }}){% endif %}"
@@ -272,35 +253,28 @@ class TestSettings:
             "{% if add_generation_prompt %}<assistant>{% endif %}"
         )
         plain = asked(model, tokenizer, task, folder, **settings)
-        request = cell_request(
-            model="m", benchmark=task, layers=(0,), include_path=[str(folder)], **settings
-        )
-        ours = LmEvalBenchmark(request)
-        documents = ours.documents(RequestEncoder(model, tokenizer, request), ALL)
+        documents = documents_of(loaded, task, folder, **settings)
         if task == "paint":
             assert tokens_of(documents) == plain.tokens
         else:
             prompts = [(document.prompt.text, document.prompt.settings) for document in documents]
             assert prompts == plain.prompts
-            assert {d.prompt.think_end_token for d in documents} == {
-                settings.get("think_end_token")
-            }
-        chat = {
-            name: value
-            for name, value in settings.items()
-            if name in ("apply_chat_template", "num_fewshot")
-        }
-        without = make(task, folder, **chat).identity
-        assert bool(ours.identity.settings) is in_the_key
-        assert (ours.identity == without) is not in_the_key
+            end = settings.get("think_end_token")
+            assert {document.prompt.think_end_token for document in documents} == {end}
+        of_before = {"apply_chat_template", "num_fewshot"} & settings.keys()
+        without = make(task, folder, **{name: settings[name] for name in of_before}).identity
+        ours = make(task, folder, **settings).identity
+        assert bool(ours.settings) is in_the_key
+        assert (ours == without) is not in_the_key
 
-    def test_a_thought_is_no_answer(self, folder: Path, tiny_llama: Callable[..., Path]) -> None:
-        assert "scores given answers" in refusal("paint", folder, apply_chat_template=True, **THINK)
-        assert "needs think_end_token" in refusal("says", folder, enable_thinking=True)
-
-    def test_texts_that_are_drawn_at_random(self, folder: Path) -> None:
-        assert "samples its texts" in refusal("says", folder, gen_kwargs={"do_sample": True})
-        assert "samples its texts" in refusal("says", folder, gen_kwargs="temperature=0.7")
+    def test_what_contradicts_itself(self, folder: Path) -> None:
+        for task, settings, said in (
+            ("paint", {**CHAT, **THINK}, "scores given answers"),
+            ("says", {"enable_thinking": True}, "needs think_end_token"),
+            ("says", {"gen_kwargs": {"do_sample": True}}, "samples its texts"),
+            ("says", {"gen_kwargs": "temperature=0.7"}, "samples its texts"),
+        ):
+            assert said in refusal(task, folder, **settings)
 
     @pytest.mark.parametrize(
         ("template", "said"),
@@ -310,38 +284,22 @@ class TestSettings:
         ],
     )
     def test_a_template_that_leaves_the_system_prompt_out(
-        self, folder: Path, tiny_llama: Callable[..., Path], template: str, said: str
+        self, folder: Path, loaded: tuple[Any, Any], template: str, said: str
     ) -> None:
-        model, tokenizer = parts(tiny_llama())
-        tokenizer.chat_template = template
-        request = cell_request(
-            model="m",
-            benchmark="paint",
-            layers=(0,),
-            include_path=[str(folder)],
-            system_instruction=SYSTEM,
-            apply_chat_template=True,
-        )
+        loaded[1].chat_template = template
         with pytest.raises(BenchmarkError, match=said):
-            LmEvalBenchmark(request).documents(RequestEncoder(model, tokenizer, request), ALL)
+            documents_of(loaded, "paint", folder, system_instruction=SYSTEM, **CHAT)
 
-    def test_a_template_by_its_name(self, folder: Path, tiny_llama: Callable[..., Path]) -> None:
+    def test_a_template_by_its_name(self, folder: Path, loaded: tuple[Any, Any]) -> None:
         """lm-eval writes down the named one and applies the default: both must be the same."""
-        model, tokenizer = parts(tiny_llama())
+        model, tokenizer = loaded
         other = "{% for m in messages %}{{ m.content }}{% endfor %}"
         tokenizer.chat_template = {"default": tokenizer.chat_template, "bare": other}
 
         def documents(name: Any) -> list[Document]:
-            request = cell_request(
-                model="m",
-                benchmark="paint",
-                layers=(0,),
-                include_path=[str(folder)],
-                apply_chat_template=name,
-            )
-            benchmark = LmEvalBenchmark(request)
-            assert benchmark.identity.apply_chat_template is True
-            return benchmark.documents(RequestEncoder(model, tokenizer, request), ALL)
+            identity = make("paint", folder, apply_chat_template=name).identity
+            assert identity.apply_chat_template is True
+            return documents_of(loaded, "paint", folder, apply_chat_template=name)
 
         assert documents("default") == documents(True)
         for name in ("default", "bare"):
@@ -352,9 +310,7 @@ class TestSettings:
         with pytest.raises(BenchmarkError, match="'bear' is not available"):
             documents("bear")
 
-    def test_a_task_that_makes_its_documents(
-        self, folder: Path, tiny_llama: Callable[..., Path]
-    ) -> None:
+    def test_a_task_that_makes_its_documents(self, folder: Path, loaded: tuple[Any, Any]) -> None:
         (folder / "made.py").write_text(
             "import datasets\n\ndef make(things=(), **said):\n"
             "    rows = [{'thing': t, 'colours': ['red', 'blue'], 'right': 0} for t in things]\n"
@@ -364,11 +320,10 @@ class TestSettings:
         start, end = text.index("dataset_path"), text.index("test_split")
         text = text[:start] + "custom_dataset: !function made.make\n" + text[end:]
         (folder / "made.yaml").write_text(text)
-        model, tokenizer = parts(tiny_llama())
         metadata = {"things": ["door", "roof"]}
         ours = make("made", folder, metadata=metadata)
-        plain = asked(model, tokenizer, "made", folder, metadata=metadata)
-        found = tokens_of(ours.documents(RequestEncoder(model, tokenizer), ALL))
+        plain = asked(*loaded, "made", folder, metadata=metadata)
+        found = tokens_of(documents_of(loaded, "made", folder, metadata=metadata))
         assert found == plain.tokens
         assert len(found) == 4
         other = make("made", folder, metadata={"things": ["door"]}).identity
@@ -378,44 +333,33 @@ class TestSettings:
         assert same(noted) == same(ours.identity)
 
 
+MAX = '{"do_sample": false, "max_gen_toks": 4, "until": ["."]}'
+
+
 @pytest.mark.parametrize(
-    "typed",
+    ("typed", "kept"),
     [
-        {"until": ["."], "max_gen_toks": 4, "do_sample": False},
-        '{"until": ["."], "max_gen_toks": 4, "do_sample": false}',
-        "{'until': ['.'], 'max_gen_toks': 4, 'do_sample': False}",
+        ({"until": ["."], "max_gen_toks": 4, "do_sample": False}, MAX),
+        ('{"until": ["."], "max_gen_toks": 4, "do_sample": false}', MAX),
+        ("{'until': ['.'], 'max_gen_toks': 4, 'do_sample': False}", MAX),
+        # lm-eval's own form.
+        (
+            "max_gen_toks=4,temperature=0.0,top=True,x=y",
+            '{"max_gen_toks": 4, "temperature": 0.0, "top": true, "x": "y"}',
+        ),
     ],
 )
-def test_settings_are_the_same_however_they_are_typed(typed: Any) -> None:
-    request = cell_request(model="m", benchmark="b", layers=(0,), gen_kwargs=typed)
-    assert request.gen_kwargs == '{"do_sample": false, "max_gen_toks": 4, "until": ["."]}'
-
-
-def test_settings_in_lm_evals_own_form() -> None:
-    request = cell_request(
-        model="m",
-        benchmark="b",
-        layers=(0,),
-        gen_kwargs="max_gen_toks=4,temperature=0.0,top=True,x=y",
-    )
-    assert json.loads(request.gen_kwargs or "") == {
-        "max_gen_toks": 4,
-        "temperature": 0.0,
-        "top": True,
-        "x": "y",
-    }
+def test_settings_are_the_same_however_they_are_typed(typed: Any, kept: str) -> None:
+    assert ask("b", gen_kwargs=typed).gen_kwargs == kept
 
 
 @pytest.mark.parametrize("typed", ["", "max_gen_toks", 3, [1], "{1: 2}", {"x": float("nan")}])
 def test_settings_that_are_none(typed: Any) -> None:
     with pytest.raises(RequestError, match="gen_kwargs"):
-        cell_request(model="m", benchmark="b", layers=(0,), gen_kwargs=typed)
+        ask("b", gen_kwargs=typed)
 
 
 def test_settings_that_are_not_used_leave_the_keys_of_before() -> None:
-    request = CellRequest(model="m", benchmark="b", layers=(0,))
     # Printed by request_key before these settings existed.
-    assert request_key(request, "stamp", None, {}) == KEY_OF_BEFORE
-
-
-KEY_OF_BEFORE = "06e4a17a7c9d8537fd1879af32e2efd73f4e6b92aca72dccf4c5d9285c841072"
+    before = "06e4a17a7c9d8537fd1879af32e2efd73f4e6b92aca72dccf4c5d9285c841072"
+    assert request_key(ask("b"), "stamp", None, {}) == before

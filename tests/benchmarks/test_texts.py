@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.own import write_tasks
+from tests.plain import write_rows
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
@@ -18,7 +18,7 @@ from tracker.core.config import CellRequest
 from tracker.core.documents import DocumentText
 from tracker.core.extent import Extent
 
-from .test_tasks import encoder_of, make, rows, shipped, write
+from .test_tasks import encoder_of, make, rows, shipped
 
 
 @pytest.fixture
@@ -53,19 +53,16 @@ class TestText:
         assert first.question == after.strip()
 
     def test_an_open_answer_is_the_gold_one(self, encoder, tmp_path: Path) -> None:
-        data = tmp_path / "DATA"
-        sentences = ["the cat sat on the mat", "a dog ran home"]
-        content = [{"text": each} for each in sentences]
-        write(data / "EleutherAI/lambada_openai/default", test=content)
-        found = texts(make("lambada_openai", data), encoder, 2)
-        assert found == [
+        content = [{"text": "the cat sat on the mat"}, {"text": "a dog ran home"}]
+        write_rows(tmp_path / "EleutherAI/lambada_openai/default", test=content)
+        assert texts(make("lambada_openai", tmp_path), encoder, 2) == [
             DocumentText("the cat sat on the", (), "mat"),
             DocumentText("a dog ran", (), "home"),
         ]
 
     def test_a_text_that_is_scored_as_a_whole_is_the_question(self, encoder, tmp_path) -> None:
         data = tmp_path / "DATA"
-        write(data / "allenai/c4", validation=[{"text": "Paris heart"}, {"text": ""}])
+        write_rows(data / "allenai/c4", validation=[{"text": "Paris heart"}, {"text": ""}])
         assert texts(make("c4", data), encoder, 2) == [
             DocumentText("Paris heart"),
             DocumentText(""),
@@ -118,6 +115,5 @@ class TestPublic:
 
     def test_a_folder_of_data_is_not(self, tmp_path: Path) -> None:
         place = tmp_path / "EleutherAI/lambada_openai/default"
-        place.mkdir(parents=True)
-        (place / "test.jsonl").write_text(json.dumps({"text": "the cat sat"}) + "\n")
+        write_rows(place, test=[{"text": "the cat sat"}])
         assert not make("lambada_openai", tmp_path).public

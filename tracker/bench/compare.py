@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from tracker.engine.scoring.sweep import Engine
 
 T = TypeVar("T")
+_RESET = Path("/proc/self/clear_refs")
 BATCH_SIZES = (1, 4, 8, 16, 32)
 TRIED_DOCUMENTS = 40
 """Documents on which the batch sizes are tried."""
@@ -75,10 +74,6 @@ class Bench:
     engine_peak_gib: float
     machine: dict[str, str]
     versions: dict[str, str]
-
-    def as_json(self) -> dict[str, Any]:
-        """Give the figures as plain values."""
-        return asdict(self)
 
     def text(self) -> str:
         """Put the figures into words."""
@@ -186,24 +181,26 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
 
     responses = sum(len(document.requests) for document in documents) * len(ablations)
     progress.start(f"{request.benchmark}: engine", responses)
-    with _peak(loaded.device) as peak, _stopwatch(engine) as inside:
+    _forget_peak(loaded.device)
+    with _stopwatch(engine) as inside:
         engine_seconds, scores = timed(lambda: engine.score(documents, ablations, progress.advance))
+    peak = _peak(loaded.device)
     progress.finish()
 
     seconds: dict[str, float] = {}
-    worst, disagreements, compared = 0.0, 0, 0
+    differences: list[float] = []
+    disagreements = 0
     for ablation in [ablations[0], *_measured(ablations, total)]:
         progress.say(f"lm-eval: {ablation.name}")
         seconds[ablation.name], theirs = ready.plainly(ablation, batch_size, documents)
         number = ablations.index(ablation)
         ours = [response for score in scores for response in score.responses[number]]
         for response, (loglikelihood, greedy) in zip(ours, theirs, strict=True):
-            worst = max(worst, abs(response.loglikelihood - loglikelihood))
+            differences.append(abs(response.loglikelihood - loglikelihood))
             disagreements += response.greedy != greedy
-            compared += 1
     baseline, *removed = seconds.values()
     loop_seconds = baseline + (len(ablations) - 1) * statistics.mean(removed)
-    found = cost(loaded.model, documents, ablations, engine.max_length)
+    work = cost(loaded.model, documents, ablations, engine.max_length)
     on_cpu = loaded.device.type == "cpu"
     return Bench(
         benchmark=ready.title,
@@ -217,13 +214,13 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
         loop_evaluations=seconds,
         loop_batch_size=batch_size,
         ratio=loop_seconds / engine_seconds,
-        largest_difference=worst,
+        largest_difference=max(differences),
         greedy_disagreements=disagreements,
-        requests_compared=compared,
+        requests_compared=len(differences),
         sharing=str(engine.sharing),
-        engine_gflops=found.flops / engine_seconds / 1e9,
+        engine_gflops=work.flops / engine_seconds / 1e9,
         matrix_gflops=matrix_rate(loaded.model.dtype, loaded.device) / 1e9,
-        engine_peak_gib=peak[0] / 2**30,
+        engine_peak_gib=peak / 2**30,
         machine=machine(),
         versions=package_versions(),
     )
@@ -261,24 +258,22 @@ def _stopwatch(engine: Engine) -> Iterator[list[float]]:
         yield spent
 
 
-@contextmanager
-def _peak(device: Any) -> Iterator[list[int]]:
-    """Measure the peak memory, in bytes, while the context is open."""
+def _forget_peak(device: Any) -> None:
+    """Let the peak memory count from now on, where that can be done."""
     import torch
 
-    found: list[int] = []
-    reset = Path("/proc/self/clear_refs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif reset.exists():
-        reset.write_text("5", encoding="ascii")
-    yield found
-    if device.type == "cuda":
-        found.append(torch.cuda.max_memory_allocated(device))
-    elif reset.exists():
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        found.append(int(line.split()[1]) * 1024)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found.append(peak if sys.platform == "darwin" else peak * 1024)
+    elif _RESET.exists():
+        _RESET.write_text("5", encoding="ascii")
+
+
+def _peak(device: Any) -> int:
+    """Say the peak memory, in bytes, since `_forget_peak`."""
+    from tracker.engine.memory import peak_memory
+
+    if device.type == "cuda" or not _RESET.exists():
+        return peak_memory(device) or 0
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tracker.benchmarks.base import Benchmark
 from tracker.benchmarks.corpus import Corpus, corpus_stamp, is_corpus, locate
 from tracker.benchmarks.own import check_own, folders, own_stamp
 from tracker.benchmarks.sources import find_data
 from tracker.core.config import CellRequest
+from tracker.core.distribution import package_folder
 from tracker.core.errors import BenchmarkError, did_you_mean
 from tracker.core.identities import BenchmarkIdentity
 from tracker.stats.ratios import SCALES
-
-if TYPE_CHECKING:
-    pass
 
 
 def open_benchmark(request: CellRequest) -> Benchmark:
@@ -49,14 +44,10 @@ def check_benchmark(request: CellRequest) -> None:
 @cache
 def _is_stated(name: str) -> bool:
     """Whether a file of lm-eval's states this name: a look that spares its index, four seconds."""
-    spec = importlib.util.find_spec("lm_eval")
     stated = re.compile(rf"^(task|group|tag): *[\"']?{re.escape(name)}[\"']? *$".encode(), re.M)
-    folders = spec.submodule_search_locations if spec is not None else None
-    return any(
-        stated.search(path.read_bytes())
-        for folder in folders or ()
-        for path in Path(folder, "tasks").rglob("*.yaml")
-    )
+    folder = package_folder("lm_eval")
+    files = folder.joinpath("tasks").rglob("*.yaml") if folder else ()
+    return any(stated.search(path.read_bytes()) for path in files)
 
 
 def data_stamp(request: CellRequest) -> object:
@@ -87,8 +78,7 @@ def chosen_metric(benchmark: BenchmarkIdentity, asked: str | None) -> str:
     metric = asked or benchmark.primary_metric
     for task in benchmark.tasks:
         if metric not in task.metrics:
-            near = did_you_mean(metric, task.metrics)
-            known = ", ".join(task.metrics)
+            near, known = did_you_mean(metric, task.metrics), ", ".join(task.metrics)
             raise BenchmarkError(f"{task.name} has no metric {metric!r}.{near} It has: {known}.")
         fit = [name for name, how in task.metrics.items() if how == "mean" or how in SCALES]
         if metric not in fit:

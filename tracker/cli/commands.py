@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def bench(
     request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)
     options = Options(device, trust_remote_code, memory)
     found = measure(request, options, Show(error=True))
-    say(json.dumps(found.as_json(), indent=2) if as_json else found.text())
+    say(json.dumps(asdict(found), indent=2) if as_json else found.text())
 
 
 @main.command()

@@ -6,6 +6,7 @@ The command and the import are `tracker`, which on PyPI is another program: the 
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def install_extra(extra: str) -> str:
     if _is_checkout():
         return pip_install("--editable", f"{_ROOT}[{extra}]")
     return pip_install(f"{NAME}[{extra}]")
+
+
+def package_folder(module: str) -> Path | None:
+    """Find the folder of an installed package, which is not imported; None where there is none."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(places[0]) if places else None
 
 
 def upgrade() -> str:

@@ -71,3 +71,10 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Name the nearest allowed word, as a message's end: `" Did you mean 'x'?"`, or nothing."""
     near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: Exception) -> str:
+    """Say in a line what was raised; what ends with a colon goes on in the next line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    some = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return some[:300] or type(error).__name__

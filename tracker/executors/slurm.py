@@ -18,7 +18,7 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import Checkpointable
 
 from tracker.core.config import CellRequest
-from tracker.core.errors import CellError, RequestError, did_you_mean
+from tracker.core.errors import CellError, RequestError, did_you_mean, first_line
 from tracker.executors.slurm_job import CellJob, JobEnd, shards
 from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore
@@ -184,7 +184,7 @@ def _executor(folder: Path, cluster: str, parameters: Mapping[str, Any]) -> Any:
             f"--slurm: {said}{did_you_mean(wrong, names)} Known are: {', '.join(names)}."
         ) from None
     except (AssertionError, TypeError, ValueError) as error:
-        raise RequestError(f"--slurm: {str(error).splitlines()[0]}") from None
+        raise RequestError(f"--slurm: {first_line(error)}") from None
     except RuntimeError as error:
         raise RequestError(
             f"there is no SLURM here ({error}). Log in to the cluster, or try the same jobs on "

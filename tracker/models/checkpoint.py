@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from tracker.core.errors import ModelError
+from tracker.core.errors import ModelError, first_line
 from tracker.models.layers import find_layers
 from tracker.models.load import LoadedModel
 from tracker.models.miniature import miniature
 from tracker.models.pruned import pruned
-from tracker.models.reloaded import Shapes, as_loaded, first_line, misfit, shapes
-from tracker.models.sources import ModelSource, read_config, unreadable
+from tracker.models.reloaded import Shapes, as_loaded, misfit, shapes
+from tracker.models.sources import BITS, ModelSource, read_config, unreadable
 
 PROBE = 48
 """Tokens that a miniature reads, more than its windows see."""
@@ -121,7 +121,7 @@ def refuse_unsizable(
         )
     config = read_config(source, trust_remote_code)
     quantised = getattr(config, "quantization_config", None) or any(
-        name.startswith(("load_in_", "bnb_")) for name in source.arguments
+        name.startswith(BITS) for name in source.arguments
     )
     if quantised and not source.gguf_file:
         raise ModelError(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracker.core.errors import ModelError
+from tracker.core.errors import ModelError, first_line
 from tracker.core.identities import ModelIdentity
 from tracker.core.provenance import content_hash
 from tracker.models.layers import find_layers
-from tracker.models.sources import ModelSource, read_config, require, unreadable
+from tracker.models.sources import BITS, ModelSource, read_config, require, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +93,10 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = read_config(source, trust_remote_code)
-    kinds = [
-        *(["an encoder-decoder"] if getattr(config, "is_encoder_decoder", False) else []),
-        *(["an encoder"] if any("MaskedLM" in n for n in config.architectures or []) else []),
-    ]
-    if kinds:
+    two = getattr(config, "is_encoder_decoder", False)
+    if two or any("MaskedLM" in name for name in config.architectures or []):
         raise ModelError(
-            f"{source.source} is {kinds[0]} ({config.model_type}); "
+            f"{source.source} is an encoder{'-decoder' * two} ({config.model_type}); "
             "tracker measures decoder-only language models"
         )
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
@@ -112,22 +109,19 @@ def load_model(
             arguments["device_map"] = "auto"
         if not source.gguf_file and not trust_remote_code:
             arguments["use_safetensors"] = True
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            dtype=dtype,
-            output_loading_info=True,
-            **arguments,
-            **_how(source.arguments),
+        arguments |= _how(source.arguments)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, output_loading_info=True, **arguments
         )
         model = _adapted(model, source, tokenizer)
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
         raise unreadable(source, error) from None
-    if found["missing_keys"]:
+    if lacking := loading["missing_keys"]:
         raise ModelError(
-            f"{source.source} lacks weights that its configuration asks for, "
-            f"{sorted(found['missing_keys'])[0]} among them"
+            f"{source.source} lacks weights that its configuration asks for, {min(lacking)} among "
+            "them"
         )
     if device == SPREAD:
         # Where there is one device, nothing is spread, and transformers keeps no map.
@@ -137,11 +131,12 @@ def load_model(
         place = find_device(device)
         model = model.to(place)
     model = model.eval().requires_grad_(False)
+    fingerprint = source.fingerprint()
     identity = ModelIdentity(
         source=source.source,
         name=source.name,
-        revision=None if source.is_local else source.fingerprint(),
-        fingerprint=source.fingerprint(),
+        revision=None if source.is_local else fingerprint,
+        fingerprint=fingerprint,
         architecture=type(model).__name__,
         layers=config.num_hidden_layers,
         parameters=model.num_parameters(),
@@ -153,13 +148,13 @@ def load_model(
 
 def _how(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers is told of how to load the weights."""
-    found = {n: v for n, v in arguments.items() if n == "attn_implementation"}
-    bits = {n: v for n, v in arguments.items() if n.startswith(("load_in_", "bnb_"))}
+    how = {name: v for name, v in arguments.items() if name == "attn_implementation"}
+    bits = {name: v for name, v in arguments.items() if name.startswith(BITS)}
     if bits:
         from transformers import BitsAndBytesConfig
 
-        found["quantization_config"] = BitsAndBytesConfig(**bits)
-    return found
+        how["quantization_config"] = BitsAndBytesConfig(**bits)
+    return how
 
 
 def _adapted(model: Any, source: ModelSource, tokenizer: Any) -> Any:
@@ -218,19 +213,18 @@ def find_device(name: str) -> torch.device:
 
     ModelError if there is none of that name.
     """
-    if name not in ("auto", SPREAD):
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise ModelError(
-                f"unknown device {name!r}; use auto, spread, cpu, cuda, cuda:1, mps"
-            ) from None
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            said = str(error).splitlines()[0]
-            raise ModelError(f"this machine has no device {name!r}: {said}") from None
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name in ("auto", SPREAD):
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(
+            f"unknown device {name!r}; use auto, spread, cpu, cuda, cuda:1, mps"
+        ) from None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"this machine has no device {name!r}: {first_line(error)}") from None
+    return device

@@ -17,10 +17,9 @@ from torch import nn
 
 from tracker.models.layers import find_layers
 from tracker.models.pruned import duplicate
+from tracker.models.reloaded import Shapes, shapes
 from tracker.models.shrinking import SHRINK, small_config
 
-Shapes = dict[str, torch.Size]
-"""Of each tensor of a model, by its name."""
 LARGEST = 8_000_000
 """Weights above which a model is no miniature."""
 NEVER_FIRST = 2
@@ -39,12 +38,7 @@ def miniature(model: Any) -> Any | None:
     return None
 
 
-def shapes_of(model: Any) -> Shapes:
-    """Look up the shapes of a model's weights and buffers."""
-    return {name: value.shape for name, value in model.state_dict().items()}
-
-
-def build(kind: type, config: Any, shapes: Shapes | None = None) -> Any | None:
+def build(kind: type, config: Any, wanted: Shapes | None = None) -> Any | None:
     """Build a model of transformers with random weights, the same ones for the same shapes.
 
     It is in float64, or in float32 where its class computes in nothing wider; None where it cannot
@@ -57,7 +51,7 @@ def build(kind: type, config: Any, shapes: Shapes | None = None) -> Any | None:
                 planned = kind(copy.deepcopy(config))
             if sum(p.numel() for p in planned.parameters()) > LARGEST:
                 return None
-            if shapes is not None and shapes_of(planned) != shapes:
+            if wanted is not None and shapes(planned) != wanted:
                 return None
             for positive, dtype in product((False, True), (torch.float64, torch.float32)):
                 torch.manual_seed(0)

@@ -6,7 +6,7 @@ The copy shares the weights and nothing else, so that it runs beside the model i
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tracker.models.layers import find_layers, owner
-from tracker.models.sublayers import nothing, returning, with_first
+from tracker.models.sublayers import add_nothing, call_with, first_of, returning
 
 State = dict[tuple[str, str], Any]
 """(path of a module, attribute) → value."""
@@ -89,7 +89,7 @@ def pruned(
         _take_out(twin, own, kept)
     for module in silent:
         if id(module) in memo:
-            memo[id(module)].register_forward_hook(_add_nothing, with_kwargs=True)
+            memo[id(module)].register_forward_hook(add_nothing, with_kwargs=True)
     return twin
 
 
@@ -144,12 +144,10 @@ def _take_out(twin: Any, layers: nn.ModuleList, kept: Sequence[int]) -> None:
     total = len(layers)
     parent, name = owner(twin, layers)
     places = _places(layers)
-    own: list[nn.Module] = []
-    for index in kept:
-        layer = layers[index]
-        if any(layer is each for each in own):
-            layer = copy.deepcopy(layer, {id(each): each for each in _shared(layer)})
-        own.append(layer)
+    own = [layers[index] for index in kept]
+    for new, index in enumerate(kept):
+        if index in kept[:new]:
+            own[new] = copy.deepcopy(own[new], {id(held): held for held in _shared(own[new])})
     for (path, attribute), holders in places.items():
         for new, index in enumerate(kept):
             if index in holders:
@@ -160,25 +158,19 @@ def _take_out(twin: Any, layers: nn.ModuleList, kept: Sequence[int]) -> None:
     setattr(parent, name, layers)
     # What holds the layers may have lists with an entry for each, what is in them tables by place.
     for module in around:
-        for attribute, value in _own(module):
-            if type(value) is int and value == total and "layer" in attribute:
-                setattr(module, attribute, len(kept))
-            else:
-                setattr(module, attribute, _cut(value, kept, total))
+        for attribute, value in _own(module, (list, tuple, dict, int)):
+            counts = type(value) is int and value == total and "layer" in attribute
+            setattr(module, attribute, len(kept) if counts else _cut(value, kept, total))
     for module in layers.modules():
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, dict) and not attribute.startswith("_"):
-                setattr(module, attribute, _cut(value, kept, total))
+        for attribute, value in _own(module, (dict,)):
+            setattr(module, attribute, _cut(value, kept, total))
     cut_config(twin.config.get_text_config(), kept)
 
 
-def _own(module: nn.Module) -> list[tuple[str, Any]]:
-    """A module's lists, tables and numbers."""
-    return [
-        (name, value)
-        for name, value in vars(module).items()
-        if not name.startswith("_") and isinstance(value, (list, tuple, dict, int))
-    ]
+def _own(module: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+    """List what a module holds of some kinds, but for what is torch's."""
+    own = vars(module).items()
+    return [(name, v) for name, v in own if isinstance(v, kinds) and not name.startswith("_")]
 
 
 def _places(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
@@ -186,12 +178,12 @@ def _places(layers: nn.ModuleList) -> dict[tuple[str, str], set[int]]:
 
     A place is a number that is, wherever the layers have it, the layer's own index.
     """
-    found: dict[tuple[str, str], dict[int, int]] = {}
+    found: defaultdict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for index, layer in enumerate(layers):
         for path, module in layer.named_modules():
             for attribute, value in vars(module).items():
                 if type(value) is int:
-                    found.setdefault((path, attribute), {})[index] = value
+                    found[path, attribute][index] = value
     return {
         (path, attribute): set(values)
         for (path, attribute), values in found.items()
@@ -270,17 +262,7 @@ def _computed(config: Any) -> Iterator[tuple[str, Any]]:
 
 def _once_more(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Let a layer run again on what it returned."""
-    several = isinstance(output, (tuple, list))
-    hidden = output[0] if several else output
-    if "hidden_states" in kwargs:
-        return module.forward(*args, **{**kwargs, "hidden_states": hidden})
-    return module.forward(hidden, *args[1:], **kwargs)
-
-
-def _add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """Let a sublayer, which still runs, add nothing to the residual stream."""
-    added = output[0] if isinstance(output, (tuple, list)) else output
-    return with_first(output, nothing(module, args, kwargs, added, len(added)))
+    return call_with(module.forward, first_of(output), args, kwargs)
 
 
 @torch.no_grad()
@@ -310,14 +292,20 @@ def changed(before: State, after: State) -> set[tuple[str, str]]:
     return {
         key
         for key in before.keys() | after.keys()
-        if key not in before or key not in after or not _same(before[key], after[key])
+        if key not in before or key not in after or not same(before[key], after[key])
     }
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of a module are the same; of tensors without numbers, their shapes."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.is_meta or other.is_meta:
+            return one.shape == other.shape
         return torch.equal(one, other)
-    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except RuntimeError:  # a list of tensors
+        return False
 
 
 @torch.no_grad()

