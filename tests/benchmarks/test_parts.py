@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.plain import TASKS, parts, write_rows
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.config import CellRequest
@@ -52,11 +51,14 @@ def naive_order(task: str, documents: int, seed: int = 1234) -> list[int]:
 
 def write(folder: Path, **splits: list[dict[str, Any]]) -> str:
     """Write a data set's splits; returns the folder that holds it, for `data`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, documents in splits.items():
-        lines = "".join(json.dumps(document) + "\n" for document in documents)
-        (folder / f"{name}.jsonl").write_text(lines)
-    return str(folder.parents[1])
+    return str(write_rows(folder, **splits).parents[1])
+
+
+def own(folder: Path, more: str) -> str:
+    """Write a task of one's own: piqa, with something changed; returns its file."""
+    task = folder / "own.yaml"
+    task.write_text(f"include: {TASKS / 'piqa/piqa.yaml'}\ntask: own\n{more}")
+    return str(task)
 
 
 def arc(word: str, count: int) -> list[dict[str, Any]]:
@@ -79,10 +81,7 @@ def piqa(word: str, count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def encoder(tiny_llama) -> RequestEncoder:
-    folder = tiny_llama()
-    return RequestEncoder(
-        AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    )
+    return RequestEncoder(*parts(tiny_llama()))
 
 
 def numbers(benchmark: Any, encoder: RequestEncoder, extent: Extent = ALL) -> list[int]:
@@ -122,11 +121,8 @@ class TestHalves:
         assert [numbers(half, encoder) for half in halves] == [sorted(order[:3]), sorted(order[3:])]
 
     def test_the_key_tells_them_apart_and_the_seed(self) -> None:
-        asked = [
-            ask("copa"),
-            *(ask("copa", part) for part in PARTS),
-            *(ask("copa", part, seed=7) for part in PARTS),
-        ]
+        seeds = ({}, {"seed": 7})
+        asked = [ask("copa"), *(ask("copa", part, **seed) for seed in seeds for part in PARTS)]
         identities = [open_benchmark(request).identity for request in asked]
         assert len(set(map(key, identities))) == 5
         drawn = [set(identity.tasks[0].numbers) for identity in identities[1:]]
@@ -147,16 +143,12 @@ class TestHalves:
     def test_few_shot_prompts_are_those_of_a_whole_run(self, encoder, tmp_path) -> None:
         """Examples that are drawn document by document."""
         data = write(tmp_path / "baber/piqa", dev=piqa("bolt", 9), validation=piqa("pump", 8))
-        task = tmp_path / "own.yaml"
-        task.write_text(
-            f"include: {_installed('piqa/piqa.yaml')}\ntask: own\ntraining_split: null\n"
-            "fewshot_split: dev\n"
-        )
+        task = own(tmp_path, "training_split: null\nfewshot_split: dev\n")
         settings = {"data": data, "num_fewshot": 2}
-        whole = open_benchmark(ask(str(task), **settings))
+        whole = open_benchmark(ask(task, **settings))
         every = dict(zip(range(8), contexts(whole, encoder), strict=True))
         for part in PARTS:
-            half = open_benchmark(ask(str(task), part, **settings))
+            half = open_benchmark(ask(task, part, **settings))
             mine = list(half.identity.tasks[0].numbers)
             assert len(mine) == 4
             assert contexts(half, encoder) == [every[number] for number in mine]
@@ -164,10 +156,9 @@ class TestHalves:
     @pytest.mark.parametrize("split", ["null", "validation"], ids=["by lm-eval's rule", "stated"])
     def test_test_documents_are_no_examples_of_calibration(self, encoder, tmp_path, split) -> None:
         """Without a split of their own, examples are any of the scored documents."""
-        rows = [json.dumps({"q": f"Number {n}?", "a": n % 2}) for n in range(8)]
-        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-        task = tmp_path / "own.yaml"
-        task.write_text(
+        write_rows(tmp_path, rows=[{"q": f"Number {n}?", "a": n % 2} for n in range(8)])
+        task = str(tmp_path / "own.yaml")
+        Path(task).write_text(
             "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
             f"    validation: {tmp_path}/rows.jsonl\noutput_type: multiple_choice\n"
             f"validation_split: validation\nfewshot_split: {split}\ndoc_to_text: '{{{{q}}}}'\n"
@@ -176,12 +167,11 @@ class TestHalves:
         with pytest.raises(
             BenchmarkError, match=r"own draws .* 'validation', which .*num_fewshot 0"
         ):
-            open_benchmark(ask(str(task), "calibration", data="hub", num_fewshot=2))
-        assert (
-            len(contexts(open_benchmark(ask(str(task), "calibration", data="hub")), encoder)) == 4
-        )
+            open_benchmark(ask(task, "calibration", data="hub", num_fewshot=2))
+        calibration = open_benchmark(ask(task, "calibration", data="hub"))
+        assert len(contexts(calibration, encoder)) == 4
         # What says what was lost chooses nothing, and keeps the prompts of a whole run.
-        test = open_benchmark(ask(str(task), "test", data="hub", num_fewshot=2))
+        test = open_benchmark(ask(task, "test", data="hub", num_fewshot=2))
         assert len(contexts(test, encoder)) == 4
 
     def test_one_document_makes_no_halves(self, tmp_path) -> None:
@@ -190,22 +180,14 @@ class TestHalves:
             open_benchmark(ask("piqa", "test", data=data))
 
 
-def _installed(task: str) -> Path:
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent / task
-
-
 class TestTrainingSplit:
     """Of a folder: `piqa` is scored on its validation split, arc_easy on its test split."""
 
     @pytest.fixture
     def data(self, tmp_path) -> str:
-        write(tmp_path / "baber/piqa", train=piqa("bolt", 5), validation=piqa("pump", 4))
         place = tmp_path / "allenai/ai2_arc/ARC-Easy"
-        place.parent.mkdir(parents=True)
         write(place, train=arc("bolt", 6), test=arc("pump", 3))
-        return str(tmp_path)
+        return write(tmp_path / "baber/piqa", train=piqa("bolt", 5), validation=piqa("pump", 4))
 
     @pytest.mark.parametrize("name", ["piqa", "arc_easy"])
     def test_it_is_the_calibration_part(self, data, encoder, name) -> None:
@@ -234,25 +216,19 @@ class TestTrainingSplit:
 
     def test_examples_from_the_scored_split_are_refused(self, data, tmp_path) -> None:
         """The training split calibrates, and the examples before its documents are tested."""
-        task = tmp_path / "own.yaml"
-        task.write_text(
-            f"include: {_installed('piqa/piqa.yaml')}\ntask: own\nfewshot_split: validation\n"
-        )
-        open_benchmark(ask(str(task), "calibration", data=data, num_fewshot=0))
-        open_benchmark(ask(str(task), "test", data=data, num_fewshot=2))
+        task = own(tmp_path, "fewshot_split: validation\n")
+        open_benchmark(ask(task, "calibration", data=data, num_fewshot=0))
+        open_benchmark(ask(task, "test", data=data, num_fewshot=2))
         with pytest.raises(BenchmarkError, match=r"own draws .*'validation', which is scored"):
-            open_benchmark(ask(str(task), "calibration", data=data, num_fewshot=2))
+            open_benchmark(ask(task, "calibration", data=data, num_fewshot=2))
 
     def test_examples_that_are_read_otherwise_are_refused(self, data, tmp_path) -> None:
-        task = tmp_path / "own.yaml"
-        task.write_text(
-            f"include: {_installed('piqa/piqa.yaml')}\ntask: own\nfewshot_split: train\n"
-            "fewshot_config:\n  process_docs: !function reading.other\n"
-        )
+        reading = "fewshot_config:\n  process_docs: !function reading.other\n"
+        task = own(tmp_path, f"fewshot_split: train\n{reading}")
         (tmp_path / "reading.py").write_text("def other(docs):\n    return list(docs)\n")
-        open_benchmark(ask(str(task), "calibration", data=data))
+        open_benchmark(ask(task, "calibration", data=data))
         with pytest.raises(BenchmarkError, match=r"own reads .* 'train' otherwise .*num_fewshot 0"):
-            open_benchmark(ask(str(task), "calibration", data=data, num_fewshot=1))
+            open_benchmark(ask(task, "calibration", data=data, num_fewshot=1))
 
 
 class TestGroups:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lm_eval
-import lm_eval.tasks
 import pytest
-from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.plain import evaluate
+from tests.plain import HFLM, TASKS, evaluate, tasks_in, write_plain, write_rows
+from tests.plain import parts as load_parts
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.plain import score_with_lm_eval
@@ -24,7 +20,6 @@ from tracker.core.documents import Response
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import ALL, Extent
 
-TASKS = Path(lm_eval.tasks.__file__).parent
 PLACES = {
     "wikitext": ("EleutherAI/wikitext_document_level/wikitext-2-raw-v1", "page", "test"),
     "c4": ("allenai/c4/en", "text", "validation"),
@@ -50,19 +45,15 @@ TEXTS = [words(count, seed) for seed, count in enumerate((1, 4, 60, 9, 200))]
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     for folder, column, split in PLACES.values():
-        place = tmp_path / "DATA" / folder
-        place.mkdir(parents=True)
-        rows = [json.dumps({column: text}) + "\n" for text in TEXTS]
-        for name in ("train", split):
-            (place / f"{name}.jsonl").write_text("".join(rows))
+        rows = [{column: text} for text in TEXTS]
+        write_rows(tmp_path / "DATA" / folder, train=rows, **{split: rows})
     return tmp_path / "DATA"
 
 
 @pytest.fixture
 def parts(tiny_llama: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
     def load(**settings: Any) -> tuple[Any, Any]:
-        folder = tiny_llama(max_position_embeddings=LENGTH, **settings)
-        return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        return load_parts(tiny_llama(max_position_embeddings=LENGTH, **settings))
 
     return load
 
@@ -73,30 +64,18 @@ def make(name: str, data: Path, **settings: Any) -> LmEvalBenchmark:
     )
 
 
-def plainly(name: str, data: Path, folder: Path, model: HFLM) -> dict[str, Any]:
-    """Evaluate lm-eval's own task on the same file, with no code of ours."""
-    place, _, split = PLACES[name]
-    folder.mkdir()
-    (folder / "plain.yaml").write_text(
-        f"include: {next((TASKS / name).glob('*.yaml'))}\ntask: plain\ndataset_path: json\n"
-        f"dataset_name: null\ntraining_split: null\ndataset_kwargs:\n  data_files:\n"
-        f"    {split}: {data / place / split}.jsonl\n"
-        + ("validation_split: null\n" if split == "test" else "")
-    )
-    found = evaluate(
-        model,
-        tasks=["plain"],
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False),
-    )
-    results: dict[str, Any] = found["results"]["plain"]
-    return results
-
-
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("name", list(PLACES))
 def test_perplexities_are_lm_evals(data, parts, tmp_path, name: str, bos: bool) -> None:
     model, tokenizer = parts(bos=bos)
-    theirs = plainly(name, data, tmp_path / "tasks", HFLM(model, tokenizer=tokenizer, batch_size=4))
+    place, _, split = PLACES[name]
+    config = str(next((TASKS / name).glob("*.yaml")))
+    files = {split: data / place / f"{split}.jsonl"}
+    write_plain(tmp_path / "tasks", name, config, "json", files)
+    plain, tasks = HFLM(model, tokenizer=tokenizer, batch_size=4), tasks_in(tmp_path / "tasks")
+    theirs = evaluate(plain, tasks=[f"plain_{name}"], task_manager=tasks)["results"][
+        f"plain_{name}"
+    ]
 
     benchmark = make(name, data)
     documents = benchmark.documents(RequestEncoder(model, tokenizer), ALL)
@@ -117,8 +96,7 @@ def test_windows_predict_every_token_once(data, parts, bos: bool) -> None:
     encoder = RequestEncoder(model, tokenizer)
     # Nothing that the task's own clean-up of texts would change.
     texts = [" ".join(["Paris heart"] * count) for count in (1, 4, 60, 9, 200)]
-    place = data / PLACES["c4"][0] / "validation.jsonl"
-    place.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_rows(data / PLACES["c4"][0], validation=[{"text": text} for text in texts])
     documents = make("c4", data).documents(encoder, ALL)
     assert [len(document.requests) for document in documents][:2] == [1, 1]
     assert len(documents[-1].requests) > 3
@@ -132,8 +110,7 @@ def test_windows_predict_every_token_once(data, parts, bos: bool) -> None:
 
 
 def test_a_text_without_tokens_is_a_document_without_requests(data, parts) -> None:
-    place = data / PLACES["c4"][0] / "validation.jsonl"
-    place.write_text('{"text": ""}\n{"text": "Paris"}\n')
+    write_rows(data / PLACES["c4"][0], validation=[{"text": ""}, {"text": "Paris"}])
     benchmark = make("c4", data)
     first, second = benchmark.documents(RequestEncoder(*parts()), ALL)
     assert (first.requests, len(second.requests)) == ((), 1)
@@ -142,11 +119,8 @@ def test_a_text_without_tokens_is_a_document_without_requests(data, parts) -> No
 
 def test_identity_and_metric(data) -> None:
     identity = make("wikitext", data).identity
-    assert (identity.primary_metric, identity.num_fewshot, identity.seed) == (
-        "bits_per_byte",
-        0,
-        None,
-    )
+    assert identity.primary_metric == "bits_per_byte"
+    assert (identity.num_fewshot, identity.seed) == (0, None)
     (task,) = identity.tasks
     assert (task.split, task.documents) == ("test", len(TEXTS))
     assert task.higher_is_better == dict.fromkeys(AGGREGATIONS, False)

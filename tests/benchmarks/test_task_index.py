@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 
 import lm_eval.tasks
 import pytest
 from lm_eval.tasks import TaskManager
 
+from tests.plain import tasks_in
 from tracker.benchmarks import task_index
 from tracker.ledger.notes import read_note, write_note
 
@@ -25,6 +27,17 @@ def _empty(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder with one task, as if it were lm-eval's."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("task: own\n")
+    monkeypatch.setattr(lm_eval.tasks, "__file__", str(folder / "__init__.py"))
+    monkeypatch.setattr(task_index, "TaskManager", partial(tasks_in, folder))
+    return folder
+
+
 def test_every_task_is_found_where_lm_eval_finds_it(monkeypatch) -> None:
     theirs = TaskManager()
     monkeypatch.setattr(task_index, "TaskManager", lambda: theirs)
@@ -39,16 +52,11 @@ def test_every_task_is_found_where_lm_eval_finds_it(monkeypatch) -> None:
             assert found.cfg == {k: entry.cfg[k] for k in DATA if k in (entry.cfg or {})}
 
 
-def test_a_file_that_changes_is_read_again(tmp_path, monkeypatch, caplog) -> None:
+def test_a_file_that_changes_is_read_again(folder, tmp_path, caplog) -> None:
     """A template too, which has no suffix; a damaged note is made again."""
     caplog.set_level("INFO", "tracker")
-    folder = tmp_path / "tasks"
-    folder.mkdir()
     (folder / "_template").write_text("dataset_path: one/home\n")
     (folder / "own.yaml").write_text("include: _template\ntask: own\n")
-    monkeypatch.setattr(lm_eval.tasks, "__file__", str(folder / "__init__.py"))
-    plain = partial(TaskManager, include_path=str(folder), include_defaults=False)
-    monkeypatch.setattr(task_index, "TaskManager", plain)
     assert again()["own"].cfg == {"dataset_path": "one/home"}
     assert again().keys() == {"own"}
     assert caplog.messages == ["reading lm-eval's list of tasks, once"]  # was: ten silent seconds
@@ -61,13 +69,9 @@ def test_a_file_that_changes_is_read_again(tmp_path, monkeypatch, caplog) -> Non
     assert set(again()) == {"own", "more"}
 
 
-def test_builds_that_write_it_otherwise_do_not_read_each_others(tmp_path, monkeypatch) -> None:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "own.yaml").write_text("task: own\n")
-    monkeypatch.setattr(lm_eval.tasks, "__file__", str(folder / "__init__.py"))
-    plain = partial(TaskManager, include_path=str(folder), include_defaults=False)
-    monkeypatch.setattr(task_index, "TaskManager", plain)
+def test_builds_that_write_it_otherwise_do_not_read_each_others(
+    folder, tmp_path, monkeypatch
+) -> None:
     for form in (1, 2):
         monkeypatch.setattr(task_index, "_FORMAT", form, raising=False)
         assert set(again()) == {"own"}
@@ -75,15 +79,9 @@ def test_builds_that_write_it_otherwise_do_not_read_each_others(tmp_path, monkey
 
 
 @pytest.mark.parametrize("path", ["{tmp_path}/evil.yaml", "../evil.yaml"])
-def test_a_planted_note_leads_to_no_file_outside(tmp_path, monkeypatch, path: str) -> None:
+def test_a_planted_note_leads_to_no_file_outside(folder, tmp_path, path: str) -> None:
     """Was: an absolute path was taken, and lm-eval runs what `!function` of such a file names."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "own.yaml").write_text("task: own\n")
     (tmp_path / "evil.yaml").write_text("task: own\n")
-    monkeypatch.setattr(lm_eval.tasks, "__file__", str(folder / "__init__.py"))
-    plain = partial(TaskManager, include_path=str(folder), include_defaults=False)
-    monkeypatch.setattr(task_index, "TaskManager", plain)
     again()
     (note,) = (tmp_path / "cache").rglob("*.json")
     tasks = json.loads(read_note(note)["tasks"])

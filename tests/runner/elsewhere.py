@@ -1,17 +1,21 @@
-"""What the tests of the executors share: one study, what it says, and what it measured."""
+"""What the tests of the runner share: a study, what it says, and what it measured."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
+import yaml
+from click.testing import CliRunner
 
 import tracker
+from tests.plain import write_rows
 from tracker.api import Results
+from tracker.cli import main
 from tracker.ledger.store import Ledger
 from tracker.measuring.progress import Silent
 
@@ -21,8 +25,7 @@ class Heard(Silent):
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.expected = 0
-        self.counted = 0
+        self.expected = self.counted = 0
         self.finished = False
 
     def say(self, message: str) -> None:
@@ -41,8 +44,32 @@ class Heard(Silent):
         self.finished = True
 
 
-def run(file: Path, results: Path, heard: Heard | None = None, **options: object) -> Results:
-    return tracker.run(file, results=results, track=[], progress=heard or Heard(), **options)
+def write_study(file: Path, **parameters: object) -> Path:
+    """Write an experiment file: what is a list is a grid's values."""
+    grid = {
+        name: {"values" if isinstance(value, list) else "value": value}
+        for name, value in parameters.items()
+    }
+    file.write_text(yaml.safe_dump({"method": "grid", "parameters": grid}))
+    return file
+
+
+def run(
+    file: Path, results: Path, heard: Heard | None = None, track: Sequence[str] = (), **options: Any
+) -> Results:
+    return tracker.run(file, results=results, track=track, progress=heard or Heard(), **options)
+
+
+def outcomes(results: Path) -> pd.DataFrame:
+    """What the only cell of a results folder holds."""
+    (store,) = Ledger(results).cells()
+    return store.read().sort_values(["task", "doc", "ablation"], ignore_index=True)
+
+
+def typed(*words: object) -> tuple[int, str]:
+    """Type a command: its exit code, and all that it says."""
+    done = CliRunner().invoke(main, list(map(str, words)))
+    return done.exit_code, done.output
 
 
 def same(one: Path, other: Path) -> None:
@@ -83,16 +110,28 @@ def descendants(words: str) -> Iterator[psutil.Process]:
 
 def arc(folder: Path, documents: int = 40) -> Path:
     """Write ARC's two tasks; in a folder of our own, because one test breaks one of them."""
+    rows = [
+        {
+            "question": f"Which is right, {n} or {n * n % 17}?",
+            "choices": {"text": ["this one", f"that {n}", "no"], "label": ["A", "B", "C"]},
+            "answerKey": "ABC"[n % 3],
+        }
+        for n in range(documents)
+    ]
     for name in ("ARC-Easy", "ARC-Challenge"):
-        place = folder / "allenai/ai2_arc" / name
-        place.mkdir(parents=True)
-        rows = [
-            {
-                "question": f"Which is right, {n} or {n * n % 17}?",
-                "choices": {"text": ["this one", f"that {n}", "no"], "label": ["A", "B", "C"]},
-                "answerKey": "ABC"[n % 3],
-            }
-            for n in range(documents)
-        ]
-        (place / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        write_rows(folder / "allenai/ai2_arc" / name, test=rows)
     return folder
+
+
+def break_arc_easy(data: Path) -> None:
+    """Give one of its documents an answer that no model can read."""
+    file = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
+    file.write_text(file.read_text().replace("that 3", "word " * 400))
+
+
+def one_cell_fails(code: int, said: str) -> None:
+    """Of ARC's two tasks the broken one has failed, and the other one is there."""
+    assert code == 1, said
+    assert "continuation" in said
+    assert "to run just what failed, give the same command again" in said
+    assert "arc_challenge · 0-shot" in said

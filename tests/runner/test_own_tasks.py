@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lm_eval
-import lm_eval.tasks
 import pytest
 import torch
-import yaml
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.own import write_tasks
-from tests.plain import evaluate
+from tests.plain import HFLM, cut, evaluate, tasks_in
+from tests.runner.elsewhere import run, write_study
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.ablations import Ablation
+from tracker.core.config import cell_request
 from tracker.core.errors import ModelError, RequestError
 from tracker.core.extent import ALL
 from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.scorer import Generation
 from tracker.models.load import load_model
-from tracker.models.sources import find_model
+from tracker.models.sources import ModelSource, find_model
 
 LAYERS = [0, 2]
 
@@ -55,34 +52,18 @@ def adapter(tmp_path: Path, tiny_llama: Callable[..., Path]) -> tuple[Path, Path
     return base, tmp_path / "adapter"
 
 
-def run(place: Path, **parameters: Any) -> tracker.Results:
-    file = place / "own.yaml"
-    layers = parameters.pop("layer")
-    grid = {name: {"value": value} for name, value in parameters.items()}
-    grid["layer"] = {"values": layers}
-    file.write_text(yaml.safe_dump({"method": "grid", "parameters": grid}))
-    return tracker.run(file, results=place / "results", track=[])
-
-
 def plainly(base: Path, adapter: Path | None, folder: Path, layer: int | None, task: str) -> Any:
     """lm-eval on the really pruned model, loaded by its own arguments."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    plain = HFLM(
-        str(base), **({"peft": str(adapter)} if adapter else {}), device="cpu", batch_size=1
-    )
+    own = {"peft": str(adapter)} if adapter else {}
+    plain = HFLM(str(base), **own, device="cpu", batch_size=1)
     if layer is not None:
         model = plain.model.get_base_model() if adapter else plain.model
-        model = copy.deepcopy(model)
-        del model.model.layers[layer]
-        for index, module in enumerate(model.model.layers):
-            module.self_attn.layer_idx = index
-        model.config.num_hidden_layers -= 1
-        plain = HFLM(model, tokenizer=tokenizer, batch_size=1)
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        plain = HFLM(cut(model, layer), tokenizer=tokenizer, batch_size=1)
     found = evaluate(
         plain,
         tasks=[task],
-        task_manager=manager,
+        task_manager=tasks_in(folder),
         system_instruction="You are a painter.",
         num_fewshot=1,
     )
@@ -97,8 +78,8 @@ def test_every_number_is_lm_evals(
     tmp_path: Path, folder: Path, adapter: tuple[Path, Path], adapted: bool
 ) -> None:
     base, lora = adapter
-    results = run(
-        tmp_path,
+    file = write_study(
+        tmp_path / "own.yaml",
         model=str(base),
         benchmark="paint",
         include_path=str(folder),
@@ -107,6 +88,7 @@ def test_every_number_is_lm_evals(
         layer=LAYERS,
         **({"model_args": {"peft": str(lora)}} if adapted else {}),
     )
+    results = run(file, tmp_path / "results")
     assert not results.outcome.failed
     (cell,) = results.cells
     (store,) = tracker.ledger.store.Ledger(tmp_path / "results").cells()
@@ -130,6 +112,14 @@ def test_every_number_is_lm_evals(
         assert all("You are a painter." in row["arguments"]["gen_args_0"]["arg_0"] for row in rows)
 
 
+def source(base: Path, **arguments: Any) -> ModelSource:
+    """A model that is loaded in some way, as a request says it."""
+    request = cell_request(
+        model=str(base), benchmark="b", layers=(0,), model_args=arguments or None
+    )
+    return find_model(request.model, None, request.model_args)
+
+
 class TestArguments:
     def test_they_are_part_of_what_the_model_is(
         self, tmp_path: Path, adapter: tuple[Path, Path]
@@ -137,17 +127,11 @@ class TestArguments:
         base, lora = adapter
 
         def identity(**arguments: Any) -> tuple[str, object]:
-            request = tracker.core.config.cell_request(
-                model=str(base), benchmark="b", layers=(0,), model_args=arguments or None
-            )
-            source = find_model(request.model, None, request.model_args)
-            return source.fingerprint(), str(source.stamp())
+            found = source(base, **arguments)
+            return found.fingerprint(), str(found.stamp())
 
-        plain, eager, tuned = (
-            identity(),
-            identity(attn_implementation="eager"),
-            identity(peft=str(lora)),
-        )
+        plain, eager = identity(), identity(attn_implementation="eager")
+        tuned = identity(peft=str(lora))
         assert len({plain[0], eager[0], tuned[0]}) == len({plain[1], eager[1], tuned[1]}) == 3
         moved = lora.rename(tmp_path / "moved")
         assert identity(peft=str(moved))[0] == tuned[0]
@@ -157,14 +141,14 @@ class TestArguments:
 
     def test_a_folder_within(self, tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
         base = tiny_llama("repo/step-100")
-        inside = find_model(str(base.parent), None, '{"subfolder": "step-100"}')
+        inside = source(base.parent, subfolder="step-100")
         assert load_model(inside, device="cpu").identity.layers == 4
         with pytest.raises(ModelError, match=r"there is no folder .*step-1"):
-            find_model(str(base.parent), None, '{"subfolder": "step-1"}')
+            source(base.parent, subfolder="step-1")
 
     def test_how_attention_is_computed(self, tiny_llama: Callable[..., Path]) -> None:
-        source = find_model(str(tiny_llama()), None, '{"attn_implementation": "eager"}')
-        assert load_model(source, device="cpu").model.config._attn_implementation == "eager"
+        eager = source(tiny_llama(), attn_implementation="eager")
+        assert load_model(eager, device="cpu").model.config._attn_implementation == "eager"
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
@@ -181,11 +165,8 @@ class TestArguments:
     def test_nonsense(
         self, tiny_llama: Callable[..., Path], arguments: dict[str, Any], said: str
     ) -> None:
-        request = tracker.core.config.cell_request(
-            model=str(tiny_llama()), benchmark="b", layers=(0,), model_args=arguments
-        )
         with pytest.raises(RequestError, match=said):
-            find_model(request.model, None, request.model_args)
+            source(tiny_llama(), **arguments)
 
     def test_a_checkpoint_whose_package_is_not_here(self, tiny_llama: Callable[..., Path]) -> None:
         base = tiny_llama()
@@ -193,7 +174,7 @@ class TestArguments:
         said = '"quantization_config": {"quant_method": "gptq", "bits": 4},'
         config.write_text(config.read_text().replace("{", "{" + said, 1))
         with pytest.raises(ModelError, match="gptq checkpoint and needs the package gptqmodel"):
-            load_model(find_model(str(base)), device="cpu")
+            load_model(source(base), device="cpu")
 
     def test_an_adapter_that_is_in_the_prompt(
         self, tmp_path: Path, tiny_llama: Callable[..., Path]
@@ -204,20 +185,14 @@ class TestArguments:
         settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
         model.save_pretrained(tmp_path / "prompt")
-        request = tracker.core.config.cell_request(
-            model=str(base),
-            benchmark="b",
-            layers=(0,),
-            model_args={"peft": str(tmp_path / "prompt")},
-        )
         with pytest.raises(ModelError, match="PROMPT_TUNING, which puts tokens into the prompt"):
-            load_model(find_model(request.model, None, request.model_args), device="cpu")
+            load_model(source(base, peft=str(tmp_path / "prompt")), device="cpu")
 
 
 def test_what_follows_a_thought_is_lm_evals(folder: Path, tiny_llama: Callable[..., Path]) -> None:
     """Under every layer's removal; the thought ends where such a model happens to say so."""
-    loaded = load_model(find_model(str(tiny_llama())), device="cpu")
-    request = tracker.core.config.cell_request(
+    loaded = load_model(source(tiny_llama()), device="cpu")
+    request = cell_request(
         model="m",
         benchmark="says",
         layers=(0,),
@@ -228,26 +203,24 @@ def test_what_follows_a_thought_is_lm_evals(folder: Path, tiny_llama: Callable[.
     benchmark = LmEvalBenchmark(request)
     documents = benchmark.documents(RequestEncoder(loaded.model, loaded.tokenizer, request), ALL)
     prompts = [document.prompt for document in documents if document.prompt]
-    ablations = [Ablation(), Ablation((0,)), Ablation((2,))]
+    instances = [
+        Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)
+        for p in prompts
+    ]
+    layers = (None, 0, 2)
+    ablations = [Ablation(() if layer is None else (layer,)) for layer in layers]
     generation = Generation(Engine(loaded, 256), loaded.tokenizer, think_end_token="e")
-    cut = 0
-    for ablation in ablations:
-        model = copy.deepcopy(loaded.model)
-        for layer in ablation.layers:
-            del model.model.layers[layer]
-        for index, module in enumerate(model.model.layers):
-            module.self_attn.layer_idx = index
-        model.config.num_hidden_layers = len(model.model.layers)
-        found = []
-        for end in ("e", None):
-            plain = HFLM(model, tokenizer=loaded.tokenizer, batch_size=1, think_end_token=end)
-            instances = [
-                Instance("generate_until", doc={}, arguments=(p.text, dict(p.settings)), idx=0)
-                for p in prompts
-            ]
-            found.append(plain.generate_until(instances, disable_tqdm=True))
-        with_end, whole = found
-        cut += with_end != whole
-        place = ablations.index(ablation)
+    different = 0
+    for place, layer in enumerate(layers):
+        with_end, whole = (
+            HFLM(
+                cut(loaded.model, layer),
+                tokenizer=loaded.tokenizer,
+                batch_size=1,
+                think_end_token=end,
+            ).generate_until(instances, disable_tqdm=True)
+            for end in ("e", None)
+        )
+        different += with_end != whole
         assert [generation.texts(p, ablations)[place] for p in prompts] == with_end
-    assert cut
+    assert different

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import tracker
+from tests.runner.elsewhere import outcomes, run, shards
 from tracker.ledger.blocks import BLOCK
-from tracker.ledger.store import Ledger
 
 DOCUMENTS = 4 * BLOCK + 5
 LAYERS = 8
@@ -21,22 +21,13 @@ LAYERS = 8
 
 @pytest.fixture
 def study(tiny_llama, experiment):
-    """A study that takes long enough to be interrupted: 5 blocks of 9 ablations."""
-    return study_of(tiny_llama, experiment, DOCUMENTS)
+    """A study that takes long enough to be interrupted: some blocks of 9 ablations."""
 
+    def study(documents: int) -> Path:
+        model = tiny_llama(layers=LAYERS)
+        return experiment(model, layer=list(range(LAYERS)), limit=None, sample=documents)
 
-def study_of(tiny_llama, experiment, documents: int) -> Path:
-    model = tiny_llama(layers=LAYERS)
-    return experiment(model, layer=list(range(LAYERS)), limit=None, sample=documents)
-
-
-def outcomes(results: Path) -> pd.DataFrame:
-    (store,) = Ledger(results).cells()
-    return store.read().sort_values(["task", "doc", "ablation"], ignore_index=True)
-
-
-def shards(results: Path) -> list[Path]:
-    return sorted(results.glob("cells/*/shards/*.parquet"))
+    return study
 
 
 def finish(process) -> str:
@@ -45,12 +36,12 @@ def finish(process) -> str:
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert not tracker.run(study, results=undisturbed, track=[]).outcome.failed
+    undisturbed, killed, file = tmp_path / "undisturbed", tmp_path / "killed", study(DOCUMENTS)
+    assert not run(file, undisturbed).outcome.failed
 
     kept: dict[Path, bytes] = {}
-    for wanted in (0, 1, 3):
-        process = start("run", study, "--results", killed, "--track", "none")
+    for wanted in (0, 2):
+        process = start("run", file, "--results", killed, "--track", "none")
         while process.poll() is None:
             begun = next(killed.glob("cells/*/cell.json"), None)
             if begun and len(shards(killed)) >= wanted:
@@ -67,22 +58,21 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(study, start, tmp
     begun: dict[str, tuple[int, str]] = {}
     assert tracker.ls(killed, unfinished=begun) == []
     assert [0 < documents < DOCUMENTS for documents, _ in begun.values()] == [True]
-    assert not tracker.run(study, results=killed, track=[]).outcome.failed
+    assert not run(file, killed).outcome.failed
     assert all(path.read_bytes() == content for path, content in kept.items())
     pd.testing.assert_frame_equal(outcomes(killed), outcomes(undisturbed), check_exact=True)
     assert not list(killed.glob("cells/*/shards/.*.tmp"))
 
 
-def test_two_runs_at_once_share_the_work(tiny_llama, experiment, start, tmp_path):
-    documents = 2 * BLOCK + 5
-    study, results = study_of(tiny_llama, experiment, documents), tmp_path / "shared"
-    both = [start("run", study, "--results", results) for _ in range(2)]
+def test_two_runs_at_once_share_the_work(study, start, tmp_path):
+    documents, results = 2 * BLOCK + 5, tmp_path / "shared"
+    file = study(documents)
+    both = [start("run", file, "--results", results) for _ in range(2)]
     for process in both:
         output = finish(process)
         assert process.returncode == 0, output
         assert "Spearman" in output
-    tables = [pq.read_table(path).to_pandas() for path in shards(results)]
-    together = pd.concat(tables)
+    together = pd.concat(pq.read_table(path).to_pandas() for path in shards(results))
     # Counted in the files themselves: nothing was computed twice, nothing is missing.
     assert not together.duplicated(["task", "doc", "ablation"]).any()
     assert len(together) == documents * (LAYERS + 1)
@@ -95,15 +85,13 @@ def test_two_runs_at_once_share_the_work(tiny_llama, experiment, start, tmp_path
     assert len(runs) == LAYERS + 2
 
 
-def test_a_full_disk_stops_cleanly_and_the_next_run_continues(
-    tiny_llama, experiment, start, tmp_path
-):
-    study, results = study_of(tiny_llama, experiment, BLOCK + 5), tmp_path / "full"
+def test_a_full_disk_stops_cleanly_and_the_next_run_continues(study, start, tmp_path):
+    file, results = study(BLOCK + 5), tmp_path / "full"
 
     def no_more_than(size: int):
         return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    arguments = ("run", study, "--results", results, "--track", "none")
+    arguments = ("run", file, "--results", results, "--track", "none")
     process = start(*arguments, preexec_fn=no_more_than(8_000))
     output = finish(process)
     assert process.returncode == 1, output
@@ -112,5 +100,5 @@ def test_a_full_disk_stops_cleanly_and_the_next_run_continues(
     assert not shards(results)
     assert not list(results.glob("cells/*/shards/.*"))
 
-    assert not tracker.run(study, results=results, track=[]).outcome.failed
+    assert not run(file, results).outcome.failed
     assert len(outcomes(results)) == (BLOCK + 5) * (LAYERS + 1)

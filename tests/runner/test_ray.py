@@ -12,12 +12,23 @@ from pathlib import Path
 
 import psutil
 import pytest
-from click.testing import CliRunner
 
-from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
-from tracker.cli.commands import main
+from tests.runner.elsewhere import (
+    Heard,
+    arc,
+    break_arc_easy,
+    descendants,
+    one_cell_fails,
+    run,
+    same,
+    shards,
+    typed,
+    wait_for,
+)
 from tracker.core.distribution import install_extra
 from tracker.ledger.blocks import BLOCK
+
+RAY = ("--track", "none", "--executor", "ray")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,15 +69,9 @@ def test_without_a_cluster_a_local_one_does_and_a_failure_stays_in_its_cell(
 ):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     data = arc(here / "data", 12)
-    broken = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
-    broken.write_text(broken.read_text().replace("that 3", "word " * 400))
+    break_arc_easy(data)
     file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
-    arguments = ["run", file, "--results", here / "results", "--track", "none"]
-    found = CliRunner().invoke(main, [*map(str, arguments), "--executor", "ray"])
-    assert found.exit_code == 1, found.output
-    assert "continuation" in found.output
-    assert "to run just what failed, give the same command again" in found.output
-    assert "arc_challenge · 0-shot" in found.output
+    one_cell_fails(*typed("run", file, "--results", here / "results", *RAY))
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -83,16 +88,15 @@ def test_a_cluster_that_is_gone_is_said_at_once(
         left.parent.mkdir(exist_ok=True)
         left.write_text(gone)
     file = experiment(tiny_llama(), data=str(arc(here / "data")))
-    arguments = ["run", str(file), "--results", str(here / "results"), "--track", "none"]
-    found = CliRunner().invoke(main, [*arguments, "--executor", "ray"])
+    code, said = typed("run", file, "--results", here / "results", *RAY)
     left.unlink(missing_ok=True)
-    assert found.exit_code == 2, found.output
-    assert f"nobody answers at {gone}" in found.output
-    assert "ray stop" in found.output
+    assert code == 2, said
+    assert f"nobody answers at {gone}" in said
+    assert "ray stop" in said
 
 
 def test_two_nodes_answer_a_question_as_one_process_does(cluster, here, tiny_llama, experiment):
-    data = str(arc(here / "data", 4 * BLOCK + 8))
+    data = str(arc(here / "data", 3 * BLOCK + 8))
     file = experiment(tiny_llama(seed=3), data=data, limit=None, until="drop within 5 pp at 80 %")
     (alone,) = run(file, here / "local").cells
     assert alone.is_stopped
@@ -127,7 +131,7 @@ def test_two_nodes_give_what_one_process_gives(cluster, here, tiny_llama, experi
 
 def test_what_a_killed_worker_did_is_done_again(cluster, here, tiny_llama, experiment):
     model = tiny_llama(layers=8)
-    file = experiment(model, layer=list(range(8)), limit=4 * BLOCK + 5)
+    file = experiment(model, layer=list(range(8)), limit=3 * BLOCK + 5)
     run(file, here / "local")
     killed: list[int] = []
 
@@ -154,9 +158,8 @@ def test_without_the_extra(here, tiny_llama, experiment, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "tracker.executors.ray", raising=False)
     file = experiment(tiny_llama(), data=str(arc(here / "data")))
-    arguments = ["run", str(file), "--results", str(here / "results"), "--executor", "ray"]
-    found = CliRunner().invoke(main, arguments)
-    assert found.exit_code == 2, found.output
-    assert install_extra("ray") in found.output
+    code, said = typed("run", file, "--results", here / "results", "--executor", "ray")
+    assert code == 2, said
+    assert install_extra("ray") in said
     assert not (here / "results").exists()
     assert os.environ["HF_HUB_OFFLINE"] == "1"

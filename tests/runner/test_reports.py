@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 from mlflow import MlflowClient
 
-import tracker
+from tests.runner.elsewhere import run, typed
 from tests.tracking.conftest import cell_record
 from tests.tracking.mlflow_server import MlflowServer
 from tests.tracking.wandb_client import Client
 from tests.tracking.wandb_double import WandbDouble
 from tracker import api
-from tracker.cli import main
 from tracker.core.errors import RequestError, ResultsError
 from tracker.core.records import CellRecord
 from tracker.ledger.store import Ledger
@@ -44,16 +42,22 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def ran(tiny_llama: Callable[..., Path], experiment: Callable[..., Path], tmp_path: Path) -> Ran:
     """Measure two layers of a tiny model that does better than chance; a colleague has another."""
 
-    def run(name: str = "mine", seed: int = 6, **settings: object) -> Path:
+    def ran(name: str = "mine", seed: int = 6, **settings: object) -> Path:
         folder = tmp_path / f"tiny-{seed}"
         model = folder if folder.exists() else tiny_llama(name=folder.name, seed=seed, layers=3)
         file = experiment(model, name=f"{name}.yaml", **{"limit": 6, "layer": [0, 1], **settings})
-        results = tmp_path / name
-        done = tracker.run(file, results=results, track=[])
-        assert not done.outcome.failed
-        return results
+        assert not run(file, tmp_path / name).outcome.failed
+        return tmp_path / name
 
-    return run
+    return ran
+
+
+@pytest.fixture
+def team(template: Path, tmp_path: Path) -> tuple[str, MlflowClient]:
+    """An MLflow database that people share: as what they publish to, and its client."""
+    shutil.copy(template, tmp_path / "team.db")
+    server = f"sqlite:///{tmp_path}/team.db"
+    return f"mlflow:{server}/layers", MlflowClient(server)
 
 
 def content(cells: object) -> set[str]:
@@ -65,10 +69,7 @@ def test_colleagues_results_stand_beside_ones_own(ran: Ran, tmp_path: Path) -> N
     done = api.report(mine, hers, output=tmp_path / "both.html")
     assert content(done.cells) == content(api.ls(mine)) | content(api.ls(hers))
     page = (tmp_path / "both.html").read_text()
-    assert "tiny-6" in page
-    assert "tiny-8" in page
-    assert "mine.yaml" in page
-    assert "hers.yaml" in page
+    assert all(word in page for word in ("tiny-6", "tiny-8", "mine.yaml", "hers.yaml"))
     assert done.failed == {}
     assert len(repr(done)) < 500  # a notebook shows it
 
@@ -106,9 +107,9 @@ def test_a_report_of_damaged_outcomes_says_what_is_missing(ran: Ran, tmp_path: P
     shard.write_bytes(content)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk that forgets
 
-    done = CliRunner().invoke(main, ["report", "--results", str(results), "--format", "csv"])
-    assert done.exit_code == 1
-    assert f"failed: {shard.with_suffix('.aside')}: it is not what was written" in done.output
+    code, said = typed("report", "--results", results, "--format", "csv")
+    assert code == 1
+    assert f"failed: {shard.with_suffix('.aside')}: it is not what was written" in said
     documents = pd.read_csv(results / "report" / "documents.csv")
     layers = pd.read_csv(results / "report" / "layers.csv")
     assert list(layers["n"]) == [8, 8]
@@ -118,15 +119,12 @@ def test_a_report_of_damaged_outcomes_says_what_is_missing(ran: Ran, tmp_path: P
     assert missing["layer"].isna().all()
     assert set(documents["doc"]) - set(missing["doc"]) <= set(range(32, 40))
 
-    for command in ("ls", "leaderboard", "report"):
-        done = CliRunner().invoke(main, [command, "--results", str(results)])
-        assert (command, done.exit_code) == (command, 1)
+    commands = ("ls", "leaderboard", "report")
+    assert [typed(command, "--results", results)[0] for command in commands] == [1, 1, 1]
     assert list(api.sync((), results=results).failed) == [str(shard.with_suffix(".aside"))]
     ran(limit=40)
     assert api.sync((), results=results).failed == {}
-    for command in ("ls", "leaderboard", "report"):
-        done = CliRunner().invoke(main, [command, "--results", str(results)])
-        assert (command, done.exit_code) == (command, 0)
+    assert [typed(command, "--results", results)[0] for command in commands] == [0, 0, 0]
 
 
 def test_damage_is_said_of_every_folder(ran: Ran, tmp_path: Path) -> None:
@@ -136,9 +134,8 @@ def test_damage_is_said_of_every_folder(ran: Ran, tmp_path: Path) -> None:
     shard = min(other.glob("cells/*/shards/*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-9])
     for sources in ((results, other), (other, results)):
-        asked = ["report", *map(str, sources), "--format", "csv", "--output", str(tmp_path / "csv")]
-        done = CliRunner().invoke(main, asked)
-        assert (done.exit_code, str(shard.with_suffix(".aside")) in done.output) == (1, True)
+        code, said = typed("report", *sources, "--format", "csv", "--output", tmp_path / "csv")
+        assert (code, str(shard.with_suffix(".aside")) in said) == (1, True)
 
 
 def test_an_mlflow_project_is_read_verified_and_cached(
@@ -155,9 +152,8 @@ def test_an_mlflow_project_is_read_verified_and_cached(
         # What is there is not downloaded again.
         before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
         assert before
-        assert content(api.report(source, output=tmp_path / "page.html").cells) == content(
-            done.cells
-        )
+        again = api.report(source, output=tmp_path / "page.html")
+        assert content(again.cells) == content(done.cells)
         assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")} == before
         # What has grown is.
         ran(benchmark=["arc_easy", "piqa"], limit=9)
@@ -179,17 +175,24 @@ def test_an_mlflow_project_is_read_verified_and_cached(
         assert api.report(source, results, output=tmp_path / "page.html").cells
 
 
-def test_what_is_no_source_says_what_to_write(tmp_path: Path, ran: Ran) -> None:
-    for source, words in (
-        ("mlflow:layers", "MLFLOW_TRACKING_URI"),
-        ("wandb:layers", "wandb:ENTITY/PROJECT"),
-        ("mlflov:x/y", "Did you mean 'mlflow'"),
-        ("mlflow:http://127.0.0.1:1/", "names no experiment"),
-    ):
-        with pytest.raises(RequestError, match=words):
-            api.report(source)
-    with pytest.raises(ResultsError, match="not a results folder"):
-        api.report(tmp_path / "nothing")
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [
+        ("mlflow:layers", RequestError, "MLFLOW_TRACKING_URI"),
+        ("wandb:layers", RequestError, "wandb:ENTITY/PROJECT"),
+        ("mlflov:x/y", RequestError, "Did you mean 'mlflow'"),
+        ("mlflow:http://127.0.0.1:1/", RequestError, "names no experiment"),
+        ("nothing", ResultsError, "not a results folder"),
+    ],
+)
+def test_what_is_no_source_says_what_to_write(
+    source: str, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        api.report(source)
+
+
+def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, ran: Ran) -> None:
     missing = f"mlflow:sqlite:///{tmp_path}/no.db/layers"
     done = api.report(missing, ran(), output=tmp_path / "r.html")
     assert "there is no such file" in done.failed[missing]
@@ -197,17 +200,20 @@ def test_what_is_no_source_says_what_to_write(tmp_path: Path, ran: Ran) -> None:
     assert not (tmp_path / "no.db").exists()
 
 
-def test_targets_name_servers() -> None:
-    for text, server, project in (
+@pytest.mark.parametrize(
+    ("text", "server", "project"),
+    [
         ("http://127.0.0.1:5000/layers", "http://127.0.0.1:5000", "layers"),
         ("http://lab/team/layers", "http://lab", "team/layers"),
         ("https://lab/mlflow#layers", "https://lab/mlflow", "layers"),
         ("sqlite:////tmp/mlflow.db/layers", "sqlite:////tmp/mlflow.db", "layers"),
         ("sqlite:///mlflow.db#team/layers", "sqlite:///mlflow.db", "team/layers"),
         ("team/layers", None, "team/layers"),
-    ):
-        found = target(f"mlflow:{text}")
-        assert (found.server, found.project) == (server, project)
+    ],
+)
+def test_targets_name_servers(text: str, server: str | None, project: str) -> None:
+    found = target(f"mlflow:{text}")
+    assert (found.server, found.project) == (server, project)
 
 
 def growing(layers: tuple[int, ...] = (0, 1), n: int = 60) -> CellRecord:
@@ -265,26 +271,21 @@ def test_two_metrics_of_one_measurement_are_two_views(ran: Ran, tmp_path: Path) 
     assert len(store.shards()) == 1
     assert [cell.metric for cell in api.ls(results)] == ["acc", "acc_norm"]
     reported = api.report(results, output=tmp_path / "page.html").cells
-    assert [cell.metric for cell in reported] == ["acc", "acc_norm"]
-    page = (tmp_path / "page.html").read_text()
-    assert "arc_easy · 0-shot · acc_norm" in page
-    assert sorted(c.metric for c in merge([Board(entries=tuple(map(entry, reported)))]).cells) == [
-        "acc",
-        "acc_norm",
-    ]
+    board = merge([Board(entries=tuple(map(entry, reported)))])
+    for cells in (reported, board.cells):
+        assert sorted(cell.metric for cell in cells) == ["acc", "acc_norm"]
+    assert "arc_easy · 0-shot · acc_norm" in (tmp_path / "page.html").read_text()
 
 
 def test_two_metrics_are_published_and_read_back_apart(
-    ran: Ran, template: Path, tmp_path: Path
+    ran: Ran, team: tuple[str, MlflowClient], tmp_path: Path
 ) -> None:
     """Was: the second one was the update of the first one's runs, with a receipt for both."""
-    shutil.copy(template, tmp_path / "team.db")
-    to = f"mlflow:sqlite:///{tmp_path}/team.db/layers"
+    to, client = team
     results = ran(metric=["acc", "acc_norm"])
     assert api.sync([to], results=results).failed == {}
     (store,) = Ledger(results).cells()
     assert len(list((store.folder / "receipts").iterdir())) == 2
-    client = MlflowClient(f"sqlite:///{tmp_path}/team.db")
     experiment = client.get_experiment_by_name("layers").experiment_id
     runs = client.search_runs([experiment])
     assert len(runs) == 2 * (2 + 2)
@@ -365,9 +366,10 @@ def test_people_who_publish_at_once_lose_nothing() -> None:
     assert len(crowd.versions) == count, "nothing new is no new version"
 
 
-def test_the_shared_leaderboard_in_mlflow(ran: Ran, template: Path, tmp_path: Path) -> None:
-    shutil.copy(template, tmp_path / "team.db")
-    to = f"mlflow:sqlite:///{tmp_path}/team.db/layers"
+def test_the_shared_leaderboard_in_mlflow(
+    ran: Ran, team: tuple[str, MlflowClient], tmp_path: Path
+) -> None:
+    to, client = team
     mine, hers = ran("mine"), ran("hers", seed=8)
     api.sync([to], results=mine)
     api.sync([to], results=hers)
@@ -385,7 +387,6 @@ def test_the_shared_leaderboard_in_mlflow(ran: Ran, template: Path, tmp_path: Pa
     rebuilt = api.leaderboard(to)
     assert content(rebuilt.cells) == content(board.cells)
     # MLflow's own table shows the ranks.
-    client = MlflowClient(f"sqlite:///{tmp_path}/team.db")
     newest = backend.boards()[-1]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/team.db")
@@ -470,24 +471,20 @@ def test_a_wandb_project_is_read_verified_and_cached(
 
     call("sync", "--to", source, "--results", str(results))
     call("report", source, "--format", "parquet", "--output", str(tmp_path / "pulled"))
-    call(
-        "report",
-        "--results",
-        str(results),
-        "--format",
-        "parquet",
-        "--output",
-        str(tmp_path / "own"),
-    )
+    own = ("--results", str(results), "--output", str(tmp_path / "own"))
+    call("report", "--format", "parquet", *own)
     for name in ("layers", "correlations", "layer_leaderboard", "model_leaderboard"):
         frames = [pd.read_parquet(tmp_path / p / f"{name}.parquet") for p in ("pulled", "own")]
         assert len(frames[0])
         pd.testing.assert_frame_equal(*frames)
-    downloads = [r for r in double.requests if r.method == "GET" and r.path.startswith("/storage/")]
-    assert downloads
+
+    def downloads() -> int:
+        asked = [(request.method, request.path[:9]) for request in double.requests]
+        return asked.count(("GET", "/storage/"))
+
+    before = downloads()
     call("report", source, "--output", str(tmp_path / "page.html"))
-    again = [r for r in double.requests if r.method == "GET" and r.path.startswith("/storage/")]
-    assert len(again) == len(downloads), "what is there is not downloaded again"
+    assert downloads() == before > 0, "what is there is not downloaded again"
 
     said = call("leaderboard", "--results", str(results), "--publish", source)
     assert "accuracy relevance" in said
@@ -516,10 +513,8 @@ def test_a_report_in_wandb_is_replaced_and_not_repeated(
     project = double.projects["team", "layers"]
     report, view = sorted(project.views, key=lambda found: found["type"] != "runs")
     assert len(project.views) == 2
-    assert (report["displayName"], view["displayName"]) == (
-        "Which layers matter",
-        "Layers by benchmark",
-    )
+    assert report["displayName"] == "Which layers matter"
+    assert view["displayName"] == "Layers by benchmark"
     blocks = json.loads(report["spec"])["blocks"]
     assert "1 model, 1 measurement" in json.dumps(blocks)
     grids = [block for block in blocks if block["type"] == "panel-grid"]

@@ -13,7 +13,6 @@ import lm_eval
 import lm_eval.evaluator
 import pytest
 import yaml
-from click.testing import CliRunner
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
@@ -29,8 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tracker
 from tests.conftest import CHAT, save_llama
+from tests.plain import tasks_in, write_rows
+from tests.runner.elsewhere import run as measure
+from tests.runner.elsewhere import typed, write_study
 from tracker.benchmarks import factory, results
-from tracker.cli.commands import main
 from tracker.core.ablations import Ablation
 from tracker.core.extent import random_order
 from tracker.core.identities import ModelIdentity
@@ -41,70 +42,55 @@ from tracker.ledger.views import AskedView
 from tracker.models.pruned import pruned
 from tracker.team.evaluated import changed_args, model_args
 
-FACTS = """\
-task: facts_{name}
-dataset_path: {path}
-dataset_name: {config}
-{files}training_split: train
-fewshot_split: train
-test_split: test
-output_type: multiple_choice
-num_fewshot: 1
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.5}}
-"""
-SUMS = """\
-task: sums
-dataset_path: {path}
-dataset_name: {config}
-{files}test_split: test
-output_type: generate_until
-num_fewshot: 0
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["th", "!"], max_gen_toks: 6, do_sample: false}}
-filter_list:
-  - name: first
-    filter: [{{function: regex, regex_pattern: "(.)"}}, {{function: take_first}}]
-  - name: whole
-    filter: [{{function: take_first}}]
-metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
-"""
-WORDS = """\
-task: words
-dataset_path: {path}
-dataset_name: {config}
-{files}test_split: test
-output_type: loglikelihood
-doc_to_text: "{{{{question}}}}"
-doc_to_target: " {{{{answer}}}}"
-metric_list:
-  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-"""
-BOOK = """\
-task: book
-dataset_path: {path}
-dataset_name: {config}
-{files}test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list:
-  - {{metric: word_perplexity}}
-  - {{metric: bits_per_byte}}
-"""
+
+def mean(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+
+
+FACTS = {
+    "output_type": "multiple_choice",
+    **dict.fromkeys(("training_split", "fewshot_split"), "train"),
+    "num_fewshot": 1,
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "answer",
+    "metric_list": [mean("acc"), mean("acc_norm")],
+    "metadata": {"version": 1.5},
+}
+FIRST, REGEX = {"function": "take_first"}, {"function": "regex", "regex_pattern": "(.)"}
+SUMS = {
+    "output_type": "generate_until",
+    "num_fewshot": 0,
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["th", "!"], "max_gen_toks": 6, "do_sample": False},
+    "filter_list": [
+        {"name": "first", "filter": [REGEX, FIRST]},
+        {"name": "whole", "filter": [FIRST]},
+    ],
+    "metric_list": [mean("exact_match")],
+}
+WORDS = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": " {{answer}}",
+    "metric_list": [
+        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        mean("acc"),
+    ],
+}
+BOOK = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{question}}",
+    "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+}
 GROUPS = {
-    "facts": "[facts_body, facts_city]\naggregate_metric_list:\n"
-    "  - {metric: acc, weight_by_size: true}\n",
-    "facts_body": "[facts_heart, facts_lung]\naggregate_metric_list:\n"
-    "  - {metric: acc, weight_by_size: false}\n  - {metric: acc_norm}\n",
+    "facts": (["facts_body", "facts_city"], [{"metric": "acc", "weight_by_size": True}]),
+    "facts_body": (
+        ["facts_heart", "facts_lung"],
+        [{"metric": "acc", "weight_by_size": False}, {"metric": "acc_norm"}],
+    ),
 }
 TASKS = {
     "facts_heart": (FACTS, 5),
@@ -129,25 +115,26 @@ def row(number: int) -> dict[str, Any]:
 
 def write_tasks(folder: Path, data: Path) -> tuple[Path, Path]:
     """The same tasks twice: on data that tracker finds, and with lm-eval's own means alone."""
-    for number, (name, (text, count)) in enumerate(TASKS.items()):
-        place = data / "tiny" / name
+    stated: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for group, (tasks, metrics) in GROUPS.items():
+        told = {"group": group, "task": tasks, "aggregate_metric_list": metrics}
+        stated[group] = told, told
+    for number, (name, (task, count)) in enumerate(TASKS.items()):
+        splits = {
+            split: [row(100 * number + i) for i in range(rows)]
+            for split, rows in (("train", 3), ("test", count))
+        }
+        place = write_rows(data / "tiny" / name, **splits)
+        files = {"data_files": {split: f"{place}/{split}.jsonl" for split in splits}}
+        told = {"task": name, "test_split": "test", **task}
+        stated[name] = (
+            {**told, "dataset_path": "tiny", "dataset_name": name},
+            {**told, "dataset_path": "json", "dataset_kwargs": files},
+        )
+    for place, number in ((folder / "ours", 0), (folder / "plain", 1)):
         place.mkdir(parents=True)
-        for split, rows in (("train", 3), ("test", count)):
-            lines = (json.dumps(row(100 * number + i)) + "\n" for i in range(rows))
-            (place / f"{split}.jsonl").write_text("".join(lines))
-        files = f"dataset_kwargs:\n  data_files:\n    train: {place}/train.jsonl\n"
-        files += f"    test: {place}/test.jsonl\n"
-        for kind, path, config, more in (
-            ("ours", "tiny", name, ""),
-            ("plain", "json", "null", files),
-        ):
-            (folder / kind).mkdir(parents=True, exist_ok=True)
-            filled = text.format(
-                name=name.removeprefix("facts_"), path=path, config=config, files=more
-            )
-            (folder / kind / f"{name}.yaml").write_text(filled)
-            for group, tasks in GROUPS.items():
-                (folder / kind / f"{group}.yaml").write_text(f"group: {group}\ntask: {tasks}")
+        for name, told in stated.items():
+            (place / f"{name}.yaml").write_text(yaml.safe_dump(told[number]))
     return folder / "ours", folder / "plain"
 
 
@@ -163,29 +150,23 @@ def study(tmp_path_factory):
     tokenizer.save_pretrained(folder / "lab" / "tiny")
     (folder / "text.txt").write_text("The heart pumps the blood.\n\nThe lung does not.\n")
     with pytest.MonkeyPatch.context() as patch:
-        index = TaskManager(include_path=str(ours), include_defaults=False)
+        index = tasks_in(ours)
         patch.setattr(factory, "known_tasks", lambda: index.task_index)
         patch.setattr(results, "BOOTSTRAP_ITERS", FEW)
         # The versions of everything on this machine, which take seconds.
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
         patch.chdir(folder)
         run(folder, BENCHMARKS)
-        yield folder, TaskManager(include_path=str(plain), include_defaults=False)
+        yield folder, tasks_in(plain)
 
 
 def run(folder: Path, benchmarks: list[str], results: str = "results", **settings: Any) -> Path:
     """Measure by an experiment file; gives the results folder."""
     grid = {"model": "lab/tiny", "benchmark": benchmarks, "data": "DATA", "layer": [0, 1, 2]}
-    file = folder / "study.yaml"
-    parameters = {
-        name: {"values" if isinstance(value, list) else "value": value}
-        for name, value in (grid | settings).items()
-    }
-    file.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters}))
+    file = write_study(folder / "study.yaml", **grid | settings)
     if (folder / "results/checks").exists():  # no attack twice
         shutil.copytree(folder / "results/checks", folder / results / "checks")
-    done = tracker.run(file, results=folder / results, track=[])
-    assert not done.outcome.failed
+    assert not measure(file, folder / results).outcome.failed
     return folder / results
 
 
@@ -222,16 +203,14 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]
     """Read a model's folder with lm-eval's own functions, as its tools do."""
     files = [path.as_posix() for path in folder.iterdir()]
     results = json.loads(Path(get_latest_filename(get_results_filenames(files))).read_text())
-    samples = {}
-    for task in results["configs"]:
-        mine = [
-            path
-            for path in get_sample_results_filenames(files)
-            if get_file_task_name(Path(path).name) == task
-        ]
-        lines = Path(get_latest_filename(mine)).read_text().splitlines()
-        samples[task] = [json.loads(line) for line in lines]
-    return results, samples
+    samples: dict[str, list[str]] = {}
+    for path in get_sample_results_filenames(files):
+        samples.setdefault(get_file_task_name(Path(path).name), []).append(path)
+    return results, {task: lines(get_latest_filename(paths)) for task, paths in samples.items()}
+
+
+def lines(path: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def assert_close(ours: Any, theirs: Any, place: str, **within: float) -> None:
@@ -249,9 +228,7 @@ def assert_close(ours: Any, theirs: Any, place: str, **within: float) -> None:
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
-    """Type a command: its exit code, and all that it says."""
-    said = CliRunner().invoke(main, ["log-samples", *arguments], catch_exceptions=False)
-    return said.exit_code, said.output
+    return typed("log-samples", *arguments)
 
 
 def whole(folder: Path) -> Path:
@@ -286,8 +263,8 @@ def test_the_files_are_those_of_lm_eval_on_the_pruned_model(study, ablation):
         for our, their in zip(our_samples[task], samples, strict=True):
             for exact in ("doc_hash", "prompt_hash", "target_hash", "metrics", "filter"):
                 assert our[exact] == their[exact]
-            assert our.get("acc") == their.get("acc")
-            assert our.get("exact_match") == their.get("exact_match")
+            for metric in ("acc", "exact_match"):
+                assert our.get(metric) == their.get(metric)
     same = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples")
     for key in (*same, "higher_is_better"):
         assert_close(ours[key], theirs[key], key, rel=1e-4)
@@ -375,12 +352,9 @@ def test_a_part_is_what_lm_eval_says_of_just_its_documents(study, part):
         shutil.copytree(folder / "tasks/plain", folder / "trained")
         for path in (folder / "trained").glob("facts_*.yaml"):
             path.write_text(path.read_text().replace("test_split: test", "test_split: train"))
-        manager = TaskManager(include_path=str(folder / "trained"), include_defaults=False)
+        manager = tasks_in(folder / "trained")
     their_samples |= read(plainly(folder, manager, [1], tasks=["facts"]))[1]
-    samples = {}
-    for path in place.glob("samples_*.jsonl"):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        samples[get_file_task_name(path.name)] = rows
+    _, samples = read(place)
     assert samples.keys() == {"words", "facts_heart", "facts_lung", "facts_city"}
     for task, rows in samples.items():
         assert_close(rows, their_samples[task], task, abs=1e-4)
@@ -419,19 +393,17 @@ def test_what_was_said_under_lm_evals_names_needs_the_tokenizer_alone(study):
     )
     place = folder / "ours-chat" / "lab__tiny,removed_layers=1"
     found = [json.loads(path.read_text()) for path in sorted(place.glob("results_*.json"))]
+    _, our_samples = read(place)
     for ours in found:  # a text's settings are none of the choices'
         for task in ours["configs"]:
-            (path,) = place.glob(f"samples_{task}_*.jsonl")
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = our_samples[task]
             assert_close(rows, their_samples[task], task, abs=1e-4)
             assert rows[0]["arguments"]["gen_args_0"]["arg_0"].startswith("<soft><system>You are")
             assert ours["task_hashes"][task] == theirs["task_hashes"][task]
             assert ours["results"][task] == theirs["results"][task]
         for key in ("system_instruction", "chat_template"):
-            assert ours[key] == theirs[key]
-        for key in ("system_instruction_sha", "chat_template_sha"):
-            assert ours[key] == theirs[key]
-    assert {task for ours in found for task in ours["configs"]} == set(their_samples)
+            assert (ours[key], ours[f"{key}_sha"]) == (theirs[key], theirs[f"{key}_sha"])
+    assert {task for ours in found for task in ours["configs"]} == set(theirs["configs"])
     # Without few-shot examples there is nothing to take turns.
     assert [ours["fewshot_as_multiturn"] for ours in found] == [False, True]
     assert [ours["config"]["gen_kwargs"] for ours in found] == [None, {"max_gen_toks": 2}]
@@ -467,14 +439,8 @@ def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
 @pytest.mark.usefixtures("one_thread")
 def test_what_lies_beneath_and_which_component_is_in_the_name(study):
     folder, _ = study
-    measured = run(
-        folder,
-        ["words", "corpus:text.txt"],
-        "deep",
-        removed=[[0]],
-        component=["attention"],
-        layer=[1, 2],
-    )
+    asked = {"removed": [[0]], "component": ["attention"], "layer": [1, 2]}
+    measured = run(folder, ["words", "corpus:text.txt"], "deep", **asked)
     done = tracker.log_samples(folder / "ours-deep", results=measured, layer=[2])
     assert done.notes == [
         "tiny · corpus:text.txt · 0-shot: a corpus is no task of lm-eval's; it is left out"
@@ -597,8 +563,7 @@ def test_no_two_models_have_the_same_arguments():
 def test_a_name_that_no_file_system_takes_is_cut():
     some = changed_args(Ablation(layers=(3, 17), mlp=(5,)))
     assert some == {"removed_layers": "3+17", "removed_mlp": "5"}
-    long = [
-        results.folder_name(f"m,removed_layers={'+'.join(map(str, range(n)))}") for n in (90, 91)
-    ]
+    named = (f"m,removed_layers={'+'.join(map(str, range(n)))}" for n in (90, 91))
+    long = [results.folder_name(name) for name in named]
     assert len(set(long)) == 2
     assert all(len(name) < 255 for name in long)

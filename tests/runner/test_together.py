@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
-from tests.runner.elsewhere import Heard, arc, run, shards
-from tracker.ledger.store import Ledger
+from tests.runner.elsewhere import Heard, arc, outcomes, run, shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def outcomes(results: Path) -> pd.DataFrame:
-    """Read all but which answers were compared with a really pruned model's: those are drawn."""
-    (store,) = Ledger(results).cells()
-    frame = store.read().sort_values(["doc", "ablation"], ignore_index=True)
-    return frame.drop(columns=["compared", "difference", "unsteady"])
 
 
 def test_what_is_removed_besides_is_measured_together(tiny_llama, experiment, tmp_path):
@@ -33,6 +23,8 @@ def test_what_is_removed_besides_is_measured_together(tiny_llama, experiment, tm
 
     for view in views:
         run(experiment(model, data=data, removed=[view]), apart)
-    ours, theirs = (outcomes(folder) for folder in (together, apart))
+    # Which answers were compared with a really pruned model's is drawn.
+    drawn = ["compared", "difference", "unsteady"]
+    ours, theirs = (outcomes(folder).drop(columns=drawn) for folder in (together, apart))
     pd.testing.assert_frame_equal(ours, theirs, check_exact=True, check_like=True)
     assert len(shards(apart)) == len(views) * len(shards(together))

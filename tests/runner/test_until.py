@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import tracker
-from tests.runner.elsewhere import arc
-from tracker.cli import main
+from tests.runner.elsewhere import Heard, arc, run, typed
 from tracker.core.config import CellRequest
 from tracker.core.errors import RequestError
 from tracker.core.extent import random_order
@@ -20,53 +18,29 @@ from tracker.ledger.early_stopping import CellRace
 from tracker.ledger.interim import interim_estimates
 from tracker.ledger.store import Ledger
 from tracker.measuring import derive
-from tracker.measuring.progress import Silent
 from tracker.stats.sequential.stopping import Race
 from tracker.team.live import progress_figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Heard(Silent):
-    """Remembers what is said, and counts."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.expected = self.came = 0
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def start(self, title: str, total: int, unit: str = "responses") -> None:
-        self.expected = total
-
-    def expect(self, more: int) -> None:
-        self.expected += more
-
-    def advance(self, responses: int) -> None:
-        self.came += responses
-
-
 def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     tiny_llama, experiment, tmp_path, monkeypatch
 ):
     model, results = tiny_llama(seed=6), tmp_path / "results"
-    settings, all_of = {"results": results, "track": []}, {"benchmark": "openbookqa", "limit": None}
+    all_of, heard = {"benchmark": "openbookqa", "limit": None}, Heard()
     until = experiment(model, **all_of, until="drop within 10 pp at 80 %")
-    heard = Heard()
-    done = tracker.run(until, progress=heard, **settings)
-    (cell,) = done.cells
+    (cell,) = run(until, results, heard).cells
     total = cell.benchmark.tasks[0].documents
     assert 0 < cell.n < total
-    assert cell.is_stopped
-    assert not cell.is_complete
-    most = max(run.n for run in cell.runs)
+    assert (cell.is_stopped, cell.is_complete) == (True, False)
+    most = max(each.n for each in cell.runs)
     assert cell.lacks == (
         f"stopped at the answer to 'drop within 10 pp at 80 %': {cell.n} to {most} of {total} "
         "documents were looked at, run by run",
     )
-    assert heard.came == heard.expected
-    assert "the drops of layers 0 and 1 are not known within 10 pp; 96 documents" in heard.said
+    assert heard.counted == heard.expected
+    assert "the drops of layers 0 and 1 are not known within 10 pp; 96 documents" in heard.lines
 
     # What was measured: a beginning of the random order, of some runs more than of others.
     (store,) = Ledger(results).cells()
@@ -77,24 +51,23 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
         assert found == set(order[: len(found)])
     sizes = {name: len(found) for name, found in numbers.items()}
     assert cell.n == min(sizes.values())
-    assert [run.n for run in cell.runs] == [sizes[f"layer:{number}"] for number in range(4)]
+    assert [each.n for each in cell.runs] == [sizes[f"layer:{number}"] for number in range(4)]
 
     # What is said while it is measured holds no interval of a single look.
     request = CellRequest(model="m", benchmark="openbookqa", layers=(0, 1, 2, 3), until="sign")
     far = interim_estimates(store, store.views.of(request))
     assert (far.documents, far.wanted) == (sizes["baseline"], None)
     assert [drop.value for drop in far.drops.values()] == pytest.approx(
-        [run.accuracy_drop for run in cell.runs]
+        [each.accuracy_drop for each in cell.runs]
     )
     assert {drop.low for drop in far.drops.values()} == {None}
     assert "seconds_left" not in str(progress_figures(far, far, 1.0, cell))
-    listed = CliRunner().invoke(main, ["ls", "--results", str(results)])
-    assert f" stopped at the answer to 'drop within 10 pp at 80 %': {cell.n} to" in listed.output
+    _, listed = typed("ls", "--results", results)
+    assert f" stopped at the answer to 'drop within 10 pp at 80 %': {cell.n} to" in listed
 
     # The same as a race over the outcomes of a whole run.
-    whole = tracker.run(experiment(model, "whole.yaml", **all_of), **settings)
-    assert (whole.cells[0].n, whole.cells[0].answer) == (total, None)
-    assert whole.cells[0].is_complete
+    (whole,) = run(experiment(model, "whole.yaml", **all_of), results).cells
+    assert (whole.n, whole.answer, whole.is_complete) == (total, None, True)
     frame = store.read(columns=["doc", "ablation", "metric/acc_norm"])
     right = frame.pivot(index="doc", columns="ablation", values="metric/acc_norm").loc[order]
     names = [f"layer:{number}" for number in range(4)]
@@ -106,9 +79,9 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
     assert [sizes[name] for name in names] == race.bounds.seen.tolist()
     assert sizes["baseline"] == race.bounds.seen.max()
     assert cell.answer is not None
-    assert [run.low for run in cell.answer.runs] == race.bounds.low.tolist()
-    assert [run.accuracy_drop_low for run in cell.runs] == race.bounds.low.tolist()
-    assert [run.accuracy_drop_high for run in cell.runs] == race.bounds.high.tolist()
+    assert [each.low for each in cell.answer.runs] == race.bounds.low.tolist()
+    assert [each.accuracy_drop_low for each in cell.runs] == race.bounds.low.tolist()
+    assert [each.accuracy_drop_high for each in cell.runs] == race.bounds.high.tolist()
     # A stream without layer l leaves the intact one at l, and passes the 3 - l layers above.
     looked = 4 * race.bounds.seen.max() + race.bounds.seen @ [3, 2, 1, 0]
     share = looked / (10 * total)
@@ -117,14 +90,14 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
         f"10 pp (80 % confidence; {race.bounds.seen.max()} of {total} documents, "
         f"{100 * share:.0f} % of the layer passes)"
     )
-    assert heard.said[-1] == said
-    exact = [run.accuracy_drop for run in whole.cells[0].runs]
+    assert heard.lines[-1] == said
+    exact = [each.accuracy_drop for each in whole.runs]
     assert (race.bounds.low <= exact).all()
     assert (race.bounds.high >= exact).all()
 
     # Figures of a run are those of its own documents.
-    for run in cell.runs:
-        assert run.accuracy_drop == pytest.approx(drops[: run.n, run.layer].mean())
+    for each in cell.runs:
+        assert each.accuracy_drop == pytest.approx(drops[: each.n, each.layer].mean())
 
     # The question stays with the cell, and was replayed once for what the ledger holds now.
     replayed = []
@@ -132,22 +105,20 @@ def test_it_stops_when_it_is_answered_and_goes_on_when_more_is_asked(
 
     # Asked again, nothing is loaded; and the cell is none that was stopped any more.
     again = Heard()
-    done = tracker.run(until, progress=again, **settings)
+    done = run(until, results, again)
     assert done.outcome.models_loaded == 0
-    assert again.said == [said]
+    assert again.lines == [said]
     assert done.cells[0].answer == cell.answer
     assert done.cells[0].is_complete
-    assert done.cells[0].runs == whole.cells[0].runs
-    tracker.run(until, **settings)
+    assert done.cells[0].runs == whole.runs
+    run(until, results)
     assert not replayed
 
 
 def planned(file: Path, results: Path) -> str:
-    said = CliRunner().invoke(
-        main, ["plan", str(file), "--results", str(results), "--gflops", "100"]
-    )
-    assert said.exit_code == 0, said.output
-    return said.output
+    code, said = typed("plan", file, "--results", results, "--gflops", 100)
+    assert code == 0, said
+    return said
 
 
 def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
@@ -158,21 +129,18 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
             values.zero_()  # these layers do nothing
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     heard, results = Heard(), tmp_path / "results"
-    tie = experiment(folder, limit=None, benchmark="copa", until="top 1", layer=[1, 2])
+    pair = {"limit": None, "benchmark": "copa", "layer": [1, 2]}
+    tie = experiment(folder, **pair, until="top 1")
     assert "once 32 are measured. A pilot measures them" in planned(tie, results)
-    tracker.run(
-        experiment(folder, "pilot.yaml", limit=None, sample=40, benchmark="copa", layer=[1, 2]),
-        results=results,
-        track=[],
-    )
+    run(experiment(folder, "pilot.yaml", **pair, sample=40), results)
     assert (
         "until top 1: about 100 of 100 documents and 100 % of the layer passes, in nine of ten "
         "cases at most 100 and 100 % (simulated from 40 measured documents; too low where these "
         "are few); all documents leave it open in 100 % of the simulations"
     ) in planned(tie, results)
-    done = tracker.run(tie, progress=heard, results=results, track=[])
-    assert [run.accuracy_drop for run in done.cells[0].runs] == [0, 0]
-    assert heard.said[-1] == (
+    done = run(tie, results, heard)
+    assert [each.accuracy_drop for each in done.cells[0].runs] == [0, 0]
+    assert heard.lines[-1] == (
         f"{folder} × copa: top 1: the largest drop is not separated by all 100 documents: "
         "layers 1 and 2 tie "
         "(95 % confidence; 100 of 100 documents, 100 % of the layer passes)"
@@ -184,10 +152,9 @@ def test_a_tie_is_left_open_by_all_documents(tiny_llama, experiment, tmp_path):
         ("prune 1 within 99 pp", "the smallest drop is that of layer 1 (95 %"),
         ("top 1 within 99 pp at 90 %", "the largest drop is that of layer 1 (90 %"),
     ):
-        asked = experiment(folder, limit=None, benchmark="copa", until=text, layer=[1, 2])
-        done = tracker.run(asked, progress=heard, results=results, track=[])
+        done = run(experiment(folder, **pair, until=text), results, heard)
         assert done.outcome.models_loaded == 0
-        assert f"copa: {text}: {said}" in heard.said[-1]
+        assert f"copa: {text}: {said}" in heard.lines[-1]
 
 
 def test_a_benchmark_of_one_document_is_answered_by_it_or_ties(tiny_llama, experiment, tmp_path):
@@ -195,12 +162,12 @@ def test_a_benchmark_of_one_document_is_answered_by_it_or_ties(tiny_llama, exper
     for text in ("drop within 2 pp", "top 1"):
         heard = Heard()
         file = experiment(folder, data=str(data), limit=None, until=text, layer=[0, 1])
-        (cell,) = tracker.run(file, progress=heard, results=results, track=[]).cells
-        drops = [run.accuracy_drop for run in cell.runs]
+        (cell,) = run(file, results, heard).cells
+        drops = [each.accuracy_drop for each in cell.runs]
         assert cell.n == 1
         tie = text == "top 1" and len(set(drops)) == 1
-        assert ("not separated by the only document" in heard.said[-1]) == tie, heard.said[-1]
-        assert "1 of 1 documents, 100 % of the layer passes" in heard.said[-1]
+        assert ("not separated by the only document" in heard.lines[-1]) == tie, heard.lines[-1]
+        assert "1 of 1 documents, 100 % of the layer passes" in heard.lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +188,7 @@ def test_what_contradicts_a_question_is_refused(settings, says, tiny_llama, expe
     settings["benchmark"] = settings.get("benchmark", "arc_easy").format(tmp_path)
     file = experiment(tiny_llama(), **settings)
     with pytest.raises(RequestError) as caught:
-        tracker.run(file, results=tmp_path / "results", track=[])
+        run(file, tmp_path / "results")
     assert all(one in str(caught.value) for one in says), str(caught.value)
     assert not list((tmp_path / "results").glob("cells/*/shards/*"))
 

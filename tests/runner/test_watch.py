@@ -6,25 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-import tracker
 from tests.conftest import lend_tasks
-from tests.runner.elsewhere import Heard, run
+from tests.runner.elsewhere import Heard, outcomes, run
 from tracker.engine.scoring.score import score_row
 from tracker.engine.selfcheck.check import check, watch
 from tracker.ledger.store import Ledger
-from tracker.measuring.derive import all_records
 from tracker.measuring.meter import Meter
 
 
-def test_the_record_and_the_page_say_what_was_compared(tiny_llama, experiment, tmp_path):
-    file = experiment(tiny_llama(), benchmark=["arc_easy"], limit=40)
-    results = tmp_path / "results"
-    tracker.run(file, results=results, track=[])
-    (record,) = all_records(Ledger(results).contents())
+def test_the_record_and_the_page_say_what_was_compared(tiny_llama, measure, tmp_path):
+    (record,) = measure(tiny_llama()).cells
     assert record.compared == 8, "of 40 documents one is drawn, and the longest: four answers each"
     assert 0 <= record.compared_difference < 1e-3
     assert record.compared_unsteady == 0
-    page = (results / "report.html").read_text()
+    page = (tmp_path / "results/report.html").read_text()
     assert (
         "documents drawn at random and to the longest were asked again of a really pruned model"
         in page
@@ -33,9 +28,7 @@ def test_the_record_and_the_page_say_what_was_compared(tiny_llama, experiment, t
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_unsteady_model_is_not_said_to_share_less(
-    tiny_llama, experiment, tmp_path, monkeypatch, dtype
-):
+def test_an_unsteady_model_is_not_said_to_share_less(tiny_llama, measure, monkeypatch, dtype):
     """Was: every line of the check was said of less sharing, and what helps was not said."""
     said = ["the model is discontinuous: 3 of 9 answers", "measured with less sharing: of depth"]
 
@@ -44,15 +37,14 @@ def test_an_unsteady_model_is_not_said_to_share_less(
 
     monkeypatch.setattr("tracker.measuring.scorer.check", found)
     heard = Heard()
-    file = experiment(tiny_llama(), limit=2, layer=[0], dtype=dtype)
-    run(file, tmp_path / "results", heard)
+    measure(tiny_llama(), heard=heard, limit=2, layer=[0], dtype=dtype)
     if dtype == "bfloat16":
         said[0] += "; 'dtype: float32' rounds finely, and what rounding decides here stands with "
         said[0] += "the results"
     assert {f"tiny-llama: {line}" for line in said} <= set(heard.lines)
 
 
-def test_what_is_asked_later_is_compared_too(tiny_llama, experiment, tmp_path, monkeypatch):
+def test_what_is_asked_later_is_compared_too(tiny_llama, measure, tmp_path, monkeypatch):
     """Was: the intact model could be drawn again, whose answers are not written twice."""
     model, drawn_from = tiny_llama(), []
 
@@ -62,11 +54,9 @@ def test_what_is_asked_later_is_compared_too(tiny_llama, experiment, tmp_path, m
 
     monkeypatch.setattr("tracker.measuring.scorer.watch", watched)
     for layer in (0, 1):
-        file = experiment(model, limit=2, layer=[layer])
-        tracker.run(file, results=tmp_path / "results", track=[])
+        measure(model, limit=2, layer=[layer])
     assert drawn_from == [["baseline", "layer:0"], ["layer:1"]]
-    (store,) = Ledger(tmp_path / "results").cells()
-    rows = store.read()
+    rows = outcomes(tmp_path / "results")
     assert "layer:1" in set(rows["ablation"][rows["compared"].notna()])
 
 
@@ -92,7 +82,7 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
         "tracker.team.publish.Publisher.begin", lambda *args: published.append(args)
     )
     results = tmp_path / "results"
-    done = tracker.run(experiment(tiny_llama(), limit=20), results=results, track=["mlflow"])
+    done = run(experiment(tiny_llama(), limit=20), results, track=["mlflow"])
     (why,) = done.outcome.failed.values()
     assert "stopped, because sharing is not exact here: document" in why
     assert "on the really pruned model" in why
@@ -102,7 +92,7 @@ def test_a_number_that_is_wrong_stops_the_cell_before_it_is_published(
     assert not store.shards(), "the block is not kept"
 
 
-def test_a_miniature_is_checked_once_on_a_machine(tiny_llama, experiment, tmp_path, monkeypatch):
+def test_a_miniature_is_checked_once_on_a_machine(tiny_llama, measure, tmp_path, monkeypatch):
     from tracker.engine.selfcheck import check
 
     lend_tasks(tmp_path / "cache")
@@ -118,32 +108,30 @@ def test_a_miniature_is_checked_once_on_a_machine(tiny_llama, experiment, tmp_pa
     model, results = tiny_llama(), tmp_path / "results"
     # Their texts are of one order of length.
     for limit in (40, 44):
-        done = tracker.run(experiment(model, limit=limit), results=results, track=[])
-        assert not done.outcome.failed
+        measure(model, limit=limit)
     assert made == [1]
     kept = list((results / "checks").iterdir())
     assert len(kept) == 2, "of short texts, and of texts as long as these"
-    tracker.run(experiment(model, limit=40), results=tmp_path / "next", track=[])
+    measure(model, "next", limit=40)
     assert made == [1]
     for each in kept:
         assert (tmp_path / "next" / "checks" / each.name).read_bytes() == each.read_bytes()
         for folder in (results / "checks", tmp_path / "cache" / "checks"):
             (folder / each.name).write_bytes(b"\xff\x00")
-    tracker.run(experiment(model, limit=48), results=results, track=[])
+    measure(model, limit=48)
     assert made == [1, 1]
 
 
 def test_which_model_is_measured_is_said_where_it_is_no_checkpoint(
-    tiny_llama, experiment, tmp_path, monkeypatch
+    tiny_llama, measure, tmp_path, monkeypatch
 ):
     """The terminal says it, the record keeps it, the page shows it."""
     said = "without layer 0, what is measured is the model whose layer hands on its input"
     monkeypatch.setattr(
         "tracker.measuring.scorer.check", lambda *args: replace(check(*args), which=said)
     )
-    heard, results = Heard(), tmp_path / "results"
-    run(experiment(tiny_llama(), limit=2, layer=[0]), results, heard)
+    heard = Heard()
+    (record,) = measure(tiny_llama(), heard=heard, limit=2, layer=[0]).cells
     assert f"tiny-llama: {said}" in heard.lines
-    (record,) = all_records(Ledger(results).contents())
     assert record.reasons["checkpoint"] == said
-    assert f"W{said[1:]}." in (results / "report.html").read_text()
+    assert f"W{said[1:]}." in (tmp_path / "results/report.html").read_text()
