@@ -11,7 +11,7 @@ import transformers
 from tests.engine.plain import skipped
 from tests.engine.registry import families, variants
 from tests.engine.test_registry import find
-from tests.models.test_layers import make
+from tests.models.test_layers import WIDE, make
 from tracker.core.errors import ModelError
 from tracker.models.checkpoint import refuse_unsizable, resized, save, weight_bytes, without
 from tracker.models.layers import find_layers
@@ -91,59 +91,36 @@ def test_what_is_saved_is_the_really_pruned_model_or_refused(family, tmp_path):
     assert not torch.allclose(logits(again), logits(model), atol=1e-3), "they mattered"
 
 
-ONE_OF_EACH_KIND = [
+ONE_OF_EACH_KIND = {
     # Positions: rotary of every kind, learned, alibi.
-    ("llama", "plain"),
-    ("llama", "eager"),
-    ("llama", "rope yarn"),
-    ("llama", "rope dynamic"),
-    ("llama", "rope longrope"),
-    ("phi3", "rope longrope"),
-    ("gemma3_text", "rope longrope"),
-    ("minicpm3", "rope longrope"),
-    ("smollm3", "no_rope_layers [0, 1, 0, 1]"),
-    ("granite_swa", "plain"),
-    ("opt", "plain"),
-    ("gpt2", "scale_attn_by_inverse_layer_idx True"),
-    ("gpt_neox", "use_parallel_residual False"),
-    ("falcon", "alibi True"),
-    ("bloom", "plain"),
-    ("mpt", "plain"),
+    "llama": ("plain", "eager", "rope yarn", "rope dynamic", "rope longrope"),
+    **dict.fromkeys(("phi3", "gemma3_text", "minicpm3"), ("rope longrope",)),
+    "smollm3": ("no_rope_layers [0, 1, 0, 1]",),
+    "gpt2": ("scale_attn_by_inverse_layer_idx True",),
+    "gpt_neox": ("use_parallel_residual False",),
+    "falcon": ("alibi True",),
+    **dict.fromkeys(("granite_swa", "opt", "bloom", "mpt"), ("plain",)),
     # Windows and chunks, in every layer, in some, in both orders.
-    ("mistral", "plain"),
-    ("qwen2", "use_sliding_window True"),
-    ("gemma2", "layer_types full_attention first"),
-    ("cohere2", "layer_types sliding_attention first"),
-    ("modernbert-decoder", "plain"),
-    ("gpt_neo", "plain"),
-    ("llama4_text", "plain"),
+    "qwen2": ("use_sliding_window True",),
+    "gemma2": ("layer_types full_attention first",),
+    "cohere2": ("layer_types sliding_attention first",),
+    **dict.fromkeys(("mistral", "modernbert-decoder", "gpt_neo", "llama4_text"), ("plain",)),
     # Experts, low ranks, indices, more than one stream between the layers.
-    ("mixtral", "plain"),
-    ("phimoe", "plain"),
-    ("deepseek_v3", "plain"),
-    ("deepseek_v32", "plain"),
-    ("glm_moe_dsa", "indexer_types all full"),
-    ("glm_moe_dsa", "indexer_types full around shared"),
-    ("gemma3n_text", "plain"),
-    ("gemma4_text", "plain"),
+    "glm_moe_dsa": ("indexer_types all full", "indexer_types full around shared"),
+    **dict.fromkeys(("mixtral", "phimoe", "deepseek_v3", "deepseek_v32"), ("plain",)),
+    **dict.fromkeys(("gemma3n_text", "gemma4_text"), ("plain",)),
     # Recurrent, alone and mixed.
-    ("mamba", "plain"),
-    ("mamba2", "plain"),
-    ("rwkv", "plain"),
-    ("recurrent_gemma", "plain"),
-    ("jamba", "plain"),
-    ("zamba2", "plain"),
-    ("qwen3_next", "plain"),
-    ("lfm2", "plain"),
+    **dict.fromkeys(("mamba", "mamba2", "rwkv", "recurrent_gemma", "jamba"), ("plain",)),
+    **dict.fromkeys(("zamba2", "qwen3_next", "lfm2"), ("plain",)),
     # Blocks of other forms, other parts beside the text, layers that are not one list.
-    ("openai-gpt", "plain"),
-    ("gemma3", "plain"),
-    ("hrm_text", "plain"),
-    ("blt", "plain"),
-]
+    **dict.fromkeys(("openai-gpt", "gemma3", "hrm_text", "blt"), ("plain",)),
+}
+"""Family → which of its variants."""
 
 
-@pytest.mark.parametrize(("family", "name"), ONE_OF_EACH_KIND)
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, n) for family, names in ONE_OF_EACH_KIND.items() for n in names]
+)
 def test_what_is_not_refused_before_is_saved_right(family, name, tmp_path):
     """The verdict falls on a miniature, before anything is searched; here on every kind."""
     variant = find(family, name)
@@ -172,19 +149,16 @@ def test_the_configuration_says_it_in_numbers_and_lists():
     model = make("gemma3")
     kinds = model.config.layer_types
     twin = without(model, [1])
-    assert twin.config.num_hidden_layers == 3
     assert twin.config.layer_types == [kinds[0], kinds[2], kinds[3]]
-    assert model.config.num_hidden_layers == 4, "the model is left alone"
+    assert (twin.config.num_hidden_layers, model.config.num_hidden_layers) == (3, 4)
     assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
 
 
 def test_first_layers_of_a_kind_are_counted_anew():
     """DeepSeek's first layers have no experts, and the configuration says how many have not."""
     model = next(variants("deepseek_v3")).model()
-    assert model.config.first_k_dense_replace == 1
-    assert without(model, [0]).config.first_k_dense_replace == 0
-    assert without(model, [2]).config.first_k_dense_replace == 1
-    assert model.config.first_k_dense_replace == 1
+    twins = [without(model, [layer]) for layer in (0, 2)]
+    assert [each.config.first_k_dense_replace for each in (model, *twins)] == [1, 0, 1]
 
 
 def test_windows_begin_at_the_layer_where_they_began():
@@ -209,27 +183,26 @@ def test_labels_are_no_layers():
 
 def _qwen2(**more):
     config = transformers.Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        **more,
+        **{**WIDE, "num_hidden_layers": 6}, num_key_value_heads=2, **more
     )
     return transformers.Qwen2ForCausalLM(config)
 
 
 def test_tied_weights_stay_tied_and_are_saved_once(tmp_path):
-    config = transformers.LlamaConfig(
-        **{**make("llama").config.to_dict(), "tie_word_embeddings": True}
-    )
+    config = transformers.LlamaConfig(**WIDE, tie_word_embeddings=True)
     twin = without(transformers.LlamaForCausalLM(config), [3])
     again = reloaded(twin, tmp_path)
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert again.num_parameters() == twin.num_parameters()
     assert weight_bytes(again) == weight_bytes(twin) == 4 * twin.num_parameters()
+
+
+CODE = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XModel"}
+
+
+def change(file, **entries):
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
 
 @pytest.mark.parametrize("form", ["here", "elsewhere"])
@@ -244,15 +217,11 @@ def test_code_of_a_download_neither_runs_nor_stands_in_the_way(form, tiny_llama,
         for kind in ("configuration", "modeling", "tokenization"):
             (folder / f"{kind}_x.py").write_text(lines)
     named = {
-        "config.json": {
-            "AutoConfig": f"{where}configuration_x.XConfig",
-            "AutoModelForCausalLM": f"{where}modeling_x.XModel",
-        },
+        "config.json": {kind: f"{where}{place}" for kind, place in CODE.items()},
         "tokenizer_config.json": {"AutoTokenizer": [f"{where}tokenization_x.XTokenizer", None]},
     }
     for file, names in named.items():
-        said = json.loads((base / file).read_text())
-        (base / file).write_text(json.dumps({**said, "auto_map": names}))
+        change(base / file, auto_map=names)
     source = find_model(str(base))
     refuse_unsizable(source, [1])
     loaded = load_model(source, "float32")
@@ -273,13 +242,7 @@ def test_code_that_is_trusted_runs(tiny_llama, tmp_path):
         "from transformers import LlamaForCausalLM\nfrom .configuration_x import XConfig\n\n"
         "class XModel(LlamaForCausalLM):\n    config_class = XConfig\n"
     )
-    said = json.loads((base / "config.json").read_text())
-    named = {
-        "AutoConfig": "configuration_x.XConfig",
-        "AutoModelForCausalLM": "modeling_x.XModel",
-    }
-    new = {**said, "model_type": "x", "architectures": ["XModel"], "auto_map": named}
-    (base / "config.json").write_text(json.dumps(new))
+    change(base / "config.json", model_type="x", architectures=["XModel"], auto_map=CODE)
     source = find_model(str(base))
     with pytest.raises(ModelError, match="--trust-remote-code"):
         refuse_unsizable(source, [1])

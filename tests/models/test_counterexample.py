@@ -118,9 +118,7 @@ def test_each_layer_does_its_job() -> None:
     example = _teach({order: Wanted({7: 1})}, others=[order[:n] for n in (1, 2, 3)])
     model = example.whispering(1e-6)
     before = _states(model, order)
-    code, signature, signed = (
-        getattr(example, name) for name in ("_code", "_signature", "_signed")
-    )
+    code, signature, signed = example._code, example._signature, example._signed
     assert before[READ][:, signature].abs().max() == 0
     read = before[RECALL][:, signature] / 1e-3
     weights = torch.linalg.lstsq(before[0][:4, code].T[:16] * 1e5, read[3][:16, None]).solution
@@ -136,10 +134,7 @@ def test_each_layer_does_its_job() -> None:
     assert change[:, example._bit].unique().numel() == 1
     growth = before[SPEAK][:, example._sign] / change[:, example._bit]
     assert growth.min() > 50
-    said = before[LAYERS][3, code] @ before[0][0, code].new_tensor(
-        model.get_input_embeddings().weight[7, code].tolist()
-    )
-    assert said > 0
+    assert before[LAYERS][3, code] @ model.get_input_embeddings().weight[7, code].double() > 0
 
 
 def test_the_same_tokens_in_another_order_are_another_text(taught) -> None:
@@ -158,9 +153,8 @@ def test_one_token_far_back_makes_another_text() -> None:
 
 def test_texts_that_no_width_tells_apart_are_refused(monkeypatch) -> None:
     monkeypatch.setattr("tracker.models.counterexample.APART", 2.0)
-    with pytest.raises(
-        CellError, match="2 of 2 places in the texts look like others to a model 1040"
-    ):
+    said = "2 of 2 places in the texts look like others to a model 1040"
+    with pytest.raises(CellError, match=said):
         _teach({(1, 2): Wanted({3: 1}), (2, 1): Wanted({3: 1})})
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import transformers
@@ -8,26 +10,20 @@ from torch import nn
 from tests.engine.families import FAMILIES as WITH_KINDS
 from tracker.core.errors import ModelError
 from tracker.models.layers import find_base, find_layers
-from tracker.models.pruned import cut_config, pruned
+from tracker.models.pruned import pruned
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-GPT2 = {"vocab_size": 61, "n_embd": 32, "n_head": 4}
+WIDE = {**SMALL, "intermediate_size": 48}
 FAMILIES = {
-    "llama": lambda n: transformers.LlamaConfig(
-        **{**SMALL, "num_hidden_layers": n}, intermediate_size=48
-    ),
-    "gpt2": lambda n: transformers.GPT2Config(**GPT2, n_layer=n),
-    "gpt_neox": lambda n: transformers.GPTNeoXConfig(
-        **{**SMALL, "num_hidden_layers": n}, intermediate_size=48
-    ),
-    "gemma3": lambda n: transformers.Gemma3TextConfig(
-        **{**SMALL, "num_hidden_layers": n},
-        intermediate_size=48,
+    "llama": lambda: transformers.LlamaConfig(**WIDE),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=4, n_head=4),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**WIDE),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **WIDE,
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=3,
-        layer_types=["sliding_attention", "full_attention"] * (n // 2)
-        + ["sliding_attention"] * (n % 2),
+        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
 }
 PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
@@ -37,10 +33,14 @@ TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make(family: str, layers: int = 4, seed: int = 0) -> nn.Module:
+def make(family: str, kept: Sequence[int] = range(4), seed: int = 0) -> nn.Module:
+    """A random model, or one of the kinds of some of its layers, with other weights."""
     torch.manual_seed(seed)
-    config = FAMILIES[family](layers)
+    config = FAMILIES[family]()
     config.initializer_range = 0.3
+    if family == "gemma3":
+        config.layer_types = [config.layer_types[layer] for layer in kept]
+    config.num_hidden_layers = len(kept)
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
@@ -61,9 +61,7 @@ def indices(model: nn.Module) -> list[list[int]]:
 class TestFamilies:
     def test_the_layers_are_the_models_own(self, family: str) -> None:
         model = make(family)
-        path = PATHS.get(family, "model.layers")
-        assert find_layers(model) is model.get_submodule(path)
-        assert len(find_layers(model)) == 4
+        assert find_layers(model) is model.get_submodule(PATHS.get(family, "model.layers"))
 
     @pytest.mark.parametrize("removed", [[0], [3], [1, 2], [0, 3]])
     def test_the_rest_is_a_model_of_the_remaining_layers(
@@ -71,14 +69,7 @@ class TestFamilies:
     ) -> None:
         model = make(family)
         kept = [layer for layer in range(4) if layer not in removed]
-        if family == "gemma3":
-            types = [model.config.layer_types[layer] for layer in kept]
-        truth = make(family, len(kept), seed=1)
-        if family == "gemma3":
-            # Built with the same kinds of layers, not with the default pattern.
-            config = FAMILIES[family](len(kept))
-            config.layer_types = types
-            truth = transformers.AutoModelForCausalLM.from_config(config).eval()
+        truth = make(family, kept, seed=1)
         weights = {
             name: value
             for name, value in model.state_dict().items()
@@ -146,23 +137,6 @@ def test_layers_of_several_kinds_keep_their_kinds(family: str, removed: list[int
     assert model.config.layer_types == types
 
 
-def test_what_has_one_entry_a_layer_is_cut_and_rope_factors_are_not() -> None:
-    """As many factors as layers: a list is a layer's by its length, unless it is rope's."""
-    config = transformers.LlamaConfig(**SMALL, intermediate_size=48)
-    config.widths = [1, 2, 3, 4]
-    config.by_layer = {0: "a", 1: "b", 2: "c", 3: "d"}
-    config.moe_layers = [1, 3]
-    config.hybrid_layers = [0, 1, 2, 3]
-    config.rope_parameters = {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0]}
-    cut_config(config, [0, 2, 3])
-    assert config.num_hidden_layers == 3
-    assert config.widths == [1, 3, 4]
-    assert config.by_layer == {0: "a", 1: "c", 2: "d"}
-    assert config.moe_layers == [2]
-    assert config.hybrid_layers == [0, 1, 2], "places of all layers, not an entry for each"
-    assert config.rope_parameters["short_factor"] == [1.0, 2.0, 3.0, 4.0]
-
-
 def test_a_layer_may_stay_and_hand_on_its_input() -> None:
     model = make("llama")
     assert len(find_layers(pruned(model, [1], stay=True))) == 4
@@ -205,39 +179,26 @@ def test_removals_can_be_nested() -> None:
     assert torch.equal(logits(pruned(pruned(model, [3]), [2])), logits(pruned(model, [2, 3])))
 
 
-def test_a_model_with_no_fitting_list_is_refused() -> None:
-    model = make("llama")
-    model.config.num_hidden_layers = 7
-    with pytest.raises(ModelError) as caught:
-        find_layers(model)
-    message = str(caught.value)
-    assert message.startswith("LlamaForCausalLM: cannot tell which modules are its 7 decoder layer")
-    assert "model.layers (4)" in message
-
-
-def test_a_model_with_two_fitting_lists_is_refused() -> None:
+def test_a_model_whose_layers_cannot_be_told_is_refused() -> None:
     model = make("llama")
     model.draft = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
     with pytest.raises(ModelError, match=r"model\.layers \(4\), draft \(4\)"):
         find_layers(model)
-
-
-def test_lists_inside_the_layers_are_no_candidates() -> None:
-    """As many experts as layers, each in a list of its own."""
-    model = make("llama")
-    for layer in model.model.layers:
-        layer.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
-    assert find_layers(model) is model.model.layers
-
-
-def test_a_list_without_weights_is_no_candidate() -> None:
-    model = make("llama")
-    model.dropouts = nn.ModuleList(nn.Dropout() for _ in range(4))
-    assert find_layers(model) is model.model.layers
-
-
-def test_a_model_without_any_list_is_refused() -> None:
-    model = make("llama")
+    model.config.num_hidden_layers = 7
+    said = r"^LlamaForCausalLM: cannot tell which modules are its 7 decoder layer.*model\.layers"
+    with pytest.raises(ModelError, match=said):
+        find_layers(model)
+    del model.draft
     model.model.layers = nn.Sequential(*model.model.layers)
     with pytest.raises(ModelError, match="lists of modules found: none"):
         find_layers(model)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_lists_inside_the_layers_and_without_weights_are_no_candidates(inside: bool) -> None:
+    """As many experts as layers, each in a list of its own; dropouts, one a layer."""
+    model = make("llama")
+    for layer in model.model.layers if inside else ():
+        layer.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    model.dropouts = nn.ModuleList(nn.Dropout() for _ in range(0 if inside else 4))
+    assert find_layers(model) is model.model.layers

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 
 from tests.conftest import save_tokenizer
 from tracker.core.errors import ModelError
+from tracker.core.identities import ModelIdentity
 from tracker.models import gguf_file
 from tracker.models.load import LoadedModel, load_model, weightless
 from tracker.models.sources import find_model
@@ -27,11 +29,6 @@ def refusal(folder: Path, **settings) -> str:
         load(folder, **settings)
     assert str(folder) in str(caught.value)
     return str(caught.value)
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_folder_is_loaded_as_it_was_saved(tiny_llama) -> None:
@@ -49,30 +46,29 @@ def test_a_folder_is_loaded_as_it_was_saved(tiny_llama) -> None:
 
 def test_its_identity(tiny_llama) -> None:
     folder = tiny_llama("my-llama", layers=3)
-    identity = load(folder).identity
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert identity.source == str(folder)
-    assert identity.name == "my-llama"
-    assert identity.revision is None
-    assert identity.fingerprint == find_model(str(folder)).fingerprint()
-    assert identity.architecture == "LlamaForCausalLM"
-    assert identity.layers == 3
-    assert identity.parameters == sum(p.numel() for p in plain.parameters())
-    assert identity.dtype == "float32"
+    assert load(folder).identity == ModelIdentity(
+        source=str(folder),
+        name="my-llama",
+        revision=None,
+        fingerprint=find_model(str(folder)).fingerprint(),
+        architecture="LlamaForCausalLM",
+        layers=3,
+        parameters=sum(p.numel() for p in plain.parameters()),
+        dtype="float32",
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_dtype_that_was_asked_for(tiny_llama, dtype: str) -> None:
-    loaded = load(tiny_llama(), dtype)
-    assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
-    assert loaded.identity.dtype == dtype
-
-
-def test_auto_is_the_dtype_of_the_checkpoint(tiny_llama) -> None:
+def test_the_dtype_that_was_asked_for_or_is_the_checkpoints(tiny_llama, dtype: str) -> None:
     folder = tiny_llama()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    kind = getattr(torch, dtype)
+    loaded = load(folder, dtype)
+    assert {p.dtype for p in loaded.model.parameters()} == {kind}
+    assert loaded.identity.dtype == dtype
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     model.save_pretrained(folder)
-    assert load(folder).identity.dtype == "bfloat16"
+    assert load(folder).identity.dtype == dtype
     assert load(folder, "float32").identity.dtype == "float32"
 
 
@@ -86,33 +82,23 @@ def test_a_pickle_is_refused_without_trust(tiny_llama) -> None:
     assert all(torch.equal(value, trusted[name]) for name, value in model.state_dict().items())
 
 
-def test_an_encoder_decoder_is_refused_by_name(tmp_path) -> None:
-    transformers.T5Config(
-        vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2
-    ).save_pretrained(tmp_path)
-    message = refusal(tmp_path)
-    assert "encoder-decoder (t5)" in message
-    assert "decoder-only" in message
-
-
 # Was: a BERT is loaded with is_decoder=False: every token sees its successors, so the
 # "log-likelihood" of a continuation is read off a model that has seen it.
-def test_an_encoder_is_refused(tmp_path) -> None:
-    config = transformers.BertConfig(
-        vocab_size=save_tokenizer(tmp_path, bos=False),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
-    assert "bert" in refusal(tmp_path)
-
-
-def test_a_model_that_is_no_language_model_is_refused(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            transformers.T5Config(d_model=16, num_layers=2),
+            r"an encoder-decoder \(t5\).*decoder-only",
+        ),
+        (transformers.BertConfig(architectures=["BertForMaskedLM"]), r"an encoder \(bert\)"),
+        (transformers.ViTConfig(num_hidden_layers=2), "cannot be read"),
+    ],
+)
+def test_what_is_no_decoder_is_refused(tmp_path, config, said: str) -> None:
     save_tokenizer(tmp_path, bos=False)
-    transformers.ViTConfig(hidden_size=16, num_hidden_layers=2).save_pretrained(tmp_path)
-    assert "cannot be read" in refusal(tmp_path)
+    config.save_pretrained(tmp_path)
+    assert re.search(said, refusal(tmp_path))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tiny_llama) -> None:
@@ -132,32 +118,27 @@ def test_truncated_weights_are_refused(tiny_llama, kept: int) -> None:
 
 
 # Was: transformers fills missing weights with random numbers and only warns, so the
-# numbers would be those of a layer that nobody trained. Ask for output_loading_info=True and
-# refuse missing_keys.
-def test_missing_weights_are_refused(tiny_llama) -> None:
-    folder = tiny_llama(layers=4)
-    change_config(folder, num_hidden_layers=5)
-    assert "model.layers.4" in refusal(folder)
-
-
-def test_weights_of_another_shape_are_refused(tiny_llama) -> None:
+# numbers would be those of a layer that nobody trained.
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"num_hidden_layers": 5}, "model.layers.4"), ({"intermediate_size": 50}, "cannot be read")],
+)
+def test_weights_that_are_missing_or_of_another_shape(tiny_llama, changes, said: str) -> None:
     folder = tiny_llama()
-    change_config(folder, intermediate_size=50)
-    assert "cannot be read" in refusal(folder)
-
-
-def test_an_unknown_device_is_refused(tiny_llama) -> None:
-    source = find_model(str(tiny_llama()))
-    with pytest.raises(ModelError, match="unknown device 'gpu'; use auto, spread, cpu, cuda"):
-        load_model(source, device="gpu")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert said in refusal(folder)
 
 
 # Was: torch.device("cuda:99") is well-formed; model.to(place) raises AssertionError
 # (no CUDA) or AcceleratorError.
-def test_a_device_that_is_not_there_is_refused(tiny_llama) -> None:
-    source = find_model(str(tiny_llama()))
-    with pytest.raises(ModelError, match="cuda:99"):
-        load_model(source, device="cuda:99")
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("gpu", "unknown device 'gpu'; use auto, spread, cpu, cuda"), ("cuda:99", "cuda:99")],
+)
+def test_a_device_that_is_not_there_is_refused(tiny_llama, device: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        load_model(find_model(str(tiny_llama())), device=device)
 
 
 def test_a_model_without_weights_has_the_shape_of_the_real_one(tiny_llama) -> None:
@@ -175,21 +156,24 @@ def test_a_model_without_weights_has_the_shape_of_the_real_one(tiny_llama) -> No
 def write_gguf(path: Path, more: Sequence[str] = ()) -> Path:
     """Write a Llama of two layers as llama.cpp does, with the alphabet for a tokenizer."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_layer_norm_rms_eps(1e-5)
     tokens = ["<s>", "</s>", *string.ascii_lowercase, "ab", *more]
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([-float(place) for place in range(len(tokens))])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    for name, value in {
+        "block_count": 2,
+        "context_length": 64,
+        "embedding_length": 32,
+        "feed_forward_length": 48,
+        "head_count": 4,
+        "head_count_kv": 4,
+        "layer_norm_rms_eps": 1e-5,
+        "vocab_size": len(tokens),
+        "tokenizer_model": "gpt2",
+        "token_list": tokens,
+        "token_scores": [-float(place) for place in range(len(tokens))],
+        "token_merges": ["a b"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }.items():
+        getattr(writer, f"add_{name}")(value)
     shapes = {"token_embd": (len(tokens), 32), "output": (len(tokens), 32), "output_norm": (32,)}
     for layer in range(2):
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
@@ -207,13 +191,25 @@ def write_gguf(path: Path, more: Sequence[str] = ()) -> Path:
     return path
 
 
-def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def counted(monkeypatch):
+    """Write down when some functions are called."""
+    calls: list[str] = []
+
+    def count(place: object, name: str) -> None:
+        real = getattr(place, name)
+        monkeypatch.setattr(
+            place, name, lambda *given, **named: calls.append(name) or real(*given, **named)
+        )
+
+    return calls, count
+
+
+def test_a_gguf_file_is_parsed_once(tmp_path, counted) -> None:
     """Was: four times, and the names of its tensors were listed for every submodule."""
-    calls = []
-    for module, name in ((gguf_file, "Reader"), (gguf, "get_tensor_name_map")):
-        real = getattr(module, name)
-        counted = lambda *given, real=real, name=name: calls.append(name) or real(*given)  # noqa: E731
-        monkeypatch.setattr(module, name, counted)
+    calls, count = counted
+    count(gguf_file, "Reader")
+    count(gguf, "get_tensor_name_map")
     before = gguf.GGUFReader, gguf.get_tensor_name_map
     path = write_gguf(tmp_path / "small.gguf")
     loaded = load(path)
@@ -237,12 +233,10 @@ def test_a_gguf_file_is_read_as_its_library_reads_it(tmp_path) -> None:
     )
 
 
-def test_a_large_vocabulary_is_not_read_token_by_token(tmp_path, monkeypatch) -> None:
+def test_a_large_vocabulary_is_not_read_token_by_token(tmp_path, counted) -> None:
     """Was: eight calls of the library for each of its arrays' elements, millions for Gemma's."""
-    asked = []
-    real = gguf.GGUFReader._get
-    count = lambda self, *given, **named: asked.append(1) or real(self, *given, **named)  # noqa: E731
-    monkeypatch.setattr(gguf.GGUFReader, "_get", count)
+    asked, count = counted
+    count(gguf.GGUFReader, "_get")
     calls = []
     for more in ((), [f"t{place}" for place in range(3000)]):
         asked.clear()
@@ -262,16 +256,12 @@ def test_a_gguf_file_that_ends_too_early(tmp_path, kept: int) -> None:
         load(path)
 
 
-def test_a_plan_reads_a_model_s_tokenizer_once(tmp_path, monkeypatch, caplog) -> None:
+def test_a_plan_reads_a_model_s_tokenizer_once(tmp_path, counted, caplog) -> None:
     """Was: for each benchmark again, and the file twice each time: a minute for Gemma's 262,144
     tokens, before a word was printed."""
-    calls = []
-    for module, name in ((gguf_file, "Reader"), (transformers.AutoTokenizer, "from_pretrained")):
-        real = getattr(module, name)
-        counted = lambda *given, real=real, name=name, **more: (  # noqa: E731
-            calls.append(name) or real(*given, **more)
-        )
-        monkeypatch.setattr(module, name, counted)
+    calls, count = counted
+    count(gguf_file, "Reader")
+    count(transformers.AutoTokenizer, "from_pretrained")
     caplog.set_level("INFO", "tracker")
     path = write_gguf(tmp_path / "small.gguf")
     plans = [weightless(find_model(str(path)), "float32") for _ in range(2)]

@@ -115,15 +115,18 @@ def test_the_model_itself_stays_as_it_was():
     assert model.config.to_dict() == before
 
 
+def small_of(name: str, kind=None, **settings):
+    """The miniature of an architecture, of two layers unless it is said otherwise."""
+    config = getattr(transformers, f"{name}Config")(**{"num_hidden_layers": 2, **settings})
+    return miniature(at_real_size(config, kind))
+
+
 def test_keys_and_values_stay_shared_as_they_were():
     def heads(**settings):
-        config = miniature(at_real_size(transformers.LlamaConfig(**settings))).config
+        config = small_of("Llama", hidden_size=1024, num_attention_heads=16, **settings).config
         return config.num_attention_heads, config.num_key_value_heads
 
-    few = {"num_hidden_layers": 2, "hidden_size": 1024, "num_attention_heads": 16}
-    assert heads(**few, num_key_value_heads=16) == (4, 4)
-    assert heads(**few, num_key_value_heads=4) == (4, 2)
-    assert heads(**few, num_key_value_heads=1) == (4, 1)
+    assert [heads(num_key_value_heads=n) for n in (16, 4, 1)] == [(4, 4), (4, 2), (4, 1)]
 
 
 def test_lengths_and_positions_stay_as_they_are():
@@ -142,10 +145,7 @@ def test_rotary_factors_are_cut_as_the_heads_are():
         "short_factor": [1.0 + each / 48 for each in range(48)],
         "long_factor": [2.0 + each for each in range(48)],
     }
-    config = transformers.Phi3Config(
-        num_hidden_layers=2, rope_parameters=rope, max_position_embeddings=131072
-    )
-    small = miniature(at_real_size(config)).config
+    small = small_of("Phi3", rope_parameters=rope, max_position_embeddings=131072).config
     size = small.hidden_size // small.num_attention_heads
     assert len(small.rope_parameters["short_factor"]) == size // 2 == 4
     assert small.rope_parameters["long_factor"] == rope["long_factor"][::12]
@@ -153,20 +153,19 @@ def test_rotary_factors_are_cut_as_the_heads_are():
 
 
 def test_sizes_of_single_layers_are_made_small_each():
-    small = miniature(at_real_size(transformers.Gemma4TextConfig(num_hidden_layers=6)))
+    small = small_of("Gemma4Text", num_hidden_layers=6)
     sizes = [each.head_dim for each in small.config.per_layer_config]
     assert sizes == [8] * 5 + [16]
 
 
 def test_experts_are_chosen_still():
-    small = miniature(at_real_size(transformers.DeepseekV3Config(num_hidden_layers=4))).config
+    small = small_of("DeepseekV3", num_hidden_layers=4).config
     assert small.n_routed_experts > small.num_experts_per_tok == 2
-    assert small.n_group == 2
-    assert small.topk_group == 1
+    assert (small.n_group, small.topk_group) == (2, 1)
 
 
 def test_experts_in_one_call_are_those_of_the_usual_way():
-    small = miniature(at_real_size(transformers.MixtralConfig(num_hidden_layers=2)))
+    small = small_of("Mixtral")
     used = small.config._experts_implementation
     assert used in ALL_EXPERTS_FUNCTIONS
     in_calls = said(small)
@@ -181,14 +180,12 @@ def test_what_cannot_be_built_small_is_none():
                 raise ValueError("too small for me")
             super().__init__(config)
 
-    with torch.device("meta"):
-        model = Stubborn(transformers.LlamaConfig(num_hidden_layers=2))
-    assert miniature(model) is None
+    assert small_of("Llama", Stubborn) is None
 
 
 def test_a_gain_of_two_dimensions_stays_positive():
     """Its root is taken: of a negative one all logits would be NaN, and agree with anything."""
-    small = miniature(at_real_size(transformers.LlamaConfig(num_hidden_layers=2), Rooted))
+    small = small_of("Llama", Rooted)
     assert small.dtype == torch.float64
     assert said(small).isfinite().all()
     assert (small.gain > 0).all()
@@ -197,18 +194,14 @@ def test_a_gain_of_two_dimensions_stays_positive():
 
 def test_where_wider_numbers_give_none_they_are_narrower():
     """A window of no token: float64's lowest number is minus infinity in a softmax of float32."""
-    config = transformers.Qwen2MoeConfig(
-        num_hidden_layers=2,
-        layer_types=["full_attention", "sliding_attention"],
-        attn_implementation="eager",
-    )
-    small = miniature(at_real_size(config))
+    kinds = ["full_attention", "sliding_attention"]
+    small = small_of("Qwen2Moe", layer_types=kinds, attn_implementation="eager")
     assert small.dtype == torch.float32
     assert said(small).isfinite().all()
 
 
 def test_tokens_that_are_never_said_are_no_reason_to_have_none():
-    small = miniature(at_real_size(transformers.LlamaConfig(num_hidden_layers=2), Silent))
+    small = small_of("Llama", Silent)
     assert (said(small) == -torch.inf).all(0).sum() == 2
 
 
@@ -220,11 +213,11 @@ def test_one_that_says_no_numbers_is_none(value):
             output.logits[:, 4:] = value
             return output
 
-    assert miniature(at_real_size(transformers.LlamaConfig(num_hidden_layers=2), Lost)) is None
+    assert small_of("Llama", Lost) is None
 
 
 def test_the_same_configuration_gives_the_same_weights():
-    small = miniature(at_real_size(transformers.LlamaConfig(num_hidden_layers=2)))
+    small = small_of("Llama")
     again = build(type(small), small.config)
     assert torch.equal(said(small), said(again))
 

@@ -15,7 +15,6 @@ from tests.models.test_layers import SMALL, logits, make
 from tracker.models.layers import find_layers
 from tracker.models.pruned import SMALL as SMALL_BUFFER
 from tracker.models.pruned import (
-    _add_nothing,
     changed,
     cut_config,
     duplicate,
@@ -23,7 +22,7 @@ from tracker.models.pruned import (
     put_back,
     remember,
 )
-from tracker.models.sublayers import returning
+from tracker.models.sublayers import add_nothing, returning
 
 HIDDEN = torch.tensor([[1.0, 2.0]])
 
@@ -73,11 +72,20 @@ def test_a_list_of_some_layers_holds_places(value: list[float], left: list[float
     assert config.widths == value
 
 
-def test_what_is_nested_in_a_configuration_is_cut_too() -> None:
+def test_what_has_one_entry_a_layer_is_cut_and_rope_factors_are_not() -> None:
+    """As many factors as layers: a list is a layer's by its length, unless it is rope's."""
     config = transformers.LlamaConfig(**SMALL)
     rope = {"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0]}
+    config.widths, config.by_layer = [1, 2, 3, 4], {0: "a", 1: "b", 2: "c", 3: "d"}
+    config.moe_layers, config.hybrid_layers = [1, 3], [0, 1, 2, 3]
     config.parts = {"widths": [1, 2, 3, 4], "rope": rope, "deeper": {"kinds": ["a", "b", "c", "d"]}}
+    config.rope_parameters = rope
     cut_config(config, [0, 2, 3])
+    assert config.num_hidden_layers == 3
+    assert (config.widths, config.by_layer) == ([1, 3, 4], {0: "a", 1: "c", 2: "d"})
+    # Places of all layers are no entry for each.
+    assert (config.moe_layers, config.hybrid_layers) == ([2], [0, 1, 2])
+    assert config.rope_parameters["short_factor"] == [1.0, 2.0, 3.0, 4.0]
     assert config.parts == {"widths": [1, 3, 4], "rope": rope, "deeper": {"kinds": ["a", "c", "d"]}}
 
 
@@ -239,7 +247,7 @@ class AddsItself(nn.Module):
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_sublayer_that_adds_to_the_stream_itself_hands_it_on(by_name: bool) -> None:
     sublayer = AddsItself()
-    sublayer.register_forward_hook(_add_nothing, with_kwargs=True)
+    sublayer.register_forward_hook(add_nothing, with_kwargs=True)
     stream = torch.tensor([[5.0, 6.0]])
     found = sublayer(HIDDEN, residual=stream) if by_name else sublayer(HIDDEN, stream)
     assert torch.equal(found, stream)
@@ -249,11 +257,11 @@ def test_a_sublayer_that_adds_to_the_stream_itself_hands_it_on(by_name: bool) ->
 def test_a_silent_sublayer_keeps_what_else_it_returns(kind) -> None:
     made = torch.ones(3, 4, 5)
     output = kind((made, "weights", 3))
-    found = _add_nothing(nn.Module(), (made,), {}, output)
+    found = add_nothing(nn.Module(), (made,), {}, output)
     assert type(found) is type(output)
     assert torch.equal(found[0], torch.zeros(3, 4, 5))
     assert found[1:] == output[1:]
-    assert torch.equal(_add_nothing(nn.Module(), (made,), {}, made), torch.zeros(3, 4, 5))
+    assert torch.equal(add_nothing(nn.Module(), (made,), {}, made), torch.zeros(3, 4, 5))
 
 
 class Remembering(nn.Module):

@@ -10,7 +10,6 @@ from torch import nn
 
 from tests.engine.test_registry import find
 from tracker.core.errors import ModelError
-from tracker.models.layers import find_layers
 from tracker.models.pruned import left, pruned
 from tracker.models.reloaded import as_loaded, as_made, lacking, reloaded
 
@@ -77,8 +76,7 @@ def test_it_is_what_transformers_saves_and_loads(family, name, tmp_path) -> None
 @pytest.mark.parametrize(("family", "name"), COMPUTED)
 def test_a_copy_gets_what_its_class_computes(family, name) -> None:
     model = find(family, name).model()
-    kept = left(len(find_layers(model)), (0,))
-    twin = pruned(model, (0,))
+    twin, kept = pruned(model, (0,)), left(4, (0,))
     right = logits(reloaded(twin, kept))
     assert not torch.allclose(logits(twin), right, atol=1e-3), "nothing is computed"
     assert lacking(model, as_made(model), twin, reloaded(twin, kept), kept)
@@ -93,8 +91,7 @@ def test_a_copy_gets_what_its_class_computes(family, name) -> None:
 @pytest.mark.parametrize("family", ["diffllama", "minicpm3"])
 def test_layers_that_stand_twice_are_counted_too(family) -> None:
     model = find(family, "plain").model()
-    kept = left(len(find_layers(model)), repeated=(1,))
-    twin = pruned(model, repeated=(1,))
+    twin, kept = pruned(model, repeated=(1,)), left(4, repeated=(1,))
     right = logits(reloaded(twin, kept))
     as_loaded(model, twin, kept)
     assert torch.allclose(logits(twin), right, atol=1e-6)
@@ -127,9 +124,7 @@ def test_what_cannot_be_loaded_stays_as_it_was() -> None:
 
 
 def test_weights_may_be_its_own() -> None:
-    model = find("llama", "plain").model()
-    twin = pruned(model, (0,))
-    kept = left(len(find_layers(model)), (0,))
+    twin, kept = pruned(find("llama", "plain").model(), (0,)), left(4, (0,))
     shared, own = reloaded(twin, kept, {}), reloaded(twin, kept)
     name = "model.norm.weight"
     there = twin.state_dict()[name].data_ptr()

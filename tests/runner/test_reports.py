@@ -471,8 +471,8 @@ def test_a_wandb_project_is_read_verified_and_cached(
 
     call("sync", "--to", source, "--results", str(results))
     call("report", source, "--format", "parquet", "--output", str(tmp_path / "pulled"))
-    own = ("--results", str(results), "--output", str(tmp_path / "own"))
-    call("report", "--format", "parquet", *own)
+    own = ("--results", results, "--output", tmp_path / "own")
+    assert typed("report", "--format", "parquet", *own)[0] == 0
     for name in ("layers", "correlations", "layer_leaderboard", "model_leaderboard"):
         frames = [pd.read_parquet(tmp_path / p / f"{name}.parquet") for p in ("pulled", "own")]
         assert len(frames[0])

@@ -34,11 +34,15 @@ if TYPE_CHECKING:
 
 PREFIX = "corpus:"
 _SUFFIXES = (".txt", ".jsonl")
-_PLAIN = ("text", "content")
-_INSTRUCTION = ("instruction", "input", "output")
-"""Columns of CodeAlpaca; MathInstruct has no `input`."""
-_CONVERSATIONS = "conversations"
-"""LIMA's column: a list of turns. Copies of it hold `{from, value}` or `{role, content}` a turn."""
+_TEXTS = (
+    (("text",), ("text",)),
+    (("content",), ("content",)),
+    # CodeAlpaca's; MathInstruct has no `input`.
+    (("instruction", "input", "output"), ("instruction", "output")),
+    # LIMA's, a list of turns. Copies of it hold `{from, value}` or `{role, content}` a turn.
+    (("conversations",), ("conversations",)),
+)
+"""Columns that hold text, joined, and which of them must be there: the first that are, are read."""
 
 
 @dataclass(frozen=True)
@@ -295,13 +299,9 @@ def _columns(place: _Place, columns: Sequence[str]) -> tuple[str, ...]:
                 f"{place.name} has no column {place.column!r}.{near} It has: {', '.join(columns)}."
             )
         return (place.column,)
-    for name in _PLAIN:
-        if name in columns:
-            return (name,)
-    if {"instruction", "output"} <= set(columns):
-        return tuple(name for name in _INSTRUCTION if name in columns)
-    if _CONVERSATIONS in columns:
-        return (_CONVERSATIONS,)
+    for names, needed in _TEXTS:
+        if set(needed) <= set(columns):
+            return tuple(name for name in names if name in columns)
     raise BenchmarkError(
         f"{place.name} has none of the columns text, content, instruction and output, or "
         f"conversations; it has: {', '.join(columns)}. Name the one to read: "

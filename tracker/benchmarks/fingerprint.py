@@ -47,11 +47,12 @@ def task_identity(task: Any, num_fewshot: int, half: Half | None) -> TaskIdentit
 def metric_names(task: Any) -> dict[str, str]:
     """Every metric under the name that its outcomes have → lm-eval's name of the metric."""
     filters = [each.name for each in task._filters] or ["none"]
-    return {
-        metric if name == "none" else f"{metric},{name}": metric
-        for name in filters
-        for metric in task.aggregation()
-    }
+    return {metric_name(metric, name): metric for name in filters for metric in task.aggregation()}
+
+
+def metric_name(metric: str, answers: str) -> str:
+    """Name a metric of what a filter leaves of the answers, as outcomes have it."""
+    return metric if answers == "none" else f"{metric},{answers}"
 
 
 def _stable(value: Any) -> Any:
@@ -83,11 +84,8 @@ def _sources(function: Any, file: Path | None) -> list[Path]:
     found, stack = {file}, [getattr(function, "func", function).__globals__]
     while stack and not is_installed(str(file)):
         for value in stack.pop().values():
-            module = (
-                value
-                if isinstance(value, ModuleType)
-                else sys.modules.get(getattr(value, "__module__", None) or "")
-            )
+            name = getattr(value, "__module__", None) or ""
+            module = value if isinstance(value, ModuleType) else sys.modules.get(name)
             path = Path(getattr(module, "__file__", None) or "")
             if path.is_relative_to(file.parent) and path.is_file() and path not in found:
                 found.add(path)

@@ -58,9 +58,9 @@ def folders(request: CellRequest) -> list[Path]:
 
 def names(content: dict[str, Any]) -> list[str]:
     """Every name under which a file's task, group or tags are known."""
-    found = [content.get("task"), content.get("group"), content.get("tag")]
-    flat = [each for one in found for each in (one if isinstance(one, list) else [one])]
-    return [each for each in flat if isinstance(each, str)]
+    stated = [content.get(key) for key in ("task", "group", "tag")]
+    flat = [name for some in stated for name in (some if isinstance(some, list) else [some])]
+    return [name for name in flat if isinstance(name, str)]
 
 
 def read_task(path: Path) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def own_stamp(request: CellRequest) -> object:
         return None
     files = {path for place in places for path in place.rglob("*") if path.is_file()}
     for path in _files(places):
-        files |= {each for each in _data(read_task(path)) if each.is_file()}
+        files |= {file for file in _data(read_task(path)) if file.is_file()}
     return file_stamp(path for path in sorted(files) if "__pycache__" not in path.parts)
 
 
@@ -99,8 +99,7 @@ def _files(places: Sequence[Path]) -> Iterator[Path]:
 
 def _data(content: dict[str, Any]) -> Iterator[Path]:
     """Find the files from which a task reads its documents."""
-    said = (content.get("dataset_kwargs") or {}).get("data_files")
-    stack = [said]
+    stack = [(content.get("dataset_kwargs") or {}).get("data_files")]
     while stack:
         match stack.pop():
             case dict() as named:

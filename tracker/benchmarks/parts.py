@@ -59,10 +59,10 @@ def choose_part(task: Any, request: CellRequest, num_fewshot: int) -> Half | Non
 def _examples_from(task: Any) -> str | None:
     """Name the split of a task's few-shot examples, as lm-eval does; None if it states them."""
     config, examples = task.config, task.fewshot_cfg
-    if examples.split is not None or examples.samples is not None:
-        return None if examples.split is None else str(examples.split)
-    first = config.training_split or config.validation_split or config.test_split
-    return None if first is None else str(first)
+    split: str | None = examples.split
+    if split is None and examples.samples is None:
+        split = config.training_split or config.validation_split or config.test_split
+    return split
 
 
 def half_of(request: CellRequest, task: str, documents: int) -> Half:

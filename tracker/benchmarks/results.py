@@ -22,6 +22,7 @@ from lm_eval.utils import sanitize_model_name
 
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.fingerprint import metric_name
 from tracker.benchmarks.tasks import LmEvalBenchmark, plain
 from tracker.core.errors import CellError, WorkError
 from tracker.core.extent import Extent
@@ -86,14 +87,14 @@ class Questions:
     def __init__(
         self, benchmarks: Sequence[LmEvalBenchmark], extent: Extent, encoder: RequestEncoder | None
     ) -> None:
-        self._tasks: dict[str, Any] = {}
-        self._groups: dict[str, Any] = {}
-        self._prompts: dict[str, dict[int, list[Any]]] = {}
-        for benchmark in benchmarks:
-            self._tasks |= benchmark.loaded["tasks"]
-            self._groups |= benchmark.loaded["groups"]
-            for name in benchmark.loaded["tasks"]:
-                self._prompts[name] = benchmark.prompts(name, extent, encoder)
+        loaded = [benchmark.loaded for benchmark in benchmarks]
+        self._tasks = {name: task for each in loaded for name, task in each["tasks"].items()}
+        self._groups = {name: group for each in loaded for name, group in each["groups"].items()}
+        self._prompts = {
+            name: benchmark.prompts(name, extent, encoder)
+            for benchmark in benchmarks
+            for name in benchmark.loaded["tasks"]
+        }
         self._chat_template = encoder.chat_template(True) if encoder else None
 
     def write(self, model: Evaluated, known: Mapping[Place, Judged], output: Path) -> list[Path]:
@@ -115,7 +116,7 @@ class Questions:
         for task, number in sorted(known):
             documents.setdefault(task, []).append(number)
         asked = {
-            name: _Asked(task, {n: self._prompts[name][n] for n in documents[name]})
+            name: _Asked(task, [self._prompts[name][number] for number in documents[name]])
             for name, task in self._tasks.items()
             if name in documents
         }
@@ -204,7 +205,7 @@ def folder_name(model: str) -> str:
 class _Asked:
     """A task of lm-eval whose requests are built already; all else is the task's own."""
 
-    def __init__(self, task: Any, prompts: Mapping[int, Sequence[Any]]) -> None:
+    def __init__(self, task: Any, prompts: Sequence[Sequence[Any]]) -> None:
         self._task = task
         self._prompts = prompts
 
@@ -214,14 +215,9 @@ class _Asked:
     def build_all_requests(self, **settings: Any) -> None:
         """Take the requests of the wanted documents, which lm-eval counts from 0."""
         self._task._instances = [
-            replace(
-                instance,
-                metadata=(instance.task_name, place, instance.repeats),
-                resps=[],
-                filtered_resps={},
-            )
-            for place, instances in enumerate(self._prompts.values())
-            for instance in instances
+            replace(one, metadata=(one.task_name, place, one.repeats), resps=[], filtered_resps={})
+            for place, instances in enumerate(self._prompts)
+            for one in instances
         ]
 
 
@@ -234,8 +230,8 @@ class _Answering(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Say how likely each continuation was."""
-        found = [(self._of(request), request.idx) for request in requests]
-        return [(float(one.loglikelihoods[n]), bool(one.greedy[n])) for one, n in found]
+        known = [(self._of(request), request.idx) for request in requests]
+        return [(float(one.loglikelihoods[n]), bool(one.greedy[n])) for one, n in known]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Say how likely each text was."""
@@ -264,7 +260,7 @@ def _refuse_contradictions(
         for row in rows:
             kept = known[task, row["doc_id"]].metrics
             for metric in row["metrics"]:
-                name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
+                name = metric_name(metric, row["filter"])
                 then, now = kept.get(name), plain(row[metric])
                 if then is not None and not _same(then, now):
                     raise CellError(

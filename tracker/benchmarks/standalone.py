@@ -84,10 +84,15 @@ def write_tasks(
         stated = _stated(factory, name, folder / f"{number}", request.part is not None)
         text = yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
         (folder / f"{number}.yaml").write_text(text, encoding="utf-8")
+    of_model = {
+        "chat_template_args": decoded(request.chat_template_args) or None,
+        "enable_thinking": request.enable_thinking,
+        "think_end_token": request.think_end_token,
+    }
     return {
         "tasks_in": str(folder),
         "metadata": metadata,
-        "model": _how_it_speaks(request),
+        "model": {"batch_size": BATCH, **{n: v for n, v in of_model.items() if v is not None}},
         "evaluate": {"tasks": list(tasks), **_settings(request)},
         **_which(request, documents, tasks),
     }
@@ -103,33 +108,18 @@ def _stated(factory: _Recording, name: str, folder: Path, parted: bool) -> dict[
     splits = factory.given.get(name)
     if splits is None:
         return {**stated, **named} if parted else stated
-    files = {}
     folder.mkdir()
-    for split in {each for each in named.values() if each in splits}:
-        files[split] = str(folder / f"{split}.parquet")
-        splits[split].to_parquet(files[split])
-    data = {
-        "dataset_path": "parquet",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": files},
-    }
-    return {**stated, **data, **named}
+    files = {s: str(folder / f"{s}.parquet") for s in set(named.values()) if s in splits}
+    for split, file in files.items():
+        splits[split].to_parquet(file)
+    stated |= {"dataset_path": "parquet", "dataset_name": None}
+    return {**stated, "dataset_kwargs": {"data_files": files}, **named}
 
 
 def _shots(request: CellRequest, task: Any) -> int:
     """How many examples stand before a document, by lm-eval's own rule."""
     own, asked = task.config.num_fewshot, request.num_fewshot
     return int((own if own == 0 or asked is None else asked) or 0)
-
-
-def _how_it_speaks(request: CellRequest) -> dict[str, Any]:
-    """What lm-eval's model is told."""
-    said = {
-        "chat_template_args": decoded(request.chat_template_args) or None,
-        "enable_thinking": request.enable_thinking,
-        "think_end_token": request.think_end_token,
-    }
-    return {"batch_size": BATCH, **{name: v for name, v in said.items() if v is not None}}
 
 
 def _settings(request: CellRequest) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 from tracker.benchmarks.base import MetricValue
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import UNREADABLE, build, find_task, unreadable
-from tracker.benchmarks.fingerprint import is_own, metric_names, task_identity
+from tracker.benchmarks.fingerprint import is_own, metric_name, metric_names, task_identity
 from tracker.benchmarks.own import folders
 from tracker.benchmarks.parts import choose_part, said_part
 from tracker.benchmarks.private import without_bars
@@ -54,9 +54,11 @@ class LmEvalBenchmark:
         metadata = {"pretrained": request.model, **decoded(request.metadata)}
         built = build(entry, self._source, request.num_fewshot, own, metadata)
         group = built if isinstance(built, Group) else None
-        members = group.get_all_tasks() if group else built if isinstance(built, list) else [built]
+        members = built if isinstance(built, list) else [built]
+        groups = []
+        if group:
+            members, groups = group.get_all_tasks(), [group, *group.get_all_groups()]
         self._tasks: dict[str, Any] = {task.task_name: task for task in members}
-        groups = [group, *group.get_all_groups()] if group else []
         self.loaded = {"tasks": self._tasks, "groups": {each.name: each for each in groups}}
         for task in self._tasks.values():
             self._configure(task)
@@ -68,37 +70,37 @@ class LmEvalBenchmark:
     def documents(self, encoder: RequestEncoder, extent: Extent) -> list[Document]:
         """Build the benchmark's requests as lm-eval does, and tokenise them."""
         encoder.check_chat(self._request)
-        documents = []
-        for name, task in self._tasks.items():
-            for index, instances in self.prompts(name, extent, encoder).items():
-                doc = instances[0].doc
-                self._documents[name, index] = (doc, instances)
-                rolling = task.OUTPUT_TYPE == _ROLLING
-                prompt = None
-                if task.OUTPUT_TYPE == _GENERATED:
-                    text, settings = instances[0].args
-                    prompt = _prompt(text, settings, self._request.think_end_token)
-                    try:
-                        answer = _answer(task, doc)
-                    except UNREADABLE as error:
-                        raise unreadable(name, self._source, error) from None
-                    requests = [_answered(encoder, prompt, answer)]
-                elif rolling:
-                    requests = encoder.windows(*instances[0].args)
-                else:
-                    requests = encoder.encode(instances)
-                documents.append(
-                    Document(
-                        task=name,
-                        index=index,
-                        requests=tuple(requests),
-                        gold=_gold(task, doc, len(instances)),
-                        choices=_choices(task, doc),
-                        rolling=rolling,
-                        prompt=prompt,
-                    )
-                )
-        return documents
+        return [
+            self._document(name, index, instances, encoder)
+            for name in self._tasks
+            for index, instances in self.prompts(name, extent, encoder).items()
+        ]
+
+    def _document(
+        self, name: str, index: int, instances: list[Any], encoder: RequestEncoder
+    ) -> Document:
+        task, doc, prompt = self._tasks[name], instances[0].doc, None
+        self._documents[name, index] = (doc, instances)
+        if task.OUTPUT_TYPE == _GENERATED:
+            text, settings = instances[0].args
+            prompt = _prompt(text, settings, self._request.think_end_token)
+            try:
+                requests = [_answered(encoder, prompt, _answer(task, doc))]
+            except UNREADABLE as error:
+                raise unreadable(name, self._source, error) from None
+        elif task.OUTPUT_TYPE == _ROLLING:
+            requests = encoder.windows(*instances[0].args)
+        else:
+            requests = encoder.encode(instances)
+        return Document(
+            task=name,
+            index=index,
+            requests=tuple(requests),
+            gold=_gold(task, doc, len(instances)),
+            choices=len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == "multiple_choice" else 0,
+            rolling=task.OUTPUT_TYPE == _ROLLING,
+            prompt=prompt,
+        )
 
     def prompts(
         self, name: str, extent: Extent, encoder: RequestEncoder | None
@@ -173,8 +175,7 @@ class LmEvalBenchmark:
         values: dict[str, MetricValue | None] = {}
         for name in instances[0].filtered_resps:
             judged = task.process_results(doc, [i.filtered_resps[name] for i in instances])
-            for metric, value in judged.items():
-                values[metric if name == "none" else f"{metric},{name}"] = plain(value)
+            values |= {metric_name(metric, name): plain(v) for metric, v in judged.items()}
         if not all(math.isfinite(response.loglikelihood) for response in responses):
             return dict.fromkeys(values)
         return values
@@ -257,24 +258,13 @@ class LmEvalBenchmark:
         }
         return {name: str(value) for name, value in said.items() if value is not None}
 
-    def _found_by(self) -> dict[str, str]:
-        request = self._request
-        said = {
-            "benchmark": request.benchmark if request.benchmark != self._name else "",
-            "include_path": json.dumps(request.include_path) if request.include_path else "",
-            "metadata": request.metadata or "",
-        }
-        return {name: value for name, value in said.items() if value}
-
     def _rehearse(self, task: Any) -> None:
         """Let a task of one's own judge made-up answers, before anything is computed for it."""
         if not task.instances or not any(map(is_own, task.config.to_dict(True).values())):
             return
         first = [i for i in task.instances if i.doc_id == task.instances[0].doc_id]
-        answer: Any = "" if task.OUTPUT_TYPE == _GENERATED else (-1.0, False)
-        given = task.process_results(
-            first[0].doc, [-1.0 if task.OUTPUT_TYPE == _ROLLING else answer for _ in first]
-        )
+        answer = {_GENERATED: "", _ROLLING: -1.0}.get(task.OUTPUT_TYPE, (-1.0, False))
+        given = task.process_results(first[0].doc, [answer] * len(first))
         lacking = set(task.aggregation()) - set(given)
         if lacking:
             raise BenchmarkError(
@@ -299,23 +289,27 @@ class LmEvalBenchmark:
                 "set num_fewshot"
             )
         num_fewshot = shots.pop()
-        metrics = metric_names(next(iter(self._tasks.values())))
-        primary = _primary_metric(self._name, list(metrics))
+        metrics = list(metric_names(next(iter(self._tasks.values()))))
+        preferred = ("acc_norm" if self._name in NORMALISED else "acc", "bits_per_byte")
         by_size = [m.weight_by_size for m in (group.aggregate_metric_list or [])] if group else []
-        halves = [choose_part(task, request, num_fewshot) for task in self._tasks.values()]
+        halves = {name: choose_part(t, request, num_fewshot) for name, t in self._tasks.items()}
+        found_by = {
+            "benchmark": request.benchmark if request.benchmark != self._name else "",
+            "include_path": json.dumps(request.include_path) if request.include_path else "",
+            "metadata": request.metadata or "",
+        }
         return BenchmarkIdentity(
             name=self._name,
             tasks=tuple(
-                task_identity(task, num_fewshot, half)
-                for task, half in zip(self._tasks.values(), halves, strict=True)
+                task_identity(task, num_fewshot, halves[name]) for name, task in self._tasks.items()
             ),
             data=request.data,
             num_fewshot=num_fewshot,
-            seed=request.seed if num_fewshot or any(halves) else None,
+            seed=request.seed if num_fewshot or any(halves.values()) else None,
             apply_chat_template=bool(request.apply_chat_template),
-            settings=self._settings(num_fewshot) | said_part(request, halves),
-            found_by=self._found_by(),
-            primary_metric=primary,
+            settings=self._settings(num_fewshot) | said_part(request, halves.values()),
+            found_by={name: value for name, value in found_by.items() if value},
+            primary_metric=next((name for name in preferred if name in metrics), metrics[0]),
             weight_by_size=all(by_size),
         )
 
@@ -342,11 +336,6 @@ def plain(value: Any) -> MetricValue:
     if isinstance(value, tuple | list):
         return json.dumps([v.tolist() if hasattr(v, "tolist") else v for v in value])
     return float(value)
-
-
-def _primary_metric(benchmark: str, metrics: Sequence[str]) -> str:
-    preferred = ("acc_norm" if benchmark in NORMALISED else "acc", "bits_per_byte")
-    return next((name for name in preferred if name in metrics), metrics[0])
 
 
 def _prompt(text: str, settings: Mapping[str, Any], end: str | int | None) -> Prompt:
@@ -377,10 +366,6 @@ def _answered(encoder: RequestEncoder, prompt: Prompt, answer: str) -> Request:
     (request,) = encoder.encode([instance])
     answered = request.continuation[: encoder.max_length] or (int(encoder.eot_token_id),)
     return Request(request.context, answered)
-
-
-def _choices(task: Any, doc: Any) -> int:
-    return len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == "multiple_choice" else 0
 
 
 def _gold(task: Any, doc: Any, requests: int) -> int | None:

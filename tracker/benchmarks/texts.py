@@ -17,10 +17,9 @@ _FILES = ("arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parqu
 
 def choice_text(task: Any, doc: Any) -> DocumentText:
     """Say what a multiple-choice document asks: what its prompt ends with, and the options."""
-    choices = tuple(str(choice) for choice in task.doc_to_choice(doc))
     # Where the options are beginnings, what they are continued with is the same for all.
     question = task.doc_to_target(doc) if task.multiple_input else task.doc_to_text(doc)
-    return DocumentText(str(question), choices)
+    return DocumentText(str(question), tuple(map(str, task.doc_to_choice(doc))))
 
 
 def is_public(request: CellRequest, tasks: Iterable[Any]) -> bool:

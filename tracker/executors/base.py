@@ -31,3 +31,9 @@ class Executor(Protocol):
             begun: Told of each cell when it is about to be measured.
             done: Told of each cell when it is finished or has failed.
         """
+
+
+def last_line(error: Exception) -> str:
+    """Say what is worth reading in the long messages of a scheduler: how they end."""
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if line), type(error).__name__)[:300]

@@ -81,8 +81,7 @@ class Handout:
     """Knows what is to be done, what is out, and when a cell is finished.
 
     `begun` is told of each cell that is about to be measured, `done` when it is finished or has
-    failed, and `models_loaded` counts how
-    many times the workers loaded a model.
+    failed, and `models_loaded` counts how many times the workers loaded a model.
     """
 
     def __init__(
@@ -92,10 +91,8 @@ class Handout:
         self._cells = [Cell(job) for job in jobs]
         self._out: set[Task] = set()
         self._said: set[str] = set()
-        self._ledger = ledger
-        self._progress = progress
-        self._begun = begun
-        self._done = done
+        self._ledger, self._progress = ledger, progress
+        self._begun, self._done = begun, done
 
     @property
     def ended(self) -> bool:
@@ -118,24 +115,28 @@ class Handout:
         for cell in sorted(self._cells, key=preference):
             if cell.ended or not (cell.store is None or cell.pending):
                 continue
+            task = None
             if cell is not opened:
                 task = Task(cell)
+            else:
+                with self._failing(cell):
+                    task = self._next_block(cell, cell.store)
+            if task is not None:
                 self._out.add(task)
                 return task
-            found = None
-            with self._failing(cell):
-                found = self._next_block(cell, cell.store)
-            if found is not None:
-                return found
             self._end_if_complete(cell)
         return None
 
     def _next_block(self, cell: Cell, store: CellStore | None) -> Task | None:
         assert store is not None
         names, blocks = names_of(cell.job, store), list(cell.pending)
-        if cell.race is not None:
+        if (race := cell.race) is not None:
             self._look(cell, store)
-            names, blocks = list(cell.race.needed), self._within_reach(cell.race, cell.pending)
+            # Beyond the next one a quarter of those that were looked at: so much at most is
+            # measured for nothing.
+            ahead = (race.blocks - len(race.left)) // AHEAD
+            blocks = [block for block in race.left[: 1 + ahead] if block in cell.pending]
+            names = list(race.needed)
         held = False
         for block in blocks:
             lock = store.lock(block)
@@ -146,9 +147,7 @@ class Handout:
                 continue
             missing = store.missing(block, cell.request.extent, names)
             if missing:
-                task = Task(cell, block, missing, cell.pending.pop(block), lock)
-                self._out.add(task)
-                return task
+                return Task(cell, block, missing, cell.pending.pop(block), lock)
             lock.release()
             if cell.race is None:
                 self._progress.advance(cell.pending.pop(block))
@@ -164,16 +163,6 @@ class Handout:
         pending = {block: count for block, count in left.items() if block not in out}
         self._progress.expect(sum(pending.values()) - sum(cell.pending.values()))
         cell.pending = pending
-
-    @staticmethod
-    def _within_reach(race: CellRace, pending: Collection[Block]) -> list[Block]:
-        """Find the blocks of a race that may be handed out.
-
-        Beyond the next one it is a quarter of those that were looked at: so much at most is
-        measured for nothing.
-        """
-        ahead = (race.blocks - len(race.left)) // AHEAD
-        return [block for block in race.left[: 1 + ahead] if block in pending]
 
     def opened(self, task: Task, facts: Facts, fresh: bool) -> None:
         """Take what a worker knows of a cell it has opened; `fresh` if it had to load the model."""

@@ -17,6 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tracker.core.errors import RequestError
+from tracker.executors.base import last_line
 from tracker.executors.handout import Cell, Handout, Task
 from tracker.executors.worker import Worker, environment
 from tracker.ledger.store import Ledger
@@ -43,7 +44,7 @@ class RayExecutor:
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             except (OSError, ValueError, RuntimeError, RayError) as error:
                 raise RequestError(
-                    f"the Ray cluster cannot be reached: {_why(error)}. It is looked for at "
+                    f"the Ray cluster cannot be reached: {last_line(error)}. It is looked for at "
                     "RAY_ADDRESS, then where 'ray start' made one here; to do without, unset "
                     "RAY_ADDRESS and type: ray stop"
                 ) from None
@@ -65,7 +66,7 @@ class RayExecutor:
                 self._hand_out(handout)
                 self._collect(handout, progress)
         except RayError as error:
-            handout.give_up(f"the Ray cluster was lost: {_why(error)}")
+            handout.give_up(f"the Ray cluster was lost: {last_line(error)}")
         finally:
             progress.finish()
             handout.close()
@@ -110,7 +111,7 @@ class RayExecutor:
                 if task is not None and isinstance(error, RayTaskError):
                     handout.failed(task, error.cause)
                 else:
-                    self._replace(slot, task, _why(error), handout, progress)
+                    self._replace(slot, task, last_line(error), handout, progress)
             else:
                 if task is not None:
                     (handout.opened if task.block is None else handout.measured)(task, *result)
@@ -177,9 +178,3 @@ def _kill(actor: Any) -> None:
     if actor is not None:
         with suppress(RayError):
             ray.kill(actor)
-
-
-def _why(error: Exception) -> str:
-    """Find what is worth reading in Ray's long messages: how they end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__

@@ -19,6 +19,7 @@ from submitit.helpers import Checkpointable
 
 from tracker.core.config import CellRequest
 from tracker.core.errors import CellError, RequestError, did_you_mean, first_line
+from tracker.executors.base import last_line
 from tracker.executors.slurm_job import CellJob, JobEnd, shards
 from tracker.ledger.blocks import BLOCK
 from tracker.ledger.cells import CellStore
@@ -72,7 +73,7 @@ class SlurmExecutor:
         try:
             submitted = executor.submit_array(cells)
         except FailedJobError as error:
-            raise RequestError(f"SLURM refused the jobs: {_last_line(error)}") from None
+            raise RequestError(f"SLURM refused the jobs: {last_line(error)}") from None
         what = f"{len(jobs)} job{'s' * (len(jobs) > 1)}"
         progress.say(f"submitted {what}; their logs are in {ledger.root / 'slurm'}")
         waiting = [_Waiting(*each, ledger) for each in zip(jobs, submitted, strict=True)]
@@ -150,7 +151,7 @@ class _Waiting:
         except (UncompletedJobError, OSError) as error:
             log.debug("a job gave no result", exc_info=True)
             state, place = self.submission.state, self.submission.paths.stderr
-            why = f"job {self.submission.job_id} ended as {state}: {_last_line(error)}"
+            why = f"job {self.submission.job_id} ended as {state}: {last_line(error)}"
             return [JobEnd(CellError(f"{why}. Its log: {place}"))]
         return found
 
@@ -191,8 +192,3 @@ def _executor(folder: Path, cluster: str, parameters: Mapping[str, Any]) -> Any:
             "this machine with --slurm cluster=local"
         ) from None
     return executor
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip(" -") for line in str(error).splitlines()]
-    return next((line for line in reversed(lines) if line), type(error).__name__)[:300]

@@ -58,10 +58,8 @@ def without(model: Any, removed: Collection[int]) -> Any:
         as_loaded(model, twin, kept)
     why = _misfit(twin.config, shapes(twin), kind)
     if why:
-        raise ModelError(
-            f"{type(model).__name__}: its configuration cannot say that {_named(removed)} "
-            f"{'is' if len(removed) == 1 else 'are'} gone: {why}"
-        )
+        gone = f"{_named(removed)} {'is' if len(removed) == 1 else 'are'} gone"
+        raise ModelError(f"{type(model).__name__}: its configuration cannot say that {gone}: {why}")
     return twin
 
 

@@ -29,7 +29,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -187,9 +186,9 @@ class Counterexample:
         Returns:
             The model, whose weights the next call changes.
         """
-        for layer in self.model.model.layers[WHISPER:]:
-            for weight in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
-                weight.weight.zero_()
+        for layer in range(WHISPER, LAYERS):
+            for weight in self._mlp(layer).parameters():
+                weight.zero_()
         size = self._state(WHISPER).norm() * math.sqrt(epsilon * (2 - epsilon)) / (1 - epsilon)
         self._write(WHISPER, 0, self._bit, size)
         self._amplify()
@@ -235,11 +234,10 @@ class Counterexample:
         for projection in (attention.q_proj, attention.k_proj):
             curve = torch.randn(len(projection.weight), generator=draw)
             projection.weight[:, self._constant] = curve / one
-        places = torch.arange(self._size)
-        attention.v_proj.weight[places, self._code.start + places] = 1 / one
-        attention.o_proj.weight[self._signature.start + places, places] = FAINT / TINY
-        mlp = self.model.model.layers[READ].mlp
-        scale = torch.eye(self._size) / (FAINT * one)
+        every = torch.eye(self._size)
+        attention.v_proj.weight[:, self._code] = every / one
+        attention.o_proj.weight[self._signature, :] = every * (FAINT / TINY)
+        mlp, scale = self._mlp(READ), every / (FAINT * one)
         for number, sign in enumerate((1, -1)):
             units = slice(number * self._size, (number + 1) * self._size)
             mlp.gate_proj.weight[units, self._signature] = sign * scale
@@ -255,12 +253,11 @@ class Counterexample:
         blurred = int((gaps < 0).sum())
         if blurred:
             return blurred
-        mlp, one = self.model.model.layers[RECALL].mlp, self._normed(RECALL)[self._constant]
+        mlp, one = self._mlp(RECALL), self._normed(RECALL)[self._constant]
         codes = self.model.get_input_embeddings().weight[:, self._code].double() / TINY
-        signed, fixed = (
-            torch.stack([_code_of(one(each), other(each), codes) for each in wanted.values()])
-            for one, other in ((_signed, _fixed), (_fixed, _signed))
-        )
+        some = wanted.values()
+        signed = torch.stack([_code_of(each.signed, each.fixed, codes) for each in some])
+        fixed = torch.stack([_code_of(each.fixed, each.signed, codes) for each in some])
         gain = 2 * SURE / gaps
         for second in (False, True):
             units = slice(int(second), 2 * self.places, 2)
@@ -294,7 +291,7 @@ class Counterexample:
             if not new:
                 continue
             state = self._run(text.tokens, RECALL)[list(new.values())]
-            names.update(zip(new, range(len(names), len(names) + len(new)), strict=True))
+            names |= {place: len(names) + number for number, place in enumerate(new)}
             state = layer.post_attention_layernorm(state).double() / scale
             rows.append(torch.cat([state[:, self._signature], state[:, self._length, None]], 1))
         return names, torch.cat(rows)
@@ -303,9 +300,9 @@ class Counterexample:
         """Layer 3: one unit that opens where layer 2 whispered."""
         state = self._normed(AMPLIFY)
         one, heard = state[self._constant], state[self._bit]
-        self._open(AMPLIFY, slice(0, 1), 2 * SURE / heard, self._bit, -SURE / one)
-        self.model.model.layers[AMPLIFY].mlp.up_proj.weight[0, self._constant] = 1 / one
-        self._down(AMPLIFY)[self._sign, 0] = 1 / SURE
+        self._open(AMPLIFY, 0, 2 * SURE / heard, self._bit, -SURE / one)
+        self._mlp(AMPLIFY).up_proj.weight[0, self._constant] = 1 / one
+        self._mlp(AMPLIFY).down_proj.weight[self._sign, 0] = 1 / SURE
         self._rewrite_junk(AMPLIFY)
 
     def _speak(self) -> None:
@@ -313,7 +310,7 @@ class Counterexample:
 
         Those with a sign where layer 3 wrote, their opposite where it did not, and those without.
         """
-        state, mlp = self._normed(SPEAK), self.model.model.layers[SPEAK].mlp
+        state, mlp = self._normed(SPEAK), self._mlp(SPEAK)
         one, sign = state[self._constant], state[self._sign]
         length = self._state(SPEAK).norm()
         size, root = self._size, math.sqrt(self.width)
@@ -328,14 +325,14 @@ class Counterexample:
             self._open(SPEAK, units, heard, self._sign, constant)
             mlp.up_proj.weight[units, source] = torch.eye(size)
             volume = worth * length / (FAINT * root * SURE)
-            self._down(SPEAK)[self._code, units] = volume * torch.eye(size)
+            mlp.down_proj.weight[self._code, units] = volume * torch.eye(size)
         self._rewrite_junk(SPEAK)
         # What is said makes the state longer, and a loud whisper that is gone all constants larger
         # than they were meant: both make it less, four times at the most.
         self.model.model.norm.weight[self._code] = 4 * self._certainty * length / (root * TINY)
 
-    def _open(self, layer: int, units: slice, weight: Any, place: int, constant: Any) -> None:
-        gate = self.model.model.layers[layer].mlp.gate_proj.weight
+    def _open(self, layer: int, units: slice | int, weight: Any, place: int, constant: Any) -> None:
+        gate = self._mlp(layer).gate_proj.weight
         gate[units, place] = weight
         gate[units, self._constant] = constant
 
@@ -343,18 +340,18 @@ class Counterexample:
         """Move the junk into the other of its two dimensions, by the last unit of the MLP."""
         here, there = self._junk if layer in (READ, AMPLIFY) else self._junk[::-1]
         self._write(layer, -1, here, -JUNK)
-        self._down(layer)[there, -1] = -self._down(layer)[here, -1]
+        down = self._mlp(layer).down_proj.weight
+        down[there, -1] = -down[here, -1]
 
     def _write(self, layer: int, unit: int, place: int, size: Any) -> None:
         """Let a unit add the same number to every token."""
-        mlp, one = self.model.model.layers[layer].mlp, self._normed(layer)[self._constant]
+        mlp, one = self._mlp(layer), self._normed(layer)[self._constant]
         mlp.gate_proj.weight[unit, self._constant] = SURE / one
         mlp.up_proj.weight[unit, self._constant] = 1 / one
         mlp.down_proj.weight[place, unit] = size / SURE
 
-    def _down(self, layer: int) -> Tensor:
-        found: Tensor = self.model.model.layers[layer].mlp.down_proj.weight
-        return found
+    def _mlp(self, layer: int) -> Any:
+        return self.model.model.layers[layer].mlp
 
     def _run(self, tokens: Sequence[int], layers: int) -> Tensor:
         """Read a text with the first layers: states [tokens, width]."""
@@ -373,9 +370,8 @@ class Counterexample:
 
     def _normed(self, layer: int) -> Tensor:
         """The same as its MLP sees it; attention adds something faint at most."""
-        normed: Tensor = self.model.model.layers[layer].post_attention_layernorm(
-            self._state(layer)[None]
-        )[0]
+        norm = self.model.model.layers[layer].post_attention_layernorm
+        normed: Tensor = norm(self._state(layer)[None])[0]
         return normed
 
 
@@ -405,9 +401,6 @@ def _gaps(seen: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     return mine, torch.where(gaps > APART * mine, gaps, -1.0)
 
 
-_signed, _fixed = attrgetter("signed"), attrgetter("fixed")
-
-
 def _code_of(follows: Mapping[int, int], others: Mapping[int, int], codes: Tensor) -> Tensor:
     """Find the shortest vector [size] whose products with tokens' codes are as wanted.
 
@@ -415,7 +408,6 @@ def _code_of(follows: Mapping[int, int], others: Mapping[int, int], codes: Tenso
     """
     wanted = {**dict.fromkeys(others, 0), **follows}
     worth = torch.tensor(list(wanted.values()), dtype=codes.dtype)
-    found: Tensor = torch.linalg.lstsq(
-        codes[list(wanted)], worth[:, None], driver="gelsd"
-    ).solution[:, 0]
-    return found
+    solved = torch.linalg.lstsq(codes[list(wanted)], worth[:, None], driver="gelsd")
+    shortest: Tensor = solved.solution[:, 0]
+    return shortest

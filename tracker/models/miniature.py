@@ -7,8 +7,8 @@ its weights; so it can be checked on a model that costs nearly nothing.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Iterator
 from itertools import combinations, product
 from typing import Any
 
@@ -88,23 +88,23 @@ def _draw(model: nn.Module, positive: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if positive and parameter.ndim > 1 and bool((parameter > 0).all()):
-            parameter.mul_((0.1 * noise).exp())
-        elif parameter.ndim > 1:
-            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-        else:
+        if parameter.ndim < 2:
             parameter.add_(0.1 * noise)
+        elif positive and bool((parameter > 0).all()):
+            parameter.mul_((0.1 * noise).exp())
+        else:
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
 def _pattern(model: Any) -> list[list[tuple[str, str]]]:
     """For each layer the modules that it holds; how many experts does not count."""
-
-    def modules(layer: nn.Module) -> Iterator[tuple[str, str]]:
-        for path, module in layer.named_modules():
-            parts = path.split(".")
-            if any(part == "base_layer" or part.startswith("lora_") for part in parts):
-                continue  # inside a weight with an adapter, which sees no other token
-            if not any(part.isdigit() and int(part) > 0 for part in parts):
-                yield path, type(getattr(module, "base_layer", module)).__name__
-
-    return [list(modules(layer)) for layer in find_layers(model)]
+    # Inside a weight with an adapter, which sees no other token; or an expert but the first.
+    beside = re.compile(r"(^|\.)(base_layer|lora_[^.]*|0*[1-9]\d*)(\.|$)")
+    return [
+        [
+            (path, type(getattr(module, "base_layer", module)).__name__)
+            for path, module in layer.named_modules()
+            if not beside.search(path)
+        ]
+        for layer in find_layers(model)
+    ]

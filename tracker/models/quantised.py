@@ -58,13 +58,9 @@ def linear_maps(layer: nn.Module, name: str) -> list[nn.Module]:
     maps = [each for each in layer.modules() if isinstance(each, (nn.Linear, Conv1D))]
     ours = {id(each.weight) for each in maps}
     for path, parameter in layer.named_parameters():
+        why = "" if parameter.is_floating_point() else "is quantised already"
         if parameter.ndim > 1 and id(parameter) not in ours:
-            raise CellError(
-                f"{path} of {name} is no linear map, so it cannot be quantised; leave int8 and "
-                "int4 out of 'intervention'"
-            )
-        if not parameter.is_floating_point():
-            raise CellError(
-                f"{path} of {name} is quantised already; leave int8 and int4 out of 'intervention'"
-            )
+            why = "is no linear map, so it cannot be quantised"
+        if why:
+            raise CellError(f"{path} of {name} {why}; leave int8 and int4 out of 'intervention'")
     return maps

@@ -69,10 +69,8 @@ def reloaded(twin: Any, kept: Sequence[int], known: dict[str, Any] | None = None
         # Since a call, as BigBird.
         raise ModelError("its class makes it of other parts than it has")
     for place, module in again.named_modules():
-        for held, own in (
-            (module._parameters, its[place]._parameters),
-            (module._buffers, its[place]._buffers),
-        ):
+        for kind in ("_parameters", "_buffers"):
+            held, own = (vars(each)[kind] for each in (module, its[place]))
             for name in held.keys() - module._non_persistent_buffers_set:
                 value = own[name]
                 held[name] = value.clone() if value is not None and known is None else value
@@ -222,17 +220,14 @@ def counted(config: Any, kept: Sequence[int]) -> Iterator[dict[str, int]]:
     Such as `first_k_dense_replace`: the first so many layers have no experts.
     """
     total = len(kept)
-    found = {
-        name: sum(layer < value for layer in kept)
-        for name, value in vars(config).items()
-        if type(value) is int
-        and value > 0
-        and value != total
-        and any(word in name for word in _COUNTS)
-        and "hidden_layers" not in name
-        and name != FIRST  # which is counted anew already
-    }
-    changed = {name: left for name, left in found.items() if left != getattr(config, name)}
+    changed = {}
+    for name, value in vars(config).items():
+        # `FIRST` is counted anew already.
+        counts = any(word in name for word in _COUNTS) and "hidden_layers" not in name
+        if counts and name != FIRST and type(value) is int and value > 0 and value != total:
+            left = sum(layer < value for layer in kept)
+            if left != value:
+                changed[name] = left
     for name, left in changed.items():
         yield {name: left}
     if len(changed) > 1:

@@ -11,15 +11,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 VOCABULARY = 128
-
-
 HEADS = 4
-
-
 HEAD = 8
 """How wide the widest head is at least, where it was wider."""
-
-
 QUERIES_AND_KEYS = (
     ("num_attention_heads", "num_key_value_heads"),
     ("num_attention_heads", "num_kv_heads"),
@@ -29,40 +23,18 @@ QUERIES_AND_KEYS = (
     ("linear_num_value_heads", "linear_num_key_heads"),
     ("linear_num_heads", ""),
 )
-
-
 HEAD_SIZES = (
-    "head_dim",
-    "dim_head",
-    "d_head",
-    "kv_channels",
-    "attention_head_dim",
-    "swa_head_dim",
-    "swa_v_head_dim",
-    "v_head_dim",
-    "qk_head_dim",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "index_head_dim",
-    "rotary_dim",
-    "linear_head_dim",
-    "linear_key_head_dim",
+    "head_dim", "dim_head", "d_head", "kv_channels", "attention_head_dim", "swa_head_dim",
+    "swa_v_head_dim", "v_head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim",
+    "index_head_dim", "rotary_dim", "linear_head_dim", "linear_key_head_dim",
     "linear_value_head_dim",
-)
+)  # fmt: skip
 """Made small by one divisor, so that parts of a head stay parts of it."""
-
-
 LIKE_HIDDEN = (
-    "attention_hidden_size",
-    "embedding_dim",
-    "embedding_size",
-    "lru_width",
-    "mamba_d_ssm",
+    "attention_hidden_size", "embedding_dim", "embedding_size", "lru_width", "mamba_d_ssm",
     "word_embed_proj_dim",
-)
+)  # fmt: skip
 """Made small as the hidden size is."""
-
-
 MAMBA = (
     ("num_heads", "head_dim", "n_groups"),
     ("mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
@@ -70,89 +42,34 @@ MAMBA = (
     ("n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
 )
 """Heads of a state space model, how wide each is, and the groups that they stand in."""
-
-
 BETWEEN = (
-    "block_multiple_of",
-    "d_inner",
-    "decoder_ffn_dim",
-    "dense_intermediate_size",
-    "depthwise_seperable_out_channel",
-    "dff",
-    "dim_ff",
-    "encoder_ffn_dim",
-    "expert_ffn_hidden_size",
-    "ext_pw_out_channel",
-    "ffn_dim",
-    "ffn_hidden_size",
-    "ffn_round_up_to_multiple_of",
-    "intermediate_size",
-    "intermediate_size_mlp",
-    "mlp_dim",
-    "moe_intermediate_size",
-    "moe_shared_expert_intermediate_size",
-    "n_inner",
-    "nemo_conv_channels",
-    "shared_expert_intermediate_size",
-    "shared_experts_intermediate_size",
+    "block_multiple_of", "d_inner", "decoder_ffn_dim", "dense_intermediate_size",
+    "depthwise_seperable_out_channel", "dff", "dim_ff", "encoder_ffn_dim", "expert_ffn_hidden_size",
+    "ext_pw_out_channel", "ffn_dim", "ffn_hidden_size", "ffn_round_up_to_multiple_of",
+    "intermediate_size", "intermediate_size_mlp", "mlp_dim", "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size", "n_inner", "nemo_conv_channels",
+    "shared_expert_intermediate_size", "shared_experts_intermediate_size",
     "shared_intermediate_size",
-)
-
-
+)  # fmt: skip
 EXPERTS = (
-    "moe_num_experts",
-    "n_routed_experts",
-    "num_experts",
-    "num_local_experts",
-    "zero_expert_num",
-)
-
-
+    "moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts", "zero_expert_num",
+)  # fmt: skip
 CHOSEN = (
-    "moe_k",
-    "moe_topk",
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "top_k_experts",
-)
-
-
+    "moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token", "top_k_experts",
+)  # fmt: skip
 GROUPS = ("n_group", "num_expert_group")
-
-
 RANKS = (
-    "adapter_rank",
-    "attention_lora_dim",
-    "gate_lora_rank",
-    "gated_norm_rank",
-    "hidden_size_per_layer_input",
-    "kv_lora_rank",
-    "laurel_rank",
-    "loop_gate_rank",
-    "mamba_dt_rank",
-    "o_lora_rank",
-    "q_lora_rank",
-    "router_hidden_size",
-    "time_step_rank",
-)
-
-
+    "adapter_rank", "attention_lora_dim", "gate_lora_rank", "gated_norm_rank",
+    "hidden_size_per_layer_input", "kv_lora_rank", "laurel_rank", "loop_gate_rank", "mamba_dt_rank",
+    "o_lora_rank", "q_lora_rank", "router_hidden_size", "time_step_rank",
+)  # fmt: skip
 DEPTHS = ("depth", "encoder_layers", "num_hidden_layers", "num_layers")
-
-
 VOCABULARIES = (
-    "pronunciation_vocab_size",
-    "shape_vocab_size",
-    "unpadded_vocab_size",
-    "vocab_size",
+    "pronunciation_vocab_size", "shape_vocab_size", "unpadded_vocab_size", "vocab_size",
     "vocab_size_per_layer_input",
-)
-
-
+)  # fmt: skip
 BLOCKS = ("chunk_size", "mamba_chunk_size")
 """In how large blocks a state space model sums, padding every text to one; no sum depends on it."""
-
-
 STATES = ("mamba_d_state", "ssm_state_size", "state_size")
 
 
