@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.plain import write_rows
 
 PAINT = [
     {"thing": "pump", "colours": ["red", "blue"], "right": 0},
@@ -58,8 +62,7 @@ GROUP = "group: both\ntask:\n  - paint\n  - says\n"
 
 def write_tasks(place: Path) -> Path:
     """Write a task with Python, one that includes it, a group and a tag; returns the folder."""
-    data = place / "paint.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in PAINT))
+    data = write_rows(place, paint=PAINT) / "paint.jsonl"
     folder = place / "mine"
     folder.mkdir()
     (folder / "paint.yaml").write_text(YAML.format(data=data))
@@ -70,17 +73,28 @@ def write_tasks(place: Path) -> Path:
     return folder
 
 
+def write_choices(folder: Path, name: str, rows: Path, question: str, **more: Any) -> Path:
+    """Write a task that asks a question about rows, with two colours to choose from; its file."""
+    told = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": question,
+        "doc_to_choice": ["red", "blue"],
+        "doc_to_target": "a",
+        "metric_list": [{"metric": "acc"}],
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(told | more))
+    return file
+
+
 def write_pair(place: Path) -> Path:
     """Write two tasks that ask about the same rows, each in its own words; returns the folder."""
-    folder = place / "pair"
-    folder.mkdir()
-    rows = [json.dumps({"q": f"Number {n}", "a": n % 2}) for n in range(20)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
+    rows = [{"q": f"Number {n}", "a": n % 2} for n in range(20)]
+    folder = write_rows(place / "pair", rows=rows)
     for name, words in (("one", "{{q}}?"), ("other", "{{q}}, or what?")):
-        (folder / f"{name}.yaml").write_text(
-            f"task: {name}\ntag: both\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
-            f"    test: {folder}/rows.jsonl\noutput_type: multiple_choice\ntest_split: test\n"
-            f"doc_to_text: '{words}'\ndoc_to_choice: [red, blue]\ndoc_to_target: a\n"
-            "metric_list:\n  - metric: acc\n"
-        )
+        write_choices(folder, name, folder / "rows.jsonl", words, tag="both")
     return folder

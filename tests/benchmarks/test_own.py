@@ -76,22 +76,19 @@ def loaded(tiny_llama: Callable[..., Path]) -> tuple[Any, Any]:
 
 class TestTheirTasks:
     def test_its_documents_are_lm_evals(self, folder: Path, loaded: tuple[Any, Any]) -> None:
-        model, tokenizer = loaded
-        ours = make("paint", folder)
-        documents = ours.documents(RequestEncoder(model, tokenizer), ALL)
-        assert tokens_of(documents) == asked(model, tokenizer, "paint", folder).tokens
+        documents = documents_of(loaded, "paint", folder)
+        assert tokens_of(documents) == asked(*loaded, "paint", folder).tokens
         # Its own code leaves the bolt out.
         assert [document.choices for document in documents] == [2, 3, 2]
-        text = tokenizer.decode(documents[0].requests[0].context)
+        text = loaded[1].decode(documents[0].requests[0].context)
         assert "Which colour has a pump? It is" in text
-        assert ours.identity.tasks[0].documents == 3
+        assert make("paint", folder).identity.tasks[0].documents == 3
 
     def test_by_its_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         by_name = make("paint", folder).identity
         by_file = make(str(folder / "paint.yaml")).identity
-        assert same(by_file) == same(by_name)
         monkeypatch.chdir(folder)
-        assert same(make("paint.yaml").identity) == same(by_name)
+        assert same(by_file) == same(make("paint.yaml").identity) == same(by_name)
         assert by_name.name == "paint"
         # But what it takes to find it again.
         assert by_name.found_by == {"include_path": json.dumps([str(folder)])}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.own import write_choices
 from tests.plain import TASKS, parts, write_rows
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
@@ -153,17 +154,14 @@ class TestHalves:
             assert len(mine) == 4
             assert contexts(half, encoder) == [every[number] for number in mine]
 
-    @pytest.mark.parametrize("split", ["null", "validation"], ids=["by lm-eval's rule", "stated"])
+    @pytest.mark.parametrize("split", [None, "validation"], ids=["by lm-eval's rule", "stated"])
     def test_test_documents_are_no_examples_of_calibration(self, encoder, tmp_path, split) -> None:
         """Without a split of their own, examples are any of the scored documents."""
         write_rows(tmp_path, rows=[{"q": f"Number {n}?", "a": n % 2} for n in range(8)])
-        task = str(tmp_path / "own.yaml")
-        Path(task).write_text(
-            "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
-            f"    validation: {tmp_path}/rows.jsonl\noutput_type: multiple_choice\n"
-            f"validation_split: validation\nfewshot_split: {split}\ndoc_to_text: '{{{{q}}}}'\n"
-            "doc_to_choice: [red, blue]\ndoc_to_target: a\nmetric_list:\n  - metric: acc\n"
-        )
+        file = tmp_path / "rows.jsonl"
+        of_splits = {"validation_split": "validation", "test_split": None, "fewshot_split": split}
+        data = {"data_files": {"validation": str(file)}}
+        task = str(write_choices(tmp_path, "own", file, "{{q}}", dataset_kwargs=data, **of_splits))
         with pytest.raises(
             BenchmarkError, match=r"own draws .* 'validation', which .*num_fewshot 0"
         ):

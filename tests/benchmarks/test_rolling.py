@@ -1,4 +1,4 @@
-"""Rolling tasks against lm-eval's own evaluation of the same texts."""
+"""What rolling tasks ask; `tests/runner/test_texts.py` holds their figures against lm-eval's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.plain import HFLM, TASKS, evaluate, tasks_in, write_plain, write_rows
 from tests.plain import parts as load_parts
+from tests.plain import write_rows
 from tracker.benchmarks.benchmark import chosen_metric
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.plain import score_with_lm_eval
-from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
+from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.config import CellRequest
 from tracker.core.documents import Response
 from tracker.core.errors import BenchmarkError
@@ -62,32 +61,6 @@ def make(name: str, data: Path, **settings: Any) -> LmEvalBenchmark:
     return LmEvalBenchmark(
         CellRequest(model="m", benchmark=name, layers=(0,), data=str(data), **settings)
     )
-
-
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("name", list(PLACES))
-def test_perplexities_are_lm_evals(data, parts, tmp_path, name: str, bos: bool) -> None:
-    model, tokenizer = parts(bos=bos)
-    place, _, split = PLACES[name]
-    config = str(next((TASKS / name).glob("*.yaml")))
-    files = {split: data / place / f"{split}.jsonl"}
-    write_plain(tmp_path / "tasks", name, config, "json", files)
-    plain, tasks = HFLM(model, tokenizer=tokenizer, batch_size=4), tasks_in(tmp_path / "tasks")
-    theirs = evaluate(plain, tasks=[f"plain_{name}"], task_manager=tasks)["results"][
-        f"plain_{name}"
-    ]
-
-    benchmark = make(name, data)
-    documents = benchmark.documents(RequestEncoder(model, tokenizer), ALL)
-    judged = []
-    for document in documents:
-        answers = score_with_lm_eval(model, tokenizer, [document], 4)
-        judged.append(benchmark.outcomes(document, [Response(*pair, hits=0) for pair in answers]))
-    (task,) = benchmark.identity.tasks
-    assert task.metrics == AGGREGATIONS
-    for metric, how in AGGREGATIONS.items():
-        ours = aggregate(how, [outcome[metric] for outcome in judged])
-        assert ours == pytest.approx(theirs[f"{metric},none"], rel=1e-4), metric
 
 
 @pytest.mark.parametrize("bos", [False, True])

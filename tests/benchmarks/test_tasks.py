@@ -13,7 +13,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
@@ -96,10 +95,6 @@ def test_requests_are_made_without_a_bar(encoder, monkeypatch: pytest.MonkeyPatc
 
 
 class TestNames:
-    @pytest.mark.parametrize("name", ["arc_easy", "mmlu", "mmlu_anatomy", "ai2_arc"])
-    def test_tasks_groups_and_tags_are_known(self, name: str) -> None:
-        find_task(name)
-
     def test_an_unknown_one_names_the_nearest(self) -> None:
         with pytest.raises(BenchmarkError, match=r"no task or group 'hellaswg'.*lm-eval ls") as one:
             find_task("hellaswg")
@@ -258,7 +253,6 @@ class TestRefusals:
         assert f"the data set baber/piqa cannot be read from {data}" in message
         assert "save_to_disk('DATA/baber/piqa')" in message
         assert "the data set baber/piqa cannot be read" in refusal("piqa", "hub")
-        assert "unknown data package" in refusal("piqa", "package:other")
 
     def test_a_split_that_is_not_there(self, data) -> None:
         """A folder's validation split does not stand in for the test split, as a package's does."""
@@ -418,40 +412,18 @@ class TestDocuments:
 
 
 class TestOutcomes:
-    def test_accuracies_are_those_of_a_computation_by_hand(self, encoder) -> None:
-        draw = np.random.default_rng(0)
-        arc = rows("allenai/ai2_arc", "ARC-Easy")
-        benchmark = shipped("arc_easy")
-        found, expected = [], []
-        for document in benchmark.documents(encoder, Extent(limit=60)):
-            choices = arc[document.index]["choices"]["text"]
-            gold = arc[document.index]["choices"]["label"].index(arc[document.index]["answerKey"])
-            lls = draw.uniform(-30, -1, size=len(choices))
-            found.append(benchmark.outcomes(document, [Response(float(x), False, 0) for x in lls]))
-            per_character = [x / len(choice) for x, choice in zip(lls, choices, strict=True)]
-            expected.append(
-                {
-                    "acc": float(np.argmax(lls) == gold),
-                    "acc_norm": float(np.argmax(per_character) == gold),
-                }
-            )
-        assert found == expected
-        # Both metrics saw both outcomes, and they differ.
-        assert {o["acc"] for o in found} == {o["acc_norm"] for o in found} == {0.0, 1.0}
-        assert any(o["acc"] != o["acc_norm"] for o in found)
-
     def test_one_judgement_does_not_colour_the_next(self, encoder) -> None:
         benchmark = shipped("piqa")
         first, second = benchmark.documents(encoder, Extent(limit=2))
-        right, wrong = (
-            [Response(-1.0 if (i == first.gold) is good else -5.0, False, 0) for i in range(2)]
-            for good in (True, False)
-        )
-        for responses, acc in ((right, 1.0), (wrong, 0.0), (right, 1.0)):
-            assert benchmark.outcomes(first, responses)["acc"] == acc
-        responses = right if second.gold == first.gold else wrong
-        assert benchmark.outcomes(second, responses)["acc"] == 1.0
-        assert benchmark.outcomes(first, wrong)["acc"] == 0.0
+        for document, said, acc in (
+            (first, first.gold, 1.0),
+            (first, 1 - first.gold, 0.0),
+            (first, first.gold, 1.0),
+            (second, second.gold, 1.0),
+            (first, 1 - first.gold, 0.0),
+        ):
+            responses = [Response(-1.0 if i == said else -5.0, False, 0) for i in range(2)]
+            assert benchmark.outcomes(document, responses)["acc"] == acc
 
     @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
     @pytest.mark.parametrize("place", [0, 1])
@@ -578,13 +550,6 @@ class TestSamples:
             assert benchmark.outcomes(document, responses)["acc"] == 1.0
 
 
-def test_a_chat_template_changes_the_prompt(encoder) -> None:
-    plain = shipped("arc_easy").documents(encoder, Extent(limit=1))[0]
-    chat = make("arc_easy", apply_chat_template=True).documents(encoder, Extent(limit=1))[0]
-    assert "<assistant>" in text_of(encoder, chat)
-    assert "<assistant>" not in text_of(encoder, plain)
-
-
 def test_an_empty_context_is_lm_evals(tiny_llama) -> None:
     """lm-eval puts the beginning-of-text token where there is no context."""
     model, tokenizer = parts(tiny_llama())
@@ -599,15 +564,3 @@ def test_an_empty_context_is_lm_evals(tiny_llama) -> None:
     assert found[0].context == (tokenizer.bos_token_id,)
     # A trailing space moves into the continuation.
     assert tokenizer.decode(list(found[1].continuation)) == " of"
-
-
-def test_the_tokens_of_the_trained_model_are_lm_evals(smollm2) -> None:
-    encoder = RequestEncoder(smollm2.model, smollm2.tokenizer)
-    piqa = rows("baber/piqa", None)
-    for document in shipped("piqa").documents(encoder, Extent(limit=3)):
-        row = piqa[document.index]
-        for request, choice in zip(document.requests, (row["sol1"], row["sol2"]), strict=True):
-            text = f"Question: {row['goal']}\nAnswer: {choice}"
-            whole = smollm2.tokenizer(text)["input_ids"]
-            assert [*request.context, *request.continuation] == whole
-            assert smollm2.tokenizer.decode(list(request.continuation)) == f" {choice}"

@@ -28,6 +28,7 @@ from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.scorer import Generation
 from tracker.models.pruned import pruned as without
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = [
     ("The pump moves 12 litres a minute. How many litres in 5?", "12 * 5 = 60.\n#### 60"),
     ("A hen lays 3 eggs a day. How many eggs in a week?", "3 * 7 = 21.\n#### 21"),
@@ -107,7 +108,6 @@ def texts_of(results: Path) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("shots", "room", "components"),
     [
@@ -145,7 +145,6 @@ def test_every_text_and_metric_is_lm_evals(
     assert max(lengths) >= 20
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, measure):
     truth = sums(["Question:"], 8)
     settings = {"limit": 2, "num_fewshot": 1, "dtype": "float32", "layer": [0, 14]}
@@ -170,7 +169,6 @@ def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, measu
     assert apart.texts(document.prompt, few) == [texts[each.name][0] for each in few]
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("family", "why"),
     # Mamba keeps a state, not keys and values; Bloom builds its ALiBi for the whole batch.
@@ -227,7 +225,6 @@ def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(
     assert "a text may have 64 tokens, and the model reads 64" in why
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_texts_that_end_by_themselves(tiny_llama, sums, data, tmp_path, measure):
     """At the tokenizer's end of text, or at the end that only the model's settings name."""
     folder = tiny_llama()
@@ -245,7 +242,6 @@ def test_texts_that_end_by_themselves(tiny_llama, sums, data, tmp_path, measure)
     assert min(lengths) < 8
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("answer", "settings"),
     [("word " * 400, ""), ("", "target_delimiter: ''\n"), ("", "doc_to_target: '[]'\n")],

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 import tracker
+from tests.own import write_choices
 from tests.plain import write_rows
 from tests.runner.elsewhere import Heard, run, typed, write_study
 from tracker.core.records import CellRecord
@@ -171,12 +172,8 @@ def test_what_is_searched_and_studied_in_a_month_stays_as_it_is_known(
     tasks.mkdir()
     own = {"benchmark": "our_sums", "data": None, "include_path": str(tasks), "layer": [0, 1]}
     for words in ("{{q}}?", "{{q}}, or what?", "Is it {{q}}?", "{{q}}?"):
-        (tasks / "sums.yaml").write_text(
-            "task: our_sums\ndataset_path: json\noutput_type: multiple_choice\n"
-            f"dataset_kwargs:\n  data_files:\n    test: {rows}\ntest_split: test\n"
-            f"doc_to_text: '{words}'\ndoc_to_choice: [red, no colour at all that one would know]\n"
-            "doc_to_target: 0\nmetric_list:\n  - metric: acc\n"
-        )
+        choices = ["red", "no colour at all that one would know"]
+        write_choices(tasks, "our_sums", rows, words, doc_to_choice=choices, doc_to_target=0)
         month.run("own", **own)
     editions = [each for each in month.records() if each.benchmark.name == "our_sums"]
     dates = sorted(str(each.measured) for each in editions)

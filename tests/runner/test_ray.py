@@ -95,15 +95,6 @@ def test_a_cluster_that_is_gone_is_said_at_once(
     assert "ray stop" in said
 
 
-def test_two_nodes_answer_a_question_as_one_process_does(cluster, here, tiny_llama, experiment):
-    data = str(arc(here / "data", 3 * BLOCK + 8))
-    file = experiment(tiny_llama(seed=3), data=data, limit=None, until="drop within 5 pp at 80 %")
-    (alone,) = run(file, here / "local").cells
-    assert alone.is_stopped
-    (cell,) = run(file, here / "ray", executor="ray").cells
-    assert (cell.answer, cell.runs) == (alone.answer, alone.runs)
-
-
 def test_two_nodes_give_what_one_process_gives(cluster, here, tiny_llama, experiment):
     arc(here / "data", BLOCK + 8)
     name = tiny_llama().name

@@ -222,31 +222,44 @@ def growing(layers: tuple[int, ...] = (0, 1), n: int = 60) -> CellRecord:
     )
 
 
-def test_what_differs_is_kept_apart_and_what_is_equal_counts_once() -> None:
-    one, more = cell_record(n=100), cell_record(n=160)
-    assert merged([one, more, one]) == [one, more]
-    assert merged([growing(), one]) == merged([one, growing()]) == [one], "a growing cell gives way"
-    assert merged([growing()]) == [growing()]
-    for changes in ({"removed": (3,)}, {"metric": "acc_norm"}, {"sample_seed": 1234}):
-        other = one.model_copy(update=changes)
-        assert merged([one, other]) == [one, other]
-        boards = [Board(entries=(entry(cell),)) for cell in (one, other)]
-        assert content(merge(boards).cells) == content([one, other])
+ONE, MORE = cell_record(n=100), cell_record(n=160)
+LEFT, RIGHT, MIDDLE = (cell_record(layers=layers) for layers in ((0, 1), (2, 3), (1, 2)))
+LARGE = growing((0, 1, 2, 3), 150)
+SMALL = cell_record(layers=(2,), n=6).model_copy(update={"missing": ()})
+OTHERS = [
+    ONE.model_copy(update=changes)
+    for changes in ({"removed": (3,)}, {"metric": "acc_norm"}, {"sample_seed": 1234})
+]
 
 
-def test_records_without_their_outcomes_are_not_patched_together() -> None:
-    """Was: the runs of two records stood in one table with the correlations of one of them."""
-    left, right = cell_record(layers=(0, 1)), cell_record(layers=(2, 3))
-    assert merged([left, right]) == [left, right]
-    assert merged([left, right, cell_record()]) == [cell_record()]
+APART = [[ONE, other] for other in OTHERS] + [[LARGE, SMALL], [LEFT, MIDDLE]]
 
 
-def test_a_small_complete_cell_does_not_displace_a_large_one_that_grows() -> None:
-    large, small = growing((0, 1, 2, 3), 150), cell_record(layers=(2,), n=6)
-    small = small.model_copy(update={"missing": ()})
-    assert merged([large, small]) == [large, small]
-    boards = [Board(entries=(entry(cell),)) for cell in (large, small)]
-    assert content(merge(boards).cells) == content([large, small])
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ([ONE, MORE, ONE], [ONE, MORE]),
+        # One that grows gives way to one that is complete.
+        ([growing(), ONE], [ONE]),
+        ([ONE, growing()], [ONE]),
+        ([growing()], [growing()]),
+        # Was: the runs of two records stood in one table with the correlations of one of them.
+        ([LEFT, RIGHT], [LEFT, RIGHT]),
+        ([LEFT, RIGHT, cell_record()], [cell_record()]),
+        *((cells, cells) for cells in APART),
+    ],
+)
+def test_records_without_their_outcomes_are_kept_apart(cells, expected) -> None:
+    assert merged(cells) == expected
+
+
+# Was: attentions that were published later took the whole layers off the leaderboard.
+@pytest.mark.parametrize("cells", APART)
+def test_so_are_those_of_boards(cells) -> None:
+    held = [cell_record(layers=(1,))] if MIDDLE in cells else []
+    boards = [Board(entries=(entry(cell),)) for cell in (*cells, *held)]
+    for some in (boards, boards[::-1]):
+        assert content(merge(some).cells) == content(cells)
 
 
 def test_folders_that_hold_parts_of_a_cell_are_derived_as_one(ran: Ran, tmp_path: Path) -> None:
@@ -395,14 +408,6 @@ def test_the_shared_leaderboard_in_mlflow(
     first = layer_board([c for c in done.cells if c.model.name == table["model"][0]]).layers[0]
     assert table["layer"][0] == first.layer
     assert table["accuracy_relevance"][0] == pytest.approx(first.relevance.value)
-
-
-def test_entries_that_hold_different_runs_stay_side_by_side() -> None:
-    """Was: attentions that were published later took the whole layers off the leaderboard."""
-    parts = [entry(cell_record(layers=layers)) for layers in ((0, 1), (1, 2), (1,))]
-    boards = [Board(entries=(each,)) for each in parts]
-    assert content(merge(boards).entries) == content(merge(boards[::-1]).entries)
-    assert content(merge(boards).entries) == content(parts[:2])
 
 
 def test_a_board_of_a_newer_tracker_asks_for_an_upgrade() -> None:

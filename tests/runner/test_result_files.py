@@ -42,6 +42,8 @@ from tracker.ledger.views import AskedView
 from tracker.models.pruned import pruned
 from tracker.team.evaluated import changed_args, model_args
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def mean(metric: str) -> dict[str, Any]:
     return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
@@ -86,11 +88,19 @@ BOOK = {
     "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
 }
 GROUPS = {
-    "facts": (["facts_body", "facts_city"], [{"metric": "acc", "weight_by_size": True}]),
-    "facts_body": (
-        ["facts_heart", "facts_lung"],
-        [{"metric": "acc", "weight_by_size": False}, {"metric": "acc_norm"}],
-    ),
+    "facts": {
+        "group": "facts",
+        "task": ["facts_body", "facts_city"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    },
+    "facts_body": {
+        "group": "facts_body",
+        "task": ["facts_heart", "facts_lung"],
+        "aggregate_metric_list": [
+            {"metric": "acc", "weight_by_size": False},
+            {"metric": "acc_norm"},
+        ],
+    },
 }
 TASKS = {
     "facts_heart": (FACTS, 5),
@@ -115,10 +125,6 @@ def row(number: int) -> dict[str, Any]:
 
 def write_tasks(folder: Path, data: Path) -> tuple[Path, Path]:
     """The same tasks twice: on data that tracker finds, and with lm-eval's own means alone."""
-    stated: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for group, (tasks, metrics) in GROUPS.items():
-        told = {"group": group, "task": tasks, "aggregate_metric_list": metrics}
-        stated[group] = told, told
     for number, (name, (task, count)) in enumerate(TASKS.items()):
         splits = {
             split: [row(100 * number + i) for i in range(rows)]
@@ -126,15 +132,14 @@ def write_tasks(folder: Path, data: Path) -> tuple[Path, Path]:
         }
         place = write_rows(data / "tiny" / name, **splits)
         files = {"data_files": {split: f"{place}/{split}.jsonl" for split in splits}}
-        told = {"task": name, "test_split": "test", **task}
-        stated[name] = (
-            {**told, "dataset_path": "tiny", "dataset_name": name},
-            {**told, "dataset_path": "json", "dataset_kwargs": files},
-        )
-    for place, number in ((folder / "ours", 0), (folder / "plain", 1)):
-        place.mkdir(parents=True)
-        for name, told in stated.items():
-            (place / f"{name}.yaml").write_text(yaml.safe_dump(told[number]))
+        for kind, source in (
+            ("ours", {"dataset_path": "tiny", "dataset_name": name}),
+            ("plain", {"dataset_path": "json", "dataset_kwargs": files}),
+        ):
+            told = {"task": name, "test_split": "test", **task, **source}
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            for each, stated in {name: told, **GROUPS}.items():
+                (folder / kind / f"{each}.yaml").write_text(yaml.safe_dump(stated))
     return folder / "ours", folder / "plain"
 
 
@@ -248,7 +253,6 @@ def names(folder: Path) -> set[str]:
 NAMES = {"baseline": ("lab__tiny", []), "layer:1": ("lab__tiny,removed_layers=1", [1])}
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("ablation", NAMES)
 def test_the_files_are_those_of_lm_eval_on_the_pruned_model(study, ablation):
     folder, manager = study
@@ -312,7 +316,6 @@ def test_a_dataset_can_be_made_of_the_samples(study):
         assert rows[0]["arguments"]["gen_args_0"]["arg_0"]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
     folder, manager = study
     measured = run(folder, ["words", "facts"], "drawn", sample=2, layer=[1])
@@ -336,7 +339,6 @@ def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
     assert_close(ours["results"]["words"], read(plain)[0]["results"]["words"], "", rel=1e-4)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("part", ["calibration", "test"])
 def test_a_part_is_what_lm_eval_says_of_just_its_documents(study, part):
     """`words` has no training split and is halved; those of `facts` are scored on it."""
@@ -370,7 +372,6 @@ def test_a_part_is_what_lm_eval_says_of_just_its_documents(study, part):
         assert dict(zip(ours["doc"], ours["metric/acc"], strict=True)) == theirs
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_what_was_said_under_lm_evals_names_needs_the_tokenizer_alone(study):
     folder, manager = study
     said = {
@@ -409,7 +410,6 @@ def test_what_was_said_under_lm_evals_names_needs_the_tokenizer_alone(study):
     assert [ours["config"]["gen_kwargs"] for ours in found] == [None, {"max_gen_toks": 2}]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
     folder, _ = study
     measured = run(folder, ["words"], "part", limit=3, layer=[0, 1])
@@ -436,7 +436,6 @@ def test_what_is_not_measured_yet_is_said_and_the_rest_is_written(study):
     assert [sample["doc_id"] for sample in samples["words"]] == [0, 1, 2]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_what_lies_beneath_and_which_component_is_in_the_name(study):
     folder, _ = study
     asked = {"removed": [[0]], "component": ["attention"], "layer": [1, 2]}
@@ -451,7 +450,6 @@ def test_what_lies_beneath_and_which_component_is_in_the_name(study):
     assert args == "pretrained=lab/tiny,dtype=float32,removed_layers=0,removed_attention=2"
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_what_cannot_stand_in_one_file(study):
     """A task of two benchmarks has a file of each; a benchmark that has changed has none."""
     folder, _ = study

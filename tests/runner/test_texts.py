@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.benchmarks.test_rolling import AGGREGATIONS, PLACES
 from tests.plain import (
     HFLM,
+    TASKS,
     cut,
     evaluate,
     parts,
@@ -112,32 +114,28 @@ def test_a_loss_of_the_same_cell_costs_nothing_more(model, notes, experiment, tm
     assert run(again, tmp_path / "results").cells == results.cells
 
 
-def test_a_changed_corpus_is_measured_again(model, notes, texts, experiment, tmp_path) -> None:
-    file = experiment(model, benchmark=f"'corpus:{notes}'", data="hub")
-    first = run(file, tmp_path / "results").cells
-    notes.write_text("Another text.")
-    second = run(file, tmp_path / "results").cells
-    assert [cell.n for cell in (*first, *second)] == [len(texts), 1]
-    assert first[0].key != second[0].key
-
-
-def test_a_rolling_task_has_lm_evals_perplexities(model, experiment, tmp_path) -> None:
-    place = tmp_path / "DATA/EleutherAI/wikitext_document_level/wikitext-2-raw-v1"
-    write_rows(place, test=[{"page": text} for text in TEXTS])
-    file = experiment(model, benchmark="wikitext", data=str(tmp_path / "DATA"))
-    (cell,) = run(file, tmp_path / "results").cells
+@pytest.mark.parametrize(("name", "bos"), [("wikitext", False), ("c4", True)])
+def test_a_rolling_task_has_lm_evals_perplexities(
+    tiny_llama, measure, tmp_path, name: str, bos: bool
+) -> None:
+    place, column, split = PLACES[name]
+    write_rows(tmp_path / "DATA" / place, **{split: [{column: text} for text in TEXTS]})
+    model = tiny_llama(max_position_embeddings=LENGTH, bos=bos)
+    (cell,) = measure(model, benchmark=name, data=str(tmp_path / "DATA")).cells
     assert (cell.metric, cell.higher_is_better) == ("bits_per_byte", False)
+    assert dict(cell.benchmark.tasks[0].metrics) == AGGREGATIONS
 
-    tasks, files = tmp_path / "tasks", {"test": place / "test.jsonl"}
-    write_plain(tasks, "wikitext", "wikitext/wikitext.yaml", "json", files)
+    tasks, config = tmp_path / "tasks", str(next((TASKS / name).glob("*.yaml")))
+    files = {split: tmp_path / "DATA" / place / f"{split}.jsonl"}
+    write_plain(tasks, name, config, "json", files)
     records = {record.layer: record for record in cell.runs}
     intact, tokenizer = parts(model)
     for layer in (None, *LAYERS):
         plain = HFLM(cut(intact, layer), tokenizer=tokenizer, batch_size=4)
-        answer = evaluate(plain, tasks=["plain_wikitext"], task_manager=tasks_in(tasks))
-        found = answer["results"]["plain_wikitext"]
+        answer = evaluate(plain, tasks=[f"plain_{name}"], task_manager=tasks_in(tasks))
+        found = answer["results"][f"plain_{name}"]
         ours = cell.baseline_metrics if layer is None else records[layer].metrics
-        assert set(ours) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+        assert set(ours) == set(AGGREGATIONS)
         for metric, value in ours.items():
             assert value == pytest.approx(found[f"{metric},none"], rel=1e-4), (layer, metric)
         level = cell.baseline_accuracy if layer is None else records[layer].accuracy
