@@ -12,10 +12,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from tracker.core.estimates import Estimate
+from tracker.stats.arrays import Array, Numbers
 
 LEVEL = 0.95
 """The confidence level of every interval in this module."""
@@ -25,8 +26,8 @@ _SAME = 1e-9
 
 
 def weights_by_task(
-    tasks: Sequence[str], weight_by_size: bool, units: NDArray[np.float64] | None = None
-) -> NDArray[np.float64]:
+    tasks: Sequence[str], weight_by_size: bool, units: Array | None = None
+) -> Array:
     """Weigh each document so that the weighted mean is the benchmark's accuracy.
 
     lm-eval aggregates a group either over its documents (`weight_by_size: true`) or as the plain
@@ -59,7 +60,7 @@ def weights_by_task(
     return np.asarray(each[task] * sizes[task] * shared, dtype=np.float64)
 
 
-def accuracy(outcomes: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> Estimate:
+def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
     """Estimate the accuracy from the outcomes of independent documents.
 
     The interval is Wilson's for 0/1 outcomes of equal weight. For 0/1 outcomes of unequal weight it
@@ -99,11 +100,7 @@ def accuracy(outcomes: NDArray[np.float64], weights: NDArray[np.float64] | None 
     return Estimate(value, low, high)
 
 
-def accuracy_drop(
-    baseline: NDArray[np.float64],
-    ablated: NDArray[np.float64],
-    weights: NDArray[np.float64] | None = None,
-) -> Estimate:
+def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
     """Estimate the accuracy that an ablation costs, from the same documents with and without it.
 
     Positive = the layer mattered. For 0/1 outcomes the interval is Bonett & Price's adjusted Wald
@@ -159,11 +156,7 @@ def accuracy_drop(
     return Estimate(value, low, high, p_value)
 
 
-def drop_sd(
-    baseline: NDArray[np.float64],
-    ablated: NDArray[np.float64],
-    weights: NDArray[np.float64] | None = None,
-) -> Estimate:
+def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
     """Estimate how far the drops of single documents are apart.
 
     Args:
@@ -192,9 +185,7 @@ def drop_sd(
 
 
 def mean_interval(
-    values: NDArray[np.float64],
-    weights: NDArray[np.float64] | None = None,
-    extra: tuple[float, ...] = (),
+    values: Array, weights: Array | None = None, extra: tuple[float, ...] = ()
 ) -> tuple[float | None, float | None]:
     """Return the 95 % interval of the mean of documents' own figures.
 
@@ -210,9 +201,7 @@ def mean_interval(
     return _adjusted_wald(numbers, shares, extra) if extra else _t_interval(numbers, shares)
 
 
-def chance_accuracy(
-    choices: NDArray[np.int64] | NDArray[np.float64], weights: NDArray[np.float64] | None = None
-) -> float:
+def chance_accuracy(choices: Numbers | Array, weights: Array | None = None) -> float:
     """Return the expected accuracy of a predictor that picks a choice at random.
 
     Args:
@@ -275,9 +264,7 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
     return Estimate(1 - max(ablated - chance, 0.0) / (baseline - chance))
 
 
-def _checked(
-    values: ArrayLike, weights: NDArray[np.float64] | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
+def _checked(values: ArrayLike, weights: Array | None) -> tuple[Array, Array, bool]:
     """Return the values, their weights, and whether all weights are equal."""
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1:
@@ -293,7 +280,7 @@ def _checked(
     return numbers, shares, bool(np.allclose(shares * n, 1, rtol=0, atol=_SAME))
 
 
-def _undefined(values: NDArray[np.float64]) -> str | None:
+def _undefined(values: Array) -> str | None:
     """Say why no mean of these values is defined, or nothing when it is."""
     if not len(values):
         return "no documents"
@@ -303,13 +290,11 @@ def _undefined(values: NDArray[np.float64]) -> str | None:
     return None
 
 
-def _binary(values: NDArray[np.float64]) -> bool:
+def _binary(values: Array) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
 
-def _t_interval(
-    values: NDArray[np.float64], shares: NDArray[np.float64]
-) -> tuple[float | None, float | None]:
+def _t_interval(values: Array, shares: Array) -> tuple[float | None, float | None]:
     """Return the t interval of a weighted mean; Kish's effective sample size gives its df."""
     concentration = float(shares @ shares)
     if 1 - concentration < _SAME:
@@ -320,9 +305,7 @@ def _t_interval(
     return mean - half, mean + half
 
 
-def _adjusted_wald(
-    values: NDArray[np.float64], shares: NDArray[np.float64], extra: tuple[float, ...]
-) -> tuple[float, float]:
+def _adjusted_wald(values: Array, shares: Array, extra: tuple[float, ...]) -> tuple[float, float]:
     """Return the Wald interval of a weighted mean after adding documents of mean weight."""
     n = len(values)
     padded = np.concatenate([values, np.array(extra)])

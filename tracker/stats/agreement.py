@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-Array = NDArray[np.float64]
+from tracker.stats.arrays import Array
 
 
 def phi(both: Array, lost: Array, documents: int) -> Array:

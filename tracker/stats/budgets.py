@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tracker.stats.arrays import Array, Numbers
 from tracker.stats.rank_agreement import row_coefficients
 
-Array = NDArray[np.float64]
 DRAWS = 100
 
 
@@ -77,7 +76,7 @@ def at_equal_cost(
     return {name: _means(rows) for name, rows in found.items()}
 
 
-def _running(measure: LayerMeasure, order: NDArray[np.int64]) -> Array:
+def _running(measure: LayerMeasure, order: Numbers) -> Array:
     """Weighted means of the first 1, 2, … documents of an order `[documents, layers]`."""
     weights = measure.weights[order]
     sums = np.cumsum(weights[:, None] * _known(measure)[order], axis=0)

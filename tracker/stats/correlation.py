@@ -7,26 +7,21 @@ coefficients, are those of `rank_agreement`.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
-from tracker.stats.rank_agreement import (
-    COEFFICIENTS,
-    midranks,
-    rounded,
-    row_coefficients,
-)
+from tracker.stats.arrays import Array
+from tracker.stats.rank_agreement import COEFFICIENTS, midranks, rounded, row_coefficients
 from tracker.stats.resampling import bias_corrected_interval
 from tracker.stats.surrogates import surrogate_series
 
 
 def correlate(
-    proxy: NDArray[np.float64],
-    drop: NDArray[np.float64],
+    proxy: Array,
+    drop: Array,
     *,
     coefficient: str,
-    resampled_proxy: NDArray[np.float64] | None = None,
-    resampled_drop: NDArray[np.float64] | None = None,
+    resampled_proxy: Array | None = None,
+    resampled_drop: Array | None = None,
     surrogates: int = 4999,
     seed: int = 0,
 ) -> Estimate:
@@ -99,9 +94,9 @@ def correlate(
 
 
 def correlation_difference(
-    one: tuple[NDArray[np.float64], NDArray[np.float64]],
-    other: tuple[NDArray[np.float64], NDArray[np.float64]],
-    drop: tuple[NDArray[np.float64], NDArray[np.float64]],
+    one: tuple[Array, Array],
+    other: tuple[Array, Array],
+    drop: tuple[Array, Array],
     coefficient: str,
 ) -> Estimate:
     """Say by how much one proxy correlates better with the accuracy drop than another.
@@ -138,11 +133,11 @@ def correlation_difference(
 
 
 def partial_correlate(
-    first: NDArray[np.float64],
-    second: NDArray[np.float64],
-    given: NDArray[np.float64],
+    first: Array,
+    second: Array,
+    given: Array,
     *,
-    resampled: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None = None,
+    resampled: tuple[Array, Array, Array] | None = None,
     surrogates: int = 4999,
     seed: int = 0,
 ) -> Estimate:
@@ -215,9 +210,7 @@ def partial_correlate(
     return Estimate(float(value), low, high, p_value)
 
 
-def _partial_rows(
-    x: NDArray[np.float64], y: NDArray[np.float64], z: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _partial_rows(x: Array, y: Array, z: Array) -> Array:
     """Spearman's partial coefficient of each row of two tables, given the row of a third."""
     xy, xz, yz = (row_coefficients(*pair, "spearman") for pair in ((x, y), (x, z), (y, z)))
     left = (1 - xz**2) * (1 - yz**2)
@@ -227,14 +220,14 @@ def _partial_rows(
     return values
 
 
-def _without(rows: NDArray[np.float64], about: NDArray[np.float64]) -> NDArray[np.float64]:
+def _without(rows: Array, about: Array) -> Array:
     """Return what of each row is not linear in a series."""
     centred = about - about.mean()
     rows = rows - rows.mean(axis=1, keepdims=True)
     return np.asarray(rows - np.outer(rows @ centred, centred) / (centred @ centred))
 
 
-def _undefined(proxy: NDArray[np.float64], drop: NDArray[np.float64]) -> str | None:
+def _undefined(proxy: Array, drop: Array) -> str | None:
     """Say why the two cannot be correlated, or nothing when they can."""
     n = len(proxy)
     if n < 3:
@@ -247,9 +240,7 @@ def _undefined(proxy: NDArray[np.float64], drop: NDArray[np.float64]) -> str | N
     return None
 
 
-def _surrogate_p(
-    x: NDArray[np.float64], y: NDArray[np.float64], coefficient: str, surrogates: int, seed: int
-) -> float:
+def _surrogate_p(x: Array, y: Array, coefficient: str, surrogates: int, seed: int) -> float:
     if coefficient == "spearman":
         # Ranks move with their layers: ranking once is ranking every order.
         x, y, coefficient = midranks(x), midranks(y), "pearson"

@@ -7,9 +7,8 @@ An option's score is its log-likelihood, or whatever the metric makes of it; sco
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from tracker.stats.arrays import Array
 
 
 def choices(scores: Array) -> Array:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
+from tracker.stats.arrays import Array, Strata
 from tracker.stats.resampling import RESAMPLES, resampled_means
 
 
 def growths(
-    first: NDArray[np.float64],
-    last: NDArray[np.float64],
-    strata: Sequence[str] | NDArray[np.generic] | None = None,
-    seed: int = 0,
+    first: Array, last: Array, strata: Strata | None = None, seed: int = 0
 ) -> list[Estimate]:
     """Estimate the geometric mean of last / first over documents, for each column.
 
@@ -98,7 +95,7 @@ def fewest_to_show(tests: int, level: float) -> int:
     return n
 
 
-def unequal_growth(groups: Sequence[NDArray[np.float64]]) -> float | None:
+def unequal_growth(groups: Sequence[Array]) -> float | None:
     """Test whether growth differs between groups of independent documents.
 
     Kruskal and Wallis's test, by ranks: only that some group's ratios tend to be larger.

@@ -11,15 +11,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import mean_interval
+from tracker.stats.arrays import Array, Mask
 from tracker.stats.rank_agreement import rounded, row_coefficients
 from tracker.stats.resampling import bias_corrected_interval
 
-Array = NDArray[np.float64]
 FLIPS = 19_999
 _CHUNK = 4_000_000
 """Signs that are held in memory at once."""
@@ -170,7 +169,7 @@ def additivity(
     return found[0], found[1]
 
 
-def _all(table: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _all(table: Mask) -> Mask:
     return np.asarray(table.all(axis=0), dtype=np.bool_)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+
+from tracker.stats.arrays import Array, Numbers
 
 
-def per_token(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+def per_token(sums: Array, tokens: Array) -> Array:
     """Average a proxy over each document's tokens `[documents, layers]`; 0 without any.
 
     An empty text has no tokens, and therefore no weight.
@@ -14,9 +15,7 @@ def per_token(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray
     return sums / np.maximum(tokens, 1)[:, None]
 
 
-def proxy_means(
-    sums: NDArray[np.float64], tokens: NDArray[np.int64] | NDArray[np.float64]
-) -> NDArray[np.float64]:
+def proxy_means(sums: Array, tokens: Numbers | Array) -> Array:
     """Average a proxy over all tokens of all documents, so that each token counts once.
 
     A long document weighs more than a short one. The tokens are each document's context and gold

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
+from tracker.stats.arrays import Array, Mask, Numbers
 from tracker.stats.surrogates import surrogate_series
 
-Array = NDArray[np.float64]
 DECIMALS = 12
 """Figures that agree to so many decimals are ties."""
 COEFFICIENTS = ("spearman", "kendall", "pearson")
@@ -82,7 +82,7 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
     return np.where(usable, values, np.nan)
 
 
-def _varies(rows: Array) -> NDArray[np.bool_]:
+def _varies(rows: Array) -> Mask:
     """Return which rows are finite and not constant."""
     finite = np.isfinite(rows).all(axis=1)
     return np.asarray(finite & (rows.max(axis=1) > rows.min(axis=1)), dtype=np.bool_)
@@ -234,7 +234,7 @@ def disagreement(proxy: Array, drop: Array, beyond: float, seed: int = 0) -> Dis
     # Relabelling x by an order is relabelling y by its inverse.
     by_drop, by_proxy = (smooth_orders(each.mean(axis=0), DRAWS, seed) for each in (y, x))
 
-    def p_value(orders: NDArray[np.int64]) -> float:
+    def p_value(orders: Numbers) -> float:
         drawn = np.moveaxis(y[:, orders], 0, 1)
         shares = (np.abs(drawn - x) > beyond + _EPS).mean(axis=(1, 2))
         return float(((shares <= share + _EPS).sum() + 1) / (len(orders) + 1))
@@ -270,7 +270,7 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
     return (worst + 1) / (DRAWS + 1)
 
 
-def smooth_orders(values: Array, draws: int, seed: int) -> NDArray[np.int64]:
+def smooth_orders(values: Array, draws: int, seed: int) -> Numbers:
     """Draw orders of the layers in which a series stays as smooth over depth as it is.
 
     Args:

@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+
+from tracker.stats.arrays import Array
 
 RATIO = "ratio"
 """The plain ratio of both sums."""
@@ -37,9 +38,7 @@ def ratio_of_sums(how: str, pairs: Sequence[tuple[float, float]]) -> float:
     return SCALES[how] * sum(part for part, _ in pairs) / total if total else math.nan
 
 
-def document_ratios(
-    how: str, sums: NDArray[np.float64], units: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def document_ratios(how: str, sums: Array, units: Array) -> Array:
     """Give every document its own ratio.
 
     Args:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
+from tracker.stats.arrays import Array
 
 
-def recovered(
-    lost: NDArray[np.float64],
-    left: NDArray[np.float64],
-    drawn_lost: NDArray[np.float64],
-    drawn_left: NDArray[np.float64],
-) -> Estimate:
+def recovered(lost: Array, left: Array, drawn_lost: Array, drawn_left: Array) -> Estimate:
     """Compute the share of a summed loss that is won back: 1 − sum(left) / sum(lost).
 
     The interval is the percentile interval of the same ratio over resamples of the documents, both

@@ -11,21 +11,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
+from tracker.stats.arrays import Array, Numbers, Strata
 from tracker.stats.resampling import jackknife_error
 
-Array = NDArray[np.float64]
 _GROUPS = 10
 """Parts of the documents that are left out in turn, for an interval."""
 
 
-def stratified_orders(
-    strata: Sequence[str] | NDArray[np.generic], draws: int, seed: int
-) -> Iterator[NDArray[np.int64]]:
+def stratified_orders(strata: Strata, draws: int, seed: int) -> Iterator[Numbers]:
     """Shuffle documents so that every stretch of the order holds each stratum by its share.
 
     Within a stratum all orders are equally likely. The strata are interleaved evenly: a stretch
@@ -51,12 +48,7 @@ def stratified_orders(
 
 
 def disjoint_means(
-    values: Array,
-    weights: Array,
-    strata: Sequence[str] | NDArray[np.generic],
-    sizes: Sequence[int],
-    draws: int,
-    seed: int,
+    values: Array, weights: Array, strata: Strata, sizes: Sequence[int], draws: int, seed: int
 ) -> tuple[Array, Array]:
     """Average the layers' figures over two samples that share no document.
 
@@ -172,11 +164,7 @@ def documents_needed(
     return float(n * (m / n) ** ((target - r) / (s - r))), False
 
 
-def positive_estimate(
-    figure: Callable[[NDArray[np.int64]], float],
-    strata: Sequence[str] | NDArray[np.generic],
-    seed: int,
-) -> Estimate:
+def positive_estimate(figure: Callable[[Numbers], float], strata: Strata, seed: int) -> Estimate:
     """Estimate a positive figure of documents by leaving out a tenth of them in turn.
 
     The interval is on the logarithm, with Student's t of as many degrees of freedom as there are

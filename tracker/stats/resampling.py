@@ -6,12 +6,13 @@ The same resampled documents stand for every layer and every proxy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tracker.stats.accuracy import LEVEL
+from tracker.stats.arrays import Array, Numbers, Strata
 
 RESAMPLES = 2000
 """How many times documents are drawn for an interval, unless said otherwise."""
@@ -22,11 +23,8 @@ _CHUNK = 1_000_000
 
 
 def document_counts(
-    documents: int,
-    resamples: int,
-    seed: int,
-    strata: Sequence[str] | NDArray[np.generic] | None = None,
-) -> Iterator[NDArray[np.float64]]:
+    documents: int, resamples: int, seed: int, strata: Strata | None = None
+) -> Iterator[Array]:
     """Draw documents with replacement and yield how often each was drawn, a few resamples a time.
 
     The same arguments give the same documents, so two quantities that are resampled apart are
@@ -64,7 +62,7 @@ def document_counts(
         yield counts.reshape(rows, documents).astype(np.float64)
 
 
-def _collapsed(labels: NDArray[np.generic]) -> NDArray[np.int64]:
+def _collapsed(labels: NDArray[np.generic]) -> Numbers:
     """Number strata, those of one document as one; a single such document joins the smallest."""
     _, stratum, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     alone = sizes[stratum] == 1
@@ -74,12 +72,12 @@ def _collapsed(labels: NDArray[np.generic]) -> NDArray[np.int64]:
 
 
 def resampled_means(
-    values: NDArray[np.float64],
+    values: Array,
     resamples: int,
     seed: int,
-    strata: Sequence[str] | NDArray[np.generic] | None = None,
-    weights: NDArray[np.float64] | None = None,
-) -> NDArray[np.float64]:
+    strata: Strata | None = None,
+    weights: Array | None = None,
+) -> Array:
     """Bootstrap the weighted means of columns that were measured on the same documents.
 
     All columns see the same resampled documents, so differences between columns stay paired; so do
@@ -133,9 +131,7 @@ def resampled_means(
     return means
 
 
-def bias_corrected_interval(
-    value: float, resampled: NDArray[np.float64]
-) -> tuple[float, float] | None:
+def bias_corrected_interval(value: float, resampled: Array) -> tuple[float, float] | None:
     """Return the 95 % percentile interval, moved so that its median is the value itself.
 
     Resampling documents adds the measurement noise a second time. A rank correlation that noise
@@ -170,10 +166,7 @@ def bias_corrected_interval(
 
 
 def jackknife_error(
-    figure: Callable[[NDArray[np.int64]], float],
-    strata: Sequence[str] | NDArray[np.generic],
-    groups: int,
-    seed: int = SEED,
+    figure: Callable[[Numbers], float], strata: Strata, groups: int, seed: int = SEED
 ) -> float:
     """Estimate a figure's standard error by leaving out one group of documents after another.
 

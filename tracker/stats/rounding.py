@@ -18,12 +18,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
+from tracker.stats.arrays import Array
 from tracker.stats.decisions import margins
 
-Array = NDArray[np.float64]
 WITHIN = 2.0
 """A judgement is within rounding where its margin is less than so many standard deviations."""
 LEAST_CHANCE = float(stats.norm.sf(WITHIN))

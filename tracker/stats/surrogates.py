@@ -8,14 +8,15 @@ no measure of chance.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special, stats
+
+from tracker.stats.arrays import Array
 
 _SMOOTHNESS = np.append(np.arange(-19, 20) / 20, 0.98)
 """Autocorrelations of neighbouring layers that are possible, all equally before the data."""
 
 
-def surrogate_series(values: NDArray[np.float64], draws: int, seed: int) -> NDArray[np.float64]:
+def surrogate_series(values: Array, draws: int, seed: int) -> Array:
     """Draw series that hold the same values in another order, as smooth as the given order.
 
     The values are taken for a monotonic function of a stationary Gaussian series of first order,
@@ -53,7 +54,7 @@ def surrogate_series(values: NDArray[np.float64], draws: int, seed: int) -> NDAr
     return np.asarray(np.sort(values)[ranks], dtype=np.float64)
 
 
-def _likely(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def _likely(scores: Array) -> Array:
     """Return how likely each autocorrelation is: AR(1), mean and variance integrated out."""
     n, rho = len(scores), _SMOOTHNESS[:, None]
     # The inverse of an AR(1) covariance has three diagonals, so none has to be inverted.

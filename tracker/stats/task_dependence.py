@@ -21,16 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import LEVEL
+from tracker.stats.arrays import Array, Numbers, Strata
 from tracker.stats.rank_agreement import rounded
 from tracker.stats.resampling import jackknife_error
 
-Array = NDArray[np.float64]
-Sample = tuple[Array, Array, Sequence[str] | NDArray[np.generic] | None]
+Sample = tuple[Array, Array, Strata | None]
 """Values, weights and strata of one benchmark, as `sampling_noise` takes them."""
 _Both = tuple[Sample, Sample]
 BLOCK = 3
@@ -44,7 +43,7 @@ _EPS = 1e-9
 
 
 def sampling_noise(
-    values: Array, weights: Array, strata: Sequence[str] | NDArray[np.generic] | None = None
+    values: Array, weights: Array, strata: Strata | None = None
 ) -> tuple[Array, Array]:
     """Measure a profile over layers on documents, and how far other documents would move it.
 
@@ -153,7 +152,7 @@ def clean_difference(ones: Sequence[Sample], others: Sequence[Sample]) -> Estima
     squares = 0.0
     for place, samples in enumerate(zip(ones, others, strict=True)):
 
-        def without(kept: NDArray[np.int64], place: int = place, samples: _Both = samples) -> float:
+        def without(kept: Numbers, place: int = place, samples: _Both = samples) -> float:
             means = []
             for side, (values, weights, strata) in zip(pairs, samples, strict=True):
                 labels = None if strata is None else np.asarray(strata)[kept]

@@ -41,9 +41,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.stats.accuracy import LEVEL
+from tracker.stats.arrays import Array, Numbers
 
 BOLD = 2
 """How many bets are followed one candidate at a time."""
@@ -75,8 +75,6 @@ _LEAST = 1e-9
 
 _SIDES = np.array([[1.0], [-1.0]])
 """Bets above a candidate, which draw up the lower bound, and below it."""
-
-Array = NDArray[np.float64]
 
 
 def horizons(population: int) -> Array:
@@ -186,7 +184,7 @@ class MeanSequences:
         self._odd = np.zeros((_DEGREE, others, count))
         self._even = np.zeros((_DEGREE + 1, others, count))
 
-    def add(self, values: Array, series: NDArray[np.int64] | None = None) -> None:
+    def add(self, values: Array, series: Numbers | None = None) -> None:
         """Look at further documents, in their order.
 
         Args:
@@ -217,7 +215,7 @@ class MeanSequences:
             )
         return scaled
 
-    def _bet(self, values: Array, which: NDArray[np.int64]) -> None:
+    def _bet(self, values: Array, which: Numbers) -> None:
         """Bet on a few documents."""
         number = self.seen[which] + np.arange(len(values))[:, None]
         before = np.cumsum(values, axis=0) - values + self._sum[which]
@@ -255,7 +253,7 @@ class MeanSequences:
         self._squares[which] += (values**2).sum(axis=0)
         self.seen[which] += len(values)
 
-    def _move(self, which: NDArray[np.int64], centre: Array) -> None:
+    def _move(self, which: Numbers, centre: Array) -> None:
         """Write the polynomials as those of the distance from another centre."""
         by = centre - self._centre[which]
         for terms in (self._odd, self._even):
@@ -267,7 +265,7 @@ class MeanSequences:
     def _unit(self, bound: Array) -> Array:
         return np.clip((bound - self._lowest) / self._range, 0.0, 1.0)
 
-    def _narrow(self, which: NDArray[np.int64]) -> None:
+    def _narrow(self, which: Numbers) -> None:
         """Draw bounds together, as far as candidates are rejected."""
         # What is certain: the rest can be all 0 or all 1.
         least = self._sum[which] / self.population
@@ -288,7 +286,7 @@ class MeanSequences:
         self.low[which] = self._lowest + self._range * rejected[0]
         self.high[which] = self._lowest + self._range * rejected.max(axis=0)
 
-    def _bold_stakes(self, which: NDArray[np.int64]) -> Callable[[Array], Array]:
+    def _bold_stakes(self, which: Numbers) -> Callable[[Array], Array]:
         """Say what became of bold bets' stakes: candidates `[2, series]` → `[bets, 2, series]`.
 
         All documents are gone through for it, as they came.
@@ -317,7 +315,7 @@ class MeanSequences:
 
         return logs
 
-    def _cautious_stakes(self, which: NDArray[np.int64]) -> Callable[[Array], Array]:
+    def _cautious_stakes(self, which: Numbers) -> Callable[[Array], Array]:
         """Say at least what became of cautious bets' stakes, in the same way."""
         centre = self._centre[which]
         odd, even = (terms[:, :, None, which] for terms in (self._odd, self._even))

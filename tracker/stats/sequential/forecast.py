@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.core.questions import Question
+from tracker.stats.arrays import Array, Mask, Numbers
 from tracker.stats.resampling import SEED
 from tracker.stats.sequential.stopping import Race
 
@@ -16,8 +16,6 @@ DRAWS = 24
 
 LOOK = 32
 """Documents between two looks."""
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,9 @@ class Forecast:
         answered: `[draws]`, whether the question was answered by the last of them.
     """
 
-    looked: NDArray[np.int64]
-    seen: NDArray[np.int64]
-    answered: NDArray[np.bool_]
+    looked: Numbers
+    seen: Numbers
+    answered: Mask
 
 
 def forecast(

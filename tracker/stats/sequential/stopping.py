@@ -10,14 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tracker.core.questions import Kind, Question
+from tracker.stats.arrays import Array, Mask, Numbers
 from tracker.stats.sequential.confidence import MeanSequences
 from tracker.stats.sequential.top_k import SAME, SequentialTopK
-
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class Race:
                 reach=highest - lowest if apart is None else apart,
             )
         self.seen = np.zeros(runs, dtype=np.int64)
-        self._unread: list[tuple[Array, NDArray[np.int64]]] = []
+        self._unread: list[tuple[Array, Numbers]] = []
         self.standing = self._stand()
 
     @property

@@ -15,10 +15,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
+from tracker.stats.arrays import Array, Mask, Numbers
 
 FRACTIONS = 0.8 / 2.0 ** np.arange(4)
 """What is risked of the capital while nearly all documents are still to come. The best is about
@@ -138,7 +136,7 @@ class SequentialTopK:
         self._claimed[first, second] |= certain | (rich >= self._enough)
         self._settle()
 
-    def _bet(self, values: Array, first: NDArray[np.int64], second: NDArray[np.int64]) -> None:
+    def _bet(self, values: Array, first: Numbers, second: Numbers) -> None:
         """Bet for each pair that the second is better: its capital if the first were as good."""
         differences = values[:, first] - values[:, second]
         before = np.cumsum(differences, axis=0) - differences
