@@ -56,7 +56,7 @@ def test_a_single_task_is_the_race_over_its_outcomes(cell_of, measure) -> None:
         ("baseline", "layer:0", "layer:1", "layer:2", "layer:3"),
     )
     measured = measure(store, found, every)
-    plain = Race(question("top 1"), 500, RUNS, apart=1)
+    plain = Race(question("top 1"), 500, RUNS)
     order = shuffled(SEED, {"arc_easy": range(500)})
     drops = np.array([every[place][0] - every[place][1:] for place in order])
     for start in range(0, 500, 32):
@@ -86,7 +86,7 @@ def test_of_a_half_it_is_the_race_over_its_documents(cell_of, measure) -> None:
     found = race_of(store, "top 1")
     measure(store, found, every)
     order = [("arc_easy", n) for n in random_order(SEED, "arc_easy", range(1000))[500:]]
-    plain = Race(question("top 1"), 500, RUNS, apart=1)
+    plain = Race(question("top 1"), 500, RUNS)
     drops = np.array([every[place][0] - every[place][1:] for place in order])
     for start in range(0, 500, 32):
         if not plain.standing.answered:

@@ -160,7 +160,7 @@ def raced(every: Any, by_size: bool, seed: int) -> int:
     weights = weights_by_task([task for task, _ in order], by_size) * len(order)
     drops = np.array([every[place][0] - every[place][1:] for place in order]) * weights[:, None]
     most, at = float(weights.max()), 0
-    race = Race(question("top 1"), len(order), RUNS, lowest=-most, highest=most, apart=most)
+    race = Race(question("top 1"), len(order), RUNS, most)
     while at < len(order) and not race.standing.answered:
         race.look(drops[at : at + 32])
         at += 32

@@ -17,13 +17,6 @@ def counts(lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (lost @ lost.T).astype(float), lost.sum(axis=1).astype(float)
 
 
-def test_a_worked_example() -> None:
-    """Of ten documents, one loses 4, the other 5, both 3: (10·3 - 20) / sqrt(4·6·5·5)."""
-    found = phi(np.array([[4.0, 3.0], [3.0, 5.0]]), np.array([4.0, 5.0]), 10)
-    assert found[0, 1] == pytest.approx(10 / np.sqrt(600))
-    assert found.diagonal().tolist() == pytest.approx([1, 1])
-
-
 def test_it_is_the_correlation_of_the_columns() -> None:
     lost = (DRAW.random((6, 80)) < np.linspace(0.05, 0.9, 6)[:, None]).astype(int)
     both, each = counts(lost)

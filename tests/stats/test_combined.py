@@ -32,15 +32,11 @@ def test_the_interval_of_a_relevance_covers_the_truth(
     for _ in range(DRAWS):
         intact, ablated = outcomes(dice, n, before, kept, won)
         base = accuracy(intact)
-        assert base.value is not None
-        assert base.low is not None
-        assert base.high is not None
         above = Estimate(base.value - chance, base.low - chance, base.high - chance)
         found = ratio(accuracy_drop(intact, ablated), above)
         if found.low is None or found.high is None:
             held += 1  # it says that it does not know
         else:
-            assert found.value is not None
             assert found.low <= found.value <= found.high
             held += found.low <= truth <= found.high
     assert held / DRAWS >= 0.93
@@ -52,10 +48,6 @@ def test_means_and_differences_of_independent_figures_cover_the_truth() -> None:
     for _ in range(DRAWS):
         found = [accuracy((dice.random(150) < rate).astype(float)) for rate in rates]
         whole, apart = mean(found), difference(found[1], found[0])
-        assert whole.low is not None
-        assert whole.high is not None
-        assert apart.low is not None
-        assert apart.high is not None
         means += whole.low <= sum(rates) / 3 <= whole.high
         differences += apart.low <= 0.3 <= apart.high
     assert 0.92 <= means / DRAWS <= 0.98

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 from collections.abc import Iterator
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from scipy import optimize, stats
 
+from tests.stats.drawn import Array, drops, layers_of
 from tracker.stats.sequential import confidence as module
 from tracker.stats.sequential.confidence import (
     BOLD,
@@ -25,13 +24,8 @@ from tracker.stats.sequential.confidence import (
     horizons,
 )
 
-Array = NDArray[np.float64]
 BLOCK = 32
 STEPS = 250
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def looks(sequence: MeanSequences, values: Array, block: int = BLOCK) -> Iterator[int]:
@@ -47,14 +41,6 @@ def shuffled(values: Array, count: int, seed: int = 0) -> Array:
     return np.stack([generator.permutation(values) for _ in range(count)], axis=1)
 
 
-def drops(documents: int, lost: float, won: float) -> Array:
-    """Paired differences of so many documents: shares lost and won, the rest ties."""
-    found = np.zeros(documents)
-    lose, win = round(documents * lost), round(documents * won)
-    found[:lose], found[lose : lose + win] = 1, -1
-    return found
-
-
 # -- the definition --------------------------------------------------------------------------------
 
 
@@ -65,15 +51,13 @@ class Book:
         self.population, self.chance, self.within = population, chance, within
         self.x: list[float] = []
         self.horizons = [float(each) for each in horizons(population)]
-        self.shares = [1 / len(self.horizons)] * len(self.horizons)
+        shares = [1 / len(self.horizons)] * len(self.horizons)
         if within is not None:
             self.horizons = self.horizons[:EARLY]
-            self.shares = [*[EARLY_SHARE / len(self.horizons)] * len(self.horizons)]
-            self.shares.append(1 - EARLY_SHARE)
-        self.boldness = 2 * (math.log(2 / chance) + math.log(len(self.shares)))
-        self.games = {
-            (step / STEPS, side): list(self.shares) for step in range(STEPS + 1) for side in (1, -1)
-        }
+            shares = [EARLY_SHARE / len(self.horizons)] * len(self.horizons) + [1 - EARLY_SHARE]
+        self.boldness = 2 * (math.log(2 / chance) + math.log(len(shares)))
+        steps = itertools.product(range(STEPS + 1), (1, -1))
+        self.games = {(step / STEPS, side): list(shares) for step, side in steps}
         self.low, self.high = 0.0, 1.0
 
     def look(self, x: list[float], low: float, high: float) -> None:
@@ -152,11 +136,9 @@ def test_the_bound_of_documents_that_are_all_right() -> None:
 def made(sequence: MeanSequences, mean: float, side: int) -> Array:
     """What each bet above (1) or below (-1) a mean in [0, 1] made of 1, [bets, series]."""
     which = np.arange(len(sequence.low))
-    candidates = np.full((2, len(which)), mean)
-    logs = [
-        stakes(which)(candidates) for stakes in (sequence._bold_stakes, sequence._cautious_stakes)
-    ]
-    return np.exp(np.concatenate(logs))[:, 0 if side == 1 else 1]
+    stakes = (sequence._bold_stakes(which), sequence._cautious_stakes(which))
+    logs = np.concatenate([of(np.full((2, len(which)), mean)) for of in stakes])
+    return np.exp(logs)[:, 0 if side == 1 else 1]
 
 
 @pytest.mark.parametrize("within", [None, 0.2])
@@ -319,12 +301,7 @@ def plug_in(drawn: Array, looked: list[int], level: float = 0.95) -> dict[int, f
     x, grid = (drawn + 1) / 2, np.linspace(0, 1, 1001)
     chance = (1 - level) / count
     logs = np.zeros((2, count, len(grid)))
-    total, spread, low, high = (
-        np.zeros(count),
-        np.full(count, 0.25),
-        np.zeros(count),
-        np.ones(count),
-    )
+    total, low, high, spread = *np.zeros((2, count)), np.ones(count), np.full(count, 0.25)
     for t in range(1, max(looked) + 1):
         # √(2 log(2/α) / (σ² t log(t + 1))) with the variance spread / t
         bet = np.sqrt(2 * math.log(2 / chance) / (spread * math.log(t + 1)))[:, None]
@@ -336,12 +313,9 @@ def plug_in(drawn: Array, looked: list[int], level: float = 0.95) -> dict[int, f
         spread += (x[t - 1] - (0.5 + total) / (t + 1)) ** 2
         if t in looked:
             rich = logs >= math.log(2 / chance)
-            low = np.maximum(low, np.where(rich[0], grid, 0).max(axis=1))
-            high = np.minimum(high, np.where(rich[1], grid, 1).min(axis=1))
-            low, high = (
-                np.maximum(low, total / population),
-                np.minimum(high, (total + population - t) / population),
-            )
+            low = np.maximum(low, np.where(rich[0], grid, total[:, None] / population).max(axis=1))
+            most = (total + population - t)[:, None] / population
+            high = np.minimum(high, np.where(rich[1], grid, most).min(axis=1))
             widths[t] = 200 * float((high - low).mean())
     return widths
 
@@ -349,11 +323,11 @@ def plug_in(drawn: Array, looked: list[int], level: float = 0.95) -> dict[int, f
 def ours(drawn: Array, looked: list[int], within: float | None = None) -> dict[int, float]:
     """Mean widths of ours."""
     sequence = MeanSequences(*drawn.shape, within=within)
-    found = {
+    return {
         seen: 100 * float((sequence.high - sequence.low).mean())
         for seen in looks(sequence, drawn[: max(looked)])
+        if seen in looked
     }
-    return {seen: found[seen] for seen in looked}
 
 
 BEFORE = {
@@ -392,27 +366,28 @@ def test_at_every_look_as_sharp_as_plain_betting_and_as_before(documents: int) -
 # -- coverage --------------------------------------------------------------------------------------
 
 
-def errors(values: Array, level: float, within: float | None = None) -> float:
-    """The share of series whose mean some look's interval missed."""
-    n, count = values.shape
-    sequence = MeanSequences(n, count, level=level, together=1, within=within)
-    missed = np.zeros(count, dtype=bool)
-    mean = values.mean(axis=0)
+def missed(sequence: MeanSequences, values: Array) -> Array:
+    """Which series' means some look's interval missed."""
+    found, mean = np.zeros(values.shape[1], dtype=bool), values.mean(axis=0)
     for _ in looks(sequence, values):
-        missed |= (sequence.low > mean + 1e-9) | (sequence.high < mean - 1e-9)
-    return float(missed.mean())
+        found |= (sequence.low > mean + 1e-9) | (sequence.high < mean - 1e-9)
+    return found
+
+
+def errors(values: Array, level: float, within: float | None = None) -> float:
+    """The share of series, each for itself, that are missed."""
+    sequence = MeanSequences(*values.shape, level=level, together=1, within=within)
+    return float(missed(sequence, values).mean())
 
 
 def naive_errors(values: Array, level: float) -> float:
     """The same for an interval that is right when it is looked at once."""
-    n, count = values.shape
-    missed, mean = np.zeros(count, dtype=bool), values.mean(axis=0)
-    far = stats.norm.ppf((1 + level) / 2)
+    (n, count), mean, far = values.shape, values.mean(axis=0), stats.norm.ppf((1 + level) / 2)
+    wrong = np.zeros(count, dtype=bool)
     for seen in range(BLOCK, n, BLOCK):
-        sd = values[:seen].std(axis=0, ddof=1)
-        half = far * sd * math.sqrt(1 / seen - 1 / n)
-        missed |= abs(values[:seen].mean(axis=0) - mean) > half + 1e-9
-    return float(missed.mean())
+        error = values[:seen].std(axis=0, ddof=1) * math.sqrt(1 / seen - 1 / n)
+        wrong |= abs(values[:seen].mean(axis=0) - mean) > far * error + 1e-9
+    return float(wrong.mean())
 
 
 CELLS = {
@@ -443,22 +418,14 @@ def test_no_more_errors_where_one_width_is_wanted(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", ["no drop", "a drop of 1 pp", "half lost, half won"])
 def test_an_interval_for_one_look_makes_more(cell: str) -> None:
-    values = shuffled(CELLS[cell], 600)
-    assert naive_errors(values, level=0.95) > 0.15
+    assert naive_errors(shuffled(CELLS[cell], 600), level=0.95) > 0.15
 
 
 def test_all_layers_together() -> None:
     # 40 cells of 12 layers on the same documents in the same order, from harmless to ruinous.
     generator, wrong = np.random.default_rng(5), 0
-    population = np.stack(
-        [generator.permutation(drops(600, lost, 0.03)) for lost in np.linspace(0.03, 0.9, 12)],
-        axis=1,
-    )
-    mean = population.mean(axis=0)
+    population = layers_of(generator, 600, np.linspace(0.03, 0.9, 12), 0.03)
     for _ in range(40):
-        values, missed = generator.permutation(population), False
         sequence = MeanSequences(600, 12, level=0.8)
-        for _ in looks(sequence, values):
-            missed |= bool(((sequence.low > mean + 1e-9) | (sequence.high < mean - 1e-9)).any())
-        wrong += missed
+        wrong += missed(sequence, generator.permutation(population)).any()
     assert wrong <= 8

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
-
 import numpy as np
 import pytest
 
-from tests.stats.test_confidence import drops
+from tests.stats.drawn import layers_of
 from tracker.core.questions import question
-from tracker.stats.sequential import stopping as module
 from tracker.stats.sequential.stopping import Race, Standing, standing
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def bounds(*pairs: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -31,39 +24,30 @@ def said(found: Standing) -> tuple[list[int], list[int]]:
 
 def test_drops_are_known_when_no_interval_is_wider_than_twice_what_is_allowed() -> None:
     low, high = bounds((0.0, 0.04), (-0.03, 0.02), (0.5, 0.5))
-    assert said(standing("drop", low, high, within=0.02)) == ([1], [])
-    assert standing("drop", low, high, within=0.025).answered
+    assert said(standing(low, high, within=0.02)) == ([1], [])
+    assert standing(low, high, within=0.025).answered
 
 
 def test_a_sign_is_known_when_0_is_outside_or_all_that_is_left() -> None:
     low, high = bounds((0.01, 0.4), (-0.2, -0.01), (-0.1, 0.1), (0.0, 0.0), (0.0, 0.1))
-    assert said(standing("sign", low, high)) == ([2, 4], [0, 1])
+    assert said(standing(low, high, within=None)) == ([2, 4], [0, 1])
 
 
-def test_what_is_no_question_about_single_means() -> None:
-    low, high = bounds((0, 1), (0, 1))
-    with pytest.raises(ValueError, match="top compares means"):
-        standing("top", low, high)
-    with pytest.raises(ValueError, match="within what"):
-        standing("drop", low, high)
-
-
-@pytest.mark.parametrize("kind", ["drop", "sign"])
+@pytest.mark.parametrize("within", [0.02, 0.1, None])
 @pytest.mark.parametrize("seed", range(20))
-def test_narrower_bounds_take_nothing_back(kind: str, seed: int) -> None:
+def test_narrower_bounds_take_nothing_back(within: float | None, seed: int) -> None:
     generator = np.random.default_rng(seed)
     means = np.sort(generator.normal(size=9).round(1)) / 10
     low, high = means - 1, means + 1
-    within = None if kind == "sign" else float(generator.choice([0.02, 0.1]))
     before = np.ones(9, dtype=bool)
     while before.any() and (high - low).max() > 1e-12:
-        found = standing(kind, low, high, within=within)
+        found = standing(low, high, within)
         assert not (found.open & ~before).any()
         before = found.open
         # Only those who are still open are looked at.
         low = np.where(before, means - (means - low) * generator.random(9), low)
         high = np.where(before, means + (high - means) * generator.random(9), high)
-    assert kind == "sign" or not before.any()
+    assert within is None or not before.any()
 
 
 # -- whole races -----------------------------------------------------------------------------------
@@ -74,9 +58,11 @@ SHARES = [0.3, 0.22, 0.2, 0.11, 0.1, 0.06, 0.05, 0.02, 0.01, 0.0]
 def race(text: str, seed: int) -> tuple[Race, np.ndarray]:
     """Run one to its end, with whoever is settled left out; returns it and the true means."""
     generator = np.random.default_rng(seed)
-    population = np.stack([generator.permutation(drops(600, s + 0.02, 0.02)) for s in SHARES], 1)
+    population = layers_of(generator, 600, np.array(SHARES) + 0.02, 0.02)
     drawn = generator.permutation(population)
-    found = Race(question(text), 600, len(SHARES))
+    # Of layers that are drawn each for itself, one may win what another loses.
+    asked = question(text)
+    found = Race(asked, 600, len(SHARES), reach=1.0 if asked.count is None else 2.0)
     for start in range(0, 600, 32):
         if found.standing.answered:
             break
@@ -114,20 +100,20 @@ def test_a_question_for_more_runs_than_there_are_is_refused() -> None:
         Race(question("top 4"), 100, 4)
 
 
-def test_drops_from_one_intact_model_are_half_the_range_apart() -> None:
+def test_values_that_are_nearer_to_each_other_answer_sooner() -> None:
     generator = np.random.default_rng(0)
     base = generator.random((600, 1)) < 0.7
     values = (base & (generator.random((600, 3)) < [0.8, 0.1, 0.05])).astype(float)
-    for text, sooner in (("top 1", True), ("sign", False)):
-        seen = []
-        for apart in (None, 1.0):
-            found = Race(question(text), 600, 3, apart=apart)
-            for start in range(0, 600, 4):
-                if not found.standing.answered:
-                    found.look(values[start : start + 4])
-            seen.append(int(found.bounds.seen.max()))
-        assert (seen[1] < seen[0]) == sooner
+    seen = []
+    for reach in (2, 1):
+        found = Race(question("top 1"), 600, 3, reach)
+        for start in range(0, 600, 4):
+            if not found.standing.answered:
+                found.look(values[start : start + 4])
+        seen.append(int(found.bounds.seen.max()))
+    assert seen[1] < seen[0]
     far = np.array([[1.0, -1.0, 0.0]])
     with pytest.raises(ValueError, match="two values of a document are more than 1 apart"):
-        Race(question("top 1"), 600, 3, apart=1.0).look(far)
-    Race(question("top 1"), 600, 3).look(far)
+        Race(question("top 1"), 600, 3).look(far)
+    with pytest.raises(ValueError, match="not from -1 to 1"):
+        Race(question("sign"), 600, 3).look(2 * far)

@@ -2,19 +2,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from scipy import stats
 
+from tests.stats.drawn import Array
 from tracker.stats.surrogates import _SMOOTHNESS, _likely, surrogate_series
 
-Values = NDArray[np.float64]
 
-
-def smooth(layers: int) -> Values:
+def smooth(layers: int) -> Array:
     return np.cumsum(np.random.default_rng(3).normal(size=layers))
 
 
-def lag_one(series: Values) -> Values:
+def lag_one(series: Array) -> Array:
     centred = series - series.mean(axis=-1, keepdims=True)
     products = (centred[..., 1:] * centred[..., :-1]).sum(axis=-1)
     return np.asarray(products / (centred**2).sum(axis=-1))
@@ -23,7 +21,7 @@ def lag_one(series: Values) -> Values:
 @pytest.mark.parametrize(
     "values", [smooth(30), np.exp(smooth(12)), np.round(smooth(20)), smooth(3)]
 )
-def test_each_draw_holds_the_values_in_another_order(values: Values) -> None:
+def test_each_draw_holds_the_values_in_another_order(values: Array) -> None:
     drawn = surrogate_series(values, 50, seed=0)
     assert drawn.shape == (50, len(values))
     assert (np.sort(drawn, axis=1) == np.sort(values)).all()
@@ -51,11 +49,9 @@ def test_a_series_upside_down_is_as_smooth() -> None:
 
 def test_only_the_order_tells_how_smooth_a_series_is() -> None:
     values = smooth(30)
-    same_order = surrogate_series(np.exp(3 * values), 20, seed=0)
-    assert (
-        stats.rankdata(same_order, axis=1)
-        == stats.rankdata(surrogate_series(values, 20, seed=0), axis=1)
-    ).all()
+    drawn = (surrogate_series(each, 20, seed=0) for each in (np.exp(3 * values), values))
+    one, other = (stats.rankdata(each, axis=1) for each in drawn)
+    assert (one == other).all()
 
 
 @pytest.mark.parametrize("layers", [3, 4, 12, 30])

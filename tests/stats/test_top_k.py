@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from scipy import stats
 
-from tests.stats.test_confidence import drops
-from tracker.stats.sequential import top_k as module
+from tests.stats.drawn import Array, layers_of
 from tracker.stats.sequential.top_k import FRACTIONS, MOST, SequentialTopK
 
-Array = NDArray[np.float64]
 BLOCK = 32
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def raced(duels: SequentialTopK, drawn: Array, block: int = BLOCK) -> SequentialTopK:
     """Look until it is answered, at nobody who is settled."""
     for start in range(0, len(drawn), block):
-        if not duels.open.any():
-            break
-        duels.look(np.where(duels.open, drawn[start : start + block], np.nan))
+        if duels.open.any():
+            duels.look(np.where(duels.open, drawn[start : start + block], np.nan))
     return duels
 
 
 def population(shares: list[float], documents: int, seed: int = 0) -> Array:
     """Drops of some runs, of which each loses such a share of the documents and wins 3 %."""
-    generator = np.random.default_rng(seed)
-    columns = [drops(documents, share + 0.03, 0.03) for share in shares]
-    return np.stack([generator.permutation(column) for column in columns], axis=1)
+    return layers_of(np.random.default_rng(seed), documents, np.array(shares) + 0.03, 0.03)
 
 
 # -- the definition --------------------------------------------------------------------------------
@@ -156,12 +145,10 @@ def test_an_exact_distance_of_the_tolerance_is_tolerated() -> None:
 
 def test_who_is_settled_leaves_the_others_as_they_were() -> None:
     drawn = np.random.default_rng(0).permutation(population([0.5, 0.12, 0.1, 0.0], 600))
-    duels, whole = SequentialTopK(600, 4, 2, reach=2), SequentialTopK(600, 4, 2, reach=2)
-    for start in range(0, 600, BLOCK):
-        if not duels.open.any():
-            break
-        duels.look(np.where(duels.open, drawn[start : start + BLOCK], np.nan))
-        whole.look(drawn[start : start + BLOCK])
+    duels, whole = (SequentialTopK(600, 4, 2, reach=2) for _ in range(2))
+    raced(duels, drawn)
+    while whole.open.any():
+        whole.look(drawn[whole.seen :][:BLOCK])
     assert duels.chosen.tolist() == whole.chosen.tolist()
     assert np.isfinite(duels._capital).all()
     assert duels.seen == whole.seen < 600
@@ -191,19 +178,12 @@ CELLS = {
 }
 
 
-def wrong(
-    drawn: Array,
-    within: float | None,
-    level: float,
-    races: int,
-    kind: type[SequentialTopK] = SequentialTopK,
-    reach: float = 2,
-) -> float:
-    """The share of races whose answer, or what was settled of it, is wrong."""
+def wrong(drawn: Array, races: int = 300, kind=SequentialTopK, within=None, reach=2) -> float:
+    """The share of races at 80 % whose answer, or what was settled of it, is wrong."""
     generator, errors = np.random.default_rng(3), 0
     means = drawn.mean(axis=0)
     for _ in range(races):
-        duels = kind(len(drawn), 6, 2, within=within, level=level, reach=reach)
+        duels = kind(len(drawn), 6, 2, within=within, level=0.8, reach=reach)
         raced(duels, generator.permutation(drawn))
         last, slack = np.sort(means)[-2], (within or 0) + 1e-9
         out = ~duels.chosen & ~duels.open
@@ -215,7 +195,7 @@ def wrong(
 @pytest.mark.parametrize("within", [None, 0.01])
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_more_errors_than_promised(cell: str, within: float | None) -> None:
-    assert wrong(population(*CELLS[cell]), within, level=0.8, races=300) <= 0.2
+    assert wrong(population(*CELLS[cell]), within=within) <= 0.2
 
 
 def paired(shares: list[float], documents: int) -> Array:
@@ -232,7 +212,7 @@ def paired(shares: list[float], documents: int) -> Array:
 def test_half_the_range_makes_no_more_errors_than_promised(cell: str) -> None:
     shares, documents = CELLS[cell]
     drawn = paired([min(share, 0.5) for share in shares], documents)
-    assert wrong(drawn, None, level=0.8, races=300, reach=1) <= 0.2
+    assert wrong(drawn, reach=1) <= 0.2
 
 
 def test_half_the_range_settles_a_clear_gap_sooner() -> None:
@@ -260,4 +240,4 @@ class Naive(SequentialTopK):
 
 
 def test_tests_of_one_pair_and_one_look_make_more() -> None:
-    assert wrong(population(*CELLS["a small gap"]), None, level=0.8, races=100, kind=Naive) > 0.5
+    assert wrong(population(*CELLS["a small gap"]), races=100, kind=Naive) > 0.5

@@ -77,7 +77,7 @@ def by_races(cell: MeasuredDocuments, text: str, orders: np.ndarray) -> Replayed
     asked, found = question(text), []
     means = cell.drops.mean(axis=0)
     for order in orders:
-        race = Race(asked, cell.population, LAYERS, apart=1.0)
+        race = Race(asked, cell.population, LAYERS)
         looked, measured, passes = 0, 0, 0.0
         block_of, there = blocks_of(cell, order), set()
         while not race.standing.answered and looked < len(order):

@@ -92,12 +92,7 @@ class CellRace:
         most = float(self._scale.max())
         try:
             # Two drops of a document share what it was before, and that is between 0 and 1.
-            self.race = Race(
-                *(view.until.asked, self.population, len(self._names)),
-                lowest=-most,
-                highest=most,
-                apart=most,
-            )
+            self.race = Race(view.until.asked, self.population, len(self._names), most)
         except ValueError as error:
             raise ExperimentError(f"'until': {error}") from None
         self.advance()

@@ -205,13 +205,7 @@ def _expected(store: CellStore, view: View) -> Expected | None:
     most = float(weights.max())
     # A pilot has as many documents of each task, and the order has each task in proportion.
     chances = np.array([counts[task] / pilot[task] for task in outcomes.tasks]) / len(tasks)
-    found = forecast(
-        *(view.until.asked, drops, len(tasks)),
-        lowest=-most,
-        highest=most,
-        apart=most,
-        chances=chances,
-    )
+    found = forecast(view.until.asked, drops, len(tasks), reach=most, chances=chances)
     race = CellRace(store, view)
     took = race.measured_for(found.looked)
     spent = took * race.base + race.measured_for(found.seen) @ race.costs

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from tracker.core.estimates import Estimate
-from tracker.stats.arrays import Array, Numbers
+from tracker.stats.arrays import Array, Numbers, divided
 
 LEVEL = 0.95
 """The confidence level of every interval in this module."""
@@ -55,8 +55,8 @@ def weights_by_task(
     if units is None:
         return np.asarray(each[task], dtype=np.float64)
     known = np.nan_to_num(units)
-    totals = np.bincount(task, known)
-    shared = np.divide(known, totals[task], out=1 / sizes[task], where=totals[task] > 0)
+    totals = np.bincount(task, known).astype(np.float64)
+    shared = divided(known, totals[task], 1 / sizes[task])
     return np.asarray(each[task] * sizes[task] * shared, dtype=np.float64)
 
 
@@ -224,7 +224,7 @@ def chance_accuracy(choices: Numbers | Array, weights: Array | None = None) -> f
         raise ValueError("choices must be whole numbers, 0 or more")
     if not len(counts):
         return math.nan
-    chances = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
+    chances = divided(1.0, counts, 0.0)
     return float(chances.mean()) if equal else float(chances @ shares)
 
 
@@ -252,15 +252,15 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
         >>> accuracy_relevance(0.25, 0.2, chance=0.25).reason
         'the baseline accuracy 0.2500 is not above chance 0.2500'
     """
-    for name, number in (("baseline", baseline), ("ablated", ablated), ("chance", chance)):
-        if number is None or not math.isfinite(number):
-            return Estimate(None, reason=f"the {name} accuracy is undefined")
-    assert baseline is not None
-    assert ablated is not None
+    if baseline is None or not math.isfinite(baseline):
+        return Estimate(None, reason="the baseline accuracy is undefined")
+    if ablated is None or not math.isfinite(ablated):
+        return Estimate(None, reason="the ablated accuracy is undefined")
+    if not math.isfinite(chance):
+        return Estimate(None, reason="the chance accuracy is undefined")
     if baseline - chance <= _SAME:
-        return Estimate(
-            None, reason=f"the baseline accuracy {baseline:.4f} is not above chance {chance:.4f}"
-        )
+        reason = f"the baseline accuracy {baseline:.4f} is not above chance {chance:.4f}"
+        return Estimate(None, reason=reason)
     return Estimate(1 - max(ablated - chance, 0.0) / (baseline - chance))
 
 
@@ -311,7 +311,6 @@ def _adjusted_wald(values: Array, shares: Array, extra: tuple[float, ...]) -> tu
     padded = np.concatenate([values, np.array(extra)])
     weights = np.concatenate([shares, np.full(len(extra), 1 / n)]) / (1 + len(extra) / n)
     mean = float(padded @ weights)
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt(
-        float(weights**2 @ (padded - mean) ** 2)
-    )
+    error = math.sqrt(float(weights**2 @ (padded - mean) ** 2))
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * error
     return mean - half, mean + half

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracker.stats.arrays import Array, Numbers
+from tracker.stats.arrays import Array, Numbers, divided
 from tracker.stats.rank_agreement import row_coefficients
 
 DRAWS = 100
@@ -56,15 +56,17 @@ def at_equal_cost(
 
     Returns:
         Name → for each budget the mean over halves of Spearman's coefficient; NaN where a budget
-        pays for no document, or for more than there are, or where no half has a coefficient.
+        pays for no document, or for more than there are, or where fewer than half of the halves
+        have a coefficient.
     """
     count = len(truth.values)
     half = count // 2
     generator = np.random.default_rng(seed)
     orders = [generator.permutation(count) for _ in range(DRAWS)]
     targets = np.array([_running(truth, order[half:])[-1] for order in orders])
-    found = {name: np.full((DRAWS, len(budgets)), np.nan) for name in measures}
+    means = {}
     for name, measure in measures.items():
+        drawn = np.full((DRAWS, len(budgets)), np.nan)
         paid = [int(budget / measure.price) for budget in budgets]
         fits = [i for i, documents in enumerate(paid) if 1 <= documents <= half]
         if fits:
@@ -72,31 +74,20 @@ def at_equal_cost(
             rows = np.concatenate([_running(measure, order[:half])[last] for order in orders])
             # In one call: ranking a table takes hardly longer than ranking a row.
             values = row_coefficients(rows, targets.repeat(len(fits), axis=0), "spearman")
-            found[name][:, fits] = values.reshape(DRAWS, len(fits))
-    return {name: _means(rows) for name, rows in found.items()}
+            drawn[:, fits] = values.reshape(DRAWS, len(fits))
+        known = np.isfinite(drawn).sum(axis=0)
+        enough = np.where(2 * known >= DRAWS, known, 0)
+        means[name] = divided(np.nansum(drawn, axis=0), enough).tolist()
+    return means
 
 
 def _running(measure: LayerMeasure, order: Numbers) -> Array:
     """Weighted means of the first 1, 2, … documents of an order `[documents, layers]`."""
     weights = measure.weights[order]
     sums = np.cumsum(weights[:, None] * _known(measure)[order], axis=0)
-    total = np.cumsum(weights)[:, None]
-    means = np.full(sums.shape, np.nan)
-    np.divide(sums, total, out=means, where=total > 0)
-    return means
+    return divided(sums, np.cumsum(weights)[:, None])
 
 
 def _known(measure: LayerMeasure) -> Array:
     """The values, where they weigh something."""
     return np.where(measure.weights[:, None] > 0, measure.values, 0.0)
-
-
-def _means(rows: Array) -> list[float]:
-    """Mean over draws, NaN where fewer than half of them have a value."""
-    known = np.isfinite(rows)
-    enough = known.sum(axis=0) * 2 >= len(rows)
-    sums = np.where(known, rows, 0).sum(axis=0)
-    return [
-        float(total / count) if fine else float("nan")
-        for total, count, fine in zip(sums, known.sum(axis=0), enough, strict=True)
-    ]

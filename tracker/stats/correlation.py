@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tracker.core.estimates import Estimate
-from tracker.stats.arrays import Array
+from tracker.stats.arrays import Array, divided
 from tracker.stats.rank_agreement import COEFFICIENTS, midranks, rounded, row_coefficients
 from tracker.stats.resampling import bias_corrected_interval
 from tracker.stats.surrogates import surrogate_series
@@ -57,7 +57,7 @@ def correlate(
         than three layers, a NaN, or an input that is the same in every layer.
 
     Raises:
-        ValueError: An unknown coefficient, or shapes that do not belong together.
+        ValueError: An unknown coefficient.
 
     References:
         M. G. Kendall, Biometrika 33 (1945) 239-251 (tau-b). B. Phipson, G. K. Smyth, Statistical
@@ -72,12 +72,8 @@ def correlate(
     """
     if coefficient not in COEFFICIENTS:
         raise ValueError(f"unknown coefficient {coefficient!r}; one of {', '.join(COEFFICIENTS)}")
-    if surrogates < 1:
-        raise ValueError(f"surrogates must be 1 or more, not {surrogates}")
     x, y = rounded(proxy), rounded(drop)
-    if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"a proxy of the shape {x.shape} but drops of the shape {y.shape}")
-    if reason := _undefined(x, y):
+    if reason := _undefined(3, "a correlation", ("the proxy", x), ("the accuracy drop", y)):
         return Estimate(None, reason=reason)
     (value,) = row_coefficients(x[None], y[None], coefficient).tolist()
     low = high = None
@@ -87,9 +83,11 @@ def correlate(
             y[None] if resampled_drop is None else resampled_drop,
             coefficient,
         )
-        if interval := bias_corrected_interval(value, rows):
-            low, high = max(interval[0], -1.0), min(interval[1], 1.0)
-    p_value = _surrogate_p(x, y, coefficient, surrogates, seed)
+        low, high = bias_corrected_interval(value, rows, -1, 1)
+    if coefficient == "spearman":
+        # Ranks move with their layers: ranking once is ranking every order.
+        x, y, coefficient = midranks(x), midranks(y), "pearson"
+    p_value = _surrogate_p(x, y, abs(value), coefficient, surrogates, seed)
     return Estimate(value, low, high, p_value)
 
 
@@ -123,13 +121,13 @@ def correlation_difference(
     """
     values, rows = [], []
     for value, resampled in (one, other):
-        if reason := _undefined(rounded(value), rounded(drop[0])):
+        x, y = rounded(value), rounded(drop[0])
+        if reason := _undefined(3, "a correlation", ("the proxy", x), ("the accuracy drop", y)):
             return Estimate(None, reason=reason)
-        values.append(float(row_coefficients(value[None], drop[0][None], coefficient)[0]))
+        values.append(float(row_coefficients(x[None], y[None], coefficient)[0]))
         rows.append(row_coefficients(resampled, drop[1], coefficient))
-    found = values[0] - values[1]
-    ends = bias_corrected_interval(found, rows[0] - rows[1])
-    return Estimate(found) if ends is None else Estimate(found, max(ends[0], -2), min(ends[1], 2))
+    difference = values[0] - values[1]
+    return Estimate(difference, *bias_corrected_interval(difference, rows[0] - rows[1], -2, 2))
 
 
 def partial_correlate(
@@ -163,9 +161,6 @@ def partial_correlate(
         layers, a NaN, a series that is the same in every layer, or one whose ranks are those of
         the third, forwards or backwards.
 
-    Raises:
-        ValueError: Shapes that do not belong together.
-
     References:
         M. G. Kendall, Biometrika 32 (1942) 277-283 (partial rank correlation). D. Freedman,
         D. Lane, Journal of Business & Economic Statistics 1 (1983) 292-298 (residuals redrawn).
@@ -177,47 +172,26 @@ def partial_correlate(
         0.7456
     """
     x, y, z = rounded(first), rounded(second), rounded(given)
-    if x.ndim != 1 or not x.shape == y.shape == z.shape:
-        raise ValueError(f"series of the shapes {x.shape}, {y.shape} and {z.shape}")
-    n = len(x)
-    if n < 4:
-        reason = f"{n} layer{'' if n == 1 else 's'}, and a partial correlation needs at least 4"
+    named = (("a series", series) for series in (x, y, z))
+    if reason := _undefined(4, "a partial correlation", *named):
         return Estimate(None, reason=reason)
-    for values in (x, y, z):
-        if missing := int((~np.isfinite(values)).sum()):
-            reason = f"a series is undefined in {missing} of {n} layers"
-            return Estimate(None, reason=reason)
-        if np.ptp(values) == 0:
-            reason = f"a series is the same in all {n} layers"
-            return Estimate(None, reason=reason)
-    (value,) = _partial_rows(x[None], y[None], z[None])
+    (value,) = _partial_rows(x[None], y[None], z[None]).tolist()
     if not np.isfinite(value):
-        reason = "a series has the ranks of what is held fixed"
-        return Estimate(None, reason=reason)
+        return Estimate(None, reason="a series has the ranks of what is held fixed")
     low = high = None
     if resampled is not None:
-        rows = _partial_rows(*resampled)
-        if interval := bias_corrected_interval(float(value), rows):
-            low, high = max(interval[0], -1.0), min(interval[1], 1.0)
+        low, high = bias_corrected_interval(value, _partial_rows(*resampled), -1, 1)
     about = midranks(z)
-    one, other = (_without(midranks(each)[None], about)[0] for each in (x, y))
-    as_strong = 0
-    for kept, redrawn in ((one, other), (other, one)):
-        series = _without(surrogate_series(redrawn, surrogates, seed), about)
-        by_chance = np.abs(row_coefficients(kept[None], series, "pearson"))
-        as_strong = max(as_strong, int((by_chance >= abs(value) - 1e-9).sum()))
-    p_value = (as_strong + 1) / (surrogates + 1)
-    return Estimate(float(value), low, high, p_value)
+    one, other = (_without(midranks(series)[None], about)[0] for series in (x, y))
+    p_value = _surrogate_p(one, other, abs(value), "pearson", surrogates, seed, about)
+    return Estimate(value, low, high, p_value)
 
 
 def _partial_rows(x: Array, y: Array, z: Array) -> Array:
     """Spearman's partial coefficient of each row of two tables, given the row of a third."""
     xy, xz, yz = (row_coefficients(*pair, "spearman") for pair in ((x, y), (x, z), (y, z)))
     left = (1 - xz**2) * (1 - yz**2)
-    rows = np.broadcast_shapes(xy.shape, left.shape)
-    values = np.full(rows, np.nan)
-    np.divide(xy - xz * yz, np.sqrt(np.maximum(left, 0)), out=values, where=left > 1e-12)
-    return values
+    return divided(xy - xz * yz, np.sqrt(np.where(left > 1e-12, left, 0)))
 
 
 def _without(rows: Array, about: Array) -> Array:
@@ -227,27 +201,33 @@ def _without(rows: Array, about: Array) -> Array:
     return np.asarray(rows - np.outer(rows @ centred, centred) / (centred @ centred))
 
 
-def _undefined(proxy: Array, drop: Array) -> str | None:
-    """Say why the two cannot be correlated, or nothing when they can."""
-    n = len(proxy)
-    if n < 3:
-        return f"{n} layer{'' if n == 1 else 's'}, and a correlation needs at least 3"
-    for name, values in (("proxy", proxy), ("accuracy drop", drop)):
+def _undefined(fewest: int, figure: str, *series: tuple[str, Array]) -> str | None:
+    """Say why a figure of series by their names is undefined, or nothing when it is not."""
+    n = len(series[0][1])
+    if n < fewest:
+        return f"{n} layer{'' if n == 1 else 's'}, and {figure} needs at least {fewest}"
+    for name, values in series:
         if missing := int((~np.isfinite(values)).sum()):
-            return f"the {name} is undefined in {missing} of {n} layers"
+            return f"{name} is undefined in {missing} of {n} layers"
         if np.ptp(values) == 0:
-            return f"the {name} is the same in all {n} layers"
+            return f"{name} is the same in all {n} layers"
     return None
 
 
-def _surrogate_p(x: Array, y: Array, coefficient: str, surrogates: int, seed: int) -> float:
-    if coefficient == "spearman":
-        # Ranks move with their layers: ranking once is ranking every order.
-        x, y, coefficient = midranks(x), midranks(y), "pearson"
-    observed = abs(float(row_coefficients(x[None], y[None], coefficient)[0]))
+def _surrogate_p(
+    x: Array,
+    y: Array,
+    observed: float,
+    coefficient: str,
+    surrogates: int,
+    seed: int,
+    about: Array | None = None,
+) -> float:
+    """Redraw each of two series; what is linear in a third one is taken out of the drawn ones."""
     as_strong = 0
     for kept, redrawn in ((x, y), (y, x)):
-        others = surrogate_series(redrawn, surrogates, seed)
+        drawn = surrogate_series(redrawn, surrogates, seed)
+        others = drawn if about is None else _without(drawn, about)
         by_chance = np.abs(row_coefficients(kept[None], others, coefficient))
         as_strong = max(as_strong, int((by_chance >= observed - 1e-9).sum()))
     return (as_strong + 1) / (surrogates + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,9 +38,6 @@ def growths(
         None with a reason for fewer than two documents, or where one of the two is not positive
         and finite in some document.
 
-    Raises:
-        ValueError: Not one value of both for each document.
-
     References:
         F. Wilcoxon, Biometrics Bulletin 1 (1945) 80-83. T. C. Hesterberg, The American
         Statistician 69 (2015) 371-386 (the expanded percentile interval).
@@ -49,8 +47,6 @@ def growths(
         >>> round(found.value, 9), found.p_value
         (4.0, 0.25)
     """
-    if first.shape != last.shape or first.ndim != 2:
-        raise ValueError(f"shapes {first.shape} and {last.shape} of the same documents")
     n, columns = first.shape
     if n < 2:
         why = f"{n} document{'' if n == 1 else 's'}, and growth needs two"
@@ -89,10 +85,7 @@ def fewest_to_show(tests: int, level: float) -> int:
         >>> fewest_to_show(1, 0.05), fewest_to_show(29, 0.05)
         (6, 11)
     """
-    n = 2
-    while tests * 2.0 ** (1 - n) >= level:
-        n += 1
-    return n
+    return next(n for n in itertools.count(2) if tests * 2.0 ** (1 - n) < level)
 
 
 def unequal_growth(groups: Sequence[Array]) -> float | None:

@@ -15,7 +15,7 @@ from scipy import stats
 
 from tracker.core.estimates import Estimate
 from tracker.stats.accuracy import mean_interval
-from tracker.stats.arrays import Array, Mask
+from tracker.stats.arrays import Array, Mask, divided
 from tracker.stats.rank_agreement import rounded, row_coefficients
 from tracker.stats.resampling import bias_corrected_interval
 
@@ -63,8 +63,8 @@ def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> 
     documents = len(values)
     if not documents:
         return [Estimate(None, reason="no documents")] * values.shape[1]
-    whole = _all(np.isin(values, (-2, -1, 0, 1, 2)))
-    finite = _all(np.isfinite(values))
+    whole: Mask = np.all(np.isin(values, (-2, -1, 0, 1, 2)), axis=0)
+    finite: Mask = np.all(np.isfinite(values), axis=0)
     drawn = np.full(values.shape[1], np.nan)
     others = finite & ~whole
     if others.any():
@@ -73,9 +73,8 @@ def interactions(values: Array, weights: Array | None = None, seed: int = 0) -> 
     for pair, column in enumerate(values.T):
         if not finite[pair]:
             bad = int((~np.isfinite(column)).sum())
-            found.append(
-                Estimate(None, reason=f"{bad} of {documents} documents have no finite score")
-            )
+            reason = f"{bad} of {documents} documents have no finite score"
+            found.append(Estimate(None, reason=reason))
             continue
         value = float(column.mean()) if weights is None else float(column @ weights)
         ends = mean_interval(column, weights, (1.0, -1.0) if whole[pair] else ())
@@ -97,16 +96,14 @@ def sign_flip_p(values: Array) -> float:
         >>> round(sign_flip_p(np.array([2.0, 1.0, 0.0])), 4)
         0.5
     """
-    ones, twos = (int((np.abs(values) == size).sum()) for size in (1, 2))
-    # Of k values of a size, b are positive: their sum is size · (2b − k).
-    share = np.array([1.0])
-    sums = np.array([0])
-    for size, count in ((1, ones), (2, twos)):
+    sums, chances = [], []
+    for size in (1, 2):
+        count = int((np.abs(values) == size).sum())
         positive = np.arange(count + 1)
-        chance = stats.binom.pmf(positive, count, 0.5)
-        sums = np.add.outer(sums, size * (2 * positive - count)).ravel()
-        share = np.multiply.outer(share, chance).ravel()
-    return min(1.0, float(share[np.abs(sums) >= abs(values.sum()) - 1e-9].sum()))
+        sums.append(size * (2 * positive - count))
+        chances.append(stats.binom.pmf(positive, count, 0.5))
+    far = np.abs(np.add.outer(*sums)) >= abs(values.sum()) - 1e-9
+    return min(1.0, float(np.multiply.outer(*chances)[far].sum()))
 
 
 def _drawn_p(values: Array, seed: int) -> Array:
@@ -163,19 +160,12 @@ def additivity(
         if not math.isfinite(value):
             found.append(Estimate(None, reason="the sums or the joint drops are all the same"))
             continue
-        ends = bias_corrected_interval(value, drawn)
-        low, high = (ends[0], min(ends[1], 1.0)) if ends else (None, None)
-        found.append(Estimate(value, low, high))
+        found.append(Estimate(value, *bias_corrected_interval(value, drawn, highest=1)))
     return found[0], found[1]
-
-
-def _all(table: Mask) -> Mask:
-    return np.asarray(table.all(axis=0), dtype=np.bool_)
 
 
 def _explained(sums: Array, joint: Array) -> Array:
     rest = ((joint - sums) ** 2).sum(axis=1)
     spread = ((joint - joint.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
     varies = np.ptp(rounded(joint), axis=1) > 0
-    shares = np.divide(rest, spread, out=np.full(len(rest), np.nan), where=varies)
-    return np.asarray(1 - shares, dtype=np.float64)
+    return 1 - divided(rest, np.where(varies, spread, 0))

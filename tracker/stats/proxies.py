@@ -28,15 +28,10 @@ def proxy_means(sums: Array, tokens: Numbers | Array) -> Array:
     Returns:
         `[layers]`; NaN without tokens, and in a layer with a NaN in any document.
 
-    Raises:
-        ValueError: The sums and the tokens do not belong to the same documents.
-
     Examples:
         >>> proxy_means(np.array([[1.0, 2.0], [5.0, 4.0]]), np.array([2, 10])).tolist()
         [0.5, 0.5]
     """
-    if sums.ndim != 2 or tokens.shape != sums.shape[:1]:
-        raise ValueError(f"sums of the shape {sums.shape} but tokens of the shape {tokens.shape}")
     total = int(tokens.sum())
     if not total:
         return np.full(sums.shape[1], np.nan)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from tracker.stats.arrays import Array, Mask, Numbers
+from tracker.stats.arrays import Array, Numbers, divided
 from tracker.stats.surrogates import surrogate_series
 
 DECIMALS = 12
@@ -61,60 +61,40 @@ def row_coefficients(x: Array, y: Array, coefficient: str) -> Array:
     Returns:
         `[rows]`; NaN where a row is constant or holds a NaN.
 
-    Raises:
-        ValueError: The tables' shapes do not belong together.
     """
     x, y = rounded(x), rounded(y)
-    if (
-        x.ndim != 2
-        or y.ndim != 2
-        or x.shape[1] != y.shape[1]
-        or (len(x) != len(y) and 1 not in (len(x), len(y)))
-    ):
-        raise ValueError(f"tables of the shapes {x.shape} and {y.shape} do not match")
     if coefficient == "kendall":
         values = _kendall_rows(x, y)
     elif coefficient == "spearman":
         values = _pearson_rows(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1))
     else:
         values = _pearson_rows(x, y)
-    usable = _varies(x) & _varies(y)
+    # Of a row with a NaN the spread is NaN, and what is not finite was made one.
+    usable = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
     return np.where(usable, values, np.nan)
-
-
-def _varies(rows: Array) -> Mask:
-    """Return which rows are finite and not constant."""
-    finite = np.isfinite(rows).all(axis=1)
-    return np.asarray(finite & (rows.max(axis=1) > rows.min(axis=1)), dtype=np.bool_)
 
 
 def _pearson_rows(x: Array, y: Array) -> Array:
     x = x - x.mean(axis=1, keepdims=True)
     y = y - y.mean(axis=1, keepdims=True)
     spread = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    products = np.broadcast_to((x * y).sum(axis=1), spread.shape)
-    values = np.full(spread.shape, np.nan)
-    np.divide(products, spread, out=values, where=spread > 0)
-    return np.clip(values, -1, 1)
+    return np.clip(divided((x * y).sum(axis=1), spread), -1, 1)
 
 
 def _kendall_rows(x: Array, y: Array) -> Array:
     """Return tau-b: the sum of concordance signs over the pairs, divided by the untied pairs."""
     first, second = np.triu_indices(x.shape[1], k=1)
-    rows = max(len(x), len(y))
-    values = np.full(rows, np.nan)
+    values = []
     step = max(1, _PAIRS // max(len(first), 1))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    for start in range(0, max(len(x), len(y)), step):
         signs = []
         for table in (x, y):
-            block = table if len(table) == 1 else table[part]
+            block = table if len(table) == 1 else table[start : start + step]
             signs.append(np.sign(block[:, first] - block[:, second]).astype(np.float32))
         balance = np.einsum("ij,ij->i", *np.broadcast_arrays(*signs))
-        pairs = [np.abs(sign).sum(axis=1, dtype=np.float64) for sign in signs]
-        untied = np.sqrt(pairs[0] * pairs[1])
-        np.divide(balance, untied, out=values[part], where=untied > 0)
-    return values
+        one, other = (np.abs(sign).sum(axis=1, dtype=np.float64) for sign in signs)
+        values.append(divided(balance, np.sqrt(one * other)))
+    return np.concatenate(values)
 
 
 def overlap(first: Array, second: Array, k: int) -> Array:
@@ -169,16 +149,11 @@ def ranks_apart(proxy: Array, drop: Array, beyond: float = 0) -> tuple[float, fl
         The share, and its mean over random orders of these values, both over all benchmarks; NaN
         where a value is not finite, since nobody knows its rank.
 
-    Raises:
-        ValueError: The tables' shapes differ.
-
     Examples:
         >>> ranks_apart(np.array([[0.1, 0.2, 0.3, 0.4]]), np.array([[0.0, 0.2, 0.1, 0.5]]))
         (0.5, 0.75)
     """
     x, y = midranks(proxy), midranks(drop)
-    if x.shape != y.shape:
-        raise ValueError(f"tables of the shapes {x.shape} and {y.shape} do not match")
     if not (np.isfinite(proxy).all() and np.isfinite(drop).all()):
         return math.nan, math.nan
     pairs = np.abs(x[:, :, None] - y[:, None, :]) > beyond + _EPS
@@ -259,7 +234,7 @@ def mean_spearman_p(proxy: Array, drop: Array, seed: int = 0) -> float:
     Returns:
         (k + 1) / (m + 1) for k of m relabellings that correlate as strongly.
     """
-    x, y = (_standardised(midranks(each)) for each in (proxy, drop))
+    x, y = (stats.zscore(midranks(each), axis=1) for each in (proxy, drop))
     count = x.shape[0] * x.shape[1]
     observed = abs(float((x * y).sum() / count))
     worst = 0
@@ -284,8 +259,3 @@ def smooth_orders(values: Array, draws: int, seed: int) -> Numbers:
     ranks = stats.rankdata(values, method="ordinal").astype(np.float64)
     positions = surrogate_series(ranks, draws, seed).astype(np.int64) - 1
     return np.asarray(ranks.argsort()[positions], dtype=np.int64)
-
-
-def _standardised(rows: Array) -> Array:
-    spread = rows.std(axis=1, keepdims=True)
-    return np.asarray((rows - rows.mean(axis=1, keepdims=True)) / spread, dtype=np.float64)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracker.stats.arrays import Array
+from tracker.stats.arrays import Array, divided
 
 RATIO = "ratio"
 """The plain ratio of both sums."""
@@ -54,6 +54,5 @@ def document_ratios(how: str, sums: Array, units: Array) -> Array:
         >>> document_ratios("ratio", np.array([1.0, 0.0]), np.array([2.0, 0.0])).tolist()
         [0.5, 0.0]
     """
-    ratios = np.where((units == 0) & (sums == 0), 0.0, np.nan)
-    np.divide(SCALES[how] * sums, units, out=ratios, where=units > 0)
-    return ratios
+    nothing = np.where((units == 0) & (sums == 0), 0.0, np.nan)
+    return divided(SCALES[how] * sums, units, nothing)

@@ -56,21 +56,15 @@ def disjoint_means(
         values: `[documents, layers]`.
         weights: `[documents]`, 0 or more.
         strata: `[documents]`, e.g. each document's task; see `stratified_orders`.
-        sizes: How many documents each of the two samples has, 1 or more.
+        sizes: How many documents each of the two samples has, from 1 to all.
         draws: How many times to draw the two.
         seed: Seed of the generator; equal seeds draw equal documents.
 
     Returns:
         Both samples' weighted means, `[draws, sizes, layers]` each. The second is NaN where there
         are not twice as many documents; either is where its documents weigh nothing.
-
-    Raises:
-        ValueError: A sample is empty or larger than what it is taken from.
     """
-    documents = len(values)
-    if min(sizes) < 1 or max(sizes) > documents:
-        raise ValueError(f"cannot draw {min(sizes)} to {max(sizes)} of {documents} documents")
-    bounds = sorted({0, *sizes, *(2 * n for n in sizes if 2 * n <= documents)})
+    bounds = sorted({0, *sizes, *(2 * n for n in sizes if 2 * n <= len(values))})
     at = {bound: place for place, bound in enumerate(bounds)}
     table = np.column_stack([np.where(weights[:, None] > 0, values * weights[:, None], 0), weights])
     both = np.full((2, draws, len(sizes), values.shape[1]), np.nan)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracker.stats.accuracy import LEVEL
-from tracker.stats.arrays import Array, Numbers, Strata
+from tracker.stats.arrays import Array, Numbers, Strata, divided
 
 RESAMPLES = 2000
 """How many times documents are drawn for an interval, unless said otherwise."""
@@ -39,15 +39,8 @@ def document_counts(
 
     Yields:
         `[some resamples, documents]`; every row sums to `documents`.
-
-    Raises:
-        ValueError: There are no documents or no resamples, or not one stratum per document.
     """
-    if documents < 1 or resamples < 1:
-        raise ValueError(f"cannot draw {resamples} resamples from {documents} documents")
     labels = np.zeros(documents) if strata is None else np.asarray(strata)
-    if labels.shape != (documents,):
-        raise ValueError(f"{documents} documents but strata of the shape {labels.shape}")
     _, stratum, sizes = np.unique(_collapsed(labels), return_inverse=True, return_counts=True)
     order = np.argsort(stratum, kind="stable")
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -97,9 +90,6 @@ def resampled_means(
         `[resamples, k]`: sum(count · weight · value) / sum(count · weight). NaN in a column with a
         NaN, in a resample whose documents all weigh nothing, and everywhere without documents.
 
-    Raises:
-        ValueError: The values are not a table, or not one weight per document.
-
     References:
         B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 8. W. G.
         Cochran, Sampling Techniques (1977), 5A.12 (collapsed strata).
@@ -111,27 +101,20 @@ def resampled_means(
         >>> bool((means.sum(axis=1) == 1).all())
         True
     """
-    if values.ndim != 2:
-        raise ValueError(f"expected values [documents, k], got the shape {values.shape}")
     documents, columns = values.shape
     weighed = np.ones(documents) if weights is None else np.asarray(weights, dtype=np.float64)
-    if weighed.shape != (documents,) or (weighed < 0).any():
-        raise ValueError(f"expected {documents} weights of 0 or more, got {weighed.shape}")
     if not documents:
         return np.full((resamples, columns), np.nan)
     weighted = np.where(weighed[:, None] > 0, values * weighed[:, None], 0.0)
-    means = np.empty((resamples, columns))
-    done = 0
+    means = []
     for counts in document_counts(documents, resamples, seed, strata):
-        total = (counts @ weighed)[:, None]
-        part = means[done : done + len(counts)]
-        np.divide(counts @ weighted, total, out=part, where=total > 0)
-        part[total[:, 0] == 0] = np.nan
-        done += len(counts)
-    return means
+        means.append(divided(counts @ weighted, (counts @ weighed)[:, None]))
+    return np.concatenate(means)
 
 
-def bias_corrected_interval(value: float, resampled: Array) -> tuple[float, float] | None:
+def bias_corrected_interval(
+    value: float, resampled: Array, lowest: float = -math.inf, highest: float = math.inf
+) -> tuple[float, float] | tuple[None, None]:
     """Return the 95 % percentile interval, moved so that its median is the value itself.
 
     Resampling documents adds the measurement noise a second time. A rank correlation that noise
@@ -148,10 +131,11 @@ def bias_corrected_interval(value: float, resampled: Array) -> tuple[float, floa
     Args:
         value: The figure from the documents themselves.
         resampled: `[resamples]`, the figure from each resample; NaN where it is undefined.
+        lowest: The lowest value that the figure can have, to which the interval is clipped.
+        highest: The highest.
 
     Returns:
-        Both ends, not clipped to the range of the figure; None when fewer than half of the
-        resamples are defined.
+        Both ends; None when fewer than half of the resamples are defined.
 
     Examples:
         >>> low, high = bias_corrected_interval(0.9, np.linspace(0.6, 0.8, 201))
@@ -160,9 +144,9 @@ def bias_corrected_interval(value: float, resampled: Array) -> tuple[float, floa
     """
     defined = resampled[np.isfinite(resampled)]
     if not np.isfinite(value) or not len(defined) or 2 * len(defined) < len(resampled):
-        return None
+        return None, None
     low, median, high = np.quantile(defined, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
-    return float(value + low - median), float(value + high - median)
+    return max(float(value + low - median), lowest), min(float(value + high - median), highest)
 
 
 def jackknife_error(

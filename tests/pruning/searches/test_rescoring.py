@@ -107,7 +107,7 @@ def test_a_race_leaves_the_best_of_what_all_documents_say(racing: OpenCell) -> N
         numbers = racing.documents["copa"]
         places = [numbers.index(n) for n in _order(racing)]
         drops = found.values[places]
-        race = Race(question(QUESTION), len(drops), len(sets), apart=1.0)
+        race = Race(question(QUESTION), len(drops), len(sets))
         while not race.standing.answered and race.bounds.seen.max() < len(drops):
             at = int(race.bounds.seen.max())
             race.look(drops[at : at + 32])

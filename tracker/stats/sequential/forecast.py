@@ -38,9 +38,7 @@ def forecast(
     values: Array,
     population: int,
     *,
-    lowest: float = -1.0,
-    highest: float = 1.0,
-    apart: float | None = None,
+    reach: float = 1.0,
     chances: Array | None = None,
     draws: int = DRAWS,
 ) -> Forecast:
@@ -53,9 +51,7 @@ def forecast(
         asked: The question.
         values: `[documents, runs]`, what was measured.
         population: Documents that there are.
-        lowest: The lowest value that a document can have.
-        highest: The highest.
-        apart: How far two values of one document can be apart; None = as far as these two.
+        reach: As of a `Race`.
         chances: `[documents]`, how likely each is drawn, summing to 1; None = all alike.
         draws: How many populations.
 
@@ -78,7 +74,7 @@ def forecast(
     dice = np.random.default_rng(SEED)
     looked, seen, answered = [], [], []
     for _ in range(draws):
-        race = Race(asked, population, values.shape[1], lowest=lowest, highest=highest, apart=apart)
+        race = Race(asked, population, values.shape[1], reach)
         at = 0
         while at < population and not race.standing.answered:
             count = min(LOOK, population - at)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracker.core.questions import Kind, Question
+from tracker.core.questions import Question
 from tracker.stats.arrays import Array, Mask, Numbers
 from tracker.stats.sequential.confidence import MeanSequences
 from tracker.stats.sequential.top_k import SAME, SequentialTopK
@@ -36,34 +36,28 @@ class Standing:
         return not self.open.any()
 
 
-def standing(kind: Kind, low: Array, high: Array, within: float | None = None) -> Standing:
+def standing(low: Array, high: Array, within: float | None) -> Standing:
     """Say how a question about single means stands.
 
     Args:
-        kind: `drop`: each mean is to be known within ± `within`. `sign`: which means are not 0.
         low: `[runs]`, lower bounds that hold together.
         high: `[runs]`, upper bounds.
-        within: The tolerance, in the unit of the means.
+        within: Each mean is to be known within ± this; None: which means are not 0?
 
     Returns:
         Who is open, and who is chosen.
 
-    Raises:
-        ValueError: It is about other than single means, or lacks a number.
-
     Examples:
         >>> low, high = np.array([0.1, -0.3, 0.0]), np.array([0.35, 0.4, 0.05])
-        >>> standing("drop", low, high, within=0.1).open.tolist()
+        >>> standing(low, high, within=0.1).open.tolist()
         [True, True, False]
-        >>> standing("sign", low, high).chosen.tolist()
+        >>> standing(low, high, within=None).chosen.tolist()
         [True, False, False]
     """
-    if kind == "drop" and within is not None:
+    if within is not None:
         return Standing(high - low > 2 * within + SAME, np.zeros(len(low), dtype=bool))
-    if kind == "sign":
-        differs = (low > SAME) | (high < -SAME)
-        return Standing(~differs & (high - low > SAME), differs)
-    raise ValueError(f"{kind}: within what?" if kind == "drop" else f"{kind} compares means")
+    differs = (low > SAME) | (high < -SAME)
+    return Standing(~differs & (high - low > SAME), differs)
 
 
 class Race:
@@ -77,25 +71,14 @@ class Race:
         seen: `[runs]`, the documents of each run.
     """
 
-    def __init__(
-        self,
-        asked: Question,
-        population: int,
-        runs: int,
-        *,
-        lowest: float = -1.0,
-        highest: float = 1.0,
-        apart: float | None = None,
-    ) -> None:
+    def __init__(self, asked: Question, population: int, runs: int, reach: float = 1.0) -> None:
         """Begin before the first document.
 
         Args:
             asked: The question.
             population: Documents that there are.
             runs: How many means.
-            lowest: The lowest value that a document can have.
-            highest: The highest.
-            apart: How far two runs' values of a document can be apart; None = as far as these two.
+            reach: How far a document's values can be from 0, and two runs' values of it apart.
 
         Raises:
             ValueError: So many runs cannot answer it.
@@ -106,8 +89,8 @@ class Race:
             population,
             runs,
             level=asked.level,
-            lowest=lowest,
-            highest=highest,
+            lowest=-reach,
+            highest=reach,
             within=asked.within if asked.kind == "drop" else None,
         )
         self._sign = -1.0 if asked.kind == "prune" else 1.0
@@ -119,7 +102,7 @@ class Race:
                 asked.count,
                 within=asked.within,
                 level=asked.level,
-                reach=highest - lowest if apart is None else apart,
+                reach=reach,
             )
         self.seen = np.zeros(runs, dtype=np.int64)
         self._unread: list[tuple[Array, Numbers]] = []
@@ -158,4 +141,4 @@ class Race:
     def _stand(self) -> Standing:
         if self._duels is not None:
             return Standing(self._duels.open.copy(), self._duels.chosen.copy())
-        return standing(self._asked.kind, self.bounds.low, self.bounds.high, self._asked.within)
+        return standing(self.bounds.low, self.bounds.high, self._asked.within)

@@ -192,9 +192,9 @@ def _best(audit: ModelAudit) -> tuple[bool, str]:
     cosine = next((s for s in audit.summaries if s.proxy == "cosine_score"), None)
     if cosine is not None and cosine is not best and cosine.cells == best.cells:
         value = best.spearman - cosine.spearman
-        within = bias_corrected_interval(value, best.resampled - cosine.resampled)
+        low, high = bias_corrected_interval(value, best.resampled - cosine.resampled)
         sentence += (
-            f": {two_digits(value)}{ends(*within or (None, None))} more than the cosine score, for "
+            f": {two_digits(value)}{ends(low, high)} more than the cosine score, for "
             f"{passes(best.proxy, audit.total, shared=True):g} times its forward passes"
         )
     return False, f"{sentence}. It is the best of {len(audit.summaries)} on these documents."

@@ -150,14 +150,14 @@ class ModelAudit:
         found = [cell.found[proxy] for cell in cells]
         value = float(np.mean([each.spearman.value for each in found]))
         resampled = np.mean([each.resampled for each in found], axis=0)
-        low, high = bias_corrected_interval(value, resampled) or (None, None)
+        low, high = bias_corrected_interval(value, resampled, -1, 1)
         inner = [each.inner for each in found if each.inner is not None]
         return Summary(
             proxy,
             tuple(cells),
             value,
-            None if low is None else max(low, -1.0),
-            None if high is None else min(high, 1.0),
+            low,
+            high,
             float(np.mean(inner)) if inner else None,
             float(np.mean([each.kendall for each in found if each.kendall is not None])),
             mean_spearman_p(means(proxy, cells), means(DROP, cells)),
@@ -339,8 +339,9 @@ def pooled(cells: Sequence[Audited]) -> tuple[float, float, float] | None:
     drawn_x = np.concatenate([c.drawn("cosine_score")[:, c.inner] for c in inner], axis=1)
     drawn_y = np.concatenate([c.drawn_drop[:, c.inner] for c in inner], axis=1)
     value = float(row_coefficients(x[None], y[None], "pearson")[0])
-    ends = bias_corrected_interval(value, row_coefficients(drawn_x, drawn_y, "pearson"))
-    return (value, max(ends[0], -1.0), min(ends[1], 1.0)) if ends else None
+    drawn = row_coefficients(drawn_x, drawn_y, "pearson")
+    low, high = bias_corrected_interval(value, drawn, -1, 1)
+    return None if low is None or high is None else (value, low, high)
 
 
 def overlaps(summary: Summary) -> tuple[float, float, float]:

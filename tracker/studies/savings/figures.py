@@ -129,14 +129,7 @@ def replayed(cell: MeasuredDocuments, asked: Question, orders: NDArray[np.int64]
     answered, wrong = np.zeros((2, len(orders)), dtype=bool)
     documents, passed = np.full((2, len(orders)), np.inf)
     for n, order in enumerate(orders):
-        race = Race(
-            asked,
-            cell.population,
-            len(cell.runs),
-            lowest=-cell.reach,
-            highest=cell.reach,
-            apart=cell.reach,
-        )
+        race = Race(asked, cell.population, len(cell.runs), cell.reach)
         looked, measured, passes = 0, 0, 0.0
         for turn in turns([cell.tasks[document] for document in order], cell.counts):
             if race.standing.answered:
