@@ -60,12 +60,11 @@ def _folders(given: Any) -> Any:
     if isinstance(given, str) and given.startswith("["):
         with suppress(ValueError):
             given = json.loads(given.replace("'", '"'))
-    return (
-        tuple(given) if isinstance(given, list) else (given,) if isinstance(given, str) else given
-    )
+    given = [given] if isinstance(given, str) else given
+    return tuple(given) if isinstance(given, list) else given
 
 
-def _asked(text: str) -> str:
+def understood(text: str) -> str:
     """Write a question as it is understood."""
     return str(question(text))
 
@@ -126,7 +125,7 @@ class CellRequest(Strict):
     """The first documents of each task; default: all."""
     sample: Positive | None = None
     """So many documents of each task, drawn at random with the seed; not beside a limit."""
-    until: Annotated[Name, AfterValidator(_asked)] | None = None
+    until: Annotated[Name, AfterValidator(understood)] | None = None
     """A question, such as 'top 5', about all runs that are asked of the benchmark; its answer ends
     the measuring."""
     metric: Name | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from tracker.core.identities import Record, Shown
@@ -61,6 +63,11 @@ class RunDecisions(Record):
     named: tuple[DecidedDocument, ...]
     """Those whose margin changes most."""
 
+    def without_texts(self) -> RunDecisions:
+        """Leave out what models generated."""
+        named = tuple(document.model_copy(update={"text": None}) for document in self.named)
+        return self.model_copy(update={"named": named})
+
 
 class DecisionsRecord(Record):
     """What the runs of a cell's view decide, document by document."""
@@ -87,17 +94,8 @@ class DecisionsRecord(Record):
 
     def without_texts(self) -> DecisionsRecord:
         """Leave out what documents say and what models generated."""
-        nothing: dict[str, object] = {"question": None, "choices": (), "answer": None, "text": None}
-        quiet = {"text": None}
-        return self.model_copy(
-            update={
-                "documents": tuple(one.model_copy(update=nothing) for one in self.documents),
-                "runs": tuple(
-                    run.model_copy(
-                        update={"named": tuple(one.model_copy(update=quiet) for one in run.named)}
-                    )
-                    for run in self.runs
-                ),
-                "reasons": {**self.reasons, "texts": PRIVATE},
-            }
-        )
+        silent: dict[str, Any] = {"question": None, "choices": (), "answer": None, "text": None}
+        documents = tuple(document.model_copy(update=silent) for document in self.documents)
+        runs = tuple(run.without_texts() for run in self.runs)
+        reasons = {**self.reasons, "texts": PRIVATE}
+        return self.model_copy(update={"documents": documents, "runs": runs, "reasons": reasons})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,3 +39,10 @@ class Estimate:
     """Why `value` is None; None whenever there is a value."""
     unit: Unit | None = None
     """How it is written, where a column holds figures of several units; else its column says."""
+
+    @property
+    def between(self) -> tuple[float, float] | None:
+        """Both ends of the interval; None where one of them is undefined."""
+        if self.low is None or self.high is None:
+            return None
+        return (self.low, self.high) if math.isfinite(self.low + self.high) else None

@@ -32,7 +32,6 @@ from tracker.core.config import (
 )
 from tracker.core.errors import ExperimentError
 from tracker.core.extent import DEFAULT_SEED, Positive
-from tracker.core.kinds import Component, Intervention
 from tracker.core.problems import first_problem
 from tracker.core.safe_yaml import SHOWN, read_yaml, short
 
@@ -86,11 +85,8 @@ class _Layers(_Value):
 
     @model_validator(mode="after")
     def _one_of(self) -> _Layers:
-        spellings = (
-            self.value is not None,
-            self.values is not None,
-            self.min is not None or self.max is not None,
-        )
+        stretch = (self.min, self.max) != (None, None)
+        spellings = (self.value is not None, self.values is not None, stretch)
         if sum(spellings) != 1 or (self.min is None) != (self.max is None):
             raise ValueError("needs 'value', 'values', or 'min' and 'max'")
         if self.min is not None and self.max is not None and self.min > self.max:
@@ -105,13 +101,9 @@ class _Layers(_Value):
     @property
     def options(self) -> Sequence[int]:
         """The layers, 0-based, in the order of the file."""
-        if self.value is not None:
-            return [self.value]
-        if self.values is not None:
-            return self.values
-        assert self.min is not None
-        assert self.max is not None
-        return range(self.min, self.max + 1)
+        if self.min is not None and self.max is not None:
+            return range(self.min, self.max + 1)
+        return self.values or [self.value or 0]
 
 
 def _refuse_empty_or_repeated(values: list[Any]) -> None:
@@ -151,8 +143,8 @@ else:
     )
 
 
-_TOGETHER = ("layer", "component", "span", "intervention")
-"""What tells the runs of one cell apart."""
+_TOGETHER = {"component": "layer", "span": 1, "layer": None, "intervention": "remove"}
+"""What tells the runs of one cell apart, each with what it is where nothing is said."""
 
 
 class Goal(Strict):
@@ -201,29 +193,12 @@ class Experiment(Sweep):
             f"run_cap: the first {self.run_cap:,} of the grid's {self.size:,} runs, as W&B counts"
         )
 
-    def _first(self) -> dict[str, list[tuple[Component, int, int, Intervention]]] | None:
-        """List the runs within the cap: settings of a cell → what tells its runs apart.
-
-        W&B's grid has the names in alphabetical order, the last one changing fastest. None where
-        the cap leaves everything.
-        """
-        if not self.capped:
-            return None
-        options = self.parameters.options
-        found: dict[str, list[tuple[Component, int, int, Intervention]]] = {}
-        for values in itertools.islice(itertools.product(*options.values()), self.run_cap):
-            point = dict(zip(options, values, strict=True))
-            layer, component, span, done = (point.pop(name, None) for name in _TOGETHER)
-            run: Any = (component or "layer", span or 1, layer, done or "remove")
-            found.setdefault(repr(point), []).append(run)
-        return found
-
     def cells(self) -> list[CellRequest]:
         """Expand the grid into cells, each with all its layers, models outermost: each loads once.
 
         ExperimentError for a value of the wrong kind.
         """
-        grid = self.parameters.options
+        grid = {name: some for name, some in self.parameters.options.items() if some != [None]}
         if self.size > MAX_RUNS:
             raise ExperimentError(
                 f"'parameters': the grid has {self.size:,} runs; one file may have {MAX_RUNS:,}. "
@@ -237,30 +212,31 @@ class Experiment(Sweep):
                 f"(all but layers, components, spans and interventions); one file may have "
                 f"{MAX_CELLS:,}. Split it into several"
             )
-        first = self._first()
-        runs: dict[str, Any] = {"layers": tuple(sorted(grid["layer"]))}
-        for name in ("component", "span", "intervention"):
-            if grid.get(name, [None]) != [None]:
-                runs[f"{name}s"] = tuple(grid[name])
+        # Settings of a cell → what tells its runs apart. W&B's grid, of which a cap leaves the
+        # first runs, has the names in alphabetical order, the last one changing fastest.
+        runs: dict[str, list[tuple[Any, ...]]] = {}
+        for values in itertools.islice(itertools.product(*grid.values()), self.run_cap):
+            point = dict(zip(grid, values, strict=True))
+            run = tuple(point.pop(name, default) for name, default in _TOGETHER.items())
+            runs.setdefault(repr(point), []).append(run)
         cells: dict[CellRequest, None] = {}
         questions: dict[CellRequest, CellRequest] = {}
         for values in itertools.product(*(grid[name] for name in names)):
-            settings = {k: v for k, v in zip(names, values, strict=True) if v is not None}
-            if first is not None:
-                some = first.get(repr(dict(sorted(zip(names, values, strict=True)))), [])
-                if not some:
-                    continue
-                components, spans, layers, interventions = (
-                    tuple(dict.fromkeys(each)) for each in zip(*some, strict=True)
-                )
-                runs = {"components": components, "spans": spans, "only": tuple(some)}
-                runs |= {"layers": tuple(sorted(layers)), "interventions": interventions}
+            point = dict(zip(names, values, strict=True))
+            some = runs.get(repr(dict(sorted(point.items()))))
+            if some is None:
+                continue
+            settings = {name: value for name, value in point.items() if value is not None}
+            # By what they look like: what is of the wrong kind may have no hash.
+            for name, values in zip(_TOGETHER, zip(*some, strict=True), strict=True):
+                settings[f"{name}s"] = tuple({repr(value): value for value in values}.values())
+            settings["layers"] = tuple(sorted(settings["layers"]))
+            settings["only"] = tuple(some) if self.capped else None
             try:
-                cell = CellRequest(**runs, **settings)
+                cell = CellRequest(**settings)
             except ValidationError as error:
-                raise ExperimentError(
-                    first_problem(error, CellRequest, "parameters.", IN_THE_FILE)
-                ) from None
+                problem = first_problem(error, CellRequest, "parameters.", IN_THE_FILE)
+                raise ExperimentError(problem) from None
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None

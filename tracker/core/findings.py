@@ -43,31 +43,30 @@ def gaps(values: Iterable[float]) -> tuple[float | None, ...]:
     return tuple(float(value) if math.isfinite(value) else None for value in values)
 
 
-class LineChart(Record):
+class _Chart(Record):
+    title: Shown
+    x: str
+    """What the places or columns are."""
+    y: str
+    unit: Unit
+
+
+class LineChart(_Chart):
     """Curves over common places, such as layers or numbers of documents."""
 
     kind: Literal["lines"] = "lines"
-    title: Shown
-    x: str
-    """What the places are."""
-    y: str
-    unit: Unit
     places: tuple[float, ...]
     lines: tuple[Line, ...]
     log_x: bool = False
     log_y: bool = False
 
 
-class MapChart(Record):
+class MapChart(_Chart):
     """A value for each row and column, coloured around 0; None is a gap."""
 
     kind: Literal["map"] = "map"
-    title: Shown
-    x: str
-    y: str
     name: str
     """What the values are."""
-    unit: Unit
     columns: tuple[int, ...]
     rows: tuple[Shown, ...]
     values: tuple[tuple[float | None, ...], ...]

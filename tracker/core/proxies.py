@@ -45,7 +45,6 @@ def cosine_similarity(before: Tensor, after: Tensor) -> Tensor:
         >>> cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
         tensor([0.9600], dtype=torch.float64)
     """
-    _check(before, after)
     if before.device.type == "mps":
         before, after = before.float(), after.float()
     else:
@@ -93,7 +92,6 @@ def relative_update(before: Tensor, after: Tensor) -> Tensor:
         >>> relative_update(torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]]))
         tensor([1.])
     """
-    _check(before, after)
     first, second = before.float(), after.float()
     size = first.norm(2, dim=-1)
     update = (second - first).norm(2, dim=-1) / size
@@ -104,14 +102,6 @@ def _directions(states: Tensor) -> Tensor:
     """Return the states at length 1, NaN where they have none."""
     length = states.norm(2, dim=-1, keepdim=True)
     return states / length.where(length > 0, math.nan)
-
-
-def _check(before: Tensor, after: Tensor) -> None:
-    if before.shape != after.shape or before.ndim < 2:
-        raise ValueError(
-            "before and after must share one shape [..., tokens, hidden], "
-            f"not {list(before.shape)} and {list(after.shape)}"
-        )
 
 
 @dataclass(frozen=True)

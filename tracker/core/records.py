@@ -208,6 +208,12 @@ class CorrelationRecord(Record):
     documents: int
     reason: str | None = None
 
+    @property
+    def between(self) -> Estimate | None:
+        """The coefficient where it has an interval."""
+        found = Estimate(self.value, self.low, self.high)
+        return found if found.between else None
+
 
 def view_name(
     removed: tuple[int, ...],

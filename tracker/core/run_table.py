@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from tracker.core.answers import interval_name
 from tracker.core.estimates import Estimate, Unit
-from tracker.core.formats import ACCURACY, defined, measure_of
+from tracker.core.formats import ACCURACY, measure_of
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import (
     NO_REASON,
@@ -83,13 +83,12 @@ def telling_apart(cell: CellRecord) -> list[str]:
     The layer; the component and the span where something else than one whole layer is removed; the
     intervention where one is replaced.
     """
-    kinds = cell.kinds
-    return [
-        "layer",
-        *(["component"] if any(kind.component != "layer" for kind in kinds) else []),
-        *(["span"] if any(kind.span != 1 for kind in kinds) else []),
-        *(["intervention"] if any(kind.intervention != "remove" for kind in kinds) else []),
-    ]
+    differing = (
+        name
+        for name, usual in WHOLE_LAYER._asdict().items()
+        if any(getattr(kind, name) != usual for kind in cell.kinds)
+    )
+    return ["layer", *differing]
 
 
 def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
@@ -117,10 +116,8 @@ def run_columns(cell: CellRecord | None = None) -> dict[str, Column[CellRun]]:
             _figure("accuracy_drop", measure.head(measure.change), measure.form),
             _figure("accuracy_drop_low", measure.head("low"), measure.form),
             _figure("accuracy_drop_high", measure.head("high"), measure.form),
-            Column(
-                *(measure.head(between), measure.form, _between),
-                name="drop_interval",
-                interval=True,
+            _measured(
+                "drop_interval", measure.head(between), measure.form, _between, interval=True
             ),
             _figure("drop_sd", measure.head("standard deviation of a document"), measure.form),
             _figure("mcnemar_p", "McNemar p", "p"),
@@ -144,12 +141,10 @@ def metric_columns(cells: Iterable[CellRecord], begin: str = "metric_") -> list[
     names |= {name for cell in cells for name in cell.baseline_metrics}
 
     def column(name: str) -> Column[CellRun]:
-        def value(row: CellRun) -> Estimate:
-            if not isinstance(row.run, RunRecord):
-                return Estimate(None, reason=row.cell.absence(row.run))
-            return _said(row, name, row.run.metrics.get(name))
+        def value(cell: CellRecord, run: RunRecord) -> Estimate:
+            return _said(cell, run, name, run.metrics.get(name))
 
-        return Column(name, "metric", value, name=f"{begin}{name}")
+        return _measured(f"{begin}{name}", name, "metric", value)
 
     return [column(name) for name in sorted(names)]
 
@@ -162,36 +157,25 @@ def layer_column() -> Column[int]:
 def correlation_columns() -> dict[str, Column[tuple[CellRecord, CorrelationRecord]]]:
     """State every column of correlations."""
 
-    def column(
-        label: str,
-        unit: Unit,
-        value: Callable[[CorrelationRecord], Value],
-        name: str,
-        interval: bool = False,
-    ) -> Column[tuple[CellRecord, CorrelationRecord]]:
+    def column(name: str, label: str, unit: Unit) -> Column[tuple[CellRecord, CorrelationRecord]]:
         def entry(row: tuple[CellRecord, CorrelationRecord]) -> Value:
-            found = value(row[1])
+            found: Value = getattr(row[1], name)
             return Estimate(None, reason=row[1].reason or NO_REASON) if found is None else found
 
-        return Column(label, unit, entry, name=name, interval=interval)
-
-    def between(record: CorrelationRecord) -> Estimate | None:
-        if not defined(record.low) or not defined(record.high):
-            return None
-        return Estimate(record.value, record.low, record.high)
+        return Column(label, unit, entry, name=name, interval=name == "between")
 
     return cell_columns(lambda row: row[0]) | named(
         (
-            column("proxy", "text", lambda r: r.proxy, "proxy"),
-            column("coefficient", "text", lambda r: r.coefficient, "coefficient"),
-            column("layers used", "text", lambda r: r.subset, "subset"),
-            column("value", "coefficient", lambda r: r.value, "value"),
-            column("low", "coefficient", lambda r: r.low, "low"),
-            column("high", "coefficient", lambda r: r.high, "high"),
-            column("95 % interval", "coefficient", between, "between", interval=True),
-            column("p", "p", lambda r: r.p_value, "p_value"),
-            column("layers", "count", lambda r: r.n, "n"),
-            column("documents", "count", lambda r: r.documents, "documents"),
+            column("proxy", "proxy", "text"),
+            column("coefficient", "coefficient", "text"),
+            column("subset", "layers used", "text"),
+            column("value", "value", "coefficient"),
+            column("low", "low", "coefficient"),
+            column("high", "high", "coefficient"),
+            column("between", "95 % interval", "coefficient"),
+            column("p_value", "p", "p"),
+            column("n", "layers", "count"),
+            column("documents", "documents", "count"),
             Column("reason", "text", lambda row: row[1].reason, name="reason"),
         )
     )
@@ -212,30 +196,41 @@ def _figures_of(run: RunRecord) -> Iterator[tuple[str, object]]:
     yield from ((f"metric/{name}", value) for name, value in run.metrics.items())
 
 
-def _figure(name: str, label: str, unit: Unit) -> Column[CellRun]:
-    def value(row: CellRun) -> Value:
-        if not isinstance(row.run, RunRecord):
-            return Estimate(None, reason=row.cell.absence(row.run))
-        found = getattr(row.run, name, None)
-        return found if isinstance(found, str) else _said(row, name, found)
+def _measured(
+    name: str,
+    label: str,
+    unit: Unit,
+    value: Callable[[CellRecord, RunRecord], Value],
+    interval: bool = False,
+) -> Column[CellRun]:
+    """State a column of what measured runs have; of others it says why there is none."""
 
-    return Column(label, unit, value, name=name)
-
-
-def _said(row: CellRun, name: str, value: float | None) -> Estimate:
-    """Take a run's figure, or why it has none."""
-    assert isinstance(row.run, RunRecord)
-    return Estimate(value, reason=row.cell.reason_of(name, row.run) if value is None else None)
-
-
-def _between(row: CellRun) -> Estimate:
-    if not isinstance(row.run, RunRecord):
+    def entry(row: CellRun) -> Value:
+        if isinstance(row.run, RunRecord):
+            return value(row.cell, row.run)
         return Estimate(None, reason=row.cell.absence(row.run))
-    low, high = row.run.accuracy_drop_low, row.run.accuracy_drop_high
-    if defined(low) and defined(high):
-        return Estimate(row.run.accuracy_drop, low, high)
-    why = row.run.reasons.get("accuracy_drop_low")
-    return Estimate(None, reason=why or row.cell.reason_of("accuracy_drop", row.run))
+
+    return Column(label, unit, entry, name=name, interval=interval)
+
+
+def _figure(name: str, label: str, unit: Unit) -> Column[CellRun]:
+    def value(cell: CellRecord, run: RunRecord) -> Value:
+        found = getattr(run, name, None)
+        return found if isinstance(found, str) else _said(cell, run, name, found)
+
+    return _measured(name, label, unit, value)
+
+
+def _said(cell: CellRecord, run: RunRecord, name: str, value: float | None) -> Estimate:
+    """Take a run's figure, or why it has none."""
+    return Estimate(value, reason=cell.reason_of(name, run) if value is None else None)
+
+
+def _between(cell: CellRecord, run: RunRecord) -> Estimate:
+    if run.drop.between:
+        return run.drop
+    why = run.reasons.get("accuracy_drop_low")
+    return Estimate(None, reason=why or cell.reason_of("accuracy_drop", run))
 
 
 def _of_cell(name: str, label: str, unit: Unit) -> Column[CellRun]:

@@ -14,6 +14,7 @@ _MAX_BYTES = 1_000_000
 _MAX_NODES = 30_000
 """Values in one experiment file, each as often as an anchor repeats it: more were not meant, and
 take long to read."""
+_TOO_MANY = f"it holds more than {_MAX_NODES:,} values"
 
 SHOWN = 80
 """Characters of a wrong value that a message repeats."""
@@ -61,51 +62,44 @@ def _parse(text: str) -> Any:
         root = loader.get_single_node()
         if root is None:
             return None
-        _refuse_bombs(root, {})
-        _refuse_halves(root)
+        _count(root, {})
         return loader.construct_document(root)
     finally:
         loader.dispose()
 
 
-def _refuse_bombs(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Count the values that a node stands for, each as often as an anchor repeats it."""
+def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
+    r"""Count the values that a node stands for, each as often as an anchor repeats it.
+
+    Too many are refused, and a key that is given twice, and texts with a half of a character,
+    `"\ud83d"`: no file and no hash takes it. Python reads one where JSON writes a character as two
+    halves, so that it is not meant.
+    """
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise yaml.constructor.ConstructorError(
-                problem="it holds itself, by an anchor", problem_mark=node.start_mark
-            )
+            raise _problem("it holds itself, by an anchor", node.start_mark)
         return sizes[id(node)]
     sizes[id(node)] = 0  # until it is counted
-    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-    inside = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
-    count = 1 + sum(_refuse_bombs(each, sizes) for each in inside)
+    inside: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise _problem(f"the key {key.value!r} is given twice", key.start_mark)
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            inside += (key, value)
+    elif isinstance(node, yaml.SequenceNode):
+        inside = node.value
+    elif not is_writable(node.value):
+        raise _problem(f"{short(node.value)} holds {HALF}", node.start_mark)
+    sizes[id(node)] = count = 1 + sum(_count(part, sizes) for part in inside)
     if count > _MAX_NODES:
-        raise _too_many(node.start_mark)
-    sizes[id(node)] = count
+        raise _problem(_TOO_MANY, node.start_mark)
     return count
 
 
-def _too_many(mark: Any) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(
-        problem=f"it holds more than {_MAX_NODES:,} values", problem_mark=mark
-    )
-
-
-def _refuse_halves(node: yaml.Node) -> None:
-    r"""Refuse texts with a half of a character, `"\ud83d"`: no file and no hash takes it.
-
-    Python reads one where JSON writes a character as two halves, so that it is not meant.
-    """
-    nodes = [node]
-    for each in nodes:  # it grows; what holds itself was refused before
-        if isinstance(each, yaml.CollectionNode):
-            for part in each.value:
-                nodes.extend(part if isinstance(part, tuple) else (part,))
-        elif not is_writable(each.value):
-            raise yaml.constructor.ConstructorError(
-                problem=f"{short(each.value)} holds {HALF}", problem_mark=each.start_mark
-            )
+def _problem(what: str, mark: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(problem=what, problem_mark=mark)
 
 
 def short(value: object) -> str:
@@ -122,22 +116,12 @@ def _repr(value: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that is given twice, and too many values."""
+    """The safe loader, which also refuses too many values."""
 
     composed = 0
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         self.composed += 1
         if self.composed > _MAX_NODES:
-            raise _too_many(self.get_mark())
+            raise _problem(_TOO_MANY, self.get_mark())
         return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import DASH, WRITTEN, defined, interval
@@ -20,23 +20,19 @@ Row = TypeVar("Row")
 Other = TypeVar("Other")
 
 
-def _entry(found: Any) -> Any:
+def _kept(found: Any) -> Any:
     """Read what is kept of an entry; earlier ones kept texts as figures are."""
-    if isinstance(found, dict) and isinstance(found.get("value"), str):
-        return found["value"]
-    value, reason = (
-        (found.value, found.reason)
-        if isinstance(found, Estimate)
-        else (found.get("value"), found.get("reason"))
-        if isinstance(found, dict)
-        else (found, "")
-    )
-    if value is None and not reason:
+    value = found.get("value") if isinstance(found, dict) else None
+    return value if isinstance(value, str) else found
+
+
+def _explained(entry: Estimate | str) -> Estimate | str:
+    if isinstance(entry, Estimate) and entry.value is None and not entry.reason:
         raise ValueError("an undefined value needs a reason")
-    return found
+    return entry
 
 
-Entry = Annotated[Estimate | Shown, BeforeValidator(_entry)]
+Entry = Annotated[Estimate | Shown, BeforeValidator(_kept), AfterValidator(_explained)]
 """One figure or text of a table; a figure that is undefined says why."""
 
 
@@ -77,19 +73,17 @@ class Table(Record):
         """
         names: list[str] = []
         columns: list[Sequence[str | float | None]] = []
-        for heading, entries in zip(self.headings, zip(*self.rows, strict=True), strict=False):
+        for place, heading in enumerate(self.headings):
+            entries = [row[place] for row in self.rows]
             figures = [Estimate(None) if isinstance(e, str) else e for e in entries]
             whole = heading.unit == "count"
             names.append(heading.name or heading.label)
             columns.append([e if isinstance(e, str) else _number(e.value, whole) for e in entries])
-            if not heading.name and any(each.low is not None for each in figures):
-                names += [f"{heading.label} low", f"{heading.label} high"]
-                columns += [[each.low for each in figures], [each.high for each in figures]]
-            if not heading.name and any(each.reason for each in figures):
-                names.append(f"{heading.label} reason")
-                columns.append([each.reason for each in figures])
-        if not self.rows:
-            names = [heading.name or heading.label for heading in self.headings]
+            for end in ("low", "high", "reason") if not heading.name else ():
+                more = [getattr(figure, end) for figure in figures]
+                if any(each is not None for each in more):
+                    names.append(f"{heading.label} {end}")
+                    columns.append(more)
         if len(set(names)) < len(names):
             raise ValueError(f"{self.title}: two columns have one name")
         return tuple(names), list(zip(*columns, strict=True))
@@ -136,14 +130,11 @@ class Column(Generic[Row]):
 
     def of(self, find: Callable[[Other], Row]) -> Column[Other]:
         """Take the same of rows in which such a row is found."""
-        return Column(
-            self.label,
-            self.unit,
-            lambda row: self.value(find(row)),
-            otherwise=self.otherwise,
-            name=self.name,
-            interval=self.interval,
-        )
+
+        def value(row: Any) -> Value:
+            return self.value(find(row))
+
+        return cast("Column[Other]", replace(self, value=value))
 
     def ends(self) -> tuple[Column[Row], Column[Row]]:
         """Make columns for code of both ends of its intervals."""
@@ -220,10 +211,8 @@ def written(entry: Entry, heading: Heading) -> EntryText:
         return EntryText(DASH, entry.reason or "")
     form = WRITTEN[entry.unit or heading.unit]
     between = interval(entry.low, entry.high, form.write)
-    text, exact = form.write(entry.value), [entry.value]
-    if between and entry.low is not None and entry.high is not None:
-        exact += [entry.low, entry.high]
-        text = f"{text} ({between})"
+    text = f"{form.write(entry.value)} ({between})" if between else form.write(entry.value)
+    exact = [entry.value, *(entry.between or ())]
     if heading.interval:
         text, exact = between, exact[1:]
     whole = heading.unit in ("count", "times")

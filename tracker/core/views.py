@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
-from tracker.core.config import Layers
+from tracker.core.config import Layers, understood
 from tracker.core.extent import Extent, Positive
+from tracker.core.formats import counted
 from tracker.core.identities import Record
 from tracker.core.questions import Question, question
 from tracker.core.records import RunIdentity
@@ -19,24 +21,17 @@ def ordered(runs: Iterable[RunIdentity]) -> tuple[RunIdentity, ...]:
     return tuple(sorted(set(runs), key=lambda run: run.order))
 
 
+Ordered = Annotated[tuple[RunIdentity, ...], AfterValidator(ordered)]
+
+
 class Until(Record):
     """A question that ends the measuring of a cell, as it was asked."""
 
-    question: str
+    question: Annotated[str, AfterValidator(understood)]
     seed: int
     """Of the random order in which documents were looked at."""
-    runs: tuple[RunIdentity, ...]
+    runs: Ordered
     """Whose drops it is about, each once, in the order of `RunIdentity.order`."""
-
-    @field_validator("question")
-    @classmethod
-    def _known(cls, text: str) -> str:
-        return str(question(text))
-
-    @field_validator("runs")
-    @classmethod
-    def _in_order(cls, runs: tuple[RunIdentity, ...]) -> tuple[RunIdentity, ...]:
-        return ordered(runs)
 
     @property
     def asked(self) -> Question:
@@ -56,7 +51,7 @@ class View(Record):
     """Documents per task, drawn at random; None = not drawn."""
     seed: int | None = None
     """Decides which ones are drawn; None where none are."""
-    runs: tuple[RunIdentity, ...]
+    runs: Ordered
     """Each run that was asked for, once, in the order of `RunIdentity.order`."""
     until: Until | None = Field(None, exclude_if=lambda asked: asked is None)
     """The question that was asked of it; None where all of its documents were."""
@@ -65,11 +60,6 @@ class View(Record):
     for that one."""
     named: bool = Field(False, exclude_if=lambda named: not named)
     """Whether it was asked for beside a larger one, and so stays beside it."""
-
-    @field_validator("runs")
-    @classmethod
-    def _in_order(cls, runs: tuple[RunIdentity, ...]) -> tuple[RunIdentity, ...]:
-        return ordered(runs)
 
     @property
     def extent(self) -> Extent:
@@ -85,13 +75,11 @@ class View(Record):
     @property
     def documents_asked(self) -> str:
         """Say what is shown, e.g. `6 runs on 64 documents`."""
-        count = len(self.runs)
-        runs = "1 run" if count == 1 else f"{count} runs"
+        runs = counted(len(self.runs), "run")
         if self.until is not None:
             return f"{runs} until {self.until.question} is answered"
-        if self.size == math.inf:
-            return f"{runs} on all documents"
-        return f"{runs} on {self.size} document{'s' if self.size > 1 else ''}"
+        size = self.sample or self.limit
+        return f"{runs} on {counted(size, 'document') if size else 'all documents'}"
 
     def joined(self, *others: View) -> View:
         """Show the runs of other views too; all else stays as it is here."""

@@ -39,16 +39,15 @@ def ratio(over: Estimate, under: Estimate) -> Estimate:
         return Estimate(None, reason=over.reason or under.reason)
     if b <= 0:
         return Estimate(None, reason="a share of nothing")
-    if over.low is None or over.high is None or under.low is None or under.high is None:
-        return Estimate(a / b)
-    if under.low <= 0 or under.high >= 2 * b:
+    above, below = over.between, under.between
+    if above is None or below is None or below[0] <= 0 or below[1] >= 2 * b:
         return Estimate(a / b)
 
     def end(of_a: float, of_b: float, sign: int) -> float:
         spread = (a * b) ** 2 - of_a * of_b * (2 * a - of_a) * (2 * b - of_b)
         return (a * b + sign * math.sqrt(max(spread, 0.0))) / (of_b * (2 * b - of_b))
 
-    return Estimate(a / b, end(over.low, under.high, -1), end(over.high, under.low, 1))
+    return Estimate(a / b, end(above[0], below[1], -1), end(above[1], below[0], 1))
 
 
 def difference(one: Estimate, other: Estimate) -> Estimate:
@@ -70,12 +69,13 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
     if one.value is None or other.value is None:
         return Estimate(None, reason=one.reason or other.reason)
     value = one.value - other.value
-    if one.low is None or one.high is None or other.low is None or other.high is None:
+    if one.between is None or other.between is None:
         return Estimate(value)
+    (low, high), (other_low, other_high) = one.between, other.between
     return Estimate(
         value,
-        value - math.hypot(one.value - one.low, other.high - other.value),
-        value + math.hypot(one.high - one.value, other.value - other.low),
+        value - math.hypot(one.value - low, other_high - other.value),
+        value + math.hypot(high - one.value, other.value - other_low),
     )
 
 
@@ -99,13 +99,14 @@ def mean(figures: Sequence[Estimate], independent: bool = True) -> Estimate:
         >>> round(found.low, 3), round(found.high, 3), round(shared.low, 3)
         (0.15, 0.25, 0.1)
     """
-    there = [(f.value, f.low, f.high) for f in figures if f.value is not None]
+    there = [(f.value, f.between) for f in figures if f.value is not None]
     if not there:
         return Estimate(None, reason=next((f.reason for f in figures if f.reason), "no figures"))
-    value = math.fsum(v for v, _, _ in there) / len(there)
-    if any(low is None or high is None for _, low, high in there):
+    value = math.fsum(v for v, _ in there) / len(there)
+    known = [(v, between) for v, between in there if between]
+    if len(known) < len(there):
         return Estimate(value)
     together = math.hypot if independent else lambda *parts: math.fsum(parts)
-    below = together(*(v - low for v, low, _ in there if low is not None)) / len(there)
-    above = together(*(high - v for v, _, high in there if high is not None)) / len(there)
+    below = together(*(v - low for v, (low, _) in known)) / len(there)
+    above = together(*(high - v for v, (_, high) in known)) / len(there)
     return Estimate(value, value - below, value + above)
