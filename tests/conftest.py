@@ -46,6 +46,12 @@ CHAT = (
 )
 
 
+def golden(name: str) -> list[tuple[str, ...]]:
+    """Read what is written, and what is said of it, line by line."""
+    text = (Path(__file__).parent / "golden" / f"{name}.txt").read_text(encoding="utf-8")
+    return [tuple(line.split(" → ")) for line in text.splitlines() if not line.startswith("#")]
+
+
 def save_tokenizer(folder: Path, bos: bool) -> int:
     """Train a byte-level BPE of 300 tokens, save it, and return its size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

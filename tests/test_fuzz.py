@@ -70,10 +70,6 @@ HEAD = "method: grid\nparameters:\n  model: {value: m}\n  benchmark: {value: b}\
         ("x: " + "9" * 5000 + "\n", "not valid YAML: Exceeds the limit"),
         ("x: !!python/object/apply:os.system [x]\n", "could not determine a constructor"),
         ("? [a]\n: 1\n", "found unhashable key"),
-        (HEAD + "  layer: {value: 2024-01-01}\n", "'parameters.layer.value': input should be"),
-        (HEAD + '  layer: {value: 0}\n  data: {value: "\\ud800"}\n', "holds half of a character"),
-        (HEAD + '  layer: {value: 0}\n  data: {value: "a\\0b"}\n', "cannot be written"),
-        (HEAD + "  layer: {min: 0, max: 999999}\n", "no model has a layer 999,999"),
         (
             HEAD
             + "  layer: {value: 0}\n"
@@ -84,12 +80,6 @@ HEAD = "method: grid\nparameters:\n  model: {value: m}\n  benchmark: {value: b}\
             "the grid has 1,000,000,000,000 runs; one file may have 100,000",
         ),
         (HEAD + f"  layer: {{value: {'x' * 5000}}}\n", "(got 'xxx"),
-        (HEAD + '  layer: {value: 0}\n  removed: "\\ud83d"\n', "holds half of a character"),
-        (HEAD + '  layer: {value: 0}\n  "\\ud83d\\ude00": {value: 1}\n', "half of a character"),
-        (
-            HEAD + '  layer: {value: 0}\n  metadata: {value: \'{"a": "\\ud83d"}\'}\n',
-            "holds half of a character",
-        ),
         (
             HEAD + f"  layer: {{value: 0}}\n  removed: {{value: {list(range(20_000))}}}\n",
             "no model has 20,000 layers",
@@ -105,7 +95,7 @@ HEAD = "method: grid\nparameters:\n  model: {value: m}\n  benchmark: {value: b}\
             "the grid has 30,000 pairs of a model and a benchmark",
         ),
     ],
-    ids=range(23),
+    ids=range(16),
 )
 def test_yaml_that_means_no_good_is_refused_in_one_line(tmp_path, text, said):
     """Was: tracebacks; and a bomb of 371 bytes made an error of 28 MB."""

@@ -1,4 +1,4 @@
-"""Every example in a docstring of a statistic gives what it says."""
+"""Every example in a docstring of a statistic, a proxy or a question gives what it says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tracker import stats
 NAMES = [each.name for each in walk_packages(stats.__path__, "tracker.stats.")]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "tracker.core.proxies"])
+@pytest.mark.parametrize("name", [*NAMES, "tracker.core.proxies", "tracker.core.questions"])
 def test_examples(name: str) -> None:
     module = import_module(name)
     assert doctest.testmod(module, extraglobs={"np": np, "torch": torch}).failed == 0
