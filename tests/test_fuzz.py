@@ -6,12 +6,10 @@ import re
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from tests.conftest import save_llama
+from tests.conftest import cli, refused, save_llama
 from tests.fuzz import folders, tried
 from tracker import api
-from tracker.cli import main
 from tracker.core import experiment, safe_yaml
 from tracker.core.config import CellRequest
 from tracker.core.errors import ExperimentError, RequestError
@@ -111,15 +109,15 @@ def test_yaml_that_means_no_good_is_refused_in_one_line(tmp_path, text, said):
 
 def test_what_was_not_meant_is_refused_before_it_is_read_through(tmp_path, monkeypatch):
     """Was: 100,000 entries, or a million runs, were taken apart first, for half a minute."""
-    made = []
+    made, composed = [], []
     monkeypatch.setattr(experiment, "CellRequest", lambda **said: made.append(said))
-    composed = []
     compose = safe_yaml._Loader.compose_node
-    monkeypatch.setattr(
-        safe_yaml._Loader,
-        "compose_node",
-        lambda loader, *where: composed.append(where) or compose(loader, *where),
-    )
+
+    def counted(loader, *where):
+        composed.append(where)
+        return compose(loader, *where)
+
+    monkeypatch.setattr(safe_yaml._Loader, "compose_node", counted)
     path = tmp_path / "x.yaml"
     removed = ",".join(map(str, range(100_000)))
     for text in (
@@ -146,9 +144,7 @@ def test_a_grid_of_searches_is_refused_before_it_is_expanded(tmp_path):
 
 def test_what_is_typed_is_text():
     """Was: a bug of tracker's, from the first hash that it came to."""
-    done = CliRunner().invoke(main, ["evaluate", "--model", "a\udcff", "--benchmark", "b"])
-    assert done.exit_code == 2
-    assert "is no UTF-8 text" in done.output
+    refused(cli("evaluate", "--model", "a\udcff", "--benchmark", "b"), "is no UTF-8 text")
 
 
 @pytest.fixture
@@ -173,10 +169,7 @@ SMALL = "is {} bytes, and no model runs in less than 1MiB; write 4GiB or 500MB"
 )
 def test_a_memory_that_no_model_runs_in_was_not_meant(size, said, file):
     """Was: 13 bytes, and of 1,3, one byte."""
-    given = ["run", str(file), "--results", str(file.parent / "results"), "--memory", size]
-    done = CliRunner().invoke(main, given)
-    assert done.exit_code == 2
-    assert said in done.output
+    refused(cli("run", file, "--results", file.parent / "results", "--memory", size), said)
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -214,20 +207,17 @@ def test_a_size_of_a_library_is_a_size():
 
 
 def test_a_comma_too_many_is_no_list_of_layers():
-    given = ["evaluate", "--model", "a", "--benchmark", "b", "--layer", "0", "--removed", "1,3,"]
-    done = CliRunner().invoke(main, given)
-    assert done.exit_code == 2
-    assert "'1,3,' is no list of layers" in done.output
+    given = ("evaluate", "--model", "a", "--benchmark", "b", "--layer", "0", "--removed", "1,3,")
+    refused(cli(*given), "'1,3,' is no list of layers")
 
 
 def test_a_large_grid_is_expanded_once_a_cell(tmp_path):
     """Was: every cell was compared with all before it."""
     path = tmp_path / "x.yaml"
-    names = {
-        "model": [f"m{number}" for number in range(100)],
-        "benchmark": [f"b{number}" for number in range(100)],
-    }
-    lines = [f"  {name}: {{values: {values}}}\n" for name, values in names.items()]
+    lines = [
+        f"  {name}: {{values: {[f'{name}{number}' for number in range(100)]}}}\n"
+        for name in ("model", "benchmark")
+    ]
     path.write_text("method: grid\nparameters:\n" + "".join(lines) + "  layer: {min: 0, max: 9}\n")
     experiment, _ = load_experiment(path)
     assert len(set(experiment.cells())) == 10_000

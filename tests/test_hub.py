@@ -8,11 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from tests.conftest import TRACKER, lend_tasks
+from tests.conftest import TRACKER, cli, lend_tasks, refused
 from tests.hub import GATED, Hub, hub
-from tracker.cli.commands import main
 
 LINES = 3
 """That any of it may take on the terminal."""
@@ -46,9 +44,8 @@ def tracker(tmp_path: Path):
 @pytest.fixture
 def two_models(experiment) -> Path:
     path = experiment("org/model", benchmark=["arc_easy", "piqa"])
-    path.write_text(
-        path.read_text().replace("value: 'org/model'", "values: [org/model, org/other]")
-    )
+    both = path.read_text().replace("value: 'org/model'", "values: [org/model, org/other]")
+    path.write_text(both)
     return path
 
 
@@ -160,7 +157,7 @@ def test_what_is_no_hub_id(experiment, name):
     if name.strip():
         commands += [("validate", experiment(name)), ("plan", experiment(name))]
     for command in commands:
-        found = CliRunner().invoke(main, [*map(str, command)])
-        assert found.exit_code == 2, found.output
+        found = cli(*command)
+        refused(found)
         assert len(after_the_first_word(found.output)) == 1
         assert not name.strip() or "a hub id is NAME or OWNER/NAME" in found.output

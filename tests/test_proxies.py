@@ -143,14 +143,6 @@ def test_nan_stays_in_its_layer() -> None:
     assert np.isnan(means).tolist() == [True, False]
 
 
-@pytest.mark.parametrize(("sums", "tokens"), [((3,), (3,)), ((3, 2), (2,))])
-def test_sums_and_tokens_of_other_documents_are_refused(
-    sums: tuple[int, ...], tokens: tuple[int, ...]
-) -> None:
-    with pytest.raises(ValueError, match="sums of the shape"):
-        proxy_means(np.ones(sums), np.ones(tokens))
-
-
 def test_who_only_reads_the_list_needs_no_torch() -> None:
     modules = (
         "import tracker.core.proxies; from tracker.stats import accuracy, correlation, proxies"

