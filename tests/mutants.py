@@ -33,15 +33,12 @@ OUTCOMES = {"killed": "killed", "survived": "survived", "no tests": "survived"}
 def tests_of(module: str, chosen: dict[str, list[str]]) -> list[str]:
     """Look up the tests of a module: its own, or else those of the nearest folder."""
     if not Path(module).is_file():
-        raise SystemExit(
-            f"there is no module {module}; one is called tracker/engine/scoring/rows.py"
-        )
+        raise SystemExit(f"there is no module {module}; one is tracker/engine/scoring/rows.py")
     for place in (module, *map(str, Path(module).parents)):
         if place in chosen:
             return chosen[place]
-    raise SystemExit(
-        f"{module} has no tests in [tool.tracker.mutants]; that names {', '.join(chosen)}"
-    )
+    named = ", ".join(chosen)
+    raise SystemExit(f"{module} has no tests in [tool.tracker.mutants]; that names {named}")
 
 
 def mutants_of(module: str) -> list[str]:

@@ -16,19 +16,12 @@ def run(layer: int, said: str = "", **changes: Any) -> RunAnswer:
 
 
 def answer(question: str, *runs: RunAnswer, **changes: Any) -> AnswerRecord:
-    known: dict[str, Any] = {
-        "question": question,
-        "level": 0.95,
-        "seed": 1234,
-        "looked": 1312,
-        "measured": 1312,
-        "population": 2000,
-        "over": True,
-        "passes": 40,
-        "passes_of": 100,
-        "runs": runs,
-    }
-    return AnswerRecord(**known | changes)
+    known: dict[str, Any] = {"level": 0.95, "seed": 1234, "population": 2000, "over": True}
+    known |= {"looked": 1312, "measured": 1312, "passes": 40, "passes_of": 100}
+    return AnswerRecord(question=question, runs=runs, **known | changes)
+
+
+FOUR = [run(n, "chosen") for n in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +29,7 @@ def answer(question: str, *runs: RunAnswer, **changes: Any) -> AnswerRecord:
     [
         (
             "top 5",
-            [*(run(n, "chosen") for n in range(4)), run(7, "open"), run(19, "open"), run(20)],
+            [*FOUR, run(7, "open"), run(19, "open"), run(20)],
             "layers 7 and 19 contend for the fifth place",
         ),
         (
@@ -88,7 +81,7 @@ def test_who_contends(question: str, runs: list[RunAnswer], says: str) -> None:
         ("sign", [run(2, low=0, high=0)], "the drops above 0 are those of none, below 0 none ("),
         (
             "top 5",
-            [*(run(n, "chosen") for n in range(4)), run(7, "open"), run(9, "open")],
+            [*FOUR, run(7, "open"), run(9, "open")],
             "the 5 largest drops are not separated by all 2,000 documents: layers 7 and 9 tie; "
             "layers 0, 1, 2 and 3 are among them (",
         ),
@@ -102,17 +95,11 @@ def test_who_contends(question: str, runs: list[RunAnswer], says: str) -> None:
 def test_what_is_answered(question: str, runs: list[RunAnswer], says: str) -> None:
     found = answer(question, *runs)
     assert statement(found).startswith(f"{question}: {says}")
-    assert statement(found).endswith(
-        "confidence; 1,312 of 2,000 documents, 40 % of the layer passes)"
-    )
     assert took(found) == "1,312 of 2,000 documents, 40 % of the layer passes"
+    assert statement(found).endswith(f"confidence; {took(found)})")
 
 
 def test_of_a_group_more_is_measured_than_looked_at() -> None:
     found = answer("sign", run(0, "chosen"), looked=1018, measured=1312)
-    said = (
-        "1,312 of 2,000 documents, 40 % of the layer passes; looked at were 1,018, each task in "
-        "proportion"
-    )
-    assert took(found) == said
-    assert statement(found).endswith(f"confidence; {said})")
+    measured = "1,312 of 2,000 documents, 40 % of the layer passes"
+    assert took(found) == f"{measured}; looked at were 1,018, each task in proportion"

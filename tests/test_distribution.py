@@ -24,51 +24,38 @@ PARTS = (
 )
 
 
+def files(*parts: str) -> set[str]:
+    """The files that some folders and names stand for."""
+    found = [path for part in parts for path in (ROOT / part, *(ROOT / part).rglob("*"))]
+    there = (path for path in found if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(ROOT)) for path in there}
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], zipfile.ZipFile]:
     """The names in the source distribution, and the wheel that was built from it."""
     # A copy: setuptools would hand out once more whatever an older build here had listed.
     copy = tmp_path_factory.mktemp("copy") / "checkout"
     copy.mkdir()
-    for part in PARTS:
-        if (ROOT / part).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / part, copy / part, ignore=ignored)
-        else:
-            shutil.copy(ROOT / part, copy)
+    for part in files(*PARTS):
+        (copy / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / part, copy / part)
     made = copy.parent / "dist"
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(made), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     name = f"layer_tracker-{tracker.__version__}"
-    assert sorted(path.name for path in made.iterdir()) == [
-        f"{name}-py3-none-any.whl",
-        f"{name}.tar.gz",
-    ]
+    assert {path.name for path in made.iterdir()} == {f"{name}-py3-none-any.whl", f"{name}.tar.gz"}
     with tarfile.open(made / f"{name}.tar.gz") as archive:
         names = {member.name.removeprefix(f"{name}/") for member in archive if member.isfile()}
     return names, zipfile.ZipFile(made / f"{name}-py3-none-any.whl")
 
 
-def files(*folders: str) -> set[str]:
-    return {
-        str(path.relative_to(ROOT))
-        for folder in folders
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-
-
 def test_the_source_distribution_can_build_demonstrate_and_test_itself(built) -> None:
     names, _ = built
-    wanted = files(*PARTS) | {part for part in PARTS if (ROOT / part).is_file()}
-    assert wanted - names == set()
-    assert {name.partition("/")[0] for name in names} <= {
-        *PARTS,
-        "PKG-INFO",
-        "setup.cfg",
-        "layer_tracker.egg-info",
-    }
+    assert files(*PARTS) - names == set()
+    made = {"PKG-INFO", "setup.cfg", "layer_tracker.egg-info"}
+    assert {name.partition("/")[0] for name in names} <= {*PARTS, *made}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:

@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 import tracker
 from tracker.core import provenance
@@ -29,126 +28,72 @@ def write(folder: Path, **files: str) -> list[Path]:
     return [folder / name for name in files]
 
 
-class TestContentHash:
-    def test_is_the_sha256_of_canonical_json(self) -> None:
-        assert content_hash({"b": "é", "a": 1}) == (
-            hashlib.sha256('{"a": 1, "b": "é"}'.encode()).hexdigest()
-        )
+def test_a_hash_is_the_sha256_of_canonical_json() -> None:
+    expected = hashlib.sha256('{"a": 1, "b": "é"}'.encode()).hexdigest()
+    assert content_hash({"b": "é", "a": 1}) == expected
+    # The order of keys does not count; a tuple counts as a list, other objects by their text.
+    for one, other in (({"a": {"c": 2, "d": 3}}, {"a": {"d": 3, "c": 2}}), ((1, 2), [1, 2])):
+        assert content_hash(one) == content_hash(other)
+    assert content_hash([Path("a")]) == content_hash(["a"])
 
-    def test_the_order_of_keys_does_not_count(self) -> None:
-        assert content_hash({"a": 1, "b": {"c": 2, "d": 3}}) == content_hash(
-            {"b": {"d": 3, "c": 2}, "a": 1}
-        )
 
-    def test_a_tuple_counts_as_a_list(self) -> None:
-        assert content_hash((1, 2)) == content_hash([1, 2])
-
-    def test_other_objects_count_by_their_text(self) -> None:
-        assert content_hash([Path("a")]) == content_hash(["a"])
-
-    @pytest.mark.parametrize(
-        ("one", "other"),
-        [
-            ([1, 2], [2, 1]),
-            ({"a": 1}, {"a": 2}),
-            ({"a": 1}, {"b": 1}),
-            ({"a": None}, {}),
-            (1, "1"),
-            (["ab"], ["a", "b"]),
-            (True, 1),
-        ],
-    )
-    def test_content_counts(self, one: object, other: object) -> None:
-        assert content_hash(one) != content_hash(other)
+def test_content_counts() -> None:
+    values = [[1, 2], [2, 1], {"a": 1}, {"a": 2}, {"b": 1}, {"a": None}, {}, 1, "1", True]
+    values += [["ab"], ["a", "b"]]
+    assert len({content_hash(value) for value in values}) == len(values)
 
 
 ONE = {"torch": "2.12.0", "cores": "2", "device": "cuda:0"}
 OTHER = {"torch": "2.13.0", "cores": "64", "device": "cuda:1"}
 
 
-class TestStacks:
-    def test_where_parts_differ_every_value_is_named(self) -> None:
-        assert united([ONE, OTHER, ONE]) == {
-            "torch": "2.12.0, 2.13.0",
-            "cores": "2, 64",
-            "device": "cuda:0, cuda:1",
-        }
-        assert united([ONE]) == ONE
-        assert united([]) == {}
-
-    def test_only_what_can_change_a_number_is_a_difference(self) -> None:
-        """Cores and the number of the accelerator are none."""
-        assert differences([ONE, OTHER]) == "torch 2.12.0, 2.13.0"
-        assert differences([ONE, {**ONE, "cores": "1"}]) == ""
-        cpu = {**ONE, "device": "cpu"}
-        assert differences([ONE, cpu]) == "device cpu, cuda"
-        assert differences([ONE, {"device": "cuda:3"}]) == "torch 2.12.0, unknown"
-        assert differences([]) == ""
+def test_where_parts_differ_every_value_is_named() -> None:
+    both = {"torch": "2.12.0, 2.13.0", "cores": "2, 64", "device": "cuda:0, cuda:1"}
+    assert united([ONE, OTHER, ONE]) == both
+    assert united([ONE]) == ONE
+    assert united([]) == {}
 
 
-class TestFileHash:
-    def test_neither_order_nor_folder_counts(self, tmp_path) -> None:
-        files = write(tmp_path / "one", a="1", b="2")
-        copies = write(tmp_path / "other" / "deep", b="2", a="1")
-        assert file_hash(files) == file_hash(reversed(files)) == file_hash(copies)
-
-    @pytest.mark.parametrize(
-        "changed",
-        [
-            {"a": "1", "b": "3"},
-            {"a": "2", "b": "1"},
-            {"a": "1", "c": "2"},
-            {"a": "1"},
-            {"a": "12", "b": ""},
-            {"a": "1", "b": "2", "c": ""},
-        ],
-    )
-    def test_names_and_bytes_count(self, tmp_path, changed: dict[str, str]) -> None:
-        original = file_hash(write(tmp_path / "one", a="1", b="2"))
-        assert file_hash(write(tmp_path / "other", **changed)) != original
-
-    def test_the_time_does_not_count(self, tmp_path) -> None:
-        files = write(tmp_path, a="1")
-        before = file_hash(files)
-        os.utime(files[0], (1, 1))
-        assert file_hash(files) == before
+def test_only_what_can_change_a_number_is_a_difference() -> None:
+    """Cores and the number of the accelerator are none."""
+    for parts, said in (
+        ([ONE, OTHER], "torch 2.12.0, 2.13.0"),
+        ([ONE, {**ONE, "cores": "1"}], ""),
+        ([ONE, {**ONE, "device": "cpu"}], "device cpu, cuda"),
+        ([ONE, {"device": "cuda:3"}], "torch 2.12.0, unknown"),
+        ([], ""),
+    ):
+        assert differences(parts) == said
 
 
-class TestFileStamp:
-    def test_holds_size_and_time_in_order(self, tmp_path) -> None:
-        b, a = write(tmp_path, b="12", a="1")
-        os.utime(a, ns=(7, 7))
-        os.utime(b, ns=(9, 9))
-        assert file_stamp([b, a]) == file_stamp([a, b]) == [(str(a), 1, 7), (str(b), 2, 9)]
+def test_names_and_bytes_of_files_count_and_neither_order_folder_nor_time(tmp_path) -> None:
+    files = write(tmp_path / "one", a="1", b="2")
+    original = file_hash(files)
+    os.utime(files[0], (1, 1))
+    copies = write(tmp_path / "other" / "deep", b="2", a="1")
+    assert original == file_hash(files) == file_hash(reversed(files)) == file_hash(copies)
+    changes = [{"a": "1", "b": "3"}, {"a": "2", "b": "1"}, {"a": "1", "c": "2"}, {"a": "1"}]
+    changes += [{"a": "12", "b": ""}, {"a": "1", "b": "2", "c": ""}]
+    hashes = {file_hash(write(tmp_path / str(n), **some)) for n, some in enumerate(changes)}
+    assert len(hashes | {original}) == 7
 
-    def test_notices_new_content(self, tmp_path) -> None:
-        files = write(tmp_path, a="1")
-        before = file_stamp(files)
-        assert file_stamp(files) == before
-        write(tmp_path, a="22")
-        longer = file_stamp(files)
-        assert longer != before
-        # The same size: only the time tells.
-        write(tmp_path, a="33")
-        os.utime(files[0], ns=(5, 5))
-        assert file_stamp(files) != longer
+
+def test_a_stamp_holds_size_and_time_in_order_and_notices_new_content(tmp_path) -> None:
+    b, a = write(tmp_path, b="12", a="1")
+    os.utime(a, ns=(7, 7))
+    os.utime(b, ns=(9, 9))
+    assert file_stamp([b, a]) == file_stamp([a, b]) == [(str(a), 1, 7), (str(b), 2, 9)]
+    write(tmp_path, a="22")
+    os.utime(a, ns=(7, 7))
+    assert file_stamp([a]) == [(str(a), 2, 7)]
 
 
 def test_versions_are_the_installed_ones(monkeypatch) -> None:
-    assert package_versions()["numpy"] == np.__version__
-    assert set(package_versions()) == {
-        "tracker",
-        "torch",
-        "transformers",
-        "lm-eval",
-        "datasets",
-        "numpy",
-    }
-    monkeypatch.setattr(provenance, "PACKAGES", ("no-such-package",))
-    assert package_versions() == {
-        "tracker": tracker.__version__,
-        "no-such-package": "not installed",
-    }
+    found = package_versions()
+    assert found["numpy"] == np.__version__
+    assert set(found) == {"tracker", "torch", "transformers", "lm-eval", "datasets", "numpy"}
+    monkeypatch.setattr(provenance, "PACKAGES", ("none-such",))
+    assert package_versions() == {"tracker": tracker.__version__, "none-such": "not installed"}
 
 
 def test_the_machine_identifies_nobody() -> None:

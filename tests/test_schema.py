@@ -22,6 +22,7 @@ from tracker.pruning.search.request import SearchParameters, SearchRequest
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
+SEARCHED = {*OF_CELLS, *SearchSettings.model_fields}
 RUNNING = {"results", "track", "device", "memory", "publish_documents", "trust_remote_code"}
 
 
@@ -57,7 +58,7 @@ def test_the_docs_say_every_key_and_its_default() -> None:
     for key, about in SearchRequest.model_fields.items():
         if about.default not in (None, ()) and not about.is_required():
             assert says(about.default, searched[key]), key
-    assert set(SearchParameters.model_fields) == {*OF_CELLS, *SearchSettings.model_fields}
+    assert set(SearchParameters.model_fields) == SEARCHED
 
 
 def test_each_field_says_what_it_is() -> None:
@@ -68,11 +69,8 @@ def test_each_field_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("command", "asked"),
     [
-        ("evaluate", {*KEYS, "project"} | RUNNING),
-        (
-            "prune",
-            {*OF_CELLS, *SearchSettings.model_fields, "project", "experiment", "output"} | RUNNING,
-        ),
+        ("evaluate", {*KEYS, "project", *RUNNING}),
+        ("prune", {*SEARCHED, "project", "experiment", "output", *RUNNING}),
         ("export", set(inspect.signature(api.export).parameters) - {"settings", "progress"}),
     ],
 )
@@ -106,9 +104,8 @@ def test_a_new_field_is_a_key_and_an_option() -> None:
         """Of the paint."""
 
     grid = grid_of("Grid", {"far_colour": More.model_fields["far_colour"]})
-    assert grid.model_validate({"far_colour": {"values": ["red"]}}).options == {
-        "far_colour": ["red"]
-    }
+    asked = grid.model_validate({"far_colour": {"values": ["red"]}})
+    assert asked.options == {"far_colour": ["red"]}
     with pytest.raises(ValidationError):
         grid.model_validate({"far_color": {"value": "red"}})
 
