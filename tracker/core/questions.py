@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -12,7 +13,7 @@ from tracker.core.safe_yaml import short
 
 Kind = Literal["drop", "top", "prune", "sign"]
 
-EXAMPLES = {
+EXAMPLES: Mapping[Kind, str] = {
     "drop": "drop within 2 pp",
     "top": "top 5",
     "prune": "prune 8",
@@ -89,13 +90,10 @@ def question(text: str) -> Question:
         'drop within 0.5 pp at 99 %'
     """
     word, _, rest = " ".join(text.split()).partition(" ")
-    kinds: dict[str, Kind] = {"drop": "drop", "top": "top", "prune": "prune", "sign": "sign"}
-    if word not in kinds:
-        known = ", ".join(map(repr, EXAMPLES.values()))
-        raise ValueError(
-            f"no question begins with {short(word)}.{did_you_mean(word, kinds)} Known are {known}"
-        )
-    kind, count = kinds[word], None
+    kind, count = next((kind for kind in EXAMPLES if kind == word), None), None
+    if kind is None:
+        near, known = did_you_mean(word, EXAMPLES), ", ".join(map(repr, EXAMPLES.values()))
+        raise ValueError(f"no question begins with {short(word)}.{near} Known are {known}")
     if kind in ("top", "prune"):
         number, _, rest = rest.partition(" ")
         if not re.fullmatch(r"[1-9]\d{0,5}", number):

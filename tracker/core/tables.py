@@ -81,7 +81,7 @@ class Table(Record):
             columns.append([e if isinstance(e, str) else _number(e.value, whole) for e in entries])
             for end in ("low", "high", "reason") if not heading.name else ():
                 more = [getattr(figure, end) for figure in figures]
-                if any(each is not None for each in more):
+                if any(each not in (None, "") for each in more):
                     names.append(f"{heading.label} {end}")
                     columns.append(more)
         if len(set(names)) < len(names):

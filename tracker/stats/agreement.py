@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
@@ -52,7 +54,5 @@ def clustered(agreement: Array, alike: float) -> tuple[list[int], list[list[int]
     order = [int(leaf) for leaf in leaves_list(tree)]
     # Rounding must not part what is exactly alike.
     label = fcluster(tree, 1 - alike + 1e-9, "distance")
-    groups: dict[int, list[int]] = {}
-    for leaf in order:
-        groups.setdefault(int(label[leaf]), []).append(leaf)
-    return order, [group for group in groups.values() if len(group) > 1]
+    groups = (list(group) for _, group in itertools.groupby(order, label.__getitem__))
+    return order, [group for group in groups if len(group) > 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracker.stats.arrays import Array, Numbers
+from tracker.stats.arrays import Array, Numbers, divided
 
 
 def per_token(sums: Array, tokens: Array) -> Array:
@@ -32,7 +32,4 @@ def proxy_means(sums: Array, tokens: Numbers | Array) -> Array:
         >>> proxy_means(np.array([[1.0, 2.0], [5.0, 4.0]]), np.array([2, 10])).tolist()
         [0.5, 0.5]
     """
-    total = int(tokens.sum())
-    if not total:
-        return np.full(sums.shape[1], np.nan)
-    return np.asarray(sums.sum(axis=0) / total, dtype=np.float64)
+    return divided(sums.sum(axis=0), np.full(sums.shape[1], tokens.sum(), dtype=np.float64))
