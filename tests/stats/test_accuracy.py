@@ -190,19 +190,6 @@ def test_interval_against_the_published_formula(
     assert p12 - p21 - half <= drop.value <= p12 - p21 + half
 
 
-@given(st.lists(st.tuples(fractions, fractions), min_size=1, max_size=30), st.booleans())
-def test_drop_is_antisymmetric(pairs: list[tuple[float, float]], whole: bool) -> None:
-    table = np.array(pairs)
-    if whole:
-        table = table.round()
-    there = accuracy_drop(table[:, 0], table[:, 1])
-    back = accuracy_drop(table[:, 1], table[:, 0])
-    assert there.value == -(back.value or 0.0)
-    assert there.p_value == back.p_value
-    if there.low is not None:
-        assert there.low == pytest.approx(-back.high, abs=1e-12)
-
-
 def test_drop_of_fractions_is_the_paired_t_interval() -> None:
     """Also where one of the two happens to hold none: a document may change by a part."""
     parts, others = np.array([0.9, 0.5, 0.7, 0.4]), np.array([0.6, 0.5, 0.1, 0.5])
@@ -223,21 +210,11 @@ def test_weighted_drop_is_the_difference_of_weighted_accuracies() -> None:
     assert drop.p_value == accuracy_drop(baseline, ablated).p_value
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_drop_without_any_change_is_not_certain(weighted: bool) -> None:
-    baseline, ablated = paired(30, 0, 0, 10)
-    weights = weights_by_task(["a"] * 10 + ["b"] * 30, False) if weighted else None
-    drop = accuracy_drop(baseline, ablated, weights)
+def test_drop_without_any_change_is_not_certain() -> None:
+    weights = weights_by_task(["a"] * 10 + ["b"] * 30, False)
+    drop = accuracy_drop(*paired(30, 0, 0, 10), weights)
     assert (drop.value, drop.p_value) == (0, 1)
     assert drop.low < 0 < drop.high
-
-
-@pytest.mark.parametrize(("lost", "won"), [(1, 0), (0, 1), (0, 0)])
-def test_drop_of_one_document(lost: int, won: int) -> None:
-    drop = accuracy_drop(*paired(0, lost, won, 1 - lost - won))
-    assert drop.value == lost - won
-    assert drop.p_value == 1
-    assert drop.low <= drop.value <= drop.high
 
 
 def test_drop_of_different_documents_is_refused() -> None:
@@ -298,16 +275,6 @@ def test_impossible_choices_are_refused(choices: float) -> None:
 )
 def test_relevance(baseline: float, ablated: float, chance: float, relevance: float) -> None:
     assert accuracy_relevance(baseline, ablated, chance).value == pytest.approx(relevance)
-
-
-@given(fractions, fractions, fractions, fractions)
-def test_relevance_falls_as_the_ablated_accuracy_rises(
-    baseline: float, low: float, high: float, chance: float
-) -> None:
-    assume(baseline > chance + 1e-6)
-    low, high = sorted((low, high))
-    worse, better = (accuracy_relevance(baseline, end, chance).value for end in (low, high))
-    assert better <= worse <= 1
 
 
 @pytest.mark.parametrize(

@@ -38,16 +38,6 @@ def test_darwins_plants() -> None:
     assert found.p_value == pytest.approx(as_far / 2**15)
 
 
-def test_how_it_turns_around() -> None:
-    generator = np.random.default_rng(0)
-    first, last = np.exp(generator.normal(size=(2, 40)))
-    up, down = growth(first, last), growth(last, first)
-    assert up.value == pytest.approx(1 / down.value)
-    assert up.p_value == pytest.approx(down.p_value)
-    assert up.low == pytest.approx(1 / down.high, rel=0.05)
-    assert up.low < up.value < up.high
-
-
 @pytest.mark.parametrize(
     ("n", "covers", "skewed"),
     [
