@@ -102,6 +102,13 @@ def cli(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+def printed(*arguments: object) -> str:
+    """Give a command that succeeds; what it prints."""
+    found = cli(*arguments)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
 def refused(found: Result, *said: str) -> None:
     """Exit code 2, a few lines in which this is said, no traceback."""
     assert found.exit_code == 2, found.output

@@ -206,11 +206,6 @@ def test_a_size_of_a_library_is_a_size():
     assert Options(memory=np.int64(2**30)).memory == 2**30
 
 
-def test_a_comma_too_many_is_no_list_of_layers():
-    given = ("evaluate", "--model", "a", "--benchmark", "b", "--layer", "0", "--removed", "1,3,")
-    refused(cli(*given), "'1,3,' is no list of layers")
-
-
 def test_a_large_grid_is_expanded_once_a_cell(tmp_path):
     """Was: every cell was compared with all before it."""
     path = tmp_path / "x.yaml"

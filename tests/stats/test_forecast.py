@@ -61,8 +61,3 @@ def test_bounds_of_weighted_documents_are_those_that_are_said() -> None:
     with pytest.raises(ValueError, match="not from -1 to 1"):
         forecast(question("top 1"), values, 100)
     assert len(forecast(question("top 1"), values, 100, reach=2, draws=2).looked) == 2
-
-
-def test_nothing_measured_says_nothing() -> None:
-    with pytest.raises(ValueError, match="nothing is measured"):
-        forecast(question("top 1"), np.zeros((0, 2)), 100)

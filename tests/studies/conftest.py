@@ -37,7 +37,8 @@ def stores(path: Path, results: Path) -> list[CellStore]:
 
 def column(table: Table, label: str) -> list[Entry]:
     """A column by its heading."""
-    return list(table.column(label))
+    place = [heading.label for heading in table.headings].index(label)
+    return [row[place] for row in table.rows]
 
 
 def plain(entries: Sequence[Entry]) -> list[object]:

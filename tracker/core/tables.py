@@ -60,11 +60,6 @@ class Table(Record):
     sorted_by: int | None = Field(None, exclude_if=lambda place: place is None)
     """The column that the rows ascend by; None where their order is another."""
 
-    def column(self, label: str) -> tuple[Entry, ...]:
-        """Find the entries below a label."""
-        place = [heading.label for heading in self.headings].index(label)
-        return tuple(row[place] for row in self.rows)
-
     def plain(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
         """Lay it out for code, unrounded: the columns' names, and the rows.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tracker.core.estimates import Estimate
 from tracker.stats.arrays import Array, divided
-from tracker.stats.rank_agreement import COEFFICIENTS, midranks, rounded, row_coefficients
+from tracker.stats.rank_agreement import Coefficient, midranks, rounded, row_coefficients
 from tracker.stats.resampling import bias_corrected_interval
 from tracker.stats.surrogates import surrogate_series
 
@@ -19,7 +19,7 @@ def correlate(
     proxy: Array,
     drop: Array,
     *,
-    coefficient: str,
+    coefficient: Coefficient,
     resampled_proxy: Array | None = None,
     resampled_drop: Array | None = None,
     surrogates: int = 4999,
@@ -56,9 +56,6 @@ def correlate(
         The coefficient, clipped interval and p-value; the value is None with a reason for fewer
         than three layers, a NaN, or an input that is the same in every layer.
 
-    Raises:
-        ValueError: An unknown coefficient.
-
     References:
         M. G. Kendall, Biometrika 33 (1945) 239-251 (tau-b). B. Phipson, G. K. Smyth, Statistical
         Applications in Genetics and Molecular Biology 9 (2010) 39 (why k + 1). For the p-value see
@@ -70,8 +67,6 @@ def correlate(
         >>> round(correlation.value, 4), round(correlation.p_value, 2)
         (0.6667, 0.37)
     """
-    if coefficient not in COEFFICIENTS:
-        raise ValueError(f"unknown coefficient {coefficient!r}; one of {', '.join(COEFFICIENTS)}")
     x, y = rounded(proxy), rounded(drop)
     if reason := _undefined(3, "a correlation", ("the proxy", x), ("the accuracy drop", y)):
         return Estimate(None, reason=reason)
@@ -95,7 +90,7 @@ def correlation_difference(
     one: tuple[Array, Array],
     other: tuple[Array, Array],
     drop: tuple[Array, Array],
-    coefficient: str,
+    coefficient: Coefficient,
 ) -> Estimate:
     """Say by how much one proxy correlates better with the accuracy drop than another.
 
@@ -218,7 +213,7 @@ def _surrogate_p(
     x: Array,
     y: Array,
     observed: float,
-    coefficient: str,
+    coefficient: Coefficient,
     surrogates: int,
     seed: int,
     about: Array | None = None,

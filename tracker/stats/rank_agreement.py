@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,7 +21,8 @@ from tracker.stats.surrogates import surrogate_series
 
 DECIMALS = 12
 """Figures that agree to so many decimals are ties."""
-COEFFICIENTS = ("spearman", "kendall", "pearson")
+Coefficient = Literal["spearman", "kendall", "pearson"]
+COEFFICIENTS: tuple[Coefficient, ...] = get_args(Coefficient)
 """Spearman's rho, Kendall's tau-b, and Pearson's r."""
 DRAWS = 4999
 _EPS = 1e-9

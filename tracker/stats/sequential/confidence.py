@@ -148,16 +148,8 @@ class MeanSequences:
             highest: The highest.
             within: How far from the mean the bounds are wanted to be, so that they come there the
                 soonest; None = good bounds at any time.
-
-        Raises:
-            ValueError: There are no documents or series, or nothing lies between the two values.
         """
         together = count if together is None else together
-        if min(population, count, together) < 1 or not 0 < level < 1 or not lowest < highest:
-            raise ValueError(
-                f"{population} documents, {count} series of {together} together, level {level}, "
-                f"values from {lowest} to {highest}"
-            )
         self.population = population
         self.low = np.full(count, float(lowest))
         self.high = np.full(count, float(highest))
@@ -197,8 +189,6 @@ class MeanSequences:
         """
         which = np.arange(len(self.low)) if series is None else np.asarray(series)
         scaled = self.scaled(values)
-        if scaled.shape[1:] != which.shape:
-            raise ValueError(f"values of the shape {scaled.shape} for {len(which)} series")
         if not scaled.size:
             return
         if (self.seen[which] + len(scaled)).max() > self.population:

@@ -49,7 +49,7 @@ def forecast(
 
     Args:
         asked: The question.
-        values: `[documents, runs]`, what was measured.
+        values: `[documents, runs]`, what was measured, of one document at least.
         population: Documents that there are.
         reach: As of a `Race`.
         chances: `[documents]`, how likely each is drawn, summing to 1; None = all alike.
@@ -59,7 +59,7 @@ def forecast(
         What each took.
 
     Raises:
-        ValueError: So many runs cannot answer it, or nothing is measured.
+        ValueError: So many runs cannot answer it.
 
     Examples:
         A run that loses half of the documents among two that lose few: how many of 2,000 show it.
@@ -69,8 +69,6 @@ def forecast(
         >>> bool(found.looked.max() < 500), bool(found.answered.all())
         (True, True)
     """
-    if not len(values):
-        raise ValueError("nothing is measured")
     dice = np.random.default_rng(SEED)
     looked, seen, answered = [], [], []
     for _ in range(draws):

@@ -76,19 +76,12 @@ class SequentialTopK:
         Args:
             population: Documents that there are.
             runs: How many means.
-            count: How many are to be chosen.
+            count: How many are to be chosen, at least one and not all.
             within: The tolerance; None = none at all, so that exact ties for the last place stay
                 open.
             level: The probability with which the answer is right.
             reach: How far two values of a document can lie apart.
-
-        Raises:
-            ValueError: There is nothing to choose, or a number makes no sense.
         """
-        if not 0 < count < runs or population < 1 or not 0 < level < 1 or not reach > 0:
-            raise ValueError(
-                f"{count} of {runs} runs, {population} documents, level {level}, reach {reach}"
-            )
         self.open: Mask = np.ones(runs, dtype=bool)
         self.chosen: Mask = np.zeros(runs, dtype=bool)
         self.seen = 0
