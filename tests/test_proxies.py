@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,10 +36,8 @@ def test_against_torch_in_double_precision() -> None:
     torch.testing.assert_close(cosine, expected, rtol=0, atol=1e-14)
     expected = (wider - wide).norm(dim=-1) / wide.norm(dim=-1)
     torch.testing.assert_close(update.double(), expected, rtol=1e-6, atol=0)
-    turned = angle(cosine)
-    assert turned[0, 0, 0].item() == pytest.approx(
-        math.acos(cosine[0, 0, 0].item()) / math.pi, abs=1e-6
-    )
+    turned = math.acos(cosine[0, 0, 0].item()) / math.pi
+    assert angle(cosine)[0, 0, 0].item() == pytest.approx(turned, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -82,11 +81,9 @@ def test_known_directions() -> None:
     cosine = cosine_similarity(before, after)
     assert cosine.tolist() == [1, 0, -1]
     assert angle(cosine).tolist() == pytest.approx([0, 0.5, 1])
+    assert angle(torch.tensor([1 + 2e-7, -1 - 2e-7])).tolist() == [0, 1], "rounding past one"
+    assert cosine_similarity(before[:0], after[:0]).shape == (0,)
     assert relative_update(before, after).tolist() == pytest.approx([1, math.sqrt(2), 2])
-
-
-def test_rounding_past_one_is_no_nan() -> None:
-    assert angle(torch.tensor([1 + 2e-7, -1 - 2e-7])).tolist() == [0, 1]
 
 
 def test_a_skipped_layer_changes_nothing() -> None:
@@ -122,32 +119,23 @@ def test_a_device_without_float64_computes_in_float32() -> None:
     assert cosine_similarity(state, state).dtype == torch.float32
 
 
-def test_no_tokens() -> None:
-    assert cosine_similarity(torch.empty(0, 8), torch.empty(0, 8)).shape == (0,)
-
-
 def test_every_token_counts_once() -> None:
     tokens = [np.array([[0.1, 0.4], [0.3, 0.2]]), np.array([[0.8, 0.6]])]
     sums = np.array([document.sum(axis=0) for document in tokens])
     expected = np.concatenate(tokens).mean(axis=0)
     assert proxy_means(sums, np.array([2, 1])) == pytest.approx(expected)
-
-
-def test_no_documents_and_no_tokens_are_nan() -> None:
-    assert np.isnan(proxy_means(np.empty((0, 3)), np.array([]))).tolist() == [True] * 3
-    assert np.isnan(proxy_means(np.zeros((2, 3)), np.array([0, 0]))).tolist() == [True] * 3
-
-
-def test_nan_stays_in_its_layer() -> None:
-    means = proxy_means(np.array([[np.nan, 1.0], [1.0, 1.0]]), np.array([2, 2]))
-    assert np.isnan(means).tolist() == [True, False]
+    # Without documents or tokens there is no mean, and a NaN stays in its layer.
+    for sums, tokens, undefined in (
+        (np.empty((0, 2)), [], [True, True]),
+        (np.zeros((2, 2)), [0, 0], [True, True]),
+        (np.array([[np.nan, 1.0], [1.0, 1.0]]), [2, 2], [True, False]),
+    ):
+        assert np.isnan(proxy_means(sums, np.array(tokens))).tolist() == undefined
 
 
 def test_who_only_reads_the_list_needs_no_torch() -> None:
-    modules = (
-        "import tracker.core.proxies; from tracker.stats import accuracy, correlation, proxies"
-    )
-    code = f"import sys; {modules}; assert 'torch' not in sys.modules"
+    read = "import tracker.core.proxies; from tracker.stats import accuracy, correlation, proxies"
+    code = f"import sys; {read}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -155,20 +143,11 @@ def test_what_several_proxies_take_is_computed_once(monkeypatch) -> None:
     """Was: the cosine, in float64, once for each."""
     before, after = torch.randn(2, 5, 8)
     alone = [one.averaged(one.observe(before, after)) for one in OBSERVED]
-    made = []
-
-    def counted(observe):
-        def call(*states):
-            made.append(observe)
-            return observe(*states)
-
-        return call
-
-    counting = {one.observe: counted(one.observe) for one in OBSERVED}
+    counting = {one.observe: Mock(wraps=one.observe) for one in OBSERVED}
     several = tuple(replace(one, observe=counting[one.observe]) for one in OBSERVED)
     monkeypatch.setattr(proxies, "OBSERVED", several)
     together = observed(before, after)
-    assert len(made) == len(counting) < len(OBSERVED)
+    assert sum(call.call_count for call in counting.values()) == len(counting) < len(OBSERVED)
     for figure, expected in zip(together, alone, strict=True):
         assert torch.equal(figure, expected)
     angular = [one.name for one in OBSERVED].index("angular_distance")
