@@ -9,6 +9,7 @@ import pytest
 import tracker.api
 from tests.conftest import cli, refused
 from tracker.core.config import CellRequest
+from tracker.core.errors import RequestError
 from tracker.runner import Finished
 
 COMMON = ["evaluate", "--model=m", "--benchmark=b", "--layer=3"]
@@ -48,6 +49,20 @@ def test_one(asked: list[CellRequest], typed: list[str], field: str, value: Any)
     assert result.exit_code == 0, result.output
     (request,) = asked
     assert getattr(request, field) == value
+
+
+def test_zero_and_no_are_said_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Was: left out as if nothing had been said, so that the task's own shots counted."""
+    found: dict[str, Any] = {}
+
+    def prune(experiment: None, **settings: Any) -> None:
+        found.update(settings)
+        raise RequestError("far enough")
+
+    monkeypatch.setattr(tracker.api, "prune", prune)
+    typed = ["--strategy=last", "--num_fewshot=0", "--seed=0", "--fewshot_as_multiturn=False"]
+    CliRunner().invoke(main, ["prune", *COMMON[1:3], *typed])
+    assert (found["num_fewshot"], found["seed"], found["fewshot_as_multiturn"]) == (0, 0, False)
 
 
 @pytest.mark.parametrize(

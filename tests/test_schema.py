@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from tracker import api
 from tracker.cli.commands import main
 from tracker.cli.options import keys
 from tracker.core.config import KEYS, CellRequest
+from tracker.core.errors import RequestError
 from tracker.core.experiment import Parameters, grid_of
 from tracker.measuring.job import Options
 from tracker.pruning.search.request import SearchParameters, SearchRequest
@@ -23,7 +25,8 @@ from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 SEARCHED = {*OF_CELLS, *SearchSettings.model_fields}
-RUNNING = {"results", "track", "device", "memory", "publish_documents", "trust_remote_code"}
+RUNNING = set(api.Running.__optional_keys__) - {"progress"}
+EXPORTED = {*inspect.signature(api.export).parameters, *api.Working.__optional_keys__}
 
 
 def rows(page: str, *headings: str) -> dict[str, str]:
@@ -71,7 +74,7 @@ def test_each_field_says_what_it_is() -> None:
     [
         ("evaluate", {*KEYS, "project", *RUNNING}),
         ("prune", {*SEARCHED, "project", "experiment", "output", *RUNNING}),
-        ("export", set(inspect.signature(api.export).parameters) - {"settings", "progress"}),
+        ("export", EXPORTED - {"settings", "progress"}),
     ],
 )
 def test_the_command_line_takes_every_key(command: str, asked: set[str]) -> None:
@@ -83,17 +86,29 @@ def test_the_command_line_takes_every_key(command: str, asked: set[str]) -> None
 
 def test_python_and_the_command_line_have_the_same_defaults() -> None:
     """Of what says how work is done; what is asked has its defaults in the schema alone."""
+    executor = inspect.signature(api.run).parameters["executor"].default
     defaults: dict[str, set[Any]] = {field.name: {field.default} for field in fields(Options)}
-    defaults["slurm"] = {None}  # nothing that could be changed is a default
-    defaults["results"] = {api.RESULTS}
+    defaults |= {"slurm": {None}, "results": {api.RESULTS}, "track": {None}}
+    defaults |= {"publish_documents": {False}, "executor": {Options.executor, executor}}
     for name in ("run", "prune", "evaluate", "export"):
-        signature = inspect.signature(getattr(api, name)).parameters
         for option in main.commands[name].params:
             if option.name in defaults:
                 default = option.to_info_dict()["default"]
                 default = default or (False if getattr(option, "is_flag", False) else None)
-                defaults[option.name] |= {default, signature[option.name].default}
+                defaults[option.name].add(default)
     assert {name: found for name, found in defaults.items() if len(found) != 1} == {}
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        lambda: api.run("any.yaml", devise="cpu"),
+        lambda: api.evaluate(CellRequest(model="m", benchmark="b", layers=(0,)), devise="cpu"),
+    ],
+)
+def test_python_refuses_what_nothing_is_called(called: Callable[[], object]) -> None:
+    with pytest.raises(RequestError, match=r"there is no 'devise'. Did you mean 'device'\?"):
+        called()
 
 
 def test_a_new_field_is_a_key_and_an_option() -> None:

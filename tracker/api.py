@@ -4,20 +4,26 @@ import tracker
 results = tracker.run("experiments/demo.yaml")
 results.layers.sort_values("accuracy_drop")
 
-It is long because each function says all that its command's page says; none of them does anything.
+Each function says all that its command's page says; none of them does anything.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from tracker.core.config import CellRequest
-from tracker.core.errors import RequestError, TrackerError, TrackingError, WorkError
+from tracker.core.errors import (
+    RequestError,
+    TrackerError,
+    TrackingError,
+    WorkError,
+    did_you_mean,
+)
 from tracker.core.experiment import load_experiment
 from tracker.core.records import CellRecord
 from tracker.core.text import masked
@@ -35,7 +41,6 @@ from tracker.team.publish import Publisher, Synced, Trial
 from tracker.team.result_files import Written, write_result_files
 from tracker.team.sweeps import SweepFilled, asked_of_cell, fill_sweep
 from tracker.tracking import default_targets
-from tracker.tracking.base import Ending
 from tracker.tracking.wandb.service import in_sweep
 
 if TYPE_CHECKING:
@@ -46,11 +51,78 @@ if TYPE_CHECKING:
     from tracker.core.prune_records import PruneRecord
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.export.facts import Exported
-    from tracker.pruning.search.planning import PlannedSearch, PlannedTest
+    from tracker.pruning.search.planning import PlannedSearch
 
+Where = str | os.PathLike[str]
+"""A file or a folder."""
 RESULTS = Path("results")
 FOLDER_FORMS = ("csv", "parquet", "png", "pdf")
 """Formats of a report that are several files."""
+
+
+class Working(TypedDict, total=False):
+    """Where and how models run, for every function that loads one.
+
+    Attributes:
+        results: The results folder; `results` where it is not said.
+        device: `auto` (an accelerator if there is one, and the default), or a torch device.
+        trust_remote_code: Whether code and pickles from a download may run; by default not.
+        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
+        progress: Listens to what happens; None for silence.
+    """
+
+    results: Where
+    device: str
+    trust_remote_code: bool
+    memory: int | None
+    progress: Progress | None
+
+
+class Running(Working, total=False):
+    """The same, and what becomes of runs.
+
+    Attributes:
+        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; empty for none; None for
+            W&B in the trial of a W&B sweep, else MLflow.
+        publish_documents: Whether the texts of documents are published too where they are not of
+            the hub or a package: those of a folder or a corpus; by default not.
+    """
+
+    track: Sequence[str] | None
+    publish_documents: bool
+
+
+class _Work:
+    """What a function works with: what `how` says as `Running` has it, and defaults for the rest.
+
+    `more` is said of the options besides. RequestError for a name that is none of `Running`.
+    """
+
+    def __init__(self, how: Mapping[str, Any], **more: Any) -> None:
+        known = sorted(Running.__optional_keys__)
+        for name in how:
+            if name not in known:
+                near = did_you_mean(name, known)
+                raise RequestError(f"there is no {name!r}.{near} Known are {', '.join(known)}")
+        told = ("device", "trust_remote_code", "memory")
+        self.options = Options(**{name: how[name] for name in told if name in how}, **more)
+        self.ledger = Ledger(Path(how.get("results", RESULTS)))
+        self.progress: Progress = how.get("progress") or Silent()
+        track = how.get("track")
+        self.track: Sequence[str] = default_targets() if track is None else track
+        self._texts = how.get("publish_documents", False)
+
+    def publisher(self, project: str, trial: Trial | None = None) -> closing[Publisher]:
+        """Open what publishes; it is closed at the end."""
+        return closing(Publisher(self.track, project, self.ledger.root, self._texts, trial))
+
+
+def _parted(
+    said: Mapping[str, Any], names: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part what says how work is done, by its names, from what says what is asked."""
+    how = {name: value for name, value in said.items() if name in names}
+    return how, {name: value for name, value in said.items() if name not in names}
 
 
 @dataclass(frozen=True)
@@ -83,33 +155,19 @@ class Results:
 
 
 def run(
-    experiment: str | os.PathLike[str],
+    experiment: Where,
     *,
-    results: str | os.PathLike[str] = RESULTS,
-    track: Sequence[str] | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    memory: int | None = None,
     executor: str = "local",
     slurm: Mapping[str, Any] | None = None,
-    publish_documents: bool = False,
-    progress: Progress | None = None,
+    **how: Unpack[Running],
 ) -> Results:
     """Run an experiment file, continuing what the results folder already holds.
 
     Args:
         experiment: The YAML file.
-        results: The results folder.
-        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; empty for none; None for
-            W&B in the trial of a W&B sweep, else MLflow.
-        device: `auto` (an accelerator if there is one), or a torch device.
-        trust_remote_code: Whether code and pickles from a download may run.
-        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
         executor: Where cells are measured: `local` (this process), `ray` or `slurm`.
         slurm: What each SLURM job asks for, in submitit's words: `{"partition": "gpu"}`.
-        publish_documents: Whether the texts of documents are published too where they are not of
-            the hub or a package: those of a folder or a corpus.
-        progress: Listens to the run; None for silence.
+        **how: The results folder, backends, device, …: as `Running` says.
 
     Returns:
         The records, the report page, and what failed.
@@ -117,18 +175,14 @@ def run(
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
     """
+    work = _Work(how, executor=executor, slurm=slurm or {})
     path = Path(experiment)
     asked, text = load_experiment(path)
-    progress = progress or Silent()
     if asked.capped:
-        progress.say(asked.capped)
-    ledger = Ledger(Path(results))
-    options = Options(device, trust_remote_code, memory, executor, slurm or {})
-    targets = default_targets() if track is None else track
-    publisher = Publisher(targets, asked.destination, ledger.root, publish_documents)
-    with closing(publisher):
-        outcome = run_cells(asked.cells(), ledger, publisher, options, progress)
-    return Results(tuple(outcome.cells), _shown(ledger, path.name, text, outcome), outcome)
+        work.progress.say(asked.capped)
+    with work.publisher(asked.destination) as publisher:
+        outcome = run_cells(asked.cells(), work.ledger, publisher, work.options, work.progress)
+    return Results(tuple(outcome.cells), _shown(work.ledger, path.name, text, outcome), outcome)
 
 
 def _shown(ledger: Ledger, name: str, text: str, outcome: Finished) -> Path | None:
@@ -160,33 +214,14 @@ class Studied:
     outcome: Finished
 
 
-def study(
-    name: str,
-    experiment: str | os.PathLike[str],
-    *,
-    results: str | os.PathLike[str] = RESULTS,
-    track: Sequence[str] | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    memory: int | None = None,
-    publish_documents: bool = False,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> Studied:
+def study(name: str, experiment: Where, **settings: Any) -> Studied:
     """Answer a question of the paper or of its reviewers, measuring just what the answer lacks.
 
     Args:
         name: Which study: one of `tracker.studies.registry.STUDIES`.
         experiment: The YAML file.
-        results: The results folder.
-        track: Tracking backends, as for `run`.
-        device: `auto` (an accelerator if there is one), or a torch device.
-        trust_remote_code: Whether code and pickles from a download may run.
-        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
-        publish_documents: Whether the texts of documents are published too where they are not of
-            the hub or a package: those of a folder or a corpus.
-        progress: Listens to the run; None for silence.
-        **settings: What this study alone can be told; its class says what.
+        **settings: The results folder, backends, device, …: as `Running` says; and what this study
+            alone can be told: its class says what.
 
     Returns:
         What it says, the report page, and what failed.
@@ -199,17 +234,15 @@ def study(
     from tracker.studies.conduct import conduct
     from tracker.studies.registry import open_study
 
-    chosen = open_study(name, settings)
+    how, own = _parted(settings, Running.__optional_keys__)
+    chosen = open_study(name, own)
     path = Path(experiment)
     asked, text = load_experiment(path)
-    progress = progress or Silent()
-    ledger = Ledger(Path(results))
-    options = Options(device, trust_remote_code, memory)
-    targets = default_targets() if track is None else track
-    publisher = Publisher(targets, asked.destination, ledger.root, publish_documents)
-    with closing(publisher):
-        found = conduct(chosen, StudyContext(path, asked, ledger, options, progress, publisher))
-    page = _shown(ledger, path.name, text, found.outcome)
+    work = _Work(how)
+    with work.publisher(asked.destination) as publisher:
+        context = StudyContext(path, asked, work.ledger, work.options, work.progress, publisher)
+        found = conduct(chosen, context)
+    page = _shown(work.ledger, path.name, text, found.outcome)
     return Studied(found.finding, page, found.outcome)
 
 
@@ -242,17 +275,10 @@ class Pruned:
 
 
 def prune(
-    experiment: str | os.PathLike[str] | None = None,
+    experiment: Where | None = None,
     *,
-    output: str | os.PathLike[str] | None = None,
-    project: str = "tracker",
-    results: str | os.PathLike[str] = RESULTS,
-    track: Sequence[str] | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    memory: int | None = None,
-    publish_documents: bool = False,
-    progress: Progress | None = None,
+    output: Where | None = None,
+    project: str | None = None,
     **settings: Any,
 ) -> Pruned:
     """Search for what to prune on some documents, and test what was chosen on others.
@@ -260,16 +286,9 @@ def prune(
     Args:
         experiment: The YAML file; None for one search, as a trial of a W&B sweep asks for it.
         output: The folder that is made for the best pruning, as by `export`; None for none.
-        project: The tracking backends' project, where there is no file.
-        results: The results folder.
-        track: Tracking backends, as for `run`.
-        device: `auto` (an accelerator if there is one), or a torch device.
-        trust_remote_code: Whether code and pickles from a download may run.
-        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
-        publish_documents: Whether the texts of documents are published too where they are not of
-            the hub or a package: those of a folder or a corpus.
-        progress: Listens to the search; None for silence.
-        **settings: Without a file, what would stand in it: model, benchmark, strategy, remove, ….
+        project: The tracking backends' project, where there is no file; None for `tracker`.
+        **settings: The results folder, backends, device, …: as `Running` says; and, without a
+            file, what would stand in it: model, benchmark, strategy, remove, ….
 
     Returns:
         What was found, the report page, and what failed.
@@ -285,55 +304,58 @@ def prune(
     from tracker.pruning.search.request import load_searches, refuse_idle, search_request
     from tracker.pruning.search.trial import trial
 
-    ledger, progress = Ledger(Path(results)), progress or Silent()
+    how, own = _parted(settings, Running.__optional_keys__)
+    work = _Work(how)
+    typed: tuple[str, ...] = ()
     if output is not None:
         checkpoint.refuse_output(Path(output))
-    options = Options(device, trust_remote_code, memory)
-    targets = default_targets() if track is None else track
-    with trial(targets if experiment is None else (), ledger.root) as joined:
+    with trial(work.track if experiment is None else (), work.ledger.root) as log:
         if experiment is not None:
             path = Path(experiment)
+            given = {"project": project, **own}
+            if name := next((key for key, value in given.items() if value is not None), ""):
+                raise RequestError(f"--{name} is said in {path} itself: give one of the two")
             file, text = load_searches(path)
             asked, project, name = file.searches(), file.destination, path.name
+            typed = ("tracker", "prune", os.fspath(experiment))
         else:
-            asked, text = [search_request(settings)], ""
+            asked, text = [search_request(own)], ""
             if not in_sweep():  # whose grid holds every combination of its values
                 refuse_idle(asked)
             name = f"{asked[0].strategy}-{asked[0].cell.benchmark}"
         if output is not None:
-            checkpoint.refuse_units({each.unit for each in asked})
-        publisher = Publisher(targets, project, ledger.root, publish_documents)
-        with closing(publisher):
-            typed = () if experiment is None else ("tracker", "prune", os.fspath(experiment))
-            found = conduct(asked, name, ledger, publisher, options, progress, typed)
-        joined.log(found)
-    page = _shown(ledger, name, text, found.outcome)
-    pruned = Pruned(tuple(found.records), found.finding, page, found.outcome, "")
+            checkpoint.refuse_units({request.unit for request in asked})
+        project = project or "tracker"
+        with work.publisher(project) as publisher:
+            found, finding = conduct(
+                asked, name, work.ledger, publisher, work.options, work.progress, typed
+            )
+        log(found)
+    page = _shown(work.ledger, name, text, found.outcome)
+    pruned = Pruned(tuple(found.records), finding, page, found.outcome, "")
     chosen = best(found.records, found.requests)
     if chosen is None:
         return pruned
     record, request = chosen
-    pruned = replace(pruned, export=export_line(record, request, ledger.root))
+    pruned = replace(pruned, export=export_line(record, request, work.ledger.root))
     if output is None:
         return pruned
     wanted = checkpoint.ExportRequest(
-        pruning=chosen_by(ledger, record),
+        pruning=chosen_by(work.ledger, record),
         request=request,
         on_benchmark=True,
         output=Path(output),
-        ledger=ledger,
-        options=options,
+        ledger=work.ledger,
+        options=work.options,
         project=project,
     )
     try:
-        return replace(pruned, exported=checkpoint.export(wanted, progress))
+        return replace(pruned, exported=checkpoint.export(wanted, work.progress))
     except TrackerError as error:
         return replace(pruned, unsaved=str(error))
 
 
-def validate(
-    experiment: str | os.PathLike[str], *, trust_remote_code: bool = False
-) -> tuple[int, list[str]]:
+def validate(experiment: Where, *, trust_remote_code: bool = False) -> tuple[int, list[str]]:
     """Check an experiment file without loading a model's weights.
 
     Args:
@@ -351,9 +373,9 @@ def validate(
 
 
 def plan(
-    experiment: str | os.PathLike[str],
+    experiment: Where,
     *,
-    results: str | os.PathLike[str] = RESULTS,
+    results: Where = RESULTS,
     trust_remote_code: bool = False,
 ) -> list[PlannedCell]:
     """Say what an experiment will cost, before anything is spent.
@@ -376,11 +398,11 @@ def plan(
 
 
 def plan_prune(
-    experiment: str | os.PathLike[str],
+    experiment: Where,
     *,
-    results: str | os.PathLike[str] = RESULTS,
+    results: Where = RESULTS,
     trust_remote_code: bool = False,
-) -> tuple[list[PlannedSearch], list[PlannedTest]]:
+) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
     """Say what the searches of an experiment will cost, before anything is spent.
 
     Args:
@@ -402,16 +424,7 @@ def plan_prune(
 
 
 def evaluate(
-    request: CellRequest,
-    *,
-    project: str = "tracker",
-    results: str | os.PathLike[str] = RESULTS,
-    track: Sequence[str] | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    memory: int | None = None,
-    publish_documents: bool = False,
-    progress: Progress | None = None,
+    request: CellRequest, *, project: str = "tracker", **how: Unpack[Running]
 ) -> tuple[CellRecord | None, Finished]:
     """Measure one run of a cell, and what else its sweep asks of the cell: what a trial calls.
 
@@ -420,15 +433,7 @@ def evaluate(
     Args:
         request: The model, the benchmark, and a layer, which is measured together with others.
         project: The tracking backends' project.
-        results: The results folder, which trials share.
-        track: Tracking backends, each as `BACKEND` or `BACKEND:PROJECT`; empty for none; None for
-            W&B in the trial of a W&B sweep, else MLflow.
-        device: `auto` (an accelerator if there is one), or a torch device.
-        trust_remote_code: Whether code and pickles from a download may run.
-        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
-        publish_documents: Whether the texts of documents are published too where they are not of
-            the hub or a package: those of a folder or a corpus.
-        progress: Listens to the run; None for silence.
+        **how: The results folder, which trials share, backends, device, …: as `Running` says.
 
     Returns:
         The cell's record, or None where it failed or where what was asked for is no run (its span
@@ -437,29 +442,21 @@ def evaluate(
     Raises:
         RequestError: The request was wrong; nothing was computed or written.
     """
-    options = Options(device, trust_remote_code, memory)
-    ledger = Ledger(Path(results))
-    progress = progress or Silent()
-    track = default_targets() if track is None else track
-    trial = Trial(track, ledger.root, request)
-    asked = request
+    work = _Work(how)
+    trial = Trial(work.track, work.ledger.root, request)
+    asked, trust = request, work.options.trust_remote_code
     try:
         request, no_run = widened(
-            request, ledger, trust_remote_code, lambda: asked_of_cell(request, ledger.root)
+            asked, work.ledger, trust, lambda: asked_of_cell(asked, work.ledger.root)
         )
         if no_run is not None:
-            progress.say(f"nothing to measure: {no_run}")
+            work.progress.say(f"nothing to measure: {no_run}")
             trial.leave(no_run)
             return None, Finished()
-        publisher = Publisher(track, project, ledger.root, publish_documents, trial)
-        try:
-            outcome = run_cells([request], ledger, publisher, options, progress)
-        finally:
-            publisher.close()
+        with work.publisher(project, trial) as publisher:
+            outcome = run_cells([request], work.ledger, publisher, work.options, work.progress)
     except BaseException as error:
-        with suppress(TrackingError):
-            status: Ending = "failed" if isinstance(error, Exception) else "killed"
-            trial.leave(str(error) or type(error).__name__, status)
+        trial.fail(error)
         raise
     record = outcome.cells[0] if outcome.cells else None
     try:
@@ -475,18 +472,13 @@ def evaluate(
 def export(
     model: str,
     remove: Sequence[int],
-    output: str | os.PathLike[str],
+    output: Where,
     *,
     benchmark: str | None = None,
     component: Component = "layer",
     project: str = "tracker",
-    results: str | os.PathLike[str] = RESULTS,
     track: Sequence[str] = (),
     register: str | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    memory: int | None = None,
-    progress: Progress | None = None,
     **settings: Any,
 ) -> Exported:
     """Save a model without some of its layers, once it is proved to be the one that was measured.
@@ -500,15 +492,11 @@ def export(
         benchmark: What the removal is measured on, and the export proved; None for a few texts.
         component: `layer`; anything else is refused, with what to tell those who can load it.
         project: The tracking backends' project.
-        results: The results folder.
         track: Tracking backends that get the model, each as `BACKEND` or `BACKEND:PROJECT`.
         register: The name under which MLflow's registry keeps it; None for none.
-        device: `auto` (an accelerator if there is one), or a torch device.
-        trust_remote_code: Whether code and pickles from a download may run.
-        memory: Bytes that hidden states, keys and values may take; None = half of what is free.
-        progress: Told what happens.
-        **settings: What else a model and a benchmark are told: `dtype`, `revision`, `sample`,
-            `data`, … as `tracker.core.config.CellRequest` names them.
+        **settings: The results folder, device, …: as `Working` says; and what else a model and a
+            benchmark are told: `dtype`, `revision`, `sample`, `data`, … as
+            `tracker.core.config.CellRequest` names them.
 
     Returns:
         What was saved, and what is known of it.
@@ -523,19 +511,21 @@ def export(
 
     removed = tuple(remove)
     checkpoint.refuse_parts(component, removed)
+    how, told = _parted(settings, Working.__optional_keys__)
+    work = _Work(how)
     return checkpoint.export(
         checkpoint.ExportRequest(
             pruning=Pruning(removed),
-            request=checkpoint.request(model, benchmark, **settings),
+            request=checkpoint.request(model, benchmark, **told),
             on_benchmark=benchmark is not None,
             output=Path(output),
-            ledger=Ledger(Path(results)),
-            options=Options(device, trust_remote_code, memory),
+            ledger=work.ledger,
+            options=work.options,
             track=tuple(track),
             project=project,
             register=register,
         ),
-        progress or Silent(),
+        work.progress,
     )
 
 
@@ -559,12 +549,12 @@ class Reported:
 
 
 def report(
-    *sources: str | os.PathLike[str],
+    *sources: Where,
     form: str = "html",
-    output: str | os.PathLike[str] | None = None,
+    output: Where | None = None,
     publish: Sequence[str] = (),
     publish_documents: bool = False,
-    results: str | os.PathLike[str] = RESULTS,
+    results: Where = RESULTS,
     progress: Progress | None = None,
 ) -> Reported:
     """Write a report over the cells of results folders and tracking projects.
@@ -605,9 +595,9 @@ def report(
 
 
 def leaderboard(
-    *sources: str | os.PathLike[str],
+    *sources: Where,
     publish: Sequence[str] = (),
-    results: str | os.PathLike[str] = RESULTS,
+    results: Where = RESULTS,
     progress: Progress | None = None,
 ) -> Reported:
     """Rank layers within models, and models by how much a removal hurts.
@@ -634,8 +624,8 @@ def leaderboard(
 
 
 def _collected(
-    sources: Sequence[str | os.PathLike[str]],
-    results: str | os.PathLike[str],
+    sources: Sequence[Where],
+    results: Where,
     progress: Progress | None,
     anew: bool = False,
 ) -> Collected:
@@ -655,9 +645,7 @@ def _unfinished(found: Collected) -> tuple[str, ...]:
     return tuple(f"not shown yet: {each}" for each in found.unfinished)
 
 
-def _beside(
-    sources: Sequence[str | os.PathLike[str]], results: str | os.PathLike[str], form: str
-) -> Path:
+def _beside(sources: Sequence[Where], results: Where, form: str) -> Path:
     """Choose where a report goes: into the one results folder that it is about, or here."""
     names = list(sources) or [results]
     folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else Path()
@@ -667,7 +655,7 @@ def _beside(
 def sync(
     to: Sequence[str] | None = None,
     *,
-    results: str | os.PathLike[str] = RESULTS,
+    results: Where = RESULTS,
     publish_documents: bool = False,
 ) -> Synced:
     """Publish from the ledger what the backends do not have yet, asking the backends themselves.
@@ -691,9 +679,9 @@ def sync(
 
 
 def log_samples(
-    output: str | os.PathLike[str],
+    output: Where,
     *,
-    results: str | os.PathLike[str] = RESULTS,
+    results: Where = RESULTS,
     model: Sequence[str] = (),
     benchmark: Sequence[str] = (),
     layer: Sequence[int] = (),
@@ -729,7 +717,7 @@ def log_samples(
     )
 
 
-def sync_sweep(sweep: str, *, results: str | os.PathLike[str] = RESULTS) -> SweepFilled:
+def sync_sweep(sweep: str, *, results: Where = RESULTS) -> SweepFilled:
     """Fill the runs that trials of a W&B sweep left when they were killed or failed.
 
     Args:
@@ -748,8 +736,8 @@ def sync_sweep(sweep: str, *, results: str | os.PathLike[str] = RESULTS) -> Swee
 
 
 def check(
-    results: str | os.PathLike[str] = RESULTS,
-    against: str | os.PathLike[str] | None = None,
+    results: Where = RESULTS,
+    against: Where | None = None,
     progress: Progress | None = None,
 ) -> tuple[Verified, list[str]]:
     """Verify all of a results folder; a shard that is not what was written is set aside.
@@ -777,7 +765,7 @@ def check(
 
 
 def ls(
-    results: str | os.PathLike[str] = RESULTS,
+    results: Where = RESULTS,
     damaged: dict[str, str] | None = None,
     unfinished: dict[str, tuple[int, str]] | None = None,
 ) -> list[CellRecord]:

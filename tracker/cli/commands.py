@@ -16,10 +16,10 @@ from tracker.cli.options import (
     Place,
     Setting,
     TrialCommand,
-    Word,
     finite,
     keys,
     machine,
+    project_option,
     results_option,
     running,
     trust,
@@ -82,17 +82,7 @@ def main(debug: bool) -> None:
     "mem_gb=64. cluster=local tries the same jobs without SLURM.",
 )
 @running
-def run(
-    experiment: Path,
-    executor: str,
-    slurm: tuple[tuple[str, Any], ...],
-    results: Path,
-    track: tuple[str, ...] | None,
-    device: str,
-    memory: int | None,
-    publish_documents: bool,
-    trust_remote_code: bool,
-) -> None:
+def run(experiment: Path, executor: str, slurm: tuple[tuple[str, Any], ...], **how: Any) -> None:
     """Run an experiment file, continuing what the results folder holds.
 
     \b
@@ -106,18 +96,7 @@ def run(
     """
     from tracker import api
 
-    done = api.run(
-        experiment,
-        results=results,
-        track=track,
-        device=device,
-        memory=memory,
-        trust_remote_code=trust_remote_code,
-        executor=executor,
-        slurm=dict(slurm),
-        publish_documents=publish_documents,
-        progress=Show(),
-    )
+    done = api.run(experiment, executor=executor, slurm=dict(slurm), progress=Show(), **how)
     for cell in done.cells:
         print_cell(cell)
     print_end(done.outcome, done.report)
@@ -126,20 +105,9 @@ def run(
 
 @main.command(cls=TrialCommand)
 @keys(CellRequest, *KEYS)
-@click.option(
-    "--project", type=Word(), envvar="WANDB_PROJECT", default="tracker", show_default=True
-)
+@project_option(default="tracker")
 @running
-def evaluate(
-    project: str,
-    results: Path,
-    track: tuple[str, ...] | None,
-    device: str,
-    memory: int | None,
-    publish_documents: bool,
-    trust_remote_code: bool,
-    **settings: Any,
-) -> None:
+def evaluate(project: str, **settings: Any) -> None:
     """Measure one (model, benchmark, layer): the program that a sweep's trial calls.
 
     The first trial of a (model, benchmark) measures all that its sweep asks of it at once (outside
@@ -155,18 +123,8 @@ def evaluate(
     from tracker import api
     from tracker.core.ablations import first_run
 
-    request = run_request(settings)
-    record, outcome = api.evaluate(
-        request,
-        project=project,
-        results=results,
-        track=track,
-        device=device,
-        memory=memory,
-        publish_documents=publish_documents,
-        trust_remote_code=trust_remote_code,
-        progress=Show(),
-    )
+    request = run_request({key: settings.pop(key) for key in KEYS})
+    record, outcome = api.evaluate(request, project=project, progress=Show(), **settings)
     if record is not None:
         print_cell(record, first_run(request))
     print_end(outcome, None)

@@ -210,6 +210,12 @@ def results_option(function: F) -> F:
     )(function)
 
 
+def project_option(**more: Any) -> Callable[[F], F]:
+    """Add the option that names the tracking backends' project."""
+    told = {"envvar": "WANDB_PROJECT", "show_default": True, **more}
+    return click.option("--project", type=Word(), **told)
+
+
 def machine(function: F) -> F:
     """Add the options that say where a model runs."""
     device = click.option(
@@ -233,8 +239,7 @@ def running(function: F) -> F:
     @click.option(
         "--track",
         help="Tracking backends, comma-separated: mlflow, wandb, wandb:ENTITY/PROJECT, trackio, or "
-        "'none'. "
-        "Default: mlflow; in the trial of a W&B sweep: wandb.",
+        "'none'. Default: mlflow; in the trial of a W&B sweep: wandb.",
     )
     @documents_option
     @machine

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tracker.core.records import CellRecord, RunIdentity
     from tracker.measuring.planning import PlannedCell
     from tracker.pruning.export.facts import Exported
-    from tracker.pruning.search.planning import PlannedSearch, PlannedTest
+    from tracker.pruning.search.planning import PlannedSearch
     from tracker.runner import Finished
 
 
@@ -28,10 +28,10 @@ def counted(number: int, noun: str) -> str:
     return formats.counted(number, noun)
 
 
-def print_damage(damaged: Mapping[str, str]) -> None:
-    """Say what of a results folder cannot be used, and what to do."""
-    for path, what in damaged.items():
-        say(f"damaged: {path}: {what}", error=True)
+def print_each(head: str, failed: Mapping[str, str]) -> None:
+    """Say of each thing what went wrong, and what to do."""
+    for what, why in failed.items():
+        say(f"{head}: {what}: {why}", error=True)
 
 
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
@@ -42,7 +42,6 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     from tracker.report.caveats import looks_note, rounding_note
     from tracker.report.wording import power_sentence, sentence
 
-    own_metric = "" if cell.other_metric else cell.metric
     shown = [
         run for run in cell.runs if only is None or (run.kind, run.layer) == (only.kind, only.layer)
     ]
@@ -55,7 +54,8 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
         *(["rounded"] if rounded else []),
         *("accuracy_relevance", "cosine_score"),
     )
-    title = " · ".join(filter(None, (cell.heading, own_metric, cell.documents)))
+    metric = "" if cell.other_metric else cell.metric
+    title = " · ".join(filter(None, (cell.heading, metric, cell.documents)))
     say()
     print_table(tables.table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
     elsewhere = {"mcnemar_p", "rounded", "drop_rounding"}
@@ -64,16 +64,11 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     reasons |= {why for name, why in cell.reasons.items() if name not in said}
     for why in sorted(reasons):
         say(f"{DASH} {why}")
-    if note := looks_note(cell):
-        say(note)
-    if rounding := rounding_note(cell):
-        say(rounding)
-    if power := power_sentence(cell, shown):
-        say(power)
-    if only is None:
-        say(sentence(cell))
-    if cell.answer is not None:
-        say(statement(cell.answer))
+    whole = sentence(cell) if only is None else None
+    answer = None if cell.answer is None else statement(cell.answer)
+    lines = (looks_note(cell), rounding_note(cell), power_sentence(cell, shown), whole, answer)
+    for line in filter(None, lines):
+        say(line)
 
 
 def print_finding(finding: FindingRecord) -> None:
@@ -118,18 +113,16 @@ def print_end(outcome: Finished, page: Path | None) -> None:
         say(f"report: {page}")
     for location in dict.fromkeys(outcome.locations.values()):
         say(f"runs:   {runnable(location)}")
-    for title, why in outcome.failed.items():
-        say(f"failed: {title}: {why}", error=True)
+    print_each("failed", outcome.failed)
     if outcome.failed:
         say(
             "what was measured is kept; to run just what failed, give the same command again",
             error=True,
         )
-    for title, why in outcome.unpublished.items():
-        say(f"not published: {title}: {why}", error=True)
+    print_each("not published", outcome.unpublished)
     if outcome.unwritten:
         say(f"not written: {outcome.unwritten}", error=True)
-    print_damage(outcome.damaged)
+    print_each("damaged", outcome.damaged)
 
 
 _COMMAND = re.compile(r"((?:\w+=(?:'[^']*'|\S*) )*)(\S*)(.*)", re.DOTALL)
@@ -234,62 +227,58 @@ class _Rates:
 
 
 def print_plan_of_searches(
-    searches: Sequence[PlannedSearch], tests: Sequence[PlannedTest], gflops: float | None
+    searches: Sequence[PlannedSearch], tests: Sequence[PlannedSearch], gflops: float | None
 ) -> None:
     """Print what searches and their tests will cost, at a rate or at the one measured here."""
+    from tracker.core.config import CellRequest
     from tracker.core.formats import DASH
     from tracker.core.tables import Column, table
-    from tracker.pruning.search.planning import PlannedTest
 
     rates = _Rates(gflops)
 
-    def name(row: PlannedSearch | PlannedTest) -> str:
-        if isinstance(row, PlannedTest):
+    def name(row: PlannedSearch) -> str:
+        if isinstance(row.request, CellRequest):
             return f"{row.request.benchmark}: test"
         return f"{row.request.cell.benchmark}: {row.request.strategy}, {row.request.asked}"
 
-    def calibrated_on(row: PlannedSearch | PlannedTest) -> str:
-        if isinstance(row, PlannedTest):
+    def calibrated_on(row: PlannedSearch) -> str:
+        if isinstance(row.request, CellRequest):
             return DASH
         return ", ".join(each.benchmark for each in row.request.calibration()) or DASH
 
-    def evaluations(row: PlannedSearch | PlannedTest) -> str:
-        if isinstance(row, PlannedTest):
-            return f"{row.sets:,}"
-        return f"{'at most ' if row.at_most else ''}{row.evaluations:,.0f}"
-
-    def loop(row: PlannedSearch | PlannedTest) -> str:
+    def loop(row: PlannedSearch) -> str:
         known = row.naive_flops and row.flops
         return f"{(row.naive_flops or 0) / row.flops:.1f} × the TFLOP" if known else DASH
 
-    columns: tuple[Column[PlannedSearch | PlannedTest], ...] = (
+    def seconds(row: PlannedSearch) -> float:
+        return rates.seconds(row.flops, row.dtype)
+
+    columns: tuple[Column[PlannedSearch], ...] = (
         Column("search", "text", name),
         Column("calibrated on", "text", calibrated_on),
         Column("documents", "count", lambda row: row.documents),
-        Column("steps", "count", lambda row: DASH if isinstance(row, PlannedTest) else row.steps),
-        Column("evaluations", "count", evaluations),
+        Column("steps", "count", lambda row: row.steps),
+        Column(
+            *("evaluations", "count"),
+            lambda row: f"{'at most ' if row.at_most else ''}{row.evaluations:,.0f}",
+        ),
         Column(
             *("passes", "count"),
-            lambda row: DASH if isinstance(row, PlannedTest) else f"{row.passes:,.1f}",
+            lambda row: DASH if row.passes is None else f"{row.passes:,.1f}",
         ),
         Column("TFLOP", "count", lambda row: f"{row.flops / 1e12:,.1f}"),
         Column("lm-eval loop", "count", loop),
-        Column(
-            *("time at least", "count"),
-            lambda row: _duration(rates.seconds(row.flops, row.dtype)),
-        ),
+        Column("time at least", "count", lambda row: _duration(seconds(row))),
     )
-    rows: list[PlannedSearch | PlannedTest] = [*searches, *tests]
+    rows = [*searches, *tests]
     print_table(table("", columns, rows))
-    spent = [(one.flops, one.dtype) for one in searches]
-    spent += [(one.flops, one.dtype) for one in tests]
-    seconds = sum(rates.seconds(*each) for each in spent)
     say(
         f"{counted(len(searches), 'search')}, at least "
-        f"{_duration(seconds)} at {rates}; real work reaches a part of that rate. TFLOP: what no "
-        "search above it has asked for, as if nothing were measured yet; evaluations and passes: "
-        "those of the search alone. Which sets are tried is made up, so that passes and TFLOP are "
-        "near what it will be. Besides, sharing is checked before each kind of removal"
+        f"{_duration(sum(map(seconds, rows)))} at {rates}; real work reaches a part of that rate. "
+        "TFLOP: what no search above it has asked for, as if nothing were measured yet; "
+        "evaluations and passes: those of the search alone. Which sets are tried is made up, so "
+        "that passes and TFLOP are near what it will be. Besides, sharing is checked before each "
+        "kind of removal"
     )
 
 
@@ -367,5 +356,4 @@ def print_export(model: Exported) -> None:
     say(f"saved: {model.folder}")
     for location in model.locations.values():
         say(f"model: {runnable(location)}")
-    for backend, why in model.unpublished.items():
-        say(f"not published: {backend}: {why}", error=True)
+    print_each("not published", model.unpublished)

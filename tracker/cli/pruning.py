@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -16,6 +15,7 @@ from tracker.cli.options import (
     backends,
     keys,
     machine,
+    project_option,
     results_option,
     trust,
 )
@@ -23,9 +23,6 @@ from tracker.cli.printing import print_export
 from tracker.cli.terminal import Show
 from tracker.core.config import KEYS, CellRequest
 from tracker.core.kinds import COMPONENTS
-
-if TYPE_CHECKING:
-    from tracker.core.kinds import Component
 
 _OF_RUNS = ("layer", "component", "span", "intervention", "removed", "until")
 _OF_BENCHMARKS = [
@@ -52,9 +49,7 @@ _OF_BENCHMARKS = [
     "group. Default: none, and the logits of a few texts are the proof.",
 )
 @keys(CellRequest, *_OF_BENCHMARKS, defaults=False)
-@click.option(
-    "--project", type=Word(), envvar="WANDB_PROJECT", default="tracker", show_default=True
-)
+@project_option(default="tracker")
 @click.option(
     "--track",
     help="Tracking backends that get the whole checkpoint, comma-separated: mlflow, wandb, "
@@ -64,14 +59,7 @@ _OF_BENCHMARKS = [
 @machine
 @trust
 @results_option
-def export(
-    model: str,
-    remove: tuple[int, ...],
-    output: Path,
-    component: Component,
-    track: str | None,
-    **settings: Any,
-) -> None:
+def export(track: str | None, **settings: Any) -> None:
     """Save a model without some of its layers, as a checkpoint that anybody loads.
 
     What is saved is held against what was measured before it is moved into place: a fresh process
@@ -89,14 +77,6 @@ def export(
     """
     from tracker import api
 
-    done = api.export(
-        model,
-        remove,
-        output,
-        component=component,
-        track=backends(track) or (),
-        progress=Show(),
-        **settings,
-    )
+    done = api.export(track=backends(track) or (), progress=Show(), **settings)
     print_export(done)
     sys.exit(done.exit_code)

@@ -9,19 +9,13 @@ from typing import Any
 import click
 
 from tracker.cli.commands import main
-from tracker.cli.options import (
-    Place,
-    TrialCommand,
-    Word,
-    keys,
-    running,
-)
+from tracker.cli.options import Place, TrialCommand, keys, project_option, running
 from tracker.cli.printing import print_end, print_export, print_finding
 from tracker.cli.terminal import Show, begin, say
 from tracker.core.config import CellRequest
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 
-_ALONE = ("model", "benchmark", "strategy", "remove", "keep")
+_ALONE = ("model", "benchmark", "strategy")
 
 
 @main.command(cls=TrialCommand)
@@ -34,20 +28,9 @@ _ALONE = ("model", "benchmark", "strategy", "remove", "keep")
     type=click.Path(path_type=Path),
     help="Save the one that tests best in this new folder, as 'tracker export' does.",
 )
-@click.option("--project", type=Word(), envvar="WANDB_PROJECT", help="Default: tracker.")
+@project_option(help="Default: tracker.")
 @running
-def prune(
-    experiment: Path | None,
-    output: Path | None,
-    project: str | None,
-    results: Path,
-    track: tuple[str, ...] | None,
-    device: str,
-    memory: int | None,
-    publish_documents: bool,
-    trust_remote_code: bool,
-    **settings: Any,
-) -> None:
+def prune(experiment: Path | None, **settings: Any) -> None:
     """Search for what to prune, and test what was chosen.
 
     EXPERIMENT says how much is to go ('remove' or 'keep') and by which strategies. Each strategy
@@ -66,29 +49,13 @@ def prune(
     """
     from tracker import api
 
-    given = {name: value for name, value in settings.items() if value not in (None, False)}
-    if experiment is not None and (given or project):
-        name = next(iter(given), "project")
-        raise click.UsageError(f"--{name} is said in {experiment} itself: give one of the two")
-    if experiment is None and (missing := [n for n in _ALONE[:3] if n not in given]):
+    if experiment is None and (missing := [n for n in _ALONE if settings[n] is None]):
         raise click.UsageError(
             f"give an experiment file, or --{missing[0]} for one search; such as "
             "tracker prune experiments/prune.yaml"
         )
     begin()
-    done = api.prune(
-        experiment,
-        output=output,
-        project=project or "tracker",
-        results=results,
-        track=track,
-        device=device,
-        memory=memory,
-        trust_remote_code=trust_remote_code,
-        publish_documents=publish_documents,
-        progress=Show(),
-        **given,
-    )
+    done = api.prune(experiment, progress=Show(), **settings)
     print_finding(done.finding)
     print_end(done.outcome, done.report)
     if done.export and not done.exported:

@@ -58,31 +58,11 @@ def study() -> None:
 def _command(name: str) -> click.Command:
     """Make the command of a study, with the options that it alone has."""
 
-    def command(
-        experiment: Path,
-        results: Path,
-        track: tuple[str, ...] | None,
-        device: str,
-        memory: int | None,
-        publish_documents: bool,
-        trust_remote_code: bool,
-        **settings: Any,
-    ) -> None:
+    def command(experiment: Path, **settings: Any) -> None:
         begin()
         from tracker import api
 
-        done = api.study(
-            name,
-            experiment,
-            results=results,
-            track=track,
-            device=device,
-            memory=memory,
-            trust_remote_code=trust_remote_code,
-            publish_documents=publish_documents,
-            progress=Show(),
-            **settings,
-        )
+        done = api.study(name, experiment, progress=Show(), **settings)
         print_finding(done.finding)
         print_end(done.outcome, done.report)
         sys.exit(done.outcome.exit_code)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -20,7 +21,7 @@ from tracker.cli.options import (
     sources_argument,
     trust,
 )
-from tracker.cli.printing import counted, print_boards, print_damage, runnable
+from tracker.cli.printing import counted, print_boards, print_each, runnable
 from tracker.cli.terminal import Show, begin, print_table, say
 
 if TYPE_CHECKING:
@@ -48,14 +49,7 @@ if TYPE_CHECKING:
 @publish_option("the page, as a run of its own")
 @documents_option
 @results_option
-def report(
-    sources: tuple[str, ...],
-    form: str,
-    output: Path | None,
-    publish: tuple[str, ...],
-    publish_documents: bool,
-    results: Path,
-) -> None:
+def report(sources: tuple[str, ...], **settings: Any) -> None:
     """Write a report over results folders and tracking projects; without SOURCES, over --results.
 
     A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT. What a tracking
@@ -71,15 +65,7 @@ def report(
     """
     from tracker import api
 
-    done = api.report(
-        *sources,
-        form=form,
-        output=output,
-        publish=publish,
-        publish_documents=publish_documents,
-        results=results,
-        progress=Show(error=True),
-    )
+    done = api.report(*sources, progress=Show(error=True), **settings)
     written = ", ".join(map(str, done.files))
     if len(done.files) > 1:
         written = f"{len(done.files)} files in {done.files[0].parent}"
@@ -91,7 +77,7 @@ def report(
 @sources_argument
 @publish_option("these results, on the leaderboard that its team shares")
 @results_option
-def leaderboard(sources: tuple[str, ...], publish: tuple[str, ...], results: Path) -> None:
+def leaderboard(sources: tuple[str, ...], **settings: Any) -> None:
     """Rank layers within models, and models by how much a removal hurts.
 
     A source is a results folder, mlflow:URI/EXPERIMENT, or wandb:ENTITY/PROJECT; without SOURCES,
@@ -105,19 +91,23 @@ def leaderboard(sources: tuple[str, ...], publish: tuple[str, ...], results: Pat
     """
     from tracker import api
 
-    done = api.leaderboard(*sources, publish=publish, results=results, progress=Show(error=True))
+    done = api.leaderboard(*sources, progress=Show(error=True), **settings)
     print_boards(done.cells)
     _end_report(done)
 
 
-def _end_report(done: Reported) -> None:
+def _end_report(done: Reported) -> NoReturn:
     for place in done.locations.values():
         say(f"published: {runnable(place)}")
-    for note in done.notes:
+    _end(done.notes, "failed", done.failed)
+
+
+def _end(notes: Iterable[str], head: str, failed: Mapping[str, str]) -> NoReturn:
+    """End a command: what else a person should know, and what went wrong."""
+    for note in notes:
         say(note, error=True)
-    for what, why in done.failed.items():
-        say(f"failed: {what}: {why}", error=True)
-    sys.exit(1 if done.failed else 0)
+    print_each(head, failed)
+    sys.exit(1 if failed else 0)
 
 
 @main.command()
@@ -159,19 +149,12 @@ def sync(to: str | None, sweep: str | None, publish_documents: bool, results: Pa
     done = api.sync(targets, results=results, publish_documents=publish_documents)
     say(f"published: {counted(len(done.published), 'measurement')}")
     for place, cells in done.places.items():
-        new, changed, same = (
-            sum(getattr(cell, what) for cell in cells)
-            for what in ("created", "updated", "unchanged")
-        )
-        runs = f"{new} runs are new, {changed} changed, {same} not"
+        new, changed = sum(cell.created for cell in cells), sum(cell.updated for cell in cells)
+        runs = f"{new} runs are new, {changed} changed, {sum(c.unchanged for c in cells)} not"
         say(f"{place}: {counted(len(cells), 'measurement')}; {runs}")
     for location in dict.fromkeys(done.locations.values()):
         say(f"see them: {runnable(location)}")
-    for note in done.notes:
-        say(note, error=True)
-    for title, why in done.failed.items():
-        say(f"not published: {title}: {why}", error=True)
-    sys.exit(1 if done.failed else 0)
+    _end(done.notes, "not published", done.failed)
 
 
 def _sync_sweep(sweep: str, results: Path) -> NoReturn:
@@ -179,16 +162,14 @@ def _sync_sweep(sweep: str, results: Path) -> NoReturn:
 
     done = api.sync_sweep(sweep, results=results)
     say(f"{len(done.filled)} runs filled, of {done.unfinished} that were killed or failed")
-    for title, why in done.wanting.items():
-        say(f"wants measuring: {title}: {why}", error=True)
+    print_each("wants measuring", done.wanting)
     if done.wanting:
         say(
             "measure them into this folder (tracker run FILE, or tracker evaluate with a trial's "
             "settings), then type this again",
             error=True,
         )
-    for title, why in done.failed.items():
-        say(f"not filled: {title}: {why}", error=True)
+    print_each("not filled", done.failed)
     sys.exit(1 if done.failed or done.wanting else 0)
 
 
@@ -238,8 +219,7 @@ def list_cells(results: Path) -> None:
     print_table(table("", columns, cells))
     for folder, (documents, why) in unfinished.items():
         say(f"unfinished: {folder}: {counted(documents, 'document')}; {why}")
-    print_damage(damaged)
-    sys.exit(1 if damaged else 0)
+    _end((), "damaged", damaged)
 
 
 def _documents(cell: CellRecord) -> str:
@@ -269,14 +249,7 @@ def _documents(cell: CellRecord) -> str:
 )
 @trust
 @results_option
-def log_samples(
-    output: Path,
-    model: tuple[str, ...],
-    benchmark: tuple[str, ...],
-    layer: tuple[int, ...],
-    trust_remote_code: bool,
-    results: Path,
-) -> None:
+def log_samples(output: Path, **settings: Any) -> None:
     """Write lm-eval's own result files, as lm_eval --log_samples does, of every measured model.
 
     results_DATE.json and samples_TASK_DATE.jsonl of the intact model, and of the model without what
@@ -292,22 +265,10 @@ def log_samples(
     begin()
     from tracker import api
 
-    done = api.log_samples(
-        output,
-        results=results,
-        model=model,
-        benchmark=benchmark,
-        layer=layer,
-        trust_remote_code=trust_remote_code,
-        progress=Show(error=True),
-    )
-    for note in done.notes:
-        say(note, error=True)
+    done = api.log_samples(output, progress=Show(error=True), **settings)
     folders = len({path.parent for path in done.files})
     say(f"{folders} models, {len(done.files)} files: {output}")
-    for what, why in done.failed.items():
-        say(f"failed: {what}: {why}", error=True)
-    sys.exit(1 if done.failed else 0)
+    _end(done.notes, "failed", done.failed)
 
 
 @main.command()
@@ -340,7 +301,7 @@ def check(results: Path, against: Path | None) -> None:
         Column("set aside", "count", lambda cell: cell.aside),
     )
     print_table(table("", columns, found.cells))
-    print_damage(found.damaged)
+    print_each("damaged", found.damaged)
     for difference in differences:
         say(f"differs: {difference}", error=True)
     shards = counted(sum(cell.shards for cell in found.cells), "shard")

@@ -366,6 +366,12 @@ class Trial(LiveRun):
         if self.joins:
             self._done("end", note, status)
 
+    def fail(self, error: BaseException) -> None:
+        """End as what went wrong says; that W&B refuses or is away is not what went wrong."""
+        status: Ending = "failed" if isinstance(error, Exception) else "killed"
+        with suppress(TrackingError):
+            self.leave(str(error) or type(error).__name__, status)
+
     def _done(self, method: str, *arguments: object) -> None:
         if self._busy.acquire(timeout=_PATIENCE):
             self._busy.release()

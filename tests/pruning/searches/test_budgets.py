@@ -60,25 +60,25 @@ def test_what_is_no_amount_is_refused(given: object) -> None:
 
 def test_enough_is_the_first_set_that_saves_as_much() -> None:
     each = (5.0, 1.0, 2.0, 4.0)
-    at_least = budget(amount("3 ms"), None, [e / 1000 for e in each], 0.02, "t")
+    at_least = budget("remove", amount("3 ms"), [e / 1000 for e in each], 0.02, "t")
     assert [at_least.enough(s) for s in ((1,), (2,), (1, 2), (3,))] == [False, False, True, True]
     assert at_least.count == 2
-    at_most = budget(None, amount("70 % bytes"), each, 20.0, "t")  # 6 of 20 must go
+    at_most = budget("keep", amount("70 % bytes"), each, 20.0, "t")  # 6 of 20 must go
     assert not at_most.enough((0,))
     assert at_most.enough((0, 1))
-    quarter = budget(amount("25 %"), None, [1.0] * 30, 30, "t")
+    quarter = budget("remove", amount("25 %"), [1.0] * 30, 30, "t")
     assert (quarter.count, quarter.enough(range(7))) == (8, False)
     # Eight tenths add up to a little less than 0.8 in floating point.
-    assert budget(amount("80 % bytes"), None, [0.1] * 10, 1.0, "t").count == 8
+    assert budget("remove", amount("80 % bytes"), [0.1] * 10, 1.0, "t").count == 8
 
 
 def test_what_leaves_nothing_is_refused() -> None:
     with pytest.raises(ExperimentError, match="of 4 parts, remove at most 3 parts"):
-        budget(amount(4), None, [1.0] * 4, 4, "t")
+        budget("remove", amount(4), [1.0] * 4, 4, "t")
     with pytest.raises(ExperimentError, match=r"of 20.0 MB, keep no less than 9.0 MB"):
-        budget(None, amount("8 MB"), [5e6, 1e6, 2e6, 4e6], 20e6, "t")
+        budget("keep", amount("8 MB"), [5e6, 1e6, 2e6, 4e6], 20e6, "t")
     with pytest.raises(ExperimentError, match="removes nothing: the model has 4 parts; keep less"):
-        budget(None, amount(4), [1.0] * 4, 4, "t")
+        budget("keep", amount(4), [1.0] * 4, 4, "t")
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

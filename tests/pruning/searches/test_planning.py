@@ -43,7 +43,7 @@ def test_a_search_takes_what_was_said(
     assert (said.naive_flops is None) == (strategy in PROXIES)
     assert test.documents == DOCUMENTS
     sets = {step.removed for each in found for step in each.steps}
-    assert abs(test.sets - 1 - len(sets)) <= len(found) - 1
+    assert abs(test.evaluations - 1 - len(sets)) <= len(found) - 1
 
 
 PROXIES = [

@@ -123,6 +123,11 @@ class Budget:
         parts = set(range(len(self.each)))
         return any(self.enough(parts - {stays}) for stays in parts.difference(removed))
 
+    def left(self, removed: Collection[int]) -> list[int]:
+        """The parts that could go next."""
+        parts = [part for part in range(len(self.each)) if part not in removed]
+        return [part for part in parts if self.reachable((*removed, part))]
+
 
 def out_of_reach(why: str) -> ExperimentError:
     """Make the error of a strategy that cannot remove enough."""
@@ -133,13 +138,13 @@ def out_of_reach(why: str) -> ExperimentError:
 
 
 def budget(
-    remove: Amount | None, keep: Amount | None, each: Sequence[float], total: float, title: str
+    word: Literal["remove", "keep"], asked: Amount, each: Sequence[float], total: float, title: str
 ) -> Budget:
     """Say when enough is removed.
 
     Args:
-        remove: What is to go at least, or
-        keep: what may be left at most.
+        word: Whether the amount is to go at least, or may be left at most.
+        asked: The amount.
         each: What each part takes, in the amount's measure.
         total: What the whole model takes; for `parts`, how many there are.
         title: The search, for messages.
@@ -150,11 +155,8 @@ def budget(
     Raises:
         ExperimentError: Nothing would go, or everything.
     """
-    asked = remove or keep
-    assert asked is not None
     value = asked.value * total if asked.share else asked.value
-    needed = value if remove is not None else total - value
-    word = "remove" if remove is not None else "keep"
+    needed = value if word == "remove" else total - value
     if needed <= 0:
         raise ExperimentError(
             f"{title}: '{word}: {asked.text}' removes nothing: the model has "
@@ -162,8 +164,7 @@ def budget(
         )
     most = sum(each) - min(each)
     if needed > most * (1 + 1e-9):
-        bound = most if remove is not None else total - most
-        limit = "at most" if remove is not None else "no less than"
+        limit, bound = ("at most", most) if word == "remove" else ("no less than", total - most)
         raise ExperimentError(
             f"{title}: '{word}: {asked.text}' leaves no layer: of "
             f"{_written(total, asked.measure)}, {word} {limit} {_written(bound, asked.measure)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from tracker.core.config import CellRequest
 from tracker.core.identities import BenchmarkIdentity
 from tracker.core.kinds import COMPONENTS
 from tracker.core.views import View
-from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.scoring.streams import StreamPlan, plan_streams
 from tracker.engine.scoring.sweep import Engine
 from tracker.ledger.aligned import AlignedOutcomes
 from tracker.ledger.begun import begin_search, end_search
@@ -29,11 +29,16 @@ from tracker.ledger.store import Ledger
 from tracker.measuring.fill import fill, lacking, open_cell
 from tracker.measuring.job import Job, Options
 from tracker.measuring.meter import Meter, Model, Place, open_model
-from tracker.measuring.observing import Observe, Observed, observe
+from tracker.measuring.observing import Documents, Observe, Observed, observe
 from tracker.measuring.prepare import look_up
 from tracker.measuring.progress import Progress
 
 _COLUMNS = ["task", "doc", "ablation", "gold", "rolling", "loglikelihoods"]
+
+
+def planned(ablations: Iterable[Ablation], layers: int) -> StreamPlan:
+    """Plan one engine call for some ablations of so many layers, the baseline with them."""
+    return plan_streams(list(dict.fromkeys((INTACT, *ablations))), layers)
 
 
 class Lender:
@@ -166,22 +171,19 @@ class OpenCell:
             return
         extent, names = self.request.extent, [one.name for one in asked]
         if not self.store.is_complete(extent, names):
-            meter = self.opened([INTACT, *(one for one in asked if one != INTACT)])
+            meter = self.opened(asked, candidates)
             begin_search(self.store, self._lender.typed)
-            if candidates:
-                meter.twice = set()
             left = lacking(self.store, meter.facts, extent, names)
             fill(self.store, left, meter, extent, self.progress)
         columns = [*_COLUMNS, METRIC + self.view.metric]
         view = self.view.model_copy(update={"removed": (), "runs": ()})
         lined_up = AlignedOutcomes(self.store, view, columns, asked)
-        by_both = {
+        self._paired = {
             "accuracy": lined_up.by_metric(asked),
             "gold_logprob": lined_up.by_gold_logprob(asked),
         }
-        for by, paired in by_both.items():
+        for by, paired in self._paired.items():
             self._known[by] |= zip(asked, paired.ablated.T, strict=True)
-        self._paired = by_both
 
     def end(self) -> None:
         """Hear that the search is over that measured it."""
@@ -200,20 +202,16 @@ class OpenCell:
         """
         self.measure(ablations)
         paired, known = self._paired[by], self._known[by]
-        after = [known[one] for one in ablations]
-        none = np.empty((len(paired.baseline), 0))
-        return replace(paired, ablated=np.stack(after, axis=1) if after else none)
+        ablated = np.empty((len(paired.baseline), len(ablations)))
+        for place, ablation in enumerate(ablations):
+            ablated[:, place] = known[ablation]
+        return replace(paired, ablated=ablated)
 
     @property
     def documents(self) -> dict[str, tuple[int, ...]]:
         """Task → the numbers of the documents that are measured, ascending."""
         wanted = self.store.wanted(self.request.extent)
         return {task: tuple(sorted(numbers)) for task, numbers in wanted.items()}
-
-    @property
-    def part(self) -> str | None:
-        """Which part of the benchmark they are of; None = all of it."""
-        return self.request.part
 
     @property
     def places(self) -> frozenset[Place]:
@@ -227,43 +225,39 @@ class OpenCell:
 
     def observe(self, kind: str, begin: Callable[[Engine], Observe]) -> Observed:
         """Observe more than outcomes, on the intact model that is opened."""
-        return observe(
-            self.request,
-            self.store,
-            kind,
-            begin,
-            lambda: (self.opened(self._singles).engine, self._meter.documents),
-            self.progress,
-        )
 
-    @property
-    def _singles(self) -> list[Ablation]:
-        return [INTACT, *(Ablation((layer,)) for layer in range(self.layers))]
+        def opened() -> tuple[Engine, Documents]:
+            meter = self.opened([Ablation((layer,)) for layer in range(self.layers)])
+            return meter.engine, meter.documents
 
-    def opened(self, ablations: Sequence[Ablation]) -> Meter:
-        """Open what measures some ablations, the baseline among them.
+        return observe(self.request, self.store, kind, begin, opened, self.progress)
+
+    def opened(self, ablations: Sequence[Ablation], candidates: bool = False) -> Meter:
+        """Open what measures the baseline and some ablations, `candidates` as `measure` has it.
 
         Sharing is checked when something is removed that was not before: one layer, several,
         attentions, MLPs; where it is several, on sets drawn at random too, because the check does
         not see those that are asked for later. These are watched while they are measured.
         """
         meter = self._meter
-        shapes = {_shape(one) for one in ablations}
+        if candidates:
+            meter.twice = set()
+        asked = dict.fromkeys((INTACT, *ablations))
+        shapes = {_shape(one) for one in asked}
         if not shapes <= self._checked:
             self.progress.say(
                 f"{self.request.benchmark}: checking that sharing is exact for this model"
             )
-            meter.ablations = list(dict.fromkeys((*ablations, *_drawn(shapes, self.layers))))
+            meter.ablations = list(asked | dict.fromkeys(_drawn(shapes, self.layers)))
             for line in meter.check(Checks(self._lender.ledger.root)):
                 self.progress.say(line)
             self._checked |= shapes
-        meter.ablations = list(ablations)
+        meter.ablations = list(asked)
         return meter
 
     def passes(self, ablations: Sequence[Ablation]) -> float:
         """Price one engine call, the baseline with it, in passes of the intact model."""
-        plan = plan_streams(list(dict.fromkeys((INTACT, *ablations))), self.layers)
-        return plan.layer_passes / self.layers
+        return planned(ablations, self.layers).layer_passes / self.layers
 
     def seconds(self, asked: Mapping[str, Collection[Place]]) -> float:
         """Say what measuring took: of each shard, the share of its rows that were asked for.
@@ -278,5 +272,5 @@ class OpenCell:
                 continue
             rows = shard.table.to_pylist()
             own = sum((r["task"], r["doc"]) in asked.get(r["ablation"], ()) for r in rows)
-            total += float(shard.about.get("seconds") or 0) * own / max(1, len(rows))
+            total += float(shard.about["seconds"]) * own / max(1, len(rows))
         return total

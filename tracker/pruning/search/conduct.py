@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tracker.core.ablations import INTACT, Ablation, ablate
 from tracker.core.config import CellRequest
@@ -57,23 +57,6 @@ class Pursued:
     outcome: Finished
 
 
-@dataclass
-class ConductedSearches:
-    """What became of searches.
-
-    Attributes:
-        records: What was found, in the order of the searches.
-        finding: What it says, beside each other.
-        outcome: What became of the runs of the steps, and which searches failed.
-        requests: For each record, the request of its last step's run; None where it has none.
-    """
-
-    records: list[PruneRecord]
-    finding: FindingRecord
-    outcome: Finished
-    requests: list[CellRequest | None] = field(default_factory=list)
-
-
 def conduct(
     asked: Sequence[SearchRequest],
     name: str,
@@ -82,7 +65,7 @@ def conduct(
     options: Options,
     progress: Progress,
     typed: Sequence[str] = (),
-) -> ConductedSearches:
+) -> tuple[Pursued, FindingRecord]:
     """Pursue the searches of a file, called `name`, and keep what they say beside each other.
 
     As `pursue`: RequestError, CellError.
@@ -91,7 +74,7 @@ def conduct(
     failed = {request.title: why for request, why in found.failed.items()}
     finding = finding_of(name, found.records, found.tests, failed)
     keep_finding(ledger.root, finding)
-    return ConductedSearches(found.records, finding, found.outcome, found.requests)
+    return found, finding
 
 
 def pursue(
@@ -141,11 +124,12 @@ def pursue(
     said = {request.title: why for request, why in failed.items()}
     if not found:
         raise CellError("\n".join(f"{title}: {why}" for title, why in said.items()))
-    tests = {test: cells[test] for test in dict.fromkeys(one.asked.test() for one in found)}
-    for test, cell in tests.items():
-        chosen = [ablations_of(one) for one in found if one.asked.test() == test]
+    tests: dict[CellRequest, list[Ablation]] = {}
+    for one in found:
+        tests.setdefault(one.asked.test(), []).extend(ablations_of(one))
+    for test, chosen in tests.items():
         progress.say(f"{test.title}: testing what was chosen")
-        cell.measure([ablation for sets in chosen for ablation in sets])
+        cells[test].measure(chosen)
     steps = [[_run(one, step) for step in one.steps] for one in found]
     runs = list(dict.fromkeys(run for each in steps for run in each if run is not None))
     outcome = run_cells(runs, ledger, publisher, options, progress) if runs else Finished()
@@ -155,7 +139,7 @@ def pursue(
     records = []
     for one, asked_for in zip(found, steps, strict=True):
         places = tuple(shown[run] for run in asked_for if run in shown)
-        records.append(_record(one, tests[one.asked.test()], places))
+        records.append(_record(one, cells[one.asked.test()], places))
         keep_search(ledger.root, records[-1])
     if not failed:
         for cell in cells.values():
@@ -163,7 +147,7 @@ def pursue(
     return Pursued(
         searches=[one.asked for one in found],
         records=records,
-        tests=[tests[one.asked.test()].paired(ablations_of(one)).scores for one in found],
+        tests=[cells[one.asked.test()].paired(ablations_of(one)).scores for one in found],
         requests=[each[-1] for each in steps],
         failed=failed,
         outcome=outcome,
@@ -195,8 +179,7 @@ def _by_request(
     places = {cell.place[:2]: cell.place for cell in cells}
     found = {}
     for run in runs:
-        store = look_up(run, ledger).store
-        if store is not None:
+        if (store := look_up(run, ledger).store) is not None:
             key = (store.identity.key, store.views.name_of(store.views.named_of(run)))
             if key in places:
                 found[run] = places[key]
@@ -215,7 +198,7 @@ def _record(found: Found, cell: OpenCell, places: Sequence[Place]) -> PruneRecor
         benchmark=identity.benchmark,
         metric=cell.view.metric,
         higher_is_better=cell.higher_is_better,
-        part=cell.part,
+        part=cell.request.part,
         unit=asked.unit,
         strategy=asked.strategy,
         draw=found.draw,

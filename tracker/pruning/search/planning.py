@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
 
 import numpy as np
 
@@ -13,75 +13,51 @@ from tracker.core.ablations import INTACT, Ablation
 from tracker.core.config import CellRequest
 from tracker.core.kinds import Component
 from tracker.core.proxies import passes
-from tracker.engine.scoring.streams import plan_streams
+from tracker.engine.plan import Reading, reading
 from tracker.ledger.paired import Array
 from tracker.ledger.store import Ledger
 from tracker.measuring.job import Options
 from tracker.measuring.planning import texts_of
 from tracker.measuring.progress import Silent
 from tracker.models.sources import find_model
-from tracker.pruning.search.cells import Lender
+from tracker.pruning.search.cells import Lender, planned
 from tracker.pruning.search.request import SearchRequest
-from tracker.pruning.search.scores import Losses, Scores, Set
+from tracker.pruning.search.scores import Losses, Scores, Set, grown
 from tracker.pruning.search.search import budget_of, refuse_few, refuse_mixed, refuse_unknown
 from tracker.pruning.search.strategies import STRATEGIES, Search
-
-if TYPE_CHECKING:
-    from tracker.engine.plan import Reading
 
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """What one search will cost, all its draws together.
+    """What one search will cost, all its draws together, or testing what was found.
 
     Attributes:
-        request: The search.
-        documents: Calibration documents.
-        steps: How many parts go.
-        evaluations: Sets of removals that are scored, as if it were alone.
-        passes: What the engine computes for them, in passes of all calibration documents through
-            the whole intact model.
-        flops: Floating-point operations of what no search before it asked for,
+        request: The search, or the test documents of some.
+        documents: Calibration documents, or test documents.
+        evaluations: Sets of removals that are scored, as if it were alone, or tested.
+        flops: Floating-point operations of what nothing before it asked for,
         dtype: in this type of numbers, such as `bfloat16`.
         naive_flops: Those of lm-eval once for each set among that; None where proxies are scored.
+        steps: How many parts go; None for a test.
+        passes: What the engine computes for the sets, in passes of all calibration documents
+            through the whole intact model; None for a test.
         at_most: Whether it may take less, since candidates are not all scored again.
     """
 
-    request: SearchRequest
+    request: SearchRequest | CellRequest
     documents: int
-    steps: int
     evaluations: float
-    passes: float
     flops: float
     dtype: str
     naive_flops: float | None
-    at_most: bool
-
-
-@dataclass(frozen=True)
-class PlannedTest:
-    """What testing the steps of some searches on a benchmark will cost.
-
-    Attributes:
-        request: The test documents.
-        documents: How many they are.
-        sets: Sets of removals, the intact model among them.
-        flops: Floating-point operations of the engine,
-        dtype: in this type of numbers, such as `bfloat16`.
-        naive_flops: Those of lm-eval once for each set.
-    """
-
-    request: CellRequest
-    documents: int
-    sets: int
-    flops: float
-    dtype: str
-    naive_flops: float
+    steps: int | None = None
+    passes: float | None = None
+    at_most: bool = False
 
 
 def plan_searches(
     asked: Sequence[SearchRequest], ledger: Ledger, trust_remote_code: bool = False
-) -> tuple[list[PlannedSearch], list[PlannedTest]]:
+) -> tuple[list[PlannedSearch], list[PlannedSearch]]:
     """Count what searches and their tests will cost, as if nothing of it were measured.
 
     Which sets are tried depends on what will be measured. How many they are does not (but for a
@@ -102,23 +78,20 @@ def plan_searches(
     refuse_unknown(asked, trust_remote_code)
     lender = Lender(ledger, Options(trust_remote_code=trust_remote_code), Silent())
     refuse_mixed(asked, lender, {})
-    readings: dict[CellRequest, tuple[Reading, str]] = {}
 
-    def read(request: CellRequest) -> Reading:
-        if request not in readings:
-            readings[request] = _reading(request, trust_remote_code)
-        return readings[request][0]
-
-    def dtype_of(request: CellRequest) -> str:
-        read(request)
-        return readings[request][1]
+    @cache
+    def read(request: CellRequest) -> tuple[Reading, str]:
+        """Count what a cell's documents take, and say in what type of numbers."""
+        source = find_model(request.model, request.revision, request.model_args)
+        texts = texts_of(request, source, trust_remote_code)
+        return reading(texts.model, texts.documents, texts.max_length), texts.dtype
 
     known: dict[CellRequest, set[object]] = {}
     tested: dict[CellRequest, dict[Ablation, None]] = {}
     searches = []
     for request in asked:
         within = budget_of(request, lender)
-        cells = {each: read(each) for each in request.calibration()}
+        cells = {each: read(each)[0] for each in request.calibration()}
         for each, there in cells.items():
             refuse_few(each, there.documents)
         counts = [_Counted(cells, request.unit, len(within.each), known) for _ in request.draws_of]
@@ -134,36 +107,22 @@ def plan_searches(
             PlannedSearch(
                 request,
                 documents=sum(each.documents for each in cells.values()),
-                steps=steps,
                 evaluations=sum(scores.evaluations for scores in counts),
-                passes=sum(scores.passes for scores in counts),
                 flops=sum(scores.flops for scores in counts),
-                dtype=dtype_of(request.test()),
+                dtype=read(request.test())[1],
                 naive_flops=None if None in naive else sum(each or 0.0 for each in naive),
+                steps=steps,
+                passes=sum(scores.passes for scores in counts),
                 at_most=request.rescored != "full",
             )
         )
-    tests = [
-        PlannedTest(
-            request,
-            documents=read(request).documents,
-            sets=len(sets),
-            flops=read(request).flops(plan_streams(list(sets), read(request).layers)),
-            dtype=dtype_of(request),
-            naive_flops=read(request).naive_flops(list(sets)),
-        )
-        for request, sets in tested.items()
-    ]
+    tests = []
+    for test, sets in tested.items():
+        there, dtype = read(test)
+        flops = there.flops(planned(sets, there.layers))
+        naive_flops = there.naive_flops(list(sets))
+        tests.append(PlannedSearch(test, there.documents, len(sets), flops, dtype, naive_flops))
     return searches, tests
-
-
-def _reading(request: CellRequest, trust_remote_code: bool) -> tuple[Reading, str]:
-    """Count what a cell's documents take, and say in what type of numbers."""
-    from tracker.engine.plan import reading
-
-    source = find_model(request.model, request.revision, request.model_args)
-    texts = texts_of(request, source, trust_remote_code)
-    return reading(texts.model, texts.documents, texts.max_length), texts.dtype
 
 
 class _Counted(Scores):
@@ -196,17 +155,17 @@ class _Counted(Scores):
         ablations = [INTACT, *(self.ablation(each) for each in sets)]
         new = [one for one in ablations if one not in self.evaluated]
         self.evaluated |= set(new)
-        for request, reading in self._readings.items():
+        for request, there in self._readings.items():
             if new:
-                self.passes += self._share(request, [INTACT, *new])
+                share = there.documents / self._everything
+                self.passes += planned(new, self.layers).layer_passes / self.layers * share
             known = self._known.setdefault(request, set())
             lacking = [one for one in new if one not in known]
             known.update(lacking)
             if lacking:
-                together = plan_streams(list(dict.fromkeys([INTACT, *lacking])), self.layers)
-                self.flops += reading.flops(together)
+                self.flops += there.flops(planned(lacking, self.layers))
             if self.naive_flops is not None:
-                self.naive_flops += reading.naive_flops(lacking)
+                self.naive_flops += there.naive_flops(lacking)
         return self._made_up(by, sets)
 
     def proxy(self, name: str, removed: Set, spans: Sequence[range] | None = None) -> Losses:
@@ -218,22 +177,14 @@ class _Counted(Scores):
             self._observed.add(key)
             price = passes(name, len(left), shared=True) * len(left) / self.layers
             self.passes += price
-            for request, reading in self._readings.items():
+            for request, there in self._readings.items():
                 known = self._known.setdefault(request, set())
                 if key not in known:
                     known.add(key)
-                    self.flops += price * reading.flops(plan_streams([INTACT], self.layers))
-        return self._made_up(name, [(*removed, *(left[n] for n in span)) for span in spans])
-
-    def _share(self, request: CellRequest, ablations: Sequence[Ablation]) -> float:
-        """Passes of all documents that one call takes for a cell's."""
-        plan = plan_streams(list(dict.fromkeys(ablations)), self.layers)
-        share = self._readings[request].documents / self._everything
-        return plan.layer_passes / self.layers * share
+                    self.flops += price * there.flops(planned((), self.layers))
+        return self._made_up(name, [grown(removed, *(left[n] for n in span)) for span in spans])
 
     def _made_up(self, by: str, sets: Sequence[Set]) -> Losses:
         costs = [random.Random(f"{by}/{part}").random() for part in range(self.layers)]
         values: Array = np.array([[sum(costs[part] for part in each) for each in sets]])
-        return Losses(
-            [tuple(sorted(each)) for each in sets], values, np.ones(1), np.zeros(len(sets))
-        )
+        return Losses([grown(each) for each in sets], values, np.ones(1), np.zeros(len(sets)))

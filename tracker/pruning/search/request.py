@@ -15,9 +15,9 @@ import itertools
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ValidationError, model_validator
 
 from tracker.core.config import CellRequest, Name
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
@@ -29,6 +29,7 @@ from tracker.pruning.search.budgets import Amount, amount
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 from tracker.pruning.search.strategies import BLIND, DRAWN, OF_LAYERS, RESCORED, STRATEGIES
 
+R = TypeVar("R", bound=BaseModel)
 DEFAULT = ("accuracy", "cosine_oneshot", "random")
 """Strategies where none is named: what really counts, beside the usual proxy and chance."""
 
@@ -84,10 +85,14 @@ class SearchRequest(SearchSettings):
         return amount(self.remove or self.keep or "")
 
     @property
+    def word(self) -> Literal["remove", "keep"]:
+        """Whether the amount is what goes or what stays."""
+        return "keep" if self.remove is None else "remove"
+
+    @property
     def asked(self) -> str:
         """The amount as people read it: `remove 8`."""
-        word = "remove" if self.remove is not None else "keep"
-        return f"{word} {self.amount.text}"
+        return f"{self.word} {self.amount.text}"
 
     @property
     def title(self) -> str:
@@ -120,8 +125,8 @@ class SearchRequest(SearchSettings):
         return calibration_of(self.cell.model_copy(update=more))
 
     def test(self) -> CellRequest:
-        """Ask for the cell that says what was lost."""
-        return test_of(self.cell.model_copy(update={"sample": self.test_sample}))
+        """Ask for the cell that says what was lost, on documents that never choose."""
+        return self.cell.model_copy(update={"sample": self.test_sample, "part": "test"})
 
 
 if TYPE_CHECKING:  # which takes no class that is made
@@ -139,20 +144,11 @@ def calibration_of(request: CellRequest) -> CellRequest:
     return request.model_copy(update={"part": "calibration"})
 
 
-def test_of(request: CellRequest) -> CellRequest:
-    """Ask for the documents that never choose."""
-    return request.model_copy(update={"part": "test"})
-
-
 def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchRequest:
     """Make a request of settings (None = not said); RequestError for a value of the wrong kind."""
     said = {name: value for name, value in settings.items() if value is not None}
     own = {name: said.pop(name) for name in SearchSettings.model_fields if name in said}
-    try:
-        cell = CellRequest(layers=(), **said)
-    except ValidationError as error:
-        raise RequestError(first_problem(error, CellRequest, prefix)) from None
-    return search_of(cell, own, prefix)
+    return search_of(_checked(CellRequest, prefix, layers=(), **said), own, prefix)
 
 
 def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> SearchRequest:
@@ -160,10 +156,14 @@ def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> Sea
 
     RequestError for a value of the wrong kind.
     """
+    return _checked(SearchRequest, prefix, cell=cell, **own)
+
+
+def _checked(kind: type[R], prefix: str, **said: Any) -> R:
     try:
-        return SearchRequest(cell=cell, **own)
+        return kind(**said)
     except ValidationError as error:
-        raise RequestError(first_problem(error, SearchRequest, prefix)) from None
+        raise RequestError(first_problem(error, kind, prefix)) from None
 
 
 def refuse_idle(searches: Collection[SearchRequest]) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from tracker.core.ablations import INTACT
 from tracker.core.prune_records import PruneStep
 from tracker.core.records import RunIdentity
 from tracker.core.views import Until
 from tracker.ledger.early_stopping import CellRace
 from tracker.measuring.fill import fill_until
 from tracker.pruning.search.budgets import Budget
-from tracker.pruning.search.scores import Scores, Set
+from tracker.pruning.search.scores import Scores, Set, grown
 from tracker.stats.rank_agreement import rounded
 
 BATCH = 6
@@ -33,13 +32,12 @@ def lazy(scores: Scores, budget: Budget, by: str) -> Iterator[PruneStep]:
     loss, costs = 0.0, dict.fromkeys(range(scores.layers), -np.inf)
     while not budget.enough(removed):
         fresh: list[Set] = []
-        parts = [part for part in costs if budget.reachable((*removed, part))]
-        left = sorted(parts, key=lambda part: (costs[part], -part))
+        left = sorted(budget.left(removed), key=lambda part: (costs[part], -part))
         while left:
             # All of them at first: nothing is known.
             size = BATCH if removed else len(left)
             batch, left = left[:size], left[size:]
-            fresh += [tuple(sorted((*removed, part))) for part in batch]
+            fresh += [grown(removed, part) for part in batch]
             losses = scores.losses(by, fresh)
             best = float(losses.means.min())
             if left and best < loss + costs[left[0]]:
@@ -63,34 +61,26 @@ def race(scores: Scores, budget: Budget) -> Iterator[PruneStep]:
     (cell,) = scores.cells
     removed: Set = ()
     while not budget.enough(removed):
-        left = [part for part in range(scores.layers) if part not in removed]
-        left = [part for part in left if budget.reachable((*removed, part))]
+        left = budget.left(removed)
         runs = tuple(RunIdentity(layer=part) for part in left)
         until = Until(question=QUESTION, seed=cell.request.seed, runs=runs)
         view = cell.view.model_copy(update={"removed": removed, "runs": runs, "until": until})
         racing = CellRace(cell.store, view)
-        sets = [tuple(sorted((*removed, part))) for part in left]
+        sets = [grown(removed, part) for part in left]
         ablations = [scores.ablation(each) for each in sets]
         beneath = [scores.ablation(removed)] if removed else []
         if racing.lacking is not None:
-            meter = cell.opened([INTACT, *beneath, *ablations])
+            meter = cell.opened([*beneath, *ablations], candidates=True)
             fill_until(racing, cell.store, meter, cell.progress)
         seen = racing.race.seen
         scores.raced(cell, beneath, ablations, seen, racing.measured_for(seen), racing.order)
-        step = _decided(racing, sets, removed)
-        yield step
-        removed = step.removed
-
-
-def _decided(racing: CellRace, sets: Sequence[Set], removed: Set) -> PruneStep:
-    """Make a step of what a race left: the best that may be taken, the later one of level ones."""
-    bounds, standing = racing.race.bounds, racing.race.standing
-    # Where all documents leave several open, they are level.
-    places = np.flatnonzero(standing.chosen if standing.chosen.any() else standing.open).tolist()
-    means = rounded((bounds.low + bounds.high) / 2)
-    best = min(places, key=lambda place: (means[place], -(set(sets[place]) - set(removed)).pop()))
-    (part,) = set(sets[best]) - set(removed)
-    reason = "a race does not look at every candidate on all documents"
-    return PruneStep(
-        removed=sets[best], layer=part, score=float(means[best]), reasons={"margin": reason}
-    )
+        bounds, standing = racing.race.bounds, racing.race.standing
+        # Where all documents leave several open, they are level: the later one goes.
+        may_go = np.flatnonzero(standing.chosen if standing.chosen.any() else standing.open)
+        means = rounded((bounds.low + bounds.high) / 2)
+        best = min(may_go.tolist(), key=lambda place: (means[place], -left[place]))
+        removed = sets[best]
+        reasons = {"margin": "a race does not look at every candidate on all documents"}
+        yield PruneStep(
+            removed=removed, layer=left[best], score=float(means[best]), reasons=reasons
+        )

@@ -38,6 +38,11 @@ _TURNING = ("cosine_score", "relative_update", "angular_distance")
 """Proxies that are kept together, as one kind of observation."""
 
 
+def grown(removed: Set, *parts: int) -> Set:
+    """A set, and some parts more."""
+    return tuple(sorted((*removed, *parts)))
+
+
 @dataclass(frozen=True)
 class Losses:
     """The losses of some sets, document by document.
@@ -68,9 +73,9 @@ class Losses:
         Level ones by `ties`, and then the one whose parts are later.
         """
         ties = np.nan_to_num(rounded(self.ties), nan=np.inf)
-        keys = zip(self.means, ties, ([-p for p in reversed(s)] for s in self.sets), strict=True)
-        by = [(mean, tie, place) for mean, tie, place in keys]
-        return sorted(range(len(by)), key=lambda i: by[i])
+        later = ([-part for part in reversed(each)] for each in self.sets)
+        keys = list(zip(self.means, ties, later, strict=True))
+        return sorted(range(len(keys)), key=keys.__getitem__)
 
     def step(self, before: Set | None, order: Sequence[int] | None = None) -> PruneStep:
         """Choose the best set, and say how sure the documents make of it.
@@ -141,14 +146,13 @@ class Scores:
                 self._passes += cell.passes(new) * cell.n / self.documents
             cell.measure(ablations, candidates=True)
         self.evaluated |= {INTACT, *ablations}
-        metric, gold = (
-            _stacked([(paired.drops, paired.weights) for paired in each])
-            for each in (
+        chosen, other = (
+            _stacked([(paired.drops, paired.weights) for paired in of_cells])
+            for of_cells in (
                 [cell.paired(ablations, which) for cell in self.cells]
-                for which in ("accuracy", "gold_logprob")
+                for which in (by, "gold_logprob" if by == "accuracy" else "accuracy")
             )
         )
-        chosen, other = (metric, gold) if by == "accuracy" else (gold, metric)
         whole = bool((chosen[0] == np.rint(chosen[0])).all())
         return Losses(sets, *chosen, other[1] @ other[0], whole)
 
@@ -168,7 +172,7 @@ class Scores:
         spans = [range(n, n + 1) for n in range(len(left))] if spans is None else spans
         found = [self._proxy(cell, name, removed, spans) for cell in self.cells]
         values, weights = _stacked(found)
-        sets = [tuple(sorted((*removed, *(left[n] for n in span)))) for span in spans]
+        sets = [grown(removed, *(left[n] for n in span)) for span in spans]
         return Losses(sets, values, weights, np.zeros(len(sets)))
 
     def _proxy(
@@ -187,11 +191,9 @@ class Scores:
             )
             self._seconds += float(sums["seconds"].sum())
         counted = sums["tokens" if PROXIES[name].observe else "predicted"]
-        if name == "angular_distance":
-            chosen = np.stack([sums[name][:, s.start, s.stop - 1] for s in spans], axis=1)
-        else:
-            chosen = np.stack([sums[name][:, s.start] for s in spans], axis=1)
-        means = per_token(chosen, counted)
+        starts, ends = [span.start for span in spans], [span.stop - 1 for span in spans]
+        far = name == "angular_distance"
+        means = per_token(sums[name][:, starts, ends] if far else sums[name][:, starts], counted)
         if name == "gate_gradient":
             # Of each document the size, so that opposite ones do not cancel.
             return np.abs(means), np.full(len(means), 1 / len(means))

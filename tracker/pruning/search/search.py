@@ -128,8 +128,7 @@ def budget_of(asked: SearchRequest, lender: Lender) -> Budget:
         layers = find_layers(model)
         each = [float(size * sum(p.numel() for p in one.parameters())) for one in layers]
         total = float(size * model.num_parameters())
-    remove, keep = (asked.amount if given else None for given in (asked.remove, asked.keep))
-    return budget(remove, keep, each, total, asked.title)
+    return budget(asked.word, asked.amount, each, total, asked.title)
 
 
 def search(
@@ -192,7 +191,7 @@ def _calibrated(cell: OpenCell, documents: dict[str, tuple[int, ...]]) -> Calibr
         benchmark=cell.request.benchmark,
         metric=cell.view.metric,
         n=sum(map(len, documents.values())),
-        part=cell.part,
+        part=cell.request.part,
         documents=documents,
     )
 

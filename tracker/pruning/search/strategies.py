@@ -15,7 +15,7 @@ from tracker.core.proxies import PROXIES
 from tracker.core.prune_records import PruneStep, Rescoring
 from tracker.pruning.search.budgets import Budget, out_of_reach
 from tracker.pruning.search.rescoring import lazy, race
-from tracker.pruning.search.scores import Losses, Scores, Set
+from tracker.pruning.search.scores import Losses, Scores, Set, grown
 
 WIDTH = 4
 """Sets that `beam` keeps after each step."""
@@ -46,11 +46,6 @@ class Search:
         """The parts that there are."""
         return range(self.scores.layers)
 
-    def left(self, removed: Set) -> list[int]:
-        """The parts that could go next."""
-        parts = [part for part in self.parts if part not in removed]
-        return [part for part in parts if self.budget.reachable((*removed, part))]
-
     def fitting(self, losses: Losses) -> list[int]:
         """The order of sets, without those with which the budget could not be met any more."""
         return [place for place in losses.order if self.budget.reachable(losses.sets[place])]
@@ -63,25 +58,19 @@ class Search:
 Strategy = Callable[[Search], Iterator[PruneStep]]
 
 
-def grown(removed: Set, part: int) -> Set:
-    """A set, and one part more."""
-    return tuple(sorted((*removed, part)))
-
-
 def by_outcomes(search: Search, by: str) -> Iterator[PruneStep]:
     """Remove what costs least together with all that is gone; score again after each removal."""
+    removed: Set = ()
     if search.rescoring == "race":
         yield from race(search.scores, search.budget)
-        return
-    if search.rescoring == "lazy":
+    elif search.rescoring == "lazy":
         yield from lazy(search.scores, search.budget, by)
-        return
-    removed: Set = ()
-    while not search.budget.enough(removed):
-        sets = [grown(removed, part) for part in search.left(removed)]
-        step = search.scores.losses(by, sets).step(removed)
-        yield step
-        removed = step.removed
+    else:
+        while not search.budget.enough(removed):
+            sets = [grown(removed, part) for part in search.budget.left(removed)]
+            step = search.scores.losses(by, sets).step(removed)
+            yield step
+            removed = step.removed
 
 
 def by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
@@ -94,22 +83,23 @@ def by_proxy(search: Search, name: str) -> Iterator[PruneStep]:
         removed = step.removed
 
 
-def one_shot(
-    search: Search, score: Callable[[Search, Sequence[Set]], Losses]
-) -> Iterator[PruneStep]:
+def one_shot(search: Search, by: str = "", proxy: str = "") -> Iterator[PruneStep]:
     """Score each part once, alone, and remove the smallest scores.
 
-    As if they added up. Parts of unequal size are ordered by score alone too.
+    As if they added up. Parts of unequal size are ordered by score alone too. They are scored `by`
+    an outcome, or by a `proxy`.
     """
-    losses = score(search, [(part,) for part in search.parts])
+    scores = search.scores
+    sets = [(part,) for part in search.parts]
+    losses = scores.proxy(proxy, ()) if proxy else scores.losses(by, sets)
     order = losses.order
     removed: Set = ()
     while not search.budget.enough(removed):
-        left = search.left(removed)
+        left = search.budget.left(removed)
         order = [place for place in order if losses.sets[place][0] in left]
         step = losses.step((), order)
         (part,) = step.removed
-        seconds = tuple(sorted((*removed, *step.runner_up))) if step.runner_up else ()
+        seconds = grown(removed, *step.runner_up) if step.runner_up else ()
         removed = grown(removed, part)
         yield step.model_copy(update={"removed": removed, "runner_up": seconds})
 
@@ -173,7 +163,7 @@ def beam(search: Search) -> Iterator[PruneStep]:
     while not search.budget.enough(kept[0][0]):
         origins: dict[Set, int] = {}
         for number, (removed, _) in enumerate(kept):
-            for part in search.left(removed):
+            for part in search.budget.left(removed):
                 origins.setdefault(grown(removed, part), number)
         sets = list(origins)
         losses = search.scores.losses("accuracy", sets)
@@ -226,24 +216,13 @@ def evolutionary(search: Search) -> Iterator[PruneStep]:
     yield losses.step(None)
 
 
-def _proxy_once(name: str) -> Callable[[Search, Sequence[Set]], Losses]:
-    return lambda search, sets: search.scores.proxy(name, ())
-
-
-def _outcome_once(by: str) -> Callable[[Search, Sequence[Set]], Losses]:
-    return lambda search, sets: search.scores.losses(by, sets)
-
-
 _BY_PROXY = {proxy.strategy: proxy.name for proxy in PROXIES.values() if proxy.strategy}
 OUTCOMES = ("accuracy", "gold_logprob")
 STRATEGIES: Mapping[str, Strategy] = {
     **{name: partial(by_outcomes, by=name) for name in OUTCOMES},
-    **{f"{name}_oneshot": partial(one_shot, score=_outcome_once(name)) for name in OUTCOMES},
+    **{f"{name}_oneshot": partial(one_shot, by=name) for name in OUTCOMES},
     **{name: partial(by_proxy, name=proxy) for name, proxy in _BY_PROXY.items()},
-    **{
-        f"{name}_oneshot": partial(one_shot, score=_proxy_once(proxy))
-        for name, proxy in _BY_PROXY.items()
-    },
+    **{f"{name}_oneshot": partial(one_shot, proxy=proxy) for name, proxy in _BY_PROXY.items()},
     "angular": contiguous,
     "last": last,
     "random": at_random,
