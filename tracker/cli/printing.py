@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tracker.cli.terminal import print_table, say
+from tracker.core import run_table
+from tracker.core.answers import statement
+from tracker.core.config import CellRequest
+from tracker.core.estimates import Estimate
+from tracker.core.formats import DASH, counted
+from tracker.core.tables import Column, table
 
 if TYPE_CHECKING:
     from tracker.core.findings import FindingRecord
@@ -21,13 +27,6 @@ if TYPE_CHECKING:
     from tracker.runner import Finished
 
 
-def counted(number: int, noun: str) -> str:
-    """Write a number of things, as `1 cell` or `1,200 cells`."""
-    from tracker.core import formats
-
-    return formats.counted(number, noun)
-
-
 def print_each(head: str, failed: Mapping[str, str]) -> None:
     """Say of each thing what went wrong, and what to do."""
     for what, why in failed.items():
@@ -36,9 +35,6 @@ def print_each(head: str, failed: Mapping[str, str]) -> None:
 
 def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     """Print a cell's runs, or one of them."""
-    from tracker.core import run_table, tables
-    from tracker.core.answers import statement
-    from tracker.core.formats import DASH
     from tracker.report.caveats import looks_note, rounding_note
     from tracker.report.wording import power_sentence, sentence
 
@@ -57,7 +53,7 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
     metric = "" if cell.other_metric else cell.metric
     title = " · ".join(filter(None, (cell.heading, metric, cell.documents)))
     say()
-    print_table(tables.table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
+    print_table(table(title, columns, [run_table.CellRun(cell, run) for run in shown]))
     elsewhere = {"mcnemar_p", "rounded", "drop_rounding"}
     reasons = {why for run in shown for name, why in run.reasons.items() if name not in elsewhere}
     said = {"baseline_rounded", *(("n", "baseline_low") if cell.is_raced else ())}
@@ -73,9 +69,6 @@ def print_cell(cell: CellRecord, only: RunIdentity | None = None) -> None:
 
 def print_finding(finding: FindingRecord) -> None:
     """Print what a study found: answers, tables, and what could not be said."""
-    from tracker.core.estimates import Estimate
-    from tracker.core.formats import DASH
-
     say()
     say(finding.question)
     for answer in finding.answers:
@@ -140,7 +133,6 @@ def runnable(location: str) -> str:
 
 def print_plan(cells: Sequence[PlannedCell], gflops: float | None) -> None:
     """Print what an experiment will cost, at a rate or at the one that is measured here."""
-    from tracker.core.tables import Column, table
     from tracker.stats.power import ALPHA, MEANT, POWER
 
     rates = _Rates(gflops)
@@ -230,10 +222,6 @@ def print_plan_of_searches(
     searches: Sequence[PlannedSearch], tests: Sequence[PlannedSearch], gflops: float | None
 ) -> None:
     """Print what searches and their tests will cost, at a rate or at the one measured here."""
-    from tracker.core.config import CellRequest
-    from tracker.core.formats import DASH
-    from tracker.core.tables import Column, table
-
     rates = _Rates(gflops)
 
     def name(row: PlannedSearch) -> str:
@@ -284,7 +272,6 @@ def print_plan_of_searches(
 
 def _until(cell: PlannedCell) -> str:
     """Say what a cell's question will take, or what is needed to say it."""
-    from tracker.core.answers import statement
     from tracker.measuring.planning import PILOT
 
     if cell.answer is not None and cell.measured:
@@ -310,7 +297,6 @@ def _until(cell: PlannedCell) -> str:
 
 def _revealed(cell: PlannedCell) -> tuple[str, str]:
     """Say which drop a planned cell would reveal, and how many documents the one that is meant."""
-    from tracker.core.formats import DASH
     from tracker.stats.power import MEANT
 
     if cell.spread is None:
@@ -331,14 +317,16 @@ def _duration(seconds: float) -> str:
 
 def print_export(model: Exported) -> None:
     """Say what was saved, what it costs and saves, what was proved, and what else makes it."""
-    from tracker.pruning.export.card import saved, speed, written
+    from tracker.pruning.export.card import saved, speed
     from tracker.pruning.export.recipes import by_other_tools, why_none
+    from tracker.pruning.search.figures import level_text
 
     say()
     for each in model.accuracy:
         say(
             f"{each.benchmark}, {each.num_fewshot}-shot, {each.metric}, {each.documents}: "
-            f"{written(each, each.before)} before, {written(each, each.after)} after"
+            f"{level_text(each.before, each.unit)} before, {level_text(each.after, each.unit)} "
+            "after"
         )
     say(saved(model.before, model.after))
     say(f"{speed(model)} ({model.speed_on})")

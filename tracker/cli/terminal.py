@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tracker.core.tables import Table, headed, written
 from tracker.core.text import harmless, masked
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
-
-    from tracker.core.tables import Table
 
 EVERY = 300
 """Seconds between two lines about some work where no terminal shows its bar."""
@@ -44,8 +43,6 @@ def print_table(made: Table) -> None:
     """Print a table, without its notes; figures never wrap and stand at the right."""
     from rich.table import Table as Printed
     from rich.text import Text
-
-    from tracker.core.tables import headed, written
 
     printed = Printed(
         title=Text(shown(made.title), style="bold") if made.title else None,

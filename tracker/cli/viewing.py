@@ -21,8 +21,10 @@ from tracker.cli.options import (
     sources_argument,
     trust,
 )
-from tracker.cli.printing import counted, print_boards, print_each, runnable
+from tracker.cli.printing import print_boards, print_each, runnable
 from tracker.cli.terminal import Show, begin, print_table, say
+from tracker.core.formats import counted
+from tracker.core.tables import Column, table
 
 if TYPE_CHECKING:
     from tracker.api import Reported
@@ -183,7 +185,6 @@ def list_cells(results: Path) -> None:
       tracker ls --results results
     """
     from tracker import api
-    from tracker.core.tables import Column, table
     from tracker.report.wording import row_labels
 
     damaged: dict[str, str] = {}
@@ -290,7 +291,6 @@ def check(results: Path, against: Path | None) -> None:
       tracker check --results /archive/llama --against results
     """
     from tracker import api
-    from tracker.core.tables import Column, table
 
     found, differences = api.check(results, against, Show(error=True))
     columns: tuple[Column[VerifiedCell], ...] = (

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tracker.core.estimates import Estimate
-from tracker.core.formats import WRITTEN, with_interval
 from tracker.core.hub import check_name
 from tracker.core.text import as_markdown
 from tracker.pruning.export.facts import Accuracy, Exported, Size
 from tracker.pruning.export.recipes import by_other_tools, why_none
+from tracker.pruning.search.figures import level_text
 
 FACTS = "tracker.json"
 _USE = """In the folder of this card, or with its path or its name on the hub instead of the dot:
@@ -70,8 +69,8 @@ def _is_on_the_hub(model: Exported) -> bool:
 
 def text(model: Exported) -> str:
     """Write what the card says below its front matter."""
-    base, gone = model.base, sorted(model.pruning.removed)
-    chosen = list(model.pruning.removed)
+    base, chosen = model.base, model.pruning.removed
+    gone = tuple(sorted(chosen))
     order = "" if chosen == gone else f", in the order {_listed(chosen)}"
     revision = f" at revision `{base.revision}`" if base.revision else ""
     parts = [
@@ -127,36 +126,21 @@ def accuracy_table(rows: Sequence[Accuracy]) -> str:
     lines += [
         f"| {as_markdown(each.benchmark)}, {each.num_fewshot}-shot | {as_markdown(each.metric)} "
         f"| {as_markdown(each.documents)} | "
-        f"{written(each, each.before)} | {written(each, each.after)} |"
+        f"{level_text(each.before, each.unit)} | {level_text(each.after, each.unit)} |"
         for each in rows
     ]
     return "\n".join(lines)
 
 
-def written(of: Accuracy, level: Estimate) -> str:
-    """Write a level with its interval and unit, such as `41.7 % (31.1 to 53.1)`."""
-    form = WRITTEN["percent" if of.unit == "%" else "score"]
-    return with_interval(level, form.write, f" {of.unit}" if of.unit else "")
-
-
 def size_table(model: Exported) -> str:
     """Lay out what the removal saves."""
-    one, other = model.before, model.after
-
-    def row(head: str, name: str, unit: str) -> str:
-        before, after = (float(getattr(size, name)) for size in (one, other))
+    lines = ["| | base | this model | change |", "|---|---|---|---|"]
+    heads = {"layers": "layers", "parameters": "parameters", "bytes": "bytes of weights"}
+    for name, head in heads.items():
+        before, after = (getattr(size, name) for size in (model.before, model.after))
         share = 100 * (after / before - 1)
-        return f"| {head} | {before:{unit}} | {after:{unit}} | {share:+.0f} % |"
-
-    return "\n".join(
-        [
-            "| | base | this model | change |",
-            "|---|---|---|---|",
-            row("layers", "layers", ",.0f"),
-            row("parameters", "parameters", ",.0f"),
-            row("bytes of weights", "bytes", ",.0f"),
-        ]
-    )
+        lines.append(f"| {head} | {before:,} | {after:,} | {share:+.0f} % |")
+    return "\n".join(lines)
 
 
 def saved(one: Size, other: Size) -> str:

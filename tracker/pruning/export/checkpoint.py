@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from tracker.benchmarks.standalone import refuse_alone
 from tracker.core.config import CellRequest, cell_request
 from tracker.core.errors import CellError, RequestError, TrackerError, WorkError
 from tracker.core.formats import counted, measure_of
-from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import Component
 from tracker.core.provenance import machine
 from tracker.ledger.store import Ledger
@@ -147,30 +146,16 @@ def export(asked: ExportRequest, progress: Progress) -> Exported:
     refuse_unsizable(source, removed, asked.options.trust_remote_code)
     measured = _measure(asked, removed, progress) if asked.on_benchmark else None
     with _beside(asked.output) as folder:
-        saved = _save(asked, source, folder, progress)
+        model, wanted = _save(asked, source, folder, progress)
         progress.say("loading it in a fresh process" + (", for lm-eval" if measured else ""))
         release()
-        proof = prove(folder, saved.expected, measured, asked.options.trust_remote_code)
+        proof = prove(folder, wanted, measured, asked.options.trust_remote_code)
         pruning = asked.pruning
         if pruning.strategy is None:
-            pruning = chosen(asked.ledger, saved.base, pruning.removed)
+            pruning = chosen(asked.ledger, model.base, pruning.removed)
         own = () if measured is None else (_accuracy(measured, pruning, asked.ledger),)
-        model = Exported(
-            folder=asked.output,
-            base=saved.base,
-            pruning=pruning,
-            kept=saved.kept,
-            before=saved.before,
-            after=saved.after,
-            faster=saved.faster,
-            speed_on=saved.speed_on,
-            accuracy=(*own, *(each for each in pruning.tested if not _same(each, own))),
-            proof=proof,
-            recipes=recipes(
-                *(source, saved.base, saved.kept, removed, saved.resized, saved.windows)
-            ),
-            resized=saved.resized,
-        )
+        tested = (each for each in pruning.tested if not _same(each, own))
+        model = replace(model, pruning=pruning, accuracy=(*own, *tested), proof=proof)
         write_card(model, folder)
     made_of = (*pruning.chosen_by, *(() if measured is None else (measured.cell,)))
     return publish(model, made_of, asked.track, asked.project, asked.ledger.root, asked.register)
@@ -189,23 +174,10 @@ def _measure(asked: ExportRequest, removed: tuple[int, ...], progress: Progress)
     return MeasuredCell(request, store, done.cells[0])
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What is known of a checkpoint that was written."""
-
-    base: ModelIdentity
-    kept: tuple[int, ...]
-    before: Size
-    after: Size
-    faster: tuple[float, float, float] | None
-    speed_on: str
-    windows: tuple[str, list[bool]] | None
-    expected: ExpectedAnswers
-    resized: tuple[str, ...]
-
-
-def _save(asked: ExportRequest, source: ModelSource, folder: Path, progress: Progress) -> _Saved:
-    """Write the checkpoint.
+def _save(
+    asked: ExportRequest, source: ModelSource, folder: Path, progress: Progress
+) -> tuple[Exported, ExpectedAnswers]:
+    """Write the checkpoint; nothing is proved of it yet, nor said of what it costs.
 
     When this returns, no model is in memory any more: the fresh process may need the room.
     """
@@ -232,12 +204,22 @@ def _save(asked: ExportRequest, source: ModelSource, folder: Path, progress: Pro
         for model, layers in ((loaded.model, len(loaded.layers)), (twin, len(kept)))
     )
     wanted = expected(loaded, twin, options.device)
-    speed_on = _speed_on(wanted, loaded.identity.dtype, length)
     said = twin.config.get_text_config()
     windows = windows_of(said.model_type, getattr(said, "layer_types", None) or ())
-    return _Saved(
-        *(loaded.identity, kept, before, after, faster, speed_on, windows, wanted, resized)
+    base = loaded.identity
+    saved = Exported(
+        folder=asked.output,
+        base=base,
+        pruning=asked.pruning,
+        kept=kept,
+        before=before,
+        after=after,
+        faster=faster,
+        speed_on=_speed_on(wanted, base.dtype, length),
+        recipes=recipes(source, base, kept, removed, resized, windows),
+        resized=resized,
     )
+    return saved, wanted
 
 
 def _speed_on(on: ExpectedAnswers, dtype: str, length: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tracker.core.extent import Extent
+from tracker.core.formats import counted
 from tracker.core.identities import ModelIdentity
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.core.records import CellRecord
@@ -76,12 +77,11 @@ def _cells(contents: Contents, records: Sequence[PruneRecord]) -> tuple[CellReco
     return tuple(cell for cell in cells if cell.place in places)
 
 
-def _calibration(record: PruneRecord) -> str | None:
-    said = [
-        f"{each.n:,} documents of {each.benchmark}" + (f" ({each.part})" if each.part else "")
+def _calibration(record: PruneRecord) -> str:
+    return ", ".join(
+        f"{counted(each.n, 'document')} of {each.benchmark}{f' ({each.part})' if each.part else ''}"
         for each in record.calibration
-    ]
-    return ", ".join(said) or None
+    )
 
 
 def _accuracy(record: PruneRecord, tested: Tested) -> Accuracy:
@@ -89,7 +89,7 @@ def _accuracy(record: PruneRecord, tested: Tested) -> Accuracy:
         benchmark=record.benchmark.title,
         num_fewshot=record.benchmark.num_fewshot,
         metric=record.metric,
-        documents=f"{tested.n:,} documents that chose nothing",
+        documents=f"{counted(tested.n, 'document')} that chose nothing",
         n=tested.n,
         before=record.baseline.level,
         after=tested.level,

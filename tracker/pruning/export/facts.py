@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
 from tracker.core.prune_records import Calibrated
 from tracker.core.records import CellRecord
+
+_AS_THEY_ARE = (
+    *("base", "kept", "before", "after", "faster", "speed_on"),
+    *("recipes", "resized", "accuracy", "proof"),
+)
+"""What of a pruned model is told to machines as it stands here."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Size:
-    """A model's size and speed.
+    """A model's size.
 
     Attributes:
         layers: How many it has.
@@ -100,14 +108,11 @@ class Proof:
 
     def sentences(self) -> list[str]:
         """Say what was proved."""
+        off = self.difference
+        how = "bit by bit" if off == 0 else f"to within {off:.1e} (rounding)"
         said = [
             f"Loaded in a fresh process by plain AutoModelForCausalLM, {self.texts} texts have the "
-            "logits of the model that was really pruned, "
-            + (
-                "bit by bit."
-                if self.difference == 0
-                else f"to within {self.difference:.1e} (rounding)."
-            )
+            f"logits of the model that was really pruned, {how}."
         ]
         if self.tasks:
             name = self.tasks[0] if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
@@ -135,10 +140,10 @@ class Exported:
             the ends of their middle half; None where other work on the machine kept it from being
             seen.
         speed_on: On what that was measured, in words.
-        accuracy: What the removal costs; first what was measured for this export.
-        proof: What was proved of the files.
         recipes: What makes the same model elsewhere, by tool; nothing where something is resized.
         resized: What the configuration says anew besides how many layers there are.
+        accuracy: What the removal costs; first what was measured for this export.
+        proof: What was proved of the files.
         locations: Where it was published, by backend.
         unpublished: Backend → why it does not have it.
     """
@@ -151,10 +156,10 @@ class Exported:
     after: Size
     faster: tuple[float, float, float] | None
     speed_on: str
-    accuracy: tuple[Accuracy, ...]
-    proof: Proof
     recipes: dict[str, str]
     resized: tuple[str, ...] = ()
+    accuracy: tuple[Accuracy, ...] = ()
+    proof: Proof = Proof(texts=0, difference=0.0)
     locations: dict[str, str] = field(default_factory=dict)
     unpublished: dict[str, str] = field(default_factory=dict)
 
@@ -170,21 +175,16 @@ class Exported:
 
     def as_json(self) -> dict[str, Any]:
         """Give the facts that the model carries, as plain values."""
-        return {
+        pruning = self.pruning
+        facts = {
             "name": self.name,
-            "base": self.base.model_dump(mode="json"),
-            "removed": sorted(self.pruning.removed),
-            "removed_in_order": list(self.pruning.removed),
-            "kept": list(self.kept),
-            "strategy": self.pruning.strategy,
-            "calibration": self.pruning.calibration,
-            "chosen_by": [cell.key for cell in self.pruning.chosen_by],
-            "accuracy": [asdict(each) for each in self.accuracy],
-            "before": asdict(self.before),
-            "after": asdict(self.after),
-            "faster": None if self.faster is None else list(self.faster),
-            "speed_on": self.speed_on,
-            "proof": asdict(self.proof),
-            "recipes": self.recipes,
-            "resized": list(self.resized),
+            "removed": sorted(pruning.removed),
+            "removed_in_order": pruning.removed,
+            "strategy": pruning.strategy,
+            "calibration": pruning.calibration,
+            "chosen_by": [cell.key for cell in pruning.chosen_by],
         }
+        plain: dict[str, Any] = to_jsonable_python(
+            facts | {name: getattr(self, name) for name in _AS_THEY_ARE}
+        )
+        return plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tracker.core.errors import TrackerError
@@ -35,14 +35,8 @@ def publish(
     Returns:
         The model, with where it is and what went wrong.
     """
-    shown = SavedModel(
-        model.folder.absolute(),
-        model.name,
-        model.as_json(),
-        _figures(model),
-        tuple(made_of),
-        register,
-    )
+    facts, folder = model.as_json(), model.folder.absolute()
+    shown = SavedModel(folder, model.name, facts, _figures(model), tuple(made_of), register)
     locations, unpublished = {}, {}
     for text in track:
         to = target(text)
@@ -56,13 +50,12 @@ def publish(
 
 def _figures(model: Exported) -> dict[str, float]:
     """Numbers of a model, by names that every backend takes."""
-    found: dict[str, float] = {}
-    for name, size in (("base", model.before), ("pruned", model.after)):
-        found |= {
-            f"{name}/layers": size.layers,
-            f"{name}/parameters": size.parameters,
-            f"{name}/bytes": size.bytes,
-        }
+    sizes = {"base": model.before, "pruned": model.after}
+    found: dict[str, float] = {
+        f"{name}/{what}": number
+        for name, size in sizes.items()
+        for what, number in asdict(size).items()
+    }
     if model.faster is not None:
         found["pruned/times_as_fast"] = model.faster[0]
     for each in model.accuracy:

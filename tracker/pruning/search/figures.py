@@ -9,16 +9,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracker.core.estimates import Estimate
+from tracker.core.formats import WRITTEN, with_interval
 from tracker.core.prune_records import PruneRecord, PruneStep, Tested
 from tracker.ledger.paired import Array, PairedOutcomes
 from tracker.stats.accuracy import accuracy, accuracy_drop
 
 
+def level_text(level: Estimate, unit: str) -> str:
+    """Write a level with its interval and unit, such as `41.7 % (31.1 to 53.1)`.
+
+    The unit is `%` for an accuracy, else that of the loss.
+    """
+    form = WRITTEN["percent" if unit == "%" else "score"]
+    return with_interval(level, form.write, f" {unit}" if unit else "")
+
+
+def tested(step: PruneStep) -> Tested:
+    """What the test documents say of a step."""
+    assert step.test is not None  # a search is kept once its steps are tested
+    return step.test
+
+
 def end(record: PruneRecord) -> Tested:
     """What the test documents say of all that a search removed."""
-    tested = record.steps[-1].test
-    assert tested is not None
-    return tested
+    return tested(record.steps[-1])
 
 
 def lost(record: PruneRecord) -> float:

@@ -14,16 +14,18 @@ from tracker.core.config import CellRequest
 from tracker.core.estimates import Estimate, Unit
 from tracker.core.extent import DEFAULT_SEED
 from tracker.core.findings import FindingRecord, Line, LineChart
-from tracker.core.formats import WRITTEN, counted, fixed, interval, points, with_interval
-from tracker.core.prune_records import PruneCost, PruneRecord, PruneStep, Tested
+from tracker.core.formats import WRITTEN, counted, ends
+from tracker.core.prune_records import PruneRecord, PruneStep
 from tracker.core.tables import Column, Table, estimate, table
 from tracker.ledger.paired import PairedOutcomes
 from tracker.pruning.search.figures import (
     Choices,
     calibration_documents,
     end,
+    level_text,
     lost,
     separated,
+    tested,
 )
 from tracker.report.page.studies import SEARCH
 
@@ -38,7 +40,7 @@ def finding_of(
     failed: Mapping[str, str],
 ) -> FindingRecord:
     """Say what searches of one file found; `tests` is what the test documents say of each."""
-    groups = list(grouped(records))
+    groups = grouped(records)
     answered = {record.name: test for record, test in zip(records, tests, strict=True)}
     return FindingRecord(
         study=SEARCH,
@@ -70,31 +72,20 @@ ASSUMED = (
 )
 
 
-def grouped(records: Sequence[PruneRecord]) -> Iterator[list[PruneRecord]]:
+def grouped(records: Sequence[PruneRecord]) -> list[list[PruneRecord]]:
     """Put together what can be compared: one model, one benchmark and part of it, one unit."""
     groups: dict[object, list[PruneRecord]] = {}
     for one in records:
-        key = (
-            one.model.key,
-            one.benchmark.model_dump_json(),
-            one.metric,
-            one.unit,
-            one.part,
-            one.baseline.n,
-        )
+        benchmark = one.benchmark.model_dump_json()
+        key = (one.model.key, benchmark, one.metric, one.unit, one.part, one.baseline.n)
         groups.setdefault(key, []).append(one)
-    yield from groups.values()
+    return list(groups.values())
 
 
-def _level(record: PruneRecord, value: float | None) -> str:
-    if value is None:
+def _level(record: PruneRecord, level: Estimate) -> str:
+    if level.value is None:
         return "undefined"
-    return f"{points(value)} %" if record.higher_is_better else fixed(value, 3)
-
-
-def _tested(record: PruneRecord, tested: Tested) -> str:
-    write, unit = (points, " %") if record.higher_is_better else (WRITTEN["score"].write, "")
-    return with_interval(tested.level, write, unit) if tested.accuracy is not None else "undefined"
+    return level_text(level, "%" if record.higher_is_better else "")
 
 
 def _answers(
@@ -110,9 +101,9 @@ def _answers(
         yield (
             f"{first.model.name} on {_benchmark(first)}, {amount}: by {labels[best.name]} it goes "
             f"without {first.unit}s {', '.join(map(str, best.removed))} ({len(best.removed)} of "
-            f"{first.model.layers}) and has a test {metric} of {_tested(best, end(best))}, "
-            f"unpruned {_tested(best, best.baseline)}, n = {best.baseline.n:,}. It is the best of "
-            f"{counted(len(some), 'pruning')} by these documents."
+            f"{first.model.layers}) and has a test {metric} of {_level(best, end(best).level)}, "
+            f"unpruned {_level(best, best.baseline.level)}, n = {best.baseline.n:,}. It is the "
+            f"best of {counted(len(some), 'pruning')} by these documents."
         )
         for name in ("cosine_oneshot", "cosine", "random"):
             others = [one for one in some if one.strategy == name and one is not best]
@@ -131,16 +122,15 @@ def _beside(
     defined = [value for value in levels if value is not None]
     mean = statistics.fmean(defined) if defined else None
     draws = f", the mean of {counted(len(others), 'draw')}" if len(others) > 1 else ""
-    text = f"By {others[0].strategy} it is {_level(best, mean)}{draws}"
+    text = f"By {others[0].strategy} it is {_level(best, Estimate(mean))}{draws}"
     mine, theirs = (
         Choices(tuple(some), tuple(answered[one.name] for one in some)) for some in ([best], others)
     )
     apart = mine.above(theirs)
     if len(others) == 1 and apart.value is not None:
-        write = points if best.higher_is_better else (lambda v: fixed(v, 3))
-        between = interval(apart.low, apart.high, write)
+        write = WRITTEN[_unit(best, "points")].write
         text += f", {write(apart.value)}{' pp less' if best.higher_is_better else ' more'}"
-        text += f" ({between})" if between else ""
+        text += ends(apart.low, apart.high, write)
     return f"{text}."
 
 
@@ -153,8 +143,8 @@ def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = ""
     if not found.unsure:
         return
     text = (
-        f"{calibration_documents(searches):,.0f} calibration documents{each} are too few to "
-        f"separate {chosen} from the runner-up at {len(found.unsure)} of "
+        f"{counted(round(calibration_documents(searches)), 'calibration document')}{each} are too "
+        f"few to separate {chosen} from the runner-up at {len(found.unsure)} of "
         f"{counted(found.compared, 'step')}"
     )
     if found.level:
@@ -165,24 +155,18 @@ def unsure_sentence(searches: Sequence[PruneRecord], chosen: str, each: str = ""
     yield text + "."
 
 
-def cost_columns(
-    searches: Callable[[Row], Sequence[PruneRecord]],
-) -> tuple[Column[Row], ...]:
+def cost_columns(searches: Callable[[Row], Sequence[PruneRecord]]) -> tuple[Column[Row], ...]:
     """State the columns of what a row's searches cost on average; nothing without any."""
     gone = "nothing is removed"
 
-    def mean(of: Callable[[PruneCost], float]) -> Callable[[Row], Estimate]:
-        def read(row: Row) -> Estimate:
-            costs = [of(one.cost) for one in searches(row)]
+    def column(name: str, unit: Unit) -> Column[Row]:
+        def mean(row: Row) -> Estimate:
+            costs = [getattr(one.cost, name) for one in searches(row)]
             return estimate(statistics.fmean(costs) if costs else None, gone)
 
-        return read
+        return Column(name, unit, mean)
 
-    return (
-        Column("evaluations", "count", mean(lambda cost: cost.evaluations)),
-        Column("passes", "times", mean(lambda cost: cost.passes)),
-        Column("seconds", "count", mean(lambda cost: cost.seconds)),
-    )
+    return (column("evaluations", "count"), column("passes", "times"), column("seconds", "count"))
 
 
 def frontier(
@@ -195,7 +179,7 @@ def frontier(
     return LineChart(
         title=title,
         x=f"{unit}s removed",
-        y="test accuracy" if better else "test loss",
+        y=_tested(better),
         unit="percent" if better else "score",
         places=tuple(range(max(map(len, levels.values())))),
         lines=tuple(Line.of(name, each) for name, each in levels.items()),
@@ -217,12 +201,7 @@ def _table(records: Sequence[PruneRecord]) -> Table:
         Column("strategy", "text", lambda one: labels[one.name] if one else "unpruned"),
         Column("amount", "text", lambda one: one.amount if one else ""),
         Column("removed", "text", lambda one: ", ".join(map(str, one.removed)) if one else ""),
-        Column(
-            "test accuracy" if first.higher_is_better else "test loss",
-            _unit(first),
-            level,
-            _NO_SCORE,
-        ),
+        Column(_tested(first.higher_is_better), _unit(first), level, _NO_SCORE),
         Column("lost", _unit(first, "points"), drop, _NO_SCORE),
         *cost_columns(lambda one: [one] if one else []),
     )
@@ -231,20 +210,22 @@ def _table(records: Sequence[PruneRecord]) -> Table:
         f"{counted(first.baseline.n, 'test document')}{part}",
         columns,
         [None, *sorted(records, key=lost)],
-        dict.fromkeys(_chosen_by(one) for one in records if one.calibration),
+        dict.fromkeys(
+            f"calibration documents: {_calibration(one)}" for one in records if one.calibration
+        ),
     )
 
 
 _NO_SCORE = "a document has no finite score"
 
 
+def _tested(higher_is_better: bool) -> str:
+    return "test accuracy" if higher_is_better else "test loss"
+
+
 def _unit(record: PruneRecord, unit: Unit = "percent") -> Unit:
     """Say how a level, or a change in `points`, is written."""
     return unit if record.higher_is_better else "score"
-
-
-def _chosen_by(record: PruneRecord) -> str:
-    return f"calibration documents: {_calibration(record)}"
 
 
 def _calibration(record: PruneRecord) -> str:
@@ -274,7 +255,7 @@ def _benchmark(record: PruneRecord) -> str:
 class _Step(NamedTuple):
     """A row: a step of a search, from 1."""
 
-    search: PruneRecord
+    search: str
     number: int
     step: PruneStep
 
@@ -291,28 +272,20 @@ def _sets(records: Sequence[PruneRecord]) -> Table:
         why = step.reasons.get("margin") or "nothing was compared"
         return estimate(step.margin, why, step.margin_low, step.margin_high)
 
-    def lost(row: _Step) -> Estimate:
-        test = row.step.test
-        assert test is not None
-        return test.lost
-
+    lost = "test accuracy lost" if first.higher_is_better else "test loss added"
+    whole = "the step chose all of its set"
     columns: tuple[Column[_Step], ...] = (
-        Column("strategy", "text", lambda row: labels[row.search.name]),
+        Column("strategy", "text", lambda row: row.search),
         Column("step", "count", lambda row: row.number),
-        Column(
-            *(first.unit, "count", lambda row: row.step.layer, "the step chose all of its set"),
-        ),
+        Column(first.unit, "count", lambda row: row.step.layer, whole),
         Column("score", "times", score),
         Column("runner-up worse by", "times", margin),
-        Column(
-            "test accuracy lost" if first.higher_is_better else "test loss added",
-            *(_unit(first, "points"), lost, _NO_SCORE),
-        ),
+        Column(lost, _unit(first, "points"), lambda row: tested(row.step).lost, _NO_SCORE),
     )
     return table(
         f"{first.model.name} · {_benchmark(first)}: step by step",
         columns,
-        [_Step(one, number, step) for one in records for number, step in enumerate(one.steps, 1)],
+        [_Step(labels[one.name], *step) for one in records for step in enumerate(one.steps, 1)],
         ["score: what the strategy makes small, on the calibration documents, in its unit"],
     )
 
@@ -340,11 +313,11 @@ def best(
     None where none can be saved.
     """
     some = [
-        (one, request)
-        for one, request in zip(records, requests, strict=True)
-        if one.unit == "layer" and request is not None
+        (record, request)
+        for record, request in zip(records, requests, strict=True)
+        if record.unit == "layer" and request is not None
     ]
-    return min(some, key=lambda each: lost(each[0]), default=None)
+    return min(some, key=lambda chosen: lost(chosen[0]), default=None)
 
 
 def export_line(record: PruneRecord, asked: CellRequest, results: Path) -> str:
