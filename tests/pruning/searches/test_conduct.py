@@ -9,8 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from tests.own import write_pair
@@ -18,54 +17,30 @@ from tracker import api
 from tracker.cli import main
 from tracker.cli.pruning import export as exporting
 from tracker.core.config import cell_request
-from tracker.core.errors import WorkError
+from tracker.core.errors import ModelError, WorkError
+from tracker.core.estimates import Estimate
 from tracker.core.extent import ALL, Extent
 from tracker.ledger.searches import keep_search, read_search, searches
 from tracker.ledger.store import Ledger
-from tracker.measuring.job import Options
 from tracker.measuring.progress import Silent
-from tracker.models import speed
+from tracker.models import checkpoint as models
 from tracker.pruning.export import checkpoint
 from tracker.pruning.export.chosen import chosen, chosen_by, that_chose
 from tracker.pruning.search import cells, report
+from tracker.pruning.search import search as searching
 from tracker.pruning.search.request import load_searches, search_request
-from tracker.pruning.search.search import budget_of, search
 
-from .conftest import DATA, LAYERS
+from .conftest import LAYERS, SETTINGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETTINGS = {"benchmark": "arc_easy", "data": DATA, "remove": 2, "sample": 8, "test_sample": 10}
-
-
-@pytest.fixture
-def write(tmp_path: Path, model: Path) -> Callable[..., Path]:
-    """Write a file of searches; None leaves a key out."""
-
-    def make(**settings: object) -> Path:
-        said = {"model": str(model), **SETTINGS, **settings}
-        grid = {
-            key: {"values" if isinstance(value, list) else "value": value}
-            for key, value in said.items()
-            if value is not None
-        }
-        path = tmp_path / "prune.yaml"
-        path.write_text(yaml.safe_dump({"method": "grid", "parameters": grid}))
-        return path
-
-    return make
-
-
-def type_(*words: object) -> Result:
-    return CliRunner().invoke(main, ["prune", *map(str, words)])
 
 
 def test_a_file_is_searched_tested_tracked_kept_and_shown(
-    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write, prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = tmp_path / "results"
     path = write(strategy=["accuracy", "cosine_oneshot", "last", "random"], draws=2)
-    typed = (path, "--results", results, "--track", "none")
-    done = type_(*typed)
+    done = prune(path)
     assert done.exit_code == 0, done.output
     records = searches(results, {})
     assert sorted(one.label for one in records) == [
@@ -80,11 +55,9 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
             cell, run = runs[before, step.layer]
             assert step.test is not None
             assert cell.n == step.test.n == 10
-            assert (run.accuracy, run.accuracy_drop) == (step.test.accuracy, step.test.drop)
-            assert (run.accuracy_drop_low, run.accuracy_drop_high) == (
-                step.test.drop_low,
-                step.test.drop_high,
-            )
+            assert run.accuracy == step.test.accuracy
+            drop = Estimate(run.accuracy_drop, run.accuracy_drop_low, run.accuracy_drop_high)
+            assert drop == step.test.lost
             assert cell.baseline_accuracy == record.baseline.accuracy
             assert cell.place in record.rests_on
             before = step.removed
@@ -122,7 +95,7 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
 
     # Once more: no model is loaded, and the same is said.
     monkeypatch.setattr(cells, "open_model", lambda *given: pytest.fail("loaded again"))
-    again = type_(*typed)
+    again = prune(path)
     assert again.exit_code == 0, again.output
     assert searches(results, {}) == records
     # The greedy search alone needed more than the one that looks once.
@@ -134,7 +107,7 @@ def test_a_file_is_searched_tested_tracked_kept_and_shown(
     assert (cost["accuracy"].seconds or 0) > 0
 
     # A file that asks for less: what it asked for before is still no cell like any other.
-    less = type_(write(strategy="last"), "--results", results, "--track", "none")
+    less = prune(write(strategy="last"))
     assert less.exit_code == 0, less.output
     page = (results / "report.html").read_text(encoding="utf-8")
     assert 'id="overview-title"' not in page
@@ -221,9 +194,8 @@ def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> 
         ({"layer": 3, "remove": None, "strategy": None}, "says itself what is removed ('layer'): "),
     ],
 )
-def test_what_cannot_be_is_refused(write, tmp_path: Path, settings, words: str) -> None:
-    path = write(**{"strategy": "accuracy", **settings})
-    done = type_(path, "--results", tmp_path / "results", "--track", "none")
+def test_what_cannot_be_is_refused(write, prune, tmp_path: Path, settings, words: str) -> None:
+    done = prune(write(**{"strategy": "accuracy", **settings}))
     assert done.exit_code == 2, done.output
     assert words in " ".join(done.output.split())
     assert not list((tmp_path / "results").glob("searches/*"))
@@ -263,12 +235,11 @@ def test_no_document_chooses_and_is_tested(write, tmp_path: Path, settings, word
     ],
 )
 def test_a_search_that_does_not_do_what_is_said_is_refused(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said, words: str
+    prune, model: Path, monkeypatch: pytest.MonkeyPatch, said, words: str
 ) -> None:
     """But where it is a trial: a sweep's grid holds every combination of its values."""
     given = [f"--{n}={v}" for n, v in {"model": model, **SETTINGS, "sample": None, **said}.items()]
-    given = [word for word in given if not word.endswith("=None")]
-    done = type_(*given, "--results", tmp_path / "results", "--track", "none")
+    done = prune(*given)
     assert done.exit_code == 2
     assert words in " ".join(done.output.split())
 
@@ -277,7 +248,7 @@ def test_a_search_that_does_not_do_what_is_said_is_refused(
 
     monkeypatch.setattr("tracker.pruning.search.conduct.conduct", stop)
     monkeypatch.setenv("WANDB_SWEEP_ID", "q7v2k1ab")
-    done = type_(*given, "--results", tmp_path / "results", "--track", "none")
+    done = prune(*given)
     assert (done.exit_code, "it was let through" in done.output) == (1, True)
 
 
@@ -293,18 +264,28 @@ def test_benchmarks_that_calibrate_are_typed_as_lm_eval_takes_them() -> None:
     assert [each.benchmark for each in asked.calibration()] == ["copa", "winogrande"]
 
 
-def test_a_file_and_a_trial_are_not_mixed(write, tmp_path: Path) -> None:
-    done = type_(write(), "--remove", 3)
-    assert (done.exit_code, "is said in" in done.output) == (2, True)
-    done = type_("--benchmark", "arc_easy")
+def test_a_file_and_a_trial_are_not_mixed(write, prune) -> None:
+    done = prune(write(), "--remove", 3)
+    assert (done.exit_code, "--remove is said in" in done.output) == (2, True)
+    done = prune("--benchmark", "arc_easy")
     assert (done.exit_code, "or --model for one search" in done.output) == (2, True)
 
 
+@pytest.fixture
+def search_for(model: Path, tmp_path: Path) -> Callable[..., api.Pruned]:
+    """Search as a trial does, by Python."""
+
+    def make(**settings: object) -> api.Pruned:
+        said = {"model": str(model), **SETTINGS, **settings}
+        return api.prune(results=tmp_path / "results", track=[], **said)
+
+    return make
+
+
 def test_attentions_are_searched_and_kept_without_runs_of_several(
-    model: Path, tmp_path: Path
+    search_for, tmp_path: Path
 ) -> None:
-    settings = {"model": str(model), **SETTINGS, "strategy": "gold_logprob", "unit": "attention"}
-    done = api.prune(results=tmp_path / "results", track=[], **settings)
+    done = search_for(strategy="gold_logprob", unit="attention")
     (record,) = done.records
     assert done.export == ""
     assert (record.unit, len(record.removed), len(record.rests_on)) == ("attention", 2, 1)
@@ -314,9 +295,23 @@ def test_attentions_are_searched_and_kept_without_runs_of_several(
     assert [step.test.n for step in record.steps if step.test] == [10, 10]
 
 
-def test_a_changed_file_of_a_search_is_noticed(model: Path, tmp_path: Path) -> None:
-    settings = {"model": str(model), **SETTINGS, "strategy": "last", "remove": 1}
-    api.prune(results=tmp_path / "results", track=[], **settings)
+def test_a_model_that_could_not_be_saved_is_refused_before_the_search(
+    search_for, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object, **more: object) -> None:
+        raise ModelError("its configuration cannot say what would be left")
+
+    assert searching.refuse_unsizable is models.refuse_unsizable
+    monkeypatch.setattr(searching, "refuse_unsizable", refuse)
+    with pytest.raises(ModelError, match="cannot say what would be left"):
+        search_for(strategy="last")
+    assert not (tmp_path / "results").exists()
+    (record,) = search_for(strategy="last", unit="attention", remove=1).records
+    assert record.removed == (LAYERS - 2,)
+
+
+def test_a_changed_file_of_a_search_is_noticed(search_for, tmp_path: Path) -> None:
+    search_for(strategy="last", remove=1)
     (path,) = (tmp_path / "results").glob("searches/*.json")
     assert read_search(path).strategy == "last"
     path.write_text(path.read_text().replace('"last"', '"best"'))
@@ -326,7 +321,7 @@ def test_a_changed_file_of_a_search_is_noticed(model: Path, tmp_path: Path) -> N
 
 
 def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask, lend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a strategy that only observes opened the model first."""
     checked: list[set[int]] = []
@@ -337,24 +332,19 @@ def test_sharing_is_checked_whenever_another_kind_of_removal_comes(
         return check(meter, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cells.Meter, "check", counted)
-    asked = [
-        search_request({"model": str(model), **SETTINGS, "strategy": name, "sample": 3})
-        for name in ("cosine_oneshot", "gold_logprob")
-    ]
-    lender = cells.Lender(Ledger(tmp_path), Options("cpu"), Silent())
-    within, shared = budget_of(asked[0], lender), {}
-    for one in asked:
-        list(search(one, within, lender, shared))
+    lender, shared = lend(tmp_path), {}
+    for name in ("cosine_oneshot", "gold_logprob"):
+        asked = ask(strategy=name, sample=3, remove=2)
+        list(searching.search(asked, searching.budget_of(asked, lender), lender, shared))
     assert checked == [{0, 1}, {0, 2}]
 
 
 def test_one_command_saves_the_best_and_its_card_says_how_it_was_chosen(
-    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write, prune, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(speed, "SECONDS", 0.0)
     results, lighter = tmp_path / "results", tmp_path / "lighter"
     path = write(strategy=["accuracy", "last"])
-    done = type_(path, "--results", results, "--track", "none", "--output", lighter)
+    done = prune(path, "--output", lighter)
     assert done.exit_code == 0, done.output
     records = {one.strategy: one for one in searches(results, {})}
     ends = {name: one.steps[-1].test for name, one in records.items()}
@@ -395,7 +385,7 @@ def test_one_command_saves_the_best_and_its_card_says_how_it_was_chosen(
     assert that_chose(ledger, searched, stores[calibration.key], Extent(sample=8)) == 8
     assert that_chose(ledger, searched, stores[best.rests_on[0][0]], ALL) == 0
 
-    refused = type_(path, "--results", results, "--output", lighter)
+    refused = prune(path, "--output", lighter)
     assert (refused.exit_code, "holds something" in refused.output) == (2, True)
 
 
@@ -420,10 +410,8 @@ def test_the_line_that_saves_says_all_that_the_search_was_told(write, tmp_path: 
     assert again == asked
 
 
-def test_searches_that_differ_in_what_chose_are_told_apart(write, tmp_path: Path) -> None:
-    results = tmp_path / "results"
-    path = write(strategy="accuracy_oneshot", sample=[8, 12], seed=[1, 2])
-    done = type_(path, "--results", results, "--track", "none")
+def test_searches_that_differ_in_what_chose_are_told_apart(write, prune) -> None:
+    done = prune(write(strategy="accuracy_oneshot", sample=[8, 12], seed=[1, 2]))
     assert done.exit_code == 0, done.output
     for n in (8, 12):
         assert f"accuracy_oneshot, {n} of arc_easy (calibration)" in done.output
@@ -432,21 +420,18 @@ def test_searches_that_differ_in_what_chose_are_told_apart(write, tmp_path: Path
 
 
 def test_what_cannot_be_saved_takes_nothing_of_the_search_away(
-    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write, prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*given: object) -> None:
         raise WorkError("lighter is not written: the disk is full")
 
-    results, lighter = tmp_path / "results", tmp_path / "lighter"
+    lighter = tmp_path / "lighter"
+    attentions = prune(write(strategy="last", unit="attention"), "--output", lighter)
+    assert (attentions.exit_code, "leave --output out" in attentions.output) == (2, True)
+    assert not (tmp_path / "results").exists()
     monkeypatch.setattr(checkpoint, "export", full)
-    path = write(strategy="last")
-    done = type_(path, "--results", results, "--track", "none", "--output", lighter)
+    done = prune(write(strategy="last"), "--output", lighter)
     assert done.exit_code == 1
     assert report.QUESTION in done.output
     assert "not saved: lighter is not written: the disk is full" in done.output
     assert "to save the best one: tracker export" in done.output
-
-    attentions = write(strategy="last", unit="attention")
-    refused = type_(attentions, "--results", tmp_path / "none", "--output", lighter)
-    assert (refused.exit_code, "leave --output out" in refused.output) == (2, True)
-    assert not (tmp_path / "none").exists()

@@ -18,7 +18,10 @@ from tracker.pruning.search.request import SearchRequest
 from tracker.pruning.search.search import budget_of, search
 from tracker.pruning.search.strategies import STRATEGIES
 
-from .conftest import DATA, DOCUMENTS, GO, LAYERS
+from .conftest import DOCUMENTS, GO, LAYERS
+
+PROXIES = ["cosine", "relative_update", "perplexity", "taylor"]
+PROXIES += [*(f"{name}_oneshot" for name in PROXIES), "angular"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -29,7 +32,7 @@ def test_a_search_takes_what_was_said(
     tmp_path: Path,
     strategy: str,
 ) -> None:
-    request, lender = ask(strategy=strategy, remove=GO), lend()
+    request, lender = ask(strategy=strategy), lend()
     ((said,), (test,)) = plan_searches([request], Ledger(tmp_path / "new"))
     found = list(search(request, budget_of(request, lender), lender, {}))
     costs = [each.cost for each in found]
@@ -46,18 +49,11 @@ def test_a_search_takes_what_was_said(
     assert abs(test.evaluations - 1 - len(sets)) <= len(found) - 1
 
 
-PROXIES = [
-    *("cosine", "relative_update", "perplexity", "taylor"),
-    *("cosine_oneshot", "relative_update_oneshot", "perplexity_oneshot", "taylor_oneshot"),
-    "angular",
-]
-
-
 def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(
     ask: Callable[..., SearchRequest], tmp_path: Path
 ) -> None:
     ledger = Ledger(tmp_path / "new")
-    short, long = ask(strategy="accuracy", remove=1), ask(strategy="accuracy", remove=3)
+    short, long = ask(strategy="accuracy", remove=1), ask(strategy="accuracy")
     (request,) = short.calibration()
     sweep = request.model_copy(update={"layers": tuple(range(LAYERS))})
     (cell,) = plan([CellRequest.model_validate(sweep.model_dump())], ledger)
@@ -67,18 +63,12 @@ def test_the_first_step_is_a_sweep_and_nothing_is_paid_for_twice(
     assert first.naive_flops == pytest.approx(cell.cost.naive_flops)
     assert first.flops + whole.flops == pytest.approx(alone.flops)
     assert whole.evaluations == alone.evaluations == 1 + 5 + 4 + 3
-    ((lazy,), _) = plan_searches([ask(strategy="accuracy", remove=3, rescoring="lazy")], ledger)
+    ((lazy,), _) = plan_searches([ask(strategy="accuracy", rescoring="lazy")], ledger)
     assert (lazy.evaluations, lazy.at_most) == (alone.evaluations, True)
 
 
-def test_the_command_plans_a_file_of_searches(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "prune.yaml"
-    path.write_text(
-        "method: grid\nparameters:\n"
-        f"  model: {{value: '{model}'}}\n  benchmark: {{value: arc_easy}}\n"
-        f"  data: {{value: '{DATA}'}}\n  sample: {{value: 4}}\n  test_sample: {{value: 6}}\n"
-        "  remove: {value: 2}\n  strategy: {values: [accuracy, random]}\n"
-    )
+def test_the_command_plans_a_file_of_searches(write: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(sample=4, test_sample=6, strategy=["accuracy", "random"])
     done = CliRunner().invoke(main, ["plan", str(path), "--gflops=1", f"--results={tmp_path}/new"])
     assert done.exit_code == 0, done.output
     table = [line.split() for line in done.stdout.splitlines()]

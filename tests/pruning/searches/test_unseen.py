@@ -39,7 +39,7 @@ def test_a_set_that_the_check_has_not_seen_is_exact(ask, lend, tmp_path: Path) -
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    (request,) = ask(model=str(folder), strategy="accuracy", remove=3).calibration()
+    (request,) = ask(model=str(folder), strategy="accuracy").calibration()
     cell = OpenCell(request, lend(tmp_path / "results"))
     cell.measure([FIRST])
     cell.measure([LATER])
