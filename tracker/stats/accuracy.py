@@ -86,18 +86,17 @@ def accuracy(outcomes: Array, weights: Array | None = None) -> Estimate:
         >>> round(estimate.value, 4), round(estimate.low, 4), round(estimate.high, 4)
         (0.308, 0.2553, 0.3662)
     """
-    values, shares, equal = _checked(outcomes, weights)
+    values, shares = _checked(outcomes, weights)
     if reason := _undefined(values):
         return Estimate(None, reason=reason)
-    value = float(values.mean()) if equal else float(values @ shares)
     if not _binary(values):
         low, high = _t_interval(values, shares)
-    elif equal:
+    elif _equal(shares):
         wilson = stats.binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, "wilson")
         low, high = float(wilson.low), float(wilson.high)
     else:
         low, high = _adjusted_wald(values, shares, (1.0, 1.0, 0.0, 0.0))
-    return Estimate(value, low, high)
+    return Estimate(_mean(values, shares), low, high)
 
 
 def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None) -> Estimate:
@@ -137,12 +136,12 @@ def accuracy_drop(baseline: Array, ablated: Array, weights: Array | None = None)
         >>> round(drop.low, 3), round(drop.high, 3)
         (-0.023, 0.477)
     """
-    before, shares, equal = _checked(baseline, weights)
-    after, _, _ = _checked(ablated, None)
+    before, shares = _checked(baseline, weights)
+    after, _ = _checked(ablated, None)
     difference = before - after
     if reason := _undefined(difference):
         return Estimate(None, reason=reason)
-    value = float(difference.mean()) if equal else float(difference @ shares)
+    value = _mean(difference, shares)
     if not (_binary(before) and _binary(after)):
         return Estimate(value, *_t_interval(difference, shares))
     low, high = _adjusted_wald(difference, shares, (1.0, -1.0))
@@ -167,7 +166,7 @@ def drop_sd(baseline: Array, ablated: Array, weights: Array | None = None) -> Es
         >>> drop_sd(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])).value
         0.5
     """
-    before, shares, _ = _checked(baseline, weights)
+    before, shares = _checked(baseline, weights)
     difference = before - _checked(ablated, None)[0]
     if reason := _undefined(difference):
         return Estimate(None, reason=reason)
@@ -192,7 +191,7 @@ def mean_interval(
     Returns:
         Both ends, not clipped; None for a single document without `extra`.
     """
-    numbers, shares, _ = _checked(values, weights)
+    numbers, shares = _checked(values, weights)
     return _adjusted_wald(numbers, shares, extra) if extra else _t_interval(numbers, shares)
 
 
@@ -211,11 +210,10 @@ def chance_accuracy(choices: Numbers | Array, weights: Array | None = None) -> f
         >>> chance_accuracy(np.array([4, 4, 5, 0]))
         0.175
     """
-    counts, shares, equal = _checked(choices, weights)
+    counts, shares = _checked(choices, weights)
     if not len(counts):
         return math.nan
-    chances = divided(1.0, counts, 0.0)
-    return float(chances.mean()) if equal else float(chances @ shares)
+    return _mean(divided(1.0, counts, 0.0), shares)
 
 
 def accuracy_relevance(baseline: float | None, ablated: float | None, chance: float) -> Estimate:
@@ -254,16 +252,25 @@ def accuracy_relevance(baseline: float | None, ablated: float | None, chance: fl
     return Estimate(1 - max(ablated - chance, 0.0) / (baseline - chance))
 
 
-def _checked(values: ArrayLike, weights: Array | None) -> tuple[Array, Array, bool]:
-    """Return the values, their weights, and whether all weights are equal."""
+def _checked(values: ArrayLike, weights: Array | None) -> tuple[Array, Array]:
+    """Return the values and their weights."""
     numbers = np.asarray(values, dtype=np.float64)
     n = len(numbers)
     if weights is None:
-        return numbers, np.full(n, 1 / max(n, 1)), True
+        return numbers, np.full(n, 1 / max(n, 1))
     shares = np.asarray(weights, dtype=np.float64)
     if n and not ((shares >= 0).all() and abs(shares.sum() - 1) < _SAME * n):
         raise ValueError(f"weights must be 0 or more and sum to 1, not {shares.sum()}")
-    return numbers, shares, bool(np.allclose(shares * n, 1, rtol=0, atol=_SAME))
+    return numbers, shares
+
+
+def _equal(shares: Array) -> bool:
+    return bool(np.allclose(shares * len(shares), 1, rtol=0, atol=_SAME))
+
+
+def _mean(values: Array, shares: Array) -> float:
+    """Return the weighted mean; of equal weights the plain one, which rounds less."""
+    return float(values.mean() if _equal(shares) else values @ shares)
 
 
 def _undefined(values: Array) -> str | None:

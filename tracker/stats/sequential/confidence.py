@@ -38,9 +38,12 @@ left is an interval.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
+from itertools import accumulate
 
 import numpy as np
+from numpy.polynomial.polynomial import polyval
 
 from tracker.stats.accuracy import LEVEL
 from tracker.stats.arrays import Array, Numbers
@@ -312,22 +315,12 @@ class MeanSequences:
 
         def logs(candidates: Array) -> Array:
             distance = candidates - centre
-            return _SIDES * _polynomial(odd, distance) + _polynomial(even, distance)
+            above, both = (polyval(distance, terms, tensor=False) for terms in (odd, even))
+            return np.asarray(_SIDES * above + both)
 
         return logs
 
 
 def _powers(values: Array) -> list[Array]:
     """List the powers from 0 to the highest."""
-    found = [np.ones_like(values)]
-    for _ in range(_DEGREE):
-        found.append(found[-1] * values)
-    return found
-
-
-def _polynomial(terms: Array, at: Array) -> Array:
-    """Evaluate polynomials by Horner's scheme; the constant terms come first."""
-    found: Array = terms[-1]
-    for term in terms[-2::-1]:
-        found = found * at + term
-    return found
+    return list(accumulate([np.ones_like(values), *[values] * _DEGREE], operator.mul))
