@@ -51,7 +51,15 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
     for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
-HEAD = "method: grid\nparameters:\n  model: {value: m}\n  benchmark: {value: b}\n"
+MANY = range(1, 1001)
+ASKED = {"model": "m", "benchmark": "b"}
+
+
+def grid(**values: object) -> str:
+    """A file of a model and a benchmark, with these values of each key."""
+    said = {"model": ["m"], "benchmark": ["b"], **values}
+    lines = [f"  {key}: {{values: {list(some)}}}\n" for key, some in said.items()]
+    return "".join(["method: grid\nparameters:\n", *lines])
 
 
 @pytest.mark.parametrize(
@@ -69,27 +77,14 @@ HEAD = "method: grid\nparameters:\n  model: {value: m}\n  benchmark: {value: b}\
         ("x: !!python/object/apply:os.system [x]\n", "could not determine a constructor"),
         ("? [a]\n: 1\n", "found unhashable key"),
         (
-            HEAD
-            + "  layer: {value: 0}\n"
-            + "".join(
-                f"  {name}: {{values: {list(range(1, 1001))}}}\n"
-                for name in ("span", "num_fewshot", "limit", "seed")
-            ),
+            grid(layer=[0], **dict.fromkeys(("span", "num_fewshot", "limit", "seed"), MANY)),
             "the grid has 1,000,000,000,000 runs; one file may have 100,000",
         ),
-        (HEAD + f"  layer: {{value: {'x' * 5000}}}\n", "(got 'xxx"),
+        (grid(layer=["x" * 5000]), "(got 'xxx"),
+        (grid(layer=[0], removed=[list(range(20_000))]), "no model has 20,000 layers"),
+        (grid(layer=[0], removed=[list(range(100_000))]), "it holds more than 30,000 values"),
         (
-            HEAD + f"  layer: {{value: 0}}\n  removed: {{value: {list(range(20_000))}}}\n",
-            "no model has 20,000 layers",
-        ),
-        (
-            HEAD + f"  layer: {{value: 0}}\n  removed: {{value: {list(range(100_000))}}}\n",
-            "it holds more than 30,000 values",
-        ),
-        (
-            HEAD
-            + f"  layer: {{value: 0}}\n  seed: {{values: {list(range(300))}}}\n"
-            + f"  limit: {{values: {list(range(1, 101))}}}\n",
+            grid(layer=[0], seed=range(300), limit=range(1, 101)),
             "the grid has 30,000 pairs of a model and a benchmark",
         ),
     ],
@@ -119,12 +114,8 @@ def test_what_was_not_meant_is_refused_before_it_is_read_through(tmp_path, monke
 
     monkeypatch.setattr(safe_yaml._Loader, "compose_node", counted)
     path = tmp_path / "x.yaml"
-    removed = ",".join(map(str, range(100_000)))
-    for text in (
-        f"{HEAD}  layer: {{value: 0}}\n  removed: {{value: [{removed}]}}\n",
-        f"{HEAD}  layer: {{min: 0, max: 999}}\n  seed: {{values: {list(range(1000))}}}\n",
-    ):
-        path.write_text(text)
+    for asked in ({"layer": [0], "removed": [list(range(100_000))]}, {"layer": MANY, "seed": MANY}):
+        path.write_text(grid(**asked))
         with pytest.raises(ExperimentError):
             load_experiment(path)
     assert not made
@@ -133,10 +124,7 @@ def test_what_was_not_meant_is_refused_before_it_is_read_through(tmp_path, monke
 
 def test_a_grid_of_searches_is_refused_before_it_is_expanded(tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text(
-        f"{HEAD}  remove: {{value: 1}}\n  seed: {{values: {list(range(300))}}}\n"
-        f"  sample: {{values: {list(range(1, 101))}}}\n"
-    )
+    path.write_text(grid(remove=[1], seed=range(300), sample=range(1, 101)))
     # Three strategies, where none is said.
     with pytest.raises(ExperimentError, match="the grid has 90,000 searches; one file may have 20"):
         load_searches(path)
@@ -151,7 +139,7 @@ def test_what_is_typed_is_text():
 def file(tmp_path):
     """An experiment file that is right but for its model, which nobody looks for."""
     path = tmp_path / "x.yaml"
-    path.write_text(HEAD + "  layer: {value: 0}\n")
+    path.write_text(grid(layer=[0]))
     return path
 
 
@@ -176,12 +164,8 @@ def test_a_memory_that_no_model_runs_in_was_not_meant(size, said, file):
 CALLS = {
     "run": lambda file, **said: api.run(file, **said),
     "study": lambda file, **said: api.study("audit", file, **said),
-    "prune": lambda file, **said: api.prune(
-        model="m", benchmark="b", strategy="accuracy", remove="1", **said
-    ),
-    "evaluate": lambda file, **said: api.evaluate(
-        CellRequest(model="m", benchmark="b", layers=(0,)), **said
-    ),
+    "prune": lambda file, **said: api.prune(**ASKED, strategy="accuracy", remove="1", **said),
+    "evaluate": lambda file, **said: api.evaluate(CellRequest(**ASKED, layers=(0,)), **said),
     "export": lambda file, **said: api.export("m", [0], file.parent / "lighter", **said),
 }
 
@@ -209,10 +193,7 @@ def test_a_size_of_a_library_is_a_size():
 def test_a_large_grid_is_expanded_once_a_cell(tmp_path):
     """Was: every cell was compared with all before it."""
     path = tmp_path / "x.yaml"
-    lines = [
-        f"  {name}: {{values: {[f'{name}{number}' for number in range(100)]}}}\n"
-        for name in ("model", "benchmark")
-    ]
-    path.write_text("method: grid\nparameters:\n" + "".join(lines) + "  layer: {min: 0, max: 9}\n")
+    names = {key: [f"{key}{number}" for number in range(100)] for key in ASKED}
+    path.write_text(grid(layer=range(10), **names))
     experiment, _ = load_experiment(path)
     assert len(set(experiment.cells())) == 10_000
