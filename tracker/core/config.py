@@ -14,15 +14,13 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     model_validator,
 )
 
 from tracker.core.arguments import Arguments
-from tracker.core.errors import RequestError
 from tracker.core.extent import DEFAULT_SEED, EVERY, Extent, Part, Positive
 from tracker.core.kinds import Component, Intervention
-from tracker.core.problems import first_problem
+from tracker.core.problems import checked
 from tracker.core.questions import Question, question
 from tracker.core.safe_yaml import short
 
@@ -55,8 +53,8 @@ def _ascending(given: Any) -> Any:
     return tuple(sorted(given)) if whole else tuple(given)
 
 
-def _folders(given: Any) -> Any:
-    """Take one folder, or several as a list, also as W&B writes one."""
+def several(given: Any) -> Any:
+    """Take one name, or several as a list, also as W&B writes one."""
     if isinstance(given, str) and given.startswith("["):
         with suppress(ValueError):
             given = json.loads(given.replace("'", '"'))
@@ -69,7 +67,7 @@ def understood(text: str) -> str:
     return str(question(text))
 
 
-Folders = Annotated[tuple[Name, ...], BeforeValidator(_folders)]
+Folders = Annotated[tuple[Name, ...], BeforeValidator(several)]
 Layers = Annotated[tuple[Count, ...], BeforeValidator(_ascending)]
 EXECUTORS = ("local", "ray", "slurm")
 """Where cells may be measured."""
@@ -204,10 +202,8 @@ class CellRequest(Strict):
 
 def cell_request(**settings: Any) -> CellRequest:
     """Make a request of options (None = not said); RequestError for a value of the wrong kind."""
-    try:
-        return CellRequest(**{name: v for name, v in settings.items() if v is not None})
-    except ValidationError as error:
-        raise RequestError(first_problem(error, CellRequest, "--", IN_THE_FILE)) from None
+    said = {name: value for name, value in settings.items() if value is not None}
+    return checked(CellRequest, said, "--", IN_THE_FILE)
 
 
 def run_request(settings: Mapping[str, Any]) -> CellRequest:

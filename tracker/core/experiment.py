@@ -30,9 +30,9 @@ from tracker.core.config import (
     Name,
     Strict,
 )
-from tracker.core.errors import ExperimentError
+from tracker.core.errors import ExperimentError, RequestError
 from tracker.core.extent import DEFAULT_SEED, Positive
-from tracker.core.problems import first_problem
+from tracker.core.problems import checked, first_problem
 from tracker.core.safe_yaml import SHOWN, read_yaml, short
 
 S = TypeVar("S", bound=Strict)
@@ -196,7 +196,7 @@ class Experiment(Sweep):
     def cells(self) -> list[CellRequest]:
         """Expand the grid into cells, each with all its layers, models outermost: each loads once.
 
-        ExperimentError for a value of the wrong kind.
+        RequestError for a value of the wrong kind.
         """
         grid = {name: some for name, some in self.parameters.options.items() if some != [None]}
         if self.size > MAX_RUNS:
@@ -232,11 +232,7 @@ class Experiment(Sweep):
                 settings[f"{name}s"] = tuple({repr(value): value for value in values}.values())
             settings["layers"] = tuple(sorted(settings["layers"]))
             settings["only"] = tuple(some) if self.capped else None
-            try:
-                cell = CellRequest(**settings)
-            except ValidationError as error:
-                problem = first_problem(error, CellRequest, "parameters.", IN_THE_FILE)
-                raise ExperimentError(problem) from None
+            cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)
             if cell in cells:  # [3, 17] and [17, 3], or null and what it stands for
                 raise ExperimentError(f"'parameters': the grid holds {cell.title} twice")
             cells[cell] = None
@@ -265,17 +261,24 @@ def load_experiment(path: Path) -> tuple[Experiment, str]:
     Raises:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
+    other = "asks for searches ('remove', 'keep' and 'strategy' say so): tracker prune"
+    return load_file(path, Experiment, Experiment.cells, is_of_searches, other)
+
+
+def load_file(
+    path: Path,
+    kind: type[S],
+    expand: Callable[[S], object],
+    is_other: Callable[[Any], bool],
+    other: str,
+) -> tuple[S, str]:
+    """Read a file, and check what it holds and that its grid expands, as `load_experiment`.
+
+    Where it `is_other`, ExperimentError says so: `other` ends with the command for it.
+    """
     raw, text = read_yaml(path)
-    if is_of_searches(raw):
-        raise ExperimentError(
-            f"{path} asks for searches ('remove', 'keep' and 'strategy' say so): "
-            f"tracker prune {path}"
-        )
-    return checked(path, raw, Experiment, Experiment.cells), text
-
-
-def checked(path: Path, raw: Any, kind: type[S], expand: Callable[[S], object]) -> S:
-    """Check what a file holds, and that its grid expands; ExperimentError names the file."""
+    if is_other(raw):
+        raise ExperimentError(f"{path} {other} {path}")
     if not isinstance(raw, dict):
         raise ExperimentError(
             f"{path} holds no mapping; an experiment file starts with 'method: grid'"
@@ -286,9 +289,9 @@ def checked(path: Path, raw: Any, kind: type[S], expand: Callable[[S], object]) 
         expand(file)
     except ValidationError as error:
         raise ExperimentError(f"{path}: {first_problem(error, kind)}") from None
-    except ExperimentError as error:
+    except RequestError as error:
         raise ExperimentError(f"{path}: {error}") from None
-    return file
+    return file, text
 
 
 def is_of_searches(raw: Any) -> bool:

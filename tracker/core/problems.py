@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from tracker.core.errors import did_you_mean
+from tracker.core.errors import RequestError, did_you_mean
 from tracker.core.safe_yaml import short
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def checked(
+    kind: type[M], said: Mapping[str, Any], prefix: str, gathered: Mapping[str, str] | None = None
+) -> M:
+    """Make a request of what was said; RequestError with the `first_problem` of what is wrong."""
+    try:
+        return kind(**said)
+    except ValidationError as error:
+        raise RequestError(first_problem(error, kind, prefix, gathered)) from None
 
 
 def first_problem(

@@ -191,7 +191,7 @@ def test_a_killed_search_goes_on_after_its_last_block(write, tmp_path: Path) -> 
         ),
         ({"draws": 2, "strategy": ["beam", "last"]}, "'draws' is for random and evolutionary, and"),
         ({"layer": 3}, "unknown key 'parameters.layer'"),
-        ({"layer": 3, "remove": None, "strategy": None}, "says itself what is removed ('layer'): "),
+        ({"layer": 3, "remove": None, "strategy": None}, "says itself what is removed ('layer'), "),
     ],
 )
 def test_what_cannot_be_is_refused(write, prune, tmp_path: Path, settings, words: str) -> None:

@@ -15,21 +15,19 @@ import itertools
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ValidationError, model_validator
+from pydantic import AfterValidator, model_validator
 
 from tracker.core.config import CellRequest, Name
 from tracker.core.errors import ExperimentError, RequestError, did_you_mean
-from tracker.core.experiment import MAX_CELLS, Grid, Sweep, checked, grid_of, is_of_removals
-from tracker.core.problems import first_problem
+from tracker.core.experiment import MAX_CELLS, Grid, Sweep, grid_of, is_of_removals, load_file
+from tracker.core.problems import checked
 from tracker.core.prune_records import Rescoring
-from tracker.core.safe_yaml import read_yaml
 from tracker.pruning.search.budgets import Amount, amount
 from tracker.pruning.search.settings import OF_CELLS, SearchSettings
 from tracker.pruning.search.strategies import BLIND, DRAWN, OF_LAYERS, RESCORED, STRATEGIES
 
-R = TypeVar("R", bound=BaseModel)
 DEFAULT = ("accuracy", "cosine_oneshot", "random")
 """Strategies where none is named: what really counts, beside the usual proxy and chance."""
 
@@ -148,7 +146,7 @@ def search_request(settings: dict[str, Any], prefix: str = "--") -> SearchReques
     """Make a request of settings (None = not said); RequestError for a value of the wrong kind."""
     said = {name: value for name, value in settings.items() if value is not None}
     own = {name: said.pop(name) for name in SearchSettings.model_fields if name in said}
-    return search_of(_checked(CellRequest, prefix, layers=(), **said), own, prefix)
+    return search_of(checked(CellRequest, {"layers": (), **said}, prefix), own, prefix)
 
 
 def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> SearchRequest:
@@ -156,14 +154,7 @@ def search_of(cell: CellRequest, own: dict[str, Any], prefix: str = "--") -> Sea
 
     RequestError for a value of the wrong kind.
     """
-    return _checked(SearchRequest, prefix, cell=cell, **own)
-
-
-def _checked(kind: type[R], prefix: str, **said: Any) -> R:
-    try:
-        return kind(**said)
-    except ValidationError as error:
-        raise RequestError(first_problem(error, kind, prefix)) from None
+    return checked(SearchRequest, {"cell": cell, **own}, prefix)
 
 
 def refuse_idle(searches: Collection[SearchRequest]) -> None:
@@ -188,7 +179,7 @@ class PruneFile(Sweep):
     def searches(self) -> list[SearchRequest]:
         """Expand the grid, equal models next to each other.
 
-        ExperimentError for a value of the wrong kind.
+        RequestError for a value of the wrong kind.
         """
         grid = {"strategy": list(DEFAULT), **self.parameters.options}
         options = dict(sorted(grid.items()))
@@ -201,14 +192,8 @@ class PruneFile(Sweep):
         found: dict[SearchRequest, None] = {}
         for values in itertools.product(*options.values()):
             settings = dict(zip(options, values, strict=True))
-            try:
-                found[search_request(settings, "parameters.")] = None
-            except RequestError as error:
-                raise ExperimentError(str(error)) from None
-        try:
-            refuse_idle(found)
-        except RequestError as error:
-            raise ExperimentError(str(error)) from None
+            found[search_request(settings, "parameters.")] = None
+        refuse_idle(found)
         capped = list(found)[: self.run_cap]
         return sorted(capped, key=lambda one: [str(part) for part in one.cell.model_settings])
 
@@ -225,10 +210,8 @@ def load_searches(path: Path) -> tuple[PruneFile, str]:
     Raises:
         ExperimentError: The file is missing, is not YAML, or says what tracker does not know.
     """
-    raw, text = read_yaml(path)
-    if is_of_removals(raw):
-        raise ExperimentError(
-            f"{path} says itself what is removed ('layer'): tracker run {path}. A search takes "
-            "'remove' or 'keep' in its place, such as remove: {value: 8}"
-        )
-    return checked(path, raw, PruneFile, PruneFile.searches), text
+    other = (
+        "says itself what is removed ('layer'), where a search takes 'remove' or 'keep', such as "
+        "remove: {value: 8}. To measure it: tracker run"
+    )
+    return load_file(path, PruneFile, PruneFile.searches, is_of_removals, other)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict
 
-from tracker.core.config import KEYS, Name, Strict
+from tracker.core.config import KEYS, Name, Strict, several
 from tracker.core.extent import Positive
 from tracker.core.kinds import Component
 from tracker.core.prune_records import Rescoring
@@ -19,12 +17,9 @@ DRAWS = 3
 
 def _several(given: Any) -> Any:
     """Take one name, or a list of names, also as W&B writes one, or as lm-eval's `--tasks`."""
-    if isinstance(given, str) and given.startswith("["):
-        with suppress(ValueError):
-            given = json.loads(given.replace("'", '"'))
-    if isinstance(given, str):
+    if isinstance(given, str) and not given.startswith("["):
         return tuple(name.strip() for name in given.split(","))
-    return tuple(given) if isinstance(given, list) else given
+    return several(given)
 
 
 def _amount(given: Any) -> str:
