@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tests.conftest import golden
 from tracker.core.ablations import removals
 from tracker.core.config import CellRequest
-from tracker.core.errors import ExperimentError, did_you_mean
+from tracker.core.errors import ExperimentError
 from tracker.core.experiment import Experiment, load_experiment
 from tracker.core.extent import DEFAULT_SEED
 from tracker.ledger.keys import request_key
@@ -235,12 +235,6 @@ def test_everything_is_frozen(load) -> None:
     ):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(thing, name, None)
-
-
-def test_did_you_mean() -> None:
-    assert did_you_mean("modle", ["layer", "model"]) == " Did you mean 'model'?"
-    assert did_you_mean("xyzzy", ["layer", "model"]) == ""
-    assert did_you_mean("model", []) == ""
 
 
 def test_a_cap_keeps_the_first_runs_in_the_order_of_wandb(load) -> None:

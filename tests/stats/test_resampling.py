@@ -47,13 +47,6 @@ def test_strata_keep_their_sizes(strata: str, together: list[list[int]]) -> None
         assert len(places) == 1 or (counts[:, places].std(axis=0) > 0).all()
 
 
-def test_tasks_of_one_document_each_give_the_interval_of_one_task() -> None:
-    values = np.random.default_rng(4).normal(size=(57, 1))
-    apart = resampled_means(values, 2000, 0, np.arange(57)).std()
-    assert apart == pytest.approx(resampled_means(values, 2000, 0).std())
-    assert apart == pytest.approx(values.std() / np.sqrt(57), rel=0.1)
-
-
 def test_means_are_the_means_of_the_drawn_documents() -> None:
     generator = np.random.default_rng(0)
     values, weights, strata = (
