@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tracker.core.answers import interval_name
 from tracker.core.formats import counted, defined, measure_of
 from tracker.core.records import NOT_MEASURED, WHICH, CellRecord, RunRecord
+from tracker.report.layer_figures import sure
 from tracker.report.wording import run_list
 
 
@@ -81,19 +82,13 @@ def rounding_note(cell: CellRecord) -> str:
         least, most = (pick(run.rounded or 0 for run in known) for pick in (min, max))
         span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         text += f" Under the runs it decides up to {span}."
-    small = [run for run in known if is_rounding(run) and sure(run)]
+    small = [run for run in known if is_rounding(run) and sure(run.drop)]
     if small:
         text += (
             f" What {run_list(small, cell)} {'cost' if len(small) > 1 else 'costs'} is no more "
             "than rounding moves, whatever the interval over documents says."
         )
     return f"{text} ‘dtype: float32’ leaves next to nothing to rounding."
-
-
-def sure(run: RunRecord) -> bool:
-    """Say whether a run's interval does not hold zero."""
-    low, high = run.accuracy_drop_low, run.accuracy_drop_high
-    return low is not None and high is not None and not low <= 0 <= high
 
 
 def is_rounding(run: RunRecord) -> bool:

@@ -21,18 +21,17 @@ from tracker.ledger.files import write_atomically, write_text
 from tracker.report import wording
 from tracker.report.charts.cells import cell_charts
 from tracker.report.charts.maps import heat_map
-from tracker.report.frames import (
-    correlation_frame,
-    frame_of,
-    layer_board_data,
-    layer_frame,
-    model_board_data,
-)
+from tracker.report.frames import correlation_frame, frame_of, layer_frame
 from tracker.report.leaderboard.comparable import models_of
 from tracker.report.leaderboard.layers import layer_board
 from tracker.report.leaderboard.models import model_board
 from tracker.report.leaderboard.rules import INTERVAL_RULE, LAYER_RULE, MODEL_RULE
-from tracker.report.leaderboard.tables import layer_board_table, model_board_table
+from tracker.report.leaderboard.tables import (
+    layer_board_data,
+    layer_board_table,
+    model_board_data,
+    model_board_table,
+)
 from tracker.report.page.studies import by_stem, study_chart, study_frames
 from tracker.report.tables import overview_table
 

@@ -24,17 +24,6 @@ from tracker.core.run_table import (
 )
 from tracker.core.tables import Column, Table, table
 from tracker.ledger.decisions import Decided, Decisions
-from tracker.report.leaderboard.layers import LayerBoard
-from tracker.report.leaderboard.models import ModelBoard
-from tracker.report.leaderboard.tables import (
-    LAYER_BOARD,
-    MODEL_BOARD,
-    layer_board_columns,
-    layer_board_rows,
-    model_board_columns,
-    model_board_rows,
-)
-from tracker.report.wording import model_labels
 
 _OPTION_COLUMNS = ("gold", "choice_intact", "choice")
 _NUMBERS = ("num_fewshot", "sample_seed", "layer", "span", "doc")
@@ -96,28 +85,6 @@ def correlation_frame(cells: Sequence[CellRecord]) -> pd.DataFrame:
     """
     rows = [(cell, record) for cell in cells for record in cell.correlations]
     return frame_of(table("", pick(correlation_columns(), *CORRELATION), rows))
-
-
-def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
-    """Lay the leaderboards of layers, one a model, out for code.
-
-    One row for each model and layer (0-based), the most relevant first: means over `benchmarks`
-    benchmarks, fractions; `rank` is missing where a benchmark is lacking.
-    """
-    names = model_labels([board.model for board in boards])
-    labelled = zip(boards, names, strict=True)
-    rows = [row for board, name in labelled for row in layer_board_rows(board, name)]
-    return table("", pick(layer_board_columns(), *LAYER_BOARD), rows)
-
-
-def model_board_data(board: ModelBoard) -> Table:
-    """Lay the leaderboard of models out for code.
-
-    One row a model, the most robust first: means over `layers` layers and the `benchmarks` that the
-    ranked models share, fractions; `rank` is missing where a model lacks them.
-    """
-    rows = model_board_rows(board, model_labels([one.model for one in board.models]))
-    return table("", pick(model_board_columns(), *MODEL_BOARD), rows)
 
 
 def document_frame(

@@ -23,6 +23,12 @@ def why_undefined(cell: CellRecord, layer: int, field: str) -> str:
     return cell.reason_of(field, record) if record else cell.absence(RunIdentity(layer=layer))
 
 
+def sure(figure: Estimate) -> bool:
+    """Say whether a figure's interval does not hold zero."""
+    low, high = figure.low, figure.high
+    return low is not None and high is not None and not low <= 0 <= high
+
+
 def relative_depth(layer: int, layers: int) -> float:
     """Place a layer between the first (0) and the last (1); 0 in a model of one layer."""
     return layer / (layers - 1) if layers > 1 else 0.0

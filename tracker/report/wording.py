@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tracker.core.estimates import Estimate
 from tracker.core.formats import counted, defined, interval, layer_list, measure_of, two_digits
@@ -230,6 +230,23 @@ def correlation_text(record: CorrelationRecord | None) -> str:
     return f"{two_digits(record.value)} ({'; '.join(parts)})"
 
 
+def named_interval(
+    figure: Estimate, write: Callable[[float], str], name: str = "95 % interval"
+) -> str:
+    """Write an interval with its name behind a figure, such as ` (95 % interval 1.2 to 4.0)`.
+
+    Args:
+        figure: The figure.
+        write: Writes both ends.
+        name: What they are.
+
+    Returns:
+        The interval, with a space before it; empty where there is none.
+    """
+    between = interval(figure.low, figure.high, write)
+    return f" ({name} {between})" if between else ""
+
+
 def short_correlation(record: CorrelationRecord) -> str:
     """Write one correlation with its interval alone.
 
@@ -281,12 +298,11 @@ def beneath(cell: CellRecord) -> str:
         return ""
     measure = measure_of(cell)
 
-    def level(found: Estimate) -> str:
-        if not defined(found.value):
-            return f"undefined ({found.reason or NO_REASON})"
-        between = interval(found.low, found.high, measure.write)
-        text = f"{measure.write(found.value)} {measure.level_unit}"
-        return text + (f" (95 % interval {between})" if between else "")
+    def level(figure: Estimate) -> str:
+        if not defined(figure.value):
+            return f"undefined ({figure.reason or NO_REASON})"
+        text = f"{measure.write(figure.value)} {measure.level_unit}"
+        return text + named_interval(figure, measure.write)
 
     alone, intact = level(cell.remaining), level(cell.baseline)
     plural = len(cell.removed) > 1

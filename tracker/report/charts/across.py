@@ -5,56 +5,57 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, defined, interval, three_digits, two_digits
+from tracker.core.formats import counted, defined, three_digits, two_digits
 from tracker.report.charts.hover import estimate_hover
-from tracker.report.charts.maps import ROWS, centred_map
-from tracker.report.charts.style import MANY, Chart, chart, errors, finite, layer_axis, line
-from tracker.report.layer_figures import relative_depth
+from tracker.report.charts.maps import centred_map, marks, strongest, two_lines
+from tracker.report.charts.style import (
+    FEW,
+    MANY,
+    Chart,
+    chart,
+    errors,
+    finite,
+    layer_axis,
+    line,
+    trace,
+)
+from tracker.report.layer_figures import relative_depth, sure
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.pairs import Pair
-
-_FEW = 3
-"""So many lines can carry their intervals and still be told apart."""
+from tracker.report.wording import named_interval
 
 
 def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Chart:
     """Draw the mean accuracy relevance over relative depth, a line a model; intervals if few."""
     data = []
     for number, (board, label) in enumerate(zip(boards, labels, strict=True)):
-        standings = sorted(board.layers, key=lambda standing: standing.layer)
+        standings, look = board.by_depth, line(number)
         means = [standing.relevance for standing in standings]
-        trace = {
-            "type": "scatter",
-            "name": html.escape(label),
-            "x": [relative_depth(standing.layer, board.model.layers) for standing in standings],
-            "y": [finite(found.value) for found in means],
-            "mode": "lines+markers",
-            "line": line(number),
-            "marker": {"size": 5},
-            "showlegend": len(boards) <= MANY,
-            "hovertext": [
-                estimate_hover(
-                    f"layer {standing.layer} of {board.model.layers} · {label}",
-                    "mean accuracy relevance",
-                    standing.relevance,
-                    two_digits,
-                    counted(standing.benchmarks, "benchmark"),
-                )
-                for standing in standings
-            ],
-            "hoverinfo": "text",
-        }
-        if len(boards) <= _FEW:
-            trace["error_y"] = errors(means, thickness=0.8, color=line(number)["color"])
-        data.append(trace)
+        hover = [
+            estimate_hover(
+                f"layer {standing.layer} of {board.model.layers} · {label}",
+                "mean accuracy relevance",
+                standing.relevance,
+                two_digits,
+                counted(standing.benchmarks, "benchmark"),
+            )
+            for standing in standings
+        ]
+        depths = [relative_depth(standing.layer, board.model.layers) for standing in standings]
+        values = [finite(mean.value) for mean in means]
+        drawn = trace("scatter", html.escape(label), depths, values, hover, mode="lines+markers")
+        drawn |= {"line": look, "marker": {"size": 5}, "showlegend": len(boards) <= MANY}
+        if len(boards) <= FEW:
+            drawn["error_y"] = errors(means, thickness=0.8, color=look["color"])
+        data.append(drawn)
+    depth = "relative depth (0 = first layer, 1 = last)"
     return chart(
         _depth_title(boards, labels),
         data,
         430,
         xaxis={
             "range": [-0.02, 1.02],
-            "title": {"text": "relative depth (0 = first layer, 1 = last)"},
+            "title": {"text": depth},
             "showgrid": False,
             "zeroline": False,
         },
@@ -65,10 +66,10 @@ def depth_curves(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Chart:
 def _depth_title(boards: Sequence[LayerBoard], labels: Sequence[str]) -> str:
     text = f"Mean accuracy relevance over relative depth, {counted(len(boards), 'model')}"
     tops = [
-        (one.relevance.value, label, one.layer)
+        (top.relevance.value, label, top.layer)
         for board, label in zip(boards, labels, strict=True)
-        for one in board.layers[:1]
-        if one.rank is not None and defined(one.relevance.value)
+        for top in board.ranked[:1]
+        if defined(top.relevance.value)
     ]
     if not tops:
         return f"{text}; none is defined"
@@ -82,119 +83,82 @@ def difference_chart(pair: Pair) -> Chart:
     Points with 95 % intervals, one trace a benchmark, where these are few; otherwise a heat map
     with a dot where the interval excludes 0.
     """
-    layers = sorted({layer for one in pair.comparisons for layer in one.differences})
-    nothing = Estimate(None, reason="not measured in both models")
-    found = [[one.differences.get(x, nothing) for x in layers] for one in pair.comparisons]
+    measure, layers = pair.measure, pair.layers
+    rows = [[shared.difference(layer) for layer in layers] for shared in pair.comparisons]
     hovers = [
         [
             estimate_hover(
-                f"layer {layer} · {one.benchmark}",
-                f"difference in {pair.measure.unit}",
+                f"layer {layer} · {shared.benchmark}",
+                f"difference in {measure.unit}",
                 estimate,
-                pair.measure.write,
-                f"{counted(one.n, 'document')} each",
+                measure.write,
+                f"{counted(shared.n, 'document')} each",
             )
             for layer, estimate in zip(layers, row, strict=True)
         ]
-        for one, row in zip(pair.comparisons, found, strict=True)
+        for shared, row in zip(pair.comparisons, rows, strict=True)
     ]
-    if len(pair.comparisons) <= _FEW:
-        return _points(pair, layers, found, hovers)
-    return _map(pair, layers, found, hovers)
-
-
-def _points(
-    pair: Pair, layers: list[int], found: list[list[Estimate]], hovers: list[list[str]]
-) -> Chart:
-    measure, count = pair.measure, len(pair.comparisons)
+    values = [[finite(estimate.value, measure.scale) for estimate in row] for row in rows]
+    title = f"difference of {measure.change}s"
+    if len(rows) > FEW:
+        largest = strongest(values)
+        most = f"{three_digits(largest)} {measure.unit}"
+        labels = [two_lines(shared.benchmark) for shared in pair.comparisons]
+        mapped = centred_map(
+            difference_title(pair),
+            title,
+            columns=layers,
+            rows=labels,
+            values=values,
+            hovers=hovers,
+            ticks=(f"−{most}<br>more to the second", "0<br>alike", f"{most}<br>more to the first"),
+            largest=largest,
+            height=165 + 34 * len(labels),
+            xaxis=layer_axis(layers),
+        )
+        surely = [
+            (layer, label, hover)
+            for label, row, hovers_of_row in zip(labels, rows, hovers, strict=True)
+            for layer, estimate, hover in zip(layers, row, hovers_of_row, strict=True)
+            if sure(estimate)
+        ]
+        mapped.data.append(marks("interval excludes 0", surely))
+        return mapped
     data = []
-    for number, (one, row, hover) in enumerate(zip(pair.comparisons, found, hovers, strict=True)):
+    for number, (shared, row) in enumerate(zip(pair.comparisons, rows, strict=True)):
         colour = line(number)["color"]
         # Side by side, so that no interval hides another.
-        aside = 0.18 * (number - (count - 1) / 2)
-        data.append(
-            {
-                "type": "scatter",
-                "name": html.escape(one.benchmark),
-                "x": [layer + aside for layer in layers],
-                "y": [finite(estimate.value, measure.scale) for estimate in row],
-                "error_y": errors(row, measure.scale, color=colour),
-                "mode": "markers",
-                "marker": {"size": 6, "color": colour},
-                "showlegend": count > 1,
-                "hovertext": hover,
-                "hoverinfo": "text",
-            }
-        )
-    title = f"difference of {measure.change}s ({measure.unit})"
+        aside = 0.18 * (number - (len(rows) - 1) / 2)
+        places = [layer + aside for layer in layers]
+        name = html.escape(shared.benchmark)
+        drawn = trace("scatter", name, places, values[number], hovers[number], mode="markers")
+        drawn |= {"marker": {"size": 6, "color": colour}, "showlegend": len(rows) > 1}
+        drawn["error_y"] = errors(row, measure.scale, color=colour)
+        data.append(drawn)
     return chart(
         difference_title(pair),
         data,
         380,
         xaxis=layer_axis(layers),
-        yaxis={"title": {"text": title}, "zeroline": True},
+        yaxis={"title": {"text": f"{title} ({measure.unit})"}, "zeroline": True},
     )
-
-
-def _map(
-    pair: Pair, layers: list[int], found: list[list[Estimate]], hovers: list[list[str]]
-) -> Chart:
-    measure = pair.measure
-    labels = [html.escape(one.benchmark).replace(" · ", "<br>", 1) for one in pair.comparisons]
-    values = [[finite(estimate.value, measure.scale) for estimate in row] for row in found]
-    marks: dict[str, list[tuple[int, str, str]]] = {"undefined": [], "interval excludes 0": []}
-    for label, row, hover in zip(labels, found, hovers, strict=True):
-        for layer, estimate, text in zip(layers, row, hover, strict=True):
-            if not defined(estimate.value):
-                marks["undefined"].append((layer, label, text))
-            elif _sure(estimate):
-                marks["interval excludes 0"].append((layer, label, text))
-    largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
-    ticks = (
-        f"−{three_digits(largest)} {measure.unit}<br>more to the second",
-        "0<br>alike",
-        f"{three_digits(largest)} {measure.unit}<br>more to the first",
-    )
-    return chart(
-        difference_title(pair),
-        centred_map(
-            f"difference of {measure.change}s",
-            (layers, labels, values, hovers),
-            marks,
-            largest,
-            ticks,
-        ),
-        165 + 34 * len(labels),
-        margin={"b": 105},
-        xaxis=layer_axis(layers),
-        yaxis=ROWS,
-    )
-
-
-def _sure(difference: Estimate) -> bool:
-    """Whether the interval excludes 0."""
-    low, high = difference.low, difference.high
-    return low is not None and high is not None and (low > 0 or high < 0)
 
 
 def difference_title(pair: Pair) -> str:
     """Name the largest difference, and how many are surely not 0, in plain text."""
     measure = pair.measure
     text = f"{pair.one} minus {pair.other}: {measure.change} of each layer"
-    found = [
-        (estimate, layer, one.benchmark)
-        for one in pair.comparisons
-        for layer, estimate in one.differences.items()
+    known = [
+        (estimate, layer, shared.benchmark)
+        for shared in pair.comparisons
+        for layer, estimate in shared.differences.items()
         if defined(estimate.value)
     ]
-    if not found:
+    if not known:
         return f"{text}; no difference is defined"
-    top, layer, benchmark = max(found, key=lambda item: abs(item[0].value or 0.0))
-    between = interval(top.low, top.high, measure.write)
-    sure = sum(_sure(one) for one, _, _ in found)
+    top, layer, benchmark = max(known, key=lambda difference: abs(difference[0].value or 0.0))
     return (
         f"{text}; they differ most in layer {layer} on {benchmark}, "
-        f"{measure.write(top.value or 0.0)} {measure.unit}"
-        + (f" (95 % interval {between})" if between else "")
-        + f"; {sure} of {len(found)} intervals exclude 0"
+        f"{measure.write(top.value or 0.0)} {measure.unit}{named_interval(top, measure.write)}; "
+        f"{sum(sure(estimate) for estimate, _, _ in known)} of {len(known)} intervals exclude 0"
     )

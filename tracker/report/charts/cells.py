@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -10,7 +11,7 @@ from tracker.core import formats
 from tracker.core.answers import interval_name
 from tracker.core.kinds import KINDS
 from tracker.core.proxies import PROXIES
-from tracker.core.records import WHOLE_LAYER, CellRecord, Kind
+from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, layers_of
 from tracker.report import wording
 from tracker.report.charts.hover import along_layers, run_hover
 from tracker.report.charts.maps import span_components, span_map
@@ -25,6 +26,7 @@ from tracker.report.charts.style import (
     errors,
     finite,
     layer_axis,
+    trace,
     value_axis,
 )
 
@@ -45,10 +47,9 @@ def curve_title(cell: CellRecord) -> str:
     removing, removal = ("removing ", "removal") if only else ("", "run")
     says = f"no {removal} {costs} {measure.level}"
     for top in wording.most_critical(records, 1):
-        size = measure.write(max(drops))
-        between = formats.interval(top.accuracy_drop_low, top.accuracy_drop_high, measure.write)
-        says = f"{removing}{top.label()} {costs} most, {size} {measure.unit}"
-        says += f" ({interval_name(cell)} {between})" if between else ""
+        between = wording.named_interval(top.drop, measure.write, interval_name(cell))
+        size = f"{measure.write(max(drops))} {measure.unit}{between}"
+        says = f"{removing}{top.label()} {costs} most, {size}"
     gains = sum(1 for drop in drops if drop < 0)
     return (
         f"{cell.title}: {says}; {gains} of {len(drops)} {removal}s {gain} {measure.level} "
@@ -97,69 +98,52 @@ def layer_curve(cell: CellRecord) -> Chart:
     single = len(kinds) == 1
     measure = formats.measure_of(cell)
     data: list[dict[str, Any]] = []
-    axis: set[int] = set()
     for number, kind in enumerate(kinds):
-        layers, records, hover = along_layers(cell, kind)
-        # Side by side, so that no interval hides another.
-        aside = min(0.2, 0.8 / len(kinds)) * (number - (len(kinds) - 1) / 2)
-        axis.update(layers)
-        drops = [finite(r.accuracy_drop, measure.scale) if r else None for r in records]
+        layers = layers_of(kind, cell)
+        records, hover = along_layers(cell, kind, layers)
+        drops = [finite(run.accuracy_drop, measure.scale) if run else None for run in records]
         look = KINDS[kind.word]
-        signs = [HELPS if drop is not None and drop < 0 else MATTERS for drop in drops]
-        figures = [record.drop if record else None for record in records]
+        if single:
+            places: Sequence[float] = layers
+            colour, signs = GREY, [HELPS if drop and drop < 0 else MATTERS for drop in drops]
+            marker: dict[str, Any] = {"color": signs}
+        else:
+            # Side by side, so that no interval hides another.
+            aside = min(0.2, 0.8 / len(kinds)) * (number - (len(kinds) - 1) / 2)
+            places = [layer + aside for layer in layers]
+            colour, marker = look.colour, {"color": look.colour, "symbol": look.mark}
+        intervals = [run.drop if run else None for run in records]
         data.append(
-            {
-                "type": "scatter",
-                "name": measure.change if single else kind.word,
-                "x": layers if single else [layer + aside for layer in layers],
-                "y": drops,
-                "error_y": errors(figures, measure.scale)
-                | ({} if single else {"color": look.colour}),
-                "mode": "lines+markers",
-                "line": {"color": FAINT if single else look.colour, "width": 1},
-                "marker": {"size": 7}
-                | ({"color": signs} if single else {"color": look.colour, "symbol": look.mark}),
-                "hovertext": hover,
-                "hoverinfo": "text",
-                "showlegend": not single,
-            }
+            trace(
+                "scatter",
+                measure.change if single else kind.word,
+                places,
+                drops,
+                hover,
+                error_y=errors(intervals, measure.scale, color=colour),
+                mode="lines+markers",
+                line={"color": FAINT if single else look.colour, "width": 1},
+                marker={"size": 7} | marker,
+                showlegend=not single,
+            )
         )
-    layers, records, hover = along_layers(cell, WHOLE_LAYER)
+    layers = layers_of(WHOLE_LAYER, cell)
+    records, hover = along_layers(cell, WHOLE_LAYER, layers)
+    scores = [finite(run.cosine_score) if run else None for run in records]
     data.append(
-        {
-            "type": "bar",
-            "name": "cosine score",
-            "x": layers,
-            "y": [finite(record.cosine_score) if record else None for record in records],
-            "xaxis": "x2",
-            "yaxis": "y2",
-            "marker": {"color": PROXY, "line": {"width": 0}},
-            "width": 0.6,
-            "hovertext": hover,
-            "hoverinfo": "text",
-            "showlegend": False,
-        }
+        trace("bar", "cosine score", layers, scores, hover, xaxis="x2", yaxis="y2")
+        | {"marker": {"color": PROXY, "line": {"width": 0}}, "width": 0.6, "showlegend": False}
     )
-    nothing = {
-        "text": "measured for whole single layers only",
-        "showarrow": False,
-        "x": 0.5,
-        "y": 0.5,
-        "xref": "x2 domain",
-        "yref": "y2 domain",
-    }
-    along = layer_axis(sorted(axis))
+    nothing = {"text": "measured for whole single layers only", "showarrow": False}
+    nothing |= {"x": 0.5, "y": 0.5, "xref": "x2 domain", "yref": "y2 domain"}
+    along = layer_axis(sorted({layer for kind in kinds for layer in layers_of(kind, cell)}))
     return chart(
         curve_title(cell),
         data,
         470,
         xaxis=along | {"title": {}, "anchor": "y", "matches": "x2", "showticklabels": False},
         xaxis2=along | {"anchor": "y2"},
-        yaxis={
-            "domain": [0.39, 1],
-            "title": {"text": f"{measure.change} ({measure.unit})"},
-            "zeroline": True,
-        },
+        yaxis=_change_axis(measure) | {"domain": [0.39, 1]},
         yaxis2={
             "domain": [0, 0.3],
             "anchor": "x2",
@@ -170,6 +154,10 @@ def layer_curve(cell: CellRecord) -> Chart:
         },
         annotations=[] if layers else [nothing],
     )
+
+
+def _change_axis(measure: formats.Measure) -> dict[str, Any]:
+    return {"title": {"text": f"{measure.change} ({measure.unit})"}, "zeroline": True}
 
 
 def curve_kinds(cell: CellRecord) -> list[Kind]:
@@ -184,48 +172,45 @@ def proxy_scatter(cell: CellRecord) -> Chart:
     `outer layers` for the first two and the last two.
     """
     measure = formats.measure_of(cell)
-    records = [
-        r
-        for r in cell.whole_layers
-        if formats.defined(r.cosine_score) and formats.defined(r.accuracy_drop)
-    ]
-    records.sort(key=lambda record: record.layer)
+    records = sorted(
+        (
+            r
+            for r in cell.whole_layers
+            if formats.defined(r.cosine_score) and formats.defined(r.accuracy_drop)
+        ),
+        key=lambda record: record.layer,
+    )
     by_score = sorted(records, key=lambda record: record.cosine_score or 0)
     side = {record.layer: _SIDES[rank % 4] for rank, record in enumerate(by_score)}
     outer = {0, 1, cell.model.layers - 2, cell.model.layers - 1}
-    data = [
-        {
-            "type": "scatter",
-            "name": name,
-            "x": [r.cosine_score for r in group],
-            "y": [finite(r.accuracy_drop, measure.scale) for r in group],
-            "error_y": errors([r.drop for r in group], measure.scale, color=FAINT),
-            "mode": "markers+text",
-            "text": [str(r.layer) for r in group],
-            "textposition": [side[r.layer] for r in group],
-            "textfont": {"size": 10, "color": GREY},
-            "marker": {
-                "size": 8,
-                "symbol": symbol,
-                "line": {"width": 2 if symbol.endswith("open") else 0},
-                "color": [HELPS if (r.accuracy_drop or 0) < 0 else MATTERS for r in group],
-            },
-            "hovertext": [run_hover(cell, r, r) for r in group],
-            "hoverinfo": "text",
-        }
-        for name, symbol, group in (
-            ("inner layers", "circle", [r for r in records if r.layer not in outer]),
-            (
-                "outer layers (first two, last two)",
-                "diamond-open",
-                [r for r in records if r.layer in outer],
-            ),
+    data = []
+    for name, symbol, width, group in (
+        ("inner layers", "circle", 0, [r for r in records if r.layer not in outer]),
+        (
+            *("outer layers (first two, last two)", "diamond-open", 2),
+            [r for r in records if r.layer in outer],
+        ),
+    ):
+        signs = [HELPS if (record.accuracy_drop or 0) < 0 else MATTERS for record in group]
+        data.append(
+            trace(
+                "scatter",
+                name,
+                [record.cosine_score for record in group],
+                [finite(record.accuracy_drop, measure.scale) for record in group],
+                [run_hover(cell, record, record) for record in group],
+                error_y=errors([record.drop for record in group], measure.scale, color=FAINT),
+                mode="markers+text",
+                text=[str(record.layer) for record in group],
+                textposition=[side[record.layer] for record in group],
+                textfont={"size": 10, "color": GREY},
+                marker={"size": 8, "symbol": symbol, "color": signs, "line": {"width": width}},
+            )
         )
-    ]
     return chart(
         scatter_title(cell),
         data,
         460,
         xaxis=value_axis(PROXIES["cosine_score"].heading, [r.cosine_score for r in records]),
-        yaxis={"title": {"text": f"{measure.change} ({measure.unit})"}, "zeroline": True},
+        yaxis=_change_axis(measure),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,8 +12,8 @@ from tracker.core.formats import counted, two_digits
 from tracker.core.kinds import KINDS
 from tracker.core.records import CellRecord, layers_of
 from tracker.report import wording
-from tracker.report.charts.maps import ROWS, centred_map
-from tracker.report.charts.style import FAINT, GREY, Chart, chart, errors, layer_axis, line
+from tracker.report.charts.maps import centred_map
+from tracker.report.charts.style import FAINT, GREY, Chart, chart, errors, layer_axis, line, trace
 from tracker.stats.agreement import clustered, phi
 from tracker.stats.ratios import SCALES
 
@@ -42,30 +41,32 @@ def margin_chart(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     kinds = [kind for kind in cell.kinds if any(run.run.kind == kind for run in decided.runs)]
     layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})
     low, middle, high = decided.margins
+    several = len(kinds) > 1
     traces = []
     for number, kind in enumerate(kinds):
-        mine = [run for run in decided.runs if run.run.kind == kind and run.margins]
-        found = [Estimate(m[1], m[0], m[2]) for run in mine if (m := run.margins)]
-        mark = KINDS[kind.word].mark
-        look = {"color": KINDS[kind.word].colour} if len(kinds) == 1 else line(number)
+        mine = {
+            one.run: one.margins for one in decided.runs if one.run.kind == kind and one.margins
+        }
+        quartiles = [Estimate(half, lower, upper) for lower, half, upper in mine.values()]
+        look = line(number) if several else {"color": KINDS[kind.word].colour}
+        hover = [
+            f"{run.label()}: median {two_digits(half)}, half of the documents from "
+            f"{two_digits(lower)} to {two_digits(upper)}"
+            for run, (lower, half, upper) in mine.items()
+        ]
         traces.append(
-            {
-                "type": "scatter",
-                "name": wording.kind_words(kind),
-                "x": [run.run.layer for run in mine],
-                "y": [one.value for one in found],
-                "error_y": errors(found),
-                "mode": "markers" if len(kinds) == 1 else "lines+markers",
-                "line": look,
-                "marker": {"color": look["color"], "size": 7, "symbol": mark},
-                "hovertext": [
-                    f"{run.run.label()}: median {two_digits(one.value or 0)}, half of the "
-                    f"documents from {two_digits(one.low or 0)} to {two_digits(one.high or 0)}"
-                    for run, one in zip(mine, found, strict=True)
-                ],
-                "hoverinfo": "text",
-                "showlegend": len(kinds) > 1,
-            }
+            trace(
+                "scatter",
+                wording.kind_words(kind),
+                [run.layer for run in mine],
+                [quartile.value for quartile in quartiles],
+                hover,
+                error_y=errors(quartiles),
+                mode="lines+markers" if several else "markers",
+                line=look,
+                marker={"color": look["color"], "size": 7, "symbol": KINDS[kind.word].mark},
+                showlegend=several,
+            )
         )
     across = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": low, "y1": high}
     shapes = [
@@ -112,29 +113,27 @@ def agreement_map(cell: CellRecord, decided: DecisionsRecord) -> Chart | None:
     title = f"{cell.title}: which layers break the same documents"
     if left_out:
         title += f"; {counted(left_out, 'layer')} left out, which lose none or all"
-    values = [[round(float(value), 2) for value in row] for row in found]
-    traces = centred_map(
+    axis = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
+    drawn = centred_map(
+        title,
         "agreement",
-        (labels, labels, values, []),
-        {},
-        1,
-        ("−1<br>never the same", "0<br>as by chance", "1<br>the same"),
+        columns=labels,
+        rows=labels,
+        values=[[round(float(value), 2) for value in row] for row in found],
+        hovers=(),
+        ticks=("−1<br>never the same", "0<br>as by chance", "1<br>the same"),
+        largest=1,
+        height=170 + 15 * len(layers),
+        crosses=False,
+        xaxis=axis | {"title": {"text": "layer (0-based), clustered"}},
     )
     # Not a text for each pair: there are as many as the square of the layers.
-    traces[0] |= {
+    drawn.data[0] |= {
         "hovertext": None,
         "hoverinfo": None,
         "hovertemplate": "layers %{y} and %{x}: φ %{z:.2f}<extra></extra>",
     }
-    axis: dict[str, Any] = {"type": "category", "showgrid": False, "ticks": "", "tickangle": 0}
-    return chart(
-        title,
-        traces,
-        170 + 15 * len(layers),
-        margin={"b": 105},
-        xaxis={**axis, "title": {"text": "layer (0-based), clustered"}},
-        yaxis=ROWS,
-    )
+    return drawn
 
 
 def groups_sentence(groups: Sequence[Sequence[int]]) -> str:

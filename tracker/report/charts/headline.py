@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from tracker.core.formats import counted, defined, two_digits, write
 from tracker.report.charts.hover import estimate_hover
@@ -19,6 +18,7 @@ from tracker.report.charts.style import (
     errors,
     finite,
     layer_axis,
+    trace,
 )
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.leaderboard.proxies import misjudged
@@ -34,46 +34,45 @@ def headline(board: LayerBoard, label: str) -> Chart:
     Bars of the mean accuracy relevance with its interval stand above bars of the mean cosine score;
     the layers on which the two disagree most are marked by number.
     """
-    standings = sorted(board.layers, key=lambda standing: standing.layer)
+    standings = board.by_depth
     layers = [standing.layer for standing in standings]
     costs = [standing.relevance for standing in standings]
+    scores = [finite(standing.cosine_score) for standing in standings]
     over = counted(len(board.cells), "benchmark")
     marked = marked_layers(board)
-    data: list[dict[str, Any]] = [
-        {
-            "type": "bar",
-            "name": "accuracy relevance",
-            "x": layers,
-            "y": [finite(cost.value) for cost in costs],
-            "error_y": errors(costs),
-            "marker": {
-                "color": [
-                    HELPS if defined(cost.value) and cost.value < 0 else MATTERS for cost in costs
-                ]
-            },
-            "hovertext": [
-                estimate_hover(
-                    f"layer {layer} · mean over {over}", "accuracy relevance", cost, two_digits, ""
-                )
+    signs = [HELPS if defined(cost.value) and cost.value < 0 else MATTERS for cost in costs]
+    what = "accuracy relevance"
+    data = [
+        trace(
+            "bar",
+            what,
+            layers,
+            [finite(cost.value) for cost in costs],
+            [
+                estimate_hover(f"layer {layer} · mean over {over}", what, cost, two_digits, "")
                 for layer, cost in zip(layers, costs, strict=True)
             ],
-            "hoverinfo": "text",
-        },
-        {
-            "type": "bar",
-            "name": "cosine score",
-            "x": layers,
-            "y": [finite(standing.cosine_score) for standing in standings],
-            "yaxis": "y2",
-            "marker": {"color": PROXY},
-            "hovertext": [
-                f"layer {one.layer}<br>cosine score "
-                + (write("proxy", one.cosine_score) if defined(one.cosine_score) else "undefined")
-                for one in standings
+            error_y=errors(costs),
+            marker={"color": signs},
+        ),
+        trace(
+            "bar",
+            "cosine score",
+            layers,
+            scores,
+            [
+                f"layer {layer}<br>cosine score "
+                + ("undefined" if score is None else write("proxy", score))
+                for layer, score in zip(layers, scores, strict=True)
             ],
-            "hoverinfo": "text",
-        },
+            yaxis="y2",
+            marker={"color": PROXY},
+        ),
     ]
+    shade = {"type": "rect", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+    shade |= {"fillcolor": FAINT, "line": {"width": 0}}
+    note = {"xref": "x", "yref": "paper", "y": 1, "yanchor": "bottom", "showarrow": False}
+    note |= {"font": {"color": GREY, "size": 13}}
     drawn = chart(
         _title(board, label),
         data,
@@ -83,32 +82,9 @@ def headline(board: LayerBoard, label: str) -> Chart:
         yaxis2={"domain": [0, 0.29], "title": {"text": "cosine score"}, "zeroline": True},
         showlegend=False,
         bargap=0.25,
-        shapes=[
-            {
-                "type": "rect",
-                "xref": "x",
-                "yref": "paper",
-                "x0": layer - 0.5,
-                "x1": layer + 0.5,
-                "y0": 0,
-                "y1": 1,
-                "fillcolor": FAINT,
-                "line": {"width": 0},
-                "layer": "below",
-            }
-            for layer in marked
-        ],
+        shapes=[shade | {"x0": layer - 0.5, "x1": layer + 0.5} for layer in marked],
         annotations=[
-            {
-                "x": middle,
-                "xref": "x",
-                "y": 1,
-                "yref": "paper",
-                "yanchor": "bottom",
-                "text": f"<b>{numbers}</b>",
-                "showarrow": False,
-                "font": {"color": GREY, "size": 13},
-            }
+            note | {"x": middle, "text": f"<b>{numbers}</b>"}
             for middle, numbers in near_together(marked)
         ],
         margin={"t": 26},
@@ -118,7 +94,7 @@ def headline(board: LayerBoard, label: str) -> Chart:
 
 def marked_layers(board: LayerBoard) -> list[int]:
     """Find the layers on which the cosine score is furthest from the truth, by ranks."""
-    return [one.standing.layer for one in misjudged(board)[:MARKED] if one.off]
+    return [wrong.standing.layer for wrong in misjudged(board)[:MARKED]]
 
 
 def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
@@ -136,7 +112,7 @@ def near_together(layers: Sequence[int]) -> list[tuple[float, str]]:
             groups[-1].append(layer)
         else:
             groups.append([layer])
-    return [((one[0] + one[-1]) / 2, ", ".join(map(str, one))) for one in groups]
+    return [((near[0] + near[-1]) / 2, ", ".join(map(str, near))) for near in groups]
 
 
 def _explains(board: LayerBoard) -> str:

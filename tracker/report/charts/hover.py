@@ -6,13 +6,14 @@ Every text that comes from a record is escaped: plotly reads a subset of HTML.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tracker.core.answers import interval_name
-from tracker.core.estimates import Estimate
-from tracker.core.formats import defined, interval, measure_of, p_value, write
-from tracker.core.records import CellRecord, Kind, RunIdentity, RunRecord, layers_of
+from tracker.core.estimates import Estimate, Unit
+from tracker.core.formats import defined, measure_of, p_value, write
+from tracker.core.records import CellRecord, Kind, RunIdentity, RunRecord
 from tracker.report.charts.style import wrap
+from tracker.report.wording import named_interval
 
 
 def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> str:
@@ -23,25 +24,23 @@ def run_hover(cell: CellRecord, run: RunIdentity, record: RunRecord | None) -> s
     if record is None:
         return f"{head}<br>{cell.absence(run)}"
     measure = measure_of(cell)
-    drop, relevance = record.accuracy_drop, cell.relevance_of(record)
-    lines = [head]
+    drop = record.accuracy_drop
     if drop is None:
-        why = wrap(cell.reason_of("accuracy_drop", record))
-        lines.append(f"{measure.change} undefined: {why}")
+        change = f"undefined: {wrap(cell.reason_of('accuracy_drop', record))}"
     else:
-        ends = interval(record.accuracy_drop_low, record.accuracy_drop_high, measure.write)
-        between = f" ({interval_name(cell)} {ends})" if ends else ""
-        lines.append(f"{measure.change} {measure.write(drop)} {measure.unit}{between}")
+        between = named_interval(record.drop, measure.write, interval_name(cell))
+        change = f"{measure.write(drop)} {measure.unit}{between}"
+    lines = [head, f"{measure.change} {change}"]
     if record.mcnemar_p is not None:
         lines.append(f"McNemar p {p_value(record.mcnemar_p)} (unadjusted)")
-    if relevance[0] is None:
-        lines.append(f"accuracy relevance undefined: {wrap(relevance[1])}")
-    else:
-        lines.append(f"accuracy relevance {write('relevance', relevance[0])}")
-    if record.cosine_score is None:
-        lines.append(f"cosine score undefined: {wrap(cell.reason_of('cosine_score', record))}")
-    else:
-        lines.append(f"cosine score {write('proxy', record.cosine_score)}")
+    shown: tuple[tuple[str, Unit], ...] = (
+        ("accuracy_relevance", "relevance"),
+        ("cosine_score", "proxy"),
+    )
+    for field, unit in shown:
+        value = record.figure(field)
+        why = f"undefined: {wrap(cell.reason_of(field, record))}"
+        lines.append(f"{field.replace('_', ' ')} {why if value is None else write(unit, value)}")
     lines.append(" ".join(filter(None, (f"{record.n:,} documents", cell.drawn))))
     return "<br>".join(lines)
 
@@ -53,19 +52,15 @@ def estimate_hover(
     if not defined(found.value):
         says = f"{what} undefined: {wrap(found.reason or 'not measured')}"
     else:
-        ends = interval(found.low, found.high, write)
-        says = f"{what} {write(found.value)} " + (
-            f"(95 % interval {ends})" if ends else "(no interval)"
-        )
+        says = f"{what} {write(found.value)}{named_interval(found, write) or ' (no interval)'}"
     return f"<b>{wrap(head)}</b><br>{says}<br>{html.escape(samples)}"
 
 
 def along_layers(
-    cell: CellRecord, kind: Kind
-) -> tuple[list[int], list[RunRecord | None], list[str]]:
-    """Line up the runs of a kind: layers, records (None where not measured), and hover boxes."""
-    layers = layers_of(kind, cell)
-    found = cell.runs_of(kind)
+    cell: CellRecord, kind: Kind, layers: Sequence[int]
+) -> tuple[list[RunRecord | None], list[str]]:
+    """Line up the runs of a kind over layers: records (None where not measured), hover boxes."""
+    measured = cell.runs_of(kind)
     runs = [RunIdentity(layer=layer, **kind._asdict()) for layer in layers]
-    hover = [run_hover(cell, run, found.get(run.layer)) for run in runs]
-    return layers, [found.get(layer) for layer in layers], hover
+    hovers = [run_hover(cell, run, measured.get(run.layer)) for run in runs]
+    return [measured.get(layer) for layer in layers], hovers

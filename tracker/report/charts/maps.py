@@ -8,10 +8,10 @@ from typing import Any
 
 from tracker.core import formats
 from tracker.core.kinds import Component
-from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, RunIdentity, layers_of
+from tracker.core.records import WHOLE_LAYER, CellRecord, Kind, layers_of
 from tracker.report import wording
-from tracker.report.charts.hover import along_layers, run_hover
-from tracker.report.charts.style import GREY, Chart, chart, finite, layer_axis
+from tracker.report.charts.hover import along_layers
+from tracker.report.charts.style import GREY, Chart, chart, finite, layer_axis, trace
 
 # Fading to transparency, not to white, keeps 0 quiet on light and on dark pages.
 _SCALE = [
@@ -70,36 +70,23 @@ def heat_map(cells: Sequence[CellRecord]) -> Chart:
     if len({cell.model.key for cell in cells}) != 1:
         raise ValueError("heat_map takes benchmarks of exactly one model")
     layers = layers_of(WHOLE_LAYER, *cells)
-    labels = [
-        html.escape(label).replace(" · ", "<br>", 1) for label in wording.benchmark_labels(cells)
-    ]
-    values: list[list[float | None]] = []
-    hovers: list[list[str]] = []
-    gaps: list[tuple[int, str, str]] = []
-    for cell, label in zip(cells, labels, strict=True):
-        by_layer = cell.runs_of()
-        pairs = [cell.relevance(layer) for layer in layers]
-        values.append([value for value, _ in pairs])
-        hovers.append([run_hover(cell, RunIdentity(layer=x), by_layer.get(x)) for x in layers])
-        gaps += [
-            (layer, label, hover)
-            for layer, (value, _), hover in zip(layers, pairs, hovers[-1], strict=True)
-            if value is None
-        ]
-    return chart(
+    return centred_map(
         heat_title(cells),
-        centred_map(
-            "accuracy relevance",
-            (layers, labels, values, hovers),
-            {"undefined": gaps},
-            1,
-            ("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
-        ),
-        165 + 40 * len(cells),
-        margin={"b": 105},
+        "accuracy relevance",
+        columns=layers,
+        rows=[two_lines(label) for label in wording.benchmark_labels(cells)],
+        values=[[cell.relevance(layer)[0] for layer in layers] for cell in cells],
+        hovers=[along_layers(cell, WHOLE_LAYER, layers)[1] for cell in cells],
+        ticks=("≤ −1<br>removal helps", "0<br>no change", "1<br>to chance"),
+        largest=1,
+        height=165 + 40 * len(cells),
         xaxis=layer_axis(layers),
-        yaxis=ROWS,
     )
+
+
+def two_lines(label: str) -> str:
+    """Write the label of a row: a benchmark, and below it what else tells it apart."""
+    return html.escape(label).replace(" · ", "<br>", 1)
 
 
 def span_components(cell: CellRecord) -> list[Component]:
@@ -131,33 +118,27 @@ def span_map(cell: CellRecord, component: Component) -> Chart:
     blank.
     """
     measure = formats.measure_of(cell)
-    spans = _spans(cell, component)
-    layers = sorted({x for span in spans for x in layers_of(Kind(component, span), cell)})
+    kinds = [Kind(component, span) for span in _spans(cell, component)]
+    layers = sorted({layer for kind in kinds for layer in layers_of(kind, cell)})
     values: list[list[float | None]] = []
     hovers: list[list[str]] = []
-    gaps: list[tuple[int, str, str]] = []
-    for span in spans:
-        there, records, hover = along_layers(cell, Kind(component, span))
-        drops = [finite(r.accuracy_drop, measure.scale) if r else None for r in records]
-        by_layer = dict(zip(there, zip(drops, hover, strict=True), strict=True))
-        row = [by_layer.get(layer, (None, "")) for layer in layers]
-        values.append([drop for drop, _ in row])
-        hovers.append([text for _, text in row])
-        gaps += [(x, str(span), text) for x, (drop, text) in by_layer.items() if drop is None]
-    largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
+    for kind in kinds:
+        there = layers_of(kind, cell)
+        records, texts = along_layers(cell, kind, layers)
+        values.append([finite(r.accuracy_drop, measure.scale) if r else None for r in records])
+        hovers.append([t if layer in there else "" for layer, t in zip(layers, texts, strict=True)])
+    largest = strongest(values)
     most = formats.three_digits(largest)
-    labels = [str(span) for span in spans]
-    return chart(
+    return centred_map(
         span_title(cell, component),
-        centred_map(
-            measure.change,
-            (layers, labels, values, hovers),
-            {"undefined": gaps},
-            largest,
-            (f"−{most}<br>removal helps", "0<br>no change", most),
-        ),
-        165 + 30 * len(spans),
-        margin={"b": 105},
+        measure.change,
+        columns=layers,
+        rows=[str(kind.span) for kind in kinds],
+        values=values,
+        hovers=hovers,
+        ticks=(f"−{most}<br>removal helps", "0<br>no change", most),
+        largest=largest,
+        height=165 + 30 * len(kinds),
         xaxis=layer_axis(layers, "first layer (0-based)"),
         yaxis=ROWS | {"title": {"text": "layers"}},
     )
@@ -171,63 +152,76 @@ def _spans(cell: CellRecord, component: Component) -> list[int]:
     ]
 
 
+def strongest(values: Sequence[Sequence[float | None]]) -> float:
+    """Find the size of the largest value of a map, 1 where all are 0 or none is defined."""
+    return max((abs(v) for row in values for v in row if v is not None), default=0) or 1
+
+
 def centred_map(
+    title: str,
     name: str,
-    content: tuple[
-        Sequence[int | str], list[str], Sequence[Sequence[float | None]], list[list[str]]
-    ],
-    marks: Mapping[str, Sequence[tuple[int, str, str]]],
-    largest: float,
+    *,
+    columns: Sequence[int | str],
+    rows: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    hovers: Sequence[Sequence[str]],
     ticks: tuple[str, str, str],
-) -> list[dict[str, Any]]:
-    """Draw a heat map whose colours are centred at 0, with marks on it.
+    largest: float,
+    height: int,
+    crosses: bool = True,
+    **layout: Any,
+) -> Chart:
+    """Draw a heat map whose colours are centred at 0.
 
     Args:
+        title: What is seen, in plain text.
         name: What is mapped; the trace's name.
-        content: Columns, row labels (plotly's markup), values and hover boxes.
-        marks: Trace name → layer, row label and hover box of each mark: crosses where the name is
-            `undefined`, dots otherwise.
-        largest: The value of the strongest colour.
+        columns: Where its columns are.
+        rows: Labels of its rows (plotly's markup).
+        values: Its rows; None is a gap.
+        hovers: The hover box of each value.
         ticks: What stands below the colours of -largest, 0 and largest.
+        largest: The value of the strongest colour.
+        height: In pixels.
+        crosses: Whether gaps with a hover box are marked (trace `undefined`).
+        layout: The axes: `xaxis`, and `yaxis` where it is not `ROWS`.
 
     Returns:
-        The traces.
+        The chart.
     """
-    layers, labels, values, hovers = content
-    return [
-        {
-            "type": "heatmap",
-            "name": name,
-            "x": layers,
-            "y": labels,
-            "z": values,
-            "zmin": -largest,
-            "zmid": 0,
-            "zmax": largest,
-            "colorscale": _SCALE,
-            "xgap": 1,
-            "ygap": 1,
-            "hovertext": hovers,
-            "hoverinfo": "text",
-            "hoverongaps": False,
-            "colorbar": {
-                **COLOUR_BAR,
-                "tickvals": [-largest, 0, largest],
-                "ticktext": list(ticks),
-            },
-        },
-        *(
-            {
-                "type": "scatter",
-                "name": mark,
-                "x": [layer for layer, _, _ in places],
-                "y": [label for _, label, _ in places],
-                "mode": "markers",
-                "marker": _CROSS if mark == "undefined" else _DOT,
-                "hovertext": [hover for _, _, hover in places],
-                "hoverinfo": "text",
-                "showlegend": False,
-            }
-            for mark, places in marks.items()
-        ),
-    ]
+    heat = trace(
+        "heatmap",
+        name,
+        columns,
+        rows,
+        hovers,
+        z=values,
+        zmin=-largest,
+        zmid=0,
+        zmax=largest,
+        colorscale=_SCALE,
+        xgap=1,
+        ygap=1,
+        hoverongaps=False,
+        colorbar=COLOUR_BAR | {"tickvals": [-largest, 0, largest], "ticktext": list(ticks)},
+    )
+    data = [heat]
+    if crosses:
+        gaps = [
+            (column, row, hover)
+            for row, figures, texts in zip(rows, values, hovers, strict=True)
+            for column, value, hover in zip(columns, figures, texts, strict=True)
+            if value is None and hover
+        ]
+        data.append(marks("undefined", gaps, _CROSS))
+    return chart(title, data, height, margin={"b": 105}, **({"yaxis": ROWS} | layout))
+
+
+def marks(
+    name: str, places: Sequence[tuple[int | str, str, str]], marker: Mapping[str, Any] = _DOT
+) -> dict[str, Any]:
+    """Mark places of a map: column, row label and hover box of each."""
+    columns, rows, hovers = zip(*places, strict=True) if places else ((), (), ())
+    return trace(
+        "scatter", name, columns, rows, hovers, mode="markers", marker=marker, showlegend=False
+    )

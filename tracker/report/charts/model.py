@@ -12,6 +12,7 @@ from tracker.core.proxies import OBSERVED, Proxy
 from tracker.core.records import WHOLE_LAYER, CellRecord, layers_of
 from tracker.report.charts.hover import estimate_hover
 from tracker.report.charts.style import (
+    FEW,
     MANY,
     MATTERS,
     Chart,
@@ -20,6 +21,7 @@ from tracker.report.charts.style import (
     finite,
     layer_axis,
     line,
+    trace,
     value_axis,
     wrap,
 )
@@ -27,8 +29,6 @@ from tracker.report.layer_figures import layer_relevance, why_undefined
 from tracker.report.leaderboard.layers import LayerBoard
 from tracker.report.wording import benchmark_labels
 
-_FEW = 3
-"""So many lines can carry their intervals and still be told apart."""
 _TOP = 0.96
 """Where the first panel ends: its title stands above it."""
 
@@ -40,60 +40,26 @@ def relevance_curves(board: LayerBoard, label: str) -> Chart:
     several.
     """
     cells = board.cells
-    labels = benchmark_labels(cells)
-    layers = sorted(standing.layer for standing in board.layers)
+    layers = [standing.layer for standing in board.by_depth]
+    few = len(cells) <= FEW
     data = []
-    for number, (cell, name) in enumerate(zip(cells, labels, strict=True)):
-        found = [layer_relevance(cell, layer) for layer in layers]
-        aside = 0.12 * (number - (len(cells) - 1) / 2) if len(cells) <= _FEW else 0
-        data.append(
-            _trace(
-                name,
-                [layer + aside for layer in layers],
-                found,
-                [
-                    estimate_hover(
-                        f"layer {layer} · {name}",
-                        "accuracy relevance",
-                        estimate,
-                        two_digits,
-                        cell.documents,
-                    )
-                    for layer, estimate in zip(layers, found, strict=True)
-                ],
-            )
-            | {"line": line(number), "marker": {"size": 4}, "showlegend": 1 < len(cells) <= MANY}
-        )
+    for number, (cell, name) in enumerate(zip(cells, benchmark_labels(cells), strict=True)):
+        aside = 0.12 * (number - (len(cells) - 1) / 2) if few else 0
+        figures = [layer_relevance(cell, layer) for layer in layers]
+        drawn = _relevance(name, layers, figures, [cell.documents] * len(layers), aside)
         # Many lines step back behind their mean.
-        data[-1]["opacity"] = 1 if len(cells) <= _FEW else 0.55
-        if len(cells) <= _FEW:
-            data[-1]["error_y"] = errors(found, thickness=0.8, color=line(number)["color"])
+        drawn |= {"line": line(number), "marker": {"size": 4}, "opacity": 1 if few else 0.55}
+        drawn["showlegend"] = 1 < len(cells) <= MANY
+        if few:
+            drawn["error_y"] = errors(figures, thickness=0.8, color=line(number)["color"])
+        data.append(drawn)
     if len(cells) > 1:
-        by_layer = {standing.layer: standing for standing in board.layers}
-        means = [by_layer[layer].relevance for layer in layers]
-        data.append(
-            _trace(
-                "mean",
-                layers,
-                means,
-                [
-                    estimate_hover(
-                        f"layer {layer} · mean",
-                        "accuracy relevance",
-                        estimate,
-                        two_digits,
-                        counted(by_layer[layer].benchmarks, "benchmark"),
-                    )
-                    for layer, estimate in zip(layers, means, strict=True)
-                ],
-            )
-            | {
-                "line": {"color": MATTERS, "width": 3},
-                "marker": {"size": 6},
-                "error_y": errors(means, thickness=2, color=MATTERS),
-                "showlegend": True,
-            }
-        )
+        means = [standing.relevance for standing in board.by_depth]
+        samples = [counted(standing.benchmarks, "benchmark") for standing in board.by_depth]
+        drawn = _relevance("mean", layers, means, samples)
+        drawn |= {"line": {"color": MATTERS, "width": 3}, "marker": {"size": 6}}
+        drawn["error_y"] = errors(means, thickness=2, color=MATTERS)
+        data.append(drawn | {"showlegend": True})
     return chart(
         relevance_title(board, label),
         data,
@@ -103,16 +69,34 @@ def relevance_curves(board: LayerBoard, label: str) -> Chart:
     )
 
 
+def _relevance(
+    name: str,
+    layers: Sequence[int],
+    figures: Sequence[Estimate],
+    samples: Sequence[str],
+    aside: float = 0,
+) -> dict[str, Any]:
+    """Draw the relevance of layers, `aside` of their places, with what each rests on."""
+    hover = [
+        estimate_hover(f"layer {layer} · {name}", "accuracy relevance", figure, two_digits, of)
+        for layer, figure, of in zip(layers, figures, samples, strict=True)
+    ]
+    places = [layer + aside for layer in layers]
+    values = [finite(figure.value) for figure in figures]
+    return trace("scatter", html.escape(name), places, values, hover, mode="lines+markers")
+
+
 def relevance_title(board: LayerBoard, label: str) -> str:
     """Say in plain text which layer matters most."""
     text = f"{label}: accuracy relevance over depth, {counted(len(board.cells), 'benchmark')}"
-    top = next((one for one in board.layers if one.rank is not None), None)
+    top = next(iter(board.ranked), None)
     if top is None or not defined(top.relevance.value):
         return text
     between = interval(top.relevance.low, top.relevance.high, two_digits)
     mean = "mean " if len(board.cells) > 1 else ""
-    return f"{text}; layer {top.layer} matters most ({mean}{two_digits(top.relevance.value)}" + (
-        f", 95 % interval {between})" if between else ", no interval)"
+    return (
+        f"{text}; layer {top.layer} matters most ({mean}{two_digits(top.relevance.value)}, "
+        f"{f'95 % interval {between}' if between else 'no interval'})"
     )
 
 
@@ -128,57 +112,33 @@ def proxy_curves(cells: Sequence[CellRecord], label: str) -> Chart:
     heads = []
     gap = 0.225 / len(OBSERVED)
     step = (_TOP + gap) / len(OBSERVED)
-    for panel, proxy in enumerate(OBSERVED, 1):
+    head = {"showarrow": False, "xref": "paper", "x": 0, "xanchor": "left"}
+    head |= {"y": 1, "yanchor": "bottom"}
+    for place, proxy in enumerate(OBSERVED):
+        panel = str(place + 1) if place else ""
         drawn: list[float | None] = []
         for number, (cell, name) in enumerate(zip(cells, labels, strict=True)):
             values, hover = _proxy(cell, proxy, name, layers)
             drawn += values
-            data.append(
-                {
-                    "type": "scatter",
-                    "name": html.escape(name),
-                    "legendgroup": str(number),
-                    "showlegend": panel == 1 and 1 < len(cells) <= MANY,
-                    "x": layers,
-                    "y": values,
-                    "yaxis": f"y{panel}" if panel > 1 else "y",
-                    "mode": "lines+markers",
-                    "line": line(number),
-                    "marker": {"size": 4},
-                    "hovertext": hover,
-                    "hoverinfo": "text",
-                }
-            )
-        top = _TOP - (panel - 1) * step
-        domain = [max(top - step + gap, 0), top]
-        axis = value_axis(proxy.heading, drawn) | {"domain": domain}
-        # Above its panel, where a phone has room for it.
-        heads.append(_head(axis.pop("title")["text"], panel))
-        axes[f"yaxis{panel}" if panel > 1 else "yaxis"] = axis
-    along = layer_axis(layers) | {"anchor": f"y{len(OBSERVED)}"}
+            curve = trace("scatter", html.escape(name), layers, values, hover, yaxis=f"y{panel}")
+            curve |= {"mode": "lines+markers", "line": line(number), "marker": {"size": 4}}
+            curve |= {"legendgroup": str(number)}
+            curve["showlegend"] = not place and 1 < len(cells) <= MANY
+            data.append(curve)
+        top = _TOP - place * step
+        axis = value_axis(proxy.heading, drawn) | {"domain": [max(top - step + gap, 0), top]}
+        # Its title stands above its panel, where a phone has room for it.
+        heads.append(head | {"text": axis.pop("title")["text"], "yref": f"y{panel} domain"})
+        axes[f"yaxis{panel}"] = axis
     return chart(
         proxy_title(cells, label),
         data,
         200 * len(OBSERVED),
-        xaxis=along,
+        xaxis=layer_axis(layers) | {"anchor": f"y{len(OBSERVED)}"},
         **axes,
         annotations=heads,
         legend={"tracegroupgap": 0, "y": 1.04},
     )
-
-
-def _head(text: str, panel: int) -> dict[str, Any]:
-    """Write the title of a panel's axis above it."""
-    return {
-        "text": text,
-        "showarrow": False,
-        "xref": "paper",
-        "x": 0,
-        "xanchor": "left",
-        "yref": f"y{panel if panel > 1 else ''} domain",
-        "y": 1,
-        "yanchor": "bottom",
-    }
 
 
 def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
@@ -196,20 +156,6 @@ def proxy_title(cells: Sequence[CellRecord], label: str) -> str:
     return f"{text}; the cosine score is highest in layer {top} (mean {write('proxy', means[top])})"
 
 
-def _trace(
-    name: str, x: Sequence[float], found: Sequence[Estimate], hover: list[str]
-) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "name": html.escape(name),
-        "x": list(x),
-        "y": [finite(estimate.value) for estimate in found],
-        "mode": "lines+markers",
-        "hovertext": hover,
-        "hoverinfo": "text",
-    }
-
-
 def _proxy(
     cell: CellRecord, proxy: Proxy, name: str, layers: Sequence[int]
 ) -> tuple[list[float | None], list[str]]:
@@ -218,13 +164,9 @@ def _proxy(
     values: list[float | None] = []
     hover = []
     for layer in layers:
-        record = records.get(layer)
-        value = finite(record.figure(proxy.name)) if record else None
-        says = (
-            f"undefined: {wrap(why_undefined(cell, layer, proxy.name))}"
-            if value is None
-            else write("proxy", value)
-        )
+        value = finite(records[layer].figure(proxy.name)) if layer in records else None
+        undefined = f"undefined: {wrap(why_undefined(cell, layer, proxy.name))}"
+        says = undefined if value is None else write("proxy", value)
         values.append(value)
         hover.append(
             f"<b>{wrap(f'layer {layer} · {name}')}</b><br>{proxy.heading} {says}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tracker.core.records import CellRecord
 from tracker.report.charts.maps import COLOUR_BAR
-from tracker.report.charts.style import GREY, Chart, chart
+from tracker.report.charts.style import GREY, Chart, chart, trace
 from tracker.report.leaderboard.proxies import rankings
 from tracker.report.sentences import ranks_differ
 
@@ -32,38 +32,26 @@ def rank_map(cells: Sequence[CellRecord], label: str) -> Chart:
     step = 1 if all(rank % 1 == 0 for both in there for rank in both) else 2
     places = [rank / step for rank in range(step, step * count + 1)]
     most = max(map(len, there.values()), default=1)
+    bar = {"title": {"text": "benchmarks", "side": "top"}, "dtick": 1 if most <= 10 else None}
+    ends = [0.5, count + 0.5]
     data = [
-        {
-            "type": "heatmap",
-            "name": "layers",
-            "x": places,
-            "y": places,
-            "z": [[len(there.get((y, x), ())) or None for x in places] for y in places],
-            "zmin": 0,
-            "zmax": most,
-            "colorscale": _COUNTS,
-            "showscale": len(found) > 1,
-            "colorbar": {
-                **COLOUR_BAR,
-                "title": {"text": "benchmarks", "side": "top"},
-                "dtick": 1 if most <= 10 else None,
-            },
-            "hovertext": [
-                [_rank_hover(y, x, there.get((y, x), [])) for x in places] for y in places
-            ],
-            "hoverinfo": "text",
-            "hoverongaps": False,
-        },
-        {
-            "type": "scatter",
-            "name": "equal ranks",
-            "x": [0.5, count + 0.5],
-            "y": [0.5, count + 0.5],
-            "mode": "lines",
-            "line": {"color": GREY, "width": 1, "dash": "dot"},
-            "hoverinfo": "skip",
-            "showlegend": False,
-        },
+        trace(
+            "heatmap",
+            "layers",
+            places,
+            places,
+            [[_rank_hover(y, x, there.get((y, x), [])) for x in places] for y in places],
+            z=[[len(there.get((y, x), ())) or None for x in places] for y in places],
+            zmin=0,
+            zmax=most,
+            colorscale=_COUNTS,
+            showscale=len(found) > 1,
+            colorbar=COLOUR_BAR | bar,
+            hoverongaps=False,
+        ),
+        {"type": "scatter", "name": "equal ranks", "x": ends, "y": ends, "mode": "lines"}
+        | {"line": {"color": GREY, "width": 1, "dash": "dot"}}
+        | {"hoverinfo": "skip", "showlegend": False},
     ]
     axis = {"showgrid": False, "zeroline": False, "constrain": "domain", "tickangle": 0}
     axis |= {"tick0": 1, "dtick": 1} if count <= 12 else {"tick0": 0, "dtick": 5}
@@ -72,15 +60,10 @@ def rank_map(cells: Sequence[CellRecord], label: str) -> Chart:
         data,
         520,
         margin={"b": 105 if len(found) > 1 else 50},
-        xaxis=axis
-        | {"range": [0.5, count + 0.5], "title": {"text": "rank by cosine score (1 = highest)"}},
+        xaxis=axis | {"range": ends, "title": {"text": "rank by cosine score (1 = highest)"}},
         yaxis=axis
-        | {
-            "range": [count + 0.5, 0.5],
-            "scaleanchor": "x",
-            "constraintoward": "top",
-            "title": {"text": "rank by accuracy drop (1 = largest)"},
-        },
+        | {"range": ends[::-1], "title": {"text": "rank by accuracy drop (1 = largest)"}}
+        | {"scaleanchor": "x", "constraintoward": "top"},
     )
 
 
@@ -88,6 +71,6 @@ def _rank_hover(true: float, proxy: float, who: Sequence[str]) -> str:
     if not who:
         return ""
     lines = [f"<b>rank {true:g} by accuracy drop, {proxy:g} by cosine score</b>"]
-    lines += [html.escape(one) for one in who[:_NAMED]]
+    lines += [html.escape(layer) for layer in who[:_NAMED]]
     lines += [f"and {len(who) - _NAMED} more"] if len(who) > _NAMED else []
     return "<br>".join(lines)

@@ -31,6 +31,8 @@ LINES = (
 )  # fmt: skip
 """Colours of lines side by side; all are mid-tones, legible on white and on black."""
 _DASHES = ("solid", "dash", "dot")
+FEW = 3
+"""So many lines can carry their intervals and still be told apart."""
 MANY = 20
 """With more lines than this, a legend would be larger than its chart; hover boxes name them."""
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
@@ -108,6 +110,14 @@ def chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) ->
     return Chart(title, data, {"height": height, "margin": margin, **layout})
 
 
+def trace(
+    kind: str, name: str, x: Sequence[Any], y: Sequence[Any], hover: Sequence[Any], **look: Any
+) -> dict[str, Any]:
+    """Draw figures with a hover box each; `kind` is plotly's `type`, `look` what else there is."""
+    content = {"type": kind, "name": name, "x": x, "y": y, "hovertext": hover}
+    return content | {"hoverinfo": "text"} | look
+
+
 def _is_named(trace: dict[str, Any]) -> bool:
     """Whether it stands in a legend: without a word on it, where it is not alone."""
     return bool(trace.get("showlegend", trace.get("type") == "scatter"))
@@ -164,19 +174,17 @@ def errors(figures: Sequence[Estimate | None], scale: float = 1, **look: Any) ->
 
     `look` is whatever differs from a thin grey line.
     """
-    up: list[float | None] = []
-    down: list[float | None] = []
-    for found in figures:
-        value = finite(found.value, scale) if found else None
-        low = finite(found.low, scale) if found else None
-        high = finite(found.high, scale) if found else None
-        up.append(None if value is None or high is None else high - value)
-        down.append(None if value is None or low is None else value - low)
+
+    def reach(start: float | None, end: float | None) -> float | None:
+        first, last = finite(start, scale), finite(end, scale)
+        return None if first is None or last is None else last - first
+
+    known = [figure or Estimate(None) for figure in figures]
     return {
         "type": "data",
         "symmetric": False,
-        "array": up,
-        "arrayminus": down,
+        "array": [reach(figure.value, figure.high) for figure in known],
+        "arrayminus": [reach(figure.low, figure.value) for figure in known],
         "width": 0,
         "thickness": 1.2,
         "color": GREY,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from tracker.core.provenance import content_hash
 from tracker.core.records import CellRecord
@@ -37,30 +37,26 @@ def countable(cells: Sequence[CellRecord]) -> tuple[list[CellRecord], dict[str, 
     Besides: benchmark → why it, or another cell of it, does not count.
     """
     labels = dict(zip(map(id, cells), benchmark_labels(cells), strict=True))
-    left_out: dict[str, str] = {}
-    best: dict[str, CellRecord] = {}
     later = outdated(cell for cell in cells if not unusable(cell))
+    left_out: dict[str, str] = {}
+    usable: list[CellRecord] = []
     for cell in cells:
-        if why := unusable(cell) or _why_outdated(cell, later, labels):
+        if why := unusable(cell):
             left_out[labels[id(cell)]] = why
-        elif (known := best.get(cell.benchmark.name)) is None or worth(known) < worth(cell):
-            best[cell.benchmark.name] = cell
-    for cell in cells:
-        counts = best.get(cell.benchmark.name)
-        if counts is not None and counts is not cell and labels[id(cell)] not in left_out:
+        elif latest := later.get(id(cell)):
+            label = labels[id(latest)]
+            why = f"its task was edited since: what was measured last counts, {label}"
+            left_out[labels[id(cell)]] = why
+        else:
+            usable.append(cell)
+    best: dict[str, CellRecord] = {}
+    for cell in usable:
+        name = cell.benchmark.name
+        best[name] = max(best.get(name, cell), cell, key=worth)
+    for cell in usable:
+        if (counts := best[cell.benchmark.name]) is not cell:
             left_out[labels[id(cell)]] = f"the benchmark counts once, as {labels[id(counts)]}"
-    return [cell for cell in cells if best.get(cell.benchmark.name) is cell], left_out
-
-
-def _why_outdated(
-    cell: CellRecord, later: Mapping[int, CellRecord], labels: Mapping[int, str]
-) -> str:
-    """Say that a cell's benchmark was edited since; empty where it was not."""
-    if id(cell) not in later:
-        return ""
-    return (
-        f"its task was edited since: what was measured last counts, {labels[id(later[id(cell)])]}"
-    )
+    return [cell for cell in usable if best[cell.benchmark.name] is cell], left_out
 
 
 def worth(cell: CellRecord) -> tuple[int, int, bool, bool]:

@@ -5,7 +5,7 @@ Only what is comparable is averaged: a benchmark counts once in a model's mean."
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
@@ -34,9 +34,9 @@ class LayerStanding:
     drop: Estimate
     cosine_score: float | None
     benchmarks: int
-    rank: int | None = None
-    best_rank: int | None = None
-    worst_rank: int | None = None
+    rank: int | None
+    best_rank: int | None
+    worst_rank: int | None
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,24 @@ class LayerBoard:
     model: ModelIdentity
     cells: tuple[CellRecord, ...]
     layers: tuple[LayerStanding, ...]
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str]
+
+    @property
+    def ranked(self) -> list[LayerStanding]:
+        """Those that have a rank, the most relevant first."""
+        return [standing for standing in self.layers if standing.rank is not None]
+
+    @property
+    def by_depth(self) -> list[LayerStanding]:
+        """All of them, the first layer first."""
+        return sorted(self.layers, key=lambda standing: standing.layer)
 
 
 def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
     """Rank the layers of one model; none where no benchmark counts."""
     counted, left_out = countable(cells)
-    layers = sorted({run.layer for cell in counted for run in cell.whole_layers})
-    by_cell = [{run.layer: run for run in cell.whole_layers} for cell in counted]
+    by_cell = [cell.runs_of() for cell in counted]
+    layers = sorted({layer for runs in by_cell for layer in runs})
     relevances = {
         layer: [
             relevance_estimate(cell, runs[layer])
@@ -67,31 +77,31 @@ def layer_board(cells: Sequence[CellRecord]) -> LayerBoard:
         ]
         for layer in layers
     }
-    full = [
-        layer
+    benchmarks = {
+        layer: sum(relevance.value is not None for relevance in relevances[layer])
         for layer in layers
-        if sum(found.value is not None for found in relevances[layer]) == len(counted)
-    ]
+    }
+    full = [layer for layer in layers if benchmarks[layer] == len(counted)]
     means = {layer: mean(relevances[layer]) for layer in layers}
-    rank = dict(zip(full, places([means[layer].value for layer in full]), strict=True))
+    ranks = dict(zip(full, places([means[layer].value for layer in full]), strict=True))
     single = [
         places([relevances[layer][place].value for layer in full]) for place in range(len(counted))
     ]
+    single_ranks = dict(zip(full, zip(*single, strict=True), strict=True))
     standings = []
     for layer in layers:
-        runs = [found[layer] for found in by_cell if layer in found]
+        runs = [of_cell[layer] for of_cell in by_cell if layer in of_cell]
         scores = [run.cosine_score for run in runs if run.cosine_score is not None]
-        mine = [ranks[full.index(layer)] for ranks in single] if layer in rank else []
         standings.append(
             LayerStanding(
                 layer=layer,
                 relevance=means[layer],
                 drop=mean([run.drop for run in runs]),
                 cosine_score=sum(scores) / len(scores) if len(scores) == len(runs) else None,
-                benchmarks=sum(found.value is not None for found in relevances[layer]),
-                rank=rank.get(layer),
-                best_rank=min(mine, default=None),
-                worst_rank=max(mine, default=None),
+                benchmarks=benchmarks[layer],
+                rank=ranks.get(layer),
+                best_rank=min(single_ranks.get(layer, ()), default=None),
+                worst_rank=max(single_ranks.get(layer, ()), default=None),
             )
         )
     standings.sort(key=lambda s: (s.rank is None, s.rank, s.layer))

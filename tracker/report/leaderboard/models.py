@@ -7,7 +7,7 @@ those that most models share. A model that lacks one has no rank, and the others
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from tracker.core.estimates import Estimate
 from tracker.core.identities import ModelIdentity
@@ -57,7 +57,7 @@ class ModelBoard:
 
     models: tuple[ModelStanding, ...]
     benchmarks: tuple[str, ...]
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str]
 
 
 def model_board(cells: Sequence[CellRecord]) -> ModelBoard:
@@ -116,11 +116,9 @@ def _shared(known: Sequence[Mapping[str, CellRecord]]) -> tuple[list[str], list[
         shared = [key for key in holders if set(places) <= set(holders[key])]
         later = outdated(mine[key] for key in shared)
         for key in shared:
-            name = every[key].benchmark.name
-            if id(mine[key]) not in later and (
-                name not in best or worth(every[best[name]]) < worth(every[key])
-            ):
-                best[name] = key
+            if id(mine[key]) not in later:
+                name = every[key].benchmark.name
+                best[name] = max(best.get(name, key), key, key=lambda key: worth(every[key]))
         return [key for key in holders if key in best.values()]
 
     def preference(key: str) -> tuple[int, int, tuple[int, int, bool, bool], str]:
@@ -146,8 +144,7 @@ def _not_shared(
 def _lacking_layers(cell: CellRecord) -> str | None:
     """Say which layers of the model have no relevance: the mean of the others is not its own."""
     known = {run.layer for run in cell.whole_layers if run.accuracy_relevance is not None}
-    lacking = [layer for layer in range(cell.model.layers) if layer not in known]
-    if not lacking:
+    if known.issuperset(range(cell.model.layers)):
         return None
     return f"{len(known)} of {cell.model.layers} layers have a relevance, and a model counts whole"
 
@@ -157,7 +154,7 @@ def _model_standing(model: ModelIdentity, cells: Sequence[CellRecord], why: str)
         nothing = Estimate(None, reason=why)
         return ModelStanding(model, nothing, nothing, None, None, 0)
     board = layer_board(cells)
-    layers = [standing for standing in board.layers if standing.rank is not None]
+    layers = board.ranked
     costly = {
         run.layer
         for cell in cells

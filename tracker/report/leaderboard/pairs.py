@@ -28,6 +28,11 @@ class SharedBenchmark:
     n: int
     differences: dict[int, Estimate]
 
+    def difference(self, layer: int) -> Estimate:
+        """Find the difference of a layer, or why there is none."""
+        nothing = Estimate(None, reason="not measured in both models")
+        return self.differences.get(layer, nothing)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -40,6 +45,11 @@ class Pair:
     other: str
     measure: Measure
     comparisons: tuple[SharedBenchmark, ...]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that some benchmark compares."""
+        return sorted({layer for shared in self.comparisons for layer in shared.differences})
 
 
 def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
@@ -65,7 +75,7 @@ def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
         names = benchmark_labels(mine)
         for measure in measures:
             comparisons = tuple(
-                SharedBenchmark(name, cell.n, dict(compare(cell, known[j][key])))
+                SharedBenchmark(name, cell.n, compare(cell, known[j][key]))
                 for key, cell, name in zip(shared, mine, names, strict=True)
                 if measure_of(cell) == measure
             )
@@ -73,14 +83,14 @@ def pairs_of(cells: Sequence[CellRecord]) -> tuple[list[Pair], int]:
     return found[:MOST], total
 
 
-def compare(one: CellRecord, other: CellRecord) -> list[tuple[int, Estimate]]:
+def compare(one: CellRecord, other: CellRecord) -> dict[int, Estimate]:
     """Subtract the accuracy drops of another model (or precision) from those of one.
 
     Both have as many layers; the differences are of the whole layers that both measured.
     """
-    theirs = {run.layer: run for run in other.whole_layers}
-    return [
-        (run.layer, difference(run.drop, theirs[run.layer].drop))
+    theirs = other.runs_of()
+    return {
+        run.layer: difference(run.drop, theirs[run.layer].drop)
         for run in one.whole_layers
         if run.layer in theirs
-    ]
+    }

@@ -12,7 +12,7 @@ from tracker.core.formats import defined
 from tracker.core.proxies import OBSERVED
 from tracker.core.records import CellRecord
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
-from tracker.report.wording import benchmark_labels
+from tracker.report.wording import benchmark_labels, correlation
 from tracker.stats.rank_agreement import midranks, places, ranks_apart
 
 Array = NDArray[np.float64]
@@ -66,11 +66,10 @@ def cosine_ranks(board: LayerBoard) -> dict[int, int]:
     Equal ones share the better rank. Only layers that have a rank of their own have one, and none
     where one of their scores is undefined.
     """
-    ranked = [standing for standing in board.layers if standing.rank is not None]
-    scores = [standing.cosine_score for standing in ranked if defined(standing.cosine_score)]
-    if not scores or len(scores) < len(ranked):
+    scores = {standing.layer: standing.cosine_score for standing in board.ranked}
+    if not scores or not all(map(defined, scores.values())):
         return {}
-    return {standing.layer: rank for standing, rank in zip(ranked, places(scores), strict=True)}
+    return dict(zip(scores, places(list(scores.values())), strict=True))
 
 
 def misjudged(board: LayerBoard) -> list[Misjudged]:
@@ -79,13 +78,15 @@ def misjudged(board: LayerBoard) -> list[Misjudged]:
     There are `MOST` at most; layers in their right place are not among them.
     """
     by_cosine = cosine_ranks(board)
-    found = [
-        Misjudged(one, by_cosine[one.layer], abs(one.rank - by_cosine[one.layer]))
-        for one in board.layers
-        if one.rank is not None and one.layer in by_cosine
+    wrong = [
+        Misjudged(
+            standing, by_cosine[standing.layer], abs(standing.rank - by_cosine[standing.layer])
+        )
+        for standing in board.layers
+        if standing.rank is not None
+        and by_cosine.get(standing.layer, standing.rank) != standing.rank
     ]
-    wrong = [one for one in found if one.off]
-    return sorted(wrong, key=lambda one: (-one.off, one.standing.rank, one.standing.layer))[:MOST]
+    return sorted(wrong, key=lambda misplaced: -misplaced.off)[:MOST]  # ties stay in their order
 
 
 def _figures(cell: CellRecord, proxy: str) -> tuple[list[int], Array, Array]:
@@ -108,14 +109,12 @@ class Agreement:
         spearman: Spearman with the accuracy drop in every cell where it is defined.
         differ: Mean share of layers whose rank differs between proxy and drop.
         chance: The share that two random orders would give.
-        cells: Cells behind `differ`.
     """
 
     proxy: str
     spearman: tuple[float, ...]
     differ: float | None
     chance: float | None
-    cells: int
 
 
 def agreements(cells: Sequence[CellRecord]) -> list[Agreement]:
@@ -130,17 +129,11 @@ def _on_the_same_documents(cells: Sequence[CellRecord]) -> list[CellRecord]:
 
 
 def _agreement(proxy: str, cells: Sequence[CellRecord]) -> Agreement:
-    spearman = [
-        found.value
-        for cell in cells
-        for found in cell.correlations
-        if (found.proxy, found.coefficient, found.subset) == (proxy, "spearman", "all")
-        and found.value is not None
+    records = [correlation(cell, proxy=proxy) for cell in cells]
+    spearman = [record.value for record in records if record and record.value is not None]
+    figures = [_figures(cell, proxy) for cell in cells]
+    shares = [
+        ranks_apart(row[None], drops[None]) for layers, drops, row in figures if len(layers) > 2
     ]
-    shares = []
-    for cell in cells:
-        layers, drops, figures = _figures(cell, proxy)
-        if len(layers) > 2:
-            shares.append(ranks_apart(figures[None], drops[None]))
     differ, chance = np.mean(shares, axis=0).tolist() if shares else (None, None)
-    return Agreement(proxy, tuple(spearman), differ, chance, len(shares))
+    return Agreement(proxy, tuple(spearman), differ, chance)

@@ -1,14 +1,15 @@
 """Tables of the leaderboards: layers within a model, layers misjudged, models, and pairs.
 
-The columns of both leaderboards are stated once; data frames and trackers pick from them by name.
+The columns of both leaderboards are stated once, as code gets them; people are shown some of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-from tracker.core.estimates import Estimate
+from tracker.core.estimates import Estimate, Unit
 from tracker.core.formats import counted, layer_list
 from tracker.core.proxies import OBSERVED, PROXIES, Proxy
 from tracker.core.records import NO_REASON, WHOLE_LAYER, CellRecord, layers_of
@@ -18,29 +19,15 @@ from tracker.report.caveats import provenance_notes
 from tracker.report.layer_figures import layer_relevance, relative_depth, why_undefined
 from tracker.report.leaderboard.layers import LayerBoard, LayerStanding
 from tracker.report.leaderboard.models import ModelBoard, ModelStanding
-from tracker.report.leaderboard.pairs import Pair, SharedBenchmark
+from tracker.report.leaderboard.pairs import Pair
 from tracker.report.leaderboard.proxies import Misjudged, cosine_ranks, misjudged, rankings
-from tracker.report.wording import benchmark_labels
+from tracker.report.wording import benchmark_labels, model_labels
 
 _NO_RANK = "not defined on every benchmark"
 _NO_SCORE = "undefined on a benchmark, or in a layer that has a rank"
 _RELEVANCE = "mean relevance with 95 % interval"
 _DROP = "mean accuracy drop with 95 % interval"
 _SCORE = f"mean {PROXIES['cosine_score'].heading}"
-LAYER_BOARD = (
-    *("model", "rank", "layer"),
-    *("accuracy_relevance", "accuracy_relevance_low", "accuracy_relevance_high"),
-    *("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "cosine_score"),
-    *("best_rank", "worst_rank", "benchmarks"),
-)
-"""Names of the columns that code gets of a leaderboard of layers."""
-MODEL_BOARD = (
-    *("model", "rank"),
-    *("accuracy_relevance", "accuracy_relevance_low", "accuracy_relevance_high"),
-    *("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"),
-    *("worst_layer", "costly_layers", "layers", "benchmarks"),
-)
-"""Names of the columns that code gets of the leaderboard of models."""
 
 
 class RankedLayer(NamedTuple):
@@ -52,95 +39,97 @@ class RankedLayer(NamedTuple):
 
 
 class RankedModel(NamedTuple):
-    """A row of the leaderboard of models."""
+    """A row of the leaderboard of models, which are ranked on so many `benchmarks`."""
 
     model: str
     standing: ModelStanding
-    board: ModelBoard
+    benchmarks: int
 
 
-def layer_board_rows(board: LayerBoard, label: str) -> list[RankedLayer]:
-    """List the layers of a model, the most relevant first."""
+def _standing(
+    name: str, label: str, unit: Unit, otherwise: str = "", field: str = ""
+) -> Column[Any]:
+    """State the column of a field of the rows' standings; the field is `name` where empty."""
+    return Column(label, unit, lambda row: getattr(row.standing, field or name), otherwise, name)
+
+
+def _with_ends(column: Column[Any]) -> tuple[Column[Any], ...]:
+    return (column, *column.ends())
+
+
+def layer_board_columns() -> tuple[Column[RankedLayer], ...]:
+    """State the columns of a leaderboard of layers that code gets."""
+    return (
+        Column("model", "text", lambda row: row.model, name="model"),
+        _standing("rank", "rank", "count", _NO_RANK),
+        _standing("layer", "layer (0-based)", "count"),
+        *_with_ends(_standing("accuracy_relevance", _RELEVANCE, "relevance", field="relevance")),
+        *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
+        _standing("cosine_score", _SCORE, "proxy", _NO_SCORE),
+        _standing("best_rank", "best rank", "count"),
+        _standing("worst_rank", "worst rank", "count"),
+        _standing("benchmarks", "benchmarks", "count"),
+    )
+
+
+def _layer_rows(board: LayerBoard, label: str) -> list[RankedLayer]:
     ranks = cosine_ranks(board)
-    return [RankedLayer(label, one, ranks.get(one.layer)) for one in board.layers]
+    return [RankedLayer(label, layer, ranks.get(layer.layer)) for layer in board.layers]
 
 
-def layer_board_columns() -> dict[str, Column[RankedLayer]]:
-    """State every column of a leaderboard of layers."""
-    relevance: Column[RankedLayer] = Column(
-        _RELEVANCE, "relevance", lambda row: row.standing.relevance, name="accuracy_relevance"
-    )
-    drop: Column[RankedLayer] = Column(
-        _DROP, "points", lambda row: row.standing.drop, name="accuracy_drop"
-    )
-    return named(
-        (
-            Column("model", "text", lambda row: row.model, name="model"),
-            Column("rank", "count", lambda row: row.standing.rank, _NO_RANK, "rank"),
-            Column("layer (0-based)", "count", lambda row: row.standing.layer, name="layer"),
-            *(relevance, *relevance.ends(), drop, *drop.ends()),
-            Column(
-                _SCORE, "proxy", lambda row: row.standing.cosine_score, _NO_SCORE, "cosine_score"
-            ),
-            Column(
-                "rank by cosine score", "count", lambda row: row.by_cosine, _NO_SCORE, "by_cosine"
-            ),
-            Column("best rank", "count", lambda row: row.standing.best_rank, name="best_rank"),
-            Column("worst rank", "count", lambda row: row.standing.worst_rank, name="worst_rank"),
-            Column(
-                *("rank on single benchmarks, best to worst", "count", _best_to_worst, _NO_RANK),
-                name="ranks",
-                interval=True,
-            ),
-            Column("benchmarks", "count", lambda row: row.standing.benchmarks, name="benchmarks"),
-        )
-    )
+def layer_board_data(boards: Sequence[LayerBoard]) -> Table:
+    """Lay the leaderboards of layers, one a model, out for code.
 
-
-def _best_to_worst(row: RankedLayer) -> Estimate:
-    best, worst = row.standing.best_rank, row.standing.worst_rank
-    return Estimate(best, best, worst)
+    One row for each model and layer (0-based), the most relevant first: means over `benchmarks`
+    benchmarks, fractions; `rank` is missing where a benchmark is lacking.
+    """
+    labelled = zip(boards, model_labels([board.model for board in boards]), strict=True)
+    rows = [row for board, label in labelled for row in _layer_rows(board, label)]
+    return table("", layer_board_columns(), rows)
 
 
 def layer_board_table(board: LayerBoard, label: str) -> Table:
     """Set the leaderboard of one model's layers, the most relevant first."""
-    rows = layer_board_rows(board, label)
+    columns = named(layer_board_columns())
+
+    def best_to_worst(row: RankedLayer) -> Estimate:
+        best, worst = row.standing.best_rank, row.standing.worst_rank
+        return Estimate(best, best, worst)
+
+    single = "rank on single benchmarks, best to worst"
     return table(
         f"{label}: its layers, ranked by mean accuracy relevance over "
         f"{counted(len(board.cells), 'benchmark')}.",
-        pick(
-            layer_board_columns(),
-            *("rank", "layer", "accuracy_relevance", "accuracy_drop", "cosine_score"),
-            *("by_cosine", "ranks", "benchmarks"),
-        ),
-        rows,
-        _notes(board, any(row.by_cosine is not None for row in rows)),
+        [
+            *pick(columns, "rank", "layer", "accuracy_relevance", "accuracy_drop", "cosine_score"),
+            Column("rank by cosine score", "count", lambda row: row.by_cosine, _NO_SCORE),
+            Column(single, "count", best_to_worst, _NO_RANK, interval=True),
+            columns["benchmarks"],
+        ],
+        _layer_rows(board, label),
+        _notes(board),
         header=1,
         sorted_by=0,
     )
 
 
-def _notes(board: LayerBoard, has_ranks: bool) -> tuple[str, ...]:
+def _notes(board: LayerBoard) -> list[str]:
     """Say why there are dashes."""
-    lacking = [one.layer for one in board.layers if one.rank is None]
-    total = len(board.layers)
-    found = [
-        (lacking, f"no rank: {_NO_RANK}"),
-        (
-            [one.layer for one in board.layers if one.cosine_score is None],
-            "no mean cosine score: undefined on a benchmark",
-        ),
+    layers = [standing.layer for standing in board.by_depth]
+    misses_cosine_ranks = board.ranked and not cosine_ranks(board)
+    dashes = {
+        f"no rank: {_NO_RANK}": [layer.layer for layer in board.by_depth if layer.rank is None],
+        "no mean cosine score: undefined on a benchmark": [
+            layer.layer for layer in board.by_depth if layer.cosine_score is None
+        ],
+        f"no rank by cosine score: {_NO_SCORE}": layers if misses_cosine_ranks else [],
+    }
+    notes = [
+        f"{layer_list(without, len(layers)).capitalize()}: {why}."
+        for why, without in dashes.items()
+        if without
     ]
-    if not has_ranks and len(lacking) < total:
-        found.append(([one.layer for one in board.layers], f"no rank by cosine score: {_NO_SCORE}"))
-    return (
-        *(
-            f"{layer_list(sorted(which), total).capitalize()}: {why}."
-            for which, why in found
-            if which
-        ),
-        *provenance_notes(board.cells),
-    )
+    return notes + provenance_notes(board.cells)
 
 
 def misjudged_table(board: LayerBoard, label: str) -> Table:
@@ -164,24 +153,16 @@ def misjudged_table(board: LayerBoard, label: str) -> Table:
 
 def relevance_interval_table(board: LayerBoard, label: str) -> Table:
     """Set the numbers behind the relevance curves: benchmarks and mean, with intervals."""
-
-    def column(cell: CellRecord, label: str) -> Column[LayerStanding]:
-        return Column(label, "relevance", lambda row: layer_relevance(cell, row.layer))
-
-    labelled = zip(board.cells, benchmark_labels(board.cells), strict=True)
+    means = {standing.layer: standing.relevance for standing in board.by_depth}
+    columns = [
+        Column(name, "relevance", partial(layer_relevance, cell))
+        for cell, name in zip(board.cells, benchmark_labels(board.cells), strict=True)
+    ]
     return table(
         f"{label}: accuracy relevance with 95 % intervals.",
-        [
-            layer_column().of(_layer),
-            *(column(cell, name) for cell, name in labelled),
-            Column("mean", "relevance", lambda row: row.relevance),
-        ],
-        sorted(board.layers, key=_layer),
+        [layer_column(), *columns, Column("mean", "relevance", means.__getitem__)],
+        means,
     )
-
-
-def _layer(standing: LayerStanding) -> int:
-    return standing.layer
 
 
 def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
@@ -209,28 +190,20 @@ def proxy_table(cells: Sequence[CellRecord], label: str) -> Table:
 
 def rank_table(cells: Sequence[CellRecord], label: str) -> Table:
     """Set the numbers behind the map of rank against rank: both ranks on each benchmark."""
-
-    def column(ranks: dict[int, float], head: str) -> Column[int]:
-        return Column(head, "rank", ranks.get, "the drop or the cosine score is undefined")
-
-    columns: list[Column[int]] = []
+    why = "the drop or the cosine score is undefined"
+    columns: list[Column[int]] = [layer_column()]
+    layers: set[int] = set()
     for ranking in rankings(cells):
         by_drop = {layer: rank for layer, rank, _ in ranking.rows}
         by_cosine = {layer: rank for layer, _, rank in ranking.rows}
-        columns.append(column(by_drop, f"{ranking.benchmark}: rank by drop"))
-        columns.append(column(by_cosine, f"{ranking.benchmark}: rank by cosine score"))
-    layers = sorted({layer for ranking in rankings(cells) for layer, _, _ in ranking.rows})
-    title = f"{label}: ranks of every layer (1 = largest)."
-    return table(title, [layer_column(), *columns], layers)
+        for ranks, order in ((by_drop, "drop"), (by_cosine, "cosine score")):
+            columns.append(Column(f"{ranking.benchmark}: rank by {order}", "rank", ranks.get, why))
+        layers.update(by_drop)
+    return table(f"{label}: ranks of every layer (1 = largest).", columns, sorted(layers))
 
 
-def model_board_rows(board: ModelBoard, labels: Sequence[str]) -> list[RankedModel]:
-    """List the models, the most robust first; `labels` are in this order."""
-    return [RankedModel(n, one, board) for n, one in zip(labels, board.models, strict=True)]
-
-
-def model_board_columns() -> dict[str, Column[RankedModel]]:
-    """State every column of the leaderboard of models."""
+def model_board_columns() -> tuple[Column[RankedModel], ...]:
+    """State the columns of the leaderboard of models that code gets."""
 
     def rank(row: RankedModel) -> Estimate:
         why = row.standing.relevance.reason or "there is no other model to compare with"
@@ -239,33 +212,38 @@ def model_board_columns() -> dict[str, Column[RankedModel]]:
     def costly(row: RankedModel) -> Estimate:
         return Estimate(row.standing.costly, reason=row.standing.relevance.reason or NO_REASON)
 
-    relevance: Column[RankedModel] = Column(
-        "mean relevance of a layer with 95 % interval",
-        *("relevance", lambda row: row.standing.relevance),
-        name="accuracy_relevance",
+    relevance = "mean relevance of a layer with 95 % interval"
+    worst, surely = (
+        "most critical layer (0-based)",
+        "layers whose drop is surely positive somewhere",
     )
-    drop: Column[RankedModel] = Column(
-        _DROP, "points", lambda row: row.standing.drop, name="accuracy_drop"
+    return (
+        Column("model", "text", lambda row: row.model, name="model"),
+        Column("rank", "count", rank, name="rank"),
+        *_with_ends(_standing("accuracy_relevance", relevance, "relevance", field="relevance")),
+        *_with_ends(_standing("accuracy_drop", _DROP, "points", field="drop")),
+        _standing("worst_layer", worst, "count", "no layer has a rank"),
+        Column(surely, "count", costly, name="costly_layers"),
+        _standing("layers", "layers counted", "count"),
+        Column("benchmarks", "count", lambda row: row.benchmarks, name="benchmarks"),
     )
-    return named(
-        (
-            Column("rank", "count", rank, name="rank"),
-            Column("model", "text", lambda row: row.model, name="model"),
-            *(relevance, *relevance.ends(), drop, *drop.ends()),
-            Column(
-                "most critical layer (0-based)",
-                *("count", lambda row: row.standing.worst_layer, "no layer has a rank"),
-                name="worst_layer",
-            ),
-            Column(
-                "layers whose drop is surely positive somewhere",
-                *("count", costly),
-                name="costly_layers",
-            ),
-            Column("layers counted", "count", lambda row: row.standing.layers, name="layers"),
-            Column("benchmarks", "count", lambda row: len(row.board.benchmarks), name="benchmarks"),
-        )
-    )
+
+
+def _model_rows(board: ModelBoard, labels: Sequence[str]) -> list[RankedModel]:
+    count = len(board.benchmarks)
+    return [
+        RankedModel(label, model, count) for label, model in zip(labels, board.models, strict=True)
+    ]
+
+
+def model_board_data(board: ModelBoard) -> Table:
+    """Lay the leaderboard of models out for code.
+
+    One row a model, the most robust first: means over `layers` layers and the `benchmarks` that the
+    ranked models share, fractions; `rank` is missing where a model lacks them.
+    """
+    labels = model_labels([standing.model for standing in board.models])
+    return table("", model_board_columns(), _model_rows(board, labels))
 
 
 def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
@@ -274,11 +252,11 @@ def model_board_table(board: ModelBoard, labels: Sequence[str]) -> Table:
         "Models, the most robust first: how much the removal of one layer hurts, over "
         f"{counted(len(board.benchmarks), 'common benchmark')}.",
         pick(
-            model_board_columns(),
+            named(model_board_columns()),
             *("rank", "model", "accuracy_relevance", "accuracy_drop"),
             *("worst_layer", "costly_layers", "layers"),
         ),
-        model_board_rows(board, labels),
+        _model_rows(board, labels),
         header=1,
         sorted_by=0,
     )
@@ -296,7 +274,7 @@ def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
     rows = [
         (label, board.model.layers, standing)
         for board, label in zip(boards, labels, strict=True)
-        for standing in sorted(board.layers, key=_layer)
+        for standing in board.by_depth
     ]
     return table("Mean accuracy relevance of every layer.", columns, rows)
 
@@ -304,14 +282,12 @@ def depth_table(boards: Sequence[LayerBoard], labels: Sequence[str]) -> Table:
 def difference_table(pair: Pair) -> Table:
     """Set the numbers behind the differences of two models: a row a layer, a column a benchmark."""
     measure = pair.measure
-    missing = Estimate(None, reason="not measured in both models")
-
-    def column(one: SharedBenchmark) -> Column[int]:
-        head = measure.head(one.benchmark)
-        return Column(head, measure.form, lambda layer: one.differences.get(layer, missing))
-
+    columns = [
+        Column(measure.head(shared.benchmark), measure.form, shared.difference)
+        for shared in pair.comparisons
+    ]
     return table(
         f"{pair.one} minus {pair.other}: difference of {measure.change}s with 95 % intervals.",
-        [layer_column(), *map(column, pair.comparisons)],
-        sorted({layer for one in pair.comparisons for layer in one.differences}),
+        [layer_column(), *columns],
+        pair.layers,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 
@@ -13,7 +13,7 @@ from tracker.core.findings import FindingRecord, FoundChart, Line, LineChart, Ma
 from tracker.core.formats import WRITTEN, three_digits
 from tracker.core.records import WHOLE_LAYER, CellRecord, Place
 from tracker.core.tables import Table
-from tracker.report.charts.maps import ROWS, centred_map
+from tracker.report.charts.maps import ROWS, centred_map, strongest
 from tracker.report.charts.style import Chart, chart, finite, layer_axis, line
 from tracker.report.frames import frame_of
 from tracker.report.page.sections import Figure
@@ -179,25 +179,28 @@ def _band(found: LineChart, each: Line, scale: float, colour: str) -> dict[str, 
 
 def _map(found: MapChart) -> Chart:
     form = WRITTEN[found.unit]
-    write, scale, unit = form.write, form.scale, form.name
-    values = [[finite(value, scale) for value in row] for row in found.values]
-    largest = max((abs(v) for row in values for v in row if v is not None), default=0) or 1
-    hovers = [list(row) for row in found.hovers] or [
-        [f"{row} · {column}: {_worded(v, write, unit)}" for column, v in zip(
-            found.columns, values, strict=True)]
-        for row, values in zip(found.rows, found.values, strict=True)
-    ]  # fmt: skip
-    rows = [html.escape(row) for row in found.rows]
-    ticks = (f"−{three_digits(largest)}", "0", f"{three_digits(largest)} {unit}".strip())
-    return chart(
+
+    def worded(value: float | None) -> str:
+        return "undefined" if value is None else f"{form.write(value)} {form.name}".strip()
+
+    values = [[finite(value, form.scale) for value in row] for row in found.values]
+    largest = strongest(values)
+    most = three_digits(largest)
+    return centred_map(
         found.title,
-        centred_map(found.name, (found.columns, rows, values, hovers), {}, largest, ticks),
-        165 + max(16, 480 // max(1, len(rows))) * len(rows),
-        margin={"b": 105},
+        found.name,
+        columns=found.columns,
+        rows=[html.escape(row) for row in found.rows],
+        values=values,
+        hovers=found.hovers
+        or [
+            [f"{row} · {x}: {worded(v)}" for x, v in zip(found.columns, line, strict=True)]
+            for row, line in zip(found.rows, found.values, strict=True)
+        ],
+        ticks=(f"−{most}", "0", f"{most} {form.name}".strip()),
+        largest=largest,
+        height=165 + max(16, 480 // max(1, len(found.rows))) * len(found.rows),
+        crosses=False,
         xaxis=layer_axis(found.columns, found.x),
         yaxis=ROWS | {"title": {"text": found.y}},
     )
-
-
-def _worded(value: float | None, write: Callable[[float], str], unit: str) -> str:
-    return "undefined" if value is None else f"{write(value)} {unit}".strip()
