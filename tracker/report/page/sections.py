@@ -56,21 +56,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class DecisionsSection:
-    """What the page shows of the documents that a cell's runs lose and win.
-
-    A chart is None where no margin is defined, or fewer than two layers can be compared.
-    """
+    """What the page shows, besides charts, of the documents that a cell's runs lose and win."""
 
     record: DecisionsRecord
     table: Table
-    margins: Figure | None
-    agreement: Figure | None
     groups: str
 
 
 @dataclass(frozen=True)
 class CellSection:
-    """Everything that the page shows of one cell."""
+    """Everything that the page shows of one cell; `charts` are those that can be drawn, by name."""
 
     id: str
     label: str
@@ -80,10 +75,8 @@ class CellSection:
     interval: str
     sentence: str
     warnings: tuple[str, ...]
-    curve: Figure | None
+    charts: dict[str, Figure]
     curve_lines: int
-    scatter: Figure | None
-    span_maps: tuple[Figure, ...]
     layers: Table
     layers_heading: str
     correlations: Table
@@ -91,18 +84,12 @@ class CellSection:
     tasks: Table
     decisions: DecisionsSection | None
 
-    @property
-    def figures(self) -> tuple[Figure, ...]:
-        """Every chart of the section."""
-        decided = (self.decisions.margins, self.decisions.agreement) if self.decisions else ()
-        return tuple(one for one in (self.curve, *self.span_maps, self.scatter, *decided) if one)
-
 
 @dataclass(frozen=True)
 class ModelSection:
-    """One model: its leaderboard, its charts over depth and its cells.
+    """One model: its leaderboard, its charts over depth by name, and its cells.
 
-    A chart is None where no whole layer is removed, or no benchmark defines a relevance.
+    A chart is lacking where no whole layer is removed, or no benchmark defines a relevance.
     """
 
     id: str
@@ -112,18 +99,14 @@ class ModelSection:
     leaderboard: Table | None
     critical: str
     cells: tuple[CellSection, ...]
-    headline: Figure | None
-    relevance: Figure | None
-    proxies: Figure | None
-    heat_map: Figure | None
-    ranks: Figure | None
+    charts: dict[str, Figure]
     misjudged: Table | None
 
     @property
     def figures(self) -> tuple[Figure, ...]:
         """Every chart of the section and of its cells."""
-        mine = (self.headline, self.relevance, self.proxies, self.heat_map, self.ranks)
-        return (*(one for one in mine if one), *(f for cell in self.cells for f in cell.figures))
+        of_cells = [figure for cell in self.cells for figure in cell.charts.values()]
+        return (*self.charts.values(), *of_cells)
 
 
 @dataclass(frozen=True)
@@ -163,17 +146,16 @@ def across_section(
     """Compare the models of a page; None where there is nothing to compare."""
     if len(models) < 2:
         return None
-    by_place = [model.board for model in models]
+    ranked_layers = [model.board for model in models]
     labels = [model.label for model in models]
-    ranked = model_board(cells)
+    board = model_board(cells)
     names = {model.identity.key: model.label for model in models}
     pairs, count = pairs_of(cells)
+    table = depth_table(ranked_layers, labels)
     return AcrossSection(
-        depth=_figure(
-            depth_curves(by_place, labels), "across-depth", depth_table(by_place, labels)
-        ),
-        board=ranked,
-        leaderboard=model_board_table(ranked, [names[one.model.key] for one in ranked.models]),
+        depth=_figure(depth_curves(ranked_layers, labels), "across-depth", table),
+        board=board,
+        leaderboard=model_board_table(board, [names[model.model.key] for model in board.models]),
         pairs=tuple(
             _figure(difference_chart(pair), f"pair-{number}", difference_table(pair))
             for number, pair in enumerate(pairs, 1)
@@ -193,6 +175,21 @@ def _model_section(
     mapped = [cell for cell in cells if _has_whole_layers(cell)]
     whole = [cell for cell in cells if cell.whole_layers]
     board = layer_board(cells)
+    drawn: dict[str, Figure] = {}
+
+    def draw(chart: Chart, end: str, table: Table | None, subject: str = label) -> None:
+        drawn[end] = _figure(chart, f"{name}-{end}", table, subject)
+
+    if board.layers:
+        draw(headline(board, label), "headline", None, label if alone else "")
+        table = relevance_interval_table(board, label)
+        draw(relevance_curves(board, label), "relevance-curves", table)
+    if whole:
+        draw(proxy_curves(whole, label), "proxies", proxy_table(whole, label))
+    if mapped:
+        draw(heat_map(mapped), "heat-map", tables.relevance_table(mapped), cells[0].model.name)
+    if whole:
+        draw(rank_map(whole, label), "ranks", rank_table(whole, label))
     return ModelSection(
         id=name,
         label=label,
@@ -204,55 +201,30 @@ def _model_section(
             _cell_section(cell, decided.get(cell.place), benchmark, f"{name}-cell-{index}")
             for index, (cell, benchmark) in enumerate(zip(cells, benchmarks, strict=True), 1)
         ),
-        headline=_figure(headline(board, label), f"{name}-headline", None, label if alone else "")
-        if board.layers
-        else None,
-        relevance=_figure(
-            relevance_curves(board, label),
-            f"{name}-relevance-curves",
-            relevance_interval_table(board, label),
-            label,
-        )
-        if board.layers
-        else None,
-        proxies=_figure(
-            proxy_curves(whole, label),
-            f"{name}-proxies",
-            proxy_table(whole, label),
-            label,
-        )
-        if whole
-        else None,
-        heat_map=_figure(
-            heat_map(mapped),
-            f"{name}-heat-map",
-            tables.relevance_table(mapped),
-            cells[0].model.name,
-        )
-        if mapped
-        else None,
-        ranks=_figure(
-            rank_map(whole, label),
-            f"{name}-ranks",
-            rank_table(whole, label),
-            label,
-        )
-        if whole
-        else None,
+        charts=drawn,
         misjudged=misjudged_table(board, label) if board.layers else None,
     )
 
 
 def _has_whole_layers(cell: CellRecord) -> bool:
     """Whether whole single layers are among what is removed; a cell without any run has a place."""
-    found = cell.kinds
-    return WHOLE_LAYER in found or not found
+    return WHOLE_LAYER in cell.kinds or not cell.kinds
 
 
 def _cell_section(
     cell: CellRecord, decided: DecisionsRecord | None, label: str, name: str
 ) -> CellSection:
     lines = curve_kinds(cell)
+    charts: dict[str, Chart | None] = {"curve": layer_curve(cell)} if lines else {}
+    charts |= {f"spans-{part}": span_map(cell, part) for part in span_components(cell)}
+    if _has_whole_layers(cell):
+        charts["scatter"] = proxy_scatter(cell)
+    decisions = None
+    if decided and decided.runs:
+        charts["margins"] = margin_chart(cell, decided)
+        charts["agreement"] = agreement_map(cell, decided)
+        groups = groups_sentence(agreement(decided)[2])
+        decisions = DecisionsSection(decided, decision_table(cell, decided), groups)
     return CellSection(
         id=name,
         label=label,
@@ -263,36 +235,18 @@ def _cell_section(
         # The title of the scatter says the rest.
         sentence=wording.beneath(cell) if _has_whole_layers(cell) else wording.sentence(cell),
         warnings=caveats.warnings(cell),
-        curve=_figure(layer_curve(cell), f"{name}-curve", subject=cell.title) if lines else None,
+        charts={
+            end: _figure(chart, f"{name}-{end}", subject=cell.title)
+            for end, chart in charts.items()
+            if chart
+        },
         curve_lines=len(lines),
-        scatter=_figure(proxy_scatter(cell), f"{name}-scatter", subject=cell.title)
-        if _has_whole_layers(cell)
-        else None,
-        span_maps=tuple(
-            _figure(
-                span_map(cell, component),
-                f"{name}-spans-{component}",
-                subject=cell.title,
-            )
-            for component in span_components(cell)
-        ),
         layers=tables.layer_table(cell),
         layers_heading="Layers" if only_layers(cell) else "Runs",
         correlations=tables.correlation_table(cell),
         provenance=facts.provenance_table(cell),
         tasks=facts.task_table(cell),
-        decisions=_decisions_section(cell, decided, name) if decided and decided.runs else None,
-    )
-
-
-def _decisions_section(cell: CellRecord, decided: DecisionsRecord, name: str) -> DecisionsSection:
-    margins, alike = margin_chart(cell, decided), agreement_map(cell, decided)
-    return DecisionsSection(
-        record=decided,
-        table=decision_table(cell, decided),
-        margins=_figure(margins, f"{name}-margins", subject=cell.title) if margins else None,
-        agreement=_figure(alike, f"{name}-agreement", subject=cell.title) if alike else None,
-        groups=groups_sentence(agreement(decided)[2]) if alike else "",
+        decisions=decisions,
     )
 
 
