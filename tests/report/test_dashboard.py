@@ -261,7 +261,7 @@ class TestAcross:
         rows = data[0].z if data[0].type == "heatmap" else [trace.y for trace in data]
         table = difference_table(pair)
         for place, (mine, theirs, row) in enumerate(zip(one, other, rows, strict=True)):
-            for layer, estimate in compare(mine, theirs):
+            for layer, estimate in compare(mine, theirs).items():
                 assert row[layer] == pytest.approx(100 * estimate.value)
                 value = table.rows[layer][place + 1]
                 figures = (estimate.value, estimate.low, estimate.high)
@@ -269,7 +269,7 @@ class TestAcross:
         sure = sum(
             estimate.low > 0 or estimate.high < 0
             for mine, theirs in zip(one, other, strict=True)
-            for _, estimate in compare(mine, theirs)
+            for estimate in compare(mine, theirs).values()
         )
         title = across.difference_title(pair)
         assert f"; {sure} of {LAYERS * len(benchmarks)} intervals exclude 0" in title

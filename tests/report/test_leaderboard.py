@@ -261,7 +261,7 @@ def test_the_source_of_equal_documents_does_not_count() -> None:
 def test_two_models_are_compared_layer_by_layer() -> None:
     one, other = build_cell(model="base", seed=1), build_cell(model="instruct", seed=2)
     other = other.model_copy(update={"runs": other.runs[:10]})
-    found = dict(compare(one, other))
+    found = compare(one, other)
     assert sorted(found) == list(range(10))
     assert found[3].value == pytest.approx(one.runs[3].accuracy_drop - other.runs[3].accuracy_drop)
     wide = one.runs[3].accuracy_drop_high - one.runs[3].accuracy_drop

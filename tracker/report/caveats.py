@@ -8,7 +8,7 @@ from tracker.core.answers import interval_name
 from tracker.core.formats import counted, defined, measure_of
 from tracker.core.records import NOT_MEASURED, WHICH, CellRecord, RunRecord
 from tracker.report.layer_figures import sure
-from tracker.report.wording import run_list
+from tracker.report.wording import capital, run_list
 
 
 def provenance_notes(cells: Sequence[CellRecord]) -> list[str]:
@@ -43,9 +43,8 @@ def looks_note(cell: CellRecord) -> str:
     """
     if not cell.is_raced:
         return ""
-    reason = cell.reasons["n"]
     return (
-        f"{reason[:1].upper()}{reason[1:]}. Each run’s figures rest on its own documents, and its "
+        f"{capital(cell.reasons['n'])}. Each run’s figures rest on its own documents, and its "
         f"interval is a {interval_name(cell)}, which holds at every look and for all runs "
         "together; what holds for one look is left out. The baseline, the proxies and the "
         f"correlations rest on the {counted(cell.n, 'document')} that all runs share. Without "
@@ -77,12 +76,11 @@ def rounding_note(cell: CellRecord) -> str:
             "95 %)"
         )
     text += "."
-    known = [run for run in cell.runs if run.rounded is not None]
-    if known:
-        least, most = (pick(run.rounded or 0 for run in known) for pick in (min, max))
-        span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    rounded = {run.rounded for run in cell.runs if run.rounded is not None}
+    if rounded:
+        span = " to ".join(f"{number:,}" for number in sorted({min(rounded), max(rounded)}))
         text += f" Under the runs it decides up to {span}."
-    small = [run for run in known if is_rounding(run) and sure(run.drop)]
+    small = [r for r in cell.runs if r.rounded is not None and is_rounding(r) and sure(r.drop)]
     if small:
         text += (
             f" What {run_list(small, cell)} {'cost' if len(small) > 1 else 'costs'} is no more "
@@ -110,25 +108,19 @@ def warnings(cell: CellRecord) -> tuple[str, ...]:
     found = []
     if cell.missing:
         found.append(f"Incomplete: {run_list(cell.missing, cell)}: {NOT_MEASURED}.")
+    # The first two are said with the documents, and with what rounding decides.
+    elsewhere = {"baseline_low", "baseline_rounded"}
+    if not cell.higher_is_better:
+        elsewhere.add("chance_accuracy")  # a loss has none, and nothing is wrong
     for field, reason in cell.reasons.items():
-        if field == "n" and cell.is_raced:
-            found.append(looks_note(cell))
-            continue
         if field == "n":
-            found.append(f"Incomplete: {reason}.")
-            continue
-        if field in ("baseline_low", "baseline_rounded"):
-            continue  # said with the documents, and with what rounding decides
-        if field == "provenance":
-            found.append(f"{reason[:1].upper()}{reason[1:]}.{_mismatched(cell)}")
-            continue
-        if field == WHICH:
-            found.append(f"{reason[:1].upper()}{reason[1:]}.")
-            continue
-        if field == "chance_accuracy" and not cell.higher_is_better:
-            continue  # a loss has none, and nothing is wrong
-        words = (field[:1].upper() + field[1:]).replace("_", " ")
-        found.append(f"{words} is undefined: {reason}.")
+            found.append(looks_note(cell) or f"Incomplete: {reason}.")
+        elif field == "provenance":
+            found.append(f"{capital(reason)}.{_mismatched(cell)}")
+        elif field == WHICH:
+            found.append(f"{capital(reason)}.")
+        elif field not in elsewhere:
+            found.append(f"{capital(field).replace('_', ' ')} is undefined: {reason}.")
     if note := rounding_note(cell):
         found.append(note)
     chance = cell.chance_accuracy

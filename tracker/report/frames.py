@@ -129,23 +129,18 @@ def _changed(cell: CellRecord, decided: Decisions, private: bool) -> Iterator[pd
     )
     known = np.array([private or each is None or each.public for each in decided.texts])
 
-    def columns(one: Decided, end: str) -> dict[str, Any]:
+    def answers(one: Decided, end: str) -> dict[str, Any]:
         said = [text if shown else None for text, shown in zip(one.text, known, strict=True)]
         return {f"choice{end}": one.choice, f"margin{end}": one.margin, f"text{end}": said}
 
+    columns = pick(run_columns(), *CELL, *WHICH_RUN)
     for run, one in decided.runs:
         lost, won = decided.lost(one), decided.won(one)
-        frame = shared.assign(**columns(decided.baseline, "_intact"), **columns(one, ""))
+        frame = shared.assign(**answers(decided.baseline, "_intact"), **answers(one, ""))
         frame["change"] = np.where(lost, "lost", "won")
-        frame = frame[lost | won]
-        about = {
-            column.name: column.value(CellRun(cell, run))
-            for column in pick(run_columns(), *CELL, *WHICH_RUN)
-        }
-        for place, (name, value) in enumerate(about.items()):
-            frame.insert(place, name, value)
+        about = {column.name: column.value(CellRun(cell, run)) for column in columns}
         # An object column keeps its type, also where it holds nothing.
-        yield frame.astype(dict.fromkeys(_TEXT_COLUMNS, "object"))
+        yield frame[lost | won].assign(**about).astype(dict.fromkeys(_TEXT_COLUMNS, "object"))
     if decided.missing:
         which = {name: column.value(cell) for name, column in _CELL.items()}
         rows = [

@@ -91,17 +91,15 @@ def critical_sentence(board: LayerBoard) -> str:
     Returns:
         The mean relevance of each and its interval, or why there is none.
     """
-    ranked = [one for one in board.layers if one.rank is not None and defined(one.relevance.value)]
-    if not ranked:
-        return "No layer has a mean accuracy relevance: no benchmark defines it for every layer."
     named = []
-    for one in ranked[:3]:
-        value = one.relevance.value or 0.0
-        between = interval(one.relevance.low, one.relevance.high, two_digits)
-        named.append(
-            f"layer {one.layer} ({two_digits(value)}"
-            + (f", 95 % interval {between})" if between else ")")
-        )
+    for top in board.ranked[:3]:
+        mean = top.relevance
+        if defined(mean.value):
+            between = interval(mean.low, mean.high, two_digits)
+            sure = f", 95 % interval {between}" if between else ""
+            named.append(f"layer {top.layer} ({two_digits(mean.value)}{sure})")
+    if not named:
+        return "No layer has a mean accuracy relevance: no benchmark defines it for every layer."
     text = f"Most critical: {'; '.join(named)}."
     weak = [
         label

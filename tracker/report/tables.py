@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from tracker.core.estimates import Estimate
@@ -27,10 +27,11 @@ from tracker.core.run_table import (
     run_columns,
     telling_apart,
 )
-from tracker.core.tables import Column, Entry, Table, table
+from tracker.core.tables import Column, Table, table
 from tracker.report.caveats import provenance_notes
 from tracker.report.wording import (
     benchmark_labels,
+    capital,
     correlation,
     most_critical,
     power_sentence,
@@ -119,10 +120,9 @@ def _scored(row: _Labelled) -> str | None:
 
 def _spearman(row: _Labelled) -> Estimate:
     record = correlation(row[0])
-    if record is None:
-        return Estimate(None, reason="not computed")
-    if record.value is None:
-        return Estimate(None, reason=record.reason or NO_REASON)
+    if record is None or record.value is None:
+        why = "not computed" if record is None else record.reason or NO_REASON
+        return Estimate(None, reason=why)
     return Estimate(record.value, record.low, record.high)
 
 
@@ -132,7 +132,7 @@ def layer_table(cell: CellRecord) -> Table:
     Its notes say what its p-values mean, and why each undefined value is undefined.
     """
     notes = []
-    tests = sum(1 for record in cell.runs if defined(record.mcnemar_p))
+    tests = sum(defined(record.mcnemar_p) for record in cell.runs)
     if tests:
         notes.append(
             f"{counted(tests, 'test')}: unadjusted p-values, about {0.05 * tests:.1f} expected "
@@ -141,33 +141,33 @@ def layer_table(cell: CellRecord) -> Table:
         )
     if power := power_sentence(cell, cell.runs):
         notes.append(power)
-    same_documents = len({record.n for record in cell.runs}) <= 1
+    documents = {record.n for record in cell.runs}
     rounded = any(run.rounded is not None for run in cell.runs)
-    named, metrics = telling_apart(cell), metric_columns([cell])
+    named, columns, metrics = telling_apart(cell), run_columns(cell), metric_columns([cell])
     figures = pick(
-        run_columns(cell),
-        *([] if same_documents else ["n"]),
+        columns,
+        *(["n"] if len(documents) > 1 else []),
         *("accuracy", "accuracy_drop", "drop_interval"),
         *(["rounded", "drop_rounding"] if rounded else []),
         *("mcnemar_p", "accuracy_relevance"),
         *(*(proxy.name for proxy in OBSERVED), "gold_logprob_drop"),
     )
     runs = [CellRun(cell, run) for run in cell.all_runs]
-    made = table("", [*pick(run_columns(cell), *named), *figures, *metrics], runs)
-    for place in range(len(named), len(made.headings)):
-        notes += _undefined_notes(
-            made.headings[place].label, cell, [row[place] for row in made.rows]
+    made = table("", [*pick(columns, *named), *figures, *metrics], runs)
+    by_column = zip(made.headings, zip(*made.rows, strict=True), strict=bool(runs))
+    for heading, entries in list(by_column)[len(named) :]:
+        undefined = (
+            (run, entry.reason)
+            for run, entry in zip(cell.all_runs, entries, strict=True)
+            if isinstance(entry, Estimate) and entry.reason != NOT_MEASURED
         )
-    mismatched: dict[str, list[RunIdentity]] = {}
-    for record in cell.runs:
-        if why := record.reasons.get("provenance"):
-            mismatched.setdefault(why, []).append(record)
-    notes += [
-        f"{run_list(which, cell)[:1].upper()}{run_list(which, cell)[1:]}: {why}."
-        for why, which in mismatched.items()
-    ]
-    counts = {record.n for record in cell.runs}
-    each = f", {counted(counts.pop(), 'document')} each" if len(counts) == 1 else ""
+        notes += [
+            f"{heading.label}: undefined for {which}: {why}."
+            for which, why in _by_reason(cell, undefined)
+        ]
+    mismatched = ((run, run.reasons.get("provenance")) for run in cell.runs)
+    notes += [f"{capital(which)}: {why}." for which, why in _by_reason(cell, mismatched)]
+    each = f", {counted(documents.pop(), 'document')} each" if len(documents) == 1 else ""
     intact = ((column.label, cell.baseline_metrics.get(column.label)) for column in metrics)
     baseline = ", ".join(
         f"{name} {write('metric', value) if defined(value) else DASH}" for name, value in intact
@@ -182,15 +182,15 @@ def layer_table(cell: CellRecord) -> Table:
     return made.model_copy(update={"title": caption, "notes": tuple(notes)})
 
 
-def _undefined_notes(label: str, cell: CellRecord, entries: Sequence[Entry]) -> list[str]:
-    undefined: dict[str, list[RunIdentity]] = {}
-    for run, entry in zip(cell.all_runs, entries, strict=True):
-        if isinstance(entry, Estimate) and entry.reason and entry.reason != NOT_MEASURED:
-            undefined.setdefault(entry.reason, []).append(run)
-    return [
-        f"{label}: undefined for {run_list(which, cell)}: {reason}."
-        for reason, which in undefined.items()
-    ]
+def _by_reason(
+    cell: CellRecord, reasons: Iterable[tuple[RunIdentity, str | None]]
+) -> list[tuple[str, str]]:
+    """Gather the runs of which the same is said: their names, and what that is."""
+    runs: dict[str, list[RunIdentity]] = {}
+    for run, why in reasons:
+        if why:
+            runs.setdefault(why, []).append(run)
+    return [(run_list(which, cell), why) for why, which in runs.items()]
 
 
 def correlation_table(cell: CellRecord) -> Table:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from tracker.core.estimates import Estimate
-from tracker.core.formats import counted, defined, interval, layer_list, measure_of, two_digits
+from tracker.core.formats import (
+    counted,
+    defined,
+    ends,
+    interval,
+    layer_list,
+    measure_of,
+    two_digits,
+)
 from tracker.core.identities import ModelIdentity
 from tracker.core.kinds import REPLACED_BY
 from tracker.core.proxies import OBSERVED
@@ -54,6 +62,11 @@ def run_list(runs: Sequence[RunIdentity], cell: CellRecord) -> str:
         prefix = "" if kind == WHOLE_LAYER else f"{kind_words(kind)}: "
         parts.append(prefix + layer_list(mine, total))
     return "; ".join(parts)
+
+
+def capital(text: str) -> str:
+    """Begin a text with a capital letter."""
+    return text[:1].upper() + text[1:]
 
 
 def most_critical(records: Iterable[RunRecord], count: int = 3) -> list[RunRecord]:
@@ -131,9 +144,8 @@ def row_labels(cells: Sequence[CellRecord], documents: bool = True) -> list[tupl
         The name of each row's model, and what else tells it from rows that read the same: mostly
         nothing.
     """
-    models = list(dict.fromkeys(cell.model.key for cell in cells))
-    each = {cell.model.key: cell.model for cell in cells}
-    names = dict(zip(models, model_labels([each[key] for key in models]), strict=True))
+    models = {cell.model.key: cell.model for cell in cells}
+    names = dict(zip(models, model_labels(list(models.values())), strict=True))
     rows = [
         " · ".join(
             (
@@ -167,16 +179,16 @@ def _details(cell: CellRecord) -> tuple[str, ...]:
 
 def _told_apart(labels: Sequence[str], details: Sequence[tuple[str, ...]]) -> list[str]:
     """Add to equal labels the details in which their bearers differ, until all are told apart."""
-    found = list(labels)
-    for place in range(len(details[0]) if details else 0):
-        groups: dict[str, set[str]] = {}
-        for label, detail in zip(found, details, strict=True):
-            groups.setdefault(label, set()).add(detail[place])
-        found = [
-            f"{label} · {detail[place]}" if len(groups[label]) > 1 and detail[place] else label
-            for label, detail in zip(found, details, strict=True)
+    told = list(labels)
+    for words in zip(*details, strict=True):
+        words_of: dict[str, set[str]] = {}
+        for label, word in zip(told, words, strict=True):
+            words_of.setdefault(label, set()).add(word)
+        told = [
+            f"{label} · {word}" if word and len(words_of[label]) > 1 else label
+            for label, word in zip(told, words, strict=True)
         ]
-    return found
+    return told
 
 
 # Sentences
@@ -258,8 +270,7 @@ def short_correlation(record: CorrelationRecord) -> str:
     """
     if not defined(record.value):
         return "undefined"
-    between = interval(record.low, record.high, two_digits)
-    return two_digits(record.value) + (f" ({between})" if between else "")
+    return two_digits(record.value) + ends(record.low, record.high)
 
 
 def sentence(cell: CellRecord) -> str:
@@ -393,14 +404,13 @@ def summary(cells: Sequence[CellRecord]) -> str:
 def _turns(cells: Sequence[CellRecord]) -> str:
     """Say what was changed in turn."""
     found = {kind for cell in cells for kind in cell.kinds} or {WHOLE_LAYER}
+    spans = {kind.component for kind in found if kind.span > 1}
     shown = {
         "each layer": WHOLE_LAYER in found,
         "each layer’s attention": Kind("attention") in found,
         "each layer’s MLP": Kind("mlp") in found,
-        "each span of layers": any(k.component == "layer" and k.span > 1 for k in found),
-        "the attention or MLP of each span": any(
-            k.component != "layer" and k.span > 1 for k in found
-        ),
+        "each span of layers": "layer" in spans,
+        "the attention or MLP of each span": bool(spans - {"layer"}),
     }
     removed = _listed([words for words, there in shown.items() if there])
     replaced = _listed([w for done, w in REPLACED_BY.items() if Kind(intervention=done) in found])

@@ -184,7 +184,7 @@ def centred_map(
         largest: The value of the strongest colour.
         height: In pixels.
         crosses: Whether gaps with a hover box are marked (trace `undefined`).
-        layout: The axes: `xaxis`, and `yaxis` where it is not `ROWS`.
+        **layout: The axes: `xaxis`, and `yaxis` where it is not `ROWS`.
 
     Returns:
         The chart.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from tracker.core.decision_records import DecisionsRecord, RunDecisions
 from tracker.core.formats import DASH, counted, points
@@ -16,6 +16,8 @@ from tracker.report.page.downloads import packed_json
 
 BUDGET = 2_000_000
 """Characters that the documents of all cells may take of a page."""
+Row = DecisionsRecord | RunDecisions
+"""A row: the intact model, or what a run decides."""
 _OPTIONS = 6
 """With more options than this, the others share a column."""
 
@@ -25,54 +27,40 @@ def letter(option: int) -> str:
     return chr(ord("A") + option) if option < 26 else str(option + 1)
 
 
-class _Decided(NamedTuple):
-    """A row: what a run decides, or None and the intact model."""
-
-    run: RunDecisions | None
-    margins: Sequence[float] | None
-    options: Sequence[float]
-
-
 def decision_table(cell: CellRecord, decided: DecisionsRecord) -> Table:
     """Set one row a run: documents lost and won, its margin, and how often each option is taken."""
     options = len(decided.options)
     several = min(options, _OPTIONS)
     why = decided.reasons.get("margin", "no margin is defined")
 
-    def name(column: Column[CellRun]) -> Column[_Decided]:
-        first = "none" if column.name == "layer" else ""
-
-        def value(row: _Decided) -> Value:
-            return column.value(CellRun(cell, row.run.run)) if row.run else first
+    def name(column: Column[CellRun]) -> Column[Row]:
+        def value(row: Row) -> Value:
+            if isinstance(row, RunDecisions):
+                return column.value(CellRun(cell, row.run))
+            return "none" if column.name == "layer" else ""
 
         return Column(column.label, column.unit, value)
 
-    def taken(number: int) -> Column[_Decided]:
-        return Column(
-            *(f"{letter(number)} taken", "percent"),
-            lambda row: row.options[number] if row.options else None,
-            why,
-        )
+    def changed(change: str) -> Column[Row]:
+        return Column(f"documents {change}", "count", lambda row: getattr(row, change, DASH))
 
-    columns = [
+    def taken(label: str, first: int, last: int) -> Column[Row]:
+        def share(row: Row) -> float | None:
+            return sum(row.options[first:last]) if row.options else None
+
+        return Column(label, "percent", share, why)
+
+    margin = f"median {margin_name(cell, decided)}"
+    columns: list[Column[Row]] = [
         *map(name, pick(run_columns(cell), *telling_apart(cell))),
-        Column("documents lost", "count", lambda row: row.run.lost if row.run else DASH),
-        Column("documents won", "count", lambda row: row.run.won if row.run else DASH),
-        Column(
-            f"median {margin_name(cell, decided)}",
-            *("coefficient", lambda row: row.margins[1] if row.margins else None, why),
-        ),
-        *map(taken, range(several)),
+        changed("lost"),
+        changed("won"),
+        Column(margin, "coefficient", lambda row: row.margins[1] if row.margins else None, why),
+        *(taken(f"{letter(option)} taken", option, option + 1) for option in range(several)),
     ]
     if options > _OPTIONS:
-        columns.append(
-            Column(
-                "later ones",
-                "percent",
-                lambda row: sum(row.options[several:]) if row.options else None,
-                why,
-            )
-        )
+        columns.append(taken("later ones", several, options))
+    rows: list[Row] = [decided, *decided.runs]
     notes = []
     if options:
         gold = ", ".join(f"{letter(n)} {points(share)} %" for n, share in enumerate(decided.gold))
@@ -83,10 +71,7 @@ def decision_table(cell: CellRecord, decided: DecisionsRecord) -> Table:
         f"{cell.title}: what the model decides without each layer, and in its first row intact. "
         f"{counted(decided.n, 'document')}; lost: worse than intact, won: better.",
         columns,
-        [
-            _Decided(None, decided.margins, decided.options),
-            *(_Decided(run, run.margins, run.options) for run in decided.runs),
-        ],
+        rows,
         notes,
     )
 
@@ -117,15 +102,9 @@ def _content(cell: CellRecord, decided: DecisionsRecord, few: int) -> dict[str, 
     def named(run: RunDecisions) -> list[list[Any]]:
         halves = run.named[: run.named_lost][:few], run.named[run.named_lost :][:few]
         return [
-            [
-                numbers.setdefault(one.document, len(numbers)),
-                int(won),
-                one.choice,
-                one.margin,
-                one.text,
-            ]
+            [numbers.setdefault(d.document, len(numbers)), won, d.choice, d.margin, d.text]
             for won, half in enumerate(halves)
-            for one in half
+            for d in half
         ]
 
     runs = [[run.run.label(), run.lost, run.won, named(run)] for run in decided.runs]

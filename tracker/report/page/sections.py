@@ -254,5 +254,5 @@ def _figure(chart: Chart, name: str, table: Table | None = None, subject: str = 
     # The heading above the chart names its subject already.
     says = chart.title.removeprefix(f"{subject}: ")
     # A title that begins with a model's name keeps the name as it is.
-    says = chart.title if says == chart.title else says[:1].upper() + says[1:]
+    says = chart.title if says == chart.title else wording.capital(says)
     return Figure(name, says, chart, table)

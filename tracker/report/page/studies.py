@@ -12,7 +12,6 @@ import pandas as pd
 from tracker.core.findings import FindingRecord, FoundChart, Line, LineChart, MapChart
 from tracker.core.formats import WRITTEN, three_digits
 from tracker.core.records import WHOLE_LAYER, CellRecord, Place
-from tracker.core.tables import Table
 from tracker.report.charts.maps import ROWS, centred_map, strongest
 from tracker.report.charts.style import Chart, chart, finite, layer_axis, line
 from tracker.report.frames import frame_of
@@ -30,7 +29,6 @@ class StudySection:
 
     id: str
     finding: FindingRecord
-    tables: tuple[Table, ...]
     figures: tuple[Figure, ...]
     outgrown: str
 
@@ -43,7 +41,6 @@ def study_sections(
         StudySection(
             id=f"study-{number}",
             finding=finding,
-            tables=finding.tables,
             figures=tuple(
                 Figure(f"study-{number}-chart-{i}", each.title, study_chart(each))
                 for i, each in enumerate(finding.charts, 1)
@@ -162,11 +159,12 @@ def _band(found: LineChart, each: Line, scale: float, colour: str) -> dict[str, 
         for place, low, high in zip(found.places, each.low, each.high, strict=True)
         if low is not None and high is not None
     ]
+    places, lows, highs = zip(*ends, strict=True) if ends else ((), (), ())
     return {
         "type": "scatter",
         "name": f"{each.name}, 95 %",
-        "x": [place for place, _, _ in ends] + [place for place, _, _ in reversed(ends)],
-        "y": [high for _, _, high in ends] + [low for _, low, _ in reversed(ends)],
+        "x": places + places[::-1],
+        "y": highs + lows[::-1],
         "mode": "lines",
         "fill": "toself",
         "fillcolor": colour,
