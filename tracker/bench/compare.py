@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -241,19 +242,16 @@ def _stopwatch(engine: Engine) -> Iterator[list[float]]:
 
     spent: list[float] = []
 
-    def clocked(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            seconds, output = timed(lambda: forward(*args, **kwargs))
-            spent.append(seconds)
-            return output
-
-        return call
+    def clocked(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seconds, output = timed(lambda: forward(*args, **kwargs))
+        spent.append(seconds)
+        return output
 
     with ExitStack() as stack:
         for layer in engine.loaded.layers:
-            stack.enter_context(replaced_forward(layer, clocked(layer.forward)))
+            stack.enter_context(replaced_forward(layer, partial(clocked, layer.forward)))
         head: Any = engine.head
-        head.predictions = clocked(head.predictions)
+        head.predictions = partial(clocked, head.predictions)
         stack.callback(delattr, head, "predictions")
         yield spent
 

@@ -17,11 +17,11 @@ import torch
 
 from tracker.core.errors import ModelError, first_line
 from tracker.models.layers import find_layers
-from tracker.models.load import LoadedModel
+from tracker.models.load import LoadedModel, hollow
 from tracker.models.miniature import miniature
 from tracker.models.pruned import pruned
 from tracker.models.reloaded import Shapes, as_loaded, misfit, shapes
-from tracker.models.sources import BITS, ModelSource, read_config, unreadable
+from tracker.models.sources import BITS, ModelSource, read_config
 
 PROBE = 48
 """Tokens that a miniature reads, more than its windows see."""
@@ -110,8 +110,6 @@ def refuse_unsizable(
     Raises:
         ModelError: Its configuration cannot say what would be left, or what loads is another model.
     """
-    from transformers import AutoModelForCausalLM
-
     if source.adapter is not None:
         raise ModelError(
             f"model_args: {source.source} with an adapter beside its weights is no one checkpoint; "
@@ -126,11 +124,7 @@ def refuse_unsizable(
             f"{source.source} is quantised, and what layers lack would have to be packed anew: "
             "export the model in float32 or bfloat16, and quantise what is exported"
         )
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
-        raise unreadable(source, error) from None
+    model = hollow(source, "auto", trust_remote_code)
     total = len(find_layers(model))
     small = miniature(model)
     for some in [removed] if removed is not None else [[0], [total // 2]]:
@@ -156,31 +150,27 @@ def _try(small: Any, removed: Collection[int]) -> None:
     filler = getattr(config, "pad_token_id", None)
     tokens = [token for token in range(config.vocab_size) if token != filler]
     ids = torch.tensor([(tokens * PROBE)[:PROBE]])
+    gone = _named(removed)
     try:
         said = _ask(twin, ids)
     except Exception as error:  # noqa: BLE001  whatever a class says where a layer is missing
-        raise ModelError(
-            f"{name} does not run without {_named(removed)}: {first_line(error)}"
-        ) from None
+        raise ModelError(f"{name} does not run without {gone}: {first_line(error)}") from None
     with TemporaryDirectory() as folder, _no_bars():
         try:
             twin.save_pretrained(folder)
-            again, found = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                output_loading_info=True,
-                trust_remote_code=_brings_code(small),
+            trust = {"trust_remote_code": _brings_code(small)}
+            again, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, **trust
             )
-            left = [*found["missing_keys"], *found["unexpected_keys"]]
+            left = [*loading["missing_keys"], *loading["unexpected_keys"]]
             heard = _ask(again.eval(), ids)
         except Exception as error:  # noqa: BLE001  the same
-            raise ModelError(
-                f"{name} without {_named(removed)} cannot be saved and loaded: {first_line(error)}"
-            ) from None
+            why = f"cannot be saved and loaded: {first_line(error)}"
+            raise ModelError(f"{name} without {gone} {why}") from None
     far = float((said - heard)[..., tokens].abs().max())
     if left or not far <= ROUNDING * max(1.0, float(said.abs().max())):
         raise ModelError(
-            f"{name} without {_named(removed)}, saved and loaded by plain transformers, is another "
+            f"{name} without {gone}, saved and loaded by plain transformers, is another "
             f"model (logits differ by {far:.3g}): {_difference(twin, again)}"
         )
 
@@ -209,12 +199,11 @@ def _difference(one: Any, other: Any) -> str:
     """Name the first number of a module that differs: what the class computes by itself."""
     theirs = dict(other.named_modules())
     for path, module in one.named_modules():
+        computed = vars(theirs[path]) if path in theirs else {}
         for name, value in vars(module).items():
-            if not isinstance(value, (bool, int, float, str)) or name in _IDLE:
-                continue
-            found = vars(theirs[path]).get(name) if path in theirs else None
-            if found != value:
-                return f"{path}.{name} was {value}, and its class computes {found}"
+            plain = isinstance(value, (bool, int, float, str)) and name not in _IDLE
+            if plain and computed.get(name) != value:
+                return f"{path}.{name} was {value}, and its class computes {computed.get(name)}"
     return "its class computes something from where a layer stands"
 
 

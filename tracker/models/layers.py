@@ -22,20 +22,15 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
             "are (num_hidden_layers)"
         )
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    fitting = {
-        name: modules
-        for name, modules in lists.items()
-        if len(modules) == wanted and any(True for _ in modules.parameters())
-    }
-    outermost = {
-        name: modules
-        for name, modules in fitting.items()
-        if not any(name.startswith(f"{other}.") for other in fitting if other != name)
-    }
+    fitting = [
+        n for n, m in lists.items() if len(m) == wanted and any(True for _ in m.parameters())
+    ]
+    outermost = [n for n in fitting if not n.startswith(tuple(f"{other}." for other in fitting))]
     if len(outermost) > 1:
         # A part that sees pictures may be as deep; the text model is the one that the text
         # configuration describes.
-        text = {n: m for n, m in outermost.items() if _describes(config, model, n)}
+        around = {name: model.get_submodule(name.rpartition(".")[0]) for name in outermost}
+        text = [name for name, m in around.items() if getattr(m, "config", None) is config]
         outermost = text or outermost
     if len(outermost) != 1:
         found = ", ".join(f"{name} ({len(modules)})" for name, modules in lists.items()) or "none"
@@ -43,11 +38,7 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
             f"{type(model).__name__}: cannot tell which modules are its {wanted} decoder layers; "
             f"lists of modules found: {found}"
         )
-    return next(iter(outermost.values()))
-
-
-def _describes(config: object, model: nn.Module, name: str) -> bool:
-    return getattr(model.get_submodule(name.rpartition(".")[0]), "config", None) is config
+    return lists[outermost[0]]
 
 
 def find_base(model: nn.Module) -> nn.Module:

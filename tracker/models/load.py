@@ -182,19 +182,26 @@ def weightless(source: ModelSource, dtype: str, trust_remote_code: bool = False)
 
     ModelError if the configuration or the tokenizer cannot be read.
     """
+    model = hollow(source, dtype, trust_remote_code)
+    return model, _tokenizer(source, trust_remote_code, content_hash(source.stamp()))
+
+
+def hollow(source: ModelSource, dtype: str, trust_remote_code: bool = False) -> Any:
+    """Make a model on the meta device: its shapes, and no weight is read.
+
+    ModelError if the configuration cannot be read.
+    """
     from transformers import AutoModelForCausalLM
 
     config = read_config(source, trust_remote_code)
     kind = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
     try:
-        tokenizer = _tokenizer(source, trust_remote_code, content_hash(source.stamp()))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            return AutoModelForCausalLM.from_config(
                 config, dtype=kind or torch.float32, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
         raise unreadable(source, error) from None
-    return model, tokenizer
 
 
 @cache
@@ -205,7 +212,10 @@ def _tokenizer(source: ModelSource, trust_remote_code: bool, stamp: str) -> Any:
 
     log.info("reading the tokenizer of %s", source.name)
     arguments = source.load_arguments(trust_remote_code)
-    return AutoTokenizer.from_pretrained(source.location, **arguments)
+    try:
+        return AutoTokenizer.from_pretrained(source.location, **arguments)
+    except Exception as error:  # noqa: BLE001  whatever a library makes of nonsense in a file
+        raise unreadable(source, error) from None
 
 
 def find_device(name: str) -> torch.device:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -55,11 +55,7 @@ def find_sublayers(
     """
     found = []
     for layer in layers:
-        parts = [
-            child
-            for child in layer.children()
-            if any(parameter.ndim > 1 for parameter in child.parameters())
-        ]
+        parts = [part for part in layer.children() if any(p.ndim > 1 for p in part.parameters())]
         if len(parts) < 2:
             raise _unknown(model, layer, "there are no two parts with matrices")
         found.append(Sublayers(parts[0], parts[-1]))
@@ -210,20 +206,16 @@ def _prove(
     other[0, 0] += 1
     unchanged: list[bool] = []
 
-    def comparing(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            # Not `undisturbed`: with its parts silent a layer that writes seems to read only.
-            before = state_of(args, kwargs).clone()
-            output = forward(*args, **kwargs)
-            after = first_of(output)
-            unchanged.append(torch.equal(before, after.to(before.device)))
-            return output
-
-        return call
+    def comparing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Not `undisturbed`: with its parts silent a layer that writes seems to read only.
+        before = state_of(args, kwargs).clone()
+        output = forward(*args, **kwargs)
+        unchanged.append(torch.equal(before, first_of(output).to(before.device)))
+        return output
 
     with silenced([*attention, *mlp]), ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(replaced_forward(layer, comparing(layer.forward)))
+            stack.enter_context(replaced_forward(layer, partial(comparing, layer.forward)))
         model(text, use_cache=False)
     if not all(unchanged):
         layer = layers[unchanged.index(False)]
