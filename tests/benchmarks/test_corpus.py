@@ -11,14 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.benchmarks.conftest import ask as asked
 from tests.plain import parts as load
 from tests.plain import token_by_token, write_rows
-from tracker.benchmarks.benchmark import (
-    check_benchmark,
-    chosen_metric,
-    data_stamp,
-    open_benchmark,
-)
+from tracker.benchmarks.benchmark import check_benchmark, chosen_metric, data_stamp, open_benchmark
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.core.config import CellRequest
@@ -36,9 +32,7 @@ TEXT = (
 
 
 def ask(place: str | Path, data: str | Path = "hub", **settings: Any) -> CellRequest:
-    return CellRequest(
-        model="m", benchmark=f"corpus:{place}", layers=(0,), data=str(data), **settings
-    )
+    return asked(f"corpus:{place}", data=str(data), **settings)
 
 
 def texts(place: str | Path, data: str | Path = "hub") -> list[str]:

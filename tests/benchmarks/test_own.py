@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.benchmarks.conftest import ask as asked_for
 from tests.own import ASKING, YAML, write_tasks
-from tests.plain import Asked, evaluate, parts, tasks_in, tokens_of
+from tests.plain import Asked, evaluate, tasks_in, tokens_of
 from tracker.benchmarks.benchmark import check_benchmark, data_stamp
 from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.tasks import LmEvalBenchmark
-from tracker.core.config import CellRequest, cell_request
+from tracker.core.config import CellRequest
 from tracker.core.documents import Document
 from tracker.core.errors import BenchmarkError, RequestError
 from tracker.core.extent import ALL
@@ -34,11 +34,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ask(benchmark: str, folder: Path | None = None, **settings: Any) -> CellRequest:
     own = {} if folder is None else {"include_path": [str(folder)]}
-    return cell_request(model="m", benchmark=benchmark, layers=(0,), **own, **settings)
+    return asked_for(benchmark, **own, **settings)
 
 
-def make(benchmark: str, folder: Path | None = None, **settings: Any) -> LmEvalBenchmark:
-    return LmEvalBenchmark(ask(benchmark, folder, **settings))
+def make(*asked: Any, **settings: Any) -> LmEvalBenchmark:
+    return LmEvalBenchmark(ask(*asked, **settings))
 
 
 def documents_of(parts: tuple[Any, Any], *asked: Any, **settings: Any) -> list[Document]:
@@ -67,11 +67,6 @@ def asked(model: Any, tokenizer: Any, task: str, folder: Path, **settings: Any) 
     plain = Asked(model, tokenizer, **of_model)
     evaluate(plain, tasks=[task], task_manager=tasks_in(folder, **own), **settings)
     return plain
-
-
-@pytest.fixture
-def loaded(tiny_llama: Callable[..., Path]) -> tuple[Any, Any]:
-    return parts(tiny_llama())
 
 
 class TestTheirTasks:

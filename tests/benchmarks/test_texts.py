@@ -12,18 +12,12 @@ from tests.own import write_tasks
 from tests.plain import write_rows
 from tracker.benchmarks.corpus import Corpus
 from tracker.benchmarks.encoder import RequestEncoder
-from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.benchmarks.texts import is_public
-from tracker.core.config import CellRequest
 from tracker.core.documents import DocumentText
 from tracker.core.extent import Extent
 
-from .test_tasks import encoder_of, make, rows, shipped
-
-
-@pytest.fixture
-def encoder(tiny_llama) -> RequestEncoder:
-    return encoder_of(tiny_llama())
+from .conftest import ask, make
+from .test_tasks import rows, shipped
 
 
 def texts(benchmark: Any, encoder: RequestEncoder, limit: int = 3) -> list[DocumentText]:
@@ -69,7 +63,7 @@ class TestText:
         ]
         notes = tmp_path / "notes.txt"
         notes.write_text("one heart\n\ntwo hearts\n")
-        corpus = Corpus(CellRequest(model="m", benchmark=f"corpus:{notes}", layers=(0,)))
+        corpus = Corpus(ask(f"corpus:{notes}"))
         found = texts(corpus, encoder, 2)
         assert [text.question.strip() for text in found] == ["one heart", "two hearts"]
 
@@ -78,12 +72,7 @@ class TestText:
     ) -> None:
         folder = write_tasks(tmp_path)
         monkeypatch.syspath_prepend(str(folder))
-        paint, says = (
-            LmEvalBenchmark(
-                CellRequest(model="m", benchmark=name, layers=(0,), include_path=(str(folder),))
-            )
-            for name in ("paint", "says")
-        )
+        paint, says = (make(name, "hub", include_path=[str(folder)]) for name in ("paint", "says"))
         assert texts(paint, encoder, 1) == [
             DocumentText("Which colour has a pump? It is", ("red", "blue"))
         ]
@@ -97,7 +86,7 @@ class TestText:
 def public(data: str = "hub", **config: Any) -> bool:
     settings = {"custom_dataset": None, "dataset_kwargs": None, "dataset_path": "allenai/ai2_arc"}
     task = SimpleNamespace(config=SimpleNamespace(**{**settings, **config}))
-    return is_public(CellRequest(model="m", benchmark="b", layers=(0,), data=data), [task])
+    return is_public(ask("b", data=data), [task])
 
 
 class TestPublic:

@@ -15,14 +15,7 @@ from torch import nn
 from tests.models.test_layers import SMALL, logits, make
 from tracker.models.layers import find_layers
 from tracker.models.pruned import SMALL as SMALL_BUFFER
-from tracker.models.pruned import (
-    changed,
-    cut_config,
-    duplicate,
-    pruned,
-    put_back,
-    remember,
-)
+from tracker.models.pruned import changed, cut_config, duplicate, pruned, put_back, remember
 from tracker.models.sublayers import add_nothing, first_of, returning
 
 HIDDEN = torch.tensor([[1.0, 2.0]])

@@ -121,17 +121,3 @@ def arc(folder: Path, documents: int = 40) -> Path:
     for name in ("ARC-Easy", "ARC-Challenge"):
         write_rows(folder / "allenai/ai2_arc" / name, test=rows)
     return folder
-
-
-def break_arc_easy(data: Path) -> None:
-    """Give one of its documents an answer that no model can read."""
-    file = data / "allenai/ai2_arc/ARC-Easy/test.jsonl"
-    file.write_text(file.read_text().replace("that 3", "word " * 400))
-
-
-def one_cell_fails(code: int, said: str) -> None:
-    """Of ARC's two tasks the broken one has failed, and the other one is there."""
-    assert code == 1, said
-    assert "continuation" in said
-    assert "to run just what failed, give the same command again" in said
-    assert "arc_challenge · 0-shot" in said

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -13,19 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.runner.elsewhere import (
-    Heard,
-    arc,
-    break_arc_easy,
-    descendants,
-    one_cell_fails,
-    run,
-    same,
-    shards,
-    typed,
-    wait_for,
-)
-from tracker.core.distribution import install_extra
+from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, typed, wait_for
 from tracker.ledger.blocks import BLOCK
 
 RAY = ("--track", "none", "--executor", "ray")
@@ -65,13 +51,10 @@ def here(tmp_path, monkeypatch, one_thread):
 
 
 def test_without_a_cluster_a_local_one_does_and_a_failure_stays_in_its_cell(
-    here, tiny_llama, experiment, monkeypatch
+    here, one_cell_fails, monkeypatch
 ):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    data = arc(here / "data", 12)
-    break_arc_easy(data)
-    file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
-    one_cell_fails(*typed("run", file, "--results", here / "results", *RAY))
+    one_cell_fails("--executor", "ray")
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -143,14 +126,3 @@ def test_what_a_killed_worker_did_is_done_again(cluster, here, tiny_llama, exper
     assert any(line.startswith("a worker died; what it did is done again") for line in heard.lines)
     assert heard.counted == heard.expected
     same(here / "local", here / "ray")
-
-
-def test_without_the_extra(here, tiny_llama, experiment, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "tracker.executors.ray", raising=False)
-    file = experiment(tiny_llama(), data=str(arc(here / "data")))
-    code, said = typed("run", file, "--results", here / "results", "--executor", "ray")
-    assert code == 2, said
-    assert install_extra("ray") in said
-    assert not (here / "results").exists()
-    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -12,18 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runner.elsewhere import (
-    Heard,
-    arc,
-    break_arc_easy,
-    descendants,
-    one_cell_fails,
-    run,
-    same,
-    shards,
-    typed,
-    wait_for,
-)
+from tests.runner.elsewhere import Heard, arc, descendants, run, same, shards, typed, wait_for
 from tracker.core.distribution import install_extra
 from tracker.core.experiment import load_experiment
 from tracker.executors import slurm_job as job
@@ -126,11 +115,8 @@ def test_a_job_that_dies_fails_its_cell_and_names_its_log(long, tmp_path, meanwh
     assert found.outcome.exit_code == 1
 
 
-def test_a_cell_that_fails_does_not_take_the_others_with_it(cli, tiny_llama, experiment, tmp_path):
-    data = arc(tmp_path / "data", 12)
-    break_arc_easy(data)
-    file = experiment(tiny_llama(), benchmark=["arc_easy", "arc_challenge"], data=str(data))
-    one_cell_fails(*cli(file, "--slurm", "cluster=local"))
+def test_a_cell_that_fails_does_not_take_the_others_with_it(one_cell_fails):
+    one_cell_fails("--executor", "slurm", "--slurm", "cluster=local")
 
 
 def test_a_job_that_never_measures_anything_is_not_started_for_ever(
@@ -180,10 +166,12 @@ def test_parameters_need_the_executor(tiny_llama, experiment, tmp_path):
     assert "add --executor slurm" in said
 
 
-def test_without_the_extra(cli, tiny_llama, experiment, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    monkeypatch.delitem(sys.modules, "tracker.executors.slurm", raising=False)
-    code, said = cli(experiment(tiny_llama(), data=str(arc(tmp_path / "data"))))
+@pytest.mark.parametrize(("executor", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_without_the_extra(tiny_llama, experiment, tmp_path, monkeypatch, executor, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"tracker.executors.{executor}", raising=False)
+    file = experiment(tiny_llama(), data=str(arc(tmp_path / "data")))
+    code, said = typed("run", file, "--results", tmp_path / "results", "--executor", executor)
     assert code == 2, said
-    assert install_extra("slurm") in said
+    assert install_extra(executor) in said
     assert not (tmp_path / "results").exists()

@@ -32,6 +32,8 @@ TEXTS = [
     "Paris",
     "The capital of France is Paris. " * 4,
     "It is a muscle.",
+    # What a task cleans up.
+    "= Paris = the heart 's ( @-@ ) pumps , not a .",
     # Its last window predicts one token, which the model has no room to read.
     "x" * (LENGTH + 1),
 ]

@@ -67,9 +67,8 @@ class _Place:
     def label(self) -> str:
         """The benchmark's name; a file keeps its cell when it moves."""
         label = f"{PREFIX}{self.file.name if self.file else self.name}"
-        label += f"@{self.split}" if self.split else ""
-        label += f":{self.tokens}" if self.tokens else ""
-        return harmless(f"{label}#{self.column}" if self.column else label)
+        parts = (("@", self.split), (":", self.tokens), ("#", self.column))
+        return harmless(label + "".join(f"{sign}{part}" for sign, part in parts if part))
 
     @property
     def data_set(self) -> tuple[str, str | None]:
@@ -100,16 +99,14 @@ def locate(request: CellRequest) -> _Place:
         )
     if tokens == 0:
         raise BenchmarkError(f"{request.benchmark!r} reads no token; write a number from 1 on")
-    if request.num_fewshot:
-        raise BenchmarkError(
-            f"{request.benchmark} is plain text, which has no few-shot examples; leave num_fewshot "
-            f"out (got {request.num_fewshot})"
-        )
-    if request.apply_chat_template:
-        raise BenchmarkError(
-            f"{request.benchmark} is plain text, which is read without a chat template; leave "
-            "apply_chat_template out"
-        )
+    for setting, why in (
+        ("num_fewshot", "has no few-shot examples"),
+        ("apply_chat_template", "is read without a chat template"),
+    ):
+        if given := getattr(request, setting):
+            raise BenchmarkError(
+                f"{request.benchmark} is plain text, which {why}; leave {setting} out (got {given})"
+            )
     try:
         path = Path(name).expanduser()
         there = path.is_file()

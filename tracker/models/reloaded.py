@@ -96,10 +96,7 @@ def as_loaded(model: Any, twin: Any, kept: Sequence[int]) -> None:
     whole = _made(model, kept, None)
     cut = _made(twin, kept, dict(_moved(shapes(whole), _prefix(model), kept)))
     for module, name, value in lacking(model, whole, twin, cut, kept):
-        if name in module._buffers:
-            module._buffers[name] = value
-        else:
-            setattr(module, name, value)
+        setattr(module, name, value)
     for config in (twin.config, twin.config.get_text_config()):
         config.__class__ = class_of(config)
 

