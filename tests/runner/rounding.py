@@ -18,7 +18,7 @@ import torch
 
 import tracker
 from tests.runner.elsewhere import write_study
-from tracker.bench.compare import prepare
+from tracker.bench.compare import plainly, prepare
 from tracker.core.ablations import Ablation, ablations_of
 from tracker.core.config import CellRequest
 from tracker.core.records import CellRecord
@@ -94,8 +94,8 @@ def compare(model: str, documents: int, layers: list[int], folder: Path) -> list
     outcomes = AlignedOutcomes(store, store.views.of(request))
     gold = [document.gold for document in ready.documents]
 
-    def plainly(ablation: Ablation, size: int) -> list[list[float]]:
-        _, answers = ready.plainly(ablation, size, ready.documents)
+    def scored(ablation: Ablation, size: int) -> list[list[float]]:
+        _, answers = plainly(ready.engine, ablation, size, ready.documents)
         said = iter(loglikelihood for loglikelihood, _ in answers)
         return [[next(said) for _ in each.requests] for each in ready.documents]
 
@@ -104,7 +104,7 @@ def compare(model: str, documents: int, layers: list[int], folder: Path) -> list
         chances = judged(outcomes, ablation, store.texts.read).chances
         assert chances is not None
         right = outcomes.values(ablation) == 1
-        said = {size: plainly(ablation, size) for size in BATCH_SIZES}
+        said = {size: scored(ablation, size) for size in BATCH_SIZES}
         plain = {
             size: np.array([np.argmax(each) for each in answers]) == gold
             for size, answers in said.items()

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,19 +106,18 @@ class Prepared:
     documents: Sequence[Document]
     title: str
 
-    def plainly(
-        self, ablation: Ablation, batch_size: int, documents: Sequence[Document]
-    ) -> tuple[float, list[tuple[float, bool]]]:
-        """Let lm-eval score documents with an ablation's layers really taken out.
 
-        Seconds, and the answers to all requests in order.
-        """
-        from tracker.benchmarks.plain import score_with_lm_eval
+def plainly(
+    engine: Engine, ablation: Ablation, batch_size: int, documents: Sequence[Document]
+) -> tuple[float, list[tuple[float, bool]]]:
+    """Let lm-eval score documents with an ablation's layers really taken out.
 
-        pruned = self.engine.without(ablation).loaded
-        return timed(
-            lambda: score_with_lm_eval(pruned.model, pruned.tokenizer, documents, batch_size)
-        )
+    Seconds, and the answers to all requests in order.
+    """
+    from tracker.benchmarks.plain import score_with_lm_eval
+
+    pruned = engine.without(ablation).loaded
+    return timed(lambda: score_with_lm_eval(pruned.model, pruned.tokenizer, documents, batch_size))
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
@@ -172,13 +171,12 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
 
     progress.say("checking that sharing is exact for this model")
     check_seconds, checked = timed(lambda: check(ready.engine, documents, ablations))
-    ready = replace(ready, engine=checked.engine)
     engine = checked.engine
 
     progress.say("lm-eval: trying batch sizes on the baseline")
     few = documents[:TRIED_DOCUMENTS]
-    tried = {size: ready.plainly(ablations[0], size, few)[0] for size in BATCH_SIZES}
-    batch_size = min(tried, key=lambda size: tried[size])
+    tried = {size: plainly(engine, ablations[0], size, few)[0] for size in BATCH_SIZES}
+    batch_size = min(tried, key=tried.__getitem__)
 
     responses = sum(len(document.requests) for document in documents) * len(ablations)
     progress.start(f"{request.benchmark}: engine", responses)
@@ -193,7 +191,7 @@ def bench(request: CellRequest, options: Options, progress: Progress) -> Bench:
     disagreements = 0
     for ablation in [ablations[0], *_measured(ablations, total)]:
         progress.say(f"lm-eval: {ablation.name}")
-        seconds[ablation.name], theirs = ready.plainly(ablation, batch_size, documents)
+        seconds[ablation.name], theirs = plainly(engine, ablation, batch_size, documents)
         number = ablations.index(ablation)
         ours = [response for score in scores for response in score.responses[number]]
         for response, (loglikelihood, greedy) in zip(ours, theirs, strict=True):

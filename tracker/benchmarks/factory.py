@@ -133,8 +133,8 @@ def build(
     entry: Entry,
     source: DataSource,
     num_fewshot: int | None,
-    own: Sequence[Path] = (),
-    metadata: Mapping[str, Any] | None = None,
+    own: Sequence[Path],
+    metadata: Mapping[str, Any],
 ) -> Task | Group | list[Task]:
     """Build a task or a group of lm-eval on the documents of a source.
 
@@ -152,9 +152,8 @@ def build(
         BenchmarkError: Its data cannot be read, or its code fails.
     """
     try:
-        return SourcedFactory(source, num_fewshot, metadata or {}).build(
-            entry, overrides=None, registry=entries(own)
-        )
+        factory = SourcedFactory(source, num_fewshot, metadata)
+        return factory.build(entry, overrides=None, registry=entries(own))
     except BenchmarkError:
         raise
     except Exception as error:  # noqa: BLE001  what a library makes of a hub, a disk, a task

@@ -64,21 +64,26 @@ def _stable(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return _stable({f.name: getattr(value, f.name) for f in fields(value)})
     if callable(value):
-        code = getattr(getattr(value, "func", value), "__code__", None)
-        file = Path(code.co_filename) if code else None
-        texts = [path.read_text(encoding="utf-8") for path in _sources(value, file)]
+        texts = [path.read_text(encoding="utf-8") for path in _sources(value)]
         return [getattr(value, "__qualname__", type(value).__name__), "".join(texts)]
     return value
 
 
 def is_own(value: Any) -> bool:
     """Whether a value of a task's configuration is somebody's own function."""
+    file = _file_of(value)
+    return file is not None and not is_installed(str(file))
+
+
+def _file_of(value: Any) -> Path | None:
+    """The file that a function stands in."""
     code = getattr(getattr(value, "func", value), "__code__", None)
-    return code is not None and not is_installed(code.co_filename)
+    return Path(code.co_filename) if code else None
 
 
-def _sources(function: Any, file: Path | None) -> list[Path]:
+def _sources(function: Any) -> list[Path]:
     """The file of a function; of somebody's own also the files beside it that it imports."""
+    file = _file_of(function)
     if file is None or not file.is_file():
         return []
     found, stack = {file}, [getattr(function, "func", function).__globals__]

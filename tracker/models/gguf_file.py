@@ -8,6 +8,9 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
+Parts = tuple[int, list[Any], list[int], list[GGUFValueType]]
+"""A field's bytes, its parts, which of them are its values, and their types."""
+
 
 class Reader(gguf.GGUFReader):  # type: ignore[misc]
     """A parsed file.
@@ -26,29 +29,23 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
     def data(self, mapped: Any) -> None:
         self._bytes = mapped.view(np.ndarray)
 
-    def _get_field_parts(
-        self, orig_offs: int, raw_type: int
-    ) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
-        if raw_type != GGUFValueType.ARRAY:
-            found: tuple[int, list[Any], list[int], list[GGUFValueType]]
-            found = super()._get_field_parts(orig_offs, raw_type)
-            return found
-        start = orig_offs + 12
-        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
-        kind, count = GGUFValueType(head[0][0]), int(head[1][0])
-        types = [GGUFValueType.ARRAY, *([kind] if count else [])]
-        if kind == GGUFValueType.STRING:
-            parts, end = self._strings(start, count)
-            return end - orig_offs, [*head, *parts], [*range(3, 3 + 2 * count, 2)], types
-        if kind in self.gguf_scalar_to_np:
-            values = self._get(start, self.gguf_scalar_to_np[kind], count)
-            if len(values) < count:
-                raise ValueError("an array reaches beyond the end of the file")
-            end = start + values.nbytes
-            return end - orig_offs, [*head, *values.reshape(-1, 1)], [*range(2, 2 + count)], types
-        nested: tuple[int, list[Any], list[int], list[GGUFValueType]]
-        nested = super()._get_field_parts(orig_offs, raw_type)
-        return nested
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Parts:
+        if raw_type == GGUFValueType.ARRAY:
+            start = orig_offs + 12
+            head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+            kind, count = GGUFValueType(head[0][0]), int(head[1][0])
+            types = [GGUFValueType.ARRAY, *([kind] if count else [])]
+            if kind == GGUFValueType.STRING:
+                parts, end = self._strings(start, count)
+                return end - orig_offs, [*head, *parts], [*range(3, 3 + 2 * count, 2)], types
+            if kind in self.gguf_scalar_to_np:
+                values = self._get(start, self.gguf_scalar_to_np[kind], count)
+                if len(values) < count:
+                    raise ValueError("an array reaches beyond the end of the file")
+                size = start + values.nbytes - orig_offs
+                return size, [*head, *values.reshape(-1, 1)], [*range(2, 2 + count)], types
+        usual: Parts = super()._get_field_parts(orig_offs, raw_type)
+        return usual
 
     def _strings(self, start: int, count: int) -> tuple[list[Any], int]:
         """Find an array's strings, each with its length before it, and where they end."""
