@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.ablations import single_layers
 from tests.conftest import save_tokenizer
@@ -23,6 +23,7 @@ from tracker.benchmarks.tasks import LmEvalBenchmark
 from tracker.core.config import CellRequest
 from tracker.core.documents import Prompt
 from tracker.core.extent import Extent
+from tracker.core.records import CellRecord
 from tracker.engine.scoring.sharing import FULL
 from tracker.engine.scoring.sweep import Engine
 from tracker.measuring.scorer import Generation
@@ -108,6 +109,33 @@ def texts_of(results: Path) -> dict[str, list[str]]:
     }
 
 
+@pytest.fixture
+def as_lm_eval(sums, data, measure, tmp_path) -> Callable[..., tuple[CellRecord, set[int]]]:
+    """Generate by the front door: every text and metric is lm-eval's on the really pruned model.
+
+    The cell, and how many tokens the texts have.
+    """
+
+    def check(
+        folder: Path, asked: tuple[Any, ...], prune: Any = pruned, **settings: Any
+    ) -> tuple[CellRecord, set[int]]:
+        truth = sums(*asked)
+        (cell,) = measure(folder, benchmark="sums", data=data, **settings).cells
+        model, tokenizer = parts(folder)
+        of_it = {name: settings[name] for name in ("num_fewshot", "limit") if name in settings}
+        shown = {record.ablation: record.metrics for record in cell.runs}
+        shown["baseline"] = cell.baseline_metrics
+        lengths = set()
+        for ablation, found in texts_of(tmp_path / "results").items():
+            expected = truth(prune(model, ablation), tokenizer, **of_it)
+            assert found == expected["texts"], ablation
+            assert shown.get(ablation, expected["metrics"]) == expected["metrics"], ablation
+            lengths |= {len(tokenizer.encode(text)) for text in found}
+        return cell, lengths
+
+    return check
+
+
 @pytest.mark.parametrize(
     ("shots", "room", "components"),
     [
@@ -117,29 +145,17 @@ def texts_of(results: Path) -> dict[str, list[str]]:
     ],
 )
 def test_every_text_and_metric_is_lm_evals(
-    tiny_llama, sums, data, measure, tmp_path, shots, room, components
+    tiny_llama, as_lm_eval, tmp_path, shots, room, components
 ):
     folder, heard = tiny_llama(max_position_embeddings=room), Heard()
-    truth = sums(STOPS, 24)
-    asked = {"benchmark": "sums", "data": data, "num_fewshot": shots, "component": components}
-    (cell,) = measure(folder, heard=heard, **asked).cells
+    asked = {"num_fewshot": shots, "component": components}
+    cell, lengths = as_lm_eval(folder, (STOPS, 24), heard=heard, **asked)
     assert not [line for line in heard.lines if "less sharing" in line]
     # A prompt and the task's own answer to it, for each document and ablation.
     assert heard.counted == heard.expected == 2 * len(TEST) * (1 + 4 * len(components))
-    texts = texts_of(tmp_path / "results")
-    assert len(texts) == 1 + 4 * len(components)
-    model, tokenizer = parts(folder)
+    assert len(texts_of(tmp_path / "results")) == 1 + 4 * len(components)
     assert cell.metric == "exact_match,strict-match"
     assert (cell.chance_accuracy, cell.n) == (0, len(TEST))
-    shown = {record.ablation: record.metrics for record in cell.runs}
-    shown["baseline"] = cell.baseline_metrics
-    lengths = set()
-    for ablation, found in texts.items():
-        expected = truth(pruned(model, ablation), tokenizer, num_fewshot=shots)
-        assert found == expected["texts"], ablation
-        if ablation in shown:
-            assert shown[ablation] == expected["metrics"], ablation
-        lengths |= {len(tokenizer.encode(text)) for text in found}
     # Rows ended at different times: at a stop string, and at the last token.
     assert len(lengths) > 5
     assert max(lengths) >= 20
@@ -169,29 +185,23 @@ def test_a_trained_model_together_and_apart(smollm2, sums, data, tmp_path, measu
     assert apart.texts(document.prompt, few) == [texts[each.name][0] for each in few]
 
 
-@pytest.mark.parametrize(
-    ("family", "why"),
-    # Mamba keeps a state, not keys and values; Bloom builds its ALiBi for the whole batch.
-    [("mamba", "generates alone, because"), ("bloom", "generates alone, because")],
-)
-def test_a_model_that_refuses_is_generated_apart(family, why, sums, data, tmp_path, measure):
-    truth = sums(["Question:", "!"], 12)
-    folder = tmp_path / family
+# Mamba keeps a state, not keys and values; Bloom builds its ALiBi for the whole batch.
+@pytest.mark.parametrize("family", ["mamba", "bloom"])
+def test_a_model_that_refuses_is_generated_apart(family, as_lm_eval, tmp_path):
+    folder, heard = tmp_path / family, Heard()
     config = FAMILIES[family].config()
     config.vocab_size = save_tokenizer(folder, bos=False)
     config.initializer_range = 0.3
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    model.save_pretrained(folder)
-    heard = Heard()
-    measure(folder, heard=heard, benchmark="sums", data=data, num_fewshot=1, limit=2)
-    assert sum(why in line for line in heard.lines) == 1, heard.lines
-    texts = texts_of(tmp_path / "results")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for name, found in texts.items():
-        removed = [] if name == "baseline" else [int(name.split(":")[1])]
-        expected = truth(without(model, removed), tokenizer, num_fewshot=1, limit=2)
-        assert found == expected["texts"], name
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+
+    def prune(model: Any, ablation: str) -> Any:
+        return without(model, [int(layer) for layer in ablation.split(":")[1:]])
+
+    asked = (["Question:", "!"], 12)
+    as_lm_eval(folder, asked, prune, heard=heard, num_fewshot=1, limit=2)
+    lines = [line for line in heard.lines if "generates alone, because" in line]
+    assert len(lines) == 1, heard.lines
 
 
 def test_why_each_generates_alone_is_said_in_words(monkeypatch):
@@ -225,19 +235,14 @@ def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(
     assert "a text may have 64 tokens, and the model reads 64" in why
 
 
-def test_texts_that_end_by_themselves(tiny_llama, sums, data, tmp_path, measure):
+def test_texts_that_end_by_themselves(tiny_llama, as_lm_eval):
     """At the tokenizer's end of text, or at the end that only the model's settings name."""
     folder = tiny_llama()
     model, tokenizer = parts(folder)
     assert (tokenizer.eos_token_id, model.generation_config.eos_token_id) == (1, 2)
     model.lm_head.weight.data[1:3] *= 2
     model.save_pretrained(folder)
-    truth = sums([], 24)
-    measure(folder, benchmark="sums", data=data, num_fewshot=0)
-    lengths = set()
-    for name, found in texts_of(tmp_path / "results").items():
-        assert found == truth(pruned(model, name), tokenizer, num_fewshot=0)["texts"], name
-        lengths |= {len(tokenizer.encode(text)) for text in found}
+    _, lengths = as_lm_eval(folder, ([], 24), num_fewshot=0)
     assert len(lengths) > 3
     assert min(lengths) < 8
 
@@ -248,12 +253,8 @@ def test_texts_that_end_by_themselves(tiny_llama, sums, data, tmp_path, measure)
     ids=["longer-than-the-model", "empty", "none"],
 )
 def test_an_answer_that_cannot_be_scored_costs_no_text(
-    tiny_llama, sums, data, tmp_path, measure, answer, settings
+    tiny_llama, data, as_lm_eval, answer, settings
 ):
     write_rows(data / "openai/gsm8k/main", test=[{"question": "7?", "answer": answer}])
     folder = tiny_llama(max_position_embeddings=128)
-    truth = sums(STOPS, 8, settings)
-    measure(folder, benchmark="sums", data=data, num_fewshot=0, layer=[1])
-    model, tokenizer = parts(folder)
-    for name, found in texts_of(tmp_path / "results").items():
-        assert found == truth(pruned(model, name), tokenizer, num_fewshot=0)["texts"], name
+    as_lm_eval(folder, (STOPS, 8, settings), num_fewshot=0, layer=[1])

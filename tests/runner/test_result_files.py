@@ -246,6 +246,14 @@ def whole(folder: Path) -> Path:
     return folder / "ours"
 
 
+def written(folder: Path, benchmarks: list[str], name: str, **settings: Any) -> Path:
+    """The files of what is measured by other settings."""
+    measured = run(folder, benchmarks, name, **settings)
+    done = tracker.log_samples(folder / f"ours-{name}", results=measured)
+    assert (done.failed, done.notes) == ({}, [])
+    return folder / f"ours-{name}"
+
+
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -318,10 +326,8 @@ def test_a_dataset_can_be_made_of_the_samples(study):
 
 def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
     folder, manager = study
-    measured = run(folder, ["words", "facts"], "drawn", sample=2, layer=[1])
-    done = tracker.log_samples(folder / "ours-drawn", results=measured)
-    assert (done.failed, done.notes) == ({}, [])
-    ours, samples = read(folder / "ours-drawn" / "lab__tiny,removed_layers=1")
+    place = written(folder, ["words", "facts"], "drawn", sample=2, layer=[1])
+    ours, samples = read(place / "lab__tiny,removed_layers=1")
     _, every = read(whole(folder) / "lab__tiny,removed_layers=1")
     for task, rows in samples.items():
         drawn = sorted(random_order(1234, task, range(TASKS[task][1]))[:2])
@@ -343,10 +349,7 @@ def test_documents_drawn_at_random_keep_their_numbers_and_prompts(study):
 def test_a_part_is_what_lm_eval_says_of_just_its_documents(study, part):
     """`words` has no training split and is halved; those of `facts` are scored on it."""
     folder, manager = study
-    measured = run(folder, ["words", "facts"], part, part=part, layer=[1])
-    done = tracker.log_samples(folder / f"ours-{part}", results=measured)
-    assert (done.failed, done.notes) == ({}, [])
-    place = folder / f"ours-{part}" / "lab__tiny,removed_layers=1"
+    place = written(folder, ["words", "facts"], part, part=part, layer=[1])
     order = random_order(1234, "words", range(4))
     mine = sorted(order[:2] if part == "calibration" else order[2:])
     their_samples = read(plainly(folder, manager, [1], tasks=["words"], samples={"words": mine}))[1]
@@ -356,11 +359,11 @@ def test_a_part_is_what_lm_eval_says_of_just_its_documents(study, part):
             path.write_text(path.read_text().replace("test_split: test", "test_split: train"))
         manager = tasks_in(folder / "trained")
     their_samples |= read(plainly(folder, manager, [1], tasks=["facts"]))[1]
-    _, samples = read(place)
+    _, samples = read(place / "lab__tiny,removed_layers=1")
     assert samples.keys() == {"words", "facts_heart", "facts_lung", "facts_city"}
     for task, rows in samples.items():
         assert_close(rows, their_samples[task], task, abs=1e-4)
-    cells = {store.identity.benchmark.name: store for store in Ledger(measured).cells()}
+    cells = {store.identity.benchmark.name: store for store in Ledger(folder / part).cells()}
     # What is scored anyway is no other cell than without a part.
     titles = {"calibration": ("words (calibration half)", "facts (train)")}
     found = cells["words"].identity.benchmark.title, cells["facts"].identity.benchmark.title
