@@ -228,8 +228,8 @@ class Experiment(Sweep):
                 continue
             settings = {name: value for name, value in point.items() if value is not None}
             # By what they look like: what is of the wrong kind may have no hash.
-            for name, values in zip(_TOGETHER, zip(*some, strict=True), strict=True):
-                settings[f"{name}s"] = tuple({repr(value): value for value in values}.values())
+            for name, kinds in zip(_TOGETHER, zip(*some, strict=True), strict=True):
+                settings[f"{name}s"] = tuple({repr(kind): kind for kind in kinds}.values())
             settings["layers"] = tuple(sorted(settings["layers"]))
             settings["only"] = tuple(some) if self.capped else None
             cell = checked(CellRequest, settings, "parameters.", IN_THE_FILE)

@@ -7,7 +7,7 @@ column is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 from tracker.core.answers import interval_name
@@ -183,17 +183,13 @@ def correlation_columns() -> dict[str, Column[tuple[CellRecord, CorrelationRecor
 
 def reasons_of(run: RunRecord) -> dict[str, str]:
     """Say why figures of a run are undefined, by name; a number that is not finite is none."""
+    metrics = ((f"metric/{name}", value) for name, value in run.metrics.items())
     odd = {
         name: f"not a finite number: {value}"
-        for name, value in _figures_of(run)
+        for name, value in (*run, *metrics)
         if isinstance(value, float) and not math.isfinite(value)
     }
     return {**odd, **run.reasons}
-
-
-def _figures_of(run: RunRecord) -> Iterator[tuple[str, object]]:
-    yield from ((name, value) for name, value in run if name != "metrics")
-    yield from ((f"metric/{name}", value) for name, value in run.metrics.items())
 
 
 def _measured(
