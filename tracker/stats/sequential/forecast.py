@@ -70,7 +70,7 @@ def forecast(
         (True, True)
     """
     dice = np.random.default_rng(SEED)
-    looked, seen, answered = [], [], []
+    took = []
     for _ in range(draws):
         race = Race(asked, population, values.shape[1], reach)
         at = 0
@@ -78,7 +78,5 @@ def forecast(
             count = min(LOOK, population - at)
             race.look(values[dice.choice(len(values), size=count, p=chances)])
             at += count
-        looked.append(at)
-        seen.append(race.seen)
-        answered.append(race.standing.answered)
-    return Forecast(np.array(looked), np.array(seen), np.array(answered))
+        took.append((at, race.seen, race.standing.answered))
+    return Forecast(*map(np.array, zip(*took, strict=True)))
