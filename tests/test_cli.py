@@ -275,7 +275,7 @@ def test_a_cell_grows(model, experiment, tmp_path):
     assert small.outcome.models_loaded == 0
 
 
-def test_a_sample_is_named_where_cells_are_printed(model, experiment, tmp_path):
+def test_a_sample_is_named_where_cells_are_printed(model, tmp_path):
     settings = ("--results", tmp_path / "results", "--track", "none")
     trial = (f"--model={model}", *ARC_EASY, "--layer=1")
     first = cli("evaluate", *trial, "--limit=5", *settings)
@@ -409,7 +409,7 @@ def test_plan_says_what_its_documents_reveal(model, experiment, tmp_path):
     assert "*: if it changes as many" in known
 
 
-def test_plan_reckons_with_what_a_model_computes_in(model, experiment, tmp_path, monkeypatch):
+def test_plan_reckons_with_what_a_model_computes_in(model, experiment, monkeypatch):
     """Was: the time in bfloat16 was what float32 would take, several times too much."""
     monkeypatch.setattr(
         "tracker.engine.plan.matrix_rate", lambda dtype: 4e5 if dtype == torch.bfloat16 else 1e5

@@ -29,7 +29,7 @@ RUNNING = set(api.Running.__optional_keys__) - {"progress"}
 EXPORTED = {*inspect.signature(api.export).parameters, *api.Working.__optional_keys__}
 
 
-def rows(page: str, *headings: str) -> dict[str, str]:
+def rows(page: str) -> dict[str, str]:
     """Read the tables of keys of a page: key → the row's last column."""
     found, inside = {}, False
     for line in (DOCS / page).read_text().splitlines():
