@@ -35,8 +35,8 @@ def test_the_figures_are_those_of_plain_halves() -> None:
     measure = LayerMeasure(measure.values, weights, 2)
     # A document that weighs nothing may hold no number.
     measure.values[1] = np.nan
-    (found,) = at_equal_cost({"one": measure}, truth, [7], seed=5)["one"]
-    generator, naive = np.random.default_rng(5), []
+    (found,) = at_equal_cost({"one": measure}, truth, [7])["one"]
+    generator, naive = np.random.default_rng(0), []
     for _ in range(100):
         order = generator.permutation(8)
         some = [i for i in order[:3] if weights[i]]

@@ -14,6 +14,7 @@ import numpy as np
 
 from tracker.stats.arrays import Array, Numbers, divided
 from tracker.stats.rank_agreement import row_coefficients
+from tracker.stats.resampling import SEED
 
 DRAWS = 100
 
@@ -38,10 +39,7 @@ class LayerMeasure:
 
 
 def at_equal_cost(
-    measures: Mapping[str, LayerMeasure],
-    truth: LayerMeasure,
-    budgets: Sequence[float],
-    seed: int = 0,
+    measures: Mapping[str, LayerMeasure], truth: LayerMeasure, budgets: Sequence[float]
 ) -> dict[str, list[float]]:
     """Say how well each measure predicts the truth on other documents, for what may be spent.
 
@@ -52,7 +50,6 @@ def at_equal_cost(
         measures: Name → measure, all on the same documents.
         truth: What is to be predicted; its price counts for nothing.
         budgets: What may be spent, in forward passes.
-        seed: Seed of the halves.
 
     Returns:
         Name → for each budget the mean over halves of Spearman's coefficient; NaN where a budget
@@ -61,7 +58,7 @@ def at_equal_cost(
     """
     count = len(truth.values)
     half = count // 2
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     orders = [generator.permutation(count) for _ in range(DRAWS)]
     targets = np.array([_running(truth, order[half:])[-1] for order in orders])
     means = {}
